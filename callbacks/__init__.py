@@ -1,0 +1,1 @@
+"""Callbacks: when a method acts during training."""

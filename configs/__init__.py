@@ -1,0 +1,1 @@
+"""The packaged configurations (YAML), one folder per system."""

@@ -1,0 +1,1 @@
+"""Federated data with label noise, for FedSIR."""

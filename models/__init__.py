@@ -1,0 +1,1 @@
+"""Networks, methods and LightningModules, one sub-package per system."""

@@ -1,0 +1,1 @@
+"""FedSIR: spectral client identification and relabeling, and its baselines."""

@@ -1,0 +1,1 @@
+"""Federated learning methods with noisy labels."""

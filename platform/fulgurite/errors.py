@@ -1,0 +1,43 @@
+"""The one error family: each error says what is wrong and how to mend it.
+
+A class derives from the builtin exception it refines, so that ``except ValueError`` still works,
+and from :class:`FulguriteError`, which the command line prints as one line (``--debug`` shows the
+traceback).
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "FulguriteError", "MissingExtraError"]
+
+
+class FulguriteError(Exception):
+    """Base of all errors that a user can mend.
+
+    Args:
+        what: One sentence: what is wrong, naming the file, field or value.
+        mend: One sentence: what to do about it, in the spelling of the command line.
+    """
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        super().__init__(what, mend)
+        self.what = what
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.mend}".strip()
+
+
+class ConfigError(FulguriteError, ValueError):
+    """A configuration value or name is wrong."""
+
+
+class DataError(FulguriteError, ValueError):
+    """Data on disk or in memory is not what its format promises."""
+
+
+class CheckpointError(FulguriteError, FileNotFoundError):
+    """A checkpoint was asked for that does not exist or does not fit."""
+
+
+class MissingExtraError(FulguriteError, ImportError):
+    """An optional package is needed and not installed."""
