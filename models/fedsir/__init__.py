@@ -1,1 +1,129 @@
-"""FedSIR: spectral client identification and relabeling, and its baselines."""
+"""FedSIR: spectral client identification and relabeling, and its baselines.
+
+The pure functions are imported on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fulgurite.models.fedsir.aggregation import (
+        client_distances,
+        distance_aware_weights,
+        distance_to_clean,
+        sample_weights,
+        weighted_average,
+    )
+    from fulgurite.models.fedsir.identification import ClientSplit, split_clients
+    from fulgurite.models.fedsir.losses import (
+        adjusted_distillation,
+        log_prior,
+        logit_adjusted_cross_entropy,
+        ramp,
+        selective_distillation,
+    )
+    from fulgurite.models.fedsir.network import (
+        DigitsNet,
+        FeatureNetwork,
+        ResNet18,
+        ResNet34,
+        ResNet50,
+        SmallCNN,
+    )
+    from fulgurite.models.fedsir.relabeling import (
+        ClientReference,
+        References,
+        Relabeling,
+        aggregate_references,
+        choose_k,
+        client_reference,
+        relabel,
+    )
+    from fulgurite.models.fedsir.spectra import (
+        ClassSpectra,
+        SpectraAccumulator,
+        class_spectra,
+        client_score,
+        similarity,
+    )
+
+_MODULES = {
+    "aggregation": (
+        "client_distances",
+        "distance_aware_weights",
+        "distance_to_clean",
+        "sample_weights",
+        "weighted_average",
+    ),
+    "identification": ("ClientSplit", "split_clients"),
+    "losses": (
+        "adjusted_distillation",
+        "log_prior",
+        "logit_adjusted_cross_entropy",
+        "ramp",
+        "selective_distillation",
+    ),
+    "network": ("DigitsNet", "FeatureNetwork", "ResNet18", "ResNet34", "ResNet50", "SmallCNN"),
+    "relabeling": (
+        "ClientReference",
+        "References",
+        "Relabeling",
+        "aggregate_references",
+        "choose_k",
+        "client_reference",
+        "relabel",
+    ),
+    "spectra": (
+        "ClassSpectra",
+        "SpectraAccumulator",
+        "class_spectra",
+        "client_score",
+        "similarity",
+    ),
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "ClassSpectra",
+    "ClientReference",
+    "ClientSplit",
+    "DigitsNet",
+    "FeatureNetwork",
+    "References",
+    "Relabeling",
+    "ResNet18",
+    "ResNet34",
+    "ResNet50",
+    "SmallCNN",
+    "SpectraAccumulator",
+    "adjusted_distillation",
+    "aggregate_references",
+    "choose_k",
+    "class_spectra",
+    "client_distances",
+    "client_reference",
+    "client_score",
+    "distance_aware_weights",
+    "distance_to_clean",
+    "log_prior",
+    "logit_adjusted_cross_entropy",
+    "ramp",
+    "relabel",
+    "sample_weights",
+    "selective_distillation",
+    "similarity",
+    "split_clients",
+    "weighted_average",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
+    if name in _WHERE:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

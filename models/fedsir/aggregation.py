@@ -1,0 +1,169 @@
+"""Weights of the clients' models in the global one.
+
+Axes: K clients, J clean clients, P flat state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fulgurite.errors import DataError
+
+__all__ = [
+    "client_distances",
+    "distance_aware_weights",
+    "distance_to_clean",
+    "sample_weights",
+    "weighted_average",
+]
+
+
+def sample_weights(sizes: Tensor) -> Tensor:
+    """Share of each client in all samples (FedAvg).
+
+    Args:
+        sizes: Samples per client. Shape: (K,).
+
+    Returns:
+        float64, summing to 1. Shape: (K,).
+
+    Raises:
+        DataError: A size is negative, or all are zero.
+
+    Example:
+        >>> sample_weights(torch.tensor([1, 3]))
+        tensor([0.2500, 0.7500], dtype=torch.float64)
+
+    Source: FedAvg, McMahan et al. 2017.
+    """
+    sizes = sizes.double()
+    if not bool((sizes >= 0).all() & (sizes.sum() > 0)):
+        raise DataError(
+            f"client sizes {sizes.tolist()} cannot be weights.",
+            "Give each client at least one sample, or lower data.init_args.clients.",
+        )
+    return sizes / sizes.sum()
+
+
+def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]) -> Tensor:
+    """Distance of a model to the nearest clean one: the sum over tensors of L2 norms.
+
+    Args:
+        state: All floating tensors of a model, BatchNorm statistics included, as one vector.
+            Shape: (P,).
+        clean_states: Shape: (J, P).
+        splits: Number of entries of each tensor, in the order of ``state``; sums to P.
+
+    Returns:
+        float64 scalar; 0 where there is no clean model.
+
+    Example:
+        >>> distance_to_clean(torch.tensor([3.0, 4.0, 1.0]), torch.zeros(1, 3), [2, 1])
+        tensor(6., dtype=torch.float64)
+
+    Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
+    """
+    if not len(clean_states):
+        return torch.zeros((), dtype=torch.float64, device=state.device)
+    distances = [
+        torch.stack(
+            [
+                torch.linalg.vector_norm(part, dtype=torch.float64)
+                for part in (state - other).split(list(splits))
+            ]
+        ).sum()
+        for other in clean_states
+    ]
+    return torch.stack(distances).min()
+
+
+def client_distances(states: Tensor, splits: Sequence[int], clean: Tensor) -> Tensor:
+    """Distance of each client's model to the nearest clean client's.
+
+    Args:
+        states: Flat models. Shape: (K, P).
+        splits: As in :func:`distance_to_clean`.
+        clean: Which clients are clean, bool. Shape: (K,).
+
+    Returns:
+        float64, 0 for clean clients, and for all if none is clean. Shape: (K,).
+
+    Example:
+        >>> states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
+        >>> client_distances(states, [2], torch.tensor([True, True, False])).round(decimals=4)
+        tensor([0.0000, 0.0000, 4.4721], dtype=torch.float64)
+
+    Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
+    """
+    clean_states = states[clean]
+    zero = torch.zeros((), dtype=torch.float64, device=states.device)
+    return torch.stack(
+        [
+            zero if is_clean else distance_to_clean(state, clean_states, splits)
+            for state, is_clean in zip(states, clean.tolist(), strict=True)
+        ]
+    )
+
+
+def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True) -> Tensor:
+    """Weights ``a_k e^{−d_k}``, normalised (DaAgg).
+
+    Args:
+        sizes: Samples per client. Shape: (K,).
+        distances: From :func:`client_distances`. A client whose distance is not finite gets
+            weight 0. Shape: (K,).
+        floor: Divide the distances by their maximum, as the paper does: the farthest client then
+            keeps exactly e⁻¹ of its share, and no client can be suppressed further. Without it
+            the distances act in the unit they have.
+
+    Returns:
+        float64, summing to 1. Shape: (K,).
+
+    Raises:
+        DataError: The sizes cannot be weights, or no client has a finite distance.
+
+    Example:
+        >>> distance_aware_weights(torch.tensor([1, 1]), torch.tensor([0.0, 7.0]))
+        tensor([0.7311, 0.2689], dtype=torch.float64)
+
+    Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's); not finite: inferred.
+    """
+    distances = distances.double()
+    finite = distances.isfinite()
+    kept = distances.where(finite, 0.0)
+    largest = kept.max()
+    if floor and bool(largest > 0):
+        kept = kept / largest
+    weights = sample_weights(sizes).to(kept.device) * torch.exp(-kept) * finite
+    if not bool(weights.sum() > 0):
+        raise DataError(
+            "no client's model is finite.", "Lower the learning rate of local training."
+        )
+    return weights / weights.sum()
+
+
+def weighted_average(states: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of flat models, accumulated in float64.
+
+    Args:
+        states: Shape: (K, P).
+        weights: A client of weight 0 is left out, even where its model is not finite.
+            Shape: (K,).
+
+    Returns:
+        In the type of ``states``. Shape: (P,).
+
+    Example:
+        >>> weighted_average(torch.tensor([[0.0, 2.0], [4.0, 2.0]]), torch.tensor([0.75, 0.25]))
+        tensor([1., 2.])
+
+    Source: FedSIR, arXiv 2604.20825, Stage III.
+    """
+    total = torch.zeros(states.shape[1], dtype=torch.float64, device=states.device)
+    for state, weight in zip(states, weights.tolist(), strict=True):
+        if weight:  # one client at a time: K float64 copies of a large model would not fit
+            total.add_(state.double(), alpha=weight)
+    return total.to(states.dtype)

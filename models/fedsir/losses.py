@@ -1,0 +1,184 @@
+"""Losses of noise-aware local training, as functions of logits.
+
+All are free of data-dependent control flow, so :func:`torch.func.vmap` can map them over clients.
+
+Axes: B mini-batch, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "adjusted_distillation",
+    "log_prior",
+    "logit_adjusted_cross_entropy",
+    "ramp",
+    "selective_distillation",
+]
+
+
+def log_prior(counts: Tensor, tau: float = 1.0) -> Tensor:
+    """Offset that makes logits account for how often a client's labels name each class.
+
+    Args:
+        counts: Labels per class; a class never seen counts as seen once. Shape: (C,).
+        tau: Strength; 0 switches the adjustment off.
+
+    Returns:
+        ``tau · log π``. Shape: (C,).
+
+    Example:
+        >>> log_prior(torch.tensor([3, 0])).exp()
+        tensor([0.7500, 0.2500])
+
+    Source: FedSIR, arXiv 2604.20825, Stage III.
+    """
+    seen = counts.clamp(min=1).to(torch.get_default_dtype())
+    return tau * (seen / seen.sum(-1, keepdim=True)).log()
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum(-1)
+    if reduction == "mean":
+        return loss.mean(-1)
+    raise ValueError(f"reduction {reduction!r} is unknown. Use none, sum or mean.")
+
+
+def logit_adjusted_cross_entropy(
+    logits: Tensor, labels: Tensor, log_prior: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of ``logits + log_prior`` (LA).
+
+    Args:
+        logits: Shape: (B, C).
+        labels: Shape: (B,).
+        log_prior: From :func:`log_prior`. Shape: (C,).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or the loss of each sample for ``"none"``. Shape: () or (B,).
+
+    Example:
+        >>> uniform = torch.full((2,), 0.5).log()
+        >>> logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+        >>> plain = torch.nn.functional.cross_entropy(logits, labels)
+        >>> bool(logit_adjusted_cross_entropy(logits, labels, uniform).isclose(plain))
+        True
+
+    Source: FedSIR, arXiv 2604.20825, Stage III, clean clients.
+    """
+    scores = F.log_softmax(logits + log_prior, dim=-1)
+    return _reduce(-scores.gather(-1, labels[..., None]).squeeze(-1), reduction)
+
+
+def adjusted_distillation(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    weight: float | Tensor,
+    log_prior: Tensor,
+    temperature: float = 0.8,
+    reduction: str = "mean",
+) -> Tensor:
+    """Distillation into the prior-adjusted student (LA_KD).
+
+    ``weight · KL(softmax(teacher / T) ‖ softmax(logits + log_prior)) + (1 − weight) · NLL``. The
+    student is not scaled by T, and the teacher is not adjusted.
+
+    Args:
+        logits: Of the student. Shape: (B, C).
+        labels: Shape: (B,).
+        teacher_logits: Of the frozen global model. Shape: (B, C).
+        weight: Of the teacher, in [0, 1]; see :func:`ramp`.
+        log_prior: From :func:`log_prior`. Shape: (C,).
+        temperature: T, of the teacher only.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or the loss of each sample for ``"none"``. Shape: () or (B,).
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
+        >>> float(adjusted_distillation(logits, labels, logits, 1.0, torch.zeros(2), 1.0))
+        0.0
+
+    Source: FedSIR, arXiv 2604.20825, Stage III, noisy clients.
+    """
+    student = F.log_softmax(logits + log_prior, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    likelihood = -student.gather(-1, labels[..., None]).squeeze(-1)
+    return _reduce(weight * divergence + (1 - weight) * likelihood, reduction)
+
+
+def selective_distillation(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    distil: Tensor,
+    weight: float | Tensor,
+    log_prior: Tensor,
+    temperature: float = 0.8,
+    reduction: str = "mean",
+) -> Tensor:
+    """LA_KD for the samples marked, LA for the others.
+
+    The mean equals the paper's ``fraction · mean(LA_KD) + (1 − fraction) · mean(LA)``.
+
+    Args:
+        logits: Of the student. Shape: (B, C).
+        labels: Shape: (B,).
+        teacher_logits: Of the frozen global model. Shape: (B, C).
+        distil: Which samples learn from the teacher, bool. Shape: (B,).
+        weight: Of the teacher.
+        log_prior: From :func:`log_prior`. Shape: (C,).
+        temperature: Of the teacher.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or the loss of each sample for ``"none"``. Shape: () or (B,).
+
+    Example:
+        >>> logits, labels, prior = torch.zeros(2, 3), torch.tensor([0, 1]), torch.zeros(3)
+        >>> no = torch.tensor([False, False])
+        >>> mixed = selective_distillation(logits, labels, logits, no, 0.2, prior)
+        >>> bool(mixed == logit_adjusted_cross_entropy(logits, labels, prior))
+        True
+
+    Source: FedSIR, arXiv 2604.20825, Stage III, ``kd_on="disagree"``.
+    """
+    # per sample, LA is LA_KD with weight 0
+    each = weight * distil.to(logits.dtype)
+    return adjusted_distillation(
+        logits, labels, teacher_logits, each, log_prior, temperature, reduction
+    )
+
+
+def ramp(round: int, begin: int = 2, end: int = 49, height: float = 0.2) -> float:
+    """Weight of the teacher in a round: ``height · exp(−5 (1 − u)²)``, u rising from 0 to 1.
+
+    Args:
+        round: Counted from 0.
+        begin: Last round with u = 0.
+        end: First round with u = 1; the weight stays at ``height`` afterwards.
+        height: Final weight.
+
+    Returns:
+        The weight, in (0, height].
+
+    Example:
+        >>> [round(ramp(r), 4) for r in (0, 20, 49, 99)]
+        [0.0013, 0.0298, 0.2, 0.2]
+
+    Source: FedSIR, arXiv 2604.20825, Stage III; the ramp is FedNoRo's.
+    """
+    u = min(max((round - begin) / (end - begin), 0.0), 1.0) if end > begin else float(round >= end)
+    return height * math.exp(-5 * (1 - u) ** 2)
