@@ -1,1 +1,47 @@
-"""Federated data with label noise, for FedSIR."""
+"""Data of fedsir: image data sets dealt to clients, some of which have wrong labels."""
+
+from typing import TYPE_CHECKING, Any
+
+from fulgurite.datamodules.fedsir.labels import LabelStore
+from fulgurite.datamodules.fedsir.noise import (
+    AsymmetricMap,
+    InstanceDependent,
+    LabelNoise,
+    NoisyClients,
+    Pair,
+    Symmetric,
+)
+from fulgurite.datamodules.fedsir.partition import Dirichlet, Iid, Partition, Shards
+from fulgurite.datamodules.fedsir.sources import Digits, ImageArrays, ImageSource, Npz
+
+if TYPE_CHECKING:
+    from fulgurite.datamodules.fedsir.datamodule import EvaluationLabels, FederatedDataModule
+
+__all__ = [
+    "AsymmetricMap",
+    "Digits",
+    "Dirichlet",
+    "EvaluationLabels",
+    "FederatedDataModule",
+    "Iid",
+    "ImageArrays",
+    "ImageSource",
+    "InstanceDependent",
+    "LabelNoise",
+    "LabelStore",
+    "NoisyClients",
+    "Npz",
+    "Pair",
+    "Partition",
+    "Shards",
+    "Symmetric",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+    # Lightning costs seconds, which noise and partitions alone need not pay
+    if name in ("EvaluationLabels", "FederatedDataModule"):
+        from fulgurite.datamodules.fedsir import datamodule
+
+        return getattr(datamodule, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

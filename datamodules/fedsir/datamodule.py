@@ -1,0 +1,335 @@
+"""One data set, dealt to clients of which some have wrong labels.
+
+Shapes: N training samples, K clients, N_k samples of client k, B mini-batch, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fulgurite.datamodules.fedsir.augment import shift_crop
+from fulgurite.datamodules.fedsir.labels import LabelStore
+from fulgurite.datamodules.fedsir.noise import Corruption, NoisyClients
+from fulgurite.datamodules.fedsir.partition import Partition, check_partition
+from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
+from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.sampling import UnrepeatedDistributedSampler
+
+__all__ = ["EvaluationLabels", "FederatedDataModule", "ImageBatches"]
+
+_SPLIT, _ORDER, _PARTITION, _NOISE = range(4)  # random streams of `seed`
+_PADDING = {"none": 0, "shift": 1, "crop_flip": 4}
+
+
+@dataclass(frozen=True)
+class EvaluationLabels:
+    """What only an evaluation may know: nothing that trains gets this object.
+
+    Shape:
+        - true: (N,) int64; noisy_clients: (K,) bool; noise_rates: (K,) float64.
+    """
+
+    true: Tensor
+    noisy_clients: Tensor
+    noise_rates: Tensor
+
+
+class ImageBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Images that are indexed and normalised a whole batch at a time.
+
+    Args:
+        images: (., C, H, W) uint8.
+        labels: (N,) int64.
+        rows: (N,) int64 rows of ``images``, or ``None`` for all.
+        transform: (B, C, H, W) uint8 -> float.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor | None,
+        transform: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.images, self.labels, self.rows, self.transform = images, labels, rows, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, indices = self.__getitems__([index])
+        return images[0], labels[0], indices[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.as_tensor(indices)
+        rows = index if self.rows is None else self.rows[index]
+        return self.transform(self.images[rows]), self.labels[index], index
+
+
+def _whole_batch(batch: Any) -> Any:  # noqa: ANN401 - already collated
+    return batch
+
+
+class FederatedDataModule(L.LightningDataModule):
+    """Splits, deals and corrupts a data set by its own seed, and serves clients and evaluation.
+
+    Training samples are numbered in a random order, so that neither their number nor a client's
+    list of numbers tells a class. A method sees :attr:`labels`, :meth:`client_index` and
+    :meth:`client_images`; true labels are only in :attr:`evaluation`.
+
+    Args:
+        source: The data set.
+        partition: How training samples are dealt to clients.
+        noise: Which clients have wrong labels and of what kind; ``null`` for none.
+        clients: Number of clients.
+        val_fraction: Fraction of each class of the training originals set apart, with true labels.
+        eval_batch_size: Batch size of validation, test and prediction.
+        augment: Training augmentation: ``shift`` by at most one pixel, or ``crop_flip`` (padding
+            4, mirrored half of the time).
+        mean: Mean of each channel [0 to 1]; measured on training images if not given.
+        std: Standard deviation of each channel; measured if not given.
+        seed: Seed of split, partition and noise, apart from the seed of the run.
+        reveal_true_labels: Give the true labels instead of the noisy ones: the oracle.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: FedSIR, arXiv 2604.20825, card sections 2 and 6.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        partition: Partition,
+        noise: NoisyClients | None = None,
+        clients: int = 10,
+        val_fraction: float = 0.1,
+        eval_batch_size: int = 512,
+        augment: Literal["none", "shift", "crop_flip"] = "none",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        seed: int = 0,
+        reveal_true_labels: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_fraction < 1:
+            raise ConfigError(
+                f"The validation fraction is {val_fraction}.",
+                "Set `--data.init_args.val_fraction` in [0, 1).",
+            )
+        if clients < 1 or eval_batch_size < 1:
+            raise ConfigError(
+                f"There are {clients} clients and evaluation batches of {eval_batch_size}.",
+                "Set `--data.init_args.clients` and `eval_batch_size` to 1 or more.",
+            )
+        if augment not in _PADDING:
+            raise ConfigError(
+                f"There is no augmentation {augment!r}.",
+                f"Set `--data.init_args.augment` to one of {', '.join(_PADDING)}.",
+            )
+        if (mean is None) != (std is None) or (std is not None and min(std) <= 0):
+            raise ConfigError(
+                f"The mean is {mean} and the standard deviation {std}.",
+                "Give both `--data.init_args.mean` and `--data.init_args.std` (positive), or none.",
+            )
+        self.save_hyperparameters(logger=False)
+        for name in ("source", "partition", "noise"):
+            # the command line records them as plain configuration; objects given from Python
+            # would make the checkpoint unreadable with weights_only=True
+            if not isinstance(self.hparams.get(name), dict | None):
+                self.hparams.pop(name)
+        self.source = source
+        self.partition = partition
+        self.noise = noise
+        self.num_clients = clients
+        self.val_fraction = val_fraction
+        self.eval_batch_size = eval_batch_size
+        self.augment = augment
+        self.mean = mean
+        self.std = std
+        self.seed = seed
+        self.reveal_true_labels = reveal_true_labels
+        self._ready = False
+        self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known before :meth:`setup`."""
+        return self.source.num_classes
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels, known before :meth:`setup`."""
+        return self.source.in_channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels], known before :meth:`setup`."""
+        return self.source.image_size
+
+    @property
+    def num_samples(self) -> int:
+        """Number N of training samples of all clients."""
+        return len(self.labels)
+
+    def prepare_data(self) -> None:
+        """Let the source fill its cache, once per machine."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, split, deal and corrupt; does nothing the second time.
+
+        Raises:
+            DataError: The data are unusable, or the clients do not fit them.
+            ConfigError: The noise does not fit the clients or classes.
+        """
+        if self._ready:
+            return
+        arrays = self.source.load()
+        self._split(arrays)
+        self._measure(arrays.train_images)
+        self.class_names = arrays.class_names
+        classes = len(arrays.class_names)
+        self._parts = self.partition(
+            self._true, self.num_clients, classes, make_generator(self.seed, _PARTITION)
+        )
+        check_partition(self._parts, len(self._true))
+        clean = Corruption(
+            self._true,
+            torch.zeros(self.num_clients, dtype=torch.bool),
+            torch.zeros(self.num_clients, dtype=torch.float64),
+        )
+        if self.noise is not None:
+            clean = self.noise(
+                self._true,
+                self._parts,
+                classes,
+                make_generator(self.seed, _NOISE),
+                self.client_images,
+            )
+        given = self._true if self.reveal_true_labels else clean.labels
+        #: The labels that training sees.
+        self.labels = LabelStore(given, classes)
+        #: Truth, for evaluation only.
+        self.evaluation = EvaluationLabels(self._true, clean.noisy, clean.rates)
+        self._ready = True
+
+    def _split(self, arrays: ImageArrays) -> None:
+        """Set validation apart, copy what the source copies, and shuffle the training samples."""
+        labels = arrays.train_labels
+        if not len(labels):
+            raise DataError("There are no training images.", "Give a source with training images.")
+        sizes = torch.bincount(labels, minlength=len(arrays.class_names))
+        held = choose_per_class(
+            labels,
+            (sizes.double() * self.val_fraction).round().long(),
+            make_generator(self.seed, _SPLIT),
+        )
+        kept = torch.ones(len(labels), dtype=torch.bool)
+        kept[held] = False
+        rows = kept.nonzero()[:, 0]
+        self._images, true = arrays.train_images, labels[rows]
+        if self.source.copies > 1:
+            self._images, true = self.source.copy_images(self._images[rows], true)
+            rows = torch.arange(len(true))
+        order = torch.randperm(len(rows), generator=make_generator(self.seed, _ORDER))
+        self._rows, self._true = rows[order], true[order]
+        self._val = ImageBatches(arrays.train_images, labels[held], held, self.plain_batch)
+        self._test = ImageBatches(arrays.test_images, arrays.test_labels, None, self.plain_batch)
+
+    def _measure(self, images: Tensor) -> None:
+        """Take mean and standard deviation of each channel from at most 10,000 images."""
+        channels = images.shape[1]
+        if self.mean is None or self.std is None:
+            sample = self._images[self._rows[:10_000]].transpose(0, 1).reshape(channels, -1)
+            counts = torch.stack([torch.bincount(c, minlength=256) for c in sample]).double()
+            share = counts / counts.sum(1, keepdim=True)
+            levels = torch.arange(256, dtype=torch.float64) / 255
+            mean = share @ levels
+            std = (share @ levels**2 - mean**2).clamp_min(1e-8).sqrt()
+        else:
+            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+            if len(mean) != channels or len(std) != channels:
+                raise ConfigError(
+                    f"There are {len(mean)} means and {len(std)} standard deviations for "
+                    f"{channels} channels.",
+                    "Give one `--data.init_args.mean` and one `std` for each channel.",
+                )
+        scale, offset = 1 / (255 * std), -mean / std
+        self._affine = {
+            torch.device("cpu"): (scale.float().view(-1, 1, 1), offset.float().view(-1, 1, 1))
+        }
+
+    def client_index(self, client: int) -> Tensor:
+        """Return the numbers of a client's samples, ascending, into :attr:`labels`.
+
+        Shape:
+            - (N_k,) int64.
+        """
+        return self._parts[client]
+
+    def client_images(self, client: int) -> Tensor:
+        """Return a client's images in the order of :meth:`client_index`.
+
+        Shape:
+            - (N_k, C, H, W) uint8.
+        """
+        return self._images[self._rows[self._parts[client]]]
+
+    def plain_batch(self, images: Tensor) -> Tensor:
+        """Normalise a batch.
+
+        Shape:
+            - images: (B, C, H, W) uint8 -> float32, on the same device.
+        """
+        if images.device not in self._affine:
+            scale, offset = self._affine[torch.device("cpu")]
+            self._affine[images.device] = scale.to(images.device), offset.to(images.device)
+        scale, offset = self._affine[images.device]
+        return images.to(torch.float32).mul_(scale).add_(offset)
+
+    def augment_batch(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment and normalise a batch; the generator lives on the CPU.
+
+        Shape:
+            - images: (B, C, H, W) uint8 -> float32, on the same device.
+        """
+        if pad := _PADDING[self.augment]:
+            images = shift_crop(images, pad, generator, flip=self.augment == "crop_flip")
+        return self.plain_batch(images)
+
+    def _loader(self, data: ImageBatches) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_size=self.eval_batch_size,
+            sampler=UnrepeatedDistributedSampler(len(data)),
+            collate_fn=_whole_batch,
+        )
+
+    def train_dataloader(self) -> Any:  # noqa: ANN401 - Lightning's TRAIN_DATALOADERS
+        """Return the loader of client slots."""
+        return self.slots_loader()
+
+    def slots_loader(self) -> Any:  # noqa: ANN401 - Lightning's TRAIN_DATALOADERS
+        """Return a loader whose batches are clients' turns."""
+        raise NotImplementedError
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return (images, true labels, index) batches of the validation split, if there is one."""
+        return self._loader(self._val) if len(self._val) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return (images, labels, index) batches of the test split."""
+        return self._loader(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of :meth:`test_dataloader`."""
+        return self.test_dataloader()

@@ -1,0 +1,381 @@
+"""Where images come from: one interface, and the data sets that need no files or one ``.npz``.
+
+Shapes: N samples, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fulgurite.datamodules.fedsir.selection import (
+    check_labels,
+    choose_per_class,
+    class_quota,
+    make_generator,
+)
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import data_path
+
+__all__ = ["Digits", "ImageArrays", "ImageSource", "Npz"]
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """A whole data set in memory, or memory-mapped.
+
+    Shape:
+        - train_images, test_images: (N, C, H, W) uint8; train_labels, test_labels: (N,) int64.
+
+    Raises:
+        DataError: Shapes, types or labels do not fit together.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            images, labels = getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
+            if images.dtype != torch.uint8 or images.ndim != 4:
+                raise DataError(
+                    f"The {name} images are {images.dtype} of shape {tuple(images.shape)}.",
+                    "Images are 8-bit and of one size, (N, channels, height, width).",
+                )
+            if images.shape[1:] != self.train_images.shape[1:]:
+                raise DataError(
+                    f"The {name} images are {tuple(images.shape[1:])}, the train images "
+                    f"{tuple(self.train_images.shape[1:])}.",
+                    "Give both splits one number of channels and one size.",
+                )
+            if len(images) != len(labels):
+                raise DataError(
+                    f"There are {len(images)} {name} images and {len(labels)} labels.",
+                    "Give one label for each image.",
+                )
+            checked = check_labels(labels, len(self.class_names), name)
+            object.__setattr__(self, f"{name}_labels", checked)
+
+
+class ImageSource(ABC):
+    """A data set of labelled images of one size, with a training and a test split.
+
+    A subclass gives the three sizes, which must be cheap, and :meth:`read`.
+
+    Args:
+        train_limit: Keep at most this many training images, as many of each class as possible.
+        test_limit: The same for test images.
+        seed: Seed of that choice.
+
+    Raises:
+        ConfigError: A limit is not positive.
+    """
+
+    #: Augmented copies of each training image, made by :meth:`copy_images` after the data module
+    #: has set validation images apart.
+    copies: int = 1
+
+    def __init__(
+        self, train_limit: int | None = None, test_limit: int | None = None, seed: int = 0
+    ) -> None:
+        for name, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
+            if limit is not None and limit < 1:
+                raise ConfigError(
+                    f"The {name} is {limit}.",
+                    f"Set `--data.init_args.source.init_args.{name}` to a positive number or null.",
+                )
+        self.train_limit = train_limit
+        self.test_limit = test_limit
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    @abstractmethod
+    def in_channels(self) -> int:
+        """Number of channels."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+
+    @abstractmethod
+    def read(self) -> ImageArrays:
+        """Return all images."""
+
+    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to prepare
+        """Do once per machine what other processes can then share (decode to a cache)."""
+
+    def load(self) -> ImageArrays:
+        """Return the images, within the limits.
+
+        Raises:
+            DataError: The data are missing, damaged or inconsistent.
+        """
+        arrays = self.read()
+        for stream, (name, limit) in enumerate(
+            (("train", self.train_limit), ("test", self.test_limit))
+        ):
+            labels = getattr(arrays, f"{name}_labels")
+            if limit is not None and limit < len(labels):
+                quota = class_quota(labels, len(arrays.class_names), limit)
+                kept = choose_per_class(labels, quota, make_generator(self.seed, stream))
+                arrays = replace(
+                    arrays,
+                    **{
+                        f"{name}_images": getattr(arrays, f"{name}_images")[kept],
+                        f"{name}_labels": labels[kept],
+                    },
+                )
+        return arrays
+
+    def copy_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``copies`` augmented copies of each image with their labels.
+
+        Shape:
+            - images: (N, C, H, W) uint8; labels: (N,) -> the same with copies · N for N.
+        """
+        return images.repeat(self.copies, 1, 1, 1), labels.repeat(self.copies)
+
+
+class Digits(ImageSource):
+    """Scikit-learn's 1,797 real 8×8 images of handwritten digits.
+
+    360 images are the test split, untouched. Each training image becomes ``copies`` copies, each
+    shifted, rotated and given pixel noise at random.
+
+    Args:
+        copies: Augmented copies of each training image; 1 leaves the originals as they are.
+        seed: Seed of the test split and of the copies.
+        max_shift: Largest shift of a copy along each axis [pixels].
+        max_rotation: Largest rotation of a copy [degrees].
+        pixel_noise: Standard deviation of the noise [fraction of full scale].
+        train_limit: Keep at most this many originals, balanced by class.
+        test_limit: Keep at most this many test images, balanced by class.
+
+    Raises:
+        ConfigError: Fewer than one copy, or a limit is not positive.
+
+    Source: FedSIR, arXiv 2604.20825, card section 3d (toy: digits with 10 augmented copies); the
+    kind and size of the augmentation are inferred.
+
+    Example:
+        >>> arrays = Digits().load()
+        >>> tuple(arrays.train_images.shape), len(arrays.test_labels)
+        ((1437, 1, 8, 8), 360)
+    """
+
+    def __init__(
+        self,
+        copies: int = 10,
+        seed: int = 0,
+        max_shift: float = 1.0,
+        max_rotation: float = 10.0,
+        pixel_noise: float = 0.05,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+    ) -> None:
+        super().__init__(train_limit, test_limit, seed)
+        if copies < 1:
+            raise ConfigError(
+                f"There cannot be {copies} copies of each digit.",
+                "Set `--data.init_args.source.init_args.copies` to 1 or more.",
+            )
+        self.copies = copies
+        self.max_shift = max_shift
+        self.max_rotation = max_rotation
+        self.pixel_noise = pixel_noise
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return 10
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return 1
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+        return 8, 8
+
+    def read(self) -> ImageArrays:
+        """Return the originals; :meth:`copy_images` makes the copies."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+        labels = torch.from_numpy(digits.target.astype(np.int64))
+        tested = torch.zeros(len(labels), dtype=torch.bool)
+        quota = class_quota(labels, 10, 360)
+        tested[choose_per_class(labels, quota, make_generator(self.seed, 2))] = True
+        return ImageArrays(
+            images[~tested],
+            labels[~tested],
+            images[tested],
+            labels[tested],
+            tuple(str(digit) for digit in range(10)),
+        )
+
+    def copy_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return shifted, rotated and noisy copies: see :meth:`ImageSource.copy_images`."""
+        generator = make_generator(self.seed, 3)
+        images, labels = super().copy_images(images, labels)
+        angle, down, right = torch.rand(3, len(images), generator=generator) * 2 - 1
+        angle = angle * math.radians(self.max_rotation)
+        height, width = images.shape[-2:]
+        affine = torch.stack(
+            [
+                torch.stack([angle.cos(), -angle.sin(), right * (2 * self.max_shift / width)], -1),
+                torch.stack([angle.sin(), angle.cos(), down * (2 * self.max_shift / height)], -1),
+            ],
+            1,
+        )
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+        moved = F.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
+        moved += torch.randn(moved.shape, generator=generator) * (255 * self.pixel_noise)
+        return moved.round_().clamp_(0, 255).byte(), labels
+
+
+class Npz(ImageSource):
+    """A ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels``.
+
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) uint8 with one or three channels; labels are
+    integers (N,) or (N, 1). An optional ``class_names`` holds strings. MedMNIST's files are read
+    as they are (their validation split is left out).
+
+    Args:
+        path: The file, absolute or relative to ``FULGURITE_DATA``.
+        train_limit: Keep at most this many training images, balanced by class.
+        test_limit: Keep at most this many test images, balanced by class.
+        seed: Seed of these choices.
+    """
+
+    _NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
+    def __init__(
+        self,
+        path: str,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train_limit, test_limit, seed)
+        self.path = path
+        self._sizes: tuple[int, int, tuple[int, int]] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self._peek()[0]
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return self._peek()[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+        return self._peek()[2]
+
+    def _get(self, name: str) -> Any:  # noqa: ANN401 - an array of any type
+        path = data_path(self.path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return file[name] if name in file.files else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"The array {name} of {path} cannot be read: {error}.",
+                "Write the file again with `numpy.savez` (no object arrays).",
+            ) from error
+
+    def _need(self, name: str) -> Any:  # noqa: ANN401 - an array of any type
+        array = self._get(name)
+        if array is None:
+            raise DataError(
+                f"There is no array {name} in {self.path}.",
+                f"Save the arrays {', '.join(self._NAMES)}.",
+            )
+        return array
+
+    def _class_names(self) -> tuple[str, ...]:
+        names = self._get("class_names")
+        if names is not None:
+            return tuple(str(name) for name in names)
+        labels = self._need("train_labels")
+        if labels.dtype.kind not in "iu" or not labels.size:
+            raise DataError(
+                f"The train labels of {self.path} are {labels.size} values of type {labels.dtype}.",
+                "Save one integer class number per image.",
+            )
+        return tuple(str(c) for c in range(int(labels.max()) + 1))
+
+    def _peek(self) -> tuple[int, int, tuple[int, int]]:
+        if self._sizes is None:
+            shape = _channels_first(self._shape("test_images"), self.path)
+            self._sizes = len(self._class_names()), shape[1], (shape[2], shape[3])
+        return self._sizes
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Read only the header of an array."""
+        path = data_path(self.path)
+        try:
+            with zipfile.ZipFile(path) as file, file.open(f"{name}.npy") as array:
+                version = np.lib.format.read_magic(array)
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                return tuple(read(array)[0])
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            return tuple(self._need(name).shape)  # names the problem, if there is one
+
+    def read(self) -> ImageArrays:
+        """Return all images."""
+        arrays = []
+        for name in self._NAMES:
+            array = self._need(name)
+            if name.endswith("images"):
+                order = _channels_first(array.shape, self.path, axes=True)
+                array = array[:, None] if array.ndim == 3 else array.transpose(order)
+            elif array.ndim == 2 and array.shape[1] == 1:
+                array = array[:, 0]  # MedMNIST
+            if array.dtype.kind not in "iuf" or array.dtype == np.uint64:
+                raise DataError(
+                    f"The array {name} of {self.path} holds {array.dtype}.",
+                    "Save images as uint8 and labels as integers.",
+                )
+            arrays.append(torch.from_numpy(np.ascontiguousarray(array)))
+        return ImageArrays(*arrays, class_names=self._class_names())
+
+
+def _channels_first(shape: tuple[int, ...], path: str, axes: bool = False) -> tuple[int, ...]:
+    """Return a shape as (N, C, H, W), or the axes that bring an array to it."""
+    if len(shape) == 3:
+        return (shape[0], 1, shape[1], shape[2])
+    if len(shape) == 4 and shape[3] in (1, 3):
+        return (0, 3, 1, 2) if axes else (shape[0], shape[3], shape[1], shape[2])
+    if len(shape) == 4 and shape[1] in (1, 3):
+        return (0, 1, 2, 3) if axes else shape
+    raise DataError(
+        f"The images of {path} have the shape {shape}.",
+        "Save images as (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels.",
+    )

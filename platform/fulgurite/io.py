@@ -1,0 +1,252 @@
+"""Files that are safe to write and safe to read: atomic writes, checksums, restricted pickles."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from fulgurite.errors import DataError
+
+__all__ = [
+    "NUMPY_GLOBALS",
+    "atomic_write",
+    "cache_folder",
+    "checksum",
+    "data_path",
+    "restricted_load",
+    "sha256",
+    "verify_checksum",
+    "verify_sha256",
+]
+
+#: What a pickle of NumPy arrays needs, as (module, name) in the pickle -> (module, name) today.
+NUMPY_GLOBALS: Mapping[tuple[str, str], tuple[str, str]] = {
+    **{
+        (f"numpy.{core}.multiarray", name): ("numpy._core.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    },
+    ("numpy", "ndarray"): ("numpy", "ndarray"),
+    ("numpy", "dtype"): ("numpy", "dtype"),
+    ("_codecs", "encode"): ("_codecs", "encode"),  # bytes, in protocols 0 to 2
+}
+
+_DIGEST_BY_LENGTH = {32: "md5", 64: "sha256"}
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` if the block succeeds, and vanishes if not.
+
+    The block may create a file or a folder there. A file replaces what was there before; a folder
+    does so only if the old one is empty. Parents are created.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(Path(folder) / "a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     (Path(folder) / "a.txt").read_text()
+        'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:  # else a power cut may leave the new name on empty contents
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                temporary.unlink()
+        raise
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that finds only the named globals."""
+
+    def __init__(
+        self, file: IO[bytes], allowed: Mapping[tuple[str, str], tuple[str, str]], encoding: str
+    ) -> None:
+        super().__init__(file, encoding=encoding)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - any global
+        if (module, name) not in self._allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(*self._allowed[module, name])
+
+
+def restricted_load(
+    file: IO[bytes],
+    *,
+    allowed: Mapping[tuple[str, str], tuple[str, str]] = NUMPY_GLOBALS,
+    name: str = "",
+    encoding: str = "bytes",
+) -> Any:  # noqa: ANN401 - a pickle holds anything
+    """Read a pickle that may name only the ``allowed`` globals, so that it can run no other code.
+
+    Args:
+        file: The open pickle.
+        allowed: (module, name) in the pickle -> (module, name) to load instead.
+        name: What errors call the file; its own name if empty.
+        encoding: How Python 2 strings are read (``bytes`` leaves them undecoded).
+
+    Raises:
+        DataError: The pickle names another global, is truncated, or is no pickle.
+
+    Example:
+        >>> import io
+        >>> restricted_load(io.BytesIO(pickle.dumps({"a": [1, 2]})))
+        {'a': [1, 2]}
+    """
+    name = name or str(getattr(file, "name", "the stream"))
+    try:
+        return _RestrictedUnpickler(file, allowed, encoding).load()
+    except Exception as error:  # a damaged pickle raises nearly any exception
+        raise DataError(
+            f"The pickle {name} was refused: {error or type(error).__name__}.",
+            "Fetch the original file again; if it is another format, use the reader made for it.",
+        ) from error
+
+
+def checksum(path: str | Path, algorithm: str = "sha256") -> str:
+    """Return the hexadecimal digest of a file.
+
+    Raises:
+        DataError: The file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "a").write_bytes(b"abc")
+        ...     checksum(Path(folder) / "a", "md5")
+        '900150983cd24fb0d6963f7d28e17f72'
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, algorithm).hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"The file {path} cannot be read ({error.strerror}).",
+            "Give the path of a readable file.",
+        ) from error
+
+
+def sha256(path: str | Path) -> str:
+    """Return the hexadecimal SHA-256 digest of a file.
+
+    Raises:
+        DataError: The file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "a").write_bytes(b"abc")
+        ...     sha256(Path(folder) / "a")[:16]
+        'ba7816bf8f01cfea'
+    """
+    return checksum(path)
+
+
+def verify_checksum(path: str | Path, expected: str) -> None:
+    """Check a file against a digest, an MD5 or a SHA-256 by its length.
+
+    Raises:
+        DataError: The digest differs or has no known length, or the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "a").write_bytes(b"abc")
+        ...     verify_checksum(Path(folder) / "a", "900150983cd24fb0d6963f7d28e17f72")
+    """
+    expected = expected.strip().lower()
+    algorithm = _DIGEST_BY_LENGTH.get(len(expected))
+    if algorithm is None:
+        raise DataError(
+            f"The checksum {expected!r} is neither an MD5 (32 digits) nor a SHA-256 (64 digits).",
+            "Give the hexadecimal digest, or `null` to check nothing.",
+        )
+    found = checksum(path, algorithm)
+    if found != expected:
+        raise DataError(
+            f"The {algorithm} of {path} is {found}, not {expected}: the file is damaged or another "
+            "one.",
+            "Fetch it again, or give the checksum of the file that is meant.",
+        )
+
+
+def verify_sha256(path: str | Path, expected: str) -> None:
+    """Check a file against its SHA-256 digest.
+
+    Raises:
+        DataError: The digest differs or is no SHA-256, or the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "a").write_bytes(b"abc")
+        ...     verify_sha256(Path(folder) / "a", sha256(Path(folder) / "a"))
+    """
+    if len(expected.strip()) != 64:
+        raise DataError(
+            f"The checksum {expected!r} is no SHA-256 (64 hexadecimal digits).",
+            "Give the SHA-256 of the file.",
+        )
+    verify_checksum(path, expected)
+
+
+def data_path(path: str | Path) -> Path:
+    """Return an existing data file: an absolute path, or one relative to ``FULGURITE_DATA``.
+
+    Raises:
+        DataError: The path is relative and ``FULGURITE_DATA`` is not set, or nothing is there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     data_path(folder) == Path(folder)
+        True
+    """
+    path = Path(path).expanduser()
+    if not path.is_absolute():
+        root = os.environ.get("FULGURITE_DATA")
+        if not root:
+            raise DataError(
+                f"The data path {path} is relative and FULGURITE_DATA is not set.",
+                "Set FULGURITE_DATA to the folder that holds the data, or give an absolute path.",
+            )
+        path = Path(root).expanduser() / path
+    if not path.exists():
+        raise DataError(
+            f"There is no data at {path}.",
+            "Put it there, or point FULGURITE_DATA (or the `path` of the source) to it.",
+        )
+    return path.absolute()
+
+
+def cache_folder() -> Path:
+    """Return the folder of derived files: ``FULGURITE_CACHE``, else ``~/.cache/fulgurite``.
+
+    Example:
+        >>> cache_folder().is_absolute()
+        True
+    """
+    root = os.environ.get("FULGURITE_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "fulgurite").absolute()
