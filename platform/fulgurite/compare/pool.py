@@ -1,0 +1,132 @@
+"""Persistent worker processes that may be killed without losing the comparison."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fulgurite.compare.worker import Job, Outcome, serve
+
+__all__ = ["run_jobs"]
+
+_POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its process is asked as well
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Iterator[Outcome]:
+    """Run jobs in parallel and yield each outcome as it comes.
+
+    A worker that crashes or is killed costs its own job only: the job is reported as failed and a
+    new worker takes the next one. Leaving the iterator early ends all workers.
+
+    Args:
+        jobs: What to run, in this order.
+        workers: Number of processes.
+        runner: ``module:function`` that runs a command line.
+    """
+    waiting = list(reversed(jobs))
+    # Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
+    inherited = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    before = {key: os.environ.get(key) for key in inherited}
+    os.environ.update(inherited)
+    crew: list[_Worker] = []
+    try:
+        crew.extend(_Worker(runner) for _ in range(min(workers, len(jobs))))
+        for worker in crew:
+            worker.start(waiting.pop())
+        while busy := [worker for worker in crew if worker.job]:
+            handles = [h for w in busy for h in (w.connection, w.process.sentinel)]
+            multiprocessing.connection.wait(handles, timeout=_POLL)
+            for worker in busy:
+                outcome = worker.poll()
+                if outcome is None:
+                    continue
+                if waiting:  # before the yield: the caller's work must not idle the worker
+                    worker.start(waiting.pop())
+                yield outcome
+    finally:
+        for worker in crew:
+            worker.end()
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+class _Worker:
+    """One process, replaced by a new one when it dies."""
+
+    def __init__(self, runner: str) -> None:
+        self.runner = runner
+        self.job: Job | None = None
+        self._spawn()
+
+    def _spawn(self) -> None:
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # fork would inherit torch's threads and locks
+        self.connection: Any
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, self.runner), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def start(self, job: Job) -> None:
+        self.job, self.since = job, time.monotonic()
+        if not self.process.is_alive():
+            self._replace()
+        try:
+            self.connection.send(job)
+        except OSError:
+            self._replace()
+            self.connection.send(job)
+
+    def poll(self) -> Outcome | None:
+        """The outcome of the current job, if it has one by now."""
+        assert self.job is not None
+        alive = self.process.is_alive()  # asked first: a last message before death still counts
+        outcome: Outcome | None = None
+        try:
+            if self.connection.poll():
+                outcome = self.connection.recv()
+        except (EOFError, OSError):
+            alive = False
+        if outcome is None and not alive:
+            seconds = time.monotonic() - self.since
+            outcome = Outcome(self.job.id, error=self._death(), seconds=seconds)
+            self._replace()
+        if outcome is not None:
+            self.job = None
+        return outcome
+
+    def _death(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"the worker process was killed by {signal.Signals(-code).name}"
+        return f"the worker process ended with exit status {code}"
+
+    def _replace(self) -> None:
+        self._kill()
+        self._spawn()
+
+    def _kill(self) -> None:
+        pid = self.process.pid
+        with suppress(OSError):
+            os.killpg(pid, signal.SIGKILL) if pid and hasattr(os, "killpg") else None
+        self.process.kill()
+        self.process.join(5)
+        self.connection.close()
+
+    def end(self) -> None:
+        if self.job is None and self.process.is_alive():
+            with suppress(OSError):
+                self.connection.send(None)
+            self.process.join(5)
+        self._kill()

@@ -1,0 +1,161 @@
+"""The worker process of a comparison: it imports once and runs cell after cell."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Job", "Outcome", "serve", "work"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does for one cell.
+
+    Args:
+        id: Name of the cell.
+        commands: Command lines, run one after the other.
+        run_dir: Folder of the run, from which the metrics are read.
+        log: File that receives the output.
+        metric: A metric that must be there in the end.
+    """
+
+    id: str
+    commands: list[list[str]]
+    run_dir: Path
+    log: Path
+    metric: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell: metrics, or an error."""
+
+    id: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    seconds: float = 0.0
+
+
+def serve(connection: Any, runner: str) -> None:  # noqa: ANN401 - mp's Connection is not generic
+    """Run jobs until None arrives or the other side is gone.
+
+    Args:
+        connection: End of a pipe: jobs arrive, outcomes leave.
+        runner: ``module:function`` that takes a command line and returns an exit code.
+    """
+    _leave_with_parent()
+    while True:
+        try:
+            job = connection.recv()
+        except (EOFError, OSError):
+            return
+        if job is None:
+            return
+        connection.send(work(job, runner))
+
+
+def work(job: Job, runner: str) -> Outcome:
+    """Run the commands of a job with the output in its log; no exception leaves."""
+    start = time.monotonic()
+    error, metrics = "", {}
+    with _output_in(job.log):
+        try:
+            module, _, function = runner.partition(":")
+            main = getattr(importlib.import_module(module), function)
+            _one_thread()
+            for command in job.commands:
+                print("$ fulgurite", *command, flush=True)
+                code = main(list(command))
+                if code:
+                    error = f"`fulgurite {command[0]}` ended with exit status {code}"
+                    break
+            else:
+                metrics = read_metrics(job.run_dir)
+                if job.metric not in metrics:
+                    error = f"the run has no metric {job.metric!r} (it has: {', '.join(metrics)})"
+        except SystemExit as leave:
+            error = f"the command line ended with exit status {leave.code}"
+        except BaseException as problem:  # one cell must not end the others
+            traceback.print_exc()
+            error = f"{type(problem).__name__}: {problem}"
+        if error:
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+        _tidy()
+    return Outcome(job.id, metrics, error, time.monotonic() - start)
+
+
+def read_metrics(run_dir: Path) -> dict[str, float]:
+    """Metrics of a run folder: those of ``fit``, then those of ``test`` over them."""
+    metrics: dict[str, float] = {}
+    for name in ("summary.json", "test_metrics.json"):
+        if (run_dir / name).is_file():
+            found = json.loads((run_dir / name).read_text(encoding="utf-8"))
+            metrics.update({k: float(v) for k, v in found.items() if isinstance(v, int | float)})
+    return metrics
+
+
+def _leave_with_parent() -> None:
+    """Lead an own process group, and end it when the driver is gone (even by kill -9)."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C reaches the driver alone, which ends the group of each worker
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _one_thread() -> None:
+    """Cells share the cores by processes; torch's own threads would only be in the way."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _tidy() -> None:
+    if "wandb" in sys.modules:
+        with suppress(Exception):
+            sys.modules["wandb"].finish()
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+    gc.collect()
+
+
+@contextmanager
+def _output_in(log: Path) -> Iterator[None]:
+    """Send file descriptors 1 and 2 to a file, so that child processes write there too."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
+    with log.open("wb", buffering=0) as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            for stream, _ in saved:
+                os.dup2(file.fileno(), stream)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, copy in saved:
+                os.dup2(copy, stream)
+                os.close(copy)

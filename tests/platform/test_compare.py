@@ -1,0 +1,438 @@
+"""The comparison: its file, its workers, its records and its statistics."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from fulgurite import compare
+from fulgurite.compare.driver import main
+from fulgurite.compare.plan import read_plan
+from fulgurite.compare.stats import paired, spread
+from fulgurite.errors import ConfigError
+
+RUNNER = """
+import json, os, pathlib, sys, time
+
+LOADED = os.getpid()
+
+
+def main(argv):
+    command, options = argv[0], {}
+    words = argv[1:]
+    while words:
+        word = words.pop(0)
+        key, eq, value = word[2:].partition("=")
+        options.setdefault(key, value if eq else words.pop(0))
+    run = pathlib.Path(options["run.dir"])
+    with open(os.environ["RUNS"], "a") as file:
+        print(command, run.name, os.getpid(), file=file)
+    print("hello from", command)
+    os.system("echo hello from a child")
+    seed, method, p = int(options["seed_everything"]), options["method"], float(options["p"])
+    if command == "test":
+        assert options["ckpt_path"] == "last"
+        metrics = {"test/acc": VALUES[method] - p + SEED[seed]}
+        (run / "test_metrics.json").write_text(json.dumps(metrics))
+        return 0
+    run.mkdir(parents=True)
+    time.sleep(float(options.get("sleep", 0)))
+    trouble = options.get("trouble") if os.environ.get("TROUBLE") != "off" else None
+    if trouble == "raise":
+        raise ValueError("the loss is a potato")
+    if trouble == "exit":
+        sys.exit(2)
+    if trouble == "status":
+        return 3
+    if trouble == "kill":
+        os.kill(os.getpid(), 9)
+    if trouble == "nothing":
+        (run / "summary.json").write_text("{}")
+        return 0
+    (run / "summary.json").write_text(json.dumps({"train/loss": 0.5, "test/acc": -1.0}))
+    return 0
+
+
+VALUES = {"a": 0.9, "b": 0.95, "c": 0.5}
+SEED = {0: 0.01, 1: -0.02, 2: 0.03}
+"""
+
+FILE = {
+    "title": "A title",
+    "config": "base.yaml",
+    "methods": {
+        "a": {"label": "Method A", "args": {"method": "a"}},
+        "b": {"label": "Method B", "args": {"method": "b"}},
+        "c": {"args": {"method": "c"}},
+    },
+    "settings": {"p": {"key": "p", "values": [0.25, 0.5]}},
+    "seeds": [0, 1, 2],
+    "seed_keys": ["seed_everything"],
+    "baseline": "a",
+    "quick": {"seeds": [0], "methods": ["a", "b"], "settings": {"p": [0.5]}},
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a runner module, a configuration and a function that writes the file."""
+    (tmp_path / "fake_runner.py").write_text(RUNNER)
+    (tmp_path / "base.yaml").write_text("model: some\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs.txt"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(place: Path, **changes) -> str:
+    path = place / "compare.yaml"
+    path.write_text(yaml.safe_dump({**FILE, **changes}, sort_keys=False))
+    return str(path)
+
+
+def go(file: str, **options) -> compare.Comparison:
+    return compare.run(
+        file, **{"workers": 2, "out": "out", "runner": "fake_runner:main", **options}
+    )
+
+
+def runs(place: Path) -> list[list[str]]:
+    return [line.split() for line in (place / "runs.txt").read_text().splitlines()]
+
+
+def test_grid_runs_once_and_is_rendered(place, capsys):
+    comparison = go(write(place))
+    assert len(comparison.results) == 18
+    assert not comparison.failures
+    out = place / "out"
+    names = {p.name for p in out.iterdir()}
+    assert names >= {
+        "table.md",
+        "table.csv",
+        "summary.csv",
+        "figure.png",
+    }
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    # fit then test, in one folder, in at most two processes
+    assert len(runs(place)) == 36
+    assert len({pid for *_, pid in runs(place)}) == 2
+    record = json.loads((out / "results" / "b__p=0.25__seed=1.json").read_text())
+    assert record["metrics"] == {"train/loss": 0.5, "test/acc": pytest.approx(0.95 - 0.25 - 0.02)}
+    assert record["commands"][0][0] == "fit"
+    assert record["commands"][1][-2:] == ["--ckpt_path", "last"]
+    assert "--p=0.25" in record["commands"][0]
+    log = (out / "logs" / "b__p=0.25__seed=1.log").read_text()
+    assert "hello from fit" in log
+    assert "hello from a child" in log
+    assert "hello" not in capsys.readouterr().out
+    # nothing runs a second time, and the tables come back from the records alone
+    before = (out / "table.md").read_text()
+    (out / "table.md").unlink()
+    go(write(place))
+    assert len(runs(place)) == 36
+    assert (out / "table.md").read_text() == before
+
+
+def test_tables_agree_with_numpy(place):
+    comparison = go(write(place))
+    rows = list(csv.DictReader((place / "out" / "summary.csv").open()))
+    cells = list(csv.DictReader((place / "out" / "table.csv").open()))
+    assert len(cells) == 18
+    assert {cell["status"] for cell in cells} == {"finished"}
+
+    def values(method, p):
+        found = {
+            int(c["seed"]): float(c["test/acc"])
+            for c in cells
+            if (c["method"], c["p"]) == (method, p)
+        }
+        return np.array([found[s] for s in (0, 1, 2)])
+
+    for row in rows:
+        ours, base = values(row["method"], row["p"]), values("a", row["p"])
+        assert float(row["mean"]) == pytest.approx(ours.mean())
+        assert float(row["std"]) == pytest.approx(ours.std(ddof=1))
+        if row["method"] == "a":
+            assert row["difference"] == ""
+            continue
+        assert float(row["difference"]) == pytest.approx((ours - base).mean())
+        assert float(row["difference_se"]) == pytest.approx(stats.sem(ours - base), abs=1e-12)
+    text = comparison.markdown()
+    assert "| Method B | **0.7067 ± 0.0252** ▲ | **0.4567 ± 0.0252** ▲ |" in text
+    assert "| Method A | 0.6567 ± 0.0252 | 0.4067 ± 0.0252 |" in text
+    assert "| c | 0.2567 ± 0.0252 ▼ |" in text
+    assert "| Method B | +0.0500 ± 0.0000 (n=3) |" in text
+
+
+def test_spread_and_paired_against_scipy():
+    rng = np.random.default_rng(0)
+    ours, base = rng.normal(size=7), rng.normal(size=7)
+    assert spread(list(ours)).mean == pytest.approx(ours.mean())
+    assert spread(list(ours)).std == pytest.approx(ours.std(ddof=1))
+    found = paired(dict(enumerate(ours)), dict(enumerate(base)))
+    assert found.mean / found.error == pytest.approx(stats.ttest_rel(ours, base).statistic)
+    assert found.verdict == ("ties" if abs(found.mean) <= 2 * found.error else "beats")
+
+
+@pytest.mark.parametrize(
+    ("ours", "mode", "verdict"),
+    [
+        ({0: 1.0, 1: 1.1, 2: 1.2}, "max", "beats"),
+        ({0: 1.0, 1: 1.1, 2: 1.2}, "min", "loses"),
+        ({0: 0.1, 1: -0.1, 2: 0.0}, "max", "ties"),
+        ({0: 0.0, 1: 0.0, 2: 0.0}, "max", "ties"),
+        ({0: 5.0}, "max", ""),
+        ({7: 5.0}, "max", ""),
+        ({0: math.nan, 1: 1.0}, "max", ""),
+    ],
+)
+def test_verdicts(ours, mode, verdict):
+    assert paired(ours, {0: 0.0, 1: 0.0, 2: 0.0}, mode=mode).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("raise", "ValueError: the loss is a potato"),
+        ("exit", "exit status 2"),
+        ("status", "exit status 3"),
+        ("kill", "killed by SIGKILL"),
+    ],
+)
+def test_a_failing_cell_harms_no_other(place, monkeypatch, trouble, says):
+    bad = {"label": "bad", "args": {"method": "c", "trouble": trouble}}
+    file = write(place, methods={**FILE["methods"], "c": bad}, seeds=[0, 1])
+    comparison = go(file)
+    assert len(comparison.results) == 8
+    assert len(comparison.failures) == 4
+    assert all(says in failure["error"] for failure in comparison.failures.values())
+    failed = place / "out" / "failed"
+    log = (failed / "c__p=0.25__seed=0.log").read_text()
+    assert "hello from fit" in log
+    assert trouble != "raise" or "Traceback" in log
+    assert "- `c__p=0.25__seed=0`: " in comparison.markdown()
+    # failed cells wait until they are asked for
+    count = len(runs(place))
+    monkeypatch.setenv("TROUBLE", "off")
+    go(file)
+    assert len(runs(place)) == count
+    mended = go(file, retry_failed=True)
+    assert len(mended.results) == 12
+    assert not mended.failures
+    assert not list(failed.iterdir())
+
+
+def test_a_missing_metric_is_a_failure(place):
+    comparison = go(write(place, metric="test/f1", seeds=[0]), only=["a", "p=0.5"])
+    (failure,) = comparison.failures.values()
+    assert "no metric 'test/f1'" in failure["error"]
+    assert "test/acc" in failure["error"]
+
+
+def test_a_killed_comparison_goes_on_where_it_was(place):
+    file = write(place, args={"sleep": 0.4}, seeds=[0, 1])
+    command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]
+    command += ["--runner=fake_runner:main"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        process.kill()
+    assert "[3/12]" in lines[2]
+    finished = {path.stem for path in (place / "out" / "results").glob("*.json")}
+    assert len(finished) >= 2
+    deadline = time.monotonic() + 10  # the workers end with their driver
+    workers = {int(pid) for *_, pid in runs(place)}
+    while time.monotonic() < deadline and any(map(_alive, workers)):
+        time.sleep(0.05)
+    assert not any(map(_alive, workers))
+    comparison = go(file)
+    assert len(comparison.results) == 12
+    fits = [name for command, name, _ in runs(place) if command == "fit"]
+    assert all(fits.count(name) == 1 for name in finished)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_worker_killed_from_outside_costs_one_cell(place):
+    file = write(place, args={"sleep": 0.5}, seeds=[0])
+    script = "import sys; from fulgurite.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "compare", file, "--workers=1", "--out=out"]
+    command += ["--runner=fake_runner:main"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.1)
+        os.kill(int(runs(place)[0][2]), signal.SIGKILL)
+        rest = process.stdout.read()
+    assert process.returncode == 1
+    assert "killed by SIGKILL" in rest
+    assert len(list((place / "out" / "results").glob("*.json"))) == 5
+    assert len({pid for *_, pid in runs(place)}) == 2
+
+
+def test_changed_definitions_run_again_and_unchanged_ones_do_not(place):
+    file = write(place, seeds=[0])
+    go(file)
+    assert len(runs(place)) == 12
+    go(write(place, seeds=[0, 1]))  # more seeds: the old cells stay
+    assert len(runs(place)) == 24
+    changed = {**FILE["methods"], "a": {"args": {"method": "a", "lr": 0.5}}}
+    go(write(place, seeds=[0, 1], methods=changed))
+    assert [name[0] for _, name, _ in runs(place)[24:]] == ["a"] * 8
+    assert len(list((place / "out" / "outdated").iterdir())) == 4
+    (place / "base.yaml").write_text("# a comment\nmodel: some\n")
+    go(write(place, seeds=[0, 1], methods=changed))
+    assert len(runs(place)) == 32
+    (place / "base.yaml").write_text("model: another\n")
+    go(write(place, seeds=[0, 1], methods=changed))
+    assert len(runs(place)) == 56
+
+
+def test_only_quick_and_dry_run(place, capsys):
+    file = write(place)
+    assert main([file, "--dry-run", "--only", "a", "b", "p=0.5", "seed=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    base = str(place / "base.yaml")
+    assert lines[0] == f"fulgurite fit --config {base} --method=a --p=0.5 --seed_everything=1"
+    assert len(lines) == 2
+    options = ["--runner=fake_runner:main", "--workers=2", "--out=out"]
+    assert main([file, "--quick", *options]) == 0
+    assert "2 of 2 cells finished" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="method=z"):
+        go(file, only=["z"])
+
+
+def test_two_comparisons_do_not_share_a_folder(place):
+    import fcntl
+
+    file = write(place)
+    (place / "out").mkdir()
+    with (place / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="Another comparison"):
+            go(file)
+
+
+def test_later_layers_win_and_come_last(place):
+    methods = {"m": {"args": {"model.method": "B", "model.method.x": 1, "q": [1, 2]}}}
+    noise = {"none": {}, "half": {"p": 0.5, "q": None}}
+    settings = {"noise": noise, "k": {"key": "k", "values": [1]}}
+    file = write(
+        place, methods=methods, settings=settings, args={"model.method": "A"}, baseline="m"
+    )
+    half = read_plan(file).cells()[1]
+    assert half.id == "m__noise=half__k=1__seed=0"
+    assert half.options[2:] == (
+        "--model.method=B",
+        "--model.method.x=1",
+        "--p=0.5",
+        "--q=null",
+        "--k=1",
+        "--seed_everything=0",
+    )
+
+
+def test_quick_changes(place):
+    quick = {
+        "methods": {"b": {"args": {"rounds": 2}}},
+        "settings": {"p": {"small": {"p": 0.1}}},
+        "args": {"epochs": 1},
+    }
+    plan = read_plan(write(place, quick=quick), quick=True)
+    assert plan.methods["b"].args == {"method": "b", "rounds": 2}
+    assert plan.methods["b"].label == "Method B"
+    assert plan.settings == {"p": {"small": {"p": 0.1}}}
+    assert plan.args == {"epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"metods": {}}, "Did you mean 'methods'"),
+        ({"methods": {"a": {"arg": {}}}}, "Did you mean 'args'"),
+        ({"methods": {}}, "needs 'methods'"),
+        ({"methods": {"a b": {}}}, "'a b'"),
+        ({"methods": [1]}, "methods is not a mapping"),
+        ({"baseline": "bb"}, "Did you mean 'b'"),
+        ({"mode": "most"}, "mode is 'most'"),
+        ({"after_fit": "fit"}, "after_fit is 'fit'"),
+        ({"seeds": [1, 1]}, "seeds is"),
+        ({"seeds": "three"}, "seeds is"),
+        ({"seed_keys": "seed"}, "seed_keys is not a list"),
+        ({"settings": {"p": {}}}, "settings.p has no values"),
+        ({"settings": {"p": {"key": "p", "values": 3}}}, "settings.p.values"),
+        ({"settings": {"p": {"x y": {"p": 1}, "x-y": {"p": 2}}}}, "same file name"),
+        ({"args": {"--lr": 1}}, "dotted"),
+        ({"config": "bas.yaml"}, "bas.yaml"),
+        ({"quick": {"sead": 1}}, "Did you mean 'seeds'"),
+        ({"quick": {"methods": ["zz"]}}, "quick.methods names 'zz'"),
+        ({"quick": {"settings": {"p": [0.7]}}}, "quick.settings.p names '0.7'"),
+        ({"quick": {"methods": ["b"]}}, "baseline 'a'"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        read_plan(write(place, **changes), quick="quick" in changes).cells()
+
+
+def test_mistakes_around_the_file(place):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        read_plan("nowhere.yaml")
+    (place / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        read_plan("broken.yaml")
+    with pytest.raises(ConfigError, match="--workers is 0"):
+        go(write(place), workers=0)
+
+
+def test_two_axes_and_no_axis_are_drawn(place):
+    splits = {"iid": {}, "shards": {"s": 1}}
+    settings = {"p": {"key": "p", "values": [0.1]}, "split": splits}
+    go(write(place, settings=settings, seeds=[0]), out="two")
+    methods = {m: {"args": {"method": m, "p": 0.1}} for m in "ab"}
+    comparison = go(write(place, settings={}, methods=methods, mode="min"), out="none")
+    assert (place / "two" / "figure.png").stat().st_size > 5000
+    assert (place / "none" / "figure.png").stat().st_size > 5000
+    assert "| a | **0.8067 ± 0.0252** |" in comparison.markdown()
+    assert "| b | 0.8567 ± 0.0252 ▼ |" in comparison.markdown()
+
+
+def test_report(place, capsys):
+    go(write(place, seeds=[0, 1]))
+    (place / "out" / "figure.png").unlink()
+    capsys.readouterr()
+    assert compare.report_main(["out"]) == 0
+    assert "| Method B |" in capsys.readouterr().out
+    assert (place / "out" / "figure.png").is_file()
+    run = place / "run"
+    (run / "figures").mkdir(parents=True)
+    (run / "figures" / "noise.png").touch()
+    (run / "config.yaml").write_text(
+        "seed_everything: 3\nrun: {system: fedsir, name: digits}\nmodel: {class_path: some.Model}\n"
+    )
+    (run / "metrics.csv").write_text("epoch,val/acc\n0,0.5\n1,0.75\n")
+    assert compare.report_main([str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "# fedsir/digits" in text
+    assert "some.Model" in text
+    assert "| val/acc | 0.75 |" in text
+    assert "noise.png" in text
+    with pytest.raises(ConfigError, match="neither a comparison"):
+        compare.report_main([str(place)])
