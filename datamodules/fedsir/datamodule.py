@@ -21,7 +21,7 @@ from fulgurite.datamodules.fedsir.partition import Partition, check_partition
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.sampling import UnrepeatedDistributedSampler
+from fulgurite.sampling import EveryRankSampler, UnrepeatedDistributedSampler
 
 __all__ = ["EvaluationLabels", "FederatedDataModule", "ImageBatches"]
 
@@ -157,6 +157,8 @@ class FederatedDataModule(L.LightningDataModule):
         self.std = std
         self.seed = seed
         self.reveal_true_labels = reveal_true_labels
+        #: Slots of a round on each rank; the rounds engine sets it.
+        self.train_slots = clients
         self._ready = False
         self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -312,15 +314,20 @@ class FederatedDataModule(L.LightningDataModule):
             batch_size=self.eval_batch_size,
             sampler=UnrepeatedDistributedSampler(len(data)),
             collate_fn=_whole_batch,
+            generator=torch.Generator(),  # evaluation leaves the run's randomness alone
         )
 
     def train_dataloader(self) -> Any:  # noqa: ANN401 - Lightning's TRAIN_DATALOADERS
-        """Return the loader of client slots."""
-        return self.slots_loader()
+        """Return a loader of slot numbers: a slot is the turn of one client, or of a group.
 
-    def slots_loader(self) -> Any:  # noqa: ANN401 - Lightning's TRAIN_DATALOADERS
-        """Return a loader whose batches are clients' turns."""
-        raise NotImplementedError
+        Which client that is, and with which labels, is decided when its turn comes; every rank
+        has equally many slots, since ranks with unequal batch counts would wait for each other.
+        """
+        return DataLoader(
+            range(self.train_slots),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=EveryRankSampler(self.train_slots),
+        )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return (images, true labels, index) batches of the validation split, if there is one."""

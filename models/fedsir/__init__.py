@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ramp,
         selective_distillation,
     )
+    from fulgurite.models.fedsir.module import FederatedClassifier
     from fulgurite.models.fedsir.network import (
         DigitsNet,
         FeatureNetwork,
@@ -65,6 +66,7 @@ _MODULES = {
         "ramp",
         "selective_distillation",
     ),
+    "module": ("FederatedClassifier",),
     "network": ("DigitsNet", "FeatureNetwork", "ResNet18", "ResNet34", "ResNet50", "SmallCNN"),
     "relabeling": (
         "ClientReference",

@@ -7,7 +7,7 @@ import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ __all__ = ["run_jobs"]
 _POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its process is asked as well
 
 
-def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Iterator[Outcome]:
+def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Generator[Outcome, None, None]:
     """Run jobs in parallel and yield each outcome as it comes.
 
     A worker that crashes or is killed costs its own job only: the job is reported as failed and a

@@ -115,7 +115,7 @@ def _summary_csv(comparison: Comparison) -> str:
         for setting in plan.grid:
             entry = comparison.entry(method.id, setting)
             values, diff = entry.spread, entry.paired
-            row = [method.id, method.label, *(v for _, v in setting), plan.metric]
+            row: list[Any] = [method.id, method.label, *(v for _, v in setting), plan.metric]
             row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
             if diff is not None:
                 row += [diff.n, _number(diff.mean), _number(diff.error), diff.verdict]

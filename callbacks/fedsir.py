@@ -1,0 +1,345 @@
+"""Federated rounds: when clients train, when a method acts, and what is recorded.
+
+Axes: K clients, N samples, C classes, P flat state size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from fulgurite.errors import ConfigError
+from fulgurite.logging import log_figure
+from fulgurite.models.fedsir.federation import ClientStates, Federation, keyed_generator
+from fulgurite.models.fedsir.methods import FederatedMethod
+from fulgurite.models.fedsir.module import FederatedClassifier
+from fulgurite.plotting import heatmap, new_figure
+
+__all__ = ["FederatedRounds"]
+
+
+class FederatedRounds(Callback):
+    """Runs a federated method: an epoch is a round, a batch is one client's local training.
+
+    Under ``--trainer.strategy=federated`` the clients are spread over the ranks; the global
+    weights are the same bit for bit for any number of ranks. Everything that the rounds depend
+    on is in the checkpoint, so a run that was killed goes on as if it had not been.
+
+    The method never sees true labels; this callback reads ``datamodule.evaluation`` where there
+    is one, to report how well clients were identified and labels mended.
+
+    Args:
+        participation: Share of the clients sampled in each round, at least one.
+        dropout: Probability that a sampled client fails to report in a round; if all fail, the
+            first of them reports after all.
+        figures: Draw figures when training ends.
+
+    Raises:
+        ConfigError: A share is out of range, or the model, data or trainer are not federated.
+
+    Source: FedSIR, arXiv 2604.20825, section 1; participation, dropout and ranks: inferred.
+    """
+
+    def __init__(
+        self, participation: float = 1.0, dropout: float = 0.0, figures: bool = True
+    ) -> None:
+        if not 0 < participation <= 1:
+            raise ConfigError(
+                f"FederatedRounds.participation={participation} is not in (0, 1].",
+                "Give the share of clients in a round, e.g. 0.1.",
+            )
+        if not 0 <= dropout < 1:
+            raise ConfigError(
+                f"FederatedRounds.dropout={dropout} is not in [0, 1).",
+                "Give the probability that a client fails to report, e.g. 0.1.",
+            )
+        self.participation, self.dropout, self.figures = participation, dropout, figures
+        self.history: list[dict[str, Any]] = []
+        self._resumed: dict[str, Any] | None = None
+        self._states: ClientStates = {}
+        self._clients: list[int] = []
+        self._groups: list[list[int]] = []
+
+    # --- start ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that model, data and strategy fit, and size the rounds."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, FederatedClassifier):
+            raise ConfigError(
+                f"FederatedRounds cannot drive a {type(pl_module).__name__}.",
+                "Use model.class_path=fulgurite.models.fedsir.FederatedClassifier.",
+            )
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "client_images"):
+            raise ConfigError(
+                f"{type(data).__name__} is not federated: it has no clients.",
+                "Use data.class_path=fulgurite.datamodules.fedsir.FederatedDataModule.",
+            )
+        strategy = type(trainer.strategy).__name__
+        if trainer.world_size > 1 and strategy != "FederatedStrategy":
+            raise ConfigError(
+                f"{strategy} would average the gradients of different clients.",
+                "Use --trainer.strategy=federated.",
+            )
+        if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision):
+            raise ConfigError(
+                f"--trainer.precision={trainer.precision} needs loss scaling, which local "
+                "training does not do.",
+                "Use bf16-mixed or 32-true.",
+            )
+        most = max(1, round(self.participation * data.num_clients))
+        per_rank = -(-most // trainer.world_size)
+        data.train_slots = -(-per_rank // max(1, pl_module.vectorize))
+        pl_module.slot_trainer = self
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the federation; identify clients unless a checkpoint says who is clean."""
+        assert isinstance(pl_module, FederatedClassifier)
+        self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        if self._resumed:
+            seed = self._resumed["seed"]
+        self.method: FederatedMethod = pl_module.method
+        self.fed = Federation(
+            self._data,
+            pl_module.network,
+            pl_module.optimizer,
+            seed=seed,
+            batch_size=pl_module.batch_size,
+            local_epochs=pl_module.local_epochs,
+            autocast=trainer.precision_plugin.forward_context,
+            resident=pl_module.resident,
+            vectorize=pl_module.vectorize,
+        )
+        self._slots = self._data.train_slots
+        self._initial_noise = self._label_noise()
+        if self._resumed:
+            self._data.labels.load_state_dict(self._resumed["labels"])
+            self.method.load_state_dict(_to(self._resumed["method"], self.fed.device))
+            self.fed.traffic.up, self.fed.traffic.down = self._resumed["traffic"]
+            self.history = self._resumed["history"]
+            self._resumed = None
+            return
+        with self._progress(trainer):
+            self.method.before_rounds(self.fed)
+        self.fed.state.write(self.fed.global_state)
+        facts = self._identification()
+        if facts:
+            rank_zero_info(
+                "identification: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items())
+            )
+
+    @contextmanager
+    def _progress(self, trainer: Trainer) -> Iterator[None]:
+        """Show local steps of what runs before the first round; Lightning's bar shows rounds."""
+        if not (trainer.progress_bar_callback and trainer.is_global_zero):
+            yield
+            return
+        from tqdm.auto import tqdm
+
+        with tqdm(desc="Before round 0", unit=" steps", leave=False) as bar:
+            self.fed.on_step = lambda: bar.update() and None
+            yield
+        self.fed.on_step = lambda: None
+
+    # --- a round -------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the method act, choose the round's clients and deal them out to slots."""
+        round = trainer.current_epoch
+        self.fed.global_state = self.fed.state.read()
+        self.method.before_round(self.fed, round)
+        self.fed.state.write(self.fed.global_state)
+        sampled = self._sample(round)
+        self._clients = self._reporting(self.method.participants(self.fed, round, sampled), round)
+        own = self.fed.own(self._clients)
+        size = max(1, self.fed.vectorize)
+        self._groups = [own[i : i + size] for i in range(0, len(own), size)]
+        self._states = {}
+
+    def _sample(self, round: int) -> list[int]:
+        number = max(1, int(self.participation * self.fed.num_clients + 0.5))
+        generator = keyed_generator(self.fed.seed, "participation", round)
+        order = torch.randperm(self.fed.num_clients, generator=generator)
+        return sorted(order[:number].tolist())
+
+    def _reporting(self, clients: list[int], round: int) -> list[int]:
+        if not self.dropout:
+            return clients
+        draws = {
+            k: float(torch.rand((), generator=keyed_generator(self.fed.seed, "drop", round, k)))
+            for k in clients
+        }
+        return [k for k in clients if draws[k] >= self.dropout] or clients[:1]
+
+    def train_slot(self, slot: int) -> Tensor | None:
+        """Train the clients of a slot; after the last, aggregate.
+
+        Returns:
+            The aggregate after the last slot of the round, else None. Shape: (P,).
+        """
+        round = self.fed_round
+        if slot < len(self._groups):
+            self._states |= self.fed.train_own(
+                self._groups[slot],
+                lambda client: self.method.objective(self.fed, client, round),
+                purpose=round,
+            )
+        if slot + 1 < self._slots:
+            return None
+        weights = self.method.weights(self.fed, round, self._clients, self._states)
+        self._weights = weights
+        aggregate = self.fed.average(self._states, weights)
+        self.fed.traffic.up += len(self._clients) * self.fed.state_bytes
+        self.fed.traffic.down += len(self._clients) * self.fed.state_bytes
+        return aggregate
+
+    @property
+    def fed_round(self) -> int:
+        """The current round, counted from 0."""
+        return len(self.history)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last slot: let the method look at the round, and log it."""
+        if batch_idx + 1 < self._slots:
+            return
+        fed, round = self.fed, self.fed_round
+        fed.global_state = fed.state.read()
+        self.method.after_round(fed, round, self._clients, self._states)
+        losses = fed.gather_rows({k: fed.loss_sum[k] for k in self._states}, self._clients)
+        noise = self._label_noise()
+        record = {
+            "clients": self._clients,
+            "weights": [self._weights.get(k, 0.0) for k in range(fed.num_clients)],
+            "noise": noise.tolist() if noise is not None else None,
+        }
+        logged = {
+            "train/loss": float(losses.mean()),
+            "fed/clients": float(len(self._clients)),
+            "fed/bytes_total": float(fed.traffic.up + fed.traffic.down),
+            "fed/bytes_round": float(fed.traffic.up + fed.traffic.down)
+            - (self.history[-1]["bytes"] if self.history else 0.0),
+        }
+        record["bytes"] = logged["fed/bytes_total"]
+        logged |= {f"fed/{name}": value for name, value in self.method.report().items()}
+        logged |= {f"identify/{k}": v for k, v in self._identification().items()}
+        if noise is not None:
+            sizes = fed.sizes.double()
+            logged["fed/label_noise"] = float((noise * sizes).sum() / sizes.sum())
+            noisy = self._data.evaluation.noisy_clients
+            if bool(noisy.any()):
+                logged["fed/label_noise_noisy"] = float(
+                    (noise * sizes)[noisy].sum() / sizes[noisy].sum()
+                )
+        pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1)
+        self.history.append(record)
+        self._states = {}
+
+    # --- evaluation: reads true labels, gives nothing back to the method -----------------------
+
+    def _label_noise(self) -> Tensor | None:
+        """Share of wrong current labels of each client, float64. Shape: (K,)."""
+        evaluation = getattr(self._data, "evaluation", None)
+        if evaluation is None:
+            return None
+        wrong = self.fed.labels.current != evaluation.true
+        return torch.stack([wrong[i].double().mean() for i in self.fed.index])
+
+    def _identification(self) -> dict[str, float]:
+        """Precision and recall of the noisy clients, once the method has split them."""
+        evaluation = getattr(self._data, "evaluation", None)
+        if self.method.clean is None or evaluation is None:
+            return {}
+        found, true = ~self.method.clean.cpu(), evaluation.noisy_clients
+        hits = float((found & true).sum())
+        return {
+            "precision": hits / max(1.0, float(found.sum())) if bool(found.any()) else 1.0,
+            "recall": hits / float(true.sum()) if bool(true.any()) else 1.0,
+            "exact": float(torch.equal(found, true)),
+        }
+
+    # --- checkpoint ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rounds so far, labels, method, traffic and seed; plain types and tensors."""
+        return {
+            "seed": self.fed.seed,
+            "labels": self._data.labels.state_dict(),
+            "method": _to(self.method.state_dict(), torch.device("cpu")),
+            "traffic": [self.fed.traffic.up, self.fed.traffic.down],
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until the federation is built."""
+        self._resumed = dict(state_dict)
+
+    # --- figures -------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw weights and noise per client and round, and a clean and a noisy client."""
+        if not (self.figures and self.history and trainer.is_global_zero):
+            return
+        weights = np.array([r["weights"] for r in self.history]).T
+        noisy = (
+            (~self.method.clean.cpu()).nonzero().flatten().tolist()
+            if self.method.clean is not None
+            else []
+        )
+        has_noise = self.history[0]["noise"] is not None
+        figure, axes = new_figure(1, 1 + has_noise, height=3.6)
+        labels = {"xlabel": "round", "ylabel": "client (bold: identified as noisy)"}
+        heatmap(
+            axes[0, 0], weights, title="weight in the global model", highlight_rows=noisy, **labels
+        )
+        if has_noise:
+            noise = np.array([r["noise"] for r in self.history]).T
+            heatmap(
+                axes[0, 1], noise, title="share of wrong labels", limits=(0, 1),
+                highlight_rows=noisy, **labels,
+            )  # fmt: skip
+        log_figure(trainer, "clients", figure)
+        self._draw_similarities(trainer)
+
+    def _draw_similarities(self, trainer: Trainer) -> None:
+        found = getattr(self.method, "found", None)
+        if not found or self.method.clean is None:
+            return
+        clean = self.method.clean.cpu()
+        scores = found["scores"][:, 0]
+        kinds = {"clean": (clean, 1.0), "noisy": (~clean, -1.0)}
+        shown = [
+            (name, int((sign * scores).masked_fill(~mask, torch.inf).argmin()))
+            for name, (mask, sign) in kinds.items()
+            if bool(mask.any())
+        ]
+        figure, axes = new_figure(1, len(shown), width=3.8)
+        for ax, (name, client) in zip(axes[0], shown, strict=True):
+            heatmap(
+                ax, found["similarities"][client].numpy(), limits=(0, 1), xlabel="class",
+                ylabel="class", title=f"{name} client {client}: off_mean {scores[client]:.2f}",
+            )  # fmt: skip
+        log_figure(trainer, "similarities", figure)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Move every float tensor of a nested state; labels and masks stay on the CPU."""
+    if isinstance(value, Tensor):
+        return value.to(device) if value.is_floating_point() and value.ndim == 1 else value.cpu()
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    return value
+
+

@@ -1,0 +1,532 @@
+"""The federation that a method sees: clients, local training, exchange between ranks.
+
+Pure torch. Clients are simulated; each rank trains the clients dealt out to it, and whatever is
+exchanged is exchanged through the few collectives below, so that one process and several give
+the same result bit for bit: everything random is drawn from a generator keyed by what it is for
+(seed, purpose, round, client), and sums over clients are exact integers (:func:`exact_average`).
+
+Axes: K clients, N samples, B mini-batch, C classes, D feature dimension, P flat state size.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.aggregation import sample_weights
+from fulgurite.sampling import rank_and_world
+
+__all__ = [
+    "ClientStates",
+    "FederatedData",
+    "Federation",
+    "FlatState",
+    "Labels",
+    "MiniBatch",
+    "Objective",
+    "balanced_assignment",
+    "exact_average",
+    "keyed_generator",
+    "mini_batches",
+]
+
+OptimizerFactory = Callable[[Any], Optimizer]
+ClientStates = dict[int, Tensor]  # client -> flat state (P,); a rank holds those of its clients
+
+
+class Labels(Protocol):
+    """The labels that training sees: given ones, and what relabeling made of them."""
+
+    given: Tensor
+    current: Tensor
+
+    def write(self, index: Tensor, labels: Tensor) -> None:
+        """Replace the current labels of some samples."""
+
+
+class FederatedData(Protocol):
+    """What the engine needs of a DataModule; it never asks for true labels."""
+
+    num_classes: int
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+
+    @property
+    def labels(self) -> Labels:
+        """The label store."""
+
+    def client_index(self, client: int) -> Tensor:
+        """Positions of the client's samples in the label store. Shape: (N_k,)."""
+
+    def client_images(self, client: int) -> Tensor:
+        """The client's images as stored. Shape: (N_k, channels, height, width)."""
+
+    def augment_batch(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Network input for training. Shape: (B, channels, height, width)."""
+
+    def plain_batch(self, images: Tensor) -> Tensor:
+        """Network input for evaluation. Shape: (B, channels, height, width)."""
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """A mini-batch of one client.
+
+    Attributes:
+        images: Network input. Shape: (B, channels, height, width).
+        labels: Current labels. Shape: (B,).
+        index: Positions in the label store. Shape: (B,).
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+class Objective(Protocol):
+    """A local loss: what a client minimises on a mini-batch."""
+
+    def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        """The scalar to minimise."""
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose stream is a function of the key alone.
+
+    Example:
+        >>> a, b = (torch.rand(1, generator=keyed_generator(0, "x", k)) for k in (1, 1))
+        >>> bool(a == b)
+        True
+    """
+    return torch.Generator().manual_seed(_number(*key))
+
+
+def _number(*key: int | str) -> int:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit integer
+
+
+class FlatState:
+    """Reads and writes all floating tensors of a module as one vector.
+
+    BatchNorm's running statistics are part of it; integer buffers, which no method averages,
+    are not.
+
+    Args:
+        module: Its parameters and buffers, in ``state_dict`` order.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
+        self.splits = [t.numel() for t in self.tensors]
+        self.size = sum(self.splits)
+
+    def read(self) -> Tensor:
+        """A copy of the module's state. Shape: (P,)."""
+        return torch.cat([t.detach().reshape(-1) for t in self.tensors])
+
+    @torch.no_grad()
+    def write(self, state: Tensor) -> None:
+        """Set the module's state in place. Shape: (P,)."""
+        for tensor, part in zip(self.tensors, state.split(self.splits), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def exact_average(
+    states: Mapping[int, Tensor],
+    weights: Mapping[int, float],
+    splits: Sequence[int],
+    *,
+    device: torch.device,
+) -> Tensor:
+    """Weighted sum of states whose value does not depend on the order or place of the terms.
+
+    Floating sums depend on their order, so an all-reduce over 3 ranks would differ from one over
+    2. Each weighted term is rounded to a multiple of one fixed quantum per tensor (2⁻⁵² of its
+    largest term, finer than float32 by far) and the integers are summed, which is exact.
+
+    Args:
+        states: Flat states of this rank's clients. Shape of each: (P,).
+        weights: Weight of every client, of all ranks.
+        splits: Number of entries of each tensor of a state; sums to P.
+        device: Where the result is wanted.
+
+    Returns:
+        ``Σ weight · state`` over all ranks. Shape: (P,).
+
+    Raises:
+        ConfigError: A state holds NaN or an infinity: training diverged.
+
+    Example:
+        >>> states = {0: torch.tensor([1.0, 2.0]), 1: torch.tensor([3.0, 6.0])}
+        >>> exact_average(states, {0: 0.5, 1: 0.5}, [2], device=torch.device("cpu"))
+        tensor([2., 4.])
+
+    Source: inferred (the paper's simulation runs in one process).
+    """
+    counts = torch.tensor(splits, device=device)
+    peak = torch.zeros(len(splits), dtype=torch.float64, device=device)
+    own = [(s.to(device).double() * weights[k], k) for k, s in states.items() if weights.get(k)]
+    for term, client in own:
+        if not bool(term.isfinite().all()):
+            raise ConfigError(
+                f"The local training of client {client} diverged (its model has NaN or infinity).",
+                "Lower the learning rate, model.init_args.optimizer.init_args.lr.",
+            )
+        largest = torch.stack([part.abs().max() for part in term.split(list(splits))])
+        peak = torch.maximum(peak, largest)
+    _reduce(peak, "max")
+    # 62 bits hold the sum: 52 below the exponent of the largest term, the rest for their number
+    bits = min(52, 62 - len(weights).bit_length())
+    quantum = torch.exp2(torch.frexp(peak)[1].double() - bits).repeat_interleave(counts)
+    total = torch.zeros(sum(splits), dtype=torch.int64, device=device)
+    for term, _ in own:
+        total += (term / quantum).round().long()
+    _reduce(total, "sum")
+    dtype = next(iter(states.values())).dtype if states else torch.get_default_dtype()
+    return (total.double() * quantum).to(dtype)
+
+
+def _reduce(tensor: Tensor, operation: str) -> None:
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+
+
+def balanced_assignment(sizes: Mapping[int, int], ranks: int) -> list[list[int]]:
+    """Deal clients out to ranks: equal counts (up to one), sizes balanced greedily.
+
+    Example:
+        >>> balanced_assignment({0: 9, 1: 5, 2: 4, 3: 1}, 2)
+        [[0, 3], [1, 2]]
+    """
+    capacity = math.ceil(len(sizes) / ranks)
+    groups: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for client in sorted(sizes, key=lambda k: (-sizes[k], k)):
+        rank = min(
+            (r for r in range(ranks) if len(groups[r]) < capacity), key=lambda r: (loads[r], r)
+        )
+        groups[rank].append(client)
+        loads[rank] += sizes[client]
+    return [sorted(group) for group in groups]
+
+
+def mini_batches(samples: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Shuffled positions of a local epoch; a last batch of one joins the one before it.
+
+    BatchNorm cannot train on a single sample, so the tail is merged rather than dropped.
+
+    Example:
+        >>> [len(b) for b in mini_batches(9, 4, keyed_generator(0))]
+        [4, 5]
+    """
+    order = torch.randperm(samples, generator=generator)
+    if samples % size == 1 and samples > 1:
+        head, tail = order[: -size - 1], order[-size - 1 :]
+        return (*(head.split(size) if len(head) else ()), tail)
+    return order.split(size)
+
+
+@dataclass
+class Traffic:
+    """Bytes that a deployment would send, by direction; the simulation itself sends fewer."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass
+class Federation:
+    """Clients, their local training, and exchange; what a method's hooks act through.
+
+    Args:
+        data: The federated data.
+        network: Trained in place; holds the global model between rounds.
+        optimizer: Makes a client's local optimizer from its parameters.
+        seed: Seed of everything random in local training.
+        batch_size: Of local training.
+        local_epochs: Epochs a client trains in a round.
+        evaluation_batch_size: Of feature extraction.
+        autocast: Context of forward passes (mixed precision).
+        resident: Keep a client's images on the device while it trains. Off for clients whose
+            images do not fit there.
+        vectorize: Train so many clients in one pass where their objective allows; 0 is off.
+        on_step: Called after every local step; for progress.
+    """
+
+    data: FederatedData
+    network: nn.Module
+    optimizer: OptimizerFactory
+    seed: int = 0
+    batch_size: int = 64
+    local_epochs: int = 1
+    evaluation_batch_size: int = 512
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    resident: bool = True
+    vectorize: int = 0
+    on_step: Callable[[], None] = lambda: None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        self.state = FlatState(self.network)
+        self.num_clients = self.data.num_clients
+        self.num_classes = self.data.num_classes
+        self.labels = self.data.labels
+        self.index = [self.data.client_index(k) for k in range(self.num_clients)]
+        self.sizes = torch.tensor([len(i) for i in self.index])
+        self.device = next(self.network.parameters()).device
+        self.global_state = self.state.read()
+        self.loss_sum = torch.zeros(self.num_clients, device=self.device)
+        self._teacher: nn.Module | None = None
+
+    # --- what every rank knows -----------------------------------------------------------------
+
+    def own(self, clients: Sequence[int]) -> list[int]:
+        """Those of ``clients`` that this rank simulates."""
+        rank, world = rank_and_world()
+        sizes = {k: int(self.sizes[k]) for k in clients}
+        return balanced_assignment(sizes, world)[rank]
+
+    def client_labels(self, client: int) -> Tensor:
+        """Current labels of a client. Shape: (N_k,)."""
+        return self.labels.current[self.index[client]]
+
+    def label_counts(self, *, current: bool = False) -> Tensor:
+        """Labels per client and class, of the given labels or the current ones. Shape: (K, C)."""
+        labels = self.labels.current if current else self.labels.given
+        return torch.stack([labels[i].bincount(minlength=self.num_classes) for i in self.index])
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of one model on the wire [bytes]."""
+        return self.state.size * self.global_state.element_size()
+
+    # --- local training ------------------------------------------------------------------------
+
+    def train(
+        self,
+        clients: Sequence[int],
+        objective: Callable[[int], Objective],
+        *,
+        purpose: int | str,
+        start: Tensor | None = None,
+        epochs: int | None = None,
+        optimizer: OptimizerFactory | None = None,
+    ) -> ClientStates:
+        """Train each client from the same start, alone.
+
+        Args:
+            clients: Which clients; every rank trains those that are its own.
+            objective: Gives the local loss of a client.
+            purpose: Names what the randomness is for: the round, or a stage.
+            start: Flat state to start from; the global model by default. Shape: (P,).
+            epochs: Local epochs; ``local_epochs`` by default.
+            optimizer: Local optimizer; that of the federation by default.
+
+        Returns:
+            Flat states after training, of this rank's clients.
+        """
+        return self.train_own(
+            self.own(clients),
+            objective,
+            purpose=purpose,
+            start=start,
+            epochs=epochs,
+            optimizer=optimizer,
+        )
+
+    def train_own(
+        self,
+        own: Sequence[int],
+        objective: Callable[[int], Objective],
+        *,
+        purpose: int | str,
+        start: Tensor | None = None,
+        epochs: int | None = None,
+        optimizer: OptimizerFactory | None = None,
+    ) -> ClientStates:
+        """As :meth:`train`, for clients that are this rank's already."""
+        start = self.global_state if start is None else start
+        epochs = self.local_epochs if epochs is None else epochs
+        make = optimizer or self.optimizer
+        done: ClientStates = {}
+        if self.vectorize > 1:
+            from fulgurite.models.fedsir.vectorized import train_group, vectorizable
+
+            fit = [k for k in own if vectorizable(objective(k))]
+            for i in range(0, len(fit), self.vectorize):
+                group = fit[i : i + self.vectorize]
+                done |= train_group(self, group, objective, purpose, start, epochs, make)
+        for client in own:
+            if client not in done:
+                done[client] = self._train_one(
+                    client, objective(client), purpose, start, epochs, make
+                )
+        self.state.write(self.global_state)
+        return done
+
+    def batches(self, client: int, purpose: int | str, epochs: int) -> Iterator[MiniBatch]:
+        """The mini-batches of a client's local training, augmented, on the device."""
+        images = self.data.client_images(client)
+        index, labels = self.index[client], self.client_labels(client)
+        if self.resident:
+            images, labels = images.to(self.device), labels.to(self.device)
+        for epoch in range(epochs):
+            generator = keyed_generator(self.seed, "batches", purpose, client, epoch)
+            for chosen in mini_batches(len(index), self.batch_size, generator):
+                at = chosen.to(images.device)
+                picked = images[at].to(self.device)
+                yield MiniBatch(
+                    self.data.augment_batch(picked, generator),
+                    labels[at].to(self.device),
+                    index[chosen],
+                )
+
+    def _train_one(
+        self,
+        client: int,
+        objective: Objective,
+        purpose: int | str,
+        start: Tensor,
+        epochs: int,
+        make: OptimizerFactory,
+    ) -> Tensor:
+        self.state.write(start)
+        optimizer = make(self.network.parameters())
+        self.network.train()
+        total = torch.zeros((), device=self.device)
+        steps = 0
+        with self.keyed_randomness("network", purpose, client):
+            for batch in self.batches(client, purpose, epochs):
+                if len(batch.labels) == 1:
+                    self.network.eval()  # BatchNorm has no variance of one sample
+                optimizer.zero_grad()
+                with self.autocast():
+                    loss = objective(self.network, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.detach()
+                steps += 1
+                self.on_step()
+        self.network.train()
+        self.loss_sum[client] = total / max(steps, 1)
+        return self.state.read()
+
+    @contextmanager
+    def keyed_randomness(self, *key: int | str) -> Iterator[None]:
+        """Seed torch's own generators (dropout) for one client, and restore them afterwards."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(_number(self.seed, *key))
+            yield
+
+    # --- looking at a client's data with a model -----------------------------------------------
+
+    @torch.no_grad()
+    def features(
+        self, client: int, state: Tensor, *, augmented: str | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Penultimate features and logits of a client's samples, in their order.
+
+        Args:
+            client: Whose samples.
+            state: Flat state of the model to look with. Shape: (P,).
+            augmented: Name of the purpose if the training augmentation is wanted.
+
+        Yields:
+            Features (B, D), logits (B, C), and which of the client's samples they are.
+        """
+        self.state.write(state)
+        self.network.eval()
+        images = self.data.client_images(client)
+        generator = keyed_generator(self.seed, "features", augmented or "", client)
+        network: Any = self.network
+        for begin in range(0, len(images), self.evaluation_batch_size):
+            part = slice(begin, begin + self.evaluation_batch_size)
+            picked = images[part].to(self.device)
+            shown = (
+                self.data.augment_batch(picked, generator)
+                if augmented
+                else self.data.plain_batch(picked)
+            )
+            with self.autocast():
+                features = network.features(shown)
+                logits = network.head(features)
+            yield features, logits, part
+        self.network.train()
+
+    def logits(self, client: int, state: Tensor) -> Tensor:
+        """Logits of all samples of a client under a model. Shape: (N_k, C)."""
+        return torch.cat([logits.float() for _, logits, _ in self.features(client, state)])
+
+    def teacher(self) -> nn.Module:
+        """A frozen copy of the current global model, in evaluation mode."""
+        if self._teacher is None:
+            self._teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
+        FlatState(self._teacher).write(self.global_state)
+        return self._teacher
+
+    # --- exchange between ranks; every rank must take part -------------------------------------
+
+    def average(self, states: ClientStates, weights: Mapping[int, float]) -> Tensor:
+        """Weighted sum of client models, equal on every rank. Shape: (P,)."""
+        return exact_average(states, weights, self.state.splits, device=self.device)
+
+    def size_weights(self, clients: Sequence[int]) -> dict[int, float]:
+        """Each client's share of their samples (FedAvg's weights)."""
+        shares = sample_weights(self.sizes[list(clients)]).tolist()
+        return dict(zip(clients, shares, strict=True))
+
+    def gather_rows(self, rows: Mapping[int, Tensor], clients: Sequence[int]) -> Tensor:
+        """Stack one tensor per client, each known to the rank that simulated it.
+
+        Args:
+            rows: This rank's tensors, all of one shape and dtype.
+            clients: All clients, of all ranks, in the order wanted.
+
+        Returns:
+            Shape: (len(clients), …), equal on every rank.
+        """
+        if rank_and_world()[1] == 1:
+            return torch.stack([rows[k] for k in clients])
+        gathered = self.gather_objects({k: rows[k].cpu() for k in rows})
+        return torch.stack([gathered[k] for k in clients]).to(self.device)
+
+    def gather_objects(self, own: Mapping[int, Any]) -> dict[int, Any]:
+        """Merge every rank's dictionary; for small things."""
+        _, world = rank_and_world()
+        if world == 1:
+            return dict(own)
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, dict(own))
+        merged = {k: v for part in parts for k, v in part.items()}
+        return {k: merged[k] for k in sorted(merged)}
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank."""
+        if rank_and_world()[1] > 1:
+            tensor = tensor.to(self.device)
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def relabel(self, labels: Mapping[int, Tensor]) -> None:
+        """Write new labels of whole clients, those of other ranks included.
+
+        Args:
+            labels: New labels of this rank's clients. Shape of each: (N_k,).
+        """
+        for client, new in self.gather_objects({k: v.cpu() for k, v in labels.items()}).items():
+            self.labels.write(self.index[client], new)

@@ -1,0 +1,113 @@
+"""What a federated method is to the rounds engine: a few hooks around FedAvg.
+
+A method is a plain object, built by the configuration
+(``model.init_args.method.class_path: fulgurite.models.fedsir.methods.FedSIR``). It sees given
+labels, features and models, never true labels. Between rounds its state is plain types and
+tensors, so that a checkpoint holds it.
+
+Axes: K clients, C classes, B mini-batch, P flat state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.losses import logit_adjusted_cross_entropy
+
+__all__ = ["FederatedMethod", "LogitLoss"]
+
+
+class LogitLoss:
+    """Cross-entropy with an optional log-prior and proximal term.
+
+    Args:
+        log_prior: Added to the logits. Shape: (C,).
+        proximal: Strength μ of ``μ/2 · ‖w − anchor‖²`` over the parameters.
+        anchor: The parameters at the start of the round, by name.
+    """
+
+    def __init__(
+        self,
+        log_prior: Tensor | None = None,
+        proximal: float = 0.0,
+        anchor: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.log_prior, self.proximal, self.anchor = log_prior, proximal, anchor
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The part of the loss that logits decide. Shapes: (B, C), (B,)."""
+        if self.log_prior is None:
+            return F.cross_entropy(logits, labels)
+        return logit_adjusted_cross_entropy(logits, labels, self.log_prior)
+
+    def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        loss = self.of_logits(network(batch.images), batch.labels)
+        if self.proximal and self.anchor is not None:
+            drift = [(p - self.anchor[n]).square().sum() for n, p in network.named_parameters()]
+            loss = loss + self.proximal / 2 * torch.stack(drift).sum()
+        return loss
+
+
+class FederatedMethod:
+    """FedAvg; other methods override the hooks in which they differ.
+
+    Source: FedAvg, McMahan et al., AISTATS 2017.
+    """
+
+    def before_rounds(self, fed: Federation) -> None:
+        """Whatever happens once before round 0, on every rank."""
+
+    def before_round(self, fed: Federation, round: int) -> None:
+        """Whatever happens before the clients of a round train, on every rank."""
+
+    def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
+        """Those of the sampled clients that train in this round."""
+        return list(sampled)
+
+    def objective(self, fed: Federation, client: int, round: int) -> Objective:
+        """The local loss of a client."""
+        return LogitLoss()
+
+    def weights(
+        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+    ) -> dict[int, float]:
+        """Weight of each client's model in the new global one; they sum to 1.
+
+        Args:
+            fed: The federation.
+            round: Counted from 0.
+            clients: All clients that reported, of all ranks.
+            states: Flat states of this rank's clients.
+        """
+        return fed.size_weights(clients)
+
+    def after_round(
+        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+    ) -> None:
+        """Whatever happens after aggregation; ``fed.global_state`` is the new model."""
+
+    def local_rounds(self) -> int:
+        """Epochs of local training per client spent before round 0, for equal-compute tables."""
+        return 0
+
+    @property
+    def clean(self) -> Tensor | None:
+        """Which clients the method holds for clean, bool, once it knows. Shape: (K,)."""
+        return None
+
+    def report(self) -> dict[str, float]:
+        """Scalars to log after a round."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State between rounds: plain types and tensors only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""

@@ -1,0 +1,165 @@
+"""Stage III: training that knows which clients are noisy. FedNoRo's, and FedSIR's after it.
+
+Axes: K clients, N samples, B mini-batch, C classes, P flat state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.models.fedsir.aggregation import distance_aware_weights, distance_to_clean
+from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.losses import adjusted_distillation, log_prior, ramp
+from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
+
+__all__ = ["DistillationLoss", "NoiseAwareMethod"]
+
+
+class DistillationLoss:
+    """Prior-adjusted cross-entropy, with distillation from the global model on some samples.
+
+    Args:
+        teacher: The frozen global model.
+        weight: Weight of the teacher in [0, 1] on the samples that learn from it.
+        log_prior: Added to the student's logits. Shape: (C,).
+        temperature: Of the teacher.
+        distil: Which of all samples learn from the teacher, bool; None means all. Shape: (N,).
+        confidence: Weight of each sample's loss; None means 1. Shape: (N,).
+
+    Source: FedSIR, arXiv 2604.20825, Stage III; ``confidence`` is ours.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        weight: float,
+        log_prior: Tensor,
+        temperature: float,
+        distil: Tensor | None = None,
+        confidence: Tensor | None = None,
+    ) -> None:
+        self.teacher, self.weight, self.log_prior = teacher, weight, log_prior
+        self.temperature, self.distil, self.confidence = temperature, distil, confidence
+
+    def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        with torch.no_grad():
+            taught = self.teacher(batch.images)
+        logits = network(batch.images)
+        weight: float | Tensor = self.weight
+        if self.distil is not None:
+            weight = self.weight * self.distil[batch.index].to(logits)
+        each = adjusted_distillation(
+            logits, batch.labels, taught, weight, self.log_prior, self.temperature, "none"
+        )
+        if self.confidence is None:
+            return each.mean()
+        # divided by the batch size, not by the weights: an uncertain batch makes a small step
+        return (each * self.confidence[batch.index].to(logits)).mean()
+
+
+class NoiseAwareMethod(FederatedMethod):
+    """Logit adjustment on clean clients, with distillation on noisy ones, and DaAgg.
+
+    Subclasses set ``self.split_clean`` (bool, (K,)) before training, and may set ``self.distil``
+    and ``self.confidence`` ((N,), over all samples).
+
+    Args:
+        kd_begin: Last round in which the teacher has its smallest weight.
+        kd_end: Round from which on it has its largest.
+        kd_height: That largest weight.
+        kd_temperature: Of the teacher.
+        tau: Strength of the logit adjustment; 0 gives plain cross-entropy.
+        aggregation: ``distance`` (DaAgg) or ``size`` (FedAvg).
+        distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its share (paper).
+        prior: Labels whose frequencies adjust the logits: those ``given`` (paper) or the
+            ``current`` ones, refreshed whenever labels change.
+
+    Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
+    """
+
+    def __init__(
+        self,
+        kd_begin: int = 2,
+        kd_end: int = 49,
+        kd_height: float = 0.2,
+        kd_temperature: float = 0.8,
+        tau: float = 1.0,
+        aggregation: Literal["distance", "size"] = "distance",
+        distance_floor: bool = True,
+        prior: Literal["given", "current"] = "given",
+    ) -> None:
+        self.kd_begin, self.kd_end, self.kd_height = kd_begin, kd_end, kd_height
+        self.kd_temperature, self.tau, self.prior = kd_temperature, tau, prior
+        self.aggregation, self.distance_floor = aggregation, distance_floor
+        self.split_clean: Tensor | None = None
+        self.distil: Tensor | None = None
+        self.confidence: Tensor | None = None
+        self._log_priors: Tensor | None = None
+
+    @property
+    def clean(self) -> Tensor | None:
+        """Which clients are held for clean, bool. Shape: (K,)."""
+        return self.split_clean
+
+    def _is_clean(self, client: int) -> bool:
+        return self.split_clean is None or bool(self.split_clean[client])
+
+    def _log_prior(self, fed: Federation, client: int) -> Tensor:
+        if self._log_priors is None:
+            counts = fed.label_counts(current=self.prior == "current")
+            self._log_priors = log_prior(counts, self.tau).to(fed.device)
+        return self._log_priors[client]
+
+    def labels_changed(self) -> None:
+        """Forget what was derived from labels."""
+        self._log_priors = None
+
+    def objective(self, fed: Federation, client: int, round: int) -> Objective:
+        """LA on clean clients, LA with distillation on noisy ones."""
+        prior = self._log_prior(fed, client)
+        if self._is_clean(client):
+            return LogitLoss(prior)
+        weight = ramp(round, self.kd_begin, self.kd_end, self.kd_height)
+        return DistillationLoss(
+            fed.teacher(), weight, prior, self.kd_temperature, self.distil, self.confidence
+        )
+
+    def weights(
+        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+    ) -> dict[int, float]:
+        """DaAgg: noisy clients lose weight with their distance to the nearest clean model."""
+        clean = [k for k in clients if self._is_clean(k)]
+        if self.aggregation == "size" or not clean or len(clean) == len(clients):
+            return fed.size_weights(clients)
+        references = fed.gather_rows(states, clean)
+        distances = {
+            k: torch.zeros((), dtype=torch.float64, device=fed.device)
+            if self._is_clean(k)
+            else distance_to_clean(state, references, fed.state.splits)
+            for k, state in states.items()
+        }
+        weights = distance_aware_weights(
+            fed.sizes[list(clients)],
+            fed.gather_rows(distances, clients).cpu(),
+            floor=self.distance_floor,
+        )
+        return dict(zip(clients, weights.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Who is clean, and which samples learn how."""
+        return {
+            "split_clean": self.split_clean,
+            "distil": self.distil,
+            "confidence": self.confidence,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""
+        self.split_clean = state["split_clean"]
+        self.distil = state["distil"]
+        self.confidence = state["confidence"]
+        self.labels_changed()

@@ -1,0 +1,143 @@
+"""Stage I as a part: clients train alone, and their class spectra tell clean from noisy.
+
+Axes: K clients, C classes, D feature dimension, P flat state size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from fulgurite.models.fedsir.federation import ClientStates, Federation
+from fulgurite.models.fedsir.methods.base import LogitLoss
+from fulgurite.models.fedsir.spectra import SpectraAccumulator, client_score, similarity
+
+if TYPE_CHECKING:
+    from fulgurite.models.fedsir.identification import ClientSplit
+
+__all__ = ["Identification", "SpectralIdentification", "accumulate"]
+
+
+@dataclass(frozen=True)
+class Identification:
+    """What Stage I leaves.
+
+    Attributes:
+        split: Which clients are clean, and why.
+        scores: off_mean and off_energy of each client. Shape: (K, 2).
+        similarities: Cosines between the classes' dominant directions. Shape: (K, C, C).
+        states: Models after training alone, of this rank's clients.
+    """
+
+    split: ClientSplit
+    scores: Tensor
+    similarities: Tensor
+    states: ClientStates
+
+
+def accumulate(
+    fed: Federation, client: int, state: Tensor, labels: Tensor, *, augmented: str | None = None
+) -> SpectraAccumulator:
+    """Class spectra of a client's features under a model.
+
+    Args:
+        fed: The federation.
+        client: Whose samples.
+        state: Flat model. Shape: (P,).
+        labels: Labels to group by. Shape: (N_k,).
+        augmented: As in :meth:`Federation.features`.
+    """
+    spectra: SpectraAccumulator | None = None
+    for features, _, part in fed.features(client, state, augmented=augmented):
+        if spectra is None:
+            spectra = SpectraAccumulator(fed.num_classes, features.shape[1], features.device)
+        spectra.update(features, labels[part])
+    assert spectra is not None  # a client without samples is refused by the DataModule
+    return spectra
+
+
+@dataclass
+class SpectralIdentification:
+    """Which clients have clean labels, from models that each trained alone.
+
+    Args:
+        epochs: Local epochs of each client.
+        optimizer: Of these epochs; the federation's by default. (Paper: Adam, lr 5e-5,
+            weight decay 5e-2, from ImageNet weights; from scratch the lr must be larger.)
+        features: Whose input the features are computed from: ``plain`` images, or the
+            ``augmented`` ones of training, as the authors' code does.
+        statistics: ``both`` off_mean and off_energy (paper), or ``off_mean`` alone.
+        min_count: Classes with fewer samples are left out of a client's score.
+        always_split: Split into two groups even where the scores show only one (paper).
+        threshold: Smallest posterior of a clean client.
+
+    Source: FedSIR, arXiv 2604.20825, Stage I.
+    """
+
+    epochs: int = 5
+    optimizer: OptimizerCallable | None = None
+    features: Literal["plain", "augmented"] = "plain"
+    statistics: Literal["both", "off_mean"] = "both"
+    min_count: int = 20
+    always_split: bool = False
+    threshold: float = 0.5
+
+    def __call__(self, fed: Federation, *, purpose: str = "identify") -> Identification:
+        """Train, score and split; every rank takes part and gets the same split.
+
+        Args:
+            fed: The federation; its global model is where each client starts.
+            purpose: Names the randomness, for repeated identification.
+        """
+        from fulgurite.models.fedsir.identification import split_clients
+
+        clients = range(fed.num_clients)
+        states = fed.train(
+            clients,
+            lambda client: LogitLoss(),
+            purpose=purpose,
+            epochs=self.epochs,
+            optimizer=self.optimizer,
+        )
+        augmented = purpose if self.features == "augmented" else None
+        scores, cosines = {}, {}
+        for client, state in states.items():
+            labels = fed.client_labels(client)
+            spectra = accumulate(fed, client, state, labels, augmented=augmented)
+            scores[client] = client_score(spectra, self.min_count)
+            cosines[client] = similarity(spectra, self.min_count)
+        fed.traffic.up += fed.num_clients * 2 * 4  # two float32 statistics each
+        fed.traffic.down += fed.num_clients * fed.state_bytes  # the common start
+        table = fed.gather_rows(scores, clients)
+        judged = table if self.statistics == "both" else table[:, :1].expand(-1, 2)
+        split = split_clients(
+            judged.cpu(),
+            seed=fed.seed % 2**32,
+            threshold=self.threshold,
+            force_two=self.always_split,
+        )
+        fed.state.write(fed.global_state)
+        return Identification(split, table, fed.gather_rows(cosines, clients), states)
+
+
+def clean_reference(fed: Federation, clean: Tensor, states: ClientStates) -> Tensor:
+    """FedAvg of clean clients' models, and the traffic of sending them.
+
+    Args:
+        fed: The federation.
+        clean: Which clients are clean, bool. Shape: (K,).
+        states: Flat states of this rank's clients.
+
+    Returns:
+        Flat model; the global one where no client is clean. Shape: (P,).
+    """
+    chosen = torch.nonzero(clean).flatten().tolist()
+    chosen = [k for k in chosen if int(fed.sizes[k])]
+    if not chosen:
+        return fed.global_state
+    own = {k: states[k] for k in chosen if k in states}
+    return fed.average(own, fed.size_weights(chosen))

@@ -1,0 +1,191 @@
+"""The LightningModule of federated classification: networks, optimizers and metrics wired up.
+
+Axes: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from fulgurite.base import SystemModule
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
+
+__all__ = ["FederatedClassifier", "ServerAverage"]
+
+
+class SlotTrainer(Protocol):
+    """What the rounds callback offers the module."""
+
+    def train_slot(self, slot: int) -> Tensor | None:
+        """Train the clients of a slot; after the last slot, the new global state. Shape: (P,)."""
+
+
+class ServerAverage(torch.optim.Optimizer):
+    """The server optimizer of FedAvg: takes the aggregate as it is.
+
+    The engine has already put the aggregate in place; the step only counts the round.
+    """
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Count a round."""
+        return closure() if closure else None
+
+
+class FederatedClassifier(SystemModule):
+    """A classifier trained by clients that keep their data.
+
+    An epoch is a round, and a training batch is a slot: the whole local training of one client
+    (or of a group trained in one pass). :class:`~fulgurite.callbacks.fedsir.FederatedRounds`
+    decides when; ``method`` decides what.
+
+    Args:
+        network: Makes the network from (channels, classes); it must have ``features`` and ``head``.
+        optimizer: Makes a client's optimizer, anew in every round.
+        method: What happens in a round beyond local training and averaging.
+        server_optimizer: Applies the aggregate: ``global − aggregate`` is the gradient it sees
+            (FedOpt). By default the aggregate is taken as it is.
+        batch_size: Of local training.
+        local_epochs: Local epochs in a round.
+        vectorize: Train so many clients of a rank in one pass where the method's loss allows;
+            0 trains one after the other.
+        resident: Keep a client's images on the device while it trains.
+        compile: Compile the network with ``torch.compile``.
+        num_classes: C; taken from the data.
+        in_channels: Image channels; taken from the data.
+
+    Raises:
+        ConfigError: A number is out of range, or the network lacks ``features`` or ``head``.
+
+    Source: FedSIR, arXiv 2604.20825, section 2; server optimizer: Reddi et al., ICLR 2021.
+    """
+
+    monitor = "val/acc"
+    mode = "max"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], nn.Module],
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        method: FederatedMethod | None = None,
+        server_optimizer: OptimizerCallable | None = None,
+        batch_size: int = 64,
+        local_epochs: int = 1,
+        vectorize: int = 0,
+        resident: bool = True,
+        compile: bool = False,
+        num_classes: int = 10,
+        in_channels: int = 1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name in ("network", "optimizer", "method", "server_optimizer"):
+            # recorded as plain configuration by the command line; as objects from Python they
+            # would make the checkpoint unreadable with weights_only=True
+            if not isinstance(self.hparams.get(name), dict | None):
+                self.hparams.pop(name)
+        for name, value in {"batch_size": batch_size, "local_epochs": local_epochs}.items():
+            if value < 1:
+                raise ConfigError(
+                    f"model.init_args.{name}={value} is too small.", "Give 1 or more."
+                )
+        self.automatic_optimization = False
+        self.network = network(in_channels, num_classes)
+        if not callable(getattr(self.network, "features", None)) or not hasattr(
+            self.network, "head"
+        ):
+            raise ConfigError(
+                f"The network {type(self.network).__name__} has no `features` method or no `head`.",
+                "Give it both, so that forward(x) == head(features(x)).",
+            )
+        if compile:
+            self.network.compile()
+        self.optimizer, self.server_optimizer = optimizer, server_optimizer
+        self.method = method or FedAvg()
+        self.batch_size, self.local_epochs = batch_size, local_epochs
+        self.vectorize, self.resident = vectorize, resident
+        self.slot_trainer: SlotTrainer | None = None
+        metrics = MetricCollection(
+            {
+                "acc": MulticlassAccuracy(num_classes, average="micro"),
+                "macro_acc": MulticlassAccuracy(num_classes, average="macro"),
+                "f1": MulticlassF1Score(num_classes, average="macro"),
+            }
+        )
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits. Shape: (B, channels, H, W) to (B, C)."""
+        return self.network(images)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The server optimizer."""
+        make = self.server_optimizer or ServerAverage
+        return make(self.network.parameters())
+
+    def training_step(self, batch: Tensor | int, batch_idx: int) -> None:
+        """Train a slot's clients; after the last slot of a round, step the server."""
+        if self.slot_trainer is None:
+            raise ConfigError(
+                "FederatedClassifier has no rounds engine.",
+                "Add fulgurite.callbacks.fedsir.FederatedRounds to trainer.callbacks.",
+            )
+        aggregate = self.slot_trainer.train_slot(int(batch))
+        if aggregate is not None:
+            self._step_server(aggregate)
+
+    def _step_server(self, aggregate: Tensor) -> None:
+        from fulgurite.models.fedsir.federation import FlatState
+
+        before = [p.detach().clone() for p in self.network.parameters()]
+        FlatState(self.network).write(aggregate)
+        optimizer: Any = self.optimizers()
+        if not isinstance(optimizer.optimizer, ServerAverage):
+            with torch.no_grad():
+                for parameter, old in zip(self.network.parameters(), before, strict=True):
+                    parameter.grad = old - parameter
+                    parameter.copy_(old)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy of the global model on validation images."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and accuracy of the global model on test images."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor, Tensor], stage: str, metrics: MetricCollection
+    ) -> None:
+        images, labels, _ = batch
+        logits = self(images)
+        metrics.update(logits, labels)
+        self.log_evaluation({"loss": F.cross_entropy(logits, labels)}, stage, len(labels))
+        self.log_dict(metrics, on_epoch=True, prog_bar=False, batch_size=len(labels))
+
+    def predict_step(
+        self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int
+    ) -> dict[str, Tensor]:
+        """Class probabilities (B, C), predicted label and index of each image."""
+        images, labels, index = batch
+        probabilities = self(images).float().softmax(1)
+        return {
+            "index": index,
+            "label": labels,
+            "predicted": probabilities.argmax(1),
+            "probabilities": probabilities,
+        }

@@ -1,0 +1,82 @@
+"""The command ``fulgurite``. Heavy imports wait until a subcommand needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fulgurite import __version__
+from fulgurite.errors import FulguriteError
+
+HELP = f"""fulgurite {__version__}: research papers as plug-ins of one PyTorch Lightning trainer.
+
+usage: fulgurite <command> [options]
+
+run one system:
+  fit        train            fulgurite fit --config fedsir/digits.yaml
+  validate   evaluate on validation data
+  test       evaluate on test data      fulgurite test --config fedsir/digits.yaml --ckpt_path last
+  predict    write predictions
+
+compare and look:
+  compare    methods x settings x seeds  fulgurite compare fedsir/compare.yaml --quick
+  report     render a comparison or a run folder again
+  systems    list the installed systems, their papers and configurations
+  doctor     versions, devices and known faults of this installation
+
+`fulgurite <command> --help` lists the options of a command. An option overrides the
+configuration before it: --config first, then e.g. --trainer.max_epochs=5.
+--debug shows the traceback of an error instead of one line.
+"""
+
+
+def list_systems() -> int:
+    """Print the installed systems with their papers and configurations."""
+    from fulgurite.systems import packaged_configs, systems
+
+    for system in systems().values():
+        print(f"{system.name}: {system.title}\n  {system.paper}\n  {system.url}")
+        for name in packaged_configs(system):
+            print(f"    {name}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else "--help"
+    debug = "--debug" in argv or bool(os.environ.get("FULGURITE_DEBUG"))
+    argv = [a for a in argv if a != "--debug"]
+    try:
+        if command in ("-h", "--help", "help"):
+            print(HELP, end="")
+            return 0
+        if command == "--version":
+            print(__version__)
+            return 0
+        if command == "systems":
+            return list_systems()
+        if command in ("compare", "report"):
+            from fulgurite import compare
+
+            return (compare.main if command == "compare" else compare.report_main)(argv[1:])
+        if command == "doctor":
+            from fulgurite.doctor import doctor
+
+            return doctor()
+        from fulgurite.cli import run
+
+        run(argv)
+    except FulguriteError as error:
+        if debug:
+            raise
+        print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fulgurite: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

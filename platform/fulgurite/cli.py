@@ -1,0 +1,397 @@
+"""``fulgurite fit|validate|test|predict``: LightningCLI with run folders and one-line errors."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+import fulgurite
+import fulgurite.strategies  # noqa: F401  registers our strategies by name
+from fulgurite.errors import CheckpointError, ConfigError
+from fulgurite.io import atomic_write
+from fulgurite.runs import (
+    RUN_DIR_VARIABLE,
+    RunOptions,
+    environment,
+    find_checkpoint,
+    new_run_folder,
+    write_json,
+)
+from fulgurite.systems import resolve_config, systems
+
+__all__ = ["FulguriteCLI", "main", "parse", "run"]
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+# Shared defaults of all systems, in this one place; a config or option overrides them.
+TRAINER_DEFAULTS = {"num_sanity_val_steps": 0, "log_every_n_steps": 10}
+
+# What a model takes from the data: each of these constructor arguments of the model is set from
+# the attribute of the same name of the DataModule.
+LINKS = ("num_classes", "in_channels")
+
+
+class SaveRun(SaveConfigCallback):
+    """Writes the resolved configuration and the environment, and gives both to every logger."""
+
+    def __init__(self, *args: Any, folder: Path, record: str, command: str, seed: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False)
+        self.folder, self.record, self.command, self.seed = folder, record, command, seed
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` and ``environment.json`` (rank 0 only)."""
+        with atomic_write(self.folder / "config.yaml") as temporary:
+            Path(temporary).write_text(self.record, encoding="utf-8")
+        facts = environment(self.seed, self.command)
+        write_json(self.folder / "environment.json", facts)
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams({"config": self.record, "environment": facts})
+
+
+class FulguriteCLI(LightningCLI):
+    """LightningCLI with run folders, packaged configs and links from data to model."""
+
+    def __init__(self, argv: Sequence[str], *, only_parse: bool = False) -> None:
+        self.argv = [*argv]
+        self.only_parse = only_parse
+        self.folder = Path()
+        self.record = ""
+        each = {"exit_on_error": False}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveRun,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={**each, **dict.fromkeys(COMMANDS, each)},
+            args=self.argv if only_parse else None,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The four subcommands, with the arguments that the CLI fills itself."""
+        return {c: LightningCLI.subcommands()[c] for c in COMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the ``run`` group and the links from data to model."""
+        parser.add_class_arguments(RunOptions, "run")
+        for name in LINKS:
+            parser.link_arguments(
+                "data",
+                f"model.init_args.{name}",
+                compute_fn=lambda data, name=name: self._from_data(data, name),
+                apply_on="instantiate",
+            )
+
+    def _from_data(self, data: LightningDataModule, name: str) -> Any:
+        """The DataModule's attribute, or what the user gave the model where data has none."""
+        if hasattr(data, name):
+            return getattr(data, name)
+        return self.section.model.get("init_args", Namespace()).get(name)
+
+    @property
+    def section(self) -> Namespace:
+        """The configuration of the chosen subcommand."""
+        return self.config[self.config.subcommand]
+
+    @property
+    def options(self) -> RunOptions:
+        """Where this run is recorded."""
+        return RunOptions(**self.section.run.as_dict())
+
+    def _parse_ckpt_path(self) -> None:
+        """Find ``last`` and ``best``; the command line beats the checkpoint's hyperparameters.
+
+        Lightning's method of this name lets the checkpoint win silently (its issue 21455); it
+        offers no public hook for it.
+        """
+        self._name_run()
+        path = self.section.get("ckpt_path")
+        if not path:
+            return
+        if path in ("last", "best"):
+            path = str(find_checkpoint(self.options, path))
+            self.section.ckpt_path = path
+        if not Path(path).is_file():
+            raise CheckpointError(
+                f"--ckpt_path={path} is not a file.", "Give a checkpoint, `last` or `best`."
+            )
+        try:
+            stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"--ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}).",
+                "It may be truncated: use an earlier one.",
+            ) from error
+        here = self.section.model.get("init_args", Namespace()).as_dict()
+        for key, there in (stored.get("hyper_parameters") or {}).items():
+            if key in here and key not in LINKS and not _same(here[key], there):
+                print(
+                    f"note: the checkpoint was trained with model.{key}={there}; "
+                    f"this run uses {here[key]}",
+                    file=sys.stderr,
+                )
+
+    def _name_run(self) -> None:
+        """System and name of the run from its first configuration file, unless given."""
+        run = self.section.run
+        first = next((c for c in self.section.get("config") or []), None)
+        path = Path(str(first)) if first else None
+        if run.system is None and path is not None:
+            run.system = path.resolve().parent.name
+        if run.name is None and path is not None:
+            run.name = path.stem
+
+    def before_instantiate_classes(self) -> None:
+        """Make the run folder and point the loggers to it."""
+        section = self.section
+        if self.only_parse:
+            raise _Parsed(section)
+        recorded = self.parser.dump(self.config, skip_none=False)
+        import yaml
+
+        content = yaml.safe_load(recorded)[self.config.subcommand]
+        content.get("run", {}).pop("dir", None)
+        content.pop("ckpt_path", None)
+        self.record = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        self.fast = bool(section.trainer.get("fast_dev_run"))
+        if self.fast:
+            return
+        self.folder = new_run_folder(
+            self.options, self.config.subcommand, resumes=bool(section.get("ckpt_path"))
+        )
+        if section.trainer.get("default_root_dir") is None:
+            section.trainer.default_root_dir = str(self.folder)
+        loggers = section.trainer.get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace) and "init_args" in logger:
+                self._point_logger(logger.init_args)
+
+    def _point_logger(self, args: Namespace) -> None:
+        """Loggers with the default place write into the run folder."""
+        if args.get("save_dir", "") in (".", None):
+            args.save_dir = str(self.folder)
+        if args.get("project", "") in ("lightning_logs", None):
+            args.project = "fulgurite"
+        if "project" in args and args.get("name") is None:
+            args.name = "/".join(self.folder.parts[-3:])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """CSV is the record and comes first; checkpoints go into the run folder."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = [*(config.get("callbacks") or [])]
+        if not self.fast:
+            csv = CSVLogger(str(self.folder.parent), name="", version=self.folder.name)
+            chosen = config.get("logger")
+            others = chosen if isinstance(chosen, list) else [chosen]
+            kwargs["logger"] = [csv, *(x for x in others if not isinstance(x, bool | None))]
+            self.save_config_kwargs = {
+                "folder": self.folder,
+                "record": self.record,
+                "command": str(self.subcommand),
+                "seed": self.section.seed_everything,
+            }
+        stores = config.get("enable_checkpointing") is not False and not self.fast
+        if stores and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, self._checkpoints()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        monitor = getattr(self.model, "monitor", None)
+        return ModelCheckpoint(
+            self.folder / "checkpoints",
+            filename="best" if monitor else "newest",
+            monitor=monitor,
+            mode=getattr(self.model, "mode", "min"),
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def _write_metrics(self, file: str) -> None:
+        if not self.fast and self.trainer.is_global_zero:
+            metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+            folder = self.section.run.dir if file != "summary.json" else None
+            write_json(Path(folder or self.folder) / file, metrics)
+            print(f"{self.config.subcommand}: recorded in {self.folder}")
+
+    def after_fit(self) -> None:
+        """Write ``summary.json``."""
+        self._write_metrics("summary.json")
+
+    def after_test(self) -> None:
+        """Write ``test_metrics.json``."""
+        self._write_metrics("test_metrics.json")
+
+    def after_validate(self) -> None:
+        """Write ``validate_metrics.json``."""
+        self._write_metrics("validate_metrics.json")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict, and write ``predictions.npz`` (one array per key of the step's dictionary)."""
+        batches = self.trainer.predict(**kwargs)
+        if self.fast or not batches:
+            return
+        rank = self.trainer.global_rank
+        name = "predictions.npz" if self.trainer.world_size == 1 else f"predictions-{rank}.npz"
+        if not isinstance(batches[0], dict):
+            raise ConfigError(
+                f"{type(self.model).__name__}.predict_step returns a {type(batches[0]).__name__}.",
+                "Return a dictionary of tensors, so that it can be written to predictions.npz.",
+            )
+        arrays = {
+            key: np.concatenate([np.asarray(batch[key].cpu()) for batch in batches])  # type: ignore[call-overload, index]
+            for key in batches[0]
+        }
+        with atomic_write(self.folder / name) as temporary, Path(temporary).open("wb") as file:
+            np.savez(file, **arrays)
+        print(f"predict: recorded in {self.folder / name}")
+
+
+class _Parsed(Exception):  # noqa: N818  carries a result, is no error
+    """Ends the construction of a CLI that was only to parse."""
+
+
+def _same(here: Any, there: Any) -> bool:
+    """Whether two hyperparameters agree, where both give them (defaults left out are equal)."""
+    if isinstance(here, dict) and isinstance(there, dict):
+        return all(_same(here[k], there[k]) for k in here.keys() & there.keys())
+    return bool(here == there)
+
+
+def _with_resolved_configs(argv: Sequence[str]) -> list[str]:
+    """Replace packaged configuration names by their files."""
+    out: list[str] = []
+    for i, arg in enumerate(argv):
+        flag, eq, value = arg.partition("=")
+        if flag in ("--config", "-c") and eq:
+            out.append(f"--config={resolve_config(value)}")
+        elif i and argv[i - 1] in ("--config", "-c"):
+            out.append(str(resolve_config(arg)))
+        else:
+            out.append(arg)
+    return out
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Names of the constructor arguments of a class given by its path."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []
+
+
+def _one_line(message: str) -> str:
+    """The innermost reason in jsonargparse's message, with the nearest name to a wrong one."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    known = ["seed_everything", "ckpt_path", "config", "model", "data", *systems()]
+    known += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
+    known += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]
+    key = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
+    where = f"{key[1]}: " if key else ""
+    wrong = re.search(r"Option '([^']+)' is not accepted", message)
+    classes = re.findall(r"class_path '([^']+)'", message)
+    if wrong:
+        owner = classes[-1] if classes else ""
+        near = difflib.get_close_matches(wrong[1], _parameters(owner), n=1, cutoff=0.5)
+        hint = f" Did you mean '{near[0]}'?" if near else f" It has: {', '.join(_parameters(owner))}."
+        return f"{where}{owner or 'the class'} has no option '{wrong[1]}'.{hint}"
+    if unknown := re.search(r"(?:Unrecognized arguments: --|Key '|option ')([\w.]+)", message):
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.6)
+        hint = f" Did you mean '{near[0]}'?" if near else " See `fulgurite fit --help`."
+        return f"there is no option '{unknown[1]}'.{hint}"
+    if missing := re.search(r"(module '[^']+' has no attribute '([^']+)'|No module named [^\n]+)", message):
+        return f"{where}{missing[1].strip()}. Check the class path{_near_class(message)}."
+    reasons = [x for x in lines if not re.match(r"(Parser key|Given value type|Does not validate)", x)]
+    return where + "; ".join(dict.fromkeys(reasons)) if reasons else message
+
+
+def _near_class(message: str) -> str:
+    found = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
+    if not found:
+        return ""
+    module = importlib.import_module(found[1])
+    near = difflib.get_close_matches(found[2], dir(module), n=1, cutoff=0.5)
+    return f" (did you mean '{found[1]}.{near[0]}'?)" if near else ""
+
+
+def run(argv: Sequence[str]) -> FulguriteCLI:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` in this process.
+
+    Raises:
+        FulguriteError: If the configuration, the data or a checkpoint is wrong.
+    """
+    if not argv or argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0] if argv else "", COMMANDS, n=1)
+        raise ConfigError(
+            f"There is no command '{argv[0] if argv else ''}'.",
+            f"Did you mean '{near[0]}'?" if near else "`fulgurite --help` lists the commands.",
+        )
+    program, before = sys.argv, os.environ.get(RUN_DIR_VARIABLE)
+    # a strategy that launches processes gives them sys.argv
+    sys.argv = [program[0], *argv]
+    try:
+        return _construct(_with_resolved_configs(argv))
+    finally:
+        sys.argv = program
+        if before is None:
+            os.environ.pop(RUN_DIR_VARIABLE, None)
+
+
+def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
+    program = sys.argv
+    sys.argv = [program[0], *argv]
+    try:
+        with warnings.catch_warnings():
+            # evaluation loaders hold whole batches in memory; workers would only copy them
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            return FulguriteCLI(argv, only_parse=only_parse)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from error
+    finally:
+        sys.argv = program
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """The parsed configuration of a command line, without running it.
+
+    Raises:
+        ConfigError: As for :func:`run`.
+    """
+    try:
+        _construct(_with_resolved_configs(argv), only_parse=True)
+    except _Parsed as done:
+        return done.args[0]  # type: ignore[no-any-return]
+    raise AssertionError("parsing ended without a result")
+
+
+def main(argv: Sequence[str]) -> int:
+    """As the command ``fulgurite``, in this process: errors become a line and a status."""
+    from fulgurite.__main__ import main as command
+
+    return command([*argv])
+
+
+__version__ = fulgurite.__version__
