@@ -88,7 +88,8 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
     ) -> None:
-        self.__class__ = _joined(type(self), "optimizers.lars")
+        ours: type = type(self)
+        self.__class__ = _joined(ours, "optimizers.lars")
         rest = (momentum, dampening, weight_decay, nesterov, trust_coefficient, eps)
         with _quiet():
             super().__init__(params, lr, *rest)  # type: ignore[arg-type, call-arg]  # bolts' own
@@ -118,10 +119,11 @@ class LinearWarmupCosineAnnealingLR(LRScheduler):
         eta_min: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
-        self.__class__ = _joined(type(self), "optimizers.lr_scheduler")
+        ours: type = type(self)
+        self.__class__ = _joined(ours, "optimizers.lr_scheduler")
         steps = (warmup_epochs, max_epochs, warmup_start_lr, eta_min, last_epoch)
         with _quiet():
-            super().__init__(optimizer, *steps)  # type: ignore[arg-type, call-arg]  # bolts' own
+            super().__init__(optimizer, *steps)  # type: ignore[call-arg]  # bolts' own
 
 
 @functools.cache
