@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fulgurite.datamodules.fedsir.archives import CifarArchive
+from fulgurite.datamodules.fedsir.folders import ImageFolder
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noise import (
     AsymmetricMap,
@@ -19,12 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsymmetricMap",
+    "CifarArchive",
     "Digits",
     "Dirichlet",
     "EvaluationLabels",
     "FederatedDataModule",
     "Iid",
     "ImageArrays",
+    "ImageFolder",
     "ImageSource",
     "InstanceDependent",
     "LabelNoise",

@@ -44,7 +44,7 @@ class Partition(ABC):
             )
         owner = self.assign(labels, clients, num_classes, generator)
         sizes = torch.bincount(owner, minlength=clients).tolist()
-        parts = list(owner.argsort(stable=True).split(sizes))
+        parts = list(torch.split(owner.argsort(stable=True), sizes))
         check_partition(parts, len(labels))
         return parts
 

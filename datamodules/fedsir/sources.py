@@ -350,7 +350,7 @@ class Npz(ImageSource):
 
     def read(self) -> ImageArrays:
         """Return all images."""
-        arrays = []
+        arrays = {}
         for name in self._NAMES:
             array = self._need(name)
             if name.endswith("images"):
@@ -363,8 +363,8 @@ class Npz(ImageSource):
                     f"The array {name} of {self.path} holds {array.dtype}.",
                     "Save images as uint8 and labels as integers.",
                 )
-            arrays.append(torch.from_numpy(np.ascontiguousarray(array)))
-        return ImageArrays(*arrays, class_names=self._class_names())
+            arrays[name] = torch.from_numpy(np.ascontiguousarray(array))
+        return ImageArrays(**arrays, class_names=self._class_names())
 
 
 def _channels_first(shape: tuple[int, ...], path: str, axes: bool = False) -> tuple[int, ...]:

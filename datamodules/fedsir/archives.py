@@ -1,0 +1,242 @@
+"""The original CIFAR-10 and CIFAR-100 archives, read without running what a pickle may say.
+
+Shapes: N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from fulgurite.datamodules.fedsir.cache import cached_arrays
+from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import checksum as file_checksum
+from fulgurite.io import data_path, restricted_load, verify_checksum
+
+__all__ = ["CifarArchive"]
+
+
+class _Variant(NamedTuple):
+    """What tells the two archives apart."""
+
+    sha256: str  # of the archive
+    md5: Mapping[str, str]  # of its files
+    folder: str
+    train: str  # prefix of the training files
+    test: str
+    meta: str
+    names: bytes
+    labels: bytes
+    classes: int
+
+
+_VARIANTS = {
+    "cifar10": _Variant(
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+        },
+        "cifar-10-batches-py",
+        "data_batch_",
+        "test_batch",
+        "batches.meta",
+        b"label_names",
+        b"labels",
+        10,
+    ),
+    "cifar100": _Variant(
+        "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        {
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+            "meta": "7973b15100ade9c7d40fb424638fde48",
+        },
+        "cifar-100-python",
+        "train",
+        "test",
+        "meta",
+        b"fine_label_names",
+        b"fine_labels",
+        100,
+    ),
+}
+
+
+class CifarArchive(ImageSource):
+    """CIFAR-10 or CIFAR-100 as published: the ``python`` archive, or the folder it unpacks to.
+
+    Decoded once into the cache (``FULGURITE_CACHE``).
+
+    Args:
+        path: ``cifar-10-python.tar.gz``, ``cifar-100-python.tar.gz`` or the unpacked folder,
+            absolute or relative to ``FULGURITE_DATA``.
+        variant: Which of the two it is.
+        checksum: ``official`` demands the published archive (SHA-256) or files (MD5); an MD5 or
+            SHA-256 demands another archive; ``null`` checks nothing.
+        train_limit: Keep at most this many training images, balanced by class.
+        test_limit: Keep at most this many test images, balanced by class.
+        seed: Seed of these choices.
+
+    Raises:
+        ConfigError: The variant is unknown.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        variant: Literal["cifar10", "cifar100"] = "cifar10",
+        checksum: str | None = "official",
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train_limit, test_limit, seed)
+        if variant not in _VARIANTS:
+            raise ConfigError(
+                f"There is no CIFAR variant {variant!r}.",
+                "Set `--data.init_args.source.init_args.variant` to cifar10 or cifar100.",
+            )
+        self.path = path
+        self.variant = variant
+        self.checksum = checksum
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return _VARIANTS[self.variant].classes
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return 3
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]."""
+        return 32, 32
+
+    def prepare(self) -> None:
+        """Fill the cache."""
+        self.read()
+
+    def read(self) -> ImageArrays:
+        """Return all images, memory-mapped."""
+        path, layout = data_path(self.path), _VARIANTS[self.variant]
+        if path.is_dir():
+            folder = path / layout.folder if (path / layout.folder).is_dir() else path
+            if self.checksum not in (None, "official"):
+                raise ConfigError(
+                    f"The checksum {self.checksum!r} is of an archive, and {path} is a folder.",
+                    "Set `--data.init_args.source.init_args.checksum` to official or null.",
+                )
+            files = [file for file in sorted(folder.iterdir()) if _wanted(file.name, layout)]
+            for file in files if self.checksum else []:
+                verify_checksum(file, layout.md5.get(file.name, "0" * 32))
+            digest = "".join(file.name + file_checksum(file) for file in files)
+        else:
+            if self.checksum:
+                official = self.checksum == "official"
+                verify_checksum(path, layout.sha256 if official else self.checksum)
+            folder, digest = None, file_checksum(path)
+        key = hashlib.sha256(f"1 {self.variant} {digest}".encode()).hexdigest()[:32]
+
+        def write(target: Path) -> tuple[str, ...]:
+            if folder is not None:
+                members = {file.name: file.read_bytes() for file in files}
+            else:
+                members = _members(path, layout)
+            return _decode(members, layout, str(path), target)
+
+        return cached_arrays(f"{self.variant}-{key}", write)
+
+
+def _wanted(name: str, layout: _Variant) -> bool:
+    return name.startswith(layout.train) or name in (layout.test, layout.meta)
+
+
+def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
+    """Read the wanted files of an archive into memory; nothing is unpacked on disk."""
+    found = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if (
+                    member.isfile()
+                    and name.parent.name == layout.folder
+                    and _wanted(name.name, layout)
+                    and (stream := archive.extractfile(member)) is not None
+                ):
+                    found[name.name] = stream.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"The archive {path} is damaged or truncated: {error}.", "Fetch it again."
+        ) from error
+    return found
+
+
+def _decode(
+    members: Mapping[str, bytes], layout: _Variant, path: str, target: Path
+) -> tuple[str, ...]:
+    """Write the arrays of all files into a folder and return the class names."""
+    train = sorted(name for name in members if name.startswith(layout.train))
+    if not train or layout.test not in members or layout.meta not in members:
+        raise DataError(
+            f"{path} holds {', '.join(sorted(members)) or 'no file of the data set'}; wanted are "
+            f"{layout.train}*, {layout.test} and {layout.meta} in {layout.folder}/.",
+            "Give the original archive, and the `variant` that it is.",
+        )
+    names = _field(members, layout.meta, layout.names, path)
+    for split, files in (("train", train), ("test", [layout.test])):
+        images, labels = [], []
+        for name in files:
+            pixels = _field(members, name, b"data", path)
+            if (
+                not isinstance(pixels, np.ndarray)
+                or pixels.dtype != np.uint8
+                or pixels.ndim != 2
+                or pixels.shape[1] != 3 * 32 * 32
+            ):
+                raise DataError(
+                    f"The file {name} of {path} has no images of 3 x 32 x 32 bytes.",
+                    "Give the original archive.",
+                )
+            images.append(pixels.reshape(-1, 3, 32, 32))
+            labels.append(np.asarray(_field(members, name, layout.labels, path)))
+            if labels[-1].dtype.kind not in "iu":
+                raise DataError(
+                    f"The labels of {name} of {path} are {labels[-1].dtype}, not integers.",
+                    "Give the original archive.",
+                )
+        np.save(target / f"{split}_images.npy", np.concatenate(images))
+        np.save(target / f"{split}_labels.npy", np.concatenate(labels).astype(np.int64))
+    if not isinstance(names, list) or len(names) != layout.classes:
+        raise DataError(
+            f"The file {layout.meta} of {path} does not name {layout.classes} classes.",
+            "Give the original archive, and the `variant` that it is.",
+        )
+    return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
+
+
+def _field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:  # noqa: ANN401
+    table = restricted_load(io.BytesIO(members[name]), name=f"{name} of {path}")
+    if not isinstance(table, dict) or field not in table:
+        raise DataError(
+            f"The file {name} of {path} has no field {field.decode()!r}.",
+            "Give the original archive, and the `variant` that it is.",
+        )
+    return table[field]

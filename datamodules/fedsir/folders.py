@@ -1,0 +1,300 @@
+"""Folders and zips of image files, decoded once.
+
+Shapes: N samples, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fulgurite.datamodules.fedsir.cache import cached_arrays
+from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
+from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import checksum, data_path
+
+__all__ = ["ImageFolder"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_TEST_SPLITS = ("test", "val", "valid", "validation")
+_CHUNK_BYTES = 1 << 22  # what a worker sends at once
+_FEW = 2_000  # images that are decoded before a worker has started
+
+
+class ImageFolder(ImageSource):
+    """A folder or zip with ``SPLIT/CLASS/*.jpg`` or ``CLASS/*.jpg`` (also ``.jpeg``, ``.png``).
+
+    Splits are ``train`` and ``test`` (or ``val``). Without a test split, part of the images become
+    one. Images are decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is
+    the content of a zip, and the names, sizes and times of the files of a folder.
+
+    Args:
+        path: The folder or zip, absolute or relative to ``FULGURITE_DATA``.
+        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+            one size already.
+        channels: 3 for colour or 1 for grey; images are converted.
+        test_fraction: Fraction of each class that becomes the test split, if there is none.
+        train_limit: Keep at most this many training images, balanced by class.
+        test_limit: Keep at most this many test images, balanced by class.
+        seed: Seed of these choices.
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_size: int | None = None,
+        channels: Literal[1, 3] = 3,
+        test_fraction: float = 0.1,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train_limit, test_limit, seed)
+        if (image_size is not None and image_size < 1) or channels not in (1, 3):
+            raise ConfigError(
+                f"Images cannot have the size {image_size} and {channels} channels.",
+                "Set `--data.init_args.source.init_args.image_size` to 1 or more (or null) and "
+                "`channels` to 1 or 3.",
+            )
+        if not 0 < test_fraction < 1:
+            raise ConfigError(
+                f"The test fraction is {test_fraction}.",
+                "Set `--data.init_args.source.init_args.test_fraction` in (0, 1).",
+            )
+        self.path = path
+        self.channels = channels
+        self.test_fraction = test_fraction
+        self._side = image_size
+        self._files: _Listing | None = None
+        self._size: tuple[int, int] | None = None if image_size is None else (image_size,) * 2
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self._listing().class_names)
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return self.channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]: those of the first image, unless images are resized."""
+        if self._size is None:
+            listing = self._listing()
+            decoder = _Decoder(listing.root, listing.train[:1], None, self.channels, 1)
+            image = decoder[0]
+            if isinstance(image, DataError):
+                raise image
+            self._size = image.shape[-2], image.shape[-1]
+        return self._size
+
+    def _listing(self) -> _Listing:
+        if self._files is None:
+            self._files = _Listing(data_path(self.path))
+        return self._files
+
+    def prepare(self) -> None:
+        """Fill the cache."""
+        self.read()
+
+    def read(self) -> ImageArrays:
+        """Return all images, memory-mapped."""
+        listing = self._listing()
+        split = None if listing.test else (self.test_fraction, self.seed)
+        recipe = f"1 {listing.fingerprint()} {self._side} {self.channels} {split}"
+        key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
+        return cached_arrays(f"images-{key}", self._write)
+
+    def _write(self, target: Path) -> tuple[str, ...]:
+        listing = self._listing()
+        number = {name: c for c, name in enumerate(listing.class_names)}
+        files = {"train": listing.train, "test": listing.test}
+        if not listing.test:
+            labels = torch.tensor([number[_class_of(name)] for name in listing.train])
+            counts = (torch.bincount(labels) * self.test_fraction).ceil().long()
+            chosen = choose_per_class(labels, counts, make_generator(self.seed, 2))
+            tested = set(chosen.tolist())
+            files["test"] = [listing.train[i] for i in chosen.tolist()]
+            files["train"] = [f for i, f in enumerate(listing.train) if i not in tested]
+        for split, names in files.items():
+            labels = torch.tensor([number[_class_of(name)] for name in names])
+            np.save(target / f"{split}_labels.npy", labels.numpy())
+            self._decode(names, target / f"{split}_images.npy", split)
+        return listing.class_names
+
+    def _decode(self, names: Sequence[str], target: Path, title: str) -> None:
+        """Decode files into one array on disk."""
+        from rich.console import Console
+        from rich.progress import track
+
+        height, width = self.image_size
+        shape = (len(names), self.channels, height, width)
+        images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
+        chunk = max(1, _CHUNK_BYTES // (self.channels * height * width))
+        decoder = _Decoder(
+            self._listing().root, names, (self._side, height, width), self.channels, chunk
+        )
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        parallel = len(names) > _FEW and (cores or 1) > 1
+        loader = DataLoader(  # threads are slower than one: small images hold the GIL
+            decoder,
+            batch_size=None,
+            num_workers=cores or 1 if parallel else 0,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # else filling the cache would shift the run's randomness
+        )
+        console = Console(stderr=True)
+        done = 0
+        for block in track(
+            loader,
+            f"Decoding {title} images",
+            console=console,
+            total=len(decoder),
+            disable=not sys.stderr.isatty(),
+        ):
+            if isinstance(block, DataError):
+                raise block
+            images[done : done + len(block)] = block
+            done += len(block)
+        images.flush()
+
+
+class _Listing:
+    """The image files of a folder or zip by split, and their classes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if root.is_dir():
+            found = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+        else:
+            with _open_zip(root) as archive:
+                found = archive.namelist()
+        self.names = sorted(
+            name for name in found if name.lower().endswith(_SUFFIXES) and not _hidden(name)
+        )
+        splits: dict[str, list[str]] = {}
+        depths = {name.count("/") for name in self.names}
+        if len(depths) == 1 and (depth := depths.pop()):
+            for name in self.names:
+                splits.setdefault(name.split("/")[-3] if depth > 1 else "", []).append(name)
+        known = {"train", *_TEST_SPLITS}
+        if len(splits) == 1 and not splits.keys() & known:
+            splits = {"train": self.names}  # CLASS/*, perhaps inside one folder
+        if "train" not in splits or not splits.keys() <= known:
+            raise DataError(
+                f"The {len(self.names)} image files of {root} are not laid out by class.",
+                "Lay them out as train/CLASS/* and test/CLASS/*, or as CLASS/*.",
+            )
+        self.train = splits["train"]
+        self.test = next((splits[name] for name in _TEST_SPLITS if name in splits), [])
+        self.class_names = tuple(sorted({_class_of(name) for name in self.train}))
+        if unknown := sorted({_class_of(name) for name in self.test} - {*self.class_names}):
+            raise DataError(
+                f"The test split of {root} has the class {unknown[0]!r}, the train split does not.",
+                "Give each test class a folder of training images.",
+            )
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes with the content."""
+        if self.root.is_file():
+            return checksum(self.root)
+        digest = hashlib.sha256()
+        for name in self.names:
+            status = (self.root / name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+class _Decoder(Dataset[Any]):
+    """Blocks of decoded images; an error is returned, since workers cannot raise it whole."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        sizes: tuple[int | None, int, int] | None,
+        channels: int,
+        chunk: int,
+    ) -> None:
+        self.root, self.names, self.sizes, self.chunk = root, names, sizes, chunk
+        self.mode = "RGB" if channels == 3 else "L"
+        self._zip: tuple[int, zipfile.ZipFile] | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.names) // self.chunk)
+
+    def __getitem__(self, block: int) -> Any:  # noqa: ANN401 - an array or an error
+        names = self.names[block * self.chunk : (block + 1) * self.chunk]
+        try:
+            return np.stack([self._image(name) for name in names])
+        except DataError as error:
+            return error
+
+    def _bytes(self, name: str) -> bytes:
+        if self.root.is_dir():
+            return (self.root / name).read_bytes()
+        if self._zip is None or self._zip[0] != os.getpid():
+            # one for each process: a shared one would share its position in the file
+            self._zip = os.getpid(), _open_zip(self.root)
+        return self._zip[1].read(name)
+
+    def _image(self, name: str) -> Any:  # noqa: ANN401 - (C, H, W) uint8
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self._bytes(name))) as file:
+                image = file.convert(self.mode)
+        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"The image {name} of {self.root} cannot be decoded: {error}.",
+                "Replace or remove that file.",
+            ) from error
+        if self.sizes is not None:
+            side, height, width = self.sizes
+            if side is not None:
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+            elif image.size != (width, height):
+                raise DataError(
+                    f"The image {name} of {self.root} has {image.height} x {image.width} pixels, "
+                    f"the first one {height} x {width}.",
+                    "Set `--data.init_args.source.init_args.image_size` to resize all.",
+                )
+        pixels = np.asarray(image)
+        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _unchanged(block: Any) -> Any:  # noqa: ANN401 - an array or an error
+    return block
+
+
+def _class_of(name: str) -> str:
+    return name.split("/")[-2]
+
+
+def _hidden(name: str) -> bool:
+    return "/." in f"/{name}" or name.startswith("__MACOSX/")
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(
+            f"The zip {path} is damaged or truncated: {error}.", "Fetch or pack it again."
+        ) from error
