@@ -58,7 +58,7 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
         splits: Number of entries of each tensor, in the order of ``state``; sums to P.
 
     Returns:
-        float64 scalar; 0 where there is no clean model.
+        float64 scalar; 0 where there is no clean model, infinite where ``state`` is not finite.
 
     Example:
         >>> distance_to_clean(torch.tensor([3.0, 4.0, 1.0]), torch.zeros(1, 3), [2, 1])
@@ -66,8 +66,10 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
 
     Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
     """
+    if not bool(state.isfinite().all()):
+        return state.new_full((), torch.inf, dtype=torch.float64)
     if not len(clean_states):
-        return torch.zeros((), dtype=torch.float64, device=state.device)
+        return state.new_zeros((), dtype=torch.float64)
     distances = [
         torch.stack(
             [
@@ -77,7 +79,7 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
         ).sum()
         for other in clean_states
     ]
-    return torch.stack(distances).min()
+    return torch.stack(distances).nan_to_num(nan=torch.inf).min()
 
 
 def client_distances(states: Tensor, splits: Sequence[int], clean: Tensor) -> Tensor:
@@ -89,7 +91,8 @@ def client_distances(states: Tensor, splits: Sequence[int], clean: Tensor) -> Te
         clean: Which clients are clean, bool. Shape: (K,).
 
     Returns:
-        float64, 0 for clean clients, and for all if none is clean. Shape: (K,).
+        float64, 0 for clean clients, and for all if none is clean; infinite for a model that is
+        not finite. Shape: (K,).
 
     Example:
         >>> states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
@@ -98,11 +101,10 @@ def client_distances(states: Tensor, splits: Sequence[int], clean: Tensor) -> Te
 
     Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
     """
-    clean_states = states[clean]
-    zero = torch.zeros((), dtype=torch.float64, device=states.device)
+    # the nearest clean model to a clean one is itself
     return torch.stack(
         [
-            zero if is_clean else distance_to_clean(state, clean_states, splits)
+            distance_to_clean(state, state[None] if is_clean else states[clean], splits)
             for state, is_clean in zip(states, clean.tolist(), strict=True)
         ]
     )

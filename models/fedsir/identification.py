@@ -104,7 +104,7 @@ def split_clients(
     level: float = 0.05,
     noisy_above: float | None = None,
 ) -> ClientSplit:
-    """TODO."""
+    """Split clients into clean and noisy by a mixture of two Gaussians."""
     if scores.ndim != 2 or scores.shape[1] != 2:
         raise DataError(
             f"scores of shape {tuple(scores.shape)} are not (K, 2).",
