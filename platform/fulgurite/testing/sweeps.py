@@ -29,9 +29,9 @@ def agent_commands(sweep: Path | Mapping[str, Any]) -> Iterator[list[str]]:
     Raises:
         ConfigError: There is no ``command`` with ``${args}``, or it uses another macro.
 
-    >>> point = {"command": ["${env}", "fulgurite", "fit", "${args}"],
-    ...          "parameters": {"model.lr": {"values": [0.1, 0.2]}, "seed_everything": {"value": 1}}}
-    >>> for command in agent_commands(point):
+    >>> parameters = {"model.lr": {"values": [0.1, 0.2]}, "seed_everything": {"value": 1}}
+    >>> command = ["${env}", "fulgurite", "fit", "${args}"]
+    >>> for command in agent_commands({"command": command, "parameters": parameters}):
     ...     print(*command)
     fulgurite fit --model.lr=0.1 --seed_everything=1
     fulgurite fit --model.lr=0.2 --seed_everything=1

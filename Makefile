@@ -1,0 +1,63 @@
+# make demo | test | test-all | lint | types | bench | format | clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# One thread for each process: workers share the cores, and results do not depend on their number.
+export OMP_NUM_THREADS ?= 1
+export WANDB_MODE ?= offline
+
+INSTALLED := $(VENV)/.installed
+DEMO := compare_results/fedsir-quick
+DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
+TESTS := tests $(DOCTESTS) -n auto --dist loadfile
+
+.PHONY: venv demo test test-all lint types bench format clean
+
+venv: $(INSTALLED)
+
+# torch comes first, so that nothing later replaces the build that is here. lightning-bolts comes
+# last and without its pins, which predate Lightning 2.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps lightning-bolts==0.7.0
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/fulgurite compare fedsir/compare.yaml --quick --out $(DEMO)
+	$(BIN)/fulgurite fit --config fedsir/digits.yaml
+	@echo
+	@$(BIN)/fulgurite report "$$(ls -dt runs/fedsir/digits/*/ | head -n 1)"
+	@echo
+	@$(BIN)/fulgurite report $(DEMO)
+	@echo "Comparison: $(DEMO)/figure.png"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# On an installed copy: no static tool sees through the mapping of folders in setup.py.
+types: $(INSTALLED)
+	rm -rf build .cache/types
+	$(BIN)/python -m pip install -q --no-deps --target .cache/types .
+	rm -rf build
+	cd .cache && MYPYPATH=types $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p fulgurite
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,221 @@
+"""The shape of the repository: packages, dependency arrows, pins, commands in the documents."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import fulgurite
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {
+    "": ROOT / "platform" / "fulgurite",
+    **{name: ROOT / name for name in ("datamodules", "models", "callbacks", "configs")},
+}
+SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*.py"))
+MAY_IMPORT = {
+    "": set(),
+    "datamodules": set(),
+    "models": set(),
+    "callbacks": {"models"},
+    "configs": {"datamodules", "models", "callbacks"},
+}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+DOCUMENTS += ROOT.glob("models/*/README.md")
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").is_file(), reason="needs the repository"
+)
+
+
+def module_of(path: Path) -> str:
+    """``models/fedsir/module.py`` → ``fulgurite.models.fedsir.module``."""
+    for name, folder in FOLDERS.items():
+        if path.is_relative_to(folder):
+            inside = path.relative_to(folder).with_suffix("").parts
+            parts = [p for p in ("fulgurite", name, *inside) if p and p != "__init__"]
+            return ".".join(parts)
+    raise AssertionError(path)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of all modules (and names) that a file imports, anywhere in it."""
+    here = module_of(path).split(".")
+    package = here if path.name == "__init__.py" else here[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{name}.{alias.name}" for alias in node.names}
+    return found
+
+
+def place(module: str) -> tuple[str, str]:
+    """Folder and system of one of our modules; the platform is ''."""
+    parts = [*module.split("."), "", ""]
+    return (parts[1], parts[2]) if parts[1] in FOLDERS else ("", "")
+
+
+def test_platform_does_not_shadow_the_standard_library():
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not list(ROOT.glob("platform/*.py"))
+    names = {path.stem for path in (ROOT / "platform").iterdir()}
+    assert not names & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows(path):
+    folder, system = place(module_of(path))
+    for name in imports_of(path):
+        top = name.split(".")[0]
+        assert top not in ("models", "datamodules", "callbacks", "configs"), (
+            f"import fulgurite.{name}"
+        )
+        assert top not in ("torchvision", "timm", "pl_bolts"), f"{name} breaks beside CPU torch"
+        if top != "fulgurite":
+            continue
+        other, its_system = place(name)
+        if other == folder:
+            assert not system or its_system == system, f"{name}: one system imports another"
+        elif other:
+            assert other in MAY_IMPORT[folder], f"{folder or 'platform'} imports {name}"
+            assert its_system == system, f"{name}: one system imports another"
+
+
+def test_arrows_are_seen(tmp_path, monkeypatch):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from .. import datamodules\n    from . import sibling\n")
+    monkeypatch.setitem(FOLDERS, "models", tmp_path)
+    assert imports_of(bad) == {"fulgurite.datamodules", "fulgurite.models.sibling"}
+    assert place("fulgurite.datamodules.fedsir.noise") == ("datamodules", "fedsir")
+    assert place("fulgurite.compare.plan") == ("", "")
+
+
+def test_every_folder_with_code_is_a_package():
+    for path in SOURCES:
+        assert (path.parent / "__init__.py").is_file(), path.parent
+    for folder in FOLDERS.values():
+        assert (folder / "py.typed").is_file()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy, so that no build folder of the repository leaks into it."""
+    copy = tmp_path_factory.mktemp("build") / "source"
+    copy.mkdir()
+    for name in ("platform", "datamodules", "models", "callbacks", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(copy.parent), str(copy)], check=True, timeout=300)
+    (built,) = copy.parent.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_folders(wheel):
+    expected = set()
+    for name, folder in FOLDERS.items():
+        for path in folder.rglob("*"):
+            known = path.suffix in (".py", ".yaml") or path.name in ("py.typed", "README.md")
+            if known and "__pycache__" not in path.parts:
+                inside = path.relative_to(folder).as_posix()
+                expected.add("/".join(filter(None, ("fulgurite", name, inside))))
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert found == expected
+
+
+def test_imports_reach_for_no_network_and_write_nothing(tmp_path):
+    modules = [module_of(path) for path in SOURCES if path.name != "__main__.py"]
+    code = f"""
+import importlib, socket
+def refuse(*args, **kwargs):
+    raise AssertionError(f"network at import: {{args}}")
+socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
+for module in {modules}:
+    importlib.import_module(module)
+"""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300, cwd=tmp_path
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["systems"], ["--version"]])
+def test_light_commands_import_nothing_heavy(command, tmp_path):
+    code = f"""
+import sys
+from fulgurite.__main__ import main
+assert main({command}) == 0
+heavy = {{"torch", "lightning", "numpy", "sklearn", "matplotlib", "wandb"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)
+
+
+def test_constraints_fit_the_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert not [line for line in lines if "/" in line or "@" in line]
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    extras = project["optional-dependencies"]
+    for text in project["dependencies"] + extras["test"] + extras["dev"] + extras["graph"]:
+        requirement = Requirement(text)
+        if requirement.name != "fulgurite":
+            version = pinned[re.sub(r"[-_.]+", "-", requirement.name).lower()]
+            assert requirement.specifier.contains(version, prereleases=True), text
+    assert "torchvision" not in pinned
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == fulgurite.__version__ == citation["version"]
+    assert citation["license"] == project["license"]
+    assert f"## [{fulgurite.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def commands_in(document: Path, program: str) -> list[list[str]]:
+    """Command lines of a program in a document's code blocks and code spans."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.S | re.M)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    spans = re.findall(r"`([^`\n]+)`", prose)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    found = [line for line in [*lines, *spans] if line.split(" ")[0] == program and " " in line]
+    return [shlex.split(line, comments=True) for line in found]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_documents_exist(document):
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.M))
+    for command in commands_in(document, "make"):
+        assert set(command[1:]) <= targets, command
+    known = {"fit", "validate", "test", "predict", "systems", "doctor", "compare", "report"}
+    for command in commands_in(document, "fulgurite"):
+        names = command[1].split("|")
+        assert all(n in known or n.startswith(("-", "<")) for n in names), command
+        for name in re.findall(r"\b(\w+/[\w-]+\.yaml)\b", " ".join(command)):
+            if (ROOT / "configs" / name.split("/")[0]).is_dir():
+                assert (ROOT / "configs" / name).is_file(), command
+
+
+def test_ci_runs_what_the_readme_names():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    for target in ("lint", "types", "test"):
+        assert f"make_ {target}\n" in script
