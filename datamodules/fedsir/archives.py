@@ -182,6 +182,9 @@ def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
                     and (stream := archive.extractfile(member)) is not None
                 ):
                     found[name.name] = stream.read()
+            # the rest is empty blocks, and the checksum that gzip keeps at its end
+            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+                pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(
             f"The archive {path} is damaged or truncated: {error}.", "Fetch it again."

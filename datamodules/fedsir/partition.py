@@ -43,6 +43,11 @@ class Partition(ABC):
                 "Lower `--data.init_args.clients` or use more data.",
             )
         owner = self.assign(labels, clients, num_classes, generator)
+        if owner.shape != labels.shape or owner.min() < 0 or owner.max() >= clients:
+            raise DataError(
+                f"The partition named clients outside 0 to {clients - 1}, or not one per sample.",
+                "Mend the `assign` method of `--data.init_args.partition`.",
+            )
         sizes = torch.bincount(owner, minlength=clients).tolist()
         parts = list(torch.split(owner.argsort(stable=True), sizes))
         check_partition(parts, len(labels))

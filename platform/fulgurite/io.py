@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from fulgurite.errors import DataError
 
@@ -26,16 +30,42 @@ __all__ = [
     "verify_sha256",
 ]
 
-#: What a pickle of NumPy arrays needs, as (module, name) in the pickle -> (module, name) today.
-NUMPY_GLOBALS: Mapping[tuple[str, str], tuple[str, str]] = {
-    **{
-        (f"numpy.{core}.multiarray", name): ("numpy._core.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    },
-    ("numpy", "ndarray"): ("numpy", "ndarray"),
-    ("numpy", "dtype"): ("numpy", "dtype"),
-    ("_codecs", "encode"): ("_codecs", "encode"),  # bytes, in protocols 0 to 2
+
+class _Dtype:
+    """Stands in for ``numpy.dtype``, whose own state could forge pointers."""
+
+    def __init__(self, spec: Any, *_: Any) -> None:  # noqa: ANN401 - from a pickle
+        spec = spec.decode() if isinstance(spec, bytes) else spec
+        if not (isinstance(spec, str) and re.fullmatch("[|<>=]?[biuf][0-9]{1,2}", spec)):
+            raise pickle.UnpicklingError(f"it holds an array of {spec!r}")
+        self.value = np.dtype(spec)
+
+    def __setstate__(self, state: Any) -> None:  # noqa: ANN401 - from a pickle
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.value = self.value.newbyteorder(order)
+
+
+class _Array(np.ndarray[Any, np.dtype[Any]]):
+    """An array of numbers that accepts only a checked type."""
+
+    def __setstate__(self, state: Any) -> None:  # noqa: ANN401 - from a pickle
+        _, shape, dtype, fortran, raw = state
+        if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes):
+            raise pickle.UnpicklingError("it holds an array that is not of numbers")
+        super().__setstate__((1, shape, dtype.value, fortran, raw))
+
+
+def _reconstruct(*_: Any) -> _Array:  # noqa: ANN401 - from a pickle
+    return _Array((0,), np.uint8)
+
+
+#: What a pickle of arrays of numbers needs: (module, name) in the pickle -> what is used for it.
+NUMPY_GLOBALS: Mapping[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): codecs.encode,  # bytes, in protocols 0 to 2
 }
 
 _DIGEST_BY_LENGTH = {32: "md5", 64: "sha256"}
@@ -81,7 +111,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
     """An unpickler that finds only the named globals."""
 
     def __init__(
-        self, file: IO[bytes], allowed: Mapping[tuple[str, str], tuple[str, str]], encoding: str
+        self, file: IO[bytes], allowed: Mapping[tuple[str, str], Any], encoding: str
     ) -> None:
         super().__init__(file, encoding=encoding)
         self._allowed = allowed
@@ -89,13 +119,13 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - any global
         if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(*self._allowed[module, name])
+        return self._allowed[module, name]
 
 
 def restricted_load(
     file: IO[bytes],
     *,
-    allowed: Mapping[tuple[str, str], tuple[str, str]] = NUMPY_GLOBALS,
+    allowed: Mapping[tuple[str, str], Any] = NUMPY_GLOBALS,
     name: str = "",
     encoding: str = "bytes",
 ) -> Any:  # noqa: ANN401 - a pickle holds anything
@@ -103,7 +133,7 @@ def restricted_load(
 
     Args:
         file: The open pickle.
-        allowed: (module, name) in the pickle -> (module, name) to load instead.
+        allowed: (module, name) in the pickle -> the object that is used for it.
         name: What errors call the file; its own name if empty.
         encoding: How Python 2 strings are read (``bytes`` leaves them undecoded).
 

@@ -1,0 +1,135 @@
+"""Atomic writes, checksums, restricted pickles, data paths."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fulgurite.errors import DataError
+from fulgurite.io import (
+    atomic_write,
+    cache_folder,
+    checksum,
+    data_path,
+    restricted_load,
+    sha256,
+    verify_checksum,
+    verify_sha256,
+)
+from fulgurite.testing.files import python2_pickle
+
+
+def test_atomic_write_replaces_only_when_the_block_succeeds(tmp_path):
+    target = tmp_path / "deep" / "a.txt"
+    with atomic_write(target) as temporary:
+        temporary.write_text("old")
+        assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert [p.name for p in target.parent.iterdir()] == ["a.txt"]
+
+
+def test_atomic_write_of_a_folder_leaves_nothing_behind_on_error(tmp_path):
+    target = tmp_path / "folder"
+    with pytest.raises(RuntimeError), atomic_write(target) as temporary:  # noqa: PT012
+        (temporary / "sub").mkdir(parents=True)
+        (temporary / "sub" / "a").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_write(target) as temporary:
+        (temporary / "sub").mkdir(parents=True)
+        (temporary / "sub" / "a").write_text("whole")
+    assert (target / "sub" / "a").read_text() == "whole"
+
+
+def test_checksums(tmp_path):
+    file = tmp_path / "abc"
+    file.write_bytes(b"abc")
+    good = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(file) == good
+    verify_sha256(file, good.upper())
+    verify_checksum(file, "900150983cd24fb0d6963f7d28e17f72")
+    with pytest.raises(DataError, match=r"sha256 of .*abc is ba78.* not 0000"):
+        verify_sha256(file, "0" * 64)
+    with pytest.raises(DataError, match="no SHA-256"):
+        verify_sha256(file, "900150983cd24fb0d6963f7d28e17f72")
+    with pytest.raises(DataError, match="neither an MD5"):
+        verify_checksum(file, "abc")
+    with pytest.raises(DataError, match="cannot be read"):
+        checksum(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i8", ">f4", "?"])
+@pytest.mark.parametrize("writer", [python2_pickle, lambda v: pickle.dumps(v, protocol=2)])
+def test_restricted_load_reads_arrays_of_numbers(dtype, writer):
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    found = restricted_load(io.BytesIO(writer({b"data": array, b"labels": [1, 2]})))
+    np.testing.assert_array_equal(found[b"data"], array)
+    assert found[b"data"].dtype == array.dtype.newbyteorder("=")
+    assert found[b"labels"] == [1, 2]
+
+
+def test_restricted_load_keeps_fortran_order():
+    array = np.asfortranarray(np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(restricted_load(io.BytesIO(pickle.dumps(array, 2))), array)
+
+
+class _Command:
+    """Pickles to a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.system, eval, exec, os.mkdir, getattr])
+def test_a_malicious_pickle_is_refused_and_not_run(function, tmp_path):
+    mark = tmp_path / "mark"
+    text = {os.system: f"mkdir {mark}", os.mkdir: str(mark)}.get(
+        function, f"__import__('os').mkdir({str(mark)!r})"
+    )
+    content = pickle.dumps({b"data": _Command(function, text)}, protocol=2)
+    with pytest.raises(DataError, match="asks for"):
+        restricted_load(io.BytesIO(content), name="evil")
+    assert not mark.exists()
+
+
+def test_an_array_of_objects_is_refused():
+    content = pickle.dumps(np.array([None, {}], dtype=object), protocol=2)
+    with pytest.raises(DataError, match="array of 'O8'"):
+        restricted_load(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", python2_pickle([1, "a" * 300])[:-40]])
+def test_a_damaged_pickle_is_one_data_error(content):
+    with pytest.raises(DataError, match="The pickle batch was refused"):
+        restricted_load(io.BytesIO(content), name="batch")
+
+
+def test_data_path(tmp_path, monkeypatch):
+    (tmp_path / "a.zip").write_bytes(b"")
+    monkeypatch.setenv("FULGURITE_DATA", str(tmp_path))
+    assert data_path("a.zip") == tmp_path / "a.zip"
+    assert data_path(tmp_path / "a.zip") == tmp_path / "a.zip"
+    with pytest.raises(DataError, match=r"no data at .*b\.zip"):
+        data_path("b.zip")
+    monkeypatch.delenv("FULGURITE_DATA")
+    with pytest.raises(DataError, match="FULGURITE_DATA is not set"):
+        data_path("a.zip")
+
+
+def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("FULGURITE_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "fulgurite"
