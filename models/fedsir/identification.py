@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,22 +59,31 @@ def _gap(ordered: NDArray[np.float64], place: int) -> float:
     return float(ordered[place + high] - ordered[place - 1 - low])
 
 
-def _two_groups(
-    off_mean: NDArray[np.float64], small: float, wide: float, level: float
-) -> tuple[bool, float, float]:
-    """Whether there are two groups; the largest gap; the p-value of the sharpest split."""
+class _Gap(NamedTuple):
+    """The largest gap between two groups, and the largest value below it."""
+
+    gap: float
+    below: float
+
+
+def _widest(off_mean: NDArray[np.float64]) -> _Gap:
     ordered = np.sort(off_mean)
-    count = len(ordered)
-    if count < 2:
-        return False, 0.0, 1.0
-    largest = max(_gap(ordered, place) for place in range(1, count))
+    gaps = [_Gap(_gap(ordered, place), ordered[place - 1]) for place in range(1, len(ordered))]
+    return max(gaps, default=_Gap(0.0, np.inf))
+
+
+def _sharpest(off_mean: NDArray[np.float64]) -> tuple[float, float]:
+    """Gap of the split that explains most variance, and its p-value among alike clients."""
+    ordered = np.sort(off_mean)
+    if len(ordered) < 2:
+        return 0.0, 1.0
     sharpness, place = _sharpness(ordered)
-    # the statistic knows neither location nor scale, so one simulation per K is exact
-    normal = np.random.default_rng(0).standard_normal((_SIMULATIONS, count))
+    # the statistic knows neither location nor scale, so one simulation per K is enough
+    normal = np.random.default_rng(0).standard_normal((_SIMULATIONS, len(ordered)))
     null = _sharpness(np.sort(normal, -1))[0]
-    p_value = float((1 + (null >= sharpness).sum()) / (1 + _SIMULATIONS))
-    sharp = p_value <= level and _gap(ordered, int(place)) >= small
-    return sharp or largest >= wide, largest, p_value
+    return _gap(ordered, int(place)), float(
+        (1 + (null >= sharpness - 1e-12).sum()) / (1 + _SIMULATIONS)
+    )
 
 
 def _mixture(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -104,7 +114,64 @@ def split_clients(
     level: float = 0.05,
     noisy_above: float | None = None,
 ) -> ClientSplit:
-    """Split clients into clean and noisy by a mixture of two Gaussians."""
+    """Tell clean clients from noisy ones.
+
+    First, are there two groups at all? The authors' mixture always finds two, also where every
+    client is clean. Here there are two groups where the largest gap between neighbours in
+    ``off_mean`` is at least ``wide_gap``, or where the sharpest split explains more of the
+    variance than it would among clients drawn from one normal distribution (``level``) and has a
+    gap of at least ``small_gap``. Then a mixture of two Gaussians, as in the paper, says which
+    clients belong to the group with the lower ``off_mean``, the clean one.
+
+    If all clients are alike they are called clean: the scores alone cannot tell ten clean clients
+    from ten equally noisy ones, because the level of a clean score depends on the network and the
+    data. Set ``noisy_above`` where that level is known.
+
+    Measured on planted features (10 clients, ρ = .3, D = 64, 1000 samples each, 20 seeds that the
+    gaps were not chosen on; "exact" means every client is right):
+
+    ===================  ==========  ==========  ===========
+    noisy clients, rate  even split  α = 2       α = .5
+    ===================  ==========  ==========  ===========
+    0                    20/20       20/20       20/20
+    1 to 9, p = .3       ≥ 19/20     ≥ 18/20     ≥ 12/20
+    1 to 9, p = .5-.9    20/20       20/20       20/20
+    1 to 9, p = .1       ≤ 2/20      ≤ 8/20      ≤ 12/20
+    10, one group found  20/20       ≥ 18/20     ≥ 9/20
+    ===================  ==========  ==========  ===========
+
+    Errors go one way: a mildly noisy client is called clean, never the reverse. At p = .1 the
+    test mostly finds one group, where ``force_two`` finds six of ten noisy clients exactly in
+    14/20 (even split). With α = .5 and p = .3 ``rule="gap"`` is right in ≥ 19/20.
+
+    Args:
+        scores: ``(off_mean, off_energy)`` of each client. A client whose score is not finite has
+            fewer than two classes to compare and is taken for noisy. Shape: (K, 2).
+        seed: Of the mixture's initialisation.
+        threshold: Least posterior of a clean client.
+        force_two: Always split, as the paper does (unless all scores are equal).
+        small_gap: Least gap of a significant split.
+        wide_gap: Gap that needs no test.
+        level: Of the test.
+        noisy_above: Mean ``off_mean`` above which clients that are all alike are all noisy.
+
+    Returns:
+        The split, on the CPU.
+
+    Raises:
+        DataError: ``scores`` has another shape.
+        ConfigError: ``threshold`` is not in (0, 1], or ``wide_gap`` is not positive.
+
+    Example:
+        >>> off_mean = torch.tensor([0.30, 0.31, 0.60, 0.62, 0.59])
+        >>> split = split_clients(torch.stack([off_mean, off_mean**2], 1))
+        >>> split.clean.tolist(), split.components
+        ([True, True, False, False, False], 2)
+        >>> split_clients(torch.tensor([[0.30, 0.09], [0.31, 0.10]])).reason
+        'all clients are alike: all clean (largest gap 0.010, p = 1).'
+
+    Source: FedSIR, arXiv 2604.20825, Stage I, step 7; one group, gap rule: inferred.
+    """
     if scores.ndim != 2 or scores.shape[1] != 2:
         raise DataError(
             f"scores of shape {tuple(scores.shape)} are not (K, 2).",
@@ -114,28 +181,46 @@ def split_clients(
         raise ConfigError(
             f"threshold {threshold} is not a probability.", "Choose one above 0, at most 1."
         )
+    if wide_gap <= 0:
+        raise ConfigError(f"wide_gap {wide_gap} is not positive.", "Set it to 0.06, the default.")
     table = scores.detach().cpu().double().numpy()
     finite = np.isfinite(table).all(1)
     known = table[finite]
-    two, gap, p_value = _two_groups(known[:, 0], small_gap, wide_gap, level)
-    evidence = f"largest gap {gap:.3f}, p = {p_value:.2g}"
+    widest = _widest(known[:, 0])
+    sharp_gap, p_value = _sharpest(known[:, 0])
+    told = f"largest gap {widest.gap:.3f}, p = {p_value:.2g}"
     if force_two:
         two = len(known) >= 2 and not np.allclose(known, known[:1])
-        evidence = "two groups were asked for"
+        told += ", two groups were asked for"
+    else:
+        two = widest.gap >= wide_gap or (p_value <= level and sharp_gap >= small_gap)
     p_known = np.ones(len(known))
     if two:
         p_known = _mixture(known, seed)
-        if not (p_known >= threshold).any():  # an empty group is no reference: take the best
+        if not (p_known >= threshold).any():  # no client would be left to refer to
             p_known = np.where(p_known == p_known.max(), threshold, p_known)
-        found = int((p_known >= threshold).sum())
-        reason = f"{found} of {len(known)} clients are clean ({evidence})"
+        while not force_two:  # a mildly noisy client joins the clean ones across a gap
+            inner = _widest(known[p_known >= threshold, 0])
+            if inner.gap < wide_gap:
+                break
+            p_known = np.where(known[:, 0] > inner.below, 0.0, p_known)
     elif noisy_above is not None and len(known) and known[:, 0].mean() > noisy_above:
         p_known = np.zeros(len(known))
-        reason = f"all clients are alike and above {noisy_above}: all noisy ({evidence})"
+    if two:
+        clean = int((p_known >= threshold).sum())
+        reason = f"{clean} of {len(known)} clients are clean ({told})"
     else:
-        reason = f"all clients are alike: all clean ({evidence})"
+        which = "clean" if p_known.all() else f"noisy, being above {noisy_above}"
+        reason = f"all clients are alike: all {which} ({told})"
     if not finite.all():
-        reason += f"; without a score, so noisy: clients {np.flatnonzero(~finite).tolist()}"
+        reason += f"; clients without a score count as noisy: {np.flatnonzero(~finite).tolist()}"
     p_clean = torch.zeros(len(table), dtype=torch.float64)
     p_clean[torch.from_numpy(finite)] = torch.from_numpy(p_known)
-    return ClientSplit(p_clean >= threshold, p_clean, 2 if two else 1, gap, p_value, f"{reason}.")
+    return ClientSplit(
+        clean=p_clean >= threshold,
+        p_clean=p_clean,
+        components=2 if two else 1,
+        gap=widest.gap,
+        p_value=p_value,
+        reason=f"{reason}.",
+    )

@@ -213,7 +213,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"weights file {path} cannot be read as plain tensors ({reason}).",
