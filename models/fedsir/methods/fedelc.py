@@ -1,0 +1,158 @@
+"""FedELC: noisy clients learn the labels of their samples along with the model.
+
+Axes: N samples, N_k samples of client k, B mini-batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.methods.fednoro import FedNoRo
+
+__all__ = ["FedELC", "SoftLabelLoss"]
+
+
+class SoftLabelLoss:
+    """Loss of model and label distributions together; a call also steps the distributions.
+
+    With p the prediction, y = softmax(ỹ) the label distribution and ŷ the given label:
+    ``KL(p ‖ y)/C + α · (−log y[ŷ]) + β · H(p)/C``, mean over the batch. The gradient in ỹ is
+    ``((y − p)/C + α (y − onehot(ŷ)))/B``; as an epoch visits a sample once, stepping at the
+    visit equals stepping all at the end of the epoch.
+
+    Args:
+        soft: Logits ỹ of the label distributions, of all samples; changed in place by calls.
+            Shape: (N, C).
+        given: Given labels. Shape: (N,).
+        compatibility: α.
+        entropy: β.
+        rate: Step size λ of ỹ.
+
+    Source: FedELC, CIKM 2024, stage 2; the loss is PENCIL's (Yi and Wu, CVPR 2019).
+    """
+
+    def __init__(
+        self, soft: Tensor, given: Tensor, compatibility: float, entropy: float, rate: float
+    ) -> None:
+        self.soft, self.given, self.rate = soft, given, rate
+        self.compatibility, self.entropy = compatibility, entropy
+
+    def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        """The loss; steps the distributions of the batch's samples."""
+        scores = network(batch.images).float().log_softmax(1)
+        log_labels = self.soft[batch.index].to(scores).log_softmax(1)
+        given = self.given[batch.index].to(scores.device)
+        samples, classes = scores.shape
+        predicted = scores.exp()
+        entropy = -(predicted * scores).sum(1)
+        loss = (
+            ((predicted * (scores - log_labels)).sum(1) + self.entropy * entropy) / classes
+            - self.compatibility * log_labels.gather(1, given[:, None]).squeeze(1)
+        ).mean()  # fmt: skip
+        labels = log_labels.exp()
+        gradient = (labels - predicted.detach()) / classes + self.compatibility * (
+            labels - F.one_hot(given, classes)
+        )
+        self.soft[batch.index] -= (self.rate / samples * gradient).to(self.soft)
+        return loss
+
+
+class FedELC(FedNoRo):
+    """Detection as in FedNoRo; then noisy clients learn label distributions by backpropagation.
+
+    After a round, a noisy client's distributions become the mean of what was learned and of what
+    its local model predicts. Their largest entries are written as its current labels, which are
+    reported but not trained on: the compatibility term holds on to the given ones.
+
+    From the paper and its authors' code: detection, losses, step size 1000, scale 10, α = 0.5,
+    β = 0.2 (of the code's options for CIFAR; the unit of the step size is per mini-batch of 64),
+    merging with predictions, DaAgg, 20 of 120 rounds of warm-up. Ours: predictions for merging
+    are taken on plain images in evaluation mode, where the code keeps augmenting and BatchNorm
+    training; soft labels outlive rounds in which a client does not take part, as in the code.
+
+    Args:
+        warmup: Rounds of FedAvg with logit adjustment before detection; part of the budget.
+        votes: Mixtures that vote on the split.
+        compatibility: α, weight of the given label.
+        entropy: β, weight of the prediction's entropy.
+        label_rate: λ, step size of the label distributions.
+        scale: Logit of the given label at the start, and factor of merged distributions.
+        tau: Strength of the logit adjustment of warm-up and clean clients.
+        aggregation: See :class:`NoiseAwareMethod`.
+
+    Raises:
+        ConfigError: A number is out of range.
+
+    Source: Jiang et al., FedELC, CIKM 2024 (arXiv 2408.04301).
+    """
+
+    def __init__(
+        self,
+        warmup: int = 20,
+        votes: int = 9,
+        compatibility: float = 0.5,
+        entropy: float = 0.2,
+        label_rate: float = 1000.0,
+        scale: float = 10.0,
+        tau: float = 1.0,
+        aggregation: Literal["distance", "size"] = "distance",
+    ) -> None:
+        super().__init__(warmup, votes, tau=tau, aggregation=aggregation)
+        numbers = {
+            "compatibility": compatibility, "entropy": entropy,
+            "label_rate": label_rate, "scale": scale,
+        }  # fmt: skip
+        for name, value in numbers.items():
+            if value < 0:
+                raise ConfigError(
+                    f"model.init_args.method.init_args.{name}={value} is negative.",
+                    "Give 0 or more.",
+                )
+        self.compatibility, self.entropy = compatibility, entropy
+        self.label_rate, self.scale = label_rate, scale
+        self.soft: Tensor | None = None  # logits of label distributions, (N, C)
+
+    def before_round(self, fed: Federation, round: int) -> None:
+        """Detect once the warm-up is over; distributions start at the given labels."""
+        super().before_round(fed, round)
+        if self.split_clean is not None and self.soft is None:
+            self.soft = self.scale * F.one_hot(fed.labels.given, fed.num_classes).float()
+
+    def objective(self, fed: Federation, client: int, round: int) -> Objective:
+        """Logit adjustment in the warm-up and on clean clients, soft labels on noisy ones."""
+        if self._is_clean(client) or self.soft is None:
+            return super().objective(fed, client, round)
+        return SoftLabelLoss(
+            self.soft, fed.labels.given, self.compatibility, self.entropy, self.label_rate
+        )
+
+    def after_round(
+        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+    ) -> None:
+        """Merge what was learned with what the local models predict."""
+        if self.soft is None:
+            return
+        merged = {}
+        for client, state in states.items():
+            if not self._is_clean(client):
+                predicted = fed.logits(client, state).softmax(1).cpu()
+                merged[client] = (self.soft[fed.index[client]].softmax(1) + predicted) / 2
+        fed.state.write(fed.global_state)
+        for client, labels in fed.gather_objects(merged).items():
+            self.soft[fed.index[client]] = self.scale * labels
+        fed.relabel({k: labels.argmax(1) for k, labels in merged.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The split, and the label distributions."""
+        return super().state_dict() | {"soft": self.soft}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""
+        super().load_state_dict(state)
+        self.soft = state["soft"]

@@ -1,0 +1,165 @@
+"""FedNoRo: noisy clients are those on which the warmed-up global model has other class losses.
+
+Axes: K clients, N samples, C classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.federation import Federation
+from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareMethod
+
+__all__ = ["FedNoRo", "class_losses", "normalise_losses", "vote_clean"]
+
+
+def class_losses(fed: Federation) -> Tensor:
+    """Mean cross-entropy of the global model per client and given class; NaN for no sample.
+
+    Every rank takes part. Images are shown plain, without augmentation.
+
+    Returns:
+        float64. Shape: (K, C).
+
+    Source: FedNoRo, IJCAI 2023, stage 1.
+    """
+    rows = {}
+    for client in fed.own(range(fed.num_clients)):
+        labels = fed.labels.given[fed.index[client]]
+        logits = fed.logits(client, fed.global_state).cpu()
+        loss = F.cross_entropy(logits, labels, reduction="none").double()
+        sums = torch.zeros(fed.num_classes, dtype=torch.float64).index_add_(0, labels, loss)
+        rows[client] = sums / labels.bincount(minlength=fed.num_classes)
+    fed.state.write(fed.global_state)
+    fed.traffic.up += fed.num_clients * fed.num_classes * 4
+    return fed.gather_rows(rows, range(fed.num_clients)).cpu()
+
+
+def normalise_losses(losses: Tensor) -> Tensor:
+    """Scale each class to [0, 1] over clients; a class that a client lacks gets its minimum.
+
+    Args:
+        losses: From :func:`class_losses`. Shape: (K, C).
+
+    Returns:
+        float64. A class that no client has, or that is equal on all, is 0. Shape: (K, C).
+
+    Example:
+        >>> normalise_losses(torch.tensor([[1.0, 2.0], [3.0, torch.nan]])).tolist()
+        [[0.0, 0.0], [1.0, 0.0]]
+
+    Source: FedNoRo, IJCAI 2023, stage 1, and its authors' code for absent classes.
+    """
+    known = losses.isfinite()
+    low = losses.masked_fill(~known, torch.inf).min(0).values
+    high = losses.masked_fill(~known, -torch.inf).max(0).values
+    spread = (high - low).nan_to_num(0.0, 0.0, 0.0)
+    scaled = (losses.double() - low) / spread.where(spread > 0, 1.0)
+    return scaled.where(known & (spread > 0), 0.0)
+
+
+def vote_clean(vectors: Tensor, votes: int = 9) -> Tensor:
+    """Split clients by a mixture of two Gaussians; the split found most often wins.
+
+    Args:
+        vectors: One vector per client; noisy ones have the larger sum. Shape: (K, C).
+        votes: Mixtures fitted, with random states 0, 1, ….
+
+    Returns:
+        bool; all true where all vectors are equal. Shape: (K,).
+
+    Example:
+        >>> vectors = torch.rand(10, 4, generator=torch.Generator().manual_seed(0)) / 10
+        >>> vectors[6:] += 0.8
+        >>> vote_clean(vectors).tolist()
+        [True, True, True, True, True, True, False, False, False, False]
+
+    Source: FedNoRo, IJCAI 2023, stage 1.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    table = vectors.double().numpy()
+    if len(table) < 2 or np.allclose(table, table[:1]):
+        return torch.ones(len(table), dtype=torch.bool)
+    ballots = []
+    for state in range(votes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            mixture = GaussianMixture(2, random_state=state).fit(table)
+        ballots.append(tuple(mixture.predict(table) != mixture.means_.sum(1).argmax()))
+    return torch.tensor(Counter(ballots).most_common(1)[0][0])  # the first of equals
+
+
+class FedNoRo(NoiseAwareMethod):
+    """Warm-up by FedAvg with logit adjustment, detection by class losses, noise-aware training.
+
+    The warm-up is part of the rounds: ``trainer.max_epochs`` is the whole budget. In round
+    ``warmup`` each client sends its mean loss per class under the global model, the split is
+    voted on, and :class:`NoiseAwareMethod` (its paper's stage 2) goes on.
+
+    From the paper and its authors' code: all of it, with the defaults of the code (10 of 100
+    rounds of warm-up, ramp to a = 0.8 from round 10 to 49, T = 0.8, 9 votes). Ours: losses are
+    taken on plain images, not augmented ones, so that they do not depend on a generator; the
+    teacher is in evaluation mode; a class that is equal on all clients counts nothing.
+    The split is always into two groups, as in the paper: all-clean clients are split, too.
+
+    Args:
+        warmup: Rounds of warm-up.
+        votes: Mixtures that vote on the split.
+        kd_begin: See :class:`NoiseAwareMethod`.
+        kd_end: See :class:`NoiseAwareMethod`.
+        kd_height: See :class:`NoiseAwareMethod`.
+        kd_temperature: See :class:`NoiseAwareMethod`.
+        tau: See :class:`NoiseAwareMethod`.
+        aggregation: See :class:`NoiseAwareMethod`.
+
+    Raises:
+        ConfigError: ``warmup`` or ``votes`` is below 1.
+
+    Source: Wu et al., FedNoRo, IJCAI 2023.
+    """
+
+    def __init__(
+        self,
+        warmup: int = 10,
+        votes: int = 9,
+        kd_begin: int = 10,
+        kd_end: int = 49,
+        kd_height: float = 0.8,
+        kd_temperature: float = 0.8,
+        tau: float = 1.0,
+        aggregation: Literal["distance", "size"] = "distance",
+    ) -> None:
+        super().__init__(kd_begin, kd_end, kd_height, kd_temperature, tau, aggregation)
+        for name, value in {"warmup": warmup, "votes": votes}.items():
+            if value < 1:
+                raise ConfigError(
+                    f"model.init_args.method.init_args.{name}={value} is too small.",
+                    "Give 1 or more.",
+                )
+        self.warmup, self.votes = warmup, votes
+        self.losses: Tensor | None = None  # as sent by the clients, (K, C)
+
+    def before_round(self, fed: Federation, round: int) -> None:
+        """Split the clients once the warm-up is over."""
+        if round >= self.warmup and self.split_clean is None:
+            self.losses = class_losses(fed)
+            self.split_clean = vote_clean(normalise_losses(self.losses), self.votes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The split, and the losses it rests on."""
+        return super().state_dict() | {"losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""
+        super().load_state_dict(state)
+        self.losses = state["losses"]

@@ -1,0 +1,229 @@
+"""RoFL: clients share class centroids, which say whose label to trust.
+
+Axes: K clients, N samples, B mini-batch, S selected samples, C classes, D feature dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.methods.base import FederatedMethod
+
+__all__ = ["CentroidLoss", "RoFL", "class_means", "merge_centroids"]
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean feature of each class; zero for a class without samples.
+
+    Args:
+        features: Shape: (N, D).
+        labels: Shape: (N,).
+        num_classes: C.
+
+    Returns:
+        Shape: (C, D).
+
+    Example:
+        >>> class_means(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), 2).tolist()
+        [[2.0], [0.0]]
+
+    Source: RoFL, IEEE Intelligent Systems 2022, local centroids.
+    """
+    member = F.one_hot(labels, num_classes).to(features)
+    return member.T @ features / member.sum(0).clamp_min(1)[:, None]
+
+
+def merge_centroids(centroids: Tensor, before: Tensor) -> Tensor:
+    """The server's centroids: clients' ones, weighted by their cosine with the ones before.
+
+    Args:
+        centroids: Of each client. Shape: (K, C, D).
+        before: The global ones; zero for a class not seen yet. Shape: (C, D).
+
+    Returns:
+        A class that no client supports keeps its centroid, or gets the plain mean if it has
+        none yet. Shape: (C, D).
+
+    Example:
+        >>> clients = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+        >>> merge_centroids(clients, torch.tensor([[1.0, 0.0]])).tolist()
+        [[1.0, 0.0]]
+
+    Source: RoFL, IEEE Intelligent Systems 2022, server; the exceptions: inferred.
+    """
+    known = centroids.norm(dim=-1) > 0  # (K, C)
+    weight = F.cosine_similarity(centroids, before[None], dim=-1).clamp_min(0)
+    weight = torch.where(before.norm(dim=-1) > 0, weight, 1.0) * known
+    total = weight.sum(0)[:, None]
+    merged = (weight[..., None] * centroids).sum(0) / total.clamp_min(1e-12)
+    return merged.where(total > 0, before)
+
+
+class CentroidLoss:
+    """Loss of the samples with small losses, whose labels the centroids check.
+
+    Of the samples selected, those whose nearest centroid (by cosine) is their label's keep it
+    and are pulled to that centroid; the others take the pseudo-label. A call also moves the
+    client's centroids towards the batch's.
+
+    Args:
+        centroids: The client's; changed in place by calls. Shape: (C, D).
+        pseudo: Labels by the global model; None while given labels are used. Shape: (N,).
+        forget: Share of a batch with the largest losses that is left out.
+        pull: Weight of the distance to the centroid.
+        entropy: Weight of the prediction's entropy.
+
+    Source: RoFL, IEEE Intelligent Systems 2022.
+    """
+
+    def __init__(
+        self,
+        centroids: Tensor,
+        pseudo: Tensor | None,
+        forget: float,
+        pull: float,
+        entropy: float,
+    ) -> None:
+        self.centroids, self.pseudo, self.forget = centroids, pseudo, forget
+        self.pull, self.entropy = pull, entropy
+
+    def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        """The loss; moves the centroids."""
+        model: Any = network
+        features = model.features(batch.images)
+        logits = model.head(features).float()
+        features = features.float()
+        with torch.no_grad():
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            number = max(1, int((1 - self.forget) * len(losses)))
+            chosen = losses.argsort(stable=True)[:number]
+            given, picked = batch.labels[chosen], features[chosen]
+            cosines = F.normalize(picked, dim=1) @ F.normalize(self.centroids, dim=1).T
+            agree = cosines.argmax(1) == given
+            labels = given
+            if self.pseudo is not None:
+                guess = self.pseudo[batch.index].to(given.device)[chosen]
+                labels = given.where(agree, guess)
+            targets = self.centroids[given]
+        scores = logits[chosen].log_softmax(1)
+        distance = (features[chosen] - targets).square().mean(1)
+        loss = (
+            F.nll_loss(scores, labels)
+            + self.pull * (agree * distance).mean()
+            - self.entropy * (scores.exp() * scores).sum(1).mean()
+        )
+        self._move(picked, given)
+        return loss
+
+    @torch.no_grad()
+    def _move(self, features: Tensor, labels: Tensor) -> None:
+        means = class_means(features, labels, len(self.centroids))
+        # a class absent from the batch has a zero mean, so cosine and share 0
+        share = F.cosine_similarity(self.centroids, means, dim=1)[:, None].square()
+        seen = (self.centroids.norm(dim=1) > 0)[:, None]
+        self.centroids.copy_(torch.where(seen, (1 - share) * self.centroids + share * means, means))
+
+
+class RoFL(FederatedMethod):
+    """FedAvg with exchanged class centroids, sample selection, pseudo-labels and entropy.
+
+    From an unofficial implementation, as the paper's text was not at hand: selection of small
+    losses with a share ramped up over ``ramp_rounds``, labels checked by the nearest centroid,
+    pseudo-labels of the global model from round ``pseudo_from`` on (given labels before), the
+    weight of the centroid term rising as ``(round + 1)/pseudo_from`` up to then, entropy weight
+    0.8, local centroids that move by the squared cosine, global ones weighted by the cosine.
+    Inferred: the distance to a centroid is a mean over features and samples (a sum there), and
+    has a gradient; centroids of absent classes are taken up when first seen; models are
+    averaged by size.
+
+    Clients are not split: :attr:`clean` stays None.
+
+    Args:
+        forget: Share of a batch that is left out; meant to be the expected rate of noise.
+        ramp_rounds: Rounds over which that share grows from 0.
+        pseudo_from: First round with pseudo-labels.
+        pull: Weight of the centroid term.
+        entropy: Weight of the entropy term.
+
+    Raises:
+        ConfigError: A number is out of range.
+
+    Source: Yang et al., Robust Federated Learning with Noisy Labels, IEEE Intelligent Systems
+    2022 (arXiv 2012.01700).
+    """
+
+    def __init__(
+        self,
+        forget: float = 0.2,
+        ramp_rounds: int = 10,
+        pseudo_from: int = 100,
+        pull: float = 1.0,
+        entropy: float = 0.8,
+    ) -> None:
+        if not 0 <= forget < 1:
+            raise ConfigError(
+                f"model.init_args.method.init_args.forget={forget} is not in [0, 1).",
+                "Give the expected share of wrong labels.",
+            )
+        for name, value in {
+            "ramp_rounds": ramp_rounds, "pseudo_from": pseudo_from, "pull": pull,
+            "entropy": entropy,
+        }.items():  # fmt: skip
+            if value < 0:
+                raise ConfigError(
+                    f"model.init_args.method.init_args.{name}={value} is negative.",
+                    "Give 0 or more.",
+                )
+        self.forget, self.ramp_rounds, self.pseudo_from = forget, ramp_rounds, pseudo_from
+        self.pull, self.entropy = pull, entropy
+        self.centroids: Tensor | None = None  # global ones, (C, D)
+        self._local: dict[int, Tensor] = {}
+
+    def before_round(self, fed: Federation, round: int) -> None:
+        """Forget what clients did in the round before."""
+        self._local = {}
+
+    def objective(self, fed: Federation, client: int, round: int) -> Objective:
+        """The loss of a client, with its own copy of the centroids."""
+        pseudo = None
+        if self.centroids is None or round >= self.pseudo_from:
+            seen = list(fed.features(client, fed.global_state))
+            fed.state.write(fed.global_state)
+            if round >= self.pseudo_from:
+                pseudo = torch.zeros_like(fed.labels.given)
+                guesses = torch.cat([logits.argmax(1).cpu() for _, logits, _ in seen])
+                pseudo[fed.index[client]] = guesses
+        if self.centroids is None:
+            features = torch.cat([f.float() for f, _, _ in seen])
+            labels = fed.client_labels(client).to(features.device)
+            self._local[client] = class_means(features, labels, fed.num_classes)
+        else:
+            self._local[client] = self.centroids.to(fed.device, copy=True)
+        share = min(1.0, round / self.ramp_rounds) if self.ramp_rounds else 1.0
+        pull = self.pull * min(1.0, (round + 1) / max(1, self.pseudo_from))
+        return CentroidLoss(self._local[client], pseudo, self.forget * share, pull, self.entropy)
+
+    def after_round(
+        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+    ) -> None:
+        """Merge the clients' centroids."""
+        table = fed.gather_rows({k: self._local[k] for k in states}, clients)
+        before = torch.zeros_like(table[0]) if self.centroids is None else self.centroids
+        self.centroids = merge_centroids(table, before.to(table.device)).cpu()
+        fed.traffic.up += len(clients) * self.centroids.numel() * 4
+        fed.traffic.down += len(clients) * self.centroids.numel() * 4 * (round > 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The global centroids."""
+        return {"centroids": self.centroids}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""
+        self.centroids = state["centroids"]
