@@ -250,7 +250,7 @@ def test_a_killed_comparison_goes_on_where_it_was(place):
         process.kill()
     assert "[3/12]" in lines[2]
     finished = {path.stem for path in (place / "out" / "results").glob("*.json")}
-    assert len(finished) >= 2
+    assert len(finished) >= 3
     deadline = time.monotonic() + 10  # the workers end with their driver
     workers = {int(pid) for *_, pid in runs(place)}
     while time.monotonic() < deadline and any(map(_alive, workers)):
@@ -436,3 +436,27 @@ def test_report(place, capsys):
     assert "noise.png" in text
     with pytest.raises(ConfigError, match="neither a comparison"):
         compare.report_main([str(place)])
+
+
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(place):
+    file = write(place, args={"sleep": 0.4}, seeds=[0])
+    command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]
+    command += ["--runner=fake_runner:main"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    assert "goes on with the cells that are left" in rest
+    assert not any(_alive(int(pid)) for *_, pid in runs(place))
+    assert "of 6 cells finished" in (place / "out" / "table.md").read_text()
+
+
+def test_a_terminal_gets_a_bar(place, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    go(write(place, seeds=[0]))
+    text = capsys.readouterr().out
+    assert "6/6" in text
+    assert "Method A p=0.25 seed=0: test/acc 0.66" in text

@@ -245,8 +245,8 @@ def _with_progress(
     if not console.is_terminal:
         for count, outcome in enumerate(outcomes, 1):
             left = (time.monotonic() - start) / count * (total - count)
+            yield outcome  # recorded before it is told: an interrupt in between loses nothing
             print(f"[{count}/{total}] {line(outcome)}, {_clock(left)} left", flush=True)
-            yield outcome
         return
     from rich.progress import (
         BarColumn,
@@ -269,9 +269,9 @@ def _with_progress(
     with Progress(*columns, console=console, speed_estimate_period=1e9) as progress:
         task = progress.add_task(plan.title, total=total)
         for outcome in outcomes:
+            yield outcome
             progress.console.print(line(outcome), highlight=False, markup=False)
             progress.advance(task)
-            yield outcome
 
 
 def _clock(seconds: float) -> str:
