@@ -357,7 +357,7 @@ def relabel(
         *(getattr(references, field.name).to(device) for field in fields(References))
     )
     labels = labels.to(device)
-    parts = [_scores(chunk, references) for chunk in features.detach().split(_CHUNK)]
+    parts = [_scores(chunk, references) for chunk in torch.split(features.detach(), _CHUNK)]
     fit, rest = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     known = features.isfinite().all(1) & (features != 0).any(1)

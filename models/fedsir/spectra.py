@@ -73,7 +73,7 @@ def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
 def _by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
     """Rows of each class, as views of one sorted copy."""
     counts = torch.bincount(labels, minlength=num_classes).tolist()
-    return features[labels.argsort(stable=True)].split(counts)
+    return tuple(torch.split(features[labels.argsort(stable=True)], counts))
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,9 @@ class SpectraAccumulator:
         self._flush()
         dim = self._gram.shape[-1]
         step = max(1, max_bytes // (8 * dim * dim))
-        for gram, counts in zip(self._gram.split(step), self._counts.split(step), strict=True):
+        for gram, counts in zip(
+            torch.split(self._gram, step), torch.split(self._counts, step), strict=True
+        ):
             yield ClassSpectra(counts, *_cut(*_eigen(gram), counts, dim))
 
     def compute(self) -> ClassSpectra:

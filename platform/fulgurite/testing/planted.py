@@ -70,12 +70,15 @@ class Planted:
         """
         rng = np.random.default_rng((seed, 1))
         means = self.means[labels]
-        noise = torch.from_numpy(rng.standard_normal(means.shape)) / means.shape[1] ** 0.5
+        noise: Tensor = torch.from_numpy(rng.standard_normal(means.shape)) / means.shape[1] ** 0.5
         if self.subspaces is None:
-            return means + sigma * noise
+            isotropic: Tensor = means + sigma * noise
+            return isotropic
         planes = self.subspaces[labels]
         weights = torch.from_numpy(rng.standard_normal(planes.shape[:2])) / planes.shape[1] ** 0.5
-        return means + sigma * torch.einsum("ns,nsd->nd", weights, planes) + floor * noise
+        spread: Tensor = torch.einsum("ns,nsd->nd", weights, planes)
+        features: Tensor = means + sigma * spread + floor * noise
+        return features
 
 
 def symmetric_noise(labels: Tensor, rate: float, num_classes: int, seed: int = 0) -> Tensor:
