@@ -135,9 +135,7 @@ class FederatedRounds(Callback):
         self.fed.state.write(self.fed.global_state)
         facts = self._identification()
         if facts:
-            rank_zero_info(
-                "identification: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items())
-            )
+            rank_zero_info("identification: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items()))
 
     @contextmanager
     def _progress(self, trainer: Trainer) -> Iterator[None]:
@@ -341,5 +339,3 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     return value
-
-

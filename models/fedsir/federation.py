@@ -430,7 +430,12 @@ class Federation:
         """Seed torch's own generators (dropout) for one client, and restore them afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(_number(self.seed, *key))
+            # torch.manual_seed also queues a call, with its stack trace, for each kind of
+            # accelerator that torch knows: slower than a local step, and never freed
+            number = _number(self.seed, *key)
+            torch.default_generator.manual_seed(number)
+            if devices:
+                torch.cuda.manual_seed(number)
             yield
 
     # --- looking at a client's data with a model -----------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 
 import fulgurite
-import fulgurite.strategies  # noqa: F401  registers our strategies by name
-from fulgurite.errors import CheckpointError, ConfigError
+import fulgurite.strategies
+from fulgurite.errors import CheckpointError, ConfigError, FulguriteError
 from fulgurite.io import atomic_write
 from fulgurite.runs import (
     RUN_DIR_VARIABLE,
@@ -34,7 +35,7 @@ from fulgurite.runs import (
     new_run_folder,
     write_json,
 )
-from fulgurite.systems import resolve_config, systems
+from fulgurite.systems import resolve_config
 
 __all__ = ["FulguriteCLI", "main", "parse", "run"]
 
@@ -269,7 +270,7 @@ class FulguriteCLI(LightningCLI):
         print(f"predict: recorded in {self.folder / name}")
 
 
-class _Parsed(Exception):  # noqa: N818  carries a result, is no error
+class _Parsed(Exception):
     """Ends the construction of a CLI that was only to parse."""
 
 
@@ -303,29 +304,42 @@ def _parameters(class_path: str) -> list[str]:
         return []
 
 
+# jsonargparse reports the whole tree of types it tried; these lines of it say nothing to a user
+_NOISE = re.compile(
+    r"(Parser key|Given value|Does not validate|Subtypes:|Errors:|Problem with given class_path"
+    r"|Expected a <class 'NoneType'>)"
+)
+
+
 def _one_line(message: str) -> str:
     """The innermost reason in jsonargparse's message, with the nearest name to a wrong one."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    known = ["seed_everything", "ckpt_path", "config", "model", "data", *systems()]
+    known = ["seed_everything", "ckpt_path", "config", "model", "data"]
     known += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
     known += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]
     key = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
     where = f"{key[1]}: " if key else ""
-    wrong = re.search(r"Option '([^']+)' is not accepted", message)
     classes = re.findall(r"class_path '([^']+)'", message)
-    if wrong:
-        owner = classes[-1] if classes else ""
+    owner = classes[-1] if classes else ""
+    if wrong := re.search(r"Option '([^']+)' is not accepted", message):
         near = difflib.get_close_matches(wrong[1], _parameters(owner), n=1, cutoff=0.5)
-        hint = f" Did you mean '{near[0]}'?" if near else f" It has: {', '.join(_parameters(owner))}."
-        return f"{where}{owner or 'the class'} has no option '{wrong[1]}'.{hint}"
-    if unknown := re.search(r"(?:Unrecognized arguments: --|Key '|option ')([\w.]+)", message):
+        hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(_parameters(owner))}."
+        return f"{where}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
+    if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
         near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.6)
-        hint = f" Did you mean '{near[0]}'?" if near else " See `fulgurite fit --help`."
-        return f"there is no option '{unknown[1]}'.{hint}"
-    if missing := re.search(r"(module '[^']+' has no attribute '([^']+)'|No module named [^\n]+)", message):
-        return f"{where}{missing[1].strip()}. Check the class path{_near_class(message)}."
-    reasons = [x for x in lines if not re.match(r"(Parser key|Given value type|Does not validate)", x)]
-    return where + "; ".join(dict.fromkeys(reasons)) if reasons else message
+        hint = f"Did you mean '{near[0]}'?" if near else "See `fulgurite fit --help`."
+        return f"There is no option '{unknown[1]}'. {hint}"
+    if absent := re.search(
+        r"module '[^']+' has no attribute '[^']+'|No module named [^\n]+", message
+    ):
+        return f"{where}{absent[0].strip()}. Check the class path{_near_class(message)}."
+    lines = [line.strip(" -") for line in message.splitlines()]
+    reasons = dict.fromkeys(line for line in lines if line and not _NOISE.match(line))
+    given = re.search(r"key='([\w.]+)', val=('[^']*'|[^)]*)\)", message)
+    value = f" (given: {given[1]}={given[2]})" if given else ""
+    if not given and (plain := re.findall(r"Given value: (\S+)$", message, re.MULTILINE)):
+        value = f" (given: {plain[-1]})"
+    inside = f"{owner}: " if owner else ""
+    return f"{where}{inside}{'; '.join(reasons) or message}{value}"
 
 
 def _near_class(message: str) -> str:
@@ -356,8 +370,9 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
         return _construct(_with_resolved_configs(argv))
     finally:
         sys.argv = program
-        if before is None:
-            os.environ.pop(RUN_DIR_VARIABLE, None)
+        if before is None and (made := os.environ.pop(RUN_DIR_VARIABLE, None)):
+            with suppress(OSError):  # a run that failed before it wrote anything leaves no folder
+                Path(made).rmdir()
 
 
 def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
@@ -367,11 +382,26 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
         with warnings.catch_warnings():
             # evaluation loaders hold whole batches in memory; workers would only copy them
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            # Lightning 2.6's combined loader uses a name that torch 2.13 deprecates
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")
             return FulguriteCLI(argv, only_parse=only_parse)
-    except ArgumentError as error:
-        raise ConfigError(_one_line(str(error))) from error
+    except Exception as error:
+        if ours := _cause(error):
+            raise ours from None
+        if isinstance(error, ArgumentError):
+            raise ConfigError(_one_line(str(error))) from error
+        raise
     finally:
         sys.argv = program
+
+
+def _cause(error: BaseException | None) -> FulguriteError | None:
+    """Our own error in a chain of exceptions: jsonargparse wraps those of constructors."""
+    while error is not None:
+        if isinstance(error, FulguriteError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def parse(argv: Sequence[str]) -> Namespace:

@@ -41,7 +41,7 @@ class _Dtype:
         self.value = np.dtype(spec)
 
     def __setstate__(self, state: Any) -> None:  # noqa: ANN401 - from a pickle
-        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        order: Any = state[1].decode() if isinstance(state[1], bytes) else state[1]
         self.value = self.value.newbyteorder(order)
 
 

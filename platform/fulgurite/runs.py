@@ -36,7 +36,9 @@ __all__ = [
     "write_json",
 ]
 
-RUN_DIR_VARIABLE = "FULGURITE_RUN_DIR"  # tells the processes that a strategy launches where to write
+RUN_DIR_VARIABLE = (
+    "FULGURITE_RUN_DIR"  # tells the processes that a strategy launches where to write
+)
 
 
 @dataclass
@@ -129,9 +131,7 @@ def find_checkpoint(options: RunOptions, which: str) -> Path:
     Raises:
         CheckpointError: If there is none.
     """
-    folders = (
-        [Path(options.dir)] if options.dir else sorted(options.parent.glob("*"), reverse=True)
-    )
+    folders = [Path(options.dir)] if options.dir else sorted(options.parent.glob("*"), reverse=True)
     for folder in folders:
         file = folder / "checkpoints" / f"{which}.ckpt"
         if file.is_file():
