@@ -1,0 +1,271 @@
+"""Many small clients trained in one pass.
+
+A step of a small network on a small batch is mostly the cost of starting its operations. Here the
+clients' parameters are stacked, :func:`torch.func.vmap` runs all of them through each operation,
+and one optimizer steps them together, on the mini-batches that they would see alone.
+
+Clients are independent, so the gradient of the sum of their losses holds the gradient of each: an
+ordinary backward pass after a mapped forward pass is enough.
+
+Axes: G clients of a group still training, B mini-batch, C classes, P flat state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn, optim
+from torch.func import functional_call, vmap
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.federation import (
+    ClientStates,
+    Federation,
+    MiniBatch,
+    Objective,
+    OptimizerFactory,
+)
+from fulgurite.models.fedsir.losses import logit_adjusted_cross_entropy
+from fulgurite.models.fedsir.methods.base import LogitLoss
+
+__all__ = ["train_group", "vectorizable"]
+
+# In these each entry of a parameter moves by its own gradient and state alone, so that one
+# optimizer of stacked parameters does what an optimizer per client would.
+_ELEMENTWISE = (
+    optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad,
+    optim.Adadelta, optim.RMSprop, optim.Rprop, optim.ASGD,
+)  # fmt: skip
+
+
+def vectorizable(objective: Objective) -> bool:
+    """Whether clients with this local loss can train in one pass.
+
+    Example:
+        >>> vectorizable(LogitLoss()), vectorizable(lambda network, batch: None)
+        (True, False)
+    """
+    return type(objective) is LogitLoss
+
+
+def train_group(
+    fed: Federation,
+    clients: Sequence[int],
+    objective: Callable[[int], Objective],
+    purpose: int | str,
+    start: Tensor,
+    epochs: int,
+    make_optimizer: OptimizerFactory,
+) -> ClientStates:
+    """Train clients side by side; equal to one after the other up to floating-point rounding.
+
+    Mini-batches, augmentation and losses are those of each client alone. Clients that cannot be
+    stacked (dropout, or an optimizer that mixes the entries of a parameter) train one by one.
+
+    Args:
+        fed: The federation; its ``loss_sum`` is set and its ``on_step`` called as by the loop.
+        clients: Whom to train.
+        objective: Gives the loss of a client; each must be :func:`vectorizable`.
+        purpose: Names what the randomness is for.
+        start: Flat state that all start from. Shape: (P,).
+        epochs: Local epochs.
+        make_optimizer: Makes the optimizer.
+
+    Returns:
+        Flat state of each client after training. Shape of each: (P,).
+
+    Raises:
+        ConfigError: The network does something that cannot be mapped over clients.
+
+    Source: inferred; FedAvg's local training (McMahan et al., AISTATS 2017) for many clients.
+    """
+    # the longest first: those that still train are then the first rows of every stacked tensor
+    order = sorted(clients, key=lambda k: -int(fed.sizes[k]))
+    fed.state.write(start)
+    stack = _Stack(fed.network, len(order))
+    optimizer = make_optimizer(stack.parameters.values())
+    if len(order) == 1 or type(optimizer) not in _ELEMENTWISE or _has_own_state(fed.network):
+        return {
+            k: fed._train_one(k, objective(k), purpose, start, epochs, make_optimizer)
+            for k in clients
+        }
+    loss = _StackedLoss([objective(k) for k in order], stack)
+    queues = [fed.batches(k, purpose, epochs) for k in order]
+    total = torch.zeros(len(order), device=fed.device)
+    steps = 0
+    done: ClientStates = {}
+    while queues:
+        drawn = [batch for queue in queues if (batch := next(queue, None)) is not None]
+        if len(drawn) < len(queues):  # fewer samples, fewer steps: the last rows are done
+            states = stack.drop(len(drawn), optimizer)
+            for row, state in enumerate(states, len(drawn)):
+                done[order[row]] = state
+                fed.loss_sum[order[row]] = total[row] / max(steps, 1)
+            del queues[len(drawn) :]
+        if drawn:
+            optimizer.zero_grad()
+            total[: len(drawn)] += _gradients(fed, stack, loss, drawn)
+            optimizer.step()
+            steps += 1
+            for _ in drawn:
+                fed.on_step()
+    fed.network.train()
+    return done
+
+
+def _has_own_state(network: nn.Module) -> bool:
+    """Whether a module draws random numbers, or counts steps, which are of one client alone."""
+    return any(
+        (isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0)
+        or (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is None)
+        for m in network.modules()
+    )
+
+
+class _Stack:
+    """Parameters and floating buffers of G copies of a network, each tensor with a first axis G.
+
+    Args:
+        network: What to copy.
+        copies: G.
+    """
+
+    def __init__(self, network: nn.Module, copies: int) -> None:
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor.detach().expand(copies, *tensor.shape).clone()
+
+        self.parameters = {
+            n: nn.Parameter(spread(p), requires_grad=p.requires_grad)
+            for n, p in network.named_parameters()
+        }
+        self.buffers = {n: spread(b) for n, b in network.named_buffers() if b.is_floating_point()}
+        # tied tensors have several names in the flat state, but only one here
+        names = {id(p): n for n, p in network.named_parameters()}
+        names |= {id(b): n for n, b in network.named_buffers()}
+        entries = network.state_dict(keep_vars=True).values()
+        self.entries = [names[id(t)] for t in entries if t.is_floating_point()]
+
+    @torch.no_grad()
+    def drop(self, kept: int, optimizer: optim.Optimizer) -> list[Tensor]:
+        """Keep the first rows, also in the optimizer's state; flat states of the others."""
+        tensors = self.parameters | self.buffers
+        flat = torch.cat([tensors[n][kept:].flatten(1) for n in self.entries], 1)
+        for parameter in self.parameters.values():
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = value[:kept]
+            parameter.grad = None
+            parameter.data = parameter.data[:kept]
+        self.buffers = {n: b[:kept] for n, b in self.buffers.items()}
+        return list(flat)
+
+
+class _StackedLoss:
+    """The losses of :class:`LogitLoss`, for rows of a stack.
+
+    Args:
+        losses: The loss of each row.
+        stack: The stacked parameters.
+    """
+
+    def __init__(self, losses: Sequence[Objective], stack: _Stack) -> None:
+        each = [x for x in losses if type(x) is LogitLoss]
+        assert len(each) == len(losses), "train_group was given a loss that is not vectorizable"
+        self.log_prior: Tensor | None = None  # (G, 1, C)
+        prior = next((x.log_prior for x in each if x.log_prior is not None), None)
+        if prior is not None:
+            none = torch.zeros_like(prior)
+            priors = [none if x.log_prior is None else x.log_prior for x in each]
+            self.log_prior = torch.stack(priors)[:, None]
+        self.strength: Tensor | None = None  # (G,)
+        self.anchor: dict[str, Tensor] = {}  # (G, …), or (1, …) where all have the same
+        anchors = [x.anchor for x in each if x.anchor]
+        if not anchors:
+            return
+        strength = [x.proximal if x.anchor else 0.0 for x in each]
+        for name, parameter in stack.parameters.items():
+            self.strength = parameter.new_tensor(strength)
+            several = len({a[name].data_ptr() for a in anchors}) > 1
+            chosen = (
+                [(x.anchor or anchors[0])[name] for x in each] if several else [anchors[0][name]]
+            )
+            self.anchor[name] = torch.stack(chosen)
+
+    def __call__(
+        self, rows: Tensor | slice, parameters: Mapping[str, Tensor], logits: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Loss of each of some rows. Shapes: (G, B, C), (G, B) to (G,)."""
+        prior = logits.new_zeros(()) if self.log_prior is None else self.log_prior[rows]
+        loss = logit_adjusted_cross_entropy(logits, labels, prior)
+        if self.strength is None:
+            return loss
+        anchor = {n: a if len(a) == 1 else a[rows] for n, a in self.anchor.items()}
+        drift = [(p - anchor[n]).square().flatten(1).sum(1) for n, p in parameters.items()]
+        return loss + self.strength[rows] / 2 * torch.stack(drift).sum(0)
+
+
+def _gradients(
+    fed: Federation, stack: _Stack, loss: _StackedLoss, batches: Sequence[MiniBatch]
+) -> Tensor:
+    """Set the gradient of every row from its mini-batch; the losses. Shape: (G,)."""
+    groups: dict[int, list[int]] = {}
+    for row, batch in enumerate(batches):
+        groups.setdefault(len(batch.labels), []).append(row)
+    if len(groups) == 1:
+        every = slice(0, len(batches))
+        return _backward(fed, loss, every, stack.parameters, stack.buffers, batches)
+    # tail batches differ in size, and BatchNorm must see each as it is: one pass per size
+    values = torch.empty(len(batches), device=fed.device)
+    for rows in groups.values():
+        at = torch.tensor(rows, device=fed.device)
+        parameters = {
+            n: p.detach()[at].requires_grad_(p.requires_grad) for n, p in stack.parameters.items()
+        }
+        buffers = {n: b[at] for n, b in stack.buffers.items()}
+        chosen = [batches[row] for row in rows]
+        values[at] = _backward(fed, loss, at, parameters, buffers, chosen).to(values)
+        for name, buffer in stack.buffers.items():
+            buffer[at] = buffers[name]
+        for name, parameter in stack.parameters.items():
+            gradient = parameters[name].grad
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad[at] = gradient
+    return values
+
+
+def _backward(
+    fed: Federation,
+    loss: _StackedLoss,
+    rows: Tensor | slice,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batches: Sequence[MiniBatch],
+) -> Tensor:
+    """Run mini-batches of one size through their rows' models, and back. Shape: (G,)."""
+    images = torch.stack([b.images for b in batches])
+    labels = torch.stack([b.labels for b in batches])
+    # BatchNorm has no variance of one sample; the loop does the same
+    fed.network.train(labels.shape[1] > 1)
+
+    def forward(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(fed.network, (parameters, buffers), (x,))  # type: ignore[no-any-return]
+
+    try:
+        with fed.autocast():
+            logits = vmap(forward)(dict(parameters), dict(buffers), images)
+            values = loss(rows, parameters, logits, labels)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ConfigError(
+            f"{type(fed.network).__name__} cannot train many clients in one pass: "
+            f"{str(error).splitlines()[0]}",
+            "Set --model.init_args.vectorize=0.",
+        ) from error
+    values.sum().backward()  # type: ignore[no-untyped-call]
+    return values.detach()
