@@ -435,7 +435,7 @@ class Federation:
             number = _number(self.seed, *key)
             torch.default_generator.manual_seed(number)
             if devices:
-                torch.cuda.manual_seed(number)
+                torch.cuda.manual_seed_all(number)
             yield
 
     # --- looking at a client's data with a model -----------------------------------------------
