@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+def __getattr__(name: str) -> Any:
     # Lightning costs seconds, which noise and partitions alone need not pay
     if name in ("EvaluationLabels", "FederatedDataModule"):
         from fulgurite.datamodules.fedsir import datamodule

@@ -235,7 +235,7 @@ def _decode(
     return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
 
 
-def _field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:  # noqa: ANN401
+def _field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:
     table = restricted_load(io.BytesIO(members[name]), name=f"{name} of {path}")
     if not isinstance(table, dict) or field not in table:
         raise DataError(

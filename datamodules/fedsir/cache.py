@@ -31,7 +31,8 @@ def _locked(path: Path) -> Iterator[None]:
             import fcntl
 
             with suppress(OSError):  # some network folders have no locks; then both ranks decode
-                fcntl.flock(file, fcntl.LOCK_EX)
+                # not `flock`, which a killed process's orphaned workers would go on holding
+                fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 

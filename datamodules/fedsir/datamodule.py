@@ -74,7 +74,7 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.transform(self.images[rows]), self.labels[index], index
 
 
-def _whole_batch(batch: Any) -> Any:  # noqa: ANN401 - already collated
+def _whole_batch(batch: Any) -> Any:
     return batch
 
 
@@ -317,7 +317,7 @@ class FederatedDataModule(L.LightningDataModule):
             generator=torch.Generator(),  # evaluation leaves the run's randomness alone
         )
 
-    def train_dataloader(self) -> Any:  # noqa: ANN401 - Lightning's TRAIN_DATALOADERS
+    def train_dataloader(self) -> Any:
         """Return a loader of slot numbers: a slot is the turn of one client, or of a group.
 
         Which client that is, and with which labels, is decided when its turn comes; every rank

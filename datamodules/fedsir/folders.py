@@ -28,7 +28,10 @@ __all__ = ["ImageFolder"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _TEST_SPLITS = ("test", "val", "valid", "validation")
-_CHUNK_BYTES = 1 << 22  # what a worker sends at once
+# What a worker sends at once, as a tensor in shared memory: arrays would go through a pipe, on
+# which workers hang for ever if their parent is killed. Small, since containers have little of it.
+_CHUNK_BYTES = 1 << 19
+_MAX_WORKERS = 16
 _FEW = 2_000  # images that are decoded before a worker has started
 
 
@@ -155,7 +158,7 @@ class ImageFolder(ImageSource):
         loader = DataLoader(  # threads are slower than one: small images hold the GIL
             decoder,
             batch_size=None,
-            num_workers=cores or 1 if parallel else 0,
+            num_workers=min(cores or 1, _MAX_WORKERS) if parallel else 0,
             collate_fn=_unchanged,
             generator=torch.Generator(),  # else filling the cache would shift the run's randomness
         )
@@ -239,10 +242,10 @@ class _Decoder(Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.names) // self.chunk)
 
-    def __getitem__(self, block: int) -> Any:  # noqa: ANN401 - an array or an error
+    def __getitem__(self, block: int) -> Any:
         names = self.names[block * self.chunk : (block + 1) * self.chunk]
         try:
-            return np.stack([self._image(name) for name in names])
+            return torch.from_numpy(np.stack([self._image(name) for name in names]))
         except DataError as error:
             return error
 
@@ -254,7 +257,7 @@ class _Decoder(Dataset[Any]):
             self._zip = os.getpid(), _open_zip(self.root)
         return self._zip[1].read(name)
 
-    def _image(self, name: str) -> Any:  # noqa: ANN401 - (C, H, W) uint8
+    def _image(self, name: str) -> Any:
         from PIL import Image
 
         try:
@@ -279,7 +282,7 @@ class _Decoder(Dataset[Any]):
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _unchanged(block: Any) -> Any:  # noqa: ANN401 - an array or an error
+def _unchanged(block: Any) -> Any:
     return block
 
 

@@ -118,8 +118,9 @@ class ImageSource(ABC):
     def read(self) -> ImageArrays:
         """Return all images."""
 
-    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to prepare
+    def prepare(self) -> None:
         """Do once per machine what other processes can then share (decode to a cache)."""
+        return  # most sources have nothing to prepare
 
     def load(self) -> ImageArrays:
         """Return the images, within the limits.
@@ -296,7 +297,7 @@ class Npz(ImageSource):
         """Height and width [pixels]."""
         return self._peek()[2]
 
-    def _get(self, name: str) -> Any:  # noqa: ANN401 - an array of any type
+    def _get(self, name: str) -> Any:
         path = data_path(self.path)
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -307,7 +308,7 @@ class Npz(ImageSource):
                 "Write the file again with `numpy.savez` (no object arrays).",
             ) from error
 
-    def _need(self, name: str) -> Any:  # noqa: ANN401 - an array of any type
+    def _need(self, name: str) -> Any:
         array = self._get(name)
         if array is None:
             raise DataError(

@@ -34,13 +34,13 @@ __all__ = [
 class _Dtype:
     """Stands in for ``numpy.dtype``, whose own state could forge pointers."""
 
-    def __init__(self, spec: Any, *_: Any) -> None:  # noqa: ANN401 - from a pickle
+    def __init__(self, spec: Any, *_: Any) -> None:
         spec = spec.decode() if isinstance(spec, bytes) else spec
         if not (isinstance(spec, str) and re.fullmatch("[|<>=]?[biuf][0-9]{1,2}", spec)):
             raise pickle.UnpicklingError(f"it holds an array of {spec!r}")
         self.value = np.dtype(spec)
 
-    def __setstate__(self, state: Any) -> None:  # noqa: ANN401 - from a pickle
+    def __setstate__(self, state: Any) -> None:
         order: Any = state[1].decode() if isinstance(state[1], bytes) else state[1]
         self.value = self.value.newbyteorder(order)
 
@@ -48,14 +48,14 @@ class _Dtype:
 class _Array(np.ndarray[Any, np.dtype[Any]]):
     """An array of numbers that accepts only a checked type."""
 
-    def __setstate__(self, state: Any) -> None:  # noqa: ANN401 - from a pickle
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
         if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes):
             raise pickle.UnpicklingError("it holds an array that is not of numbers")
         super().__setstate__((1, shape, dtype.value, fortran, raw))
 
 
-def _reconstruct(*_: Any) -> _Array:  # noqa: ANN401 - from a pickle
+def _reconstruct(*_: Any) -> _Array:
     return _Array((0,), np.uint8)
 
 
@@ -116,7 +116,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         super().__init__(file, encoding=encoding)
         self._allowed = allowed
 
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - any global
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return self._allowed[module, name]
@@ -128,7 +128,7 @@ def restricted_load(
     allowed: Mapping[tuple[str, str], Any] = NUMPY_GLOBALS,
     name: str = "",
     encoding: str = "bytes",
-) -> Any:  # noqa: ANN401 - a pickle holds anything
+) -> Any:
     """Read a pickle that may name only the ``allowed`` globals, so that it can run no other code.
 
     Args:

@@ -310,7 +310,7 @@ def test_bad_arguments_are_one_error(changes, error, message):
 # --- configuration
 
 
-@pytest.mark.filterwarnings("ignore:.*(instantiate_classes|only one Jsonargparse).*")
+@pytest.mark.filterwarnings(r"ignore:\s+(``instantiate_classes|By default only one)")
 def test_the_command_line_builds_it_and_its_hyperparameters_are_plain(tmp_path):
     from lightning.pytorch.cli import LightningArgumentParser
 

@@ -373,18 +373,24 @@ def test_training_cannot_write_to_the_cache(tmp_path):
     assert ImageFolder(path).load().train_images.equal(before)
 
 
-def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache):
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
     path = write_image_files(tmp_path / "i.zip")
     program = f"""
         import os, signal
+        from torch.utils.data import get_worker_info
         from fulgurite.datamodules.fedsir import ImageFolder, folders
         decode, calls = folders._Decoder._image, []
-        def die_at_the_twelfth(self, name):
+        def die_at_the_sixth(self, name):
             calls.append(name)
-            if len(calls) == 12:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if len(calls) == 6:
+                in_worker = get_worker_info() is not None
+                assert in_worker == {workers}
+                os.kill(os.getppid() if in_worker else os.getpid(), signal.SIGKILL)
             return decode(self, name)
-        folders._Decoder._image = die_at_the_twelfth
+        folders._Decoder._image = die_at_the_sixth
+        if {workers}:
+            folders._FEW, os.sched_getaffinity = 0, lambda _: {{0, 1}}
         ImageFolder({str(path)!r}).load()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)

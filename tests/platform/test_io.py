@@ -27,9 +27,14 @@ def test_atomic_write_replaces_only_when_the_block_succeeds(tmp_path):
     with atomic_write(target) as temporary:
         temporary.write_text("old")
         assert not target.exists()
-    with pytest.raises(KeyboardInterrupt), atomic_write(target) as temporary:  # noqa: PT012
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_write(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert target.read_text() == "old"
     with atomic_write(target) as temporary:
         temporary.write_text("new")
@@ -39,10 +44,15 @@ def test_atomic_write_replaces_only_when_the_block_succeeds(tmp_path):
 
 def test_atomic_write_of_a_folder_leaves_nothing_behind_on_error(tmp_path):
     target = tmp_path / "folder"
-    with pytest.raises(RuntimeError), atomic_write(target) as temporary:  # noqa: PT012
-        (temporary / "sub").mkdir(parents=True)
-        (temporary / "sub" / "a").write_text("half")
-        raise RuntimeError
+
+    def broken():
+        with atomic_write(target) as temporary:
+            (temporary / "sub").mkdir(parents=True)
+            (temporary / "sub" / "a").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken()
     assert list(tmp_path.iterdir()) == []
     with atomic_write(target) as temporary:
         (temporary / "sub").mkdir(parents=True)

@@ -25,8 +25,9 @@ __all__ = [
     "write_npz",
 ]
 
-_CIFAR10_NAMES = tuple(
-    "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905 - short
+_CIFAR10_NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 
 
