@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
@@ -146,7 +146,11 @@ class FederatedRounds(Callback):
         from tqdm.auto import tqdm
 
         with tqdm(desc="Before round 0", unit=" steps", leave=False) as bar:
-            self.fed.on_step = lambda: bar.update() and None
+
+            def step() -> None:
+                bar.update()
+
+            self.fed.on_step = step
             yield
         self.fed.on_step = lambda: None
 
@@ -298,15 +302,16 @@ class FederatedRounds(Callback):
         )
         has_noise = self.history[0]["noise"] is not None
         figure, axes = new_figure(1, 1 + has_noise, height=3.6)
-        labels = {"xlabel": "round", "ylabel": "client (bold: identified as noisy)"}
-        heatmap(
-            axes[0, 0], weights, title="weight in the global model", highlight_rows=noisy, **labels
-        )
+        panels: list[tuple[str, Any, tuple[float, float] | None]] = [
+            ("weight in the global model", weights, None)
+        ]
         if has_noise:
             noise = np.array([r["noise"] for r in self.history]).T
+            panels.append(("share of wrong labels", noise, (0.0, 1.0)))
+        for ax, (title, values, limits) in zip(axes[0], panels, strict=True):
             heatmap(
-                axes[0, 1], noise, title="share of wrong labels", limits=(0, 1),
-                highlight_rows=noisy, **labels,
+                ax, values, title=title, limits=limits, highlight_rows=noisy, xlabel="round",
+                ylabel="client (bold: identified as noisy)",
             )  # fmt: skip
         log_figure(trainer, "clients", figure)
         self._draw_similarities(trainer)

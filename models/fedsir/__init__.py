@@ -93,6 +93,7 @@ __all__ = [
     "ClientSplit",
     "DigitsNet",
     "FeatureNetwork",
+    "FederatedClassifier",
     "References",
     "Relabeling",
     "ResNet18",
@@ -121,7 +122,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public name)
+def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,7 +116,7 @@ def keyed_generator(*key: int | str) -> torch.Generator:
 
 def _number(*key: int | str) -> int:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit integer
+    return int.from_bytes(digest, "little") // 2  # manual_seed takes a signed 64-bit integer
 
 
 class FlatState:
@@ -132,7 +132,7 @@ class FlatState:
     def __init__(self, module: nn.Module) -> None:
         self.tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
         self.splits = [t.numel() for t in self.tensors]
-        self.size = sum(self.splits)
+        self.size: int = sum(self.splits)
 
     def read(self) -> Tensor:
         """A copy of the module's state. Shape: (P,)."""
@@ -141,7 +141,7 @@ class FlatState:
     @torch.no_grad()
     def write(self, state: Tensor) -> None:
         """Set the module's state in place. Shape: (P,)."""
-        for tensor, part in zip(self.tensors, state.split(self.splits), strict=True):
+        for tensor, part in zip(self.tensors, torch.split(state, self.splits), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -186,7 +186,7 @@ def exact_average(
                 f"The local training of client {client} diverged (its model has NaN or infinity).",
                 "Lower the learning rate, model.init_args.optimizer.init_args.lr.",
             )
-        largest = torch.stack([part.abs().max() for part in term.split(list(splits))])
+        largest = torch.stack([part.abs().max() for part in torch.split(term, list(splits))])
         peak = torch.maximum(peak, largest)
     _reduce(peak, "max")
     # 62 bits hold the sum: 52 below the exponent of the largest term, the rest for their number
@@ -236,8 +236,8 @@ def mini_batches(samples: int, size: int, generator: torch.Generator) -> tuple[T
     order = torch.randperm(samples, generator=generator)
     if samples % size == 1 and samples > 1:
         head, tail = order[: -size - 1], order[-size - 1 :]
-        return (*(head.split(size) if len(head) else ()), tail)
-    return order.split(size)
+        return (*(torch.split(head, size) if len(head) else ()), tail)
+    return tuple(torch.split(order, size))
 
 
 @dataclass
@@ -312,7 +312,7 @@ class Federation:
     @property
     def state_bytes(self) -> int:
         """Size of one model on the wire [bytes]."""
-        return self.state.size * self.global_state.element_size()
+        return self.state.size * int(self.global_state.element_size())
 
     # --- local training ------------------------------------------------------------------------
 

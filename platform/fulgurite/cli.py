@@ -52,8 +52,16 @@ LINKS = ("num_classes", "in_channels")
 class SaveRun(SaveConfigCallback):
     """Writes the resolved configuration and the environment, and gives both to every logger."""
 
-    def __init__(self, *args: Any, folder: Path, record: str, command: str, seed: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False)
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        folder: Path,
+        record: str,
+        command: str,
+        seed: int | bool | None,
+    ) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
         self.folder, self.record, self.command, self.seed = folder, record, command, seed
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,12 +117,13 @@ class FulguriteCLI(LightningCLI):
         """The DataModule's attribute, or what the user gave the model where data has none."""
         if hasattr(data, name):
             return getattr(data, name)
-        return self.section.model.get("init_args", Namespace()).get(name)
+        return self.section.get(f"model.init_args.{name}")
 
     @property
     def section(self) -> Namespace:
         """The configuration of the chosen subcommand."""
-        return self.config[self.config.subcommand]
+        chosen: Namespace = self.config[self.config.subcommand]
+        return chosen
 
     @property
     def options(self) -> RunOptions:
@@ -145,7 +154,8 @@ class FulguriteCLI(LightningCLI):
                 f"--ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}).",
                 "It may be truncated: use an earlier one.",
             ) from error
-        here = self.section.model.get("init_args", Namespace()).as_dict()
+        given = self.section.get("model.init_args")
+        here = given.as_dict() if given else {}
         for key, there in (stored.get("hyper_parameters") or {}).items():
             if key in here and key not in LINKS and not _same(here[key], there):
                 print(
@@ -215,20 +225,25 @@ class FulguriteCLI(LightningCLI):
             }
         stores = config.get("enable_checkpointing") is not False and not self.fast
         if stores and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, self._checkpoints()]
+            kwargs["callbacks"] = [*callbacks, *self._checkpoints()]
         return super().instantiate_trainer(**kwargs)
 
-    def _checkpoints(self) -> ModelCheckpoint:
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """``last.ckpt`` after every epoch, ``best.ckpt`` by the model's monitored metric.
+
+        Two callbacks: ``save_last`` of one writes only when the metric improves.
+        """
+        place: dict[str, Any] = {
+            "dirpath": self.folder / "checkpoints",
+            "save_on_train_epoch_end": True,
+            "enable_version_counter": False,
+        }
+        last = ModelCheckpoint(filename="last", **place)
         monitor = getattr(self.model, "monitor", None)
-        return ModelCheckpoint(
-            self.folder / "checkpoints",
-            filename="best" if monitor else "newest",
-            monitor=monitor,
-            mode=getattr(self.model, "mode", "min"),
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+        if monitor is None:
+            return [last]
+        mode = getattr(self.model, "mode", "min")
+        return [ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **place), last]
 
     def _write_metrics(self, file: str) -> None:
         if not self.fast and self.trainer.is_global_zero:
@@ -251,7 +266,7 @@ class FulguriteCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write ``predictions.npz`` (one array per key of the step's dictionary)."""
-        batches = self.trainer.predict(**kwargs)
+        batches: list[Any] | None = self.trainer.predict(**kwargs)
         if self.fast or not batches:
             return
         rank = self.trainer.global_rank
@@ -261,12 +276,12 @@ class FulguriteCLI(LightningCLI):
                 f"{type(self.model).__name__}.predict_step returns a {type(batches[0]).__name__}.",
                 "Return a dictionary of tensors, so that it can be written to predictions.npz.",
             )
-        arrays = {
-            key: np.concatenate([np.asarray(batch[key].cpu()) for batch in batches])  # type: ignore[call-overload, index]
+        arrays: dict[str, Any] = {
+            key: np.concatenate([np.asarray(batch[key].cpu()) for batch in batches])
             for key in batches[0]
         }
         with atomic_write(self.folder / name) as temporary, Path(temporary).open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         print(f"predict: recorded in {self.folder / name}")
 
 
@@ -377,7 +392,8 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
 
 def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
     program = sys.argv
-    sys.argv = [program[0], *argv]
+    # the CLI reads sys.argv, and warns where it is given arguments beside it
+    sys.argv = program[:1] if only_parse else [program[0], *argv]
     try:
         with warnings.catch_warnings():
             # evaluation loaders hold whole batches in memory; workers would only copy them

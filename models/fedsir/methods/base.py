@@ -47,6 +47,7 @@ class LogitLoss:
         return logit_adjusted_cross_entropy(logits, labels, self.log_prior)
 
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        """The loss of a mini-batch."""
         loss = self.of_logits(network(batch.images), batch.labels)
         if self.proximal and self.anchor is not None:
             drift = [(p - self.anchor[n]).square().sum() for n, p in network.named_parameters()]

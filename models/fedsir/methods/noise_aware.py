@@ -46,6 +46,7 @@ class DistillationLoss:
         self.temperature, self.distil, self.confidence = temperature, distil, confidence
 
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        """The loss of a mini-batch."""
         with torch.no_grad():
             taught = self.teacher(batch.images)
         logits = network(batch.images)

@@ -158,7 +158,7 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _digits(means: Any) -> int:  # noqa: ANN401 - any iterable of floats
+def _digits(means: Any) -> int:
     largest = max((abs(m) for m in means if not math.isnan(m) and m), default=1.0)
     return max(0, 3 - math.floor(math.log10(largest)))
 

@@ -51,7 +51,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def serve(connection: Any, runner: str) -> None:  # noqa: ANN401 - mp's Connection is not generic
+def serve(connection: Any, runner: str) -> None:
     """Run jobs until None arrives or the other side is gone.
 
     Args:

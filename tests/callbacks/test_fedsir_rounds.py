@@ -1,0 +1,248 @@
+"""The rounds engine: schedule, ranks, kill and resume, no leak, participation."""
+
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fulgurite.callbacks.fedsir import FederatedRounds
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.federation import (
+    balanced_assignment,
+    exact_average,
+    keyed_generator,
+    mini_batches,
+)
+from fulgurite.models.fedsir.methods import FedSIR
+
+METHODS = "fulgurite.models.fedsir.methods"
+LAST = "checkpoints/last.ckpt"
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- arithmetic --------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_average_is_the_weighted_sum_in_any_order(clients, seed):
+    generator = torch.Generator().manual_seed(seed)
+    states = {
+        k: torch.randn(30, generator=generator) * 10 ** float(k % 4 - 2) for k in range(clients)
+    }
+    weights = torch.rand(clients, generator=generator).double()
+    weights = dict(enumerate((weights / weights.sum()).tolist()))
+    average = exact_average(states, weights, [10, 20], device=torch.device("cpu"))
+    backwards = dict(reversed(states.items()))
+    again = exact_average(backwards, weights, [10, 20], device=torch.device("cpu"))
+    assert torch.equal(average, again)
+    expected = sum(weights[k] * states[k].double() for k in states)
+    assert torch.allclose(average.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_average_of_one_is_itself_and_a_diverged_client_is_named():
+    state = torch.randn(50)
+    device = torch.device("cpu")
+    assert torch.equal(exact_average({3: state}, {3: 1.0}, [50], device=device), state)
+    with pytest.raises(ConfigError, match="client 1 diverged"):
+        exact_average({1: state / 0}, {1: 1.0}, [50], device=device)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(1, 5))
+def test_assignment_deals_every_client_to_one_rank_in_equal_counts(sizes, ranks):
+    groups = balanced_assignment(dict(enumerate(sizes)), ranks)
+    assert sorted(k for group in groups for k in group) == list(range(len(sizes)))
+    assert max(map(len, groups)) == -(-len(sizes) // ranks)
+
+
+@given(st.integers(1, 40), st.integers(2, 9))
+def test_mini_batches_cover_all_samples_and_leave_no_single_one(samples, size):
+    batches = mini_batches(samples, size, keyed_generator("test", samples, size))
+    assert sorted(torch.cat(batches).tolist()) == list(range(samples))
+    assert samples == 1 or min(map(len, batches)) > 1
+
+
+def test_relabeling_follows_the_paper_schedule(monkeypatch):
+    method, rounds = FedSIR(relabel_every=20), []
+    monkeypatch.setattr(method, "_refresh", lambda fed, round: rounds.append(round))
+    for r in range(100):
+        method.before_round(None, r)
+    assert rounds == [20, 40, 60, 80]
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def final(fit, weights):
+    """Final weights of a smoke run with options."""
+
+    def call(name, *options):
+        fit(f"--run.dir={name}", *options)
+        return weights(f"{name}/{LAST}")
+
+    return call
+
+
+def test_same_seed_same_weights_and_another_seed_others(final):
+    one = final("one")
+    assert equal(one, final("two"))
+    assert not equal(one, final("three", "--seed_everything=1"))
+
+
+def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(fit):
+    cli = fit("--run.dir=run")
+    data, rounds = cli.datamodule, cli.trainer.callbacks[0]
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, FederatedRounds):
+            rounds = callback
+    method = rounds.method
+    assert method.refreshes == [2]
+    changed = data.labels.current != data.labels.given
+    for client in range(data.num_clients):
+        touched = bool(changed[data.client_index(client)].any())
+        assert touched == (not bool(method.clean[client]))
+    before, after = rounds.history[0]["noise"], rounds.history[-1]["noise"]
+    assert sum(after) < 0.8 * sum(before)
+    with open("run/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["fed/bytes_total"]]
+    # 4 rounds: every client sends and receives a model, and Stage I sends more on top
+    model = rounds.fed.state_bytes
+    assert float(rows[1]["fed/bytes_round"]) == 2 * 4 * model
+    assert float(rows[0]["fed/bytes_total"]) > 3 * 4 * model
+    assert {"clients.png", "similarities.png"} <= set(os.listdir("run/figures"))
+
+
+def test_truth_is_out_of_reach_of_the_method(final, monkeypatch):
+    from fulgurite.datamodules.fedsir import FederatedDataModule
+
+    seen = final("seen")
+    setup = FederatedDataModule.setup
+
+    def blind(self, stage=None):
+        setup(self, stage)
+        self.evaluation = None
+
+    monkeypatch.setattr(FederatedDataModule, "setup", blind)
+    assert equal(seen, final("blind"))
+
+
+def test_switches_change_the_weights(final):
+    default = final("default")
+    method = "--model.init_args.method.init_args"
+    for i, option in enumerate(
+        ("relabel_every=0", "aggregation=size", "kd_on=all", "prior=current", "relabel_mode=sr")
+    ):
+        assert not equal(default, final(f"run{i}", f"{method}.{option}")), option
+
+
+def test_participation_and_dropout_choose_clients_by_round(fit):
+    cli = fit(
+        "--trainer.callbacks=fulgurite.callbacks.fedsir.FederatedRounds",
+        "--trainer.callbacks.participation=0.5",
+        f"--model.init_args.method={METHODS}.FedAvg",
+        "--trainer.max_epochs=8",
+    )
+    (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+    clients = [tuple(r["clients"]) for r in rounds.history]
+    assert all(len(c) == 2 for c in clients)
+    assert len(set(clients)) > 1
+    rounds.dropout = 0.9
+    assert all(len(rounds._reporting([0, 1, 2, 3], r)) >= 1 for r in range(20))
+
+
+def test_bolts_and_server_optimizers_plug_in(fit):
+    cli = fit(
+        f"--model.init_args.method={METHODS}.FedAvg",
+        "--model.init_args.server_optimizer=torch.optim.SGD",
+        "--model.init_args.server_optimizer.lr=1.0",
+        "--run.dir=sgd",
+    )
+    plain = fit(f"--model.init_args.method={METHODS}.FedAvg", "--run.dir=plain")
+    # SGD with lr 1 on (global - aggregate) is the aggregate, up to rounding
+    for a, b in zip(cli.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_two_ranks_give_the_weights_of_one(final, start, weights):
+    _same_under(final, start, weights, 2)
+
+
+@pytest.mark.slow
+def test_three_ranks_give_the_weights_of_one(final, start, weights):
+    _same_under(final, start, weights, 3)
+
+
+def _same_under(final, start, weights, ranks):
+    alone = final("alone")
+    process = start(
+        "fit", "--config", "fedsir/smoke.yaml", "--run.dir=ranks", "--trainer.strategy=federated",
+        "--trainer.accelerator=cpu", f"--trainer.devices={ranks}",
+        "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert equal(alone, weights(f"ranks/{LAST}"))
+    with open("alone/summary.json") as one, open("ranks/summary.json") as many:
+        one, many = json.load(one), json.load(many)
+    assert one.keys() == many.keys()
+    for key in one:  # every validation image counted once
+        assert one[key] == pytest.approx(many[key], abs=1e-6), key
+
+
+def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights):
+    options = ("--trainer.max_epochs=40", "--model.init_args.method.init_args.relabel_every=3")
+    whole = final("whole", *options)
+    process = start(
+        "fit", "--config", "fedsir/smoke.yaml", "--run.dir=killed", *options,
+        "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not os.path.exists(f"killed/{LAST}"):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = torch.load(f"killed/{LAST}", weights_only=True)["epoch"]
+    assert reached < 39
+    fit("--run.dir=killed", "--ckpt_path=last", *options)
+    assert equal(whole, weights(f"killed/{LAST}"))
+    # the record of the killed part is kept beside that of the resumed one
+    assert {"metrics.csv", "metrics.1.csv", "config.1.yaml"} <= set(os.listdir("killed"))
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.callbacks.participation=0", "participation=0.0 is not in"),
+        ("--trainer.callbacks.dropout=1", "dropout=1.0 is not in"),
+    ],
+)
+def test_shares_out_of_range_are_refused(fulgurite, option, message):
+    status, _, error = fulgurite(
+        "fit", "--config", "fedsir/smoke.yaml",
+        "--trainer.callbacks=fulgurite.callbacks.fedsir.FederatedRounds", option,
+    )  # fmt: skip
+    assert status == 2
+    assert message in error
+
+
+def test_a_strategy_that_mixes_clients_is_refused(fulgurite, monkeypatch):
+    from lightning.pytorch import Trainer
+
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml")
+    assert status == 2
+    assert "--trainer.strategy=federated" in error

@@ -1,0 +1,83 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import torch
+
+torch.set_num_threads(1)  # results must not depend on how many workers share the cores
+
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("FULGURITE_DATA"):
+        return
+    for item in items:
+        if item.get_closest_marker("realdata"):
+            item.add_marker(pytest.mark.skip(reason="FULGURITE_DATA is not set"))
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty folder to run in, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def fit(workdir):
+    """Run ``fulgurite <command> --config fedsir/smoke.yaml`` with options, in this process."""
+    from fulgurite.cli import run
+
+    def call(*options, command="fit", config="fedsir/smoke.yaml"):
+        return run([command, "--config", config, *QUIET, *options])
+
+    return call
+
+
+@pytest.fixture
+def fulgurite(workdir, capsys):
+    """Run the command in this process; gives its status and what it printed."""
+    from fulgurite.cli import main
+
+    def call(*argv):
+        capsys.readouterr()
+        status = main([*argv])
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def start(workdir):
+    """Start ``python -m fulgurite`` as a process of its own."""
+
+    def call(*argv, **kwargs):
+        return subprocess.Popen(
+            [sys.executable, "-m", "fulgurite", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            **kwargs,
+        )
+
+    return call
+
+
+@pytest.fixture
+def weights():
+    """The network's weights in a checkpoint, read without unpickling anything."""
+
+    def read(path):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        return {k: v for k, v in state.items() if k.startswith("network.")}
+
+    return read
