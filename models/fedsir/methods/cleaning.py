@@ -5,6 +5,7 @@ Axes: N samples, N_k samples of client k, B mini-batch, C classes, D feature dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ def find_issues(labels: Tensor, probabilities: Tensor) -> Tensor:
             "LocalCleaning needs cleanlab, which is not installed.",
             "Install it: pip install fulgurite[cleaning]",
         ) from error
-    if len(labels.unique()) < 2:
+    if len(labels) == 0 or bool((labels == labels[0]).all()):
         return torch.zeros(len(labels), dtype=torch.bool)
     # one job: the ranks share a machine
     found = find_label_issues(labels.numpy(), probabilities.double().numpy(), n_jobs=1)
@@ -70,6 +71,10 @@ class SubsetLoss:
         each = F.cross_entropy(network(batch.images), batch.labels, reduction="none")
         kept = self.kept[batch.index].to(each)
         return (each * kept).sum() / kept.sum().clamp_min(1)
+
+
+def _always(loss: Objective) -> Callable[[int], Objective]:
+    return lambda client: loss
 
 
 class LocalCleaning(FederatedMethod):
@@ -154,9 +159,11 @@ class LocalCleaning(FederatedMethod):
             k: torch.zeros(len(fed.index[k]), fed.num_classes) for k in fed.own(clients)
         }  # fmt: skip
         for held in range(self.folds):
-            loss = SubsetLoss(fold != held)
             states = fed.train(
-                clients, lambda _, loss=loss: loss, purpose=f"fold-{held}", epochs=self.epochs
+                clients,
+                _always(SubsetLoss(fold != held)),
+                purpose=f"fold-{held}",
+                epochs=self.epochs,
             )
             for client, state in states.items():
                 out = fold[fed.index[client]] == held

@@ -51,7 +51,7 @@ class SoftLabelLoss:
         samples, classes = scores.shape
         predicted = scores.exp()
         entropy = -(predicted * scores).sum(1)
-        loss = (
+        loss: Tensor = (
             ((predicted * (scores - log_labels)).sum(1) + self.entropy * entropy) / classes
             - self.compatibility * log_labels.gather(1, given[:, None]).squeeze(1)
         ).mean()  # fmt: skip

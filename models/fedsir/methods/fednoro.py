@@ -58,11 +58,12 @@ def normalise_losses(losses: Tensor) -> Tensor:
 
     Source: FedNoRo, IJCAI 2023, stage 1, and its authors' code for absent classes.
     """
+    losses = losses.double()
     known = losses.isfinite()
     low = losses.masked_fill(~known, torch.inf).min(0).values
     high = losses.masked_fill(~known, -torch.inf).max(0).values
     spread = (high - low).nan_to_num(0.0, 0.0, 0.0)
-    scaled = (losses.double() - low) / spread.where(spread > 0, 1.0)
+    scaled = (losses - low) / spread.where(spread > 0, 1.0)
     return scaled.where(known & (spread > 0), 0.0)
 
 

@@ -37,7 +37,8 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     Source: RoFL, IEEE Intelligent Systems 2022, local centroids.
     """
     member = F.one_hot(labels, num_classes).to(features)
-    return member.T @ features / member.sum(0).clamp_min(1)[:, None]
+    mean: Tensor = member.T @ features / member.sum(0).clamp_min(1)[:, None]
+    return mean
 
 
 def merge_centroids(centroids: Tensor, before: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ def merge_centroids(centroids: Tensor, before: Tensor) -> Tensor:
     weight = F.cosine_similarity(centroids, before[None], dim=-1).clamp_min(0)
     weight = torch.where(before.norm(dim=-1) > 0, weight, 1.0) * known
     total = weight.sum(0)[:, None]
-    merged = (weight[..., None] * centroids).sum(0) / total.clamp_min(1e-12)
-    return merged.where(total > 0, before)
+    merged: Tensor = (weight[..., None] * centroids).sum(0) / total.clamp_min(1e-12)
+    return torch.where(total > 0, merged, before)
 
 
 class CentroidLoss:
@@ -114,7 +115,7 @@ class CentroidLoss:
             targets = self.centroids[given]
         scores = logits[chosen].log_softmax(1)
         distance = (features[chosen] - targets).square().mean(1)
-        loss = (
+        loss: Tensor = (
             F.nll_loss(scores, labels)
             + self.pull * (agree * distance).mean()
             - self.entropy * (scores.exp() * scores).sum(1).mean()
