@@ -246,8 +246,15 @@ class FederatedRounds(Callback):
                     (noise * sizes)[noisy].sum() / sizes[noisy].sum()
                 )
         pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1)
+        record |= {k: v for k, v in logged.items() if k in ("train/loss", "fed/label_noise")}
         self.history.append(record)
         self._states = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the accuracy of the round's global model for the figure."""
+        accuracy = trainer.callback_metrics.get("val/acc")
+        if self.history and accuracy is not None:
+            self.history[-1]["val/acc"] = float(accuracy)
 
     # --- evaluation: reads true labels, gives nothing back to the method -----------------------
 
@@ -314,7 +321,22 @@ class FederatedRounds(Callback):
                 ylabel="client (bold: identified as noisy)",
             )  # fmt: skip
         log_figure(trainer, "clients", figure)
+        self._draw_rounds(trainer)
         self._draw_similarities(trainer)
+
+    def _draw_rounds(self, trainer: Trainer) -> None:
+        """Accuracy, loss and label noise by round."""
+        titles = {
+            "val/acc": "validation accuracy of the global model",
+            "train/loss": "mean local loss",
+            "fed/label_noise": "share of wrong labels, all clients",
+        }
+        shown = {k: title for k, title in titles.items() if k in self.history[0]}
+        figure, axes = new_figure(1, len(shown))
+        for ax, (key, title) in zip(axes[0], shown.items(), strict=True):
+            ax.plot(range(len(self.history)), [r.get(key, np.nan) for r in self.history])
+            ax.set(title=title, xlabel="round")
+        log_figure(trainer, "rounds", figure)
 
     def _draw_similarities(self, trainer: Trainer) -> None:
         found = getattr(self.method, "found", None)

@@ -118,7 +118,7 @@ def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(fit):
     model = rounds.fed.state_bytes
     assert float(rows[1]["fed/bytes_round"]) == 2 * 4 * model
     assert float(rows[0]["fed/bytes_total"]) > 3 * 4 * model
-    assert {"clients.png", "similarities.png"} <= set(os.listdir("run/figures"))
+    assert {"clients.png", "rounds.png", "similarities.png"} <= set(os.listdir("run/figures"))
 
 
 def test_truth_is_out_of_reach_of_the_method(final, monkeypatch):

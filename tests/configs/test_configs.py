@@ -1,0 +1,74 @@
+"""Every packaged configuration goes through the real command line."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fulgurite.cli import parse
+from fulgurite.compare import read_plan
+from fulgurite.systems import config_path, packaged_configs, resolve_config, systems
+
+ALL = [name for system in systems().values() for name in packaged_configs(system)]
+CONTENT = {name: yaml.safe_load(Path(config_path(name)).read_text()) for name in ALL}
+RUNS = [name for name, content in CONTENT.items() if "trainer" in content]
+COMPARISONS = [name for name, content in CONTENT.items() if "methods" in content]
+
+
+def test_each_system_has_every_size():
+    for system in systems():
+        assert {f"{system}/smoke.yaml", f"{system}/paper.yaml", f"{system}/compare.yaml"} <= {*ALL}
+        assert f"{system}/sweep.yaml" in ALL
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_parses_to_what_it_says(name):
+    config = parse(["fit", "--config", name])
+    content = CONTENT[name]
+    assert config.model.class_path == content["model"]["class_path"]
+    assert config.data.init_args.clients == content["data"]["init_args"]["clients"]
+    assert config.trainer.max_epochs == content["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_cell_of_a_comparison_parses(name, quick):
+    plan = read_plan(name, quick=quick)
+    one_each = {
+        cell.method: cell for cell in plan.cells()
+    }  # methods differ in keys, settings and seeds only in numbers
+    assert one_each.keys() == plan.methods.keys()
+    assert plan.baseline in one_each
+    for cell in one_each.values():
+        (command, *_) = cell.commands(Path("run"), None)
+        assert parse(command).model.class_path
+
+
+def test_the_smallest_configuration_fits_tests_and_predicts(fit):
+    cli = fit("--run.dir=run")
+    assert cli.trainer.current_epoch == 4
+    fit("--run.dir=run", "--ckpt_path=last", command="test")
+    fit("--run.dir=run", "--ckpt_path=best", command="predict")
+    assert Path("run/test_metrics.json").is_file()
+    assert Path("run/predict/predictions.npz").is_file()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pl_bolts"), reason="lightning-bolts is absent")
+def test_the_configuration_with_bolts_learns(fit):
+    cli = fit("--trainer.max_epochs=3", config="fedsir/digits_lars.yaml")
+    assert cli.trainer.callback_metrics["val/acc"] > 0.5  # chance is 0.1
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_real_images_train(fit):
+    cli = fit("--trainer.max_epochs=2", config="fedsir/cifar10.yaml")
+    assert cli.trainer.callback_metrics["val/acc"] > 0.12
+
+
+def test_an_unknown_configuration_names_the_nearest(fulgurite):
+    status, _, error = fulgurite("fit", "--config", "fedsir/digit.yaml")
+    assert status == 2
+    assert "fedsir/digits.yaml" in error
+    assert resolve_config("fedsir/digits.yaml").is_file()

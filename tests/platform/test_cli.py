@@ -1,0 +1,264 @@
+"""The command line as a user meets it: help, errors, run folders, loggers, own modules."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+SMOKE = ("--config", "fedsir/smoke.yaml")
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
+SHORT = (*SMOKE, *QUIET, FEDAVG, "--trainer.max_epochs=1")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["systems"], ["--version"]])
+def test_light_commands_import_nothing_heavy(command):
+    code = (
+        "import sys; from fulgurite.__main__ import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_systems_lists_papers_and_configurations(fulgurite):
+    _, out, _ = fulgurite("systems")
+    assert "FedSIR: Spectral Client Identification" in out
+    assert "fedsir/digits.yaml" in out
+
+
+def test_doctor_names_versions(fulgurite):
+    status, out, _ = fulgurite("doctor")
+    assert status == 0, out
+    assert f"torch {torch.__version__}" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--trainer.max_epochss=3"], ["trainer.max_epochss", "'trainer.max_epochs'"]),
+        (["--model.init_args.methd=3"], ["'methd'", "Did you mean 'method'"]),
+        (["--model.init_args.method=fulgurite.models.fedsir.methods.FedAvgg"], ["FedAvg'?"]),
+        (["--model.init_args.method=FedNope"], ["FedNope"]),
+        (["--trainer.max_epochs=abc"], ["trainer.max_epochs", "abc", "int"]),
+        (["--model.init_args.method.kd_on=foo"], ["'disagree', 'all', 'none'", "foo"]),
+        (["--model.init_args.batch_size=0"], ["batch_size=0"]),
+        (["--model.init_args.network=torch.nn.Flatten"], ["Flatten"]),
+        (["--data.init_args.noise.init_args.rate=1.5"], ["1.5", "noise.init_args.rate"]),
+        (["--data.init_args.noise.init_args.rate=[0.5,-1]"], ["noise.init_args.rate"]),
+        (["--data.init_args.clients=100000"], ["100000 clients", "data.init_args.clients"]),
+        (["--data.init_args.noise.init_args.count=9"], ["9 of 4 clients"]),
+        (["--data.init_args.val_fraction=1"], ["val_fraction"]),
+        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "not a file"]),
+        (["--ckpt_path=last", "--run.root=nowhere"], ["ckpt_path=last", "nowhere/fedsir/smoke"]),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
+    status, _, error = fulgurite("fit", *SMOKE, *QUIET, *options)
+    lines = [line for line in error.splitlines() if line.startswith("fulgurite: error:")]
+    assert status == 2, error
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in lines[0]
+    assert not list(Path().glob("runs/*/*/*")), "a failed run left a folder"
+
+
+def test_debug_shows_the_traceback(fulgurite):
+    from fulgurite.errors import ConfigError
+
+    with pytest.raises(ConfigError):
+        fulgurite("fit", *SMOKE, "--trainer.max_epochs=abc", "--debug")
+
+
+def test_unknown_commands_get_the_nearest(fulgurite):
+    status, _, error = fulgurite("fitt")
+    assert status == 2
+    assert "Did you mean 'fit'" in error
+
+
+@pytest.fixture
+def sources(workdir):
+    """Bad data in real formats, and the options that name them."""
+    import io
+    import zipfile
+
+    import numpy as np
+    from PIL import Image
+
+    from fulgurite.testing.files import class_images, write_cifar_archive
+
+    source = "--data.init_args.source"
+    package = "fulgurite.datamodules.fedsir"
+    good = write_cifar_archive(workdir / "cifar.tar.gz")
+    (workdir / "cut.tar.gz").write_bytes(good.read_bytes()[:2000])
+    with zipfile.ZipFile(workdir / "mixed.zip", "w") as archive:
+        for i, size in enumerate((8, 8, 9)):
+            buffer = io.BytesIO()
+            Image.new("RGB", (size, size)).save(buffer, "png")
+            archive.writestr(f"train/a/{i}.png", buffer.getvalue())
+            archive.writestr(f"train/b/{i}.png", buffer.getvalue())
+            archive.writestr(f"test/a/{i}.png", buffer.getvalue())
+    images, labels = class_images(20, 2, (8, 8, 1))
+    np.savez(workdir / "float.npz", train_images=images, train_labels=labels + 0.5,
+             test_images=images, test_labels=labels)  # fmt: skip
+    np.savez(workdir / "range.npz", train_images=images, train_labels=labels - 1,
+             test_images=images, test_labels=labels)  # fmt: skip
+    cifar = f"{source}={package}.CifarArchive"
+    return {
+        "truncated": [cifar, f"{source}.path={workdir}/cut.tar.gz", f"{source}.checksum=null"],
+        "checksum": [cifar, f"{source}.path={good}"],
+        "absent": [cifar, f"{source}.path={workdir}/nothing.tar.gz"],
+        "sizes": [f"{source}={package}.ImageFolder", f"{source}.path={workdir}/mixed.zip"],
+        "integers": [f"{source}={package}.Npz", f"{source}.path={workdir}/float.npz"],
+        "range": [f"{source}={package}.Npz", f"{source}.path={workdir}/range.npz"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("truncated", "cut.tar.gz"),
+        ("checksum", "cifar.tar.gz"),
+        ("absent", "nothing.tar.gz"),
+        ("sizes", "mixed.zip"),
+        ("integers", "float.npz"),
+        ("range", "range.npz"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_the_file(fulgurite, sources, kind, file):
+    status, _, error = fulgurite("fit", *SHORT, *sources[kind])
+    lines = [line for line in error.splitlines() if line.startswith("fulgurite: error:")]
+    assert status == 2, error
+    assert len(lines) == 1, error
+    assert file in lines[0]
+
+
+def test_a_second_run_leaves_the_first_alone(fit):
+    fit(*SHORT[2:])
+    fit(*SHORT[2:])
+    first, second = sorted(Path("runs/fedsir/smoke").iterdir())
+    for folder in (first, second):
+        assert {"config.yaml", "environment.json", "metrics.csv", "summary.json"} <= {
+            *os.listdir(folder)
+        }
+        assert sorted(os.listdir(folder / "checkpoints")) == ["best.ckpt", "last.ckpt"]
+    facts = json.loads((first / "environment.json").read_text())
+    assert facts["seed"] == 0
+    assert facts["versions"]["torch"] == torch.__version__
+    with (first / "metrics.csv").open() as file:
+        assert any(row["val/acc"] for row in csv.DictReader(file))
+
+
+def test_a_run_can_be_repeated_from_its_record(fit, weights):
+    fit(*SHORT[2:], "--run.dir=one", "--seed_everything=7")
+    fit("--run.dir=two", config="one/config.yaml")
+    one, two = (weights(f"{name}/checkpoints/last.ckpt") for name in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_an_explicit_folder_is_not_overwritten(fulgurite):
+    assert fulgurite("fit", *SHORT, "--run.dir=here")[0] == 0
+    before = Path("here/metrics.csv").read_bytes()
+    status, _, error = fulgurite("fit", *SHORT, "--run.dir=here")
+    assert status == 2
+    assert "already holds a run" in error
+    assert Path("here/metrics.csv").read_bytes() == before
+
+
+def test_last_and_best_are_those_of_the_newest_run(fit):
+    fit(*SHORT[2:], "--run.root=r")
+    cli = fit(*SHORT[2:], "--run.root=r", "--ckpt_path=last", command="test")
+    assert Path(cli.section.ckpt_path).name == "last.ckpt"
+    (folder,) = Path("r/fedsir/smoke").glob("*-test")
+    assert "test/acc" in json.loads((folder / "test_metrics.json").read_text())
+
+
+def test_the_command_line_beats_the_checkpoint_and_says_so(fit, capsys):
+    fit(*SHORT[2:], "--run.dir=run")
+    cli = fit(
+        *SHORT[2:], "--run.dir=run", "--ckpt_path=last", "--model.init_args.batch_size=16",
+        command="test",
+    )  # fmt: skip
+    assert cli.model.batch_size == 16
+    assert "model.batch_size=32; this run uses 16" in capsys.readouterr().err
+
+
+def test_print_config_shows_the_resolved_configuration(start):
+    process = start("fit", *SMOKE, "--print_config=skip_null")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "FederatedClassifier" in out
+    yaml.safe_load(out[out.index("seed_everything") :])
+
+
+def test_metrics_and_figures_reach_every_logger(fit):
+    loggers = [
+        {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": "."},
+        },
+        {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}},
+    ]
+    cli = fit(*SHORT[2:], f"--trainer.logger={json.dumps(loggers)}", "--run.dir=run")
+    import wandb
+
+    wandb.finish()
+    assert [type(x).__name__ for x in cli.trainer.loggers] == [
+        "CSVLogger",
+        "TensorBoardLogger",
+        "WandbLogger",
+    ]
+    assert Path("run/metrics.csv").is_file()
+    assert Path("run/figures/clients.png").stat().st_size > 1000
+    assert list(Path("run").rglob("events.out.tfevents*"))
+    assert list(Path("run/wandb").glob("offline-run-*/files/media/images/figures/*.png"))
+    assert not Path("wandb").exists()
+
+
+OWN = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Data(LightningDataModule):
+    num_classes = 3
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 4), torch.randint(3, (8,))), batch_size=4)
+
+
+class Model(LightningModule):
+    def __init__(self, num_classes: int, width: int = 4):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, num_classes)
+
+    def training_step(self, batch, batch_idx):
+        loss = torch.nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+def test_a_users_own_module_and_data_plug_in_by_class_path(fulgurite, workdir, monkeypatch):
+    (workdir / "my_paper.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(workdir))
+    status, _, error = fulgurite(
+        "fit", "--model=my_paper.Model", "--data=my_paper.Data", "--trainer.max_epochs=1", *QUIET
+    )
+    assert status == 0, error
+    (folder,) = Path("runs/custom/run").iterdir()
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert state["layer.weight"].shape == (3, 4)  # classes linked from the data
