@@ -112,7 +112,8 @@ class CifarArchive(ImageSource):
             )
         self.path = path
         self.variant = variant
-        self.checksum = checksum
+        # a nested option takes `null` from the command line as text
+        self.checksum = None if checksum in ("null", "None", "none") else checksum
 
     @property
     def num_classes(self) -> int:

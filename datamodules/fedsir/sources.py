@@ -327,6 +327,11 @@ class Npz(ImageSource):
                 f"The train labels of {self.path} are {labels.size} values of type {labels.dtype}.",
                 "Save one integer class number per image.",
             )
+        if labels.min() < 0:
+            raise DataError(
+                f"The train labels of {self.path} go down to {labels.min()}.",
+                "Number the classes from 0.",
+            )
         return tuple(str(c) for c in range(int(labels.max()) + 1))
 
     def _peek(self) -> tuple[int, int, tuple[int, int]]:

@@ -95,10 +95,15 @@ class FederatedClassifier(SystemModule):
             # would make the checkpoint unreadable with weights_only=True
             if not isinstance(self.hparams.get(name), dict | None):
                 self.hparams.pop(name)
-        for name, value in {"batch_size": batch_size, "local_epochs": local_epochs}.items():
-            if value < 1:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("local_epochs", local_epochs, 1),
+            ("num_classes", num_classes, 2),
+            ("in_channels", in_channels, 1),
+        ):
+            if value < least:
                 raise ConfigError(
-                    f"model.init_args.{name}={value} is too small.", "Give 1 or more."
+                    f"model.init_args.{name}={value} is too small.", f"Give {least} or more."
                 )
         self.automatic_optimization = False
         self.network = network(in_channels, num_classes)

@@ -26,9 +26,11 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
     Returns:
         The PNG file, or None on other ranks and without a run folder.
     """
-    if not trainer.is_global_zero or not trainer.log_dir:
+    # not trainer.log_dir: that one is broadcast, and only rank 0 comes here
+    folder = trainer.logger.log_dir if trainer.logger else None
+    if not trainer.is_global_zero or not folder:
         return None
-    path = Path(trainer.log_dir) / "figures" / f"{name}.png"
+    path = Path(folder) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -71,6 +71,7 @@ def heatmap(
     image = ax.imshow(values, aspect="auto", vmin=low, vmax=high, interpolation="nearest")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.grid(visible=False)
+    ax.locator_params(axis="x", integer=True)
     if len(values) <= 30:
         ax.set_yticks(range(len(values)))
         for row in highlight_rows:

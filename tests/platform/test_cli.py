@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,13 @@ def test_unknown_commands_get_the_nearest(fulgurite):
     assert "Did you mean 'fit'" in error
 
 
+class Evil:
+    """Makes a folder when a careless unpickler reads it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
 @pytest.fixture
 def sources(workdir):
     """Bad data in real formats, and the options that name them."""
@@ -94,7 +102,7 @@ def sources(workdir):
     import numpy as np
     from PIL import Image
 
-    from fulgurite.testing.files import class_images, write_cifar_archive
+    from fulgurite.testing.files import write_cifar_archive
 
     source = "--data.init_args.source"
     package = "fulgurite.datamodules.fedsir"
@@ -107,14 +115,18 @@ def sources(workdir):
             archive.writestr(f"train/a/{i}.png", buffer.getvalue())
             archive.writestr(f"train/b/{i}.png", buffer.getvalue())
             archive.writestr(f"test/a/{i}.png", buffer.getvalue())
-    images, labels = class_images(20, 2, (8, 8, 1))
+    labels = np.arange(20) % 2
+    images = np.zeros((20, 8, 8, 1), np.uint8)
     np.savez(workdir / "float.npz", train_images=images, train_labels=labels + 0.5,
              test_images=images, test_labels=labels)  # fmt: skip
     np.savez(workdir / "range.npz", train_images=images, train_labels=labels - 1,
              test_images=images, test_labels=labels)  # fmt: skip
+    evil = pickle.dumps({b"data": Evil()}, protocol=2)
+    write_cifar_archive(workdir / "evil.tar.gz", extra={"data_batch_1": evil})
     cifar = f"{source}={package}.CifarArchive"
     return {
         "truncated": [cifar, f"{source}.path={workdir}/cut.tar.gz", f"{source}.checksum=null"],
+        "malicious": [cifar, f"{source}.path={workdir}/evil.tar.gz", f"{source}.checksum=null"],
         "checksum": [cifar, f"{source}.path={good}"],
         "absent": [cifar, f"{source}.path={workdir}/nothing.tar.gz"],
         "sizes": [f"{source}={package}.ImageFolder", f"{source}.path={workdir}/mixed.zip"],
@@ -127,6 +139,7 @@ def sources(workdir):
     ("kind", "file"),
     [
         ("truncated", "cut.tar.gz"),
+        ("malicious", "evil.tar.gz"),
         ("checksum", "cifar.tar.gz"),
         ("absent", "nothing.tar.gz"),
         ("sizes", "mixed.zip"),
@@ -140,6 +153,7 @@ def test_bad_data_is_one_line_that_names_the_file(fulgurite, sources, kind, file
     assert status == 2, error
     assert len(lines) == 1, error
     assert file in lines[0]
+    assert not Path("executed").exists()
 
 
 def test_a_second_run_leaves_the_first_alone(fit):
