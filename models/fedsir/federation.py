@@ -122,15 +122,18 @@ def _number(*key: int | str) -> int:
 class FlatState:
     """Reads and writes all floating tensors of a module as one vector.
 
-    BatchNorm's running statistics are part of it; integer buffers, which no method averages,
-    are not.
+    BatchNorm's running statistics are part of it; integer buffers (its counters), which no method
+    averages, are not: writing a state sets them back to what they were at first, since they would
+    otherwise tell how many batches this rank happened to train.
 
     Args:
         module: Its parameters and buffers, in ``state_dict`` order.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.tensors = [t for t in module.state_dict().values() if t.is_floating_point()]
+        tensors = module.state_dict().values()
+        self.tensors = [t for t in tensors if t.is_floating_point()]
+        self.counters = [(t, t.clone()) for t in tensors if not t.is_floating_point()]
         self.splits = [t.numel() for t in self.tensors]
         self.size: int = sum(self.splits)
 
@@ -143,6 +146,8 @@ class FlatState:
         """Set the module's state in place. Shape: (P,)."""
         for tensor, part in zip(self.tensors, torch.split(state, self.splits), strict=True):
             tensor.copy_(part.view_as(tensor))
+        for counter, first in self.counters:
+            counter.copy_(first)
 
 
 def exact_average(
