@@ -1,0 +1,22 @@
+"""Run every benchmark, each in a process of its own: ``python -m benchmarks [NAME ...]``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+ALL = ("fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "startup")
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks, or all; the exit status is the number that failed."""
+    unknown = [n for n in names if n not in ALL]
+    if unknown:
+        print(f"There is no benchmark {unknown[0]!r}. There are {', '.join(ALL)}.")
+        return 2
+    commands = [[sys.executable, "-m", f"benchmarks.{name}"] for name in names or ALL]
+    return sum(subprocess.run(command, check=False).returncode != 0 for command in commands)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""What the benchmarks share: taking turns, medians, and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class TakeTurns(Callback):
+    """Lets other contestants run a round each between the rounds of a fit.
+
+    A slow moment of the machine then meets all of them. The fit's own time runs from one epoch's
+    start to the next, with everything that the Trainer does in between.
+
+    Class attributes, since the command line builds the callback:
+
+    Attributes:
+        prepare: Gets the trainer when it starts; gives the contestants, by name.
+        seconds: Times of each round, the first left out; the fit's own under ``fit``.
+    """
+
+    prepare: ClassVar[Callable[[Any], dict[str, Callable[[], Any]]] | None] = None
+    seconds: ClassVar[dict[str, list[float]]] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Build the contestants."""
+        prepare = type(self).prepare
+        self.others = prepare(trainer) if prepare else {}
+        type(self).seconds = {name: [] for name in ("fit", *self.others)}
+        self.resumed = 0.0
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """End of the fit's turn, and the turn of each other."""
+        if trainer.current_epoch > 1:
+            self.seconds["fit"].append(time.perf_counter() - self.resumed)
+        for name, run in self.others.items():
+            begun = time.perf_counter()
+            run()
+            if trainer.current_epoch:
+                self.seconds[name].append(time.perf_counter() - begun)
+        self.resumed = time.perf_counter()
+
+
+class ExitAtFirstStep(Callback):
+    """Ends the process at once after the first local step; for timing it from outside."""
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hang the end on the federation's first step."""
+        rounds = next(c for c in trainer.callbacks if hasattr(c, "fed"))
+        rounds.fed.on_step = lambda: os._exit(0)
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], Any]], repetitions: int
+) -> dict[str, list[float]]:
+    """Seconds of each contestant, all run once before."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repetition in range(repetitions + 1):
+        for name, run in contestants.items():
+            begun = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Median and quartiles.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0, 4.0, 5.0])
+        '3 [2, 4]'
+    """
+    middle = statistics.median(values)
+    if len(values) < 3:
+        return f"{middle:.{digits}g}"
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Speed of ``fast`` in units of ``slow``, turn by turn."""
+    return [s / f for s, f in zip(slow, fast, strict=False)]
+
+
+def machine() -> str:
+    """Processor, cores used and versions; nothing that names the machine."""
+    model = platform.processor() or "unknown processor"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "lightning"))
+    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
+
+
+def report(name: str, title: str, notes: str, rows: list[dict[str, str]], raw: Any) -> None:
+    """Print a table and write it as Markdown, and the raw times as JSON."""
+    columns = list(rows[0])
+    lines = [
+        f"# {title}",
+        "",
+        f"{machine()}. `python -m benchmarks {name}`",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(row[c] for c in columns) + " |" for row in rows),
+        "",
+        *notes.strip().splitlines(),
+        "",
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
