@@ -166,6 +166,8 @@ class FederatedRounds(Callback):
         self._clients = self._reporting(self.method.participants(self.fed, round, sampled), round)
         own = self.fed.own(self._clients)
         size = max(1, self.fed.vectorize)
+        if size > 1:  # clients of a group that end together waste no passes
+            own = sorted(own, key=lambda k: -int(self.fed.sizes[k]))
         self._groups = [own[i : i + size] for i in range(0, len(own), size)]
         self._states = {}
 

@@ -367,18 +367,20 @@ class Federation:
         start = self.global_state if start is None else start
         epochs = self.local_epochs if epochs is None else epochs
         make = optimizer or self.optimizer
+        objectives = {client: objective(client) for client in own}
         done: ClientStates = {}
         if self.vectorize > 1:
             from fulgurite.models.fedsir.vectorized import train_group, vectorizable
 
-            fit = [k for k in own if vectorizable(objective(k))]
+            fit = [k for k in own if vectorizable(objectives[k])]
             for i in range(0, len(fit), self.vectorize):
                 group = fit[i : i + self.vectorize]
-                done |= train_group(self, group, objective, purpose, start, epochs, make)
+                chosen = objectives.__getitem__
+                done |= train_group(self, group, chosen, purpose, start, epochs, make)
         for client in own:
             if client not in done:
                 done[client] = self._train_one(
-                    client, objective(client), purpose, start, epochs, make
+                    client, objectives[client], purpose, start, epochs, make
                 )
         self.state.write(self.global_state)
         return done

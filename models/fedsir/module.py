@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from fulgurite.base import SystemModule
@@ -130,6 +130,8 @@ class FederatedClassifier(SystemModule):
         )
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        # a metric, not a logged value: Lightning averages values over ranks without their sizes
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits. Shape: (B, channels, H, W) to (B, C)."""
@@ -167,20 +169,26 @@ class FederatedClassifier(SystemModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Loss and accuracy of the global model on validation images."""
-        self._evaluate(batch, "val", self.val_metrics)
+        self._evaluate(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Loss and accuracy of the global model on test images."""
-        self._evaluate(batch, "test", self.test_metrics)
+        self._evaluate(batch, "test", self.test_metrics, self.test_loss)
 
     def _evaluate(
-        self, batch: tuple[Tensor, Tensor, Tensor], stage: str, metrics: MetricCollection
+        self,
+        batch: tuple[Tensor, Tensor, Tensor],
+        stage: str,
+        metrics: MetricCollection,
+        loss: MeanMetric,
     ) -> None:
         images, labels, _ = batch
         logits = self(images)
         metrics.update(logits, labels)
-        self.log_evaluation({"loss": F.cross_entropy(logits, labels)}, stage, len(labels))
-        self.log_dict(metrics, on_epoch=True, prog_bar=False, batch_size=len(labels))
+        loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        size = len(labels)
+        self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log_dict(metrics, on_epoch=True, batch_size=size)
 
     def predict_step(
         self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int

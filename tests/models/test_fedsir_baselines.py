@@ -16,11 +16,11 @@ from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.models.fedsir.federation import Federation, MiniBatch
 from fulgurite.models.fedsir.losses import log_prior
 from fulgurite.models.fedsir.methods import FedCorr, FedELC, FedNoRo, LocalCleaning, RoFL
+from fulgurite.models.fedsir.methods.base import LogitLoss
 from fulgurite.models.fedsir.methods.cleaning import SubsetLoss, find_issues
 from fulgurite.models.fedsir.methods.fedcorr import MixupLoss, intrinsic_dimension, upper_group
 from fulgurite.models.fedsir.methods.fedelc import SoftLabelLoss
 from fulgurite.models.fedsir.methods.fednoro import class_losses, normalise_losses, vote_clean
-from fulgurite.models.fedsir.methods.base import LogitLoss
 from fulgurite.models.fedsir.methods.rofl import CentroidLoss, class_means, merge_centroids
 
 CLASSES, SIDE = 3, 4
