@@ -6,22 +6,31 @@ Axes: K clients, N samples, C classes, P flat state size.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from fulgurite.errors import ConfigError
+from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.logging import log_figure
-from fulgurite.models.fedsir.federation import ClientStates, Federation, keyed_generator
+from fulgurite.models.fedsir.federation import (
+    ClientStates,
+    Federation,
+    VisibleData,
+    keyed_generator,
+)
 from fulgurite.models.fedsir.methods import FederatedMethod
 from fulgurite.models.fedsir.module import FederatedClassifier
 from fulgurite.plotting import heatmap, new_figure
+from fulgurite.strategies import FederatedStrategy
 
 __all__ = ["FederatedRounds"]
 
@@ -30,7 +39,8 @@ class FederatedRounds(Callback):
     """Runs a federated method: an epoch is a round, a batch is one client's local training.
 
     Under ``--trainer.strategy=federated`` the clients are spread over the ranks; the global
-    weights are the same bit for bit for any number of ranks. Everything that the rounds depend
+    weights are the same bit for bit for any number of ranks (unless clients train in vectorised
+    groups, whose composition depends on the ranks). Everything that the rounds depend
     on is in the checkpoint, so a run that was killed goes on as if it had not been.
 
     The method never sees true labels; this callback reads ``datamodule.evaluation`` where there
@@ -85,22 +95,25 @@ class FederatedRounds(Callback):
                 f"{type(data).__name__} is not federated: it has no clients.",
                 "Use data.class_path=fulgurite.datamodules.fedsir.FederatedDataModule.",
             )
-        strategy = type(trainer.strategy).__name__
-        if trainer.world_size > 1 and strategy != "FederatedStrategy":
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, FederatedStrategy):
             raise ConfigError(
-                f"{strategy} would average the gradients of different clients.",
+                f"{type(trainer.strategy).__name__} would average the gradients of different "
+                "clients.",
                 "Use --trainer.strategy=federated.",
             )
-        if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision):
+        if trainer.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(
-                f"--trainer.precision={trainer.precision} needs loss scaling, which local "
-                "training does not do.",
+                f"Local training does not do --trainer.precision={trainer.precision}.",
                 "Use bf16-mixed or 32-true.",
             )
-        most = max(1, round(self.participation * data.num_clients))
-        per_rank = -(-most // trainer.world_size)
+        per_rank = -(-self._per_round(data.num_clients) // trainer.world_size)
         data.train_slots = -(-per_rank // max(1, pl_module.vectorize))
         pl_module.slot_trainer = self
+        # what is logged here is equal on every rank already
+        warnings.filterwarnings("ignore", ".*recommended to use `self.log.*sync_dist=True.*")
+
+    def _per_round(self, clients: int) -> int:
+        return max(1, int(self.participation * clients + 0.5))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the federation; identify clients unless a checkpoint says who is clean."""
@@ -111,7 +124,7 @@ class FederatedRounds(Callback):
             seed = self._resumed["seed"]
         self.method: FederatedMethod = pl_module.method
         self.fed = Federation(
-            self._data,
+            VisibleData(self._data),
             pl_module.network,
             pl_module.optimizer,
             seed=seed,
@@ -122,20 +135,49 @@ class FederatedRounds(Callback):
             vectorize=pl_module.vectorize,
         )
         self._slots = self._data.train_slots
-        self._initial_noise = self._label_noise()
+        if trainer.num_training_batches != self._slots:
+            raise ConfigError(
+                f"A round has {self._slots} slots, and the trainer allows "
+                f"{trainer.num_training_batches}.",
+                "Leave out limit_train_batches, overfit_batches and fast_dev_run; a quick run is "
+                "--config fedsir/smoke.yaml --trainer.max_epochs=1.",
+            )
+        try:
+            pl_module.optimizer(list(pl_module.network.parameters()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"The clients' optimizer cannot be made: {error}.",
+                "Mend model.init_args.optimizer.init_args.",
+            ) from error
         if self._resumed:
+            if self._resumed["name"] != type(self.method).__name__:
+                raise CheckpointError(
+                    f"The checkpoint is of {self._resumed['name']}, not of "
+                    f"{type(self.method).__name__}.",
+                    "Resume with the method of the run, model.init_args.method.",
+                )
             self._data.labels.load_state_dict(self._resumed["labels"])
             self.method.load_state_dict(_to(self._resumed["method"], self.fed.device))
             self.fed.traffic.up, self.fed.traffic.down = self._resumed["traffic"]
             self.history = self._resumed["history"]
             self._resumed = None
             return
+        # ranks that were not seeded alike would start from different weights
+        self.fed.global_state = self.fed.share(self.fed.global_state)
+        self.fed.state.write(self.fed.global_state)
         with self._progress(trainer):
             self.method.before_rounds(self.fed)
         self.fed.state.write(self.fed.global_state)
+        self._save_start(trainer)
         facts = self._identification()
         if facts:
             rank_zero_info("identification: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items()))
+
+    def _save_start(self, trainer: Trainer) -> None:
+        """Save what happened before round 0, so that a kill during it loses nothing either."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.filename == "last":
+                trainer.save_checkpoint(Path(str(callback.dirpath)) / "last.ckpt")
 
     @contextmanager
     def _progress(self, trainer: Trainer) -> Iterator[None]:
@@ -157,11 +199,19 @@ class FederatedRounds(Callback):
     # --- a round -------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the method act, choose the round's clients and deal them out to slots."""
+        """Let the method act, choose the round's clients and deal them out to slots.
+
+        A method's own exchanges (identification, references) reach all clients, sampled or not.
+        """
         round = trainer.current_epoch
+        before = self._label_noise()
+        refreshes = len(getattr(self.method, "refreshes", ()))
         self.fed.global_state = self.fed.state.read()
         self.method.before_round(self.fed, round)
         self.fed.state.write(self.fed.global_state)
+        self._noise_before = None  # of a round that begins with a refresh of the labels
+        if len(getattr(self.method, "refreshes", ())) > refreshes:
+            self._noise_before = self._mean_noise(before)
         sampled = self._sample(round)
         self._clients = self._reporting(self.method.participants(self.fed, round, sampled), round)
         own = self.fed.own(self._clients)
@@ -172,7 +222,7 @@ class FederatedRounds(Callback):
         self._states = {}
 
     def _sample(self, round: int) -> list[int]:
-        number = max(1, int(self.participation * self.fed.num_clients + 0.5))
+        number = self._per_round(self.fed.num_clients)
         generator = keyed_generator(self.fed.seed, "participation", round)
         order = torch.randperm(self.fed.num_clients, generator=generator)
         return sorted(order[:number].tolist())
@@ -232,6 +282,7 @@ class FederatedRounds(Callback):
         logged = {
             "train/loss": float(losses.mean()),
             "fed/clients": float(len(self._clients)),
+            "fed/local_epochs": float(self.method.local_rounds() + (round + 1) * fed.local_epochs),
             "fed/bytes_total": float(fed.traffic.up + fed.traffic.down),
             "fed/bytes_round": float(fed.traffic.up + fed.traffic.down)
             - (self.history[-1]["bytes"] if self.history else 0.0),
@@ -239,14 +290,10 @@ class FederatedRounds(Callback):
         record["bytes"] = logged["fed/bytes_total"]
         logged |= {f"fed/{name}": value for name, value in self.method.report().items()}
         logged |= {f"identify/{k}": v for k, v in self._identification().items()}
-        if noise is not None:
-            sizes = fed.sizes.double()
-            logged["fed/label_noise"] = float((noise * sizes).sum() / sizes.sum())
-            noisy = self._data.evaluation.noisy_clients
-            if bool(noisy.any()):
-                logged["fed/label_noise_noisy"] = float(
-                    (noise * sizes)[noisy].sum() / sizes[noisy].sum()
-                )
+        logged |= {f"fed/label_noise{k}": v for k, v in (self._mean_noise(noise) or {}).items()}
+        if self._noise_before:
+            before = self._noise_before.items()
+            logged |= {f"fed/label_noise_before{k}": v for k, v in before}
         pl_module.log_dict(logged, on_step=False, on_epoch=True, batch_size=1)
         record |= {k: v for k, v in logged.items() if k in ("train/loss", "fed/label_noise")}
         self.history.append(record)
@@ -268,6 +315,16 @@ class FederatedRounds(Callback):
         wrong = self.fed.labels.current != evaluation.true
         return torch.stack([wrong[i].double().mean() for i in self.fed.index])
 
+    def _mean_noise(self, noise: Tensor | None) -> dict[str, float] | None:
+        """Share of wrong labels over all clients (no suffix) and over the noisy ones."""
+        if noise is None:
+            return None
+        sizes, noisy = self.fed.sizes.double(), self._data.evaluation.noisy_clients
+        means = {"": float((noise * sizes).sum() / sizes.sum())}
+        if bool(noisy.any()):
+            means["_noisy"] = float((noise * sizes)[noisy].sum() / sizes[noisy].sum())
+        return means
+
     def _identification(self) -> dict[str, float]:
         """Precision and recall of the noisy clients, once the method has split them."""
         evaluation = getattr(self._data, "evaluation", None)
@@ -286,6 +343,7 @@ class FederatedRounds(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Rounds so far, labels, method, traffic and seed; plain types and tensors."""
         return {
+            "name": type(self.method).__name__,
             "seed": self.fed.seed,
             "labels": self._data.labels.state_dict(),
             "method": _to(self.method.state_dict(), torch.device("cpu")),
@@ -362,7 +420,7 @@ class FederatedRounds(Callback):
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """Move every float tensor of a nested state; labels and masks stay on the CPU."""
+    """Move the flat models (1-D floats) of a method's state; all else stays on the CPU."""
     if isinstance(value, Tensor):
         return value.to(device) if value.is_floating_point() and value.ndim == 1 else value.cpu()
     if isinstance(value, dict):

@@ -4,6 +4,7 @@ Pure torch. Clients are simulated; each rank trains the clients dealt out to it,
 exchanged is exchanged through the few collectives below, so that one process and several give
 the same result bit for bit: everything random is drawn from a generator keyed by what it is for
 (seed, purpose, round, client), and sums over clients are exact integers (:func:`exact_average`).
+(Not so with ``vectorize``: which clients share a pass depends on the ranks, and so does rounding.)
 
 Axes: K clients, N samples, B mini-batch, C classes, D feature dimension, P flat state size.
 """
@@ -35,6 +36,7 @@ __all__ = [
     "Labels",
     "MiniBatch",
     "Objective",
+    "VisibleData",
     "balanced_assignment",
     "exact_average",
     "keyed_generator",
@@ -79,6 +81,23 @@ class FederatedData(Protocol):
 
     def plain_batch(self, images: Tensor) -> Tensor:
         """Network input for evaluation. Shape: (B, channels, height, width)."""
+
+
+class VisibleData:
+    """What a method may see of a DataModule: the members of :class:`FederatedData`, no other.
+
+    Args:
+        data: The DataModule, whose true labels stay out of reach.
+    """
+
+    def __init__(self, data: FederatedData) -> None:
+        self.num_classes, self.num_clients = data.num_classes, data.num_clients
+        self.labels = data.labels
+        # functions, not bound methods: those would carry the DataModule along
+        self.client_index = lambda client: data.client_index(client)
+        self.client_images = lambda client: data.client_images(client)
+        self.augment_batch = lambda images, generator: data.augment_batch(images, generator)
+        self.plain_batch = lambda images: data.plain_batch(images)
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,7 @@ def exact_average(
     splits: Sequence[int],
     *,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weighted sum of states whose value does not depend on the order or place of the terms.
 
@@ -168,6 +188,7 @@ def exact_average(
         weights: Weight of every client, of all ranks.
         splits: Number of entries of each tensor of a state; sums to P.
         device: Where the result is wanted.
+        dtype: Type of the result, the same on every rank.
 
     Returns:
         ``Σ weight · state`` over all ranks. Shape: (P,).
@@ -184,24 +205,27 @@ def exact_average(
     """
     counts = torch.tensor(splits, device=device)
     peak = torch.zeros(len(splits), dtype=torch.float64, device=device)
-    own = [(s.to(device).double() * weights[k], k) for k, s in states.items() if weights.get(k)]
-    for term, client in own:
-        if not bool(term.isfinite().all()):
-            raise ConfigError(
-                f"The local training of client {client} diverged (its model has NaN or infinity).",
-                "Lower the learning rate, model.init_args.optimizer.init_args.lr.",
-            )
-        largest = torch.stack([part.abs().max() for part in torch.split(term, list(splits))])
-        peak = torch.maximum(peak, largest)
+    own = [k for k in states if weights.get(k)]
+    for client in own:
+        term = states[client].to(device).double() * weights[client]
+        largest = [part.abs().max() for part in torch.split(term, list(splits))]
+        peak = torch.maximum(peak, torch.stack(largest).nan_to_num(torch.inf, torch.inf))
     _reduce(peak, "max")
+    if not bool(peak.isfinite().all()):  # on every rank, so that none waits for another
+        bad = [k for k in own if not bool(states[k].isfinite().all())]
+        raise ConfigError(
+            f"The local training of client {bad or 'of another rank'} diverged (its model has NaN "
+            "or infinity).",
+            "Lower the learning rate, model.init_args.optimizer.init_args.lr.",
+        )
     # 62 bits hold the sum: 52 below the exponent of the largest term, the rest for their number
     bits = min(52, 62 - len(weights).bit_length())
     quantum = torch.exp2(torch.frexp(peak)[1].double() - bits).repeat_interleave(counts)
     total = torch.zeros(sum(splits), dtype=torch.int64, device=device)
-    for term, _ in own:
+    for client in own:
+        term = states[client].to(device).double() * weights[client]
         total += (term / quantum).round().long()
     _reduce(total, "sum")
-    dtype = next(iter(states.values())).dtype if states else torch.get_default_dtype()
     return (total.double() * quantum).to(dtype)
 
 
@@ -495,7 +519,9 @@ class Federation:
 
     def average(self, states: ClientStates, weights: Mapping[int, float]) -> Tensor:
         """Weighted sum of client models, equal on every rank. Shape: (P,)."""
-        return exact_average(states, weights, self.state.splits, device=self.device)
+        return exact_average(
+            states, weights, self.state.splits, device=self.device, dtype=self.global_state.dtype
+        )
 
     def size_weights(self, clients: Sequence[int]) -> dict[int, float]:
         """Each client's share of their samples (FedAvg's weights)."""
@@ -514,7 +540,7 @@ class Federation:
         """
         if rank_and_world()[1] == 1:
             return torch.stack([rows[k] for k in clients])
-        gathered = self.gather_objects({k: rows[k].cpu() for k in rows})
+        gathered = self.gather_objects({k: rows[k].cpu() for k in clients if k in rows})
         return torch.stack([gathered[k] for k in clients]).to(self.device)
 
     def gather_objects(self, own: Mapping[int, Any]) -> dict[int, Any]:

@@ -10,14 +10,16 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -42,7 +44,8 @@ __all__ = ["FulguriteCLI", "main", "parse", "run"]
 COMMANDS = ("fit", "validate", "test", "predict")
 
 # Shared defaults of all systems, in this one place; a config or option overrides them.
-TRAINER_DEFAULTS = {"num_sanity_val_steps": 0, "log_every_n_steps": 10}
+# One device: Lightning's default takes every GPU there is, with DDP, for configurations of one.
+TRAINER_DEFAULTS = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "devices": 1}
 
 # What a model takes from the data: each of these constructor arguments of the model is set from
 # the attribute of the same name of the DataModule.
@@ -72,7 +75,7 @@ class SaveRun(SaveConfigCallback):
         write_json(self.folder / "environment.json", facts)
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams({"config": self.record, "environment": facts})
+                logger.log_hyperparams({**yaml.safe_load(self.record), "environment": facts})
 
 
 class FulguriteCLI(LightningCLI):
@@ -156,11 +159,11 @@ class FulguriteCLI(LightningCLI):
             ) from error
         given = self.section.get("model.init_args")
         here = given.as_dict() if given else {}
-        for key, there in (stored.get("hyper_parameters") or {}).items():
-            if key in here and key not in LINKS and not _same(here[key], there):
+        for key, now, before in _differences(here, stored.get("hyper_parameters") or {}):
+            if key not in LINKS:
                 print(
-                    f"note: the checkpoint was trained with model.{key}={there}; "
-                    f"this run uses {here[key]}",
+                    f"note: the checkpoint was trained with model.{key}={before}; "
+                    f"this run uses {now}",
                     file=sys.stderr,
                 )
 
@@ -180,8 +183,6 @@ class FulguriteCLI(LightningCLI):
         if self.only_parse:
             raise _Parsed(section)
         recorded = self.parser.dump(self.config, skip_none=False)
-        import yaml
-
         content = yaml.safe_load(recorded)[self.config.subcommand]
         content.get("run", {}).pop("dir", None)
         content.pop("ckpt_path", None)
@@ -223,12 +224,16 @@ class FulguriteCLI(LightningCLI):
                 "command": str(self.subcommand),
                 "seed": self.section.seed_everything,
             }
-        stores = config.get("enable_checkpointing") is not False and not self.fast
-        if stores and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, *self._checkpoints()]
-        return super().instantiate_trainer(**kwargs)
+        if config.get("enable_checkpointing") is not False and not self.fast:
+            own = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+            kwargs["callbacks"] = [*callbacks, *self._checkpoints(only_last=own)]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            what = " ".join(str(error).split())
+            raise ConfigError(f"The trainer cannot be made: {what}", "Mend trainer.*.") from error
 
-    def _checkpoints(self) -> list[ModelCheckpoint]:
+    def _checkpoints(self, *, only_last: bool) -> list[ModelCheckpoint]:
         """``last.ckpt`` after every epoch, ``best.ckpt`` by the model's monitored metric.
 
         Two callbacks: ``save_last`` of one writes only when the metric improves.
@@ -240,7 +245,7 @@ class FulguriteCLI(LightningCLI):
         }
         last = ModelCheckpoint(filename="last", **place)
         monitor = getattr(self.model, "monitor", None)
-        if monitor is None:
+        if monitor is None or only_last:
             return [last]
         mode = getattr(self.model, "mode", "min")
         return [ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **place), last]
@@ -248,8 +253,12 @@ class FulguriteCLI(LightningCLI):
     def _write_metrics(self, file: str) -> None:
         if not self.fast and self.trainer.is_global_zero:
             metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
-            folder = self.section.run.dir if file != "summary.json" else None
-            write_json(Path(folder or self.folder) / file, metrics)
+            if not metrics:
+                print(f"{self.config.subcommand}: nothing left to do; see trainer.max_epochs")
+                return
+            # beside the fit that --run.dir names, and in the folder of this command
+            for folder in {self.folder, Path(self.section.run.dir or self.folder)}:
+                write_json(folder / file, metrics)
             print(f"{self.config.subcommand}: recorded in {self.folder}")
 
     def after_fit(self) -> None:
@@ -289,11 +298,16 @@ class _Parsed(Exception):
     """Ends the construction of a CLI that was only to parse."""
 
 
-def _same(here: Any, there: Any) -> bool:
-    """Whether two hyperparameters agree, where both give them (defaults left out are equal)."""
+def _differences(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Leaves in which two hyperparameters differ, where both give them."""
     if isinstance(here, dict) and isinstance(there, dict):
-        return all(_same(here[k], there[k]) for k in here.keys() & there.keys())
-    return bool(here == there)
+        for name in here.keys() & there.keys():
+            yield from _differences(here[name], there[name], f"{key}.{name}".lstrip("."))
+    elif isinstance(here, list | tuple) and isinstance(there, list | tuple):
+        if [*here] != [*there]:  # a checkpoint stores tuples as lists
+            yield key, here, there
+    elif here != there:
+        yield key, here, there
 
 
 def _with_resolved_configs(argv: Sequence[str]) -> list[str]:
@@ -406,6 +420,14 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             raise ours from None
         if isinstance(error, ArgumentError):
             raise ConfigError(_one_line(str(error))) from error
+        if isinstance(error, MisconfigurationException):
+            raise ConfigError(" ".join(str(error).split())) from error
+        if "Error(s) in loading state_dict" in str(error):
+            what = " ".join(str(error).split())
+            raise CheckpointError(
+                f"The checkpoint does not fit the model: {what[:300]}",
+                "Use the model.* options of the run that wrote it.",
+            ) from error
         raise
     finally:
         sys.argv = program

@@ -84,10 +84,17 @@ def new_run_folder(options: RunOptions, command: str, *, resumes: bool) -> Path:
     other commands take a folder of their own inside it.
 
     Raises:
-        ConfigError: If ``dir`` already holds a run.
+        ConfigError: If ``dir`` already holds a run, or is missing under torchrun.
     """
     if (inherited := os.environ.get(RUN_DIR_VARIABLE)) and "LOCAL_RANK" in os.environ:
         return Path(inherited)
+    if int(os.environ.get("RANK", "0")) and "TORCHELASTIC_RUN_ID" in os.environ:
+        if options.dir is None:
+            raise ConfigError(
+                "Processes that torchrun starts cannot agree on a new run folder.",
+                "Name it: --run.dir=FOLDER.",
+            )
+        return Path(options.dir)  # rank 0 makes it
     if options.dir is None:
         suffix = "" if command == "fit" else f"-{command}"
         folder = _free(options.parent / (time.strftime("%Y%m%d-%H%M%S") + suffix))

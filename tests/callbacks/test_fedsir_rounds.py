@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,18 +122,27 @@ def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(fit):
     assert {"clients.png", "rounds.png", "similarities.png"} <= set(os.listdir("run/figures"))
 
 
-def test_truth_is_out_of_reach_of_the_method(final, monkeypatch):
+def test_truth_is_out_of_reach_of_the_method(fit, final, monkeypatch):
     from fulgurite.datamodules.fedsir import FederatedDataModule
 
-    seen = final("seen")
+    cli = fit("--run.dir=seen")
+    (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+    true = cli.datamodule.evaluation.true
+    for name in vars(rounds.fed.data):
+        value = getattr(rounds.fed.data, name)
+        assert not (isinstance(value, torch.Tensor) and torch.equal(value, true)), name
+    assert not hasattr(rounds.fed.data, "evaluation")
+    assert not hasattr(rounds.fed.data, "_true")
     setup = FederatedDataModule.setup
 
     def blind(self, stage=None):
         setup(self, stage)
-        self.evaluation = None
+        self.evaluation, self._true = None, None
 
     monkeypatch.setattr(FederatedDataModule, "setup", blind)
-    assert equal(seen, final("blind"))
+    blinded = final("blind")
+    seen = torch.load(f"seen/{LAST}", weights_only=True)["state_dict"]
+    assert all(torch.equal(seen[k], v) for k, v in blinded.items())
 
 
 def test_switches_change_the_weights(final):
@@ -144,19 +154,42 @@ def test_switches_change_the_weights(final):
         assert not equal(default, final(f"run{i}", f"{method}.{option}")), option
 
 
-def test_participation_and_dropout_choose_clients_by_round(fit):
+@pytest.mark.parametrize(
+    ("clients", "share", "each"), [(4, 0.5, 2), (5, 0.5, 3), (10, 0.25, 3), (3, 0.1, 1)]
+)
+def test_participation_samples_clients_by_round(fit, clients, share, each):
     cli = fit(
         "--trainer.callbacks=fulgurite.callbacks.fedsir.FederatedRounds",
-        "--trainer.callbacks.participation=0.5",
+        f"--trainer.callbacks.participation={share}",
         f"--model.init_args.method={METHODS}.FedAvg",
-        "--trainer.max_epochs=8",
+        f"--data.init_args.clients={clients}",
+        "--trainer.max_epochs=5",
     )
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
-    clients = [tuple(r["clients"]) for r in rounds.history]
-    assert all(len(c) == 2 for c in clients)
-    assert len(set(clients)) > 1
-    rounds.dropout = 0.9
-    assert all(len(rounds._reporting([0, 1, 2, 3], r)) >= 1 for r in range(20))
+    chosen = [tuple(r["clients"]) for r in rounds.history]
+    assert all(len(c) == each for c in chosen)
+    assert len(set(chosen)) > 1
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True), st.integers(0, 50))
+def test_at_least_one_client_reports(clients, round):
+    rounds = FederatedRounds(dropout=0.9)
+    rounds.fed = SimpleNamespace(seed=0)
+    reporting = rounds._reporting(clients, round)
+    assert reporting
+    assert set(reporting) <= set(clients)
+    assert reporting == rounds._reporting(clients, round)
+
+
+def test_identification_can_be_repeated(fit):
+    method = "--model.init_args.method.init_args"
+    cli = fit(f"{method}.reidentify_every=3", f"{method}.relabel_first=1", "--trainer.max_epochs=5")
+    (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+    assert rounds.method.refreshes == [1, 3]
+    assert torch.equal(~rounds.method.clean, cli.datamodule.evaluation.noisy_clients)
+    changed = cli.datamodule.labels.current != cli.datamodule.labels.given
+    for client in torch.nonzero(rounds.method.clean).flatten().tolist():
+        assert not changed[cli.datamodule.client_index(client)].any()
 
 
 def test_a_server_optimizer_sees_the_aggregate_as_a_gradient(fit):
@@ -197,7 +230,8 @@ def _same_under(final, start, weights, ranks):
         assert one[key] == pytest.approx(many[key], abs=1e-6), key
 
 
-def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights):
+@pytest.mark.parametrize("file", [LAST, "metrics.csv"])  # before round 0 ends, and later
+def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights, file):
     options = ("--trainer.max_epochs=40", "--model.init_args.method.init_args.relabel_every=3")
     whole = final("whole", *options)
     process = start(
@@ -205,7 +239,7 @@ def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights):
         "--trainer.enable_progress_bar=false",
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not os.path.exists(f"killed/{LAST}"):
+    while not os.path.exists(f"killed/{file}"):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -216,10 +250,42 @@ def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights):
     fit("--run.dir=killed", "--ckpt_path=last", *options)
     assert equal(whole, weights(f"killed/{LAST}"))
     # the record of the killed part is kept beside that of the resumed one
-    assert {"metrics.csv", "metrics.1.csv", "config.1.yaml"} <= set(os.listdir("killed"))
+    assert {"metrics.csv", "config.yaml", "config.1.yaml"} <= set(os.listdir("killed"))
+    assert file == LAST or os.path.exists("killed/metrics.1.csv")
 
 
 # --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.limit_train_batches=2"], "A round has 4 slots"),
+        (["--trainer.fast_dev_run=true"], "A round has 4 slots"),
+        (["--model.init_args.optimizer.lr=-1"], "Invalid learning rate"),
+        (["--trainer.precision=64-true"], "precision=64-true"),
+        (["--model.init_args.method.residual_rows=0"], "residual_rows=0"),
+        (["--model.init_args.method.kd_temperature=0"], "kd_temperature=0"),
+        (["--trainer.strategy=foo"], "strategy"),
+    ],
+)
+def test_what_rounds_cannot_do_is_refused(fulgurite, options, message):
+    quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *quiet, *options)
+    assert status == 2, error
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_of_another_method_or_network_is_refused(fit, fulgurite):
+    fit("--run.dir=run", "--trainer.max_epochs=1")
+    resume = ("fit", "--config", "fedsir/smoke.yaml", "--run.dir=run", "--ckpt_path=last")
+    status, _, error = fulgurite(*resume, f"--model.init_args.method={METHODS}.FedAvg")
+    assert status == 2
+    assert "of FedSIR, not of FedAvg" in error
+    status, _, error = fulgurite(*resume, "--model.init_args.network.hidden=32")
+    assert status == 2
+    assert "does not fit the model" in error
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,18 @@ def test_two_clients_far_apart():
 
 
 def test_a_mildly_noisy_client_does_not_join_the_clean_ones():
-    # the mixture groups .38 with the clean ones, far as it is from them
-    off_mean = torch.tensor([0.290, 0.295, 0.300, 0.305, 0.380, 0.52, 0.55, 0.57, 0.6, 0.66])
+    # the mixture groups .38 with the clean ones, though it is nearer to the noisy ones
+    off_mean = torch.tensor([0.290, 0.295, 0.300, 0.305, 0.380, 0.45, 0.47, 0.55, 0.57, 0.66])
     scores = torch.stack([off_mean, off_mean**2], 1)
     assert split_clients(scores, force_two=True).clean.sum() == 5
     assert split_clients(scores).clean.tolist() == [True] * 4 + [False] * 6
+
+
+def test_clean_clients_may_differ_by_less_than_noise_makes():
+    # off_mean as measured on digits, alpha = 0.5: a gap of .10 among the clean, .20 to the noisy
+    off_mean = torch.tensor([0.36, 0.46, 0.51, 0.71, 0.73, 0.74, 0.75, 0.76, 0.77, 0.78])
+    split = split_clients(torch.stack([off_mean, off_mean**2], 1))
+    assert split.clean.tolist() == [True] * 3 + [False] * 7
 
 
 @pytest.mark.parametrize("force_two", [True, False])

@@ -6,11 +6,13 @@ Axes: K clients, N samples, C classes, D feature dimension, P flat state size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareMethod
@@ -62,6 +64,7 @@ class CleanOnly(FederatedMethod):
         self.split_clean = found.split.clean
         self.found = _evidence(found.scores, found.similarities, found.split.p_clean)
         fed.global_state = clean_reference(fed, self.split_clean, found.states)
+        fed.traffic.up += int(self.split_clean.sum()) * fed.state_bytes
 
     def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
         """The clean ones of the sampled clients, or all where none is clean."""
@@ -104,13 +107,15 @@ class FedSIR(NoiseAwareMethod):
         reference_min_count: Smallest class of a clean client that enters the references.
         teacher: Whose features label and are labelled: the average of the ``clean`` clients'
             models of the round before (paper), or the ``global`` model.
-        kd_on: Which samples of noisy clients learn from the global model: those on which the
-            scores ``disagree`` (paper; all before the first refresh), ``all``, or ``none``.
+        kd_on: Which samples of noisy clients learn from the global model: those whose label was
+            not decided since the scores ``disagree`` (paper; all before the first refresh),
+            ``all``, or ``none``.
         confidence_weighting: Weight the loss of relabeled samples by their confidence, and that
             of samples which kept their label by ``kept_weight``.
         kept_weight: Weight of the samples of noisy clients whose label no reference supports,
             once labels were refreshed.
-        reidentify_every: Rounds between repetitions of Stage I from the global model; 0 never.
+        reidentify_every: Rounds between repetitions of Stage I, from the global model and the
+            labels as given; a refresh of the labels follows. 0 never.
         kd_begin: See :class:`NoiseAwareMethod`.
         kd_end: See :class:`NoiseAwareMethod`.
         kd_height: See :class:`NoiseAwareMethod`.
@@ -119,6 +124,9 @@ class FedSIR(NoiseAwareMethod):
         aggregation: See :class:`NoiseAwareMethod`.
         distance_floor: See :class:`NoiseAwareMethod`.
         prior: See :class:`NoiseAwareMethod`.
+
+    Raises:
+        ConfigError: A number is out of range.
 
     Source: FedSIR, arXiv 2604.20825, Stages I to III.
     """
@@ -150,6 +158,18 @@ class FedSIR(NoiseAwareMethod):
             kd_begin, kd_end, kd_height if kd_on != "none" else 0.0, kd_temperature, tau,
             aggregation, distance_floor, prior,
         )  # fmt: skip
+        least = {"relabel_every": relabel_every, "reidentify_every": reidentify_every}
+        for name, value in (least | {"kept_weight": kept_weight}).items():
+            if value < 0:
+                raise ConfigError(
+                    f"model.init_args.method.init_args.{name}={value} is negative.",
+                    "Give 0 or more.",
+                )
+        if residual_rows < 1:
+            raise ConfigError(
+                f"model.init_args.method.init_args.residual_rows={residual_rows} is too small.",
+                "Give 1 or more.",
+            )
         self.identification = identification or SpectralIdentification()
         self.relabel_every, self.relabel_mode = relabel_every, relabel_mode
         self.relabel_first = relabel_every if relabel_first is None else relabel_first
@@ -173,6 +193,12 @@ class FedSIR(NoiseAwareMethod):
         fed.global_state = self.clean_state.clone()
 
     def _identify(self, fed: Federation, purpose: str) -> None:
+        if purpose != "identify":
+            # from the labels as given: mended ones would make their clients look clean
+            own = fed.own(range(fed.num_clients))
+            fed.relabel({k: fed.labels.given[fed.index[k]] for k in own})
+            self.distil = self.confidence = None
+            self.labels_changed()
         found = self.identification(fed, purpose=purpose)
         self.split_clean = found.split.clean
         self.found = _evidence(found.scores, found.similarities, found.split.p_clean)
@@ -181,10 +207,11 @@ class FedSIR(NoiseAwareMethod):
 
     def before_round(self, fed: Federation, round: int) -> None:
         """Stage II, in the rounds of the schedule; identification again where asked for."""
-        if self.reidentify_every and round and round % self.reidentify_every == 0:
+        again = bool(self.reidentify_every and round and round % self.reidentify_every == 0)
+        if again:
             self._identify(fed, f"identify-{round}")
         due = self.relabel_every and round >= self.relabel_first
-        if due and (round - self.relabel_first) % self.relabel_every == 0:
+        if due and (again or (round - self.relabel_first) % self.relabel_every == 0):
             self._refresh(fed, round)
 
     def _refresh(self, fed: Federation, round: int) -> None:
@@ -199,7 +226,8 @@ class FedSIR(NoiseAwareMethod):
         own: dict[int, ClientReference] = {}
         for client in fed.own(clean):
             spectra = accumulate(fed, client, state, fed.labels.given[fed.index[client]])
-            own[client] = client_reference(spectra, residual_rows=self.residual_rows)
+            sent = client_reference(spectra, residual_rows=self.residual_rows)
+            own[client] = ClientReference(*(getattr(sent, f.name).cpu() for f in fields(sent)))
         gathered = fed.gather_objects(own)
         references = aggregate_references(
             [gathered[k] for k in clean], min_count=self.reference_min_count
@@ -208,7 +236,7 @@ class FedSIR(NoiseAwareMethod):
         fed.traffic.up += len(clean) * fed.num_classes * per_class
         fed.traffic.down += len(noisy) * (fed.num_classes * per_class + fed.state_bytes)
 
-        labels, accepted, confidence = {}, {}, {}
+        labels, accepted, confidence, agree = {}, {}, {}, {}
         for client in fed.own(noisy):
             features = torch.cat([f.float() for f, _, _ in fed.features(client, state)])
             result = relabel(
@@ -220,10 +248,13 @@ class FedSIR(NoiseAwareMethod):
             )
             labels[client] = result.labels.cpu()
             accepted[client] = result.accepted.cpu()
+            agree[client] = result.agree.cpu()
             confidence[client] = result.confidence.float().cpu()
         fed.state.write(fed.global_state)
         fed.relabel(labels)
+        both = torch.cat(list(fed.gather_objects(agree).values())).float().mean()
         self._mark(fed, fed.gather_objects(accepted), fed.gather_objects(confidence))
+        self.last_report["agreement"] = float(both)
         self.labels_changed()
         self.refreshes.append(round)
 
@@ -239,7 +270,7 @@ class FedSIR(NoiseAwareMethod):
             trust = confidence[client] if self.confidence_weighting else torch.ones_like(taken)
             weight[at] = torch.where(taken, trust.float(), self.kept_weight)
         taken_share = torch.cat(list(accepted.values())).float().mean()
-        self.last_report = {"agreement": float(taken_share)}
+        self.last_report = {"relabeled": float(taken_share)}
         if self.kd_on == "disagree":
             self.distil = distil
         if self.confidence_weighting or self.kept_weight != 1.0:
@@ -256,7 +287,7 @@ class FedSIR(NoiseAwareMethod):
             self.clean_state = clean_reference(fed, reported & self.split_clean, states)
 
     def report(self) -> dict[str, float]:
-        """Share of noisy clients' samples whose label the references decided."""
+        """Of noisy clients' samples, where the two scores agree and whose label is decided."""
         return self.last_report
 
     def state_dict(self) -> dict[str, Any]:

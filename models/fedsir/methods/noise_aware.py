@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.aggregation import distance_aware_weights, distance_to_clean
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
-from fulgurite.models.fedsir.losses import adjusted_distillation, log_prior, ramp
+from fulgurite.models.fedsir.losses import log_prior, ramp, selective_distillation
 from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
 
 __all__ = ["DistillationLoss", "NoiseAwareMethod"]
@@ -50,12 +51,15 @@ class DistillationLoss:
         with torch.no_grad():
             taught = self.teacher(batch.images)
         logits = network(batch.images)
-        weight: float | Tensor = self.weight
-        if self.distil is not None:
-            weight = self.weight * self.distil[batch.index].to(logits)
-        each = adjusted_distillation(
-            logits, batch.labels, taught, weight, self.log_prior, self.temperature, "none"
+        chosen = (
+            torch.ones_like(batch.labels)
+            if self.distil is None
+            else self.distil[batch.index].to(logits.device)
         )
+        each = selective_distillation(
+            logits, batch.labels, taught, chosen, self.weight, self.log_prior,
+            self.temperature, "none",
+        )  # fmt: skip
         if self.confidence is None:
             return each.mean()
         # divided by the batch size, not by the weights: an uncertain batch makes a small step
@@ -93,6 +97,12 @@ class NoiseAwareMethod(FederatedMethod):
         distance_floor: bool = True,
         prior: Literal["given", "current"] = "given",
     ) -> None:
+        if not 0 <= kd_height <= 1 or kd_temperature <= 0:
+            raise ConfigError(
+                f"kd_height={kd_height} is not in [0, 1], or kd_temperature={kd_temperature} is "
+                "not positive.",
+                "Mend them in model.init_args.method.init_args.",
+            )
         self.kd_begin, self.kd_end, self.kd_height = kd_begin, kd_end, kd_height
         self.kd_temperature, self.tau, self.prior = kd_temperature, tau, prior
         self.aggregation, self.distance_floor = aggregation, distance_floor
@@ -132,7 +142,10 @@ class NoiseAwareMethod(FederatedMethod):
     def weights(
         self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
     ) -> dict[int, float]:
-        """DaAgg: noisy clients lose weight with their distance to the nearest clean model."""
+        """DaAgg: noisy clients lose weight with their distance to the nearest clean model.
+
+        FedAvg's weights in a round in which no clean client, or only clean ones, reported.
+        """
         clean = [k for k in clients if self._is_clean(k)]
         if self.aggregation == "size" or not clean or len(clean) == len(clients):
             return fed.size_weights(clients)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation
 from fulgurite.models.fedsir.methods.base import LogitLoss
 from fulgurite.models.fedsir.spectra import SpectraAccumulator, client_score, similarity
@@ -74,6 +76,14 @@ class SpectralIdentification:
         min_count: Classes with fewer samples are left out of a client's score.
         always_split: Split into two groups even where the scores show only one (paper).
         threshold: Smallest posterior of a clean client.
+        small_gap: See :func:`~fulgurite.models.fedsir.identification.split_clients`.
+        wide_gap: As above.
+        level: As above.
+        noisy_above: Mean off_mean above which clients that are all alike are all noisy; by
+            default they are all clean.
+
+    Raises:
+        ConfigError: ``epochs`` is negative.
 
     Source: FedSIR, arXiv 2604.20825, Stage I.
     """
@@ -85,6 +95,16 @@ class SpectralIdentification:
     min_count: int = 20
     always_split: bool = False
     threshold: float = 0.5
+    small_gap: float = 0.02
+    wide_gap: float = 0.06
+    level: float = 0.05
+    noisy_above: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ConfigError(
+                f"identification.epochs={self.epochs} is negative.", "Give 0 or more."
+            )
 
     def __call__(self, fed: Federation, *, purpose: str = "identify") -> Identification:
         """Train, score and split; every rank takes part and gets the same split.
@@ -119,13 +139,18 @@ class SpectralIdentification:
             seed=fed.seed % 2**32,
             threshold=self.threshold,
             force_two=self.always_split,
+            small_gap=self.small_gap,
+            wide_gap=self.wide_gap,
+            level=self.level,
+            noisy_above=self.noisy_above,
         )
+        rank_zero_info(f"identification: {split.reason}")
         fed.state.write(fed.global_state)
         return Identification(split, table, fed.gather_rows(cosines, clients), states)
 
 
 def clean_reference(fed: Federation, clean: Tensor, states: ClientStates) -> Tensor:
-    """FedAvg of clean clients' models, and the traffic of sending them.
+    """FedAvg of clean clients' models.
 
     Args:
         fed: The federation.
@@ -136,7 +161,6 @@ def clean_reference(fed: Federation, clean: Tensor, states: ClientStates) -> Ten
         Flat model; the global one where no client is clean. Shape: (P,).
     """
     chosen = torch.nonzero(clean).flatten().tolist()
-    chosen = [k for k in chosen if int(fed.sizes[k])]
     if not chosen:
         return fed.global_state
     own = {k: states[k] for k in chosen if k in states}

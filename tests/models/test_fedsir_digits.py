@@ -1,0 +1,70 @@
+"""FedSIR end to end on real images, over three seeds: the card's thresholds.
+
+As there, every method has the same 20 rounds, and Stage I comes on top for FedSIR.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fulgurite.callbacks.fedsir import FederatedRounds
+
+SEEDS = (0, 1, 2)
+FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(fit):
+    """Final test accuracy, the engine, and the history of a run on digits."""
+
+    def call(name, seed, rate, *options):
+        settings = (
+            f"--run.dir={name}", f"--seed_everything={seed}", f"--data.init_args.seed={seed}",
+            f"--data.init_args.noise.init_args.rate={rate}", *options,
+        )  # fmt: skip
+        cli = fit(*settings, config="fedsir/digits.yaml")
+        fit(*settings, "--ckpt_path=last", config="fedsir/digits.yaml", command="test")
+        (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+        return json.loads(Path(name, "test_metrics.json").read_text())["test/acc"], rounds
+
+    return call
+
+
+@pytest.mark.parametrize(("rate", "gap", "left"), [(0.3, 0.05, 0.2), (0.5, 0.05, 0.3)])
+def test_mild_noise_is_found_and_mended(run, rate, gap, left):
+    for seed in SEEDS:
+        _, rounds = run(f"{seed}", seed, rate)
+        _check(rounds, gap, left)
+
+
+@pytest.mark.parametrize(("rate", "left", "better"), [(0.7, 0.4, 0.02), (0.9, 0.5, 0.04)])
+def test_strong_noise_is_found_and_mended_and_beats_fedavg(run, rate, left, better):
+    gains, behind = [], []
+    for seed in SEEDS:
+        accuracy, rounds = run(f"fedsir{seed}", seed, rate)
+        _check(rounds, 0.15, left)
+        average, _ = run(f"fedavg{seed}", seed, rate, FEDAVG)
+        true = "--data.init_args.reveal_true_labels=true"
+        oracle, _ = run(f"oracle{seed}", seed, rate, FEDAVG, true)
+        gains.append(accuracy - average)
+        behind.append(oracle - accuracy)
+    assert sum(gains) / len(SEEDS) >= better
+    assert sum(behind) / len(SEEDS) <= 0.02
+
+
+def _check(rounds, gap, left):
+    noisy = rounds._data.evaluation.noisy_clients
+    assert ((~rounds.method.clean) == noisy).all()  # precision and recall are 1
+    off_mean = rounds.method.found["scores"][:, 0]
+    assert off_mean[noisy].min() - off_mean[~noisy].max() >= gap
+    sizes = rounds.fed.sizes.double()[noisy]
+    shares = [
+        float((noise[noisy] * sizes).sum() / sizes.sum())
+        for noise in (rounds.fed.sizes.new_tensor(r["noise"], dtype=sizes.dtype)
+                      for r in rounds.history)
+    ]  # fmt: skip
+    refreshed = [shares[r] for r in rounds.method.refreshes]
+    assert refreshed[-1] <= left
+    assert all(b <= a + 0.01 for a, b in zip(refreshed, refreshed[1:], strict=False))
