@@ -212,10 +212,10 @@ def exact_average(
         peak = torch.maximum(peak, torch.stack(largest).nan_to_num(torch.inf, torch.inf))
     _reduce(peak, "max")
     if not bool(peak.isfinite().all()):  # on every rank, so that none waits for another
-        bad = [k for k in own if not bool(states[k].isfinite().all())]
+        bad = [str(k) for k in own if not bool(states[k].isfinite().all())]
         raise ConfigError(
-            f"The local training of client {bad or 'of another rank'} diverged (its model has NaN "
-            "or infinity).",
+            f"The local training of client {', '.join(bad) or 'of another rank'} diverged (its "
+            "model has NaN or infinity).",
             "Lower the learning rate, model.init_args.optimizer.init_args.lr.",
         )
     # 62 bits hold the sum: 52 below the exponent of the largest term, the rest for their number

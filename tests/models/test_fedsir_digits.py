@@ -4,6 +4,7 @@ As there, every method has the same 20 rounds, and Stage I comes on top for FedS
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,4 +68,4 @@ def _check(rounds, gap, left):
     ]  # fmt: skip
     refreshed = [shares[r] for r in rounds.method.refreshes]
     assert refreshed[-1] <= left
-    assert all(b <= a + 0.01 for a, b in zip(refreshed, refreshed[1:], strict=False))
+    assert all(b <= a + 0.01 for a, b in pairwise(refreshed))
