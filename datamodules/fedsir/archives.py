@@ -17,6 +17,7 @@ import numpy as np
 
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.download import fetch
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import checksum as file_checksum
 from fulgurite.io import data_path, restricted_load, verify_checksum
@@ -27,6 +28,7 @@ __all__ = ["CifarArchive"]
 class _Variant(NamedTuple):
     """What tells the two archives apart."""
 
+    url: str
     sha256: str  # of the archive
     md5: Mapping[str, str]  # of its files
     folder: str
@@ -40,6 +42,7 @@ class _Variant(NamedTuple):
 
 _VARIANTS = {
     "cifar10": _Variant(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         {
             "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -59,6 +62,7 @@ _VARIANTS = {
         10,
     ),
     "cifar100": _Variant(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         {
             "train": "16019d7e3df5f24257cddd939b257f8d",
@@ -87,6 +91,7 @@ class CifarArchive(ImageSource):
         variant: Which of the two it is.
         checksum: ``official`` demands the published archive (SHA-256) or files (MD5); an MD5 or
             SHA-256 demands another archive; ``null`` checks nothing.
+        download: Fetch the published archive to ``path`` where nothing is there.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
         seed: Seed of these choices.
@@ -100,6 +105,7 @@ class CifarArchive(ImageSource):
         path: str,
         variant: Literal["cifar10", "cifar100"] = "cifar10",
         checksum: str | None = "official",
+        download: bool = False,
         train_limit: int | None = None,
         test_limit: int | None = None,
         seed: int = 0,
@@ -114,6 +120,7 @@ class CifarArchive(ImageSource):
         self.variant = variant
         # a nested option takes `null` from the command line as text
         self.checksum = None if checksum in ("null", "None", "none") else checksum
+        self.download = download
 
     @property
     def num_classes(self) -> int:
@@ -131,7 +138,11 @@ class CifarArchive(ImageSource):
         return 32, 32
 
     def prepare(self) -> None:
-        """Fill the cache."""
+        """Fetch the archive if it is wanted, and fill the cache."""
+        if self.download:
+            layout, target = _VARIANTS[self.variant], data_path(self.path, must_exist=False)
+            if not target.exists():
+                fetch(layout.url, target, layout.sha256)
         self.read()
 
     def read(self) -> ImageArrays:

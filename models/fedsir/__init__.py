@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fulgurite.models.fedsir.aggregation import (
-        client_distances,
         distance_aware_weights,
         distance_to_clean,
         sample_weights,
-        weighted_average,
     )
     from fulgurite.models.fedsir.identification import ClientSplit, split_clients
     from fulgurite.models.fedsir.losses import (
@@ -52,11 +50,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "aggregation": (
-        "client_distances",
         "distance_aware_weights",
         "distance_to_clean",
         "sample_weights",
-        "weighted_average",
     ),
     "identification": ("ClientSplit", "split_clients"),
     "losses": (
@@ -105,7 +101,6 @@ __all__ = [
     "aggregate_references",
     "choose_k",
     "class_spectra",
-    "client_distances",
     "client_reference",
     "client_score",
     "distance_aware_weights",
@@ -118,7 +113,6 @@ __all__ = [
     "selective_distillation",
     "similarity",
     "split_clients",
-    "weighted_average",
 ]
 
 

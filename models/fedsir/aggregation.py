@@ -13,11 +13,9 @@ from torch import Tensor
 from fulgurite.errors import DataError
 
 __all__ = [
-    "client_distances",
     "distance_aware_weights",
     "distance_to_clean",
     "sample_weights",
-    "weighted_average",
 ]
 
 
@@ -82,41 +80,13 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
     return torch.stack(distances).nan_to_num(nan=torch.inf).min()
 
 
-def client_distances(states: Tensor, splits: Sequence[int], clean: Tensor) -> Tensor:
-    """Distance of each client's model to the nearest clean client's.
-
-    Args:
-        states: Flat models. Shape: (K, P).
-        splits: As in :func:`distance_to_clean`.
-        clean: Which clients are clean, bool. Shape: (K,).
-
-    Returns:
-        float64, 0 for clean clients, and for all if none is clean; infinite for a model that is
-        not finite. Shape: (K,).
-
-    Example:
-        >>> states = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 4.0]])
-        >>> client_distances(states, [2], torch.tensor([True, True, False])).round(decimals=4)
-        tensor([0.0000, 0.0000, 4.4721], dtype=torch.float64)
-
-    Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
-    """
-    # the nearest clean model to a clean one is itself
-    return torch.stack(
-        [
-            distance_to_clean(state, state[None] if is_clean else states[clean], splits)
-            for state, is_clean in zip(states, clean.tolist(), strict=True)
-        ]
-    )
-
-
 def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True) -> Tensor:
     """Weights ``a_k e^{−d_k}``, normalised (DaAgg).
 
     Args:
         sizes: Samples per client. Shape: (K,).
-        distances: From :func:`client_distances`. A client whose distance is not finite gets
-            weight 0. Shape: (K,).
+        distances: From :func:`distance_to_clean`, 0 for clean clients. A client whose distance is
+            not finite gets weight 0. Shape: (K,).
         floor: Divide the distances by their maximum, as the paper does: the farthest client then
             keeps exactly e⁻¹ of its share, and no client can be suppressed further. Without it
             the distances act in the unit they have.
@@ -145,27 +115,3 @@ def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True)
             "no client's model is finite.", "Lower the learning rate of local training."
         )
     return weights / weights.sum()
-
-
-def weighted_average(states: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of flat models, accumulated in float64.
-
-    Args:
-        states: Shape: (K, P).
-        weights: A client of weight 0 is left out, even where its model is not finite.
-            Shape: (K,).
-
-    Returns:
-        In the type of ``states``. Shape: (P,).
-
-    Example:
-        >>> weighted_average(torch.tensor([[0.0, 2.0], [4.0, 2.0]]), torch.tensor([0.75, 0.25]))
-        tensor([1., 2.])
-
-    Source: FedSIR, arXiv 2604.20825, Stage III.
-    """
-    total = torch.zeros(states.shape[1], dtype=torch.float64, device=states.device)
-    for state, weight in zip(states, weights.tolist(), strict=True):
-        if weight:  # one client at a time: K float64 copies of a large model would not fit
-            total.add_(state.double(), alpha=weight)
-    return total.to(states.dtype)

@@ -9,7 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.io import checksum, verify_sha256
+from fulgurite.io import checksum, verify_checksum
 
 __all__ = ["fetch"]
 
@@ -35,11 +35,11 @@ def fetch(url: str, target: str | Path, sha256: str, *, timeout: float = 60.0) -
 
     Example:
         >>> import tempfile
-        >>> from fulgurite.io import sha256
+        >>> from fulgurite.io import checksum
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     source = Path(folder) / "a"
         ...     _ = source.write_bytes(b"abc")
-        ...     fetch(source.as_uri(), Path(folder) / "b", sha256(source)).read_bytes()
+        ...     fetch(source.as_uri(), Path(folder) / "b", checksum(source)).read_bytes()
         b'abc'
     """
     target, sha256 = Path(target), sha256.strip().lower()
@@ -52,7 +52,7 @@ def fetch(url: str, target: str | Path, sha256: str, *, timeout: float = 60.0) -
     if not (part.exists() and checksum(part) == sha256):  # else all of it came the last time
         _append(url, part, timeout)
     try:
-        verify_sha256(part, sha256)
+        verify_checksum(part, sha256)
     except DataError:
         part.unlink()  # going on from wrong bytes can never succeed
         raise

@@ -25,9 +25,7 @@ __all__ = [
     "checksum",
     "data_path",
     "restricted_load",
-    "sha256",
     "verify_checksum",
-    "verify_sha256",
 ]
 
 
@@ -178,22 +176,6 @@ def checksum(path: str | Path, algorithm: str = "sha256") -> str:
         ) from error
 
 
-def sha256(path: str | Path) -> str:
-    """Return the hexadecimal SHA-256 digest of a file.
-
-    Raises:
-        DataError: The file cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = (Path(folder) / "a").write_bytes(b"abc")
-        ...     sha256(Path(folder) / "a")[:16]
-        'ba7816bf8f01cfea'
-    """
-    return checksum(path)
-
-
 def verify_checksum(path: str | Path, expected: str) -> None:
     """Check a file against a digest, an MD5 or a SHA-256 by its length.
 
@@ -222,31 +204,12 @@ def verify_checksum(path: str | Path, expected: str) -> None:
         )
 
 
-def verify_sha256(path: str | Path, expected: str) -> None:
-    """Check a file against its SHA-256 digest.
+def data_path(path: str | Path, must_exist: bool = True) -> Path:
+    """Return where a data file is: an absolute path, or one relative to ``FULGURITE_DATA``.
 
     Raises:
-        DataError: The digest differs or is no SHA-256, or the file cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = (Path(folder) / "a").write_bytes(b"abc")
-        ...     verify_sha256(Path(folder) / "a", sha256(Path(folder) / "a"))
-    """
-    if len(expected.strip()) != 64:
-        raise DataError(
-            f"The checksum {expected!r} is no SHA-256 (64 hexadecimal digits).",
-            "Give the SHA-256 of the file.",
-        )
-    verify_checksum(path, expected)
-
-
-def data_path(path: str | Path) -> Path:
-    """Return an existing data file: an absolute path, or one relative to ``FULGURITE_DATA``.
-
-    Raises:
-        DataError: The path is relative and ``FULGURITE_DATA`` is not set, or nothing is there.
+        DataError: The path is relative and ``FULGURITE_DATA`` is not set, or nothing is there
+            and ``must_exist``.
 
     Example:
         >>> import tempfile
@@ -263,7 +226,7 @@ def data_path(path: str | Path) -> Path:
                 "Set FULGURITE_DATA to the folder that holds the data, or give an absolute path.",
             )
         path = Path(root).expanduser() / path
-    if not path.exists():
+    if must_exist and not path.exists():
         raise DataError(
             f"There is no data at {path}.",
             "Put it there, or point FULGURITE_DATA (or the `path` of the source) to it.",

@@ -14,9 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fulgurite.datamodules.fedsir import CifarArchive, Digits, ImageArrays, ImageFolder, Npz
+from fulgurite.datamodules.fedsir import (
+    CifarArchive,
+    Digits,
+    ImageArrays,
+    ImageFolder,
+    Npz,
+    archives,
+)
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.io import sha256
+from fulgurite.io import checksum
 from fulgurite.testing.files import (
     class_images,
     python2_pickle,
@@ -156,13 +163,38 @@ def test_cifar_checksums(tmp_path, cache):
     with pytest.raises(DataError, match="md5"):
         CifarArchive(str(path), checksum="0" * 32).load()
     assert entries(cache) == []
-    CifarArchive(str(path), checksum=sha256(path)).load()
+    CifarArchive(str(path), checksum=checksum(path)).load()
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     with pytest.raises(DataError, match=r"md5 of .*batches\.meta"):
         CifarArchive(str(tmp_path)).load()
     with pytest.raises(ConfigError, match="is a folder"):
         CifarArchive(str(tmp_path), checksum="0" * 64).load()
+
+
+def test_cifar_is_downloaded_when_asked(tmp_path, monkeypatch):
+    published = write_cifar_archive(tmp_path / "published.tar.gz")
+    layout = archives._VARIANTS["cifar10"]
+    assert layout.url.startswith("https://")
+    monkeypatch.setitem(
+        archives._VARIANTS,
+        "cifar10",
+        layout._replace(url=published.as_uri(), sha256=checksum(published)),
+    )
+    target = tmp_path / "data" / "cifar-10-python.tar.gz"
+    with pytest.raises(DataError, match="no data at"):
+        CifarArchive(str(target)).prepare()
+    source = CifarArchive(str(target), download=True)
+    source.prepare()
+    assert target.read_bytes() == published.read_bytes()
+    published.unlink()
+    source.prepare()  # it is there already
+    assert len(source.load().test_labels) == 10
+    monkeypatch.setitem(archives._VARIANTS, "cifar10", layout._replace(url=target.as_uri()))
+    other = tmp_path / "other.tar.gz"
+    with pytest.raises(DataError, match="sha256"):
+        CifarArchive(str(other), download=True).prepare()
+    assert not other.exists()
 
 
 def test_a_truncated_archive_is_one_data_error(tmp_path, cache):
@@ -349,7 +381,7 @@ def test_a_changed_zip_is_decoded_again_and_the_same_content_is_not(tmp_path, ca
     write_image_files(tmp_path / "copy.zip")
     copy = ImageFolder(str(tmp_path / "copy.zip")).load()
     assert copy.train_images.equal(first.train_images)
-    if sha256(path) == sha256(tmp_path / "copy.zip"):  # zips note the second they were made in
+    if checksum(path) == checksum(tmp_path / "copy.zip"):  # zips note the second they were made in
         assert (cache / entries(cache)[0]).stat().st_mtime_ns == stamp
     times = path.stat()
     write_image_files(path, seed=1)
