@@ -7,6 +7,7 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+import lightning.pytorch  # noqa: F401  # now: its log handler keeps the stderr of its import
 import torch
 
 torch.set_num_threads(1)  # results must not depend on how many workers share the cores

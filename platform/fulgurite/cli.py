@@ -182,7 +182,7 @@ class FulguriteCLI(LightningCLI):
         section = self.section
         if self.only_parse:
             raise _Parsed(section)
-        recorded = self.parser.dump(self.config, skip_none=False)
+        recorded = self.parser.dump(self.config, skip_unset=False)
         content = yaml.safe_load(recorded)[self.config.subcommand]
         content.get("run", {}).pop("dir", None)
         content.pop("ckpt_path", None)

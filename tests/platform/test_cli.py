@@ -16,6 +16,7 @@ SMOKE = ("--config", "fedsir/smoke.yaml")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
 SHORT = (*SMOKE, *QUIET, FEDAVG, "--trainer.max_epochs=1")
+PARTITION = "--data.init_args.partition"
 
 
 @pytest.mark.parametrize("command", [["--help"], ["systems"], ["--version"]])
@@ -56,6 +57,10 @@ def test_doctor_names_versions(fulgurite):
         (["--data.init_args.noise.init_args.rate=1.5"], ["1.5", "noise.init_args.rate"]),
         (["--data.init_args.noise.init_args.rate=[0.5,-1]"], ["noise.init_args.rate"]),
         (["--data.init_args.clients=100000"], ["100000 clients", "data.init_args.clients"]),
+        (
+            ["--data.init_args.clients=150", f"{PARTITION}=Dirichlet", f"{PARTITION}.alpha=0.02"],
+            ["left client", "without samples"],
+        ),
         (["--data.init_args.noise.init_args.count=9"], ["9 of 4 clients"]),
         (["--data.init_args.val_fraction=1"], ["val_fraction"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "not a file"]),

@@ -92,9 +92,10 @@ def _evidence(scores: Tensor, similarities: Tensor, p_clean: Tensor) -> dict[str
 class FedSIR(NoiseAwareMethod):
     """The paper's method; every switch of its ablations is an argument.
 
-    Three arguments go beyond the paper, and are off by default: ``prior="current"``,
-    ``confidence_weighting`` and ``reidentify_every``; so do ``relabel_first`` below
-    ``relabel_every`` and ``distance_floor=False``. ``fedsir_plus`` is a configuration of them.
+    Beyond the paper, and off by default, go ``prior="current"``, ``confidence_weighting``,
+    ``kept_weight``, ``min_confidence``, ``teacher="global"``, ``reidentify_every``,
+    ``distance_floor=False`` and a ``relabel_first`` below ``relabel_every``. ``fedsir_plus``
+    (``configs/fedsir/digits_plus.yaml``) is a configuration of them.
 
     Args:
         identification: Stage I.
