@@ -111,6 +111,8 @@ class FederatedRounds(Callback):
         pl_module.slot_trainer = self
         # what is logged here is equal on every rank already
         warnings.filterwarnings("ignore", ".*recommended to use `self.log.*sync_dist=True.*")
+        # rounds are logged, not steps
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
 
     def _per_round(self, clients: int) -> int:
         return max(1, int(self.participation * clients + 0.5))
@@ -177,7 +179,8 @@ class FederatedRounds(Callback):
         """Save what happened before round 0, so that a kill during it loses nothing either."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.filename == "last":
-                trainer.save_checkpoint(Path(str(callback.dirpath)) / "last.ckpt")
+                path = Path(str(callback.dirpath)) / "last.ckpt"
+                trainer.save_checkpoint(path, weights_only=False)  # with the state of callbacks
 
     @contextmanager
     def _progress(self, trainer: Trainer) -> Iterator[None]:
