@@ -90,8 +90,8 @@ def check_quorum(chunks: int, elements: Sequence[int]) -> None:
         )
     if missing := _missing(chunks, elements):
         raise ConfigError(
-            f"The set {tuple(elements)} has no difference {missing[0]} mod {chunks}, so chunks that "
-            "far apart would never meet.",
+            f"The set {tuple(elements)} has no difference {missing[0]} mod {chunks}, so "
+            "chunks that far apart would never meet.",
             "Take the set that `fulgurite.attention.quorum` gives.",
         )
 
@@ -180,7 +180,7 @@ def perfect_sizes(limit: int) -> list[int]:
     return [c for c in sizes if c <= limit]
 
 
-# --- Singer difference sets ------------------------------------------------------------------------
+# --- Singer difference sets ----------------------------------------------------------------------
 
 
 def _plane_order(chunks: int) -> int | None:
@@ -263,7 +263,7 @@ class _Field:
         return total
 
     def power(self, exponent: int) -> np.ndarray:
-        """x to a power."""
+        """Return x to a power."""
         result, square = self.one, self.times_x(self.one)
         while exponent:
             if exponent & 1:
@@ -292,7 +292,7 @@ def _primitive_field(prime: int, degree: int) -> _Field:
     raise AssertionError("every finite field has a primitive polynomial")
 
 
-# --- covers from rulers ----------------------------------------------------------------------------
+# --- covers from rulers --------------------------------------------------------------------------
 
 
 def _cover(chunks: int) -> tuple[int, ...]:
