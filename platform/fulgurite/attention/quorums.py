@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.errors import ConfigError
 
@@ -25,6 +26,8 @@ __all__ = [
     "task_chunks",
     "task_pairs",
 ]
+
+_Vector = NDArray[np.int64]
 
 
 def quorum(chunks: int) -> tuple[int, ...]:
@@ -248,21 +251,21 @@ def _singer(order: int) -> tuple[int, ...]:
 class _Field:
     """GF(p)[x] modulo x^n − Σ tail_k x^k; elements are coefficient vectors. Shape: (n,)."""
 
-    def __init__(self, prime: int, tail: np.ndarray) -> None:
+    def __init__(self, prime: int, tail: _Vector) -> None:
         self.prime, self.tail, self.degree = prime, tail, len(tail)
-        self.one = np.eye(1, self.degree, dtype=np.int64)[0]
+        self.one: _Vector = np.eye(1, self.degree, dtype=np.int64)[0]
 
-    def times_x(self, element: np.ndarray) -> np.ndarray:
+    def times_x(self, element: _Vector) -> _Vector:
         shifted = np.concatenate([[0], element[:-1]])
         return np.asarray((shifted + element[-1] * self.tail) % self.prime)
 
-    def times(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    def times(self, left: _Vector, right: _Vector) -> _Vector:
         total = np.zeros(self.degree, dtype=np.int64)
         for coefficient in left[::-1]:
             total = (self.times_x(total) + coefficient * right) % self.prime
         return total
 
-    def power(self, exponent: int) -> np.ndarray:
+    def power(self, exponent: int) -> _Vector:
         """Return x to a power."""
         result, square = self.one, self.times_x(self.one)
         while exponent:
