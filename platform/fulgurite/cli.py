@@ -414,6 +414,8 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             # Lightning 2.6's combined loader uses a name that torch 2.13 deprecates
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            # an evaluation has a run folder of its own and writes no checkpoints
+            warnings.filterwarnings("ignore", "The dirpath has changed")
             return FulguriteCLI(argv, only_parse=only_parse)
     except Exception as error:
         if ours := _cause(error):
