@@ -1,5 +1,6 @@
-"""Exact attention in a memory budget."""
+"""Exact attention in a memory budget (Stream-CQSA), in pure PyTorch."""
 
+from fulgurite.attention.functional import plan, stream_attention
 from fulgurite.attention.quorums import quorum
 
-__all__ = ["quorum"]
+__all__ = ["plan", "quorum", "stream_attention"]

@@ -1,0 +1,429 @@
+"""Chooses how attention is cut so that what it holds at once fits a budget.
+
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fulgurite.attention.kernels import accumulator_dtype, kernel_for
+from fulgurite.attention.merging import merge_
+from fulgurite.attention.quorums import perfect_sizes, quorum
+from fulgurite.attention.schedules import Task, rect_tasks, recursive_tasks
+from fulgurite.attention.tiles import Visibility
+from fulgurite.errors import ConfigError
+
+__all__ = ["Costs", "Plan", "Schedule", "Shape", "format_bytes", "make_plan", "parse_budget"]
+
+Schedule = Literal["auto", "whole", "heads", "rect", "cqs"]
+Budget = int | float | str | None
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", re.IGNORECASE)
+_SMALLEST_TILE = 16  # tokens; below it a kernel call costs more than its tile
+_MOST_CHUNKS = 2500
+
+
+def parse_budget(budget: Budget, device: torch.device) -> int | None:
+    """Return a budget in bytes, or None for no limit.
+
+    Args:
+        budget: Bytes, a size such as ``"2GiB"`` (binary units, with or without the i), a fraction
+            of the device's memory in (0, 1], ``"auto"`` for what is free on it, or None.
+        device: Where attention is computed.
+
+    Raises:
+        ConfigError: It is none of these, or not positive.
+
+    Example:
+        >>> parse_budget("1.5 GiB", torch.device("cpu")), parse_budget(4096, torch.device("cpu"))
+        (1610612736, 4096)
+    """
+    if budget is None:
+        return None
+    free, total = _device_memory(device)
+    if budget == "auto":
+        return free
+    try:
+        if isinstance(budget, str) and (match := _SIZE.fullmatch(budget)):
+            number, unit = float(match[1]), match[2].lower()
+            is_size = bool(unit) or budget.strip().lower().endswith("b")
+        else:
+            number, unit, is_size = float(budget), "", isinstance(budget, int)
+        if isinstance(budget, bool) or not 0 < number < float("inf"):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"A memory budget of {budget!r} cannot be read.",
+            'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
+        ) from None
+    if not is_size and number <= 1 and not (isinstance(budget, int) and budget == 1):
+        return int(number * total)
+    return int(number * _UNITS[unit])
+
+
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total memory [bytes]."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    facts = {}
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                name, _, rest = line.partition(":")
+                facts[name] = int(rest.split()[0]) * 1024
+        return facts["MemAvailable"], facts["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        import os
+
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // 2, total
+
+
+def format_bytes(number: float) -> str:
+    """A size in binary units.
+
+    Example:
+        >>> format_bytes(3 * 2**30), format_bytes(100)
+        ('3 GiB', '100 B')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a call: B, H, G, D and the type of query, key and value."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What work costs on a machine.
+
+    Args:
+        flops: Floating operations of a large tile [1/s].
+        bandwidth: Of copies between where tensors lie and the device [bytes/s].
+        call: Overhead of a kernel call [s].
+        merge: Merging one number of a result into an accumulator [s].
+    """
+
+    flops: float = 5e10
+    bandwidth: float = 5e9
+    call: float = 3e-5
+    merge: float = 1e-9
+
+    @staticmethod
+    @functools.cache
+    def measured(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+        """Measure the machine; a fraction of a second, once per process."""
+        kernel = kernel_for(device, dtype)
+
+        def seconds(work: Callable[[], object]) -> float:
+            times = []
+            for _ in range(4):
+                start = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - start)
+            return max(min(times), 1e-7)
+
+        def attend(side: int) -> float:
+            q = torch.ones(1, 1, side, head_dim, dtype=dtype, device=device)
+            return seconds(lambda: kernel.forward(q, q, q, is_causal=False, scale=1.0))
+
+        side, call = 2048, attend(_SMALLEST_TILE)
+        out = torch.zeros(1, 1, side, head_dim, dtype=accumulator_dtype(dtype), device=device)
+        lse, part = out[..., 0].contiguous(), out.to(dtype)
+        merged = seconds(lambda: merge_(out, lse, part, lse.clone()))
+        source = torch.empty(2**24, dtype=torch.uint8)
+        copied = seconds(lambda: source.to(device, copy=True))
+        return Costs(
+            flops=4 * side * side * head_dim / max(attend(side) - call, 1e-6),
+            bandwidth=source.numel() / copied,
+            call=call,
+            merge=merged / out.numel(),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut.
+
+    Attributes:
+        schedule: ``whole`` (one call), ``heads`` (one call per group of heads), ``rect`` (tiles of
+            queries past which keys are streamed) or ``cqs`` (quorums of chunks).
+        head_step: Batch entries and key/value heads at once; each of these brings its query heads.
+        tile: Queries and keys of a tile, for ``rect``.
+        chunks: c, for ``cqs``.
+        peak_bytes: Most bytes held at once: inputs of a tile, accumulators, results of kernels.
+        moved_bytes: Bytes copied between where the tensors lie and the device, if not there.
+        calls: Kernel calls, about.
+        seconds: Predicted time of the forward pass.
+    """
+
+    shape: Shape
+    visible: Visibility
+    schedule: Schedule
+    head_step: tuple[int, int]
+    tile: tuple[int, int]
+    chunks: int
+    peak_bytes: int
+    moved_bytes: int
+    calls: int
+    flops: float
+    seconds: float
+    budget: int | None = None
+    reason: str = ""
+    depth: int = 1
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether each group of heads is one kernel call, whose result is the result."""
+        return self.schedule in ("whole", "heads") and self.visible.is_simple
+
+    def tasks(self) -> Iterable[Task]:
+        """The tasks of a group of heads, in order."""
+        if self.schedule == "cqs":
+            return recursive_tasks(self.visible, self.chunks, self.depth)
+        return rect_tasks(self.visible, *self.tile)
+
+    def head_slices(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Slices of batch, query heads and key/value heads that are computed together."""
+        batch, kv_heads = self.head_step
+        group = self.shape.heads // self.shape.kv_heads
+        for b in range(0, self.shape.batch, batch):
+            for g in range(0, self.shape.kv_heads, kv_heads):
+                stop = min(g + kv_heads, self.shape.kv_heads)
+                yield slice(b, b + batch), slice(g * group, stop * group), slice(g, stop)
+
+    def explain(self) -> str:
+        """What is done, what it costs, and why, in a few lines."""
+        shape, visible = self.shape, self.visible
+        how = {
+            "whole": "one kernel call",
+            "heads": f"{self.head_step[0]} x {self.head_step[1]} key/value heads at a time",
+            "rect": "tiles of {} queries x {} keys".format(*self.tile),
+            "cqs": f"{self.chunks} tasks of {len(quorum(max(self.chunks, 1)))} chunks",
+        }[self.schedule]
+        limit = "none" if self.budget is None else format_bytes(self.budget)
+        return "\n".join(
+            [
+                f"attention of {visible.queries} queries x {visible.keys} keys, {shape.batch} x "
+                f"{shape.heads} heads ({shape.kv_heads} key/value), D = {shape.head_dim}, "
+                f"{str(shape.dtype).removeprefix('torch.')}",
+                f"schedule  {self.schedule}: {how}",
+                f"budget    {limit}",
+                f"peak      {format_bytes(self.peak_bytes)}",
+                f"moved     {format_bytes(self.moved_bytes)}, if the tensors are elsewhere",
+                f"calls     about {self.calls}",
+                f"time      {self.seconds:.3g} s forward, predicted",
+                f"why       {self.reason}",
+            ]
+        )
+
+
+def make_plan(
+    shape: Shape,
+    visible: Visibility,
+    budget: int | None = None,
+    schedule: Schedule = "auto",
+    *,
+    backward: bool = False,
+    resident: bool = True,
+    costs: Costs | None = None,
+) -> Plan:
+    """Choose the fastest way that fits.
+
+    Args:
+        shape: Sizes and type.
+        visible: What is seen.
+        budget: Bytes that may be held at once; None for no limit.
+        schedule: Consider only this one.
+        backward: Whether gradients must fit too.
+        resident: Whether the tensors lie on the device, so that nothing is copied.
+        costs: Of the machine.
+
+    Raises:
+        ConfigError: Nothing fits, or the schedule does not do these sizes.
+
+    Source: card section 1.9 (model of memory and time) and 7 (order of the choice).
+    """
+    costs = costs or Costs()
+    fits: list[Plan] = []
+    smallest: Plan | None = None
+    for make in _candidates(shape, visible, schedule):
+        plan = make(backward, resident, costs)
+        if smallest is None or plan.peak_bytes < smallest.peak_bytes:
+            smallest = plan
+        if budget is None or plan.peak_bytes <= budget:
+            fits.append(plan)
+            if plan.schedule == "whole":
+                break  # nothing is faster than one call
+    if smallest is None:
+        raise ConfigError(
+            f"schedule={schedule!r} does not do {visible.queries} queries and {visible.keys} keys.",
+            'Use schedule="auto".',
+        )
+    if not fits:
+        raise ConfigError(
+            f"A memory budget of {format_bytes(budget or 0)} ({budget} bytes) is too small for "
+            f"schedule={schedule!r}; the smallest that works is {smallest.peak_bytes} bytes.",
+            "Raise memory_budget.",
+        )
+    best = min(fits, key=lambda p: (p.seconds, p.peak_bytes))
+    near = [p for p in fits if p.seconds <= 1.02 * best.seconds]
+    chosen = min(near, key=lambda p: p.peak_bytes) if best.schedule != "whole" else best
+    reason = (
+        "everything fits at once"
+        if chosen.schedule == "whole"
+        else f"fastest of {len(fits)} ways that fit"
+    )
+    return Plan(**{**chosen.__dict__, "budget": budget, "reason": reason})
+
+
+_Maker = Callable[[bool, bool, Costs], Plan]
+
+
+def _candidates(shape: Shape, visible: Visibility, schedule: Schedule) -> Iterator[_Maker]:
+    """Ways to cut a call, the whole first."""
+    queries, keys = visible.queries, visible.keys
+    every = (shape.batch, shape.kv_heads)
+    steps = [
+        *((b, shape.kv_heads) for b in _halvings(shape.batch)),
+        *((1, g) for g in _halvings(shape.kv_heads)[1:]),
+    ]
+
+    def maker(kind: Schedule, step: tuple[int, int], tile: tuple[int, int], chunks: int) -> _Maker:
+        return functools.partial(_plan, shape, visible, kind, step, tile, chunks)
+
+    if schedule in ("auto", "whole"):
+        yield maker("whole", every, (queries, keys), 0)
+    if schedule in ("auto", "heads"):
+        for step in steps[1:] if schedule == "auto" else steps:
+            yield maker("heads", step, (queries, keys), 0)
+    if schedule in ("auto", "rect"):
+        for step in dict.fromkeys((steps[0], steps[-1])):
+            for tile in _tiles(queries, keys):
+                yield maker("rect", step, tile, 0)
+    if schedule == "cqs" and queries == keys and keys > 1:
+        for chunks in perfect_sizes(min(keys, _MOST_CHUNKS)) or [keys]:
+            for step in dict.fromkeys((steps[0], steps[-1])):
+                yield maker("cqs", step, (0, 0), chunks)
+
+
+def _halvings(number: int) -> list[int]:
+    """The number and its halves, rounded up, down to 1."""
+    found = [number]
+    while found[-1] > 1:
+        found.append(-(-found[-1] // 2))
+    return found
+
+
+def _tiles(queries: int, keys: int) -> Iterator[tuple[int, int]]:
+    sides = list(_powers(_SMALLEST_TILE, max(queries, keys)))
+    for width in sides:
+        for height in sides:
+            if height >= width and (height <= queries or height == sides[0]):
+                yield min(height, max(queries, 1)), min(width, max(keys, 1))
+
+
+def _powers(start: int, stop: int) -> list[int]:
+    found = [start]
+    while found[-1] * 2 <= stop:
+        found += [found[-1] * 3 // 2, found[-1] * 2]
+    return found
+
+
+def _plan(
+    shape: Shape,
+    visible: Visibility,
+    schedule: Schedule,
+    step: tuple[int, int],
+    tile: tuple[int, int],
+    chunks: int,
+    backward: bool,
+    resident: bool,
+    costs: Costs,
+) -> Plan:
+    """A way to cut a call with what it costs."""
+    size, wide = shape.dtype.itemsize, accumulator_dtype(shape.dtype).itemsize
+    group = shape.heads // shape.kv_heads
+    together = step[0] * step[1]  # key/value heads at once
+    groups = -(-shape.batch // step[0]) * -(-shape.kv_heads // step[1])
+    queries, keys = visible.queries, visible.keys
+    if schedule == "cqs":
+        members = len(quorum(chunks))
+        height = -(-keys // chunks)
+        loaded, rows = members * height, chunks * members
+        calls = rows * 2 * groups
+        passed = chunks * loaded  # tokens loaded over all tasks
+    else:
+        height, loaded = tile
+        rows = -(-queries // height)
+        share = 0.5 if visible.is_causal and rows > 1 else 1.0
+        calls = int(rows * -(-keys // loaded) * share + 1) * groups
+        passed = int(rows * keys * share)
+    pairs = float(queries) * keys * (0.5 if visible.is_causal else 1.0)
+    if visible.window is not None:
+        pairs = min(pairs, float(queries) * visible.window)
+    direct = schedule in ("whole", "heads") and visible.is_simple
+    peak = together * _peak(
+        height * group, loaded, shape.head_dim, size, wide, direct=direct, backward=backward
+    )
+    heads = shape.batch * shape.kv_heads
+    writes = shape.batch * shape.heads * queries * (2 * shape.head_dim * size + wide)
+    if schedule == "cqs":  # results are read, merged and written by each task of a chunk
+        writes += 2 * len(quorum(chunks)) * heads * group * queries * (shape.head_dim + 1) * wide
+    moved = writes + 2 * heads * passed * shape.head_dim * size
+    flops = 4.0 * pairs * shape.head_dim * shape.batch * shape.heads
+    copied = moved if not resident else (moved - writes if schedule == "cqs" else 0)
+    seconds = flops / costs.flops + copied / costs.bandwidth + calls * costs.call
+    if not direct:
+        seconds += costs.merge * calls * height * group * together * shape.head_dim
+    return Plan(
+        shape, visible, schedule, step, tile, chunks, int(peak), int(moved), calls, flops, seconds
+    )
+
+
+def _peak(
+    rows: int,
+    keys: int,
+    head_dim: int,
+    size: int,
+    wide: int,
+    *,
+    direct: bool,
+    backward: bool,
+) -> int:
+    """Bytes of one key/value head: ``rows`` counts the rows of all its query heads.
+
+    Forward: query, key and value; result and log-sum-exp of the kernel; accumulators of both
+    unless the kernel's are the result. Backward: query, out, its gradient, and the gradients of
+    query, key and value from the kernel and summed.
+    """
+    forward = (rows + 2 * keys) * head_dim * size + rows * (head_dim * size + wide)
+    if not direct:
+        forward += rows * (head_dim + 1) * wide
+    if not backward:
+        return forward
+    inputs = (3 * rows + 2 * keys) * head_dim * size + rows * wide
+    grads = (rows + 2 * keys) * head_dim * (size + wide)
+    return max(forward, inputs + grads)

@@ -1,0 +1,407 @@
+"""Every schedule is attention: values, gradients, and which pairs are computed."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fulgurite.attention import plan, stream_attention
+from fulgurite.attention import tiles as tiles_module
+from fulgurite.attention.kernels import AtenCpuFlash, Eager
+from fulgurite.attention.merging import merge_
+from fulgurite.attention.planning import Plan, Shape, make_plan
+from fulgurite.attention.schedules import cqs_tasks, rect_tasks, recursive_tasks
+from fulgurite.attention.stream import StreamedAttention
+from fulgurite.attention.tiles import Kind, Visibility, tiles
+from fulgurite.errors import ConfigError, DataError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def narrow_bias(monkeypatch):
+    """Masked tiles as narrow as the sequences of tests want them."""
+    monkeypatch.setattr(tiles_module, "_MASKED_SIDE", 8)
+
+
+def reference(query, key, value, visible, scale):
+    """Dense attention and log-sum-exp; query may have more heads."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    whole = (0, visible.queries), (0, visible.keys)
+    scores = query @ key.mT * scale + visible.bias(*whole, query.dtype, CPU)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def fixed_plan(shape, visible, schedule, tile=(0, 0), chunks=0, depth=1, step=None):
+    step = step or (shape.batch, shape.kv_heads)
+    return Plan(shape, visible, schedule, step, tile, chunks, 0, 0, 0, 0.0, 0.0, depth=depth)
+
+
+@st.composite
+def visibilities(draw):
+    tokens = draw(st.integers(1, 60))
+    options = {"is_causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["window"] = draw(st.integers(1, tokens + 3))
+    if options["is_causal"] and draw(st.booleans()):
+        options["prefix"] = draw(st.integers(0, tokens))
+    if draw(st.booleans()):
+        starts = draw(st.sets(st.integers(0, tokens - 1), max_size=3))
+        options["documents"] = tuple(sorted({0, *starts}))
+    return Visibility(tokens, tokens, **options)
+
+
+def count(found, visible):
+    """How often each pair is computed by tiles."""
+    counts = torch.zeros(visible.queries, visible.keys, dtype=torch.int)
+    for tile in found:
+        part = torch.ones(tile.queries[1] - tile.queries[0], tile.keys[1] - tile.keys[0]).int()
+        if tile.kind is Kind.CAUSAL:
+            part = part.tril()
+        elif tile.kind is Kind.BIAS:
+            part = (visible.bias(tile.queries, tile.keys, torch.float32, CPU)[0, 0] == 0).int()
+        counts[slice(*tile.queries), slice(*tile.keys)] += part
+    return counts
+
+
+@settings(deadline=None, max_examples=60)
+@given(visibilities(), st.data())
+def test_schedules_compute_each_visible_pair_once(visible, data):
+    whole = (0, visible.queries), (0, visible.keys)
+    seen = (visible.bias(*whole, torch.float32, CPU)[0, 0] == 0).int()
+    assert int(seen.sum()) == visible.pairs()
+    side = st.integers(1, visible.queries)
+    kind = data.draw(st.sampled_from(["rect", "cqs", "recursive"]))
+    if kind == "rect":
+        tasks = rect_tasks(visible, data.draw(side), data.draw(side))
+    elif kind == "cqs":
+        tasks = cqs_tasks(visible, data.draw(st.sampled_from([3, 7, 8, 10, 13, 43])))
+    else:
+        depth = data.draw(st.integers(1, 3))
+        tasks = recursive_tasks(visible, data.draw(st.sampled_from([3, 4])), depth)
+    found = [
+        tile
+        for task in tasks
+        for row in task.rows
+        for keys in row.keys
+        for tile in tiles(row.queries, keys, visible)
+    ]
+    assert torch.equal(count(found, visible), seen)
+
+
+CASES = random.Random(0)
+
+
+def random_case(number):
+    rng = random.Random(number)
+    tokens, kv_heads = rng.randint(1, 200), rng.choice([1, 2])
+    shape = Shape(rng.choice([1, 2]), kv_heads * rng.choice([1, 2, 4]), kv_heads, 16, torch.float64)
+    options = {"is_causal": rng.random() < 0.6}
+    if rng.random() < 0.25:
+        options["window"] = rng.randint(1, tokens + 3)
+    if options["is_causal"] and rng.random() < 0.25:
+        options["prefix"] = rng.randint(0, tokens)
+    if rng.random() < 0.25:
+        starts = rng.sample(range(tokens), rng.randint(0, min(3, tokens - 1)))
+        options["documents"] = tuple(sorted({0, *starts}))
+    visible = Visibility(tokens, tokens, **options)
+    kind = number % 4
+    if kind == 0:
+        return fixed_plan(shape, visible, "rect", (rng.choice([16, 33, 64]), 16)), rng
+    if kind == 1:
+        return fixed_plan(shape, visible, "cqs", chunks=rng.choice([3, 7, 8, 13, 21, 31, 43])), rng
+    if kind == 2:
+        return fixed_plan(shape, visible, "cqs", chunks=3, depth=rng.choice([2, 3])), rng
+    return fixed_plan(shape, visible, "heads", (tokens, tokens), step=(1, 1)), rng
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_float64_is_exact_forward_and_backward(number):
+    chosen, rng = random_case(number)
+    shape, tokens = chosen.shape, chosen.visible.queries
+    generator = torch.Generator().manual_seed(number)
+    make = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
+    query = torch.randn(shape.batch, shape.heads, tokens, 16, **make)
+    key, value = (torch.randn(shape.batch, shape.kv_heads, tokens, 16, **make) for _ in "kv")
+    scale = rng.choice([0.3, 3.0]) / 4
+    out, lse = StreamedAttention.apply(query, key, value, chosen, scale)
+    expected, expected_lse = reference(query, key, value, chosen.visible, scale)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    mine = torch.autograd.grad(out, (query, key, value), grad)
+    theirs = torch.autograd.grad(expected, (query, key, value), grad)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).norm() <= 1e-12 * max(1.0, float(b.norm()))
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("rect", 0), ("cqs", 7), ("cqs", 10)])
+def test_gradcheck(schedule, chunks):
+    shape = Shape(1, 2, 1, 4, torch.float64)
+    chosen = fixed_plan(
+        shape, Visibility(17, 17, is_causal=True, window=9), schedule, (8, 4), chunks
+    )
+    make = {"dtype": torch.float64, "requires_grad": True}
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 17, 4, **make) for heads in (2, 1, 1)]
+    assert torch.autograd.gradcheck(
+        lambda *x: StreamedAttention.apply(*x, chosen, 0.5)[0], inputs, nondet_tol=0
+    )
+
+
+# tolerances: card, section 6.1
+LIMITS = {
+    torch.float32: (1e-6, 1e-6),
+    torch.bfloat16: (4e-3, 6e-3),
+    torch.float16: (5e-4, 7e-4),
+}
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+def test_lower_precisions_are_as_good_as_one_call(dtype, schedule):
+    generator = torch.Generator().manual_seed(0)
+    exact = [
+        torch.randn(1, 2, 1024, 64, generator=generator, dtype=torch.float64) for _ in range(4)
+    ]
+    exact[:3] = [x.to(dtype).double().requires_grad_() for x in exact[:3]]
+    expected = F.scaled_dot_product_attention(*exact[:3], is_causal=True)
+    grads = torch.autograd.grad(expected, exact[:3], exact[3])
+
+    def errors(function):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact[:3]]
+        out = function(*inputs)
+        found = torch.autograd.grad(out, inputs, exact[3].to(dtype))
+        error = [float(((out - expected).norm() / expected.norm()).detach())]
+        return error + [float((a - b).norm() / b.norm()) for a, b in zip(found, grads, strict=True)]
+
+    mine = errors(
+        lambda *x: stream_attention(*x, is_causal=True, memory_budget="256KiB", schedule=schedule)
+    )
+    theirs = errors(lambda *x: F.scaled_dot_product_attention(*x, is_causal=True))
+    assert mine[0] <= LIMITS[dtype][0]
+    assert max(mine[1:]) <= LIMITS[dtype][1]
+    assert all(a <= 2 * b for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("schedule", "budget"), [("rect", "64KiB"), ("cqs", "64KiB")])
+def test_zero_keys_count_the_keys(schedule, budget, causal):
+    """With K = 0, exp(lse) is the number of keys of a row: a missing block would show."""
+    query = torch.randn(1, 1, 500, 16, dtype=torch.float64)
+    _, lse = stream_attention(
+        query, torch.zeros_like(query), query, is_causal=causal, memory_budget=budget,
+        schedule=schedule, return_lse=True,
+    )  # fmt: skip
+    expected = torch.arange(1, 501).double() if causal else torch.full((500,), 500.0).double()
+    torch.testing.assert_close(lse.exp()[0, 0], expected, rtol=1e-12, atol=0)
+
+
+class Auditor(TorchDispatchMode):
+    """Counts the pairs of every attention kernel and its longest key range."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = self.keys = self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "flash_attention_for_cpu" in str(func) and "backward" not in str(func):
+            rows, keys = args[0].shape[-2], args[1].shape[-2]
+            causal = len(args) > 4 and args[4]
+            self.pairs += rows * (rows + 1) // 2 if causal else rows * keys
+            self.keys = max(self.keys, keys)
+            self.calls += 1
+        assert "_attention_math" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+def test_no_pair_is_computed_twice_and_no_call_is_whole(schedule, causal):
+    tokens = 1024
+    query = torch.randn(1, 1, tokens, 16)
+    options = {"is_causal": causal, "memory_budget": "128KiB", "schedule": schedule}
+    stream_attention(query, query, query, **options)  # measures the machine
+    with Auditor() as audit:
+        stream_attention(query, query, query, **options)
+    assert audit.pairs == (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+    assert audit.keys < tokens
+    assert audit.calls > 4
+
+
+@pytest.mark.parametrize("chunks", [7, 10, 13, 43])
+def test_a_task_reads_only_its_quorum(chunks):
+    """All chunks that a task does not load are NaN; merged results are exact all the same."""
+    tokens = 100
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 1, tokens, 8, dtype=torch.float64) for _ in range(3))
+    shape, visible = Shape(1, 1, 1, 8, torch.float64), Visibility(tokens, tokens)
+    out = torch.zeros_like(query)
+    lse = torch.full((1, 1, tokens), -math.inf, dtype=torch.float64)
+    for task in cqs_tasks(visible, chunks):
+        inside = torch.zeros(tokens, dtype=torch.bool)
+        for tokens_range in task.loads:
+            inside[slice(*tokens_range)] = True
+        poisoned = [x.masked_fill(~inside[:, None], math.nan) for x in (query, key, value)]
+
+        class One(Plan):
+            def tasks(self, task=task):
+                return [task]
+
+        chosen = One(**fixed_plan(shape, visible, "cqs", chunks=chunks).__dict__)
+        part, part_lse = StreamedAttention.apply(*poisoned, chosen, 0.3)
+        assert part.isfinite().all()
+        merge_(out, lse, part, part_lse)
+    expected, expected_lse = reference(query, key, value, visible, 0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+def test_large_scores_do_not_overflow(schedule):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 512, 64, generator=generator) * 6 for _ in range(3))
+    out, lse = stream_attention(
+        query, key, value, memory_budget="200KiB", schedule=schedule, return_lse=True
+    )
+    assert lse.max() > 100
+    exact = reference(query.double(), key.double(), value.double(), Visibility(512, 512), 1 / 8)[0]
+    assert (out - exact).norm() / exact.norm() <= 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_fewer_tokens_than_chunks(tokens):
+    query = torch.randn(1, 1, tokens, 8, dtype=torch.float64)
+    visible = Visibility(tokens, tokens, is_causal=True)
+    chosen = fixed_plan(Shape(1, 1, 1, 8, torch.float64), visible, "cqs", chunks=13)
+    out, _ = StreamedAttention.apply(query, query, query, chosen, 1.0)
+    torch.testing.assert_close(out, reference(query, query, query, visible, 1.0)[0])
+
+
+def test_merging_in_any_order_and_rows_without_keys():
+    torch.manual_seed(0)
+    parts = [(torch.randn(5, 4).double(), torch.randn(5).double() * 50) for _ in range(4)]
+    parts[1][1][2] = parts[2][1][2] = -math.inf
+    results = []
+    for order in itertools.permutations(range(4)):
+        out, lse = torch.zeros(5, 4).double(), torch.full((5,), -math.inf).double()
+        for k in order:
+            merge_(out, lse, *parts[k])
+        results.append((out, lse))
+    weights = torch.stack([lse for _, lse in parts]).softmax(0)
+    expected = sum(w[:, None] * o for w, (o, _) in zip(weights, parts, strict=True))
+    for out, lse in results:
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse, torch.stack([x for _, x in parts]).logsumexp(0))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_both_kernels_agree(dtype, is_causal):
+    torch.manual_seed(0)
+    query, grad = (torch.randn(2, 4, 20, 8, dtype=dtype) for _ in range(2))
+    key, value = (torch.randn(2, 2, 20, 8, dtype=dtype) for _ in range(2))
+    bias = torch.zeros(1, 1, 20, 20, dtype=dtype)
+    bias[..., 3, :] = bias[..., 5, 4:] = -math.inf
+    tolerance = {"rtol": 0, "atol": {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 5e-2)}
+    for mask in (None,) if is_causal else (None, bias):
+        options = {"is_causal": is_causal, "scale": 0.4, "bias": mask}
+        (out, lse), (out2, lse2) = (
+            k.forward(query, key, value, **options) for k in (AtenCpuFlash(), Eager())
+        )
+        torch.testing.assert_close(out, out2, **tolerance)
+        torch.testing.assert_close(lse, lse2, **tolerance)
+        safe = lse.masked_fill(lse == -math.inf, math.inf)
+        first, second = (
+            k.backward(grad, query, key, value, out, safe, **options)
+            for k in (AtenCpuFlash(), Eager())
+        )
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_it_is_called_like_pytorchs():
+    torch.manual_seed(0)
+    for lead in ((), (2,), (3, 2, 2)):
+        query, key, value = (torch.randn(*lead, 40, 16, dtype=torch.float64) for _ in range(3))
+        out = stream_attention(query, key, value, None, 0.0, True, 0.2, memory_budget="32KiB")
+        expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.2)
+        torch.testing.assert_close(out, expected)
+    query, key = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 30, 16)
+    out = stream_attention(query, key, key, enable_gqa=True, memory_budget="40KiB")
+    expected = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+    assert stream_attention(query[:, :, :0], key, key, enable_gqa=True).shape == (2, 4, 0, 16)
+
+
+def test_autocast_is_followed():
+    query = torch.randn(1, 2, 64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = stream_attention(query, query, query)
+        assert out.dtype == F.scaled_dot_product_attention(query, query, query).dtype
+
+
+@pytest.mark.parametrize("schedule", ["auto", "heads", "rect", "cqs"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_plans_fit_their_budget(schedule, backward):
+    shape, visible = Shape(2, 8, 2, 64, torch.float32), Visibility(8192, 8192, is_causal=True)
+    for budget in (2**27, 2**25, 2**23):
+        try:
+            chosen = make_plan(shape, visible, budget, schedule, backward=backward)
+        except ConfigError:
+            assert schedule == "heads"
+            continue
+        assert chosen.peak_bytes <= budget
+        assert schedule in (chosen.schedule, "auto")
+    assert make_plan(shape, visible, None, "auto").schedule == "whole"
+
+
+def test_a_plan_explains_itself():
+    query = torch.empty(1, 8, 2**20, 64, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(1, 2, 2**20, 64, device="meta", dtype=torch.bfloat16)
+    text = plan(query, key, is_causal=True, enable_gqa=True, memory_budget="64MiB").explain()
+    for part in ("1048576 queries", "8 heads (2 key/value)", "bfloat16", "64 MiB", "rect", "peak"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_budget": 0}, "0 cannot be read"),
+        ({"memory_budget": -5}, "-5 cannot be read"),
+        ({"memory_budget": "much"}, "'much' cannot be read"),
+        ({"memory_budget": 100}, r"too small .* smallest that works is \d+ bytes"),
+        ({"attn_mask": torch.zeros(8, 8)}, "takes no attn_mask"),
+        ({"dropout_p": 0.1}, "no dropout"),
+        ({"window": 0}, "window of 0"),
+        ({"prefix": 3}, "prefix of 3"),
+        ({"documents": [1, 4]}, "ascend from 0"),
+    ],
+)
+def test_bad_options_are_one_clear_error(options, message):
+    query = torch.randn(1, 1, 8, 8)
+    with pytest.raises(ConfigError, match=message):
+        stream_attention(query, query, query, **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (torch.randn(1, 1, 8, 8).half(), torch.randn(1, 1, 8, 8), "dtypes differ"),
+        (torch.randn(1, 1, 8, 8, device="meta"), torch.randn(1, 1, 8, 8), "devices differ"),
+        (torch.randn(1, 1, 8, 8), torch.randn(1, 1, 9, 8), "value is"),
+        (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), "one batch"),
+        (torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), "head size"),
+        (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8), "key/value heads"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_one_clear_error(key, value, message):
+    with pytest.raises(DataError, match=message):
+        stream_attention(torch.randn(1, 1, 8, 8), key, value)
