@@ -1,6 +1,7 @@
 """Exact attention in a memory budget (Stream-CQSA), in pure PyTorch."""
 
+from fulgurite.attention.backend import AttentionBackend, InCore, Streamed
 from fulgurite.attention.functional import plan, stream_attention
 from fulgurite.attention.quorums import quorum
 
-__all__ = ["plan", "quorum", "stream_attention"]
+__all__ = ["AttentionBackend", "InCore", "Streamed", "plan", "quorum", "stream_attention"]

@@ -1,0 +1,125 @@
+"""How a model leaves the choice of its attention to others.
+
+A module that has an attribute ``attention_backend`` calls it instead of a function of its own; a
+strategy puts another backend there. The attribute is plain state of the module, so activation
+checkpointing and worker threads of autograd see the same one.
+
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fulgurite.attention.functional import stream_attention
+from fulgurite.attention.planning import Budget, Schedule
+from fulgurite.errors import ConfigError
+
+__all__ = ["AttentionBackend", "InCore", "Streamed", "backend_slots"]
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Computes attention.
+
+    Shape:
+        - query (B, H, M, D); key, value (B, G, N, D), G a divisor of H -> (B, H, M, D)
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        prefix: int = 0,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Attention under the masks of :func:`~fulgurite.attention.stream_attention`."""
+        ...
+
+
+class InCore:
+    """PyTorch's attention; the default of models.
+
+    Raises:
+        ConfigError: A mask is asked for that only streamed attention has.
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        prefix: int = 0,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See :class:`AttentionBackend`."""
+        if window is not None or prefix or documents is not None:
+            raise ConfigError(
+                "PyTorch's attention has no window, prefix or documents without a dense mask.",
+                "Use --trainer.strategy=stream_cqsa.",
+            )
+        gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
+        )
+
+
+class Streamed:
+    """Streamed attention within a budget.
+
+    Args:
+        memory_budget: See :func:`~fulgurite.attention.stream_attention`.
+        schedule: See there.
+
+    Attributes:
+        calls: How often it was called, recomputation under checkpointing included.
+    """
+
+    def __init__(self, memory_budget: Budget = None, schedule: Schedule = "auto") -> None:
+        self.memory_budget, self.schedule = memory_budget, schedule
+        self.calls = 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        prefix: int = 0,
+        documents: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See :class:`AttentionBackend`."""
+        self.calls += 1
+        return stream_attention(
+            query, key, value, None, 0.0, is_causal, scale, query.shape[1] != key.shape[1],
+            memory_budget=self.memory_budget, schedule=self.schedule, window=window,
+            prefix=prefix, documents=documents,
+        )  # fmt: skip
+
+
+def backend_slots(module: nn.Module) -> Iterator[nn.Module]:
+    """The submodules that let their attention be chosen.
+
+    Example:
+        >>> list(backend_slots(nn.Linear(1, 1)))
+        []
+    """
+    for part in module.modules():
+        if hasattr(part, "attention_backend"):
+            yield part
