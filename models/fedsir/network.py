@@ -11,7 +11,7 @@ Axes: B mini-batch, I input channels, H, W image, C classes, D feature dim.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from fulgurite.layers.resnet import ResNet18, ResNet34, ResNet50
 __all__ = ["DigitsNet", "FeatureNetwork", "ResNet18", "ResNet34", "ResNet50", "SmallCNN"]
 
 
-@runtime_checkable
 class FeatureNetwork(Protocol):
     """What a network must offer: ``forward(x) == head(features(x))``."""
 

@@ -51,6 +51,7 @@ def doctor() -> int:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"  build: torch {torch.__version__}")
     print(f"  devices: {os.cpu_count()} CPUs, {', '.join(gpus) or 'no GPU'}")
     print(f"  FULGURITE_DATA: {os.environ.get('FULGURITE_DATA') or 'not set'}")
     for fault in faults:

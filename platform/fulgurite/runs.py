@@ -162,7 +162,8 @@ def environment(seed: int | bool | None, command: str) -> dict[str, Any]:
         "seed": seed,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "versions": {name: metadata.version(name) for name in names},
+        # torch's own version says which build it is
+        "versions": {n: metadata.version(n) for n in names} | {"torch": torch.__version__},
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

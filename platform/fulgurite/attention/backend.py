@@ -10,7 +10,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +22,6 @@ from fulgurite.errors import ConfigError
 __all__ = ["AttentionBackend", "InCore", "Streamed", "backend_slots"]
 
 
-@runtime_checkable
 class AttentionBackend(Protocol):
     """Computes attention.
 
