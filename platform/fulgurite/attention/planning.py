@@ -199,6 +199,11 @@ class Plan:
         """Whether each group of heads is one kernel call, whose result is the result."""
         return self.schedule in ("whole", "heads") and self.visible.is_simple
 
+    @property
+    def merges(self) -> bool:
+        """Whether several tasks have keys for the same queries."""
+        return self.schedule == "cqs"
+
     def tasks(self) -> Iterable[Task]:
         """The tasks of a group of heads, in order."""
         if self.schedule == "cqs":

@@ -6,20 +6,20 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fulgurite.attention.kernels import accumulator_dtype, kernel_for
+from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import Plan
 from fulgurite.attention.schedules import Task
 from fulgurite.attention.tiles import Kind, Range, Tile, Visibility, tiles
 
-__all__ = ["StreamedAttention"]
+__all__ = ["StreamedAttention", "Unit", "clear_", "commit_", "units"]
 
 
 class _Call(NamedTuple):
@@ -44,16 +44,25 @@ class StreamedAttention(torch.autograd.Function):
         """Return out (B, H, M, D) in the type of query and lse (B, H, M)."""
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
-        for batch, heads, kv_heads in plan.head_slices():
-            inputs = query[batch, heads], key[batch, kv_heads], value[batch, kv_heads]
-            if plan.is_direct:
-                causal = plan.visible.is_causal
-                parts = kernel_for(query.device, query.dtype).forward(
-                    *inputs, is_causal=causal, scale=scale
+        if plan.is_direct:
+            kernel = kernel_for(query.device, query.dtype)
+            for batch, heads, shared in plan.head_slices():
+                out[batch, heads], lse[batch, heads] = kernel.forward(
+                    query[batch, heads],
+                    key[batch, shared],
+                    value[batch, shared],
+                    is_causal=plan.visible.is_causal,
+                    scale=scale,
                 )
-                out[batch, heads], lse[batch, heads] = parts
-            else:
-                _forward(*inputs, out[batch, heads], lse[batch, heads], plan, scale)
+        else:
+            total = out
+            if plan.merges and out.dtype != lse.dtype:
+                total = torch.empty_like(out, dtype=lse.dtype)
+            clear_(total, lse)
+            for unit in units(query, key, value, plan, scale):
+                commit_(unit, total, lse, merge=plan.merges)
+            if total is not out:
+                out.copy_(total)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
@@ -79,28 +88,122 @@ class StreamedAttention(torch.autograd.Function):
         return (*results, None, None)
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, plan: Plan, scale: float
-) -> None:
-    """Fill out and lse of some heads."""
-    kernel, dtype = kernel_for(query.device, query.dtype), lse.dtype
-    total = out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
+class Unit(NamedTuple):
+    """What one row of one task gives, which can be committed on its own.
+
+    Attributes:
+        number: Its place in the order of the plan.
+        at: Where its rows belong: slices of batch, heads and queries.
+        out: Attention over the keys of the task, in the type of accumulators.
+        lse: Its log-sum-exp.
+    """
+
+    number: int
+    at: tuple[slice, slice, slice]
+    out: Tensor
+    lse: Tensor
+
+
+def units(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scale: float,
+    *,
+    device: torch.device | None = None,
+    done: Container[int] = (),
+) -> Iterator[Unit]:
+    """Compute a plan row by row; only what a task needs is loaded.
+
+    Args:
+        query: Anywhere: on the device, in host memory, or memory-mapped. Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        value: Shape: (B, G, N, D).
+        plan: How it is cut.
+        scale: Of the scores.
+        device: Where kernels run; where the tensors are by default.
+        done: Units that are left out.
+    """
+    device = device or query.device
+    kernel = kernel_for(device, query.dtype)
+    number = 0
+    for batch, heads, kv_heads in plan.head_slices():
+        own_key, own_value = key[batch, kv_heads], value[batch, kv_heads]
+        for task in plan.tasks():
+            wanted = [i for i in range(len(task.rows)) if number + i not in done]
+            keys, values = own_key, own_value
+            if task.loads and wanted:
+                keys, values = _gather(task, own_key), _gather(task, own_value)
+                keys, values = keys.to(device), values.to(device)
+            for i in wanted:
+                rows = slice(*task.rows[i].queries)
+                own = query[batch, heads, rows].to(device)
+                out, lse = _row(own, keys, values, task, i, plan, kernel, scale)
+                yield Unit(number + i, (batch, heads, rows), out, lse)
+            number += len(task.rows)
+
+
+def _row(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    task: Task,
+    index: int,
+    plan: Plan,
+    kernel: TileKernel,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a row of a task: out and lse in the type of accumulators."""
+    top, bottom = task.rows[index].queries
+    dtype = accumulator_dtype(query.dtype)
+    total: Tensor | None = None
+    for call in _calls(task, index, plan.visible):
+        columns = slice(*call.keys)
+        rows = slice(call.queries[0] - top, call.queries[1] - top)
+        out, lse = kernel.forward(
+            query[:, :, rows],
+            keys[:, :, columns].to(query.device),
+            values[:, :, columns].to(query.device),
+            is_causal=call.kind is Kind.CAUSAL,
+            scale=scale,
+            bias=_bias(call, plan.visible, query),
+        )
+        if total is None:
+            if call.queries == (top, bottom):
+                total, total_lse = out.to(dtype), lse
+                continue
+            total = torch.empty_like(query, dtype=dtype)
+            total_lse = total.new_empty(total.shape[:-1])
+            clear_(total, total_lse)
+        merge_(total[:, :, rows], total_lse[:, :, rows], out, lse)
+    if total is None:  # rows that see nothing
+        total = torch.empty_like(query, dtype=dtype)
+        total_lse = total.new_empty(total.shape[:-1])
+        clear_(total, total_lse)
+    return total, total_lse
+
+
+def clear_(out: Tensor, lse: Tensor) -> None:
+    """Set attention over no keys: zeros, with log-sum-exp −inf."""
+    out.zero_()
     lse.fill_(-math.inf)
-    for task in plan.tasks():
-        keys, values = _gather(task, key), _gather(task, value)
-        for call in _calls(task, plan.visible):
-            rows, columns = slice(*call.queries), slice(*call.keys)
-            part = kernel.forward(
-                query[:, :, rows],
-                keys[:, :, columns],
-                values[:, :, columns],
-                is_causal=call.kind is Kind.CAUSAL,
-                scale=scale,
-                bias=_bias(call, plan.visible, query),
-            )
-            merge_(total[:, :, rows], lse[:, :, rows], *part)
-    if total is not out:
-        out.copy_(total)
+
+
+def commit_(unit: Unit, out: Tensor, lse: Tensor, *, merge: bool) -> None:
+    """Bring a unit into the result.
+
+    Args:
+        unit: What was computed.
+        out: Result so far. Shape: (B, H, M, D).
+        lse: Its log-sum-exp. Shape: (B, H, M).
+        merge: Whether other units have keys for the same rows; else the rows are overwritten.
+    """
+    if merge:
+        part = unit.out.to(out.device), unit.lse.to(lse.device)
+        merge_(out[unit.at], lse[unit.at], *part)
+    else:
+        out[unit.at], lse[unit.at] = unit.out.to(out.device, out.dtype), unit.lse.to(lse.device)
 
 
 def _backward(
@@ -121,8 +224,8 @@ def _backward(
         )
     dquery, dkey, dvalue = (torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
     for task in plan.tasks():
-        keys, values = _gather(task, key), _gather(task, value)
-        for call in _calls(task, plan.visible):
+        keys, values = (_gather(task, x) if task.loads else x for x in (key, value))
+        for call in (c for i in range(len(task.rows)) for c in _calls(task, i, plan.visible)):
             rows, columns = slice(*call.queries), slice(*call.keys)
             parts = kernel.backward(
                 grad[:, :, rows],
@@ -143,9 +246,7 @@ def _backward(
 
 
 def _gather(task: Task, tensor: Tensor) -> Tensor:
-    """The loaded tokens one after another, or a view of all where keys are streamed."""
-    if not task.loads:
-        return tensor
+    """The loaded tokens one after another."""
     return torch.cat([tensor[:, :, slice(*tokens)] for tokens in task.loads], dim=2)
 
 
@@ -168,17 +269,17 @@ def _spread(task: Task, keys: Range) -> Iterator[tuple[int, int, int]]:
             yield start + left - at, start + right - at, left - keys[0]
 
 
-def _calls(task: Task, visible: Visibility) -> Iterator[_Call]:
-    """The kernel calls of a task: tiles that are neighbours once gathered become one."""
+def _calls(task: Task, index: int, visible: Visibility) -> Iterator[_Call]:
+    """The kernel calls of a row: tiles that are neighbours once gathered become one."""
     places = dict(_offsets(task))
-    for row in task.rows:
-        found = [
-            _Call(tile.queries, _local(tile, keys, places), tile.kind, tile.keys)
-            for keys in row.keys
-            for tile in tiles(row.queries, keys, visible)
-        ]
-        found.sort(key=lambda call: (call.queries, call.keys))  # neighbours side by side
-        yield from _joined(found) if task.loads else found
+    row = task.rows[index]
+    found = [
+        _Call(tile.queries, _local(tile, keys, places), tile.kind, tile.keys)
+        for keys in row.keys
+        for tile in tiles(row.queries, keys, visible)
+    ]
+    found.sort(key=lambda call: (call.queries, call.keys))  # neighbours side by side
+    yield from _joined(found) if task.loads else found
 
 
 def _local(tile: Tile, keys: Range, places: dict[Range, int]) -> Range:

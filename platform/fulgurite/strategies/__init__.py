@@ -3,11 +3,17 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from fulgurite.strategies.federated import FederatedStrategy
+from fulgurite.strategies.stream_cqsa import StreamCQSAStrategy
 
-__all__ = ["FederatedStrategy"]
+__all__ = ["FederatedStrategy", "StreamCQSAStrategy"]
 
 StrategyRegistry.register(
     "federated",
     FederatedStrategy,
     description="Ranks train different clients; no gradient leaves a rank.",
+)
+StrategyRegistry.register(
+    "stream_cqsa",
+    StreamCQSAStrategy,
+    description="Exact attention in a memory budget, for any model.",
 )

@@ -1,0 +1,287 @@
+"""Streams the attention of any model within a memory budget, on one device.
+
+Source: Stream-CQSA, arXiv 2604.20819; its use in Lightning: card section 5.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.nn import functional as F
+
+from fulgurite.attention import Streamed
+from fulgurite.attention.backend import backend_slots
+from fulgurite.attention.planning import Schedule, parse_budget
+from fulgurite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["StreamCQSAStrategy", "streamed_sdpa"]
+
+_NAME = "stream_cqsa"
+
+
+class StreamCQSAStrategy(SingleDeviceStrategy):
+    """Runs all attention of a model in a memory budget, with the exact result.
+
+    Attention is reached in three ways, tried together: modules with an ``attention_backend``
+    (the protocol of :mod:`fulgurite.attention`); Hugging Face models, through their
+    ``AttentionInterface``; and, if asked, every call of
+    ``torch.nn.functional.scaled_dot_product_attention``. What was there before comes back when
+    the run ends.
+
+    By name, ``--trainer.strategy=stream_cqsa`` takes the defaults; with arguments it is
+    ``--trainer.strategy.class_path=fulgurite.strategies.StreamCQSAStrategy
+    --trainer.strategy.init_args.memory_budget=2GiB``.
+
+    Args:
+        memory_budget: Most that attention holds at once: bytes, ``"2GiB"``, a fraction of the
+            device, ``"auto"`` for what is free at each call, None for no limit.
+        schedule: ``auto``, ``whole``, ``heads``, ``rect`` or ``cqs``.
+        intercept_sdpa: Also replace PyTorch's own function while the run lasts, for models that
+            know none of the protocols. Names bound by ``from torch.nn.functional import …``
+            before cannot be reached.
+        offload_activations: Keep what is saved for backward in (pinned) host memory.
+        accelerator: Set by the Trainer.
+        checkpoint_io: Set by the Trainer.
+        precision_plugin: Set by the Trainer.
+
+    Raises:
+        ConfigError: The budget cannot be read, several devices are asked for, or nothing of the
+            model's attention was reached.
+    """
+
+    strategy_name = _NAME
+
+    def __init__(
+        self,
+        memory_budget: int | float | str | None = "auto",
+        schedule: Schedule = "auto",
+        intercept_sdpa: bool = False,
+        offload_activations: bool = False,
+        accelerator: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
+        )
+        if isinstance(memory_budget, str) and memory_budget.replace(".", "", 1).isdigit():
+            # the command line gives a number as text where text is allowed
+            memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
+        parse_budget(memory_budget, torch.device("cpu"))
+        self.backend = Streamed(memory_budget, schedule)
+        self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
+        self._undo: list[Callable[[], None]] = []
+        self._devices: list[torch.device] = []
+
+    # --- the device ----------------------------------------------------------------------------
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The device, once the Trainer has given it."""
+        return self._devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        # without this property Lightning would leave the CPU as device and ignore devices=2
+        devices = list(devices or [])
+        if len(devices) > 1:
+            raise ConfigError(
+                f"The strategy {_NAME} runs on one device, and {len(devices)} are asked for.",
+                "Use --trainer.devices=1.",
+            )
+        self._devices = devices
+        if devices:
+            self._root_device = devices[0]
+
+    # --- installing and removing the backend ---------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        """Put the backend in place, after the model has moved."""
+        super().setup(trainer)
+        assert self.lightning_module is not None
+        self._install(self.lightning_module)
+
+    def teardown(self) -> None:
+        """Put back what was there before."""
+        while self._undo:
+            self._undo.pop()()
+        super().teardown()
+
+    def _install(self, model: nn.Module) -> None:
+        for part in backend_slots(model):
+            self._undo.append(_restoring(part, "attention_backend"))
+            part.attention_backend = self.backend  # type: ignore[assignment]
+        self._install_in_transformers(model)
+        if self.intercept_sdpa:
+            context = streamed_sdpa(self.backend)
+            context.__enter__()
+            self._undo.append(lambda: context.__exit__(None, None, None))
+        if not self._undo:
+            raise ConfigError(
+                f"The strategy {_NAME} finds no attention in {type(model).__name__} that it can "
+                "reach.",
+                "Give its attention modules an `attention_backend` (see fulgurite.attention), or "
+                "set --trainer.strategy.init_args.intercept_sdpa=true if it calls "
+                "torch.nn.functional.scaled_dot_product_attention.",
+            )
+
+    def _install_in_transformers(self, model: nn.Module) -> None:
+        if "transformers" not in sys.modules:  # then no part of the model is from there
+            return
+        from transformers import AttentionInterface, PreTrainedModel
+
+        found = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        outermost = [part for part in found if not any(part in {*o.modules()} - {o} for o in found)]
+        if not outermost:
+            return
+        AttentionInterface.register(_NAME, self._transformers_attention)
+        for part in outermost:
+            before = part.config._attn_implementation
+
+            def undo(part: Any = part, before: str = before) -> None:
+                part.set_attn_implementation(before)
+
+            part.set_attn_implementation(_NAME)
+            self._undo.append(undo)
+
+    def _transformers_attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        is_causal: bool | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """What transformers calls. Shape: (B, H, N, D) -> (B, N, H, D)."""
+        _refuse(attention_mask, dropout)
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True)) and query.shape[2] > 1
+        out = self.backend(
+            query, key, value, is_causal=is_causal, scale=scaling, window=sliding_window
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class, with activations offloaded if asked."""
+        with self._offloading(), self._watching():
+            return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class."""
+        with self._watching():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class."""
+        with self._watching():
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class."""
+        with self._watching():
+            return super().predict_step(*args, **kwargs)
+
+    def _offloading(self) -> AbstractContextManager[Any]:
+        if not self.offload_activations:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.root_device.type == "cuda")
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Refuse a step in which no attention was streamed.
+
+        Raises:
+            ConfigError: The backend was not called.
+        """
+        before = self.backend.calls
+        yield
+        if self.backend.calls == before:
+            raise ConfigError(
+                f"The strategy {_NAME} streamed no attention in this step: the model computes it "
+                "in another way.",
+                "Use another strategy, or set "
+                "--trainer.strategy.init_args.intercept_sdpa=true if the model calls "
+                "torch.nn.functional.scaled_dot_product_attention.",
+            )
+
+
+def _restoring(module: nn.Module, name: str) -> Callable[[], None]:
+    before = getattr(module, name)
+    return lambda: setattr(module, name, before)
+
+
+def _refuse(mask: Tensor | None, dropout: float) -> None:
+    """Name what streamed attention cannot do.
+
+    Raises:
+        ConfigError: There is a dense mask or dropout.
+    """
+    if mask is not None:
+        raise ConfigError(
+            f"The model gives its attention a dense mask of shape {tuple(mask.shape)}, which would "
+            "not fit any budget.",
+            "Train on sequences without padding, so that the model needs no mask.",
+        )
+    if dropout:
+        raise ConfigError(
+            f"The model drops attention weights (p = {dropout}); streamed attention does not.",
+            "Set the attention dropout of the model to 0.",
+        )
+
+
+@contextmanager
+def streamed_sdpa(backend: Streamed) -> Iterator[None]:
+    """Replace ``F.scaled_dot_product_attention`` by a backend.
+
+    The fast path of ``nn.MultiheadAttention`` is switched off meanwhile, since it would go past.
+
+    Args:
+        backend: Called instead.
+
+    Example:
+        >>> q, backend = torch.ones(1, 1, 4, 8), Streamed()
+        >>> with streamed_sdpa(backend):
+        ...     _ = F.scaled_dot_product_attention(q, q, q)
+        >>> backend.calls
+        1
+    """
+    original = F.scaled_dot_product_attention
+
+    def streamed(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        _refuse(attn_mask, dropout_p)
+        return backend(query, key, value, is_causal=is_causal, scale=scale)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    F.scaled_dot_product_attention = streamed
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,177 @@
+"""The strategy that streams attention: exact training, nothing left behind, nothing missed."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from fulgurite.attention import InCore, Streamed
+from fulgurite.errors import ConfigError
+from fulgurite.strategies import StreamCQSAStrategy
+from fulgurite.strategies.stream_cqsa import streamed_sdpa
+
+TOKENS, WIDTH = 48, 16
+
+
+class OwnAttention(nn.Module):
+    """Speaks the protocol; recomputed in backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_backend = InCore()
+        self.qkv, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def _heads(self, x):
+        q, k, v = self.qkv(x).split([WIDTH, WIDTH // 2, WIDTH // 2], -1)
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (q, k, v))
+        return self.attention_backend(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        return x + self.out(checkpoint(self._heads, x, use_reentrant=False))
+
+
+class DirectAttention(OwnAttention):
+    """Calls PyTorch's function and knows nothing of backends."""
+
+    def __init__(self):
+        super().__init__()
+        del self.attention_backend
+
+    def _heads(self, x):
+        q, k, v = self.qkv(x).split([WIDTH, WIDTH // 2, WIDTH // 2], -1)
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+
+class Stock(nn.Module):
+    """PyTorch's own layer, causal."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Model(LightningModule):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.losses = []
+
+    def training_step(self, batch, _):
+        loss = (self.layers(batch) - batch.roll(1, dims=1)).square().mean()
+        self.losses.append(loss.detach())
+        return loss
+
+    def validation_step(self, batch, _):
+        self.log("val/loss", self.training_step(batch, _))
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(1)
+        data = torch.randn(24, TOKENS, WIDTH, generator=generator, dtype=self.dtype)
+        return DataLoader(list(data), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def trained(tmp_path, model, strategy="auto", **options):
+    trainer = Trainer(
+        max_epochs=1, limit_val_batches=1, num_sanity_val_steps=0, strategy=strategy,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+        **({"precision": "64-true"} | options),
+    )  # fmt: skip
+    trainer.fit(model)
+    return torch.stack(model.losses)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "calls"),
+    [
+        (OwnAttention, {}, 2 * (12 * 2 + 1)),  # layers x (steps, each twice, + validation)
+        (DirectAttention, {"intercept_sdpa": True}, 2 * (12 * 2 + 1)),
+        (Stock, {"intercept_sdpa": True}, 2 * (12 + 1)),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+def test_training_is_that_of_attention_in_core(tmp_path, layer, options, calls, schedule):
+    losses = []
+    strategy = StreamCQSAStrategy("16KiB", schedule, **options)
+    original = F.scaled_dot_product_attention
+    for chosen in ("auto", strategy):
+        seed_everything(0)
+        losses.append(trained(tmp_path, Model(layer(), layer()), chosen))
+    assert len(losses[0]) == 13
+    assert losses[0][11] < losses[0][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-10)
+    assert strategy.backend.calls == calls
+    assert F.scaled_dot_product_attention is original
+
+
+def test_the_model_gets_its_own_backends_back(tmp_path):
+    model = Model(OwnAttention(), OwnAttention())
+    before = [layer.attention_backend for layer in model.layers]
+    trained(tmp_path, model, StreamCQSAStrategy(None))
+    assert [layer.attention_backend for layer in model.layers] == before
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_the_name_and_other_precisions_work(tmp_path, precision):
+    losses = []
+    for strategy in ("auto", "stream_cqsa"):
+        seed_everything(0)
+        model = Model(OwnAttention())
+        losses.append(trained(tmp_path, model, strategy, precision=precision))
+    torch.testing.assert_close(losses[1].float(), losses[0].float(), rtol=2e-2, atol=2e-2)
+
+
+def test_attention_out_of_reach_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"finds no attention in Model.*"):
+        trained(tmp_path, Model(DirectAttention()), StreamCQSAStrategy())
+    with pytest.raises(ConfigError, match="streamed no attention in this step"):
+        trained(tmp_path, Model(nn.Linear(WIDTH, WIDTH)), StreamCQSAStrategy(intercept_sdpa=True))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_what_cannot_be_streamed_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"drops attention weights \(p = 0.2\)"):
+        trained(tmp_path, Model(Stock(0.2)), StreamCQSAStrategy(intercept_sdpa=True))
+    query = torch.randn(1, 1, 4, 8)
+    with (
+        streamed_sdpa(Streamed()),
+        pytest.raises(ConfigError, match=r"dense mask of shape \(4, 4\)"),
+    ):
+        F.scaled_dot_product_attention(query, query, query, torch.ones(4, 4).bool())
+
+
+def test_it_runs_where_the_accelerator_is():
+    strategy = StreamCQSAStrategy()
+    strategy.parallel_devices = [torch.device("meta")]
+    assert strategy.root_device == torch.device("meta")
+    with pytest.raises(ConfigError, match="one device, and 2"):
+        Trainer(strategy="stream_cqsa", accelerator="cpu", devices=2, logger=False)
+
+
+@pytest.mark.parametrize("budget", [0, "-1", "lots", "0GiB"])
+def test_bad_budgets_are_refused_at_once(budget):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        StreamCQSAStrategy(budget)
+
+
+def test_activations_may_wait_in_host_memory(tmp_path):
+    losses = []
+    for offload in (False, True):
+        seed_everything(0)
+        strategy = StreamCQSAStrategy("16KiB", offload_activations=offload)
+        losses.append(trained(tmp_path, Model(OwnAttention()), strategy))
+    assert torch.equal(*losses)
