@@ -1,7 +1,17 @@
 """Exact attention in a memory budget (Stream-CQSA), in pure PyTorch."""
 
 from fulgurite.attention.backend import AttentionBackend, InCore, Streamed
+from fulgurite.attention.files import attend_files, memory_mapped
 from fulgurite.attention.functional import plan, stream_attention
 from fulgurite.attention.quorums import quorum
 
-__all__ = ["AttentionBackend", "InCore", "Streamed", "plan", "quorum", "stream_attention"]
+__all__ = [
+    "AttentionBackend",
+    "InCore",
+    "Streamed",
+    "attend_files",
+    "memory_mapped",
+    "plan",
+    "quorum",
+    "stream_attention",
+]

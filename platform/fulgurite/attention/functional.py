@@ -143,12 +143,8 @@ def stream_attention(
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    shape = _check(query, key, value, enable_gqa)
+    shape, visible = check_call(query, key, value, enable_gqa, is_causal, window, prefix, documents)
     kernel_for(query.device, query.dtype)
-    visible = Visibility(
-        query.shape[-2], key.shape[-2], is_causal, window, prefix,
-        None if documents is None else tuple(int(d) for d in documents),
-    )  # fmt: skip
     lead = query.shape[:-3]
     if query.numel() == 0 or key.numel() == 0:
         lse = query.new_full(query.shape[:-1], -math.inf, dtype=accumulator_dtype(query.dtype))
@@ -177,11 +173,21 @@ def _costs(query: Tensor, budget: Budget) -> Costs | None:
     return Costs.measured(query.device, query.dtype, query.shape[-1])
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Shape:
-    """Check what fits together, and return the sizes.
+def check_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    enable_gqa: bool,
+    is_causal: bool,
+    window: int | None,
+    prefix: int,
+    documents: Sequence[int] | None,
+) -> tuple[Shape, Visibility]:
+    """Check what fits together, and return the sizes and what is seen.
 
     Raises:
-        DataError: Something does not.
+        ConfigError: The masks do not fit together.
+        DataError: The tensors do not.
     """
     names = {"query": query, "key": key, "value": value}
     for fact in ("dtype", "device"):
@@ -209,7 +215,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Shape
             f"There are {heads} query heads and {kv_heads} key/value heads.",
             "Give as many, or set enable_gqa=True where the second divides the first.",
         )
-    return Shape(math.prod(query.shape[:-3]), heads, kv_heads, query.shape[-1], query.dtype)
+    shape = Shape(math.prod(query.shape[:-3]), heads, kv_heads, query.shape[-1], query.dtype)
+    starts = None if documents is None else tuple(int(d) for d in documents)
+    return shape, Visibility(query.shape[-2], key.shape[-2], is_causal, window, prefix, starts)
 
 
 def plan(
@@ -250,10 +258,6 @@ def plan(
         >>> plan(q, q, is_causal=True, memory_budget="256MiB").schedule
         'rect'
     """
-    shape = _check(query, key, key, enable_gqa)
-    visible = Visibility(
-        query.shape[-2], key.shape[-2], is_causal, window, prefix,
-        None if documents is None else tuple(int(d) for d in documents),
-    )  # fmt: skip
+    shape, visible = check_call(query, key, key, enable_gqa, is_causal, window, prefix, documents)
     budget = parse_budget(memory_budget, query.device)
     return make_plan(shape, visible, budget, schedule, backward=backward, resident=False)

@@ -253,6 +253,7 @@ def make_plan(
     *,
     backward: bool = False,
     resident: bool = True,
+    tiled: bool = False,
     costs: Costs | None = None,
 ) -> Plan:
     """Choose the fastest way that fits.
@@ -264,6 +265,7 @@ def make_plan(
         schedule: Consider only this one.
         backward: Whether gradients must fit too.
         resident: Whether the tensors lie on the device, so that nothing is copied.
+        tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
         costs: Of the machine.
 
     Raises:
@@ -275,7 +277,7 @@ def make_plan(
     fits: list[Plan] = []
     smallest: Plan | None = None
     for make in _candidates(shape, visible, schedule):
-        plan = make(backward, resident, costs)
+        plan = make(backward, resident, tiled, costs)
         if smallest is None or plan.peak_bytes < smallest.peak_bytes:
             smallest = plan
         if budget is None or plan.peak_bytes <= budget:
@@ -304,7 +306,7 @@ def make_plan(
     return Plan(**{**chosen.__dict__, "budget": budget, "reason": reason})
 
 
-_Maker = Callable[[bool, bool, Costs], Plan]
+_Maker = Callable[[bool, bool, bool, Costs], Plan]
 
 
 def _candidates(shape: Shape, visible: Visibility, schedule: Schedule) -> Iterator[_Maker]:
@@ -366,6 +368,7 @@ def _plan(
     chunks: int,
     backward: bool,
     resident: bool,
+    tiled: bool,
     costs: Costs,
 ) -> Plan:
     """A way to cut a call with what it costs."""
@@ -389,7 +392,7 @@ def _plan(
     pairs = float(queries) * keys * (0.5 if visible.is_causal else 1.0)
     if visible.window is not None:
         pairs = min(pairs, float(queries) * visible.window)
-    direct = schedule in ("whole", "heads") and visible.is_simple
+    direct = schedule in ("whole", "heads") and visible.is_simple and not tiled
     peak = together * _peak(
         height * group, loaded, shape.head_dim, size, wide, direct=direct, backward=backward
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,9 +123,9 @@ class StreamCQSAStrategy(SingleDeviceStrategy):
             part.attention_backend = self.backend  # type: ignore[assignment]
         self._install_in_transformers(model)
         if self.intercept_sdpa:
-            context = streamed_sdpa(self.backend)
-            context.__enter__()
-            self._undo.append(lambda: context.__exit__(None, None, None))
+            context = ExitStack()
+            context.enter_context(streamed_sdpa(self.backend))
+            self._undo.append(context.close)
         if not self._undo:
             raise ConfigError(
                 f"The strategy {_NAME} finds no attention in {type(model).__name__} that it can "

@@ -1,0 +1,218 @@
+"""Attention in files: exact, within memory, and not undone by a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fulgurite.attention import attend_files, memory_mapped
+from fulgurite.attention import files as files_module
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from fulgurite.attention import attend_files, files, memory_mapped
+torch.set_num_threads(1)
+folder, schedule, commits, moment = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+tokens, dtype = 400, torch.float32
+q, k, v = (memory_mapped(f"{folder}/{n}", (1, 2, tokens, 16), dtype) for n in "qkv")
+new = not os.path.exists(f"{folder}/out")
+out = memory_mapped(f"{folder}/out", (1, 2, tokens, 16), dtype, create=new)
+lse = memory_mapped(f"{folder}/lse", (1, 2, tokens), dtype, create=new)
+append, merge, count = files._append, files.merge_, 0
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counting(file, number):
+    global count
+    count += 1
+    if count > commits and moment == "before":
+        die()
+    append(file, number)
+    if count > commits and moment == "after":
+        die()
+
+def half(out, lse, *part):
+    merge(out, lse, *part)
+    if count >= commits and moment == "half":
+        files.torch.save = lambda kept, path: (open(path, "wb").write(b"half"), die())
+
+if moment != "never":
+    files._append, files.merge_ = counting, half
+attend_files(
+    q, k, v, out, lse, is_causal=True, memory_budget="24KiB", schedule=schedule,
+    journal=f"{folder}/journal", progress=False,
+)
+"""
+
+
+def child(folder, schedule, commits=0, moment="never"):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(folder), schedule, str(commits), moment]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def write(folder, tokens=400, heads=2, width=16, dtype=torch.float32):
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for name in "qkv":
+        tensor = memory_mapped(folder / name, (1, heads, tokens, width), dtype, create=True)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        tensors.append(tensor)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("schedule", "moments"),
+    [("rect", ["before"]), ("cqs", ["after", "half"])],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, schedule, moments):
+    whole = tmp_path / "whole"
+    write(whole)
+    assert child(whole, schedule).returncode == 0
+    for moment in moments:
+        folder = tmp_path / moment
+        query, key, value = write(folder)
+        committed = 0
+        for commits in (2, 3):
+            done = child(folder, schedule, commits, moment)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            now = (folder / "journal/done").stat().st_size // 8
+            assert now >= committed + 2
+            committed = now
+        assert child(folder, schedule).returncode == 0
+        for name in ("out", "lse"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        out = memory_mapped(folder / "out", query.shape, query.dtype)
+        expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        torch.testing.assert_close(out, expected)
+        assert not list((folder / "journal").glob("*unit*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("schedule", ["auto", "rect", "cqs"])
+def test_results_are_those_of_attention_in_memory(tmp_path, dtype, schedule):
+    query, key, value = write(tmp_path, dtype=dtype)
+    wide = torch.float32 if schedule == "cqs" else dtype
+    out = memory_mapped(tmp_path / "out", query.shape, wide, create=True)
+    lse = memory_mapped(tmp_path / "lse", query.shape[:-1], torch.float32, create=True)
+    plan = attend_files(
+        query, key, value, out, lse, window=100, is_causal=True, memory_budget="32KiB",
+        schedule=schedule, progress=True,
+    )  # fmt: skip
+    assert plan.peak_bytes <= 32 * 1024
+    rows = torch.arange(400)[:, None]
+    seen = (rows >= rows.mT) & (rows.mT > rows - 100)
+    expected = F.scaled_dot_product_attention(*(x.float() for x in (query, key, value)), seen)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=tolerance)
+
+
+MEMORY = """
+import sys
+import torch
+from fulgurite.attention import attend_files, memory_mapped
+torch.set_num_threads(1)
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(l.split()[1]) * 1024 for l in file if l.startswith("RssAnon"))
+
+folder, schedule, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
+shape, dtype = (1, 1, 16384, 64), torch.float32
+q, k, v = (memory_mapped(f"{folder}/{n}", shape, dtype) for n in "qkv")
+out = memory_mapped(f"{folder}/out", shape, dtype, create=True)
+lse = memory_mapped(f"{folder}/lse", shape[:-1], dtype, create=True)
+small = torch.zeros(1, 1, 64, 64)
+attend_files(small, small, small, small.clone(), torch.zeros(1, 1, 64), progress=False)
+before, peak = anonymous(), 0
+from fulgurite.attention import files
+commit = files.commit_
+def watching(*args, **kwargs):
+    global peak
+    peak = max(peak, anonymous())
+    commit(*args, **kwargs)
+files.commit_ = watching
+plan = attend_files(
+    q, k, v, out, lse, is_causal=True, memory_budget=budget, schedule=schedule, progress=False
+)
+print(plan.peak_bytes, peak - before)
+"""
+
+
+@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+def test_memory_stays_within_the_budget(tmp_path, schedule):
+    """Tensors of 16 MiB, eight times the budget."""
+    budget = 2 * 2**20
+    write(tmp_path, tokens=16384, heads=1, width=64)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), schedule, str(budget)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    planned, grown = map(int, done.stdout.split())
+    assert 0 < planned <= budget
+    assert grown <= budget + 16 * 2**20  # card 6.6: the kernel's own buffers come on top
+
+
+def test_a_journal_of_other_inputs_is_refused(tmp_path):
+    query, key, value = write(tmp_path)
+    out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
+    options = {"memory_budget": "32KiB", "journal": tmp_path / "journal", "progress": False}
+    attend_files(query, key, value, out, lse, **options)
+    attend_files(query, key, value, out, lse, **options)  # nothing is left to do
+    other = key.clone()
+    other[..., -1] += 1
+    with pytest.raises(CheckpointError, match="other tensors or another plan"):
+        attend_files(query, other, value, out, lse, **options)
+    with pytest.raises(CheckpointError, match="other tensors or another plan"):
+        attend_files(query, key, value, out, lse, is_causal=True, **options)
+
+
+def test_bad_files_are_one_clear_error(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    memory_mapped(path, (4, 4), torch.float32, create=True)
+    with pytest.raises(DataError, match="exists already"):
+        memory_mapped(path, (4, 4), torch.float32, create=True)
+    with pytest.raises(DataError, match=r"a has 64 bytes; \(4, 5\) .* take 80"):
+        memory_mapped(path, (4, 5), torch.float32)
+    with pytest.raises(DataError, match="cannot be read"):
+        memory_mapped(tmp_path / "b", (1,), torch.float32)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files_module.os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"of 64 bytes cannot be made \(No space left"):
+        memory_mapped(tmp_path / "c", (4, 4), torch.float32, create=True)
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_not_finite_is_named(tmp_path):
+    query, key, value = write(tmp_path)
+    value[0, 1, 77, 3] = torch.nan
+    out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
+    with pytest.raises(DataError, match="value is not finite at batch 0, head 1, token 77"):
+        attend_files(
+            query, key, value, out, lse, memory_budget="32KiB", check_finite=True, progress=False
+        )
+
+
+def test_results_of_the_wrong_kind_are_refused(tmp_path):
+    query, key, value = write(tmp_path)
+    out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
+    with pytest.raises(DataError, match="lse is"):
+        attend_files(query, key, value, out, lse.double(), progress=False)
+    with pytest.raises(DataError, match="out is"):
+        attend_files(
+            query, key, value, out.half(), lse, schedule="cqs", memory_budget="32KiB",
+            progress=False,
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="too small"):
+        attend_files(query, key, value, out, lse, memory_budget=10, progress=False)
