@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "startup")
+ALL = ("fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "stream_attention", "startup")
 
 
 def main(names: list[str]) -> int:

@@ -6,10 +6,8 @@ Shapes: N samples, C channels, H W image.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +15,9 @@ import torch
 from torch import Tensor
 
 from fulgurite.datamodules.fedsir.sources import ImageArrays
-from fulgurite.io import atomic_write, cache_folder
+from fulgurite.io import atomic_write, cache_folder, file_lock
 
 __all__ = ["cached_arrays"]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that a killed process loses: other ranks wait instead of decoding too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            with suppress(OSError):  # some network folders have no locks; then both ranks decode
-                # not `flock`, which a killed process's orphaned workers would go on holding
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def cached_arrays(key: str, write: Callable[[Path], tuple[str, ...]]) -> ImageArrays:
@@ -50,7 +34,7 @@ def cached_arrays(key: str, write: Callable[[Path], tuple[str, ...]]) -> ImageAr
     """
     folder = cache_folder() / key
     if not folder.exists():
-        with _locked(folder.with_name(f"{key}.lock")):
+        with file_lock(folder.with_name(f"{key}.lock")):
             if not folder.exists():
                 for left_over in folder.parent.glob(f".{key}.tmp-*"):
                     shutil.rmtree(left_over, ignore_errors=True)  # of a killed process

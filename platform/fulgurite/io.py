@@ -24,6 +24,7 @@ __all__ = [
     "cache_folder",
     "checksum",
     "data_path",
+    "file_lock",
     "restricted_load",
     "verify_checksum",
 ]
@@ -103,6 +104,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
         raise
+
+
+@contextmanager
+def file_lock(path: str | Path) -> Iterator[None]:
+    """Hold a lock that a killed process loses: others of the machine wait for it.
+
+    Where there are no locks (some network folders, Windows) nobody waits, so what is done under it
+    must be safe to do twice.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, file_lock(Path(folder) / "a.lock"):
+        ...     pass
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            with suppress(OSError):
+                # not `flock`, which a killed process's orphaned workers would go on holding
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

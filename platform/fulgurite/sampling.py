@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-__all__ = ["EveryRankSampler", "UnrepeatedDistributedSampler", "rank_and_world"]
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = [
+    "EveryRankSampler",
+    "UnrepeatedDistributedSampler",
+    "rank_and_world",
+    "sampler_ranks",
+]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -15,6 +24,15 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def sampler_ranks(trainer: Trainer | None) -> tuple[int, int]:
+    """Rank and number of ranks as data are dealt out: what the strategy says, if there is one.
+
+    Strategies whose ranks work on one batch together give every rank the data of rank 0 of 1.
+    """
+    wanted = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (wanted["rank"], wanted["num_replicas"]) if wanted else rank_and_world()
 
 
 class UnrepeatedDistributedSampler(DistributedSampler[int]):
@@ -26,15 +44,16 @@ class UnrepeatedDistributedSampler(DistributedSampler[int]):
 
     Args:
         length: Number of items to deal out, or anything with a length.
+        ranks: Rank and number of ranks; those of the process group by default.
 
     Example:
         >>> list(UnrepeatedDistributedSampler(3))
         [0, 1, 2]
     """
 
-    def __init__(self, length: int | Sized) -> None:
+    def __init__(self, length: int | Sized, ranks: tuple[int, int] | None = None) -> None:
         self.length = length if isinstance(length, int) else len(length)
-        self.rank, self.num_replicas = rank_and_world()
+        self.rank, self.num_replicas = ranks or rank_and_world()
         self.shuffle = False
         self.epoch = 0
 

@@ -46,6 +46,13 @@ OURS = (
         "https://arxiv.org/abs/2604.20825",
         "fulgurite.configs.fedsir",
     ),
+    System(
+        "stream_cqsa",
+        "exact attention in any memory budget, for any model, as a strategy",
+        "Stream-CQSA: exact attention in any memory budget by cyclic quorum sets",
+        "https://arxiv.org/abs/2604.20819",
+        "fulgurite.configs.stream_cqsa",
+    ),
 )
 
 

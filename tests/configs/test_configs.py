@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fulgurite.cli import parse
@@ -27,7 +28,9 @@ def test_it_parses_to_what_it_says(name):
     config = parse(["fit", "--config", name])
     content = CONTENT[name]
     assert config.model.class_path == content["model"]["class_path"]
-    assert config.data.init_args.clients == content["data"]["init_args"]["clients"]
+    for name, value in content["data"]["init_args"].items():
+        if not isinstance(value, dict):
+            assert config.data.init_args[name] == value
     assert config.trainer.max_epochs == content["trainer"]["max_epochs"]
 
 
@@ -52,6 +55,21 @@ def test_the_smallest_configuration_fits_tests_and_predicts(fit):
     fit("--run.dir=run", "--ckpt_path=best", command="predict")
     assert Path("run/test_metrics.json").is_file()
     assert Path("run/predict/predictions.npz").is_file()
+
+
+def test_streamed_attention_trains_to_the_same_weights(fit, weights):
+    name = "stream_cqsa/smoke.yaml"
+    cli = fit("--run.dir=streamed", config=name)
+    layers, epochs, steps, evaluations = 2, 2, 4, 2
+    expected = layers * epochs * (2 * steps + evaluations)  # checkpointing computes each step twice
+    assert cli.trainer.strategy.backend.calls == expected
+    assert Path("streamed/figures/attention.png").is_file()
+    fit("--run.dir=core", "--trainer.strategy=auto", config=name)
+    streamed, core = (weights(f"{run}/checkpoints/last.ckpt") for run in ("streamed", "core"))
+    for key in core:
+        torch.testing.assert_close(streamed[key], core[key], rtol=1e-3, atol=1e-4)
+    fit("--run.dir=streamed", "--ckpt_path=best", config=name, command="test")
+    assert Path("streamed/test_metrics.json").is_file()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pl_bolts"), reason="lightning-bolts is absent")

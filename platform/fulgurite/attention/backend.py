@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fulgurite.attention.functional import stream_attention
-from fulgurite.attention.planning import Budget, Schedule
+from fulgurite.attention.planning import Budget, Plan, Schedule
 from fulgurite.errors import ConfigError
 
 __all__ = ["AttentionBackend", "InCore", "Streamed", "backend_slots"]
@@ -82,14 +82,24 @@ class Streamed:
     Args:
         memory_budget: See :func:`~fulgurite.attention.stream_attention`.
         schedule: See there.
+        distributed: See there.
 
     Attributes:
         calls: How often it was called, recomputation under checkpointing included.
+        moved_bytes: What all forward calls loaded and stored, by their plans.
+        plan: Of the last call.
     """
 
-    def __init__(self, memory_budget: Budget = None, schedule: Schedule = "auto") -> None:
+    def __init__(
+        self,
+        memory_budget: Budget = None,
+        schedule: Schedule = "auto",
+        distributed: bool = False,
+    ) -> None:
         self.memory_budget, self.schedule = memory_budget, schedule
-        self.calls = 0
+        self.distributed = distributed
+        self.calls = self.moved_bytes = 0
+        self.plan: Plan | None = None
 
     def __call__(
         self,
@@ -108,8 +118,12 @@ class Streamed:
         return stream_attention(
             query, key, value, None, 0.0, is_causal, scale, query.shape[1] != key.shape[1],
             memory_budget=self.memory_budget, schedule=self.schedule, window=window,
-            prefix=prefix, documents=documents,
+            prefix=prefix, documents=documents, distributed=self.distributed, on_plan=self._note,
         )  # fmt: skip
+
+    def _note(self, plan: Plan) -> None:
+        self.plan = plan
+        self.moved_bytes += plan.moved_bytes
 
 
 def backend_slots(module: nn.Module) -> Iterator[nn.Module]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
@@ -42,6 +43,8 @@ def stream_attention(
     window: int | None = None,
     prefix: int = 0,
     documents: Sequence[int] | None = None,
+    distributed: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -62,6 +65,8 @@ def stream_attention(
     window: int | None = None,
     prefix: int = 0,
     documents: Sequence[int] | None = None,
+    distributed: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -81,6 +86,8 @@ def stream_attention(
     window: int | None = None,
     prefix: int = 0,
     documents: Sequence[int] | None = None,
+    distributed: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention that holds no more than a budget at once, with gradients.
@@ -103,6 +110,9 @@ def stream_attention(
         window: Query i sees no key before i − window + 1.
         prefix: With ``is_causal``, all queries see the first so many keys.
         documents: First tokens of the documents in the sequence; tokens see only their own.
+        distributed: Deal the work out to the ranks of torch.distributed, which all give the same
+            tensors and all get the whole result and the whole gradients.
+        on_plan: Called with the plan before it is run.
         return_lse: Return the log-sum-exp of the scores of each query too.
 
     Returns:
@@ -137,7 +147,7 @@ def stream_attention(
         results = stream_attention(
             query, key, value, None, 0.0, is_causal, scale, enable_gqa,
             memory_budget=memory_budget, schedule=schedule, window=window, prefix=prefix,
-            documents=documents, return_lse=True,
+            documents=documents, distributed=distributed, on_plan=on_plan, return_lse=True,
         )  # fmt: skip
         return (results[0][0], results[1][0]) if return_lse else results[0][0]
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
@@ -152,11 +162,14 @@ def stream_attention(
     chosen = make_plan(
         shape,
         visible,
-        parse_budget(memory_budget, query.device),
+        _budget(memory_budget, query.device, distributed),
         schedule,
         backward=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
-        costs=_costs(query, memory_budget),
+        share=_share(distributed),
+        costs=_costs(query, memory_budget, distributed),
     )
+    if on_plan:
+        on_plan(chosen)
     out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
         *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
         chosen,
@@ -166,9 +179,25 @@ def stream_attention(
     return (out, lse.reshape(*lead, *lse.shape[1:])) if return_lse else out
 
 
-def _costs(query: Tensor, budget: Budget) -> Costs | None:
-    """Measure the machine only where there is something to choose."""
-    if budget is None:
+def _share(distributed: bool) -> tuple[int, int]:
+    if distributed and dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | None:
+    """The budget in bytes; the smallest of all ranks, since they must plan alike."""
+    found = parse_budget(budget, device)
+    if found is None or isinstance(budget, int) or _share(distributed)[1] == 1:
+        return found
+    agreed = torch.tensor(found, dtype=torch.int64, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return int(agreed)
+
+
+def _costs(query: Tensor, budget: Budget, distributed: bool) -> Costs | None:
+    """Measure the machine only where there is something to choose, and ranks need not agree."""
+    if budget is None or distributed:
         return None
     return Costs.measured(query.device, query.dtype, query.shape[-1])
 

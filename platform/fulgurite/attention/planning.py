@@ -9,7 +9,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,7 +51,9 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
         return None
     free, total = _device_memory(device)
     if budget == "auto":
-        return free
+        # in steps of a sixteenth, so that plans are the same while little changes
+        step = max(1, 1 << max(0, free.bit_length() - 5))
+        return free // step * step
     try:
         if isinstance(budget, str) and (match := _SIZE.fullmatch(budget)):
             number, unit = float(match[1]), match[2].lower()
@@ -176,7 +178,11 @@ class Plan:
         peak_bytes: Most bytes held at once: inputs of a tile, accumulators, results of kernels.
         moved_bytes: Bytes copied between where the tensors lie and the device, if not there.
         calls: Kernel calls, about.
-        seconds: Predicted time of the forward pass.
+        seconds: Predicted time of the forward pass, of one rank alone.
+        budget: What was allowed [bytes].
+        reason: Why this way.
+        depth: How often the sequence is divided, for ``cqs``.
+        share: Rank and number of ranks among which tasks are dealt out.
     """
 
     shape: Shape
@@ -193,16 +199,34 @@ class Plan:
     budget: int | None = None
     reason: str = ""
     depth: int = 1
+    share: tuple[int, int] = (0, 1)
 
     @property
     def is_direct(self) -> bool:
         """Whether each group of heads is one kernel call, whose result is the result."""
-        return self.schedule in ("whole", "heads") and self.visible.is_simple
+        alone = self.share == (0, 1)
+        return self.schedule in ("whole", "heads") and self.visible.is_simple and alone
 
     @property
     def merges(self) -> bool:
         """Whether several tasks have keys for the same queries."""
         return self.schedule == "cqs"
+
+    @property
+    def task_count(self) -> int:
+        """Tasks of a group of heads, about."""
+        if self.schedule == "cqs":
+            return int(self.chunks**self.depth)
+        return -(-self.visible.queries // max(1, self.tile[0]))
+
+    def is_mine(self, index: int) -> bool:
+        """Whether this rank computes the task of this index.
+
+        Causal tasks of queries grow along the sequence, so ranks take turns there and back.
+        """
+        rank, world = self.share
+        turn, place = divmod(index, world)
+        return place == (rank if turn % 2 == 0 else world - 1 - rank)
 
     def tasks(self) -> Iterable[Task]:
         """The tasks of a group of heads, in order."""
@@ -245,6 +269,7 @@ class Plan:
         )
 
 
+@functools.lru_cache(maxsize=512)  # a model asks for the same plan in every layer and step
 def make_plan(
     shape: Shape,
     visible: Visibility,
@@ -254,6 +279,7 @@ def make_plan(
     backward: bool = False,
     resident: bool = True,
     tiled: bool = False,
+    share: tuple[int, int] = (0, 1),
     costs: Costs | None = None,
 ) -> Plan:
     """Choose the fastest way that fits.
@@ -266,6 +292,7 @@ def make_plan(
         backward: Whether gradients must fit too.
         resident: Whether the tensors lie on the device, so that nothing is copied.
         tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
+        share: Rank and number of ranks among which tasks are dealt out.
         costs: Of the machine.
 
     Raises:
@@ -278,6 +305,8 @@ def make_plan(
     smallest: Plan | None = None
     for make in _candidates(shape, visible, schedule):
         plan = make(backward, resident, tiled, costs)
+        if plan.task_count < share[1]:
+            continue  # a rank would have nothing to do
         if smallest is None or plan.peak_bytes < smallest.peak_bytes:
             smallest = plan
         if budget is None or plan.peak_bytes <= budget:
@@ -286,8 +315,9 @@ def make_plan(
                 break  # nothing is faster than one call
     if smallest is None:
         raise ConfigError(
-            f"schedule={schedule!r} does not do {visible.queries} queries and {visible.keys} keys.",
-            'Use schedule="auto".',
+            f"schedule={schedule!r} does not do {visible.queries} queries and {visible.keys} keys "
+            f"on {share[1]} rank(s).",
+            'Use schedule="auto", or fewer ranks.',
         )
     if not fits:
         raise ConfigError(
@@ -303,7 +333,7 @@ def make_plan(
         if chosen.schedule == "whole"
         else f"fastest of {len(fits)} ways that fit"
     )
-    return Plan(**{**chosen.__dict__, "budget": budget, "reason": reason})
+    return replace(chosen, budget=budget, reason=reason, share=share)
 
 
 _Maker = Callable[[bool, bool, bool, Costs], Plan]

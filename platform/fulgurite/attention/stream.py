@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
@@ -61,6 +62,8 @@ class StreamedAttention(torch.autograd.Function):
             clear_(total, lse)
             for unit in units(query, key, value, plan, scale):
                 commit_(unit, total, lse, merge=plan.merges)
+            if plan.share != (0, 1):
+                _reduce_(total, lse, merge=plan.merges)
             if total is not out:
                 out.copy_(total)
         ctx.save_for_backward(query, key, value, out, lse)
@@ -84,6 +87,8 @@ class StreamedAttention(torch.autograd.Function):
                 ctx.scale,
             )
             for result, part, at in zip(results, parts, (own, shared, shared), strict=True):
+                if ctx.plan.share != (0, 1):
+                    dist.all_reduce(part)
                 result[at] = part
         return (*results, None, None)
 
@@ -130,8 +135,9 @@ def units(
     number = 0
     for batch, heads, kv_heads in plan.head_slices():
         own_key, own_value = key[batch, kv_heads], value[batch, kv_heads]
-        for task in plan.tasks():
-            wanted = [i for i in range(len(task.rows)) if number + i not in done]
+        for index, task in enumerate(plan.tasks()):
+            mine = plan.is_mine(index)
+            wanted = [i for i in range(len(task.rows)) if mine and number + i not in done]
             keys, values = own_key, own_value
             if task.loads and wanted:
                 keys, values = _gather(task, own_key), _gather(task, own_value)
@@ -142,6 +148,25 @@ def units(
                 out, lse = _row(own, keys, values, task, i, plan, kernel, scale)
                 yield Unit(number + i, (batch, heads, rows), out, lse)
             number += len(task.rows)
+
+
+def _reduce_(out: Tensor, lse: Tensor, *, merge: bool) -> None:
+    """Merge the shares of all ranks into the result on every rank.
+
+    Source: card section 1.10.
+    """
+    if not merge:  # each row was computed by one rank; the others have zeros and −inf
+        dist.all_reduce(out)
+        dist.all_reduce(lse, dist.ReduceOp.MAX)
+        return
+    largest = lse.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    weight = torch.exp(lse - largest).nan_to_num_(nan=0.0)  # nan: a row that nobody sees
+    out.mul_(weight[..., None])
+    dist.all_reduce(out)
+    dist.all_reduce(weight)
+    out.div_(weight[..., None].clamp_min(torch.finfo(weight.dtype).tiny))
+    lse.copy_(largest + weight.log())
 
 
 def _row(
@@ -223,7 +248,9 @@ def _backward(
             grad, query, key, value, out, lse, is_causal=plan.visible.is_causal, scale=scale
         )
     dquery, dkey, dvalue = (torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value))
-    for task in plan.tasks():
+    for index, task in enumerate(plan.tasks()):
+        if not plan.is_mine(index):
+            continue
         keys, values = (_gather(task, x) if task.loads else x for x in (key, value))
         for call in (c for i in range(len(task.rows)) for c in _calls(task, i, plan.visible)):
             rows, columns = slice(*call.queries), slice(*call.keys)

@@ -3,9 +3,9 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from fulgurite.strategies.federated import FederatedStrategy
-from fulgurite.strategies.stream_cqsa import StreamCQSAStrategy
+from fulgurite.strategies.stream_cqsa import StreamCQSADDPStrategy, StreamCQSAStrategy
 
-__all__ = ["FederatedStrategy", "StreamCQSAStrategy"]
+__all__ = ["FederatedStrategy", "StreamCQSADDPStrategy", "StreamCQSAStrategy"]
 
 StrategyRegistry.register(
     "federated",
@@ -16,4 +16,9 @@ StrategyRegistry.register(
     "stream_cqsa",
     StreamCQSAStrategy,
     description="Exact attention in a memory budget, for any model.",
+)
+StrategyRegistry.register(
+    "stream_cqsa_ddp",
+    StreamCQSADDPStrategy,
+    description="Exact attention in a memory budget, its tasks shared by several devices.",
 )

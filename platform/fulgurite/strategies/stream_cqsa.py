@@ -1,4 +1,4 @@
-"""Streams the attention of any model within a memory budget, on one device.
+"""Streams the attention of any model within a memory budget.
 
 Source: Stream-CQSA, arXiv 2604.20819; its use in Lightning: card section 5.
 """
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
@@ -24,86 +24,39 @@ from fulgurite.errors import ConfigError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["StreamCQSAStrategy", "streamed_sdpa"]
+__all__ = ["StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
 
 _NAME = "stream_cqsa"
 
 
-class StreamCQSAStrategy(SingleDeviceStrategy):
-    """Runs all attention of a model in a memory budget, with the exact result.
+class _StreamsAttention(Strategy):
+    """Puts a backend in place of a model's attention while a run lasts."""
 
-    Attention is reached in three ways, tried together: modules with an ``attention_backend``
-    (the protocol of :mod:`fulgurite.attention`); Hugging Face models, through their
-    ``AttentionInterface``; and, if asked, every call of
-    ``torch.nn.functional.scaled_dot_product_attention``. What was there before comes back when
-    the run ends.
+    backend: Streamed
+    intercept_sdpa: bool
+    offload_activations: bool
+    _undo: list[Callable[[], None]]
 
-    By name, ``--trainer.strategy=stream_cqsa`` takes the defaults; with arguments it is
-    ``--trainer.strategy.class_path=fulgurite.strategies.StreamCQSAStrategy
-    --trainer.strategy.init_args.memory_budget=2GiB``.
-
-    Args:
-        memory_budget: Most that attention holds at once: bytes, ``"2GiB"``, a fraction of the
-            device, ``"auto"`` for what is free at each call, None for no limit.
-        schedule: ``auto``, ``whole``, ``heads``, ``rect`` or ``cqs``.
-        intercept_sdpa: Also replace PyTorch's own function while the run lasts, for models that
-            know none of the protocols. Names bound by ``from torch.nn.functional import …``
-            before cannot be reached.
-        offload_activations: Keep what is saved for backward in (pinned) host memory.
-        accelerator: Set by the Trainer.
-        checkpoint_io: Set by the Trainer.
-        precision_plugin: Set by the Trainer.
-
-    Raises:
-        ConfigError: The budget cannot be read, several devices are asked for, or nothing of the
-            model's attention was reached.
-    """
-
-    strategy_name = _NAME
-
-    def __init__(
+    def _prepare(
         self,
-        memory_budget: int | float | str | None = "auto",
-        schedule: Schedule = "auto",
-        intercept_sdpa: bool = False,
-        offload_activations: bool = False,
-        accelerator: Any = None,
-        checkpoint_io: Any = None,
-        precision_plugin: Any = None,
+        memory_budget: int | float | str | None,
+        schedule: Schedule,
+        intercept_sdpa: bool,
+        offload_activations: bool,
+        distributed: bool,
     ) -> None:
-        super().__init__(
-            accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
-        )
+        """Keep the options.
+
+        Raises:
+            ConfigError: The budget cannot be read.
+        """
         if isinstance(memory_budget, str) and memory_budget.replace(".", "", 1).isdigit():
             # the command line gives a number as text where text is allowed
             memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
         parse_budget(memory_budget, torch.device("cpu"))
-        self.backend = Streamed(memory_budget, schedule)
+        self.backend = Streamed(memory_budget, schedule, distributed)
         self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
-        self._undo: list[Callable[[], None]] = []
-        self._devices: list[torch.device] = []
-
-    # --- the device ----------------------------------------------------------------------------
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The device, once the Trainer has given it."""
-        return self._devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        # without this property Lightning would leave the CPU as device and ignore devices=2
-        devices = list(devices or [])
-        if len(devices) > 1:
-            raise ConfigError(
-                f"The strategy {_NAME} runs on one device, and {len(devices)} are asked for.",
-                "Use --trainer.devices=1.",
-            )
-        self._devices = devices
-        if devices:
-            self._root_device = devices[0]
-
-    # --- installing and removing the backend ---------------------------------------------------
+        self._undo = []
 
     def setup(self, trainer: Trainer) -> None:
         """Put the backend in place, after the model has moved."""
@@ -220,6 +173,116 @@ class StreamCQSAStrategy(SingleDeviceStrategy):
                 "--trainer.strategy.init_args.intercept_sdpa=true if the model calls "
                 "torch.nn.functional.scaled_dot_product_attention.",
             )
+
+
+class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
+    """Runs all attention of a model in a memory budget, with the exact result.
+
+    Attention is reached in three ways, tried together: modules with an ``attention_backend``
+    (the protocol of :mod:`fulgurite.attention`); Hugging Face models, through their
+    ``AttentionInterface``; and, if asked, every call of
+    ``torch.nn.functional.scaled_dot_product_attention``. What was there before comes back when
+    the run ends.
+
+    By name, ``--trainer.strategy=stream_cqsa`` takes the defaults; with arguments it is
+    ``--trainer.strategy.class_path=fulgurite.strategies.StreamCQSAStrategy
+    --trainer.strategy.init_args.memory_budget=2GiB``.
+
+    Args:
+        memory_budget: Most that attention holds at once: bytes, ``"2GiB"``, a fraction of the
+            device, ``"auto"`` for what is free at each call, None for no limit.
+        schedule: ``auto``, ``whole``, ``heads``, ``rect`` or ``cqs``.
+        intercept_sdpa: Also replace PyTorch's own function while the run lasts, for models that
+            know none of the protocols. Names bound by ``from torch.nn.functional import …``
+            before cannot be reached.
+        offload_activations: Keep what is saved for backward in (pinned) host memory.
+        accelerator: Set by the Trainer.
+        checkpoint_io: Set by the Trainer.
+        precision_plugin: Set by the Trainer.
+
+    Raises:
+        ConfigError: The budget cannot be read, several devices are asked for, or nothing of the
+            model's attention was reached.
+    """
+
+    strategy_name = _NAME
+
+    def __init__(
+        self,
+        memory_budget: int | float | str | None = "auto",
+        schedule: Schedule = "auto",
+        intercept_sdpa: bool = False,
+        offload_activations: bool = False,
+        accelerator: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
+        )
+        self._prepare(
+            memory_budget, schedule, intercept_sdpa, offload_activations, distributed=False
+        )
+        self._devices: list[torch.device] = []
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The device, once the Trainer has given it."""
+        return self._devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        # without this property Lightning would leave the CPU as device and ignore devices=2
+        devices = list(devices or [])
+        if len(devices) > 1:
+            raise ConfigError(
+                f"The strategy {_NAME} runs on one device, and {len(devices)} are asked for.",
+                "Use --trainer.devices=1, or --trainer.strategy=stream_cqsa_ddp.",
+            )
+        self._devices = devices
+        if devices:
+            self._root_device = devices[0]
+
+
+class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
+    """The same over several devices, which share the tasks of each attention.
+
+    All ranks get the same batches and have the same model; only attention is divided, so that
+    its time, not the memory of the rest, falls with the number of devices. Results are merged by
+    all-reduce.
+
+    Args:
+        memory_budget: See :class:`StreamCQSAStrategy`; of each device. The smallest counts.
+        schedule: ``auto``, ``rect`` or ``cqs``.
+        intercept_sdpa: See :class:`StreamCQSAStrategy`.
+        offload_activations: See :class:`StreamCQSAStrategy`.
+        process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
+
+    Raises:
+        ConfigError: See :class:`StreamCQSAStrategy`.
+
+    Source: card section 1.10; within Lightning: section 5.
+    """
+
+    strategy_name = f"{_NAME}_ddp"
+
+    def __init__(
+        self,
+        memory_budget: int | float | str | None = "auto",
+        schedule: Schedule = "auto",
+        intercept_sdpa: bool = False,
+        offload_activations: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend)
+        self._prepare(
+            memory_budget, schedule, intercept_sdpa, offload_activations, distributed=True
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Every rank sees the whole batch."""
+        return {"num_replicas": 1, "rank": 0}
 
 
 def _restoring(module: nn.Module, name: str) -> Callable[[], None]:

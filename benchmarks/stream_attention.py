@@ -1,0 +1,233 @@
+"""Streamed attention: time against one call, schedules, memory, and what the planner predicts."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import ratios, report, spread, take_turns
+from fulgurite.attention import plan, stream_attention
+from fulgurite.attention.planning import Costs, Shape, format_bytes, make_plan
+from fulgurite.attention.tiles import Visibility
+from fulgurite.errors import ConfigError
+
+WIDTH = 64
+GRAD = (False, True)
+
+
+def tensors(tokens: int, heads: int, grad: bool) -> list[Tensor]:
+    """Query, key and value of unit variance."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, heads, tokens, WIDTH)
+    return [torch.randn(shape, generator=generator).requires_grad_(grad) for _ in "qkv"]
+
+
+def runner(attention: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> Any:
+    """Forward, and backward where inputs want gradients."""
+
+    def run() -> None:
+        out = attention(*inputs, **options)
+        if out.requires_grad:
+            torch.autograd.grad(out.sum(), inputs)
+
+    return run
+
+
+def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
+    """Times against ``F.scaled_dot_product_attention``, in turns."""
+    rows = []
+    for tokens, causal, grad in itertools.product((8192, 16384, 32768, 65536), GRAD, GRAD):
+        if tokens == 65536 and grad:  # a minute each
+            continue
+        inputs = tensors(tokens, 1, grad)
+        whole = 4 * inputs[0].nbytes
+        contestants = {"sdpa": runner(F.scaled_dot_product_attention, inputs, is_causal=causal)}
+        plans = {}
+        for schedule, share in itertools.product(("rect", "cqs"), (8, 32)):
+            options = {
+                "is_causal": causal, "memory_budget": whole // share, "schedule": schedule,
+            }  # fmt: skip
+            name = f"{schedule} 1/{share}"
+            costs = Costs.measured(torch.device("cpu"), torch.float32, WIDTH)
+            try:
+                plans[name] = make_plan(
+                    Shape(1, 1, 1, WIDTH, torch.float32),
+                    Visibility(tokens, tokens, is_causal=causal),
+                    whole // share, schedule, backward=grad, costs=costs,
+                )  # fmt: skip
+            except ConfigError:
+                continue  # quorums of so few tokens do not fit
+            contestants[name] = runner(stream_attention, inputs, **options)
+        seconds = take_turns(contestants, 5 if tokens <= 8192 else 3 if tokens <= 16384 else 1)
+        raw[f"{tokens} causal={causal} backward={grad}"] = seconds
+        for name, chosen in plans.items():
+            cut = f"{chosen.chunks} chunks" if chosen.chunks else "{} x {}".format(*chosen.tile)
+            rows.append({
+                "N": str(tokens),
+                "causal": "yes" if causal else "no",
+                "pass": "forward + backward" if grad else "forward",
+                "schedule, budget": name,
+                "cut": cut,
+                "one call [s]": spread(seconds["sdpa"]),
+                "time / one call": spread(ratios(seconds[name], seconds["sdpa"])),
+                "predicted / measured": "–" if grad else (
+                    f"{chosen.seconds / (sum(seconds[name]) / len(seconds[name])):.2f}"
+                ),
+            })  # fmt: skip
+    return rows
+
+
+def schedules(raw: dict[str, Any]) -> list[dict[str, str]]:
+    """The three ways to cut at equal budgets."""
+    inputs = tensors(8192, 8, False)
+    rows = []
+    for budget in ("16MiB", "4MiB"):
+        contestants, plans = {}, {}
+        for schedule in ("heads", "rect", "cqs"):
+            options = {"is_causal": True, "memory_budget": budget, "schedule": schedule}
+            try:
+                plans[schedule] = plan(*inputs[:2], **options)  # type: ignore[arg-type]
+            except ConfigError:
+                continue  # one head alone is larger
+            contestants[schedule] = runner(stream_attention, inputs, **options)
+        seconds = take_turns(contestants, 3)
+        raw[f"schedules {budget}"] = seconds
+        rows += [
+            {
+                "budget": budget,
+                "schedule": name,
+                "peak": format_bytes(chosen.peak_bytes),
+                "bytes moved": format_bytes(chosen.moved_bytes),
+                "seconds": spread(seconds[name]),
+            }
+            for name, chosen in plans.items()
+        ]
+    return rows
+
+
+MEMORY = """
+import sys
+import torch
+from fulgurite.attention import attend_files, files, memory_mapped
+torch.set_num_threads(1)
+folder, tokens, budget = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(x.split()[1]) * 1024 for x in file if x.startswith("RssAnon"))
+
+shape = (1, 1, tokens, 64)
+q, k, v, out = (memory_mapped(f"{folder}/{n}", shape, torch.float32, create=True) for n in "qkvo")
+lse = memory_mapped(f"{folder}/l", shape[:-1], torch.float32, create=True)
+for x in (q, k, v):
+    for at in range(0, tokens, 512):
+        x[:, :, at : at + 512] = torch.randn(1, 1, min(512, tokens - at), 64)
+small = torch.zeros(1, 1, 64, 64)
+files.attend_files(small, small, small, small.clone(), torch.zeros(1, 1, 64), progress=False)
+commit, before, peak = files.commit_, anonymous(), 0
+
+def watching(*args, **kwargs):
+    global peak
+    peak = max(peak, anonymous() - before)
+    commit(*args, **kwargs)
+
+files.commit_ = watching
+plan = attend_files(
+    q, k, v, out, lse, is_causal=True, memory_budget=budget, schedule="rect", progress=False
+)
+print(plan.peak_bytes, peak)
+"""
+
+
+def memory(raw: dict[str, Any]) -> list[dict[str, str]]:
+    """Memory of memory-mapped runs as the sequence doubles."""
+    rows, budget = [], 2**20
+    for tokens in (1024 * 2**i for i in range(7)):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, "-c", MEMORY, folder, str(tokens), str(budget)],
+                check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+            )  # fmt: skip
+        planned, grown = map(int, done.stdout.split())
+        raw[f"memory {tokens}"] = [planned, grown]
+        rows.append({
+            "N": str(tokens),
+            "Q, K, V and out": format_bytes(4 * tokens * WIDTH * 4),
+            "budget": format_bytes(budget),
+            "planned peak": format_bytes(planned),
+            "growth of anonymous memory": format_bytes(grown),
+        })  # fmt: skip
+    return rows
+
+
+def predictions() -> list[dict[str, str]]:
+    """What the planner says of sequences that nobody ran here."""
+    costs = Costs(flops=4e14, bandwidth=5e10, call=2e-5, merge=2e-12)
+    rows = []
+    for tokens in (10**6, 10**7, 10**8, 10**9):
+        for budget in (2**30, 8 * 2**30):
+            chosen = make_plan(
+                Shape(1, 1, 1, WIDTH, torch.bfloat16),
+                Visibility(tokens, tokens, is_causal=True),
+                budget, "auto", resident=False, costs=costs,
+            )  # fmt: skip
+            cut = "whole" if chosen.schedule == "whole" else "{} x {}".format(*chosen.tile)
+            rows.append({
+                "N": f"{tokens:.0e}",
+                "budget": format_bytes(budget),
+                "schedule": f"{chosen.schedule}, {cut}",
+                "peak": format_bytes(chosen.peak_bytes),
+                "moved": format_bytes(chosen.moved_bytes),
+                "hours, predicted": f"{chosen.seconds / 3600:.3g}",
+            })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write the tables."""
+    torch.set_num_threads(1)
+    raw: dict[str, Any] = {}
+    for name, title, notes, measure in (
+        ("stream_attention", "Streamed attention against one call", NOTES, against_one_call),
+        ("stream_schedules", "Ways to cut attention", SCHEDULES, schedules),
+        ("stream_memory", "Memory of streamed attention", MEMORY_NOTES, memory),
+    ):
+        raw = {}
+        rows = measure(raw)
+        report(name, title, notes, rows, raw)
+    report("stream_predictions", "Predicted, not measured", PREDICTED, predictions(), {})
+
+
+NOTES = """
+One head of 64 numbers, float32, one thread. The budget is a share of the bytes of query, key, value
+and out together; all calls take turns. Ratios above 1 are slower than one call of
+`F.scaled_dot_product_attention`. The last column is the planner's time, with the machine's measured
+costs, over that measured.
+"""
+
+SCHEDULES = """
+8 heads of 64 numbers, N = 8192, causal, float32, one thread. Bytes moved are those that a device
+apart from the tensors would load and store. `heads` needs a whole head at once.
+"""
+
+MEMORY_NOTES = """
+Memory-mapped float32 tensors of one head, causal, `schedule="rect"`, budget 1 MiB. Anonymous memory
+includes the buffers of the kernel itself, which the plan does not count.
+"""
+
+PREDICTED = """
+The planner's figures for one causal head of 64 numbers in bfloat16, with tensors in host memory, on
+a device assumed to do 4e14 operations and to copy 5e10 bytes per second. Nothing here was run.
+"""
+
+if __name__ == "__main__":
+    main()

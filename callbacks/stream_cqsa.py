@@ -1,0 +1,110 @@
+"""What streamed attention does in each step: memory, traffic and time."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fulgurite.attention import Streamed
+from fulgurite.attention.planning import format_bytes, parse_budget
+from fulgurite.logging import log_figure
+from fulgurite.plotting import new_figure
+
+__all__ = ["AttentionMonitor"]
+
+_MIB = 2**20
+
+
+class AttentionMonitor(Callback):
+    """Logs memory and traffic of attention by training step, and draws a timeline.
+
+    Logged at every step: ``attention/calls``, ``attention/moved_mib`` (what the plans of the
+    forward passes load and store) and ``attention/peak_mib`` (what the plan of the last call holds
+    at once); ``memory/step_mib`` (most memory that the step took on the device: on a GPU what
+    torch allocated, on the CPU the anonymous memory of the process at the end of the step) and
+    ``time/step`` [s]. Without :class:`~fulgurite.strategies.StreamCQSAStrategy` only the last two.
+
+    Args:
+        explain: Print the plan of the first step.
+        figure: Draw the timeline when training ends.
+
+    Source: inferred.
+    """
+
+    def __init__(self, explain: bool = True, figure: bool = True) -> None:
+        self.explain, self.figure = explain, figure
+        self.history: list[dict[str, float]] = []
+        self._before = (0, 0)
+        self._begun = 0.0
+
+    def _backend(self, trainer: Trainer) -> Streamed | None:
+        backend = getattr(trainer.strategy, "backend", None)
+        return backend if isinstance(backend, Streamed) else None
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember where the step begins."""
+        if backend := self._backend(trainer):
+            self._before = backend.calls, backend.moved_bytes
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._begun = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the step took."""
+        facts = {
+            "memory/step_mib": _memory(pl_module.device) / _MIB,
+            "time/step": time.perf_counter() - self._begun,
+        }
+        backend = self._backend(trainer)
+        if backend and backend.plan:
+            facts |= {
+                "attention/calls": float(backend.calls - self._before[0]),
+                "attention/moved_mib": (backend.moved_bytes - self._before[1]) / _MIB,
+                "attention/peak_mib": backend.plan.peak_bytes / _MIB,
+            }
+            if self.explain and not self.history and trainer.is_global_zero:
+                print(backend.plan.explain())
+        pl_module.log_dict(facts, on_step=True, on_epoch=False, batch_size=1)
+        self.history.append(facts)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw memory, traffic and time by step."""
+        if not (self.figure and self.history and trainer.is_global_zero):
+            return
+        titles = {
+            "memory/step_mib": "memory of a step [MiB]",
+            "attention/peak_mib": "held by attention at once [MiB]",
+            "attention/moved_mib": "loaded and stored by attention [MiB]",
+            "time/step": "time of a step [s]",
+        }
+        shown = [key for key in titles if key in self.history[0]]
+        figure, axes = new_figure(1, len(shown))
+        for ax, key in zip(axes[0], shown, strict=True):
+            ax.plot([facts[key] for facts in self.history])
+            ax.set(title=titles[key], xlabel="step")
+            ax.set_ylim(bottom=0)
+        backend = self._backend(trainer)
+        if backend and backend.memory_budget is not None:
+            budget = parse_budget(backend.memory_budget, pl_module.device) or 0
+            ax = axes[0][shown.index("attention/peak_mib")]
+            ax.set_xlabel(f"step (budget {format_bytes(budget)})")
+        log_figure(trainer, "attention", figure)
+
+
+def _memory(device: torch.device) -> int:
+    """Memory of the device that is or was taken [bytes]."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["RssAnon"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0

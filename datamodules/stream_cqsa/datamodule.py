@@ -1,0 +1,339 @@
+"""Long sequences for language models: bytes of real text, or needles in a haystack.
+
+Shapes: B mini-batch, N tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
+from fulgurite.datamodules.stream_cqsa.text import (
+    STDLIB,
+    ByteText,
+    ConsecutiveWindows,
+    RandomWindows,
+    cached_text,
+    find_files,
+    split_ranges,
+)
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.sampling import UnrepeatedDistributedSampler, sampler_ranks
+
+__all__ = ["ByteTextDataModule", "DrawSampler", "NeedleDataModule"]
+
+_TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
+
+
+class DrawSampler(UnrepeatedDistributedSampler):
+    """Numbers draws through all epochs and ranks, so that none comes twice.
+
+    Lightning calls :meth:`set_epoch`, also after a restart, and leaves this sampler in place.
+
+    Args:
+        draws: Draws of one epoch on one rank.
+        ranks: Rank and number of ranks; those of the process group by default.
+
+    Example:
+        >>> sampler = DrawSampler(3)
+        >>> sampler.set_epoch(2)
+        >>> list(sampler)
+        [6, 7, 8]
+    """
+
+    def __init__(self, draws: int, ranks: tuple[int, int] | None = None) -> None:
+        super().__init__(draws, ranks)
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[int]:
+        size = self.draws * self.num_replicas
+        first = self.epoch * size + self.rank
+        return iter(range(first, first + size, self.num_replicas))
+
+    def __len__(self) -> int:
+        return self.draws
+
+
+def _check(name: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise ConfigError(
+            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {least} or more."
+        )
+
+
+def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give the one sequence an axis B; file starts stay integers."""
+    (item,) = batch
+    return item | {name: item[name][None] for name in ("tokens", "targets")}
+
+
+def _loader(
+    data: Dataset[Any],
+    sampler: Sampler[int],
+    batch_size: int,
+    num_workers: int,
+    single: bool = False,
+) -> DataLoader[Any]:
+    return DataLoader(
+        data,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_only if single else None,
+        generator=torch.Generator(),  # loading leaves the run's randomness alone
+    )
+
+
+class ByteTextDataModule(L.LightningDataModule):
+    """Language modelling on the bytes of files: a token is a byte, the target the next one.
+
+    Batches are ``{"tokens": (B, N) int64, "targets": (B, N) int64}``. The files are written one
+    after the other to a memory-mapped cache, and its beginning is training, its end test, what is
+    between validation. Training windows lie at random places, which seed, epoch and number
+    decide; those of validation and test follow each other.
+
+    Args:
+        paths: Files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``;
+            ``stdlib`` or ``null`` for the sources of Python's standard library, about 12 MB of
+            real text that is on every machine (but is another one for another Python).
+        suffixes: What names of files in folders end with.
+        length: Tokens N of a sequence.
+        batch_size: Sequences of a batch, on each rank.
+        val_fraction: Fraction of the bytes for validation; 0 for none.
+        test_fraction: Fraction of the bytes for test and prediction; 0 for none.
+        num_workers: Processes that read; batches do not depend on it.
+        seed: Seed of the training windows, apart from the seed of the run.
+        documents: Add ``"documents"``, the first tokens of the files in the window as a tuple of
+            integers from 0, and set targets in another file than their input to -100. Batches
+            must be of one sequence, since others would have other borders.
+        steps_per_epoch: Training batches of one epoch on each rank; as many as cover the text
+            about once if not given.
+        val_sequences: Keep at most this many validation windows, spread evenly; ``null`` for all.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: inferred.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | str | None = None,
+        suffixes: list[str] = [".txt", ".md", ".rst", ".py"],  # noqa: B006  # copied below
+        length: int = 1024,
+        batch_size: int = 8,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        num_workers: int = 0,
+        seed: int = 0,
+        documents: bool = False,
+        steps_per_epoch: int | None = None,
+        val_sequences: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check("length", length)
+        _check("batch_size", batch_size)
+        _check("num_workers", num_workers, 0)
+        _check("seed", seed, 0)
+        if steps_per_epoch is not None:
+            _check("steps_per_epoch", steps_per_epoch)
+        if val_sequences is not None:
+            _check("val_sequences", val_sequences)
+        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ConfigError(
+                f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
+                "Set `--data.init_args.val_fraction` and `--data.init_args.test_fraction` to 0 or "
+                "more, below 1 together.",
+            )
+        if documents and batch_size != 1:
+            raise ConfigError(
+                f"File borders are asked for in batches of {batch_size} sequences, which would "
+                "each have their own.",
+                "Set `--data.init_args.batch_size=1`, or `--data.init_args.documents=false`.",
+            )
+        self.save_hyperparameters(logger=False)
+        self.paths = [paths or STDLIB] if isinstance(paths, str | None) else list(paths)
+        self.suffixes = list(suffixes)
+        self.length = length
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.num_workers = num_workers
+        self.seed = seed
+        self.documents = documents
+        self.steps_per_epoch = steps_per_epoch
+        self.val_sequences = val_sequences
+        self._prepared: ByteText | None = None
+        self._ready = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens, known before :meth:`setup`."""
+        return 256
+
+    def prepare_data(self) -> None:
+        """Fill the cache, once per machine.
+
+        Raises:
+            DataError: There is no text, or it cannot be read.
+        """
+        # only saves this process from reading all files again in `setup`
+        self._prepared = cached_text(find_files(self.paths, self.suffixes))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the text and split it; does nothing the second time.
+
+        Raises:
+            DataError: There is no text, or less than one sequence of it for a split.
+        """
+        if self._ready:
+            return
+        #: All bytes, mapped.
+        self.text = self._prepared or cached_text(find_files(self.paths, self.suffixes))
+        #: The bytes of training, validation and test.
+        self.parts = split_ranges(len(self.text), self.val_fraction, self.test_fraction)
+        fractions = 1.0, self.val_fraction, self.test_fraction
+        for name, part, fraction in zip(
+            ("training", "validation", "test"), self.parts, fractions, strict=True
+        ):
+            if fraction and len(part) <= self.length:
+                sizes = " + ".join(f"{len(part):,}" for part in self.parts)
+                raise DataError(
+                    f"The text of {name} has {len(part):,} bytes, and a sequence of "
+                    f"{self.length:,} tokens needs {self.length + 1:,} (the {len(self.text):,} "
+                    f"bytes are split into {sizes} for training, validation and test).",
+                    "Give more text in `--data.init_args.paths`, shorten `--data.init_args.length`,"
+                    " or change `--data.init_args.val_fraction` and `test_fraction` (0 for none).",
+                )
+        train, val, test = self.parts
+        share = self.length * self.batch_size * sampler_ranks(self.trainer)[1]
+        self._draws = (self.steps_per_epoch or max(1, len(train) // share)) * self.batch_size
+        self._train = RandomWindows(
+            self.text, train, self.length, self._draws, self.seed, self.documents
+        )
+        self._val = ConsecutiveWindows(
+            self.text, val, self.length, self.val_sequences, self.documents
+        )
+        self._test = ConsecutiveWindows(self.text, test, self.length, None, self.documents)
+        self._ready = True
+
+    def _evaluation(self, data: ConsecutiveWindows) -> DataLoader[Any] | list[Any]:
+        if not len(data):
+            return []
+        sampler = UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer))
+        return _loader(data, sampler, self.batch_size, self.num_workers, self.documents)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of random windows, other ones in each epoch and on each rank."""
+        sampler = DrawSampler(self._draws, sampler_ranks(self.trainer))
+        return _loader(self._train, sampler, self.batch_size, self.num_workers, self.documents)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of validation windows, if there is a validation split."""
+        return self._evaluation(self._val)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of test windows, if there is a test split."""
+        return self._evaluation(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the batches of :meth:`test_dataloader`."""
+        return self.test_dataloader()
+
+
+class NeedleDataModule(L.LightningDataModule):
+    """Retrieval at any length: the value of a key has to be found in random filler.
+
+    Batches are ``{"tokens": (B, N) int64, "targets": (B, N) int64, "depth": (B,) float32}``. A
+    sequence hides needles ``MARK key value`` at random places and ends with ``QUERY key``; the
+    target at its last token is the value, all others are -100. The depth [0 to 1] is where the
+    needle lies. Sequences are generated when they are needed, from seed, split and number.
+
+    Args:
+        length: Tokens N of a sequence.
+        keys: Number of key tokens.
+        values: Number of value tokens.
+        filler: Number of filler tokens.
+        needles: Needles in a sequence, with distinct keys; one of them is asked for.
+        train_size: Training sequences, in another order in each epoch.
+        val_size: Validation sequences; 0 for none.
+        test_size: Test sequences, also used for prediction; 0 for none.
+        batch_size: Sequences of a batch, on each rank.
+        seed: Seed of all sequences, apart from the seed of the run.
+        next_token: Make each target the next token, instead of the answer alone.
+        num_workers: Processes that generate; batches do not depend on it.
+
+    Raises:
+        ConfigError: An argument is out of range, or the needles do not fit.
+
+    Source: inferred; the retrieval test of long-context language models.
+    """
+
+    def __init__(
+        self,
+        length: int = 1024,
+        keys: int = 16,
+        values: int = 16,
+        filler: int = 64,
+        needles: int = 1,
+        train_size: int = 1024,
+        val_size: int = 128,
+        test_size: int = 256,
+        batch_size: int = 8,
+        seed: int = 0,
+        next_token: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _check("train_size", train_size)
+        _check("val_size", val_size, 0)
+        _check("test_size", test_size, 0)
+        _check("batch_size", batch_size)
+        _check("seed", seed, 0)
+        _check("num_workers", num_workers, 0)
+        self.task = NeedleTask(length, keys, values, filler, needles, next_token)
+        self.save_hyperparameters(logger=False)
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._train = Needles(self.task, train_size, seed, _TRAIN)
+        self._val = Needles(self.task, val_size, seed, _VAL)
+        self._test = Needles(self.task, test_size, seed, _TEST)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens, known before :meth:`setup`."""
+        return self.task.vocab_size
+
+    def _evaluation(self, data: Needles) -> DataLoader[Any] | list[Any]:
+        if not len(data):
+            return []
+        sampler = UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer))
+        return _loader(data, sampler, self.batch_size, self.num_workers)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of all training sequences, in an order of seed and epoch."""
+        rank, world = sampler_ranks(self.trainer)
+        # not shuffle=True, whose order after a restart is not that of an uninterrupted run
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self._train, num_replicas=world, rank=rank, seed=self.seed
+        )
+        return _loader(self._train, sampler, self.batch_size, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of validation sequences, if there are any."""
+        return self._evaluation(self._val)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of test sequences, if there are any."""
+        return self._evaluation(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the batches of :meth:`test_dataloader`."""
+        return self.test_dataloader()

@@ -1,0 +1,139 @@
+"""Losses of long sequences, without logits of all tokens at once, and masking.
+
+Axes: B batch, N tokens, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["IGNORED", "Head", "chunked_cross_entropy", "mask_tokens", "token_scores"]
+
+#: Target of tokens that have none.
+IGNORED = -100
+
+#: Weight of a linear head (V, E), or what maps hidden states (..., E) to logits (..., V).
+Head = Tensor | Callable[[Tensor], Tensor]
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> Tensor:
+    """Mean cross-entropy, computed a chunk of tokens at a time, also in backward.
+
+    Args:
+        hidden: Shape: (B, N, E).
+        head: Weight (V, E), or a function from hidden states to logits.
+        targets: Class of each token; -100 where there is none. Shape: (B, N).
+        chunk: Tokens of each sequence at a time.
+
+    Returns:
+        Mean over the tokens with a target, 0 if there are none; in float32, or float64 for float64.
+        Shape: ().
+
+    Raises:
+        ConfigError: ``chunk`` is below 1.
+
+    Example:
+        >>> hidden, weight = torch.eye(4)[None], torch.eye(4)
+        >>> targets = torch.tensor([[0, 1, 2, -100]])
+        >>> chunked_cross_entropy(hidden, weight, targets, chunk=3)
+        tensor(0.7437)
+
+    Source: inferred; equal to :func:`torch.nn.functional.cross_entropy`.
+    """
+    _check(chunk)
+    total = torch.zeros((), device=hidden.device)
+    for start in range(0, targets.shape[1], chunk):
+        part = slice(start, start + chunk)
+        arguments = hidden[:, part], head, targets[:, part]
+        if torch.is_grad_enabled():
+            loss = recomputed(_summed, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            loss = _summed(*arguments)
+        total = total + loss
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and most likely class of each token, computed a chunk at a time.
+
+    Args:
+        hidden: Shape: (B, N, E).
+        head: See :func:`chunked_cross_entropy`.
+        targets: Shape: (B, N).
+        chunk: Tokens of each sequence at a time.
+
+    Returns:
+        Losses in nats, 0 where there is no target, and classes. Shapes: (B, N).
+
+    Raises:
+        ConfigError: ``chunk`` is below 1.
+
+    Example:
+        >>> hidden, targets = 9 * torch.eye(4)[None], torch.tensor([[0, 1, 3, -100]])
+        >>> losses, predicted = token_scores(hidden, torch.eye(4), targets, chunk=3)
+        >>> losses.round(decimals=1), predicted
+        (tensor([[0., 0., 9., 0.]]), tensor([[0, 1, 2, 3]]))
+    """
+    _check(chunk)
+    losses, predicted = [], []
+    for start in range(0, targets.shape[1], chunk):
+        part = slice(start, start + chunk)
+        logits = _logits(hidden[:, part], head)
+        loss = F.cross_entropy(logits.mT, targets[:, part], ignore_index=IGNORED, reduction="none")
+        losses.append(loss)
+        predicted.append(logits.argmax(-1))
+    return torch.cat(losses, 1), torch.cat(predicted, 1)
+
+
+def mask_tokens(
+    tokens: Tensor, share: float, mask_token: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hide a share of the tokens of each sequence, at least one.
+
+    Args:
+        tokens: Shape: (B, N), N at least 1.
+        share: Between 0 and 1.
+        mask_token: Put in the place of hidden tokens.
+        generator: On the CPU, so that every device hides the same tokens.
+
+    Returns:
+        Tokens with some hidden, and targets: the hidden tokens, else -100. Shapes: (B, N).
+
+    Example:
+        >>> tokens, generator = torch.arange(4)[None], torch.Generator().manual_seed(0)
+        >>> mask_tokens(tokens, 0.5, 9, generator)
+        (tensor([[9, 9, 2, 3]]), tensor([[   0,    1, -100, -100]]))
+
+    Source: BERT, arXiv 1810.04805, section 3.1; a fixed number, always the mask token: inferred.
+    """
+    count = max(1, round(share * tokens.shape[1]))
+    hidden = torch.rand(tokens.shape, generator=generator).topk(count, dim=1).indices
+    hides = torch.zeros(tokens.shape, dtype=torch.bool).scatter_(1, hidden, True).to(tokens.device)
+    return tokens.masked_fill(hides, mask_token), tokens.masked_fill(~hides, IGNORED)
+
+
+def _summed(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    logits = _logits(hidden, head).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    """Logits, at least in float32: sums over a vocabulary need it."""
+    logits = F.linear(hidden, head) if isinstance(head, Tensor) else head(hidden)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check(chunk: int) -> None:
+    if chunk < 1:
+        raise ConfigError(
+            f"A loss of {chunk} tokens at a time is none.",
+            "Give --model.init_args.loss_chunk of at least 1.",
+        )
