@@ -72,6 +72,23 @@ def test_streamed_attention_trains_to_the_same_weights(fit, weights):
     assert Path("streamed/test_metrics.json").is_file()
 
 
+def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, start, weights):
+    name = "stream_cqsa/smoke.yaml"
+    process = start(
+        "fit", "--config", name, "--run.dir=ranks",
+        "--trainer.strategy.class_path=fulgurite.strategies.StreamCQSADDPStrategy",
+        "--trainer.strategy.init_args.memory_budget=64KiB",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    fit("--run.dir=alone", config=name)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    alone, ranks = (weights(f"{run}/checkpoints/last.ckpt") for run in ("alone", "ranks"))
+    assert alone.keys() == ranks.keys()
+    for key in alone:
+        torch.testing.assert_close(ranks[key], alone[key], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("pl_bolts"), reason="lightning-bolts is absent")
 def test_the_configuration_with_bolts_learns(fit):
     cli = fit("--trainer.max_epochs=3", config="fedsir/digits_lars.yaml")

@@ -28,6 +28,7 @@ from fulgurite.models.stream_cqsa import (
     mask_tokens,
     token_scores,
 )
+from fulgurite.strategies import StreamCQSAStrategy
 
 LLAMA = {
     "model_type": "llama",
@@ -490,3 +491,23 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match="pip install transformers"):
         HuggingFaceCausalLM("any")
+
+
+@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config["model_type"])
+def test_hugging_face_models_train_streamed_as_in_core(config, schedule, tmp_path):
+    pytest.importorskip("transformers")
+    trained = []
+    strategy = StreamCQSAStrategy("12KiB", schedule)
+    for chosen in ("auto", strategy):
+        torch.manual_seed(0)
+        network = HuggingFaceCausalLM(config=config, checkpoint=True)
+        model = LanguageModel(network, partial(torch.optim.SGD, lr=0.1))
+        before = network.model.config._attn_implementation
+        run = trainer(tmp_path, 10, strategy=chosen, precision="64-true")
+        run.fit(model, loader(batches(10, tokens=48)))
+        assert network.model.config._attn_implementation == before
+        trained.append([p.detach() for p in network.parameters()])
+    assert strategy.backend.calls == 2 * 10 * 2  # layers x steps, recomputed in backward
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
