@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.attention import plan, stream_attention
+from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.planning import Costs, Shape, format_bytes, make_plan
 from fulgurite.attention.tiles import Visibility
 from fulgurite.errors import ConfigError
@@ -57,7 +58,7 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
                 "is_causal": causal, "memory_budget": whole // share, "schedule": schedule,
             }  # fmt: skip
             name = f"{schedule} 1/{share}"
-            costs = Costs.measured(torch.device("cpu"), torch.float32, WIDTH)
+            costs = measured_costs(torch.device("cpu"), torch.float32, WIDTH)
             try:
                 plans[name] = make_plan(
                     Shape(1, 1, 1, WIDTH, torch.float32),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
 from fulgurite.attention.planning import (
     Budget,
@@ -199,7 +200,7 @@ def _costs(query: Tensor, budget: Budget, distributed: bool) -> Costs | None:
     """Measure the machine only where there is something to choose, and ranks need not agree."""
     if budget is None or distributed:
         return None
-    return Costs.measured(query.device, query.dtype, query.shape[-1])
+    return measured_costs(query.device, query.dtype, query.shape[-1])
 
 
 def check_call(

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from fulgurite.attention.kernels import accumulator_dtype, kernel_for
-from fulgurite.attention.merging import merge_
+from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.quorums import perfect_sizes, quorum
 from fulgurite.attention.schedules import Task, rect_tasks, recursive_tasks
 from fulgurite.attention.tiles import Visibility
@@ -122,47 +120,14 @@ class Costs:
     Args:
         flops: Floating operations of a large tile [1/s].
         bandwidth: Of copies between where tensors lie and the device [bytes/s].
-        call: Overhead of a kernel call [s].
-        merge: Merging one number of a result into an accumulator [s].
+        call: Overhead of a kernel call and the merge of its result [s].
+        merge: What each number of a result costs beside its pairs [s].
     """
 
     flops: float = 5e10
     bandwidth: float = 5e9
     call: float = 3e-5
     merge: float = 1e-9
-
-    @staticmethod
-    @functools.cache
-    def measured(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
-        """Measure the machine; a fraction of a second, once per process."""
-        kernel = kernel_for(device, dtype)
-
-        def seconds(work: Callable[[], object]) -> float:
-            times = []
-            for _ in range(4):
-                start = time.perf_counter()
-                work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - start)
-            return max(min(times), 1e-7)
-
-        def attend(side: int) -> float:
-            q = torch.ones(1, 1, side, head_dim, dtype=dtype, device=device)
-            return seconds(lambda: kernel.forward(q, q, q, is_causal=False, scale=1.0))
-
-        side, call = 2048, attend(_SMALLEST_TILE)
-        out = torch.zeros(1, 1, side, head_dim, dtype=accumulator_dtype(dtype), device=device)
-        lse, part = out[..., 0].contiguous(), out.to(dtype)
-        merged = seconds(lambda: merge_(out, lse, part, lse.clone()))
-        source = torch.empty(2**24, dtype=torch.uint8)
-        copied = seconds(lambda: source.to(device, copy=True))
-        return Costs(
-            flops=4 * side * side * head_dim / max(attend(side) - call, 1e-6),
-            bandwidth=source.numel() / copied,
-            call=call,
-            merge=merged / out.numel(),
-        )
 
 
 @dataclass(frozen=True)

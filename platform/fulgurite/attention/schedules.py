@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fulgurite.attention.quorums import owned_differences, task_chunks
+from fulgurite.attention.quorums import owned_differences, quorum, task_chunks
 from fulgurite.attention.tiles import Range, Visibility
 from fulgurite.errors import ConfigError
 
@@ -81,6 +81,14 @@ def cqs_tasks(visible: Visibility, chunks: int) -> Iterator[Task]:
     return recursive_tasks(visible, chunks, depth=1)
 
 
+def _partners(chunks: int) -> dict[int, set[int]]:
+    """For each element of the quorum those with which it makes a pair that a task owns."""
+    partners: dict[int, set[int]] = {}
+    for a, b in owned_differences(chunks).values():
+        partners.setdefault(a, set()).add(b)
+    return {a: partners.get(a, set()) for a in quorum(chunks)}
+
+
 class _Piece(NamedTuple):
     """A range of tokens of a gathered subsequence, with its chunk at each level."""
 
@@ -111,22 +119,27 @@ def recursive_tasks(visible: Visibility, chunks: int, depth: int) -> Iterator[Ta
         )
     if depth < 1:
         raise ConfigError(f"A depth of {depth} divides nothing.", "Give a depth of at least 1.")
-    owned = set(owned_differences(chunks).values())
+    owned = _partners(chunks)
     for path in itertools.product(range(chunks), repeat=depth):
         pieces = [_Piece((0, visible.keys), ())]
         for task in path:
             pieces = _divide(pieces, chunks, task)
         rows = []
         for query in pieces:
+            wanted = [
+                owned[(label - task) % chunks]
+                for label, task in zip(query.labels, path, strict=True)
+            ]
+            first, end = visible.first(query.tokens[0]), visible.end(query.tokens[1] - 1)
             keys = tuple(
                 key.tokens
                 for key in pieces
-                if all(
-                    ((x - task) % chunks, (y - task) % chunks) in owned
-                    for x, y, task in zip(query.labels, key.labels, path, strict=True)
+                if key.tokens[0] < end
+                and key.tokens[1] > first
+                and all(
+                    (label - task) % chunks in partners
+                    for label, task, partners in zip(key.labels, path, wanted, strict=True)
                 )
-                and visible.end(query.tokens[1] - 1) > key.tokens[0]
-                and visible.first(query.tokens[0]) < key.tokens[1]
             )
             if keys:
                 rows.append(Row(query.tokens, keys))

@@ -300,18 +300,20 @@ def _calls(task: Task, index: int, visible: Visibility) -> Iterator[_Call]:
     """The kernel calls of a row: tiles that are neighbours once gathered become one."""
     places = dict(_offsets(task))
     row = task.rows[index]
-    found = [
-        _Call(tile.queries, _local(tile, keys, places), tile.kind, tile.keys)
-        for keys in row.keys
-        for tile in tiles(row.queries, keys, visible)
-    ]
+    top, bottom = row.queries
+    first, end = visible.first(bottom - 1), visible.end(top)  # keys that all queries see
+    found = []
+    for keys in row.keys:
+        shift = places[keys] - keys[0] if places else 0
+        if first <= keys[0] and keys[1] <= end:  # most keys, found without cutting
+            parts = [Tile(row.queries, keys, Kind.FULL)]
+        else:
+            parts = list(tiles(row.queries, keys, visible))
+        for tile in parts:
+            local = tile.keys[0] + shift, tile.keys[1] + shift
+            found.append(_Call(tile.queries, local, tile.kind, tile.keys))
     found.sort(key=lambda call: (call.queries, call.keys))  # neighbours side by side
     yield from _joined(found) if task.loads else found
-
-
-def _local(tile: Tile, keys: Range, places: dict[Range, int]) -> Range:
-    shift = places[keys] - keys[0] if places else 0
-    return tile.keys[0] + shift, tile.keys[1] + shift
 
 
 def _joined(calls: list[_Call]) -> Iterator[_Call]:

@@ -1,0 +1,73 @@
+"""What work costs on this machine, measured as streamed attention does it."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.planning import Costs, Plan, Shape
+from fulgurite.attention.stream import clear_, commit_, units
+from fulgurite.attention.tiles import Visibility
+
+__all__ = ["measured_costs"]
+
+
+@functools.cache
+def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+    """Measure the machine; a fraction of a second, once per process.
+
+    Args:
+        device: Where attention is computed.
+        dtype: Of query, key and value.
+        head_dim: D.
+
+    Source: inferred; the model of time is that of :func:`~fulgurite.attention.plan`.
+    """
+    side = 2048
+    pair = _seconds(device, dtype, head_dim, (side, side), (side, side)) / side**2
+    small = _seconds(device, dtype, head_dim, (128, 128), (16, 16)) / 64
+    call = max(small - 16 * 16 * pair, 1e-7)
+    tall = _seconds(device, dtype, head_dim, (1024, 512), (1024, 16)) / 32
+    merge = max(tall - call - 1024 * 16 * pair, 0.0) / (1024 * head_dim)
+    source = torch.empty(2**24, dtype=torch.uint8)
+    begun = time.perf_counter()
+    source.to(device, copy=True)
+    _wait(device)
+    copied = max(time.perf_counter() - begun, 1e-7)
+    return Costs(
+        flops=4 * head_dim / pair, bandwidth=source.numel() / copied, call=call, merge=merge
+    )
+
+
+def _seconds(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: tuple[int, int],
+    tile: tuple[int, int],
+) -> float:
+    """Least time of a forward pass in tiles."""
+    visible = Visibility(*tokens)
+    plan = Plan(
+        Shape(1, 1, 1, head_dim, dtype), visible, "rect", (1, 1), tile, 0, 0, 0, 0, 0.0, 0.0
+    )
+    query, key = (torch.ones(1, 1, count, head_dim, dtype=dtype, device=device) for count in tokens)
+    out = torch.empty_like(query)
+    lse = out.new_empty(out.shape[:-1], dtype=accumulator_dtype(dtype))
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        clear_(out, lse)
+        for unit in units(query, key, key, plan, 1.0):
+            commit_(unit, out, lse, merge=False)
+        _wait(device)
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
