@@ -19,7 +19,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fulgurite.attention.functional import check_call
+from fulgurite.attention.functional import check_call, refuse_not_finite
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import Budget, Plan, Schedule, make_plan, parse_budget
@@ -176,25 +176,22 @@ def attend_files(
         with _bar(total, len(log.done), plan, progress) as advance:
             for unit in units(query, key, value, plan, scale, device=where, done=log.done):
                 if check_finite and not bool(unit.out.isfinite().all()):
-                    raise _not_finite(query, key, value, unit)
+                    _refuse(query, key, value, unit)
                 log.commit(unit, merge=plan.merges)
                 advance(unit)
     return plan
 
 
-def _not_finite(query: Tensor, key: Tensor, value: Tensor, unit: Unit) -> DataError:
-    """Name the first number that is not finite."""
+def _refuse(query: Tensor, key: Tensor, value: Tensor, unit: Unit) -> None:
+    """Say why a result is not finite.
+
+    Raises:
+        DataError: Always.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        for at in range(0, tensor.shape[2], 4096):
-            bad = ~tensor[:, :, at : at + 4096].isfinite().all(-1)
-            if bool(bad.any()):
-                batch, head, token = (int(i) for i in bad.nonzero()[0])
-                return DataError(
-                    f"{name} is not finite at batch {batch}, head {head}, token {at + token}.",
-                    "Mend the input, or leave out check_finite.",
-                )
+        refuse_not_finite(name, tensor)
     rows = unit.at[2]
-    return DataError(
+    raise DataError(
         f"The scores of queries {rows.start} to {rows.stop} overflow their type.",
         "Scale query and key down, or use a type with a larger range.",
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
@@ -44,6 +45,8 @@ def stream_attention(
     window: int | None = None,
     prefix: int = 0,
     documents: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    check_finite: bool = False,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[False] = False,
@@ -66,6 +69,8 @@ def stream_attention(
     window: int | None = None,
     prefix: int = 0,
     documents: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    check_finite: bool = False,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[True],
@@ -87,6 +92,8 @@ def stream_attention(
     window: int | None = None,
     prefix: int = 0,
     documents: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    check_finite: bool = False,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: bool = False,
@@ -111,6 +118,9 @@ def stream_attention(
         window: Query i sees no key before i − window + 1.
         prefix: With ``is_causal``, all queries see the first so many keys.
         documents: First tokens of the documents in the sequence; tokens see only their own.
+        lengths: Tokens of each batch entry that are no padding, at its end; padding is not seen,
+            and as a query it gives zeros.
+        check_finite: Refuse NaN and infinities in the inputs, naming the first.
         distributed: Deal the work out to the ranks of torch.distributed, which all give the same
             tensors and all get the whole result and the whole gradients.
         on_plan: Called with the plan before it is run.
@@ -143,14 +153,20 @@ def stream_attention(
             f"stream_attention does no dropout (dropout_p={dropout_p}).",
             "Set the attention dropout of the model to 0.",
         )
+    options = {
+        "memory_budget": memory_budget, "schedule": schedule, "window": window, "prefix": prefix,
+        "documents": documents, "distributed": distributed, "on_plan": on_plan,
+    }  # fmt: skip
+    masks: tuple[Any, ...] = (None, 0.0, is_causal, scale, enable_gqa)
+    if check_finite:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            refuse_not_finite(name, tensor)
+    if lengths is not None:
+        out, lse = _padded(query, key, value, lengths, masks, options)
+        return (out, lse) if return_lse else out
     if query.ndim == 2:
-        query, key, value = query[None], key[None], value[None]
-        results = stream_attention(
-            query, key, value, None, 0.0, is_causal, scale, enable_gqa,
-            memory_budget=memory_budget, schedule=schedule, window=window, prefix=prefix,
-            documents=documents, distributed=distributed, on_plan=on_plan, return_lse=True,
-        )  # fmt: skip
-        return (results[0][0], results[1][0]) if return_lse else results[0][0]
+        out, lse = _again(query[None], key[None], value[None], *masks, **options, return_lse=True)
+        return (out[0], lse[0]) if return_lse else out[0]
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -178,6 +194,60 @@ def stream_attention(
     )
     out = out.reshape(*lead, *out.shape[1:])
     return (out, lse.reshape(*lead, *lse.shape[1:])) if return_lse else out
+
+
+# overloads cannot tell what is in a dict of options
+_again: Callable[..., tuple[Tensor, Tensor]] = stream_attention
+
+
+def _padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    masks: tuple[Any, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Attention of sequences of different lengths: each without its padding.
+
+    Raises:
+        DataError: The lengths do not fit the tensors.
+    """
+    tokens = key.shape[-2]
+    if query.ndim != 4 or query.shape[-2] != tokens or len(lengths) != len(query):
+        raise DataError(
+            f"There are {len(lengths)} lengths for query {tuple(query.shape)} and key "
+            f"{tuple(key.shape)}.",
+            "Give one length for each batch entry, of self-attention (batch, heads, tokens, size).",
+        )
+    outs, lses = [], []
+    for b, length in enumerate(int(n) for n in lengths):
+        if not 0 <= length <= tokens:
+            raise DataError(
+                f"Length {length} of batch entry {b} is not within its {tokens} tokens.",
+                "Give the number of tokens before the padding.",
+            )
+        own = (x[b : b + 1, :, :length] for x in (query, key, value))
+        out, lse = _again(*own, *masks, **options, return_lse=True)
+        outs.append(F.pad(out, (0, 0, 0, tokens - length)))
+        lses.append(F.pad(lse, (0, tokens - length), value=-math.inf))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def refuse_not_finite(name: str, tensor: Tensor) -> None:
+    """Name the first number of a tensor that is not finite. Shape: (..., N, D).
+
+    Raises:
+        DataError: There is one.
+    """
+    for at in range(0, tensor.shape[-2], 4096):  # so that masks of a mapped tensor stay small
+        bad = ~tensor[..., at : at + 4096, :].isfinite().all(-1)
+        if bool(bad.any()):
+            *place, token = (int(i) for i in bad.nonzero()[0])
+            raise DataError(
+                f"{name} is not finite at token {at + token} of (batch, head) {tuple(place)}.",
+                "Mend the input, or leave out check_finite.",
+            )
 
 
 def _share(distributed: bool) -> tuple[int, int]:

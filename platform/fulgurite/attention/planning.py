@@ -148,6 +148,7 @@ class Plan:
         reason: Why this way.
         depth: How often the sequence is divided, for ``cqs``.
         share: Rank and number of ranks among which tasks are dealt out.
+        backward: Whether the peak is that of gradients too.
     """
 
     shape: Shape
@@ -165,6 +166,7 @@ class Plan:
     reason: str = ""
     depth: int = 1
     share: tuple[int, int] = (0, 1)
+    backward: bool = False
 
     @property
     def is_direct(self) -> bool:
@@ -298,7 +300,17 @@ def make_plan(
         if chosen.schedule == "whole"
         else f"fastest of {len(fits)} ways that fit"
     )
-    return replace(chosen, budget=budget, reason=reason, share=share)
+    return replace(chosen, budget=budget, reason=reason, share=share, backward=backward)
+
+
+def smaller(plan: Plan) -> Plan:
+    """Return a plan that holds at most half of what another does.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    budget = plan.peak_bytes // 2
+    return make_plan(plan.shape, plan.visible, budget, backward=plan.backward, share=plan.share)
 
 
 _Maker = Callable[[bool, bool, bool, Costs], Plan]

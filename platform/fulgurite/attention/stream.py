@@ -6,19 +6,23 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import Plan
+from fulgurite.attention.planning import Plan, format_bytes, smaller
 from fulgurite.attention.schedules import Task
 from fulgurite.attention.tiles import Kind, Range, Tile, Visibility, tiles
+from fulgurite.errors import ConfigError
+
+_T = TypeVar("_T")
 
 __all__ = ["StreamedAttention", "Unit", "clear_", "commit_", "units"]
 
@@ -43,29 +47,7 @@ class StreamedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return out (B, H, M, D) in the type of query and lse (B, H, M)."""
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
-        if plan.is_direct:
-            kernel = kernel_for(query.device, query.dtype)
-            for batch, heads, shared in plan.head_slices():
-                out[batch, heads], lse[batch, heads] = kernel.forward(
-                    query[batch, heads],
-                    key[batch, shared],
-                    value[batch, shared],
-                    is_causal=plan.visible.is_causal,
-                    scale=scale,
-                )
-        else:
-            total = out
-            if plan.merges and out.dtype != lse.dtype:
-                total = torch.empty_like(out, dtype=lse.dtype)
-            clear_(total, lse)
-            for unit in units(query, key, value, plan, scale):
-                commit_(unit, total, lse, merge=plan.merges)
-            if plan.share != (0, 1):
-                _reduce_(total, lse, merge=plan.merges)
-            if total is not out:
-                out.copy_(total)
+        (out, lse), plan = _retrying(plan, lambda plan: _forward(query, key, value, plan, scale))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
@@ -75,22 +57,65 @@ class StreamedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
         query, key, value, out, lse = ctx.saved_tensors
-        results = tuple(torch.empty_like(x) for x in (query, key, value))
         # a row without keys has no share in any gradient: exp(score − inf) = 0
         lse = lse.masked_fill(lse == -math.inf, math.inf)
         grad = grads[0].to(query.dtype)
-        for batch, heads, kv_heads in ctx.plan.head_slices():
-            own, shared = (batch, heads), (batch, kv_heads)
-            parts = _backward(
-                *(grad[own], query[own], key[shared], value[shared], out[own], lse[own]),
-                ctx.plan,
-                ctx.scale,
+        grads, _ = _retrying(
+            ctx.plan,
+            lambda plan: _backward(grad, query, key, value, out, lse, plan, ctx.scale),
+        )
+        return (*grads, None, None)
+
+
+def _retrying(plan: Plan, work: Callable[[Plan], _T]) -> tuple[_T, Plan]:
+    """Do work, with a smaller plan if the device runs out of memory; return the plan that did.
+
+    Nothing of a failed attempt is in the result, since results are made anew.
+    """
+    while True:
+        try:
+            return work(plan), plan
+        except torch.OutOfMemoryError as error:
+            try:
+                if plan.share != (0, 1):
+                    raise  # ranks would plan differently and wait for each other forever
+                plan = smaller(plan)
+            except ConfigError:
+                raise error from None
+            rank_zero_warn(
+                f"Attention ran out of memory; going on with {plan.schedule}, at most "
+                f"{format_bytes(plan.peak_bytes)} at once."
             )
-            for result, part, at in zip(results, parts, (own, shared, shared), strict=True):
-                if ctx.plan.share != (0, 1):
-                    dist.all_reduce(part)
-                result[at] = part
-        return (*results, None, None)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Out (B, H, M, D) in the type of query and lse (B, H, M)."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
+    if plan.is_direct:
+        kernel = kernel_for(query.device, query.dtype)
+        for batch, heads, shared in plan.head_slices():
+            out[batch, heads], lse[batch, heads] = kernel.forward(
+                query[batch, heads],
+                key[batch, shared],
+                value[batch, shared],
+                is_causal=plan.visible.is_causal,
+                scale=scale,
+            )
+    else:
+        total = out
+        if plan.merges and out.dtype != lse.dtype:
+            total = torch.empty_like(out, dtype=lse.dtype)
+        clear_(total, lse)
+        for unit in units(query, key, value, plan, scale):
+            commit_(unit, total, lse, merge=plan.merges)
+        if plan.share != (0, 1):
+            _reduce_(total, lse, merge=plan.merges)
+        if total is not out:
+            out.copy_(total)
+    return out, lse
 
 
 class Unit(NamedTuple):
@@ -232,6 +257,30 @@ def commit_(unit: Unit, out: Tensor, lse: Tensor, *, merge: bool) -> None:
 
 
 def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, in their types."""
+    results = tuple(torch.empty_like(x) for x in (query, key, value))
+    for batch, heads, kv_heads in plan.head_slices():
+        own, shared = (batch, heads), (batch, kv_heads)
+        parts = _backward_heads(
+            *(grad[own], query[own], key[shared], value[shared], out[own], lse[own]), plan, scale
+        )
+        for result, part, at in zip(results, parts, (own, shared, shared), strict=True):
+            if plan.share != (0, 1):
+                dist.all_reduce(part)
+            result[at] = part
+    return results
+
+
+def _backward_heads(
     grad: Tensor,
     query: Tensor,
     key: Tensor,

@@ -348,6 +348,65 @@ def test_autocast_is_followed():
         assert out.dtype == F.scaled_dot_product_attention(query, query, query).dtype
 
 
+def test_padding_is_not_seen():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, 30, 8, dtype=torch.float64) for _ in range(3))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    lengths = [30, 7, 0]
+    out, lse = stream_attention(
+        *inputs, is_causal=True, lengths=lengths, memory_budget="24KiB", return_lse=True
+    )
+    for b, length in enumerate(lengths):
+        own = (x[b : b + 1, :, :length] for x in inputs)
+        if length:
+            expected = F.scaled_dot_product_attention(*own, is_causal=True)
+            torch.testing.assert_close(out[b : b + 1, :, :length], expected)
+        assert not out[b, :, length:].any()
+        assert (lse[b, :, length:] == -math.inf).all()
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(not g[1, :, 7:].any() and not g[2].any() for g in grads)
+    with pytest.raises(DataError, match="Length 31 of batch entry 0"):
+        stream_attention(*inputs, lengths=[31, 1, 1])
+    with pytest.raises(DataError, match="2 lengths"):
+        stream_attention(*inputs, lengths=[3, 1])
+
+
+def test_what_is_not_finite_is_named():
+    query = torch.randn(2, 3, 20, 8)
+    key = query.clone()
+    key[1, 2, 13, 0] = math.inf
+    with pytest.raises(DataError, match=r"key is not finite at token 13 of .* \(1, 2\)"):
+        stream_attention(query, key, query, check_finite=True)
+
+
+def test_a_device_out_of_memory_gets_smaller_tiles(monkeypatch):
+    """A kernel that fails as CUDA's allocator would, in forward and in backward."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 200, 8, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    largest = {"forward": 100, "backward": 40}
+    for name in largest:
+        original = getattr(AtenCpuFlash, name)
+
+        def limited(self, *tensors, name=name, original=original, **options):
+            if tensors[-1 if name == "forward" else -3].shape[2] > largest[name]:
+                raise torch.OutOfMemoryError
+            return original(self, *tensors, **options)
+
+        monkeypatch.setattr(AtenCpuFlash, name, limited)
+    going_on = "ran out of memory; going on with rect"
+    with pytest.warns(UserWarning, match=going_on):
+        out = stream_attention(*inputs, is_causal=True)
+    with pytest.warns(UserWarning, match=going_on):
+        grads = torch.autograd.grad(out.sum(), inputs)
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    largest["forward"] = 0
+    with pytest.warns(UserWarning, match=going_on), pytest.raises(torch.OutOfMemoryError):
+        stream_attention(*inputs, is_causal=True)
+
+
 @pytest.mark.parametrize("schedule", ["auto", "heads", "rect", "cqs"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_plans_fit_their_budget(schedule, backward):
