@@ -89,7 +89,35 @@ def _loader(
     )
 
 
-class ByteTextDataModule(L.LightningDataModule):
+class _TokenDataModule(L.LightningDataModule):
+    """What both DataModules share: loaders of the evaluation splits."""
+
+    batch_size: int
+    num_workers: int
+    documents = False
+    _val: ConsecutiveWindows | Needles
+    _test: ConsecutiveWindows | Needles
+
+    def _evaluation(self, data: ConsecutiveWindows | Needles) -> DataLoader[Any] | list[Any]:
+        if not len(data):
+            return []
+        sampler = UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer))
+        return _loader(data, sampler, self.batch_size, self.num_workers, self.documents)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of the validation split, if there is one."""
+        return self._evaluation(self._val)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of the test split, if there is one."""
+        return self._evaluation(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the batches of :meth:`test_dataloader`."""
+        return self.test_dataloader()
+
+
+class ByteTextDataModule(_TokenDataModule):
     """Language modelling on the bytes of files: a token is a byte, the target the next one.
 
     Batches are ``{"tokens": (B, N) int64, "targets": (B, N) int64}``. The files are written one
@@ -222,31 +250,13 @@ class ByteTextDataModule(L.LightningDataModule):
         self._test = ConsecutiveWindows(self.text, test, self.length, None, self.documents)
         self._ready = True
 
-    def _evaluation(self, data: ConsecutiveWindows) -> DataLoader[Any] | list[Any]:
-        if not len(data):
-            return []
-        sampler = UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer))
-        return _loader(data, sampler, self.batch_size, self.num_workers, self.documents)
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of random windows, other ones in each epoch and on each rank."""
         sampler = DrawSampler(self._draws, sampler_ranks(self.trainer))
         return _loader(self._train, sampler, self.batch_size, self.num_workers, self.documents)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of validation windows, if there is a validation split."""
-        return self._evaluation(self._val)
 
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of test windows, if there is a test split."""
-        return self._evaluation(self._test)
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of :meth:`test_dataloader`."""
-        return self.test_dataloader()
-
-
-class NeedleDataModule(L.LightningDataModule):
+class NeedleDataModule(_TokenDataModule):
     """Retrieval at any length: the value of a key has to be found in random filler.
 
     Batches are ``{"tokens": (B, N) int64, "targets": (B, N) int64, "depth": (B,) float32}``. A
@@ -311,12 +321,6 @@ class NeedleDataModule(L.LightningDataModule):
         """Number of different tokens, known before :meth:`setup`."""
         return self.task.vocab_size
 
-    def _evaluation(self, data: Needles) -> DataLoader[Any] | list[Any]:
-        if not len(data):
-            return []
-        sampler = UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer))
-        return _loader(data, sampler, self.batch_size, self.num_workers)
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of all training sequences, in an order of seed and epoch."""
         rank, world = sampler_ranks(self.trainer)
@@ -325,15 +329,3 @@ class NeedleDataModule(L.LightningDataModule):
             self._train, num_replicas=world, rank=rank, seed=self.seed
         )
         return _loader(self._train, sampler, self.batch_size, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of validation sequences, if there are any."""
-        return self._evaluation(self._val)
-
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of test sequences, if there are any."""
-        return self._evaluation(self._test)
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of :meth:`test_dataloader`."""
-        return self.test_dataloader()
