@@ -31,7 +31,8 @@ def fetch(url: str, target: str | Path, sha256: str, *, timeout: float = 60.0) -
 
     Raises:
         ConfigError: The address is of another kind.
-        DataError: The connection failed or broke, or the digest is wrong (then nothing is kept).
+        DataError: The digest is no SHA-256, the connection failed or broke, or the digest is
+            wrong (then nothing is kept).
 
     Example:
         >>> import tempfile
@@ -45,6 +46,11 @@ def fetch(url: str, target: str | Path, sha256: str, *, timeout: float = 60.0) -
     target, sha256 = Path(target), sha256.strip().lower()
     if not url.startswith(("https://", "http://", "file://")):
         raise ConfigError(f"The address {url!r} cannot be fetched.", "Give an https: address.")
+    if len(sha256) != 64:
+        raise DataError(
+            f"The checksum {sha256!r} is no SHA-256 (64 hexadecimal digits).",
+            "Give the SHA-256 of the file.",
+        )
     if target.exists() and checksum(target) == sha256:
         return target
     part = target.with_name(f"{target.name}.part")

@@ -95,3 +95,9 @@ def test_failures_are_data_errors(server, tmp_path):
         fetch("http://127.0.0.1:9/file", tmp_path / "file", DIGEST, timeout=2)
     with pytest.raises(ConfigError, match="cannot be fetched"):
         fetch("ftp://host/file", tmp_path / "file", DIGEST)
+
+
+def test_another_digest_is_refused_before_anything_is_fetched(server, tmp_path):
+    with pytest.raises(DataError, match="no SHA-256"):
+        fetch(server.url, tmp_path / "file", "900150983cd24fb0d6963f7d28e17f72")
+    assert server.log == []

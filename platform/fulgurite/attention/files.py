@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -138,7 +138,7 @@ def attend_files(
         device: Where kernels run; the CPU by default.
         journal: Folder of the journal; made if it is not there.
         check_finite: Refuse NaN and infinities, by name, before they spread.
-        progress: Show a bar with units, queries per second and the time left.
+        progress: Show a bar with rows, tokens per second and the time left.
 
     Returns:
         The plan that was run.
@@ -198,29 +198,24 @@ def _refuse(query: Tensor, key: Tensor, value: Tensor, unit: Unit) -> None:
 
 
 @contextmanager
-def _bar(total: int, done: int, plan: Plan, progress: bool) -> Iterator[_Advance]:
+def _bar(total: int, done: int, plan: Plan, progress: bool) -> Iterator[Callable[[Unit], None]]:
+    """Show a bar, and give what moves it."""
     if not progress:
-        yield _Advance(None)
+        yield lambda unit: None
         return
     from tqdm.auto import tqdm
 
+    tokens, begun = 0, time.monotonic()
     with tqdm(total=total, initial=done, unit=" rows", desc=f"attention ({plan.schedule})") as bar:
-        yield _Advance(bar)
 
+        def advance(unit: Unit) -> None:
+            nonlocal tokens
+            tokens += unit.out.shape[2]
+            speed = tokens / max(time.monotonic() - begun, 1e-9)
+            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            bar.update()
 
-class _Advance:
-    """Moves the bar and says how many tokens pass per second."""
-
-    def __init__(self, bar: object) -> None:
-        self.bar, self.tokens, self.begun = bar, 0, time.monotonic()
-
-    def __call__(self, unit: Unit) -> None:
-        if self.bar is None:
-            return
-        self.tokens += unit.out.shape[2]
-        speed = self.tokens / max(time.monotonic() - self.begun, 1e-9)
-        self.bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)  # type: ignore[attr-defined]
-        self.bar.update()  # type: ignore[attr-defined]
+        yield advance
 
 
 class _Journal:

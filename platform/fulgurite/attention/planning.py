@@ -6,6 +6,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,17 @@ from fulgurite.attention.schedules import Task, rect_tasks, recursive_tasks
 from fulgurite.attention.tiles import Visibility
 from fulgurite.errors import ConfigError
 
-__all__ = ["Costs", "Plan", "Schedule", "Shape", "format_bytes", "make_plan", "parse_budget"]
+__all__ = [
+    "Budget",
+    "Costs",
+    "Plan",
+    "Schedule",
+    "Shape",
+    "format_bytes",
+    "make_plan",
+    "parse_budget",
+    "smaller",
+]
 
 Schedule = Literal["auto", "whole", "heads", "rect", "cqs"]
 Budget = int | float | str | None
@@ -47,8 +58,8 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
     """
     if budget is None:
         return None
-    free, total = _device_memory(device)
     if budget == "auto":
+        free = _device_memory(device)[0]
         # in steps of a sixteenth, so that plans are the same while little changes
         step = max(1, 1 << max(0, free.bit_length() - 5))
         return free // step * step
@@ -66,7 +77,7 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
             'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
         ) from None
     if not is_size and number <= 1 and not (isinstance(budget, int) and budget == 1):
-        return int(number * total)
+        return int(number * _device_memory(device)[1])
     return int(number * _UNITS[unit])
 
 
@@ -82,8 +93,6 @@ def _device_memory(device: torch.device) -> tuple[int, int]:
                 facts[name] = int(rest.split()[0]) * 1024
         return facts["MemAvailable"], facts["MemTotal"]
     except (OSError, KeyError, ValueError):
-        import os
-
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total // 2, total
 

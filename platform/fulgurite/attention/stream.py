@@ -207,8 +207,10 @@ def _row(
     """Attention of a row of a task: out and lse in the type of accumulators."""
     top, bottom = task.rows[index].queries
     dtype = accumulator_dtype(query.dtype)
-    total: Tensor | None = None
-    for call in _calls(task, index, plan.visible):
+    total = torch.empty_like(query, dtype=dtype)
+    total_lse = total.new_empty(total.shape[:-1])
+    clear_(total, total_lse)
+    for number, call in enumerate(_calls(task, index, plan.visible)):
         columns = slice(*call.keys)
         rows = slice(call.queries[0] - top, call.queries[1] - top)
         out, lse = kernel.forward(
@@ -219,18 +221,10 @@ def _row(
             scale=scale,
             bias=_bias(call, plan.visible, query),
         )
-        if total is None:
-            if call.queries == (top, bottom):
-                total, total_lse = out.to(dtype), lse
-                continue
-            total = torch.empty_like(query, dtype=dtype)
-            total_lse = total.new_empty(total.shape[:-1])
-            clear_(total, total_lse)
-        merge_(total[:, :, rows], total_lse[:, :, rows], out, lse)
-    if total is None:  # rows that see nothing
-        total = torch.empty_like(query, dtype=dtype)
-        total_lse = total.new_empty(total.shape[:-1])
-        clear_(total, total_lse)
+        if number == 0 and call.queries == (top, bottom):
+            total, total_lse = out.to(dtype), lse  # nothing to merge with yet
+        else:
+            merge_(total[:, :, rows], total_lse[:, :, rows], out, lse)
     return total, total_lse
 
 

@@ -126,7 +126,8 @@ class Visibility:
         if self.documents is None:
             return 0, self.keys
         at = bisect_right(self.documents, query)
-        return self.documents[at - 1], [*self.documents, self.keys][at]
+        end = self.documents[at] if at < len(self.documents) else self.keys
+        return self.documents[at - 1], end
 
     def cuts(self, span: Range) -> list[int]:
         """Document and prefix boundaries strictly inside a range of tokens."""

@@ -96,9 +96,6 @@ def test_schedules_compute_each_visible_pair_once(visible, data):
     assert torch.equal(count(found, visible), seen)
 
 
-CASES = random.Random(0)
-
-
 def random_case(number):
     rng = random.Random(number)
     tokens, kv_heads = rng.randint(1, 200), rng.choice([1, 2])
