@@ -1,7 +1,7 @@
 """Exact attention in a memory budget (Stream-CQSA), in pure PyTorch."""
 
 from fulgurite.attention.backend import AttentionBackend, InCore, Streamed
-from fulgurite.attention.files import attend_files, memory_mapped
+from fulgurite.attention.files import attend_files, attend_files_backward, memory_mapped
 from fulgurite.attention.functional import plan, stream_attention
 from fulgurite.attention.quorums import quorum
 
@@ -10,6 +10,7 @@ __all__ = [
     "InCore",
     "Streamed",
     "attend_files",
+    "attend_files_backward",
     "memory_mapped",
     "plan",
     "quorum",

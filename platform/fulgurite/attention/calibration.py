@@ -9,8 +9,8 @@ import torch
 
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.planning import Costs, Plan, Shape
-from fulgurite.attention.stream import clear_, commit_, units
 from fulgurite.attention.tiles import Visibility
+from fulgurite.attention.units import clear_, commit_, units
 
 __all__ = ["measured_costs"]
 

@@ -47,6 +47,7 @@ def stream_attention(
     documents: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     check_finite: bool = False,
+    device: torch.device | str | None = None,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[False] = False,
@@ -71,6 +72,7 @@ def stream_attention(
     documents: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     check_finite: bool = False,
+    device: torch.device | str | None = None,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[True],
@@ -94,6 +96,7 @@ def stream_attention(
     documents: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     check_finite: bool = False,
+    device: torch.device | str | None = None,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: bool = False,
@@ -121,6 +124,8 @@ def stream_attention(
         lengths: Tokens of each batch entry that are no padding, at its end; padding is not seen,
             and as a query it gives zeros.
         check_finite: Refuse NaN and infinities in the inputs, naming the first.
+        device: Where it is computed; where the tensors are by default. Tensors in host memory
+            that a GPU computes stay there, as do the result and the gradients.
         distributed: Deal the work out to the ranks of torch.distributed, which all give the same
             tensors and all get the whole result and the whole gradients.
         on_plan: Called with the plan before it is run.
@@ -155,7 +160,7 @@ def stream_attention(
         )
     options = {
         "memory_budget": memory_budget, "schedule": schedule, "window": window, "prefix": prefix,
-        "documents": documents, "distributed": distributed, "on_plan": on_plan,
+        "documents": documents, "device": device, "distributed": distributed, "on_plan": on_plan,
     }  # fmt: skip
     masks: tuple[Any, ...] = (None, 0.0, is_causal, scale, enable_gqa)
     if check_finite:
@@ -171,19 +176,24 @@ def stream_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shape, visible = check_call(query, key, value, enable_gqa, is_causal, window, prefix, documents)
-    kernel_for(query.device, query.dtype)
+    where = query.device if device is None else torch.device(device)
+    kernel_for(where, query.dtype)
     lead = query.shape[:-3]
     if query.numel() == 0 or key.numel() == 0:
         lse = query.new_full(query.shape[:-1], -math.inf, dtype=accumulator_dtype(query.dtype))
         return (query * 0, lse) if return_lse else query * 0
+    resident = where.type == query.device.type
     chosen = make_plan(
         shape,
         visible,
-        _budget(memory_budget, query.device, distributed),
+        _budget(memory_budget, where, distributed),
         schedule,
         backward=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
-        share=_share(distributed),
-        costs=_costs(query, memory_budget, distributed),
+        resident=resident,
+        tiled=not resident,
+        ahead=not resident,
+        share=ranks_share(distributed),
+        costs=_costs(where, query, memory_budget, distributed),
     )
     if on_plan:
         on_plan(chosen)
@@ -191,6 +201,7 @@ def stream_attention(
         *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
         chosen,
         1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        query.device if resident else where,
     )
     out = out.reshape(*lead, *out.shape[1:])
     return (out, lse.reshape(*lead, *lse.shape[1:])) if return_lse else out
@@ -250,7 +261,8 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
             )
 
 
-def _share(distributed: bool) -> tuple[int, int]:
+def ranks_share(distributed: bool) -> tuple[int, int]:
+    """Rank and number of ranks that share a call."""
     if distributed and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -259,18 +271,18 @@ def _share(distributed: bool) -> tuple[int, int]:
 def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | None:
     """The budget in bytes; the smallest of all ranks, since they must plan alike."""
     found = parse_budget(budget, device)
-    if found is None or isinstance(budget, int) or _share(distributed)[1] == 1:
+    if found is None or isinstance(budget, int) or ranks_share(distributed)[1] == 1:
         return found
     agreed = torch.tensor(found, dtype=torch.int64, device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return int(agreed)
 
 
-def _costs(query: Tensor, budget: Budget, distributed: bool) -> Costs | None:
+def _costs(device: torch.device, query: Tensor, budget: Budget, distributed: bool) -> Costs | None:
     """Measure the machine only where there is something to choose, and ranks need not agree."""
     if budget is None or distributed:
         return None
-    return measured_costs(query.device, query.dtype, query.shape[-1])
+    return measured_costs(device, query.dtype, query.shape[-1])
 
 
 def check_call(

@@ -10,14 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.quorums import perfect_sizes, quorum
 from fulgurite.attention.schedules import Task, rect_tasks, recursive_tasks
-from fulgurite.attention.tiles import Visibility
+from fulgurite.attention.tiles import MASKED_SIDE, Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = [
@@ -39,6 +39,7 @@ _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", re.IGNORECASE)
 _SMALLEST_TILE = 16  # tokens; below it a kernel call costs more than its tile
 _MOST_CHUNKS = 2500
+_BACKWARD = 2.5  # time of the backward pass by that of the forward pass (card section 3.5)
 
 
 def parse_budget(budget: Budget, device: torch.device) -> int | None:
@@ -158,6 +159,7 @@ class Plan:
         depth: How often the sequence is divided, for ``cqs``.
         share: Rank and number of ranks among which tasks are dealt out.
         backward: Whether the peak is that of gradients too.
+        passes: How often gradients go through all tiles: 2 where sums over all keys do not fit.
     """
 
     shape: Shape
@@ -176,6 +178,12 @@ class Plan:
     depth: int = 1
     share: tuple[int, int] = (0, 1)
     backward: bool = False
+    passes: int = 1
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether gradients can be summed where they are returned."""
+        return self.shape.dtype == accumulator_dtype(self.shape.dtype)
 
     @property
     def is_direct(self) -> bool:
@@ -200,9 +208,18 @@ class Plan:
 
         Causal tasks of queries grow along the sequence, so ranks take turns there and back.
         """
-        rank, world = self.share
-        turn, place = divmod(index, world)
-        return place == (rank if turn % 2 == 0 else world - 1 - rank)
+        return self.owner(index) == self.share[0]
+
+    def owner(self, index: int) -> int:
+        """The rank that computes the task of this index."""
+        turn, place = divmod(index, self.share[1])
+        return place if turn % 2 == 0 else self.share[1] - 1 - place
+
+    def of_heads(self, batch: slice, heads: slice, kv_heads: slice) -> Plan:
+        """The same for one of :meth:`head_slices` alone."""
+        size = batch.stop - batch.start, heads.stop - heads.start, kv_heads.stop - kv_heads.start
+        shape = Shape(*size, self.shape.head_dim, self.shape.dtype)
+        return replace(self, shape=shape, head_step=(size[0], size[2]))
 
     def tasks(self) -> Iterable[Task]:
         """The tasks of a group of heads, in order."""
@@ -217,7 +234,8 @@ class Plan:
         for b in range(0, self.shape.batch, batch):
             for g in range(0, self.shape.kv_heads, kv_heads):
                 stop = min(g + kv_heads, self.shape.kv_heads)
-                yield slice(b, b + batch), slice(g * group, stop * group), slice(g, stop)
+                rows = slice(b, min(b + batch, self.shape.batch))
+                yield rows, slice(g * group, stop * group), slice(g, stop)
 
     def explain(self) -> str:
         """What is done, what it costs, and why, in a few lines."""
@@ -255,6 +273,8 @@ def make_plan(
     backward: bool = False,
     resident: bool = True,
     tiled: bool = False,
+    ahead: bool = False,
+    passes: int | None = None,
     share: tuple[int, int] = (0, 1),
     costs: Costs | None = None,
 ) -> Plan:
@@ -268,6 +288,8 @@ def make_plan(
         backward: Whether gradients must fit too.
         resident: Whether the tensors lie on the device, so that nothing is copied.
         tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
+        ahead: Whether the next tile is copied to the device while one is computed.
+        passes: Consider only gradients in so many passes.
         share: Rank and number of ranks among which tasks are dealt out.
         costs: Of the machine.
 
@@ -276,12 +298,12 @@ def make_plan(
 
     Source: card section 1.9 (model of memory and time) and 7 (order of the choice).
     """
-    costs = costs or Costs()
+    setting = _Setting(backward, resident, tiled, ahead, share, costs or Costs())
     fits: list[Plan] = []
     smallest: Plan | None = None
-    for make in _candidates(shape, visible, schedule):
-        plan = make(backward, resident, tiled, costs)
-        if plan.task_count < share[1]:
+    for make in _candidates(shape, visible, schedule, backward):
+        plan = make(setting)
+        if plan.task_count < share[1] or plan.passes != (passes or plan.passes):
             continue  # a rank would have nothing to do
         if smallest is None or plan.peak_bytes < smallest.peak_bytes:
             smallest = plan
@@ -301,15 +323,19 @@ def make_plan(
             f"schedule={schedule!r}; the smallest that works is {smallest.peak_bytes} bytes.",
             "Raise memory_budget.",
         )
-    best = min(fits, key=lambda p: (p.seconds, p.peak_bytes))
-    near = [p for p in fits if p.seconds <= 1.02 * best.seconds]
+
+    def time(plan: Plan) -> float:
+        return plan.seconds * (1 + _BACKWARD * plan.passes) if backward else plan.seconds
+
+    best = min(fits, key=lambda p: (time(p), p.peak_bytes))
+    near = [p for p in fits if time(p) <= 1.02 * time(best)]
     chosen = min(near, key=lambda p: p.peak_bytes) if best.schedule != "whole" else best
     reason = (
         "everything fits at once"
         if chosen.schedule == "whole"
         else f"fastest of {len(fits)} ways that fit"
     )
-    return replace(chosen, budget=budget, reason=reason, share=share, backward=backward)
+    return replace(chosen, budget=budget, reason=reason)
 
 
 def smaller(plan: Plan) -> Plan:
@@ -322,10 +348,23 @@ def smaller(plan: Plan) -> Plan:
     return make_plan(plan.shape, plan.visible, budget, backward=plan.backward, share=plan.share)
 
 
-_Maker = Callable[[bool, bool, bool, Costs], Plan]
+class _Setting(NamedTuple):
+    """What all candidates for a call have in common; see :func:`make_plan`."""
+
+    backward: bool
+    resident: bool
+    tiled: bool
+    ahead: bool
+    share: tuple[int, int]
+    costs: Costs
 
 
-def _candidates(shape: Shape, visible: Visibility, schedule: Schedule) -> Iterator[_Maker]:
+_Maker = Callable[[_Setting], Plan]
+
+
+def _candidates(
+    shape: Shape, visible: Visibility, schedule: Schedule, backward: bool
+) -> Iterator[_Maker]:
     """Ways to cut a call, the whole first."""
     queries, keys = visible.queries, visible.keys
     every = (shape.batch, shape.kv_heads)
@@ -334,18 +373,25 @@ def _candidates(shape: Shape, visible: Visibility, schedule: Schedule) -> Iterat
         *((1, g) for g in _halvings(shape.kv_heads)[1:]),
     ]
 
-    def maker(kind: Schedule, step: tuple[int, int], tile: tuple[int, int], chunks: int) -> _Maker:
-        return functools.partial(_plan, shape, visible, kind, step, tile, chunks)
+    def maker(
+        kind: Schedule,
+        step: tuple[int, int],
+        tile: tuple[int, int],
+        chunks: int = 0,
+        passes: int = 1,
+    ) -> _Maker:
+        return functools.partial(_plan, shape, visible, kind, step, tile, chunks, passes)
 
     if schedule in ("auto", "whole"):
-        yield maker("whole", every, (queries, keys), 0)
+        yield maker("whole", every, (queries, keys))
     if schedule in ("auto", "heads"):
         for step in steps[1:] if schedule == "auto" else steps:
-            yield maker("heads", step, (queries, keys), 0)
+            yield maker("heads", step, (queries, keys))
     if schedule in ("auto", "rect"):
         for step in dict.fromkeys((steps[0], steps[-1])):
             for tile in _tiles(queries, keys):
-                yield maker("rect", step, tile, 0)
+                for passes in (1, 2) if backward else (1,):
+                    yield maker("rect", step, tile, passes=passes)
     if schedule == "cqs" and queries == keys and keys > 1:
         for chunks in perfect_sizes(min(keys, _MOST_CHUNKS)) or [keys]:
             for step in dict.fromkeys((steps[0], steps[-1])):
@@ -382,13 +428,12 @@ def _plan(
     step: tuple[int, int],
     tile: tuple[int, int],
     chunks: int,
-    backward: bool,
-    resident: bool,
-    tiled: bool,
-    costs: Costs,
+    passes: int,
+    setting: _Setting,
 ) -> Plan:
     """A way to cut a call with what it costs."""
     size, wide = shape.dtype.itemsize, accumulator_dtype(shape.dtype).itemsize
+    costs = setting.costs
     group = shape.heads // shape.kv_heads
     together = step[0] * step[1]  # key/value heads at once
     groups = -(-shape.batch // step[0]) * -(-shape.kv_heads // step[1])
@@ -402,32 +447,42 @@ def _plan(
     else:
         height, loaded = tile
         rows = -(-queries // height)
-        share = 0.5 if visible.is_causal and rows > 1 else 1.0
-        calls = int(rows * -(-keys // loaded) * share + 1) * groups
-        passed = int(rows * keys * share)
+        reach = keys * (0.5 if visible.is_causal and rows > 1 else 1.0)  # keys of a row
+        if visible.window is not None:
+            reach = min(reach, visible.window + height)
+        calls = int(rows * -(-reach // loaded) + 1) * groups
+        passed = int(rows * reach)
     pairs = float(queries) * keys * (0.5 if visible.is_causal else 1.0)
     if visible.window is not None:
         pairs = min(pairs, float(queries) * visible.window)
-    direct = schedule in ("whole", "heads") and visible.is_simple and not tiled
-    peak = together * _peak(
-        height * group, loaded, shape.head_dim, size, wide, direct=direct, backward=backward
-    )
+    direct = schedule in ("whole", "heads") and visible.is_simple and not setting.tiled
+    peak = together * _tile_peak(
+        height * group, loaded, shape.head_dim, size, wide,
+        direct=direct, backward=setting.backward, passes=passes,
+        copies_rows=not setting.resident, copies_keys=not setting.resident or schedule == "cqs",
+        ahead=setting.ahead,
+    )  # fmt: skip
+    if not visible.is_simple:  # the mask of a tile at an edge, its booleans and positions
+        side = min(height, MASKED_SIDE) * min(loaded, MASKED_SIDE)
+        peak += side * (size + 2)
+    peak += _accumulators(shape, visible, schedule, together, passes, direct, setting)
     heads = shape.batch * shape.kv_heads
     writes = shape.batch * shape.heads * queries * (2 * shape.head_dim * size + wide)
     if schedule == "cqs":  # results are read, merged and written by each task of a chunk
         writes += 2 * len(quorum(chunks)) * heads * group * queries * (shape.head_dim + 1) * wide
     moved = writes + 2 * heads * passed * shape.head_dim * size
     flops = 4.0 * pairs * shape.head_dim * shape.batch * shape.heads
-    copied = moved if not resident else (moved - writes if schedule == "cqs" else 0)
+    copied = moved if not setting.resident else (moved - writes if schedule == "cqs" else 0)
     seconds = flops / costs.flops + copied / costs.bandwidth + calls * costs.call
     if not direct:
         seconds += costs.merge * calls * height * group * together * shape.head_dim
     return Plan(
-        shape, visible, schedule, step, tile, chunks, int(peak), int(moved), calls, flops, seconds
-    )
+        shape, visible, schedule, step, tile, chunks, int(peak), int(moved), calls, flops, seconds,
+        share=setting.share, backward=setting.backward, passes=passes,
+    )  # fmt: skip
 
 
-def _peak(
+def _tile_peak(
     rows: int,
     keys: int,
     head_dim: int,
@@ -436,18 +491,59 @@ def _peak(
     *,
     direct: bool,
     backward: bool,
+    passes: int,
+    copies_rows: bool,
+    copies_keys: bool,
+    ahead: bool,
 ) -> int:
-    """Bytes of one key/value head: ``rows`` counts the rows of all its query heads.
+    """Bytes of one key/value head for a tile: ``rows`` counts the rows of all its query heads.
 
-    Forward: query, key and value; result and log-sum-exp of the kernel; accumulators of both
-    unless the kernel's are the result. Backward: query, out, its gradient, and the gradients of
-    query, key and value from the kernel and summed.
+    Forward: query, key and value where they are copied; result and log-sum-exp of the kernel;
+    accumulators of both unless the kernel's are the result. Backward: query, out, its gradient,
+    key and value where they are copied; what the kernel gives; accumulators of what stays while
+    tiles pass. What is copied ahead counts twice.
     """
-    forward = (rows + 2 * keys) * head_dim * size + rows * (head_dim * size + wide)
-    if not direct:
-        forward += rows * (head_dim + 1) * wide
+    passing = 2 if ahead else 1
+    row, key = head_dim * size * copies_rows, 2 * head_dim * size * copies_keys
+    forward = rows * row + keys * key * passing + rows * (head_dim * size + wide)
+    if not direct:  # and what merging takes for a moment
+        forward += rows * (head_dim + 1) * wide * passing
+        forward += rows * (head_dim * (size < wide) + 1) * wide
     if not backward:
         return forward
-    inputs = (3 * rows + 2 * keys) * head_dim * size + rows * wide
-    grads = (rows + 2 * keys) * head_dim * (size + wide)
-    return max(forward, inputs + grads)
+    row = (3 * head_dim * size + wide) * copies_rows
+    inputs = rows * row + keys * key * passing
+    if passes == 2:
+        inputs = max(inputs, rows * row * passing + keys * key)
+    grads = (rows + 2 * keys) * head_dim * size
+    kept = max(rows, 2 * keys if passes == 2 else 0) * head_dim * (0 if direct else wide)
+    return max(forward, inputs + grads + kept)
+
+
+def _accumulators(
+    shape: Shape,
+    visible: Visibility,
+    schedule: Schedule,
+    together: int,
+    passes: int,
+    direct: bool,
+    setting: _Setting,
+) -> int:
+    """Bytes of what is summed over a whole sequence, beside the result."""
+    if direct:
+        return 0
+    size, wide = shape.dtype.itemsize, accumulator_dtype(shape.dtype).itemsize
+    ranks, group = setting.share[1], shape.heads // shape.kv_heads
+    found = 0
+    if schedule == "cqs" and (size < wide or ranks > 1) and not setting.tiled:
+        tokens = -(-visible.queries // ranks)
+        found = shape.batch * shape.heads * tokens * (shape.head_dim + 1) * wide
+    if setting.backward and passes == 1:
+        numbers = 0
+        queries = visible.queries * group if schedule == "cqs" else 0  # else tile by tile
+        if size < wide or not setting.resident:
+            numbers = (queries + 2 * visible.keys) * wide
+        if ranks > 1:  # the shard that is being summed
+            numbers += max(queries, visible.keys) // ranks * (wide + size)
+        found = max(found, together * numbers * shape.head_dim)
+    return found

@@ -14,7 +14,15 @@ from fulgurite.attention.quorums import owned_differences, quorum, task_chunks
 from fulgurite.attention.tiles import Range, Visibility
 from fulgurite.errors import ConfigError
 
-__all__ = ["Row", "Task", "chunk_ranges", "cqs_tasks", "rect_tasks", "recursive_tasks"]
+__all__ = [
+    "Row",
+    "Task",
+    "chunk_ranges",
+    "column_tasks",
+    "cqs_tasks",
+    "rect_tasks",
+    "recursive_tasks",
+]
 
 
 class Row(NamedTuple):
@@ -64,6 +72,23 @@ def rect_tasks(visible: Visibility, queries: int, keys: int) -> Iterator[Task]:
         first -= first % keys  # tiles of all rows end at the same keys
         ranges = tuple((left, min(left + keys, end)) for left in range(first, end, keys))
         yield Task((Row((top, bottom), ranges),))
+
+
+def column_tasks(visible: Visibility, keys: Range, queries: int) -> Iterator[Row]:
+    """Key-stationary: the tiles of queries that see some of a range of keys.
+
+    Args:
+        visible: What is seen.
+        keys: The keys.
+        queries: Queries of a tile.
+
+    Source: the outer loop of FlashAttention's backward pass.
+    """
+    for top in range(0, visible.queries, queries):
+        bottom = min(top + queries, visible.queries)
+        left, right = max(keys[0], visible.first(top)), min(keys[1], visible.end(bottom - 1))
+        if left < right:
+            yield Row((top, bottom), (keys,))
 
 
 def cqs_tasks(visible: Visibility, chunks: int) -> Iterator[Task]:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["Kind", "Range", "Tile", "Visibility", "tiles"]
+__all__ = ["MASKED_SIDE", "Kind", "Range", "Tile", "Visibility", "tiles"]
 
 #: Half-open range of tokens.
 Range = tuple[int, int]
 
-# A tile under a bias is cut until it is at most so wide: the rest of the rectangle needs no mask.
-_MASKED_SIDE = 256
+#: A tile under a bias is cut until it is at most so wide: the rest of the rectangle needs no mask.
+MASKED_SIDE = 256
 
 
 class Kind(Enum):
@@ -183,7 +183,7 @@ def tiles(queries: Range, keys: Range, visible: Visibility) -> Iterator[Tile]:
         cut = _middle(cuts)
         yield from tiles(queries, (left, cut), visible)
         yield from tiles(queries, (cut, right), visible)
-    elif max(bottom - top, right - left) <= _MASKED_SIDE:
+    elif max(bottom - top, right - left) <= MASKED_SIDE:
         yield Tile(queries, keys, Kind.BIAS)
     elif bottom - top >= right - left:
         cut = (top + bottom) // 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fulgurite.attention import attend_files, memory_mapped
+from fulgurite.attention import attend_files, attend_files_backward, memory_mapped
 from fulgurite.attention import files as files_module
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 
@@ -52,9 +52,11 @@ attend_files(
 """
 
 
-def child(folder, schedule, commits=0, moment="never"):
+def child(folder, *arguments, script=None):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(folder), schedule, str(commits), moment]
+    if script is None:
+        script, arguments = SCRIPT, (*arguments, 0, "never")[: max(3, len(arguments))]
+    command = [sys.executable, "-c", script, str(folder), *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
@@ -159,6 +161,96 @@ def test_memory_stays_within_the_budget(tmp_path, schedule):
     planned, grown = map(int, done.stdout.split())
     assert 0 < planned <= budget
     assert grown <= budget + 16 * 2**20  # card 6.6: the kernel's own buffers come on top
+
+
+BACKWARD = """
+import os, signal, sys
+import torch
+from fulgurite.attention import attend_files, attend_files_backward, files, memory_mapped
+torch.set_num_threads(1)
+folder, commits = sys.argv[1], int(sys.argv[2])
+tokens, dtype = 400, torch.float32
+q, k, v, grad = (memory_mapped(f"{folder}/{n}", (1, 2, tokens, 16), dtype) for n in "qkvg")
+new = not os.path.exists(f"{folder}/dq")
+make = lambda n, *width: memory_mapped(f"{folder}/{n}", (1, 2, tokens, *width), dtype, create=new)
+out, lse, dq, dk, dv = make("out", 16), make("lse"), make("dq", 16), make("dk", 16), make("dv", 16)
+options = {"is_causal": True, "memory_budget": "24KiB", "progress": False}
+attend_files(q, k, v, out, lse, **options)
+append, count = files._append, 0
+
+def counting(file, number):
+    global count
+    count += 1
+    append(file, number)
+    if count == commits:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+files._append = counting
+attend_files_backward(
+    grad, q, k, v, out, lse, dq, dk, dv, journal=f"{folder}/journal", **options
+)
+"""
+
+
+def test_gradients_in_files_survive_a_kill(tmp_path):
+    tensors = {}
+    for name in ("whole", "killed"):
+        tensors[name] = write(tmp_path / name)
+        grad = memory_mapped(tmp_path / name / "g", (1, 2, 400, 16), torch.float32, create=True)
+        grad.copy_(torch.randn(grad.shape, generator=torch.Generator().manual_seed(1)))
+    assert child(tmp_path / "whole", 0, script=BACKWARD).returncode == 0
+    for commits in (3, 30):  # the second is in the pass along the keys
+        done = child(tmp_path / "killed", commits, script=BACKWARD)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "killed/journal/done").stat().st_size == 33 * 8
+    assert child(tmp_path / "killed", 0, script=BACKWARD).returncode == 0
+    inputs = [x.clone().requires_grad_() for x in tensors["whole"]]
+    result = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    expected = torch.autograd.grad(result, inputs, grad)
+    for name, wanted in zip(("dq", "dk", "dv"), expected, strict=True):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        found = memory_mapped(tmp_path / "killed" / name, wanted.shape, torch.float32)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True, "window": 70}, {"is_causal": True, "prefix": 130}]
+)
+def test_gradients_in_files_are_those_of_attention(tmp_path, options):
+    query, key, value = write(tmp_path, dtype=torch.bfloat16)
+    shape = query.shape
+    grad = torch.randn(shape).bfloat16()
+    out, lse = torch.zeros(shape), torch.zeros(shape[:-1])
+    grads = [torch.full(shape, torch.nan) for _ in range(3)]
+    options |= {"memory_budget": "100KiB", "progress": False, "check_finite": True}
+    attend_files(query, key, value, out, lse, **options)
+    plan = attend_files_backward(grad, query, key, value, out, lse, *grads, **options)
+    assert plan.peak_bytes <= 100 * 1024
+    assert plan.calls >= 8
+    rows = torch.arange(400)[:, None]
+    seen = rows >= rows.mT if "is_causal" in options else torch.ones(400, 400, dtype=torch.bool)
+    seen |= rows.mT < options.get("prefix", 0)
+    seen &= rows.mT > rows - options.get("window", 400)
+    inputs = [x.float().clone().requires_grad_() for x in (query, key, value)]
+    result = F.scaled_dot_product_attention(*inputs, seen)
+    for found, wanted in zip(grads, torch.autograd.grad(result, inputs, grad.float()), strict=True):
+        assert (found - wanted).norm() / wanted.norm() <= 6e-3  # card 6.1
+
+
+def test_a_journal_keeps_an_automatic_budget(tmp_path, monkeypatch):
+    """Else less free memory on the second run would make it another plan."""
+    query, key, value = write(tmp_path)
+    out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
+    monkeypatch.setattr(files_module, "parse_budget", lambda *_: 50_000)
+    options = {"journal": tmp_path / "journal", "progress": False}
+    first = attend_files(query, key, value, out, lse, **options)
+    monkeypatch.setattr(files_module, "parse_budget", lambda *_: 30_000)
+    assert attend_files(query, key, value, out, lse, **options) == first
+    with pytest.raises(CheckpointError, match="another plan"):
+        attend_files(query, key, value, out, lse, memory_budget="30KiB", **options)
+    (tmp_path / "journal/run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json that cannot be read"):
+        attend_files(query, key, value, out, lse, **options)
 
 
 def test_a_journal_of_other_inputs_is_refused(tmp_path):

@@ -5,18 +5,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fulgurite.attention import stream_attention
+from fulgurite.attention import (
+    attend_files,
+    attend_files_backward,
+    memory_mapped,
+    stream_attention,
+)
 from fulgurite.errors import ConfigError
 
 
-def work(rank, world, folder, schedule):
+def work(rank, world, folder, schedule, budget):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
     )
     inputs, grad = example()
     out, lse = stream_attention(
-        *inputs, is_causal=True, enable_gqa=True, memory_budget="48KiB", schedule=schedule,
+        *inputs, is_causal=True, enable_gqa=True, memory_budget=budget, schedule=schedule,
         distributed=True, return_lse=True,
     )  # fmt: skip
     grads = torch.autograd.grad(out, inputs, grad)
@@ -31,9 +36,12 @@ def example():
     return inputs, torch.randn(1, 4, 300, 8, **make)
 
 
-@pytest.mark.parametrize(("world", "schedule"), [(2, "auto"), (3, "cqs"), (3, "rect")])
-def test_ranks_agree_with_one(tmp_path, world, schedule):
-    mp.spawn(work, (world, str(tmp_path), schedule), nprocs=world)
+@pytest.mark.parametrize(
+    ("world", "schedule", "budget"),
+    [(2, "auto", "160KiB"), (3, "cqs", "160KiB"), (3, "rect", "32KiB")],  # rect: in two passes
+)
+def test_ranks_agree_with_one(tmp_path, world, schedule, budget):
+    mp.spawn(work, (world, str(tmp_path), schedule, budget), nprocs=world)
     inputs, grad = example()
     out, lse = stream_attention(*inputs, is_causal=True, enable_gqa=True, return_lse=True)
     expected = [out, lse, *torch.autograd.grad(out, inputs, grad)]
@@ -41,6 +49,47 @@ def test_ranks_agree_with_one(tmp_path, world, schedule):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def work_in_files(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    inputs, grad = ([x.detach() for x in some] for some in (example()[0], [example()[1]]))
+    new, group = {}, dist.barrier
+    for name, like in zip(("out", "dq", "dk", "dv"), (grad[0], *inputs), strict=True):
+        if rank == 0:
+            memory_mapped(f"{folder}/{name}", like.shape, like.dtype, create=True)
+        group()
+        new[name] = memory_mapped(f"{folder}/{name}", like.shape, like.dtype)
+    if rank == 0:
+        memory_mapped(f"{folder}/lse", grad[0].shape[:-1], grad[0].dtype, create=True)
+    group()
+    lse = memory_mapped(f"{folder}/lse", grad[0].shape[:-1], grad[0].dtype)
+    options = {"is_causal": True, "enable_gqa": True, "memory_budget": "48KiB"}
+    options |= {"distributed": True, "progress": False}
+    with pytest.raises(ConfigError, match=r"Ranks would merge .* schedule='cqs'"):
+        attend_files(*inputs, new["out"], lse, schedule="cqs", **options)
+    attend_files(*inputs, new["out"], lse, journal=f"{folder}/forward", **options)
+    attend_files_backward(
+        grad[0], *inputs, new["out"], lse, new["dq"], new["dk"], new["dv"],
+        journal=f"{folder}/backward", **options,
+    )  # fmt: skip
+    dist.destroy_process_group()
+
+
+def test_ranks_share_files(tmp_path):
+    mp.spawn(work_in_files, (2, str(tmp_path)), nprocs=2)
+    inputs, grad = example()
+    out, lse = stream_attention(*inputs, is_causal=True, enable_gqa=True, return_lse=True)
+    grads = torch.autograd.grad(out, inputs, grad)
+    for name, wanted in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True):
+        found = memory_mapped(tmp_path / name, wanted.shape, wanted.dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    for way in ("forward", "backward"):
+        done = [(tmp_path / way / f"rank-{r}-of-2/done").stat().st_size for r in range(2)]
+        assert min(done) > 0.3 * max(done)
 
 
 def test_a_way_that_leaves_ranks_idle_is_refused():

@@ -1,0 +1,46 @@
+"""A bar for calls that take long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["LONG", "bar"]
+
+#: Predicted seconds from which a call within a model shows a bar.
+LONG = 20.0
+
+
+@contextmanager
+def bar(
+    label: str, total: int, *, done: int = 0, show: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show rows done, tokens per second and the time left; give what moves it by a row.
+
+    Args:
+        label: What runs.
+        total: Rows.
+        done: Rows that were done before.
+        show: Whether there is a bar at all.
+
+    Example:
+        >>> with bar("attention", 2, show=False) as advance:
+        ...     advance(100)
+    """
+    if not show:
+        yield lambda tokens: None
+        return
+    from tqdm.auto import tqdm
+
+    passed, begun = 0, time.monotonic()
+    with tqdm(total=total, initial=done, unit=" rows", desc=label, leave=False) as shown:
+
+        def advance(tokens: int) -> None:
+            nonlocal passed
+            passed += tokens
+            speed = passed / max(time.monotonic() - begun, 1e-9)
+            shown.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            shown.update()
+
+        yield advance

@@ -1,0 +1,109 @@
+"""Brings together what ranks of torch.distributed computed apart.
+
+Axes: B batch, H heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fulgurite.attention.calls import At
+from fulgurite.attention.planning import Plan
+from fulgurite.attention.schedules import chunk_ranges
+from fulgurite.attention.tiles import Range
+from fulgurite.attention.units import Unit, clear_, commit_
+
+__all__ = ["broadcast_columns_", "broadcast_rows_", "merge_shards_", "sum_shards_"]
+
+
+def broadcast_rows_(plan: Plan, *tensors: Tensor) -> None:
+    """Give all ranks the rows that one of them computed. Shape of each: (B, H, M, ...)."""
+    places = (
+        ((batch, heads, slice(*row.queries)), plan.owner(index))
+        for batch, heads, _ in plan.head_slices()
+        for index, task in enumerate(plan.tasks())
+        for row in task.rows
+    )
+    _broadcast(places, tensors)
+
+
+def broadcast_columns_(plan: Plan, *tensors: Tensor) -> None:
+    """Give all ranks the columns that one of them computed. Shape of each: (B, G, N, ...)."""
+    keys, width = plan.visible.keys, plan.tile[1]
+    places = (
+        ((batch, kv_heads, slice(left, min(left + width, keys))), plan.owner(index))
+        for batch, _, kv_heads in plan.head_slices()
+        for index, left in enumerate(range(0, keys, width))
+    )
+    _broadcast(places, tensors)
+
+
+def _broadcast(places: Iterable[tuple[At, int]], tensors: Iterable[Tensor]) -> None:
+    tensors = list(tensors)
+    for at, owner in places:
+        for tensor in tensors:
+            piece = tensor[at].contiguous()
+            dist.broadcast(piece, src=owner)
+            tensor[at] = piece
+
+
+def merge_shards_(
+    compute: Callable[[Range], Iterator[Unit]], plan: Plan, out: Tensor, lse: Tensor
+) -> None:
+    """Merge the tasks of all ranks, one shard of the queries after the other.
+
+    No rank holds an accumulator longer than a shard: each shard is reduced to the rank that owns
+    it, normalised there, and given to all in the type of the result.
+
+    Args:
+        compute: Gives this rank's units with queries in a range.
+        plan: How it is cut.
+        out: Result, overwritten. Shape: (B, H, M, D).
+        lse: Its log-sum-exp, overwritten. Shape: (B, H, M).
+
+    Source: card section 1.10.
+    """
+    rank, world = plan.share
+    chunks = chunk_ranges(plan.visible.queries, plan.chunks)
+    for owner, (first, end) in enumerate(chunk_ranges(plan.chunks, world)):
+        start, stop = chunks[first][0], chunks[end - 1][1]  # a row of a task is within a chunk
+        part = torch.empty_like(out[:, :, start:stop], dtype=lse.dtype).contiguous()
+        part_lse = part.new_empty(part.shape[:-1])
+        clear_(part, part_lse)
+        for unit in compute((start, stop)):
+            batch, heads, rows = unit.at
+            at = batch, heads, slice(rows.start - start, rows.stop - start)
+            commit_(unit._replace(at=at), part, part_lse, merge=True)
+        largest = part_lse.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        weight = torch.exp(part_lse - largest).nan_to_num_(nan=0.0)  # nan: nobody sees anything
+        part.mul_(weight[..., None])
+        dist.reduce(part, dst=owner)
+        dist.reduce(weight, dst=owner)
+        if rank == owner:
+            part.div_(weight[..., None].clamp_min(torch.finfo(weight.dtype).tiny))
+            largest += weight.log()
+        narrow = part.to(out.dtype)
+        dist.broadcast(narrow, src=owner)
+        dist.broadcast(largest, src=owner)
+        out[:, :, start:stop], lse[:, :, start:stop] = narrow, largest
+
+
+def sum_shards_(total: Tensor, result: Tensor, plan: Plan) -> None:
+    """Sum over ranks, each of which adds up one shard of the tokens.
+
+    Args:
+        total: Share of this rank, in the type of accumulators. Shape: (B, H, N, D).
+        result: Overwritten with the sum, in its own type. Shape: (B, H, N, D).
+        plan: Whose ranks.
+    """
+    for owner, (start, stop) in enumerate(chunk_ranges(total.shape[2], plan.share[1])):
+        shard = total[:, :, start:stop].contiguous()
+        dist.reduce(shard, dst=owner)
+        narrow = shard.to(result.dtype)
+        dist.broadcast(narrow, src=owner)
+        result[:, :, start:stop] = narrow
