@@ -24,6 +24,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
 
 import fulgurite
 import fulgurite.strategies
@@ -227,6 +228,7 @@ class FulguriteCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not self.fast:
             own = any(isinstance(c, ModelCheckpoint) for c in callbacks)
             kwargs["callbacks"] = [*callbacks, *self._checkpoints(only_last=own)]
+        _check_strategy(config.get("strategy"))
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -298,6 +300,26 @@ class _Parsed(Exception):
     """Ends the construction of a CLI that was only to parse."""
 
 
+def _check_strategy(chosen: Any) -> None:
+    """Say how a strategy is named; Lightning takes a class path without arguments for a name.
+
+    Raises:
+        ConfigError: There is no strategy of this name.
+    """
+    names = [*StrategyRegistry.available_strategies(), "auto"]
+    if not isinstance(chosen, str) or chosen.lower() in names:
+        return
+    near = difflib.get_close_matches(chosen.lower(), names, n=1, cutoff=0.7)
+    classes = vars(fulgurite.strategies)
+    last = chosen.rpartition(".")[2]
+    if "." in chosen or last in classes:
+        path = chosen if "." in chosen else f"fulgurite.strategies.{chosen}"
+        mend = f"Use --trainer.strategy.class_path={path}."
+    else:
+        mend = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(sorted(names))}."
+    raise ConfigError(f"There is no strategy named '{chosen}'.", mend)
+
+
 def _differences(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Leaves in which two hyperparameters differ, where both give them."""
     if isinstance(here, dict) and isinstance(there, dict):
@@ -338,6 +360,7 @@ _NOISE = re.compile(
     r"(Parser key|Given value|Does not validate|Subtypes:|Errors:|Problem with given class_path"
     r"|Expected a <class 'NoneType'>)"
 )
+_UNION = "Does not validate against any of the Union subtypes"
 
 
 def _one_line(message: str) -> str:
@@ -357,11 +380,19 @@ def _one_line(message: str) -> str:
         near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.6)
         hint = f"Did you mean '{near[0]}'?" if near else "See `fulgurite fit --help`."
         return f"There is no option '{unknown[1]}'. {hint}"
+    if named := re.search(r"trainer\.strategy[\s\S]*import path string: (\w+)", message):
+        return (
+            f"The strategy '{named[1]}' is given by its name, which takes no options. Use "
+            "--trainer.strategy.class_path=... and --trainer.strategy.init_args.OPTION=...; "
+            "`fulgurite fit --trainer.strategy.help CLASS` lists them."
+        )
     if absent := re.search(
         r"module '[^']+' has no attribute '[^']+'|No module named [^\n]+", message
     ):
         return f"{where}{absent[0].strip()}. Check the class path{_near_class(message)}."
     lines = [line.strip(" -") for line in message.splitlines()]
+    if "Given value: Namespace(class_path=" in message:  # the class was found and refused
+        lines = [line for line in lines if line != "Expected a <class 'str'>"]
     reasons = dict.fromkeys(line for line in lines if line and not _NOISE.match(line))
     given = re.search(r"key='([\w.]+)', val=('[^']*'|[^)]*)\)", message)
     value = f" (given: {given[1]}={given[2]})" if given else ""
@@ -420,7 +451,7 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
     except Exception as error:
         if ours := _cause(error):
             raise ours from None
-        if isinstance(error, ArgumentError):
+        if isinstance(error, ArgumentError) or _UNION in str(error):
             raise ConfigError(_one_line(str(error))) from error
         if isinstance(error, MisconfigurationException):
             raise ConfigError(" ".join(str(error).split())) from error

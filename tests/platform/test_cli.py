@@ -68,7 +68,33 @@ def test_doctor_names_versions(fulgurite):
     ],
 )
 def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
-    status, _, error = fulgurite("fit", *SMOKE, *QUIET, *options)
+    refused(fulgurite, [*SMOKE, *options], parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["init_args.memory_budget=0"], ["budget of 0 cannot be read", "2GiB"]),
+        (["init_args.memory_budget=-1"], ["budget of -1 cannot be read"]),
+        (["init_args.memory_budget=lots"], ["'lots' cannot be read"]),
+        (["init_args.schedule=fast"], ["'auto', 'whole', 'heads', 'rect', 'cqs'", "fast"]),
+        (["init_args.memory_budge=1MiB"], ["Did you mean 'memory_budget'"]),
+        (
+            ["=stream_cqsa", "memory_budget=1MiB"],
+            ["'stream_cqsa'", "--trainer.strategy.class_path"],
+        ),
+        (["=stream_cqsaa"], ["'stream_cqsaa'", "Did you mean 'stream_cqsa'"]),
+        (["=StreamCQSAStrategy"], ["class_path=fulgurite.strategies.StreamCQSAStrategy"]),
+        (["=fulgurite.strategies.StreamCQSAStrategy"], [".class_path=fulgurite.strategies"]),
+    ],
+)
+def test_a_strategy_that_is_misspelled_is_one_line(fulgurite, options, parts):
+    given = [f"--trainer.strategy{x if x[0] == '=' else '.' + x}" for x in options]
+    refused(fulgurite, ["--config", "stream_cqsa/smoke.yaml", *given], parts)
+
+
+def refused(fulgurite, options, parts):
+    status, _, error = fulgurite("fit", *options, *QUIET)
     lines = [line for line in error.splitlines() if line.startswith("fulgurite: error:")]
     assert status == 2, error
     assert len(lines) == 1, error

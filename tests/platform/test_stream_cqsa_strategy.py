@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fulgurite.attention import InCore, Streamed
-from fulgurite.errors import ConfigError
-from fulgurite.strategies import StreamCQSAStrategy
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.strategies import StreamCQSAStrategy, offloading
 from fulgurite.strategies.stream_cqsa import streamed_sdpa
 
 TOKENS, WIDTH = 48, 16
@@ -168,10 +168,58 @@ def test_bad_budgets_are_refused_at_once(budget):
         StreamCQSAStrategy(budget)
 
 
-def test_activations_may_wait_in_host_memory(tmp_path):
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_activations_may_wait_elsewhere(tmp_path, where, monkeypatch):
+    monkeypatch.setattr(offloading, "_SMALLEST", 0)
+    written, in_file = [], offloading._in_file
+    monkeypatch.setattr(
+        offloading, "_in_file", lambda x, folder: written.append(x.shape) or in_file(x, folder)
+    )
     losses = []
-    for offload in (False, True):
+    for offload in ("none", where):
         seed_everything(0)
         strategy = StreamCQSAStrategy("16KiB", offload_activations=offload)
         losses.append(trained(tmp_path, Model(OwnAttention()), strategy))
     assert torch.equal(*losses)
+    assert (len(written) > 12) == (where == "disk")
+    assert (WIDTH, WIDTH) not in written  # parameters stay where they are
+    assert not list(tmp_path.glob(".saved-*"))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(offloading.os, "posix_fallocate", full)
+    x = torch.ones(200, 200, requires_grad=True)
+    with (
+        offloading.saved_in_files(tmp_path / "new"),
+        pytest.raises(ConfigError, match=r"160000 bytes cannot be kept in .*new \(No space"),
+    ):
+        x * x
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_multi_head_attention_that_returns_weights_is_reached_too():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(WIDTH, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(TOKENS, dtype=torch.float64)
+    plain, causal = layer(x, x, x)[0], layer(x, x, x, attn_mask=mask, is_causal=True)[0]
+    for module in (layer.train(), layer.eval()):
+        backend = Streamed("16KiB")
+        with streamed_sdpa(backend):
+            out, weights = module(x, x, x)
+            masked, _ = module(x, x, x, attn_mask=mask, is_causal=True)
+        assert weights is None
+        assert backend.calls == 2
+        torch.testing.assert_close(out, plain, rtol=0, atol=1e-12)
+        torch.testing.assert_close(masked, causal, rtol=0, atol=1e-12)
+
+
+def test_what_is_not_finite_stops_the_run_if_asked(tmp_path):
+    model = Model(OwnAttention())
+    with torch.no_grad():
+        model.layers[0].qkv.bias[WIDTH] = torch.inf
+    with pytest.raises(DataError, match="key is not finite at token 0"):
+        trained(tmp_path, model, StreamCQSAStrategy("16KiB", check_finite=True))

@@ -83,6 +83,7 @@ class Streamed:
         memory_budget: See :func:`~fulgurite.attention.stream_attention`.
         schedule: See there.
         distributed: See there.
+        check_finite: See there.
 
     Attributes:
         calls: How often it was called, recomputation under checkpointing included.
@@ -95,9 +96,10 @@ class Streamed:
         memory_budget: Budget = None,
         schedule: Schedule = "auto",
         distributed: bool = False,
+        check_finite: bool = False,
     ) -> None:
         self.memory_budget, self.schedule = memory_budget, schedule
-        self.distributed = distributed
+        self.distributed, self.check_finite = distributed, check_finite
         self.calls = self.moved_bytes = 0
         self.plan: Plan | None = None
 
@@ -119,6 +121,7 @@ class Streamed:
             query, key, value, None, 0.0, is_causal, scale, query.shape[1] != key.shape[1],
             memory_budget=self.memory_budget, schedule=self.schedule, window=window,
             prefix=prefix, documents=documents, distributed=self.distributed, on_plan=self._note,
+            check_finite=self.check_finite,
         )  # fmt: skip
 
     def _note(self, plan: Plan) -> None:

@@ -5,10 +5,13 @@ Source: Stream-CQSA, arXiv 2604.20819; its use in Lightning: card section 5.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -20,6 +23,7 @@ from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
 from fulgurite.attention.planning import Schedule, parse_budget
 from fulgurite.errors import ConfigError
+from fulgurite.strategies.offloading import saved_in_files
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -28,13 +32,16 @@ __all__ = ["StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
 
 _NAME = "stream_cqsa"
 
+Offload = Literal["none", "host", "disk"]
+
 
 class _StreamsAttention(Strategy):
     """Puts a backend in place of a model's attention while a run lasts."""
 
     backend: Streamed
     intercept_sdpa: bool
-    offload_activations: bool
+    offload_activations: Offload
+    offload_folder: Path | None
     _undo: list[Callable[[], None]]
 
     def _prepare(
@@ -42,7 +49,9 @@ class _StreamsAttention(Strategy):
         memory_budget: int | float | str | None,
         schedule: Schedule,
         intercept_sdpa: bool,
-        offload_activations: bool,
+        offload_activations: Offload,
+        offload_folder: str | Path | None,
+        check_finite: bool,
         distributed: bool,
     ) -> None:
         """Keep the options.
@@ -54,8 +63,9 @@ class _StreamsAttention(Strategy):
             # the command line gives a number as text where text is allowed
             memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
         parse_budget(memory_budget, torch.device("cpu"))
-        self.backend = Streamed(memory_budget, schedule, distributed)
+        self.backend = Streamed(memory_budget, schedule, distributed, check_finite)
         self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
+        self.offload_folder = None if offload_folder is None else Path(offload_folder)
         self._undo = []
 
     def setup(self, trainer: Trainer) -> None:
@@ -152,9 +162,13 @@ class _StreamsAttention(Strategy):
             return super().predict_step(*args, **kwargs)
 
     def _offloading(self) -> AbstractContextManager[Any]:
-        if not self.offload_activations:
+        if self.offload_activations == "none":
             return nullcontext()
-        return save_on_cpu(pin_memory=self.root_device.type == "cuda")
+        if self.offload_activations == "host":
+            return save_on_cpu(pin_memory=self.root_device.type == "cuda")
+        assert self.lightning_module is not None
+        folder = self.offload_folder or self.lightning_module.trainer.default_root_dir
+        return saved_in_files(folder, self.lightning_module.parameters())
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -181,8 +195,8 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
     Attention is reached in three ways, tried together: modules with an ``attention_backend``
     (the protocol of :mod:`fulgurite.attention`); Hugging Face models, through their
     ``AttentionInterface``; and, if asked, every call of
-    ``torch.nn.functional.scaled_dot_product_attention``. What was there before comes back when
-    the run ends.
+    ``torch.nn.functional.scaled_dot_product_attention`` and ``nn.MultiheadAttention``. What was
+    there before comes back when the run ends.
 
     By name, ``--trainer.strategy=stream_cqsa`` takes the defaults; with arguments it is
     ``--trainer.strategy.class_path=fulgurite.strategies.StreamCQSAStrategy
@@ -195,7 +209,10 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         intercept_sdpa: Also replace PyTorch's own function while the run lasts, for models that
             know none of the protocols. Names bound by ``from torch.nn.functional import …``
             before cannot be reached.
-        offload_activations: Keep what is saved for backward in (pinned) host memory.
+        offload_activations: Where what is saved for backward waits: ``none`` (on the device),
+            ``host`` ((pinned) host memory) or ``disk`` (files, for a CPU or a small host).
+        offload_folder: Where the files are; the Trainer's ``default_root_dir`` by default.
+        check_finite: Refuse queries, keys and values that are NaN or infinite, naming the first.
         accelerator: Set by the Trainer.
         checkpoint_io: Set by the Trainer.
         precision_plugin: Set by the Trainer.
@@ -212,7 +229,9 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         memory_budget: int | float | str | None = "auto",
         schedule: Schedule = "auto",
         intercept_sdpa: bool = False,
-        offload_activations: bool = False,
+        offload_activations: Offload = "none",
+        offload_folder: str | None = None,
+        check_finite: bool = False,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
@@ -221,8 +240,9 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
             accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
         )
         self._prepare(
-            memory_budget, schedule, intercept_sdpa, offload_activations, distributed=False
-        )
+            memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
+            check_finite, distributed=False,
+        )  # fmt: skip
         self._devices: list[torch.device] = []
 
     @property
@@ -249,13 +269,15 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
 
     All ranks get the same batches and have the same model; only attention is divided, so that
     its time, not the memory of the rest, falls with the number of devices. Results are merged by
-    all-reduce.
+    shards, each summed by one device.
 
     Args:
         memory_budget: See :class:`StreamCQSAStrategy`; of each device. The smallest counts.
         schedule: ``auto``, ``rect`` or ``cqs``.
         intercept_sdpa: See :class:`StreamCQSAStrategy`.
         offload_activations: See :class:`StreamCQSAStrategy`.
+        offload_folder: See :class:`StreamCQSAStrategy`.
+        check_finite: See :class:`StreamCQSAStrategy`.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
 
     Raises:
@@ -271,13 +293,16 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         memory_budget: int | float | str | None = "auto",
         schedule: Schedule = "auto",
         intercept_sdpa: bool = False,
-        offload_activations: bool = False,
+        offload_activations: Offload = "none",
+        offload_folder: str | None = None,
+        check_finite: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend)
         self._prepare(
-            memory_budget, schedule, intercept_sdpa, offload_activations, distributed=True
-        )
+            memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
+            check_finite, distributed=True,
+        )  # fmt: skip
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -313,7 +338,8 @@ def _refuse(mask: Tensor | None, dropout: float) -> None:
 def streamed_sdpa(backend: Streamed) -> Iterator[None]:
     """Replace ``F.scaled_dot_product_attention`` by a backend.
 
-    The fast path of ``nn.MultiheadAttention`` is switched off meanwhile, since it would go past.
+    ``nn.MultiheadAttention`` goes there too: its fast path is switched off meanwhile, and the
+    averaged weights that it returns by default, which streamed attention never has, are None.
 
     Args:
         backend: Called instead.
@@ -340,11 +366,19 @@ def streamed_sdpa(backend: Streamed) -> Iterator[None]:
         _refuse(attn_mask, dropout_p)
         return backend(query, key, value, is_causal=is_causal, scale=scale)
 
+    multi_head = F.multi_head_attention_forward
+
+    @functools.wraps(multi_head)
+    def without_weights(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        given = inspect.signature(multi_head).bind(*args, **kwargs)
+        given.arguments["need_weights"] = False
+        return multi_head(*given.args, **given.kwargs)
+
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    F.scaled_dot_product_attention = streamed
+    F.scaled_dot_product_attention, F.multi_head_attention_forward = streamed, without_weights
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
+        F.scaled_dot_product_attention, F.multi_head_attention_forward = original, multi_head
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,0 +1,92 @@
+"""Keeps what is saved for the backward pass in files, so that memory holds only what is in use.
+
+Axes: none; tensors of any shape.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["saved_in_files"]
+
+_SMALLEST = 2**16  # bytes below which a tensor stays where it is
+
+
+@contextmanager
+def saved_in_files(folder: str | Path, keep: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Write tensors that autograd saves meanwhile to files, and map them when it needs them.
+
+    The files have no name any more once they are mapped, so they go with the last use of their
+    tensor, or with the process. Mapped pages are the operating system's to write out and drop;
+    they count as cache, not as memory of the process.
+
+    Args:
+        folder: Where the files are made; made itself if it is not there. Best on a fast local
+            disk; a folder in memory (tmpfs) would save nothing.
+        keep: Tensors that stay where they are whatever views of them are saved: parameters.
+
+    Raises:
+        ConfigError: No file can be made there, or the disk is full.
+
+    Example:
+        >>> x = torch.ones(200, 200, requires_grad=True)
+        >>> with tempfile.TemporaryDirectory() as folder, saved_in_files(folder):
+        ...     y = (x * x).sum()
+        ...     y.backward()
+        >>> x.grad.sum().item()
+        80000.0
+
+    Source: inferred; as ``torch.autograd.graph.save_on_cpu``, with files as memory.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    kept = {tensor.untyped_storage().data_ptr() for tensor in keep}
+
+    def pack(tensor: Tensor) -> Any:
+        small = tensor.nbytes < _SMALLEST
+        if small or tensor.untyped_storage().data_ptr() in kept or tensor.is_sparse:
+            return tensor
+        return tensor.device, _in_file(tensor, folder)
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, mapped = packed
+        return mapped.to(device)  # type: ignore[no-any-return]
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _in_file(tensor: Tensor, folder: str | Path) -> Tensor:
+    """A copy that lies in a file without a name.
+
+    Raises:
+        ConfigError: No file can be made, or the disk is full.
+    """
+    try:
+        file, path = tempfile.mkstemp(prefix=".saved-", dir=folder)
+        try:
+            os.posix_fallocate(file, 0, tensor.nbytes)  # a full disk fails here, not when mapped
+            mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        finally:
+            os.close(file)
+            os.unlink(path)
+    except OSError as error:
+        raise ConfigError(
+            f"Activations of {tensor.nbytes} bytes cannot be kept in {folder} ({error.strerror}).",
+            "Free space there, or give another folder or offload_activations=host.",
+        ) from error
+    mapped = mapped.view(tensor.shape)
+    mapped.copy_(tensor)
+    return mapped
