@@ -84,6 +84,7 @@ class Streamed:
         schedule: See there.
         distributed: See there.
         check_finite: See there.
+        kernel: See there.
 
     Attributes:
         calls: How often it was called, recomputation under checkpointing included.
@@ -97,9 +98,10 @@ class Streamed:
         schedule: Schedule = "auto",
         distributed: bool = False,
         check_finite: bool = False,
+        kernel: str | None = None,
     ) -> None:
         self.memory_budget, self.schedule = memory_budget, schedule
-        self.distributed, self.check_finite = distributed, check_finite
+        self.distributed, self.check_finite, self.kernel = distributed, check_finite, kernel
         self.calls = self.moved_bytes = 0
         self.plan: Plan | None = None
 
@@ -121,7 +123,7 @@ class Streamed:
             query, key, value, None, 0.0, is_causal, scale, query.shape[1] != key.shape[1],
             memory_budget=self.memory_budget, schedule=self.schedule, window=window,
             prefix=prefix, documents=documents, distributed=self.distributed, on_plan=self._note,
-            check_finite=self.check_finite,
+            check_finite=self.check_finite, kernel=self.kernel,
         )  # fmt: skip
 
     def _note(self, plan: Plan) -> None:

@@ -114,6 +114,7 @@ def attend_files(
     prefix: int = 0,
     documents: Sequence[int] | None = None,
     device: torch.device | str | None = None,
+    kernel: str | None = None,
     journal: str | Path | None = None,
     distributed: bool = False,
     check_finite: bool = False,
@@ -139,6 +140,7 @@ def attend_files(
         prefix: Keys that all queries see.
         documents: First tokens of the documents.
         device: Where kernels run; the CPU by default.
+        kernel: On a GPU, which kernel to try first.
         journal: Folder of the journal; made if it is not there.
         distributed: Deal the rows out to the ranks of torch.distributed, which map the same files
             and keep a journal each. All wait for the last.
@@ -165,7 +167,7 @@ def attend_files(
     folder = _folder(journal, share)
     plan = make_plan(
         shape, visible, _budget(memory_budget, where, folder), schedule,
-        resident=False, tiled=True, ahead=where.type != "cpu", share=share,
+        resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, share=share,
     )  # fmt: skip
     wide = accumulator_dtype(query.dtype)
     _check("out", out, query.shape, wide if plan.merges else None)
@@ -207,6 +209,7 @@ def attend_files_backward(
     prefix: int = 0,
     documents: Sequence[int] | None = None,
     device: torch.device | str | None = None,
+    kernel: str | None = None,
     journal: str | Path | None = None,
     distributed: bool = False,
     check_finite: bool = False,
@@ -235,6 +238,7 @@ def attend_files_backward(
         prefix: Keys that all queries see.
         documents: First tokens of the documents.
         device: Where kernels run.
+        kernel: On a GPU, which kernel to try first.
         journal: Folder of the journal; another one than that of the forward pass.
         distributed: Deal rows and columns out to the ranks.
         check_finite: Refuse NaN and infinities.
@@ -255,7 +259,7 @@ def attend_files_backward(
     folder = _folder(journal, share)
     plan = make_plan(
         shape, visible, _budget(memory_budget, where, folder), "rect", backward=True,
-        passes=2, resident=False, tiled=True, ahead=where.type != "cpu", share=share,
+        passes=2, resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, share=share,
     )  # fmt: skip
     wide = accumulator_dtype(query.dtype)
     for name, tensor, like in (

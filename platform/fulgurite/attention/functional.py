@@ -48,6 +48,7 @@ def stream_attention(
     lengths: Sequence[int] | None = None,
     check_finite: bool = False,
     device: torch.device | str | None = None,
+    kernel: str | None = None,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[False] = False,
@@ -73,6 +74,7 @@ def stream_attention(
     lengths: Sequence[int] | None = None,
     check_finite: bool = False,
     device: torch.device | str | None = None,
+    kernel: str | None = None,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: Literal[True],
@@ -97,6 +99,7 @@ def stream_attention(
     lengths: Sequence[int] | None = None,
     check_finite: bool = False,
     device: torch.device | str | None = None,
+    kernel: str | None = None,
     distributed: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     return_lse: bool = False,
@@ -126,6 +129,7 @@ def stream_attention(
         check_finite: Refuse NaN and infinities in the inputs, naming the first.
         device: Where it is computed; where the tensors are by default. Tensors in host memory
             that a GPU computes stay there, as do the result and the gradients.
+        kernel: On a GPU, which of ``flash``, ``cudnn``, ``efficient`` and ``eager`` to try first.
         distributed: Deal the work out to the ranks of torch.distributed, which all give the same
             tensors and all get the whole result and the whole gradients.
         on_plan: Called with the plan before it is run.
@@ -160,7 +164,8 @@ def stream_attention(
         )
     options = {
         "memory_budget": memory_budget, "schedule": schedule, "window": window, "prefix": prefix,
-        "documents": documents, "device": device, "distributed": distributed, "on_plan": on_plan,
+        "documents": documents, "device": device, "kernel": kernel, "distributed": distributed,
+        "on_plan": on_plan,
     }  # fmt: skip
     masks: tuple[Any, ...] = (None, 0.0, is_causal, scale, enable_gqa)
     if check_finite:
@@ -177,7 +182,7 @@ def stream_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     shape, visible = check_call(query, key, value, enable_gqa, is_causal, window, prefix, documents)
     where = query.device if device is None else torch.device(device)
-    kernel_for(where, query.dtype)
+    kernel_for(where, query.dtype, prefer=kernel)
     lead = query.shape[:-3]
     if query.numel() == 0 or key.numel() == 0:
         lse = query.new_full(query.shape[:-1], -math.inf, dtype=accumulator_dtype(query.dtype))
@@ -192,6 +197,7 @@ def stream_attention(
         resident=resident,
         tiled=not resident,
         ahead=not resident,
+        kernel=kernel,
         share=ranks_share(distributed),
         costs=_costs(where, query, memory_budget, distributed),
     )

@@ -1,5 +1,8 @@
 """Attention of one tile with its log-sum-exp, forward and backward, on stock PyTorch kernels.
 
+Here are the kernel of CPUs and the one for everything else; those of CUDA are in
+:mod:`fulgurite.attention.cuda_kernels`.
+
 A tile is a rectangle of scores that one kernel call computes: all pairs, a causal square, or pairs
 under an additive bias. Tiles never have rows without keys except under a bias.
 
@@ -9,6 +12,7 @@ Axes: B batch, H query heads, G key/value heads (G divides H), M queries, N keys
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,7 +20,16 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["AtenCpuFlash", "Eager", "TileKernel", "accumulator_dtype", "kernel_for"]
+__all__ = [
+    "AtenCpuFlash",
+    "Eager",
+    "TileKernel",
+    "accumulator_dtype",
+    "empty_rows",
+    "kernel_for",
+    "repeat_heads",
+    "sum_heads",
+]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +103,7 @@ class AtenCpuFlash:
             query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
         )
         if bias is not None:  # the kernel gives a row without keys the lse 0
-            lse = lse.masked_fill(_empty_rows(bias), -math.inf)
+            lse = lse.masked_fill(empty_rows(bias), -math.inf)
         return out, lse
 
     def backward(
@@ -128,10 +141,11 @@ class Eager:
     ) -> tuple[Tensor, Tensor]:
         """See :class:`TileKernel`."""
         dtype = accumulator_dtype(query.dtype)
-        scores = self._scores(query, key, is_causal, scale, bias)
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
-        out = weights @ _repeat(value.to(dtype), query)
+        with _without_autocast(query.device):
+            scores = self._scores(query, key, is_causal, scale, bias)
+            lse = scores.logsumexp(-1)
+            weights = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+            out = weights @ repeat_heads(value.to(dtype), query)
         return out.to(query.dtype), lse
 
     def backward(
@@ -152,13 +166,14 @@ class Eager:
         Source: card section 1.7.
         """
         dtype = accumulator_dtype(query.dtype)
-        weights = (self._scores(query, key, is_causal, scale, bias) - lse[..., None]).exp()
-        grad = grad.to(dtype)
-        inner = (grad * out.to(dtype)).sum(-1, keepdim=True)
-        dscores = weights * (grad @ _repeat(value.to(dtype), query).mT - inner)
-        dquery = dscores @ _repeat(key.to(dtype), query) * scale
-        dkey = _sum_groups(dscores.mT @ query.to(dtype) * scale, key)
-        dvalue = _sum_groups(weights.mT @ grad, value)
+        with _without_autocast(query.device):
+            weights = (self._scores(query, key, is_causal, scale, bias) - lse[..., None]).exp()
+            grad = grad.to(dtype)
+            inner = (grad * out.to(dtype)).sum(-1, keepdim=True)
+            dscores = weights * (grad @ repeat_heads(value.to(dtype), query).mT - inner)
+            dquery = dscores @ repeat_heads(key.to(dtype), query) * scale
+            dkey = sum_heads(dscores.mT @ query.to(dtype) * scale, key)
+            dvalue = sum_heads(weights.mT @ grad, value)
         return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype)
 
     @staticmethod
@@ -166,7 +181,7 @@ class Eager:
         query: Tensor, key: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> Tensor:
         dtype = accumulator_dtype(query.dtype)
-        scores = query.to(dtype) @ _repeat(key.to(dtype), query).mT * scale
+        scores = query.to(dtype) @ repeat_heads(key.to(dtype), query).mT * scale
         if bias is not None:
             scores = scores + bias.to(dtype)
         if is_causal:
@@ -175,26 +190,42 @@ class Eager:
         return scores
 
 
-def _repeat(tensor: Tensor, query: Tensor) -> Tensor:
+def repeat_heads(tensor: Tensor, query: Tensor) -> Tensor:
     """Give each query head its key/value head. (B, G, N, D) -> (B, H, N, D)."""
-    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+    group = query.shape[1] // tensor.shape[1]
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim=1)
 
 
-def _sum_groups(grad: Tensor, tensor: Tensor) -> Tensor:
+def sum_heads(grad: Tensor, tensor: Tensor) -> Tensor:
     """Sum over the query heads of each key/value head. (B, H, N, D) -> (B, G, N, D)."""
     batch, kv_heads = tensor.shape[:2]
     return grad.reshape(batch, kv_heads, -1, *grad.shape[2:]).sum(2)
 
 
-def _empty_rows(bias: Tensor) -> Tensor:
+def empty_rows(bias: Tensor) -> Tensor:
+    """Rows in which a bias hides every key. (..., M, N) -> (..., M)."""
     return (bias == -math.inf).all(-1)
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype) -> TileKernel:
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where matrix products keep the type of what they are given."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def kernel_for(
+    device: torch.device, dtype: torch.dtype, *, prefer: str | None = None
+) -> TileKernel:
     """Return the kernel for tiles of a type on a device.
 
+    Args:
+        device: Where tiles are computed.
+        dtype: Of query, key and value.
+        prefer: On CUDA, the kernel to try first: flash, cudnn or efficient; or eager for none.
+
     Raises:
-        ConfigError: The type is no floating type that attention can do.
+        ConfigError: The type is no floating type that attention can do, or there is no such kernel.
 
     Example:
         >>> type(kernel_for(torch.device("cpu"), torch.bfloat16)).__name__
@@ -204,4 +235,8 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> TileKernel:
         raise ConfigError(
             f"Attention does not do {dtype}.", "Use float64, float32, bfloat16 or float16."
         )
+    if device.type == "cuda":
+        from fulgurite.attention.cuda_kernels import cuda_kernel  # builds on this module
+
+        return cuda_kernel(dtype, prefer)
     return AtenCpuFlash() if device.type == "cpu" else Eager()

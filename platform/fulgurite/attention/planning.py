@@ -160,6 +160,7 @@ class Plan:
         share: Rank and number of ranks among which tasks are dealt out.
         backward: Whether the peak is that of gradients too.
         passes: How often gradients go through all tiles: 2 where sums over all keys do not fit.
+        kernel: Which kernel to prefer, where there are several.
     """
 
     shape: Shape
@@ -179,6 +180,7 @@ class Plan:
     share: tuple[int, int] = (0, 1)
     backward: bool = False
     passes: int = 1
+    kernel: str | None = None
 
     @property
     def adds_in_place(self) -> bool:
@@ -275,6 +277,7 @@ def make_plan(
     tiled: bool = False,
     ahead: bool = False,
     passes: int | None = None,
+    kernel: str | None = None,
     share: tuple[int, int] = (0, 1),
     costs: Costs | None = None,
 ) -> Plan:
@@ -290,6 +293,7 @@ def make_plan(
         tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
         ahead: Whether the next tile is copied to the device while one is computed.
         passes: Consider only gradients in so many passes.
+        kernel: Which kernel to prefer.
         share: Rank and number of ranks among which tasks are dealt out.
         costs: Of the machine.
 
@@ -335,7 +339,7 @@ def make_plan(
         if chosen.schedule == "whole"
         else f"fastest of {len(fits)} ways that fit"
     )
-    return replace(chosen, budget=budget, reason=reason)
+    return replace(chosen, budget=budget, reason=reason, kernel=kernel)
 
 
 def smaller(plan: Plan) -> Plan:
@@ -344,8 +348,10 @@ def smaller(plan: Plan) -> Plan:
     Raises:
         ConfigError: There is none.
     """
-    budget = plan.peak_bytes // 2
-    return make_plan(plan.shape, plan.visible, budget, backward=plan.backward, share=plan.share)
+    return make_plan(
+        plan.shape, plan.visible, plan.peak_bytes // 2,
+        backward=plan.backward, share=plan.share, kernel=plan.kernel,
+    )  # fmt: skip
 
 
 class _Setting(NamedTuple):

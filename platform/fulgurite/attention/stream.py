@@ -5,12 +5,12 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from fulgurite.attention.calls import Step, column_count, row_count, row_steps, spread
@@ -94,9 +94,10 @@ def _retrying(plan: Plan, work: Callable[[Plan], _T]) -> tuple[_T, Plan]:
                 plan = smaller(plan)
             except ConfigError:
                 raise error from None
-            rank_zero_warn(
+            warnings.warn(
                 f"Attention ran out of memory; going on with {plan.schedule}, at most "
-                f"{format_bytes(plan.peak_bytes)} at once."
+                f"{format_bytes(plan.peak_bytes)} at once.",
+                stacklevel=2,
             )
 
 
@@ -105,7 +106,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, M, D) in the type of query and lse (B, H, M)."""
     is_direct = plan.is_direct and device == query.device
-    kernel, is_causal = kernel_for(device, query.dtype), plan.visible.is_causal
+    kernel, is_causal = kernel_for(device, query.dtype, prefer=plan.kernel), plan.visible.is_causal
     if is_direct and plan.schedule == "whole":
         return kernel.forward(query, key, value, is_causal=is_causal, scale=scale)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -156,7 +157,10 @@ def _backward(
         device: Where kernels run.
     """
     is_direct = plan.is_direct and device == rows[1].device
-    kernel, is_causal = kernel_for(device, rows[1].dtype), plan.visible.is_causal
+    kernel, is_causal = (
+        kernel_for(device, rows[1].dtype, prefer=plan.kernel),
+        plan.visible.is_causal,
+    )
     if is_direct and plan.schedule == "whole":
         return kernel.backward(*_in_order(rows, keys), is_causal=is_causal, scale=scale)
     results = tuple(torch.empty_like(x) for x in (rows[1], *keys))
@@ -166,6 +170,7 @@ def _backward(
             found = kernel.backward(*_in_order(*own), is_causal=is_causal, scale=scale)
             for result, part, at in zip(results, found, (heads, shared, shared), strict=True):
                 result[batch, at] = part
+            del found, part  # or they would take memory beside the next
     elif plan.passes == 2:
         units_ = gradient_units(*_in_order(rows, keys), plan, scale, device=device)
         count = row_count(plan)
@@ -200,7 +205,7 @@ def _accumulate(
     device: torch.device,
 ) -> None:
     """Gradients in one pass, which adds to those of all keys as it goes along the queries."""
-    kernel = kernel_for(device, rows[1].dtype)
+    kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
     in_place = plan.adds_in_place and device == rows[1].device
     feed = Feed.between(rows[1].device, device)
     wide = rows[3].dtype

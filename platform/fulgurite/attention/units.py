@@ -6,11 +6,11 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from fulgurite.attention.calls import At, Step, bias, column_steps, row_count, row_steps
@@ -86,7 +86,7 @@ def units(
         within: Leave out rows outside these queries.
     """
     device = device or query.device
-    kernel = kernel_for(device, query.dtype)
+    kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
     feed = Feed.between(query.device, device)
 
     def compute(after: int, halvings: int) -> Iterator[Unit]:
@@ -134,7 +134,7 @@ def gradient_units(
     Source: card section 1.7; the two passes: inferred.
     """
     device = device or query.device
-    kernel = kernel_for(device, query.dtype)
+    kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
     feed = Feed.between(query.device, device)
     rows, keys, first = [grad, query, out, lse], [key, value], row_count(plan)
 
@@ -167,9 +167,10 @@ def _falling_back(compute: Callable[[int, int], Iterator[_U]], plan: Plan) -> It
             if not ran_out_of_memory(error) or longest >> halvings <= _SMALLEST:
                 raise
         halvings += 1
-        rank_zero_warn(
+        warnings.warn(
             f"Attention ran out of memory; going on with {plan.schedule} in tiles "
-            f"1/{1 << halvings} as high and wide."
+            f"1/{1 << halvings} as high and wide.",
+            stacklevel=2,
         )
 
 

@@ -33,6 +33,7 @@ __all__ = ["StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
 _NAME = "stream_cqsa"
 
 Offload = Literal["none", "host", "disk"]
+Kernel = Literal["flash", "cudnn", "efficient", "eager"]
 
 
 class _StreamsAttention(Strategy):
@@ -52,6 +53,7 @@ class _StreamsAttention(Strategy):
         offload_activations: Offload,
         offload_folder: str | Path | None,
         check_finite: bool,
+        kernel: Kernel | None,
         distributed: bool,
     ) -> None:
         """Keep the options.
@@ -63,7 +65,7 @@ class _StreamsAttention(Strategy):
             # the command line gives a number as text where text is allowed
             memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
         parse_budget(memory_budget, torch.device("cpu"))
-        self.backend = Streamed(memory_budget, schedule, distributed, check_finite)
+        self.backend = Streamed(memory_budget, schedule, distributed, check_finite, kernel)
         self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
         self.offload_folder = None if offload_folder is None else Path(offload_folder)
         self._undo = []
@@ -213,6 +215,7 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
             ``host`` ((pinned) host memory) or ``disk`` (files, for a CPU or a small host).
         offload_folder: Where the files are; the Trainer's ``default_root_dir`` by default.
         check_finite: Refuse queries, keys and values that are NaN or infinite, naming the first.
+        kernel: On a GPU, which kernel is tried first.
         accelerator: Set by the Trainer.
         checkpoint_io: Set by the Trainer.
         precision_plugin: Set by the Trainer.
@@ -232,6 +235,7 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         offload_activations: Offload = "none",
         offload_folder: str | None = None,
         check_finite: bool = False,
+        kernel: Kernel | None = None,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
@@ -241,7 +245,7 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         )
         self._prepare(
             memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
-            check_finite, distributed=False,
+            check_finite, kernel, distributed=False,
         )  # fmt: skip
         self._devices: list[torch.device] = []
 
@@ -278,6 +282,7 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         offload_activations: See :class:`StreamCQSAStrategy`.
         offload_folder: See :class:`StreamCQSAStrategy`.
         check_finite: See :class:`StreamCQSAStrategy`.
+        kernel: See :class:`StreamCQSAStrategy`.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
 
     Raises:
@@ -296,12 +301,13 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         offload_activations: Offload = "none",
         offload_folder: str | None = None,
         check_finite: bool = False,
+        kernel: Kernel | None = None,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend)
         self._prepare(
             memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
-            check_finite, distributed=True,
+            check_finite, kernel, distributed=True,
         )  # fmt: skip
 
     @property

@@ -1,0 +1,473 @@
+"""The attention kernels of PyTorch for CUDA as tile kernels, and the choice between them.
+
+A kernel is trusted after its results have been compared once with those of
+:class:`~fulgurite.attention.kernels.Eager`, on the device, in the type and for the head size of
+the call.
+
+Axes: B batch, H query heads, G key/value heads (G divides H), M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fulgurite.attention.kernels import (
+    Eager,
+    TileKernel,
+    accumulator_dtype,
+    empty_rows,
+    repeat_heads,
+    sum_heads,
+)
+from fulgurite.errors import ConfigError
+
+__all__ = ["AtenCudaEfficient", "AtenCudaFlash", "AtenCudnn", "Chosen", "cuda_kernel"]
+
+# Elements: kernels load 16 bytes at once, which is 8 numbers of a half type.
+_ALIGNMENT = 8
+
+# The efficient kernel's log-sum-exp has a multiple of so many rows.
+_LSE_ROWS = 32
+
+_HALF = (torch.float16, torch.bfloat16)
+
+# Largest error that a right kernel may have, relative to the largest number of the result. Right
+# kernels stay below a quarter of it.
+_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 6e-3, torch.float32: 1e-4}
+_LSE_TOLERANCE = 1e-3
+
+
+class CudaKernel(TileKernel, Protocol):
+    """A tile kernel that does not take every tile."""
+
+    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+        """Whether it is made for tiles like this."""
+        ...
+
+
+class _Tile(NamedTuple):
+    """A tile as an operator takes it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    is_causal: bool
+    scale: float
+
+
+class _AtenKernel:
+    """Brings tiles into the form that the operators of its heirs take, and their results back.
+
+    Attributes:
+        has_groups: Whether the operators take fewer key/value heads than query heads; where they
+            do not, each query head gets a copy of its key/value head.
+        has_bias: Whether they take a bias.
+    """
+
+    has_groups = False
+    has_bias = True
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~fulgurite.attention.kernels.TileKernel`."""
+        out, lse = self._forward(self._tile(query, key, value, bias, is_causal, scale))
+        out = out.narrow(-1, 0, query.shape[-1])
+        if bias is None:
+            return out, lse
+        empty = empty_rows(bias)  # what operators give rows without keys differs
+        return out.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -math.inf)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`~fulgurite.attention.kernels.TileKernel`."""
+        tile = self._tile(query, key, value, bias, is_causal, scale)
+        grads = self._backward(tile, _aligned(grad), _aligned(out), _contiguous(lse))
+        dquery, dkey, dvalue = (x.narrow(-1, 0, query.shape[-1]) for x in grads[:3])
+        if dkey.shape[1] != key.shape[1]:  # in autocast, sums are float32
+            dkey, dvalue = (sum_heads(x, key).to(key.dtype) for x in (dkey, dvalue))
+        return dquery, dkey, dvalue
+
+    def _tile(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> _Tile:
+        if not self.has_groups:
+            key, value = repeat_heads(key, query), repeat_heads(value, query)
+        if bias is not None:
+            if not self.has_bias:
+                raise ConfigError("This kernel does no bias.", "Use the one of kernel_for.")
+            bias = bias.to(query.dtype)
+            if not _is_aligned(bias):
+                bias = _aligned(bias).narrow(-1, 0, key.shape[2])
+        return _Tile(_aligned(query), _aligned(key), _aligned(value), bias, is_causal, scale)
+
+    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """Out (B, H, M, D) and log-sum-exp (B, H, M)."""
+        raise NotImplementedError
+
+    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of query, key and value of the tile."""
+        raise NotImplementedError
+
+
+class AtenCudaFlash(_AtenKernel):
+    """PyTorch's FlashAttention: half types, D up to 256, grouped heads, no bias.
+
+    The implementations that ``torch.nn.attention.activate_flash_attention_impl`` puts behind the
+    same operators (FlashAttention 3 and 4) are used once a program has activated them.
+
+    Source: card section 4.1; inferred from PyTorch's sources: the kernel takes the log-sum-exp for
+    contiguous without looking, and masks a causal rectangle from its lower right corner.
+    """
+
+    has_groups = True
+    has_bias = False
+
+    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+        """See :class:`CudaKernel`."""
+        if biased or query.dtype not in _HALF or query.shape[-1] > 256:
+            return False
+        return not is_causal or query.shape[2] == key.shape[2]
+
+    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        query, key, value, _, is_causal, scale = tile
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+        return out, lse
+
+    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, is_causal, scale = tile
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            *(grad, query, key, value, out, lse),
+            *(None, None, query.shape[2], key.shape[2]),  # sequences are not packed
+            *(0.0, is_causal, *_no_seeds(query)),
+            scale=scale,
+        )
+
+
+class AtenCudaEfficient(_AtenKernel):
+    """PyTorch's memory-efficient attention: float32 and half types, any D, bias.
+
+    Source: card section 4.1; inferred from PyTorch's sources: the layout that the backward kernel
+    takes for granted, and that infinite log-sum-exps mark rows that take no part.
+    """
+
+    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+        """See :class:`CudaKernel`."""
+        return query.dtype in (*_HALF, torch.float32)
+
+    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        query, key, value, bias, is_causal, scale = _for_all_heads(tile)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, 0.0, is_causal, scale=scale
+        )
+        return out, lse.narrow(-1, 0, query.shape[2])
+
+    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, bias, is_causal, scale = _for_all_heads(tile)
+        # (B, M, H, D) in memory: the kernel takes H * D for the way from token to token
+        out = _contiguous(out.transpose(1, 2)).transpose(1, 2)
+        lse = F.pad(lse, (0, -lse.shape[-1] % _LSE_ROWS), value=math.inf)
+        return torch.ops.aten._scaled_dot_product_efficient_attention_backward(  # type: ignore[no-any-return]
+            *(grad, query, key, value, bias, out, lse, *_no_seeds(query)),
+            *(0.0, [True, True, True, False], is_causal),
+            scale=scale,
+        )
+
+
+class AtenCudnn(_AtenKernel):
+    """cuDNN's attention: half types, D up to 128, bias.
+
+    Some versions of cuDNN do larger D on some devices, others not; none is deterministic.
+
+    Source: card section 4.1; the limits: inferred from PyTorch's sources.
+    """
+
+    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+        """See :class:`CudaKernel`."""
+        if query.dtype not in _HALF or query.shape[-1] > 128 or 1 in (query.shape[2], key.shape[2]):
+            return False
+        strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+        return not (torch.are_deterministic_algorithms_enabled() and strict)
+
+    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        query, key, value, bias, is_causal, scale = tile
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, bias, True, 0.0, is_causal, scale=scale
+        )
+        return out, lse.reshape(query.shape[:3])  # from (B, H, M, 1)
+
+    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, bias, is_causal, scale = tile
+        lse = lse.clamp(max=1e30)  # rows without keys: exp(score - 1e30) is 0, and 1e30 a number
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
+            *(grad, query, key, value, out, lse.unsqueeze(-1), *_no_seeds(query), bias),
+            *(None, None, query.shape[2], key.shape[2]),  # sequences are not packed
+            *(0.0, is_causal),
+            scale=scale,
+        )
+
+
+# In the order in which they are tried.
+_KERNELS: dict[str, CudaKernel] = {
+    "flash": AtenCudaFlash(),
+    "cudnn": AtenCudnn(),
+    "efficient": AtenCudaEfficient(),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Computes each tile with the first kernel that takes it and that gave the right numbers.
+
+    Args:
+        names: Of the kernels, in the order in which they are tried; after them
+            :class:`~fulgurite.attention.kernels.Eager` is.
+    """
+
+    names: tuple[str, ...]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~fulgurite.attention.kernels.TileKernel`."""
+        kernel = self.kernel(query, key, is_causal=is_causal, biased=bias is not None)
+        return kernel.forward(query, key, value, is_causal=is_causal, scale=scale, bias=bias)
+
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        is_causal: bool,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`~fulgurite.attention.kernels.TileKernel`."""
+        kernel = self.kernel(query, key, is_causal=is_causal, biased=bias is not None)
+        return kernel.backward(
+            grad, query, key, value, out, lse, is_causal=is_causal, scale=scale, bias=bias
+        )
+
+    def kernel(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> TileKernel:
+        """The kernel for tiles like this."""
+        for name in self.names:
+            if _KERNELS[name].takes(query, key, is_causal=is_causal, biased=biased) and _is_right(
+                name, query.device, query.dtype, query.shape[-1], biased
+            ):
+                return _KERNELS[name]
+        return Eager()
+
+
+def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
+    """Return the kernel for tiles of a type on a CUDA device.
+
+    Args:
+        dtype: Of query, key and value.
+        prefer: Kernel to try before the others: flash, cudnn or efficient; or eager for none.
+
+    Raises:
+        ConfigError: There is no kernel of this name.
+
+    Example:
+        >>> cuda_kernel(torch.bfloat16, prefer="cudnn").names
+        ('cudnn', 'flash', 'efficient')
+    """
+    if prefer not in (None, "eager", *_KERNELS):
+        raise ConfigError(
+            f"There is no attention kernel {prefer!r}.", f"Use eager, {', '.join(_KERNELS)}."
+        )
+    if prefer == "eager" or dtype not in _TOLERANCE:
+        return Eager()
+    return Chosen(tuple(sorted(_KERNELS, key=lambda name: name != prefer)))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_right(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
+) -> bool:
+    """Whether a kernel gives the right numbers; found out once, and by compilers not traced."""
+    return _compared(name, device, dtype, head_dim, biased)
+
+
+@functools.cache
+def _compared(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
+) -> bool:
+    kernel = _KERNELS[name]
+    # whatever the caller is in (fake tensors, counters of operations), this is computed
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        kinds = ("bias",) if biased else ("full", "causal")
+        faults = (_fault(kernel, device, dtype, head_dim, kind) for kind in kinds)
+        fault = next(filter(None, faults), None)
+    if fault:
+        warnings.warn(
+            f"The {name} kernel is not used for attention{' under a bias' if biased else ''} in "
+            f"{str(dtype).removeprefix('torch.')} with head size {head_dim} on {device}: {fault}.",
+            stacklevel=4,
+        )
+    return fault is None
+
+
+class _Case(NamedTuple):
+    """A tile, and what a kernel is to find for it."""
+
+    grad: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor  # over all keys, of which the tile has some
+    lse: Tensor
+    is_causal: bool
+    scale: float
+    bias: Tensor | None
+    results: dict[str, Tensor]
+
+
+def _case(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> _Case:
+    """A small tile in grouped heads, cut out of larger tensors as all tiles are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, tokens: int) -> Tensor:
+        whole = torch.randn(2, heads, tokens + 5, head_dim, generator=generator)
+        return whole.to(device, dtype).narrow(2, 3, tokens)
+
+    queries, keys = 150 if kind == "causal" else 45, 150
+    grad, query, out = (draw(4, queries) for _ in range(3))
+    key, value = (draw(2, keys) for _ in range(2))
+    is_causal, scale, bias = kind == "causal", 1.3 / math.sqrt(head_dim), None
+    if kind == "bias":
+        rows = torch.arange(queries)[:, None]
+        hidden = (torch.arange(keys) > rows + 60) | (rows == 7)  # row 7 has no keys
+        bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[None, None]
+        bias = bias.to(device, dtype)
+    # in float64, which no setting of matrix products narrows
+    exact = tuple(x.double() for x in (query, key, value))
+    exact_bias = None if bias is None else bias.double()
+    found, lse = Eager().forward(*exact, is_causal=is_causal, scale=scale, bias=exact_bias)
+    whole = (lse + 0.5).masked_fill(lse == -math.inf, math.inf)  # as if there were more keys
+    whole = F.pad(whole.to(accumulator_dtype(dtype)), (3, 2)).narrow(2, 3, queries)
+    grads = Eager().backward(
+        *(grad.double(), *exact, out.double(), whole.double()),
+        is_causal=is_causal,
+        scale=scale,
+        bias=exact_bias,
+    )
+    names = ("out", "log-sum-exp", "gradient of query", "gradient of key", "gradient of value")
+    results = dict(zip(names, (found, lse, *grads), strict=True))
+    return _Case(grad, query, key, value, out, whole, is_causal, scale, bias, results)
+
+
+def _fault(
+    kernel: TileKernel, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str
+) -> str | None:
+    """What is wrong with a kernel."""
+    try:
+        *tensors, is_causal, scale, bias, results = _case(device, dtype, head_dim, kind)
+        found = [
+            *kernel.forward(*tensors[1:4], is_causal=is_causal, scale=scale, bias=bias),
+            *kernel.backward(*tensors, is_causal=is_causal, scale=scale, bias=bias),
+        ]
+        return next(_differences(results, found, dtype), None)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
+    except Exception as error:  # of a build, a driver, a device: any kind
+        return f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _differences(
+    results: dict[str, Tensor], found: list[Tensor], dtype: torch.dtype
+) -> Iterator[str]:
+    for (name, expected), got in zip(results.items(), found, strict=True):
+        is_lse = name == "log-sum-exp"
+        own = accumulator_dtype(dtype) if is_lse else dtype
+        if got.shape != expected.shape or got.dtype != own:
+            yield f"its {name} is {tuple(got.shape)} in {got.dtype}"
+            continue
+        nothing = expected == -math.inf
+        error = (got.double() - expected).masked_fill(nothing & (got == -math.inf), 0).abs().max()
+        share = float(error / expected.masked_fill(nothing, 0).abs().max())
+        allowed = _LSE_TOLERANCE if is_lse else _TOLERANCE[dtype]
+        if not share <= allowed:  # nor nan
+            yield f"its {name} is off by {share:.2g} of the largest number, {allowed:g} is allowed"
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Give rows a length and places that kernels can load, where they have not.
+
+    Zeros at the end of each row leave scores as they are. Shape: (..., D) -> (..., D or more).
+    """
+    if extra := -tensor.shape[-1] % _ALIGNMENT:
+        return F.pad(tensor, (0, extra))
+    return tensor if _is_aligned(tensor) else _contiguous(tensor)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """A copy; ``contiguous`` would leave any steps in axes of size 1, and any start."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether rows lie in one piece, each at a multiple of what is loaded at once."""
+    steps = (tensor.storage_offset(), *tensor.stride()[:-1])
+    return tensor.stride(-1) == 1 and not any(step % _ALIGNMENT for step in steps)
+
+
+def _for_all_heads(tile: _Tile) -> _Tile:
+    """A tile with a view of its bias for each head. Shape: (B or 1, 1, M, N) -> (B, H, M, N)."""
+    if tile.bias is None:
+        return tile
+    return tile._replace(bias=tile.bias.expand(*tile.query.shape[:3], tile.key.shape[2]))
+
+
+def _no_seeds(query: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of the state of a random generator, of which only dropout makes use."""
+    seed = query.new_empty((), dtype=torch.int64)
+    return seed, seed
