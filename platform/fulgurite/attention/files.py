@@ -164,12 +164,14 @@ def attend_files(
             "Ranks would merge their results of schedule='cqs' into the same rows of the files.",
             'Give schedule="rect", whose rows are apart.',
         )
+    wide = accumulator_dtype(query.dtype)
+    if schedule == "auto" and (out.dtype != wide or share != (0, 1)):
+        schedule = "rect"  # cqs would sum in the result
     folder = _folder(journal, share)
     plan = make_plan(
         shape, visible, _budget(memory_budget, where, folder), schedule,
         resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, share=share,
     )  # fmt: skip
-    wide = accumulator_dtype(query.dtype)
     _check("out", out, query.shape, wide if plan.merges else None)
     _check("lse", lse, query.shape[:-1], wide)
     scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale

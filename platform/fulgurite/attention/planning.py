@@ -334,11 +334,13 @@ def make_plan(
     best = min(fits, key=lambda p: (time(p), p.peak_bytes))
     near = [p for p in fits if time(p) <= 1.02 * time(best)]
     chosen = min(near, key=lambda p: p.peak_bytes) if best.schedule != "whole" else best
-    reason = (
-        "everything fits at once"
-        if chosen.schedule == "whole"
-        else f"fastest of {len(fits)} ways that fit"
-    )
+    reason = "everything fits at once"
+    if chosen.schedule != "whole":
+        fastest: dict[str, float] = {}
+        for p in sorted(fits, key=time, reverse=True):
+            fastest[p.schedule] = time(p)
+        times = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in fastest.items())
+        reason = f"fastest of {len(fits)} ways that fit, or as fast and smaller ({times})"
     return replace(chosen, budget=budget, reason=reason, kernel=kernel)
 
 
@@ -398,7 +400,7 @@ def _candidates(
             for tile in _tiles(queries, keys):
                 for passes in (1, 2) if backward else (1,):
                     yield maker("rect", step, tile, passes=passes)
-    if schedule == "cqs" and queries == keys and keys > 1:
+    if schedule in ("auto", "cqs") and queries == keys and keys > 1:
         for chunks in perfect_sizes(min(keys, _MOST_CHUNKS)) or [keys]:
             for step in dict.fromkeys((steps[0], steps[-1])):
                 yield maker("cqs", step, (0, 0), chunks)
@@ -480,8 +482,9 @@ def _plan(
     flops = 4.0 * pairs * shape.head_dim * shape.batch * shape.heads
     copied = moved if not setting.resident else (moved - writes if schedule == "cqs" else 0)
     seconds = flops / costs.flops + copied / costs.bandwidth + calls * costs.call
-    if not direct:
-        seconds += costs.merge * calls * height * group * together * shape.head_dim
+    if not direct:  # each call is merged into its row, each row of cqs into the result
+        merges = calls + (rows * groups if schedule == "cqs" else 0)
+        seconds += costs.merge * merges * height * group * together * shape.head_dim
     return Plan(
         shape, visible, schedule, step, tile, chunks, int(peak), int(moved), calls, flops, seconds,
         share=setting.share, backward=setting.backward, passes=passes,

@@ -112,8 +112,9 @@ def in_chunks(
         return function(0, *tensors)
     parts: list[tuple[Tensor, ...]] = []
     results: tuple[Tensor, ...] = ()
-    for start in range(0, tokens, chunk):
-        pieces = [x[:, start : start + chunk] for x in tensors]
+    # split, not slices: each slice would have a gradient as long as the whole
+    columns = zip(*(x.split(chunk, dim=1) for x in tensors), strict=True)
+    for start, pieces in zip(range(0, tokens, chunk), columns, strict=True):
         if torch.is_grad_enabled():
             part = recomputed(
                 function, start, *pieces, use_reentrant=False, preserve_rng_state=False
