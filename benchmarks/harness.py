@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import Callback
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,15 +65,15 @@ class ExitAtFirstStep(Callback):
 
 
 def take_turns(
-    contestants: dict[str, Callable[[], Any]], repetitions: int
+    contestants: dict[str, Callable[[], Any]], repetitions: int, *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, all run once before."""
+    """Seconds of each contestant, all run once before unless that would take too long."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(repetitions + 1):
+    for repetition in range(repetitions + warm_up):
         for name, run in contestants.items():
             begun = time.perf_counter()
             run()
-            if repetition:
+            if repetition >= warm_up:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 
@@ -103,6 +104,8 @@ def machine() -> str:
     if cpuinfo.is_file():
         lines = cpuinfo.read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    if torch.cuda.is_available():
+        model += f", {torch.cuda.get_device_name()}"
     versions = ", ".join(f"{n} {metadata.version(n)}" for n in ("torch", "lightning"))
     return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 

@@ -455,7 +455,8 @@ def _plan(
     else:
         height, loaded = tile
         rows = -(-queries // height)
-        reach = keys * (0.5 if visible.is_causal and rows > 1 else 1.0)  # keys of a row
+        # keys of a row, on average; the first causal row sees one tile, the last sees all
+        reach = keys * ((rows + 1) / (2 * rows) if visible.is_causal else 1.0)
         if visible.window is not None:
             reach = min(reach, visible.window + height)
         calls = int(rows * -(-reach // loaded) + 1) * groups
