@@ -23,7 +23,7 @@ from fulgurite.datamodules.stream_cqsa.text import (
     split_ranges,
 )
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.sampling import UnrepeatedDistributedSampler, sampler_ranks
+from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
 
 __all__ = ["ByteTextDataModule", "DrawSampler", "NeedleDataModule"]
 
@@ -33,7 +33,7 @@ _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
 class DrawSampler(UnrepeatedDistributedSampler):
     """Numbers draws through all epochs and ranks, so that none comes twice.
 
-    Lightning calls :meth:`set_epoch`, also after a restart, and leaves this sampler in place.
+    Lightning calls :meth:`set_epoch` and leaves this sampler in place.
 
     Args:
         draws: Draws of one epoch on one rank.
@@ -253,7 +253,8 @@ class ByteTextDataModule(_TokenDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of random windows, other ones in each epoch and on each rank."""
         sampler = DrawSampler(self._draws, sampler_ranks(self.trainer))
-        return _loader(self._train, sampler, self.batch_size, self.num_workers, self.documents)
+        continued = ContinuedSampler(sampler, self.trainer, self.batch_size)
+        return _loader(self._train, continued, self.batch_size, self.num_workers, self.documents)
 
 
 class NeedleDataModule(_TokenDataModule):
@@ -328,4 +329,5 @@ class NeedleDataModule(_TokenDataModule):
         sampler: DistributedSampler[Any] = DistributedSampler(
             self._train, num_replicas=world, rank=rank, seed=self.seed
         )
-        return _loader(self._train, sampler, self.batch_size, self.num_workers)
+        continued = ContinuedSampler(sampler, self.trainer, self.batch_size)
+        return _loader(self._train, continued, self.batch_size, self.num_workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "ContinuedSampler",
     "EveryRankSampler",
     "UnrepeatedDistributedSampler",
     "rank_and_world",
     "sampler_ranks",
+    "training_progress",
 ]
 
 
@@ -33,6 +35,27 @@ def sampler_ranks(trainer: Trainer | None) -> tuple[int, int]:
     """
     wanted = trainer.distributed_sampler_kwargs if trainer is not None else None
     return (wanted["rank"], wanted["num_replicas"]) if wanted else rank_and_world()
+
+
+def training_progress(trainer: Trainer | None) -> tuple[int, int]:
+    """The epoch of training that comes next, and how many of its batches each rank has done.
+
+    After a restart Lightning makes the first iterator before it calls ``set_epoch``, and skips
+    nothing of what an interrupted epoch had done; a sampler that starts there goes on instead.
+
+    Args:
+        trainer: Of the DataModule; None gives ``(0, 0)``.
+    """
+    if trainer is None:
+        return 0, 0
+    loop = trainer.fit_loop
+    epoch: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress
+    if epoch.started <= epoch.processed:
+        return epoch.processed, 0
+    if batches.is_last_batch:  # only the end of the epoch is left
+        return epoch.processed + 1, 0
+    return epoch.processed, batches.current.processed
 
 
 class UnrepeatedDistributedSampler(DistributedSampler[int]):
@@ -69,6 +92,46 @@ class EveryRankSampler(UnrepeatedDistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class ContinuedSampler(UnrepeatedDistributedSampler):
+    """Another sampler, which after a restart goes on where the interrupted epoch was.
+
+    Args:
+        sampler: Has a ``set_epoch``; gives the items of one rank.
+        trainer: Knows how far training is.
+        batch_size: Items of a batch.
+
+    Example:
+        >>> sampler = ContinuedSampler(UnrepeatedDistributedSampler(5), None, 2)
+        >>> list(sampler)
+        [0, 1, 2, 3, 4]
+        >>> sampler.done = 2
+        >>> list(sampler)  # what was done comes last, after the number of batches that is left
+        [2, 3, 4, 0, 1]
+    """
+
+    def __init__(
+        self, sampler: DistributedSampler[int], trainer: Trainer | None, batch_size: int
+    ) -> None:
+        super().__init__(len(sampler), (sampler.rank, sampler.num_replicas))
+        self.sampler = sampler
+        self.epoch, batches = training_progress(trainer)
+        self.done = batches * batch_size
+        sampler.set_epoch(self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next."""
+        if epoch != self.epoch:
+            self.epoch, self.done = epoch, 0
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = list(self.sampler)
+        return iter(numbers[self.done :] + numbers[: self.done])
 
     def __len__(self) -> int:
         return self.length

@@ -78,6 +78,15 @@ def test_streamed_attention_trains_to_the_same_weights(fit, weights):
     assert Path("streamed/test_metrics.json").is_file()
 
 
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit, weights):
+    name = "stream_cqsa/smoke.yaml"
+    fit("--run.dir=whole", config=name)
+    fit("--run.dir=part", "--trainer.max_epochs=1", config=name)
+    fit("--run.dir=part", "--ckpt_path=last", config=name)
+    whole, part = (weights(f"{run}/checkpoints/last.ckpt") for run in ("whole", "part"))
+    assert all(torch.equal(part[key], whole[key]) for key in whole)
+
+
 def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, start, weights):
     name = "stream_cqsa/smoke.yaml"
     process = start(
@@ -118,6 +127,7 @@ def test_a_length_that_in_core_training_cannot_hold(workdir):
         command = [
             *(sys.executable, "-m", "fulgurite", "fit", "--config", "stream_cqsa/long.yaml"),
             *("--data.init_args.length=8192", "--trainer.max_steps=1", *options),
+            "--trainer.enable_checkpointing=false",
             *("--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"),
         ]
         process = subprocess.Popen(
@@ -136,7 +146,7 @@ def test_a_length_that_in_core_training_cannot_hold(workdir):
 
     status, peak, out = run()
     assert status == 0, out
-    limit = peak + 40 * 2**20
+    limit = peak + 24 * 2**20
     status, _, out = run(limit=limit)
     assert status == 0, out
     status, _, out = run("--trainer.strategy=auto", limit=limit)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from fulgurite.datamodules.stream_cqsa import (
@@ -584,3 +585,43 @@ def test_paths_on_the_command_line(given, paths):
     assert data.paths == paths
     assert data.length == 7
     assert data.suffixes == [".txt", ".md", ".rst", ".py"]
+
+
+# --- restarts
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["text", "needles"])
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(corpus, tmp_path, kind, steps):
+    class Model(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = []
+
+        def training_step(self, batch, _):
+            self.seen.append((self.current_epoch, batch["tokens"].sum(1).tolist()))
+            return self.weight * batch["tokens"].float().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit(path=None):
+        model = Model()
+        data = (
+            made(corpus, steps_per_epoch=3)
+            if kind == "text"
+            else datamodule.NeedleDataModule(length=64, train_size=12, batch_size=4, val_size=0)
+        )
+        saved = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = L.Trainer(
+            max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            accelerator="cpu", callbacks=[] if path else [saved], limit_val_batches=0,
+            enable_checkpointing=path is None, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(model, data, ckpt_path=path)
+        return model.seen
+
+    whole = fit()
+    assert len({str(sums) for _, sums in whole}) == 9  # no batch comes twice
+    assert fit(tmp_path / "saved" / f"step={steps}.ckpt") == whole[steps:]

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fulgurite.attention import plan, stream_attention
+from fulgurite.attention import plan, stream, stream_attention
 from fulgurite.attention import tiles as tiles_module
 from fulgurite.attention.kernels import AtenCpuFlash, Eager
 from fulgurite.attention.merging import merge_
@@ -517,3 +517,15 @@ def test_tensors_alive_at_once_fit_the_budget(schedule, budget, dtype, passes, w
     assert chosen.passes == passes
     assert forward.peak - out.nbytes - lse.nbytes <= chosen.peak_bytes <= budget
     assert backward.peak - sum(x.nbytes for x in grads) <= chosen.peak_bytes
+
+
+def test_a_long_call_shows_how_far_it_is(monkeypatch, capsys):
+    query = torch.randn(1, 2, 512, 16, requires_grad=True)
+    call = {"is_causal": True, "memory_budget": "64KiB", "schedule": "rect"}
+    stream_attention(query, query, query, **call).sum().backward()
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(stream, "LONG", -1.0)
+    stream_attention(query, query, query, **call).sum().backward()
+    shown = capsys.readouterr().err
+    assert shown.count("attention (rect): ") >= 2
+    assert " rows" in shown
