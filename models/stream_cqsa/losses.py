@@ -50,7 +50,9 @@ def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: in
     _check(chunk)
     total = torch.zeros((), device=hidden.device)
     # split, not slices: each slice would have a gradient as long as the whole
-    for part, wanted in zip(hidden.split(chunk, 1), targets.split(chunk, 1), strict=True):
+    for part, wanted in zip(
+        torch.split(hidden, chunk, 1), torch.split(targets, chunk, 1), strict=True
+    ):
         arguments = part, head, wanted
         if torch.is_grad_enabled():
             loss = recomputed(_summed, *arguments, use_reentrant=False, preserve_rng_state=False)

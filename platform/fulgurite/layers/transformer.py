@@ -113,7 +113,7 @@ def in_chunks(
     parts: list[tuple[Tensor, ...]] = []
     results: tuple[Tensor, ...] = ()
     # split, not slices: each slice would have a gradient as long as the whole
-    columns = zip(*(x.split(chunk, dim=1) for x in tensors), strict=True)
+    columns = zip(*(torch.split(x, chunk, dim=1) for x in tensors), strict=True)
     for start, pieces in zip(range(0, tokens, chunk), columns, strict=True):
         if torch.is_grad_enabled():
             part = recomputed(

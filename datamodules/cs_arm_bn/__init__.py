@@ -1,0 +1,40 @@
+"""Data of cs_arm_bn: plates of microscope images as episodes of queries and controls."""
+
+from typing import TYPE_CHECKING, Any
+
+from fulgurite.datamodules.cs_arm_bn.corruptions import CorruptedCifar
+from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
+from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.splits import GroupFolds, HoldOut, OfficialSplit, Split
+from fulgurite.datamodules.cs_arm_bn.synthetic import SyntheticPlates
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
+from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, RxRx1Plates
+
+if TYPE_CHECKING:
+    from fulgurite.datamodules.cs_arm_bn.datamodule import PlateDataModule
+
+__all__ = [
+    "CorruptedCifar",
+    "CsvPlates",
+    "GroupFolds",
+    "HoldOut",
+    "JumpPlates",
+    "OfficialSplit",
+    "PlateDataModule",
+    "PlateSource",
+    "PlateTable",
+    "Preprocess",
+    "RxRx1Plates",
+    "Split",
+    "SyntheticPlates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning costs seconds, which tables and splits alone need not pay
+    if name == "PlateDataModule":
+        from fulgurite.datamodules.cs_arm_bn import datamodule
+
+        return getattr(datamodule, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

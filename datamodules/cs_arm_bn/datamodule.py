@@ -1,0 +1,537 @@
+"""Plates as episodes: the data module of control-sample BatchNorm adaptation.
+
+Shapes: D plates, L queries, N controls, C channels, H W image, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fulgurite.datamodules.cs_arm_bn.episodes import (
+    Chunk,
+    EpisodeSampler,
+    EvaluationEpisodes,
+    PlateSampler,
+    TrainingEpisodes,
+    View,
+    chunks,
+    draw,
+    mislabel,
+    shifted_chunks,
+    wrong_plates,
+)
+from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
+from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows, check_exclude, name_some
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.sampling import sampler_ranks, training_progress
+
+__all__ = ["PlateDataModule"]
+
+_EXCLUSIONS = ("few_controls", *IMAGE_EXCLUSIONS)
+_CHUNKS, _CONTROLS, _SHIFT, _MISLABEL = range(2, 6)  # random streams of `seed`; 1 is training
+
+
+class PlateDataModule(L.LightningDataModule):
+    """Splits the plates of a source and serves episodes: queries and controls of one plate.
+
+    A batch is a dictionary: ``query`` (L, C, H, W) and ``control`` (N, C, H, W) float32; ``label``
+    (L,) int64, -1 if unknown; ``index`` (L,) and ``control_index`` (N,) int64 rows of
+    :attr:`table`; ``domain`` () and ``control_domain`` (N,) int64 numbers in :attr:`domains`;
+    ``well`` (L,) int64 numbers in :attr:`wells`; ``kept`` (L,) bool, false where a query only
+    fills up the last chunk of a plate.
+
+    A training episode is decided by seed, epoch and its number. Mean and standard deviation of
+    the channels are measured on the training queries and kept in checkpoints, whose values win.
+
+    Args:
+        source: The plates.
+        split: What is trained on, validated and tested.
+        queries: L, queries of a training episode.
+        controls: N, controls of a training episode; 0 for none.
+        eval_queries: Queries of an evaluation batch; as in training if not given.
+        eval_controls: Controls of an evaluation batch, one fixed draw for each plate (all, if a
+            plate has fewer); as in training if not given.
+        eval_limit: Evaluate at most this many queries of each plate, a random choice.
+        steps_per_epoch: Training episodes of an epoch, over all ranks; as many as have each query
+            once on average if not given.
+        mixed: Train on ordinary mini-batches from all plates, without controls (ERM).
+        label_shift: Dirichlet concentration α of the classes in a test batch; balanced if not
+            given. Batches have at most as many queries as a plate has of its rarest class.
+        control_plate: ``wrong`` gives each test plate the controls of another one: a probe that
+            has to cost accuracy.
+        mislabelled_controls: Fraction of the test controls that are queries in truth: a probe.
+        min_controls: Least number of controls of a plate; ``controls`` of the batch, at most 8, if
+            not given.
+        image_size: Side of the crop [pixels], random in training, else central; whole images if
+            not given.
+        augment: Random crops and mirroring in training.
+        preprocess: What is stored of a raw image; as the source proposes if not given.
+        normalise: ``dataset`` by the training queries' mean and deviation, ``plate`` by that of
+            the plate's own controls, ``image`` by that of each image and channel.
+        mean: Mean of each channel, in fractions of full scale; measured if not given.
+        std: Standard deviation of each channel, equally.
+        cache: Store preprocessed images under ``FULGURITE_CACHE``; else files are read each time.
+        exclude: What to leave out and count instead of stopping: plates with ``few_controls``,
+            images that are ``unreadable``, ``constant`` or hold ``nan``.
+        predict: Plates to predict: ``test`` for those of the tests and all with unlabelled
+            queries, ``all`` for all.
+        num_workers: Processes that load episodes; batches do not depend on it.
+        seed: Seed of episodes and chunks, apart from the seed of the run.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: arXiv 2604.20824, card sections 1.3, 2.3, 2.4 and 7.2.
+    """
+
+    def __init__(
+        self,
+        source: PlateSource,
+        split: Split,
+        queries: int = 64,
+        controls: int = 128,
+        eval_queries: int | None = None,
+        eval_controls: int | None = None,
+        eval_limit: int | None = None,
+        steps_per_epoch: int | None = None,
+        mixed: bool = False,
+        label_shift: float | None = None,
+        control_plate: Literal["own", "wrong"] = "own",
+        mislabelled_controls: float = 0.0,
+        min_controls: int | None = None,
+        image_size: int | None = None,
+        augment: bool = True,
+        preprocess: Preprocess | None = None,
+        normalise: Literal["dataset", "plate", "image"] = "dataset",
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        cache: bool = True,
+        exclude: list[str] = [],  # noqa: B006  # copied below
+        predict: Literal["test", "all"] = "test",
+        num_workers: int = 0,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        least = {
+            "queries": (queries, 1),
+            "controls": (controls, 0),
+            "eval_queries": (eval_queries, 1),
+            "eval_controls": (eval_controls, 0),
+            "eval_limit": (eval_limit, 1),
+            "steps_per_epoch": (steps_per_epoch, 1),
+            "min_controls": (min_controls, 0),
+            "image_size": (image_size, 1),
+            "num_workers": (num_workers, 0),
+            "seed": (seed, 0),
+        }
+        for name, (value, low) in least.items():
+            if value is not None and value < low:
+                raise ConfigError(
+                    f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {low} or more."
+                )
+        for name, word, words in (
+            ("control_plate", control_plate, ("own", "wrong")),
+            ("normalise", normalise, ("dataset", "plate", "image")),
+            ("predict", predict, ("test", "all")),
+        ):
+            if word not in words:
+                raise ConfigError(
+                    f"The {name} is {word!r}.",
+                    f"Set `--data.init_args.{name}` to one of {', '.join(words)}.",
+                )
+        if label_shift is not None and not label_shift > 0:
+            raise ConfigError(
+                f"The label shift is {label_shift}.",
+                "Set `--data.init_args.label_shift` to a positive number, or null for none.",
+            )
+        if not 0 <= mislabelled_controls <= 1:
+            raise ConfigError(
+                f"The fraction of mislabelled controls is {mislabelled_controls}.",
+                "Set `--data.init_args.mislabelled_controls` in [0, 1].",
+            )
+        if (mean is None) != (std is None) or (std is not None and min(std) <= 0):
+            raise ConfigError(
+                f"The mean is {mean} and the standard deviation {std}.",
+                "Give both `--data.init_args.mean` and `--data.init_args.std` (positive), or none.",
+            )
+        self.exclude = check_exclude(exclude, _EXCLUSIONS, "exclude")
+        if not cache and self.exclude & set(IMAGE_EXCLUSIONS):
+            raise ConfigError(
+                "Images are to be excluded, and without a cache none is seen before it is used.",
+                "Set `--data.init_args.cache=true`.",
+            )
+        self.save_hyperparameters(logger=False)
+        for name in ("source", "split", "preprocess"):
+            # the command line records them as plain configuration; objects given from Python
+            # would make the checkpoint unreadable with weights_only=True
+            if not isinstance(self.hparams.get(name), dict | None):
+                self.hparams.pop(name)
+        self.source = source
+        self.split = split
+        self.queries = queries
+        self.controls = controls
+        self.eval_queries = queries if eval_queries is None else eval_queries
+        self.eval_controls = controls if eval_controls is None else eval_controls
+        self.eval_limit = eval_limit
+        self.steps_per_epoch = steps_per_epoch
+        self.mixed = mixed
+        self.label_shift = label_shift
+        self.control_plate = control_plate
+        self.mislabelled_controls = mislabelled_controls
+        wanted = max(0 if mixed else controls, self.eval_controls)
+        self.min_controls = min(wanted, 8) if min_controls is None else min_controls
+        self.crop = image_size
+        self.augment = augment
+        self.preprocess = source.preprocess if preprocess is None else preprocess
+        self.normalise = normalise
+        self.mean = mean
+        self.std = std
+        self.cache = cache
+        self.predict = predict
+        self.num_workers = num_workers
+        self.seed = seed
+        self._ready = False
+        # mean and deviation in fractions of full scale: measured, given, or from a checkpoint
+        self._statistics: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known before :meth:`setup`."""
+        return self.source.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, known before :meth:`setup`."""
+        return self.source.class_names
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels, known before :meth:`setup`."""
+        return self.source.in_channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]; known after :meth:`setup`, before it if it is given.
+
+        Raises:
+            ConfigError: It is asked for before :meth:`setup` and not given.
+        """
+        if self.crop is not None:
+            return self.crop, self.crop
+        if not self._ready:
+            raise ConfigError(
+                "The size of the images is not known before they are read.",
+                "Set `--data.init_args.image_size`.",
+            )
+        height, width = self.images[0].shape[-2:]
+        return int(height), int(width)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the plates, by the number in a batch."""
+        return self.table.domains
+
+    @property
+    def wells(self) -> tuple[str, ...]:
+        """Names of the wells, by the number in a batch."""
+        return self.table.wells
+
+    @property
+    def test_sets(self) -> tuple[str, ...]:
+        """Names of the tests, one for each loader of :meth:`test_dataloader`."""
+        return tuple(self.assignment.tests)
+
+    def prepare_data(self) -> None:
+        """Let the source write its files and fill the cache of images, once per machine.
+
+        Raises:
+            DataError: The data are unusable.
+        """
+        self.source.prepare()
+        if self.cache:
+            self._stored().prepare()
+
+    def _stored(self) -> PlateImages:
+        table = self.source.load()
+        table = table.need_controls(self.min_controls, "few_controls" in self.exclude)
+        reader = self.source.reader
+        return PlateImages(table, reader, self.preprocess, self.exclude, self.cache)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the table, split it and map the images; does nothing the second time.
+
+        Raises:
+            DataError: The data are unusable, or the split does not fit them.
+        """
+        if self._ready:
+            return
+        images = self._stored()
+        if self.cache:
+            images.prepare()  # what `prepare_data` did, unless it was not called
+        #: The table of sites without what was excluded, and its images.
+        self.table: PlateTable
+        self.images: PlateImages
+        self.table, self.images = images.usable()
+        if len(images.table) != len(self.table):
+            self.table.need_controls(self.min_controls)
+        #: Rows of queries for training, validation and each test.
+        self.assignment: Assignment = check_assignment(self.table, self.split.assign(self.table))
+        self._check_size()
+        self._ready = True
+        if self._statistics is None:
+            self._statistics = self._measured()
+        rank_zero_info(f"Plates: {self.table.report()}\n{self._describe_split()}")
+
+    def _describe_split(self) -> str:
+        parts = {"training": self.assignment.train, "validation": self.assignment.val}
+        parts |= dict(self.assignment.tests)
+        return "split: " + ", ".join(
+            f"{name} {len(rows)} queries on {len(np.unique(self.table.domain[rows]))} plates"
+            for name, rows in parts.items()
+        )
+
+    def _check_size(self) -> None:
+        height, width = self.images[0].shape[-2:]
+        if self.crop is not None and self.crop > min(height, width):
+            raise ConfigError(
+                f"Crops of {self.crop} pixels do not fit images of {height} × {width}.",
+                "Lower `--data.init_args.image_size`, or `downscale` of the preprocessing.",
+            )
+
+    def _measured(self) -> tuple[Tensor, Tensor] | None:
+        if self.mean is not None and self.std is not None:
+            for name, values in (("mean", self.mean), ("std", self.std)):
+                if len(values) != self.in_channels:
+                    raise ConfigError(
+                        f"There are {len(values)} values for {self.in_channels} channels.",
+                        f"Give one `--data.init_args.{name}` for each channel.",
+                    )
+            return torch.tensor(self.mean), torch.tensor(self.std)
+        rows = self.assignment.train
+        if not len(rows):
+            return None  # a checkpoint's
+        mean, std = self.images.moments(rows)
+        unit = self.images.unit(int(rows[0]))
+        return torch.from_numpy(mean / unit).float(), torch.from_numpy(std / unit).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run on other plates needs: statistics and the meaning of outputs."""
+        if self._statistics is None:
+            return {}
+        mean, std = self._statistics
+        return {
+            "mean": mean,
+            "std": std,
+            "class_names": list(self.class_names),
+            "channels": list(self.source.channels),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the statistics of the training run.
+
+        Raises:
+            CheckpointError: It was trained with other classes or channels.
+        """
+        if not state_dict:
+            return
+        for name, mine in (("class_names", self.class_names), ("channels", self.source.channels)):
+            if tuple(state_dict[name]) != tuple(mine):
+                raise CheckpointError(
+                    f"The checkpoint was trained with {name.replace('_', ' ')} "
+                    f"{name_some(state_dict[name])}, these data have {name_some(mine)}.",
+                    "Give data with the same ones in the same order.",
+                )
+        self._statistics = state_dict["mean"], state_dict["std"]
+
+    def _view(self) -> View:
+        mean: Tensor | None = None
+        std: Tensor | None = None
+        unit = self.images.unit(0)
+        if self.normalise == "plate":
+            both = []
+            for d, name in enumerate(self.domains):
+                rows = self.table.rows_of(d, control=True)
+                if not len(rows):
+                    raise DataError(
+                        f"The plate {name} has no controls to normalise by.",
+                        "Set `--data.init_args.normalise=dataset`.",
+                    )
+                both.append(np.stack(self.images.moments(rows)))
+            mean, std = torch.from_numpy(np.stack(both, 1)).float()
+        elif self.normalise == "dataset":
+            if self._statistics is None:
+                raise DataError(
+                    "There are no training queries to measure mean and deviation of the channels.",
+                    "Give a checkpoint with `--ckpt_path`, or `--data.init_args.mean` and `std`.",
+                )
+            mean, std = (values * unit for values in self._statistics)
+        return View(self.images, self.crop, self.augment, mean, std)
+
+    def _loader(self, episodes: Any, sampler: Any = None) -> DataLoader[Any]:
+        return DataLoader(
+            episodes,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,  # the epoch travels in the index
+            generator=torch.Generator(),  # loading leaves the run's randomness alone
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training episodes.
+
+        Raises:
+            DataError: No labelled query is left for training.
+        """
+        rows = self.assignment.train
+        if not len(rows):
+            raise DataError(
+                "The split leaves no labelled query for training.",
+                "Change `--data.init_args.split`, or give labels.",
+            )
+        episodes = TrainingEpisodes(
+            self._view(),
+            rows,
+            self.queries,
+            self.controls,
+            self.steps_per_epoch or max(1, len(rows) // self.queries),
+            self.seed,
+            self.mixed,
+        )
+        epoch, batches = training_progress(self.trainer)
+        done = batches * sampler_ranks(self.trainer)[1]  # on all ranks
+        return self._loader(episodes, EpisodeSampler(episodes, epoch, done))
+
+    def _controls_of(self, domain: int, limit: int | None) -> Rows:
+        rows = self.table.rows_of(domain, control=True)
+        if limit is None or limit >= len(rows):
+            return rows
+        name = self.table.domains[domain]
+        return np.sort(draw(rows, limit, self._generator(_CONTROLS, name)))
+
+    def _generator(self, stream: int, name: str) -> np.random.Generator:
+        """Return a generator for one plate, whatever other plates there are."""
+        return np.random.default_rng((self.seed, stream, *name.encode()))
+
+    def evaluation(self, rows: Rows, probes: bool = False) -> EvaluationEpisodes:
+        """Return fixed episodes that hold each of some queries once.
+
+        Args:
+            rows: Rows of queries.
+            probes: Apply label shift, wrong plates and mislabelled controls.
+        """
+        table, parts = self.table, []
+        plates = [int(d) for d in np.unique(table.domain[rows])]
+        wrong = probes and self.control_plate == "wrong"
+        given = {d: d for d in plates}
+        if wrong:
+            if len(plates) < 2:
+                raise ConfigError(
+                    "There is no second plate whose controls could be given to this one.",
+                    "Set `--data.init_args.control_plate=own`, or test on several plates.",
+                )
+            batch = {int(d): b for d, b in zip(table.domain, _batches(table), strict=True)}
+            given = wrong_plates(plates, [batch[d] for d in plates])
+        for d in plates:
+            name = table.domains[d]
+            queries = rows[table.domain[rows] == d]
+            generator = self._generator(_CHUNKS, name)
+            if self.eval_limit is not None and self.eval_limit < len(queries):
+                queries = draw(queries, self.eval_limit, generator)
+            controls = self._controls_of(given[d], self.eval_controls)
+            if probes and self.mislabelled_controls:
+                controls = mislabel(
+                    controls,
+                    table.rows_of(d, control=False),
+                    self.mislabelled_controls,
+                    self._generator(_MISLABEL, name),
+                )
+            if probes and self.label_shift is not None:
+                shifted = shifted_chunks(
+                    table.label[queries],
+                    self.eval_queries,
+                    self.label_shift,
+                    self.num_classes,
+                    self._generator(_SHIFT, name),
+                )
+                cut = [(queries[i], np.ones(len(i), np.bool_)) for i in shifted]
+            else:
+                cut = chunks(queries, self.eval_queries, generator)
+            parts += [Chunk(d, part, kept, controls) for part, kept in cut]
+        return EvaluationEpisodes(self._view(), parts)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the validation episodes, if there are any."""
+        rows = self.assignment.val
+        return self._loader(self.evaluation(rows)) if len(rows) else []
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return one loader for each of :attr:`test_sets`."""
+        return [
+            self._loader(self.evaluation(rows, probes=True))
+            for rows in self.assignment.tests.values()
+        ]
+
+    def plate_episodes(self, plates: Sequence[int]) -> EvaluationEpisodes:
+        """Return all controls and all queries of plates, as they are predicted.
+
+        The first chunk of a plate has all its controls, later ones have none; the last one is not
+        filled up.
+        """
+        parts = []
+        for d in plates:
+            queries = self.table.rows_of(d, control=False)
+            controls = self.table.rows_of(d, control=True)
+            for first in range(0, max(1, len(queries)), self.eval_queries):
+                part = queries[first : first + self.eval_queries]
+                kept = np.ones(len(part), np.bool_)
+                parts.append(Chunk(d, part, kept, controls[:0] if first else controls))
+        return EvaluationEpisodes(self._view(), parts)
+
+    def plate_dataloader(self, part: Literal["train", "val"] | str = "train") -> DataLoader[Any]:
+        """Return all controls and queries of the plates of one part, a plate after the other.
+
+        For methods that fit something on whole plates (TVN), and for statistics of the training
+        plates.
+        """
+        rows = {"train": self.assignment.train, "val": self.assignment.val}
+        rows |= dict(self.assignment.tests)
+        plates = [int(d) for d in np.unique(self.table.domain[rows[part]])]
+        return self._loader(self.plate_episodes(plates))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the plates to predict, in order: first a plate's controls, then its queries.
+
+        Several ranks share out whole plates.
+
+        Raises:
+            DataError: There is no plate to predict.
+        """
+        if self.predict == "all":
+            plates = list(range(len(self.domains)))
+        else:
+            rows = [rows for name, rows in self.assignment.tests.items() if name != "in_domain"]
+            rows.append(np.flatnonzero(~self.table.control & (self.table.label < 0)))
+            plates = [int(d) for d in np.unique(self.table.domain[np.concatenate(rows)])]
+        plates = [d for d in plates if len(self.table.rows_of(d, control=False))]
+        if not plates:
+            raise DataError(
+                "The split leaves no plate to predict.", "Set `--data.init_args.predict=all`."
+            )
+        episodes = self.plate_episodes(plates)
+        return self._loader(episodes, PlateSampler(episodes, sampler_ranks(self.trainer)))
+
+
+def _batches(table: PlateTable) -> list[str]:
+    return [str(name) for name in table.column("source") + "|" + table.column("batch")]

@@ -1,0 +1,426 @@
+"""Episodes: queries and controls of one plate, as one batch.
+
+Shapes: D plates, L queries, N controls, C channels, H W image, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from fulgurite.datamodules.cs_arm_bn.images import PlateImages
+from fulgurite.datamodules.cs_arm_bn.table import Rows
+from fulgurite.sampling import UnrepeatedDistributedSampler
+
+__all__ = [
+    "Chunk",
+    "EpisodeSampler",
+    "EvaluationEpisodes",
+    "PlateSampler",
+    "TrainingEpisodes",
+    "View",
+    "chunks",
+    "draw",
+    "mislabel",
+    "shifted_chunks",
+    "wrong_plates",
+]
+
+#: Episode ``e`` of epoch ``k`` is item ``k * EPOCH + e``: the epoch travels in the index, which
+#: reaches workers, other ranks and restarted runs alike.
+EPOCH = 1 << 32
+
+
+def draw(rows: Rows, count: int, generator: np.random.Generator) -> Rows:
+    """Draw ``count`` rows, without replacement if there are as many, else with.
+
+    Source: arXiv 2604.20824, card section 1.3.
+
+    Example:
+        >>> sorted(draw(np.array([3, 5]), 2, np.random.default_rng(0)).tolist())
+        [3, 5]
+        >>> len(draw(np.array([3, 5]), 7, np.random.default_rng(0)))
+        7
+    """
+    chosen: Rows = generator.choice(rows, count, replace=count > len(rows))
+    return chosen
+
+
+def chunks(rows: Rows, size: int, generator: np.random.Generator) -> list[tuple[Rows, Any]]:
+    """Cut a random order of the rows into chunks of one size.
+
+    The last chunk is filled up with rows of the first, which are marked as not kept. Fewer rows
+    than ``size`` are one smaller chunk.
+
+    Returns:
+        Pairs of rows and whether each counts.
+
+    Source: arXiv 2604.20824, card sections 1.3 (validation) and 7.7.
+
+    Example:
+        >>> [(len(r), k.tolist()) for r, k in chunks(np.arange(3), 2, np.random.default_rng(0))]
+        [(2, [True, True]), (2, [True, False])]
+    """
+    if not len(rows):
+        return []
+    order = generator.permutation(rows)
+    size = min(size, len(order))
+    count = -(-len(order) // size)
+    place = np.arange(count * size)
+    kept = place < len(order)
+    filled = order[place % len(order)]
+    return [(filled[i : i + size], kept[i : i + size]) for i in range(0, len(place), size)]
+
+
+def shifted_chunks(
+    labels: NDArray[np.int64],
+    size: int,
+    alpha: float,
+    num_classes: int,
+    generator: np.random.Generator,
+) -> list[NDArray[np.int64]]:
+    """Cut samples of one plate into batches with unbalanced classes.
+
+    Class probabilities are drawn from Dirichlet(α), and K batches take them rotated through the
+    classes, so that the plate contributes each class equally often. No sample comes twice; with
+    enough samples there are several such rounds.
+
+    Args:
+        labels: Class of each sample.
+        size: Samples of a batch; fewer if the rarest class has fewer.
+        alpha: Concentration; small values leave one class in a batch.
+        num_classes: K.
+        generator: Source of the draws.
+
+    Returns:
+        Indices into ``labels``, all of one length.
+
+    Source: arXiv 2604.20824, card section 2.4 (label shift); the size, which the card does not
+    know, and several rounds are inferred.
+
+    Example:
+        >>> batches = shifted_chunks(np.repeat([0, 1], 8), 4, 0.01, 2, np.random.default_rng(0))
+        >>> [(np.repeat([0, 1], 8)[batch]).tolist() for batch in batches]
+        [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+    """
+    pools = [generator.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
+    pools = [pool for pool in pools if len(pool)]
+    if not pools:
+        return []
+    classes = len(pools)
+    available = min(len(pool) for pool in pools)
+    size = min(size, available)
+    taken = [0] * classes
+    batches = []
+    for _ in range(available // size):
+        gammas = generator.gamma(alpha, size=classes)
+        if gammas.sum() <= 0:  # all underflow at tiny α, where one class has nearly everything
+            gammas = np.eye(classes)[generator.integers(classes)]
+        counts = generator.multinomial(size, gammas / gammas.sum())
+        for turn in range(classes):
+            parts = []
+            for c in range(classes):
+                count = int(counts[(c + turn) % classes])
+                parts.append(pools[c][taken[c] : taken[c] + count])
+                taken[c] += count
+            batches.append(np.concatenate(parts))
+    return batches
+
+
+def wrong_plates(domains: Sequence[int], batches: Sequence[str]) -> dict[int, int]:
+    """Pair each plate with another one, of another batch where there is one.
+
+    Args:
+        domains: Numbers of plates.
+        batches: Batch of each.
+
+    Source: arXiv 2604.20824, card section 6.4 (7).
+
+    Example:
+        >>> wrong_plates([0, 1, 2, 3], ["a", "a", "b", "b"])
+        {0: 2, 1: 3, 2: 0, 3: 1}
+    """
+    order = sorted(range(len(domains)), key=lambda i: (batches[i], domains[i]))
+    shift = len(order) // 2
+    return {
+        int(domains[i]): int(domains[order[(place + shift) % len(order)]])
+        for place, i in enumerate(order)
+    }
+
+
+def mislabel(
+    controls: Rows, queries: Rows, fraction: float, generator: np.random.Generator
+) -> Rows:
+    """Replace a fraction of the controls by queries: wells that are called controls by mistake.
+
+    Source: arXiv 2604.20824, card section 6.3 (corrupted controls).
+
+    Example:
+        >>> mixed = mislabel(np.zeros(4, int), np.array([7]), 0.5, np.random.default_rng(0))
+        >>> sorted(mixed.tolist())
+        [0, 0, 7, 7]
+    """
+    count = round(fraction * len(controls))
+    if not count or not len(queries):
+        return controls
+    changed = controls.copy()
+    changed[generator.permutation(len(controls))[:count]] = draw(queries, count, generator)
+    return changed
+
+
+@dataclass(frozen=True)
+class View:
+    """How stored images become network inputs.
+
+    Attributes:
+        images: The store.
+        size: Side of the crop [pixels]; ``None`` takes images whole.
+        augment: Random crops and mirroring in training; else the centre is taken.
+        mean: Mean of each channel, in stored units. Shape: (C,), or (D, C) by plate.
+        std: Standard deviation, equally; ``None`` standardises each image by itself.
+    """
+
+    images: PlateImages
+    size: int | None
+    augment: bool
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __call__(self, rows: Rows, generator: np.random.Generator | None) -> Tensor:
+        """Return images; without a generator they are neither cropped at random nor mirrored.
+
+        Shape:
+            - (len(rows), C, H, W) float32.
+        """
+        random = generator if self.augment else None
+        # drawn at once, so that the draws do not depend on how images are read
+        dice = random.random((len(rows), 4)) if random is not None else None
+        views = [
+            self._cut(self.images[int(row)], None if dice is None else dice[i])
+            for i, row in enumerate(rows)
+        ]
+        if not views:
+            channels, size = len(self.images.table.channels), self.size or 1
+            return torch.zeros(0, channels, size, size)
+        if views[0].dtype == np.uint16:  # torch knows it, and can do nothing with it
+            pixels = torch.from_numpy(np.stack(views).astype(np.float32))
+        else:
+            pixels = torch.from_numpy(np.stack(views)).to(torch.float32)
+        if self.mean is None or self.std is None:
+            std, mean = torch.std_mean(pixels, (2, 3), correction=0, keepdim=True)
+            return (pixels - mean) / std.clamp_min(1e-6)
+        if self.mean.ndim == 2:
+            domain = torch.from_numpy(self.images.table.domain[rows])
+            mean, std = self.mean[domain], self.std[domain]
+            return pixels.sub_(mean[:, :, None, None]).div_(std[:, :, None, None])
+        return pixels.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    def _cut(self, image: NDArray[Any], dice: NDArray[Any] | None) -> NDArray[Any]:
+        height, width = image.shape[-2:]
+        if self.size is not None and (self.size, self.size) != (height, width):
+            down, right = height - self.size, width - self.size
+            if dice is None:
+                top, left = down // 2, right // 2
+            else:
+                top, left = int(dice[0] * (down + 1)), int(dice[1] * (right + 1))
+            image = image[:, top : top + self.size, left : left + self.size]
+        if dice is not None:
+            if dice[2] < 0.5:
+                image = image[:, ::-1]
+            if dice[3] < 0.5:
+                image = image[:, :, ::-1]
+        return image
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one evaluation batch.
+
+    Attributes:
+        domain: The queries' plate.
+        queries: Rows.
+        kept: Whether each counts.
+        controls: Rows, possibly of another plate.
+    """
+
+    domain: int
+    queries: Rows
+    kept: NDArray[np.bool_]
+    controls: Rows
+
+
+class _Episodes(Dataset[dict[str, Tensor]]):
+    """What both kinds of episodes share: from rows to the dictionary that a model gets."""
+
+    view: View
+
+    def _batch(
+        self,
+        domain: int,
+        queries: Rows,
+        kept: NDArray[np.bool_],
+        controls: Rows,
+        generator: np.random.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        table = self.view.images.table
+        query = self.view(queries, generator)
+        control = self.view(controls, generator)
+        if not len(controls):
+            control = query.new_zeros(0, *query.shape[1:])
+        if not len(queries):
+            query = control.new_zeros(0, *control.shape[1:])
+        return {
+            "query": query,
+            "control": control,
+            "label": torch.from_numpy(table.label[queries]),
+            "index": torch.from_numpy(queries.astype(np.int64)),
+            "control_index": torch.from_numpy(controls.astype(np.int64)),
+            "domain": torch.tensor(domain),
+            "control_domain": torch.from_numpy(table.domain[controls]),
+            "well": torch.from_numpy(table.well[queries]),
+            "kept": torch.from_numpy(np.ascontiguousarray(kept)),
+        }
+
+
+class TrainingEpisodes(_Episodes):
+    """Random episodes: item ``k * EPOCH + e`` is episode e of epoch k, the same on every machine.
+
+    Args:
+        view: Turns rows into images.
+        queries: Rows that are trained on.
+        num_queries: L.
+        num_controls: N.
+        length: Episodes of an epoch.
+        seed: Seed of the draws.
+        mixed: Draw the queries from all plates and no controls, with -1 as domain: ordinary
+            mini-batches, for ERM.
+
+    Source: arXiv 2604.20824, card sections 1.3 and 7.2.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        queries: Rows,
+        num_queries: int,
+        num_controls: int,
+        length: int,
+        seed: int,
+        mixed: bool = False,
+    ) -> None:
+        self.view = view
+        self.num_queries = num_queries
+        self.num_controls = num_controls
+        self.length = length
+        self.seed = seed
+        self.mixed = mixed
+        table = view.images.table
+        self.queries = queries
+        self.plates = [int(d) for d in np.unique(table.domain[queries])]
+        self.by_plate = {d: queries[table.domain[queries] == d] for d in self.plates}
+        self.controls = {d: table.rows_of(d, control=True) for d in self.plates}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        generator = np.random.default_rng((self.seed, 1, *divmod(int(number), EPOCH)))
+        kept = np.ones(self.num_queries, np.bool_)
+        if self.mixed:
+            queries = draw(self.queries, self.num_queries, generator)
+            return self._batch(-1, queries, kept, self.queries[:0], generator)
+        domain = self.plates[int(generator.integers(len(self.plates)))]
+        queries = draw(self.by_plate[domain], self.num_queries, generator)
+        controls = self.controls[domain][:0]
+        if self.num_controls:
+            controls = draw(self.controls[domain], self.num_controls, generator)
+        return self._batch(domain, queries, kept, controls, generator)
+
+
+class EvaluationEpisodes(_Episodes):
+    """Episodes that are always the same: one for each chunk, plates in order.
+
+    Args:
+        view: Turns rows into images, without anything random.
+        parts: The chunks.
+    """
+
+    def __init__(self, view: View, parts: Sequence[Chunk]) -> None:
+        self.view = replace(view, augment=False)
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        part = self.parts[number]
+        return self._batch(part.domain, part.queries, part.kept, part.controls)
+
+
+class EpisodeSampler(Sampler[int]):
+    """Numbers the episodes of the current epoch.
+
+    Lightning calls :meth:`set_epoch` and shards the numbers over ranks with its own
+    ``DistributedSampler``. After a restart it makes the first iterator before it calls
+    :meth:`set_epoch`, and does not skip what the interrupted epoch had done: so both are given
+    here.
+
+    Args:
+        length: Episodes of an epoch.
+        epoch: The epoch that comes first.
+        done: Episodes of that epoch that were done before a restart: they come last, after the
+            number of batches that is left.
+
+    Example:
+        >>> sampler = EpisodeSampler(3, epoch=1, done=1)
+        >>> [number - EPOCH for number in sampler]
+        [1, 2, 0]
+        >>> sampler.set_epoch(2)
+        >>> [number - 2 * EPOCH for number in sampler]
+        [0, 1, 2]
+    """
+
+    def __init__(self, length: int | Sized, epoch: int = 0, done: int = 0) -> None:
+        self.length = length if isinstance(length, int) else len(length)
+        self.epoch = epoch
+        self.done = done
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next."""
+        if epoch != self.epoch:
+            self.epoch, self.done = epoch, 0
+
+    def __iter__(self) -> Iterator[int]:
+        order = range(self.done, self.done + self.length)
+        return iter([self.epoch * EPOCH + number % self.length for number in order])
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class PlateSampler(UnrepeatedDistributedSampler):
+    """Deals whole plates to ranks, since a plate's first chunk brings the controls of all.
+
+    Args:
+        episodes: Chunks, plates in order.
+        ranks: Rank and number of ranks.
+    """
+
+    def __init__(self, episodes: EvaluationEpisodes, ranks: tuple[int, int] | None = None) -> None:
+        super().__init__(episodes, ranks)
+        plates = [part.domain for part in episodes.parts]
+        turn = {domain: i for i, domain in enumerate(dict.fromkeys(plates))}
+        self.numbers = [i for i, d in enumerate(plates) if turn[d] % self.num_replicas == self.rank]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)

@@ -1,0 +1,463 @@
+"""Reading sites from files, and the store of preprocessed images that episodes draw from.
+
+Shapes: R rows (sites) of the table, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
+from fulgurite.datamodules.cs_arm_bn.table import Exclusion, PlateTable, Rows, name_some
+from fulgurite.errors import DataError, FulguriteError, MissingExtraError
+from fulgurite.io import atomic_write, cache_folder, file_lock
+
+__all__ = [
+    "IMAGE_EXCLUSIONS",
+    "FileReader",
+    "PlateImages",
+    "SiteReader",
+    "in_processes",
+    "read_tiff16",
+]
+
+#: Words in ``exclude`` that leave out sites whose images cannot be used.
+IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
+
+_VERSION = 1  # of the store; a change of its layout or of what is stored makes it new
+_TIFF = (".tif", ".tiff")
+
+
+def _open_remote(path: str) -> io.BytesIO:
+    try:
+        import fsspec
+
+        with fsspec.open(
+            path, "rb", **({"anon": True} if path.startswith("s3://") else {})
+        ) as file:
+            return io.BytesIO(file.read())
+    except ImportError as error:
+        raise MissingExtraError(
+            f"The image {path} is not on this machine, and reading it needs s3fs.",
+            "Install it with `pip install 'fulgurite[plates]'`, or fetch the images.",
+        ) from error
+    except Exception as error:  # a client raises nearly any exception
+        raise BadImage(
+            f"The image {path} cannot be fetched: {error}.",
+            "Check the address, or fetch the images and give `root`.",
+        ) from error
+
+
+def read_tiff16(path: str) -> NDArray[np.uint16]:
+    """Read a single-channel 16-bit TIFF, local or ``s3://`` (anonymously).
+
+    Shape:
+        - (H, W) uint16.
+
+    Raises:
+        BadImage: There is no such file, or it is truncated, damaged, not 16-bit or not one plane.
+        MissingExtraError: The file needs a package that is not installed.
+
+    Source: arXiv 2604.20824, card sections 2.3 (1) and 4.1.
+    """
+    import tifffile
+
+    remote = "://" in path
+    again = (
+        "Fetch the file again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
+    )
+    try:
+        source: Any = _open_remote(path) if remote else path
+        with tifffile.TiffFile(source) as file:
+            page = file.pages.first
+            size = file.filehandle.size
+            ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+            if not ends or max(ends) > size:
+                raise BadImage(f"The TIFF {path} is truncated ({size:,} bytes).", again)
+            if page.dtype != np.uint16 or page.samplesperpixel != 1 or len(page.shape) != 2:
+                raise BadImage(
+                    f"The TIFF {path} holds {page.dtype} of shape {page.shape}, not one 16-bit "
+                    "channel.",
+                    "Export single-channel 16-bit images, or leave such sites out: "
+                    "`--data.init_args.exclude=[unreadable]`.",
+                )
+            if len(file.pages) > 1:
+                raise BadImage(
+                    f"The TIFF {path} has {len(file.pages)} planes.", "Give one plane per file."
+                )
+            pixels: NDArray[np.uint16] = page.asarray()
+            return pixels
+    except FulguriteError:
+        raise
+    except FileNotFoundError as error:
+        raise BadImage(f"There is no image {path}.", again) from error
+    except Exception as error:  # a damaged file raises nearly any exception
+        if "imagecodecs" in str(error):
+            raise MissingExtraError(
+                f"The TIFF {path} is compressed in a way that needs imagecodecs.",
+                "Install it with `pip install imagecodecs`.",
+            ) from error
+        raise BadImage(
+            f"The TIFF {path} is damaged or none: {error or type(error).__name__}.", again
+        ) from error
+
+
+class SiteReader(ABC):
+    """Turns the files of one site into its raw image."""
+
+    #: What, beside the files, decides the pixels: another text makes another cache.
+    recipe: str = ""
+
+    @abstractmethod
+    def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
+        """Return a raw site.
+
+        Shape:
+            - (C, H, W) uint8, uint16 or float.
+
+        Raises:
+            BadImage: It cannot be read.
+        """
+
+    def fingerprint(self, paths: Sequence[str]) -> Iterator[str]:
+        """What tells that files have changed: size and time of those on this machine."""
+        for path in paths:
+            try:
+                status = None if "://" in path else os.stat(path)
+            except OSError:
+                status = None
+            yield path if status is None else f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+class FileReader(SiteReader):
+    """Reads a site from one file per channel, or from one file with all channels.
+
+    TIFFs must be 16-bit unless ``any_depth`` is set; PNG and JPEG are 8-bit; ``.npy`` holds
+    (H, W), or (C, H, W) for a whole site.
+
+    Args:
+        channels: Number of channels C.
+        any_depth: Accept TIFFs of other types and several samples per pixel.
+    """
+
+    def __init__(self, channels: int, any_depth: bool = False) -> None:
+        self.channels = channels
+        self.any_depth = any_depth
+        self.recipe = f"files {channels} {any_depth}"
+
+    def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
+        """Return a raw site: see :meth:`SiteReader.__call__`."""
+        if len(paths) > 1 and "://" in paths[0]:  # each waits for the network
+            with ThreadPoolExecutor(len(paths)) as pool:
+                planes = list(pool.map(self._read, paths))
+        else:
+            planes = [self._read(path) for path in paths]
+        if len({plane.shape for plane in planes}) > 1 or len({p.dtype for p in planes}) > 1:
+            found = ", ".join(f"{p.shape} {p.dtype}" for p in planes)
+            raise BadImage(
+                f"The channels of one site differ in size or type ({found}), first {paths[0]}.",
+                "Give channels of one size, or leave such sites out: "
+                "`--data.init_args.exclude=[unreadable]`.",
+            )
+        site = np.stack(planes) if len(planes) > 1 else planes[0]
+        if site.ndim == 2:
+            site = site[None]
+        elif len(planes) == 1 and site.shape[-1] == self.channels != site.shape[0]:
+            site = np.moveaxis(site, -1, 0)
+        if site.ndim != 3 or len(site) != self.channels:
+            raise BadImage(
+                f"The image {paths[0]} has the shape {site.shape}, not {self.channels} channels.",
+                "Give as many channels as `channels` names, or leave such sites out: "
+                "`--data.init_args.exclude=[unreadable]`.",
+            )
+        return site
+
+    def _read(self, path: str) -> NDArray[Any]:
+        suffix = Path(path).suffix.lower()
+        if suffix in _TIFF and not self.any_depth:
+            return read_tiff16(path)
+        try:
+            source: Any = _open_remote(path) if "://" in path else path
+            if suffix in _TIFF:
+                import tifffile
+
+                return np.asarray(tifffile.imread(source))
+            if suffix == ".npy":
+                return np.asarray(np.load(source, allow_pickle=False))
+            from PIL import Image
+
+            with Image.open(source) as image:
+                if image.mode in ("L", "RGB", "I;16"):
+                    return np.asarray(image)
+                return np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
+        except FulguriteError:
+            raise
+        except Exception as error:  # a damaged file raises nearly any exception
+            missing = isinstance(error, FileNotFoundError)
+            raise BadImage(
+                f"There is no image {path}."
+                if missing
+                else f"The image {path} cannot be read: {error or type(error).__name__}.",
+                "Fetch the file again, or leave such sites out: "
+                "`--data.init_args.exclude=[unreadable]`.",
+            ) from error
+
+
+def in_processes(jobs: Dataset[Any], count: int) -> Iterable[Any]:
+    """Do ``jobs[0]``, ``jobs[1]``, … in as many processes as there are cores, in order.
+
+    Fewer than three jobs are done in this process.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        cores = os.cpu_count() or 1
+    workers = 0 if count < 3 or cores < 2 else min(cores, count, 16)
+    with warnings.catch_warnings():
+        # forked next to threads of others; these workers use none
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        yield from DataLoader(
+            jobs, batch_size=None, num_workers=workers, collate_fn=_as_it_is, sampler=range(count)
+        )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+class _Store(Dataset[Any]):
+    """Writes the images of one plate into the cache: a job for :func:`in_processes`."""
+
+    def __init__(
+        self,
+        jobs: Sequence[tuple[Path, list[tuple[str, ...]]]],
+        reader: SiteReader,
+        preprocess: Preprocess,
+        tolerated: frozenset[str],
+    ) -> None:
+        self.jobs, self.reader, self.preprocess, self.tolerated = (
+            jobs,
+            reader,
+            preprocess,
+            tolerated,
+        )
+
+    def __getitem__(self, number: int) -> FulguriteError | None:
+        folder, sites = self.jobs[number]
+        try:
+            with file_lock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.exists():
+                    self._write(folder, sites)
+        except FulguriteError as error:
+            return error  # raised in the main process, without a worker's traceback in its text
+        return None
+
+    def _write(self, folder: Path, sites: list[tuple[str, ...]]) -> None:
+        with atomic_write(folder) as temporary:
+            temporary.mkdir()
+            store: np.memmap[Any, Any] | None = None
+            moments: NDArray[np.float64] | None = None
+            bad: dict[int, tuple[str, str]] = {}
+            for row, paths in enumerate(sites):
+                try:
+                    image = _read_site(self.reader, self.preprocess, paths)
+                except BadImage as error:
+                    if error.kind not in self.tolerated:
+                        raise
+                    bad[row] = error.kind, error.what
+                    continue
+                if store is None or moments is None:
+                    shape = (len(sites), *image.shape)
+                    store = np.lib.format.open_memmap(
+                        temporary / "images.npy", "w+", image.dtype, shape
+                    )
+                    moments = np.zeros((len(sites), 2, len(image)))
+                if image.shape != store.shape[1:] or image.dtype != store.dtype:
+                    raise DataError(
+                        f"The site at {paths[0]} is {image.shape} {image.dtype}, others of its "
+                        f"plate are {store.shape[1:]} {store.dtype}.",
+                        "Give images of one size and type.",
+                    )
+                store[row] = image
+                flat = image.reshape(len(image), -1).astype(np.float64)
+                moments[row] = flat.mean(1), (flat**2).mean(1)
+            if store is not None:
+                store.flush()
+                np.save(temporary / "moments.npy", moments)  # type: ignore[arg-type]
+            (temporary / "bad.json").write_text(json.dumps(bad))
+
+
+def _read_site(reader: SiteReader, preprocess: Preprocess, paths: Sequence[str]) -> NDArray[Any]:
+    raw = reader(paths)
+    try:
+        return preprocess(raw)
+    except BadImage as error:
+        raise BadImage(
+            f"The site with {paths[0]} cannot be used: {error.what}",
+            "Look at the image, or leave such sites out: "
+            f"`--data.init_args.exclude=[{error.kind}]`.",
+            error.kind,
+        ) from error
+
+
+class PlateImages:
+    """The preprocessed images of all sites of a table.
+
+    With a cache, each plate is read once, by as many processes as there are cores, into a file
+    that is then memory-mapped; a plate is written whole or not at all, so an interrupted run goes
+    on where it was. Without, files are read whenever a site is drawn.
+
+    Args:
+        table: The sites.
+        reader: Reads a raw site.
+        preprocess: Turns it into what is stored.
+        exclude: Words of :data:`IMAGE_EXCLUSIONS`: such sites are counted and left out.
+        cache: Whether to store what was read under ``FULGURITE_CACHE``.
+    """
+
+    def __init__(
+        self,
+        table: PlateTable,
+        reader: SiteReader,
+        preprocess: Preprocess,
+        exclude: frozenset[str] = frozenset(),
+        cache: bool = True,
+    ) -> None:
+        self.table = table
+        self.reader = reader
+        self.preprocess = preprocess
+        self.exclude = exclude
+        self.cache = cache
+        self._paths = table.paths()
+        #: Place of each row in its plate's file.
+        self._place: Rows = np.zeros(len(table), np.int64)
+        self._maps: dict[int, NDArray[Any]] = {}
+        self._folders: list[Path] = []
+        if cache:
+            for number in range(len(table.domains)):
+                rows = np.flatnonzero(table.domain == number)
+                self._place[rows] = np.arange(len(rows))
+                self._folders.append(cache_folder() / "plates" / self._key(rows))
+
+    def _key(self, rows: Rows) -> str:
+        digest = hashlib.sha256(f"{_VERSION} {self.reader.recipe} {self.preprocess}".encode())
+        for row in rows:
+            for text in self.reader.fingerprint(self._paths[row]):
+                digest.update(text.encode() + b"\0")
+        return digest.hexdigest()[:32]
+
+    def prepare(self) -> None:
+        """Read what the cache does not have.
+
+        Raises:
+            DataError: An image cannot be used and is not to be excluded.
+        """
+        missing = [d for d, folder in enumerate(self._folders) if not folder.exists()]
+        jobs = [
+            (self._folders[d], [self._paths[r] for r in np.flatnonzero(self.table.domain == d)])
+            for d in missing
+        ]
+        store = _Store(jobs, self.reader, self.preprocess, self.exclude)
+        for error in in_processes(store, len(jobs)):
+            if error is not None:
+                raise error
+
+    def bad(self) -> dict[str, Rows]:
+        """Return the rows of images that cannot be used, by kind.
+
+        Raises:
+            DataError: There are some of a kind that is not to be excluded.
+        """
+        found: dict[str, list[int]] = {}
+        for d, folder in enumerate(self._folders):
+            noted: dict[str, tuple[str, str]] = json.loads((folder / "bad.json").read_text())
+            rows = np.flatnonzero(self.table.domain == d)
+            for place, (kind, what) in noted.items():
+                if kind not in self.exclude:
+                    raise BadImage(
+                        what,
+                        "Look at the image, or leave such sites out: "
+                        f"`--data.init_args.exclude=[{kind}]`.",
+                        kind,
+                    )
+                found.setdefault(kind, []).append(int(rows[int(place)]))
+        return {kind: np.array(rows, np.int64) for kind, rows in found.items()}
+
+    def usable(self) -> tuple[PlateTable, PlateImages]:
+        """Return the table without unusable images, and its images.
+
+        Raises:
+            DataError: There are some of a kind that is not to be excluded.
+        """
+        table, kept = self.table, np.arange(len(self.table))
+        for kind, rows in self.bad().items():
+            wrong = np.isin(kept, rows)
+            what = name_some([self._paths[row][0] for row in rows], 3)
+            table = table.without(wrong, Exclusion(kind, what, 0))
+            kept = kept[~wrong]
+        if len(kept) == len(self.table):
+            return self.table, self
+        images = object.__new__(PlateImages)
+        images.__dict__.update(self.__dict__)
+        before = {name: number for number, name in enumerate(self.table.domains)}
+        images.table = table
+        images._paths = [self._paths[row] for row in kept]
+        images._place = self._place[kept]
+        images._folders = [self._folders[before[name]] for name in table.domains]
+        images._maps = {}
+        return table, images
+
+    def _map(self, domain: int) -> NDArray[Any]:
+        if domain not in self._maps:
+            self._maps[domain] = np.load(self._folders[domain] / "images.npy", mmap_mode="r")
+        return self._maps[domain]
+
+    def __getitem__(self, row: int) -> NDArray[Any]:
+        """Return the stored image of one row: (C, H, W) uint8, uint16 or float."""
+        if self.cache:
+            image: NDArray[Any] = self._map(int(self.table.domain[row]))[self._place[row]]
+            return image
+        return _read_site(self.reader, self.preprocess, self._paths[row])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker maps files itself: pickling a memory map would copy it
+        return self.__dict__ | {"_maps": {}}
+
+    def moments(self, rows: Rows, most: int = 2_000) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return mean and standard deviation of each channel over sites, in stored units.
+
+        Without a cache at most ``most`` sites, evenly spread, are read.
+
+        Shape:
+            - rows: (.,) int64 -> (C,) float64 and (C,) float64.
+        """
+        if not self.cache:
+            step = max(1, -(-len(rows) // most))
+            sites = [self[row].astype(np.float64) for row in rows[::step]]
+            both = np.array([[s.mean((1, 2)), (s**2).mean((1, 2))] for s in sites])
+        else:
+            parts = []
+            for d in np.unique(self.table.domain[rows]):
+                moments = np.load(self._folders[d] / "moments.npy", mmap_mode="r")
+                parts.append(moments[self._place[rows[self.table.domain[rows] == d]]])
+            both = np.concatenate(parts)
+        mean, square = both.mean(0)
+        return mean, np.sqrt(np.maximum(square - mean**2, 1e-12))
+
+    def unit(self, row: int) -> float:
+        """Full scale of the stored type: 255, 65535, or 1 for floating point."""
+        dtype = self[row].dtype
+        return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)

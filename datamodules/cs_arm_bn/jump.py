@@ -1,0 +1,438 @@
+"""Plates in the layout of JUMP Cell Painting (cpg0016): metadata tables, load_data and TIFFs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.table import (
+    Exclusion,
+    PlateTable,
+    check_exclude,
+    name_some,
+)
+from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.io import data_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["CHANNELS", "JumpPlates", "read_table"]
+
+#: Channels of Cell Painting, in the paper's order.
+CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
+
+#: Sources that are one laboratory: a split between them would not be one between laboratories.
+_SAME_LAB = {"source_13": "source_7"}
+_GALLERY = "s3://cellpainting-gallery/"
+_EXCLUSIONS = ("unknown_id", "missing_channel", "missing_plate", "stray_well")
+_ID = r"JCP2022_\d{6}"
+_LOAD_DATA = "cpg0016-jump/{source}/workspace/load_data_csv/{batch}/{plate}/load_data"
+_MEND_EXCLUDE = "leave such {what} out: `--data.init_args.source.init_args.exclude=[{kind}]`."
+
+
+def _as_text(column: pd.Series) -> pd.Series:
+    """Numbers that a format made of names become names again: 1.0 is "1"."""
+    import pandas as pd
+
+    if column.dtype.kind == "f":
+        whole = column.round()
+        if (whole == column)[column.notna()].all():
+            column = whole.astype("Int64")
+    text: pd.Series = column.astype("object").where(column.notna(), None).map(_word)
+    return text if len(text) else pd.Series(dtype="object")
+
+
+def _word(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a CSV (also ``.csv.gz``) or parquet file as text, whatever looks like a number.
+
+    Args:
+        path: The file without its suffix (the first of ``.csv``, ``.csv.gz`` and ``.parquet`` that
+            is there), or with it.
+        columns: Columns that must be there.
+
+    Raises:
+        DataError: There is no such file, it is damaged, or a column is missing.
+        MissingExtraError: It is a parquet file and pyarrow is not installed.
+
+    Source: arXiv 2604.20824, card section 4.1 (plate names that are numbers come back as numbers).
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        for suffix in (".csv", ".csv.gz", ".parquet"):
+            if (candidate := path.with_name(path.name + suffix)).is_file():
+                path = candidate
+                break
+        else:
+            raise DataError(
+                f"There is no table {path}.csv, .csv.gz or .parquet.",
+                "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
+            )
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+            table = table.apply(_as_text)
+        else:
+            table = pd.read_csv(path, dtype=str)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
+        ) from error
+    except Exception as error:  # the parsers raise nearly any exception
+        raise DataError(
+            f"The table {path} cannot be read: {error or type(error).__name__}.",
+            "Fetch it again.",
+        ) from error
+    if missing := [name for name in columns if name not in table.columns]:
+        raise DataError(
+            f"The table {path} has no column {missing[0]!r}.",
+            f"It needs the columns {', '.join(columns)}.",
+        )
+    return table
+
+
+class JumpPlates(PlateSource):
+    """JUMP-CP plates (cpg0016) on this machine, or images of the public bucket over S3.
+
+    The classes are the positive controls (8 compounds), the controls are the negative ones (DMSO);
+    both are taken from ``perturbation_control.csv``, never from a list of identifiers. Images are
+    found through each plate's ``load_data`` (CSV or parquet), in its ``URL_Orig*`` or its
+    ``PathName_Orig*`` and ``FileName_Orig*`` form.
+
+    Args:
+        root: Folder that stands for the bucket (with ``cpg0016-jump/``), absolute or relative to
+            ``FULGURITE_DATA``.
+        metadata: Folder with ``plate``, ``well`` and ``perturbation_control`` tables of
+            ``jump-cellpainting/datasets``; ``metadata`` under the root if not given.
+        sources: Sources to use; all of the plate table if not given.
+        plate_types: Types of plates to use.
+        skip_batches: Batches to leave out.
+        plates: Plates to use; all if not given.
+        modality: Which kind of perturbation the plates hold.
+        classes: Identifiers (``JCP2022_...``) of the classes; the positive controls of the
+            modality if not given.
+        treatments: Also take all other known perturbations, as queries without label: they are
+            predicted, and not seen in training.
+        channels: Names of the channels in ``load_data``, in the order of the images.
+        load_data: Path of a plate's table under the root, without suffix.
+        prefixes: Beginning of a path or address in ``load_data`` -> what replaces it, relative to
+            the root unless absolute. By default the public bucket's address becomes the root;
+            ``{}`` reads images from the bucket, anonymously.
+        stray_rows: A class's wells with at most this many rows in a source are stray ones, an
+            error or an exclusion (the paper leaves out those with 36 or fewer); null to take all.
+        exclude: What to leave out and count instead of stopping: ``unknown_id``,
+            ``missing_channel``, ``missing_plate`` (no load_data), ``stray_well``.
+
+    Raises:
+        ConfigError: A word in ``exclude`` is unknown.
+
+    Source: arXiv 2604.20824, card sections 2.1, 2.2 and 4.1.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        metadata: str | None = None,
+        sources: list[str] | None = None,
+        plate_types: list[str] = ["COMPOUND"],  # noqa: B006  # copied below
+        skip_batches: list[str] = [],  # noqa: B006  # copied below
+        plates: list[str] | None = None,
+        modality: Literal["compound", "crispr", "orf"] = "compound",
+        classes: list[str] | None = None,
+        treatments: bool = False,
+        channels: list[str] = list(CHANNELS),  # noqa: B006  # copied below
+        load_data: str = _LOAD_DATA,
+        prefixes: dict[str, str] | None = None,
+        stray_rows: int | None = None,
+        exclude: list[str] = [],  # noqa: B006  # copied below
+    ) -> None:
+        self.root = root
+        self.metadata = metadata
+        self.sources = sources
+        self.plate_types = list(plate_types)
+        self.skip_batches = list(skip_batches)
+        self.plates = plates
+        self.modality = modality
+        self.classes = classes
+        self.treatments = treatments
+        self.load_data = load_data
+        self.prefixes = {_GALLERY: ""} if prefixes is None else dict(prefixes)
+        self.stray_rows = stray_rows
+        self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
+        self._channels = tuple(channels)
+        self._controls: pd.DataFrame | None = None
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels."""
+        return self._channels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their identifiers."""
+        names = self._perturbations().set_index("Metadata_JCP2022")["Metadata_Name"].to_dict()
+        return tuple(str(names.get(jcp, jcp)) for jcp in self._class_ids())
+
+    def _class_ids(self) -> list[str]:
+        """Return the identifiers of the classes; their order is that of the labels (2.2)."""
+        if self.classes is not None:
+            return sorted(self.classes)
+        table = self._perturbations()
+        chosen = (table["Metadata_pert_type"] == "poscon") & (
+            table["Metadata_modality"] == self.modality
+        )
+        return sorted(table["Metadata_JCP2022"][chosen])
+
+    def _table(self, name: str, *columns: str) -> pd.DataFrame:
+        folder = self.metadata if self.metadata is not None else str(Path(self.root) / "metadata")
+        return read_table(data_path(folder) / name, [f"Metadata_{column}" for column in columns])
+
+    def _perturbations(self) -> pd.DataFrame:
+        if self._controls is None:
+            self._controls = self._table(
+                "perturbation_control", "JCP2022", "pert_type", "Name", "modality"
+            )
+        return self._controls
+
+    def _chosen_plates(self) -> pd.DataFrame:
+        table = self._table("plate", "Source", "Batch", "Plate", "PlateType")
+        kept = table["Metadata_PlateType"].isin(self.plate_types)
+        kept &= ~table["Metadata_Batch"].isin(self.skip_batches)
+        for column, wanted in (("Source", self.sources), ("Plate", self.plates)):
+            if wanted is None:
+                continue
+            found = table[f"Metadata_{column}"]
+            if absent := sorted(set(wanted) - set(found)):
+                raise DataError(
+                    f"The plate table has no {column.lower()} {name_some(absent)}.",
+                    f"Set `--data.init_args.source.init_args.{column.lower()}s` to names in it.",
+                )
+            kept &= found.isin(wanted)
+        if not kept.any():
+            raise DataError(
+                "No plate of the plate table is chosen.",
+                "Loosen `sources`, `plate_types`, `skip_batches` or `plates` of the source.",
+            )
+        return table[kept].drop_duplicates(["Metadata_Source", "Metadata_Batch", "Metadata_Plate"])
+
+    def load(self) -> PlateTable:
+        """Return the table of sites.
+
+        Raises:
+            DataError: A table is missing or inconsistent, an identifier is unknown or a channel
+                has no path, and is not to be excluded.
+        """
+        import pandas as pd
+
+        excluded: list[Exclusion] = []
+        parts, absent = [], []
+        root = data_path(self.root)
+        for source, batch, plate in self._chosen_plates()[
+            ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
+        ].itertuples(index=False):
+            place = root / self.load_data.format(source=source, batch=batch, plate=plate)
+            try:
+                part = read_table(place, ["Metadata_Well", "Metadata_Site"])
+            except DataError:
+                if any(place.parent.glob(place.name + ".*")):
+                    raise  # there, and damaged
+                absent.append(f"{source}|{batch}|{plate}")
+                continue
+            parts.append(self._sites(part, source, batch, plate, place))
+        if absent:
+            self._left_out(
+                excluded,
+                "missing_plate",
+                0,
+                f"{len(absent)} plates without load_data: {name_some(absent)}",
+                "plates",
+            )
+        if not parts:
+            raise DataError(
+                f"None of the {len(absent)} plates has a load_data table under {root}.",
+                "Set `--data.init_args.source.init_args.root` (and `load_data`) to where they are.",
+            )
+        frame = pd.concat(parts, ignore_index=True)
+        frame, notes = self._with_roles(frame, excluded)
+        frame = self._whole_sites(frame, excluded)
+        if self.stray_rows is not None:
+            frame = self._without_strays(frame, self.stray_rows, excluded)
+        frame["lab"] = frame["source"].replace(_SAME_LAB)
+        for channel in self._channels:  # of the sites that are left: a plate has many others
+            column = f"path_{channel}"
+            frame[column] = [self._locate(path, root) for path in frame[column]]
+        return PlateTable(frame, self.class_names, self._channels, excluded, notes)
+
+    def _left_out(
+        self, excluded: list[Exclusion], kind: str, rows: int, what: str, noun: str
+    ) -> None:
+        """Count an exclusion, or raise if the user has not switched it on."""
+        if kind not in self.exclude:
+            raise DataError(
+                f"There are {what}.",
+                "Mend the tables, or " + _MEND_EXCLUDE.format(what=noun, kind=kind),
+            )
+        excluded.append(Exclusion(kind, what, rows))
+
+    def _sites(
+        self, part: pd.DataFrame, source: str, batch: str, plate: str, place: Path
+    ) -> pd.DataFrame:
+        """Return the sites of one load_data table, with paths as they are in it."""
+        import pandas as pd
+
+        for name, value in (("Source", source), ("Batch", batch), ("Plate", plate)):
+            column = f"Metadata_{name}"
+            if column in part.columns and not (part[column] == value).all():
+                other = part[column][part[column] != value].iloc[0]
+                raise DataError(
+                    f"The table {place} is that of {name.lower()} {value} and names {other}.",
+                    "Put each plate's own load_data in its folder.",
+                )
+        frame = pd.DataFrame(
+            {
+                "source": source,
+                "batch": batch,
+                "plate": plate,
+                "well": part["Metadata_Well"],
+                "site": part["Metadata_Site"],
+            }
+        )
+        for channel in self._channels:
+            url, name, folder = (f"{k}_Orig{channel}" for k in ("URL", "FileName", "PathName"))
+            if url in part.columns:
+                paths = part[url]
+            elif name in part.columns and folder in part.columns:
+                paths = part[folder].str.rstrip("/") + "/" + part[name]
+            else:
+                raise DataError(
+                    f"The table {place} has no channel {channel} ({url}, or {name} and {folder}).",
+                    "Set `--data.init_args.source.init_args.channels` to those it has.",
+                )
+            frame[f"path_{channel}"] = paths
+        return frame
+
+    def _locate(self, path: str, root: Path) -> str:
+        for prefix, replacement in self.prefixes.items():
+            if path.startswith(prefix):
+                path = replacement + path[len(prefix) :]
+                break
+        return path if "://" in path else os.path.join(root, path)
+
+    def _with_roles(
+        self, frame: pd.DataFrame, excluded: list[Exclusion]
+    ) -> tuple[pd.DataFrame, list[str]]:
+        wells = self._table("well", "Source", "Plate", "Well", "JCP2022")
+        wells = wells.drop_duplicates().rename(
+            columns={
+                "Metadata_Source": "source",
+                "Metadata_Plate": "plate",
+                "Metadata_Well": "well",
+                "Metadata_JCP2022": "jcp",
+            }
+        )[["source", "plate", "well", "jcp"]]
+        twice = wells.duplicated(["source", "plate", "well"])
+        if twice.any():
+            row = wells[twice].iloc[0]
+            raise DataError(
+                f"The well table gives well {row['well']} of plate {row['plate']} of "
+                f"{row['source']} two perturbations.",
+                "Keep one row for each well.",
+            )
+        frame = frame.merge(wells, on=["source", "plate", "well"], how="left", validate="m:1")
+        table, classes = self._perturbations(), self._class_ids()
+        kinds = dict(zip(table["Metadata_JCP2022"], table["Metadata_pert_type"], strict=True))
+        if absent := sorted(set(classes) - set(frame["jcp"].dropna())):
+            raise DataError(
+                f"No chosen plate holds {name_some(absent)}.",
+                "Set `--data.init_args.source.init_args.classes` to identifiers that occur.",
+            )
+        known = frame["jcp"].fillna("").str.fullmatch(_ID) | frame["jcp"].isin(list(kinds))
+        if (others := self._listed()) is not None:
+            known &= frame["jcp"].isin(others | set(kinds))
+        if not known.all():
+            first = frame[~known].iloc[0]
+            jcp = (
+                "no identifier"
+                if first["jcp"] is None or first["jcp"] != first["jcp"]
+                else first["jcp"]
+            )
+            self._left_out(
+                excluded,
+                "unknown_id",
+                int((~known).sum()),
+                f"{int((~known).sum())} sites with an unknown perturbation, first {jcp} in well "
+                f"{first['well']} of plate {first['source']}|{first['batch']}|{first['plate']}",
+                "sites",
+            )
+            frame = frame[known]
+        kind = frame["jcp"].map(kinds)
+        modality = frame["jcp"].map(
+            dict(zip(table["Metadata_JCP2022"], table["Metadata_modality"], strict=True))
+        )
+        is_class = frame["jcp"].isin(classes)
+        is_control = (kind == "negcon") & (modality == self.modality) & ~is_class
+        other = ~is_class & ~is_control & kind.ne("empty")
+        frame = frame.assign(
+            role=is_control.map({True: "control", False: "query"}),
+            label=frame["jcp"].map({jcp: c for c, jcp in enumerate(classes)}).fillna(-1),
+        )
+        kept = is_class | is_control | (other if self.treatments else False)
+        notes = []
+        if unused := int((~kept).sum()):
+            notes.append(f"{unused} sites of empty wells and other perturbations are not used")
+        return frame[kept], notes
+
+    def _listed(self) -> set[str] | None:
+        """Return the identifiers of the perturbation tables, if they are there."""
+        folder = data_path(
+            self.metadata if self.metadata is not None else str(Path(self.root) / "metadata")
+        )
+        found: set[str] = set()
+        for name in ("compound", "crispr", "orf"):
+            if any(folder.glob(f"{name}.csv*")) or (folder / f"{name}.parquet").is_file():
+                found |= set(self._table(name, "JCP2022")["Metadata_JCP2022"])
+        return found or None
+
+    def _whole_sites(self, frame: pd.DataFrame, excluded: list[Exclusion]) -> pd.DataFrame:
+        """Return the sites that have a path for each channel."""
+        missing = frame[[f"path_{c}" for c in self._channels]].isna()
+        broken = missing.any(axis=1)
+        if not broken.any():
+            return frame
+        row = frame[broken].iloc[0]
+        channel = self._channels[int(missing[broken].iloc[0].to_numpy().argmax())]
+        self._left_out(
+            excluded,
+            "missing_channel",
+            int(broken.sum()),
+            f"{int(broken.sum())} sites without a path for a channel, first {channel} of site "
+            f"{row['site']} in well {row['well']} of plate "
+            f"{row['source']}|{row['batch']}|{row['plate']}",
+            "sites",
+        )
+        return frame[~broken]
+
+    def _without_strays(
+        self, frame: pd.DataFrame, most: int, excluded: list[Exclusion]
+    ) -> pd.DataFrame:
+        count = frame.groupby(["source", "jcp", "well"])["site"].transform("size")
+        stray = (count <= most) & (frame["label"] >= 0)
+        if stray.any():
+            row = frame[stray].iloc[0]
+            self._left_out(
+                excluded,
+                "stray_well",
+                int(stray.sum()),
+                f"{int(stray.sum())} sites in wells that hold a class at most {most} times in a "
+                f"source, first {row['jcp']} in well {row['well']} of {row['source']}",
+                "sites",
+            )
+        return frame[~stray]

@@ -1,0 +1,412 @@
+"""Which queries are trained on, which select the model, and which settings are tested.
+
+Shapes: R rows of the table.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows, name_some
+from fulgurite.errors import ConfigError, DataError
+
+__all__ = [
+    "Assignment",
+    "GroupFolds",
+    "HoldOut",
+    "OfficialSplit",
+    "Split",
+    "check_assignment",
+    "held_out_wells",
+]
+
+_TEST_NAMES = {"lab": "new_lab", "batch": "new_batch", "plate": "new_plate", "image": "in_domain"}
+_EMPTY: Rows = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Rows of queries, by what they are for.
+
+    Attributes:
+        train: Rows that are trained on.
+        val: Rows that select the model.
+        tests: Name of a setting -> rows that are tested.
+        shared: Parts whose plates are training plates, on purpose.
+    """
+
+    train: Rows = field(default_factory=lambda: _EMPTY)
+    val: Rows = field(default_factory=lambda: _EMPTY)
+    tests: Mapping[str, Rows] = field(default_factory=dict)
+    shared: tuple[str, ...] = ("in_domain", "new_wells")
+
+
+def check_assignment(table: PlateTable, found: Assignment) -> Assignment:
+    """Return the assignment if no row is in two parts and no plate in two that must differ.
+
+    Raises:
+        DataError: A row or a plate is in two parts.
+    """
+    parts = {"train": found.train, "val": found.val, **found.tests}
+    owner: dict[int, str] = {}
+    seen = np.zeros(len(table), np.int64)
+    for name, rows in parts.items():
+        np.add.at(seen, rows, 1)
+        if name in found.shared:
+            continue
+        for domain in np.unique(table.domain[rows]):
+            other = owner.setdefault(int(domain), name)
+            if other != name:
+                raise DataError(
+                    f"The plate {table.domains[domain]} is in {other} and in {name}.",
+                    "Choose a split that keeps plates whole.",
+                )
+    if (seen > 1).any():
+        row = int(seen.argmax())
+        raise DataError(
+            f"Row {row} of the plate table is in several parts of the split.",
+            "Choose a split whose parts do not overlap.",
+        )
+    return found
+
+
+def _labelled(table: PlateTable) -> Rows:
+    return np.flatnonzero(~table.control & (table.label >= 0))
+
+
+def _groups(table: PlateTable, by: str) -> NDArray[Any]:
+    """Name the group of each row: batches of two sources are two, so are plates of two batches."""
+    if by == "lab":
+        return table.column("lab")
+    if by == "batch":
+        names: NDArray[Any] = table.column("lab") + "|" + table.column("batch")
+        return names
+    return table.column("domain")
+
+
+def _amount(share: float, of: int) -> int:
+    """A number of groups: 0 for 0, at least one for a fraction, itself for 1 and more."""
+    if share >= 1:
+        return int(share)
+    return max(1, round(share * of)) if share > 0 else 0
+
+
+def _draw(
+    names: Iterable[str], share: float | list[str], key: Sequence[int], what: str
+) -> set[str]:
+    """Choose groups, the named ones or some at random; at least one must be left."""
+    ordered = sorted(set(names))
+    if isinstance(share, list):
+        chosen = {name for name in ordered if name in share or name.split("|")[-1] in share}
+        known = {part for name in ordered for part in (name, name.split("|")[-1])}
+        if absent := sorted(set(share) - known):
+            raise DataError(
+                f"There is no group {name_some(absent)} for {what} (of {name_some(ordered)}).",
+                f"Set `--data.init_args.split.init_args.{what}` to names in the table.",
+            )
+        return chosen
+    count = _amount(share, len(ordered))
+    if count >= len(ordered) and count:
+        raise DataError(
+            f"There are {len(ordered)} groups to take {count} for {what} from.",
+            f"Lower `--data.init_args.split.init_args.{what}`.",
+        )
+    order = np.random.default_rng(list(key)).permutation(len(ordered))
+    return {ordered[i] for i in order[:count]}
+
+
+def held_out_wells(table: PlateTable, count: int, key: Sequence[int]) -> NDArray[np.bool_]:
+    """Mark the queries in ``count`` random well positions of each class, in each laboratory alike.
+
+    Shape:
+        - (R,) bool.
+
+    Raises:
+        DataError: A class has too few positions to leave one for training.
+
+    Source: arXiv 2604.20824, card section 2.4 (new_wells).
+    """
+    marked = np.zeros(len(table), np.bool_)
+    wells = table.column("well")
+    generator = np.random.default_rng(list(key))
+    for c, name in enumerate(table.class_names):
+        rows = np.flatnonzero(table.label == c)
+        positions = sorted(set(wells[rows]))
+        if positions and count >= len(positions):
+            raise DataError(
+                f"The class {name} has {len(positions)} well positions, and {count} are to be held "
+                "out.",
+                "Lower `--data.init_args.split.init_args.new_wells`.",
+            )
+        chosen = generator.permutation(len(positions))[:count]
+        marked[rows[np.isin(wells[rows], [positions[i] for i in chosen])]] = True
+    return marked
+
+
+def _stratified(table: PlateTable, rows: Rows, share: float, key: Sequence[int]) -> NDArray[Any]:
+    """Mark a share of the rows of each plate and class, at least one of two or more."""
+    marked = np.zeros(len(table), np.bool_)
+    generator = np.random.default_rng(list(key))
+    group = table.domain[rows] * len(table.class_names) + table.label[rows]
+    for number in np.unique(group):
+        members = generator.permutation(rows[group == number])
+        marked[members[: _amount(share, len(members)) if len(members) > 1 else 0]] = True
+    return marked
+
+
+class Split(ABC):
+    """A rule that deals the labelled queries of a table to training, validation and tests."""
+
+    @abstractmethod
+    def assign(self, table: PlateTable) -> Assignment:
+        """Return the parts; rows without a label are in none.
+
+        Raises:
+            DataError: The table cannot be split so.
+        """
+
+
+class HoldOut(Split):
+    """Several settings from one training: in-domain, new wells, new plates, batches, laboratories.
+
+    What remains of the training plates after ``in_domain`` and ``new_wells`` is trained on.
+    Numbers below 1 are fractions (of at least one group), others counts, 0 is none; batches and
+    plates may also be given by name.
+
+    Args:
+        new_labs: Sources (laboratories) that are only tested.
+        new_batches: Batches of the other laboratories that are only tested.
+        val_batches: Batches that select the model.
+        new_plates: Plates of training batches that are only tested.
+        val_plates: Plates of training batches that select the model (where batches are few).
+        new_wells: Well positions of each class that are only tested, on training plates.
+        in_domain: Fraction of each class on each training plate that is only tested.
+        seed: Seed of these choices.
+
+    Raises:
+        ConfigError: A number is negative, or ``in_domain`` is not below 1.
+
+    Source: arXiv 2604.20824, card section 2.4; several settings at once are inferred.
+    """
+
+    def __init__(
+        self,
+        new_labs: list[str] = [],  # noqa: B006  # copied below
+        new_batches: float | list[str] = 0.25,
+        val_batches: float | list[str] = 0.15,
+        new_plates: float | list[str] = 0,
+        val_plates: float | list[str] = 0,
+        new_wells: int = 0,
+        in_domain: float = 0.2,
+        seed: int = 1234,
+    ) -> None:
+        shares = (new_batches, val_batches, new_plates, val_plates, new_wells)
+        if any(not isinstance(share, list) and share < 0 for share in shares) or not (
+            0 <= in_domain < 1
+        ):
+            raise ConfigError(
+                f"The split holds out {new_batches} and {val_batches} batches, {new_plates} and "
+                f"{val_plates} plates, {new_wells} wells and {in_domain} of the images.",
+                "Set these to 0 or more under `--data.init_args.split.init_args`, `in_domain` below"
+                " 1.",
+            )
+        self.new_labs = list(new_labs)
+        self.new_batches = new_batches
+        self.val_batches = val_batches
+        self.new_plates = new_plates
+        self.val_plates = val_plates
+        self.new_wells = new_wells
+        self.in_domain = in_domain
+        self.seed = seed
+
+    def assign(self, table: PlateTable) -> Assignment:
+        """Return the parts: see :meth:`Split.assign`."""
+        rows = _labelled(table)
+        left = np.zeros(len(table), np.bool_)
+        left[rows] = True
+        tests: dict[str, Rows] = {}
+        lab, source = table.column("lab"), table.column("source")
+        if absent := sorted(set(self.new_labs) - set(lab) - set(source)):
+            raise DataError(
+                f"The table has no laboratory {name_some(absent)}.",
+                "Set `--data.init_args.split.init_args.new_labs` to sources in it "
+                f"({name_some(sorted(set(source)))}).",
+            )
+        tested = np.isin(lab, self.new_labs) | np.isin(source, self.new_labs)
+        if self.new_labs:
+            tests["new_lab"] = np.flatnonzero(left & tested)
+            left &= ~tested
+        parts: dict[str, Rows] = {}
+        for stream, (what, by, share) in enumerate(
+            (
+                ("new_batches", "batch", self.new_batches),
+                ("val_batches", "batch", self.val_batches),
+                ("new_plates", "plate", self.new_plates),
+                ("val_plates", "plate", self.val_plates),
+            )
+        ):
+            names = _groups(table, by)
+            chosen = _draw(names[left], share, (self.seed, stream), what)
+            marked = left & np.isin(names, list(chosen))
+            parts[what] = np.flatnonzero(marked)
+            left &= ~marked
+        if self.new_batches:
+            tests["new_batch"] = parts["new_batches"]
+        if self.new_plates:
+            tests["new_plate"] = parts["new_plates"]
+        if self.new_wells:
+            marked = left & held_out_wells(table, self.new_wells, (self.seed, 4))
+            tests["new_wells"] = np.flatnonzero(marked)
+            left &= ~marked
+        if self.in_domain:
+            marked = _stratified(table, np.flatnonzero(left), self.in_domain, (self.seed, 5))
+            tests["in_domain"] = np.flatnonzero(marked)
+            left &= ~marked
+        order = ("in_domain", "new_wells", "new_plate", "new_batch", "new_lab")
+        val = np.union1d(parts["val_batches"], parts["val_plates"])
+        return Assignment(
+            np.flatnonzero(left), val, {name: tests[name] for name in order if name in tests}
+        )
+
+
+class GroupFolds(Split):
+    """One fold of a cross-validation over laboratories, batches, plates or single images.
+
+    The paper's cross-laboratory setting is ``group=lab, folds=2``, its new batches are
+    ``group=batch, folds=5``, its in-domain one ``group=image``.
+
+    Args:
+        group: What is never in two folds; ``image`` is stratified by class and shares plates and
+            wells between the folds.
+        fold: Which fold is tested, from 0.
+        folds: Number of folds.
+        val_group: What is never in training and validation; images where these are the folds.
+        val_fraction: Fraction of these groups for validation.
+        new_wells: Well positions of each class that are kept out of training; only these are
+            tested then.
+        seed: Seed of folds and validation.
+
+    Raises:
+        ConfigError: The fold does not exist, or the fraction is not in [0, 1).
+
+    Source: arXiv 2604.20824, card section 2.4.
+    """
+
+    def __init__(
+        self,
+        group: Literal["lab", "batch", "plate", "image"] = "batch",
+        fold: int = 0,
+        folds: int = 5,
+        val_group: Literal["batch", "plate"] = "batch",
+        val_fraction: float = 0.15,
+        new_wells: int = 0,
+        seed: int = 1234,
+    ) -> None:
+        if not 0 <= fold < folds or folds < 2:
+            raise ConfigError(
+                f"There is no fold {fold} of {folds}.",
+                "Set `--data.init_args.split.init_args.fold` from 0 to `folds` - 1.",
+            )
+        if not 0 <= val_fraction < 1 or new_wells < 0:
+            raise ConfigError(
+                f"The validation fraction is {val_fraction}, with {new_wells} new wells.",
+                "Set `--data.init_args.split.init_args.val_fraction` in [0, 1) and `new_wells` to "
+                "0 or more.",
+            )
+        self.group = group
+        self.fold = fold
+        self.folds = folds
+        self.val_group = "image" if group == "image" else val_group
+        self.val_fraction = val_fraction
+        self.new_wells = new_wells
+        self.seed = seed
+
+    def assign(self, table: PlateTable) -> Assignment:
+        """Return the parts: see :meth:`Split.assign`."""
+        from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold
+
+        rows = _labelled(table)
+        if self.group == "image":
+            folds = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
+            pairs = folds.split(rows, table.label[rows])
+        else:
+            groups = _groups(table, self.group)[rows]
+            if (found := len(set(groups))) < self.folds:
+                raise DataError(
+                    f"There are {found} groups by {self.group} for {self.folds} folds.",
+                    "Lower `--data.init_args.split.init_args.folds`.",
+                )
+            folds = GroupKFold(self.folds, shuffle=True, random_state=self.seed)
+            pairs = folds.split(rows, groups=groups)
+        kept, tested = list(pairs)[self.fold]
+        train, test = rows[kept], rows[tested]
+        val = _EMPTY
+        if self.val_fraction:
+            if self.val_group == "image":
+                marked = _stratified(table, train, self.val_fraction, (self.seed, 6))
+                val = np.flatnonzero(marked)
+                train = train[~marked[train]]
+            else:
+                groups = _groups(table, self.val_group)[train]
+                if len(set(groups)) < 2:
+                    raise DataError(
+                        f"The training fold has one group by {self.val_group}: no validation.",
+                        "Set `--data.init_args.split.init_args.val_group` to plate.",
+                    )
+                inner = GroupShuffleSplit(1, test_size=self.val_fraction, random_state=self.seed)
+                inner_train, inner_val = next(inner.split(train, groups=groups))
+                train, val = train[inner_train], train[inner_val]
+        if self.new_wells:
+            marked = held_out_wells(table, self.new_wells, (self.seed, 4))
+            train, val, test = train[~marked[train]], val[~marked[val]], test[marked[test]]
+        return Assignment(
+            np.sort(train),
+            np.sort(val),
+            {_TEST_NAMES[self.group]: np.sort(test)},
+            ("in_domain", "val") if self.group == "image" else (),
+        )
+
+
+class OfficialSplit(Split):
+    """The split that the publisher of the data proposes, from the column ``official``.
+
+    Words in that column: ``train``, ``val``, and names of tests (``in_domain``, ``new_batch``);
+    rows with another word are not used.
+
+    Args:
+        tests: Names of tests to take.
+
+    Raises:
+        ConfigError: No test is named.
+    """
+
+    def __init__(self, tests: list[str] = ["in_domain", "new_batch"]) -> None:  # noqa: B006
+        if not tests:
+            raise ConfigError(
+                "The official split has no test.",
+                "Set `--data.init_args.split.init_args.tests`.",
+            )
+        self.tests = list(tests)
+
+    def assign(self, table: PlateTable) -> Assignment:
+        """Return the parts: see :meth:`Split.assign`."""
+        if "official" not in table.frame.columns:
+            raise DataError(
+                "The plate table has no column 'official'.",
+                "Set `--data.init_args.split` to HoldOut or GroupFolds.",
+            )
+        word = table.column("official")
+        rows = _labelled(table)
+        parts = {name: rows[word[rows] == name] for name in ("train", "val", *self.tests)}
+        if empty := [name for name in self.tests if not len(parts[name])]:
+            raise DataError(
+                f"No query is of the official part {empty[0]!r}.",
+                f"Set `--data.init_args.split.init_args.tests` to parts of {sorted(set(word))}.",
+            )
+        return Assignment(parts["train"], parts["val"], {n: parts[n] for n in self.tests})

@@ -1,0 +1,370 @@
+"""The one data contract: a table of sites, checked when it is built.
+
+Shapes: R rows (sites) of the table, D domains (plates), K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Exclusion",
+    "PlateTable",
+    "check_exclude",
+    "name_some",
+    "position_accuracy",
+]
+
+_KEYS = ("source", "batch", "plate", "well", "site")
+_NEEDED = (*_KEYS, "role", "label")
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Sites that were left out because the user switched it on.
+
+    Attributes:
+        kind: The word in ``exclude`` that asked for it.
+        what: What was wrong with which plates, wells or files.
+        rows: Number of sites.
+    """
+
+    kind: str
+    what: str
+    rows: int
+
+
+def check_exclude(exclude: Iterable[str], kinds: Sequence[str], option: str) -> frozenset[str]:
+    """Return ``exclude`` as a set, after checking that each word is one of ``kinds``.
+
+    Raises:
+        ConfigError: A word is unknown.
+
+    Example:
+        >>> sorted(check_exclude(["nan"], ("nan", "constant"), "exclude"))
+        ['nan']
+    """
+    words = frozenset(exclude)
+    if unknown := sorted(words - set(kinds)):
+        raise ConfigError(
+            f"There is nothing called {unknown[0]!r} to exclude.",
+            f"Set `--data.init_args.{option}` to words of {', '.join(kinds)}.",
+        )
+    return words
+
+
+def name_some(names: Collection[Any], most: int = 5) -> str:
+    """Return the first few names and how many there are beyond.
+
+    Example:
+        >>> name_some(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    shown = [str(name) for name in list(names)[:most]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def position_accuracy(position: Rows, label: Rows, plate: Rows) -> tuple[float, float]:
+    """How well the position on the plate alone tells the class: a classifier that sees no image.
+
+    It guesses, at each position, the class most frequent there on the *other* plates.
+
+    Returns:
+        Its accuracy, and that of always guessing the most frequent class.
+
+    Shape:
+        - position, label, plate: (R,) int64 numbers from 0.
+
+    Source: arXiv 2604.20824, card section 0 (7); the measure is inferred.
+
+    Example:
+        >>> layout = np.array([0, 1, 0, 1])
+        >>> position_accuracy(layout, layout, np.array([0, 0, 1, 1]))
+        (1.0, 0.5)
+    """
+    if not len(label):
+        return 0.0, 0.0
+    counts = np.zeros((position.max() + 1, label.max() + 1), np.int64)
+    np.add.at(counts, (position, label), 1)
+    right = 0
+    for number in np.unique(plate):
+        own = plate == number
+        others = counts.copy()
+        np.subtract.at(others, (position[own], label[own]), 1)
+        seen = others.sum(1) > 0
+        right += int((others.argmax(1)[position[own]] == label[own])[seen[position[own]]].sum())
+    return right / len(label), float(counts.sum(0).max() / len(label))
+
+
+class PlateTable:
+    """One row for each site, with everything that episodes and splits need to know.
+
+    Columns of the frame: ``source`` (laboratory), ``batch``, ``plate``, ``well``, ``site``, all
+    read as text; ``role``, which is ``query`` or ``control``; ``label``, the class number of a
+    query, -1 where it is unknown (that of a control is ignored); ``path``, or ``path_<channel>``
+    for each channel. Optional: ``domain`` (``source|batch|plate`` if not given), ``lab`` (for
+    sources that are one laboratory; ``source`` if not given), ``official`` (the split that the
+    publisher proposes).
+
+    Attributes:
+        frame: The checked table, rows numbered from 0.
+        class_names: K names.
+        channels: Names of the channels, in the order of the images.
+        excluded: What was left out before.
+        notes: Facts about the source that :meth:`report` passes on.
+        domains: D names of plates, in order of appearance.
+        wells: Names of wells, each ``domain|well``.
+        domain: Number of each row's plate. Shape: (R,) int64.
+        well: Number of each row's well. Shape: (R,) int64.
+        label: Class of each row, -1 if unknown. Shape: (R,) int64.
+        control: Whether a row is a control. Shape: (R,) bool.
+
+    Args:
+        frame: Table with the columns above.
+        class_names: Names of the K classes, in the order of the labels.
+        channels: Names of the channels.
+        excluded: What the reader left out.
+        notes: What the reader wants to have reported.
+
+    Raises:
+        DataError: A column is missing, a role, label or path is not valid, or a site comes twice.
+
+    Source: arXiv 2604.20824, card sections 4.1 and 7.1.
+
+    Example:
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"source": "lab", "batch": "1", "plate": "p", "site": "1",
+        ...     "well": ["A01", "A02"], "role": ["query", "control"], "label": [0, -1],
+        ...     "path": ["a.png", "b.png"]})
+        >>> PlateTable(frame, ("only",), ("grey",)).domains
+        ('lab|1|p',)
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        class_names: Sequence[str],
+        channels: Sequence[str],
+        excluded: Sequence[Exclusion] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.class_names = tuple(class_names)
+        self.channels = tuple(channels)
+        self.excluded = tuple(excluded)
+        self.notes = tuple(notes)
+        self.frame = self._checked(frame)
+        number, names = self.frame["domain"].factorize()
+        self.domain: Rows = number.astype(np.int64)
+        self.domains: tuple[str, ...] = tuple(str(name) for name in names)
+        number, names = (self.frame["domain"] + "|" + self.frame["well"]).factorize()
+        self.well: Rows = number.astype(np.int64)
+        self.wells: tuple[str, ...] = tuple(str(name) for name in names)
+        self.label: Rows = self.frame["label"].to_numpy(np.int64)
+        self.control: NDArray[np.bool_] = (self.frame["role"] == "control").to_numpy(np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def path_columns(self) -> tuple[str, ...]:
+        """Columns with paths: ``path``, or one for each channel."""
+        if "path" in self.frame.columns:
+            return ("path",)
+        return tuple(f"path_{channel}" for channel in self.channels)
+
+    def _checked(self, frame: pd.DataFrame) -> pd.DataFrame:
+        import pandas as pd
+
+        for name in _NEEDED:
+            if name not in frame.columns:
+                raise DataError(
+                    f"The plate table has no column {name!r}.",
+                    "Add the role (query or control) of each site."
+                    if name == "role"
+                    else f"Give the columns {', '.join(_NEEDED)}.",
+                )
+        frame = frame.reset_index(drop=True)
+        for name in (*_KEYS, "role"):
+            if missing := int(frame[name].isna().sum()):
+                raise DataError(
+                    f"The column {name!r} of the plate table is empty in {missing} rows, first in "
+                    f"row {int(frame[name].isna().to_numpy().argmax())}.",
+                    f"Give the {name} of each site.",
+                )
+            frame[name] = frame[name].astype(str)
+        if "domain" not in frame.columns:
+            frame["domain"] = frame["source"] + "|" + frame["batch"] + "|" + frame["plate"]
+        frame["domain"] = frame["domain"].astype(str)
+        if "lab" not in frame.columns:
+            frame["lab"] = frame["source"]
+        self._check_roles(frame)
+        label = pd.to_numeric(frame["label"], errors="coerce").fillna(-1)
+        wrong = ((label < -1) | (label >= len(self.class_names)) | (label % 1 != 0)) & (
+            frame["role"] == "query"
+        )
+        if wrong.any():
+            row = frame[wrong].iloc[0]
+            raise DataError(
+                f"Well {row['well']} of plate {row['domain']} has the label {row['label']}, and "
+                f"there are {len(self.class_names)} classes.",
+                f"Number the classes from 0 to {len(self.class_names) - 1}; -1 is unknown.",
+            )
+        frame["label"] = label.where(frame["role"] == "query", -1).astype("int64")
+        twice = frame.duplicated(["domain", "well", "site"])
+        if twice.any():
+            row = frame[twice].iloc[0]
+            raise DataError(
+                f"Site {row['site']} of well {row['well']} of plate {row['domain']} comes twice "
+                f"({int(twice.sum())} such rows).",
+                "Keep one row for each site.",
+            )
+        self._check_paths(frame)
+        for name in ("source", "batch", "lab"):
+            several = frame.groupby("domain")[name].nunique()
+            if (several > 1).any():
+                raise DataError(
+                    f"The domain {several.idxmax()} lies in {several.max()} values of {name!r}.",
+                    "Give each plate a domain of its own, `source|batch|plate` for example.",
+                )
+        return frame
+
+    @staticmethod
+    def _check_roles(frame: pd.DataFrame) -> None:
+        wrong = ~frame["role"].isin(["query", "control"])
+        if wrong.any():
+            row = frame[wrong].iloc[0]
+            raise DataError(
+                f"Well {row['well']} of plate {row['domain']} has the role {row['role']!r}.",
+                "Give each site the role `query` or `control`.",
+            )
+        if not len(frame):
+            raise DataError("The plate table is empty.", "Give at least one site.")
+
+    def _check_paths(self, frame: pd.DataFrame) -> None:
+        names = ["path"] if "path" in frame.columns else [f"path_{c}" for c in self.channels]
+        for name in names:
+            if name not in frame.columns:
+                raise DataError(
+                    f"The plate table has no column {name!r}.",
+                    f"Give `path`, or one of {', '.join(f'path_{c}' for c in self.channels)} for "
+                    "each channel.",
+                )
+            missing = frame[name].isna() | (frame[name].astype(str) == "")
+            if missing.any():
+                row = frame[missing].iloc[0]
+                raise DataError(
+                    f"Site {row['site']} of well {row['well']} of plate {row['domain']} has no "
+                    f"{name} ({int(missing.sum())} such sites).",
+                    "Give the path of each channel, or leave such sites out: "
+                    "`--data.init_args.source.init_args.exclude=[missing_channel]`.",
+                )
+
+    def paths(self, rows: Rows | slice = slice(None)) -> list[tuple[str, ...]]:
+        """Return the files of sites, one for each channel or one for all."""
+        taken = self.frame[list(self.path_columns)].to_numpy(dtype=object)[rows]
+        return [tuple(str(path) for path in row) for row in taken]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return a column of the frame as an array of text."""
+        return self.frame[name].astype(str).to_numpy(dtype=object)
+
+    def rows_of(self, domain: int, control: bool) -> Rows:
+        """Return the rows of a plate's controls or queries, ascending."""
+        return np.flatnonzero((self.domain == domain) & (self.control == control))
+
+    def counts(self) -> NDArray[np.int64]:
+        """Return how many queries and controls each plate has.
+
+        Shape:
+            - (D, 2) int64.
+        """
+        counts = np.zeros((len(self.domains), 2), np.int64)
+        np.add.at(counts, (self.domain, self.control.astype(np.int64)), 1)
+        return counts
+
+    def without(self, rows: NDArray[np.bool_], exclusion: Exclusion) -> PlateTable:
+        """Return the table without some rows, which are counted.
+
+        Raises:
+            DataError: Nothing would be left.
+
+        Shape:
+            - rows: (R,) bool.
+        """
+        if rows.all():
+            raise DataError(
+                f"Without what is excluded ({exclusion.what}) no site is left.",
+                f"Take `{exclusion.kind}` out of `--data.init_args.exclude`, or mend the data.",
+            )
+        return PlateTable(
+            self.frame[~rows],
+            self.class_names,
+            self.channels,
+            (*self.excluded, replace(exclusion, rows=int(rows.sum()))),
+            self.notes,
+        )
+
+    def need_controls(self, least: int, exclude: bool = False) -> PlateTable:
+        """Return the table if every plate has enough controls, or without those that have not.
+
+        Raises:
+            DataError: A plate has fewer than ``least`` controls and ``exclude`` is not set.
+        """
+        controls = self.counts()[:, 1]
+        few = np.flatnonzero(controls < least)
+        if not len(few):
+            return self
+        named = name_some([f"{self.domains[d]} ({controls[d]})" for d in few])
+        if not exclude:
+            raise DataError(
+                f"{len(few)} of {len(self.domains)} plates have fewer than {least} controls: "
+                f"{named}.",
+                "Lower `--data.init_args.min_controls`, or leave such plates out: "
+                "`--data.init_args.exclude=[few_controls]`.",
+            )
+        what = f"{len(few)} plates with fewer than {least} controls: {named}"
+        return self.without(np.isin(self.domain, few), Exclusion("few_controls", what, 0))
+
+    def report(self) -> str:
+        """Say in a few lines what there is, what is missing, and what position tells of class."""
+        counts, frame = self.counts(), self.frame
+        labelled = ~self.control & (self.label >= 0)
+        lines = [
+            f"{len(self)} sites on {len(self.domains)} plates, {frame['batch'].nunique()} batches "
+            f"and {frame['lab'].nunique()} laboratories; {len(self.class_names)} classes, channels "
+            f"{', '.join(self.channels)}",
+            f"queries per plate {counts[:, 0].min()} to {counts[:, 0].max()}, controls "
+            f"{counts[:, 1].min()} to {counts[:, 1].max()}",
+        ]
+        for column, what in ((1, "controls"), (0, "queries")):
+            if len(none := np.flatnonzero(counts[:, column] == 0)):
+                named = name_some([self.domains[d] for d in none])
+                lines.append(f"{len(none)} plates without {what}: {named}")
+        if unknown := int((~self.control & (self.label < 0)).sum()):
+            lines.append(f"{unknown} queries without a label: for prediction only")
+        if absent := sorted(set(range(len(self.class_names))) - set(self.label[labelled])):
+            named = name_some([self.class_names[c] for c in absent])
+            lines.append(f"{len(absent)} classes without a query: {named}")
+        if labelled.any() and len(np.unique(self.domain[labelled])) > 1:
+            position = frame["well"].factorize()[0].astype(np.int64)[labelled]
+            told, chance = position_accuracy(position, self.label[labelled], self.domain[labelled])
+            lines.append(
+                f"well position alone tells the class of {told:.1%} of the queries (always the "
+                f"most frequent class: {chance:.1%})"
+                + ("; new_wells in the split checks it" if told > chance + 0.1 else "")
+            )
+        lines += self.notes
+        lines += [f"excluded ({e.kind}), {e.rows} sites: {e.what}" for e in self.excluded]
+        return "\n".join(lines)

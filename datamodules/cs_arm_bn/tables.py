@@ -1,0 +1,265 @@
+"""Readers of the plate table itself as CSV, and of RxRx1 as WILDS ships it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
+from fulgurite.datamodules.cs_arm_bn.jump import read_table
+from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.table import (
+    Exclusion,
+    PlateTable,
+    check_exclude,
+    name_some,
+)
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import data_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["CsvPlates", "RxRx1Plates"]
+
+
+class CsvPlates(PlateSource):
+    """Any plates, from a table with one row for each site (CSV, ``.csv.gz`` or parquet).
+
+    Columns: ``source``, ``batch``, ``plate``, ``well``, ``site``, ``role`` (query or control),
+    ``label`` (name of the class; empty if unknown or a control) and ``path``, or
+    ``path_<channel>`` for each channel; see :class:`PlateTable` for optional ones.
+
+    Args:
+        path: The table, absolute or relative to ``FULGURITE_DATA``.
+        channels: Names of the channels, in the order of the images.
+        classes: Names of the classes, in the order of their numbers; those in the table, sorted,
+            if not given. A label that is not among them is an error or an exclusion.
+        root: Folder that relative image paths start from; that of the table if not given.
+        any_depth: Accept TIFFs that are not 16-bit with one channel.
+        downscale: Keep every n-th pixel.
+        intensity: How intensities are mapped: see :class:`Preprocess`.
+        exclude: What to leave out and count instead of stopping: ``unknown_label``,
+            ``missing_channel``.
+
+    Raises:
+        ConfigError: No channel is named, or a word in ``exclude`` is unknown.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        channels: list[str],
+        classes: list[str] | None = None,
+        root: str | None = None,
+        any_depth: bool = False,
+        downscale: int = 1,
+        intensity: Literal["percentile", "full"] = "percentile",
+        exclude: list[str] = [],  # noqa: B006  # copied below
+    ) -> None:
+        if not channels:
+            raise ConfigError(
+                "No channel is named.", "Set `--data.init_args.source.init_args.channels`."
+            )
+        self.path = path
+        self.classes = classes
+        self.root = root
+        self.any_depth = any_depth
+        self.exclude = check_exclude(
+            exclude, ("unknown_label", "missing_channel"), "source.init_args.exclude"
+        )
+        self._channels = tuple(channels)
+        self._preprocess = Preprocess(downscale, intensity)
+        self._frame: pd.DataFrame | None = None
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels."""
+        return self._channels
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        if self.classes is not None:
+            return tuple(self.classes)
+        frame = self._read()
+        labels = frame["label"][frame["role"] != "control"].dropna()
+        return tuple(sorted(set(labels)))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """As the arguments say."""
+        return self._preprocess
+
+    @property
+    def reader(self) -> SiteReader:
+        """Reads 16-bit TIFFs, PNG, JPEG and ``.npy``."""
+        return FileReader(self.in_channels, self.any_depth)
+
+    def _read(self) -> pd.DataFrame:
+        if self._frame is None:
+            frame = read_table(data_path(self.path))
+            for name in ("role", "label"):
+                if name not in frame.columns:
+                    raise DataError(
+                        f"The table {self.path} has no column {name!r}.",
+                        "Add the role (query or control) of each site."
+                        if name == "role"
+                        else "Add the class of each site, empty if it is unknown.",
+                    )
+            self._frame = frame
+        return self._frame
+
+    def load(self) -> PlateTable:
+        """Return the table of sites."""
+        frame = self._read().copy()
+        numbers = {name: c for c, name in enumerate(self.class_names)}
+        excluded = []
+        query = frame["role"] != "control"
+        unknown = query & frame["label"].notna() & ~frame["label"].isin(list(numbers))
+        if unknown.any():
+            what = (
+                f"{int(unknown.sum())} sites with a label that is no class, first "
+                f"{frame['label'][unknown].iloc[0]!r}"
+            )
+            if "unknown_label" not in self.exclude:
+                raise DataError(
+                    f"There are {what}; classes are {name_some(list(numbers))}.",
+                    "Add it to `--data.init_args.source.init_args.classes`, or leave such sites "
+                    "out: `--data.init_args.source.init_args.exclude=[unknown_label]`.",
+                )
+            excluded.append(Exclusion("unknown_label", what, int(unknown.sum())))
+            frame = frame[~unknown]
+        paths = [c for c in frame.columns if c == "path" or c.startswith("path_")]
+        missing = frame[paths].isna().any(axis=1)
+        if missing.any() and "missing_channel" in self.exclude:
+            what = f"{int(missing.sum())} sites without a path for a channel"
+            excluded.append(Exclusion("missing_channel", what, int(missing.sum())))
+            frame = frame[~missing]
+        root = data_path(self.path).parent if self.root is None else data_path(self.root)
+        for name in paths:
+            frame[name] = frame[name].map(lambda path: _under(root, path), na_action="ignore")
+        frame["label"] = frame["label"].map(numbers).fillna(-1)
+        return PlateTable(frame, self.class_names, self._channels, excluded)
+
+
+def _under(root: Path, path: str) -> str:
+    return path if "://" in path else str(root / path)
+
+
+class RxRx1Plates(PlateSource):
+    """RxRx1 as WILDS ships it (v1.0): ``metadata.csv`` and ``images/``, 3 channels, 256².
+
+    A plate of RxRx1 has about one untreated well, so its negative controls are very few: the 30
+    positive-control siRNAs, which are on every plate, serve as well, since a fixed mixture is the
+    same reference on every plate.
+
+    Args:
+        root: Folder ``rxrx1_v1.0``, absolute or relative to ``FULGURITE_DATA``.
+        controls: ``positive`` (siRNA 1108 to 1137), ``negative`` (1138) or ``both``.
+        domain: What shares controls and statistics: a plate, or an experiment of four plates.
+        cell_types: Cell types to use; all if not given.
+
+    Raises:
+        ConfigError: An argument is none of its words.
+
+    Source: arXiv 2604.20824, card section 4.2; WILDS' own split is ``OfficialSplit``.
+    """
+
+    _TREATMENTS, _NEGATIVE = 1108, 1138
+
+    def __init__(
+        self,
+        root: str,
+        controls: Literal["positive", "negative", "both"] = "positive",
+        domain: Literal["plate", "experiment"] = "plate",
+        cell_types: list[str] | None = None,
+    ) -> None:
+        if controls not in ("positive", "negative", "both") or domain not in (
+            "plate",
+            "experiment",
+        ):
+            raise ConfigError(
+                f"The controls are {controls!r} and a domain is a {domain!r}.",
+                "Set `--data.init_args.source.init_args.controls` to positive, negative or both, "
+                "and `domain` to plate or experiment.",
+            )
+        self.root = root
+        self.controls = controls
+        self.domain = domain
+        self.cell_types = cell_types
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels: those of the PNG."""
+        return ("R", "G", "B")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The siRNAs that are not controls."""
+        count = self._TREATMENTS if self.controls != "negative" else self._NEGATIVE
+        return tuple(f"sirna_{c}" for c in range(count))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Images are 8-bit and small already."""
+        return Preprocess(downscale=1, intensity="full")
+
+    def load(self) -> PlateTable:
+        """Return the table of sites.
+
+        Raises:
+            DataError: ``metadata.csv`` is missing, or a siRNA is unknown.
+        """
+        import pandas as pd
+
+        root = data_path(self.root)
+        needed = ("cell_type", "dataset", "experiment", "plate", "well", "site", "sirna_id")
+        frame = read_table(root / "metadata.csv", needed)
+        if self.cell_types is not None:
+            if absent := sorted(set(self.cell_types) - set(frame["cell_type"])):
+                raise DataError(
+                    f"RxRx1 has no cell type {name_some(absent)}.",
+                    "Set `--data.init_args.source.init_args.cell_types` to some of "
+                    f"{name_some(sorted(set(frame['cell_type'])))}.",
+                )
+            frame = frame[frame["cell_type"].isin(self.cell_types)].reset_index(drop=True)
+        sirna = pd.to_numeric(frame["sirna_id"], errors="coerce")
+        wrong = sirna.isna() | (sirna < 0) | (sirna > self._NEGATIVE) | (sirna % 1 != 0)
+        if wrong.any():
+            raise DataError(
+                f"The metadata of RxRx1 name the siRNA {frame['sirna_id'][wrong].iloc[0]!r}.",
+                f"They are numbered from 0 to {self._NEGATIVE}.",
+            )
+        positive = (sirna >= self._TREATMENTS) & (sirna < self._NEGATIVE)
+        negative = sirna == self._NEGATIVE
+        control = {"positive": positive, "negative": negative, "both": positive | negative}[
+            self.controls
+        ]
+        kept = control | (sirna < self.num_classes)
+        plate = frame["plate"].str.removeprefix("Plate")
+        domain = "rxrx1|" + frame["experiment"]
+        if self.domain == "plate":
+            domain = domain + "|" + plate
+        path = "images/" + frame["experiment"] + "/Plate" + plate + "/" + frame["well"]
+        path = path + "_s" + frame["site"] + ".png"
+        official = frame["dataset"].map({"train": "train", "val": "val", "test": "new_batch"})
+        second = (frame["dataset"] == "train") & (frame["site"] == "2")
+        well = "P" + plate + frame["well"] if self.domain == "experiment" else frame["well"]
+        table = pd.DataFrame(
+            {
+                "domain": domain,
+                "source": "rxrx1",
+                "batch": frame["experiment"],
+                "plate": plate if self.domain == "plate" else frame["experiment"],
+                "well": well,
+                "site": frame["site"],
+                "role": control.map({True: "control", False: "query"}),
+                "label": sirna.where(~control, -1),
+                "path": str(root) + "/" + path,
+                "official": official.mask(second, "in_domain"),
+            }
+        )[kept]
+        note = f"{int((~kept).sum())} sites of controls that are not used"
+        return PlateTable(table, self.class_names, self.channels, notes=(note,))

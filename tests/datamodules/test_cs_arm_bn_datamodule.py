@@ -1,0 +1,594 @@
+"""Episodes and the data module: what a batch promises, evaluation, probes, ranks, checkpoints."""
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fulgurite.datamodules.cs_arm_bn import (
+    CsvPlates,
+    GroupFolds,
+    HoldOut,
+    PlateDataModule,
+    Preprocess,
+    SyntheticPlates,
+)
+from fulgurite.datamodules.cs_arm_bn.episodes import (
+    EPOCH,
+    EpisodeSampler,
+    PlateSampler,
+    chunks,
+    mislabel,
+    shifted_chunks,
+    wrong_plates,
+)
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+
+SHAPES = {
+    "query": (torch.float32, 4),
+    "control": (torch.float32, 4),
+    "label": (torch.int64, 1),
+    "index": (torch.int64, 1),
+    "control_index": (torch.int64, 1),
+    "domain": (torch.int64, 0),
+    "control_domain": (torch.int64, 1),
+    "well": (torch.int64, 1),
+    "kept": (torch.bool, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six plates of 16 queries and 8 controls, 16² pixels, and the cache of this file."""
+    root = tmp_path_factory.mktemp("plates")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FULGURITE_CACHE", str(root / "cache"))
+        plates(root).prepare()
+        yield root
+
+
+def plates(root):
+    return SyntheticPlates(
+        batches=[5, 1],
+        plates=[1, 2],
+        sites=1,
+        size=16,
+        wells_per_class=2,
+        controls=8,
+        path=str(root / "bucket"),
+    )
+
+
+@pytest.fixture
+def make(folder):
+    def call(split=None, **options):
+        split = split or HoldOut(new_labs=["source_8"], new_batches=2, val_batches=1, in_domain=0.5)
+        data = PlateDataModule(plates(folder), split, **({"queries": 6, "controls": 5} | options))
+        data.setup()
+        return data
+
+    return call
+
+
+def check(batch, data):
+    table = data.table
+    for name, (dtype, ndim) in SHAPES.items():
+        assert batch[name].dtype == dtype, name
+        assert batch[name].ndim == ndim, name
+    assert batch.keys() == SHAPES.keys()
+    queries, controls = len(batch["query"]), len(batch["control"])
+    for name in ("label", "index", "well", "kept"):
+        assert len(batch[name]) == queries
+    for name in ("control_index", "control_domain"):
+        assert len(batch[name]) == controls
+    index, control = batch["index"].numpy(), batch["control_index"].numpy()
+    assert not table.control[index].any()
+    assert (table.label[index] == batch["label"].numpy()).all()
+    assert (table.well[index] == batch["well"].numpy()).all()
+    assert (table.domain[control] == batch["control_domain"].numpy()).all()
+    if batch["domain"] >= 0:
+        assert (table.domain[index] == int(batch["domain"])).all()
+
+
+def equal(one, other):
+    return all(one[name].equal(other[name]) for name in SHAPES)
+
+
+def test_training_batches_keep_their_promises(make):
+    data = make()
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.assignment.train) // 6
+    for batch in batches:
+        check(batch, data)
+        assert tuple(batch["query"].shape) == (6, 5, 16, 16)
+        assert tuple(batch["control"].shape) == (5, 5, 16, 16)
+        assert (batch["control_domain"] == batch["domain"]).all()
+        assert data.table.control[batch["control_index"].numpy()].all()
+        assert set(batch["index"].tolist()) <= set(data.assignment.train.tolist())
+        assert batch["kept"].all()
+        assert len(set(batch["index"].tolist())) == 6  # drawn without replacement
+
+
+def test_all_plates_are_drawn_about_equally_often(make):
+    data = make(steps_per_epoch=300, image_size=1)
+    drawn = torch.stack([batch["domain"] for batch in data.train_dataloader()])
+    counts = torch.bincount(drawn, minlength=len(data.domains))
+    train = np.unique(data.table.domain[data.assignment.train])
+    assert set(counts.nonzero()[:, 0].tolist()) == set(train.tolist())
+    assert counts.max() < 2 * counts[counts > 0].min()
+
+
+def test_episodes_do_not_depend_on_workers_or_on_the_run_seed(make):
+    plain, worked = make(num_workers=0), make(num_workers=2)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = list(plain.train_dataloader())
+    assert torch.get_rng_state().equal(state)
+    torch.manual_seed(2)
+    two = list(worked.train_dataloader())
+    assert all(equal(a, b) for a, b in zip(one, two, strict=True))
+    other = list(make(seed=7).train_dataloader())
+    assert not any(equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_epochs_differ_and_ranks_share_out_the_same_episodes(make):
+    """Lightning wraps the sampler in its DistributedSampler, which forwards the epoch."""
+    data = make(steps_per_epoch=5)
+    loader = data.train_dataloader()
+    episodes, sampler = loader.dataset, loader.sampler
+    assert isinstance(sampler, EpisodeSampler)
+    seen = {}
+    for epoch in (0, 1, 7):
+        sampler.set_epoch(epoch)
+        numbers = list(sampler)
+        assert numbers == [epoch * EPOCH + e for e in range(5)]
+        seen[epoch] = [episodes[n]["index"].tolist() for n in numbers]
+        shards = []
+        for rank in range(2):
+            shard = DistributedSamplerWrapper(
+                EpisodeSampler(5), num_replicas=2, rank=rank, shuffle=False
+            )
+            shard.set_epoch(epoch)
+            shards.append(list(shard))
+        assert sorted({*shards[0], *shards[1]}) == numbers
+        assert len(shards[0]) == len(shards[1]) == 3  # padded, for ranks wait for each other
+    assert seen[0] != seen[1] != seen[7]
+
+
+def test_mixed_batches_come_from_all_plates(make):
+    data = make(mixed=True, queries=40, steps_per_epoch=2)
+    for batch in data.train_dataloader():
+        check(batch, data)
+        assert tuple(batch["control"].shape) == (0, 5, 16, 16)
+        assert int(batch["domain"]) == -1
+        assert len(set(data.table.domain[batch["index"].numpy()].tolist())) > 1
+
+
+def test_too_few_images_are_drawn_again(make):
+    data = make(queries=20, controls=30)
+    batch = next(iter(data.train_dataloader()))
+    check(batch, data)
+    assert len(batch["query"]) == 20
+    assert len(batch["control"]) == 30
+    assert next(iter(make(controls=0).train_dataloader()))["control"].shape[0] == 0
+
+
+def evaluated(loader):
+    batches = list(loader)
+    index = torch.cat([batch["index"][batch["kept"]] for batch in batches])
+    return batches, index
+
+
+def test_evaluation_sees_each_query_once_with_its_plates_controls(make):
+    data = make()
+    assert data.test_sets == ("in_domain", "new_batch", "new_lab")
+    loaders = [data.val_dataloader(), *data.test_dataloader()]
+    parts = [data.assignment.val, *data.assignment.tests.values()]
+    for loader, part in zip(loaders, parts, strict=True):
+        batches, index = evaluated(loader)
+        assert sorted(index.tolist()) == part.tolist()
+        fixed = {}
+        for batch in batches:
+            check(batch, data)
+            assert (batch["control_domain"] == batch["domain"]).all()
+            assert len(batch["control"]) == 5
+            controls = fixed.setdefault(int(batch["domain"]), batch["control_index"])
+            assert controls.equal(batch["control_index"])
+        again, _ = evaluated(loader)
+        assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert {len(batch["query"]) for batch in batches} == {6}  # 16 = 6 + 6 + 4, filled up
+    assert sum(int((~batch["kept"]).sum()) for batch in batches) == 4  # on two plates
+
+
+def test_evaluation_sizes(make):
+    data = make(eval_queries=1, eval_controls=99, eval_limit=3)
+    batches, index = evaluated(data.test_dataloader()[2])
+    assert len(index) == len(set(index.tolist())) == 6
+    assert {(len(b["query"]), len(b["control"])) for b in batches} == {(1, 8)}
+    none = make(eval_controls=0)
+    assert {len(b["control"]) for b in none.test_dataloader()[1]} == {0}
+    whole = make(eval_queries=999)
+    assert [len(b["query"]) for b in whole.test_dataloader()[2]] == [16, 16]
+
+
+def test_a_plate_has_the_same_chunks_whatever_else_is_tested(make):
+    both = make(HoldOut(new_labs=["source_8"], new_batches=2, val_batches=0, in_domain=0))
+    alone = make(HoldOut(new_labs=["source_8"], new_batches=0, val_batches=0, in_domain=0))
+    one = list(both.test_dataloader()[both.test_sets.index("new_lab")])
+    two = list(alone.test_dataloader()[0])
+    assert [b["index"].tolist() for b in one] == [b["index"].tolist() for b in two]
+    assert [b["control_index"].tolist() for b in one] == [b["control_index"].tolist() for b in two]
+
+
+def test_label_shift_changes_batches_and_not_the_plates_total(make):
+    data = make(label_shift=1e-4, eval_queries=6)
+    batches, index = evaluated(data.test_dataloader()[2])
+    assert len(index) == len(set(index.tolist()))
+    assert all(batch["kept"].all() for batch in batches)
+    assert {len(batch["query"]) for batch in batches} == {2}  # two wells of each class
+    labels = data.table.label[index.numpy()]
+    assert (np.bincount(labels, minlength=8) == np.bincount(labels)[0]).all()
+    pure = [len(batch["label"].unique()) == 1 for batch in batches]
+    assert np.mean(pure) > 0.9
+    _, plain = evaluated(make().val_dataloader())
+    _, shifted = evaluated(data.val_dataloader())
+    assert shifted.equal(plain)  # the model is selected without probes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any),
+    st.integers(1, 20),
+    st.sampled_from([1e-3, 0.1, 1.0, 100.0]),
+    st.integers(0, 1000),
+)
+def test_shifted_chunks_obey_their_laws(counts, size, alpha, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    generator = np.random.default_rng(seed)
+    batches = shifted_chunks(labels, size, alpha, len(counts), generator)
+    present = [count for count in counts if count]
+    expected = min(size, min(present))
+    assert {len(batch) for batch in batches} == {expected}
+    taken = np.concatenate(batches)
+    assert len(set(taken)) == len(taken)
+    total = np.bincount(labels[taken], minlength=len(counts))
+    assert set(total[np.array(counts) > 0]) == {expected * (min(present) // expected)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 15), st.integers(0, 1000))
+def test_chunks_obey_their_laws(count, size, seed):
+    rows = np.arange(100, 100 + count)
+    parts = chunks(rows, size, np.random.default_rng(seed))
+    kept = [row for part, keep in parts for row in part[keep]]
+    assert sorted(kept) == rows.tolist()
+    assert {len(part) for part, _ in parts} <= {min(size, count)}
+    for part, _ in parts:
+        assert len(set(part)) == len(part)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=12))
+def test_wrong_plates_are_never_the_own_one(batches):
+    names = [str(b) for b in batches]
+    pairs = wrong_plates(range(len(names)), names)
+    assert sorted(pairs) == sorted(pairs.values()) == list(range(len(names)))
+    assert all(one != other for one, other in pairs.items())
+    largest = max(names.count(name) for name in names)
+    if largest <= len(names) // 2:
+        assert all(names[one] != names[other] for one, other in pairs.items())
+
+
+def test_wrong_controls_come_from_one_other_plate_of_the_test(make):
+    data = make(control_plate="wrong")
+    for batch in data.test_dataloader()[1]:
+        check(batch, data)
+        (other,) = batch["control_domain"].unique().tolist()
+        assert other != int(batch["domain"])
+        tested = data.table.domain[data.assignment.tests["new_batch"]]
+        assert other in tested
+    assert all((b["control_domain"] == b["domain"]).all() for b in data.val_dataloader())
+    one = HoldOut(new_batches=["CP_25"], val_batches=1, in_domain=0)
+    with pytest.raises(ConfigError, match="control_plate"):
+        make(one, control_plate="wrong").test_dataloader()
+
+
+def test_mislabelled_controls_are_queries_of_the_plate(make):
+    data = make(mislabelled_controls=0.4, controls=8)
+    for batch in data.test_dataloader()[2]:
+        control = batch["control_index"].numpy()
+        assert (~data.table.control[control]).sum() == 3
+        assert (data.table.domain[control] == int(batch["domain"])).all()
+    rows = np.arange(5)
+    assert (mislabel(rows, np.array([9]), 0.0, np.random.default_rng(0)) == rows).all()
+    assert (mislabel(rows, rows[:0], 1.0, np.random.default_rng(0)) == rows).all()
+
+
+def test_prediction_brings_all_controls_first_and_each_query_once(make):
+    data = make()
+    batches = list(data.predict_dataloader())
+    order = [int(batch["domain"]) for batch in batches]
+    assert order == sorted(order)
+    tested = {"new_batch", "new_lab"}
+    rows = np.concatenate([data.assignment.tests[name] for name in tested])
+    assert set(order) == set(data.table.domain[rows].tolist())
+    for d in set(order):
+        own = [batch for batch in batches if int(batch["domain"]) == d]
+        assert own[0]["control_index"].tolist() == data.table.rows_of(d, True).tolist()
+        assert all(len(batch["control"]) == 0 for batch in own[1:])
+        assert all(batch["control"].shape[1:] == (5, 16, 16) for batch in own)
+        index = torch.cat([batch["index"] for batch in own])
+        assert index.tolist() == data.table.rows_of(d, False).tolist()
+        assert all(batch["kept"].all() for batch in own)
+    everything = make(predict="all").predict_dataloader()
+    assert len({int(batch["domain"]) for batch in everything}) == 7
+    train = {int(batch["domain"]) for batch in data.plate_dataloader("train")}
+    assert train == set(data.table.domain[data.assignment.train].tolist())
+
+
+def test_ranks_predict_whole_plates(make):
+    episodes = make(predict="all").predict_dataloader().dataset
+    shares = [list(PlateSampler(episodes, (rank, 3))) for rank in range(3)]
+    assert sorted(number for share in shares for number in share) == list(range(len(episodes)))
+    owners = [{episodes.parts[i].domain for i in share} for share in shares]
+    assert not owners[0] & owners[1] | owners[0] & owners[2] | owners[1] & owners[2]
+
+
+def test_training_pixels_have_mean_0_and_deviation_1(make):
+    data = make(augment=False)
+    view = data.train_dataloader().dataset.view
+    pixels = view(data.assignment.train, None)
+    assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
+    # of all pixels, as the paper's: not the mean of the images' deviations
+    assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
+    image = make(normalise="image").train_dataloader().dataset.view(data.assignment.train, None)
+    assert image.mean((2, 3)).abs().max() < 1e-4
+    plate = make(normalise="plate").train_dataloader().dataset.view
+    for d in range(2):
+        pixels = plate(data.table.rows_of(d, True), None)
+        assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
+        assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
+
+
+def test_given_statistics_are_fractions_of_full_scale(make):
+    data = make(mean=[0.5] * 5, std=[0.25] * 5)
+    row = int(data.assignment.val[0])
+    view = data.val_dataloader().dataset.view
+    expected = (data.images[row].astype(np.float32) / 65535 - 0.5) / 0.25
+    assert view(np.array([row]), None)[0].numpy() == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ConfigError, match="5 channels"):
+        make(mean=[0.5], std=[0.5])
+
+
+def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
+    data = make(image_size=15, steps_per_epoch=30)
+    assert data.image_size == (15, 15)
+    plain = data.val_dataloader().dataset.view
+    seen = set()
+    for batch in data.train_dataloader():
+        for image, row in zip(batch["query"], batch["index"].tolist(), strict=True):
+            whole = torch.from_numpy(data.images[row].astype(np.float32))
+            whole = (whole - plain.mean[:, None, None]) / plain.std[:, None, None]
+            found = [
+                (top, left, flips)
+                for top in (0, 1)
+                for left in (0, 1)
+                for flips in ((), (1,), (2,), (1, 2))
+                if whole[:, top : top + 15, left : left + 15].flip(flips).allclose(image, atol=1e-4)
+            ]
+            assert len(found) == 1
+            seen.add(found[0])
+    assert len(seen) == 16
+    fixed = make(image_size=14)
+    row = int(fixed.assignment.val[0])
+    centre = fixed.val_dataloader().dataset.view(np.array([row]), None)[0]
+    whole = torch.from_numpy(fixed.images[row].astype(np.float32))[:, 1:15, 1:15]
+    assert centre.allclose(
+        (whole - plain.mean[:, None, None]) / plain.std[:, None, None], atol=1e-4
+    )
+    with pytest.raises(ConfigError, match="Crops of 17"):
+        make(image_size=17)
+
+
+def test_files_and_cache_give_the_same_batches(make):
+    options = {"preprocess": Preprocess(1, "percentile"), "mean": [0.1] * 5, "std": [0.1] * 5}
+    cached, plain = make(**options), make(**options, cache=False)
+    assert plain.images[0].dtype == np.uint8
+    one, two = (next(iter(data.train_dataloader())) for data in (cached, plain))
+    assert equal(one, two)
+
+
+@pytest.mark.parametrize(("workers", "steps"), [(0, (1, 3, 5)), (2, (4,))])
+def test_a_resumed_run_sees_the_episodes_of_an_uninterrupted_one(make, tmp_path, workers, steps):
+    class Model(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = []
+
+        def training_step(self, batch, _):
+            self.seen.append((self.current_epoch, int(batch["domain"]), batch["index"].tolist()))
+            return self.weight * batch["query"].mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit(path=None, **options):
+        model, data = Model(), make(steps_per_epoch=3, num_workers=workers)
+        saved = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = L.Trainer(
+            **({"max_epochs": 3} | options),
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            callbacks=[] if path else [saved],
+            enable_checkpointing=path is None,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(model, data, ckpt_path=path)
+        return model.seen, trainer
+
+    whole, _ = fit()
+    assert len({str(item[1:]) for item in whole}) == 9  # all different
+    for step in steps:  # in the middle of an epoch, and at its end
+        path = tmp_path / "saved" / f"step={step}.ckpt"
+        state = torch.load(path, weights_only=True)
+        assert state["PlateDataModule"]["class_names"][0] == "TC-S-7004"
+        rest, _ = fit(path)
+        assert whole[:step] + rest == whole
+    if workers:
+        return
+    first, trainer = fit(max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    rest, _ = fit(tmp_path / "after.ckpt")
+    assert first + rest == whole
+
+
+def unlabelled(folder, channels=5):
+    rows = []
+    for w in range(6):
+        for c in range(channels):
+            pixels = np.random.default_rng(w * 9 + c).integers(0, 900, (16, 16), np.uint16)
+            tifffile.imwrite(folder / f"{w}-{c}.tiff", pixels)
+        paths = {f"path_{c}": f"{w}-{c}.tiff" for c in range(channels)}
+        role = "control" if w < 3 else "query"
+        base = {"source": "new", "batch": "1", "plate": "p", "well": f"A0{w}", "site": "1"}
+        rows.append(base | {"role": role, "label": None} | paths)
+    pd.DataFrame(rows).to_csv(folder / "plates.csv", index=False)
+    return str(folder / "plates.csv")
+
+
+def test_unlabelled_plates_are_predicted_with_the_statistics_of_training(make, tmp_path):
+    trained = make()
+    path = unlabelled(tmp_path)
+    names = [str(c) for c in range(5)]
+    source = CsvPlates(path, names, classes=list(trained.class_names), intensity="full")
+    data = PlateDataModule(source, HoldOut(new_batches=0, val_batches=0), controls=3)
+    data.setup("predict")
+    with pytest.raises(DataError, match="ckpt_path"):
+        data.predict_dataloader()
+    with pytest.raises(DataError, match="training"):
+        data.train_dataloader()
+    state = trained.state_dict()
+    with pytest.raises(CheckpointError, match="channels"):
+        data.load_state_dict(state)
+    data.load_state_dict(state | {"channels": names})
+    (batch,) = data.predict_dataloader()
+    assert (batch["label"] == -1).all()
+    assert len(batch["control"]) == 3
+    mean, std = state["mean"] * 65535, state["std"] * 65535
+    expected = (torch.from_numpy(data.images[3].astype(np.float32)) - mean[:, None, None]) / std[
+        :, None, None
+    ]
+    assert batch["query"][0].allclose(expected, atol=1e-4)
+
+
+def test_plates_without_controls_stop_or_are_counted(tmp_path):
+    path = unlabelled(tmp_path)
+    frame = pd.read_csv(path)
+    pd.concat([frame, frame[3:].assign(plate="q")]).to_csv(path, index=False)
+
+    def data(**options):
+        source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
+        split = HoldOut(new_batches=0, val_batches=0)
+        return PlateDataModule(source, split, controls=3, cache=False, **options)
+
+    with pytest.raises(DataError, match=r"new\|1\|q \(0\).*few_controls"):
+        data().setup()
+    kept = data(exclude=["few_controls"])
+    kept.setup()
+    assert kept.domains == ("new|1|p",)
+    assert "new|1|q" in kept.table.report()
+    free = data(min_controls=0)
+    free.setup()
+    assert len(free.domains) == 2
+
+
+def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch):
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    path = unlabelled(tmp_path)
+    whole = (tmp_path / "4-2.tiff").read_bytes()
+    (tmp_path / "4-2.tiff").write_bytes(whole[:-30])
+
+    def data(**options):
+        source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
+        split = HoldOut(new_batches=0, val_batches=0)
+        return PlateDataModule(source, split, controls=3, mean=[0] * 5, std=[1] * 5, **options)
+
+    with pytest.raises(DataError, match=r"4-2\.tiff is truncated"):
+        data().prepare_data()
+    kept = data(exclude=["unreadable"])
+    kept.setup()
+    (batch,) = kept.predict_dataloader()
+    assert kept.table.frame["well"][batch["index"].numpy()].tolist() == ["A03", "A05"]
+    assert "1 sites" in kept.table.report()
+    with pytest.raises(ConfigError, match="cache=true"):
+        data(exclude=["unreadable"], cache=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"queries": 0},
+        {"controls": -1},
+        {"eval_queries": 0},
+        {"eval_limit": 0},
+        {"steps_per_epoch": 0},
+        {"label_shift": 0.0},
+        {"control_plate": "other"},
+        {"mislabelled_controls": 1.5},
+        {"image_size": 0},
+        {"normalise": "batch"},
+        {"mean": [0.1] * 5},
+        {"mean": [0.1] * 5, "std": [0.0] * 5},
+        {"exclude": ["bad"]},
+        {"predict": "none"},
+        {"seed": -1},
+    ],
+)
+def test_wrong_arguments_are_configuration_errors(folder, change):
+    (name,) = list(change)[:1]
+    with pytest.raises(ConfigError, match=rf"--data.init_args.{name}|`std`|--data.init_args.std"):
+        PlateDataModule(plates(folder), HoldOut(), **change)
+
+
+def test_the_command_line_can_build_it(folder):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    base = "fulgurite.datamodules.cs_arm_bn."
+    config = parser.parse_object(
+        {
+            "data": {
+                "class_path": base + "PlateDataModule",
+                "init_args": {
+                    "source": {
+                        "class_path": base + "SyntheticPlates",
+                        "init_args": {"batches": [5, 1], "plates": [1, 2], "path": str(folder)},
+                    },
+                    "split": {
+                        "class_path": base + "HoldOut",
+                        "init_args": {"new_labs": ["source_8"], "new_batches": ["CP_25"]},
+                    },
+                    "preprocess": {
+                        "class_path": base + "Preprocess",
+                        "init_args": {"downscale": 1},
+                    },
+                    "label_shift": 0.01,
+                },
+            }
+        }
+    )
+    data = parser.instantiate(config).data
+    assert isinstance(data, PlateDataModule)
+    assert data.split.new_batches == ["CP_25"]
+    assert data.num_classes == 8
+    folds = GroupFolds("lab", 0, 2)
+    assert folds.val_group == "batch"
