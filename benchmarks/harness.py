@@ -65,15 +65,15 @@ class ExitAtFirstStep(Callback):
 
 
 def take_turns(
-    contestants: dict[str, Callable[[], Any]], repetitions: int, *, warm_up: bool = True
+    contestants: dict[str, Callable[[], Any]], repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, all run once before unless that would take too long."""
+    """Seconds of each contestant, all run once before."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(repetitions + warm_up):
+    for repetition in range(repetitions + 1):
         for name, run in contestants.items():
             begun = time.perf_counter()
             run()
-            if repetition >= warm_up:
+            if repetition:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 

@@ -47,6 +47,13 @@ OURS = (
         "fulgurite.configs.fedsir",
     ),
     System(
+        "cs_arm_bn",
+        "plate images: BatchNorm adapted to each plate by its control samples",
+        "Closing the Domain Gap in Biomedical Imaging by In-Context Control Samples",
+        "https://arxiv.org/abs/2604.20824",
+        "fulgurite.configs.cs_arm_bn",
+    ),
+    System(
         "stream_cqsa",
         "exact attention in any memory budget, for any model, as a strategy",
         "Stream-CQSA: exact attention in any memory budget by cyclic quorum sets",

@@ -1,0 +1,503 @@
+"""When a network's statistics come from which plate, and what is recorded of it.
+
+Axes: L queries, N controls, C channels, H W image, S plate statistics.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import warnings
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+import fulgurite
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.io import atomic_write
+from fulgurite.logging import log_figure
+from fulgurite.models.cs_arm_bn.batchnorm import (
+    Context,
+    adapt,
+    age_references,
+    hold,
+    load_statistics,
+    stored_statistics,
+)
+from fulgurite.models.cs_arm_bn.metrics import Predictions, by_domain, confusion
+from fulgurite.models.cs_arm_bn.module import PlateClassifier
+from fulgurite.plotting import heatmap, new_figure
+
+__all__ = ["ControlContext", "outlier_score", "plate_profile", "read_statistics"]
+
+
+def plate_profile(controls: Tensor) -> Tensor:
+    """What a plate's control images look like: brightness, contrast and sharpness by channel.
+
+    Args:
+        controls: Shape: (N, C, H, W).
+
+    Returns:
+        Mean, log of the std and log of the std of differences of neighbours. Shape: (S,), S = 3 C.
+
+    Example:
+        >>> plate_profile(torch.ones(2, 1, 4, 4))[0]
+        tensor(1.)
+
+    Source: inferred; card section 7.5 suggests a check of the controls.
+    """
+    x = controls.float()
+    dims = (0, 2, 3)
+    std = x.std(dims, correction=0)
+    sharp = (x[..., 1:] - x[..., :-1]).square().mean(dims).sqrt()
+    return torch.cat([x.mean(dims), (std + 1e-6).log(), (sharp + 1e-6).log()])
+
+
+def outlier_score(profile: Tensor, known: Tensor) -> float:
+    """How far a plate is from the training plates: the largest robust z-score [1].
+
+    Args:
+        profile: Of the plate. Shape: (S,).
+        known: Of training plates. Shape: (D, S).
+
+    Example:
+        >>> known = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
+        >>> round(outlier_score(torch.tensor([12.0]), known), 2)  # median 2, scaled MAD 1.48
+        6.74
+
+    Source: inferred.
+    """
+    center = known.median(0).values
+    spread = 1.4826 * (known - center).abs().median(0).values
+    # plates made alike would make every other one an outlier
+    spread = torch.maximum(spread, 0.02 + 0.02 * center.abs())
+    return float(((profile - center).abs() / spread).max())
+
+
+class _Plate(NamedTuple):
+    """What is kept of a plate while it is predicted."""
+
+    domain: int
+    controls: Tensor
+
+
+class ControlContext(Callback):
+    """Holds the source of BatchNorm statistics around every step of a :class:`PlateClassifier`.
+
+    In training, validation and test the source is the method's, whatever ``train()`` and ``eval()``
+    say. Each batch is checked: its controls must be of its own plate. In prediction, a method that
+    uses controls adapts once to each plate's controls, exactly and layer by layer, and then
+    predicts query by query; the statistics are written beside the predictions.
+
+    Args:
+        predict_with: ``"controls"`` adapts once to the controls of a plate, after which predictions
+            do not depend on each other; ``"test"`` predicts chunks as in the test, each joined by
+            the plate's controls.
+        statistics: Folder with statistics that a prediction wrote, used for plates without
+            controls.
+        adapt_chunk: Control images in a forward pass of the adaptation.
+        record_share: Share of an epoch's episodes, its last ones, that the reference of the
+            adaptive weight is learned from.
+        outlier_above: Warn when a plate's controls are this far from the training plates, in
+            robust standard deviations; 0 never warns.
+        foreign_controls: Let controls of other plates pass, to measure what they cost.
+        figures: Draw confusion matrices and plates when a test ends.
+
+    Raises:
+        ConfigError: A number is out of range, or the model or trainer do not fit.
+
+    Source: arXiv 2604.20824; card sections 7.5 and 7.6.
+    """
+
+    def __init__(
+        self,
+        predict_with: Literal["controls", "test"] = "controls",
+        statistics: str | None = None,
+        adapt_chunk: int = 256,
+        record_share: float = 0.125,
+        outlier_above: float = 8.0,
+        foreign_controls: bool = False,
+        figures: bool = True,
+    ) -> None:
+        if predict_with not in ("controls", "test"):
+            raise ConfigError(
+                f"ControlContext.predict_with={predict_with!r} is unknown.", "Use controls or test."
+            )
+        if adapt_chunk < 1:
+            raise ConfigError(
+                f"ControlContext.adapt_chunk={adapt_chunk} is too small.", "Give 1 or more."
+            )
+        if not 0 <= record_share <= 1:
+            raise ConfigError(
+                f"ControlContext.record_share={record_share} is no share.", "Give 0 to 1."
+            )
+        self.predict_with, self.statistics = predict_with, statistics
+        self.adapt_chunk, self.record_share = adapt_chunk, record_share
+        self.outlier_above, self.figures = outlier_above, figures
+        self.foreign_controls = foreign_controls
+        self.profiles: dict[str, Tensor] = {}
+        self.outliers: dict[str, float] = {}
+        self._stacks: list[tuple[ExitStack, Context | None]] = []
+        self._plate: _Plate | None = None
+        self._adapted: set[str] = set()
+        self._weights: dict[int, list[Tensor]] = {}
+        self._checked: set[str] = set()
+
+    # --- setup ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the model fits and that no rank would see another rank's plates."""
+        if not isinstance(pl_module, PlateClassifier):
+            raise ConfigError(
+                f"ControlContext cannot hold the context of a {type(pl_module).__name__}.",
+                "Use model.class_path=fulgurite.models.cs_arm_bn.PlateClassifier.",
+            )
+        synced = getattr(trainer.strategy, "_layer_sync", None) is not None
+        if synced or any(isinstance(m, nn.SyncBatchNorm) for m in pl_module.modules()):
+            raise ConfigError(
+                "SyncBatchNorm would mix the plates of the ranks.",
+                "Leave out --trainer.sync_batchnorm.",
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave every context."""
+        while self._stacks:
+            self._leave(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave every context."""
+        self.teardown(trainer, pl_module, "")
+
+    def _enter(self, pl_module: LightningModule, *, training: bool) -> None:
+        assert isinstance(pl_module, PlateClassifier)
+        stack = ExitStack()
+        held = stack.enter_context(
+            hold(pl_module.network, pl_module.method.context(training=training))
+        )
+        self._stacks.append((stack, pl_module.held))
+        pl_module.held = held
+        self._checked, self._weights = set(), {}
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PlateClassifier)
+        if self._stacks:
+            stack, pl_module.held = self._stacks.pop()
+            stack.close()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enter the training context."""
+        self._enter(pl_module, training=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave it."""
+        self._leave(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enter the test context."""
+        self._enter(pl_module, training=False)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave it."""
+        self._log_weight(pl_module, "val")
+        self._leave(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enter the test context."""
+        self._enter(pl_module, training=False)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave it."""
+        self._log_weight(pl_module, "test")
+        self._leave(pl_module)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enter the test context."""
+        self._plate, self._adapted = None, set()
+        self._enter(pl_module, training=False)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave it."""
+        self._leave(pl_module)
+
+    # --- batches -------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the episode and look at its controls."""
+        if not self._stacks:  # a run that was resumed within an epoch does not start it again
+            self._enter(pl_module, training=True)
+        held = self._check(pl_module, batch)
+        self._record(trainer, pl_module, held, batch_idx)
+        if not (self.outlier_above and len(batch["control"])):
+            return
+        if (name := self._name(trainer, batch)) not in self.profiles:
+            self.profiles[name] = plate_profile(batch["control"]).cpu()
+
+    def _record(
+        self, trainer: Trainer, pl_module: LightningModule, held: Context, batch_idx: int
+    ) -> None:
+        """Let layers learn from the last episodes of an epoch, whose weights are the newest."""
+        assert isinstance(pl_module, PlateClassifier)
+        batches = trainer.num_training_batches
+        if batches == float("inf"):  # no epoch's end is known
+            held.record = random.Random(batch_idx).random() < self.record_share
+            return
+        first = int(batches) - math.ceil(self.record_share * batches)
+        held.record = batch_idx >= first
+        if batch_idx == first:
+            age_references(pl_module.network)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Check the batch."""
+        held = self._check(pl_module, batch)
+        held.used = self._weights.setdefault(dataloader_idx, [])
+        self._look(trainer, batch)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Check the batch."""
+        held = self._check(pl_module, batch)
+        held.used = self._weights.setdefault(dataloader_idx, [])
+        self._look(trainer, batch)
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adapt to a new plate; later chunks of it use what was stored or kept."""
+        assert isinstance(pl_module, PlateClassifier)
+        held = self._check(pl_module, batch, may_lack=True)
+        self._look(trainer, batch)
+        domain = int(batch["domain"])
+        if len(batch["control"]):
+            self._plate = _Plate(domain, batch["control"])
+        method = pl_module.method
+        if method.deploys and self.predict_with == "controls":
+            name = self._name(trainer, batch)
+            if name not in self._adapted:
+                self._adapt(trainer, pl_module, batch, name)
+                self._adapted.add(name)
+            held.source, held.domain = "stored", name
+            return
+        if (method.needs_controls or method.deploys) and not len(batch["control"]):
+            if self._plate is None or self._plate.domain != domain:
+                raise self._unseen(self._name(trainer, batch))
+            controls = self._plate.controls
+            batch["control"] = controls
+
+    def _check(self, pl_module: LightningModule, batch: Any, may_lack: bool = False) -> Context:
+        """Refuse controls of another plate, and tell the layers which rows are queries."""
+        assert isinstance(pl_module, PlateClassifier)
+        held = pl_module.held
+        assert held is not None
+        missing = {"query", "control", "label", "index", "domain", "control_domain", "kept"}
+        if not isinstance(batch, dict) or (missing := missing - batch.keys()):
+            raise DataError(
+                f"A batch lacks {', '.join(sorted(missing))}.",
+                "Use data.class_path=fulgurite.datamodules.cs_arm_bn.PlateDataModule.",
+            )
+        foreign = batch["control_domain"] != batch["domain"]
+        if not self.foreign_controls and bool(foreign.any()):
+            raise DataError(
+                f"{int(foreign.sum())} of the {len(foreign)} controls in a batch are not of its "
+                f"plate ({int(batch['domain'])}).",
+                "Set data.init_args.control_plate=own, or let them pass with "
+                "ControlContext.foreign_controls=true.",
+            )
+        if pl_module.method.needs_controls and not may_lack and not len(batch["control"]):
+            raise DataError(
+                f"{type(pl_module.method).__name__} was given a batch without controls.",
+                "Set data.init_args.controls (eval_controls) to 1 or more, or choose another "
+                "model.init_args.method.",
+            )
+        held.n_query = len(batch["query"])
+        return held
+
+    def _name(self, trainer: Trainer, batch: Any) -> str:
+        number = int(batch["domain"])
+        domains = getattr(getattr(trainer, "datamodule", None), "domains", ())
+        return str(domains[number]) if 0 <= number < len(domains) else str(number)
+
+    # --- quality of controls ---------------------------------------------------------------------
+
+    def _look(self, trainer: Trainer, batch: Any) -> None:
+        """Warn once of a plate whose controls are unlike those of all training plates."""
+        if not (self.outlier_above and len(batch["control"]) and len(self.profiles) >= 4):
+            return
+        name = self._name(trainer, batch)
+        if name in self._checked:
+            return
+        self._checked.add(name)
+        known = torch.stack([*self.profiles.values()])
+        profile = plate_profile(batch["control"]).cpu()
+        if profile.shape != known.shape[1:]:
+            return
+        score = outlier_score(profile, known)
+        if score > self.outlier_above and name not in self.outliers:
+            self.outliers[name] = score
+            warnings.warn(
+                f"The controls of plate {name} are unlike those of all training plates "
+                f"({score:.1f} robust standard deviations): look at its images before you trust "
+                "its predictions.",
+                stacklevel=2,
+            )
+
+    def _log_weight(self, pl_module: LightningModule, stage: str) -> None:
+        """Log the mean query weight that was chosen, where it was."""
+        assert isinstance(pl_module, PlateClassifier)
+        for number, used in self._weights.items():
+            if used:
+                where = pl_module.metric_prefix(stage, number, len(self._weights))
+                mean = torch.stack(used).mean()
+                pl_module.log(f"{where}/query_weight", mean, batch_size=1, sync_dist=True)
+
+    # --- deployment ------------------------------------------------------------------------------
+
+    def _adapt(self, trainer: Trainer, pl_module: PlateClassifier, batch: Any, name: str) -> None:
+        """Store a plate's statistics, and write them with their provenance."""
+        folder = self._folder(trainer)
+        if not len(batch["control"]):
+            if self.statistics is None:
+                raise self._unseen(name)
+            tensors = read_statistics(Path(self.statistics), name)
+            load_statistics(pl_module.network, name, tensors)
+            return
+        with trainer.precision_plugin.forward_context():
+            weight = pl_module.method.context(training=False).weight
+            chunks = batch["control"].split(self.adapt_chunk)
+            adapt(pl_module.network, chunks, name, weight=weight)
+        if folder is None:
+            return
+        data = getattr(trainer, "datamodule", None)
+        facts = {
+            "plate": name,
+            "controls": len(batch["control"]),
+            "control_index": batch["control_index"].tolist() if "control_index" in batch else None,
+            "control_wells": _wells(data, batch),
+            "method": type(pl_module.method).__name__,
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "precision": str(trainer.precision),
+            "outlier_score": self.outliers.get(name),
+            "fulgurite": fulgurite.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        tensors = {k: v.cpu() for k, v in stored_statistics(pl_module.network, name).items()}
+        with atomic_write(folder / f"{_file(name)}.pt") as temporary:
+            torch.save(tensors, temporary)
+        with atomic_write(folder / f"{_file(name)}.json") as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        place = trainer.logger.log_dir if trainer.logger else None
+        return Path(place) / "statistics" if place else None
+
+    def _unseen(self, name: str) -> DataError:
+        return DataError(
+            f"A chunk of plate {name} came before its controls.",
+            "Predict with --trainer.devices=1, or name the folder of an earlier prediction's "
+            "statistics in ControlContext.statistics.",
+        )
+
+    # --- checkpoint and figures ------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Profiles of the training plates' controls."""
+        return {"profiles": dict(self.profiles)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.profiles = dict(state_dict["profiles"])
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the confusion matrix and the plates of each test set."""
+        assert isinstance(pl_module, PlateClassifier)
+        if not (self.figures and trainer.is_global_zero):
+            return
+        data = getattr(trainer, "datamodule", None)
+        for name, rows in pl_module.results.items():
+            if len(rows.row):
+                self._draw(trainer, name, rows, data, pl_module.num_classes)
+
+    def _draw(
+        self, trainer: Trainer, name: str, rows: Predictions, data: Any, classes: int
+    ) -> None:
+        counts = confusion(rows.label, rows.log_probs.argmax(1), classes).numpy().astype(float)
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        share[counts.sum(1) == 0] = np.nan
+        figure, axes = new_figure(1, 2, height=3.6)
+        heatmap(
+            axes[0][0], share, title=f"{name}: share of each class", xlabel="predicted",
+            ylabel="true class", limits=(0, 1),
+        )  # fmt: skip
+        plates = sorted(by_domain(rows).items(), key=lambda item: item[1])
+        domains = getattr(data, "domains", ())
+        labels = [str(domains[d]) if d < len(domains) else str(d) for d, _ in plates]
+        ax = axes[0][1]
+        ax.barh(range(len(plates)), [value for _, value in plates])
+        if len(plates) <= 30:
+            ax.set_yticks(range(len(plates)), labels, fontsize=6)
+        ax.set(title="accuracy by plate", xlim=(0, 1), xlabel="accuracy on images")
+        log_figure(trainer, f"test_{_file(name)}", figure)
+
+
+def _file(name: str) -> str:
+    """A plate's name as a file name."""
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
+def _wells(data: Any, batch: Any) -> list[str] | None:
+    """Names of the wells of the controls, where the data tell."""
+    numbers = getattr(getattr(data, "table", None), "well", None)
+    if numbers is None or "control_index" not in batch:
+        return None
+    return sorted({str(data.wells[numbers[int(row)]]) for row in batch["control_index"]})
+
+
+def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:
+    """Statistics of a plate that a prediction wrote.
+
+    Raises:
+        CheckpointError: There are none, or they cannot be read.
+    """
+    path = folder / f"{_file(plate)}.pt"
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"There are no statistics of plate {plate} in {folder}.",
+            "Predict with its controls first, or mend ControlContext.statistics.",
+        ) from error
+    except Exception as error:  # a damaged file raises nearly any exception
+        raise CheckpointError(
+            f"The statistics {path} cannot be read ({type(error).__name__}).",
+            "The file may be truncated: predict with the plate's controls again.",
+        ) from error
+    return tensors  # type: ignore[no-any-return]

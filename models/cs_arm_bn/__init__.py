@@ -1,0 +1,146 @@
+"""CS-ARM-BN: BatchNorm that adapts to a plate by its control images.
+
+The parts are imported on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fulgurite.models.cs_arm_bn.batchnorm import (
+        Context,
+        ContextBatchNorm1d,
+        ContextBatchNorm2d,
+        adapt,
+        adaptive_weight,
+        context,
+        convert_batchnorm,
+        load_statistics,
+        merge_groups,
+        revert_batchnorm,
+        stored_statistics,
+    )
+    from fulgurite.models.cs_arm_bn.methods import (
+        ARMBN,
+        ARMCML,
+        ARMLL,
+        CSARMBN,
+        ERM,
+        TENT,
+        TVN,
+        AdaBN,
+        AdaptiveWeight,
+        ControlsOnly,
+        Method,
+        Weighted,
+    )
+    from fulgurite.models.cs_arm_bn.metrics import (
+        Predictions,
+        confusion,
+        scores,
+    )
+    from fulgurite.models.cs_arm_bn.module import (
+        PlateClassifier,
+    )
+    from fulgurite.models.cs_arm_bn.network import (
+        ResNet18,
+        ResNet50,
+        SmallResNet,
+    )
+    from fulgurite.models.cs_arm_bn.variation import (
+        fit_tvn,
+        tvn,
+    )
+
+_MODULES = {
+    "batchnorm": (
+        "Context",
+        "ContextBatchNorm1d",
+        "ContextBatchNorm2d",
+        "adapt",
+        "adaptive_weight",
+        "context",
+        "convert_batchnorm",
+        "load_statistics",
+        "merge_groups",
+        "revert_batchnorm",
+        "stored_statistics",
+    ),
+    "methods": (
+        "ARMBN",
+        "ARMCML",
+        "ARMLL",
+        "CSARMBN",
+        "ERM",
+        "TENT",
+        "TVN",
+        "AdaBN",
+        "AdaptiveWeight",
+        "ControlsOnly",
+        "Method",
+        "Weighted",
+    ),
+    "metrics": (
+        "Predictions",
+        "confusion",
+        "scores",
+    ),
+    "module": ("PlateClassifier",),
+    "network": (
+        "ResNet18",
+        "ResNet50",
+        "SmallResNet",
+    ),
+    "variation": (
+        "fit_tvn",
+        "tvn",
+    ),
+}
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "ARMBN",
+    "ARMCML",
+    "ARMLL",
+    "CSARMBN",
+    "ERM",
+    "TENT",
+    "TVN",
+    "AdaBN",
+    "AdaptiveWeight",
+    "Context",
+    "ContextBatchNorm1d",
+    "ContextBatchNorm2d",
+    "ControlsOnly",
+    "Method",
+    "PlateClassifier",
+    "Predictions",
+    "ResNet18",
+    "ResNet50",
+    "SmallResNet",
+    "Weighted",
+    "adapt",
+    "adaptive_weight",
+    "confusion",
+    "context",
+    "convert_batchnorm",
+    "fit_tvn",
+    "load_statistics",
+    "merge_groups",
+    "revert_batchnorm",
+    "scores",
+    "stored_statistics",
+    "tvn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

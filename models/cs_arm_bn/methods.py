@@ -1,0 +1,470 @@
+"""The methods: where BatchNorm statistics come from in training and test, and what else they do.
+
+A method is chosen by ``model.init_args.method.class_path`` and belongs to one module. Weights and
+state dicts of the methods without parameters of their own fit each other, so that one checkpoint
+can be tested by several of them.
+
+Axes: L queries, N controls, M = L + N, C input channels, H W image, K classes, D feature dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.cs_arm_bn.batchnorm import Context, Source, context_layers
+from fulgurite.models.cs_arm_bn.variation import TVNReference, fit_tvn, tvn
+
+__all__ = [
+    "ARMBN",
+    "ARMCML",
+    "ARMLL",
+    "CSARMBN",
+    "ERM",
+    "TENT",
+    "TVN",
+    "AdaBN",
+    "AdaptiveWeight",
+    "ControlsOnly",
+    "Method",
+    "Weighted",
+]
+
+Batch = Mapping[str, Any]
+Rows = Literal["queries", "union", "controls"]
+
+
+class Method(nn.Module):
+    """Empirical risk minimisation; other methods override that in which they differ.
+
+    Attributes:
+        train_source: Where BatchNorm statistics come from in training.
+        test_source: Where they come from in validation, test and prediction.
+        extra_channels: Channels that the method adds to the network's input.
+        needs_controls: Whether a batch without controls is an error.
+        deploys: Whether a plate's statistics can be stored once and used query by query.
+        frozen: Whether the network's weights stay as they are.
+    """
+
+    train_source: Source = "ordinary"
+    test_source: Source = "source"
+    extra_channels: int = 0
+    needs_controls: bool = False
+    deploys: bool = False
+    frozen: bool = False
+
+    def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
+        """Make what depends on the sizes; called once, when the module is made."""
+
+    def context(self, training: bool) -> Context:
+        """Where statistics come from."""
+        return Context(self.train_source if training else self.test_source)
+
+    def images(self, batch: Batch, held: Context) -> Tensor:
+        """Rows of the forward pass: controls take part where statistics come from them."""
+        if held.source in ("union", "controls") and len(batch["control"]):
+            return torch.cat([batch["query"], batch["control"]])
+        return batch["query"]  # type: ignore[no-any-return]
+
+    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
+        """Logits of the queries. Shape: (L, K)."""
+        return network(self.images(batch, held))[: len(batch["query"])]  # type: ignore[no-any-return]
+
+    def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
+        """Called before training and before each evaluation."""
+
+    def end(self, network: nn.Module) -> None:
+        """Called after each evaluation."""
+
+
+class ERM(Method):
+    """Ordinary BatchNorm: statistics of the mini-batch in training, running ones at test.
+
+    Training batches should mix plates (``data.init_args.mixed=true``).
+
+    Source: card section 1.2.
+    """
+
+
+class AdaBN(ERM):
+    """A network trained by ERM; at test, statistics come from a plate's queries.
+
+    Source: Li et al., arXiv 1603.04779; card section 1.2 (per chunk of queries).
+    """
+
+    test_source = "batch"
+
+
+class ARMBN(Method):
+    """Statistics come from a plate's queries, in training and test.
+
+    Source: Zhang et al., arXiv 2007.02931; card section 1.2.
+    """
+
+    train_source = test_source = "batch"
+
+
+class CSARMBN(Method):
+    """Statistics come from queries and controls of a plate together; the paper's method.
+
+    Args:
+        test_source: ``"union"`` as in training (the paper's) or ``"controls"``, with which a
+            prediction does not depend on other queries.
+        test_weight: Weight of the queries at test in the union; None is the count weight L/(L+N),
+            the paper's; about 0.1 is safe where classes are skewed.
+
+    Source: arXiv 2604.20824; card sections 1.2 to 1.4; ``test_weight``: card section 6.2.
+    """
+
+    train_source = "union"
+    needs_controls = False
+    deploys = True
+
+    def __init__(
+        self,
+        test_source: Literal["union", "controls"] = "union",
+        test_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        if test_source not in ("union", "controls"):
+            raise ConfigError(f"test_source {test_source!r} is unknown.", "Use union or controls.")
+        self.test_source = test_source
+        self.train_weight: float | None = None
+        self.test_weight: float | Literal["adaptive"] | None = test_weight
+        self.context(training=False)  # checks the weight
+
+    def context(self, training: bool) -> Context:
+        """See :meth:`Method.context`."""
+        if training:
+            return Context(self.train_source, weight=self.train_weight)
+        return Context(self.test_source, weight=self.test_weight)
+
+
+class AdaptiveWeight(CSARMBN):
+    """CS-ARM-BN whose query weight at test is chosen for each plate from label-free evidence.
+
+    Training is the paper's; it also records how queries usually differ from controls, from which
+    :func:`~fulgurite.models.cs_arm_bn.adaptive_weight` tells label shift.
+
+    Source: beyond the paper; see models/cs_arm_bn/README.md.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.test_weight = "adaptive"
+
+
+class Weighted(CSARMBN):
+    """CS-ARM-BN with a fixed weight of the queries, in training too.
+
+    Args:
+        weight: In training: 0 controls only, 1 queries only.
+        test_weight: At test; None: as in training.
+
+    Source: card section 1.5.
+    """
+
+    def __init__(self, weight: float = 0.1, test_weight: float | None = None) -> None:
+        super().__init__(test_weight=weight if test_weight is None else test_weight)
+        self.train_weight = weight
+        self.context(training=True)
+
+
+class ControlsOnly(Method):
+    """Statistics come from the controls only: predictions do not depend on other queries.
+
+    Args:
+        gradient: Whether the gradient passes through the statistics into the controls; without it
+            (the scheme that the authors' code calls BEN) training is far behind.
+
+    Source: card sections 1.2 and 6.2.
+    """
+
+    train_source = test_source = "controls"
+    needs_controls = True
+    deploys = True
+
+    def __init__(self, gradient: bool = True) -> None:
+        super().__init__()
+        self.gradient = gradient
+
+    def context(self, training: bool) -> Context:
+        """See :meth:`Method.context`."""
+        return Context("controls", detach=training and not self.gradient)
+
+
+class ContextNet(nn.Sequential):
+    """Three 5×5 convolutions that describe an image in context channels.
+
+    Shape: (M, C, H, W) to (M, channels, H, W).
+
+    Source: card section 1.2 (ARM-CML).
+    """
+
+    def __init__(self, in_channels: int, channels: int, hidden: int) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((in_channels, hidden), (hidden, hidden)):
+            layers += [nn.Conv2d(inputs, outputs, 5, padding=2), nn.BatchNorm2d(outputs), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(hidden, channels, 5, padding=2))
+
+
+class ARMCML(Method):
+    """A learned context: the mean of a small network's output over the plate joins the input.
+
+    Do not combine it with ``input_norm: context``, which would remove what it adds.
+
+    Args:
+        channels: Context channels.
+        hidden: Channels inside the context network.
+        rows: Images of the plate that the context is the mean of.
+        adapt_bn: Whether BatchNorm uses the statistics of the queries at test, too.
+
+    Source: Zhang et al., arXiv 2007.02931; card section 1.2; ``rows``: inferred.
+    """
+
+    def __init__(
+        self,
+        channels: int = 12,
+        hidden: int = 64,
+        rows: Rows = "queries",
+        adapt_bn: bool = False,
+    ) -> None:
+        super().__init__()
+        if rows not in ("queries", "union", "controls"):
+            raise ConfigError(f"rows {rows!r} is unknown.", "Use queries, union or controls.")
+        self.extra_channels, self.hidden, self.rows = channels, hidden, rows
+        self.needs_controls = rows == "controls"
+        if adapt_bn:
+            self.train_source = self.test_source = "batch"
+
+    def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
+        """See :meth:`Method.build`."""
+        self.context_net = ContextNet(in_channels, self.extra_channels, self.hidden)
+
+    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
+        """See :meth:`Method.logits`."""
+        query, control = batch["query"], batch["control"]
+        seen = {"queries": query, "controls": control}.get(self.rows)
+        described = self.context_net(torch.cat([query, control]) if seen is None else seen)
+        mean = described.mean(0, keepdim=True).expand(len(query), -1, -1, -1)
+        return network(torch.cat([query, mean], 1))  # type: ignore[no-any-return]
+
+
+class ARMLL(Method):
+    """A learned loss: one gradient step on it adapts the weights to the plate's queries.
+
+    The loss is the norm of a small network's output for the logits; training differentiates
+    through the step.
+
+    Args:
+        inner_lr: Step size [1].
+        hidden: Width of the loss network.
+        rows: Images of the plate that the step is made on.
+
+    Source: Zhang et al., arXiv 2007.02931; card section 1.2; ``rows``: inferred.
+    """
+
+    train_source: Source = "batch"
+    test_source: Source = "batch"
+
+    def __init__(
+        self, inner_lr: float = 0.1, hidden: int = 32, rows: Literal["queries", "union"] = "queries"
+    ) -> None:
+        super().__init__()
+        if rows not in ("queries", "union"):
+            raise ConfigError(f"rows {rows!r} is unknown.", "Use queries or union.")
+        if rows == "union":
+            self.train_source = self.test_source = "union"
+        self.inner_lr, self.hidden = inner_lr, hidden
+
+    def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
+        """See :meth:`Method.build`."""
+        self.loss_net = nn.Sequential(
+            nn.Linear(num_classes, self.hidden),
+            nn.ReLU(),
+            nn.Linear(self.hidden, self.hidden),
+            nn.ReLU(),
+            nn.Linear(self.hidden, 1),
+        )
+
+    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
+        """See :meth:`Method.logits`."""
+        training = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            images = self.images(batch, held)
+            images = images if training else images.clone()  # it may be an inference tensor
+            parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+            inner = torch.linalg.vector_norm(self.loss_net(network(images)))
+            gradients = torch.autograd.grad(
+                inner, [*parameters.values()], create_graph=training, materialize_grads=True
+            )
+            adapted = {
+                name: p - self.inner_lr * g
+                for (name, p), g in zip(parameters.items(), gradients, strict=True)
+            }
+        out = torch.func.functional_call(network, adapted, (images,))
+        return out[: len(batch["query"])]  # type: ignore[no-any-return]
+
+
+class TENT(ERM):
+    """A network trained by ERM; at test, BatchNorm's affine parameters follow lower entropy.
+
+    Statistics come from the queries. Each batch is predicted, then makes a step; a new plate starts
+    from the trained parameters again.
+
+    Args:
+        lr: Learning rate of Adam.
+        steps: Steps for each batch.
+
+    Source: Wang et al., arXiv 2006.10726; card section 1.2.
+    """
+
+    test_source = "batch"
+
+    def __init__(self, lr: float = 1e-3, steps: int = 1) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ConfigError(f"TENT.steps={steps} is too small.", "Give 1 or more.")
+        self.lr, self.steps = lr, steps
+        self._domain: int | None = None
+        self._trained: list[tuple[nn.Parameter, Tensor]] = []
+
+    def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
+        """Remember the trained parameters."""
+        if not training:
+            with torch.inference_mode(False):
+                affine = [
+                    p
+                    for layer in context_layers(network).values()
+                    for p in (layer.weight, layer.bias)
+                    if p is not None
+                ]
+                self._trained = [(p, p.detach().clone()) for p in affine]
+            self._domain = None
+
+    def end(self, network: nn.Module) -> None:
+        """Put the trained parameters back."""
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter, value in self._trained:
+                parameter.copy_(value)
+
+    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
+        """See :meth:`Method.logits`."""
+        if held.source != self.test_source:
+            return super().logits(network, batch, held)
+        with torch.inference_mode(False), torch.enable_grad():
+            if int(batch["domain"]) != self._domain:
+                self._domain = int(batch["domain"])
+                self.end(network)
+                self._adam = torch.optim.Adam([p for p, _ in self._trained], self.lr)
+            images = batch["query"].clone()  # it may be an inference tensor
+            for _ in range(self.steps):
+                out = network(images)
+                entropy = -(out.softmax(1) * out.log_softmax(1)).sum(1).mean()
+                parameters = [p for p, _ in self._trained]
+                before = [p.grad for p in parameters]
+                for p, g in zip(parameters, torch.autograd.grad(entropy, parameters), strict=True):
+                    p.grad = g
+                self._adam.step()
+                for p, old in zip(parameters, before, strict=True):
+                    p.grad = old
+        return out.detach()  # type: ignore[no-any-return]
+
+
+class TVN(Method):
+    """A linear classifier on frozen embeddings that are normalised by the plate's controls.
+
+    The network comes from ``model.init_args.weights`` (trained by ERM) and stays as it is.
+
+    Args:
+        ridge: Added to the diagonal of covariances.
+
+    Source: card section 1.6 (TVN_train).
+    """
+
+    train_source = "source"
+    needs_controls = True
+    frozen = True
+
+    reference: TVNReference
+
+    def __init__(self, ridge: float = 0.5) -> None:
+        super().__init__()
+        self.ridge = ridge
+
+    def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
+        """See :meth:`Method.build`."""
+        head = getattr(network, "head", None) or getattr(network, "fc", None)
+        if not callable(getattr(network, "features", None)) or not isinstance(head, nn.Linear):
+            raise ConfigError(
+                f"The network {type(network).__name__} has no `features` method or no `head`.",
+                "TVN needs both: set model.init_args.network to "
+                "fulgurite.models.cs_arm_bn.SmallResNet or ResNet50.",
+            )
+        size = head.in_features
+        self.head = nn.Linear(size, num_classes)
+        for name in ("mean", "std", "center", "scale"):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+        for name in ("rotation", "target"):
+            self.register_buffer(name, torch.zeros(size, size, dtype=torch.float64))
+
+    @torch.no_grad()
+    def _embed(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        query, control = batch["query"], batch["control"]
+        features = network.features(torch.cat([query, control]))
+        return features[: len(query)], features[len(query) :]
+
+    def _normalised(self, query: Tensor, control: Tensor) -> Tensor:
+        reference = TVNReference(self.mean, self.std, self.rotation, self.target)  # type: ignore[arg-type]
+        return tvn(reference, query, control, self.ridge)
+
+    @torch.no_grad()
+    def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
+        """Before training, fit what plates share on the controls of one epoch."""
+        if not training:
+            if not bool(self.std.any()):  # type: ignore[operator]
+                raise ConfigError(
+                    "TVN was not fitted.", "Run `fulgurite fit` with it first, from ERM weights."
+                )
+            return
+        device = self.head.weight.device
+        batches: list[tuple[int, Tensor, Tensor]] = []
+        for batch in loader:
+            query, control = self._embed(network, _moved(batch, device))
+            batches.append((int(batch["domain"]), query.cpu(), control.cpu()))
+        if not batches:
+            raise DataError("There are no training batches.", "Give training plates.")
+        domains = torch.cat([torch.full((len(c),), d) for d, _, c in batches])
+        fitted = fit_tvn(torch.cat([c for _, _, c in batches]), domains, self.ridge)
+        for name, value in fitted._asdict().items():
+            getattr(self, name).copy_(value)
+        queries = torch.cat([self._normalised(q.to(device), c.to(device)) for _, q, c in batches])
+        self.center.copy_(queries.mean(0))  # type: ignore[operator]
+        self.scale.copy_(queries.std(0, correction=0).clamp_min(1e-9))  # type: ignore[operator]
+
+    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
+        """See :meth:`Method.logits`."""
+        normalised = self._normalised(*self._embed(network, batch))
+        standard = (normalised - self.center) / self.scale  # type: ignore[operator]
+        return self.head(standard.to(self.head.weight.dtype))  # type: ignore[no-any-return]
+
+
+def _moved(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def query_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the queries; controls have no labels and no part in it.
+
+    Example:
+        >>> round(float(query_loss(torch.zeros(2, 4), torch.tensor([0, 3]))), 4)  # log 4
+        1.3863
+
+    Source: card section 1.3.
+    """
+    return F.cross_entropy(logits.float(), labels)

@@ -1,0 +1,299 @@
+"""The LightningModule of plate classification: network, method, optimizer and metrics wired up.
+
+Axes: L queries, N controls, C channels, H W image, K classes.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from fulgurite.base import SystemModule
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.models.cs_arm_bn.batchnorm import (
+    Context,
+    Reference,
+    context_layers,
+    convert_batchnorm,
+    load_reference,
+    reference_state,
+)
+from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
+from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores
+
+__all__ = ["PlateClassifier"]
+
+
+class PlateClassifier(SystemModule):
+    """A classifier of perturbations that adapts to a plate by its control images.
+
+    A batch is one plate's queries and controls, a dict: ``query`` (L, C, H, W), ``control``
+    (N, C, H, W), ``label`` (L,), ``index`` (L,), ``domain`` (), ``well`` (L,) and ``kept`` (L,).
+    :class:`~fulgurite.callbacks.cs_arm_bn.ControlContext` holds the statistics' source around each
+    step; ``method`` says which.
+
+    Args:
+        network: Makes the network from (channels, classes); its BatchNorm layers are converted.
+        method: Where statistics come from and what else happens; by default CS-ARM-BN with the
+            query weight chosen for each plate at test.
+        optimizer: Makes the optimizer.
+        scheduler: Makes the scheduler, stepped after each epoch.
+        weights: Checkpoint of a run (or a state dict) whose network is the start.
+        num_classes: K; taken from the data.
+        in_channels: C; taken from the data.
+
+    Raises:
+        ConfigError: A number is out of range, or the network has no BatchNorm to adapt.
+        CheckpointError: ``weights`` cannot be read or does not fit.
+
+    Source: arXiv 2604.20824; card sections 1.3 and 7.4.
+    """
+
+    monitor = "val/loss"
+    mode = "min"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], nn.Module],
+        method: Method | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable | None = None,
+        weights: str | None = None,
+        num_classes: int = 8,
+        in_channels: int = 5,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["method"] if isinstance(method, nn.Module) else [])
+        for name in ("network", "method", "optimizer", "scheduler"):
+            # recorded as plain configuration by the command line; as objects from Python they
+            # would make the checkpoint unreadable with weights_only=True
+            if not isinstance(self.hparams.get(name), dict | None):
+                self.hparams.pop(name)
+        for name, value, least in (
+            ("num_classes", num_classes, 2),
+            ("in_channels", in_channels, 1),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"model.init_args.{name}={value} is too small.", f"Give {least} or more."
+                )
+        self.num_classes = num_classes
+        self.method = method or AdaptiveWeight()
+        made = network(in_channels + self.method.extra_channels, num_classes)
+        self.network = convert_batchnorm(made)
+        if weights is not None:
+            _load_network(self.network, weights)
+        self.method.build(self.network, in_channels, num_classes)
+        if self.method.frozen:
+            self.network.requires_grad_(False)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.held: Context | None = None
+        self.results: dict[str, Predictions] = {}
+        self._parts: dict[int, list[Predictions]] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of all rows under the current context. Shape: (M, C, H, W) to (M, K)."""
+        return self.network(images)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of all parameters that learn, with its scheduler if there is one.
+
+        Raises:
+            ConfigError: The scheduler waits for a metric.
+        """
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "ReduceLROnPlateau waits for a metric, and schedulers step after each epoch.",
+                "Set --model.init_args.scheduler to another one, or to null.",
+            )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of a batch's queries. Shape: (L, K).
+
+        Raises:
+            ConfigError: Nothing holds the context.
+        """
+        if self.held is None:
+            raise ConfigError(
+                "Nothing says where PlateClassifier's statistics come from.",
+                "Add fulgurite.callbacks.cs_arm_bn.ControlContext to trainer.callbacks.",
+            )
+        return self.method.logits(self.network, batch, self.held)
+
+    # --- training ------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Let the method look at the training plates."""
+        loader: Any = self.trainer.train_dataloader
+        self.method.begin(self.network, loader, training=True)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of an episode's queries.
+
+        Raises:
+            DataError: A query has no label of a class.
+        """
+        labels = batch["label"]
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise DataError(
+                f"A training batch has labels from {int(labels.min())} to {int(labels.max())}.",
+                f"Give labels from 0 to {self.num_classes - 1}.",
+            )
+        logits = self.logits(batch)
+        loss = query_loss(logits, labels)
+        size = len(labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        right = (logits.detach().argmax(1) == labels).float().mean()
+        self.log("train/acc", right, batch_size=size)
+        return loss
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        # what is logged below is equal on every rank already
+        warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
+        self._parts = {}
+        self._share()
+        self.method.begin(self.network, (), training=False)
+
+    def _share(self) -> None:
+        """Average running statistics and references over the ranks: each saw other plates."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        world = dist.get_world_size()
+        for layer in context_layers(self.network).values():
+            values = [b for b in layer.buffers() if b.is_floating_point()]
+            if layer.reference is not None:
+                layer.reference = Reference(*(v.to(self.device) for v in layer.reference))
+                values += [*layer.reference]
+            for value in values:
+                dist.all_reduce(value)
+                value /= world
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a table of predictions."""
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        """Start a table of predictions for each test set."""
+        self._begin()
+
+    def on_predict_epoch_start(self) -> None:
+        """Let the method prepare."""
+        self._begin()
+
+    def _evaluate(self, batch: dict[str, Tensor], number: int) -> None:
+        self._parts.setdefault(number, []).append(rows_of(batch, self.logits(batch)))
+
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Predict validation queries."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Predict test queries."""
+        self._evaluate(batch, dataloader_idx)
+
+    def metric_prefix(self, stage: str, number: int, sets: int) -> str:
+        """``test``, or ``test/<name>`` where there are several test sets.
+
+        Args:
+            stage: ``val`` or ``test``.
+            number: Which set.
+            sets: How many there are.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        names = tuple(getattr(data, "test_sets", ())) if stage == "test" else ()
+        if max(sets, len(names)) < 2:
+            return stage
+        return f"{stage}/{names[number] if number < len(names) else number}"
+
+    def _finish(self, stage: str) -> None:
+        self.method.end(self.network)
+        self.results = {}
+        for number in sorted(self._parts):
+            where = self.metric_prefix(stage, number, len(self._parts))
+            rows = gather(self._parts[number], self.num_classes)
+            self.results[where.removeprefix("test/")] = rows
+            values = {f"{where}/{k}": v for k, v in scores(rows).items()}
+            self.log_dict(values, batch_size=max(1, len(rows.row)), prog_bar=stage == "val")
+        self._parts = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all validation plates."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of each test set."""
+        self._finish("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Let the method put back what it changed."""
+        self.method.end(self.network)
+
+    def predict_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Index, plate, well, label (−1: unknown), prediction and probabilities of each query."""
+        kept = batch["kept"]
+        probabilities = self.logits(batch).float().softmax(1)[kept]
+        return {
+            "index": batch["index"][kept],
+            "domain": batch["domain"].expand(len(kept))[kept],
+            "well": batch["well"][kept],
+            "label": batch["label"][kept],
+            "predicted": probabilities.argmax(1),
+            "probabilities": probabilities,
+        }
+
+    # --- checkpoint ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what training plates taught the layers."""
+        checkpoint["context_reference"] = reference_state(self.network)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        load_reference(self.network, checkpoint.get("context_reference", {}))
+
+
+def _load_network(network: nn.Module, path: str) -> None:
+    """Load the network of a checkpoint of this module, or a state dict of the network."""
+    if not Path(path).is_file():
+        raise CheckpointError(
+            f"model.init_args.weights={path} is not a file.", "Give a checkpoint of a run."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"model.init_args.weights={path} cannot be read ({type(error).__name__}).",
+            "Give a checkpoint of a run; this one may be truncated.",
+        ) from error
+    whole = state.get("state_dict", state)
+    prefix = "network."
+    own = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)} or whole
+    try:
+        network.load_state_dict(own)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"model.init_args.weights={path} does not fit the network: {what}",
+            "Use the network and the data of the run.",
+        ) from error
+    load_reference(network, state.get("context_reference", {}))

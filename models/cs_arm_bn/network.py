@@ -1,0 +1,214 @@
+"""Networks for plate images; every one has BatchNorm to adapt.
+
+Axes: M rows, I input channels, H, W image, K classes, D feature dim.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError
+from fulgurite.layers import resnet
+from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d, checkpointed
+
+__all__ = ["InputNorm", "PooledBottleneck", "ResNet18", "ResNet50", "SmallResNet"]
+
+InputNorm = Literal["none", "context"]
+
+
+def _input_norm(kind: InputNorm, channels: int) -> nn.Module:
+    """Standardises input channels by the statistics of the context, or does nothing."""
+    if kind not in ("none", "context"):
+        raise ConfigError(f"input_norm {kind!r} is unknown.", "Use none or context.")
+    # a small eps: the gain of a plate is undone exactly only as far as eps is small beside it
+    return ContextBatchNorm2d(channels, 1e-8, affine=False) if kind == "context" else nn.Identity()
+
+
+def _run(block: nn.Module, x: Tensor, checkpoint: bool) -> Tensor:
+    return checkpointed(block, x) if checkpoint and x.requires_grad else block(x)
+
+
+class SmallResNet(nn.Module):
+    """A stem and three residual blocks, for small images and CPUs.
+
+    Args:
+        in_channels: I.
+        num_classes: K.
+        width: Channels of the stem; D is four times as many.
+        input_norm: ``"context"`` standardises each input channel by the statistics of the context
+            first, which undoes gains and offsets of a plate exactly; ``"none"`` as in the paper.
+        checkpoint: Compute activations again in the backward pass instead of keeping them.
+
+    Shape: (M, I, H, W) to (M, K), for H, W of at least 4.
+
+    Example:
+        >>> import torch
+        >>> SmallResNet(5, 8, width=8).features(torch.zeros(2, 5, 32, 32)).shape
+        torch.Size([2, 32])
+
+    Source: card section 6.2 (the tiny network of its runs); ``input_norm``: card section 6.1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        width: int = 16,
+        input_norm: InputNorm = "none",
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.input_norm = _input_norm(input_norm, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(
+            resnet.BasicBlock(width, width, 2),
+            resnet.BasicBlock(width, 2 * width, 2),
+            resnet.BasicBlock(2 * width, 4 * width, 1),
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x: Tensor) -> Tensor:
+        """Shape: (M, I, H, W) to (M, D)."""
+        x = F.relu(self.bn1(self.conv1(self.input_norm(x))))
+        for block in self.blocks:
+            x = _run(block, x, self.checkpoint)
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of all rows."""
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+
+class PooledBottleneck(resnet.Bottleneck):
+    """A bottleneck whose convolutions all have stride 1; it shrinks by average pooling.
+
+    Args:
+        inputs: Input channels.
+        width: Channels of the 3×3 convolution; four times as many come out.
+        stride: Size of the pooling before the last convolution and in the shortcut.
+
+    Shape: (M, inputs, H, W) to (M, 4·width, H/stride, W/stride).
+
+    Source: card section 2.5; Radford et al., arXiv 2103.00020.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__(inputs, width)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        outputs = width * self.expansion
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.AvgPool2d(stride) if stride > 1 else nn.Identity(),
+                nn.Conv2d(inputs, outputs, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the residual to the shortcut."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.pool(F.relu(self.bn2(self.conv2(y))))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class _PlateResNet(resnet.ResNet):
+    """A platform ResNet with input standardisation and activation checkpointing."""
+
+    def _prepare(self, input_norm: InputNorm, in_channels: int, checkpoint: bool) -> None:
+        self.checkpoint = checkpoint
+        self.input_norm = _input_norm(input_norm, in_channels)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features after average pooling. Shape: (M, I, H, W) to (M, D)."""
+        x = F.relu(self.bn1(self.conv1(self.input_norm(x))))
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, 3, 2, padding=1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = _run(block, x, self.checkpoint)
+        return self.pooled(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Shape: (M, D, H, W) to (M, D)."""
+        return x.mean((2, 3))
+
+
+class ResNet50(_PlateResNet):
+    """The paper's ResNet-50: average pooling in place of strides, from scratch (D = 2048).
+
+    Args:
+        in_channels: I.
+        num_classes: K.
+        stem: ``"imagenet"`` (7×7, stride 2, max-pooling; the paper's) or ``"cifar"``.
+        input_norm: ``"context"`` standardises the input channels first; ``"none"`` as in the paper.
+        checkpoint: Compute activations again in the backward pass instead of keeping them.
+        weights: State dict file to start from.
+
+    Shape: (M, I, H, W) to (M, K).
+
+    Example:
+        >>> sum(p.numel() for p in ResNet50(5, 8).parameters())
+        23530696
+
+    Source: card section 2.5.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        stem: resnet.Stem = "imagenet",
+        input_norm: InputNorm = "none",
+        checkpoint: bool = False,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__(PooledBottleneck, (3, 4, 6, 3), in_channels, num_classes, stem)
+        self._prepare(input_norm, in_channels, checkpoint)
+        if weights is not None:
+            resnet.load_weights(self, weights)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """A 7×7 average with stride 1, then the global one. Shape: (M, D, H, W) to (M, D)."""
+        x = F.avg_pool2d(x, (min(7, x.shape[2]), min(7, x.shape[3])), 1)
+        return x.mean((2, 3))
+
+
+class ResNet18(_PlateResNet):
+    """ResNet-18 (D = 512), for images between the small and the paper's.
+
+    Args:
+        in_channels: I.
+        num_classes: K.
+        stem: ``"cifar"`` (3×3, stride 1) or ``"imagenet"``.
+        input_norm: ``"context"`` standardises the input channels first.
+        checkpoint: Compute activations again in the backward pass instead of keeping them.
+        weights: State dict file to start from.
+
+    Shape: (M, I, H, W) to (M, K).
+
+    Source: He et al., arXiv 1512.03385.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        stem: resnet.Stem = "cifar",
+        input_norm: InputNorm = "none",
+        checkpoint: bool = False,
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__(resnet.BasicBlock, (2, 2, 2, 2), in_channels, num_classes, stem)
+        self._prepare(input_norm, in_channels, checkpoint)
+        if weights is not None:
+            resnet.load_weights(self, weights)

@@ -1,0 +1,441 @@
+"""The context around each step, adaptation to a plate, and what is written of it."""
+
+import json
+import warnings
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fulgurite.callbacks.cs_arm_bn import ControlContext, outlier_score, plate_profile
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.models.cs_arm_bn import (
+    ARMBN,
+    CSARMBN,
+    ERM,
+    TVN,
+    AdaptiveWeight,
+    ControlsOnly,
+    PlateClassifier,
+    SmallResNet,
+)
+from fulgurite.models.cs_arm_bn.batchnorm import context_layers, reference_state
+
+L, N, K = 8, 6, 4
+SMOKE = str(resources.files("fulgurite.configs.cs_arm_bn") / "smoke.yaml")
+
+
+def make_plate(number, seed=0, queries=L, controls=N, gain=None):
+    """Class k has stripes along one axis or the other, or more contrast, on a plate of its own."""
+    g = torch.Generator().manual_seed(100 * number + seed)
+    label = torch.arange(queries) % K
+    wave = torch.sin(torch.arange(12.0) * 1.5)
+    query = 0.3 * torch.randn(queries, 2, 12, 12, generator=g)
+    query += torch.where((label % 2 == 0)[:, None, None, None], wave, wave[:, None])
+    query *= torch.where(label < 2, 0.7, 1.6)[:, None, None, None]
+    control = 0.8 * torch.randn(controls, 2, 12, 12, generator=g)
+    own = torch.Generator().manual_seed(number)
+    gain = 0.7 + 0.6 * torch.rand(1, 2, 1, 1, generator=own) if gain is None else gain
+    offset = 0.3 * torch.randn(1, 2, 1, 1, generator=own)
+    return {
+        "query": gain * query + offset,
+        "control": gain * control + offset,
+        "label": label,
+        "index": 1000 * number + torch.arange(queries),
+        "control_index": 1000 * number + 500 + torch.arange(controls),
+        "domain": torch.tensor(number),
+        "control_domain": torch.full((controls,), number),
+        "well": 100 * number + torch.arange(queries) // 2,
+        "kept": torch.ones(queries, dtype=torch.bool),
+    }
+
+
+def cut(plate, start, stop, controls):
+    rows = {k: plate[k][start:stop] for k in ("query", "label", "index", "well", "kept")}
+    return plate | rows | {k: plate[k][:controls] for k in plate if k.startswith("control")}
+
+
+class Plates(LightningDataModule):
+    """Five training plates, two others; prediction in chunks, controls in the first."""
+
+    num_classes, in_channels = K, 2
+    test_sets = ("near", "far")
+
+    def __init__(self, change=None, chunk=3):
+        super().__init__()
+        self.change, self.chunk = change, chunk
+        self.domains = [f"lab|batch {i}|plate/{i}" for i in range(8)]
+
+    def loader(self, batches):
+        changed = [self.change(b) if self.change else b for b in batches]
+        return DataLoader(changed, batch_size=None)
+
+    def train_dataloader(self):
+        return self.loader([make_plate(i, seed) for seed in range(4) for i in range(5)])
+
+    def val_dataloader(self):
+        return self.loader([make_plate(5)])
+
+    def test_dataloader(self):
+        return [self.loader([make_plate(6)]), self.loader([make_plate(7)])]
+
+    def predict_dataloader(self):
+        return self.loader(
+            cut(make_plate(i), start, start + self.chunk, N if start == 0 else 0)
+            for i in (6, 7)
+            for start in range(0, L, self.chunk)
+        )
+
+
+def make_module(method=None):
+    torch.manual_seed(0)
+    return PlateClassifier(
+        lambda c, k: SmallResNet(c, k, width=4),
+        method,
+        lambda p: torch.optim.Adam(p, 0.02),
+        num_classes=K,
+        in_channels=2,
+    )
+
+
+def make_trainer(folder, *callbacks, **kwargs):
+    return Trainer(
+        accelerator="cpu", devices=1, max_epochs=kwargs.pop("max_epochs", 3),
+        logger=CSVLogger(str(folder), name="", version="run"), callbacks=[*callbacks],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        enable_checkpointing=kwargs.pop("enable_checkpointing", False), log_every_n_steps=1,
+        **kwargs,
+    )  # fmt: skip
+
+
+class Spy(Callback):
+    """Notes where statistics come from during each step."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def note(self, stage, module):
+        for layer in context_layers(module.network).values():
+            self.seen.add((stage, layer.context.source, layer.context.weight))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.note("train", pl_module)
+
+    def on_validation_batch_end(self, trainer, pl_module, *_):
+        self.note("val", pl_module)
+
+    def on_test_batch_end(self, trainer, pl_module, *_):
+        self.note("test", pl_module)
+
+    def on_predict_batch_end(self, trainer, pl_module, *_):
+        self.note("predict", pl_module)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains a method on the plates; gives trainer, module and callback."""
+
+    def call(method=None, data=None, **kwargs):
+        module, callback = make_module(method), ControlContext(**kwargs)
+        trainer = make_trainer(tmp_path, callback)
+        trainer.fit(module, data or Plates())
+        return trainer, module, callback
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("method", "train", "test", "predict"),
+    [
+        (ERM, ("ordinary", None), ("source", None), ("source", None)),
+        (ARMBN, ("batch", None), ("batch", None), ("batch", None)),
+        (CSARMBN, ("union", None), ("union", None), ("stored", None)),
+        (AdaptiveWeight, ("union", None), ("union", "adaptive"), ("stored", "adaptive")),
+        (ControlsOnly, ("controls", None), ("controls", None), ("stored", None)),
+    ],
+)
+def test_each_stage_has_the_context_of_the_method(tmp_path, method, train, test, predict):
+    module, spy = make_module(method()), Spy()
+    trainer = make_trainer(tmp_path, ControlContext(), spy, max_epochs=1)
+    data = Plates()
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    trainer.predict(module, data)
+    assert spy.seen == {
+        ("train", *train), ("val", *test), ("test", *test), ("predict", *predict)
+    }  # fmt: skip
+    assert all(layer.context is None for layer in context_layers(module.network).values())
+    assert module.held is None
+    assert int(module.network.bn1.num_batches_tracked) == (20 if method is ERM else 0)
+
+
+def test_it_learns_and_reports_each_test_set(trained, tmp_path):
+    trainer, module, _ = trained()
+    assert trainer.callback_metrics["val/acc"] > 0.7  # chance is 0.25
+    trainer.test(module, Plates(), verbose=False)
+    found = trainer.callback_metrics
+    for name in ("near", "far"):
+        for metric in ("loss", "acc", "macro_acc", "well_acc", "plate_acc", "worst_plate_acc"):
+            assert f"test/{name}/{metric}" in found
+        assert 0 <= found[f"test/{name}/query_weight"] <= 1
+        assert (tmp_path / "run" / "figures" / f"test_{name}.png").stat().st_size > 1000
+
+
+def test_an_error_leaves_no_context_behind(tmp_path):
+    module = make_module()
+
+    class Stop(Callback):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, ControlContext(), Stop()).fit(module, Plates())
+    assert all(layer.context is None for layer in context_layers(module.network).values())
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def foreign(batch):
+    other = batch["control_domain"].clone()
+    other[:2] += 1
+    return batch | {"control_domain": other}
+
+
+def test_controls_of_another_plate_are_refused_unless_they_are_meant(trained):
+    with pytest.raises(DataError, match=r"2 of the 6 controls.*not of its plate"):
+        trained(data=Plates(foreign))
+    trained(data=Plates(foreign), foreign_controls=True)
+
+
+def test_batches_without_controls(trained):
+    def without(batch):
+        return cut(batch, 0, L, 0)
+
+    with pytest.raises(DataError, match="ControlsOnly was given a batch without controls"):
+        trained(ControlsOnly(), data=Plates(without))
+    with pytest.raises(DataError, match=r"TVN was given 0 control"):
+        trained(TVN(), data=Plates(without))
+    trained(CSARMBN(), data=Plates(without))  # all that is left is ARM-BN
+
+
+def test_batches_of_other_data_are_refused(trained):
+    with pytest.raises(DataError, match="lacks control_domain, kept"):
+        trained(data=Plates(lambda b: {k: b[k] for k in b if k not in ("kept", "control_domain")}))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"predict_with": "queries"}, {"adapt_chunk": 0}, {"record_share": 2.0}]
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        ControlContext(**wrong)
+
+
+def test_synchronised_batchnorm_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, strategy="ddp", sync_batchnorm=True)
+    with pytest.raises(ConfigError, match="sync_batchnorm"):
+        ControlContext().setup(trainer, make_module(), "fit")
+    module = make_module()
+    module.network.bn1 = nn.SyncBatchNorm(4)
+    with pytest.raises(ConfigError, match="sync_batchnorm"):
+        ControlContext().setup(make_trainer(tmp_path), module, "fit")
+
+
+# --- prediction -----------------------------------------------------------------------------------
+
+
+def predicted(trainer, module, data):
+    batches = trainer.predict(module, data)
+    return {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+
+
+@pytest.mark.parametrize("method", [CSARMBN, AdaptiveWeight, ControlsOnly])
+def test_prediction_adapts_once_and_does_not_depend_on_chunks(trained, method):
+    trainer, module, _ = trained(method())
+    found = [predicted(trainer, module, Plates(chunk=chunk)) for chunk in (1, 3, L)]
+    assert len(found[0]["index"]) == 2 * L
+    for other in found[1:]:
+        assert torch.equal(other["index"], found[0]["index"])
+        torch.testing.assert_close(
+            other["probabilities"], found[0]["probabilities"], atol=1e-6, rtol=0
+        )
+
+
+def test_statistics_are_written_with_their_provenance_and_read_again(trained, tmp_path):
+    trainer, module, callback = trained(adapt_chunk=4)  # several chunks of controls
+    first = predicted(trainer, module, Plates())
+    folder = tmp_path / "run" / "statistics"
+    facts = json.loads((folder / "lab_batch_6_plate_6.json").read_text())
+    assert facts["plate"] == "lab|batch 6|plate/6"
+    assert facts["controls"] == N
+    assert facts["control_index"] == [6500 + i for i in range(N)]
+    assert facts["method"] == "AdaptiveWeight"
+    tensors = torch.load(folder / "lab_batch_6_plate_6.pt", weights_only=True)
+    assert tensors["bn1.mean"].shape == (4,)
+    for layer in context_layers(module.network).values():
+        layer.stored.clear()
+
+    def without(batch):
+        return cut(batch, 0, L, 0)
+
+    with pytest.raises(DataError, match="plate/6 came before its controls"):
+        predicted(trainer, module, Plates(without))
+    callback.statistics = str(folder)
+    again = predicted(trainer, module, Plates(without))
+    torch.testing.assert_close(again["probabilities"], first["probabilities"])
+    (folder / "lab_batch_6_plate_6.pt").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        predicted(trainer, module, Plates(without))
+    (folder / "lab_batch_6_plate_6.pt").unlink()
+    with pytest.raises(CheckpointError, match="no statistics of plate"):
+        predicted(trainer, module, Plates(without))
+
+
+def test_prediction_as_in_the_test_keeps_the_controls_of_a_plate(trained):
+    trainer, module, callback = trained(CSARMBN())
+    callback.predict_with = "test"
+    found = predicted(trainer, module, Plates(chunk=3))
+    with torch.no_grad():
+        rows = {k: torch.cat([cut(make_plate(6), 3, 6, N)[k]]) for k in ("query", "control")}
+        network = module.network.eval()
+        from fulgurite.models.cs_arm_bn import context
+
+        with context(network, "union", n_query=3):
+            expected = network(torch.cat([rows["query"], rows["control"]]))[:3].softmax(1)
+    torch.testing.assert_close(found["probabilities"][3:6], expected)
+
+
+def test_padding_and_unlabelled_queries(trained):
+    trainer, module, _ = trained()
+
+    def unlabelled(batch):
+        kept = batch["kept"].clone()
+        kept[-1] = False
+        return batch | {"label": torch.full_like(batch["label"], -1), "kept": kept}
+
+    found = predicted(trainer, module, Plates(unlabelled, chunk=4))
+    assert len(found["index"]) == 2 * (L - 2)
+    assert (found["label"] == -1).all()
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_all_that_evaluation_needs(trained, tmp_path):
+    trainer, module, callback = trained()
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert stored["context_reference"].keys() == context_layers(module.network).keys()
+    metrics = trainer.test(module, Plates(), verbose=False)
+    fresh, other = make_module(), ControlContext()
+    again = make_trainer(tmp_path / "again", other).test(
+        fresh, Plates(), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False
+    )
+    assert again == metrics
+    assert other.profiles.keys() == callback.profiles.keys() == set(Plates().domains[:5])
+
+
+@pytest.mark.parametrize("every", [20, 7])  # at the end of an epoch, and within one
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, every):
+    save = {"every_n_train_steps": every, "save_top_k": -1, "filename": "{step}"}
+    ends = []
+    for name, start in (("whole", None), ("resumed", tmp_path / "whole" / f"step={every}.ckpt")):
+        module = make_module()
+        callbacks = [ControlContext(), ModelCheckpoint(tmp_path / name, **save)]
+        trainer = make_trainer(tmp_path, *callbacks, max_epochs=2, enable_checkpointing=True)
+        trainer.fit(module, Plates(), ckpt_path=start and str(start))
+        ends.append((module.state_dict(), reference_state(module.network)))
+        assert trainer.global_step == 40
+    if every == 20:  # within an epoch, a plain DataLoader starts anew
+        torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+
+
+def test_a_plate_with_strange_controls_is_named(trained):
+    trainer, module, _ = trained()
+
+    def broken(batch):
+        return make_plate(7, gain=0.01) if int(batch["domain"]) == 7 else batch
+
+    with pytest.warns(UserWarning, match=r"plate/7 are unlike those of all training plates"):
+        trainer.test(module, Plates(broken), verbose=False)
+
+
+def test_ordinary_plates_give_no_warning(trained):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*unlike those of all training plates.*")
+        trainer, module, _ = trained()
+        trainer.test(module, Plates(), verbose=False)
+
+
+def test_a_profile_sees_brightness_contrast_and_sharpness():
+    images = torch.randn(20, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    blurred = nn.functional.avg_pool2d(images, 3, 1, 1)
+    blurred *= images.std() / blurred.std()
+    mean, std, sharp = plate_profile(images).view(3, 2)
+    other = plate_profile(blurred).view(3, 2)
+    assert (sharp - other[2] > 0.3).all()
+    torch.testing.assert_close(other[1], std, atol=0.05, rtol=0)
+    torch.testing.assert_close(plate_profile(images + 2).view(3, 2)[0], mean + 2)
+    known = torch.stack([plate_profile(images + 0.1 * i) for i in range(6)])
+    assert outlier_score(plate_profile(images + 0.25), known) < 2
+    assert outlier_score(plate_profile(images + 9), known) > 8
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_validate_and_predict_as_one(fit, start, weights):
+    """Two ranks that accumulate two episodes are one rank that accumulates four."""
+    common = [
+        "--model.init_args.method=fulgurite.models.cs_arm_bn.CSARMBN",
+        "--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.lr=0.1",
+    ]  # fmt: skip
+    ranks = [
+        "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu",
+        "--trainer.accumulate_grad_batches=2", "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+
+    def on_two(command, *options):
+        process = start(command, "--config", SMOKE, *common, *ranks, *options)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+
+    def read(file):
+        return json.loads(Path(file).read_text())
+
+    fit(*common, "--trainer.accumulate_grad_batches=4", "--run.dir=one", config=SMOKE)
+    on_two("fit", "--run.dir=two")
+    one, two = (weights(f"{run}/checkpoints/last.ckpt") for run in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
+    # the same checkpoint: the same metrics, predictions and statistics
+    last = "--ckpt_path=two/checkpoints/last.ckpt"
+    fit(*common, "--run.dir=one", last, command="validate", config=SMOKE)
+    alone, both = read("one/validate_metrics.json"), read("two/summary.json")
+    for key in alone:
+        assert both[key] == pytest.approx(alone[key], abs=1e-6), key
+    fit(*common, "--run.dir=one", last, command="predict", config=SMOKE)
+    on_two("predict", "--run.dir=two", last)
+    files = sorted(Path("one/predict/statistics").glob("*.pt"))
+    assert len(files) == len([*Path("two/predict/statistics").glob("*.pt")]) > 1
+    for file in files:
+        tensors = torch.load(file, weights_only=True)
+        same = torch.load(f"two/predict/statistics/{file.name}", weights_only=True)
+        for key in tensors:
+            torch.testing.assert_close(same[key], tensors[key], atol=1e-6, rtol=0)
+    arrays = [np.load(f) for f in sorted(Path("two/predict").glob("predictions-*.npz"))]
+    found = {key: np.concatenate([a[key] for a in arrays]) for key in ("index", "probabilities")}
+    expected = np.load("one/predict/predictions.npz")
+    order, other = np.argsort(found["index"]), np.argsort(expected["index"])
+    np.testing.assert_array_equal(found["index"][order], expected["index"][other])
+    np.testing.assert_allclose(
+        found["probabilities"][order], expected["probabilities"][other], atol=1e-6
+    )

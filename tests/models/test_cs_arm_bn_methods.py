@@ -1,0 +1,387 @@
+"""What the methods do with a batch of one plate."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.models.cs_arm_bn import (
+    ARMBN,
+    ARMCML,
+    ARMLL,
+    CSARMBN,
+    ERM,
+    TENT,
+    TVN,
+    AdaBN,
+    AdaptiveWeight,
+    ControlsOnly,
+    PlateClassifier,
+    ResNet18,
+    ResNet50,
+    SmallResNet,
+    Weighted,
+    convert_batchnorm,
+    fit_tvn,
+    tvn,
+)
+from fulgurite.models.cs_arm_bn.batchnorm import hold
+
+L, N, K = 6, 9, 4
+ALL = [
+    ERM, AdaBN, ARMBN, CSARMBN, AdaptiveWeight, Weighted, ControlsOnly, ARMCML, ARMLL, TENT, TVN,
+]  # fmt: skip
+
+
+def make_batch(seed=0, domain=0, queries=L, controls=N):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "query": torch.randn(queries, 3, 12, 12, generator=g),
+        "control": 0.5 + 0.8 * torch.randn(controls, 3, 12, 12, generator=g),
+        "label": torch.arange(queries) % K,
+        "index": torch.arange(queries),
+        "control_index": torch.arange(controls),
+        "domain": torch.tensor(domain),
+        "control_domain": torch.full((controls,), domain),
+        "well": torch.arange(queries) // 2,
+        "kept": torch.ones(queries, dtype=torch.bool),
+    }
+
+
+def make_module(method=None, **kwargs):
+    torch.manual_seed(0)
+    return PlateClassifier(
+        lambda c, k: SmallResNet(c, k, width=4), method, num_classes=K, in_channels=3, **kwargs
+    )
+
+
+def logits(module, batch, training=False):
+    with hold(module.network, module.method.context(training=training)) as module.held:
+        module.held.n_query = len(batch["query"])
+        if training:
+            module.method.begin(module.network, [batch], training=True)
+            return module.train().logits(batch)
+        module.eval().method.begin(module.network, (), training=False)
+        out = module.logits(batch)
+        module.method.end(module.network)
+        return out
+
+
+def fitted(method):
+    """A module whose method had a look at training plates, where it needs one."""
+    module = make_module(method)
+    if isinstance(method, TVN):
+        with hold(module.network, method.context(training=True)):
+            plates = [make_batch(i, i) for i in range(3)]
+            method.begin(module.network, plates, training=True)
+    return module
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_learns_from_a_batch(method):
+    module = make_module(method())
+    batch = make_batch()
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(12):
+        loss = F.cross_entropy(logits(module, batch, training=True), batch["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_control_labels_do_not_exist_and_queries_are_all_that_is_returned(method):
+    module = fitted(method())
+    batch = make_batch()
+    out = logits(module, batch)
+    assert out.shape == (L, K)
+    garbage = batch | {"control_label": torch.full((N,), 99)}
+    assert torch.equal(logits(module, garbage), out)
+
+
+@pytest.mark.parametrize(
+    ("method", "uses_queries", "uses_controls"),
+    [
+        (ERM(), False, False),
+        (AdaBN(), True, False),
+        (ARMBN(), True, False),
+        (CSARMBN(), True, True),
+        (CSARMBN(test_source="controls"), False, True),
+        (CSARMBN(test_weight=0.0), False, True),
+        (AdaptiveWeight(), True, True),
+        (Weighted(0.3), True, True),
+        (ControlsOnly(), False, True),
+        (ARMCML(), True, False),
+        (ARMCML(rows="controls"), False, True),
+        (ARMLL(), True, False),
+        (TENT(), True, False),
+        (TVN(), False, True),
+    ],
+)
+def test_what_a_prediction_depends_on(method, uses_queries, uses_controls):
+    module = fitted(method)
+    batch = make_batch()
+    first = logits(module, batch)[0]
+    other = batch | {"query": torch.cat([batch["query"][:1], make_batch(5)["query"][1:]])}
+    assert (not torch.allclose(logits(module, other)[0], first, atol=1e-6)) == uses_queries
+    other = batch | {"control": 2 * make_batch(5)["control"]}
+    assert (not torch.allclose(logits(module, other)[0], first, atol=1e-6)) == uses_controls
+
+
+@pytest.mark.parametrize("method", [CSARMBN, AdaptiveWeight])
+def test_training_is_the_papers(method):
+    """One joint pass, BatchNorm on the concatenation, loss on the queries."""
+    module = make_module(method())
+    plain = SmallResNet(3, K, width=4)
+    plain.load_state_dict(module.network.state_dict())
+    batch = make_batch()
+    rows = torch.cat([batch["query"], batch["control"]])
+    expected = F.cross_entropy(plain.train()(rows)[:L], batch["label"])
+    loss = F.cross_entropy(logits(module, batch, training=True), batch["label"])
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(module.network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_through_the_controls_is_a_choice():
+    for gradient in (True, False):
+        batch = make_batch()
+        batch["control"].requires_grad_()
+        module = make_module(ControlsOnly(gradient=gradient))
+        logits(module, batch, training=True).square().sum().backward()
+        assert bool(batch["control"].grad.any()) == gradient
+
+
+def test_one_query_without_controls_says_nothing_about_the_plate():
+    """ARM-BN on one image sees only its own contrast; CS-ARM-BN sees the plate."""
+    batch = make_batch(queries=1)
+    gains = [batch | {k: g * batch[k] for k in ("query", "control")} for g in (1.0, 4.0)]
+    for method in (ARMBN(), CSARMBN()):
+        one, other = (logits(make_module(method), b) for b in gains)
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)  # a common gain cancels
+    brighter = batch | {"query": 4 * batch["query"]}  # the query alone differs from its plate
+    for method, seen in ((ARMBN(), False), (CSARMBN(), True)):
+        change = logits(make_module(method), brighter) - logits(make_module(method), batch)
+        assert bool(change.abs().max() > 0.02) == seen
+
+
+def test_tent_predicts_then_steps_and_resets_by_plate():
+    module = make_module(TENT(lr=0.05))
+    method, batch, later = module.method, make_batch(0), make_batch(1)
+    before = copy.deepcopy(module.network.state_dict())
+    with torch.inference_mode(), hold(module.network, method.context(training=False)) as held:
+        module.held = held
+        method.begin(module.network, (), training=False)
+        first, second = module.logits(batch), module.logits(batch)
+        assert not torch.allclose(first, second)
+        torch.testing.assert_close(module.logits(batch | {"domain": torch.tensor(1)}), first)
+        module.logits(later)
+        method.end(module.network)
+
+    def entropy(out):
+        return float(-(out.softmax(1) * out.log_softmax(1)).sum(1).mean())
+
+    assert entropy(second) < entropy(first)
+    torch.testing.assert_close(module.network.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(first, logits(make_module(AdaBN()), batch))
+    assert all(p.grad is None for p in module.network.parameters())
+
+
+def test_the_learned_loss_adapts_and_is_learned():
+    module = make_module(ARMLL(inner_lr=0.5))
+    batch = make_batch()
+    with torch.no_grad():
+        adapted = logits(module, batch)
+        assert adapted.requires_grad is False
+    still = make_module(ARMLL(inner_lr=0.0))
+    assert not torch.allclose(adapted, logits(still, batch))
+    torch.testing.assert_close(logits(still, batch), logits(make_module(ARMBN()), batch))
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(module, make_batch()), adapted)
+    F.cross_entropy(logits(module, batch, training=True), batch["label"]).backward()
+    assert all(
+        p.grad is not None and p.grad.any() for p in module.method.loss_net[:-1].parameters()
+    )
+
+
+def test_the_inner_step_is_gradient_descent():
+    module = make_module(ARMLL(inner_lr=0.3))
+    batch = make_batch()
+    expected = copy.deepcopy(module.network)
+    with hold(expected, module.method.context(training=False)):
+        torch.linalg.vector_norm(module.method.loss_net(expected(batch["query"]))).backward()
+        with torch.no_grad():
+            for p in expected.parameters():
+                p -= 0.3 * p.grad
+        out = expected(batch["query"])
+    torch.testing.assert_close(logits(module, batch), out, atol=1e-5, rtol=1e-4)
+
+
+def test_context_channels_join_the_input():
+    module = make_module(ARMCML(channels=5, hidden=8))
+    assert module.network.conv1.in_channels == 8
+    batch = make_batch()
+    with torch.no_grad():
+        mean = module.method.context_net.eval()(batch["query"]).mean(0, keepdim=True)
+        rows = torch.cat([batch["query"], mean.expand(L, -1, -1, -1)], 1)
+        expected = module.network.eval()(rows)
+        torch.testing.assert_close(logits(module, batch), expected)
+
+
+# --- TVN ------------------------------------------------------------------------------------------
+
+
+def test_tvn_aligns_plates():
+    g = torch.Generator().manual_seed(0)
+    mixing = torch.randn(2, 6, 6, generator=g).double()
+    clean = torch.randn(2, 200, 6, generator=g).double()
+    plates = [clean[i] @ mixing[i] + 3 * i for i in range(2)]
+    reference = fit_tvn(torch.cat(plates), torch.arange(2).repeat_interleave(200), ridge=1e-9)
+    aligned = [tvn(reference, x, x, ridge=1e-9) for x in plates]
+    for images, bound in ((plates, (0.5, 9.0)), (aligned, (0.0, 0.01))):
+        covariances = [torch.cov(x.T) for x in images]
+        difference = (covariances[0] - covariances[1]).norm() / covariances[0].norm()
+        assert bound[0] <= difference <= bound[1]
+    torch.testing.assert_close(aligned[0].mean(0), aligned[1].mean(0))
+
+
+def test_tvn_is_its_definition():
+    """Against a direct computation, for one plate, where alignment is the identity."""
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).double()
+    reference = fit_tvn(z, torch.zeros(50))
+    own = tvn(reference, z, z)
+    standard = (z - z.mean(0)) / z.std(0, correction=0)
+    _, axes = torch.linalg.eigh(torch.cov(standard.T))
+    u = standard @ axes
+    torch.testing.assert_close(own.abs(), (u / u.std(0, correction=0)).abs(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 30])
+def test_tvn_survives_few_controls_and_constant_features(size):
+    g = torch.Generator().manual_seed(2)
+    controls = torch.randn(size, 40, generator=g)
+    controls[:, 3] = 1.0
+    reference = fit_tvn(controls, torch.arange(size) % 2)
+    out = tvn(reference, torch.randn(5, 40, generator=g), controls[:1])
+    assert out.isfinite().all()
+    with pytest.raises(DataError, match="without controls"):
+        tvn(reference, controls, controls[:0])
+    with pytest.raises(DataError, match="1 control"):
+        fit_tvn(controls[:1], torch.zeros(1))
+
+
+def test_tvn_trains_a_linear_head_only():
+    module = fitted(TVN())
+    learning = {n for n, p in module.named_parameters() if p.requires_grad}
+    assert learning == {"method.head.weight", "method.head.bias"}
+    with pytest.raises(ConfigError, match="not fitted"):
+        logits(make_module(TVN()), make_batch())
+
+
+# --- the module -----------------------------------------------------------------------------------
+
+
+def test_one_checkpoint_fits_all_methods_without_parameters():
+    state = make_module(ERM()).state_dict()
+    for method in (AdaBN(), ARMBN(), CSARMBN(), AdaptiveWeight(), ControlsOnly(), TENT()):
+        make_module(method).load_state_dict(state)
+
+
+def test_a_network_starts_from_a_checkpoint(tmp_path):
+    trained = make_module(ERM())
+    with torch.no_grad():
+        trained.network.conv1.weight.zero_()
+    file = tmp_path / "erm.ckpt"
+    torch.save({"state_dict": trained.state_dict()}, file)
+    assert not make_module(TVN(), weights=str(file)).network.conv1.weight.any()
+    torch.save(trained.network.state_dict(), file)
+    assert not make_module(weights=str(file)).network.conv1.weight.any()
+    with pytest.raises(CheckpointError, match="not a file"):
+        make_module(weights=str(tmp_path / "none.ckpt"))
+    torch.save({"state_dict": {"network.conv1.weight": torch.zeros(1)}}, file)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        make_module(weights=str(file))
+    file.write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        make_module(weights=str(file))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: PlateClassifier(SmallResNet, num_classes=1), "num_classes=1"),
+        (lambda: CSARMBN(test_source="stored"), "test_source"),
+        (lambda: CSARMBN(test_weight=2.0), "weight=2.0"),
+        (lambda: Weighted(-0.1), "weight=-0.1"),
+        (lambda: ARMCML(rows="all"), "rows"),
+        (lambda: ARMLL(rows="controls"), "rows"),
+        (lambda: TENT(steps=0), "steps=0"),
+        (lambda: SmallResNet(3, 4, input_norm="plate"), "input_norm"),
+        (lambda: PlateClassifier(lambda c, k: nn.Linear(c, k)), "no BatchNorm"),
+        (lambda: PlateClassifier(NoHead, TVN(), num_classes=K, in_channels=3), "features"),
+    ],
+)
+def test_wrong_settings_are_refused(make, match):
+    with pytest.raises(ConfigError, match=match):
+        make()
+
+
+class NoHead(nn.Sequential):
+    def __init__(self, channels, classes):
+        super().__init__(nn.Conv2d(channels, classes, 1), nn.BatchNorm2d(classes))
+
+
+def test_nothing_runs_without_a_context():
+    with pytest.raises(ConfigError, match="ControlContext"):
+        make_module().logits(make_batch())
+
+
+@pytest.mark.parametrize("label", [-1, K])
+def test_labels_outside_the_classes_are_refused_in_training(label):
+    batch = make_batch()
+    batch["label"][2] = label
+    with pytest.raises(DataError, match="labels from"):
+        make_module().training_step(batch, 0)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "dim"),
+    [
+        (SmallResNet(5, 3, width=4), (2, 5, 8, 8), 16),
+        (ResNet18(5, 3), (2, 5, 8, 8), 512),
+        (ResNet50(5, 3), (2, 5, 65, 40), 2048),
+        (ResNet50(5, 3, stem="cifar", input_norm="context"), (2, 5, 8, 8), 2048),
+    ],
+)
+def test_networks(network, shape, dim):
+    network = convert_batchnorm(network).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert network.features(x).shape == (2, dim)
+        torch.testing.assert_close(
+            network(x), (getattr(network, "head", None) or network.fc)(network.features(x))
+        )
+
+
+def test_the_papers_network_shrinks_by_pooling_only():
+    network = ResNet50(5, 8)
+    convolutions = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    assert {n for n, m in convolutions.items() if m.stride != (1, 1)} == {"conv1"}
+    assert sum(isinstance(m, nn.AvgPool2d) for m in network.modules()) == 6
+    x = torch.randn(1, 5, 96, 96)
+    with torch.no_grad():
+        x = F.max_pool2d(network.conv1(x), 3, 2, padding=1)
+        for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+            x = stage.eval()(x)
+    assert x.shape == (1, 2048, 3, 3)

@@ -1,0 +1,104 @@
+"""Metrics of images, wells and plates, on one rank and on several."""
+
+import pytest
+import torch
+
+from fulgurite.models.cs_arm_bn.metrics import (
+    Predictions,
+    by_domain,
+    confusion,
+    joined,
+    rows_of,
+    scores,
+)
+
+K = 3
+
+
+def make_batch(index, domain, seed=0, kept=None):
+    index = torch.as_tensor(index)
+    return {
+        "index": index,
+        "domain": torch.tensor(domain),
+        "well": 10 * domain + index // 2,
+        "label": index // 2 % K,
+        "kept": torch.ones(len(index), dtype=torch.bool) if kept is None else torch.tensor(kept),
+    }
+
+
+def logits(n, seed):
+    return torch.randn(n, K, generator=torch.Generator().manual_seed(seed))
+
+
+def test_batches_repeated_by_a_sampler_count_once():
+    """Two ranks, three batches: the sampler gives the second rank the first batch again."""
+    batches = [make_batch(range(4 * i, 4 * i + 4), i % 2) for i in range(3)]
+    parts = [rows_of(b, logits(4, i)) for i, b in enumerate(batches)]
+    ranks = [[parts[0], parts[2]], [parts[1], parts[0]]]
+    alone = joined(parts, K)
+    for order in (ranks, ranks[::-1]):
+        both = joined([part for rank in order for part in rank], K)
+        for ours, theirs in zip(both, alone, strict=True):
+            assert torch.equal(ours, theirs)  # so every metric is equal to the last bit
+    assert len(alone.row) == 12
+    assert scores(alone)["acc"] == pytest.approx(
+        float(torch.cat([p.log_probs.argmax(1) == p.label for p in parts]).float().mean())
+    )
+
+
+def test_an_image_of_two_different_batches_counts_twice():
+    first, second = make_batch([1, 2, 3], 0), make_batch([3, 2, 7], 0)
+    both = joined([rows_of(first, logits(3, 0)), rows_of(second, logits(3, 1))], K)
+    assert sorted(both.row.tolist()) == [1, 2, 2, 3, 3, 7]
+
+
+def test_padding_and_unknown_labels_do_not_count():
+    batch = make_batch([1, 2, 3, 1], 0, kept=[True, True, True, False])
+    batch["label"][1] = -1
+    assert rows_of(batch, logits(4, 0)).row.tolist() == [1, 3]
+
+
+def predictions(label, predicted, domain=None, well=None):
+    label, predicted = torch.tensor(label), torch.tensor(predicted)
+    n = torch.arange(len(label))
+    log_probs = torch.full((len(n), K), 0.1).scatter(1, predicted[:, None], 0.8).log()
+    domain = n * 0 if domain is None else torch.tensor(domain)
+    return Predictions(n, n, domain, n if well is None else torch.tensor(well), label, log_probs)
+
+
+def test_macro_counts_classes_alike_and_the_worst_plate_shows():
+    rows = predictions([0, 0, 0, 1], [0, 0, 0, 2], domain=[0, 0, 1, 1])
+    found = scores(rows)
+    assert found["acc"] == 0.75
+    assert found["macro_acc"] == 0.5
+    assert by_domain(rows) == {0: 1.0, 1: 0.5}
+    assert (found["plate_acc"], found["worst_plate_acc"]) == (0.75, 0.5)
+    assert found["loss"] == pytest.approx(
+        -(3 * torch.tensor(0.8).log() + torch.tensor(0.1).log()) / 4
+    )
+
+
+def test_a_well_is_decided_by_all_its_sites():
+    rows = predictions([0, 0, 0, 1, 1, 1], [0, 0, 2, 2, 2, 1], well=[5, 5, 5, 9, 9, 9])
+    found = scores(rows)
+    assert found["acc"] == 0.5
+    assert found["well_acc"] == found["well_macro_acc"] == 0.5
+    unsure = rows._replace(
+        log_probs=torch.tensor(
+            [[0.4, 0.6, 0], [0.4, 0.6, 0], [0.9, 0.1, 0]] + [[0, 1.0, 0]] * 3
+        ).log()
+    )
+    assert scores(unsure)["well_acc"] == 1.0  # probabilities are averaged, not votes
+
+
+def test_confusion_adds_up():
+    g = torch.Generator().manual_seed(0)
+    label, predicted = torch.randint(K, (2, 50), generator=g)
+    counts = confusion(label, predicted, K)
+    assert counts.sum() == 50
+    assert counts.diag().sum() == (label == predicted).sum()
+    assert torch.equal(counts.sum(1), torch.bincount(label, minlength=K))
+
+
+def test_nothing_predicted_is_no_metric():
+    assert scores(joined([], K)) == {}
