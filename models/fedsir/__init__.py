@@ -5,8 +5,9 @@ The pure functions are imported on first use, so that importing this package cos
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.models.fedsir.aggregation import (
@@ -81,7 +82,6 @@ _MODULES = {
         "similarity",
     ),
 }
-_WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ClassSpectra",
@@ -115,12 +115,4 @@ __all__ = [
     "split_clients",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_attributes(__name__, _MODULES)

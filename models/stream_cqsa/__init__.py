@@ -5,8 +5,9 @@ The parts are imported on first use, so that importing this package costs nothin
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.models.stream_cqsa.losses import (
@@ -27,7 +28,6 @@ _MODULES = {
     "module": ("LanguageModel", "MaskedLanguageModel"),
     "network": ("Decoder", "Encoder", "HuggingFaceCausalLM", "LanguageNetwork"),
 }
-_WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Decoder",
@@ -41,12 +41,4 @@ __all__ = [
     "token_scores",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_attributes(__name__, _MODULES)
