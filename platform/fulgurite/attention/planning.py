@@ -255,6 +255,7 @@ class Plan:
                 f"{shape.heads} heads ({shape.kv_heads} key/value), D = {shape.head_dim}, "
                 f"{str(shape.dtype).removeprefix('torch.')}",
                 f"schedule  {self.schedule}: {how}",
+                f"tasks     {self.task_count * sum(1 for _ in self.head_slices())}",
                 f"budget    {limit}",
                 f"peak      {format_bytes(self.peak_bytes)}",
                 f"moved     {format_bytes(self.moved_bytes)}, if the tensors are elsewhere",

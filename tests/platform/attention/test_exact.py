@@ -428,7 +428,15 @@ def test_a_plan_explains_itself():
     query = torch.empty(1, 8, 2**20, 64, device="meta", dtype=torch.bfloat16)
     key = torch.empty(1, 2, 2**20, 64, device="meta", dtype=torch.bfloat16)
     text = plan(query, key, is_causal=True, enable_gqa=True, memory_budget="64MiB").explain()
-    for part in ("1048576 queries", "8 heads (2 key/value)", "bfloat16", "64 MiB", "rect", "peak"):
+    for part in (
+        "1048576 queries",
+        "8 heads (2 key/value)",
+        "bfloat16",
+        "64 MiB",
+        "rect",
+        "peak",
+        "tasks",
+    ):
         assert part in text
 
 
