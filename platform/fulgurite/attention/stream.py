@@ -106,7 +106,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Out (B, H, M, D) in the type of query and lse (B, H, M)."""
     is_direct = plan.is_direct and device == query.device
-    kernel, is_causal = kernel_for(device, query.dtype, prefer=plan.kernel), plan.visible.is_causal
+    kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
+    is_causal = plan.visible.is_causal
     if is_direct and plan.schedule == "whole":
         return kernel.forward(query, key, value, is_causal=is_causal, scale=scale)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -157,10 +158,8 @@ def _backward(
         device: Where kernels run.
     """
     is_direct = plan.is_direct and device == rows[1].device
-    kernel, is_causal = (
-        kernel_for(device, rows[1].dtype, prefer=plan.kernel),
-        plan.visible.is_causal,
-    )
+    kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
+    is_causal = plan.visible.is_causal
     if is_direct and plan.schedule == "whole":
         return kernel.backward(*_in_order(rows, keys), is_causal=is_causal, scale=scale)
     results = tuple(torch.empty_like(x) for x in (rows[1], *keys))
