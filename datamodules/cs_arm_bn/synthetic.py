@@ -35,7 +35,7 @@ __all__ = ["NEGATIVE_CONTROL", "SyntheticPlates", "class_wells", "control_wells"
 NEGATIVE_CONTROL = "JCP2022_033924"
 _EMPTY = "JCP2022_999999"
 _ROWS = "ABCDEFGHIJKLMNOP"
-_VERSION = 1  # of the code that generates: a change makes other plates
+_VERSION = 2  # of the code that generates: a change makes other plates
 
 #: Wells of each positive control on every COMPOUND plate of JUMP. Source: card section 2.2.
 _CLASS_WELLS = {
@@ -60,7 +60,7 @@ _NAMES = {
     "JCP2022_085227": ("poscon", "aloxistatin"),
 }
 # Where files lie on the machine that is named in a table of the PathName form.
-_ELSEWHERE = "/home/ubuntu/bucket/"
+_ELSEWHERE = "/mnt/bucket/"
 _BUCKET = "s3://cellpainting-gallery/"
 #: Instruments: the second laboratory differs as source_8 from source_3 (card sections 2.1, 6.3).
 _LABS = (

@@ -33,7 +33,7 @@ TINY = {
     "wells_per_class": 1,
     "controls": 4,
 }
-ELSEWHERE = {"s3://cellpainting-gallery/": "", "/home/ubuntu/bucket/": ""}
+ELSEWHERE = {"s3://cellpainting-gallery/": "", "/mnt/bucket/": ""}
 
 
 @pytest.fixture(scope="module")
