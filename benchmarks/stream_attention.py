@@ -237,9 +237,9 @@ def main() -> None:
 
 NOTES = """
 One head of 64 numbers, float32, one thread. The budget is a share of the bytes of query, key, value
-and out together; all calls take turns, from 32,768 tokens on once. Ratios above 1 are slower than one call of
-`F.scaled_dot_product_attention`. The last column is the planner's time, with the machine's measured
-costs, over that measured.
+and out together; all calls take turns, from 32,768 tokens on once. Ratios above 1 are slower than
+one call of `F.scaled_dot_product_attention`. The last column is the planner's time, with the
+machine's measured costs, over that measured.
 """
 
 SCHEDULES = """
