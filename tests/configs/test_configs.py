@@ -41,7 +41,7 @@ def test_it_parses_to_what_it_says(name):
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("quick", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_cell_of_a_comparison_parses(name, quick):
     plan = read_plan(name, quick=quick)
     one_each = {

@@ -309,6 +309,7 @@ def test_chosen_classes_are_numbered_by_identifier(bucket):
 # --- real tables ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_real_plate_tables(tmp_path):
     """The published plate and control tables; wells by JUMP's map, images by name only."""
