@@ -280,9 +280,7 @@ class ControlContext(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Check the batch."""
-        held = self._check(pl_module, batch)
-        held.used = self._weights.setdefault(dataloader_idx, [])
-        self._look(trainer, batch)
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_predict_batch_start(
         self,
@@ -342,9 +340,7 @@ class ControlContext(Callback):
         return held
 
     def _name(self, trainer: Trainer, batch: Any) -> str:
-        number = int(batch["domain"])
-        domains = getattr(getattr(trainer, "datamodule", None), "domains", ())
-        return str(domains[number]) if 0 <= number < len(domains) else str(number)
+        return _plate_name(trainer, int(batch["domain"]))
 
     # --- quality of controls ---------------------------------------------------------------------
 
@@ -441,14 +437,11 @@ class ControlContext(Callback):
         assert isinstance(pl_module, PlateClassifier)
         if not (self.figures and trainer.is_global_zero):
             return
-        data = getattr(trainer, "datamodule", None)
         for name, rows in pl_module.results.items():
             if len(rows.row):
-                self._draw(trainer, name, rows, data, pl_module.num_classes)
+                self._draw(trainer, name, rows, pl_module.num_classes)
 
-    def _draw(
-        self, trainer: Trainer, name: str, rows: Predictions, data: Any, classes: int
-    ) -> None:
+    def _draw(self, trainer: Trainer, name: str, rows: Predictions, classes: int) -> None:
         counts = confusion(rows.label, rows.log_probs.argmax(1), classes).numpy().astype(float)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         share[counts.sum(1) == 0] = np.nan
@@ -458,14 +451,19 @@ class ControlContext(Callback):
             ylabel="true class", limits=(0, 1),
         )  # fmt: skip
         plates = sorted(by_domain(rows).items(), key=lambda item: item[1])
-        domains = getattr(data, "domains", ())
-        labels = [str(domains[d]) if d < len(domains) else str(d) for d, _ in plates]
+        labels = [_plate_name(trainer, domain) for domain, _ in plates]
         ax = axes[0][1]
         ax.barh(range(len(plates)), [value for _, value in plates])
         if len(plates) <= 30:
             ax.set_yticks(range(len(plates)), labels, fontsize=6)
         ax.set(title="accuracy by plate", xlim=(0, 1), xlabel="accuracy on images")
         log_figure(trainer, f"test_{_file(name)}", figure)
+
+
+def _plate_name(trainer: Trainer, number: int) -> str:
+    """What the data call a plate; its number where they do not."""
+    domains = getattr(getattr(trainer, "datamodule", None), "domains", ())
+    return str(domains[number]) if 0 <= number < len(domains) else str(number)
 
 
 def _file(name: str) -> str:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fulgurite.sampling import rank_and_world
+
 __all__ = ["Predictions", "by_domain", "confusion", "gather", "joined", "rows_of", "scores"]
 
 
@@ -95,9 +97,10 @@ def _unique(key: Tensor) -> tuple[Tensor, Tensor]:
 
 def gather(parts: list[Predictions], num_classes: int) -> Predictions:
     """:func:`joined` over all ranks; every rank gets the same."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    world = rank_and_world()[1]
+    if world == 1:
         return joined(parts, num_classes)
-    everyone: list[list[Predictions]] = [[] for _ in range(dist.get_world_size())]
+    everyone: list[list[Predictions]] = [[] for _ in range(world)]
     dist.all_gather_object(everyone, [joined(parts, num_classes)])
     return joined([part for own in everyone for part in own], num_classes)
 

@@ -29,6 +29,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import (
 )
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
 from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores
+from fulgurite.sampling import rank_and_world
 
 __all__ = ["PlateClassifier"]
 
@@ -172,9 +173,9 @@ class PlateClassifier(SystemModule):
 
     def _share(self) -> None:
         """Average running statistics and references over the ranks: each saw other plates."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        world = rank_and_world()[1]
+        if world == 1:
             return
-        world = dist.get_world_size()
         for layer in context_layers(self.network).values():
             values = [b for b in layer.buffers() if b.is_floating_point()]
             if layer.reference is not None:

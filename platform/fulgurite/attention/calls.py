@@ -189,7 +189,9 @@ def column_count(plan: Plan) -> int:
 
 def row_count(plan: Plan) -> int:
     """Units of :func:`row_steps`."""
-    return sum(len(t.rows) for t in plan.tasks()) * sum(1 for _ in plan.head_slices())
+    # a tile of queries is one row; how many a quorum has depends on what is seen
+    rows = sum(len(t.rows) for t in plan.tasks()) if plan.merges else plan.task_count
+    return rows * sum(1 for _ in plan.head_slices())
 
 
 def _halved(task: Task, index: int, halvings: int) -> list[tuple[Task, int]]:

@@ -272,19 +272,18 @@ def attend_files_backward(
     _check("lse", lse, query.shape[:-1], wide)
     scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
     inputs = {"grad": grad, "query": query, "key": key, "value": value, "out": out}
-    results, rows = (dquery, dkey, dvalue), row_count(plan)
+    results = dquery, dkey, dvalue
     with _Journal.opened(
         folder, plan, scale, (*inputs.values(), lse), results, memory_budget
     ) as log:
-        total = rows + column_count(plan)
+        total = row_count(plan) + column_count(plan)
         with bar("gradients", total, done=len(log.done), show=progress) as advance:
             for unit in gradient_units(
                 grad, query, key, value, out, lse, plan, scale, device=where, done=log.done
             ):
                 if check_finite and not all(bool(x.isfinite().all()) for x in unit.grads):
                     _refuse(inputs, unit.at)
-                targets = (0,) if unit.number < rows else (1, 2)
-                log.overwrite(unit.number, unit.at, dict(zip(targets, unit.grads, strict=True)))
+                log.overwrite(unit.number, unit.at, unit.by_result)
                 advance(unit.grads[0].shape[2])
                 del unit
     if share != (0, 1):

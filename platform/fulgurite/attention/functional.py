@@ -25,6 +25,7 @@ from fulgurite.attention.planning import (
 from fulgurite.attention.stream import StreamedAttention
 from fulgurite.attention.tiles import Visibility
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.sampling import rank_and_world
 
 __all__ = ["plan", "stream_attention"]
 
@@ -269,9 +270,7 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
 
 def ranks_share(distributed: bool) -> tuple[int, int]:
     """Rank and number of ranks that share a call."""
-    if distributed and dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return rank_and_world() if distributed else (0, 1)
 
 
 def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | None:

@@ -129,7 +129,7 @@ def _forward(
     if plan.merges and out.dtype != lse.dtype:
         total = torch.empty_like(out, dtype=lse.dtype)
     clear_(total, lse)
-    with _bar(plan, row_count(plan)) as advance:
+    with _bar(plan, row_count) as advance:
         for unit in units(query, key, value, plan, scale, device=device):
             commit_(unit, total, lse, merge=plan.merges)
             advance(unit.out.shape[2])
@@ -172,12 +172,10 @@ def _backward(
             del found, part  # or they would take memory beside the next
     elif plan.passes == 2:
         units_ = gradient_units(*_in_order(rows, keys), plan, scale, device=device)
-        count = row_count(plan)
-        with _bar(plan, count + column_count(plan)) as advance:
+        with _bar(plan, lambda plan: row_count(plan) + column_count(plan)) as advance:
             for unit in units_:
-                targets = results[:1] if unit.number < count else results[1:]
-                for target, part in zip(targets, unit.grads, strict=True):
-                    target[unit.at] = part
+                for i, part in unit.by_result.items():
+                    results[i][unit.at] = part
                 advance(part.shape[2])
                 del unit, part
         if plan.share != (0, 1):
@@ -208,7 +206,7 @@ def _accumulate(
     in_place = plan.adds_in_place and device == rows[1].device
     feed = Feed.between(rows[1].device, device)
     wide = rows[3].dtype
-    with _bar(plan, row_count(plan)) as advance:
+    with _bar(plan, row_count) as advance:
         for batch, heads, shared in plan.head_slices():
             at = ((batch, heads), (batch, shared), (batch, shared))
             parts = [result[place] for result, place in zip(results, at, strict=True)]
@@ -268,5 +266,6 @@ def _add_(
             total[:, :, start:stop] += part[:, :, offset : offset + stop - start]
 
 
-def _bar(plan: Plan, rows: int) -> AbstractContextManager[Callable[[int], None]]:
-    return bar(f"attention ({plan.schedule})", rows, show=plan.seconds > LONG)
+def _bar(plan: Plan, count: Callable[[Plan], int]) -> AbstractContextManager[Callable[[int], None]]:
+    show = plan.seconds > LONG  # rows are counted for a bar alone: they can be many
+    return bar(f"attention ({plan.schedule})", count(plan) if show else 0, show=show)

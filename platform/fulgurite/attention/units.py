@@ -56,6 +56,11 @@ class GradientUnit(NamedTuple):
     at: At
     grads: tuple[Tensor, ...]
 
+    @property
+    def by_result(self) -> dict[int, Tensor]:
+        """The gradients by their place among those of query, key and value."""
+        return dict(enumerate(self.grads, start=0 if len(self.grads) == 1 else 1))
+
 
 _U = TypeVar("_U", Unit, GradientUnit)
 
