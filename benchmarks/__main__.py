@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-ALL = ("fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "stream_attention", "startup")
+ALL = (
+    "fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "stream_attention", "plates",
+    "startup",
+)  # fmt: skip
 GPU = ("stream_gpu",)  # only by name
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ TRAINER_DEFAULTS = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "devices
 
 # What a model takes from the data: each of these constructor arguments of the model is set from
 # the attribute of the same name of the DataModule.
-LINKS = ("num_classes", "in_channels")
+LINKS = ("num_classes", "in_channels", "vocab_size")
 
 
 class SaveRun(SaveConfigCallback):
@@ -252,9 +253,13 @@ class FulguriteCLI(LightningCLI):
         mode = getattr(self.model, "mode", "min")
         return [ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **place), last]
 
+    @property
+    def _metrics(self) -> dict[str, float]:
+        return {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+
     def _write_metrics(self, file: str) -> None:
         if not self.fast and self.trainer.is_global_zero:
-            metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+            metrics = self._metrics
             if not metrics:
                 print(f"{self.config.subcommand}: nothing left to do; see trainer.max_epochs")
                 return
@@ -267,13 +272,20 @@ class FulguriteCLI(LightningCLI):
         """Write ``summary.json``."""
         self._write_metrics("summary.json")
 
-    def after_test(self) -> None:
-        """Write ``test_metrics.json``."""
-        self._write_metrics("test_metrics.json")
+    def test(self, **kwargs: Any) -> None:
+        """Test, print the metrics once, and write ``test_metrics.json``."""
+        self._evaluate("test", **kwargs)
 
-    def after_validate(self) -> None:
-        """Write ``validate_metrics.json``."""
-        self._write_metrics("validate_metrics.json")
+    def validate(self, **kwargs: Any) -> None:
+        """Validate, print the metrics once, and write ``validate_metrics.json``."""
+        self._evaluate("validate", **kwargs)
+
+    def _evaluate(self, command: str, *, verbose: bool = True, **kwargs: Any) -> None:
+        # Lightning's own table repeats each metric for every loader
+        getattr(self.trainer, command)(verbose=False, **kwargs)
+        if verbose and self.trainer.is_global_zero:
+            print(metrics_table(self._metrics))
+        self._write_metrics(f"{command}_metrics.json")
 
     def predict(self, **kwargs: Any) -> None:
         """Predict, and write ``predictions.npz`` (one array per key of the step's dictionary)."""
@@ -294,6 +306,26 @@ class FulguriteCLI(LightningCLI):
         with atomic_write(self.folder / name) as temporary, Path(temporary).open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         print(f"predict: recorded in {self.folder / name}")
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """Metrics as text, with a column for each set that they are of.
+
+    Example:
+        >>> print(metrics_table({"test/a/acc": 0.5, "test/b/acc": 0.25, "test/a/loss": 2.0}))
+              test/a  test/b
+        acc      0.5    0.25
+        loss       2
+    """
+    cells: dict[str, dict[str, str]] = {}
+    for name, value in metrics.items():
+        group, _, metric = name.rpartition("/")
+        cells.setdefault(metric, {})[group] = f"{value:.4g}"
+    groups = list(dict.fromkeys(group for row in cells.values() for group in row))
+    lines = [["", *groups], *([m, *(row.get(g, "") for g in groups)] for m, row in cells.items())]
+    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    padded = ([name.ljust(first), *map(str.rjust, row, widths)] for name, *row in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 class _Parsed(Exception):
@@ -423,6 +455,7 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
             f"There is no command '{argv[0] if argv else ''}'.",
             f"Did you mean '{near[0]}'?" if near else "`fulgurite --help` lists the commands.",
         )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     program, before = sys.argv, os.environ.get(RUN_DIR_VARIABLE)
     # a strategy that launches processes gives them sys.argv
     sys.argv = [program[0], *argv]
@@ -433,6 +466,10 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
         if before is None and (made := os.environ.pop(RUN_DIR_VARIABLE, None)):
             with suppress(OSError):  # a run that failed before it wrote anything leaves no folder
                 Path(made).rmdir()
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()  # Lightning 2.6 recommends a service each time
 
 
 def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
@@ -447,6 +484,9 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
             # an evaluation has a run folder of its own and writes no checkpoints
             warnings.filterwarnings("ignore", "The dirpath has changed")
+            # Lightning 2.6 calls jsonargparse by names that 4.49 deprecates
+            jsonargparse = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
+            warnings.filterwarnings("ignore", jsonargparse)
             return FulguriteCLI(argv, only_parse=only_parse)
     except Exception as error:
         if ours := _cause(error):

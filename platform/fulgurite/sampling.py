@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ def training_progress(trainer: Trainer | None) -> tuple[int, int]:
         return epoch.processed, 0
     if batches.is_last_batch:  # only the end of the epoch is left
         return epoch.processed + 1, 0
+    if batches.current.processed:  # Lightning knows only loaders with a state of their own
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     return epoch.processed, batches.current.processed
 
 

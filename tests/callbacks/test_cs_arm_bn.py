@@ -1,6 +1,8 @@
 """The context around each step, adaptation to a plate, and what is written of it."""
 
 import json
+import signal
+import time
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -356,6 +358,39 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, every):
         assert trainer.global_step == 40
     if every == 20:  # within an epoch, a plain DataLoader starts anew
         torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+
+
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(fit, start):
+    """The reference is recorded in steps 6 to 8 of an epoch; the run is taken up at step 7."""
+    options = (
+        "--data.init_args.steps_per_epoch=8", "--trainer.max_epochs=5",
+        "--trainer.callbacks.record_share=0.375",
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=15", "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.filename={step}",
+    )  # fmt: skip
+    process = start(
+        "fit", "--config", SMOKE, "--run.dir=killed", *options,
+        "--trainer.callbacks.dirpath=killed/steps", "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    fit("--run.dir=whole", *options, "--trainer.callbacks.dirpath=whole/steps", config=SMOKE)
+    kept, later = (Path(f"killed/steps/step={step}.ckpt") for step in (15, 30))
+    deadline = time.monotonic() + 120
+    while not later.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = ("--run.dir=resumed", f"--ckpt_path={kept}")
+    fit(*resumed, *options, "--trainer.callbacks.dirpath=resumed/steps", config=SMOKE)
+    whole, rest = (
+        torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)
+        for run in ("whole", "resumed")
+    )
+    for part in ("state_dict", "context_reference", "optimizer_states"):
+        torch.testing.assert_close(rest[part], whole[part], rtol=0, atol=0)
+    assert rest["global_step"] == whole["global_step"] == 40
 
 
 def test_a_plate_with_strange_controls_is_named(trained):

@@ -339,7 +339,7 @@ def test_later_layers_win_and_come_last(place):
     )
     half = read_plan(file).cells()[1]
     assert half.id == "m__noise=half__k=1__seed=0"
-    assert half.options[2:] == (
+    assert half.candidates[0].fit[2:] == (
         "--model.method=B",
         "--model.method.x=1",
         "--p=0.5",
@@ -385,11 +385,140 @@ def test_quick_changes(place):
         ({"quick": {"methods": ["zz"]}}, "quick.methods names 'zz'"),
         ({"quick": {"settings": {"p": [0.7]}}}, "quick.settings.p names '0.7'"),
         ({"quick": {"methods": ["b"]}}, "baseline 'a'"),
+        ({"tests": {"p": {"key": "q", "values": [1]}}}, "'p' is both under settings and"),
+        ({"tests": {"q": {}}}, r"tests\.q has no values"),
+        ({"tune": {"grid": {}}}, "tune has no grid"),
+        ({"tune": {"grids": {}}}, "Did you mean 'grid'"),
+        ({"tune": {"mode": "least", "grid": {"q": {"x": {}}}}}, "tune.mode is 'least'"),
+        ({"after_fit": None, "tests": {"q": {"x": {}}}}, "Nothing is evaluated after the fit"),
+        ({"methods": {"a": {"after": {"z": "k"}}}}, "names 'z', which is no method"),
+        ({"methods": {"a": {"after": {"b": "k", "c": "l"}}}}, "names 2 methods"),
+        (
+            {"methods": {"a": {}, "b": {"after": {"a": "k"}}, "c": {"after": {"b": "k"}}}},
+            "names 'b', which is no method",
+        ),
     ],
 )
 def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):
     with pytest.raises(ConfigError, match=says):
         read_plan(write(place, **changes), quick="quick" in changes).cells()
+
+
+SHARED_RUNNER = """
+import json, os, pathlib
+
+
+def main(argv):
+    command, *options = argv
+    given, words = {}, list(options)
+    while words:
+        word = words.pop(0)
+        key, eq, value = word[2:].partition("=")
+        given[key] = value if eq else words.pop(0)
+    with open(os.environ["RUNS"], "a") as file:
+        print(command, given["method"], given["lr"], given["seed_everything"], file=file)
+    run = pathlib.Path(given["run.dir"])
+    run.mkdir(parents=True)
+    if command == "fit":
+        if given.get("trouble") == given["lr"] and os.environ.get("TROUBLE") != "off":
+            raise ValueError("the loss is a potato")
+        before = pathlib.Path(given["start"]).read_text() + ">" if "start" in given else ""
+        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "last.ckpt").write_text(before + given["method"] + given["lr"])
+        return 0
+    # seed 0 likes the small rate, others the large one; "adapts" turns that round
+    weights = pathlib.Path(given["ckpt_path"]).read_text()
+    likes = ("0.1" if int(given["seed_everything"]) else "0.01", "nan")
+    good = weights.endswith(likes) != (given.get("adapts") == "true")
+    found = {"val/acc": 0.8 if good else 0.3}
+    if command == "test":
+        found = {"test/acc": float(len(weights)), "test/shift": float(given["shift"])}
+    (run / f"{command}_metrics.json").write_text(json.dumps(found))
+    return 0
+"""
+
+SHARED = {
+    "config": "base.yaml",
+    "methods": {
+        "erm": {"args": {"method": "erm"}},
+        "adapted": {"args": {"method": "erm"}, "test_args": {"adapts": True}},
+        "on_top": {"args": {"method": "top"}, "after": {"erm": "start"}},
+    },
+    "tests": {"shift": {"key": "shift", "values": [0, 1, 2]}},
+    "tune": {"metric": "val/acc", "grid": {"lr": {"key": "lr", "values": [0.01, 0.1]}}},
+    "also": ["test/shift"],
+    "settings": None,
+    "baseline": "erm",
+    "seeds": [0, 1],
+    "quick": None,
+}
+
+
+@pytest.fixture
+def shared(place):
+    (place / "shared_runner.py").write_text(SHARED_RUNNER)
+    return lambda **changes: go(
+        write(place, **{**SHARED, **changes}), runner="shared_runner:main", retry_failed=True
+    )
+
+
+def checkpoint_of(comparison, method, seed):
+    (record,) = {
+        (tuple(r["commands"][0][-1:]), r["chosen"])
+        for r in comparison.results.values()
+        if r["method"] == method and r["seed"] == seed
+    }
+    return Path(record[0][0]).read_text(), record[1]
+
+
+def test_tests_share_the_training_that_validation_chose(place, shared, capsys):
+    comparison = shared()
+    told = capsys.readouterr().out
+    assert "erm seed=0, lr=0.01: done" in told
+    assert "on_top seed=1, lr=0.1: val/acc 0.8" in told
+    assert len(comparison.results) == 18
+    counts = [line[0] for line in runs(place)]
+    # erm and adapted share 2 rates x 2 seeds, on_top has its own; each method validates its own
+    assert [counts.count(c) for c in ("fit", "validate", "test")] == [8, 12, 18]
+    assert checkpoint_of(comparison, "erm", 0) == ("erm0.01", "lr=0.01")
+    assert checkpoint_of(comparison, "erm", 1) == ("erm0.1", "lr=0.1")
+    assert checkpoint_of(comparison, "adapted", 0) == ("erm0.1", "lr=0.1")
+    assert checkpoint_of(comparison, "on_top", 0) == ("erm0.01>top0.01", "lr=0.01")
+    assert checkpoint_of(comparison, "on_top", 1) == ("erm0.1>top0.1", "lr=0.1")
+    # the evaluation alone sees the axis, and each further metric has a table
+    assert comparison.values("erm", (("shift", "2"),), "test/shift") == {0: 2.0, 1: 2.0}
+    text = comparison.markdown()
+    assert "## test/shift" in text
+    assert "lr {0.01, 0.1} with the best `val/acc`" in text
+    rows = list(csv.DictReader((place / "out" / "summary.csv").open()))
+    assert {(r["metric"], r["shift"]) for r in rows} == {
+        (m, s) for m in ("test/acc", "test/shift") for s in "012"
+    }
+    shared()
+    assert len(runs(place)) == 38
+    # a further test needs no training; another base configuration needs all
+    shared(tests={"shift": {"key": "shift", "values": [0, 1, 2, 3]}})
+    assert [line[0] for line in runs(place)[38:]] == ["test"] * 6
+    (place / "base.yaml").write_text("model: other\n")
+    shared()
+    assert [line[0] for line in runs(place)[44:]].count("fit") == 8
+
+
+def test_a_failed_training_fails_its_cells_alone(place, shared, monkeypatch):
+    methods = {**SHARED["methods"], "bad": {"args": {"method": "bad", "trouble": 0.1}}}
+    methods["after_bad"] = {"args": {"method": "top"}, "after": {"bad": "start"}}
+    comparison = shared(methods=methods)
+    assert len(comparison.results) == 18
+    assert {comparison.failures[name]["method"] for name in comparison.failures} == {
+        "bad",
+        "after_bad",
+    }
+    for name, record in comparison.failures.items():
+        assert "the training failed: ValueError: the loss is a potato" in record["error"]
+        assert "potato" in (place / "out" / "failed" / f"{name}.log").read_text()
+    monkeypatch.setenv("TROUBLE", "off")
+    assert not shared(methods=methods).failures
+    assert len(list((place / "out" / "failed").iterdir())) == 0
 
 
 def test_mistakes_around_the_file(place):

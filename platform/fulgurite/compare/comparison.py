@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fulgurite.compare.plan import Plan, cell_id, read_plan
+from fulgurite.compare.plan import Plan, Setting, cell_id, read_plan, setting_label
 from fulgurite.compare.stats import Paired, Spread, paired, spread
 from fulgurite.errors import ConfigError
 
@@ -71,18 +71,19 @@ class Comparison:
         text = yaml.safe_dump(self.plan.to_dict(), sort_keys=False, allow_unicode=True)
         (self.folder / PLAN_FILE).write_text(text, encoding="utf-8")
 
-    def values(self, method: str, setting: tuple[tuple[str, str], ...]) -> dict[int, float]:
-        """The metric by seed, of the finished cells."""
+    def values(self, method: str, setting: Setting, metric: str | None = None) -> dict[int, float]:
+        """A metric by seed, of the finished cells; that of the plan by default."""
+        metric = metric or self.plan.metric
         found = {}
         for seed in self.plan.seeds:
             record = self.results.get(cell_id(method, setting, seed))
-            if record is not None and self.plan.metric in record["metrics"]:
-                found[seed] = float(record["metrics"][self.plan.metric])
+            if record is not None and metric in record["metrics"]:
+                found[seed] = float(record["metrics"][metric])
         return found
 
-    def entry(self, method: str, setting: tuple[tuple[str, str], ...]) -> Entry:
+    def entry(self, method: str, setting: Setting, metric: str | None = None) -> Entry:
         """Statistics of one place of the table."""
-        values = {m: self.values(m, setting) for m in self.plan.methods}
+        values = {m: self.values(m, setting, metric) for m in self.plan.methods}
         sign = 1.0 if self.plan.mode == "max" else -1.0
         means = {m: sign * spread(list(v.values())).mean for m, v in values.items()}
         real = [mean for mean in means.values() if not math.isnan(mean)]
@@ -95,20 +96,32 @@ class Comparison:
     def markdown(self) -> str:
         """The tables: means, and paired differences to the baseline."""
         plan = self.plan
-        better = "higher" if plan.mode == "max" else "lower"
-        entries = {(m, s): self.entry(m, s) for m in plan.methods for s in plan.grid}
-        digits = _digits(e.spread.mean for e in entries.values())
-        heads = [setting_label(s) or plan.metric for s in plan.grid]
-        seeds = ", ".join(map(str, plan.seeds))
         lines = [f"# {plan.title}", ""]
-        lines += [
-            f"`{plan.metric}` ({better} is better), mean ± std over seeds {seeds}, best in bold."
-        ]
+        for metric in (plan.metric, *plan.also):
+            lines += [f"## {metric}", ""] if plan.also else []
+            lines += self._tables(metric)
+        lines += self._open_ends()
+        return "\n".join(lines) + "\n"
+
+    def _tables(self, metric: str) -> list[str]:
+        plan = self.plan
+        better = "higher" if plan.mode == "max" else "lower"
+        entries = {(m, s): self.entry(m, s, metric) for m in plan.methods for s in plan.grid}
+        digits = _digits(e.spread.mean for e in entries.values())
+        heads = [setting_label(s) or metric for s in plan.grid]
+        seeds = ", ".join(map(str, plan.seeds))
+        lines = [f"`{metric}` ({better} is better), mean ± std over seeds {seeds}, best in bold."]
         base = plan.methods[plan.baseline].label if plan.baseline else ""
         if base:
             lines[-1] += (
                 f" Against {base}, paired by seed: ▲ better, ▼ worse by more than two standard"
                 " errors, ≈ within two."
+            )
+        if plan.tune:
+            tried = " × ".join(f"{a} {{{', '.join(v)}}}" for a, v in plan.tune.grid.items())
+            lines[-1] += (
+                f" Each method and seed has the training of {tried} with the best "
+                f"`{plan.tune.metric}`."
             )
         rows = [
             [m.label, *(_place(entries[m.id, s], digits, len(plan.seeds)) for s in plan.grid)]
@@ -123,8 +136,7 @@ class Comparison:
             ]
             lines += ["", f"Difference to {base}, mean ± standard error over common seeds:", ""]
             lines += _table(["method", *heads], rows)
-        lines += self._open_ends()
-        return "\n".join(lines) + "\n"
+        return [*lines, ""]
 
     def _open_ends(self) -> list[str]:
         ids = [
@@ -135,22 +147,13 @@ class Comparison:
         ]
         failed = [i for i in ids if i in self.failures and i not in self.results]
         missing = [i for i in ids if i not in self.results and i not in self.failures]
-        lines = ["", f"{sum(i in self.results for i in ids)} of {len(ids)} cells finished."]
+        lines = [f"{sum(i in self.results for i in ids)} of {len(ids)} cells finished."]
         if failed:
             lines += ["", "Failed (logs under `failed/`):", ""]
             lines += [f"- `{i}`: {self.failures[i]['error']}" for i in failed]
         if missing:
             lines += ["", f"Not run: {len(missing)}."]
         return lines
-
-
-def setting_label(setting: tuple[tuple[str, str], ...]) -> str:
-    """A setting as a column heading.
-
-    >>> setting_label((("p", "0.3"), ("alpha", "2")))
-    'p=0.3, alpha=2'
-    """
-    return ", ".join(f"{axis}={label}" for axis, label in setting)
 
 
 def _record(path: Path) -> dict[str, Any]:

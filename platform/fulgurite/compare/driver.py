@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite import __version__
-from fulgurite.compare.comparison import Comparison, setting_label
+from fulgurite.compare.comparison import Comparison
 from fulgurite.compare.plan import Cell, Plan, find_config, read_plan
 from fulgurite.compare.pool import run_jobs
 from fulgurite.compare.report import render
+from fulgurite.compare.trainings import Evaluation, Trainings
 from fulgurite.compare.worker import Job, Outcome
 from fulgurite.errors import ConfigError
 from fulgurite.runs import write_json
@@ -67,13 +68,28 @@ def run(
         Comparison(plan, folder, {}, {}).save_plan()
         _put_aside_outdated(folder, cells)
         todo = [cell for cell in chosen if _is_open(folder, cell, retry_failed)]
-        jobs = [_job(folder, plan, cell) for cell in todo]
-        by_id = {cell.id: cell for cell in todo}
         crew = workers or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
-        try:
+
+        def work(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[Outcome]:
             with closing(run_jobs(jobs, workers=crew, runner=runner)) as outcomes:
-                for outcome in _with_progress(outcomes, by_id, plan, len(chosen)):
-                    _record(folder, plan, by_id[outcome.id], outcome)
+                yield from _with_progress(outcomes, jobs, title, done)
+
+        try:
+            by_id = {cell.id: cell for cell in todo}
+            evaluations: dict[str, Evaluation] = {}
+            if plan.shares and todo:
+                evaluations = Trainings(folder / "trainings", plan, work).evaluations(todo)
+            jobs = []
+            for cell in todo:
+                found = evaluations.get(cell.id)
+                if found and found.error:
+                    _record(folder, plan, cell, [], Outcome(cell.id, error=found.error), found)
+                else:
+                    jobs.append(_job(folder, plan, cell, found))
+            commands = {job.id: job.commands for job in jobs}
+            for outcome in work(jobs, plan.title, len(chosen) - len(todo)):
+                cell, found = by_id[outcome.id], evaluations.get(outcome.id)
+                _record(folder, plan, cell, commands[cell.id], outcome, found)
         finally:
             comparison = Comparison.read(folder, plan)
             if comparison.results:
@@ -101,8 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.dry_run:
         plan = read_plan(given.file, quick=given.quick)
-        for cell in _chosen(plan.cells(), plan, given.only or []):
-            print("fulgurite fit", *cell.options)
+        cells = _chosen(plan.cells(), plan, given.only or [])
+        fits = (candidate.fit for cell in cells for candidate in cell.candidates)
+        for options in dict.fromkeys(fits):
+            print("fulgurite fit", *options)
         return 0
     try:
         comparison = run(
@@ -137,7 +155,7 @@ def _chosen(cells: Sequence[Cell], plan: Plan, only: Sequence[str]) -> list[Cell
     known = {
         "method": set(plan.methods),
         "seed": {str(seed) for seed in plan.seeds},
-        **{axis: set(labels) for axis, labels in plan.settings.items()},
+        **{axis: set(labels) for axis, labels in plan.axes.items()},
     }
     for kind, labels in wanted.items():
         for label in sorted(labels - known.get(kind, set())):
@@ -191,32 +209,48 @@ def _is_open(folder: Path, cell: Cell, retry_failed: bool) -> bool:
     return retry_failed or not (folder / "failed" / f"{cell.id}.json").is_file()
 
 
-def _job(folder: Path, plan: Plan, cell: Cell) -> Job:
+def _job(folder: Path, plan: Plan, cell: Cell, evaluation: Evaluation | None) -> Job:
     run_dir = folder / "cells" / cell.id
     if run_dir.exists():  # what an interrupted or failed attempt left
         shutil.rmtree(run_dir)
-    commands = cell.commands(run_dir, plan.after_fit)
-    return Job(cell.id, commands, run_dir, folder / "logs" / f"{cell.id}.log", plan.metric)
+    if evaluation is None:
+        commands = cell.commands(run_dir, plan.after_fit)
+    else:
+        commands = [evaluation.command(str(plan.after_fit), run_dir)]
+    log = folder / "logs" / f"{cell.id}.log"
+    return Job(cell.id, commands, run_dir, log, plan.metric, plan.label(cell))
 
 
-def _record(folder: Path, plan: Plan, cell: Cell, outcome: Outcome) -> None:
+def _record(
+    folder: Path,
+    plan: Plan,
+    cell: Cell,
+    commands: list[list[str]],
+    outcome: Outcome,
+    evaluation: Evaluation | None,
+) -> None:
     record: dict[str, Any] = {
         "id": cell.id,
         "method": cell.method,
         "setting": dict(cell.setting),
         "seed": cell.seed,
         "digest": cell.digest,
-        "commands": cell.commands(folder / "cells" / cell.id, plan.after_fit),
+        "commands": commands,
         "metrics": outcome.metrics,
         "seconds": round(outcome.seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": __version__,
     }
+    if evaluation and evaluation.chosen:
+        record["chosen"] = evaluation.chosen
     failed = folder / "failed" / f"{cell.id}.json"
     if outcome.error:
         write_json(failed, {**record, "error": outcome.error})
         with suppress(FileNotFoundError):
-            (folder / "logs" / f"{cell.id}.log").replace(failed.with_suffix(".log"))
+            if evaluation and evaluation.log:  # of a training: other cells show it as well
+                shutil.copyfile(evaluation.log, failed.with_suffix(".log"))
+            else:
+                (folder / "logs" / f"{cell.id}.log").replace(failed.with_suffix(".log"))
         return
     write_json(folder / "results" / f"{cell.id}.json", record)
     for old in (failed, failed.with_suffix(".log")):
@@ -224,23 +258,21 @@ def _record(folder: Path, plan: Plan, cell: Cell, outcome: Outcome) -> None:
 
 
 def _with_progress(
-    outcomes: Iterator[Outcome], cells: dict[str, Cell], plan: Plan, of: int
+    outcomes: Iterator[Outcome], jobs: Sequence[Job], title: str, done: int
 ) -> Iterator[Outcome]:
     """Pass outcomes on, with a bar on a terminal and plain lines elsewhere."""
     from rich.console import Console
 
-    console = Console()
-    done, total, start = of - len(cells), len(cells), time.monotonic()
+    console, start = Console(), time.monotonic()
+    by_id, total = {job.id: job for job in jobs}, len(jobs)
     if done:
-        console.print(f"{done} of {of} cells were run before.", highlight=False)
+        console.print(f"{done} of {done + total} cells were run before.", highlight=False)
 
     def line(outcome: Outcome) -> str:
-        cell = cells[outcome.id]
-        name = " ".join(
-            filter(None, [plan.methods[cell.method].label, setting_label(cell.setting)])
-        )
-        result = f"{plan.metric} {outcome.metrics.get(plan.metric, float('nan')):.4g}"
-        return f"{name} seed={cell.seed}: {outcome.error or result} ({outcome.seconds:.0f} s)"
+        job, result = by_id[outcome.id], "done"
+        if job.metric:
+            result = f"{job.metric} {outcome.metrics.get(job.metric, float('nan')):.4g}"
+        return f"{job.label}: {outcome.error or result} ({outcome.seconds:.0f} s)"
 
     if not console.is_terminal:
         for count, outcome in enumerate(outcomes, 1):
@@ -267,7 +299,7 @@ def _with_progress(
     )
     # A wide window: with two cells at a time, the speed of the last few says little.
     with Progress(*columns, console=console, speed_estimate_period=1e9) as progress:
-        task = progress.add_task(plan.title, total=total)
+        task = progress.add_task(title, total=total)
         for outcome in outcomes:
             yield outcome
             progress.console.print(line(outcome), highlight=False, markup=False)

@@ -17,7 +17,18 @@ import yaml
 from fulgurite.errors import ConfigError
 from fulgurite.systems import config_path, resolve_config
 
-__all__ = ["Cell", "Method", "Plan", "cell_id", "find_config", "read_plan", "spell"]
+__all__ = [
+    "Candidate",
+    "Cell",
+    "Method",
+    "Plan",
+    "Tune",
+    "cell_id",
+    "find_config",
+    "read_plan",
+    "setting_label",
+    "spell",
+]
 
 _T = TypeVar("_T")
 
@@ -25,9 +36,19 @@ Overrides = dict[str, Any]
 """Dotted command-line keys and their values."""
 
 _NAME = re.compile(r"[\w.+-]+")
-_COMMON = ("title", "config", "methods", "settings", "seeds", "metric", "mode", "baseline", "args")
-_PLAN_KEYS = (*_COMMON, "seed_keys", "after_fit", "quick")
-_METHOD_KEYS = ("label", "args", "config")
+_COMMON = (
+    "title", "config", "methods", "settings", "tests", "tune", "seeds", "metric", "mode",
+    "baseline", "args",
+)  # fmt: skip
+_PLAN_KEYS = (*_COMMON, "seed_keys", "after_fit", "also", "quick")
+_METHOD_KEYS = ("label", "args", "config", "test_args", "after")
+_TUNE_KEYS = ("metric", "mode", "grid")
+
+Axes = dict[str, dict[str, Overrides]]
+"""For each axis its labels, for each label its overrides."""
+
+Setting = tuple[tuple[str, str], ...]
+"""Pairs (axis, label), in the order of the axes."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +60,87 @@ class Method:
         label: Name in tables and figures.
         args: Command-line overrides of this method.
         config: A further YAML file, read after the common one.
+        test_args: Overrides of the evaluation alone.
+        after: Id of the method whose checkpoint this one starts from, and the key that receives
+            the checkpoint's path.
     """
 
     id: str
     label: str
     args: Overrides = field(default_factory=dict)
     config: str | None = None
+    test_args: Overrides = field(default_factory=dict)
+    after: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Trainings of which a method takes the one that does best on validation data.
+
+    Args:
+        grid: Axes of what is tried; each training of their product is run.
+        metric: Metric of ``fulgurite validate`` that decides.
+        mode: ``max`` where more is better, else ``min``.
+    """
+
+    grid: Axes
+    metric: str = "val/acc"
+    mode: str = "max"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One training that a cell may be evaluated on.
+
+    Args:
+        label: What is tried, e.g. ``lr=0.1``; empty where nothing is.
+        fit: Command-line options of ``fit``.
+        validate: Command-line options of ``validate``.
+        test: Command-line options of the evaluation.
+        key: Hash of everything that defines the training.
+    """
+
+    label: str
+    fit: tuple[str, ...]
+    validate: tuple[str, ...]
+    test: tuple[str, ...]
+    key: str
+
+    @property
+    def validation_key(self) -> str:
+        """Hash of everything that defines the training's validation."""
+        return digest([self.key, self.validate])
+
+    def starting_from(self, option: str, key: str) -> Candidate:
+        """The same training from a checkpoint.
+
+        Args:
+            option: Command-line option that names the checkpoint.
+            key: What defines that checkpoint.
+        """
+        fit, validate, test = ((*o, option) for o in (self.fit, self.validate, self.test))
+        return Candidate(self.label, fit, validate, test, digest([self.key, key]))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method in a setting with a seed.
+    """One place of the table: a method in a setting with a seed.
 
     Args:
         method: Id of the method.
         setting: Pairs (axis, label), in the order of the axes.
         seed: The seed, given to every key of ``seed_keys``.
-        options: Command-line options of ``fit`` and ``test``, without the run folder.
-        digest: Hash of everything that defines the run.
+        candidates: The trainings that it may be evaluated on; several where the plan tunes.
+        digest: Hash of everything that defines the result.
+        origin: The cell whose training this one's starts from.
     """
 
     method: str
-    setting: tuple[tuple[str, str], ...]
+    setting: Setting
     seed: int
-    options: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
     digest: str
+    origin: Cell | None = None
 
     @property
     def id(self) -> str:
@@ -71,11 +148,12 @@ class Cell:
         return cell_id(self.method, self.setting, self.seed)
 
     def commands(self, run_dir: Path, after_fit: str | None) -> list[list[str]]:
-        """The command lines of the cell, in the order in which they run."""
+        """The command lines of a cell with a training of its own, in the order of their run."""
+        options = self.candidates[0].fit
         place = ["--run.dir", str(run_dir)]
-        commands = [["fit", *self.options, *place]]
+        commands = [["fit", *options, *place]]
         if after_fit:
-            commands.append([after_fit, *self.options, *place, "--ckpt_path", "last"])
+            commands.append([after_fit, *options, *place, "--ckpt_path", "last"])
         return commands
 
 
@@ -96,12 +174,15 @@ class Plan:
         after_fit: Subcommand that runs on the last checkpoint after ``fit``; None for none.
         args: Overrides that all cells share.
         folder: Folder of the file, in which relative paths are looked up too.
+        tests: Axes of the evaluation alone: their cells share one training.
+        tune: How each method's training is chosen; None where there is nothing to choose.
+        also: Further metrics, of which there is a table each.
     """
 
     title: str
     config: str
     methods: dict[str, Method]
-    settings: dict[str, dict[str, Overrides]]
+    settings: Axes
     seeds: tuple[int, ...]
     seed_keys: tuple[str, ...] = ("seed_everything", "data.init_args.seed")
     metric: str = "test/acc"
@@ -110,12 +191,31 @@ class Plan:
     after_fit: str | None = "test"
     args: Overrides = field(default_factory=dict)
     folder: Path | None = None
+    tests: Axes = field(default_factory=dict)
+    tune: Tune | None = None
+    also: tuple[str, ...] = ()
 
     @property
-    def grid(self) -> list[tuple[tuple[str, str], ...]]:
+    def axes(self) -> Axes:
+        """All axes of the table."""
+        return {**self.settings, **self.tests}
+
+    @property
+    def grid(self) -> list[Setting]:
         """All settings: the product of the axes."""
-        axes = [[(axis, label) for label in labels] for axis, labels in self.settings.items()]
-        return list(itertools.product(*axes))
+        return _product(self.axes)
+
+    @property
+    def shares(self) -> bool:
+        """Whether cells may be evaluated on one another's trainings."""
+        methods = self.methods.values()
+        return bool(self.tests or self.tune or any(m.test_args or m.after for m in methods))
+
+    def label(self, cell: Cell, trained: bool = False) -> str:
+        """What people read of a cell, or of its training alone."""
+        setting = tuple(s for s in cell.setting if not trained or s[0] in self.settings)
+        parts = [self.methods[cell.method].label, setting_label(setting), f"seed={cell.seed}"]
+        return " ".join(filter(None, parts))
 
     def cells(self) -> list[Cell]:
         """All cells, seeds outermost, so that an interrupted comparison is evenly filled.
@@ -128,39 +228,54 @@ class Plan:
             for name in (self.config, *(m.config for m in self.methods.values()))
             if name
         }
-        cells = [
-            self._cell(method, setting, seed, configs)
-            for seed in self.seeds
-            for setting in self.grid
-            for method in self.methods.values()
-        ]
-        twice = _duplicates(cell.id for cell in cells)
+        cells: dict[tuple[str, Setting, int], Cell] = {}
+        for seed in self.seeds:
+            for setting in self.grid:
+                for method in self._origins_first():
+                    origin = cells[method.after[0], setting, seed] if method.after else None
+                    cells[method.id, setting, seed] = self._cell(
+                        method, setting, seed, configs, origin
+                    )
+        twice = _duplicates(cell.id for cell in cells.values())
         if twice:
             raise ConfigError(
                 f"Two cells of the comparison have the same file name: {twice[0]}.",
                 "Give labels that differ in letters, digits, '.', '+' or '-'.",
             )
-        return cells
+        places = itertools.product(self.seeds, self.grid, self.methods)
+        return [cells[method, setting, seed] for seed, setting, method in places]
+
+    def _origins_first(self) -> list[Method]:
+        return sorted(self.methods.values(), key=lambda m: m.after is not None)
 
     def _cell(
         self,
         method: Method,
-        setting: tuple[tuple[str, str], ...],
+        setting: Setting,
         seed: int,
         configs: Mapping[str, tuple[str, Any]],
+        origin: Cell | None,
     ) -> Cell:
-        merged: Overrides = {}
-        layers = [self.args, method.args, *(self.settings[a][v] for a, v in setting)]
-        for layer in (*layers, dict.fromkeys(self.seed_keys, seed)):
-            for key, value in layer.items():
-                merged.pop(key, None)  # the last one wins, and comes last
-                merged[key] = value
-        overrides = [f"--{key}={spell(value)}" for key, value in merged.items()]
         names = [name for name in (self.config, method.config) if name]
-        options = [part for name in names for part in ("--config", configs[name][0])]
-        defining = [[configs[name][1] for name in names], overrides, self.after_fit]
-        digest = hashlib.sha256(json.dumps(defining, default=str).encode()).hexdigest()
-        return Cell(method.id, setting, seed, (*options, *overrides), digest[:16])
+        files = [part for name in names for part in ("--config", configs[name][0])]
+        seeds = dict.fromkeys(self.seed_keys, seed)
+        trained = [self.settings[axis][label] for axis, label in setting if axis in self.settings]
+        tested = [self.tests[axis][label] for axis, label in setting if axis in self.tests]
+        contents = [configs[name][1] for name in names]  # a file's place does not matter
+        grid = self.tune.grid if self.tune else {}
+        candidates, defining = [], []
+        for tried in _product(grid):
+            fit = [self.args, method.args, *trained, *(grid[axis][label] for axis, label in tried)]
+            layers = fit, [*fit, method.test_args], [*fit, method.test_args, *tested]
+            own, *others = (_options([*part, seeds]) for part in layers)
+            label = ", ".join(f"{axis}={value}" for axis, value in tried)
+            options = ((*files, *part) for part in (own, *others))
+            candidates.append(Candidate(label, *options, key=digest([contents, own])))
+            defining += [contents, own, self.after_fit, *(others if self.shares else ())]
+        if self.shares:
+            tune = self.tune and [self.tune.metric, self.tune.mode]
+            defining += [tune, method.after, origin and origin.digest]
+        return Cell(method.id, setting, seed, tuple(candidates), digest(defining), origin)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in the form of the file, from which :func:`read_plan` reads it back."""
@@ -168,7 +283,13 @@ class Plan:
             "title": self.title,
             "config": self.config,
             "methods": {
-                m.id: {"label": m.label, "args": m.args, "config": m.config}
+                m.id: {
+                    "label": m.label,
+                    "args": m.args,
+                    "config": m.config,
+                    "test_args": m.test_args,
+                    "after": dict([m.after]) if m.after else None,
+                }
                 for m in self.methods.values()
             },
             "settings": self.settings,
@@ -179,10 +300,38 @@ class Plan:
             "baseline": self.baseline,
             "after_fit": self.after_fit,
             "args": self.args,
+            "tests": self.tests,
+            "tune": self.tune and vars(self.tune),
+            "also": list(self.also),
         }
 
 
-def cell_id(method: str, setting: tuple[tuple[str, str], ...], seed: int) -> str:
+def digest(defining: object) -> str:
+    """Hash of plain data.
+
+    >>> digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
+    True
+    """
+    text = json.dumps(defining, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _product(axes: Axes) -> list[Setting]:
+    return list(
+        itertools.product(*([(axis, label) for label in labels] for axis, labels in axes.items()))
+    )
+
+
+def _options(layers: Iterable[Overrides]) -> list[str]:
+    merged: Overrides = {}
+    for layer in layers:
+        for key, value in layer.items():
+            merged.pop(key, None)  # the last one wins, and comes last
+            merged[key] = value
+    return [f"--{key}={spell(value)}" for key, value in merged.items()]
+
+
+def cell_id(method: str, setting: Setting, seed: int) -> str:
     """Name of a cell in file names.
 
     >>> cell_id("fedavg", (("noise", "30 %"),), 1)
@@ -190,6 +339,15 @@ def cell_id(method: str, setting: tuple[tuple[str, str], ...], seed: int) -> str
     """
     parts = [method, *(f"{axis}={label}" for axis, label in setting), f"seed={seed}"]
     return "__".join(re.sub(r"[^\w.=+-]", "-", part) for part in parts)
+
+
+def setting_label(setting: Setting) -> str:
+    """A setting as a column heading.
+
+    >>> setting_label((("p", "0.3"), ("alpha", "2")))
+    'p=0.3, alpha=2'
+    """
+    return ", ".join(f"{axis}={label}" for axis, label in setting)
 
 
 def spell(value: object) -> str:
@@ -242,10 +400,6 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
     methods = {
         name: _method(name, spec) for name, spec in _mapping(top["methods"], "methods").items()
     }
-    settings = {
-        _name(axis, "settings"): _axis(axis, spec)
-        for axis, spec in _mapping(top.get("settings") or {}, "settings").items()
-    }
     after_fit = top.get("after_fit", "test")
     if after_fit not in ("test", "validate", None):
         raise ConfigError(f"after_fit is {after_fit!r}.", "Use test, validate or null.")
@@ -254,7 +408,7 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
             title=str(top.get("title", top["config"])),
             config=str(top["config"]),
             methods=methods,
-            settings=settings,
+            settings=_axes(top.get("settings"), "settings"),
             seeds=_seeds(top.get("seeds", [0])),
             seed_keys=tuple(_strings(top.get("seed_keys", list(Plan.seed_keys)), "seed_keys")),
             metric=str(top.get("metric", Plan.metric)),
@@ -263,6 +417,9 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
             after_fit=after_fit,
             args=_overrides(top.get("args"), "args"),
             folder=folder,
+            tests=_axes(top.get("tests"), "tests"),
+            tune=_tune(top["tune"]) if top.get("tune") else None,
+            also=tuple(_strings(top.get("also") or [], "also")),
         )
     )
 
@@ -283,21 +440,43 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
             old, new = _pick(plan.methods, name, "quick.methods"), _mapping(spec, f"methods.{name}")
             merged = {**vars(old), **new, "args": {**old.args, **(new.get("args") or {})}}
             merged.pop("id")
+            merged["after"] = new.get("after", old.after and dict([old.after]))
             values["methods"][name] = _method(name, merged)
-    values["settings"] = dict(plan.settings)
-    for axis, spec in _mapping(small.get("settings") or {}, "quick.settings").items():
-        labels = _pick(plan.settings, axis, "quick.settings")
-        where = f"quick.settings.{axis}"
-        if isinstance(spec, list):  # a selection
-            values["settings"][axis] = {spell(v): _pick(labels, spell(v), where) for v in spec}
-        else:
-            values["settings"][axis] = _axis(axis, spec)
+    for kind in ("settings", "tests"):
+        axes = values[kind] = dict(getattr(plan, kind))
+        for axis, spec in _mapping(small.get(kind) or {}, f"quick.{kind}").items():
+            labels, where = _pick(axes, axis, f"quick.{kind}"), f"quick.{kind}.{axis}"
+            if isinstance(spec, list):  # a selection
+                axes[axis] = {spell(v): _pick(labels, spell(v), where) for v in spec}
+            else:
+                axes[axis] = _axis(where, spec)
+    if "tune" in small:
+        values["tune"] = _tune(small["tune"]) if small["tune"] else None
     return _consistent(Plan(**values))
 
 
 def _consistent(plan: Plan) -> Plan:
-    if plan.mode not in ("max", "min"):
-        raise ConfigError(f"mode is {plan.mode!r}.", "Use max or min.")
+    for where, mode in (("mode", plan.mode), ("tune.mode", plan.tune and plan.tune.mode)):
+        if mode not in ("max", "min", None):
+            raise ConfigError(f"{where} is {mode!r}.", "Use max or min.")
+    both = sorted(plan.settings.keys() & plan.tests.keys())
+    if both:
+        raise ConfigError(
+            f"The axis {both[0]!r} is both under settings and under tests.",
+            "Rename one; what stands under tests changes the evaluation alone.",
+        )
+    if plan.shares and plan.after_fit is None:
+        raise ConfigError(
+            "Nothing is evaluated after the fit, but the file says what to evaluate.",
+            "Set `after_fit: test`, or leave out tests, tune, test_args and after.",
+        )
+    for method in plan.methods.values():
+        if method.after and plan.methods.get(method.after[0], method).after:
+            raise ConfigError(
+                f"methods.{method.id}.after names {method.after[0]!r}, which is no method that "
+                "trains from scratch.",
+                _hint(method.after[0], plan.methods) or "Name a method without `after`.",
+            )
     if plan.baseline is not None and plan.baseline not in plan.methods:
         raise ConfigError(
             f"The baseline {plan.baseline!r} is not one of the methods.",
@@ -310,12 +489,41 @@ def _method(name: object, spec: object) -> Method:
     name = _name(name, "methods")
     given = _mapping(spec or {}, f"methods.{name}")
     _known(given, _METHOD_KEYS, f"methods.{name}")
-    args = _overrides(given.get("args"), f"methods.{name}.args")
-    return Method(name, str(given.get("label") or name), args, given.get("config"))
+    args, test_args = (
+        _overrides(given.get(key), f"methods.{name}.{key}") for key in ("args", "test_args")
+    )
+    after = _overrides(
+        {key: origin for origin, key in _mapping(given.get("after") or {}, "after").items()},
+        f"methods.{name}.after",
+    )
+    if len(after) > 1:
+        raise ConfigError(
+            f"methods.{name}.after names {len(after)} methods.",
+            "A training starts from one checkpoint: write `after: {METHOD: dotted.key}`.",
+        )
+    start = next(((str(origin), key) for key, origin in after.items()), None)
+    label = str(given.get("label") or name)
+    return Method(name, label, args, given.get("config"), test_args, start)
 
 
-def _axis(axis: str, spec: object) -> dict[str, Overrides]:
-    where = f"settings.{axis}"
+def _tune(value: object) -> Tune:
+    given = _mapping(value, "tune")
+    _known(given, _TUNE_KEYS, "tune")
+    grid = _axes(given.get("grid"), "tune.grid")
+    if not grid:
+        raise ConfigError("tune has no grid.", "Name what is tried: `grid: {AXIS: {LABEL: {…}}}`.")
+    metric, mode = given.get("metric", Tune.metric), given.get("mode", Tune.mode)
+    return Tune(grid, str(metric), str(mode))
+
+
+def _axes(value: object, where: str) -> Axes:
+    return {
+        _name(axis, where): _axis(f"{where}.{axis}", spec)
+        for axis, spec in _mapping(value or {}, where).items()
+    }
+
+
+def _axis(where: str, spec: object) -> dict[str, Overrides]:
     given = _mapping(spec, where)
     if set(given) == {"key", "values"}:
         values = given["values"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from fulgurite.compare.comparison import PLAN_FILE, Comparison, setting_label
-from fulgurite.compare.plan import cell_id
+from fulgurite.compare.comparison import PLAN_FILE, Comparison
+from fulgurite.compare.plan import cell_id, setting_label
 from fulgurite.compare.worker import read_metrics
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
@@ -92,7 +92,7 @@ def _write(path: Path, content: str) -> None:
 def _cells_csv(comparison: Comparison) -> str:
     plan = comparison.plan
     names = sorted({name for record in comparison.results.values() for name in record["metrics"]})
-    rows: list[list[Any]] = [["method", *plan.settings, "seed", "status", "seconds", *names]]
+    rows: list[list[Any]] = [["method", *plan.axes, "seed", "status", "seconds", *names]]
     for method in plan.methods:
         for setting in plan.grid:
             for seed in plan.seeds:
@@ -110,16 +110,16 @@ def _cells_csv(comparison: Comparison) -> str:
 def _summary_csv(comparison: Comparison) -> str:
     plan = comparison.plan
     head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se", "verdict"]
-    rows: list[list[Any]] = [["method", "label", *plan.settings, "metric", *head]]
-    for method in plan.methods.values():
-        for setting in plan.grid:
-            entry = comparison.entry(method.id, setting)
-            values, diff = entry.spread, entry.paired
-            row: list[Any] = [method.id, method.label, *(v for _, v in setting), plan.metric]
-            row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
-            if diff is not None:
-                row += [diff.n, _number(diff.mean), _number(diff.error), diff.verdict]
-            rows.append(row + [""] * (len(rows[0]) - len(row)))
+    rows: list[list[Any]] = [["method", "label", *plan.axes, "metric", *head]]
+    places = itertools.product((plan.metric, *plan.also), plan.methods.values(), plan.grid)
+    for metric, method, setting in places:
+        entry = comparison.entry(method.id, setting, metric)
+        values, diff = entry.spread, entry.paired
+        row: list[Any] = [method.id, method.label, *(v for _, v in setting), metric]
+        row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
+        if diff is not None:
+            row += [diff.n, _number(diff.mean), _number(diff.error), diff.verdict]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
     return _csv(rows)
 
 
@@ -136,9 +136,9 @@ def _csv(rows: list[list[Any]]) -> str:
 def _draw(comparison: Comparison, path: Path) -> None:
     """Lines over the axis with the most labels, one panel for each setting of the others."""
     plan = comparison.plan
-    axis = max(plan.settings, key=lambda a: len(plan.settings[a]), default="")
+    axis = max(plan.axes, key=lambda a: len(plan.axes[a]), default="")
     panels = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in plan.grid))
-    labels = list(plan.settings[axis]) if axis else [""]
+    labels = list(plan.axes[axis]) if axis else [""]
     places, numeric = _places(labels)
     figure, ((*axes,),) = new_figure(1, len(panels), width=4.2)
     step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)

@@ -31,14 +31,16 @@ class Job:
         commands: Command lines, run one after the other.
         run_dir: Folder of the run, from which the metrics are read.
         log: File that receives the output.
-        metric: A metric that must be there in the end.
+        metric: A metric that must be there in the end; None for none.
+        label: What people read.
     """
 
     id: str
     commands: list[list[str]]
     run_dir: Path
     log: Path
-    metric: str
+    metric: str | None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def work(job: Job, runner: str) -> Outcome:
                     break
             else:
                 metrics = read_metrics(job.run_dir)
-                if job.metric not in metrics:
+                if job.metric and job.metric not in metrics:
                     error = f"the run has no metric {job.metric!r} (it has: {', '.join(metrics)})"
         except SystemExit as leave:
             error = f"the command line ended with exit status {leave.code}"
@@ -100,9 +102,9 @@ def work(job: Job, runner: str) -> Outcome:
 
 
 def read_metrics(run_dir: Path) -> dict[str, float]:
-    """Metrics of a run folder: those of ``fit``, then those of ``test`` over them."""
+    """Metrics of a run folder: those of ``fit``, then those of evaluations over them."""
     metrics: dict[str, float] = {}
-    for name in ("summary.json", "test_metrics.json"):
+    for name in ("summary.json", "validate_metrics.json", "test_metrics.json"):
         if (run_dir / name).is_file():
             found = json.loads((run_dir / name).read_text(encoding="utf-8"))
             metrics.update({k: float(v) for k, v in found.items() if isinstance(v, int | float)})

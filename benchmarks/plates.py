@@ -1,0 +1,272 @@
+"""CS-ARM-BN: time of a training step, throughput of the loader, and peak memory.
+
+``python -m benchmarks plates``; ``python -m benchmarks.plates memory`` for one part.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import ratios, report, spread
+from fulgurite.callbacks.cs_arm_bn import ControlContext
+from fulgurite.datamodules.cs_arm_bn import HoldOut, PlateDataModule, Preprocess, SyntheticPlates
+from fulgurite.models.cs_arm_bn import (
+    CSARMBN,
+    ERM,
+    AdaptiveWeight,
+    PlateClassifier,
+    ResNet50,
+    SmallResNet,
+)
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+    "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0,
+}  # fmt: skip
+
+
+class StepTimes(Callback):
+    """Seconds of each step but the first, and how much of them passed before its batch was there.
+
+    Attributes:
+        steps: From one step's end to the next one's end.
+        waits: From one step's end to the start of the next.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+        self.ended = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note how long the batch took to come."""
+        if self.ended:
+            self.waits.append(time.perf_counter() - self.ended)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Note the whole step."""
+        now = time.perf_counter()
+        if self.ended:
+            self.steps.append(now - self.ended)
+        self.ended = now
+
+
+def episode(queries: int, controls: int, size: int) -> dict[str, Tensor]:
+    """A plate of noise."""
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "query": torch.randn(queries, 5, size, size, generator=draw),
+        "control": torch.randn(controls, 5, size, size, generator=draw),
+        "label": torch.arange(queries) % 8,
+        "index": torch.arange(queries),
+        "control_index": queries + torch.arange(controls),
+        "domain": torch.tensor(0),
+        "control_domain": torch.zeros(controls, dtype=torch.int64),
+        "well": torch.arange(queries),
+        "kept": torch.ones(queries, dtype=torch.bool),
+    }
+
+
+def steps_of(module: PlateClassifier, batch: dict[str, Tensor], steps: int) -> list[float]:
+    """Seconds of training steps on one batch."""
+    times = StepTimes()
+    trainer = Trainer(max_epochs=1, callbacks=[ControlContext(), times], **QUIET)
+    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+    return times.steps
+
+
+def step_time() -> None:
+    """A step of CS-ARM-BN against one of ERM on as many images."""
+    settings = {
+        "SmallResNet(8), 24 + 48 of 5×32²": (SmallResNet, {"width": 8}, 24, 48, 32, 40),
+        "SmallResNet(16), 24 + 48 of 5×64²": (SmallResNet, {"width": 16}, 24, 48, 64, 16),
+        "ResNet50, 8 + 16 of 5×128²": (ResNet50, {}, 8, 16, 128, 5),
+    }
+    rows, raw = [], {}
+    for name, (network, options, queries, controls, size, steps) in settings.items():
+        contestants = {
+            "ERM": (ERM, episode(queries + controls, 0, size)),
+            "CS-ARM-BN": (CSARMBN, episode(queries, controls, size)),
+            "adaptive weight": (AdaptiveWeight, episode(queries, controls, size)),
+        }
+        modules = {
+            key: PlateClassifier(lambda c, k, n=network, o=options: n(c, k, **o), method())
+            for key, (method, _) in contestants.items()
+        }
+        seconds: dict[str, list[float]] = {key: [] for key in contestants}
+        for _ in range(6):
+            for key, (_, batch) in contestants.items():
+                seconds[key].append(statistics.median(steps_of(modules[key], batch, steps)))
+        raw[name] = seconds
+        rows += [
+            {
+                "setting": name,
+                "method": key,
+                "ms/image": spread([1000 * t / (queries + controls) for t in times[1:]]),
+                "time, ERM = 1": spread(ratios(times[1:], seconds["ERM"][1:])),
+            }
+            for key, times in seconds.items()
+        ]
+    report("plates_step", "CS-ARM-BN: a training step against ERM", STEP_NOTES, rows, raw)
+
+
+def loader() -> None:
+    """Images per second from TIFFs and from the cache, and the share of training that waits."""
+    small: dict[str, Any] = {
+        "source": SyntheticPlates(), "split": HoldOut(new_labs=["source_8"]),
+        "queries": 24, "controls": 48, "steps_per_epoch": 40,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        source = SyntheticPlates(
+            batches=[1], plates=[2], sites=1, size=1080, wells_per_class=1, controls=8, path=folder
+        )
+        large: dict[str, Any] = {
+            "source": source, "split": HoldOut(new_batches=0, val_batches=0, in_domain=0),
+            "preprocess": Preprocess(2, "percentile"), "image_size": 256,
+            "queries": 8, "controls": 8, "steps_per_epoch": 10,
+        }  # fmt: skip
+        rows, raw = [], {}
+        for name, options, network in (
+            ("32², SmallResNet(8)", small, {"width": 8}),
+            ("1080² cut to 256², SmallResNet(16)", large, {"width": 16}),
+        ):
+            for cache in (False, True):
+                data = PlateDataModule(
+                    **options, cache=cache, num_workers=2, mean=[0.1] * 5, std=[0.1] * 5
+                )
+                data.prepare_data()
+                data.setup()
+                images = options["queries"] + options["controls"]
+                rates = [images / t for t in batch_times(data)]
+                module = PlateClassifier(
+                    lambda c, k, o=network: SmallResNet(c, k, **o), AdaptiveWeight()
+                )
+                times = StepTimes()
+                trainer = Trainer(max_epochs=2, callbacks=[ControlContext(), times], **QUIET)
+                trainer.fit(module, data)
+                raw[f"{name}, {'cache' if cache else 'TIFF'}"] = {
+                    "images_per_second": rates,
+                    "steps": times.steps,
+                    "waits": times.waits,
+                }
+                waited = sum(times.waits) / sum(times.steps)
+                rows.append(
+                    {
+                        "images": name,
+                        "from": "cache" if cache else "TIFF",
+                        "images/s, 2 workers": spread(rates),
+                        "images/s in training": spread([images / t for t in times.steps]),
+                        "share of training that waits": f"{waited:.1%}",
+                    }
+                )
+    report("plates_loader", "CS-ARM-BN: loading plates", LOADER_NOTES, rows, raw)
+
+
+def batch_times(data: PlateDataModule) -> list[float]:
+    """Seconds per batch of a steady loader, for several epochs."""
+    found = []
+    for _ in range(5):
+        batches = iter(data.train_dataloader())
+        for _ in range(2):  # workers start
+            next(batches)
+        begun, count = time.perf_counter(), 0
+        for _ in batches:
+            count += 1
+        found.append((time.perf_counter() - begun) / count)
+    return found
+
+
+MEMORY = """
+import json, sys, torch
+from fulgurite.models.cs_arm_bn import ResNet50, convert_batchnorm, context
+images, checkpoint, dtype = json.loads(sys.argv[1])
+torch.set_num_threads(2)
+network = convert_batchnorm(ResNet50(5, 8, checkpoint=checkpoint)).train()
+x = torch.randn(images, 5, 256, 256)
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+network(x[:2]).sum().backward()
+before = peak()
+queries, half = images // 3, torch.autocast("cpu", enabled=dtype == "bf16")
+with context(network, "union", n_query=queries), half:
+    logits = network(x)[:queries].float()
+    loss = torch.nn.functional.cross_entropy(logits, torch.zeros(queries, dtype=torch.long))
+loss.backward()
+print("PEAK", peak() - before)
+"""
+
+
+def memory() -> None:
+    """Peak memory of a training step of ResNet-50, measured from outside its process."""
+    rows, raw = [], {}
+    for images, checkpoint, dtype in (
+        (48, False, "float32"), (48, True, "float32"), (96, False, "float32"),
+        (96, True, "float32"), (192, True, "float32"), (192, False, "bf16"), (192, True, "bf16"),
+    ):  # fmt: skip
+        setting = json.dumps([images, checkpoint, dtype])
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, setting], capture_output=True, text=True, check=False
+        )
+        line = next((x for x in done.stdout.splitlines() if x.startswith("PEAK")), None)
+        raw[setting] = int(line.split()[1]) if line else None
+        rows.append(
+            {
+                "images": f"{images} of 5×256²",
+                "type": dtype,
+                "checkpointing": "yes" if checkpoint else "no",
+                "peak": f"{raw[setting] / 2**30:.1f} GiB" if line else "out of memory",
+            }
+        )
+    report("plates_memory", "CS-ARM-BN: peak memory of a ResNet-50 step", MEMORY_NOTES, rows, raw)
+
+
+STEP_NOTES = """
+Training through the Trainer, one thread, on one batch in memory: ERM sees all images as queries,
+the others a third of them as queries and the rest as controls. The contestants take turns of a few
+steps; each turn counts by its median step, the first turn is left out. The last column compares
+turn by turn; medians with quartiles. *Adaptive weight* trains as CS-ARM-BN does, and records the
+reference of its layers in the last eighth of an epoch.
+"""
+LOADER_NOTES = """
+16-bit TIFFs of five channels, one file per channel, as the generator writes them in JUMP's layout.
+`TIFF` reads, scales and crops each time (`cache: false`); `cache` maps the images that were read
+once. The first rate is the loader's alone after its two workers have started; the next is that of
+training on the same two cores. A step waits from the end of the one before to its own start, which
+includes the Trainer's own work.
+"""
+MEMORY_NOTES = """
+Highest resident memory of a process during forward and backward, above that after a step with two
+images (network, its gradients and the input are in both). CPU, two threads; statistics of a union
+of which a third are queries. Without checkpointing, 192 images in float32 need twice the memory of
+96 and do not fit the machine.
+"""
+
+PARTS = {"step": step_time, "loader": loader, "memory": memory}
+
+
+def main(names: list[str]) -> None:
+    """Run the named parts, or all."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in names or PARTS:
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    # workers import this module again
+    main(sys.argv[1:])
