@@ -21,8 +21,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 import fulgurite
-from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.io import atomic_write
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import atomic_write, load_plain
 from fulgurite.logging import log_figure
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
@@ -486,16 +486,6 @@ def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:
         CheckpointError: There are none, or they cannot be read.
     """
     path = folder / f"{_file(plate)}.pt"
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"There are no statistics of plate {plate} in {folder}.",
-            "Predict with its controls first, or mend ControlContext.statistics.",
-        ) from error
-    except Exception as error:  # a damaged file raises nearly any exception
-        raise CheckpointError(
-            f"The statistics {path} cannot be read ({type(error).__name__}).",
-            "The file may be truncated: predict with the plate's controls again.",
-        ) from error
-    return tensors  # type: ignore[no-any-return]
+    mend = f"There are none of plate {plate}: predict with its controls first."
+    tensors: dict[str, Tensor] = load_plain(path, "ControlContext.statistics", mend)
+    return tensors

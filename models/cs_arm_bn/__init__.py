@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         PlateClassifier,
     )
     from fulgurite.models.cs_arm_bn.network import (
+        Backbone,
         ResNet18,
         ResNet50,
         SmallResNet,
@@ -90,6 +91,7 @@ _MODULES = {
     ),
     "module": ("PlateClassifier",),
     "network": (
+        "Backbone",
         "ResNet18",
         "ResNet50",
         "SmallResNet",
@@ -110,6 +112,7 @@ __all__ = [
     "TVN",
     "AdaBN",
     "AdaptiveWeight",
+    "Backbone",
     "Context",
     "ContextBatchNorm1d",
     "ContextBatchNorm2d",

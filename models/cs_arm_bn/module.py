@@ -5,10 +5,8 @@ Axes: L queries, N controls, C channels, H W image, K classes.
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fulgurite.base import SystemModule
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.io import load_plain
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
     Reference,
@@ -275,17 +274,7 @@ class PlateClassifier(SystemModule):
 
 def _load_network(network: nn.Module, path: str) -> None:
     """Load the network of a checkpoint of this module, or a state dict of the network."""
-    if not Path(path).is_file():
-        raise CheckpointError(
-            f"model.init_args.weights={path} is not a file.", "Give a checkpoint of a run."
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"model.init_args.weights={path} cannot be read ({type(error).__name__}).",
-            "Give a checkpoint of a run; this one may be truncated.",
-        ) from error
+    state = load_plain(path, "model.init_args.weights")
     whole = state.get("state_dict", state)
     prefix = "network."
     own = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)} or whole

@@ -5,9 +5,11 @@ Axes: M rows, I input channels, H, W image, K classes, D feature dim.
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.layers import resnet
 from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d, checkpointed
 
-__all__ = ["InputNorm", "PooledBottleneck", "ResNet18", "ResNet50", "SmallResNet"]
+__all__ = ["Backbone", "InputNorm", "PooledBottleneck", "ResNet18", "ResNet50", "SmallResNet"]
 
 InputNorm = Literal["none", "context"]
 
@@ -212,3 +214,128 @@ class ResNet18(_PlateResNet):
         self._prepare(input_norm, in_channels, checkpoint)
         if weights is not None:
             resnet.load_weights(self, weights)
+
+
+class Backbone(nn.Module):
+    """Any image classifier with BatchNorm, made by a function of another library.
+
+    Its first convolution is exchanged for one with I channels, which starts from the mean over the
+    old channels (so that pretrained weights keep their use), and its last linear layer for one
+    with K outputs.
+
+    Args:
+        in_channels: I.
+        num_classes: K.
+        factory: Function or class by its dotted path, such as ``timm.create_model``,
+            ``torchvision.models.resnet50`` or
+            ``transformers.AutoModelForImageClassification.from_pretrained``.
+        arguments: Its keyword arguments.
+        input_norm: ``"context"`` standardises the input channels first.
+
+    Shape: (M, I, H, W) to (M, K).
+
+    Raises:
+        ConfigError: The function cannot be found or called, or what it makes is no such network.
+
+    Example:
+        >>> import torch
+        >>> sizes = {"in_channels": 3, "num_classes": 10}
+        >>> network = Backbone(5, 8, "fulgurite.layers.ResNet18", sizes)
+        >>> network.features(torch.zeros(2, 5, 32, 32)).shape
+        torch.Size([2, 512])
+
+    Source: inferred.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        factory: str,
+        arguments: dict[str, Any] | None = None,
+        input_norm: InputNorm = "none",
+    ) -> None:
+        super().__init__()
+        self.input_norm = _input_norm(input_norm, in_channels)
+        self.inner = _made(factory, arguments or {})
+        layers = dict(self.inner.named_modules())
+        first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
+        last = next((n for n in reversed(layers) if isinstance(layers[n], nn.Linear)), None)
+        if first is None or last is None:
+            raise ConfigError(
+                f"What {factory} makes has no {'Linear' if first else 'Conv2d'} layer to exchange.",
+                "Set model.init_args.network.init_args.factory to an image classifier.",
+            )
+        before: int = layers[first].in_channels  # type: ignore[assignment]
+        _exchange(self.inner, first, _with_channels(layers[first], in_channels))  # type: ignore[arg-type]
+        for layer in layers.values():  # transformers compares images with it
+            if getattr(layer, "num_channels", None) == before:
+                layer.num_channels = in_channels  # type: ignore[assignment]
+        _exchange(self.inner, last, nn.Linear(layers[last].in_features, num_classes))  # type: ignore[arg-type]
+        self._last = last
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last linear layer."""
+        return self.inner.get_submodule(self._last)  # type: ignore[return-value]
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer gets. Shape: (M, I, H, W) to (M, D)."""
+        seen: list[Tensor] = []
+        with self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+            self(x)
+        return seen[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of all rows."""
+        out = self.inner(self.input_norm(x))
+        return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+
+
+def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
+    where = "model.init_args.network.init_args.factory"
+    try:
+        function = pkgutil.resolve_name(factory)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}={factory} cannot be found ({error}).",
+            "Install the library, or mend the path: PACKAGE.MODULE.FUNCTION.",
+        ) from error
+    try:
+        network = function(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{factory} does not take {arguments} ({error}).",
+            "Mend model.init_args.network.init_args.arguments.",
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"{factory} makes a {type(network).__name__}, no network.", f"Mend {where}."
+        )
+    return network
+
+
+def _with_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """The same convolution of another number of channels; of constant images the same result."""
+    if channels == layer.in_channels:
+        return layer
+    if layer.groups != 1:
+        raise ConfigError(
+            f"The network's first convolution has {layer.groups} groups of channels.",
+            f"Use one whose first convolution mixes channels, or makes it for {channels} itself.",
+        )
+    made = nn.Conv2d(
+        channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+        layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode,
+    )  # fmt: skip
+    with torch.no_grad():
+        mean = layer.weight.sum(1, keepdim=True) / channels
+        made.weight.copy_(mean.expand_as(made.weight))
+        if layer.bias is not None and made.bias is not None:
+            made.bias.copy_(layer.bias)
+    return made
+
+
+def _exchange(network: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, layer)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,7 +29,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 import fulgurite
 import fulgurite.strategies
 from fulgurite.errors import CheckpointError, ConfigError, FulguriteError
-from fulgurite.io import atomic_write
+from fulgurite.io import atomic_write, load_plain
 from fulgurite.runs import (
     RUN_DIR_VARIABLE,
     RunOptions,
@@ -148,17 +147,7 @@ class FulguriteCLI(LightningCLI):
         if path in ("last", "best"):
             path = str(find_checkpoint(self.options, path))
             self.section.ckpt_path = path
-        if not Path(path).is_file():
-            raise CheckpointError(
-                f"--ckpt_path={path} is not a file.", "Give a checkpoint, `last` or `best`."
-            )
-        try:
-            stored = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"--ckpt_path={path} cannot be read as a checkpoint ({type(error).__name__}).",
-                "It may be truncated: use an earlier one.",
-            ) from error
+        stored = load_plain(path, "--ckpt_path", "Give a checkpoint, `last` or `best`.", mmap=True)
         given = self.section.get("model.init_args")
         here = given.as_dict() if given else {}
         for key, now, before in _differences(here, stored.get("hyper_parameters") or {}):

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fulgurite.errors import DataError
+from fulgurite.errors import CheckpointError, DataError
 
 __all__ = [
     "NUMPY_GLOBALS",
@@ -25,6 +25,7 @@ __all__ = [
     "checksum",
     "data_path",
     "file_lock",
+    "load_plain",
     "restricted_load",
     "verify_checksum",
 ]
@@ -175,6 +176,43 @@ def restricted_load(
         raise DataError(
             f"The pickle {name} was refused: {error or type(error).__name__}.",
             "Fetch the original file again; if it is another format, use the reader made for it.",
+        ) from error
+
+
+def load_plain(
+    path: str | Path, where: str, mend: str = "Name a file, or give null.", **options: Any
+) -> Any:
+    """Read a file that ``torch.save`` wrote: tensors and plain types, onto the CPU.
+
+    Nothing in the file is executed.
+
+    Args:
+        path: The file.
+        where: Who asks for it, as the user spells it; named in errors.
+        mend: What to do where there is no such file.
+        options: Of ``torch.load``.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, or it holds anything else.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     torch.save({"a": torch.ones(2)}, file.name)
+        ...     load_plain(file.name, "weights")
+        {'a': tensor([1., 1.])}
+    """
+    import torch
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"{where}={path} is not a file.", mend)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # a damaged file raises nearly any
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{where}={path} cannot be read as plain tensors ({reason}).",
+            "It may be truncated, or written by something else than torch.save: use another.",
         ) from error
 
 

@@ -297,7 +297,7 @@ def test_statistics_are_written_with_their_provenance_and_read_again(trained, tm
     with pytest.raises(CheckpointError, match="cannot be read"):
         predicted(trainer, module, Plates(without))
     (folder / "lab_batch_6_plate_6.pt").unlink()
-    with pytest.raises(CheckpointError, match="no statistics of plate"):
+    with pytest.raises(CheckpointError, match="none of plate lab"):
         predicted(trainer, module, Plates(without))
 
 

@@ -230,7 +230,10 @@ def _same_under(final, start, weights, ranks):
         assert one[key] == pytest.approx(many[key], abs=1e-6), key
 
 
-@pytest.mark.parametrize("file", [LAST, "metrics.csv"])  # before round 0 ends, and later
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(LAST, marks=pytest.mark.slow), "metrics.csv"],  # before round 0 ends, and later
+)
 def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights, file):
     options = ("--trainer.max_epochs=40", "--model.init_args.method.init_args.relabel_every=3")
     whole = final("whole", *options)

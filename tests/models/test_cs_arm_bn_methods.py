@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.layers import ResNet18 as ResNet18Plain
 from fulgurite.models.cs_arm_bn import (
     ARMBN,
     ARMCML,
@@ -18,12 +19,14 @@ from fulgurite.models.cs_arm_bn import (
     TVN,
     AdaBN,
     AdaptiveWeight,
+    Backbone,
     ControlsOnly,
     PlateClassifier,
     ResNet18,
     ResNet50,
     SmallResNet,
     Weighted,
+    context,
     convert_batchnorm,
     fit_tvn,
     tvn,
@@ -284,6 +287,59 @@ def test_tvn_trains_a_linear_head_only():
     assert learning == {"method.head.weight", "method.head.bias"}
     with pytest.raises(ConfigError, match="not fitted"):
         logits(make_module(TVN()), make_batch())
+
+
+# --- networks of other libraries ------------------------------------------------------------------
+
+
+def test_a_network_of_transformers_takes_part_in_all(tmp_path):
+    """Its outputs are objects with logits, and its first layer has three channels."""
+    config = pytest.importorskip("transformers").ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3, layer_type="basic"
+    )
+    factory = "transformers.ResNetForImageClassification"
+    network = Backbone(5, K, factory, {"config": config}, input_norm="context")
+    assert network(torch.randn(6, 5, 32, 32)).shape == (6, K)
+    assert network.features(torch.randn(6, 5, 32, 32)).flatten(1).shape == (6, 8)
+    assert network.head.out_features == K
+    converted = convert_batchnorm(network)
+    x = torch.randn(6, 5, 32, 32)
+    with context(converted, "union", n_query=2):
+        together = converted(x)
+    with context(converted, "union", n_query=2):
+        scaled = converted(3 * x + 2)  # of all channels alike, which the input norm undoes
+    torch.testing.assert_close(scaled, together, rtol=1e-3, atol=1e-3)
+
+
+def test_exchanged_layers_keep_what_they_can():
+    sizes = {"in_channels": 3, "num_classes": 10}
+    torch.manual_seed(0)
+    network = Backbone(5, K, "fulgurite.layers.ResNet18", sizes)
+    torch.manual_seed(0)
+    plain = ResNet18Plain(**sizes)
+    grey = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():  # an image whose channels are equal looks the same
+        torch.testing.assert_close(
+            network.inner.conv1(grey.expand(-1, 5, -1, -1)), plain.conv1(grey.expand(-1, 3, -1, -1))
+        )
+    assert network.inner.fc.out_features == K
+    same = Backbone(3, 10, "fulgurite.layers.ResNet18", sizes)
+    assert same.inner.conv1.weight.shape == plain.conv1.weight.shape
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "says"),
+    [
+        ("no_such_library.create_model", {}, "cannot be found"),
+        ("fulgurite.layers.ResNet19", {}, "cannot be found"),
+        ("fulgurite.layers.ResNet18", {"channels": 3}, "does not take"),
+        ("torch.nn.Linear", {"in_features": 1, "out_features": 1}, "no Conv2d layer"),
+        ("torch.zeros", {"size": [1]}, "makes a Tensor"),
+    ],
+)
+def test_what_is_no_network_of_another_library_is_refused(factory, arguments, says):
+    with pytest.raises(ConfigError, match=says):
+        Backbone(5, 8, factory, arguments)
 
 
 # --- the module -----------------------------------------------------------------------------------

@@ -5,16 +5,15 @@ Axes: B mini-batch, I input channels, H, W image, C classes, D feature dim.
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.errors import CheckpointError, ConfigError
+from fulgurite.io import load_plain
 
 __all__ = [
     "BasicBlock",
@@ -206,24 +205,12 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         >>> bool((source.weight == target.weight).all())
         True
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"weights file {path} does not exist.", "Set weights to a state dict, or to null."
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"weights file {path} cannot be read as plain tensors ({reason}).",
-            "Save it with torch.save(network.state_dict(), path).",
-        ) from error
+    state = load_plain(path, "weights")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(
-            f"weights file {path} holds no state dict.",
+            f"weights={path} holds no state dict.",
             "Save it with torch.save(network.state_dict(), path).",
         )
     own = network.state_dict()
@@ -241,7 +228,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
     if others := sorted(wrong.difference(dropped)):
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
         raise ConfigError(
-            f"weights file {path} does not fit the network: {shown}.",
+            f"weights={path} does not fit the network: {shown}.",
             "Choose the network, stem and in_channels that the weights were saved from.",
         )
     network.load_state_dict(
