@@ -5,11 +5,11 @@ Axes: M rows, I input channels, H, W image, K classes, D feature dim.
 
 from __future__ import annotations
 
+import copy
 import pkgutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -266,12 +266,12 @@ class Backbone(nn.Module):
                 f"What {factory} makes has no {'Linear' if first else 'Conv2d'} layer to exchange.",
                 "Set model.init_args.network.init_args.factory to an image classifier.",
             )
-        before: int = layers[first].in_channels  # type: ignore[assignment]
-        _exchange(self.inner, first, _with_channels(layers[first], in_channels))  # type: ignore[arg-type]
+        before: int = layers[first].in_channels
+        _exchange(self.inner, first, _with_channels(layers[first], in_channels))
         for layer in layers.values():  # transformers compares images with it
             if getattr(layer, "num_channels", None) == before:
-                layer.num_channels = in_channels  # type: ignore[assignment]
-        _exchange(self.inner, last, nn.Linear(layers[last].in_features, num_classes))  # type: ignore[arg-type]
+                layer.num_channels = in_channels
+        _exchange(self.inner, last, nn.Linear(layers[last].in_features, num_classes))
         self._last = last
 
     @property
@@ -289,7 +289,7 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of all rows."""
         out = self.inner(self.input_norm(x))
-        return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+        return out if isinstance(out, Tensor) else out.logits
 
 
 def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
@@ -324,15 +324,9 @@ def _with_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
             f"The network's first convolution has {layer.groups} groups of channels.",
             f"Use one whose first convolution mixes channels, or makes it for {channels} itself.",
         )
-    made = nn.Conv2d(
-        channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-        layer.dilation, bias=layer.bias is not None, padding_mode=layer.padding_mode,
-    )  # fmt: skip
-    with torch.no_grad():
-        mean = layer.weight.sum(1, keepdim=True) / channels
-        made.weight.copy_(mean.expand_as(made.weight))
-        if layer.bias is not None and made.bias is not None:
-            made.bias.copy_(layer.bias)
+    made = copy.deepcopy(layer)
+    mean = layer.weight.detach().sum(1, keepdim=True) / channels
+    made.in_channels, made.weight = channels, nn.Parameter(mean.repeat(1, channels, 1, 1))
     return made
 
 

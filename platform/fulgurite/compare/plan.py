@@ -269,8 +269,8 @@ class Plan:
             layers = fit, [*fit, method.test_args], [*fit, method.test_args, *tested]
             own, *others = (_options([*part, seeds]) for part in layers)
             label = ", ".join(f"{axis}={value}" for axis, value in tried)
-            options = ((*files, *part) for part in (own, *others))
-            candidates.append(Candidate(label, *options, key=digest([contents, own])))
+            run, validate, test = ((*files, *part) for part in (own, *others))
+            candidates.append(Candidate(label, run, validate, test, digest([contents, own])))
             defining += [contents, own, self.after_fit, *(others if self.shares else ())]
         if self.shares:
             tune = self.tune and [self.tune.metric, self.tune.mode]
