@@ -202,6 +202,7 @@ class PlateDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._ready = False
+        self._read: PlateImages | None = None
         # mean and deviation in fractions of full scale: measured, given, or from a checkpoint
         self._statistics: tuple[Tensor, Tensor] | None = None
 
@@ -260,7 +261,8 @@ class PlateDataModule(L.LightningDataModule):
         """
         self.source.prepare()
         if self.cache:
-            self._stored().prepare()
+            self._read = self._stored()  # `setup` of this process need not read it again
+            self._read.prepare()
 
     def _stored(self) -> PlateImages:
         table = self.source.load()
@@ -276,7 +278,7 @@ class PlateDataModule(L.LightningDataModule):
         """
         if self._ready:
             return
-        images = self._stored()
+        images = self._read or self._stored()
         if self.cache:
             images.prepare()  # what `prepare_data` did, unless it was not called
         #: The table of sites without what was excluded, and its images.
