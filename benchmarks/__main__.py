@@ -7,7 +7,7 @@ import sys
 
 ALL = (
     "fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "stream_attention", "plates",
-    "startup",
+    "number_probing_probe", "number_probing_backbones", "startup",
 )  # fmt: skip
 GPU = ("stream_gpu",)  # only by name
 

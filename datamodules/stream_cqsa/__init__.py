@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fulgurite.datamodules.stream_cqsa.needle import NeedleTask
-from fulgurite.datamodules.stream_cqsa.text import ByteText, cached_text, find_files
+from fulgurite.datamodules.stream_cqsa.text import ByteText, cached_text
 
 if TYPE_CHECKING:
     from fulgurite.datamodules.stream_cqsa.datamodule import ByteTextDataModule, NeedleDataModule
@@ -14,7 +14,6 @@ __all__ = [
     "NeedleDataModule",
     "NeedleTask",
     "cached_text",
-    "find_files",
 ]
 
 

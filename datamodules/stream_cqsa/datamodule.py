@@ -5,7 +5,6 @@ Shapes: B mini-batch, N tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -14,49 +13,24 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
-    STDLIB,
     ByteText,
     ConsecutiveWindows,
     RandomWindows,
     cached_text,
-    find_files,
     split_ranges,
 )
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
+from fulgurite.files import STDLIB, find_files
+from fulgurite.sampling import (
+    ContinuedSampler,
+    DrawSampler,
+    UnrepeatedDistributedSampler,
+    sampler_ranks,
+)
 
-__all__ = ["ByteTextDataModule", "DrawSampler", "NeedleDataModule"]
+__all__ = ["ByteTextDataModule", "NeedleDataModule"]
 
 _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
-
-
-class DrawSampler(UnrepeatedDistributedSampler):
-    """Numbers draws through all epochs and ranks, so that none comes twice.
-
-    Lightning calls :meth:`set_epoch` and leaves this sampler in place.
-
-    Args:
-        draws: Draws of one epoch on one rank.
-        ranks: Rank and number of ranks; those of the process group by default.
-
-    Example:
-        >>> sampler = DrawSampler(3)
-        >>> sampler.set_epoch(2)
-        >>> list(sampler)
-        [6, 7, 8]
-    """
-
-    def __init__(self, draws: int, ranks: tuple[int, int] | None = None) -> None:
-        super().__init__(draws, ranks)
-        self.draws = draws
-
-    def __iter__(self) -> Iterator[int]:
-        size = self.draws * self.num_replicas
-        first = self.epoch * size + self.rank
-        return iter(range(first, first + size, self.num_replicas))
-
-    def __len__(self) -> int:
-        return self.draws
 
 
 def _check(name: str, value: int, least: int = 1) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
+from collections.abc import Callable
 
 from fulgurite import __version__
 from fulgurite.errors import FulguriteError
 
-HELP = f"""fulgurite {__version__}: research papers as plug-ins of one PyTorch Lightning trainer.
+HELP = """fulgurite {version}: research papers as plug-ins of one PyTorch Lightning trainer.
 
 usage: fulgurite <command> [options]
 
@@ -23,11 +25,20 @@ compare and look:
   report     render a comparison or a run folder again
   systems    list the installed systems, their papers and configurations
   doctor     versions, devices and known faults of this installation
-
+{commands}
 `fulgurite <command> --help` lists the options of a command. An option overrides the
 configuration before it: --config first, then e.g. --trainer.max_epochs=5.
 --debug shows the traceback of an error instead of one line.
 """
+
+
+def help_text() -> str:
+    """What ``fulgurite --help`` prints."""
+    from fulgurite.systems import systems
+
+    own = [command for system in systems().values() for command in system.commands]
+    lines = "".join(f"  {command.name:<10} {command.help}\n" for command in own)
+    return HELP.format(version=__version__, commands=f"\nof one system:\n{lines}" if own else "")
 
 
 def list_systems() -> int:
@@ -41,6 +52,18 @@ def list_systems() -> int:
     return 0
 
 
+def system_command(name: str) -> Callable[[list[str]], int] | None:
+    """The function behind a command that a system adds, or None."""
+    from fulgurite.systems import systems
+
+    for system in systems().values():
+        for command in system.commands:
+            if command.name == name:
+                function: Callable[[list[str]], int] = pkgutil.resolve_name(command.main)
+                return function
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = [a for a in argv if a != "--debug"]
     try:
         if command in ("-h", "--help", "help"):
-            print(HELP, end="")
+            print(help_text(), end="")
             return 0
         if command == "--version":
             print(__version__)
@@ -64,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             from fulgurite.doctor import doctor
 
             return doctor()
+        if own := system_command(command):
+            return own(argv[1:])
         from fulgurite.cli import run
 
         run(argv)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ContinuedSampler",
+    "DrawSampler",
     "EveryRankSampler",
     "UnrepeatedDistributedSampler",
     "rank_and_world",
@@ -88,6 +89,35 @@ class UnrepeatedDistributedSampler(DistributedSampler[int]):
 
     def __len__(self) -> int:
         return len(range(self.rank, self.length, self.num_replicas))
+
+
+class DrawSampler(UnrepeatedDistributedSampler):
+    """Numbers draws through all epochs and ranks, so that none comes twice.
+
+    Lightning calls :meth:`set_epoch` and leaves this sampler in place.
+
+    Args:
+        draws: Draws of one epoch on one rank.
+        ranks: Rank and number of ranks; those of the process group by default.
+
+    Example:
+        >>> sampler = DrawSampler(3)
+        >>> sampler.set_epoch(2)
+        >>> list(sampler)
+        [6, 7, 8]
+    """
+
+    def __init__(self, draws: int, ranks: tuple[int, int] | None = None) -> None:
+        super().__init__(draws, ranks)
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[int]:
+        size = self.draws * self.num_replicas
+        first = self.epoch * size + self.rank
+        return iter(range(first, first + size, self.num_replicas))
+
+    def __len__(self) -> int:
+        return self.draws
 
 
 class EveryRankSampler(UnrepeatedDistributedSampler):

@@ -15,7 +15,22 @@ from pathlib import Path
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["System", "config_path", "packaged_configs", "resolve_config", "systems"]
+__all__ = ["Command", "System", "config_path", "packaged_configs", "resolve_config", "systems"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that a system adds to ``fulgurite``.
+
+    Args:
+        name: Word on the command line.
+        help: What it does, a few words, for ``fulgurite --help``.
+        main: ``module:function`` that takes the arguments and returns the exit status.
+    """
+
+    name: str
+    help: str
+    main: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class System:
         paper: The paper's title.
         url: Where the paper is.
         configs: Import name of the package that holds its YAML files.
+        commands: Commands of its own.
     """
 
     name: str
@@ -35,6 +51,7 @@ class System:
     paper: str
     url: str
     configs: str
+    commands: tuple[Command, ...] = ()
 
 
 OURS = (
@@ -59,6 +76,20 @@ OURS = (
         "Stream-CQSA: exact attention in any memory budget by cyclic quorum sets",
         "https://arxiv.org/abs/2604.20819",
         "fulgurite.configs.stream_cqsa",
+    ),
+    System(
+        "number_probing",
+        "language models: Fourier spectra and mod-T probes of their number embeddings",
+        "Convergent Evolution: How Different Language Models Learn Similar Number Representations",
+        "https://arxiv.org/abs/2604.20817",
+        "fulgurite.configs.number_probing",
+        (
+            Command(
+                "probe",
+                "periods in any table of number embeddings: glove, minilm, a folder or a file",
+                "fulgurite.models.number_probing.command:main",
+            ),
+        ),
     ),
 )
 

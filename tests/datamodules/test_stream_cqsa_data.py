@@ -22,11 +22,12 @@ from fulgurite.datamodules.stream_cqsa import (
     NeedleTask,
     cached_text,
     datamodule,
-    find_files,
     text,
 )
 from fulgurite.datamodules.stream_cqsa.needle import IGNORED, MARK, QUERY, place_needles
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.files import find_files
+from fulgurite.sampling import DrawSampler
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +167,8 @@ def test_an_interrupted_write_leaves_nothing(corpus, cache, monkeypatch):
 def test_a_killed_writer_is_cleaned_up(corpus, cache):
     code = """
 import os, sys
-from fulgurite.datamodules.stream_cqsa import cached_text, find_files, text
+from fulgurite.datamodules.stream_cqsa import cached_text, text
+from fulgurite.files import find_files
 text.np.save = lambda *_: os.kill(os.getpid(), 9)
 cached_text(find_files([sys.argv[1]], [".txt", ".md"]))
 """
@@ -202,7 +204,8 @@ def test_ranks_write_once(corpus, cache):
     """Several processes ask at once; one writes, the others wait for it."""
     code = """
 import sys, time
-from fulgurite.datamodules.stream_cqsa import cached_text, find_files, text
+from fulgurite.datamodules.stream_cqsa import cached_text, text
+from fulgurite.files import find_files
 write = text._write
 def slow(*arguments):
     print("written")
@@ -296,7 +299,7 @@ def test_ranks_draw_other_windows(corpus, monkeypatch):
     shares = []
     for rank in range(2):
         monkeypatch.setattr("fulgurite.sampling.rank_and_world", lambda rank=rank: (rank, 2))
-        sampler = datamodule.DrawSampler(8)
+        sampler = DrawSampler(8)
         sampler.set_epoch(1)
         assert len(sampler) == len(list(sampler)) == 8
         shares.append(list(sampler))

@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import fulgurite
+from fulgurite.systems import systems
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -206,6 +207,7 @@ def test_commands_in_the_documents_exist(document):
     for command in commands_in(document, "make"):
         assert set(command[1:]) <= targets, command
     known = {"fit", "validate", "test", "predict", "systems", "doctor", "compare", "report"}
+    known |= {command.name for system in systems().values() for command in system.commands}
     for command in commands_in(document, "fulgurite"):
         names = command[1].split("|")
         assert all(n in known or n.startswith(("-", "<")) for n in names), command

@@ -1,0 +1,287 @@
+"""When number embeddings are probed during training, and where it is recorded.
+
+Axes: N numbers, D embedding width, T period.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import atomic_write
+from fulgurite.logging import log_figure
+from fulgurite.models.number_probing.checks import describe
+from fulgurite.models.number_probing.fourier import PERIODS
+from fulgurite.models.number_probing.probing import FoldKind, Method
+from fulgurite.models.number_probing.report import (
+    COLUMNS,
+    ProbeSettings,
+    Report,
+    kappa_figure,
+    measure,
+    spectrum_figure,
+    to_csv,
+    to_markdown,
+)
+from fulgurite.models.number_probing.tables import Spelling, number_tokens, parse_numbers
+from fulgurite.models.number_probing.tables import vocabulary as read_vocabulary
+
+__all__ = ["ModularProbe"]
+
+
+class ModularProbe(Callback):
+    """Probes the number embeddings of any model while it is trained.
+
+    At the start and the end of a fit, at every checkpoint and every ``every_n_steps`` batches.
+    Logged by period T: ``probe/kappa_T`` (held out, shuffled folds), ``probe/train_kappa_T``,
+    ``probe/kappa_nonround_T``, ``probe/kappa_decade_T``, ``probe/kappa_contiguous_T``,
+    ``probe/kappa_permuted_T``, ``probe/local_ratio_T``, ``probe/phi_T`` and the others of
+    ``number_probing.report.COLUMNS``. The run folder gets all of them as ``probe.csv``, and the
+    figures ``spectrum`` and ``kappa``; W&B a table, TensorBoard a text.
+
+    Training is bit for bit the same with and without it. Only rank 0 probes; the embedding must
+    be whole there.
+
+    Args:
+        numbers: Such as ``0:1000``; by default those of the DataModule's ``number_ids``.
+        periods: T.
+        every_n_steps: Training batches between two probes; 0 leaves only start, end and
+            checkpoints.
+        embedding: Path of the module or parameter whose rows are embeddings, such as
+            ``model.embed_tokens``; by default the model's ``number_embeddings(numbers)``.
+        tokenizer: With ``embedding``: folder or file of the tokenizer that says which row is which
+            number; by default the DataModule's ``number_ids``.
+        first_row: With ``embedding``: the row of number 0, if number n is row ``first_row + n``.
+        spelling: With ``tokenizer``: ``bare`` "7", ``spaced`` " 7", or ``auto``.
+        method: ``lda``, or the slow ``logistic``.
+        folds: Of the cross-validation.
+        seeds: Ways to deal the folds.
+        blocked: Folds measured beside the shuffled ones: ``decade``, ``contiguous``.
+        permuted: Permutations of the numbers probed as a control.
+        nonround: Probe the numbers that 5 does not divide by themselves as well.
+        pca: Principal components kept for the Fisher values, at most N/4.
+        ridge: Added to S_W, in units of its mean eigenvalue.
+        at_checkpoints: Probe whenever a checkpoint is written.
+        figures: Draw when the fit ends.
+
+    Raises:
+        ConfigError: Arguments contradict each other, or do not fit the model.
+        DataError: A number is missing, rows are equal, zero, or not finite.
+
+    Source: arXiv 2604.20817; card section 6.
+    """
+
+    def __init__(
+        self,
+        numbers: str | None = None,
+        periods: Sequence[int] = PERIODS,
+        every_n_steps: int = 0,
+        embedding: str | None = None,
+        tokenizer: str | None = None,
+        first_row: int | None = None,
+        spelling: Spelling = "auto",
+        method: Method = "lda",
+        folds: int = 5,
+        seeds: int = 2,
+        blocked: Sequence[FoldKind] = ("decade", "contiguous"),
+        permuted: int = 1,
+        nonround: bool = True,
+        pca: int | None = 50,
+        ridge: float = 0.0,
+        at_checkpoints: bool = True,
+        figures: bool = True,
+    ) -> None:
+        if every_n_steps < 0:
+            raise ConfigError(
+                f"ModularProbe.every_n_steps={every_n_steps} is negative.",
+                "Give 0 (start, end and checkpoints) or more.",
+            )
+        if embedding is None and (tokenizer or first_row is not None):
+            raise ConfigError(
+                "ModularProbe was given rows without an embedding.",
+                "Name it: ModularProbe.embedding=PATH, such as model.embed_tokens.",
+            )
+        if tokenizer is not None and first_row is not None:
+            raise ConfigError(
+                "ModularProbe was given both tokenizer and first_row.", "Leave one of them out."
+            )
+        self.numbers = parse_numbers(numbers) if numbers is not None else None
+        self.every_n_steps, self.embedding = every_n_steps, embedding
+        self.tokenizer, self.first_row, self.spelling = tokenizer, first_row, spelling
+        self.settings = ProbeSettings(
+            tuple(periods), method, folds, seeds, tuple(blocked), permuted, nonround, pca, ridge
+        )
+        self.at_checkpoints, self.figures = at_checkpoints, figures
+        self.history: list[dict[str, Any]] = []
+        self.last: Report | None = None
+
+    # --- when ------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the model as it starts, unless it is resumed from a probed step."""
+        self._probe(trainer, pl_module, self._batches(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe after every ``every_n_steps`` batches."""
+        step = self._batches(trainer)
+        if self.every_n_steps and step % self.every_n_steps == 0:
+            self._probe(trainer, pl_module, step)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Probe what is saved, and put the result into the checkpoint."""
+        if self.at_checkpoints and trainer.training:
+            self._probe(trainer, pl_module, self._batches(trainer))
+            checkpoint.setdefault("callbacks", {})[self.state_key] = self.state_dict()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe what was trained; draw, and give tables to the loggers that show them."""
+        self._probe(trainer, pl_module, self._batches(trainer))
+        if not (trainer.is_global_zero and self.history):
+            return
+        if self.last is not None and self.figures:
+            log_figure(
+                trainer, "spectrum", spectrum_figure(self.last.spectrum, self.settings.periods)
+            )
+            log_figure(trainer, "kappa", kappa_figure(self.history, "held-out κ"))
+        self._tables(trainer)
+
+    @staticmethod
+    def _batches(trainer: Trainer) -> int:
+        """Batches trained on. Not ``global_step``, which counts each of several optimizers."""
+        return trainer.fit_loop.total_batch_idx + 1
+
+    # --- what ------------------------------------------------------------------------------------
+
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        if not trainer.is_global_zero or (self.history and self.history[-1]["step"] >= step):
+            return
+        # the model's own method may draw random numbers; training must not see that it did
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.no_grad():
+            numbers, embeddings = self._embeddings(trainer, pl_module)
+            self.last = measure(embeddings, numbers, self.settings)
+        self.history += [{"step": step, **row} for row in self.last.rows]
+        metrics = self.last.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        # `log` is not allowed in all of the hooks above
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        if (folder := self._folder(trainer)) is not None:
+            with atomic_write(folder / "probe.csv") as temporary:
+                temporary.write_text(to_csv(self.history), encoding="utf-8")
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path | None:
+        # not trainer.log_dir: that one is broadcast, and only rank 0 comes here
+        place = trainer.logger.log_dir if trainer.logger else None
+        return Path(place) if place else None
+
+    def _embeddings(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[Sequence[int], Tensor]:
+        """Numbers and their rows."""
+        known: Mapping[int, int] | None = getattr(
+            getattr(trainer, "datamodule", None), "number_ids", None
+        )
+        if self.embedding is None:
+            ask = getattr(pl_module, "number_embeddings", None)
+            if ask is None:
+                raise ConfigError(
+                    f"{type(pl_module).__name__} has no number_embeddings(numbers).",
+                    "Name its embedding: ModularProbe.embedding=PATH, such as model.embed_tokens.",
+                )
+            numbers = self._numbers(known)
+            try:
+                embeddings = ask(numbers)
+            except KeyError as error:
+                raise DataError(
+                    f"{type(pl_module).__name__} has no embedding of {error.args[0]!r}.",
+                    "Name numbers that it has: ModularProbe.numbers=0:100.",
+                ) from error
+            return numbers, embeddings
+        weight = self._weight(pl_module, self.embedding)
+        if self.first_row is not None:
+            numbers = self._numbers(None)
+            rows = [self.first_row + n for n in numbers]
+        else:
+            if self.tokenizer is not None:
+                known, _ = number_tokens(
+                    read_vocabulary(Path(self.tokenizer)), self.numbers, self.spelling
+                )
+            numbers = self._numbers(known)
+            if known is None:
+                raise ConfigError(
+                    "ModularProbe does not know which row is which number.",
+                    "Give ModularProbe.tokenizer, ModularProbe.first_row, or a DataModule with "
+                    "number_ids.",
+                )
+            if missing := [n for n in numbers if n not in known]:
+                raise DataError(
+                    f"The DataModule has no token for {describe(missing)}.",
+                    "Leave them out of ModularProbe.numbers.",
+                )
+            rows = [known[n] for n in numbers]
+        if len(rows) != len(set(rows)) or min(rows) < 0 or max(rows) >= len(weight):
+            raise DataError(
+                f"The rows {min(rows)} to {max(rows)} of {len(rows)} numbers do not fit the "
+                f"{len(weight)} rows of {self.embedding}.",
+                "Give the tokenizer (or first_row) that belongs to the model.",
+            )
+        return numbers, weight.detach()[torch.tensor(rows, device=weight.device)]
+
+    def _numbers(self, known: Mapping[int, int] | None) -> Sequence[int]:
+        if self.numbers is not None:
+            return self.numbers
+        if known is None:
+            raise ConfigError(
+                "ModularProbe does not know which numbers the model has.",
+                "Name them: ModularProbe.numbers=0:1000.",
+            )
+        return sorted(known)
+
+    @staticmethod
+    def _weight(pl_module: LightningModule, path: str) -> Tensor:
+        found: Any = pl_module
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module):
+            found = getattr(found, "weight", None)
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            names = [n for n, m in pl_module.named_modules() if isinstance(m, nn.Embedding)]
+            raise ConfigError(
+                f"ModularProbe.embedding={path} is no matrix of {type(pl_module).__name__}.",
+                f"Its embeddings are {', '.join(names) or '(none)'}.",
+            )
+        return found
+
+    # --- record ----------------------------------------------------------------------------------
+
+    def _tables(self, trainer: Trainer) -> None:
+        columns = ["step", "period", "verdict", *COLUMNS]
+        for logger in trainer.loggers:
+            kind = type(logger).__name__
+            if kind == "WandbLogger":
+                data = [[row[c] for c in columns] for row in self.history]
+                logger.log_table("probe", columns=columns, data=data)  # type: ignore[attr-defined]
+            elif kind == "TensorBoardLogger":
+                logger.experiment.add_text(  # type: ignore[attr-defined]
+                    "probe", to_markdown(self.history, columns), trainer.global_step
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was measured, as plain numbers and strings."""
+        return {"history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        self.history = [dict(row) for row in state_dict["history"]]

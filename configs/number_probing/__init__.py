@@ -1,0 +1,1 @@
+"""The packaged configurations of number_probing."""

@@ -1,0 +1,234 @@
+"""Addition of whole numbers whose digits are tokens of a base.
+
+Axes: I problems, K tokens of an operand, L tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fulgurite.datamodules.number_probing.draws import Ints, below, hashed
+from fulgurite.errors import ConfigError
+
+__all__ = ["IGNORED", "AdditionTask", "PairList", "PairStream"]
+
+#: Target that a loss leaves out: ``ignore_index`` of PyTorch's cross-entropy.
+IGNORED = -100
+
+_SPLIT, _DRAW, _ORDER = range(3)  # random streams of a seed
+_LARGEST = 2**62  # sums of two numbers below stay in int64
+
+
+@dataclass(frozen=True)
+class AdditionTask:
+    """What problems look like: ``a + b = c``, each number ``tokens`` digits of a base.
+
+    Tokens 0 … base-1 are the digits, ``base`` is ``+``, ``base + 1`` is ``=``.
+
+    Args:
+        base: Number of digits; 1000 for three decimal digits in a token.
+        tokens: K.
+        order: ``msb`` has the most significant digit first, ``lsb`` the least.
+        carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
+        overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
+            pairs whose sum has K digits; ``auto`` bounds K = 1 and wraps others.
+        train_fraction: Fraction of all pairs that is for training; the rest is never trained on.
+        mirrored: Keep a + b and b + a in the same part.
+        seed: Seed of the parts.
+
+    Raises:
+        ConfigError: A number is out of range.
+
+    Source: arXiv 2604.20817, card section 2.5 (bases, K, sums, c_i); 0.6/0.4: the contract of the
+        paper's grokking runs is unknown, inferred; mirrored pairs and the template: inferred.
+
+    Example:
+        >>> task = AdditionTask(base=10, tokens=2)
+        >>> task.encode(np.array([17]), np.array([5]))["tokens"]
+        tensor([[ 1,  7, 10,  0,  5, 11,  2]])
+    """
+
+    base: int = 100
+    tokens: int = 2
+    order: Literal["msb", "lsb"] = "msb"
+    carry: bool = True
+    overflow: Literal["auto", "wrap", "bound"] = "auto"
+    train_fraction: float = 0.6
+    mirrored: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("base", 2), ("tokens", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"The {name} of the addition is {getattr(self, name)}.",
+                    f"Set `--data.init_args.{name}` to {least} or more.",
+                )
+        if self.base**self.tokens >= _LARGEST:
+            raise ConfigError(
+                f"Operands of {self.tokens} tokens in base {self.base} do not fit 62 bits.",
+                "Lower `--data.init_args.tokens` or `--data.init_args.base`.",
+            )
+        if not 0 < self.train_fraction < 1:
+            raise ConfigError(
+                f"The train_fraction of the addition is {self.train_fraction}.",
+                "Set `--data.init_args.train_fraction` between 0 and 1.",
+            )
+        for name, allowed in (("order", ("msb", "lsb")), ("overflow", ("auto", "wrap", "bound"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"The {name} of the addition is {getattr(self, name)!r}.",
+                    f"Set `--data.init_args.{name}` to one of {', '.join(allowed)}.",
+                )
+        if self.bounded and not self.carry:
+            raise ConfigError(
+                "Sums without carries cannot be bounded, for they do not grow.",
+                "Set `--data.init_args.overflow=wrap`, or `--data.init_args.carry=true`.",
+            )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether only pairs are asked whose sum has K digits."""
+        return self.overflow == "bound" or (self.overflow == "auto" and self.tokens == 1)
+
+    @property
+    def size(self) -> int:
+        """Number of operands, base**K."""
+        return int(self.base**self.tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return self.base + 2
+
+    @property
+    def sequence_length(self) -> int:
+        """L: all tokens but the last, which is only predicted."""
+        return 3 * self.tokens + 1
+
+    def digits(self, numbers: Ints) -> Ints:
+        """Digits in the order of the task. Shape: (I,) to (I, K)."""
+        powers = self.base ** np.arange(self.tokens, dtype=np.int64)
+        found: Ints = numbers[:, None] // powers % self.base
+        return found[:, ::-1] if self.order == "msb" else found
+
+    def answer(self, a: Ints, b: Ints) -> Ints:
+        """Digits of c. Shape: (I,) and (I,) to (I, K)."""
+        if self.carry:
+            return self.digits((a + b) % self.size)
+        return (self.digits(a) + self.digits(b)) % self.base
+
+    def encode(self, a: Ints, b: Ints) -> dict[str, Tensor]:
+        """Sequences of problems: tokens, and targets at the answer only. Shapes: (I, L)."""
+        plus, equals = (np.full((len(a), 1), self.base + i) for i in range(2))
+        whole = np.concatenate(
+            [self.digits(a), plus, self.digits(b), equals, self.answer(a, b)], 1
+        ).astype(np.int64)
+        targets = whole[:, 1:].copy()
+        targets[:, : -self.tokens] = IGNORED
+        return {
+            "tokens": torch.from_numpy(whole[:, :-1].copy()),
+            "targets": torch.from_numpy(targets),
+        }
+
+    def trained(self, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether pairs are for training. Shape: (I,) and (I,) to (I,)."""
+        if self.mirrored:
+            a, b = np.minimum(a, b), np.maximum(a, b)
+        limit = np.uint64(self.train_fraction * 2**53)
+        return (hashed(self.seed, _SPLIT, a, b) >> np.uint64(11)) < limit
+
+
+class PairStream(Dataset[dict[str, Tensor]]):
+    """Pairs drawn anew for ever; the number of the draw decides the pair.
+
+    Args:
+        task: What problems look like.
+        train: Whether from the part for training.
+        seed: Seed of the draws.
+        size: Draws of an evaluation; a sampler may ask for more.
+    """
+
+    def __init__(self, task: AdditionTask, train: bool, seed: int, size: int) -> None:
+        self.task, self.train, self.seed, self.size = task, train, seed, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: x[0] for name, x in self.__getitems__([index]).items()}
+
+    def pairs(self, indices: list[int]) -> tuple[Ints, Ints]:
+        """Operands of draws. Shapes: (I,)."""
+        numbers = np.asarray(indices, np.int64)
+        a, b = np.zeros_like(numbers), np.zeros_like(numbers)
+        left, attempt = np.arange(len(numbers)), 0
+        while len(left):  # what falls into the other part is drawn again
+            parts = self.seed, _DRAW, int(self.train), numbers[left], attempt
+            first, second = (below(self.task.size, *parts, i) for i in range(2))
+            if self.task.bounded:  # the upper triangle, turned over, is the lower one
+                outside = first + second >= self.task.size
+                first = np.where(outside, self.task.size - 1 - first, first)
+                second = np.where(outside, self.task.size - 1 - second, second)
+            fits = self.task.trained(first, second) == self.train
+            a[left[fits]], b[left[fits]] = first[fits], second[fits]
+            left, attempt = left[~fits], attempt + 1
+        return a, b
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return self.task.encode(*self.pairs(indices))
+
+
+class PairList(Dataset[dict[str, Tensor]]):
+    """All pairs of one part, in a new order in every pass of them.
+
+    Args:
+        task: What problems look like; base**K of at most a few thousand.
+        train: Whether the part for training.
+        seed: Seed of the orders; None to keep the pairs in order.
+        limit: Keep at most so many, chosen at random.
+    """
+
+    def __init__(
+        self, task: AdditionTask, train: bool, seed: int | None, limit: int | None = None
+    ) -> None:
+        a, b = (x.ravel() for x in np.indices((task.size, task.size), dtype=np.int64))
+        chosen = task.trained(a, b) == train
+        if task.bounded:
+            chosen &= a + b < task.size
+        self.task, self.seed = task, seed
+        self.a, self.b = a[chosen], b[chosen]
+        if limit is not None and limit < len(self.a):
+            kept = np.sort(hashed(task.seed, _ORDER, np.arange(len(self.a))).argsort()[:limit])
+            self.a, self.b = self.a[kept], self.b[kept]
+        self._pass, self._order = -1, np.arange(len(self.a))
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: x[0] for name, x in self.__getitems__([index]).items()}
+
+    def places(self, indices: list[int]) -> Ints:
+        """Where draws are in the list; draw n is in pass n // length. Shape: (I,)."""
+        passes, places = np.divmod(np.asarray(indices, np.int64), len(self.a))
+        if self.seed is None:
+            return places
+        found = np.empty_like(places)
+        for which in np.unique(passes):
+            if which != self._pass:
+                order = hashed(self.seed, _ORDER, int(which), np.arange(len(self.a))).argsort()
+                self._pass, self._order = int(which), order
+            here = passes == which
+            found[here] = self._order[places[here]]
+        return found
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        places = self.places(indices)
+        return self.task.encode(self.a[places], self.b[places])

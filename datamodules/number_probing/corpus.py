@@ -1,0 +1,291 @@
+"""Text files and parquet tables as one memory-mapped sequence of tokens, and windows on it.
+
+Axes: M tokens, D documents, I number tokens, B windows, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fulgurite.datamodules.number_probing.addition import IGNORED
+from fulgurite.datamodules.number_probing.draws import Ints, below
+from fulgurite.datamodules.number_probing.perturbations import (
+    Perturbation,
+    blocks_of,
+    context_starts,
+    isolate_starts,
+    replacement,
+)
+from fulgurite.datamodules.number_probing.tokenizers import Tokenizer
+from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.io import atomic_write, cache_folder, checksum, file_lock
+
+__all__ = ["TokenCache", "TokenWindows", "cached_tokens", "read_documents"]
+
+_WINDOW = 2  # random stream of a seed
+_TOGETHER = 256  # documents that are tokenised at a time
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]:
+    """Texts: each file is one, and each row of a parquet table.
+
+    Args:
+        files: Text in UTF-8, or parquet.
+        column: Of parquet tables.
+
+    Raises:
+        DataError: A file cannot be read, or has no such column of text.
+        MissingExtraError: There is a parquet table and no pyarrow.
+
+    Source: FineWeb-Edu's layout, column ``text``, card section 2.2.
+    """
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, column)
+            continue
+        try:
+            yield path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(
+                f"The file {path} cannot be read ({error.strerror}).",
+                "Make it readable, or leave it out of `--data.init_args.paths`.",
+            ) from error
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError(
+            f"The table {path} needs the package pyarrow.", "Run `pip install fulgurite[plates]`."
+        ) from error
+    try:
+        with pq.ParquetFile(path) as table:
+            kind = table.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise KeyError(f"its type is {kind}")
+            for rows in table.iter_batches(batch_size=_TOGETHER, columns=[column]):
+                yield from (text for text in rows.column(0).to_pylist() if text)
+    except KeyError as error:
+        raise DataError(
+            f"The table {path} has no column {column!r} of text ({error}).",
+            "Set `--data.init_args.column` to the column that holds the text.",
+        ) from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"The table {path} cannot be read: {error}.",
+            "Fetch it again, or leave it out of `--data.init_args.paths`.",
+        ) from error
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+class TokenCache:
+    """All documents one after the other, memory-mapped.
+
+    Args:
+        folder: What :func:`cached_tokens` has written.
+
+    Attributes:
+        tokens: Shape: (M,), uint16 or uint32.
+        starts: First token of each document. Shape: (D,), int64.
+        places: Where number tokens are, ascending. Shape: (I,), int64.
+        counts: How often each token occurs. Shape: (V,), int64.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        self.tokens: npt.NDArray[Any] = np.memmap(folder / "tokens.bin", self.facts["dtype"], "r")
+        numbers = folder / "places.bin"
+        self.places: Ints = (
+            np.memmap(numbers, np.int64, "r") if numbers.stat().st_size else np.zeros(0, np.int64)
+        )
+        self.starts: Ints = np.load(folder / "starts.npy")
+        self.counts: Ints = np.load(folder / "counts.npy")
+
+    def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
+        return TokenCache, (self.folder,)  # else a worker would be sent all tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def cached_tokens(files: Sequence[Path], tokenizer: Tokenizer, column: str = "text") -> TokenCache:
+    """Return the tokens of files from the cache, after writing them there if they are new.
+
+    The key is a digest of all contents and of the tokenizer. One process of the machine writes at
+    a time; if it is killed, the cache has no such entry.
+
+    Args:
+        files: Text or parquet, in the order of the tokens.
+        tokenizer: Makes the tokens; takes over its vocabulary from the cache.
+        column: Of parquet tables.
+
+    Raises:
+        DataError: A file cannot be read, there is no text in them, or the cache cannot be written.
+    """
+    digests = [(path.suffix == ".parquet", checksum(path)) for path in files]
+    listing = json.dumps([digests, column, tokenizer.key])
+    key = f"tokens-1-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
+    folder = cache_folder() / key
+    if not folder.exists():
+        try:
+            with file_lock(folder.with_name(f"{key}.lock")):
+                if not folder.exists():
+                    for left_over in folder.parent.glob(f".{key}.tmp-*"):
+                        shutil.rmtree(left_over, ignore_errors=True)  # of a killed process
+                    with atomic_write(folder) as temporary:
+                        temporary.mkdir()
+                        _write(temporary, files, tokenizer, column)
+        except OSError as error:
+            if not folder.exists():  # else another rank without a lock was faster
+                raise DataError(
+                    f"The tokens cannot be written to {folder.parent} ({error.strerror}).",
+                    "Set FULGURITE_CACHE to a folder with more room.",
+                ) from error
+    cache = TokenCache(folder)
+    tokenizer.restore(cache.facts["tokenizer"])
+    return cache
+
+
+def _write(folder: Path, files: Sequence[Path], tokenizer: Tokenizer, column: str) -> None:
+    tokenizer.learn(read_documents(files, column))
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    is_number = np.zeros(tokenizer.vocab_size, np.bool_)
+    is_number[[*tokenizer.numbers]] = True
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    starts: list[int] = []
+    total = 0
+    end = [] if tokenizer.end is None else [tokenizer.end]
+    with open(folder / "tokens.bin", "wb") as whole, open(folder / "places.bin", "wb") as places:
+        documents = read_documents(files, column)
+        while some := [*islice(documents, _TOGETHER)]:
+            for found in tokenizer.encode(some):
+                if not found:
+                    continue
+                tokens = np.asarray(found + end, dtype)
+                starts.append(total)
+                counts += np.bincount(tokens, minlength=len(counts))
+                places.write((np.flatnonzero(is_number[tokens]) + total).tobytes())
+                whole.write(tokens.tobytes())
+                total += len(tokens)
+    if not total:
+        raise DataError(
+            f"There is no text in {len(files)} files, the first is {files[0]}.",
+            "Set `--data.init_args.paths` to files with text.",
+        )
+    np.save(folder / "starts.npy", np.array(starts, np.int64))
+    np.save(folder / "counts.npy", counts)
+    facts = {"dtype": np.dtype(dtype).name, "tokenizer": tokenizer.state()}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+# --- windows -------------------------------------------------------------------------------------
+
+
+class TokenWindows(Dataset[dict[str, Tensor]]):
+    """Pieces of the text and the token after each of theirs.
+
+    Args:
+        cache: All tokens.
+        part: The tokens that windows are cut from; swapped numbers come from here too.
+        length: L.
+        perturbation: What is done to them.
+        is_number: Whether a token stands for a number. Shape: (V,).
+        seed: Of the places and of the perturbation.
+        random: Cut at random places, which the number of the draw decides, instead of one after
+            the other.
+        documents: Keep documents apart.
+        limit: Of windows one after the other, keep at most so many, spread evenly.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        part: range,
+        length: int,
+        perturbation: Perturbation,
+        is_number: npt.NDArray[np.bool_],
+        seed: int,
+        random: bool,
+        documents: bool,
+        limit: int | None = None,
+    ) -> None:
+        self.cache, self.part, self.length = cache, part, length
+        self.perturbation, self.is_number = perturbation, is_number
+        self.seed, self.random, self.documents = seed, random, documents
+        self.windows = max(0, (len(part) - 1) // length)
+        self.kept = self.windows if limit is None else min(limit, self.windows)
+        first, last = np.searchsorted(cache.places, (part.start, part.stop))
+        self.numbers = range(int(first), int(last))  # of the part, among all
+
+    def __len__(self) -> int:
+        return self.kept
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: x[0] for name, x in self.__getitems__([index]).items()}
+
+    def begins(self, indices: Sequence[int]) -> Ints:
+        """First tokens of windows. Shape: (B,)."""
+        numbers = np.asarray(indices, np.int64)
+        if self.random:
+            places = len(self.part) - self.length
+            return self.part.start + below(places, self.seed, _WINDOW, numbers)
+        return self.part.start + numbers * self.windows // self.kept * self.length
+
+    def text(self, begin: int, count: int) -> Ints:
+        """Tokens from a place on, with other numbers where the perturbation says so.
+
+        Shape: (count,).
+        """
+        tokens: Ints = self.cache.tokens[begin : begin + count].astype(np.int64)
+        kind = self.perturbation.numbers
+        if kind is not None:
+            places = self.cache.places
+            first, last = np.searchsorted(places, (begin, begin + count))
+            if last > first:
+                asked = np.arange(first, last) - self.numbers.start
+                taken = replacement(kind, asked, len(self.numbers), self.seed)
+                source = places[self.numbers.start + taken]
+                tokens[places[first:last] - begin] = self.cache.tokens[source]
+        return tokens
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        begins = self.begins(indices)
+        rows = np.stack([self.text(int(begin), self.length + 1) for begin in begins])
+        tokens, targets = rows[:, :-1], rows[:, 1:].copy()
+        batch = {"tokens": torch.from_numpy(tokens.copy()), "targets": torch.from_numpy(targets)}
+        starts = np.zeros(rows.shape, np.bool_)  # also of the token that is only predicted
+        starts[:, 0] = True
+        if self.documents:
+            for row, begin in zip(starts, begins, strict=True):
+                among = np.searchsorted(self.cache.starts, (begin, begin + rows.shape[1]))
+                row[self.cache.starts[slice(*among)] - begin] = True
+        if self.perturbation.isolate:
+            starts |= isolate_starts(self.is_number[rows], self.perturbation.isolate)
+        # what another piece begins with is not predicted from this one
+        targets[starts[:, 1:]] = IGNORED
+        if self.perturbation.context:
+            # but the window of the context slides on to its last token's target
+            starts |= context_starts((len(rows), rows.shape[1]), self.perturbation.context)
+        if self.documents or self.perturbation.isolate or self.perturbation.context:
+            batch["documents"] = torch.from_numpy(blocks_of(starts[:, :-1]))
+        return batch

@@ -1,0 +1,355 @@
+"""LightningDataModules of number_probing: addition, and text with numbers in it.
+
+Axes: B mini-batch, L tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
+from fulgurite.datamodules.number_probing.corpus import (
+    TokenCache,
+    TokenWindows,
+    cached_tokens,
+)
+from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
+from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.files import STDLIB, find_files
+from fulgurite.sampling import (
+    ContinuedSampler,
+    DrawSampler,
+    UnrepeatedDistributedSampler,
+    sampler_ranks,
+)
+
+__all__ = ["AdditionDataModule", "NumberTextDataModule"]
+
+_TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
+_LISTED = 2048  # operands up to which all pairs are listed
+
+
+def _check(name: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise ConfigError(
+            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {least} or more."
+        )
+
+
+def _whole(batch: Any) -> Any:
+    """Datasets here give whole batches."""
+    return batch
+
+
+class _SequenceDataModule(L.LightningDataModule):
+    """What both DataModules share: loaders.
+
+    Attributes:
+        number_ids: Token of each number; complete after :meth:`setup`.
+    """
+
+    batch_size: int
+    num_workers: int
+    steps_per_epoch: int
+    number_ids: dict[int, int]
+    _train: Dataset[Any]
+    _val: Dataset[Any]
+    _test: Dataset[Any]
+
+    def _loader(self, data: Dataset[Any], sampler: Any) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_whole,
+            generator=torch.Generator(),  # loading leaves the run's randomness alone
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _evaluation(self, data: Any) -> DataLoader[Any] | list[Any]:
+        if not len(data):
+            return []
+        return self._loader(data, UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer)))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches of draws, other ones in each epoch and on each rank."""
+        draws = self.steps_per_epoch * self.batch_size
+        sampler = DrawSampler(draws, sampler_ranks(self.trainer))
+        return self._loader(self._train, ContinuedSampler(sampler, self.trainer, self.batch_size))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of the validation split, if there is one."""
+        return self._evaluation(self._val)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of the test split, if there is one."""
+        return self._evaluation(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the batches of :meth:`test_dataloader`."""
+        return self.test_dataloader()
+
+
+class AdditionDataModule(_SequenceDataModule):
+    """Addition a + b = c of numbers that are ``tokens`` digits of a base.
+
+    Batches are ``{"tokens": (B, L) int64, "targets": (B, L) int64}`` with L = 3 tokens + 1 and
+    targets at the answer only. All pairs are split once, by ``seed``, into those for training and
+    those for validation and test, so that what is learned by heart does not count. Few pairs are
+    gone through in passes, each in an order of its own; of many, random ones are drawn for ever.
+
+    Args:
+        base: Number of digits, which are the numbers that can be probed.
+        tokens: Digits of an operand and of the sum.
+        order: ``msb`` has the most significant digit first, ``lsb`` the least.
+        carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
+        overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
+            pairs whose sum has no further digit; ``auto`` bounds one token and wraps several.
+        train_fraction: Fraction of all pairs that is for training.
+        mirrored: Keep a + b and b + a in the same part.
+        batch_size: Problems of a batch, on each rank.
+        steps_per_epoch: Training batches of one epoch on each rank.
+        val_size: Problems for validation at most.
+        test_size: Problems for test and prediction at most.
+        num_workers: Processes that generate; batches do not depend on it.
+        seed: Seed of the split and of all draws, apart from the seed of the run.
+
+    Raises:
+        ConfigError: An argument is out of range.
+        DataError: A part has no pairs.
+
+    Source: arXiv 2604.20817, card section 2.5; template, split and sizes: inferred.
+    """
+
+    def __init__(
+        self,
+        base: int = 100,
+        tokens: int = 2,
+        order: Literal["msb", "lsb"] = "msb",
+        carry: bool = True,
+        overflow: Literal["auto", "wrap", "bound"] = "auto",
+        train_fraction: float = 0.6,
+        mirrored: bool = True,
+        batch_size: int = 512,
+        steps_per_epoch: int = 100,
+        val_size: int = 2048,
+        test_size: int = 8192,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check("batch_size", batch_size)
+        _check("steps_per_epoch", steps_per_epoch)
+        _check("val_size", val_size, 0)
+        _check("test_size", test_size, 0)
+        _check("num_workers", num_workers, 0)
+        self.task = AdditionTask(
+            base, tokens, order, carry, overflow, train_fraction, mirrored, seed
+        )
+        self.save_hyperparameters(logger=False)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.steps_per_epoch, self.sizes = steps_per_epoch, (val_size, test_size)
+        self.number_ids = {n: n for n in range(base)}
+        self._ready = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens, known before :meth:`setup`."""
+        return self.task.vocab_size
+
+    @property
+    def sequence_length(self) -> int:
+        """L, known before :meth:`setup`."""
+        return self.task.sequence_length
+
+    def setup(self, stage: str | None = None) -> None:
+        """List or draw the pairs; does nothing the second time.
+
+        Raises:
+            DataError: A part has no pairs.
+        """
+        if self._ready:
+            return
+        val, test = self.sizes
+        seeds = [self.seed * 3 + stream for stream in (_TRAIN, _VAL, _TEST)]
+        if self.task.size > _LISTED:
+            self._train = PairStream(self.task, True, seeds[_TRAIN], 0)
+            self._val = PairStream(self.task, False, seeds[_VAL], val)
+            self._test = PairStream(self.task, False, seeds[_TEST], test)
+        else:
+            self._train = PairList(self.task, True, seeds[_TRAIN])
+            self._val = PairList(self.task, False, None, val)
+            self._test = PairList(self.task, False, None, test)
+            if not len(self._train) or (val and not len(self._val)):
+                raise DataError(
+                    f"Of the pairs of base {self.task.base}, one part is empty.",
+                    "Set `--data.init_args.base` higher, or `--data.init_args.train_fraction`"
+                    " nearer to one half.",
+                )
+        self._ready = True
+
+
+class NumberTextDataModule(_SequenceDataModule):
+    """Text whose numbers 0 … 999 are tokens of their own: predict the next token.
+
+    Batches are ``{"tokens": (B, L) int64, "targets": (B, L) int64}``, with ``"documents"`` where
+    pieces of a sequence must not see each other. The files are tokenised once into a
+    memory-mapped cache; its beginning is training, its end test, what is between validation.
+    Training windows lie at random places, which seed, epoch and number decide; those of
+    validation and test follow each other.
+
+    Args:
+        paths: Text files and parquet tables, folders or glob patterns, absolute or relative to
+            ``FULGURITE_DATA``; ``stdlib`` or ``null`` for the sources of Python's standard
+            library, about 12 MB of real text that is on every machine (but is another one for
+            another Python).
+        suffixes: What names of files in folders end with.
+        column: Of parquet tables, the one with the text.
+        tokenizer: ``words``, or a ``tokenizer.json`` (or its folder).
+        vocab_size: Tokens of ``words``; a file has its own number.
+        perturb: ``context:L``, ``isolate:K``, ``swap``, ``unigram``, or a list of them; ``null``
+            for text as it is. Validation and test text is changed alike.
+        length: Tokens L of a sequence.
+        batch_size: Sequences of a batch, on each rank.
+        val_fraction: Fraction of the tokens for validation; 0 for none.
+        test_fraction: Fraction of the tokens for test and prediction; 0 for none.
+        documents: Keep the documents of a sequence apart.
+        steps_per_epoch: Training batches of one epoch on each rank; as many as cover the text
+            about once if not given.
+        val_sequences: Keep at most this many validation windows, spread evenly; ``null`` for all.
+        num_workers: Processes that read; batches do not depend on it.
+        seed: Seed of windows and perturbations, apart from the seed of the run.
+
+    Attributes:
+        number_ids: Token of each number, after :meth:`setup`. Where a tokenizer has two, alone
+            and after a space, those of the spelling that the text has more of.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: arXiv 2604.20817, card sections 2.2, 2.3 and 6; windows and splits: inferred.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | str | None = None,
+        suffixes: list[str] = [".txt", ".md", ".rst", ".py", ".parquet"],  # noqa: B006  # copied
+        column: str = "text",
+        tokenizer: str = "words",
+        vocab_size: int = 8192,
+        perturb: list[str] | str | None = None,
+        length: int = 256,
+        batch_size: int = 16,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        documents: bool = False,
+        steps_per_epoch: int | None = None,
+        val_sequences: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check("length", length)
+        _check("batch_size", batch_size)
+        _check("num_workers", num_workers, 0)
+        _check("seed", seed, 0)
+        if steps_per_epoch is not None:
+            _check("steps_per_epoch", steps_per_epoch)
+        if val_sequences is not None:
+            _check("val_sequences", val_sequences)
+        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ConfigError(
+                f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
+                "Set `--data.init_args.val_fraction` and `--data.init_args.test_fraction` to 0 or "
+                "more, below 1 together.",
+            )
+        self.perturbation = parse_perturbations(perturb)
+        self.tokenizer = make_tokenizer(tokenizer, vocab_size)
+        self.save_hyperparameters(logger=False)
+        self.paths = [paths or STDLIB] if isinstance(paths, str | None) else list(paths)
+        self.suffixes, self.column = list(suffixes), column
+        self.length, self.batch_size = length, batch_size
+        self.fractions = (val_fraction, test_fraction)
+        self.documents, self.num_workers, self.seed = documents, num_workers, seed
+        self._steps, self.val_sequences = steps_per_epoch, val_sequences
+        self.number_ids = {}
+        self._prepared: TokenCache | None = None
+        self._ready = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens, known before :meth:`setup`."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def sequence_length(self) -> int:
+        """L, known before :meth:`setup`."""
+        return self.length
+
+    def _cache(self) -> TokenCache:
+        files = [path for _, path in find_files(self.paths, self.suffixes)]
+        return cached_tokens(files, self.tokenizer, self.column)
+
+    def prepare_data(self) -> None:
+        """Fill the cache, once per machine.
+
+        Raises:
+            DataError: There is no text, or it cannot be read.
+        """
+        # saves this process from reading all files again in `setup`, to know their contents
+        self._prepared = self._cache()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the tokens and split them; does nothing the second time.
+
+        Raises:
+            DataError: There is no text, or less than one sequence of it for a split.
+        """
+        if self._ready:
+            return
+        #: All tokens, mapped.
+        self.cache = cache = self._prepared or self._cache()
+        total = len(cache)
+        val, test = (int(total * fraction) for fraction in self.fractions)
+        #: The tokens of training, validation and test.
+        self.parts = (
+            range(total - val - test), range(total - val - test, total - test),
+            range(total - test, total),
+        )  # fmt: skip
+        for name, part, fraction in zip(
+            ("training", "validation", "test"), self.parts, (1.0, *self.fractions), strict=True
+        ):
+            if fraction and len(part) <= self.length:
+                raise DataError(
+                    f"The text of {name} has {len(part):,} tokens, and a sequence needs "
+                    f"{self.length + 1:,}.",
+                    "Give more text in `--data.init_args.paths`, shorten `--data.init_args.length`,"
+                    " or change `--data.init_args.val_fraction` and `test_fraction` (0 for none).",
+                )
+        is_number = np.zeros(self.vocab_size, np.bool_)
+        is_number[[*self.tokenizer.numbers]] = True
+        limits = None, self.val_sequences, None
+        self._train, self._val, self._test = (
+            TokenWindows(
+                cache, part, self.length, self.perturbation, is_number, self.seed,
+                random=split == _TRAIN, documents=self.documents, limit=limit,
+            )
+            for split, (part, limit) in enumerate(zip(self.parts, limits, strict=True))
+        )  # fmt: skip
+        share = self.length * self.batch_size * sampler_ranks(self.trainer)[1]
+        self.steps_per_epoch = self._steps or max(1, len(self.parts[0]) // share)
+        self.number_ids = number_tokens(self.tokenizer, cache.counts)
+        self._ready = True
+
+    @property
+    def token_counts(self) -> torch.Tensor:
+        """How often each token occurs in the text as it is. Shape: (V,), int64."""
+        return torch.from_numpy(self.cache.counts.copy())

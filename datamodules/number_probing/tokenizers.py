@@ -1,0 +1,261 @@
+"""From text to tokens: words with one token for each number 0 … 999, or a ``tokenizer.json``.
+
+Axes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.io import data_path
+
+__all__ = [
+    "FileTokenizer",
+    "Tokenizer",
+    "WordTokenizer",
+    "make_tokenizer",
+    "number_of",
+    "number_tokens",
+]
+
+_LARGEST = 999
+_PREFIXES = ("Ġ", "▁", " ")  # of words after a space, in GPT-2's bytes and SentencePiece
+_WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
+_UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
+
+
+class Tokenizer(Protocol):
+    """What the token cache needs.
+
+    Attributes:
+        vocab_size: V, known before any text is read.
+        key: Names all that tokens depend on, but the text.
+        end: Token after each document; None for none.
+        numbers: Number that each token stands for, of those that do.
+    """
+
+    vocab_size: int
+    key: str
+    end: int | None
+    numbers: dict[int, int]
+
+    def learn(self, documents: Iterable[str]) -> None:
+        """Choose the vocabulary, if it depends on the text."""
+        ...
+
+    def encode(self, documents: Sequence[str]) -> list[list[int]]:
+        """Tokens of each document."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`learn` chose, as JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave."""
+        ...
+
+    def spaced(self, token: int) -> bool:
+        """Whether a token begins with a space."""
+        ...
+
+
+def number_of(token: str) -> int | None:
+    """The number 0 … 999 that a token spells, with or without the space before it.
+
+    Example:
+        >>> [number_of(token) for token in ("7", "Ġ42", "▁999", "007", "1000", "x")]
+        [7, 42, 999, None, None, None]
+
+    Source: inferred.
+    """
+    text = token[1:] if token[:1] in _PREFIXES else token
+    if not (text.isascii() and text.isdigit()) or len(text) > 3 or str(int(text)) != text:
+        return None
+    return int(text)
+
+
+class WordTokenizer:
+    """Words in lower case and single signs; each whole number 0 … 999 is one token.
+
+    Longer runs of digits, and those with leading zeros, are one common token: they are no small
+    numbers. Of the other words, the most frequent ones have a token.
+
+    Args:
+        vocab_size: V, numbers and special tokens included; fewer words leave the rest unused.
+
+    Raises:
+        ConfigError: V leaves no token for words.
+
+    Example:
+        >>> tokenizer = WordTokenizer(1010)
+        >>> tokenizer.learn(["Room 7 of 10."])
+        >>> tokenizer.encode(["of 7, 0012"]) == [[tokenizer.words["of"], 10, 0, 2]]
+        True
+
+    Source: inferred; one token for each number as in Llama 3's, card section 1.1.
+    """
+
+    end: int | None = 1
+
+    def __init__(self, vocab_size: int = 8192) -> None:
+        special = (_UNKNOWN, _END, _LONG)
+        least = len(special) + _LARGEST + 1
+        if vocab_size <= least:
+            raise ConfigError(
+                f"A vocabulary of {vocab_size} tokens leaves none for words.",
+                f"Set `--data.init_args.vocab_size` above {least}.",
+            )
+        self.vocab_size, self.key = vocab_size, f"words-1-{vocab_size}"
+        self.special = {name: i for i, name in enumerate(special)}
+        self.numbers = {len(special) + n: n for n in range(_LARGEST + 1)}
+        self.words = {str(n): token for token, n in self.numbers.items()}
+
+    def learn(self, documents: Iterable[str]) -> None:
+        """Count words, and keep the most frequent ones; equally frequent ones by the alphabet."""
+        counts: Counter[str] = Counter()
+        for document in documents:
+            counts.update(_WORD.findall(document.lower()))
+        words = [word for word in counts if not word[0].isdigit()]
+        words.sort(key=lambda word: (-counts[word], word))
+        self.restore({"words": words[: self.vocab_size - len(self.special) - len(self.numbers)]})
+
+    def encode(self, documents: Sequence[str]) -> list[list[int]]:
+        """Tokens of each document."""
+        get = self.words.get
+        unknown, long = self.special[_UNKNOWN], self.special[_LONG]
+        return [
+            [
+                token
+                if (token := get(word)) is not None
+                else (long if word[0].isdigit() else unknown)
+                for word in _WORD.findall(document.lower())
+            ]
+            for document in documents
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """The words that have a token, in the order of the tokens."""
+        known = len(self.special) + len(self.numbers)
+        return {"words": [word for word, token in self.words.items() if token >= known]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Give words tokens."""
+        numbers = {str(n): token for token, n in self.numbers.items()}
+        first = len(self.special) + len(numbers)
+        self.words = numbers | {word: first + i for i, word in enumerate(state["words"])}
+
+    def spaced(self, token: int) -> bool:
+        """No token does."""
+        return False
+
+
+class FileTokenizer:
+    """A ``tokenizer.json`` of the package ``tokenizers``, such as Llama 3's.
+
+    A number may have two tokens, alone and after a space; both count as number tokens.
+
+    Args:
+        path: The file, or the folder that holds it; absolute, or relative to ``FULGURITE_DATA``.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+        DataError: There is no such file, or it is no tokenizer.
+
+    Source: card section 2.2; both tokens: inferred.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Loaded
+        except ImportError as error:
+            raise MissingExtraError(
+                "A tokenizer.json needs the package tokenizers.",
+                "Run `pip install fulgurite[transformers]`, or set `--data.init_args.tokenizer="
+                "words`.",
+            ) from error
+        file = data_path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        try:
+            content = file.read_bytes()
+            self._tokenizer = Loaded.from_str(content.decode())
+        except Exception as error:  # the package raises plain Exception
+            raise DataError(
+                f"The tokenizer {file} cannot be read: {error}.",
+                "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`.",
+            ) from error
+        self.vocab_size = int(self._tokenizer.get_vocab_size())
+        self.key = f"file-1-{hashlib.sha256(content).hexdigest()}"
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self.vocab_size = max(self.vocab_size, max(vocabulary.values(), default=0) + 1)
+        found = ((token, number_of(text)) for text, token in vocabulary.items())
+        self.numbers = {token: n for token, n in found if n is not None}
+        ends = ("<|end_of_text|>", "<|endoftext|>", "</s>", "[SEP]")
+        self.end = next((vocabulary[name] for name in ends if name in vocabulary), None)
+
+    def learn(self, documents: Iterable[str]) -> None:
+        """Nothing: the file has the vocabulary."""
+
+    def encode(self, documents: Sequence[str]) -> list[list[int]]:
+        """Tokens of each document."""
+        found = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def spaced(self, token: int) -> bool:
+        """Whether a token begins with a space."""
+        return str(self._tokenizer.id_to_token(token))[:1] in _PREFIXES
+
+
+def make_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer:
+    """``words``, or the tokenizer of a file.
+
+    Raises:
+        MissingExtraError: See :class:`FileTokenizer`.
+        DataError: See there.
+        ConfigError: See :class:`WordTokenizer`.
+    """
+    return WordTokenizer(vocab_size) if tokenizer == "words" else FileTokenizer(tokenizer)
+
+
+def number_tokens(tokenizer: Tokenizer, counts: npt.NDArray[Any]) -> dict[int, int]:
+    """One token for each number that has any.
+
+    Where numbers are spelled in two ways, alone and after a space, all are taken from the
+    spelling that occurs more often, and only numbers that have none there from the other.
+
+    Args:
+        tokenizer: Knows which tokens stand for numbers.
+        counts: How often each token occurs. Shape: (V,).
+
+    Returns:
+        Token of each number, by number.
+
+    Example:
+        >>> import numpy as np
+        >>> tokenizer = WordTokenizer(1010)
+        >>> tokens = number_tokens(tokenizer, np.zeros(1010, int))
+        >>> len(tokens), tokenizer.numbers[tokens[7]]
+        (1000, 7)
+
+    Source: inferred.
+    """
+    spellings: dict[bool, dict[int, int]] = {False: {}, True: {}}
+    for token, n in sorted(tokenizer.numbers.items()):
+        spellings[tokenizer.spaced(token)].setdefault(n, token)
+    total = {spaced: int(counts[[*found.values()]].sum()) for spaced, found in spellings.items()}
+    better = total[True] > total[False]
+    return dict(sorted({**spellings[not better], **spellings[better]}.items()))

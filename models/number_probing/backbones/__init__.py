@@ -1,0 +1,17 @@
+"""Causal networks between embedding and head; none of them knows tokens."""
+
+from fulgurite.models.number_probing.backbones.base import Backbone
+from fulgurite.models.number_probing.backbones.lstm import LSTMBackbone
+from fulgurite.models.number_probing.backbones.recurrent import (
+    GatedDeltaNetBackbone,
+    Mamba2Backbone,
+)
+from fulgurite.models.number_probing.backbones.transformer import TransformerBackbone
+
+__all__ = [
+    "Backbone",
+    "GatedDeltaNetBackbone",
+    "LSTMBackbone",
+    "Mamba2Backbone",
+    "TransformerBackbone",
+]

@@ -1,0 +1,98 @@
+"""The LSTM backbone.
+
+Axes: B batch, L tokens, D width, M tokens of all sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fulgurite.models.number_probing.backbones.base import EPS, at_least
+
+__all__ = ["LSTMBackbone", "pack_documents"]
+
+
+def pack_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """The order in which an LSTM reads documents side by side, without padding.
+
+    Args:
+        documents: Shape: (B, L), equal ids neighbours.
+
+    Returns:
+        Index of each token among the B·L, first tokens of all documents first, longest document
+        first, and how many documents have so many tokens at least. Shapes: (M,), (longest,), both
+        int64; the second on the CPU, where PyTorch wants it.
+
+    Example:
+        >>> pack_documents(torch.tensor([[0, 0, 1, 1, 1]]))
+        (tensor([2, 0, 3, 1, 4]), tensor([2, 2, 1]))
+
+    Source: inferred; :class:`torch.nn.utils.rnn.PackedSequence`.
+    """
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    number = starts.flatten().cumsum(0) - 1  # of the document, through all sequences
+    first = starts.flatten().nonzero()[:, 0]
+    lengths = torch.diff(first, append=first.new_tensor([documents.numel()]))
+    step = torch.arange(documents.numel(), device=documents.device) - first[number]
+    by_length = lengths.argsort(descending=True, stable=True)
+    place = torch.empty_like(by_length)
+    place[by_length] = torch.arange(len(lengths), device=documents.device)
+    order = (step * len(lengths) + place[number]).argsort()
+    return order, torch.bincount(step).cpu()
+
+
+class LSTMBackbone(nn.Module):
+    """LSTM layers, each behind a norm and beside a shortcut, or plainly on top of each other.
+
+    Args:
+        width: D, also of the state.
+        layers: LSTM layers.
+        residual: Norms and shortcuts; deep stacks need them.
+
+    Shape: (B, L, D) to (B, L, D).
+
+    Raises:
+        ConfigError: A size is too small.
+
+    Example:
+        >>> LSTMBackbone(16, layers=2)(torch.zeros(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+
+    Source: arXiv 2604.20817, card section 2.2 (12 or 4 layers); widths, norms and shortcuts:
+        inferred.
+    """
+
+    def __init__(self, width: int = 128, layers: int = 2, residual: bool = True) -> None:
+        super().__init__()
+        at_least(1, width=width, layers=layers)
+        self.width, self.residual = width, residual
+        made = [nn.LSTM(width, width, batch_first=True) for _ in range(layers)]
+        self.layers = nn.ModuleList(made)
+        self.norms = nn.ModuleList(
+            nn.RMSNorm(width, EPS) if residual else nn.Identity() for _ in range(layers)
+        )
+        self.norm = nn.RMSNorm(width, EPS)
+        for layer in made:
+            for name, parameter in layer.named_parameters():
+                if "bias" in name:
+                    nn.init.zeros_(parameter)
+                if name == "bias_ih_l0":  # remember at first: input, forget, cell, output gate
+                    nn.init.ones_(parameter[width : 2 * width])
+
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """See :class:`~fulgurite.models.number_probing.backbones.base.Backbone`."""
+        if documents is None:
+            return self._stack(x, None)
+        order, sizes = pack_documents(documents)
+        rows = self._stack(x.flatten(0, 1)[order], sizes)
+        return torch.empty_like(rows).index_copy(0, order, rows).view_as(x)
+
+    def _stack(self, x: Tensor, sizes: Tensor | None) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            read = norm(x)
+            found = layer(read)[0] if sizes is None else layer(PackedSequence(read, sizes))[0].data
+            x = x + found if self.residual else found
+        return self.norm(x)  # type: ignore[no-any-return]

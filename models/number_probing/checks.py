@@ -1,0 +1,141 @@
+"""What a table of number embeddings must be before anything is measured on it.
+
+Axes: N numbers, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fulgurite.errors import ConfigError, DataError
+
+__all__ = ["check_embeddings", "check_periods", "consecutive", "describe"]
+
+
+def describe(numbers: Sequence[int], most: int = 5) -> str:
+    """The first few of a list of numbers.
+
+    Example:
+        >>> describe([3, 4, 5, 6], most=2)
+        '3, 4 … (4)'
+    """
+    shown = ", ".join(str(n) for n in numbers[:most])
+    return shown if len(numbers) <= most else f"{shown} … ({len(numbers)})"
+
+
+def check_embeddings(
+    embeddings: Tensor,
+    numbers: Sequence[int] | Tensor | None = None,
+    *,
+    allow_duplicates: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings in float64 and their numbers, or an error that names what is wrong.
+
+    Args:
+        embeddings: One row for each number, any floating type. Shape: (N, D).
+        numbers: The integer of each row, no two alike; by default 0 … N−1. Shape: (N,).
+        allow_duplicates: Let equal rows pass, for one-dimensional controls such as histograms.
+
+    Returns:
+        Detached embeddings, float64, and numbers, int64, on the device of ``embeddings``.
+
+    Raises:
+        DataError: The shapes do not fit, a number comes twice, a row is all zero, not finite, or
+            equal to another.
+
+    Example:
+        >>> check_embeddings(torch.tensor([[1.0], [2.0]]))[1]
+        tensor([0, 1])
+
+    Source: card section 5, rows 15 and the traps of 4.1: pruned vocabularies share rows.
+    """
+    if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.is_floating_point():
+        raise DataError(
+            f"The embeddings are {embeddings.dtype} of shape {tuple(embeddings.shape)}.",
+            "Pass floating point rows, one for each number: shape (N, D).",
+        )
+    x = embeddings.detach().double()
+    if numbers is None:
+        numbers = range(len(x))
+    n = torch.as_tensor(numbers if isinstance(numbers, Tensor) else list(numbers))
+    if n.dtype.is_floating_point or n.shape != x.shape[:1]:
+        raise DataError(
+            f"There are {len(x)} embeddings and {n.dtype} numbers of shape {tuple(n.shape)}.",
+            "Pass one integer for each row in `numbers`.",
+        )
+    n = n.to(x.device, torch.int64)
+    values, counts = torch.unique(n, return_counts=True)
+    if len(values) < len(n):
+        raise DataError(
+            f"The numbers {describe(values[counts > 1].tolist())} come more than once.",
+            "Give each number once in `numbers`: either the token '7' or ' 7', not both.",
+        )
+    finite = x.isfinite().all(1)
+    if not bool(finite.all()):
+        raise DataError(
+            f"The embeddings of {describe(n[~finite].tolist())} are not finite.",
+            "The model has diverged or the file is damaged: use an earlier checkpoint.",
+        )
+    zero = ~x.any(1) if x.shape[1] > 1 else torch.zeros_like(finite)  # 0 is a value
+    if bool(zero.any()) and not allow_duplicates:
+        raise DataError(
+            f"The embeddings of {describe(n[zero].tolist())} are all zero.",
+            "Leave out what the table does not cover in `numbers`.",
+        )
+    if not allow_duplicates and (unique := _unique_rows(x)) < len(x):
+        raise DataError(
+            f"{len(x)} numbers have only {unique} unique embeddings: the table shares rows.",
+            "Use a table that was not pruned, or leave the shared ones out in `numbers`.",
+        )
+    return x, n
+
+
+def _unique_rows(x: Tensor) -> int:
+    """Number of different rows; several times as fast as ``torch.unique(x, dim=0)``."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.rand(x.shape[1], generator=generator, dtype=x.dtype).to(x.device)
+    ordered = x[(x @ direction).argsort()]  # equal rows come side by side
+    return len(x) - int((ordered[1:] == ordered[:-1]).all(1).sum())
+
+
+def consecutive(numbers: Tensor) -> int:
+    """The first of consecutive ascending numbers.
+
+    Raises:
+        DataError: They are not consecutive; the error names the first gap.
+
+    Example:
+        >>> consecutive(torch.tensor([5, 6, 7]))
+        5
+    """
+    steps = numbers.diff() != 1
+    if bool(steps.any()):
+        at = int(steps.nonzero()[0])
+        before, after = int(numbers[at]), int(numbers[at + 1])
+        raise DataError(
+            f"A spectrum needs consecutive numbers, and {after} follows {before}.",
+            f"Pass `numbers` up to {before}, in ascending order.",
+        )
+    return int(numbers[0])
+
+
+def check_periods(periods: Sequence[int], size: int) -> tuple[int, ...]:
+    """Periods that can be told from ``size`` numbers, ascending.
+
+    Raises:
+        ConfigError: There is none, or one is below 2 or above a quarter of ``size``.
+
+    Example:
+        >>> check_periods([10, 2], 100)
+        (2, 10)
+    """
+    bad = [t for t in periods if not 2 <= t <= size // 4]
+    if bad or not periods:
+        raise ConfigError(
+            f"periods={list(periods)} cannot be probed on {size} numbers.",
+            f"Give whole numbers from 2 to {size // 4}, a quarter of the numbers.",
+        )
+    return tuple(sorted(set(periods)))

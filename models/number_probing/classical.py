@@ -1,0 +1,474 @@
+"""Number embeddings from counting words: PPMI with SVD, and skip-gram with negative sampling.
+
+Both read the batches of a language model, so that they see the same text with the same
+perturbations and can be probed by the same callback.
+
+Axes: B batch, L tokens, V vocabulary, D width, N numbers, C contexts, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import atomic_write
+from fulgurite.models.number_probing.module import NumberModule
+from fulgurite.sampling import sampler_ranks
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+__all__ = [
+    "PPMI",
+    "SkipGram",
+    "cooccurrences",
+    "ppmi",
+    "save_vectors",
+    "svd_embeddings",
+]
+
+_MERGED = 64  # batches whose counts are added at once: each time all counts are copied
+
+Floats = npt.NDArray[np.float64]
+
+
+# --- pure functions ------------------------------------------------------------------------------
+
+
+def cooccurrences(
+    tokens: npt.NDArray[Any],
+    vocab_size: int,
+    window: int = 5,
+    documents: npt.NDArray[Any] | None = None,
+) -> csr_matrix:
+    """How often two tokens stand at most so many places apart, in either order.
+
+    Args:
+        tokens: Rows of text; the end of a row and the beginning of the next are apart.
+            Shape: (B, L).
+        vocab_size: V.
+        window: Places apart at most.
+        documents: Ids of pieces that are apart too. Shape: (B, L).
+
+    Returns:
+        Shape: (V, V), float64, symmetric.
+
+    Example:
+        >>> cooccurrences(np.array([[0, 1, 1]]), 2, window=1).toarray()
+        array([[0., 1.],
+               [1., 2.]])
+
+    Source: card section 4.3 (window 5); arXiv 1402.3722.
+    """
+    from scipy.sparse import coo_matrix, csr_matrix
+
+    total = csr_matrix((vocab_size, vocab_size))
+    for lag in range(1, min(window, tokens.shape[1] - 1) + 1):
+        left, right = tokens[:, :-lag], tokens[:, lag:]
+        if documents is not None:
+            near = documents[:, :-lag] == documents[:, lag:]
+            left, right = left[near], right[near]
+        ones = np.ones(left.size)
+        places = left.ravel().astype(np.int64), right.ravel().astype(np.int64)
+        total = total + coo_matrix((ones, places), total.shape).tocsr()
+    return csr_matrix(total + total.T)
+
+
+def ppmi(counts: csr_matrix, smoothing: float = 0.75) -> csr_matrix:
+    """Positive pointwise mutual information [nats] of rows and columns.
+
+    Args:
+        counts: Shape: (N, C).
+        smoothing: Power of the columns' counts; below 1, rare contexts count less.
+
+    Returns:
+        Shape: (N, C), non-negative, zero where counts are.
+
+    Example:
+        >>> from scipy.sparse import csr_matrix
+        >>> ppmi(csr_matrix([[2.0, 0.0], [0.0, 2.0]]), smoothing=1.0).toarray().round(3)
+        array([[0.693, 0.   ],
+               [0.   , 0.693]])
+
+    Source: Levy, Goldberg and Dagan, 2015, sections 2.1 and 3.1; smoothing .75: card section 4.3.
+    """
+    from scipy.sparse import csr_matrix
+
+    table = csr_matrix(counts, dtype=np.float64).tocoo()
+    rows = np.asarray(table.sum(1)).ravel()
+    columns = np.asarray(table.sum(0)).ravel() ** smoothing
+    # p(row, column) / (p(row) p'(column)), of which p(row) and the pairs share their total
+    ratio = table.data / rows[table.row] * columns.sum() / columns[table.col]
+    found = csr_matrix((np.maximum(np.log(ratio), 0), (table.row, table.col)), table.shape)
+    found.eliminate_zeros()
+    return found
+
+
+def svd_embeddings(table: csr_matrix, width: int, power: float = 0.5) -> Floats:
+    """The rows of a table in its first singular directions.
+
+    Args:
+        table: Shape: (N, C).
+        width: D, below N and C.
+        power: Of the singular values.
+
+    Returns:
+        U S^power, directions by singular values, signs so that each one's largest entry is
+        positive. Shape: (N, D), float64.
+
+    Raises:
+        ConfigError: D is too large, or the table empty.
+
+    Example:
+        >>> from scipy.sparse import csr_matrix
+        >>> svd_embeddings(csr_matrix(np.diag([1.0, 4.0, 9.0])), 2).round(6) + 0.0
+        array([[0., 0.],
+               [0., 2.],
+               [3., 0.]])
+
+    Source: Levy, Goldberg and Dagan, 2015, section 3.3; card section 4.3 (SVD-100).
+    """
+    from scipy.sparse.linalg import svds
+
+    if not 0 < width < min(table.shape) or not table.nnz:
+        raise ConfigError(
+            f"{width} singular directions of a {' x '.join(map(str, table.shape))} table with "
+            f"{table.nnz} entries do not exist.",
+            "Give a smaller --model.init_args.width, or more text.",
+        )
+    start = np.ones(min(table.shape))  # else a random one
+    left, values, _ = svds(table, k=width, v0=start)
+    order = np.argsort(-values)
+    left, values = left[:, order], values[order]
+    signs = np.sign(left[np.abs(left).argmax(0), np.arange(width)])
+    found: Floats = left * signs * values**power
+    return found
+
+
+def save_vectors(path: str | Path, numbers: Sequence[int], embeddings: Tensor) -> Path:
+    r"""Write number embeddings as a word2vec text file, which ``fulgurite probe`` reads.
+
+    Args:
+        path: A ``.txt`` file; replaced if it is there.
+        numbers: Shape: (N,).
+        embeddings: Shape: (N, D).
+
+    Returns:
+        The file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_vectors(Path(folder) / "a.txt", [7, 8], torch.eye(2))
+        ...     file.read_text()
+        '2 2\n7 1.0 0.0\n8 0.0 1.0\n'
+
+    Source: the format of word2vec's text files.
+    """
+    rows = embeddings.detach().cpu().tolist()
+    lines = [f"{len(rows)} {embeddings.shape[1]}"]
+    lines += [f"{n} {' '.join(map(repr, row))}" for n, row in zip(numbers, rows, strict=True)]
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+# --- LightningModules ----------------------------------------------------------------------------
+
+
+class _TextFileModule(NumberModule):
+    """Writes its number embeddings beside the run's metrics when training ends."""
+
+    monitor = None
+
+    def number_embeddings(self, ns: Sequence[int]) -> Tensor:
+        raise NotImplementedError
+
+    def on_train_end(self) -> None:
+        """Write ``numbers.txt``, for ``fulgurite probe``."""
+        logger = self.trainer.logger
+        folder = logger.log_dir if logger else None
+        if folder and self.trainer.is_global_zero and self.number_ids:
+            numbers = sorted(self.number_ids)
+            save_vectors(Path(folder) / "numbers.txt", numbers, self.number_embeddings(numbers))
+
+
+class PPMI(_TextFileModule):
+    """Counts in one epoch; positive pointwise mutual information, then singular directions.
+
+    Nothing is trained by gradients: an optimizer step never happens, and ``global_step`` stays 0.
+
+    Args:
+        width: D.
+        window: Tokens that count as near.
+        smoothing: See :func:`ppmi`.
+        power: See :func:`svd_embeddings`.
+        contexts: So many of the most frequent tokens are contexts (C).
+        all_rows: Find the directions from all tokens, instead of from the numbers alone.
+        vocab_size: V; taken from the data.
+
+    Raises:
+        ConfigError: A number is out of range.
+
+    Source: card section 4.3 (window, smoothing, 20k contexts, 100 directions); the paper's
+        settings are unknown; rows: inferred.
+    """
+
+    def __init__(
+        self,
+        width: int = 100,
+        window: int = 5,
+        smoothing: float = 0.75,
+        power: float = 0.5,
+        contexts: int = 20000,
+        all_rows: bool = False,
+        vocab_size: int = 1002,
+    ) -> None:
+        super().__init__(vocab_size)
+        self.save_hyperparameters()
+        for name, value in (("width", width), ("window", window), ("contexts", contexts)):
+            if value < 1:
+                raise ConfigError(
+                    f"model.init_args.{name}={value} is too small.",
+                    f"Give --model.init_args.{name} of at least 1.",
+                )
+        self.automatic_optimization = False
+        self.width, self.window, self.contexts = width, window, contexts
+        self.smoothing, self.power, self.all_rows = smoothing, power, all_rows
+        # Lightning moves and counts parameters; this one is never trained
+        self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
+        self._counts: csr_matrix | None = None
+        self._waiting: list[csr_matrix] = []  # of the last batches
+        self._rows: tuple[list[int], Tensor] | None = None  # tokens and their embeddings
+
+    @property
+    def counts(self) -> csr_matrix:
+        """Pairs so far. Shape: (V, V)."""
+        from scipy.sparse import csr_matrix
+
+        if self._counts is None:
+            self._counts = csr_matrix((self.vocab_size, self.vocab_size))
+        if self._waiting:
+            self._counts, self._waiting = sum(self._waiting, self._counts), []
+        return self._counts
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counts, as tensors."""
+        super().on_save_checkpoint(checkpoint)
+        table = self.counts
+        checkpoint["counts"] = {
+            name: torch.from_numpy(np.asarray(getattr(table, name)).copy())
+            for name in ("data", "indices", "indptr")
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`on_save_checkpoint`."""
+        from scipy.sparse import csr_matrix
+
+        super().on_load_checkpoint(checkpoint)
+        parts = tuple(checkpoint["counts"][name].numpy() for name in ("data", "indices", "indptr"))
+        self._counts = csr_matrix(parts, (self.vocab_size, self.vocab_size))
+        self._waiting, self._rows = [], None
+
+    def configure_optimizers(self) -> None:
+        """None."""
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Count the pairs of a batch.
+
+        Raises:
+            ConfigError: Several ranks would count a part each.
+        """
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                "Each rank would count a part of the text.", "Use --trainer.devices=1."
+            )
+        documents = batch.get("documents")
+        found = cooccurrences(
+            batch["tokens"].cpu().numpy(),
+            self.vocab_size,
+            self.window,
+            None if documents is None else documents.cpu().numpy(),
+        )
+        self._waiting.append(found)
+        self._rows = None
+        if len(self._waiting) >= _MERGED:
+            _ = self.counts
+        self.log("train/pairs", float(found.sum()), batch_size=len(batch["tokens"]))
+
+    def number_embeddings(self, ns: Sequence[int]) -> Tensor:
+        """Rows of numbers, from what has been counted so far. Shape: (N, D), float64.
+
+        Before anything is counted they are random, as those of an untrained network.
+
+        Raises:
+            DataError: A number has no token.
+        """
+        wanted = self.number_tokens(ns).tolist()
+        if not self.counts.nnz:
+            generator = torch.Generator().manual_seed(0)
+            shape = self.vocab_size, self.width
+            return torch.randn(shape, generator=generator, dtype=torch.float64)[wanted]
+        if self._rows is None:
+            known = [*range(self.vocab_size)] if self.all_rows else sorted(self.number_ids.values())
+            frequent = np.asarray(self.counts.sum(0)).ravel().argsort(kind="stable")[::-1]
+            columns = np.sort(frequent[: self.contexts])
+            table = ppmi(self.counts[known][:, columns], self.smoothing)
+            rows = svd_embeddings(table, self.width, self.power)
+            self._rows = known, torch.from_numpy(rows)
+        known, rows_of = self._rows
+        place = {token: i for i, token in enumerate(known)}
+        return rows_of[torch.tensor([place[token] for token in wanted])]
+
+
+class SkipGram(_TextFileModule):
+    """Each token predicts the tokens near it, against random ones.
+
+    Random tokens come from the counts of the data to a power. A token's nearer neighbours weigh
+    more, as if the window had a random length.
+
+    Args:
+        width: D.
+        window: Tokens that count as near.
+        negatives: Random tokens for each pair.
+        power: Of the counts.
+        subsample: Tokens more frequent than this share are left out at random, the more the more
+            frequent; 0 for none.
+        optimizer: Makes the optimizer.
+        seed: Of random tokens and of what is left out.
+        vocab_size: V; taken from the data.
+
+    Raises:
+        ConfigError: A number is out of range.
+        DataError: The data give no ``token_counts``.
+
+    Source: word2vec, arXiv 1310.4546, sections 2.2 and 2.3; the paper's settings are unknown.
+    """
+
+    def __init__(
+        self,
+        width: int = 100,
+        window: int = 5,
+        negatives: int = 5,
+        power: float = 0.75,
+        subsample: float = 1e-3,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        seed: int = 0,
+        vocab_size: int = 1002,
+    ) -> None:
+        super().__init__(vocab_size)
+        self.save_hyperparameters(ignore=["optimizer"])
+        if "_instantiator" in self.hparams:  # by the command line
+            self.save_hyperparameters()
+        for name, value in (("width", width), ("window", window), ("negatives", negatives)):
+            if value < 1:
+                raise ConfigError(
+                    f"model.init_args.{name}={value} is too small.",
+                    f"Give --model.init_args.{name} of at least 1.",
+                )
+        self.window, self.negatives, self.power = window, negatives, power
+        self.subsample, self.optimizer, self.seed = subsample, optimizer, seed
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.contexts = nn.Embedding(vocab_size, width)
+        nn.init.uniform_(self.embedding.weight, -0.5 / width, 0.5 / width)
+        nn.init.zeros_(self.contexts.weight)
+        self._cumulated, self._kept = torch.zeros(0), torch.zeros(0)
+
+    def setup(self, stage: str) -> None:
+        """Take the tokens' counts from the data.
+
+        Raises:
+            DataError: They give none.
+        """
+        super().setup(stage)
+        if stage != "fit":
+            return
+        counts = getattr(getattr(self._trainer, "datamodule", None), "token_counts", None)
+        if counts is None:
+            raise DataError(
+                "Skip-gram needs how often each token occurs, and the data do not say it.",
+                "Use fulgurite.datamodules.number_probing.NumberTextDataModule.",
+            )
+        share = torch.zeros(self.vocab_size, dtype=torch.float64)
+        share[: len(counts)] = counts / counts.sum()
+        self._cumulated = share.pow(self.power).cumsum(0)
+        self._kept = torch.ones_like(share)
+        if self.subsample:
+            self._kept = (self.subsample / share.clamp(min=1e-30)).sqrt().clamp(max=1)
+
+    def number_embeddings(self, ns: Sequence[int]) -> Tensor:
+        """Rows of numbers. Shape: (N, D).
+
+        Raises:
+            DataError: A number has no token.
+        """
+        return self.embedding.weight[self.number_tokens(ns).to(self.embedding.weight.device)]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer."""
+        return self.optimizer(self.parameters())
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of the pairs of a batch [nats per pair and side]."""
+        tokens, documents = batch["tokens"], batch.get("documents")
+        # not the global generator, whose state is in no checkpoint
+        rank = sampler_ranks(self._trainer)[0]
+        generator = torch.Generator().manual_seed(
+            ((self.seed * 1_000_003 + self.global_step) * 1009 + rank) % 2**63
+        )
+        kept = torch.rand(tokens.shape, generator=generator) < self._kept[tokens.cpu()]
+        shape = (*tokens.shape, self.negatives)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64) * self._cumulated[-1]
+        # right: a token without counts is never drawn
+        random = torch.searchsorted(self._cumulated, drawn, right=True)
+        random = random.clamp(max=self.vocab_size - 1).to(tokens.device)
+        weights, near = _pairs(kept.to(tokens.device), documents, self.window)
+        center, context = self.embedding(tokens), self.contexts(tokens)
+        lost = center.new_zeros(())
+        for lag, weight in enumerate(weights, 1):
+            for a, b in ((center, context), (context, center)):
+                score = (a[:, :-lag] * b[:, lag:]).sum(-1)
+                lost = lost - (F.logsigmoid(score) * weight).sum()
+        against = F.logsigmoid(-torch.einsum("bld,blkd->blk", center, self.contexts(random)))
+        lost = lost - (against.sum(-1) * near).sum()
+        loss: Tensor = lost / near.sum().clamp(min=1e-9)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(tokens))
+        return loss
+
+
+def _pairs(kept: Tensor, documents: Tensor | None, window: int) -> tuple[list[Tensor], Tensor]:
+    """Weights of the pairs at each distance, and their sum for each token.
+
+    Args:
+        kept: Tokens that take part. Shape: (B, L), bool.
+        documents: Shape: (B, L).
+        window: Distances.
+
+    Returns:
+        Shapes: (B, L - distance) each, and (B, L).
+
+    Example:
+        >>> weights, near = _pairs(torch.ones(1, 3, dtype=torch.bool), None, 2)
+        >>> weights, near
+        ([tensor([[1., 1.]]), tensor([[0.5000]])], tensor([[1.5000, 2.0000, 1.5000]]))
+    """
+    weights = []
+    near = torch.zeros(kept.shape, device=kept.device)
+    for lag in range(1, min(window, kept.shape[1] - 1) + 1):
+        both = kept[:, :-lag] & kept[:, lag:]
+        if documents is not None:
+            both = both & (documents[:, :-lag] == documents[:, lag:])
+        weight = both * (1 - (lag - 1) / window)
+        near[:, :-lag] += weight
+        near[:, lag:] += weight
+        weights.append(weight)
+    return weights, near

@@ -1,0 +1,175 @@
+"""``fulgurite probe SOURCE``: what a saved table of number embeddings encodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fulgurite.errors import ConfigError
+from fulgurite.io import atomic_write
+from fulgurite.models.number_probing.checks import describe
+from fulgurite.models.number_probing.controls import gaussian, row_shuffled
+from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
+from fulgurite.models.number_probing.probing import probe
+from fulgurite.models.number_probing.report import (
+    ProbeSettings,
+    kappa_figure,
+    measure,
+    spectrum_figure,
+    to_csv,
+    to_markdown,
+)
+from fulgurite.models.number_probing.tables import NumberTable, parse_numbers, read_table
+
+__all__ = ["main"]
+
+_SHOWN = (
+    "period", "kappa", "kappa_nonround", "kappa_decade", "kappa_contiguous", "kappa_permuted",
+    "train_kappa", "band", "local_ratio", "eta2", "verdict",
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are the one line that all commands print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            f"fulgurite probe: {message}.", "`fulgurite probe --help` lists the options."
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = _Parser(
+        prog="fulgurite probe",
+        description="At which periods are numbers encoded in a table of embeddings, can n mod T be "
+        "read off linearly, and do parity or roundness explain it?",
+    )
+    add = p.add_argument
+    add("source", help="glove, minilm, a checkpoint folder, a .npy, .txt or .vec file")
+    add("--numbers", help="e.g. 0:1000; by default 0 to the first gap, at most 1000 numbers")
+    add("--periods", default=",".join(map(str, PERIODS)), help="default: %(default)s")
+    add("--method", choices=("lda", "logistic"), default="lda", help="default: %(default)s")
+    add("--folds", type=int, default=5, help="of the cross-validation; default: %(default)s")
+    add("--seeds", type=int, default=2, help="ways to deal the folds; default: %(default)s")
+    add("--permuted", type=int, default=1, help="permutations probed; 8 or more give the null band")
+    add("--pca", type=int, default=50, help="components for Fisher values; default: %(default)s")
+    add("--ridge", type=float, default=0.0, help="added to S_W; default: %(default)s")
+    add("--words", help="of a .npy file: the word of each row, one a line")
+    add("--tensor", help="of a checkpoint: name of the embedding")
+    add("--spelling", choices=("auto", "bare", "spaced"), default="auto", help="'7' or ' 7'")
+    add("--out", help="folder of the report; default: runs/number_probing/probe-NAME/TIME")
+    return p
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} {text} is no list of whole numbers.", f"Write e.g. {option} 2,5,10."
+        ) from None
+
+
+def _controls(table: NumberTable, settings: ProbeSettings) -> list[dict[str, Any]]:
+    """Spectra and κ of what must have none, and of the frequency alone where it is known."""
+    others = {"rows shuffled": row_shuffled(table.embeddings), "random": gaussian(table.embeddings)}
+    if table.rank is not None:
+        others["log rank"] = (table.rank.double() + 1).log()[:, None]
+    rows = []
+    for name, x in others.items():
+        found = probe(
+            x, settings.periods, numbers=table.numbers, method=settings.method,
+            folds=settings.folds, seeds=settings.seeds, nonround=False, allow_duplicates=True,
+        )  # fmt: skip
+        shown = spectrum(x, table.numbers, allow_duplicates=True)
+        lines = shown.normalised[shown.frequency >= LOWEST]  # a drift over n is no line
+        rows.append(
+            {"control": name, "max magnitude": float(lines.max())}
+            | {f"kappa_{t}": result.kappa for t, result in found.items()}
+        )
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Probe a table, print what was found, and write it to a folder.
+
+    The folder gets ``report.json``, ``probe.csv``, ``controls.csv`` and ``figures/``.
+
+    Args:
+        argv: The command line after ``fulgurite probe``.
+
+    Returns:
+        0.
+
+    Raises:
+        FulguriteError: The table or an option is not sound.
+    """
+    args = _parser().parse_args(argv)
+    settings = ProbeSettings(
+        tuple(_integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
+        permuted=args.permuted, pca=args.pca, ridge=args.ridge,
+    )  # fmt: skip
+    numbers = parse_numbers(args.numbers) if args.numbers else None
+    table = read_table(
+        args.source, numbers, words=args.words, tensor=args.tensor, spelling=args.spelling
+    )
+    folder = Path(
+        args.out or f"runs/number_probing/probe-{table.source}/{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    if (folder / "report.json").exists():
+        raise ConfigError(f"--out {folder} already holds a report.", "Name another folder.")
+    begun = time.perf_counter()
+    report = measure(table.embeddings, table.numbers, settings)
+    controls = _controls(table, settings)
+    seconds = time.perf_counter() - begun
+    note = f" ({table.note})" if table.note else ""
+    print(
+        f"{table.source}: {report.size} numbers, {table.numbers[0]} to {table.numbers[-1]}, "
+        f"{report.width} dimensions{note}\n"
+    )
+    print(to_markdown(report.rows, _SHOWN), end="\n\n")
+    print(to_markdown(controls, list(controls[0])), end="\n\n")
+    print(f"verdict: {report.diagnosis.verdict}")
+    for reason in report.diagnosis.reasons:
+        print(f"  {reason}")
+    _write(folder, {
+        "source": table.source,
+        "note": table.note,
+        "numbers": describe(table.numbers, 2),
+        "size": report.size,
+        "width": report.width,
+        "seconds": round(seconds, 3),
+        "settings": asdict(settings),
+        "verdict": report.diagnosis.verdict,
+        "reasons": report.diagnosis.reasons,
+        "rows": report.rows,
+        "controls": controls,
+        "spectrum": {
+            "frequency": report.spectrum.frequency.tolist(),
+            "magnitude": report.spectrum.magnitude.tolist(),
+        },
+    })  # fmt: skip
+    for name, figure in {
+        "spectrum": spectrum_figure(report.spectrum, settings.periods, table.source),
+        "kappa": kappa_figure(report.rows, f"κ, {table.source}"),
+    }.items():
+        path = folder / "figures" / f"{name}.png"
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
+    print(f"\nprobe: recorded in {folder} ({seconds:.1f} s)")
+    return 0
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+
+    for name, text in {
+        "probe.csv": to_csv(content["rows"]),
+        "controls.csv": to_csv(content["controls"]),
+        "report.json": json.dumps(content, indent=2) + "\n",
+    }.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,227 @@
+"""At which periods numbers are encoded: the Fourier spectrum of their embeddings.
+
+Axes: N numbers, D embedding width, K frequencies, T period.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from fulgurite.errors import DataError
+from fulgurite.models.number_probing.checks import check_embeddings, check_periods, consecutive
+
+__all__ = [
+    "LOWEST",
+    "PERIODS",
+    "Spectrum",
+    "Spike",
+    "class_means",
+    "period_power",
+    "spectrum",
+    "spikes",
+]
+
+#: Periods that the paper reports.
+PERIODS = tuple(range(2, 11))
+
+#: Below it a smooth drift over n has its power [cycles per number].
+LOWEST = 0.09
+
+_WINDOW = 0.02  # of the local ratio, to each side [cycles per number]
+_NEAR = 2  # bins to each side that belong to a line
+_SPIKE = 1.4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Magnitudes of the unitary DFT over n.
+
+    Attributes:
+        frequency: ν = k/N for k = 1 … N/2 [cycles per number]. Shape: (K,).
+        magnitude: ‖F_ν‖ over the dimensions, in the unit of the embeddings. Shape: (K,).
+        normalised: The magnitude divided by its median over ν [1]. Shape: (K,).
+        local_ratio: The magnitude divided by the median of its surroundings, ν ± 0.02 without
+            the two nearest bins on each side [1]. Shape: (K,).
+
+    Source: arXiv 2604.20817; card section 1.2, the normalisation and the local ratio inferred.
+    """
+
+    frequency: Tensor
+    magnitude: Tensor
+    normalised: Tensor
+    local_ratio: Tensor
+
+    def bin(self, frequency: float | Fraction) -> int:
+        """Index of the bin nearest to a frequency [cycles per number]."""
+        return int((self.frequency - float(frequency)).abs().argmin())
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Whether a period has a line of its own in the spectrum.
+
+    Attributes:
+        period: T.
+        magnitude: The largest normalised magnitude at l/T, l and T without common divisor [1].
+        local_ratio: The largest local ratio there [1].
+        floor: The largest local ratio off all lines, for frequencies from 0.09 [1].
+        verdict: The local ratio is at least 1.4 and above the floor.
+    """
+
+    period: int
+    magnitude: float
+    local_ratio: float
+    floor: float
+
+    @property
+    def verdict(self) -> bool:
+        """Whether there is a spike."""
+        return self.local_ratio >= _SPIKE and self.local_ratio > self.floor
+
+
+def spectrum(
+    embeddings: Tensor,
+    numbers: Sequence[int] | Tensor | None = None,
+    *,
+    allow_duplicates: bool = False,
+) -> Spectrum:
+    """Magnitudes of the unitary DFT over consecutive numbers, each dimension by itself.
+
+    Args:
+        embeddings: Row by row. Shape: (N, D).
+        numbers: Consecutive and ascending; by default from 0. Shape: (N,).
+        allow_duplicates: As in :func:`check_embeddings`.
+
+    Returns:
+        The spectrum without ν = 0, float64, on the device of ``embeddings``.
+
+    Raises:
+        DataError: See :func:`check_embeddings`; or the numbers are not consecutive, or too few.
+
+    Example:
+        >>> n = torch.arange(100.0)
+        >>> found = spectrum(torch.stack([9 * torch.cos(n * torch.pi / 5), n], 1))
+        >>> [round(float(found.local_ratio[found.bin(v)]), 1) for v in (0.1, 0.3)]
+        [3.8, 1.1]
+
+    Source: arXiv 2604.20817; card section 1.2.
+    """
+    x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
+    consecutive(n)
+    if (size := len(x)) < 20:
+        raise DataError(
+            f"A spectrum of {size} numbers has no surroundings to compare a line with.",
+            "Give 20 numbers or more, better 100.",
+        )
+    magnitude = torch.fft.rfft(x - x.mean(0), dim=0, norm="ortho").abs().norm(dim=1)[1:]
+    bins = torch.arange(1, len(magnitude) + 1, device=x.device)
+    apart = (bins[:, None] - bins).abs()
+    around = (apart > _NEAR) & (apart <= max(_WINDOW * size, _NEAR + 3))
+    surroundings = magnitude.expand_as(apart).where(around, torch.nan).nanmedian(1).values
+    tiny = torch.finfo(x.dtype).tiny
+    return Spectrum(
+        bins / size,
+        magnitude,
+        magnitude / magnitude.median().clamp(min=tiny),
+        magnitude / surroundings.clamp(min=tiny),
+    )
+
+
+def _lines(period: int) -> list[Fraction]:
+    """Frequencies l/T up to 1/2 that no shorter period has."""
+    return [Fraction(h, period) for h in range(1, period // 2 + 1) if math.gcd(h, period) == 1]
+
+
+def spikes(found: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Spike]:
+    """The spike verdict of each period.
+
+    The lines of a period are those that no shorter period has: of T = 10, 0.1 and 0.3.
+
+    Args:
+        found: Of the embeddings.
+        periods: T.
+
+    Returns:
+        Spikes by period.
+
+    Example:
+        >>> n = torch.arange(1000.0)
+        >>> noise = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+        >>> found = spikes(spectrum(torch.cat([torch.sin(n * 0.4 * torch.pi)[:, None], noise], 1)))
+        >>> [t for t in found if found[t].verdict]
+        [5]
+
+    Source: card section 1.2, inferred: the text of arXiv 2604.20817 that we know gives no number.
+    """
+    bins = torch.arange(len(found.frequency), device=found.frequency.device)
+    off = found.frequency >= LOWEST
+    for line in {line for t in periods for line in _lines(t)}:
+        off &= (bins - found.bin(line)).abs() > _NEAR
+    floor = float(found.local_ratio[off].max()) if bool(off.any()) else 0.0
+    return {
+        t: Spike(
+            t,
+            max(float(found.normalised[found.bin(line)]) for line in _lines(t)),
+            max(float(found.local_ratio[found.bin(line)]) for line in _lines(t)),
+            floor,
+        )
+        for t in periods
+    }
+
+
+def class_means(embeddings: Tensor, numbers: Tensor, period: int) -> Tensor:
+    """Mean embedding of each residue. Shape: (T, D).
+
+    Example:
+        >>> class_means(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([0, 1, 2]), 2)
+        tensor([[3.],
+                [2.]])
+    """
+    residues = numbers % period
+    sums = embeddings.new_zeros(period, embeddings.shape[1]).index_add_(0, residues, embeddings)
+    return sums / residues.bincount(minlength=period)[:, None]
+
+
+def period_power(
+    embeddings: Tensor,
+    period: int,
+    numbers: Sequence[int] | Tensor | None = None,
+    *,
+    allow_duplicates: bool = False,
+) -> float:
+    """Φ_T: total power on the harmonics of a period, in the squared unit of the embeddings.
+
+    The numbers are cut to whole periods. Φ grows with the scale of the embeddings: compare models
+    by η² (:func:`scatter`).
+
+    Args:
+        embeddings: Row by row. Shape: (N, D).
+        period: T.
+        numbers: Consecutive and ascending; by default from 0. Shape: (N,).
+        allow_duplicates: As in :func:`check_embeddings`.
+
+    Raises:
+        ConfigError: The period does not fit the numbers.
+        DataError: As :func:`spectrum`.
+
+    Example:
+        >>> n = torch.arange(1000)
+        >>> round(period_power((5.0 * (n % 10) + 0.03 * (n // 10))[:, None], 10), 2)
+        206250.0
+
+    Source: arXiv 2604.20817; card section 1.2.
+    """
+    x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
+    consecutive(n)
+    check_periods([period], len(x))
+    size = len(x) // period * period
+    means = class_means(x[:size], n[:size], period)
+    # F at l/T is the T-point DFT of the class means, times √N; its own norm is 1/√T
+    lines = torch.fft.fft(means - means.mean(0), dim=0, norm="ortho")[1:]
+    return float(lines.abs().square().sum()) * size / period

@@ -1,0 +1,283 @@
+"""Language models whose number embeddings can be probed.
+
+Axes: B batch, L tokens, D width, V vocabulary, N numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torchmetrics import MeanMetric
+
+from fulgurite.base import SystemModule
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.number_probing.losses import rows_all_right, token_losses
+from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
+
+__all__ = ["NumberLM", "NumberModule"]
+
+_STD = 0.02  # of initial embeddings, as of the backbones' weights
+
+
+class NumberModule(SystemModule):
+    """A LightningModule that knows which token stands for which number.
+
+    The DataModule says it (``number_ids``), and checkpoints keep it.
+
+    Args:
+        vocab_size: V; taken from the data.
+
+    Attributes:
+        number_ids: Token of each number.
+    """
+
+    monitor: str | None = "val/loss"
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        if vocab_size < 2:
+            raise ConfigError(
+                f"vocab_size={vocab_size} is too small.",
+                "Give --model.init_args.vocab_size of 2 or more.",
+            )
+        self.vocab_size = vocab_size
+        self.number_ids: dict[int, int] = {}
+
+    def setup(self, stage: str) -> None:
+        """Take the numbers' tokens from the data.
+
+        Raises:
+            ConfigError: The data have more tokens than the model.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        there = getattr(data, "vocab_size", 0)
+        if there > self.vocab_size:
+            raise ConfigError(
+                f"The data have {there} different tokens, and the model knows {self.vocab_size}.",
+                f"Set --model.init_args.vocab_size={there}.",
+            )
+        self.number_ids = dict(getattr(data, "number_ids", None) or self.number_ids)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the numbers' tokens, so that a checkpoint can be probed without its data."""
+        checkpoint["number_ids"] = dict(self.number_ids)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See :meth:`on_save_checkpoint`."""
+        self.number_ids = dict(checkpoint.get("number_ids", {})) or self.number_ids
+
+    def number_tokens(self, ns: Sequence[int]) -> Tensor:
+        """Tokens of numbers. Shape: (N,), int64.
+
+        Raises:
+            DataError: A number has no token.
+        """
+        missing = [n for n in map(int, ns) if n not in self.number_ids]
+        if missing:
+            some = ", ".join(map(str, missing[:5])) + (" …" if len(missing) > 5 else "")
+            raise DataError(
+                f"{len(missing)} of {len(ns)} numbers have no token of their own: {some}.",
+                f"Probe numbers that have one; there are {len(self.number_ids)} of them.",
+            )
+        return torch.tensor([self.number_ids[int(n)] for n in ns], dtype=torch.int64)
+
+
+class NumberLM(NumberModule):
+    """Predicts targets, such as the next tokens, from tokens.
+
+    A batch is a dict: ``tokens`` and ``targets`` (B, L) in int64, -100 where there is nothing to
+    predict; optionally ``documents`` (B, L), ids of pieces that must not see each other.
+
+    Args:
+        backbone: Makes hidden states from embedded tokens; see
+            :class:`~fulgurite.models.number_probing.backbones.Backbone`.
+        optimizer: Makes the optimizer from :func:`~.optimizer.parameter_groups`.
+        scheduler: Makes the scheduler, stepped after each optimizer step.
+        warmup: Optimizer steps in which the learning rate rises linearly, before the scheduler's.
+        tie_embeddings: Use the embedding as head.
+        exact_match: Report the share of sequences whose targets are all predicted.
+        loss_chunk: Tokens whose logits exist at a time.
+        vocab_size: V; taken from the data.
+
+    Raises:
+        ConfigError: A number is out of range, or the backbone has no width.
+
+    Source: arXiv 2604.20817, card sections 2.2 and 6; warm-up and initial values: inferred.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerCallable = MuonAdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup: int = 0,
+        tie_embeddings: bool = True,
+        exact_match: bool = False,
+        loss_chunk: int = 8192,
+        vocab_size: int = 1002,
+    ) -> None:
+        super().__init__(vocab_size)
+        # recorded as plain configuration by the command line; as objects from Python they would
+        # make the checkpoint unreadable with weights_only=True, and the backbone would be copied
+        self.save_hyperparameters(ignore=["backbone", "optimizer", "scheduler"])
+        if "_instantiator" in self.hparams:  # by the command line
+            self.save_hyperparameters()
+        for name, value, least in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
+            if value < least:
+                raise ConfigError(
+                    f"model.init_args.{name}={value} is too small.",
+                    f"Give --model.init_args.{name} of at least {least}.",
+                )
+        width = getattr(backbone, "width", None)
+        if not isinstance(width, int):
+            raise ConfigError(
+                f"The backbone {type(backbone).__name__} has no `width`.",
+                "Set --model.init_args.backbone to one of fulgurite.models.number_probing.backbones"
+                ", or give yours an integer attribute `width`.",
+            )
+        self.backbone = backbone
+        self.embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.embedding.weight, std=_STD)
+        self.head: nn.Embedding | None = None  # a table too, one row per token
+        if not tie_embeddings:
+            self.head = nn.Embedding(vocab_size, width)
+            nn.init.normal_(self.head.weight, std=_STD)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.warmup, self.loss_chunk, self.exact_match = warmup, loss_chunk, exact_match
+        # metrics, not logged values: Lightning averages values over batches and ranks without the
+        # number of targets in them
+        names = ("loss", "acc", *(("exact",) if exact_match else ()))
+        self.val_metrics, self.test_metrics = (
+            nn.ModuleDict({name: MeanMetric() for name in names}) for _ in range(2)
+        )
+        self._since, self._tokens = 0.0, 0  # for the speed
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output table: the embedding, where they are tied. Shape: (V, D)."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def number_embeddings(
+        self, ns: Sequence[int], table: Literal["input", "output"] = "input"
+    ) -> Tensor:
+        """Rows of numbers. Shape: (N, D).
+
+        Args:
+            ns: Numbers.
+            table: The embedding, or the head.
+
+        Raises:
+            DataError: A number has no token.
+        """
+        weight = self.embedding.weight if table == "input" else self.head_weight
+        return weight[self.number_tokens(ns).to(weight.device)]
+
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm. Shape: (B, L) to (B, L, D)."""
+        return cast("Tensor", self.backbone(self.embedding(tokens), documents))
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Logits of all tokens, for short sequences. Shape: (B, L) to (B, L, V)."""
+        return nn.functional.linear(self.hidden(tokens, documents), self.head_weight)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with its scheduler if there is one.
+
+        Raises:
+            ConfigError: The scheduler waits for a metric.
+        """
+        optimizer = self.optimizer(parameter_groups(self, self.backbone))
+        schedulers: list[LRScheduler] = []
+        if self.warmup:
+            rise = LinearLR(optimizer, 1 / (self.warmup + 1), total_iters=self.warmup)
+            schedulers.append(rise)
+        if self.scheduler is not None:
+            scheduler = self.scheduler(optimizer)
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise ConfigError(
+                    "ReduceLROnPlateau waits for a metric, and schedulers step after each batch.",
+                    "Set --model.init_args.scheduler to another one, or to null.",
+                )
+            schedulers.append(scheduler)
+        if not schedulers:
+            return optimizer
+        if len(schedulers) == 2:
+            schedulers = [SequentialLR(optimizer, schedulers, [self.warmup])]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedulers[0], "interval": "step"},
+        }
+
+    def _losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(batch["tokens"], batch.get("documents"))
+        return token_losses(hidden, self.head_weight, batch["targets"], self.loss_chunk)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of a batch."""
+        losses, hits = self._losses(batch)
+        loss = losses.sum() / max(1, len(losses))
+        size = len(batch["tokens"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        if self.exact_match:
+            right = rows_all_right(hits, batch["targets"]).float().mean()
+            self.log("train/exact", right, prog_bar=True, batch_size=size)
+        self._tokens += batch["tokens"].numel()
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock."""
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def on_validation_start(self) -> None:
+        """Stop the clock."""
+        self._since -= time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Start the clock again."""
+        self._since += time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the speed of all ranks since it was logged last [tokens/s]."""
+        every: int = getattr(self.trainer, "log_every_n_steps", 0)
+        if every and (batch_idx + 1) % every == 0:
+            now = time.perf_counter()
+            speed = self._tokens * self.trainer.world_size / max(now - self._since, 1e-9)
+            self.log("train/tokens_per_s", speed, batch_size=1)
+            self._since, self._tokens = now, 0
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy of tokens, and of whole answers if asked for."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """See :meth:`validation_step`."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Target and most likely token. Shapes: (B, L)."""
+        hidden = self.hidden(batch["tokens"], batch.get("documents"))
+        rows = torch.split(hidden.flatten(0, 1), self.loss_chunk)
+        likely = [nn.functional.linear(part, self.head_weight).argmax(-1) for part in rows]
+        return {
+            "targets": batch["targets"],
+            "predicted": torch.cat(likely).view_as(batch["targets"]),
+        }
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str, metrics: nn.ModuleDict) -> None:
+        losses, hits = self._losses(batch)
+        values = {"loss": losses, "acc": hits.float()}
+        if self.exact_match:
+            values["exact"] = rows_all_right(hits, batch["targets"]).float()
+        for name, value in values.items():
+            metric = cast("MeanMetric", metrics[name])
+            metric.update(value)
+            self.log(
+                f"{stage}/{name}", metric, on_epoch=True, prog_bar=name != "acc",
+                batch_size=len(batch["tokens"]),
+            )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Muon for hidden matrices and AdamW for everything else, as one optimizer.
+
+Lightning optimises automatically (clipping, accumulation, schedules, resuming, ``global_step``)
+with one optimizer only. So here is one: its state and parameter groups are shared with a
+``torch.optim.Muon`` and a ``torch.optim.AdamW``, which do the steps.
+
+Which parameters are hidden cannot be told from their shape: an embedding is a matrix too. The
+groups say it with the key ``hidden``; :func:`parameter_groups` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["MuonAdamW", "parameter_groups"]
+
+
+def parameter_groups(module: nn.Module, backbone: nn.Module) -> list[dict[str, Any]]:
+    """Groups of a module's parameters: hidden matrices, other tables, and vectors.
+
+    Hidden are the weights of linear and LSTM layers in the backbone, unless the same parameter
+    is also used outside of it or as an embedding. Vectors (norms, biases, rates) do not decay.
+
+    Args:
+        module: All of it.
+        backbone: The part of it between embedding and head.
+
+    Returns:
+        Groups for any optimizer. The keys ``hidden`` and ``name`` are for :class:`MuonAdamW` and
+        for people.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+        >>> [(g["name"], len(g["params"])) for g in parameter_groups(model, model[1])]
+        [('hidden', 1), ('tables', 1), ('vectors', 1)]
+
+    Source: card section 6; vectors without decay: inferred.
+    """
+    inside = {id(part) for part in backbone.modules()}
+    outer = (part for part in module.modules() if id(part) not in inside)
+    visible = {id(p) for part in outer for p in part.parameters(recurse=False)}
+    embeddings = (part for part in backbone.modules() if isinstance(part, nn.Embedding))
+    visible |= {id(part.weight) for part in embeddings}
+    layers = (part for part in backbone.modules() if isinstance(part, nn.Linear | nn.LSTM))
+    mixing = {id(p) for part in layers for p in part.parameters(recurse=False) if p.ndim == 2}
+    groups: dict[str, list[Tensor]] = {"hidden": [], "tables": [], "vectors": []}
+    for p in module.parameters():
+        if p.requires_grad:
+            hidden = id(p) in mixing and id(p) not in visible
+            groups["hidden" if hidden else "tables" if p.ndim > 1 else "vectors"].append(p)
+    made: list[dict[str, Any]] = [
+        {"params": params, "hidden": name == "hidden", "name": name}
+        for name, params in groups.items()
+        if params
+    ]
+    for group in made:
+        if group["name"] == "vectors":
+            group["weight_decay"] = 0.0
+    return made
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """``torch.optim.Muon`` for groups marked ``hidden``, ``torch.optim.AdamW`` for the others.
+
+    Args:
+        params: Parameter groups, each with a key ``hidden``; see :func:`parameter_groups`. Any
+            other key of a group goes before the arguments below.
+        lr: Learning rate of both.
+        weight_decay: Of both.
+        adamw_lr: Learning rate of AdamW, where it is another one.
+        adamw_weight_decay: Of AdamW, where it is another one.
+        momentum: Of Muon.
+        nesterov: Of Muon.
+        ns_steps: Newton–Schulz steps of Muon.
+        adjust_lr_fn: ``match_rms_adamw`` scales Muon's steps to the size of AdamW's, so that both
+            can share a learning rate; ``original`` scales tall matrices only.
+        betas: Of AdamW.
+        eps: Of AdamW.
+
+    Raises:
+        ConfigError: No group says whether it is hidden, or a hidden parameter is no matrix.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+        >>> optimizer = MuonAdamW(parameter_groups(model, model[1]), lr=0.01)
+        >>> [len(part.param_groups) for part in (optimizer.muon, optimizer.adamw)]
+        [1, 2]
+
+    Source: arXiv 2604.20817, card section 2.2 (which parameters) and section 6 (one optimizer);
+        ``match_rms_adamw``: arXiv 2502.16982; momentum and betas: github.com/KellerJordan/Muon.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        adamw_lr: float | None = None,
+        adamw_weight_decay: float | None = None,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        groups = [*params]
+        marked = [isinstance(group, dict) and "hidden" in group for group in groups]
+        if not groups or not all(marked):
+            raise ConfigError(
+                "MuonAdamW does not know which parameters are hidden matrices.",
+                "Use it with fulgurite.models.number_probing.NumberLM, or give it groups from "
+                "fulgurite.models.number_probing.optimizer.parameter_groups(module, backbone).",
+            )
+        muon = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
+        }  # fmt: skip
+        adamw = {
+            "lr": lr if adamw_lr is None else adamw_lr,
+            "weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
+        full = []
+        for group in groups:
+            # a throw-away optimizer checks the group and fills in all defaults of its kind
+            kind: type[torch.optim.Optimizer] = (
+                torch.optim.Muon if group["hidden"] else torch.optim.AdamW
+            )
+            given = {k: v for k, v in group.items() if k not in ("hidden", "name")}
+            try:
+                made = kind([given], **(muon if group["hidden"] else adamw)).param_groups  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ConfigError(
+                    f"{kind.__name__} refuses its parameters or arguments: {error}",
+                    "Mend --model.init_args.optimizer.init_args, and mark matrices as hidden only.",
+                ) from error
+            full += [{**group, **one} for one in made]
+        super().__init__(full, {})
+        self._link()
+
+    def _link(self) -> None:
+        """Let both do their steps on this optimizer's groups and state."""
+        if not hasattr(self, "muon"):
+            spare = [nn.Parameter(torch.zeros(1, 1))]  # neither can be made of nothing
+            self.muon, self.adamw = torch.optim.Muon(spare), torch.optim.AdamW(spare)
+        for part, hidden in ((self.muon, True), (self.adamw, False)):
+            part.param_groups = [g for g in self.param_groups if g["hidden"] is hidden]
+            part.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link()  # loading puts new groups and a new state in place
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group that names all options of its kind, as the constructor makes them."""
+        super().add_param_group(param_group)
+        if hasattr(self, "muon"):
+            self._link()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step all parameters once.
+
+        Args:
+            closure: Computes the loss and its gradients anew.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts():
+            part.step()
+        return loss
+
+    def _parts(self) -> Iterator[torch.optim.Optimizer]:
+        """Those that have something to do."""
+        return (part for part in (self.muon, self.adamw) if part.param_groups)

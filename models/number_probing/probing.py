@@ -1,0 +1,290 @@
+"""Whether n mod T can be read off linearly, held out: Cohen's κ of a linear probe.
+
+Axes: N numbers, D embedding width, T period, S seeds, F folds, E = S F models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.number_probing.checks import check_embeddings, check_periods
+from fulgurite.models.number_probing.fourier import PERIODS
+from fulgurite.models.number_probing.lda import Table, lda_scores
+
+__all__ = ["FoldKind", "Method", "ProbeResult", "band", "cohen_kappa", "make_folds", "probe"]
+
+Method = Literal["lda", "logistic"]
+FoldKind = Literal["shuffled", "decade", "contiguous"]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The probe of one period.
+
+    Attributes:
+        period: T.
+        kappa: Cohen's κ of held-out predictions, mean over seeds [1].
+        accuracy: Share of right held-out predictions, mean over seeds [1].
+        train_kappa: κ on the rows that a model was fitted to; 1 for every T where D ≥ N [1].
+        kappa_nonround: κ of a probe that was fitted and held out on the numbers that 5 does not
+            divide [1].
+        nonround_band: What ``kappa_nonround`` must exceed to be more than chance [1].
+        null_sd: Standard deviation of κ by chance: measured on permuted numbers where at least
+            eight were drawn, else 1/√(N(T−1)) [1].
+        recall: Share of right held-out predictions by residue [1].
+        kappas: κ of each seed. Length: S.
+        null_kappas: κ of each permutation of the numbers.
+        size: N.
+
+    Source: arXiv 2604.20817; folds and null card sections 1.5, inferred.
+    """
+
+    period: int
+    kappa: float
+    accuracy: float
+    train_kappa: float
+    kappa_nonround: float
+    nonround_band: float
+    null_sd: float
+    recall: dict[int, float]
+    kappas: tuple[float, ...]
+    null_kappas: tuple[float, ...]
+    size: int
+
+    @property
+    def band(self) -> float:
+        """What κ must exceed to be more than chance [1]; see :func:`band`."""
+        return band(self.size, self.null_sd)
+
+
+class _Held(NamedTuple):
+    labels: Tensor
+    held: Tensor
+    answers: Tensor
+    fold: Tensor
+    kappas: Tensor
+
+
+def band(size: int, null_sd: float) -> float:
+    """Four standard deviations of κ by chance, and not less than 0.06 for N = 1000.
+
+    Predictions are less independent than the formula of ``null_sd`` has them, most so where there
+    are many classes.
+
+    Example:
+        >>> round(band(1000, 1 / 1000**0.5), 3), round(band(1000, 1 / 9000**0.5), 3)
+        (0.126, 0.06)
+
+    Source: card section 1.5, inferred.
+    """
+    return max(4 * null_sd, 0.06 * math.sqrt(1000 / size))
+
+
+def cohen_kappa(
+    labels: Tensor, predicted: Tensor, classes: int, weight: Tensor | None = None
+) -> Tensor:
+    """Cohen's κ: agreement beyond that of independent answers with the same shares.
+
+    Args:
+        labels: Right answers. Shape: (N,).
+        predicted: Given answers, in rows of their own. Shape: (S, N).
+        classes: T.
+        weight: Of each answer; by default 1. Shape: (S, N).
+
+    Returns:
+        κ of each row, 0 where every label and answer is of one class. Shape: (S,).
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> cohen_kappa(labels, torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]]), 2)
+        tensor([ 1.,  0., -1.], dtype=torch.float64)
+
+    Source: Cohen, 1960; arXiv 2604.20817.
+    """
+    rows = len(predicted)
+    place = torch.arange(rows, device=labels.device)[:, None] * classes + labels
+    cell = (place * classes + predicted).flatten()
+    counts = cell.bincount(None if weight is None else weight.flatten(), rows * classes**2)
+    confusion = counts.view(rows, classes, classes).double()
+    confusion = confusion / confusion.sum((1, 2), keepdim=True)
+    observed = confusion.diagonal(dim1=1, dim2=2).sum(-1)
+    expected = (confusion.sum(1) * confusion.sum(2)).sum(-1)
+    certain = expected > 1 - 1e-12
+    return torch.where(certain, 0.0, (observed - expected) / (1 - expected).where(~certain, 1.0))
+
+
+def make_folds(
+    numbers: Tensor, period: int, folds: int, kind: FoldKind = "shuffled", seed: int = 0
+) -> Tensor:
+    """The fold in which each number is held out.
+
+    Args:
+        numbers: Shape: (N,).
+        period: T.
+        folds: F.
+        kind: ``shuffled``: at random, each residue spread evenly. ``decade``: whole decades n // 10
+            at random, so that neighbours are held out together. ``contiguous``: F intervals.
+        seed: Of the random ones.
+
+    Returns:
+        Folds from 0, int64, on the device of ``numbers``. Shape: (N,).
+
+    Raises:
+        ConfigError: The kind is unknown, or there are fewer than two folds.
+
+    Example:
+        >>> make_folds(torch.arange(8), 2, 4, "contiguous")
+        tensor([0, 0, 1, 1, 2, 2, 3, 3])
+        >>> folds = make_folds(torch.arange(40), 2, 5)
+        >>> folds[::2].bincount().tolist(), folds[1::2].bincount().tolist()
+        ([4, 4, 4, 4, 4], [4, 4, 4, 4, 4])
+
+    Source: card section 1.5.
+    """
+    if folds < 2:
+        raise ConfigError(f"folds={folds} is too small.", "Give 2 or more; 5 is usual.")
+    n = numbers.cpu()
+    order = torch.empty_like(n)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "contiguous":
+        order[n.argsort()] = torch.arange(len(n))
+        found = order * folds // len(n)
+    elif kind == "decade":
+        decade = torch.unique(n // 10, return_inverse=True)[1]
+        found = torch.randperm(int(decade.max()) + 1, generator=generator)[decade] % folds
+    elif kind == "shuffled":
+        shuffled = n % period * len(n) + torch.randperm(len(n), generator=generator)
+        order[shuffled.argsort()] = torch.arange(len(n))
+        found = order % folds
+    else:
+        raise ConfigError(f"The folds {kind!r} are unknown.", "Use shuffled, decade or contiguous.")
+    return found.to(numbers.device)
+
+
+def probe(
+    embeddings: Tensor,
+    periods: Sequence[int] = PERIODS,
+    *,
+    numbers: Sequence[int] | Tensor | None = None,
+    method: Method = "lda",
+    folds: int = 5,
+    kind: FoldKind = "shuffled",
+    seeds: int = 2,
+    shrinkage: float | Literal["auto"] = "auto",
+    strength: float = 1.0,
+    nonround: bool = True,
+    null_draws: int = 0,
+    allow_duplicates: bool = False,
+) -> dict[int, ProbeResult]:
+    """Held-out linear probes of n mod T.
+
+    Each seed deals the folds anew; the predictions of all folds of a seed are pooled into one κ.
+
+    Args:
+        embeddings: One row for each number. Shape: (N, D).
+        periods: T.
+        numbers: The integer of each row; by default 0 … N−1. Shape: (N,).
+        method: ``lda``: shrinkage LDA, equal to scikit-learn's. ``logistic``: multinomial logistic
+            regression with an L2 penalty on standardised features, one to two orders slower.
+        folds: F.
+        kind: See :func:`make_folds`. With ``shuffled`` a probe sees n−1 and n+1, of another
+            residue: embeddings smooth in n then give a negative κ, which the others do not.
+        seeds: S. Contiguous folds are all alike and take one.
+        shrinkage: Of LDA: ``auto`` for Ledoit and Wolf's, a share, or 0 for plain LDA.
+        strength: C of logistic regression: weight of the data against the penalty.
+        nonround: Probe the numbers that 5 does not divide by themselves as well.
+        null_draws: Probe that many random permutations of the numbers as well, one seed each.
+        allow_duplicates: As in :func:`check_embeddings`.
+
+    Returns:
+        Results by period, ascending.
+
+    Raises:
+        ConfigError: A setting is out of range, or a fold leaves too few numbers.
+        DataError: See :func:`check_embeddings`; or plain LDA has a singular covariance.
+
+    Example:
+        >>> turn = torch.arange(100.0)[:, None] * 2 * torch.pi / 10
+        >>> noise = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> circle = torch.cat([turn.cos(), turn.sin()], 1) + 0.02 * noise
+        >>> found = probe(circle, [2, 10])
+        >>> found[10].kappa, abs(found[2].kappa) < found[2].band
+        (1.0, True)
+
+    Source: arXiv 2604.20817 (linear probe, κ); card section 1.5 (folds, seeds, probe), inferred.
+    """
+    if method not in ("lda", "logistic"):
+        raise ConfigError(f"The probe {method!r} is unknown.", "Use lda or logistic.")
+    if seeds < 1 or null_draws < 0 or strength <= 0:
+        raise ConfigError(
+            f"seeds={seeds}, null_draws={null_draws}, strength={strength} is out of range.",
+            "Give seeds ≥ 1, null_draws ≥ 0 and strength > 0.",
+        )
+    x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
+    table = Table(x)
+    seeds = 1 if kind == "contiguous" else seeds
+    if folds > len(n):
+        raise ConfigError(f"folds={folds} is more than the {len(n)} numbers.", "Use fewer folds.")
+
+    def run(table: Table, n: Tensor, period: int, dealt: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes of the numbers, and what each model answers. Shapes: (N,), (S, F, N)."""
+        residues, labels = torch.unique(n % period, return_inverse=True)
+        if len(residues) < 2:
+            raise ConfigError(
+                f"All numbers are alike mod {period}.", "Probe other numbers or periods."
+            )
+        if method == "lda":
+            scores = lda_scores(table, labels, len(residues), dealt, shrinkage)
+        else:
+            from fulgurite.models.number_probing.logistic import logistic_scores
+
+            scores = logistic_scores(table, labels, len(residues), dealt, strength)
+        return labels, scores.max(-1).indices  # several times as fast as argmax
+
+    def held_out(table: Table, n: Tensor, period: int, first: int, draws: int) -> _Held:
+        """Answers to numbers held out, with the folds of some seeds."""
+        dealt = [make_folds(n, period, folds, kind, s) for s in range(first, first + draws)]
+        fold = torch.stack(dealt)
+        labels, answers = run(table, n, period, fold)
+        held = answers.gather(1, fold[:, None])[:, 0]
+        return _Held(labels, held, answers, fold, cohen_kappa(labels, held, int(labels.max()) + 1))
+
+    rough = n % 5 != 0
+    rest = Table(x[rough]) if nonround else table
+    found = {}
+    for period in check_periods(periods, len(x)):
+        labels, held, answers, fold, kappas = held_out(table, n, period, 0, seeds)
+        classes = int(labels.max()) + 1
+        models = torch.arange(answers.shape[1], device=x.device)
+        seen = (fold[:, None] != models[:, None]).double()  # (S, F, N)
+        train = cohen_kappa(
+            labels.repeat(len(models) * len(fold)), answers.reshape(1, -1), classes, seen
+        )
+        # other numbers for the same rows: what all periods share of the rows stays
+        null = []
+        for draw in range(null_draws):
+            order = torch.randperm(len(n), generator=torch.Generator().manual_seed(10_000 + draw))
+            null.append(float(held_out(table, n[order.to(n.device)], period, draw, 1).kappas))
+        sd = (len(n) * (classes - 1)) ** -0.5
+        sd = float(torch.tensor(null).std()) if null_draws >= 8 else sd
+        right = (held == labels).double()
+        recall = right.new_zeros(classes).index_add_(0, labels, right.mean(0)) / labels.bincount()
+        other, other_band = math.nan, math.nan
+        if nonround:
+            part = held_out(rest, n[rough], period, 0, seeds)
+            other = float(part.kappas.mean())
+            size = len(part.labels)
+            other_band = band(size, (size * int(part.labels.max())) ** -0.5)
+        found[period] = ProbeResult(
+            period, float(kappas.mean()), float(right.mean()), float(train), other, other_band, sd,
+            dict(zip(torch.unique(n % period).tolist(), recall.tolist(), strict=True)),
+            tuple(kappas.tolist()), tuple(null), len(n),
+        )  # fmt: skip
+    return found

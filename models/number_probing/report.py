@@ -1,0 +1,279 @@
+"""All that is said of one table of number embeddings: rows, verdict and figures.
+
+Axes: N numbers, D embedding width, T period.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.number_probing.checks import check_embeddings
+from fulgurite.models.number_probing.diagnosis import Diagnosis, diagnose
+from fulgurite.models.number_probing.fisher import scatter
+from fulgurite.models.number_probing.fourier import PERIODS, Spectrum, spectrum, spikes
+from fulgurite.models.number_probing.probing import FoldKind, Method, probe
+from fulgurite.plotting import heatmap, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "COLUMNS",
+    "ProbeSettings",
+    "Report",
+    "kappa_figure",
+    "measure",
+    "spectrum_figure",
+    "to_csv",
+    "to_markdown",
+]
+
+#: Columns of a report that are numbers, in this order.
+COLUMNS = (
+    "kappa", "kappa_sd", "train_kappa", "accuracy", "band", "kappa_nonround", "kappa_decade",
+    "kappa_contiguous", "kappa_permuted", "magnitude", "local_ratio", "phi", "eta2", "fisher",
+    "cond", "bound_low", "bound_high",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is measured.
+
+    Args:
+        periods: T.
+        method: ``lda``, or the slow ``logistic``.
+        folds: Of the cross-validation.
+        seeds: Ways to deal the folds.
+        blocked: Folds measured beside the shuffled ones: ``decade``, ``contiguous``.
+        permuted: Permutations of the numbers that are probed as well; from 8 on, the null band
+            is theirs.
+        nonround: Probe the numbers that 5 does not divide by themselves as well.
+        pca: Principal components kept for the Fisher values, at most N/4; null for all.
+        ridge: Added to S_W, in units of its mean eigenvalue.
+
+    Raises:
+        ConfigError: A value is unknown.
+    """
+
+    periods: Sequence[int] = PERIODS
+    method: Method = "lda"
+    folds: int = 5
+    seeds: int = 2
+    blocked: Sequence[FoldKind] = ("decade", "contiguous")
+    permuted: int = 1
+    nonround: bool = True
+    pca: int | None = 50
+    ridge: float = 0.0
+
+    def __post_init__(self) -> None:
+        if unknown := [kind for kind in self.blocked if kind not in ("decade", "contiguous")]:
+            raise ConfigError(
+                f"blocked={unknown[0]!r} are no folds.", "Use decade, contiguous or both."
+            )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured.
+
+    Attributes:
+        size: N.
+        width: D.
+        rows: For each period: ``period``, ``verdict`` and :data:`COLUMNS`; None is what was not
+            measured.
+        spectrum: All magnitudes.
+        diagnosis: The verdict with its reasons.
+        settings: As given, with the components that were kept.
+    """
+
+    size: int
+    width: int
+    rows: list[dict[str, Any]]
+    spectrum: Spectrum
+    diagnosis: Diagnosis
+    settings: ProbeSettings = field(repr=False)
+
+    def metrics(self, prefix: str = "probe/") -> dict[str, float]:
+        """Numbers by name and period, such as ``probe/kappa_10``."""
+        return {
+            f"{prefix}{name}_{row['period']}": row[name]
+            for row in self.rows
+            for name in COLUMNS
+            if row[name] is not None
+        }
+
+
+def measure(
+    embeddings: Tensor,
+    numbers: Sequence[int] | None = None,
+    settings: ProbeSettings | None = None,
+    *,
+    allow_duplicates: bool = False,
+) -> Report:
+    """Spectrum, scatter, probes and verdict of a table.
+
+    Args:
+        embeddings: One row for each number. Shape: (N, D).
+        numbers: Consecutive and ascending; by default from 0.
+        settings: What is measured.
+        allow_duplicates: As in :func:`check_embeddings`.
+
+    Raises:
+        ConfigError: A setting does not fit the table.
+        DataError: The table is not sound, or its numbers are not consecutive.
+
+    Example:
+        >>> import torch
+        >>> from fulgurite.models.number_probing import planted
+        >>> settings = ProbeSettings([2, 5, 10], blocked=(), permuted=0)
+        >>> report = measure(planted(torch.arange(500), 10), settings=settings)
+        >>> report.diagnosis.verdict, report.metrics()["probe/kappa_10"]
+        ('geometric', 1.0)
+
+    Source: card section 6.
+    """
+    settings = settings or ProbeSettings()
+    x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
+    whole = spectrum(x, n, allow_duplicates=True)
+    lines = spikes(whole, settings.periods)
+    common: dict[str, Any] = {
+        "numbers": n, "method": settings.method, "folds": settings.folds, "allow_duplicates": True,
+    }  # fmt: skip
+    found = probe(
+        x, settings.periods, seeds=settings.seeds, nonround=settings.nonround,
+        null_draws=settings.permuted, **common,
+    )  # fmt: skip
+    blocked = {
+        kind: probe(x, settings.periods, kind=kind, seeds=settings.seeds, nonround=False, **common)
+        for kind in settings.blocked
+    }
+    verdict = diagnose(found, lines, next(iter(blocked.values()), None))
+    pca = None if settings.pca is None else min(settings.pca, len(x) // 4)
+    rows = []
+    for t, result in found.items():
+        fisher = scatter(x, t, n, ridge=settings.ridge, pca=pca, allow_duplicates=True)
+        null = result.null_kappas
+        rows.append({
+            "period": t,
+            "verdict": verdict.periods[t].verdict,
+            "kappa": result.kappa,
+            "kappa_sd": float(np.std(result.kappas)),
+            "train_kappa": result.train_kappa,
+            "accuracy": result.accuracy,
+            "band": result.band,
+            "kappa_nonround": result.kappa_nonround if settings.nonround else None,
+            **{
+                f"kappa_{kind}": blocked[kind][t].kappa if kind in blocked else None
+                for kind in ("decade", "contiguous")
+            },
+            "kappa_permuted": sum(null) / len(null) if null else None,
+            "magnitude": lines[t].magnitude,
+            "local_ratio": lines[t].local_ratio,
+            "phi": fisher.phi,
+            "eta2": fisher.eta2,
+            "fisher": float(fisher.fisher[0]),
+            "cond": fisher.condition,
+            "bound_low": fisher.bounds[0],
+            "bound_high": fisher.bounds[1],
+        })  # fmt: skip
+    return Report(len(x), x.shape[1], rows, whole, verdict, settings)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    r"""Rows with a header line.
+
+    Example:
+        >>> to_csv([{"period": 2, "kappa": 0.5}])
+        'period,kappa\n2,0.5\n'
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A table of some columns, numbers with three digits, aligned; None is left empty.
+
+    Example:
+        >>> print(to_markdown([{"T": 2, "kappa": 0.5}], ["T", "kappa"]))
+        | T | kappa |
+        | - | ----- |
+        | 2 | 0.5   |
+    """
+    cells = [
+        [
+            f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v)
+            for v in map(row.get, columns)
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def spectrum_figure(shown: Spectrum, periods: Sequence[int], title: str = "") -> Figure:
+    """Normalised magnitude by frequency, with guides at k/10 and lines of the periods."""
+    figure, axes = new_figure(width=7.5, height=3.0)
+    ax = axes[0, 0]
+    frequency, magnitude = shown.frequency.cpu().numpy(), shown.normalised.cpu().numpy()
+    ax.vlines(frequency, 0, magnitude, linewidth=0.8)
+    for k in range(1, 6):
+        ax.axvline(k / 10, color="0.8", linewidth=0.8, linestyle=":", zorder=0)
+    for t in periods:
+        ax.annotate(
+            f"1/{t}", (1 / t, magnitude[shown.bin(1 / t)]), fontsize=7, ha="center",
+            xytext=(0, 3), textcoords="offset points",
+        )  # fmt: skip
+    ax.set(
+        title=title, xlabel="frequency ν [cycles per number]", ylabel="magnitude / median",
+        xlim=(0, 0.505), ylim=(0, None),
+    )  # fmt: skip
+    return figure
+
+
+def kappa_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Held-out κ by period, and by step where rows have one, as a heat map.
+
+    Args:
+        rows: Of reports; ``step`` tells several apart.
+        title: Above the map.
+    """
+    periods = sorted({row["period"] for row in rows})
+    kinds = ("kappa", "kappa_nonround", "kappa_decade", "kappa_contiguous")
+    if "step" in rows[0]:
+        steps = sorted({row["step"] for row in rows})
+        table = {(row["step"], row["period"]): row["kappa"] for row in rows}
+        values = np.array([[table.get((s, t), math.nan) for s in steps] for t in periods])
+        figure, axes = new_figure(width=6.5)
+        ax, xlabel, ticks = axes[0, 0], "step", [str(s) for s in steps]
+    else:
+        by_period = {row["period"]: row for row in rows}
+        values = np.array([[by_period[t][k] for k in kinds] for t in periods], dtype=float)
+        figure, axes = new_figure(width=5.0, height=3.6)
+        ax, xlabel, ticks = axes[0, 0], "", ["shuffled", "not round", "decades", "contiguous"]
+    heatmap(ax, values, title=title, xlabel=xlabel, ylabel="period T", limits=(-1.0, 1.0))
+    ax.images[0].set_cmap("RdBu_r")  # 0, chance, is white
+    ax.set_yticks(range(len(periods)), [str(t) for t in periods])
+    shown = range(0, len(ticks), max(1, len(ticks) // 8))
+    ax.set_xticks(list(shown), [ticks[i] for i in shown])
+    if values.size <= 60:
+        for (i, j), value in np.ndenumerate(values):
+            if not math.isnan(value):
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    return figure

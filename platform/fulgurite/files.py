@@ -1,0 +1,92 @@
+"""Which files people mean by paths, folders and glob patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fulgurite.errors import DataError
+from fulgurite.io import data_path
+
+__all__ = ["STDLIB", "find_files"]
+
+#: The path that means the sources of Python's standard library.
+STDLIB = "stdlib"
+
+# what is in the folder of the standard library and is not the library
+_NOT_STDLIB = frozenset(("site-packages", "dist-packages", "test", "tests", "idle_test"))
+
+
+def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return the files that paths stand for, each once, in an order that never changes.
+
+    A path is a file, a folder (searched to the bottom for files with one of the suffixes; names
+    that begin with a dot are skipped), a glob pattern (each match counts as if it were given
+    itself), or ``stdlib``.
+
+    Args:
+        paths: Absolute, or relative to ``FULGURITE_DATA``.
+        suffixes: What names of files in folders end with.
+
+    Returns:
+        (name, path) of each file, in the order of ``paths``, inside a folder by name. The name is
+        relative to the folder.
+
+    Raises:
+        DataError: Nothing is there, or a folder cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("b.txt", "a.txt", "c.png"):
+        ...         _ = (Path(folder) / name).write_bytes(b"text")
+        ...     [name for name, _ in find_files([folder], [".txt"])]
+        ['a.txt', 'b.txt']
+    """
+    found: dict[Path, tuple[str, Path]] = {}  # a file given twice would be in two splits
+    for given in paths:
+        for name, path in _find(given, tuple(suffixes)):
+            found.setdefault(path.resolve(), (name, path))
+    if not found:
+        raise DataError(
+            f"There is no file at {', '.join(paths) or 'no path'} with the suffix "
+            f"{' or '.join(suffixes) or '(none is allowed)'}.",
+            "Set `--data.init_args.paths` to files, folders or glob patterns, and "
+            "`--data.init_args.suffixes` to the suffixes of files in these folders.",
+        )
+    return list(found.values())
+
+
+def _find(given: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    if given == STDLIB:
+        yield from _walk(Path(sysconfig.get_path("stdlib")), (".py",), _NOT_STDLIB)
+        return
+    path = data_path(given, must_exist=False)
+    if not path.exists() and glob.has_magic(given):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    else:
+        matches = [data_path(given)]
+    for match in matches:
+        if match.is_dir():
+            yield from _walk(match, suffixes)
+        else:
+            yield match.name, match
+
+
+def _walk(
+    folder: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Path]]:
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"The folder {error.filename} cannot be read ({error.strerror}).",
+            "Make it readable, or leave it out of `--data.init_args.paths`.",
+        ) from error
+
+    files = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "." and name not in skipped]
+        files += [Path(root, name) for name in names if name[0] != "." and name.endswith(suffixes)]
+    yield from sorted((path.relative_to(folder).as_posix(), path) for path in files)

@@ -1,0 +1,201 @@
+"""Spectrum, Φ_T, scatter and Fisher values; numbers in brackets are rows of card section 5."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.number_probing import (
+    ceiling,
+    check_embeddings,
+    collinear,
+    period_power,
+    planted,
+    scatter,
+    spectrum,
+    spikes,
+)
+
+N = torch.arange(1000)
+
+
+def normal(size, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, width, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("period", "share"), [(2, 0.75), (5, 0.75), (7, 0.75), (10, 0.75)])
+def test_a_circle_has_its_power_in_one_line(period, share):  # (1)
+    found = spectrum(planted(N, period))
+    power = found.magnitude.square() * torch.where(found.frequency < 0.5, 2.0, 1.0)
+    at = round(1000 / period)
+    assert int(power.argmax()) + 1 == at
+    assert float(power[at - 1] / power.sum()) >= share
+    assert [t for t, s in spikes(found, (2, 3, 5, 7, 10)).items() if s.verdict] == [period]
+
+
+def test_the_magnitudes_are_those_of_a_unitary_dft():
+    x = normal(60, 3)
+    expected = np.linalg.norm(np.fft.fft(x.numpy(), axis=0, norm="ortho"), axis=1)
+    found = spectrum(x)
+    np.testing.assert_allclose(found.magnitude.numpy(), expected[1:31], rtol=1e-10)
+    np.testing.assert_allclose(found.frequency.numpy(), np.arange(1, 31) / 60)
+    np.testing.assert_allclose(
+        found.normalised.numpy(), expected[1:31] / np.sort(expected[1:31])[14], rtol=1e-10
+    )
+
+
+def test_the_local_ratio_leaves_out_its_own_line():
+    x = normal(1000, 8) + 50 * torch.cos(2 * math.pi * 0.25 * N)[:, None]
+    found = spectrum(x)
+    at = found.bin(0.25)
+    around = [i for i in range(at - 20, at + 21) if abs(i - at) > 2]
+    expected = found.magnitude[at] / found.magnitude[around].sort().values[len(around) // 2 - 1]
+    assert float(found.local_ratio[at]) == pytest.approx(float(expected))
+    assert float(found.local_ratio[at + 10]) < 1.5  # one line does not lift the others' floor
+
+
+def test_the_fundamental_alone_leaves_no_power_in_its_divisors():  # (2)
+    x = planted(N, 10)
+    assert all(period_power(x, t) < 1e-3 * period_power(x, 10) for t in (2, 5))
+
+
+def test_noise_has_no_spike():
+    for seed in range(5):
+        found = spikes(spectrum(normal(1000, 50, seed)))
+        assert not any(s.verdict for s in found.values())
+
+
+@pytest.mark.parametrize(("drift", "fisher"), [(0.03, 275.03), (31.0, 2.6e-4)])
+def test_the_counter_example_has_the_same_power_whatever_its_drift(drift, fisher):  # (5), (6)
+    x = collinear(N, 10, 5.0, drift)
+    assert period_power(x, 10) == pytest.approx(206250, rel=1e-6)
+    found = scatter(x, 10)
+    assert float(found.fisher[0]) == pytest.approx(fisher, rel=0.02)
+    assert found.condition == 1
+
+
+def test_scattered_circles_have_a_large_spike():  # (8)
+    peaks = [
+        float(spectrum(planted(N, 10, scatter=5.0, seed=seed)).normalised[99]) for seed in range(10)
+    ]
+    assert min(peaks) > 2
+
+
+def test_random_embeddings_have_the_power_of_their_variance():  # (9)
+    x = 0.3 * normal(1000, 1024)
+    for period in (2, 3, 5, 7, 10):
+        share = period_power(x, period) / ((period - 1) * 1024 * 0.09)
+        assert 0.85 < share < 1.15
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 10), st.integers(0, 9), st.integers(1, 6), st.integers(0, 1000))
+def test_power_is_the_trace_of_the_scatter_between_and_bounds_hold(period, extra, width, seed):
+    """(12), and for N that the period does not divide."""
+    size = 6 * period + min(extra, period - 1)
+    x = normal(size, width, seed) * (1 + torch.arange(width)) + torch.arange(size)[:, None] % 3
+    found = scatter(x, period)
+    whole = size // period * period
+    trace = float(found.between.trace())
+    assert abs(trace - found.phi / whole) < 1e-10 * trace
+    lines = torch.fft.fft(x[:whole], dim=0, norm="ortho")[:: whole // period][1:]
+    assert found.phi == pytest.approx(float(lines.abs().square().sum()), rel=1e-9)
+    low, high = found.bounds
+    largest = float(found.fisher[0])
+    assert low <= largest * (1 + 1e-9)
+    assert largest <= high * (1 + 1e-9)
+    assert low == pytest.approx(
+        found.phi / ((period - 1) * found.condition * whole * float(_smallest(found.within)))
+    )
+    assert 0 <= found.eta2 <= 1
+
+
+def _smallest(matrix):
+    return torch.linalg.eigvalsh(matrix)[0]
+
+
+def test_fisher_values_are_generalised_eigenvalues():
+    from scipy.linalg import eigh
+
+    x = planted(N, 5, 12, noise=0.5, harmonics=(1, 2))
+    for ridge in (0.0, 0.1):
+        found = scatter(x, 5, ridge=ridge)
+        within = found.within + ridge * found.within.trace() / 12 * torch.eye(12)
+        expected = eigh(found.between.numpy(), within.numpy(), eigvals_only=True)[::-1][:4]
+        np.testing.assert_allclose(found.fisher.numpy(), expected, rtol=1e-8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 100), st.integers(0, 100))
+def test_power_is_invariant_under_rotation_and_quadratic_in_scale(scale, seed):  # (17)
+    x = planted(torch.arange(100), 5, 6, noise=0.3, seed=seed)
+    turn = torch.linalg.qr(normal(6, 6, seed))[0]
+    assert period_power(x @ turn, 5) == pytest.approx(period_power(x, 5), rel=1e-9)
+    assert period_power(scale * x, 5) == pytest.approx(scale**2 * period_power(x, 5), rel=1e-9)
+    assert scatter(scale * x @ turn, 5).eta2 == pytest.approx(scatter(x, 5).eta2, rel=1e-9)
+
+
+def test_more_dimensions_than_numbers_need_a_ridge_or_pca():
+    x = normal(100, 200)
+    with pytest.raises(DataError, match=r"S_W of T = 5 is singular: 200 dim.*ridge: 0.01.*pca: 50"):
+        scatter(x, 5)
+    assert scatter(x, 5, ridge=0.01).condition < 1e5
+    assert scatter(x, 5, pca=20).within.shape == (20, 20)
+    assert scatter(x, 5, pca=20).phi == pytest.approx(scatter(x, 5, ridge=0.01).phi)
+
+
+def test_traps_are_errors():  # (15)
+    x = normal(40, 3)
+    same = x.clone()
+    same[7] = same[30]
+    none = x.clone()
+    none[5] = 0
+    broken = x.clone()
+    broken[3, 1] = math.inf
+    for table, numbers, what in (
+        (same, None, "40 numbers have only 39 unique embeddings"),
+        (none, None, "embeddings of 5 are all zero"),
+        (broken, None, "embeddings of 3 are not finite"),
+        (x, range(39), "40 embeddings and torch.int64 numbers of shape"),
+        (x, [*range(39), 0], "numbers 0 come more than once"),
+        (x[:, 0], None, r"of shape \(40,\)"),
+        (x.long(), None, "torch.int64 of shape"),
+    ):
+        with pytest.raises(DataError, match=what):
+            check_embeddings(table, numbers)
+    assert len(check_embeddings(same, allow_duplicates=True)[0]) == 40
+    with pytest.raises(DataError, match=r"21 follows 19.*up to 19"):
+        spectrum(x[:30], [*range(20), *range(21, 31)])
+    with pytest.raises(ConfigError, match=r"periods=\[11\] cannot be probed on 40 numbers"):
+        period_power(x, 11)
+
+
+def test_half_precision_is_read_as_it_is():
+    x = planted(N, 10).to(torch.bfloat16)
+    assert spectrum(x).magnitude.dtype == torch.float64
+    assert period_power(x, 10) == pytest.approx(period_power(x.double(), 10))
+
+
+def test_numbers_need_not_begin_at_zero():
+    assert period_power(planted(N, 5), 5) == pytest.approx(
+        period_power(planted(N + 3, 5), 5, N + 3), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("period", "divisor", "kappa"),
+    [(4, 2, 1 / 3), (6, 2, 0.2), (8, 2, 1 / 7), (10, 2, 1 / 9), (10, 5, 4 / 9), (5, 2, 0.0)],
+)
+def test_ceilings_of_divisors(period, divisor, kappa):
+    assert ceiling(period, lambda n: n % divisor) == pytest.approx(kappa)
+
+
+def test_ceilings_of_roundness():
+    endings = {t: ceiling(t, lambda n: torch.where(n % 5 == 0, n % 10, -1)) for t in (3, 5, 10)}
+    assert endings == pytest.approx({3: 0.0, 5: 0.25, 10: 2 / 9})
+    assert ceiling(10, lambda n: n % 2, lambda n: n % 5 != 0) == pytest.approx(1 / 7)
