@@ -53,6 +53,7 @@ def main(argv):
     if trouble == "exit":
         sys.exit(2)
     if trouble == "status":
+        print("fulgurite: error: The moon is made of cheese.", file=sys.stderr)
         return 3
     if trouble == "kill":
         os.kill(os.getpid(), 9)
@@ -206,7 +207,7 @@ def test_verdicts(ours, mode, verdict):
     [
         ("raise", "ValueError: the loss is a potato"),
         ("exit", "exit status 2"),
-        ("status", "exit status 3"),
+        ("status", "exit status 3: The moon is made of cheese."),
         ("kill", "killed by SIGKILL"),
     ],
 )

@@ -85,6 +85,7 @@ def work(job: Job, runner: str) -> Outcome:
                 code = main(list(command))
                 if code:
                     error = f"`fulgurite {command[0]}` ended with exit status {code}"
+                    error += _last_error(job.log)
                     break
             else:
                 metrics = read_metrics(job.run_dir)
@@ -99,6 +100,14 @@ def work(job: Job, runner: str) -> Outcome:
             print(f"failed: {error}", file=sys.stderr, flush=True)
         _tidy()
     return Outcome(job.id, metrics, error, time.monotonic() - start)
+
+
+def _last_error(log: Path) -> str:
+    """The line in which a command said why it failed, after a colon."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    start = "fulgurite: error: "
+    said = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    return f": {said[-1]}" if said else ""
 
 
 def read_metrics(run_dir: Path) -> dict[str, float]:
