@@ -62,8 +62,8 @@ class Table:
 
     @cached_property
     def fast(self) -> Tensor:
-        """Rows in the type of conjugate gradients. Shape: (N+1, D)."""
-        # on a CPU, float32 is three times as fast; the residual says whether it was enough
+        """Rows in the type of intensities, scores and conjugate gradients. Shape: (N+1, D)."""
+        # on a CPU, float32 is three times as fast
         return self.x.float() if self.x.device.type == "cpu" else self.x
 
     @cached_property
@@ -142,15 +142,15 @@ class Classes:
         scale2 = variance.where(variance > torch.finfo(x.dtype).eps ** 0.75 * total, total)
         return cls(table, rows, index, train, held, count, mean, variance, scale2)
 
-    @property
+    @cached_property
     def share(self) -> Tensor:
         """Share of each class among a model's rows. Shape: (T, E)."""
         return self.count / self.count.sum(0)
 
-    @property
+    @cached_property
     def grand(self) -> Tensor:
         """Mean of a model's rows. Shape: (E, D)."""
-        return torch.einsum("te,ted->ed", self.share, self.mean)
+        return (self.share[..., None] * self.mean).sum(0)
 
     def numbers(self, which: Tensor) -> Tensor:
         """Numbers of the marked rows, N to fill up. Shape: (T, E, R) to (T, E, H)."""
@@ -231,7 +231,8 @@ def lda_scores(
     with _full_precision():  # (E T, N): so laid out, products and maxima are fastest
         scores = weight.mT.flatten(0, 1).to(table.fast) @ table.fast[:-1].mT
     scores = scores.view(len(folds), -1, classes, table.size)
-    return scores.mT + offset.to(scores).view(len(folds), -1, 1, classes)
+    scores += offset.to(scores).view(len(folds), -1, classes, 1)
+    return scores.mT
 
 
 def _intensity(c: Classes) -> Tensor:
@@ -243,8 +244,8 @@ def _intensity(c: Classes) -> Tensor:
     """
     valid = c.index < c.table.size
     size = valid.sum(1)[:, None, None]
-    x = c.rows.to(c.table.fast)
-    x = x - x.sum(1, keepdim=True) / size
+    x = c.rows.to(c.table.fast, copy=True)
+    x -= x.sum(1, keepdim=True) / size
     if not bool(valid.all()):
         x *= valid[..., None]
     variance = x.square().sum(1, keepdim=True) / size
@@ -255,7 +256,7 @@ def _intensity(c: Classes) -> Tensor:
     by_row = gram @ train
     diagonal = gram.diagonal(dim1=1, dim2=2).clone()[..., None]
     total = (by_row * train).sum(1)
-    norm2 = ((gram.square_() @ train) * train).sum(1)
+    norm2 = (gram.square_() @ train).mul_(train).sum(1)
     # of the rows centred by the mean of those that the model has
     norm2 += (total / count).square() - 2 * (by_row.square() * train).sum(1) / count
     square = (diagonal - 2 * by_row / count[:, None] + (total / count.square())[:, None]) * train
@@ -268,9 +269,9 @@ def _shrunk(c: Classes, shrinkage: float | Literal["auto"]) -> tuple[Tensor, Ten
     if shrinkage == "auto":
         delta = _intensity(c)
         trace = (c.variance / c.scale2).mean(-1)
-        return c.share * (1 - delta), torch.einsum("te,ted->ed", c.share * delta * trace, c.scale2)
-    within = torch.einsum("te,ted->ed", c.share, c.variance)
-    total = within + torch.einsum("te,ted->ed", c.share, (c.mean - c.grand).square())
+        return c.share * (1 - delta), ((c.share * delta * trace)[..., None] * c.scale2).sum(0)
+    within = (c.share[..., None] * c.variance).sum(0)
+    total = within + (c.share[..., None] * (c.mean - c.grand).square()).sum(0)
     total = total.where(total > 0, 1.0)
     return c.share * (1 - shrinkage), shrinkage * (within / total).mean(-1, keepdim=True) * total
 
@@ -279,15 +280,10 @@ def _direct(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
     """Solve by one Cholesky factor for each model. Shapes: (E, D, C)."""
     models, width = shift.shape
     scatter = (c.rows.mT @ c.rows).flatten(1)  # of each class, shared by all models
-    held = c.numbers(c.held)
-    out = torch.cat(
-        [
-            embedding(held, c.table.x) * (weight / c.count).sqrt()[..., None, None],
-            (c.mean * weight.sqrt()[..., None])[:, :, None],
-        ],
-        2,
-    )  # (T, E, H+1, D): what is held out, and the means
-    out = out.transpose(0, 1).flatten(1, 2)
+    held = embedding(c.numbers(c.held).transpose(0, 1), c.table.x)  # (E, T, H, D)
+    held *= (weight / c.count).sqrt().mT[..., None, None]
+    mean = c.mean.transpose(0, 1) * weight.sqrt().mT[..., None]
+    out = torch.cat([held.flatten(1, 2), mean], 1)  # what is held out, and the means
     pooled = ((weight / c.count).mT @ scatter).view(models, width, width) + torch.diag_embed(shift)
     pooled.baddbmm_(out.mT, out, alpha=-1)
     root, failed = torch.linalg.cholesky_ex(pooled)
