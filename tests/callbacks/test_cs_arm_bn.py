@@ -234,7 +234,8 @@ def test_batches_of_other_data_are_refused(trained):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"predict_with": "queries"}, {"adapt_chunk": 0}, {"record_share": 2.0}]
+    "wrong",
+    [{"predict_with": "queries"}, {"adapt_chunk": 0}, {"record_share": 2.0}, {"record_least": -1}],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -360,11 +361,22 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, every):
         torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "epoch"), [({}, 20), ({"record_least": 0}, 3), ({"record_least": 5}, 5)]
+)
+def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epoch):
+    """Epochs have 20 episodes; what came before an epoch counts as two of them."""
+    module = make_module()
+    make_trainer(tmp_path, ControlContext(**settings), max_epochs=2).fit(module, Plates())
+    for layer in context_layers(module.network).values():
+        assert int(layer.reference.seen) == 2 + epoch
+
+
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(fit, start):
     """The reference is recorded in steps 6 to 8 of an epoch; the run is taken up at step 7."""
     options = (
         "--data.init_args.steps_per_epoch=8", "--trainer.max_epochs=5",
-        "--trainer.callbacks.record_share=0.375",
+        "--trainer.callbacks.record_share=0.375", "--trainer.callbacks.record_least=0",
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.every_n_train_steps=15", "--trainer.callbacks.save_top_k=-1",
         "--trainer.callbacks.filename={step}",
