@@ -6,7 +6,6 @@ Shapes: N samples, C channels, H W image.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.datamodules.fedsir.sources import ImageArrays
-from fulgurite.io import atomic_write, cache_folder, file_lock
+from fulgurite.io import cached_folder
 
 __all__ = ["cached_arrays"]
 
@@ -30,24 +29,14 @@ def cached_arrays(key: str, write: Callable[[Path], tuple[str, ...]]) -> ImageAr
             cache has no such entry.
 
     Raises:
-        DataError: What was written is inconsistent.
+        DataError: What was written is inconsistent, or the cache cannot be written.
     """
-    folder = cache_folder() / key
-    if not folder.exists():
-        with file_lock(folder.with_name(f"{key}.lock")):
-            if not folder.exists():
-                for left_over in folder.parent.glob(f".{key}.tmp-*"):
-                    shutil.rmtree(left_over, ignore_errors=True)  # of a killed process
-                try:
-                    with atomic_write(folder) as temporary:
-                        temporary.mkdir()
-                        names = write(temporary)
-                        (temporary / "classes.json").write_text(json.dumps(names))
-                        _open(temporary)  # an inconsistent entry must not be kept
-                except OSError:
-                    if not folder.exists():  # else another rank was faster
-                        raise
-    return _open(folder)
+
+    def fill(empty: Path) -> None:
+        (empty / "classes.json").write_text(json.dumps(write(empty)))
+        _open(empty)  # an inconsistent entry must not be kept
+
+    return _open(cached_folder(key, fill))
 
 
 def _open(folder: Path) -> ImageArrays:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,7 +29,7 @@ from fulgurite.datamodules.number_probing.perturbations import (
 )
 from fulgurite.datamodules.number_probing.tokenizers import Tokenizer
 from fulgurite.errors import DataError, MissingExtraError
-from fulgurite.io import atomic_write, cache_folder, checksum, file_lock
+from fulgurite.io import cached_folder, checksum
 
 __all__ = ["TokenCache", "TokenWindows", "cached_tokens", "read_documents"]
 
@@ -145,22 +144,7 @@ def cached_tokens(files: Sequence[Path], tokenizer: Tokenizer, column: str = "te
     digests = [(path.suffix == ".parquet", checksum(path)) for path in files]
     listing = json.dumps([digests, column, tokenizer.key])
     key = f"tokens-1-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
-    folder = cache_folder() / key
-    if not folder.exists():
-        try:
-            with file_lock(folder.with_name(f"{key}.lock")):
-                if not folder.exists():
-                    for left_over in folder.parent.glob(f".{key}.tmp-*"):
-                        shutil.rmtree(left_over, ignore_errors=True)  # of a killed process
-                    with atomic_write(folder) as temporary:
-                        temporary.mkdir()
-                        _write(temporary, files, tokenizer, column)
-        except OSError as error:
-            if not folder.exists():  # else another rank without a lock was faster
-                raise DataError(
-                    f"The tokens cannot be written to {folder.parent} ({error.strerror}).",
-                    "Set FULGURITE_CACHE to a folder with more room.",
-                ) from error
+    folder = cached_folder(key, lambda empty: _write(empty, files, tokenizer, column))
     cache = TokenCache(folder)
     tokenizer.restore(cache.facts["tokenizer"])
     return cache

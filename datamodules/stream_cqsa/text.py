@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fulgurite.errors import DataError
-from fulgurite.io import atomic_write, cache_folder, file_lock
+from fulgurite.io import cached_folder
 
 __all__ = [
     "IGNORED",
@@ -89,23 +88,7 @@ def cached_text(files: Sequence[tuple[str, Path]]) -> ByteText:
         )
     listing = json.dumps([[name for name, _ in files], measured])  # escapes what is not ASCII
     key = f"bytes-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
-    folder = cache_folder() / key
-    if not folder.exists():
-        try:
-            with file_lock(folder.with_name(f"{key}.lock")):
-                if not folder.exists():
-                    for left_over in folder.parent.glob(f".{key}.tmp-*"):
-                        shutil.rmtree(left_over, ignore_errors=True)  # of a killed process
-                    with atomic_write(folder) as temporary:
-                        temporary.mkdir()
-                        _write(temporary, files, measured)
-        except OSError as error:
-            if not folder.exists():  # else another rank without a lock was faster
-                raise DataError(
-                    f"The text cannot be written to {folder.parent} ({error.strerror}).",
-                    f"Set FULGURITE_CACHE to a folder with {total:,} free bytes.",
-                ) from error
-    return ByteText(folder)
+    return ByteText(cached_folder(key, lambda empty: _write(empty, files, measured), total))
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fulgurite.base import SystemModule
+from fulgurite.base import SystemModule, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.io import load_plain
 from fulgurite.models.cs_arm_bn.batchnorm import (
@@ -111,15 +110,7 @@ class PlateClassifier(SystemModule):
             ConfigError: The scheduler waits for a metric.
         """
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ConfigError(
-                "ReduceLROnPlateau waits for a metric, and schedulers step after each epoch.",
-                "Set --model.init_args.scheduler to another one, or to null.",
-            )
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return scheduled(optimizer, self.scheduler, "epoch")
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits of a batch's queries. Shape: (L, K).

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 from torchmetrics import MeanMetric
 
-from fulgurite.base import SystemModule
+from fulgurite.base import SystemModule, scheduled
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.stream_cqsa.losses import (
     IGNORED,
@@ -110,26 +109,7 @@ class LanguageModel(SystemModule):
             ConfigError: The scheduler waits for a metric.
         """
         optimizer = self.optimizer(self.network.parameters())
-        schedulers: list[LRScheduler] = []
-        if self.warmup:
-            rise = LinearLR(optimizer, 1 / (self.warmup + 1), total_iters=self.warmup)
-            schedulers.append(rise)
-        if self.scheduler is not None:
-            scheduler = self.scheduler(optimizer)
-            if isinstance(scheduler, ReduceLROnPlateau):
-                raise ConfigError(
-                    "ReduceLROnPlateau waits for a metric, and schedulers step after each batch.",
-                    "Set --model.init_args.scheduler to another one, or to null.",
-                )
-            schedulers.append(scheduler)
-        if not schedulers:
-            return optimizer
-        if len(schedulers) == 2:
-            schedulers = [SequentialLR(optimizer, schedulers, [self.warmup])]
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedulers[0], "interval": "step"},
-        }
+        return scheduled(optimizer, self.scheduler, "step", self.warmup)
 
     def examples(
         self, batch: Mapping[str, Any], stage: str, batch_idx: int

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
+from collections.abc import Callable
+from typing import Any, Literal
 
-__all__ = ["SystemModule"]
+from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["SystemModule", "scheduled"]
 
 
 class SystemModule(LightningModule):
@@ -20,3 +27,38 @@ class SystemModule(LightningModule):
 
     monitor: str | None = None
     mode: str = "min"
+
+
+def scheduled(
+    optimizer: Optimizer,
+    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None,
+    interval: Literal["step", "epoch"],
+    warmup: int = 0,
+) -> Any:
+    """What ``configure_optimizers`` returns: the optimizer, with its scheduler if there is one.
+
+    Args:
+        optimizer: Made already.
+        scheduler: Makes the scheduler, such as a ``LRSchedulerCallable``.
+        interval: How often it steps.
+        warmup: Intervals in which the rate rises linearly before the scheduler's; 0 for none.
+
+    Raises:
+        ConfigError: The scheduler waits for a metric.
+    """
+    parts: list[LRScheduler] = []
+    if warmup:
+        parts.append(LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup))
+    if scheduler is not None:
+        made = scheduler(optimizer)
+        if isinstance(made, ReduceLROnPlateau):
+            raise ConfigError(
+                f"ReduceLROnPlateau waits for a metric, and schedulers step after each {interval}.",
+                "Set --model.init_args.scheduler to another one, or to null.",
+            )
+        parts.append(made)
+    if not parts:
+        return optimizer
+    if len(parts) == 2:
+        parts = [SequentialLR(optimizer, parts, [warmup])]
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": parts[0], "interval": interval}}
