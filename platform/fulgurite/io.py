@@ -343,8 +343,9 @@ def cached_folder(key: str, write: Callable[[Path], None], size: int | None = No
                     write(temporary)
     except OSError as error:
         if not folder.exists():  # else another rank without a lock was faster
+            room = f"{size:,} free bytes" if size else "room"
             raise DataError(
                 f"Nothing can be written to the cache {folder.parent} ({error.strerror}).",
-                f"Set FULGURITE_CACHE to a folder with {f'{size:,} free bytes' if size else 'room'}.",
+                f"Set FULGURITE_CACHE to a folder with {room}.",
             ) from error
     return folder
