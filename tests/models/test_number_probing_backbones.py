@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fulgurite.attention import Streamed
+from fulgurite.attention.backend import backend_slots
 from fulgurite.errors import ConfigError
 from fulgurite.models.number_probing.backbones import (
     GatedDeltaNetBackbone,
@@ -145,8 +146,8 @@ def test_documents_and_a_strategy_that_streams():
     backbone = BACKBONES["rotary"]()
     x = torch.randn(2, 13, 16)
     plain = backbone(x)
-    for block in backbone.blocks:
-        block.attention.attention_backend = Streamed("32KiB")
+    for slot in backend_slots(backbone):
+        slot.attention_backend = Streamed("32KiB")
     torch.testing.assert_close(backbone(x), plain)
     with pytest.raises(ConfigError, match="strategy=auto"):
         backbone(x, DOCUMENTS)

@@ -1,60 +1,19 @@
-"""The Transformer backbone: the platform's blocks, with documents per sequence and positions.
+"""The Transformer backbone: the platform's blocks, with rotary or learned positions.
 
 Axes: B batch, L tokens, D width, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fulgurite.attention import InCore
 from fulgurite.errors import ConfigError
-from fulgurite.layers.transformer import Attention, Transformer, initialize
+from fulgurite.layers.transformer import Transformer, initialize
 from fulgurite.models.number_probing.backbones.base import KEY, at_least
 
 __all__ = ["TransformerBackbone"]
-
-
-class _Packed(InCore):
-    """PyTorch's attention that also knows documents of each sequence, as a mask (B, 1, L, L)."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool = False,
-        scale: float | None = None,
-        window: int | None = None,
-        prefix: int = 0,
-        documents: Sequence[int] | Tensor | None = None,
-    ) -> Tensor:
-        """See :class:`~fulgurite.attention.InCore`."""
-        if isinstance(documents, Tensor):
-            gqa = query.shape[1] != key.shape[1]
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=documents, scale=scale, enable_gqa=gqa
-            )
-        return super().__call__(
-            query, key, value, is_causal=is_causal, scale=scale, window=window, prefix=prefix,
-            documents=documents,
-        )  # fmt: skip
-
-
-class _UnrotatedAttention(Attention):
-    """Attention that knows no positions; something before it has to."""
-
-    def project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values. Shape: (B, L, D) to (B, L, H, E), then twice (B, L, G, E)."""
-        parts = self.qkv(x).unflatten(-1, (-1, self.size))
-        query, key, value = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        return query, key, value
 
 
 class TransformerBackbone(nn.Module):
@@ -77,6 +36,7 @@ class TransformerBackbone(nn.Module):
         ConfigError: The sizes do not fit together, or a sequence is longer than ``max_length``.
 
     Example:
+        >>> import torch
         >>> TransformerBackbone(16, layers=1, heads=4, kv_heads=2)(torch.zeros(2, 5, 16)).shape
         torch.Size([2, 5, 16])
 
@@ -99,22 +59,14 @@ class TransformerBackbone(nn.Module):
         super().__init__()
         at_least(1, width=width, max_length=max_length)
         self.width, self.max_length = width, max_length
+        base = rope_base if positions == "rotary" else None
         self.transformer = Transformer(
-            width, layers, heads, kv_heads, hidden, True, None, None, checkpoint, rope_base
+            width, layers, heads, kv_heads, hidden, True, None, None, checkpoint, base
         )
         self.positions: nn.Embedding | None = None
         if positions == "learned":
             self.positions = nn.Embedding(max_length, width)
-            for block in self.blocks:
-                block.attention = _UnrotatedAttention(width, heads, kv_heads)
             initialize(self)
-        for block in self.blocks:
-            block.attention.attention_backend = _Packed()
-
-    @property
-    def blocks(self) -> list[Any]:
-        """The blocks, in order."""
-        return [*self.transformer.blocks]
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """See :class:`~fulgurite.models.number_probing.backbones.base.Backbone`."""
@@ -127,15 +79,4 @@ class TransformerBackbone(nn.Module):
                     f"Set {KEY}.max_length={length}, or {KEY}.positions=rotary.",
                 )
             x = x + self.positions.weight[:length]
-        if documents is None:
-            return cast("Tensor", self.transformer(x))
-        if not all(isinstance(b.attention.attention_backend, _Packed) for b in self.blocks):
-            raise ConfigError(
-                "Streamed attention keeps the documents of all sequences of a batch alike apart, "
-                "and these data have others in each.",
-                "Use --trainer.strategy=auto.",
-            )
-        mask = documents[:, :, None] == documents[:, None, :]
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        # the blocks only hand it on to the backend, which takes it for a mask
-        return cast("Tensor", self.transformer(x, cast("Any", mask[:, None])))
+        return cast("Tensor", self.transformer(x, documents))

@@ -19,7 +19,11 @@ from fulgurite.attention.functional import stream_attention
 from fulgurite.attention.planning import Budget, Plan, Schedule
 from fulgurite.errors import ConfigError
 
-__all__ = ["AttentionBackend", "InCore", "Streamed", "backend_slots"]
+__all__ = ["AttentionBackend", "Documents", "InCore", "Streamed", "backend_slots"]
+
+
+#: First tokens of documents that all sequences share; or ids of each sequence's own, (B, N).
+Documents = Sequence[int] | Tensor
 
 
 class AttentionBackend(Protocol):
@@ -39,9 +43,12 @@ class AttentionBackend(Protocol):
         scale: float | None = None,
         window: int | None = None,
         prefix: int = 0,
-        documents: Sequence[int] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Attention under the masks of :func:`~fulgurite.attention.stream_attention`."""
+        """Attention under the masks of :func:`~fulgurite.attention.stream_attention`.
+
+        Ids of each sequence's own documents are a mask that only :class:`InCore` has.
+        """
         ...
 
 
@@ -62,15 +69,22 @@ class InCore:
         scale: float | None = None,
         window: int | None = None,
         prefix: int = 0,
-        documents: Sequence[int] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """See :class:`AttentionBackend`."""
+        gqa = query.shape[1] != key.shape[1]
+        if isinstance(documents, Tensor) and window is None and not prefix:
+            mask = documents[:, None, :, None] == documents[:, None, None, :]
+            if is_causal:
+                mask = mask & mask.new_ones(mask.shape[-2:]).tril()
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa
+            )
         if window is not None or prefix or documents is not None:
             raise ConfigError(
                 "PyTorch's attention has no window, prefix or documents without a dense mask.",
                 "Use --trainer.strategy=stream_cqsa.",
             )
-        gqa = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
         )
@@ -115,9 +129,19 @@ class Streamed:
         scale: float | None = None,
         window: int | None = None,
         prefix: int = 0,
-        documents: Sequence[int] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """See :class:`AttentionBackend`."""
+        """See :class:`AttentionBackend`.
+
+        Raises:
+            ConfigError: Each sequence has documents of its own.
+        """
+        if isinstance(documents, Tensor):
+            raise ConfigError(
+                "Streamed attention keeps apart documents that all sequences of a batch share, and "
+                "these data have others in each.",
+                "Use --trainer.strategy=auto.",
+            )
         self.calls += 1
         return stream_attention(
             query, key, value, None, 0.0, is_causal, scale, query.shape[1] != key.shape[1],

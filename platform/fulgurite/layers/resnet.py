@@ -119,6 +119,7 @@ class ResNet(nn.Module):
         CheckpointError: The weights cannot be read.
 
     Example:
+        >>> import torch
         >>> network = ResNet(BasicBlock, (1, 1, 1, 1), 1, 10, stem="cifar")
         >>> network.features(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 512])
@@ -197,7 +198,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         ConfigError: A tensor other than the head's is missing, unknown or of another shape.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> source, target = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> with tempfile.NamedTemporaryFile() as file:
         ...     torch.save(source.state_dict(), file.name)

@@ -9,14 +9,14 @@ Axes: B batch, N tokens, E width, H query heads, G key/value heads (G divides H)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from fulgurite.attention import AttentionBackend, InCore
+from fulgurite.attention import AttentionBackend, Documents, InCore
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.errors import ConfigError
 
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         kv_heads: G, a divisor of H; H by default.
         is_causal: Tokens see earlier ones only.
         window: Tokens see so many tokens only, themselves included; needs ``is_causal``.
-        rope_base: See :func:`rotary`.
+        rope_base: See :func:`rotary`; None for no positions at all.
 
     Attributes:
         attention_backend: Computes attention; a strategy may put another one there.
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         kv_heads: int | None = None,
         is_causal: bool = True,
         window: int | None = None,
-        rope_base: float = 10000.0,
+        rope_base: float | None = 10000.0,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -179,6 +179,8 @@ class Attention(nn.Module):
         """
         parts = self.qkv(x).unflatten(-1, (-1, self.size))
         query, key, value = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.rope_base is None:
+            return query, key, value
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         cos, sin = rotary(positions, self.size, self.rope_base, accumulator_dtype(x.dtype))
         cos, sin = cos[:, None], sin[:, None]
@@ -189,7 +191,7 @@ class Attention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        documents: Sequence[int] | None = None,
+        documents: Documents | None = None,
         prefix: int = 0,
     ) -> Tensor:
         """Attention by the backend.
@@ -210,20 +212,25 @@ class Attention(nn.Module):
         """Join the heads. Shape: (B, N, H, D) to (B, N, E)."""
         return self.out(attended.flatten(2))  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, documents: Sequence[int] | None = None, prefix: int = 0) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None, prefix: int = 0) -> Tensor:
         """Attention of a sequence on itself.
 
         Args:
             x: Shape: (B, N, E).
-            documents: First tokens of the documents; tokens see only their own. Positions run
-                on, as only their differences count.
+            documents: First tokens of the documents, or their ids (B, N); tokens see only their
+                own. Positions run on, as only their differences count.
             prefix: All tokens see the first so many; needs ``is_causal``.
         """
         return self.merge(self.attend(*self.project(x), documents, prefix))
 
 
 def _check(
-    width: int, heads: int, kv_heads: int, is_causal: bool, window: int | None, rope_base: float
+    width: int,
+    heads: int,
+    kv_heads: int,
+    is_causal: bool,
+    window: int | None,
+    rope_base: float | None,
 ) -> None:
     """Check what fits together.
 
@@ -238,7 +245,7 @@ def _check(
             f"A width of {width} cannot be divided into {heads} heads.",
             f"Make {_KEY}.width a multiple of {_KEY}.heads.",
         )
-    if width // heads % 2:
+    if rope_base is not None and width // heads % 2:
         raise ConfigError(
             f"Rotary positions rotate pairs, and the head size {width // heads} is odd.",
             f"Make {_KEY}.width an even multiple of {_KEY}.heads.",
@@ -253,7 +260,7 @@ def _check(
             f"A window of {window} tokens does not fit (is_causal={is_causal}).",
             f"Give {_KEY}.window of at least 1 to a causal network, or null.",
         )
-    if not 0 < rope_base < math.inf:
+    if rope_base is not None and not 0 < rope_base < math.inf:
         raise ConfigError(
             f"rope_base={rope_base} gives no wavelengths.",
             f"Give a positive {_KEY}.rope_base, such as 10000.",
@@ -314,7 +321,7 @@ class Block(nn.Module):
         is_causal: bool = True,
         window: int | None = None,
         chunk: int | None = None,
-        rope_base: float = 10000.0,
+        rope_base: float | None = 10000.0,
     ) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
@@ -328,7 +335,7 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(width, _EPS)
         self.mlp = SwiGLU(width, hidden)
 
-    def forward(self, x: Tensor, documents: Sequence[int] | None = None, prefix: int = 0) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None, prefix: int = 0) -> Tensor:
         """See :meth:`Attention.forward`."""
         query, key, value = in_chunks(self._before, self.chunk, x)
         attended = self.attention.attend(query, key, value, documents, prefix)
@@ -380,7 +387,7 @@ class Transformer(nn.Module):
         window: int | None = None,
         chunk: int | None = None,
         checkpoint: bool = False,
-        rope_base: float = 10000.0,
+        rope_base: float | None = 10000.0,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -393,7 +400,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(width, _EPS)
         initialize(self)
 
-    def forward(self, x: Tensor, documents: Sequence[int] | None = None, prefix: int = 0) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None, prefix: int = 0) -> Tensor:
         """See :meth:`Attention.forward`."""
         for block in self.blocks:
             if self.checkpoint and torch.is_grad_enabled():
