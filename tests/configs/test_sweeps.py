@@ -25,13 +25,18 @@ def test_there_is_a_sweep():
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
-def test_every_point_parses_and_arrives(path):
+def test_every_value_parses_and_arrives(path):
+    """The first point that has each value, since parsing all of them takes long."""
     from fulgurite.cli import parse
 
     sweep = yaml.safe_load(path.read_text())
     points = list(sweep_points(sweep))
     assert len(points) == len({str(point) for point in points}) > 1
+    seen = set()
     for number, (point, command) in enumerate(zip(points, agent_commands(path), strict=True)):
+        if seen >= (values := {(key, str(value)) for key, value in point.items()}):
+            continue
+        seen |= values
         assert command[0] == "fulgurite"
         head = len(sweep["command"]) - 2  # all but ${env} and ${args}
         options = command[head:]
