@@ -120,9 +120,23 @@ class Group(NamedTuple):
 def _groups(x: Tensor, n_query: int) -> tuple[Group | None, Group | None]:
     """Statistics of queries and controls, None where there are none. Shape: (M, C, ...)."""
     x = _wide(x)
-    pixels = x.flatten(2) if x.ndim > 2 else x[..., None]
-    var, mean = torch.var_mean(pixels, 2, correction=0)  # one pass over the pixels
+    var, mean = _var_mean(x.flatten(2) if x.ndim > 2 else x[..., None])
     return _group(mean[:n_query], var[:n_query]), _group(mean[n_query:], var[n_query:])
+
+
+def _var_mean(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean over the last axis.
+
+    On a CPU ``torch.var_mean`` takes 20 times as long as a sum; sums of squares are as good where
+    the mean is not far larger than the deviation.
+    """
+    if pixels.device.type == "cpu" and not (torch.is_grad_enabled() and pixels.requires_grad):
+        mean = pixels.mean(-1)
+        square = mean.square()
+        var = torch.linalg.vector_norm(pixels, dim=-1).square() / pixels.shape[-1] - square
+        if bool((var >= 1e4 * torch.finfo(var.dtype).eps * square).all()):
+            return var, mean
+    return torch.var_mean(pixels, -1, correction=0)
 
 
 def _group(mean: Tensor, var: Tensor) -> Group | None:
@@ -476,7 +490,12 @@ def _query_share(setting: Context, n_query: int, rows: int) -> float:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over rows and pixels. Shape: (M, C, ...) to (C,)."""
-    var, mean = torch.var_mean(_wide(x), [0, *range(2, x.ndim)], correction=0)
+    x = _wide(x)
+    if x.ndim > 2 and not (torch.is_grad_enabled() and x.requires_grad):
+        group = _group(*reversed(_var_mean(x.flatten(2))))
+        assert group is not None
+        return group.mean, group.var
+    var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
     return mean, var
 
 
