@@ -236,8 +236,8 @@ STEP_NOTES = """
 Training through the Trainer, one thread, on one batch in memory: ERM sees all images as queries,
 the others a third of them as queries and the rest as controls. The contestants take turns of a few
 steps; each turn counts by its median step, the first turn is left out. The last column compares
-turn by turn; medians with quartiles. *Adaptive weight* trains as CS-ARM-BN does, and records the
-reference of its layers in the last eighth of an epoch.
+turn by turn; medians with quartiles. CS-ARM-BN and the adaptive weight train alike; both record the
+reference of their layers, in epochs as short as these at every step.
 """
 LOADER_NOTES = """
 16-bit TIFFs of five channels, one file per channel, as the generator writes them in JUMP's layout.

@@ -20,7 +20,7 @@ from fulgurite.datamodules.number_probing.corpus import (
 )
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
-from fulgurite.errors import ConfigError, DataError
+from fulgurite.errors import DataError
 from fulgurite.files import STDLIB, find_files
 from fulgurite.sampling import (
     ContinuedSampler,
@@ -28,18 +28,12 @@ from fulgurite.sampling import (
     UnrepeatedDistributedSampler,
     sampler_ranks,
 )
+from fulgurite.splits import check_fractions, check_least, split_ranges
 
 __all__ = ["AdditionDataModule", "NumberTextDataModule"]
 
 _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
 _LISTED = 2048  # operands up to which all pairs are listed
-
-
-def _check(name: str, value: int, least: int = 1) -> None:
-    if value < least:
-        raise ConfigError(
-            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {least} or more."
-        )
 
 
 def _whole(batch: Any) -> Any:
@@ -146,11 +140,11 @@ class AdditionDataModule(_SequenceDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check("batch_size", batch_size)
-        _check("steps_per_epoch", steps_per_epoch)
-        _check("val_size", val_size, 0)
-        _check("test_size", test_size, 0)
-        _check("num_workers", num_workers, 0)
+        check_least("batch_size", batch_size)
+        check_least("steps_per_epoch", steps_per_epoch)
+        check_least("val_size", val_size, 0)
+        check_least("test_size", test_size, 0)
+        check_least("num_workers", num_workers, 0)
         self.task = AdditionTask(
             base, tokens, order, carry, overflow, train_fraction, mirrored, seed
         )
@@ -257,20 +251,15 @@ class NumberTextDataModule(_SequenceDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check("length", length)
-        _check("batch_size", batch_size)
-        _check("num_workers", num_workers, 0)
-        _check("seed", seed, 0)
+        check_least("length", length)
+        check_least("batch_size", batch_size)
+        check_least("num_workers", num_workers, 0)
+        check_least("seed", seed, 0)
         if steps_per_epoch is not None:
-            _check("steps_per_epoch", steps_per_epoch)
+            check_least("steps_per_epoch", steps_per_epoch)
         if val_sequences is not None:
-            _check("val_sequences", val_sequences)
-        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ConfigError(
-                f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
-                "Set `--data.init_args.val_fraction` and `--data.init_args.test_fraction` to 0 or "
-                "more, below 1 together.",
-            )
+            check_least("val_sequences", val_sequences)
+        check_fractions(val_fraction, test_fraction)
         self.perturbation = parse_perturbations(perturb)
         self.tokenizer = make_tokenizer(tokenizer, vocab_size)
         self.save_hyperparameters(logger=False)
@@ -317,13 +306,8 @@ class NumberTextDataModule(_SequenceDataModule):
             return
         #: All tokens, mapped.
         self.cache = cache = self._prepared or self._cache()
-        total = len(cache)
-        val, test = (int(total * fraction) for fraction in self.fractions)
         #: The tokens of training, validation and test.
-        self.parts = (
-            range(total - val - test), range(total - val - test, total - test),
-            range(total - test, total),
-        )  # fmt: skip
+        self.parts = split_ranges(len(cache), *self.fractions)
         for name, part, fraction in zip(
             ("training", "validation", "test"), self.parts, (1.0, *self.fractions), strict=True
         ):

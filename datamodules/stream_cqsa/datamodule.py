@@ -17,7 +17,6 @@ from fulgurite.datamodules.stream_cqsa.text import (
     ConsecutiveWindows,
     RandomWindows,
     cached_text,
-    split_ranges,
 )
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.files import STDLIB, find_files
@@ -27,17 +26,11 @@ from fulgurite.sampling import (
     UnrepeatedDistributedSampler,
     sampler_ranks,
 )
+from fulgurite.splits import check_fractions, check_least, split_ranges
 
 __all__ = ["ByteTextDataModule", "NeedleDataModule"]
 
 _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
-
-
-def _check(name: str, value: int, least: int = 1) -> None:
-    if value < least:
-        raise ConfigError(
-            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {least} or more."
-        )
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -138,20 +131,15 @@ class ByteTextDataModule(_TokenDataModule):
         val_sequences: int | None = None,
     ) -> None:
         super().__init__()
-        _check("length", length)
-        _check("batch_size", batch_size)
-        _check("num_workers", num_workers, 0)
-        _check("seed", seed, 0)
+        check_least("length", length)
+        check_least("batch_size", batch_size)
+        check_least("num_workers", num_workers, 0)
+        check_least("seed", seed, 0)
         if steps_per_epoch is not None:
-            _check("steps_per_epoch", steps_per_epoch)
+            check_least("steps_per_epoch", steps_per_epoch)
         if val_sequences is not None:
-            _check("val_sequences", val_sequences)
-        if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ConfigError(
-                f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
-                "Set `--data.init_args.val_fraction` and `--data.init_args.test_fraction` to 0 or "
-                "more, below 1 together.",
-            )
+            check_least("val_sequences", val_sequences)
+        check_fractions(val_fraction, test_fraction)
         if documents and batch_size != 1:
             raise ConfigError(
                 f"File borders are asked for in batches of {batch_size} sequences, which would "
@@ -275,12 +263,12 @@ class NeedleDataModule(_TokenDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        _check("train_size", train_size)
-        _check("val_size", val_size, 0)
-        _check("test_size", test_size, 0)
-        _check("batch_size", batch_size)
-        _check("seed", seed, 0)
-        _check("num_workers", num_workers, 0)
+        check_least("train_size", train_size)
+        check_least("val_size", val_size, 0)
+        check_least("test_size", test_size, 0)
+        check_least("batch_size", batch_size)
+        check_least("seed", seed, 0)
+        check_least("num_workers", num_workers, 0)
         self.task = NeedleTask(length, keys, values, filler, needles, next_token)
         self.save_hyperparameters(logger=False)
         self.length = length

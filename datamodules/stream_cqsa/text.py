@@ -26,7 +26,6 @@ __all__ = [
     "RandomWindows",
     "cached_text",
     "cut_window",
-    "split_ranges",
 ]
 
 #: Target that a loss leaves out: ``ignore_index`` of PyTorch's cross-entropy.
@@ -132,20 +131,6 @@ def _write(
 
 
 # --- windows ------------------------------------------------------------------------------------
-
-
-def split_ranges(
-    total: int, val_fraction: float, test_fraction: float
-) -> tuple[range, range, range]:
-    """Return the bytes of training, validation and test: contiguous, in this order, disjoint.
-
-    Example:
-        >>> split_ranges(100, 0.1, 0.2)
-        (range(0, 70), range(70, 80), range(80, 100))
-    """
-    val, test = int(total * val_fraction), int(total * test_fraction)
-    first, second = total - val - test, total - test
-    return range(first), range(first, second), range(second, total)
 
 
 def cut_window(text: ByteText, begin: int, length: int, documents: bool = False) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fulgurite.datamodules.stream_cqsa.needle import IGNORED, MARK, QUERY, place
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.files import find_files
 from fulgurite.sampling import DrawSampler
+from fulgurite.splits import split_ranges
 
 
 @pytest.fixture(autouse=True)
@@ -357,7 +358,7 @@ def test_documents_of_any_window(tmp_path_factory, sizes, place):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**12), st.floats(0, 0.5), st.floats(0, 0.49))
 def test_split_ranges_cover_all_once(total, val, test):
-    parts = text.split_ranges(total, val, test)
+    parts = split_ranges(total, val, test)
     assert parts[0].start == 0
     assert parts[2].stop == total
     assert parts[0].stop == parts[1].start

@@ -1,0 +1,53 @@
+"""What DataModules of sequences check and split alike."""
+
+from __future__ import annotations
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["check_fractions", "check_least", "split_ranges"]
+
+
+def check_least(name: str, value: int, least: int = 1) -> None:
+    """Refuse an argument of a DataModule that is too small.
+
+    Raises:
+        ConfigError: It is.
+
+    Example:
+        >>> check_least("length", 1)
+    """
+    if value < least:
+        raise ConfigError(
+            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {least} or more."
+        )
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Refuse fractions that leave nothing for training.
+
+    Raises:
+        ConfigError: One is negative, or both together are 1 or more.
+
+    Example:
+        >>> check_fractions(0.1, 0.2)
+    """
+    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+        raise ConfigError(
+            f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
+            "Set `--data.init_args.val_fraction` and `--data.init_args.test_fraction` to 0 or "
+            "more, below 1 together.",
+        )
+
+
+def split_ranges(
+    total: int, val_fraction: float, test_fraction: float
+) -> tuple[range, range, range]:
+    """Return the tokens of training, validation and test: contiguous, in this order, disjoint.
+
+    Example:
+        >>> split_ranges(100, 0.1, 0.2)
+        (range(0, 70), range(70, 80), range(80, 100))
+    """
+    val, test = int(total * val_fraction), int(total * test_fraction)
+    first, second = total - val - test, total - test
+    return range(first), range(first, second), range(second, total)
