@@ -26,6 +26,7 @@ from fulgurite.models.number_probing.report import (
     Report,
     kappa_figure,
     measure,
+    spectrogram_figure,
     spectrum_figure,
     to_csv,
     to_markdown,
@@ -43,8 +44,9 @@ class ModularProbe(Callback):
     Logged by period T: ``probe/kappa_T`` (held out, shuffled folds), ``probe/train_kappa_T``,
     ``probe/kappa_nonround_T``, ``probe/kappa_decade_T``, ``probe/kappa_contiguous_T``,
     ``probe/kappa_permuted_T``, ``probe/local_ratio_T``, ``probe/phi_T`` and the others of
-    ``number_probing.report.COLUMNS``. The run folder gets all of them as ``probe.csv``, and the
-    figures ``spectrum`` and ``kappa``; W&B a table, TensorBoard a text.
+    ``number_probing.report.COLUMNS``. The run folder gets all of them as ``probe.csv``, the
+    normalised magnitudes of all frequencies as ``spectrum.csv``, and the figures ``spectrum``,
+    ``spectrogram`` and ``kappa``; W&B a table, TensorBoard a text.
 
     Training is bit for bit the same with and without it. Only rank 0 probes; the embedding must
     be whole there.
@@ -120,6 +122,7 @@ class ModularProbe(Callback):
         )
         self.at_checkpoints, self.figures = at_checkpoints, figures
         self.history: list[dict[str, Any]] = []
+        self.spectra: dict[int, Tensor] = {}  # normalised magnitudes by step
         self.last: Report | None = None
 
     # --- when ------------------------------------------------------------------------------------
@@ -153,6 +156,7 @@ class ModularProbe(Callback):
             log_figure(
                 trainer, "spectrum", spectrum_figure(self.last.spectrum, self.settings.periods)
             )
+            log_figure(trainer, "spectrogram", spectrogram_figure(self.spectra))
             log_figure(trainer, "kappa", kappa_figure(self.history, "held-out κ"))
         self._tables(trainer)
 
@@ -171,14 +175,21 @@ class ModularProbe(Callback):
             numbers, embeddings = self._embeddings(trainer, pl_module)
             self.last = measure(embeddings, numbers, self.settings)
         self.history += [{"step": step, **row} for row in self.last.rows]
+        self.spectra[step] = self.last.spectrum.normalised.float().cpu()
         metrics = self.last.metrics()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         # `log` is not allowed in all of the hooks above
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
         if (folder := self._folder(trainer)) is not None:
-            with atomic_write(folder / "probe.csv") as temporary:
-                temporary.write_text(to_csv(self.history), encoding="utf-8")
+            names = [f"{nu:.6g}" for nu in self.last.spectrum.frequency.tolist()]
+            spectra = [
+                {"step": step} | {n: f"{v:.4g}" for n, v in zip(names, line.tolist(), strict=True)}
+                for step, line in self.spectra.items()
+            ]
+            for name, rows in (("probe.csv", self.history), ("spectrum.csv", spectra)):
+                with atomic_write(folder / name) as temporary:
+                    temporary.write_text(to_csv(rows), encoding="utf-8")
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path | None:
@@ -279,9 +290,10 @@ class ModularProbe(Callback):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was measured, as plain numbers and strings."""
-        return {"history": [dict(row) for row in self.history]}
+        """All that was measured, as plain numbers, strings and tensors."""
+        return {"history": [dict(row) for row in self.history], "spectra": dict(self.spectra)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         self.history = [dict(row) for row in state_dict["history"]]
+        self.spectra = dict(state_dict["spectra"])

@@ -45,8 +45,8 @@ class AdditionTask:
     Raises:
         ConfigError: A number is out of range.
 
-    Source: arXiv 2604.20817, card section 2.5 (bases, K, sums, c_i); 0.6/0.4: the contract of the
-        paper's grokking runs is unknown, inferred; mirrored pairs and the template: inferred.
+    Source: arXiv 2604.20817, card section 2.5 (bases, K, sums, c_i); 0.6/0.4, mirrored pairs and
+        the template: inferred, the paper's are unknown.
 
     Example:
         >>> task = AdditionTask(base=10, tokens=2)

@@ -7,13 +7,14 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 from fulgurite.models.number_probing.checks import describe
 from fulgurite.models.number_probing.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
+from fulgurite.models.number_probing.options import OneLineParser, integers
 from fulgurite.models.number_probing.probing import probe
 from fulgurite.models.number_probing.report import (
     ProbeSettings,
@@ -33,17 +34,8 @@ _SHOWN = (
 )  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are the one line that all commands print."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(
-            f"fulgurite probe: {message}.", "`fulgurite probe --help` lists the options."
-        )
-
-
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(
+    p = OneLineParser(
         prog="fulgurite probe",
         description="At which periods are numbers encoded in a table of embeddings, can n mod T be "
         "read off linearly, and do parity or roundness explain it?",
@@ -63,15 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--spelling", choices=("auto", "bare", "spaced"), default="auto", help="'7' or ' 7'")
     add("--out", help="folder of the report; default: runs/number_probing/probe-NAME/TIME")
     return p
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{option} {text} is no list of whole numbers.", f"Write e.g. {option} 2,5,10."
-        ) from None
 
 
 def _controls(table: NumberTable, settings: ProbeSettings) -> list[dict[str, Any]]:
@@ -110,7 +93,7 @@ def main(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     settings = ProbeSettings(
-        tuple(_integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
+        tuple(integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
         permuted=args.permuted, pca=args.pca, ridge=args.ridge,
     )  # fmt: skip
     numbers = parse_numbers(args.numbers) if args.numbers else None

@@ -32,6 +32,7 @@ __all__ = [
     "Report",
     "kappa_figure",
     "measure",
+    "spectrogram_figure",
     "spectrum_figure",
     "to_csv",
     "to_markdown",
@@ -244,6 +245,29 @@ def spectrum_figure(shown: Spectrum, periods: Sequence[int], title: str = "") ->
         title=title, xlabel="frequency ν [cycles per number]", ylabel="magnitude / median",
         xlim=(0, 0.505), ylim=(0, None),
     )  # fmt: skip
+    return figure
+
+
+def spectrogram_figure(spectra: Mapping[int, Tensor]) -> Figure:
+    """Normalised magnitude by frequency and step, colours from 1 to 4.
+
+    Args:
+        spectra: Of :attr:`Spectrum.normalised` by step. Shapes: (K,).
+
+    Source: arXiv 2604.20817, card section 1.2, for the range of the colours.
+    """
+    figure, axes = new_figure(width=6.5)
+    ax, steps = axes[0, 0], list(spectra)
+    values = np.stack([spectra[step].cpu().numpy() for step in steps], 1)
+    heatmap(
+        ax, values, title="magnitude / median", xlabel="step",
+        ylabel="frequency ν [cycles per number]", limits=(1.0, 4.0),
+    )  # fmt: skip
+    ax.invert_yaxis()
+    ticks = [round(k / 10 * 2 * len(values)) - 1 for k in range(1, 6)]  # rows are ν = 1/N … 1/2
+    ax.set_yticks(ticks, [f"0.{k}" for k in range(1, 6)])
+    shown = range(0, len(steps), max(1, len(steps) // 8))
+    ax.set_xticks(list(shown), [str(steps[i]) for i in shown])
     return figure
 
 

@@ -89,6 +89,11 @@ OURS = (
                 "periods in any table of number embeddings: glove, minilm, a folder or a file",
                 "fulgurite.models.number_probing.command:main",
             ),
+            Command(
+                "probe-history",
+                "what ModularProbe saw of runs, or of a comparison, against the steps",
+                "fulgurite.models.number_probing.history:main",
+            ),
         ),
     ),
 )

@@ -116,7 +116,15 @@ def test_what_is_logged(tmp_path):
     assert len(table) == len(probe.history)
     assert table[-1]["verdict"] == last["verdict"]
     figures = tmp_path / "run" / "figures"
-    assert sorted(f.name for f in figures.iterdir()) == ["kappa.png", "spectrum.png"]
+    drawn = ["kappa.png", "spectrogram.png", "spectrum.png"]
+    assert sorted(f.name for f in figures.iterdir()) == drawn
+    spectra = rows_of(tmp_path / "run" / "spectrum.csv")
+    assert [int(row["step"]) for row in spectra] == [0, 5, 10, 12]
+    assert [float(nu) for nu in list(spectra[0])[1:]] == pytest.approx(
+        [k / SIZE for k in range(1, SIZE // 2 + 1)]
+    )
+    lines = max(float(spectra[-1][nu]) for nu in ("0.2", "0.4"))  # of T = 5
+    assert lines == pytest.approx(last["magnitude"], rel=1e-3)
 
 
 def test_an_interrupted_fit_goes_on(tmp_path):
@@ -137,6 +145,9 @@ def test_an_interrupted_fit_goes_on(tmp_path):
     resumed, model = run("b", 4, ckpt=str(file))
     assert torch.equal(model.embed.weight, expected.embed.weight)
     assert [row for row in resumed.history if row["step"] != 3] == whole.history
+    assert list(resumed.spectra) == [0, 2, 3, *list(whole.spectra)[2:]]
+    for step, spectrum in whole.spectra.items():
+        assert torch.equal(resumed.spectra[step], spectrum)
 
 
 def test_checkpoints_are_probed(tmp_path):

@@ -1,0 +1,236 @@
+"""``fulgurite probe-history FOLDER``: what ModularProbe saw of several runs, against the steps."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import atomic_write
+from fulgurite.models.number_probing.options import OneLineParser, integers
+from fulgurite.models.number_probing.report import to_csv, to_markdown
+from fulgurite.plotting import COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RunHistory", "find_runs", "history_figure", "main", "read_run", "summary"]
+
+_FOLDS = {"kappa": "shuffled folds", "kappa_contiguous": "contiguous folds"}
+_SCORES = ("val/exact", "val/acc")  # what shows that a run learned its task, the first it has
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What one run recorded.
+
+    Attributes:
+        folder: Of the run.
+        probes: Value by column, period and step, such as ``probes["kappa", 10][800]``.
+        score_name: Metric that shows whether the task was learned; empty if there is none.
+        score: Its value by step.
+    """
+
+    folder: Path
+    probes: Mapping[tuple[str, int], Mapping[int, float]]
+    score_name: str
+    score: Mapping[int, float]
+
+    def of(self, column: str, period: int) -> Mapping[int, float]:
+        """Values of a column by step; empty if it was not probed."""
+        return self.probes.get((column, period), {})
+
+
+def read_run(folder: Path) -> RunHistory:
+    """Read ``probe.csv`` and ``metrics.csv`` of a run.
+
+    Raises:
+        DataError: ``probe.csv`` is missing or no table of ModularProbe.
+    """
+    probes: dict[tuple[str, int], dict[int, float]] = {}
+    for row in _rows(folder / "probe.csv"):
+        try:
+            step, period = int(row["step"]), int(row["period"])
+            for column, value in row.items():
+                if column not in ("step", "period", "verdict") and value:
+                    probes.setdefault((column, period), {})[step] = float(value)
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"{folder / 'probe.csv'} is no table of ModularProbe ({error}).",
+                "Name folders of runs, or of a comparison of them.",
+            ) from error
+    metrics = _rows(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else []
+    for name in _SCORES:
+        # Lightning counts from 0, the probe counts what was trained on
+        score = {int(row["step"]) + 1: float(row[name]) for row in metrics if row.get(name)}
+        if score:
+            return RunHistory(folder, probes, name, score)
+    return RunHistory(folder, probes, "", {})
+
+
+def find_runs(folder: Path) -> dict[str, list[Path]]:
+    """Folders of runs with a ``probe.csv``, by method.
+
+    Args:
+        folder: Of a run, of runs, or of a comparison, whose methods have several seeds.
+
+    Raises:
+        DataError: There is none.
+    """
+    records = sorted((folder / "results").glob("*.json"))
+    if records:
+        found: dict[str, list[Path]] = {}
+        for path in records:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            label = " ".join([record["method"], *map(str, record["setting"].values())])
+            if (folder / "cells" / record["id"] / "probe.csv").is_file():
+                found.setdefault(label, []).append(folder / "cells" / record["id"])
+    else:
+        found = {
+            str(path.parent.relative_to(folder)): [path.parent]
+            for path in sorted(folder.rglob("probe.csv"))
+        }
+    if not found:
+        raise DataError(
+            f"There is no probe.csv in {folder}.",
+            "Name a run, runs, or a finished comparison with the callback ModularProbe.",
+        )
+    return found
+
+
+def summary(
+    runs: Mapping[str, Sequence[RunHistory]], periods: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A row per method: mean and standard deviation over its runs of what was probed last."""
+    rows = []
+    for label, histories in runs.items():
+        row: dict[str, Any] = {"method": label, "runs": len(histories)}
+        row["steps"] = max(step for h in histories for step in next(iter(h.probes.values())))
+        row["score"] = _spread([_last(h.score) for h in histories])
+        for column in (*_FOLDS, "local_ratio"):
+            for t in periods:
+                values = [_last(h.of(column, t)) for h in histories]
+                row[f"{column}_{t}"] = _spread(values)
+        rows.append(row)
+    return rows
+
+
+def history_figure(runs: Mapping[str, Sequence[RunHistory]], periods: Sequence[int]) -> Figure:
+    """Held-out κ of both kinds of folds and the line's height by period, and the score.
+
+    Lines are means over runs, shades lie between the lowest and the highest.
+    """
+    figure, axes = new_figure(len(periods) + 1, 3, width=4.2, height=2.3)
+    for ax, t in zip(axes[:-1], periods, strict=True):
+        for column, (kind, folds) in enumerate(_FOLDS.items()):
+            _lines(ax[column], {k: [h.of(kind, t) for h in hs] for k, hs in runs.items()})
+            ax[column].set(title=f"T = {t}, {folds}", ylabel="held-out κ", ylim=(-1.05, 1.05))
+            ax[column].axhline(0, color="0.6", linewidth=0.6)
+        _lines(ax[2], {k: [h.of("local_ratio", t) for h in hs] for k, hs in runs.items()})
+        ax[2].set(title=f"spectral line of T = {t}", ylabel="local ratio")
+    task, legend, empty = axes[-1]
+    names = {h.score_name for hs in runs.values() for h in hs} - {""}
+    _lines(task, {k: [h.score for h in hs] for k, hs in runs.items()})
+    task.set(title="the task", xlabel="step", ylabel=", ".join(sorted(names)))
+    names_of = task.get_legend_handles_labels()
+    legend.legend(*names_of, loc="upper left", fontsize=7).set_in_layout(False)
+    legend.set_axis_off()
+    empty.set_axis_off()
+    return figure
+
+
+def main(argv: list[str]) -> int:
+    """Print a table of runs, and draw κ, spectral lines and score against the steps.
+
+    Args:
+        argv: The command line after ``fulgurite probe-history``.
+
+    Returns:
+        0.
+
+    Raises:
+        FulguriteError: There is no run, or an option is not sound.
+    """
+    args = _parser().parse_args(argv)
+    folder = Path(args.folder)
+    periods = integers(args.periods, "--periods")
+    found = find_runs(folder)
+    if unknown := [name for name in args.only or () if name not in found]:
+        raise ConfigError(
+            f"--only names {unknown[0]}, which is not in {folder}.",
+            f"There are {', '.join(found)}.",
+        )
+    chosen = {k: [read_run(f) for f in fs] for k, fs in found.items() if k in (args.only or found)}
+    for histories in chosen.values():
+        for history in histories:
+            if lacking := [t for t in periods if not history.of("kappa", t)]:
+                print(f"{history.folder.name} was not probed at T = {lacking}")
+    rows = summary(chosen, periods)
+    print(to_markdown(rows, list(rows[0])))
+    out = Path(args.out) if args.out else folder / "history"
+    with atomic_write(out / "history.csv") as temporary:
+        temporary.write_text(to_csv(rows), encoding="utf-8")
+    with atomic_write(out / "history.png") as temporary:
+        history_figure(chosen, periods).savefig(temporary, format="png")
+    print(f"probe-history: recorded in {out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = OneLineParser(
+        prog="fulgurite probe-history",
+        description="What ModularProbe saw of runs: kappa, spectral lines and the score of the "
+        "task against the steps, mean over the runs of a method.",
+    )
+    add = p.add_argument
+    add("folder", help="of a run, of runs, or of a comparison")
+    add("--periods", default="2,5,10", help="default: %(default)s")
+    add("--only", nargs="+", metavar="METHOD", help="these methods only")
+    add("--out", help="folder of the figure and the table; default: FOLDER/history")
+    return p
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}).", "Name folders of runs.") from error
+
+
+def _last(values: Mapping[int, float]) -> float:
+    return values[max(values)] if values else math.nan
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, which one value has not.
+
+    >>> _spread([0.25, 0.75]), _spread([0.5, math.nan])
+    ('0.50 ± 0.35', '0.50')
+    """
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return ""
+    spread = f" ± {np.std(known, ddof=1):.2f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.2f}{spread}"
+
+
+def _lines(ax: Any, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> None:
+    for (label, runs), color in zip(curves.items(), itertools.cycle(COLORS), strict=False):
+        # runs that were stopped elsewhere share only a part of the steps
+        steps = sorted(set.intersection(*(set(run) for run in runs)))
+        values = np.array([[run[step] for step in steps] for run in runs])
+        ax.plot(steps, values.mean(0), label=label, color=color, linewidth=1.2)
+        if len(runs) > 1:
+            ax.fill_between(
+                steps, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0
+            )
