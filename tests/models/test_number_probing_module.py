@@ -1,6 +1,7 @@
 """NumberLM: losses, metrics, probing access, and training under Lightning."""
 
 import copy
+import csv
 import json
 from functools import partial
 from importlib import resources
@@ -280,3 +281,21 @@ def test_it_learns_to_add(fit):
     }
     cli = fit(*(f"--{key}={value}" for key, value in options.items()), config=SMOKE)
     assert cli.trainer.callback_metrics["val/exact"] > 0.95
+
+
+def test_two_processes_train_and_probe_as_one(fit, start):
+    fit("--data.init_args.batch_size=128", "--run.dir=one", config=SMOKE)
+    process = start(
+        "fit", "--config", SMOKE, "--run.dir=two", "--trainer.strategy=ddp", "--trainer.devices=2",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    )  # fmt: skip
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    one, two = (weights_of(run) for run in ("one", "two"))
+    for key in one:  # Muon rounds its matrices to bfloat16; ten steps move weights by 0.03
+        torch.testing.assert_close(two[key], one[key], atol=2e-3, rtol=0)
+    texts = [Path(run, "probe.csv").read_text().splitlines() for run in ("one", "two")]
+    tables = [list(csv.DictReader(lines)) for lines in texts]
+    for alone, both in zip(*tables, strict=True):
+        assert (both["step"], both["period"]) == (alone["step"], alone["period"])
+        assert float(both["local_ratio"]) == pytest.approx(float(alone["local_ratio"]), abs=1e-3)
