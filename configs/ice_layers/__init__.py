@@ -1,0 +1,1 @@
+"""The packaged configurations of ice layers."""
