@@ -14,7 +14,10 @@ REQUIRED = ("torch", "lightning", "torchmetrics", "jsonargparse", "numpy", "scik
 OPTIONAL = {
     "tensorboard": "pip install 'fulgurite[tensorboard]'",
     "cleanlab": "pip install 'fulgurite[cleaning]'",
-    "torch-geometric": "pip install 'fulgurite[graph]'",
+    "torch-geometric": "pip install 'fulgurite[ice]'",
+    "h5py": "pip install 'fulgurite[ice]'",
+    "netCDF4": "pip install 'fulgurite[ice]'",
+    "pyproj": "pip install 'fulgurite[ice]'",
     "lightning-bolts": "pip install --no-deps lightning-bolts==0.7.0",
 }
 
