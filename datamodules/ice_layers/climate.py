@@ -1,0 +1,697 @@
+"""Fields of the regional climate model MAR, brought to traces and summed between layer dates.
+
+Shapes: M points, L layers (newest first), P physical fields, T time steps, C grid cells.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.ice_layers.stack import Array, name_some, need_extra
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import data_path
+
+__all__ = [
+    "PHYSICS",
+    "PROJECTIONS",
+    "Grid",
+    "MarClimate",
+    "Request",
+    "Sample",
+    "Weights",
+    "interval_weights",
+    "step_edges",
+]
+
+#: The physical fields of the paper, with their units. Source: card section 1.1 (names), the
+#: annual units are inferred.
+PHYSICS = {
+    "smb": "mm w.e./yr",
+    "st": "degC",
+    "refreeze": "m",
+    "melt": "m",
+    "snowpack": "m",
+}
+
+#: Projections, with coordinates in metres. Source: card section 3.3.
+PROJECTIONS = {
+    "mar": "+proj=sterea +lat_0=70.5 +lon_0=-40 +lat_ts=0 +a=6371229 +b=6371229 +units=m",
+    "epsg3413": "EPSG:3413",
+}
+
+# Density of ice and of the snow that melts [kg m⁻³]: heights from water equivalents (inferred)
+_ICE, _SNOW = 917.0, 350.0
+_YEAR = 365.25  # [days]
+# Physical field -> the sets of MAR variables that it can be made of, the first found is used
+_SUMS = {
+    "SMB": ("SMB", "SMBcorr", "SMB2"),
+    "ME": ("ME", "MEcorr"),
+    "RU": ("RU", "RUcorr", "RU2corr"),
+    "RF": ("RF", "RFcorr"),
+    "RZ": ("RZ",),
+    "SF": ("SF",),
+    "SU": ("SU",),
+}
+_MEANS = {"ST": ("ST", "STcorr", "ST2", "TT"), "ZN6": ("ZN6",)}
+_NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "smb": (("SMB",),),
+    "st": (("ST",),),
+    "refreeze": (("RZ",), ("ME", "RF", "RU"), ("ME", "RU")),
+    "melt": (("ME",),),
+    "snowpack": (("ZN6",), ("SF", "SU"), ("SF",)),
+}
+_FILLS = (999.0, -999.0, 9999.0, -9999.0)
+_OPTION = "--data.init_args.source.init_args.climate.init_args"
+
+
+def step_edges(times: Array) -> Array:
+    """Edges of the steps whose middles are given [days].
+
+    Shape:
+        - times: (T,) rising; result (T, 2).
+
+    A step is as long as half the way to its neighbours, but next to a hole in the series as the
+    typical one.
+
+    Raises:
+        DataError: A time comes twice.
+
+    Source: inferred.
+
+    Example:
+        >>> step_edges(np.array([0.5, 1.5, 2.5, 9.5]))
+        array([[ 0.,  1.],
+               [ 1.,  2.],
+               [ 2.,  3.],
+               [ 9., 10.]])
+    """
+    gaps = np.diff(times)
+    if (gaps <= 0).any():
+        raise DataError(
+            "The climate files hold a time step twice.",
+            f"Set `{_OPTION}.files` so that each month or day is in one file.",
+        )
+    typical = float(np.median(gaps)) if len(gaps) else 30.0
+    half = np.where(gaps > 1.6 * typical, typical, gaps) / 2
+    ends = np.full(1, typical / 2)
+    before, after = np.concatenate([ends, half]), np.concatenate([half, ends])
+    return np.stack([times - before, times + after], 1)
+
+
+def interval_weights(steps: Array, edges: Array) -> Array:
+    """What fraction of each time step lies in each layer's years.
+
+    Shape:
+        - steps: (T, 2) start and end; edges: (L + 1,) falling dates of boundaries, newest first;
+          result (L, T).
+
+    Source: arXiv 2604.20783, card section 3.3 (sums between layer dates, not calendar years).
+
+    Example:
+        >>> interval_weights(np.array([[0.0, 2], [2, 4], [4, 6]]), np.array([5.0, 3, 1]))
+        array([[0. , 0.5, 0.5],
+               [0.5, 0.5, 0. ]])
+    """
+    start, end = steps[None, :, 0], steps[None, :, 1]
+    overlap = np.minimum(end, edges[:-1, None]) - np.maximum(start, edges[1:, None])
+    fractions: Array = np.clip(overlap, 0.0, None) / (end - start)
+    return fractions
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How values at points follow from grid cells.
+
+    Attributes:
+        cells: The three corners of each point's triangle, or three times the nearest cell.
+            Shape: (M, 3) int64.
+        weights: Barycentric. Shape: (M, 3).
+        flag: 0 interpolated, 1 nearest. Shape: (M,) uint8.
+        away: Distance to the nearest cell of ice [m]. Shape: (M,).
+    """
+
+    cells: NDArray[np.int64]
+    weights: Array
+    flag: NDArray[np.uint8]
+    away: Array
+
+    def __call__(self, values: Array) -> Array:
+        """Interpolate values of cells (C, ...) to the points (M, ...).
+
+        Corners without weight do not count, even where they are NaN.
+        """
+        weights = self.weights.reshape(*self.weights.shape, *[1] * (values.ndim - 1))
+        parts = np.where(weights > 0, values[self.cells] * weights, 0.0)
+        points: Array = parts.sum(1)
+        return points
+
+
+class Grid:
+    """Cells of a climate model in projected coordinates: a triangulation made once.
+
+    Args:
+        x: Projected coordinate of each cell [m].
+        y: The other one.
+        ice: Cells whose values are good.
+
+    Shape:
+        - x, y, ice: (C,).
+
+    Raises:
+        DataError: No cell is ice.
+
+    Source: arXiv 2604.20783, card section 3.3.
+
+    Example:
+        >>> x, y = np.array([0.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])
+        >>> found = Grid(x, y, np.ones(4, bool)).locate(np.array([[0.25, 0.5], [3.0, 0.0]]))
+        >>> found(x).round(3), found.flag
+        (array([0.25, 1.  ]), array([0, 1], dtype=uint8))
+    """
+
+    def __init__(self, x: Array, y: Array, ice: NDArray[np.bool_]) -> None:
+        if not ice.any():
+            raise DataError(
+                "No cell of the climate grid is ice.",
+                "Check the ice mask (SRF, MSK or MSK_MAR) and the fill values of the files.",
+            )
+        self.points, self.ice = np.stack([x, y], 1), ice
+
+    def locate(self, points: Array) -> Weights:
+        """Return the barycentric weights of points.
+
+        Shape:
+            - points: (M, 2) projected [m].
+        """
+        from scipy.spatial import Delaunay, cKDTree
+
+        # the cells around the points are enough, and a fine grid has very many
+        away, _ = cKDTree(self.points).query(points)
+        steps = np.abs(np.diff(self.points, axis=0)).max(1)
+        margin = 3 * float(np.median(steps[steps > 0])) + float(away.max()) * 1.01
+        low, high = points.min(0) - margin, points.max(0) + margin
+        kept = np.flatnonzero(((self.points >= low) & (self.points <= high)).all(1))
+        good = np.flatnonzero(self.ice)
+        nearest, number = cKDTree(self.points[good]).query(points)
+        cells = np.repeat(good[number][:, None], 3, 1)
+        weights = np.tile(np.array([1.0, 0.0, 0.0]), (len(points), 1))
+        flag = np.ones(len(points), np.uint8)
+        if len(kept) >= 3:
+            try:
+                mesh = Delaunay(self.points[kept], qhull_options="Qbb Qc Qz Q12")
+            except Exception as error:  # cells on one line
+                raise DataError(
+                    f"The climate grid cannot be triangulated: {str(error).splitlines()[0]}.",
+                    "Check LAT and LON, or x and y, of the files.",
+                ) from error
+            simplex = mesh.find_simplex(points)
+            matrix = mesh.transform[simplex]
+            first = np.einsum("mij,mj->mi", matrix[:, :2], points - matrix[:, 2])
+            barycentric = np.column_stack([first, 1 - first.sum(1)])
+            barycentric[np.abs(barycentric) < 1e-9] = 0.0
+            corners = kept[mesh.simplices[simplex]]
+            usable = (simplex >= 0) & (self.ice[corners] | (barycentric == 0)).all(1)
+            usable &= np.isfinite(barycentric).all(1)
+            cells[usable], weights[usable] = corners[usable], barycentric[usable]
+            flag[usable] = 0
+        return Weights(cells.astype(np.int64), weights, flag, np.asarray(nearest, np.float64))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Points of one flight, and the dates of its layer boundaries.
+
+    Attributes:
+        pos: Latitude and longitude [degrees]. Shape: (M, 2).
+        edges: Dates of boundaries, the flight's first [days since 1970]. Shape: (L + 1,).
+    """
+
+    pos: Array
+    edges: Array
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Physical fields at points.
+
+    Attributes:
+        physics: Shape: (M, L, P) float64.
+        flag: 0 interpolated, 1 nearest. Shape: (M,) uint8.
+        away: Distance to the nearest cell of ice [m]. Shape: (M,).
+    """
+
+    physics: Array
+    flag: NDArray[np.uint8]
+    away: Array
+
+
+def _netcdf() -> Any:
+    try:
+        import netCDF4
+    except ImportError as error:
+        raise need_extra("netCDF4", "Reading climate fields") from error
+    return netCDF4
+
+
+def _days(variable: Any) -> Array:
+    """Decode a CF time axis [days since 1970]."""
+    units, calendar = variable.units, getattr(variable, "calendar", "standard")
+    dates = _netcdf().num2date(variable[:], units, calendar)
+    days = [
+        np.datetime64(f"{d.year:04}-{d.month:02}-01", "D").astype(np.int64)
+        + d.day
+        - 1
+        + (d.hour + d.minute / 60) / 24
+        for d in np.atleast_1d(dates)
+    ]
+    return np.asarray(days, np.float64)
+
+
+def _filled(values: Any) -> Array:
+    """Values as float64, NaN at every kind of fill value (card section 3.3)."""
+    plain: Array = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
+    return np.where((np.abs(plain) >= 1e30) | np.isin(plain, _FILLS), np.nan, plain)
+
+
+class _File:
+    """One NetCDF file, opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.dataset = _netcdf().Dataset(str(path))
+        except OSError as error:
+            raise DataError(
+                f"The climate file {path} cannot be read ({error}).",
+                f"Fetch it again, or set `{_OPTION}.files` to others.",
+            ) from error
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.dataset.close()
+
+    def find(self, names: Iterable[str]) -> Any:
+        """The first variable of these names (capitals do not matter), or None."""
+        known = {name.lower(): v for name, v in self.dataset.variables.items()}
+        return next((known[name.lower()] for name in names if name.lower() in known), None)
+
+    def need(self, names: Sequence[str], what: str) -> Any:
+        """Such a variable; its absence is an error."""
+        found = self.find(names)
+        if found is None:
+            raise DataError(
+                f"The climate file {self.path} has no variable for {what} ({', '.join(names)}).",
+                f"Leave the field out of `{_OPTION}.variables`, or give files that have it.",
+            )
+        return found
+
+    def read(self, variable: Any, first: bool = False) -> Array:
+        """Values of a variable, or of its first time step; NaN at fill values."""
+        try:
+            return _filled(variable[:1] if first else variable[:])
+        except (OSError, RuntimeError, IndexError) as error:
+            raise DataError(
+                f"The variable {variable.name} of the climate file {self.path} cannot be read "
+                f"({error}).",
+                "The file may be truncated: fetch it again.",
+            ) from error
+
+    def field(self, variable: Any) -> Array:
+        """Values (T, C); sectors (ice, tundra) are combined by their fractions.
+
+        Source: card section 3.3.
+        """
+        values = self.read(variable)
+        if values.ndim == 2:  # one field for all times
+            return values.reshape(1, -1)
+        if values.ndim == 4:
+            share = self.find(("FRA",)) if values.shape[1] > 1 else None
+            if share is not None and share.ndim == 4 and share.shape[1] == values.shape[1]:
+                parts = np.where(np.isfinite(values), np.nan_to_num(self.read(share)), 0.0)
+                total = parts.sum(1)
+                mixed = (parts * np.nan_to_num(values)).sum(1)
+                values = np.where(total > 0, mixed / np.where(total > 0, total, 1), np.nan)
+            else:
+                values = values[:, 0]  # the first sector is ice
+        if values.ndim != 3:
+            raise DataError(
+                f"The variable {variable.name} of {self.path} has {variable.ndim} dimensions.",
+                "Give fields of time, y and x, or of time, sector, y and x.",
+            )
+        return values.reshape(len(values), -1)
+
+
+class MarClimate:
+    """Fields of MAR: native (2-D ``LAT`` and ``LON``) or downscaled (EPSG:3413, 5 km).
+
+    Sums and means go from one layer's date to the next, whatever the calendar. Points outside the
+    grid, or in a triangle with a cell that is not ice, get the nearest cell of ice and a flag.
+
+    Physical fields: ``smb`` [mm w.e./yr], ``st`` surface temperature [degC], ``refreeze`` height of
+    refrozen melt [m of ice per layer and year], ``melt`` height lost to melt [m of snow, negative],
+    ``snowpack`` height of the snow [m]. ``RZ`` is ``ME + RF - RU`` where it is absent.
+
+    Args:
+        files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
+        projection: In which the grid is triangulated; ``auto`` takes EPSG:3413 where the file has
+            no 2-D ``LAT`` and ``LON``.
+        variables: Physical fields to use, in this order.
+        scale: MAR variable -> factor that brings it to mm w.e. (or m, or degC), where a file's
+            unit is wrong or missing.
+        reach: Points farther than this from any cell of ice are outside [m].
+
+    Raises:
+        ConfigError: A physical field is unknown.
+
+    Source: arXiv 2604.20783, card section 3.3 (MAR's variables); the heights are inferred.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        projection: Literal["auto", "mar", "epsg3413"] = "auto",
+        variables: list[str] = list(PHYSICS),  # noqa: B006  # copied below
+        scale: dict[str, float] = {},  # noqa: B006  # copied below
+        reach: float = 50_000.0,
+    ) -> None:
+        unknown = [name for name in variables if name not in _NEEDS]
+        if unknown or not variables:
+            raise ConfigError(
+                f"There is no physical field {unknown[0] if unknown else '(none given)'}.",
+                f"Set `{_OPTION}.variables` to some of {', '.join(_NEEDS)}.",
+            )
+        self.files = list(files)
+        self.projection = projection
+        self.variables = tuple(variables)
+        self.scale = dict(scale)
+        self.reach = reach
+
+    @property
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields."""
+        return self.variables
+
+    def paths(self) -> list[Path]:
+        """The files, sorted.
+
+        Raises:
+            DataError: There is none.
+        """
+        found: set[Path] = set()
+        for given in self.files:
+            path = data_path(given, must_exist=False)
+            if path.is_dir():
+                found |= set(path.glob("**/*.nc")) | set(path.glob("**/*.nc4"))
+            else:
+                found |= {Path(match) for match in glob.glob(str(path), recursive=True)}
+        if not found:
+            raise DataError(
+                f"There is no climate file at {name_some(self.files)}.",
+                f"Set `{_OPTION}.files` to NetCDF files, folders or glob patterns.",
+            )
+        return sorted(found)
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return the physical fields at the points of each request.
+
+        The weights are computed once, for all points, variables and years.
+
+        Raises:
+            DataError: Files are damaged, lack a variable or a year, or have an implausible unit.
+            MissingExtraError: netCDF4 or pyproj is not installed.
+        """
+        paths = self.paths()
+        times, of_file = self._times(paths)
+        steps = step_edges(times)
+        with _File(paths[0]) as file:
+            grid, project = self._grid(file)
+        located = grid.locate(np.concatenate([project(r.pos) for r in requests]))
+        each = [interval_weights(steps, request.edges) for request in requests]
+        self._check_cover(requests, each, steps)
+        parts, first = [], 0
+        for request in requests:
+            part = slice(first, first := first + len(request.pos))
+            used, inverse = np.unique(located.cells[part], return_inverse=True)
+            cells = inverse.reshape(-1, 3).astype(np.int64)
+            local = Weights(cells, located.weights[part], located.flag[part], located.away[part])
+            parts.append((used, local))
+        sums, names = self._accumulate(paths, of_file, steps, each, [used for used, _ in parts])
+        samples = []
+        for request, values, (_, local) in zip(requests, sums, parts, strict=True):
+            years = -np.diff(request.edges) / _YEAR
+            physics = local(self._derived(names, values, years))
+            samples.append(Sample(physics, local.flag, local.away))
+        self._check_units(samples)
+        return samples
+
+    def _times(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
+        """Middles of all steps in order [days], and each file's numbers in that order."""
+        parts = []
+        for path in paths:
+            with _File(path) as file:
+                parts.append(_days(file.need(("TIME", "time", "t"), "time")))
+        times = np.concatenate(parts)
+        order = np.argsort(times, kind="stable")
+        of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
+        if not (np.diff(of_file[order]) >= 0).all():  # files by name, steps by time
+            rank = {int(k): i for i, k in enumerate(dict.fromkeys(of_file[order].tolist()))}
+            paths[:] = [paths[k] for k in rank]
+            of_file = np.array([rank[int(k)] for k in of_file])
+            if not (np.diff(of_file[order]) >= 0).all():
+                raise DataError(
+                    "The climate files overlap in time.",
+                    f"Set `{_OPTION}.files` so that each year is in one file.",
+                )
+        return times[order], of_file[order]
+
+    def _grid(self, file: _File) -> tuple[Grid, Any]:
+        try:
+            from pyproj import CRS, Transformer
+        except ImportError as error:
+            raise need_extra("pyproj", "Projecting climate grids") from error
+        lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
+        two_d = lat is not None and lon is not None and lat.ndim == 2
+        name = self.projection
+        if name == "auto":
+            name = "mar" if two_d else "epsg3413"
+        projection = CRS.from_user_input(PROJECTIONS[name])
+        to_grid = Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
+
+        def project(pos: Array) -> Array:
+            return np.stack(to_grid.transform(pos[:, 1], pos[:, 0]), 1)
+
+        if two_d:
+            flat = np.stack([file.read(lat).ravel(), file.read(lon).ravel()], 1)
+            good = np.isfinite(flat).all(1)
+            points = np.full(flat.shape, 1e9)
+            points[good] = project(flat[good])
+        else:
+            x, y = file.need(("x", "X"), "LAT and LON, or x"), file.need(("y", "Y"), "y")
+            xs, ys = np.meshgrid(self._metres(x, file), self._metres(y, file))
+            points = np.stack([xs.ravel(), ys.ravel()], 1)
+            good = np.ones(len(points), np.bool_)
+        ice = good & self._ice(file)
+        ice &= np.isfinite(self._first_step(file)).all(0)
+        return Grid(points[:, 0], points[:, 1], ice), project
+
+    @staticmethod
+    def _metres(variable: Any, file: _File) -> Array:
+        """A projected coordinate [m]; kilometres are told by their size."""
+        values = file.read(variable)
+        said = str(getattr(variable, "units", "")).strip().lower()
+        small = float(np.abs(values).max()) < 20_000  # no part of Greenland is so near both axes
+        if said in ("m", "metre", "meter", "metres", "meters") and small:
+            raise DataError(
+                f"The coordinate {variable.name} of {file.path} is said to be in m, but reaches "
+                f"only {np.abs(values).max():g}, as kilometres do.",
+                "Correct the units of the file.",
+            )
+        if said in ("km", "kilometre", "kilometer", "kilometres", "kilometers") and not small:
+            raise DataError(
+                f"The coordinate {variable.name} of {file.path} is said to be in km, but reaches "
+                f"{np.abs(values).max():g}, as metres do.",
+                "Correct the units of the file.",
+            )
+        return values * 1000.0 if small else values
+
+    @staticmethod
+    def _ice(file: _File) -> NDArray[np.bool_]:
+        """Ice by ``SRF == 4``, else by a mask of fractions or percents (card section 3.3)."""
+        surface = file.find(("SRF", "SRF_MAR"))
+        if surface is not None:
+            first = file.read(surface)
+            ice: NDArray[np.bool_] = first.reshape(-1, *first.shape[-2:])[0].ravel() == 4
+            return ice
+        mask = file.find(("MSK", "MSK_MAR", "ICE"))
+        if mask is None:
+            lat = file.find(("LAT", "SMB", "SMBcorr"))
+            return np.ones(int(np.prod(lat.shape[-2:])), np.bool_)
+        values = np.nan_to_num(file.read(mask))
+        values = values.reshape(-1, *values.shape[-2:])[0].ravel()
+        covered: NDArray[np.bool_] = values >= (50.0 if values.max() > 1 else 0.5)
+        return covered
+
+    def _plan(self, file: _File) -> list[str]:
+        """Names of the basic fields that the wanted ones are made of."""
+        plan: list[str] = []
+        sources = {**_SUMS, **_MEANS}
+        for name in self.variables:
+            for option in _NEEDS[name]:
+                if all(file.find(sources[basic]) is not None for basic in option):
+                    plan += [basic for basic in option if basic not in plan]
+                    break
+            else:
+                file.need([sources[b][0] for b in _NEEDS[name][0]], f"the field {name}")
+        return plan
+
+    def _first_step(self, file: _File) -> Array:
+        sources = {**_SUMS, **_MEANS}
+        rows = []
+        for name in self._plan(file):
+            variable = file.find(sources[name])
+            values = file.read(variable, first=True)
+            rows.append(values.reshape(-1, int(np.prod(values.shape[-2:])))[0])
+        return np.stack(rows)
+
+    def _check_cover(
+        self, requests: Sequence[Request], each: Sequence[Array], steps: Array
+    ) -> None:
+        length = steps[:, 1] - steps[:, 0]
+        for request, fractions in zip(requests, each, strict=True):
+            covered = (fractions * length).sum(1) / -np.diff(request.edges)
+            if (covered < 0.95).any():
+                layer = int((covered < 0.95).argmax())
+                newer, older = (
+                    np.datetime64(int(day), "D") for day in request.edges[layer : layer + 2]
+                )
+                raise DataError(
+                    f"The climate files do not cover layer {layer + 1}, {older} to {newer} "
+                    f"(only {100 * covered[layer]:.0f} %).",
+                    f"Add the years to `{_OPTION}.files`, or set fewer `layers`.",
+                )
+
+    def _accumulate(
+        self,
+        paths: Sequence[Path],
+        of_file: NDArray[np.int64],
+        steps: Array,
+        each: Sequence[Array],
+        used: Sequence[NDArray[np.int64]],
+    ) -> tuple[list[Array], list[str]]:
+        """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
+        sources = {**_SUMS, **_MEANS}
+        days = steps[:, 1] - steps[:, 0]
+        names: list[str] = []
+        sums: list[Array] = []
+        shape: tuple[int, ...] | None = None
+        for number, path in enumerate(paths):
+            own = np.flatnonzero(of_file == number)
+            wanted = [fractions[:, own] for fractions in each]
+            if not any(part.any() for part in wanted):
+                continue
+            with _File(path) as file:
+                if not names:
+                    names = self._plan(file)
+                    sums = [
+                        np.zeros((len(names), len(cells), len(f)))
+                        for cells, f in zip(used, each, strict=True)
+                    ]
+                for v, name in enumerate(names):
+                    variable = file.need(sources[name], name)
+                    if shape is None:
+                        shape = variable.shape[-2:]
+                    if variable.shape[-2:] != shape:
+                        raise DataError(
+                            f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
+                            f"Set `{_OPTION}.files` to files of one grid.",
+                        )
+                    values = file.field(variable)
+                    if len(values) != len(own):
+                        raise DataError(
+                            f"The variable {variable.name} of {path} has {len(values)} time steps, "
+                            f"the time axis {len(own)}.",
+                            "Fetch the file again.",
+                        )
+                    values = values * self._factor(name, variable, days[own])
+                    for total, part, cells in zip(sums, wanted, used, strict=True):
+                        if (inside := part.any(0)).any():
+                            weight = part if name in _SUMS else part * days[own]
+                            total[v] += (weight[:, inside] @ values[inside][:, cells]).T
+                    if not all(np.isfinite(total[v]).all() for total in sums):
+                        raise DataError(
+                            f"The variable {variable.name} of {path} is missing on ice.",
+                            "Fetch the file again, or correct its ice mask.",
+                        )
+        for total, fractions in zip(sums, each, strict=True):
+            for v, name in enumerate(names):
+                if name in _MEANS:
+                    total[v] /= (fractions * days).sum(1)
+        return sums, names
+
+    def _factor(self, name: str, variable: Any, days: Array) -> Array:
+        """What brings a variable's steps to mm w.e. per step, m or degC; shape (T, 1)."""
+        one = np.ones((len(days), 1))
+        if variable.name in self.scale or name in self.scale:
+            return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
+        said = str(getattr(variable, "units", "")).strip()
+        factor = one
+        if name in _SUMS:
+            if re.match(r"(m|metre|meter)\s*(w\.?e|\s*/|$)", said, re.IGNORECASE):
+                factor = factor * 1000.0
+            if re.search(r"(/\s*d(ay)?\b|d(ay)?\s*-1|day\^?-1)", said, re.IGNORECASE):
+                factor = factor * days[:, None]  # a rate in steps of a month
+            elif re.search(r"(s-1|/\s*s\b|s\^-1)", said):
+                factor = factor * days[:, None] * 86_400.0
+        return factor
+
+    def _derived(self, names: Sequence[str], values: Array, years: Array) -> Array:
+        """The physical fields (C, L, P) of basic ones (V, C, L)."""
+        basic = dict(zip(names, values, strict=True))
+        if "RZ" not in basic and "ME" in basic and "RU" in basic:
+            basic["RZ"] = basic["ME"] + basic.get("RF", 0.0) - basic["RU"]
+        made = {
+            "smb": lambda: basic["SMB"] / years,
+            "st": lambda: basic["ST"],
+            "refreeze": lambda: basic["RZ"] / _ICE / years,
+            "melt": lambda: -basic["ME"] / _SNOW / years,
+            "snowpack": lambda: (
+                basic["ZN6"]
+                if "ZN6" in basic
+                else (basic["SF"] - basic.get("SU", 0.0)) / _SNOW / years
+            ),
+        }
+        return np.stack([made[name]() for name in self.variables], -1)
+
+    def _check_units(self, samples: Sequence[Sample]) -> None:
+        """Find unit mix-ups by what is plausible on an ice sheet; Kelvins are converted."""
+        for p, name in enumerate(self.variables):
+            values = np.concatenate([sample.physics[..., p].ravel() for sample in samples])
+            middle = float(np.median(values)) if values.size else 0.0
+            if name == "st":
+                if 150 <= middle <= 300:
+                    for sample in samples:
+                        sample.physics[..., p] -= 273.15
+                elif not -90 <= middle <= 15:
+                    raise DataError(
+                        f"The median surface temperature is {middle:g}, which is neither degC nor "
+                        "K.",
+                        f"Correct the files, or set `{_OPTION}.scale`.",
+                    )
+            elif name == "smb" and values.size and not 15 <= (middle := abs(middle)) <= 20_000:
+                guess = "m w.e." if middle < 15 else "another unit than mm w.e."
+                raise DataError(
+                    f"The median surface mass balance is {middle:g} mm w.e. a year, as if the "
+                    f"files were in {guess}",
+                    f"Set `{_OPTION}.scale={{SMB: 1000}}` (and those of ME, RU, RF, RZ) to the "
+                    "factor to mm w.e.",
+                )

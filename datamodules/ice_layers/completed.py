@@ -1,0 +1,125 @@
+"""Stacks that a completion model has filled, as training data of the deep-layer predictor.
+
+Shapes: N traces, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulgurite.datamodules.ice_layers.npz import NpzStacks, _names
+from fulgurite.datamodules.ice_layers.resample import EARTH
+from fulgurite.datamodules.ice_layers.stack import Array, Exclusion, LayerStack, name_some
+from fulgurite.errors import DataError
+from fulgurite.io import data_path
+
+__all__ = ["CompletedStacks", "drop_overlapping", "refuse_leaks"]
+
+
+def refuse_leaks(stacks: Sequence[LayerStack], test: Collection[str]) -> None:
+    """Stop if the model that completed the stacks was trained on a test segment.
+
+    Raises:
+        DataError: It was.
+
+    Source: arXiv 2604.20783, card section 2 (leakage rule).
+    """
+    for stack in stacks:
+        if seen := sorted(set(stack.trained_segments) & set(test)):
+            raise DataError(
+                f"The model that completed {stack.name} was trained on the test segments "
+                f"{name_some(seen)}.",
+                "Train it with the same `val`, `test`, `order` and `seed` of `--data.init_args`.",
+            )
+
+
+def _on_sphere(pos: Array) -> Array:
+    """Points on the sphere [m]. Shape: (N, 2) → (N, 3)."""
+    lat, lon = np.radians(pos).T
+    return EARTH * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
+
+
+def drop_overlapping(
+    stacks: Sequence[LayerStack], evaluated: Sequence[LayerStack], reach: float
+) -> tuple[list[LayerStack], list[Exclusion]]:
+    """Leave out stacks of evaluated segments, and those that come near an evaluated trace.
+
+    Args:
+        stacks: Completed ones.
+        evaluated: Those of validation and test.
+        reach: How near is an overlap [m].
+
+    Source: arXiv 2604.20783, card section 2 (leakage rule).
+    """
+    segments = {stack.segment for stack in evaluated}
+    kept = [stack for stack in stacks if stack.segment not in segments]
+    same = len(stacks) - len(kept)
+    crossing = 0
+    if evaluated and kept:
+        from scipy.spatial import cKDTree
+
+        tree = cKDTree(np.concatenate([_on_sphere(stack.pos) for stack in evaluated]))
+        near = [tree.query(_on_sphere(stack.pos))[0].min() <= reach for stack in kept]
+        crossing = sum(near)
+        kept = [stack for stack, close in zip(kept, near, strict=True) if not close]
+    found = (
+        Exclusion("evaluated", "completed stacks of validation or test segments", same),
+        Exclusion("overlap", f"completed stacks within {reach:g} m of evaluated ones", crossing),
+    )
+    return kept, [exclusion for exclusion in found if exclusion.count]
+
+
+class CompletedStacks(NpzStacks):
+    """Completed stacks that ``fulgurite predict`` wrote: npz files.
+
+    Arrays of a file beside those of :class:`NpzStacks`: ``provenance`` (N, L) uint8 (0 observed,
+    1 filled, 2 filled in a wholly absent layer, 3 left missing), ``trained_segments`` names of the
+    segments that the completing model was trained on, which may be none. Filled entries that are
+    not positive are missing.
+
+    Args:
+        root: Folder, absolute or relative to the working folder, as those of runs are.
+        count: L, where it is to be known before files are read.
+        physics: Names of the physical fields, equally.
+        exclude: As of :class:`NpzStacks`.
+
+    Raises:
+        ConfigError: A word in ``exclude`` is unknown.
+
+    Source: arXiv 2604.20783, card section 2.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        count: int | None = None,
+        physics: list[str] | None = None,
+        exclude: list[str] = [],  # noqa: B006  # copied by the parent
+    ) -> None:
+        # a network may predict a thickness that is none: such entries stay missing
+        super().__init__(root, count, physics, [*exclude, "negative"])
+
+    def folder(self) -> Path:
+        """The folder of the files.
+
+        Raises:
+            DataError: There is none.
+        """
+        return data_path(Path(self.root).expanduser().absolute())
+
+    def _extra(self, content: dict[str, Any], path: Path) -> dict[str, Any]:
+        for name in ("provenance", "trained_segments"):
+            if name not in content:
+                raise DataError(
+                    f"The stack {path} has no array {name!r}.",
+                    "Give stacks that `fulgurite predict` has completed.",
+                )
+        missing = np.isnan(content["thickness"])
+        return {
+            "provenance": np.where(missing, 3, content["provenance"]).astype(np.uint8),
+            "trained_segments": _names(content, "trained_segments"),
+        }

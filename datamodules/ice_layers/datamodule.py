@@ -1,0 +1,378 @@
+"""Stacks of layers along flight lines: the data module of layer completion.
+
+Shapes: N traces (nodes), L layers (newest first), P physical fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from fulgurite.datamodules.ice_layers.completed import (
+    CompletedStacks,
+    drop_overlapping,
+    refuse_leaks,
+)
+from fulgurite.datamodules.ice_layers.flights import StackSource
+from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
+from fulgurite.datamodules.ice_layers.hiding import drop_observed
+from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
+from fulgurite.datamodules.ice_layers.stack import (
+    Array,
+    Exclusion,
+    Flights,
+    LayerStack,
+    need_extra,
+)
+from fulgurite.datamodules.ice_layers.statistics import fit_statistics
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
+from fulgurite.splits import check_least
+
+__all__ = ["IceLayerDataModule"]
+
+_DROP, _CHOOSE = 1, 2  # random streams of `seed`; 0 is the split
+Part = Literal["train", "val", "test"]
+
+
+class IceLayerDataModule(L.LightningDataModule):
+    """Splits the flight segments of a source and serves stacks as batches of PyG ``Data``.
+
+    Node-major, so that N may differ: ``thickness`` (N, L) float64 [m], NaN where missing;
+    ``observed`` (N, L) bool, where the model may see it; ``dropped`` (N, L) bool, where it is known
+    and kept from the model in a test; ``physics`` (N, L, P) float32; ``physics_flag`` (N,) uint8,
+    1 where the nearest grid cell was used; ``pos`` (N, 2) float64 latitude and longitude [degrees];
+    ``distance`` (N,) float64 along the track [m]; ``segment`` and ``stack`` (1,) int64, numbers in
+    :attr:`segments` and :attr:`stacks`; ``truth`` (N, L) float64 [m] of generated data and
+    ``provenance`` (N, L) uint8 of completed stacks.
+
+    Args:
+        source: The stacks; :class:`SyntheticFlights` if not given.
+        completed: Completed stacks (of another run) to train on instead of the source's; validation
+            and test stay the source's. Stops if the completing model has seen a test segment, and
+            leaves out stacks that overlap validation or test segments.
+        val: Fraction of flight segments for validation, or names (a beginning is enough: ``2012``).
+        test: Equally for test.
+        order: ``random``, or by ``name``, which begins with the date: the last flights are the
+            test, those before them the validation.
+        guard: Training flights within this many years of a validation or test flight are left out:
+            layers of flights a year apart are mostly the same years.
+        batch_size: Stacks of a training batch.
+        eval_batch_size: Stacks of other batches; as in training if not given.
+        train_stacks: Train on at most this many stacks, a random choice.
+        traced: Parts of which only stacks without any missing entry are used.
+        drop: Fraction of the observed entries that test batches hide from the model, in runs and
+            whole layers; what is dropped at 0.1 is dropped at 0.3 too.
+        overlap: Stacks nearer than this to an evaluated trace overlap it [m].
+        predict: Which stacks are predicted.
+        num_workers: Processes that load batches; batches do not depend on it.
+        seed: Of the split, the order of training and what is dropped, apart from the run's seed.
+
+    Attributes:
+        layer_names: Names of the layers, after :meth:`setup`.
+        layer_age: Age of each layer's lower boundary at the flight [years], after :meth:`setup`.
+        segments: Names of the flight segments, by number, after :meth:`setup`.
+        stacks: Names of the stacks, by number, after :meth:`setup`.
+        statistics: Of the training stacks, float64: ``thickness_mean`` (L,), ``thickness_std`` (),
+            ``physics_mean`` and ``physics_std`` (P,), ``pos_mean`` and ``pos_std`` (2,).
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: arXiv 2604.20783, card sections 1.8, 2, 3 and 7.
+    """
+
+    layer_names: tuple[str, ...]
+    layer_age: Array
+    segments: tuple[str, ...]
+    stacks: tuple[str, ...]
+
+    def __init__(
+        self,
+        source: StackSource | None = None,
+        completed: CompletedStacks | None = None,
+        val: float | list[str] = 1 / 7,
+        test: float | list[str] = 1 / 7,
+        order: Literal["random", "name"] = "random",
+        guard: float = 0.0,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        train_stacks: int | None = None,
+        traced: list[Part] = [],  # noqa: B006  # copied below
+        drop: float = 0.0,
+        overlap: float = 500.0,
+        predict: Literal["train", "val", "test", "all"] = "test",
+        num_workers: int = 0,
+        seed: int = 1234,
+    ) -> None:
+        super().__init__()
+        check_least("batch_size", batch_size)
+        check_least("num_workers", num_workers, 0)
+        if eval_batch_size is not None:
+            check_least("eval_batch_size", eval_batch_size)
+        if train_stacks is not None:
+            check_least("train_stacks", train_stacks)
+        for name, value, high in (("drop", drop, 1.0), ("guard", guard, 1e3)):
+            if not 0 <= value <= high:
+                raise ConfigError(
+                    f"The value of {name} is {value}.",
+                    f"Set `--data.init_args.{name}` between 0 and {high:g}.",
+                )
+        if unknown := [part for part in traced if part not in PARTS]:
+            raise ConfigError(
+                f"There is no part {unknown[0]!r} of a split.",
+                f"Set `--data.init_args.traced` to some of {', '.join(PARTS)}.",
+            )
+        self.save_hyperparameters(logger=False)
+        self.source = SyntheticFlights() if source is None else source
+        self.completed = completed
+        self.val, self.test, self.order, self.guard = val, test, order, guard
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.train_stacks = train_stacks
+        self.traced = tuple(traced)
+        self.drop, self.overlap, self.predict = drop, overlap, predict
+        self.num_workers, self.seed = num_workers, seed
+        self._parts: dict[str, list[LayerStack]] = {}
+        self._statistics: dict[str, Tensor] | None = None
+        self.excluded: list[Exclusion] = []
+
+    @property
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields, known before :meth:`setup`."""
+        return self.source.physics
+
+    @property
+    def num_physics(self) -> int:
+        """P, known before :meth:`setup`."""
+        return len(self.physics)
+
+    @property
+    def layers(self) -> int:
+        """L; known before :meth:`setup` where the source says it.
+
+        Raises:
+            ConfigError: The source does not say it, and is not read yet.
+        """
+        if self._parts:
+            return len(self.layer_names)
+        if self.source.layers is None:
+            raise ConfigError(
+                "The number of layers is not known before the files are read.",
+                "Set `--data.init_args.source.init_args.count` to it.",
+            )
+        return self.source.layers
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Mean and deviation of the training stacks, or those of a checkpoint.
+
+        Raises:
+            DataError: There is neither.
+        """
+        if self._statistics is None:
+            raise DataError(
+                "There are no training stacks to measure mean and deviation of.",
+                "Lower `--data.init_args.val` and `test`, or give a checkpoint with `--ckpt_path`.",
+            )
+        return self._statistics
+
+    def prepare_data(self) -> None:
+        """Let the source write its files, once per machine."""
+        self.source.prepare()
+        if self.completed is not None:
+            self.completed.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the stacks and split them; does nothing the second time.
+
+        Raises:
+            DataError: The data are unusable, or the split does not fit them.
+        """
+        if self._parts:
+            return
+        flights = self.source.load()
+        split = split_segments(flights.segments, self.val, self.test, self.order, self.seed)
+        parts = {
+            part: [stack for stack in flights.stacks if stack.segment in set(split[part])]
+            for part in PARTS
+        }
+        self.excluded = list(flights.excluded)
+        if self.completed is not None:
+            parts["train"] = self._completed(flights, parts)
+        if self.guard:
+            dates = [s.segment for part in ("val", "test") for s in parts[part]]
+            parts["train"], near = leave_guard(parts["train"], dates, self.guard)
+            if near:
+                what = f"training stacks within {self.guard:g} years of an evaluated flight"
+                self.excluded.append(Exclusion("guard", what, near))
+        for part in self.traced:
+            parts[part] = [stack for stack in parts[part] if stack.observed.all()]
+        if self.train_stacks is not None and self.train_stacks < len(parts["train"]):
+            generator = np.random.default_rng((self.seed, _CHOOSE))
+            chosen = generator.permutation(len(parts["train"]))[: self.train_stacks]
+            parts["train"] = [parts["train"][k] for k in np.sort(chosen)]
+        if not any(parts.values()):
+            raise DataError(
+                f"No stack is left of {flights.report()}.",
+                "Take parts out of `--data.init_args.traced`.",
+            )
+        self.layer_names, self.layer_age = flights.layer_names, flights.layer_age
+        every = [stack for part in PARTS for stack in parts[part]]
+        self.segments = tuple(sorted({stack.segment for stack in every}))
+        self.stacks = tuple(stack.name for stack in every)
+        self._parts = parts
+        if self._statistics is None and parts["train"]:
+            self._statistics = fit_statistics(parts["train"])
+        left_out = "".join(f"; {e.count} {e.what}" for e in self.excluded[len(flights.excluded) :])
+        rank_zero_info(
+            f"Ice layers: {flights.report()}{left_out}\nsplit: "
+            + ", ".join(
+                f"{part} {len(parts[part])} stacks on "
+                f"{len({s.segment for s in parts[part]})} segments"
+                for part in PARTS
+            )
+        )
+
+    def _completed(self, flights: Flights, parts: dict[str, list[LayerStack]]) -> list[LayerStack]:
+        """Training stacks out of another run's completed ones, under the leakage rule."""
+        assert self.completed is not None
+        found = self.completed.load()
+        for what, theirs, mine in (
+            ("layers", len(found.layer_names), len(flights.layer_names)),
+            ("physical fields", found.physics, flights.physics),
+        ):
+            if theirs != mine:
+                raise DataError(
+                    f"The completed stacks have the {what} {theirs}, the source {mine}.",
+                    "Give `--data.init_args.completed` stacks that were made of this source.",
+                )
+        refuse_leaks(found.stacks, {stack.segment for stack in parts["test"]})
+        evaluated = [*parts["val"], *parts["test"]]
+        kept, dropped = drop_overlapping(found.stacks, evaluated, self.overlap)
+        self.excluded += [*found.excluded, *dropped]
+        names = {stack.name for stack in evaluated}
+        return [
+            replace(stack, name=f"{stack.name}_completed") if stack.name in names else stack
+            for stack in kept
+        ]
+
+    def stacks_of(self, part: Part) -> list[LayerStack]:
+        """The stacks of one part, after :meth:`setup`."""
+        return list(self._parts[part])
+
+    def _data(self, part: str, drop: float = 0.0) -> list[Any]:
+        """PyG ``Data`` of a part."""
+        first = sum(len(self._parts[p]) for p in PARTS[: PARTS.index(part)])
+        number = {name: k for k, name in enumerate(self.segments)}
+        data = []
+        for k, stack in enumerate(self._parts[part], first):
+            dropped = None
+            if drop:  # by name: whatever other stacks there are
+                key = (self.seed, _DROP, *stack.name.encode())
+                dropped = drop_observed(stack.observed, drop, np.random.default_rng(key))
+            data.append(stack.to_data(number[stack.segment], k, dropped))
+        return data
+
+    def _loader(self, data: Sequence[Any], sampler: Any, batch_size: int) -> Any:
+        try:
+            from torch_geometric.loader import DataLoader
+        except ImportError as error:
+            raise need_extra("torch-geometric", "Batching stacks") from error
+        return DataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # loading leaves the run's randomness alone
+        )
+
+    def train_dataloader(self) -> Any:
+        """Return the training stacks, in another order in each epoch.
+
+        Raises:
+            DataError: There are none.
+        """
+        if not self._parts["train"]:
+            raise DataError(
+                "No stack is left for training.",
+                "Change `--data.init_args.val`, `test`, `guard` or `traced`.",
+            )
+        data = self._data("train")
+        rank, world = sampler_ranks(self.trainer)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            data,  # type: ignore[arg-type]  # a list is a dataset
+            num_replicas=world,
+            rank=rank,
+            shuffle=True,
+            seed=self.seed,
+        )
+        continued = ContinuedSampler(sampler, self.trainer, self.batch_size)
+        return self._loader(data, continued, self.batch_size)
+
+    def _evaluation(self, data: Sequence[Any]) -> Any:
+        if not data:
+            return []
+        sampler = UnrepeatedDistributedSampler(len(data), sampler_ranks(self.trainer))
+        return self._loader(data, sampler, self.eval_batch_size)
+
+    def val_dataloader(self) -> Any:
+        """Return the validation stacks, if there are any."""
+        return self._evaluation(self._data("val"))
+
+    def test_dataloader(self) -> Any:
+        """Return the test stacks, with a fraction ``drop`` of observed entries hidden."""
+        return self._evaluation(self._data("test", self.drop))
+
+    def predict_dataloader(self) -> Any:
+        """Return every stack of the chosen part once, in order.
+
+        Raises:
+            DataError: There is none.
+        """
+        parts = PARTS if self.predict == "all" else (self.predict,)
+        data = [item for part in parts for item in self._data(part)]
+        if not data:
+            raise DataError(
+                f"The part {self.predict} has no stack to predict.",
+                "Set `--data.init_args.predict=all`.",
+            )
+        return self._evaluation(data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run on other flights needs: statistics and what inputs mean."""
+        if self._statistics is None:
+            return {}
+        return {
+            "statistics": dict(self._statistics),
+            "physics": list(self.physics),
+            "layers": self.layers,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the statistics of the training run.
+
+        Raises:
+            CheckpointError: It was trained with other layers or physical fields.
+        """
+        if not state_dict:
+            return
+        for name, theirs, mine in (
+            ("physical fields", tuple(state_dict["physics"]), self.physics),
+            ("layers", state_dict["layers"], self.layers),
+        ):
+            if theirs != mine:
+                raise CheckpointError(
+                    f"The checkpoint was trained with the {name} {theirs}, these data have {mine}.",
+                    "Give data with the same ones in the same order.",
+                )
+        self._statistics = dict(state_dict["statistics"])

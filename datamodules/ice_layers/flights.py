@@ -1,0 +1,310 @@
+"""From picks along a track to stacks: thickness, blocks, resampling, physics.
+
+Shapes: M raw traces, N traces of a block, K boundaries, L layers, P physical fields.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fulgurite.datamodules.ice_layers.climate import MarClimate, Request, Sample
+from fulgurite.datamodules.ice_layers.firn import RHO_ICE, layer_density
+from fulgurite.datamodules.ice_layers.resample import along_track, break_at_jumps, cut, resample
+from fulgurite.datamodules.ice_layers.stack import (
+    Array,
+    Exclusion,
+    Flights,
+    LayerStack,
+    check_exclude,
+    check_plausible,
+)
+from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
+from fulgurite.errors import ConfigError, DataError
+
+__all__ = ["Blocks", "StackSource", "Track", "assemble"]
+
+_YEAR = 365.25  # [days]
+_OPTION = "--data.init_args.source.init_args"
+
+
+class StackSource(ABC):
+    """Stacks of one data set.
+
+    A subclass gives the number of layers and the names of physical fields, as far as they are
+    cheap to know, and :meth:`load`.
+    """
+
+    @property
+    def layers(self) -> int | None:
+        """Number of layers, where it is known before the files are read."""
+        return None
+
+    @property
+    @abstractmethod
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields."""
+
+    def prepare(self) -> None:
+        """Do once per machine what other processes can then share."""
+        return  # most sources have nothing to prepare
+
+    @abstractmethod
+    def load(self) -> Flights:
+        """Return the stacks.
+
+        Raises:
+            DataError: The data are unusable.
+        """
+
+
+@dataclass
+class Track:
+    """One flight segment: layers at each raw trace.
+
+    Attributes:
+        segment: Its name, which begins with the date.
+        time: Time of each trace [s since 1970]. Shape: (M,).
+        pos: Latitude and longitude [degrees]. Shape: (M, 2).
+        layers: Two-way travel time through each layer [s], or its thickness [m], NaN where
+            missing. Shape: (M, L).
+        age: Age of each layer's lower boundary at the flight [years]. Shape: (L,).
+        is_time: Whether ``layers`` is a time.
+        truth: Shape: (M, L) [m], of generated data.
+    """
+
+    segment: str
+    time: Array
+    pos: Array
+    layers: Array
+    age: Array
+    is_time: bool = True
+    truth: Array | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How tracks are cut into stacks.
+
+    Args:
+        traces: N, traces of a stack.
+        spacing: Distance of traces [m]; the raw one (median of the track) if None.
+        min_traces: Shorter remainders are left out and counted; half of ``traces`` if None.
+        jump: A step of more than this times the median one breaks a block.
+        density: Of the layers [g cm⁻³], where the climate does not say; None for Herron and
+            Langway's with the climate's balance and temperature.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    traces: int = 256
+    spacing: float | None = None
+    min_traces: int | None = None
+    jump: float = 5.0
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        least = 2 if self.min_traces is None else self.min_traces
+        for name, value, low, high in (
+            ("traces", self.traces, 2, 1_000_000),
+            ("spacing", self.spacing, 1e-3, 1e6),
+            ("min_traces", least, 2, max(2, self.traces)),
+            ("jump", self.jump, 1.5, 1e9),
+            ("density", self.density, 0.05, RHO_ICE),
+        ):
+            if value is not None and not low <= value <= high:
+                raise ConfigError(
+                    f"The {name} of blocks is {value}.",
+                    f"Set `{_OPTION}.{name}` between {low:g} and {high:g}.",
+                )
+
+    @property
+    def least(self) -> int:
+        """Fewest traces of a stack."""
+        return max(2, self.traces // 2) if self.min_traces is None else self.min_traces
+
+
+@dataclass
+class _Block:
+    track: Track
+    number: int
+    pos: Array
+    layers: Array
+    truth: Array | None
+
+
+def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> list[_Block]:
+    """Cut tracks into blocks; what is too short is counted."""
+    blocks: list[_Block] = []
+    short, jumps, traces = 0, 0, 0
+    for track in tracks:
+        if len(track.pos) < 2:
+            short, traces = short + 1, traces + len(track.pos)
+            continue
+        distance = along_track(track.pos)
+        runs = break_at_jumps(distance, how.jump)
+        jumps += len(runs) - 1
+        number = 0
+        for run in runs:
+            part = distance[run] - distance[run][0]
+            if len(part) < 2 or part[-1] <= 0:
+                short, traces = short + 1, traces + len(part)
+                continue
+            steps = np.diff(part)
+            spacing = how.spacing or float(np.median(steps[steps > 0]))
+            for places in cut(float(part[-1]), how.traces, spacing):
+                if len(places) < how.least:
+                    short, traces = short + 1, traces + len(places)
+                    continue
+                near = slice(
+                    max(0, int(np.searchsorted(part, places[0] - spacing))),
+                    int(np.searchsorted(part, places[-1] + spacing, "right")),
+                )
+                blocks.append(
+                    _Block(
+                        track,
+                        number,
+                        _positions(part[near], track.pos[run][near], places),
+                        resample(part[near], track.layers[run][near], places),
+                        None
+                        if track.truth is None
+                        else resample(part[near], track.truth[run][near], places),
+                    )
+                )
+                number += 1
+    if short:
+        excluded.append(
+            Exclusion("short", f"runs of fewer than {how.least} traces ({traces} in all)", short)
+        )
+    if jumps:
+        excluded.append(Exclusion("jump", "jumps of the track, at which blocks end", jumps))
+    return blocks
+
+
+def _positions(distance: Array, pos: Array, places: Array) -> Array:
+    """Positions at places along the track, also where a trace is missing. Shape: (N, 2)."""
+    return np.stack([np.interp(places, distance, column) for column in pos.T], 1)
+
+
+def assemble(
+    tracks: Sequence[Track],
+    climate: MarClimate | None,
+    how: Blocks,
+    layer_names: Sequence[str],
+    exclude: Sequence[str] = (),
+    excluded: Sequence[Exclusion] = (),
+    notes: Sequence[str] = (),
+) -> Flights:
+    """Cut tracks into stacks and give them thickness [m] and physics.
+
+    Args:
+        tracks: Of all segments, with L layers each.
+        climate: Where physics come from; None for none.
+        how: Sizes of the stacks.
+        layer_names: Names of the L layers.
+        exclude: ``outside_climate`` leaves such stacks out.
+        excluded: What the reader left out already.
+        notes: What the reader has to say.
+
+    Raises:
+        DataError: Nothing is left, traces lie outside the climate grid, or units are wrong.
+
+    Source: arXiv 2604.20783, card sections 3.2 and 3.3.
+    """
+    words = check_exclude(exclude, ("outside_climate", "unreadable", "layer_count"))
+    left_out = list(excluded)
+    blocks = _cut(tracks, how, left_out)
+    kept = [b for b in blocks if np.isfinite(b.layers).any()]
+    if len(kept) < len(blocks):
+        left_out.append(Exclusion("empty", "blocks without any pick", len(blocks) - len(kept)))
+    blocks = kept
+    names = climate.physics if climate is not None else ()
+    stacks: list[LayerStack] = []
+    nearest = outside = 0
+    for block, sample in zip(blocks, _physics(blocks, climate), strict=True):
+        n, layers = block.layers.shape
+        physics, flag = np.zeros((n, layers, 0)), np.zeros(n, np.uint8)
+        name = f"{block.track.segment}_{block.number:04}"
+        if sample is not None and climate is not None:
+            physics, flag = sample.physics, sample.flag
+            if (far := sample.away > climate.reach).any():
+                if "outside_climate" not in words:
+                    raise DataError(
+                        f"{int(far.sum())} of {n} traces of stack {name} are up to "
+                        f"{sample.away.max() / 1000:.0f} km away from any ice of the climate grid.",
+                        "Check that latitudes and longitudes are right, or leave such stacks out: "
+                        f"`{_OPTION}.exclude=[outside_climate]`.",
+                    )
+                outside += 1
+                continue
+            nearest += int(flag.sum())
+        thickness = block.layers
+        if block.track.is_time:
+            thickness = time_to_thickness(thickness, _density(physics, names, block.track.age, how))
+        check_plausible(thickness, f"stack {name}")
+        distance = along_track(block.pos)
+        stacks.append(
+            LayerStack(
+                name,
+                block.track.segment,
+                np.ascontiguousarray(thickness),
+                physics.astype(np.float32),
+                flag,
+                block.pos,
+                distance,
+                block.truth,
+            )
+        )
+    if nearest:
+        left_out.append(Exclusion("nearest", "traces with the nearest cell's climate", nearest))
+    if outside:
+        left_out.append(Exclusion("outside_climate", "stacks outside the climate grid", outside))
+    age = tracks[0].age if tracks else np.zeros(len(layer_names))
+    return Flights(stacks, names, tuple(layer_names), age, left_out, tuple(notes))
+
+
+def _physics(blocks: Sequence[_Block], climate: MarClimate | None) -> list[Sample | None]:
+    """The climate at the traces of each block: one request for each flight."""
+    if climate is None or not blocks:
+        return [None] * len(blocks)
+    flights: dict[int, list[_Block]] = {}
+    for block in blocks:  # in the order of the tracks
+        flights.setdefault(id(block.track), []).append(block)
+    requests = [
+        Request(np.concatenate([b.pos for b in group]), _edges(group[0].track))
+        for group in flights.values()
+    ]
+    found: list[Sample | None] = []
+    for group, sample in zip(flights.values(), climate.sample(requests), strict=True):
+        ends = np.cumsum([len(b.pos) for b in group])[:-1]
+        fields = (np.split(v, ends) for v in (sample.physics, sample.flag, sample.away))
+        found += [Sample(*parts) for parts in zip(*fields, strict=True)]
+    return found
+
+
+def _edges(track: Track) -> Array:
+    """Dates of a track's boundaries, the flight's first [days since 1970]."""
+    flight = float(track.time[0]) / 86_400.0
+    return flight - np.concatenate([[0.0], track.age]) * _YEAR
+
+
+def _density(physics: Array, names: Sequence[str], age: Array, how: Blocks) -> Array:
+    """Density of the layers of a block [g cm⁻³]. Shape: (N, L)."""
+    shape = physics.shape[:2]
+    if how.density is not None:
+        return np.full(shape, how.density)
+    if not {"smb", "st"} <= set(names):
+        raise DataError(
+            "The density of the layers follows from the climate's smb and st, which are not there.",
+            f"Set `{_OPTION}.density` [g cm⁻³], or give a climate with both.",
+        )
+    balance = physics[..., names.index("smb")] / 1000.0
+    temperature = physics[..., names.index("st")] + 273.15
+    refreeze = np.zeros(shape)
+    if "refreeze" in names:
+        refreeze = physics[..., names.index("refreeze")] * RHO_ICE
+    return layer_density(balance, temperature, refreeze, age)

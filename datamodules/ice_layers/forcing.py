@@ -1,0 +1,252 @@
+"""Generated flights over a real climate: daily series at two sites of Greenland.
+
+Shapes: D days, S sites, Y mass years, H W climate grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.ice_layers.generator import (
+    Climate,
+    Flight,
+    GeneratedFlights,
+    World,
+    check_world,
+    flight_names,
+    gaussian_field,
+    make_grid,
+    refrozen,
+    write_world,
+)
+from fulgurite.datamodules.ice_layers.resample import haversine
+from fulgurite.datamodules.ice_layers.stack import Array
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import checksum, data_path
+
+__all__ = ["ForcedFlights", "Site", "read_site"]
+
+#: Columns of the daily series that are used: accumulation, rain and melt [kg m⁻² per day], skin
+#: temperature [K].
+_COLUMNS = ("BDOT", "RAIN", "SMELT", "TSKIN")
+# Share of melt and rain that freezes in the firn, however much there is (inferred): both sites keep
+# snow of every year, and less would let the melt of 2012 and 2019 take whole years at 66.5° N
+_SEEPS = 0.75
+_OPTION = "--data.init_args.source.init_args"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Monthly climate of a place, from a May on.
+
+    Attributes:
+        pos: Latitude and longitude [degrees].
+        first: Calendar year of the first month, a May.
+        months: Accumulation, rain and melt [m w.e. per month], temperature [K]. Shape: (4, T).
+    """
+
+    pos: tuple[float, float]
+    first: int
+    months: Array
+
+
+def read_site(path: Path) -> Site:
+    """Read a daily series of the Community Firn Model's examples; whole mass years are kept.
+
+    Args:
+        path: ``CFM_example_<latitude>_<longitude>.csv``.
+
+    Raises:
+        DataError: The file is damaged, lacks a column or days, or its units are not kg m⁻² per day
+            and K, as sums of years show.
+    """
+    import pandas as pd
+
+    mend = f"Point `{_OPTION}.root` to the daily series of the Community Firn Model's examples."
+    try:
+        lat, lon = (float(word) for word in path.stem.split("_")[-2:])
+        table = pd.read_csv(path, index_col=0, parse_dates=True)
+        values = table[list(_COLUMNS)].to_numpy(np.float64)
+        days = table.index.to_numpy().astype("datetime64[D]")
+    except KeyError as error:
+        raise DataError(f"The series {path} has no column {error}.", mend) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"The series {path} cannot be read ({error}).", mend) from error
+    if len(days) < 366 or (np.diff(days) != np.timedelta64(1, "D")).any():
+        raise DataError(f"The series {path} is not one of consecutive days.", mend)
+    if not np.isfinite(values).all():
+        raise DataError(f"The series {path} has days without a value.", mend)
+    years = len(days) / 365.25
+    for name, amount, low, high in (
+        ("BDOT", values[:, 0].sum() / years, 20.0, 5_000.0),
+        ("RAIN", values[:, 1].sum() / years, 0.0, 3_000.0),
+        ("SMELT", values[:, 2].sum() / years, 0.0, 5_000.0),
+        ("TSKIN", values[:, 3].mean(), 200.0, 280.0),
+    ):
+        if not low <= amount <= high:
+            raise DataError(
+                f"The column {name} of {path} is {amount:g} a year, which is not in "
+                f"{'K' if name == 'TSKIN' else 'kg m⁻² per day'}.",
+                "Convert the column.",
+            )
+    month = days.astype("datetime64[M]").astype(np.int64)
+    numbers, where = np.unique(month, return_inverse=True)
+    sums = np.stack([np.bincount(where, column).astype(np.float64) for column in values.T])
+    sums[:3] /= 1000.0
+    sums[3] /= np.bincount(where)
+    start = int(np.argmax(numbers % 12 == 4))
+    whole = (len(numbers) - start) // 12 * 12
+    first = 1970 + int(numbers[start]) // 12
+    return Site((lat, lon), first, sums[:, start : start + whole])
+
+
+class ForcedFlights(GeneratedFlights):
+    """Generated flights over real years: daily series of two sites of the ice sheet, 1980 to 2025.
+
+    Around each site, snow, melt, rain and temperature of every month are the site's, times a
+    pattern that stays (10 %, 40 km) and one of each year (5 %, 60 km); between the sites one passes
+    into the other. Everything else is as in :class:`SyntheticFlights`: snow below the scale of the
+    climate model, firn, picks, gaps, the errors of MAR, and files that the readers read back.
+
+    Flights of a site are spread over its years, so that those of the same years share their
+    climate: split by ``order: name`` with a ``guard`` of as many years as there are layers.
+
+    Args:
+        root: Folder with ``CFM_example_<latitude>_<longitude>.csv``, absolute or relative to
+            ``FULGURITE_DATA``.
+        stacks: Number of blocks, over all segments.
+        traces: N, traces of a block.
+        layers: L, layers.
+        segments: Flight segments, in turn at each site.
+        spacing: Distance of traces [m].
+        mistracks: Fraction of picks that are on the next boundary.
+        missing: Factor on the rates of gaps, absent layers and drop-outs.
+        noise: Standard deviation of a pick [m].
+        traced: Fraction of blocks whose layers are fully traced.
+        informative: False exchanges physics between stacks and layers: a negative control.
+        seed: Of everything but the climate.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: arXiv 2604.20783, card section 6.2; the driving by real series is inferred.
+    """
+
+    def __init__(
+        self,
+        root: str = "greenland_forcing",
+        stacks: int = 560,
+        traces: int = 48,
+        layers: int = 10,
+        segments: int = 56,
+        spacing: float = 100.0,
+        mistracks: float = 0.01,
+        missing: float = 1.0,
+        noise: float = 0.012,
+        traced: float = 0.0,
+        informative: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.world = check_world(
+            World(
+                stacks=stacks,
+                traces=traces,
+                layers=layers,
+                segments=segments,
+                spacing=spacing,
+                mistracks=mistracks,
+                missing=missing,
+                noise=noise,
+                traced=traced,
+                seed=seed,
+            )
+        )
+        self.informative = informative
+        self.files = root
+
+    def paths(self) -> list[Path]:
+        """The series, sorted.
+
+        Raises:
+            DataError: There is none.
+        """
+        found = sorted(data_path(self.files).glob("CFM_example_*.csv"))
+        if not found:
+            raise DataError(
+                f"There is no CFM_example_*.csv in {self.files}.",
+                f"Point `{_OPTION}.root` to the daily series.",
+            )
+        return found
+
+    def key(self) -> str:
+        """The content of the series, and how they are used."""
+        return " ".join([f"{_SEEPS}", *(checksum(path) for path in self.paths())])
+
+    def write(self, folder: Path) -> None:
+        """Write the files into an empty folder."""
+        sites = [read_site(path) for path in self.paths()]
+        boxes = [
+            (lat - 0.9, lat + 0.9, lon - 2.2, lon + 2.2) for lat, lon in (s.pos for s in sites)
+        ]
+        south, north, west, east = zip(*boxes, strict=True)
+        box = (min(south), max(north), min(west), max(east))
+        world = World(**{**self.world.__dict__, "box": box})
+        years = min(site.months.shape[1] for site in sites) // 12
+        first = max(site.first for site in sites) + world.layers + 1
+        last = max(site.first for site in sites) + years
+        if first > last:
+            raise ConfigError(
+                f"The series have {years} years, which is too few for {world.layers} layers.",
+                f"Lower `{_OPTION}.layers`.",
+            )
+        generator = world.generator(1, 7)
+        rounds = np.arange(world.segments) // len(sites)
+        when = np.rint(np.linspace(first, last, int(rounds.max()) + 1)).astype(int)[rounds]
+        start = np.array([f"{year}-03-20" for year in when], "datetime64[D]").astype(np.float64)
+        days = start + generator.integers(0, 40, world.segments) + 0.6
+        order = np.argsort(days, kind="stable")
+        names = flight_names(days[order].tolist())
+        flights = [
+            Flight(name, float(days[k]), boxes[int(k) % len(sites)])
+            for name, k in zip(names, order, strict=True)
+        ]
+        write_world(folder, world, _climate(world, sites, years), flights)
+
+
+def _climate(world: World, sites: Sequence[Site], years: int) -> Climate:
+    """The sites' months over the grid."""
+    x, y, lat, lon = make_grid(world)
+    first = max(site.first for site in sites)
+    series = np.stack(
+        [site.months[:, 12 * (first - site.first) :][:, : 12 * years] for site in sites]
+    )
+    weights = _blend(lat, lon, [site.pos for site in sites])
+    fields = np.einsum("sft,shw->fthw", series, weights)
+    generator = world.generator(0)
+    size = lat.shape
+    stays = 0.10 * gaussian_field((1, *size), 40e3 / world.cell, generator)
+    yearly = 0.05 * gaussian_field((years, *size), 60e3 / world.cell, generator)
+    snow, rain, melt, temperature = fields
+    snow = snow * np.exp(stays + np.repeat(yearly, 12, 0))
+
+    def by_year(field: Array) -> Array:
+        return np.repeat(field.reshape(years, 12, *size).sum(1), 12, 0)
+
+    liquid = by_year(melt + rain)
+    kept = refrozen(liquid, by_year(snow), _SEEPS)
+    share = 1 - kept / np.maximum(liquid, 1e-9)
+    return Climate(x, y, first, snow, temperature, melt, rain, (melt + rain) * share)
+
+
+def _blend(lat: Array, lon: Array, sites: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
+    """Weight of each site at each cell: one around it, a steep passage between. (S, H, W)."""
+    here = np.stack([lat, lon], -1)
+    distance = np.stack([haversine(here, np.asarray(pos)) for pos in sites])
+    near = np.exp(-distance / 25e3 + distance.min(0) / 25e3)
+    weights: NDArray[np.float64] = near / near.sum(0)
+    return weights

@@ -1,0 +1,52 @@
+"""Further missing entries at test time: nested, structured, seeded.
+
+Shapes: N traces, L layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["drop_observed"]
+
+
+def drop_observed(
+    observed: NDArray[np.bool_], fraction: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Choose observed entries to be dropped: runs of traces in a layer, and whole layers.
+
+    The same generator's state gives nested choices: what is dropped at 10 % is dropped at 30 %.
+
+    Args:
+        observed: Where thickness is known.
+        fraction: Of the observed entries; rounded to whole entries.
+        generator: Of the runs.
+
+    Shape:
+        - (N, L) bool, in and out.
+
+    Source: arXiv 2604.20783, card section 6, check 18, and 1.5 for the form of gaps.
+
+    Example:
+        >>> seen = np.ones((16, 4), bool)
+        >>> few, many = (drop_observed(seen, f, np.random.default_rng(0)) for f in (0.25, 0.5))
+        >>> int(few.sum()), int(many.sum()), bool((few & ~many).any())
+        (16, 32, False)
+    """
+    n, layers = observed.shape
+    rank = np.full(observed.shape, np.inf)  # when an entry is dropped
+    event = 0
+    rows = np.arange(n)
+    while np.isinf(rank[observed]).any() and event < 64 * layers:
+        layer, whole = int(generator.integers(layers)), generator.random() < 0.15
+        length = int(generator.integers(max(1, n // 8), max(2, n // 2 + 1)))
+        first = int(generator.integers(n))
+        run = rows if whole else (first + np.arange(length)) % n
+        late = event + np.arange(len(run)) / (len(run) + 1)
+        rank[run, layer] = np.minimum(rank[run, layer], late)
+        event += 1
+    order = np.argsort(np.where(observed, rank, np.inf), axis=None, kind="stable")
+    dropped = np.zeros(observed.size, np.bool_)
+    dropped[order[: round(fraction * int(observed.sum()))]] = True
+    return dropped.reshape(observed.shape)

@@ -1,0 +1,215 @@
+"""Stacks in npz files: one file for each, of plain arrays.
+
+Shapes: N traces, L layers, P physical fields.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulgurite.datamodules.ice_layers.flights import StackSource
+from fulgurite.datamodules.ice_layers.resample import along_track
+from fulgurite.datamodules.ice_layers.stack import (
+    Array,
+    Exclusion,
+    Flights,
+    LayerStack,
+    check_exclude,
+)
+from fulgurite.errors import DataError
+from fulgurite.io import data_path
+
+__all__ = ["NpzStacks", "read_npz"]
+
+_OPTION = "--data.init_args.source.init_args"
+_KINDS = ("unreadable", "negative", "short", "layer_count")
+
+
+def read_npz(path: Path) -> dict[str, Any]:
+    """Read all arrays of a file, without unpickling anything.
+
+    Raises:
+        DataError: It is missing, truncated or no npz, or holds objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if isinstance(content, np.ndarray):
+                raise ValueError("it is an npy file")
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+        raise DataError(
+            f"The stack {path} cannot be read ({error or type(error).__name__}).",
+            f"Write it again, or leave such files out: `{_OPTION}.exclude=[unreadable]`.",
+        ) from error
+
+
+def _text(content: dict[str, Any], name: str, default: str) -> str:
+    return str(content[name]) if name in content else default
+
+
+def _names(content: dict[str, Any], name: str) -> tuple[str, ...]:
+    return tuple(str(v) for v in np.atleast_1d(content[name])) if name in content else ()
+
+
+class NpzStacks(StackSource):
+    """Stacks in npz files, in any folder structure under a root.
+
+    Arrays of a file: ``thickness`` (N, L) [m], NaN where missing; ``pos`` (N, 2) latitude and
+    longitude [degrees]; optional ``physics`` (N, L, P), ``physics_names`` (P,), ``physics_flag``
+    (N,), ``distance`` (N,) [m], ``truth`` (N, L) [m], ``layer_age`` (L,) [years], ``layer_names``
+    (L,), ``segment`` and ``stack`` (names; those of the folder and the file if not given).
+
+    Args:
+        root: Folder, absolute or relative to ``FULGURITE_DATA``.
+        count: L, where it is to be known before files are read.
+        physics: Names of the physical fields, equally.
+        exclude: What to leave out and count instead of stopping: ``unreadable`` files, entries with
+            a ``negative`` thickness, stacks with a ``short`` track (one trace) or with another
+            ``layer_count`` than most.
+
+    Raises:
+        ConfigError: A word in ``exclude`` is unknown.
+
+    Source: arXiv 2604.20783, card section 7 (names); the layout is inferred.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        count: int | None = None,
+        physics: list[str] | None = None,
+        exclude: list[str] = [],  # noqa: B006  # copied below
+    ) -> None:
+        self.root = root
+        self.count = count
+        self._physics = None if physics is None else tuple(physics)
+        self.exclude = check_exclude(exclude, _KINDS)
+
+    @property
+    def layers(self) -> int | None:
+        """Number of layers, if ``count`` says it."""
+        return self.count
+
+    @property
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields; those of the first file if not given."""
+        if self._physics is None:
+            first = read_npz(self.paths()[0])
+            count = first["physics"].shape[-1] if "physics" in first else 0
+            unnamed = tuple(f"physics_{k}" for k in range(count))
+            self._physics = _names(first, "physics_names") or unnamed
+        return self._physics
+
+    def folder(self) -> Path:
+        """The folder of the files.
+
+        Raises:
+            DataError: There is none.
+        """
+        return data_path(self.root)
+
+    def paths(self) -> list[Path]:
+        """The files, sorted.
+
+        Raises:
+            DataError: There is none.
+        """
+        found = sorted(self.folder().glob("**/*.npz"))
+        if not found:
+            raise DataError(
+                f"There is no npz file under {self.root}.", f"Set `{_OPTION}.root` to their folder."
+            )
+        return found
+
+    def _stack(self, path: Path, content: dict[str, Any]) -> LayerStack:
+        """The stack of a file's arrays."""
+        for name in ("thickness", "pos"):
+            if name not in content:
+                raise DataError(
+                    f"The stack {path} has no array {name!r}.",
+                    "Give files with thickness (traces, layers) and pos (traces, 2).",
+                )
+        thickness = np.asarray(content["thickness"], np.float64)
+        pos = np.asarray(content["pos"], np.float64)
+        shape = (*thickness.shape, len(self.physics))
+        physics = content.get("physics", np.zeros((*thickness.shape, 0)))
+        names = _names(content, "physics_names") or self.physics
+        if physics.shape != shape or names != self.physics:
+            raise DataError(
+                f"The physical fields {', '.join(names)} of {path} have shape {physics.shape}, "
+                f"not {shape}.",
+                f"Give one field for each of {', '.join(self.physics) or '(none)'}.",
+            )
+        return LayerStack(
+            _text(content, "stack", path.stem),
+            _text(content, "segment", path.parent.name),
+            thickness,
+            physics.astype(np.float32),
+            content.get("physics_flag", np.zeros(len(thickness))).astype(np.uint8),
+            pos,
+            np.asarray(content["distance"], np.float64)
+            if "distance" in content
+            else along_track(pos),
+            np.asarray(content["truth"], np.float64) if "truth" in content else None,
+            **self._extra(content, path),
+        )
+
+    def _extra(self, content: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Further fields of a stack."""
+        return {}
+
+    def load(self) -> Flights:
+        """Return the stacks.
+
+        Raises:
+            DataError: A file is unusable and not to be left out.
+        """
+        stacks: list[LayerStack] = []
+        left_out = dict.fromkeys((*_KINDS, "empty"), 0)
+        age: Array | None = None
+        names: tuple[str, ...] = ()
+        for path in self.paths():
+            try:
+                content = read_npz(path)
+            except DataError:
+                if "unreadable" not in self.exclude:
+                    raise
+                left_out["unreadable"] += 1
+                continue
+            thickness = content.get("thickness", np.zeros(0))
+            if "short" in self.exclude and len(thickness) == 1:
+                left_out["short"] += 1
+                continue
+            if "negative" in self.exclude:
+                bad = (thickness <= 0) | np.isinf(thickness)
+                left_out["negative"] += int(bad.sum())
+                content["thickness"] = thickness = np.where(bad, np.nan, thickness)
+            if thickness.size and np.isnan(thickness).all():
+                left_out["empty"] += 1
+                continue
+            stacks.append(self._stack(path, content))
+            if age is None and "layer_age" in content:
+                age = np.asarray(content["layer_age"], np.float64)
+            names = names or _names(content, "layer_names")
+        counts = [stack.thickness.shape[1] for stack in stacks]
+        usual = self.count or (max(sorted(set(counts)), key=counts.count) if counts else 1)
+        if "layer_count" in self.exclude:
+            kept = [s for s in stacks if s.thickness.shape[1] == usual]
+            left_out["layer_count"], stacks = len(stacks) - len(kept), kept
+        what = {
+            "unreadable": "unreadable files",
+            "negative": "entries that are not positive",
+            "short": "stacks of one trace",
+            "layer_count": "stacks with another number of layers",
+            "empty": "stacks without any pick",
+        }
+        excluded = [Exclusion(k, what[k], number) for k, number in left_out.items() if number]
+        if age is None or len(age) != usual:
+            age = np.arange(1.0, usual + 1)
+        if len(names) != usual:
+            names = tuple(f"layer_{k:02}" for k in range(1, usual + 1))
+        return Flights(stacks, self.physics, names, age, excluded)

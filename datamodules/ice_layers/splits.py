@@ -1,0 +1,126 @@
+"""Splits by flight segment, never by random stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from fulgurite.datamodules.ice_layers.stack import LayerStack, name_some
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.splits import check_fractions
+
+__all__ = ["PARTS", "leave_guard", "split_segments"]
+
+#: The parts of a split.
+PARTS = ("train", "val", "test")
+
+
+def split_segments(
+    segments: Sequence[str],
+    val: float | Sequence[str],
+    test: float | Sequence[str],
+    order: Literal["random", "name"] = "random",
+    seed: int = 0,
+) -> dict[str, tuple[str, ...]]:
+    """Deal flight segments out to training, validation and test.
+
+    Args:
+        segments: Names of all segments.
+        val: Fraction of segments for validation, or names (a name's beginning is enough: ``2012``).
+        test: Equally for test.
+        order: ``random``, or by ``name``: names begin with the date, so the last flights are the
+            test and those before them the validation.
+        seed: Of the random order.
+
+    Returns:
+        Names of the segments of ``train``, ``val`` and ``test``.
+
+    Raises:
+        ConfigError: Fractions leave nothing for training.
+        DataError: A name is unknown or in two parts.
+
+    Source: arXiv 2604.20783, card section 1.8 (random echograms leak between neighbours).
+
+    Example:
+        >>> split_segments(["a", "b", "c", "d"], 0.25, ["c"], order="name")
+        {'train': ('a', 'b'), 'val': ('d',), 'test': ('c',)}
+    """
+    fractions = [
+        0.0 if not isinstance(share, float | int) else float(share) for share in (val, test)
+    ]
+    check_fractions(*fractions)
+    names = sorted(set(segments))
+    chosen: dict[str, list[str]] = {"val": [], "test": []}
+    for part, share in (("val", val), ("test", test)):
+        if isinstance(share, float | int):
+            continue
+        for wanted in share:
+            found = [name for name in names if name.startswith(wanted)]
+            if not found:
+                raise DataError(
+                    f"No flight segment is called {wanted} (there are {name_some(names)}).",
+                    f"Set `--data.init_args.{part}` to names of segments, or to a fraction.",
+                )
+            chosen[part] += found
+    if both := set(chosen["val"]) & set(chosen["test"]):
+        raise DataError(
+            f"The flight segment {sorted(both)[0]} is in validation and in test.",
+            "Set `--data.init_args.val` and `--data.init_args.test` to different segments.",
+        )
+    rest = [name for name in names if name not in (*chosen["val"], *chosen["test"])]
+    if order == "random":
+        rest = [rest[k] for k in np.random.default_rng(seed).permutation(len(rest))]
+    for part, share in zip(("test", "val"), (fractions[1], fractions[0]), strict=True):
+        count = max(1, round(share * len(names))) if share > 0 else 0
+        if count >= len(rest) + (share == 0):
+            raise ConfigError(
+                f"There are {len(names)} flight segments, which leaves none for training.",
+                f"Lower `--data.init_args.{part}`, or give more segments.",
+            )
+        if count:
+            chosen[part] += rest[len(rest) - count :]
+            rest = rest[: len(rest) - count]
+    return {
+        "train": tuple(sorted(rest)),
+        "val": tuple(sorted(chosen["val"])),
+        "test": tuple(sorted(chosen["test"])),
+    }
+
+
+def leave_guard(
+    stacks: Sequence[LayerStack], evaluated: Sequence[str], years: float
+) -> tuple[list[LayerStack], int]:
+    """Leave out stacks of flights within some years of evaluated ones; also how many.
+
+    Args:
+        stacks: For training.
+        evaluated: Names of the evaluated segments, which begin with the date.
+        years: Least distance in time [years].
+
+    Raises:
+        ConfigError: A name does not begin with a date.
+
+    Source: inferred.
+    """
+    others = np.array([_date(name) for name in sorted(set(evaluated))])
+    near = {
+        name
+        for name in {stack.segment for stack in stacks}
+        if len(others) and np.abs(others - _date(name)).min() < years * 365.25
+    }
+    kept = [stack for stack in stacks if stack.segment not in near]
+    return kept, len(stacks) - len(kept)
+
+
+def _date(name: str) -> float:
+    """The day that a segment's name begins with [days since 1970]."""
+    try:
+        day = np.datetime64(f"{name[:4]}-{name[4:6]}-{name[6:8]}", "D")
+    except ValueError as error:
+        raise ConfigError(
+            f"The name of the flight segment {name} does not begin with a date (YYYYMMDD).",
+            "Set `--data.init_args.guard=0`.",
+        ) from error
+    return float(day.astype(np.int64))

@@ -1,0 +1,320 @@
+"""The one data contract: a stack of layers along a flight line, checked when it is built.
+
+Shapes: N traces (nodes), L layers (newest first), P physical fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fulgurite.errors import ConfigError, DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
+
+__all__ = [
+    "Array",
+    "Exclusion",
+    "Flights",
+    "LayerStack",
+    "check_exclude",
+    "check_plausible",
+    "name_some",
+    "need_extra",
+]
+
+Array = NDArray[np.float64]
+
+#: Medians of a layer's thickness that metres can have [m]: less are kilometres, more millimetres.
+PLAUSIBLE_THICKNESS = (0.01, 1_000.0)
+
+
+def need_extra(package: str, what: str) -> MissingExtraError:
+    """The error to raise where one of the optional packages is missing.
+
+    Example:
+        >>> print(need_extra("h5py", "Reading a.mat"))
+        Reading a.mat needs h5py. Install it with `pip install 'fulgurite[ice]'`.
+    """
+    return MissingExtraError(
+        f"{what} needs {package}.", "Install it with `pip install 'fulgurite[ice]'`."
+    )
+
+
+def name_some(names: Collection[Any], most: int = 5) -> str:
+    """Return the first few names and how many there are beyond.
+
+    Example:
+        >>> name_some(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    shown = [str(name) for name in list(names)[:most]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def check_exclude(exclude: Iterable[str], kinds: Sequence[str]) -> frozenset[str]:
+    """Return ``exclude`` as a set, after checking that each word is one of ``kinds``.
+
+    Raises:
+        ConfigError: A word is unknown.
+
+    Example:
+        >>> sorted(check_exclude(["unreadable"], ("unreadable", "negative")))
+        ['unreadable']
+    """
+    words = frozenset(exclude)
+    if unknown := sorted(words - set(kinds)):
+        raise ConfigError(
+            f"There is nothing called {unknown[0]!r} to exclude.",
+            "Set `--data.init_args.source.init_args.exclude` to words of "
+            f"{', '.join(kinds) or 'none'}.",
+        )
+    return words
+
+
+def check_plausible(thickness: Array, where: str) -> None:
+    """Refuse thicknesses that cannot be in metres.
+
+    Shape:
+        - thickness: any [m], NaN where missing.
+
+    Raises:
+        DataError: The median is that of kilometres or of millimetres.
+
+    Source: inferred.
+
+    Example:
+        >>> check_plausible(np.array([0.8, np.nan]), "a.npz")
+    """
+    found = thickness[np.isfinite(thickness)]
+    if not found.size:
+        return
+    median = float(np.median(found))
+    low, high = PLAUSIBLE_THICKNESS
+    if not low <= median <= high:
+        raise DataError(
+            f"The median thickness of a layer in {where} is {median:g} m, which looks like "
+            f"{'kilometres' if median < low else 'millimetres'}.",
+            "Convert thicknesses to metres, travel times to seconds.",
+        )
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """What was left out of the data, and why.
+
+    Attributes:
+        kind: One word.
+        what: What was wrong, where.
+        count: How many stacks, traces or picks.
+    """
+
+    kind: str
+    what: str
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStack:
+    """One block of traces along a flight line with thickness layers.
+
+    Attributes:
+        name: Unique name, usable in file names.
+        segment: Name of the flight segment.
+        thickness: Thickness as it lies [m], NaN where missing. Shape: (N, L) float64.
+        physics: Physical fields. Shape: (N, L, P) float32.
+        physics_flag: 0 interpolated, 1 nearest grid cell. Shape: (N,) uint8.
+        pos: Latitude and longitude [degrees]. Shape: (N, 2) float64.
+        distance: Along the track from the first trace [m]. Shape: (N,) float64.
+        truth: Thickness without noise or gaps [m], of generated data. Shape: (N, L) float64.
+        provenance: Of completed stacks: 0 observed, 1 filled, 2 filled in a wholly absent layer,
+            3 left missing. Shape: (N, L) uint8.
+        trained_segments: Of completed stacks: what the completing model was trained on.
+
+    Raises:
+        DataError: Shapes do not fit, or a value is impossible: a thickness that is not positive,
+            infinite or not in metres, a physical field that is not finite, a position off the
+            globe, fewer than two traces.
+
+    Example:
+        >>> stack = LayerStack("s_0000", "s", np.ones((2, 3)), np.zeros((2, 3, 1), np.float32),
+        ...     np.zeros(2, np.uint8), np.array([[70.0, -40.0], [70.0, -40.1]]), np.arange(2.0))
+        >>> int(stack.observed.sum())
+        6
+    """
+
+    name: str
+    segment: str
+    thickness: Array
+    physics: NDArray[np.float32]
+    physics_flag: NDArray[np.uint8]
+    pos: Array
+    distance: Array
+    truth: Array | None = None
+    provenance: NDArray[np.uint8] | None = None
+    trained_segments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.thickness.ndim != 2:
+            raise DataError(
+                f"The thickness of stack {self.name} has {self.thickness.ndim} dimensions.",
+                "Give an array of (traces, layers).",
+            )
+        n, layers = self.thickness.shape
+        shapes: dict[str, tuple[int, ...]] = {
+            "physics": (n, layers, self.physics.shape[-1]),
+            "physics_flag": (n,),
+            "pos": (n, 2),
+            "distance": (n,),
+            "truth": (n, layers),
+            "provenance": (n, layers),
+        }
+        for key, shape in shapes.items():
+            value = getattr(self, key)
+            if value is not None and value.shape != shape:
+                raise DataError(
+                    f"The field {key} of stack {self.name} has shape {value.shape} for "
+                    f"{n} traces of {layers} layers.",
+                    f"Give {shape}.",
+                )
+        if n < 2 or not layers:
+            raise DataError(
+                f"Stack {self.name} has {n} traces of {layers} layers.",
+                "A stack needs at least two traces and one layer.",
+            )
+        if (self.thickness <= 0).any() or np.isinf(self.thickness).any():
+            bad = self.thickness[(self.thickness <= 0) | np.isinf(self.thickness)]
+            raise DataError(
+                f"Stack {self.name} has {bad.size} thicknesses that are not positive and finite, "
+                f"such as {bad[0]:g} m.",
+                "Give NaN where a layer is missing, or leave such entries out: "
+                "`--data.init_args.source.init_args.exclude=[negative]`.",
+            )
+        check_plausible(self.thickness, f"stack {self.name}")
+        if not np.isfinite(self.physics).all():
+            raise DataError(
+                f"A physical field of stack {self.name} is not finite.",
+                "Fill it before, or leave the stack out.",
+            )
+        if not (np.abs(self.pos) <= (90, 360)).all():
+            raise DataError(
+                f"A position of stack {self.name} is not on the globe.",
+                "Give latitude and longitude in degrees, in this order.",
+            )
+        if not np.isfinite(self.distance).all() or (np.diff(self.distance) < 0).any():
+            raise DataError(
+                f"The distance of stack {self.name} does not rise along the track.",
+                "Sort its traces.",
+            )
+
+    @property
+    def observed(self) -> NDArray[np.bool_]:
+        """Where the thickness is known. Shape: (N, L) bool."""
+        return np.isfinite(self.thickness)
+
+    def to_data(self, segment: int, stack: int, dropped: NDArray[np.bool_] | None = None) -> Data:
+        """Return it as node-major PyG ``Data``.
+
+        Args:
+            segment: Number of its segment.
+            stack: Number of the stack.
+            dropped: Observed entries to be hidden from the model. Shape: (N, L) bool.
+
+        Raises:
+            MissingExtraError: torch-geometric is not installed.
+        """
+        try:
+            from torch_geometric.data import Data
+        except ImportError as error:
+            raise need_extra("torch-geometric", "Batching stacks") from error
+        if dropped is None:
+            dropped = np.zeros(self.thickness.shape, np.bool_)
+        fields: dict[str, Any] = {
+            "thickness": torch.from_numpy(self.thickness),
+            "observed": torch.from_numpy(self.observed & ~dropped),
+            "dropped": torch.from_numpy(dropped),
+            "physics": torch.from_numpy(self.physics),
+            "physics_flag": torch.from_numpy(self.physics_flag),
+            "pos": torch.from_numpy(self.pos),
+            "distance": torch.from_numpy(self.distance),
+            "segment": torch.tensor([segment]),
+            "stack": torch.tensor([stack]),
+        }
+        if self.truth is not None:
+            fields["truth"] = torch.from_numpy(self.truth)
+        if self.provenance is not None:
+            fields["provenance"] = torch.from_numpy(self.provenance)
+        return Data(num_nodes=len(self.thickness), **fields)
+
+
+@dataclass(frozen=True)
+class Flights:
+    """The stacks of a source, with what all of them share.
+
+    Attributes:
+        stacks: At least one.
+        physics: Names of the P physical fields, with units.
+        layer_names: Names of the L layers, newest first.
+        layer_age: Age of each layer's lower boundary at the flight [years]. Shape: (L,) float64.
+        excluded: What was left out.
+        notes: What the reader wants to have reported.
+
+    Raises:
+        DataError: There is no stack, two have one name, or they differ in layers or fields.
+    """
+
+    stacks: Sequence[LayerStack]
+    physics: tuple[str, ...]
+    layer_names: tuple[str, ...]
+    layer_age: Array
+    excluded: Sequence[Exclusion] = field(default_factory=tuple)
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if not self.stacks:
+            why = f" ({self.report()})" if self.excluded else ""
+            raise DataError(
+                f"The source has no usable stack{why}.",
+                "Check `--data.init_args.source`: its paths, `traces`, `spacing`, `min_traces`.",
+            )
+        seen: set[str] = set()
+        for stack in self.stacks:
+            if stack.name in seen:
+                raise DataError(
+                    f"Two stacks are called {stack.name}.", "Give every stack a name of its own."
+                )
+            seen.add(stack.name)
+            for what, found, wanted in (
+                ("layers", stack.thickness.shape[1], len(self.layer_names)),
+                ("physical fields", stack.physics.shape[2], len(self.physics)),
+            ):
+                if found != wanted:
+                    raise DataError(
+                        f"Stack {stack.name} has {found} {what}, others have {wanted}.",
+                        "Give all stacks the same number, or leave such ones out: "
+                        "`--data.init_args.source.init_args.exclude=[layer_count]`.",
+                    )
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the flight segments, sorted."""
+        return tuple(sorted({stack.segment for stack in self.stacks}))
+
+    def report(self) -> str:
+        """Say in one line what there is and what was left out."""
+        lines = []
+        if self.stacks:
+            missing = 1 - float(np.mean(np.concatenate([s.observed.ravel() for s in self.stacks])))
+            lines.append(
+                f"{len(self.stacks)} stacks of {len(self.layer_names)} layers on "
+                f"{len(self.segments)} flight segments, {100 * missing:.1f} % missing"
+            )
+        lines += [f"{e.count} {e.what}" for e in self.excluded]
+        return "; ".join([*lines, *self.notes])

@@ -1,0 +1,72 @@
+"""Mean and deviation of the training data: what the network's input is normalised by.
+
+Shapes: N traces, L layers, P physical fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fulgurite.datamodules.ice_layers.stack import LayerStack
+from fulgurite.errors import DataError
+
+__all__ = ["fit_statistics"]
+
+_LEAST = 1e-6  # below this a field is constant
+
+
+def fit_statistics(stacks: Sequence[LayerStack]) -> dict[str, Tensor]:
+    """Mean of each layer, of physics and positions, from observed entries of training stacks.
+
+    Returns:
+        ``thickness_mean`` (L,) and ``thickness_std`` () [m], the deviation from the layer's mean;
+        ``physics_mean`` (P,), ``physics_std`` (P,), ``pos_mean`` (2,) and ``pos_std`` (2,); all
+        float64. A layer that is never observed has the mean of all.
+
+    Raises:
+        DataError: No thickness is observed.
+
+    Source: arXiv 2604.20783, card section 6, check 9; the form is inferred.
+
+    Example:
+        >>> stack = LayerStack("a", "s", np.array([[1.0, np.nan], [2.0, 4.0]]),
+        ...     np.zeros((2, 2, 1), np.float32), np.zeros(2, np.uint8), np.zeros((2, 2)),
+        ...     np.arange(2.0))
+        >>> fit_statistics([stack])["thickness_mean"]
+        tensor([1.5000, 4.0000], dtype=torch.float64)
+    """
+    thickness = (
+        np.concatenate([stack.thickness for stack in stacks]) if stacks else np.zeros((0, 0))
+    )
+    seen = np.isfinite(thickness)
+    if not seen.any():
+        raise DataError(
+            "No thickness is observed in the training segments.",
+            "Change `--data.init_args.val` and `--data.init_args.test`, or the source.",
+        )
+    known = np.where(seen, thickness, 0.0)
+    count = seen.sum(0)
+    mean = np.where(count > 0, known.sum(0) / np.maximum(count, 1), known.sum() / seen.sum())
+    apart = np.where(seen, thickness - mean, 0.0)
+    physics = np.concatenate([s.physics.reshape(-1, s.physics.shape[-1]) for s in stacks])
+    physics = physics.astype(np.float64)
+    pos = np.concatenate([stack.pos for stack in stacks])
+    values = {
+        "thickness_mean": mean,
+        "thickness_std": np.sqrt((apart**2).sum() / seen.sum()),
+        "physics_mean": physics.mean(0),
+        "physics_std": physics.std(0),
+        "pos_mean": pos.mean(0),
+        "pos_std": pos.std(0),
+    }
+    return {
+        name: torch.as_tensor(
+            np.where(np.asarray(v) > _LEAST, v, 1.0) if name.endswith("_std") else v,
+            dtype=torch.float64,
+        )
+        for name, v in values.items()
+    }

@@ -1,0 +1,488 @@
+"""Climate fields at traces: projection, weights, sums between dates, masks, units; firn; time."""
+
+import netCDF4
+import numpy as np
+import pytest
+import scipy.spatial
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyproj import CRS, Transformer
+
+from fulgurite.datamodules.ice_layers import LayerFiles, MarClimate
+from fulgurite.datamodules.ice_layers.climate import (
+    PROJECTIONS,
+    Request,
+    interval_weights,
+    step_edges,
+)
+from fulgurite.datamodules.ice_layers.firn import herron_langway, layer_density, smb_to_layers
+from fulgurite.datamodules.ice_layers.generator import write_layer_file
+from fulgurite.datamodules.ice_layers.resample import (
+    along_track,
+    break_at_jumps,
+    cut,
+    haversine,
+    resample,
+)
+from fulgurite.datamodules.ice_layers.travel_time import (
+    layer_times,
+    thickness_to_time,
+    time_to_thickness,
+)
+from fulgurite.errors import ConfigError, DataError
+
+YEAR = 365.25
+FLIGHT = float(np.datetime64("2012-04-14", "D").astype(int))
+EDGES = FLIGHT - np.arange(3) * YEAR
+CRS_OF = {name: CRS.from_user_input(text) for name, text in PROJECTIONS.items()}
+
+
+def project(pos, name="mar"):
+    crs = CRS_OF[name]
+    transformer = Transformer.from_crs(crs.geodetic_crs, crs, always_xy=True)
+    return np.stack(transformer.transform(pos[:, 1], pos[:, 0]), 1)
+
+
+def points(count=30, seed=0):
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.uniform(70, 72, count), generator.uniform(-42, -38, count)], 1)
+
+
+def plane(x, y):
+    """A field that linear interpolation reproduces."""
+    return 400.0 + x * 2e-4 - y * 1e-4
+
+
+def write(folder, years=(2009, 2010, 2011, 2012), name="mar", daily=False, **changes):
+    """MAR files: SMB is a plane a year; options replace or add variables (None removes them)."""
+    crs = CRS_OF[name]
+    origin = (0.0, 0.0) if name == "mar" else tuple(project(np.array([[71.0, -40.0]]), name)[0])
+    x = origin[0] + np.arange(-200e3, 201e3, 20e3)
+    y = origin[1] + np.arange(-200e3, 241e3, 20e3)
+    xs, ys = np.meshgrid(x, y)
+    back = Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
+    lon, lat = back.transform(xs, ys)
+    for year in years:
+        first = np.datetime64(f"{year}-01-01", "D")
+        if daily:
+            start = first + np.arange((np.datetime64(f"{year + 1}-01-01", "D") - first).astype(int))
+            length = np.ones(len(start))
+            middle = start.astype(float) + 0.5
+        else:
+            months = np.datetime64(f"{year}-01", "M") + np.arange(13)
+            edges = months.astype("datetime64[D]").astype(float)
+            length, middle = np.diff(edges), (edges[:-1] + edges[1:]) / 2
+        share = (length / YEAR)[:, None, None]
+        unit = "mmWE/day" if daily else "mmWE/month"
+        fields = {
+            "SMB": (share * plane(xs, ys), unit),
+            "ME": (share * np.full(xs.shape, 91.7), unit),
+            "RU": (share * np.full(xs.shape, 0.0), unit),
+            "ST": (np.full((len(share), *xs.shape), -20.0), "C"),
+            "ZN6": (np.full((len(share), *xs.shape), 1.5), "m"),
+        }
+        static = {"SRF": (np.full(xs.shape, 4.0), "-")}
+        if name == "mar":
+            static |= {"LAT": (lat, "degrees"), "LON": (lon, "degrees")}
+        for key, change in changes.items():
+            group = static if key in ("SRF", "MSK", "LAT", "LON") else fields
+            if change is None:
+                group.pop(key)
+            else:
+                old = group.get(key, group.get("ME", (np.zeros(xs.shape), unit)))
+                new = change(*old)
+                group[key] = new if isinstance(new, tuple) else (new, old[1])
+        path = folder / f"MARv3.12-{year}.nc"
+        with netCDF4.Dataset(path, "w") as data:
+            for key, size in (("x", len(x)), ("y", len(y)), ("TIME", len(share)), ("SECTOR", 2)):
+                data.createDimension(key, size)
+            scale = 1000.0 if name == "mar" else 1.0
+            for key, values in (("x", x / scale), ("y", y / scale)):
+                data.createVariable(key, "f8", (key,))[:] = values
+            time = data.createVariable("TIME", "f8", ("TIME",))
+            time.units = "hours since 1901-01-15 00:00:00"
+            offset = np.datetime64("1901-01-15", "D").astype(float)
+            time[:] = (middle - offset) * 24
+            for key, (values, units) in (fields | static).items():
+                dims = {2: ("y", "x"), 3: ("TIME", "y", "x"), 4: ("TIME", "SECTOR", "y", "x")}
+                fill = 1e36 if values.dtype.kind == "f" else None
+                variable = data.createVariable(key, "f8", dims[values.ndim], fill_value=fill)
+                variable.units = units
+                variable[:] = values
+
+
+def sample(folder, pos=None, edges=EDGES, **options):
+    pos = points() if pos is None else pos
+    climate = MarClimate([str(folder)], **options)
+    (found,) = climate.sample([Request(pos, edges)])
+    return found
+
+
+@pytest.mark.parametrize("name", ["mar", "epsg3413"])
+@pytest.mark.parametrize("daily", [False, True])
+def test_sums_between_dates_at_projected_points(tmp_path, name, daily):
+    write(tmp_path, name=name, daily=daily)
+    found = sample(tmp_path)
+    x, y = project(points(), name).T
+    for layer in range(2):  # a year is a year, whatever the calendar
+        np.testing.assert_allclose(
+            found.physics[:, layer, 0], plane(x, y), rtol=1e-9 if daily else 3e-3
+        )
+    np.testing.assert_allclose(found.physics[..., 1], -20.0)
+    np.testing.assert_allclose(found.physics[..., 2], 0.1, rtol=3e-3)  # 91.7 mm w.e. of ice
+    np.testing.assert_allclose(found.physics[..., 3], -0.262, rtol=3e-3)
+    np.testing.assert_allclose(found.physics[..., 4], 1.5)
+    assert not found.flag.any()
+
+
+def test_layers_longer_than_a_year_are_sums_by_year(tmp_path):
+    write(tmp_path, daily=True)
+    yearly = sample(tmp_path).physics[:, 0, 0]
+    longer = sample(tmp_path, edges=FLIGHT - np.array([0.0, 2.5]) * YEAR).physics[:, 0, 0]
+    np.testing.assert_allclose(longer, yearly, rtol=1e-9)
+
+
+def test_each_years_layer_gets_that_year(tmp_path):
+    for year in (2009, 2010, 2011, 2012):
+        write(tmp_path, (year,), daily=True, ST=lambda v, u, year=year: v * 0 + year - 2030.0)
+    found = sample(tmp_path).physics[0, :, 1]
+    share = 105 / 365.25  # of 2012 before the flight, roughly
+    np.testing.assert_allclose(found, [share * -18 + (1 - share) * -19] - np.arange(2), atol=0.01)
+
+
+def test_weights_are_computed_once(tmp_path, monkeypatch):
+    write(tmp_path)
+    calls = []
+    original = scipy.spatial.Delaunay
+    monkeypatch.setattr(
+        scipy.spatial, "Delaunay", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    requests = [Request(points(seed=k), EDGES - k * 30) for k in range(4)]
+    together = MarClimate([str(tmp_path)]).sample(requests)
+    assert len(calls) == 1  # for all flights, variables and years
+    for request, found in zip(requests, together, strict=True):
+        alone = sample(tmp_path, request.pos, request.edges)
+        np.testing.assert_allclose(found.physics, alone.physics, rtol=1e-12)
+
+
+def test_cells_without_ice_are_not_used(tmp_path):
+    def half(values, units):
+        ice = np.full(values.shape, 4.0)
+        ice[:, :10] = 2.0
+        return ice
+
+    def spoil(values, units):
+        values[:, :, :10] = 1e36
+        return values
+
+    write(tmp_path, SRF=half, SMB=spoil)
+    found = sample(tmp_path)
+    assert 0 < found.flag.sum() < len(found.flag)
+    assert np.isfinite(found.physics).all()
+    x = project(points())[:, 0]
+    np.testing.assert_array_equal(found.flag == 1, x < 0)  # the first column of ice is x = 0
+    assert (found.physics[..., 0] < 500).all()
+    np.testing.assert_allclose(found.away[x < -20e3], -x[x < -20e3], atol=10e3)
+
+
+@pytest.mark.parametrize("fill", [1e36, 999.0, -9999.0, np.nan])
+def test_fill_values_are_no_climate(tmp_path, fill):
+    def spoil(values, units):
+        values[:, :, :10] = fill
+        return values
+
+    write(tmp_path, ST=spoil)
+    found = sample(tmp_path)
+    assert found.flag.any()
+    np.testing.assert_allclose(found.physics[..., 1], -20.0)
+
+
+def test_fill_values_on_ice_of_a_later_month_are_an_error(tmp_path):
+    def spoil(values, units):
+        values[5] = 1e36
+        return values
+
+    write(tmp_path, ME=spoil)
+    with pytest.raises(DataError, match=r"ME of .* is missing on ice"):
+        sample(tmp_path)
+
+
+def test_percent_masks_are_masks(tmp_path):
+    write(tmp_path, SRF=None, MSK=lambda v, u: np.where(np.arange(21) < 10, 20.0, 95.0) + 0 * v)
+    assert sample(tmp_path).flag.any()
+
+
+def test_sectors_are_combined_by_their_fractions(tmp_path):
+    def sectors(values, units):
+        return np.stack([values, values * 0 - 5.0], 1)
+
+    def fractions(values, units):
+        return np.stack([values * 0 + 75.0, values * 0 + 25.0], 1)
+
+    write(tmp_path, ST=sectors, FRA=fractions)
+    np.testing.assert_allclose(sample(tmp_path).physics[..., 1], -20 * 0.75 - 5 * 0.25)
+    write(tmp_path, ST=sectors)  # without fractions: the first is ice
+    np.testing.assert_allclose(sample(tmp_path).physics[..., 1], -20.0)
+
+
+def test_refreezing_follows_from_the_water(tmp_path):
+    write(tmp_path, RU=lambda v, u: v + 10 / YEAR * 30, RF=lambda v, u: v * 0 + 20 / YEAR * 30)
+    made = sample(tmp_path).physics[..., 2]
+    np.testing.assert_allclose(
+        made, (91.7 + 20 * 12 * 30 / YEAR - 10 * 12 * 30 / YEAR) / 917, rtol=0.01
+    )
+    write(tmp_path, RZ=lambda v, u: v * 0.5)
+    np.testing.assert_allclose(sample(tmp_path).physics[..., 2], 0.05, rtol=3e-3)
+
+
+def test_units_by_attribute(tmp_path):
+    write(tmp_path, SMB=lambda v, u: (v / 1000, "m w.e./month"), ST=lambda v, u: (v + 273.15, "K"))
+    found = sample(tmp_path)
+    np.testing.assert_allclose(found.physics[:, 0, 0], plane(*project(points()).T), rtol=3e-3)
+    np.testing.assert_allclose(found.physics[..., 1], -20.0)
+    write(tmp_path, SMB=lambda v, u: (v / 30.4, "mmWE/day"))  # a rate, in steps of months
+    rate = sample(tmp_path).physics[:, 0, 0]
+    np.testing.assert_allclose(rate, plane(*project(points()).T), rtol=0.02)
+
+
+def test_unit_mix_ups_are_found_by_what_is_plausible(tmp_path):
+    write(tmp_path, SMB=lambda v, u: v / 1000)  # metres that are said to be millimetres
+    with pytest.raises(DataError, match=r"as if the files were in m w\.e\..*scale={SMB: 1000}"):
+        sample(tmp_path)
+    found = sample(tmp_path, scale={"SMB": 1000.0})
+    np.testing.assert_allclose(found.physics[:, 0, 0], plane(*project(points()).T), rtol=3e-3)
+    write(tmp_path, ST=lambda v, u: v * 10)
+    with pytest.raises(DataError, match="neither degC nor K"):
+        sample(tmp_path)
+
+
+def test_kilometres_and_metres_of_coordinates(tmp_path):
+    write(tmp_path, name="epsg3413")
+    good = sample(tmp_path).physics
+    for path in tmp_path.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            for name in "xy":
+                data[name][:] = data[name][:] / 1000
+    np.testing.assert_allclose(sample(tmp_path).physics, good, rtol=1e-9)
+    for path in tmp_path.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            data["x"].units = "m"
+    with pytest.raises(DataError, match="is said to be in m, but reaches only"):
+        sample(tmp_path)
+
+
+def test_points_outside_get_the_nearest_cell_and_a_flag(tmp_path):
+    write(tmp_path)
+    pos = np.array([[71.0, -40.0], [70.5, -50.0]])
+    found = sample(tmp_path, pos)
+    np.testing.assert_array_equal(found.flag, [0, 1])
+    assert found.away[1] > 100e3
+    assert found.physics[1, 0, 0] == pytest.approx(plane(-200e3, 40e3), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"ST": None}, {}, r"no variable for the field st \(ST"),
+        ({"ZN6": None}, {}, "field snowpack"),
+        ({"years": (2011, 2012)}, {}, r"do not cover layer 2, 2010-04-14 to 2011-04-14"),
+        ({"SRF": lambda v, u: v * 0}, {}, "No cell of the climate grid is ice"),
+    ],
+)
+def test_unusable_files(tmp_path, changes, options, message):
+    write(tmp_path, **changes)
+    with pytest.raises(DataError, match=message) as error:
+        sample(tmp_path, **options)
+    assert error.value.mend
+
+
+def test_fewer_fields_need_fewer_variables(tmp_path):
+    write(tmp_path, ZN6=None, ST=None)
+    assert sample(tmp_path, variables=["melt", "smb"]).physics.shape == (30, 2, 2)
+    with pytest.raises(ConfigError, match="no physical field snow"):
+        MarClimate([str(tmp_path)], variables=["snow"])
+
+
+def test_damaged_and_missing_climate_files(tmp_path):
+    with pytest.raises(DataError, match="no climate file"):
+        sample(tmp_path)
+    write(tmp_path)
+    path = tmp_path / "MARv3.12-2011.nc"
+    whole = path.read_bytes()
+    for size in (1000, len(whole) * 3 // 4):
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match="cannot be read"):
+            sample(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "again.nc").write_bytes(whole)
+    with pytest.raises(DataError, match="overlap in time"):
+        sample(tmp_path)
+
+
+def layer_files(folder, pos, **options):
+    """Picks of two layers of 5 ns along a track, over the climate of :func:`write`."""
+    place = folder / "CSARP_layer" / "20120414_01"
+    place.mkdir(parents=True)
+    times = FLIGHT * 86_400 + np.arange(len(pos))
+    picks = 3e-6 + np.tile([0.0, 5e-9, 1e-8], (len(pos), 1))
+    write_layer_file(place / "Data_20120414_01_001.mat", times, pos, picks)
+    climate = MarClimate([str(folder / "mar")])
+    return LayerFiles([str(folder / "CSARP_layer")], climate, traces=len(pos), **options)
+
+
+def test_stacks_have_the_climate_and_the_density_that_follows_from_it(tmp_path):
+    (tmp_path / "mar").mkdir()
+    write(tmp_path / "mar")
+    pos = np.stack([71.0 + np.arange(20) * 1e-3, np.full(20, -40.5)], 1)
+    (stack,) = layer_files(tmp_path, pos).load().stacks
+    smb = plane(*project(pos).T)
+    np.testing.assert_allclose(stack.physics[:, 0, 0], smb, rtol=3e-3)
+    assert not stack.physics_flag.any()
+    one = np.ones((20, 2))
+    density = layer_density(
+        one * smb[:, None] / 1000, one * 253.15, one * 0.0917, np.array([1.0, 2.0])
+    )
+    np.testing.assert_allclose(
+        stack.thickness, time_to_thickness(np.array(5e-9), density), rtol=1e-3
+    )
+    assert (np.diff(stack.thickness, axis=1) < 0).all()  # the older one is denser
+
+
+def test_stacks_at_and_beyond_the_edge_of_the_climate(tmp_path):
+    (tmp_path / "mar").mkdir()
+    write(tmp_path / "mar")
+    edge = Transformer.from_crs(CRS_OF["mar"], CRS_OF["mar"].geodetic_crs, always_xy=True)
+    lon, lat = edge.transform(np.linspace(190e3, 210e3, 20), np.zeros(20))
+    pos = np.stack([lat, lon], 1)
+    source = layer_files(tmp_path, pos)
+    flights = source.load()
+    (stack,) = flights.stacks
+    assert 5 < stack.physics_flag.sum() < 15
+    assert {e.kind: e.count for e in flights.excluded} == {"nearest": stack.physics_flag.sum()}
+    source.climate.reach = 5_000.0
+    with pytest.raises(DataError, match=r"of 20 traces of stack 20120414_01_0000 .*away") as error:
+        source.load()
+    assert "exclude=[outside_climate]" in error.value.mend
+    source.exclude = frozenset(["outside_climate"])
+    with pytest.raises(DataError, match=r"no usable stack \(1 stacks outside the climate grid"):
+        source.load()
+
+
+def test_months_may_be_counted_as_mar_counts(tmp_path):
+    write(tmp_path)
+    good = sample(tmp_path).physics
+    for path in tmp_path.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            data["TIME"].units = "HOURS since 1901-01-15 00:00:00"
+    np.testing.assert_array_equal(sample(tmp_path).physics, good)
+
+
+@given(
+    st.lists(st.floats(0.5, 40), min_size=3, max_size=30),
+    st.lists(st.floats(0.3, 5), min_size=1, max_size=4),
+)
+@settings(max_examples=50, deadline=None)
+def test_sums_between_dates_lose_and_add_nothing(lengths, ages):
+    ends = np.cumsum(lengths)
+    steps = np.stack([ends - lengths, ends], 1)
+    edges = ends[-1] - np.concatenate([[0.0], np.cumsum(ages)])
+    weights = interval_weights(steps, edges)
+    amount = np.asarray(lengths)  # one unit a day
+    expected = np.clip(edges[:-1], 0, None) - np.clip(edges[1:], 0, None)
+    np.testing.assert_allclose(weights @ amount, expected, atol=1e-9)
+    assert ((weights >= 0) & (weights <= 1 + 1e-12)).all()
+
+
+def test_months_have_their_length():
+    edges = (np.datetime64("2011-01", "M") + np.arange(25)).astype("datetime64[D]").astype(float)
+    found = step_edges((edges[:-1] + edges[1:]) / 2)
+    assert np.abs(found[:, 0] - edges[:-1]).max() < 1.5
+    np.testing.assert_array_equal(found[1:, 0], found[:-1, 1])
+
+
+# tracks
+
+
+def test_haversine():
+    for lat in (0.0, 45.0, 70.0):
+        assert haversine(np.array([lat, -40.0]), np.array([lat + 1, -40.0])) == pytest.approx(
+            111_190, abs=10
+        )
+    a, b = np.array([70.0, 179.9]), np.array([70.0, -179.9])
+    assert haversine(a, b) == haversine(b, a) == pytest.approx(7_606, abs=5)
+    assert haversine(a, a) == 0
+
+
+@given(st.integers(2, 300), st.integers(2, 64))
+@settings(max_examples=50, deadline=None)
+def test_blocks_hold_every_trace_once(raw, traces):
+    distance = np.arange(raw) * 14.7
+    blocks = cut(distance[-1], traces, 14.7)
+    np.testing.assert_allclose(np.concatenate(blocks), distance, atol=1e-9)
+    assert {len(b) for b in blocks[:-1]} <= {traces}
+
+
+def test_resampling_at_the_traces_changes_nothing_and_keeps_gaps():
+    generator = np.random.default_rng(0)
+    distance = np.cumsum(generator.uniform(90, 110, 50))
+    values = generator.normal(size=(50, 4))
+    values[generator.random(values.shape) < 0.3] = np.nan
+    np.testing.assert_array_equal(resample(distance, values, distance), values)
+    off = resample(distance, values, distance[:-1] + 1.0)  # one metre on
+    np.testing.assert_array_equal(np.isnan(off), np.isnan(values[:-1]))
+
+
+def test_resampling_to_coarser_traces_takes_means_of_what_is_there():
+    distance = np.arange(100.0)
+    values = distance.copy()
+    values[40:60] = np.nan
+    found = resample(distance, values, np.arange(0.0, 100.0, 10.0))
+    np.testing.assert_allclose(found[[1, 2, 3, 7, 8]], [9.5, 19.5, 29.5, 69.5, 79.5], atol=0.6)
+    assert np.isnan(found[5])
+
+
+def test_standing_still_is_no_jump():
+    pos = np.array([[70.0, -40.0]] * 3 + [[70.0 + k * 1e-4, -40.0] for k in range(1, 20)])
+    assert break_at_jumps(along_track(pos)) == [slice(0, 22)]
+
+
+# firn and travel time
+
+
+@given(st.floats(0.05, 5.0), st.floats(0.2, 0.9))
+def test_travel_time_is_the_inverse_of_thickness(thickness, density):
+    time = thickness_to_time(np.array([thickness]), np.array([density]))
+    assert time_to_thickness(time, np.array([density]))[0] == pytest.approx(thickness)
+    assert 3e-9 < time[0] / thickness < 2 * 1.8 / 2.9e8  # slower than in air, faster than in ice
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=12))
+def test_negative_years_eat_what_is_under_them_and_no_more(balance):
+    balance = np.array(balance)
+    left = smb_to_layers(balance)
+    assert (left >= 0).all()
+    assert (left <= np.maximum(balance, 0) + 1e-12).all()
+    # from the oldest on, what is there after each year: it cannot be less than nothing
+    total = 0.0
+    for year in balance[::-1]:
+        total = max(total + year, 0.0)
+    assert left.sum() == pytest.approx(total, abs=1e-9)
+
+
+def test_firn_gets_denser_with_age_to_ice():
+    age = np.linspace(0, 500, 200)
+    density = herron_langway(age, np.array(0.3), np.array(250.0))
+    assert (np.diff(density) > 0).all()
+    assert density[0] == pytest.approx(0.315)
+    assert density[-1] < 0.917
+    warm = herron_langway(np.array(10.0), np.array(0.3), np.array(265.0))
+    assert warm > herron_langway(np.array(10.0), np.array(0.3), np.array(245.0))
+
+
+def test_noise_of_a_pick_is_shared_with_opposite_sign():
+    generator = np.random.default_rng(0)
+    noise = np.arange(12.0) + 0.1 * generator.standard_normal((4000, 12))
+    layers, crossed = layer_times(noise)
+    assert crossed == 0
+    off = np.corrcoef(layers.T)
+    assert np.diag(off, 1).mean() == pytest.approx(-0.5, abs=0.02)  # card section 3.2
