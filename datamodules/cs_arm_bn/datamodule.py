@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fulgurite.base import save_options
 from fulgurite.datamodules.cs_arm_bn.episodes import (
     Chunk,
     EpisodeSampler,
@@ -171,12 +172,7 @@ class PlateDataModule(L.LightningDataModule):
                 "Images are to be excluded, and without a cache none is seen before it is used.",
                 "Set `--data.init_args.cache=true`.",
             )
-        self.save_hyperparameters(logger=False)
-        for name in ("source", "split", "preprocess"):
-            # the command line records them as plain configuration; objects given from Python
-            # would make the checkpoint unreadable with weights_only=True
-            if not isinstance(self.hparams.get(name), dict | None):
-                self.hparams.pop(name)
+        save_options(self, "source", "split", "preprocess", logger=False)
         self.source = source
         self.split = split
         self.queries = queries

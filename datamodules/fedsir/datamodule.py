@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fulgurite.base import save_options
 from fulgurite.datamodules.fedsir.augment import shift_crop
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noise import Corruption, NoisyClients
@@ -140,12 +141,7 @@ class FederatedDataModule(L.LightningDataModule):
                 f"The mean is {mean} and the standard deviation {std}.",
                 "Give both `--data.init_args.mean` and `--data.init_args.std` (positive), or none.",
             )
-        self.save_hyperparameters(logger=False)
-        for name in ("source", "partition", "noise"):
-            # the command line records them as plain configuration; objects given from Python
-            # would make the checkpoint unreadable with weights_only=True
-            if not isinstance(self.hparams.get(name), dict | None):
-                self.hparams.pop(name)
+        save_options(self, "source", "partition", "noise", logger=False)
         self.source = source
         self.partition = partition
         self.noise = noise

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
+from fulgurite.base import save_options
 from fulgurite.datamodules.ice_layers.completed import (
     CompletedStacks,
     drop_overlapping,
@@ -131,7 +132,7 @@ class IceLayerDataModule(L.LightningDataModule):
                 f"There is no part {unknown[0]!r} of a split.",
                 f"Set `--data.init_args.traced` to some of {', '.join(PARTS)}.",
             )
-        self.save_hyperparameters(logger=False)
+        save_options(self, "source", "completed", logger=False)
         self.source = SyntheticFlights() if source is None else source
         self.completed = completed
         self.val, self.test, self.order, self.guard = val, test, order, guard
@@ -284,13 +285,15 @@ class IceLayerDataModule(L.LightningDataModule):
 
     def _loader(self, data: Sequence[Any], sampler: Any, batch_size: int) -> Any:
         try:
-            from torch_geometric.loader import DataLoader
+            from torch_geometric.loader.dataloader import Collater
         except ImportError as error:
             raise need_extra("torch-geometric", "Batching stacks") from error
+        # PyG's own DataLoader cannot be made again, as Lightning does for prediction
         return DataLoader(
-            data,
+            data,  # type: ignore[arg-type]  # a list is a dataset
             batch_size=batch_size,
             sampler=sampler,
+            collate_fn=Collater(data),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # loading leaves the run's randomness alone

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from fulgurite.base import SystemModule, scheduled
+from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.io import load_plain
 from fulgurite.models.cs_arm_bn.batchnorm import (
@@ -71,12 +71,7 @@ class PlateClassifier(SystemModule):
         in_channels: int = 5,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["method"] if isinstance(method, nn.Module) else [])
-        for name in ("network", "method", "optimizer", "scheduler"):
-            # recorded as plain configuration by the command line; as objects from Python they
-            # would make the checkpoint unreadable with weights_only=True
-            if not isinstance(self.hparams.get(name), dict | None):
-                self.hparams.pop(name)
+        save_options(self, "network", "method", "optimizer", "scheduler")
         for name, value, least in (
             ("num_classes", num_classes, 2),
             ("in_channels", in_channels, 1),

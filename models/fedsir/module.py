@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from fulgurite.base import SystemModule
+from fulgurite.base import SystemModule, save_options
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
 
@@ -89,12 +89,7 @@ class FederatedClassifier(SystemModule):
         in_channels: int = 1,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        for name in ("network", "optimizer", "method", "server_optimizer"):
-            # recorded as plain configuration by the command line; as objects from Python they
-            # would make the checkpoint unreadable with weights_only=True
-            if not isinstance(self.hparams.get(name), dict | None):
-                self.hparams.pop(name)
+        save_options(self, "network", "optimizer", "method", "server_optimizer")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("local_epochs", local_epochs, 1),

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fulgurite.base import save_options
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write
 from fulgurite.models.number_probing.module import NumberModule
@@ -366,9 +367,7 @@ class SkipGram(_TextFileModule):
         vocab_size: int = 1002,
     ) -> None:
         super().__init__(vocab_size)
-        self.save_hyperparameters(ignore=["optimizer"])
-        if "_instantiator" in self.hparams:  # by the command line
-            self.save_hyperparameters()
+        save_options(self, "optimizer")
         for name, value in (("width", width), ("window", window), ("negatives", negatives)):
             if value < 1:
                 raise ConfigError(

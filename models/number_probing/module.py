@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fulgurite.base import SystemModule, scheduled
+from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.losses import rows_all_right, token_losses
 from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
@@ -122,11 +122,7 @@ class NumberLM(NumberModule):
         vocab_size: int = 1002,
     ) -> None:
         super().__init__(vocab_size)
-        # recorded as plain configuration by the command line; as objects from Python they would
-        # make the checkpoint unreadable with weights_only=True, and the backbone would be copied
-        self.save_hyperparameters(ignore=["backbone", "optimizer", "scheduler"])
-        if "_instantiator" in self.hparams:  # by the command line
-            self.save_hyperparameters()
+        save_options(self, "backbone", "optimizer", "scheduler")
         for name, value, least in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
             if value < least:
                 raise ConfigError(

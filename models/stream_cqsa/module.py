@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fulgurite.base import SystemModule, scheduled
+from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.stream_cqsa.losses import (
     IGNORED,
@@ -60,11 +60,7 @@ class LanguageModel(SystemModule):
         loss_chunk: int = 1024,
     ) -> None:
         super().__init__()
-        # recorded as plain configuration by the command line; as objects from Python they would
-        # make the checkpoint unreadable with weights_only=True, and the network would be copied
-        self.save_hyperparameters(ignore=["network", "optimizer", "scheduler"])
-        if "_instantiator" in self.hparams:  # by the command line
-            self.save_hyperparameters()
+        save_options(self, "network", "optimizer", "scheduler")
         for name, value, least in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
             if value < least:
                 raise ConfigError(

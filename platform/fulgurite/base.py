@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["SystemModule", "scheduled"]
+__all__ = ["SystemModule", "save_options", "scheduled"]
 
 
 class SystemModule(LightningModule):
@@ -27,6 +29,24 @@ class SystemModule(LightningModule):
 
     monitor: str | None = None
     mode: str = "min"
+
+
+def save_options(owner: HyperparametersMixin, *objects: str, logger: bool = True) -> None:
+    """``save_hyperparameters()`` for constructors that are given objects; call it there.
+
+    The command line records how objects are made, as plain values. Objects given from Python are
+    left out: they would make the checkpoint unreadable with ``weights_only=True``, and be copied.
+
+    Args:
+        owner: The module or DataModule that is being constructed.
+        objects: Arguments that may be objects.
+        logger: Whether loggers get the values.
+    """
+    frame = inspect.currentframe()
+    constructor = frame.f_back if frame else None
+    owner.save_hyperparameters(ignore=objects, frame=constructor, logger=logger)
+    if "_instantiator" in owner.hparams:  # by the command line
+        owner.save_hyperparameters(frame=constructor, logger=logger)
 
 
 def scheduled(

@@ -99,8 +99,7 @@ OURS = (
     System(
         "ice_layers",
         "snow-radar layers: broken and absent ones completed, conditioned on climate physics",
-        "Physics-Conditioned Synthesis of Internal Ice-Layer Thickness for Incomplete Layer "
-        "Traces",
+        "Physics-Conditioned Synthesis of Internal Ice-Layer Thickness for Incomplete Layer Traces",
         "https://arxiv.org/abs/2604.20783",
         "fulgurite.configs.ice_layers",
     ),

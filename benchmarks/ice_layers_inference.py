@@ -1,0 +1,118 @@
+"""Ice layers: time to complete a stack, the network against kriging.
+
+``python -m benchmarks ice_layers_inference``.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from benchmarks.harness import ratios, report, spread, take_turns
+from fulgurite.models.ice_layers import CompletionNet, IceCompletion
+from fulgurite.models.ice_layers.baseline_module import BaselineCompletion
+from fulgurite.models.ice_layers.kriging import Kriging, KrigingStack
+
+PHYSICS = 5
+MISSING = 0.37  # share of entries in the generated data
+
+
+def make_batch(stacks: int, traces: int, layers: int) -> Any:
+    """Stacks of smooth layers with broken traces and absent layers."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    made = []
+    for number in range(stacks):
+        physics = random(1, layers, PHYSICS) + 0.05 * random(traces, 1, PHYSICS).cumsum(0)
+        thickness = (0.2 * physics[..., 0] + 0.01 * random(traces, layers)).exp()
+        start = torch.randint(traces, (layers,), generator=draw)
+        place = (torch.arange(traces)[:, None] - start) % traces
+        observed = place >= 1.6 * MISSING * traces * torch.linspace(0, 1, layers)
+        observed[:, torch.rand(layers, generator=draw) < 0.08] = False
+        at = 100.0 * torch.arange(traces, dtype=torch.float64)
+        made.append(
+            Data(
+                num_nodes=traces,
+                thickness=torch.where(observed, thickness, torch.nan),
+                observed=observed,
+                physics=physics.float(),
+                pos=torch.stack([70 + at / 1.1e5, at * 0 - 40], 1),
+                distance=at,
+                segment=torch.tensor([number]),
+                stack=torch.tensor([number]),
+            )
+        )
+    return Batch.from_data_list(made)
+
+
+def network(layers: int, width: int) -> IceCompletion:
+    """The network of ``ice_layers/synthetic.yaml``, at this width; what it learnt costs no time."""
+    text = (resources.files("fulgurite.configs.ice_layers") / "synthetic.yaml").read_text("utf-8")
+    options = dict(yaml.safe_load(text)["model"]["init_args"])
+    inner = options.pop("network")["init_args"] | {"width": width}
+    plain = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
+    module = IceCompletion(lambda size, fields: CompletionNet(size, fields, **inner), **plain)
+    module.build(layers, PHYSICS)
+    return module.eval()
+
+
+def main() -> None:
+    """Measure two sizes, print and write the table."""
+    torch.set_num_threads(1)
+    rows, raw = [], {}
+    for name, (traces, layers, stacks, width, turns) in {
+        "48 traces, 10 layers": (48, 10, 16, 32, 9),
+        "256 traces, 20 layers": (256, 20, 2, 64, 3),
+    }.items():
+        batch = make_batch(stacks, traces, layers)
+        net = network(layers, width)
+        # a short fit: the time does not depend on the parameters
+        baseline = BaselineCompletion("kriging", fit_stacks=2, fit_entries=100, iterations=2)
+        fitted = [stack for _, stack in baseline._stacks(batch)]
+        baseline.fit(fitted)
+        assert baseline.kriging is not None
+
+        @torch.inference_mode()
+        def complete(module: Any = net, batch: Any = batch) -> None:
+            module.fill(batch)
+
+        @torch.inference_mode()
+        def krige(kriging: Kriging = baseline.kriging, stacks: list[KrigingStack] = fitted) -> None:
+            for stack in stacks:
+                kriging(*stack, where=~stack.observed)
+
+        seconds = take_turns({"network": complete, "kriging": krige}, turns)
+        raw[name] = seconds
+        faster = ratios(seconds["kriging"], seconds["network"])
+        size = sum(p.numel() for p in net.networks.parameters())
+        missing = float((~batch.observed).double().mean())
+        rows += [
+            {
+                "setting": f"{name}, {100 * missing:.0f} % missing",
+                "method": f"network ({size:,} parameters)" if key == "network" else key,
+                "ms/stack": spread([1000 * t / stacks for t in seconds[key]]),
+                "times faster than kriging": spread(faster) if key == "network" else "1",
+            }
+            for key in seconds
+        ]
+    report("ice_layers_inference", "Ice layers: completing a stack", NOTES, rows, raw)
+
+
+NOTES = """
+One thread, on stacks in memory. The network completes a batch of 16 (2) stacks, uncertainty and
+provenance with it; width 32 (64), else as in `ice_layers/synthetic.yaml`. Kriging is exact, in
+float64, and predicts only the missing entries, with their standard deviation. Both take turns, the
+first turn is left out; the last column compares turn by turn; medians with quartiles. Parameters
+are not those of a finished training, on which the time does not depend.
+"""
+
+if __name__ == "__main__":
+    main()

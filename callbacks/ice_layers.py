@@ -1,0 +1,129 @@
+"""What is written of completed stacks, and drawn of how good they are."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fulgurite.errors import ConfigError
+from fulgurite.logging import log_figure
+from fulgurite.models.ice_layers.figures import (
+    calibration_figure,
+    depth_figure,
+    layers_figure,
+)
+from fulgurite.models.ice_layers.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.output import (
+    CompletedStack,
+    completed_stacks,
+    file_name,
+    write_netcdf,
+    write_npz,
+)
+
+__all__ = ["CompletionWriter"]
+
+_FILLED = {"thickness", "provenance", "std"}
+
+
+class CompletionWriter(Callback):
+    """Writes each stack that ``fulgurite predict`` completes, and figures of predictions and tests.
+
+    A stack is written as soon as its batch is done, to ``completed/`` in the run folder, as npz
+    and NetCDF. It names the flight segments that the model has seen, so that a downstream test
+    can refuse them.
+
+    Args:
+        netcdf: Write NetCDF files with CF attributes.
+        npz: Write npz files, which :class:`~fulgurite.datamodules.ice_layers.CompletedStacks`
+            reads.
+        folder: Where to, relative to the run folder.
+        figures: Stacks that are drawn before and after; 0 for none.
+
+    Raises:
+        ConfigError: A number is out of range, or the model completes nothing.
+
+    Source: arXiv 2604.20783; card sections 1.7 and 5 (a flag for every filled value).
+    """
+
+    def __init__(
+        self, netcdf: bool = True, npz: bool = True, folder: str = "completed", figures: int = 4
+    ) -> None:
+        if figures < 0:
+            raise ConfigError(
+                f"CompletionWriter.figures={figures} is negative.", "Give 0 or more stacks."
+            )
+        self.netcdf, self.npz, self.folder, self.figures = netcdf, npz, folder, figures
+        self.written = 0
+        self._drawn = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to count."""
+        self.written = self._drawn = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write and draw the stacks of a batch."""
+        place = trainer.logger.log_dir if trainer.logger else None
+        if place is None:
+            return
+        truth = getattr(batch, "truth", None)
+        first = 0
+        for stack in self._stacks(trainer, pl_module, outputs, batch):
+            rows = slice(first, first := first + len(stack.distance))
+            path = Path(place) / self.folder / file_name(stack.stack)
+            if self.npz:
+                write_npz(path.with_name(f"{path.name}.npz"), stack)
+            if self.netcdf:
+                write_netcdf(path.with_name(f"{path.name}.nc"), stack)
+            self.written += 1
+            if self._drawn < self.figures:
+                self._drawn += 1
+                known = None if truth is None else truth[rows].cpu().numpy()
+                name = f"completed_{file_name(stack.stack)}"
+                log_figure(trainer, name, layers_figure(stack, known))
+
+    def _stacks(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any
+    ) -> list[CompletedStack]:
+        if not isinstance(outputs, dict) or not outputs.keys() >= _FILLED:
+            raise ConfigError(
+                f"{type(pl_module).__name__} completes no stacks, so CompletionWriter has nothing "
+                "to write.",
+                "Leave fulgurite.callbacks.ice_layers.CompletionWriter out of trainer.callbacks.",
+            )
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        seen = getattr(pl_module, "trained_segments", None)
+        return completed_stacks(
+            batch, outputs, data.segments, data.stacks, seen or _segments(data), data.physics,
+            data.layer_names, data.layer_age,
+        )  # fmt: skip
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the error by depth, and how often intervals hold what they promise."""
+        metrics = getattr(pl_module, "metrics", None)
+        if not (self.figures and trainer.is_global_zero and isinstance(metrics, CompletionMetrics)):
+            return
+        name = type(pl_module).__name__
+        if by_depth := metrics.by_depth():
+            log_figure(trainer, "test_depth", depth_figure({name: by_depth}))
+        if coverage := metrics.calibration():
+            log_figure(trainer, "test_calibration", calibration_figure({name: coverage}))
+
+
+def _segments(data: Any) -> tuple[str, ...]:
+    """Segments of the data's training and validation stacks; none where they are not known."""
+    found: set[str] = set()
+    with suppress(AttributeError, KeyError):
+        found = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
+    return tuple(sorted(found))

@@ -1,0 +1,161 @@
+"""Ice layers: completing broken and absent radar layers, conditioned on climate physics.
+
+The parts are imported on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fulgurite.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from fulgurite.models.ice_layers.baseline_module import (
+        BaselineCompletion,
+    )
+    from fulgurite.models.ice_layers.baselines import (
+        along_then_across,
+        along_track,
+        fit_ridge,
+        layer_means,
+        own_layer_mean,
+    )
+    from fulgurite.models.ice_layers.completion import (
+        Gaps,
+        complete,
+        gaps,
+        provenance,
+    )
+    from fulgurite.models.ice_layers.deep import (
+        DeepLayerPredictor,
+    )
+    from fulgurite.models.ice_layers.features import (
+        PhysicsPrior,
+        input_features,
+        nearby_means,
+    )
+    from fulgurite.models.ice_layers.graph import (
+        Track,
+        adjacency,
+        edges,
+        haversine,
+    )
+    from fulgurite.models.ice_layers.hiding import (
+        StructuredHiding,
+        held_out,
+    )
+    from fulgurite.models.ice_layers.kriging import (
+        Kriging,
+        fit_kriging,
+    )
+    from fulgurite.models.ice_layers.losses import (
+        masked_robust_loss,
+    )
+    from fulgurite.models.ice_layers.metrics import (
+        CompletionMetrics,
+        MaskedMAE,
+        MaskedRMSE,
+    )
+    from fulgurite.models.ice_layers.module import (
+        IceCompletion,
+    )
+    from fulgurite.models.ice_layers.network import (
+        CompletionNet,
+    )
+    from fulgurite.models.ice_layers.output import (
+        CompletedStack,
+        read_netcdf,
+        read_npz,
+        write_netcdf,
+        write_npz,
+    )
+    from fulgurite.models.ice_layers.schedule import (
+        TwoStageLR,
+        two_stage,
+    )
+    from fulgurite.models.ice_layers.spatial import (
+        Neighbourhood,
+        SageLayer,
+        SpatialEncoder,
+        TraceAttention,
+    )
+    from fulgurite.models.ice_layers.temporal import (
+        LayerTransformer,
+    )
+    from fulgurite.models.ice_layers.uncertainty import (
+        Calibration,
+        coverage,
+    )
+
+_MODULES = {
+    "baseline_module": ("BaselineCompletion",),
+    "baselines": (
+        "along_then_across",
+        "along_track",
+        "fit_ridge",
+        "layer_means",
+        "own_layer_mean",
+    ),
+    "completion": ("Gaps", "complete", "gaps", "provenance"),
+    "deep": ("DeepLayerPredictor",),
+    "features": ("PhysicsPrior", "input_features", "nearby_means"),
+    "graph": ("Track", "adjacency", "edges", "haversine"),
+    "hiding": ("StructuredHiding", "held_out"),
+    "kriging": ("Kriging", "fit_kriging"),
+    "losses": ("masked_robust_loss",),
+    "metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
+    "module": ("IceCompletion",),
+    "network": ("CompletionNet",),
+    "output": ("CompletedStack", "read_netcdf", "read_npz", "write_netcdf", "write_npz"),
+    "schedule": ("TwoStageLR", "two_stage"),
+    "spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
+    "temporal": ("LayerTransformer",),
+    "uncertainty": ("Calibration", "coverage"),
+}
+
+__all__ = [
+    "BaselineCompletion",
+    "Calibration",
+    "CompletedStack",
+    "CompletionMetrics",
+    "CompletionNet",
+    "DeepLayerPredictor",
+    "Gaps",
+    "IceCompletion",
+    "Kriging",
+    "LayerTransformer",
+    "MaskedMAE",
+    "MaskedRMSE",
+    "Neighbourhood",
+    "PhysicsPrior",
+    "SageLayer",
+    "SpatialEncoder",
+    "StructuredHiding",
+    "TraceAttention",
+    "Track",
+    "TwoStageLR",
+    "adjacency",
+    "along_then_across",
+    "along_track",
+    "complete",
+    "coverage",
+    "edges",
+    "fit_kriging",
+    "fit_ridge",
+    "gaps",
+    "haversine",
+    "held_out",
+    "input_features",
+    "layer_means",
+    "masked_robust_loss",
+    "nearby_means",
+    "own_layer_mean",
+    "provenance",
+    "read_netcdf",
+    "read_npz",
+    "two_stage",
+    "write_netcdf",
+    "write_npz",
+]
+
+__getattr__, __dir__ = lazy_attributes(__name__, _MODULES)

@@ -1,0 +1,358 @@
+"""Baselines as a LightningModule, so that they stand in one table with the network.
+
+Axes: B stacks, N traces of all of them, L layers, P physical fields.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fulgurite.base import SystemModule
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.models.ice_layers.baselines import (
+    Ridge,
+    along_then_across,
+    along_track,
+    fit_ridge,
+    layer_means,
+    own_layer_mean,
+)
+from fulgurite.models.ice_layers.completion import LEFT, complete, gaps, provenance
+from fulgurite.models.ice_layers.graph import Track
+from fulgurite.models.ice_layers.hiding import held_out
+from fulgurite.models.ice_layers.kriging import Kriging, KrigingStack, fit_kriging, thinned
+from fulgurite.models.ice_layers.metrics import CompletionMetrics
+from fulgurite.sampling import rank_and_world
+
+__all__ = ["BaselineCompletion", "BaselineMethod"]
+
+BaselineMethod = Literal["mean", "layer_mean", "along", "linear", "ridge", "kriging"]
+
+_FIELDS = ("thickness", "observed", "physics", "distance", "segment", "stack", "ptr")
+
+
+class BaselineCompletion(SystemModule):
+    """Completes stacks without a network; fitted on training stacks before the first epoch.
+
+    Nothing is trained by gradients, so one epoch is enough.
+
+    Args:
+        method: ``mean``: each layer's mean over training stacks. ``layer_mean``: its mean in the
+            stack itself. ``along``: lines along the track by the 300/60 m rule; what that leaves
+            missing takes ``layer_mean``. ``linear``: lines along the track, then across layers.
+            ``ridge``: regression of each layer on its physics. ``kriging``: on all that is
+            observed, with a physics drift. Where there is nothing to go by, all take ``mean``.
+        max_line: Longest gap that a line of ``along`` crosses [m]; null for any.
+        reach: How far ``along`` reaches into a longer gap [m].
+        penalty: Of ``ridge``, for each entry; ``kriging`` chooses that of its drift.
+        fit_stacks: Training stacks that the covariance of ``kriging`` is fitted on.
+        fit_entries: About so many entries of each.
+        iterations: Of that fit.
+        max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
+        seed: Of the choice of stacks.
+
+    Attributes:
+        trained_segments: Names of the flight segments that it was fitted on, which completed
+            stacks carry for the leakage rule.
+
+    Raises:
+        ConfigError: ``method`` is unknown, or a number is out of range.
+
+    Source: card sections 4.3 and 5; kriging: :mod:`fulgurite.models.ice_layers.kriging`.
+    """
+
+    monitor = None
+
+    def __init__(
+        self,
+        method: BaselineMethod = "kriging",
+        max_line: float | None = 300.0,
+        reach: float = 60.0,
+        penalty: float = 1e-3,
+        fit_stacks: int = 40,
+        fit_entries: int = 240,
+        iterations: int = 40,
+        max_gap: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        where = "model.init_args"
+        if method not in get_args(BaselineMethod):
+            raise ConfigError(
+                f"{where}.method={method} is unknown.",
+                f"Use one of {', '.join(get_args(BaselineMethod))}.",
+            )
+        lengths = {"max_line": max_line, "reach": reach, "penalty": penalty, "max_gap": max_gap}
+        for name, length in lengths.items():
+            if length is not None and not length >= 0:
+                raise ConfigError(f"{where}.{name}={length} is negative.", "Give 0 or more.")
+        counts = {"fit_stacks": fit_stacks, "fit_entries": fit_entries, "iterations": iterations}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"{where}.{name}={count} is too small.", "Give 1 or more.")
+        self.method, self.max_gap, self.reach, self.penalty = method, max_gap, reach, penalty
+        self.max_line = torch.inf if max_line is None else max_line
+        self.fit_stacks, self.fit_entries, self.iterations = fit_stacks, fit_entries, iterations
+        self.seed = seed
+        # a loss needs one, and so does DistributedDataParallel; it is never trained
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.trained_segments: tuple[str, ...] = ()
+        self.means: Tensor | None = None
+        self.ridge: Ridge | None = None
+        self.kriging: Kriging | None = None
+        self.metrics: CompletionMetrics | None = None
+
+    # --- fitting -------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> None:
+        """None."""
+        for meant in ("this fit will run with no optimizer", "no gradient clipping will occur"):
+            warnings.filterwarnings("ignore", f".*{meant}.*")
+
+    def on_train_start(self) -> None:
+        """Fit on the training stacks of all ranks.
+
+        Raises:
+            DataError: Nothing is observed in them.
+        """
+        if self.means is not None:  # a run that goes on
+            return
+        loader: Any = self.trainer.train_dataloader
+        found = [
+            (number, segment, stack)
+            for batch in loader
+            for (number, stack), segment in zip(
+                self._stacks(batch), batch.segment.tolist(), strict=True
+            )
+        ]
+        if (world := rank_and_world()[1]) > 1:
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, found)
+            found = [row for part in everyone for row in part]
+        # in the order of their numbers, each once: equal on any number of ranks
+        rows = {row[0]: row for row in sorted(found, key=lambda row: row[0])}.values()
+        self.fit([stack for _, _, stack in rows], [segment for _, segment, _ in rows])
+        if names := getattr(getattr(self.trainer, "datamodule", None), "segments", ()):
+            seen = {names[segment] for _, segment, _ in rows}
+            self.trained_segments = tuple(sorted(seen))
+
+    def fit(self, stacks: list[KrigingStack], segments: list[int] | None = None) -> None:
+        """Fit on stacks.
+
+        Args:
+            stacks: On the CPU.
+            segments: Number of the flight segment of each.
+
+        Raises:
+            DataError: There is none, or nothing is observed in them.
+        """
+        if not stacks:
+            raise DataError("There is no training stack.", "Check `data.init_args.source`.")
+        thickness, observed, physics, _ = (
+            torch.cat(part) for part in zip(*thinned(stacks), strict=True)
+        )
+        self.means = layer_means(thickness, observed).double()
+        if self.method == "ridge":
+            self.ridge = fit_ridge(thickness, observed, physics, self.penalty)
+        elif self.method == "kriging":
+            self.kriging = fit_kriging(
+                stacks, segments, self.fit_stacks, self.fit_entries, self.iterations,
+                seed=self.seed,
+            )  # fmt: skip
+
+    @staticmethod
+    def _stacks(batch: Any) -> Iterator[tuple[int, KrigingStack]]:
+        """Number and arrays of each stack of a batch, on the CPU."""
+        _check(batch)
+        sizes = batch.ptr.diff().tolist()
+        parts = [torch.split(getattr(batch, n).cpu(), sizes) for n in KrigingStack._fields]
+        rows = zip(*parts, strict=True)
+        yield from zip(batch.stack.tolist(), (KrigingStack(*row) for row in rows), strict=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Nothing: all was fitted before. The loss is 0 and has no optimizer.
+
+        There is one so that settings which networks need (clipping of gradients, several ranks)
+        can stay as they are.
+        """
+        return 0 * self.anchor.sum()
+
+    # --- prediction ----------------------------------------------------------------------------
+
+    def predict_stack(self, stack: KrigingStack) -> tuple[Tensor, Tensor]:
+        """Predicted thickness of all entries and its standard deviation, NaN if unknown [m].
+
+        Only kriging knows a standard deviation.
+
+        Args:
+            stack: On the CPU.
+
+        Shape: to (N, L) and (N, L), float64.
+
+        Raises:
+            CheckpointError: Nothing was fitted.
+            DataError: The stack has another number of layers than the training stacks.
+        """
+        if self.means is None:
+            raise CheckpointError(
+                "The baseline was not fitted.", "Fit it, or give the checkpoint of such a run."
+            )
+        if stack.thickness.shape[1] != len(self.means):
+            raise DataError(
+                f"A stack has {stack.thickness.shape[1]} layers, the training stacks had "
+                f"{len(self.means)}.",
+                "Use the data options of the run that was fitted.",
+            )
+        if self.kriging is not None:
+            return self.kriging(*stack)
+        thickness, observed = stack.thickness.double(), stack.observed
+        unknown = torch.full_like(thickness, torch.nan)
+        if self.ridge is not None:
+            return self.ridge(stack.physics), unknown
+        distance = stack.distance.double()
+        if self.method == "mean":
+            return self.means.expand(thickness.shape).clone(), unknown
+        if self.method == "linear":
+            return along_then_across(thickness, observed, distance, self.means), unknown
+        filled = own_layer_mean(thickness, observed, self.means)
+        if self.method == "along":
+            lines = along_track(thickness, observed, distance, self.max_line, self.reach)
+            filled = torch.where(lines.isfinite(), lines, filled)
+        return filled, unknown
+
+    def predict(self, batch: Any, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`predict_stack` for a batch of which only a part is shown. Shape: (N, L) each."""
+        _check(batch)
+        sizes = batch.ptr.diff().tolist()
+        shown = torch.split(visible.cpu(), sizes)
+        pairs = [
+            self.predict_stack(stack._replace(observed=mask))
+            for (_, stack), mask in zip(self._stacks(batch), shown, strict=True)
+        ]
+        mean, std = (torch.cat(part).to(batch.ptr.device) for part in zip(*pairs, strict=True))
+        return mean, std
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """As :meth:`fulgurite.models.ice_layers.IceCompletion.predict_step`."""
+        predicted, std = self.predict(batch, batch.observed)
+        track = Track.from_ptr(batch.ptr)
+        found = gaps(batch.observed, batch.distance, track)
+        kind = provenance(batch.observed, found, self.max_gap)
+        filled = torch.where(kind == LEFT, torch.nan, predicted)
+        return {
+            "predicted": predicted,
+            "thickness": complete(batch.thickness, batch.observed, filled),
+            "provenance": kind,
+            "std": torch.where((kind == LEFT) | batch.observed, torch.nan, std).float(),
+            "stack": batch.stack[track.stack],
+        }
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    @property
+    def _noise(self) -> float:
+        return self.kriging.noise if self.kriging is not None else 0.0
+
+    def on_validation_epoch_start(self) -> None:
+        """Start to count."""
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        """Start to count."""
+        self._begin()
+
+    def _begin(self) -> None:
+        # a rank without a stack takes part in the sums, too
+        self.metrics = None
+        if self.means is not None:
+            self.metrics = CompletionMetrics(len(self.means)).to(self.device)
+
+    def _evaluate(self, batch: Any, visible: Tensor, held: Tensor | None) -> None:
+        mean, std = self.predict(batch, visible)
+        truth = getattr(batch, "truth", None)
+        assert self.metrics is not None
+        self.metrics.update(
+            mean,
+            torch.full_like(mean, torch.nan) if truth is None else truth,
+            batch.observed,
+            Track.from_ptr(batch.ptr).stack,
+            std,
+            dropped=getattr(batch, "dropped", None),
+            held_out=held,
+            measured=batch.thickness,
+            noise=self.kriging.noise if self.kriging is not None else 0.0,
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score held-out observed entries, and missing ones where the truth is known."""
+        if self.trainer.sanity_checking:  # that is before the fit
+            return
+        held = held_out(batch.observed, Track.from_ptr(batch.ptr), batch.stack)
+        self._evaluate(batch, batch.observed & ~held, held)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score missing entries where the truth is known, and dropped ones."""
+        self._evaluate(batch, batch.observed, None)
+
+    def _finish(self, stage: str) -> None:
+        if self.metrics is None:
+            return
+        # what is logged below is equal on every rank already
+        warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
+        found: dict[str, float] = self.metrics.compute()
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, batch_size=1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the errors."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the errors."""
+        self._finish("test")
+
+    # --- checkpoint ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was fitted, as tensors."""
+        state: dict[str, Any] = {}
+        if self.means is not None:
+            state["means"] = self.means
+        if self.ridge is not None:
+            state["ridge"] = dict(vars(self.ridge))
+        if self.kriging is not None:
+            state["kriging"] = self.kriging.state()
+        checkpoint["ice_baseline"] = {"method": self.method, **state}
+        checkpoint["ice_segments"] = list(self.trained_segments)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again.
+
+        Raises:
+            CheckpointError: The checkpoint is of another method.
+        """
+        state = checkpoint.get("ice_baseline", {})
+        if state.get("method") != self.method:
+            raise CheckpointError(
+                f"The checkpoint is of method {state.get('method')}, not {self.method}.",
+                "Set model.init_args.method to that of the checkpoint.",
+            )
+        self.trained_segments = tuple(checkpoint.get("ice_segments", ()))
+        self.means = state.get("means")
+        self.ridge = Ridge(**state["ridge"]) if "ridge" in state else None
+        self.kriging = Kriging.from_state(state["kriging"]) if "kriging" in state else None
+
+
+def _check(batch: Any) -> None:
+    """Refuse a batch of other data."""
+    if missing := [name for name in _FIELDS if getattr(batch, name, None) is None]:
+        raise DataError(
+            f"A batch lacks {', '.join(missing)}.",
+            "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
+        )

@@ -1,0 +1,124 @@
+"""Completed stacks: what was observed stays bit for bit, and every entry says where it is from.
+
+Axes: N traces of all stacks, M traces of the longest, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fulgurite.errors import DataError
+from fulgurite.models.ice_layers.graph import Track
+
+__all__ = ["FILLED", "LEFT", "OBSERVED", "WHOLE_LAYER", "Gaps", "complete", "gaps", "provenance"]
+
+OBSERVED, FILLED, WHOLE_LAYER, LEFT = range(4)
+"""Where an entry is from: observed, filled, filled in a wholly absent layer, left missing."""
+
+
+def complete(observed: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
+    """Observed values where there are any, predictions elsewhere.
+
+    Values are selected, never computed with: a sum of products would spread NaN and round.
+
+    Args:
+        observed: The original array [m]; anything where the mask is False. Shape: (N, L).
+        mask: True where observed. Shape: (N, L), bool.
+        predicted: [m]. Shape: (N, L).
+
+    Returns:
+        In the type of ``observed``. Shape: (N, L).
+
+    Raises:
+        DataError: Shapes differ, or the mask is not of truth values.
+
+    Example:
+        >>> observed = torch.tensor([0.1, float("nan")])
+        >>> complete(observed, torch.tensor([True, False]), torch.tensor([0.9, 0.2]))
+        tensor([0.1000, 0.2000])
+
+    Source: arXiv 2604.20783 (observed thickness is preserved); card section 1.7.
+    """
+    if mask.dtype != torch.bool or not observed.shape == mask.shape == predicted.shape:
+        raise DataError(
+            f"complete() got observed {tuple(observed.shape)}, a {mask.dtype} mask "
+            f"{tuple(mask.shape)} and predicted {tuple(predicted.shape)}.",
+            "Give three arrays of one shape, the mask of truth values.",
+        )
+    return torch.where(mask, observed, predicted.to(observed.dtype))
+
+
+class Gaps:
+    """Where missing entries lie between picks of their layer.
+
+    Args:
+        length: Distance between the picks on both sides [m]; at the end of a stack, from the last
+            pick to the end; infinite in a layer without picks. Shape: (N, L).
+        nearest: Distance to the nearest pick [m]; infinite without any. Shape: (N, L).
+        absent: Whether the layer of the stack has no pick. Shape: (N, L), bool.
+    """
+
+    def __init__(self, length: Tensor, nearest: Tensor, absent: Tensor) -> None:
+        self.length, self.nearest, self.absent = length, nearest, absent
+
+
+def gaps(mask: Tensor, distance: Tensor, track: Track) -> Gaps:
+    """Measure the gap around every entry; that of an observed entry has length 0.
+
+    Args:
+        mask: True where observed. Shape: (N, L), bool.
+        distance: Along the track [m]. Shape: (N,).
+        track: The stacks.
+
+    Example:
+        >>> mask = torch.tensor([[True], [False], [False], [True], [False]])
+        >>> found = gaps(mask, 10.0 * torch.arange(5), Track.of([5]))
+        >>> found.length.squeeze(), found.nearest.squeeze()
+        (tensor([ 0., 30., 30.,  0., 10.]), tensor([ 0., 10., 10.,  0., 10.]))
+    """
+    place = track.pad(distance)[..., None]  # (B, M, 1)
+    seen = track.pad(mask)
+    infinite = torch.full_like(place, torch.inf).expand(seen.shape)
+    before = torch.where(seen, place, -infinite).cummax(1).values
+    after = torch.where(seen, place, infinite).flip(1).cummin(1).values.flip(1)
+    first = place[:, :1]
+    last = torch.where(track.valid[..., None], place, -torch.inf).amax(1, keepdim=True)
+    length = torch.minimum(after, last) - torch.maximum(before, first)
+    absent = ~seen.any(1, keepdim=True).expand(seen.shape)
+    length = torch.where(seen, 0.0, torch.where(absent, infinite, length))
+    nearest = torch.minimum(place - before, after - place)
+    return Gaps(*(track.unpad(x) for x in (length, nearest, absent)))
+
+
+def provenance(mask: Tensor, found: Gaps, max_gap: float | None = None) -> Tensor:
+    """Where each entry of a completed stack is from.
+
+    Args:
+        mask: True where observed. Shape: (N, L), bool.
+        found: From :func:`gaps`.
+        max_gap: Leave gaps missing that are longer [m], wholly absent layers among them; None
+            fills all.
+
+    Returns:
+        0 observed, 1 filled, 2 filled in a wholly absent layer, 3 left missing.
+        Shape: (N, L), uint8.
+
+    Example:
+        >>> mask = torch.tensor([[True, False], [False, False]])
+        >>> found = gaps(mask, torch.tensor([0.0, 400.0]), Track.of([2]))
+        >>> provenance(mask, found)
+        tensor([[0, 2],
+                [1, 2]], dtype=torch.uint8)
+        >>> provenance(mask, found, max_gap=300.0)
+        tensor([[0, 3],
+                [3, 3]], dtype=torch.uint8)
+
+    Source: card section 1.7; ``max_gap``: section 5, what users ask for.
+    """
+    kind = torch.full_like(mask, FILLED, dtype=torch.uint8)
+    kind[found.absent] = WHOLE_LAYER
+    if max_gap is not None:
+        kind[found.length > max_gap] = LEFT
+    kind[mask] = OBSERVED
+    return kind

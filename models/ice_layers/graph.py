@@ -1,0 +1,232 @@
+"""Traces of a batch as graphs: which stack they are of, how far apart, and who is whose neighbour.
+
+One graph serves all layers of a stack.
+
+Axes: B stacks, N traces of all of them, M traces of the longest, D any features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["EARTH_RADIUS", "GraphKind", "Track", "adjacency", "edges", "haversine"]
+
+EARTH_RADIUS = 6_371_000.0
+"""Mean radius of the Earth [m]."""
+
+GraphKind = Literal["full", "knn", "partition", "inverse", "none"]
+
+
+@dataclass(frozen=True)
+class Track:
+    """How the traces of a batch lie in its stacks.
+
+    Args:
+        ptr: First trace of each stack, and the end. Shape: (B + 1,).
+        sizes: Traces of each stack.
+
+    Example:
+        >>> track = Track.of([2, 1])
+        >>> track.stack, track.place
+        (tensor([0, 0, 1]), tensor([0, 1, 0]))
+    """
+
+    ptr: Tensor
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device | str | None = None) -> Track:
+        """From the number of traces of each stack."""
+        ptr = torch.zeros(len(sizes) + 1, dtype=torch.long)
+        ptr[1:] = torch.tensor(list(sizes)).cumsum(0)
+        return cls(ptr.to(device), list(sizes))
+
+    @classmethod
+    def from_ptr(cls, ptr: Tensor) -> Track:
+        """From PyG's ``batch.ptr``."""
+        return cls(ptr, ptr.diff().tolist())
+
+    @cached_property
+    def length_of(self) -> Tensor:
+        """Traces of each stack. Shape: (B,)."""
+        return self.ptr.diff()
+
+    @cached_property
+    def stack(self) -> Tensor:
+        """Which stack each trace is of. Shape: (N,)."""
+        return torch.arange(len(self.sizes), device=self.ptr.device).repeat_interleave(
+            self.length_of, output_size=sum(self.sizes)
+        )
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Number of each trace in its stack. Shape: (N,)."""
+        return torch.arange(len(self.stack), device=self.ptr.device) - self.ptr[self.stack]
+
+    @cached_property
+    def length(self) -> Tensor:
+        """Traces in the stack of each trace. Shape: (N,)."""
+        return self.length_of[self.stack]
+
+    @property
+    def longest(self) -> int:
+        """M."""
+        return max(self.sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all stacks are equally long, so that padding is a view."""
+        return len({*self.sizes}) == 1
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Where a padded batch holds traces. Shape: (B, M)."""
+        count = torch.arange(self.longest, device=self.ptr.device)
+        return count < self.length_of[:, None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Stacks side by side, filled up with zeros. Shape: (N, ...) to (B, M, ...)."""
+        shape = (len(self.sizes), self.longest, *x.shape[1:])
+        if self.uniform:
+            return x.reshape(shape)
+        out = x.new_zeros(shape)
+        out[self.stack, self.place] = x
+        return out
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`pad`. Shape: (B, M, ...) to (N, ...)."""
+        return x.flatten(0, 1) if self.uniform else x[self.stack, self.place]
+
+
+def haversine(start: Tensor, end: Tensor) -> Tensor:
+    """Distance on a sphere [m], in float64: float32 degrees are a metre wide.
+
+    Args:
+        start: Latitude and longitude [degrees]. Shape: (..., 2).
+        end: As ``start``.
+
+    Shape: to (...).
+
+    Example:
+        >>> round(float(haversine(torch.tensor([70.0, 0.0]), torch.tensor([71.0, 0.0]))))
+        111195
+
+    Source: card sections 1.2 and 6, check 10.
+    """
+    a, b = start.double().deg2rad(), end.double().deg2rad()
+    half = ((b - a) / 2).sin().square()
+    inside = half[..., 0] + a[..., 0].cos() * b[..., 0].cos() * half[..., 1]
+    return 2 * EARTH_RADIUS * inside.clamp(0, 1).sqrt().asin()
+
+
+def adjacency(
+    track: Track,
+    pos: Tensor,
+    kind: GraphKind,
+    neighbours: int = 4,
+    part: int = 16,
+    overlap: int = 4,
+) -> Tensor:
+    """Weights of each trace's neighbours: rows sum to 1, or to 0 for a trace without any.
+
+    Args:
+        track: The stacks.
+        pos: Latitude and longitude [degrees]. Shape: (N, 2).
+        kind: ``full``: all other traces alike. ``knn``: the nearest on each side along the flight
+            line. ``partition``: all others of overlapping parts of the flight line. ``inverse``:
+            all others, by inverse distance. ``none``: no neighbours.
+        neighbours: Traces on each side of ``knn``.
+        part: Traces of a part of ``partition``.
+        overlap: Traces that neighbouring parts share.
+
+    Shape: to (B, M, M), float32.
+
+    Raises:
+        ConfigError: ``kind`` is unknown or a number is out of range.
+
+    Example:
+        >>> adjacency(Track.of([3]), torch.zeros(3, 2), "knn", neighbours=1)
+        tensor([[[0.0000, 1.0000, 0.0000],
+                 [0.5000, 0.0000, 0.5000],
+                 [0.0000, 1.0000, 0.0000]]])
+
+    Source: card section 1.2; partition after GRIT-LP (arXiv 2511.18716), its sizes inferred.
+    """
+    check_graph(kind, neighbours, part, overlap)
+    size = track.longest
+    place = torch.arange(size, device=pos.device)
+    apart = (place[:, None] - place).abs()
+    allowed = track.valid[:, :, None] & track.valid[:, None, :] & (apart > 0)
+    if kind == "knn":
+        allowed = allowed & (apart <= neighbours)
+    elif kind == "partition":
+        allowed = allowed & _share_part(place, part, overlap)
+    elif kind == "none":
+        allowed = torch.zeros_like(allowed)
+    if kind == "inverse":
+        padded = track.pad(pos)
+        metres = haversine(padded[:, :, None], padded[:, None, :])
+        # a metre at least: traces at one place would divide by zero
+        weights = allowed / metres.clamp_min(1.0)
+    else:
+        weights = allowed.double()
+    return (weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)).float()
+
+
+def check_graph(kind: str, neighbours: int, part: int, overlap: int) -> None:
+    """Refuse what :func:`adjacency` cannot build.
+
+    Raises:
+        ConfigError: ``kind`` is unknown or a number is out of range.
+    """
+    where = "model.init_args.network.init_args"
+    if kind not in get_args(GraphKind):
+        raise ConfigError(
+            f"{where}.graph={kind} is unknown.", f"Use {', '.join(get_args(GraphKind))}."
+        )
+    if neighbours < 1:
+        raise ConfigError(f"{where}.neighbours={neighbours} is too few.", "Give 1 or more.")
+    if not 0 <= overlap < part:
+        raise ConfigError(
+            f"{where}.part={part} and overlap={overlap} do not go together.",
+            "Set 0 <= overlap < part.",
+        )
+
+
+def _share_part(place: Tensor, part: int, overlap: int) -> Tensor:
+    """Whether two traces are of one part. Shape: (M,) to (M, M)."""
+    step = part - overlap
+    starts = torch.arange(0, max(1, math.ceil((len(place) - overlap) / step)) * step, step)
+    starts = starts.to(place.device)
+    inside = (place[:, None] >= starts) & (place[:, None] < starts + part)
+    return (inside[:, None] & inside[None]).any(-1)
+
+
+def edges(track: Track, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same graph as a list of edges, as PyG has it.
+
+    Args:
+        track: The stacks.
+        weights: From :func:`adjacency`. Shape: (B, M, M).
+
+    Returns:
+        Source and target of each edge, shape (2, E), and its weight, shape (E,).
+
+    Example:
+        >>> track = Track.of([2, 2])
+        >>> edges(track, adjacency(track, torch.zeros(4, 2), "full"))[0]
+        tensor([[1, 0, 3, 2],
+                [0, 1, 2, 3]])
+    """
+    stack, target, source = weights.nonzero(as_tuple=True)
+    first = track.ptr[stack]
+    return torch.stack([first + source, first + target]), weights[stack, target, source]

@@ -1,0 +1,635 @@
+"""The LightningModule of completion: network, hiding, loss, metrics and completed stacks.
+
+A batch is PyG's, node-major: ``thickness`` (N, L) [m], ``observed`` (N, L), ``physics`` (N, L, P),
+``pos`` (N, 2) [degrees], ``distance`` (N,) [m], ``stack`` (B,), ``ptr`` (B + 1,); of generated data
+also ``truth`` (N, L) [m], and ``dropped`` (N, L) where observed entries were left out.
+
+Axes: B stacks, N traces of all of them, L layers, P physical fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fulgurite.base import SystemModule, save_options, scheduled
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.io import load_plain
+from fulgurite.models.ice_layers.completion import LEFT, complete, gaps, provenance
+from fulgurite.models.ice_layers.features import PhysicsPrior
+from fulgurite.models.ice_layers.graph import Track
+from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
+from fulgurite.models.ice_layers.losses import LossKind, masked_robust_loss
+from fulgurite.models.ice_layers.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.schedule import TwoStageLR
+from fulgurite.models.ice_layers.uncertainty import (
+    Calibration,
+    entry_features,
+    mean_and_spread,
+)
+from fulgurite.sampling import rank_and_world
+
+__all__ = ["IceCompletion", "IceModule", "Normalised", "Normaliser", "known_truth", "positive"]
+
+_FIELDS = ("thickness", "observed", "physics", "pos", "distance", "stack", "ptr")
+_BEND = 0.01  # width of the bend that keeps thickness positive [m]
+_TRAPPED = 0.7  # of the error of each layer's mean, above which a network only copies
+_PER_BATCH = 4096  # held-out residuals of a batch that calibration keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalised:
+    """A batch as networks read it.
+
+    Args:
+        thickness: z-scores, or deviations from a prior; NaN where not observed. Shape: (N, L),
+            float32.
+        observed: Shape: (N, L), bool.
+        physics: z-scores. Shape: (N, L, P).
+        pos: z-scores of latitude and longitude. Shape: (N, 2).
+        degrees: Latitude and longitude. Shape: (N, 2), float64.
+        distance: Along the track [m]. Shape: (N,).
+        track: The stacks.
+        expected: What a prior expects [m]. Shape: (N, L).
+    """
+
+    thickness: Tensor
+    observed: Tensor
+    physics: Tensor
+    pos: Tensor
+    degrees: Tensor
+    distance: Tensor
+    track: Track
+    expected: Tensor | None = None
+
+
+class Normaliser(nn.Module):
+    """z-scores with statistics of observed training entries, which the checkpoint holds.
+
+    Args:
+        layers: L.
+        physics: P.
+    """
+
+    thickness_mean: Tensor
+    thickness_std: Tensor
+    physics_mean: Tensor
+    physics_std: Tensor
+    pos_mean: Tensor
+    pos_std: Tensor
+
+    def __init__(self, layers: int, physics: int) -> None:
+        super().__init__()
+        shapes = {"thickness_mean": (layers,), "thickness_std": (), "physics_mean": (physics,)}
+        shapes |= {"physics_std": (physics,), "pos_mean": (2,), "pos_std": (2,)}
+        for name, shape in shapes.items():
+            fill = torch.zeros if name.endswith("mean") else torch.ones
+            self.register_buffer(name, fill(shape, dtype=torch.float64))
+
+    def take(self, statistics: dict[str, Tensor]) -> None:
+        """Copy a DataModule's statistics.
+
+        Raises:
+            DataError: One is missing or has another shape.
+        """
+        for name, buffer in self.named_buffers():
+            given = statistics.get(name)
+            if given is None or given.shape != buffer.shape:
+                raise DataError(
+                    f"The data's statistics have {name} of "
+                    f"{None if given is None else tuple(given.shape)}, not {tuple(buffer.shape)}.",
+                    "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
+                )
+            buffer.copy_(given)
+
+    def forward(self, batch: Any) -> Normalised:
+        """Normalise a batch."""
+        thickness = (batch.thickness - self.thickness_mean) / self.thickness_std
+        return Normalised(
+            thickness.float(),
+            batch.observed,
+            ((batch.physics - self.physics_mean) / self.physics_std).float(),
+            ((batch.pos - self.pos_mean) / self.pos_std).float(),
+            batch.pos,
+            batch.distance.float(),
+            Track.from_ptr(batch.ptr),
+        )
+
+    def metres(self, thickness: Tensor) -> Tensor:
+        """The inverse for thickness [m]. Shape: (..., L), float64."""
+        return thickness.double() * self.thickness_std + self.thickness_mean
+
+
+def positive(thickness: Tensor) -> Tensor:
+    """Thickness kept above 0, unchanged from some centimetres on [m].
+
+    Example:
+        >>> positive(torch.tensor([0.3, 0.0, -1.0]))
+        tensor([3.0000e-01, 6.9315e-03, 1.0000e-04])
+
+    Source: inferred; card section 1.4 names softplus as an option.
+    """
+    # at least a tenth of a millimetre: softplus underflows far below 0
+    return (_BEND * F.softplus(thickness / _BEND)).clamp_min(1e-4)
+
+
+class IceModule(SystemModule):
+    """What completion and deep-layer prediction share: networks, statistics, optimizer.
+
+    The networks are made when the data or a checkpoint say how many layers and fields there are.
+
+    Args:
+        network: Makes a network from (layers, fields).
+        optimizer: Makes the optimizer.
+        scheduler: Makes the scheduler, stepped after each step.
+        weights: Checkpoint of a run whose networks and statistics are the start.
+        loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
+        delta: Of the loss, in standard deviations of thickness.
+        prior: The network predicts what a ridge regression on physics leaves, of thickness
+            (``ridge``) or of its logarithm (``log``); ``none`` as in the paper.
+        members: Networks of an ensemble, trained side by side.
+
+    Attributes:
+        trained_segments: Names of the flight segments that training or validation has seen, which
+            completed stacks carry for the leakage rule.
+    """
+
+    monitor: str | None = None
+    mode = "min"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], nn.Module],
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        weights: str | None,
+        loss: LossKind,
+        delta: float,
+        prior: Literal["none", "ridge", "log"],
+        members: int,
+    ) -> None:
+        super().__init__()
+        if not delta > 0:
+            raise ConfigError(f"model.init_args.delta={delta} is not positive.", "Give it above 0.")
+        if prior not in ("none", "ridge", "log"):
+            raise ConfigError(
+                f"model.init_args.prior={prior} is unknown.", "Use none, ridge or log."
+            )
+        if members < 1:
+            raise ConfigError(f"model.init_args.members={members} is too few.", "Give 1 or more.")
+        self.make_network, self.optimizer, self.scheduler = network, optimizer, scheduler
+        self.weights, self.loss, self.delta = weights, loss, delta
+        self.prior_kind, self.members = prior, members
+        self.sizes: tuple[int, int] | None = None
+        self.trained_segments: tuple[str, ...] = ()
+        self.networks = nn.ModuleList()
+
+    # --- building ------------------------------------------------------------------------------
+
+    def build(self, layers: int, physics: int) -> None:
+        """Make the networks; does nothing where they are there already.
+
+        Args:
+            layers: L.
+            physics: P.
+
+        Raises:
+            DataError: They are there for other sizes.
+        """
+        if self.sizes is not None:
+            if self.sizes != (layers, physics):
+                raise DataError(
+                    f"The data have {layers} layers and {physics} physical fields, the network "
+                    f"{self.sizes[0]} and {self.sizes[1]}.",
+                    "Use the data options of the run that trained it.",
+                )
+            return
+        self.sizes = (layers, physics)
+        self.normaliser = Normaliser(layers, physics)
+        kind = self.prior_kind
+        self.prior = None if kind == "none" else PhysicsPrior(layers, physics, kind == "log")
+        self.networks.extend(self.make_network(layers, physics) for _ in range(self.members))
+        self.calibration = Calibration()
+        self.metrics = CompletionMetrics(layers)
+        self.to(self.device)
+
+    def setup(self, stage: str) -> None:
+        """Make the networks, and take the statistics of the training data.
+
+        Raises:
+            ConfigError: The data are of another system.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "layers") or not hasattr(data, "physics"):
+            raise ConfigError(
+                f"{type(self).__name__} cannot read {type(data).__name__}.",
+                "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
+            )
+        self.build(int(data.layers), len(data.physics))
+        if self.weights is not None:
+            self._load(self.weights)
+        elif stage == "fit":
+            self.normaliser.take(data.statistics)
+            if self.prior is not None:
+                self._fit_prior(data)
+        if stage == "fit":  # validation chooses the checkpoint, so it has been seen too
+            seen = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
+            self.trained_segments = tuple(sorted(seen.union(self.trained_segments)))
+
+    def _fit_prior(self, data: Any) -> None:
+        """Fit on the training data of all ranks; drawing batches must not move random states."""
+        assert self.prior is not None
+        names = ("thickness", "observed", "physics")
+        with torch.random.fork_rng():
+            found = [[getattr(batch, n) for n in names] for batch in data.train_dataloader()]
+        parts = [torch.cat(part) for part in zip(*found, strict=True)]
+        if (world := rank_and_world()[1]) > 1:
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, parts)
+            parts = [torch.cat(part) for part in zip(*everyone, strict=True)]
+        self.prior.cpu().fit(*parts)
+        self.prior.to(self.device)
+
+    def _load(self, path: str) -> None:
+        """Networks, statistics, prior and calibration of a checkpoint."""
+        checkpoint = load_plain(path, "model.init_args.weights")
+        try:
+            self.load_state_dict(checkpoint["state_dict"])
+            self.trained_segments = tuple(checkpoint["ice_segments"])
+        except (RuntimeError, KeyError) as error:
+            what = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"model.init_args.weights={path} does not fit the networks: {what}",
+                "Use the network and the number of layers of the run.",
+            ) from error
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how large the networks are, and which segments they have seen."""
+        checkpoint["ice_sizes"] = self.sizes
+        checkpoint["ice_segments"] = list(self.trained_segments)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the networks, where no data have said how large they are.
+
+        Raises:
+            CheckpointError: The checkpoint is of another kind of model.
+        """
+        sizes = checkpoint.get("ice_sizes")
+        if sizes is None:
+            raise CheckpointError(
+                "The checkpoint holds no network of ice layers.", "Give one of such a run."
+            )
+        self.build(*sizes)
+        self.trained_segments = tuple(checkpoint["ice_segments"])
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer with its scheduler; a two-stage schedule learns how long training is."""
+
+        def made(optimizer: torch.optim.Optimizer) -> Any:
+            assert self.scheduler is not None
+            scheduler = self.scheduler(optimizer)
+            if isinstance(scheduler, TwoStageLR):
+                scheduler.plan(int(self.trainer.estimated_stepping_batches))
+            return scheduler
+
+        return scheduled(
+            self.optimizer(self.parameters()), None if self.scheduler is None else made, "step"
+        )
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def read(self, batch: Any) -> Normalised:
+        """Normalise a batch.
+
+        Raises:
+            DataError: It lacks a field.
+        """
+        missing = [name for name in _FIELDS if getattr(batch, name, None) is None]
+        if missing:
+            raise DataError(
+                f"A batch lacks {', '.join(missing)}.",
+                "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
+            )
+        x: Normalised = self.normaliser(batch)
+        if self.prior is None:
+            return x
+        expected = self.prior(batch.physics)
+        deviation = self.prior.deviation(batch.thickness, expected).float()
+        return dataclasses.replace(x, thickness=deviation, expected=expected)
+
+    def run(self, network: nn.Module, x: Normalised, visible: Tensor) -> Tensor:
+        """Normalised thickness of all entries from what is visible. Shape: (N, L)."""
+        return network(  # type: ignore[no-any-return]
+            x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track
+        )
+
+    def metres(self, out: Tensor, x: Normalised) -> Tensor:
+        """What a network gives, as thickness above 0 [m]. Shape: (N, L), float64."""
+        if self.prior is None or x.expected is None:
+            return positive(self.normaliser.metres(out))
+        return positive(self.prior.metres(out, x.expected))
+
+    def generator(self, batch_idx: int) -> torch.Generator:
+        """Random numbers of a training step: the same after an interruption."""
+        rank = rank_and_world()[0]
+        step = self.trainer.global_step if self._trainer is not None else 0
+        seed = torch.initial_seed() % 2**20
+        # the batch too: with accumulated gradients several have one step
+        mixed = ((seed * 1_000_003 + step) * 1_000_003 + batch_idx) * 1_003 + rank
+        return torch.Generator().manual_seed(mixed % 2**63)
+
+    def objective(self, predicted: Tensor, x: Normalised, mask: Tensor) -> Tensor:
+        """The loss of one network over the entries in ``mask``. Shape: to ()."""
+        return masked_robust_loss(
+            predicted, x.thickness, mask, self.delta, self.loss, over_ranks=True
+        )
+
+
+class IceCompletion(IceModule):
+    """Completes stacks: fills what is missing from what is visible and from physics.
+
+    Training hides observed entries and asks for all. Validation hides a fixed part of the observed
+    entries, scores it, calibrates the uncertainty on it, and stops a run that only copies.
+
+    Args:
+        network: Makes a network from (layers, fields), such as
+            :class:`~fulgurite.models.ice_layers.CompletionNet`.
+        hiding: What training hides; by default as measured in the card.
+        inputs: ``hidden``: observed thickness, a part of it hidden in training. ``physics``: none
+            of it. ``observed``: all of it, which teaches the network to copy.
+        loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
+        delta: Of the loss, in standard deviations of thickness.
+        loss_on: ``observed`` counts all observed entries, ``hidden`` only those not seen.
+        prior: The network predicts what a ridge regression on physics leaves, of thickness
+            (``ridge``) or of its logarithm (``log``); ``none`` as in the paper.
+        members: Networks of an ensemble, trained side by side.
+        mc_samples: Predictions with dropout at evaluation; 0 for one without.
+        max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
+        trap_ratio: Stop when the held-out error is so many times that of visible entries, and no
+            better than about that of each layer's mean; null never stops.
+        optimizer: Makes the optimizer.
+        scheduler: Makes the scheduler, stepped after each step.
+        weights: Checkpoint of a run whose networks and statistics are the start.
+
+    Raises:
+        ConfigError: A number is out of range or a name is unknown.
+        CheckpointError: ``weights`` cannot be read or does not fit.
+
+    Source: arXiv 2604.20783; card sections 1 and 7.
+    """
+
+    monitor = "val/heldout_mae"
+
+    def __init__(
+        self,
+        network: Callable[[int, int], nn.Module],
+        hiding: StructuredHiding | None = None,
+        inputs: Literal["hidden", "physics", "observed"] = "hidden",
+        loss: LossKind = "huber",
+        delta: float = 1.0,
+        loss_on: Literal["observed", "hidden"] = "observed",
+        prior: Literal["none", "ridge", "log"] = "none",
+        members: int = 1,
+        mc_samples: int = 0,
+        max_gap: float | None = None,
+        trap_ratio: float | None = 5.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members)
+        save_options(self, "network", "hiding", "optimizer", "scheduler")
+        where = "model.init_args"
+        if inputs not in ("hidden", "physics", "observed"):
+            raise ConfigError(
+                f"{where}.inputs={inputs} is unknown.", "Use hidden, physics or observed."
+            )
+        if loss_on not in ("observed", "hidden"):
+            raise ConfigError(f"{where}.loss_on={loss_on} is unknown.", "Use observed or hidden.")
+        if mc_samples < 0:
+            raise ConfigError(f"{where}.mc_samples={mc_samples} is negative.", "Give 0 or more.")
+        if max_gap is not None and not max_gap >= 0:
+            raise ConfigError(f"{where}.max_gap={max_gap} is no length.", "Give metres, or null.")
+        self.hiding = StructuredHiding() if hiding is None else hiding
+        if inputs == "hidden" and not self.hiding.hides:
+            raise ConfigError(
+                f"{where}.hiding hides nothing, so that the network would learn to copy.",
+                f"Raise {where}.hiding.init_args.layer and segment, or ask for it with "
+                f"{where}.inputs=observed.",
+            )
+        if loss_on == "hidden" and inputs != "hidden":
+            raise ConfigError(
+                f"{where}.loss_on=hidden, and nothing is hidden with inputs={inputs}.",
+                f"Set {where}.loss_on=observed.",
+            )
+        self.inputs, self.loss_on = inputs, loss_on
+        self.mc_samples, self.max_gap, self.trap_ratio = mc_samples, max_gap, trap_ratio
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._plain = torch.zeros(2, dtype=torch.float64)
+
+    # --- prediction ----------------------------------------------------------------------------
+
+    def visible(self, observed: Tensor) -> Tensor:
+        """What the network is shown at evaluation. Shape: (N, L), bool."""
+        return torch.zeros_like(observed) if self.inputs == "physics" else observed
+
+    @contextlib.contextmanager
+    def _dropping(self, x: Normalised, active: bool) -> Iterator[None]:
+        """Dropout with random numbers of the batch's own."""
+        if not active:
+            yield
+            return
+        layers = [m for m in self.networks.modules() if isinstance(m, nn.Dropout)]
+        if not any(m.p for m in layers):
+            raise ConfigError(
+                f"model.init_args.mc_samples={self.mc_samples}, and the network has no dropout.",
+                "Set model.init_args.network.init_args.dropout above 0, or mc_samples=0.",
+            )
+        before = [m.training for m in layers]
+        with torch.random.fork_rng(devices=[x.pos.device] if x.pos.is_cuda else []):
+            torch.manual_seed(len(x.pos))
+            for m in layers:
+                m.train()
+            try:
+                yield
+            finally:
+                for m, was in zip(layers, before, strict=True):
+                    m.train(was)
+
+    def predict(self, x: Normalised, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted thickness of all entries and its spread over members and samples [m].
+
+        Args:
+            x: The batch.
+            visible: What the networks may see. Shape: (N, L), bool.
+
+        Shape: to (N, L) and (N, L), float64.
+        """
+        with self._dropping(x, bool(self.mc_samples)):
+            outs = [
+                self.metres(self.run(network, x, visible), x)
+                for network in self.networks
+                for _ in range(max(1, self.mc_samples))
+            ]
+        return mean_and_spread(torch.stack(outs))
+
+    def forward(self, batch: Any) -> Tensor:
+        """Predicted thickness of all entries [m], observed ones too. Shape: to (N, L), float64."""
+        x = self.read(batch)
+        return self.predict(x, self.visible(x.observed))[0]
+
+    def fill(self, batch: Any) -> dict[str, Tensor]:
+        """Complete the stacks of a batch.
+
+        Returns:
+            ``predicted`` [m]; ``thickness`` [m], completed, NaN where left missing;
+            ``provenance``; ``std`` [m], NaN where observed or not calibrated. Shape of each:
+            (N, L).
+        """
+        x = self.read(batch)
+        visible = self.visible(x.observed)
+        predicted, spread = self.predict(x, visible)
+        found = gaps(x.observed, x.distance, x.track)
+        kind = provenance(x.observed, found, self.max_gap)
+        std = self.calibration(entry_features(found, spread))
+        filled = torch.where(kind == LEFT, torch.nan, predicted)
+        return {
+            "predicted": predicted,
+            "thickness": complete(batch.thickness, x.observed, filled),
+            "provenance": kind,
+            "std": torch.where((kind == LEFT) | x.observed, torch.nan, std),
+        }
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """What :meth:`fill` gives, and the number of the stack of each trace."""
+        return {**self.fill(batch), "stack": batch.stack[Track.from_ptr(batch.ptr).stack]}
+
+    # --- training ------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Warn of the identity trap."""
+        if self.inputs == "observed":
+            warnings.warn(
+                "model.init_args.inputs=observed shows the network what it is asked for: it will "
+                "learn to copy, and fill gaps with garbage. Use inputs=hidden.",
+                stacklevel=2,
+            )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss over observed entries, a part of which the networks do not see."""
+        x = self.read(batch)
+        generator = self.generator(batch_idx)
+        losses = []
+        for network in self.networks:
+            visible, mask = self.visible(x.observed), x.observed
+            if self.inputs == "hidden":
+                hidden = self.hiding(x.observed, x.track, generator)
+                visible = x.observed & ~hidden
+                mask = hidden if self.loss_on == "hidden" else x.observed
+            losses.append(self.objective(self.run(network, x, visible), x, mask))
+        loss = torch.stack(losses).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))
+        return loss
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start to count."""
+        self._held = []
+        self._plain = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.metrics.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Start to count."""
+        self.metrics.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score held-out observed entries, and missing ones where the truth is known."""
+        x = self.read(batch)
+        hidden = held_out(x.observed, x.track, batch.stack)
+        shown = x.observed & ~hidden
+        predicted, spread = self.predict(x, self.visible(shown))
+        features = entry_features(gaps(shown, x.distance, x.track), spread)
+        error = (predicted - batch.thickness)[hidden]
+        plain = (self.normaliser.thickness_mean - batch.thickness)[hidden].abs()
+        self._plain += torch.stack([plain.sum(), hidden.sum().double()])
+        self._held.append((error[:_PER_BATCH], features[hidden][:_PER_BATCH]))
+        self.metrics.update(
+            predicted, known_truth(batch), x.observed, x.track.stack, held_out=hidden,
+            measured=batch.thickness,
+        )  # fmt: skip
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score missing entries where the truth is known, and picks that were taken away."""
+        made = self.fill(batch)
+        left = made["provenance"] == LEFT
+        self.metrics.update(
+            torch.where(left, torch.nan, made["predicted"]),
+            known_truth(batch),
+            batch.observed,
+            Track.from_ptr(batch.ptr).stack,
+            made["std"],
+            dropped=getattr(batch, "dropped", None),
+            measured=batch.thickness,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the errors, calibrate the uncertainty, and look for the identity trap.
+
+        Raises:
+            ConfigError: The networks copy.
+        """
+        held = self._held
+        if rank_and_world()[1] > 1:
+            dist.all_reduce(self._plain)
+        if rank_and_world()[1] > 1:
+            parts: list[Any] = [None] * rank_and_world()[1]
+            dist.all_gather_object(parts, [tuple(t.cpu() for t in pair) for pair in held])
+            held = [pair for part in parts for pair in part]
+        if held:
+            residual, features = (torch.cat(part) for part in zip(*held, strict=True))
+            self.calibration.fit(residual, features)
+        found = self._log("val")
+        ratio, error = found.get("identity_ratio", 0.0), found.get("heldout_mae", 0.0)
+        # a good network has a high ratio too: it denoises little of what it sees, and knows well
+        # what it does not see; one that only copies is no better than each layer's mean
+        copies = ratio > (self.trap_ratio or torch.inf) and error > _TRAPPED * self._plain_mae()
+        if copies:
+            raise ConfigError(
+                f"The network copies what it sees: its error on held-out observed entries is "
+                f"{error:.3f} m, {ratio:.1f} times that on visible ones, and near that of a mean.",
+                "Set model.init_args.inputs=hidden, or hide more with model.init_args.hiding; "
+                "model.init_args.trap_ratio=null goes on regardless.",
+            )
+
+    def _plain_mae(self) -> float:
+        """Mean absolute error of each layer's mean on held-out entries [m]."""
+        total, count = self._plain
+        return float(total / count.clamp_min(1))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the errors."""
+        self._log("test")
+
+    def _log(self, stage: str) -> dict[str, float]:
+        # the metric adds up over ranks by itself: what is logged is equal on all of them
+        warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
+        found: dict[str, float] = self.metrics.compute()
+        values = {f"{stage}/{name}": value for name, value in found.items()}
+        self.log_dict(values, batch_size=1)
+        return found
+
+
+def known_truth(batch: Any) -> Tensor:
+    """True thickness [m], NaN where nobody knows it. Shape: (N, L)."""
+    truth: Tensor | None = getattr(batch, "truth", None)
+    return torch.full_like(batch.thickness, torch.nan) if truth is None else truth

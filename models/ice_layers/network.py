@@ -1,0 +1,138 @@
+"""The completion network: spatial encoder within layers, transformer across layers, head.
+
+Axes: N traces, L layers, P physical fields, F features, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError
+from fulgurite.models.ice_layers.features import input_features, nearby_means
+from fulgurite.models.ice_layers.graph import GraphKind, Track
+from fulgurite.models.ice_layers.spatial import Backend, SpatialEncoder, TraceAttention
+from fulgurite.models.ice_layers.temporal import LayerTransformer
+
+__all__ = ["CompletionNet"]
+
+
+class CompletionNet(nn.Module):
+    """Normalised thickness of every entry, from what is visible and from physics.
+
+    Args:
+        layers: L.
+        physics: P.
+        width: D.
+        spatial_depth: SAGE layers.
+        depth: Blocks of the transformer.
+        heads: Heads of its attention.
+        dropout: In the transformer.
+        graph: Neighbours within a layer, see :func:`~fulgurite.models.ice_layers.graph.adjacency`.
+        backend: How means over neighbours are computed; all give the same.
+        neighbours: Traces on each side of ``graph=knn``.
+        part: Traces of a part of ``graph=partition``.
+        overlap: Traces that neighbouring parts share.
+        encoding: How a token knows its layer.
+        skip: Skip connections of the transformer.
+        position: Whether latitude and longitude are inputs.
+        use_physics: False replaces physics by 0, to measure what it is worth.
+        scales: Length scales [m] of means over visible neighbours that are further inputs; none
+            by default, as in the paper.
+        attention: Blocks of the transformer that are preceded by attention between traces, the
+            first ones; 0 as in the paper.
+
+    Raises:
+        ConfigError: A number is out of range or a name is unknown.
+
+    Source: arXiv 2604.20783 (spatial equation, transformer encoder); card sections 1.1 to 1.4;
+        ``scales`` and ``attention`` are inferred.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        physics: int,
+        width: int = 32,
+        spatial_depth: int = 2,
+        depth: int = 2,
+        heads: int = 4,
+        dropout: float = 0.0,
+        graph: GraphKind = "knn",
+        backend: Backend = "dense",
+        neighbours: int = 4,
+        part: int = 16,
+        overlap: int = 4,
+        encoding: Literal["sin", "learned", "none"] = "sin",
+        skip: Literal["none", "long_range"] = "none",
+        position: bool = True,
+        use_physics: bool = True,
+        scales: Sequence[float] = (),
+        attention: int = 0,
+    ) -> None:
+        super().__init__()
+        where = "model.init_args.network.init_args"
+        for name, value, least in (
+            ("width", width, 2),
+            ("spatial_depth", spatial_depth, 1),
+            ("depth", depth, 0),
+            ("heads", heads, 1),
+            ("attention", attention, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{where}.{name}={value} is too small.", f"Give {least} or more.")
+        if attention > depth:
+            raise ConfigError(
+                f"{where}.attention={attention} is more than depth={depth}.", "Give at most depth."
+            )
+        if any(not s > 0 for s in scales):
+            raise ConfigError(f"{where}.scales={[*scales]} holds 0 or less.", "Give metres.")
+        self.position, self.use_physics, self.scales = position, use_physics, tuple(scales)
+        inputs = 2 * position + 2 + physics + 2 * len(self.scales)
+        self.spatial = SpatialEncoder(
+            inputs, width, spatial_depth, graph, backend, neighbours, part, overlap
+        )
+        self.attention = nn.ModuleList(TraceAttention(width, heads) for _ in range(attention))
+        self.temporal = LayerTransformer(layers, width, depth, heads, dropout, encoding, skip)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(
+        self,
+        thickness: Tensor,
+        visible: Tensor,
+        physics: Tensor,
+        pos: Tensor,
+        degrees: Tensor,
+        distance: Tensor,
+        track: Track,
+    ) -> Tensor:
+        """Predict all entries.
+
+        Args:
+            thickness: Normalised; anything where not visible. Shape: (N, L).
+            visible: Shape: (N, L), bool.
+            physics: Normalised. Shape: (N, L, P).
+            pos: Normalised latitude and longitude. Shape: (N, 2).
+            degrees: Latitude and longitude [degrees], float64. Shape: (N, 2).
+            distance: Along the track [m]. Shape: (N,).
+            track: The stacks.
+
+        Returns:
+            Normalised thickness. Shape: (N, L).
+        """
+        if not self.use_physics:
+            physics = torch.zeros_like(physics)
+        x = input_features(thickness, visible, physics, pos if self.position else None)
+        if self.scales:
+            shown = torch.where(visible, thickness, 0.0).to(x.dtype)
+            x = torch.cat([x, nearby_means(shown, visible, track, distance, self.scales)], -1)
+        x = self.spatial(x, track, degrees)
+        before = [
+            partial(block, track=track, distance=distance, visible=visible)
+            for block in self.attention
+        ]
+        return self.head(self.temporal(x, before)).squeeze(-1)  # type: ignore[no-any-return]

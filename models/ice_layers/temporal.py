@@ -1,0 +1,131 @@
+"""The transformer over the layers of each trace.
+
+Axes: N traces, L layers, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.errors import ConfigError
+from fulgurite.layers.transformer import Attention
+
+__all__ = ["LayerTransformer", "positions"]
+
+
+def positions(layers: int, width: int) -> Tensor:
+    """Sines and cosines of the layer's number, at wavelengths from 2 pi to 10,000 times that.
+
+    Shape: to (L, D).
+
+    Example:
+        >>> positions(2, 2)
+        tensor([[0.0000, 1.0000],
+                [0.8415, 0.5403]])
+
+    Source: arXiv 1706.03762, section 3.5.
+    """
+    even = torch.arange(0, width, 2)
+    angles = torch.arange(layers)[:, None] * 10_000.0 ** (-even / width)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
+
+
+class _Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with its residual."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, is_causal=False, rope_base=None)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed(self.norm(x)))  # type: ignore[no-any-return]
+
+
+class LayerTransformer(nn.Module):
+    """An encoder over the layers of each trace; missing layers are tokens too.
+
+    They carry their physics and are to be predicted, so nothing is masked.
+
+    Args:
+        layers: L.
+        width: D.
+        depth: Blocks.
+        heads: Attention heads.
+        dropout: Of attention's and the feed-forward's outputs.
+        encoding: How a token knows its layer: ``sin``, ``learned``, or ``none``, which makes the
+            network blind to the order of the layers.
+        skip: ``long_range`` adds each block of the first half to its mirror in the second.
+
+    Shape: (N, L, D), kept.
+
+    Raises:
+        ConfigError: The sizes do not fit together, or a name is unknown.
+
+    Example:
+        >>> LayerTransformer(6, 16)(torch.zeros(3, 6, 16)).shape
+        torch.Size([3, 6, 16])
+
+    Source: arXiv 2604.20783 (a transformer encoder across layers); card section 1.4, numbers
+        inferred; ``long_range`` after GRIT-LP (arXiv 2511.18716).
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        depth: int = 2,
+        heads: int = 4,
+        dropout: float = 0.0,
+        encoding: Literal["sin", "learned", "none"] = "sin",
+        skip: Literal["none", "long_range"] = "none",
+    ) -> None:
+        super().__init__()
+        where = "model.init_args.network.init_args"
+        if encoding not in ("sin", "learned", "none"):
+            raise ConfigError(f"{where}.encoding={encoding} is unknown.", "Use sin, learned, none.")
+        if skip not in ("none", "long_range"):
+            raise ConfigError(f"{where}.skip={skip} is unknown.", "Use none or long_range.")
+        if width % heads:
+            raise ConfigError(
+                f"{where}.heads={heads} does not divide width={width}.", "Give a divisor."
+            )
+        self.skip, self.encoding = skip, encoding
+        self.order: Tensor | None
+        if encoding == "learned":
+            self.order = nn.Parameter(0.02 * torch.randn(layers, width))
+        else:
+            known = positions(layers, width) if encoding == "sin" else None
+            self.register_buffer("order", known, persistent=False)
+        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
+
+    def forward(self, x: Tensor, before: Sequence[Callable[[Tensor], Tensor]] = ()) -> Tensor:
+        """Let the layers of each trace look at each other.
+
+        Args:
+            x: Shape: (N, L, D).
+            before: What is applied before the first blocks, one for each. Shape: (N, L, D), kept.
+        """
+        if self.order is not None:
+            x = x + self.order
+        kept: list[Tensor] = []
+        half = len(self.blocks) // 2
+        for number, block in enumerate(self.blocks):
+            if self.skip == "long_range" and number >= len(self.blocks) - half:
+                x = x + kept.pop()
+            x = block(before[number](x) if number < len(before) else x)
+            if number < half:
+                kept.append(x)
+        return x

@@ -1,0 +1,120 @@
+"""Completed stacks through the command line: files, flags, figures, and pretraining on them."""
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fulgurite.callbacks.ice_layers import CompletionWriter
+from fulgurite.errors import ConfigError
+from fulgurite.models.ice_layers import read_netcdf, read_npz
+
+pytest.importorskip("torch_geometric")
+pytest.importorskip("h5py")
+pytest.importorskip("netCDF4")
+
+CONFIGS = resources.files("fulgurite.configs.ice_layers")
+SMOKE = str(CONFIGS / "smoke.yaml")
+SMALL = [
+    f"--data.init_args.source.init_args.{key}={value}"
+    for key, value in {"stacks": 24, "traces": 16, "layers": 6, "segments": 8}.items()
+]
+NET = ["--model.init_args.network.init_args.width=8", "--trainer.max_epochs=1"]
+
+
+@pytest.fixture
+def completed(fit):
+    """A run that was fitted and has completed its test stacks; further options go to predict."""
+
+    def run(*options):
+        fit("--run.dir=run", *SMALL, *NET, config=SMOKE)
+        return fit(
+            "--run.dir=run", "--ckpt_path=last", *SMALL, *NET, *options, config=SMOKE,
+            command="predict",
+        )  # fmt: skip
+
+    return run
+
+
+def test_every_stack_is_written_with_where_values_are_from(completed):
+    cli = completed()
+    folder = Path("run/predict/completed")
+    stacks = sorted(folder.glob("*.npz"))
+    data = cli.datamodule
+    assert len(stacks) == len(data.stacks_of("test")) > 0
+    originals = {s.name: s for s in data.stacks_of("test")}
+    trained = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
+    for path in stacks:
+        stack = read_npz(path)
+        original = originals[stack.stack]
+        seen = original.observed
+        assert np.array_equal(stack.thickness[seen], original.thickness[seen])
+        assert np.isfinite(stack.thickness).all()
+        assert np.array_equal(stack.provenance == 0, seen)
+        assert set(stack.trained_segments) == trained
+        assert stack.segment not in trained
+        again = read_netcdf(path.with_suffix(".nc"))
+        assert np.array_equal(again.thickness, stack.thickness)
+        assert np.array_equal(again.provenance, stack.provenance)
+    assert len(list(Path("run/predict/figures").glob("completed_*.png"))) == min(4, len(stacks))
+    arrays = np.load("run/predict/predictions.npz")
+    assert {"thickness", "provenance", "std", "stack"} <= set(arrays.files)
+
+
+def test_long_gaps_stay_missing(completed):
+    completed("--model.init_args.max_gap=300", "--trainer.callbacks.netcdf=false")
+    folder = Path("run/predict/completed")
+    assert not list(folder.glob("*.nc"))
+    stacks = [read_npz(path) for path in folder.glob("*.npz")]
+    left = sum(int((s.provenance == 3).sum()) for s in stacks)
+    assert left == sum(int(np.isnan(s.thickness).sum()) for s in stacks) > 0
+
+
+def test_a_test_draws_errors_by_depth_and_coverage(fit):
+    more = [*SMALL, *NET, "--data.init_args.source.init_args.stacks=48"]  # enough to calibrate on
+    fit("--run.dir=run", *more, config=SMOKE)
+    fit("--run.dir=run", "--ckpt_path=last", *more, config=SMOKE, command="test")
+    figures = {path.name for path in Path("run/test/figures").glob("*.png")}
+    assert figures == {"test_depth.png", "test_calibration.png"}
+
+
+def test_a_deep_layer_predictor_is_pretrained_on_completed_stacks(completed, fit):
+    completed("--data.init_args.predict=all")
+    deep = str(CONFIGS / "deep_pretrain.yaml")
+    small = [*SMALL, *NET, "--model.init_args.shallow=2"]
+    root = Path("run/predict/completed").absolute()
+    here = f"--data.init_args.completed.init_args.root={root}"
+    fit("--run.dir=deep", here, *small, config=deep)
+    state = torch.load("deep/checkpoints/last.ckpt", weights_only=True)
+    assert state["ice_segments"]
+    # stacks of test segments that the completing network has seen are refused
+    with pytest.raises(Exception, match="trained on the test segments"):
+        fit("--run.dir=leak", here, *small, "--data.init_args.seed=5", config=deep)
+
+
+def test_a_baseline_writes_the_same_files(fit):
+    config = str(CONFIGS / "baseline.yaml")
+    options = [*SMALL, "--model.init_args.method=ridge", "--trainer.callbacks.figures=0"]
+    fit("--run.dir=run", *options, config=config)
+    fit("--run.dir=run", "--ckpt_path=last", *options, config=config, command="predict")
+    stacks = [read_npz(path) for path in Path("run/predict/completed").glob("*.npz")]
+    assert stacks
+    assert all(s.trained_segments for s in stacks)
+    assert not list(Path("run/predict/figures").glob("*"))
+
+
+def test_a_wrong_writer_is_refused(fit):
+    with pytest.raises(ConfigError, match="figures=-1"):
+        CompletionWriter(figures=-1)
+
+
+def test_a_process_of_its_own_predicts(fit, start):
+    """Lightning makes the loader of a prediction anew; what is imported when decides if it can."""
+    fit("--run.dir=run", *SMALL, *NET, config=SMOKE)
+    options = ["--run.dir=run", "--ckpt_path=last", *SMALL, *NET]
+    process = start("predict", "--config", SMOKE, *options)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert list(Path("run/predict/completed").glob("*.nc"))

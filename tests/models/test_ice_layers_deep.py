@@ -1,0 +1,121 @@
+"""The deep-layer predictor: what it sees, what it is scored on, and where it starts."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.errors import ConfigError
+from fulgurite.models.ice_layers import CompletionNet, DeepLayerPredictor, IceCompletion
+
+pytest.importorskip("torch_geometric")
+pytest.importorskip("h5py")
+pytest.importorskip("netCDF4")
+
+L, K = 6, 2
+NET = partial(CompletionNet, width=16, heads=2, depth=1)
+
+
+def predictor(**options):
+    adamw = partial(torch.optim.AdamW, lr=3e-3)
+    return DeepLayerPredictor(**{"network": NET, "shallow": K, "optimizer": adamw, **options})
+
+
+def trainer(steps):
+    return Trainer(
+        max_steps=steps, max_epochs=1000, logger=False, enable_checkpointing=False,
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        source = SyntheticFlights(stacks=40, traces=16, layers=L, segments=8)
+        module = IceLayerDataModule(source, val=0.25, test=0.25)
+        module.prepare_data()
+        module.setup()
+    return module
+
+
+def fitted(data, steps=5, **options):
+    seed_everything(0)
+    model = predictor(**options)
+    run = trainer(steps)
+    run.fit(model, data)
+    return model, run
+
+
+@torch.no_grad()
+def test_deep_layers_are_targets_only(data):
+    model, _ = fitted(data)
+    batch = next(iter(data.test_dataloader()))
+    before = model(batch)
+    batch.thickness[:, K:] += 5
+    assert torch.equal(model(batch), before)
+    batch.thickness[:, :K] += 0.1
+    assert not torch.equal(model(batch), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("physics", "felt"), [("all", True), ("shallow", False)])
+def test_physics_of_deep_layers_is_seen_on_request(data, physics, felt):
+    model, _ = fitted(data, physics=physics)
+    batch = next(iter(data.test_dataloader()))
+    before = model(batch)
+    batch.physics[:, K:] += 1
+    assert torch.equal(model(batch), before) != felt
+
+
+def test_it_is_scored_on_deep_layers(data):
+    model, run = fitted(data)
+    found = run.test(model, data, verbose=False)[0]
+    assert {f"test/layer{k:02}_rmse" for k in range(K + 1, L + 1)} <= found.keys()
+    assert "test/layer01_rmse" not in found
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            error = (model(batch) - batch.truth)[:, K:]
+            total, count = total + float(error.square().sum()), count + error.numel()
+    assert found["test/rmse"] == pytest.approx((total / count) ** 0.5, rel=1e-5)
+
+
+def test_fine_tuning_starts_where_pretraining_ended(data, tmp_path):
+    model, run = fitted(data, steps=6, prior="ridge")
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    tuned, _ = fitted(
+        data, steps=1, prior="ridge", weights=str(tmp_path / "a.ckpt"),
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+    )  # fmt: skip
+    batch = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        assert torch.equal(tuned(batch), model(batch))
+    # a completion network starts it too: they are the same
+    completion = IceCompletion(network=NET, prior="ridge")
+    run = trainer(1)
+    run.fit(completion, data)
+    run.save_checkpoint(tmp_path / "b.ckpt")
+    fitted(data, steps=1, prior="ridge", weights=str(tmp_path / "b.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"shallow": 0}, "shallow=0"),
+        ({"physics": "none"}, "physics=none"),
+        ({"physics": "shallow", "prior": "ridge"}, "physics=all"),
+    ],
+)
+def test_wrong_options_are_refused(options, word):
+    with pytest.raises(ConfigError, match=word):
+        predictor(**options)
+
+
+def test_there_must_be_deep_layers(data):
+    with pytest.raises(ConfigError, match=f"none of {L} layers"):
+        trainer(1).fit(predictor(shallow=L), data)

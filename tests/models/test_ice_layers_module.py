@@ -1,0 +1,473 @@
+"""The completion module: training, checkpoints, the identity trap, uncertainty."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from torch import nn
+
+from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.models.ice_layers import (
+    Calibration,
+    CompletionNet,
+    IceCompletion,
+    StructuredHiding,
+    Track,
+    coverage,
+    gaps,
+)
+from fulgurite.models.ice_layers.module import Normaliser, positive
+from fulgurite.models.ice_layers.schedule import TwoStageLR
+from fulgurite.models.ice_layers.uncertainty import Z90, entry_features, mean_and_spread
+
+pytest.importorskip("torch_geometric")
+from torch_geometric.data import Data
+from torch_geometric.loader.dataloader import Collater
+
+L, P = 5, 3
+NAN = math.nan
+
+
+def stack(number, sizes=(14, 18), noise=0.02):
+    """Thickness follows physics, the place, and what the whole trace has in common."""
+    g = torch.Generator().manual_seed(number)
+    n = sizes[number % len(sizes)]
+    distance = 100.0 * torch.arange(n, dtype=torch.float64)
+    physics = torch.randn(1, L, P, generator=g).expand(n, -1, -1) + 0.05 * torch.randn(
+        n, L, P, generator=g
+    )
+    shared = 0.1 * torch.sin(distance / 300 + 6 * torch.rand((), generator=g).double())
+    truth = 1.2 - 0.05 * torch.arange(L) + 0.15 * physics[..., 0] + shared[:, None]
+    truth = truth + 0.05 * (physics[..., 1] * physics[..., 2])
+    observed = torch.ones(n, L, dtype=torch.bool)
+    for layer in range(L):
+        draw = torch.rand(3, generator=g)
+        if draw[0] < 0.08 * layer:
+            observed[:, layer] = False
+        elif draw[0] < 0.7:
+            first = int(draw[1] * n)
+            observed[first : first + 2 + int(draw[2] * n / 3), layer] = False
+    picked = truth + noise * torch.randn(n, L, generator=g)
+    return Data(
+        thickness=picked.double().where(observed, NAN),
+        observed=observed,
+        physics=(7 + 3 * physics).float(),
+        pos=torch.stack([70 + distance / 111_195, torch.full_like(distance, -40.0)], 1),
+        distance=distance,
+        truth=truth.double(),
+        segment=torch.tensor([number // 4]),
+        stack=torch.tensor([number]),
+        num_nodes=n,
+    )
+
+
+class Flights(LightningDataModule):
+    """Stacks as the real DataModule serves them."""
+
+    layers, physics = L, ("a", "b", "c")
+
+    def __init__(self, train=24, batch_size=6):
+        super().__init__()
+        every = [stack(i) for i in range(train + 16)]
+        self.parts = {"train": every[:train], "val": every[train:-8], "test": every[-8:]}
+        self.batch_size = batch_size
+        self.segments = tuple(f"2012{i:04}_01" for i in range(len(every) // 4 + 1))
+        self.stacks = tuple(f"stack {i}" for i in range(len(every)))
+        self.layer_names, self.layer_age = tuple("abcde"), torch.arange(1.0, L + 1).numpy()
+        seen = [(d.thickness[d.observed], d) for d in self.parts["train"]]
+        mean = torch.stack(
+            [
+                torch.cat([d.thickness[d.observed[:, k], k] for _, d in seen]).mean()
+                for k in range(L)
+            ]
+        )
+        physics = torch.cat([d.physics.flatten(0, 1) for _, d in seen]).double()
+        pos = torch.cat([d.pos for _, d in seen])
+        self.statistics = {
+            "thickness_mean": mean,
+            "thickness_std": torch.cat([t for t, _ in seen]).std(),
+            "physics_mean": physics.mean(0),
+            "physics_std": physics.std(0),
+            "pos_mean": pos.mean(0),
+            "pos_std": pos.std(0).clamp_min(1e-6),
+        }
+
+    def stacks_of(self, part):
+        class Named:
+            def __init__(self, segment):
+                self.segment = segment
+
+        return [Named(self.segments[int(d.segment)]) for d in self.parts[part]]
+
+    def _loader(self, part, shuffle=False):
+        data = self.parts[part]
+        return torch.utils.data.DataLoader(
+            data, self.batch_size, shuffle, collate_fn=Collater(data), generator=torch.Generator()
+        )
+
+    def train_dataloader(self):
+        return self._loader("train")
+
+    def val_dataloader(self):
+        return self._loader("val")
+
+    def test_dataloader(self):
+        return self._loader("test")
+
+    predict_dataloader = test_dataloader
+
+
+NET = partial(CompletionNet, width=16, heads=2, depth=1)
+ADAMW = partial(torch.optim.AdamW, lr=3e-3)
+
+
+def module(**options):
+    return IceCompletion(**{"network": NET, "optimizer": ADAMW, **options})
+
+
+def trainer(steps=0, **options):
+    limit = {"max_epochs": 1000, "max_steps": steps} if steps else {"max_epochs": 2}
+    return Trainer(
+        **{
+            **limit, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0,
+            "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu",
+            **options,
+        }
+    )  # fmt: skip
+
+
+def fitted(data=None, steps=40, seed=0, **options):
+    seed_everything(seed)
+    model = module(**options)
+    run = trainer(steps)
+    data = data or Flights()
+    run.fit(model, data)
+    return model, data, run
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return fitted(steps=150, scheduler=partial(TwoStageLR, first=0.3), prior="ridge")
+
+
+def test_batch(data):
+    return next(iter(data.test_dataloader()))
+
+
+# pytest would take the helper for a test
+test_batch.__test__ = False
+
+
+def test_it_learns_to_fill(trained):
+    model, data, run = trained
+    found = run.test(model, data, verbose=False)[0]
+    truth = torch.cat([d.truth for d in data.parts["test"]])
+    missing = ~torch.cat([d.observed for d in data.parts["test"]])
+    mean = (data.statistics["thickness_mean"] - truth)[missing].square().mean().sqrt()
+    assert found["test/missing_rmse"] < 0.45 * float(mean)
+    assert {"test/gap_rmse", "test/absent_rmse", "test/layer05_rmse"} <= found.keys()
+    assert 0.8 < found["test/missing_coverage90"] <= 1
+    held = run.validate(model, data, verbose=False)[0]
+    assert held["val/identity_ratio"] < 5
+    assert {"val/heldout_mae", "val/visible_mae"} <= held.keys()
+
+
+@torch.no_grad()
+def test_what_was_observed_keeps_every_bit(trained):
+    """Check 1, through the module."""
+    model, data, _ = trained
+    batch = test_batch(data)
+    filled = model.fill(batch)
+    seen = batch.observed
+    assert filled["thickness"].dtype == torch.float64
+    assert torch.equal(filled["thickness"][seen], batch.thickness[seen])
+    assert filled["thickness"].isfinite().all()
+    assert (filled["thickness"] > 0).all()
+    absent = gaps(seen, batch.distance, Track.from_ptr(batch.ptr)).absent
+    assert torch.equal(filled["provenance"] == 0, seen)
+    assert torch.equal(filled["provenance"] == 2, absent)
+    assert torch.equal(filled["std"].isnan(), seen)
+    assert (filled["std"][~seen] > 0).all()
+
+
+@torch.no_grad()
+def test_what_is_missing_may_be_anything(trained):
+    """Checks 2 and 8, through the module."""
+    model, data, _ = trained
+    batch = test_batch(data)
+    before = model.fill(batch)
+    for value in (-1.0, math.inf, 1e30):
+        batch.thickness = batch.thickness.where(batch.observed, value)
+        after = model.fill(batch)
+        assert torch.equal(after["predicted"], before["predicted"])
+        assert torch.equal(after["thickness"], before["thickness"])
+
+
+@torch.no_grad()
+def test_long_gaps_are_left(trained):
+    model, data, _ = trained
+    batch = test_batch(data)
+    model.max_gap = 300.0
+    try:
+        filled = model.fill(batch)
+    finally:
+        model.max_gap = None
+    length = gaps(batch.observed, batch.distance, Track.from_ptr(batch.ptr)).length
+    left = length > 300
+    assert left.any()
+    assert (~left & ~batch.observed).any()
+    assert torch.equal(filled["provenance"] == 3, left)
+    assert torch.equal(filled["thickness"].isnan(), left)
+    assert torch.equal(filled["std"].isnan(), left | batch.observed)
+
+
+@torch.no_grad()
+def test_stacks_are_completed_alone_as_in_a_batch(trained):
+    model, data, _ = trained
+    batch = test_batch(data)
+    together = model.fill(batch)["predicted"].split(batch.ptr.diff().tolist())
+    for item, there in zip(data.parts["test"], together, strict=False):
+        alone = model.fill(Collater([item])([item]))["predicted"]
+        torch.testing.assert_close(alone, there, atol=1e-5, rtol=0)
+
+
+def test_a_step_does_not_see_what_it_hides():
+    """Check 8: a hidden pick reaches the loss, and not the prediction."""
+    model, data, _ = fitted(steps=1)
+    batch = next(iter(data.train_dataloader()))
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, thickness, visible, *rest):
+            out = self.network(thickness, visible, *rest)
+            seen.append((visible, out.detach()))
+            return out
+
+    model.networks[0] = Spy(model.networks[0])
+    model.log = lambda *a, **k: None
+    base = model.training_step(batch, 0)
+    visible, out = seen[0]
+    hidden = batch.observed & ~visible
+    assert 0.1 < float(hidden.sum() / batch.observed.sum()) < 0.5
+    batch.thickness = torch.where(hidden, batch.thickness + 1, batch.thickness)
+    changed = model.training_step(batch, 0)
+    assert torch.equal(seen[1][1], out)
+    assert changed != base
+    model.training_step(batch, 1)
+    assert not torch.equal(seen[2][0], visible)  # another batch hides something else
+
+
+@pytest.mark.parametrize("prior", ["none", "ridge", "log"])
+def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
+    model, data, run = fitted(prior=prior, members=2, steps=6)
+    run.validate(model, data, verbose=False)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    again = IceCompletion.load_from_checkpoint(
+        tmp_path / "a.ckpt", network=NET, weights_only=True, prior=prior
+    )
+    model.eval(), again.eval()
+    batch = test_batch(data)
+    with torch.no_grad():
+        here, there = model.fill(batch), again.fill(batch)
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=0, atol=0, equal_nan=True)
+    assert again.trained_segments == model.trained_segments
+    assert set(model.trained_segments) == {data.segments[i] for i in range(8)}
+    # other data do not change what the checkpoint normalises by
+    other = module(weights=str(tmp_path / "a.ckpt"), prior=prior, members=2)
+    shifted = Flights()
+    shifted.statistics = {k: v + 1 for k, v in data.statistics.items()}
+    trainer(1).fit(other, shifted)
+    assert torch.equal(other.normaliser.thickness_mean, data.statistics["thickness_mean"])
+    assert set(other.trained_segments) >= set(model.trained_segments)
+
+
+def test_interrupted_training_goes_on_bit_for_bit(tmp_path):
+    options = {"scheduler": partial(TwoStageLR, total_steps=16), "prior": "ridge"}
+    whole, *_ = fitted(steps=16, **options)
+    _, data, run = fitted(steps=8, **options)
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    seed_everything(0)
+    rest = module(**options)
+    trainer(16).fit(rest, data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    for a, b in zip(whole.parameters(), rest.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_statistics_are_those_of_the_data():
+    """Check 9 is the DataModule's; the module takes what it is given and no other."""
+    data = Flights()
+    normaliser = Normaliser(L, P)
+    normaliser.take(data.statistics)
+    batch = next(iter(data.train_dataloader()))
+    x = normaliser(batch)
+    back = normaliser.metres(x.thickness)
+    seen = batch.observed
+    torch.testing.assert_close(back[seen], batch.thickness[seen], atol=1e-5, rtol=0)
+    with pytest.raises(DataError, match="pos_std"):
+        normaliser.take({k: v for k, v in data.statistics.items() if k != "pos_std"})
+    assert (positive(normaliser.metres(torch.full((1, L), -1000.0))) > 0).all()
+    torch.testing.assert_close(positive(torch.tensor([0.1, 3.0])), torch.tensor([0.1, 3.0]))
+
+
+# --- the identity trap ---------------------------------------------------------------------------
+
+
+def test_hiding_is_on_unless_copying_is_asked_for():
+    with pytest.raises(ConfigError, match=r"hides nothing.*inputs=observed"):
+        module(hiding=StructuredHiding(layer=0, segment=0))
+    assert module().hiding.hides
+
+
+def test_copying_is_detected():
+    """Check 13: the identity version stops with what to do, or goes on where that is asked for."""
+    data = Flights()
+    options = {"inputs": "observed", "network": partial(CompletionNet, width=32, graph="none")}
+    with (
+        pytest.warns(UserWarning, match="learn to copy"),
+        pytest.raises(ConfigError, match=r"copies what it sees.*inputs=hidden"),
+    ):
+        fitted(data, steps=250, **options)
+    with pytest.warns(UserWarning, match="learn to copy"):
+        model, _, run = fitted(data, steps=250, trap_ratio=None, **options)
+    copying = run.test(model, data, verbose=False)[0]
+    assert run.validate(model, data, verbose=False)[0]["val/identity_ratio"] > 5
+    model, _, run = fitted(data, steps=250, **{**options, "inputs": "hidden"})
+    hiding = run.test(model, data, verbose=False)[0]
+    assert hiding["test/missing_rmse"] < 0.7 * copying["test/missing_rmse"]
+
+
+def test_physics_alone_sees_no_thickness():
+    model, data, _ = fitted(inputs="physics", steps=3)
+    batch = test_batch(data)
+    with torch.no_grad():
+        before = model(batch)
+        batch.thickness = batch.thickness + 5
+        assert torch.equal(model(batch), before)
+
+
+@pytest.mark.slow
+def test_two_stacks_are_learned_by_heart_from_physics():
+    """Check 16."""
+    data = Flights(train=2, batch_size=2)
+    losses = []
+    seed_everything(0)
+    model = module(inputs="physics", network=partial(CompletionNet, width=32))
+    log = model.log
+    model.log = lambda name, value, **k: (losses.append(float(value)), log(name, value, **k))
+    trainer(200, limit_val_batches=0).fit(model, data)
+    assert losses[0] > 5 * losses[-1]
+
+
+# --- uncertainty ---------------------------------------------------------------------------------
+
+
+def test_members_differ_and_their_spread_is_given():
+    model, data, _ = fitted(members=3, steps=5)
+    batch = test_batch(data)
+    with torch.no_grad():
+        x = model.read(batch)
+        mean, spread = model.predict(x, x.observed)
+        each = torch.stack([model.metres(model.run(n, x, x.observed), x) for n in model.networks])
+    torch.testing.assert_close(mean, each.mean(0))
+    torch.testing.assert_close(spread, each.std(0))
+    assert (spread > 0).all()
+    assert torch.equal(mean_and_spread(each[:1])[1], torch.zeros_like(mean))
+
+
+def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
+    network = partial(CompletionNet, width=16, heads=2, depth=1, dropout=0.2)
+    model, data, _ = fitted(network=network, mc_samples=4, steps=5)
+    model.eval()
+    batch = test_batch(data)
+    with torch.no_grad():
+        x = model.read(batch)
+        state = torch.random.get_rng_state()
+        first, second = model.predict(x, x.observed), model.predict(x, x.observed)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert (first[1] > 0).any()
+    assert not any(m.training for m in model.modules())
+    plain, data, _ = fitted(steps=1)
+    plain.mc_samples = 2
+    with pytest.raises(ConfigError, match="no dropout"):
+        plain.fill(test_batch(data))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibrated_intervals_cover_what_they_promise(seed):
+    """On errors whose size depends on depth, distance and spread, with mis-tracks among them."""
+    g = torch.Generator().manual_seed(seed)
+    n, layers = 600, 6
+    observed = torch.rand(n, layers, generator=g) < 0.4
+    observed[:, 4] = False
+    found = gaps(observed, 100.0 * torch.arange(n), Track.of([60] * 10))
+    spread = 0.02 * torch.rand(n, layers, generator=g).double() + 0.005
+    features = entry_features(found, spread)
+    true = 0.02 + 0.05 * features[..., 2] + 0.02 * features[..., 3] + spread
+    error = true * torch.randn(n, layers, generator=g)
+    wild = torch.rand(n, layers, generator=g) < 0.01
+    train = torch.rand(n, layers, generator=g) < 0.5
+    calibration = Calibration()
+    assert calibration(features).isnan().all()
+    calibration.fit((error + wild * 0.8)[train], features[train])
+    std = calibration(features)
+    assert float(coverage(error[~train], std[~train])) == pytest.approx(0.9, abs=0.04)
+    ratio = (std / true).log().flatten()
+    assert float(ratio.std()) < 0.25  # it knows where errors are large
+    assert float(coverage(error, torch.full_like(std, 1e9))) == 1
+    assert pytest.approx(1.644854, abs=1e-6) == Z90
+
+
+def test_too_few_residuals_leave_it_uncalibrated():
+    calibration = Calibration()
+    calibration.fit(torch.randn(10), torch.rand(10, 5))
+    assert not calibration.fitted
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"inputs": "all"}, "inputs=all"),
+        ({"delta": 0.0}, "delta=0"),
+        ({"prior": "spline"}, "prior=spline"),
+        ({"members": 0}, "members=0"),
+        ({"mc_samples": -1}, "mc_samples=-1"),
+        ({"max_gap": -5.0}, "max_gap=-5"),
+        ({"loss_on": "some"}, "loss_on=some"),
+        ({"loss_on": "hidden", "inputs": "physics"}, "loss_on=hidden"),
+    ],
+)
+def test_wrong_options_are_refused(options, word):
+    with pytest.raises(ConfigError, match=word):
+        module(**options)
+
+
+def test_other_data_are_refused(tmp_path):
+    model, data, run = fitted(steps=1)
+    batch = test_batch(data)
+    del batch.distance
+    with pytest.raises(DataError, match="lacks distance"):
+        model.fill(batch)
+    deeper = Flights()
+    deeper.layers = L + 1
+    with pytest.raises(DataError, match=f"have {L + 1} layers"):
+        trainer(1).fit(model, deeper)
+    with pytest.raises(ConfigError, match="IceLayerDataModule"):
+        trainer(1).fit(module(), LightningDataModule())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    wide = module(weights=str(tmp_path / "a.ckpt"), network=partial(CompletionNet, width=8))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        trainer(1).fit(wide, data)
+    with pytest.raises(CheckpointError, match="no network of ice layers"):
+        module().on_load_checkpoint({})

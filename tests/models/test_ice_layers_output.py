@@ -1,0 +1,255 @@
+"""Completed stacks on disk and in figures."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.models.ice_layers import output
+from fulgurite.models.ice_layers.figures import (
+    boundary_depths,
+    calibration_figure,
+    depth_figure,
+    depth_table,
+    layers_figure,
+)
+from fulgurite.models.ice_layers.output import (
+    CompletedStack,
+    completed_stacks,
+    file_name,
+    read_netcdf,
+    read_npz,
+    write_netcdf,
+    write_npz,
+)
+
+
+def make(seed=0, n=6, layers=4):
+    rng = np.random.default_rng(seed)
+    observed = rng.random((n, layers)) < 0.5
+    observed[:, 2] = False
+    provenance = np.where(observed, 0, 1).astype(np.uint8)
+    provenance[:, 2] = 2
+    provenance[0, ~observed[0]] = 3
+    thickness = rng.random((n, layers)) + 0.3
+    thickness[provenance == 3] = np.nan
+    filled = (provenance == 1) | (provenance == 2)
+    return CompletedStack(
+        thickness=thickness,
+        provenance=provenance,
+        std=np.where(filled, 0.1 * rng.random((n, layers)), np.nan).astype(np.float32),
+        observed=observed,
+        physics=rng.random((n, layers, 2)).astype(np.float32),
+        pos=np.stack([70 + rng.random(n), -40 + rng.random(n)], 1),
+        distance=np.sort(1000 * rng.random(n)),
+        segment="20120330_01",
+        stack="20120330_01/003",
+        trained_segments=("20110401_02", "odd, name"),
+        physics_names=("smb", "own field [K]"),
+        layer_names=tuple(f"{2012 - k}" for k in range(layers)),
+        layer_age=np.arange(layers) + 0.5,
+    )
+
+
+def same(a, b):
+    for name, value in vars(a).items():
+        other = getattr(b, name)
+        if isinstance(value, np.ndarray):
+            assert value.dtype == other.dtype, name
+            assert value.tobytes() == other.tobytes(), name  # bit for bit, NaN too
+        else:
+            assert value == other, name
+
+
+@pytest.mark.parametrize("kind", ["npz", "nc"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_what_is_written_is_read_again_bit_for_bit(tmp_path, kind, bare):
+    write, read = {"npz": (write_npz, read_npz), "nc": (write_netcdf, read_netcdf)}[kind]
+    stack = make()
+    if bare:  # no fields, no names of layers, trained on nothing
+        stack = replace(
+            stack, physics=stack.physics[..., :0], physics_names=(), layer_names=(),
+            layer_age=np.zeros(0), trained_segments=(),
+        )  # fmt: skip
+    path = write(tmp_path / "deep" / f"a.{kind}", stack)
+    same(stack, read(path))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+def test_npz_holds_no_objects(tmp_path):
+    with np.load(write_npz(tmp_path / "a.npz", make()), allow_pickle=False) as content:
+        arrays = {name: content[name] for name in content.files}
+    assert all(a.dtype.kind in "fuibU" for a in arrays.values())
+    assert arrays["provenance"].dtype == np.uint8
+    assert list(arrays["trained_segments"]) == ["20110401_02", "odd, name"]
+
+
+def test_netcdf_says_what_its_values_mean(tmp_path):
+    netcdf = pytest.importorskip("netCDF4")
+    stack = make()
+    with netcdf.Dataset(write_netcdf(tmp_path / "a.nc", stack)) as file:
+        assert file.Conventions.startswith("CF-1.")
+        assert "fulgurite" in file.history
+        import socket
+
+        assert socket.gethostname() not in file.history
+        assert str(tmp_path) not in str(file.ncattrs())
+        thickness, flag = file["thickness"], file["provenance"]
+        assert thickness.units == "m"
+        for name in thickness.ancillary_variables.split():
+            assert file[name].dimensions == thickness.dimensions
+        for name in thickness.coordinates.split():
+            assert file[name].dimensions == ("trace",)
+        assert list(flag.flag_values) == [0, 1, 2, 3]
+        assert flag.flag_values.dtype == flag.dtype
+        assert len(flag.flag_meanings.split()) == 4
+        assert file["latitude"].units == "degrees_north"
+        assert file["climate_smb"].units == "kg m-2 year-1"  # a mm of water equivalent
+        assert file["climate_own_field__K_"].long_name.startswith("own field [K]")
+        assert "units" not in file["climate_own_field__K_"].ncattrs()  # unknown: not invented
+        # missing values are masked for every reader, observed ones are not
+        masked = np.ma.getmaskarray(thickness[:])
+        assert (masked == (stack.provenance == 3)).all()
+        assert (np.ma.getmaskarray(file["thickness_standard_deviation"][:])[stack.observed]).all()
+
+
+def test_the_data_module_reads_what_is_written(tmp_path):
+    from fulgurite.datamodules.ice_layers import CompletedStacks
+
+    stack = make()
+    write_npz(tmp_path / f"{file_name(stack.stack)}.npz", stack)
+    (read,) = CompletedStacks(str(tmp_path)).load().stacks
+    assert (read.name, read.segment) == (stack.stack, stack.segment)
+    assert tuple(read.trained_segments) == stack.trained_segments
+    np.testing.assert_array_equal(read.thickness, stack.thickness)
+    np.testing.assert_array_equal(read.provenance, stack.provenance)
+    np.testing.assert_array_equal(read.physics, stack.physics)
+
+
+@pytest.mark.parametrize("kind", ["npz", "nc"])
+def test_damaged_files_have_one_clear_error(tmp_path, kind):
+    write, read = {"npz": (write_npz, read_npz), "nc": (write_netcdf, read_netcdf)}[kind]
+    path = write(tmp_path / f"a.{kind}", make())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"a\.{kind} cannot be read"):
+        read(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read(tmp_path / f"none.{kind}")
+    path.write_text("no such format")
+    with pytest.raises(DataError, match="cannot be read"):
+        read(path)
+
+
+def test_an_npz_of_something_else_says_what_it_lacks(tmp_path):
+    np.savez(tmp_path / "a.npz", thickness=np.ones((2, 2)))
+    with pytest.raises(DataError, match="lacks provenance"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_npz(tmp_path / "a.npz", make(0))
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr(output.np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_npz(path, make(1))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_without_netcdf4_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "netCDF4", None)
+    with pytest.raises(MissingExtraError, match=r"fulgurite\[ice\]"):
+        write_netcdf(tmp_path / "a.nc", make())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"pos": np.zeros((6, 3))}, r"pos of shape \(6, 3\)"),
+        ({"physics_names": ("smb",)}, "physics of shape"),
+        ({"layer_names": ("one",)}, "1 layer_names for 4"),
+        ({"provenance": np.ones((6, 4), np.uint8)}, "contradicts what is observed"),
+        ({"thickness": np.full((6, 4), np.nan)}, "none where it was filled"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, what):
+    with pytest.raises(DataError, match=what):
+        replace(make(), **change)
+
+
+def test_batches_are_taken_apart_by_stack():
+    from types import SimpleNamespace
+
+    one, two = make(0, n=6), make(1, n=3)
+    names = ("observed", "physics", "pos", "distance", "thickness", "provenance", "std")
+    joined = {
+        k: torch.from_numpy(np.concatenate([getattr(one, k), getattr(two, k)])) for k in names
+    }
+    batch = SimpleNamespace(
+        **{k: joined[k] for k in names[:4]}, ptr=torch.tensor([0, 6, 9]),
+        segment=torch.tensor([1, 0]), stack=torch.tensor([2, 0]),
+    )  # fmt: skip
+    found = completed_stacks(
+        batch, {k: joined[k] for k in names[4:]}, ["s0", "s1"], ["a", "b", "c"], ["s7"],
+        one.physics_names, one.layer_names, one.layer_age,
+    )  # fmt: skip
+    assert [(s.stack, s.segment) for s in found] == [("c", "s1"), ("a", "s0")]
+    for stack, made in zip(found, (one, two), strict=True):
+        assert stack.thickness.tobytes() == made.thickness.tobytes()
+        assert stack.std.dtype == np.float32
+        assert stack.trained_segments == ("s7",)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("a/b", "a_b"), ("2012-03.1+", "2012-03.1+"), ("é ä", "é_ä"), ("", "stack")]
+)
+def test_names_of_stacks_are_safe_names_of_files(name, file):
+    assert file_name(name) == file
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_the_figure_shows_what_is_observed_and_what_is_filled(tmp_path):
+    stack = make(n=12)
+    figure = layers_figure(stack, truth=np.nan_to_num(stack.thickness, nan=0.5))
+    before, after, kinds, spread = figure.axes[:4]
+    drawn = np.concatenate([line.get_ydata() for line in before.lines])
+    depth = boundary_depths(stack.thickness)
+    known = depth[stack.observed & np.isfinite(depth)]
+    assert np.isfinite(drawn).sum() == len(known)  # no filled value under "as traced"
+    labels = {text.get_text() for text in after.get_legend().get_texts()}
+    assert {"observed", "filled", "whole layer filled", "truth"} <= labels
+    assert {t.get_text() for t in kinds.get_legend().get_texts()} == {
+        "observed", "filled", "whole layer filled", "left missing",
+    }  # fmt: skip
+    np.testing.assert_array_equal(kinds.images[0].get_array(), stack.provenance.T)
+    assert np.isnan(np.ma.filled(spread.images[0].get_array().astype(float), np.nan)).any()
+    figure.savefig(tmp_path / "a.png")
+
+
+def test_a_stack_without_anything_is_drawn_too(tmp_path):
+    stack = make()
+    empty = replace(
+        stack, thickness=np.full((6, 4), np.nan), observed=np.zeros((6, 4), bool),
+        provenance=np.full((6, 4), 3, np.uint8), std=np.full((6, 4), np.nan, np.float32),
+    )  # fmt: skip
+    layers_figure(empty).savefig(tmp_path / "a.png")
+
+
+def test_depth_and_calibration_are_drawn_for_each_method():
+    errors = {"ridge": {1: 0.1, 2: 0.2}, "kriging": {2: 0.05}}
+    axes = depth_figure(errors).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.2], [0.05]]
+    assert "| kriging | – | 0.050 |" in depth_table(errors)
+    axes = calibration_figure({"kriging": {0.5: 0.4, 0.9: 0.88}}).axes[0]
+    assert list(axes.lines[-1].get_ydata()) == [0.4, 0.88]
