@@ -116,7 +116,7 @@ def summary(
         row: dict[str, Any] = {"method": label, "runs": len(histories)}
         row["steps"] = max(step for h in histories for step in next(iter(h.probes.values())))
         row["score"] = _spread([_last(h.score) for h in histories])
-        for column in (*_FOLDS, "local_ratio"):
+        for column in (*_FOLDS, "local_ratio", "eta2"):
             for t in periods:
                 values = [_last(h.of(column, t)) for h in histories]
                 row[f"{column}_{t}"] = _spread(values)
