@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fulgurite.models.ice_layers.baselines import Ridge, fit_ridge
 from fulgurite.models.ice_layers.graph import Track
 
-__all__ = ["PhysicsPrior", "input_features", "nearby_means"]
+__all__ = ["PhysicsPrior", "input_features", "nearby_means", "sides"]
 
 _SIGMA = torch.tensor([0.1587, 0.8413], dtype=torch.float64)  # one standard deviation
 _SAMPLE = 1_000_000  # most entries that a quantile takes
@@ -82,6 +82,59 @@ def nearby_means(
         total, weight = ((-0.5 * (apart / scale).square()).exp() @ both).chunk(2, -1)
         outs += [total / (weight + 0.05), weight.log1p()]
     return track.unpad(torch.stack(outs, -1))
+
+
+def sides(
+    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, reach: Sequence[float]
+) -> Tensor:
+    """What lies before and after each entry of its layer: what an interpolation needs to know.
+
+    On each side, for each reach, the mean of visible thickness with weights ``exp(-d / reach)`` (so
+    of the nearest picks, however far they are; 0 without any) and how near the nearest pick is,
+    ``exp(-d / (8 reach))``; then the straight line between both sides at the shortest reach.
+
+    Args:
+        thickness: Normalised; finite where not visible, too. Shape: (N, L).
+        visible: Shape: (N, L), bool.
+        track: The stacks.
+        distance: Along the track [m]. Shape: (N,).
+        reach: Distances over which picks of a side are averaged [m]. Not far below the spacing of
+            traces: weights underflow at 80 times this distance.
+
+    Shape: to (N, L, 4 S + 1).
+
+    Example:
+        >>> visible = torch.tensor([[True], [False], [True]])
+        >>> shown = torch.tensor([[1.0], [0.0], [2.0]])
+        >>> at = torch.tensor([0.0, 100.0, 400.0])
+        >>> sides(shown, visible, Track.of([3]), at, [100.0])[1, 0]
+        tensor([1.0000, 2.0000, 0.8825, 0.6873, 1.2500])
+
+    Source: inferred; along-track interpolation of card section 4.3 as an input.
+    """
+    place = track.pad(distance)
+    seen = track.pad(visible)
+    both = torch.cat([track.pad(torch.where(visible, thickness, 0.0)), seen.to(thickness.dtype)], 2)
+    number = torch.arange(place.shape[1], device=place.device)
+    earlier = (number[:, None] >= number).to(thickness.dtype)
+    toward = torch.stack([earlier, earlier.T], 1)[None]  # (1, M, 2, M)
+    apart = (place[:, :, None] - place[:, None, :]).abs().to(thickness.dtype)
+    infinite = torch.full((), torch.inf, device=place.device)
+    before = torch.where(seen, place[..., None], -infinite).cummax(1).values
+    after = torch.where(seen, place[..., None], infinite).flip(1).cummin(1).values.flip(1)
+    away = torch.stack([place[..., None] - before, after - place[..., None]], 2)  # (B, M, 2, L)
+    away = away.to(thickness.dtype)
+    means = []
+    for length in reach:
+        weights = (-apart / length).exp()[:, :, None] * toward  # (B, M, 2, M)
+        total, weight = (weights.flatten(1, 2) @ both).unflatten(1, (-1, 2)).chunk(2, -1)
+        means.append(torch.where(weight > 0, total / weight.clamp_min(1e-37), 0.0))
+    near = [(-away / (8 * length)).exp() for length in reach]
+    # the nearer side counts more; alone, it counts all
+    share = (1 / away.clamp_min(1.0)) / (1 / away.clamp_min(1.0)).sum(2, keepdim=True).clamp_min(1e-9)
+    line = (share * means[0]).sum(2)
+    outs = [x for pair in zip(means, near, strict=True) for both_ in pair for x in both_.unbind(2)]
+    return track.unpad(torch.stack([*outs, line], -1))
 
 
 class PhysicsPrior(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers.features import input_features, nearby_means
+from fulgurite.models.ice_layers.features import input_features, nearby_means, sides
 from fulgurite.models.ice_layers.graph import GraphKind, Track
 from fulgurite.models.ice_layers.spatial import Backend, SpatialEncoder, TraceAttention
 from fulgurite.models.ice_layers.temporal import LayerTransformer
@@ -43,6 +43,10 @@ class CompletionNet(nn.Module):
         use_physics: False replaces physics by 0, to measure what it is worth.
         scales: Length scales [m] of means over visible neighbours that are further inputs; none
             by default, as in the paper.
+        reach: Distances [m] of the averages on each side of an entry that are further inputs, see
+            :func:`~fulgurite.models.ice_layers.features.sides`; none by default.
+        mixing: How layers look at each other, see
+            :class:`~fulgurite.models.ice_layers.temporal.LayerTransformer`.
         attention: Blocks of the transformer that are preceded by attention between traces, the
             first ones; 0 as in the paper.
 
@@ -72,6 +76,8 @@ class CompletionNet(nn.Module):
         position: bool = True,
         use_physics: bool = True,
         scales: Sequence[float] = (),
+        reach: Sequence[float] = (),
+        mixing: Literal["softmax", "free"] = "softmax",
         attention: int = 0,
     ) -> None:
         super().__init__()
@@ -89,15 +95,18 @@ class CompletionNet(nn.Module):
             raise ConfigError(
                 f"{where}.attention={attention} is more than depth={depth}.", "Give at most depth."
             )
-        if any(not s > 0 for s in scales):
-            raise ConfigError(f"{where}.scales={[*scales]} holds 0 or less.", "Give metres.")
+        for name, lengths in (("scales", scales), ("reach", reach)):
+            if any(not s > 0 for s in lengths):
+                raise ConfigError(f"{where}.{name}={[*lengths]} holds 0 or less.", "Give metres.")
         self.position, self.use_physics, self.scales = position, use_physics, tuple(scales)
+        self.reach = tuple(reach)
         inputs = 2 * position + 2 + physics + 2 * len(self.scales)
+        inputs += 4 * len(self.reach) + 1 if self.reach else 0
         self.spatial = SpatialEncoder(
             inputs, width, spatial_depth, graph, backend, neighbours, part, overlap
         )
         self.attention = nn.ModuleList(TraceAttention(width, heads) for _ in range(attention))
-        self.temporal = LayerTransformer(layers, width, depth, heads, dropout, encoding, skip)
+        self.temporal = LayerTransformer(layers, width, depth, heads, dropout, encoding, skip, mixing)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(
@@ -127,9 +136,11 @@ class CompletionNet(nn.Module):
         if not self.use_physics:
             physics = torch.zeros_like(physics)
         x = input_features(thickness, visible, physics, pos if self.position else None)
+        shown = torch.where(visible, thickness, 0.0).to(x.dtype)
         if self.scales:
-            shown = torch.where(visible, thickness, 0.0).to(x.dtype)
             x = torch.cat([x, nearby_means(shown, visible, track, distance, self.scales)], -1)
+        if self.reach:
+            x = torch.cat([x, sides(shown, visible, track, distance, self.reach)], -1)
         x = self.spatial(x, track, degrees)
         before = [
             partial(block, track=track, distance=distance, visible=visible)

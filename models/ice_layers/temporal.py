@@ -1,10 +1,11 @@
 """The transformer over the layers of each trace.
 
-Axes: N traces, L layers, D width.
+Axes: N traces, L layers, D width, H heads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError
 from fulgurite.layers.transformer import Attention
 
-__all__ = ["LayerTransformer", "positions"]
+__all__ = ["LayerMixing", "LayerTransformer", "positions"]
 
 
 def positions(layers: int, width: int) -> Tensor:
@@ -34,13 +35,59 @@ def positions(layers: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
 
 
+class LayerMixing(nn.Module):
+    """Attention between layers whose weights do not depend on who looks.
+
+    A layer's weight is a gate of its own times a learned weight for each pair of layers and head.
+    So all traces need one matrix product, and no softmax over pairs of layers: with ten layers
+    that is several times faster on a CPU.
+
+    Args:
+        layers: L.
+        width: D.
+        heads: H.
+
+    Shape: (N, L, D), kept.
+
+    Example:
+        >>> LayerMixing(6, 16, heads=4)(torch.zeros(3, 6, 16)).shape
+        torch.Size([3, 6, 16])
+
+    Source: inferred; the attention-free transformer (arXiv 2105.14103).
+    """
+
+    def __init__(self, layers: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.sizes = [width, width, heads]
+        self.project, self.out = nn.Linear(width, sum(self.sizes)), nn.Linear(width, width)
+        number = torch.arange(layers)
+        lag = (number[:, None] - number).abs()
+        # heads look at first over one layer to all of them
+        reach = torch.logspace(0, math.log10(max(2, layers)), heads)
+        self.bias = nn.Parameter(-lag / reach[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Let the layers of each trace look at each other."""
+        traces, layers, width = x.shape
+        value, query, logit = self.project(x).split(self.sizes, -1)
+        heads = logit.shape[-1]
+        # bounded: weights may differ by a factor of e^16, and never overflow
+        gate = (8 * torch.tanh(logit / 8)).exp()[..., None]  # (N, L, H, 1)
+        parts = torch.cat([value.unflatten(-1, (heads, -1)) * gate, gate], -1)
+        parts = parts.permute(2, 1, 0, 3).flatten(2)  # (H, L, N (D/H + 1))
+        mixed = (self.bias.exp() @ parts).view(heads, layers, traces, -1)
+        total = mixed[..., :-1] / mixed[..., -1:].clamp_min(1e-12)
+        looked = total.permute(2, 1, 0, 3).reshape(traces, layers, width)
+        return self.out(looked * query.sigmoid())  # type: ignore[no-any-return]
+
+
 class _Block(nn.Module):
     """Pre-norm attention and feed-forward, each with its residual."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, attention: nn.Module, width: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads, is_causal=False, rope_base=None)
+        self.attention = attention
         self.feed = nn.Sequential(
             nn.Linear(width, 2 * width),
             nn.GELU(),
@@ -68,6 +115,8 @@ class LayerTransformer(nn.Module):
         encoding: How a token knows its layer: ``sin``, ``learned``, or ``none``, which makes the
             network blind to the order of the layers.
         skip: ``long_range`` adds each block of the first half to its mirror in the second.
+        mixing: How layers look at each other: ``softmax`` attention, as in the paper, or ``free``
+            of it, see :class:`LayerMixing`.
 
     Shape: (N, L, D), kept.
 
@@ -91,6 +140,7 @@ class LayerTransformer(nn.Module):
         dropout: float = 0.0,
         encoding: Literal["sin", "learned", "none"] = "sin",
         skip: Literal["none", "long_range"] = "none",
+        mixing: Literal["softmax", "free"] = "softmax",
     ) -> None:
         super().__init__()
         where = "model.init_args.network.init_args"
@@ -98,6 +148,8 @@ class LayerTransformer(nn.Module):
             raise ConfigError(f"{where}.encoding={encoding} is unknown.", "Use sin, learned, none.")
         if skip not in ("none", "long_range"):
             raise ConfigError(f"{where}.skip={skip} is unknown.", "Use none or long_range.")
+        if mixing not in ("softmax", "free"):
+            raise ConfigError(f"{where}.mixing={mixing} is unknown.", "Use softmax or free.")
         if width % heads:
             raise ConfigError(
                 f"{where}.heads={heads} does not divide width={width}.", "Give a divisor."
@@ -109,7 +161,14 @@ class LayerTransformer(nn.Module):
         else:
             known = positions(layers, width) if encoding == "sin" else None
             self.register_buffer("order", known, persistent=False)
-        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
+
+
+        def attention() -> nn.Module:
+            if mixing == "free":
+                return LayerMixing(layers, width, heads)
+            return Attention(width, heads, is_causal=False, rope_base=None)
+
+        self.blocks = nn.ModuleList(_Block(attention(), width, dropout) for _ in range(depth))
 
     def forward(self, x: Tensor, before: Sequence[Callable[[Tensor], Tensor]] = ()) -> Tensor:
         """Let the layers of each trace look at each other.
