@@ -42,6 +42,7 @@ class DeepLayerPredictor(IceModule):
         delta: Of the loss, in standard deviations of thickness.
         prior: See :class:`~fulgurite.models.ice_layers.IceCompletion`; needs ``physics=all``.
         members: Networks of an ensemble, trained side by side.
+        outlier: See :class:`~fulgurite.models.ice_layers.IceCompletion`.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
@@ -64,13 +65,14 @@ class DeepLayerPredictor(IceModule):
         physics: Literal["all", "shallow"] = "all",
         loss: LossKind = "huber",
         delta: float = 1.0,
-        prior: Literal["none", "ridge", "log"] = "none",
+        prior: Literal["none", "ridge", "relative", "log"] = "none",
         members: int = 1,
+        outlier: float | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
     ) -> None:
-        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members)
+        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members, outlier)
         save_options(self, "network", "optimizer", "scheduler")
         where = "model.init_args"
         if shallow < 1:
@@ -119,7 +121,7 @@ class DeepLayerPredictor(IceModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss over the deep entries whose thickness is given."""
-        x = self.read(batch)
+        x = self.read(batch, unseen=True)
         mask = x.observed & self.is_deep(x.observed.shape[1], x.observed.device)
         loss = torch.stack([self.objective(out, x, mask) for out in self._run_all(x)]).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))

@@ -7,6 +7,7 @@ S length scales, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from fulgurite.models.ice_layers.baselines import Ridge, fit_ridge
 from fulgurite.models.ice_layers.graph import Track
 
-__all__ = ["PhysicsPrior", "input_features", "nearby_means", "sides"]
+__all__ = ["PhysicsPrior", "PriorKind", "contradicted", "input_features", "nearby_means", "sides"]
 
 _SIGMA = torch.tensor([0.1587, 0.8413], dtype=torch.float64)  # one standard deviation
 _SAMPLE = 1_000_000  # most entries that a quantile takes
+_FOLDS = 5  # parts of the flight segments, without one of which a prior is fitted
+_THINNEST = 0.05  # [m]: least expectation that relative deviations are measured in
+
+PriorKind = Literal["ridge", "relative", "log"]
 
 
 def input_features(
@@ -137,19 +142,65 @@ def sides(
     return track.unpad(torch.stack([*outs, line], -1))
 
 
+def contradicted(
+    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, limit: float
+) -> Tensor:
+    """Picks that their neighbours in the layer contradict, such as those of another boundary.
+
+    A pick is compared with the mean of the others, weighted by ``exp(-d / (3 spacing))``; where few
+    are near, nothing is contradicted.
+
+    Args:
+        thickness: Deviations in units of their typical size; finite where not visible, too.
+            Shape: (N, L).
+        visible: Shape: (N, L), bool.
+        track: The stacks.
+        distance: Along the track [m]. Shape: (N,).
+        limit: Difference beyond which a pick is contradicted.
+
+    Shape: to (N, L), bool.
+
+    Example:
+        >>> thickness = torch.tensor([[0.0], [0.1], [8.0], [0.2], [0.1]])
+        >>> at = 100.0 * torch.arange(5)
+        >>> seen = torch.ones(5, 1, dtype=torch.bool)
+        >>> contradicted(thickness, seen, Track.of([5]), at, limit=2.0).squeeze()
+        tensor([False, False,  True, False, False])
+
+    Source: inferred; kriging leaves out such picks, too.
+    """
+    # one wrong pick must not make its neighbours look wrong
+    shown = torch.where(visible, thickness, 0.0).clamp(-2 * limit, 2 * limit)
+    both = track.pad(torch.cat([shown, visible.to(shown.dtype)], 1))
+    place = track.pad(distance)
+    gaps = (track.length_of - 1).clamp_min(1)
+    spacing = ((place.amax(1) - place.amin(1)) / gaps).clamp_min(1e-3)[:, None, None]
+    apart = (place[:, :, None] - place[:, None, :]).abs() / spacing
+    near = (-apart / 3).exp().to(shown.dtype)
+    near.diagonal(dim1=1, dim2=2).zero_()
+    total, weight = track.unpad(near @ both).chunk(2, -1)
+    enough = visible & (weight > 0.5)
+    return enough & ((shown - total / weight.clamp_min(0.5)).abs() > limit)
+
+
 class PhysicsPrior(nn.Module):
     """Ridge regression of thickness on physics, kept in buffers; networks predict what it leaves.
+
+    Besides the regression on all flight segments there are some without a part of them each: what
+    a regression leaves of stacks that it was fitted on is less than what it leaves of new ones, so
+    training takes deviations from those that do not know the stack.
 
     Args:
         layers: L.
         physics: P.
-        log: Regress the logarithm of thickness on fields and their logarithms: deviations are then
-            relative, and thickness is positive.
+        kind: ``ridge``; ``relative``, the same with deviations in units of what is expected; or
+            ``log``: of the logarithm of thickness on fields and their logarithms, so that
+            deviations are relative and thickness is positive.
 
     Example:
         >>> x = torch.rand(50, 1, 1, generator=torch.Generator().manual_seed(0))
-        >>> prior = PhysicsPrior(1, 1, log=False)
-        >>> prior.fit(2 + 3 * x[..., 0], x[..., 0] > -1, x)
+        >>> prior = PhysicsPrior(1, 1)
+        >>> prior.fit(2 + 3 * x[..., 0], x[..., 0] > -1, x, torch.arange(50))
         >>> round(float(prior(torch.tensor([[[0.5]]]))), 2)
         3.5
 
@@ -162,35 +213,67 @@ class PhysicsPrior(nn.Module):
     scale: Tensor
     spread: Tensor
 
-    def __init__(self, layers: int, physics: int, log: bool) -> None:
+    def __init__(self, layers: int, physics: int, kind: PriorKind = "ridge") -> None:
         super().__init__()
+        log = kind == "log"
         size = physics * (2 if log else 1)
-        self.log = log
+        self.kind = kind
         shapes = {"mean": (size,), "std": (size,), "coefficients": (layers, size + 1)}
-        shapes |= {"scale": (physics if log else 0,), "spread": ()}
+        shapes |= {"scale": (physics if log else 0,)}
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.ones(shape, dtype=torch.float64))
+            self.register_buffer(name, torch.ones(1 + _FOLDS, *shape, dtype=torch.float64))
+        self.register_buffer("spread", torch.ones((), dtype=torch.float64))
 
-    def fit(self, thickness: Tensor, observed: Tensor, physics: Tensor) -> None:
+    def fit(self, thickness: Tensor, observed: Tensor, physics: Tensor, segment: Tensor) -> None:
         """Fit to training stacks.
 
         Args:
             thickness: [m]. Shape: (N, L).
             observed: Shape: (N, L), bool.
             physics: Shape: (N, L, P).
+            segment: Number of each trace's flight segment. Shape: (N,).
+
+        Raises:
+            DataError: Nothing is observed.
         """
-        ridge = fit_ridge(thickness, observed, physics, log=self.log)
-        for name in ("mean", "std", "coefficients", "scale"):
-            getattr(self, name).copy_(getattr(ridge, name))
-        left = self.deviation(thickness, self(physics))[observed]
+        expected = torch.empty_like(physics[..., 0], dtype=torch.float64)
+        part = segment % _FOLDS
+        for fold in range(-1, _FOLDS):
+            rows = part != fold
+            if not observed[rows].any():  # all is of one part
+                rows = torch.ones_like(rows)
+            log = self.kind == "log"
+            ridge = fit_ridge(thickness[rows], observed[rows], physics[rows], log=log)
+            for name in ("mean", "std", "coefficients", "scale"):
+                getattr(self, name)[1 + fold].copy_(getattr(ridge, name))
+            expected[part == fold] = ridge(physics[part == fold])
+        left = self.deviation(thickness, expected)[observed]
         # of the middle two thirds: mis-tracked picks do not count
         low, high = left[:: 1 + len(left) // _SAMPLE].quantile(_SIGMA)
         self.spread.fill_(float(0.5 * (high - low)) or 1.0)
 
-    def forward(self, physics: Tensor) -> Tensor:
-        """Expected thickness [m]. Shape: (N, L, P) to (N, L), float64."""
-        log = torch.tensor(self.log)
-        return Ridge(self.mean, self.std, self.coefficients, self.scale, log)(physics)
+    def forward(self, physics: Tensor, segment: Tensor | None = None) -> Tensor:
+        """Expected thickness [m].
+
+        Args:
+            physics: Shape: (N, L, P).
+            segment: Number of each trace's flight segment, whose picks are not to be known; None
+                takes what was fitted on all. Shape: (N,).
+
+        Shape: to (N, L), float64.
+        """
+        if segment is None:
+            return self._ridge(0)(physics)
+        part = segment % _FOLDS
+        expected = torch.empty_like(physics[..., 0], dtype=torch.float64)
+        for fold in part.unique().tolist():
+            expected[part == fold] = self._ridge(1 + fold)(physics[part == fold])
+        return expected
+
+    def _ridge(self, number: int) -> Ridge:
+        names = ("mean", "std", "coefficients", "scale")
+        log = torch.tensor(self.kind == "log")
+        return Ridge(*(getattr(self, name)[number] for name in names), log)
 
     def deviation(self, thickness: Tensor, expected: Tensor) -> Tensor:
         """How far thickness is from what is expected, in typical deviations. Shape: (N, L).
@@ -199,12 +282,17 @@ class PhysicsPrior(nn.Module):
             thickness: [m]; NaN stays NaN. Shape: (N, L).
             expected: From :meth:`forward`. Shape: (N, L).
         """
-        if self.log:
+        if self.kind == "log":
             return (thickness / expected).log() / self.spread
-        return (thickness - expected) / self.spread
+        return (thickness - expected) / (self._unit(expected) * self.spread)
 
     def metres(self, deviation: Tensor, expected: Tensor) -> Tensor:
         """The inverse of :meth:`deviation` [m]. Shape: (N, L), float64."""
         scaled = deviation.double() * self.spread
-        # no prediction is a thousand times what is expected; training may pass through any
-        return expected * scaled.clamp(-7, 7).exp() if self.log else expected + scaled
+        if self.kind == "log":
+            # no prediction is a thousand times what is expected; training may pass through any
+            return expected * scaled.clamp(-7, 7).exp()
+        return expected + scaled * self._unit(expected)
+
+    def _unit(self, expected: Tensor) -> Tensor | float:
+        return expected.clamp_min(_THINNEST) if self.kind == "relative" else 1.0

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.io import load_plain
 from fulgurite.models.ice_layers.completion import LEFT, complete, gaps, provenance
-from fulgurite.models.ice_layers.features import PhysicsPrior
+from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, contradicted
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
 from fulgurite.models.ice_layers.losses import LossKind, masked_robust_loss
@@ -154,9 +154,12 @@ class IceModule(SystemModule):
         weights: Checkpoint of a run whose networks and statistics are the start.
         loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
         delta: Of the loss, in standard deviations of thickness.
-        prior: The network predicts what a ridge regression on physics leaves, of thickness
-            (``ridge``) or of its logarithm (``log``); ``none`` as in the paper.
+        prior: The network predicts what a ridge regression on physics leaves, see
+            :class:`~fulgurite.models.ice_layers.features.PhysicsPrior`; ``none`` as in the paper.
         members: Networks of an ensemble, trained side by side.
+        outlier: Picks that differ from their neighbours along the track by more than so many
+            standard deviations of thickness, or typical deviations from the prior, are neither
+            shown to the network nor asked for in training; null trusts all.
 
     Attributes:
         trained_segments: Names of the flight segments that training or validation has seen, which
@@ -174,21 +177,27 @@ class IceModule(SystemModule):
         weights: str | None,
         loss: LossKind,
         delta: float,
-        prior: Literal["none", "ridge", "log"],
+        prior: Literal["none", "ridge", "relative", "log"],
         members: int,
+        outlier: float | None,
     ) -> None:
         super().__init__()
         if not delta > 0:
             raise ConfigError(f"model.init_args.delta={delta} is not positive.", "Give it above 0.")
-        if prior not in ("none", "ridge", "log"):
+        if prior not in ("none", *get_args(PriorKind)):
             raise ConfigError(
-                f"model.init_args.prior={prior} is unknown.", "Use none, ridge or log."
+                f"model.init_args.prior={prior} is unknown.",
+                f"Use none, {', '.join(get_args(PriorKind))}.",
+            )
+        if outlier is not None and not outlier > 0:
+            raise ConfigError(
+                f"model.init_args.outlier={outlier} is not positive.", "Give it above 0, or null."
             )
         if members < 1:
             raise ConfigError(f"model.init_args.members={members} is too few.", "Give 1 or more.")
         self.make_network, self.optimizer, self.scheduler = network, optimizer, scheduler
         self.weights, self.loss, self.delta = weights, loss, delta
-        self.prior_kind, self.members = prior, members
+        self.prior_kind, self.members, self.outlier = prior, members, outlier
         self.sizes: tuple[int, int] | None = None
         self.trained_segments: tuple[str, ...] = ()
         self.networks = nn.ModuleList()
@@ -216,7 +225,7 @@ class IceModule(SystemModule):
         self.sizes = (layers, physics)
         self.normaliser = Normaliser(layers, physics)
         kind = self.prior_kind
-        self.prior = None if kind == "none" else PhysicsPrior(layers, physics, kind == "log")
+        self.prior = None if kind == "none" else PhysicsPrior(layers, physics, kind)
         self.networks.extend(self.make_network(layers, physics) for _ in range(self.members))
         self.calibration = Calibration()
         self.metrics = CompletionMetrics(layers)
@@ -250,7 +259,10 @@ class IceModule(SystemModule):
         assert self.prior is not None
         names = ("thickness", "observed", "physics")
         with torch.random.fork_rng():
-            found = [[getattr(batch, n) for n in names] for batch in data.train_dataloader()]
+            found = [
+                [*(getattr(batch, n) for n in names), segment_of_traces(batch)]
+                for batch in data.train_dataloader()
+            ]
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
         if (world := rank_and_world()[1]) > 1:
             everyone: list[Any] = [None] * world
@@ -307,8 +319,12 @@ class IceModule(SystemModule):
 
     # --- steps ---------------------------------------------------------------------------------
 
-    def read(self, batch: Any) -> Normalised:
+    def read(self, batch: Any, unseen: bool = False) -> Normalised:
         """Normalise a batch.
+
+        Args:
+            batch: See the top of the file.
+            unseen: Deviations are from a prior that does not know the batch's flight segments.
 
         Raises:
             DataError: It lacks a field.
@@ -322,15 +338,22 @@ class IceModule(SystemModule):
         x: Normalised = self.normaliser(batch)
         if self.prior is None:
             return x
-        expected = self.prior(batch.physics)
+        expected = self.prior(batch.physics, segment_of_traces(batch) if unseen else None)
         deviation = self.prior.deviation(batch.thickness, expected).float()
         return dataclasses.replace(x, thickness=deviation, expected=expected)
 
     def run(self, network: nn.Module, x: Normalised, visible: Tensor) -> Tensor:
         """Normalised thickness of all entries from what is visible. Shape: (N, L)."""
+        visible = self.trusted(x, visible)
         return network(  # type: ignore[no-any-return]
             x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track
         )
+
+    def trusted(self, x: Normalised, mask: Tensor) -> Tensor:
+        """Entries of a mask that its others do not contradict. Shape: (N, L), bool."""
+        if self.outlier is None:
+            return mask
+        return mask & ~contradicted(x.thickness, mask, x.track, x.distance, self.outlier)
 
     def metres(self, out: Tensor, x: Normalised) -> Tensor:
         """What a network gives, as thickness above 0 [m]. Shape: (N, L), float64."""
@@ -349,6 +372,7 @@ class IceModule(SystemModule):
 
     def objective(self, predicted: Tensor, x: Normalised, mask: Tensor) -> Tensor:
         """The loss of one network over the entries in ``mask``. Shape: to ()."""
+        mask = mask & self.trusted(x, x.observed)
         return masked_robust_loss(
             predicted, x.thickness, mask, self.delta, self.loss, over_ranks=True
         )
@@ -369,9 +393,12 @@ class IceCompletion(IceModule):
         loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
         delta: Of the loss, in standard deviations of thickness.
         loss_on: ``observed`` counts all observed entries, ``hidden`` only those not seen.
-        prior: The network predicts what a ridge regression on physics leaves, of thickness
-            (``ridge``) or of its logarithm (``log``); ``none`` as in the paper.
+        prior: The network predicts what a ridge regression on physics leaves, see
+            :class:`~fulgurite.models.ice_layers.features.PhysicsPrior`; ``none`` as in the paper.
         members: Networks of an ensemble, trained side by side.
+        outlier: Picks that differ from their neighbours along the track by more than so many
+            standard deviations of thickness, or typical deviations from the prior, are neither
+            shown to the network nor asked for in training; null trusts all.
         mc_samples: Predictions with dropout at evaluation; 0 for one without.
         max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
         trap_ratio: Stop when the held-out error is so many times that of visible entries, and no
@@ -397,8 +424,9 @@ class IceCompletion(IceModule):
         loss: LossKind = "huber",
         delta: float = 1.0,
         loss_on: Literal["observed", "hidden"] = "observed",
-        prior: Literal["none", "ridge", "log"] = "none",
+        prior: Literal["none", "ridge", "relative", "log"] = "none",
         members: int = 1,
+        outlier: float | None = None,
         mc_samples: int = 0,
         max_gap: float | None = None,
         trap_ratio: float | None = 5.0,
@@ -406,7 +434,7 @@ class IceCompletion(IceModule):
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
     ) -> None:
-        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members)
+        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members, outlier)
         save_options(self, "network", "hiding", "optimizer", "scheduler")
         where = "model.init_args"
         if inputs not in ("hidden", "physics", "observed"):
@@ -526,7 +554,7 @@ class IceCompletion(IceModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss over observed entries, a part of which the networks do not see."""
-        x = self.read(batch)
+        x = self.read(batch, unseen=True)
         generator = self.generator(batch_idx)
         losses = []
         for network in self.networks:
@@ -627,6 +655,12 @@ class IceCompletion(IceModule):
         values = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(values, batch_size=1)
         return found
+
+
+def segment_of_traces(batch: Any) -> Tensor:
+    """Number of each trace's flight segment. Shape: (N,)."""
+    segment: Tensor = batch.segment[Track.from_ptr(batch.ptr).stack]
+    return segment
 
 
 def known_truth(batch: Any) -> Tensor:
