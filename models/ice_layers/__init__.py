@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     )
     from fulgurite.models.ice_layers.features import (
         PhysicsPrior,
+        contradicted,
         input_features,
         nearby_means,
+        sides,
     )
     from fulgurite.models.ice_layers.graph import (
         Track,
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
         TraceAttention,
     )
     from fulgurite.models.ice_layers.temporal import (
+        LayerMixing,
         LayerTransformer,
     )
     from fulgurite.models.ice_layers.uncertainty import (
@@ -98,7 +101,7 @@ _MODULES = {
     ),
     "completion": ("Gaps", "complete", "gaps", "provenance"),
     "deep": ("DeepLayerPredictor",),
-    "features": ("PhysicsPrior", "input_features", "nearby_means"),
+    "features": ("PhysicsPrior", "contradicted", "input_features", "nearby_means", "sides"),
     "graph": ("Track", "adjacency", "edges", "haversine"),
     "hiding": ("StructuredHiding", "held_out"),
     "kriging": ("Kriging", "fit_kriging"),
@@ -109,7 +112,7 @@ _MODULES = {
     "output": ("CompletedStack", "read_netcdf", "read_npz", "write_netcdf", "write_npz"),
     "schedule": ("TwoStageLR", "two_stage"),
     "spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
-    "temporal": ("LayerTransformer",),
+    "temporal": ("LayerMixing", "LayerTransformer"),
     "uncertainty": ("Calibration", "coverage"),
 }
 
@@ -123,6 +126,7 @@ __all__ = [
     "Gaps",
     "IceCompletion",
     "Kriging",
+    "LayerMixing",
     "LayerTransformer",
     "MaskedMAE",
     "MaskedRMSE",
@@ -138,6 +142,7 @@ __all__ = [
     "along_then_across",
     "along_track",
     "complete",
+    "contradicted",
     "coverage",
     "edges",
     "fit_kriging",
@@ -153,6 +158,7 @@ __all__ = [
     "provenance",
     "read_netcdf",
     "read_npz",
+    "sides",
     "two_stage",
     "write_netcdf",
     "write_npz",

@@ -72,7 +72,9 @@ class DeepLayerPredictor(IceModule):
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
     ) -> None:
-        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members, outlier)
+        super().__init__(
+            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier
+        )
         save_options(self, "network", "optimizer", "scheduler")
         where = "model.init_args"
         if shallow < 1:

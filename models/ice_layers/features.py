@@ -132,13 +132,14 @@ def sides(
     means = []
     for length in reach:
         weights = (-apart / length).exp()[:, :, None] * toward  # (B, M, 2, M)
-        total, weight = (weights.flatten(1, 2) @ both).unflatten(1, (-1, 2)).chunk(2, -1)
+        summed = (weights.flatten(1, 2) @ both).view(*away.shape[:3], -1)  # (B, M, 2, 2 L)
+        total, weight = summed.chunk(2, -1)
         means.append(torch.where(weight > 0, total / weight.clamp_min(1e-37), 0.0))
     near = [(-away / (8 * length)).exp() for length in reach]
     # the nearer side counts more; alone, it counts all
-    share = (1 / away.clamp_min(1.0)) / (1 / away.clamp_min(1.0)).sum(2, keepdim=True).clamp_min(1e-9)
-    line = (share * means[0]).sum(2)
-    outs = [x for pair in zip(means, near, strict=True) for both_ in pair for x in both_.unbind(2)]
+    share = 1 / away.clamp_min(1.0)
+    line = (share / share.sum(2, keepdim=True).clamp_min(1e-9) * means[0]).sum(2)
+    outs = [x for pair in zip(means, near, strict=True) for both in pair for x in both.unbind(2)]
     return track.unpad(torch.stack([*outs, line], -1))
 
 
@@ -169,12 +170,13 @@ def contradicted(
 
     Source: inferred; kriging leaves out such picks, too.
     """
+    shown = torch.where(visible, thickness, 0.0)
     # one wrong pick must not make its neighbours look wrong
-    shown = torch.where(visible, thickness, 0.0).clamp(-2 * limit, 2 * limit)
-    both = track.pad(torch.cat([shown, visible.to(shown.dtype)], 1))
+    bounded = shown.clamp(-3 * limit, 3 * limit)
+    both = track.pad(torch.cat([bounded, visible.to(shown.dtype)], 1))
     place = track.pad(distance)
-    gaps = (track.length_of - 1).clamp_min(1)
-    spacing = ((place.amax(1) - place.amin(1)) / gaps).clamp_min(1e-3)[:, None, None]
+    steps = (track.length_of - 1).clamp_min(1)
+    spacing = ((place.amax(1) - place[:, 0]) / steps).clamp_min(1e-3)[:, None, None]
     apart = (place[:, :, None] - place[:, None, :]).abs() / spacing
     near = (-apart / 3).exp().to(shown.dtype)
     near.diagonal(dim1=1, dim2=2).zero_()
@@ -266,14 +268,19 @@ class PhysicsPrior(nn.Module):
             return self._ridge(0)(physics)
         part = segment % _FOLDS
         expected = torch.empty_like(physics[..., 0], dtype=torch.float64)
-        for fold in part.unique().tolist():
-            expected[part == fold] = self._ridge(1 + fold)(physics[part == fold])
+        for fold in range(_FOLDS):
+            if (rows := part == fold).any():
+                expected[rows] = self._ridge(1 + fold)(physics[rows])
         return expected
 
     def _ridge(self, number: int) -> Ridge:
-        names = ("mean", "std", "coefficients", "scale")
-        log = torch.tensor(self.kind == "log")
-        return Ridge(*(getattr(self, name)[number] for name in names), log)
+        return Ridge(
+            mean=self.mean[number],
+            std=self.std[number],
+            coefficients=self.coefficients[number],
+            scale=self.scale[number],
+            log=torch.tensor(self.kind == "log"),
+        )
 
     def deviation(self, thickness: Tensor, expected: Tensor) -> Tensor:
         """How far thickness is from what is expected, in typical deviations. Shape: (N, L).

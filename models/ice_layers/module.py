@@ -434,7 +434,9 @@ class IceCompletion(IceModule):
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
     ) -> None:
-        super().__init__(network, optimizer, scheduler, weights, loss, delta, prior, members, outlier)
+        super().__init__(
+            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier
+        )
         save_options(self, "network", "hiding", "optimizer", "scheduler")
         where = "model.init_args"
         if inputs not in ("hidden", "physics", "observed"):

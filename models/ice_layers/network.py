@@ -106,7 +106,9 @@ class CompletionNet(nn.Module):
             inputs, width, spatial_depth, graph, backend, neighbours, part, overlap
         )
         self.attention = nn.ModuleList(TraceAttention(width, heads) for _ in range(attention))
-        self.temporal = LayerTransformer(layers, width, depth, heads, dropout, encoding, skip, mixing)
+        self.temporal = LayerTransformer(
+            layers, width, depth, heads, dropout, encoding, skip, mixing
+        )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(

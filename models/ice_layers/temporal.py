@@ -162,7 +162,6 @@ class LayerTransformer(nn.Module):
             known = positions(layers, width) if encoding == "sin" else None
             self.register_buffer("order", known, persistent=False)
 
-
         def attention() -> nn.Module:
             if mixing == "free":
                 return LayerMixing(layers, width, heads)

@@ -138,10 +138,10 @@ def trainer(steps=0, **options):
     )  # fmt: skip
 
 
-def fitted(data=None, steps=40, seed=0, **options):
+def fitted(data=None, steps=40, seed=0, limit_val_batches=1.0, **options):
     seed_everything(seed)
     model = module(**options)
-    run = trainer(steps)
+    run = trainer(steps, limit_val_batches=limit_val_batches)
     data = data or Flights()
     run.fit(model, data)
     return model, data, run
@@ -263,7 +263,7 @@ def test_a_step_does_not_see_what_it_hides():
     assert not torch.equal(seen[2][0], visible)  # another batch hides something else
 
 
-@pytest.mark.parametrize("prior", ["none", "ridge", "log"])
+@pytest.mark.parametrize("prior", ["none", "relative", "log"])
 def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
     model, data, run = fitted(prior=prior, members=2, steps=6)
     run.validate(model, data, verbose=False)
@@ -287,6 +287,22 @@ def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
     trainer(1).fit(other, shifted)
     assert torch.equal(other.normaliser.thickness_mean, data.statistics["thickness_mean"])
     assert set(other.trained_segments) >= set(model.trained_segments)
+
+
+def test_a_contradicted_pick_is_neither_shown_nor_asked_for():
+    model, data, _ = fitted(steps=1, prior="relative", outlier=3.0)
+    batch = test_batch(data)
+    batch.thickness[5, 0] = 3 * batch.truth[5, 0]
+    batch.observed[3:8, 0] = True
+    batch.thickness[[3, 4, 6, 7], 0] = batch.truth[[3, 4, 6, 7], 0]
+    with torch.no_grad():
+        x, there = model.read(batch), model(batch)
+        assert not model.trusted(x, x.observed)[5, 0]
+        loss = model.objective(torch.zeros_like(x.thickness), x, x.observed)
+        batch.thickness[5, 0] *= 2
+        assert torch.equal(model(batch), there)
+        x = model.read(batch)
+        assert model.objective(torch.zeros_like(x.thickness), x, x.observed) == loss
 
 
 def test_interrupted_training_goes_on_bit_for_bit(tmp_path):
@@ -329,17 +345,18 @@ def test_hiding_is_on_unless_copying_is_asked_for():
 def test_copying_is_detected():
     """Check 13: the identity version stops with what to do, or goes on where that is asked for."""
     data = Flights()
-    options = {"inputs": "observed", "network": partial(CompletionNet, width=32, graph="none")}
-    with (
-        pytest.warns(UserWarning, match="learn to copy"),
-        pytest.raises(ConfigError, match=r"copies what it sees.*inputs=hidden"),
-    ):
-        fitted(data, steps=250, **options)
+    options = {"network": partial(CompletionNet, width=32, depth=1, graph="none"), "steps": 150}
     with pytest.warns(UserWarning, match="learn to copy"):
-        model, _, run = fitted(data, steps=250, trap_ratio=None, **options)
+        model, _, run = fitted(
+            data, inputs="observed", trap_ratio=None, limit_val_batches=0, **options
+        )
     copying = run.test(model, data, verbose=False)[0]
-    assert run.validate(model, data, verbose=False)[0]["val/identity_ratio"] > 5
-    model, _, run = fitted(data, steps=250, **{**options, "inputs": "hidden"})
+    check = trainer()
+    assert check.validate(model, data, verbose=False)[0]["val/identity_ratio"] > 5
+    model.trap_ratio = 5.0
+    with pytest.raises(ConfigError, match=r"copies what it sees.*inputs=hidden"):
+        check.validate(model, data, verbose=False)
+    model, _, run = fitted(data, inputs="hidden", limit_val_batches=0, **options)
     hiding = run.test(model, data, verbose=False)[0]
     assert hiding["test/missing_rmse"] < 0.7 * copying["test/missing_rmse"]
 
@@ -442,6 +459,7 @@ def test_too_few_residuals_leave_it_uncalibrated():
         ({"delta": 0.0}, "delta=0"),
         ({"prior": "spline"}, "prior=spline"),
         ({"members": 0}, "members=0"),
+        ({"outlier": 0.0}, "outlier=0"),
         ({"mc_samples": -1}, "mc_samples=-1"),
         ({"max_gap": -5.0}, "max_gap=-5"),
         ({"loss_on": "some"}, "loss_on=some"),

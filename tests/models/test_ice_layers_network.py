@@ -19,15 +19,18 @@ from fulgurite.models.ice_layers import (
     TraceAttention,
     Track,
     adjacency,
+    contradicted,
     edges,
     haversine,
     held_out,
     nearby_means,
+    sides,
 )
 
 L, P = 6, 3
 KINDS = ["full", "knn", "partition", "inverse", "none"]
 GO_BEYOND = {"scales": (150.0, 600.0), "attention": 1}
+OURS = {"attention": 2, "mixing": "free", "reach": [100.0, 400.0]}
 
 
 def lines(sizes, seed=0, spacing=100.0):
@@ -238,7 +241,7 @@ def test_a_trace_is_felt_as_far_as_the_graph_reaches():
     assert torch.equal(change[24:], torch.zeros_like(change[24:]))
 
 
-@pytest.mark.parametrize("options", [{}, GO_BEYOND, {"graph": "inverse"}])
+@pytest.mark.parametrize("options", [{}, GO_BEYOND, OURS, {"graph": "inverse"}])
 def test_stacks_of_a_batch_do_not_see_each_other(options):
     sizes = [12, 7, 1]
     inputs = lines(sizes)
@@ -254,7 +257,7 @@ def test_stacks_of_a_batch_do_not_see_each_other(options):
         start += size
 
 
-@pytest.mark.parametrize("options", [{}, GO_BEYOND])
+@pytest.mark.parametrize("options", [{}, GO_BEYOND, OURS])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, -7.0])
 def test_what_is_not_visible_does_not_reach_the_network(options, value):
     """Checks 2 and 8."""
@@ -295,6 +298,8 @@ def test_long_range_skips_join_mirrored_blocks():
         {"depth": -1},
         {"heads": 3},
         {"scales": [0.0]},
+        {"reach": [-1.0]},
+        {"mixing": "x"},
         {"encoding": "x"},
         {"skip": "x"},
     ],
@@ -323,25 +328,103 @@ def test_nearby_means_are_sums_by_hand():
         torch.testing.assert_close(means[i, :, 1], weight.log1p())
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_a_prior_finds_what_physics_says_and_goes_both_ways(log):
+def test_sides_are_means_by_hand():
+    inputs = lines([7, 4])
+    shown = torch.where(inputs["visible"], inputs["thickness"], 0.0)
+    found = sides(shown, inputs["visible"], inputs["track"], inputs["distance"], (150.0, 400.0))
+    assert found.shape == (11, L, 9)
+    for i in range(7, 11):
+        for layer in range(L):
+            line = []
+            for side, rows in enumerate((range(7, i + 1), range(i, 11))):
+                seen = [j for j in rows if inputs["visible"][j, layer]]
+                weight = [math.exp(-100 * abs(i - j) / 150) for j in seen]
+                total = sum(w * float(shown[j, layer]) for w, j in zip(weight, seen, strict=True))
+                mean = total / sum(weight) if seen else 0.0
+                away = 100 * min((abs(i - j) for j in seen), default=math.inf)
+                assert float(found[i, layer, side]) == pytest.approx(mean, abs=1e-5)
+                near = float(found[i, layer, 2 + side])
+                assert near == pytest.approx(math.exp(-away / 1200), abs=1e-5)
+                line.append((1 / max(away, 1.0), mean))
+            total = sum(w for w, _ in line)
+            mean = sum(w * m for w, m in line) / total if total else 0.0
+            assert float(found[i, layer, -1]) == pytest.approx(mean, abs=1e-5)
+
+
+def test_a_pick_on_another_boundary_is_found_and_no_other():
+    track = Track.of([30, 30])
+    distance = 50.0 * track.place
+    g = torch.Generator().manual_seed(0)
+    smooth = 2 * torch.sin(distance / 800)[:, None] + torch.arange(3.0)
+    thickness = smooth + 0.1 * torch.randn(60, 3, generator=g)
+    visible = torch.rand(60, 3, generator=g) < 0.8
+    wrong = torch.zeros_like(visible)
+    wrong[[4, 17, 40], [0, 1, 2]] = visible[[4, 17, 40], [0, 1, 2]] = True
+    thickness[wrong] += 10
+    thickness[~visible] = math.nan
+    assert torch.equal(contradicted(thickness, visible, track, distance, 3.0), wrong)
+    alone = torch.zeros_like(visible)
+    alone[17, 1] = True  # nobody contradicts
+    assert not contradicted(thickness, alone, track, distance, 3.0).any()
+
+
+@pytest.mark.parametrize("mixing", ["softmax", "free"])
+def test_layers_look_at_each_other_within_their_trace_alone(mixing):
+    torch.manual_seed(0)
+    network = LayerTransformer(L, 8, heads=2, mixing=mixing)
+    x = torch.randn(6, L, 8)
+    changed = x.clone()
+    changed[2, 1] += 1
+    with torch.no_grad():
+        change = (network(changed) - network(x)).abs().amax(-1)
+    assert bool((change[2] > 0).all())
+    change[2] = 0
+    assert float(change.max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["ridge", "relative", "log"])
+def test_a_prior_finds_what_physics_says_and_goes_both_ways(kind):
     g = torch.Generator().manual_seed(0)
     physics = torch.rand(400, L, P, generator=g).double() + 0.5
     slope, level = torch.rand(L, P, generator=g).double(), torch.rand(L, generator=g).double()
     thickness = (physics * slope).sum(-1) + level + 0.2
-    thickness = thickness.exp() if log else thickness
+    thickness = thickness.exp() if kind == "log" else thickness
     noise = torch.exp(0.05 * torch.randn(400, L, generator=g).double())
     observed = torch.rand(400, L, generator=g) < 0.6
-    prior = PhysicsPrior(L, P, log=log)
-    prior.fit((thickness * noise).where(observed, math.nan), observed, physics.float())
-    expected = prior(physics)
-    assert float((expected / thickness - 1).abs().mean()) < 0.02
-    away = prior.deviation(thickness * noise, expected)
-    torch.testing.assert_close(prior.metres(away, expected), thickness * noise)
-    assert 0.8 < float(away.std()) < 1.2
-    if log:
+    prior = PhysicsPrior(L, P, kind)
+    segment = torch.arange(400) // 40
+    picked = (thickness * noise).where(observed, math.nan)
+    prior.fit(picked, observed, physics.float(), segment)
+    for expected in (prior(physics), prior(physics, segment)):
+        assert float((expected / thickness - 1).abs().mean()) < 0.02
+        away = prior.deviation(thickness * noise, expected)
+        torch.testing.assert_close(prior.metres(away, expected), thickness * noise)
+        assert 0.8 < float(away.std()) < 1.2
+    if kind != "ridge":
         assert float(prior.spread) == pytest.approx(0.05, rel=0.1)
+    if kind == "log":
         assert (prior.metres(-1e6 * torch.ones(400, L), expected) > 0).all()
+
+
+def test_training_takes_a_prior_that_does_not_know_the_segment():
+    g = torch.Generator().manual_seed(0)
+    physics = torch.rand(60, L, P, generator=g).double()
+    segment = torch.arange(60) // 10
+    thickness = 1 + physics.sum(-1) + 0.1 * segment[:, None]
+    seen = torch.ones(60, L, dtype=torch.bool)
+    prior, other = PhysicsPrior(L, P), PhysicsPrior(L, P)
+    prior.fit(thickness, seen, physics, segment)
+    changed = torch.where((segment == 2)[:, None], thickness + 1, thickness)
+    other.fit(changed, seen, physics, segment)
+    rows = segment == 2
+    assert torch.equal(prior(physics, segment)[rows], other(physics, segment)[rows])
+    assert not torch.equal(prior(physics)[rows], other(physics)[rows])
+    # what is left of segments that were not known is larger
+    left = [(e - thickness).square().mean() for e in (prior(physics), prior(physics, segment))]
+    assert left[1] > left[0]
+    # one segment only: there is no other to fit on
+    prior.fit(thickness, seen, physics, torch.zeros_like(segment))
+    assert torch.equal(prior(physics), prior(physics, torch.zeros_like(segment)))
 
 
 # --- hiding --------------------------------------------------------------------------------------
