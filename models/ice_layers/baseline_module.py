@@ -23,11 +23,12 @@ from fulgurite.models.ice_layers.baselines import (
     layer_means,
     own_layer_mean,
 )
-from fulgurite.models.ice_layers.completion import LEFT, complete, gaps, provenance
+from fulgurite.models.ice_layers.completion import fill, gaps
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
 from fulgurite.models.ice_layers.kriging import Kriging, KrigingStack, fit_kriging, thinned
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.module import check_batch, known_truth
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["BaselineCompletion", "BaselineMethod"]
@@ -170,7 +171,7 @@ class BaselineCompletion(SystemModule):
     @staticmethod
     def _stacks(batch: Any) -> Iterator[tuple[int, KrigingStack]]:
         """Number and arrays of each stack of a batch, on the CPU."""
-        _check(batch)
+        check_batch(batch, _FIELDS)
         sizes = batch.ptr.diff().tolist()
         parts = [torch.split(getattr(batch, n).cpu(), sizes) for n in KrigingStack._fields]
         rows = zip(*parts, strict=True)
@@ -229,7 +230,7 @@ class BaselineCompletion(SystemModule):
 
     def predict(self, batch: Any, visible: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`predict_stack` for a batch of which only a part is shown. Shape: (N, L) each."""
-        _check(batch)
+        check_batch(batch, _FIELDS)
         sizes = batch.ptr.diff().tolist()
         shown = torch.split(visible.cpu(), sizes)
         pairs = [
@@ -244,15 +245,8 @@ class BaselineCompletion(SystemModule):
         predicted, std = self.predict(batch, batch.observed)
         track = Track.from_ptr(batch.ptr)
         found = gaps(batch.observed, batch.distance, track)
-        kind = provenance(batch.observed, found, self.max_gap)
-        filled = torch.where(kind == LEFT, torch.nan, predicted)
-        return {
-            "predicted": predicted,
-            "thickness": complete(batch.thickness, batch.observed, filled),
-            "provenance": kind,
-            "std": torch.where((kind == LEFT) | batch.observed, torch.nan, std).float(),
-            "stack": batch.stack[track.stack],
-        }
+        made = fill(batch.thickness, batch.observed, found, predicted, std.float(), self.max_gap)
+        return {**made, "stack": batch.stack[track.stack]}
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -276,18 +270,17 @@ class BaselineCompletion(SystemModule):
 
     def _evaluate(self, batch: Any, visible: Tensor, held: Tensor | None) -> None:
         mean, std = self.predict(batch, visible)
-        truth = getattr(batch, "truth", None)
         assert self.metrics is not None
         self.metrics.update(
             mean,
-            torch.full_like(mean, torch.nan) if truth is None else truth,
+            known_truth(batch),
             batch.observed,
             Track.from_ptr(batch.ptr).stack,
             std,
             dropped=getattr(batch, "dropped", None),
             held_out=held,
             measured=batch.thickness,
-            noise=self.kriging.noise if self.kriging is not None else 0.0,
+            noise=self._noise,
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -347,12 +340,3 @@ class BaselineCompletion(SystemModule):
         self.means = state.get("means")
         self.ridge = Ridge(**state["ridge"]) if "ridge" in state else None
         self.kriging = Kriging.from_state(state["kriging"]) if "kriging" in state else None
-
-
-def _check(batch: Any) -> None:
-    """Refuse a batch of other data."""
-    if missing := [name for name in _FIELDS if getattr(batch, name, None) is None]:
-        raise DataError(
-            f"A batch lacks {', '.join(missing)}.",
-            "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
-        )

@@ -11,7 +11,18 @@ from torch import Tensor
 from fulgurite.errors import DataError
 from fulgurite.models.ice_layers.graph import Track
 
-__all__ = ["FILLED", "LEFT", "OBSERVED", "WHOLE_LAYER", "Gaps", "complete", "gaps", "provenance"]
+__all__ = [
+    "FILLED",
+    "LEFT",
+    "OBSERVED",
+    "WHOLE_LAYER",
+    "Gaps",
+    "complete",
+    "fill",
+    "gaps",
+    "picks_around",
+    "provenance",
+]
 
 OBSERVED, FILLED, WHOLE_LAYER, LEFT = range(4)
 """Where an entry is from: observed, filled, filled in a wholly absent layer, left missing."""
@@ -63,6 +74,27 @@ class Gaps:
         self.length, self.nearest, self.absent = length, nearest, absent
 
 
+def picks_around(place: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the last pick up to each entry of its layer lies, and the next one from it on.
+
+    Args:
+        place: Distance along the track of padded stacks [m]. Shape: (B, M, 1).
+        seen: True where observed. Shape: (B, M, L), bool.
+
+    Returns:
+        Both distances [m], minus and plus infinity where there is none. Shapes: (B, M, L).
+
+    Example:
+        >>> seen = torch.tensor([[[False], [True], [False]]])
+        >>> before, after = picks_around(torch.tensor([[[0.0], [1.0], [2.0]]]), seen)
+        >>> before.flatten(), after.flatten()
+        (tensor([-inf, 1., 1.]), tensor([1., 1., inf]))
+    """
+    infinite = torch.full((), torch.inf, dtype=place.dtype, device=place.device)
+    before = torch.where(seen, place, -infinite).cummax(1).values
+    return before, torch.where(seen, place, infinite).flip(1).cummin(1).values.flip(1)
+
+
 def gaps(mask: Tensor, distance: Tensor, track: Track) -> Gaps:
     """Measure the gap around every entry; that of an observed entry has length 0.
 
@@ -79,14 +111,12 @@ def gaps(mask: Tensor, distance: Tensor, track: Track) -> Gaps:
     """
     place = track.pad(distance)[..., None]  # (B, M, 1)
     seen = track.pad(mask)
-    infinite = torch.full_like(place, torch.inf).expand(seen.shape)
-    before = torch.where(seen, place, -infinite).cummax(1).values
-    after = torch.where(seen, place, infinite).flip(1).cummin(1).values.flip(1)
+    before, after = picks_around(place, seen)
     first = place[:, :1]
     last = torch.where(track.valid[..., None], place, -torch.inf).amax(1, keepdim=True)
     length = torch.minimum(after, last) - torch.maximum(before, first)
     absent = ~seen.any(1, keepdim=True).expand(seen.shape)
-    length = torch.where(seen, 0.0, torch.where(absent, infinite, length))
+    length = torch.where(seen, 0.0, torch.where(absent, torch.inf, length))
     nearest = torch.minimum(place - before, after - place)
     return Gaps(*(track.unpad(x) for x in (length, nearest, absent)))
 
@@ -122,3 +152,44 @@ def provenance(mask: Tensor, found: Gaps, max_gap: float | None = None) -> Tenso
         kind[found.length > max_gap] = LEFT
     kind[mask] = OBSERVED
     return kind
+
+
+def fill(
+    thickness: Tensor,
+    mask: Tensor,
+    found: Gaps,
+    predicted: Tensor,
+    std: Tensor,
+    max_gap: float | None = None,
+) -> dict[str, Tensor]:
+    """Completed stacks with provenance and uncertainty.
+
+    Args:
+        thickness: The original array [m]. Shape: (N, L).
+        mask: True where observed. Shape: (N, L), bool.
+        found: From :func:`gaps`.
+        predicted: [m]. Shape: (N, L).
+        std: Standard deviation of the predictions [m]. Shape: (N, L).
+        max_gap: See :func:`provenance`.
+
+    Returns:
+        ``predicted`` [m]; ``thickness`` [m], completed, NaN where left missing; ``provenance``;
+        ``std`` [m], NaN where observed or left missing. Shape of each: (N, L).
+
+    Example:
+        >>> mask = torch.tensor([[True], [False]])
+        >>> found = gaps(mask, torch.tensor([0.0, 1.0]), Track.of([2]))
+        >>> ones = torch.ones(2, 1)
+        >>> fill(2 * ones, mask, found, ones, ones)["thickness"].flatten()
+        tensor([2., 1.])
+
+    Source: card section 1.7.
+    """
+    kind = provenance(mask, found, max_gap)
+    left = kind == LEFT
+    return {
+        "predicted": predicted,
+        "thickness": complete(thickness, mask, torch.where(left, torch.nan, predicted)),
+        "provenance": kind,
+        "std": torch.where(left | mask, torch.nan, std),
+    }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.models.ice_layers.baselines import Ridge, fit_ridge
+from fulgurite.models.ice_layers.completion import picks_around
 from fulgurite.models.ice_layers.graph import Track
 
 __all__ = ["PhysicsPrior", "PriorKind", "contradicted", "input_features", "nearby_means", "sides"]
@@ -124,9 +125,7 @@ def sides(
     earlier = (number[:, None] >= number).to(thickness.dtype)
     toward = torch.stack([earlier, earlier.T], 1)[None]  # (1, M, 2, M)
     apart = (place[:, :, None] - place[:, None, :]).abs().to(thickness.dtype)
-    infinite = torch.full((), torch.inf, device=place.device)
-    before = torch.where(seen, place[..., None], -infinite).cummax(1).values
-    after = torch.where(seen, place[..., None], infinite).flip(1).cummin(1).values.flip(1)
+    before, after = picks_around(place[..., None], seen)
     away = torch.stack([place[..., None] - before, after - place[..., None]], 2)  # (B, M, 2, L)
     away = away.to(thickness.dtype)
     means = []

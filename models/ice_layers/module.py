@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.io import load_plain
-from fulgurite.models.ice_layers.completion import LEFT, complete, gaps, provenance
+from fulgurite.models.ice_layers.completion import LEFT, fill, gaps
 from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, contradicted
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
@@ -38,7 +38,15 @@ from fulgurite.models.ice_layers.uncertainty import (
 )
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["IceCompletion", "IceModule", "Normalised", "Normaliser", "known_truth", "positive"]
+__all__ = [
+    "IceCompletion",
+    "IceModule",
+    "Normalised",
+    "Normaliser",
+    "check_batch",
+    "known_truth",
+    "positive",
+]
 
 _FIELDS = ("thickness", "observed", "physics", "pos", "distance", "stack", "ptr")
 _BEND = 0.01  # width of the bend that keeps thickness positive [m]
@@ -329,12 +337,7 @@ class IceModule(SystemModule):
         Raises:
             DataError: It lacks a field.
         """
-        missing = [name for name in _FIELDS if getattr(batch, name, None) is None]
-        if missing:
-            raise DataError(
-                f"A batch lacks {', '.join(missing)}.",
-                "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
-            )
+        check_batch(batch, _FIELDS)
         x: Normalised = self.normaliser(batch)
         if self.prior is None:
             return x
@@ -529,15 +532,8 @@ class IceCompletion(IceModule):
         visible = self.visible(x.observed)
         predicted, spread = self.predict(x, visible)
         found = gaps(x.observed, x.distance, x.track)
-        kind = provenance(x.observed, found, self.max_gap)
         std = self.calibration(entry_features(found, spread))
-        filled = torch.where(kind == LEFT, torch.nan, predicted)
-        return {
-            "predicted": predicted,
-            "thickness": complete(batch.thickness, x.observed, filled),
-            "provenance": kind,
-            "std": torch.where((kind == LEFT) | x.observed, torch.nan, std),
-        }
+        return fill(batch.thickness, x.observed, found, predicted, std, self.max_gap)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """What :meth:`fill` gives, and the number of the stack of each trace."""
@@ -669,3 +665,16 @@ def known_truth(batch: Any) -> Tensor:
     """True thickness [m], NaN where nobody knows it. Shape: (N, L)."""
     truth: Tensor | None = getattr(batch, "truth", None)
     return torch.full_like(batch.thickness, torch.nan) if truth is None else truth
+
+
+def check_batch(batch: Any, fields: Iterable[str]) -> None:
+    """Refuse a batch of other data.
+
+    Raises:
+        DataError: It lacks a field.
+    """
+    if missing := [name for name in fields if getattr(batch, name, None) is None]:
+        raise DataError(
+            f"A batch lacks {', '.join(missing)}.",
+            "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
+        )
