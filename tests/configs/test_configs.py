@@ -44,14 +44,19 @@ def test_it_parses_to_what_it_says(name):
 )
 def test_every_cell_of_a_comparison_parses(name, quick):
     plan = read_plan(name, quick=quick)
-    one_each = {
-        cell.method: cell for cell in plan.cells()
-    }  # methods differ in keys, settings and seeds only in numbers
+    cells = plan.cells()
+    for cell in cells:  # grows by what only serves others
+        if cell.origin:
+            cells.append(cell.origin)
+    # methods differ in keys, settings and seeds only in numbers
+    one_each = {cell.method: cell for cell in cells}
     assert one_each.keys() == plan.methods.keys()
     assert plan.baseline in one_each
     for cell in one_each.values():
-        (command, *_) = cell.commands(Path("run"), None)
-        assert parse(command).model.class_path
+        training = cell.candidates[0]
+        assert parse(["fit", *training.fit]).model.class_path
+        if training.predict is not None:
+            assert parse(["predict", *training.predict]).model.class_path
 
 
 def test_the_smallest_configuration_fits_tests_and_predicts(fit):

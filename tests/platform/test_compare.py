@@ -394,10 +394,14 @@ def test_quick_changes(place):
         ({"after_fit": None, "tests": {"q": {"x": {}}}}, "Nothing is evaluated after the fit"),
         ({"methods": {"a": {"after": {"z": "k"}}}}, "names 'z', which is no method"),
         ({"methods": {"a": {"after": {"b": "k", "c": "l"}}}}, "names 2 methods"),
-        (
-            {"methods": {"a": {}, "b": {"after": {"a": "k"}}, "c": {"after": {"b": "k"}}}},
-            "names 'b', which is no method",
-        ),
+        ({"methods": {"a": {}, "b": {"after": {"a": 3}}}}, r"b\.after\.a"),
+        ({"methods": {"a": {}, "b": {"after": {"a": {"k": "../x"}}}}}, r"b\.after\.a is"),
+        ({"methods": {"a": {}, "b": {"after": {"a": {"k": "x", "l": "y"}}}}}, r"b\.after\.a is"),
+        ({"methods": {"a": {"after": {"b": "k"}}, "b": {"after": {"a": "k"}}}}, "in a circle"),
+        ({"methods": {"a": {"listed": False}, "b": {}}}, "baseline 'a'"),
+        ({"methods": {"a": {"listed": False}}, "baseline": None}, "No method is listed"),
+        ({"methods": {"a": {"listed": "no"}}}, "a.listed is 'no'"),
+        ({"methods": {"a": {"predict": ["x"]}}}, "a.predict is not a mapping"),
     ],
 )
 def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):
@@ -419,7 +423,12 @@ def main(argv):
     with open(os.environ["RUNS"], "a") as file:
         print(command, given["method"], given["lr"], given["seed_everything"], file=file)
     run = pathlib.Path(given["run.dir"])
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=command == "predict")
+    if command == "predict":
+        weights = pathlib.Path(given["ckpt_path"]).read_text()
+        (run / "predict").mkdir()
+        (run / "predict" / "filled").write_text(f"filled({weights},{given['part']})")
+        return 0
     if command == "fit":
         if given.get("trouble") == given["lr"] and os.environ.get("TROUBLE") != "off":
             raise ValueError("the loss is a potato")
@@ -503,6 +512,37 @@ def test_tests_share_the_training_that_validation_chose(place, shared, capsys):
     (place / "base.yaml").write_text("model: other\n")
     shared()
     assert [line[0] for line in runs(place)[44:]].count("fit") == 8
+
+
+def test_a_chain_of_trainings_and_what_one_predicts(place, shared):
+    fills = {"args": {"method": "fills"}, "predict": {"part": "train"}, "listed": False}
+    later = {"args": {"method": "later"}, "after": {"fills": {"start": "predict/filled"}}}
+    methods = {
+        "tuned": {"args": {"method": "tuned"}, "after": {"later": "start"}},
+        "later": later,
+        "fills": fills,
+    }
+    changes = {"methods": methods, "tune": None, "baseline": None, "args": {"lr": 1, "part": "no"}}
+    comparison = shared(**changes)
+    # three tests share each training; what only serves others is not tested and has no line
+    counts = [line[0] for line in runs(place)]
+    assert [counts.count(c) for c in ("fit", "predict", "test")] == [6, 2, 12]
+    assert {record["method"] for record in comparison.results.values()} == {"tuned", "later"}
+    assert "fills" not in comparison.markdown()
+    started = {
+        r["method"]: Path(r["commands"][0][-1]).read_text() for r in comparison.results.values()
+    }
+    assert started == {
+        "later": "filled(fills1,train)>later1",
+        "tuned": "filled(fills1,train)>later1>tuned1",
+    }
+    again = read_plan(place / "out" / "comparison.yaml")
+    assert again.methods == comparison.plan.methods
+    # another prediction makes all that comes after it anew
+    fills["predict"] = {"part": "all"}
+    shared(**changes)
+    counts = [line[0] for line in runs(place)[20:]]
+    assert [counts.count(c) for c in ("fit", "predict", "test")] == [6, 2, 12]
 
 
 def test_a_failed_training_fails_its_cells_alone(place, shared, monkeypatch):

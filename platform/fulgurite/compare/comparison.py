@@ -83,7 +83,7 @@ class Comparison:
 
     def entry(self, method: str, setting: Setting, metric: str | None = None) -> Entry:
         """Statistics of one place of the table."""
-        values = {m: self.values(m, setting, metric) for m in self.plan.methods}
+        values = {m: self.values(m, setting, metric) for m in self.plan.rows}
         sign = 1.0 if self.plan.mode == "max" else -1.0
         means = {m: sign * spread(list(v.values())).mean for m, v in values.items()}
         real = [mean for mean in means.values() if not math.isnan(mean)]
@@ -106,7 +106,7 @@ class Comparison:
     def _tables(self, metric: str) -> list[str]:
         plan = self.plan
         better = "higher" if plan.mode == "max" else "lower"
-        entries = {(m, s): self.entry(m, s, metric) for m in plan.methods for s in plan.grid}
+        entries = {(m, s): self.entry(m, s, metric) for m in plan.rows for s in plan.grid}
         digits = _digits(e.spread.mean for e in entries.values())
         heads = [setting_label(s) or metric for s in plan.grid]
         seeds = ", ".join(map(str, plan.seeds))
@@ -125,13 +125,13 @@ class Comparison:
             )
         rows = [
             [m.label, *(_place(entries[m.id, s], digits, len(plan.seeds)) for s in plan.grid)]
-            for m in plan.methods.values()
+            for m in plan.rows.values()
         ]
         lines += ["", *_table(["method", *heads], rows)]
         if base:
             rows = [
                 [m.label, *(_difference(entries[m.id, s].paired, digits) for s in plan.grid)]
-                for m in plan.methods.values()
+                for m in plan.rows.values()
                 if m.id != plan.baseline
             ]
             lines += ["", f"Difference to {base}, mean ± standard error over common seeds:", ""]
@@ -141,7 +141,7 @@ class Comparison:
     def _open_ends(self) -> list[str]:
         ids = [
             cell_id(m, s, seed)
-            for m in self.plan.methods
+            for m in self.plan.rows
             for s in self.plan.grid
             for seed in self.plan.seeds
         ]

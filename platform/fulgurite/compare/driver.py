@@ -153,7 +153,7 @@ def _chosen(cells: Sequence[Cell], plan: Plan, only: Sequence[str]) -> list[Cell
         kind, _, label = item.rpartition("=")
         wanted.setdefault(kind or "method", set()).add(label)
     known = {
-        "method": set(plan.methods),
+        "method": set(plan.rows),
         "seed": {str(seed) for seed in plan.seeds},
         **{axis: set(labels) for axis, labels in plan.axes.items()},
     }

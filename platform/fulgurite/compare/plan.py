@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -18,10 +18,12 @@ from fulgurite.errors import ConfigError
 from fulgurite.systems import config_path, resolve_config
 
 __all__ = [
+    "LAST_CHECKPOINT",
     "Candidate",
     "Cell",
     "Method",
     "Plan",
+    "Start",
     "Tune",
     "cell_id",
     "find_config",
@@ -35,13 +37,16 @@ _T = TypeVar("_T")
 Overrides = dict[str, Any]
 """Dotted command-line keys and their values."""
 
+LAST_CHECKPOINT = "checkpoints/last.ckpt"
+"""Where a run keeps its last checkpoint, relative to its folder."""
+
 _NAME = re.compile(r"[\w.+-]+")
 _COMMON = (
     "title", "config", "methods", "settings", "tests", "tune", "seeds", "metric", "mode",
     "baseline", "args",
 )  # fmt: skip
 _PLAN_KEYS = (*_COMMON, "seed_keys", "after_fit", "also", "quick")
-_METHOD_KEYS = ("label", "args", "config", "test_args", "after")
+_METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed")
 _TUNE_KEYS = ("metric", "mode", "grid")
 
 Axes = dict[str, dict[str, Overrides]]
@@ -49,6 +54,20 @@ Axes = dict[str, dict[str, Overrides]]
 
 Setting = tuple[tuple[str, str], ...]
 """Pairs (axis, label), in the order of the axes."""
+
+
+class Start(NamedTuple):
+    """What a training takes from another method's.
+
+    Args:
+        method: Id of that method.
+        key: Command-line key that receives the path.
+        path: What is taken, relative to that training's run folder.
+    """
+
+    method: str
+    key: str
+    path: str = LAST_CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -61,8 +80,9 @@ class Method:
         args: Command-line overrides of this method.
         config: A further YAML file, read after the common one.
         test_args: Overrides of the evaluation alone.
-        after: Id of the method whose checkpoint this one starts from, and the key that receives
-            the checkpoint's path.
+        after: The method whose checkpoint, or another file of whose run, this one starts from.
+        predict: Overrides of a ``fulgurite predict`` that follows the training; None for none.
+        listed: Whether it has a line in the table; else it only serves methods after it.
     """
 
     id: str
@@ -70,7 +90,9 @@ class Method:
     args: Overrides = field(default_factory=dict)
     config: str | None = None
     test_args: Overrides = field(default_factory=dict)
-    after: tuple[str, str] | None = None
+    after: Start | None = None
+    predict: Overrides | None = None
+    listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,6 +120,7 @@ class Candidate:
         validate: Command-line options of ``validate``.
         test: Command-line options of the evaluation.
         key: Hash of everything that defines the training.
+        predict: Command-line options of the prediction that follows the training, if any does.
     """
 
     label: str
@@ -105,6 +128,7 @@ class Candidate:
     validate: tuple[str, ...]
     test: tuple[str, ...]
     key: str
+    predict: tuple[str, ...] | None = None
 
     @property
     def validation_key(self) -> str:
@@ -112,14 +136,15 @@ class Candidate:
         return digest([self.key, self.validate])
 
     def starting_from(self, option: str, key: str) -> Candidate:
-        """The same training from a checkpoint.
+        """The same training after another.
 
         Args:
-            option: Command-line option that names the checkpoint.
-            key: What defines that checkpoint.
+            option: Command-line option that names what is taken from that training.
+            key: What defines that training.
         """
         fit, validate, test = ((*o, option) for o in (self.fit, self.validate, self.test))
-        return Candidate(self.label, fit, validate, test, digest([self.key, key]))
+        predict = None if self.predict is None else (*self.predict, option)
+        return Candidate(self.label, fit, validate, test, digest([self.key, key]), predict)
 
 
 @dataclass(frozen=True)
@@ -196,6 +221,11 @@ class Plan:
     also: tuple[str, ...] = ()
 
     @property
+    def rows(self) -> dict[str, Method]:
+        """The methods that have a line in the table, by id."""
+        return {name: method for name, method in self.methods.items() if method.listed}
+
+    @property
     def axes(self) -> Axes:
         """All axes of the table."""
         return {**self.settings, **self.tests}
@@ -218,7 +248,7 @@ class Plan:
         return " ".join(filter(None, parts))
 
     def cells(self) -> list[Cell]:
-        """All cells, seeds outermost, so that an interrupted comparison is evenly filled.
+        """The table's cells, seeds outermost: interrupted, a comparison is evenly filled.
 
         Raises:
             ConfigError: A configuration file does not exist, or two cells have the same name.
@@ -232,7 +262,7 @@ class Plan:
         for seed in self.seeds:
             for setting in self.grid:
                 for method in self._origins_first():
-                    origin = cells[method.after[0], setting, seed] if method.after else None
+                    origin = cells[method.after.method, setting, seed] if method.after else None
                     cells[method.id, setting, seed] = self._cell(
                         method, setting, seed, configs, origin
                     )
@@ -242,11 +272,11 @@ class Plan:
                 f"Two cells of the comparison have the same file name: {twice[0]}.",
                 "Give labels that differ in letters, digits, '.', '+' or '-'.",
             )
-        places = itertools.product(self.seeds, self.grid, self.methods)
+        places = itertools.product(self.seeds, self.grid, self.rows)
         return [cells[method, setting, seed] for seed, setting, method in places]
 
     def _origins_first(self) -> list[Method]:
-        return sorted(self.methods.values(), key=lambda m: m.after is not None)
+        return sorted(self.methods.values(), key=lambda m: len(_chain(m, self.methods)))
 
     def _cell(
         self,
@@ -270,8 +300,12 @@ class Plan:
             own, *others = (_options([*part, seeds]) for part in layers)
             label = ", ".join(f"{axis}={value}" for axis, value in tried)
             run, validate, test = ((*files, *part) for part in (own, *others))
-            candidates.append(Candidate(label, run, validate, test, digest([contents, own])))
-            defining += [contents, own, self.after_fit, *(others if self.shares else ())]
+            trains, predict = [contents, own], None
+            if method.predict is not None:
+                trains.append(_options([*fit, method.predict, seeds]))
+                predict = (*files, *trains[-1])
+            candidates.append(Candidate(label, run, validate, test, digest(trains), predict))
+            defining += [*trains, self.after_fit, *(others if self.shares else ())]
         if self.shares:
             tune = self.tune and [self.tune.metric, self.tune.mode]
             defining += [tune, method.after, origin and origin.digest]
@@ -288,7 +322,9 @@ class Plan:
                     "args": m.args,
                     "config": m.config,
                     "test_args": m.test_args,
-                    "after": dict([m.after]) if m.after else None,
+                    "after": m.after and _after(m.after),
+                    "predict": m.predict,
+                    "listed": m.listed,
                 }
                 for m in self.methods.values()
             },
@@ -440,7 +476,7 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
             old, new = _pick(plan.methods, name, "quick.methods"), _mapping(spec, f"methods.{name}")
             merged = {**vars(old), **new, "args": {**old.args, **(new.get("args") or {})}}
             merged.pop("id")
-            merged["after"] = new.get("after", old.after and dict([old.after]))
+            merged["after"] = new.get("after", old.after and _after(old.after))
             values["methods"][name] = _method(name, merged)
     for kind in ("settings", "tests"):
         axes = values[kind] = dict(getattr(plan, kind))
@@ -470,19 +506,40 @@ def _consistent(plan: Plan) -> Plan:
             "Nothing is evaluated after the fit, but the file says what to evaluate.",
             "Set `after_fit: test`, or leave out tests, tune, test_args and after.",
         )
+    if not plan.rows:
+        raise ConfigError("No method is listed.", "Leave out `listed: false` of one.")
     for method in plan.methods.values():
-        if method.after and plan.methods.get(method.after[0], method).after:
-            raise ConfigError(
-                f"methods.{method.id}.after names {method.after[0]!r}, which is no method that "
-                "trains from scratch.",
-                _hint(method.after[0], plan.methods) or "Name a method without `after`.",
-            )
-    if plan.baseline is not None and plan.baseline not in plan.methods:
+        _chain(method, plan.methods)
+    if plan.baseline is not None and plan.baseline not in plan.rows:
         raise ConfigError(
             f"The baseline {plan.baseline!r} is not one of the methods.",
-            _hint(str(plan.baseline), plan.methods) or "Name a method's id as `baseline`.",
+            _hint(str(plan.baseline), plan.rows) or "Name a listed method's id as `baseline`.",
         )
     return plan
+
+
+def _chain(method: Method, methods: Mapping[str, Method]) -> list[Method]:
+    """The methods that one comes after, the nearest first.
+
+    Raises:
+        ConfigError: One is not there, or they come after each other in a circle.
+    """
+    chain: list[Method] = []
+    last = method
+    while last.after:
+        if last.after.method not in methods:
+            raise ConfigError(
+                f"methods.{last.id}.after names {last.after.method!r}, which is no method.",
+                _hint(last.after.method, methods) or f"Known are {', '.join(methods)}.",
+            )
+        last = methods[last.after.method]
+        chain.append(last)
+        if len(chain) > len(methods):
+            raise ConfigError(
+                f"methods.{method.id}.after leads in a circle.",
+                "Begin with a method without `after`.",
+            )
+    return chain
 
 
 def _method(name: object, spec: object) -> Method:
@@ -492,18 +549,48 @@ def _method(name: object, spec: object) -> Method:
     args, test_args = (
         _overrides(given.get(key), f"methods.{name}.{key}") for key in ("args", "test_args")
     )
-    after = _overrides(
-        {key: origin for origin, key in _mapping(given.get("after") or {}, "after").items()},
-        f"methods.{name}.after",
-    )
-    if len(after) > 1:
+    predict = given.get("predict")
+    if predict is not None:
+        predict = _overrides(predict, f"methods.{name}.predict")
+    listed = given.get("listed", True)
+    if not isinstance(listed, bool):
+        raise ConfigError(f"methods.{name}.listed is {listed!r}.", "Use true or false.")
+    label, start = str(given.get("label") or name), _start(name, given.get("after"))
+    return Method(name, label, args, given.get("config"), test_args, start, predict, listed)
+
+
+def _start(name: str, after: object) -> Start | None:
+    """What ``after`` says: ``{METHOD: key}``, or ``{METHOD: {key: path}}``."""
+    given = _mapping(after or {}, f"methods.{name}.after")
+    if not given:
+        return None
+    if len(given) > 1:
         raise ConfigError(
-            f"methods.{name}.after names {len(after)} methods.",
-            "A training starts from one checkpoint: write `after: {METHOD: dotted.key}`.",
+            f"methods.{name}.after names {len(given)} methods.",
+            "A training starts from one other: write `after: {METHOD: dotted.key}`.",
         )
-    start = next(((str(origin), key) for key, origin in after.items()), None)
-    label = str(given.get("label") or name)
-    return Method(name, label, args, given.get("config"), test_args, start)
+    ((origin, taken),) = given.items()
+    where = f"methods.{name}.after.{origin}"
+    paths = taken if isinstance(taken, dict) else {taken: LAST_CHECKPOINT}
+    ((key, path),) = _overrides(paths, where).items() if len(paths) == 1 else ((None, None),)
+    if key is None or not isinstance(path, str) or _leaves(path):
+        raise ConfigError(
+            f"{where} is {taken!r}.",
+            "Write the dotted key that receives the last checkpoint, or `{key: path}` with a path "
+            "in the run folder.",
+        )
+    return Start(str(origin), key, path)
+
+
+def _leaves(path: str) -> bool:
+    """Whether a relative path may leave the folder that it starts in."""
+    return Path(path).is_absolute() or ".." in Path(path).parts
+
+
+def _after(start: Start) -> dict[str, Any]:
+    """The form of the file, from which :func:`_start` reads it back."""
+    last = start.path == LAST_CHECKPOINT
+    return {start.method: start.key if last else {start.key: start.path}}
 
 
 def _tune(value: object) -> Tune:

@@ -93,7 +93,7 @@ def _cells_csv(comparison: Comparison) -> str:
     plan = comparison.plan
     names = sorted({name for record in comparison.results.values() for name in record["metrics"]})
     rows: list[list[Any]] = [["method", *plan.axes, "seed", "status", "seconds", *names]]
-    for method in plan.methods:
+    for method in plan.rows:
         for setting in plan.grid:
             for seed in plan.seeds:
                 cell = cell_id(method, setting, seed)
@@ -111,7 +111,7 @@ def _summary_csv(comparison: Comparison) -> str:
     plan = comparison.plan
     head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se", "verdict"]
     rows: list[list[Any]] = [["method", "label", *plan.axes, "metric", *head]]
-    places = itertools.product((plan.metric, *plan.also), plan.methods.values(), plan.grid)
+    places = itertools.product((plan.metric, *plan.also), plan.rows.values(), plan.grid)
     for metric, method, setting in places:
         entry = comparison.entry(method.id, setting, metric)
         values, diff = entry.spread, entry.paired
@@ -143,9 +143,9 @@ def _draw(comparison: Comparison, path: Path) -> None:
     figure, ((*axes,),) = new_figure(1, len(panels), width=4.2)
     step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
     for panel, plot in zip(panels, axes, strict=True):
-        for rank, method in enumerate(plan.methods.values()):
+        for rank, method in enumerate(plan.rows.values()):
             # A small shift keeps error bars apart that would lie upon each other.
-            shift = 0.02 * step * (rank - (len(plan.methods) - 1) / 2)
+            shift = 0.02 * step * (rank - (len(plan.rows) - 1) / 2)
             by_axis = {dict(s)[axis] if axis else "": s for s in plan.grid if set(panel) <= set(s)}
             spreads = [comparison.entry(method.id, by_axis[label]).spread for label in labels]
             plot.errorbar(

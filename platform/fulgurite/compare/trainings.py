@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fulgurite.compare.plan import Candidate, Cell, Plan
+from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, Plan
 from fulgurite.compare.worker import Job, Outcome
 from fulgurite.runs import write_json
 
@@ -28,7 +28,7 @@ class Evaluation:
 
     Args:
         options: Command-line options, without the run folder.
-        checkpoint: The chosen training's last checkpoint.
+        folder: Run folder of the chosen training.
         chosen: Label of the choice; empty where there was none.
         key: What defines the chosen training.
         error: Why there is no training.
@@ -36,7 +36,7 @@ class Evaluation:
     """
 
     options: tuple[str, ...] = ()
-    checkpoint: Path = Path()
+    folder: Path = Path()
     chosen: str = ""
     key: str = ""
     error: str = ""
@@ -44,7 +44,7 @@ class Evaluation:
 
     def command(self, subcommand: str, run_dir: Path) -> list[str]:
         """The command line of the evaluation."""
-        place = ["--run.dir", str(run_dir), "--ckpt_path", str(self.checkpoint)]
+        place = ["--run.dir", str(run_dir), "--ckpt_path", str(_last(self.folder))]
         return [subcommand, *self.options, *place]
 
 
@@ -72,11 +72,14 @@ class Trainings:
         Returns:
             What to evaluate, by the cell's id.
         """
-        cells = list(cells)
-        origins = {cell.origin.id: cell.origin for cell in cells if cell.origin}
-        first = origins | {cell.id: cell for cell in cells if not cell.origin}
+        waiting: dict[str, Cell] = {}
+        for cell in cells:
+            while cell.id not in waiting:
+                waiting[cell.id] = cell
+                cell = cell.origin or cell
         found: dict[str, Evaluation] = {}
-        for wave in (list(first.values()), [cell for cell in cells if cell.origin]):
+        while waiting:
+            wave = [c for c in waiting.values() if c.origin is None or c.origin.id in found]
             options = {cell.id: self._candidates(cell, found) for cell in wave}
             every = [
                 (", ".join(filter(None, [self.plan.label(cell, trained=True), c.label])), c)
@@ -88,30 +91,32 @@ class Trainings:
                 self._complete("validation", [e for e in every if e[1].key not in self._failed])
             found |= {name: self._choose(candidates) for name, candidates in options.items()}
             for cell in wave:
+                del waiting[cell.id]
                 if cell.origin and not options[cell.id]:
                     found[cell.id] = found[cell.origin.id]  # with its error
         return found
 
     def _candidates(self, cell: Cell, found: dict[str, Evaluation]) -> Sequence[Candidate]:
-        """The trainings of a cell, with the checkpoint that they start from."""
+        """The trainings of a cell, with what they start from."""
         after = self.plan.methods[cell.method].after
         if cell.origin is None or after is None:
             return cell.candidates
         start = found[cell.origin.id]
         if start.error:
             return ()
-        option = f"--{after[1]}={start.checkpoint}"
+        option = f"--{after.key}={start.folder / after.path}"
         return [candidate.starting_from(option, start.key) for candidate in cell.candidates]
 
-    def _step(self, what: Step, candidate: Candidate) -> tuple[str, list[str]]:
-        """Name and command line of a training or its validation."""
-        if what == "training":
-            return candidate.key, ["fit", *candidate.fit]
-        checkpoint = ["--ckpt_path", str(self._checkpoint(candidate))]
-        return candidate.validation_key, ["validate", *candidate.validate, *checkpoint]
-
-    def _checkpoint(self, candidate: Candidate) -> Path:
-        return self.folder / candidate.key / "checkpoints" / "last.ckpt"
+    def _step(self, what: Step, candidate: Candidate) -> tuple[str, list[list[str]]]:
+        """Name and command lines of a training or its validation."""
+        checkpoint = ["--ckpt_path", str(_last(self.folder / candidate.key))]
+        if what == "validation":
+            command = ["validate", *candidate.validate, *checkpoint]
+            return candidate.validation_key, [command]
+        commands = [["fit", *candidate.fit]]
+        if candidate.predict is not None:
+            commands.append(["predict", *candidate.predict, *checkpoint])
+        return candidate.key, commands
 
     def _record(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -121,21 +126,21 @@ class Trainings:
         metric = self.plan.tune.metric if what == "validation" and self.plan.tune else None
         jobs: dict[str, Job] = {}
         for label, candidate in candidates:
-            name, command = self._step(what, candidate)
+            name, commands = self._step(what, candidate)
             if name in jobs or self._record(name).is_file() or name in self._failed:
                 continue
             place = self.folder / name
             if place.exists():  # what an interrupted or failed attempt left
                 shutil.rmtree(place)
-            commands = [[*command, "--run.dir", str(place)]]
+            there = [[*command, "--run.dir", str(place)] for command in commands]
             log = self.folder / f"{name}.log"
-            jobs[name] = Job(name, commands, place, log, metric, label)
+            jobs[name] = Job(name, there, place, log, metric, label)
         for outcome in self.run(list(jobs.values()), f"{what}s"):
             if outcome.error:
                 self._failed[outcome.id] = f"the {what} failed: {outcome.error}"
                 continue
             record: dict[str, Any] = {
-                "command": jobs[outcome.id].commands[0],
+                "commands": jobs[outcome.id].commands,
                 "metrics": outcome.metrics,
                 "seconds": round(outcome.seconds, 3),
             }
@@ -149,7 +154,7 @@ class Trainings:
         best = max(candidates, key=self._score, default=None)
         if best is None:
             return Evaluation()
-        return Evaluation(best.test, self._checkpoint(best), best.label, best.key)
+        return Evaluation(best.test, self.folder / best.key, best.label, best.key)
 
     def _score(self, candidate: Candidate) -> float:
         if self.plan.tune is None:
@@ -159,3 +164,8 @@ class Trainings:
         if math.isnan(value):
             return -math.inf
         return value if self.plan.tune.mode == "max" else -value
+
+
+def _last(run_dir: Path) -> Path:
+    """The last checkpoint of a run."""
+    return run_dir / LAST_CHECKPOINT
