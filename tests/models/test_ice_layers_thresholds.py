@@ -1,4 +1,7 @@
-"""The card's statistical checks at its CI size (8 layers, 32 traces, 200 stacks, 300 steps)."""
+"""The card's statistical checks at its CI size (8 layers, 32 traces, 200 stacks, 300 steps).
+
+Two need its full size (10 layers, 48 traces, 400 stacks, 700 steps).
+"""
 
 import itertools
 from functools import partial
@@ -159,6 +162,27 @@ def test_fewer_picks_cost_little_and_never_help(model, found, data, cache):
         data.drop = 0.0
     assert all(b >= 0.98 * a for a, b in itertools.pairwise(errors))
     assert errors[-1] < 0.5 * mean
+
+
+FULL = {"traces": 48, "layers": 10, "stacks": 560}
+
+
+def test_neighbours_help(cache):
+    """Check 14, at full size."""
+    with pytest.MonkeyPatch.context() as patch:
+        full = flights(cache, patch, **FULL)
+    near = tested(trained(full, steps=700), full)
+    alone = tested(trained(full, steps=700, net={"graph": "none"}), full)
+    assert alone["test/missing_rmse"] >= 1.05 * near["test/missing_rmse"]
+
+
+def test_a_robust_loss_helps_against_mistracks(cache):
+    """Check 19, at full size, with 8 % of the picks on the next boundary."""
+    with pytest.MonkeyPatch.context() as patch:
+        full = flights(cache, patch, **FULL, mistracks=0.08)
+    robust = tested(trained(full, steps=700, loss="huber", delta=0.3), full)
+    squared = tested(trained(full, steps=700, loss="mse"), full)
+    assert robust["test/missing_rmse"] <= 0.95 * squared["test/missing_rmse"]
 
 
 def test_our_form_beats_the_papers(found, data):
