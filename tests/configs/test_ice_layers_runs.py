@@ -1,10 +1,14 @@
-"""Completion of ice layers through the real command line: ranks, interruption."""
+"""Completion of ice layers through the real command line: ranks, interruption, the paper's size."""
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
 
 NAME = "ice_layers/smoke.yaml"
 
@@ -44,3 +48,22 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit):
     fit(*short, "--ckpt_path=last", config=NAME)
     whole, part = state("whole"), state("part")
     assert all(torch.equal(part[key], whole[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_the_papers_configuration_fills_files_of_its_layout(fit, tmp_path, monkeypatch):
+    """20 layers of 256 traces, in CSARP_layer and MAR files that the generator has written."""
+    made = SyntheticFlights(stacks=24, traces=256, layers=20, segments=8)
+    IceLayerDataModule(made).prepare_data()
+    (folder,) = (path.parent for path in Path(os.environ["FULGURITE_CACHE"]).rglob("CSARP_layer"))
+    monkeypatch.setenv("FULGURITE_DATA", str(folder))
+    common = ("--run.dir=run", "--data.init_args.num_workers=0", "--trainer.max_epochs=1")
+    name = "ice_layers/paper.yaml"
+    fit(*common, config=name)
+    fit(*common, "--ckpt_path=last", config=name, command="predict")
+    stacks = sorted(Path("run/predict/completed").glob("*.npz"))
+    assert stacks
+    with np.load(stacks[0]) as stack:
+        assert stack["thickness"].shape == (256, 20)
+        assert np.isfinite(stack["thickness"]).all()
+        assert {0, 1} <= {*stack["provenance"].ravel().tolist()}
