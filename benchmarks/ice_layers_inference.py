@@ -111,8 +111,8 @@ def main() -> None:
 
 
 NOTES = """
-One thread, on stacks in memory, 1 % of the picks mis-tracked. The network completes a batch of 16, 8
-or 2 stacks, uncertainty and provenance with it; width 32 (64 with 256 traces), else as in
+One thread, on stacks in memory, 1 % of the picks mis-tracked. The network completes a batch of
+16, 8 or 2 stacks, uncertainty and provenance with it; width 32 (64 with 256 traces), else as in
 `ice_layers/synthetic.yaml`. Kriging is exact, in float64, and predicts only the missing entries,
 with their standard deviation, stack by stack: matrices differ in size, and LAPACK factors batched
 ones one after the other, too. Both take turns, the first turn is left out; the last column compares
