@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "Weights",
     "interval_weights",
     "step_edges",
+    "water_unit",
 ]
 
 #: The physical fields of the paper, with their units. Source: card section 1.1 (names), the
@@ -69,17 +71,58 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "snowpack": (("ZN6",), ("SF", "SU"), ("SF",)),
 }
 _FILLS = (999.0, -999.0, 9999.0, -9999.0)
+# Units, without blanks, dots and signs of powers: an amount, and the period of a rate [days]
+_PERIODS = {"s": 1 / 86_400, "h": 1 / 24, "d": 1.0, "m": _YEAR / 12, "a": _YEAR, "y": _YEAR}
+_PERIOD = r"s(?:ec(?:ond)?)?|h(?:r|our)?|d(?:ay)?|mon(?:th)?|a|y(?:r|ear)?"
+_AMOUNT = re.compile(
+    r"(?:(?P<length>(?:milli|centi)?met(?:er|re)s?|[mc]?m)"
+    r"(?:of)?(?:w(?:ater)?eq?(?:uiv(?:alent)?)?|water|h2o)?|kg(?:/m2|m-2))"
+    rf"(?:(?:/|per)(?P<per>{_PERIOD})|(?P<inverse>{_PERIOD})-1)?"
+)
+_TEMPERATURE = re.compile(r"(?:deg(?:ree)?s?|°)?(?:c|k|celsius|kelvin)")
+# What lies between the 5 % and 95 % quantiles of physical fields, within generous bounds (inferred)
+_HEIGHTS = {
+    "refreeze": (-0.03, 5.0, "ME, RF, RU or RZ"),
+    "melt": (-30.0, 0.01, "ME"),
+    "snowpack": (-100.0, 100.0, "ZN6"),
+}
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
 
 
+def _squeeze(unit: str) -> str:
+    """A unit without what writers differ in."""
+    text = unicodedata.normalize("NFKC", unit).lower().replace("\u2212", "-")
+    return re.sub(r"[\s._*^()]", "", text)
+
+
+def water_unit(unit: str) -> tuple[float, float | None] | None:
+    """Understand the unit of an amount of water, or of its rate.
+
+    Returns:
+        How many mm w.e. it is, and the rate's period [days] or None; None for an unknown unit.
+
+    Example:
+        >>> water_unit("mmWE"), water_unit("m w.e."), water_unit("kg m-2 yr-1"), water_unit("Gt")
+        ((1.0, None), (1000.0, None), (1.0, 365.25), None)
+    """
+    found = _AMOUNT.fullmatch(_squeeze(unit))
+    if found is None:
+        return None
+    length, period = found["length"], found["per"] or found["inverse"]
+    sizes = {"c": 10.0, "m": 1000.0}  # centimetres, metres
+    milli = length is None or length == "mm" or length.startswith("mi")
+    return 1.0 if milli else sizes[length[0]], _PERIODS[period[0]] if period else None
+
+
 def step_edges(times: Array) -> Array:
-    """Edges of the steps whose middles are given [days].
+    """Edges of the steps whose stamps are given [days since 1970].
 
     Shape:
         - times: (T,) rising; result (T, 2).
 
-    A step is as long as half the way to its neighbours, but next to a hole in the series as the
-    typical one.
+    Stamps that are a month apart and all on the first, or all on the last day of months name the
+    calendar month, as MAR's monthly files do. Others are middles: a step is as long as half the way
+    to its neighbours, but next to a hole in the series as the typical one.
 
     Raises:
         DataError: A time comes twice.
@@ -92,6 +135,9 @@ def step_edges(times: Array) -> Array:
                [ 1.,  2.],
                [ 2.,  3.],
                [ 9., 10.]])
+        >>> step_edges(np.array([31.0, 59.0]))  # February and March
+        array([[31., 59.],
+               [59., 90.]])
     """
     gaps = np.diff(times)
     if (gaps <= 0).any():
@@ -100,6 +146,12 @@ def step_edges(times: Array) -> Array:
             f"Set `{_OPTION}.files` so that each month or day is in one file.",
         )
     typical = float(np.median(gaps)) if len(gaps) else 30.0
+    day = np.floor(times)
+    month = day.astype(np.int64).astype("datetime64[D]").astype("datetime64[M]")
+    start, end = (m.astype("datetime64[D]").astype(np.float64) for m in (month, month + 1))
+    monthly = 27 <= typical <= 32 and bool((gaps >= 27).all())
+    if monthly and ((day == start).all() or (day == end - 1).all()):
+        return np.stack([start, end], 1)
     half = np.where(gaps > 1.6 * typical, typical, gaps) / 2
     ends = np.full(1, typical / 2)
     before, after = np.concatenate([ends, half]), np.concatenate([half, ends])
@@ -261,18 +313,20 @@ def _netcdf() -> Any:
     return netCDF4
 
 
-def _days(variable: Any) -> Array:
+def _days(values: Any, units: str, calendar: str) -> Array:
     """Decode a CF time axis [days since 1970]."""
-    units, calendar = variable.units, getattr(variable, "calendar", "standard")
-    dates = _netcdf().num2date(variable[:], units, calendar)
+    plain = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
+    if not np.isfinite(plain).all():
+        raise ValueError("a time is missing")
+    dates = np.asarray(_netcdf().num2date(plain, units, calendar))
     days = [
         np.datetime64(f"{d.year:04}-{d.month:02}-01", "D").astype(np.int64)
         + d.day
         - 1
         + (d.hour + d.minute / 60) / 24
-        for d in np.atleast_1d(dates)
+        for d in dates.ravel()
     ]
-    return np.asarray(days, np.float64)
+    return np.asarray(days, np.float64).reshape(dates.shape or (1,))
 
 
 def _filled(values: Any) -> Array:
@@ -318,13 +372,38 @@ class _File:
     def read(self, variable: Any, first: bool = False) -> Array:
         """Values of a variable, or of its first time step; NaN at fill values."""
         try:
-            return _filled(variable[:1] if first else variable[:])
-        except (OSError, RuntimeError, IndexError) as error:
+            return _filled(variable[:1] if first and variable.ndim > 2 else variable[:])
+        except (OSError, RuntimeError, IndexError, ValueError, TypeError) as error:
             raise DataError(
                 f"The variable {variable.name} of the climate file {self.path} cannot be read "
                 f"({error}).",
                 "The file may be truncated: fetch it again.",
             ) from error
+
+    def times(self) -> tuple[Array, Array]:
+        """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
+
+        Raises:
+            DataError: There is no time, or it cannot be understood.
+        """
+        variable = self.need(("TIME", "time", "t"), "time")
+        bounds = self.dataset.variables.get(getattr(variable, "bounds", None))
+        try:
+            decode = (variable.units, getattr(variable, "calendar", "standard"))
+            stamps = _days(variable[:], *decode)
+            edges = np.full((len(stamps), 2), np.nan)
+            if bounds is not None:
+                edges = _days(bounds[:], *decode)
+            if edges.shape != (len(stamps), 2) or (np.diff(edges.ravel()) < 0).any():
+                raise ValueError(f"its bounds {variable.bounds} do not rise")
+            if (edges[:, 1] == edges[:, 0]).any():
+                raise ValueError(f"its bounds {variable.bounds} hold a step of no length")
+        except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            raise DataError(
+                f"The time of the climate file {self.path} cannot be understood ({error}).",
+                "Correct its values and its units (days since YYYY-MM-DD).",
+            ) from error
+        return stamps, edges
 
     def field(self, variable: Any) -> Array:
         """Values (T, C); sectors (ice, tundra) are combined by their fractions.
@@ -354,7 +433,8 @@ class _File:
 class MarClimate:
     """Fields of MAR: native (2-D ``LAT`` and ``LON``) or downscaled (EPSG:3413, 5 km).
 
-    Sums and means go from one layer's date to the next, whatever the calendar. Points outside the
+    Sums and means go from one layer's date to the next, whatever the calendar; steps are those of
+    CF bounds of the time, else follow from its stamps (:func:`step_edges`). Points outside the
     grid, or in a triangle with a cell that is not ice, get the nearest cell of ice and a flag.
 
     Physical fields: ``smb`` [mm w.e./yr], ``st`` surface temperature [degC], ``refreeze`` height of
@@ -366,12 +446,13 @@ class MarClimate:
         projection: In which the grid is triangulated; ``auto`` takes EPSG:3413 where the file has
             no 2-D ``LAT`` and ``LON``.
         variables: Physical fields to use, in this order.
-        scale: MAR variable -> factor that brings it to mm w.e. (or m, or degC), where a file's
-            unit is wrong or missing.
+        scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
+            degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
+            it, be it of an amount or a rate; without one it is taken to be mm w.e. a step.
         reach: Points farther than this from any cell of ice are outside [m].
 
     Raises:
-        ConfigError: A physical field is unknown.
+        ConfigError: A physical field or a MAR variable is unknown.
 
     Source: arXiv 2604.20783, card section 3.3 (MAR's variables); the heights are inferred.
     """
@@ -390,6 +471,13 @@ class MarClimate:
                 f"There is no physical field {unknown[0] if unknown else '(none given)'}.",
                 f"Set `{_OPTION}.variables` to some of {', '.join(_NEEDS)}.",
             )
+        known = [name for group in (*_SUMS.values(), *_MEANS.values()) for name in group]
+        for key, factor in scale.items():
+            if key not in known or not np.isfinite(factor) or factor == 0:
+                raise ConfigError(
+                    f"There is no scale {factor} of a MAR variable {key!r}.",
+                    f"Set `{_OPTION}.scale` to factors of some of {', '.join(known)}.",
+                )
         self.files = list(files)
         self.projection = projection
         self.variables = tuple(variables)
@@ -431,11 +519,16 @@ class MarClimate:
             MissingExtraError: netCDF4 or pyproj is not installed.
         """
         paths = self.paths()
-        times, of_file = self._times(paths)
-        steps = step_edges(times)
+        steps, of_file = self._steps(paths)
+        pos = np.concatenate([request.pos for request in requests])
+        if not np.isfinite(pos).all():
+            raise DataError(
+                f"{int((~np.isfinite(pos)).any(1).sum())} of {len(pos)} points have no position.",
+                "Leave them out: latitudes and longitudes must be finite.",
+            )
         with _File(paths[0]) as file:
             grid, project = self._grid(file)
-        located = grid.locate(np.concatenate([project(r.pos) for r in requests]))
+        located = grid.locate(project(pos))
         each = [interval_weights(steps, request.edges) for request in requests]
         self._check_cover(requests, each, steps)
         parts, first = [], 0
@@ -451,15 +544,17 @@ class MarClimate:
             years = -np.diff(request.edges) / _YEAR
             physics = local(self._derived(names, values, years))
             samples.append(Sample(physics, local.flag, local.away))
-        self._check_units(samples)
+        self._check_units(samples, names)
         return samples
 
-    def _times(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
-        """Middles of all steps in order [days], and each file's numbers in that order."""
-        parts = []
+    def _steps(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
+        """Start and end of all steps in order [days], and each one's file, as ordered here."""
+        parts, given = [], []
         for path in paths:
             with _File(path) as file:
-                parts.append(_days(file.need(("TIME", "time", "t"), "time")))
+                stamps, bounds = file.times()
+                parts.append(stamps)
+                given.append(bounds)
         times = np.concatenate(parts)
         order = np.argsort(times, kind="stable")
         of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
@@ -472,7 +567,9 @@ class MarClimate:
                     "The climate files overlap in time.",
                     f"Set `{_OPTION}.files` so that each year is in one file.",
                 )
-        return times[order], of_file[order]
+        edges = np.concatenate(given)[order]
+        steps = np.where(np.isfinite(edges), edges, step_edges(times[order]))
+        return steps, of_file[order]
 
     def _grid(self, file: _File) -> tuple[Grid, Any]:
         try:
@@ -480,7 +577,7 @@ class MarClimate:
         except ImportError as error:
             raise need_extra("pyproj", "Projecting climate grids") from error
         lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
-        two_d = lat is not None and lon is not None and lat.ndim == 2
+        two_d = lat is not None and lon is not None and lat.shape == lon.shape and lat.ndim == 2
         name = self.projection
         if name == "auto":
             name = "mar" if two_d else "epsg3413"
@@ -492,16 +589,21 @@ class MarClimate:
 
         if two_d:
             flat = np.stack([file.read(lat).ravel(), file.read(lon).ravel()], 1)
-            good = np.isfinite(flat).all(1)
+            good, shape = np.isfinite(flat).all(1), lat.shape
             points = np.full(flat.shape, 1e9)
             points[good] = project(flat[good])
         else:
             x, y = file.need(("x", "X"), "LAT and LON, or x"), file.need(("y", "Y"), "y")
             xs, ys = np.meshgrid(self._metres(x, file), self._metres(y, file))
             points = np.stack([xs.ravel(), ys.ravel()], 1)
-            good = np.ones(len(points), np.bool_)
-        ice = good & self._ice(file)
-        ice &= np.isfinite(self._first_step(file)).all(0)
+            good, shape = np.ones(len(points), np.bool_), xs.shape
+        mask = self._ice(file)
+        if mask.shape != good.shape:
+            raise DataError(
+                f"The ice mask of {file.path} has {mask.size} cells, the grid {good.size}.",
+                "Give files whose mask (SRF, MSK or MSK_MAR) is on the grid of the fields.",
+            )
+        ice = mask & good & np.isfinite(self._first_step(file, shape)).all(0)
         return Grid(points[:, 0], points[:, 1], ice), project
 
     @staticmethod
@@ -554,13 +656,18 @@ class MarClimate:
                 file.need([sources[b][0] for b in _NEEDS[name][0]], f"the field {name}")
         return plan
 
-    def _first_step(self, file: _File) -> Array:
+    def _first_step(self, file: _File, shape: tuple[int, ...]) -> Array:
         sources = {**_SUMS, **_MEANS}
         rows = []
         for name in self._plan(file):
             variable = file.find(sources[name])
-            values = file.read(variable, first=True)
-            rows.append(values.reshape(-1, int(np.prod(values.shape[-2:])))[0])
+            if variable.shape[-2:] != shape:
+                raise DataError(
+                    f"The variable {variable.name} of {file.path} has the shape {variable.shape}, "
+                    f"which does not end in the grid's {shape}.",
+                    "Give fields of time, y and x, or of time, sector, y and x.",
+                )
+            rows.append(file.read(variable, first=True).reshape(-1, shape[0] * shape[1])[0])
         return np.stack(rows)
 
     def _check_cover(
@@ -622,7 +729,7 @@ class MarClimate:
                             f"the time axis {len(own)}.",
                             "Fetch the file again.",
                         )
-                    values = values * self._factor(name, variable, days[own])
+                    values = values * self._factor(name, variable, days[own], path)
                     for total, part, cells in zip(sums, wanted, used, strict=True):
                         if (inside := part.any(0)).any():
                             weight = part if name in _SUMS else part * days[own]
@@ -638,21 +745,30 @@ class MarClimate:
                     total[v] /= (fractions * days).sum(1)
         return sums, names
 
-    def _factor(self, name: str, variable: Any, days: Array) -> Array:
+    def _factor(self, name: str, variable: Any, days: Array, path: Path) -> Array:
         """What brings a variable's steps to mm w.e. per step, m or degC; shape (T, 1)."""
         one = np.ones((len(days), 1))
         if variable.name in self.scale or name in self.scale:
             return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
         said = str(getattr(variable, "units", "")).strip()
-        factor = one
-        if name in _SUMS:
-            if re.match(r"(m|metre|meter)\s*(w\.?e|\s*/|$)", said, re.IGNORECASE):
-                factor = factor * 1000.0
-            if re.search(r"(/\s*d(ay)?\b|d(ay)?\s*-1|day\^?-1)", said, re.IGNORECASE):
-                factor = factor * days[:, None]  # a rate in steps of a month
-            elif re.search(r"(s-1|/\s*s\b|s\^-1)", said):
-                factor = factor * days[:, None] * 86_400.0
-        return factor
+        if not said or (name == "ST" and _TEMPERATURE.fullmatch(_squeeze(said))):
+            return one
+        found = water_unit(said)
+        if found is None or name == "ST" or (name in _MEANS and found[1]):
+            wanted = {"ST": "degC or K", "ZN6": "m"}.get(name, "mm w.e. a step")
+            raise DataError(
+                f"The unit {said!r} of the variable {variable.name} of the climate file {path} is "
+                "not known.",
+                f"Set `{_OPTION}.scale={{{variable.name}: ...}}` to the factor to {wanted}.",
+            )
+        size, period = found
+        if name in _MEANS:
+            return one * (size / 1000.0)  # heights in metres
+        if period is None:
+            return one * size
+        # a rate; a month's or a year's in steps of this length is the step's amount
+        steps = days[:, None] / period
+        return size * np.where(np.abs(steps - 1) < 0.1, 1.0, steps)
 
     def _derived(self, names: Sequence[str], values: Array, years: Array) -> Array:
         """The physical fields (C, L, P) of basic ones (V, C, L)."""
@@ -672,7 +788,7 @@ class MarClimate:
         }
         return np.stack([made[name]() for name in self.variables], -1)
 
-    def _check_units(self, samples: Sequence[Sample]) -> None:
+    def _check_units(self, samples: Sequence[Sample], basic: Sequence[str]) -> None:
         """Find unit mix-ups by what is plausible on an ice sheet; Kelvins are converted."""
         for p, name in enumerate(self.variables):
             values = np.concatenate([sample.physics[..., p].ravel() for sample in samples])
@@ -695,3 +811,15 @@ class MarClimate:
                     f"Set `{_OPTION}.scale={{SMB: 1000}}` (and those of ME, RU, RF, RZ) to the "
                     "factor to mm w.e.",
                 )
+            elif name in _HEIGHTS and values.size:
+                low, high, made_of = _HEIGHTS[name]
+                if name == "snowpack" and "ZN6" not in basic:
+                    low, made_of = 0.02, "SF or SU"
+                least, most = np.quantile(values, (0.05, 0.95))
+                if least < low or most > high:
+                    raise DataError(
+                        f"The {name} of a year is from {least:g} to {most:g} m at most points, "
+                        f"which is not plausible: {made_of} may be in another unit than it says.",
+                        f"Set `{_OPTION}.scale` to its factor to mm w.e. a step (ZN6: m), or leave "
+                        f"{name} out of `{_OPTION}.variables`.",
+                    )

@@ -13,7 +13,13 @@ import numpy as np
 
 from fulgurite.datamodules.ice_layers.npz import NpzStacks, _names
 from fulgurite.datamodules.ice_layers.resample import EARTH
-from fulgurite.datamodules.ice_layers.stack import Array, Exclusion, LayerStack, name_some
+from fulgurite.datamodules.ice_layers.stack import (
+    THICKEST,
+    Array,
+    Exclusion,
+    LayerStack,
+    name_some,
+)
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
 
@@ -86,6 +92,7 @@ class CompletedStacks(NpzStacks):
         count: L, where it is to be known before files are read.
         physics: Names of the physical fields, equally.
         exclude: As of :class:`NpzStacks`.
+        thickest: Equally.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -99,9 +106,10 @@ class CompletedStacks(NpzStacks):
         count: int | None = None,
         physics: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied by the parent
+        thickest: float = THICKEST,
     ) -> None:
         # a network may predict a thickness that is none: such entries stay missing
-        super().__init__(root, count, physics, [*exclude, "negative"])
+        super().__init__(root, count, physics, [*exclude, "negative"], thickest)
 
     def folder(self) -> Path:
         """The folder of the files.
@@ -111,13 +119,9 @@ class CompletedStacks(NpzStacks):
         """
         return data_path(Path(self.root).expanduser().absolute())
 
-    def _extra(self, content: dict[str, Any], path: Path) -> dict[str, Any]:
-        for name in ("provenance", "trained_segments"):
-            if name not in content:
-                raise DataError(
-                    f"The stack {path} has no array {name!r}.",
-                    "Give stacks that `fulgurite predict` has completed.",
-                )
+    _needs = ("provenance", "trained_segments")
+
+    def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
         missing = np.isnan(content["thickness"])
         return {
             "provenance": np.where(missing, 3, content["provenance"]).astype(np.uint8),

@@ -10,22 +10,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.climate import MarClimate, Request, Sample
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE, layer_density
-from fulgurite.datamodules.ice_layers.resample import along_track, break_at_jumps, cut, resample
+from fulgurite.datamodules.ice_layers.resample import (
+    along_track,
+    break_at_jumps,
+    cut,
+    in_hole,
+    resample,
+)
 from fulgurite.datamodules.ice_layers.stack import (
+    THICKEST,
     Array,
     Exclusion,
     Flights,
     LayerStack,
     check_exclude,
     check_plausible,
+    check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["Blocks", "StackSource", "Track", "assemble"]
+__all__ = ["Blocks", "StackSource", "Track", "assemble", "in_order", "left_out_traces"]
 
 _YEAR = 365.25  # [days]
 _OPTION = "--data.init_args.source.init_args"
@@ -85,6 +94,48 @@ class Track:
     truth: Array | None = None
 
 
+def in_order(
+    time: Array, pos: Array, said: Array | None = None
+) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+    """Order the usable traces of a segment by time, each once.
+
+    Args:
+        time: Of each trace.
+        pos: Latitude and longitude, from where longitudes beyond 180 are counted from the west.
+        said: Time in the file, if ``time`` is another; equal ones and equal positions are a trace
+            that comes twice.
+
+    Shape:
+        - time, said: (M,); pos: (M, 2) [degrees].
+
+    Returns:
+        Numbers of the traces (N,), their positions (N, 2), and how many were left out: without
+        position or time, and coming twice (2,).
+
+    Example:
+        >>> pos = np.array([[70.0, 320.0], [70.0, 320.0], [70.1, 320.0], [99.0, 320.0]])
+        >>> in_order(np.array([5.0, 5.0, 5.0, 1.0]), pos)
+        (array([0, 2]), array([[ 70. , -40. ],
+               [ 70.1, -40. ]]), array([1, 1]))
+    """
+    known = np.flatnonzero(np.isfinite(time) & (np.abs(pos) <= (90, 360)).all(1))
+    pos = pos - [0.0, 360.0] * (pos[:, 1:] > 180)
+    rows = np.column_stack([time if said is None else np.nan_to_num(said), pos])[known]
+    once = known[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+    order = once[np.argsort(time[once], kind="stable")]
+    return order, pos[order], np.array([len(time) - len(known), len(known) - len(once)])
+
+
+def left_out_traces(counts: NDArray[np.int64], crossed: int) -> list[Exclusion]:
+    """What :func:`in_order` left out of all segments, and crossed picks."""
+    found = (
+        Exclusion("crossed", "crossed picks", crossed),
+        Exclusion("position", "traces without position or time", int(counts[0])),
+        Exclusion("repeated", "traces that come twice", int(counts[1])),
+    )
+    return [exclusion for exclusion in found if exclusion.count]
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How tracks are cut into stacks.
@@ -96,6 +147,7 @@ class Blocks:
         jump: A step of more than this times the median one breaks a block.
         density: Of the layers [g cm⁻³], where the climate does not say; None for Herron and
             Langway's with the climate's balance and temperature.
+        thickest: Largest plausible median thickness of the layers [m].
 
     Raises:
         ConfigError: A number is out of range.
@@ -106,8 +158,10 @@ class Blocks:
     min_traces: int | None = None
     jump: float = 5.0
     density: float | None = None
+    thickest: float = THICKEST
 
     def __post_init__(self) -> None:
+        check_thickest(self.thickest)
         least = 2 if self.min_traces is None else self.min_traces
         for name, value, low, high in (
             ("traces", self.traces, 2, 1_000_000),
@@ -140,7 +194,7 @@ class _Block:
 def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> list[_Block]:
     """Cut tracks into blocks; what is too short is counted."""
     blocks: list[_Block] = []
-    short, jumps, traces = 0, 0, 0
+    short = jumps = traces = holes = 0
     for track in tracks:
         if len(track.pos) < 2:
             short, traces = short + 1, traces + len(track.pos)
@@ -156,23 +210,26 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
                 continue
             steps = np.diff(part)
             spacing = how.spacing or float(np.median(steps[steps > 0]))
-            for places in cut(float(part[-1]), how.traces, spacing):
-                if len(places) < how.least:
-                    short, traces = short + 1, traces + len(places)
+            blocks_of_run = cut(float(part[-1]), how.traces, spacing)
+            places = np.concatenate(blocks_of_run)
+            values = resample(part, track.layers[run], places)
+            pos = _positions(part, track.pos[run], places)
+            truth = None if track.truth is None else resample(part, track.truth[run], places)
+            hole = in_hole(part, places)
+            end = 0
+            for length in map(len, blocks_of_run):
+                own = slice(end, end := end + length)
+                if length < how.least:
+                    short, traces = short + 1, traces + length
                     continue
-                near = slice(
-                    max(0, int(np.searchsorted(part, places[0] - spacing))),
-                    int(np.searchsorted(part, places[-1] + spacing, "right")),
-                )
+                holes += int(hole[own].sum())
                 blocks.append(
                     _Block(
                         track,
                         number,
-                        _positions(part[near], track.pos[run][near], places),
-                        resample(part[near], track.layers[run][near], places),
-                        None
-                        if track.truth is None
-                        else resample(part[near], track.truth[run][near], places),
+                        pos[own],
+                        values[own],
+                        None if truth is None else truth[own],
                     )
                 )
                 number += 1
@@ -182,6 +239,8 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
         )
     if jumps:
         excluded.append(Exclusion("jump", "jumps of the track, at which blocks end", jumps))
+    if holes:
+        excluded.append(Exclusion("hole", "traces without layers in holes of the track", holes))
     return blocks
 
 
@@ -264,7 +323,8 @@ def assemble(
     if outside:
         left_out.append(Exclusion("outside_climate", "stacks outside the climate grid", outside))
     age = tracks[0].age if tracks else np.zeros(len(layer_names))
-    return Flights(stacks, names, tuple(layer_names), age, left_out, tuple(notes))
+    every = tuple(layer_names)
+    return Flights(stacks, names, every, age, left_out, tuple(notes), how.thickest)
 
 
 def _physics(blocks: Sequence[_Block], climate: MarClimate | None) -> list[Sample | None]:

@@ -6,15 +6,22 @@ Shapes: M traces, K = 30 layers of a table, L layers that are used.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from fulgurite.datamodules.ice_layers.climate import MarClimate
-from fulgurite.datamodules.ice_layers.flights import Blocks, StackSource, Track, assemble
+from fulgurite.datamodules.ice_layers.flights import (
+    Blocks,
+    StackSource,
+    Track,
+    assemble,
+    in_order,
+    left_out_traces,
+)
 from fulgurite.datamodules.ice_layers.stack import (
+    THICKEST,
     Array,
     Exclusion,
     Flights,
@@ -72,13 +79,21 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
             if date is None or len(words) != columns or (columns - _HEAD) % _PER_LAYER:
                 raise ValueError
             values = [float(word) for word in words[1:]]
+            if date[1] not in rows:
+                _day(date[1])
         except ValueError:
             raise DataError(
                 f"The line {number} of {path} is no line of picks ({len(words)} columns).",
-                f"A line has a file name with YYYYMMDD_SS, {_HEAD - 1} numbers and "
-                f"{_PER_LAYER} for each layer: fetch the table again.",
+                "A line has a file name with YYYYMMDD_SS (of a day that exists), "
+                f"{_HEAD - 1} numbers and {_PER_LAYER} for each layer: fetch the table again, or "
+                f"leave such tables out: `{_OPTION}.exclude=[unreadable]`.",
             ) from None
         rows.setdefault(date[1], []).append(values)
+    if not rows:
+        raise DataError(
+            f"The table {path} holds no picks.",
+            f"Set `{_OPTION}.files` to others, or `{_OPTION}.exclude=[unreadable]`.",
+        )
     found = {}
     for segment, values_ in rows.items():
         table = np.asarray(values_, np.float64)
@@ -108,7 +123,10 @@ class KoenigPicks(StackSource):
         min_traces: Shorter remainders are left out and counted; half of ``traces`` if not given.
         jump: A step of more than this times the median one ends a block.
         density: Of all layers [g cm⁻³], for ``bins``; by the climate if not given.
-        exclude: What to leave out and count instead of stopping: stacks ``outside_climate``.
+        exclude: What to leave out and count instead of stopping: tables that are ``unreadable``,
+            stacks ``outside_climate``.
+        thickest: Largest plausible median of all observed thicknesses [m], above which they are
+            taken to be in other units; more than a year's firn for layers of many years.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -128,6 +146,7 @@ class KoenigPicks(StackSource):
         jump: float = 5.0,
         density: float | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
+        thickest: float = THICKEST,
     ) -> None:
         if thickness not in ("depth", "bins") or count < 1:
             raise ConfigError(
@@ -138,8 +157,8 @@ class KoenigPicks(StackSource):
         self.climate = climate
         self.count = count
         self.thickness = thickness
-        self.blocks = Blocks(traces, spacing, min_traces, jump, density)
-        self.exclude = check_exclude(exclude, ("outside_climate",))
+        self.blocks = Blocks(traces, spacing, min_traces, jump, density, thickest)
+        self.exclude = check_exclude(exclude, ("unreadable", "outside_climate"))
 
     @property
     def layers(self) -> int:
@@ -175,53 +194,54 @@ class KoenigPicks(StackSource):
             DataError: A table is damaged, has too few layers, or its times are unusable.
         """
         bins = self.thickness == "bins"
-        tracks: list[Track] = []
-        crossed = lost = 0
+        parts: dict[str, list[tuple[Array, Array, Array]]] = {}
+        damaged: list[str] = []
         for path in self.paths():
-            for segment, (time, pos, picks) in read_picks(path, bins).items():
+            try:
+                table = read_picks(path, bins)
+            except DataError:
+                if "unreadable" not in self.exclude:
+                    raise
+                damaged.append(path.name)
+                continue
+            for segment, (time, pos, picks) in table.items():
                 if picks.shape[1] < self.count + bins:
                     raise DataError(
                         f"The table {path} has {picks.shape[1]} layers, not {self.count + bins}.",
                         f"Lower `{_OPTION}.count`.",
                     )
-                picks = picks[:, : self.count + bins]
-                if not bins:
-                    picks = np.column_stack([np.zeros(len(picks)), picks])
-                flight = np.datetime64(f"{segment[:4]}-{segment[4:6]}-{segment[6:8]}", "s")
-                start = float(flight.astype(np.int64))
-                if not abs(float(np.median(time)) - start) < 3 * 86_400:
-                    # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
-                    time = start + 43_200.0 + np.arange(len(time), dtype=np.float64)
-                known = np.isfinite(time) & (np.abs(pos) <= (90, 360)).all(1)
-                lost += int((~known).sum())
-                if not known.any():
-                    continue
-                times, first = np.unique(time[known], return_index=True)
-                layers, its = layer_times(picks[known][first])
+                parts.setdefault(segment, []).append((time, pos, picks[:, : self.count + bins]))
+        tracks: list[Track] = []
+        crossed, lost = 0, np.zeros(2, np.int64)
+        age = np.arange(1.0, self.count + 1)
+        for segment in sorted(parts):  # which may be in several tables
+            said, pos, picks = map(np.concatenate, zip(*parts[segment], strict=True))
+            if not bins:
+                picks = np.column_stack([np.zeros(len(picks)), picks])
+            start, time = _day(segment), said
+            if not abs(float(np.median(said)) - start) < 3 * 86_400:
+                # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
+                time = start + 43_200.0 + np.arange(len(said), dtype=np.float64)
+            traces, pos, its_lost = in_order(time, pos, said)
+            lost += its_lost
+            if len(traces):
+                layers, its = layer_times(picks[traces])
                 crossed += its
-                age = np.arange(1.0, self.count + 1)
-                tracks.append(Track(segment, times, pos[known][first], layers, age, is_time=bins))
-        excluded = [
-            Exclusion(kind, what, number)
-            for kind, what, number in (
-                ("crossed", "crossed picks", crossed),
-                ("position", "traces without position or time", lost),
-            )
-            if number
-        ]
+                tracks.append(Track(segment, time[traces], pos, layers, age, is_time=bins))
+        excluded = left_out_traces(lost, crossed)
+        if damaged:
+            what = f"unreadable files ({name_some(damaged)})"
+            excluded.insert(0, Exclusion("unreadable", what, len(damaged)))
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]
-        return assemble(
-            _join(tracks), self.climate, self.blocks, names, sorted(self.exclude), excluded
-        )
+        words = sorted(self.exclude)
+        return assemble(tracks, self.climate, self.blocks, names, words, excluded)
 
 
-def _join(tracks: Sequence[Track]) -> list[Track]:
-    """Put parts of one segment (in several tables) together, by time."""
-    joined: list[Track] = []
-    for segment in sorted({track.segment for track in tracks}):
-        parts = [track for track in tracks if track.segment == segment]
-        time, first = np.unique(np.concatenate([t.time for t in parts]), return_index=True)
-        pos = np.concatenate([t.pos for t in parts])[first]
-        layers = np.concatenate([t.layers for t in parts])[first]
-        joined.append(Track(segment, time, pos, layers, parts[0].age, parts[0].is_time))
-    return joined
+def _day(segment: str) -> float:
+    """The beginning of the day that a segment's name says [s since 1970].
+
+    Raises:
+        ValueError: There is no such day.
+    """
+    day = np.datetime64(f"{segment[:4]}-{segment[4:6]}-{segment[6:8]}", "s")
+    return float(day.astype(np.int64))

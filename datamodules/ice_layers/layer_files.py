@@ -6,17 +6,25 @@ Shapes: M traces, K boundaries (the surface first), L = K - 1 layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.climate import MarClimate
-from fulgurite.datamodules.ice_layers.flights import Blocks, StackSource, Track, assemble
+from fulgurite.datamodules.ice_layers.flights import (
+    Blocks,
+    StackSource,
+    Track,
+    assemble,
+    in_order,
+    left_out_traces,
+)
 from fulgurite.datamodules.ice_layers.stack import (
+    THICKEST,
     Array,
     Exclusion,
     Flights,
@@ -32,6 +40,7 @@ __all__ = ["Frame", "LayerFiles", "Organizer", "read_frame", "read_mat", "read_o
 
 _OPTION = "--data.init_args.source.init_args"
 _AGAIN = f"Fetch the file again, or leave such files out: `{_OPTION}.exclude=[unreadable]`."
+_Read = TypeVar("_Read")
 _FRAME = re.compile(r"Data_(\d{8}_\d{2})_(\d{3})\.mat")
 
 
@@ -133,8 +142,32 @@ def _need(content: dict[str, Any], names: Sequence[str], path: Path) -> Any:
     )
 
 
+def _numbers(value: Any, name: str, path: Path) -> Array:
+    """A variable as an array of real numbers; an empty text is none."""
+    try:
+        array = np.asarray(() if isinstance(value, str) and not value else value)
+        if array.size and array.dtype.kind not in "biufO":
+            raise ValueError
+        return array.astype(np.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"The variable {name} of {path} is not made of numbers.", _AGAIN) from error
+
+
 def _row(content: dict[str, Any], names: Sequence[str], path: Path) -> Array:
-    return np.asarray(_need(content, names, path), np.float64).ravel()
+    return _numbers(_need(content, names, path), names[0], path).ravel()
+
+
+def _ids(content: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
+    """Numbers of boundaries, each once."""
+    found = _row(content, (name,), path)
+    if not np.isfinite(found).all() or len(np.unique(found)) != len(found):
+        raise DataError(
+            f"The numbers {name} of the boundaries in {path} are {name_some(found, 12)}: one is "
+            "missing or comes twice.",
+            "Give every boundary a number of its own, or leave such files out: "
+            f"`{_OPTION}.exclude=[unreadable]`.",
+        )
+    return tuple(int(k) for k in found)
 
 
 def read_frame(path: Path, quality: int | None = None) -> Frame:
@@ -155,14 +188,15 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
     old = "layerData" in content
     time = _row(content, ("gps_time", "GPS_time"), path)
     lat, lon = _row(content, ("lat", "Latitude"), path), _row(content, ("lon", "Longitude"), path)
+    if not len(time):
+        raise DataError(f"The layer file {path} holds no trace.", _AGAIN)
     names: tuple[str, ...] | None = None
     if old:
         twtt, grades, names = _layer_data(content, len(time), path)
         ids: tuple[int, ...] = tuple(range(1, twtt.shape[1] + 1))
     else:
         twtt = _wide(_need(content, ("twtt",), path), len(time), path, "twtt").T
-        raw = _need(content, ("id",), path)
-        ids = tuple(int(k) for k in np.asarray(raw).ravel())
+        ids = _ids(content, "id", path)
         grades = np.full(twtt.shape, 1.0)
         if "quality" in content:
             grades = _wide(content["quality"], len(time), path, "quality").T
@@ -191,7 +225,7 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
 
 def _wide(values: Any, traces: int, path: Path, name: str) -> Array:
     """An array of (K, M), which a single boundary or trace may have flattened."""
-    array = np.atleast_2d(np.asarray(values, np.float64))
+    array = np.atleast_2d(_numbers(values, name, path))
     if array.shape[-1] != traces and array.shape[0] == traces:
         array = array.T
     if array.ndim != 2 or array.shape[-1] != traces:
@@ -215,7 +249,8 @@ def _layer_data(
     for number, layer in enumerate(_as_list(content["layerData"]), 1):
         try:
             manual, automatic = (
-                np.asarray(value["data"], np.float64).ravel() for value in _as_list(layer["value"])
+                _numbers(value["data"], "layerData", path).ravel()
+                for value in _as_list(layer["value"])
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(
@@ -231,7 +266,7 @@ def _layer_data(
                 _AGAIN,
             )
         picks.append(np.where(np.isfinite(manual), manual, automatic))
-        grade = np.asarray(layer.get("quality", np.ones(traces)), np.float64).ravel()
+        grade = _numbers(layer.get("quality", np.ones(traces)), "quality", path).ravel()
         grades.append(grade if len(grade) == traces else np.ones(traces))
         names.append(str(layer["name"]) if isinstance(layer.get("name"), str) else "")
     if not picks:
@@ -263,10 +298,10 @@ def read_organizer(path: Path) -> Organizer:
     Source: arXiv 2604.20783, card section 3.2, item 1.
     """
     content = read_mat(path)
-    ids = [int(k) for k in _row(content, ("lyr_id",), path)]
+    ids = _ids(content, "lyr_id", path)
     names = [str(name) for name in _as_list(content.get("lyr_name", []))]
-    ages = np.asarray(content.get("lyr_age", []), np.float64).ravel()
-    order = np.asarray(content.get("lyr_order", []), np.float64).ravel()
+    ages = _numbers(content.get("lyr_age", []), "lyr_age", path).ravel()
+    order = _numbers(content.get("lyr_order", []), "lyr_order", path).ravel()
     if len(order) != len(ids) or not np.isfinite(order).all():
         order = np.arange(len(ids), dtype=np.float64)
     return Organizer(
@@ -299,8 +334,11 @@ class LayerFiles(StackSource):
             balance and temperature.
         quality: Picks of a worse quality (1 good, 2 moderate, 3 derived) count as missing.
         segments: Names of segments to use; all if not given.
-        exclude: What to leave out and count instead of stopping: files that are ``unreadable``,
-            stacks ``outside_climate``, files with another ``layer_count``.
+        exclude: What to leave out and count instead of stopping: files that are ``unreadable``
+            (without its companion, the boundaries of a segment are in the order of their numbers
+            and a year apart), stacks ``outside_climate``, files with another ``layer_count``.
+        thickest: Largest plausible median of all observed thicknesses [m], above which they are
+            taken to be in other units; more than a year's firn for layers of many years.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -321,11 +359,12 @@ class LayerFiles(StackSource):
         quality: int | None = None,
         segments: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
+        thickest: float = THICKEST,
     ) -> None:
         self.files = list(layers)
         self.climate = climate
         self.count = count
-        self.blocks = Blocks(traces, spacing, min_traces, jump, density)
+        self.blocks = Blocks(traces, spacing, min_traces, jump, density, thickest)
         self.quality = quality
         self.wanted = None if segments is None else list(segments)
         self.exclude = check_exclude(exclude, ("unreadable", "outside_climate", "layer_count"))
@@ -380,18 +419,22 @@ class LayerFiles(StackSource):
         """
         read: dict[str, tuple[list[Frame], Organizer | None]] = {}
         damaged: list[str] = []
+
+        def usable(reader: Callable[[Path], _Read], path: Path) -> _Read | None:
+            try:
+                return reader(path)
+            except DataError:
+                if "unreadable" not in self.exclude:
+                    raise
+                damaged.append(path.name)
+                return None
+
         for segment, paths in self.paths().items():
-            frames = []
-            for path in paths:
-                try:
-                    frames.append(read_frame(path, self.quality))
-                except DataError:
-                    if "unreadable" not in self.exclude:
-                        raise
-                    damaged.append(path.name)
+            tried = [usable(lambda path: read_frame(path, self.quality), path) for path in paths]
+            frames = [frame for frame in tried if frame is not None]
             if frames:
                 companion = paths[0].with_name(f"layer_{segment}.mat")
-                organizer = read_organizer(companion) if companion.is_file() else None
+                organizer = usable(read_organizer, companion) if companion.is_file() else None
                 read[segment] = frames, organizer
         excluded = []
         if damaged:
@@ -403,22 +446,23 @@ class LayerFiles(StackSource):
             what = f"segments with another number of layers ({name_some(dropped)})"
             excluded.append(Exclusion("layer_count", what, len(dropped)))
         tracks, notes = [], []
-        crossed = lost = fewer = 0
+        crossed = fewer = uneven = 0
+        lost = np.zeros(2, np.int64)
         names: tuple[str, ...] = ()
         for segment, (frames, organizer) in read.items():
             if segment in dropped:
                 continue
             order = orders[segment][: count + 1]
             fewer += len(order) < count + 1
+            uneven += sum(not set(order) <= set(frame.ids) for frame in frames)
             track, its_crossed, its_lost = _track(segment, frames, order, count, organizer)
             crossed, lost = crossed + its_crossed, lost + its_lost
             tracks.append(track)
             if not names or len(order) == count + 1 > len(names):
                 names = _layer_names(order, count, organizer)
-        if crossed:
-            excluded.append(Exclusion("crossed", "crossed picks", crossed))
-        if lost:
-            excluded.append(Exclusion("position", "traces without position or time", lost))
+        excluded += left_out_traces(lost, crossed)
+        if uneven:
+            notes.append(f"{uneven} files lack layers that others of their segment have: absent")
         if fewer:
             notes.append(f"{fewer} segments have fewer than {count} layers: the others are absent")
         if any(not np.array_equal(t.age, tracks[0].age) for t in tracks):
@@ -500,8 +544,8 @@ def _track(
     order: Sequence[int],
     count: int,
     organizer: Organizer | None,
-) -> tuple[Track, int, int]:
-    """Put frames together; also the numbers of crossed picks and of traces without position."""
+) -> tuple[Track, int, NDArray[np.int64]]:
+    """Put frames together; also how many picks are crossed, and traces left out."""
     place = {k: i for i, k in enumerate(order)}
     parts = []
     for frame in frames:
@@ -511,19 +555,10 @@ def _track(
                 twtt[:, place[k]] = column
         parts.append(twtt)
     time = np.concatenate([frame.time for frame in frames])
-    pos = np.concatenate([frame.pos for frame in frames])
-    picks = np.concatenate(parts)
-    known = np.isfinite(time) & np.isfinite(pos).all(1) & (np.abs(pos) <= (90, 360)).all(1)
-    lost = int((~known).sum())
-    pos[:, 1] -= 360.0 * (pos[:, 1] > 180)  # as the climate and other files count
     # frames overlap by a few traces
-    time, first = np.unique(time[known], return_index=True)
-    times, crossed = layer_times(picks[known][first])
-    return (
-        Track(segment, time, pos[known][first], times, _ages(order, count, organizer)),
-        crossed,
-        lost,
-    )
+    traces, pos, lost = in_order(time, np.concatenate([frame.pos for frame in frames]))
+    times, crossed = layer_times(np.concatenate(parts)[traces])
+    return Track(segment, time[traces], pos, times, _ages(order, count, organizer)), crossed, lost
 
 
 def _ages(order: Sequence[int], count: int, organizer: Organizer | None) -> NDArray[np.float64]:

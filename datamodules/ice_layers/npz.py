@@ -6,6 +6,7 @@ Shapes: N traces, L layers, P physical fields.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.stack import (
+    THICKEST,
     Array,
     Exclusion,
     Flights,
     LayerStack,
     check_exclude,
+    check_thickest,
 )
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
@@ -26,7 +29,20 @@ from fulgurite.io import data_path
 __all__ = ["NpzStacks", "read_npz"]
 
 _OPTION = "--data.init_args.source.init_args"
+_AGAIN = f"Write it again, or leave such files out: `{_OPTION}.exclude=[unreadable]`."
 _KINDS = ("unreadable", "negative", "short", "layer_count")
+# Arrays of numbers, and their dimensions
+_ARRAYS = {
+    "thickness": 2,
+    "pos": 2,
+    "physics": 3,
+    "physics_flag": 1,
+    "distance": 1,
+    "truth": 2,
+    "layer_age": 1,
+    "provenance": 2,
+}
+_APART = 3.0  # factor between two lengths of a track that no way of measuring explains (inferred)
 
 
 def read_npz(path: Path) -> dict[str, Any]:
@@ -43,7 +59,7 @@ def read_npz(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
         raise DataError(
             f"The stack {path} cannot be read ({error or type(error).__name__}).",
-            f"Write it again, or leave such files out: `{_OPTION}.exclude=[unreadable]`.",
+            _AGAIN,
         ) from error
 
 
@@ -70,6 +86,8 @@ class NpzStacks(StackSource):
         exclude: What to leave out and count instead of stopping: ``unreadable`` files, entries with
             a ``negative`` thickness, stacks with a ``short`` track (one trace) or with another
             ``layer_count`` than most.
+        thickest: Largest plausible median of all observed thicknesses [m], above which they are
+            taken to be in other units; more than a year's firn for layers of many years.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -83,11 +101,15 @@ class NpzStacks(StackSource):
         count: int | None = None,
         physics: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
+        thickest: float = THICKEST,
     ) -> None:
         self.root = root
         self.count = count
         self._physics = None if physics is None else tuple(physics)
         self.exclude = check_exclude(exclude, _KINDS)
+        self.thickest = check_thickest(thickest)
+
+    _needs: tuple[str, ...] = ()  # further arrays that a file must have
 
     @property
     def layers(self) -> int | None:
@@ -98,7 +120,7 @@ class NpzStacks(StackSource):
     def physics(self) -> tuple[str, ...]:
         """Names of the physical fields; those of the first file if not given."""
         if self._physics is None:
-            first = read_npz(self.paths()[0])
+            first = next((content for _, content in self._contents() if content), {})
             count = first["physics"].shape[-1] if "physics" in first else 0
             unnamed = tuple(f"physics_{k}" for k in range(count))
             self._physics = _names(first, "physics_names") or unnamed
@@ -125,16 +147,37 @@ class NpzStacks(StackSource):
             )
         return found
 
+    def _contents(self) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+        """Each file and its arrays, numbers as float64; None for one that is to be left out."""
+        for path in self.paths():
+            try:
+                content = read_npz(path)
+                for name in ("thickness", "pos", *self._needs):
+                    if name not in content:
+                        raise DataError(
+                            f"The stack {path} has no array {name!r}.",
+                            "Give files with thickness (traces, layers) and pos (traces, 2), those "
+                            "of `completed` as `fulgurite predict` writes them. " + _AGAIN,
+                        )
+                for name in _ARRAYS.keys() & content.keys():
+                    array = content[name]
+                    if array.dtype.kind not in "biuf" or array.ndim != _ARRAYS[name]:
+                        raise DataError(
+                            f"The array {name} of {path} is not made of numbers in "
+                            f"{_ARRAYS[name]} dimensions ({array.dtype}, {array.ndim}).",
+                            _AGAIN,
+                        )
+                    content[name] = array.astype(np.float64)
+            except DataError:
+                if "unreadable" not in self.exclude:
+                    raise
+                yield path, None
+            else:
+                yield path, content
+
     def _stack(self, path: Path, content: dict[str, Any]) -> LayerStack:
         """The stack of a file's arrays."""
-        for name in ("thickness", "pos"):
-            if name not in content:
-                raise DataError(
-                    f"The stack {path} has no array {name!r}.",
-                    "Give files with thickness (traces, layers) and pos (traces, 2).",
-                )
-        thickness = np.asarray(content["thickness"], np.float64)
-        pos = np.asarray(content["pos"], np.float64)
+        thickness, pos = content["thickness"], content["pos"]
         shape = (*thickness.shape, len(self.physics))
         physics = content.get("physics", np.zeros((*thickness.shape, 0)))
         names = _names(content, "physics_names") or self.physics
@@ -144,21 +187,32 @@ class NpzStacks(StackSource):
                 f"not {shape}.",
                 f"Give one field for each of {', '.join(self.physics) or '(none)'}.",
             )
-        return LayerStack(
-            _text(content, "stack", path.stem),
-            _text(content, "segment", path.parent.name),
-            thickness,
-            physics.astype(np.float32),
-            content.get("physics_flag", np.zeros(len(thickness))).astype(np.uint8),
-            pos,
-            np.asarray(content["distance"], np.float64)
-            if "distance" in content
-            else along_track(pos),
-            np.asarray(content["truth"], np.float64) if "truth" in content else None,
-            **self._extra(content, path),
-        )
+        track = along_track(pos) if pos.shape == (len(thickness), 2) else np.zeros(len(thickness))
+        distance = content.get("distance", track)
+        if len(distance) and track[-1] > 0:
+            ratio = (distance[-1] - distance[0]) / track[-1]
+            if not 1 / _APART <= ratio <= _APART:
+                raise DataError(
+                    f"The distance of {path} ends at {distance[-1]:g} m, the positions are "
+                    f"{track[-1]:g} m apart along the track.",
+                    "Give distance in metres, pos as latitude and longitude in degrees.",
+                )
+        try:
+            return LayerStack(
+                _text(content, "stack", path.stem),
+                _text(content, "segment", path.parent.name),
+                thickness,
+                physics.astype(np.float32),
+                content.get("physics_flag", np.zeros(len(thickness))).astype(np.uint8),
+                pos,
+                distance,
+                content.get("truth"),
+                **self._extra(content),
+            )
+        except DataError as error:
+            raise DataError(f"The stack {path} is unusable: {error.what}", error.mend) from error
 
-    def _extra(self, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
         """Further fields of a stack."""
         return {}
 
@@ -169,18 +223,15 @@ class NpzStacks(StackSource):
             DataError: A file is unusable and not to be left out.
         """
         stacks: list[LayerStack] = []
+        paths: dict[str, Path] = {}
         left_out = dict.fromkeys((*_KINDS, "empty"), 0)
         age: Array | None = None
         names: tuple[str, ...] = ()
-        for path in self.paths():
-            try:
-                content = read_npz(path)
-            except DataError:
-                if "unreadable" not in self.exclude:
-                    raise
+        for path, content in self._contents():
+            if content is None:
                 left_out["unreadable"] += 1
                 continue
-            thickness = content.get("thickness", np.zeros(0))
+            thickness = content["thickness"]
             if "short" in self.exclude and len(thickness) == 1:
                 left_out["short"] += 1
                 continue
@@ -191,15 +242,34 @@ class NpzStacks(StackSource):
             if thickness.size and np.isnan(thickness).all():
                 left_out["empty"] += 1
                 continue
-            stacks.append(self._stack(path, content))
-            if age is None and "layer_age" in content:
-                age = np.asarray(content["layer_age"], np.float64)
+            stack = self._stack(path, content)
+            if stack.name in paths:
+                raise DataError(
+                    f"The stacks {paths[stack.name]} and {path} are both called {stack.name}.",
+                    "Give every stack a name of its own.",
+                )
+            stacks.append(stack)
+            paths[stack.name] = path
+            its_age = content.get("layer_age", np.ones(1))
+            if not (np.diff(its_age, prepend=0.0) > 0).all():
+                raise DataError(
+                    f"The layer_age of {path} does not rise from 0.",
+                    "Give the age of each layer's lower boundary [years], newest layer first.",
+                )
+            age = content.get("layer_age") if age is None else age
             names = names or _names(content, "layer_names")
         counts = [stack.thickness.shape[1] for stack in stacks]
         usual = self.count or (max(sorted(set(counts)), key=counts.count) if counts else 1)
-        if "layer_count" in self.exclude:
-            kept = [s for s in stacks if s.thickness.shape[1] == usual]
-            left_out["layer_count"], stacks = len(stacks) - len(kept), kept
+        if "layer_count" not in self.exclude and set(counts) - {usual}:
+            other = next(stack for stack in stacks if stack.thickness.shape[1] != usual)
+            raise DataError(
+                f"The stack {paths[other.name]} has {other.thickness.shape[1]} layers, others have "
+                f"{usual}.",
+                "Give all stacks the same number, or leave such ones out: "
+                f"`{_OPTION}.exclude=[layer_count]`.",
+            )
+        kept = [s for s in stacks if s.thickness.shape[1] == usual]
+        left_out["layer_count"], stacks = len(stacks) - len(kept), kept
         what = {
             "unreadable": "unreadable files",
             "negative": "entries that are not positive",
@@ -212,4 +282,4 @@ class NpzStacks(StackSource):
             age = np.arange(1.0, usual + 1)
         if len(names) != usual:
             names = tuple(f"layer_{k:02}" for k in range(1, usual + 1))
-        return Flights(stacks, self.physics, names, age, excluded)
+        return Flights(stacks, self.physics, names, age, excluded, thickest=self.thickest)

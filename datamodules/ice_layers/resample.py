@@ -9,10 +9,11 @@ import math
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array
 
-__all__ = ["EARTH", "along_track", "break_at_jumps", "cut", "haversine", "resample"]
+__all__ = ["EARTH", "along_track", "break_at_jumps", "cut", "haversine", "in_hole", "resample"]
 
 #: Mean radius of the Earth [m].
 EARTH = 6_371_008.8
@@ -86,13 +87,44 @@ def cut(length: float, traces: int, spacing: float) -> list[Array]:
     return [places[first : first + traces] for first in range(0, total, traces)]
 
 
+def _steps(distance: Array, places: Array) -> tuple[float, float]:
+    """The typical step of raw traces and that of places [m]; a standing aircraft does not count."""
+    steps = np.diff(distance)
+    moving = steps[steps > 0]
+    raw = float(np.median(moving)) if moving.size else 0.0
+    return raw, float(np.median(np.diff(places))) if len(places) > 1 else raw
+
+
+def in_hole(distance: Array, places: Array) -> NDArray[np.bool_]:
+    """Whether a place has no raw trace near enough to say anything about it.
+
+    That is: the raw traces around it are more than 1.5 steps apart, and the nearer one is farther
+    than half the way to the next place. A step is the typical one of raw traces or of places,
+    whichever is longer, so that finer places between neighbouring raw traces are in no hole.
+
+    Shape:
+        - distance: (M,) rising [m]; places: (N,) [m]; result (N,).
+
+    Source: inferred.
+
+    Example:
+        >>> in_hole(np.array([0.0, 1, 2, 6, 7]), np.array([0.5, 2.4, 4.0, 5.6]))
+        array([False, False,  True, False])
+    """
+    raw, wanted = _steps(distance, places)
+    right = np.clip(np.searchsorted(distance, places), 1, len(distance) - 1)
+    before, after = np.abs(places - distance[right - 1]), np.abs(distance[right] - places)
+    found: NDArray[np.bool_] = distance[right] - distance[right - 1] > 1.5 * max(raw, wanted)
+    return found & (np.minimum(before, after) > wanted / 2)
+
+
 def resample(distance: Array, values: Array, places: Array) -> Array:
     """Bring values of raw traces to places along the track; NaN stays where nothing is near.
 
     Where places are at least twice as far apart as raw traces, the mean of the finite values that
     are nearer to this place than to another, if they are at least half; else linear between
-    neighbours, or the nearer one where the other is missing. Nothing is invented: no value reaches
-    farther than half a step.
+    neighbours. Nothing is invented: where one of these is missing or beyond a hole of the track
+    (see :func:`in_hole`), the nearer one within half the way to the next place, or nothing.
 
     Args:
         distance: Of the raw traces, rising.
@@ -109,20 +141,24 @@ def resample(distance: Array, values: Array, places: Array) -> Array:
         array([ 0., nan,  5.])
         >>> resample(np.arange(6.0), np.arange(6.0), np.array([0.0, 2.0, 4.0]))
         array([0.5, 2. , 4. ])
+        >>> resample(np.array([0.0, 1, 5, 6]), np.array([0.0, 1, 5, 6]), np.arange(0.4, 6))
+        array([0.4, 1. , nan, nan, nan, 5.4])
     """
     values = np.asarray(values, np.float64)
-    raw, wanted = np.median(np.diff(distance)), np.median(np.diff(places))
+    raw, wanted = _steps(distance, places)
     if len(places) > 1 and wanted >= 2 * raw:
-        return _means(distance, values, places, float(wanted))
+        return _means(distance, values, places, wanted)
     right = np.clip(np.searchsorted(distance, places), 1, len(distance) - 1)
     left = right - 1
     gap = distance[right] - distance[left]
     share = np.clip((places - distance[left]) / np.where(gap > 0, gap, 1.0), 0.0, 1.0)
-    share = share.reshape(-1, *[1] * (values.ndim - 1))
+    tail = (-1, *[1] * (values.ndim - 1))
+    copied = (np.minimum(share, 1 - share) * gap <= wanted / 2).reshape(tail)
+    share, wide = share.reshape(tail), (gap > 1.5 * max(raw, wanted)).reshape(tail)
     a, b = values[left], values[right]
     linear = (1 - share) * a + share * b
-    near: Array = np.where(share < 0.5, a, b)
-    return np.where(np.isfinite(linear), linear, near)
+    near = np.where(copied, np.where(share < 0.5, a, b), np.nan)
+    return np.where(np.isfinite(linear) & ~wide, linear, near)
 
 
 def _means(distance: Array, values: Array, places: Array, wanted: float) -> Array:

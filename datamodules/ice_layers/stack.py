@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 __all__ = [
+    "THICKEST",
     "Array",
     "Exclusion",
     "Flights",
     "LayerStack",
     "check_exclude",
     "check_plausible",
+    "check_thickest",
     "name_some",
     "need_extra",
 ]
@@ -33,6 +35,10 @@ Array = NDArray[np.float64]
 
 #: Medians of a layer's thickness that metres can have [m]: less are kilometres, more millimetres.
 PLAUSIBLE_THICKNESS = (0.01, 1_000.0)
+
+#: Largest median thickness of a source's layers, if it does not say another [m]: a year's firn is
+#: thinner, and centimetres of it are more (inferred).
+THICKEST = 15.0
 
 
 def need_extra(package: str, what: str) -> MissingExtraError:
@@ -106,6 +112,25 @@ def check_plausible(thickness: Array, where: str) -> None:
         )
 
 
+def check_thickest(thickest: float) -> float:
+    """Return the limit on a source's median thickness [m] if it is in range.
+
+    Raises:
+        ConfigError: It is not.
+
+    Example:
+        >>> check_thickest(300)
+        300
+    """
+    low, high = PLAUSIBLE_THICKNESS
+    if not low <= thickest <= high:
+        raise ConfigError(
+            f"The largest median thickness of layers is {thickest}.",
+            f"Set `--data.init_args.source.init_args.thickest` between {low:g} and {high:g}.",
+        )
+    return thickest
+
+
 @dataclass(frozen=True)
 class Exclusion:
     """What was left out of the data, and why.
@@ -168,6 +193,11 @@ class LayerStack:
                 "Give an array of (traces, layers).",
             )
         n, layers = self.thickness.shape
+        if n < 2 or not layers:
+            raise DataError(
+                f"Stack {self.name} has {n} traces of {layers} layers.",
+                "A stack needs at least two traces and one layer.",
+            )
         shapes: dict[str, tuple[int, ...]] = {
             "physics": (n, layers, self.physics.shape[-1]),
             "physics_flag": (n,),
@@ -184,11 +214,6 @@ class LayerStack:
                     f"{n} traces of {layers} layers.",
                     f"Give {shape}.",
                 )
-        if n < 2 or not layers:
-            raise DataError(
-                f"Stack {self.name} has {n} traces of {layers} layers.",
-                "A stack needs at least two traces and one layer.",
-            )
         if (self.thickness <= 0).any() or np.isinf(self.thickness).any():
             bad = self.thickness[(self.thickness <= 0) | np.isinf(self.thickness)]
             raise DataError(
@@ -265,9 +290,11 @@ class Flights:
         layer_age: Age of each layer's lower boundary at the flight [years]. Shape: (L,) float64.
         excluded: What was left out.
         notes: What the reader wants to have reported.
+        thickest: Largest plausible median of all observed thicknesses [m].
 
     Raises:
-        DataError: There is no stack, two have one name, or they differ in layers or fields.
+        DataError: There is no stack, two have one name, they differ in layers or fields, or
+            thicknesses are not in metres.
     """
 
     stacks: Sequence[LayerStack]
@@ -276,6 +303,7 @@ class Flights:
     layer_age: Array
     excluded: Sequence[Exclusion] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+    thickest: float = THICKEST
 
     def __post_init__(self) -> None:
         if not self.stacks:
@@ -301,6 +329,15 @@ class Flights:
                         "Give all stacks the same number, or leave such ones out: "
                         "`--data.init_args.source.init_args.exclude=[layer_count]`.",
                     )
+        known = np.concatenate([stack.thickness[stack.observed] for stack in self.stacks])
+        if known.size and (median := float(np.median(known))) > self.thickest:
+            raise DataError(
+                f"The median thickness of all layers is {median:g} m, more than a year's firn: it "
+                "looks like millimetres or centimetres instead of metres.",
+                "Convert thicknesses to metres, travel times to seconds; if layers are as thick, "
+                f"set `--data.init_args.source.init_args.thickest` above {median:.0f} (now "
+                f"{self.thickest:g}) m.",
+            )
 
     @property
     def segments(self) -> tuple[str, ...]:

@@ -245,6 +245,75 @@ def test_units_by_attribute(tmp_path):
     np.testing.assert_allclose(rate, plane(*project(points()).T), rtol=0.02)
 
 
+def per_step(values, unit):
+    """A month's or day's amounts in a unit, of those in mm w.e."""
+    first = unit.replace(".", " ").partition(" ")[0]
+    amount = {"m": 1e-3, "cm": 0.1}.get(first, 1.0)
+    length = {12: YEAR / 12}.get(len(values), 1.0)
+    for period, days in (("yr", YEAR), ("a-1", YEAR), ("/year", YEAR), ("day", 1), ("d-1", 1)):
+        if period in unit:
+            return values * amount / length * days
+    if "s-1" in unit or "/s" in unit or "s**-1" in unit:
+        return values * amount / length / 86_400
+    return values * amount
+
+
+@pytest.mark.parametrize("daily", [False, True])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *("", "mmWE", "mm", "cm w.e.", "m w.e.", "m.w.e.", "m of water equivalent"),
+        *("kg m-2", "kg/m^2", "mm w.e./yr", "mmWE/year", "kg m-2 a-1", "m w.e. yr-1"),
+        *("mm/day", "mm d-1", "kg/m2/s", "kg m**-2 s**-1", "kg m⁻² s⁻¹"),
+    ],
+)
+def test_amounts_and_rates_of_water(tmp_path, unit, daily):
+    plain = unit.replace("⁻¹", "-1")
+    names = dict.fromkeys(("SF", "RZ", "SMB", "ME", "RU"), lambda v, u: (per_step(v, plain), unit))
+    write(tmp_path, years=(2010, 2011, 2012), daily=daily, ZN6=None, **names)
+    found = sample(tmp_path, edges=EDGES[:2]).physics[:, 0]
+    expected = np.tile([-20.0, 0.1, -0.262, 0.262], (30, 1))
+    np.testing.assert_allclose(found[:, 1:], expected, rtol=0.02)
+    np.testing.assert_allclose(found[:, 0], plane(*project(points()).T), rtol=0.02)
+
+
+@pytest.mark.parametrize("unit", ["Gt", "mm h", "inch", "kg", "mm w.e./decade", "degC"])
+def test_unknown_units_are_refused(tmp_path, unit):
+    write(tmp_path, RU=lambda v, u: (v, unit))
+    with pytest.raises(DataError, match=rf"unit '{unit}' of the variable RU of .*2010.nc") as error:
+        sample(tmp_path)
+    assert "scale={RU: ...}" in error.value.mend
+    good = sample(tmp_path, scale={"RU": 1.0}).physics
+    np.testing.assert_allclose(good[..., 2], 0.1, rtol=3e-3)
+    write(tmp_path, ZN6=lambda v, u: (v, "m/day"))
+    with pytest.raises(DataError, match="variable ZN6"):
+        sample(tmp_path)
+    write(tmp_path, ST=lambda v, u: (v, "m"))
+    with pytest.raises(DataError, match="variable ST"):
+        sample(tmp_path)
+    with pytest.raises(ConfigError, match="'smb'"):
+        sample(tmp_path, scale={"smb": 1000.0})
+    with pytest.raises(ConfigError, match="scale 0 of"):
+        sample(tmp_path, scale={"SMB": 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"RU": lambda v, u: v * 0 + 100 / 12, "ME": lambda v, u: v / 1000}, "refreeze"),
+        ({"RZ": lambda v, u: v * 1000}, "refreeze"),
+        ({"ME": lambda v, u: v * 1000}, "melt"),
+        ({"ZN6": lambda v, u: v * 1000}, "snowpack"),
+        ({"ZN6": None, "SF": lambda v, u: v / 1000}, "snowpack"),
+        ({"ZN6": None, "SF": lambda v, u: v * 1000}, "snowpack"),
+    ],
+)
+def test_heights_are_plausible(tmp_path, changes, field):
+    write(tmp_path, **changes)
+    with pytest.raises(DataError, match=rf"The {field} of a year is .* not plausible"):
+        sample(tmp_path, variables=[field])
+
+
 def test_unit_mix_ups_are_found_by_what_is_plausible(tmp_path):
     write(tmp_path, SMB=lambda v, u: v / 1000)  # metres that are said to be millimetres
     with pytest.raises(DataError, match=r"as if the files were in m w\.e\..*scale={SMB: 1000}"):
@@ -254,6 +323,92 @@ def test_unit_mix_ups_are_found_by_what_is_plausible(tmp_path):
     write(tmp_path, ST=lambda v, u: v * 10)
     with pytest.raises(DataError, match="neither degC nor K"):
         sample(tmp_path)
+
+
+def stamp(folder, days, bounds=False):
+    """Stamp months otherwise than in their middle."""
+    for path in sorted(folder.glob("*.nc")):
+        year = int(path.stem[-4:])
+        edges = (np.datetime64(f"{year}-01", "M") + np.arange(13)).astype("datetime64[D]")
+        edges = (edges - np.datetime64("1901-01-15", "D")).astype(float)
+        with netCDF4.Dataset(path, "r+") as data:
+            data["TIME"][:] = 24 * days(edges)
+            if bounds:
+                data.createDimension("nv", 2)
+                data["TIME"].bounds = "TIME_bnds"
+                variable = data.createVariable("TIME_bnds", "f8", ("TIME", "nv"))
+                variable[:] = 24 * np.stack([edges[:-1], edges[1:]], 1)
+
+
+@pytest.mark.parametrize(
+    ("days", "bounds"),
+    [
+        (lambda edges: edges[:-1], False),  # first day
+        (lambda edges: edges[1:] - 0.5, False),  # last day
+        (lambda edges: edges[1:], True),  # the end: bounds say which month it is
+        (lambda edges: edges[:-1] + 14.0, True),
+    ],
+)
+def test_stamps_of_months(tmp_path, days, bounds):
+    def april(values, units):  # 1000 mm more in one month, which the flight of April 14 cuts
+        values[3] += 1000.0
+        return values
+
+    for year in (2009, 2010, 2011, 2012):
+        write(tmp_path, (year,), **({"SMB": april} if year == 2011 else {}))
+    middle = sample(tmp_path).physics
+    stamp(tmp_path, days, bounds)
+    found = sample(tmp_path).physics
+    np.testing.assert_allclose(found, middle, atol=25)
+    more = found[:, :, 0] - plane(*project(points()).T)[:, None]
+    day = FLIGHT - YEAR - float(np.datetime64("2011-04-01").astype("datetime64[D]").astype(int))
+    np.testing.assert_allclose(more, [[1000 * (30 - day) / 30, 1000 * day / 30]] * 30, atol=3)
+
+
+@pytest.mark.parametrize("how", ["months", "garbage", "none", "number", "missing", "bounds"])
+def test_times_that_cannot_be_understood(tmp_path, how):
+    write(tmp_path)
+    path = tmp_path / "MARv3.12-2010.nc"
+    stamp(tmp_path, lambda edges: edges[:-1], bounds=True)
+    with netCDF4.Dataset(path, "r+") as data:
+        time = data["TIME"]
+        if how == "none":
+            time.delncattr("units")
+        elif how == "missing":
+            time[3] = np.nan
+        elif how == "bounds":
+            data["TIME_bnds"][3] = data["TIME_bnds"][2]
+        else:
+            time.units = {"months": "months since 1901-01-15", "garbage": "?", "number": 3}[how]
+    with pytest.raises(DataError, match=r"time of the climate file .*2010.nc cannot be"):
+        sample(tmp_path)
+
+
+@pytest.mark.parametrize("dims", [("TIME",), ("y", "TIME", "x"), ("TIME", "y", "x")])
+def test_fields_of_another_shape_or_type(tmp_path, dims):
+    write(tmp_path, SMB=None)
+    for path in tmp_path.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            data.createVariable("SMB", str if len(dims) == 3 and dims[0] == "TIME" else "f8", dims)
+    with pytest.raises(
+        DataError, match=r"variable SMB of .*2009.nc (has the shape|cannot be read)"
+    ):
+        sample(tmp_path)
+
+
+def test_masks_of_another_grid(tmp_path):
+    write(tmp_path, SRF=None)
+    for path in tmp_path.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            data.createVariable("MSK", "f8", ("y",))[:] = 1.0
+    with pytest.raises(DataError, match=r"ice mask of .* has 23 cells, the grid 483"):
+        sample(tmp_path)
+
+
+def test_points_without_position(tmp_path):
+    write(tmp_path)
+    with pytest.raises(DataError, match="1 of 2 points have no position"):
+        sample(tmp_path, np.array([[71.0, -40.0], [np.nan, -40.0]]))
 
 
 def test_kilometres_and_metres_of_coordinates(tmp_path):

@@ -157,6 +157,37 @@ def test_small_holes_of_a_track_are_no_jumps(tmp_path):
     np.testing.assert_allclose(stack.thickness[1:14], track_means(thickness)[:13], atol=1e-6)
 
 
+def test_nothing_is_invented_in_holes_of_a_track(tmp_path):
+    time, pos, thickness, picks = track(traces=60)
+    kept = ~np.isin(np.arange(60), [18, 19, 20, 21, 30, 45, 46, 47])  # one at the end of a block
+    write(tmp_path, (time[kept], pos[kept], thickness[kept], picks[kept]))
+    flights = source(tmp_path).load()
+    observed = np.concatenate([s.observed for s in flights.stacks])
+    np.testing.assert_array_equal(observed, np.repeat(kept[:, None], 3, 1))
+    found = np.concatenate([s.thickness for s in flights.stacks])
+    np.testing.assert_allclose(found[kept], thickness[kept], atol=1e-4)
+    np.testing.assert_allclose(np.concatenate([s.pos for s in flights.stacks]), pos, atol=1e-7)
+    assert excluded(flights) == {"hole": 8}
+
+
+def test_finer_places_than_raw_traces(tmp_path):
+    time, pos, thickness, picks = track(traces=20)
+    picks[7] = np.nan
+    kept = ~np.isin(np.arange(20), [12, 13])
+    write(tmp_path, (time[kept], pos[kept], thickness[kept], picks[kept]))
+    flights = source(tmp_path, spacing=5.0, traces=191).load()
+    along = np.concatenate([s.pos[:, 0] - 72.0 for s in flights.stacks]) * 111_195.0 / 50.0
+    np.testing.assert_allclose(along, np.arange(191) / 10, atol=0.02)
+    places = np.arange(191) / 10
+    # linear between two picked traces that are neighbours, and on a trace next to a gap
+    known = ~((places > 6.06) & (places < 7.94)) & ~((places > 11.06) & (places < 13.94))
+    found = np.concatenate([s.thickness for s in flights.stacks])
+    np.testing.assert_array_equal(np.isfinite(found), np.repeat(known[:, None], 3, 1))
+    linear = np.stack([np.interp(places, np.arange(20), t) for t in thickness.T], 1)
+    np.testing.assert_allclose(found[known], linear[known], atol=2e-3)
+    assert excluded(flights) == {"hole": 29}
+
+
 def track_means(thickness):
     """Means of three traces around every third one."""
     return np.stack([thickness[3 * k - 1 : 3 * k + 2].mean(0) for k in range(1, 26)])
@@ -201,6 +232,65 @@ def test_the_companion_names_orders_and_dates_layers(tmp_path):
     assert flights.layer_names == ("a", "b", "c")
     np.testing.assert_array_equal(flights.layer_age, [1.0, 3.0, 4.0])
     assert read_organizer(place / f"layer_{SEGMENT}.mat").order == (1, 3, 2, 4)
+
+
+def test_traces_of_one_second_stay_and_repeated_ones_are_counted(tmp_path):
+    _, pos, thickness, picks = track(traces=40)
+    seconds = START + np.arange(40) // 4  # as some files have it
+    first, second = slice(0, 23), slice(18, 40)  # which overlap
+    write(tmp_path, *((seconds[p], pos[p], thickness[p], picks[p]) for p in (first, second)))
+    flights = source(tmp_path, traces=40).load()
+    (stack,) = flights.stacks
+    np.testing.assert_allclose(stack.thickness, thickness, atol=1e-6)
+    assert excluded(flights) == {"repeated": 5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lat": "text"},
+        {"twtt": {"a": 1.0}},
+        {"twtt": np.ones((4, 40)) * 1j},
+        {"id": np.array([1.0, np.nan, 3.0, 4.0])},
+        {"id": np.array([1.0, 2.0, 2.0, 4.0])},
+        {"quality": "good"},
+        {
+            k: np.zeros(s)
+            for k, s in {"gps_time": (1, 0), "lat": (1, 0), "lon": (1, 0), "twtt": (4, 0)}.items()
+        },
+    ],
+)
+def test_variables_that_are_none(tmp_path, changes):
+    place = write(tmp_path, track(), track(first=40, seed=1))
+    path = place / f"Data_{SEGMENT}_001.mat"
+    savemat(path, read_mat(path) | changes)
+    with pytest.raises(DataError, match=r"Data_20120414_01_001.mat") as error:
+        source(tmp_path).load()
+    assert "exclude=[unreadable]" in error.value.mend
+    flights = source(tmp_path, exclude=["unreadable"]).load()
+    assert excluded(flights)["unreadable"] == 1
+    assert len(flights.stacks) == 2
+
+
+def test_a_damaged_companion(tmp_path):
+    path = write(tmp_path, track()) / f"layer_{SEGMENT}.mat"
+    for content in ({"lyr_id": [1.0, np.nan]}, {"lyr_id": [1.0, 2.0], "lyr_age": "old"}, None):
+        if content is None:
+            path.write_bytes(b"damaged")
+        else:
+            savemat(path, content)
+        with pytest.raises(DataError, match=path.name):
+            source(tmp_path).load()
+        flights = source(tmp_path, exclude=["unreadable"]).load()
+        assert path.name in flights.report()
+        assert len(flights.stacks) == 2
+
+
+def test_files_of_a_segment_with_fewer_layers_are_reported(tmp_path):
+    write(tmp_path, track(layers=3), track(layers=2, first=40))
+    flights = source(tmp_path).load()
+    assert "1 files lack layers" in flights.report()
+    assert not flights.stacks[-1].observed[:, 2].any()
 
 
 def test_picks_of_bad_quality_can_be_left_out(tmp_path):
@@ -321,6 +411,26 @@ def test_kilometres_are_found(tmp_path):
         source(tmp_path).load()
 
 
+@pytest.mark.parametrize("factor", [100, 1000])
+def test_centimetres_and_millimetres_are_found(tmp_path, factor):
+    time, pos, thickness, picks = track()
+    write(tmp_path, (time, pos, thickness, 3e-6 + (picks - 3e-6) * factor))
+    save(tmp_path, thickness=track(traces=10)[2] * factor)
+    lines, _ = koenig_lines(factor=factor)
+    (tmp_path / "mapdata.txt").write_text("\n".join(lines))
+    for made in (
+        lambda **options: source(tmp_path, **options),
+        lambda **options: NpzStacks(str(tmp_path), **options),
+        lambda **options: KoenigPicks([str(tmp_path)], count=4, traces=30, **options),
+    ):
+        with pytest.raises(DataError, match="millimetres or centimetres") as error:
+            made().load()
+        assert "source.init_args.thickest` above" in error.value.mend
+        assert made(thickest=900.0).load().stacks  # of isochrones of ice
+    with pytest.raises(ConfigError, match="median thickness of layers is 0"):
+        source(tmp_path, thickest=0)
+
+
 def test_sources_without_files_say_so(tmp_path):
     (tmp_path / "CSARP_layer").mkdir()
     with pytest.raises(DataError, match="no layer file"):
@@ -339,9 +449,9 @@ def test_sources_without_files_say_so(tmp_path):
 # Koenig et al.
 
 
-def koenig_lines(traces=30, layers=4, missing=()):
+def koenig_lines(traces=30, layers=4, missing=(), factor=1.0):
     time, pos, thickness, _ = track(traces, layers)
-    depth = thickness.cumsum(1)
+    depth = thickness.cumsum(1) * factor
     lines = []
     for i in range(traces):
         words = [f"IRSNO1B_{SEGMENT}_015", f"{i}"]
@@ -380,6 +490,42 @@ def test_times_of_2009_and_2010_are_not_used(tmp_path):
     (tmp_path / "mapdata.txt").write_text("\n".join(lines))
     (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
     assert len(stack.thickness) == 30
+
+
+@pytest.mark.parametrize("year", ["2009", "2012"])
+def test_tables_of_one_segment_are_one_track(tmp_path, year):
+    lines, thickness = koenig_lines(traces=60)
+    if year == "2009":  # whose times are not usable
+        lines = [line.replace("2012", "2009").replace("13343616", "1") for line in lines]
+    (tmp_path / "mapdata1.txt").write_text("\n".join(lines[:31]))
+    (tmp_path / "mapdata2.txt").write_text("\n".join(lines[30:]))  # with a line of the other
+    flights = KoenigPicks([str(tmp_path)], count=4, traces=60).load()
+    (stack,) = flights.stacks
+    np.testing.assert_allclose(stack.thickness, thickness, atol=1e-4)
+    assert excluded(flights) == {"repeated": 1}
+
+
+def test_traces_of_one_second_in_tables(tmp_path):
+    words = [line.split() for line in koenig_lines()[0]]
+    lines = [
+        " ".join([*w[:3], "320.0", f"{START + k // 4:.0f}", *w[5:]]) for k, w in enumerate(words)
+    ]
+    (tmp_path / "mapdata.txt").write_text("\n".join(lines))
+    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
+    assert stack.observed.all()
+    np.testing.assert_array_equal(stack.pos[:, 1], -40.0)  # as other files count
+
+
+@pytest.mark.parametrize("content", ["", "IRSNO1B_20121399_01_015 1"])
+def test_tables_without_picks_or_of_no_day(tmp_path, content):
+    lines, _ = koenig_lines()
+    (tmp_path / "mapdata1.txt").write_text("\n".join(lines))
+    bad = [line.replace(SEGMENT, "20121399_01") for line in lines] if content else []
+    (tmp_path / "mapdata2.txt").write_text("\n".join(bad))
+    with pytest.raises(DataError, match=r"mapdata2.txt"):
+        KoenigPicks([str(tmp_path)], count=4, traces=30).load()
+    flights = KoenigPicks([str(tmp_path)], count=4, traces=30, exclude=["unreadable"]).load()
+    assert excluded(flights) == {"unreadable": 1}
 
 
 @pytest.mark.parametrize("spoiled", ["abc", "IRSNO1B_20120414_01_015 1 2 3", "x 1 2 3 4 5"])
@@ -448,6 +594,25 @@ BAD = {
         "has 5 layers, others have 3",
     ),
     "objects": ({"extra": np.array([{}], object)}, "cannot be read"),
+    **{
+        f"text in {name}": ({name: np.full(shape, "a")}, f"array {name} of .* not made of numbers")
+        for name, shape in {
+            "thickness": (10, 3),
+            "pos": (10, 2),
+            "physics": (10, 3, 2),
+            "physics_flag": (10,),
+            "truth": (10, 3),
+            "layer_age": (3,),
+            "distance": (10,),
+        }.items()
+    },
+    "one dimension": ({"thickness": np.ones(10)}, "thickness of .* not made of"),
+    "complex": ({"thickness": np.ones((10, 3)) * 1j}, "thickness of .* not made of"),
+    "latitude": ({"pos": np.tile([95.0, -40.0], (10, 1))}, "not on the globe"),
+    "distance": ({"distance": np.arange(10) * 0.05}, r"ends at 0.45 m, the positions are 450"),
+    "falling age": ({"layer_age": np.array([3.0, 2.0, 1.0])}, "layer_age of .* does not rise"),
+    "no trace": ({"thickness": np.ones((0, 3)), "pos": np.ones((0, 2)), "physics": None}, "have"),
+    "a name twice": ({"stack": np.array("a")}, "both called a"),
 }
 
 
@@ -458,7 +623,22 @@ def test_bad_npz_stacks(tmp_path, case):
     save(tmp_path, "c", **changes)
     with pytest.raises(DataError, match=message) as error:
         NpzStacks(str(tmp_path)).load()
+    assert str(tmp_path / "s" / "c.npz") in error.value.what
     assert error.value.mend
+
+
+def test_a_damaged_first_npz(tmp_path):
+    names = np.array(["smb", "st"])
+    save(tmp_path, "b", physics_names=names)
+    path = save(tmp_path, thickness=None, physics_names=names)
+    for damage in (None, b"", b"no npz"):
+        if damage is not None:
+            path.write_bytes(damage)
+        with pytest.raises(DataError, match=r"a\.npz"):
+            _ = NpzStacks(str(tmp_path)).physics
+        found = NpzStacks(str(tmp_path), exclude=["unreadable"])
+        assert found.physics == ("smb", "st")
+        assert excluded(found.load()) == {"unreadable": 1}
 
 
 def test_npz_exclusions(tmp_path):
