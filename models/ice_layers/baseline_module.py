@@ -28,7 +28,7 @@ from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
 from fulgurite.models.ice_layers.kriging import Kriging, KrigingStack, fit_kriging, thinned
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
-from fulgurite.models.ice_layers.module import check_batch, known_truth
+from fulgurite.models.ice_layers.module import check_batch, known_truth, refuse_seen
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["BaselineCompletion", "BaselineMethod"]
@@ -257,6 +257,14 @@ class BaselineCompletion(SystemModule):
     def on_validation_epoch_start(self) -> None:
         """Start to count."""
         self._begin()
+
+    def on_test_start(self) -> None:
+        """Refuse test segments that the fit has seen.
+
+        Raises:
+            DataError: It has.
+        """
+        refuse_seen(self.trained_segments, getattr(self.trainer, "datamodule", None))
 
     def on_test_epoch_start(self) -> None:
         """Start to count."""

@@ -46,6 +46,7 @@ class DeepLayerPredictor(IceModule):
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
+        allow_seen: See :class:`~fulgurite.models.ice_layers.IceCompletion`.
 
     Raises:
         ConfigError: A number is out of range or a name is unknown.
@@ -71,9 +72,10 @@ class DeepLayerPredictor(IceModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
+        allow_seen: bool = False,
     ) -> None:
         super().__init__(
-            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier
+            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier, allow_seen
         )
         save_options(self, "network", "optimizer", "scheduler")
         where = "model.init_args"

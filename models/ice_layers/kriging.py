@@ -350,7 +350,7 @@ def fit_kriging(
     if not stacks:
         raise DataError(
             "There is no training stack to fit kriging on.",
-            "Check `data.init_args.source` and `data.init_args.split`.",
+            "Check `data.init_args.source`, `val` and `test`.",
         )
     drift, others = _choose_drift(stacks, range(len(stacks)) if groups is None else groups)
     draw = torch.Generator().manual_seed(seed)

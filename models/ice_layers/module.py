@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,6 +46,7 @@ __all__ = [
     "check_batch",
     "known_truth",
     "positive",
+    "refuse_seen",
 ]
 
 _FIELDS = ("thickness", "observed", "physics", "pos", "distance", "stack", "ptr")
@@ -168,6 +169,7 @@ class IceModule(SystemModule):
         outlier: Picks that differ from their neighbours along the track by more than so many
             standard deviations of thickness, or typical deviations from the prior, are neither
             shown to the network nor asked for in training; null trusts all.
+        allow_seen: Start from ``weights``, and test, though they have seen segments of the test.
 
     Attributes:
         trained_segments: Names of the flight segments that training or validation has seen, which
@@ -188,6 +190,7 @@ class IceModule(SystemModule):
         prior: Literal["none", "ridge", "relative", "log"],
         members: int,
         outlier: float | None,
+        allow_seen: bool,
     ) -> None:
         super().__init__()
         if not delta > 0:
@@ -206,6 +209,7 @@ class IceModule(SystemModule):
         self.make_network, self.optimizer, self.scheduler = network, optimizer, scheduler
         self.weights, self.loss, self.delta = weights, loss, delta
         self.prior_kind, self.members, self.outlier = prior, members, outlier
+        self.allow_seen, self._begun = allow_seen, False
         self.sizes: tuple[int, int] | None = None
         self.trained_segments: tuple[str, ...] = ()
         self.networks = nn.ModuleList()
@@ -252,15 +256,52 @@ class IceModule(SystemModule):
                 "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
             )
         self.build(int(data.layers), len(data.physics))
-        if self.weights is not None:
-            self._load(self.weights)
-        elif stage == "fit":
+        if stage == "fit" and self.weights is None:
             self.normaliser.take(data.statistics)
             if self.prior is not None:
                 self._fit_prior(data)
         if stage == "fit":  # validation chooses the checkpoint, so it has been seen too
             seen = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
             self.trained_segments = tuple(sorted(seen.union(self.trained_segments)))
+
+    def _begin(self) -> None:
+        """Take up ``weights``, once; a checkpoint of this run holds all that they did."""
+        if self.weights is not None and not self._begun:
+            self._load(self.weights)
+        self._begun = True
+
+    def _refuse_seen(self) -> None:
+        if not self.allow_seen:
+            also = ", or model.init_args.allow_seen=true if they only share their names"
+            data = getattr(self.trainer, "datamodule", None)
+            refuse_seen(self.trained_segments, data, also)
+
+    def on_fit_start(self) -> None:
+        """Take up ``weights``.
+
+        Raises:
+            CheckpointError: ``weights`` cannot be read or does not fit.
+            DataError: They have seen segments of the test.
+        """
+        self._begin()
+        self._refuse_seen()
+
+    def on_validation_start(self) -> None:
+        """Take up ``weights``."""
+        self._begin()
+
+    def on_test_start(self) -> None:
+        """Refuse test segments that training or validation has seen.
+
+        Raises:
+            DataError: It has.
+        """
+        self._begin()
+        self._refuse_seen()
+
+    def on_predict_start(self) -> None:
+        """Take up ``weights``."""
+        self._begin()
 
     def _fit_prior(self, data: Any) -> None:
         """Fit on the training data of all ranks; drawing batches must not move random states."""
@@ -284,7 +325,8 @@ class IceModule(SystemModule):
         checkpoint = load_plain(path, "model.init_args.weights")
         try:
             self.load_state_dict(checkpoint["state_dict"])
-            self.trained_segments = tuple(checkpoint["ice_segments"])
+            seen = {*checkpoint["ice_segments"], *self.trained_segments}
+            self.trained_segments = tuple(sorted(seen))
         except (RuntimeError, KeyError) as error:
             what = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -310,6 +352,7 @@ class IceModule(SystemModule):
             )
         self.build(*sizes)
         self.trained_segments = tuple(checkpoint["ice_segments"])
+        self._begun = True
 
     def configure_optimizers(self) -> Any:
         """The optimizer with its scheduler; a two-stage schedule learns how long training is."""
@@ -404,11 +447,14 @@ class IceCompletion(IceModule):
             shown to the network nor asked for in training; null trusts all.
         mc_samples: Predictions with dropout at evaluation; 0 for one without.
         max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
-        trap_ratio: Stop when the held-out error is so many times that of visible entries, and no
-            better than about that of each layer's mean; null never stops.
+        trap_ratio: Stop when the held-out error is so many times that of visible entries, and,
+            unless ``inputs=observed``, no better than about that of each layer's mean; null never
+            stops.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
+        allow_seen: Start from ``weights``, and test, though they have seen flight segments of the
+            test: for segments that only share their names.
 
     Raises:
         ConfigError: A number is out of range or a name is unknown.
@@ -436,9 +482,10 @@ class IceCompletion(IceModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
+        allow_seen: bool = False,
     ) -> None:
         super().__init__(
-            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier
+            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier, allow_seen
         )
         save_options(self, "network", "hiding", "optimizer", "scheduler")
         where = "model.init_args"
@@ -542,7 +589,8 @@ class IceCompletion(IceModule):
     # --- training ------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Warn of the identity trap."""
+        """Take up ``weights``, and warn of the identity trap."""
+        super().on_fit_start()
         if self.inputs == "observed":
             warnings.warn(
                 "model.init_args.inputs=observed shows the network what it is asked for: it will "
@@ -588,7 +636,8 @@ class IceCompletion(IceModule):
         error = (predicted - batch.thickness)[hidden]
         plain = (self.normaliser.thickness_mean - batch.thickness)[hidden].abs()
         self._plain += torch.stack([plain.sum(), hidden.sum().double()])
-        self._held.append((error[:_PER_BATCH], features[hidden][:_PER_BATCH]))
+        some = slice(None, None, 1 + len(error) // _PER_BATCH)
+        self._held.append((error[some], features[hidden][some]))
         self.metrics.update(
             predicted, known_truth(batch), x.observed, x.track.stack, held_out=hidden,
             measured=batch.thickness,
@@ -627,12 +676,13 @@ class IceCompletion(IceModule):
         found = self._log("val")
         ratio, error = found.get("identity_ratio", 0.0), found.get("heldout_mae", 0.0)
         # a good network has a high ratio too: it denoises little of what it sees, and knows well
-        # what it does not see; one that only copies is no better than each layer's mean
-        copies = ratio > (self.trap_ratio or torch.inf) and error > _TRAPPED * self._plain_mae()
-        if copies:
+        # what it does not see; one that only copies is no better than each layer's mean, unless
+        # a prior fills for it
+        useless = self.inputs == "observed" or error > _TRAPPED * self._plain_mae()
+        if ratio > (self.trap_ratio or torch.inf) and useless:
             raise ConfigError(
                 f"The network copies what it sees: its error on held-out observed entries is "
-                f"{error:.3f} m, {ratio:.1f} times that on visible ones, and near that of a mean.",
+                f"{error:.3f} m, {ratio:.1f} times that on visible ones.",
                 "Set model.init_args.inputs=hidden, or hide more with model.init_args.hiding; "
                 "model.init_args.trap_ratio=null goes on regardless.",
             )
@@ -644,7 +694,23 @@ class IceCompletion(IceModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the errors."""
-        self._log("test")
+        found = self._log("test")
+        if not {"missing_rmse", "extra_rmse"} & found.keys():
+            warnings.warn(
+                "Nothing was asked for whose thickness is known: the errors are those of entries "
+                "that the network sees. Set data.init_args.drop=0.3 to take some of them away.",
+                stacklevel=2,
+            )
+
+    def on_predict_start(self) -> None:
+        """Take up ``weights``, and warn where intervals are not known."""
+        super().on_predict_start()
+        if not self.calibration.fitted:
+            warnings.warn(
+                "The network was never validated, so the uncertainty of what it fills is NaN. Fit "
+                "with data.init_args.val above 0.",
+                stacklevel=2,
+            )
 
     def _log(self, stage: str) -> dict[str, float]:
         # the metric adds up over ranks by itself: what is logged is equal on all of them
@@ -665,6 +731,29 @@ def known_truth(batch: Any) -> Tensor:
     """True thickness [m], NaN where nobody knows it. Shape: (N, L)."""
     truth: Tensor | None = getattr(batch, "truth", None)
     return torch.full_like(batch.thickness, torch.nan) if truth is None else truth
+
+
+def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
+    """Refuse to start from, or to test, what has seen segments of the test.
+
+    Args:
+        trained: Names of the flight segments that training or validation has seen.
+        data: The DataModule, after its setup.
+        also: What else the mend is.
+
+    Raises:
+        DataError: It has.
+
+    Source: card section 2 (leakage rule).
+    """
+    tested = {s.segment for s in data.stacks_of("test")} if hasattr(data, "stacks_of") else set()
+    if seen := sorted(tested & set(trained)):
+        raise DataError(
+            f"The checkpoint was trained or validated on flight segments of the test: "
+            f"{', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}.",
+            "Use its run's data options (val, test, order, seed of data.init_args, and of the "
+            f"source){also}.",
+        )
 
 
 def check_batch(batch: Any, fields: Iterable[str]) -> None:

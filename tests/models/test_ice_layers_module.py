@@ -361,6 +361,51 @@ def test_copying_is_detected():
     assert hiding["test/missing_rmse"] < 0.7 * copying["test/missing_rmse"]
 
 
+def test_copying_is_detected_where_a_prior_fills_gaps(trained):
+    """The prior's error is below a mean's, whatever the network does."""
+    model, data, run = trained
+    ratio = run.validate(model, data, verbose=False)[0]["val/identity_ratio"]
+    model.trap_ratio = ratio / 2
+    try:
+        run.validate(model, data, verbose=False)  # it hides: a high ratio alone is no fault
+        model.inputs = "observed"
+        with pytest.raises(ConfigError, match="copies what it sees"):
+            run.validate(model, data, verbose=False)
+    finally:
+        model.inputs, model.trap_ratio = "hidden", 5.0
+
+
+def test_segments_of_the_test_must_not_have_been_seen(tmp_path):
+    model, data, run = fitted(steps=2, limit_val_batches=0)
+    run.test(model, data, verbose=False)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    weights = str(tmp_path / "a.ckpt")
+    other = Flights()
+    other.parts = {**other.parts, "test": other.parts["train"]}
+    with pytest.raises(DataError, match=r"segments of the test: 20120000_01.*allow_seen=true"):
+        run.test(model, other, verbose=False)
+    with pytest.raises(DataError, match="segments of the test"):
+        fitted(other, steps=1, limit_val_batches=0, weights=weights)
+    tuned, _, run = fitted(other, 1, limit_val_batches=0, weights=weights, allow_seen=True)
+    run.test(tuned, other, verbose=False)
+    # a checkpoint of the run itself is enough to test it
+    run.save_checkpoint(tmp_path / "b.ckpt")
+    (tmp_path / "a.ckpt").unlink()
+    again = module(weights=weights, allow_seen=True)
+    run.test(again, other, ckpt_path=str(tmp_path / "b.ckpt"), verbose=False, weights_only=True)
+    assert torch.equal(*(next(m.networks.parameters()) for m in (again, tuned)))
+
+
+def test_what_cannot_be_known_is_said():
+    model, data, run = fitted(steps=2, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"uncertainty of what it fills is NaN.*init_args\.val"):
+        model.on_predict_start()
+    for item in data.parts["test"]:
+        del item.truth
+    with pytest.warns(UserWarning, match=r"data\.init_args\.drop=0\.3"):
+        run.test(model, data, verbose=False)
+
+
 def test_physics_alone_sees_no_thickness():
     model, data, _ = fitted(inputs="physics", steps=3)
     batch = test_batch(data)

@@ -59,9 +59,8 @@ def trainer(**options):
 
 def trained(data, steps=300, seed=0, kind=IceCompletion, net=None, save=None, **options):
     seed_everything(seed)
-    model = kind(
-        network=partial(CompletionNet, **(net or {})), optimizer=ADAMW, scheduler=STAGES, **options
-    )
+    options = {"optimizer": ADAMW, "scheduler": STAGES, **options}
+    model = kind(network=partial(CompletionNet, **(net or {})), **options)
     run = trainer(max_steps=steps)
     run.fit(model, data)
     if save:
@@ -69,7 +68,7 @@ def trained(data, steps=300, seed=0, kind=IceCompletion, net=None, save=None, **
     return model
 
 
-def tested(model, data):
+def scores(model, data):
     return trainer().test(model, data, verbose=False)[0]
 
 
@@ -90,7 +89,7 @@ def model(data):
 
 @pytest.fixture(scope="module")
 def found(model, data):
-    return tested(model, data)
+    return scores(model, data)
 
 
 def test_missing_entries_are_filled_better_than_by_simple_rules(found, data):
@@ -103,12 +102,12 @@ def test_missing_entries_are_filled_better_than_by_simple_rules(found, data):
 
 def test_physics_carries_information(found, data, cache):
     """Check 12, with the negative control."""
-    without = tested(trained(data, net={"use_physics": False}), data)
+    without = scores(trained(data, net={"use_physics": False}), data)
     assert without["test/missing_rmse"] >= 1.4 * found["test/missing_rmse"]
     with pytest.MonkeyPatch.context() as patch:
         shuffled = flights(cache, patch, informative=False)
-    useless = tested(trained(shuffled), shuffled)
-    blind = tested(trained(shuffled, net={"use_physics": False}), shuffled)
+    useless = scores(trained(shuffled), shuffled)
+    blind = scores(trained(shuffled, net={"use_physics": False}), shuffled)
     assert useless["test/missing_rmse"] >= 0.95 * blind["test/missing_rmse"]
 
 
@@ -134,7 +133,7 @@ def test_without_hiding_gaps_are_garbage(found, data):
     copying = trained(data, inputs="observed", trap_ratio=None)
     mean = baseline(data, "mean")
     # the card has 0.9 on its own data; here 0.86 was measured
-    assert tested(copying, data)["test/missing_rmse"] >= 0.8 * mean["test/missing_rmse"]
+    assert scores(copying, data)["test/missing_rmse"] >= 0.8 * mean["test/missing_rmse"]
     held = trainer().validate(copying, data, verbose=False)[0]
     assert held["val/identity_ratio"] > 5
     assert found["test/missing_rmse"] < 0.5 * mean["test/missing_rmse"]
@@ -157,7 +156,7 @@ def test_fewer_picks_cost_little_and_never_help(model, found, data, cache):
     errors = [found["test/missing_rmse"]]
     try:
         for data.drop in (0.1, 0.3, 0.5, 0.7, 0.9):
-            errors.append(tested(model, data)["test/missing_rmse"])
+            errors.append(scores(model, data)["test/missing_rmse"])
     finally:
         data.drop = 0.0
     assert all(b >= 0.98 * a for a, b in itertools.pairwise(errors))
@@ -171,8 +170,8 @@ def test_neighbours_help(cache):
     """Check 14, at full size."""
     with pytest.MonkeyPatch.context() as patch:
         full = flights(cache, patch, **FULL)
-    near = tested(trained(full, steps=700), full)
-    alone = tested(trained(full, steps=700, net={"graph": "none"}), full)
+    near = scores(trained(full, steps=700), full)
+    alone = scores(trained(full, steps=700, net={"graph": "none"}), full)
     assert alone["test/missing_rmse"] >= 1.05 * near["test/missing_rmse"]
 
 
@@ -180,15 +179,15 @@ def test_a_robust_loss_helps_against_mistracks(cache):
     """Check 19, at full size, with 8 % of the picks on the next boundary."""
     with pytest.MonkeyPatch.context() as patch:
         full = flights(cache, patch, **FULL, mistracks=0.08)
-    robust = tested(trained(full, steps=700, loss="huber", delta=0.3), full)
-    squared = tested(trained(full, steps=700, loss="mse"), full)
+    robust = scores(trained(full, steps=700, loss="huber", delta=0.3), full)
+    squared = scores(trained(full, steps=700, loss="mse"), full)
     assert robust["test/missing_rmse"] <= 0.95 * squared["test/missing_rmse"]
 
 
 def test_our_form_beats_the_papers(found, data):
     model = trained(data, prior="ridge", net={"attention": 2})
     trainer().validate(model, data, verbose=False)  # calibrates
-    ours = tested(model, data)
+    ours = scores(model, data)
     assert ours["test/missing_rmse"] < 0.9 * found["test/missing_rmse"]
     assert 0.8 < ours["test/missing_coverage90"] < 0.99
 
@@ -209,12 +208,14 @@ def test_pretraining_on_completed_stacks_helps(cache, tmp_path):
         patch.setenv("FULGURITE_CACHE", str(cache))
         traced.prepare_data()
         traced.setup()
-    scratch = tested(trained(traced, steps=450, **options), whole)
-    trained(completed, steps=300, save=tmp_path / "a.ckpt", **options)
-    tuned = trained(
-        traced, steps=150, weights=str(tmp_path / "a.ckpt"), **options,
-    )  # fmt: skip
-    assert tested(tuned, whole)["test/rmse"] <= 0.95 * scratch["test/rmse"]
+    scratch = scores(trained(traced, steps=450, **options), whole)
+    pretrained = trained(completed, steps=300, save=tmp_path / "a.ckpt", **options)
+    low = partial(torch.optim.AdamW, lr=3e-5, weight_decay=1e-4)
+    weights = str(tmp_path / "a.ckpt")
+    tuned = trained(traced, steps=150, weights=weights, optimizer=low, **options)
+    assert not torch.equal(*(next(m.networks.parameters()) for m in (tuned, pretrained)))
+    for model in (pretrained, tuned):
+        assert scores(model, whole)["test/rmse"] <= 0.95 * scratch["test/rmse"]
 
 
 def _one_by_one(data):
