@@ -26,7 +26,7 @@ from fulgurite.models.ice_layers.baselines import (
 from fulgurite.models.ice_layers.completion import fill, gaps
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
-from fulgurite.models.ice_layers.kriging import Kriging, KrigingStack, fit_kriging, thinned
+from fulgurite.models.ice_layers.kriging import Drift, Kriging, KrigingStack, fit_kriging, thinned
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
 from fulgurite.models.ice_layers.module import check_batch, known_truth, refuse_seen
 from fulgurite.sampling import rank_and_world
@@ -52,6 +52,8 @@ class BaselineCompletion(SystemModule):
         max_line: Longest gap that a line of ``along`` crosses [m]; null for any.
         reach: How far ``along`` reaches into a longer gap [m].
         penalty: Of ``ridge``, for each entry; ``kriging`` chooses that of its drift.
+        drift: ``linear`` regresses thickness, ``log`` its logarithm, in ``ridge`` and ``kriging``;
+            ``auto`` is linear for ``ridge``, and lets ``kriging`` choose on training segments.
         fit_stacks: Training stacks that the covariance of ``kriging`` is fitted on.
         fit_entries: About so many entries of each.
         iterations: Of that fit.
@@ -76,6 +78,7 @@ class BaselineCompletion(SystemModule):
         max_line: float | None = 300.0,
         reach: float = 60.0,
         penalty: float = 1e-3,
+        drift: Drift = "auto",
         fit_stacks: int = 40,
         fit_entries: int = 240,
         iterations: int = 40,
@@ -90,6 +93,10 @@ class BaselineCompletion(SystemModule):
                 f"{where}.method={method} is unknown.",
                 f"Use one of {', '.join(get_args(BaselineMethod))}.",
             )
+        if drift not in get_args(Drift):
+            raise ConfigError(
+                f"{where}.drift={drift} is unknown.", f"Use one of {', '.join(get_args(Drift))}."
+            )
         lengths = {"max_line": max_line, "reach": reach, "penalty": penalty, "max_gap": max_gap}
         for name, length in lengths.items():
             if length is not None and not length >= 0:
@@ -101,7 +108,7 @@ class BaselineCompletion(SystemModule):
         self.method, self.max_gap, self.reach, self.penalty = method, max_gap, reach, penalty
         self.max_line = torch.inf if max_line is None else max_line
         self.fit_stacks, self.fit_entries, self.iterations = fit_stacks, fit_entries, iterations
-        self.seed = seed
+        self.drift, self.seed = drift, seed
         # a loss needs one, and so does DistributedDataParallel; it is never trained
         self.anchor = nn.Parameter(torch.zeros(1))
         self.trained_segments: tuple[str, ...] = ()
@@ -161,11 +168,12 @@ class BaselineCompletion(SystemModule):
         )
         self.means = layer_means(thickness, observed).double()
         if self.method == "ridge":
-            self.ridge = fit_ridge(thickness, observed, physics, self.penalty)
+            log = self.drift == "log"
+            self.ridge = fit_ridge(thickness, observed, physics, self.penalty, log)
         elif self.method == "kriging":
             self.kriging = fit_kriging(
                 stacks, segments, self.fit_stacks, self.fit_entries, self.iterations,
-                seed=self.seed,
+                seed=self.seed, drift=self.drift,
             )  # fmt: skip
 
     @staticmethod

@@ -24,7 +24,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
 from fulgurite.models.ice_layers.uncertainty import Z90
 
-__all__ = ["Kriging", "KrigingStack", "fit_kriging"]
+__all__ = ["Drift", "Kriging", "KrigingStack", "fit_kriging"]
+
+Drift = Literal["auto", "linear", "log"]
 
 # Where the search begins; [m] for lengths and noise, layers for tau, drift = 1 for the rest.
 _START = {
@@ -326,6 +328,7 @@ def fit_kriging(
     iterations: int = 40,
     outlier: float = 4.0,
     seed: int = 0,
+    drift: Drift = "auto",
 ) -> Kriging:
     """Fit the drift on all stacks and the covariance on some of them.
 
@@ -343,6 +346,7 @@ def fit_kriging(
         iterations: Of L-BFGS the first time; half as many the second time.
         outlier: Standard deviations from what all others say.
         seed: Of the choice of stacks and windows.
+        drift: Of thickness (``linear``), of its logarithm (``log``), or whichever does better.
 
     Raises:
         DataError: There is no stack, or nothing is observed.
@@ -352,7 +356,9 @@ def fit_kriging(
             "There is no training stack to fit kriging on.",
             "Check `data.init_args.source`, `val` and `test`.",
         )
-    drift, others = _choose_drift(stacks, range(len(stacks)) if groups is None else groups)
+    numbers = range(len(stacks)) if groups is None else groups
+    options = [o for o in _DRIFTS if drift == "auto" or o["log"] == (drift == "log")]
+    chosen_drift, others = _choose_drift(stacks, numbers, options)
     draw = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(stacks), generator=draw)[:fit_stacks].tolist()
     parts = [(_part(stacks[k], fit_entries, draw), others[k]) for k in chosen]
@@ -368,11 +374,11 @@ def fit_kriging(
     # not all of a large stack, which would take longer than the fit
     judged = [_part(stacks[k], _JUDGED * fit_entries, draw) for k in chosen]
     krigings = [Kriging(others[k], theta, theta.new_ones(())) for k in chosen]
-    return Kriging(drift, theta, _calibrated(list(zip(krigings, judged, strict=True))))
+    return Kriging(chosen_drift, theta, _calibrated(list(zip(krigings, judged, strict=True))))
 
 
 def _choose_drift(
-    stacks: Sequence[KrigingStack], groups: Sequence[int]
+    stacks: Sequence[KrigingStack], groups: Sequence[int], drifts: Sequence[Mapping[str, Any]]
 ) -> tuple[Ridge, list[Ridge]]:
     """The drift that does best on groups it has not seen; and one for each stack without its group.
 
@@ -387,10 +393,10 @@ def _choose_drift(
 
     everything = range(len(stacks))
     if len(numbers) < 2:  # nothing to compare on
-        drift = fitted(everything, _DRIFTS[0])
+        drift = fitted(everything, drifts[0])
         return drift, [drift] * len(stacks)
     best: tuple[float, Mapping[str, Any], dict[int, Ridge]] | None = None
-    for options in _DRIFTS:
+    for options in drifts:
         without = {
             fold: fitted([k for k in everything if folds[k] != fold], options)
             for fold in sorted(set(folds))

@@ -326,6 +326,21 @@ def draw_stacks(count, seed=0, n=24, layers=6):
     return found, truths
 
 
+def test_the_drift_is_chosen_or_given():
+    stacks, _ = draw_stacks(6)
+    module = BaselineCompletion("ridge", drift="log")
+    module.fit(stacks)
+    assert module.ridge is not None
+    assert module.ridge.log
+    quick = {"fit_stacks": 2, "fit_entries": 20, "iterations": 1}
+    drifts = {
+        kind: fit_kriging(stacks, drift=kind, **quick).drift for kind in ("linear", "log", "auto")
+    }
+    assert [bool(drift.log) for drift in (drifts["linear"], drifts["log"])] == [False, True]
+    chosen = drifts[("linear", "log")[int(drifts["auto"].log)]]
+    assert torch.equal(chosen.coefficients, drifts["auto"].coefficients)
+
+
 def test_the_likelihood_finds_noise_and_intervals_that_hold():
     stacks, truths = draw_stacks(24)
     kriging = fit_kriging(stacks[:16], fit_stacks=12, fit_entries=140, iterations=25)
@@ -357,7 +372,7 @@ def test_a_drift_is_judged_on_segments_that_it_has_not_seen():
             at = 100.0 * torch.arange(12, dtype=torch.float64)
             stacks.append(KrigingStack(thickness, seen, physics, at))
             groups.append(group)
-    drift, others = kriging_module._choose_drift(stacks, groups)
+    drift, others = kriging_module._choose_drift(stacks, groups, kriging_module._DRIFTS)
     assert all(others[k] is others[k - k % 3] for k in range(30))  # one for all of a segment
 
     def error(drifts):
@@ -365,7 +380,7 @@ def test_a_drift_is_judged_on_segments_that_it_has_not_seen():
         return sum(float((d(s.physics) - s.thickness).abs().mean()) for d, s in pairs) / 30
 
     assert error(others) > 1.3 * error([drift] * 30)  # what kriging takes for deviations
-    alone, same = kriging_module._choose_drift(stacks[:3], [0, 0, 0])
+    alone, same = kriging_module._choose_drift(stacks[:3], [0, 0, 0], kriging_module._DRIFTS)
     assert all(x is alone for x in same)
 
 
@@ -543,6 +558,7 @@ def test_more_missing_picks_never_help_and_the_table_says_how_much(fitted, fligh
     ("options", "what"),
     [
         ({"method": "spline"}, "method=spline is unknown"),
+        ({"drift": "cubic"}, "drift=cubic is unknown"),
         ({"max_line": -1.0}, "max_line=-1.0 is negative"),
         ({"reach": NAN}, "reach=nan"),
         ({"penalty": -1e-3}, "penalty"),
