@@ -77,7 +77,8 @@ def split_segments(
         if count >= len(rest) + (share == 0):
             raise ConfigError(
                 f"There are {len(names)} flight segments, which leaves none for training.",
-                f"Lower `--data.init_args.{part}`, or give more segments.",
+                f"Lower `--data.init_args.{part}`, or give more segments; to complete new flights "
+                "with a trained network, set `val` and `test` to 0 and `predict` to all.",
             )
         if count:
             chosen[part] += rest[len(rest) - count :]
