@@ -6,8 +6,10 @@ Shapes: M raw traces, N traces of a block, K boundaries, L layers, P physical fi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +32,23 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_exclude,
     check_plausible,
     check_thickest,
+    name_some,
 )
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["Blocks", "StackSource", "Track", "assemble", "in_order", "left_out_traces"]
+__all__ = [
+    "Blocks",
+    "StackSource",
+    "Track",
+    "assemble",
+    "in_order",
+    "left_out_files",
+    "left_out_traces",
+    "read_or_leave",
+]
+
+_Read = TypeVar("_Read")
 
 _YEAR = 365.25  # [days]
 _OPTION = "--data.init_args.source.init_args"
@@ -124,6 +138,35 @@ def in_order(
     once = known[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
     order = once[np.argsort(time[once], kind="stable")]
     return order, pos[order], np.array([len(time) - len(known), len(known) - len(once)])
+
+
+def read_or_leave(
+    read: Callable[[Path], _Read], path: Path, exclude: Collection[str], damaged: list[str]
+) -> _Read | None:
+    """What a file holds, or None for one that cannot be used, if such files are to be left out.
+
+    Args:
+        read: Reads a file.
+        path: The file.
+        exclude: Words, among which ``unreadable`` leaves it out.
+        damaged: Receives the file's name.
+
+    Raises:
+        DataError: The file cannot be used, and is not to be left out.
+    """
+    try:
+        return read(path)
+    except DataError:
+        if "unreadable" not in exclude:
+            raise
+        damaged.append(path.name)
+        return None
+
+
+def left_out_files(damaged: Sequence[str]) -> list[Exclusion]:
+    """What :func:`read_or_leave` left out."""
+    what = f"unreadable files ({name_some(damaged)})"
+    return [Exclusion("unreadable", what, len(damaged))] if damaged else []
 
 
 def left_out_traces(counts: NDArray[np.int64], crossed: int) -> list[Exclusion]:

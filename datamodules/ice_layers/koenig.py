@@ -18,12 +18,13 @@ from fulgurite.datamodules.ice_layers.flights import (
     Track,
     assemble,
     in_order,
+    left_out_files,
     left_out_traces,
+    read_or_leave,
 )
 from fulgurite.datamodules.ice_layers.stack import (
     THICKEST,
     Array,
-    Exclusion,
     Flights,
     check_exclude,
     name_some,
@@ -197,14 +198,8 @@ class KoenigPicks(StackSource):
         parts: dict[str, list[tuple[Array, Array, Array]]] = {}
         damaged: list[str] = []
         for path in self.paths():
-            try:
-                table = read_picks(path, bins)
-            except DataError:
-                if "unreadable" not in self.exclude:
-                    raise
-                damaged.append(path.name)
-                continue
-            for segment, (time, pos, picks) in table.items():
+            table = read_or_leave(lambda path: read_picks(path, bins), path, self.exclude, damaged)
+            for segment, (time, pos, picks) in (table or {}).items():
                 if picks.shape[1] < self.count + bins:
                     raise DataError(
                         f"The table {path} has {picks.shape[1]} layers, not {self.count + bins}.",
@@ -228,10 +223,7 @@ class KoenigPicks(StackSource):
                 layers, its = layer_times(picks[traces])
                 crossed += its
                 tracks.append(Track(segment, time[traces], pos, layers, age, is_time=bins))
-        excluded = left_out_traces(lost, crossed)
-        if damaged:
-            what = f"unreadable files ({name_some(damaged)})"
-            excluded.insert(0, Exclusion("unreadable", what, len(damaged)))
+        excluded = [*left_out_files(damaged), *left_out_traces(lost, crossed)]
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]
         words = sorted(self.exclude)
         return assemble(tracks, self.climate, self.blocks, names, words, excluded)

@@ -21,7 +21,9 @@ from fulgurite.datamodules.ice_layers.flights import (
     Track,
     assemble,
     in_order,
+    left_out_files,
     left_out_traces,
+    read_or_leave,
 )
 from fulgurite.datamodules.ice_layers.stack import (
     THICKEST,
@@ -420,14 +422,8 @@ class LayerFiles(StackSource):
         read: dict[str, tuple[list[Frame], Organizer | None]] = {}
         damaged: list[str] = []
 
-        def usable(reader: Callable[[Path], _Read], path: Path) -> _Read | None:
-            try:
-                return reader(path)
-            except DataError:
-                if "unreadable" not in self.exclude:
-                    raise
-                damaged.append(path.name)
-                return None
+        def usable(read: Callable[[Path], _Read], path: Path) -> _Read | None:
+            return read_or_leave(read, path, self.exclude, damaged)
 
         for segment, paths in self.paths().items():
             tried = [usable(lambda path: read_frame(path, self.quality), path) for path in paths]
@@ -436,10 +432,7 @@ class LayerFiles(StackSource):
                 companion = paths[0].with_name(f"layer_{segment}.mat")
                 organizer = usable(read_organizer, companion) if companion.is_file() else None
                 read[segment] = frames, organizer
-        excluded = []
-        if damaged:
-            what = f"unreadable files ({name_some(damaged)})"
-            excluded.append(Exclusion("unreadable", what, len(damaged)))
+        excluded = left_out_files(damaged)
         orders = {name: _order(frames, organizer) for name, (frames, organizer) in read.items()}
         count, dropped = self._layer_count(orders)
         if dropped:

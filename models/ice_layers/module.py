@@ -666,7 +666,6 @@ class IceCompletion(IceModule):
         held = self._held
         if rank_and_world()[1] > 1:
             dist.all_reduce(self._plain)
-        if rank_and_world()[1] > 1:
             parts: list[Any] = [None] * rank_and_world()[1]
             dist.all_gather_object(parts, [tuple(t.cpu() for t in pair) for pair in held])
             held = [pair for part in parts for pair in part]
