@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fulgurite.attention import Streamed
-from fulgurite.attention.planning import format_bytes, parse_budget
+from fulgurite.attention.budget import format_bytes, parse_budget
 from fulgurite.logging import log_figure
 from fulgurite.plotting import new_figure
 

@@ -1,7 +1,6 @@
 """Exact attention in a memory budget (Stream-CQSA), in pure PyTorch."""
 
 from fulgurite.attention.backend import AttentionBackend, Documents, InCore, Streamed
-from fulgurite.attention.files import attend_files, attend_files_backward, memory_mapped
 from fulgurite.attention.functional import plan, stream_attention
 from fulgurite.attention.quorums import quorum
 
@@ -10,9 +9,6 @@ __all__ = [
     "Documents",
     "InCore",
     "Streamed",
-    "attend_files",
-    "attend_files_backward",
-    "memory_mapped",
     "plan",
     "quorum",
     "stream_attention",

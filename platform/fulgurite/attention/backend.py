@@ -9,21 +9,22 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fulgurite.attention.functional import stream_attention
-from fulgurite.attention.planning import Budget, Plan, Schedule
+from fulgurite.attention.biases import TileBias
+from fulgurite.attention.budget import Budget
+from fulgurite.attention.functional import StreamOptions, attend, stream_attention
+from fulgurite.attention.masking import Visibility
+from fulgurite.attention.masks import Documents
+from fulgurite.attention.planning import ExecutionPlan, Schedule
 from fulgurite.errors import ConfigError
 
 __all__ = ["AttentionBackend", "Documents", "InCore", "Streamed", "backend_slots"]
-
-
-#: First tokens of documents that all sequences share; or ids of each sequence's own, (B, N).
-Documents = Sequence[int] | Tensor
 
 
 class AttentionBackend(Protocol):
@@ -45,10 +46,7 @@ class AttentionBackend(Protocol):
         prefix: int = 0,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Attention under the masks of :func:`~fulgurite.attention.stream_attention`.
-
-        Ids of each sequence's own documents are a mask that only :class:`InCore` has.
-        """
+        """Attention under the masks of :func:`~fulgurite.attention.stream_attention`."""
         ...
 
 
@@ -104,6 +102,7 @@ class Streamed:
         calls: How often it was called, recomputation under checkpointing included.
         moved_bytes: What all forward calls loaded and stored, by their plans.
         plan: Of the last call.
+        is_running: Whether a call goes on.
     """
 
     def __init__(
@@ -117,42 +116,83 @@ class Streamed:
         self.memory_budget, self.schedule = memory_budget, schedule
         self.distributed, self.check_finite, self.kernel = distributed, check_finite, kernel
         self.calls = self.moved_bytes = 0
-        self.plan: Plan | None = None
+        self.plan: ExecutionPlan | None = None
+        self.is_running = False
+
+    @property
+    def options(self) -> StreamOptions:
+        """How attention is computed."""
+        return StreamOptions(
+            self.memory_budget, self.schedule, self.check_finite, None, self.kernel,
+            self.distributed, self._note,
+        )  # fmt: skip
 
     def __call__(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        attn_mask: Tensor | None = None,
         *,
         is_causal: bool = False,
         scale: float | None = None,
-        window: int | None = None,
-        prefix: int = 0,
-        documents: Documents | None = None,
+        enable_gqa: bool | None = None,
+        **masks: Any,
     ) -> Tensor:
-        """See :class:`AttentionBackend`.
+        """Attention as :func:`~fulgurite.attention.stream_attention` computes it.
 
-        Raises:
-            ConfigError: Each sequence has documents of its own.
+        Args:
+            query: Shape: (..., H, M, D).
+            key: Shape: (..., G, N, D).
+            value: Shape: (..., G, N, E).
+            attn_mask: See :func:`~fulgurite.attention.stream_attention`, as the rest.
+            is_causal: Query i sees keys up to i.
+            scale: Of the scores.
+            enable_gqa: Allow fewer key/value heads than query heads; by default they are allowed.
+            masks: Its other masks, sinks and caps.
         """
-        if isinstance(documents, Tensor):
-            raise ConfigError(
-                "Streamed attention keeps apart documents that all sequences of a batch share, and "
-                "these data have others in each.",
-                "Use --trainer.strategy=auto.",
-            )
-        self.calls += 1
-        return stream_attention(
-            query, key, value, None, 0.0, is_causal, scale, query.shape[1] != key.shape[1],
-            memory_budget=self.memory_budget, schedule=self.schedule, window=window,
-            prefix=prefix, documents=documents, distributed=self.distributed, on_plan=self._note,
-            check_finite=self.check_finite, kernel=self.kernel,
-        )  # fmt: skip
+        options = self.options
+        with self._counted():
+            return stream_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale,
+                True if enable_gqa is None else enable_gqa,
+                memory_budget=options.memory_budget, schedule=options.schedule,
+                check_finite=options.check_finite, kernel=options.kernel,
+                distributed=options.distributed, on_plan=options.on_plan, **masks,
+            )  # fmt: skip
 
-    def _note(self, plan: Plan) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: tuple[Visibility, ...],
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        biases: tuple[TileBias, ...] = (),
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attention where it is known what is seen; see :func:`.functional.attend`."""
+        with self._counted():
+            return attend(
+                query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks,
+                biases=biases, bias=bias, options=self.options,
+            )[0]  # fmt: skip
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.calls += 1
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
+
+    def _note(self, plan: ExecutionPlan) -> None:
         self.plan = plan
-        self.moved_bytes += plan.moved_bytes
+        self.moved_bytes += plan.cost.moved_bytes
 
 
 def backend_slots(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,10 +7,12 @@ import time
 
 import torch
 
+from fulgurite.attention.cost_model import CostEstimate, Costs
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.planning import Costs, Plan, Shape
-from fulgurite.attention.tiles import Visibility
-from fulgurite.attention.units import clear_, commit_, units
+from fulgurite.attention.masking import Visibility
+from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.spec import AttentionSpec
+from fulgurite.attention.units import AttentionInputs, clear_, commit_, units
 
 __all__ = ["measured_costs"]
 
@@ -50,10 +52,8 @@ def _seconds(
     tile: tuple[int, int],
 ) -> float:
     """Least time of a forward pass in tiles."""
-    visible = Visibility(*tokens)
-    plan = Plan(
-        Shape(1, 1, 1, head_dim, dtype), visible, "rect", (1, 1), tile, 0, 0, 0, 0, 0.0, 0.0
-    )
+    spec = AttentionSpec(1, 1, 1, head_dim, head_dim, dtype, (Visibility.of(*tokens),))
+    plan = ExecutionPlan(spec, "rect", (1, 1), tile, 0, CostEstimate(0, 0, 0, 0.0, 0.0))
     query, key = (torch.ones(1, 1, count, head_dim, dtype=dtype, device=device) for count in tokens)
     out = torch.empty_like(query)
     lse = out.new_empty(out.shape[:-1], dtype=accumulator_dtype(dtype))
@@ -61,7 +61,7 @@ def _seconds(
     for _ in range(4):
         begun = time.perf_counter()
         clear_(out, lse)
-        for unit in units(query, key, key, plan, 1.0):
+        for unit in units(AttentionInputs(query, key, key), plan):
             commit_(unit, out, lse, merge=False)
         _wait(device)
         best = min(best, time.perf_counter() - begun)

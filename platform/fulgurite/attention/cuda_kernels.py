@@ -1,7 +1,7 @@
 """The attention kernels of PyTorch for CUDA as tile kernels, and the choice between them.
 
 A kernel is trusted after its results have been compared once with those of
-:class:`~fulgurite.attention.kernels.Eager`, on the device, in the type and for the head size of
+:class:`~fulgurite.attention.kernels.MathKernel`, on the device, in the type and for the head size of
 the call.
 
 Axes: B batch, H query heads, G key/value heads (G divides H), M queries, N keys, D head size.
@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fulgurite.attention.kernels import (
-    Eager,
+    KERNEL_NAMES,
+    MathKernel,
+    TileInputs,
     TileKernel,
     accumulator_dtype,
     empty_rows,
@@ -31,7 +33,9 @@ from fulgurite.attention.kernels import (
 )
 from fulgurite.errors import ConfigError
 
-__all__ = ["AtenCudaEfficient", "AtenCudaFlash", "AtenCudnn", "Chosen", "cuda_kernel"]
+__all__ = [
+    "AtenCudaEfficient", "AtenCudaFlash", "AtenCudnn", "CheckedKernels", "cuda_kernel",
+]  # fmt: skip
 
 # Elements: kernels load 16 bytes at once, which is 8 numbers of a half type.
 _ALIGNMENT = 8
@@ -50,20 +54,9 @@ _LSE_TOLERANCE = 1e-3
 class CudaKernel(TileKernel, Protocol):
     """A tile kernel that does not take every tile."""
 
-    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+    def takes(self, tile: TileInputs) -> bool:
         """Whether it is made for tiles like this."""
         ...
-
-
-class _Tile(NamedTuple):
-    """A tile as an operator takes it."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-    is_causal: bool
-    scale: float
 
 
 class _AtenKernel:
@@ -78,69 +71,49 @@ class _AtenKernel:
     has_groups = False
     has_bias = True
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        out, lse = self._forward(self._tile(query, key, value, bias, is_causal, scale))
-        out = out.narrow(-1, 0, query.shape[-1])
-        if bias is None:
+        out, lse = self._forward(self._aligned_tile(tile))
+        out = out.narrow(-1, 0, tile.value.shape[-1])
+        if tile.bias is None:
             return out, lse
-        empty = empty_rows(bias)  # what operators give rows without keys differs
+        empty = empty_rows(tile.bias)  # what operators give rows without keys differs
         return out.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -math.inf)
 
     def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        bias: Tensor | None = None,
+        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        tile = self._tile(query, key, value, bias, is_causal, scale)
-        grads = self._backward(tile, _aligned(grad), _aligned(out), _contiguous(lse))
-        dquery, dkey, dvalue = (x.narrow(-1, 0, query.shape[-1]) for x in grads[:3])
+        query, key, value = tile[:3]
+        width = max(query.shape[-1], value.shape[-1])
+        rows = (_aligned(x, width) for x in (grad, out))
+        grads = self._backward(self._aligned_tile(tile), *rows, _contiguous(lse))
+        sizes = query.shape[-1], key.shape[-1], value.shape[-1]
+        narrow = (x.narrow(-1, 0, size) for x, size in zip(grads[:3], sizes, strict=True))
+        dquery, dkey, dvalue = narrow
         if dkey.shape[1] != key.shape[1]:  # in autocast, sums are float32
             dkey, dvalue = (sum_heads(x, key).to(key.dtype) for x in (dkey, dvalue))
         return dquery, dkey, dvalue
 
-    def _tile(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> _Tile:
+    def _aligned_tile(self, tile: TileInputs) -> TileInputs:
+        query, key, value = tile[:3]
+        bias, width = tile.bias, max(query.shape[-1], value.shape[-1])
         if not self.has_groups:
             key, value = repeat_heads(key, query), repeat_heads(value, query)
         if bias is not None:
             if not self.has_bias:
                 raise ConfigError("This kernel does no bias.", "Use the one of kernel_for.")
-            bias = bias.to(query.dtype)
+            bias = bias.to(query.dtype).expand(*bias.shape[:2], query.shape[2], key.shape[2])
             if not _is_aligned(bias):
                 bias = _aligned(bias).narrow(-1, 0, key.shape[2])
-        return _Tile(_aligned(query), _aligned(key), _aligned(value), bias, is_causal, scale)
+        query, key, value = (_aligned(x, width) for x in (query, key, value))
+        return tile._replace(query=query, key=key, value=value, bias=bias)
 
-    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+    def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
         """Out (B, H, M, D) and log-sum-exp (B, H, M)."""
         raise NotImplementedError
 
-    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of query, key and value of the tile."""
         raise NotImplementedError
 
@@ -158,21 +131,21 @@ class AtenCudaFlash(_AtenKernel):
     has_groups = True
     has_bias = False
 
-    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+    def takes(self, tile: TileInputs) -> bool:
         """See :class:`CudaKernel`."""
-        if biased or query.dtype not in _HALF or query.shape[-1] > 256:
+        if tile.bias is not None or tile.query.dtype not in _HALF or _width(tile) > 256:
             return False
-        return not is_causal or query.shape[2] == key.shape[2]
+        return not tile.is_causal or tile.query.shape[2] == tile.key.shape[2]
 
-    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        query, key, value, _, is_causal, scale = tile
+    def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
+        query, key, value, scale, is_causal, *_ = tile
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, scale=scale
         )
         return out, lse
 
-    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _, is_causal, scale = tile
+    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, scale, is_causal, *_ = tile
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
             *(grad, query, key, value, out, lse),
             *(None, None, query.shape[2], key.shape[2]),  # sequences are not packed
@@ -188,19 +161,19 @@ class AtenCudaEfficient(_AtenKernel):
     takes for granted, and that infinite log-sum-exps mark rows that take no part.
     """
 
-    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+    def takes(self, tile: TileInputs) -> bool:
         """See :class:`CudaKernel`."""
-        return query.dtype in (*_HALF, torch.float32)
+        return tile.query.dtype in (*_HALF, torch.float32)
 
-    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        query, key, value, bias, is_causal, scale = _for_all_heads(tile)
+    def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
+        query, key, value, scale, is_causal, bias, *_ = _for_all_heads(tile)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, is_causal, scale=scale
         )
         return out, lse.narrow(-1, 0, query.shape[2])
 
-    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, bias, is_causal, scale = _for_all_heads(tile)
+    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, scale, is_causal, bias, *_ = _for_all_heads(tile)
         # (B, M, H, D) in memory: the kernel takes H * D for the way from token to token
         out = _contiguous(out.transpose(1, 2)).transpose(1, 2)
         lse = F.pad(lse, (0, -lse.shape[-1] % _LSE_ROWS), value=math.inf)
@@ -219,22 +192,24 @@ class AtenCudnn(_AtenKernel):
     Source: card section 4.1; the limits: inferred from PyTorch's sources.
     """
 
-    def takes(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> bool:
+    def takes(self, tile: TileInputs) -> bool:
         """See :class:`CudaKernel`."""
-        if query.dtype not in _HALF or query.shape[-1] > 128 or 1 in (query.shape[2], key.shape[2]):
+        if tile.query.dtype not in _HALF or _width(tile) > 128:
+            return False
+        if 1 in (tile.query.shape[2], tile.key.shape[2]):
             return False
         strict = not torch.is_deterministic_algorithms_warn_only_enabled()
         return not (torch.are_deterministic_algorithms_enabled() and strict)
 
-    def _forward(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        query, key, value, bias, is_causal, scale = tile
+    def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
+        query, key, value, scale, is_causal, bias, *_ = tile
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, bias, True, 0.0, is_causal, scale=scale
         )
         return out, lse.reshape(query.shape[:3])  # from (B, H, M, 1)
 
-    def _backward(self, tile: _Tile, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, bias, is_causal, scale = tile
+    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, scale, is_causal, bias, *_ = tile
         lse = lse.clamp(max=1e30)  # rows without keys: exp(score - 1e30) is 0, and 1e30 a number
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
             *(grad, query, key, value, out, lse.unsqueeze(-1), *_no_seeds(query), bias),
@@ -253,57 +228,35 @@ _KERNELS: dict[str, CudaKernel] = {
 
 
 @dataclass(frozen=True)
-class Chosen:
+class CheckedKernels:
     """Computes each tile with the first kernel that takes it and that gave the right numbers.
 
     Args:
         names: Of the kernels, in the order in which they are tried; after them
-            :class:`~fulgurite.attention.kernels.Eager` is.
+            :class:`~fulgurite.attention.kernels.MathKernel` is.
     """
 
     names: tuple[str, ...]
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        kernel = self.kernel(query, key, is_causal=is_causal, biased=bias is not None)
-        return kernel.forward(query, key, value, is_causal=is_causal, scale=scale, bias=bias)
+        return self.kernel(tile).forward(tile)
 
     def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        is_causal: bool,
-        scale: float,
-        bias: Tensor | None = None,
+        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        kernel = self.kernel(query, key, is_causal=is_causal, biased=bias is not None)
-        return kernel.backward(
-            grad, query, key, value, out, lse, is_causal=is_causal, scale=scale, bias=bias
-        )
+        return self.kernel(tile).backward(tile, grad, out, lse)
 
-    def kernel(self, query: Tensor, key: Tensor, *, is_causal: bool, biased: bool) -> TileKernel:
-        """The kernel for tiles like this."""
+    def kernel(self, tile: TileInputs) -> TileKernel:
+        """Return the kernel for tiles like this."""
+        query, width, is_biased = tile.query, _width(tile), tile.bias is not None
         for name in self.names:
-            if _KERNELS[name].takes(query, key, is_causal=is_causal, biased=biased) and _is_right(
-                name, query.device, query.dtype, query.shape[-1], biased
+            if _KERNELS[name].takes(tile) and _is_right(
+                name, query.device, query.dtype, width, is_biased
             ):
                 return _KERNELS[name]
-        return Eager()
+        return MathKernel()
 
 
 def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
@@ -311,7 +264,7 @@ def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
 
     Args:
         dtype: Of query, key and value.
-        prefer: Kernel to try before the others: flash, cudnn or efficient; or eager for none.
+        prefer: Kernel to try before the others: flash, cudnn or efficient; or math for none.
 
     Raises:
         ConfigError: There is no kernel of this name.
@@ -320,13 +273,13 @@ def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
         >>> cuda_kernel(torch.bfloat16, prefer="cudnn").names
         ('cudnn', 'flash', 'efficient')
     """
-    if prefer not in (None, "eager", *_KERNELS):
+    if prefer not in (None, *KERNEL_NAMES):
         raise ConfigError(
-            f"There is no attention kernel {prefer!r}.", f"Use eager, {', '.join(_KERNELS)}."
+            f"There is no attention kernel {prefer!r}.", f"Use {', '.join(KERNEL_NAMES)}."
         )
-    if prefer == "eager" or dtype not in _TOLERANCE:
-        return Eager()
-    return Chosen(tuple(sorted(_KERNELS, key=lambda name: name != prefer)))
+    if prefer == "math" or dtype not in _TOLERANCE:
+        return MathKernel()
+    return CheckedKernels(tuple(sorted(_KERNELS, key=lambda name: name != prefer)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -357,17 +310,12 @@ def _compared(
 
 
 class _Case(NamedTuple):
-    """A tile, and what a kernel is to find for it."""
+    """A tile, and what a kernel is to compute for it."""
 
+    tile: TileInputs
     grad: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
     out: Tensor  # over all keys, of which the tile has some
     lse: Tensor
-    is_causal: bool
-    scale: float
-    bias: Tensor | None
     results: dict[str, Tensor]
 
 
@@ -382,27 +330,26 @@ def _case(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) ->
     queries, keys = 150 if kind == "causal" else 45, 150
     grad, query, out = (draw(4, queries) for _ in range(3))
     key, value = (draw(2, keys) for _ in range(2))
-    is_causal, scale, bias = kind == "causal", 1.3 / math.sqrt(head_dim), None
+    bias = None
     if kind == "bias":
         rows = torch.arange(queries)[:, None]
         hidden = (torch.arange(keys) > rows + 60) | (rows == 7)  # row 7 has no keys
         bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[None, None]
         bias = bias.to(device, dtype)
+    tile = TileInputs(query, key, value, 1.3 / math.sqrt(head_dim), kind == "causal", bias)
     # in float64, which no setting of matrix products narrows
-    exact = tuple(x.double() for x in (query, key, value))
-    exact_bias = None if bias is None else bias.double()
-    found, lse = Eager().forward(*exact, is_causal=is_causal, scale=scale, bias=exact_bias)
-    whole = (lse + 0.5).masked_fill(lse == -math.inf, math.inf)  # as if there were more keys
-    whole = F.pad(whole.to(accumulator_dtype(dtype)), (3, 2)).narrow(2, 3, queries)
-    grads = Eager().backward(
-        *(grad.double(), *exact, out.double(), whole.double()),
-        is_causal=is_causal,
-        scale=scale,
-        bias=exact_bias,
-    )
+    exact = tile._replace(
+        query=query.double(), key=key.double(), value=value.double(),
+        bias=None if bias is None else bias.double(),
+    )  # fmt: skip
+    exact_out, exact_lse = MathKernel().forward(exact)
+    # as if there were more keys
+    lse = (exact_lse + 0.5).masked_fill(exact_lse == -math.inf, math.inf)
+    lse = F.pad(lse.to(accumulator_dtype(dtype)), (3, 2)).narrow(2, 3, queries)
+    grads = MathKernel().backward(exact, grad.double(), out.double(), lse.double())
     names = ("out", "log-sum-exp", "gradient of query", "gradient of key", "gradient of value")
-    results = dict(zip(names, (found, lse, *grads), strict=True))
-    return _Case(grad, query, key, value, out, whole, is_causal, scale, bias, results)
+    results = dict(zip(names, (exact_out, exact_lse, *grads), strict=True))
+    return _Case(tile, grad, out, lse, results)
 
 
 def _fault(
@@ -410,12 +357,9 @@ def _fault(
 ) -> str | None:
     """What is wrong with a kernel."""
     try:
-        *tensors, is_causal, scale, bias, results = _case(device, dtype, head_dim, kind)
-        found = [
-            *kernel.forward(*tensors[1:4], is_causal=is_causal, scale=scale, bias=bias),
-            *kernel.backward(*tensors, is_causal=is_causal, scale=scale, bias=bias),
-        ]
-        return next(_differences(results, found, dtype), None)
+        tile, grad, out, lse, results = _case(device, dtype, head_dim, kind)
+        computed = [*kernel.forward(tile), *kernel.backward(tile, grad, out, lse)]
+        return next(_differences(results, computed, dtype), None)
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:  # of a build, a driver, a device: any kind
@@ -423,9 +367,9 @@ def _fault(
 
 
 def _differences(
-    results: dict[str, Tensor], found: list[Tensor], dtype: torch.dtype
+    results: dict[str, Tensor], computed: list[Tensor], dtype: torch.dtype
 ) -> Iterator[str]:
-    for (name, expected), got in zip(results.items(), found, strict=True):
+    for (name, expected), got in zip(results.items(), computed, strict=True):
         is_lse = name == "log-sum-exp"
         own = accumulator_dtype(dtype) if is_lse else dtype
         if got.shape != expected.shape or got.dtype != own:
@@ -439,12 +383,18 @@ def _differences(
             yield f"its {name} is off by {share:.2g} of the largest number, {allowed:g} is allowed"
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Give rows a length and places that kernels can load, where they have not.
+def _width(tile: TileInputs) -> int:
+    """The size that query, key and value are given, since operators take one."""
+    return max(tile.query.shape[-1], tile.value.shape[-1])
+
+
+def _aligned(tensor: Tensor, width: int = 0) -> Tensor:
+    """Give rows a length and offsets that kernels can load, where they have not.
 
     Zeros at the end of each row leave scores as they are. Shape: (..., D) -> (..., D or more).
     """
-    if extra := -tensor.shape[-1] % _ALIGNMENT:
+    width = max(width, tensor.shape[-1])
+    if extra := width + -width % _ALIGNMENT - tensor.shape[-1]:
         return F.pad(tensor, (0, extra))
     return tensor if _is_aligned(tensor) else _contiguous(tensor)
 
@@ -460,7 +410,7 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and not any(step % _ALIGNMENT for step in steps)
 
 
-def _for_all_heads(tile: _Tile) -> _Tile:
+def _for_all_heads(tile: TileInputs) -> TileInputs:
     """A tile with a view of its bias for each head. Shape: (B or 1, 1, M, N) -> (B, H, M, N)."""
     if tile.bias is None:
         return tile

@@ -4,30 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_biases
+from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.calibration import measured_costs
+from fulgurite.attention.cost_model import Costs
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
-from fulgurite.attention.planning import (
-    Budget,
-    Costs,
-    Plan,
-    Schedule,
-    Shape,
-    make_plan,
-    parse_budget,
+from fulgurite.attention.masking import Visibility, Window
+from fulgurite.attention.masks import (
+    Documents,
+    Masking,
+    Offset,
+    as_intervals,
+    causal_offset,
+    is_boolean,
+    merge_visible,
 )
+from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
+from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamedAttention
-from fulgurite.attention.tiles import Visibility
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["plan", "stream_attention"]
+__all__ = ["StreamOptions", "attend", "plan", "stream_attention"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How attention is computed, whatever it is.
+
+    Args:
+        memory_budget: Most that is held at once beside inputs and result: bytes, ``"2GiB"``, a
+            fraction of the device, ``"auto"`` for what is free, None for no limit.
+        schedule: ``whole``, ``heads``, ``rect`` or ``cqs``; ``auto`` takes the fastest.
+        check_finite: Refuse NaN and infinities in the inputs, naming the first.
+        device: Where it is computed; where the tensors are by default.
+        kernel: ``math`` for matrix products; on a GPU also which of ``flash``, ``cudnn`` and
+            ``efficient`` to try first.
+        distributed: Deal the work out to the ranks of torch.distributed.
+        on_plan: Called with the plan before it is run.
+    """
+
+    memory_budget: Budget = None
+    schedule: Schedule = "auto"
+    check_finite: bool = False
+    device: torch.device | None = None
+    kernel: str | None = None
+    distributed: bool = False
+    on_plan: Callable[[ExecutionPlan], None] | None = None
 
 
 @overload
@@ -35,58 +68,23 @@ def stream_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    memory_budget: Budget = None,
-    schedule: Schedule = "auto",
-    window: int | None = None,
-    prefix: int = 0,
-    documents: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
-    check_finite: bool = False,
-    device: torch.device | str | None = None,
-    kernel: str | None = None,
-    distributed: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
-    return_lse: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def stream_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    memory_budget: Budget = None,
-    schedule: Schedule = "auto",
-    window: int | None = None,
-    prefix: int = 0,
-    documents: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
-    check_finite: bool = False,
-    device: torch.device | str | None = None,
-    kernel: str | None = None,
-    distributed: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
+    *masks: Any,
     return_lse: Literal[True],
+    **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def stream_attention(
+    query: Tensor, key: Tensor, value: Tensor, *masks: Any, **options: Any
+) -> Tensor: ...
+
+
 def stream_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: None = None,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -94,50 +92,75 @@ def stream_attention(
     *,
     memory_budget: Budget = None,
     schedule: Schedule = "auto",
-    window: int | None = None,
-    prefix: int = 0,
-    documents: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
+    window: Window | None = None,
+    prefix: int | Sequence[int] = 0,
+    documents: Documents | None = None,
+    chunk: int | None = None,
+    query_offset: Offset = None,
+    lengths: Sequence[int] | Tensor | None = None,
+    starts: Sequence[int] | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     check_finite: bool = False,
     device: torch.device | str | None = None,
     kernel: str | None = None,
     distributed: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
+    on_plan: Callable[[ExecutionPlan], None] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention that holds no more than a budget at once, with gradients.
 
     The arguments up to ``enable_gqa`` are those of
-    :func:`torch.nn.functional.scaled_dot_product_attention`.
+    :func:`torch.nn.functional.scaled_dot_product_attention`, and are answered as it answers them;
+    the masks among the others may be combined with them and with each other. A mask that is a
+    tensor is cut tile by tile and lies outside the budget, as the inputs do. Batches of several
+    axes that are no view of one, and values of fewer heads than keys, are copied.
 
     Args:
         query: Shape: (..., H, M, D), or (M, D).
-        key: Shape: (..., G, N, D), with G = H, or a divisor of H with ``enable_gqa``.
-        value: Shape: as key.
-        attn_mask: Must be None; see ``is_causal``, ``window``, ``prefix`` and ``documents``.
+        key: Shape: (..., G, N, D), with G = H, 1, or a divisor of H with ``enable_gqa``.
+        value: Shape: (..., G, N, E).
+        attn_mask: Boolean, True where a key is seen, or added to the scores, in float32 or the
+            type of query; then it may have a gradient. Also a ``CausalBias`` of PyTorch. Shape:
+            one that broadcasts to (..., H, M, N).
         dropout_p: Must be 0.
-        is_causal: Query i sees keys up to i.
+        is_causal: Query i sees keys up to i, or up to its position if ``query_offset`` is given.
         scale: Of the scores; 1/√D by default.
         enable_gqa: Allow fewer key/value heads than query heads.
-        memory_budget: Most that is held at once beside inputs and result: bytes, ``"2GiB"``, a
-            fraction of the device, ``"auto"`` for what is free, None for no limit.
-        schedule: ``whole``, ``heads``, ``rect`` or ``cqs``; ``auto`` takes the fastest.
-        window: Query i sees no key before i − window + 1.
-        prefix: With ``is_causal``, all queries see the first so many keys.
-        documents: First tokens of the documents in the sequence; tokens see only their own.
-        lengths: Tokens of each batch entry that are no padding, at its end; padding is not seen,
-            and as a query it gives zeros.
+        memory_budget: See :class:`StreamOptions`, as ``schedule``.
+        schedule: The way to cut.
+        window: A query sees so many keys up to its own position, itself included; or a pair, so
+            many before and so many behind it, None for all.
+        prefix: With ``is_causal``, all queries see the first so many keys; or a number for each
+            batch entry.
+        documents: First tokens of the documents in the sequence, those of each batch entry, or
+            the ids of documents (B, N); tokens see only their own.
+        chunk: Tokens see only their own chunk of so many; chunks begin with the first token that
+            is no padding.
+        query_offset: Position of the first query among the keys, which masks compare; with a
+            cache it is N − M, for which ``"bottom_right"`` may be said.
+        lengths: Tokens of each batch entry that are no padding; padding is not seen, and as a
+            query it gives zeros.
+        starts: First of these tokens; 0 by default, more for padding on the left.
+        key_mask: True for keys that are no padding, of any pattern. Shape: (B or 1, N).
+        softcap: Scores s become softcap · tanh(s / softcap), before masks and biases.
+        sinks: Scores of a key without a value that each query of a head sees; may have a
+            gradient. Shape: (H,) or (B, H).
+        alibi_slopes: Each score falls by the slope of its head times the distance of query and
+            key. Shape: (H,) or (B, H).
         check_finite: Refuse NaN and infinities in the inputs, naming the first.
         device: Where it is computed; where the tensors are by default. Tensors in host memory
             that a GPU computes stay there, as do the result and the gradients.
-        kernel: On a GPU, which of ``flash``, ``cudnn``, ``efficient`` and ``eager`` to try first.
+        kernel: See :class:`StreamOptions`.
         distributed: Deal the work out to the ranks of torch.distributed, which all give the same
             tensors and all get the whole result and the whole gradients.
         on_plan: Called with the plan before it is run.
         return_lse: Return the log-sum-exp of the scores of each query too.
 
     Returns:
-        Attention in the type of query, shape (..., H, M, D); with ``return_lse`` also the
+        Attention in the type of query, shape (..., H, M, E); with ``return_lse`` also the
         log-sum-exp in float32 (float64 for float64), shape (..., H, M), without gradient.
 
     Raises:
@@ -153,103 +176,332 @@ def stream_attention(
 
     Source: Stream-CQSA, arXiv 2604.20819; the choice of schedules: card section 7.
     """
-    if attn_mask is not None:
-        raise ConfigError(
-            "stream_attention takes no attn_mask: a dense mask would not fit any budget.",
-            "Give is_causal, window, prefix or documents.",
-        )
+    _check_tensors(query=query, key=key, value=value)
     if dropout_p:
         raise ConfigError(
             f"stream_attention does no dropout (dropout_p={dropout_p}).",
             "Set the attention dropout of the model to 0.",
         )
-    options = {
-        "memory_budget": memory_budget, "schedule": schedule, "window": window, "prefix": prefix,
-        "documents": documents, "device": device, "kernel": kernel, "distributed": distributed,
-        "on_plan": on_plan,
-    }  # fmt: skip
-    masks: tuple[Any, ...] = (None, 0.0, is_causal, scale, enable_gqa)
-    if check_finite:
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            refuse_not_finite(name, tensor)
-    if lengths is not None:
-        out, lse = _padded(query, key, value, lengths, masks, options)
-        return (out, lse) if return_lse else out
-    if query.ndim == 2:
-        out, lse = _again(query[None], key[None], value[None], *masks, **options, return_lse=True)
-        return (out[0], lse[0]) if return_lse else out[0]
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    shape, visible = check_call(query, key, value, enable_gqa, is_causal, window, prefix, documents)
-    where = query.device if device is None else torch.device(device)
-    kernel_for(where, query.dtype, prefer=kernel)
-    lead = query.shape[:-3]
-    if query.numel() == 0 or key.numel() == 0:
-        lse = query.new_full(query.shape[:-1], -math.inf, dtype=accumulator_dtype(query.dtype))
-        return (query * 0, lse) if return_lse else query * 0
-    resident = where.type == query.device.type
-    chosen = make_plan(
-        shape,
-        visible,
-        _budget(memory_budget, where, distributed),
-        schedule,
-        backward=torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)),
-        resident=resident,
-        tiled=not resident,
-        ahead=not resident,
-        kernel=kernel,
-        share=ranks_share(distributed),
-        costs=_costs(where, query, memory_budget, distributed),
+    options = StreamOptions(
+        memory_budget, schedule, check_finite, _device(device), kernel, distributed, on_plan
     )
-    if on_plan:
-        on_plan(chosen)
-    out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
-        *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
-        chosen,
-        1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        query.device if resident else where,
+    masking = Masking(
+        is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
     )
-    out = out.reshape(*lead, *out.shape[1:])
-    return (out, lse.reshape(*lead, *lse.shape[1:])) if return_lse else out
+    if query.ndim == key.ndim == value.ndim == 2:
+        query, key, value = query[None], key[None], value[None]
+        out, lse = _attend_masked(
+            query, key, value, attn_mask, masking, scale, enable_gqa, softcap, sinks,
+            alibi_slopes, options,
+        )  # fmt: skip
+        out, lse = out[0], lse[0]
+    else:
+        out, lse = _attend_masked(
+            query, key, value, attn_mask, masking, scale, enable_gqa, softcap, sinks,
+            alibi_slopes, options,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
-# overloads cannot tell what is in a dict of options
-_again: Callable[..., tuple[Tensor, Tensor]] = stream_attention
+class _Call(NamedTuple):
+    """A call whose tensors have four axes and one batch.
+
+    Attributes:
+        lead: Axes before the heads.
+        query: Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        value: Shape: (B, G, N, E).
+        visible: For all batch entries, or for each.
+        biases: What is added to scores or hides them; that with a gradient first.
+        bias: The tensor of the first, if it has a gradient.
+    """
+
+    lead: torch.Size
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: tuple[Visibility, ...]
+    biases: tuple[TileBias, ...]
+    bias: Tensor | None
 
 
-def _padded(
+def _attend_masked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: Sequence[int],
-    masks: tuple[Any, ...],
-    options: dict[str, Any],
+    attn_mask: Tensor | None,
+    masking: Masking,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    options: StreamOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of sequences of different lengths: each without its padding.
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+    call = _normalized(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
+    out, lse = attend(
+        call.query, call.key, call.value, call.visible, scale=scale, softcap=softcap,
+        sinks=sinks, biases=call.biases, bias=call.bias, options=options,
+    )  # fmt: skip
+    return out.reshape(*call.lead, *out.shape[1:]), lse.reshape(*call.lead, *lse.shape[1:])
+
+
+def _normalized(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    masking: Masking,
+    enable_gqa: bool,
+    alibi_slopes: Tensor | None,
+) -> _Call:
+    """Broadcast tensors to four axes, and turn masks into intervals where they are such."""
+    lead, query, key, value = check_call(query, key, value, enable_gqa)
+    entries = math.prod(lead)
+    query, key, value = (x.reshape(entries, *x.shape[-3:]) for x in (query, key, value))
+    batch, heads, queries = query.shape[:3]
+    keys = key.shape[2]
+    visible = masking.visibility(batch, queries, keys)
+    biases: list[TileBias] = []
+    bias: Tensor | None = None
+    if masking.key_mask is not None:
+        mask = masking.key_mask[:, None, None, :]
+        if as_intervals(mask, batch, queries, keys) is None and 0 not in (queries, keys):
+            biases.append(DenseBias(mask))
+    if attn_mask is not None:
+        offset = causal_offset(attn_mask, queries, keys)
+        if offset is not None:
+            causal = Visibility.of(queries, keys, is_causal=True, offset=offset)
+            visible = merge_visible(visible, (causal,))
+        else:
+            mask = _four_axes(attn_mask, query, lead, (heads, queries, keys))
+            booleans = None if _is_abstract(mask) else is_boolean(mask)
+            intervals = None
+            if booleans is not None:
+                intervals = as_intervals(booleans, batch, queries, keys)
+            if intervals is not None:
+                visible = merge_visible(visible, intervals)
+            else:
+                biases.insert(0, DenseBias(mask if booleans is None else booleans))
+                bias = mask if mask.requires_grad else None
+    if alibi_slopes is not None:
+        biases.append(_alibi(alibi_slopes, masking, query, key))
+    return _Call(lead, query, key, value, visible, tuple(biases), bias)
+
+
+def _alibi(slopes: Tensor, masking: Masking, query: Tensor, key: Tensor) -> AlibiBias:
+    (batch, heads, queries), keys = query.shape[:3], key.shape[2]
+    slopes = _by_head("alibi_slopes", slopes, batch, heads)
+    if slopes.requires_grad:
+        raise ConfigError(
+            "alibi_slopes require gradients, which streamed attention does not give them.",
+            "Detach them, or give attn_mask a tensor that is made of them.",
+        )
+    offset = masking.offset(queries, keys)
+    if offset is None and queries != keys:
+        raise ConfigError(
+            f"There are {queries} queries and {keys} keys, and alibi_slopes compare their "
+            "positions.",
+            'Give query_offset; for a cache, "bottom_right".',
+        )
+    return AlibiBias(slopes, offset or 0)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: tuple[Visibility, ...],
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    biases: tuple[TileBias, ...] = (),
+    bias: Tensor | None = None,
+    options: StreamOptions,
+) -> tuple[Tensor, Tensor]:
+    """Attention of tensors with four axes, where it is known what is seen.
+
+    Args:
+        query: Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        value: Shape: (B, G, N, E).
+        visible: For all batch entries, or for each.
+        scale: Of the scores; 1/√D by default.
+        softcap: See :func:`stream_attention`.
+        sinks: See :func:`stream_attention`.
+        biases: What is added to scores or hides them.
+        bias: The tensor of the first of them, if it has a gradient.
+        options: How it is computed.
+
+    Returns:
+        Out (B, H, M, E) and log-sum-exp (B, H, M).
 
     Raises:
-        DataError: The lengths do not fit the tensors.
+        ConfigError: An option is not supported, or the budget is too small.
+        DataError: Inputs are not finite, and ``check_finite`` is set.
     """
-    tokens = key.shape[-2]
-    if query.ndim != 4 or query.shape[-2] != tokens or len(lengths) != len(query):
-        raise DataError(
-            f"There are {len(lengths)} lengths for query {tuple(query.shape)} and key "
-            f"{tuple(key.shape)}.",
-            "Give one length for each batch entry, of self-attention (batch, heads, tokens, size).",
-        )
-    outs, lses = [], []
-    for b, length in enumerate(int(n) for n in lengths):
-        if not 0 <= length <= tokens:
+    if options.check_finite:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            refuse_not_finite(name, tensor)
+    spec = _spec(query, key, value, visible, scale, softcap, biases)
+    if sinks is not None:
+        sinks = _by_head("sinks", sinks, spec.batch, spec.heads)
+    where = query.device if options.device is None else options.device
+    kernel_for(where, query.dtype, prefer=options.kernel)
+    abstract = any(_is_abstract(x) for x in (query, key, value))
+    resident = where.type == query.device.type
+    tensors = (query, key, value, bias, sinks)
+    chosen = make_plan(
+        spec,
+        _budget(options.memory_budget, where, options.distributed),
+        options.schedule,
+        backward=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+        resident=resident,
+        packs=any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (query, key, value)),
+        tiled=not resident,
+        ahead=not resident,
+        kernel=options.kernel,
+        shard=ranks_share(options.distributed),
+        costs=None if abstract or spec.is_empty else _costs(where, query, options),
+    )
+    if options.on_plan:
+        options.on_plan(chosen)
+    if abstract:
+        return _abstract_result(query, value, key)
+    out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
+        *tensors, chosen, biases, query.device if resident else where
+    )
+    return out, lse
+
+
+def _abstract_result(query: Tensor, value: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors without numbers, with the shapes, types and dependencies of the result."""
+    lse = query.detach().new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
+    zero = (query.sum() + key.sum()).to(query.dtype)
+    group = query.shape[1] // max(1, value.shape[1])
+    rows = value.sum(2, keepdim=True).repeat_interleave(group, 1)
+    return (rows + zero).expand(*query.shape[:-1], value.shape[-1]).clone(), lse
+
+
+def _is_abstract(tensor: Tensor) -> bool:
+    """Whether a tensor has no numbers."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _spec(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: tuple[Visibility, ...],
+    scale: float | None,
+    softcap: float | None,
+    biases: tuple[TileBias, ...],
+) -> AttentionSpec:
+    """Sizes and masking.
+
+    Raises:
+        ConfigError: The softcap or the scale is no number that scores can have.
+    """
+    batch, heads, _, head_dim = query.shape
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ConfigError(f"softcap={softcap} caps nothing.", "Give a positive number, or None.")
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim) if head_dim else 1.0
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale={scale} gives no scores.", "Give a finite number.")
+    return AttentionSpec(
+        batch, heads, key.shape[1], head_dim, value.shape[-1], query.dtype, visible,
+        float(scale), softcap, describe_biases(biases),
+    )  # fmt: skip
+
+
+def _check_tensors(**tensors: object) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        DataError: Something is not.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
             raise DataError(
-                f"Length {length} of batch entry {b} is not within its {tokens} tokens.",
-                "Give the number of tokens before the padding.",
+                f"{name} is of type {type(tensor).__name__}.", "Give a torch.Tensor."
             )
-        own = (x[b : b + 1, :, :length] for x in (query, key, value))
-        out, lse = _again(*own, *masks, **options, return_lse=True)
-        outs.append(F.pad(out, (0, 0, 0, tokens - length)))
-        lses.append(F.pad(lse, (0, tokens - length), value=-math.inf))
-    return torch.cat(outs), torch.cat(lses)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    """Where to compute.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device={device!r} is no device ({str(error).splitlines()[0]}).", 'Give "cpu" or "cuda".'
+        ) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={str(device)!r} asks for a GPU, and PyTorch can use none here.",
+            "Leave out device, or install a CUDA build of PyTorch.",
+        )
+    return chosen
+
+
+def _by_head(name: str, numbers: Tensor, batch: int, heads: int) -> Tensor:
+    """Give numbers of heads an axis for the batch. Shape: (H,) or (B, H) -> (B or 1, H).
+
+    Raises:
+        DataError: They do not fit.
+    """
+    rows = numbers[None] if numbers.ndim == 1 else numbers
+    if rows.ndim != 2 or rows.shape[1] != heads or rows.shape[0] not in (1, batch):
+        raise DataError(
+            f"{name} is {tuple(numbers.shape)} for {batch} batch entries of {heads} heads.",
+            "Give a number for each head, (heads,) or (batch, heads).",
+        )
+    if not rows.is_floating_point():
+        raise DataError(f"{name} is of {numbers.dtype}.", "Give floating numbers.")
+    return rows
+
+
+def _four_axes(
+    mask: Tensor, query: Tensor, lead: torch.Size, sizes: tuple[int, int, int]
+) -> Tensor:
+    """Give a mask the axes of scores, of size 1 where it does not depend on them.
+
+    Raises:
+        DataError: It does not broadcast, or has another type.
+    """
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise DataError(
+            f"attn_mask is of {mask.dtype}, query of {query.dtype}.",
+            "Give booleans, True where a key is seen, or numbers in float32 or the type of query.",
+        )
+    if mask.device != query.device and mask.numel() > 1:
+        raise DataError(
+            f"attn_mask is on {mask.device}, query on {query.device}.", "Give one device."
+        )
+    target = (*lead, *sizes)
+    shape = (1,) * (len(target) - mask.ndim) + tuple(mask.shape)
+    fits = len(shape) == len(target) and mask.ndim >= 2
+    if not fits or any(a not in (1, b) for a, b in zip(shape, target, strict=True)):
+        raise DataError(
+            f"attn_mask is {tuple(mask.shape)}, and scores are {target}.",
+            "Give a mask that broadcasts to the scores, with an axis of queries and one of keys.",
+        )
+    mask = mask.reshape(shape)
+    if any(size > 1 for size in shape[:-3]):
+        return mask.expand(*lead, *shape[-3:]).reshape(math.prod(lead), *shape[-3:])
+    return mask.reshape(1, *shape[-3:])
 
 
 def refuse_not_finite(name: str, tensor: Tensor) -> None:
@@ -258,13 +510,13 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
     Raises:
         DataError: There is one.
     """
-    for at in range(0, tensor.shape[-2], 4096):  # so that masks of a mapped tensor stay small
-        bad = ~tensor[..., at : at + 4096, :].isfinite().all(-1)
+    for start in range(0, tensor.shape[-2], 4096):  # so that masks of a mapped tensor stay small
+        bad = ~tensor[..., start : start + 4096, :].isfinite().all(-1)
         if bool(bad.any()):
-            *place, token = (int(i) for i in bad.nonzero()[0])
+            *head, token = (int(i) for i in bad.nonzero()[0])
             raise DataError(
-                f"{name} is not finite at token {at + token} of (batch, head) {tuple(place)}.",
-                "Mend the input, or leave out check_finite.",
+                f"{name} is not finite at token {start + token} of (batch, head) {tuple(head)}.",
+                "Correct the input, or leave out check_finite.",
             )
 
 
@@ -275,95 +527,156 @@ def ranks_share(distributed: bool) -> tuple[int, int]:
 
 def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | None:
     """The budget in bytes; the smallest of all ranks, since they must plan alike."""
-    found = parse_budget(budget, device)
-    if found is None or isinstance(budget, int) or ranks_share(distributed)[1] == 1:
-        return found
-    agreed = torch.tensor(found, dtype=torch.int64, device=device)
+    size = parse_budget(budget, device)
+    if size is None or isinstance(budget, int) or ranks_share(distributed)[1] == 1:
+        return size
+    agreed = torch.tensor(size, dtype=torch.int64, device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return int(agreed)
 
 
-def _costs(device: torch.device, query: Tensor, budget: Budget, distributed: bool) -> Costs | None:
+def _costs(device: torch.device, query: Tensor, options: StreamOptions) -> Costs | None:
     """Measure the machine only where there is something to choose, and ranks need not agree."""
-    if budget is None or distributed:
+    if options.memory_budget is None or options.distributed:
         return None
     return measured_costs(device, query.dtype, query.shape[-1])
 
 
 def check_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    enable_gqa: bool,
-    is_causal: bool,
-    window: int | None,
-    prefix: int,
-    documents: Sequence[int] | None,
-) -> tuple[Shape, Visibility]:
-    """Check what fits together, and return the sizes and what is seen.
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[torch.Size, Tensor, Tensor, Tensor]:
+    """Check what fits together, and broadcast it as PyTorch's attention does.
+
+    Args:
+        query: Shape: (..., H, M, D).
+        key: Shape: (..., G, N, D).
+        value: Shape: (..., G, N, E).
+        enable_gqa: Allow fewer key/value heads than query heads.
+
+    Returns:
+        The axes before the heads, and query, key and value with all of them; key and value have
+        the same heads, as many as query or a divisor.
 
     Raises:
-        ConfigError: The masks do not fit together.
-        DataError: The tensors do not.
+        ConfigError: Attention does not do the type.
+        DataError: The tensors do not fit.
     """
-    names = {"query": query, "key": key, "value": value}
+    tensors = {"query": query, "key": key, "value": value}
     for fact in ("dtype", "device"):
-        if len({getattr(x, fact) for x in names.values()}) > 1:
-            found = ", ".join(f"{name} {getattr(x, fact)}" for name, x in names.items())
-            raise DataError(f"The {fact}s differ: {found}.", f"Give one {fact}.")
-    if key.shape != value.shape:
+        if len({getattr(x, fact) for x in tensors.values()}) > 1:
+            facts = ", ".join(f"{name} {getattr(x, fact)}" for name, x in tensors.items())
+            raise DataError(f"The {fact}s differ: {facts}.", f"Give one {fact}.")
+    if query.dtype not in _FLOATS:
+        raise ConfigError(
+            f"Attention does not do {query.dtype}.", "Use float64, float32, bfloat16 or float16."
+        )
+    axes = max(x.ndim for x in tensors.values())
+    if min(x.ndim for x in tensors.values()) < 2 or axes < 3:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise DataError(
+            f"{shapes} have too few axes.", "Give (batch, heads, tokens, head size)."
+        )
+    query, key, value = (
+        x.reshape(*(1,) * (max(axes, 3) - x.ndim), *x.shape) for x in (query, key, value)
+    )
+    if key.shape[-2] != value.shape[-2]:
         raise DataError(
             f"key is {tuple(key.shape)} and value is {tuple(value.shape)}.",
-            "Give as many values as keys, of the same size.",
-        )
-    if query.ndim != key.ndim or query.ndim < 3 or query.shape[:-3] != key.shape[:-3]:
-        raise DataError(
-            f"query is {tuple(query.shape)} and key is {tuple(key.shape)}.",
-            "Give (batch, heads, tokens, head size) with one batch.",
+            "Give as many values as keys.",
         )
     if query.shape[-1] != key.shape[-1]:
         raise DataError(
             f"The head size of query is {query.shape[-1]}, that of key is {key.shape[-1]}.",
             "Give one head size.",
         )
-    heads, kv_heads = query.shape[-3], key.shape[-3]
-    if heads != kv_heads and (not enable_gqa or not kv_heads or heads % kv_heads):
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    except RuntimeError:
+        raise DataError(
+            f"query is {tuple(query.shape)}, key is {tuple(key.shape)} and value is "
+            f"{tuple(value.shape)}.",
+            "Give (batch, heads, tokens, head size) with one batch, or 1 where it is shared.",
+        ) from None
+    heads, kv_heads = query.shape[-3], _kv_heads(query, key, value, enable_gqa)
+    heads = kv_heads if heads == 1 else heads
+    return (
+        lead,
+        query.expand(*lead, heads, -1, -1),
+        key.expand(*lead, kv_heads, -1, -1),
+        value.expand(*lead, kv_heads, -1, -1),
+    )
+
+
+def _kv_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> int:
+    """The heads that key and value have together.
+
+    Raises:
+        DataError: They do not fit those of query.
+    """
+    heads, key_heads, value_heads = (x.shape[-3] for x in (query, key, value))
+    if key_heads != value_heads and 1 not in (key_heads, value_heads):
+        raise DataError(
+            f"key has {key_heads} heads and value has {value_heads}.",
+            "Repeat the heads of the one that has fewer.",
+        )
+    kv_heads = max(key_heads, value_heads) if 0 not in (key_heads, value_heads) else 0
+    fits = heads == kv_heads or 1 in (heads, kv_heads)
+    if not fits and (not enable_gqa or not kv_heads or heads % kv_heads):
         raise DataError(
             f"There are {heads} query heads and {kv_heads} key/value heads.",
             "Give as many, or set enable_gqa=True where the second divides the first.",
         )
-    shape = Shape(math.prod(query.shape[:-3]), heads, kv_heads, query.shape[-1], query.dtype)
-    starts = None if documents is None else tuple(int(d) for d in documents)
-    return shape, Visibility(query.shape[-2], key.shape[-2], is_causal, window, prefix, starts)
+    return kv_heads
 
 
 def plan(
     query: Tensor,
     key: Tensor,
+    value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     *,
     is_causal: bool = False,
+    scale: float | None = None,
     enable_gqa: bool = False,
     memory_budget: Budget = None,
     schedule: Schedule = "auto",
-    window: int | None = None,
-    prefix: int = 0,
-    documents: Sequence[int] | None = None,
+    window: Window | None = None,
+    prefix: int | Sequence[int] = 0,
+    documents: Documents | None = None,
+    chunk: int | None = None,
+    query_offset: Offset = None,
+    lengths: Sequence[int] | Tensor | None = None,
+    starts: Sequence[int] | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     backward: bool = False,
-) -> Plan:
+) -> ExecutionPlan:
     """Return how :func:`stream_attention` would cut a call; ``.explain()`` says why.
 
-    Tensors on the ``meta`` device do, so calls can be planned that no machine could hold.
+    Tensors on the ``meta`` device and fake tensors do, so calls can be planned that no machine
+    could hold.
 
     Args:
         query: Shape: (..., H, M, D).
         key: Shape: (..., G, N, D).
-        is_causal: See :func:`stream_attention`, as the rest.
-        enable_gqa: Allow fewer key/value heads than query heads.
+        value: Shape: (..., G, N, E); as key by default.
+        attn_mask: See :func:`stream_attention`, as the rest.
+        is_causal: Query i sees keys up to i.
+        scale: Of the scores.
+        enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once.
         schedule: The way to cut.
         window: Sliding window.
         prefix: Keys that all queries see.
-        documents: First tokens of the documents.
+        documents: Documents of the tokens.
+        chunk: Tokens of a chunk.
+        query_offset: Position of the first query.
+        lengths: Tokens that are no padding.
+        starts: First of these tokens.
+        key_mask: Keys that are no padding.
+        softcap: Cap of the scores.
+        alibi_slopes: Slopes of the scores.
         backward: Whether gradients must fit too.
 
     Raises:
@@ -375,6 +688,12 @@ def plan(
         >>> plan(q, q, is_causal=True, memory_budget="256MiB").schedule
         'rect'
     """
-    shape, visible = check_call(query, key, key, enable_gqa, is_causal, window, prefix, documents)
+    value = key if value is None else value
+    _check_tensors(query=query, key=key, value=value)
+    masking = Masking(
+        is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
+    )
+    call = _normalized(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
+    spec = _spec(call.query, call.key, call.value, call.visible, scale, softcap, call.biases)
     budget = parse_budget(memory_budget, query.device)
-    return make_plan(shape, visible, budget, schedule, backward=backward, resident=False)
+    return make_plan(spec, budget, schedule, backward=backward, resident=False)

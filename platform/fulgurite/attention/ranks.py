@@ -11,40 +11,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulgurite.attention.calls import At
-from fulgurite.attention.planning import Plan
+from fulgurite.attention.masking import Range
+from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.schedules import chunk_ranges
-from fulgurite.attention.tiles import Range
+from fulgurite.attention.steps import Slices
 from fulgurite.attention.units import Unit, clear_, commit_
 
 __all__ = ["broadcast_columns_", "broadcast_rows_", "merge_shards_", "sum_shards_"]
 
 
-def broadcast_rows_(plan: Plan, *tensors: Tensor) -> None:
+def broadcast_rows_(plan: ExecutionPlan, *tensors: Tensor) -> None:
     """Give all ranks the rows that one of them computed. Shape of each: (B, H, M, ...)."""
-    places = (
-        ((batch, heads, slice(*row.queries)), plan.owner(index))
-        for batch, heads, _ in plan.head_slices()
-        for index, task in enumerate(plan.tasks())
+    pieces = (
+        ((group.batch, group.heads, slice(*row.queries)), plan.owner(index))
+        for group in plan.groups()
+        for index, task in enumerate(plan.tasks(group.visible))
         for row in task.rows
     )
-    _broadcast(places, tensors)
+    _broadcast(pieces, tensors)
 
 
-def broadcast_columns_(plan: Plan, *tensors: Tensor) -> None:
+def broadcast_columns_(plan: ExecutionPlan, *tensors: Tensor) -> None:
     """Give all ranks the columns that one of them computed. Shape of each: (B, G, N, ...)."""
-    keys, width = plan.visible.keys, plan.tile[1]
-    places = (
-        ((batch, kv_heads, slice(left, min(left + width, keys))), plan.owner(index))
-        for batch, _, kv_heads in plan.head_slices()
+    keys, width = plan.spec.keys, plan.tile[1]
+    pieces = (
+        ((group.batch, group.kv_heads, slice(left, min(left + width, keys))), plan.owner(index))
+        for group in plan.groups()
         for index, left in enumerate(range(0, keys, width))
     )
-    _broadcast(places, tensors)
+    _broadcast(pieces, tensors)
 
 
-def _broadcast(places: Iterable[tuple[At, int]], tensors: Iterable[Tensor]) -> None:
+def _broadcast(pieces: Iterable[tuple[Slices, int]], tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
-    for at, owner in places:
+    for at, owner in pieces:
         for tensor in tensors:
             piece = tensor[at].contiguous()
             dist.broadcast(piece, src=owner)
@@ -52,7 +52,7 @@ def _broadcast(places: Iterable[tuple[At, int]], tensors: Iterable[Tensor]) -> N
 
 
 def merge_shards_(
-    compute: Callable[[Range], Iterator[Unit]], plan: Plan, out: Tensor, lse: Tensor
+    compute: Callable[[Range], Iterator[Unit]], plan: ExecutionPlan, out: Tensor, lse: Tensor
 ) -> None:
     """Merge the tasks of all ranks, one shard of the queries after the other.
 
@@ -67,8 +67,8 @@ def merge_shards_(
 
     Source: card section 1.10.
     """
-    rank, world = plan.share
-    chunks = chunk_ranges(plan.visible.queries, plan.chunks)
+    rank, world = plan.shard
+    chunks = chunk_ranges(plan.spec.queries, plan.chunks)
     for owner, (first, end) in enumerate(chunk_ranges(plan.chunks, world)):
         start, stop = chunks[first][0], chunks[end - 1][1]  # a row of a task is within a chunk
         part = torch.empty_like(out[:, :, start:stop], dtype=lse.dtype).contiguous()
@@ -93,7 +93,7 @@ def merge_shards_(
         out[:, :, start:stop], lse[:, :, start:stop] = narrow, largest
 
 
-def sum_shards_(total: Tensor, result: Tensor, plan: Plan) -> None:
+def sum_shards_(total: Tensor, result: Tensor, plan: ExecutionPlan) -> None:
     """Sum over ranks, each of which adds up one shard of the tokens.
 
     Args:
@@ -101,7 +101,7 @@ def sum_shards_(total: Tensor, result: Tensor, plan: Plan) -> None:
         result: Overwritten with the sum, in its own type. Shape: (B, H, N, D).
         plan: Whose ranks.
     """
-    for owner, (start, stop) in enumerate(chunk_ranges(total.shape[2], plan.share[1])):
+    for owner, (start, stop) in enumerate(chunk_ranges(total.shape[2], plan.shard[1])):
         shard = total[:, :, start:stop].contiguous()
         dist.reduce(shard, dst=owner)
         narrow = shard.to(result.dtype)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fulgurite.attention.quorums import owned_differences, quorum, task_chunks
-from fulgurite.attention.tiles import Range, Visibility
+from fulgurite.attention.masking import Range, Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = [

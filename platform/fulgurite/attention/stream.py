@@ -1,21 +1,24 @@
 """Runs a plan on whole tensors, forward and backward, with gradients for autograd.
 
-Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D size of a query and key,
+E size of a value.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fulgurite.attention.calls import Step, column_count, row_count, row_steps, spread
+from fulgurite.attention.bias_gradient import bias_gradient
+from fulgurite.attention.biases import TileBias
 from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
-from fulgurite.attention.planning import Plan, format_bytes, smaller
+from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.progress import LONG, bar
 from fulgurite.attention.ranks import (
     broadcast_columns_,
@@ -23,24 +26,29 @@ from fulgurite.attention.ranks import (
     merge_shards_,
     sum_shards_,
 )
+from fulgurite.attention.spec import HeadGroup
+from fulgurite.attention.steps import Step, column_count, row_count, row_steps, source_ranges
 from fulgurite.attention.transfers import Feed
 from fulgurite.attention.units import (
+    AttentionInputs,
+    add_sinks_,
     clear_,
     commit_,
     gradient_units,
-    ran_out_of_memory,
+    shift_of,
+    sink_scores,
     tile_gradients,
     units,
+    with_smaller_tiles,
 )
-from fulgurite.errors import ConfigError
-
-_T = TypeVar("_T")
 
 __all__ = ["StreamedAttention"]
 
+_ROWS = 4096  # queries at a time where each is treated on its own
+
 
 class StreamedAttention(torch.autograd.Function):
-    """Exact attention by a plan; backward runs the same tasks against the saved out and lse.
+    """Exact attention by a plan; backward runs its own plan against the saved out and lse.
 
     Source: card sections 1.6 to 1.8.
     """
@@ -51,221 +59,309 @@ class StreamedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        plan: Plan,
-        scale: float,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        plan: ExecutionPlan,
+        biases: tuple[TileBias, ...] = (),
         device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return out (B, H, M, D) in the type of query and lse (B, H, M)."""
+        """Return out (B, H, M, E) in the type of query and lse (B, H, M).
+
+        Args:
+            ctx: Of autograd.
+            query: Shape: (B, H, M, D).
+            key: Shape: (B, G, N, D).
+            value: Shape: (B, G, N, E).
+            bias: The tensor of the first of ``biases``, if that has a gradient.
+            sinks: Shape: (B or 1, H).
+            plan: How it is cut.
+            biases: What is added to scores or hides them.
+            device: Where kernels run; where the tensors are by default.
+        """
         device = device or query.device
-        (out, lse), plan = _retrying(
-            plan, lambda plan: _forward(query, key, value, plan, scale, device)
-        )
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.plan, ctx.scale, ctx.device = plan, scale, device
-        ctx.mark_non_differentiable(lse)
+        inputs = AttentionInputs(query, key, value, biases, sinks)
+        out, lse = _forward(inputs, plan, device)
+        ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
+        ctx.plan, ctx.biases, ctx.device = plan, biases, device
+        whole_lse = _unshifted(lse, inputs, plan)
+        ctx.mark_non_differentiable(whole_lse)
         ctx.set_materialize_grads(False)  # it would make zeros for the gradient of lse
-        return out, lse
+        return out, whole_lse
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key, value, bias and sinks."""
         if grads[0] is None:
-            return (None,) * 6
-        query, key, value, out, lse = ctx.saved_tensors
-        rows = (grads[0].to(query.dtype), query, out, lse)
-        found, _ = _retrying(
-            ctx.plan, lambda plan: _backward(rows, (key, value), plan, ctx.scale, ctx.device)
-        )
-        return (*found, None, None, None)
-
-
-def _retrying(plan: Plan, work: Callable[[Plan], _T]) -> tuple[_T, Plan]:
-    """Do work, with a smaller plan if the device runs out of memory; return the plan that did.
-
-    Nothing of a failed attempt is in the result, since results are made anew.
-    """
-    while True:
-        try:
-            return work(plan), plan
-        except RuntimeError as error:
-            try:
-                if not ran_out_of_memory(error) or plan.share != (0, 1):
-                    raise  # ranks would plan differently and wait for each other forever
-                plan = smaller(plan)
-            except ConfigError:
-                raise error from None
-            warnings.warn(
-                f"Attention ran out of memory; going on with {plan.schedule}, at most "
-                f"{format_bytes(plan.peak_bytes)} at once.",
-                stacklevel=2,
-            )
+            return (None,) * 8
+        query, key, value, bias, sinks, out, lse = ctx.saved_tensors
+        inputs, grad = AttentionInputs(query, key, value, ctx.biases, sinks), grads[0]
+        plan = ctx.plan.gradient or ctx.plan
+        results: list[Tensor | None] = [None] * 5
+        if any(ctx.needs_input_grad[:3]):
+            results[:3] = _backward(grad, inputs, out, lse, plan, ctx.device)
+        if ctx.needs_input_grad[3]:
+            results[3] = bias_gradient(grad, inputs, out, lse, bias, plan, ctx.device)
+        if ctx.needs_input_grad[4]:
+            results[4] = _sink_gradient(grad, inputs, out, lse, plan)
+        needed = zip(results, ctx.needs_input_grad, strict=False)
+        return (*(result if needs else None for result, needs in needed), None, None, None)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, device: torch.device
+    inputs: AttentionInputs, plan: ExecutionPlan, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Out (B, H, M, D) in the type of query and lse (B, H, M)."""
-    is_direct = plan.is_direct and device == query.device
-    kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
-    is_causal = plan.visible.is_causal
-    if is_direct and plan.schedule == "whole":
-        return kernel.forward(query, key, value, is_causal=is_causal, scale=scale)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(query.shape[:-1], dtype=accumulator_dtype(query.dtype))
-    if is_direct:
-        for batch, heads, shared in plan.head_slices():
-            own = query[batch, heads], key[batch, shared], value[batch, shared]
-            out[batch, heads], lse[batch, heads] = kernel.forward(
-                *own, is_causal=is_causal, scale=scale
-            )
+    """Out (B, H, M, E) in the type of query and lse (B, H, M)."""
+    query, size = inputs.query, inputs.value.shape[-1]
+    wide = accumulator_dtype(query.dtype)
+    is_whole = plan.schedule == "whole" and len(plan.spec.visible) == 1 and not plan.is_shared
+    if is_whole and device == query.device and not plan.spec.is_empty:
+        (unit,) = units(inputs, plan, device=device)
+        return unit.out.to(query.dtype), unit.lse
+    out = query.new_empty((*query.shape[:-1], size))
+    lse = query.new_empty(query.shape[:-1], dtype=wide)
+    if plan.spec.is_empty:
+        clear_(out, lse)
+        _add_all_sinks_(out, lse, inputs, plan)
         return out, lse
-    if plan.merges and plan.share != (0, 1):
+    if plan.merges and plan.is_shared:
         merge_shards_(
-            lambda span: units(query, key, value, plan, scale, device=device, within=span),
-            plan, out, lse,
-        )  # fmt: skip
+            lambda span: units(inputs, plan, device=device, within=span), plan, out, lse
+        )
+        _add_all_sinks_(out, lse, inputs, plan)
         return out, lse
     total = out
-    if plan.merges and out.dtype != lse.dtype:
-        total = torch.empty_like(out, dtype=lse.dtype)
+    if plan.merges and out.dtype != wide:
+        total = torch.empty_like(out, dtype=wide)
     clear_(total, lse)
     with _bar(plan, row_count) as advance:
-        for unit in units(query, key, value, plan, scale, device=device):
+        for unit in units(inputs, plan, device=device):
             commit_(unit, total, lse, merge=plan.merges)
             advance(unit.out.shape[2])
             del unit  # or it would take memory beside the next
-    if plan.share != (0, 1):
+    if plan.is_shared:
         broadcast_rows_(plan, out, lse)
+    if plan.merges:
+        _add_all_sinks_(total, lse, inputs, plan)
     if total is not out:
         out.copy_(total)
     return out, lse
 
 
+def _row_ranges(plan: ExecutionPlan) -> Iterator[tuple[HeadGroup, tuple[int, int]]]:
+    """Pieces of the rows of all batch entries and heads, of which each is treated on its own."""
+    for group in plan.groups():
+        for top in range(0, plan.spec.queries, _ROWS):
+            yield group, (top, min(top + _ROWS, plan.spec.queries))
+
+
+def _add_all_sinks_(
+    out: Tensor, lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan
+) -> None:
+    """Let all rows see their sinks, in place."""
+    if inputs.sinks is None:
+        return
+    for group, queries in _row_ranges(plan):
+        at = group.batch, group.heads, slice(*queries)
+        out[at], lse[at] = add_sinks_(out[at], lse[at], inputs, group, queries, plan)
+
+
+def _unshifted(lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> Tensor:
+    """The log-sum-exp with what was subtracted from scores."""
+    if plan.spec.mask is None or not plan.spec.mask.needs_shift or plan.spec.is_empty:
+        return lse.view_as(lse)
+    lse = lse.clone()
+    for group, queries in _row_ranges(plan):
+        shift = shift_of(inputs, group, queries, plan, lse)
+        if shift is not None:
+            lse[group.batch, group.heads, slice(*queries)] += shift
+    return lse
+
+
+def _sink_gradient(
+    grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor, plan: ExecutionPlan
+) -> Tensor:
+    """Gradient of the sinks. Shape: (B or 1, H).
+
+    Source: inferred: a sink has the weight exp(score − lse) and no value.
+    """
+    assert inputs.sinks is not None
+    total = torch.zeros_like(inputs.sinks, dtype=lse.dtype)
+    for group, queries in _row_ranges(plan):
+        at = group.batch, group.heads, slice(*queries)
+        scores = sink_scores(inputs, group, queries, plan, lse)
+        inner = (grad[at].to(lse.dtype) * out[at].to(lse.dtype)).sum(-1)
+        part = ((scores - lse[at]).exp() * inner).sum(-1)
+        if len(total) > 1:
+            total[group.batch, group.heads] -= part.to(total.device)
+        else:
+            total[0, group.heads] -= part.sum(0).to(total.device)
+    return total.to(inputs.sinks.dtype)
+
+
 def _backward(
-    rows: tuple[Tensor, ...],
-    keys: tuple[Tensor, ...],
-    plan: Plan,
-    scale: float,
+    grad: Tensor,
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    plan: ExecutionPlan,
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value, in their types.
 
     Args:
-        rows: Gradient of the result, query, result and log-sum-exp.
-        keys: Key and value.
-        plan: How it is cut.
-        scale: Of the scores.
+        grad: Gradient of the result.
+        inputs: Of the forward pass.
+        out: The result.
+        lse: Its log-sum-exp.
+        plan: How gradients are cut.
         device: Where kernels run.
     """
-    is_direct = plan.is_direct and device == rows[1].device
-    kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
-    is_causal = plan.visible.is_causal
-    if is_direct and plan.schedule == "whole":
-        return kernel.backward(*_in_order(rows, keys), is_causal=is_causal, scale=scale)
-    results = tuple(torch.empty_like(x) for x in (rows[1], *keys))
-    if is_direct:
-        for batch, heads, shared in plan.head_slices():
-            own = [x[batch, heads] for x in rows], [x[batch, shared] for x in keys]
-            found = kernel.backward(*_in_order(*own), is_causal=is_causal, scale=scale)
-            for result, part, at in zip(results, found, (heads, shared, shared), strict=True):
-                result[batch, at] = part
-            del found, part  # or they would take memory beside the next
-    elif plan.passes == 2:
-        units_ = gradient_units(*_in_order(rows, keys), plan, scale, device=device)
+    if plan.spec.is_empty:
+        return tuple(torch.zeros_like(x) for x in inputs[:3])
+    results = tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]
+    )
+    if plan.passes == 2:
         with _bar(plan, lambda plan: row_count(plan) + column_count(plan)) as advance:
-            for unit in units_:
+            for unit in gradient_units(grad, inputs, out, lse, plan, device=device):
                 for i, part in unit.by_result.items():
                     results[i][unit.at] = part
                 advance(part.shape[2])
                 del unit, part
-        if plan.share != (0, 1):
+        if plan.is_shared:
             broadcast_rows_(plan, results[0])
             broadcast_columns_(plan, *results[1:])
-    else:
-        _accumulate(rows, keys, results, plan, scale, device)
+        return results
+    rows, keys = (grad, inputs.query, out, lse), (inputs.key, inputs.value)
+    is_direct = plan.schedule in ("whole", "heads") and plan.spec.is_simple
+    is_direct = is_direct and not plan.is_shared and device == grad.device
+
+    with _bar(plan, row_count) as advance:
+
+        def compute(after: int, halvings: int) -> Iterator[_Group]:
+            for number, group in enumerate(plan.groups()):
+                if number <= after:
+                    continue
+                if is_direct and not halvings:
+                    _write_one_call(rows, keys, results, inputs.biases, group, plan)
+                else:
+                    _accumulate_group(
+                        rows, keys, results, inputs.biases, group, plan, device, halvings, advance
+                    )
+                yield _Group(number)
+
+        for _ in with_smaller_tiles(compute, plan):
+            pass
+    if plan.is_shared and not plan.merges:
+        broadcast_rows_(plan, results[0])
     return results
 
 
-def _in_order(
-    rows: Sequence[Tensor], keys: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradient, query, key, value, result and log-sum-exp."""
-    return rows[0], rows[1], keys[0], keys[1], rows[2], rows[3]
+class _Group(NamedTuple):
+    """A group of heads whose gradients are complete."""
+
+    number: int
 
 
-def _accumulate(
-    rows: tuple[Tensor, ...],
-    keys: tuple[Tensor, ...],
-    results: tuple[Tensor, ...],
-    plan: Plan,
-    scale: float,
-    device: torch.device,
+def _write_one_call(
+    rows: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    results: Sequence[Tensor],
+    biases: tuple[TileBias, ...],
+    group: HeadGroup,
+    plan: ExecutionPlan,
 ) -> None:
-    """Gradients in one pass, which adds to those of all keys as it goes along the queries."""
+    """Gradients of a group of heads by one kernel call."""
+    kernel = kernel_for(rows[1].device, rows[1].dtype, prefer=plan.kernel)
+    ((step, views),) = row_steps(rows, keys, plan, groups=[group])
+    tensors = [parts[0] for parts in views]
+    grads = tile_gradients(kernel, tensors[:4], tensors[4:], step, plan, biases)
+    assert grads is not None  # the spec is simple: every query sees a key
+    assert step.call is not None
+    results[0][group.batch, group.heads] = grads[0]
+    begin, end = step.call.tile.keys
+    for result, part in zip(results[1:], grads[1:], strict=True):
+        of_group = result[group.batch, group.kv_heads]
+        of_group[:, :, begin:end] = part
+        if end < of_group.shape[2]:  # keys behind the last query of a causal mask
+            of_group[:, :, end:] = 0
+
+
+def _accumulate_group(
+    rows: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    results: Sequence[Tensor],
+    biases: tuple[TileBias, ...],
+    group: HeadGroup,
+    plan: ExecutionPlan,
+    device: torch.device,
+    halvings: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Gradients of a group in one pass, which adds to those of all keys along the queries."""
     kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
     in_place = plan.adds_in_place and device == rows[1].device
     feed = Feed.between(rows[1].device, device)
     wide = rows[3].dtype
-    with _bar(plan, row_count) as advance:
-        for batch, heads, shared in plan.head_slices():
-            at = ((batch, heads), (batch, shared), (batch, shared))
-            parts = [result[place] for result, place in zip(results, at, strict=True)]
-            # a row of tiles has the whole gradient of its queries; only those of keys add up
-            sums = [
-                x.zero_() if in_place else torch.zeros_like(x, dtype=wide, device=device)
-                for x in (parts if plan.merges else parts[1:])
-            ]
-            own_rows, own_keys = [x[batch, heads] for x in rows], [x[batch, shared] for x in keys]
-            steps = row_steps(own_rows, own_keys, plan.of_heads(batch, heads, shared))
-            for step, tensors in feed.ahead(steps):
-                span = slice(*step.span)
-                if step.opens:
-                    held, tensors = tensors[:4], tensors[4:]
-                    if plan.merges:
-                        row_sum = sums[0][:, :, span]
-                    else:
-                        row_sum = torch.zeros_like(held[1], dtype=wide)
-                if tensors:
-                    passing = tensors
-                if step.call is not None:
-                    _add_(row_sum, sums[-2:], held, passing, step, plan, kernel, scale)
-                if step.closes:
-                    if not plan.merges:
-                        parts[0][:, :, span] = row_sum
-                    del row_sum
-                    advance(span.stop - span.start)
-            for result, total in zip(parts[-len(sums) :], sums, strict=True):
-                if plan.share != (0, 1):
-                    sum_shards_(total, result, plan)
-                elif not in_place:
-                    result.copy_(total)
-            del sums, total  # or they would take memory beside the next
-    if plan.share != (0, 1) and not plan.merges:
-        broadcast_rows_(plan, results[0])
+    heads = group.heads, group.kv_heads, group.kv_heads
+    parts = [result[group.batch, at] for result, at in zip(results, heads, strict=True)]
+    # a row of tiles has the whole gradient of its queries; only those of keys add up
+    sums = [
+        x.zero_() if in_place else torch.zeros_like(x, dtype=wide, device=device)
+        for x in (parts if plan.merges else parts[1:])
+    ]
+    steps = row_steps(rows, keys, plan, groups=[group], halvings=halvings)
+    for step, tensors in feed.ahead(steps):
+        span = slice(*step.span)
+        if step.opens:
+            row_tensors, tensors = tensors[:4], tensors[4:]
+            if plan.merges:
+                row_sum = sums[0][:, :, span]
+            else:
+                row_sum = torch.zeros_like(row_tensors[1], dtype=wide)
+        if tensors:
+            key_tensors = tensors
+        if step.call is not None:
+            _add_call_(row_sum, sums[-2:], row_tensors, key_tensors, step, plan, kernel, biases)
+        if step.closes:
+            if not plan.merges:
+                parts[0][:, :, span] = row_sum
+            del row_sum
+            advance(span.stop - span.start)
+    for result, total in zip(parts[-len(sums) :], sums, strict=True):
+        if plan.is_shared:
+            sum_shards_(total, result, plan)
+        elif not in_place:
+            result.copy_(total)
 
 
-def _add_(
+def _add_call_(
     row_sum: Tensor,
     key_sums: Sequence[Tensor],
-    held: Sequence[Tensor],
-    passing: Sequence[Tensor],
+    row_tensors: Sequence[Tensor],
+    key_tensors: Sequence[Tensor],
     step: Step,
-    plan: Plan,
+    plan: ExecutionPlan,
     kernel: TileKernel,
-    scale: float,
+    biases: tuple[TileBias, ...],
 ) -> None:
     """Add the share of one call to the gradients of its row, and of all keys and values."""
     assert step.call is not None
-    local = slice(*(q - step.span[0] for q in step.call.queries))
+    local = slice(*(query - step.span[0] for query in step.call.tile.queries))
     columns = slice(*step.call.keys) if step.task.loads else slice(None)
-    rows, keys = [x[:, :, local] for x in held], [x[:, :, columns] for x in passing]
-    found = tile_gradients(kernel, rows, keys, step, plan, scale)
-    row_sum[:, :, local] += found[0]
-    for start, stop, offset in spread(step.task, step.call.keys):
-        for total, part in zip(key_sums, found[1:], strict=True):
+    rows, keys = [x[:, :, local] for x in row_tensors], [x[:, :, columns] for x in key_tensors]
+    grads = tile_gradients(kernel, rows, keys, step, plan, biases)
+    if grads is None:
+        return
+    row_sum[:, :, local] += grads[0]
+    for start, stop, offset in source_ranges(step.task, step.call.keys):
+        for total, part in zip(key_sums, grads[1:], strict=True):
             total[:, :, start:stop] += part[:, :, offset : offset + stop - start]
 
 
-def _bar(plan: Plan, count: Callable[[Plan], int]) -> AbstractContextManager[Callable[[int], None]]:
-    show = plan.seconds > LONG  # rows are counted for a bar alone: they can be many
+def _bar(
+    plan: ExecutionPlan, count: Callable[[ExecutionPlan], int]
+) -> AbstractContextManager[Callable[[int], None]]:
+    show = plan.cost.seconds > LONG  # rows are counted for a bar alone: they can be many
     return bar(f"attention ({plan.schedule})", count(plan) if show else 0, show=show)

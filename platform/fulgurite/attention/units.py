@@ -8,37 +8,66 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fulgurite.attention.calls import At, Step, bias, column_steps, row_count, row_steps
-from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
+from fulgurite.attention.biases import TileBias, row_shift, sum_biases
+from fulgurite.attention.kernels import (
+    MathKernel,
+    TileInputs,
+    TileKernel,
+    accumulator_dtype,
+    kernel_for,
+)
+from fulgurite.attention.masking import Kind, Range
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import Plan
-from fulgurite.attention.tiles import Kind, Range
+from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.spec import HeadGroup
+from fulgurite.attention.steps import Slices, Step, column_steps, row_count, row_steps
 from fulgurite.attention.transfers import Feed
 
 __all__ = [
-    "GradientUnit", "Unit", "clear_", "commit_", "gradient_units", "ran_out_of_memory", "units",
+    "AttentionInputs", "GradientUnit", "Unit", "add_sinks_", "clear_", "commit_", "gradient_units",
+    "ran_out_of_memory", "shift_of", "sink_scores", "tile_gradients", "tile_inputs", "units",
+    "with_smaller_tiles",
 ]  # fmt: skip
 
 _SMALLEST = 16  # tokens below which tiles are not halved any more
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of a call.
+
+    Attributes:
+        query: Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        value: Shape: (B, G, N, E).
+        biases: What is added to scores or hides them.
+        sinks: Scores of a key without a value that every query sees, by head. Shape: (B or 1, H).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    biases: tuple[TileBias, ...] = ()
+    sinks: Tensor | None = None
 
 
 class Unit(NamedTuple):
     """What one row of one task gives, which can be committed on its own.
 
     Attributes:
-        number: Its place in the order of the plan.
+        number: Its position in the order of the plan.
         at: Where its rows belong: slices of batch, heads and queries.
-        out: Attention over the keys of the task, in the type of accumulators.
+        out: Attention over the keys of the task, in the type of accumulators, or in that of the
+            inputs where one kernel call gave it.
         lse: Its log-sum-exp.
     """
 
     number: int
-    at: At
+    at: Slices
     out: Tensor
     lse: Tensor
 
@@ -47,30 +76,33 @@ class GradientUnit(NamedTuple):
     """Gradients of some rows of the queries, or of some rows of keys and values.
 
     Attributes:
-        number: Its place in the order of the plan; all of the queries come first.
+        number: Its position in the order of the plan; all of the queries come first.
         at: Where its rows belong: slices of batch, heads and tokens.
         grads: Of the queries, or of keys and values, in the type of accumulators.
     """
 
     number: int
-    at: At
+    at: Slices
     grads: tuple[Tensor, ...]
 
     @property
     def by_result(self) -> dict[int, Tensor]:
-        """The gradients by their place among those of query, key and value."""
+        """The gradients by their position among those of query, key and value."""
         return dict(enumerate(self.grads, start=0 if len(self.grads) == 1 else 1))
 
 
-_U = TypeVar("_U", Unit, GradientUnit)
+
+class _Numbered(Protocol):
+    @property
+    def number(self) -> int: ...
+
+
+_U = TypeVar("_U", bound=_Numbered)
 
 
 def units(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: Plan,
-    scale: float,
+    inputs: AttentionInputs,
+    plan: ExecutionPlan,
     *,
     device: torch.device | None = None,
     done: Container[int] = (),
@@ -81,15 +113,13 @@ def units(
     If the device runs out of memory, the units that are left are computed in smaller tiles.
 
     Args:
-        query: Anywhere: on the device, in host memory, or memory-mapped. Shape: (B, H, M, D).
-        key: Shape: (B, G, N, D).
-        value: Shape: (B, G, N, D).
+        inputs: Anywhere: on the device, in host memory, or memory-mapped.
         plan: How it is cut.
-        scale: Of the scores.
         device: Where kernels run; where the tensors are by default.
         done: Units that are left out.
         within: Leave out rows outside these queries.
     """
+    query, key, value = inputs[:3]
     device = device or query.device
     kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
     feed = Feed.between(query.device, device)
@@ -99,22 +129,19 @@ def units(
             [query], [key, value], plan,
             done=done, after=after, halvings=halvings, within=within,
         )  # fmt: skip
-        for place, found in feed.behind(_rows(feed.ahead(steps), plan, kernel, scale)):
-            yield Unit(*place, *found)
-            del found  # or it would take memory beside the next
+        for where, tensors in feed.behind(_rows(feed.ahead(steps), inputs, plan, kernel)):
+            yield Unit(*where, *tensors)
+            del tensors  # or it would take memory beside the next
 
-    return _falling_back(compute, plan)
+    return with_smaller_tiles(compute, plan)
 
 
 def gradient_units(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: AttentionInputs,
     out: Tensor,
     lse: Tensor,
-    plan: Plan,
-    scale: float,
+    plan: ExecutionPlan,
     *,
     device: torch.device | None = None,
     done: Container[int] = (),
@@ -125,19 +152,17 @@ def gradient_units(
     together they take twice as long as one that keeps all gradients at hand.
 
     Args:
-        grad: Of the result. Shape: (B, H, M, D).
-        query: Shape: (B, H, M, D).
-        key: Shape: (B, G, N, D).
-        value: Shape: (B, G, N, D).
-        out: The result. Shape: (B, H, M, D).
-        lse: Its log-sum-exp, +inf for queries without keys. Shape: (B, H, M).
+        grad: Of the result. Shape: (B, H, M, E).
+        inputs: Of the forward pass.
+        out: The result. Shape: (B, H, M, E).
+        lse: Its log-sum-exp. Shape: (B, H, M).
         plan: How it is cut, in tiles.
-        scale: Of the scores.
         device: Where kernels run; where the tensors are by default.
         done: Units that are left out.
 
     Source: card section 1.7; the two passes: inferred.
     """
+    query, key, value = inputs[:3]
     device = device or query.device
     kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
     feed = Feed.between(query.device, device)
@@ -147,19 +172,26 @@ def gradient_units(
         options: dict[str, Any] = {"done": done, "after": after, "halvings": halvings}
         down = row_steps(rows, keys, plan, **options)
         across = column_steps(rows, keys, plan, first=first, **options)
-        for steps, own in ((down, 4), (across, 2)):
-            found = _gradients(feed.ahead(steps), own, plan, kernel, scale)
-            for place, grads in feed.behind(found):
-                yield GradientUnit(*place, tuple(grads))
+        for steps, resident in ((down, 4), (across, 2)):
+            results = _gradients(feed.ahead(steps), resident, inputs.biases, plan, kernel)
+            for where, grads in feed.behind(results):
+                yield GradientUnit(*where, tuple(grads))
                 del grads
 
-    return _falling_back(compute, plan)
+    return with_smaller_tiles(compute, plan)
 
 
-def _falling_back(compute: Callable[[int, int], Iterator[_U]], plan: Plan) -> Iterator[_U]:
-    """Go on with smaller tiles where the device runs out of memory; no unit is given twice."""
+def with_smaller_tiles(
+    compute: Callable[[int, int], Iterator[_U]], plan: ExecutionPlan
+) -> Iterator[_U]:
+    """Go on with smaller tiles where the device runs out of memory; no unit is given twice.
+
+    Args:
+        compute: Gives what comes after the unit of a number, with tiles halved so often.
+        plan: What is computed.
+    """
     after, halvings = -1, 0
-    longest = max(*plan.tile, plan.visible.keys // max(1, plan.chunks) if plan.chunks else 0)
+    longest = max(*plan.tile, plan.spec.keys // max(1, plan.chunks) if plan.chunks else 0)
     while True:
         try:
             for unit in compute(after, halvings):
@@ -184,75 +216,122 @@ def ran_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def tile_inputs(
+    step: Step,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: ExecutionPlan,
+    biases: tuple[TileBias, ...],
+) -> TileInputs | None:
+    """Return what a kernel needs for a step, or None if its keys are all hidden.
+
+    Args:
+        step: With a call.
+        query: Of the call. Shape: (B', H', M', D).
+        key: Shape: (B', G', N', D).
+        value: Shape: (B', G', N', E).
+        plan: How it is cut.
+        biases: Of all scores.
+    """
+    assert step.call is not None
+    spec, group, (queries, keys, kind) = plan.spec, step.group, step.call.tile
+    dtype, device, is_causal = query.dtype, query.device, kind is Kind.CAUSAL
+    where = group.batch, group.heads, queries
+    bias, is_hidden = sum_biases(biases, *where, keys, dtype, device)
+    if is_hidden:
+        return None
+    if kind is Kind.BIAS or (is_causal and bias is not None):  # together they may empty a row
+        edge = group.visible.bias(queries, keys, dtype, device)
+        bias, is_causal = edge if bias is None else bias + edge, False
+    shift = None
+    if spec.mask is not None and spec.mask.needs_shift:
+        wide = accumulator_dtype(dtype)
+        shift = row_shift(biases, *where, group.visible, wide, device)
+    return TileInputs(query, key, value, spec.scale, is_causal, bias, spec.softcap, shift)
+
+
+def _kernel_of(tile: TileInputs, kernel: TileKernel) -> TileKernel:
+    """The kernel that computes a tile: a fast one, if it can."""
+    needs_math = tile.softcap is not None or tile.scale <= 0 or tile.shift is not None
+    return MathKernel() if needs_math else kernel
+
+
 def _rows(
-    steps: Iterable[tuple[Step, Sequence[Tensor]]], plan: Plan, kernel: TileKernel, scale: float
-) -> Iterator[tuple[tuple[int, At], tuple[Tensor, ...]]]:
-    """Attention of each unit, in the type of accumulators."""
+    steps: Iterable[tuple[Step, Sequence[Tensor]]],
+    inputs: AttentionInputs,
+    plan: ExecutionPlan,
+    kernel: TileKernel,
+) -> Iterator[tuple[tuple[int, Slices], tuple[Tensor, ...]]]:
+    """Attention of each unit."""
     parts: list[tuple[Tensor, ...]] = []
     total: tuple[Tensor, Tensor] | None = None
+    size = inputs.value.shape[-1]
     for step, tensors in steps:
         if step.opens:
             query, total = tensors[0], None
         if len(tensors) >= 2:
             keys, values = tensors[-2:]
+        tile = None
         if step.call is not None:
-            call = step.call
-            rows = slice(call.queries[0] - step.span[0], call.queries[1] - step.span[0])
-            columns = slice(*call.keys) if step.task.loads else slice(None)
-            out, lse = kernel.forward(
-                query[:, :, rows],
-                keys[:, :, columns],
-                values[:, :, columns],
-                is_causal=call.kind is Kind.CAUSAL,
-                scale=scale,
-                bias=bias(call, plan.visible, query),
-            )
-            if total is None and call.queries == step.span:
-                total = out.to(lse.dtype), lse  # nothing to merge with yet
+            queries = step.call.tile.queries
+            rows = slice(queries[0] - step.span[0], queries[1] - step.span[0])
+            columns = slice(*step.call.keys) if step.task.loads else slice(None)
+            loaded = query[:, :, rows], keys[:, :, columns], values[:, :, columns]
+            tile = tile_inputs(step, *loaded, plan, inputs.biases)
+        if tile is not None:
+            out, lse = _kernel_of(tile, kernel).forward(tile)
+            if total is None and queries == step.span:
+                # nothing to merge with yet, and if it is the last, nothing to widen
+                total = out if step.closes else out.to(lse.dtype), lse
             else:
-                total = total or _nothing(query)
+                total = total or _no_keys(query, size)
                 merge_(total[0][:, :, rows], total[1][:, :, rows], out, lse)
             del out, lse
         if step.closes:
-            parts.append(total or _nothing(query))
+            total = total or _no_keys(query, size)
+            if inputs.sinks is not None and not plan.merges:
+                total = add_sinks_(*total, inputs, step.group, step.span, plan)
+            parts.append(total)
             total = None
         if step.ends:
-            yield (step.number, step.at), _taken(parts)
+            yield (step.number, step.at), _joined_parts(parts)
 
 
 def _gradients(
     steps: Iterable[tuple[Step, Sequence[Tensor]]],
-    own: int,
-    plan: Plan,
+    resident: int,
+    biases: tuple[TileBias, ...],
+    plan: ExecutionPlan,
     kernel: TileKernel,
-    scale: float,
-) -> Iterator[tuple[tuple[int, At], tuple[Tensor, ...]]]:
+) -> Iterator[tuple[tuple[int, Slices], tuple[Tensor, ...]]]:
     """Gradients of each unit: of its queries if four tensors stay loaded, else of its keys."""
-    of_rows = own == 4
+    of_rows = resident == 4
     parts: list[tuple[Tensor, ...]] = []
     for step, tensors in steps:
         if step.opens:
-            held, tensors = tensors[:own], tensors[own:]
-            wide = accumulator_dtype(held[0].dtype)
-            kept = held[1:2] if of_rows else held
-            totals = tuple(torch.zeros_like(x, dtype=wide) for x in kept)
+            loaded, tensors = tensors[:resident], tensors[resident:]
+            wide = accumulator_dtype(loaded[0].dtype)
+            sources = loaded[1:2] if of_rows else loaded
+            totals = tuple(torch.zeros_like(x, dtype=wide) for x in sources)
         if tensors:
             passing = tensors
         if step.call is not None:
-            call = step.call
-            local = call.queries if of_rows else call.keys
+            local = step.call.tile.queries if of_rows else step.call.keys
             inner = slice(local[0] - step.span[0], local[1] - step.span[0])
-            here = [x[:, :, inner] for x in held]
+            here = [x[:, :, inner] for x in loaded]
             rows, keys = (here, passing) if of_rows else (passing, here)
-            found = tile_gradients(kernel, rows, keys, step, plan, scale)
-            for i, part in enumerate(found[:1] if of_rows else found[1:]):
-                totals[i][:, :, inner] += part
-            del found, part  # or they would take memory beside the next
+            grads = tile_gradients(kernel, rows, keys, step, plan, biases)
+            if grads is not None:
+                for i, part in enumerate(grads[:1] if of_rows else grads[1:]):
+                    totals[i][:, :, inner] += part
+                del part
+            del grads  # or they would take memory beside the next
         if step.closes:
             parts.append(totals)
             del totals
         if step.ends:
-            yield (step.number, step.at), _taken(parts)
+            yield (step.number, step.at), _joined_parts(parts)
 
 
 def tile_gradients(
@@ -260,35 +339,87 @@ def tile_gradients(
     rows: Sequence[Tensor],
     keys: Sequence[Tensor],
     step: Step,
-    plan: Plan,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of a call in the gradients of query, key and value."""
-    assert step.call is not None
+    plan: ExecutionPlan,
+    biases: tuple[TileBias, ...],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Share of a call in the gradients of query, key and value; None if it sees nothing."""
     grad, query, out, lse = rows
-    key, value = keys
-    return kernel.backward(
-        grad.to(query.dtype), query, key, value, out.to(query.dtype), lse,
-        is_causal=step.call.kind is Kind.CAUSAL, scale=scale,
-        bias=bias(step.call, plan.visible, query),
-    )  # fmt: skip
+    tile = tile_inputs(step, query, *keys, plan, biases)
+    if tile is None:
+        return None
+    if tile.bias is not None:  # rows without keys take no part
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
+    return _kernel_of(tile, kernel).backward(
+        tile, grad.to(query.dtype), out.to(query.dtype), lse
+    )
 
 
-def _nothing(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over no keys. Shape: (B, H, M, D) -> (B, H, M, D), (B, H, M)."""
-    out = torch.empty_like(query, dtype=accumulator_dtype(query.dtype))
+def _no_keys(query: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Attention over no keys. Shape: (B, H, M, D) -> (B, H, M, E), (B, H, M)."""
+    out = query.new_empty((*query.shape[:-1], size), dtype=accumulator_dtype(query.dtype))
     lse = out.new_empty(out.shape[:-1])
     clear_(out, lse)
     return out, lse
 
 
-def _taken(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _joined_parts(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Join the parts of a unit along its tokens, and forget them."""
     joined = parts[0]
     if len(parts) > 1:
         joined = tuple(torch.cat(list(part), dim=2) for part in zip(*parts, strict=True))
     parts.clear()
     return joined
+
+
+def add_sinks_(
+    out: Tensor,
+    lse: Tensor,
+    inputs: AttentionInputs,
+    group: HeadGroup,
+    queries: Range,
+    plan: ExecutionPlan,
+) -> tuple[Tensor, Tensor]:
+    """Let each row see its sink too, a key without a value; in place where types allow it.
+
+    Args:
+        out: Attention over all keys. Shape: (B', H', M', E).
+        lse: Its log-sum-exp. Shape: (B', H', M').
+        inputs: With sinks.
+        group: Batch entries and heads.
+        queries: Rows.
+        plan: What is computed.
+
+    Returns:
+        Both, in the type of accumulators.
+
+    Source: inferred; the sinks are those of arXiv 2508.10925.
+    """
+    scores = sink_scores(inputs, group, queries, plan, lse)
+    weight = torch.sigmoid(lse - scores)
+    out = out.to(lse.dtype)
+    out.mul_(weight[..., None])
+    return out, torch.logaddexp(lse, scores, out=lse)
+
+
+def sink_scores(
+    inputs: AttentionInputs, group: HeadGroup, queries: Range, plan: ExecutionPlan, like: Tensor
+) -> Tensor:
+    """Scores of the sinks of some rows, shifted as theirs are. Shape: (B' or 1, H', M' or 1)."""
+    assert inputs.sinks is not None
+    batch = group.batch if len(inputs.sinks) > 1 else slice(None)
+    scores = inputs.sinks[batch, group.heads, None].to(like)
+    shift = shift_of(inputs, group, queries, plan, like)
+    return scores if shift is None else scores - shift
+
+
+def shift_of(
+    inputs: AttentionInputs, group: HeadGroup, queries: Range, plan: ExecutionPlan, like: Tensor
+) -> Tensor | None:
+    """What was subtracted from the scores of some rows; None if nothing was."""
+    if plan.spec.mask is None or not plan.spec.mask.needs_shift:
+        return None
+    where = group.batch, group.heads, queries
+    return row_shift(inputs.biases, *where, group.visible, like.dtype, like.device)
 
 
 def clear_(out: Tensor, lse: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -15,15 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
-from fulgurite.attention.planning import Schedule, parse_budget
+from fulgurite.attention.budget import parse_budget
+from fulgurite.attention.kernels import kernel_for
+from fulgurite.attention.planning import Schedule, check_schedule
 from fulgurite.errors import ConfigError
+from fulgurite.strategies.attention_census import take_census
 from fulgurite.strategies.offloading import saved_in_files
+from fulgurite.strategies.transformers_attention import TransformersAttention, unreachable_models
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -33,7 +39,7 @@ __all__ = ["StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
 _NAME = "stream_cqsa"
 
 Offload = Literal["none", "host", "disk"]
-Kernel = Literal["flash", "cudnn", "efficient", "eager"]
+Kernel = Literal["flash", "cudnn", "efficient", "math"]
 
 
 class _StreamsAttention(Strategy):
@@ -43,7 +49,9 @@ class _StreamsAttention(Strategy):
     intercept_sdpa: bool
     offload_activations: Offload
     offload_folder: Path | None
+    strict: bool
     _undo: list[Callable[[], None]]
+    _is_counted: bool
 
     def _prepare(
         self,
@@ -54,21 +62,24 @@ class _StreamsAttention(Strategy):
         offload_folder: str | Path | None,
         check_finite: bool,
         kernel: Kernel | None,
+        strict: bool,
         distributed: bool,
     ) -> None:
         """Keep the options.
 
         Raises:
-            ConfigError: The budget cannot be read.
+            ConfigError: The budget cannot be read, or there is no such schedule or kernel.
         """
         if isinstance(memory_budget, str) and memory_budget.replace(".", "", 1).isdigit():
             # the command line gives a number as text where text is allowed
             memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
         parse_budget(memory_budget, torch.device("cpu"))
+        check_schedule(schedule)
+        kernel_for(torch.device("cpu"), torch.float32, prefer=kernel)
         self.backend = Streamed(memory_budget, schedule, distributed, check_finite, kernel)
         self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
         self.offload_folder = None if offload_folder is None else Path(offload_folder)
-        self._undo = []
+        self.strict, self._undo, self._is_counted = strict, [], False
 
     def setup(self, trainer: Trainer) -> None:
         """Put the backend in place, after the model has moved."""
@@ -86,8 +97,10 @@ class _StreamsAttention(Strategy):
         for part in backend_slots(model):
             self._undo.append(_restoring(part, "attention_backend"))
             part.attention_backend = self.backend  # type: ignore[assignment]
-        self._install_in_transformers(model)
-        if self.intercept_sdpa:
+        if "transformers" in sys.modules:  # else no part of the model is from there
+            self._undo += TransformersAttention(self.backend, _NAME).install(model)
+        unreachable = unreachable_models(model)
+        if self.intercept_sdpa or unreachable:  # some of these call PyTorch's function
             context = ExitStack()
             context.enter_context(streamed_sdpa(self.backend))
             self._undo.append(context.close)
@@ -99,47 +112,6 @@ class _StreamsAttention(Strategy):
                 "set --trainer.strategy.init_args.intercept_sdpa=true if it calls "
                 "torch.nn.functional.scaled_dot_product_attention.",
             )
-
-    def _install_in_transformers(self, model: nn.Module) -> None:
-        if "transformers" not in sys.modules:  # then no part of the model is from there
-            return
-        from transformers import AttentionInterface, PreTrainedModel
-
-        found = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-        outermost = [part for part in found if not any(part in {*o.modules()} - {o} for o in found)]
-        if not outermost:
-            return
-        AttentionInterface.register(_NAME, self._transformers_attention)
-        for part in outermost:
-            before = part.config._attn_implementation
-
-            def undo(part: Any = part, before: str = before) -> None:
-                part.set_attn_implementation(before)
-
-            part.set_attn_implementation(_NAME)
-            self._undo.append(undo)
-
-    def _transformers_attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        is_causal: bool | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """What transformers calls. Shape: (B, H, N, D) -> (B, N, H, D)."""
-        _refuse(attention_mask, dropout)
-        if is_causal is None:
-            is_causal = bool(getattr(module, "is_causal", True)) and query.shape[2] > 1
-        out = self.backend(
-            query, key, value, is_causal=is_causal, scale=scaling, window=sliding_window
-        )
-        return out.transpose(1, 2).contiguous(), None
 
     # --- steps ---------------------------------------------------------------------------------
 
@@ -174,21 +146,56 @@ class _StreamsAttention(Strategy):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Refuse a step in which no attention was streamed.
+        """Refuse a step in which no attention was streamed, and name what of the first was not.
 
         Raises:
-            ConfigError: The backend was not called.
+            ConfigError: The backend was not called, or not always, and ``strict`` is set.
         """
         before = self.backend.calls
-        yield
+        assert self.lightning_module is not None
+        if self._is_counted:
+            yield
+        else:
+            with take_census(self.lightning_module, self.backend) as census:
+                yield
+            self._is_counted = True
+            if self.backend.calls > before:
+                self._report(census.unstreamed, self.backend.calls - before)
         if self.backend.calls == before:
+            names = unreachable_models(self.lightning_module)
+            own = f": {', '.join(names)} computes attention in its own code" if names else ""
             raise ConfigError(
-                f"The strategy {_NAME} streamed no attention in this step: the model computes it "
-                "in another way.",
+                f"The strategy {_NAME} streamed no attention in this step"
+                f"{own or ': the model computes it in another way'}.",
                 "Use another strategy, or set "
                 "--trainer.strategy.init_args.intercept_sdpa=true if the model calls "
                 "torch.nn.functional.scaled_dot_product_attention.",
             )
+
+    def _report(self, unstreamed: Counter[str], streamed: int) -> None:
+        """Say which modules compute attention outside the budget.
+
+        Raises:
+            ConfigError: Some do, and ``strict`` is set.
+        """
+        if not unstreamed:
+            return
+        missed = sum(unstreamed.values())
+        names = ", ".join(
+            f"{name or 'the model itself'} ({count})" for name, count in unstreamed.most_common(8)
+        )
+        more = f" and {len(unstreamed) - 8} more modules" if len(unstreamed) > 8 else ""
+        text = (
+            f"The strategy {_NAME} streamed {streamed} of {streamed + missed} calls of attention in "
+            f"this step; outside the memory budget are those of {names}{more}."
+        )
+        fix = (
+            "Set --trainer.strategy.init_args.intercept_sdpa=true if they call "
+            "torch.nn.functional.scaled_dot_product_attention, or give them an `attention_backend`."
+        )
+        if self.strict:
+            raise ConfigError(text, fix)
+        rank_zero_warn(f"{text} {fix}")
 
 
 class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
@@ -215,7 +222,8 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
             ``host`` ((pinned) host memory) or ``disk`` (files, for a CPU or a small host).
         offload_folder: Where the files are; the Trainer's ``default_root_dir`` by default.
         check_finite: Refuse queries, keys and values that are NaN or infinite, naming the first.
-        kernel: On a GPU, which kernel is tried first.
+        kernel: ``math`` for matrix products; on a GPU also which kernel is tried first.
+        strict: Refuse models whose attention is only partly streamed, instead of warning.
         accelerator: Set by the Trainer.
         checkpoint_io: Set by the Trainer.
         precision_plugin: Set by the Trainer.
@@ -236,6 +244,7 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         offload_folder: str | None = None,
         check_finite: bool = False,
         kernel: Kernel | None = None,
+        strict: bool = False,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
@@ -245,7 +254,7 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         )
         self._prepare(
             memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
-            check_finite, kernel, distributed=False,
+            check_finite, kernel, strict, distributed=False,
         )  # fmt: skip
         self._devices: list[torch.device] = []
 
@@ -283,6 +292,7 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         offload_folder: See :class:`StreamCQSAStrategy`.
         check_finite: See :class:`StreamCQSAStrategy`.
         kernel: See :class:`StreamCQSAStrategy`.
+        strict: See :class:`StreamCQSAStrategy`.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
 
     Raises:
@@ -302,12 +312,13 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         offload_folder: str | None = None,
         check_finite: bool = False,
         kernel: Kernel | None = None,
+        strict: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend)
         self._prepare(
             memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
-            check_finite, kernel, distributed=True,
+            check_finite, kernel, strict, distributed=True,
         )  # fmt: skip
 
     @property
@@ -319,25 +330,6 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
 def _restoring(module: nn.Module, name: str) -> Callable[[], None]:
     before = getattr(module, name)
     return lambda: setattr(module, name, before)
-
-
-def _refuse(mask: Tensor | None, dropout: float) -> None:
-    """Name what streamed attention cannot do.
-
-    Raises:
-        ConfigError: There is a dense mask or dropout.
-    """
-    if mask is not None:
-        raise ConfigError(
-            f"The model gives its attention a dense mask of shape {tuple(mask.shape)}, which would "
-            "not fit any budget.",
-            "Train on sequences without padding, so that the model needs no mask.",
-        )
-    if dropout:
-        raise ConfigError(
-            f"The model drops attention weights (p = {dropout}); streamed attention does not.",
-            "Set the attention dropout of the model to 0.",
-        )
 
 
 @contextmanager
@@ -369,16 +361,23 @@ def streamed_sdpa(backend: Streamed) -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        _refuse(attn_mask, dropout_p)
-        return backend(query, key, value, is_causal=is_causal, scale=scale)
+        if dropout_p:
+            raise ConfigError(
+                f"The model drops attention weights (p = {dropout_p}); streamed attention does "
+                "not.",
+                "Set the attention dropout of the model to 0.",
+            )
+        return backend(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     multi_head = F.multi_head_attention_forward
 
     @functools.wraps(multi_head)
     def without_weights(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        given = inspect.signature(multi_head).bind(*args, **kwargs)
-        given.arguments["need_weights"] = False
-        return multi_head(*given.args, **given.kwargs)
+        call = inspect.signature(multi_head).bind(*args, **kwargs)
+        call.arguments["need_weights"] = False
+        return multi_head(*call.args, **call.kwargs)
 
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

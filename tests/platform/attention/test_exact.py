@@ -14,13 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fulgurite.attention import plan, stream, stream_attention
-from fulgurite.attention import tiles as tiles_module
-from fulgurite.attention.kernels import AtenCpuFlash, Eager
+from fulgurite.attention import masking as masking_module
+from fulgurite.attention.cost_model import CostEstimate
+from fulgurite.attention.kernels import AtenCpuFlash, MathKernel, TileInputs
+from fulgurite.attention.masking import Kind, Visibility, tiles
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import Plan, Shape, make_plan
+from fulgurite.attention.planning import ExecutionPlan, make_plan
 from fulgurite.attention.schedules import cqs_tasks, rect_tasks, recursive_tasks
+from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamedAttention
-from fulgurite.attention.tiles import Kind, Visibility, tiles
 from fulgurite.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def narrow_bias(monkeypatch):
     """Masked tiles as narrow as the sequences of tests want them."""
-    monkeypatch.setattr(tiles_module, "MASKED_SIDE", 8)
+    monkeypatch.setattr(masking_module, "MASKED_SIDE", 8)
 
 
 def reference(query, key, value, visible, scale):
@@ -41,9 +43,21 @@ def reference(query, key, value, visible, scale):
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-def fixed_plan(shape, visible, schedule, tile=(0, 0), chunks=0, depth=1, step=None):
-    step = step or (shape.batch, shape.kv_heads)
-    return Plan(shape, visible, schedule, step, tile, chunks, 0, 0, 0, 0.0, 0.0, depth=depth)
+NO_COST = CostEstimate(0, 0, 0, 0.0, 0.0)
+
+
+def spec_of(batch, heads, kv_heads, size, dtype, visible, scale=1.0):
+    return AttentionSpec(batch, heads, kv_heads, size, size, dtype, (visible,), scale)
+
+
+def fixed_plan(spec, schedule, tile=(0, 0), chunks=0, depth=1, step=None):
+    step = step or (spec.batch, spec.kv_heads)
+    return ExecutionPlan(spec, schedule, step, tile, chunks, NO_COST, depth=depth)
+
+
+def run(plan, *tensors):
+    """Out and log-sum-exp of query, key and value."""
+    return StreamedAttention.apply(*tensors, None, None, plan)
 
 
 @st.composite
@@ -57,7 +71,7 @@ def visibilities(draw):
     if draw(st.booleans()):
         starts = draw(st.sets(st.integers(0, tokens - 1), max_size=3))
         options["documents"] = tuple(sorted({0, *starts}))
-    return Visibility(tokens, tokens, **options)
+    return Visibility.of(tokens, tokens, **options)
 
 
 def count(found, visible):
@@ -101,7 +115,7 @@ def test_schedules_compute_each_visible_pair_once(visible, data):
 def random_case(number):
     rng = random.Random(number)
     tokens, kv_heads = rng.randint(1, 200), rng.choice([1, 2])
-    shape = Shape(rng.choice([1, 2]), kv_heads * rng.choice([1, 2, 4]), kv_heads, 16, torch.float64)
+    sizes = rng.choice([1, 2]), kv_heads * rng.choice([1, 2, 4]), kv_heads, 16, torch.float64
     options = {"is_causal": rng.random() < 0.6}
     if rng.random() < 0.25:
         options["window"] = rng.randint(1, tokens + 3)
@@ -110,28 +124,28 @@ def random_case(number):
     if rng.random() < 0.25:
         starts = rng.sample(range(tokens), rng.randint(0, min(3, tokens - 1)))
         options["documents"] = tuple(sorted({0, *starts}))
-    visible = Visibility(tokens, tokens, **options)
+    visible = Visibility.of(tokens, tokens, **options)
+    spec = spec_of(*sizes, visible, rng.choice([0.3, 3.0]) / 4)
     kind = number % 4
     if kind == 0:
-        return fixed_plan(shape, visible, "rect", (rng.choice([16, 33, 64]), 16)), rng
+        return fixed_plan(spec, "rect", (rng.choice([16, 33, 64]), 16))
     if kind == 1:
-        return fixed_plan(shape, visible, "cqs", chunks=rng.choice([3, 7, 8, 13, 21, 31, 43])), rng
+        return fixed_plan(spec, "cqs", chunks=rng.choice([3, 7, 8, 13, 21, 31, 43]))
     if kind == 2:
-        return fixed_plan(shape, visible, "cqs", chunks=3, depth=rng.choice([2, 3])), rng
-    return fixed_plan(shape, visible, "heads", (tokens, tokens), step=(1, 1)), rng
+        return fixed_plan(spec, "cqs", chunks=3, depth=rng.choice([2, 3]))
+    return fixed_plan(spec, "heads", (tokens, tokens), step=(1, 1))
 
 
 @pytest.mark.parametrize("number", range(60))
 def test_float64_is_exact_forward_and_backward(number):
-    chosen, rng = random_case(number)
-    shape, tokens = chosen.shape, chosen.visible.queries
+    chosen = random_case(number)
+    shape, tokens = chosen.spec, chosen.spec.queries
     generator = torch.Generator().manual_seed(number)
     make = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
     query = torch.randn(shape.batch, shape.heads, tokens, 16, **make)
     key, value = (torch.randn(shape.batch, shape.kv_heads, tokens, 16, **make) for _ in "kv")
-    scale = rng.choice([0.3, 3.0]) / 4
-    out, lse = StreamedAttention.apply(query, key, value, chosen, scale)
-    expected, expected_lse = reference(query, key, value, chosen.visible, scale)
+    out, lse = run(chosen, query, key, value)
+    expected, expected_lse = reference(query, key, value, shape.visible[0], shape.scale)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
@@ -143,15 +157,14 @@ def test_float64_is_exact_forward_and_backward(number):
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("rect", 0), ("cqs", 7), ("cqs", 10)])
 def test_gradcheck(schedule, chunks):
-    shape = Shape(1, 2, 1, 4, torch.float64)
-    chosen = fixed_plan(
-        shape, Visibility(17, 17, is_causal=True, window=9), schedule, (8, 4), chunks
-    )
+    visible = Visibility.of(17, 17, is_causal=True, window=9)
+    spec = spec_of(1, 2, 1, 4, torch.float64, visible, 0.5)
+    chosen = fixed_plan(spec, schedule, (8, 4), chunks)
     make = {"dtype": torch.float64, "requires_grad": True}
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 17, 4, **make) for heads in (2, 1, 1)]
     assert torch.autograd.gradcheck(
-        lambda *x: StreamedAttention.apply(*x, chosen, 0.5)[0], inputs, nondet_tol=0
+        lambda *x: run(chosen, *x)[0], inputs, nondet_tol=0
     )
 
 
@@ -210,14 +223,14 @@ class Auditor(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.pairs = self.keys = self.calls = 0
+        self.pairs = self.largest = self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "flash_attention_for_cpu" in str(func) and "backward" not in str(func):
             rows, keys = args[0].shape[-2], args[1].shape[-2]
             causal = len(args) > 4 and args[4]
             self.pairs += rows * (rows + 1) // 2 if causal else rows * keys
-            self.keys = max(self.keys, keys)
+            self.largest = max(self.largest, rows * keys)
             self.calls += 1
         assert "_attention_math" not in str(func)
         return func(*args, **(kwargs or {}))
@@ -234,7 +247,7 @@ def test_no_pair_is_computed_twice_and_no_call_is_whole(schedule, causal):
     with Auditor() as audit:
         stream_attention(query, query, query, **options)
     assert audit.pairs == (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
-    assert audit.keys < tokens
+    assert audit.largest < tokens * tokens // 4
     assert audit.calls > 4
 
 
@@ -244,7 +257,8 @@ def test_a_task_reads_only_its_quorum(chunks):
     tokens = 100
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 1, tokens, 8, dtype=torch.float64) for _ in range(3))
-    shape, visible = Shape(1, 1, 1, 8, torch.float64), Visibility(tokens, tokens)
+    visible = Visibility.of(tokens, tokens)
+    spec = spec_of(1, 1, 1, 8, torch.float64, visible, 0.3)
     out = torch.zeros_like(query)
     lse = torch.full((1, 1, tokens), -math.inf, dtype=torch.float64)
     for task in cqs_tasks(visible, chunks):
@@ -253,12 +267,12 @@ def test_a_task_reads_only_its_quorum(chunks):
             inside[slice(*tokens_range)] = True
         poisoned = [x.masked_fill(~inside[:, None], math.nan) for x in (query, key, value)]
 
-        class One(Plan):
-            def tasks(self, task=task):
+        class One(ExecutionPlan):
+            def tasks(self, visible, task=task):
                 return [task]
 
-        chosen = One(**fixed_plan(shape, visible, "cqs", chunks=chunks).__dict__)
-        part, part_lse = StreamedAttention.apply(*poisoned, chosen, 0.3)
+        chosen = One(**fixed_plan(spec, "cqs", chunks=chunks).__dict__)
+        part, part_lse = run(chosen, *poisoned)
         assert part.isfinite().all()
         merge_(out, lse, part, part_lse)
     expected, expected_lse = reference(query, key, value, visible, 0.3)
@@ -274,16 +288,17 @@ def test_large_scores_do_not_overflow(schedule):
         query, key, value, memory_budget="200KiB", schedule=schedule, return_lse=True
     )
     assert lse.max() > 100
-    exact = reference(query.double(), key.double(), value.double(), Visibility(512, 512), 1 / 8)[0]
+    everything = Visibility.of(512, 512)
+    exact = reference(query.double(), key.double(), value.double(), everything, 1 / 8)[0]
     assert (out - exact).norm() / exact.norm() <= 1e-4
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_fewer_tokens_than_chunks(tokens):
     query = torch.randn(1, 1, tokens, 8, dtype=torch.float64)
-    visible = Visibility(tokens, tokens, is_causal=True)
-    chosen = fixed_plan(Shape(1, 1, 1, 8, torch.float64), visible, "cqs", chunks=13)
-    out, _ = StreamedAttention.apply(query, query, query, chosen, 1.0)
+    visible = Visibility.of(tokens, tokens, is_causal=True)
+    chosen = fixed_plan(spec_of(1, 1, 1, 8, torch.float64, visible), "cqs", chunks=13)
+    out, _ = run(chosen, query, query, query)
     torch.testing.assert_close(out, reference(query, query, query, visible, 1.0)[0])
 
 
@@ -314,16 +329,13 @@ def test_both_kernels_agree(dtype, is_causal):
     bias[..., 3, :] = bias[..., 5, 4:] = -math.inf
     tolerance = {"rtol": 0, "atol": {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 5e-2)}
     for mask in (None,) if is_causal else (None, bias):
-        options = {"is_causal": is_causal, "scale": 0.4, "bias": mask}
-        (out, lse), (out2, lse2) = (
-            k.forward(query, key, value, **options) for k in (AtenCpuFlash(), Eager())
-        )
+        tile = TileInputs(query, key, value, 0.4, is_causal, mask)
+        (out, lse), (out2, lse2) = (k.forward(tile) for k in (AtenCpuFlash(), MathKernel()))
         torch.testing.assert_close(out, out2, **tolerance)
         torch.testing.assert_close(lse, lse2, **tolerance)
         safe = lse.masked_fill(lse == -math.inf, math.inf)
         first, second = (
-            k.backward(grad, query, key, value, out, safe, **options)
-            for k in (AtenCpuFlash(), Eager())
+            k.backward(tile, grad, out, safe) for k in (AtenCpuFlash(), MathKernel())
         )
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, **tolerance)
@@ -390,13 +402,13 @@ def test_a_device_out_of_memory_gets_smaller_tiles(monkeypatch):
     for name in largest:
         original = getattr(AtenCpuFlash, name)
 
-        def limited(self, *tensors, name=name, original=original, **options):
-            if tensors[-1 if name == "forward" else -3].shape[2] > largest[name]:
+        def limited(self, tile, *tensors, name=name, original=original):
+            if tile.value.shape[2] > largest[name]:
                 raise torch.OutOfMemoryError
-            return original(self, *tensors, **options)
+            return original(self, tile, *tensors)
 
         monkeypatch.setattr(AtenCpuFlash, name, limited)
-    going_on = "ran out of memory; going on with rect"
+    going_on = "ran out of memory; going on with whole in tiles 1/2"
     with pytest.warns(UserWarning, match=going_on):
         out = stream_attention(*inputs, is_causal=True)
     with pytest.warns(UserWarning, match=going_on):
@@ -412,16 +424,17 @@ def test_a_device_out_of_memory_gets_smaller_tiles(monkeypatch):
 @pytest.mark.parametrize("schedule", ["auto", "heads", "rect", "cqs"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_plans_fit_their_budget(schedule, backward):
-    shape, visible = Shape(2, 8, 2, 64, torch.float32), Visibility(8192, 8192, is_causal=True)
+    visible = Visibility.of(8192, 8192, is_causal=True)
+    spec = spec_of(2, 8, 2, 64, torch.float32, visible)
     for budget in (2**27, 2**25, 2**23):
         try:
-            chosen = make_plan(shape, visible, budget, schedule, backward=backward)
+            chosen = make_plan(spec, budget, schedule, backward=backward)
         except ConfigError:
             assert schedule == "heads"
             continue
         assert chosen.peak_bytes <= budget
         assert schedule in (chosen.schedule, "auto")
-    assert make_plan(shape, visible, None, "auto").schedule == "whole"
+    assert make_plan(spec, None, "auto").schedule == "whole"
 
 
 def test_a_plan_explains_itself():
@@ -447,7 +460,15 @@ def test_a_plan_explains_itself():
         ({"memory_budget": -5}, "-5 cannot be read"),
         ({"memory_budget": "much"}, "'much' cannot be read"),
         ({"memory_budget": 100}, r"too small .* smallest that works is \d+ bytes"),
-        ({"attn_mask": torch.zeros(8, 8)}, "takes no attn_mask"),
+        ({"schedule": "rectangle"}, "no schedule 'rectangle'. Use one of auto, whole"),
+        ({"kernel": "cuddn"}, "no attention kernel 'cuddn'"),
+        ({"device": "cuda"}, "asks for a GPU"),
+        ({"device": "gpu"}, "is no device"),
+        ({"softcap": 0.0}, "softcap=0.0 caps nothing"),
+        ({"scale": math.inf}, "scale=inf gives no scores"),
+        ({"query_offset": "left"}, "query_offset='left' is no position"),
+        ({"chunk": 0}, "chunk of 0"),
+        ({"starts": [1]}, "starts says where"),
         ({"dropout_p": 0.1}, "no dropout"),
         ({"window": 0}, "window of 0"),
         ({"prefix": 3}, "prefix of 3"),
@@ -466,14 +487,17 @@ def test_bad_options_are_one_clear_error(options, message):
         (torch.randn(1, 1, 8, 8).half(), torch.randn(1, 1, 8, 8), "dtypes differ"),
         (torch.randn(1, 1, 8, 8, device="meta"), torch.randn(1, 1, 8, 8), "devices differ"),
         (torch.randn(1, 1, 8, 8), torch.randn(1, 1, 9, 8), "value is"),
-        (torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), "one batch"),
+        (torch.randn(3, 1, 8, 8), torch.randn(2, 1, 8, 8), "one batch"),
+        (torch.randn(8), torch.randn(8), "too few axes"),
+        (torch.randn(1, 4, 8, 8), torch.randn(1, 2, 8, 8), "key has 4 heads and value has 2"),
+        (torch.randn(1, 1, 8, 8).numpy(), torch.randn(1, 1, 8, 8), "key is of type ndarray"),
         (torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), "head size"),
-        (torch.randn(1, 2, 8, 8), torch.randn(1, 2, 8, 8), "key/value heads"),
+        (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8), "key/value heads"),
     ],
 )
 def test_tensors_that_do_not_fit_are_one_clear_error(key, value, message):
     with pytest.raises(DataError, match=message):
-        stream_attention(torch.randn(1, 1, 8, 8), key, value)
+        stream_attention(torch.randn(1, 2, 8, 8), key, value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -522,7 +546,7 @@ def test_tensors_alive_at_once_fit_the_budget(schedule, budget, dtype, passes, w
     with LiveBytes(*inputs, grad, out, lse) as backward:
         grads = torch.autograd.grad(out, inputs, grad)
     (chosen,) = set(plans)
-    assert chosen.passes == passes
+    assert chosen.gradient.passes == passes
     assert forward.peak - out.nbytes - lse.nbytes <= chosen.peak_bytes <= budget
     assert backward.peak - sum(x.nbytes for x in grads) <= chosen.peak_bytes
 

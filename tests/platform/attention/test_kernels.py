@@ -17,10 +17,16 @@ from fulgurite.attention.cuda_kernels import (
     AtenCudaEfficient,
     AtenCudaFlash,
     AtenCudnn,
-    Chosen,
+    CheckedKernels,
     cuda_kernel,
 )
-from fulgurite.attention.kernels import AtenCpuFlash, Eager, accumulator_dtype, kernel_for
+from fulgurite.attention.kernels import (
+    AtenCpuFlash,
+    MathKernel,
+    TileInputs,
+    accumulator_dtype,
+    kernel_for,
+)
 from fulgurite.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -81,10 +87,12 @@ def test_operators_take_what_they_are_given(kernel, dtype, sizes, kind):
     with FakeTensorMode():
         query, key, value, grad, bias = tile(sizes, dtype, kind, CUDA)
         assert query.device.type == "cuda"
-        assert kernel().takes(query, key, is_causal=kind == "causal", biased=kind == "bias")
+        assert kernel().takes(
+            TileInputs(query, key, value, 0.3, kind == "causal", bias)
+        )
         options = {"is_causal": kind == "causal", "scale": 0.3, "bias": bias}
-        out, lse = kernel().forward(query, key, value, **options)
-        grads = kernel().backward(grad, query, key, value, out, lse, **options)
+        out, lse = kernel().forward(TileInputs(query, key, value, **options))
+        grads = kernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
     for result, like in zip((out, *grads), (query, query, key, value), strict=True):
         assert (result.shape, result.dtype, result.device) == (like.shape, dtype, query.device)
     assert (lse.shape, lse.dtype) == (query.shape[:-1], torch.float32)
@@ -105,7 +113,7 @@ def refuse_types(dtypes, *tensors):
 
 
 def exact(query, key, value, is_causal, scale, bias):
-    """Eager in float32 on the same numbers."""
+    """MathKernel in float32 on the same numbers."""
     bias = None if bias is None else bias.float()
     options = {"is_causal": is_causal, "scale": scale, "bias": bias}
     return tuple(x.float() for x in (query, key, value)), options
@@ -129,7 +137,7 @@ class Operators:
         assert query.shape[-1] <= 256
         assert not is_causal or query.shape[2] == key.shape[2]  # another corner than ours
         inputs, options = exact(query, key, value, is_causal, scale, None)
-        out, lse = Eager().forward(*inputs, **options)
+        out, lse = MathKernel().forward(TileInputs(*inputs, **options))
         return out.to(query.dtype), lse, None, None, 0, 0, None, None, None
 
     def flash_backward(
@@ -145,7 +153,9 @@ class Operators:
         heads, rows = lse.shape[1:]  # its strides are not looked at
         lse = lse.as_strided(lse.shape, (heads * rows, rows, 1))
         inputs, options = exact(query, key, value, is_causal, scale, None)
-        grads = Eager().backward(grad.float(), *inputs, out.float(), lse, **options)
+        grads = MathKernel().backward(
+            TileInputs(*inputs, **options), grad.float(), out.float(), lse
+        )
         return tuple(x.to(query.dtype) for x in grads)
 
     def efficient(
@@ -155,7 +165,7 @@ class Operators:
         self._check_efficient(query, key, value, bias)
         assert compute_lse
         inputs, options = exact(query, key, value, is_causal, scale, bias)
-        out, lse = Eager().forward(*inputs, **options)
+        out, lse = MathKernel().forward(TileInputs(*inputs, **options))
         empty = lse == -math.inf
         out, lse = out.masked_fill(empty[..., None], math.nan), lse.masked_fill(empty, 0.0)
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -179,7 +189,9 @@ class Operators:
         # its strides are taken from the sizes
         out = out.as_strided(out.shape, (out.stride(0), out.stride(1), heads * size, 1))
         inputs, options = exact(query, key, value, is_causal, scale, bias)
-        grads = Eager().backward(grad.float(), *inputs, out.float(), lse[..., :rows], **options)
+        grads = MathKernel().backward(
+            TileInputs(*inputs, **options), grad.float(), out.float(), lse[..., :rows]
+        )
         return *(
             x.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in grads
         ), None
@@ -205,7 +217,7 @@ class Operators:
         self._check_cudnn(query, key, value, bias)
         assert compute_lse
         inputs, options = exact(query, key, value, is_causal, scale, bias)
-        out, lse = Eager().forward(*inputs, **options)
+        out, lse = MathKernel().forward(TileInputs(*inputs, **options))
         empty = lse == -math.inf
         out, lse = out.masked_fill(empty[..., None], math.nan), lse.masked_fill(empty, math.nan)
         return out.to(query.dtype), lse[..., None], None, None, 0, 0, None, None, None
@@ -224,7 +236,9 @@ class Operators:
         assert seed.device == offset.device == query.device  # made 64 bit on some devices
         lse = lse[..., 0].masked_fill(lse[..., 0] == math.inf, math.nan)
         inputs, options = exact(query, key, value, is_causal, scale, bias)
-        grads = Eager().backward(grad.float(), *inputs, out.float(), lse, **options)
+        grads = MathKernel().backward(
+            TileInputs(*inputs, **options), grad.float(), out.float(), lse
+        )
         return tuple(x.to(query.dtype) for x in grads)
 
     def _check_cudnn(self, query, key, value, bias):
@@ -251,13 +265,13 @@ def operators(monkeypatch):
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "sizes", "kind"), [*cases()])
-def test_kernels_give_what_eager_gives(operators, kernel, dtype, sizes, kind):
+def test_kernels_give_what_matrix_products_give(operators, kernel, dtype, sizes, kind):
     torch.manual_seed(0)
     query, key, value, grad, bias = tile(sizes, dtype, kind)
     options = {"is_causal": kind == "causal", "scale": 0.4, "bias": bias}
     close = functools.partial(torch.testing.assert_close, rtol=0, atol=TOLERANCE[dtype])
-    out, lse = kernel().forward(query, key, value, **options)
-    expected = Eager().forward(query, key, value, **options)
+    out, lse = kernel().forward(TileInputs(query, key, value, **options))
+    expected = MathKernel().forward(TileInputs(query, key, value, **options))
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
     close(out, expected[0])
@@ -269,8 +283,8 @@ def test_kernels_give_what_eager_gives(operators, kernel, dtype, sizes, kind):
     lse = (lse + 0.5).masked_fill(lse == -math.inf, math.inf)
     lse = F.pad(lse, (2, 3), value=7.0).narrow(-1, 2, query.shape[2])
     out = F.pad(out, (0, 0, 2, 3), value=7.0).narrow(2, 2, query.shape[2])
-    grads = kernel().backward(grad, query, key, value, out, lse, **options)
-    expected = Eager().backward(grad, query, key, value, out, lse, **options)
+    grads = kernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
+    expected = MathKernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
     for got, right, like in zip(grads, expected, (query, key, value), strict=True):
         assert got.dtype == dtype
         assert got.shape == like.shape
@@ -296,13 +310,13 @@ def test_any_memory_layout_will_do(operators, kernel):
         bias = torch.zeros(1, 1, 40, 45)[..., 5:].masked_fill(torch.rand(40, 40) > 0.8, -math.inf)
     options = {"is_causal": False, "scale": 0.3, "bias": bias}
     for tensor in layouts.values():
-        out, lse = kernel().forward(tensor, tensor, tensor, **options)
-        expected, expected_lse = Eager().forward(tensor, tensor, tensor, **options)
+        out, lse = kernel().forward(TileInputs(tensor, tensor, tensor, **options))
+        expected, expected_lse = MathKernel().forward(TileInputs(tensor, tensor, tensor, **options))
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)
         torch.testing.assert_close(lse, expected_lse)
-        tensors = (tensor, tensor, tensor, tensor, tensor, expected_lse)
-        grads = kernel().backward(*tensors, **options)
-        for got, right in zip(grads, Eager().backward(*tensors, **options), strict=True):
+        inputs = TileInputs(tensor, tensor, tensor, **options), tensor, tensor, expected_lse
+        grads = kernel().backward(*inputs)
+        for got, right in zip(grads, MathKernel().backward(*inputs), strict=True):
             torch.testing.assert_close(got, right, rtol=0, atol=2e-3 * float(right.abs().max()))
 
 
@@ -310,7 +324,10 @@ def test_what_needs_no_copy_is_not_copied():
     plain = torch.zeros(2, 4, 40, 16, dtype=torch.float16)
     assert cuda_kernels._aligned(plain[:, 1:3, 7:20]).data_ptr() == plain[:, 1:3, 7:20].data_ptr()
     bias = torch.zeros(1, 1, 40, 24, dtype=torch.float16)
-    taken = AtenCudnn()._tile(plain, plain, plain, bias[..., :21], False, 1.0)
+    plain_21 = plain[:, :, :21]
+    taken = AtenCudnn()._aligned_tile(
+        TileInputs(plain, plain_21, plain_21, 1.0, False, bias[..., :21])
+    )
     assert taken.key.data_ptr() == taken.value.data_ptr() == plain.data_ptr()
     assert taken.bias.data_ptr() == bias.data_ptr()
 
@@ -319,11 +336,11 @@ def test_each_tile_gets_a_kernel_that_takes_it(operators):
     def kernels(dtype, sizes, prefer=None, kinds=("full", "causal", "bias")):
         chosen = kernel_for(CUDA, dtype, prefer=prefer)
         for kind in kinds:
-            query, key, *_ = tile(sizes, dtype, kind)
+            query, key, value, _, bias = tile(sizes, dtype, kind)
+            inputs = TileInputs(query, key, value, 0.3, kind == "causal", bias)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                found = chosen.kernel(query, key, is_causal=kind == "causal", biased=kind == "bias")
-            yield type(found)
+                yield type(chosen.kernel(inputs))
 
     flash, cudnn, efficient = AtenCudaFlash, AtenCudnn, AtenCudaEfficient
     sizes, long = SIZES[1], (1, 2, 1, 9, 9, 136)
@@ -335,24 +352,24 @@ def test_each_tile_gets_a_kernel_that_takes_it(operators):
         assert list(kernels(dtype, long, "cudnn")) == [flash, flash, efficient]
         assert list(kernels(dtype, (1, 1, 1, 9, 9, 264))) == [efficient] * 3
         query, key = torch.zeros(1, 1, 9, 8, dtype=dtype), torch.zeros(1, 1, 12, 8, dtype=dtype)
-        assert not flash().takes(query, key, is_causal=True, biased=False)
+        assert not flash().takes(TileInputs(query, key, key, 0.3, True))
     assert list(kernels(torch.float32, sizes)) == [efficient] * 3
     assert list(kernels(torch.float32, sizes, "flash")) == [efficient] * 3
-    assert isinstance(kernel_for(CUDA, torch.float64), Eager)
-    assert isinstance(kernel_for(CUDA, torch.bfloat16, prefer="eager"), Eager)
-    assert isinstance(kernel_for(torch.device("meta"), torch.float32), Eager)
+    assert isinstance(kernel_for(CUDA, torch.float64), MathKernel)
+    assert isinstance(kernel_for(CUDA, torch.bfloat16, prefer="math"), MathKernel)
+    assert isinstance(kernel_for(torch.device("meta"), torch.float32), MathKernel)
     with pytest.raises(ConfigError, match="no attention kernel 'cuddn'"):
         kernel_for(CUDA, torch.bfloat16, prefer="cuddn")
     with pytest.raises(ConfigError, match=r"does not do torch\.int64"):
         kernel_for(CUDA, torch.int64)
     query, key, value, _, bias = tile(sizes, torch.float16, "bias")
     with pytest.raises(ConfigError, match="no bias"):
-        flash().forward(query, key, value, is_causal=False, scale=1.0, bias=bias)
+        flash().forward(TileInputs(query, key, value, 1.0, False, bias))
 
 
 def test_cudnn_is_not_used_where_order_must_be_fixed(operators):
-    query, key, *_ = tile(SIZES[1], torch.float16, "full")
-    asked = functools.partial(AtenCudnn().takes, query, key, is_causal=False, biased=False)
+    query, key, value, *_ = tile(SIZES[1], torch.float16, "full")
+    asked = functools.partial(AtenCudnn().takes, TileInputs(query, key, value, 0.3))
     assert asked()
     for warn_only in (True, False):
         torch.use_deterministic_algorithms(True, warn_only=warn_only)
@@ -368,93 +385,93 @@ def test_cpu_has_its_own_kernel():
         assert isinstance(kernel_for(CPU, dtype, prefer="cudnn"), AtenCpuFlash)
 
 
-class Right(Eager):
+class Right(MathKernel):
     """Takes everything."""
 
     def __init__(self):
         self.forwards = 0
 
-    def takes(self, query, key, *, is_causal, biased):
+    def takes(self, tile):
         return True
 
-    def forward(self, *tensors, **options):
+    def forward(self, tile):
         self.forwards += 1
-        return super().forward(*tensors, **options)
+        return super().forward(tile)
 
 
 class Raising(Right):
-    def forward(self, *tensors, **options):
+    def forward(self, tile):
         raise NotImplementedError("No such kernel on this device.\nMore about it.")
 
 
 class RaisingBackward(Right):
-    def backward(self, *tensors, **options):
+    def backward(self, tile, *rows):
         raise RuntimeError("no engine")
 
 
 class WrongOut(Right):
-    def forward(self, *tensors, **options):
-        out, lse = super().forward(*tensors, **options)
+    def forward(self, tile):
+        out, lse = super().forward(tile)
         out[0, -1, -1, -1] += 0.5  # one number
         return out, lse
 
 
 class WrongLse(Right):
-    def forward(self, *tensors, **options):
-        out, lse = super().forward(*tensors, **options)
+    def forward(self, tile):
+        out, lse = super().forward(tile)
         return out, lse / math.log(2)
 
 
 class WrongEmptyRows(Right):
-    def forward(self, *tensors, **options):
-        out, lse = super().forward(*tensors, **options)
+    def forward(self, tile):
+        out, lse = super().forward(tile)
         return out, lse.nan_to_num(neginf=0.0)
 
 
 class WrongShape(Right):
-    def forward(self, *tensors, **options):
-        out, lse = super().forward(*tensors, **options)
+    def forward(self, tile):
+        out, lse = super().forward(tile)
         return out, lse[..., None]
 
 
 class WrongBackward(Right):
-    def backward(self, *tensors, **options):
-        dquery, dkey, dvalue = super().backward(*tensors, **options)
+    def backward(self, tile, *rows):
+        dquery, dkey, dvalue = super().backward(tile, *rows)
         return dquery, dkey * 1.1, dvalue
 
 
 class WrongCausal(Right):
-    def forward(self, *tensors, is_causal, **options):
-        return super().forward(*tensors, is_causal=False, **options)
+    def forward(self, tile):
+        return super().forward(tile._replace(is_causal=False))
 
 
 class Nan(Right):
-    def backward(self, *tensors, **options):
-        dquery, dkey, dvalue = super().backward(*tensors, **options)
+    def backward(self, tile, *rows):
+        dquery, dkey, dvalue = super().backward(tile, *rows)
         return dquery, dkey, dvalue * math.nan
 
 
 class OwnLse(Right):
     """Takes the tile's own log-sum-exp for the one over all keys."""
 
-    def backward(self, grad, query, key, value, out, lse, **options):
-        _, own = Eager().forward(query, key, value, **options)
-        return super().backward(grad, query, key, value, out, own, **options)
+    def backward(self, tile, grad, out, lse):
+        _, own = MathKernel().forward(tile)
+        return super().backward(tile, grad, out, own)
 
 
 class OwnOut(Right):
     """Takes the tile's own out for the one over all keys."""
 
-    def backward(self, grad, query, key, value, out, lse, **options):
-        own, _ = Eager().forward(query, key, value, **options)
-        return super().backward(grad, query, key, value, own, lse, **options)
+    def backward(self, tile, grad, out, lse):
+        own, _ = MathKernel().forward(tile)
+        return super().backward(tile, grad, own, lse)
 
 
 def chosen_from(monkeypatch, *kernels):
     """Chooses from other kernels."""
     named = {f"kernel{i}": kernel for i, kernel in enumerate(kernels)}
     monkeypatch.setattr(cuda_kernels, "_KERNELS", named)
-    return Chosen(tuple(named))
+    return CheckedKernels(tuple(named))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -484,22 +501,22 @@ def test_a_wrong_kernel_is_named_and_not_used(monkeypatch, dtype, wrong, kind, w
     under = " under a bias" if kind == "bias" else ""
     message = f"The kernel0 kernel is not used for attention{under} in {str(dtype)[6:]} "
     with pytest.warns(UserWarning, match=message + f"with head size 20 on cpu: {why}"):
-        out, lse = chosen.forward(query, key, value, **options)
-    assert chosen.kernel(query, key, is_causal=False, biased=bias is not None) is right
+        out, lse = chosen.forward(TileInputs(query, key, value, **options))
+    assert chosen.kernel(TileInputs(query, key, value, **options)) is right
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        grads = chosen.backward(grad, query, key, value, out, lse, **options)
-    expected = Eager().forward(query, key, value, **options)
+        grads = chosen.backward(TileInputs(query, key, value, **options), grad, out, lse)
+    expected = MathKernel().forward(TileInputs(query, key, value, **options))
     torch.testing.assert_close((out, lse), expected, rtol=0, atol=0)
-    expected = Eager().backward(grad, query, key, value, out, lse, **options)
+    expected = MathKernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
     torch.testing.assert_close(grads, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_without_a_right_kernel_eager_computes(monkeypatch):
+def test_without_a_right_kernel_matrix_products_compute(monkeypatch):
     chosen = chosen_from(monkeypatch, Raising(), WrongBackward())
-    query, key, *_ = tile(SIZES[1], torch.float16, "full")
+    query, key, value, *_ = tile(SIZES[1], torch.float16, "full")
     with pytest.warns(UserWarning, match="is not used") as warned:
-        assert isinstance(chosen.kernel(query, key, is_causal=False, biased=False), Eager)
+        assert isinstance(chosen.kernel(TileInputs(query, key, value, 0.3)), MathKernel)
     names = [str(warning.message).split()[1] for warning in warned]
     assert names == ["kernel0", "kernel1"]
 
@@ -509,29 +526,30 @@ def test_kernels_are_compared_once_for_each_type_and_head_size(monkeypatch):
     chosen = chosen_from(monkeypatch, right)
     compared = []
     for size, dtype in ((20, HALF[0]), (20, HALF[0]), (24, HALF[0]), (20, HALF[1])):
-        query, key, *_ = tile((*SIZES[1][:5], size), dtype, "full")
+        query, key, value, *_ = tile((*SIZES[1][:5], size), dtype, "full")
         before = right.forwards
-        chosen.kernel(query, key, is_causal=False, biased=False)
+        chosen.kernel(TileInputs(query, key, value, 0.3))
         compared.append(right.forwards - before)
     assert compared == [2, 0, 2, 2]  # full and causal
-    chosen.kernel(query, key, is_causal=False, biased=True)
+    bias = torch.zeros(1, 1, 1, key.shape[2], dtype=key.dtype)
+    chosen.kernel(TileInputs(query, key, value, 0.3, False, bias))
     assert right.forwards == sum(compared) + 1
 
 
 def test_memory_that_runs_out_says_nothing_about_a_kernel(monkeypatch):
     class Full(Right):
-        def forward(self, *tensors, **options):
+        def forward(self, tile):
             if self.forwards == 0:
                 self.forwards = 1
                 raise torch.OutOfMemoryError
-            return super().forward(*tensors, **options)
+            return super().forward(tile)
 
     kernel = Full()
     chosen = chosen_from(monkeypatch, kernel)
-    query, key, *_ = tile(SIZES[1], torch.float16, "full")
+    query, key, value, *_ = tile(SIZES[1], torch.float16, "full")
     with pytest.raises(torch.OutOfMemoryError):
-        chosen.kernel(query, key, is_causal=False, biased=False)
-    assert chosen.kernel(query, key, is_causal=False, biased=False) is kernel
+        chosen.kernel(TileInputs(query, key, value, 0.3))
+    assert chosen.kernel(TileInputs(query, key, value, 0.3)) is kernel
 
 
 def test_kernels_are_compared_apart_from_what_goes_on(monkeypatch):
@@ -546,37 +564,38 @@ def test_kernels_are_compared_apart_from_what_goes_on(monkeypatch):
 
     right = Right()
     chosen = chosen_from(monkeypatch, right)
-    query, key, *_ = tile(SIZES[1], torch.float32, "full")
-    ask = functools.partial(chosen.kernel, is_causal=False, biased=False)
+    query, key, value, *_ = tile(SIZES[1], torch.float32, "full")
+    ask = functools.partial(chosen.kernel, TileInputs(query, key, value, 0.3))
     state = torch.get_rng_state()
     counter = Counter()
     for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), counter):
         cuda_kernels._compared.cache_clear()
         with mode:
-            assert ask(query, key) is right
+            assert ask() is right
     assert counter.count == 0
     cuda_kernels._compared.cache_clear()
     with FakeTensorMode() as fake:
-        assert ask(fake.from_tensor(query), fake.from_tensor(key)) is right
+        inputs = (fake.from_tensor(x) for x in (query, key, value))
+        assert chosen.kernel(TileInputs(*inputs, 0.3)) is right
     cuda_kernels._compared.cache_clear()
     found = []
     weight = torch.ones(3, requires_grad=True)
     loss = (weight * 2).sum()
-    loss.register_hook(lambda grad: found.append(ask(query, key)))
+    loss.register_hook(lambda grad: found.append(ask()))
     loss.backward()
     assert found == [right]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_eager_computes_the_same_under_autocast():
+def test_matrix_products_compute_the_same_under_autocast():
     torch.manual_seed(0)
     query, key, value, grad, _ = tile(SIZES[1], torch.float32, "full")
     options = {"is_causal": False, "scale": 0.3}
-    out, lse = Eager().forward(query, key, value, **options)
-    grads = Eager().backward(grad, query, key, value, out, lse, **options)
+    out, lse = MathKernel().forward(TileInputs(query, key, value, **options))
+    grads = MathKernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
     with torch.autocast("cpu", torch.bfloat16):
-        again = Eager().forward(query, key, value, **options)
-        grads_again = Eager().backward(grad, query, key, value, out, lse, **options)
+        again = MathKernel().forward(TileInputs(query, key, value, **options))
+        grads_again = MathKernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
     torch.testing.assert_close((out, lse, *grads), (*again, *grads_again), rtol=0, atol=0)
 
 
@@ -586,7 +605,7 @@ def test_a_compiler_takes_the_comparison_for_a_constant(monkeypatch):
     query, key, value, *_ = tile(SIZES[1], torch.float16, "full")
 
     def attend(query, key, value):
-        return chosen.forward(query, key, value, is_causal=False, scale=0.3)[0]
+        return chosen.forward(TileInputs(query, key, value, 0.3))[0]
 
     compiled = torch.compile(attend, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(query, key, value), attend(query, key, value))
@@ -595,12 +614,10 @@ def test_a_compiler_takes_the_comparison_for_a_constant(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_where_there_is_no_gpu_no_kernel_of_cuda_is_right():
     with FakeTensorMode():
-        query, key, *_ = tile(SIZES[1], torch.float16, "full", CUDA)
+        query, key, value, *_ = tile(SIZES[1], torch.float16, "full", CUDA)
         with pytest.warns(UserWarning, match="is not used .* it raised .*CUDA"):
-            kernel = kernel_for(CUDA, torch.float16).kernel(
-                query, key, is_causal=False, biased=False
-            )
-    assert isinstance(kernel, Eager)
+            kernel = kernel_for(CUDA, torch.float16).kernel(TileInputs(query, key, value, 0.3))
+    assert isinstance(kernel, MathKernel)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

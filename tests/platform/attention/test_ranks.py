@@ -93,9 +93,10 @@ def test_ranks_share_files(tmp_path):
 
 
 def test_a_way_that_leaves_ranks_idle_is_refused():
-    from fulgurite.attention.planning import Shape, make_plan
-    from fulgurite.attention.tiles import Visibility
+    from fulgurite.attention.masking import Visibility
+    from fulgurite.attention.planning import make_plan
+    from fulgurite.attention.spec import AttentionSpec
 
-    shape = Shape(1, 1, 1, 8, torch.float32)
+    spec = AttentionSpec(1, 1, 1, 8, 8, torch.float32, (Visibility.of(64, 64),))
     with pytest.raises(ConfigError, match=r"on 2 rank"):
-        make_plan(shape, Visibility(64, 64), None, "whole", share=(0, 2))
+        make_plan(spec, None, "whole", shard=(0, 2))

@@ -9,44 +9,39 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fulgurite.attention.planning import Plan
+from fulgurite.attention.masking import Kind, Range, Tile, Visibility, tiles
+from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.schedules import Row, Task, column_tasks
-from fulgurite.attention.tiles import Kind, Range, Tile, Visibility, tiles
+from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.transfers import Views
 
 __all__ = [
-    "At",
-    "Call",
+    "KernelCall",
+    "Slices",
     "Step",
-    "bias",
     "column_count",
     "column_steps",
     "row_count",
     "row_steps",
-    "spread",
+    "source_ranges",
 ]
 
 #: Slices of batch, heads and tokens.
-At = tuple[slice, slice, slice]
+Slices = tuple[slice, slice, slice]
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """A tile in the coordinates of what is loaded.
 
     Attributes:
-        queries: In the sequence.
+        tile: In the sequence; where gathered tiles are joined, the first of them.
         keys: Among the gathered keys; in the sequence where nothing is gathered.
-        kind: What the tile computes.
-        seen: The keys in the sequence, of a tile under a bias.
     """
 
-    queries: Range
+    tile: Tile
     keys: Range
-    kind: Kind
-    seen: Range
 
 
 class Step(NamedTuple):
@@ -54,6 +49,7 @@ class Step(NamedTuple):
 
     Attributes:
         number: Of the unit, in the order of the plan.
+        group: Batch entries and heads.
         at: Where the result of the unit belongs.
         span: Tokens that stay loaded meanwhile: queries of a row, keys of a column.
         call: What is computed.
@@ -64,9 +60,10 @@ class Step(NamedTuple):
     """
 
     number: int
-    at: At
+    group: HeadGroup
+    at: Slices
     span: Range
-    call: Call | None
+    call: KernelCall | None
     task: Task
     opens: bool
     closes: bool
@@ -76,12 +73,13 @@ class Step(NamedTuple):
 def row_steps(
     rows: Sequence[Tensor],
     keys: Sequence[Tensor],
-    plan: Plan,
+    plan: ExecutionPlan,
     *,
     done: Container[int] = (),
     after: int = -1,
     halvings: int = 0,
     within: Range | None = None,
+    groups: Iterable[HeadGroup] | None = None,
 ) -> Iterator[tuple[Step, list[Views]]]:
     """Go through a plan row by row, past each of which keys are brought.
 
@@ -96,36 +94,41 @@ def row_steps(
         after: Units up to this one are left out.
         halvings: How often rows and keys of each unit are halved.
         within: Leave out rows outside these queries.
+        groups: Only these groups of heads; all by default.
     """
     number = 0
-    for batch, heads, kv_heads in plan.head_slices():
-        own_rows, own_keys = [x[batch, heads] for x in rows], [x[batch, kv_heads] for x in keys]
-        for index, task in enumerate(plan.tasks()):
-            loaded = False
+    for group in plan.groups() if groups is None else groups:
+        group_rows = [x[group.batch, group.heads] for x in rows]
+        group_keys = [x[group.batch, group.kv_heads] for x in keys]
+        for index, task in enumerate(plan.tasks(group.visible)):
+            is_loaded = False
             for i, row in enumerate(task.rows):
                 unit = number + i
                 if unit <= after or unit in done or not plan.is_mine(index):
                     continue
                 if within and not (within[0] <= row.queries[0] and row.queries[1] <= within[1]):
                     continue
-                at = batch, heads, slice(*row.queries)
+                at = group.batch, group.heads, slice(*row.queries)
                 parts = _halved(task, i, halvings)
-                for part, (small, place) in enumerate(parts):
-                    span = small.rows[place].queries
-                    found: list[Call | None] = list(_calls(small, place, plan.visible))
-                    found = found or [None]  # queries that see nothing
-                    for j, call in enumerate(found):
-                        opens, closes = j == 0, j == len(found) - 1
+                for part, (small, position) in enumerate(parts):
+                    span = small.rows[position].queries
+                    joins = not plan.spec.has_bias
+                    calls: list[KernelCall | None] = [
+                        *_kernel_calls(small, position, group.visible, joins)
+                    ]
+                    calls = calls or [None]  # queries that see nothing
+                    for j, call in enumerate(calls):
+                        opens, closes = j == 0, j == len(calls) - 1
                         ends = closes and part == len(parts) - 1
-                        step = Step(unit, at, span, call, small, opens, closes, ends)
+                        step = Step(unit, group, at, span, call, small, opens, closes, ends)
                         views: list[Views] = []
                         if opens:
-                            views += [[x[:, :, slice(*span)]] for x in own_rows]
+                            views += [[x[:, :, slice(*span)]] for x in group_rows]
                         if call is not None and not small.loads:
-                            views += [[x[:, :, slice(*call.keys)]] for x in own_keys]
-                        elif call is not None and not loaded:
-                            views += [[x[:, :, slice(*r)] for r in small.loads] for x in own_keys]
-                            loaded = True
+                            views += [[x[:, :, slice(*call.keys)]] for x in group_keys]
+                        elif call is not None and not is_loaded:
+                            views += [[x[:, :, slice(*r)] for r in small.loads] for x in group_keys]
+                            is_loaded = True
                         yield step, views
             number += len(task.rows)
 
@@ -133,7 +136,7 @@ def row_steps(
 def column_steps(
     rows: Sequence[Tensor],
     keys: Sequence[Tensor],
-    plan: Plan,
+    plan: ExecutionPlan,
     *,
     done: Container[int] = (),
     after: int = -1,
@@ -156,42 +159,48 @@ def column_steps(
     """
     number = first
     height, width = (max(1, side >> halvings) for side in plan.tile)
-    for batch, heads, kv_heads in plan.head_slices():
-        own_rows, own_keys = [x[batch, heads] for x in rows], [x[batch, kv_heads] for x in keys]
-        for index, left in enumerate(range(0, plan.visible.keys, plan.tile[1])):
+    count = plan.spec.keys
+    for group in plan.groups():
+        group_rows = [x[group.batch, group.heads] for x in rows]
+        group_keys = [x[group.batch, group.kv_heads] for x in keys]
+        for index, left in enumerate(range(0, count, plan.tile[1])):
             unit, number = number, number + 1
             if unit <= after or unit in done or not plan.is_mine(index):
                 continue
-            right = min(left + plan.tile[1], plan.visible.keys)
-            at = batch, kv_heads, slice(left, right)
+            right = min(left + plan.tile[1], count)
+            at = group.batch, group.kv_heads, slice(left, right)
             columns = [(x, min(x + width, right)) for x in range(left, right, width)]
             for span in columns:
-                task = Task(tuple(column_tasks(plan.visible, span, height)))
-                found: list[Call | None] = [
-                    call for i in range(len(task.rows)) for call in _calls(task, i, plan.visible)
+                task = Task(tuple(column_tasks(group.visible, span, height)))
+                calls: list[KernelCall | None] = [
+                    call
+                    for i in range(len(task.rows))
+                    for call in _kernel_calls(task, i, group.visible, joins=False)
                 ]
-                found = found or [None]  # keys that nobody sees
-                for j, call in enumerate(found):
-                    opens, closes = j == 0, j == len(found) - 1
+                calls = calls or [None]  # keys that nobody sees
+                for j, call in enumerate(calls):
+                    opens, closes = j == 0, j == len(calls) - 1
                     ends = closes and span == columns[-1]
                     views: list[Views] = []
                     if opens:
-                        views += [[x[:, :, slice(*span)]] for x in own_keys]
+                        views += [[x[:, :, slice(*span)]] for x in group_keys]
                     if call is not None:
-                        views += [[x[:, :, slice(*call.queries)]] for x in own_rows]
-                    yield Step(unit, at, span, call, task, opens, closes, ends), views
+                        views += [[x[:, :, slice(*call.tile.queries)]] for x in group_rows]
+                    yield Step(unit, group, at, span, call, task, opens, closes, ends), views
 
 
-def column_count(plan: Plan) -> int:
+def column_count(plan: ExecutionPlan) -> int:
     """Units of :func:`column_steps`."""
-    return -(-plan.visible.keys // plan.tile[1]) * sum(1 for _ in plan.head_slices())
+    return -(-plan.spec.keys // plan.tile[1]) * sum(1 for _ in plan.groups())
 
 
-def row_count(plan: Plan) -> int:
+def row_count(plan: ExecutionPlan) -> int:
     """Units of :func:`row_steps`."""
-    # a tile of queries is one row; how many a quorum has depends on what is seen
-    rows = sum(len(t.rows) for t in plan.tasks()) if plan.merges else plan.task_count
-    return rows * sum(1 for _ in plan.head_slices())
+    if not plan.merges:  # a tile of queries is one row
+        return plan.task_count * sum(1 for _ in plan.groups())
+    return sum(
+        len(task.rows) for group in plan.groups() for task in plan.tasks(group.visible)
+    )
 
 
 def _halved(task: Task, index: int, halvings: int) -> list[tuple[Task, int]]:
@@ -205,37 +214,39 @@ def _halved(task: Task, index: int, halvings: int) -> list[tuple[Task, int]]:
 
 def _parts(span: Range, halvings: int) -> list[Range]:
     step = max(1, (span[1] - span[0]) >> halvings)
-    return [(at, min(at + step, span[1])) for at in range(*span, step)]
+    return [(begin, min(begin + step, span[1])) for begin in range(*span, step)]
 
 
-def _calls(task: Task, index: int, visible: Visibility) -> Iterable[Call]:
-    """The kernel calls of a row: tiles that are neighbours once gathered become one."""
-    places = dict(_offsets(task))
+def _kernel_calls(
+    task: Task, index: int, visible: Visibility, joins: bool
+) -> Iterable[KernelCall]:
+    """The kernel calls of a row; tiles that are neighbours once gathered may become one."""
+    offsets = dict(_offsets(task))
     row = task.rows[index]
     top, bottom = row.queries
     first, end = visible.first(bottom - 1), visible.end(top)  # keys that all queries see
-    found = []
+    calls = []
     for keys in row.keys:
-        shift = places[keys] - keys[0] if places else 0
-        if first <= keys[0] and keys[1] <= end:  # most keys, found without cutting
+        shift = offsets[keys] - keys[0] if offsets else 0
+        if first <= keys[0] and keys[1] <= end:  # most keys, without cutting
             parts = [Tile(row.queries, keys, Kind.FULL)]
         else:
             parts = list(tiles(row.queries, keys, visible))
-        for tile in parts:
-            local = tile.keys[0] + shift, tile.keys[1] + shift
-            found.append(Call(tile.queries, local, tile.kind, tile.keys))
-    found.sort(key=lambda call: (call.queries, call.keys))  # neighbours side by side
-    return _joined(found) if task.loads else found
+        calls += [
+            KernelCall(tile, (tile.keys[0] + shift, tile.keys[1] + shift)) for tile in parts
+        ]
+    calls.sort(key=lambda call: (call.tile.queries, call.keys))  # neighbours side by side
+    return _joined(calls) if task.loads and joins else calls
 
 
-def _joined(calls: list[Call]) -> Iterator[Call]:
+def _joined(calls: list[KernelCall]) -> Iterator[KernelCall]:
     """Join full tiles of the same queries whose gathered keys touch."""
     if not calls:
         return
     last = calls[0]
     for _, call in pairwise(calls):
-        touches = last.queries == call.queries and last.keys[1] == call.keys[0]
-        if touches and last.kind is call.kind is Kind.FULL:
+        touches = last.tile.queries == call.tile.queries and last.keys[1] == call.keys[0]
+        if touches and last.tile.kind is call.tile.kind is Kind.FULL:
             last = last._replace(keys=(last.keys[0], call.keys[1]))
         else:
             yield last
@@ -244,26 +255,19 @@ def _joined(calls: list[Call]) -> Iterator[Call]:
 
 
 def _offsets(task: Task) -> Iterator[tuple[Range, int]]:
-    """Each loaded range with the place of its first token among the gathered ones."""
-    at = 0
+    """Each loaded range with the offset of its first token among the gathered ones."""
+    offset = 0
     for tokens in task.loads:
-        yield tokens, at
-        at += tokens[1] - tokens[0]
+        yield tokens, offset
+        offset += tokens[1] - tokens[0]
 
 
-def spread(task: Task, keys: Range) -> Iterator[tuple[int, int, int]]:
-    """Ranges of the sequence that gathered keys come from, with their place in the call."""
+def source_ranges(task: Task, keys: Range) -> Iterator[tuple[int, int, int]]:
+    """Ranges of the sequence that gathered keys come from, with their offset in the call."""
     if not task.loads:
         yield (*keys, 0)
         return
-    for (start, stop), at in _offsets(task):
-        left, right = max(keys[0], at), min(keys[1], at + stop - start)
+    for (start, stop), offset in _offsets(task):
+        left, right = max(keys[0], offset), min(keys[1], offset + stop - start)
         if left < right:
-            yield start + left - at, start + right - at, left - keys[0]
-
-
-def bias(call: Call, visible: Visibility, query: Tensor) -> Tensor | None:
-    """Additive mask of a call, if its kind has one. Shape: (1, 1, M', N')."""
-    if call.kind is not Kind.BIAS:
-        return None
-    return visible.bias(call.queries, call.seen, query.dtype, torch.device(query.device))
+            yield start + left - offset, start + right - offset, left - keys[0]

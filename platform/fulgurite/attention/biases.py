@@ -1,0 +1,211 @@
+"""What is added to scores or hides them, cut tile by tile from tensors and functions.
+
+Axes: B batch, H query heads, M queries, N keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fulgurite.attention.masking import Range, Visibility
+from fulgurite.attention.spec import MaskSpec
+
+__all__ = [
+    "AlibiBias", "DenseBias", "FunctionMask", "TileBias", "describe_biases", "row_shift",
+    "sum_biases",
+]  # fmt: skip
+
+# Beside a number as large as this in every score of a row, a log-sum-exp in float32 has lost the
+# digits by which tiles of the row are weighed.
+_LARGE = 1000.0
+_ROWS_AT_ONCE = 2**20  # numbers that are looked through at once
+
+
+class TileBias(Protocol):
+    """Gives what belongs to a rectangle of scores."""
+
+    @property
+    def spec(self) -> MaskSpec:
+        """What it depends on."""
+        ...
+
+    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+        """Return a boolean mask, True where a key is seen, or what is added to scores.
+
+        Returns:
+            Shape: (B' or 1, H' or 1, M' or 1, N' or 1).
+        """
+        ...
+
+
+class DenseBias:
+    """A tensor of the user, which lies outside the budget.
+
+    Args:
+        tensor: Boolean, True where a key is seen, or floating, which is added to scores. Shape:
+            (B or 1, H or 1, M or 1, N or 1).
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        sizes = (size > 1 for size in tensor.shape)
+        self.spec = MaskSpec(*sizes, needs_shift=_has_large_numbers(self.tensor))
+
+    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+        """See :class:`TileBias`."""
+        index = (batch, heads, slice(*queries), slice(*keys))
+        sizes = self.tensor.shape
+        return self.tensor[
+            tuple(
+                part if size > 1 else slice(None) for part, size in zip(index, sizes, strict=True)
+            )
+        ]
+
+
+class FunctionMask:
+    """A function of indices that says whether a query sees a key.
+
+    Args:
+        function: Takes indices of batch entries, heads, queries and keys, which broadcast to
+            (B, H, M, N), and gives booleans that do.
+        by_head: Whether heads differ.
+        device: Where it computes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        *,
+        by_head: bool,
+        device: torch.device,
+    ) -> None:
+        self.function, self.device = function, device
+        self.spec = MaskSpec(True, by_head, True, True)
+
+    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+        """See :class:`TileBias`."""
+        heads = heads if self.spec.by_head else slice(0, 1)
+        ranges = (batch.start, batch.stop), (heads.start, heads.stop), queries, keys
+        indices = [torch.arange(*bounds, device=self.device) for bounds in ranges]
+        shapes = (-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1)
+        return self.function(*(x.view(shape) for x, shape in zip(indices, shapes, strict=True)))
+
+
+class AlibiBias:
+    """Scores that fall linearly with the distance of query and key.
+
+    Args:
+        slopes: Shape: (B or 1, H).
+        offset: Position of the first query among the keys.
+
+    Source: arXiv 2108.12409; the distance without sign, as in FlashAttention.
+    """
+
+    def __init__(self, slopes: Tensor, offset: int) -> None:
+        self.slopes, self.offset = slopes.detach(), offset
+        self.spec = MaskSpec(len(slopes) > 1, True, True, True)
+
+    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+        """See :class:`TileBias`."""
+        slopes = self.slopes[batch if len(self.slopes) > 1 else slice(None), heads]
+        device = slopes.device
+        rows = torch.arange(*queries, device=device)[:, None] + self.offset
+        distance = (rows - torch.arange(*keys, device=device)).abs_()
+        return slopes[..., None, None] * -distance
+
+
+def describe_biases(biases: Iterable[TileBias]) -> MaskSpec | None:
+    """Return what the sum of biases depends on; None without any."""
+    spec = None
+    for bias in biases:
+        spec = bias.spec.union(spec)
+    return spec
+
+
+def sum_biases(
+    biases: Iterable[TileBias],
+    batch: slice,
+    heads: slice,
+    queries: Range,
+    keys: Range,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor | None, bool]:
+    """Return what is added to the scores of a rectangle, and whether it hides all of them.
+
+    Returns:
+        Shape: (B' or 1, H' or 1, M' or 1, N' or 1), in ``dtype``; None where nothing is added.
+    """
+    total: Tensor | None = None
+    for bias in biases:
+        part = bias.tile(batch, heads, queries, keys)
+        if part.dtype == torch.bool:
+            if part.device.type == "cpu":  # elsewhere asking would wait for the device
+                if bool(part.all()):
+                    continue
+                if not bool(part.any()):
+                    return None, True
+            part = part.to(device)
+            part = torch.zeros(part.shape, dtype=dtype, device=device).masked_fill_(
+                part.logical_not(), -math.inf
+            )
+        else:
+            part = part.to(device, dtype)
+        total = part if total is None else total + part
+    return total, False
+
+
+def row_shift(
+    biases: Iterable[TileBias],
+    batch: slice,
+    heads: slice,
+    queries: Range,
+    visible: Visibility,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    """Return the largest bias of each row where it is so large that digits would be lost.
+
+    Rows in which every key is hidden by a large negative number, as Hugging Face models mask
+    padding, are such: PyTorch gives them the plain mean, which tiles would weigh wrongly.
+
+    Returns:
+        Zero for all other rows. Shape: (B' or 1, H' or 1, M'); None if all are.
+
+    Source: inferred.
+    """
+    first, end = max(0, visible.first(queries[0])), visible.end(queries[1] - 1)
+    largest: Tensor | None = None
+    step = max(1, _ROWS_AT_ONCE // max(1, queries[1] - queries[0]))
+    for left in range(first, end, step):
+        keys = left, min(left + step, end)
+        bias, hidden = sum_biases(biases, batch, heads, queries, keys, dtype, device)
+        if hidden:
+            continue
+        edge = visible.bias(queries, keys, dtype, device)
+        part = (edge if bias is None else bias + edge).amax(-1)
+        largest = part if largest is None else torch.maximum(largest, part)
+    if largest is None:
+        return None
+    is_large = largest.isfinite() & (largest.abs() > _LARGE)
+    return largest.masked_fill(~is_large, 0.0) if bool(is_large.any()) else None
+
+
+def _has_large_numbers(tensor: Tensor) -> bool:
+    """Whether there are finite numbers beside which log-sum-exps lose their precision."""
+    if tensor.dtype == torch.bool or tensor.numel() == 0 or tensor.is_meta:
+        return False
+    low, high = (float(x) for x in torch.aminmax(tensor))
+    if -_LARGE <= low and high <= _LARGE:
+        return False
+    for row in tensor.reshape(-1, tensor.shape[-1]).split(
+        max(1, _ROWS_AT_ONCE // tensor.shape[-1])
+    ):
+        if bool((row.isfinite() & (row.abs() > _LARGE)).any()):
+            return True
+    return False

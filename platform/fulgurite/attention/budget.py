@@ -1,0 +1,87 @@
+"""How much memory attention may hold: budgets as users write them, in bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["Budget", "format_bytes", "parse_budget"]
+
+Budget = int | float | str | None
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", re.IGNORECASE)
+
+
+def parse_budget(budget: Budget, device: torch.device) -> int | None:
+    """Return a budget in bytes, or None for no limit.
+
+    Args:
+        budget: Bytes, a size such as ``"2GiB"`` (binary units, with or without the i), a fraction
+            of the device's memory in (0, 1], ``"auto"`` for what is free on it, or None.
+        device: Where attention is computed.
+
+    Raises:
+        ConfigError: It is none of these, or not positive.
+
+    Example:
+        >>> parse_budget("1.5 GiB", torch.device("cpu")), parse_budget(4096, torch.device("cpu"))
+        (1610612736, 4096)
+    """
+    if budget is None:
+        return None
+    if budget == "auto":
+        free = _device_memory(device)[0]
+        # in steps of a sixteenth, so that plans are the same while little changes
+        step = max(1, 1 << max(0, free.bit_length() - 5))
+        return free // step * step
+    try:
+        if isinstance(budget, str) and (match := _SIZE.fullmatch(budget)):
+            number, unit = float(match[1]), match[2].lower()
+            is_size = bool(unit) or budget.strip().lower().endswith("b")
+        else:
+            number, unit, is_size = float(budget), "", isinstance(budget, int)
+        if isinstance(budget, bool) or not 0 < number < float("inf"):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"A memory budget of {budget!r} cannot be read.",
+            'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
+        ) from None
+    if not is_size and number <= 1 and not (isinstance(budget, int) and budget == 1):
+        return int(number * _device_memory(device)[1])
+    return int(number * _UNITS[unit])
+
+
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total memory [bytes]."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    facts = {}
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                name, _, rest = line.partition(":")
+                facts[name] = int(rest.split()[0]) * 1024
+        return facts["MemAvailable"], facts["MemTotal"]
+    except (OSError, KeyError, ValueError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // 2, total
+
+
+def format_bytes(number: float) -> str:
+    """A size in binary units.
+
+    Example:
+        >>> format_bytes(3 * 2**30), format_bytes(100)
+        ('3 GiB', '100 B')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
+        number /= 1024
+    raise AssertionError

@@ -1,0 +1,274 @@
+"""Streamed attention as an attention implementation of Hugging Face transformers.
+
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.attention import Streamed
+from fulgurite.attention.biases import DenseBias
+from fulgurite.errors import ConfigError
+from fulgurite.strategies.transformers_masks import StreamMask, make_mask
+
+__all__ = ["TransformersAttention", "attention_owners", "unreachable_models"]
+
+# What models hand on to every attention implementation and what PyTorch's leaves aside with
+# reason: facts of the call that are in the mask, in query and key, or in the model's output.
+_HARMLESS = frozenset({
+    "cache_position", "config", "cu_seqlens", "deterministic", "hidden_states", "logits_to_keep",
+    "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
+    "past_key_value", "past_key_values", "position_embeddings", "position_ids", "return_dict",
+    "token_type_ids", "use_cache",
+})  # fmt: skip
+
+
+class TransformersAttention:
+    """Answers the attention of transformers' models by a backend, or refuses it by name.
+
+    Args:
+        backend: Computes attention.
+        name: Under which transformers knows it.
+    """
+
+    def __init__(self, backend: Streamed, name: str) -> None:
+        self.backend, self.name = backend, name
+
+    def install(self, model: nn.Module) -> list[Callable[[], None]]:
+        """Make it the attention of all transformers' models in a model.
+
+        Args:
+            model: Of the run.
+
+        Returns:
+            What puts each model's own implementation back; empty if there is none in it that can
+            be reached.
+        """
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        owners = [part for part in attention_owners(model) if _is_settable(part)]
+        if not owners:
+            return []
+        AttentionInterface.register(self.name, self.attend)
+        AttentionMaskInterface.register(self.name, make_mask)
+        configs = _configs_of(owners)
+        before = [(config, config._attn_implementation_internal) for config in configs]
+        for config in configs:
+            config._attn_implementation_internal = self.name
+
+        def undo() -> None:
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
+
+        return [undo]
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        sinks: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention as transformers asks for it.
+
+        Args:
+            module: Whose attention it is.
+            query: Shape: (B, H, M, D).
+            key: Shape: (B, G, N, D).
+            value: Shape: (B, G, N, E).
+            attention_mask: A :class:`StreamMask`, or a mask that the model's own code or the user
+                made: boolean, or added to the scores.
+            dropout: Must be 0.
+            scaling: Of the scores.
+            is_causal: Without a mask, whether queries see earlier keys only; as the module says by
+                default.
+            sliding_window: Without a mask, how many keys queries see: before them if causal, else
+                on both sides. A mask has the window in it.
+            softcap: Cap of the scores.
+            s_aux: Sinks. Shape: (H,).
+            sinks: Another name of them.
+            position_bias: Added to the scores. Shape: (B or 1, H, M, N).
+            cu_seq_lens_q: Without a mask, where packed sequences begin and end. Shape: (S + 1,).
+            cu_seq_lens_k: The same.
+            others: Nothing that changes attention.
+
+        Returns:
+            Shape: (B, M, H, E); and None in the place of the weights.
+
+        Raises:
+            ConfigError: Something is asked for that streamed attention does not do.
+        """
+        _refuse(module, dropout, others)
+        sinks = s_aux if sinks is None else sinks
+        if sinks is not None and sinks.ndim > 2:
+            sinks = sinks.reshape(-1, query.shape[1])
+        options = {"scale": scaling, "softcap": softcap, "sinks": sinks}
+        if isinstance(attention_mask, StreamMask):
+            out = self._attend_masked(query, key, value, attention_mask, position_bias, options)
+            return out.transpose(1, 2).contiguous(), None
+        if attention_mask is None:
+            if is_causal is None:
+                is_causal = bool(getattr(module, "is_causal", True))
+            options["is_causal"] = is_causal = is_causal and query.shape[2] > 1
+            if sliding_window is not None:
+                options["window"] = _window(sliding_window, is_causal)
+                options["query_offset"] = "bottom_right"
+            if cu_seq_lens_q is not None:
+                options["documents"] = _starts(module, cu_seq_lens_q, cu_seq_lens_k, query, key)
+            mask = position_bias
+        elif position_bias is None:
+            mask = attention_mask
+        elif attention_mask.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.where(attention_mask, position_bias, lowest)
+        else:
+            mask = position_bias + attention_mask
+        out = self.backend(query, key, value, mask, **options)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _attend_masked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: StreamMask,
+        position_bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        source = mask.source
+        if source.visible[0].keys > key.shape[2]:
+            source = source.cropped(key.shape[2])
+        sizes = source.visible[0]
+        if (sizes.queries, sizes.keys) != (query.shape[2], key.shape[2]):
+            raise ConfigError(
+                f"The model gives {query.shape[2]} queries and {key.shape[2]} keys the mask of "
+                f"{sizes.queries} queries and {sizes.keys} keys.",
+                "Use --trainer.strategy=auto.",
+            )
+        batch = max(len(query), len(key), source.batch)
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+        biases, bias = source.biases, None
+        if position_bias is not None:
+            biases = (DenseBias(position_bias), *biases)
+            bias = position_bias if position_bias.requires_grad else None
+        return self.backend.attend(
+            query, key, value, source.visible, biases=biases, bias=bias, **options
+        )
+
+
+def _window(width: int, is_causal: bool) -> int | tuple[int, int]:
+    """A window as FlashAttention's users mean it: the token itself is one of its keys."""
+    return int(width) if is_causal else (int(width), int(width) - 1)
+
+
+def _starts(
+    module: nn.Module, ends: Tensor, key_ends: Tensor | None, query: Tensor, key: Tensor
+) -> list[int]:
+    """First tokens of packed sequences.
+
+    Raises:
+        ConfigError: They are not those of the tokens.
+    """
+    bounds = [int(x) for x in ends]
+    same = key_ends is None or [int(x) for x in key_ends] == bounds
+    if not same or bounds[-1] != query.shape[2] or query.shape[2] != key.shape[2]:
+        raise ConfigError(
+            f"{type(module).__name__} packs sequences (cu_seq_lens_q) in a way that streamed "
+            "attention does not do: queries and keys are not the same tokens.",
+            "Give position_ids alone, or use --trainer.strategy=auto.",
+        )
+    return sorted(set(bounds[:-1]))
+
+
+def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
+    """Name what streamed attention cannot do.
+
+    Raises:
+        ConfigError: There is something.
+    """
+    who = type(module).__name__
+    if dropout:
+        raise ConfigError(
+            f"{who} drops attention weights (p = {dropout}); streamed attention does not.",
+            "Set the attention dropout of the model to 0.",
+        )
+    config = getattr(module, "config", None)
+    if others.pop("output_attentions", None) or getattr(config, "output_attentions", False):
+        raise ConfigError(
+            f"{who} is to return attention weights (output_attentions), which streamed attention "
+            "never has.",
+            "Leave out output_attentions, or use --trainer.strategy=auto.",
+        )
+    unknown = [
+        name
+        for name, value in others.items()
+        if value is not None and value is not False and name not in _HARMLESS
+    ]
+    if unknown:
+        raise ConfigError(
+            f"{who} gives its attention {', '.join(sorted(unknown))}, which streamed attention "
+            "does not know.",
+            "Use --trainer.strategy=auto.",
+        )
+
+
+def attention_owners(model: nn.Module) -> Iterator[Any]:
+    """The models of transformers within a model, itself included.
+
+    Args:
+        model: Any.
+    """
+    if "transformers" not in sys.modules:  # then no part of the model is from there
+        return
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            yield part
+
+
+def unreachable_models(model: nn.Module) -> list[str]:
+    """Names of classes of transformers that compute attention in their own code.
+
+    Args:
+        model: Any.
+    """
+    names = {type(x).__name__ for x in attention_owners(model) if not _is_settable(x)}
+    return sorted(names)
+
+
+def _is_settable(part: Any) -> bool:
+    """Whether a model asks transformers' interface for its attention."""
+    return bool(part._can_set_attn_implementation())
+
+
+def _configs_of(owners: list[Any]) -> list[Any]:
+    """The configurations of models and of their parts, each once."""
+    configs: dict[int, Any] = {}
+    waiting = [owner.config for owner in owners]
+    while waiting:
+        config = waiting.pop()
+        if id(config) in configs:
+            continue
+        configs[id(config)] = config
+        parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+        waiting += [part for part in parts if part is not None]
+    return list(configs.values())
