@@ -8,7 +8,7 @@ import sys
 ALL = (
     "fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "stream_attention", "plates",
     "number_probing_probe", "number_probing_power", "number_probing_backbones", "ice_layers_step",
-    "ice_layers_inference", "startup",
+    "ice_layers_inference", "stream_transformers", "startup",
 )  # fmt: skip
 GPU = ("stream_gpu",)  # only by name
 

@@ -1,0 +1,124 @@
+"""Models of Hugging Face transformers under the streaming strategy: exact, refused, wrong?
+
+The whole table, written to results: ``python -m benchmarks.stream_transformers``.
+A part of it, only printed: ``python -m benchmarks.stream_transformers llama t5 --modes packed``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+
+import torch
+
+from benchmarks.harness import report
+from fulgurite.strategies import StreamCQSAStrategy
+from fulgurite.testing.transformers_models import (
+    EXTRA_MODES,
+    MODES,
+    Cell,
+    judge_architecture,
+    select_architectures,
+)
+
+BUDGET = "16KiB"
+_SYMBOLS = {"wrong": "WRONG", "crashed": "CRASHED", "unsupported": "(no)"}
+
+
+def count_verdicts(cells: Sequence[Cell]) -> str:
+    """Totals in words, with the share that is exact of what the models do by themselves."""
+    counts = Counter(cell.verdict for cell in cells)
+    supported = len(cells) - counts["unsupported"]
+    share = counts["exact"] / supported if supported else 0.0
+    return (
+        f"{supported} cells that the models do by themselves: {counts['exact']} exact "
+        f"({share:.1%}), {counts['refused']} refused, {counts['wrong']} wrong, "
+        f"{counts['crashed']} crashed; {counts['unsupported']} that they do not."
+    )
+
+
+def count_reasons(cells: Sequence[Cell], words: int = 12) -> list[str]:
+    """The refusals by their first words, and the crashes, the most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    names: dict[tuple[str, str], set[str]] = {}
+    for cell in cells:
+        if cell.verdict in ("refused", "crashed"):
+            reason = cell.verdict, " ".join(cell.detail.split()[:words])
+            counts[reason] += 1
+            names.setdefault(reason, set()).add(cell.architecture)
+    return [
+        f"- {number} {verdict}, {len(names[verdict, words])} architectures "
+        f"({', '.join(sorted(names[verdict, words])[:8])}): {words} ..."
+        for (verdict, words), number in counts.most_common()
+    ]
+
+
+def make_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
+    """A row for each architecture, a column for each mode."""
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        blank = {"architecture": cell.architecture} | dict.fromkeys((*MODES, *EXTRA_MODES), "–")
+        row = rows.setdefault(cell.architecture, blank)
+        row[cell.mode] = _SYMBOLS.get(cell.verdict, cell.verdict)
+    return list(rows.values())
+
+
+def judge_all(names: Sequence[str] | None, modes: Sequence[str] | None, budget: str) -> list[Cell]:
+    """Judge architectures one after another, and print each cell."""
+    cells: list[Cell] = []
+    for architecture in select_architectures(names):
+        print(architecture.name, flush=True)
+        for cell in judge_architecture(architecture, lambda: StreamCQSAStrategy(budget), modes):
+            difference = "" if cell.difference is None else f"{cell.difference:.1e}"
+            print(
+                f"  {cell.mode:22} {_SYMBOLS.get(cell.verdict, cell.verdict):8} {difference:8} "
+                f"{cell.seconds:5.2f} s  {cell.schedule or '':6} {cell.detail}",
+                flush=True,
+            )
+            cells.append(cell)
+    return cells
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Judge the architectures named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architectures", nargs="*", help="all by default")
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, *EXTRA_MODES))
+    parser.add_argument("--budget", default=BUDGET)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    cells = judge_all(options.architectures or None, options.modes, options.budget)
+    seconds = time.perf_counter() - began
+    usual = [cell for cell in cells if cell.mode in MODES]
+    extra = [cell for cell in cells if cell.mode in EXTRA_MODES]
+    notes = [
+        f"{len({cell.architecture for cell in cells})} architectures, transformers "
+        f"{metadata.version('transformers')}, budget {options.budget}, float64, {seconds:.0f} s.",
+        "",
+        f"Common modes ({', '.join(MODES)}): {count_verdicts(usual)}",
+        "",
+        f"Beside ({', '.join(EXTRA_MODES)}): {count_verdicts(extra)}",
+        "",
+        *count_reasons(cells),
+    ]
+    if options.architectures or options.modes or options.budget != BUDGET:
+        print("\n".join(notes))
+        return
+    report(
+        "stream_transformers",
+        "Models of Hugging Face transformers under StreamCQSAStrategy",
+        "\n".join(notes),
+        make_rows(cells),
+        [dataclasses.asdict(cell) for cell in cells],
+    )
+
+
+if __name__ == "__main__":
+    main()
