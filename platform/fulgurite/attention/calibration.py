@@ -16,6 +16,8 @@ from fulgurite.attention.units import AttentionInputs, clear_, commit_, units
 
 __all__ = ["measured_costs"]
 
+_SHORT, _TALL = (64, 256), 768  # queries of tiles: PyTorch's CPU kernel changes its blocks between
+
 
 @functools.cache
 def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
@@ -34,13 +36,23 @@ def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     call = max(small - 16 * 16 * pair, 1e-7)
     tall = _seconds(device, dtype, head_dim, (1024, 512), (1024, 16)) / 32
     merge = max(tall - call - 1024 * 16 * pair, 0.0) / (1024 * head_dim)
+    slow = [
+        _seconds(device, dtype, head_dim, (height, side), (height, side)) / (height * side * pair)
+        for height in _SHORT
+    ]
+    # measured times scatter: taller tiles are never slower
+    factors = [max(1.0, *slow[i:]) for i in range(len(slow))]
     source = torch.empty(2**24, dtype=torch.uint8)
     begun = time.perf_counter()
     source.to(device, copy=True)
     _wait(device)
     copied = max(time.perf_counter() - begun, 1e-7)
     return Costs(
-        flops=4 * head_dim / pair, bandwidth=source.numel() / copied, call=call, merge=merge
+        flops=4 * head_dim / pair,
+        bandwidth=source.numel() / copied,
+        call=call,
+        merge=merge,
+        short_tiles=(*zip(_SHORT, factors, strict=True), (_TALL, 1.0)),
     )
 
 

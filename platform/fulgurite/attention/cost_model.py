@@ -6,8 +6,11 @@ E size of a value.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.masking import MASKED_SIDE
@@ -31,12 +34,20 @@ class Costs:
         bandwidth: Of copies between where tensors lie and the device [bytes/s].
         call: Overhead of a kernel call and the merge of its result [s].
         merge: What each number of a result costs beside its pairs [s].
+        short_tiles: How much slower kernels are on tiles of few queries: the number of queries
+            and the factor, ascending; taller tiles than the last are as fast as it.
     """
 
     flops: float = 5e10
     bandwidth: float = 5e9
     call: float = 3e-5
     merge: float = 1e-9
+    short_tiles: tuple[tuple[int, float], ...] = ((64, 1.3), (256, 1.15), (768, 1.0))
+
+    def slowdown(self, height: int) -> float:
+        """Return the factor of tiles of so many queries, between those that were measured."""
+        heights, factors = zip(*self.short_tiles, strict=True)
+        return float(np.interp(math.log(max(height, 1)), np.log(heights), factors))
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,8 @@ def estimate(spec: AttentionSpec, cut: Cut, setting: Setting) -> CostEstimate:
         flops *= BACKWARD_FLOPS * cut.passes
         moved *= 1 + cut.passes
     copied = moved if not setting.resident else (moved - writes if cut.schedule == "cqs" else 0)
-    seconds = flops / costs.flops * (_MATH_SLOWDOWN if spec.needs_math else 1.0)
+    slowdown = _MATH_SLOWDOWN if spec.needs_math else costs.slowdown(height)
+    seconds = flops / costs.flops * slowdown
     seconds += max(0, copied) / costs.bandwidth + calls * costs.call
     if not direct:  # each call is merged into its row, each row of cqs into the result
         merges = calls + (rows * groups if cut.schedule == "cqs" else 0)

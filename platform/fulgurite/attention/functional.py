@@ -147,7 +147,7 @@ def stream_attention(
         key_mask: True for keys that are no padding, of any pattern. Shape: (B or 1, N).
         softcap: Scores s become softcap · tanh(s / softcap), before masks and biases.
         sinks: Scores of a key without a value that each query of a head sees; may have a
-            gradient. Shape: (H,) or (B, H).
+            gradient. Shape: (H,), (B, H), or (B, H, M) for one of each query.
         alibi_slopes: Each score falls by the slope of its head times the distance of query and
             key. Shape: (H,) or (B, H).
         check_finite: Refuse NaN and infinities in the inputs, naming the first.
@@ -351,7 +351,7 @@ def attend(
             refuse_not_finite(name, tensor)
     spec = _spec(query, key, value, visible, scale, softcap, biases)
     if sinks is not None:
-        sinks = _by_head("sinks", sinks, spec.batch, spec.heads)
+        sinks = _normalized_sinks(sinks, spec)
     where = query.device if options.device is None else options.device
     kernel_for(where, query.dtype, prefer=options.kernel)
     abstract = any(_is_abstract(x) for x in (query, key, value))
@@ -471,6 +471,24 @@ def _by_head(name: str, numbers: Tensor, batch: int, heads: int) -> Tensor:
     if not rows.is_floating_point():
         raise DataError(f"{name} is of {numbers.dtype}.", "Give floating numbers.")
     return rows
+
+
+def _normalized_sinks(sinks: Tensor, spec: AttentionSpec) -> Tensor:
+    """Give sinks all axes. Shape: (H,), (B, H) or (B, H, M) -> (B or 1, H, M or 1).
+
+    Raises:
+        DataError: They do not fit.
+    """
+    if sinks.ndim < 3:
+        return _by_head("sinks", sinks, spec.batch, spec.heads)[..., None]
+    fits = sinks.ndim == 3 and sinks.shape[0] in (1, spec.batch)
+    if not fits or sinks.shape[1] != spec.heads or sinks.shape[2] not in (1, spec.queries):
+        raise DataError(
+            f"sinks are {tuple(sinks.shape)} for {spec.batch} batch entries of {spec.heads} heads "
+            f"and {spec.queries} queries.",
+            "Give a number for each head, (heads,), (batch, heads) or (batch, heads, queries).",
+        )
+    return sinks
 
 
 def _four_axes(

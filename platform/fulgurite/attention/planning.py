@@ -317,8 +317,9 @@ def _candidates(spec: AttentionSpec, schedule: Schedule, setting: Setting) -> It
         # keys that are read where they lie take no memory, however many
         keys_cost = setting.gradients or setting.packs or not setting.resident
         keys_cost = keys_cost or spec.has_bias or spec.needs_math
-        heights = [min(height, max(queries, 1)) for height in _sides(queries)]
-        sides = _tiles(queries, keys) if keys_cost else ((height, keys) for height in heights)
+        sides = [] if keys_cost else [(min(side, queries), keys) for side in _sides(queries)]
+        if keys_cost or not spec.is_simple:  # edges of masks take memory too
+            sides += _tiles(queries, keys)
         tiles = list(dict.fromkeys(sides))
         for step in dict.fromkeys((steps[0], steps[-1])):
             for tile in tiles:

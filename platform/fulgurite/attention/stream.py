@@ -73,7 +73,7 @@ class StreamedAttention(torch.autograd.Function):
             key: Shape: (B, G, N, D).
             value: Shape: (B, G, N, E).
             bias: The tensor of the first of ``biases``, if that has a gradient.
-            sinks: Shape: (B or 1, H).
+            sinks: Shape: (B or 1, H, M or 1).
             plan: How it is cut.
             biases: What is added to scores or hides them.
             device: Where kernels run; where the tensors are by default.
@@ -133,7 +133,8 @@ def _forward(
     total = out
     if plan.merges and out.dtype != wide:
         total = torch.empty_like(out, dtype=wide)
-    clear_(total, lse)
+    if plan.merges or plan.is_shared:  # else each row is written once
+        clear_(total, lse)
     with _bar(plan, row_count) as advance:
         for unit in units(inputs, plan, device=device):
             commit_(unit, total, lse, merge=plan.merges)
@@ -181,7 +182,7 @@ def _unshifted(lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> Ten
 def _sink_gradient(
     grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor, plan: ExecutionPlan
 ) -> Tensor:
-    """Gradient of the sinks. Shape: (B or 1, H).
+    """Gradient of the sinks. Shape: (B or 1, H, M or 1).
 
     Source: inferred: a sink has the weight exp(score − lse) and no value.
     """
@@ -191,11 +192,12 @@ def _sink_gradient(
         at = group.batch, group.heads, slice(*queries)
         scores = sink_scores(inputs, group, queries, plan, lse)
         inner = (grad[at].to(lse.dtype) * out[at].to(lse.dtype)).sum(-1)
-        part = ((scores - lse[at]).exp() * inner).sum(-1)
-        if len(total) > 1:
-            total[group.batch, group.heads] -= part.to(total.device)
-        else:
-            total[0, group.heads] -= part.sum(0).to(total.device)
+        part = ((scores - lse[at]).exp() * inner).to(total.device)
+        by_batch, by_query = total.shape[0] > 1, total.shape[2] > 1
+        part = part if by_query else part.sum(2, keepdim=True)
+        part = part if by_batch else part.sum(0, keepdim=True)
+        rows = slice(*queries) if by_query else slice(None)
+        total[group.batch if by_batch else slice(None), group.heads, rows] -= part
     return total.to(inputs.sinks.dtype)
 
 

@@ -45,7 +45,7 @@ class AttentionInputs(NamedTuple):
         key: Shape: (B, G, N, D).
         value: Shape: (B, G, N, E).
         biases: What is added to scores or hides them.
-        sinks: Scores of a key without a value that every query sees, by head. Shape: (B or 1, H).
+        sinks: Scores of a key without a value that queries see. Shape: (B or 1, H, M or 1).
     """
 
     query: Tensor
@@ -406,8 +406,9 @@ def sink_scores(
 ) -> Tensor:
     """Scores of the sinks of some rows, shifted as theirs are. Shape: (B' or 1, H', M' or 1)."""
     assert inputs.sinks is not None
-    batch = group.batch if len(inputs.sinks) > 1 else slice(None)
-    scores = inputs.sinks[batch, group.heads, None].to(like)
+    batch = group.batch if inputs.sinks.shape[0] > 1 else slice(None)
+    rows = slice(*queries) if inputs.sinks.shape[2] > 1 else slice(None)
+    scores = inputs.sinks[batch, group.heads, rows].to(like)
     shift = shift_of(inputs, group, queries, plan, like)
     return scores if shift is None else scores - shift
 

@@ -39,6 +39,7 @@ class TransformersAttention:
 
     def __init__(self, backend: Streamed, name: str) -> None:
         self.backend, self.name = backend, name
+        self._previous: dict[int, str | None] = {}  # implementations, by identity of configurations
 
     def install(self, model: nn.Module) -> list[Callable[[], None]]:
         """Make it the attention of all transformers' models in a model.
@@ -56,9 +57,10 @@ class TransformersAttention:
         if not owners:
             return []
         AttentionInterface.register(self.name, self.attend)
-        AttentionMaskInterface.register(self.name, make_mask)
+        AttentionMaskInterface.register(self.name, self.mask)
         configs = _configs_of(owners)
         before = [(config, config._attn_implementation_internal) for config in configs]
+        self._previous = {id(config): implementation for config, implementation in before}
         for config in configs:
             config._attn_implementation_internal = self.name
 
@@ -67,6 +69,17 @@ class TransformersAttention:
                 config._attn_implementation_internal = implementation
 
         return [undo]
+
+    def mask(self, *sizes: Any, config: Any = None, **options: Any) -> StreamMask:
+        """Return a mask; see :func:`.transformers_masks.make_mask`.
+
+        Args:
+            sizes: As transformers gives them, as the rest.
+            config: Of the model, whose own implementation decides what its own code expects.
+            options: Of the mask.
+        """
+        is_additive = self._previous.get(id(config)) == "eager"
+        return make_mask(*sizes, config=config, is_additive=is_additive, **options)
 
     def attend(
         self,
@@ -103,7 +116,7 @@ class TransformersAttention:
             sliding_window: Without a mask, how many keys queries see: before them if causal, else
                 on both sides. A mask has the window in it.
             softcap: Cap of the scores.
-            s_aux: Sinks. Shape: (H,).
+            s_aux: Sinks. Shape: (H,), (B, H), (B, H, M) or (B, H, M, 1).
             sinks: Another name of them.
             position_bias: Added to the scores. Shape: (B or 1, H, M, N).
             cu_seq_lens_q: Without a mask, where packed sequences begin and end. Shape: (S + 1,).
@@ -118,8 +131,8 @@ class TransformersAttention:
         """
         _refuse(module, dropout, others)
         sinks = s_aux if sinks is None else sinks
-        if sinks is not None and sinks.ndim > 2:
-            sinks = sinks.reshape(-1, query.shape[1])
+        if sinks is not None and sinks.ndim == 4:  # (B, H, M, 1)
+            sinks = sinks.squeeze(-1)
         options = {"scale": scaling, "softcap": softcap, "sinks": sinks}
         if isinstance(attention_mask, StreamMask):
             out = self._attend_masked(query, key, value, attention_mask, position_bias, options)

@@ -42,12 +42,14 @@ class MaskSource:
         visible: Intervals, for all batch entries or for each.
         tiles: The mask itself, which decides within the intervals where it is no such.
         is_interval: Whether the intervals say all.
+        dense: Gives the mask in full, as the model's own code expects it. Shape: (B, 1, M, N).
     """
 
     batch: int
     visible: tuple[Visibility, ...]
     tiles: _Tiles
     is_interval: bool
+    dense: Callable[[], Tensor]
 
     @property
     def biases(self) -> tuple[TileBias, ...]:
@@ -57,12 +59,7 @@ class MaskSource:
     def cropped(self, keys: int) -> MaskSource:
         """Return the mask of the first so many keys."""
         visible = tuple(replace(x, keys=keys).clipped() for x in self.visible)
-        return replace(self, visible=visible)
-
-    def dense(self) -> Tensor:
-        """Return the mask in full. Shape: (B, 1, M, N)."""
-        sizes = self.visible[0]
-        return self.tiles((0, sizes.queries), (0, sizes.keys))
+        return replace(self, visible=visible, dense=lambda: self.dense()[..., :keys])
 
 
 class _TileMask:
@@ -78,7 +75,7 @@ class _TileMask:
 
 
 class StreamMask(Tensor):
-    """A boolean mask without memory, that says what is seen when it arrives at the attention.
+    """A mask without memory, that says what is seen when it arrives at the attention.
 
     Models hand it on, move it and cut keys off its end. Whatever else their own code does with it
     is done with the mask in full, and a warning says so.
@@ -89,10 +86,16 @@ class StreamMask(Tensor):
     source: MaskSource
 
     @staticmethod
-    def make(source: MaskSource, device: torch.device) -> StreamMask:
-        """Return the mask of a source."""
+    def make(source: MaskSource, dtype: torch.dtype, device: torch.device) -> StreamMask:
+        """Return the mask of a source.
+
+        Args:
+            source: What it lets queries see.
+            dtype: That of the mask in full.
+            device: Of the model.
+        """
         sizes = source.visible[0]
-        single = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        single = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
         shape = source.batch, 1, sizes.queries, sizes.keys
         mask = single.expand(shape).as_subclass(StreamMask)
         mask.source = source
@@ -113,12 +116,12 @@ class StreamMask(Tensor):
                 return func(*args, **kwargs)
         if isinstance(args[0] if args else None, StreamMask):
             mask: StreamMask = args[0]
-            if func in _copies() and not _changes_type(args[1:], kwargs):
+            if func in _copies() and not _changes_type(mask.dtype, args[1:], kwargs):
                 return mask
             if func is Tensor.__getitem__:
                 keys = _cropped_keys(args[1], mask.shape)
                 if keys is not None:
-                    return StreamMask.make(mask.source.cropped(keys), mask.device)
+                    return StreamMask.make(mask.source.cropped(keys), mask.dtype, mask.device)
         warnings.warn(
             f"The model's own code ({getattr(func, '__name__', func)}) works on its attention "
             "mask, which is therefore made in full, outside the memory budget.",
@@ -142,15 +145,15 @@ def _facts() -> set[Any]:
 def _copies() -> set[Any]:
     """What gives the same mask."""
     return {
-        Tensor.to, Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.bool, Tensor.cpu,
+        Tensor.to, Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.cpu,
         Tensor.requires_grad_, torch.clone, torch.detach,
     }  # fmt: skip
 
 
-def _changes_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _changes_type(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     options = (*args, *kwargs.values())
     types = [x.dtype if isinstance(x, Tensor) else x for x in options]
-    return any(isinstance(x, torch.dtype) and x != torch.bool for x in types)
+    return any(isinstance(x, torch.dtype) and x != dtype for x in types)
 
 
 def _cropped_keys(index: Any, shape: torch.Size) -> int | None:
@@ -201,6 +204,7 @@ def make_mask(
     allow_is_bidirectional_skip: bool = False,
     dtype: torch.dtype | None = None,
     config: Any = None,
+    is_additive: bool = False,
     **unknown: Any,
 ) -> StreamMask:
     """Return a mask for streamed attention; what transformers calls to make one.
@@ -224,6 +228,7 @@ def make_mask(
         allow_is_bidirectional_skip: Likewise.
         dtype: Of a dense additive mask.
         config: Of the model.
+        is_additive: Whether the model's own code expects a mask that is added to scores.
         unknown: Nothing that changes the mask.
 
     Returns:
@@ -261,6 +266,24 @@ def make_mask(
         )
         return mask
 
+    def dense() -> Tensor:
+        make = masking_utils.eager_mask if is_additive else masking_utils.sdpa_mask
+        mask: Tensor = make(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=first_query,
+            kv_offset=first_key,
+            mask_function=function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            dtype=dtype or torch.float32,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return mask
+
     visible = _recognise(function, sizes)
     if visible is not None and attention_mask is not None:
         padding = _recognise_padding(attention_mask.bool(), sizes)
@@ -272,8 +295,9 @@ def make_mask(
     is_interval = visible is not None
     if visible is None:
         visible = (Visibility.of(q_length, kv_length),)
-    source = MaskSource(batch_size, visible, tiles, is_interval)
-    return StreamMask.make(source, torch.device(device))
+    source = MaskSource(batch_size, visible, tiles, is_interval, dense)
+    mask_dtype = (dtype or torch.float32) if is_additive else torch.bool
+    return StreamMask.make(source, mask_dtype, torch.device(device))
 
 
 def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility, ...] | None:
@@ -295,9 +319,9 @@ def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility,
                 return None
             visible = merge_visible(visible, seen)
         return visible
-    if name == "sliding_window_overlay":
+    if name == "sliding_window_overlay" and int(facts["sliding_window"]) > 0:
         return (of(queries, keys, window=int(facts["sliding_window"]), offset=offset),)
-    if name == "sliding_window_bidirectional_overlay":
+    if name == "sliding_window_bidirectional_overlay" and int(facts["sliding_window"]) >= 0:
         width = int(facts["sliding_window"])
         return (of(queries, keys, window=(width + 1, width), offset=offset),)
     if name == "chunked_overlay" and 0 <= offset <= keys - queries:

@@ -180,7 +180,8 @@ def dense(query, key, value, hidden, scale, *, bias=0.0, softcap=None, sinks=Non
         scores = softcap * torch.tanh(scores / softcap)
     scores = (scores + bias).masked_fill(hidden, -math.inf)
     if sinks is not None:
-        column = sinks.reshape(-1, query.shape[1], 1, 1).expand(*scores.shape[:3], 1)
+        column = sinks if sinks.ndim == 3 else sinks.reshape(-1, query.shape[1], 1)
+        column = column[..., None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
@@ -254,7 +255,7 @@ def masked_calls(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
     rand = {"generator": generator, "dtype": torch.float64}
     if draw(st.booleans()):
-        shape = draw(st.sampled_from([(heads,), (batch, heads)]))
+        shape = draw(st.sampled_from([(heads,), (batch, heads), (batch, heads, queries)]))
         extras["sinks"] = torch.randn(shape, **rand).requires_grad_()
     if draw(st.booleans()):
         extras["alibi_slopes"] = torch.rand(draw(st.sampled_from([(heads,), (batch, heads)])), **rand)
