@@ -244,6 +244,11 @@ class HuggingFaceCausalLM(nn.Module):
                 f"Choose a model without it in {_KEY}.name.",
             )
         self.vocab_size = int(made.config.vocab_size)
+        if self.body is made:
+            raise ConfigError(
+                f"{type(made).__name__} does not say which part of it gives hidden states.",
+                f"Choose another model in {_KEY}.name.",
+            )
         if checkpoint:
             # the second is its name in older versions
             enable = getattr(made, "activation_checkpointing_enable", None)
@@ -251,6 +256,12 @@ class HuggingFaceCausalLM(nn.Module):
             enable({"use_reentrant": False})
         if attention is not None:
             self.use_attention(attention)
+
+    @property
+    def body(self) -> Any:
+        """The part of the model that gives hidden states."""
+        model: Any = self.model  # some classes name no base model, and are their own
+        return model.base_model if model.base_model is not model else model.get_decoder()
 
     def use_attention(self, name: str) -> None:
         """Choose the attention implementation by its name in transformers.
@@ -283,8 +294,7 @@ class HuggingFaceCausalLM(nn.Module):
                 "Models of transformers take no documents and no prefix here.",
                 "Use fulgurite.models.stream_cqsa.Decoder, or data with one document a sequence.",
             )
-        model: Any = self.model
-        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self.body(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits. Shape: (..., E) to (..., V)."""

@@ -238,8 +238,10 @@ def _attend_masked(
     alibi_slopes: Tensor | None,
     options: StreamOptions,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
+    kind = query.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if casts and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fulgurite.attention.bias_gradient import bias_gradient
 from fulgurite.attention.biases import TileBias
@@ -41,6 +40,7 @@ from fulgurite.attention.units import (
     units,
     with_smaller_tiles,
 )
+from fulgurite.errors import ConfigError
 
 __all__ = ["StreamedAttention"]
 
@@ -89,9 +89,17 @@ class StreamedAttention(torch.autograd.Function):
         return out, whole_lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value, bias and sinks."""
+        """Gradients of query, key, value, bias and sinks.
+
+        Raises:
+            ConfigError: Gradients of these are asked for.
+        """
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "Streamed attention has no gradients of its gradients (create_graph=True).",
+                "Use PyTorch's attention, --trainer.strategy=auto, for second derivatives.",
+            )
         if grads[0] is None:
             return (None,) * 8
         query, key, value, bias, sinks, out, lse = ctx.saved_tensors
