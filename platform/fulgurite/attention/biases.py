@@ -113,10 +113,13 @@ class AlibiBias:
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`TileBias`."""
         slopes = self.slopes[batch if len(self.slopes) > 1 else slice(None), heads]
-        device = slopes.device
-        rows = torch.arange(*queries, device=device)[:, None] + self.offset
-        distance = (rows - torch.arange(*keys, device=device)).abs_()
-        return slopes[..., None, None] * -distance
+        # from the first key on, so that no position is too large for float32
+        rows, columns = (
+            torch.arange(start - keys[0], stop - keys[0], device=slopes.device).to(slopes.dtype)
+            for start, stop in ((queries[0] + self.offset, queries[1] + self.offset), keys)
+        )
+        distance = (rows[:, None] - columns).abs_()
+        return slopes.neg()[..., None, None] * distance
 
 
 def describe_biases(biases: Iterable[TileBias]) -> MaskSpec | None:

@@ -189,6 +189,7 @@ class _TileCost:
         if not self.direct:  # and what merging takes for a moment
             total += self.rows * (spec.value_dim + 1) * wide * self.passing
             total += self.rows * (spec.value_dim * (size < wide) + 1) * wide
+        total += 4 * self.rows * wide * spec.has_sinks
         return total + self._padding(rows=1) + self._bias() + self._scores(1)
 
     def gradients(self) -> int:
@@ -224,7 +225,8 @@ class _TileCost:
             copies = self.batch if spec.mask.by_batch else 1
             copies *= self.heads if spec.mask.by_head else 1
             height = self.height if spec.mask.by_query else 1
-            total += copies * height * self.loaded * (2 * self.size + 1)
+            each = copies * (self.size + self.wide + 1) + self.wide
+            total += height * self.loaded * each
         return total
 
     def _scores(self, copies: int) -> int:
@@ -234,7 +236,8 @@ class _TileCost:
             return 0
         narrow = self.size < self.wide
         inputs = (self.rows * spec.head_dim + self.keys * (spec.head_dim + spec.value_dim)) * narrow
-        return (copies * self.rows * self.loaded + inputs) * self.wide
+        numbers = copies * self.rows * self.loaded + inputs + 4 * self.rows
+        return numbers * self.wide + 2 * self.height * self.loaded  # booleans of a causal tile
 
 
 def _accumulators(spec: AttentionSpec, cut: Cut, setting: Setting, direct: bool) -> int:

@@ -351,7 +351,7 @@ def attend(
     if options.check_finite:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             refuse_not_finite(name, tensor)
-    spec = _spec(query, key, value, visible, scale, softcap, biases)
+    spec = _spec(query, key, value, visible, scale, softcap, biases, sinks is not None)
     if sinks is not None:
         sinks = _normalized_sinks(sinks, spec)
     where = query.device if options.device is None else options.device
@@ -404,6 +404,7 @@ def _spec(
     scale: float | None,
     softcap: float | None,
     biases: tuple[TileBias, ...],
+    has_sinks: bool = False,
 ) -> AttentionSpec:
     """Sizes and masking.
 
@@ -419,7 +420,7 @@ def _spec(
         raise ConfigError(f"scale={scale} gives no scores.", "Give a finite number.")
     return AttentionSpec(
         batch, heads, key.shape[1], head_dim, value.shape[-1], query.dtype, visible,
-        float(scale), softcap, describe_biases(biases),
+        float(scale), softcap, describe_biases(biases), has_sinks,
     )  # fmt: skip
 
 

@@ -76,6 +76,7 @@ class AttentionSpec:
         scale: Of the scores.
         softcap: Scores s become softcap · tanh(s / softcap).
         mask: Of what is added to scores, or hides them, tile by tile.
+        has_sinks: Whether queries see a key without a value.
     """
 
     batch: int
@@ -88,6 +89,7 @@ class AttentionSpec:
     scale: float = 1.0
     softcap: float | None = None
     mask: MaskSpec | None = None
+    has_sinks: bool = False
 
     @property
     def queries(self) -> int:

@@ -57,6 +57,7 @@ class Step(NamedTuple):
         opens: Whether it is the first of its span.
         closes: Whether it is the last of its span.
         ends: Whether it is the last of its unit.
+        releases: Whether it is the last that uses the gathered keys, which may be forgotten.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Step(NamedTuple):
     opens: bool
     closes: bool
     ends: bool
+    releases: bool = False
 
 
 def row_steps(
@@ -102,12 +104,18 @@ def row_steps(
         group_keys = [x[group.batch, group.kv_heads] for x in keys]
         for index, task in enumerate(plan.tasks(group.visible)):
             is_loaded = False
-            for i, row in enumerate(task.rows):
-                unit = number + i
-                if unit <= after or unit in done or not plan.is_mine(index):
-                    continue
-                if within and not (within[0] <= row.queries[0] and row.queries[1] <= within[1]):
-                    continue
+            low, high = within or (0, plan.spec.queries)
+            chosen = [
+                i
+                for i, row in enumerate(task.rows)
+                if number + i > after
+                and number + i not in done
+                and plan.is_mine(index)
+                and low <= row.queries[0]
+                and row.queries[1] <= high
+            ]
+            for i in chosen:
+                unit, row = number + i, task.rows[i]
                 at = group.batch, group.heads, slice(*row.queries)
                 parts = _halved(task, i, halvings)
                 for part, (small, position) in enumerate(parts):
@@ -120,7 +128,10 @@ def row_steps(
                     for j, call in enumerate(calls):
                         opens, closes = j == 0, j == len(calls) - 1
                         ends = closes and part == len(parts) - 1
-                        step = Step(unit, group, at, span, call, small, opens, closes, ends)
+                        releases = ends and i == chosen[-1]
+                        step = Step(
+                            unit, group, at, span, call, small, opens, closes, ends, releases
+                        )
                         views: list[Views] = []
                         if opens:
                             views += [[x[:, :, slice(*span)]] for x in group_rows]

@@ -339,6 +339,9 @@ def _accumulate_group(
                 parts[0][:, :, span] = row_sum
             del row_sum
             advance(span.stop - span.start)
+        if step.releases:  # or these would be in memory beside those of the next task
+            key_tensors = None
+            del tensors
     for result, total in zip(parts[-len(sums) :], sums, strict=True):
         if plan.is_shared:
             sum_shards_(total, result, plan)

@@ -294,6 +294,9 @@ def _rows(
                 total = add_sinks_(*total, inputs, step.group, step.span, plan)
             parts.append(total)
             total = None
+        if step.releases:  # or these would be in memory beside those of the next task
+            keys = values = loaded = tile = None
+            del tensors
         if step.ends:
             yield (step.number, step.at), _joined_parts(parts)
 

@@ -551,6 +551,54 @@ def test_tensors_alive_at_once_fit_the_budget(schedule, budget, dtype, passes, w
     assert backward.peak - sum(x.nbytes for x in grads) <= chosen.peak_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind",
+    ["softcap", "learned bias", "bias of heads", "holes", "slopes", "sinks", "values", "strides",
+     "padding", "few documents"],
+)  # fmt: skip
+def test_tensors_of_masks_and_caps_fit_the_budget_too(kind, dtype):
+    """What is cut from the user's own mask counts; the mask and its gradient do not."""
+    torch.manual_seed(0)
+    shape, budget, options = (2, 4, 512, 32), 2**19, {"is_causal": True}
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+    if kind == "softcap":
+        options["softcap"] = 2.0
+    elif kind == "learned bias":
+        options["attn_mask"] = torch.randn(1, 1, 512, 512).to(dtype).requires_grad_()
+    elif kind == "bias of heads":
+        options["attn_mask"] = torch.randn(1, 4, 512, 512).to(dtype).requires_grad_()
+    elif kind == "holes":
+        options["attn_mask"] = torch.rand(2, 1, 512, 512) < 0.5
+    elif kind == "slopes":
+        options["alibi_slopes"] = torch.rand(4)
+    elif kind == "sinks":
+        options["sinks"] = torch.randn(4).requires_grad_()
+    elif kind == "values":
+        inputs[2] = torch.randn(2, 4, 512, 20).to(dtype).requires_grad_()
+    elif kind == "strides":
+        inputs[1] = torch.randn(2, 4, 32, 512).to(dtype).mT.requires_grad_()
+    elif kind == "padding":
+        options |= {"lengths": [400, 77], "starts": [112, 400]}
+    else:
+        options["documents"] = [0, 5, 130, 131, 132, 133, 300]
+    extras = [x for x in options.values() if isinstance(x, torch.Tensor)]
+    wanted = inputs + [x for x in extras if x.requires_grad]
+    plans = []
+    call = options | {"memory_budget": budget, "schedule": "rect", "on_plan": plans.append}
+    stream_attention(*inputs, **call)  # measures the machine
+    with LiveBytes(*inputs, *extras) as forward:
+        out, lse = stream_attention(*inputs, **call, return_lse=True)
+    grad = torch.randn(out.shape).to(dtype)
+    with LiveBytes(*inputs, *extras, grad, out, lse) as backward:
+        grads = torch.autograd.grad(out, wanted, grad)
+    chosen = plans[-1]
+    assert chosen.peak_bytes <= budget
+    assert forward.peak - out.nbytes - lse.nbytes <= chosen.peak_bytes
+    results = sum(x.nbytes for x in grads)
+    assert backward.peak - results <= (budget if "bias" in kind else chosen.peak_bytes)
+
+
 def test_a_long_call_shows_how_far_it_is(monkeypatch, capsys):
     query = torch.randn(1, 2, 512, 16, requires_grad=True)
     call = {"is_causal": True, "memory_budget": "64KiB", "schedule": "rect"}
