@@ -18,28 +18,36 @@ import torch
 
 from benchmarks.harness import report
 from fulgurite.strategies import StreamCQSAStrategy
-from fulgurite.testing.transformers_models import (
-    EXTRA_MODES,
-    MODES,
-    Cell,
-    judge_architecture,
-    select_architectures,
-)
+from fulgurite.testing.attention_judge import Cell, judge_architecture
+from fulgurite.testing.transformers_models import EXTRA_MODES, MODES, select_architectures
 
 BUDGET = "16KiB"
 _SYMBOLS = {"wrong": "WRONG", "crashed": "CRASHED", "unsupported": "(no)"}
 
 
 def count_verdicts(cells: Sequence[Cell]) -> str:
-    """Totals in words, with the share that is exact of what the models do by themselves."""
+    """Totals in words, with the percentage of exact cells among those that the models do."""
     counts = Counter(cell.verdict for cell in cells)
     supported = len(cells) - counts["unsupported"]
-    share = counts["exact"] / supported if supported else 0.0
+    percentage = f" ({counts['exact'] / supported:.1%})" if supported else ""
     return (
-        f"{supported} cells that the models do by themselves: {counts['exact']} exact "
-        f"({share:.1%}), {counts['refused']} refused, {counts['wrong']} wrong, "
-        f"{counts['crashed']} crashed; {counts['unsupported']} that they do not."
+        f"{supported} cells, {counts['exact']} exact{percentage}, {counts['refused']} refused, "
+        f"{counts['wrong']} wrong, {counts['crashed']} crashed; beside them "
+        f"{counts['unsupported']} that the models do not do by themselves."
     )
+
+
+def count_all(cells: Sequence[Cell]) -> list[str]:
+    """Totals of the common modes, of those that can be reached, and of the other modes."""
+    common = [cell for cell in cells if cell.mode in MODES]
+    reachable = [cell for cell in common if cell.is_reachable]
+    other = [cell for cell in cells if cell.mode in EXTRA_MODES]
+    return [
+        f"- Common modes ({', '.join(MODES)}): {count_verdicts(common)}",
+        "- Of these, models that let any of their attention be chosen: "
+        f"{count_verdicts(reachable)}",
+        f"- Other modes ({', '.join(EXTRA_MODES)}): {count_verdicts(other)}",
+    ]
 
 
 def count_reasons(cells: Sequence[Cell], words: int = 12) -> list[str]:
@@ -96,15 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     cells = judge_all(options.architectures or None, options.modes, options.budget)
     seconds = time.perf_counter() - began
-    usual = [cell for cell in cells if cell.mode in MODES]
-    extra = [cell for cell in cells if cell.mode in EXTRA_MODES]
     notes = [
         f"{len({cell.architecture for cell in cells})} architectures, transformers "
         f"{metadata.version('transformers')}, budget {options.budget}, float64, {seconds:.0f} s.",
         "",
-        f"Common modes ({', '.join(MODES)}): {count_verdicts(usual)}",
+        *count_all(cells),
         "",
-        f"Beside ({', '.join(EXTRA_MODES)}): {count_verdicts(extra)}",
+        "Reasons, by their first words:",
         "",
         *count_reasons(cells),
     ]
