@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -49,10 +49,11 @@ MODES = (
 )  # fmt: skip
 #: What is asked beside, and counts apart.
 EXTRA_MODES = (
-    "causality", "static_cache", "chunked_prefill", "prefix", "mask_4d_bool", "mask_4d_min",
-    "bias_4d",
+    "causality", "generate_right_padding", "static_cache", "chunked_prefill", "checkpointing",
+    "prefix", "mask_4d_bool", "mask_4d_min", "bias_4d",
 )  # fmt: skip
-_BATCH, _TOKENS, _REAL, _VOCABULARY = 2, 48, 31, 99  # the second sequence has _REAL tokens
+_BATCH, _TOKENS, _VOCABULARY = 2, 48, 99
+_DECODED = 40  # tokens of the decoder of an encoder-decoder; others, so that no mask fits by chance
 _PROMPT, _NEW = 24, 28  # together beyond all windows and chunks
 _WINDOW = 16
 
@@ -71,6 +72,8 @@ class Architecture:
             itself chooses.
         extra_modes: Modes that are asked of it beside the common ones.
         omitted: Options of the kind that this configuration does not take.
+        ambiguous: Modes in which the implementations of transformers disagree with each other, so
+            that there is nothing to compare with.
         needs_token_types: Whether it always gets token types, which say what sees each other both
             ways. (Without them the implementations of transformers disagree.)
     """
@@ -83,6 +86,7 @@ class Architecture:
     attention: str | None = None
     extra_modes: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
+    ambiguous: tuple[str, ...] = ()
     needs_token_types: bool = False
 
 
@@ -150,7 +154,7 @@ _RELATIVE = {
     "sliding_window_size": _WINDOW, "d_rel": 8, "rel_extent": 32,
     "layer_types": ["hybrid_sliding", "hybrid"],
 }  # fmt: skip
-_FIELDS = {"model_type", "model_class", "attention", "omitted", "needs_token_types"}
+_FIELDS = {"model_type", "model_class", "attention", "omitted", "ambiguous", "needs_token_types"}
 
 
 def _row(kind: Kind, name: str, *extra_modes: str, **options: Any) -> Architecture:
@@ -170,7 +174,7 @@ _speech2seq = functools.partial(_row, "speech2seq")
 # fmt: off
 ARCHITECTURES: tuple[Architecture, ...] = (
     # decoders: plain attention, or rotary, or grouped heads
-    _causal("llama", *_CACHES, *_MASKS_4D),
+    _causal("llama", *_CACHES, "checkpointing", *_MASKS_4D),
     _causal("qwen2", *_CACHES),
     _causal("qwen3", *_CACHES, *_MASKS_4D),
     _causal("gemma", *_CACHES),
@@ -207,12 +211,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _causal("bart_decoder", model_type="bart", is_decoder=True, is_encoder_decoder=False,
             **_SEQ2SEQ),
     # decoders: windows and chunks
-    _causal("mistral", *_CACHES, *_MASKS_4D, sliding_window=_WINDOW),
+    _causal("mistral", *_CACHES, "checkpointing", *_MASKS_4D, sliding_window=_WINDOW),
     _causal("ministral", *_CACHES, sliding_window=_WINDOW),
     _causal("qwen2_window", *_CACHES, model_type="qwen2", use_sliding_window=True,
             sliding_window=_WINDOW, max_window_layers=1),
-    _causal("gemma3_text", *_CACHES, sliding_window=_WINDOW, sliding_window_pattern=2,
-            query_pre_attn_scalar=16),
+    _causal("gemma3_text", *_CACHES, "checkpointing", sliding_window=_WINDOW,
+            sliding_window_pattern=2, query_pre_attn_scalar=16),
     _causal("gemma3_bidirectional", model_type="gemma3_text", sliding_window=_WINDOW,
             sliding_window_pattern=2, use_bidirectional_attention=True, query_pre_attn_scalar=16),
     _causal("gemma4_text", head_dim=16, global_head_dim=16, sliding_window=_WINDOW,
@@ -224,15 +228,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _causal("exaone4", *_CACHES, sliding_window=_WINDOW, sliding_window_pattern=2),
     _causal("cwm", sliding_window=_WINDOW),
     _causal("modernbert-decoder", *_CACHES, local_attention=_WINDOW, global_attn_every_n_layers=2),
-    _causal("llama4_text", *_CACHES, attention_chunk_size=_WINDOW, intermediate_size_mlp=64,
-            num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], **_EXPERTS),
+    _causal("llama4_text", *_CACHES, "checkpointing", attention_chunk_size=_WINDOW,
+            intermediate_size_mlp=64, num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0],
+            **_EXPERTS),
     # decoders: softcap, sinks, other changes of the scores
-    _causal("gemma2", *_CACHES, *_MASKS_4D[1:], attention="eager", **_SOFTCAP),
+    _causal("gemma2", *_CACHES, "checkpointing", *_MASKS_4D[1:], attention="eager", **_SOFTCAP),
     _causal("gemma2_without_softcap", *_CACHES, model_type="gemma2",
             **_SOFTCAP | {"attn_logit_softcapping": None}),
     _causal("vaultgemma", *_CACHES, attention="eager", **_SOFTCAP),
-    _causal("gpt_oss", *_CACHES, *_MASKS_4D[1:], attention="eager", sliding_window=_WINDOW,
-            **_EXPERTS),
+    _causal("gpt_oss", *_CACHES, "checkpointing", *_MASKS_4D[1:], attention="eager",
+            sliding_window=_WINDOW, **_EXPERTS),
     _causal("granite_swa", *_CACHES, attention="eager", sliding_window=_WINDOW),
     _causal("granitemoe_swa", *_CACHES, attention="eager", sliding_window=_WINDOW, **_EXPERTS),
     _causal("flint", *_CACHES, attention="eager", **_MIXED | _EXPERTS),
@@ -260,8 +265,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _causal("hy_v4", **_INDEXED | _EXPERTS),
     _causal("minimax_m3_vl_text", index_block_size=8, index_topk_blocks=2, index_n_heads=2,
             index_head_dim=16, layer_types=["full_attention", "minimax_m3_sparse"],
-            rotary_dim=8, dense_intermediate_size=64,
-            shared_intermediate_size=32, **_EXPERTS),
+            rotary_dim=8, dense_intermediate_size=64, shared_intermediate_size=32,
+            # its indexer chooses padding and other documents, after which rows may see nothing
+            ambiguous=("left_padding", "packed", "generate_left_padding"), **_EXPERTS),
     # decoders: position biases
     _causal("inkling_text", **_RELATIVE | _EXPERTS),
     _causal("inkling2_text", **_RELATIVE | _EXPERTS),
@@ -466,23 +472,6 @@ def _strengthen(name: str, parameter: Tensor) -> None:
         parameter.normal_(0, 0.1)
 
 
-def name_implementations(model: nn.Module) -> dict[str, str]:
-    """Return the attention implementation of each sub-model, by its path.
-
-    Args:
-        model: Any module.
-
-    Example:
-        >>> name_implementations(nn.Linear(1, 1))
-        {}
-    """
-    return {
-        path: part.config._attn_implementation
-        for path, part in model.named_modules()
-        if hasattr(getattr(part, "config", None), "_attn_implementation")
-    }
-
-
 class _InFloat64(TorchFunctionMode):
     """Lets transformers compute in float64 what it computes in float32 whatever the model's type.
 
@@ -538,7 +527,7 @@ class _Batch:
 
     Attributes:
         inputs: Keywords of the model.
-        real: Which rows of the output are no padding. Shape: (B, N), or None for all.
+        real: Which tokens of the output are no padding; None for all. Shape: (B, N).
     """
 
     inputs: dict[str, Any]
@@ -565,9 +554,11 @@ def take_modes(architecture: Architecture, model: Any) -> list[str]:
         modes.append("generate")
         if kind != "speech2seq":
             modes.append("generate_left_padding")
+        if kind == "seq2seq":
+            modes.append("generate_right_padding")
     if kind in ("causal", "seq2seq", "speech2seq"):
         modes.append("causality")
-    return [*modes, *architecture.extra_modes]
+    return [x for x in (*modes, *architecture.extra_modes) if x not in architecture.ambiguous]
 
 
 def _draw_tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -575,13 +566,18 @@ def _draw_tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, _VOCABULARY, shape, generator=generator)  # 0 to 2 are special
 
 
-def _mask_padding(side: str, tokens: int, real: int) -> Tensor:
+def _draw_numbers(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _mask_padding(side: str, tokens: int, row: int = 1) -> Tensor:
     mask = torch.ones(_BATCH, tokens, dtype=torch.int64)
-    mask[1, real:] = 0
+    mask[row, tokens * 2 // 3 :] = 0
     return mask.flip(1) if side == "left" else mask
 
 
-def _first_real(mask: Tensor) -> Tensor:
+def _mark_first_real(mask: Tensor) -> Tensor:
     # the label of the first real token is predicted from what is left of it, which is padding
     return (mask.cumsum(1) == 1) & mask.bool()
 
@@ -589,24 +585,26 @@ def _first_real(mask: Tensor) -> Tensor:
 def _make_text_batch(architecture: Architecture, mode: str) -> _Batch:
     tokens = _draw_tokens(_BATCH, _TOKENS)
     inputs: dict[str, Any] = {"input_ids": tokens}
-    real = None
-    if mode in ("right_padding", "left_padding"):
-        mask = _mask_padding(mode.removesuffix("_padding"), _TOKENS, _REAL)
+    real, side = torch.ones_like(tokens, dtype=torch.bool), "right"
+    if mode != "right_padding":
+        side = "left"
+    if mode in ("right_padding", "left_padding", "checkpointing"):
+        mask = _mask_padding(side, _TOKENS)
         real = mask.bool()
-        inputs = {"input_ids": tokens.where(real, 0), "attention_mask": mask}
-    kind = architecture.kind
-    if kind == "causal":
-        labels = tokens if real is None else tokens.where(real & ~_first_real(mask), -100)
-        inputs["labels"] = labels
-    elif kind == "masked":
-        labels = _draw_tokens(_BATCH, _TOKENS, seed=1)
-        inputs["labels"] = labels if real is None else labels.where(real, -100)
-    elif kind == "seq2seq":
-        decoder, labels = (_draw_tokens(_BATCH, _TOKENS, seed=seed) for seed in (1, 2))
-        if real is not None:
-            decoder, labels = decoder.where(real, 0), labels.where(real, -100)
+        inputs |= {"input_ids": tokens.where(real, 0), "attention_mask": mask}
+    if architecture.kind == "causal":
+        labeled = real & ~_mark_first_real(mask) if "attention_mask" in inputs else real
+        inputs["labels"] = tokens.where(labeled, -100)
+    elif architecture.kind == "masked":
+        inputs["labels"] = _draw_tokens(_BATCH, _TOKENS, seed=1).where(real, -100)
+    elif architecture.kind == "seq2seq":
+        decoder, labels = (_draw_tokens(_BATCH, _DECODED, seed=seed) for seed in (1, 2))
+        real = torch.ones_like(decoder, dtype=torch.bool)
+        if "attention_mask" in inputs:
+            mask = _mask_padding(side, _DECODED, row=0)
+            real = mask.bool()
             inputs["decoder_attention_mask"] = mask
-        inputs |= {"decoder_input_ids": decoder, "labels": labels}
+        inputs |= {"decoder_input_ids": decoder.where(real, 0), "labels": labels.where(real, -100)}
     if mode == "packed":
         # each sequence has documents of its own
         starts = ([0, 20, 33], [0, 11, 40])
@@ -634,43 +632,37 @@ def _draw_mask_4d(mode: str) -> Tensor:
     if mode == "mask_4d_bool":
         return seen
     least = torch.finfo(torch.float64).min
-    bias = torch.zeros(shape, dtype=torch.float64)
-    if mode == "bias_4d":
-        bias = torch.randn(shape, generator=generator, dtype=torch.float64)
+    bias = _draw_numbers(*shape) if mode == "bias_4d" else torch.zeros(shape).double()
     return bias.masked_fill(~seen, least)
 
 
 def _make_batch(architecture: Architecture, model: Any, mode: str) -> _Batch:
-    generator = torch.Generator().manual_seed(0)
     kind, config = architecture.kind, model.config
     if kind == "vision":
         size = (config.num_channels, config.image_size, config.image_size)
-        pixels = torch.randn(_BATCH, *size, generator=generator, dtype=torch.float64)
-        return _Batch({"pixel_values": pixels})
+        return _Batch({"pixel_values": _draw_numbers(_BATCH, *size)})
     if kind == "speech":
         samples = 768
-        wave = torch.randn(_BATCH, samples, generator=generator, dtype=torch.float64)
+        wave = _draw_numbers(_BATCH, samples)
         if mode != "right_padding":
             return _Batch({"input_values": wave})
-        mask = _mask_padding("right", samples, 512)
+        mask = _mask_padding("right", samples)
         frames = model._get_feat_extract_output_lengths(mask.sum(1))
-        most = int(model._get_feat_extract_output_lengths(torch.tensor(samples)))
-        real = torch.arange(most) < frames[:, None]
+        real = torch.arange(int(frames.max())) < frames[:, None]
         return _Batch({"input_values": wave * mask, "attention_mask": mask}, real)
     if kind == "speech2seq":
-        frames = 2 * config.max_source_positions
-        size = (getattr(config, "num_mel_bins", 0), frames)
-        if architecture.name == "speech_to_text":  # time first
-            size = (frames, config.input_feat_per_channel)
-        features = torch.randn(_BATCH, *size, generator=generator, dtype=torch.float64)
-        decoder, labels = (_draw_tokens(_BATCH, _TOKENS, seed=seed) for seed in (1, 2))
+        features = _draw_numbers(_BATCH, 8, 2 * config.max_source_positions)
+        if architecture.name == "speech_to_text":
+            features = features.mT.contiguous()  # time first
+        decoder, labels = (_draw_tokens(_BATCH, _DECODED, seed=seed) for seed in (1, 2))
         return _Batch({"input_features": features, "decoder_input_ids": decoder, "labels": labels})
     return _make_text_batch(architecture, mode)
 
 
 def _pick_output(outputs: Any) -> Tensor:
-    logits: Tensor | None = getattr(outputs, "logits", None)
-    return outputs.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
+    logits = getattr(outputs, "logits", None)
+    output: Tensor = outputs.last_hidden_state if logits is None else logits
+    return output
 
 
 def _run_step(architecture: Architecture, model: Any, mode: str) -> Values:
@@ -681,9 +673,7 @@ def _run_step(architecture: Architecture, model: Any, mode: str) -> Values:
     rows = output.flatten(0, 1) if batch.real is None else output[batch.real]
     loss = getattr(outputs, "loss", None)
     if loss is None:
-        generator = torch.Generator().manual_seed(4)
-        weights = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
-        loss = (rows * weights).sum() / math.sqrt(rows.numel())
+        loss = (rows * _draw_numbers(*rows.shape, seed=4)).sum() / math.sqrt(rows.numel())
     return {"loss": loss, "output": rows}
 
 
@@ -695,8 +685,8 @@ def _run_generation(architecture: Architecture, model: Any, mode: str) -> Values
     }
     if architecture.kind != "speech2seq":
         inputs = {key: x[:, :_PROMPT] for key, x in inputs.items()}
-    if mode == "generate_left_padding":
-        mask = _mask_padding("left", _PROMPT, 15)
+    if mode in ("generate_left_padding", "generate_right_padding"):
+        mask = _mask_padding(mode.split("_")[1], _PROMPT)
         inputs |= {"input_ids": inputs["input_ids"].where(mask.bool(), 0), "attention_mask": mask}
     if mode == "static_cache":
         inputs |= {"cache_implementation": "static", "disable_compile": True}
@@ -710,21 +700,21 @@ def _run_generation(architecture: Architecture, model: Any, mode: str) -> Values
     }
 
 
-def _run_chunks(architecture: Architecture, model: Any) -> Values:
+def _run_chunks(architecture: Architecture, model: Any, mode: str) -> Values:
     """Logits of a sequence that comes in three parts, with a cache."""
     import transformers
 
     tokens = _draw_tokens(_BATCH, _TOKENS)
     cache = transformers.DynamicCache(config=model.config)
     logits = []
-    for part in tokens.split([19, _TOKENS - 20, 1], 1):
+    for part in tokens.tensor_split([19, _TOKENS - 1], 1):
         outputs = model(input_ids=part, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
         logits.append(outputs.logits)
     return {"output": torch.cat(logits, 1).flatten(0, 1)}
 
 
-def _run_twice(architecture: Architecture, model: Any) -> Values:
+def _run_twice(architecture: Architecture, model: Any, mode: str) -> Values:
     """How far earlier outputs move with the last token, in units of the largest."""
     batch = _make_batch(architecture, model, "plain")
     inputs = {key: x for key, x in batch.inputs.items() if key != "labels"}
@@ -737,6 +727,13 @@ def _run_twice(architecture: Architecture, model: Any) -> Values:
     return {"movement": ((second - first).abs().max() / first.abs().max())[None]}
 
 
+_RUNS: Mapping[str, Callable[[Architecture, Any, str], Values]] = {
+    "generate": _run_generation, "generate_left_padding": _run_generation,
+    "generate_right_padding": _run_generation, "static_cache": _run_generation,
+    "chunked_prefill": _run_chunks, "causality": _run_twice,
+}  # fmt: skip
+
+
 class _Probe(LightningModule):
     """Runs one step of a model, and keeps what it computes."""
 
@@ -746,8 +743,7 @@ class _Probe(LightningModule):
         self.values: Values = {}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        with _InFloat64():
-            values = self.compute()
+        values = self.compute()
         self.values = {key: value.detach() for key, value in values.items()}
         return values["loss"]
 
@@ -757,8 +753,7 @@ class _Probe(LightningModule):
                 self.values[f"grad {name}"] = parameter.grad.detach().clone()
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
-        with _InFloat64():
-            self.values = self.compute()
+        self.values = self.compute()
 
     def train_dataloader(self) -> list[int]:
         return [0]
@@ -768,6 +763,20 @@ class _Probe(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@contextlib.contextmanager
+def _checkpoint_layers(model: Any) -> Iterator[None]:
+    """Compute layers again in backward, when the forward pass is long over."""
+    # autograd leaves modes behind, so that what is computed again needs one of its own
+    contexts = {"context_fn": lambda: (contextlib.nullcontext(), _InFloat64())}
+    model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
 
 
 @contextlib.contextmanager
@@ -802,24 +811,20 @@ def compute_values(
         What is compared, by name: ``output`` with one real token a row, ``loss``, ``tokens``, and
         ``grad …`` for each parameter that has a gradient.
     """
-    trains = mode in ("plain", "right_padding", "left_padding", "packed", "prefix", *_MASKS_4D)
-    computes: dict[str, Callable[[], Values]] = {
-        "generate": functools.partial(_run_generation, architecture, model, mode),
-        "generate_left_padding": functools.partial(_run_generation, architecture, model, mode),
-        "static_cache": functools.partial(_run_generation, architecture, model, mode),
-        "chunked_prefill": functools.partial(_run_chunks, architecture, model),
-        "causality": functools.partial(_run_twice, architecture, model),
-    }
-    compute = computes.get(mode, functools.partial(_run_step, architecture, model, mode))
-    probe = _Probe(model, compute)
+    run = _RUNS.get(mode, _run_step)
+    probe = _Probe(model, functools.partial(run, architecture, model, mode))
     model.zero_grad(set_to_none=True)
-    with _silence():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_silence())
+        stack.enter_context(_InFloat64())
+        if mode == "checkpointing":
+            stack.enter_context(_checkpoint_layers(model))
         trainer = Trainer(
             accelerator="cpu", devices=1, strategy=strategy, precision="64-true", max_steps=1,
             logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,
         )  # fmt: skip
-        if trains:
+        if run is _run_step:
             trainer.fit(probe)
         else:
             trainer.predict(probe)
@@ -830,7 +835,8 @@ def compute_values(
 def measure_influence(architecture: Architecture, model: Any) -> float:
     """Measure how far outputs move with the input at another position.
 
-    If this is not far above :data:`TOLERANCE`, attention hardly matters and the judge is blind.
+    If this is not far above the tolerance of the judge, attention hardly matters and the judge is
+    blind.
 
     Args:
         architecture: Which.
@@ -844,6 +850,8 @@ def measure_influence(architecture: Architecture, model: Any) -> float:
     inputs = {key: x for key, x in batch.inputs.items() if key != "labels"}
     movements = []
     for key, x in inputs.items():
+        if key == "token_type_ids":
+            continue
         other, start = x.clone(), 4
         if key == "pixel_values":
             other[..., : x.shape[-1] // 7, : x.shape[-1] // 7] *= -1  # the first patch
