@@ -1,8 +1,9 @@
 """Exact attention in a memory budget (Stream-CQSA), in pure PyTorch."""
 
 from fulgurite.attention.backend import AttentionBackend, Documents, InCore, Streamed
-from fulgurite.attention.files import attend_files, attend_files_backward, memory_mapped
+from fulgurite.attention.files import attend_files, attend_files_backward
 from fulgurite.attention.functional import plan, stream_attention
+from fulgurite.attention.mapped import memory_mapped
 from fulgurite.attention.quorums import quorum
 
 __all__ = [
