@@ -23,6 +23,7 @@ from fulgurite.attention.checks import (
 )
 from fulgurite.attention.fingerprint import plan_facts
 from fulgurite.attention.functional import check_call, ranks_share, refuse_not_finite
+from fulgurite.attention.job_tasks import empty_plan
 from fulgurite.attention.journal import Journal, read_header
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.mapped import check_targets
@@ -100,7 +101,11 @@ def attend_files(
     inputs = host_tensors({"query": query, "key": key, "value": value})
     targets = host_tensors({"out": out, "lse": lse})
     query, key, value, out, lse = *inputs.values(), *targets.values()
-    shape, visible = check_call(query, key, value, enable_gqa, is_causal, window, prefix, documents)
+    masks: dict[str, Any] = {
+        "enable_gqa": enable_gqa, "is_causal": is_causal, "window": window, "prefix": prefix,
+        "documents": documents,
+    }  # fmt: skip
+    shape, visible = check_call(query, key, value, **masks)
     if share != (0, 1) and schedule == "cqs":
         raise ConfigError(
             "Ranks would merge their results of schedule='cqs' into the same rows of the files.",
@@ -112,7 +117,7 @@ def attend_files(
     places = check_targets(targets, inputs, in_files=journal is not None)
     if not query.numel() or not key.numel():
         clear_(out, lse)
-        return _empty_plan(shape, visible)
+        return empty_plan(query, key, masks)
     if schedule == "auto" and (out.dtype != wide or share != (0, 1)):
         schedule = "rect"  # cqs would sum in the result
     folder = _folder(journal, share)
@@ -211,7 +216,11 @@ def attend_files_backward(
     )
     targets = host_tensors({"dquery": dquery, "dkey": dkey, "dvalue": dvalue})
     grad, query, key, value, out, lse = inputs.values()
-    shape, visible = check_call(query, key, value, enable_gqa, is_causal, window, prefix, documents)
+    masks: dict[str, Any] = {
+        "enable_gqa": enable_gqa, "is_causal": is_causal, "window": window, "prefix": prefix,
+        "documents": documents,
+    }  # fmt: skip
+    shape, visible = check_call(query, key, value, **masks)
     for name, like in (("grad", query), ("out", query)):
         check_beside(name, inputs[name], like.shape)
     check_beside("lse", lse, query.shape[:-1], accumulator_dtype(query.dtype))
@@ -221,7 +230,7 @@ def attend_files_backward(
     if not query.numel() or not key.numel():
         for target in targets.values():
             target.zero_()
-        return _empty_plan(shape, visible)
+        return empty_plan(query, key, masks)
     folder = _folder(journal, share)
     plan = make_plan(
         shape, visible, _budget(memory_budget, where, folder), "rect", backward=True,
@@ -245,14 +254,6 @@ def attend_files_backward(
     if share != (0, 1):
         dist.barrier()
     return plan
-
-
-def _empty_plan(shape: Any, visible: Any) -> Plan:
-    """The plan of a call without queries or keys."""
-    return Plan(
-        shape, visible, "whole", (1, 1), (visible.queries, visible.keys), 0, 0, 0, 0, 0.0, 0.0,
-        reason="there is nothing to compute",
-    )  # fmt: skip
 
 
 def _folder(journal: str | Path | None, share: tuple[int, int]) -> Path | None:

@@ -152,15 +152,15 @@ def write_part(
 
 
 def _publish(temporary: Path, path: Path, keeps_first: bool) -> None:
+    """Give a file its name, for good if the first of several is kept."""
     if keeps_first:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without links
-            if path.exists():
-                return
-            temporary.replace(path)
+        with suppress(FileExistsError, FileNotFoundError):  # another wrote it, or does so instead
+            try:
+                os.link(temporary, path)
+            except (FileExistsError, FileNotFoundError):
+                raise
+            except OSError:  # a file system without links
+                temporary.replace(path)
     else:
         temporary.replace(path)
 

@@ -1,0 +1,85 @@
+"""What the tasks of a job read, write and take.
+
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fulgurite.attention.calibration import measured_costs
+from fulgurite.attention.job_header import BY_KEYS, JobHeader
+from fulgurite.attention.job_tasks import JobTask, job_tasks
+from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.planning import Plan, format_bytes
+
+__all__ = ["explain_job", "read_bytes", "written_bytes"]
+
+_BACKWARD_COST = 2.5  # of gradients against the forward pass (card section 3.5)
+_MERGE_SPEED = 5e8  # bytes of parts that are read, checked and merged by a CPU thread [1/s]
+
+
+def explain_job(header: JobHeader, plan: Plan, missing: int) -> str:
+    """Return what the tasks are, what each reads and writes, and how long they take.
+
+    Args:
+        header: Of the job.
+        plan: How the call is cut.
+        missing: Number of tasks without a file.
+    """
+    tasks = list(job_tasks(plan, header.is_backward))
+    reads = [read_bytes(header, task) for task in tasks] or [0]
+    writes = [written_bytes(header, task) for task in tasks] or [0]
+    query = header.inputs["query"]
+    costs = measured_costs(
+        torch.device("cpu"), getattr(torch, query["dtype"]), max(1, query["shape"][-1])
+    )
+    factor = 1.0
+    if header.is_backward:
+        factor = _BACKWARD_COST * (1 if plan.merges else 2)
+    seconds = plan.flops / costs.flops + plan.calls * costs.call
+    seconds *= factor / max(1, len(tasks))
+    budget = "none" if header.budget is None else format_bytes(header.budget)
+    return "\n".join(
+        [
+            f"job       {'gradients' if header.is_backward else 'attention'}, {plan.schedule}",
+            f"tasks     {len(tasks)}, of which {missing} have no file",
+            f"budget    {budget} for a task",
+            f"read      {format_bytes(min(reads))} to {format_bytes(max(reads))} by a task",
+            f"written   {format_bytes(min(writes))} to {format_bytes(max(writes))} by a task, "
+            f"{format_bytes(sum(writes))} in all",
+            f"time      {seconds:.3g} s a task on average by a CPU thread, "
+            f"{sum(writes) / _MERGE_SPEED:.3g} s for the merge, predicted",
+        ]
+    )
+
+
+def read_bytes(header: JobHeader, task: JobTask) -> int:
+    """Return how many bytes of the inputs a task reads."""
+    total = 0
+    batch, heads, kv_heads = (s.stop - s.start for s in task.group)
+    for name, fact in header.inputs.items():
+        spans, count = (task.keys, kv_heads) if name in BY_KEYS else (task.queries, heads)
+        width = 1 if name == "lse" else int(fact["shape"][-1])
+        tokens = sum(stop - start for start, stop in spans)
+        total += batch * count * tokens * width * _itemsize(fact["dtype"])
+    return total
+
+
+def written_bytes(header: JobHeader, task: JobTask) -> int:
+    """Return how many bytes of numbers a task writes at most; rows without keys are left out."""
+    query = header.inputs["query"]
+    wide = accumulator_dtype(getattr(torch, query["dtype"])).itemsize
+    batch, heads, kv_heads = (s.stop - s.start for s in task.group)
+    total = 0
+    for name in task.gives:
+        by_keys = name in ("dkey", "dvalue")
+        spans, count = (task.keys, kv_heads) if by_keys else (task.queries, heads)
+        width = 1 if name == "lse" else int(query["shape"][-1])
+        total += batch * count * sum(stop - start for start, stop in spans) * width * wide
+    return total
+
+
+def _itemsize(name: str) -> int:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype.itemsize

@@ -1,0 +1,317 @@
+"""Tasks of a plan that are computed apart: which there are, what each reads, and what it gives.
+
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fulgurite.attention.calls import At, row_steps
+from fulgurite.attention.functional import check_call
+from fulgurite.attention.kernels import accumulator_dtype, kernel_for
+from fulgurite.attention.planning import Plan, Schedule, format_bytes, make_plan
+from fulgurite.attention.quorums import quorum
+from fulgurite.attention.schedules import chunk_ranges, column_tasks
+from fulgurite.attention.tiles import Range
+from fulgurite.attention.transfers import Feed
+from fulgurite.attention.units import gradient_units, tile_gradients, units
+from fulgurite.errors import ConfigError
+
+__all__ = [
+    "GRADIENTS",
+    "RESULTS",
+    "JobTask",
+    "compute_task",
+    "empty_plan",
+    "job_plan",
+    "job_tasks",
+    "overlapping_blocks",
+    "token_blocks",
+]
+
+RESULTS = ("out", "lse")
+GRADIENTS = ("dquery", "dkey", "dvalue")
+
+#: A result with where it belongs.
+Result = tuple[str, At, Tensor]
+
+
+class JobTask(NamedTuple):
+    """A part of a call that is computed apart from all others.
+
+    Attributes:
+        number: In the order of the plan, in which results are summed.
+        units: Numbers of its units in the plan.
+        group: Slices of batch, query heads and key/value heads.
+        queries: Ranges of queries that it reads.
+        keys: Ranges of keys that it reads.
+        gives: Names of the results that it has a part of.
+    """
+
+    number: int
+    units: range
+    group: tuple[slice, slice, slice]
+    queries: tuple[Range, ...]
+    keys: tuple[Range, ...]
+    gives: tuple[str, ...]
+
+
+class _AllBut(Container[int]):
+    """All unit numbers but those of a task: what is left out while that is computed."""
+
+    def __init__(self, numbers: range) -> None:
+        self._numbers = numbers
+
+    def __contains__(self, number: object) -> bool:
+        return number not in self._numbers
+
+
+def empty_plan(query: Tensor, key: Tensor, masks: Mapping[str, Any]) -> Plan:
+    """Return the plan of a call without queries or keys.
+
+    Args:
+        query: Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        masks: Options of :func:`~fulgurite.attention.functional.check_call`.
+    """
+    shape, visible = check_call(query, key, key, **masks)
+    return Plan(
+        shape, visible, "whole", (1, 1), (visible.queries, visible.keys), 0, 0, 0, 0, 0.0, 0.0,
+        reason="there is nothing to compute",
+    )  # fmt: skip
+
+
+def job_plan(
+    query: Tensor,
+    key: Tensor,
+    masks: Mapping[str, Any],
+    *,
+    budget: int | None,
+    schedule: Schedule,
+    backward: bool,
+    least_tasks: int,
+    ahead: bool,
+    kernel: str | None,
+) -> Plan:
+    """Choose how a job is cut: the fastest way of a schedule whose tasks are small and many enough.
+
+    Args:
+        query: May be on the device ``meta``. Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        masks: Options of :func:`~fulgurite.attention.functional.check_call`.
+        budget: Most bytes that a task holds at once; None for no limit.
+        schedule: ``cqs`` or ``rect``.
+        backward: Whether tasks compute gradients.
+        least_tasks: Least number of tasks.
+        ahead: Whether the next tile is copied to a device while one is computed.
+        kernel: Which kernel to prefer.
+
+    Raises:
+        ConfigError: There is no such way.
+    """
+    if not query.numel() or not key.numel():
+        return empty_plan(query, key, masks)
+    shape, visible = check_call(query, key, key, **masks)
+    gradients: dict[str, Any] = {"backward": True, "passes": 2} if backward else {}
+    allowed, plan = budget, None
+    while True:
+        try:
+            plan = make_plan(
+                shape, visible, allowed, schedule, resident=False, tiled=True, ahead=ahead,
+                kernel=kernel, **(gradients if schedule == "rect" else {}),
+            )  # fmt: skip
+        except ConfigError as error:
+            if plan is None:
+                raise
+            raise ConfigError(
+                f"schedule={schedule!r} cannot cut this call into {least_tasks} tasks or more that "
+                f"hold at most {'any number of bytes' if budget is None else format_bytes(budget)}"
+                " each.",
+                "Raise memory_budget, or lower least_tasks.",
+            ) from error
+        few = least_tasks > 1 and sum(1 for _ in job_tasks(plan, backward)) < least_tasks
+        peak = _gradient_peak(plan, ahead) if backward and plan.merges else plan.peak_bytes
+        if not few and (budget is None or peak <= budget):
+            return plan
+        allowed = plan.peak_bytes * 3 // 4
+
+
+def _gradient_peak(plan: Plan, ahead: bool) -> int:
+    """Most bytes that the gradients of a task of quorums hold at once.
+
+    Gathered keys and values with their sums, a row of queries with what belongs to it and its sum,
+    and what the kernel gives.
+    """
+    size, wide = plan.shape.dtype.itemsize, accumulator_dtype(plan.shape.dtype).itemsize
+    height = -(-plan.visible.keys // plan.chunks)
+    loaded, rows = len(quorum(plan.chunks)) * height, height * plan.shape.heads
+    width = plan.shape.head_dim
+    held = 2 * loaded * width * (size * (2 if ahead else 1) + wide)
+    held += rows // plan.shape.kv_heads * (width * (3 * size + 3 * wide) + wide)
+    held += (rows // plan.shape.kv_heads + 2 * loaded) * width * size
+    return held * plan.head_step[0] * plan.head_step[1]
+
+
+def job_tasks(plan: Plan, backward: bool) -> Iterator[JobTask]:
+    """Yield the tasks of a job in the order of the plan.
+
+    With quorums (``cqs``) a task is one of the paper's, forward and backward. With tiles
+    (``rect``) it is a row of tiles; gradients of keys and values are tasks of their own, along
+    the columns, so that none gives more than a tile.
+
+    Source: card section 1.1 (tasks), 1.7 (gradients add up over tasks).
+    """
+    number = unit = 0
+    gives = (GRADIENTS if plan.merges else GRADIENTS[:1]) if backward else RESULTS
+    for group in plan.head_slices() if plan.calls else ():
+        for task in plan.tasks():
+            if plan.merges:
+                queries = keys = tuple(task.loads)
+            else:
+                queries = tuple(row.queries for row in task.rows)
+                keys = tuple(span for row in task.rows for span in row.keys)
+            numbers = range(unit, unit + len(task.rows))
+            yield JobTask(number, numbers, group, queries, keys, gives)
+            number, unit = number + 1, unit + len(task.rows)
+    if not backward or plan.merges or not plan.calls:
+        return
+    for group in plan.head_slices():
+        for left in range(0, plan.visible.keys, plan.tile[1]):
+            span = left, min(left + plan.tile[1], plan.visible.keys)
+            queries = tuple(r.queries for r in column_tasks(plan.visible, span, plan.tile[0]))
+            numbers = range(unit, unit + 1)
+            yield JobTask(number, numbers, group, queries, (span,), GRADIENTS[1:])
+            number, unit = number + 1, unit + 1
+
+
+def token_blocks(plan: Plan) -> tuple[list[Range], list[Range]]:
+    """Return the ranges of queries and of keys that tasks read as a whole or not at all."""
+    if plan.merges:
+        chunks = chunk_ranges(plan.visible.keys, plan.chunks)
+        return chunks, chunks
+    ends = (plan.visible.queries, plan.tile[0]), (plan.visible.keys, plan.tile[1])
+    queries, keys = (
+        [(at, min(at + step, tokens)) for at in range(0, tokens, max(1, step))]
+        for tokens, step in ends
+    )
+    return queries, keys
+
+
+def overlapping_blocks(blocks: Sequence[Range], spans: Sequence[Range]) -> list[int]:
+    """Return the numbers of the blocks that have a token in a range.
+
+    Args:
+        blocks: Ascending and disjoint.
+        spans: Ranges of tokens.
+
+    Example:
+        >>> overlapping_blocks([(0, 4), (4, 8), (8, 9)], [(5, 9), (0, 0)])
+        [1, 2]
+    """
+    starts, stops = [a for a, _ in blocks], [b for _, b in blocks]
+    numbers = set[int]()
+    for start, stop in spans:
+        numbers.update(range(bisect_right(stops, start), bisect_left(starts, stop)))
+    return sorted(i for i in numbers if starts[i] < stops[i])
+
+
+def compute_task(
+    task: JobTask,
+    inputs: Sequence[Tensor],
+    plan: Plan,
+    scale: float,
+    *,
+    device: torch.device,
+) -> Iterator[Result]:
+    """Compute a task; each result comes as soon as it is whole, in the type of accumulators.
+
+    Args:
+        task: What is computed.
+        inputs: Query, key and value, or for gradients also the gradient of the result before
+            them, and the result and its log-sum-exp over all keys behind them.
+        plan: How the call is cut.
+        scale: Of the scores.
+        device: Where kernels run.
+
+    Yields:
+        Name, place and value of a part of a result.
+    """
+    others = _AllBut(task.units)
+    if len(inputs) == 3:
+        query, key, value = inputs
+        for unit in units(query, key, value, plan, scale, device=device, done=others):
+            yield "out", unit.at, unit.out
+            yield "lse", unit.at, unit.lse
+            del unit  # or it would take memory beside the next
+        return
+    grad, query, key, value, out, lse = inputs
+    if plan.merges:
+        rows, keys = (grad, query, out, lse), (key, value)
+        yield from _quorum_gradients(task, rows, keys, plan, scale, device)
+        return
+    for part in gradient_units(
+        grad, query, key, value, out, lse, plan, scale, device=device, done=others
+    ):
+        for i, values in part.by_result.items():
+            yield GRADIENTS[i], part.at, values
+        del part, values
+
+
+def _quorum_gradients(
+    task: JobTask,
+    rows: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    plan: Plan,
+    scale: float,
+    device: torch.device,
+) -> Iterator[Result]:
+    """Share of a task of quorums in the gradients of its queries, then of its keys and values.
+
+    Args:
+        task: What is computed.
+        rows: Gradient of the result, query, result and log-sum-exp.
+        keys: Key and value.
+        plan: How the call is cut.
+        scale: Of the scores.
+        device: Where kernels run.
+
+    Source: card section 1.7.
+    """
+    wide = accumulator_dtype(rows[1].dtype)
+    kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
+    feed = Feed.between(rows[1].device, device)
+    sums: list[Tensor] = []
+    for step, tensors in feed.ahead(row_steps(rows, keys, plan, done=_AllBut(task.units))):
+        if step.opens:
+            loaded, tensors = tensors[:4], tensors[4:]
+            row_sum = torch.zeros_like(loaded[1], dtype=wide)
+        if tensors:
+            gathered = tensors
+            sums = [torch.zeros_like(x, dtype=wide) for x in gathered]
+        if step.call is not None:
+            local = slice(*(q - step.span[0] for q in step.call.queries))
+            columns = slice(*step.call.keys)
+            parts = tile_gradients(
+                kernel, [x[:, :, local] for x in loaded], [x[:, :, columns] for x in gathered],
+                step, plan, scale,
+            )  # fmt: skip
+            row_sum[:, :, local] += parts[0]
+            for total, part in zip(sums, parts[1:], strict=True):
+                total[:, :, columns] += part
+            del parts, part  # or they would take memory beside the next
+        if step.closes:
+            yield "dquery", step.at, row_sum
+            del row_sum
+    offset = 0
+    for start, stop in task.keys if sums else ():
+        length = stop - start
+        for name, total in zip(GRADIENTS[1:], sums, strict=True):
+            part = total[:, :, offset : offset + length]
+            yield name, (task.group[0], task.group[2], slice(start, stop)), part
+        offset += length
