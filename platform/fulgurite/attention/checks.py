@@ -5,6 +5,7 @@ Axes: B batch, H heads, N tokens, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
@@ -55,12 +56,11 @@ def host_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = tensor.detach()
         while tensor.ndim < wanted:
             tensor = tensor[None]
-        try:
-            views[name] = tensor.view(-1, *tensor.shape[tensor.ndim - wanted + 1 :])
+        cut = tensor.ndim - wanted + 1
+        size = math.prod(tensor.shape[:cut]), *tensor.shape[cut:]
+        try:  # nothing is copied where there is nothing
+            views[name] = tensor.view(size) if tensor.numel() else tensor.reshape(size)
         except RuntimeError as error:
-            if tensor.numel() == 0:
-                views[name] = tensor.reshape(0, *tensor.shape[tensor.ndim - wanted + 1 :])
-                continue
             raise DataError(
                 f"The batch axes of {name} {tuple(tensor.shape)} do not join in a view (strides "
                 f"{tensor.stride()}).",
