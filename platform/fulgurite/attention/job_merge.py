@@ -5,6 +5,7 @@ Axes: B batch, H heads, N tokens, D head size.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,25 +17,38 @@ from fulgurite.attention.progress import bar
 from fulgurite.attention.units import clear_
 from fulgurite.errors import CheckpointError
 
-__all__ = ["merge_parts", "read_parts"]
+__all__ = ["merge_parts"]
 
 _Bounds = tuple[tuple[int, int], ...]
 
+#: For each result and place the numbers of the tasks that have a part of it, ascending.
+_Places = dict[tuple[str, _Bounds], "array[int]"]
 
-#: For each result and place the parts that belong there, in the order of tasks.
-Shares = dict[tuple[str, _Bounds], list[tuple[Part, Record]]]
 
+def merge_parts(
+    folder: Path,
+    job: str,
+    paths: Sequence[Path],
+    results: Mapping[str, Tensor],
+    *,
+    progress: bool = False,
+) -> None:
+    """Merge parts of attention, or add parts of gradients, place by place in the order of tasks.
 
-def read_parts(folder: Path, job: str, paths: Sequence[Path]) -> Shares:
-    """Read what the files of all tasks hold, without their tensors.
+    Two parts of a place are in memory at once, and the index of one file: which records a file
+    has is read anew for each place, since all indices together would not fit a small budget.
 
     Args:
         folder: Of the job, as errors call it.
         job: Its identity.
         paths: File of each task, in the order in which they are summed.
+        results: ``out`` and ``lse``, or gradients, overwritten. Shape: (B, H, N, D), (B, H, N).
+        progress: Show a bar.
 
     Raises:
-        CheckpointError: One is missing, damaged or of another job.
+        CheckpointError: A file is missing, damaged or of another job.
+
+    Source: card section 1.6 (merge; a fixed order for the same bits) and 1.7 (sums).
     """
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     if missing:
@@ -43,18 +57,47 @@ def read_parts(folder: Path, job: str, paths: Sequence[Path]) -> Shares:
             f"{'is' if len(missing) == 1 else 'are'} missing.",
             "Run the job, or copy the files of these tasks into its folder `parts`.",
         )
-    shares: Shares = {}
-    for number, path in enumerate(paths):
-        part = read_part(path)
+
+    def open_part(number: int) -> Part:
+        part = read_part(paths[number])
         if part.facts != {"job": job, "task": number}:
             raise CheckpointError(
-                f"The file {path} is of another job or task than task {number} of {folder}.",
+                f"The file {part.path} is of another job or task than task {number} of {folder}.",
                 "Remove it, and run this task again.",
             )
-        for record in part.records:
-            bounds = tuple((s.start, s.stop) for s in record.at)
-            shares.setdefault((record.name, bounds), []).append((part, record))
-    return shares
+        return part
+
+    places: _Places = {}
+    for number in range(len(paths)):
+        for record in open_part(number).records:
+            if record.name != "lse":  # comes with its result
+                places.setdefault((record.name, _bounds(record)), array("L")).append(number)
+    _clear_rest(places, results)
+    with bar("merge", len(places), show=progress) as advance:
+        for (name, bounds), numbers in places.items():
+            batch, heads, tokens = (slice(*span) for span in bounds)
+            at = batch, heads, tokens
+            shares = (_read(open_part(number), name, bounds) for number in numbers)
+            total = next(shares)
+            for share in shares:
+                if name == "out":
+                    merge_(total[0], total[1], share[0], share[1])
+                else:
+                    total[0].add_(share[0])
+                del share  # or it would take memory beside the next
+            for result, values in zip((name, "lse"), total, strict=False):
+                results[result][at] = values
+            advance(tokens.stop - tokens.start)
+
+
+def _read(part: Part, name: str, bounds: _Bounds) -> list[Tensor]:
+    """Read what a part has of a place: attention with its log-sum-exp, or a gradient."""
+    records = {r.name: r for r in part.records if _bounds(r) == bounds}
+    return [part.read(records[n]) for n in ((name, "lse") if name == "out" else (name,))]
+
+
+def _bounds(record: Record) -> _Bounds:
+    return tuple((s.start, s.stop) for s in record.at)
 
 
 def _spans(numbers: Sequence[int]) -> str:
@@ -72,69 +115,17 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(texts)
 
 
-def merge_parts(shares: Shares, results: Mapping[str, Tensor], *, progress: bool = False) -> None:
-    """Merge parts of attention, or add parts of gradients, place by place.
-
-    Args:
-        shares: Of all tasks.
-        results: ``out`` and ``lse``, or gradients, overwritten. Shape: (B, H, N, D), (B, H, N).
-        progress: Show a bar.
-
-    Raises:
-        CheckpointError: A file is damaged.
-    """
-    _clear_rest(shares, results)
-    count = sum(1 for name, _ in shares if name != "lse")
-    with bar("merge", count, show=progress) as advance:
-        for (name, bounds), entries in shares.items():
-            if name == "lse":
-                continue  # comes with its result
-            batch, heads, tokens = (slice(*span) for span in bounds)
-            at = batch, heads, tokens
-            if name == "out":
-                total = _merged([*zip(entries, shares["lse", bounds], strict=True)])
-                results["out"][at], results["lse"][at] = total
-            else:
-                results[name][at] = _added(entries)
-            advance(tokens.stop - tokens.start)
-
-
-def _merged(
-    shares: Sequence[tuple[tuple[Part, Record], tuple[Part, Record]]],
-) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of all tasks."""
-    total: tuple[Tensor, Tensor] | None = None
-    for (part, out), (_, lse) in shares:
-        share = part.read(out), part.read(lse)
-        if total is None:
-            total = share
-        else:
-            merge_(*total, *share)
-    assert total is not None
-    return total
-
-
-def _added(shares: Sequence[tuple[Part, Record]]) -> Tensor:
-    """Sum of the gradients of all tasks."""
-    total: Tensor | None = None
-    for part, record in shares:
-        share = part.read(record)
-        total = share if total is None else total.add_(share)
-    assert total is not None
-    return total
-
-
-def _clear_rest(shares: Shares, results: Mapping[str, Tensor]) -> None:
+def _clear_rest(places: _Places, results: Mapping[str, Tensor]) -> None:
     """Set what no task has a part of: queries that see no keys, keys that nobody sees."""
     covered = dict.fromkeys(results, 0)
-    for name, bounds in shares:
+    for name, bounds in places:
         tokens = 1
         for start, stop in bounds:
             tokens *= stop - start
         covered[name] += tokens
     for name, result in results.items():
         rows = result.shape[0] * result.shape[1] * result.shape[2]
-        if covered[name] == rows or name == "lse":
+        if name == "lse" or covered[name] == rows:
             continue
         if name == "out":
             clear_(result, results["lse"])

@@ -18,7 +18,7 @@ from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
 from fulgurite.attention.fingerprint import digest_blocks
 from fulgurite.attention.job_costs import explain_job
 from fulgurite.attention.job_header import BY_KEYS, JobHeader, input_blocks
-from fulgurite.attention.job_merge import merge_parts, read_parts
+from fulgurite.attention.job_merge import merge_parts
 from fulgurite.attention.job_tasks import (
     GRADIENTS,
     RESULTS,
@@ -385,7 +385,7 @@ class AttentionJob:
                          wide if name == "lse" else None)  # fmt: skip
         check_targets(results, {})
         paths = [self._path(n) for n in range(self.task_count)]
-        merge_parts(read_parts(self.folder, self._identity, paths), results, progress=progress)
+        merge_parts(self.folder, self._identity, paths, results, progress=progress)
 
     def explain(self) -> str:
         """Return what the tasks are, what each reads and writes, and how long they take."""

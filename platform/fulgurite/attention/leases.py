@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fulgurite.attention.locks import writing
 from fulgurite.io import file_lock
 
 __all__ = ["Leases"]
@@ -48,8 +49,7 @@ class Leases:
             Whether this process has the claim.
         """
         path = self.folder / task
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(self.folder / "lock"):
+        with writing(f"folder of claims {self.folder}"), file_lock(self.folder / "lock"):
             free = not is_done() and not self._is_alive(path)
             if free:
                 if path.exists():
