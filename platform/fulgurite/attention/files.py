@@ -114,7 +114,7 @@ def attend_files(
     wide = accumulator_dtype(query.dtype)
     check_beside("out", out, query.shape, wide if schedule == "cqs" else None)
     check_beside("lse", lse, query.shape[:-1], wide)
-    places = check_targets(targets, inputs, in_files=journal is not None)
+    ranges = check_targets(targets, inputs, in_files=journal is not None)
     if not query.numel() or not key.numel():
         clear_(out, lse)
         return empty_plan(query, key, masks)
@@ -126,8 +126,8 @@ def attend_files(
         resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, share=share,
     )  # fmt: skip
     scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
-    facts, budget = plan_facts(plan, scale), {"given": memory_budget, "bytes": plan.budget}
-    with Journal.opened(folder, facts, inputs, targets, places, budget, progress=progress) as log:
+    facts, budget = plan_facts(plan, scale), {"asked": memory_budget, "bytes": plan.budget}
+    with Journal.opened(folder, facts, inputs, targets, ranges, budget, progress=progress) as log:
         if plan.merges:  # rows that no unit has written begin as attention over no keys
             for batch, heads, _ in plan.head_slices():
                 for at in log.gaps(batch, heads, visible.queries):
@@ -226,7 +226,7 @@ def attend_files_backward(
     check_beside("lse", lse, query.shape[:-1], accumulator_dtype(query.dtype))
     for (name, target), like in zip(targets.items(), (query, key, value), strict=True):
         check_beside(name, target, like.shape)
-    places = check_targets(targets, inputs, in_files=journal is not None)
+    ranges = check_targets(targets, inputs, in_files=journal is not None)
     if not query.numel() or not key.numel():
         for target in targets.values():
             target.zero_()
@@ -237,9 +237,9 @@ def attend_files_backward(
         passes=2, resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, share=share,
     )  # fmt: skip
     scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
-    facts, budget = plan_facts(plan, scale), {"given": memory_budget, "bytes": plan.budget}
+    facts, budget = plan_facts(plan, scale), {"asked": memory_budget, "bytes": plan.budget}
     names = list(targets)
-    with Journal.opened(folder, facts, inputs, targets, places, budget, progress=progress) as log:
+    with Journal.opened(folder, facts, inputs, targets, ranges, budget, progress=progress) as log:
         total = row_count(plan) + column_count(plan)
         with bar("gradients", total, done=len(log.done), show=progress) as advance:
             for unit in gradient_units(
@@ -266,7 +266,7 @@ def _folder(journal: str | Path | None, share: tuple[int, int]) -> Path | None:
 def _budget(budget: Budget, device: torch.device, folder: Path | None) -> int | None:
     """The budget in bytes; what depends on the machine's state is that of the journal's run."""
     header = None if folder is None or isinstance(budget, int) else read_header(folder)
-    if header is not None and header["budget"].get("given") == budget:
+    if header is not None and header["budget"].get("asked") == budget:
         size = header["budget"]["bytes"]
         return None if size is None else int(size)
     return parse_budget(budget, device)

@@ -84,8 +84,8 @@ def digest_blocks(
         return whole.hexdigest(), part.numel() * part.element_size()
 
     digests = []
-    for found, size in _in_order(blocks, digest):
-        digests.append(found)
+    for text, size in _in_order(blocks, digest):
+        digests.append(text)
         if advance is not None:
             advance(size)
     return digests

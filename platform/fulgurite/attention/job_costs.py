@@ -16,7 +16,7 @@ from fulgurite.attention.planning import Plan, format_bytes
 __all__ = ["explain_job", "read_bytes", "written_bytes"]
 
 _BACKWARD_COST = 2.5  # of gradients against the forward pass (card section 3.5)
-_MERGE_SPEED = 5e8  # bytes of parts that are read, checked and merged by a CPU thread [1/s]
+_MERGE_SPEED = 3e8  # bytes of parts that are read, checked and merged by a CPU thread [1/s]
 
 
 def explain_job(header: JobHeader, plan: Plan, missing: int) -> str:
@@ -27,9 +27,10 @@ def explain_job(header: JobHeader, plan: Plan, missing: int) -> str:
         plan: How the call is cut.
         missing: Number of tasks without a file.
     """
-    tasks = list(job_tasks(plan, header.is_backward))
-    reads = [read_bytes(header, task) for task in tasks] or [0]
-    writes = [written_bytes(header, task) for task in tasks] or [0]
+    reads, writes = [], []
+    for task in job_tasks(plan, header.is_backward):
+        reads.append(read_bytes(header, task))
+        writes.append(written_bytes(header, task))
     query = header.inputs["query"]
     costs = measured_costs(
         torch.device("cpu"), getattr(torch, query["dtype"]), max(1, query["shape"][-1])
@@ -38,16 +39,15 @@ def explain_job(header: JobHeader, plan: Plan, missing: int) -> str:
     if header.is_backward:
         factor = _BACKWARD_COST * (1 if plan.merges else 2)
     seconds = plan.flops / costs.flops + plan.calls * costs.call
-    seconds *= factor / max(1, len(tasks))
+    seconds *= factor / max(1, header.tasks)
     budget = "none" if header.budget is None else format_bytes(header.budget)
     return "\n".join(
         [
             f"job       {'gradients' if header.is_backward else 'attention'}, {plan.schedule}",
-            f"tasks     {len(tasks)}, of which {missing} have no file",
+            f"tasks     {header.tasks}, of which {missing} have no file",
             f"budget    {budget} for a task",
-            f"read      {format_bytes(min(reads))} to {format_bytes(max(reads))} by a task",
-            f"written   {format_bytes(min(writes))} to {format_bytes(max(writes))} by a task, "
-            f"{format_bytes(sum(writes))} in all",
+            f"read      {_extent(reads)} by a task",
+            f"written   {_extent(writes)} by a task, {format_bytes(sum(writes))} in all",
             f"time      {seconds:.3g} s a task on average by a CPU thread, "
             f"{sum(writes) / _MERGE_SPEED:.3g} s for the merge, predicted",
         ]
@@ -83,3 +83,8 @@ def written_bytes(header: JobHeader, task: JobTask) -> int:
 def _itemsize(name: str) -> int:
     dtype: torch.dtype = getattr(torch, name)
     return dtype.itemsize
+
+
+def _extent(sizes: list[int]) -> str:
+    least, most = min(sizes, default=0), max(sizes, default=0)
+    return f"{format_bytes(least)} to {format_bytes(most)}"

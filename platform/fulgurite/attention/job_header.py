@@ -58,7 +58,7 @@ class JobHeader:
     inputs: dict[str, dict[str, Any]]
 
     @classmethod
-    def made(
+    def create(
         cls,
         folder: Path,
         inputs: Mapping[str, Tensor],
@@ -94,7 +94,7 @@ class JobHeader:
             check_beside("lse", inputs["lse"], query.shape[:-1], accumulator_dtype(query.dtype))
         earlier = _read(folder)
         size = parse_budget(budget, device)
-        if earlier is not None and not isinstance(budget, int) and earlier["given"] == budget:
+        if earlier is not None and not isinstance(budget, int) and earlier["asked"] == budget:
             size = earlier["budget"]  # what is free may have changed since
         scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
         ahead, is_backward = device.type != "cpu", "grad" in inputs
@@ -105,7 +105,7 @@ class JobHeader:
             digest_inputs(inputs, blocks=input_blocks(plan, tuple(inputs)), progress=progress),
         )  # fmt: skip
         if earlier is None:
-            content = {**header._content(), "id": header.identity, "given": budget}
+            content = {**header._content(), "id": header.identity, "asked": budget}
             with writing(f"job {folder}"), atomic_write(folder / "job.json") as path:
                 path.write_text(json.dumps(content))
         elif earlier["id"] != header.identity:
@@ -198,7 +198,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / "job.json"
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        facts = {name: fact for name, fact in content.items() if name not in ("id", "given")}
+        facts = {name: fact for name, fact in content.items() if name not in ("id", "asked")}
         whole = content["format"] == _FORMAT and content["id"] == _digest(facts)
     except FileNotFoundError:
         return None

@@ -22,7 +22,7 @@ __all__ = ["merge_parts"]
 _Bounds = tuple[tuple[int, int], ...]
 
 #: For each result and place the numbers of the tasks that have a part of it, ascending.
-_Places = dict[tuple[str, _Bounds], "array[int]"]
+_Regions = dict[tuple[str, _Bounds], "array[int]"]
 
 
 def merge_parts(
@@ -67,24 +67,24 @@ def merge_parts(
             )
         return part
 
-    places: _Places = {}
+    regions: _Regions = {}
     for number in range(len(paths)):
         for record in open_part(number).records:
             if record.name != "lse":  # comes with its result
-                places.setdefault((record.name, _bounds(record)), array("L")).append(number)
-    _clear_rest(places, results)
-    with bar("merge", len(places), show=progress) as advance:
-        for (name, bounds), numbers in places.items():
+                regions.setdefault((record.name, _bounds(record)), array("L")).append(number)
+    _clear_rest(regions, results)
+    with bar("merge", len(regions), show=progress) as advance:
+        for (name, bounds), numbers in regions.items():
             batch, heads, tokens = (slice(*span) for span in bounds)
             at = batch, heads, tokens
             shares = (_read(open_part(number), name, bounds) for number in numbers)
             total = next(shares)
-            for share in shares:
+            for part in shares:
                 if name == "out":
-                    merge_(total[0], total[1], share[0], share[1])
+                    merge_(total[0], total[1], part[0], part[1])
                 else:
-                    total[0].add_(share[0])
-                del share  # or it would take memory beside the next
+                    total[0].add_(part[0])
+                del part  # or it would take memory beside the next
             for result, values in zip((name, "lse"), total, strict=False):
                 results[result][at] = values
             advance(tokens.stop - tokens.start)
@@ -115,10 +115,10 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(texts)
 
 
-def _clear_rest(places: _Places, results: Mapping[str, Tensor]) -> None:
+def _clear_rest(regions: _Regions, results: Mapping[str, Tensor]) -> None:
     """Set what no task has a part of: queries that see no keys, keys that nobody sees."""
     covered = dict.fromkeys(results, 0)
-    for name, bounds in places:
+    for name, bounds in regions:
         tokens = 1
         for start, stop in bounds:
             tokens *= stop - start

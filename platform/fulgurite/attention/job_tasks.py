@@ -6,7 +6,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from fulgurite.attention.functional import check_call
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
 from fulgurite.attention.planning import Plan, Schedule, format_bytes, make_plan
 from fulgurite.attention.quorums import quorum
-from fulgurite.attention.schedules import chunk_ranges, column_tasks
+from fulgurite.attention.schedules import Task, chunk_ranges, column_tasks
 from fulgurite.attention.tiles import Range
 from fulgurite.attention.transfers import Feed
 from fulgurite.attention.units import gradient_units, tile_gradients, units
@@ -52,6 +52,7 @@ class JobTask(NamedTuple):
         queries: Ranges of queries that it reads.
         keys: Ranges of keys that it reads.
         gives: Names of the results that it has a part of.
+        rows: Its rows in the plan; None of a column of tiles.
     """
 
     number: int
@@ -60,6 +61,27 @@ class JobTask(NamedTuple):
     queries: tuple[Range, ...]
     keys: tuple[Range, ...]
     gives: tuple[str, ...]
+    rows: Task | None
+
+
+class _OneTask(Plan):
+    """A plan of which only one task is left, so that the others are not gone through for it."""
+
+    left: tuple[Task, tuple[slice, slice, slice]]
+
+    def tasks(self) -> Iterable[Task]:
+        """The task that is left."""
+        return (self.left[0],)
+
+    def head_slices(self) -> Iterator[tuple[slice, slice, slice]]:
+        """The group of heads of the task that is left."""
+        yield self.left[1]
+
+
+def _one_task(plan: Plan, task: JobTask) -> Plan:
+    one = _OneTask(**vars(plan))
+    object.__setattr__(one, "left", (task.rows, task.group))  # plans are frozen
+    return one
 
 
 class _AllBut(Container[int]):
@@ -152,10 +174,10 @@ def _gradient_peak(plan: Plan, ahead: bool) -> int:
     height = -(-plan.visible.keys // plan.chunks)
     loaded, rows = len(quorum(plan.chunks)) * height, height * plan.shape.heads
     width = plan.shape.head_dim
-    held = 2 * loaded * width * (size * (2 if ahead else 1) + wide)
-    held += rows // plan.shape.kv_heads * (width * (3 * size + 3 * wide) + wide)
-    held += (rows // plan.shape.kv_heads + 2 * loaded) * width * size
-    return held * plan.head_step[0] * plan.head_step[1]
+    total = 2 * loaded * width * (size * (2 if ahead else 1) + wide)
+    total += rows // plan.shape.kv_heads * (width * (3 * size + 3 * wide) + wide)
+    total += (rows // plan.shape.kv_heads + 2 * loaded) * width * size
+    return total * plan.head_step[0] * plan.head_step[1]
 
 
 def job_tasks(plan: Plan, backward: bool) -> Iterator[JobTask]:
@@ -177,7 +199,7 @@ def job_tasks(plan: Plan, backward: bool) -> Iterator[JobTask]:
                 queries = tuple(row.queries for row in task.rows)
                 keys = tuple(span for row in task.rows for span in row.keys)
             numbers = range(unit, unit + len(task.rows))
-            yield JobTask(number, numbers, group, queries, keys, gives)
+            yield JobTask(number, numbers, group, queries, keys, gives, task)
             number, unit = number + 1, unit + len(task.rows)
     if not backward or plan.merges or not plan.calls:
         return
@@ -186,7 +208,7 @@ def job_tasks(plan: Plan, backward: bool) -> Iterator[JobTask]:
             span = left, min(left + plan.tile[1], plan.visible.keys)
             queries = tuple(r.queries for r in column_tasks(plan.visible, span, plan.tile[0]))
             numbers = range(unit, unit + 1)
-            yield JobTask(number, numbers, group, queries, (span,), GRADIENTS[1:])
+            yield JobTask(number, numbers, group, queries, (span,), GRADIENTS[1:], None)
             number, unit = number + 1, unit + 1
 
 
@@ -242,10 +264,9 @@ def compute_task(
     Yields:
         Name, place and value of a part of a result.
     """
-    others = _AllBut(task.units)
     if len(inputs) == 3:
         query, key, value = inputs
-        for unit in units(query, key, value, plan, scale, device=device, done=others):
+        for unit in units(query, key, value, _one_task(plan, task), scale, device=device):
             yield "out", unit.at, unit.out
             yield "lse", unit.at, unit.lse
             del unit  # or it would take memory beside the next
@@ -256,7 +277,7 @@ def compute_task(
         yield from _quorum_gradients(task, rows, keys, plan, scale, device)
         return
     for part in gradient_units(
-        grad, query, key, value, out, lse, plan, scale, device=device, done=others
+        grad, query, key, value, out, lse, plan, scale, device=device, done=_AllBut(task.units)
     ):
         for i, values in part.by_result.items():
             yield GRADIENTS[i], part.at, values
@@ -287,7 +308,7 @@ def _quorum_gradients(
     kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
     feed = Feed.between(rows[1].device, device)
     sums: list[Tensor] = []
-    for step, tensors in feed.ahead(row_steps(rows, keys, plan, done=_AllBut(task.units))):
+    for step, tensors in feed.ahead(row_steps(rows, keys, _one_task(plan, task))):
         if step.opens:
             loaded, tensors = tensors[:4], tensors[4:]
             row_sum = torch.zeros_like(loaded[1], dtype=wide)

@@ -6,7 +6,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -139,7 +139,7 @@ class AttentionJob:
         }  # fmt: skip
         return cls(
             Path(folder),
-            *JobHeader.made(
+            *JobHeader.create(
                 Path(folder), host_tensors(inputs), options, scale=scale, budget=memory_budget,
                 device=kernel_device(device), progress=progress,
             ),
@@ -209,7 +209,7 @@ class AttentionJob:
         }  # fmt: skip
         return cls(
             Path(folder),
-            *JobHeader.made(
+            *JobHeader.create(
                 Path(folder), host_tensors(inputs), options, scale=scale, budget=memory_budget,
                 device=kernel_device(device), progress=progress,
             ),
@@ -238,9 +238,9 @@ class AttentionJob:
         """Return the numbers of the tasks that have no file in the folder yet."""
         return [n for n in range(self.task_count) if not self._path(n).exists()]
 
-    def tasks(self) -> list[JobTask]:
-        """Return the tasks, with the ranges of tokens that each reads."""
-        return list(job_tasks(self.plan, self.is_backward))
+    def tasks(self) -> Iterator[JobTask]:
+        """Yield the tasks, with the ranges of tokens that each reads."""
+        return job_tasks(self.plan, self.is_backward)
 
     @torch.no_grad()
     def run(
@@ -288,7 +288,7 @@ class AttentionJob:
         with bar("tasks", self.task_count, show=progress) as advance:
             while True:
                 waiting = False
-                for task in job_tasks(self.plan, self.is_backward):
+                for task in self.tasks():
                     path = self._path(task.number)
                     if path.exists() or (share and _owner(task.number, share[1]) != share[0]):
                         continue
@@ -414,8 +414,8 @@ class AttentionJob:
 
 def _owner(number: int, shares: int) -> int:
     """The share of a task; there and back, since causal tasks of rows grow along the sequence."""
-    turn, place = divmod(number, shares)
-    return place if turn % 2 == 0 else shares - 1 - place
+    turn, index = divmod(number, shares)
+    return index if turn % 2 == 0 else shares - 1 - index
 
 
 def _clean(path: Path) -> None:

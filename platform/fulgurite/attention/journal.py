@@ -110,7 +110,7 @@ class Journal:
         facts: Mapping[str, Any],
         inputs: Mapping[str, Tensor],
         targets: Mapping[str, Tensor],
-        places: Mapping[str, FileRange | None],
+        ranges: Mapping[str, FileRange | None],
         budget: Mapping[str, Any],
         *,
         progress: bool = False,
@@ -122,7 +122,7 @@ class Journal:
             facts: What the plan does, see :func:`~fulgurite.attention.fingerprint.plan_facts`.
             inputs: What is read, by name.
             targets: The results, by name.
-            places: Where each result lies in a file.
+            ranges: Where each result lies in a file.
             budget: What was asked for and what it came to, which the header keeps.
             progress: Whether reading long inputs or results shows a bar.
 
@@ -140,7 +140,7 @@ class Journal:
                 )
             folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder / "lock", f"journal {folder}"):
-            journal = cls(targets, folder, [x.path for x in places.values() if x is not None])
+            journal = cls(targets, folder, [x.path for x in ranges.values() if x is not None])
             journal._begin(dict(facts), inputs, dict(budget), progress)
             with writing(f"journal {folder}"):
                 # unbuffered: what a full disk refuses must not come later

@@ -58,8 +58,8 @@ def memory_mapped(
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     made = memory_mapped(Path(folder) / "a", (2, 3), torch.float32, create=True)
-        ...     made[:] = 1
+        ...     tensor = memory_mapped(Path(folder) / "a", (2, 3), torch.float32, create=True)
+        ...     tensor[:] = 1
         ...     memory_mapped(Path(folder) / "a", (6,), torch.float32, mode="r").sum().item()
         6.0
     """
@@ -252,9 +252,9 @@ def check_targets(
     segments = _segments()
     everything = {**inputs, **targets}
     ranges = {name: _file_range(tensor, segments) for name, tensor in everything.items()}
-    for name, place in ranges.items():
-        if place is not None:
-            _check_length(name, place)
+    for name, mapping in ranges.items():
+        if mapping is not None:
+            _check_length(name, mapping)
     for name, target in targets.items():
         _check_target(name, target, ranges[name], in_files)
     earlier = dict(inputs)  # and the targets before, so that each pair is compared once
@@ -268,13 +268,13 @@ def check_targets(
                 )
         earlier[name] = target
     for name in targets:
-        place = ranges[name]
-        if place is not None and place.is_shared:
-            _reserve(name, place)
+        mapping = ranges[name]
+        if mapping is not None and mapping.is_shared:
+            _reserve(name, mapping)
     return {name: ranges[name] for name in targets}
 
 
-def _check_target(name: str, target: Tensor, place: FileRange | None, in_file: bool) -> None:
+def _check_target(name: str, target: Tensor, mapping: FileRange | None, in_file: bool) -> None:
     """Check that a result can be written.
 
     Raises:
@@ -291,15 +291,15 @@ def _check_target(name: str, target: Tensor, place: FileRange | None, in_file: b
                 "Give a tensor with memory for each number, such as its clone.",
             )
         reach += (size - 1) * stride
-    if place is not None and not place.is_writable:
+    if mapping is not None and not mapping.is_writable:
         raise ConfigError(
-            f"{name} is mapped from {place.path} to be read only.",
+            f"{name} is mapped from {mapping.path} to be read only.",
             'Map it with mode="r+", after making the file writable.',
         )
-    if in_file and (place is None or not place.is_shared or place.is_deleted):
-        where = "in memory of this process alone" if place is None else (
-            f"in {place.path}, which is deleted" if place.is_deleted
-            else f"in a private copy of {place.path}"
+    if in_file and (mapping is None or not mapping.is_shared or mapping.is_deleted):
+        where = "in memory of this process alone" if mapping is None else (
+            f"in {mapping.path}, which is deleted" if mapping.is_deleted
+            else f"in a private copy of {mapping.path}"
         )  # fmt: skip
         raise ConfigError(
             f"{name} lies {where}, and a journal would trust what is lost with the process.",
@@ -343,36 +343,39 @@ def _at(start: int, tensor: Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(_Address(start, tensor))
 
 
-def _check_length(name: str, place: FileRange) -> None:
+def _check_length(name: str, mapping: FileRange) -> None:
     """Check that a mapped file has not been cut since.
 
     Raises:
         DataError: It has.
     """
-    if place.is_deleted or not os.path.isfile(place.path):  # a name from outside a container, say
+    if mapping.is_deleted or not os.path.isfile(
+        mapping.path
+    ):  # a name from outside a container, say
         return
-    actual = os.path.getsize(place.path)
-    if actual < place.stop:
+    actual = os.path.getsize(mapping.path)
+    if actual < mapping.stop:
         raise DataError(
-            f"{name} is mapped up to byte {place.stop} of {place.path}, which now has {actual}.",
+            f"{name} is mapped up to byte {mapping.stop} of {mapping.path}, which now has "
+            f"{actual}.",
             "Write the file again, and map it again.",
         )
 
 
-def _reserve(name: str, place: FileRange) -> None:
+def _reserve(name: str, mapping: FileRange) -> None:
     """Reserve the space of a result on the disk; what it holds stays.
 
     Raises:
         DataError: The disk is full.
     """
-    if place.is_deleted or not os.path.isfile(place.path):
+    if mapping.is_deleted or not os.path.isfile(mapping.path):
         return
     try:
-        with open(place.path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), place.start, place.stop - place.start)
+        with open(mapping.path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), mapping.start, mapping.stop - mapping.start)
     except OSError as error:
         raise DataError(
-            f"There is no room for {name} in {place.path} ({error.strerror}).",
+            f"There is no room for {name} in {mapping.path} ({error.strerror}).",
             "Free space on the disk, or give a file on another one.",
         ) from error
 
