@@ -62,10 +62,12 @@ def attend_files(
     """Attention of host tensors, memory-mapped or not, into others, within a budget.
 
     Only what a task needs is loaded. With a journal a run that was killed at any moment goes on
-    where it was, to the same bits as one that was not.
+    where it was, to the same bits as one that was not. When it goes on, all inputs and all rows
+    that are done are read and compared with checksums, and it is refused if one bit differs. No
+    graph for gradients is made.
 
     Args:
-        query: Shape: (B, H, M, D).
+        query: Shape: (B, H, M, D), or with fewer or more axes before the tokens, as the rest.
         key: Shape: (B, G, N, D).
         value: Shape: (B, G, N, D).
         out: Result, overwritten; float32 (float64) for ``schedule="cqs"``. Shape: (B, H, M, D).
@@ -80,7 +82,8 @@ def attend_files(
         documents: First tokens of the documents.
         device: Where kernels run; the CPU by default.
         kernel: On a GPU, which kernel to try first.
-        journal: Folder of the journal; made if it is not there.
+        journal: Folder of the journal; made if it is not there. The results must lie in files then
+            (see :func:`~fulgurite.attention.memory_mapped`), and one process at a time uses it.
         distributed: Deal the rows out to the ranks of torch.distributed, which map the same files
             and keep a journal each. All wait for the last.
         check_finite: Refuse NaN and infinities, by name, before they spread.
@@ -90,9 +93,11 @@ def attend_files(
         The plan that was run.
 
     Raises:
-        ConfigError: An option is not supported, or the budget is too small.
-        DataError: Shapes or types do not fit, or numbers are not finite.
-        CheckpointError: The journal is of another run.
+        ConfigError: An option is not supported, the budget is too small, or a result shares memory
+            with another tensor, may not be written, or would not outlive the process.
+        DataError: Shapes or types do not fit, numbers are not finite, or the disk is full.
+        CheckpointError: The journal is of another run, of other tensors or results, in use,
+            damaged, or cannot be written.
 
     Source: card sections 1.8, 3 and 6.8; the journal: inferred.
     """
@@ -204,9 +209,11 @@ def attend_files_backward(
         The plan that was run.
 
     Raises:
-        ConfigError: An option is not supported, or the budget is too small.
-        DataError: Shapes or types do not fit, or numbers are not finite.
-        CheckpointError: The journal is of another run.
+        ConfigError: An option is not supported, the budget is too small, or a result shares memory
+            with another tensor, may not be written, or would not outlive the process.
+        DataError: Shapes or types do not fit, numbers are not finite, or the disk is full.
+        CheckpointError: The journal is of another run, of other tensors or results, in use,
+            damaged, or cannot be written.
 
     Source: card section 1.7; the two passes: inferred.
     """

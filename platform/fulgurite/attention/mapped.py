@@ -5,6 +5,7 @@ Axes: B batch, H heads, N tokens, D head size.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -22,6 +23,7 @@ from fulgurite.errors import ConfigError, DataError
 __all__ = ["FileRange", "check_targets", "file_range", "flush", "memory_mapped"]
 
 _MAPS = Path("/proc/self/maps")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # of the exact test whether two strided tensors share memory; NumPy's stubs know only its ends
 _MOST_WORK: Any = 100_000
 
@@ -374,6 +376,8 @@ def _reserve(name: str, mapping: FileRange) -> None:
         with open(mapping.path, "r+b") as file:
             os.posix_fallocate(file.fileno(), mapping.start, mapping.stop - mapping.start)
     except OSError as error:
+        if error.errno not in _NO_ROOM:  # a file system that cannot reserve, say
+            return
         raise DataError(
             f"There is no room for {name} in {mapping.path} ({error.strerror}).",
             "Free space on the disk, or give a file on another one.",
