@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import torch
 
+from fulgurite.attention.device_memory import device_memory
 from fulgurite.errors import ConfigError
 
 __all__ = ["Budget", "format_bytes", "parse_budget"]
@@ -35,7 +35,7 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
     if budget is None:
         return None
     if budget == "auto":
-        free = _device_memory(device)[0]
+        free = device_memory(device)[0]
         # in steps of a sixteenth, so that plans are the same while little changes
         step = max(1, 1 << max(0, free.bit_length() - 5))
         return free // step * step
@@ -53,24 +53,8 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
             'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
         ) from None
     if not is_size and number <= 1 and not (isinstance(budget, int) and budget == 1):
-        return int(number * _device_memory(device)[1])
+        return int(number * device_memory(device)[1])
     return int(number * _UNITS[unit])
-
-
-def _device_memory(device: torch.device) -> tuple[int, int]:
-    """Free and total memory [bytes]."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    facts = {}
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                name, _, rest = line.partition(":")
-                facts[name] = int(rest.split()[0]) * 1024
-        return facts["MemAvailable"], facts["MemTotal"]
-    except (OSError, KeyError, ValueError):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // 2, total
 
 
 def format_bytes(number: float) -> str:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_biases
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.calibration import measured_costs
+from fulgurite.attention.checks import kernel_device
 from fulgurite.attention.cost_model import Costs
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
 from fulgurite.attention.masking import Visibility, Window
@@ -33,7 +34,7 @@ from fulgurite.attention.stream import StreamedAttention
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["StreamOptions", "attend", "plan", "stream_attention"]
+__all__ = ["StreamOptions", "attend", "plan", "spec_of", "stream_attention"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -183,7 +184,8 @@ def stream_attention(
             "Set the attention dropout of the model to 0.",
         )
     options = StreamOptions(
-        memory_budget, schedule, check_finite, _device(device), kernel, distributed, on_plan
+        memory_budget, schedule, check_finite,
+        None if device is None else kernel_device(device), kernel, distributed, on_plan,
     )
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
@@ -424,6 +426,43 @@ def _spec(
     )  # fmt: skip
 
 
+def spec_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masking: Masking,
+    *,
+    enable_gqa: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> AttentionSpec:
+    """Return the sizes and masking of tensors of four axes that need no broadcasting.
+
+    Args:
+        query: Shape: (B, H, M, D).
+        key: Shape: (B, G, N, D).
+        value: Shape: (B, G, N, E).
+        masking: What is seen.
+        enable_gqa: Allow fewer key/value heads than query heads.
+        scale: Of the scores; 1/√D by default.
+        softcap: Cap of the scores.
+
+    Raises:
+        ConfigError: Options are not supported, or do not fit together.
+        DataError: The tensors do not fit together.
+    """
+    _, *tensors = check_call(query, key, value, enable_gqa)
+    for name, before, after in zip("query key value".split(), (query, key, value), tensors, strict=True):
+        if before.shape != after.shape:
+            raise DataError(
+                f"{name} is {tuple(before.shape)}, and would be {tuple(after.shape)} beside the "
+                "others.",
+                "Give query, key and value of one batch, and as many key as value heads.",
+            )
+    visible = masking.visibility(len(query), query.shape[2], key.shape[2])
+    return _spec(query, key, value, visible, scale, softcap, ())
+
+
 def _check_tensors(**tensors: object) -> None:
     """Refuse what is no tensor.
 
@@ -435,28 +474,6 @@ def _check_tensors(**tensors: object) -> None:
             raise DataError(
                 f"{name} is of type {type(tensor).__name__}.", "Give a torch.Tensor."
             )
-
-
-def _device(device: torch.device | str | None) -> torch.device | None:
-    """Where to compute.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    if device is None:
-        return None
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"device={device!r} is no device ({str(error).splitlines()[0]}).", 'Give "cpu" or "cuda".'
-        ) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device={str(device)!r} asks for a GPU, and PyTorch can use none here.",
-            "Leave out device, or install a CUDA build of PyTorch.",
-        )
-    return chosen
 
 
 def _by_head(name: str, numbers: Tensor, batch: int, heads: int) -> Tensor:

@@ -6,7 +6,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -162,15 +162,19 @@ class ExecutionPlan:
         return text + (", in two passes" if self.passes == 2 else "")
 
 
-def check_schedule(schedule: str) -> None:
+def check_schedule(schedule: str, allowed: Sequence[str] = SCHEDULES) -> None:
     """Check the name of a schedule.
+
+    Args:
+        schedule: As the user gave it.
+        allowed: Names that may be given.
 
     Raises:
         ConfigError: There is none of this name.
     """
-    if schedule not in SCHEDULES:
+    if schedule not in allowed:
         raise ConfigError(
-            f"There is no schedule {schedule!r}.", f"Use one of {', '.join(SCHEDULES)}."
+            f"There is no schedule {schedule!r} here.", f"Use one of {', '.join(allowed)}."
         )
 
 

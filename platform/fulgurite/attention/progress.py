@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["LONG", "bar"]
+__all__ = ["LONG", "bar", "byte_bar"]
 
 #: Predicted seconds from which a call within a model shows a bar.
 LONG = 20.0
@@ -44,3 +44,25 @@ def bar(
             shown.update()
 
         yield advance
+
+
+@contextmanager
+def byte_bar(label: str, total: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show bytes done, bytes per second and the time left; give what moves it by bytes.
+
+    Args:
+        label: What runs.
+        total: Bytes.
+        show: Whether there is a bar at all.
+
+    Example:
+        >>> with byte_bar("reading", 10, show=False) as advance:
+        ...     advance(10)
+    """
+    if not show:
+        yield lambda size: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False) as shown:
+        yield lambda size: (shown.update(size), None)[1]

@@ -460,7 +460,7 @@ def test_a_plan_explains_itself():
         ({"memory_budget": -5}, "-5 cannot be read"),
         ({"memory_budget": "much"}, "'much' cannot be read"),
         ({"memory_budget": 100}, r"too small .* smallest that works is \d+ bytes"),
-        ({"schedule": "rectangle"}, "no schedule 'rectangle'. Use one of auto, whole"),
+        ({"schedule": "rectangle"}, "no schedule 'rectangle' here. Use one of auto, whole"),
         ({"kernel": "cuddn"}, "no attention kernel 'cuddn'"),
         ({"device": "cuda"}, "asks for a GPU"),
         ({"device": "gpu"}, "is no device"),

@@ -11,12 +11,20 @@ import torch.nn.functional as F
 
 from fulgurite.attention import attend_files, attend_files_backward, memory_mapped
 from fulgurite.attention import files as files_module
+from fulgurite.attention import journal as journal_module
+from fulgurite.attention import mapped as mapped_module
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+
+
+def results(folder, query, dtype=torch.float32):
+    out = memory_mapped(folder / "out", query.shape, dtype, create=True)
+    return out, memory_mapped(folder / "lse", query.shape[:-1], torch.float32, create=True)
+
 
 SCRIPT = """
 import os, signal, sys
 import torch
-from fulgurite.attention import attend_files, files, memory_mapped
+from fulgurite.attention import attend_files, files, journal, memory_mapped, parts
 torch.set_num_threads(1)
 folder, schedule, commits, moment = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 tokens, dtype = 400, torch.float32
@@ -24,27 +32,27 @@ q, k, v = (memory_mapped(f"{folder}/{n}", (1, 2, tokens, 16), dtype) for n in "q
 new = not os.path.exists(f"{folder}/out")
 out = memory_mapped(f"{folder}/out", (1, 2, tokens, 16), dtype, create=new)
 lse = memory_mapped(f"{folder}/lse", (1, 2, tokens), dtype, create=new)
-append, merge, count = files._append, files.merge_, 0
+append, merge, count = journal._append, files.merge_, 0
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def counting(file, number):
+def counting(file, entry):
     global count
     count += 1
     if count > commits and moment == "before":
         die()
-    append(file, number)
+    append(file, entry)
     if count > commits and moment == "after":
         die()
 
 def half(out, lse, *part):
     merge(out, lse, *part)
     if count >= commits and moment == "half":
-        files.torch.save = lambda kept, path: (open(path, "wb").write(b"half"), die())
+        parts.PartWriter.add = lambda part, *_: (part._file.raw.write(b"half"), die())
 
 if moment != "never":
-    files._append, files.merge_ = counting, half
+    journal._append, files.merge_ = counting, half
 attend_files(
     q, k, v, out, lse, is_causal=True, memory_budget="24KiB", schedule=schedule,
     journal=f"{folder}/journal", progress=False,
@@ -58,6 +66,10 @@ def child(folder, *arguments, script=None):
         script, arguments = SCRIPT, (*arguments, 0, "never")[: max(3, len(arguments))]
     command = [sys.executable, "-c", script, str(folder), *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def committed_units(folder):
+    return (folder / "done").stat().st_size // journal_module._ENTRY_SIZE
 
 
 def write(folder, tokens=400, heads=2, width=16, dtype=torch.float32):
@@ -86,7 +98,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, schedule, moments):
         for commits in (2, 3):
             done = child(folder, schedule, commits, moment)
             assert done.returncode == -signal.SIGKILL, done.stderr
-            now = (folder / "journal/done").stat().st_size // 8
+            now = committed_units(folder / "journal")
             assert now >= committed + 2
             committed = now
         assert child(folder, schedule).returncode == 0
@@ -166,7 +178,7 @@ def test_memory_stays_within_the_budget(tmp_path, schedule):
 BACKWARD = """
 import os, signal, sys
 import torch
-from fulgurite.attention import attend_files, attend_files_backward, files, memory_mapped
+from fulgurite.attention import attend_files, attend_files_backward, journal, memory_mapped
 torch.set_num_threads(1)
 folder, commits = sys.argv[1], int(sys.argv[2])
 tokens, dtype = 400, torch.float32
@@ -176,16 +188,16 @@ make = lambda n, *width: memory_mapped(f"{folder}/{n}", (1, 2, tokens, *width), 
 out, lse, dq, dk, dv = make("out", 16), make("lse"), make("dq", 16), make("dk", 16), make("dv", 16)
 options = {"is_causal": True, "memory_budget": "24KiB", "progress": False}
 attend_files(q, k, v, out, lse, **options)
-append, count = files._append, 0
+append, count = journal._append, 0
 
-def counting(file, number):
+def counting(file, entry):
     global count
     count += 1
-    append(file, number)
+    append(file, entry)
     if count == commits:
         os.kill(os.getpid(), signal.SIGKILL)
 
-files._append = counting
+journal._append = counting
 attend_files_backward(
     grad, q, k, v, out, lse, dq, dk, dv, journal=f"{folder}/journal", **options
 )
@@ -202,7 +214,7 @@ def test_gradients_in_files_survive_a_kill(tmp_path):
     for commits in (3, 30):  # the second is in the pass along the keys
         done = child(tmp_path / "killed", commits, script=BACKWARD)
         assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "killed/journal/done").stat().st_size == 33 * 8
+    assert committed_units(tmp_path / "killed/journal") == 33
     assert child(tmp_path / "killed", 0, script=BACKWARD).returncode == 0
     inputs = [x.clone().requires_grad_() for x in tensors["whole"]]
     result = F.scaled_dot_product_attention(*inputs, is_causal=True)
@@ -226,7 +238,7 @@ def test_gradients_in_files_are_those_of_attention(tmp_path, options):
     attend_files(query, key, value, out, lse, **options)
     plan = attend_files_backward(grad, query, key, value, out, lse, *grads, **options)
     assert plan.peak_bytes <= 100 * 1024
-    assert plan.calls >= 8
+    assert plan.cost.calls >= 8
     rows = torch.arange(400)[:, None]
     seen = rows >= rows.mT if "is_causal" in options else torch.ones(400, 400, dtype=torch.bool)
     seen |= rows.mT < options.get("prefix", 0)
@@ -240,7 +252,7 @@ def test_gradients_in_files_are_those_of_attention(tmp_path, options):
 def test_a_journal_keeps_an_automatic_budget(tmp_path, monkeypatch):
     """Else less free memory on the second run would make it another plan."""
     query, key, value = write(tmp_path)
-    out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
+    out, lse = results(tmp_path, query)
     monkeypatch.setattr(files_module, "parse_budget", lambda *_: 50_000)
     options = {"journal": tmp_path / "journal", "progress": False}
     first = attend_files(query, key, value, out, lse, **options)
@@ -255,16 +267,19 @@ def test_a_journal_keeps_an_automatic_budget(tmp_path, monkeypatch):
 
 def test_a_journal_of_other_inputs_is_refused(tmp_path):
     query, key, value = write(tmp_path)
-    out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
+    out, lse = results(tmp_path, query)
     options = {"memory_budget": "32KiB", "journal": tmp_path / "journal", "progress": False}
     attend_files(query, key, value, out, lse, **options)
     attend_files(query, key, value, out, lse, **options)  # nothing is left to do
     other = key.clone()
-    other[..., -1] += 1
-    with pytest.raises(CheckpointError, match="other tensors or another plan"):
-        attend_files(query, other, value, out, lse, **options)
-    with pytest.raises(CheckpointError, match="other tensors or another plan"):
+    other.view(torch.int32)[0, 1, 137, 5] ^= 1  # one bit anywhere
+    for changed in (other, key.flip(2)):
+        with pytest.raises(CheckpointError, match=r"of other tensors \(key differs\)"):
+            attend_files(query, changed, value, out, lse, **options)
+    with pytest.raises(CheckpointError, match=r"another plan \(visible\)"):
         attend_files(query, key, value, out, lse, is_causal=True, **options)
+    with pytest.raises(CheckpointError, match=r"another plan \(scale\)"):
+        attend_files(query, key, value, out, lse, scale=0.3, **options)
 
 
 def test_bad_files_are_one_clear_error(tmp_path, monkeypatch):
@@ -280,7 +295,7 @@ def test_bad_files_are_one_clear_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files_module.os, "posix_fallocate", full)
+    monkeypatch.setattr(mapped_module.os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"of 64 bytes cannot be made \(No space left"):
         memory_mapped(tmp_path / "c", (4, 4), torch.float32, create=True)
     assert not (tmp_path / "c").exists()

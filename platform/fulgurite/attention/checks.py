@@ -1,0 +1,117 @@
+"""Checks of what is given to attention in files, and one form for tensors of any rank.
+
+Axes: B batch, H heads, N tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+import torch
+from torch import Tensor
+
+from fulgurite.errors import ConfigError, DataError
+
+__all__ = ["check_beside", "host_tensors", "kernel_device"]
+
+
+def host_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return views of four axes, without gradients; of three for log-sum-exps.
+
+    Args:
+        tensors: By name, in host memory. Shape of each: (N, D), (H, N, D), (B, H, N, D) or
+            (..., H, N, D), without the last axis for ``lse``.
+
+    Returns:
+        Views by name. Shape of each: (B, H, N, D), and (B, H, N) for ``lse``.
+
+    Raises:
+        DataError: Something is no tensor, lies elsewhere, or has axes that do not join in a view.
+
+    Example:
+        >>> host_tensors({"query": torch.zeros(7, 2), "lse": torch.zeros(5, 4, 3, 7)})["lse"].shape
+        torch.Size([20, 3, 7])
+    """
+    views = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(
+                f"{name} is a {type(tensor).__name__}, not a tensor.",
+                "Give a tensor; torch.from_numpy makes one that shares the memory of an array.",
+            )
+        if tensor.device.type != "cpu":
+            raise DataError(
+                f"{name} is on the device {tensor.device}.",
+                "Give tensors in host memory or in files; `device` says where they are computed.",
+            )
+        wanted = 3 if name == "lse" else 4
+        if tensor.ndim < wanted - 2:
+            raise DataError(
+                f"{name} is {tuple(tensor.shape)}, which has too few axes.",
+                "Give (batch, heads, tokens, head size); lse has no head size.",
+            )
+        tensor = tensor.detach()
+        while tensor.ndim < wanted:
+            tensor = tensor[None]
+        cut = tensor.ndim - wanted + 1
+        size = math.prod(tensor.shape[:cut]), *tensor.shape[cut:]
+        try:  # nothing is copied where there is nothing
+            views[name] = tensor.view(size) if tensor.numel() else tensor.reshape(size)
+        except RuntimeError as error:
+            raise DataError(
+                f"The batch axes of {name} {tuple(tensor.shape)} do not join in a view (strides "
+                f"{tensor.stride()}).",
+                "Give one batch axis, or a contiguous tensor.",
+            ) from error
+    return views
+
+
+def check_beside(
+    name: str, tensor: Tensor, size: Sequence[int], dtype: torch.dtype | None = None
+) -> None:
+    """Check a tensor that is given beside query, key and value.
+
+    Args:
+        name: As errors call it.
+        tensor: What is checked.
+        size: The shape that it must have.
+        dtype: The type that it must have; any floating type by default.
+
+    Raises:
+        DataError: It does not fit.
+    """
+    wanted = dtype or tensor.dtype
+    if tuple(tensor.shape) != tuple(size) or tensor.dtype != wanted or not wanted.is_floating_point:
+        kind = str(dtype) if dtype else "a floating type"
+        raise DataError(
+            f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; it must be {tuple(size)} of "
+            f"{kind}.",
+            "Make it with fulgurite.attention.memory_mapped(..., create=True).",
+        )
+
+
+def kernel_device(device: torch.device | str | None) -> torch.device:
+    """Return the device where kernels run, if this machine has it.
+
+    Args:
+        device: The CPU by default.
+
+    Raises:
+        ConfigError: There is no such device.
+
+    Example:
+        >>> kernel_device(None)
+        device(type='cpu')
+    """
+    try:
+        where = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device={device!r} names no device.", 'Give "cpu", "cuda" or "cuda:1", say.'
+        ) from error
+    missing = where.type == "meta"
+    if where.type == "cuda":
+        missing = not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()
+    if missing:
+        raise ConfigError(f"This machine has no device {where}.", 'Give device="cpu".')
+    return where

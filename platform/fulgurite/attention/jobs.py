@@ -1,0 +1,462 @@
+"""Attention by processes that do not talk to each other: they share a folder, or only its files.
+
+Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fulgurite.attention.budget import Budget
+from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
+from fulgurite.attention.fingerprint import digest_blocks
+from fulgurite.attention.job_costs import explain_job
+from fulgurite.attention.job_header import BY_KEYS, JobHeader, input_blocks
+from fulgurite.attention.job_merge import merge_parts
+from fulgurite.attention.job_tasks import (
+    GRADIENTS,
+    RESULTS,
+    JobTask,
+    compute_task,
+    job_tasks,
+    overlapping_blocks,
+)
+from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.leases import Leases
+from fulgurite.attention.locks import writing
+from fulgurite.attention.mapped import check_targets
+from fulgurite.attention.parts import temporary_files, write_part
+from fulgurite.attention.masking import Window
+from fulgurite.attention.masks import Documents, Offset
+from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.progress import bar
+from fulgurite.errors import ConfigError, DataError
+
+__all__ = ["AttentionJob"]
+
+
+class AttentionJob:
+    """A call that any number of processes or machines compute without communication.
+
+    A folder holds the job. Whoever sees it takes tasks that nobody has computed, each of which
+    reads only the tokens that it needs, and writes their partial results into a file each. When
+    all files are in one folder, written there or copied together, they are merged in the order
+    of the tasks, so the bits of the result do not depend on who computed what and when (as far as
+    the machines compute alike).
+
+    Made by :meth:`create`, :meth:`create_backward` or :meth:`open`.
+
+    Args:
+        folder: Of the job.
+        header: What ``job.json`` holds.
+        plan: How the call is cut.
+
+    Example:
+        >>> import tempfile
+        >>> q, k, v = torch.randn(3, 1, 2, 100, 16, generator=torch.Generator().manual_seed(0))
+        >>> out, lse = torch.empty_like(q), torch.empty(1, 2, 100)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     job = AttentionJob.create(folder, q, k, v, least_tasks=7)
+        ...     first = AttentionJob.open(folder).run(q, k, v, share=(0, 2))
+        ...     second = AttentionJob.open(folder).run(q, k, v, share=(1, 2))
+        ...     job.merge(out, lse)
+        >>> wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> torch.testing.assert_close(out, wanted)
+        >>> len(first), len(second)
+        (7, 7)
+
+    Source: Stream-CQSA's "execution across devices without inter-device communication", card
+    sections 0, 1.1, 1.6 and 1.7; claims and files: inferred.
+    """
+
+    def __init__(self, folder: Path, header: JobHeader, plan: ExecutionPlan) -> None:
+        self.folder, self.plan = folder, plan
+        self._header = header
+        self._names = tuple(header.inputs)
+        self._identity = header.identity
+        self._blocks = input_blocks(plan, self._names)
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        memory_budget: Budget = "auto",
+        schedule: Literal["cqs", "rect"] = "cqs",
+        window: Window | None = None,
+        prefix: int | Sequence[int] = 0,
+        documents: Documents | None = None,
+        chunk: int | None = None,
+        query_offset: Offset = None,
+        lengths: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+        softcap: float | None = None,
+        least_tasks: int = 1,
+        device: torch.device | str | None = None,
+        kernel: str | None = None,
+        progress: bool = True,
+    ) -> AttentionJob:
+        """Write a job into a folder, or open it if the same is there.
+
+        All inputs are read once, to note a checksum of each range of tokens that tasks read. Where
+        the sizes, numbers, options and the budget in bytes are the same, so is the job: machines
+        may create it in a folder each and bring their files together.
+
+        Args:
+            folder: Of the job; made if it is not there.
+            query: Shape: (B, H, M, D), or with fewer or more axes before the heads.
+            key: Shape: (B, G, N, D).
+            value: Shape: (B, G, N, D).
+            is_causal: See :func:`~fulgurite.attention.stream_attention`, as the rest.
+            scale: Of the scores.
+            enable_gqa: Allow fewer key/value heads.
+            memory_budget: Most that a task holds at once.
+            schedule: ``cqs`` (a task reads the chunks of a quorum) or ``rect`` (a task reads a
+                range of queries and all keys that they see).
+            window: Sliding window.
+            prefix: Keys that all queries see.
+            documents: Documents of the tokens.
+            chunk: Tokens of a chunk.
+            query_offset: Position of the first query among the keys.
+            lengths: Tokens of each batch entry that are no padding.
+            starts: First of these tokens.
+            softcap: Cap of the scores.
+            least_tasks: Least number of tasks, that is of processes with something to do.
+            device: Where kernels run.
+            kernel: On a GPU, which kernel to try first.
+            progress: Show a bar while long inputs are read.
+
+        Raises:
+            ConfigError: An option is not supported, or the budget is too small.
+            DataError: Shapes or types do not fit.
+            CheckpointError: The folder holds another job, or cannot be written.
+        """
+        inputs = {"query": query, "key": key, "value": value}
+        options = {
+            "is_causal": is_causal, "enable_gqa": enable_gqa, "window": window,
+            "prefix": plain(prefix), "documents": plain(documents), "chunk": chunk,
+            "query_offset": query_offset, "lengths": plain(lengths), "starts": plain(starts),
+            "softcap": softcap, "schedule": schedule, "least_tasks": least_tasks,
+            "kernel": kernel,
+        }  # fmt: skip
+        return cls(
+            Path(folder),
+            *JobHeader.create(
+                Path(folder), host_tensors(inputs), options, scale=scale, budget=memory_budget,
+                device=kernel_device(device), progress=progress,
+            ),
+        )  # fmt: skip
+
+    @classmethod
+    def create_backward(
+        cls,
+        folder: str | Path,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        memory_budget: Budget = "auto",
+        schedule: Literal["cqs", "rect"] = "cqs",
+        window: Window | None = None,
+        prefix: int | Sequence[int] = 0,
+        documents: Documents | None = None,
+        chunk: int | None = None,
+        query_offset: Offset = None,
+        lengths: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+        softcap: float | None = None,
+        least_tasks: int = 1,
+        device: torch.device | str | None = None,
+        kernel: str | None = None,
+        progress: bool = True,
+    ) -> AttentionJob:
+        """Write a job that computes gradients, or open it if the same is there.
+
+        Args:
+            folder: Of the job; another one than that of the forward pass.
+            grad: Gradient of the result. Shape: (B, H, M, D).
+            query: Shape: (B, H, M, D).
+            key: Shape: (B, G, N, D).
+            value: Shape: (B, G, N, D).
+            out: The result over all keys. Shape: (B, H, M, D).
+            lse: Its log-sum-exp. Shape: (B, H, M).
+            is_causal: See :meth:`create`, as the rest; as in the forward pass.
+            scale: Of the scores.
+            enable_gqa: Allow fewer key/value heads.
+            memory_budget: Most that a task holds at once.
+            schedule: ``cqs`` (gradients of all inputs add up over tasks) or ``rect`` (a task
+                gives the whole gradients of some queries, or of some keys and values, and the
+                scores are computed twice).
+            window: Sliding window.
+            prefix: Keys that all queries see.
+            documents: Documents of the tokens.
+            chunk: Tokens of a chunk.
+            query_offset: Position of the first query among the keys.
+            lengths: Tokens of each batch entry that are no padding.
+            starts: First of these tokens.
+            softcap: Cap of the scores.
+            least_tasks: Least number of tasks.
+            device: Where kernels run.
+            kernel: On a GPU, which kernel to try first.
+            progress: Show a bar while long inputs are read.
+
+        Raises:
+            ConfigError: An option is not supported, or the budget is too small.
+            DataError: Shapes or types do not fit.
+            CheckpointError: The folder holds another job, or cannot be written.
+        """
+        inputs = {
+            "grad": grad, "query": query, "key": key, "value": value, "out": out, "lse": lse,
+        }  # fmt: skip
+        options = {
+            "is_causal": is_causal, "enable_gqa": enable_gqa, "window": window,
+            "prefix": plain(prefix), "documents": plain(documents), "chunk": chunk,
+            "query_offset": query_offset, "lengths": plain(lengths), "starts": plain(starts),
+            "softcap": softcap, "schedule": schedule, "least_tasks": least_tasks,
+            "kernel": kernel,
+        }  # fmt: skip
+        return cls(
+            Path(folder),
+            *JobHeader.create(
+                Path(folder), host_tensors(inputs), options, scale=scale, budget=memory_budget,
+                device=kernel_device(device), progress=progress,
+            ),
+        )  # fmt: skip
+
+    @classmethod
+    def open(cls, folder: str | Path) -> AttentionJob:
+        """Open the job of a folder; the inputs are not needed for that.
+
+        Raises:
+            CheckpointError: There is none, it is damaged, or this version would cut it otherwise.
+        """
+        return cls(Path(folder), *JobHeader.read(Path(folder)))
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it computes gradients."""
+        return self._header.is_backward
+
+    @property
+    def task_count(self) -> int:
+        """Number of tasks."""
+        return self._header.tasks
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the tasks that have no file in the folder yet."""
+        return [n for n in range(self.task_count) if not self._path(n).exists()]
+
+    def tasks(self) -> Iterator[JobTask]:
+        """Yield the tasks, with the ranges of tokens that each reads."""
+        return job_tasks(self.plan, self.is_backward)
+
+    @torch.no_grad()
+    def run(
+        self,
+        *inputs: Tensor,
+        share: tuple[int, int] | None = None,
+        lease: float = 60.0,
+        wait: bool = True,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> list[int]:
+        """Compute tasks that nobody has computed.
+
+        Before a task is computed the tokens that it reads are compared with the checksums of the
+        job; all others may be missing (any numbers).
+
+        Args:
+            inputs: Query, key and value, or all inputs of :meth:`create_backward`.
+            share: Which of how many equal shares to compute, without claims; by default whatever
+                nobody else who sees the folder has claimed.
+            lease: How long a claim lasts without a sign of life of its process [s]; then others
+                take the task over.
+            wait: Whether to wait for the tasks that others have claimed, so that all are done at
+                the end, by whomever.
+            device: Where kernels run.
+            progress: Show a bar.
+
+        Returns:
+            Numbers of the tasks that were computed.
+
+        Raises:
+            ConfigError: The share or the lease is none.
+            DataError: The inputs are not those of the job.
+            CheckpointError: The folder cannot be written.
+        """
+        if share is not None and not 0 <= share[0] < share[1]:
+            raise ConfigError(
+                f"There is no share {share[0]} of {share[1]}.", "Count shares from 0."
+            )
+        if lease <= 0:
+            raise ConfigError(f"A lease of {lease} s is none.", "Give a positive time.")
+        tensors, where = self._named(inputs), kernel_device(device)
+        leases, computed = Leases(self.folder / "leases", lease), list[int]()
+        checked = set[tuple[str, int]]()
+        with bar("tasks", self.task_count, show=progress) as advance:
+            while True:
+                waiting = False
+                for task in self.tasks():
+                    path = self._path(task.number)
+                    if path.exists() or (share and _owner(task.number, share[1]) != share[0]):
+                        continue
+                    if share is not None:
+                        self._compute(task, tensors, where, checked)
+                    else:
+                        clean = partial(_clean, path)
+                        with leases.claimed(path.stem, path.exists, clean) as is_mine:
+                            if is_mine:
+                                self._compute(task, tensors, where, checked)
+                    if not path.exists():
+                        waiting = True
+                    elif share is not None or is_mine:
+                        computed.append(task.number)
+                        advance(sum(stop - start for start, stop in task.queries))
+                if not waiting or not wait:
+                    return computed
+                time.sleep(min(lease / 4, 1.0))
+
+    def _compute(
+        self,
+        task: JobTask,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        checked: set[tuple[str, int]],
+    ) -> None:
+        """Compute a task and write its file."""
+        self._check(task, tensors, checked)
+        path = self._path(task.number)
+        with writing(f"job {self.folder}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"job": self._identity, "task": task.number}
+        results = compute_task(
+            task, list(tensors.values()), self.plan, device=device
+        )
+        with writing(f"job {self.folder}"), write_part(path, facts, keeps_first=True) as part:
+            for name, at, values in results:
+                part.add(name, at, values)
+
+    def _check(
+        self, task: JobTask, tensors: Mapping[str, Tensor], checked: set[tuple[str, int]]
+    ) -> None:
+        """Compare the tokens that a task reads with the checksums of the job.
+
+        Raises:
+            DataError: They differ.
+        """
+        for name, tensor in tensors.items():
+            blocks = self._blocks[name]
+            wanted = overlapping_blocks(blocks, task.keys if name in BY_KEYS else task.queries)
+            new = [i for i in wanted if (name, i) not in checked]
+            digests = digest_blocks(tensor, [blocks[i] for i in new])
+            for i, digest in zip(new, digests, strict=True):
+                if digest != self._header.inputs[name]["sha256"][i]:
+                    start, stop = blocks[i]
+                    raise DataError(
+                        f"{name} is not that of the job {self.folder}: tokens {start} to {stop} "
+                        f"differ, which task {task.number} reads.",
+                        "Give the tensors that the job was made with, unchanged.",
+                    )
+                checked.add((name, i))
+
+    @torch.no_grad()
+    def merge(self, *targets: Tensor, progress: bool = False) -> None:
+        """Bring the partial results of all tasks together, in the order of the tasks.
+
+        At most two parts of a range of tokens are in memory at once. A merge that is interrupted
+        is begun again.
+
+        Args:
+            targets: Out and lse, or the gradients of query, key and value, overwritten; in any
+                floating type but for ``lse``. Shape: as the inputs.
+            progress: Show a bar.
+
+        Raises:
+            CheckpointError: Tasks are missing, or a file is damaged or of another job; the
+                results are not complete then.
+            ConfigError: Results share memory, or are read-only.
+            DataError: Shapes or types do not fit.
+        """
+        names = GRADIENTS if self.is_backward else RESULTS
+        if len(targets) != len(names):
+            raise DataError(
+                f"{len(targets)} tensors were given for the results {', '.join(names)}.",
+                "Give them all, in this order.",
+            )
+        results = host_tensors(dict(zip(names, targets, strict=True)))
+        facts = self._header.inputs
+        wide = accumulator_dtype(getattr(torch, facts["query"]["dtype"]))
+        likes = {"dkey": "key", "dvalue": "value"}
+        for name, target in results.items():
+            size = list(facts[likes.get(name, "query")]["shape"])
+            if name == "out":
+                size[-1] = facts["value"]["shape"][-1]
+            check_beside(name, target, size[:-1] if name == "lse" else size,
+                         wide if name == "lse" else None)  # fmt: skip
+        check_targets(results, {})
+        paths = [self._path(n) for n in range(self.task_count)]
+        merge_parts(self.folder, self._identity, paths, results, progress=progress)
+
+    def explain(self) -> str:
+        """Return what the tasks are, what each reads and writes, and how long they take."""
+        return explain_job(self._header, self.plan, len(self.missing()))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / "parts" / f"task-{number:07d}.part"
+
+    def _named(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Views of the inputs by name.
+
+        Raises:
+            DataError: They are not of the job's sizes and types.
+        """
+        if len(inputs) != len(self._names):
+            raise DataError(
+                f"{len(inputs)} tensors were given for {', '.join(self._names)}.",
+                "Give them all, in this order.",
+            )
+        tensors = host_tensors(dict(zip(self._names, inputs, strict=True)))
+        for name, tensor in tensors.items():
+            fact = self._header.inputs[name]
+            check_beside(name, tensor, fact["shape"], getattr(torch, fact["dtype"]))
+        return tensors
+
+
+def plain(numbers: Tensor | Sequence[Any] | int | None) -> Any:
+    """Return numbers, or lists of them, in types that JSON knows."""
+    if isinstance(numbers, Tensor):
+        return numbers.tolist()
+    if numbers is None or isinstance(numbers, int):
+        return numbers
+    return [plain(x) if isinstance(x, Sequence | Tensor) else int(x) for x in numbers]
+
+
+def _owner(number: int, shares: int) -> int:
+    """The share of a task; there and back, since causal tasks of rows grow along the sequence."""
+    turn, index = divmod(number, shares)
+    return index if turn % 2 == 0 else shares - 1 - index
+
+
+def _clean(path: Path) -> None:
+    """Remove what a dead process has left of a task."""
+    for half in temporary_files(path):
+        half.unlink(missing_ok=True)
