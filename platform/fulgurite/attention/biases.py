@@ -204,7 +204,7 @@ def _has_large_numbers(tensor: Tensor) -> bool:
     if tensor.dtype == torch.bool or tensor.numel() == 0 or tensor.is_meta:
         return False
     low, high = (float(x) for x in torch.aminmax(tensor))
-    if -_LARGE <= low and high <= _LARGE:
+    if low >= -_LARGE and high <= _LARGE:
         return False
     for row in tensor.reshape(-1, tensor.shape[-1]).split(
         max(1, _ROWS_AT_ONCE // tensor.shape[-1])

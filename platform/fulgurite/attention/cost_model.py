@@ -184,7 +184,9 @@ class _TileCost:
         """Query, key and value where they are copied, what the kernel gives, and accumulators."""
         spec, size, wide = self.spec, self.size, self.wide
         total = self.rows * spec.head_dim * size * self.copies_rows
-        total += self.keys * (spec.head_dim + spec.value_dim) * size * self.copies_keys * self.passing
+        total += (
+            self.keys * (spec.head_dim + spec.value_dim) * size * self.copies_keys * self.passing
+        )
         total += self.rows * (spec.value_dim * size + wide)
         if not self.direct:  # and what merging takes for a moment
             total += self.rows * (spec.value_dim + 1) * wide * self.passing

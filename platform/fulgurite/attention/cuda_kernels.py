@@ -113,7 +113,9 @@ class _AtenKernel:
         """Out (B, H, M, D) and log-sum-exp (B, H, M)."""
         raise NotImplementedError
 
-    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def _backward(
+        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
         """Gradients of query, key and value of the tile."""
         raise NotImplementedError
 
@@ -144,7 +146,9 @@ class AtenCudaFlash(_AtenKernel):
         )
         return out, lse
 
-    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def _backward(
+        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
         query, key, value, scale, is_causal, *_ = tile
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
             *(grad, query, key, value, out, lse),
@@ -172,7 +176,9 @@ class AtenCudaEfficient(_AtenKernel):
         )
         return out, lse.narrow(-1, 0, query.shape[2])
 
-    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def _backward(
+        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
         query, key, value, scale, is_causal, bias, *_ = _for_all_heads(tile)
         # (B, M, H, D) in memory: the kernel takes H * D for the way from token to token
         out = _contiguous(out.transpose(1, 2)).transpose(1, 2)
@@ -208,7 +214,9 @@ class AtenCudnn(_AtenKernel):
         )
         return out, lse.reshape(query.shape[:3])  # from (B, H, M, 1)
 
-    def _backward(self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def _backward(
+        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
         query, key, value, scale, is_causal, bias, *_ = tile
         lse = lse.clamp(max=1e30)  # rows without keys: exp(score - 1e30) is 0, and 1e30 a number
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulgurite.attention.steps import Slices, column_count, row_count
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
 from fulgurite.attention.fingerprint import plan_facts
@@ -20,11 +19,12 @@ from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_
 from fulgurite.attention.journal import Journal, read_header
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.mapped import check_targets
-from fulgurite.attention.merging import merge_
 from fulgurite.attention.masking import Window
 from fulgurite.attention.masks import Documents, Masking, Offset
+from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import ExecutionPlan, Schedule, check_schedule, make_plan
 from fulgurite.attention.progress import bar
+from fulgurite.attention.steps import Slices, column_count, row_count
 from fulgurite.attention.units import (
     AttentionInputs,
     Unit,
@@ -119,9 +119,7 @@ def attend_files(
     targets = host_tensors({"out": out, "lse": lse})
     query, key, value, out, lse = *inputs.values(), *targets.values()
     masking = Masking(is_causal, window, prefix, documents, chunk, query_offset, lengths, starts)
-    spec = spec_of(
-        query, key, value, masking, enable_gqa=enable_gqa, scale=scale, softcap=softcap
-    )
+    spec = spec_of(query, key, value, masking, enable_gqa=enable_gqa, scale=scale, softcap=softcap)
     if shard != (0, 1) and schedule == "cqs":
         raise ConfigError(
             "Ranks would merge their results of schedule='cqs' into the same rows of the files.",
@@ -246,9 +244,7 @@ def attend_files_backward(
     targets = host_tensors({"dquery": dquery, "dkey": dkey, "dvalue": dvalue})
     grad, query, key, value, out, lse = inputs.values()
     masking = Masking(is_causal, window, prefix, documents, chunk, query_offset, lengths, starts)
-    spec = spec_of(
-        query, key, value, masking, enable_gqa=enable_gqa, scale=scale, softcap=softcap
-    )
+    spec = spec_of(query, key, value, masking, enable_gqa=enable_gqa, scale=scale, softcap=softcap)
     for name in ("grad", "out"):
         check_beside(name, inputs[name], (*query.shape[:-1], spec.value_dim))
     check_beside("lse", lse, query.shape[:-1], accumulator_dtype(query.dtype))
@@ -270,9 +266,7 @@ def attend_files_backward(
         total = row_count(plan) + column_count(plan)
         with bar("gradients", total, done=len(log.done), show=progress) as advance:
             tensors = AttentionInputs(query, key, value)
-            for unit in gradient_units(
-                grad, tensors, out, lse, plan, device=where, done=log.done
-            ):
+            for unit in gradient_units(grad, tensors, out, lse, plan, device=where, done=log.done):
                 if check_finite and not all(bool(x.isfinite().all()) for x in unit.grads):
                     _refuse(inputs, unit.at)
                 rows = {names[i]: part for i, part in unit.by_result.items()}

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fulgurite.attention.masking import Range
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.progress import byte_bar
-from fulgurite.attention.masking import Range
 
 __all__ = ["digest_blocks", "digest_inputs", "digest_tensor", "pieces", "plan_facts"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
@@ -10,7 +11,6 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_biases
 from fulgurite.attention.budget import Budget, parse_budget
@@ -184,8 +184,13 @@ def stream_attention(
             "Set the attention dropout of the model to 0.",
         )
     options = StreamOptions(
-        memory_budget, schedule, check_finite,
-        None if device is None else kernel_device(device), kernel, distributed, on_plan,
+        memory_budget,
+        schedule,
+        check_finite,
+        None if device is None else kernel_device(device),
+        kernel,
+        distributed,
+        on_plan,
     )
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
@@ -365,7 +370,8 @@ def attend(
         spec,
         _budget(options.memory_budget, where, options.distributed),
         options.schedule,
-        backward=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+        backward=torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in tensors),
         resident=resident,
         packs=any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (query, key, value)),
         tiled=not resident,
@@ -395,7 +401,8 @@ def _abstract_result(query: Tensor, value: Tensor, key: Tensor) -> tuple[Tensor,
 
 def _is_abstract(tensor: Tensor) -> bool:
     """Whether a tensor has no numbers."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    module = sys.modules.get("torch._subclasses.fake_tensor")  # slow to import
+    return tensor.is_meta or (module is not None and isinstance(tensor, module.FakeTensor))
 
 
 def _spec(
@@ -452,7 +459,9 @@ def spec_of(
         DataError: The tensors do not fit together.
     """
     _, *tensors = check_call(query, key, value, enable_gqa)
-    for name, before, after in zip("query key value".split(), (query, key, value), tensors, strict=True):
+    for name, before, after in zip(
+        ["query", "key", "value"], (query, key, value), tensors, strict=True
+    ):
         if before.shape != after.shape:
             raise DataError(
                 f"{name} is {tuple(before.shape)}, and would be {tuple(after.shape)} beside the "
@@ -471,9 +480,7 @@ def _check_tensors(**tensors: object) -> None:
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise DataError(
-                f"{name} is of type {type(tensor).__name__}.", "Give a torch.Tensor."
-            )
+            raise DataError(f"{name} is of type {type(tensor).__name__}.", "Give a torch.Tensor.")
 
 
 def _by_head(name: str, numbers: Tensor, batch: int, heads: int) -> Tensor:
@@ -611,9 +618,7 @@ def check_call(
     axes = max(x.ndim for x in tensors.values())
     if min(x.ndim for x in tensors.values()) < 2 or axes < 3:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-        raise DataError(
-            f"{shapes} have too few axes.", "Give (batch, heads, tokens, head size)."
-        )
+        raise DataError(f"{shapes} have too few axes.", "Give (batch, heads, tokens, head size).")
     query, key, value = (
         x.reshape(*(1,) * (max(axes, 3) - x.ndim), *x.shape) for x in (query, key, value)
     )

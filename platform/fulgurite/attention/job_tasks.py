@@ -6,7 +6,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch

@@ -32,9 +32,9 @@ from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.leases import Leases
 from fulgurite.attention.locks import writing
 from fulgurite.attention.mapped import check_targets
-from fulgurite.attention.parts import temporary_files, write_part
 from fulgurite.attention.masking import Window
 from fulgurite.attention.masks import Documents, Offset
+from fulgurite.attention.parts import temporary_files, write_part
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.progress import bar
 from fulgurite.errors import ConfigError, DataError
@@ -348,9 +348,7 @@ class AttentionJob:
         with writing(f"job {self.folder}"):
             path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"job": self._identity, "task": task.number}
-        results = compute_task(
-            task, list(tensors.values()), self.plan, device=device
-        )
+        results = compute_task(task, list(tensors.values()), self.plan, device=device)
         with writing(f"job {self.folder}"), write_part(path, facts, keeps_first=True) as part:
             for name, at, values in results:
                 part.add(name, at, values)

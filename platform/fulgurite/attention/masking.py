@@ -181,7 +181,7 @@ class Bound:
             slope_a, slope_b = self.piece(begin)[0], other.piece(begin)[0]
             cuts = [begin]
             # lines of slopes 0 and 1 cross at most once
-            if slope_a != slope_b and 0 < (gap := (b - a) * (slope_a - slope_b)):
+            if slope_a != slope_b and (gap := (b - a) * (slope_a - slope_b)) > 0:
                 cuts += [begin + gap] if begin + gap < behind else []
             for cut in cuts:
                 left, right = a + slope_a * (cut - begin), b + slope_b * (cut - begin)
@@ -427,12 +427,10 @@ def _check_masks(
             "Give a prefix within the sequence, and is_causal=True.",
         )
     if chunk is not None and chunk < 1:
-        raise ConfigError(
-            f"A chunk of {chunk} tokens is too small.", "Give a chunk of at least 1."
-        )
+        raise ConfigError(f"A chunk of {chunk} tokens is too small.", "Give a chunk of at least 1.")
     position = offset or 0
     if (documents is not None or chunk is not None) and not (
-        0 <= position and position + queries <= max(keys, 0)
+        position >= 0 and position + queries <= max(keys, 0)
     ):
         raise ConfigError(
             f"Queries {position} to {position + queries} are not among the {keys} keys, whose "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fulgurite.attention.masking import Bound, Range, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
@@ -259,9 +259,10 @@ def _starts_of_ids(ids: NDArray[Any]) -> tuple[int, ...]:
 
 def causal_offset(mask: object, queries: int, keys: int) -> int | None:
     """Return the offset of PyTorch's own causal biases; None for anything else."""
-    if not isinstance(mask, CausalBias):
+    module = sys.modules.get("torch.nn.attention.bias")  # a second to import, for nothing else
+    if module is None or not isinstance(mask, module.CausalBias):
         return None
-    return keys - queries if mask.variant == CausalVariant.LOWER_RIGHT else 0
+    return keys - queries if mask.variant == module.CausalVariant.LOWER_RIGHT else 0
 
 
 def is_boolean(mask: Tensor) -> Tensor | None:
@@ -318,9 +319,7 @@ def as_intervals(
     return _without_repetition(tuple(visible))
 
 
-def row_intervals(
-    mask: Tensor, keys: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+def row_intervals(mask: Tensor, keys: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """First key and key behind the last one of each row. Shape: (M or 1, N or 1)."""
     if mask.shape[-1] == 1:
         mask = mask.expand(-1, keys)

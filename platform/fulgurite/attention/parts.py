@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from fulgurite.attention.steps import Slices
 from fulgurite.attention.fingerprint import pieces
+from fulgurite.attention.steps import Slices
 from fulgurite.errors import CheckpointError
 
 __all__ = ["Part", "PartWriter", "Record", "read_part", "temporary_files", "write_part"]

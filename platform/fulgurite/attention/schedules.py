@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fulgurite.attention.quorums import owned_differences, quorum, task_chunks
 from fulgurite.attention.masking import Range, Visibility
+from fulgurite.attention.quorums import owned_differences, quorum, task_chunks
 from fulgurite.errors import ConfigError
 
 __all__ = [

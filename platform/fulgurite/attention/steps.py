@@ -209,9 +209,7 @@ def row_count(plan: ExecutionPlan) -> int:
     """Units of :func:`row_steps`."""
     if not plan.merges:  # a tile of queries is one row
         return plan.task_count * sum(1 for _ in plan.groups())
-    return sum(
-        len(task.rows) for group in plan.groups() for task in plan.tasks(group.visible)
-    )
+    return sum(len(task.rows) for group in plan.groups() for task in plan.tasks(group.visible))
 
 
 def _halved(task: Task, index: int, halvings: int) -> list[tuple[Task, int]]:
@@ -228,9 +226,7 @@ def _parts(span: Range, halvings: int) -> list[Range]:
     return [(begin, min(begin + step, span[1])) for begin in range(*span, step)]
 
 
-def _kernel_calls(
-    task: Task, index: int, visible: Visibility, joins: bool
-) -> Iterable[KernelCall]:
+def _kernel_calls(task: Task, index: int, visible: Visibility, joins: bool) -> Iterable[KernelCall]:
     """The kernel calls of a row; tiles that are neighbours once gathered may become one."""
     offsets = dict(_offsets(task))
     row = task.rows[index]
@@ -243,9 +239,7 @@ def _kernel_calls(
             parts = [Tile(row.queries, keys, Kind.FULL)]
         else:
             parts = list(tiles(row.queries, keys, visible))
-        calls += [
-            KernelCall(tile, (tile.keys[0] + shift, tile.keys[1] + shift)) for tile in parts
-        ]
+        calls += [KernelCall(tile, (tile.keys[0] + shift, tile.keys[1] + shift)) for tile in parts]
     calls.sort(key=lambda call: (call.tile.queries, call.keys))  # neighbours side by side
     return _joined(calls) if task.loads and joins else calls
 

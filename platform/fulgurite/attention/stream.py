@@ -6,7 +6,6 @@ E size of a value.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -133,9 +132,7 @@ def _forward(
         _add_all_sinks_(out, lse, inputs, plan)
         return out, lse
     if plan.merges and plan.is_shared:
-        merge_shards_(
-            lambda span: units(inputs, plan, device=device, within=span), plan, out, lse
-        )
+        merge_shards_(lambda span: units(inputs, plan, device=device, within=span), plan, out, lse)
         _add_all_sinks_(out, lse, inputs, plan)
         return out, lse
     total = out
@@ -164,9 +161,7 @@ def _row_ranges(plan: ExecutionPlan) -> Iterator[tuple[HeadGroup, tuple[int, int
             yield group, (top, min(top + _ROWS, plan.spec.queries))
 
 
-def _add_all_sinks_(
-    out: Tensor, lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan
-) -> None:
+def _add_all_sinks_(out: Tensor, lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> None:
     """Let all rows see their sinks, in place."""
     if inputs.sinks is None:
         return
@@ -229,9 +224,7 @@ def _backward(
     """
     if plan.spec.is_empty:
         return tuple(torch.zeros_like(x) for x in inputs[:3])
-    results = tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]
-    )
+    results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
     if plan.passes == 2:
         with _bar(plan, lambda plan: row_count(plan) + column_count(plan)) as advance:
             for unit in gradient_units(grad, inputs, out, lse, plan, device=device):

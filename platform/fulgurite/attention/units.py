@@ -91,7 +91,6 @@ class GradientUnit(NamedTuple):
         return dict(enumerate(self.grads, start=0 if len(self.grads) == 1 else 1))
 
 
-
 class _Numbered(Protocol):
     @property
     def number(self) -> int: ...
@@ -352,9 +351,7 @@ def tile_gradients(
         return None
     if tile.bias is not None:  # rows without keys take no part
         lse = lse.masked_fill(lse == -math.inf, math.inf)
-    return _kernel_of(tile, kernel).backward(
-        tile, grad.to(query.dtype), out.to(query.dtype), lse
-    )
+    return _kernel_of(tile, kernel).backward(tile, grad.to(query.dtype), out.to(query.dtype), lse)
 
 
 def _no_keys(query: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -63,9 +63,7 @@ class AttentionCensus(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name.startswith(_FUSED) and "backward" not in name:
             self._count()
-        elif name in _SOFTMAX and args[0].ndim >= 3 and args[0].shape[-1] > 1:
-            self._remember(result)
-        elif name in _KEEPS and self._are_weights(args):
+        elif (name in _SOFTMAX and args[0].ndim >= 3 and args[0].shape[-1] > 1) or (name in _KEEPS and self._are_weights(args)):
             self._remember(result)
         elif name in _PRODUCTS and self._are_weights(args[:2]):
             self._count()
@@ -122,5 +120,3 @@ def take_census(model: nn.Module, backend: Streamed) -> Iterator[AttentionCensus
     finally:
         for remove in removers:
             remove()
-
-

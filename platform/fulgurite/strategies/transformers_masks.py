@@ -305,7 +305,9 @@ def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility,
     name = getattr(function, "__qualname__", "").split(".<locals>")[0]
     code = getattr(function, "__code__", None)
     cells = getattr(function, "__closure__", None) or ()
-    facts = dict(zip(code.co_freevars if code else (), (c.cell_contents for c in cells), strict=True))
+    facts = dict(
+        zip(code.co_freevars if code else (), (c.cell_contents for c in cells), strict=True)
+    )
     of, (_, queries, keys, offset, _) = Visibility.of, sizes
     if name == "causal_mask_function":
         return (of(queries, keys, is_causal=True, offset=offset),)

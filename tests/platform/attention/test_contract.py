@@ -9,14 +9,12 @@ import math
 import os
 import re
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fulgurite.attention import stream_attention
-from fulgurite.attention.masking import Visibility
 from fulgurite.errors import ConfigError
 
 # 10,000 have been run: FULGURITE_CALLS=10000 pytest tests/platform/attention/test_contract.py
@@ -116,9 +114,7 @@ def smallest_budget(error):
 def stream(tensors, mask, options, budget, schedule):
     """The call, with the smallest budget that works where that of the case is too small."""
     try:
-        return stream_attention(
-            *tensors, mask, memory_budget=budget, schedule=schedule, **options
-        )
+        return stream_attention(*tensors, mask, memory_budget=budget, schedule=schedule, **options)
     except ConfigError as error:
         if "does not do" in str(error):  # cqs of a rectangle
             assert schedule == "cqs"
@@ -221,7 +217,12 @@ def masked_calls(draw):
         options["documents"] = ids
         if draw(st.booleans()):
             ids = ids[:1].expand(batch, -1)
-            options["documents"] = [int(x) for x in torch.unique_consecutive(ids[0], return_inverse=True)[1].diff(prepend=torch.tensor([-1])).nonzero()]
+            options["documents"] = [
+                int(x)
+                for x in torch.unique_consecutive(ids[0], return_inverse=True)[1]
+                .diff(prepend=torch.tensor([-1]))
+                .nonzero()
+            ]
         own = ids.gather(1, positions.mT.expand(batch, -1))
         seen = seen & (own[:, None, :, None] == ids[:, None, None, :])
     padding = draw(st.sampled_from(["none", "lengths", "starts", "key mask", "holes"]))
@@ -236,12 +237,16 @@ def masked_calls(draw):
         ends = start + length
         inside = (columns >= start[:, None]) & (columns < ends[:, None])
         seen = seen & inside[:, None, None]
-        hidden_rows = ~((positions >= start.view(-1, 1, 1, 1)) & (positions < ends.view(-1, 1, 1, 1)))
+        hidden_rows = ~(
+            (positions >= start.view(-1, 1, 1, 1)) & (positions < ends.view(-1, 1, 1, 1))
+        )
     elif padding != "none":
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**30)))
         options["key_mask"] = torch.rand(batch, keys, generator=generator) < 0.7
         if padding == "key mask":
-            options["key_mask"] = columns[None] < torch.tensor([draw(st.integers(0, keys))] * batch)[:, None]
+            options["key_mask"] = (
+                columns[None] < torch.tensor([draw(st.integers(0, keys))] * batch)[:, None]
+            )
         seen = seen & options["key_mask"][:, None, None]
     if draw(st.booleans()):
         options["chunk"] = chunk = draw(st.integers(1, 9))
@@ -258,22 +263,32 @@ def masked_calls(draw):
         shape = draw(st.sampled_from([(heads,), (batch, heads), (batch, heads, queries)]))
         extras["sinks"] = torch.randn(shape, **rand).requires_grad_()
     if draw(st.booleans()):
-        extras["alibi_slopes"] = torch.rand(draw(st.sampled_from([(heads,), (batch, heads)])), **rand)
+        extras["alibi_slopes"] = torch.rand(
+            draw(st.sampled_from([(heads,), (batch, heads)])), **rand
+        )
     bias = None
     if draw(st.booleans()):
         shape = [n if draw(st.booleans()) else 1 for n in (batch, heads, queries, keys)]
         bias = torch.randn(shape, **rand).requires_grad_(draw(st.booleans()))
     width, value_width = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     tensors = [
-        lay_out(torch.randn(batch, h, n, d, **rand), draw(st.sampled_from(LAYOUTS))).requires_grad_()
-        for h, n, d in ((heads, queries, width), (kv_heads, keys, width), (kv_heads, keys, value_width))
+        lay_out(
+            torch.randn(batch, h, n, d, **rand), draw(st.sampled_from(LAYOUTS))
+        ).requires_grad_()
+        for h, n, d in (
+            (heads, queries, width),
+            (kv_heads, keys, width),
+            (kv_heads, keys, value_width),
+        )
     ]
     return tensors, bias, options, extras, hidden, positions, draw(st.sampled_from([None, 1, 8192]))
 
 
 def ids_of(draw, keys):
     starts = draw(st.sets(st.integers(1, max(1, keys - 1)), max_size=4))
-    return torch.bucketize(torch.arange(keys), torch.tensor(sorted(starts), dtype=torch.int64), right=True)
+    return torch.bucketize(
+        torch.arange(keys), torch.tensor(sorted(starts), dtype=torch.int64), right=True
+    )
 
 
 @settings(max_examples=CALLS, deadline=None, suppress_health_check=list(HealthCheck))
@@ -288,7 +303,11 @@ def test_masks_of_our_own_are_what_they_say(case):
         )
     except ConfigError as error:
         out, lse = stream_attention(
-            *tensors, bias, scale=scale, memory_budget=smallest_budget(error), return_lse=True,
+            *tensors,
+            bias,
+            scale=scale,
+            memory_budget=smallest_budget(error),
+            return_lse=True,
             **call,
         )
     added = torch.zeros((), dtype=torch.float64) if bias is None else bias

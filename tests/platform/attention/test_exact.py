@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fulgurite.attention import plan, stream, stream_attention
 from fulgurite.attention import masking as masking_module
+from fulgurite.attention import plan, stream, stream_attention
 from fulgurite.attention.cost_model import CostEstimate
 from fulgurite.attention.kernels import AtenCpuFlash, MathKernel, TileInputs
 from fulgurite.attention.masking import Kind, Visibility, tiles
@@ -163,9 +163,7 @@ def test_gradcheck(schedule, chunks):
     make = {"dtype": torch.float64, "requires_grad": True}
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 17, 4, **make) for heads in (2, 1, 1)]
-    assert torch.autograd.gradcheck(
-        lambda *x: run(chosen, *x)[0], inputs, nondet_tol=0
-    )
+    assert torch.autograd.gradcheck(lambda *x: run(chosen, *x)[0], inputs, nondet_tol=0)
 
 
 # tolerances: card, section 6.1
@@ -334,9 +332,7 @@ def test_both_kernels_agree(dtype, is_causal):
         torch.testing.assert_close(out, out2, **tolerance)
         torch.testing.assert_close(lse, lse2, **tolerance)
         safe = lse.masked_fill(lse == -math.inf, math.inf)
-        first, second = (
-            k.backward(tile, grad, out, safe) for k in (AtenCpuFlash(), MathKernel())
-        )
+        first, second = (k.backward(tile, grad, out, safe) for k in (AtenCpuFlash(), MathKernel()))
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, **tolerance)
 

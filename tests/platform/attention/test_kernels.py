@@ -87,9 +87,7 @@ def test_operators_take_what_they_are_given(kernel, dtype, sizes, kind):
     with FakeTensorMode():
         query, key, value, grad, bias = tile(sizes, dtype, kind, CUDA)
         assert query.device.type == "cuda"
-        assert kernel().takes(
-            TileInputs(query, key, value, 0.3, kind == "causal", bias)
-        )
+        assert kernel().takes(TileInputs(query, key, value, 0.3, kind == "causal", bias))
         options = {"is_causal": kind == "causal", "scale": 0.3, "bias": bias}
         out, lse = kernel().forward(TileInputs(query, key, value, **options))
         grads = kernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
@@ -595,7 +593,9 @@ def test_matrix_products_compute_the_same_under_autocast():
     grads = MathKernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
     with torch.autocast("cpu", torch.bfloat16):
         again = MathKernel().forward(TileInputs(query, key, value, **options))
-        grads_again = MathKernel().backward(TileInputs(query, key, value, **options), grad, out, lse)
+        grads_again = MathKernel().backward(
+            TileInputs(query, key, value, **options), grad, out, lse
+        )
     torch.testing.assert_close((out, lse, *grads), (*again, *grads_again), rtol=0, atol=0)
 
 
