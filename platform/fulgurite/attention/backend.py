@@ -153,13 +153,14 @@ class Streamed:
         """
         options = self.options
         with self._counted():
-            return stream_attention(
+            out: Tensor = stream_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale,
                 True if enable_gqa is None else enable_gqa,
                 memory_budget=options.memory_budget, schedule=options.schedule,
                 check_finite=options.check_finite, kernel=options.kernel,
                 distributed=options.distributed, on_plan=options.on_plan, **masks,
             )  # fmt: skip
+        return out
 
     def attend(
         self,

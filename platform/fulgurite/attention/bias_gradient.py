@@ -160,8 +160,9 @@ def _add_group_(
             step = Step(
                 0, group, at, tile.queries, KernelCall(tile, tile.keys), Task(()), True, True, True
             )
-            tensors = inputs.query[at], inputs.key[there], inputs.value[there]
-            record = tile_inputs(step, *(x.to(device) for x in tensors), plan, inputs.biases)
+            query = inputs.query[at].to(device)
+            key, value = inputs.key[there].to(device), inputs.value[there].to(device)
+            record = tile_inputs(step, query, key, value, plan, inputs.biases)
             if record is None:
                 continue
             row_lse = lse[at].to(device)

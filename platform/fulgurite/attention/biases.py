@@ -53,8 +53,9 @@ class DenseBias:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
-        sizes = (size > 1 for size in tensor.shape)
-        self.spec = MaskSpec(*sizes, needs_shift=_has_large_numbers(self.tensor))
+        by_batch, by_head, by_query, by_key = (size > 1 for size in tensor.shape)
+        needs_shift = _has_large_numbers(self.tensor)
+        self.spec = MaskSpec(by_batch, by_head, by_query, by_key, needs_shift)
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`TileBias`."""
@@ -206,9 +207,8 @@ def _has_large_numbers(tensor: Tensor) -> bool:
     low, high = (float(x) for x in torch.aminmax(tensor))
     if low >= -_LARGE and high <= _LARGE:
         return False
-    for row in tensor.reshape(-1, tensor.shape[-1]).split(
-        max(1, _ROWS_AT_ONCE // tensor.shape[-1])
-    ):
-        if bool((row.isfinite() & (row.abs() > _LARGE)).any()):
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for part in torch.split(rows, max(1, _ROWS_AT_ONCE // tensor.shape[-1])):
+        if bool((part.isfinite() & (part.abs() > _LARGE)).any()):
             return True
     return False

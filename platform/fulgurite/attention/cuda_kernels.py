@@ -1,8 +1,8 @@
 """The attention kernels of PyTorch for CUDA as tile kernels, and the choice between them.
 
 A kernel is trusted after its results have been compared once with those of
-:class:`~fulgurite.attention.kernels.MathKernel`, on the device, in the type and for the head size of
-the call.
+:class:`~fulgurite.attention.kernels.MathKernel`, on the device, in the type and for the head size
+of the call.
 
 Axes: B batch, H query heads, G key/value heads (G divides H), M queries, N keys, D head size.
 """
@@ -86,8 +86,9 @@ class _AtenKernel:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
         query, key, value = tile[:3]
         width = max(query.shape[-1], value.shape[-1])
-        rows = (_aligned(x, width) for x in (grad, out))
-        grads = self._backward(self._aligned_tile(tile), *rows, _contiguous(lse))
+        grads = self._backward(
+            self._aligned_tile(tile), _aligned(grad, width), _aligned(out, width), _contiguous(lse)
+        )
         sizes = query.shape[-1], key.shape[-1], value.shape[-1]
         narrow = (x.narrow(-1, 0, size) for x, size in zip(grads[:3], sizes, strict=True))
         dquery, dkey, dvalue = narrow

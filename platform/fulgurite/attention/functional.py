@@ -69,7 +69,12 @@ def stream_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *masks: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
     return_lse: Literal[True],
     **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
@@ -77,11 +82,19 @@ def stream_attention(
 
 @overload
 def stream_attention(
-    query: Tensor, key: Tensor, value: Tensor, *masks: Any, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **options: Any,
 ) -> Tensor: ...
 
 
-def stream_attention(
+def stream_attention(  # type: ignore[misc]  # overloads leave the names of options to this one
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -633,7 +646,9 @@ def check_call(
             "Give one head size.",
         )
     try:
-        lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+        lead: torch.Size = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+            *(x.shape[:-3] for x in (query, key, value))
+        )
     except RuntimeError:
         raise DataError(
             f"query is {tuple(query.shape)}, key is {tuple(key.shape)} and value is "

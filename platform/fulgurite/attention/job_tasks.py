@@ -246,7 +246,8 @@ def compute_task(
         Name, place and value of a part of a result.
     """
     if len(inputs) == 3:
-        for unit in units(AttentionInputs(*inputs), _one_task(plan, task), device=device):
+        tensors = AttentionInputs(inputs[0], inputs[1], inputs[2])
+        for unit in units(tensors, _one_task(plan, task), device=device):
             yield "out", unit.at, unit.out.to(unit.lse.dtype)
             yield "lse", unit.at, unit.lse
             del unit  # or it would take memory beside the next

@@ -512,7 +512,7 @@ def _is_causal_square(queries: Range, keys: Range, visible: Visibility) -> bool:
 def _query_cuts(queries: Range, keys: Range, visible: Visibility) -> list[int]:
     """Queries strictly inside a rectangle where a bound bends, or the diagonal enters or leaves."""
     (top, bottom), (left, right) = queries, keys
-    cuts = set()
+    cuts: set[int] = set()
     for bound in (visible.first, visible.end):
         begin = bisect_right(bound.starts, top)
         cuts.update(bound.starts[begin : bisect_left(bound.starts, bottom)])

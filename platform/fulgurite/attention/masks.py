@@ -147,8 +147,8 @@ class Masking:
                     f"There are documents of {len(entries)} batch entries, of {batch}.",
                     "Give the starts of all of them.",
                 )
-            return [tuple(int(start) for start in starts) for starts in entries]  # type: ignore[union-attr]
-        return [tuple(int(start) for start in entries)]  # type: ignore[arg-type]
+            return [tuple(int(start) for start in starts) for starts in entries]
+        return [tuple(int(start) for start in entries)]
 
     def _ranges(self, batch: int, queries: int, keys: int) -> list[Range | None]:
         """Tokens of each batch entry that are no padding."""
@@ -279,7 +279,7 @@ def is_boolean(mask: Tensor) -> Tensor | None:
     if mask.requires_grad or mask.numel() == 0:
         return None
     rows = mask.reshape(-1, mask.shape[-1]) if mask.is_contiguous() else mask
-    for part in rows.split(max(1, _AT_ONCE // max(1, math.prod(rows.shape[1:])))):
+    for part in torch.split(rows, max(1, _AT_ONCE // max(1, math.prod(rows.shape[1:])))):
         if not bool(((part == 0) | (part == -math.inf)).all()):
             return None
     return mask == 0
@@ -324,7 +324,7 @@ def row_intervals(mask: Tensor, keys: int) -> tuple[NDArray[np.int64], NDArray[n
     if mask.shape[-1] == 1:
         mask = mask.expand(-1, keys)
     first, end = [], []
-    for part in mask.split(max(1, _AT_ONCE // keys)):
+    for part in torch.split(mask, max(1, _AT_ONCE // keys)):
         numbers = part.view(torch.uint8) if part.is_contiguous() else part.to(torch.uint8)
         begin = numbers.argmax(-1)
         count = numbers.sum(-1, dtype=torch.int64)

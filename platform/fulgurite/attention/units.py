@@ -266,18 +266,21 @@ def _rows(
     parts: list[tuple[Tensor, ...]] = []
     total: tuple[Tensor, Tensor] | None = None
     size = inputs.value.shape[-1]
+    loaded: Sequence[Tensor] = ()
     for step, tensors in steps:
         if step.opens:
             query, total = tensors[0], None
         if len(tensors) >= 2:
-            keys, values = tensors[-2:]
+            loaded = tensors[-2:]
         tile = None
         if step.call is not None:
             queries = step.call.tile.queries
             rows = slice(queries[0] - step.span[0], queries[1] - step.span[0])
             columns = slice(*step.call.keys) if step.task.loads else slice(None)
-            loaded = query[:, :, rows], keys[:, :, columns], values[:, :, columns]
-            tile = tile_inputs(step, *loaded, plan, inputs.biases)
+            tile = tile_inputs(
+                step, query[:, :, rows], loaded[0][:, :, columns], loaded[1][:, :, columns], plan,
+                inputs.biases,
+            )  # fmt: skip
         if tile is not None:
             out, lse = _kernel_of(tile, kernel).forward(tile)
             if total is None and queries == step.span:
@@ -294,7 +297,7 @@ def _rows(
             parts.append(total)
             total = None
         if step.releases:  # or these would be in memory beside those of the next task
-            keys = values = loaded = tile = None
+            loaded, tile = (), None
             del tensors
         if step.ends:
             yield (step.number, step.at), _joined_parts(parts)
@@ -346,7 +349,7 @@ def tile_gradients(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Share of a call in the gradients of query, key and value; None if it sees nothing."""
     grad, query, out, lse = rows
-    tile = tile_inputs(step, query, *keys, plan, biases)
+    tile = tile_inputs(step, query, keys[0], keys[1], plan, biases)
     if tile is None:
         return None
     if tile.bias is not None:  # rows without keys take no part

@@ -33,7 +33,7 @@ _PRODUCTS = ("bmm", "baddbmm", "mm", "addbmm")
 _KEEPS = ("_to_copy", "clone", "native_dropout", "mul", "div", "copy", "constant_pad_nd", "where")
 
 
-class AttentionCensus(TorchDispatchMode):
+class AttentionCensus(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches a step: each call of a fused kernel, or product of a softmax with values, counts.
 
     Attention that has no softmax (linear attention, state spaces) is not seen.
@@ -43,7 +43,7 @@ class AttentionCensus(TorchDispatchMode):
     """
 
     def __init__(self, backend: Streamed) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.backend = backend
         self.unstreamed: Counter[str] = Counter()
         self.modules: list[str] = []
@@ -63,11 +63,17 @@ class AttentionCensus(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name.startswith(_FUSED) and "backward" not in name:
             self._count()
-        elif (name in _SOFTMAX and args[0].ndim >= 3 and args[0].shape[-1] > 1) or (name in _KEEPS and self._are_weights(args)):
+        elif self._gives_weights(name, args):
             self._remember(result)
         elif name in _PRODUCTS and self._are_weights(args[:2]):
             self._count()
         return result
+
+    def _gives_weights(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Whether an operation gives attention weights, as far as one can tell."""
+        if name in _SOFTMAX:
+            return bool(args[0].ndim >= 3 and args[0].shape[-1] > 1)
+        return name in _KEEPS and self._are_weights(args)
 
     def _count(self) -> None:
         self.unstreamed[self.modules[-1] if self.modules else ""] += 1

@@ -186,8 +186,8 @@ class _StreamsAttention(Strategy):
         )
         more = f" and {len(unstreamed) - 8} more modules" if len(unstreamed) > 8 else ""
         text = (
-            f"The strategy {_NAME} streamed {streamed} of {streamed + missed} calls of attention in "
-            f"this step; outside the memory budget are those of {names}{more}."
+            f"The strategy {_NAME} streamed {streamed} of {streamed + missed} calls of attention "
+            f"in this step; outside the memory budget are those of {names}{more}."
         )
         fix = (
             "Set --trainer.strategy.init_args.intercept_sdpa=true if they call "

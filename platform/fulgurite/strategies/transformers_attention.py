@@ -70,16 +70,15 @@ class TransformersAttention:
 
         return [undo]
 
-    def mask(self, *sizes: Any, config: Any = None, **options: Any) -> StreamMask:
+    def mask(self, **options: Any) -> StreamMask:
         """Return a mask; see :func:`.transformers_masks.make_mask`.
 
         Args:
-            sizes: As transformers gives them, as the rest.
-            config: Of the model, whose own implementation decides what its own code expects.
-            options: Of the mask.
+            options: As transformers gives them. The implementation that the configuration had
+                before decides what the model's own code expects.
         """
-        is_additive = self._previous.get(id(config)) == "eager"
-        return make_mask(*sizes, config=config, is_additive=is_additive, **options)
+        is_additive = self._previous.get(id(options.get("config"))) == "eager"
+        return make_mask(**options, is_additive=is_additive)
 
     def attend(
         self,
@@ -130,10 +129,15 @@ class TransformersAttention:
             ConfigError: Something is asked for that streamed attention does not do.
         """
         _refuse(module, dropout, others)
+        if s_aux is not None and sinks is not None:
+            raise ConfigError(
+                f"{type(module).__name__} gives its attention both s_aux and sinks.",
+                "Use --trainer.strategy=auto.",
+            )
         sinks = s_aux if sinks is None else sinks
         if sinks is not None and sinks.ndim == 4:  # (B, H, M, 1)
             sinks = sinks.squeeze(-1)
-        options = {"scale": scaling, "softcap": softcap, "sinks": sinks}
+        options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
         if isinstance(attention_mask, StreamMask):
             out = self._attend_masked(query, key, value, attention_mask, position_bias, options)
             return out.transpose(1, 2).contiguous(), None

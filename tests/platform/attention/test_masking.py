@@ -210,7 +210,7 @@ def test_ids_of_documents_side_by_side():
          "require gradients"),
         ({"attn_mask": torch.ones(3, 6)}, DataError, r"attn_mask is \(3, 6\), and scores are"),
         ({"attn_mask": torch.ones(6)}, DataError, "with an axis of queries and one of keys"),
-        ({"attn_mask": torch.ones(2, 6).double()}, DataError, "of torch.float64, query of torch.fl"),
+        ({"attn_mask": torch.ones(2, 6).double()}, DataError, "of torch.float64, query of"),
         ({"attn_mask": torch.ones(2, 6).long()}, DataError, "Give booleans"),
         ({"prefix": [1, 2], "is_causal": True}, DataError, "2 numbers in prefix for 1 batch"),
         ({"documents": [[0], [0]], "query_offset": 0}, DataError, "of 2 batch entries, of 1"),
