@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import time
 from collections import Counter
@@ -122,7 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Models of Hugging Face transformers under StreamCQSAStrategy",
         "\n".join(notes),
         make_rows(cells),
-        [dataclasses.asdict(cell) for cell in cells],
+        [
+            # other tokens differ by infinity, for which JSON has no number
+            dataclasses.asdict(cell) | {"difference": str(cell.difference)}
+            if cell.difference == math.inf
+            else dataclasses.asdict(cell)
+            for cell in cells
+        ],
     )
 
 
