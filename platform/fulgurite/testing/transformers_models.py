@@ -148,7 +148,8 @@ _LINEAR = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_head_dim": 16, "linear_num_heads": 4,
 }  # fmt: skip
-_MIXED = {"sliding_window": _WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_TWO_LAYERS = ["sliding_attention", "full_attention"]
+_MIXED = {"sliding_window": _WINDOW, "layer_types": _TWO_LAYERS}
 _RELATIVE = {
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
     "sliding_window_size": _WINDOW, "d_rel": 8, "rel_extent": 32,
@@ -220,7 +221,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _causal("gemma3_bidirectional", model_type="gemma3_text", sliding_window=_WINDOW,
             sliding_window_pattern=2, use_bidirectional_attention=True, query_pre_attn_scalar=16),
     _causal("gemma4_text", head_dim=16, global_head_dim=32, sliding_window=_WINDOW,
-            num_hidden_layers=4, num_kv_shared_layers=2, layer_types=2 * _MIXED["layer_types"],
+            num_hidden_layers=4, num_kv_shared_layers=2, layer_types=2 * _TWO_LAYERS,
             hidden_size_per_layer_input=16, vocab_size_per_layer_input=_VOCABULARY),
     _causal("phi3", *_CACHES, sliding_window=_WINDOW),
     _causal("olmo3", *_CACHES, sliding_window=_WINDOW),
@@ -244,7 +245,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _causal("flint", *_CACHES, attention="eager", **_MIXED | _EXPERTS),
     _causal("mimo_v2_flash", attention="eager", sliding_window=_WINDOW, v_head_dim=8,
             swa_head_dim=16, swa_v_head_dim=8, swa_num_attention_heads=4,
-            swa_num_key_value_heads=2, layer_types=_MIXED["layer_types"], **_EXPERTS),
+            swa_num_key_value_heads=2, layer_types=_TWO_LAYERS, **_EXPERTS),
     _causal("deepseek_v4", sliding_window=_WINDOW, q_lora_rank=16, o_groups=2, o_lora_rank=16,
             index_n_heads=2, index_head_dim=16, index_topk=4, num_hidden_layers=3,
             layer_types=["sliding_attention", "compressed_sparse_attention",
@@ -344,7 +345,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _text("splinter"),
     _masked("modernbert", local_attention=_WINDOW, global_attn_every_n_layers=2),
     _text("ultrabert", sliding_window=_WINDOW,
-          layer_types=["sliding_attention", "full_attention"]),
+          layer_types=_TWO_LAYERS),
     _text("openai_privacy_filter", attention="eager", sliding_window=_WINDOW, num_key_value_heads=2,
           head_dim=16, **_EXPERTS),
     _text("clip_text_model", model_class="CLIPTextModel", projection_dim=64),
