@@ -2,12 +2,14 @@
 
 The whole table, written to results: ``python -m benchmarks.stream_transformers``.
 A part of it, only printed: ``python -m benchmarks.stream_transformers llama t5 --modes packed``.
+What models give to attention: ``python -m benchmarks.stream_transformers llama t5 --calls``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import time
 from collections import Counter
@@ -18,8 +20,14 @@ import torch
 
 from benchmarks.harness import report
 from fulgurite.strategies import StreamCQSAStrategy
-from fulgurite.testing.attention_judge import Cell, judge_architecture
-from fulgurite.testing.transformers_models import EXTRA_MODES, MODES, select_architectures
+from fulgurite.testing.attention_judge import Cell, judge_architecture, record_attention
+from fulgurite.testing.transformers_models import (
+    EXTRA_MODES,
+    MODES,
+    build_model,
+    select_architectures,
+    take_modes,
+)
 
 BUDGET = "16KiB"
 _SYMBOLS = {"wrong": "WRONG", "crashed": "CRASHED", "unsupported": "(no)"}
@@ -92,15 +100,35 @@ def judge_all(names: Sequence[str] | None, modes: Sequence[str] | None, budget: 
     return cells
 
 
+def print_calls(names: Sequence[str] | None, modes: Sequence[str] | None) -> None:
+    """Print what each architecture gives to an attention function, and what it computes itself."""
+    for architecture in select_architectures(names):
+        model = build_model(architecture)
+        for mode in modes or ("plain",):
+            if mode not in take_modes(architecture, model):
+                continue
+            calls, own = record_attention(architecture, model, mode)
+            print(f"{architecture.name} {mode}; computed by itself: {', '.join(own) or 'none'}")
+            for call in calls:
+                print(
+                    f"  {call.module} is_causal={call.is_causal} query {call.query} "
+                    f"key {call.key} value {call.value} mask {call.mask}; {call.keywords}"
+                )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Judge the architectures named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", help="all by default")
     parser.add_argument("--modes", nargs="+", choices=(*MODES, *EXTRA_MODES))
     parser.add_argument("--budget", default=BUDGET)
+    parser.add_argument("--calls", action="store_true", help="what attention is given, instead")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
+    if options.calls:
+        print_calls(options.architectures or None, options.modes)
+        return
     began = time.perf_counter()
     cells = judge_all(options.architectures or None, options.modes, options.budget)
     seconds = time.perf_counter() - began
@@ -122,7 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Models of Hugging Face transformers under StreamCQSAStrategy",
         "\n".join(notes),
         make_rows(cells),
-        [dataclasses.asdict(cell) for cell in cells],
+        [
+            # other tokens differ by infinity, for which JSON has no number
+            dataclasses.asdict(cell) | {"difference": str(cell.difference)}
+            if cell.difference == math.inf
+            else dataclasses.asdict(cell)
+            for cell in cells
+        ],
     )
 
 

@@ -252,6 +252,16 @@ def test_dropped_softcap_sinks_and_biases_are_wrong():
         assert set(judge(name, make_strategy, "plain", "generate").values()) == {"wrong"}
 
 
+def test_a_lost_gradient_is_wrong():
+    def attend_without_gradient(module, query, key, value, attention_mask=None, **keywords):
+        return attend(module, query, key.detach(), value, attention_mask, **keywords)
+
+    make_strategy = register("no_gradient_of_keys", attend_without_gradient)
+    assert judge("llama", make_strategy, "plain", "generate") == {
+        "plain": "wrong", "generate": "exact",
+    }  # fmt: skip
+
+
 def test_lost_causality_is_wrong():
     def attend_to_all(module, query, key, value, attention_mask=None, **keywords):
         return attend(module, query, key, value, attention_mask, **keywords | {"is_causal": False})
