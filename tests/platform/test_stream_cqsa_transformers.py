@@ -75,12 +75,12 @@ def measure_exact(cells):
 @pytest.mark.parametrize("name", TEN)
 def test_ten_architectures_are_exact_or_refused(name):
     (architecture,) = select_architectures([name])
-    cells = judge_architecture(architecture, stream)
+    cells = judge_architecture(architecture, stream, MODES)
     assert list_bad(cells) == []
     assert measure_exact(cells) >= 0.9
     (plain,) = [cell for cell in cells if cell.mode == "plain"]
     assert plain.calls >= 2
-    assert plain.schedule in ("rect", "cqs")  # so small a budget cuts even one head
+    assert plain.schedule != "whole"  # so small a budget
 
 
 @pytest.mark.parametrize("name", ["gptj", "bloom", "xlnet", "mpnet"])

@@ -16,8 +16,8 @@ from fulgurite.attention.masking import Range, Visibility
 from fulgurite.attention.spec import MaskSpec
 
 __all__ = [
-    "AlibiBias", "DenseBias", "FunctionMask", "TileBias", "describe_biases", "row_shift",
-    "sum_biases",
+    "AlibiBias", "DenseBias", "FunctionMask", "SelectedKeys", "TileBias", "describe_biases",
+    "row_shift", "sum_biases",
 ]  # fmt: skip
 
 # Beside a number as large as this in every score of a row, a log-sum-exp in float32 has lost the
@@ -95,6 +95,30 @@ class FunctionMask:
         indices = [torch.arange(*bounds, device=self.device) for bounds in ranges]
         shapes = (-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1)
         return self.function(*(x.view(shape) for x, shape in zip(indices, shapes, strict=True)))
+
+
+class SelectedKeys:
+    """Keys that are chosen for each query by their number, as sparse attention chooses them.
+
+    Args:
+        indices: Numbers of keys; those that are none are left aside. Shape: (B, M, K).
+    """
+
+    def __init__(self, indices: Tensor) -> None:
+        self.indices = indices.detach()
+        self.spec = MaskSpec(True, False, True, True)
+
+    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+        """See :class:`TileBias`."""
+        local = self.indices[batch, slice(*queries)].long() - keys[0]
+        width = keys[1] - keys[0]
+        outside = (local < 0) | (local >= width)
+        mask = torch.zeros(
+            (*local.shape[:2], width + 1), dtype=torch.bool, device=self.indices.device
+        )
+        # numbers outside the tile go into a column of their own
+        mask.scatter_(-1, local.masked_fill(outside, width), True)
+        return mask[:, None, :, :width]
 
 
 class AlibiBias:

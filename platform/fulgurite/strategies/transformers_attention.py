@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.attention import Streamed
-from fulgurite.attention.biases import DenseBias
+from fulgurite.attention.biases import DenseBias, SelectedKeys, TileBias
 from fulgurite.errors import ConfigError
 from fulgurite.strategies.transformers_masks import StreamMask, make_mask
 
@@ -97,6 +97,7 @@ class TransformersAttention:
         position_bias: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
+        indices: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Attention as transformers asks for it.
@@ -120,6 +121,8 @@ class TransformersAttention:
             position_bias: Added to the scores. Shape: (B or 1, H, M, N).
             cu_seq_lens_q: Without a mask, where packed sequences begin and end. Shape: (S + 1,).
             cu_seq_lens_k: The same.
+            indices: With a mask, the keys that each query sees of those that the mask lets it
+                see. Shape: (B, M, K).
             others: Nothing that changes attention.
 
         Returns:
@@ -139,8 +142,16 @@ class TransformersAttention:
             sinks = sinks.squeeze(-1)
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
         if isinstance(attention_mask, StreamMask):
-            out = self._attend_masked(query, key, value, attention_mask, position_bias, options)
+            biases = () if indices is None else (SelectedKeys(indices),)
+            out = self._attend_masked(
+                query, key, value, attention_mask, position_bias, biases, options
+            )
             return out.transpose(1, 2).contiguous(), None
+        if indices is not None:
+            raise ConfigError(
+                f"{type(module).__name__} chooses keys (indices) without a mask of its own.",
+                "Use --trainer.strategy=auto.",
+            )
         if attention_mask is None:
             if is_causal is None:
                 is_causal = bool(getattr(module, "is_causal", True))
@@ -168,6 +179,7 @@ class TransformersAttention:
         value: Tensor,
         mask: StreamMask,
         position_bias: Tensor | None,
+        biases: tuple[TileBias, ...],
         options: dict[str, Any],
     ) -> Tensor:
         source = mask.source
@@ -182,7 +194,7 @@ class TransformersAttention:
             )
         batch = max(len(query), len(key), source.batch)
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-        biases, bias = source.biases, None
+        biases, bias = (*biases, *source.biases), None
         if position_bias is not None:
             biases = (DenseBias(position_bias), *biases)
             bias = position_bias if position_bias.requires_grad else None
