@@ -17,11 +17,14 @@ from torch import Tensor
 
 from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.attention import plan, stream_attention
+from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.calibration import measured_costs
-from fulgurite.attention.planning import Costs, Plan, Shape, format_bytes, make_plan
-from fulgurite.attention.tiles import Visibility
-from fulgurite.attention.transfers import Feed
-from fulgurite.attention.units import units
+from fulgurite.attention.cost_model import Costs
+from fulgurite.attention.masking import Visibility
+from fulgurite.attention.planning import ExecutionPlan, make_plan
+from fulgurite.attention.spec import AttentionSpec
+from fulgurite.attention.transfers import Prefetcher
+from fulgurite.attention.units import AttentionInputs, units
 from fulgurite.errors import ConfigError
 
 WIDTH = 64
@@ -33,6 +36,12 @@ def tensors(tokens: int, heads: int, grad: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, heads, tokens, WIDTH)
     return [torch.randn(shape, generator=generator).requires_grad_(grad) for _ in "qkv"]
+
+
+def one_head(tokens: int, dtype: torch.dtype, causal: bool) -> AttentionSpec:
+    """Sizes of a call of one head."""
+    visible = Visibility.of(tokens, tokens, is_causal=causal)
+    return AttentionSpec(1, 1, 1, WIDTH, WIDTH, dtype, (visible,), WIDTH**-0.5)
 
 
 def runner(attention: Callable[..., Tensor], inputs: list[Tensor], **options: Any) -> Any:
@@ -68,8 +77,7 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
             costs = measured_costs(torch.device("cpu"), torch.float32, WIDTH)
             try:
                 plans[name] = make_plan(
-                    Shape(1, 1, 1, WIDTH, torch.float32),
-                    Visibility(tokens, tokens, is_causal=causal),
+                    one_head(tokens, torch.float32, causal),
                     whole // share, schedule, backward=grad, costs=costs,
                 )  # fmt: skip
             except ConfigError:
@@ -79,6 +87,8 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
         raw[f"{tokens} causal={causal} backward={grad}"] = seconds
         for name, chosen in plans.items():
             cut = f"{chosen.chunks} chunks" if chosen.chunks else "{} x {}".format(*chosen.tile)
+            if chosen.gradient is not None and chosen.gradient.tile != chosen.tile:
+                cut += "; {} x {}".format(*chosen.gradient.tile)
             rows.append({
                 "N": str(tokens),
                 "causal": "yes" if causal else "no",
@@ -88,7 +98,7 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
                 "one call [s]": spread(seconds["sdpa"]),
                 "time / one call": spread(ratios(seconds[name], seconds["sdpa"])),
                 "predicted / measured": "–" if grad else (
-                    f"{chosen.seconds / (sum(seconds[name]) / len(seconds[name])):.2f}"
+                    f"{chosen.cost.seconds / (sum(seconds[name]) / len(seconds[name])):.2f}"
                 ),
             })  # fmt: skip
     return rows
@@ -116,17 +126,17 @@ def schedules(raw: dict[str, Any]) -> list[dict[str, str]]:
                 "schedule": name,
                 "peak": format_bytes(chosen.peak_bytes),
                 "bytes moved": format_bytes(moved),
-                "predicted / counted": f"{chosen.moved_bytes / moved:.2f}",
+                "predicted / counted": f"{chosen.cost.moved_bytes / moved:.2f}",
                 "seconds": spread(seconds[name]),
             })  # fmt: skip
     return rows
 
 
-def moved_bytes(inputs: list[Tensor], chosen: Plan) -> int:
+def moved_bytes(inputs: list[Tensor], chosen: ExecutionPlan) -> int:
     """Bytes that a run loads and stores; results that are merged are read and written again."""
-    moved, ahead = 0, Feed.ahead
+    moved, ahead = 0, Prefetcher.prefetch
 
-    def counting(self: Feed, pieces: Any) -> Any:
+    def counting(self: Prefetcher, pieces: Any) -> Any:
         def counted() -> Any:
             nonlocal moved
             for item, views in pieces:
@@ -135,11 +145,68 @@ def moved_bytes(inputs: list[Tensor], chosen: Plan) -> int:
 
         return ahead(self, counted())
 
-    with mock.patch.object(Feed, "ahead", counting):
-        for unit in units(*inputs, chosen, 0.1):
+    with mock.patch.object(Prefetcher, "ahead", counting):
+        for unit in units(AttentionInputs(*inputs), chosen):
             written = unit.out.nbytes + unit.lse.nbytes
             moved += 2 * written if chosen.merges else written
     return moved
+
+
+def masks(raw: dict[str, Any]) -> list[dict[str, str]]:
+    """What masks, caps, sinks and biases cost beside a plain call at the same budget."""
+    tokens, heads = 2048, 4
+    generator = torch.Generator().manual_seed(0)
+    position_bias = torch.randn(1, heads, tokens, tokens, generator=generator)
+    holes = torch.rand(1, 1, tokens, tokens, generator=generator) < 0.9
+    lower = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "is_causal": {"is_causal": True},
+        "a causal mask as booleans": {"attn_mask": lower},
+        "padding on the left, a quarter": {"lengths": [1536], "starts": [512]},
+        "window of 256, causal": {"is_causal": True, "window": 256},
+        "8 documents": {"documents": list(range(0, tokens, 256))},
+        "booleans with holes": {"attn_mask": holes},
+        "bias": {"attn_mask": position_bias},
+        "ALiBi": {"alibi_slopes": torch.rand(heads, generator=generator)},
+        "sinks": {"sinks": torch.randn(heads, generator=generator)},
+        "softcap (matrix products)": {"softcap": 30.0},
+        "learned bias": {"attn_mask": position_bias.clone().requires_grad_()},
+    }
+    rows = []
+    for grad in GRAD:
+        inputs = tensors(tokens, heads, grad)
+        budget = 4 * inputs[0].nbytes // 4
+        contestants = {
+            name: masked_runner(inputs, budget, options)
+            for name, options in ways.items()
+            if grad or name != "learned bias"
+        }
+        seconds = take_turns(contestants, 5)
+        raw[f"masks backward={grad}"] = seconds
+        rows += [
+            {
+                "pass": "forward + backward" if grad else "forward",
+                "mask": name,
+                "seconds": spread(times),
+                "time / plain": spread(ratios(times, seconds["plain"])),
+            }
+            for name, times in seconds.items()
+        ]
+    return rows
+
+
+def masked_runner(inputs: list[Tensor], budget: int, options: dict[str, Any]) -> Any:
+    """A streamed call with a mask, and its gradients, that of a learned bias included."""
+    learned = [x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]
+
+    def run() -> None:
+        with torch.set_grad_enabled(inputs[0].requires_grad):
+            out = stream_attention(*inputs, memory_budget=budget, **options)
+        if out.requires_grad:
+            torch.autograd.grad(out.sum(), [*inputs, *learned])
+
+    return run
 
 
 MEMORY = """
@@ -204,18 +271,16 @@ def predictions() -> list[dict[str, str]]:
     for tokens in (10**6, 10**7, 10**8, 10**9):
         for budget in (2**30, 8 * 2**30):
             chosen = make_plan(
-                Shape(1, 1, 1, WIDTH, torch.bfloat16),
-                Visibility(tokens, tokens, is_causal=True),
-                budget, "auto", resident=False, costs=costs,
-            )  # fmt: skip
+                one_head(tokens, torch.bfloat16, True), budget, "auto", resident=False, costs=costs
+            )
             cut = "whole" if chosen.schedule == "whole" else "{} x {}".format(*chosen.tile)
             rows.append({
                 "N": f"{tokens:.0e}",
                 "budget": format_bytes(budget),
                 "schedule": f"{chosen.schedule}, {cut}",
                 "peak": format_bytes(chosen.peak_bytes),
-                "moved": format_bytes(chosen.moved_bytes),
-                "hours, predicted": f"{chosen.seconds / 3600:.3g}",
+                "moved": format_bytes(chosen.cost.moved_bytes),
+                "hours, predicted": f"{chosen.cost.seconds / 3600:.3g}",
             })  # fmt: skip
     return rows
 
@@ -227,6 +292,7 @@ def main() -> None:
     for name, title, notes, measure in (
         ("stream_attention", "Streamed attention against one call", NOTES, against_one_call),
         ("stream_schedules", "Ways to cut attention", SCHEDULES, schedules),
+        ("stream_masks", "What masks, caps and biases cost", MASK_NOTES, masks),
         ("stream_memory", "Memory of streamed attention", MEMORY_NOTES, memory),
     ):
         raw = {}
@@ -246,6 +312,12 @@ SCHEDULES = """
 8 heads of 64 numbers, N = 8192, causal, float32, one thread. Bytes moved are those that a device
 apart from the tensors would load and store, counted while it runs. `heads` needs a whole head at
 once; where it is absent, the smallest budget that it can do is larger.
+"""
+
+MASK_NOTES = """
+4 heads of 64 numbers, N = 2048, float32, one thread, a quarter of the bytes of query, key, value
+and out as budget. Ratios below 1 are masks whose hidden pairs are not computed. Masks that are
+tensors are read in full at each call to see whether they are intervals.
 """
 
 MEMORY_NOTES = """

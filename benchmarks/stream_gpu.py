@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.attention import stream_attention
-from fulgurite.attention.planning import format_bytes, parse_budget
+from fulgurite.attention.budget import format_bytes, parse_budget
 from fulgurite.errors import ConfigError
 
 WIDTH, DTYPE = 64, torch.bfloat16

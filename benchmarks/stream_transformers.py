@@ -29,7 +29,7 @@ from fulgurite.testing.transformers_models import (
     take_modes,
 )
 
-BUDGET = "16KiB"
+BUDGET = "32KiB"
 _SYMBOLS = {"wrong": "WRONG", "crashed": "CRASHED", "unsupported": "(no)"}
 
 

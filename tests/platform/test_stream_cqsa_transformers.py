@@ -38,7 +38,7 @@ def offline(monkeypatch):
 
 
 def stream():
-    return StreamCQSAStrategy("16KiB")
+    return StreamCQSAStrategy("32KiB")
 
 
 def eager():

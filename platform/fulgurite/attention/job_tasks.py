@@ -20,7 +20,7 @@ from fulgurite.attention.quorums import quorum
 from fulgurite.attention.schedules import Task, chunk_ranges, column_tasks
 from fulgurite.attention.spec import AttentionSpec, HeadGroup
 from fulgurite.attention.steps import Slices, row_steps
-from fulgurite.attention.transfers import Feed
+from fulgurite.attention.transfers import Prefetcher
 from fulgurite.attention.units import AttentionInputs, gradient_units, tile_gradients, units
 from fulgurite.errors import ConfigError
 
@@ -286,9 +286,9 @@ def _quorum_gradients(
     """
     wide = accumulator_dtype(rows[1].dtype)
     kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
-    feed = Feed.between(rows[1].device, device)
+    prefetcher = Prefetcher.between(rows[1].device, device)
     sums: list[Tensor] = []
-    for step, tensors in feed.ahead(row_steps(rows, keys, _one_task(plan, task))):
+    for step, tensors in prefetcher.prefetch(row_steps(rows, keys, _one_task(plan, task))):
         if step.opens:
             loaded, tensors = tensors[:4], tensors[4:]
             row_sum = torch.zeros_like(loaded[1], dtype=wide)

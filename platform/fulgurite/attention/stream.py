@@ -26,7 +26,7 @@ from fulgurite.attention.ranks import (
 )
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import Step, column_count, row_count, row_steps, source_ranges
-from fulgurite.attention.transfers import Feed
+from fulgurite.attention.transfers import Prefetcher
 from fulgurite.attention.units import (
     AttentionInputs,
     add_sinks_,
@@ -305,7 +305,7 @@ def _accumulate_group(
     """Gradients of a group in one pass, which adds to those of all keys along the queries."""
     kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
     in_place = plan.adds_in_place and device == rows[1].device
-    feed = Feed.between(rows[1].device, device)
+    prefetcher = Prefetcher.between(rows[1].device, device)
     wide = rows[3].dtype
     heads = group.heads, group.kv_heads, group.kv_heads
     parts = [result[group.batch, at] for result, at in zip(results, heads, strict=True)]
@@ -315,7 +315,7 @@ def _accumulate_group(
         for x in (parts if plan.merges else parts[1:])
     ]
     steps = row_steps(rows, keys, plan, groups=[group], halvings=halvings)
-    for step, tensors in feed.ahead(steps):
+    for step, tensors in prefetcher.prefetch(steps):
         span = slice(*step.span)
         if step.opens:
             row_tensors, tensors = tensors[:4], tensors[4:]

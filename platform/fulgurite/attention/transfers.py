@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CudaLanes", "Feed", "Lanes", "Mark"]
+__all__ = ["CudaLanes", "Lanes", "Mark", "Prefetcher"]
 
 _T = TypeVar("_T")
 
@@ -120,7 +120,7 @@ class _Slot:
         return self.memory[:size].view(dtype).view(*shape)
 
 
-class Feed:
+class Prefetcher:
     """Gives a device its pieces, the next while it computes with the current one.
 
     Where there is nothing to overlap (a CPU, or tensors that lie on the device), pieces and
@@ -138,12 +138,12 @@ class Feed:
         self.slots: dict[tuple[str, int, int], _Slot] = {}
 
     @classmethod
-    def between(cls, source: torch.device, device: torch.device) -> Feed:
-        """Feed a device from where the tensors lie."""
+    def between(cls, source: torch.device, device: torch.device) -> Prefetcher:
+        """Prefetcher a device from where the tensors lie."""
         overlaps = device.type == "cuda" and source.type != "cuda"
         return cls(device, CudaLanes(device) if overlaps else None)
 
-    def ahead(self, pieces: Iterable[tuple[_T, Sequence[Views]]]) -> Iterator[tuple[_T, Any]]:
+    def prefetch(self, pieces: Iterable[tuple[_T, Sequence[Views]]]) -> Iterator[tuple[_T, Any]]:
         """Bring pieces to the device, at most one ahead of what is computed.
 
         Args:
@@ -183,7 +183,9 @@ class Feed:
         tensor, slot.busy = self.lanes.upload(host)
         return tensor, slot.busy
 
-    def behind(self, results: Iterable[tuple[_T, Sequence[Tensor]]]) -> Iterator[tuple[_T, Any]]:
+    def write_back(
+        self, results: Iterable[tuple[_T, Sequence[Tensor]]]
+    ) -> Iterator[tuple[_T, Any]]:
         """Bring results to the host, each while the next one is computed.
 
         Args:

@@ -26,7 +26,7 @@ from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import Slices, Step, column_steps, row_count, row_steps
-from fulgurite.attention.transfers import Feed
+from fulgurite.attention.transfers import Prefetcher
 
 __all__ = [
     "AttentionInputs", "GradientUnit", "Unit", "add_sinks_", "clear_", "commit_", "gradient_units",
@@ -121,14 +121,16 @@ def units(
     query, key, value = inputs[:3]
     device = device or query.device
     kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
-    feed = Feed.between(query.device, device)
+    prefetcher = Prefetcher.between(query.device, device)
 
     def compute(after: int, halvings: int) -> Iterator[Unit]:
         steps = row_steps(
             [query], [key, value], plan,
             done=done, after=after, halvings=halvings, within=within,
         )  # fmt: skip
-        for where, tensors in feed.behind(_rows(feed.ahead(steps), inputs, plan, kernel)):
+        for where, tensors in prefetcher.write_back(
+            _rows(prefetcher.prefetch(steps), inputs, plan, kernel)
+        ):
             yield Unit(*where, *tensors)
             del tensors  # or it would take memory beside the next
 
@@ -164,7 +166,7 @@ def gradient_units(
     query, key, value = inputs[:3]
     device = device or query.device
     kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
-    feed = Feed.between(query.device, device)
+    prefetcher = Prefetcher.between(query.device, device)
     rows, keys, first = [grad, query, out, lse], [key, value], row_count(plan)
 
     def compute(after: int, halvings: int) -> Iterator[GradientUnit]:
@@ -172,8 +174,8 @@ def gradient_units(
         down = row_steps(rows, keys, plan, **options)
         across = column_steps(rows, keys, plan, first=first, **options)
         for steps, resident in ((down, 4), (across, 2)):
-            results = _gradients(feed.ahead(steps), resident, inputs.biases, plan, kernel)
-            for where, grads in feed.behind(results):
+            results = _gradients(prefetcher.prefetch(steps), resident, inputs.biases, plan, kernel)
+            for where, grads in prefetcher.write_back(results):
                 yield GradientUnit(*where, tuple(grads))
                 del grads
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from fulgurite.attention import units as units_module
+from fulgurite.attention.cost_model import CostEstimate
 from fulgurite.attention.kernels import AtenCpuFlash
-from fulgurite.attention.planning import Plan, Shape
-from fulgurite.attention.tiles import Visibility
-from fulgurite.attention.transfers import Feed
-from fulgurite.attention.units import gradient_units, units
+from fulgurite.attention.masking import Visibility
+from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.spec import AttentionSpec
+from fulgurite.attention.transfers import Prefetcher
+from fulgurite.attention.units import AttentionInputs, gradient_units, units
 
 CPU = torch.device("cpu")
 
@@ -70,7 +72,9 @@ class LateLanes:
 def lanes(monkeypatch):
     found = LateLanes()
     monkeypatch.setattr(
-        units_module.Feed, "between", classmethod(lambda cls, source, device: cls(device, found))
+        units_module.Prefetcher,
+        "between",
+        classmethod(lambda cls, source, device: cls(device, found)),
     )
     return found
 
@@ -78,33 +82,34 @@ def lanes(monkeypatch):
 def example(schedule, **options):
     torch.manual_seed(0)
     tensors = [torch.randn(2, h, 100, 8, dtype=torch.float64) for h in (4, 2, 2)]
-    shape = Shape(2, 4, 2, 8, torch.float64)
-    visible = Visibility(100, 100, is_causal=True, **options)
+    visible = Visibility.of(100, 100, is_causal=True, **options)
+    spec = AttentionSpec(2, 4, 2, 8, 8, torch.float64, (visible,), 0.3)
     tile, chunks = ((32, 16), 0) if schedule == "rect" else ((0, 0), 7)
-    return tensors, Plan(shape, visible, schedule, (1, 1), tile, chunks, 0, 0, 0, 0.0, 0.0)
+    cost = CostEstimate(0, 0, 0, 0.0, 0.0)
+    return AttentionInputs(*tensors), ExecutionPlan(spec, schedule, (1, 1), tile, chunks, cost)
 
 
 @pytest.mark.parametrize("schedule", ["rect", "cqs"])
 def test_results_do_not_depend_on_when_copies_happen(lanes, monkeypatch, schedule):
-    tensors, plan = example(schedule)
-    found = [(u.number, u.at, u.out.clone(), u.lse.clone()) for u in units(*tensors, plan, 0.3)]
+    inputs, plan = example(schedule)
+    found = [(u.number, u.at, u.out.clone(), u.lse.clone()) for u in units(inputs, plan)]
     assert lanes.up.count > 20
     assert lanes.down.count == 2 * len(found)
     monkeypatch.undo()
-    for got, wanted in zip(found, units(*tensors, plan, 0.3), strict=True):
+    for got, wanted in zip(found, units(inputs, plan), strict=True):
         assert got[:2] == wanted[:2]
         assert torch.equal(got[2], wanted.out)
         assert torch.equal(got[3], wanted.lse)
 
 
 def test_gradients_do_not_depend_on_when_copies_happen(lanes, monkeypatch):
-    tensors, plan = example("rect", window=40)
-    query, key, value = tensors
+    inputs, plan = example("rect", window=40)
+    query = inputs.query
     grad = torch.randn_like(query)
     out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1], dtype=query.dtype)
-    for unit in units(*tensors, plan, 0.3):
+    for unit in units(inputs, plan):
         out[unit.at], lse[unit.at] = unit.out, unit.lse
-    call = (grad, query, key, value, out, lse, plan, 0.3)
+    call = (grad, inputs, out, lse, plan)
     found = [(u.number, [g.clone() for g in u.grads]) for u in gradient_units(*call)]
     monkeypatch.undo()
     for (number, grads), wanted in zip(found, gradient_units(*call), strict=True):
@@ -130,7 +135,7 @@ def test_a_piece_waits_until_the_one_before_the_last_was_used():
             return moment
 
     pieces = ((i, [[torch.full((1, 1, 2, 3), float(i))]]) for i in range(5))
-    for i, (tensor,) in Feed(CPU, Lanes()).ahead(pieces):
+    for i, (tensor,) in Prefetcher(CPU, Lanes()).prefetch(pieces):
         assert torch.equal(tensor, torch.full((1, 1, 2, 3), float(i)))
     assert order == [
         "copy", "used", "copy", "used", "waited for 1", "copy", "used", "waited for 2", "copy",
@@ -140,19 +145,19 @@ def test_a_piece_waits_until_the_one_before_the_last_was_used():
 
 def test_units_that_are_left_go_on_in_smaller_tiles(monkeypatch):
     """No unit is given twice, none is missing, and done ones stay done."""
-    tensors, plan = example("rect")
-    expected = list(units(*tensors, plan, 0.3))
+    inputs, plan = example("rect")
+    expected = list(units(inputs, plan))
     original, calls = AtenCpuFlash.forward, []
 
-    def limited(self, query, key, value, **options):
-        calls.append(query.shape[2])
-        if len(calls) > 10 and query.shape[2] > 16:
+    def limited(self, tile):
+        calls.append(tile.query.shape[2])
+        if len(calls) > 10 and tile.query.shape[2] > 16:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return original(self, query, key, value, **options)
+        return original(self, tile)
 
     monkeypatch.setattr(AtenCpuFlash, "forward", limited)
     with pytest.warns(UserWarning, match="ran out of memory; going on with rect in tiles 1/2 as"):
-        found = list(units(*tensors, plan, 0.3, done={3}))
+        found = list(units(inputs, plan, done={3}))
     assert [u.number for u in found] == [u.number for u in expected if u.number != 3]
     for unit in found:
         wanted = expected[unit.number]
@@ -160,7 +165,7 @@ def test_units_that_are_left_go_on_in_smaller_tiles(monkeypatch):
         torch.testing.assert_close(unit.lse, wanted.lse, rtol=0, atol=1e-12)
     monkeypatch.setattr(AtenCpuFlash, "forward", raising("other"))
     with pytest.raises(RuntimeError, match="other"):
-        list(units(*tensors, plan, 0.3))
+        list(units(inputs, plan))
 
 
 def raising(message):
