@@ -222,3 +222,65 @@ def test_what_is_not_finite_stops_the_run_if_asked(tmp_path):
         model.layers[0].qkv.bias[WIDTH] = torch.inf
     with pytest.raises(DataError, match="key is not finite at token 0"):
         trained(tmp_path, model, StreamCQSAStrategy("16KiB", check_finite=True))
+
+
+class ProductAttention(OwnAttention):
+    """Matrix products of its own, with dropout that drops nothing."""
+
+    def __init__(self):
+        super().__init__()
+        del self.attention_backend
+        self.dropout = nn.Dropout(0.0)
+
+    def _heads(self, x):
+        q, k, v = self.qkv(x).split([WIDTH, WIDTH // 2, WIDTH // 2], -1)
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (q, k, v))
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        weights = self.dropout((q @ k.mT).softmax(-1))
+        return torch.einsum("bhmn,bhnd->bmhd", weights, v).flatten(2)
+
+
+class Mixture(nn.Module):
+    """A softmax that is no attention: weights of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.router = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        weights = self.router(x).softmax(-1)
+        return sum(weights[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (DirectAttention, "layers.1"),
+        (ProductAttention, "layers.1"),
+        (Stock, "layers.1.layer.self_attn"),
+    ],
+)
+def test_attention_that_is_not_reached_is_named_with_its_part(tmp_path, layer, name):
+    """Whether it calls PyTorch's function, an alias of it, or multiplies matrices itself."""
+    with pytest.warns(UserWarning, match=rf"streamed 1 of 2 calls .* those of {name} \(1\)"):
+        trained(tmp_path, Model(OwnAttention(), layer(), Mixture()), StreamCQSAStrategy("16KiB"))
+    with pytest.raises(ConfigError, match=rf"those of {name} \(1\).*intercept_sdpa=true"):
+        trained(tmp_path, Model(OwnAttention(), layer()), StreamCQSAStrategy("16KiB", strict=True))
+
+
+def test_a_model_that_is_reached_as_a_whole_is_not_warned_of(tmp_path, recwarn):
+    model = Model(OwnAttention(), Mixture(), nn.Linear(WIDTH, WIDTH))
+    trained(tmp_path, model, StreamCQSAStrategy("16KiB", strict=True))
+    model = Model(DirectAttention(), Stock())
+    trained(tmp_path, model, StreamCQSAStrategy("16KiB", intercept_sdpa=True, strict=True))
+    assert not [warning for warning in recwarn if "streamed" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"schedule": "rectangle"}, "no schedule 'rectangle'"), ({"kernel": "fast"}, "kernel 'fast'")],
+)
+def test_options_are_refused_before_the_run(options, message):
+    with pytest.raises(ConfigError, match=message):
+        StreamCQSAStrategy(**options)
