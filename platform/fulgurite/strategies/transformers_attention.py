@@ -5,6 +5,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.biases import DenseBias, SelectedKeys, TileBias
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.strategies.transformers_masks import StreamMask, make_mask
 
 __all__ = ["TransformersAttention", "attention_owners", "unreachable_models"]
@@ -50,12 +51,22 @@ class TransformersAttention:
         Returns:
             What puts each model's own implementation back; empty if there is none in it that can
             be reached.
-        """
-        from transformers import AttentionInterface, AttentionMaskInterface
 
+        Raises:
+            MissingExtraError: The installed version of transformers describes masks otherwise.
+        """
         owners = [part for part in attention_owners(model) if _is_settable(part)]
         if not owners:
             return []
+        import transformers
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+        if "q_length" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+            raise MissingExtraError(
+                f"transformers {transformers.__version__} describes masks in another way than the "
+                "versions that streamed attention knows.",
+                "Run `pip install 'transformers>=5.23'`.",
+            )
         AttentionInterface.register(self.name, self.attend)
         AttentionMaskInterface.register(self.name, self.mask)
         configs = _configs_of(owners)
