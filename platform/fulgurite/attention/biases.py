@@ -1,4 +1,4 @@
-"""What is added to scores or hides them, cut tile by tile from tensors and functions.
+"""What is added to scores or hides them, cut tile by tile.
 
 Axes: B batch, H query heads, M queries, N keys.
 """
@@ -6,7 +6,7 @@ Axes: B batch, H query heads, M queries, N keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from fulgurite.attention.masking import Range, Visibility
 from fulgurite.attention.spec import MaskSpec
 
 __all__ = [
-    "AlibiBias", "DenseBias", "FunctionMask", "SelectedKeys", "TileBias", "describe_biases",
+    "AlibiBias", "DenseBias", "SelectedKeys", "TileBias", "describe_biases",
     "row_shift", "sum_biases",
 ]  # fmt: skip
 
@@ -68,57 +68,41 @@ class DenseBias:
         ]
 
 
-class FunctionMask:
-    """A function of indices that says whether a query sees a key.
-
-    Args:
-        function: Takes indices of batch entries, heads, queries and keys, which broadcast to
-            (B, H, M, N), and gives booleans that do.
-        by_head: Whether heads differ.
-        device: Where it computes.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-        *,
-        by_head: bool,
-        device: torch.device,
-    ) -> None:
-        self.function, self.device = function, device
-        self.spec = MaskSpec(True, by_head, True, True)
-
-    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
-        """See :class:`TileBias`."""
-        heads = heads if self.spec.by_head else slice(0, 1)
-        ranges = (batch.start, batch.stop), (heads.start, heads.stop), queries, keys
-        indices = [torch.arange(*bounds, device=self.device) for bounds in ranges]
-        shapes = (-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1)
-        return self.function(*(x.view(shape) for x, shape in zip(indices, shapes, strict=True)))
-
-
 class SelectedKeys:
-    """Keys that are chosen for each query by their number, as sparse attention chooses them.
+    """Keys, or blocks of keys, that are chosen for each query, as sparse attention chooses them.
 
     Args:
-        indices: Numbers of keys; those that are none are left aside. Shape: (B, M, K).
+        indices: Numbers of keys or blocks; those that are none are left aside. I is a divisor of
+            the number of heads, of which as many neighbours share a choice. Shape: (B, I, M, K).
+        heads: H.
+        block: Keys of a block.
     """
 
-    def __init__(self, indices: Tensor) -> None:
-        self.indices = indices.detach()
-        self.spec = MaskSpec(True, False, True, True)
+    def __init__(self, indices: Tensor, heads: int, block: int = 1) -> None:
+        self.indices, self.block = indices.detach(), block
+        self.sharing = heads // indices.shape[1]
+        self.spec = MaskSpec(True, indices.shape[1] > 1, True, True)
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`TileBias`."""
-        local = self.indices[batch, slice(*queries)].long() - keys[0]
-        width = keys[1] - keys[0]
-        outside = (local < 0) | (local >= width)
-        mask = torch.zeros(
-            (*local.shape[:2], width + 1), dtype=torch.bool, device=self.indices.device
-        )
+        first = heads.start // self.sharing
+        chosen = slice(first, -(-heads.stop // self.sharing))
+        begin, end = keys[0] // self.block, -(-keys[1] // self.block)
+        local = self.indices[batch, chosen, slice(*queries)].long() - begin
+        outside = (local < 0) | (local >= end - begin)
+        shape = (*local.shape[:3], end - begin + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=local.device)
         # numbers outside the tile go into a column of their own
-        mask.scatter_(-1, local.masked_fill(outside, width), True)
-        return mask[:, None, :, :width]
+        mask.scatter_(-1, local.masked_fill(outside, end - begin), True)
+        mask = mask[..., :-1]
+        if self.block > 1:
+            offset = keys[0] - begin * self.block
+            mask = mask.repeat_interleave(self.block, -1)[..., offset : offset + keys[1] - keys[0]]
+        if self.spec.by_head:
+            offset = heads.start - first * self.sharing
+            mask = mask.repeat_interleave(self.sharing, 1)
+            mask = mask[:, offset : offset + heads.stop - heads.start]
+        return mask
 
 
 class AlibiBias:

@@ -109,6 +109,7 @@ class TransformersAttention:
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         indices: Tensor | None = None,
+        block_indices: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """Attention as transformers asks for it.
@@ -134,6 +135,8 @@ class TransformersAttention:
             cu_seq_lens_k: The same.
             indices: With a mask, the keys that each query sees of those that the mask lets it
                 see. Shape: (B, M, K).
+            block_indices: With a mask, the same of blocks of as many keys as the module's indexer
+                says, for each of I groups of heads. Shape: (B, I, M, K).
             others: Nothing that changes attention.
 
         Returns:
@@ -153,12 +156,12 @@ class TransformersAttention:
             sinks = sinks.squeeze(-1)
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
         if isinstance(attention_mask, StreamMask):
-            biases = () if indices is None else (SelectedKeys(indices),)
+            biases = _selected_keys(module, query.shape[1], indices, block_indices)
             out = self._attend_masked(
                 query, key, value, attention_mask, position_bias, biases, options
             )
             return out.transpose(1, 2).contiguous(), None
-        if indices is not None:
+        if indices is not None or block_indices is not None:
             raise ConfigError(
                 f"{type(module).__name__} chooses keys (indices) without a mask of its own.",
                 "Use --trainer.strategy=auto.",
@@ -212,6 +215,29 @@ class TransformersAttention:
         return self.backend.attend(
             query, key, value, source.visible, biases=biases, bias=bias, **options
         )
+
+
+def _selected_keys(
+    module: nn.Module, heads: int, indices: Tensor | None, block_indices: Tensor | None
+) -> tuple[TileBias, ...]:
+    """Keys that sparse attention chose.
+
+    Raises:
+        ConfigError: It does not say how long its blocks are.
+    """
+    biases: tuple[TileBias, ...] = ()
+    if indices is not None:
+        biases += (SelectedKeys(indices[:, None], heads),)
+    if block_indices is not None:
+        block = getattr(getattr(module, "indexer", None), "block_size", None)
+        if not isinstance(block, int):
+            raise ConfigError(
+                f"{type(module).__name__} chooses blocks of keys (block_indices) of a length that "
+                "its indexer does not say.",
+                "Use --trainer.strategy=auto.",
+            )
+        biases += (SelectedKeys(block_indices, heads, block),)
+    return biases
 
 
 def _window(width: int, is_causal: bool) -> int | tuple[int, int]:

@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulgurite.attention import masking, plan, stream_attention
+from fulgurite.attention.biases import SelectedKeys
 from fulgurite.attention.masking import Bound, Kind, Visibility, tiles
 from fulgurite.errors import ConfigError, DataError
 
@@ -246,3 +247,22 @@ def test_gradients_of_gradients_are_refused():
         out = stream_attention(query, query, query, schedule=schedule)
         with pytest.raises(ConfigError, match="no gradients of its gradients"):
             torch.autograd.grad(out.square().sum(), query, create_graph=True)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_keys_that_are_selected_are_cut_into_tiles(data):
+    """Of keys and of blocks, of all heads and of groups of them."""
+    heads, sharing, block = data.draw(st.sampled_from([(4, 4, 1), (4, 2, 1), (6, 3, 4), (2, 2, 5)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    groups, queries, keys = heads // sharing, 7, 23
+    indices = torch.randint(-1, -(-keys // block), (2, groups, queries, 3), generator=generator)
+    chosen = (torch.arange(keys) // block)[:, None] == indices[..., None, :]
+    expected = chosen.any(-1).repeat_interleave(sharing, 1)
+    selected = SelectedKeys(indices, heads, block)
+    cut = [sorted(data.draw(st.sets(st.integers(0, n), min_size=2, max_size=2)))
+           for n in (2, heads, queries, keys)]  # fmt: skip
+    batch, head, rows, columns = cut
+    tile = selected.tile(slice(*batch), slice(*head), tuple(rows), tuple(columns))
+    wanted = expected[tuple(slice(*bounds) for bounds in cut)]
+    assert torch.equal(tile.expand(wanted.shape), wanted)
