@@ -29,7 +29,7 @@ from fulgurite.testing.transformers_models import (
     take_modes,
 )
 
-BUDGET = "32KiB"
+BUDGET = "40KiB"
 _SYMBOLS = {"wrong": "WRONG", "crashed": "CRASHED", "unsupported": "(no)"}
 
 

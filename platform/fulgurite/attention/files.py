@@ -5,8 +5,9 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,7 @@ from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_
 from fulgurite.attention.journal import Journal, read_header
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.mapped import check_targets
-from fulgurite.attention.masking import Window
-from fulgurite.attention.masks import Documents, Masking, Offset
+from fulgurite.attention.masks import Masking, MaskOptions
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import ExecutionPlan, Schedule, check_schedule, make_plan
 from fulgurite.attention.progress import bar
@@ -46,18 +46,10 @@ def attend_files(
     out: Tensor,
     lse: Tensor,
     *,
-    is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     memory_budget: Budget = "auto",
     schedule: Schedule = "auto",
-    window: Window | None = None,
-    prefix: int | Sequence[int] = 0,
-    documents: Documents | None = None,
-    chunk: int | None = None,
-    query_offset: Offset = None,
-    lengths: Sequence[int] | None = None,
-    starts: Sequence[int] | None = None,
     softcap: float | None = None,
     device: torch.device | str | None = None,
     kernel: str | None = None,
@@ -65,6 +57,7 @@ def attend_files(
     distributed: bool = False,
     check_finite: bool = False,
     progress: bool = True,
+    **masks: Unpack[MaskOptions],
 ) -> ExecutionPlan:
     """Attention of host tensors, memory-mapped or not, into others, within a budget.
 
@@ -79,18 +72,10 @@ def attend_files(
         value: Shape: (B, G, N, D).
         out: Result, overwritten; float32 (float64) for ``schedule="cqs"``. Shape: (B, H, M, D).
         lse: Log-sum-exp, float32 (float64 for float64), overwritten. Shape: (B, H, M).
-        is_causal: See :func:`~fulgurite.attention.stream_attention`, as the rest.
-        scale: Of the scores.
+        scale: Of the scores; see :func:`~fulgurite.attention.stream_attention`, as the rest.
         enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once. A journal keeps what ``"auto"`` found at first.
         schedule: The way to cut.
-        window: Sliding window.
-        prefix: Keys that all queries see.
-        documents: Documents of the tokens.
-        chunk: Tokens of a chunk.
-        query_offset: Position of the first query among the keys.
-        lengths: Tokens of each batch entry that are no padding.
-        starts: First of these tokens.
         softcap: Cap of the scores.
         device: Where kernels run; the CPU by default.
         kernel: On a GPU, which kernel to try first.
@@ -100,6 +85,8 @@ def attend_files(
             and keep a journal each. All wait for the last.
         check_finite: Refuse NaN and infinities, by name, before they spread.
         progress: Show a bar with rows, tokens per second and the time left.
+        masks: ``is_causal`` and the other masks that are intervals; see
+            :class:`~fulgurite.attention.masks.Masking`.
 
     Returns:
         The plan that was run.
@@ -118,8 +105,9 @@ def attend_files(
     inputs = host_tensors({"query": query, "key": key, "value": value})
     targets = host_tensors({"out": out, "lse": lse})
     query, key, value, out, lse = *inputs.values(), *targets.values()
-    masking = Masking(is_causal, window, prefix, documents, chunk, query_offset, lengths, starts)
-    spec = spec_of(query, key, value, masking, enable_gqa=enable_gqa, scale=scale, softcap=softcap)
+    spec = spec_of(
+        query, key, value, Masking(**masks), enable_gqa=enable_gqa, scale=scale, softcap=softcap
+    )
     if shard != (0, 1) and schedule == "cqs":
         raise ConfigError(
             "Ranks would merge their results of schedule='cqs' into the same rows of the files.",
@@ -172,17 +160,9 @@ def attend_files_backward(
     dkey: Tensor,
     dvalue: Tensor,
     *,
-    is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     memory_budget: Budget = "auto",
-    window: Window | None = None,
-    prefix: int | Sequence[int] = 0,
-    documents: Documents | None = None,
-    chunk: int | None = None,
-    query_offset: Offset = None,
-    lengths: Sequence[int] | None = None,
-    starts: Sequence[int] | None = None,
     softcap: float | None = None,
     device: torch.device | str | None = None,
     kernel: str | None = None,
@@ -190,6 +170,7 @@ def attend_files_backward(
     distributed: bool = False,
     check_finite: bool = False,
     progress: bool = True,
+    **masks: Unpack[MaskOptions],
 ) -> ExecutionPlan:
     """Gradients of :func:`attend_files`, from and into host tensors, memory-mapped or not.
 
@@ -206,17 +187,9 @@ def attend_files_backward(
         dquery: Gradient, overwritten. Shape: (B, H, M, D).
         dkey: Gradient, overwritten. Shape: (B, G, N, D).
         dvalue: Gradient, overwritten. Shape: (B, G, N, D).
-        is_causal: See :func:`attend_files`, as the rest; as in the forward pass.
         scale: Of the scores.
         enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once.
-        window: Sliding window.
-        prefix: Keys that all queries see.
-        documents: Documents of the tokens.
-        chunk: Tokens of a chunk.
-        query_offset: Position of the first query among the keys.
-        lengths: Tokens of each batch entry that are no padding.
-        starts: First of these tokens.
         softcap: Cap of the scores.
         device: Where kernels run.
         kernel: On a GPU, which kernel to try first.
@@ -224,6 +197,7 @@ def attend_files_backward(
         distributed: Deal rows and columns out to the ranks.
         check_finite: Refuse NaN and infinities.
         progress: Show a bar.
+        masks: As in the forward pass.
 
     Returns:
         The plan that was run.
@@ -243,8 +217,9 @@ def attend_files_backward(
     )
     targets = host_tensors({"dquery": dquery, "dkey": dkey, "dvalue": dvalue})
     grad, query, key, value, out, lse = inputs.values()
-    masking = Masking(is_causal, window, prefix, documents, chunk, query_offset, lengths, starts)
-    spec = spec_of(query, key, value, masking, enable_gqa=enable_gqa, scale=scale, softcap=softcap)
+    spec = spec_of(
+        query, key, value, Masking(**masks), enable_gqa=enable_gqa, scale=scale, softcap=softcap
+    )
     for name in ("grad", "out"):
         check_beside(name, inputs[name], (*query.shape[:-1], spec.value_dim))
     check_beside("lse", lse, query.shape[:-1], accumulator_dtype(query.dtype))

@@ -481,7 +481,15 @@ def spec_of(
                 "others.",
                 "Give query, key and value of one batch, and as many key as value heads.",
             )
-    visible = masking.visibility(len(query), query.shape[2], key.shape[2])
+    batch, queries, keys = len(query), query.shape[2], key.shape[2]
+    visible = masking.visibility(batch, queries, keys)
+    if masking.key_mask is not None and 0 not in (queries, keys):
+        mask = masking.key_mask[:, None, None, :]
+        if as_intervals(mask, batch, queries, keys) is None:
+            raise ConfigError(
+                "The keys of key_mask are not side by side, and files take no mask with holes.",
+                "Use stream_attention, or move padding to the ends.",
+            )
     return _spec(query, key, value, visible, scale, softcap, ())
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,12 @@ from fulgurite.attention.locks import writing
 from fulgurite.attention.masks import Masking
 from fulgurite.attention.planning import ExecutionPlan, check_schedule
 from fulgurite.attention.spec import AttentionSpec
-from fulgurite.errors import CheckpointError
+from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.io import atomic_write
 
-__all__ = ["BY_KEYS", "JobHeader", "input_blocks"]
+__all__ = ["BY_KEYS", "JobHeader", "input_blocks", "plain_masks"]
 
 _FORMAT = 1
-_MASKS = (
-    "is_causal", "window", "prefix", "documents", "chunk", "query_offset", "lengths", "starts",
-)  # fmt: skip
 
 #: Inputs of which tasks read ranges of keys; of the others they read ranges of queries.
 BY_KEYS = ("key", "value")
@@ -173,7 +170,7 @@ def input_blocks(plan: ExecutionPlan, names: tuple[str, ...]) -> dict[str, list[
 def _spec(
     options: Mapping[str, Any], scale: float | None, tensors: Mapping[str, Tensor]
 ) -> AttentionSpec:
-    masks = {name: options[name] for name in _MASKS}
+    masks = dict(options["masks"])
     if isinstance(masks["window"], list):  # as JSON has pairs
         masks["window"] = tuple(masks["window"])
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
@@ -181,6 +178,29 @@ def _spec(
         query, key, value, Masking(**masks), enable_gqa=options["enable_gqa"], scale=scale,
         softcap=options["softcap"],
     )  # fmt: skip
+
+
+def plain_masks(masking: Masking) -> dict[str, Any]:
+    """Return masks in types that JSON knows.
+
+    Raises:
+        ConfigError: One of them is none that a header can hold.
+    """
+    if masking.key_mask is not None:
+        raise ConfigError(
+            "Jobs take no key_mask.", "Give lengths and starts, where padding is at the ends."
+        )
+    names = (field.name for field in fields(masking) if field.name != "key_mask")
+    return {name: _plain(getattr(masking, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, text, or lists of them."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | str) else int(value)
 
 
 def _plan(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fulgurite.attention.budget import Budget
 from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
 from fulgurite.attention.fingerprint import digest_blocks
 from fulgurite.attention.job_costs import explain_job
-from fulgurite.attention.job_header import BY_KEYS, JobHeader, input_blocks
+from fulgurite.attention.job_header import BY_KEYS, JobHeader, input_blocks, plain_masks
 from fulgurite.attention.job_merge import merge_parts
 from fulgurite.attention.job_tasks import (
     GRADIENTS,
@@ -32,8 +32,7 @@ from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.leases import Leases
 from fulgurite.attention.locks import writing
 from fulgurite.attention.mapped import check_targets
-from fulgurite.attention.masking import Window
-from fulgurite.attention.masks import Documents, Offset
+from fulgurite.attention.masks import Masking, MaskOptions
 from fulgurite.attention.parts import temporary_files, write_part
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.progress import bar
@@ -91,23 +90,16 @@ class AttentionJob:
         key: Tensor,
         value: Tensor,
         *,
-        is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
         memory_budget: Budget = "auto",
         schedule: Literal["cqs", "rect"] = "cqs",
-        window: Window | None = None,
-        prefix: int | Sequence[int] = 0,
-        documents: Documents | None = None,
-        chunk: int | None = None,
-        query_offset: Offset = None,
-        lengths: Sequence[int] | None = None,
-        starts: Sequence[int] | None = None,
         softcap: float | None = None,
         least_tasks: int = 1,
         device: torch.device | str | None = None,
         kernel: str | None = None,
         progress: bool = True,
+        **masks: Unpack[MaskOptions],
     ) -> AttentionJob:
         """Write a job into a folder, or open it if the same is there.
 
@@ -120,24 +112,18 @@ class AttentionJob:
             query: Shape: (B, H, M, D), or with fewer or more axes before the heads.
             key: Shape: (B, G, N, D).
             value: Shape: (B, G, N, D).
-            is_causal: See :func:`~fulgurite.attention.stream_attention`, as the rest.
-            scale: Of the scores.
+            scale: Of the scores; see :func:`~fulgurite.attention.stream_attention`, as the rest.
             enable_gqa: Allow fewer key/value heads.
             memory_budget: Most that a task holds at once.
             schedule: ``cqs`` (a task reads the chunks of a quorum) or ``rect`` (a task reads a
                 range of queries and all keys that they see).
-            window: Sliding window.
-            prefix: Keys that all queries see.
-            documents: Documents of the tokens.
-            chunk: Tokens of a chunk.
-            query_offset: Position of the first query among the keys.
-            lengths: Tokens of each batch entry that are no padding.
-            starts: First of these tokens.
             softcap: Cap of the scores.
             least_tasks: Least number of tasks, that is of processes with something to do.
             device: Where kernels run.
             kernel: On a GPU, which kernel to try first.
             progress: Show a bar while long inputs are read.
+            masks: ``is_causal`` and the other masks that are intervals, but for ``key_mask``; see
+                :class:`~fulgurite.attention.masks.Masking`.
 
         Raises:
             ConfigError: An option is not supported, or the budget is too small.
@@ -146,11 +132,8 @@ class AttentionJob:
         """
         inputs = {"query": query, "key": key, "value": value}
         options = {
-            "is_causal": is_causal, "enable_gqa": enable_gqa, "window": window,
-            "prefix": plain(prefix), "documents": plain(documents), "chunk": chunk,
-            "query_offset": query_offset, "lengths": plain(lengths), "starts": plain(starts),
-            "softcap": softcap, "schedule": schedule, "least_tasks": least_tasks,
-            "kernel": kernel,
+            "masks": plain_masks(Masking(**masks)), "enable_gqa": enable_gqa, "softcap": softcap,
+            "schedule": schedule, "least_tasks": least_tasks, "kernel": kernel,
         }  # fmt: skip
         return cls(
             Path(folder),
@@ -171,23 +154,16 @@ class AttentionJob:
         out: Tensor,
         lse: Tensor,
         *,
-        is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
         memory_budget: Budget = "auto",
         schedule: Literal["cqs", "rect"] = "cqs",
-        window: Window | None = None,
-        prefix: int | Sequence[int] = 0,
-        documents: Documents | None = None,
-        chunk: int | None = None,
-        query_offset: Offset = None,
-        lengths: Sequence[int] | None = None,
-        starts: Sequence[int] | None = None,
         softcap: float | None = None,
         least_tasks: int = 1,
         device: torch.device | str | None = None,
         kernel: str | None = None,
         progress: bool = True,
+        **masks: Unpack[MaskOptions],
     ) -> AttentionJob:
         """Write a job that computes gradients, or open it if the same is there.
 
@@ -199,25 +175,19 @@ class AttentionJob:
             value: Shape: (B, G, N, D).
             out: The result over all keys. Shape: (B, H, M, D).
             lse: Its log-sum-exp. Shape: (B, H, M).
-            is_causal: See :meth:`create`, as the rest; as in the forward pass.
-            scale: Of the scores.
+            scale: Of the scores; see :meth:`create`, as the rest.
             enable_gqa: Allow fewer key/value heads.
             memory_budget: Most that a task holds at once.
             schedule: ``cqs`` (gradients of all inputs add up over tasks) or ``rect`` (a task
                 gives the whole gradients of some queries, or of some keys and values, and the
                 scores are computed twice).
-            window: Sliding window.
-            prefix: Keys that all queries see.
-            documents: Documents of the tokens.
-            chunk: Tokens of a chunk.
-            query_offset: Position of the first query among the keys.
-            lengths: Tokens of each batch entry that are no padding.
-            starts: First of these tokens.
             softcap: Cap of the scores.
             least_tasks: Least number of tasks.
             device: Where kernels run.
             kernel: On a GPU, which kernel to try first.
             progress: Show a bar while long inputs are read.
+            masks: ``is_causal`` and the other masks that are intervals, but for ``key_mask``; see
+                :class:`~fulgurite.attention.masks.Masking`.
 
         Raises:
             ConfigError: An option is not supported, or the budget is too small.
@@ -228,11 +198,8 @@ class AttentionJob:
             "grad": grad, "query": query, "key": key, "value": value, "out": out, "lse": lse,
         }  # fmt: skip
         options = {
-            "is_causal": is_causal, "enable_gqa": enable_gqa, "window": window,
-            "prefix": plain(prefix), "documents": plain(documents), "chunk": chunk,
-            "query_offset": query_offset, "lengths": plain(lengths), "starts": plain(starts),
-            "softcap": softcap, "schedule": schedule, "least_tasks": least_tasks,
-            "kernel": kernel,
+            "masks": plain_masks(Masking(**masks)), "enable_gqa": enable_gqa, "softcap": softcap,
+            "schedule": schedule, "least_tasks": least_tasks, "kernel": kernel,
         }  # fmt: skip
         return cls(
             Path(folder),
@@ -437,15 +404,6 @@ class AttentionJob:
             fact = self._header.inputs[name]
             check_beside(name, tensor, fact["shape"], getattr(torch, fact["dtype"]))
         return tensors
-
-
-def plain(numbers: Tensor | Sequence[Any] | int | None) -> Any:
-    """Return numbers, or lists of them, in types that JSON knows."""
-    if isinstance(numbers, Tensor):
-        return numbers.tolist()
-    if numbers is None or isinstance(numbers, int):
-        return numbers
-    return [plain(x) if isinstance(x, Sequence | Tensor) else int(x) for x in numbers]
 
 
 def _owner(number: int, shares: int) -> int:

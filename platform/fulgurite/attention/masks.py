@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from fulgurite.attention.masking import Bound, Range, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
-    "Documents", "Masking", "as_intervals", "causal_offset", "is_boolean", "merge_visible",
-    "row_intervals",
+    "Documents", "MaskOptions", "Masking", "Offset", "as_intervals", "causal_offset",
+    "is_boolean", "merge_visible", "row_intervals",
 ]  # fmt: skip
 
 #: First tokens of documents that all batch entries share; those of each; or ids of the document
@@ -33,6 +33,20 @@ Documents = Sequence[int] | Sequence[Sequence[int]] | Tensor
 Offset = int | Literal["bottom_right"] | None
 
 _AT_ONCE = 2**22  # numbers of a mask that are looked through at once
+
+
+class MaskOptions(TypedDict, total=False):
+    """The arguments of :class:`Masking`."""
+
+    is_causal: bool
+    window: Window | None
+    prefix: int | Sequence[int]
+    documents: Documents | None
+    chunk: int | None
+    query_offset: Offset
+    lengths: Sequence[int] | Tensor | None
+    starts: Sequence[int] | Tensor | None
+    key_mask: Tensor | None
 
 
 @dataclass(frozen=True)
