@@ -187,6 +187,18 @@ def shrinkage_intensity(fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor,
     return torch.where(known, noise / spread.where(known, 1.0), 0.0).clamp(0, 1)
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 and no bfloat16 in products of float32 matrices."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_full_precision()
 def lda_scores(
     table: Table, labels: Tensor, classes: int, folds: Tensor, shrinkage: float | Literal["auto"]
 ) -> Tensor:
@@ -223,13 +235,12 @@ def lda_scores(
     # relative to the mean of all, scores change by one number per row, and the shares-weighted
     # sum of the means is zero: the last class follows from the others
     mean = (c.mean - c.grand).permute(1, 2, 0)  # (E, D, T)
-    with _full_precision():
-        weight = solve(c, *_shrunk(c, shrinkage), mean[..., :-1])
+    weight = solve(c, *_shrunk(c, shrinkage), mean[..., :-1])
     last = -(weight @ (c.share[:-1] / c.share[-1]).mT[..., None])
     weight = torch.cat([weight, last], -1)
     offset = c.share.mT.log() - ((0.5 * mean + c.grand[..., None]) * weight).sum(1)
-    with _full_precision():  # (E T, N): so laid out, products and maxima are fastest
-        scores = weight.mT.flatten(0, 1).to(table.fast) @ table.fast[:-1].mT
+    # (E T, N): so laid out, products and maxima are fastest
+    scores = weight.mT.flatten(0, 1).to(table.fast) @ table.fast[:-1].mT
     scores = scores.view(len(folds), -1, classes, table.size)
     scores += offset.to(scores).view(len(folds), -1, classes, 1)
     return scores.mT
@@ -295,17 +306,6 @@ def _direct(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
             "Set shrinkage: auto, or keep fewer dimensions.",
         )
     return torch.cholesky_solve(rhs, root)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 and no bfloat16 in products of float32 matrices."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _iterative(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:

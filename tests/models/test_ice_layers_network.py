@@ -374,10 +374,10 @@ def test_layers_look_at_each_other_within_their_trace_alone(mixing):
     network = LayerTransformer(L, 8, heads=2, mixing=mixing)
     x = torch.randn(6, L, 8)
     changed = x.clone()
-    changed[2, 1] += 1
+    changed[2, 1] += torch.randn(8)  # the same for all features would be normed away
     with torch.no_grad():
         change = (network(changed) - network(x)).abs().amax(-1)
-    assert bool((change[2] > 0).all())
+    assert bool((change[2] > 1e-3).all())
     change[2] = 0
     assert float(change.max()) < 1e-6
 
