@@ -91,18 +91,20 @@ class Masking:
             ConfigError: Masks do not fit together.
             DataError: Masks do not fit the sizes.
         """
+        if not batch:
+            return (Visibility.of(queries, keys),)
         offset = self.offset(queries, keys)
         prefixes = _by_entry("prefix", self.prefix, batch)
         documents = self._documents(batch, keys)
         ranges = self._ranges(batch, queries, keys)
         entries = batch if len(prefixes) * len(documents) * len(ranges) > 1 else 1
         facts = (_repeated(x, entries) for x in (prefixes, documents, ranges))
-        known: dict[Any, Visibility] = {}
-        found = []
+        by_fact: dict[Any, Visibility] = {}
+        entries_visible = []
         for prefix, starts, tokens in zip(*facts, strict=True):
             fact = prefix, starts, tokens
-            if fact not in known:
-                known[fact] = Visibility.of(
+            if fact not in by_fact:
+                by_fact[fact] = Visibility.of(
                     queries,
                     keys,
                     is_causal=self.is_causal,
@@ -115,13 +117,13 @@ class Masking:
                     key_range=tokens,
                     query_range=None if tokens is None else _shifted(tokens, offset or 0),
                 )
-            found.append(known[fact])
-        visible = _without_repetition(tuple(found))
+            entries_visible.append(by_fact[fact])
+        visible = _without_repetition(tuple(entries_visible))
         if self.key_mask is not None:
             _check_key_mask(self.key_mask, batch, keys)
-            own = as_intervals(self.key_mask[:, None, None, :], batch, queries, keys)
-            if own is not None:
-                visible = merge_visible(visible, own)
+            by_keys = as_intervals(self.key_mask[:, None, None, :], batch, queries, keys)
+            if by_keys is not None:
+                visible = merge_visible(visible, by_keys)
         return visible
 
     def offset(self, queries: int, keys: int) -> int | None:
@@ -314,7 +316,7 @@ def as_intervals(
         Once if all batch entries see the same, else for each; None if a row is no interval, or
         the intervals go back from a query to the next.
     """
-    if mask.shape[1] != 1 or 0 in (queries, keys):
+    if mask.shape[1] != 1 or 0 in (batch, queries, keys):
         return None
     visible = []
     for entry in mask[:, 0]:

@@ -163,10 +163,11 @@ class _StreamsAttention(Strategy):
                 self._report(census.unstreamed, self.backend.calls - before)
         if self.backend.calls == before:
             names = unreachable_models(self.lightning_module)
-            own = f": {', '.join(names)} computes attention in its own code" if names else ""
+            reason = ": the model computes it in another way"
+            if names:
+                reason = f": {', '.join(names)} computes attention in its own code"
             raise ConfigError(
-                f"The strategy {_NAME} streamed no attention in this step"
-                f"{own or ': the model computes it in another way'}.",
+                f"The strategy {_NAME} streamed no attention in this step{reason}.",
                 "Use another strategy, or set "
                 "--trainer.strategy.init_args.intercept_sdpa=true if the model calls "
                 "torch.nn.functional.scaled_dot_product_attention.",

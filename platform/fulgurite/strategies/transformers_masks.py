@@ -316,10 +316,10 @@ def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility,
     if name == "and_masks":
         visible: tuple[Visibility, ...] = (of(queries, keys),)
         for part in facts["mask_functions"]:
-            seen = _recognise(part, sizes)
-            if seen is None:
+            part_visible = _recognise(part, sizes)
+            if part_visible is None:
                 return None
-            visible = merge_visible(visible, seen)
+            visible = merge_visible(visible, part_visible)
         return visible
     if name == "sliding_window_overlay" and int(facts["sliding_window"]) > 0:
         return (of(queries, keys, window=int(facts["sliding_window"]), offset=offset),)
@@ -409,8 +409,8 @@ def _look_at_rows(tiles: _Tiles, sizes: _Sizes) -> tuple[Visibility, ...] | None
     visible = []
     for parts in bounds:
         first, end = (np.concatenate(column) for column in zip(*parts, strict=True))
-        seen = Visibility.from_intervals(sizes.keys, first, end)
-        if seen is None:
+        intervals = Visibility.from_intervals(sizes.keys, first, end)
+        if intervals is None:
             return None
-        visible.append(seen)
+        visible.append(intervals)
     return tuple(visible)
