@@ -260,8 +260,12 @@ class HuggingFaceCausalLM(nn.Module):
     @property
     def body(self) -> Any:
         """The part of the model that gives hidden states."""
-        model: Any = self.model  # some classes name no base model, and are their own
-        return model.base_model if model.base_model is not model else model.get_decoder()
+        model: Any = self.model
+        if model.base_model is not model:
+            return model.base_model
+        # some classes name no base model, and are their own
+        parts = [part for part in model.children() if hasattr(part, "get_input_embeddings")]
+        return parts[0] if len(parts) == 1 else model
 
     def use_attention(self, name: str) -> None:
         """Choose the attention implementation by its name in transformers.
