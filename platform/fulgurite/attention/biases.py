@@ -16,14 +16,16 @@ from fulgurite.attention.masking import Range, Visibility
 from fulgurite.attention.spec import MaskSpec
 
 __all__ = [
-    "AlibiBias", "DenseBias", "SelectedKeys", "TileBias", "describe_biases",
-    "row_shift", "sum_biases",
+    "AT_ONCE", "KEYS_AT_ONCE", "AlibiBias", "DenseBias", "SelectedKeys", "TileBias",
+    "describe_biases", "row_shift", "sum_biases",
 ]  # fmt: skip
 
 # Beside a number as large as this in every score of a row, a log-sum-exp in float32 has lost the
 # digits by which tiles of the row are weighed.
 _LARGE = 1000.0
-_ROWS_AT_ONCE = 2**20  # numbers that are looked through at once
+
+#: Numbers of biases that are looked through at once, or so many keys of each row if that is more.
+AT_ONCE, KEYS_AT_ONCE = 2**12, 16
 
 
 class TileBias(Protocol):
@@ -32,6 +34,11 @@ class TileBias(Protocol):
     @property
     def spec(self) -> MaskSpec:
         """What it depends on."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The user's tensors that it reads, which must not change before the gradients."""
         ...
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
@@ -54,6 +61,7 @@ class DenseBias:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
         by_batch, by_head, by_query, by_key = (size > 1 for size in tensor.shape)
+        self.tensors = (self.tensor,)
         needs_shift = _has_large_numbers(self.tensor)
         self.spec = MaskSpec(by_batch, by_head, by_query, by_key, needs_shift)
 
@@ -80,6 +88,7 @@ class SelectedKeys:
 
     def __init__(self, indices: Tensor, heads: int, block: int = 1) -> None:
         self.indices, self.block = indices.detach(), block
+        self.tensors = (self.indices,)
         self.sharing = heads // indices.shape[1]
         self.spec = MaskSpec(True, indices.shape[1] > 1, True, True)
 
@@ -117,6 +126,7 @@ class AlibiBias:
 
     def __init__(self, slopes: Tensor, offset: int) -> None:
         self.slopes, self.offset = slopes.detach(), offset
+        self.tensors = (self.slopes,)
         self.spec = MaskSpec(len(slopes) > 1, True, True, True)
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
@@ -151,7 +161,8 @@ def sum_biases(
     """Return what is added to the scores of a rectangle, and whether it hides all of them.
 
     Returns:
-        Shape: (B' or 1, H' or 1, M' or 1, N' or 1), in ``dtype``; None where nothing is added.
+        Shape: (B' or 1, H' or 1, M' or 1, N' or 1), in ``dtype`` or a wider type that a bias has;
+        None where nothing is added.
     """
     total: Tensor | None = None
     for bias in biases:
@@ -167,7 +178,7 @@ def sum_biases(
                 part.logical_not(), -math.inf
             )
         else:
-            part = part.to(device, dtype)
+            part = part.to(device, torch.promote_types(part.dtype, dtype))
         total = part if total is None else total + part
     return total, False
 
@@ -193,7 +204,8 @@ def row_shift(
     """
     first, end = max(0, visible.first(queries[0])), visible.end(queries[1] - 1)
     largest: Tensor | None = None
-    step = max(1, _ROWS_AT_ONCE // max(1, queries[1] - queries[0]))
+    rows = (batch.stop - batch.start) * (heads.stop - heads.start) * (queries[1] - queries[0])
+    step = max(KEYS_AT_ONCE, AT_ONCE // max(1, rows))
     for left in range(first, end, step):
         keys = left, min(left + step, end)
         bias, hidden = sum_biases(biases, batch, heads, queries, keys, dtype, device)
@@ -216,7 +228,7 @@ def _has_large_numbers(tensor: Tensor) -> bool:
     if low >= -_LARGE and high <= _LARGE:
         return False
     rows = tensor.reshape(-1, tensor.shape[-1])
-    for part in torch.split(rows, max(1, _ROWS_AT_ONCE // tensor.shape[-1])):
+    for part in torch.split(rows, max(1, 2**18 // tensor.shape[-1])):
         if bool((part.isfinite() & (part.abs() > _LARGE)).any()):
             return True
     return False

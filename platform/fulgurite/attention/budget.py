@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import torch
 
 from fulgurite.attention.device_memory import device_memory
@@ -42,9 +43,10 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
     try:
         if isinstance(budget, str) and (match := _SIZE.fullmatch(budget)):
             number, unit = float(match[1]), match[2].lower()
-            is_size = bool(unit) or budget.strip().lower().endswith("b")
+            is_size = bool(unit) or budget.strip().lower().endswith("b") or budget.isdigit()
         else:
-            number, unit, is_size = float(budget), "", isinstance(budget, int)
+            is_size = isinstance(budget, int | np.integer)
+            number, unit = float(budget), ""
         if isinstance(budget, bool) or not 0 < number < float("inf"):
             raise ValueError
     except (ValueError, TypeError):
@@ -52,7 +54,7 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
             f"A memory budget of {budget!r} cannot be read.",
             'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
         ) from None
-    if not is_size and number <= 1 and not (isinstance(budget, int) and budget == 1):
+    if not is_size and number <= 1:
         return int(number * device_memory(device)[1])
     return int(number * _UNITS[unit])
 

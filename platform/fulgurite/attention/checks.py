@@ -6,14 +6,44 @@ Axes: B batch, H heads, N tokens, D head size.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["check_beside", "host_tensors", "kernel_device"]
+__all__ = ["check_beside", "check_integer", "check_number", "host_tensors", "kernel_device"]
+
+
+def check_integer(name: str, value: object) -> int:
+    """Return a whole number, also one of NumPy.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        if isinstance(value, bool | Tensor):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} is no whole number.", "Give an int.") from None
+
+
+def check_number(name: str, value: object) -> float:
+    """Return a number that is the same for all scores.
+
+    Raises:
+        ConfigError: It is none, or a tensor, whose gradient would be lost.
+    """
+    if isinstance(value, bool | Tensor) or not isinstance(value, Real):
+        raise ConfigError(
+            f"{name} is {value!r} of type {type(value).__name__}.",
+            "Give a float; multiply query by a scale that is learned.",
+        )
+    return float(value)
 
 
 def host_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

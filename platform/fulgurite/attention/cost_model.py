@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fulgurite.attention.biases import AT_ONCE, KEYS_AT_ONCE
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.masking import MASKED_SIDE
 from fulgurite.attention.quorums import quorum
@@ -220,15 +221,20 @@ class _TileCost:
     def _bias(self) -> int:
         """What is added to the scores of a tile, its booleans and positions."""
         spec, total = self.spec, 0
-        if not all(visible.is_simple for visible in spec.visible):  # of a tile at an edge
+        is_full = all(visible.is_full for visible in spec.visible)
+        if spec.has_bias and not is_full:  # edges are added to the biases of whole tiles
+            total += self.height * self.loaded * (self.size + 2)
+        elif not all(visible.is_simple for visible in spec.visible):  # of a tile at an edge
             side = min(self.height, MASKED_SIDE) * min(self.loaded, MASKED_SIDE)
             total += side * (self.size + 2)
         if spec.mask is not None:
             copies = self.batch if spec.mask.by_batch else 1
             copies *= self.heads if spec.mask.by_head else 1
-            height = self.height if spec.mask.by_query else 1
+            height = self.height if spec.mask.by_query or not is_full else 1
             each = copies * (self.size + self.wide + 1) + self.wide
             total += height * self.loaded * each
+            if spec.mask.needs_shift:
+                total += max(AT_ONCE, KEYS_AT_ONCE * self.rows) * (2 * self.wide + 2)
         return total
 
     def _scores(self, copies: int) -> int:
@@ -238,6 +244,7 @@ class _TileCost:
             return 0
         narrow = self.size < self.wide
         inputs = (self.rows * spec.head_dim + self.keys * (spec.head_dim + spec.value_dim)) * narrow
+        inputs += self.rows * spec.head_dim  # rows of grouped heads side by side
         numbers = copies * self.rows * self.loaded + inputs + 4 * self.rows
         return numbers * self.wide + 2 * self.height * self.loaded  # booleans of a causal tile
 

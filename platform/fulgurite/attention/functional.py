@@ -15,7 +15,7 @@ from torch import Tensor
 from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_biases
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.calibration import measured_costs
-from fulgurite.attention.checks import kernel_device
+from fulgurite.attention.checks import check_number, kernel_device
 from fulgurite.attention.cost_model import Costs
 from fulgurite.attention.kernels import accumulator_dtype, kernel_for
 from fulgurite.attention.masking import Visibility, Window
@@ -25,7 +25,7 @@ from fulgurite.attention.masks import (
     Offset,
     as_intervals,
     causal_offset,
-    is_boolean,
+    hides_only,
     merge_visible,
 )
 from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
@@ -191,7 +191,13 @@ def stream_attention(  # type: ignore[misc]  # overloads leave the names of opti
     Source: Stream-CQSA, arXiv 2604.20819; the choice of schedules: card section 7.
     """
     _check_tensors(query=query, key=key, value=value)
-    if dropout_p:
+    masks = {"attn_mask": attn_mask, "key_mask": key_mask, "sinks": sinks}
+    masks["alibi_slopes"] = alibi_slopes
+    _check_tensors(**{name: mask for name, mask in masks.items() if mask is not None})
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise ConfigError(f"{name}={flag!r} is no bool.", "Give True or False.")
+    if check_number("dropout_p", dropout_p):
         raise ConfigError(
             f"stream_attention does no dropout (dropout_p={dropout_p}).",
             "Set the attention dropout of the model to 0.",
@@ -259,11 +265,13 @@ def _attend_masked(
     options: StreamOptions,
 ) -> tuple[Tensor, Tensor]:
     kind = query.device.type
+    _check_types(query, key, value)
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if casts and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if attn_mask is not None and attn_mask.is_floating_point():
+        is_plain = attn_mask is not None and causal_offset(attn_mask, 0, 0) is None
+        if attn_mask is not None and is_plain and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
     call = _normalized(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
     out, lse = attend(
@@ -302,14 +310,13 @@ def _normalized(
             visible = merge_visible(visible, (causal,))
         else:
             mask = _four_axes(attn_mask, query, lead, (heads, queries, keys))
-            booleans = None if _is_abstract(mask) else is_boolean(mask)
             intervals = None
-            if booleans is not None:
-                intervals = as_intervals(booleans, batch, queries, keys)
+            if not _is_abstract(mask) and hides_only(mask):
+                intervals = as_intervals(mask, batch, queries, keys)
             if intervals is not None:
                 visible = merge_visible(visible, intervals)
             else:
-                biases.insert(0, DenseBias(mask if booleans is None else booleans))
+                biases.insert(0, DenseBias(mask))
                 bias = mask if mask.requires_grad else None
     if alibi_slopes is not None:
         biases.append(_alibi(alibi_slopes, masking, query, key))
@@ -386,7 +393,7 @@ def attend(
         backward=torch.is_grad_enabled()
         and any(x is not None and x.requires_grad for x in tensors),
         resident=resident,
-        packs=any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (query, key, value)),
+        packs=_packs(query, key, value),
         tiled=not resident,
         ahead=not resident,
         kernel=options.kernel,
@@ -396,11 +403,26 @@ def attend(
     if options.on_plan:
         options.on_plan(chosen)
     if abstract:
+        _refuse_tracing()
         return _abstract_result(query, value, key)
     out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
         *tensors, chosen, biases, query.device if resident else where
     )
     return out, lse
+
+
+def _refuse_tracing() -> None:
+    """Refuse to put a result without numbers into a program.
+
+    Raises:
+        ConfigError: A tracer records what is computed.
+    """
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if torch.compiler.is_exporting() or (module is not None and module.get_proxy_mode()):
+        raise ConfigError(
+            "Streamed attention cannot be traced (torch.export, make_fx): it plans by real sizes.",
+            "Export the model with PyTorch's attention, --trainer.strategy=auto.",
+        )
 
 
 def _abstract_result(query: Tensor, value: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,6 +432,11 @@ def _abstract_result(query: Tensor, value: Tensor, key: Tensor) -> tuple[Tensor,
     group = query.shape[1] // max(1, value.shape[1])
     rows = value.sum(2, keepdim=True).repeat_interleave(group, 1)
     return (rows + zero).expand(*query.shape[:-1], value.shape[-1]).clone(), lse
+
+
+def _packs(*tensors: Tensor) -> bool:
+    """Whether kernels get copies of tiles, since the last stride is not 1."""
+    return any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in tensors)
 
 
 def _is_abstract(tensor: Tensor) -> bool:
@@ -434,6 +461,8 @@ def _spec(
         ConfigError: The softcap or the scale is no number that scores can have.
     """
     batch, heads, _, head_dim = query.shape
+    softcap = None if softcap is None else check_number("softcap", softcap)
+    scale = None if scale is None else check_number("scale", scale)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ConfigError(f"softcap={softcap} caps nothing.", "Give a positive number, or None.")
     if scale is None:
@@ -605,7 +634,7 @@ def _costs(device: torch.device, query: Tensor, options: StreamOptions) -> Costs
     """Measure the machine only where there is something to choose, and ranks need not agree."""
     if options.memory_budget is None or options.distributed:
         return None
-    return measured_costs(device, query.dtype, query.shape[-1])
+    return measured_costs(device, query.dtype, max(1, query.shape[-1]))
 
 
 def check_call(
@@ -628,14 +657,7 @@ def check_call(
         DataError: The tensors do not fit.
     """
     tensors = {"query": query, "key": key, "value": value}
-    for fact in ("dtype", "device"):
-        if len({getattr(x, fact) for x in tensors.values()}) > 1:
-            facts = ", ".join(f"{name} {getattr(x, fact)}" for name, x in tensors.items())
-            raise DataError(f"The {fact}s differ: {facts}.", f"Give one {fact}.")
-    if query.dtype not in _FLOATS:
-        raise ConfigError(
-            f"Attention does not do {query.dtype}.", "Use float64, float32, bfloat16 or float16."
-        )
+    _check_types(query, key, value)
     axes = max(x.ndim for x in tensors.values())
     if min(x.ndim for x in tensors.values()) < 2 or axes < 3:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
@@ -671,6 +693,26 @@ def check_call(
         key.expand(*lead, kv_heads, -1, -1),
         value.expand(*lead, kv_heads, -1, -1),
     )
+
+
+def _check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check types and devices, and that the numbers lie in plain memory.
+
+    Raises:
+        ConfigError: Attention does not do the type.
+        DataError: They differ.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    for fact in ("dtype", "device", "layout"):
+        if len({getattr(x, fact) for x in tensors.values()}) > 1:
+            facts = ", ".join(f"{name} {getattr(x, fact)}" for name, x in tensors.items())
+            raise DataError(f"The {fact}s differ: {facts}.", f"Give one {fact}.")
+    if query.layout != torch.strided:
+        raise ConfigError(f"Attention does not do {query.layout}.", "Give dense tensors.")
+    if query.dtype not in _FLOATS:
+        raise ConfigError(
+            f"Attention does not do {query.dtype}.", "Use float64, float32, bfloat16 or float16."
+        )
 
 
 def _kv_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> int:
@@ -756,10 +798,19 @@ def plan(
     """
     value = key if value is None else value
     _check_tensors(query=query, key=key, value=value)
+    options = StreamOptions(memory_budget, schedule)
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
     )
     call = _normalized(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
     spec = _spec(call.query, call.key, call.value, call.visible, scale, softcap, call.biases)
-    budget = parse_budget(memory_budget, query.device)
-    return make_plan(spec, budget, schedule, backward=backward, resident=False)
+    tensors = call.query, call.key, call.value
+    abstract = any(_is_abstract(x) for x in tensors)
+    return make_plan(
+        spec,
+        parse_budget(memory_budget, query.device),
+        schedule,
+        backward=backward,
+        packs=_packs(*tensors),
+        costs=None if abstract or spec.is_empty else _costs(query.device, query, options),
+    )

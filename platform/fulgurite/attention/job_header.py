@@ -22,7 +22,7 @@ from fulgurite.attention.functional import spec_of
 from fulgurite.attention.job_tasks import job_plan, job_tasks, token_blocks
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.locks import writing
-from fulgurite.attention.masks import Masking
+from fulgurite.attention.masks import Masking, starts_of_ids
 from fulgurite.attention.planning import ExecutionPlan, check_schedule
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.errors import CheckpointError, ConfigError
@@ -191,7 +191,12 @@ def plain_masks(masking: Masking) -> dict[str, Any]:
             "Jobs take no key_mask.", "Give lengths and starts, where padding is at the ends."
         )
     names = (field.name for field in fields(masking) if field.name != "key_mask")
-    return {name: _plain(getattr(masking, name)) for name in names}
+    masks = {name: _plain(getattr(masking, name)) for name in names}
+    if isinstance(masking.documents, Tensor) and masking.documents.ndim == 2:
+        # ids of tokens would be read as starts
+        starts = [list(starts_of_ids(row)) for row in masking.documents.cpu().numpy()]
+        masks["documents"] = starts if len(starts) > 1 else starts[0]
+    return masks
 
 
 def _plain(value: Any) -> Any:

@@ -143,11 +143,10 @@ def _packed(tensor: Tensor, width: int) -> Tensor:
 
 
 def _mask(tile: TileInputs) -> Tensor | None:
-    """The bias as the CPU's kernel takes it: with all keys, in a type that it does."""
+    """The bias as the CPU's kernel takes it: with all keys, in the type of query or float32."""
     if tile.bias is None:
         return None
-    bias = tile.bias.to(tile.query.dtype)
-    return bias.expand(*bias.shape[:-1], tile.key.shape[2])
+    return tile.bias.expand(*tile.bias.shape[:-1], tile.key.shape[2])
 
 
 class MathKernel:

@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fulgurite.attention.checks import check_integer
 from fulgurite.attention.masking import Bound, Range, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
     "Documents", "MaskOptions", "Masking", "Offset", "as_intervals", "causal_offset",
-    "is_boolean", "merge_visible", "row_intervals",
+    "hides_only", "merge_visible", "row_intervals", "starts_of_ids",
 ]  # fmt: skip
 
 #: First tokens of documents that all batch entries share; those of each; or ids of the document
@@ -32,7 +33,7 @@ Documents = Sequence[int] | Sequence[Sequence[int]] | Tensor
 #: Position of the first query among the keys.
 Offset = int | Literal["bottom_right"] | None
 
-_AT_ONCE = 2**22  # numbers of a mask that are looked through at once
+_AT_ONCE = 2**18  # numbers of a mask that are looked through at once
 
 
 class MaskOptions(TypedDict, total=False):
@@ -78,6 +79,24 @@ class Masking:
     lengths: Sequence[int] | Tensor | None = None
     starts: Sequence[int] | Tensor | None = None
     key_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the kinds of numbers.
+
+        Raises:
+            ConfigError: One is of another kind.
+        """
+        if not isinstance(self.is_causal, bool):
+            raise ConfigError(f"is_causal={self.is_causal!r} is no bool.", "Give True or False.")
+        if self.window is not None:
+            sides = self.window if isinstance(self.window, tuple | list) else (self.window,)
+            if len(sides) not in (1, 2):
+                raise ConfigError(f"window={self.window!r} has no two sides.", "Give a pair.")
+            whole = tuple(None if x is None else check_integer("window", x) for x in sides)
+            window = whole if len(whole) == 2 else whole[0]
+            object.__setattr__(self, "window", window)  # the record is frozen
+        if self.chunk is not None:
+            object.__setattr__(self, "chunk", check_integer("chunk", self.chunk))
 
     def visibility(self, batch: int, queries: int, keys: int) -> tuple[Visibility, ...]:
         """Return what is seen: once if all batch entries see the same, else for each.
@@ -136,12 +155,13 @@ class Masking:
             return None
         if self.query_offset == "bottom_right":
             return keys - queries
-        if isinstance(self.query_offset, bool) or not isinstance(self.query_offset, int):
+        position: object = self.query_offset
+        if isinstance(position, str):
             raise ConfigError(
-                f"query_offset={self.query_offset!r} is no position.",
+                f"query_offset={position!r} is no position.",
                 'Give the position of the first query among the keys, or "bottom_right".',
             )
-        return self.query_offset
+        return check_integer("query_offset", position)
 
     def _documents(self, batch: int, keys: int) -> list[tuple[int, ...] | None]:
         """First tokens of the documents, for all batch entries or for each."""
@@ -155,16 +175,23 @@ class Masking:
                     f"{keys} keys.",
                     "Give an id for each token, (batch, tokens).",
                 )
-            return [_starts_of_ids(row) for row in documents.cpu().numpy()]
-        entries = list(documents)
+            return [starts_of_ids(row) for row in documents.cpu().numpy()]
+        entries = [
+            x
+            if isinstance(x, Sequence)
+            else x.tolist()
+            if isinstance(x, Tensor | np.ndarray)
+            else x
+            for x in _listed("documents", documents)
+        ]
         if entries and isinstance(entries[0], Sequence):
             if len(entries) != batch:
                 raise DataError(
                     f"There are documents of {len(entries)} batch entries, of {batch}.",
                     "Give the starts of all of them.",
                 )
-            return [tuple(int(start) for start in starts) for starts in entries]
-        return [tuple(int(start) for start in entries)]
+            return [_integers("documents", starts) for starts in entries]
+        return [_integers("documents", entries)]
 
     def _ranges(self, batch: int, queries: int, keys: int) -> list[Range | None]:
         """Tokens of each batch entry that are no padding."""
@@ -173,8 +200,8 @@ class Masking:
                 raise ConfigError("starts says where sequences begin, not where they end.",
                                   "Give lengths too.")  # fmt: skip
             return [None]
-        lengths = [int(length) for length in self.lengths]
-        starts = [0] * len(lengths) if self.starts is None else [int(x) for x in self.starts]
+        lengths = _integers("lengths", self.lengths)
+        starts = (0,) * len(lengths) if self.starts is None else _integers("starts", self.starts)
         if len(lengths) != batch or len(starts) != batch:
             raise DataError(
                 f"There are {len(lengths)} lengths and {len(starts)} starts for {batch} batch "
@@ -203,6 +230,8 @@ def _check_key_mask(mask: Tensor, batch: int, keys: int) -> None:
     Raises:
         DataError: It does not fit.
     """
+    if mask.is_meta:
+        raise ConfigError("key_mask has no numbers (device meta).", "Give a tensor on the CPU.")
     if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != keys:
         raise DataError(
             f"key_mask is {tuple(mask.shape)} of {mask.dtype} for {batch} batch entries of {keys} "
@@ -218,15 +247,39 @@ def _check_key_mask(mask: Tensor, batch: int, keys: int) -> None:
 
 def _by_entry(name: str, value: int | Sequence[int], batch: int) -> list[int]:
     """A number for all batch entries, or one for each."""
-    if isinstance(value, int):
-        return [value]
-    numbers = [int(number) for number in value]
+    if not isinstance(value, Sequence | Tensor | np.ndarray):
+        return [check_integer(name, value)]
+    numbers = [*_integers(name, value)]
     if len(numbers) != batch:
         raise DataError(
             f"There are {len(numbers)} numbers in {name} for {batch} batch entries.",
             "Give one number, or one for each.",
         )
     return numbers
+
+
+def _listed(name: str, values: object) -> list[Any]:
+    """Return a list of what a sequence, an array or a tensor holds.
+
+    Raises:
+        ConfigError: It is none of these, or has no numbers.
+    """
+    if isinstance(values, Tensor) and values.is_meta:
+        raise ConfigError(f"{name} has no numbers (device meta).", "Give a tensor on the CPU.")
+    if isinstance(values, Tensor | np.ndarray):
+        return list(values.tolist())
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return list(values)
+    raise ConfigError(f"{name}={values!r} is no list of numbers.", "Give a list of int.")
+
+
+def _integers(name: str, values: object) -> tuple[int, ...]:
+    """Return whole numbers; those of a tensor may be on any device."""
+    return tuple(
+        check_integer(name, int(x) if isinstance(x, Tensor) and x.ndim == 0 and not
+                      x.is_floating_point() else x)
+        for x in _listed(name, values)
+    )  # fmt: skip
 
 
 def _repeated(facts: list[Any], entries: int) -> list[Any]:
@@ -258,7 +311,7 @@ def merge_visible(
     return _without_repetition(tuple(a.intersection(b) for a, b in pairs))
 
 
-def _starts_of_ids(ids: NDArray[Any]) -> tuple[int, ...]:
+def starts_of_ids(ids: NDArray[Any]) -> tuple[int, ...]:
     """First tokens of runs of equal ids.
 
     Raises:
@@ -281,24 +334,21 @@ def causal_offset(mask: object, queries: int, keys: int) -> int | None:
     return keys - queries if mask.variant == module.CausalVariant.LOWER_RIGHT else 0
 
 
-def is_boolean(mask: Tensor) -> Tensor | None:
-    """Return a mask as booleans if it hides keys and does nothing else.
+def hides_only(mask: Tensor) -> bool:
+    """Whether a mask hides keys and does nothing else.
 
     Args:
-        mask: Boolean, or additive.
-
-    Returns:
-        The booleans, or None if there are other numbers than 0 and −inf.
+        mask: Boolean, or additive: then without a gradient and of nothing but 0 and −inf.
     """
     if mask.dtype == torch.bool:
-        return mask
+        return True
     if mask.requires_grad or mask.numel() == 0:
-        return None
+        return False
     rows = mask.reshape(-1, mask.shape[-1]) if mask.is_contiguous() else mask
     for part in torch.split(rows, max(1, _AT_ONCE // max(1, math.prod(rows.shape[1:])))):
         if not bool(((part == 0) | (part == -math.inf)).all()):
-            return None
-    return mask == 0
+            return False
+    return True
 
 
 def as_intervals(
@@ -307,7 +357,7 @@ def as_intervals(
     """Return a boolean mask as intervals, if in each row the keys that are seen are neighbours.
 
     Args:
-        mask: True where a key is seen. Shape: (B or 1, 1, M or 1, N or 1).
+        mask: True, or 0, where a key is seen. Shape: (B or 1, 1, M or 1, N or 1).
         batch: B.
         queries: M.
         keys: N.
@@ -341,7 +391,7 @@ def row_intervals(mask: Tensor, keys: int) -> tuple[NDArray[np.int64], NDArray[n
         mask = mask.expand(-1, keys)
     first, end = [], []
     for part in torch.split(mask, max(1, _AT_ONCE // keys)):
-        numbers = part.view(torch.uint8) if part.is_contiguous() else part.to(torch.uint8)
+        numbers = (part if part.dtype == torch.bool else part == 0).to(torch.uint8)
         begin = numbers.argmax(-1)
         count = numbers.sum(-1, dtype=torch.int64)
         last = keys - numbers.flip(-1).argmax(-1)

@@ -35,14 +35,16 @@ from fulgurite.attention.units import (
     gradient_units,
     shift_of,
     sink_scores,
+    sinks_of,
     tile_gradients,
     units,
     with_smaller_tiles,
 )
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["StreamedAttention"]
 
+_LARGE_SHIFT = 1e6  # a shifted log-sum-exp beyond it is that of a sink beside hidden keys
 _ROWS = 4096  # queries at a time where each is treated on its own
 
 
@@ -82,6 +84,7 @@ class StreamedAttention(torch.autograd.Function):
         out, lse = _forward(inputs, plan, device)
         ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
         ctx.plan, ctx.biases, ctx.device = plan, biases, device
+        ctx.versions = _versions(biases)
         whole_lse = _unshifted(lse, inputs, plan)
         ctx.mark_non_differentiable(whole_lse)
         ctx.set_materialize_grads(False)  # it would make zeros for the gradient of lse
@@ -93,6 +96,7 @@ class StreamedAttention(torch.autograd.Function):
 
         Raises:
             ConfigError: Gradients of these are asked for.
+            DataError: A mask has changed since.
         """
         if torch.is_grad_enabled():
             raise ConfigError(
@@ -102,6 +106,11 @@ class StreamedAttention(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * 8
         query, key, value, bias, sinks, out, lse = ctx.saved_tensors
+        if ctx.versions != _versions(ctx.biases):
+            raise DataError(
+                "A mask or bias was changed in place between the forward pass and its gradients.",
+                "Change a copy of it, or do so after backward.",
+            )
         inputs, grad = AttentionInputs(query, key, value, ctx.biases, sinks), grads[0]
         plan = ctx.plan.gradient or ctx.plan
         results: list[Tensor | None] = [None] * 5
@@ -113,6 +122,12 @@ class StreamedAttention(torch.autograd.Function):
             results[4] = _sink_gradient(grad, inputs, out, lse, plan)
         needed = zip(results, ctx.needs_input_grad, strict=False)
         return (*(result if needs else None for result, needs in needed), None, None, None)
+
+
+def _versions(biases: tuple[TileBias, ...]) -> list[int]:
+    """How often the tensors of biases were changed in place, as autograd counts it."""
+    tensors = (tensor for bias in biases for tensor in bias.tensors)
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _forward(
@@ -177,8 +192,13 @@ def _unshifted(lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> Ten
     lse = lse.clone()
     for group, queries in _row_ranges(plan):
         shift = shift_of(inputs, group, queries, plan, lse)
-        if shift is not None:
-            lse[group.batch, group.heads, slice(*queries)] += shift
+        if shift is None:
+            continue
+        part = lse[group.batch, group.heads, slice(*queries)]
+        whole = part + shift
+        if inputs.sinks is not None:  # a sink beside large negative scores is all there is
+            whole = torch.where(part > _LARGE_SHIFT, sinks_of(inputs, group, queries, part), whole)
+        part.copy_(whole)
     return lse
 
 
@@ -195,7 +215,9 @@ def _sink_gradient(
         at = group.batch, group.heads, slice(*queries)
         scores = sink_scores(inputs, group, queries, plan, lse)
         inner = (grad[at].to(lse.dtype) * out[at].to(lse.dtype)).sum(-1)
-        part = ((scores - lse[at]).exp() * inner).to(total.device)
+        # nan: neither keys nor a sink
+        weight = (scores - lse[at]).exp().nan_to_num_(nan=0.0)
+        part = (weight * inner).to(total.device)
         by_batch, by_query = total.shape[0] > 1, total.shape[2] > 1
         part = part if by_query else part.sum(2, keepdim=True)
         part = part if by_batch else part.sum(0, keepdim=True)

@@ -30,8 +30,8 @@ from fulgurite.attention.transfers import Prefetcher
 
 __all__ = [
     "AttentionInputs", "GradientUnit", "Unit", "add_sinks_", "clear_", "commit_", "gradient_units",
-    "ran_out_of_memory", "shift_of", "sink_scores", "tile_gradients", "tile_inputs", "units",
-    "with_smaller_tiles",
+    "ran_out_of_memory", "shift_of", "sink_scores", "sinks_of", "tile_gradients", "tile_inputs",
+    "units", "with_smaller_tiles",
 ]  # fmt: skip
 
 _SMALLEST = 16  # tokens below which tiles are not halved any more
@@ -255,6 +255,8 @@ def tile_inputs(
 def _kernel_of(tile: TileInputs, kernel: TileKernel) -> TileKernel:
     """The kernel that computes a tile: a fast one, if it can."""
     needs_math = tile.softcap is not None or tile.scale <= 0 or tile.shift is not None
+    if tile.bias is not None and tile.query.device.type != "cpu":
+        needs_math = needs_math or tile.bias.dtype != tile.query.dtype  # fast ones would round it
     return MathKernel() if needs_math else kernel
 
 
@@ -400,7 +402,7 @@ def add_sinks_(
     Source: inferred; the sinks are those of arXiv 2508.10925.
     """
     scores = sink_scores(inputs, group, queries, plan, lse)
-    weight = torch.sigmoid(lse - scores)
+    weight = torch.sigmoid(lse - scores).nan_to_num_(nan=0.0)  # nan: neither keys nor a sink
     out = out.to(lse.dtype)
     out.mul_(weight[..., None])
     return out, torch.logaddexp(lse, scores, out=lse)
@@ -410,12 +412,17 @@ def sink_scores(
     inputs: AttentionInputs, group: HeadGroup, queries: Range, plan: ExecutionPlan, like: Tensor
 ) -> Tensor:
     """Scores of the sinks of some rows, shifted as theirs are. Shape: (B' or 1, H', M' or 1)."""
+    scores = sinks_of(inputs, group, queries, like)
+    shift = shift_of(inputs, group, queries, plan, like)
+    return scores if shift is None else scores - shift
+
+
+def sinks_of(inputs: AttentionInputs, group: HeadGroup, queries: Range, like: Tensor) -> Tensor:
+    """Sinks of some rows as the user gave them. Shape: (B' or 1, H', M' or 1)."""
     assert inputs.sinks is not None
     batch = group.batch if inputs.sinks.shape[0] > 1 else slice(None)
     rows = slice(*queries) if inputs.sinks.shape[2] > 1 else slice(None)
-    scores = inputs.sinks[batch, group.heads, rows].to(like)
-    shift = shift_of(inputs, group, queries, plan, like)
-    return scores if shift is None else scores - shift
+    return inputs.sinks[batch, group.heads, rows].to(like)
 
 
 def shift_of(

@@ -30,7 +30,10 @@ _FUSED = (
 _SOFTMAX = ("_softmax", "_safe_softmax")
 _PRODUCTS = ("bmm", "baddbmm", "mm", "addbmm")
 # Operations whose result is attention weights still if what they are given is.
-_KEEPS = ("_to_copy", "clone", "native_dropout", "mul", "div", "copy", "constant_pad_nd", "where")
+_KEEPS = (
+    "_to_copy", "clone", "native_dropout", "mul", "div", "copy", "constant_pad_nd", "where", "add",
+    "sub", "masked_fill", "nan_to_num", "repeat", "cat", "index", "index_select",
+)  # fmt: skip
 
 
 class AttentionCensus(TorchDispatchMode):  # type: ignore[no-untyped-call]

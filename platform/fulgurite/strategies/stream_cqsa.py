@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -75,6 +75,11 @@ class _StreamsAttention(Strategy):
             memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
         parse_budget(memory_budget, torch.device("cpu"))
         check_schedule(schedule)
+        if offload_activations not in get_args(Offload):
+            raise ConfigError(
+                f"There is no offload_activations={offload_activations!r}.",
+                f"Use one of {', '.join(get_args(Offload))}.",
+            )
         kernel_for(torch.device("cpu"), torch.float32, prefer=kernel)
         self.backend = Streamed(memory_budget, schedule, distributed, check_finite, kernel)
         self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
@@ -95,8 +100,7 @@ class _StreamsAttention(Strategy):
 
     def _install(self, model: nn.Module) -> None:
         for part in backend_slots(model):
-            self._undo.append(_restoring(part, "attention_backend"))
-            part.attention_backend = self.backend  # type: ignore[assignment]
+            self._undo.append(_exchange(part, "attention_backend", self.backend))
         if "transformers" in sys.modules:  # else no part of the model is from there
             self._undo += TransformersAttention(self.backend, _NAME).install(model)
         unreachable = unreachable_models(model)
@@ -117,23 +121,20 @@ class _StreamsAttention(Strategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class, with activations offloaded if asked."""
-        with self._offloading(), self._watching():
-            return super().training_step(*args, **kwargs)
+        with self._offloading():
+            return self._watched(super().training_step, *args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class."""
-        with self._watching():
-            return super().validation_step(*args, **kwargs)
+        return self._watched(super().validation_step, *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class."""
-        with self._watching():
-            return super().test_step(*args, **kwargs)
+        return self._watched(super().test_step, *args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class."""
-        with self._watching():
-            return super().predict_step(*args, **kwargs)
+        return self._watched(super().predict_step, *args, **kwargs)
 
     def _offloading(self) -> AbstractContextManager[Any]:
         if self.offload_activations == "none":
@@ -144,34 +145,37 @@ class _StreamsAttention(Strategy):
         folder = self.offload_folder or self.lightning_module.trainer.default_root_dir
         return saved_in_files(folder, self.lightning_module.parameters())
 
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Refuse a step in which no attention was streamed, and name what of the first was not.
+    def _watched(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a step, and refuse it if no attention was streamed; name what of it was not.
+
+        All steps are looked at with ``strict``, else the first in which attention is streamed. A
+        step that returns None may have skipped its batch.
 
         Raises:
             ConfigError: The backend was not called, or not always, and ``strict`` is set.
         """
         before = self.backend.calls
         assert self.lightning_module is not None
-        if self._is_counted:
-            yield
+        if self._is_counted and not self.strict:
+            result = step(*args, **kwargs)
         else:
             with take_census(self.lightning_module, self.backend) as census:
-                yield
-            self._is_counted = True
+                result = step(*args, **kwargs)
             if self.backend.calls > before:
+                self._is_counted = True
                 self._report(census.unstreamed, self.backend.calls - before)
-        if self.backend.calls == before:
+        if self.backend.calls == before and result is not None:
             names = unreachable_models(self.lightning_module)
-            reason = ": the model computes it in another way"
+            reason = "the model computes it in another way"
             if names:
-                reason = f": {', '.join(names)} computes attention in its own code"
+                reason = f"{', '.join(names)} computes attention in its own code"
             raise ConfigError(
-                f"The strategy {_NAME} streamed no attention in this step{reason}.",
+                f"The strategy {_NAME} streamed no attention in this step: {reason}.",
                 "Use another strategy, or set "
                 "--trainer.strategy.init_args.intercept_sdpa=true if the model calls "
                 "torch.nn.functional.scaled_dot_product_attention.",
             )
+        return result
 
     def _report(self, unstreamed: Counter[str], streamed: int) -> None:
         """Say which modules compute attention outside the budget.
@@ -328,9 +332,16 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         return {"num_replicas": 1, "rank": 0}
 
 
-def _restoring(module: nn.Module, name: str) -> Callable[[], None]:
+def _exchange(module: nn.Module, name: str, value: object) -> Callable[[], None]:
+    """Put a value in place of an attribute, which may be a module; return what puts it back."""
     before = getattr(module, name)
-    return lambda: setattr(module, name, before)
+
+    def put(new: object) -> None:
+        delattr(module, name)  # a module keeps modules elsewhere than other values
+        setattr(module, name, new)
+
+    put(value)
+    return lambda: put(before)
 
 
 @contextmanager
@@ -377,6 +388,8 @@ def streamed_sdpa(backend: Streamed) -> Iterator[None]:
     @functools.wraps(multi_head)
     def without_weights(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         call = inspect.signature(multi_head).bind(*args, **kwargs)
+        if call.arguments.get("need_weights", True):  # then PyTorch looks at the mask, not the hint
+            call.arguments["is_causal"] = False
         call.arguments["need_weights"] = False
         return multi_head(*call.args, **call.kwargs)
 

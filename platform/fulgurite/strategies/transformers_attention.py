@@ -6,6 +6,7 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,16 +31,20 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 
 
+_NUMBERS = itertools.count(1)
+
+
 class TransformersAttention:
     """Answers the attention of transformers' models by a backend, or refuses it by name.
 
     Args:
         backend: Computes attention.
-        name: Under which transformers knows it.
+        name: Under which transformers knows it, with a number of its own, so that runs within
+            runs keep apart.
     """
 
     def __init__(self, backend: Streamed, name: str) -> None:
-        self.backend, self.name = backend, name
+        self.backend, self.name = backend, f"{name}_{next(_NUMBERS)}"
         self._previous: dict[int, str | None] = {}  # implementations, by identity of configurations
 
     def install(self, model: nn.Module) -> list[Callable[[], None]]:

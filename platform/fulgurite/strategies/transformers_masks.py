@@ -68,6 +68,7 @@ class _TileMask:
     def __init__(self, tiles: _Tiles) -> None:
         self.tiles = tiles
         self.spec = MaskSpec(True, False, True, True)
+        self.tensors: tuple[Tensor, ...] = ()
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`~fulgurite.attention.biases.TileBias`."""
@@ -247,6 +248,8 @@ def make_mask(
         )
 
     function = mask_function or masking_utils.causal_mask_function
+    if attention_mask is not None:  # which the user may change before the gradients
+        attention_mask = attention_mask.clone()
     first_query, first_key = int(q_offset), int(kv_offset)
     sizes = _Sizes(batch_size, q_length, kv_length, first_query - first_key, first_key)
 

@@ -172,7 +172,7 @@ def test_rows_of_large_negative_numbers_are_the_plain_mean(dtype):
     mask[:, 50:] = torch.finfo(dtype).min
     with sdpa_kernel(SDPBackend.MATH):  # the flash kernel's own gradients are wrong there
         expected = F.scaled_dot_product_attention(query, key, value, mask)
-    out = stream_attention(query, key, value, mask, schedule="rect", memory_budget="20KiB")
+    out = stream_attention(query, key, value, mask, schedule="rect", memory_budget="100KiB")
     tolerance = {"rtol": 0, "atol": {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)}
     torch.testing.assert_close(out, expected, **tolerance)
     torch.testing.assert_close(out[0, 0, 3], value.mean(2)[0, 0], **tolerance)
