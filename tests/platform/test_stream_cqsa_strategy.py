@@ -284,3 +284,49 @@ def test_a_model_that_is_reached_as_a_whole_is_not_warned_of(tmp_path, recwarn):
 def test_options_are_refused_before_the_run(options, message):
     with pytest.raises(ConfigError, match=message):
         StreamCQSAStrategy(**options)
+
+
+class Skipping(Model):
+    """Leaves every other batch out."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    def validation_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+def test_batches_may_be_left_out(tmp_path):
+    strategy = StreamCQSAStrategy("16KiB")
+    assert len(trained(tmp_path, Skipping(OwnAttention()), strategy)) == 6 + 1
+    with pytest.raises(ConfigError, match=r"no offload_activations='nonsense'\. Use one of none"):
+        StreamCQSAStrategy(offload_activations="nonsense")
+
+
+class ModuleBackend(nn.Module):
+    """A backend of the user that is a module."""
+
+    def forward(self, query, key, value, **options):
+        return InCore()(query, key, value, **options)
+
+
+def test_a_backend_that_is_a_module_comes_back(tmp_path):
+    layer = OwnAttention()
+    layer.attention_backend = backend = ModuleBackend()
+    strategy = StreamCQSAStrategy("16KiB")
+    trained(tmp_path, Model(layer), strategy)
+    assert strategy.backend.calls > 0
+    assert layer.attention_backend is backend
+    assert dict(layer.named_children())["attention_backend"] is backend
+
+
+def test_a_hint_that_is_not_the_mask_is_not_followed():
+    """With weights asked for, as by default, PyTorch looks at the mask alone."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(WIDTH, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 12, WIDTH, dtype=torch.float64)
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(4)  # no causal mask
+    expected = layer(x, x, x, attn_mask=mask, is_causal=True)[0]
+    with streamed_sdpa(Streamed("16KiB")):
+        out = layer(x, x, x, attn_mask=mask, is_causal=True)[0]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

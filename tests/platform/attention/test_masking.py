@@ -266,3 +266,87 @@ def test_keys_that_are_selected_are_cut_into_tiles(data):
     tile = selected.tile(slice(*batch), slice(*head), tuple(rows), tuple(columns))
     wanted = expected[tuple(slice(*bounds) for bounds in cut)]
     assert torch.equal(tile.expand(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "additive", "key_mask", "alibi_slopes"])
+def test_a_mask_that_changes_before_the_gradients_is_refused(name):
+    """As autograd refuses it; else the gradients would be those of another mask."""
+    query = torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        "attn_mask": torch.rand(9, 9, generator=generator) < 0.6,
+        "additive": torch.randn(9, 9, generator=generator).double(),
+        "key_mask": torch.tensor([[True, False, True, True, False, True, True, True, True]]),
+        "alibi_slopes": torch.rand(2, generator=generator).double(),
+    }
+    mask = masks[name]
+    out = stream_attention(query, query, query, **{name.replace("additive", "attn_mask"): mask})
+    mask.zero_()
+    with pytest.raises(DataError, match="changed in place between the forward pass"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_masks_of_half_queries_are_not_rounded(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 60, 16).to(dtype) for _ in range(3))
+    mask = 50 * torch.randn(60, 60)
+    mask[5] = torch.finfo(torch.float32).min  # no number of the half type
+    exact = [x.double() for x in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*exact, mask.double())
+    out = stream_attention(query, key, value, mask, memory_budget="64KiB", schedule="rect")
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-2)
+
+
+def test_sinks_beside_hidden_and_missing_keys():
+    query = torch.randn(1, 2, 6, 4, requires_grad=True)
+    sinks = torch.tensor([1.5, -torch.inf], requires_grad=True)
+    mask = torch.zeros(6, 6)
+    mask[0] = torch.finfo(torch.float32).min
+    out, lse = stream_attention(query, query, query, mask, sinks=sinks, return_lse=True)
+    assert lse[0, 0, 0] == 1.5
+    assert not out[0, 0, 0].any()
+    hidden = torch.zeros(1, 6, dtype=torch.bool)
+    out = stream_attention(query, query, query, key_mask=hidden, sinks=sinks)
+    assert not out.any()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (query, sinks)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"is_causal": "false"}, "is_causal='false' is no bool"),
+        ({"window": 5.9}, "window=5.9 is no whole number"),
+        ({"lengths": [2.5]}, "lengths=2.5 is no whole number"),
+        ({"chunk": True}, "chunk=True is no whole number"),
+        ({"documents": 3}, "documents=3 is no list of numbers"),
+        ({"scale": torch.ones((), requires_grad=True)}, "scale is tensor.*learned"),
+        ({"softcap": torch.ones(())}, "softcap is tensor"),
+        ({"lengths": torch.zeros(1, device="meta").long()}, "lengths has no numbers"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options, message):
+    query = torch.randn(1, 1, 6, 4)
+    with pytest.raises(ConfigError, match=message):
+        stream_attention(query, query, query, **options)
+    with pytest.raises(DataError, match="attn_mask is of type list"):
+        stream_attention(query, query, query, [[True]])
+
+
+def test_whole_numbers_of_other_libraries_are_taken():
+    query = torch.randn(1, 1, 6, 4)
+    expected = stream_attention(query, query, query, window=3, documents=[0, 2], lengths=[5])
+    out = stream_attention(
+        query, query, query, window=np.int64(3), documents=np.array([0, 2]),
+        lengths=torch.tensor([5]),
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+
+
+def test_no_program_is_traced_with_a_result_without_numbers():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return stream_attention(x, x, x, is_causal=True)
+
+    with pytest.raises(Exception, match="cannot be traced"):
+        torch.export.export(Model(), (torch.randn(1, 1, 6, 4),), strict=False)
