@@ -202,30 +202,22 @@ def stream_attention(  # type: ignore[misc]  # overloads leave the names of opti
             f"stream_attention does no dropout (dropout_p={dropout_p}).",
             "Set the attention dropout of the model to 0.",
         )
+    where = None if device is None else kernel_device(device)
     options = StreamOptions(
-        memory_budget,
-        schedule,
-        check_finite,
-        None if device is None else kernel_device(device),
-        kernel,
-        distributed,
-        on_plan,
+        memory_budget, schedule, check_finite, where, kernel, distributed, on_plan
     )
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
     )
-    if query.ndim == key.ndim == value.ndim == 2:
+    is_matrix = query.ndim == key.ndim == value.ndim == 2
+    if is_matrix:
         query, key, value = query[None], key[None], value[None]
-        out, lse = _attend_masked(
-            query, key, value, attn_mask, masking, scale, enable_gqa, softcap, sinks,
-            alibi_slopes, options,
-        )  # fmt: skip
+    out, lse = _attend_masked(
+        query, key, value, attn_mask, masking, scale, enable_gqa, softcap, sinks, alibi_slopes,
+        options,
+    )  # fmt: skip
+    if is_matrix:
         out, lse = out[0], lse[0]
-    else:
-        out, lse = _attend_masked(
-            query, key, value, attn_mask, masking, scale, enable_gqa, softcap, sinks,
-            alibi_slopes, options,
-        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

@@ -99,7 +99,7 @@ class _StreamsAttention(Strategy):
         super().teardown()
 
     def _install(self, model: nn.Module) -> None:
-        for part in backend_slots(model):
+        for part in list(backend_slots(model)):
             self._undo.append(_exchange(part, "attention_backend", self.backend))
         if "transformers" in sys.modules:  # else no part of the model is from there
             self._undo += TransformersAttention(self.backend, _NAME).install(model)
