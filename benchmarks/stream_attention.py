@@ -134,7 +134,7 @@ def schedules(raw: dict[str, Any]) -> list[dict[str, str]]:
 
 def moved_bytes(inputs: list[Tensor], chosen: ExecutionPlan) -> int:
     """Bytes that a run loads and stores; results that are merged are read and written again."""
-    moved, ahead = 0, Prefetcher.prefetch
+    moved, prefetch = 0, Prefetcher.prefetch
 
     def counting(self: Prefetcher, pieces: Any) -> Any:
         def counted() -> Any:
@@ -143,9 +143,9 @@ def moved_bytes(inputs: list[Tensor], chosen: ExecutionPlan) -> int:
                 moved += sum(x.nbytes for parts in views for x in parts)
                 yield item, views
 
-        return ahead(self, counted())
+        return prefetch(self, counted())
 
-    with mock.patch.object(Prefetcher, "ahead", counting):
+    with mock.patch.object(Prefetcher, "prefetch", counting):
         for unit in units(AttentionInputs(*inputs), chosen):
             written = unit.out.nbytes + unit.lse.nbytes
             moved += 2 * written if chosen.merges else written
