@@ -609,7 +609,7 @@ def test_report(place, capsys):
 
 
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(place):
-    file = write(place, args={"sleep": 0.4}, seeds=[0])
+    file = write(place, args={"sleep": 3}, seeds=[0])
     command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]
     command += ["--runner=fake_runner:main"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
