@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -135,13 +135,7 @@ class AttentionJob:
             "masks": plain_masks(Masking(**masks)), "enable_gqa": enable_gqa, "softcap": softcap,
             "schedule": schedule, "least_tasks": least_tasks, "kernel": kernel,
         }  # fmt: skip
-        return cls(
-            Path(folder),
-            *JobHeader.create(
-                Path(folder), host_tensors(inputs), options, scale=scale, budget=memory_budget,
-                device=kernel_device(device), progress=progress,
-            ),
-        )  # fmt: skip
+        return cls._create(folder, inputs, options, scale, memory_budget, device, progress)
 
     @classmethod
     def create_backward(
@@ -201,13 +195,25 @@ class AttentionJob:
             "masks": plain_masks(Masking(**masks)), "enable_gqa": enable_gqa, "softcap": softcap,
             "schedule": schedule, "least_tasks": least_tasks, "kernel": kernel,
         }  # fmt: skip
-        return cls(
-            Path(folder),
-            *JobHeader.create(
-                Path(folder), host_tensors(inputs), options, scale=scale, budget=memory_budget,
-                device=kernel_device(device), progress=progress,
-            ),
+        return cls._create(folder, inputs, options, scale, memory_budget, device, progress)
+
+    @classmethod
+    def _create(
+        cls,
+        folder: str | Path,
+        inputs: dict[str, Tensor],
+        options: dict[str, Any],
+        scale: float | None,
+        budget: Budget,
+        device: torch.device | str | None,
+        progress: bool,
+    ) -> AttentionJob:
+        """Write the header of a job of either pass, or open it."""
+        header, plan = JobHeader.create(
+            Path(folder), host_tensors(inputs), options, scale=scale, budget=budget,
+            device=kernel_device(device), progress=progress,
         )  # fmt: skip
+        return cls(Path(folder), header, plan)
 
     @classmethod
     def open(cls, folder: str | Path) -> AttentionJob:
