@@ -107,8 +107,9 @@ def print_calls(names: Sequence[str] | None, modes: Sequence[str] | None) -> Non
         for mode in modes or ("plain",):
             if mode not in take_modes(architecture, model):
                 continue
-            calls, own = record_attention(architecture, model, mode)
-            print(f"{architecture.name} {mode}; computed by itself: {', '.join(own) or 'none'}")
+            calls, self_computed = record_attention(architecture, model, mode)
+            names = ", ".join(self_computed) or "none"
+            print(f"{architecture.name} {mode}; computed by itself: {names}")
             for call in calls:
                 print(
                     f"  {call.module} is_causal={call.is_causal} query {call.query} "

@@ -305,9 +305,9 @@ def test_small_gradients_are_not_compared_with_their_rounding():
 
 def test_it_records_what_a_model_gives_to_attention():
     (architecture,) = select_architectures(["pegasus_x"])
-    calls, own = record_attention(architecture, build_model(architecture))
+    calls, self_computed = record_attention(architecture, build_model(architecture))
     assert {call.module for call in calls} == {"PegasusXAttention"}
-    assert own == ["PegasusXGlobalLocalAttention"]
+    assert self_computed == ["PegasusXGlobalLocalAttention"]
     (architecture,) = select_architectures(["gemma2"])
     calls, _ = record_attention(architecture, build_model(architecture), "left_padding")
     assert [call.mask for call in calls] == ["bool (2, 1, 48, 48)"] * 2

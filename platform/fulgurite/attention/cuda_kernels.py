@@ -380,16 +380,16 @@ def _differences(
 ) -> Iterator[str]:
     for (name, expected), got in zip(results.items(), computed, strict=True):
         is_lse = name == "log-sum-exp"
-        own = accumulator_dtype(dtype) if is_lse else dtype
-        if got.shape != expected.shape or got.dtype != own:
+        result_dtype = accumulator_dtype(dtype) if is_lse else dtype
+        if got.shape != expected.shape or got.dtype != result_dtype:
             yield f"its {name} is {tuple(got.shape)} in {got.dtype}"
             continue
         nothing = expected == -math.inf
         error = (got.double() - expected).masked_fill(nothing & (got == -math.inf), 0).abs().max()
-        share = float(error / expected.masked_fill(nothing, 0).abs().max())
+        ratio = float(error / expected.masked_fill(nothing, 0).abs().max())
         allowed = _LSE_TOLERANCE if is_lse else _TOLERANCE[dtype]
-        if not share <= allowed:  # nor nan
-            yield f"its {name} is off by {share:.2g} of the largest number, {allowed:g} is allowed"
+        if not ratio <= allowed:  # nor nan
+            yield f"its {name} is off by {ratio:.2g} of the largest number, {allowed:g} is allowed"
 
 
 def _width(tile: TileInputs) -> int:

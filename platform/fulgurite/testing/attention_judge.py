@@ -216,14 +216,14 @@ def record_attention(
     AttentionInterface.register(_RECORDER, record)
     AttentionMaskInterface.register(_RECORDER, sdpa_mask)
     counts: dict[nn.Module, int] = {}
-    own: dict[str, None] = {}
+    self_computed: dict[str, None] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
         counts[module] = total
 
     def leave(module: nn.Module, _: Any, __: Any) -> None:
         if counts.pop(module, total) == total:
-            own[type(module).__name__] = None
+            self_computed[type(module).__name__] = None
 
     hooks = []
     for module in model.modules():
@@ -238,7 +238,7 @@ def record_attention(
     finally:
         for hook in hooks:
             hook.remove()
-    return list(calls), list(own)
+    return list(calls), list(self_computed)
 
 
 # --- verdicts -----------------------------------------------------------------------------------

@@ -647,12 +647,12 @@ def _restart_positions(starts: Sequence[int], tokens: int) -> Tensor:
 def _draw_mask_4d(mode: str) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     shape = (_BATCH, 1, _TOKENS, _TOKENS)
-    seen = (torch.rand(shape, generator=generator) < 0.6).tril() | torch.eye(_TOKENS).bool()
+    visible = (torch.rand(shape, generator=generator) < 0.6).tril() | torch.eye(_TOKENS).bool()
     if mode == "mask_4d_bool":
-        return seen
+        return visible
     least = torch.finfo(torch.float64).min
     bias = _draw_numbers(*shape) if mode == "bias_4d" else torch.zeros(shape).double()
-    return bias.masked_fill(~seen, least)
+    return bias.masked_fill(~visible, least)
 
 
 def _make_batch(architecture: Architecture, model: Any, mode: str) -> _Batch:

@@ -212,20 +212,20 @@ def masked_calls(draw):
         if draw(st.booleans()):  # a static cache, whose last slots are empty
             offset = options["query_offset"] = draw(st.integers(0, keys - queries))
     positions, columns = torch.arange(queries)[:, None] + offset, torch.arange(keys)
-    seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+    visible = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
     if options["is_causal"]:
         options["prefix"] = [draw(st.integers(0, keys)) for _ in range(batch)]
         if draw(st.booleans()):
             options["prefix"] = 0
         prefix = torch.tensor(options["prefix"]).view(-1, 1, 1, 1)
-        seen = seen & ((columns <= positions) | (columns < prefix))
+        visible = visible & ((columns <= positions) | (columns < prefix))
     if draw(st.booleans()):
         left, right = draw(st.integers(1, keys + 2)), draw(st.integers(0, keys))
         options["window"] = draw(st.sampled_from([left, (left, right), (None, right)]))
         both = options["window"]
         left, right = both if isinstance(both, tuple) else (both, None)
-        seen = seen & (columns > positions - (left or keys + queries))
-        seen = seen & (columns <= positions + (keys if right is None else right))
+        visible = visible & (columns > positions - (left or keys + queries))
+        visible = visible & (columns <= positions + (keys if right is None else right))
     if draw(st.booleans()):
         ids = torch.stack([ids_of(draw, keys) for _ in range(batch)])
         options["documents"] = ids
@@ -237,8 +237,8 @@ def masked_calls(draw):
                 .diff(prepend=torch.tensor([-1]))
                 .nonzero()
             ]
-        own = ids.gather(1, positions.mT.expand(batch, -1))
-        seen = seen & (own[:, None, :, None] == ids[:, None, None, :])
+        query_ids = ids.gather(1, positions.mT.expand(batch, -1))
+        visible = visible & (query_ids[:, None, :, None] == ids[:, None, None, :])
     padding = draw(st.sampled_from(["none", "lengths", "starts", "key mask", "holes"]))
     start = torch.zeros(batch, dtype=torch.int64)
     hidden_rows = torch.zeros(batch, 1, queries, 1, dtype=torch.bool)
@@ -250,7 +250,7 @@ def masked_calls(draw):
         options["lengths"] = length.tolist()
         ends = start + length
         inside = (columns >= start[:, None]) & (columns < ends[:, None])
-        seen = seen & inside[:, None, None]
+        visible = visible & inside[:, None, None]
         hidden_rows = ~(
             (positions >= start.view(-1, 1, 1, 1)) & (positions < ends.view(-1, 1, 1, 1))
         )
@@ -261,13 +261,13 @@ def masked_calls(draw):
             options["key_mask"] = (
                 columns[None] < torch.tensor([draw(st.integers(0, keys))] * batch)[:, None]
             )
-        seen = seen & options["key_mask"][:, None, None]
+        visible = visible & options["key_mask"][:, None, None]
     if draw(st.booleans()):
         options["chunk"] = chunk = draw(st.integers(1, 9))
         begin = start.view(-1, 1, 1, 1)
         same = (columns - begin) // chunk == (positions - begin) // chunk
-        seen = seen & same
-    hidden = ~seen | hidden_rows
+        visible = visible & same
+    hidden = ~visible | hidden_rows
     extras = {}
     if draw(st.booleans()):
         extras["softcap"] = draw(st.sampled_from([0.5, 2.0, 30.0]))

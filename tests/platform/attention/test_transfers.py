@@ -92,11 +92,11 @@ def example(schedule, **options):
 @pytest.mark.parametrize("schedule", ["rect", "cqs"])
 def test_results_do_not_depend_on_when_copies_happen(lanes, monkeypatch, schedule):
     inputs, plan = example(schedule)
-    found = [(u.number, u.at, u.out.clone(), u.lse.clone()) for u in units(inputs, plan)]
+    computed = [(u.number, u.at, u.out.clone(), u.lse.clone()) for u in units(inputs, plan)]
     assert lanes.up.count > 20
-    assert lanes.down.count == 2 * len(found)
+    assert lanes.down.count == 2 * len(computed)
     monkeypatch.undo()
-    for got, wanted in zip(found, units(inputs, plan), strict=True):
+    for got, wanted in zip(computed, units(inputs, plan), strict=True):
         assert got[:2] == wanted[:2]
         assert torch.equal(got[2], wanted.out)
         assert torch.equal(got[3], wanted.lse)
@@ -157,9 +157,9 @@ def test_units_that_are_left_go_on_in_smaller_tiles(monkeypatch):
 
     monkeypatch.setattr(AtenCpuFlash, "forward", limited)
     with pytest.warns(UserWarning, match="ran out of memory; going on with rect in tiles 1/2 as"):
-        found = list(units(inputs, plan, done={3}))
-    assert [u.number for u in found] == [u.number for u in expected if u.number != 3]
-    for unit in found:
+        computed = list(units(inputs, plan, done={3}))
+    assert [u.number for u in computed] == [u.number for u in expected if u.number != 3]
+    for unit in computed:
         wanted = expected[unit.number]
         torch.testing.assert_close(unit.out, wanted.out, rtol=0, atol=1e-12)
         torch.testing.assert_close(unit.lse, wanted.lse, rtol=0, atol=1e-12)
