@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -609,10 +610,12 @@ def test_report(place, capsys):
 
 
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(place):
-    file = write(place, args={"sleep": 3}, seeds=[0])
+    file = write(place, args={"sleep": 0.4}, seeds=[0])
     command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]
     command += ["--runner=fake_runner:main"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
