@@ -283,7 +283,7 @@ def _choose(
     if not fits:
         return None, smallest[1].peak_bytes
     best = min(fits, key=lambda way: (way[1].seconds, way[1].peak_bytes))
-    near = [way for way in fits if way[1].seconds <= 1.02 * best[1].seconds]
+    near = [way for way in fits if way[1].seconds <= 1.005 * best[1].seconds]
     cut, cost = min(near, key=lambda way: way[1].peak_bytes)
     if best[0].schedule == "whole":
         cut, cost = best
