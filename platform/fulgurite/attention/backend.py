@@ -10,17 +10,19 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulgurite.attention.biases import TileBias
 from fulgurite.attention.budget import Budget
-from fulgurite.attention.functional import StreamOptions, attend, stream_attention
+from fulgurite.attention.functional import StreamOptions, attend, attend_masked
 from fulgurite.attention.masking import Visibility
-from fulgurite.attention.masks import Documents
+from fulgurite.attention.masks import Documents, Masking
 from fulgurite.attention.planning import ExecutionPlan, Schedule
 from fulgurite.errors import ConfigError
 
@@ -75,9 +77,10 @@ class InCore:
             mask = documents[:, None, :, None] == documents[:, None, None, :]
             if is_causal:
                 mask = mask & mask.new_ones(mask.shape[-2:]).tril()
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa
-            )
+            with _sound_under_masks(query.device):
+                return F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa
+                )
         if window is not None or prefix or documents is not None:
             raise ConfigError(
                 "PyTorch's attention has no window, prefix or documents without a dense mask.",
@@ -86,6 +89,13 @@ class InCore:
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
         )
+
+
+def _sound_under_masks(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep masked attention from cuDNN, whose gradients may be NaN (PyTorch issue 196678)."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Streamed:
@@ -118,13 +128,14 @@ class Streamed:
         self.calls = self.moved_bytes = 0
         self.plan: ExecutionPlan | None = None
         self.is_running = False
+        self._decided: dict[Any, int | None] = {}
 
     @property
     def options(self) -> StreamOptions:
         """How attention is computed."""
         return StreamOptions(
             self.memory_budget, self.schedule, self.check_finite, None, self.kernel,
-            self.distributed, self._note,
+            self.distributed, self._note, self._decided,
         )  # fmt: skip
 
     def __call__(
@@ -137,6 +148,9 @@ class Streamed:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
         **masks: Any,
     ) -> Tensor:
         """Attention as :func:`~fulgurite.attention.stream_attention` computes it.
@@ -149,18 +163,17 @@ class Streamed:
             is_causal: Query i sees keys up to i.
             scale: Of the scores.
             enable_gqa: Allow fewer key/value heads than query heads; by default they are allowed.
-            masks: Its other masks, sinks and caps.
+            softcap: Cap of the scores.
+            sinks: Scores of a key without a value.
+            alibi_slopes: Slopes of the scores.
+            masks: The other arguments of :class:`~fulgurite.attention.masks.Masking`.
         """
-        options = self.options
         with self._counted():
-            out: Tensor = stream_attention(
-                query, key, value, attn_mask, 0.0, is_causal, scale,
-                True if enable_gqa is None else enable_gqa,
-                memory_budget=options.memory_budget, schedule=options.schedule,
-                check_finite=options.check_finite, kernel=options.kernel,
-                distributed=options.distributed, on_plan=options.on_plan, **masks,
-            )  # fmt: skip
-        return out
+            return attend_masked(
+                query, key, value, attn_mask, Masking(is_causal, **masks), scale=scale,
+                enable_gqa=True if enable_gqa is None else enable_gqa, softcap=softcap,
+                sinks=sinks, alibi_slopes=alibi_slopes, options=self.options,
+            )[0]  # fmt: skip
 
     def attend(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fulgurite.attention.kernels import MathKernel, accumulator_dtype
 from fulgurite.attention.masking import Range, tiles
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Task
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import KernelCall, Step
@@ -82,7 +82,7 @@ def bias_gradient(
     columns = _ranges(spec.keys, side if bias.shape[3] > 1 else spec.keys)
     wide = accumulator_dtype(inputs.query.dtype)
 
-    def compute(after: int, halvings: int) -> Iterator[_Piece]:
+    def compute(after: int, halvings: Halvings) -> Iterator[_Piece]:
         places = itertools.product(_sharing_groups(plan, bias), rows, columns)
         for number, (groups, queries, keys) in enumerate(places):
             if number <= after:
@@ -92,7 +92,7 @@ def bias_gradient(
             for group in groups:
                 _add_group_(
                     total, grad, inputs, out, lse, bias, plan, group, (queries, keys),
-                    max(1, side >> halvings), device,
+                    (max(1, side >> halvings.queries), max(1, side >> halvings.keys)), device,
                 )  # fmt: skip
             yield _Piece(number, index, total)
 
@@ -146,19 +146,29 @@ def _add_group_(
     plan: ExecutionPlan,
     group: HeadGroup,
     rectangle: tuple[Range, Range],
-    side: int,
+    sides: tuple[int, int],
     device: torch.device,
 ) -> None:
     """Add what one group gives to the gradient of a rectangle of the bias."""
     queries, keys = rectangle
     kernel = MathKernel()
-    for top, left in itertools.product(range(*queries, side), range(*keys, side)):
-        rows, columns = (top, min(top + side, queries[1])), (left, min(left + side, keys[1]))
+    height, width = sides
+    for top, left in itertools.product(range(*queries, height), range(*keys, width)):
+        rows, columns = (top, min(top + height, queries[1])), (left, min(left + width, keys[1]))
         for tile in tiles(rows, columns, group.visible):
             at = group.batch, group.heads, slice(*tile.queries)
             there = group.batch, group.kv_heads, slice(*tile.keys)
             step = Step(
-                0, group, at, tile.queries, KernelCall(tile, tile.keys), Task(()), True, True, True
+                0,
+                group,
+                at,
+                at,
+                tile.queries,
+                KernelCall(tile, tile.keys),
+                Task(()),
+                True,
+                True,
+                True,
             )
             query = inputs.query[at].to(device)
             key, value = inputs.key[there].to(device), inputs.value[there].to(device)

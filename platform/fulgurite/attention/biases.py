@@ -63,7 +63,8 @@ class DenseBias:
         by_batch, by_head, by_query, by_key = (size > 1 for size in tensor.shape)
         self.tensors = (self.tensor,)
         needs_shift = _has_large_numbers(self.tensor)
-        self.spec = MaskSpec(by_batch, by_head, by_query, by_key, needs_shift)
+        itemsize = 0 if self.tensor.dtype == torch.bool else self.tensor.dtype.itemsize
+        self.spec = MaskSpec(by_batch, by_head, by_query, by_key, needs_shift, itemsize)
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`TileBias`."""
@@ -127,7 +128,7 @@ class AlibiBias:
     def __init__(self, slopes: Tensor, offset: int) -> None:
         self.slopes, self.offset = slopes.detach(), offset
         self.tensors = (self.slopes,)
-        self.spec = MaskSpec(len(slopes) > 1, True, True, True)
+        self.spec = MaskSpec(len(slopes) > 1, True, True, True, itemsize=self.slopes.dtype.itemsize)
 
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`TileBias`."""

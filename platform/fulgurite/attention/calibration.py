@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 
 from fulgurite.attention.cost_model import CostEstimate, Costs
 from fulgurite.attention.kernels import accumulator_dtype
@@ -14,9 +16,12 @@ from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.units import AttentionInputs, clear_, commit_, units
 
-__all__ = ["measured_costs"]
+__all__ = ["agreed_costs", "measured_costs"]
 
-_SHORT, _TALL = (64, 256), 768  # queries of tiles: PyTorch's CPU kernel changes its blocks between
+_TURNS = 4  # of which the fastest counts: the first prepares kernels
+
+#: Seconds of a forward pass over so many (queries, keys) in tiles of so many (queries, keys).
+Timer = Callable[[tuple[int, int], tuple[int, int]], float]
 
 
 @functools.cache
@@ -30,30 +35,69 @@ def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 
     Source: inferred; the model of time is that of :func:`~fulgurite.attention.plan`.
     """
-    side = 2048
-    pair = _seconds(device, dtype, head_dim, (side, side), (side, side)) / side**2
-    small = _seconds(device, dtype, head_dim, (128, 128), (16, 16)) / 64
-    call = max(small - 16 * 16 * pair, 1e-7)
-    tall = _seconds(device, dtype, head_dim, (1024, 512), (1024, 16)) / 32
+    timer = functools.partial(_seconds, device, dtype, head_dim)
+    if device.type == "cuda":
+        return _gpu_costs(timer, head_dim, _pinned_bandwidth(device))
+    return _cpu_costs(timer, head_dim, _bandwidth(device))
+
+
+def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+    """Return what the first rank of torch.distributed measured, on all ranks.
+
+    Ranks must plan alike, so all of them call this, and wait for the first.
+
+    Args:
+        device: See :func:`measured_costs`, as the rest.
+        dtype: Of query, key and value.
+        head_dim: D.
+    """
+    return _agreed_costs(dist.group.WORLD, device, dtype, head_dim)
+
+
+@functools.lru_cache(maxsize=8)
+def _agreed_costs(_group: object, device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+    shared = [measured_costs(device, dtype, head_dim) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0, device=device)
+    assert shared[0] is not None
+    return shared[0]
+
+
+def _cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
+    """Costs of a CPU, on which one head keeps all threads busy."""
+    side, heights = 2048, (64, 256)
+    pair = timer((side, side), (side, side)) / side**2
+    call = max(timer((128, 128), (16, 16)) / 64 - 16 * 16 * pair, 1e-7)
+    tall = timer((1024, 512), (1024, 16)) / 32
     merge = max(tall - call - 1024 * 16 * pair, 0.0) / (1024 * head_dim)
-    slow = [
-        _seconds(device, dtype, head_dim, (height, side), (height, side)) / (height * side * pair)
-        for height in _SHORT
-    ]
-    # measured times scatter: taller tiles are never slower
-    factors = [max(1.0, *slow[i:]) for i in range(len(slow))]
-    source = torch.empty(2**22, dtype=torch.uint8)
-    begun = time.perf_counter()
-    source.to(device, copy=True)
-    _wait(device)
-    copied = max(time.perf_counter() - begun, 1e-7)
-    return Costs(
-        flops=4 * head_dim / pair,
-        bandwidth=source.numel() / copied,
-        call=call,
-        merge=merge,
-        short_tiles=(*zip(_SHORT, factors, strict=True), (_TALL, 1.0)),
-    )
+    slow = [timer((height, side), (height, side)) / (height * side * pair) for height in heights]
+    # PyTorch's CPU kernel changes its blocks below 768 queries
+    points = (*zip(heights, _descending(slow), strict=True), (768, 1.0))
+    return Costs(4 * head_dim / pair, bandwidth, call, merge, points)
+
+
+def _gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
+    """Costs of a GPU, which a single head fills only if it has many queries.
+
+    A small tile takes what the host needs to start it, whatever its pairs; a large one is
+    computed while the host waits, so that the two are told apart.
+    """
+    side, heights = 16384, (128, 512, 2048)
+    call = timer((2048, 2048), (256, 256)) / 64
+    whole = timer((side, side), (side, side))
+    pair = max(whole - call, whole / 10) / side**2
+    tall = timer((side, 4096), (side, 256)) / 16
+    merge = max(tall - call - side * 256 * pair, 0.0) / (side * head_dim)
+    slow = []
+    for height in heights:
+        seconds = timer((height, side), (height, side)) - call
+        slow.append(seconds / (height * side * pair))
+    points = (*zip(heights, _descending(slow), strict=True), (side, 1.0))
+    return Costs(4 * head_dim / pair, bandwidth, call, merge, points, fills_with_heads=True)
+
+
+def _descending(factors: Sequence[float]) -> list[float]:
+    """Factors that never rise nor fall below 1: measured times scatter, and taller is faster."""
+    return [max(1.0, *factors[i:]) for i in range(len(factors))]
 
 
 def _seconds(
@@ -69,17 +113,41 @@ def _seconds(
     query, key = (torch.ones(1, 1, count, head_dim, dtype=dtype, device=device) for count in tokens)
     out = torch.empty_like(query)
     lse = out.new_empty(out.shape[:-1], dtype=accumulator_dtype(dtype))
-    best = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
+
+    def run() -> None:
         clear_(out, lse)
         for unit in units(AttentionInputs(query, key, key), plan):
             commit_(unit, out, lse, merge=False)
-        _wait(device)
-        best = min(best, time.perf_counter() - begun)
-    return best
+
+    return min(_timed(run, device) for _ in range(_TURNS))
 
 
-def _wait(device: torch.device) -> None:
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds until a device has done what is started; on a GPU by its own clock."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1000
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Speed of copies in memory [bytes/s]."""
+    source = torch.empty(2**22, dtype=torch.uint8)
+    return source.numel() / max(_timed(lambda: source.to(device, copy=True), device), 1e-7)
+
+
+def _pinned_bandwidth(device: torch.device) -> float:
+    """Speed of copies from pinned memory, which is what streams to a GPU [bytes/s]."""
+    source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    copies = (
+        _timed(lambda: target.copy_(source, non_blocking=True), device) for _ in range(_TURNS)
+    )
+    return source.numel() / max(min(copies), 1e-7)

@@ -145,4 +145,16 @@ def kernel_device(device: torch.device | str | None) -> torch.device:
         missing = not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()
     if missing:
         raise ConfigError(f"This machine has no device {where}.", 'Give device="cpu".')
-    return where
+    return with_index(where)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a GPU with its number, as tensors have it: "cuda" is the current one.
+
+    Example:
+        >>> with_index(torch.device("cpu"))
+        device(type='cpu')
+    """
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

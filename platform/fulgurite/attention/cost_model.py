@@ -13,12 +13,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fulgurite.attention.biases import AT_ONCE, KEYS_AT_ONCE
-from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
+from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
 from fulgurite.attention.masking import MASKED_SIDE
 from fulgurite.attention.quorums import quorum
 from fulgurite.attention.spec import AttentionSpec
 
-__all__ = ["BACKWARD_FLOPS", "CostEstimate", "Costs", "Cut", "Setting", "estimate"]
+__all__ = [
+    "BACKWARD_FLOPS", "GPU_COSTS", "CostEstimate", "Costs", "Cut", "Setting", "estimate",
+]  # fmt: skip
 
 #: Operations of the backward pass by those of the forward pass (card section 3.5).
 BACKWARD_FLOPS = 2.5
@@ -37,6 +40,8 @@ class Costs:
         merge: What each number of a result costs beside its pairs [s].
         short_tiles: How much slower kernels are on tiles of few queries: the number of queries
             and the factor, ascending; taller tiles than the last are as fast as it.
+        fills_with_heads: Whether the queries of all heads together fill the device, so that short
+            tiles of many heads are as fast as tall ones.
     """
 
     flops: float = 5e10
@@ -44,11 +49,24 @@ class Costs:
     call: float = 3e-5
     merge: float = 1e-9
     short_tiles: tuple[tuple[int, float], ...] = ((64, 1.3), (256, 1.15), (768, 1.0))
+    fills_with_heads: bool = False
 
     def slowdown(self, height: int) -> float:
         """Return the factor of tiles of so many queries, between those that were measured."""
         heights, factors = zip(*self.short_tiles, strict=True)
         return float(np.interp(math.log(max(height, 1)), np.log(heights), factors))
+
+
+#: Of a large GPU, for plans that are made without measuring (inferred from what is published of
+#: an H100: about 320 TFLOP/s, pinned copies of 25 GB/s, a quarter of a millisecond for a call).
+GPU_COSTS = Costs(
+    flops=3.2e14,
+    bandwidth=2.5e10,
+    call=2.5e-4,
+    merge=1e-11,
+    short_tiles=((128, 64.0), (2048, 4.0), (16384, 1.0)),
+    fills_with_heads=True,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class CostEstimate:
 
 
 class Setting(NamedTuple):
-    """What all ways to cut a call have in common.
+    """What all ways to cut a call have in common; by default, tensors on one CPU.
 
     Attributes:
         gradients: Whether gradients are computed, not the result.
@@ -81,15 +99,27 @@ class Setting(NamedTuple):
         ahead: Whether the next tile is copied to the device while one is computed.
         ranks: How many share the tasks.
         costs: Of the machine.
+        kernels: Which compute the tiles.
+        masked_side: Side of the largest tiles under the bias of a mask's edge; None for that of
+            CPUs.
+        cached_masks: How many of these biases are kept.
     """
 
-    gradients: bool
-    resident: bool
-    packs: bool
-    tiled: bool
-    ahead: bool
-    ranks: int
-    costs: Costs
+    gradients: bool = False
+    resident: bool = True
+    packs: bool = False
+    tiled: bool = False
+    ahead: bool = False
+    ranks: int = 1
+    costs: Costs = Costs()
+    kernels: TileKernelNames = TileKernelNames()
+    masked_side: int | None = None
+    cached_masks: int = 0
+
+    def computes_scores(self, spec: AttentionSpec) -> bool:
+        """Whether the scores of whole tiles lie in memory."""
+        names = self.kernels.masked if spec.has_bias else self.kernels.full
+        return spec.needs_math or "math" in names
 
 
 class Cut(NamedTuple):
@@ -133,6 +163,8 @@ def estimate(spec: AttentionSpec, cut: Cut, setting: Setting) -> CostEstimate:
         reach = spec.reach(height)
         calls = int(rows * -(-reach // loaded) + 1) * groups
         passed = int(rows * reach)
+    if spec.slides:  # the edge of a window is cut into tiles of its own
+        calls += 2 * groups * -(-queries // (setting.masked_side or MASKED_SIDE))
     direct = cut.schedule in ("whole", "heads") and spec.is_simple and not setting.tiled
     tile = _TileCost(spec, cut, setting, height, loaded, direct)
     peak = tile.gradients() if setting.gradients else tile.forward()
@@ -149,7 +181,10 @@ def estimate(spec: AttentionSpec, cut: Cut, setting: Setting) -> CostEstimate:
         flops *= BACKWARD_FLOPS * cut.passes
         moved *= 1 + cut.passes
     copied = moved if not setting.resident else (moved - writes if cut.schedule == "cqs" else 0)
-    slowdown = _MATH_SLOWDOWN if spec.needs_math else costs.slowdown(height)
+    if setting.computes_scores(spec):
+        slowdown = _MATH_SLOWDOWN
+    else:
+        slowdown = costs.slowdown(height * (heads * together if costs.fills_with_heads else 1))
     seconds = flops / costs.flops * slowdown
     seconds += max(0, copied) / costs.bandwidth + calls * costs.call
     if not direct:  # each call is merged into its row, each row of cqs into the result
@@ -170,7 +205,7 @@ class _TileCost:
         loaded: int,
         direct: bool,
     ) -> None:
-        self.spec, self.passes, self.direct = spec, cut.passes, direct
+        self.spec, self.setting, self.passes, self.direct = spec, setting, cut.passes, direct
         self.size, self.wide = spec.dtype.itemsize, accumulator_dtype(spec.dtype).itemsize
         self.batch, self.kv_heads = cut.head_step
         self.heads = self.kv_heads * (spec.heads // spec.kv_heads)
@@ -193,7 +228,8 @@ class _TileCost:
             total += self.rows * (spec.value_dim + 1) * wide * self.passing
             total += self.rows * (spec.value_dim * (size < wide) + 1) * wide
         total += 4 * self.rows * wide * spec.has_sinks
-        return total + self._padding(rows=1) + self._bias() + self._scores(1)
+        total += self._padding(rows=1) + self._buffers(gradients=False)
+        return total + self._bias() + self._scores(1)
 
     def gradients(self) -> int:
         """Rows and keys where they are copied, what the kernel gives, and what stays."""
@@ -209,12 +245,22 @@ class _TileCost:
         if not self.direct:
             total += max(self.rows * spec.head_dim, columns) * wide
         slopes = 3 if spec.softcap is not None else 2
-        return total + self._padding(rows=3) + self._bias() + self._scores(slopes)
+        total += self._padding(rows=3) + self._buffers(gradients=True)
+        return total + self._bias() + self._scores(slopes)
+
+    def _buffers(self, *, gradients: bool) -> int:
+        """What kernels allocate besides."""
+        spec = self.spec
+        sizes = TileSizes(
+            self.batch, self.heads, self.kv_heads, self.height, self.loaded, spec.head_dim,
+            spec.value_dim, self.size,
+        )  # fmt: skip
+        return buffer_bytes(self.setting.kernels, sizes, gradients=gradients)
 
     def _padding(self, rows: int) -> int:
         """Copies in which query, key and value get one size."""
         spec = self.spec
-        if spec.head_dim == spec.value_dim or spec.needs_math:
+        if spec.head_dim == spec.value_dim or self.setting.computes_scores(spec):
             return 0
         return (rows * self.rows + 2 * self.keys) * max(spec.head_dim, spec.value_dim) * self.size
 
@@ -225,8 +271,10 @@ class _TileCost:
         if spec.has_bias and not is_full:  # edges are added to the biases of whole tiles
             total += self.height * self.loaded * (self.size + 2)
         elif not all(visible.is_simple for visible in spec.visible):  # of a tile at an edge
-            side = min(self.height, MASKED_SIDE) * min(self.loaded, MASKED_SIDE)
-            total += side * (self.size + 2)
+            pairs = self._edge_pairs()
+            total += pairs * (self.size + 2) + pairs * self.size * self.setting.cached_masks
+            if "math" in self.setting.kernels.masked:
+                total += 3 * self.batch * self.heads * pairs * self.wide
         if spec.mask is not None:
             copies = self.batch if spec.mask.by_batch else 1
             copies *= self.heads if spec.mask.by_head else 1
@@ -237,10 +285,15 @@ class _TileCost:
                 total += max(AT_ONCE, KEYS_AT_ONCE * self.rows) * (2 * self.wide + 2)
         return total
 
+    def _edge_pairs(self) -> int:
+        """Pairs of the largest tile at the edge of a mask."""
+        side = self.setting.masked_side or MASKED_SIDE
+        return min(self.height, side) * min(self.loaded, side)
+
     def _scores(self, copies: int) -> int:
         """Scores, and what else has their size, where matrix products compute them."""
         spec = self.spec
-        if not spec.needs_math:
+        if not self.setting.computes_scores(spec):
             return 0
         narrow = self.size < self.wide
         inputs = (self.rows * spec.head_dim + self.keys * (spec.head_dim + spec.value_dim)) * narrow

@@ -26,6 +26,7 @@ from fulgurite.attention.kernels import (
     MathKernel,
     TileInputs,
     TileKernel,
+    TileKernelNames,
     accumulator_dtype,
     empty_rows,
     repeat_heads,
@@ -35,6 +36,7 @@ from fulgurite.errors import ConfigError
 
 __all__ = [
     "AtenCudaEfficient", "AtenCudaFlash", "AtenCudnn", "CheckedKernels", "cuda_kernel",
+    "cuda_kernel_names",
 ]  # fmt: skip
 
 # Elements: kernels load 16 bytes at once, which is 8 numbers of a half type.
@@ -44,6 +46,13 @@ _ALIGNMENT = 8
 _LSE_ROWS = 32
 
 _HALF = (torch.float16, torch.bfloat16)
+
+# The first version of cuDNN, as PyTorch numbers them, that does any number of tokens: 9.15.1.
+_SOUND_CUDNN = 91501
+
+# From so many queries and keys on cuDNN is the faster kernel on GPUs of these generations; below
+# it, building its graph for each shape costs more than it saves.
+_LARGE_TILE, _CUDNN_GENERATIONS = 4096, (9, 10)
 
 # Largest error that a right kernel may have, relative to the largest number of the result. Right
 # kernels stay below a quarter of it.
@@ -192,16 +201,24 @@ class AtenCudaEfficient(_AtenKernel):
 
 
 class AtenCudnn(_AtenKernel):
-    """cuDNN's attention: half types, D up to 128, bias.
+    """cuDNN's attention: half types, D up to 128, no bias.
 
-    Some versions of cuDNN do larger D on some devices, others not; none is deterministic.
+    Some versions of cuDNN do larger D on some devices, others not; none is deterministic. Under a
+    bias, versions up to 9.20 give NaN gradients where the last tile of keys is half full and a
+    log-sum-exp is below -88; versions up to 9.15.0 leave their tensors where the number of tokens
+    is no multiple of 128.
 
-    Source: card section 4.1; the limits: inferred from PyTorch's sources.
+    Source: card section 4.1; the limits: inferred from PyTorch's sources, and from its issues
+    169849 and 196678.
     """
+
+    has_bias = False
 
     def takes(self, tile: TileInputs) -> bool:
         """See :class:`CudaKernel`."""
-        if tile.query.dtype not in _HALF or _width(tile) > 128:
+        if tile.bias is not None or tile.query.dtype not in _HALF or _width(tile) > 128:
+            return False
+        if (torch.backends.cudnn.version() or 0) < _SOUND_CUDNN:
             return False
         if 1 in (tile.query.shape[2], tile.key.shape[2]):
             return False
@@ -209,19 +226,19 @@ class AtenCudnn(_AtenKernel):
         return not (torch.are_deterministic_algorithms_enabled() and strict)
 
     def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
-        query, key, value, scale, is_causal, bias, *_ = tile
+        query, key, value, scale, is_causal, *_ = tile
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, bias, True, 0.0, is_causal, scale=scale
+            query, key, value, None, True, 0.0, is_causal, scale=scale
         )
         return out, lse.reshape(query.shape[:3])  # from (B, H, M, 1)
 
     def _backward(
         self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:
-        query, key, value, scale, is_causal, bias, *_ = tile
+        query, key, value, scale, is_causal, *_ = tile
         lse = lse.clamp(max=1e30)  # rows without keys: exp(score - 1e30) is 0, and 1e30 a number
         return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            *(grad, query, key, value, out, lse.unsqueeze(-1), *_no_seeds(query), bias),
+            *(grad, query, key, value, out, lse.unsqueeze(-1), *_no_seeds(query), None),
             *(None, None, query.shape[2], key.shape[2]),  # sequences are not packed
             *(0.0, is_causal),
             scale=scale,
@@ -243,9 +260,12 @@ class CheckedKernels:
     Args:
         names: Of the kernels, in the order in which they are tried; after them
             :class:`~fulgurite.attention.kernels.MathKernel` is.
+        orders_by_size: Whether cuDNN is tried first for large tiles, on GPUs where it is the
+            fastest.
     """
 
     names: tuple[str, ...]
+    orders_by_size: bool = False
 
     def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
@@ -259,13 +279,30 @@ class CheckedKernels:
 
     def kernel(self, tile: TileInputs) -> TileKernel:
         """Return the kernel for tiles like this."""
-        query, width, is_biased = tile.query, _width(tile), tile.bias is not None
-        for name in self.names:
+        name = self.kernel_name(tile)
+        return MathKernel() if name == "math" else _KERNELS[name]
+
+    def kernel_name(self, tile: TileInputs, device: torch.device | None = None) -> str:
+        """Return the name of the kernel for tiles like this.
+
+        Args:
+            tile: Whose types and sizes are looked at, never its numbers.
+            device: Where it would be computed; by default where the tile is.
+        """
+        device = device or tile.query.device
+        width, is_biased = _width(tile), tile.bias is not None
+        for name in self._order(tile, device):
             if _KERNELS[name].takes(tile) and _is_right(
-                name, query.device, query.dtype, width, is_biased
+                name, device, tile.query.dtype, width, is_biased
             ):
-                return _KERNELS[name]
-        return MathKernel()
+                return name
+        return "math"
+
+    def _order(self, tile: TileInputs, device: torch.device) -> tuple[str, ...]:
+        is_large = min(tile.query.shape[2], tile.key.shape[2]) >= _LARGE_TILE
+        if self.orders_by_size and is_large and _prefers_cudnn(device):
+            return tuple(sorted(self.names, key=lambda name: name != "cudnn"))
+        return self.names
 
 
 def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
@@ -288,7 +325,64 @@ def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
         )
     if prefer == "math" or dtype not in _TOLERANCE:
         return MathKernel()
-    return CheckedKernels(tuple(sorted(_KERNELS, key=lambda name: name != prefer)))
+    return CheckedKernels(tuple(sorted(_KERNELS, key=lambda name: name != prefer)), prefer is None)
+
+
+def cuda_kernel_names(
+    device: torch.device, dtype: torch.dtype, head_dim: int, prefer: str | None, has_wide_bias: bool
+) -> TileKernelNames:
+    """Return which kernels compute the tiles of a call, for its plan.
+
+    Args:
+        device: A GPU of this machine.
+        dtype: Of query, key and value.
+        head_dim: The larger of D and E.
+        prefer: Kernel to try before the others.
+        has_wide_bias: Whether a bias is wider than ``dtype``, which only matrix products add.
+    """
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    strict = is_deterministic and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return _kernel_names(device, dtype, head_dim, prefer, has_wide_bias, strict)
+
+
+@functools.cache
+def _kernel_names(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    prefer: str | None,
+    has_wide_bias: bool,
+    is_deterministic: bool,
+) -> TileKernelNames:
+    chosen = cuda_kernel(dtype, prefer)
+    if not isinstance(chosen, CheckedKernels):
+        return TileKernelNames(("math",), ("math",))
+    full = [
+        chosen.kernel_name(_shapes_alone(side, dtype, head_dim), device)
+        for side in (_LARGE_TILE, _LARGE_TILE // 2)
+    ]
+    masked = "math"
+    if not has_wide_bias:
+        masked = chosen.kernel_name(_shapes_alone(64, dtype, head_dim, biased=True), device)
+    processors = 0
+    if is_deterministic:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return TileKernelNames(tuple(dict.fromkeys(full)), (masked,), processors)
+
+
+def _shapes_alone(side: int, dtype: torch.dtype, head_dim: int, biased: bool = False) -> TileInputs:
+    """A tile without numbers."""
+    rows = torch.empty(1, 1, side, head_dim, dtype=dtype, device="meta")
+    bias = rows.new_empty(1, 1, side, side) if biased else None
+    return TileInputs(rows, rows, rows, 1.0, False, bias)
+
+
+@functools.cache
+def _prefers_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN is the fastest kernel for large tiles, as PyTorch itself has it."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in _CUDNN_GENERATIONS
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -303,10 +397,12 @@ def _is_right(
 def _compared(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
 ) -> bool:
+    if device.type == "cuda" and torch.cuda.is_available():
+        _refuse_capture(name)
     kernel = _KERNELS[name]
     # whatever the caller is in (fake tensors, counters of operations), this is computed
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        kinds = ("bias",) if biased else ("full", "causal")
+        kinds = ("bias", "low bias") if biased else ("full", "causal", "low")
         faults = (_fault(kernel, device, dtype, head_dim, kind) for kind in kinds)
         fault = next(filter(None, faults), None)
     if fault:
@@ -316,6 +412,20 @@ def _compared(
             stacklevel=4,
         )
     return fault is None
+
+
+def _refuse_capture(name: str) -> None:
+    """Refuse to compare a kernel where nothing is computed yet.
+
+    Raises:
+        ConfigError: A CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise ConfigError(
+            f"The {name} kernel was not compared with matrix products before a CUDA graph was "
+            "captured.",
+            "Run the step once before capturing it.",
+        )
 
 
 class _Case(NamedTuple):
@@ -329,23 +439,36 @@ class _Case(NamedTuple):
 
 
 def _case(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> _Case:
-    """A small tile in grouped heads, cut out of larger tensors as all tiles are."""
+    """A small tile in grouped heads, cut out of larger tensors as all tiles are.
+
+    Args:
+        device: Where it lies.
+        dtype: Of query, key and value.
+        head_dim: D.
+        kind: ``full``, ``causal`` or ``bias``; ``low`` and ``low bias`` have log-sum-exps near
+            -120 and a last block of keys that is half full.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, tokens: int) -> Tensor:
         whole = torch.randn(2, heads, tokens + 5, head_dim, generator=generator)
         return whole.to(device, dtype).narrow(2, 3, tokens)
 
-    queries, keys = 150 if kind == "causal" else 45, 150
+    is_low = kind.startswith("low")
+    queries, keys = 150 if kind == "causal" else 45, 192 if is_low else 150
+    scale = 1.3 / math.sqrt(head_dim)
     grad, query, out = (draw(4, queries) for _ in range(3))
     key, value = (draw(2, keys) for _ in range(2))
+    if is_low:
+        step = math.sqrt(125 / (scale * head_dim))
+        query, key = query + step, key - step
     bias = None
-    if kind == "bias":
+    if kind.endswith("bias"):
         rows = torch.arange(queries)[:, None]
         hidden = (torch.arange(keys) > rows + 60) | (rows == 7)  # row 7 has no keys
         bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[None, None]
         bias = bias.to(device, dtype)
-    tile = TileInputs(query, key, value, 1.3 / math.sqrt(head_dim), kind == "causal", bias)
+    tile = TileInputs(query, key, value, scale, kind == "causal", bias)
     # in float64, which no setting of matrix products narrows
     exact = tile._replace(
         query=query.double(), key=key.double(), value=value.double(),

@@ -27,6 +27,10 @@ def device_memory(device: torch.device | str, *, proc: str | Path = "/proc") -> 
     systems set them), and the limits of the process on its address space and its data. Files that
     a group has read and no longer uses count as free, because the kernel drops them first.
 
+    For a GPU what PyTorch has taken from the driver and not given to a tensor is free too, except
+    the rests of blocks that tensors use a part of; and a process may not take more than the
+    fraction that ``torch.cuda.set_per_process_memory_fraction`` leaves it.
+
     Args:
         device: A CPU or a GPU.
         proc: Where the kernel reports about processes; another folder serves tests.
@@ -41,11 +45,21 @@ def device_memory(device: torch.device | str, *, proc: str | Path = "/proc") -> 
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
+        return _gpu_memory(device)
     proc = Path(proc)
     limits = [_machine(proc), *_control_groups(proc), *_process_limits(proc)]
     total = min(limit.total for limit in limits)
     return max(0, min(total, *(limit.free for limit in limits))), total
+
+
+def _gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Free and total memory of a GPU for this process."""
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    rests = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.current", 0)
+    cached = max(0, torch.cuda.memory_reserved(device) - used - rests)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + cached, allowed - used - rests)), min(total, allowed)
 
 
 def _machine(proc: Path) -> _Limit:

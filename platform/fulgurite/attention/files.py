@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
+from fulgurite.attention.cost_model import GPU_COSTS
 from fulgurite.attention.fingerprint import plan_facts
 from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_of
 from fulgurite.attention.journal import Journal, read_header
-from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.kernels import accumulator_dtype, usual_kernel_names
 from fulgurite.attention.mapped import check_targets
 from fulgurite.attention.masks import Masking, MaskOptions
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import ExecutionPlan, Schedule, check_schedule, make_plan
 from fulgurite.attention.progress import bar
+from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.steps import Slices, column_count, row_count
 from fulgurite.attention.units import (
     AttentionInputs,
@@ -123,7 +125,7 @@ def attend_files(
     folder = _folder(journal, shard)
     plan = make_plan(
         spec, _budget(memory_budget, where, folder), schedule,
-        resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, shard=shard,
+        resident=False, tiled=True, kernel=kernel, shard=shard, **_of_device(where, spec, kernel),
     )  # fmt: skip
     if spec.is_empty:
         clear_(out, lse)
@@ -229,7 +231,8 @@ def attend_files_backward(
     folder = _folder(journal, shard)
     plan = make_plan(
         spec, _budget(memory_budget, where, folder), "rect", forward=False,
-        passes=2, resident=False, tiled=True, ahead=where.type != "cpu", kernel=kernel, shard=shard,
+        passes=2, resident=False, tiled=True, kernel=kernel, shard=shard,
+        **_of_device(where, spec, kernel),
     )  # fmt: skip
     if spec.is_empty:
         for target in targets.values():
@@ -267,6 +270,16 @@ def _budget(budget: Budget, device: torch.device, folder: Path | None) -> int | 
         size = header["budget"]["bytes"]
         return None if size is None else int(size)
     return parse_budget(budget, device)
+
+
+def _of_device(device: torch.device, spec: AttentionSpec, kernel: str | None) -> dict[str, Any]:
+    """What of a plan depends on the device; nothing measured, or it could not be resumed."""
+    on_gpu = device.type != "cpu"
+    return {
+        "ahead": on_gpu,
+        "costs": GPU_COSTS if on_gpu else None,
+        "kernels": usual_kernel_names(on_gpu, spec.dtype, kernel),
+    }
 
 
 def _refuse(inputs: Mapping[str, Tensor], at: Slices) -> None:

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_biases
 from fulgurite.attention.budget import Budget, parse_budget
-from fulgurite.attention.calibration import measured_costs
+from fulgurite.attention.calibration import agreed_costs, measured_costs
 from fulgurite.attention.checks import check_number, kernel_device
 from fulgurite.attention.cost_model import Costs
-from fulgurite.attention.kernels import accumulator_dtype, kernel_for
+from fulgurite.attention.kernels import (
+    TileKernelNames,
+    accumulator_dtype,
+    kernel_for,
+    kernel_names,
+)
 from fulgurite.attention.masking import Visibility, Window
 from fulgurite.attention.masks import (
     Documents,
@@ -34,8 +39,11 @@ from fulgurite.attention.stream import StreamedAttention
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["StreamOptions", "attend", "plan", "spec_of", "stream_attention"]
+__all__ = [
+    "StreamOptions", "attend", "attend_masked", "plan", "spec_of", "stream_attention",
+]  # fmt: skip
 
+_MOST_DECIDED = 512  # sizes of calls whose budget is remembered
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,6 +61,8 @@ class StreamOptions:
             ``efficient`` to try first.
         distributed: Deal the work out to the ranks of torch.distributed.
         on_plan: Called with the plan before it is run.
+        decided: Budgets that ``"auto"`` was found to be, by the sizes of the call. With it they
+            are decided once, so that plans do not follow every change of the free memory.
     """
 
     memory_budget: Budget = None
@@ -62,6 +72,7 @@ class StreamOptions:
     kernel: str | None = None
     distributed: bool = False
     on_plan: Callable[[ExecutionPlan], None] | None = None
+    decided: dict[Any, int | None] | None = None
 
 
 @overload
@@ -190,13 +201,6 @@ def stream_attention(  # type: ignore[misc]  # overloads leave the names of opti
 
     Source: Stream-CQSA, arXiv 2604.20819; the choice of schedules: card section 7.
     """
-    _check_tensors(query=query, key=key, value=value)
-    masks = {"attn_mask": attn_mask, "key_mask": key_mask, "sinks": sinks}
-    masks["alibi_slopes"] = alibi_slopes
-    _check_tensors(**{name: mask for name, mask in masks.items() if mask is not None})
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, bool):
-            raise ConfigError(f"{name}={flag!r} is no bool.", "Give True or False.")
     if check_number("dropout_p", dropout_p):
         raise ConfigError(
             f"stream_attention does no dropout (dropout_p={dropout_p}).",
@@ -209,15 +213,10 @@ def stream_attention(  # type: ignore[misc]  # overloads leave the names of opti
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
     )
-    is_matrix = query.ndim == key.ndim == value.ndim == 2
-    if is_matrix:
-        query, key, value = query[None], key[None], value[None]
-    out, lse = _attend_masked(
-        query, key, value, attn_mask, masking, scale, enable_gqa, softcap, sinks, alibi_slopes,
-        options,
+    out, lse = attend_masked(
+        query, key, value, attn_mask, masking, scale=scale, enable_gqa=enable_gqa,
+        softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, options=options,
     )  # fmt: skip
-    if is_matrix:
-        out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
 
 
@@ -243,21 +242,51 @@ class _Call(NamedTuple):
     bias: Tensor | None
 
 
-def _attend_masked(
+def attend_masked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
     masking: Masking,
-    scale: float | None,
-    enable_gqa: bool,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     options: StreamOptions,
 ) -> tuple[Tensor, Tensor]:
-    kind = query.device.type
+    """Return the attention of :func:`stream_attention` and its log-sum-exp.
+
+    Args:
+        query: See there, as the rest.
+        key: Keys.
+        value: Values.
+        attn_mask: Mask or bias.
+        masking: What is seen.
+        scale: Of the scores.
+        enable_gqa: Allow fewer key/value heads.
+        softcap: Cap of the scores.
+        sinks: Scores of a key without a value.
+        alibi_slopes: Slopes of the scores.
+        options: How it is computed.
+
+    Raises:
+        ConfigError: An option is not supported, or the budget is too small.
+        DataError: Shapes, types or devices do not fit together.
+    """
+    _check_tensors(query=query, key=key, value=value)
+    masks = {"attn_mask": attn_mask, "key_mask": masking.key_mask, "sinks": sinks}
+    masks["alibi_slopes"] = alibi_slopes
+    _check_tensors(**{name: mask for name, mask in masks.items() if mask is not None})
+    for name, flag in (("is_causal", masking.is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise ConfigError(f"{name}={flag!r} is no bool.", "Give True or False.")
+    is_matrix = query.ndim == key.ndim == value.ndim == 2
+    if is_matrix:
+        query, key, value = query[None], key[None], value[None]
     _check_types(query, key, value)
+    kind = query.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if casts and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -270,7 +299,9 @@ def _attend_masked(
         call.query, call.key, call.value, call.visible, scale=scale, softcap=softcap,
         sinks=sinks, biases=call.biases, bias=call.bias, options=options,
     )  # fmt: skip
-    return out.reshape(*call.lead, *out.shape[1:]), lse.reshape(*call.lead, *lse.shape[1:])
+    out = out.reshape(*call.lead, *out.shape[1:])
+    lse = lse.reshape(*call.lead, *lse.shape[1:])
+    return (out[0], lse[0]) if is_matrix else (out, lse)
 
 
 def _normalized(
@@ -376,14 +407,15 @@ def attend(
     where = query.device if options.device is None else options.device
     kernel_for(where, query.dtype, prefer=options.kernel)
     abstract = any(_is_abstract(x) for x in (query, key, value))
-    resident = where.type == query.device.type
+    resident = where == query.device
     tensors = (query, key, value, bias, sinks)
+    has_gradient = any(x is not None and x.requires_grad for x in tensors)
+    backward = torch.is_grad_enabled() and has_gradient
     chosen = make_plan(
         spec,
-        _budget(options.memory_budget, where, options.distributed),
+        _decided_budget(spec, where, backward, options),
         options.schedule,
-        backward=torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in tensors),
+        backward=backward,
         resident=resident,
         packs=_packs(query, key, value),
         tiled=not resident,
@@ -391,6 +423,7 @@ def attend(
         kernel=options.kernel,
         shard=ranks_share(options.distributed),
         costs=None if abstract or spec.is_empty else _costs(where, query, options),
+        kernels=_kernel_names(spec, where, options.kernel, abstract),
     )
     if options.on_plan:
         options.on_plan(chosen)
@@ -398,7 +431,7 @@ def attend(
         _refuse_tracing()
         return _abstract_result(query, value, key)
     out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
-        *tensors, chosen, biases, query.device if resident else where
+        *tensors, chosen, biases, where
     )
     return out, lse
 
@@ -612,6 +645,23 @@ def ranks_share(distributed: bool) -> tuple[int, int]:
     return rank_and_world() if distributed else (0, 1)
 
 
+def _decided_budget(
+    spec: AttentionSpec, device: torch.device, backward: bool, options: StreamOptions
+) -> int | None:
+    """The budget in bytes; ``"auto"`` as it was for the last call of these sizes."""
+    if options.memory_budget != "auto" or options.decided is None:
+        return _budget(options.memory_budget, device, options.distributed)
+    key = (
+        spec.batch, spec.heads, spec.kv_heads, spec.queries, spec.keys, spec.head_dim,
+        spec.value_dim, spec.dtype, device, backward,
+    )  # fmt: skip
+    if key not in options.decided:
+        if len(options.decided) >= _MOST_DECIDED:
+            options.decided.clear()
+        options.decided[key] = _budget("auto", device, options.distributed)
+    return options.decided[key]
+
+
 def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | None:
     """The budget in bytes; the smallest of all ranks, since they must plan alike."""
     size = parse_budget(budget, device)
@@ -623,10 +673,23 @@ def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | No
 
 
 def _costs(device: torch.device, query: Tensor, options: StreamOptions) -> Costs | None:
-    """Measure the machine only where there is something to choose, and ranks need not agree."""
-    if options.memory_budget is None or options.distributed:
+    """Measure the machine, where there is something to choose; ranks plan by the first's costs."""
+    if options.memory_budget is None:
         return None
-    return measured_costs(device, query.dtype, max(1, query.shape[-1]))
+    measured = device, query.dtype, max(1, query.shape[-1])
+    if ranks_share(options.distributed)[1] > 1:
+        return agreed_costs(*measured)
+    return measured_costs(*measured)
+
+
+def _kernel_names(
+    spec: AttentionSpec, device: torch.device, prefer: str | None, abstract: bool
+) -> TileKernelNames | None:
+    """Which kernels compute the tiles; None where nothing is computed."""
+    if abstract or spec.is_empty:
+        return None
+    width = max(spec.head_dim, spec.value_dim)
+    return kernel_names(device, spec.dtype, width, prefer=prefer, has_wide_bias=spec.has_wide_bias)
 
 
 def check_call(
@@ -805,4 +868,5 @@ def plan(
         backward=backward,
         packs=_packs(*tensors),
         costs=None if abstract or spec.is_empty else _costs(query.device, query, options),
+        kernels=_kernel_names(spec, query.device, None, abstract),
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.budget import format_bytes
-from fulgurite.attention.kernels import accumulator_dtype, kernel_for
+from fulgurite.attention.cost_model import GPU_COSTS
+from fulgurite.attention.kernels import accumulator_dtype, kernel_for, usual_kernel_names
 from fulgurite.attention.masking import Range, Visibility
 from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
 from fulgurite.attention.quorums import quorum
@@ -124,7 +125,9 @@ def job_plan(
         try:
             plan = make_plan(
                 spec, allowed, schedule, resident=False, tiled=True, ahead=ahead,
-                kernel=kernel, **(gradients if schedule == "rect" else {}),
+                kernel=kernel, costs=GPU_COSTS if ahead else None,
+                kernels=usual_kernel_names(ahead, spec.dtype, kernel),
+                **(gradients if schedule == "rect" else {}),
             )  # fmt: skip
             if spec.is_empty:
                 return plan
@@ -158,7 +161,7 @@ def _gradient_peak(plan: ExecutionPlan, ahead: bool) -> int:
     total = 2 * loaded * width * (size * (2 if ahead else 1) + wide)
     total += rows // spec.kv_heads * (width * (3 * size + 3 * wide) + wide)
     total += (rows // spec.kv_heads + 2 * loaded) * width * size
-    if spec.needs_math:
+    if plan.setting.computes_scores(spec):
         total += 3 * rows // spec.kv_heads * loaded * wide
     return total * plan.head_step[0] * plan.head_step[1]
 

@@ -28,11 +28,14 @@ __all__ = [
     "MathKernel",
     "TileInputs",
     "TileKernel",
+    "TileKernelNames",
     "accumulator_dtype",
     "empty_rows",
     "kernel_for",
+    "kernel_names",
     "repeat_heads",
     "sum_heads",
+    "usual_kernel_names",
 ]
 
 #: What ``kernel`` may be.
@@ -73,6 +76,22 @@ class TileInputs(NamedTuple):
     bias: Tensor | None = None
     softcap: float | None = None
     shift: Tensor | None = None
+
+
+class TileKernelNames(NamedTuple):
+    """Which kernels compute the tiles of a call.
+
+    Attributes:
+        full: For all pairs and causal squares, whatever their size: ``cpu`` or some of
+            :data:`KERNEL_NAMES`.
+        masked: For tiles under a bias.
+        processors: Multiprocessors among which deterministic gradients are divided; 0 where they
+            need not be deterministic.
+    """
+
+    full: tuple[str, ...] = ("cpu",)
+    masked: tuple[str, ...] = ("cpu",)
+    processors: int = 0
 
 
 class TileKernel(Protocol):
@@ -313,3 +332,52 @@ def kernel_for(
 
         return cuda_kernel(dtype, prefer)
     return AtenCpuFlash() if device.type == "cpu" else MathKernel()
+
+
+def usual_kernel_names(
+    on_gpu: bool, dtype: torch.dtype, prefer: str | None = None
+) -> TileKernelNames:
+    """Return which kernels may compute tiles, for plans that are the same on all machines.
+
+    Args:
+        on_gpu: Whether a GPU computes them.
+        dtype: Of query, key and value.
+        prefer: See :func:`kernel_for`.
+    """
+    if prefer == "math" or (on_gpu and dtype == torch.float64):
+        return TileKernelNames(("math",), ("math",))
+    if not on_gpu:
+        return TileKernelNames()
+    if dtype == torch.float32:
+        return TileKernelNames(("efficient",), ("efficient",))
+    return TileKernelNames(("flash", "cudnn", "efficient"), ("efficient",))
+
+
+def kernel_names(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    prefer: str | None = None,
+    has_wide_bias: bool = False,
+) -> TileKernelNames:
+    """Return which kernels compute the tiles of a call; :func:`kernel_for` gives them.
+
+    Args:
+        device: Where tiles are computed; a GPU that this machine has not counts as a CPU.
+        dtype: Of query, key and value.
+        head_dim: The larger of D and E.
+        prefer: See :func:`kernel_for`.
+        has_wide_bias: Whether a bias is wider than ``dtype``.
+
+    Example:
+        >>> kernel_names(torch.device("cpu"), torch.float32, 64).full
+        ('cpu',)
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        from fulgurite.attention.cuda_kernels import cuda_kernel_names  # builds on this module
+
+        return cuda_kernel_names(device, dtype, head_dim, prefer, has_wide_bias)
+    if prefer == "math" or device.type not in ("cpu", "cuda", "meta"):
+        return TileKernelNames(("math",), ("math",))
+    return TileKernelNames()

@@ -5,6 +5,7 @@ Axes: B batch, M queries, N keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["MASKED_SIDE", "Bound", "Kind", "Range", "Tile", "Visibility", "Window", "tiles"]
+__all__ = [
+    "CACHED_MASKS", "GPU_MASKED_SIDE", "MASKED_SIDE", "Bound", "Kind", "Range", "Tile",
+    "Visibility", "Window", "tiles",
+]  # fmt: skip
 
 #: Half-open range of tokens.
 Range = tuple[int, int]
@@ -31,6 +35,15 @@ Window = int | tuple[int | None, int | None]
 
 #: A tile under a bias is cut until it is at most so wide: the rest of the rectangle needs no mask.
 MASKED_SIDE = 256
+
+#: The largest of a GPU, where a call costs more than the pairs that a larger tile hides.
+GPU_MASKED_SIDE = 2048
+
+#: How many biases a GPU keeps: those of a window's edge are the same all along the sequence.
+CACHED_MASKS = 2
+
+# Pieces of an edge from which on the numbers of its rows are copied to the device.
+_MOST_PIECES = 8
 
 # Boundaries within a tile of at most MASKED_SIDE from which on one masked call costs less than the
 # calls that the boundaries would cut it into.
@@ -337,6 +350,15 @@ class Visibility:
         """Whether one kernel call without a bias can do it: all pairs, or a causal square."""
         return self.is_full or (self.is_causal and self.queries <= self.keys)
 
+    @cached_property
+    def slides(self) -> bool:
+        """Whether the first key that is seen moves with the query, as in a window."""
+        starts = (*self.first.starts, self.queries)
+        lengths = (b - a for a, b in itertools.pairwise(starts))
+        return any(
+            slope and length > 1 for slope, length in zip(self.first.slopes, lengths, strict=True)
+        )
+
     def _linear_ranges(self) -> Iterator[Range]:
         """Ranges of queries within which both ends are straight lines."""
         edges = {*self.first.starts, *self.end.starts, 0}
@@ -371,14 +393,76 @@ class Visibility:
         return float(np.maximum(self.end.at(bottom) - self.first.at(top), 0).mean())
 
     def bias(self, queries: Range, keys: Range, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the additive mask of a rectangle: 0 or −inf. Shape: (1, 1, M', N')."""
+        """Return the additive mask of a rectangle: 0 or −inf. Shape: (1, 1, M', N').
+
+        On a GPU it is made there, and the last few are kept; it must not be changed.
+        """
+        if device.type == "cuda":
+            edge = self._edge(queries, keys)
+            if len(edge.pieces) <= _MOST_PIECES:
+                return _cached_bias(edge, dtype, device)
         rows = np.arange(*queries, dtype=np.int64)
-        first = torch.from_numpy(self.first.at(rows)).to(device)[:, None]
-        end = torch.from_numpy(self.end.at(rows)).to(device)[:, None]
+        first, end = (
+            _to_device(torch.from_numpy(bound.at(rows)), device)[:, None]
+            for bound in (self.first, self.end)
+        )
         columns = torch.arange(*keys, device=device)
         hidden = (columns < first) | (columns >= end)
         bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
         return bias.masked_fill_(hidden, -torch.inf)[None, None]
+
+    def _edge(self, queries: Range, keys: Range) -> _Edge:
+        """What is seen of a rectangle, in its own coordinates."""
+        (top, bottom), width = queries, keys[1] - keys[0]
+        inside = {edge for edge in (*self.first.starts, *self.end.starts) if top < edge < bottom}
+        pieces = []
+        for begin, behind in itertools.pairwise((top, *sorted(inside), bottom)):
+            lines = []
+            for bound in (self.first, self.end):
+                slope, value = bound.piece(begin)[0], bound(begin) - keys[0]
+                # a constant outside the rectangle is as good as one at its border
+                lines.append((slope, value if slope else min(max(value, 0), width)))
+            pieces.append((begin - top, behind - top, *lines))
+        return _Edge(bottom - top, width, tuple(pieces))
+
+
+class _Edge(NamedTuple):
+    """What is seen of a rectangle.
+
+    Attributes:
+        queries: M'.
+        keys: N'.
+        pieces: Ranges of rows, each with the slope, and the value at its first row, of the first
+            key that is seen and of the key behind the last.
+    """
+
+    queries: int
+    keys: int
+    pieces: tuple[tuple[int, int, tuple[int, int], tuple[int, int]], ...]
+
+
+@functools.lru_cache(maxsize=CACHED_MASKS)
+def _cached_bias(edge: _Edge, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _edge_bias(edge, dtype, device)
+
+
+def _edge_bias(edge: _Edge, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask of a rectangle, made on the device alone. Shape: (1, 1, M', N')."""
+    columns = torch.arange(edge.keys, device=device)
+    bias = torch.zeros(edge.queries, edge.keys, dtype=dtype, device=device)
+    for begin, behind, (first_slope, first), (end_slope, end) in edge.pieces:
+        rows = torch.arange(behind - begin, device=device)[:, None]
+        hidden = columns < rows * first_slope + first
+        hidden |= columns >= rows * end_slope + end
+        bias[begin:behind].masked_fill_(hidden, -torch.inf)
+    return bias[None, None]
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host; a GPU does not wait for it."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _without_rows(first: Bound, end: Bound, rows: Range, keys: int) -> tuple[Bound, Bound]:
@@ -451,11 +535,19 @@ def _check_masks(
             )
 
 
-def tiles(queries: Range, keys: Range, visible: Visibility) -> Iterator[Tile]:
+def tiles(
+    queries: Range, keys: Range, visible: Visibility, masked_side: int | None = None
+) -> Iterator[Tile]:
     """Cut a rectangle into tiles, without the parts in which nothing is seen.
 
     Every visible pair of the rectangle is in exactly one tile. Only at the edges of windows, and
     where many short documents meet, are there tiles that need a bias.
+
+    Args:
+        queries: Rows of the rectangle.
+        keys: Columns.
+        visible: What is seen.
+        masked_side: Side of the largest tiles under a bias; :data:`MASKED_SIDE` by default.
 
     Example:
         >>> causal = Visibility.of(8, 8, is_causal=True)
@@ -465,6 +557,7 @@ def tiles(queries: Range, keys: Range, visible: Visibility) -> Iterator[Tile]:
     (top, bottom), (left, right) = queries, keys
     if top >= bottom or left >= right:
         return
+    side = MASKED_SIDE if masked_side is None else masked_side
     first, end = visible.first, visible.end
     if end(bottom - 1) <= left or first(top) >= right:
         return
@@ -474,29 +567,29 @@ def tiles(queries: Range, keys: Range, visible: Visibility) -> Iterator[Tile]:
     if _is_causal_square(queries, keys, visible):
         yield Tile(queries, keys, Kind.CAUSAL)
         return
-    is_small = max(bottom - top, right - left) <= MASKED_SIDE
-    cuts = _query_cuts(queries, keys, visible)
+    is_small = max(bottom - top, right - left) <= side
+    cuts = _query_cuts(queries, keys, visible, side)
     if is_small and len(cuts) > _MOST_CUTS:
         yield Tile(queries, keys, Kind.BIAS)
         return
     if cuts:
         cut = cuts[len(cuts) // 2]
-        yield from tiles((top, cut), keys, visible)
-        yield from tiles((cut, bottom), keys, visible)
-    elif cuts := _key_cuts(queries, keys, visible):
+        yield from tiles((top, cut), keys, visible, side)
+        yield from tiles((cut, bottom), keys, visible, side)
+    elif cuts := _key_cuts(queries, keys, visible, side):
         cut = cuts[len(cuts) // 2]
-        yield from tiles(queries, (left, cut), visible)
-        yield from tiles(queries, (cut, right), visible)
+        yield from tiles(queries, (left, cut), visible, side)
+        yield from tiles(queries, (cut, right), visible, side)
     elif is_small:
         yield Tile(queries, keys, Kind.BIAS)
     elif bottom - top >= right - left:
         cut = (top + bottom) // 2
-        yield from tiles((top, cut), keys, visible)
-        yield from tiles((cut, bottom), keys, visible)
+        yield from tiles((top, cut), keys, visible, side)
+        yield from tiles((cut, bottom), keys, visible, side)
     else:
         cut = (left + right) // 2
-        yield from tiles(queries, (left, cut), visible)
-        yield from tiles(queries, (cut, right), visible)
+        yield from tiles(queries, (left, cut), visible, side)
+        yield from tiles(queries, (cut, right), visible, side)
 
 
 def _is_causal_square(queries: Range, keys: Range, visible: Visibility) -> bool:
@@ -509,7 +602,7 @@ def _is_causal_square(queries: Range, keys: Range, visible: Visibility) -> bool:
     return is_line and visible.end(top) == left + 1
 
 
-def _query_cuts(queries: Range, keys: Range, visible: Visibility) -> list[int]:
+def _query_cuts(queries: Range, keys: Range, visible: Visibility, side: int) -> list[int]:
     """Queries strictly inside a rectangle where a bound bends, or the diagonal enters or leaves."""
     (top, bottom), (left, right) = queries, keys
     cuts: set[int] = set()
@@ -523,16 +616,16 @@ def _query_cuts(queries: Range, keys: Range, visible: Visibility) -> list[int]:
         cuts |= {top + edge + 1 - visible.end(top) for edge in (left, right)}
     if visible.first.piece(top)[0] == 1:
         blind = top + right - visible.first(top)  # the first query that sees no key any more
-        cuts |= {blind} if bottom - blind > MASKED_SIDE else set()
+        cuts |= {blind} if bottom - blind > side else set()
     return sorted(cut for cut in cuts if top < cut < bottom)
 
 
-def _key_cuts(queries: Range, keys: Range, visible: Visibility) -> list[int]:
+def _key_cuts(queries: Range, keys: Range, visible: Visibility, side: int) -> list[int]:
     """Keys strictly inside a rectangle between what all, some and no queries of it see."""
     (top, bottom), (left, right) = queries, keys
     # the diagonal's square begins with the last key of its first query
     cuts = {visible.first(top), visible.end(top) - visible.end.piece(top)[0]}
     cuts.add(visible.end(bottom - 1))
-    if right - visible.first(bottom - 1) > MASKED_SIDE:  # else slivers of a window's edge
+    if right - visible.first(bottom - 1) > side:  # else slivers of a window's edge
         cuts.add(visible.first(bottom - 1))
     return sorted(cut for cut in cuts if left < cut < right)

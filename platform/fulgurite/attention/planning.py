@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.cost_model import CostEstimate, Costs, Cut, Setting, estimate
-from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.masking import Visibility
+from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
+from fulgurite.attention.masking import CACHED_MASKS, GPU_MASKED_SIDE, MASKED_SIDE, Visibility
 from fulgurite.attention.quorums import perfect_sizes, quorum
 from fulgurite.attention.schedules import Task, rect_tasks, recursive_tasks
 from fulgurite.attention.spec import AttentionSpec, HeadGroup
 from fulgurite.errors import ConfigError
 
-__all__ = ["SCHEDULES", "ExecutionPlan", "Schedule", "check_schedule", "make_plan"]
+__all__ = [
+    "SCHEDULES", "UNHALVED", "ExecutionPlan", "Halvings", "Schedule", "check_schedule",
+    "make_plan",
+]  # fmt: skip
 
 Schedule = Literal["auto", "whole", "heads", "rect", "cqs"]
 
@@ -30,6 +33,24 @@ _SMALLEST_TILE = 16  # tokens; below it a kernel call costs more than its tile
 _MOST_CHUNKS = 2500
 # What tiles hold whose scores or biases lie in memory, where no budget says more [bytes].
 _DENSE_BUDGET = 2**26
+
+
+class Halvings(NamedTuple):
+    """How often what is computed at once is halved after memory ran out.
+
+    Attributes:
+        heads: Halvings of the batch entries and heads at once.
+        queries: Halvings of the queries of a tile.
+        keys: Halvings of its keys.
+    """
+
+    heads: int = 0
+    queries: int = 0
+    keys: int = 0
+
+
+#: Tiles as they were planned.
+UNHALVED = Halvings()
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class ExecutionPlan:
         budget: What was allowed [bytes].
         reason: Why this way.
         gradient: How gradients are computed, if they are.
+        setting: What it was chosen for.
     """
 
     spec: AttentionSpec
@@ -66,6 +88,7 @@ class ExecutionPlan:
     budget: int | None = None
     reason: str = ""
     gradient: ExecutionPlan | None = None
+    setting: Setting = field(default_factory=Setting)
 
     @property
     def peak_bytes(self) -> int:
@@ -93,6 +116,70 @@ class ExecutionPlan:
         if self.schedule == "cqs":
             return int(self.chunks**self.depth)
         return -(-self.spec.queries // max(1, self.tile[0]))
+
+    @property
+    def masked_side(self) -> int | None:
+        """Side of the largest tiles under a mask's edge; None for that of CPUs."""
+        return self.setting.masked_side
+
+    def smaller_tiles(self, halvings: Halvings) -> Halvings | None:
+        """Return how to cut on when tiles halved so often are too large; None at the smallest.
+
+        Heads or one side are halved, whichever leaves least memory in use; so calls about double.
+        Only where one call becomes several, which must be merged, it may take two halvings until
+        less is in use. Where keys were gathered, they are streamed in chunks from then on.
+        """
+        smaller = self._halved_once(halvings)
+        while smaller is not None and self.peak_of(smaller) >= self.peak_of(halvings):
+            further = self._halved_once(smaller)
+            if further is None:
+                break
+            smaller = further
+        return smaller
+
+    def _halved_once(self, halvings: Halvings) -> Halvings | None:
+        """One more halving, of what leaves least memory in use; None at the smallest tiles."""
+        height, width = self._sides(halvings)
+        options = []
+        if self.head_steps(halvings) != (1, 1):
+            options.append(halvings._replace(heads=halvings.heads + 1))
+        if height > _SMALLEST_TILE:
+            options.append(halvings._replace(queries=halvings.queries + 1))
+        if width > _SMALLEST_TILE:
+            options.append(halvings._replace(keys=halvings.keys + 1))
+        return min(options, key=self.peak_of, default=None)
+
+    def peak_of(self, halvings: Halvings) -> int:
+        """Most bytes that tiles halved so often hold at once."""
+        is_cut = halvings.queries or halvings.keys or self.schedule in ("rect", "cqs")
+        cut = Cut(
+            "rect" if is_cut else "heads", self.head_steps(halvings), self._sides(halvings),
+            passes=self.passes,
+        )  # fmt: skip
+        return estimate(self.spec, cut, self.setting).peak_bytes
+
+    def head_steps(self, halvings: Halvings) -> tuple[int, int]:
+        """Batch entries and key/value heads at once when these are halved so often."""
+        batch, kv_heads = self.head_step
+        for _ in range(halvings.heads):
+            if batch > 1:
+                batch = -(-batch // 2)
+            else:
+                kv_heads = -(-kv_heads // 2)
+        return batch, kv_heads
+
+    def parts(self, group: HeadGroup, halvings: Halvings) -> list[HeadGroup]:
+        """Parts of a group of heads that are computed one after the other."""
+        heads = self.spec.heads // self.spec.kv_heads
+        return group.parts(*self.head_steps(halvings), heads)
+
+    def _sides(self, halvings: Halvings) -> tuple[int, int]:
+        """Queries and keys of tiles halved so often."""
+        height, width = self.tile
+        if self.schedule == "cqs":
+            height = -(-self.spec.keys // max(1, self.chunks))
+            width = height * len(quorum(max(self.chunks, 1)))
+        return max(1, height >> halvings.queries), max(1, width >> halvings.keys)
 
     def is_mine(self, index: int) -> bool:
         """Whether this rank computes the task of this index.
@@ -194,6 +281,7 @@ def make_plan(
     kernel: str | None = None,
     shard: tuple[int, int] = (0, 1),
     costs: Costs | None = None,
+    kernels: TileKernelNames | None = None,
 ) -> ExecutionPlan:
     """Choose the fastest way that fits.
 
@@ -211,6 +299,7 @@ def make_plan(
         kernel: Which kernel to prefer.
         shard: Rank and number of ranks among which tasks are dealt out.
         costs: Of the machine.
+        kernels: Which compute the tiles; by default those of CPUs.
 
     Raises:
         ConfigError: There is no such schedule, nothing fits, or the schedule does not do these
@@ -224,7 +313,13 @@ def make_plan(
             spec, "whole", (max(1, spec.batch), max(1, spec.kv_heads)), (1, 1), 0,
             CostEstimate(0, 0, 0, 0.0, 0.0), budget=budget, reason="there are no pairs",
         )  # fmt: skip
-    setting = Setting(False, resident, packs, tiled, ahead, shard[1], costs or Costs())
+    kernels = kernels or TileKernelNames()
+    setting = Setting(
+        False, resident, packs, tiled, ahead, shard[1], costs or Costs(), kernels
+    )  # fmt: skip
+    if "efficient" in kernels.masked:
+        side = _masked_side(spec, budget)
+        setting = setting._replace(masked_side=side, cached_masks=CACHED_MASKS)
     chosen: list[ExecutionPlan] = []
     smallest = 0
     for gradients in [True] * (backward or not forward) + [False] * forward:
@@ -256,7 +351,7 @@ def _choose(
     Raises:
         ConfigError: The schedule does not do these sizes.
     """
-    is_dense = spec.needs_math or spec.has_bias
+    is_dense = setting.computes_scores(spec) or spec.has_bias
     limit = _DENSE_BUDGET if budget is None and is_dense else budget
     fits: list[tuple[Cut, CostEstimate]] = []
     smallest: tuple[Cut, CostEstimate] | None = None
@@ -296,9 +391,21 @@ def _choose(
         reason = f"fastest of {len(fits)} ways that fit, or as fast and smaller ({times})"
     plan = ExecutionPlan(
         spec, cut.schedule, cut.head_step, cut.tile, cut.chunks, cost,
-        passes=cut.passes, budget=budget, reason=reason,
+        passes=cut.passes, budget=budget, reason=reason, setting=setting,
     )  # fmt: skip
     return plan, smallest[1].peak_bytes
+
+
+def _masked_side(spec: AttentionSpec, budget: int | None) -> int:
+    """Side of the tiles at the edges of masks on a GPU: the largest that leaves most of the budget.
+
+    What is kept counts too, and what their making takes.
+    """
+    side = GPU_MASKED_SIDE
+    bytes_of_pair = spec.dtype.itemsize * (1 + CACHED_MASKS) + 2
+    while budget is not None and side > MASKED_SIDE and 4 * side**2 * bytes_of_pair > budget:
+        side //= 2
+    return side
 
 
 def _task_count(spec: AttentionSpec, cut: Cut) -> int:
@@ -320,7 +427,7 @@ def _candidates(spec: AttentionSpec, schedule: Schedule, setting: Setting) -> It
     if schedule in ("auto", "rect"):
         # keys that are read where they lie take no memory, however many
         keys_cost = setting.gradients or setting.packs or not setting.resident
-        keys_cost = keys_cost or spec.has_bias or spec.needs_math
+        keys_cost = keys_cost or spec.has_bias or setting.computes_scores(spec)
         sides = [] if keys_cost else [(min(side, queries), keys) for side in _sides(queries)]
         if keys_cost or not spec.is_simple:  # edges of masks take memory too
             sides += _tiles(queries, keys)

@@ -29,6 +29,7 @@ class MaskSpec:
         by_query: Whether queries differ.
         by_key: Whether keys differ.
         needs_shift: Whether it has numbers beside which log-sum-exps would lose their precision.
+        itemsize: Bytes of its widest number; 0 for booleans.
     """
 
     by_batch: bool
@@ -36,13 +37,14 @@ class MaskSpec:
     by_query: bool
     by_key: bool
     needs_shift: bool = False
+    itemsize: int = 0
 
     def union(self, other: MaskSpec | None) -> MaskSpec:
         """Return what is known of the sum of two."""
         if other is None:
             return self
         names = self.__dataclass_fields__
-        return MaskSpec(*(getattr(self, name) or getattr(other, name) for name in names))
+        return MaskSpec(*(max(getattr(self, name), getattr(other, name)) for name in names))
 
 
 class HeadGroup(NamedTuple):
@@ -59,6 +61,25 @@ class HeadGroup(NamedTuple):
     heads: slice
     kv_heads: slice
     visible: Visibility
+
+    def parts(self, batch_step: int, kv_step: int, heads: int) -> list[HeadGroup]:
+        """Cut it into groups of at most so many batch entries and key/value heads.
+
+        Args:
+            batch_step: Batch entries of each.
+            kv_step: Key/value heads of each.
+            heads: Query heads of a key/value head.
+        """
+        return [
+            HeadGroup(
+                slice(b, min(b + batch_step, self.batch.stop)),
+                slice(g * heads, min(g + kv_step, self.kv_heads.stop) * heads),
+                slice(g, min(g + kv_step, self.kv_heads.stop)),
+                self.visible,
+            )
+            for b in range(self.batch.start, self.batch.stop, batch_step)
+            for g in range(self.kv_heads.start, self.kv_heads.stop, kv_step)
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,11 @@ class AttentionSpec:
         return self.mask is not None
 
     @property
+    def has_wide_bias(self) -> bool:
+        """Whether a bias is wider than query, key and value."""
+        return self.mask is not None and self.mask.itemsize > self.dtype.itemsize
+
+    @property
     def needs_math(self) -> bool:
         """Whether tiles must be computed by matrix products."""
         needs_shift = self.mask is not None and self.mask.needs_shift
@@ -121,6 +147,11 @@ class AttentionSpec:
     def is_simple(self) -> bool:
         """Whether each group of heads is one kernel call without a bias."""
         return not self.has_bias and all(visible.is_simple for visible in self.visible)
+
+    @cached_property
+    def slides(self) -> bool:
+        """Whether some batch entries see a window."""
+        return any(visible.slides for visible in self._samples)
 
     @cached_property
     def pairs(self) -> int:
@@ -153,14 +184,8 @@ class AttentionSpec:
             batch_step: Batch entries at once, at most.
             kv_step: Key/value heads at once, each with its query heads.
         """
-        heads = self.heads // self.kv_heads
         for begin, end, visible in self.runs():
-            for b in range(begin, end, batch_step):
-                for g in range(0, self.kv_heads, kv_step):
-                    stop = min(g + kv_step, self.kv_heads)
-                    yield HeadGroup(
-                        slice(b, min(b + batch_step, end)),
-                        slice(g * heads, stop * heads),
-                        slice(g, stop),
-                        visible,
-                    )
+            run = HeadGroup(
+                slice(begin, end), slice(0, self.heads), slice(0, self.kv_heads), visible
+            )
+            yield from run.parts(batch_step, kv_step, self.heads // self.kv_heads)

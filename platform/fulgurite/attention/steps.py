@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fulgurite.attention.masking import Kind, Range, Tile, Visibility, tiles
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.planning import UNHALVED, ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Row, Task, column_tasks
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.transfers import Views
@@ -49,8 +49,9 @@ class Step(NamedTuple):
 
     Attributes:
         number: Of the unit, in the order of the plan.
-        group: Batch entries and heads.
+        group: Batch entries and heads, all of the unit or some.
         at: Where the result of the unit belongs.
+        part: Where that of the span belongs, within the unit.
         span: Tokens that stay loaded meanwhile: queries of a row, keys of a column.
         call: What is computed.
         task: Whose gathered keys are used.
@@ -63,6 +64,7 @@ class Step(NamedTuple):
     number: int
     group: HeadGroup
     at: Slices
+    part: Slices
     span: Range
     call: KernelCall | None
     task: Task
@@ -79,7 +81,7 @@ def row_steps(
     *,
     done: Container[int] = (),
     after: int = -1,
-    halvings: int = 0,
+    halvings: Halvings = UNHALVED,
     within: Range | None = None,
     groups: Iterable[HeadGroup] | None = None,
 ) -> Iterator[tuple[Step, list[Views]]]:
@@ -94,14 +96,12 @@ def row_steps(
         plan: How it is cut.
         done: Units that are left out.
         after: Units up to this one are left out.
-        halvings: How often rows and keys of each unit are halved.
+        halvings: How often heads, queries and keys of each unit are halved.
         within: Leave out rows outside these queries.
         groups: Only these groups of heads; all by default.
     """
     number = 0
     for group in plan.groups() if groups is None else groups:
-        group_rows = [x[group.batch, group.heads] for x in rows]
-        group_keys = [x[group.batch, group.kv_heads] for x in keys]
         for index, task in enumerate(plan.tasks(group.visible)):
             is_loaded = False
             low, high = within or (0, plan.spec.queries)
@@ -117,28 +117,44 @@ def row_steps(
             for i in chosen:
                 unit, row = number + i, task.rows[i]
                 at = group.batch, group.heads, slice(*row.queries)
-                parts = _halved(task, i, halvings)
-                for part, (small, position) in enumerate(parts):
+                parts = [
+                    (part, *halved)
+                    for part in plan.parts(group, halvings)
+                    for halved in _halved(task, i, halvings)
+                ]
+                for turn, (part, small, position) in enumerate(parts):
+                    part_rows = [x[part.batch, part.heads] for x in rows]
+                    part_keys = [x[part.batch, part.kv_heads] for x in keys]
                     span = small.rows[position].queries
                     joins = not plan.spec.has_bias
                     calls: list[KernelCall | None] = [
-                        *_kernel_calls(small, position, group.visible, joins)
+                        *_kernel_calls(small, position, group.visible, joins, plan.masked_side)
                     ]
                     calls = calls or [None]  # queries that see nothing
                     for j, call in enumerate(calls):
                         opens, closes = j == 0, j == len(calls) - 1
-                        ends = closes and part == len(parts) - 1
+                        ends = closes and turn == len(parts) - 1
                         releases = ends and i == chosen[-1]
                         step = Step(
-                            unit, group, at, span, call, small, opens, closes, ends, releases
+                            unit,
+                            part,
+                            at,
+                            (part.batch, part.heads, slice(*span)),
+                            span,
+                            call,
+                            small,
+                            opens,
+                            closes,
+                            ends,
+                            releases,
                         )
                         views: list[Views] = []
                         if opens:
-                            views += [[x[:, :, slice(*span)]] for x in group_rows]
+                            views += [[x[:, :, slice(*span)]] for x in part_rows]
                         if call is not None and not small.loads:
-                            views += [[x[:, :, slice(*call.keys)]] for x in group_keys]
+                            views += [[x[:, :, slice(*call.keys)]] for x in part_keys]
                         elif call is not None and not is_loaded:
-                            views += [[x[:, :, slice(*r)] for r in small.loads] for x in group_keys]
+                            views += [[x[:, :, slice(*r)] for r in small.loads] for x in part_keys]
                             is_loaded = True
                         yield step, views
             number += len(task.rows)
@@ -151,7 +167,7 @@ def column_steps(
     *,
     done: Container[int] = (),
     after: int = -1,
-    halvings: int = 0,
+    halvings: Halvings = UNHALVED,
     first: int = 0,
 ) -> Iterator[tuple[Step, list[Views]]]:
     """Go through the tiles of a plan column by column, past each of which queries are brought.
@@ -169,11 +185,10 @@ def column_steps(
         first: Number of the first unit.
     """
     number = first
-    height, width = (max(1, side >> halvings) for side in plan.tile)
+    height = max(1, plan.tile[0] >> halvings.queries)
+    width = max(1, plan.tile[1] >> halvings.keys)
     count = plan.spec.keys
     for group in plan.groups():
-        group_rows = [x[group.batch, group.heads] for x in rows]
-        group_keys = [x[group.batch, group.kv_heads] for x in keys]
         for index, left in enumerate(range(0, count, plan.tile[1])):
             unit, number = number, number + 1
             if unit <= after or unit in done or not plan.is_mine(index):
@@ -181,23 +196,28 @@ def column_steps(
             right = min(left + plan.tile[1], count)
             at = group.batch, group.kv_heads, slice(left, right)
             columns = [(x, min(x + width, right)) for x in range(left, right, width)]
-            for span in columns:
+            parts = [(part, span) for part in plan.parts(group, halvings) for span in columns]
+            for turn, (part, span) in enumerate(parts):
+                part_rows = [x[part.batch, part.heads] for x in rows]
+                part_keys = [x[part.batch, part.kv_heads] for x in keys]
                 task = Task(tuple(column_tasks(group.visible, span, height)))
                 calls: list[KernelCall | None] = [
                     call
                     for i in range(len(task.rows))
-                    for call in _kernel_calls(task, i, group.visible, joins=False)
+                    for call in _kernel_calls(task, i, group.visible, False, plan.masked_side)
                 ]
                 calls = calls or [None]  # keys that nobody sees
                 for j, call in enumerate(calls):
                     opens, closes = j == 0, j == len(calls) - 1
-                    ends = closes and span == columns[-1]
+                    ends = closes and turn == len(parts) - 1
                     views: list[Views] = []
                     if opens:
-                        views += [[x[:, :, slice(*span)]] for x in group_keys]
+                        views += [[x[:, :, slice(*span)]] for x in part_keys]
                     if call is not None:
-                        views += [[x[:, :, slice(*call.tile.queries)]] for x in group_rows]
-                    yield Step(unit, group, at, span, call, task, opens, closes, ends), views
+                        views += [[x[:, :, slice(*call.tile.queries)]] for x in part_rows]
+                    place = part.batch, part.kv_heads, slice(*span)
+                    step = Step(unit, part, at, place, span, call, task, opens, closes, ends)
+                    yield step, views
 
 
 def column_count(plan: ExecutionPlan) -> int:
@@ -212,13 +232,13 @@ def row_count(plan: ExecutionPlan) -> int:
     return sum(len(task.rows) for group in plan.groups() for task in plan.tasks(group.visible))
 
 
-def _halved(task: Task, index: int, halvings: int) -> list[tuple[Task, int]]:
-    """A row, or rows and keys half, a quarter, … as long that are streamed, never gathered."""
-    if not halvings:
+def _halved(task: Task, index: int, halvings: Halvings) -> list[tuple[Task, int]]:
+    """A row, or rows and keys as long or shorter that are streamed, never gathered."""
+    if not any(halvings):
         return [(task, index)]
     row = task.rows[index]
-    keys = tuple(part for whole in row.keys for part in _parts(whole, halvings))
-    return [(Task((Row(part, keys),)), 0) for part in _parts(row.queries, halvings)]
+    keys = tuple(part for whole in row.keys for part in _parts(whole, halvings.keys))
+    return [(Task((Row(part, keys),)), 0) for part in _parts(row.queries, halvings.queries)]
 
 
 def _parts(span: Range, halvings: int) -> list[Range]:
@@ -226,7 +246,9 @@ def _parts(span: Range, halvings: int) -> list[Range]:
     return [(begin, min(begin + step, span[1])) for begin in range(*span, step)]
 
 
-def _kernel_calls(task: Task, index: int, visible: Visibility, joins: bool) -> Iterable[KernelCall]:
+def _kernel_calls(
+    task: Task, index: int, visible: Visibility, joins: bool, masked_side: int | None
+) -> Iterable[KernelCall]:
     """The kernel calls of a row; tiles that are neighbours once gathered may become one."""
     offsets = dict(_offsets(task))
     row = task.rows[index]
@@ -238,7 +260,7 @@ def _kernel_calls(task: Task, index: int, visible: Visibility, joins: bool) -> I
         if first <= keys[0] and keys[1] <= end:  # most keys, without cutting
             parts = [Tile(row.queries, keys, Kind.FULL)]
         else:
-            parts = list(tiles(row.queries, keys, visible))
+            parts = list(tiles(row.queries, keys, visible, masked_side))
         calls += [KernelCall(tile, (tile.keys[0] + shift, tile.keys[1] + shift)) for tile in parts]
     calls.sort(key=lambda call: (call.tile.queries, call.keys))  # neighbours side by side
     return _joined(calls) if task.loads and joins else calls

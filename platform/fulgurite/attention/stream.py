@@ -16,7 +16,7 @@ from torch import Tensor
 from fulgurite.attention.bias_gradient import bias_gradient
 from fulgurite.attention.biases import TileBias
 from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.progress import LONG, bar
 from fulgurite.attention.ranks import (
     broadcast_columns_,
@@ -156,7 +156,8 @@ def _forward(
     if plan.merges or plan.is_shared:  # else each row is written once
         clear_(total, lse)
     with _bar(plan, row_count) as advance:
-        for unit in units(inputs, plan, device=device):
+        narrow_to = None if plan.merges else query.dtype
+        for unit in units(inputs, plan, device=device, narrow_to=narrow_to):
             commit_(unit, total, lse, merge=plan.merges)
             advance(unit.out.shape[2])
             del unit  # or it would take memory beside the next
@@ -249,7 +250,9 @@ def _backward(
     results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
     if plan.passes == 2:
         with _bar(plan, lambda plan: row_count(plan) + column_count(plan)) as advance:
-            for unit in gradient_units(grad, inputs, out, lse, plan, device=device):
+            for unit in gradient_units(
+                grad, inputs, out, lse, plan, device=device, narrow_to=out.dtype
+            ):
                 for i, part in unit.by_result.items():
                     results[i][unit.at] = part
                 advance(part.shape[2])
@@ -264,16 +267,18 @@ def _backward(
 
     with _bar(plan, row_count) as advance:
 
-        def compute(after: int, halvings: int) -> Iterator[_Group]:
+        def compute(after: int, halvings: Halvings) -> Iterator[_Group]:
             for number, group in enumerate(plan.groups()):
                 if number <= after:
                     continue
-                if is_direct and not halvings:
-                    _write_one_call(rows, keys, results, inputs.biases, group, plan)
-                else:
-                    _accumulate_group(
-                        rows, keys, results, inputs.biases, group, plan, device, halvings, advance
-                    )
+                for part in plan.parts(group, halvings):
+                    if is_direct and not halvings.queries and not halvings.keys:
+                        _write_one_call(rows, keys, results, inputs.biases, part, plan)
+                    else:
+                        _accumulate_group(
+                            rows, keys, results, inputs.biases, part, plan, device,
+                            halvings._replace(heads=0), advance,
+                        )  # fmt: skip
                 yield _Group(number)
 
         for _ in with_smaller_tiles(compute, plan):
@@ -321,7 +326,7 @@ def _accumulate_group(
     group: HeadGroup,
     plan: ExecutionPlan,
     device: torch.device,
-    halvings: int,
+    halvings: Halvings,
     advance: Callable[[int], None],
 ) -> None:
     """Gradients of a group in one pass, which adds to those of all keys along the queries."""

@@ -5,7 +5,9 @@ Axes: N tokens, D head size.
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -13,9 +15,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["CudaLanes", "Lanes", "Mark", "Prefetcher"]
+__all__ = ["CudaLanes", "Lanes", "Mark", "Prefetcher", "head_copies"]
 
 _T = TypeVar("_T")
+
+_TOKENS = 2  # axis, behind batch and heads
+_MOST_COPIES = 64  # of one piece; more take longer than gathering it in pinned memory
 
 #: Ranges of one tensor that become one piece, joined along the tokens.
 Views = Sequence[Tensor]
@@ -36,8 +41,16 @@ class Lanes(Protocol):
         """Host memory that the device can copy from and to. Shape: (size,) bytes."""
         ...
 
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether the device can copy from where a tensor lies."""
+        ...
+
     def upload(self, host: Tensor) -> tuple[Tensor, Mark]:
         """Begin to copy a pinned tensor to the device."""
+        ...
+
+    def upload_joined(self, views: Views, shape: Sequence[int]) -> tuple[Tensor, Mark]:
+        """Begin to copy pinned ranges of tokens to the device, head by head, joined there."""
         ...
 
     def download(self, tensor: Tensor, host: Tensor) -> Mark:
@@ -68,13 +81,38 @@ class CudaLanes:
         self.down = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def pinned(self, size: int) -> Tensor:
+        """See :class:`Lanes`.
+
+        Where the system pins no more memory, plain memory does, from which copies are slower.
+        """
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:  # CUDA has no type of its own for it
+            if "out of memory" not in str(error):
+                raise
+            warnings.warn(
+                f"{size} bytes of host memory cannot be pinned; copies to and from {self.device} "
+                "will be slower.",
+                stacklevel=2,
+            )
+            return torch.empty(size, dtype=torch.uint8)
+
+    def is_pinned(self, tensor: Tensor) -> bool:
         """See :class:`Lanes`."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return tensor.is_pinned()
 
     def upload(self, host: Tensor) -> tuple[Tensor, Mark]:
         """See :class:`Lanes`."""
         with torch.cuda.stream(self.up):
             tensor = host.to(self.device, non_blocking=True)
+            return tensor, self.up.record_event()
+
+    def upload_joined(self, views: Views, shape: Sequence[int]) -> tuple[Tensor, Mark]:
+        """See :class:`Lanes`."""
+        with torch.cuda.stream(self.up):
+            tensor = torch.empty(*shape, dtype=views[0].dtype, device=self.device)
+            for target, source in head_copies(tensor, views):
+                target.copy_(source, non_blocking=True)
             return tensor, self.up.record_event()
 
     def download(self, tensor: Tensor, host: Tensor) -> Mark:
@@ -169,17 +207,16 @@ class Prefetcher:
     def _send(self, views: Views, turn: int, place: int) -> tuple[Tensor, Mark]:
         assert self.lanes is not None
         first = views[0]
-        if len(views) == 1 and first.is_pinned() and first.is_contiguous():
-            return self.lanes.upload(first)
         shape = list(first.shape)
-        if len(views) > 1:
-            shape[-2] = sum(x.shape[-2] for x in views)
+        shape[_TOKENS] = sum(x.shape[_TOKENS] for x in views)
+        if _is_copied_by_heads(views) and all(self.lanes.is_pinned(x) for x in views):
+            return self.lanes.upload_joined(views, shape)
         slot = self._slot("up", turn, place)
         host = slot.take(shape, first.dtype)
         if len(views) == 1:
             host.copy_(first)
         else:
-            torch.cat(list(views), dim=-2, out=host)
+            torch.cat(list(views), dim=_TOKENS, out=host)
         tensor, slot.busy = self.lanes.upload(host)
         return tensor, slot.busy
 
@@ -224,5 +261,26 @@ def _arrived(item: _T, hosts: list[Tensor], marks: list[Mark]) -> tuple[_T, list
 
 
 def _joined(views: Views) -> Tensor:
-    """One tensor of ranges of tokens. Shape: (..., N, D)."""
-    return views[0] if len(views) == 1 else torch.cat(list(views), dim=-2)
+    """One tensor of ranges of tokens. Shape: (B, H, N, ...)."""
+    return views[0] if len(views) == 1 else torch.cat(list(views), dim=_TOKENS)
+
+
+def _is_copied_by_heads(views: Views) -> bool:
+    """Whether the tokens of each head lie in one piece, and there are few of these."""
+    heads = math.prod(views[0].shape[:_TOKENS])
+    return heads * len(views) <= _MOST_COPIES and all(x[0, 0].is_contiguous() for x in views)
+
+
+def head_copies(target: Tensor, views: Views) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of a tensor with what belongs there: the tokens of one head of one view.
+
+    Args:
+        target: Shape: (B, H, N, ...), N the tokens of all views together.
+        views: Shape of each: (B, H, N', ...).
+    """
+    offset = 0
+    for view in views:
+        tokens = view.shape[_TOKENS]
+        for b, h in itertools.product(*(range(size) for size in view.shape[:_TOKENS])):
+            yield target[b, h, offset : offset + tokens], view[b, h]
+        offset += tokens

@@ -23,7 +23,7 @@ from fulgurite.attention.kernels import (
 )
 from fulgurite.attention.masking import Kind, Range
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import Slices, Step, column_steps, row_count, row_steps
 from fulgurite.attention.transfers import Prefetcher
@@ -33,8 +33,6 @@ __all__ = [
     "ran_out_of_memory", "shift_of", "sink_scores", "sinks_of", "tile_gradients", "tile_inputs",
     "units", "with_smaller_tiles",
 ]  # fmt: skip
-
-_SMALLEST = 16  # tokens below which tiles are not halved any more
 
 
 class AttentionInputs(NamedTuple):
@@ -106,6 +104,7 @@ def units(
     device: torch.device | None = None,
     done: Container[int] = (),
     within: Range | None = None,
+    narrow_to: torch.dtype | None = None,
 ) -> Iterator[Unit]:
     """Compute a plan row by row; only what a task needs is loaded.
 
@@ -117,20 +116,23 @@ def units(
         device: Where kernels run; where the tensors are by default.
         done: Units that are left out.
         within: Leave out rows outside these queries.
+        narrow_to: Type in which results leave another device, where nothing is merged with them
+            any more; that of accumulators by default.
     """
     query, key, value = inputs[:3]
     device = device or query.device
     kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
     prefetcher = Prefetcher.between(query.device, device)
 
-    def compute(after: int, halvings: int) -> Iterator[Unit]:
+    def compute(after: int, halvings: Halvings) -> Iterator[Unit]:
         steps = row_steps(
             [query], [key, value], plan,
             done=done, after=after, halvings=halvings, within=within,
         )  # fmt: skip
-        for where, tensors in prefetcher.write_back(
-            _rows(prefetcher.prefetch(steps), inputs, plan, kernel)
-        ):
+        rows = _rows(prefetcher.prefetch(steps), inputs, plan, kernel)
+        if narrow_to is not None and prefetcher.lanes is not None:
+            rows = ((where, (out.to(narrow_to), lse)) for where, (out, lse) in rows)
+        for where, tensors in prefetcher.write_back(rows):
             yield Unit(*where, *tensors)
             del tensors  # or it would take memory beside the next
 
@@ -146,6 +148,7 @@ def gradient_units(
     *,
     device: torch.device | None = None,
     done: Container[int] = (),
+    narrow_to: torch.dtype | None = None,
 ) -> Iterator[GradientUnit]:
     """Compute gradients in two passes, so that no accumulator is longer than a tile.
 
@@ -160,6 +163,7 @@ def gradient_units(
         plan: How it is cut, in tiles.
         device: Where kernels run; where the tensors are by default.
         done: Units that are left out.
+        narrow_to: See :func:`units`.
 
     Source: card section 1.7; the two passes: inferred.
     """
@@ -169,12 +173,14 @@ def gradient_units(
     prefetcher = Prefetcher.between(query.device, device)
     rows, keys, first = [grad, query, out, lse], [key, value], row_count(plan)
 
-    def compute(after: int, halvings: int) -> Iterator[GradientUnit]:
+    def compute(after: int, halvings: Halvings) -> Iterator[GradientUnit]:
         options: dict[str, Any] = {"done": done, "after": after, "halvings": halvings}
         down = row_steps(rows, keys, plan, **options)
         across = column_steps(rows, keys, plan, first=first, **options)
         for steps, resident in ((down, 4), (across, 2)):
             results = _gradients(prefetcher.prefetch(steps), resident, inputs.biases, plan, kernel)
+            if narrow_to is not None and prefetcher.lanes is not None:
+                results = ((at, tuple(x.to(narrow_to) for x in grads)) for at, grads in results)
             for where, grads in prefetcher.write_back(results):
                 yield GradientUnit(*where, tuple(grads))
                 del grads
@@ -183,7 +189,7 @@ def gradient_units(
 
 
 def with_smaller_tiles(
-    compute: Callable[[int, int], Iterator[_U]], plan: ExecutionPlan
+    compute: Callable[[int, Halvings], Iterator[_U]], plan: ExecutionPlan
 ) -> Iterator[_U]:
     """Go on with smaller tiles where the device runs out of memory; no unit is given twice.
 
@@ -191,8 +197,7 @@ def with_smaller_tiles(
         compute: Gives what comes after the unit of a number, with tiles halved so often.
         plan: What is computed.
     """
-    after, halvings = -1, 0
-    longest = max(*plan.tile, plan.spec.keys // max(1, plan.chunks) if plan.chunks else 0)
+    after, halvings = -1, Halvings()
     while True:
         try:
             for unit in compute(after, halvings):
@@ -202,19 +207,22 @@ def with_smaller_tiles(
                 after = number
             return
         except RuntimeError as error:
-            if not ran_out_of_memory(error) or longest >> halvings <= _SMALLEST:
+            smaller = plan.smaller_tiles(halvings) if ran_out_of_memory(error) else None
+            if smaller is None:
                 raise
-        halvings += 1
+        halvings = smaller
+        shares = [f"1/{1 << n} of the {name}" for name, n in halvings._asdict().items() if n]
         warnings.warn(
-            f"Attention ran out of memory; going on with {plan.schedule} in tiles "
-            f"1/{1 << halvings} as high and wide.",
+            f"Attention ran out of memory; going on with {plan.schedule}, at once "
+            f"{' and '.join(shares)}.",
             stacklevel=2,
         )
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; on the CPU PyTorch has no type of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an allocation failed; only those of a GPU's memory have a type of their own."""
+    messages = ("DefaultCPUAllocator", "CUDA error: out of memory")  # the second: of pinned memory
+    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in messages)
 
 
 def tile_inputs(
@@ -267,7 +275,7 @@ def _rows(
     kernel: TileKernel,
 ) -> Iterator[tuple[tuple[int, Slices], tuple[Tensor, ...]]]:
     """Attention of each unit."""
-    parts: list[tuple[Tensor, ...]] = []
+    joined: tuple[Tensor, ...] | None = None
     total: tuple[Tensor, Tensor] | None = None
     size = inputs.value.shape[-1]
     loaded: Sequence[Tensor] = ()
@@ -298,13 +306,16 @@ def _rows(
             total = total or _no_keys(query, size)
             if inputs.sinks is not None and not plan.merges:
                 total = add_sinks_(*total, inputs, step.group, step.span, plan)
-            parts.append(total)
+            joined = _with_part(joined, total, step)
             total = None
         if step.releases:  # or these would be in memory beside those of the next task
             loaded, tile = (), None
             del tensors
         if step.ends:
-            yield (step.number, step.at), _joined_parts(parts)
+            assert joined is not None
+            result, joined = joined, None
+            yield (step.number, step.at), result
+            del result
 
 
 def _gradients(
@@ -316,7 +327,7 @@ def _gradients(
 ) -> Iterator[tuple[tuple[int, Slices], tuple[Tensor, ...]]]:
     """Gradients of each unit: of its queries if four tensors stay loaded, else of its keys."""
     of_rows = resident == 4
-    parts: list[tuple[Tensor, ...]] = []
+    joined: tuple[Tensor, ...] | None = None
     for step, tensors in steps:
         if step.opens:
             loaded, tensors = tensors[:resident], tensors[resident:]
@@ -337,10 +348,13 @@ def _gradients(
                 del part
             del grads  # or they would take memory beside the next
         if step.closes:
-            parts.append(totals)
+            joined = _with_part(joined, totals, step)
             del totals
         if step.ends:
-            yield (step.number, step.at), _joined_parts(parts)
+            assert joined is not None
+            result, joined = joined, None
+            yield (step.number, step.at), result
+            del result
 
 
 def tile_gradients(
@@ -369,12 +383,23 @@ def _no_keys(query: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _joined_parts(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Join the parts of a unit along its tokens, and forget them."""
-    joined = parts[0]
-    if len(parts) > 1:
-        joined = tuple(torch.cat(list(part), dim=2) for part in zip(*parts, strict=True))
-    parts.clear()
+def _with_part(
+    joined: tuple[Tensor, ...] | None, part: tuple[Tensor, ...], step: Step
+) -> tuple[Tensor, ...]:
+    """Put a part of a unit beside those before it, so that only one is in memory twice."""
+    if step.part == step.at:
+        return part
+    if joined is None:
+        sizes = [axis.stop - axis.start for axis in step.at]
+        joined = tuple(
+            x.new_empty((*sizes, *x.shape[3:]), dtype=accumulator_dtype(x.dtype)) for x in part
+        )
+    inner = tuple(
+        slice(axis.start - whole.start, axis.stop - whole.start)
+        for axis, whole in zip(step.part, step.at, strict=True)
+    )
+    for whole, x in zip(joined, part, strict=True):
+        whole[inner] = x
     return joined
 
 

@@ -1,4 +1,4 @@
-"""Keeps what is saved for the backward pass in files, so that memory holds only what is in use.
+"""Keeps what is saved for the backward pass elsewhere, so that a device holds what is in use.
 
 Axes: none; tensors of any shape.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["saved_in_files"]
+__all__ = ["saved_in_files", "saved_on_host"]
 
 _SMALLEST = 2**16  # bytes below which a tensor stays where it is
 
@@ -50,22 +50,58 @@ def saved_in_files(folder: str | Path, keep: Iterable[Tensor] = ()) -> Iterator[
     Source: inferred; as ``torch.autograd.graph.save_on_cpu``, with files as memory.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
+    with _saved_by(lambda tensor: _in_file(tensor, folder), keep):
+        yield
+
+
+@contextmanager
+def saved_on_host(keep: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Keep tensors that autograd saves meanwhile in host memory.
+
+    Those of a GPU lie in pinned memory, to which and from which it copies fastest.
+
+    Args:
+        keep: See :func:`saved_in_files`.
+
+    Example:
+        >>> x = torch.ones(200, 200, requires_grad=True)
+        >>> with saved_on_host():
+        ...     y = (x * x).sum()
+        ...     y.backward()
+        >>> x.grad.sum().item()
+        80000.0
+
+    Source: inferred; as ``torch.autograd.graph.save_on_cpu``, which takes parameters along.
+    """
+    with _saved_by(_on_host, keep):
+        yield
+
+
+@contextmanager
+def _saved_by(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Iterator[None]:
+    """Let autograd save what a function gives for large tensors that are not kept."""
     kept = {tensor.untyped_storage().data_ptr() for tensor in keep}
 
     def pack(tensor: Tensor) -> Any:
         small = tensor.nbytes < _SMALLEST
         if small or tensor.untyped_storage().data_ptr() in kept or tensor.is_sparse:
             return tensor
-        return tensor.device, _in_file(tensor, folder)
+        return tensor.device, move(tensor)
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        device, mapped = packed
-        return mapped.to(device)  # type: ignore[no-any-return]
+        device, moved = packed
+        return moved.to(device, non_blocking=moved.is_pinned())  # type: ignore[no-any-return]
 
     with saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned if the tensor is on a GPU."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor)
 
 
 def _in_file(tensor: Tensor, folder: str | Path) -> Tensor:

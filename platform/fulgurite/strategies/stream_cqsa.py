@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 
 from fulgurite.attention import Streamed
@@ -28,7 +27,7 @@ from fulgurite.attention.kernels import kernel_for
 from fulgurite.attention.planning import Schedule, check_schedule
 from fulgurite.errors import ConfigError
 from fulgurite.strategies.attention_census import take_census
-from fulgurite.strategies.offloading import saved_in_files
+from fulgurite.strategies.offloading import saved_in_files, saved_on_host
 from fulgurite.strategies.transformers_attention import TransformersAttention, unreachable_models
 
 if TYPE_CHECKING:
@@ -139,9 +138,9 @@ class _StreamsAttention(Strategy):
     def _offloading(self) -> AbstractContextManager[Any]:
         if self.offload_activations == "none":
             return nullcontext()
-        if self.offload_activations == "host":
-            return save_on_cpu(pin_memory=self.root_device.type == "cuda")
         assert self.lightning_module is not None
+        if self.offload_activations == "host":
+            return saved_on_host(self.lightning_module.parameters())
         folder = self.offload_folder or self.lightning_module.trainer.default_root_dir
         return saved_in_files(folder, self.lightning_module.parameters())
 

@@ -404,7 +404,7 @@ def test_a_device_out_of_memory_gets_smaller_tiles(monkeypatch):
             return original(self, tile, *tensors)
 
         monkeypatch.setattr(AtenCpuFlash, name, limited)
-    going_on = "ran out of memory; going on with whole in tiles 1/2"
+    going_on = "ran out of memory; going on with whole, at once 1/2 of the"
     with pytest.warns(UserWarning, match=going_on):
         out = stream_attention(*inputs, is_causal=True)
     with pytest.warns(UserWarning, match=going_on):

@@ -8,9 +8,11 @@ import torch.multiprocessing as mp
 from fulgurite.attention import (
     attend_files,
     attend_files_backward,
+    calibration,
     memory_mapped,
     stream_attention,
 )
+from fulgurite.attention.cost_model import Costs
 from fulgurite.errors import ConfigError
 
 
@@ -49,6 +51,36 @@ def test_ranks_agree_with_one(tmp_path, world, schedule, budget):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def plan_alike(rank, world, folder):
+    """The second rank has no costs of its own; both plan by those of the first."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
+    if rank == 1:
+        calibration.measured_costs = None
+    else:
+        true = Costs(flops=1e12, bandwidth=1e9, call=1e-4, short_tiles=((64, 9.0), (2048, 1.0)))
+        calibration.measured_costs = lambda *_: true
+    plans = []
+    inputs = [x.detach() for x in example()[0]]
+    for _ in range(2):  # the second time nothing is sent
+        stream_attention(
+            *inputs, is_causal=True, enable_gqa=True, memory_budget="64KiB", distributed=True,
+            on_plan=plans.append,
+        )  # fmt: skip
+    assert plans[0] == plans[1]
+    assert plans[0].setting.costs.short_tiles == ((64, 9.0), (2048, 1.0))
+    torch.save([plans[0].tile], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_plan_by_the_costs_of_the_first(tmp_path):
+    mp.spawn(plan_alike, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first == second
 
 
 def work_in_files(rank, world, folder):

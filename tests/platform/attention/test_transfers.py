@@ -11,8 +11,13 @@ from fulgurite.attention.kernels import AtenCpuFlash
 from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.spec import AttentionSpec
-from fulgurite.attention.transfers import Prefetcher
-from fulgurite.attention.units import AttentionInputs, gradient_units, units
+from fulgurite.attention.transfers import CudaLanes, Prefetcher, head_copies
+from fulgurite.attention.units import (
+    AttentionInputs,
+    gradient_units,
+    ran_out_of_memory,
+    units,
+)
 
 CPU = torch.device("cpu")
 
@@ -44,15 +49,29 @@ class Moment:
 class LateLanes:
     """A device whose copies happen as late as they may."""
 
-    def __init__(self):
+    def __init__(self, pins=False):
         self.up, self.down, self.in_flight, self.most = Queue(), Queue(), 0, 0
+        self.pins, self.joined = pins, 0
 
     def pinned(self, size):
         return torch.full((size,), 255, dtype=torch.uint8)  # NaN in all floating types
 
+    def is_pinned(self, tensor):
+        return self.pins
+
     def upload(self, host):
-        tensor = torch.full_like(host, torch.nan)
-        mark = self.up.put(lambda: tensor.copy_(host))
+        return self.send(torch.full_like(host, torch.nan), [host])
+
+    def upload_joined(self, views, shape):
+        self.joined += 1
+        return self.send(torch.full(shape, torch.nan, dtype=views[0].dtype), views)
+
+    def send(self, tensor, views):
+        def copy():
+            for target, source in head_copies(tensor, views):
+                target.copy_(source)
+
+        mark = self.up.put(copy)
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
         return tensor, mark
@@ -68,9 +87,9 @@ class LateLanes:
         return Moment(self.up, 0)
 
 
-@pytest.fixture
-def lanes(monkeypatch):
-    found = LateLanes()
+@pytest.fixture(params=[False, True], ids=["pageable", "pinned"])
+def lanes(request, monkeypatch):
+    found = LateLanes(request.param)
     monkeypatch.setattr(
         units_module.Prefetcher,
         "between",
@@ -94,6 +113,7 @@ def test_results_do_not_depend_on_when_copies_happen(lanes, monkeypatch, schedul
     inputs, plan = example(schedule)
     computed = [(u.number, u.at, u.out.clone(), u.lse.clone()) for u in units(inputs, plan)]
     assert lanes.up.count > 20
+    assert bool(lanes.joined) is lanes.pins  # nothing is copied into another pinned tensor
     assert lanes.down.count == 2 * len(computed)
     monkeypatch.undo()
     for got, wanted in zip(computed, units(inputs, plan), strict=True):
@@ -156,7 +176,7 @@ def test_units_that_are_left_go_on_in_smaller_tiles(monkeypatch):
         return original(self, tile)
 
     monkeypatch.setattr(AtenCpuFlash, "forward", limited)
-    with pytest.warns(UserWarning, match="ran out of memory; going on with rect in tiles 1/2 as"):
+    with pytest.warns(UserWarning, match="ran out of memory; going on with rect, at once 1/2"):
         computed = list(units(inputs, plan, done={3}))
     assert [u.number for u in computed] == [u.number for u in expected if u.number != 3]
     for unit in computed:
@@ -166,6 +186,42 @@ def test_units_that_are_left_go_on_in_smaller_tiles(monkeypatch):
     monkeypatch.setattr(AtenCpuFlash, "forward", raising("other"))
     with pytest.raises(RuntimeError, match="other"):
         list(units(inputs, plan))
+
+
+def test_results_leave_the_device_in_their_own_type(lanes, monkeypatch):
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 64, 8, dtype=torch.bfloat16) for _ in range(3)]
+    visible = Visibility.of(64, 64, is_causal=True)
+    spec = AttentionSpec(1, 2, 2, 8, 8, torch.bfloat16, (visible,), 0.3)
+    plan = ExecutionPlan(spec, "rect", (1, 1), (32, 16), 0, CostEstimate(0, 0, 0, 0.0, 0.0))
+    kept = [u.out.clone() for u in units(AttentionInputs(*tensors), plan)]
+    narrow = [
+        u.out.clone() for u in units(AttentionInputs(*tensors), plan, narrow_to=torch.bfloat16)
+    ]
+    assert {x.dtype for x in kept} == {torch.float32}
+    for wide, half in zip(kept, narrow, strict=True):
+        assert torch.equal(wide.to(torch.bfloat16), half)
+
+
+def test_memory_that_cannot_be_pinned_is_plain(monkeypatch):
+    original = torch.empty
+
+    def empty(*sizes, pin_memory=False, **options):
+        if pin_memory:
+            raise torch.AcceleratorError("CUDA error: out of memory", 2)
+        return original(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    lanes = CudaLanes.__new__(CudaLanes)  # its streams need a GPU
+    lanes.device = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="64 bytes of host memory cannot be pinned"):
+        assert lanes.pinned(64).shape == (64,)
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "DefaultCPUAllocator: no"])
+def test_errors_that_mean_too_little_memory(message):
+    assert ran_out_of_memory(RuntimeError(message))
+    assert not ran_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
 def raising(message):
