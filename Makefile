@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | types | bench | format | clean
+# make demo | test | test-all | lint | types | bench | gpu | format | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ DEMO := compare_results/fedsir-quick
 DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
 TESTS := tests $(DOCTESTS) -n auto --dist loadfile
 
-.PHONY: venv demo test test-all lint types bench format clean
+.PHONY: venv demo test test-all lint types bench gpu format clean
 
 venv: $(INSTALLED)
 
@@ -58,6 +58,10 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
+
+# Where there is a GPU: what only it can answer, in less than nine minutes.
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -11,7 +11,7 @@ ALL = (
     "number_probing_probe", "number_probing_power", "number_probing_backbones", "ice_layers_step",
     "ice_layers_inference", "stream_transformers", "startup",
 )  # fmt: skip
-GPU = ("stream_gpu",)  # only by name
+GPU = ("gpu",)  # only by name
 
 
 def main(names: list[str]) -> int:

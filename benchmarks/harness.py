@@ -110,17 +110,28 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of the same columns as Markdown.
+
+    Example:
+        >>> print(table([{"a": "1"}, {"a": "2"}]))
+        | a |
+        | --- |
+        | 1 |
+        | 2 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def report(name: str, title: str, notes: str, rows: list[dict[str, str]], raw: Any) -> None:
     """Print a table and write it as Markdown, and the raw times as JSON."""
-    columns = list(rows[0])
     lines = [
         f"# {title}",
         "",
         f"{machine()}. `python -m benchmarks {name}`",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *("| " + " | ".join(row[c] for c in columns) + " |" for row in rows),
+        table(rows),
         "",
         *notes.strip().splitlines(),
         "",
