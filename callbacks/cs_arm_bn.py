@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 import fulgurite
+from fulgurite.devices import lower_median
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write, load_plain
 from fulgurite.logging import log_figure
@@ -75,8 +76,8 @@ def outlier_score(profile: Tensor, known: Tensor) -> float:
 
     Source: inferred.
     """
-    center = known.median(0).values
-    spread = 1.4826 * (known - center).abs().median(0).values
+    center = lower_median(known, 0)
+    spread = 1.4826 * lower_median((known - center).abs(), 0)
     # plates made alike would make every other one an outlier
     spread = torch.maximum(spread, 0.02 + 0.02 * center.abs())
     return float(((profile - center).abs() / spread).max())

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 
 from fulgurite.testing.emulated_device import DEVICE, run_emulated
 
@@ -49,9 +48,7 @@ SYSTEMS = [
 
 
 @pytest.mark.parametrize(("system", "options"), SYSTEMS)
-def test_a_smoke_run_needs_no_refused_operation_and_no_wait_in_its_steps(
-    workdir, system, options
-):
+def test_a_smoke_run_needs_no_refused_operation_and_no_wait_in_its_steps(workdir, system, options):
     operations, refused, waits = smoke_run(system, *options)
     assert operations > 1000  # it ran on the device
     assert refused == {}

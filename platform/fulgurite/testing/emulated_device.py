@@ -30,7 +30,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["DEVICE", "Record", "StepWaits", "refused_when_deterministic", "register_device", "run_emulated"]
+__all__ = [
+    "DEVICE",
+    "Record",
+    "StepWaits",
+    "refused_when_deterministic",
+    "register_device",
+    "run_emulated",
+]
 
 #: Name of the device, and of the Lightning accelerator and strategy for it.
 DEVICE = "emulated"
@@ -369,22 +376,13 @@ class _EmulatedStrategy(SingleDeviceStrategy):
 
 
 class StepWaits(Callback):
-    """Lets the record count waits in training steps only, from the second of an epoch on.
-
-    It must be the last callback, so that the steps' callbacks count too.
-    """
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count from now on."""
-        _record.counting = batch_idx > 0
+    """Lets the record count waits in training only, from the second step of an epoch on."""
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count no longer."""
-        _record.counting = False
+        """Count until the last step of the epoch has ended."""
+        _record.counting = batch_idx + 1 < trainer.num_training_batches
 
 
 @cache
