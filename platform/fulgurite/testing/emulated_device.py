@@ -13,6 +13,7 @@ Registering the device changes the process for good (random states, autograd's t
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import sys
 import traceback
 from collections import Counter
@@ -430,15 +431,16 @@ def run_emulated(work: Callable[[Record], Any]) -> Any:
     def child() -> None:
         try:
             register_device()
-            sender.send((True, work(_record)))
+            outcome = pickle.dumps((True, work(_record)))
         except BaseException:  # also pytest's and SystemExit: the parent reports it
-            sender.send((False, traceback.format_exc()))
+            outcome = pickle.dumps((False, traceback.format_exc()))
+        sender.send_bytes(outcome)  # send() would share tensors by files that end with the child
 
     process = context.Process(target=child)
     process.start()
     sender.close()
     try:
-        succeeded, result = receiver.recv()
+        succeeded, result = pickle.loads(receiver.recv_bytes())
     except EOFError:
         succeeded, result = False, "the process with the emulated device was ended"
     process.join()
