@@ -377,13 +377,16 @@ class _EmulatedStrategy(SingleDeviceStrategy):
 
 
 class StepWaits(Callback):
-    """Lets the record count waits in training only, from the second step of an epoch on."""
+    """Lets the record count waits in training only, without the first and last step of an epoch.
+
+    Those do what belongs to the epoch.
+    """
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count until the last step of the epoch has ended."""
-        _record.counting = batch_idx + 1 < trainer.num_training_batches
+        """Count until the last step but one has ended."""
+        _record.counting = batch_idx + 2 < trainer.num_training_batches
 
 
 @cache
