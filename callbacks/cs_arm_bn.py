@@ -174,6 +174,12 @@ class ControlContext(Callback):
                 "SyncBatchNorm would mix the plates of the ranks.",
                 "Leave out --trainer.sync_batchnorm.",
             )
+        if pl_module.method.own_gradients and str(trainer.precision).startswith("16-"):
+            raise ConfigError(
+                f"{type(pl_module.method).__name__} takes gradients of its own, which are lost in "
+                f"--trainer.precision={trainer.precision}: nothing scales them.",
+                "Use bf16-mixed or 32-true.",
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave every context."""
