@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 import fulgurite
+from fulgurite.devices import lower_median
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write, load_plain
 from fulgurite.logging import log_figure
@@ -75,8 +76,8 @@ def outlier_score(profile: Tensor, known: Tensor) -> float:
 
     Source: inferred.
     """
-    center = known.median(0).values
-    spread = 1.4826 * (known - center).abs().median(0).values
+    center = lower_median(known, 0)
+    spread = 1.4826 * lower_median((known - center).abs(), 0)
     # plates made alike would make every other one an outlier
     spread = torch.maximum(spread, 0.02 + 0.02 * center.abs())
     return float(((profile - center).abs() / spread).max())
@@ -172,6 +173,12 @@ class ControlContext(Callback):
             raise ConfigError(
                 "SyncBatchNorm would mix the plates of the ranks.",
                 "Leave out --trainer.sync_batchnorm.",
+            )
+        if pl_module.method.own_gradients and str(trainer.precision).startswith("16-"):
+            raise ConfigError(
+                f"{type(pl_module.method).__name__} takes gradients of its own, which are lost in "
+                f"--trainer.precision={trainer.precision}: nothing scales them.",
+                "Use bf16-mixed or 32-true.",
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.budget import format_bytes, parse_budget
+from fulgurite.devices import seconds
 from fulgurite.logging import log_figure
 from fulgurite.plotting import new_figure
 
@@ -25,7 +25,8 @@ class AttentionMonitor(Callback):
     forward passes load and store) and ``attention/peak_mib`` (what the plan of the last call holds
     at once); ``memory/step_mib`` (most memory that the step took on the device: on a GPU what
     torch allocated, on the CPU the anonymous memory of the process at the end of the step) and
-    ``time/step`` [s]. Without :class:`~fulgurite.strategies.StreamCQSAStrategy` only the last two.
+    ``time/step`` [s], for which a GPU is waited for before and after each step. Without
+    :class:`~fulgurite.strategies.StreamCQSAStrategy` only the last two.
 
     Args:
         explain: Print the plan of the first step.
@@ -52,15 +53,15 @@ class AttentionMonitor(Callback):
             self._before = backend.calls, backend.moved_bytes
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._begun = time.perf_counter()
+        self._begun = seconds(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the step took."""
         facts = {
+            "time/step": seconds(pl_module.device) - self._begun,
             "memory/step_mib": _memory(pl_module.device) / _MIB,
-            "time/step": time.perf_counter() - self._begun,
         }
         backend = self._backend(trainer)
         if backend and backend.plan:

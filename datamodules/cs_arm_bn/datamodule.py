@@ -34,6 +34,7 @@ from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows, check_exclude, name_some
+from fulgurite.devices import pins_memory
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.sampling import sampler_ranks, training_progress
 
@@ -383,6 +384,7 @@ class PlateDataModule(L.LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,  # the epoch travels in the index
+            pin_memory=pins_memory(),
             generator=torch.Generator(),  # loading leaves the run's randomness alone
         )
 

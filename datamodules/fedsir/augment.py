@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fulgurite.devices import move
+
 __all__ = ["shift_crop"]
 
 
@@ -36,7 +38,7 @@ def shift_crop(
     rows = down + torch.arange(height)
     columns = right + torch.where(mirror == 1, width - 1 - across, across)
     padded_width = width + 2 * pad
-    place = (rows[:, :, None] * padded_width + columns[:, None, :]).to(images.device)
+    place = move(rows[:, :, None] * padded_width + columns[:, None, :], images.device)
     padded = F.pad(images, (pad, pad, pad, pad)).view(batch, channels, -1)
     index = place.view(batch, 1, -1).expand(-1, channels, -1)
     return padded.gather(2, index).view(batch, channels, height, width)

@@ -21,6 +21,7 @@ from fulgurite.datamodules.fedsir.noise import Corruption, NoisyClients
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.devices import pins_memory
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import EveryRankSampler, UnrepeatedDistributedSampler
 
@@ -310,6 +311,7 @@ class FederatedDataModule(L.LightningDataModule):
             batch_size=self.eval_batch_size,
             sampler=UnrepeatedDistributedSampler(len(data)),
             collate_fn=_whole_batch,
+            pin_memory=pins_memory(),
             generator=torch.Generator(),  # evaluation leaves the run's randomness alone
         )
 

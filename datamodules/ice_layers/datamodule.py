@@ -34,6 +34,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     need_extra,
 )
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
+from fulgurite.devices import pins_memory
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
 from fulgurite.splits import check_least
@@ -296,6 +297,7 @@ class IceLayerDataModule(L.LightningDataModule):
             collate_fn=Collater(data),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=pins_memory(),
             generator=torch.Generator(),  # loading leaves the run's randomness alone
         )
 

@@ -20,6 +20,7 @@ from fulgurite.datamodules.number_probing.corpus import (
 )
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
+from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
 from fulgurite.files import STDLIB, find_files
 from fulgurite.sampling import (
@@ -64,7 +65,7 @@ class _SequenceDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=_whole,
             generator=torch.Generator(),  # loading leaves the run's randomness alone
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pins_memory(),
             persistent_workers=self.num_workers > 0,
         )
 

@@ -18,6 +18,7 @@ from fulgurite.datamodules.stream_cqsa.text import (
     RandomWindows,
     cached_text,
 )
+from fulgurite.devices import pins_memory
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.files import STDLIB, find_files
 from fulgurite.sampling import (
@@ -52,6 +53,7 @@ def _loader(
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=_only if single else None,
+        pin_memory=pins_memory(),
         generator=torch.Generator(),  # loading leaves the run's randomness alone
     )
 

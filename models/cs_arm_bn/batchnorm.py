@@ -192,13 +192,22 @@ class Reference(NamedTuple):
         spread: Mean log(query spread / control spread). Shape: (C,).
     """
 
-    seen: Tensor
-    weight: Tensor
+    seen: float
+    weight: float
     shift: Tensor
     shift_var: Tensor
     query_var: Tensor
     control_var: Tensor
     spread: Tensor
+
+    def to(self, device: torch.device) -> Reference:
+        """The reference with its tensors on a device."""
+        return Reference(self.seen, self.weight, *(value.to(device) for value in self[2:]))
+
+    def state(self) -> list[Tensor]:
+        """Plain tensors of the CPU; the numbers in float64, which holds them exactly."""
+        numbers = [torch.tensor(value, dtype=torch.float64) for value in self[:2]]
+        return numbers + [value.cpu() for value in self[2:]]
 
 
 _TINY = 1e-12
@@ -261,7 +270,7 @@ def adaptive_weight(
     s_l = (importance * spread_q / unit).sum() / query.images
     s_n = (importance * spread_c / unit).sum() / control.images
     shift = (query.mean - control.mean) / unit.sqrt()
-    w_0 = tau = torch.zeros_like(s_n)
+    w_0, tau = 0.0, torch.zeros_like(s_n)
     if reference is not None:
         shift = shift - reference.shift
         w_0, tau = reference.weight, (importance * reference.shift_var).sum().clamp_min(0)
@@ -390,7 +399,7 @@ class _ContextBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _known(self, like: Tensor) -> Reference | None:
         """The reference, on the device of another tensor from now on."""
         if self.reference is not None and self.reference.shift.device != like.device:
-            self.reference = Reference(*(value.to(like.device) for value in self.reference))
+            self.reference = self.reference.to(like.device)
         return self.reference
 
     def _adaptive(
@@ -423,8 +432,8 @@ class _ContextBatchNorm(nn.modules.batchnorm._BatchNorm):
         if old is not None:
             deviation = (shift - old.shift).square() - noise
         new = Reference(
-            shift.new_ones(()),
-            shift.new_tensor(weight),
+            1.0,
+            weight,
             shift,
             deviation,
             ((var + _TINY) / (query.var + _TINY)).log(),
@@ -434,9 +443,10 @@ class _ContextBatchNorm(nn.modules.batchnorm._BatchNorm):
         if old is None:
             self.reference = new
             return
-        share = max(_REFERENCE_MOMENTUM, 1 / (1 + float(old.seen)))
-        values = [torch.lerp(a, b, share) for a, b in zip(old[1:], new[1:], strict=True)]
-        self.reference = Reference(old.seen + 1, *values)
+        share = max(_REFERENCE_MOMENTUM, 1 / (1 + old.seen))
+        values = [torch.lerp(a, b, share) for a, b in zip(old[2:], new[2:], strict=True)]
+        weight = old.weight + share * (weight - old.weight)
+        self.reference = Reference(old.seen + 1, weight, *values)
 
     def _stored_pass(self, x: Tensor, setting: Context) -> Tensor:
         known = self.stored.get(setting.domain)
@@ -865,7 +875,7 @@ def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Te
 def reference_state(model: nn.Module) -> dict[str, list[Tensor]]:
     """What training plates taught each layer, as plain tensors."""
     return {
-        name: [value.cpu() for value in layer.reference]
+        name: layer.reference.state()
         for name, layer in context_layers(model).items()
         if layer.reference is not None
     }
@@ -875,7 +885,7 @@ def age_references(model: nn.Module) -> None:
     """Let what earlier weights taught each layer count no more than two plates from now on."""
     for layer in context_layers(model).values():
         if layer.reference is not None:
-            layer.reference = layer.reference._replace(seen=layer.reference.seen.clamp(max=2))
+            layer.reference = layer.reference._replace(seen=min(layer.reference.seen, 2.0))
 
 
 def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> None:
@@ -891,7 +901,7 @@ def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> N
                 f"The checkpoint's reference of layer {name} does not fit the network.",
                 "Use the network of the run.",
             )
-        layers[name].reference = Reference(*values)
+        layers[name].reference = Reference(float(values[0]), float(values[1]), *values[2:])
 
 
 def checkpointed(block: nn.Module, x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class Method(nn.Module):
         needs_controls: Whether a batch without controls is an error.
         deploys: Whether a plate's statistics can be stored once and used query by query.
         frozen: Whether the network's weights stay as they are.
+        own_gradients: Whether it takes gradients itself, which the Trainer does not scale.
     """
 
     train_source: Source = "ordinary"
@@ -57,6 +58,7 @@ class Method(nn.Module):
     needs_controls: bool = False
     deploys: bool = False
     frozen: bool = False
+    own_gradients: bool = False
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
         """Make what depends on the sizes; called once, when the module is made."""
@@ -271,6 +273,7 @@ class ARMLL(Method):
 
     train_source: Source = "batch"
     test_source: Source = "batch"
+    own_gradients = True
 
     def __init__(
         self, inner_lr: float = 0.1, hidden: int = 32, rows: Literal["queries", "union"] = "queries"
@@ -325,6 +328,7 @@ class TENT(ERM):
     """
 
     test_source = "batch"
+    own_gradients = True
 
     def __init__(self, lr: float = 1e-3, steps: int = 1) -> None:
         super().__init__()

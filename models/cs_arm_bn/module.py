@@ -31,6 +31,8 @@ from fulgurite.sampling import rank_and_world
 
 __all__ = ["PlateClassifier"]
 
+_HOST_FIELDS = ("domain", "control_domain")
+
 
 class PlateClassifier(SystemModule):
     """A classifier of perturbations that adapts to a plate by its control images.
@@ -127,6 +129,32 @@ class PlateClassifier(SystemModule):
         loader: Any = self.trainer.train_dataloader
         self.method.begin(self.network, loader, training=True)
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move a batch, save the ids of plates, which only Python reads.
+
+        Raises:
+            DataError: As :meth:`training_step`; on a device it would have to wait for the labels.
+        """
+        if not isinstance(batch, dict):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if self.trainer.training and isinstance(batch.get("label"), Tensor):
+            self._check_labels(batch["label"])
+        moved = {k: v for k, v in batch.items() if k not in _HOST_FIELDS}
+        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
+        return {k: moved.get(k, v) for k, v in batch.items()}
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Refuse labels of no class; those on a device were checked on their way there."""
+        if labels.device.type != "cpu":
+            return
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise DataError(
+                f"A training batch has labels from {int(labels.min())} to {int(labels.max())}.",
+                f"Give labels from 0 to {self.num_classes - 1}.",
+            )
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of an episode's queries.
 
@@ -134,11 +162,7 @@ class PlateClassifier(SystemModule):
             DataError: A query has no label of a class.
         """
         labels = batch["label"]
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            raise DataError(
-                f"A training batch has labels from {int(labels.min())} to {int(labels.max())}.",
-                f"Give labels from 0 to {self.num_classes - 1}.",
-            )
+        self._check_labels(labels)
         logits = self.logits(batch)
         loss = query_loss(logits, labels)
         size = len(labels)
@@ -163,12 +187,15 @@ class PlateClassifier(SystemModule):
             return
         for layer in context_layers(self.network).values():
             values = [b for b in layer.buffers() if b.is_floating_point()]
-            if layer.reference is not None:
-                layer.reference = Reference(*(v.to(self.device) for v in layer.reference))
-                values += [*layer.reference]
+            reference = layer.reference and layer.reference.to(self.device)
+            if reference is not None:
+                numbers = torch.tensor(reference[:2], dtype=torch.float64, device=self.device)
+                values += [numbers, *reference[2:]]
             for value in values:
                 dist.all_reduce(value)
                 value /= world
+            if reference is not None:
+                layer.reference = Reference(*numbers.tolist(), *reference[2:])
 
     def on_validation_epoch_start(self) -> None:
         """Start a table of predictions."""
@@ -240,7 +267,7 @@ class PlateClassifier(SystemModule):
         probabilities = self.logits(batch).float().softmax(1)[kept]
         return {
             "index": batch["index"][kept],
-            "domain": batch["domain"].expand(len(kept))[kept],
+            "domain": batch["domain"].expand(len(kept))[kept.to(batch["domain"].device)],
             "well": batch["well"][kept],
             "label": batch["label"][kept],
             "predicted": probabilities.argmax(1),

@@ -64,10 +64,9 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
 
     Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
     """
-    if not bool(state.isfinite().all()):
-        return state.new_full((), torch.inf, dtype=torch.float64)
+    finite = state.isfinite().all()
     if not len(clean_states):
-        return state.new_zeros((), dtype=torch.float64)
+        return torch.where(finite, 0.0, torch.inf).double()
     distances = [
         torch.stack(
             [
@@ -77,7 +76,8 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
         ).sum()
         for other in clean_states
     ]
-    return torch.stack(distances).nan_to_num(nan=torch.inf).min()
+    nearest = torch.stack(distances).nan_to_num(nan=torch.inf).min()
+    return torch.where(finite, nearest, torch.inf)
 
 
 def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True) -> Tensor:

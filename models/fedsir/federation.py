@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.aggregation import sample_weights
 from fulgurite.sampling import rank_and_world
@@ -203,7 +204,7 @@ def exact_average(
 
     Source: inferred (the paper's simulation runs in one process).
     """
-    counts = torch.tensor(splits, device=device)
+    counts = move(torch.tensor(splits), device)
     peak = torch.zeros(len(splits), dtype=torch.float64, device=device)
     own = [k for k in states if weights.get(k)]
     for client in own:
@@ -220,7 +221,9 @@ def exact_average(
         )
     # 62 bits hold the sum: 52 below the exponent of the largest term, the rest for their number
     bits = min(52, 62 - len(weights).bit_length())
-    quantum = torch.exp2(torch.frexp(peak)[1].double() - bits).repeat_interleave(counts)
+    quantum = torch.exp2(torch.frexp(peak)[1].double() - bits).repeat_interleave(
+        counts, output_size=sum(splits)
+    )
     total = torch.zeros(sum(splits), dtype=torch.int64, device=device)
     for client in own:
         term = states[client].to(device).double() * weights[client]
@@ -412,18 +415,18 @@ class Federation:
     def batches(self, client: int, purpose: int | str, epochs: int) -> Iterator[MiniBatch]:
         """The mini-batches of a client's local training, augmented, on the device."""
         images = self.data.client_images(client)
-        index, labels = self.index[client], self.client_labels(client)
+        index, labels = self.index[client], move(self.client_labels(client), self.device)
         if self.resident:
-            images, labels = images.to(self.device), labels.to(self.device)
+            images = move(images, self.device)
         for epoch in range(epochs):
             generator = keyed_generator(self.seed, "batches", purpose, client, epoch)
-            for chosen in mini_batches(len(index), self.batch_size, generator):
-                at = chosen.to(images.device)
-                picked = images[at].to(self.device)
+            batches = mini_batches(len(index), self.batch_size, generator)
+            # one copy for the epoch
+            there = torch.split(move(torch.cat(batches), self.device), [len(b) for b in batches])
+            for chosen, at in zip(batches, there, strict=True):
+                picked = move(images[at if self.resident else chosen], self.device)
                 yield MiniBatch(
-                    self.data.augment_batch(picked, generator),
-                    labels[at].to(self.device),
-                    index[chosen],
+                    self.data.augment_batch(picked, generator), labels[at], index[chosen]
                 )
 
     def _train_one(
@@ -466,7 +469,8 @@ class Federation:
             number = _number(self.seed, *key)
             torch.default_generator.manual_seed(number)
             if devices:
-                torch.cuda.manual_seed_all(number)
+                with torch.cuda.device(self.device):  # the others' states are not restored
+                    torch.cuda.manual_seed(number)
             yield
 
     # --- looking at a client's data with a model -----------------------------------------------
@@ -492,7 +496,7 @@ class Federation:
         network: Any = self.network
         for begin in range(0, len(images), self.evaluation_batch_size):
             part = slice(begin, begin + self.evaluation_batch_size)
-            picked = images[part].to(self.device)
+            picked = move(images[part], self.device)
             shown = (
                 self.data.augment_batch(picked, generator)
                 if augmented

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fulgurite.devices import running_sum
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.fedsir.spectra import ClassSpectra, SpectraAccumulator
 
@@ -53,7 +54,7 @@ def choose_k(values: Tensor, ratio: float = 10.0) -> Tensor:
 
     Source: FedSIR, arXiv 2604.20825, Stage II, step a.
     """
-    head = values.double().cumsum(-1)
+    head = running_sum(values.double())
     enough = head >= ratio * (head[..., -1:] - head)
     return enough.to(torch.int8).argmax(-1) + 1
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import DataError
+from fulgurite.models.fedsir.eigen import eigh
 
 __all__ = [
     "ClassSpectra",
@@ -79,7 +80,7 @@ def _by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tenso
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first, and eigenvectors as rows; a matrix that is not finite is 0."""
     gram = torch.where(gram.isfinite().all(-1).all(-1)[..., None, None], gram, 0.0)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     return values.flip(-1), vectors.mT.flip(-2)
 
 
@@ -215,7 +216,7 @@ def class_spectra(features: Tensor, labels: Tensor, num_classes: int) -> ClassSp
     vectors = features.new_zeros(num_classes, keep, dim, dtype=torch.float64)
 
     wide = [c for c, rows in enumerate(groups) if len(rows) >= dim]
-    if wide:  # one batched call: on a GPU a batch of eigh is far cheaper than a loop
+    if wide:  # one call: the CPU has several threads for it, a GPU its batches
         gram = torch.stack([groups[c].mT @ groups[c] for c in wide])
         rank[wide], values[wide], vectors[wide] = _cut(*_eigen(gram), counts[wide], dim)
     for c, rows in enumerate(groups):

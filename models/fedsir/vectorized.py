@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.func import functional_call, vmap
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     ClientStates,
@@ -186,7 +187,7 @@ class _StackedLoss:
             return
         strength = [x.proximal if x.anchor else 0.0 for x in each]
         for name, parameter in stack.parameters.items():
-            self.strength = parameter.new_tensor(strength)
+            self.strength = move(torch.tensor(strength, dtype=parameter.dtype), parameter.device)
             several = len({a[name].data_ptr() for a in anchors}) > 1
             chosen = (
                 [(x.anchor or anchors[0])[name] for x in each] if several else [anchors[0][name]]
@@ -219,7 +220,7 @@ def _gradients(
     # tail batches differ in size, and BatchNorm must see each as it is: one pass per size
     values = torch.empty(len(batches), device=fed.device)
     for rows in groups.values():
-        at = torch.tensor(rows, device=fed.device)
+        at = move(torch.tensor(rows), fed.device)
         parameters = {
             n: p.detach()[at].requires_grad_(p.requires_grad) for n, p in stack.parameters.items()
         }

@@ -251,7 +251,7 @@ class BaselineCompletion(SystemModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`fulgurite.models.ice_layers.IceCompletion.predict_step`."""
         predicted, std = self.predict(batch, batch.observed)
-        track = Track.from_ptr(batch.ptr)
+        track = Track.of_batch(batch)
         found = gaps(batch.observed, batch.distance, track)
         made = fill(batch.thickness, batch.observed, found, predicted, std.float(), self.max_gap)
         return {**made, "stack": batch.stack[track.stack]}
@@ -291,7 +291,7 @@ class BaselineCompletion(SystemModule):
             mean,
             known_truth(batch),
             batch.observed,
-            Track.from_ptr(batch.ptr).stack,
+            Track.of_batch(batch).stack,
             std,
             dropped=getattr(batch, "dropped", None),
             held_out=held,
@@ -303,7 +303,7 @@ class BaselineCompletion(SystemModule):
         """Score held-out observed entries, and missing ones where the truth is known."""
         if self.trainer.sanity_checking:  # that is before the fit
             return
-        held = held_out(batch.observed, Track.from_ptr(batch.ptr), batch.stack)
+        held = held_out(batch.observed, Track.of_batch(batch), batch.stack)
         self._evaluate(batch, batch.observed & ~held, held)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fulgurite.devices import lower_median
 from fulgurite.errors import DataError
 
 __all__ = [
@@ -286,7 +287,7 @@ def fit_ridge(
     physics = physics.double()
     scale = physics.new_zeros(0)
     if log:
-        size = physics[observed].abs().median(0).values
+        size = lower_median(physics[observed].abs(), 0)
         scale = torch.where(size > 0, size, 1.0)
     made = physics_features(physics, scale if log else None)
     mean = made[observed].mean(0)

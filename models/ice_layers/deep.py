@@ -178,5 +178,5 @@ class DeepLayerPredictor(IceModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Predicted thickness and its spread [m], and the number of the stack of each trace."""
         predicted, spread = self.predict(self.read(batch))
-        stack = batch.stack[Track.from_ptr(batch.ptr).stack]
+        stack = batch.stack[Track.of_batch(batch).stack]
         return {"predicted": predicted, "spread": spread, "stack": stack}

@@ -11,14 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 
-__all__ = ["EARTH_RADIUS", "GraphKind", "Track", "adjacency", "edges", "haversine"]
+__all__ = ["EARTH_RADIUS", "GraphKind", "Track", "adjacency", "edges", "haversine", "note_sizes"]
 
 EARTH_RADIUS = 6_371_000.0
 """Mean radius of the Earth [m]."""
@@ -48,12 +49,18 @@ class Track:
         """From the number of traces of each stack."""
         ptr = torch.zeros(len(sizes) + 1, dtype=torch.long)
         ptr[1:] = torch.tensor(list(sizes)).cumsum(0)
-        return cls(ptr.to(device), list(sizes))
+        return cls(move(ptr, device or "cpu"), list(sizes))
 
     @classmethod
     def from_ptr(cls, ptr: Tensor) -> Track:
         """From PyG's ``batch.ptr``."""
         return cls(ptr, ptr.diff().tolist())
+
+    @classmethod
+    def of_batch(cls, batch: Any) -> Track:
+        """From a batch of PyG; one that :func:`note_sizes` has seen asks the device nothing."""
+        sizes = getattr(batch, "traces", None)
+        return cls.from_ptr(batch.ptr) if sizes is None else cls(batch.ptr, sizes)
 
     @cached_property
     def length_of(self) -> Tensor:
@@ -105,6 +112,11 @@ class Track:
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`pad`. Shape: (B, M, ...) to (N, ...)."""
         return x.flatten(0, 1) if self.uniform else x[self.stack, self.place]
+
+
+def note_sizes(batch: Any) -> None:
+    """Write the number of traces of each stack into a batch of PyG, while it is on the CPU."""
+    batch.traces = batch.ptr.diff().tolist()
 
 
 def haversine(start: Tensor, end: Tensor) -> Tensor:

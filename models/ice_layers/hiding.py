@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers.graph import Track
 
@@ -77,7 +78,7 @@ class StructuredHiding:
         Shape: to (N, L), bool.
         """
         stacks, layers = len(track.sizes), observed.shape[1]
-        draw = torch.rand(5, stacks, layers, generator=generator).to(observed.device)
+        draw = move(torch.rand(5, stacks, layers, generator=generator), observed.device)
         share = self.shortest + (self.longest - self.shortest) * draw[2]
         place = (track.place[:, None] / track.length[:, None] - draw[3][track.stack]) % 1
         # half a trace: a share of 1/2 hides 4 of 8 wherever it starts

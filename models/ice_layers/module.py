@@ -26,7 +26,7 @@ from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.io import load_plain
 from fulgurite.models.ice_layers.completion import LEFT, fill, gaps
 from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, contradicted
-from fulgurite.models.ice_layers.graph import Track
+from fulgurite.models.ice_layers.graph import Track, note_sizes
 from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
 from fulgurite.models.ice_layers.losses import LossKind, masked_robust_loss
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
@@ -130,7 +130,7 @@ class Normaliser(nn.Module):
             ((batch.pos - self.pos_mean) / self.pos_std).float(),
             batch.pos,
             batch.distance.float(),
-            Track.from_ptr(batch.ptr),
+            Track.of_batch(batch),
         )
 
     def metres(self, thickness: Tensor) -> Tensor:
@@ -353,6 +353,15 @@ class IceModule(SystemModule):
         self.build(*sizes)
         self.trained_segments = tuple(checkpoint["ice_segments"])
         self._begun = True
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move a batch without waiting for the device, with the sizes of its stacks noted."""
+        if hasattr(batch, "to") and isinstance(getattr(batch, "ptr", None), Tensor):
+            note_sizes(batch)
+            return batch.to(device, non_blocking=device.type != "cpu")
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def configure_optimizers(self) -> Any:
         """The optimizer with its scheduler; a two-stage schedule learns how long training is."""
@@ -584,7 +593,7 @@ class IceCompletion(IceModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """What :meth:`fill` gives, and the number of the stack of each trace."""
-        return {**self.fill(batch), "stack": batch.stack[Track.from_ptr(batch.ptr).stack]}
+        return {**self.fill(batch), "stack": batch.stack[Track.of_batch(batch).stack]}
 
     # --- training ------------------------------------------------------------------------------
 
@@ -651,7 +660,7 @@ class IceCompletion(IceModule):
             torch.where(left, torch.nan, made["predicted"]),
             known_truth(batch),
             batch.observed,
-            Track.from_ptr(batch.ptr).stack,
+            Track.of_batch(batch).stack,
             made["std"],
             dropped=getattr(batch, "dropped", None),
             measured=batch.thickness,
@@ -722,7 +731,7 @@ class IceCompletion(IceModule):
 
 def segment_of_traces(batch: Any) -> Tensor:
     """Number of each trace's flight segment. Shape: (N,)."""
-    segment: Tensor = batch.segment[Track.from_ptr(batch.ptr).stack]
+    segment: Tensor = batch.segment[Track.of_batch(batch).stack]
     return segment
 
 

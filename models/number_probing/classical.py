@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fulgurite.base import save_options
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write
 from fulgurite.models.number_probing.module import NumberModule
@@ -429,8 +430,8 @@ class SkipGram(_TextFileModule):
         drawn = torch.rand(shape, generator=generator, dtype=torch.float64) * self._cumulated[-1]
         # right: a token without counts is never drawn
         random = torch.searchsorted(self._cumulated, drawn, right=True)
-        random = random.clamp(max=self.vocab_size - 1).to(tokens.device)
-        weights, near = _pairs(kept.to(tokens.device), documents, self.window)
+        random = move(random.clamp(max=self.vocab_size - 1), tokens.device)
+        weights, near = _pairs(move(kept, tokens.device), documents, self.window)
         center, context = self.embedding(tokens), self.contexts(tokens)
         lost = center.new_zeros(())
         for lag, weight in enumerate(weights, 1):

@@ -40,8 +40,9 @@ def token_losses(
 
     Source: inferred; equal to :func:`torch.nn.functional.cross_entropy`.
     """
-    counted = targets != IGNORED
-    hidden, targets = hidden[counted], targets[counted]
+    # one question to the device, how many there are, where two masks would be two
+    rows = (targets != IGNORED).flatten().nonzero()[:, 0]
+    hidden, targets = hidden.flatten(0, 1)[rows], targets.flatten()[rows]
     if len(targets) <= chunk:
         return _losses(hidden, weight, targets)
     parts: list[tuple[Tensor, Tensor]] = []
@@ -74,10 +75,27 @@ def rows_all_right(hits: Tensor, targets: Tensor) -> Tensor:
 
     Source: inferred; exact match of answers.
     """
+    right, counted = _right_rows(hits, targets)
+    return right[counted]
+
+
+def share_all_right(hits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of :func:`rows_all_right`; NaN where no row has a target.
+
+    Shape: to ().
+
+    Example:
+        >>> share_all_right(torch.tensor([True, True, False]), torch.tensor([[1, 2], [-100, 3]]))
+        tensor(0.5000)
+    """
+    right, counted = _right_rows(hits, targets)
+    return (right & counted).sum() / counted.sum()
+
+
+def _right_rows(hits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether no token of a row was missed, and whether the row has a target. Shapes: (B,)."""
     counted = targets != IGNORED
-    right = torch.ones_like(counted)
-    right[counted] = hits
-    return right.all(1)[counted.any(1)]
+    return torch.ones_like(counted).masked_scatter(counted, hits).all(1), counted.any(1)
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

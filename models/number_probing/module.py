@@ -5,7 +5,6 @@ Axes: B batch, L tokens, D width, V vocabulary, N numbers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -15,8 +14,13 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fulgurite.base import SystemModule, save_options, scheduled
+from fulgurite.devices import move, seconds
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.losses import rows_all_right, token_losses
+from fulgurite.models.number_probing.losses import (
+    rows_all_right,
+    share_all_right,
+    token_losses,
+)
 from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
 
 __all__ = ["NumberLM", "NumberModule"]
@@ -171,7 +175,7 @@ class NumberLM(NumberModule):
             DataError: A number has no token.
         """
         weight = self.embedding.weight if table == "input" else self.head_weight
-        return weight[self.number_tokens(ns).to(weight.device)]
+        return weight[move(self.number_tokens(ns), weight.device)]
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm. Shape: (B, L) to (B, L, D)."""
@@ -201,28 +205,28 @@ class NumberLM(NumberModule):
         size = len(batch["tokens"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if self.exact_match:
-            right = rows_all_right(hits, batch["targets"]).float().mean()
+            right = share_all_right(hits, batch["targets"])
             self.log("train/exact", right, prog_bar=True, batch_size=size)
         self._tokens += batch["tokens"].numel()
         return loss
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens = seconds(self.device), 0
 
     def on_validation_start(self) -> None:
         """Stop the clock."""
-        self._since -= time.perf_counter()
+        self._since -= seconds(self.device)
 
     def on_validation_end(self) -> None:
         """Start the clock again."""
-        self._since += time.perf_counter()
+        self._since += seconds(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the speed of all ranks since it was logged last [tokens/s]."""
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         if every and (batch_idx + 1) % every == 0:
-            now = time.perf_counter()
+            now = seconds(self.device)
             speed = self._tokens * self.trainer.world_size / max(now - self._since, 1e-9)
             self.log("train/tokens_per_s", speed, batch_size=1)
             self._since, self._tokens = now, 0

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.devices import count_weighted, move
 from fulgurite.errors import ConfigError
 from fulgurite.models.number_probing.checks import check_embeddings, check_periods
 from fulgurite.models.number_probing.fourier import PERIODS
@@ -111,7 +112,10 @@ def cohen_kappa(
     rows = len(predicted)
     place = torch.arange(rows, device=labels.device)[:, None] * classes + labels
     cell = (place * classes + predicted).flatten()
-    counts = cell.bincount(None if weight is None else weight.flatten(), rows * classes**2)
+    if weight is None:
+        counts = cell.bincount(minlength=rows * classes**2)
+    else:
+        counts = count_weighted(cell, weight.flatten(), rows * classes**2)
     confusion = counts.view(rows, classes, classes).double()
     confusion = confusion / confusion.sum((1, 2), keepdim=True)
     observed = confusion.diagonal(dim1=1, dim2=2).sum(-1)
@@ -165,7 +169,7 @@ def make_folds(
         found = order % folds
     else:
         raise ConfigError(f"The folds {kind!r} are unknown.", "Use shuffled, decade or contiguous.")
-    return found.to(numbers.device)
+    return move(found, numbers.device)
 
 
 def probe(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 
 __all__ = ["IGNORED", "Head", "chunked_cross_entropy", "mask_tokens", "token_scores"]
@@ -89,8 +90,12 @@ def token_scores(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> tup
     for start in range(0, targets.shape[1], chunk):
         part = slice(start, start + chunk)
         logits = _logits(hidden[:, part], head)
-        loss = F.cross_entropy(logits.mT, targets[:, part], ignore_index=IGNORED, reduction="none")
-        losses.append(loss)
+        wanted = targets[:, part]
+        # as rows: CUDA knows the loss of a (B, V, N) tensor by another kernel, which it may refuse
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        losses.append(loss.view_as(wanted))
         predicted.append(logits.argmax(-1))
     return torch.cat(losses, 1), torch.cat(predicted, 1)
 
@@ -118,7 +123,9 @@ def mask_tokens(
     """
     count = max(1, round(share * tokens.shape[1]))
     hidden = torch.rand(tokens.shape, generator=generator).topk(count, dim=1).indices
-    hides = torch.zeros(tokens.shape, dtype=torch.bool).scatter_(1, hidden, True).to(tokens.device)
+    hides = move(
+        torch.zeros(tokens.shape, dtype=torch.bool).scatter_(1, hidden, True), tokens.device
+    )
     return tokens.masked_fill(hides, mask_token), tokens.masked_fill(~hides, IGNORED)
 
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from fulgurite.callbacks.cs_arm_bn import ControlContext, outlier_score, plate_p
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.cs_arm_bn import (
     ARMBN,
+    ARMLL,
     CSARMBN,
     ERM,
+    TENT,
     TVN,
     AdaptiveWeight,
     ControlsOnly,
@@ -327,6 +330,16 @@ def test_padding_and_unlabelled_queries(trained):
     found = predicted(trainer, module, Plates(unlabelled, chunk=4))
     assert len(found["index"]) == 2 * (L - 2)
     assert (found["label"] == -1).all()
+
+
+@pytest.mark.parametrize("method", [ARMLL, TENT])
+def test_methods_with_gradients_of_their_own_refuse_half_precision(method):
+    trainer = SimpleNamespace(strategy=None, precision="16-mixed")
+    with pytest.raises(ConfigError, match=r"16-mixed: nothing scales them\. Use bf16-mixed"):
+        ControlContext().setup(trainer, make_module(method()), "fit")
+    ControlContext().setup(trainer, make_module(), "fit")
+    trainer.precision = "bf16-mixed"
+    ControlContext().setup(trainer, make_module(method()), "fit")
 
 
 # --- state ----------------------------------------------------------------------------------------

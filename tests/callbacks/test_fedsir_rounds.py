@@ -274,6 +274,7 @@ def test_a_killed_run_resumes_to_the_same_weights(final, fit, start, weights, fi
         (["--trainer.fast_dev_run=true"], "A round has 4 slots"),
         (["--model.init_args.optimizer.lr=-1"], "Invalid learning rate"),
         (["--trainer.precision=64-true"], "precision=64-true"),
+        (["--trainer.precision=16-true"], "precision=16-true. Use bf16-mixed"),
         (["--model.init_args.method.residual_rows=0"], "residual_rows=0"),
         (["--model.init_args.method.kd_temperature=0"], "kd_temperature=0"),
         (["--trainer.strategy=foo"], "strategy"),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.models.fedsir.federation import (
     Federation,
@@ -69,7 +70,7 @@ class SubsetLoss:
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
         """Mean over the samples kept; 0 for none."""
         each = F.cross_entropy(network(batch.images), batch.labels, reduction="none")
-        kept = self.kept[batch.index].to(each)
+        kept = move(self.kept[batch.index], each.device, each.dtype)
         return (each * kept).sum() / kept.sum().clamp_min(1)
 
 

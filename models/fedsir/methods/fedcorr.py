@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
 from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
@@ -103,7 +104,7 @@ class MixupLoss:
         """The loss of mixed pairs."""
         concentration = torch.tensor([self.alpha, self.alpha])
         share = float(torch.distributions.Dirichlet(concentration).sample()[0])
-        order = torch.randperm(len(batch.labels)).to(batch.labels.device)
+        order = move(torch.randperm(len(batch.labels)), batch.labels.device)
         classes: int = network.head.out_features  # type: ignore[union-attr, assignment]
         labels = F.one_hot(batch.labels, classes).to(batch.images)
         mixed = MiniBatch(

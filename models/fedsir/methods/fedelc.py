@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
 from fulgurite.models.fedsir.methods.fednoro import FedNoRo
@@ -46,8 +47,8 @@ class SoftLabelLoss:
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
         """The loss; steps the distributions of the batch's samples."""
         scores = network(batch.images).float().log_softmax(1)
-        log_labels = self.soft[batch.index].to(scores).log_softmax(1)
-        given = self.given[batch.index].to(scores.device)
+        log_labels = move(self.soft[batch.index], scores.device, scores.dtype).log_softmax(1)
+        given = move(self.given[batch.index], scores.device)
         samples, classes = scores.shape
         predicted = scores.exp()
         entropy = -(predicted * scores).sum(1)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.aggregation import distance_aware_weights, distance_to_clean
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
@@ -54,7 +55,7 @@ class DistillationLoss:
         chosen = (
             torch.ones_like(batch.labels)
             if self.distil is None
-            else self.distil[batch.index].to(logits.device)
+            else move(self.distil[batch.index], logits.device)
         )
         each = selective_distillation(
             logits, batch.labels, taught, chosen, self.weight, self.log_prior,
@@ -63,7 +64,8 @@ class DistillationLoss:
         if self.confidence is None:
             return each.mean()
         # divided by the batch size, not by the weights: an uncertain batch makes a small step
-        return (each * self.confidence[batch.index].to(logits)).mean()
+        confidence = move(self.confidence[batch.index], logits.device, logits.dtype)
+        return (each * confidence).mean()
 
 
 class NoiseAwareMethod(FederatedMethod):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
 from fulgurite.models.fedsir.methods.base import FederatedMethod
@@ -110,7 +111,7 @@ class CentroidLoss:
             agree = cosines.argmax(1) == given
             labels = given
             if self.pseudo is not None:
-                guess = self.pseudo[batch.index].to(given.device)[chosen]
+                guess = move(self.pseudo[batch.index], given.device)[chosen]
                 labels = given.where(agree, guess)
             targets = self.centroids[given]
         scores = logits[chosen].log_softmax(1)

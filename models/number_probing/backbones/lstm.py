@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fulgurite.devices import move
 from fulgurite.models.number_probing.backbones.base import EPS, at_least
 
 __all__ = ["LSTMBackbone", "pack_documents"]
@@ -23,7 +24,8 @@ def pack_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Index of each token among the B·L, first tokens of all documents first, longest document
         first, and how many documents have so many tokens at least. Shapes: (M,), (longest,), both
-        int64; the second on the CPU, where PyTorch wants it.
+        int64; the second on the CPU, where PyTorch wants it. Both are found there, so that a
+        device is waited for once.
 
     Example:
         >>> pack_documents(torch.tensor([[0, 0, 1, 1, 1]]))
@@ -31,17 +33,18 @@ def pack_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: inferred; :class:`torch.nn.utils.rnn.PackedSequence`.
     """
+    device, documents = documents.device, documents.cpu()
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     number = starts.flatten().cumsum(0) - 1  # of the document, through all sequences
     first = starts.flatten().nonzero()[:, 0]
     lengths = torch.diff(first, append=first.new_tensor([documents.numel()]))
-    step = torch.arange(documents.numel(), device=documents.device) - first[number]
+    step = torch.arange(documents.numel()) - first[number]
     by_length = lengths.argsort(descending=True, stable=True)
     place = torch.empty_like(by_length)
-    place[by_length] = torch.arange(len(lengths), device=documents.device)
+    place[by_length] = torch.arange(len(lengths))
     order = (step * len(lengths) + place[number]).argsort()
-    return order, torch.bincount(step).cpu()
+    return move(order, device), torch.bincount(step)
 
 
 class LSTMBackbone(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fulgurite.devices import running_sum
 from fulgurite.models.number_probing.backbones.base import same_document
 
 __all__ = [
@@ -59,7 +60,7 @@ def chunk_decays(log_decay: Tensor, documents: Tensor | None = None) -> Decays:
 
     Source: Mamba-2, arXiv 2405.21060, section 6; documents: inferred.
     """
-    total = log_decay.cumsum(-1)
+    total = running_sum(log_decay)
     size = log_decay.shape[-1]
     seen = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
     pairs = total[..., :, None] - total[..., None, :]
