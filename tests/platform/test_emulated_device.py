@@ -80,14 +80,14 @@ def test_a_network_learns_on_the_device_as_on_the_cpu():
         x, labels = torch.randn(16, 4), torch.randint(0, 3, (16,))
         network, x, labels = network.to(device), x.to(device), labels.to(device)
         optimizer = torch.optim.Adam(network.parameters(), 0.1)
-        found = []
+        losses_of_steps = []
         for _ in range(5):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(network(x), labels)
             loss.backward()
             optimizer.step()
-            found.append(loss.item())
-        return found
+            losses_of_steps.append(loss.item())
+        return losses_of_steps
 
     assert run_emulated(lambda record: losses(DEVICE)) == pytest.approx(losses("cpu"), rel=1e-6)
 
