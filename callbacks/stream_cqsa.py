@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.budget import format_bytes, parse_budget
-from fulgurite.devices import seconds
+from fulgurite.devices import read_clock
 from fulgurite.logging import log_figure
 from fulgurite.plotting import new_figure
 
@@ -53,14 +53,14 @@ class AttentionMonitor(Callback):
             self._before = backend.calls, backend.moved_bytes
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._begun = seconds(pl_module.device)
+        self._begun = read_clock(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the step took."""
         facts = {
-            "time/step": seconds(pl_module.device) - self._begun,
+            "time/step": read_clock(pl_module.device) - self._begun,
             "memory/step_mib": _memory(pl_module.device) / _MIB,
         }
         backend = self._backend(trainer)

@@ -195,7 +195,8 @@ class PlateClassifier(SystemModule):
                 dist.all_reduce(value)
                 value /= world
             if reference is not None:
-                layer.reference = Reference(*numbers.tolist(), *reference[2:])
+                seen, weight = numbers.tolist()
+                layer.reference = Reference(seen, weight, *reference[2:])
 
     def on_validation_epoch_start(self) -> None:
         """Start a table of predictions."""

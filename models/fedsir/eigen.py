@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from fulgurite.devices import seconds
+from fulgurite.devices import read_clock
 
-__all__ = ["eigh", "fastest_place"]
+__all__ = ["eigh", "fastest_device"]
 
 _SMALL = 32  # rows of the largest matrices that CUDA's batched solver takes
 _SAMPLE = 8  # matrices of a measurement
 _CPU = torch.device("cpu")
 
 # by device and size, rounded up to a power of two
-_places: dict[tuple[torch.device, int], torch.device] = {}
+_solver_devices: dict[tuple[torch.device, int], torch.device] = {}
 
 
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,18 +50,18 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         return values, vectors
     batch = matrices.reshape(-1, size, size)
     if torch.are_deterministic_algorithms_enabled():
-        place = _CPU
+        solver = _CPU
     else:
         key = device, 1 << (size - 1).bit_length()
-        if key not in _places:
-            _places[key] = fastest_place(batch[:_SAMPLE])
-        place = _places[key]
-    values, vectors = _solve(batch, place)
+        if key not in _solver_devices:
+            _solver_devices[key] = fastest_device(batch[:_SAMPLE])
+        solver = _solver_devices[key]
+    values, vectors = _solve(batch, solver)
     return values.view(matrices.shape[:-1]), vectors.view(matrices.shape)
 
 
-def fastest_place(
-    matrices: Tensor, clock: Callable[[torch.device], float] = seconds
+def fastest_device(
+    matrices: Tensor, clock: Callable[[torch.device], float] = read_clock
 ) -> torch.device:
     """The CPU, or the device of the matrices where it is faster.
 
@@ -72,19 +72,19 @@ def fastest_place(
     device = matrices.device
     _solve(matrices[:1], device)  # the first call loads libraries
     times = []
-    for place in (device, _CPU):
+    for solver in (device, _CPU):
         begun = clock(device)
-        _solve(matrices, place)
+        _solve(matrices, solver)
         times.append(clock(device) - begun)
     return device if times[0] < times[1] else _CPU
 
 
-def _solve(matrices: Tensor, place: torch.device) -> tuple[Tensor, Tensor]:
-    """Solve at a place, on the CPU in threads; results come back to the device."""
-    if place == matrices.device:
+def _solve(matrices: Tensor, solver: torch.device) -> tuple[Tensor, Tensor]:
+    """Solve on a device, on the CPU in threads; results come back to the device."""
+    if solver == matrices.device:
         values, vectors = torch.linalg.eigh(matrices)
         return values, vectors
-    parts = matrices.to(place).tensor_split(min(torch.get_num_threads(), len(matrices)))
+    parts = matrices.to(solver).tensor_split(min(torch.get_num_threads(), len(matrices)))
     with ThreadPoolExecutor(len(parts)) as threads:
         solved = list(threads.map(torch.linalg.eigh, parts))
     values, vectors = (torch.cat(each) for each in zip(*solved, strict=True))

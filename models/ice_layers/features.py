@@ -270,8 +270,8 @@ class PhysicsPrior(nn.Module):
         for fold in range(_FOLDS):
             rows = part == fold
             if rows.device.type != "cpu":  # which rows these are it would have to wait for
-                every = self._ridge(1 + fold)(physics)
-                expected = torch.where(rows[:, None], every, expected)
+                of_fold = self._ridge(1 + fold)(physics)
+                expected = torch.where(rows[:, None], of_fold, expected)
             elif rows.any():
                 expected[rows] = self._ridge(1 + fold)(physics[rows])
         return expected

@@ -79,13 +79,13 @@ def rows_all_right(hits: Tensor, targets: Tensor) -> Tensor:
     return right[counted]
 
 
-def share_all_right(hits: Tensor, targets: Tensor) -> Tensor:
+def average_right_rows(hits: Tensor, targets: Tensor) -> Tensor:
     """Mean of :func:`rows_all_right`; NaN where no row has a target.
 
     Shape: to ().
 
     Example:
-        >>> share_all_right(torch.tensor([True, True, False]), torch.tensor([[1, 2], [-100, 3]]))
+        >>> average_right_rows(torch.tensor([True, True, False]), torch.tensor([[1, 2], [-100, 3]]))
         tensor(0.5000)
     """
     right, counted = _right_rows(hits, targets)

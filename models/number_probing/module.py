@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from fulgurite.base import SystemModule, save_options, scheduled
-from fulgurite.devices import move, seconds
+from fulgurite.devices import move, read_clock
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.losses import (
+    average_right_rows,
     rows_all_right,
-    share_all_right,
     token_losses,
 )
 from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
@@ -205,28 +205,28 @@ class NumberLM(NumberModule):
         size = len(batch["tokens"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if self.exact_match:
-            right = share_all_right(hits, batch["targets"])
+            right = average_right_rows(hits, batch["targets"])
             self.log("train/exact", right, prog_bar=True, batch_size=size)
         self._tokens += batch["tokens"].numel()
         return loss
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
-        self._since, self._tokens = seconds(self.device), 0
+        self._since, self._tokens = read_clock(self.device), 0
 
     def on_validation_start(self) -> None:
         """Stop the clock."""
-        self._since -= seconds(self.device)
+        self._since -= read_clock(self.device)
 
     def on_validation_end(self) -> None:
         """Start the clock again."""
-        self._since += seconds(self.device)
+        self._since += read_clock(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the speed of all ranks since it was logged last [tokens/s]."""
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         if every and (batch_idx + 1) % every == 0:
-            now = seconds(self.device)
+            now = read_clock(self.device)
             speed = self._tokens * self.trainer.world_size / max(now - self._since, 1e-9)
             self.log("train/tokens_per_s", speed, batch_size=1)
             self._since, self._tokens = now, 0

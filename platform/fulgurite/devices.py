@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["count_weighted", "lower_median", "move", "pins_memory", "running_sum", "seconds"]
+__all__ = ["count_weighted", "lower_median", "move", "pins_memory", "read_clock", "running_sum"]
 
 
 def pins_memory() -> bool:
@@ -48,12 +48,12 @@ def move(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None =
     return tensor.to(device, dtype, non_blocking=device.type != "cpu")
 
 
-def seconds(device: torch.device | str) -> float:
+def read_clock(device: torch.device | str) -> float:
     """The clock [s], once the device has done all that it was given.
 
     Example:
-        >>> begun = seconds("cpu")
-        >>> seconds("cpu") >= begun
+        >>> begun = read_clock("cpu")
+        >>> read_clock("cpu") >= begun
         True
     """
     device = torch.device(device)

@@ -18,20 +18,20 @@ def clock_of(*durations):
     return lambda device: next(times)
 
 
-def placed(durations):
+def chosen_device(durations):
     def work(record):
         matrices = symmetric(3, 40).to(DEVICE)
-        place = eigen.fastest_place(matrices, clock_of(*durations))
-        return str(place)
+        solver = eigen.fastest_device(matrices, clock_of(*durations))
+        return str(solver)
 
     return run_emulated(work)
 
 
 @pytest.mark.parametrize(
-    ("on_device", "on_cpu", "place"), [(1.0, 2.0, f"{DEVICE}:0"), (2.0, 1.0, "cpu")]
+    ("on_device", "on_cpu", "solver"), [(1.0, 2.0, f"{DEVICE}:0"), (2.0, 1.0, "cpu")]
 )
-def test_the_faster_place_is_chosen(on_device, on_cpu, place):
-    assert placed((on_device, on_cpu)) == place
+def test_the_faster_device_is_chosen(on_device, on_cpu, solver):
+    assert chosen_device((on_device, on_cpu)) == solver
 
 
 def test_eigenvectors_of_a_device_are_those_of_the_cpu_and_are_timed_once_per_size():
@@ -44,12 +44,12 @@ def test_eigenvectors_of_a_device_are_those_of_the_cpu_and_are_timed_once_per_si
             measured.append(sample.shape[-1])
             return torch.device("cpu")
 
-        eigen.fastest_place = measure
-        found, *_ = (eigen.eigh(symmetric(5, size).to(DEVICE)) for size in (40, 50, 100, 20))
+        eigen.fastest_device = measure
+        solved, *_ = (eigen.eigh(symmetric(5, size).to(DEVICE)) for size in (40, 50, 100, 20))
         torch.use_deterministic_algorithms(True)
         eigen.eigh(symmetric(5, 200).to(DEVICE))
         single = eigen.eigh(matrices[0].to(DEVICE))
-        return measured, [x.cpu() for x in (*found, *single)], str(found[0].device)
+        return measured, [x.cpu() for x in (*solved, *single)], str(solved[0].device)
 
     measured, (values, vectors, value, vector), device = run_emulated(work)
     assert measured == [40, 100]  # 50 is of the size of 40, 20 is small, and no clock decides 200

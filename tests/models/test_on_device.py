@@ -21,7 +21,7 @@ from fulgurite.models.ice_layers import PhysicsPrior
 from fulgurite.models.ice_layers.graph import Track, note_sizes
 from fulgurite.models.number_probing import NumberLM, cohen_kappa, spectrum
 from fulgurite.models.number_probing.backbones.lstm import pack_documents
-from fulgurite.models.number_probing.losses import rows_all_right, share_all_right, token_losses
+from fulgurite.models.number_probing.losses import average_right_rows, rows_all_right, token_losses
 from fulgurite.models.stream_cqsa import token_scores
 from fulgurite.testing.emulated_device import DEVICE, run_emulated
 
@@ -36,9 +36,9 @@ def same_on_device(function, *tensors, rtol=1e-6):
         waits = [re.sub(r":\d+$", "", wait) for wait in record.waits.elements()]
         return [x.cpu() for x in out], waits, dict(record.refused)
 
-    found, waits, refused = run_emulated(work)
+    result, waits, refused = run_emulated(work)
     assert refused == {}
-    for ours, theirs in zip(found, function(*tensors), strict=True):
+    for ours, theirs in zip(result, function(*tensors), strict=True):
         assert torch.allclose(ours, theirs, rtol=rtol, equal_nan=True)
     return waits
 
@@ -58,10 +58,10 @@ def test_distance_to_clean_models():
         return [distance_to_clean(state, c, [4, 6]) for state in states for c in clean]
 
     assert same_on_device(distances, states) == []
-    found = distances(states)
-    assert found[2] > 0
-    assert [float(found[i]) for i in (0, 1, 3, 4, 5)] == [0, 0, 0, torch.inf, torch.inf]
-    assert all(x.dtype == torch.float64 for x in found)
+    result = distances(states)
+    assert result[2] > 0
+    assert [float(result[i]) for i in (0, 1, 3, 4, 5)] == [0, 0, 0, torch.inf, torch.inf]
+    assert all(x.dtype == torch.float64 for x in result)
 
 
 @pytest.mark.parametrize("size", [20, 37, 400])
@@ -69,8 +69,8 @@ def test_spectrum(size):
     x = torch.rand(size, 3, generator=torch.manual_seed(0), dtype=torch.float64)
 
     def parts(x):
-        found = spectrum(x)
-        return [found.magnitude, found.normalised, found.local_ratio]
+        result = spectrum(x)
+        return [result.magnitude, result.normalised, result.local_ratio]
 
     same_on_device(parts, x, rtol=1e-12)
     magnitude, _, ratio = parts(x)
@@ -94,15 +94,15 @@ def test_losses_of_tokens_wait_once():
     targets = torch.tensor([[0, 1, -100, 3, -100, 5], [-100] * 6])
 
     def losses(hidden, weight, targets):
-        found, hits = token_losses(hidden, weight, targets, chunk=3)
-        return found, hits, share_all_right(hits, targets)
+        result, hits = token_losses(hidden, weight, targets, chunk=3)
+        return result, hits, average_right_rows(hits, targets)
 
     waits = same_on_device(losses, hidden, weight, targets)
     assert waits == ["nonzero in models.number_probing.losses.token_losses"]
-    found, hits, share = losses(hidden, weight, targets)
-    wanted = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="none")
-    assert torch.allclose(found, wanted[targets[0] != -100])
-    assert share == rows_all_right(hits, targets).float().mean()
+    result, hits, average = losses(hidden, weight, targets)
+    expected = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="none")
+    assert torch.allclose(result, expected[targets[0] != -100])
+    assert average == rows_all_right(hits, targets).float().mean()
 
 
 def test_scores_of_tokens():
@@ -177,9 +177,9 @@ def test_references_are_learned_without_a_wait_and_saved_exactly():
                 there(plate)
         return dict(record.waits), reference_state(there)
 
-    waits, found = run_emulated(work)
+    waits, result = run_emulated(work)
     assert waits == {}
-    for ours, theirs in zip(next(iter(found.values())), values, strict=True):
+    for ours, theirs in zip(next(iter(result.values())), values, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
     resumed = ContextBatchNorm2d(3)
@@ -232,7 +232,7 @@ def test_clocks_of_steps_wait_for_the_device(monkeypatch):
         asked.append(device)
         return float(len(asked))
 
-    monkeypatch.setattr("fulgurite.callbacks.stream_cqsa.seconds", clock)
+    monkeypatch.setattr("fulgurite.callbacks.stream_cqsa.read_clock", clock)
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=lambda facts, **_: None)
     trainer, monitor = SimpleNamespace(strategy=None), AttentionMonitor()
     monitor.on_train_batch_start(trainer, module, None, 0)
@@ -240,7 +240,7 @@ def test_clocks_of_steps_wait_for_the_device(monkeypatch):
     assert monitor.history[0]["time/step"] == 1.0
     assert asked == [module.device] * 2
 
-    monkeypatch.setattr("fulgurite.models.number_probing.module.seconds", clock)
+    monkeypatch.setattr("fulgurite.models.number_probing.module.read_clock", clock)
     logged = {}
     model = SimpleNamespace(
         device=module.device, trainer=SimpleNamespace(log_every_n_steps=1, world_size=2),

@@ -64,9 +64,9 @@ def test_moving_waits_for_the_host_only():
 def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    devices.seconds("cpu")
+    devices.read_clock("cpu")
     assert waited == []
-    assert devices.seconds("cuda:1") > 0
+    assert devices.read_clock("cuda:1") > 0
     assert waited == [torch.device("cuda:1")]
 
 

@@ -80,14 +80,14 @@ def test_a_network_learns_on_the_device_as_on_the_cpu():
         x, labels = torch.randn(16, 4), torch.randint(0, 3, (16,))
         network, x, labels = network.to(device), x.to(device), labels.to(device)
         optimizer = torch.optim.Adam(network.parameters(), 0.1)
-        found = []
+        losses_of_steps = []
         for _ in range(5):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(network(x), labels)
             loss.backward()
             optimizer.step()
-            found.append(loss.item())
-        return found
+            losses_of_steps.append(loss.item())
+        return losses_of_steps
 
     assert run_emulated(lambda record: losses(DEVICE)) == pytest.approx(losses("cpu"), rel=1e-6)
 
@@ -104,7 +104,7 @@ def run_on_device(config, *options, test=True):
         run(["fit", *shared, steps, "--seed_everything=1"])
         record.counting = False
         if test:
-            run(["test", *shared, "--ckpt_path=last"])
+            run(["test", *shared, "--ckpt_path=last", "--trainer.limit_test_batches=2"])
         return record.operations.total(), dict(record.refused), {*record.waits}
 
     operations, refused, waits = run_emulated(work)
@@ -127,7 +127,8 @@ def test_a_run_is_refused_nothing_in_deterministic_mode_and_its_steps_do_not_wai
 
 
 def method(system, name, *options):
-    path = f"fulgurite.models.{system}.{name}"
+    package = {"fedsir": "fedsir.methods"}.get(system, system)
+    path = f"fulgurite.models.{package}.{name}"
     return pytest.param(
         f"{system}/smoke.yaml", (f"--model.init_args.method={path}", *options), id=name
     )

@@ -117,9 +117,9 @@ class Record:
 
     def wait(self, name: str) -> None:
         """Count a wait."""
-        place = _calling_function() if self.counting else None
-        if place is not None:
-            self.waits[f"{name} in {place}"] += 1
+        caller = _calling_function() if self.counting else None
+        if caller is not None:
+            self.waits[f"{name} in {caller}"] += 1
 
 
 _record = Record()
@@ -140,50 +140,51 @@ def _calling_function(beyond_lightning: bool = False) -> str | None:
 
 
 class _EmulatedTensor(Tensor):
-    """A tensor of the device; ``inner`` is that of the CPU which it stands for."""
+    """A tensor of the device; ``host`` is that of the CPU which it stands for."""
 
-    inner: Tensor
+    host: Tensor
 
     @staticmethod
     def __new__(cls: type[_EmulatedTensor], inner: Tensor) -> _EmulatedTensor:
-        made: _EmulatedTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: _EmulatedTensor = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
             dtype=inner.dtype, device=torch.device(DEVICE, 0),
         )  # fmt: skip
-        made.inner = inner
-        return made
+        tensor.host = inner
+        return tensor
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _emulate(func, args, kwargs or {})
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     # what torch asks of a wrapper, so that Module.to() swaps parameters rather than their data
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
+        return ["host"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], *_: object) -> _EmulatedTensor:
-        return _EmulatedTensor(inner["inner"])
+        return _EmulatedTensor(inner["host"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
-            copied: Tensor = _EmulatedTensor(self.inner.detach().clone())
+            copied: Tensor = _EmulatedTensor(self.host.detach().clone())
             if isinstance(self, torch.nn.Parameter):
                 copied = torch.nn.Parameter(copied)
             memo[id(self)] = copied.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.inner.detach().__reduce_ex__(protocol)  # checkpoints hold what the CPU holds
+        # checkpoints hold what the CPU holds
+        return self.host.detach().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def tolist(self) -> Any:
         """Wait for the device, as for one number."""
         _record.wait("tolist")
-        return self.inner.tolist()
+        return self.host.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Refuse, as CUDA does."""
@@ -210,12 +211,12 @@ def _emulate(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     out = run(*tree_map(_inner, args), **tree_map(_inner, options))
     if not there:
         return out
-    changed = {id(x.inner): x for x in tensors if isinstance(x, _EmulatedTensor)}
+    changed = {id(x.host): x for x in tensors if isinstance(x, _EmulatedTensor)}
     return tree_map(lambda x: _wrapped(x, changed), out)
 
 
 def _inner(x: Any) -> Any:
-    return x.inner if isinstance(x, _EmulatedTensor) else x
+    return x.host if isinstance(x, _EmulatedTensor) else x
 
 
 def _wrapped(x: Any, changed: Mapping[int, Tensor]) -> Any:
@@ -290,7 +291,7 @@ def _lstm_cell_backward(
 _REPLACED: dict[Any, Callable[..., Any]] = {
     _aten._thnn_fused_lstm_cell.default: _lstm_cell,
     _aten._thnn_fused_lstm_cell_backward_impl.default: _lstm_cell_backward,
-    _aten._fused_sdp_choice.default: lambda *_, **__: int(torch.nn.attention.SDPBackend.MATH),
+    _aten._fused_sdp_choice.default: lambda *_, **__: 0,
 }
 # called by torch without regard to Python subclasses
 _KERNELS = (
@@ -403,11 +404,11 @@ def register_device() -> Any:
     StrategyRegistry.register(DEVICE, _EmulatedStrategy, device=f"{DEVICE}:0")
     # backward in this thread: the stack then shows who asked, and threads must not call Python
     torch.autograd.set_multithreading_enabled(False)
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for kernel in _KERNELS:
         packet, _, overload = kernel.partition(".")
         func = getattr(getattr(_aten, packet), overload or "default")
-        library.impl(kernel, _kernel(func), "PrivateUse1")
+        library.impl(kernel, _kernel(func), "PrivateUse1")  # type: ignore[no-untyped-call]
     return library
 
 
