@@ -155,6 +155,6 @@ def with_index(device: torch.device) -> torch.device:
         >>> with_index(torch.device("cpu"))
         device(type='cpu')
     """
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -415,14 +415,16 @@ class Visibility:
         """What is seen of a rectangle, in its own coordinates."""
         (top, bottom), width = queries, keys[1] - keys[0]
         inside = {edge for edge in (*self.first.starts, *self.end.starts) if top < edge < bottom}
-        pieces = []
-        for begin, behind in itertools.pairwise((top, *sorted(inside), bottom)):
-            lines = []
-            for bound in (self.first, self.end):
-                slope, value = bound.piece(begin)[0], bound(begin) - keys[0]
-                # a constant outside the rectangle is as good as one at its border
-                lines.append((slope, value if slope else min(max(value, 0), width)))
-            pieces.append((begin - top, behind - top, *lines))
+
+        def line(bound: Bound, row: int) -> tuple[int, int]:
+            slope, value = bound.piece(row)[0], bound(row) - keys[0]
+            # a constant outside the rectangle is as good as one at its border
+            return slope, value if slope else min(max(value, 0), width)
+
+        pieces = [
+            (begin - top, behind - top, line(self.first, begin), line(self.end, begin))
+            for begin, behind in itertools.pairwise((top, *sorted(inside), bottom))
+        ]
         return _Edge(bottom - top, width, tuple(pieces))
 
 
