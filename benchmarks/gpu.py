@@ -9,6 +9,7 @@ runs; its numbers mean nothing.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -136,11 +137,11 @@ def exactness() -> Iterator[Row]:
             for where in ("device", "host"):
                 for schedule in ("rect", "cqs"):
                     x = [t.to("cpu" if where == "host" else DEVICE).requires_grad_() for t in plain]
-                    got = stream_attention(
+                    streamed = stream_attention(
                         *x, is_causal=True, enable_gqa=True, window=window, device=DEVICE,
                         schedule=schedule, memory_budget=sized(2**24, 2**19),
                     )  # fmt: skip
-                    results = (got, *torch.autograd.grad(got, x, grad.to(got)))
+                    results = (streamed, *torch.autograd.grad(streamed, x, grad.to(streamed)))
                     error = max(
                         float((a.double().to(DEVICE) - b).abs().max() / b.abs().max())
                         for a, b in zip(results, expected, strict=True)
@@ -168,29 +169,38 @@ def smoke() -> Iterator[Row]:
             for name in SYSTEMS[: sized(5, 1)]:
                 metrics = []
                 for turn in range(2):
-                    process, place = runs[name, turn]
-                    files = sorted(place.rglob("metrics*.csv"))
-                    metrics.append(files[0].read_bytes() if files else None)
-                    log = (place / "log").read_text(errors="replace").splitlines()
+                    process, run_folder = runs[name, turn]
+                    metrics.append(_metrics(run_folder))
+                    log = (run_folder / "log").read_text(errors="replace").splitlines()
                 yield {
                     "system": name, "deterministic": bool(options),
                     "status": [runs[name, turn][0].returncode for turn in range(2)],
-                    "equal twice": metrics[0] is not None and metrics[0] == metrics[1],
+                    "equal twice": bool(metrics[0]) and metrics[0] == metrics[1],
                     "last line": log[-1][:160] if log else "",
                 }  # fmt: skip
 
 
+def _metrics(folder: Path) -> list[dict[str, str]]:
+    """What a run logged, without times and memory."""
+    rows = []
+    for path in sorted(folder.rglob("metrics.csv")):
+        with path.open() as file:
+            rows += list(csv.DictReader(file))
+    measured = ("time/", "memory/", "tokens_per_s")
+    return [{k: v for k, v in row.items() if not any(x in k for x in measured)} for row in rows]
+
+
 def _start_smoke(
-    name: str, place: Path, options: list[str]
+    name: str, folder: Path, options: list[str]
 ) -> tuple[subprocess.Popen[bytes], Path]:
-    place.mkdir(parents=True)
-    with (place / "log").open("wb") as log:
+    folder.mkdir(parents=True)
+    with (folder / "log").open("wb") as log:
         command = ["fit", "--config", f"{name}/smoke.yaml", "--seed_everything=1", *options]
         process = subprocess.Popen(
-            [sys.executable, "-m", "fulgurite", *command], cwd=place, stdout=log,
-            stderr=subprocess.STDOUT, env=os.environ | {"FULGURITE_CACHE": str(place / "cache")},
+            [sys.executable, "-m", "fulgurite", *command], cwd=folder, stdout=log,
+            stderr=subprocess.STDOUT, env=os.environ | {"FULGURITE_CACHE": str(folder / "cache")},
         )  # fmt: skip
-    return process, place
+    return process, folder
 
 
 def memory() -> Iterator[Row]:
@@ -253,7 +263,7 @@ def recovery() -> Iterator[Row]:
     error = float((out.to(DEVICE).float() - expected.float()).abs().max())
     yield {
         "tokens": tokens, "seconds": seconds, "error": error, "right": error < 2e-2,
-        "said": [str(x.message) for x in caught],
+        "warnings": [str(x.message) for x in caught],
     }  # fmt: skip
 
 
@@ -509,15 +519,15 @@ def page(rows: list[Row]) -> str:
         machine(),
     ]
     for name, part in PARTS.items():
-        own = [{k: _cell(v) for k, v in row.items() if k != "part"} for row in rows
+        cells = [{k: _cell(v) for k, v in row.items() if k != "part"} for row in rows
                if row["part"] == name and "ended" not in row]  # fmt: skip
         ends = [row["ended"] for row in rows if row["part"] == name and "ended" in row]
-        if not own and not ends:
+        if not cells and not ends:
             continue
         text += ["", f"## {part.title}", ""]
-        if own:
-            columns = list(dict.fromkeys(key for row in own for key in row))
-            text.append(table([{key: row.get(key, "") for key in columns} for row in own]))
+        if cells:
+            columns = list(dict.fromkeys(key for row in cells for key in row))
+            text.append(table([{key: row.get(key, "") for key in columns} for row in cells]))
         text += [f"The part ended early: {end}." for end in ends if end != "ok"]
     return "\n".join(text) + "\n"
 

@@ -215,8 +215,10 @@ def column_steps(
                         views += [[x[:, :, slice(*span)]] for x in part_keys]
                     if call is not None:
                         views += [[x[:, :, slice(*call.tile.queries)]] for x in part_rows]
-                    place = part.batch, part.kv_heads, slice(*span)
-                    step = Step(unit, part, at, place, span, call, task, opens, closes, ends)
+                    step = Step(
+                        unit, part, at, (part.batch, part.kv_heads, slice(*span)), span, call,
+                        task, opens, closes, ends,
+                    )  # fmt: skip
                     yield step, views
 
 
