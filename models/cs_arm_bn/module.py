@@ -73,6 +73,8 @@ class PlateClassifier(SystemModule):
         in_channels: int = 5,
     ) -> None:
         super().__init__()
+        # Lightning says of each module that moves its batches that its DataModule does not
+        warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `Lightning.*")
         save_options(self, "network", "method", "optimizer", "scheduler")
         for name, value, least in (
             ("num_classes", num_classes, 2),

@@ -193,6 +193,8 @@ class IceModule(SystemModule):
         allow_seen: bool,
     ) -> None:
         super().__init__()
+        # Lightning says of each module that moves its batches that its DataModule does not
+        warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `Lightning.*")
         if not delta > 0:
             raise ConfigError(f"model.init_args.delta={delta} is not positive.", "Give it above 0.")
         if prior not in ("none", *get_args(PriorKind)):

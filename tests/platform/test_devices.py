@@ -107,3 +107,9 @@ def test_batches_of_all_systems_are_pinned_where_there_is_a_gpu(fit, monkeypatch
         pin_memory(batch)
         assert expected
         assert expected <= {*seen}
+
+
+@pytest.mark.parametrize("system", ["cs_arm_bn", "ice_layers"])
+def test_modules_that_move_their_batches_warn_of_nothing(fit, recwarn, system):
+    fit("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", config=f"{system}/smoke.yaml")
+    assert [str(x.message) for x in recwarn if "transfer_batch" in str(x.message)] == []
