@@ -497,7 +497,8 @@ def ask_all(names: list[str], path: Path, seconds: float) -> bool:
             command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(path)]
             try:
                 process = subprocess.run(
-                    command, timeout=min(left, PARTS[name].limit), check=False, capture_output=True,
+                    command, timeout=min(left, PARTS[name].limit * sized(1, 4)), check=False,
+                    capture_output=True,
                     text=True,
                 )  # fmt: skip
                 last = (process.stderr.strip().splitlines() or [""])[-1][:200]
