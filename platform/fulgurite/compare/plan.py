@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
-from fulgurite.errors import ConfigError
+from fulgurite.compare.devices import device_count
+from fulgurite.compare.identity import Definition, digest
+from fulgurite.compare.yaml_file import read_yaml
+from fulgurite.errors import ConfigError, FulguriteError
 from fulgurite.systems import config_path, resolve_config
 
 __all__ = [
@@ -37,6 +37,9 @@ _T = TypeVar("_T")
 Overrides = dict[str, Any]
 """Dotted command-line keys and their values."""
 
+Define = Callable[[Sequence[str]], Definition]
+"""Takes a command line to what it would run."""
+
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 """Where a run keeps its last checkpoint, relative to its folder."""
 
@@ -45,7 +48,9 @@ _COMMON = (
     "title", "config", "methods", "settings", "tests", "tune", "seeds", "metric", "mode",
     "baseline", "args",
 )  # fmt: skip
-_PLAN_KEYS = (*_COMMON, "seed_keys", "after_fit", "also", "quick")
+_PLAN_KEYS = (
+    *_COMMON, "seed_keys", "after_fit", "also", "quick", "names", "highlight", "source",
+)  # fmt: skip
 _METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed")
 _TUNE_KEYS = ("metric", "mode", "grid")
 
@@ -121,6 +126,7 @@ class Candidate:
         test: Command-line options of the evaluation.
         key: Hash of everything that defines the training.
         predict: Command-line options of the prediction that follows the training, if any does.
+        validation: Hash of what defines its validation beside the training.
     """
 
     label: str
@@ -129,11 +135,12 @@ class Candidate:
     test: tuple[str, ...]
     key: str
     predict: tuple[str, ...] | None = None
+    validation: str = ""
 
     @property
     def validation_key(self) -> str:
         """Hash of everything that defines the training's validation."""
-        return digest([self.key, self.validate])
+        return digest([self.key, self.validation])
 
     def starting_from(self, option: str, key: str) -> Candidate:
         """The same training after another.
@@ -144,7 +151,8 @@ class Candidate:
         """
         fit, validate, test = ((*o, option) for o in (self.fit, self.validate, self.test))
         predict = None if self.predict is None else (*self.predict, option)
-        return Candidate(self.label, fit, validate, test, digest([self.key, key]), predict)
+        both = digest([self.key, key])
+        return Candidate(self.label, fit, validate, test, both, predict, self.validation)
 
 
 @dataclass(frozen=True)
@@ -156,16 +164,24 @@ class Cell:
         setting: Pairs (axis, label), in the order of the axes.
         seed: The seed, given to every key of ``seed_keys``.
         candidates: The trainings that it may be evaluated on; several where the plan tunes.
-        digest: Hash of everything that defines the result.
+        parts: Hashes of what defines the result: its ``configuration``, its ``data`` and the
+            ``version`` of the code.
         origin: The cell whose training this one's starts from.
+        devices: Number of accelerators that each of its commands takes; 0 for all that are there.
     """
 
     method: str
     setting: Setting
     seed: int
     candidates: tuple[Candidate, ...]
-    digest: str
+    parts: Mapping[str, str]
     origin: Cell | None = None
+    devices: int = 1
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that defines the result."""
+        return digest(self.parts)
 
     @property
     def id(self) -> str:
@@ -202,6 +218,9 @@ class Plan:
         tests: Axes of the evaluation alone: their cells share one training.
         tune: How each method's training is chosen; None where there is nothing to choose.
         also: Further metrics, of which there is a table each.
+        names: What figures call axes and metrics, by their names here.
+        highlight: Id of the method that figures show in front; None for none.
+        source: The file that it was read from.
     """
 
     title: str
@@ -219,6 +238,9 @@ class Plan:
     tests: Axes = field(default_factory=dict)
     tune: Tune | None = None
     also: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    highlight: str | None = None
+    source: str = ""
 
     @property
     def rows(self) -> dict[str, Method]:
@@ -236,6 +258,41 @@ class Plan:
         return _product(self.axes)
 
     @property
+    def cell_ids(self) -> list[str]:
+        """Names of the table's cells, seeds outermost."""
+        places = itertools.product(self.seeds, self.grid, self.rows)
+        return [cell_id(method, setting, seed) for seed, setting, method in places]
+
+    def only(
+        self, methods: Container[str], labels: Mapping[str, Container[str]], seeds: Container[int]
+    ) -> Plan:
+        """A part of this comparison; trainings that others of the part start from stay in it.
+
+        Args:
+            methods: Ids of the methods that stay in the table.
+            labels: For axes, the labels that stay.
+            seeds: The seeds that stay.
+        """
+        axes = [
+            {
+                axis: {k: v for k, v in values.items() if k in labels.get(axis, values)}
+                for axis, values in kind.items()
+            }
+            for kind in (self.settings, self.tests)
+        ]
+        return replace(
+            self,
+            methods={
+                m.id: replace(m, listed=m.listed and m.id in methods) for m in self.methods.values()
+            },
+            settings=axes[0],
+            tests=axes[1],
+            seeds=tuple(seed for seed in self.seeds if seed in seeds),
+            baseline=self.baseline if self.baseline in methods else None,
+            highlight=self.highlight if self.highlight in methods else None,
+        )
+
+    @property
     def shares(self) -> bool:
         """Whether cells may be evaluated on one another's trainings."""
         methods = self.methods.values()
@@ -247,14 +304,20 @@ class Plan:
         parts = [self.methods[cell.method].label, setting_label(setting), f"seed={cell.seed}"]
         return " ".join(filter(None, parts))
 
-    def cells(self) -> list[Cell]:
+    def cells(self, define: Define | None = None) -> list[Cell]:
         """The table's cells, seeds outermost: interrupted, a comparison is evenly filled.
 
+        Args:
+            define: Takes a command line to what it would run, such as
+                :class:`~fulgurite.compare.identity.Resolver`; by default it stands for itself.
+
         Raises:
-            ConfigError: A configuration file does not exist, or two cells have the same name.
+            ConfigError: A configuration file does not exist, two cells have the same name, or
+                ``define`` refuses an option.
         """
+        define = define or _as_written
         configs = {
-            name: _content(name, self.folder)
+            name: _spelling(name, self.folder)
             for name in (self.config, *(m.config for m in self.methods.values()))
             if name
         }
@@ -264,7 +327,7 @@ class Plan:
                 for method in self._origins_first():
                     origin = cells[method.after.method, setting, seed] if method.after else None
                     cells[method.id, setting, seed] = self._cell(
-                        method, setting, seed, configs, origin
+                        method, setting, seed, configs, origin, define
                     )
         twice = _duplicates(cell.id for cell in cells.values())
         if twice:
@@ -283,33 +346,59 @@ class Plan:
         method: Method,
         setting: Setting,
         seed: int,
-        configs: Mapping[str, tuple[str, Any]],
+        configs: Mapping[str, str],
         origin: Cell | None,
+        define: Define,
     ) -> Cell:
         names = [name for name in (self.config, method.config) if name]
-        files = [part for name in names for part in ("--config", configs[name][0])]
-        seeds = dict.fromkeys(self.seed_keys, seed)
+        files = [part for name in names for part in ("--config", configs[name])]
+        seeds, any_seed = (dict.fromkeys(self.seed_keys, value) for value in (seed, 0))
+        start = method.after
+        taken = {start.key: f"{start.method}/{start.path}"} if start else {}
+
+        def meant(command: str, layers: Sequence[Overrides]) -> Definition:
+            # one for all seeds: resolving takes longer than all else here
+            options = _options([*layers, any_seed, taken])
+            try:
+                return define([command, *files, *options])
+            except FulguriteError as error:
+                where = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
+                raise ConfigError(f"{where}: `{command}`: {error.what}", error.mend) from error
+
         trained = [self.settings[axis][label] for axis, label in setting if axis in self.settings]
         tested = [self.tests[axis][label] for axis, label in setting if axis in self.tests]
-        contents = [configs[name][1] for name in names]  # a file's place does not matter
         grid = self.tune.grid if self.tune else {}
-        candidates, defining = [], []
+        candidates: list[Candidate] = []
+        definitions: list[Definition] = []
         for tried in _product(grid):
             fit = [self.args, method.args, *trained, *(grid[axis][label] for axis, label in tried)]
             layers = fit, [*fit, method.test_args], [*fit, method.test_args, *tested]
-            own, *others = (_options([*part, seeds]) for part in layers)
-            label = ", ".join(f"{axis}={value}" for axis, value in tried)
-            run, validate, test = ((*files, *part) for part in (own, *others))
-            trains, predict = [contents, own], None
+            run, validate, test = ((*files, *_options([*part, seeds])) for part in layers)
+            training, predict, validation = [meant("fit", fit)], None, ""
             if method.predict is not None:
-                trains.append(_options([*fit, method.predict, seeds]))
-                predict = (*files, *trains[-1])
-            candidates.append(Candidate(label, run, validate, test, digest(trains), predict))
-            defining += [*trains, self.after_fit, *(others if self.shares else ())]
-        if self.shares:
-            tune = self.tune and [self.tune.metric, self.tune.mode]
-            defining += [tune, method.after, origin and origin.digest]
-        return Cell(method.id, setting, seed, tuple(candidates), digest(defining), origin)
+                predict = (*files, *_options([*fit, method.predict, seeds]))
+                training.append(meant("predict", [*fit, method.predict]))
+            definitions += training
+            if self.tune:
+                definitions.append(meant("validate", layers[1]))
+                validation = digest(definitions[-1])
+            if self.shares:
+                definitions.append(meant(str(self.after_fit), layers[2]))
+            label, key = ", ".join(f"{axis}={value}" for axis, value in tried), [seed, training]
+            candidates.append(
+                Candidate(label, run, validate, test, digest(key), predict, validation)
+            )
+        tune = self.tune and [self.tune.metric, self.tune.mode]
+        frame = [seed, self.after_fit, self.shares, tune, method.after]
+        before = origin.parts if origin else {}
+        parts = {
+            "configuration": digest([frame, [d.configuration for d in definitions], before]),
+            "data": digest([[d.data for d in definitions], before.get("data")]),
+            "version": digest([[d.versions for d in definitions], before.get("version")]),
+        }
+        devices = [device_count(d.configuration) for d in definitions]
+        most = max(devices) if all(devices) else 0
+        return Cell(method.id, setting, seed, tuple(candidates), parts, origin, most)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in the form of the file, from which :func:`read_plan` reads it back."""
@@ -339,17 +428,14 @@ class Plan:
             "tests": self.tests,
             "tune": self.tune and vars(self.tune),
             "also": list(self.also),
+            "names": dict(self.names),
+            "highlight": self.highlight,
+            "source": self.source,
         }
 
 
-def digest(defining: object) -> str:
-    """Hash of plain data.
-
-    >>> digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
-    True
-    """
-    text = json.dumps(defining, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _as_written(command: Sequence[str]) -> Definition:
+    return Definition([*command])
 
 
 def _product(axes: Axes) -> list[Setting]:
@@ -417,14 +503,11 @@ def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
         ConfigError: Anything that the schema does not allow, with the key and the mend.
     """
     path = find_config(str(file))
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.", "") from error
-    top = _mapping(raw, str(file))
+    top = _mapping(read_yaml(path), str(file))
     _known(top, _PLAN_KEYS, str(file))
     small = _mapping(top.pop("quick", None) or {}, "quick")
     _known(small, _COMMON, "quick")
+    top.setdefault("source", str(path.resolve()))
     plan = _plan(top, path.parent)
     return _quick(plan, small) if quick else plan
 
@@ -456,6 +539,9 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
             tests=_axes(top.get("tests"), "tests"),
             tune=_tune(top["tune"]) if top.get("tune") else None,
             also=tuple(_strings(top.get("also") or [], "also")),
+            names=_names(top.get("names") or {}),
+            highlight=top.get("highlight"),
+            source=str(top["source"]),
         )
     )
 
@@ -700,8 +786,16 @@ def _duplicates(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
 
 
-def _content(name: str, folder: Path | None) -> tuple[str, Any]:
-    """A config as the command line spells it, and its content (comments do not count)."""
+def _spelling(name: str, folder: Path | None) -> str:
+    """A configuration file as the command line spells it."""
     path = find_config(name, folder)
-    spelled = name if path == config_path(name) else str(path.resolve())
-    return spelled, yaml.safe_load(path.read_text(encoding="utf-8"))
+    read_yaml(path)  # refused here if it is none
+    return name if path == config_path(name) else str(path.resolve())
+
+
+def _names(value: object) -> dict[str, str]:
+    given = _mapping(value, "names")
+    for key, name in given.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"names.{key} is {name!r}.", "Write what figures shall call it.")
+    return {str(key): name for key, name in given.items()}

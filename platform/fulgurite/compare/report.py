@@ -7,18 +7,22 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fulgurite.compare.comparison import PLAN_FILE, Comparison
-from fulgurite.compare.plan import cell_id, setting_label
+from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
+from fulgurite.compare.plan import Plan, Setting, cell_id
+from fulgurite.compare.stats import Spread
 from fulgurite.compare.worker import read_metrics
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 from fulgurite.plotting import COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["main", "render", "run_summary"]
 
@@ -109,17 +113,18 @@ def _cells_csv(comparison: Comparison) -> str:
 
 def _summary_csv(comparison: Comparison) -> str:
     plan = comparison.plan
-    head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se", "verdict"]
+    head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se"]
+    head += ["p", "p_holm", "verdict"]
     rows: list[list[Any]] = [["method", "label", *plan.axes, "metric", *head]]
-    places = itertools.product((plan.metric, *plan.also), plan.rows.values(), plan.grid)
-    for metric, method, setting in places:
-        entry = comparison.entry(method.id, setting, metric)
-        values, diff = entry.spread, entry.paired
-        row: list[Any] = [method.id, method.label, *(v for _, v in setting), metric]
-        row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
-        if diff is not None:
-            row += [diff.n, _number(diff.mean), _number(diff.error), diff.verdict]
-        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    for metric in (plan.metric, *plan.also):
+        for (name, setting), entry in comparison.entries(metric).items():
+            values, diff = entry.spread, entry.paired
+            row: list[Any] = [name, plan.methods[name].label, *(v for _, v in setting), metric]
+            row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
+            if diff is not None:
+                row += [diff.n, _number(diff.mean), _number(diff.error)]
+                row += [_number(diff.p), _number(entry.p_adjusted), entry.verdict]
+            rows.append(row + [""] * (len(rows[0]) - len(row)))
     return _csv(rows)
 
 
@@ -135,55 +140,102 @@ def _csv(rows: list[list[Any]]) -> str:
 
 def _draw(comparison: Comparison, path: Path) -> None:
     """Lines over the axis with the most labels, one panel for each setting of the others."""
-    plan = comparison.plan
-    axis = max(plan.axes, key=lambda a: len(plan.axes[a]), default="")
-    panels = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in plan.grid))
-    labels = list(plan.axes[axis]) if axis else [""]
-    places, numeric = _places(labels)
-    figure, ((*axes,),) = new_figure(1, len(panels), width=4.2)
+    plan, grid, rows = comparison.plan, comparison.grid, comparison.rows
+    labels_of = {axis: list(dict.fromkeys(dict(s)[axis] for s in grid)) for axis in plan.axes}
+    axis = max(labels_of, key=lambda a: len(labels_of[a]), default="")
+    panels = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in grid))
+    labels = labels_of[axis] if axis else [""]
+    places = _places(labels)
+    entries = comparison.entries()
+    figure, ((*axes,),) = new_figure(1, len(panels), width=5.0 if len(panels) == 1 else 4.2)
     step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
     for panel, plot in zip(panels, axes, strict=True):
-        for rank, method in enumerate(plan.rows.values()):
+        by_label = {dict(s).get(axis, ""): s for s in grid if {*panel} <= {*s}}
+        for rank, method in enumerate(rows.values()):
             # A small shift keeps error bars apart that would lie upon each other.
-            shift = 0.02 * step * (rank - (len(plan.rows) - 1) / 2)
-            by_axis = {dict(s)[axis] if axis else "": s for s in plan.grid if set(panel) <= set(s)}
-            spreads = [comparison.entry(method.id, by_axis[label]).spread for label in labels]
-            plot.errorbar(
-                [place + shift for place in places],
-                [s.mean for s in spreads],
-                yerr=[0.0 if math.isnan(s.std) else s.std for s in spreads],
-                label=method.label,
-                color=COLORS[rank % len(COLORS)],
-                marker="osD^vP*X"[rank % 8],
-                linestyle="--" if method.id == plan.baseline else "-",
-                markersize=4,
-                linewidth=1.4,
-                capsize=2,
-            )
-        plot.set_title(setting_label(panel), fontsize=10)
-        plot.set_xlabel(axis)
-        if not numeric or not axis:
-            plot.set_xticks(places, labels)
+            shift = 0.02 * step * (rank - (len(rows) - 1) / 2)
+            spreads = [
+                (place + shift, entries[method.id, by_label[label]].spread)
+                for place, label in zip(places, labels, strict=True)
+                if label in by_label
+            ]
+            if any(s.n for _, s in spreads):
+                _draw_method(plot, comparison, method.id, spreads)
+        plot.set_title(_setting_name(panel, plan), fontsize=10)
+        plot.set_xlabel(plan.names.get(axis, axis))
+        plot.set_xticks(places, labels)
+        plot.set_xlim(places[0] - 0.25 * step, places[-1] + 0.25 * step)
         plot.sharey(axes[0])
-    axes[0].set_ylabel(plan.metric)
+    if all(s.mean.is_integer() for e in entries.values() if (s := e.spread).n):
+        axes[0].yaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel(f"{plan.names.get(plan.metric, plan.metric)}\n{_what_bars_are(entries)}")
     figure.suptitle(plan.title, fontsize=11)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center"
-    )
+    figure.legend(*_by_last_value(axes), fontsize=8, frameon=False, loc="outside right center")
     with atomic_write(path) as draft:
         figure.savefig(draft, format="png", dpi=150)
 
 
-def _places(labels: Sequence[str]) -> tuple[list[float], bool]:
-    """Positions of labels on an axis: their values where they are ascending numbers.
+def _draw_method(
+    plot: Axes, comparison: Comparison, name: str, spreads: Sequence[tuple[float, Spread]]
+) -> None:
+    """The line of a method: means, and the standard deviation over the seeds as bars."""
+    plan, rank = comparison.plan, [*comparison.rows].index(name)
+    front = name == plan.highlight
+    plot.errorbar(
+        [place for place, _ in spreads],
+        [s.mean for _, s in spreads],
+        yerr=[0.0 if math.isnan(s.std) else s.std for _, s in spreads],
+        label=plan.methods[name].label,
+        color=COLORS[rank % len(COLORS)],
+        marker="osD^vP*X"[rank % 8],
+        linestyle="--" if name == plan.baseline else "-",
+        markersize=7 if front else 4,
+        linewidth=3.0 if front else 1.4,
+        capsize=3 if front else 2,
+        alpha=1.0 if front or not plan.highlight else 0.75,
+        zorder=4 if front else 2,
+    )
 
-    >>> _places(["0.3", "0.5"]), _places(["iid", "shards"])
-    (([0.3, 0.5], True), ([0.0, 1.0], False))
+
+def _setting_name(setting: Setting, plan: Plan) -> str:
+    return ", ".join(f"{plan.names.get(axis, axis)} = {label}" for axis, label in setting)
+
+
+def _what_bars_are(entries: Mapping[Any, Entry]) -> str:
+    counts = sorted({entry.spread.n for entry in entries.values() if entry.spread.n})
+    if not counts or counts == [1]:
+        return "one seed"
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"mean ± std over {span} seeds"
+
+
+def _by_last_value(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    """Handles and labels of a legend in the order in which the lines of the last panel end."""
+    drawn: dict[str, tuple[Any, float]] = {}
+    for plot in axes:
+        for handle, label in zip(*plot.get_legend_handles_labels(), strict=True):
+            heights = [float(y) for y in handle[0].get_ydata() if not math.isnan(y)]
+            drawn[label] = (handle, heights[-1] if heights else -math.inf)
+    ordered = sorted(drawn.items(), key=lambda item: -item[1][1])
+    return [handle for _, (handle, _) in ordered], [label for label, _ in ordered]
+
+
+def _places(labels: Sequence[str]) -> list[float]:
+    """Positions of labels on an axis: their values where these are ascending and fairly even.
+
+    >>> _places(["0.3", "0.5", "0.9"]), _places(["iid", "shards"]), _places(["1", "10", "100"])
+    ([0.3, 0.5, 0.9], [0.0, 1.0], [0.0, 1.0, 2.0])
     """
     try:
         values = [float(label) for label in labels]
     except ValueError:
         values = []
-    if values and all(a < b for a, b in itertools.pairwise(values)):
-        return values, True
-    return [float(i) for i in range(len(labels))], False
+    gaps = [b - a for a, b in itertools.pairwise(values)]
+    # labels that are closer than a sixth of the widest gap would lie upon each other
+    if (
+        values
+        and all(map(math.isfinite, values))
+        and min(gaps, default=1) * 6 > max(gaps, default=1)
+    ):
+        return values
+    return [float(i) for i in range(len(labels))]
