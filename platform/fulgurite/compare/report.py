@@ -7,7 +7,8 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
 from fulgurite.compare.plan import Plan, Setting, cell_id
-from fulgurite.compare.stats import Spread
+from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.worker import read_metrics
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
@@ -114,7 +115,7 @@ def _cells_csv(comparison: Comparison) -> str:
 def _summary_csv(comparison: Comparison) -> str:
     plan = comparison.plan
     head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se"]
-    head += ["p", "p_holm", "verdict"]
+    head += ["p_value", "p_value_holm", "verdict"]
     rows: list[list[Any]] = [["method", "label", *plan.axes, "metric", *head]]
     for metric in (plan.metric, *plan.also):
         for (name, setting), entry in comparison.entries(metric).items():
@@ -139,60 +140,107 @@ def _csv(rows: list[list[Any]]) -> str:
 
 
 def _draw(comparison: Comparison, path: Path) -> None:
-    """Lines over the axis with the most labels, one panel for each setting of the others."""
-    plan, grid, rows = comparison.plan, comparison.grid, comparison.rows
+    """Means over the axis with the most labels, and the paired differences to the baseline.
+
+    There is one panel for each setting of the other axes, and as many for the differences, where
+    any is tested.
+    """
+    plan, grid, entries = comparison.plan, comparison.grid, comparison.entries()
     labels_of = {axis: list(dict.fromkeys(dict(s)[axis] for s in grid)) for axis in plan.axes}
     axis = max(labels_of, key=lambda a: len(labels_of[a]), default="")
-    panels = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in grid))
-    labels = labels_of[axis] if axis else [""]
-    places = _places(labels)
-    entries = comparison.entries()
-    figure, ((*axes,),) = new_figure(1, len(panels), width=5.0 if len(panels) == 1 else 4.2)
-    step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
-    for panel, plot in zip(panels, axes, strict=True):
-        by_label = {dict(s).get(axis, ""): s for s in grid if {*panel} <= {*s}}
-        for rank, method in enumerate(rows.values()):
-            # A small shift keeps error bars apart that would lie upon each other.
-            shift = 0.02 * step * (rank - (len(rows) - 1) / 2)
-            spreads = [
-                (place + shift, entries[method.id, by_label[label]].spread)
-                for place, label in zip(places, labels, strict=True)
-                if label in by_label
-            ]
-            if any(s.n for _, s in spreads):
-                _draw_method(plot, comparison, method.id, spreads)
-        plot.set_title(_setting_name(panel, plan), fontsize=10)
-        plot.set_xlabel(plan.names.get(axis, axis))
-        plot.set_xticks(places, labels)
-        plot.set_xlim(places[0] - 0.25 * step, places[-1] + 0.25 * step)
-        plot.sharey(axes[0])
-    if all(s.mean.is_integer() for e in entries.values() if (s := e.spread).n):
-        axes[0].yaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_ylabel(f"{plan.names.get(plan.metric, plan.metric)}\n{_what_bars_are(entries)}")
-    figure.suptitle(plan.title, fontsize=11)
-    figure.legend(*_by_last_value(axes), fontsize=8, frameon=False, loc="outside right center")
+    settings = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in grid))
+    tested = any(entry.paired and entry.paired.n >= LEAST_SEEDS for entry in entries.values())
+    kinds: list[Callable[[Entry], Point | None]] = [_mean, _difference] if tested else [_mean]
+    wide = len(settings) == 1
+    shape = (1, len(kinds)) if wide else (len(kinds), len(settings))
+    figure, plots = new_figure(*shape, width=4.2, height=3.6 if wide else 3.0)
+    plots = plots.T if wide else plots
+    for kind, row in zip(kinds, plots, strict=True):
+        for setting, plot in zip(settings, row, strict=True):
+            _draw_panel(plot, comparison, axis, labels_of.get(axis, [""]), setting, kind, entries)
+            plot.sharey(row[0])
+    means = [entry.spread.mean for entry in entries.values() if entry.spread.n]
+    if all(mean.is_integer() for mean in means):
+        plots[0][0].yaxis.get_major_locator().set_params(integer=True)
+    metric = plan.names.get(plan.metric, plan.metric)
+    plots[0][0].set_ylabel(f"{metric}\n{_what_bars_are(entries.values())}")
+    if tested:
+        base = plan.methods[str(plan.baseline)].label
+        plots[1][0].set_ylabel(f"difference to {base}\n{LEVEL:.0%} interval, paired by seed")
+        for plot in plots[1]:
+            plot.axhline(0, color="black", linewidth=0.8, zorder=1)
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(plan.title, round(11 * width)), fontsize=11)
+    figure.legend(*_by_last_value(plots[0]), fontsize=8, frameon=False, loc="outside right center")
     with atomic_write(path) as draft:
         figure.savefig(draft, format="png", dpi=150)
 
 
-def _draw_method(
-    plot: Axes, comparison: Comparison, name: str, spreads: Sequence[tuple[float, Spread]]
+Point = tuple[float, float]
+"""Height of a point, and half the length of its bar."""
+
+
+def _mean(entry: Entry) -> Point | None:
+    values = entry.spread
+    return (values.mean, 0.0 if math.isnan(values.std) else values.std) if values.n else None
+
+
+def _difference(entry: Entry) -> Point | None:
+    difference = entry.paired
+    if difference is None or difference.n < LEAST_SEEDS:
+        return None
+    return difference.mean, quantile(difference.n) * difference.error
+
+
+def _draw_panel(
+    plot: Axes,
+    comparison: Comparison,
+    axis: str,
+    labels: Sequence[str],
+    setting: Setting,
+    kind: Callable[[Entry], Point | None],
+    entries: Mapping[tuple[str, Setting], Entry],
 ) -> None:
-    """The line of a method: means, and the standard deviation over the seeds as bars."""
-    plan, rank = comparison.plan, [*comparison.rows].index(name)
+    """The lines of all methods that have a value, with ticks where values are."""
+    plan, rows = comparison.plan, comparison.rows
+    by_label = {dict(s).get(axis, ""): s for s in comparison.grid if {*setting} <= {*s}}
+    places = _places(labels)
+    step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
+    for rank, name in enumerate(rows):
+        # a small shift keeps error bars apart that would lie upon each other
+        shift = 0.24 * step * (rank - (len(rows) - 1) / 2) / max(len(rows), 5)
+        points = [
+            (place + shift, *point)
+            for place, label in zip(places, labels, strict=True)
+            if label in by_label and (point := kind(entries[name, by_label[label]]))
+        ]
+        if points:
+            _draw_method(plot, plan, name, rank, points)
+    plot.set_title(_setting_name(setting, plan), fontsize=10)
+    plot.set_xlabel(plan.names.get(axis, axis))
+    plot.set_xticks(places, labels)
+    plot.set_xlim(places[0] - 0.3 * step, places[-1] + 0.3 * step)
+
+
+def _draw_method(
+    plot: Axes, plan: Plan, name: str, rank: int, points: Sequence[tuple[float, float, float]]
+) -> None:
+    """One line: (place, height, half a bar) of each point."""
+    places, heights, bars = zip(*points, strict=True)
     front = name == plan.highlight
     plot.errorbar(
-        [place for place, _ in spreads],
-        [s.mean for _, s in spreads],
-        yerr=[0.0 if math.isnan(s.std) else s.std for _, s in spreads],
+        places,
+        heights,
+        yerr=bars,
         label=plan.methods[name].label,
         color=COLORS[rank % len(COLORS)],
         marker="osD^vP*X"[rank % 8],
         linestyle="--" if name == plan.baseline else "-",
         markersize=7 if front else 4,
-        linewidth=3.0 if front else 1.4,
+        linewidth=3.2 if front else 1.4,
+        elinewidth=1.8 if front else 1.0,
         capsize=3 if front else 2,
-        alpha=1.0 if front or not plan.highlight else 0.75,
+        alpha=1.0 if front or not plan.highlight else 0.8,
         zorder=4 if front else 2,
     )
 
@@ -201,8 +249,8 @@ def _setting_name(setting: Setting, plan: Plan) -> str:
     return ", ".join(f"{plan.names.get(axis, axis)} = {label}" for axis, label in setting)
 
 
-def _what_bars_are(entries: Mapping[Any, Entry]) -> str:
-    counts = sorted({entry.spread.n for entry in entries.values() if entry.spread.n})
+def _what_bars_are(entries: Iterable[Entry]) -> str:
+    counts = sorted({entry.spread.n for entry in entries if entry.spread.n})
     if not counts or counts == [1]:
         return "one seed"
     span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
