@@ -1,12 +1,12 @@
 """The comparison: its file, its workers, its records and its statistics."""
 
-import contextlib
 import csv
 import datetime
 import errno
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -30,10 +30,13 @@ from fulgurite.plotting import new_figure
 PARSE = """
 import yaml
 
+from fulgurite.systems import resolve_config
+
 
 def parse(argv):
     options = dict(word[2:].split("=", 1) for word in argv[1:] if "=" in word)
-    files = [yaml.safe_load(open(argv[i + 1])) for i, word in enumerate(argv) if word == "--config"]
+    files = [argv[i + 1] for i, word in enumerate(argv) if word == "--config"]
+    files = [yaml.safe_load(resolve_config(file).read_text()) for file in files]
     return {"data": options.pop("data", None), "files": files, "options": options}
 """
 
@@ -476,6 +479,12 @@ def test_quick_changes(place):
         ({"methods": {"a": {"listed": False}}, "baseline": None}, "No method is listed"),
         ({"methods": {"a": {"listed": "no"}}}, "a.listed is 'no'"),
         ({"methods": {"a": {"predict": ["x"]}}}, "a.predict is not a mapping"),
+        ({"highlight": "bb"}, "highlight 'bb' is not one of the methods. Did you mean 'b'"),
+        ({"names": {"q": "x"}}, "names has 'q'"),
+        ({"names": {"p": 3}}, r"names\.p is 3"),
+        ({"metric": ["a"]}, "metric is"),
+        ({"baseline": ["a"]}, "baseline is"),
+        ({"quick": {"methods": [["a"]]}}, "quick.methods names"),
     ],
 )
 def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):
@@ -903,7 +912,7 @@ def test_aliases_that_stand_for_billions_are_refused_at_once(place):
         "deep": (["args: " + "[" * 400 + "]" * 400], "deep"),
         "deeper": (["args: " + "[" * 100_000], "deep"),
         "twice": (["seeds: [0]", "seeds: [1]"], "'seeds' again"),
-        "date": (["methods: {a: {args: {x: 2026-99-99}}}"], "month"),
+        "date": (["methods: {a: {args: {x: 2026-09-01}}}"], "line 1: this is a timestamp"),
         "binary": (["x: \x00"], "not YAML"),
         "large": (["# " + "x" * 2**21], "megabyte"),
     }
@@ -918,21 +927,19 @@ def test_aliases_that_stand_for_billions_are_refused_at_once(place):
     with pytest.raises(ConfigError, match="UTF-8"):
         read_plan("latin.yaml")
     (place / "base.yaml").write_text("\n".join(lines))  # the configuration, too
-    with pytest.raises(ConfigError, match="base.yaml"):
+    with pytest.raises(ConfigError, match=r"base\.yaml"):
         read_plan(write(place)).cells()
 
 
 def test_wrong_types_anywhere_are_named(place):
-    """Each value of a whole file is replaced by each of these."""
-    whole = {
-        **FILE, **SHARED, "quick": {**FILE["quick"], "settings": {}}, "names": {"p": "rate"},
-        "highlight": "erm", "after_fit": "test", "mode": "max",
-    }  # fmt: skip
-    whole["quick"] = {"seeds": [0], "methods": ["erm"], "tune": whole["tune"]}
-    replacements = [None, 5, "x", [1], [[1]], {"a": 1}, {"a": [1]}, datetime.date(2026, 1, 1), b"x"]
+    """Any value of a whole file is replaced by others: it is read, or refused by name."""
+    whole = {**FILE, **SHARED, "settings": FILE["settings"], "names": {"p": "rate"}}
+    whole |= {"highlight": "erm", "after_fit": "test", "mode": "max"}
+    whole["quick"] = {"seeds": [0], "methods": ["erm"], "tune": whole["tune"], "settings": {}}
+    others = [None, 5, "x", True, [[1]], {"a": 1}, {"a": [1]}, datetime.date(2026, 1, 1), b"x"]
 
     def variants(value):
-        yield from replacements
+        yield from others
         if isinstance(value, dict):
             for key, item in value.items():
                 for other in variants(item):
@@ -941,14 +948,14 @@ def test_wrong_types_anywhere_are_named(place):
             for other in variants(value[0]):
                 yield [other, *value[1:]]
 
-    count = 0
-    for content in variants(whole):
+    refused = 0
+    for content in random.Random(0).sample([*variants(whole)], 150):
         (place / "odd.yaml").write_text(yaml.safe_dump(content))
-        for quick in (False, True):
-            with contextlib.suppress(ConfigError):
-                read_plan("odd.yaml", quick=quick).cells()
-                count += 1
-    assert count > 50
+        try:
+            read_plan("odd.yaml", quick=True).cells()
+        except ConfigError:
+            refused += 1
+    assert 50 < refused < 150
 
 
 def test_a_plugin_has_a_folder_of_its_own(place, monkeypatch):

@@ -524,15 +524,15 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
         raise ConfigError(f"after_fit is {after_fit!r}.", "Use test, validate or null.")
     return _consistent(
         Plan(
-            title=str(top.get("title", top["config"])),
-            config=str(top["config"]),
+            title=_text(top.get("title", top["config"]), "title"),
+            config=_text(top["config"], "config"),
             methods=methods,
             settings=_axes(top.get("settings"), "settings"),
             seeds=_seeds(top.get("seeds", [0])),
             seed_keys=tuple(_strings(top.get("seed_keys", list(Plan.seed_keys)), "seed_keys")),
-            metric=str(top.get("metric", Plan.metric)),
-            mode=str(top.get("mode", Plan.mode)),
-            baseline=top.get("baseline"),
+            metric=_text(top.get("metric", Plan.metric), "metric"),
+            mode=_text(top.get("mode", Plan.mode), "mode"),
+            baseline=_text_or_none(top.get("baseline"), "baseline"),
             after_fit=after_fit,
             args=_overrides(top.get("args"), "args"),
             folder=folder,
@@ -540,16 +540,18 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
             tune=_tune(top["tune"]) if top.get("tune") else None,
             also=tuple(_strings(top.get("also") or [], "also")),
             names=_names(top.get("names") or {}),
-            highlight=top.get("highlight"),
-            source=str(top["source"]),
+            highlight=_text_or_none(top.get("highlight"), "highlight"),
+            source=_text(top["source"], "source"),
         )
     )
 
 
 def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
     values: dict[str, Any] = dict(vars(plan))
-    values.update({k: str(small[k]) for k in ("title", "config", "metric", "mode") if k in small})
-    values["baseline"] = small.get("baseline", plan.baseline)
+    for key in ("title", "config", "metric", "mode"):
+        if key in small:
+            values[key] = _text(small[key], f"quick.{key}")
+    values["baseline"] = _text_or_none(small.get("baseline", plan.baseline), "quick.baseline")
     values["args"] = {**plan.args, **_overrides(small.get("args"), "quick.args")}
     if "seeds" in small:
         values["seeds"] = _seeds(small["seeds"])
@@ -572,6 +574,10 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
                 axes[axis] = {spell(v): _pick(labels, spell(v), where) for v in spec}
             else:
                 axes[axis] = _axis(where, spec)
+    if plan.highlight not in values["methods"]:
+        values["highlight"] = None
+    if plan.metric != values["metric"]:
+        values["names"] = {key: name for key, name in plan.names.items() if key != plan.metric}
     if "tune" in small:
         values["tune"] = _tune(small["tune"]) if small["tune"] else None
     return _consistent(Plan(**values))
@@ -596,10 +602,17 @@ def _consistent(plan: Plan) -> Plan:
         raise ConfigError("No method is listed.", "Leave out `listed: false` of one.")
     for method in plan.methods.values():
         _chain(method, plan.methods)
-    if plan.baseline is not None and plan.baseline not in plan.rows:
+    for key, name in (("baseline", plan.baseline), ("highlight", plan.highlight)):
+        if name is not None and name not in plan.rows:
+            raise ConfigError(
+                f"The {key} {name!r} is not one of the methods.",
+                _hint(name, plan.rows) or f"Name a listed method's id as `{key}`.",
+            )
+    axes = {*plan.axes, plan.metric, *plan.also}
+    for name in plan.names.keys() - axes:
         raise ConfigError(
-            f"The baseline {plan.baseline!r} is not one of the methods.",
-            _hint(str(plan.baseline), plan.rows) or "Name a listed method's id as `baseline`.",
+            f"names has {name!r}, which is neither an axis nor a metric of the comparison.",
+            _hint(name, axes) or f"There are {', '.join(sorted(axes))}.",
         )
     return plan
 
@@ -641,8 +654,10 @@ def _method(name: object, spec: object) -> Method:
     listed = given.get("listed", True)
     if not isinstance(listed, bool):
         raise ConfigError(f"methods.{name}.listed is {listed!r}.", "Use true or false.")
-    label, start = str(given.get("label") or name), _start(name, given.get("after"))
-    return Method(name, label, args, given.get("config"), test_args, start, predict, listed)
+    label = _text(given.get("label") or name, f"methods.{name}.label")
+    start = _start(name, given.get("after"))
+    config = _text_or_none(given.get("config"), f"methods.{name}.config")
+    return Method(name, label, args, config, test_args, start, predict, listed)
 
 
 def _start(name: str, after: object) -> Start | None:
@@ -657,7 +672,7 @@ def _start(name: str, after: object) -> Start | None:
         )
     ((origin, taken),) = given.items()
     where = f"methods.{name}.after.{origin}"
-    paths = taken if isinstance(taken, dict) else {taken: LAST_CHECKPOINT}
+    paths = taken if isinstance(taken, dict) else {str(taken): LAST_CHECKPOINT}
     ((key, path),) = _overrides(paths, where).items() if len(paths) == 1 else ((None, None),)
     if key is None or not isinstance(path, str) or _leaves(path):
         raise ConfigError(
@@ -686,7 +701,7 @@ def _tune(value: object) -> Tune:
     if not grid:
         raise ConfigError("tune has no grid.", "Name what is tried: `grid: {AXIS: {LABEL: {…}}}`.")
     metric, mode = given.get("metric", Tune.metric), given.get("mode", Tune.mode)
-    return Tune(grid, str(metric), str(mode))
+    return Tune(grid, _text(metric, "tune.metric"), _text(mode, "tune.mode"))
 
 
 def _axes(value: object, where: str) -> Axes:
@@ -746,6 +761,16 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
     return dict(value)
 
 
+def _text(value: object, where: str) -> str:
+    if isinstance(value, bool | list | dict) or value is None:
+        raise ConfigError(f"{where} is {value!r}.", f"Write `{where}:` and a name.")
+    return str(value)
+
+
+def _text_or_none(value: object, where: str) -> str | None:
+    return None if value is None else _text(value, where)
+
+
 def _strings(value: object, where: str) -> list[str]:
     if not isinstance(value, list) or any(not isinstance(v, str) for v in value):
         raise ConfigError(f"{where} is not a list of names.", f"Write `{where}: [name, name]`.")
@@ -770,7 +795,7 @@ def _known(given: Iterable[str], allowed: Sequence[str], where: str) -> None:
 
 
 def _pick(choices: Mapping[str, _T], name: str, where: str) -> _T:
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         known = f"Known are {', '.join(choices)}."
         raise ConfigError(f"{where} names {name!r}.", _hint(str(name), choices) or known)
     return choices[name]

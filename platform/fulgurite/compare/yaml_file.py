@@ -14,6 +14,7 @@ __all__ = ["read_yaml"]
 _LARGEST = 2**20  # [bytes]; a comparison file has some ten thousand
 _MOST_VALUES = 100_000
 _DEEPEST = 50
+_PLAIN = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 
 
 def read_yaml(path: Path) -> Any:
@@ -53,8 +54,8 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not YAML{where}: {what}.") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply.", "Write it flatter.") from error
-    except (ValueError, TypeError) as error:  # such as a date with a month 13
-        raise ConfigError(f"{path} holds a value that is none: {error}.") from error
+    except ValueError as error:  # such as an integer of ten thousand digits
+        raise ConfigError(f"{path} holds a value that cannot be read: {error}.") from error
 
 
 def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> int:
@@ -66,12 +67,18 @@ def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> i
     counts[id(node)] = 0  # until it is counted; met again before, it holds itself
     if depth > _DEEPEST:
         raise _refuse(path, node, f"lies deeper than {_DEEPEST} levels", "Write it flatter.")
+    kind = node.tag.rpartition(":")[2]
+    if kind not in _PLAIN:  # such as a date, which no command line could be given
+        raise _refuse(path, node, f"is a {kind} to YAML", "Write it in quotes.")
     number = 1
     if isinstance(node, yaml.MappingNode):
         keys: set[tuple[str, str]] = set()
         for key, value in node.value:
-            number += 1 + _count(value, path, counts, depth + 1)
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+            number += _count(key, path, counts, depth + 1)
+            number += _count(value, path, counts, depth + 1)
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refuse(path, key, "is no key", "Use a name.")
+            if not key.tag.endswith(":merge"):
                 if (key.tag, key.value) in keys:
                     raise _refuse(path, key, f"gives the key {key.value!r} again", "Drop one.")
                 keys.add((key.tag, key.value))
