@@ -984,3 +984,31 @@ def test_a_plugin_has_a_folder_of_its_own(place, monkeypatch):
         with pytest.raises(ConfigError, match="comparison of another file"):
             go(str(file), out=None, only=["a", "seed=0"])
     assert go(str(file), only=["a", "p=0.5", "seed=0"]).results
+
+
+def test_a_script_without_a_guard_is_told_so(place):
+    (place / "script.py").write_text(
+        "from fulgurite import compare\n"
+        f"compare.run({write(place, seeds=[0])!r}, out='out', runner='fake_runner:main')\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True)
+    assert done.returncode
+    assert 'under `if __name__ == "__main__":`' in done.stderr
+    assert not (place / "out" / "failed").exists()  # nothing to retry
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.yaml", "[1, 2]", "no configuration of a run"),
+        ("config.yaml", "a: [", "is not YAML"),
+        ("summary.json", "", "holds no metrics"),
+        ("test_metrics.json", "[]", "holds no metrics"),
+        ("metrics.csv", "a\nb\n", "no table of metrics"),
+    ],
+)
+def test_a_damaged_run_is_named(place, name, content, says):
+    (place / "config.yaml").write_text("run: {name: x}\n")
+    (place / name).write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        compare.report_main([str(place)])

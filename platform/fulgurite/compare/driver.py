@@ -22,7 +22,7 @@ from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.identity import RUNNER, Resolver
 from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, Plan, find_config, read_plan
 from fulgurite.compare.pool import run_jobs
-from fulgurite.compare.report import render
+from fulgurite.compare.report import render, writing
 from fulgurite.compare.trainings import Evaluation, Trainings
 from fulgurite.compare.worker import Job, Outcome
 from fulgurite.errors import ConfigError
@@ -76,7 +76,7 @@ def run(
         or len(groups)
         or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
     )
-    with _writing(folder), _alone_in(folder):
+    with writing(folder), _alone_in(folder):
         Comparison(plan, folder, {}, {}).save_plan()
         _put_aside_outdated(folder, cells)
         todo = [c for c in cells if c.id in chosen and _is_open(folder, c, retry_failed)]
@@ -257,20 +257,6 @@ def _part(plan: Plan, only: Sequence[str]) -> Plan:
             )
     seeds = {int(seed) for seed in wanted.pop("seed", known["seed"])}
     return plan.only(wanted.pop("method", plan.rows), wanted, seeds)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say in one line why nothing can be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # not of the system, such as a broken pipe's end
-            raise
-        raise ConfigError(
-            f"{error.filename or folder} cannot be written ({error.strerror}).",
-            "Make room or mend it, or name another folder: --out=FOLDER. What is recorded stays.",
-        ) from error
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fulgurite.compare.devices import VISIBLE
-from fulgurite.compare.worker import Job, Outcome, serve
+from fulgurite.compare.worker import STARTED, Job, Outcome, serve
+from fulgurite.errors import ConfigError
 
 __all__ = ["run_jobs"]
 
@@ -34,6 +35,9 @@ def run_jobs(
         runner: ``module:function`` that runs a command line.
         visible: Values of ``CUDA_VISIBLE_DEVICES``, which the workers take in turn; empty to leave
             it as it is.
+
+    Raises:
+        ConfigError: A worker ended before it could take its first job.
     """
     waiting = list(reversed(jobs))
     # Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
@@ -85,9 +89,9 @@ class _Worker:
         self._spawn()
 
     def _spawn(self) -> None:
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # fork would inherit torch's threads and locks
+        self.started = False
+        # fork would inherit torch's threads and locks
+        context = multiprocessing.get_context("spawn")
         self.connection: Any
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.runner), daemon=False)
@@ -106,15 +110,26 @@ class _Worker:
             self.connection.send(job)
 
     def poll(self) -> Outcome | None:
-        """The outcome of the current job, if it has one by now."""
+        """The outcome of the current job, if it has one by now.
+
+        Raises:
+            ConfigError: The process ended before it could take a job, so that no other would.
+        """
         assert self.job is not None
         alive = self.process.is_alive()  # asked first: a last message before death still counts
         outcome: Outcome | None = None
         try:
-            if self.connection.poll():
-                outcome = self.connection.recv()
+            while outcome is None and self.connection.poll():
+                message = self.connection.recv()
+                self.started = True
+                outcome = None if message == STARTED else message
         except (EOFError, OSError):
             alive = False
+        if outcome is None and not alive and not self.started:
+            raise ConfigError(
+                f"{self._death().capitalize()} while it started.",
+                'In a script, call `fulgurite.compare.run` under `if __name__ == "__main__":`.',
+            )
         if outcome is None and not alive:
             seconds = time.monotonic() - self.since
             outcome = Outcome(self.job.id, error=self._death(), seconds=seconds)

@@ -8,16 +8,16 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
 from fulgurite.compare.plan import Plan, Setting, cell_id
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.worker import read_metrics
+from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 from fulgurite.plotting import COLORS, new_figure
@@ -25,7 +25,7 @@ from fulgurite.plotting import COLORS, new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["main", "render", "run_summary"]
+__all__ = ["main", "render", "run_summary", "writing"]
 
 
 def render(comparison: Comparison) -> None:
@@ -34,6 +34,24 @@ def render(comparison: Comparison) -> None:
     _write(comparison.folder / "table.csv", _cells_csv(comparison))
     _write(comparison.folder / "summary.csv", _summary_csv(comparison))
     _draw(comparison, comparison.folder / "figure.png")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say in one line why nothing can be written.
+
+    Raises:
+        ConfigError: The folder is none, read-only or full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):  # such as a closed terminal
+            raise
+        raise ConfigError(
+            f"{error.filename or folder} cannot be written ({error.strerror}).",
+            "Make room or mend it, or name another folder: --out=FOLDER. What is recorded stays.",
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(parser.parse_args(argv).folder)
     if (folder / PLAN_FILE).is_file():
         comparison = Comparison.read(folder)
-        render(comparison)
+        with writing(folder):
+            render(comparison)
         print(comparison.markdown())
         print(f"Tables and figure: {folder}")
     elif (folder / "config.yaml").is_file():
@@ -61,9 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_summary(folder: Path) -> str:
-    """What a run folder holds: name, classes, metrics, figures, checkpoints."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    run = config.get("run") or {}
+    """What a run folder holds: name, classes, metrics, figures, checkpoints.
+
+    Raises:
+        ConfigError: A file of it is damaged.
+    """
+    config = read_yaml(folder / "config.yaml") or {}
+    run = config.get("run") or {} if isinstance(config, dict) else None
+    if not isinstance(run, dict):
+        raise ConfigError(f"{folder / 'config.yaml'} is no configuration of a run.")
     name = "/".join(str(run[key]) for key in ("system", "name") if run.get(key))
     lines = [f"# {name or folder.name}", ""]
     for part in ("model", "data"):
@@ -85,7 +110,10 @@ def _last_metrics(path: Path) -> dict[str, float]:
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                last.update({k: float(v) for k, v in row.items() if k and v})
+                try:
+                    last.update({k: float(v) for k, v in row.items() if k and v})
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"{path} holds no table of metrics.") from error
     return last
 
 
