@@ -198,7 +198,7 @@ def test_tables_agree_with_numpy(place):
     assert "| Method A | 0.6567 ± 0.0252 | 0.4067 ± 0.0252 |" in text
     assert "| c | 0.2560 ± 0.0226 ▼ |" in text
     assert "| Method B | +0.0513 ± 0.0029 (n=3) |" in text
-    assert "paired t-test over the seeds at 95%" in text
+    assert "paired t-test over the seeds at 95 %" in text
     assert "4.30 at n = 3" in text
     assert "Holm's correction over the 4 comparisons" in text
 
@@ -847,7 +847,7 @@ def test_a_figure_has_what_is_there(place, monkeypatch):
     means, differences = axes.flat
     assert means.get_xlabel() == "rate of noise"
     assert means.get_ylabel() == "accuracy\nmean ± std over 3 seeds"
-    assert "95%" in differences.get_ylabel()
+    assert "95 % interval" in differences.get_ylabel()
     assert [*means.get_xticks()] == [0.1, 0.2, 0.4]
     assert [label.get_text() for label in means.get_xticklabels()] == ["0.1", "0.2", "0.4"]
     (legend,) = figure.legends

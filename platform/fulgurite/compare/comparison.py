@@ -262,7 +262,7 @@ def _caption(base: str, entries: Iterable[Entry]) -> str:
     needs = ", ".join(f"{quantile(n):.2f} at n = {n}" for n in sorted({*counts}))
     alone = f" (standard errors that one comparison alone needs: {needs})"
     return (
-        f"▲ better and ▼ worse than {base}: paired t-test over the seeds at {LEVEL:.0%}{alone}, "
+        f"▲ better and ▼ worse than {base}: paired t-test over the seeds at {LEVEL * 100:.0f} %{alone}, "
         f"Holm's correction over the {len(counts)} comparisons of the table; ≈ not shown to "
         f"differ; without a mark: not tested, below {LEAST_SEEDS} common seeds or without spread."
     )

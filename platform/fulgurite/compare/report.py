@@ -194,7 +194,9 @@ def _draw(comparison: Comparison, path: Path) -> None:
     plots[0][0].set_ylabel(f"{metric}\n{_what_bars_are(entries.values())}")
     if tested:
         base = plan.methods[str(plan.baseline)].label
-        plots[1][0].set_ylabel(f"difference to {base}\n{LEVEL:.0%} interval, paired by seed")
+        plots[1][0].set_ylabel(
+            f"difference to {base}\n{LEVEL * 100:.0f} % interval, paired by seed"
+        )
         for plot in plots[1]:
             plot.axhline(0, color="black", linewidth=0.8, zorder=1)
     width = figure.get_figwidth()
