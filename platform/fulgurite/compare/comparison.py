@@ -259,12 +259,13 @@ def _caption(base: str, entries: Iterable[Entry]) -> str:
             f"Nothing is tested against {base}: that takes {LEAST_SEEDS} common seeds with "
             "differences that vary."
         )
-    needs = ", ".join(f"{quantile(n):.2f} at n = {n}" for n in sorted({*counts}))
-    alone = f" (standard errors that one comparison alone needs: {needs})"
+    level = f"{LEVEL * 100:.0f} %"
+    needs = ", ".join(f"|t| > {quantile(n):.2f} at n = {n}" for n in sorted({*counts}))
     return (
-        f"▲ better and ▼ worse than {base}: paired t-test over the seeds at {LEVEL * 100:.0f} %{alone}, "
-        f"Holm's correction over the {len(counts)} comparisons of the table; ≈ not shown to "
-        f"differ; without a mark: not tested, below {LEAST_SEEDS} common seeds or without spread."
+        f"▲ better and ▼ worse than {base}: paired t-test over the seeds at {level} ({needs} for "
+        f"one comparison alone) with Holm's correction over the {len(counts)} comparisons of the "
+        f"table; ≈ not shown to differ; no mark: not tested, below {LEAST_SEEDS} common seeds or "
+        "without spread."
     )
 
 

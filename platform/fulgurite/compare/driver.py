@@ -68,7 +68,7 @@ def run(
     plan = read_plan(file, quick=quick)
     part = _part(plan, only or [])
     folder = _folder(file, plan, out, quick)
-    cells = plan.cells(Resolver(runner))
+    cells = _defined_cells(plan, runner)
     chosen = {*part.cell_ids}
     groups = device_groups(visible_devices(_gpu_count()), _devices_each(cells))
     crew = (
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = read_plan(given.file, quick=given.quick)
         part = _part(plan, given.only or [])
         folder = _folder(given.file, plan, given.out, given.quick)
-        cells = plan.cells(Resolver(given.runner))
+        cells = _defined_cells(plan, given.runner)
         chosen = {*part.cell_ids}
         for command in _commands([cell for cell in cells if cell.id in chosen], plan, folder):
             print("fulgurite", shlex.join(command))
@@ -178,14 +178,26 @@ def _folder(file: str, plan: Plan, out: str | None, quick: bool) -> Path:
     system = system_of_config(path) or path.parent.name
     name = system if path.stem == "compare" else f"{system}-{path.stem}"
     folder = (Path("compare_results") / (f"{name}-quick" if quick else name)).resolve()
-    if (folder / PLAN_FILE).is_file():
-        source = read_plan(folder / PLAN_FILE).source
-        if source != plan.source and Path(source).is_file():
+    saved = folder / PLAN_FILE
+    if saved.is_file():
+        source = plan.source
+        with suppress(ConfigError):  # a damaged one is written again
+            source = read_plan(saved).source
+        # an earlier version wrote no source, and is read as if it were one itself
+        if source not in (plan.source, str(saved)) and Path(source).is_file():
             raise ConfigError(
                 f"{folder} holds the comparison of another file, {source}.",
                 "Give this one a folder of its own: --out=FOLDER.",
             )
     return folder
+
+
+def _defined_cells(plan: Plan, runner: str) -> list[Cell]:
+    """The cells by what they run, which takes some tenths of a second for each command."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Checking every option …"):
+        return plan.cells(Resolver(runner))
 
 
 def _gpu_count() -> int:
