@@ -667,6 +667,17 @@ def test_two_axes_and_no_axis_are_drawn(place):
     assert "| b | 0.8580 ± 0.0302 ▼ |" in comparison.markdown()
 
 
+def test_no_table_outlives_its_records(place):
+    file = write(place, seeds=[0])
+    go(file)
+    bad = {m: {"args": {"method": m, "trouble": "raise"}} for m in "abc"}
+    assert not go(write(place, seeds=[0], methods=bad)).results
+    table = (place / "out" / "table.md").read_text()
+    assert "0 of 6 cells finished" in table
+    assert "`--retry-failed` runs them again" in table
+    assert "0.66" not in table
+
+
 def test_report(place, capsys):
     go(write(place, seeds=[0, 1]))
     (place / "out" / "figure.png").unlink()

@@ -104,7 +104,7 @@ def run(
                 _record(folder, plan, cell, commands[cell.id], outcome, found)
         finally:
             comparison = Comparison.read(folder, part)
-            if comparison.results:
+            if comparison.results or (folder / "table.md").exists():  # which may be out of date
                 render(comparison)
     return comparison
 
