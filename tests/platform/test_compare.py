@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -1030,3 +1031,31 @@ def test_a_damaged_run_is_named(place, name, content, says):
     (place / name).write_text(content)
     with pytest.raises(ConfigError, match=says):
         compare.report_main([str(place)])
+
+
+def test_an_edit_while_cells_run_ends_the_comparison(place):
+    (place / "base.yaml").write_text("model: part.yaml\n")
+    (place / "part.yaml").write_text("width: 1\n")
+    file = write(place, seeds=[0], args={"sleep": 0.2})
+
+    def edit(out: str, text: str) -> None:
+        first = place / out / "results" / "a__p=0.25__seed=0.json"
+        while not first.exists():
+            time.sleep(0.01)
+        (place / "base.yaml").write_text(text)
+
+    comment = threading.Thread(target=edit, args=["same", "# a comment\nmodel: part.yaml\n"])
+    comment.start()  # it changes nothing
+    assert len(go(file, workers=1, out="same").results) == 6
+    comment.join()
+    change = threading.Thread(target=edit, args=["out", "model: other\n"])
+    change.start()
+    with pytest.raises(ConfigError, match=r"base\.yaml changed while cells ran"):
+        go(file, workers=1)
+    change.join()
+    # nothing that ran after the edit is taken for what was asked
+    kept = len([*(place / "out" / "results").iterdir()])
+    assert kept < 6
+    before = len(runs(place))
+    assert len(go(file, workers=2).results) == 6
+    assert len(runs(place)) == before + 12

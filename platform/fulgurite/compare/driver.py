@@ -24,6 +24,7 @@ from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, Plan, find_
 from fulgurite.compare.pool import run_jobs
 from fulgurite.compare.report import render, writing
 from fulgurite.compare.trainings import Evaluation, Trainings
+from fulgurite.compare.watch import ConfigWatch
 from fulgurite.compare.worker import Job, Outcome
 from fulgurite.errors import ConfigError
 from fulgurite.runs import write_json
@@ -61,7 +62,8 @@ def run(
 
     Raises:
         ConfigError: The file or an option in it is wrong, another process works in the same
-            folder, or the folder cannot be written.
+            folder, the folder cannot be written, or a configuration changes what the cells run
+            while they run.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers is {workers}.", "Give 1 or more.")
@@ -81,10 +83,14 @@ def run(
         _put_aside_outdated(folder, cells)
         todo = [c for c in cells if c.id in chosen and _is_open(folder, c, retry_failed)]
 
+        watch = ConfigWatch(plan, cells, runner)
+
         def work(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[Outcome]:
             running = run_jobs(jobs, workers=crew, runner=runner, visible=groups)
             with closing(running) as outcomes:
-                yield from _with_progress(outcomes, jobs, title, done)
+                for outcome in _with_progress(outcomes, jobs, title, done):
+                    watch.check()
+                    yield outcome
 
         try:
             by_id = {cell.id: cell for cell in todo}
