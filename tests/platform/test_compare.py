@@ -692,12 +692,12 @@ def test_report(place, capsys):
     (run / "config.yaml").write_text(
         "seed_everything: 3\nrun: {system: fedsir, name: digits}\nmodel: {class_path: some.Model}\n"
     )
-    (run / "metrics.csv").write_text("epoch,val/acc\n0,0.5\n1,0.75\n")
+    (run / "metrics.csv").write_text("epoch,aux/size,val/acc\n0,1,0.5\n1,1,0.75\n")
     assert compare.report_main([str(run)]) == 0
     text = capsys.readouterr().out
     assert "# fedsir/digits" in text
     assert "some.Model" in text
-    assert "| val/acc | 0.75 |" in text
+    assert "| --- | ---: |\n| val/acc | 0.75 |\n| aux/size | 1 |" in text
     assert "noise.png" in text
     with pytest.raises(ConfigError, match="neither a comparison"):
         compare.report_main([str(place)])
