@@ -33,6 +33,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -271,7 +272,8 @@ def _folder_identity(folder: Path) -> str:
     for number, (name, path) in enumerate(files):
         content.update(f"{name}\0{path.stat().st_size}\0".encode())
         if number < _FOLDER_CONTENTS:
-            content.update(_file_identity(path, _WHOLE_IN_FOLDER).encode())
+            with suppress(PermissionError):  # its name and size count still
+                content.update(_file_identity(path, _WHOLE_IN_FOLDER).encode())
     return content.hexdigest()[:16]
 
 

@@ -195,6 +195,10 @@ def _draw(comparison: Comparison, path: Path) -> None:
         for setting, plot in zip(settings, row, strict=True):
             _draw_panel(plot, comparison, axis, labels_of.get(axis, [""]), setting, kind, entries)
             plot.sharey(row[0])
+    if tested and not wide:  # one above the other
+        for upper, lower in plots.T:
+            upper.set_xlabel("")
+            lower.set_title("")
     means = [entry.spread.mean for entry in entries.values() if entry.spread.n]
     if all(mean.is_integer() for mean in means):
         plots[0][0].yaxis.get_major_locator().set_params(integer=True)
@@ -255,8 +259,10 @@ def _draw_panel(
         if points:
             _draw_method(plot, plan, name, rank, points)
     plot.set_title(_setting_name(setting, plan), fontsize=10)
-    plot.set_xlabel(plan.names.get(axis, axis))
-    plot.set_xticks(places, labels)
+    plot.set_xlabel(textwrap.fill(plan.names.get(axis, axis), 40))
+    crowded = len("  ".join(labels)) > 45
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "fontsize": 8} if crowded else {}
+    plot.set_xticks(places, labels, **turned)
     plot.set_xlim(places[0] - 0.3 * step, places[-1] + 0.3 * step)
 
 
