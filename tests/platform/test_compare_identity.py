@@ -191,8 +191,8 @@ def test_identity_of_files_and_folders(tmp_path, monkeypatch):
             file.write(b"x")
         assert data_identity("large.bin") != before
         before = data_identity("large.bin")
-    assert data_identity("*.bin") == data_identity("lar*.bin")
-    assert data_identity("*.bin") != ""
+    assert data_identity("*.bin", "place") == data_identity("lar*.bin", "place") != ""
+    assert data_identity("*.bin") == ""
     (tmp_path / "loop").symlink_to(tmp_path)  # leads back
     folder = data_identity(str(tmp_path))
     (tmp_path / ".cache").touch()  # hidden
@@ -202,6 +202,12 @@ def test_identity_of_files_and_folders(tmp_path, monkeypatch):
     for nothing in ("none", "", ".", "a\0b", "x" * 5000, "[", "/dev/null/x"):
         assert data_identity(nothing) == ""
     assert data_identity("stdlib").startswith("Python 3")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").mkdir()
+    monkeypatch.setenv("FULGURITE_DATA", str(tmp_path / "elsewhere"))
+    assert data_identity("words") == ""  # as a mode of this name would be
+    assert data_identity("words", "place") == data_identity("./words") != ""
+    monkeypatch.setenv("FULGURITE_DATA", str(tmp_path))
     # what a run writes is no data of it
     assert data_identity(str(tmp_path / "large.bin"), "trainer") != ""
     monkeypatch.delenv("FULGURITE_DATA")

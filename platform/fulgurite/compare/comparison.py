@@ -94,7 +94,8 @@ class Comparison:
                         unreadable.add(name)
                     else:
                         read[name] = record
-        return cls(plan, folder, *records.values(), frozenset(unreadable))
+        found = records["results"], records["failed"]
+        return cls(plan, folder, *found, unreadable=frozenset(unreadable))
 
     def save_plan(self) -> None:
         """Write the plan, so that ``fulgurite report`` needs nothing but the folder."""

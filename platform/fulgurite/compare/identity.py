@@ -13,6 +13,7 @@ file                      size and content; above 64 MiB the size, both ends and
 folder                    names and sizes of its files, without hidden ones (the
                           first 100,000), and the content of the first 2,000, of
                           which those above 1 MiB by their ends and 16 pieces
+glob pattern              names of what matches, and the first 2,000 of them as above
 ``stdlib``                the version of Python
 ========================  ==========================================================
 
@@ -37,7 +38,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fulgurite import __version__
 from fulgurite.files import STDLIB
@@ -54,7 +55,9 @@ _PIECE = 2**16  # [bytes]
 _PIECES = 16
 _FOLDER_NAMES = 100_000
 _FOLDER_CONTENTS = 2_000
-_MATCHES = 1_000  # of a glob pattern
+_PLACE = re.compile("path|root|folder|file|dir")
+
+Role = Literal["place", "data", "trainer", ""]
 
 
 class Definition(NamedTuple):
@@ -102,8 +105,8 @@ class Resolver:
         configuration = _plain(parsed)
         for key in ("config", "run", "ckpt_path", "subcommand"):
             configuration.pop(key, None)
-        texts = dict.fromkeys((text, path[0]) for path, text in _texts(configuration))
-        data = {text: found for text, key in texts if (found := self._identity(text, key))}
+        texts = dict.fromkeys((text, _role(path)) for path, text in _texts(configuration))
+        data = {text: found for text, role in texts if (found := self._identity(text, role))}
         return Definition(configuration, data, _versions(configuration))
 
     def _parse(self, words: Sequence[str]) -> Any:
@@ -186,7 +189,14 @@ def _texts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield from _texts(item, (*path, key))
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item, (*path, ""))
+            yield from _texts(item, path)
+
+
+def _role(path: tuple[str, ...]) -> Role:
+    """What a text may stand for, by the keys that lead to it."""
+    if path[0] == "data":
+        return "place" if _PLACE.search(path[-1]) else "data"
+    return "data" if path[0] == "model" else "trainer" if path[0] == "trainer" else ""
 
 
 def _versions(configuration: Any) -> dict[str, str]:
@@ -209,42 +219,43 @@ def _class_paths(value: Any) -> Iterator[str]:
             yield from _class_paths(item)
 
 
-def data_identity(text: str, section: str = "data") -> str:
+def data_identity(text: str, role: Role = "data") -> str:
     """Identity of the file, folder or files that a value of a configuration names.
 
     Args:
         text: The value.
-        section: First key of the configuration that leads to it.
+        role: ``place`` where the key says that it is a path; ``data`` where it may be one;
+            ``trainer`` where it is one of data only if it lies in ``FULGURITE_DATA``.
 
     Returns:
         A hash; empty where nothing of this name is there.
     """
-    if section == "data" and text == STDLIB:
+    if role in ("place", "data") and text == STDLIB:
         return f"Python {platform.python_version()}"
-    if section not in ("data", "model", "trainer") or not text.strip("./") or len(text) > 4096:
+    if not role or not text.strip("./") or len(text) > 4096:
         return ""
     try:
-        return _identity_of_path(text, only_data=section == "trainer")
+        return _identity_of_path(text, role)
     except (OSError, ValueError):  # it cannot be read, or is no path: the run will say so
         return ""
 
 
-def _identity_of_path(text: str, *, only_data: bool) -> str:
+def _identity_of_path(text: str, role: Role) -> str:
     root = os.environ.get("FULGURITE_DATA")
     path, folder = Path(text).expanduser(), Path(root).expanduser() if root else None
     if folder is not None and (folder / path).exists():  # an absolute path stays what it is
         inside = (folder / path).absolute().is_relative_to(folder.absolute())
-        return _path_identity(folder / path) if inside or not only_data else ""
-    if only_data:
+        return _path_identity(folder / path) if inside or role != "trainer" else ""
+    if role == "trainer":
         return ""
     # a bare word that is the name of a folder here is mostly something else
-    if path.is_file() or (path.is_dir() and (path.is_absolute() or os.sep in text)):
+    if path.is_file() or (path.is_dir() and (role == "place" or os.sep in text)):
         return _path_identity(path)
-    if glob.has_magic(text):
-        found = glob.iglob(text, root_dir=folder, recursive=True)
-        names = sorted(itertools.islice(found, _MATCHES))
-        paths = [(name, (folder or Path()) / name) for name in names]
-        return digest([[name, _path_identity(path)] for name, path in paths]) if names else ""
+    if role == "place" and glob.has_magic(text):
+        names = sorted(glob.iglob(text, root_dir=folder, recursive=True))[:_FOLDER_NAMES]
+        paths = [(folder or Path()) / name for name in names]
+        read = [_path_identity(path) for path in paths[:_FOLDER_CONTENTS]]
+        return digest([names, read]) if names else ""
     return ""
 
 

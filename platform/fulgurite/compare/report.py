@@ -304,6 +304,7 @@ def _what_bars_are(entries: Iterable[Entry]) -> str:
 def _by_last_value(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     """Handles and labels of a legend in the order in which the lines of the last panel end."""
     drawn: dict[str, tuple[Any, float]] = {}
+    handle: Any
     for plot in axes:
         for handle, label in zip(*plot.get_legend_handles_labels(), strict=True):
             heights = [float(y) for y in handle[0].get_ydata() if not math.isnan(y)]
