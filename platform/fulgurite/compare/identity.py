@@ -182,7 +182,9 @@ def _plain(value: Any) -> Any:
 
 def _texts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
     """All texts of a configuration but class paths, each with the keys that lead there."""
-    if isinstance(value, str) and path and path[-1] != "class_path":
+    if value is None and path[-1] == "paths":
+        yield path, STDLIB  # what DataModules of text read then
+    elif isinstance(value, str) and path and path[-1] != "class_path":
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
