@@ -172,10 +172,11 @@ def test_one_parser_for_all_agrees_with_the_command_line(paper):
         for key in ("config", "run", "ckpt_path"):
             theirs.pop(key, None)
         assert ours == json.loads(json.dumps(identity._plain(theirs)))
-    assert (
-        resolver(["test", "--config", "top.yaml"]).configuration["data"]["init_args"]["noise"]
-        == 0.4
-    )
+    tested = resolver(["test", "--config", "top.yaml"])
+    assert tested.configuration["data"]["init_args"]["noise"] == 0.4
+    assert not tested.data
+    texts = resolver(["fit", "--config", "stream_cqsa/text.yaml"]).data
+    assert texts == {"stdlib": data_identity("stdlib")}
 
 
 def test_identity_of_files_and_folders(tmp_path, monkeypatch):
