@@ -315,7 +315,8 @@ def _put_aside_outdated(folder: Path, cells: Sequence[Cell]) -> None:
         back = aside / f"{cell.id}.{cell.digest}.json"
         place = folder / "results" / f"{cell.id}.json"
         record = read_record(back, cell.id) if back.is_file() else None
-        if record and "error" not in record and not place.exists():
+        valid = record and "error" not in record and record["digest"] == cell.digest
+        if valid and not place.exists():
             place.parent.mkdir(exist_ok=True)
             back.replace(place)
             returned += 1
