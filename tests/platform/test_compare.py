@@ -745,14 +745,14 @@ def test_stale_records_are_counted_set_aside_and_come_back(place, capsys):
     capsys.readouterr()
     go(file)
     told = capsys.readouterr().out
-    assert "6 records were set aside" in told
+    assert f"Records set aside in {place}/out/outdated: 6 (" in told
     assert "5 of another configuration" in told
     assert "1 of an earlier form" in told
     assert len(old_names(place / "out" / "outdated")) == 6
     (place / "base.yaml").write_text("model: some\n")
     go(file)
     told = capsys.readouterr().out
-    assert "5 records that had been set aside hold again" in told
+    assert f"Records taken back from {place}/out/outdated: 5." in told
     kept = {name: text for name, text in before.items() if name != "a__p=0.5__seed=0.json"}
     assert {name: (results / name).read_text() for name in kept} == kept
     assert len(runs(place)) == 2 * (6 + 6 + 1)
@@ -782,7 +782,7 @@ def test_a_record_that_is_none_is_counted_and_run_again(place, capsys, content):
     assert compare.report_main(["out"]) == 0  # rendering leaves it where it is
     assert "left out: `a__p=0.5__seed=0`" in capsys.readouterr().out
     comparison = go(file)
-    assert "1 records were set aside" in capsys.readouterr().out
+    assert "outdated: 1 (1 damaged or something else)" in capsys.readouterr().out
     assert "a__p=0.5__seed=0.unreadable.json" in old_names(place / "out" / "outdated")
     assert len(comparison.results) == 4
     assert len(runs(place)) == 10

@@ -250,4 +250,4 @@ def test_other_data_make_cells_stale_from_the_command_line_on(paper, capsys):
     write(paper / "comparison.yaml", COMPARISON)
     comparison = run("comparison.yaml", out="c", workers=1)
     assert comparison.values("big", ()) == {0: pytest.approx(0.95), 1: pytest.approx(1.05)}
-    assert "2 records were set aside" in capsys.readouterr().out
+    assert "outdated: 2 (2 of another configuration)" in capsys.readouterr().out

@@ -322,9 +322,9 @@ def _put_aside_outdated(folder: Path, cells: Sequence[Cell]) -> None:
             returned += 1
     if reasons:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        print(f"{reasons.total()} records were set aside in {aside}: {why}.")
+        print(f"Records set aside in {aside}: {reasons.total()} ({why}).")
     if returned:
-        print(f"{returned} records that had been set aside hold again.")
+        print(f"Records taken back from {aside}: {returned}.")
 
 
 def _reason(record: dict[str, Any] | None, cell: Cell) -> str:
