@@ -232,11 +232,17 @@ def test_identity_of_files_and_folders(tmp_path, monkeypatch):
         ),
     ],
 )
-@pytest.mark.parametrize("dry", [True, False])
-def test_every_option_is_checked_before_anything_runs(paper, changes, says, dry):
+def test_a_dry_run_checks_every_option(paper, changes, says):
     write(paper / "comparison.yaml", {**COMPARISON, **changes})
     with pytest.raises(ConfigError, match=says):
-        main(["comparison.yaml", "--out=out", *(["--dry-run"] if dry else [])])
+        main(["comparison.yaml", "--dry-run"])
+
+
+def test_a_wrong_option_of_one_method_starts_no_cell_of_another(paper):
+    methods = {**COMPARISON["methods"], "big": {"args": {"model.init_args.with": 3}}}
+    write(paper / "comparison.yaml", {**COMPARISON, "methods": methods})
+    with pytest.raises(ConfigError, match=r"methods\.big.*width"):
+        run("comparison.yaml", out="out")
     assert not (paper / "out").exists()
 
 
