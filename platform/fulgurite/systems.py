@@ -15,7 +15,19 @@ from pathlib import Path
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["Command", "System", "config_path", "packaged_configs", "resolve_config", "systems"]
+__all__ = [
+    "ENTRY_POINTS",
+    "Command",
+    "System",
+    "config_path",
+    "packaged_configs",
+    "resolve_config",
+    "system_of_config",
+    "systems",
+]
+
+ENTRY_POINTS = "fulgurite.systems"
+"""Group of entry points in which other packages announce their systems."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ def systems() -> dict[str, System]:
         ConfigError: If two packages announce the same name, or an entry point is no ``System``.
     """
     found = {system.name: system for system in OURS}
-    for entry in metadata.entry_points(group="fulgurite.systems"):
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
         system = entry.load()
         if not isinstance(system, System):
             raise ConfigError(
@@ -145,6 +157,24 @@ def config_path(name: str) -> Path | None:
         return None
     path = Path(str(resources.files(system.configs))) / file
     return path if path.is_file() else None
+
+
+def system_of_config(path: str | Path) -> str | None:
+    """The name of the system that a configuration file is packaged with, or None for other files.
+
+    The name of its folder does not say it: a plug-in's is mostly called ``configs``.
+
+    Example:
+        >>> system_of_config(resolve_config("fedsir/digits.yaml"))
+        'fedsir'
+        >>> system_of_config("mine.yaml") is None
+        True
+    """
+    folder = Path(path).resolve().parent
+    for system in systems().values():
+        if Path(str(resources.files(system.configs))).resolve() == folder:
+            return system.name
+    return None
 
 
 def resolve_config(name: str) -> Path:

@@ -1,12 +1,16 @@
 """The comparison: its file, its workers, its records and its statistics."""
 
 import csv
+import datetime
+import errno
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -16,16 +20,30 @@ import pytest
 import yaml
 from scipy import stats
 
-from fulgurite import compare
+from fulgurite import compare, systems
+from fulgurite.compare.comparison import read_record
+from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.driver import main
 from fulgurite.compare.plan import read_plan
-from fulgurite.compare.stats import paired, spread
+from fulgurite.compare.stats import holm, paired, quantile, spread
 from fulgurite.errors import ConfigError
+from fulgurite.plotting import new_figure
+
+PARSE = """
+import yaml
+
+from fulgurite.systems import resolve_config
+
+
+def parse(argv):
+    options = dict(word[2:].split("=", 1) for word in argv[1:] if "=" in word)
+    files = [argv[i + 1] for i, word in enumerate(argv) if word == "--config"]
+    files = [yaml.safe_load(resolve_config(file).read_text()) for file in files]
+    return {"data": options.pop("data", None), "files": files, "options": options}
+"""
 
 RUNNER = """
 import json, os, pathlib, sys, time
-
-LOADED = os.getpid()
 
 
 def main(argv):
@@ -37,13 +55,13 @@ def main(argv):
         options.setdefault(key, value if eq else words.pop(0))
     run = pathlib.Path(options["run.dir"])
     with open(os.environ["RUNS"], "a") as file:
-        print(command, run.name, os.getpid(), file=file)
+        print(command, run.name, os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid(), file=file)
     print("hello from", command)
     os.system("echo hello from a child")
     seed, method, p = int(options["seed_everything"]), options["method"], float(options["p"])
     if command == "test":
         assert options["ckpt_path"] == "last"
-        metrics = {"test/acc": VALUES[method] - p + SEED[seed]}
+        metrics = {"test/acc": VALUES[method] - p + SCALE[method] * SEED[seed]}
         (run / "test_metrics.json").write_text(json.dumps(metrics))
         return 0
     run.mkdir(parents=True)
@@ -67,6 +85,7 @@ def main(argv):
 
 VALUES = {"a": 0.9, "b": 0.95, "c": 0.5}
 SEED = {0: 0.01, 1: -0.02, 2: 0.03}
+SCALE = {"a": 1.0, "b": 1.2, "c": 0.9}
 """
 
 FILE = {
@@ -88,7 +107,7 @@ FILE = {
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with a runner module, a configuration and a function that writes the file."""
-    (tmp_path / "fake_runner.py").write_text(RUNNER)
+    (tmp_path / "fake_runner.py").write_text(PARSE + RUNNER)
     (tmp_path / "base.yaml").write_text("model: some\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -130,7 +149,7 @@ def test_grid_runs_once_and_is_rendered(place, capsys):
     assert len(runs(place)) == 36
     assert len({pid for *_, pid in runs(place)}) == 2
     record = json.loads((out / "results" / "b__p=0.25__seed=1.json").read_text())
-    assert record["metrics"] == {"train/loss": 0.5, "test/acc": pytest.approx(0.95 - 0.25 - 0.02)}
+    assert record["metrics"] == {"train/loss": 0.5, "test/acc": pytest.approx(0.95 - 0.25 - 0.024)}
     assert record["commands"][0][0] == "fit"
     assert record["commands"][1][-2:] == ["--ckpt_path", "last"]
     assert "--p=0.25" in record["commands"][0]
@@ -170,21 +189,68 @@ def test_tables_agree_with_numpy(place):
             continue
         assert float(row["difference"]) == pytest.approx((ours - base).mean())
         assert float(row["difference_se"]) == pytest.approx(stats.sem(ours - base), abs=1e-12)
+        p_value = float(row["p_value"])
+        assert p_value == pytest.approx(stats.ttest_rel(ours, base).pvalue)
+    tested = [row for row in rows if row["p_value"]]
+    adjusted = holm_by_hand([float(row["p_value"]) for row in tested])
+    assert [float(row["p_value_holm"]) for row in tested] == pytest.approx(adjusted)
+    assert [row["verdict"] for row in tested] == ["beats", "beats", "loses", "loses"]
     text = comparison.markdown()
-    assert "| Method B | **0.7067 ± 0.0252** ▲ | **0.4567 ± 0.0252** ▲ |" in text
+    assert "| Method B | **0.7080 ± 0.0302** ▲ | **0.4580 ± 0.0302** ▲ |" in text
     assert "| Method A | 0.6567 ± 0.0252 | 0.4067 ± 0.0252 |" in text
-    assert "| c | 0.2567 ± 0.0252 ▼ |" in text
-    assert "| Method B | +0.0500 ± 0.0000 (n=3) |" in text
+    assert "| c | 0.2560 ± 0.0226 ▼ |" in text
+    assert "| Method B | +0.0513 ± 0.0029 (n=3) |" in text
+    assert "paired t-test over the seeds at 95 %" in text
+    assert "|t| > 4.30 at n = 3" in text
+    assert "Holm's correction over the 4 comparisons" in text
 
 
-def test_spread_and_paired_against_scipy():
+def holm_by_hand(p_values):
+    """Adjusted p-values as the paper says it: reject in order while p ≤ level / (m − i)."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(p_values))
+    for i, place in enumerate(order):
+        smaller = [(len(p_values) - j) * p_values[order[j]] for j in range(i + 1)]
+        adjusted[place] = min(1.0, max(smaller))
+    return adjusted
+
+
+def test_statistics_against_scipy():
     rng = np.random.default_rng(0)
-    ours, base = rng.normal(size=7), rng.normal(size=7)
-    assert spread(list(ours)).mean == pytest.approx(ours.mean())
-    assert spread(list(ours)).std == pytest.approx(ours.std(ddof=1))
-    found = paired(dict(enumerate(ours)), dict(enumerate(base)))
-    assert found.mean / found.error == pytest.approx(stats.ttest_rel(ours, base).statistic)
-    assert found.verdict == ("ties" if abs(found.mean) <= 2 * found.error else "beats")
+    for n in (3, 4, 7):
+        ours, base = rng.normal(size=n), rng.normal(size=n)
+        assert spread([*ours]).mean == pytest.approx(ours.mean())
+        assert spread([*ours]).std == pytest.approx(ours.std(ddof=1))
+        found = paired(dict(enumerate(ours)), dict(enumerate(base)))
+        assert found.mean / found.error == pytest.approx(stats.ttest_rel(ours, base).statistic)
+        assert found.p == pytest.approx(stats.ttest_rel(ours, base).pvalue)
+        assert quantile(n) == pytest.approx(stats.t.ppf(0.975, n - 1))
+
+
+def test_holm_by_a_published_example():
+    # four tests at 5 %: 0.005 <= 0.05/4 and 0.01 <= 0.05/3 are kept, 0.03 > 0.05/2 ends it
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "absent": math.nan})
+    tested = {name: p for name, p in adjusted.items() if name != "absent"}
+    assert tested == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert math.isnan(adjusted["absent"])
+    p_values = np.random.default_rng(1).uniform(size=20) ** 3
+    assert [*holm(dict(enumerate(p_values))).values()] == pytest.approx(
+        sorted(holm_by_hand(p_values))
+    )
+
+
+def test_a_table_of_nothing_has_few_marks():
+    """At 95 % for the whole table, at most one table in twenty has any mark."""
+    rng = np.random.default_rng(2)
+    marked = 0
+    for _ in range(400):
+        table = {
+            k: paired(dict(enumerate(rng.normal(size=3))), dict(enumerate(rng.normal(size=3))))
+            for k in range(8)
+        }
+        adjusted = holm({k: difference.p for k, difference in table.items()})
+        marked += any(table[k].verdict(adjusted[k]) != "ties" for k in table)
+    assert marked / 400 < 0.08  # three standard errors of a twentieth above it
 
 
 @pytest.mark.parametrize(
@@ -193,14 +259,24 @@ def test_spread_and_paired_against_scipy():
         ({0: 1.0, 1: 1.1, 2: 1.2}, "max", "beats"),
         ({0: 1.0, 1: 1.1, 2: 1.2}, "min", "loses"),
         ({0: 0.1, 1: -0.1, 2: 0.0}, "max", "ties"),
+        ({0: 1.0, 1: 3.0, 2: 2.0}, "max", "ties"),  # 3.5 standard errors: not 4.3
         ({0: 0.0, 1: 0.0, 2: 0.0}, "max", "ties"),
+        ({0: 1.0, 1: 1.1}, "max", ""),  # two seeds, however far
         ({0: 5.0}, "max", ""),
         ({7: 5.0}, "max", ""),
-        ({0: math.nan, 1: 1.0}, "max", ""),
+        ({0: 0.5, 1: 0.5, 2: 0.5}, "max", ""),  # the seeds change nothing
+        ({0: math.nan, 1: 1.0, 2: 1.0}, "max", ""),
     ],
 )
 def test_verdicts(ours, mode, verdict):
-    assert paired(ours, {0: 0.0, 1: 0.0, 2: 0.0}, mode=mode).verdict == verdict
+    difference = paired(ours, {0: 0.0, 1: 0.0, 2: 0.0}, mode=mode)
+    assert difference.verdict(difference.p) == verdict
+
+
+def test_two_seeds_get_no_mark_and_the_caption_says_so(place):
+    text = go(write(place, seeds=[0, 1])).markdown()
+    assert not {"▲", "▼", "≈"} & {*text}
+    assert "Nothing is tested against Method A: that takes 3 common seeds" in text
 
 
 @pytest.mark.parametrize(
@@ -260,7 +336,7 @@ def test_a_killed_comparison_goes_on_where_it_was(place):
     assert not any(map(_alive, workers))
     comparison = go(file)
     assert len(comparison.results) == 12
-    fits = [name for command, name, _ in runs(place) if command == "fit"]
+    fits = [name for command, name, *_ in runs(place) if command == "fit"]
     assert all(fits.count(name) == 1 for name in finished)
 
 
@@ -281,7 +357,7 @@ def test_a_worker_killed_from_outside_costs_one_cell(place):
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.1)
-        os.kill(int(runs(place)[0][2]), signal.SIGKILL)
+        os.kill(int(runs(place)[0][-1]), signal.SIGKILL)
         rest = process.stdout.read()
     assert process.returncode == 1
     assert "killed by SIGKILL" in rest
@@ -297,7 +373,7 @@ def test_changed_definitions_run_again_and_unchanged_ones_do_not(place):
     assert len(runs(place)) == 24
     changed = {**FILE["methods"], "a": {"args": {"method": "a", "lr": 0.5}}}
     go(write(place, seeds=[0, 1], methods=changed))
-    assert [name[0] for _, name, _ in runs(place)[24:]] == ["a"] * 8
+    assert [name[0] for _, name, *_ in runs(place)[24:]] == ["a"] * 8
     assert len(list((place / "out" / "outdated").iterdir())) == 4
     (place / "base.yaml").write_text("# a comment\nmodel: some\n")
     go(write(place, seeds=[0, 1], methods=changed))
@@ -309,12 +385,14 @@ def test_changed_definitions_run_again_and_unchanged_ones_do_not(place):
 
 def test_only_quick_and_dry_run(place, capsys):
     file = write(place)
-    assert main([file, "--dry-run", "--only", "a", "b", "p=0.5", "seed=1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    base = str(place / "base.yaml")
-    assert lines[0] == f"fulgurite fit --config {base} --method=a --p=0.5 --seed_everything=1"
-    assert len(lines) == 2
     options = ["--runner=fake_runner:main", "--workers=2", "--out=out"]
+    assert main([file, *options, "--dry-run", "--only", "a", "b", "p=0.5", "seed=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = f"--config {place}/base.yaml --method=a --p=0.5 --seed_everything=1"
+    words += f" --run.dir {place}/out/cells/a__p=0.5__seed=1"
+    assert lines[:2] == [f"fulgurite fit {words}", f"fulgurite test {words} --ckpt_path last"]
+    assert len(lines) == 4
+    assert not (place / "out").exists()
     assert main([file, "--quick", *options]) == 0
     assert "2 of 2 cells finished" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="method=z"):
@@ -403,6 +481,12 @@ def test_quick_changes(place):
         ({"methods": {"a": {"listed": False}}, "baseline": None}, "No method is listed"),
         ({"methods": {"a": {"listed": "no"}}}, "a.listed is 'no'"),
         ({"methods": {"a": {"predict": ["x"]}}}, "a.predict is not a mapping"),
+        ({"highlight": "bb"}, "highlight 'bb' is not one of the methods. Did you mean 'b'"),
+        ({"names": {"q": "x"}}, "names has 'q'"),
+        ({"names": {"p": 3}}, r"names\.p is 3"),
+        ({"metric": ["a"]}, "metric is"),
+        ({"baseline": ["a"]}, "baseline is"),
+        ({"quick": {"methods": [["a"]]}}, "quick.methods names"),
     ],
 )
 def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):
@@ -467,7 +551,7 @@ SHARED = {
 
 @pytest.fixture
 def shared(place):
-    (place / "shared_runner.py").write_text(SHARED_RUNNER)
+    (place / "shared_runner.py").write_text(PARSE + SHARED_RUNNER)
     return lambda **changes: go(
         write(place, **{**SHARED, **changes}), runner="shared_runner:main", retry_failed=True
     )
@@ -582,7 +666,18 @@ def test_two_axes_and_no_axis_are_drawn(place):
     assert (place / "two" / "figure.png").stat().st_size > 5000
     assert (place / "none" / "figure.png").stat().st_size > 5000
     assert "| a | **0.8067 ± 0.0252** |" in comparison.markdown()
-    assert "| b | 0.8567 ± 0.0252 ▼ |" in comparison.markdown()
+    assert "| b | 0.8580 ± 0.0302 ▼ |" in comparison.markdown()
+
+
+def test_no_table_outlives_its_records(place):
+    file = write(place, seeds=[0])
+    go(file)
+    bad = {m: {"args": {"method": m, "trouble": "raise"}} for m in "abc"}
+    assert not go(write(place, seeds=[0], methods=bad)).results
+    table = (place / "out" / "table.md").read_text()
+    assert "0 of 6 cells finished" in table
+    assert "`--retry-failed` runs them again" in table
+    assert "0.66" not in table
 
 
 def test_report(place, capsys):
@@ -598,12 +693,12 @@ def test_report(place, capsys):
     (run / "config.yaml").write_text(
         "seed_everything: 3\nrun: {system: fedsir, name: digits}\nmodel: {class_path: some.Model}\n"
     )
-    (run / "metrics.csv").write_text("epoch,val/acc\n0,0.5\n1,0.75\n")
+    (run / "metrics.csv").write_text("epoch,aux/size,val/acc\n0,1,0.5\n1,1,0.75\n")
     assert compare.report_main([str(run)]) == 0
     text = capsys.readouterr().out
     assert "# fedsir/digits" in text
     assert "some.Model" in text
-    assert "| val/acc | 0.75 |" in text
+    assert "| --- | ---: |\n| val/acc | 0.75 |\n| aux/size | 1 |" in text
     assert "noise.png" in text
     with pytest.raises(ConfigError, match="neither a comparison"):
         compare.report_main([str(place)])
@@ -633,3 +728,331 @@ def test_a_terminal_gets_a_bar(place, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "6/6" in text
     assert "Method A p=0.25 seed=0: test/acc 0.66" in text
+
+
+def old_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_stale_records_are_counted_set_aside_and_come_back(place, capsys):
+    file = write(place, seeds=[0])
+    go(file)
+    results = place / "out" / "results"
+    before = {path.name: path.read_text() for path in results.iterdir()}
+    record = json.loads(before["a__p=0.5__seed=0.json"])
+    del record["parts"]  # as an earlier version wrote it
+    (results / "a__p=0.5__seed=0.json").write_text(json.dumps({**record, "digest": "0123"}))
+    (place / "base.yaml").write_text("model: another\n")
+    capsys.readouterr()
+    go(file)
+    told = capsys.readouterr().out
+    assert f"Records set aside in {place}/out/outdated: 6 (" in told
+    assert "5 of another configuration" in told
+    assert "1 of an earlier form" in told
+    assert len(old_names(place / "out" / "outdated")) == 6
+    (place / "base.yaml").write_text("model: some\n")
+    go(file)
+    told = capsys.readouterr().out
+    assert f"Records taken back from {place}/out/outdated: 5." in told
+    kept = {name: text for name, text in before.items() if name != "a__p=0.5__seed=0.json"}
+    assert {name: (results / name).read_text() for name in kept} == kept
+    assert len(runs(place)) == 2 * (6 + 6 + 1)
+
+
+def test_a_record_that_is_none_is_counted_and_run_again(place, capsys):
+    methods = {m: FILE["methods"][m] for m in "ab"}
+    file = write(place, seeds=[0], methods=methods)
+    go(file)
+    path = place / "out" / "results" / "a__p=0.5__seed=0.json"
+    path.write_text("")
+    (place / "out" / "results" / "foreign.json").write_text("")
+    assert compare.report_main(["out"]) == 0  # rendering leaves it where it is
+    assert "left out: `a__p=0.5__seed=0`" in capsys.readouterr().out
+    comparison = go(file)
+    assert "outdated: 1 (1 damaged or something else)" in capsys.readouterr().out
+    assert "a__p=0.5__seed=0.unreadable.json" in old_names(place / "out" / "outdated")
+    assert len(comparison.results) == 4
+    assert len(runs(place)) == 10
+
+
+def test_what_is_no_record(tmp_path):
+    path = tmp_path / "a__p=1__seed=0.json"
+    record = {"digest": "0", "method": "a", "setting": {"p": "1"}, "seed": 0, "seconds": 1.0}
+    record["metrics"] = {"test/acc": 0.5}
+    path.write_text(json.dumps(record))
+    assert read_record(path) == record
+    others = ["", "[1", "[]", "{}", "null", "[" * 5000, b"\xff".decode("latin-1")]
+    for key, value in record.items():
+        others += [json.dumps({k: v for k, v in record.items() if k != key})]
+        others += [json.dumps({**record, key: other}) for other in (None, [value], "b")]
+    others.remove(json.dumps({**record, "digest": "b"}))  # which is one of another digest
+    others.append(json.dumps({**record, "metrics": {"test/acc": "high"}}))
+    for content in others:
+        path.write_text(content, encoding="latin-1")
+        assert read_record(path) is None, content
+
+
+def test_a_damaged_record_of_a_training_is_made_again(place, shared):
+    shared()
+    for path in (place / "out" / "trainings").glob("*.json"):
+        path.write_text("")
+    (place / "out" / "results" / "erm__shift=0__seed=0.json").unlink()
+    assert len(shared().results) == 18
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(place, monkeypatch, capsys):
+    from fulgurite.__main__ import main as command
+
+    file = write(place, seeds=[0])
+    (place / "taken").write_text("a file")
+    options = ["--runner=fake_runner:main", "--workers=1"]
+
+    def says(*words: str) -> str:
+        capsys.readouterr()
+        assert command(["compare", file, *options, *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "taken" in says("--out=taken")
+    assert "taken" in says("--out=taken/below")
+    assert (place / "taken").read_text() == "a file"
+    (place / "out" / "comparison.yaml").mkdir(parents=True)
+    assert "comparison.yaml" in says("--out=out")
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("fulgurite.compare.driver.write_json", full)
+    assert "No space left on device" in says("--out=other")
+
+
+def test_only_shows_what_it_names(place, capsys):
+    file = write(place)
+    options = ["--runner=fake_runner:main", "--workers=2", "--out=out"]
+    assert main([file, *options, "--only", "a", "b", "p=0.5", "seed=0", "seed=2"]) == 0
+    shown = capsys.readouterr().out
+    table = (place / "out" / "table.md").read_text()
+    for text in (shown, table):
+        assert "| method | p=0.5 |" in text
+        assert "| c |" not in text
+        assert "–" not in text
+        assert "over seeds 0, 2" in text
+        assert "4 of 4 cells finished" in text
+    assert "fulgurite report" in shown
+    assert main([file, *options, "--only", "b"]) == 0  # without the baseline
+    assert "Difference" not in capsys.readouterr().out
+    # all that was run, and what was not is said once
+    assert compare.report_main(["out"]) == 0
+    whole = capsys.readouterr().out
+    assert "| method | p=0.25 | p=0.5 |" in whole
+    assert "| c |" not in whole
+    assert "Not run: 10. Methods without any cell: c." in whole
+
+
+def test_a_figure_has_what_is_there(place, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "fulgurite.compare.report.new_figure",
+        lambda *shape, **size: drawn.append(new_figure(*shape, **size)) or drawn[-1],
+    )
+    settings = {"p": {"key": "p", "values": [0.1, 0.2, 0.4]}, "split": {"iid": {}}}
+    names = {"p": "rate of noise", "test/acc": "accuracy"}
+    file = write(place, settings=settings, names=names, highlight="b")
+    go(file, only=["a", "b"])
+    figure, axes = drawn[-1]
+    means, differences = axes.flat
+    assert means.get_xlabel() == "rate of noise"
+    assert means.get_ylabel() == "accuracy\nmean ± std over 3 seeds"
+    assert "95 % interval" in differences.get_ylabel()
+    assert [*means.get_xticks()] == [0.1, 0.2, 0.4]
+    assert [label.get_text() for label in means.get_xticklabels()] == ["0.1", "0.2", "0.4"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["Method B", "Method A"]  # as they end
+    widths = {c.get_label(): c.lines[0].get_linewidth() for c in means.containers}
+    assert widths["Method B"] > 2 * widths["Method A"]
+    b = next(c for c in differences.containers if c.get_label() == "Method B")
+    assert [*b.lines[0].get_ydata()] == pytest.approx([0.05 + 0.2 * 0.02 / 3] * 3)
+
+
+def test_workers_are_spread_over_the_gpus(place, monkeypatch):
+    monkeypatch.setattr("fulgurite.compare.driver._gpu_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa,MIG-bb,2")
+    # a worker in place of one that dies takes its GPU, too
+    methods = {"a": FILE["methods"]["a"], "c": {"args": {"method": "c", "trouble": "kill"}}}
+    file = write(place, methods=methods, seeds=[0, 1], args={"sleep": 0.2})
+    go(file, workers=None)
+    visible = {pid: device for _, _, device, pid in runs(place)}
+    assert {*visible.values()} == {"GPU-aa", "MIG-bb", "2"}
+    assert len(visible) > 3
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-aa,MIG-bb,2"
+
+
+def test_without_a_gpu_nothing_is_set(place, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("fulgurite.compare.driver._gpu_count", lambda: 0)
+    go(write(place, seeds=[0]))
+    assert {device for _, _, device, _ in runs(place)} == {"None"}
+
+
+def test_visible_devices_as_cuda_reads_them():
+    def seen(text, available=4):
+        return visible_devices(available, {} if text is None else {"CUDA_VISIBLE_DEVICES": text})
+
+    assert seen(None) == ["0", "1", "2", "3"]
+    assert seen("2, 0", 2) == ["2", "0"]
+    assert seen("1,-1,2", 1) == ["1"]  # what comes after an invalid one is hidden
+    assert seen("", 0) == seen("-1", 0) == seen(None, 0) == []
+    assert seen("MIG-a,MIG-b", 1) == ["MIG-a", "MIG-b"]
+    assert device_groups(["0", "1", "2"], 2) == ["0,1"]
+    assert device_groups(["0", "1"], 3) == device_groups(["0", "1"], 0) == ["0,1"]
+
+
+def test_aliases_that_stand_for_billions_are_refused_at_once(place):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for i in range(1, 12):
+        lines.append(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]")
+    merged = ["m0: &m0 {k: 1}"]
+    for i in range(1, 30):
+        merged.append(f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 10)}], k{i}: 1}}")
+    bombs = {
+        "aliases": (lines, "more than 100,000 values"),
+        "merges": (merged, "more than 100,000 values"),
+        "itself": (["args: &x {a: *x}"], "holds itself"),
+        "deep": (["args: " + "[" * 400 + "]" * 400], "deep"),
+        "deeper": (["args: " + "[" * 100_000], "deep"),
+        "twice": (["seeds: [0]", "seeds: [1]"], "'seeds' again"),
+        "date": (["methods: {a: {args: {x: 2026-09-01}}}"], "line 1: this is a timestamp"),
+        "binary": (["x: \x00"], "not YAML"),
+        "large": (["# " + "x" * 2**21], "megabyte"),
+    }
+    start = time.monotonic()
+    for name, (content, says) in bombs.items():
+        path = place / f"{name}.yaml"
+        path.write_text("\n".join(content))
+        with pytest.raises(ConfigError, match=says):
+            read_plan(str(path))
+    assert time.monotonic() - start < 10
+    (place / "latin.yaml").write_bytes(b"title: \xff")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_plan("latin.yaml")
+    (place / "base.yaml").write_text("\n".join(lines))  # the configuration, too
+    with pytest.raises(ConfigError, match=r"base\.yaml"):
+        read_plan(write(place)).cells()
+
+
+def test_wrong_types_anywhere_are_named(place):
+    """Any value of a whole file is replaced by others: it is read, or refused by name."""
+    whole = {**FILE, **SHARED, "settings": FILE["settings"], "names": {"p": "rate"}}
+    whole |= {"highlight": "erm", "after_fit": "test", "mode": "max"}
+    whole["quick"] = {"seeds": [0], "methods": ["erm"], "tune": whole["tune"], "settings": {}}
+    others = [None, 5, "x", True, [[1]], {"a": 1}, {"a": [1]}, datetime.date(2026, 1, 1), b"x"]
+
+    def variants(value):
+        yield from others
+        if isinstance(value, dict):
+            for key, item in value.items():
+                for other in variants(item):
+                    yield {**value, key: other}
+        elif isinstance(value, list):
+            for other in variants(value[0]):
+                yield [other, *value[1:]]
+
+    refused = 0
+    for content in random.Random(0).sample([*variants(whole)], 150):
+        (place / "odd.yaml").write_text(yaml.safe_dump(content))
+        try:
+            read_plan("odd.yaml", quick=True).cells()
+        except ConfigError:
+            refused += 1
+    assert 50 < refused < 150
+
+
+def test_a_plugin_has_a_folder_of_its_own(place, monkeypatch):
+    packages = {}
+    for name in ("mixup", "cutout"):
+        folder = place / f"{name}_paper" / "configs"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()
+        (folder / "__init__.py").touch()
+        (folder / "base.yaml").write_text("model: some\n")
+        (folder / "compare.yaml").write_text(
+            yaml.safe_dump({**FILE, "config": f"{name}/base.yaml"})
+        )
+        packages[name] = systems.System(name, "", "", "", f"{name}_paper.configs")
+    monkeypatch.setattr(systems, "systems", lambda: packages)
+    for name in packages:
+        assert systems.system_of_config(systems.resolve_config(f"{name}/compare.yaml")) == name
+        comparison = go(f"{name}/compare.yaml", out=None, only=["a", "p=0.5", "seed=0"])
+        assert comparison.folder == place / "compare_results" / name
+        assert len(comparison.results) == 1
+        saved = comparison.folder / "comparison.yaml"
+        lines = saved.read_text().splitlines()
+        assert lines.pop().startswith("source: ")
+        saved.write_text("\n".join(lines))  # as an earlier version wrote it
+        assert len(go(f"{name}/compare.yaml", out=None, only=["a", "seed=0"]).results) == 2
+        saved.write_text("")
+        assert len(go(f"{name}/compare.yaml", out=None, only=["a", "seed=0"]).results) == 2
+    # a file of people is named by its folder; another one of the same name does not take it over
+    for folder in ("one", "two"):
+        (place / folder / "mixup").mkdir(parents=True)
+        file = place / folder / "mixup" / "compare.yaml"
+        file.write_text(yaml.safe_dump({**FILE, "config": "mixup/base.yaml"}))
+        with pytest.raises(ConfigError, match="comparison of another file"):
+            go(str(file), out=None, only=["a", "seed=0"])
+    assert go(str(file), only=["a", "p=0.5", "seed=0"]).results
+
+
+def test_a_script_without_a_guard_is_told_so(place):
+    (place / "script.py").write_text(
+        "from fulgurite import compare\n"
+        f"compare.run({write(place, seeds=[0])!r}, out='out', runner='fake_runner:main')\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True)
+    assert done.returncode
+    assert 'under `if __name__ == "__main__":`' in done.stderr
+    assert not (place / "out" / "failed").exists()  # nothing to retry
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.yaml", "[1, 2]", "no configuration of a run"),
+        ("config.yaml", "a: [", "is not YAML"),
+        ("summary.json", "", "holds no metrics"),
+        ("test_metrics.json", "[]", "holds no metrics"),
+        ("metrics.csv", "a\nb\n", "no table of metrics"),
+    ],
+)
+def test_a_damaged_run_is_named(place, name, content, says):
+    (place / "config.yaml").write_text("run: {name: x}\n")
+    (place / name).write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        compare.report_main([str(place)])
+
+
+def test_an_edit_while_cells_run_ends_the_comparison(place):
+    (place / "base.yaml").write_text("model: part.yaml\n")
+    (place / "part.yaml").write_text("width: 1\n")
+    file = write(place, seeds=[0], args={"sleep": 0.2})
+
+    def edit(out: str, text: str) -> None:
+        first = place / out / "results" / "a__p=0.25__seed=0.json"
+        while not first.exists():
+            time.sleep(0.01)
+        (place / "base.yaml").write_text(text)
+
+    comment = threading.Thread(target=edit, args=["same", "# a comment\nmodel: part.yaml\n"])
+    comment.start()  # it changes nothing
+    assert len(go(file, workers=1, out="same").results) == 6
+    comment.join()
+    change = threading.Thread(target=edit, args=["out", "model: other\n"])
+    change.start()
+    with pytest.raises(ConfigError, match=r"base\.yaml changed while cells ran"):
+        go(file, workers=1)
+    change.join()
+    # nothing that ran after the edit is taken for what was asked
+    kept = len([*(place / "out" / "results").iterdir()])
+    assert kept < 6
+    before = len(runs(place))
+    assert len(go(file, workers=2).results) == 6
+    assert len(runs(place)) == before + 12

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fulgurite.compare.plan import Plan, Setting, cell_id, read_plan, setting_label
-from fulgurite.compare.stats import Paired, Spread, paired, spread
+from fulgurite.compare.plan import Method, Plan, Setting, cell_id, read_plan, setting_label
+from fulgurite.compare.stats import (
+    LEAST_SEEDS,
+    LEVEL,
+    Paired,
+    Spread,
+    holm,
+    paired,
+    quantile,
+    spread,
+)
 from fulgurite.errors import ConfigError
+from fulgurite.io import atomic_write
 
-__all__ = ["PLAN_FILE", "Comparison", "Entry"]
+__all__ = ["PLAN_FILE", "Comparison", "Entry", "read_record"]
 
 PLAN_FILE = "comparison.yaml"
 _MARKS = {"beats": "▲", "ties": "≈", "loses": "▼", "": ""}
@@ -23,10 +34,20 @@ _MARKS = {"beats": "▲", "ties": "≈", "loses": "▼", "": ""}
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of the table: a method in a setting, over its seeds."""
+    """One place of the table: a method in a setting, over its seeds.
+
+    Args:
+        spread: Mean and spread of its values.
+        paired: Difference to the baseline; None for the baseline itself and without one.
+        p_adjusted: P-value of that difference after Holm's correction over the table.
+        verdict: ``beats``, ``ties``, ``loses``, or empty where nothing was tested.
+        best: Whether it has the best mean of its setting.
+    """
 
     spread: Spread
     paired: Paired | None
+    p_adjusted: float
+    verdict: str
     best: bool
 
 
@@ -39,12 +60,14 @@ class Comparison:
         folder: Where the records lie.
         results: Record of each finished cell, by cell id.
         failures: Record of each failed cell, by cell id.
+        unreadable: Ids of cells whose record is damaged or something else.
     """
 
     plan: Plan
     folder: Path
     results: Mapping[str, Mapping[str, Any]]
     failures: Mapping[str, Mapping[str, Any]]
+    unreadable: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, folder: Path, plan: Plan | None = None) -> Comparison:
@@ -60,16 +83,46 @@ class Comparison:
                     "Name the folder that `fulgurite compare` printed.",
                 )
             plan = read_plan(folder / PLAN_FILE)
-        records = {
-            kind: {path.stem: _record(path) for path in sorted((folder / kind).glob("*.json"))}
-            for kind in ("results", "failed")
-        }
-        return cls(plan, folder, records["results"], records["failed"])
+        records: dict[str, dict[str, Record]] = {"results": {}, "failed": {}}
+        unreadable = set()
+        for kind, read in records.items():
+            for name in plan.cell_ids:
+                path = folder / kind / f"{name}.json"
+                if path.is_file():
+                    record = read_record(path)
+                    if record is None:
+                        unreadable.add(name)
+                    else:
+                        read[name] = record
+        found = records["results"], records["failed"]
+        return cls(plan, folder, *found, unreadable=frozenset(unreadable))
 
     def save_plan(self) -> None:
         """Write the plan, so that ``fulgurite report`` needs nothing but the folder."""
         text = yaml.safe_dump(self.plan.to_dict(), sort_keys=False, allow_unicode=True)
-        (self.folder / PLAN_FILE).write_text(text, encoding="utf-8")
+        with atomic_write(self.folder / PLAN_FILE) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+    @property
+    def failed(self) -> list[str]:
+        """Ids of the cells that failed and were not run again with success."""
+        return [name for name in self.plan.cell_ids if name in self.failures.keys() - self.results]
+
+    @property
+    def rows(self) -> dict[str, Method]:
+        """The methods that have a record, by id; all of them if none has."""
+        seen = {record["method"] for record in self._records}
+        return {m: row for m, row in self.plan.rows.items() if m in seen} or self.plan.rows
+
+    @property
+    def grid(self) -> list[Setting]:
+        """The settings that have a record; all of them if none has."""
+        seen = [record["setting"] for record in self._records]
+        return [setting for setting in self.plan.grid if dict(setting) in seen] or self.plan.grid
+
+    @property
+    def _records(self) -> list[Mapping[str, Any]]:
+        return [*self.results.values(), *self.failures.values()]
 
     def values(self, method: str, setting: Setting, metric: str | None = None) -> dict[int, float]:
         """A metric by seed, of the finished cells; that of the plan by default."""
@@ -81,17 +134,38 @@ class Comparison:
                 found[seed] = float(record["metrics"][metric])
         return found
 
-    def entry(self, method: str, setting: Setting, metric: str | None = None) -> Entry:
-        """Statistics of one place of the table."""
-        values = {m: self.values(m, setting, metric) for m in self.plan.rows}
-        sign = 1.0 if self.plan.mode == "max" else -1.0
-        means = {m: sign * spread(list(v.values())).mean for m, v in values.items()}
-        real = [mean for mean in means.values() if not math.isnan(mean)]
-        against = None
-        if self.plan.baseline is not None and method != self.plan.baseline:
-            against = paired(values[method], values[self.plan.baseline], mode=self.plan.mode)
-        best = bool(real) and means[method] == max(real)
-        return Entry(spread(list(values[method].values())), against, best)
+    def entries(self, metric: str | None = None) -> dict[tuple[str, Setting], Entry]:
+        """Statistics of every place of the table of a metric, by method and setting.
+
+        Tests of differences are corrected for one another, so that places cannot be taken alone.
+        """
+        plan, sign = self.plan, 1.0 if self.plan.mode == "max" else -1.0
+        places = [(method, setting) for method in self.rows for setting in self.grid]
+        values = {place: self.values(*place, metric) for place in places}
+        spreads = {place: spread([*found.values()]) for place, found in values.items()}
+        against = {
+            (method, setting): paired(
+                values[method, setting], self.values(plan.baseline, setting, metric), mode=plan.mode
+            )
+            for method, setting in places
+            if plan.baseline is not None and method != plan.baseline
+        }
+        adjusted = holm({place: difference.p for place, difference in against.items()})
+        best = {
+            setting: max(
+                (sign * s.mean for (_, at), s in spreads.items() if at == setting and s.n),
+                key=lambda mean: -math.inf if math.isnan(mean) else mean,
+                default=math.nan,
+            )
+            for setting in self.grid
+        }
+        found = {}
+        for place in places:
+            difference, p = against.get(place), adjusted.get(place, math.nan)
+            verdict = difference.verdict(p) if difference else ""
+            is_best = sign * spreads[place].mean == best[place[1]]
+            found[place] = Entry(spreads[place], difference, p, verdict, is_best)
+        return found
 
     def markdown(self) -> str:
         """The tables: means, and paired differences to the baseline."""
@@ -106,59 +180,94 @@ class Comparison:
     def _tables(self, metric: str) -> list[str]:
         plan = self.plan
         better = "higher" if plan.mode == "max" else "lower"
-        entries = {(m, s): self.entry(m, s, metric) for m in plan.rows for s in plan.grid}
+        rows, grid = self.rows, self.grid
+        entries = self.entries(metric)
         digits = _digits(e.spread.mean for e in entries.values())
-        heads = [setting_label(s) or metric for s in plan.grid]
+        heads = [setting_label(s) or metric for s in grid]
         seeds = ", ".join(map(str, plan.seeds))
         lines = [f"`{metric}` ({better} is better), mean ± std over seeds {seeds}, best in bold."]
         base = plan.methods[plan.baseline].label if plan.baseline else ""
         if base:
-            lines[-1] += (
-                f" Against {base}, paired by seed: ▲ better, ▼ worse by more than two standard"
-                " errors, ≈ within two."
-            )
+            lines[-1] += f" {_caption(base, entries.values())}"
         if plan.tune:
             tried = " × ".join(f"{a} {{{', '.join(v)}}}" for a, v in plan.tune.grid.items())
             lines[-1] += (
                 f" Each method and seed has the training of {tried} with the best "
                 f"`{plan.tune.metric}`."
             )
-        rows = [
-            [m.label, *(_place(entries[m.id, s], digits, len(plan.seeds)) for s in plan.grid)]
-            for m in plan.rows.values()
+        body = [
+            [m.label, *(_place(entries[m.id, s], digits, len(plan.seeds)) for s in grid)]
+            for m in rows.values()
         ]
-        lines += ["", *_table(["method", *heads], rows)]
-        if base:
-            rows = [
-                [m.label, *(_difference(entries[m.id, s].paired, digits) for s in plan.grid)]
-                for m in plan.rows.values()
-                if m.id != plan.baseline
-            ]
+        lines += ["", *_table(["method", *heads], body)]
+        body = [
+            [m.label, *(_difference(entries[m.id, s].paired, digits) for s in grid)]
+            for m in rows.values()
+            if m.id != plan.baseline
+        ]
+        if base and body:
             lines += ["", f"Difference to {base}, mean ± standard error over common seeds:", ""]
-            lines += _table(["method", *heads], rows)
+            lines += _table(["method", *heads], body)
         return [*lines, ""]
 
     def _open_ends(self) -> list[str]:
-        ids = [
-            cell_id(m, s, seed)
-            for m in self.plan.rows
-            for s in self.plan.grid
-            for seed in self.plan.seeds
-        ]
-        failed = [i for i in ids if i in self.failures and i not in self.results]
-        missing = [i for i in ids if i not in self.results and i not in self.failures]
-        lines = [f"{sum(i in self.results for i in ids)} of {len(ids)} cells finished."]
+        ids, failed = self.plan.cell_ids, self.failed
+        missing = {*ids} - self.results.keys() - self.failures.keys() - self.unreadable
+        lines = [f"{len(self.results)} of {len(ids)} cells finished."]
         if failed:
-            lines += ["", "Failed (logs under `failed/`):", ""]
+            lines += ["", "Failed (logs under `failed/`; `--retry-failed` runs them again):", ""]
             lines += [f"- `{i}`: {self.failures[i]['error']}" for i in failed]
+        if self.unreadable:
+            names = ", ".join(f"`{name}`" for name in sorted(self.unreadable))
+            lines += ["", f"Records that are damaged or something else, left out: {names}."]
         if missing:
             lines += ["", f"Not run: {len(missing)}."]
+            if absent := [m.label for m in self.plan.rows.values() if m.id not in self.rows]:
+                lines[-1] += f" Methods without any cell: {', '.join(absent)}."
         return lines
 
 
-def _record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
+Record = dict[str, Any]
+
+
+def read_record(path: Path, name: str | None = None) -> Record | None:
+    """The record of a finished or failed cell; None for a file that is none.
+
+    Args:
+        path: The file.
+        name: Id of the cell that it is of; by default the stem of the file.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [*record["metrics"].values(), record["seconds"]]
+        texts = [record["digest"], record["method"], record.get("error", "")]
+        settings = record["setting"].items()
+        is_one = (
+            all(isinstance(n, int | float) for n in numbers)
+            and all(isinstance(text, str) for text in [*texts, *itertools.chain(*settings)])
+            and (name or path.stem) == cell_id(record["method"], tuple(settings), record["seed"])
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return record if is_one else None
+
+
+def _caption(base: str, entries: Iterable[Entry]) -> str:
+    """What the marks of a table mean."""
+    counts = [e.paired.n for e in entries if e.paired and not math.isnan(e.p_adjusted)]
+    if not counts:
+        return (
+            f"Nothing is tested against {base}: that takes {LEAST_SEEDS} common seeds with "
+            "differences that vary."
+        )
+    level = f"{LEVEL * 100:.0f} %"
+    needs = ", ".join(f"|t| > {quantile(n):.2f} at n = {n}" for n in sorted({*counts}))
+    return (
+        f"▲ better and ▼ worse than {base}: paired t-test over the seeds at {level} ({needs} for "
+        f"one comparison alone) with Holm's correction over the {len(counts)} comparisons of the "
+        f"table; ≈ not shown to differ; no mark: not tested, below {LEAST_SEEDS} common seeds or "
+        "without spread."
+    )
 
 
 def _digits(means: Any) -> int:
@@ -175,8 +284,7 @@ def _place(entry: Entry, digits: int, seeds: int) -> str:
         text += f" ± {values.std:.{digits}f}"
     text = f"**{text}**" if entry.best else text
     text += f" (n={values.n})" if values.n < seeds else ""
-    mark = _MARKS[entry.paired.verdict] if entry.paired else ""
-    return f"{text} {mark}".strip()
+    return f"{text} {_MARKS[entry.verdict]}".strip()
 
 
 def _difference(difference: Paired | None, digits: int) -> str:

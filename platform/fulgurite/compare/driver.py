@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
+import re
+import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fulgurite import __version__
-from fulgurite.compare.comparison import Comparison
-from fulgurite.compare.plan import Cell, Plan, find_config, read_plan
+from fulgurite.compare.comparison import PLAN_FILE, Comparison, read_record
+from fulgurite.compare.devices import device_groups, visible_devices
+from fulgurite.compare.identity import RUNNER, Resolver
+from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, Plan, find_config, read_plan
 from fulgurite.compare.pool import run_jobs
-from fulgurite.compare.report import render
+from fulgurite.compare.report import render, writing
 from fulgurite.compare.trainings import Evaluation, Trainings
+from fulgurite.compare.watch import ConfigWatch
 from fulgurite.compare.worker import Job, Outcome
 from fulgurite.errors import ConfigError
 from fulgurite.runs import write_json
+from fulgurite.systems import system_of_config
 
 __all__ = ["main", "run"]
-
-_RUNNER = "fulgurite.cli:main"
 
 
 def run(
@@ -36,43 +41,56 @@ def run(
     quick: bool = False,
     only: list[str] | None = None,
     retry_failed: bool = False,
-    runner: str = _RUNNER,
+    runner: str = RUNNER,
 ) -> Comparison:
     """Run the cells of a comparison that are not finished, and render the tables.
 
-    A finished cell is never run twice unless its definition changed (its old record then moves to
-    ``outdated/``); a failed one only with ``retry_failed``. The call may be killed at any moment
-    and repeated.
+    A finished cell is never run twice unless what it runs changed: its resolved configuration, the
+    version of the code, or the data. Its old record then moves to ``outdated/``, and comes back
+    when the change is undone. A failed cell is run again only with ``retry_failed``. The call may
+    be killed at any moment and repeated.
 
     Args:
         file: Comparison file: a path or a packaged name.
-        workers: Processes; the default is one per core.
+        workers: Processes; the default is one per GPU, or per core where there is none.
         out: Folder of records and tables; the default is under ``compare_results/``.
         quick: Apply the overrides under ``quick`` of the file.
-        only: Run only the cells that match: method ids, ``axis=label``, ``seed=0``. Items of the
-            same kind are alternatives; items of different kinds must all hold.
+        only: Run and show only the cells that match: method ids, ``axis=label``, ``seed=0``. Items
+            of the same kind are alternatives; items of different kinds must all hold.
         retry_failed: Run failed cells again.
         runner: ``module:function`` that runs a command line (another one in tests).
 
     Raises:
-        ConfigError: The file is wrong, or another process works in the same folder.
+        ConfigError: The file or an option in it is wrong, another process works in the same
+            folder, the folder cannot be written, or a configuration changes what the cells run
+            while they run.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers is {workers}.", "Give 1 or more.")
     plan = read_plan(file, quick=quick)
-    cells = plan.cells()
-    chosen = _chosen(cells, plan, only or [])
-    folder = Path(out) if out else Path("compare_results") / _default_name(file, quick)
-    folder = folder.resolve()
-    with _alone_in(folder):
+    part = _part(plan, only or [])
+    folder = _folder(file, plan, out, quick)
+    cells = _defined_cells(plan, runner)
+    chosen = {*part.cell_ids}
+    groups = device_groups(visible_devices(_gpu_count()), _devices_each(cells))
+    crew = (
+        workers
+        or len(groups)
+        or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
+    )
+    with writing(folder), _alone_in(folder):
         Comparison(plan, folder, {}, {}).save_plan()
         _put_aside_outdated(folder, cells)
-        todo = [cell for cell in chosen if _is_open(folder, cell, retry_failed)]
-        crew = workers or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
+        todo = [c for c in cells if c.id in chosen and _is_open(folder, c, retry_failed)]
+
+        watch = ConfigWatch(plan, cells, runner)
 
         def work(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[Outcome]:
-            with closing(run_jobs(jobs, workers=crew, runner=runner)) as outcomes:
-                yield from _with_progress(outcomes, jobs, title, done)
+            running = run_jobs(jobs, workers=crew, runner=runner, visible=groups)
+            with closing(running) as outcomes:
+                for outcome in _with_progress(outcomes, jobs, title, done):
+                    watch.check()
+                    yield outcome
 
         try:
             by_id = {cell.id: cell for cell in todo}
@@ -91,8 +109,8 @@ def run(
                 cell, found = by_id[outcome.id], evaluations.get(outcome.id)
                 _record(folder, plan, cell, commands[cell.id], outcome, found)
         finally:
-            comparison = Comparison.read(folder, plan)
-            if comparison.results:
+            comparison = Comparison.read(folder, part)
+            if comparison.results or (folder / "table.md").exists():  # which may be out of date
                 render(comparison)
     return comparison
 
@@ -103,24 +121,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fulgurite compare", description="Run what is missing of a grid, and render what is there."
     )
     parser.add_argument("file", help="comparison file: a path or a packaged name")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=int, help="processes (default: one per GPU, or per core without any)"
+    )
     parser.add_argument("--out", help="folder of records and tables (default: compare_results/…)")
     parser.add_argument("--quick", action="store_true", help="the small form that the file defines")
-    parser.add_argument("--only", nargs="+", metavar="ITEM", help="method ids, axis=label, seed=0")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="ITEM",
+        help="run and show a part: method ids, axis=label, seed=0",
+    )
     parser.add_argument(
         "--retry-failed", "--retry_failed", action="store_true", help="run failed cells again"
     )
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="print the commands only"
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="check every option and print the commands that would run",
     )
-    parser.add_argument("--runner", default=_RUNNER, help=argparse.SUPPRESS)
+    parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.dry_run:
         plan = read_plan(given.file, quick=given.quick)
-        cells = _chosen(plan.cells(), plan, given.only or [])
-        fits = (candidate.fit for cell in cells for candidate in cell.candidates)
-        for options in dict.fromkeys(fits):
-            print("fulgurite fit", *options)
+        part = _part(plan, given.only or [])
+        folder = _folder(given.file, plan, given.out, given.quick)
+        cells = _defined_cells(plan, given.runner)
+        chosen = {*part.cell_ids}
+        for command in _commands([cell for cell in cells if cell.id in chosen], plan, folder):
+            print("fulgurite", shlex.join(command))
         return 0
     try:
         comparison = run(
@@ -137,40 +167,114 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(comparison.markdown())
     print(f"Tables and figure: {comparison.folder}")
-    failed = [cell for cell in comparison.plan.cells() if cell.id in comparison.failures]
-    return 1 if failed else 0
+    if given.only:
+        print(f"Of the part that --only names; all: fulgurite report {comparison.folder}")
+    return 1 if comparison.failed else 0
 
 
-def _default_name(file: str, quick: bool) -> str:
-    path = find_config(file)
-    name = path.parent.name if path.stem == "compare" else f"{path.parent.name}-{path.stem}"
-    return f"{name}-quick" if quick else name
+def _folder(file: str, plan: Plan, out: str | None, quick: bool) -> Path:
+    """Where records and tables lie.
+
+    Raises:
+        ConfigError: The default folder is that of another comparison file.
+    """
+    if out:
+        return Path(out).resolve()
+    path = find_config(file).resolve()
+    system = system_of_config(path) or path.parent.name
+    name = system if path.stem == "compare" else f"{system}-{path.stem}"
+    folder = (Path("compare_results") / (f"{name}-quick" if quick else name)).resolve()
+    saved = folder / PLAN_FILE
+    if saved.is_file():
+        source = plan.source
+        with suppress(ConfigError):  # a damaged one is written again
+            source = read_plan(saved).source
+        # an earlier version wrote no source, and is read as if it were one itself
+        if source not in (plan.source, str(saved)) and Path(source).is_file():
+            raise ConfigError(
+                f"{folder} holds the comparison of another file, {source}.",
+                "Give this one a folder of its own: --out=FOLDER.",
+            )
+    return folder
 
 
-def _chosen(cells: Sequence[Cell], plan: Plan, only: Sequence[str]) -> list[Cell]:
+def _defined_cells(plan: Plan, runner: str) -> list[Cell]:
+    """The cells by what they run, which takes some tenths of a second for each command."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Checking every option …"):
+        return plan.cells(Resolver(runner))
+
+
+def _gpu_count() -> int:
+    """GPUs that torch sees, where the runner has loaded it; asking starts nothing on them."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.device_count() if torch else 0
+
+
+def _devices_each(cells: Sequence[Cell]) -> int:
+    """How many accelerators a worker needs for any of the cells; 0 for all."""
+    needs = [cell.devices for cell in cells]
+    return max(needs) if all(needs) else 0
+
+
+def _commands(cells: Sequence[Cell], plan: Plan, folder: Path) -> list[list[str]]:
+    """What the cells would run: trainings that they share once, then the evaluations."""
+    if not plan.shares:
+        places = ((cell, folder / "cells" / cell.id) for cell in cells)
+        return [c for cell, place in places for c in cell.commands(place, plan.after_fit)]
+    trainings: dict[str, list[list[str]]] = {}
+    tests = []
+    for cell in cells:
+        for candidate in _started(cell, plan, folder):
+            place = folder / "trainings" / candidate.key
+            last = ["--ckpt_path", str(place / LAST_CHECKPOINT)]
+            here = ["--run.dir", str(place)]
+            steps = trainings[candidate.key] = [["fit", *candidate.fit, *here]]
+            if candidate.predict is not None:
+                steps.append(["predict", *candidate.predict, *last, *here])
+            if plan.tune:
+                steps.append(["validate", *candidate.validate, *last, *here])
+            own = ["--run.dir", str(folder / "cells" / cell.id)]
+            tests.append([str(plan.after_fit), *candidate.test, *own, *last])
+    return [*(step for steps in trainings.values() for step in steps), *tests]
+
+
+def _started(cell: Cell, plan: Plan, folder: Path) -> list[Candidate]:
+    """The candidates of a cell after each training that they may start from."""
+    after = plan.methods[cell.method].after
+    if cell.origin is None or after is None:
+        return [*cell.candidates]
+    return [
+        candidate.starting_from(
+            f"--{after.key}={folder / 'trainings' / start.key / after.path}", start.key
+        )
+        for start in _started(cell.origin, plan, folder)
+        for candidate in cell.candidates
+    ]
+
+
+def _part(plan: Plan, only: Sequence[str]) -> Plan:
+    """The part of a comparison that ``--only`` names; all of it without."""
+    if not only:
+        return plan
     wanted: dict[str, set[str]] = {}
     for item in only:
         kind, _, label = item.rpartition("=")
         wanted.setdefault(kind or "method", set()).add(label)
     known = {
-        "method": set(plan.rows),
-        "seed": {str(seed) for seed in plan.seeds},
-        **{axis: set(labels) for axis, labels in plan.axes.items()},
+        "method": [*plan.rows],
+        "seed": [str(seed) for seed in plan.seeds],
+        **{axis: [*labels] for axis, labels in plan.axes.items()},
     }
     for kind, labels in wanted.items():
-        for label in sorted(labels - known.get(kind, set())):
+        for label in sorted(labels - {*known.get(kind, [])}):
             raise ConfigError(
                 f"--only names {kind}={label}, which is not in the comparison.",
-                f"Known are {', '.join(f'{k}: {sorted(v)}' for k, v in known.items())}.",
+                f"Known are {', '.join(f'{k}: {v}' for k, v in known.items())}.",
             )
-    return [
-        cell
-        for cell in cells
-        if all(
-            {"method": cell.method, "seed": str(cell.seed), **dict(cell.setting)}[kind] in labels
-            for kind, labels in wanted.items()
-        )
-    ]
+    seeds = {int(seed) for seed in wanted.pop("seed", known["seed"])}
+    return plan.only(wanted.pop("method", plan.rows), wanted, seeds)
 
 
 @contextmanager
@@ -192,15 +296,56 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _put_aside_outdated(folder: Path, cells: Sequence[Cell]) -> None:
+    """Move records of what is no longer run to ``outdated/``, and back what is run again."""
+    reasons: Counter[str] = Counter()
+    returned = 0
+    aside = folder / "outdated"
     for cell in cells:
         for kind in ("results", "failed"):
             path = folder / kind / f"{cell.id}.json"
-            if not path.is_file():
+            if not path.exists():
                 continue
-            digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
-            if digest != cell.digest:
-                (folder / "outdated").mkdir(exist_ok=True)
-                path.replace(folder / "outdated" / f"{cell.id}.{digest}.json")
+            record = read_record(path)
+            if record is not None and record["digest"] == cell.digest:
+                continue
+            aside.mkdir(exist_ok=True)
+            mark = record["digest"] if record else "unreadable"
+            path.replace(_free(aside / f"{cell.id}.{_file_name(mark)}.json"))
+            reasons[_reason(record, cell)] += 1
+        back = aside / f"{cell.id}.{cell.digest}.json"
+        place = folder / "results" / f"{cell.id}.json"
+        record = read_record(back, cell.id) if back.is_file() else None
+        valid = record and "error" not in record and record["digest"] == cell.digest
+        if valid and not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            back.replace(place)
+            returned += 1
+    if reasons:
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        print(f"Records set aside in {aside}: {reasons.total()} ({why}).")
+    if returned:
+        print(f"Records taken back from {aside}: {returned}.")
+
+
+def _reason(record: dict[str, Any] | None, cell: Cell) -> str:
+    """Why a record is not one of this cell as it is now."""
+    if record is None:
+        return "damaged or something else"
+    parts = record.get("parts")
+    if not isinstance(parts, dict) or parts.keys() != cell.parts.keys():
+        return "of an earlier form"
+    differ = [kind for kind, value in cell.parts.items() if parts[kind] != value]
+    return f"of another {' and '.join(differ)}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "-", text)[:40]
+
+
+def _free(path: Path) -> Path:
+    """The path itself, or with a number where something is there."""
+    numbered = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _is_open(folder: Path, cell: Cell, retry_failed: bool) -> bool:
@@ -235,6 +380,7 @@ def _record(
         "setting": dict(cell.setting),
         "seed": cell.seed,
         "digest": cell.digest,
+        "parts": dict(cell.parts),
         "commands": commands,
         "metrics": outcome.metrics,
         "seconds": round(outcome.seconds, 3),

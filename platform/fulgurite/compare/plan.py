@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
-from fulgurite.errors import ConfigError
+from fulgurite.compare.devices import device_count
+from fulgurite.compare.identity import Definition, digest
+from fulgurite.compare.yaml_file import read_yaml
+from fulgurite.errors import ConfigError, FulguriteError
 from fulgurite.systems import config_path, resolve_config
 
 __all__ = [
@@ -37,6 +37,9 @@ _T = TypeVar("_T")
 Overrides = dict[str, Any]
 """Dotted command-line keys and their values."""
 
+Define = Callable[[Sequence[str]], Definition]
+"""Takes a command line to what it would run."""
+
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
 """Where a run keeps its last checkpoint, relative to its folder."""
 
@@ -45,7 +48,9 @@ _COMMON = (
     "title", "config", "methods", "settings", "tests", "tune", "seeds", "metric", "mode",
     "baseline", "args",
 )  # fmt: skip
-_PLAN_KEYS = (*_COMMON, "seed_keys", "after_fit", "also", "quick")
+_PLAN_KEYS = (
+    *_COMMON, "seed_keys", "after_fit", "also", "quick", "names", "highlight", "source",
+)  # fmt: skip
 _METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed")
 _TUNE_KEYS = ("metric", "mode", "grid")
 
@@ -121,6 +126,7 @@ class Candidate:
         test: Command-line options of the evaluation.
         key: Hash of everything that defines the training.
         predict: Command-line options of the prediction that follows the training, if any does.
+        validation: Hash of what defines its validation beside the training.
     """
 
     label: str
@@ -129,11 +135,12 @@ class Candidate:
     test: tuple[str, ...]
     key: str
     predict: tuple[str, ...] | None = None
+    validation: str = ""
 
     @property
     def validation_key(self) -> str:
         """Hash of everything that defines the training's validation."""
-        return digest([self.key, self.validate])
+        return digest([self.key, self.validation])
 
     def starting_from(self, option: str, key: str) -> Candidate:
         """The same training after another.
@@ -144,7 +151,8 @@ class Candidate:
         """
         fit, validate, test = ((*o, option) for o in (self.fit, self.validate, self.test))
         predict = None if self.predict is None else (*self.predict, option)
-        return Candidate(self.label, fit, validate, test, digest([self.key, key]), predict)
+        both = digest([self.key, key])
+        return Candidate(self.label, fit, validate, test, both, predict, self.validation)
 
 
 @dataclass(frozen=True)
@@ -156,16 +164,24 @@ class Cell:
         setting: Pairs (axis, label), in the order of the axes.
         seed: The seed, given to every key of ``seed_keys``.
         candidates: The trainings that it may be evaluated on; several where the plan tunes.
-        digest: Hash of everything that defines the result.
+        parts: Hashes of what defines the result: its ``configuration``, its ``data`` and the
+            ``version`` of the code.
         origin: The cell whose training this one's starts from.
+        devices: Number of accelerators that each of its commands takes; 0 for all that are there.
     """
 
     method: str
     setting: Setting
     seed: int
     candidates: tuple[Candidate, ...]
-    digest: str
+    parts: Mapping[str, str]
     origin: Cell | None = None
+    devices: int = 1
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that defines the result."""
+        return digest(self.parts)
 
     @property
     def id(self) -> str:
@@ -202,6 +218,9 @@ class Plan:
         tests: Axes of the evaluation alone: their cells share one training.
         tune: How each method's training is chosen; None where there is nothing to choose.
         also: Further metrics, of which there is a table each.
+        names: What figures call axes and metrics, by their names here.
+        highlight: Id of the method that figures show in front; None for none.
+        source: The file that it was read from.
     """
 
     title: str
@@ -219,6 +238,9 @@ class Plan:
     tests: Axes = field(default_factory=dict)
     tune: Tune | None = None
     also: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    highlight: str | None = None
+    source: str = ""
 
     @property
     def rows(self) -> dict[str, Method]:
@@ -236,6 +258,41 @@ class Plan:
         return _product(self.axes)
 
     @property
+    def cell_ids(self) -> list[str]:
+        """Names of the table's cells, seeds outermost."""
+        places = itertools.product(self.seeds, self.grid, self.rows)
+        return [cell_id(method, setting, seed) for seed, setting, method in places]
+
+    def only(
+        self, methods: Container[str], labels: Mapping[str, Container[str]], seeds: Container[int]
+    ) -> Plan:
+        """A part of this comparison; trainings that others of the part start from stay in it.
+
+        Args:
+            methods: Ids of the methods that stay in the table.
+            labels: For axes, the labels that stay.
+            seeds: The seeds that stay.
+        """
+        axes = [
+            {
+                axis: {k: v for k, v in values.items() if k in labels.get(axis, values)}
+                for axis, values in kind.items()
+            }
+            for kind in (self.settings, self.tests)
+        ]
+        return replace(
+            self,
+            methods={
+                m.id: replace(m, listed=m.listed and m.id in methods) for m in self.methods.values()
+            },
+            settings=axes[0],
+            tests=axes[1],
+            seeds=tuple(seed for seed in self.seeds if seed in seeds),
+            baseline=self.baseline if self.baseline in methods else None,
+            highlight=self.highlight if self.highlight in methods else None,
+        )
+
+    @property
     def shares(self) -> bool:
         """Whether cells may be evaluated on one another's trainings."""
         methods = self.methods.values()
@@ -247,14 +304,20 @@ class Plan:
         parts = [self.methods[cell.method].label, setting_label(setting), f"seed={cell.seed}"]
         return " ".join(filter(None, parts))
 
-    def cells(self) -> list[Cell]:
+    def cells(self, define: Define | None = None) -> list[Cell]:
         """The table's cells, seeds outermost: interrupted, a comparison is evenly filled.
 
+        Args:
+            define: Takes a command line to what it would run, such as
+                :class:`~fulgurite.compare.identity.Resolver`; by default it stands for itself.
+
         Raises:
-            ConfigError: A configuration file does not exist, or two cells have the same name.
+            ConfigError: A configuration file does not exist, two cells have the same name, or
+                ``define`` refuses an option.
         """
+        define = define or _as_written
         configs = {
-            name: _content(name, self.folder)
+            name: _spelling(name, self.folder)
             for name in (self.config, *(m.config for m in self.methods.values()))
             if name
         }
@@ -264,7 +327,7 @@ class Plan:
                 for method in self._origins_first():
                     origin = cells[method.after.method, setting, seed] if method.after else None
                     cells[method.id, setting, seed] = self._cell(
-                        method, setting, seed, configs, origin
+                        method, setting, seed, configs, origin, define
                     )
         twice = _duplicates(cell.id for cell in cells.values())
         if twice:
@@ -283,33 +346,59 @@ class Plan:
         method: Method,
         setting: Setting,
         seed: int,
-        configs: Mapping[str, tuple[str, Any]],
+        configs: Mapping[str, str],
         origin: Cell | None,
+        define: Define,
     ) -> Cell:
         names = [name for name in (self.config, method.config) if name]
-        files = [part for name in names for part in ("--config", configs[name][0])]
-        seeds = dict.fromkeys(self.seed_keys, seed)
+        files = [part for name in names for part in ("--config", configs[name])]
+        seeds, any_seed = (dict.fromkeys(self.seed_keys, value) for value in (seed, 0))
+        start = method.after
+        taken = {start.key: f"{start.method}/{start.path}"} if start else {}
+
+        def meant(command: str, layers: Sequence[Overrides]) -> Definition:
+            # one for all seeds: resolving takes longer than all else here
+            options = _options([*layers, any_seed, taken])
+            try:
+                return define([command, *files, *options])
+            except FulguriteError as error:
+                where = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
+                raise ConfigError(f"{where}: `{command}`: {error.what}", error.mend) from error
+
         trained = [self.settings[axis][label] for axis, label in setting if axis in self.settings]
         tested = [self.tests[axis][label] for axis, label in setting if axis in self.tests]
-        contents = [configs[name][1] for name in names]  # a file's place does not matter
         grid = self.tune.grid if self.tune else {}
-        candidates, defining = [], []
+        candidates: list[Candidate] = []
+        definitions: list[Definition] = []
         for tried in _product(grid):
             fit = [self.args, method.args, *trained, *(grid[axis][label] for axis, label in tried)]
             layers = fit, [*fit, method.test_args], [*fit, method.test_args, *tested]
-            own, *others = (_options([*part, seeds]) for part in layers)
-            label = ", ".join(f"{axis}={value}" for axis, value in tried)
-            run, validate, test = ((*files, *part) for part in (own, *others))
-            trains, predict = [contents, own], None
+            run, validate, test = ((*files, *_options([*part, seeds])) for part in layers)
+            training, predict, validation = [meant("fit", fit)], None, ""
             if method.predict is not None:
-                trains.append(_options([*fit, method.predict, seeds]))
-                predict = (*files, *trains[-1])
-            candidates.append(Candidate(label, run, validate, test, digest(trains), predict))
-            defining += [*trains, self.after_fit, *(others if self.shares else ())]
-        if self.shares:
-            tune = self.tune and [self.tune.metric, self.tune.mode]
-            defining += [tune, method.after, origin and origin.digest]
-        return Cell(method.id, setting, seed, tuple(candidates), digest(defining), origin)
+                predict = (*files, *_options([*fit, method.predict, seeds]))
+                training.append(meant("predict", [*fit, method.predict]))
+            definitions += training
+            if self.tune:
+                definitions.append(meant("validate", layers[1]))
+                validation = digest(definitions[-1])
+            if self.shares:
+                definitions.append(meant(str(self.after_fit), layers[2]))
+            label, key = ", ".join(f"{axis}={value}" for axis, value in tried), [seed, training]
+            candidates.append(
+                Candidate(label, run, validate, test, digest(key), predict, validation)
+            )
+        tune = self.tune and [self.tune.metric, self.tune.mode]
+        frame = [seed, self.after_fit, self.shares, tune, method.after]
+        before = origin.parts if origin else {}
+        parts = {
+            "configuration": digest([frame, [d.configuration for d in definitions], before]),
+            "data": digest([[d.data for d in definitions], before.get("data")]),
+            "version": digest([[d.versions for d in definitions], before.get("version")]),
+        }
+        devices = [device_count(d.configuration) for d in definitions]
+        most = max(devices) if all(devices) else 0
+        return Cell(method.id, setting, seed, tuple(candidates), parts, origin, most)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in the form of the file, from which :func:`read_plan` reads it back."""
@@ -339,17 +428,14 @@ class Plan:
             "tests": self.tests,
             "tune": self.tune and vars(self.tune),
             "also": list(self.also),
+            "names": dict(self.names),
+            "highlight": self.highlight,
+            "source": self.source,
         }
 
 
-def digest(defining: object) -> str:
-    """Hash of plain data.
-
-    >>> digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
-    True
-    """
-    text = json.dumps(defining, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _as_written(command: Sequence[str]) -> Definition:
+    return Definition([*command])
 
 
 def _product(axes: Axes) -> list[Setting]:
@@ -417,14 +503,11 @@ def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
         ConfigError: Anything that the schema does not allow, with the key and the mend.
     """
     path = find_config(str(file))
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.", "") from error
-    top = _mapping(raw, str(file))
+    top = _mapping(read_yaml(path), str(file))
     _known(top, _PLAN_KEYS, str(file))
     small = _mapping(top.pop("quick", None) or {}, "quick")
     _known(small, _COMMON, "quick")
+    top.setdefault("source", str(path.resolve()))
     plan = _plan(top, path.parent)
     return _quick(plan, small) if quick else plan
 
@@ -441,29 +524,34 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
         raise ConfigError(f"after_fit is {after_fit!r}.", "Use test, validate or null.")
     return _consistent(
         Plan(
-            title=str(top.get("title", top["config"])),
-            config=str(top["config"]),
+            title=_text(top.get("title", top["config"]), "title"),
+            config=_text(top["config"], "config"),
             methods=methods,
             settings=_axes(top.get("settings"), "settings"),
             seeds=_seeds(top.get("seeds", [0])),
             seed_keys=tuple(_strings(top.get("seed_keys", list(Plan.seed_keys)), "seed_keys")),
-            metric=str(top.get("metric", Plan.metric)),
-            mode=str(top.get("mode", Plan.mode)),
-            baseline=top.get("baseline"),
+            metric=_text(top.get("metric", Plan.metric), "metric"),
+            mode=_text(top.get("mode", Plan.mode), "mode"),
+            baseline=_text_or_none(top.get("baseline"), "baseline"),
             after_fit=after_fit,
             args=_overrides(top.get("args"), "args"),
             folder=folder,
             tests=_axes(top.get("tests"), "tests"),
             tune=_tune(top["tune"]) if top.get("tune") else None,
             also=tuple(_strings(top.get("also") or [], "also")),
+            names=_names(top.get("names") or {}),
+            highlight=_text_or_none(top.get("highlight"), "highlight"),
+            source=_text(top["source"], "source"),
         )
     )
 
 
 def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
     values: dict[str, Any] = dict(vars(plan))
-    values.update({k: str(small[k]) for k in ("title", "config", "metric", "mode") if k in small})
-    values["baseline"] = small.get("baseline", plan.baseline)
+    for key in ("title", "config", "metric", "mode"):
+        if key in small:
+            values[key] = _text(small[key], f"quick.{key}")
+    values["baseline"] = _text_or_none(small.get("baseline", plan.baseline), "quick.baseline")
     values["args"] = {**plan.args, **_overrides(small.get("args"), "quick.args")}
     if "seeds" in small:
         values["seeds"] = _seeds(small["seeds"])
@@ -486,6 +574,10 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
                 axes[axis] = {spell(v): _pick(labels, spell(v), where) for v in spec}
             else:
                 axes[axis] = _axis(where, spec)
+    if plan.highlight not in values["methods"]:
+        values["highlight"] = None
+    if plan.metric != values["metric"]:
+        values["names"] = {key: name for key, name in plan.names.items() if key != plan.metric}
     if "tune" in small:
         values["tune"] = _tune(small["tune"]) if small["tune"] else None
     return _consistent(Plan(**values))
@@ -510,10 +602,17 @@ def _consistent(plan: Plan) -> Plan:
         raise ConfigError("No method is listed.", "Leave out `listed: false` of one.")
     for method in plan.methods.values():
         _chain(method, plan.methods)
-    if plan.baseline is not None and plan.baseline not in plan.rows:
+    for key, name in (("baseline", plan.baseline), ("highlight", plan.highlight)):
+        if name is not None and name not in plan.rows:
+            raise ConfigError(
+                f"The {key} {name!r} is not one of the methods.",
+                _hint(name, plan.rows) or f"Name a listed method's id as `{key}`.",
+            )
+    axes = {*plan.axes, plan.metric, *plan.also}
+    for name in plan.names.keys() - axes:
         raise ConfigError(
-            f"The baseline {plan.baseline!r} is not one of the methods.",
-            _hint(str(plan.baseline), plan.rows) or "Name a listed method's id as `baseline`.",
+            f"names has {name!r}, which is neither an axis nor a metric of the comparison.",
+            _hint(name, axes) or f"There are {', '.join(sorted(axes))}.",
         )
     return plan
 
@@ -555,8 +654,10 @@ def _method(name: object, spec: object) -> Method:
     listed = given.get("listed", True)
     if not isinstance(listed, bool):
         raise ConfigError(f"methods.{name}.listed is {listed!r}.", "Use true or false.")
-    label, start = str(given.get("label") or name), _start(name, given.get("after"))
-    return Method(name, label, args, given.get("config"), test_args, start, predict, listed)
+    label = _text(given.get("label") or name, f"methods.{name}.label")
+    start = _start(name, given.get("after"))
+    config = _text_or_none(given.get("config"), f"methods.{name}.config")
+    return Method(name, label, args, config, test_args, start, predict, listed)
 
 
 def _start(name: str, after: object) -> Start | None:
@@ -571,7 +672,7 @@ def _start(name: str, after: object) -> Start | None:
         )
     ((origin, taken),) = given.items()
     where = f"methods.{name}.after.{origin}"
-    paths = taken if isinstance(taken, dict) else {taken: LAST_CHECKPOINT}
+    paths = taken if isinstance(taken, dict) else {str(taken): LAST_CHECKPOINT}
     ((key, path),) = _overrides(paths, where).items() if len(paths) == 1 else ((None, None),)
     if key is None or not isinstance(path, str) or _leaves(path):
         raise ConfigError(
@@ -600,7 +701,7 @@ def _tune(value: object) -> Tune:
     if not grid:
         raise ConfigError("tune has no grid.", "Name what is tried: `grid: {AXIS: {LABEL: {…}}}`.")
     metric, mode = given.get("metric", Tune.metric), given.get("mode", Tune.mode)
-    return Tune(grid, str(metric), str(mode))
+    return Tune(grid, _text(metric, "tune.metric"), _text(mode, "tune.mode"))
 
 
 def _axes(value: object, where: str) -> Axes:
@@ -660,6 +761,16 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
     return dict(value)
 
 
+def _text(value: object, where: str) -> str:
+    if isinstance(value, bool | list | dict) or value is None:
+        raise ConfigError(f"{where} is {value!r}.", f"Write `{where}:` and a name.")
+    return str(value)
+
+
+def _text_or_none(value: object, where: str) -> str | None:
+    return None if value is None else _text(value, where)
+
+
 def _strings(value: object, where: str) -> list[str]:
     if not isinstance(value, list) or any(not isinstance(v, str) for v in value):
         raise ConfigError(f"{where} is not a list of names.", f"Write `{where}: [name, name]`.")
@@ -684,7 +795,7 @@ def _known(given: Iterable[str], allowed: Sequence[str], where: str) -> None:
 
 
 def _pick(choices: Mapping[str, _T], name: str, where: str) -> _T:
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         known = f"Known are {', '.join(choices)}."
         raise ConfigError(f"{where} names {name!r}.", _hint(str(name), choices) or known)
     return choices[name]
@@ -700,8 +811,16 @@ def _duplicates(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
 
 
-def _content(name: str, folder: Path | None) -> tuple[str, Any]:
-    """A config as the command line spells it, and its content (comments do not count)."""
+def _spelling(name: str, folder: Path | None) -> str:
+    """A configuration file as the command line spells it."""
     path = find_config(name, folder)
-    spelled = name if path == config_path(name) else str(path.resolve())
-    return spelled, yaml.safe_load(path.read_text(encoding="utf-8"))
+    read_yaml(path)  # refused here if it is none
+    return name if path == config_path(name) else str(path.resolve())
+
+
+def _names(value: object) -> dict[str, str]:
+    given = _mapping(value, "names")
+    for key, name in given.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"names.{key} is {name!r}.", "Write what figures shall call it.")
+    return {str(key): name for key, name in given.items()}

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from fulgurite.compare.worker import Job, Outcome, serve
+from fulgurite.compare.devices import VISIBLE
+from fulgurite.compare.worker import STARTED, Job, Outcome, serve
+from fulgurite.errors import ConfigError
 
 __all__ = ["run_jobs"]
 
 _POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its process is asked as well
 
 
-def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Generator[Outcome, None, None]:
+def run_jobs(
+    jobs: Sequence[Job], *, workers: int, runner: str, visible: Sequence[str] = ()
+) -> Generator[Outcome, None, None]:
     """Run jobs in parallel and yield each outcome as it comes.
 
     A worker that crashes or is killed costs its own job only: the job is reported as failed and a
@@ -28,30 +33,45 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Generator[Out
         jobs: What to run, in this order.
         workers: Number of processes.
         runner: ``module:function`` that runs a command line.
+        visible: Values of ``CUDA_VISIBLE_DEVICES``, which the workers take in turn; empty to leave
+            it as it is.
+
+    Raises:
+        ConfigError: A worker ended before it could take its first job.
     """
     waiting = list(reversed(jobs))
     # Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
     inherited = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    before = {key: os.environ.get(key) for key in inherited}
-    os.environ.update(inherited)
     crew: list[_Worker] = []
+    with _environment(inherited):
+        try:
+            turns = itertools.cycle(visible or [None])
+            crew.extend(_Worker(runner, next(turns)) for _ in range(min(workers, len(jobs))))
+            for worker in crew:
+                worker.start(waiting.pop())
+            while busy := [worker for worker in crew if worker.job]:
+                handles = [h for w in busy for h in (w.connection, w.process.sentinel)]
+                multiprocessing.connection.wait(handles, timeout=_POLL)
+                for worker in busy:
+                    outcome = worker.poll()
+                    if outcome is None:
+                        continue
+                    if waiting:  # before the yield: the caller's work must not idle the worker
+                        worker.start(waiting.pop())
+                    yield outcome
+        finally:
+            for worker in crew:
+                worker.end()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for processes that are started meanwhile."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
     try:
-        crew.extend(_Worker(runner) for _ in range(min(workers, len(jobs))))
-        for worker in crew:
-            worker.start(waiting.pop())
-        while busy := [worker for worker in crew if worker.job]:
-            handles = [h for w in busy for h in (w.connection, w.process.sentinel)]
-            multiprocessing.connection.wait(handles, timeout=_POLL)
-            for worker in busy:
-                outcome = worker.poll()
-                if outcome is None:
-                    continue
-                if waiting:  # before the yield: the caller's work must not idle the worker
-                    worker.start(waiting.pop())
-                yield outcome
+        yield
     finally:
-        for worker in crew:
-            worker.end()
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)
@@ -62,19 +82,21 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Generator[Out
 class _Worker:
     """One process, replaced by a new one when it dies."""
 
-    def __init__(self, runner: str) -> None:
+    def __init__(self, runner: str, visible: str | None = None) -> None:
         self.runner = runner
+        self.visible = visible
         self.job: Job | None = None
         self._spawn()
 
     def _spawn(self) -> None:
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # fork would inherit torch's threads and locks
+        self.started = False
+        # fork would inherit torch's threads and locks
+        context = multiprocessing.get_context("spawn")
         self.connection: Any
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.runner), daemon=False)
-        self.process.start()
+        with _environment({} if self.visible is None else {VISIBLE: self.visible}):
+            self.process.start()
         theirs.close()
 
     def start(self, job: Job) -> None:
@@ -88,15 +110,26 @@ class _Worker:
             self.connection.send(job)
 
     def poll(self) -> Outcome | None:
-        """The outcome of the current job, if it has one by now."""
+        """The outcome of the current job, if it has one by now.
+
+        Raises:
+            ConfigError: The process ended before it could take a job, so that no other would.
+        """
         assert self.job is not None
         alive = self.process.is_alive()  # asked first: a last message before death still counts
         outcome: Outcome | None = None
         try:
-            if self.connection.poll():
-                outcome = self.connection.recv()
+            while outcome is None and self.connection.poll():
+                message = self.connection.recv()
+                self.started = True
+                outcome = None if message == STARTED else message
         except (EOFError, OSError):
             alive = False
+        if outcome is None and not alive and not self.started:
+            raise ConfigError(
+                f"{self._death().capitalize()} while it started.",
+                'In a script, call `fulgurite.compare.run` under `if __name__ == "__main__":`.',
+            )
         if outcome is None and not alive:
             seconds = time.monotonic() - self.since
             outcome = Outcome(self.job.id, error=self._death(), seconds=seconds)

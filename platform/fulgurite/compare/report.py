@@ -7,20 +7,25 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from fulgurite.compare.comparison import PLAN_FILE, Comparison
-from fulgurite.compare.plan import cell_id, setting_label
+from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
+from fulgurite.compare.plan import Plan, Setting, cell_id
+from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.worker import read_metrics
+from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 from fulgurite.plotting import COLORS, new_figure
 
-__all__ = ["main", "render", "run_summary"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["main", "render", "run_summary", "writing"]
 
 
 def render(comparison: Comparison) -> None:
@@ -29,6 +34,24 @@ def render(comparison: Comparison) -> None:
     _write(comparison.folder / "table.csv", _cells_csv(comparison))
     _write(comparison.folder / "summary.csv", _summary_csv(comparison))
     _draw(comparison, comparison.folder / "figure.png")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say in one line why nothing can be written.
+
+    Raises:
+        ConfigError: The folder is none, read-only or full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):  # such as a closed terminal
+            raise
+        raise ConfigError(
+            f"{error.filename or folder} cannot be written ({error.strerror}).",
+            "Make room or mend it, or name another folder: --out=FOLDER. What is recorded stays.",
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(parser.parse_args(argv).folder)
     if (folder / PLAN_FILE).is_file():
         comparison = Comparison.read(folder)
-        render(comparison)
+        with writing(folder):
+            render(comparison)
         print(comparison.markdown())
         print(f"Tables and figure: {folder}")
     elif (folder / "config.yaml").is_file():
@@ -56,9 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_summary(folder: Path) -> str:
-    """What a run folder holds: name, classes, metrics, figures, checkpoints."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    run = config.get("run") or {}
+    """What a run folder holds: name, classes, metrics, figures, checkpoints.
+
+    Raises:
+        ConfigError: A file of it is damaged.
+    """
+    config = read_yaml(folder / "config.yaml") or {}
+    run = config.get("run") or {} if isinstance(config, dict) else None
+    if not isinstance(run, dict):
+        raise ConfigError(f"{folder / 'config.yaml'} is no configuration of a run.")
     name = "/".join(str(run[key]) for key in ("system", "name") if run.get(key))
     lines = [f"# {name or folder.name}", ""]
     for part in ("model", "data"):
@@ -69,10 +99,18 @@ def run_summary(folder: Path) -> str:
         lines.append(f"seed: {config['seed_everything']}")
     metrics = read_metrics(folder) or _last_metrics(folder / "metrics.csv")
     lines += ["", "| metric | value |", "| --- | ---: |"]
-    lines += [f"| {name} | {value:.5g} |" for name, value in sorted(metrics.items())]
+    ordered = sorted(metrics.items(), key=lambda item: (_rank(item[0]), item[0]))
+    lines += [f"| {name} | {value:.5g} |" for name, value in ordered]
     lines += ["", *(str(path) for path in sorted(folder.glob("figures/**/*.png")))]
     lines += [str(path) for path in sorted(folder.glob("checkpoints/*.ckpt"))]
     return "\n".join(lines)
+
+
+def _rank(metric: str) -> int:
+    """Where a metric stands in a list: first what people look for."""
+    kinds = ("test", "val", "train")
+    kind = metric.partition("/")[0]
+    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def _last_metrics(path: Path) -> dict[str, float]:
@@ -80,7 +118,10 @@ def _last_metrics(path: Path) -> dict[str, float]:
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                last.update({k: float(v) for k, v in row.items() if k and v})
+                try:
+                    last.update({k: float(v) for k, v in row.items() if k and v})
+                except (TypeError, ValueError) as error:
+                    raise ConfigError(f"{path} holds no table of metrics.") from error
     return last
 
 
@@ -109,17 +150,18 @@ def _cells_csv(comparison: Comparison) -> str:
 
 def _summary_csv(comparison: Comparison) -> str:
     plan = comparison.plan
-    head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se", "verdict"]
+    head = ["n", "mean", "std", "baseline", "n_paired", "difference", "difference_se"]
+    head += ["p_value", "p_value_holm", "verdict"]
     rows: list[list[Any]] = [["method", "label", *plan.axes, "metric", *head]]
-    places = itertools.product((plan.metric, *plan.also), plan.rows.values(), plan.grid)
-    for metric, method, setting in places:
-        entry = comparison.entry(method.id, setting, metric)
-        values, diff = entry.spread, entry.paired
-        row: list[Any] = [method.id, method.label, *(v for _, v in setting), metric]
-        row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
-        if diff is not None:
-            row += [diff.n, _number(diff.mean), _number(diff.error), diff.verdict]
-        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    for metric in (plan.metric, *plan.also):
+        for (name, setting), entry in comparison.entries(metric).items():
+            values, diff = entry.spread, entry.paired
+            row: list[Any] = [name, plan.methods[name].label, *(v for _, v in setting), metric]
+            row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
+            if diff is not None:
+                row += [diff.n, _number(diff.mean), _number(diff.error)]
+                row += [_number(diff.p), _number(entry.p_adjusted), entry.verdict]
+            rows.append(row + [""] * (len(rows[0]) - len(row)))
     return _csv(rows)
 
 
@@ -134,56 +176,159 @@ def _csv(rows: list[list[Any]]) -> str:
 
 
 def _draw(comparison: Comparison, path: Path) -> None:
-    """Lines over the axis with the most labels, one panel for each setting of the others."""
-    plan = comparison.plan
-    axis = max(plan.axes, key=lambda a: len(plan.axes[a]), default="")
-    panels = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in plan.grid))
-    labels = list(plan.axes[axis]) if axis else [""]
-    places, numeric = _places(labels)
-    figure, ((*axes,),) = new_figure(1, len(panels), width=4.2)
-    step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
-    for panel, plot in zip(panels, axes, strict=True):
-        for rank, method in enumerate(plan.rows.values()):
-            # A small shift keeps error bars apart that would lie upon each other.
-            shift = 0.02 * step * (rank - (len(plan.rows) - 1) / 2)
-            by_axis = {dict(s)[axis] if axis else "": s for s in plan.grid if set(panel) <= set(s)}
-            spreads = [comparison.entry(method.id, by_axis[label]).spread for label in labels]
-            plot.errorbar(
-                [place + shift for place in places],
-                [s.mean for s in spreads],
-                yerr=[0.0 if math.isnan(s.std) else s.std for s in spreads],
-                label=method.label,
-                color=COLORS[rank % len(COLORS)],
-                marker="osD^vP*X"[rank % 8],
-                linestyle="--" if method.id == plan.baseline else "-",
-                markersize=4,
-                linewidth=1.4,
-                capsize=2,
-            )
-        plot.set_title(setting_label(panel), fontsize=10)
-        plot.set_xlabel(axis)
-        if not numeric or not axis:
-            plot.set_xticks(places, labels)
-        plot.sharey(axes[0])
-    axes[0].set_ylabel(plan.metric)
-    figure.suptitle(plan.title, fontsize=11)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center"
-    )
+    """Means over the axis with the most labels, and the paired differences to the baseline.
+
+    There is one panel for each setting of the other axes, and as many for the differences, where
+    any is tested.
+    """
+    plan, grid, entries = comparison.plan, comparison.grid, comparison.entries()
+    labels_of = {axis: list(dict.fromkeys(dict(s)[axis] for s in grid)) for axis in plan.axes}
+    axis = max(labels_of, key=lambda a: len(labels_of[a]), default="")
+    settings = list(dict.fromkeys(tuple(p for p in s if p[0] != axis) for s in grid))
+    tested = any(entry.paired and entry.paired.n >= LEAST_SEEDS for entry in entries.values())
+    kinds: list[Callable[[Entry], Point | None]] = [_mean, _difference] if tested else [_mean]
+    wide = len(settings) == 1
+    shape = (1, len(kinds)) if wide else (len(kinds), len(settings))
+    figure, plots = new_figure(*shape, width=4.2, height=3.6 if wide else 3.0)
+    plots = plots.T if wide else plots
+    for kind, row in zip(kinds, plots, strict=True):
+        for setting, plot in zip(settings, row, strict=True):
+            _draw_panel(plot, comparison, axis, labels_of.get(axis, [""]), setting, kind, entries)
+            plot.sharey(row[0])
+    if tested and not wide:  # one above the other
+        for upper, lower in plots.T:
+            upper.set_xlabel("")
+            lower.set_title("")
+    means = [entry.spread.mean for entry in entries.values() if entry.spread.n]
+    if all(mean.is_integer() for mean in means):
+        plots[0][0].yaxis.get_major_locator().set_params(integer=True)
+    metric = plan.names.get(plan.metric, plan.metric)
+    plots[0][0].set_ylabel(f"{metric}\n{_what_bars_are(entries.values())}")
+    if tested:
+        base = plan.methods[str(plan.baseline)].label
+        plots[1][0].set_ylabel(
+            f"difference to {base}\n{LEVEL * 100:.0f} % interval, paired by seed"
+        )
+        for plot in plots[1]:
+            plot.axhline(0, color="black", linewidth=0.8, zorder=1)
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(plan.title, round(11 * width)), fontsize=11)
+    figure.legend(*_by_last_value(plots[0]), fontsize=8, frameon=False, loc="outside right center")
     with atomic_write(path) as draft:
         figure.savefig(draft, format="png", dpi=150)
 
 
-def _places(labels: Sequence[str]) -> tuple[list[float], bool]:
-    """Positions of labels on an axis: their values where they are ascending numbers.
+Point = tuple[float, float]
+"""Height of a point, and half the length of its bar."""
 
-    >>> _places(["0.3", "0.5"]), _places(["iid", "shards"])
-    (([0.3, 0.5], True), ([0.0, 1.0], False))
+
+def _mean(entry: Entry) -> Point | None:
+    values = entry.spread
+    return (values.mean, 0.0 if math.isnan(values.std) else values.std) if values.n else None
+
+
+def _difference(entry: Entry) -> Point | None:
+    difference = entry.paired
+    if difference is None or difference.n < LEAST_SEEDS:
+        return None
+    return difference.mean, quantile(difference.n) * difference.error
+
+
+def _draw_panel(
+    plot: Axes,
+    comparison: Comparison,
+    axis: str,
+    labels: Sequence[str],
+    setting: Setting,
+    kind: Callable[[Entry], Point | None],
+    entries: Mapping[tuple[str, Setting], Entry],
+) -> None:
+    """The lines of all methods that have a value, with ticks where values are."""
+    plan, rows = comparison.plan, comparison.rows
+    by_label = {dict(s).get(axis, ""): s for s in comparison.grid if {*setting} <= {*s}}
+    places = _places(labels)
+    step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
+    for rank, name in enumerate(rows):
+        # a small shift keeps error bars apart that would lie upon each other
+        shift = 0.24 * step * (rank - (len(rows) - 1) / 2) / max(len(rows), 5)
+        points = [
+            (place + shift, *point)
+            for place, label in zip(places, labels, strict=True)
+            if label in by_label and (point := kind(entries[name, by_label[label]]))
+        ]
+        if points:
+            _draw_method(plot, plan, name, rank, points)
+    plot.set_title(_setting_name(setting, plan), fontsize=10)
+    plot.set_xlabel(textwrap.fill(plan.names.get(axis, axis), 40))
+    crowded = len("  ".join(labels)) > 45
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "fontsize": 8} if crowded else {}
+    plot.set_xticks(places, labels, **turned)
+    plot.set_xlim(places[0] - 0.3 * step, places[-1] + 0.3 * step)
+
+
+def _draw_method(
+    plot: Axes, plan: Plan, name: str, rank: int, points: Sequence[tuple[float, float, float]]
+) -> None:
+    """One line: (place, height, half a bar) of each point."""
+    places, heights, bars = zip(*points, strict=True)
+    front = name == plan.highlight
+    plot.errorbar(
+        places,
+        heights,
+        yerr=bars,
+        label=plan.methods[name].label,
+        color=COLORS[rank % len(COLORS)],
+        marker="osD^vP*X"[rank % 8],
+        linestyle="--" if name == plan.baseline else "-",
+        markersize=7 if front else 4,
+        linewidth=3.2 if front else 1.4,
+        elinewidth=1.8 if front else 1.0,
+        capsize=3 if front else 2,
+        alpha=1.0 if front or not plan.highlight else 0.8,
+        zorder=4 if front else 2,
+    )
+
+
+def _setting_name(setting: Setting, plan: Plan) -> str:
+    return ", ".join(f"{plan.names.get(axis, axis)} = {label}" for axis, label in setting)
+
+
+def _what_bars_are(entries: Iterable[Entry]) -> str:
+    counts = sorted({entry.spread.n for entry in entries if entry.spread.n})
+    if not counts or counts == [1]:
+        return "one seed"
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"mean ± std over {span} seeds"
+
+
+def _by_last_value(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    """Handles and labels of a legend in the order in which the lines of the last panel end."""
+    drawn: dict[str, tuple[Any, float]] = {}
+    handle: Any
+    for plot in axes:
+        for handle, label in zip(*plot.get_legend_handles_labels(), strict=True):
+            heights = [float(y) for y in handle[0].get_ydata() if not math.isnan(y)]
+            drawn[label] = (handle, heights[-1] if heights else -math.inf)
+    ordered = sorted(drawn.items(), key=lambda item: -item[1][1])
+    return [handle for _, (handle, _) in ordered], [label for label, _ in ordered]
+
+
+def _places(labels: Sequence[str]) -> list[float]:
+    """Positions of labels on an axis: their values where these are ascending and fairly even.
+
+    >>> _places(["0.3", "0.5", "0.9"]), _places(["iid", "shards"]), _places(["1", "10", "100"])
+    ([0.3, 0.5, 0.9], [0.0, 1.0], [0.0, 1.0, 2.0])
     """
     try:
         values = [float(label) for label in labels]
     except ValueError:
         values = []
-    if values and all(a < b for a, b in itertools.pairwise(values)):
-        return values, True
-    return [float(i) for i in range(len(labels))], False
+    gaps = [b - a for a, b in itertools.pairwise(values)]
+    # labels that are closer than a sixth of the widest gap would lie upon each other
+    if (
+        values
+        and all(map(math.isfinite, values))
+        and min(gaps, default=1) * 6 > max(gaps, default=1)
+    ):
+        return values
+    return [float(i) for i in range(len(labels))]

@@ -121,13 +121,21 @@ class Trainings:
     def _record(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
+    def _metrics(self, name: str) -> dict[str, float] | None:
+        """What the record of a training or validation says; None without a record."""
+        try:
+            record = json.loads(self._record(name).read_text(encoding="utf-8"))
+            return {str(key): float(value) for key, value in record["metrics"].items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+
     def _complete(self, what: Step, candidates: Iterable[tuple[str, Candidate]]) -> None:
         """Run what has no record yet."""
         metric = self.plan.tune.metric if what == "validation" and self.plan.tune else None
         jobs: dict[str, Job] = {}
         for label, candidate in candidates:
             name, commands = self._step(what, candidate)
-            if name in jobs or self._record(name).is_file() or name in self._failed:
+            if name in jobs or self._metrics(name) is not None or name in self._failed:
                 continue
             place = self.folder / name
             if place.exists():  # what an interrupted or failed attempt left
@@ -159,8 +167,8 @@ class Trainings:
     def _score(self, candidate: Candidate) -> float:
         if self.plan.tune is None:
             return 0.0
-        record = json.loads(self._record(candidate.validation_key).read_text(encoding="utf-8"))
-        value = float(record["metrics"][self.plan.tune.metric])
+        metrics = self._metrics(candidate.validation_key) or {}
+        value = metrics.get(self.plan.tune.metric, math.nan)
         if math.isnan(value):
             return -math.inf
         return value if self.plan.tune.mode == "max" else -value

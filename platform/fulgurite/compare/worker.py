@@ -19,7 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "Outcome", "serve", "work"]
+from fulgurite.errors import ConfigError
+
+__all__ = ["STARTED", "Job", "Outcome", "serve", "work"]
+
+STARTED = "started"
+"""A worker's first message."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def serve(connection: Any, runner: str) -> None:
         runner: ``module:function`` that takes a command line and returns an exit code.
     """
     _leave_with_parent()
+    connection.send(STARTED)
     while True:
         try:
             job = connection.recv()
@@ -111,12 +117,20 @@ def _last_error(log: Path) -> str:
 
 
 def read_metrics(run_dir: Path) -> dict[str, float]:
-    """Metrics of a run folder: those of ``fit``, then those of evaluations over them."""
+    """Metrics of a run folder: those of ``fit``, then those of evaluations over them.
+
+    Raises:
+        ConfigError: A file of metrics is damaged.
+    """
     metrics: dict[str, float] = {}
     for name in ("summary.json", "validate_metrics.json", "test_metrics.json"):
-        if (run_dir / name).is_file():
-            found = json.loads((run_dir / name).read_text(encoding="utf-8"))
-            metrics.update({k: float(v) for k, v in found.items() if isinstance(v, int | float)})
+        path = run_dir / name
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8")).items()
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ConfigError(f"{path} holds no metrics.", "Run the command again.") from error
+            metrics.update({k: float(v) for k, v in values if isinstance(v, int | float)})
     return metrics
 
 

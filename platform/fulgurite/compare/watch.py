@@ -1,0 +1,92 @@
+"""Notices that configuration files are edited while the cells of a comparison run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fulgurite.compare.identity import Resolver
+from fulgurite.compare.plan import Cell, Plan, find_config
+from fulgurite.compare.yaml_file import read_yaml
+from fulgurite.errors import ConfigError, FulguriteError
+
+__all__ = ["ConfigWatch"]
+
+Stamps = dict[Path, tuple[int, int]]
+"""Time of change [ns] and size [bytes] of files."""
+
+
+class ConfigWatch:
+    """Ends a comparison as soon as its next cells would run something else than they are taken for.
+
+    Args:
+        plan: The comparison.
+        cells: Its cells as they were when it began.
+        runner: ``module:function`` that runs a command line.
+    """
+
+    def __init__(self, plan: Plan, cells: Sequence[Cell], runner: str) -> None:
+        self._plan = plan
+        self._runner = runner
+        self._digests = [cell.digest for cell in cells]
+        names = [plan.config, *(m.config for m in plan.methods.values() if m.config)]
+        self._files = [find_config(name, plan.folder) for name in names]
+        self._stamps = self._look()
+
+    def check(self) -> None:
+        """Check that nothing was changed that matters.
+
+        Raises:
+            ConfigError: The cells run something else by now.
+        """
+        stamps = self._look()
+        if stamps == self._stamps:
+            return
+        changed = sorted(path for path in stamps if stamps[path] != self._stamps.get(path))
+        try:
+            cells = self._plan.cells(Resolver(self._runner))
+            same = [cell.digest for cell in cells] == self._digests
+        except FulguriteError:  # half-way through an edit
+            same = False
+        if not same:
+            names = ", ".join(map(str, changed)) or "a configuration file"
+            raise ConfigError(
+                f"{names} changed while cells ran, so that these were not recorded.",
+                "The same command goes on, with the new configuration.",
+            )
+        self._stamps = stamps
+
+    def _look(self) -> Stamps:
+        stamps: Stamps = {}
+        for file in self._files:
+            for path in _with_included(file, set()):
+                try:
+                    facts = path.stat()
+                except OSError:
+                    continue
+                stamps[path] = (facts.st_mtime_ns, facts.st_size)
+        return stamps
+
+
+def _with_included(file: Path, seen: set[Path]) -> Iterator[Path]:
+    """A configuration file and those that its values name."""
+    if file in seen:
+        return
+    seen.add(file)
+    yield file
+    try:
+        content = read_yaml(file)
+    except ConfigError:
+        return
+    for text in _texts(content):
+        if text.endswith((".yaml", ".yml", ".json")) and (file.parent / text).is_file():
+            yield from _with_included(file.parent / text, seen)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)

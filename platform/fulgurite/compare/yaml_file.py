@@ -1,0 +1,95 @@
+"""YAML files of people, read within bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["read_yaml"]
+
+_LARGEST = 2**20  # [bytes]; a comparison file has some ten thousand
+_MOST_VALUES = 100_000
+_DEEPEST = 50
+_PLAIN = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, of plain values only.
+
+    Raises:
+        ConfigError: It cannot be read, is no YAML, is too large once its aliases are written out,
+            or gives a key twice.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w+") as file:
+        ...     _ = file.write("a: [1, 2]"), file.flush()
+        ...     read_yaml(Path(file.name))
+        {'a': [1, 2]}
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LARGEST + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not YAML: it is no text in UTF-8.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}).", "Name a readable YAML file."
+        ) from error
+    if len(text) > _LARGEST:
+        raise ConfigError(f"{path} is larger than a megabyte.", "Name a file of settings.")
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        if root is not None:
+            _count(root, path, {}, 0)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not YAML{where}: {what}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply.", "Write it flatter.") from error
+    except ValueError as error:  # such as an integer of ten thousand digits
+        raise ConfigError(f"{path} holds a value that cannot be read: {error}.") from error
+
+
+def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> int:
+    """Number of values of a node with its aliases written out."""
+    if (known := counts.get(id(node))) is not None:
+        if not known:
+            raise _refuse(path, node, "holds itself", "Leave out the alias.")
+        return known
+    counts[id(node)] = 0  # until it is counted; met again before, it holds itself
+    if depth > _DEEPEST:
+        raise _refuse(path, node, f"lies deeper than {_DEEPEST} levels", "Write it flatter.")
+    kind = node.tag.rpartition(":")[2]
+    if kind not in _PLAIN:  # such as a date, which no command line could be given
+        raise _refuse(path, node, f"is a {kind} to YAML", "Write it in quotes.")
+    number = 1
+    if isinstance(node, yaml.MappingNode):
+        keys: set[tuple[str, str]] = set()
+        for key, value in node.value:
+            number += _count(key, path, counts, depth + 1)
+            number += _count(value, path, counts, depth + 1)
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refuse(path, key, "is no key", "Use a name.")
+            if not key.tag.endswith(":merge"):
+                if (key.tag, key.value) in keys:
+                    raise _refuse(path, key, f"gives the key {key.value!r} again", "Drop one.")
+                keys.add((key.tag, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        number += sum(_count(item, path, counts, depth + 1) for item in node.value)
+    if number > _MOST_VALUES:
+        mend = "Write out less of it by aliases."
+        raise _refuse(path, node, f"stands for more than {_MOST_VALUES:,} values", mend)
+    counts[id(node)] = number
+    return number
+
+
+def _refuse(path: Path, node: yaml.Node, what: str, mend: str) -> ConfigError:
+    return ConfigError(f"{path}, line {node.start_mark.line + 1}: this {what}.", mend)
