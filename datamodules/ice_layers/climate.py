@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array, name_some, need_extra
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import reading
+from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import data_path
 
 __all__ = [
@@ -340,26 +342,19 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.dataset = _netcdf().Dataset(str(path))
-        except OSError as error:
-            raise DataError(
-                f"The climate file {path} cannot be read ({error}).",
-                f"Fetch it again, or set `{_OPTION}.files` to others.",
-            ) from error
+        again = f"Fetch it again, or set `{_OPTION}.files` to others."
+        with reading(path, "The climate file", again):
+            try:
+                self.dataset = NetcdfFile(path)
+            except ImportError as error:
+                raise need_package(error, "Reading climate fields") from error
 
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.dataset.close()
-
-    def find(self, names: Iterable[str]) -> Any:
+    def find(self, names: Iterable[str]) -> NetcdfVariable | None:
         """The first variable of these names (capitals do not matter), or None."""
         known = {name.lower(): v for name, v in self.dataset.variables.items()}
         return next((known[name.lower()] for name in names if name.lower() in known), None)
 
-    def need(self, names: Sequence[str], what: str) -> Any:
+    def need(self, names: Sequence[str], what: str) -> NetcdfVariable:
         """Such a variable; its absence is an error."""
         found = self.find(names)
         if found is None:
@@ -369,16 +364,12 @@ class _File:
             )
         return found
 
-    def read(self, variable: Any, first: bool = False) -> Array:
+    def read(self, variable: NetcdfVariable, first: bool = False) -> Array:
         """Values of a variable, or of its first time step; NaN at fill values."""
-        try:
-            return _filled(variable[:1] if first and variable.ndim > 2 else variable[:])
-        except (OSError, RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise DataError(
-                f"The variable {variable.name} of the climate file {self.path} cannot be read "
-                f"({error}).",
-                "The file may be truncated: fetch it again.",
-            ) from error
+        what = f"The variable {variable.name} of the climate file"
+        with reading(self.path, what, "The file may be truncated: fetch it again."):
+            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
+        return values
 
     def times(self) -> tuple[Array, Array]:
         """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
@@ -387,25 +378,25 @@ class _File:
             DataError: There is no time, or it cannot be understood.
         """
         variable = self.need(("TIME", "time", "t"), "time")
-        bounds = self.dataset.variables.get(getattr(variable, "bounds", None))
-        try:
-            decode = (variable.units, getattr(variable, "calendar", "standard"))
-            stamps = _days(variable[:], *decode)
+        said = variable.attributes
+        bounds = self.dataset.variables.get(str(said.get("bounds")))
+        mend = "Correct its values and its units (days since YYYY-MM-DD)."
+        what = "The time of the climate file"
+        with reading(self.path, what, mend, fault="cannot be understood"):
+            if "units" not in said:
+                raise ValueError("it has no units")
+            decode = (str(said["units"]), str(said.get("calendar", "standard")))
+            stamps = _days(self.dataset.read(variable.name), *decode)
             edges = np.full((len(stamps), 2), np.nan)
             if bounds is not None:
-                edges = _days(bounds[:], *decode)
+                edges = _days(self.dataset.read(bounds.name), *decode)
             if edges.shape != (len(stamps), 2) or (np.diff(edges.ravel()) < 0).any():
-                raise ValueError(f"its bounds {variable.bounds} do not rise")
+                raise ValueError(f"its bounds {said['bounds']} do not rise")
             if (edges[:, 1] == edges[:, 0]).any():
-                raise ValueError(f"its bounds {variable.bounds} hold a step of no length")
-        except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-            raise DataError(
-                f"The time of the climate file {self.path} cannot be understood ({error}).",
-                "Correct its values and its units (days since YYYY-MM-DD).",
-            ) from error
+                raise ValueError(f"its bounds {said['bounds']} hold a step of no length")
         return stamps, edges
 
-    def field(self, variable: Any) -> Array:
+    def field(self, variable: NetcdfVariable) -> Array:
         """Values (T, C); sectors (ice, tundra) are combined by their fractions.
 
         Source: card section 3.3.
@@ -526,8 +517,7 @@ class MarClimate:
                 f"{int((~np.isfinite(pos)).any(1).sum())} of {len(pos)} points have no position.",
                 "Leave them out: latitudes and longitudes must be finite.",
             )
-        with _File(paths[0]) as file:
-            grid, project = self._grid(file)
+        grid, project = self._grid(_File(paths[0]))
         located = grid.locate(project(pos))
         each = [interval_weights(steps, request.edges) for request in requests]
         self._check_cover(requests, each, steps)
@@ -551,10 +541,9 @@ class MarClimate:
         """Start and end of all steps in order [days], and each one's file, as ordered here."""
         parts, given = [], []
         for path in paths:
-            with _File(path) as file:
-                stamps, bounds = file.times()
-                parts.append(stamps)
-                given.append(bounds)
+            stamps, bounds = _File(path).times()
+            parts.append(stamps)
+            given.append(bounds)
         times = np.concatenate(parts)
         order = np.argsort(times, kind="stable")
         of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
@@ -610,7 +599,7 @@ class MarClimate:
     def _metres(variable: Any, file: _File) -> Array:
         """A projected coordinate [m]; kilometres are told by their size."""
         values = file.read(variable)
-        said = str(getattr(variable, "units", "")).strip().lower()
+        said = str(variable.attributes.get("units", "")).strip().lower()
         small = float(np.abs(values).max()) < 20_000  # no part of Greenland is so near both axes
         if said in ("m", "metre", "meter", "metres", "meters") and small:
             raise DataError(
@@ -706,39 +695,39 @@ class MarClimate:
             wanted = [fractions[:, own] for fractions in each]
             if not any(part.any() for part in wanted):
                 continue
-            with _File(path) as file:
-                if not names:
-                    names = self._plan(file)
-                    sums = [
-                        np.zeros((len(names), len(cells), len(f)))
-                        for cells, f in zip(used, each, strict=True)
-                    ]
-                for v, name in enumerate(names):
-                    variable = file.need(sources[name], name)
-                    if shape is None:
-                        shape = variable.shape[-2:]
-                    if variable.shape[-2:] != shape:
-                        raise DataError(
-                            f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
-                            f"Set `{_OPTION}.files` to files of one grid.",
-                        )
-                    values = file.field(variable)
-                    if len(values) != len(own):
-                        raise DataError(
-                            f"The variable {variable.name} of {path} has {len(values)} time steps, "
-                            f"the time axis {len(own)}.",
-                            "Fetch the file again.",
-                        )
-                    values = values * self._factor(name, variable, days[own], path)
-                    for total, part, cells in zip(sums, wanted, used, strict=True):
-                        if (inside := part.any(0)).any():
-                            weight = part if name in _SUMS else part * days[own]
-                            total[v] += (weight[:, inside] @ values[inside][:, cells]).T
-                    if not all(np.isfinite(total[v]).all() for total in sums):
-                        raise DataError(
-                            f"The variable {variable.name} of {path} is missing on ice.",
-                            "Fetch the file again, or correct its ice mask.",
-                        )
+            file = _File(path)
+            if not names:
+                names = self._plan(file)
+                sums = [
+                    np.zeros((len(names), len(cells), len(f)))
+                    for cells, f in zip(used, each, strict=True)
+                ]
+            for v, name in enumerate(names):
+                variable = file.need(sources[name], name)
+                if shape is None:
+                    shape = variable.shape[-2:]
+                if variable.shape[-2:] != shape:
+                    raise DataError(
+                        f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
+                        f"Set `{_OPTION}.files` to files of one grid.",
+                    )
+                values = file.field(variable)
+                if len(values) != len(own):
+                    raise DataError(
+                        f"The variable {variable.name} of {path} has {len(values)} time steps, "
+                        f"the time axis {len(own)}.",
+                        "Fetch the file again.",
+                    )
+                values = values * self._factor(name, variable, days[own], path)
+                for total, part, cells in zip(sums, wanted, used, strict=True):
+                    if (inside := part.any(0)).any():
+                        weight = part if name in _SUMS else part * days[own]
+                        total[v] += (weight[:, inside] @ values[inside][:, cells]).T
+                if not all(np.isfinite(total[v]).all() for total in sums):
+                    raise DataError(
+                        f"The variable {variable.name} of {path} is missing on ice.",
+                        "Fetch the file again, or correct its ice mask.",
+                    )
         for total, fractions in zip(sums, each, strict=True):
             for v, name in enumerate(names):
                 if name in _MEANS:
@@ -750,7 +739,7 @@ class MarClimate:
         one = np.ones((len(days), 1))
         if variable.name in self.scale or name in self.scale:
             return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
-        said = str(getattr(variable, "units", "")).strip()
+        said = str(variable.attributes.get("units", "")).strip()
         if not said or (name == "ST" and _TEMPERATURE.fullmatch(_squeeze(said))):
             return one
         found = water_unit(said)

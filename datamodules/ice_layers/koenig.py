@@ -31,6 +31,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 )
 from fulgurite.datamodules.ice_layers.travel_time import layer_times
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import reading
 from fulgurite.io import data_path
 
 __all__ = ["KoenigPicks", "read_picks"]
@@ -62,12 +63,8 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
     """
     rows: dict[str, list[list[float]]] = {}
     columns = 0
-    try:
+    with reading(path, "The picks", f"Set `{_OPTION}.files`."):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"The picks {path} cannot be read ({error.strerror}).", f"Set `{_OPTION}.files`."
-        ) from error
     for number, line in enumerate(lines, 1):
         words = re.split(r"[,\s]+", line.strip().strip(","))
         if not line.strip() or line.lstrip()[0] in "#%":
