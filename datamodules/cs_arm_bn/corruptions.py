@@ -288,8 +288,7 @@ class _CorruptedReader(SiteReader):
         """Return a corrupted picture: see :meth:`SiteReader.__call__`."""
         member, family, severity = paths[0].rsplit("#", 2)
         mend = (
-            "Fetch the zip again, or leave such sites out: "
-            "`--data.init_args.exclude=[unreadable]`."
+            "Fetch the zip again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
         )
         with reading(f"{member} of {self.path}", "The image", mend, BadImage):
             if self._file is None:

@@ -205,9 +205,7 @@ class FileReader(SiteReader):
         remote: Beginnings of addresses that are fetched; any other is refused.
     """
 
-    def __init__(
-        self, channels: int, any_depth: bool = False, remote: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, channels: int, any_depth: bool = False, remote: Sequence[str] = ()) -> None:
         self.channels = channels
         self.any_depth = any_depth
         self.remote = tuple(remote)

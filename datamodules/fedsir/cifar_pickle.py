@@ -38,7 +38,8 @@ class _Array(NamedTuple):
 
 
 _RECONSTRUCT = frozenset(
-    _Global(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    _Global(module, "_reconstruct")
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray")
 )
 _NDARRAY, _DTYPE = _Global("numpy", "ndarray"), _Global("numpy", "dtype")
 _ENCODE = _Global("_codecs", "encode")  # how Python 3 writes bytes in protocol 2
@@ -47,8 +48,19 @@ _SPEC = re.compile(r"[|<>=]?[biu][1248]")
 
 # Opcodes that push their argument
 _CONSTANTS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
-    "UNICODE".split()
+    [
+        "INT",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG",
+        "LONG1",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "UNICODE",
+    ]
 )
 _PYTHON2_TEXT = frozenset(("STRING", "BINSTRING", "SHORT_BINSTRING"))
 _MOST_BUILDS = 16  # an array and its type are two

@@ -303,8 +303,7 @@ class Npz(ImageSource):
     def _get(self, name: str) -> Any:
         path = data_path(self.path)
         with reading(path, f"The array {name} of", _AGAIN):
-            array = read_arrays(path, [name]).get(name)
-        return array
+            return read_arrays(path, [name]).get(name)
 
     def _need(self, name: str) -> Any:
         array = self._get(name)

@@ -368,8 +368,7 @@ class _File:
         """Values of a variable, or of its first time step; NaN at fill values."""
         what = f"The variable {variable.name} of the climate file"
         with reading(self.path, what, "The file may be truncated: fetch it again."):
-            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
-        return values
+            return _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
 
     def times(self) -> tuple[Array, Array]:
         """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].

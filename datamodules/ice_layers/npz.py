@@ -52,8 +52,7 @@ def read_npz(path: Path) -> dict[str, Any]:
         DataError: It is missing, truncated or no npz, or holds objects.
     """
     with reading(path, "The stack", _AGAIN):
-        content = read_arrays(path)
-    return content
+        return read_arrays(path)
 
 
 def _text(content: dict[str, Any], name: str, default: str) -> str:

@@ -89,7 +89,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         while True:
             with reading(path, "The table", mend):  # what is done with texts is not its fault
                 rows = next(batches, None)
-                texts = [] if rows is None else [text for text in rows.column(0).to_pylist() if text]
+                texts = (
+                    [] if rows is None else [text for text in rows.column(0).to_pylist() if text]
+                )
             yield from texts
             if rows is None:
                 return

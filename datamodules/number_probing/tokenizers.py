@@ -110,10 +110,7 @@ class WordTokenizer:
     end: int | None = 1
 
     def __init__(self, vocab_size: int = 8192) -> None:
-        special = (_MEND = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`."
-_MOST_UNUSED = 1 << 20  # numbers without a token
-_LONGEST = 100  # what a rule of a tokenizer may put for a character
-_UNKNOWN, _END, _LONG)
+        special = (_UNKNOWN, _END, _LONG)
         least = len(special) + _LARGEST + 1
         if vocab_size <= least:
             raise ConfigError(
@@ -216,8 +213,7 @@ class FileTokenizer:
         """Tokens of each document."""
         with reading(self._file, "The tokenizer", _MEND, fault="cannot encode the text"):
             found = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
-            tokens = [encoding.ids for encoding in found]
-        return tokens
+            return [encoding.ids for encoding in found]
 
     def state(self) -> dict[str, Any]:
         """Nothing."""

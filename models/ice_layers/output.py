@@ -222,8 +222,7 @@ def read_npz(path: str | Path) -> CompletedStack:
         DataError: The file is damaged, or no completed stack.
     """
     with reading(path, "The completed stack", _AGAIN):
-        stack = _stack(read_arrays(path))
-    return stack
+        return _stack(read_arrays(path))
 
 
 def _stack(content: dict[str, Any]) -> CompletedStack:
@@ -395,7 +394,7 @@ def read_netcdf(path: str | Path) -> CompletedStack:
         names = tuple(name for name in str(said["physics_names"]).split("\n") if name)
         physics = [values(_variable(k, name)) for k, name in enumerate(names)]
         thickness = values("thickness")
-        stack = _stack(
+        return _stack(
             {
                 "thickness": thickness,
                 "provenance": values("provenance"),
@@ -412,4 +411,3 @@ def read_netcdf(path: str | Path) -> CompletedStack:
                 "layer_age": values("layer_age") if "layer_age" in variables else (),
             }
         )
-    return stack

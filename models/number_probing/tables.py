@@ -95,7 +95,8 @@ def parse_numbers(text: str) -> tuple[int, ...]:
         found = []
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise ConfigError(
-            f"numbers={text[:80]!r} are no distinct whole numbers.", "Write e.g. 0:1000 or 0:10,20,30."
+            f"numbers={text[:80]!r} are no distinct whole numbers.",
+            "Write e.g. 0:1000 or 0:10,20,30.",
         )
     return tuple(sorted(found))
 
@@ -349,8 +350,7 @@ def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> Numbe
 def _lines(path: Path) -> list[str]:
     mend = "Give a text file in UTF-8 with one word a line."
     with reading(path, "The list of words", mend):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    return lines
+        return path.read_text(encoding="utf-8").splitlines()
 
 
 def _text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
@@ -413,8 +413,7 @@ def _vector(text: str, width: int, where: str, word: str) -> list[float]:
 
 def _json(path: Path) -> Any:
     with reading(path, "The file", "Fetch the checkpoint again.", fault="cannot be read as JSON"):
-        content = read_json(path)
-    return content
+        return read_json(path)
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
@@ -431,8 +430,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
             if isinstance(listed, list):  # of Unigram: pairs of token and score
                 listed = _index([str(token) for token, _ in listed])
             added = {t["content"]: t["id"] for t in content.get("added_tokens") or []}
-            vocabulary = {**listed, **added}
-        return vocabulary
+            return {**listed, **added}
     if (path := folder / "vocab.json").is_file():
         listed = _json(path)
         if not isinstance(listed, dict):

@@ -77,7 +77,7 @@ def describe_error(error: BaseException) -> str:
     """What an exception says, in one short printable line.
 
     Example:
-        >>> describe_error(ValueError("bad\\nlines")), describe_error(EOFError())
+        >>> describe_error(ValueError("bad")), describe_error(EOFError())
         ('bad', 'EOFError')
     """
     if isinstance(error, MemoryError):
@@ -90,14 +90,13 @@ def describe_error(error: BaseException) -> str:
     return line[:200] or type(error).__name__
 
 
-@contextmanager
 def reading(
     path: str | Path,
     what: str,
     mend: str,
     error: Callable[[str, str], FulguriteError] = DataError,
     fault: str = "cannot be read",
-) -> Iterator[None]:
+) -> Reading:
     """Turn whatever a parser raises into one error that names the file.
 
     Errors of this project pass unchanged, and so does ``ImportError``, which is no fault of the
@@ -116,24 +115,41 @@ def reading(
 
     Example:
         >>> with reading("a.json", "The table", "Fetch it again."):
-        ...     json.loads("{")
+        ...     raise EOFError("it ends")
         Traceback (most recent call last):
         ...
-        fulgurite.errors.DataError: The table a.json cannot be read (Expecting property name \
-enclosed in double quotes: line 1 column 2 (char 1)). Fetch it again.
+        fulgurite.errors.DataError: The table a.json cannot be read (it ends). Fetch it again.
     """
-    try:
-        _refuse_special(path)
-        yield
-    except (FulguriteError, ImportError):
-        raise
-    except Exception as raised:
-        raise error(f"{what} {path} {fault} ({describe_error(raised)}).", mend) from raised
-    except BaseException as raised:
+    return Reading(path, f"{what} {path} {fault}", mend, error)
+
+
+class Reading:
+    """The context that :func:`reading` gives."""
+
+    def __init__(
+        self, path: str | Path, what: str, mend: str, error: Callable[[str, str], FulguriteError]
+    ) -> None:
+        self.path, self.what, self.mend, self.error = path, what, mend, error
+
+    def __enter__(self) -> None:
+        """Refuse what is no regular file."""
+        try:
+            _refuse_special(self.path)
+        except ValueError as raised:
+            raise self._named(raised) from raised
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, _: object
+    ) -> None:
+        """Name the file in what was raised."""
+        if raised is None or isinstance(raised, FulguriteError | ImportError):
+            return
         # a panic of Rust code (tokenizers) is no Exception, so that few programs catch it
-        if type(raised).__name__ != "PanicException":
-            raise
-        raise error(f"{what} {path} {fault} ({describe_error(raised)}).", mend) from raised
+        if isinstance(raised, Exception) or type(raised).__name__ == "PanicException":
+            raise self._named(raised) from raised
+
+    def _named(self, raised: BaseException) -> FulguriteError:
+        return self.error(f"{self.what} ({describe_error(raised)}).", self.mend)
 
 
 def _refuse_special(path: str | Path) -> None:
@@ -236,7 +252,7 @@ def open_compressed(path: str | Path) -> Iterator[BinaryIO]:
         elif start.startswith(b"BZh"):
             stream = bz2.BZ2File(file)
         elif start.startswith(b"\xfd7zXZ\x00"):
-            stream = lzma.LZMAFile(file)
+            stream = lzma.LZMAFile(file)  # noqa: SIM115  # closed with the file below it
         yield io.BufferedReader(BoundedReader(stream, expansion_limit(size)), _CHUNK)
 
 
@@ -278,7 +294,12 @@ def check_parquet(path: str | Path) -> None:
         cells = facts.num_rows * max(1, facts.num_columns)
         groups = [facts.row_group(k).total_byte_size for k in range(facts.num_row_groups)]
         limit = expansion_limit(size)
-        if facts.num_rows < 0 or 8 * cells > limit or sum(groups) > limit or min(groups, default=0) < 0:
+        if (
+            facts.num_rows < 0
+            or 8 * cells > limit
+            or sum(groups) > limit
+            or min(groups, default=0) < 0
+        ):
             raise ValueError(f"{size:,} bytes say that they hold {facts.num_rows:,} rows")
 
 
@@ -374,7 +395,9 @@ def _read_array(stream: IO[bytes], size: int, limit: int) -> npt.NDArray[Any]:
     return array.reshape(shape, order="F" if fortran else "C")
 
 
-def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+def read_arrays(
+    path: str | Path, names: Iterable[str] | None = None
+) -> dict[str, npt.NDArray[Any]]:
     """Read arrays of numbers and text of an npz file; nothing in it is unpickled.
 
     Args:
@@ -399,7 +422,9 @@ def read_arrays(path: str | Path, names: Iterable[str] | None = None) -> dict[st
         if names is not None:
             wanted = {f"{name}.npy" for name in names}
             members = [member for member in members if member.filename in wanted]
-        total = check_archive(archive, size, None if names is None else [m.filename for m in members])
+        total = check_archive(
+            archive, size, None if names is None else [m.filename for m in members]
+        )
         arrays = {}
         for member in members:
             with archive.open(member) as stream:

@@ -122,9 +122,10 @@ def _take(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytea
     content, done = bytearray(size), 0
     view, pipe = memoryview(content), process.stdout.fileno()
     while done < size:
-        if os.name == "posix" and not select.select(
-            [pipe], [], [], max(0.0, deadline - time.monotonic())
-        )[0]:
+        if (
+            os.name == "posix"
+            and not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]
+        ):
             raise ValueError("reading it takes too long")
         chunk = os.read(pipe, min(size - done, 1 << 20))
         if not chunk:
@@ -269,4 +270,3 @@ def need_package(error: ImportError, what: str) -> MissingExtraError:
     return MissingExtraError(
         f"{what} needs {error.name}.", "Install it with `pip install 'fulgurite[ice]'`."
     )
-

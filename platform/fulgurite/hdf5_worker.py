@@ -219,7 +219,7 @@ def _restrict(seconds: float, room: int) -> None:
 def _preload(task: str) -> None:
     """Import what a task needs, before its limits."""
     if task == "matlab":
-        import h5py  # noqa: F401
+        import h5py
     else:
         import h5py  # noqa: F401
         import netCDF4  # noqa: F401
