@@ -363,13 +363,14 @@ def _text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
             word, _, rest = line.rstrip().partition(" ")
             if word not in wanted or (number == 1 and " " not in rest):  # a header "V D"
                 continue
+            width = len(next(iter(rows.values()))) if rows else 0
+            row = _vector(rest, width, f"Line {number} of {path}", word)
             if wanted[word] in rows:
                 raise DataError(
                     f"The word '{word}' comes twice in {path}, again on line {number}.",
                     "Keep one line for each word.",
                 )
-            width = len(next(iter(rows.values()))) if rows else 0
-            rows[wanted[word]] = _vector(rest, width, f"Line {number} of {path}", word)
+            rows[wanted[word]] = row
     if numbers is None:
         first_gap = next((n for n in range(MOST) if n not in rows), MOST)
         rows = {n: rows[n] for n in range(first_gap)}

@@ -134,7 +134,7 @@ def test_tables_may_be_compressed_or_parquet(bucket, suffix):
 
 def test_parquet_without_pyarrow_names_the_extra(bucket, monkeypatch):
     path = load_data(bucket)[0]
-    path.with_suffix(".parquet").write_bytes(b"PAR1")
+    pd.read_csv(path).to_parquet(path.with_suffix(".parquet"))
     path.unlink()
 
     def refuse(*_, **__):

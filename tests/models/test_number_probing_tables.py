@@ -195,7 +195,7 @@ def test_npy_with_and_without_words(tmp_path):
     with pytest.raises(DataError, match="holds int64"):
         read_table(tmp_path / "b.npy")
     np.save(tmp_path / "c.npy", np.array([{}] * 30))
-    with pytest.raises(DataError, match=r"cannot be read as a .npy file"):
+    with pytest.raises(DataError, match=r"cannot be read as .npy .it holds object"):
         read_table(tmp_path / "c.npy")
 
 
