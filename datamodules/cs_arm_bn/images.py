@@ -39,6 +39,7 @@ __all__ = [
 #: Words in ``exclude`` that leave out sites whose images cannot be used.
 IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
 
+_MOST_PLANES = 1000  # of a TIFF
 _MOST_REMOTE = 256 << 20  # of a file that is fetched [bytes]
 _AGAIN = "Fetch the file again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
 _VERSION = 1  # of the store; a change of its layout or of what is stored makes it new
@@ -123,6 +124,8 @@ def _read_tiff(path: str, remote: Sequence[str], is_plain: bool) -> NDArray[Any]
             if not ends or max(ends) > size:
                 raise BadImage(f"The TIFF {path} is truncated ({size:,} bytes).", _AGAIN)
             if not is_plain:
+                if len(file.pages) > _MOST_PLANES:
+                    raise ValueError(f"it has {len(file.pages):,} planes")
                 series = file.series[0]
                 check_tiff([plane for plane in series.pages if plane is not None], size)
                 return np.asarray(series.asarray())

@@ -368,7 +368,10 @@ class _File:
         """Values of a variable, or of its first time step; NaN at fill values."""
         what = f"The variable {variable.name} of the climate file"
         with reading(self.path, what, "The file may be truncated: fetch it again."):
-            return _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
+            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
+            if not values.size:
+                raise ValueError("it has no values")
+            return values
 
     def times(self) -> tuple[Array, Array]:
         """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
@@ -386,6 +389,8 @@ class _File:
                 raise ValueError("it has no units")
             decode = (str(said["units"]), str(said.get("calendar", "standard")))
             stamps = _days(self.dataset.read(variable.name), *decode)
+            if not len(stamps):
+                raise ValueError("it has no step")
             edges = np.full((len(stamps), 2), np.nan)
             if bounds is not None:
                 edges = _days(self.dataset.read(bounds.name), *decode)
@@ -585,6 +590,8 @@ class MarClimate:
             xs, ys = np.meshgrid(self._metres(x, file), self._metres(y, file))
             points = np.stack([xs.ravel(), ys.ravel()], 1)
             good, shape = np.ones(len(points), np.bool_), xs.shape
+        good &= np.isfinite(points).all(1)
+        points[~good] = 1e9
         mask = self._ice(file)
         if mask.shape != good.shape:
             raise DataError(

@@ -72,9 +72,10 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         if number == 1 and not _DATE.search(words[0]):
             continue  # names of columns
         columns = columns or len(words)
+        layers, rest = divmod(columns - _HEAD, _PER_LAYER)
         try:
             date = _DATE.search(words[0])
-            if date is None or len(words) != columns or (columns - _HEAD) % _PER_LAYER:
+            if date is None or len(words) != columns or layers < 1 or rest:
                 raise ValueError
             values = [float(word) for word in words[1:]]
             if date[1] not in rows:
@@ -95,9 +96,9 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
     found = {}
     for segment, values_ in rows.items():
         table = np.asarray(values_, np.float64)
-        layers = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
-        bins, depth = layers[..., 0], layers[..., 1]
-        missing = (bins == -1) | (depth == -1) | ~np.isfinite(layers[..., :2]).all(-1)
+        picks_of = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
+        bins, depth = picks_of[..., 0], picks_of[..., 1]
+        missing = (bins == -1) | (depth == -1) | ~np.isfinite(picks_of[..., :2]).all(-1)
         picks = bins * table[:, 4:5] if from_bins else depth
         found[segment] = table[:, 3], table[:, 1:3], np.where(missing, np.nan, picks)
     return found

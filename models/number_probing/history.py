@@ -66,6 +66,8 @@ def read_run(folder: Path) -> RunHistory:
             for column, value in row.items():
                 if column not in ("step", "period", "verdict") and value:
                     probes.setdefault((column, period), {})[step] = float(value)
+        if not probes:
+            raise ValueError("it holds no value")
     table = folder / "metrics.csv"
     metrics = _rows(table) if table.is_file() else []
     with reading(table, "The table", mend, fault="is no table of metrics"):

@@ -105,6 +105,7 @@ def number_tokens(
     vocabulary: Mapping[str, int],
     numbers: Sequence[int] | None = None,
     spelling: Spelling = "auto",
+    where: str = "the vocabulary",
 ) -> tuple[dict[int, int], str]:
     """The token of each number: of all numbers without, or of all with a leading space.
 
@@ -116,6 +117,7 @@ def number_tokens(
         numbers: Numbers that must be there; by default all from 0 to the first gap, at most 1000.
         spelling: ``bare``: "7". ``spaced``: " 7", "Ġ7" or "▁7". ``auto``: the one that covers more;
             ``bare`` if both cover as many.
+        where: What errors call the vocabulary.
 
     Returns:
         Token by number, and the prefix.
@@ -147,12 +149,12 @@ def number_tokens(
                 break
         if len(found) > len(best[0]):
             best = found, prefix
-    _complete(best[0], numbers, "the vocabulary")
-    _check_tokens(best[0])
+    _complete(best[0], numbers, where)
+    _check_tokens(best[0], where)
     return best
 
 
-def _check_tokens(tokens: Mapping[int, Any]) -> None:
+def _check_tokens(tokens: Mapping[int, Any], where: str) -> None:
     """Refuse tokens that are no row of a table, or that numbers share.
 
     Raises:
@@ -162,12 +164,12 @@ def _check_tokens(tokens: Mapping[int, Any]) -> None:
     for number, token in tokens.items():
         if type(token) is not int or token < 0:
             raise DataError(
-                f"The token of the number {number} is {str(token)[:80]!r}, no number of a row.",
+                f"The token of the number {number} in {where} is {_short(token)}, no number of a row.",
                 "Put the tokenizer that belongs to these weights beside them.",
             )
         if (other := number_of.setdefault(token, number)) != number:
             raise DataError(
-                f"The numbers {other} and {number} have the same token {token}.",
+                f"The numbers {other} and {number} in {where} have the same token {token}.",
                 "Put the tokenizer that belongs to these weights beside them.",
             )
 
@@ -285,12 +287,20 @@ def _finite(rows: Any, where: str) -> Tensor:
     return torch.from_numpy(single)
 
 
-def _words(words: Sequence[str], numbers: Sequence[int] | None) -> dict[int, int]:
+def _short(value: Any) -> str:
+    """A value of a file as text; numbers without end have none."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _words(words: Sequence[str], numbers: Sequence[int] | None, where: str) -> dict[int, int]:
     """Row of each number in a list of words."""
-    return number_tokens(_index(words), numbers, "bare")[0]
+    return number_tokens(_index(words, where), numbers, "bare", where)[0]
 
 
-def _index(words: Sequence[str]) -> dict[str, int]:
+def _index(words: Sequence[str], where: str) -> dict[str, int]:
     """Place of each word.
 
     Raises:
@@ -300,7 +310,8 @@ def _index(words: Sequence[str]) -> dict[str, int]:
     for place, word in enumerate(words):
         if places.setdefault(word, place) != place and word.lstrip("".join(_SPACES)).isdigit():
             raise DataError(
-                f"The word {word[:80]!r} comes twice, in lines {places[word] + 1} and {place + 1}.",
+                f"The word {word[:80]!r} comes twice in {where}, in lines {places[word] + 1} and "
+                f"{place + 1}.",
                 "Keep one line for each word.",
             )
     return places
@@ -318,7 +329,7 @@ def _glove(folder: Path, numbers: Sequence[int] | None) -> NumberTable:
             "The index of the table 'glove' is a parquet file, and pyarrow is not installed.",
             "Install it: pip install 'fulgurite[probing-data]'.",
         ) from error
-    found = _words(index.tolist(), numbers)
+    found = _words(index.tolist(), numbers, str(index_file))
     ids = list(found.values())
     vectors = folder / "data" / "glove_6B_50d_emb.npy"
     with reading(vectors, "The table", _REINSTALL):
@@ -343,7 +354,7 @@ def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> Numbe
             f"{words} has {len(listed)} words, and {path} has {len(array)} rows.",
             "Give the words that belong to the matrix, one a line.",
         )
-    found = _words(listed, numbers)
+    found = _words(listed, numbers, str(words))
     return NumberTable(path.stem, tuple(found), _rows(array, list(found.values()), str(path)))
 
 
@@ -429,7 +440,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
         with reading(path, "The tokenizer", mend, fault="has no vocabulary in `model.vocab`"):
             listed = content["model"]["vocab"]
             if isinstance(listed, list):  # of Unigram: pairs of token and score
-                listed = _index([str(token) for token, _ in listed])
+                listed = _index([str(token) for token, _ in listed], str(path))
             added = {t["content"]: t["id"] for t in content.get("added_tokens") or []}
             return {**listed, **added}
     if (path := folder / "vocab.json").is_file():
@@ -438,7 +449,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
             raise DataError(f"{path} is no mapping of tokens.", "Save the tokenizer again.")
         return listed
     if (path := folder / "vocab.txt").is_file():
-        return _index(_lines(path))
+        return _index(_lines(path), str(path))
     raise DataError(
         f"There is no tokenizer in {folder}.",
         "Put tokenizer.json, vocab.json or vocab.txt beside the weights; a tokenizer.model must be "
@@ -492,7 +503,9 @@ def _checkpoint(
             "Give the folder of a checkpoint; save pytorch_model.bin as safetensors first.",
         )
     key = _embedding(names, tensor, folder)
-    found, prefix = number_tokens(vocabulary(folder), numbers, spelling)
+    found, prefix = number_tokens(
+        vocabulary(folder), numbers, spelling, f"the vocabulary of {folder}"
+    )
     rows = _read_rows(where(key), key, list(found.values()))
     spelled = "without a space" if not prefix else f"with a leading space ({prefix!r})"
     return NumberTable(name, tuple(found), rows, None, f"{key}; tokens {spelled}")
@@ -532,7 +545,7 @@ def _read_rows(path: Path, key: str, ids: Sequence[int]) -> Tensor:
     kind, rows, width, begin = matrix
     if max(ids) >= rows:
         raise DataError(
-            f"{key} has {rows} rows, and the tokenizer asks for row {max(ids)}.",
+            f"{key} of {path} has {rows} rows, and the tokenizer asks for row {_short(max(ids))}.",
             "Put the tokenizer that belongs to these weights beside them.",
         )
     size = width * kind.itemsize

@@ -31,7 +31,7 @@ from fulgurite.foreign import expansion_limit
 
 __all__ = ["NetcdfFile", "NetcdfVariable", "need_package", "read_matlab73"]
 
-_SECONDS, _BYTES_PER_SECOND = 8.0, 20e6  # of CPU; of a file that is read from a slow disk
+_SECONDS, _BYTES_PER_SECOND = 3.0, 20e6  # of CPU; of a file that is read from a slow disk
 _ROOM = 512 << 20  # memory beside what the values take [bytes]
 _WAIT = 10.0  # how many times its CPU time a request may last
 _START = 120.0  # until the process has started and imported its libraries [s]

@@ -53,7 +53,7 @@ def mutate(data, other, rng):
 
 def _mutate_bytes(data, other, rng):
     data = bytearray(data)
-    for _ in range(1 + rng.geometric(0.5)):
+    for _ in range(rng.geometric(0.6)):
         _ACTIONS[rng.integers(len(_ACTIONS))](data, other, rng)
     return bytes(data)
 

@@ -102,7 +102,7 @@ def _pictures():
             picture(a, kind, **o) for a in arrays[: 3 if kind == "PNG" else 2] for o in options
         ]
         yield Target(
-            kind.lower(), seeds, lambda f, k=kind: FileReader(3)([str(f / f"a.{k.lower()}")])
+            kind.lower(), seeds, lambda f, k=kind: FileReader(3)._read(str(f / f"a.{k.lower()}"))
         )
 
     def tiff(array, **options):
@@ -117,7 +117,7 @@ def _pictures():
     deep += [tiff(np.stack([grey] * 3), ome=True, metadata={"axes": "CYX"})]
     deep += [tiff(grey, compression="zlib"), tiff(grey, imagej=True)]
     yield Target(
-        "tiff-any-depth", deep, lambda f: FileReader(3, any_depth=True)([str(f / "a.tiff")])
+        "tiff-any-depth", deep, lambda f: FileReader(3, any_depth=True)._read(str(f / "a.tiff"))
     )
 
     def npy(array):
@@ -126,7 +126,7 @@ def _pictures():
         return {"a.npy": out.getvalue()}
 
     arrays = [npy(np.zeros((3, 4, 4), np.uint8)), npy(np.asfortranarray(np.ones((4, 4))))]
-    yield Target("npy-image", arrays, lambda f: FileReader(3)([str(f / "a.npy")]))
+    yield Target("npy-image", arrays, lambda f: FileReader(3)._read(str(f / "a.npy")))
 
 
 def _arrays():
@@ -435,7 +435,7 @@ def _checkpoints():
     seeds += [saved(state, _use_new_zipfile_serialization=False)]
     converted = convert_batchnorm(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)))
     load_reference(converted, {})
-    yield Target("weights", seeds, lambda f: load_weights(network, f / "a.ckpt"))
+    yield Target("weights", [*seeds[:2], seeds[3]], lambda f: load_weights(network, f / "a.ckpt"))
     # a reference that does not fit is named by layer
     yield Target(
         "checkpoint", seeds, lambda f: _load_network(converted, str(f / "a.ckpt")), is_named=False
