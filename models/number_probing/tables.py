@@ -164,7 +164,8 @@ def _check_tokens(tokens: Mapping[int, Any], where: str) -> None:
     for number, token in tokens.items():
         if type(token) is not int or token < 0:
             raise DataError(
-                f"The token of the number {number} in {where} is {_short(token)}, no number of a row.",
+                f"The token of the number {number} in {where} is {_short(token)}, no number of a "
+                "row.",
                 "Put the tokenizer that belongs to these weights beside them.",
             )
         if (other := number_of.setdefault(token, number)) != number:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.errors import CheckpointError, DataError
-from fulgurite.foreign import check_tensor_file, check_tensors, describe_error
+from fulgurite.foreign import check_tensor_file, check_tensors, describe_error, reading
 
 __all__ = [
     "atomic_write",
@@ -142,14 +142,8 @@ def checksum(path: str | Path, algorithm: str = "sha256") -> str:
         ...     checksum(Path(folder) / "a", "md5")
         '900150983cd24fb0d6963f7d28e17f72'
     """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, algorithm).hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"The file {path} cannot be read ({error.strerror}).",
-            "Give the path of a readable file.",
-        ) from error
+    with reading(path, "The file", "Give the path of a readable file."), open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def verify_checksum(path: str | Path, expected: str) -> None:

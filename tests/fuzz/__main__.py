@@ -30,7 +30,9 @@ def main():
         begun = time.monotonic()
         share = -(-args.count // len(chosen))
         outcomes[target.name] = run(target, args.seed, args.first, args.first + share, args.seconds)
-        print(f"{target.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        counts = dict(outcomes[target.name].counts)
+        spent = time.monotonic() - begun
+        print(f"{target.name}: {spent:.0f} s, {counts}", file=sys.stderr, flush=True)
     total = report(outcomes)
     return int(total.tried > total.counts[READ] + total.counts[REFUSED])
 

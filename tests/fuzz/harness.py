@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 import tempfile
 import time
 import traceback
@@ -27,9 +26,9 @@ import numpy as np
 from .mutations import mutate
 
 SECONDS, MEMORY = 10, 1 << 30
-READ, REFUSED, UNNAMED, NAMELESS, CRASH, SLOW = (
-    *("read", "refused", "unnamed", "nameless", "crash", "slow"),
-)
+KINDS = ("read", "refused", "unnamed", "nameless", "crash", "slow")
+READ, REFUSED, UNNAMED, NAMELESS, CRASH, SLOW = KINDS
+_PROGRESS = struct.Struct("<q6qd")  # input at hand, counts so far, slowest [s]
 
 
 @dataclass
@@ -91,9 +90,8 @@ def _limit_memory():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _work(target, seed, numbers, root, progress, results):
+def _work(target, seed, numbers, root, progress, faults):
     """In a child: try inputs, telling before each which it is."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     _limit_memory()
@@ -101,7 +99,7 @@ def _work(target, seed, numbers, root, progress, results):
     os.environ["FULGURITE_CACHE"] = str(Path(root) / "cache")
     counts, slowest = Counter(), 0.0
     for number in numbers:
-        progress[:8] = struct.pack("<q", number)
+        _PROGRESS.pack_into(progress, 0, number, *(counts[kind] for kind in KINDS), slowest)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         begun = time.perf_counter()
         kind, what = try_input(target, folder, seed, number)
@@ -109,75 +107,70 @@ def _work(target, seed, numbers, root, progress, results):
         signal.setitimer(signal.ITIMER_REAL, 0)
         counts[kind] += 1
         if kind not in (READ, REFUSED):
-            results.write(f"{number}\t{kind}\t{what!r}\n")
-            results.flush()
-    results.write(f"end\t{slowest}\t{dict(counts)!r}\n")
-    results.flush()
+            faults.write(f"{number}\t{kind}\t{what!r}\n")
+            faults.flush()
+    _PROGRESS.pack_into(progress, 0, -1, *(counts[kind] for kind in KINDS), slowest)
 
 
-def run(target, seed, begin, end, seconds=None, batch=2000):
+def _start(*arguments):
+    """Do :func:`_work` in a child; gives how it ended."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1)
+            os.dup2(devnull, 2)
+            _work(*arguments)
+            status = 0
+        os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+def run(target, seed, begin, end, seconds=None, batch=500):
     """Try the inputs ``begin`` to ``end`` of a target in children, one after the other.
 
     ``seconds`` is about how long that may take.
     """
     outcome = Outcome()
     next_, begun = begin, time.monotonic()
+    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
     while next_ < end and (seconds is None or time.monotonic() - begun < seconds):
         stop = min(end, next_ + batch)
-        progress = mmap.mmap(-1, 8)
-        shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        progress = mmap.mmap(-1, _PROGRESS.size)
         with (
             tempfile.TemporaryDirectory(dir=shared) as root,
-            tempfile.TemporaryFile("w+") as results,
+            tempfile.TemporaryFile("w+") as faults,
         ):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                with contextlib.suppress(BaseException):
-                    devnull = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(devnull, 1)
-                    os.dup2(devnull, 2)
-                    _work(target, seed, range(next_, stop), root, progress, results)
-                    status = 0
-                os._exit(status)
-            _, status = os.waitpid(child, 0)
-            results.seek(0)
-            lines = [line.rstrip("\n").split("\t", 2) for line in results]
-        for line in lines:
-            if line[0] != "end":
-                outcome.faults.append((int(line[0]), line[1], line[2]))
-        if lines and lines[-1][0] == "end":
-            outcome.slowest = max(outcome.slowest, float(lines[-1][1]))
-            outcome.counts.update(eval(lines[-1][2]))  # ours: written by the child above
-            next_ = stop
-            continue
-        (number,) = struct.unpack("<q", progress[:8])  # where it died
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-            kind, what = SLOW, f"more than {SECONDS} s"
-        else:
-            kind, what = CRASH, f"status {status}"
-        outcome.faults.append((number, kind, what))
-        outcome.counts[kind] += 1
-        for line in lines:
-            outcome.counts[line[1]] += 1
-        outcome.counts[REFUSED] += (
-            number - next_ - len(lines)
-        )  # before it, by one outcome or the other
-        next_ = number + 1
+            status = _start(target, seed, range(next_, stop), root, progress, faults)
+            faults.seek(0)
+            for line in faults:
+                number, kind, what = line.rstrip("\n").split("\t", 2)
+                outcome.faults.append((int(number), kind, what))
+        number, *counts, slowest = _PROGRESS.unpack(progress)
+        outcome.counts.update(dict(zip(KINDS, counts, strict=True)))
+        outcome.slowest = max(outcome.slowest, slowest)
+        next_ = stop
+        if number >= 0:  # where it died
+            ended = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+            kind = SLOW if ended else CRASH
+            outcome.faults.append((number, kind, f"status {status}"))
+            outcome.counts[kind] += 1
+            next_ = number + 1
+    outcome.counts = +outcome.counts
     return outcome
 
 
-def report(outcomes, file=sys.stdout):
+def report(outcomes, file=None):
     """A line for each format, and the first faults."""
-    kinds = (READ, REFUSED, UNNAMED, NAMELESS, CRASH, SLOW)
-    print(f"{'format':22}{'tried':>9}" + "".join(f"{k:>9}" for k in kinds) + "  slowest", file=file)
+    print(f"{'format':22}{'tried':>9}" + "".join(f"{k:>9}" for k in KINDS) + "  slowest", file=file)
     total = Outcome()
     for name, outcome in outcomes.items():
-        numbers = "".join(f"{outcome.counts[k]:9,}" for k in kinds)
+        numbers = "".join(f"{outcome.counts[k]:9,}" for k in KINDS)
         print(f"{name:22}{outcome.tried:9,}{numbers}{outcome.slowest:8.2f}s", file=file)
         total.counts.update(outcome.counts)
         total.slowest = max(total.slowest, outcome.slowest)
-    numbers = "".join(f"{total.counts[k]:9,}" for k in kinds)
+    numbers = "".join(f"{total.counts[k]:9,}" for k in KINDS)
     print(f"{'all':22}{total.tried:9,}{numbers}{total.slowest:8.2f}s", file=file)
     for name, outcome in outcomes.items():
         seen = set()

@@ -158,7 +158,8 @@ def _arrays():
         physics = np.ones((n, layers, 2), np.float32)
         made = output.CompletedStack(
             thickness, provenance, std, observed, physics, pos, np.linspace(0, 1113.0, n),
-            "20120330_01", "s_0000", ("a", "b"), ("smb", "st"), ("l1", "l2", "l3"), np.arange(1.0, 4),
+            "20120330_01", "s_0000", ("a", "b"), ("smb", "st"), ("l1", "l2", "l3"),
+            np.arange(1.0, 4),
         )  # fmt: skip
         return _made(lambda f: write(f / "a", made))
 
