@@ -370,7 +370,13 @@ class Npz(ImageSource):
                     "Save images as uint8 and labels as integers.",
                 )
             arrays[name] = torch.from_numpy(np.ascontiguousarray(array))
-        return ImageArrays(**arrays, class_names=self._class_names())
+        names = self._class_names()
+        try:
+            return ImageArrays(**arrays, class_names=names)
+        except DataError as error:
+            raise DataError(
+                f"The arrays of {self.path} are unusable: {error.what}", error.mend
+            ) from error
 
 
 def _channels_first(shape: tuple[int, ...], path: str, axes: bool = False) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Shapes: M points, L layers (newest first), P physical fields, T time steps, C gr
 from __future__ import annotations
 
 import glob
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -570,7 +571,8 @@ class MarClimate:
         except ImportError as error:
             raise need_extra("pyproj", "Projecting climate grids") from error
         lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
-        two_d = lat is not None and lon is not None and lat.shape == lon.shape and lat.ndim == 2
+        axes = (lat, lon) if lat is not None and lon is not None else None
+        two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
         name = self.projection
         if name == "auto":
             name = "mar" if two_d else "epsg3413"
@@ -580,9 +582,9 @@ class MarClimate:
         def project(pos: Array) -> Array:
             return np.stack(to_grid.transform(pos[:, 1], pos[:, 0]), 1)
 
-        if two_d:
-            flat = np.stack([file.read(lat).ravel(), file.read(lon).ravel()], 1)
-            good, shape = np.isfinite(flat).all(1), lat.shape
+        if axes is not None and two_d:
+            flat = np.stack([file.read(axis).ravel() for axis in axes], 1)
+            good, shape = np.isfinite(flat).all(1), axes[0].shape
             points = np.full(flat.shape, 1e9)
             points[good] = project(flat[good])
         else:
@@ -631,8 +633,8 @@ class MarClimate:
             return ice
         mask = file.find(("MSK", "MSK_MAR", "ICE"))
         if mask is None:
-            lat = file.find(("LAT", "SMB", "SMBcorr"))
-            return np.ones(int(np.prod(lat.shape[-2:])), np.bool_)
+            sized = file.need(("LAT", *(n for group in _SUMS.values() for n in group)), "the grid")
+            return np.ones(math.prod(sized.shape[-2:]), np.bool_)
         values = np.nan_to_num(file.read(mask))
         values = values.reshape(-1, *values.shape[-2:])[0].ravel()
         covered: NDArray[np.bool_] = values >= (50.0 if values.max() > 1 else 0.5)
@@ -655,7 +657,7 @@ class MarClimate:
         sources = {**_SUMS, **_MEANS}
         rows = []
         for name in self._plan(file):
-            variable = file.find(sources[name])
+            variable = file.need(sources[name], name)
             if variable.shape[-2:] != shape:
                 raise DataError(
                     f"The variable {variable.name} of {file.path} has the shape {variable.shape}, "

@@ -222,19 +222,22 @@ def read_npz(path: str | Path) -> CompletedStack:
         DataError: The file is damaged, or no completed stack.
     """
     with reading(path, "The completed stack", _AGAIN):
-        return _stack(read_arrays(path))
+        return _stack(path, read_arrays(path))
 
 
-def _stack(content: dict[str, Any]) -> CompletedStack:
+def _stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
     wanted = [f.name for f in fields(CompletedStack)]
     if missing := [name for name in wanted if name not in content]:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    fields_: dict[str, Any] = {
+    values_of: dict[str, Any] = {
         name: _converted(name, np.asarray(content[name]), kind) for name, kind in _NUMBERS.items()
     }
-    fields_ |= {name: str(content[name]) for name in _STRINGS}
-    fields_ |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
-    return CompletedStack(**fields_)
+    values_of |= {name: str(content[name]) for name in _STRINGS}
+    values_of |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
+    try:
+        return CompletedStack(**values_of)
+    except DataError as error:
+        raise DataError(f"The file {path} is unusable: {error.what}", error.mend) from error
 
 
 def _converted(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
@@ -395,6 +398,7 @@ def read_netcdf(path: str | Path) -> CompletedStack:
         physics = [values(_variable(k, name)) for k, name in enumerate(names)]
         thickness = values("thickness")
         return _stack(
+            path,
             {
                 "thickness": thickness,
                 "provenance": values("provenance"),
@@ -409,5 +413,5 @@ def read_netcdf(path: str | Path) -> CompletedStack:
                 "physics_names": names,
                 "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
                 "layer_age": values("layer_age") if "layer_age" in variables else (),
-            }
+            },
         )

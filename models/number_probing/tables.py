@@ -569,7 +569,7 @@ def _matrix(entry: Any, size: int) -> tuple[torch.dtype, int, int, int] | None:
         for pair in (shape, offsets)
     ):
         return None
-    (rows, width), (begin, end) = shape, offsets
+    (rows, width), (begin, end) = entry["shape"], entry["data_offsets"]
     if not width or end > size or end - begin != rows * width * _TYPES[kind].itemsize:
         return None
     return _TYPES[kind], rows, width, begin

@@ -246,7 +246,7 @@ def open_compressed(path: str | Path) -> Iterator[BinaryIO]:
         start = file.read(6)
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
-        stream: IO[bytes] = file
+        stream: Any = file
         if start.startswith(b"\x1f\x8b"):
             stream = gzip.GzipFile(fileobj=file)
         elif start.startswith(b"BZh"):
@@ -274,7 +274,7 @@ def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
     widest = max((line.count(b",") for line in content.splitlines()), default=0)
     if widest > _MOST_FIELDS:
         raise ValueError(f"a line has {widest:,} fields")
-    table = pd.read_csv(io.BytesIO(content), compression=None, **options)
+    table: pd.DataFrame = pd.read_csv(io.BytesIO(content), compression=None, **options)
     if "index_col" not in options and not isinstance(table.index, pd.RangeIndex):
         raise ValueError("lines have more fields than the header")
     return table

@@ -31,7 +31,7 @@ from fulgurite.foreign import expansion_limit
 
 __all__ = ["NetcdfFile", "NetcdfVariable", "need_package", "read_matlab73"]
 
-_SECONDS, _BYTES_PER_SECOND = 3.0, 20e6  # of CPU; of a file that is read from a slow disk
+_SECONDS, _BYTES_PER_SECOND = 1.5, 20e6  # of CPU; of a file that is read from a slow disk
 _ROOM = 512 << 20  # memory beside what the values take [bytes]
 _WAIT = 10.0  # how many times its CPU time a request may last
 _START = 120.0  # until the process has started and imported its libraries [s]
@@ -243,7 +243,8 @@ class NetcdfFile:
         value, arrays = self._values(name, first, is_masked)
         if "array" not in value:
             raise ValueError(f"{name} holds text")
-        return arrays[value["array"]]
+        values: npt.NDArray[Any] = arrays[value["array"]]
+        return values
 
     def read_texts(self, name: str) -> list[str]:
         """Values of a variable of text.
