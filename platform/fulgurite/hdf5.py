@@ -10,6 +10,7 @@ Axes: T time steps.
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import json
 import math
 import os
@@ -144,6 +145,9 @@ def _describe_end(status: int) -> str:
 
 
 def _ask(task: str, path: str | Path, **arguments: Any) -> tuple[Any, list[npt.NDArray[Any]]]:
+    for package in ("h5py",) if task == "matlab" else ("h5py", "netCDF4"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"No module named {package!r}", name=package)
     path = Path(path).absolute()
     size = path.stat().st_size
     if not path.is_file():
