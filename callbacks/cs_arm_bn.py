@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import fulgurite
 from fulgurite.devices import lower_median
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.io import atomic_write, load_plain
+from fulgurite.foreign import read_state_dict
+from fulgurite.io import atomic_write
 from fulgurite.logging import log_figure
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
@@ -503,5 +504,5 @@ def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:
     """
     path = folder / f"{_file(plate)}.pt"
     mend = f"There are none of plate {plate}: predict with its controls first."
-    tensors: dict[str, Tensor] = load_plain(path, "ControlContext.statistics", mend)
+    tensors: dict[str, Tensor] = read_state_dict(path, "ControlContext.statistics", mend)[1]
     return tensors

@@ -20,6 +20,7 @@ from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, name_some
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import open_archive, open_picture, read_member, reading
 from fulgurite.io import data_path
 
 __all__ = ["CORRUPTIONS", "CorruptedCifar", "corrupt"]
@@ -285,20 +286,16 @@ class _CorruptedReader(SiteReader):
 
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return a corrupted picture: see :meth:`SiteReader.__call__`."""
-        from PIL import Image as Pictures
-
         member, family, severity = paths[0].rsplit("#", 2)
-        try:
+        mend = (
+            "Fetch the zip again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
+        )
+        with reading(f"{member} of {self.path}", "The image", mend, BadImage):
             if self._file is None:
                 self._file = zipfile.ZipFile(self.path)
-            with Pictures.open(io.BytesIO(self._file.read(member))) as picture:
+            content = read_member(self._file, member, self.path.stat().st_size)
+            with open_picture(io.BytesIO(content)) as picture:
                 image = np.asarray(picture.convert("RGB"))
-        except Exception as error:  # a damaged file raises nearly any exception
-            raise BadImage(
-                f"The image {member} of {self.path} cannot be read: {error}.",
-                "Fetch the zip again, or leave such sites out: "
-                "`--data.init_args.exclude=[unreadable]`.",
-            ) from error
         generator = np.random.default_rng((self.seed, *paths[0].encode()))
         return np.moveaxis(corrupt(image, family, int(severity), generator), 2, 0)
 
@@ -402,13 +399,8 @@ class CorruptedCifar(PlateSource):
         """Return the pictures of each (split, class)."""
         if self._members is None:
             path = data_path(self.path)
-            try:
-                with zipfile.ZipFile(path) as file:
-                    names = sorted(file.namelist())
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(
-                    f"The zip {path} cannot be read: {error}.", "Fetch it again."
-                ) from error
+            with reading(path, "The zip", "Fetch it again."), open_archive(path) as (file, _):
+                names = sorted(file.namelist())
             found: dict[tuple[str, str], list[str]] = {}
             for name in names:
                 parts = name.split("/")

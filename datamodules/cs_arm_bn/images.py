@@ -13,8 +13,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
 from fulgurite.datamodules.cs_arm_bn.table import Exclusion, PlateTable, Rows, name_some
 from fulgurite.errors import DataError, FulguriteError, MissingExtraError
+from fulgurite.foreign import check_tiff, open_picture, read_array, reading
 from fulgurite.io import atomic_write, cache_folder, file_lock
 
 __all__ = [
@@ -37,8 +39,33 @@ __all__ = [
 #: Words in ``exclude`` that leave out sites whose images cannot be used.
 IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
 
+_MOST_PLANES = 1000  # of a TIFF
+_MOST_REMOTE = 256 << 20  # of a file that is fetched [bytes]
+_AGAIN = "Fetch the file again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
 _VERSION = 1  # of the store; a change of its layout or of what is stored makes it new
 _TIFF = (".tif", ".tiff")
+
+
+def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
+    """Open a file, of this machine or of an address that is allowed; also its size [bytes].
+
+    Raises:
+        DataError: The address is not allowed.
+        BadImage: There is no such file.
+    """
+    if "://" in path:
+        if not path.startswith(tuple(remote)):
+            raise DataError(
+                f"The table of plates names the address {path}, and may name files only.",
+                "If the table is to be trusted, allow the address: "
+                "`--data.init_args.source.init_args.remote=[s3://BUCKET/]` (of JumpPlates, "
+                "`prefixes={}` allows the public bucket). Else fetch the images.",
+            )
+        stream: IO[bytes] = _open_remote(path)
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        return stream, size
+    return open(path, "rb"), os.path.getsize(path)
 
 
 def _open_remote(path: str) -> io.BytesIO:
@@ -48,7 +75,7 @@ def _open_remote(path: str) -> io.BytesIO:
         with fsspec.open(
             path, "rb", **({"anon": True} if path.startswith("s3://") else {})
         ) as file:
-            return io.BytesIO(file.read())
+            return io.BytesIO(file.read(_MOST_REMOTE))
     except ImportError as error:
         raise MissingExtraError(
             f"The image {path} is not on this machine, and reading it needs s3fs.",
@@ -61,32 +88,47 @@ def _open_remote(path: str) -> io.BytesIO:
         ) from error
 
 
-def read_tiff16(path: str) -> NDArray[np.uint16]:
-    """Read a single-channel 16-bit TIFF, local or ``s3://`` (anonymously).
+def read_tiff16(path: str, remote: Sequence[str] = ()) -> NDArray[np.uint16]:
+    """Read a single-channel 16-bit TIFF.
+
+    Args:
+        path: A file of this machine, or an address (``s3://`` anonymously).
+        remote: Beginnings of the addresses that are allowed.
 
     Shape:
         - (H, W) uint16.
 
     Raises:
         BadImage: There is no such file, or it is truncated, damaged, not 16-bit or not one plane.
+        DataError: The address is not allowed.
         MissingExtraError: The file needs a package that is not installed.
 
     Source: arXiv 2604.20824, card sections 2.3 (1) and 4.1.
     """
+    return _read_tiff(path, remote, is_plain=True)
+
+
+def _read_tiff(path: str, remote: Sequence[str], is_plain: bool) -> NDArray[Any]:
+    """The pixels of a TIFF; ``is_plain`` demands one plane of one 16-bit channel."""
     import tifffile
 
-    remote = "://" in path
-    again = (
-        "Fetch the file again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
-    )
     try:
-        source: Any = _open_remote(path) if remote else path
-        with tifffile.TiffFile(source) as file:
+        with (
+            _reading_image(path, "The TIFF", "is damaged or none"),
+            _opened(path, remote) as (stream, size),
+            # else the description of one file may name others
+            tifffile.TiffFile(stream, _multifile=False) as file,
+        ):
             page = file.pages.first
-            size = file.filehandle.size
             ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
             if not ends or max(ends) > size:
-                raise BadImage(f"The TIFF {path} is truncated ({size:,} bytes).", again)
+                raise BadImage(f"The TIFF {path} is truncated ({size:,} bytes).", _AGAIN)
+            if not is_plain:
+                if len(file.pages) > _MOST_PLANES:
+                    raise ValueError(f"it has {len(file.pages):,} planes")
+                series = file.series[0]
+                check_tiff([plane for plane in series.pages if plane is not None], size)
+                return np.asarray(series.asarray())
             if page.dtype != np.uint16 or page.samplesperpixel != 1 or len(page.shape) != 2:
                 raise BadImage(
                     f"The TIFF {path} holds {page.dtype} of shape {page.shape}, not one 16-bit "
@@ -98,21 +140,33 @@ def read_tiff16(path: str) -> NDArray[np.uint16]:
                 raise BadImage(
                     f"The TIFF {path} has {len(file.pages)} planes.", "Give one plane per file."
                 )
-            pixels: NDArray[np.uint16] = page.asarray()
-            return pixels
-    except FulguriteError:
-        raise
-    except FileNotFoundError as error:
-        raise BadImage(f"There is no image {path}.", again) from error
-    except Exception as error:  # a damaged file raises nearly any exception
-        if "imagecodecs" in str(error):
+            check_tiff([page], size)
+            pixels = np.asarray(page.asarray())
+    except BadImage as error:
+        if "imagecodecs" in str(error.__cause__):
             raise MissingExtraError(
                 f"The TIFF {path} is compressed in a way that needs imagecodecs.",
                 "Install it with `pip install imagecodecs`.",
             ) from error
-        raise BadImage(
-            f"The TIFF {path} is damaged or none: {error or type(error).__name__}.", again
-        ) from error
+        raise
+    return pixels
+
+
+@contextmanager
+def _opened(path: str, remote: Sequence[str]) -> Iterator[tuple[IO[bytes], int]]:
+    stream, size = _open_source(path, remote)
+    with stream:
+        yield stream, size
+
+
+@contextmanager
+def _reading_image(path: str, what: str, fault: str) -> Iterator[None]:
+    """As :func:`reading`, but a file that is not there is said to be so."""
+    with reading(path, what, _AGAIN, BadImage, fault):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise BadImage(f"There is no image {path}.", _AGAIN) from error
 
 
 class SiteReader(ABC):
@@ -151,11 +205,13 @@ class FileReader(SiteReader):
     Args:
         channels: Number of channels C.
         any_depth: Accept TIFFs of other types and several samples per pixel.
+        remote: Beginnings of addresses that are fetched; any other is refused.
     """
 
-    def __init__(self, channels: int, any_depth: bool = False) -> None:
+    def __init__(self, channels: int, any_depth: bool = False, remote: Sequence[str] = ()) -> None:
         self.channels = channels
         self.any_depth = any_depth
+        self.remote = tuple(remote)
         self.recipe = f"files {channels} {any_depth}"
 
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
@@ -187,33 +243,20 @@ class FileReader(SiteReader):
 
     def _read(self, path: str) -> NDArray[Any]:
         suffix = Path(path).suffix.lower()
-        if suffix in _TIFF and not self.any_depth:
-            return read_tiff16(path)
-        try:
-            source: Any = _open_remote(path) if "://" in path else path
-            if suffix in _TIFF:
-                import tifffile
-
-                return np.asarray(tifffile.imread(source))
+        if suffix in _TIFF:
+            return _read_tiff(path, self.remote, is_plain=not self.any_depth)
+        with (
+            _reading_image(path, "The image", "cannot be read"),
+            _opened(path, self.remote) as (stream, size),
+        ):
             if suffix == ".npy":
-                return np.asarray(np.load(source, allow_pickle=False))
-            from PIL import Image
-
-            with Image.open(source) as image:
-                if image.mode in ("L", "RGB", "I;16"):
-                    return np.asarray(image)
-                return np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
-        except FulguriteError:
-            raise
-        except Exception as error:  # a damaged file raises nearly any exception
-            missing = isinstance(error, FileNotFoundError)
-            raise BadImage(
-                f"There is no image {path}."
-                if missing
-                else f"The image {path} cannot be read: {error or type(error).__name__}.",
-                "Fetch the file again, or leave such sites out: "
-                "`--data.init_args.exclude=[unreadable]`.",
-            ) from error
+                pixels = read_array(stream, size)
+            else:
+                with open_picture(stream) as picture:
+                    if picture.mode not in ("L", "RGB", "I;16"):
+                        picture = picture.convert("RGB" if self.channels == 3 else "L")
+                    pixels = np.asarray(picture)
+        return pixels
 
 
 def in_processes(jobs: Dataset[Any], count: int) -> Iterable[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import (
     Exclusion,
@@ -15,6 +16,7 @@ from fulgurite.datamodules.cs_arm_bn.table import (
     name_some,
 )
 from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.foreign import check_parquet, read_csv, reading
 from fulgurite.io import data_path
 
 if TYPE_CHECKING:
@@ -77,19 +79,15 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
                 "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
             )
     try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-            table = table.apply(_as_text)
-        else:
-            table = pd.read_csv(path, dtype=str)
+        with reading(path, "The table", "Fetch it again."):
+            if path.suffix == ".parquet":
+                check_parquet(path)
+                table = pd.read_parquet(path).apply(_as_text)
+            else:
+                table = read_csv(path, dtype=str)
     except ImportError as error:
         raise MissingExtraError(
             f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
-        ) from error
-    except Exception as error:  # the parsers raise nearly any exception
-        raise DataError(
-            f"The table {path} cannot be read: {error or type(error).__name__}.",
-            "Fetch it again.",
         ) from error
     if missing := [name for name in columns if name not in table.columns]:
         raise DataError(
@@ -125,7 +123,8 @@ class JumpPlates(PlateSource):
         load_data: Path of a plate's table under the root, without suffix.
         prefixes: Beginning of a path or address in ``load_data`` -> what replaces it, relative to
             the root unless absolute. By default the public bucket's address becomes the root;
-            ``{}`` reads images from the bucket, anonymously.
+            ``{}`` reads images from the bucket, anonymously. Addresses that tables name are read
+            only if they are of the bucket, and this says so, or begin as a replacement here.
         stray_rows: A class's wells with at most this many rows in a source are stray ones, an
             error or an exclusion (the paper leaves out those with 36 or fewer); null to take all.
         exclude: What to leave out and count instead of stopping: ``unknown_id``,
@@ -180,6 +179,12 @@ class JumpPlates(PlateSource):
         """Names of the classes, in the order of their identifiers."""
         names = self._perturbations().set_index("Metadata_JCP2022")["Metadata_Name"].to_dict()
         return tuple(str(names.get(jcp, jcp)) for jcp in self._class_ids())
+
+    @property
+    def reader(self) -> SiteReader:
+        """Reads 16-bit TIFFs, of this machine or of the addresses that ``prefixes`` allows."""
+        remote = [place for place in self.prefixes.values() if "://" in place]
+        return FileReader(self.in_channels, remote=remote if self.prefixes else [_GALLERY])
 
     def _class_ids(self) -> list[str]:
         """Return the identifiers of the classes; their order is that of the labels (2.2)."""

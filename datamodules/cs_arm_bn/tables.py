@@ -42,6 +42,8 @@ class CsvPlates(PlateSource):
         intensity: How intensities are mapped: see :class:`Preprocess`.
         exclude: What to leave out and count instead of stopping: ``unknown_label``,
             ``missing_channel``.
+        remote: Beginnings of addresses (such as ``s3://my-bucket/``) that the table may name
+            instead of files; any other is refused.
 
     Raises:
         ConfigError: No channel is named, or a word in ``exclude`` is unknown.
@@ -57,6 +59,7 @@ class CsvPlates(PlateSource):
         downscale: int = 1,
         intensity: Literal["percentile", "full"] = "percentile",
         exclude: list[str] = [],  # noqa: B006  # copied below
+        remote: list[str] = [],  # noqa: B006  # copied below
     ) -> None:
         if not channels:
             raise ConfigError(
@@ -69,6 +72,7 @@ class CsvPlates(PlateSource):
         self.exclude = check_exclude(
             exclude, ("unknown_label", "missing_channel"), "source.init_args.exclude"
         )
+        self.remote = tuple(remote)
         self._channels = tuple(channels)
         self._preprocess = Preprocess(downscale, intensity)
         self._frame: pd.DataFrame | None = None
@@ -95,7 +99,7 @@ class CsvPlates(PlateSource):
     @property
     def reader(self) -> SiteReader:
         """Reads 16-bit TIFFs, PNG, JPEG and ``.npy``."""
-        return FileReader(self.in_channels, self.any_depth)
+        return FileReader(self.in_channels, self.any_depth, self.remote)
 
     def _read(self) -> pd.DataFrame:
         if self._frame is None:

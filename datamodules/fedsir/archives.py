@@ -6,9 +6,7 @@ Shapes: N samples.
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -16,11 +14,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fulgurite.datamodules.fedsir.cache import cached_arrays
+from fulgurite.datamodules.fedsir.cifar_pickle import interpret_pickle
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.download import fetch
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import open_compressed, reading
 from fulgurite.io import checksum as file_checksum
-from fulgurite.io import data_path, restricted_load, verify_checksum
+from fulgurite.io import data_path, verify_checksum
 
 __all__ = ["CifarArchive"]
 
@@ -183,24 +183,24 @@ def _wanted(name: str, layout: _Variant) -> bool:
 def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
     """Read the wanted files of an archive into memory; nothing is unpacked on disk."""
     found = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                if (
-                    member.isfile()
-                    and name.parent.name == layout.folder
-                    and _wanted(name.name, layout)
-                    and (stream := archive.extractfile(member)) is not None
-                ):
-                    found[name.name] = stream.read()
-            # the rest is empty blocks, and the checksum that gzip keeps at its end
-            while archive.fileobj is not None and archive.fileobj.read(1 << 20):
-                pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(
-            f"The archive {path} is damaged or truncated: {error}.", "Fetch it again."
-        ) from error
+    with (
+        reading(path, "The archive", "Fetch it again.", fault="is damaged or truncated"),
+        open_compressed(path) as stream,
+        # as a stream: a member whose size is negative would else be read for ever
+        tarfile.open(fileobj=stream, mode="r|") as archive,
+    ):
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if (
+                member.isfile()
+                and name.parent.name == layout.folder
+                and _wanted(name.name, layout)
+                and (content := archive.extractfile(member)) is not None
+            ):
+                found[name.name] = content.read()
+        # the rest is empty blocks, and the checksum that gzip keeps at its end
+        while stream.read(1 << 20):
+            pass
     return found
 
 
@@ -216,6 +216,15 @@ def _decode(
             "Give the original archive, and the `variant` that it is.",
         )
     names = _field(members, layout.meta, layout.names, path)
+    if (
+        not isinstance(names, list)
+        or len(names) != layout.classes
+        or not all(isinstance(name, bytes) and name.isascii() and len(name) < 256 for name in names)
+    ):
+        raise DataError(
+            f"The file {layout.meta} of {path} does not name {layout.classes} classes.",
+            "Give the original archive, and the `variant` that it is.",
+        )
     for split, files in (("train", train), ("test", [layout.test])):
         images, labels = [], []
         for name in files:
@@ -231,25 +240,33 @@ def _decode(
                     "Give the original archive.",
                 )
             images.append(pixels.reshape(-1, 3, 32, 32))
-            labels.append(np.asarray(_field(members, name, layout.labels, path)))
-            if labels[-1].dtype.kind not in "iu":
-                raise DataError(
-                    f"The labels of {name} of {path} are {labels[-1].dtype}, not integers.",
-                    "Give the original archive.",
-                )
+            labels.append(_labels(members, name, layout, path))
         np.save(target / f"{split}_images.npy", np.concatenate(images))
-        np.save(target / f"{split}_labels.npy", np.concatenate(labels).astype(np.int64))
-    if not isinstance(names, list) or len(names) != layout.classes:
+        np.save(target / f"{split}_labels.npy", np.concatenate(labels))
+    return tuple(name.decode() for name in names)
+
+
+def _labels(
+    members: Mapping[str, bytes], name: str, layout: _Variant, path: str
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    labels = _field(members, name, layout.labels, path)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.ndim == 1:
+        labels = labels.tolist()
+    if not isinstance(labels, list) or not all(
+        type(label) is int and 0 <= label < layout.classes for label in labels
+    ):
         raise DataError(
-            f"The file {layout.meta} of {path} does not name {layout.classes} classes.",
+            f"The labels of {name} of {path} are not integers from 0 to {layout.classes - 1}.",
             "Give the original archive, and the `variant` that it is.",
         )
-    return tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
+    return np.array(labels, np.int64)
 
 
 def _field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:
-    table = restricted_load(io.BytesIO(members[name]), name=f"{name} of {path}")
-    if not isinstance(table, dict) or field not in table:
+    mend = "Fetch the original archive again; if it is another format, use its reader."
+    with reading(f"{name} of {path}", "The pickle", mend, fault="was refused"):
+        table = interpret_pickle(members[name])
+    if field not in table:
         raise DataError(
             f"The file {name} of {path} has no field {field.decode()!r}.",
             "Give the original archive, and the `variant` that it is.",

@@ -22,6 +22,7 @@ from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import open_archive, open_picture, read_member, reading
 from fulgurite.io import checksum, data_path
 
 __all__ = ["ImageFolder"]
@@ -32,6 +33,7 @@ _TEST_SPLITS = ("test", "val", "valid", "validation")
 # which workers hang for ever if their parent is killed. Small, since containers have little of it.
 _CHUNK_BYTES = 1 << 19
 _MAX_WORKERS = 16
+_DAMAGED, _REPACK = "is damaged or truncated", "Fetch or pack it again."
 _FEW = 2_000  # images that are decoded before a worker has started
 
 
@@ -186,8 +188,10 @@ class _Listing:
         if root.is_dir():
             found = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
         else:
-            with _open_zip(root) as archive:
-                found = archive.namelist()
+            with reading(root, "The zip", _REPACK, fault=_DAMAGED), open_archive(root) as (zip_, _):
+                found = zip_.namelist()
+            if len(set(found)) < len(found):
+                raise DataError(f"The zip {root} holds two files of one name.", _REPACK)
         self.names = sorted(
             name for name in found if name.lower().endswith(_SUFFIXES) and not _hidden(name)
         )
@@ -237,7 +241,7 @@ class _Decoder(Dataset[Any]):
     ) -> None:
         self.root, self.names, self.sizes, self.chunk = root, names, sizes, chunk
         self.mode = "RGB" if channels == 3 else "L"
-        self._zip: tuple[int, zipfile.ZipFile] | None = None
+        self._zip: tuple[int, zipfile.ZipFile, int] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.names) // self.chunk)
@@ -254,20 +258,18 @@ class _Decoder(Dataset[Any]):
             return (self.root / name).read_bytes()
         if self._zip is None or self._zip[0] != os.getpid():
             # one for each process: a shared one would share its position in the file
-            self._zip = os.getpid(), _open_zip(self.root)
-        return self._zip[1].read(name)
+            self._zip = os.getpid(), zipfile.ZipFile(self.root), self.root.stat().st_size
+        return read_member(self._zip[1], name, self._zip[2])
 
     def _image(self, name: str) -> Any:
         from PIL import Image
 
-        try:
-            with Image.open(io.BytesIO(self._bytes(name))) as file:
-                image = file.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"The image {name} of {self.root} cannot be decoded: {error}.",
-                "Replace or remove that file.",
-            ) from error
+        mend = "Replace or remove that file."
+        with (
+            reading(f"{name} of {self.root}", "The image", mend, fault="cannot be decoded"),
+            open_picture(io.BytesIO(self._bytes(name))) as file,
+        ):
+            image = file.convert(self.mode)
         if self.sizes is not None:
             side, height, width = self.sizes
             if side is not None:
@@ -292,12 +294,3 @@ def _class_of(name: str) -> str:
 
 def _hidden(name: str) -> bool:
     return "/." in f"/{name}" or name.startswith("__MACOSX/")
-
-
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(
-            f"The zip {path} is damaged or truncated: {error}.", "Fetch or pack it again."
-        ) from error

@@ -6,7 +6,6 @@ Shapes: N samples, C channels, H W image.
 from __future__ import annotations
 
 import math
-import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,9 +22,13 @@ from fulgurite.datamodules.fedsir.selection import (
     make_generator,
 )
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import read_array_shape, read_arrays, reading
 from fulgurite.io import data_path
 
 __all__ = ["Digits", "ImageArrays", "ImageSource", "Npz"]
+
+_MOST_CLASSES = 1000  # that a file with fewer images may number
+_AGAIN = "Write the file again with `numpy.savez` (no object arrays)."
 
 
 @dataclass(frozen=True)
@@ -299,14 +302,8 @@ class Npz(ImageSource):
 
     def _get(self, name: str) -> Any:
         path = data_path(self.path)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return file[name] if name in file.files else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"The array {name} of {path} cannot be read: {error}.",
-                "Write the file again with `numpy.savez` (no object arrays).",
-            ) from error
+        with reading(path, f"The array {name} of", _AGAIN):
+            return read_arrays(path, [name]).get(name)
 
     def _need(self, name: str) -> Any:
         array = self._get(name)
@@ -320,6 +317,11 @@ class Npz(ImageSource):
     def _class_names(self) -> tuple[str, ...]:
         names = self._get("class_names")
         if names is not None:
+            if names.ndim != 1 or names.dtype.kind != "U":
+                raise DataError(
+                    f"The class names of {self.path} are {names.dtype} of shape {names.shape}.",
+                    "Save them as one array of text.",
+                )
             return tuple(str(name) for name in names)
         labels = self._need("train_labels")
         if labels.dtype.kind not in "iu" or not labels.size:
@@ -332,7 +334,12 @@ class Npz(ImageSource):
                 f"The train labels of {self.path} go down to {labels.min()}.",
                 "Number the classes from 0.",
             )
-        return tuple(str(c) for c in range(int(labels.max()) + 1))
+        if (most := int(labels.max())) >= max(_MOST_CLASSES, labels.size):
+            raise DataError(
+                f"The train labels of {self.path} go up to {most} for {labels.size} images.",
+                "Number the classes from 0.",
+            )
+        return tuple(str(c) for c in range(most + 1))
 
     def _peek(self) -> tuple[int, int, tuple[int, int]]:
         if self._sizes is None:
@@ -343,16 +350,9 @@ class Npz(ImageSource):
     def _shape(self, name: str) -> tuple[int, ...]:
         """Read only the header of an array."""
         path = data_path(self.path)
-        try:
-            with zipfile.ZipFile(path) as file, file.open(f"{name}.npy") as array:
-                version = np.lib.format.read_magic(array)
-                read = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                return tuple(read(array)[0])
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-            return tuple(self._need(name).shape)  # names the problem, if there is one
+        with reading(path, f"The array {name} of", _AGAIN):
+            shape = read_array_shape(path, name)
+        return tuple(self._need(name).shape) if shape is None else shape
 
     def read(self) -> ImageArrays:
         """Return all images."""
@@ -370,7 +370,13 @@ class Npz(ImageSource):
                     "Save images as uint8 and labels as integers.",
                 )
             arrays[name] = torch.from_numpy(np.ascontiguousarray(array))
-        return ImageArrays(**arrays, class_names=self._class_names())
+        names = self._class_names()
+        try:
+            return ImageArrays(**arrays, class_names=names)
+        except DataError as error:
+            raise DataError(
+                f"The arrays of {self.path} are unusable: {error.what}", error.mend
+            ) from error
 
 
 def _channels_first(shape: tuple[int, ...], path: str, axes: bool = False) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Shapes: M points, L layers (newest first), P physical fields, T time steps, C gr
 from __future__ import annotations
 
 import glob
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array, name_some, need_extra
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import reading
+from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import data_path
 
 __all__ = [
@@ -340,26 +343,19 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.dataset = _netcdf().Dataset(str(path))
-        except OSError as error:
-            raise DataError(
-                f"The climate file {path} cannot be read ({error}).",
-                f"Fetch it again, or set `{_OPTION}.files` to others.",
-            ) from error
+        again = f"Fetch it again, or set `{_OPTION}.files` to others."
+        with reading(path, "The climate file", again):
+            try:
+                self.dataset = NetcdfFile(path)
+            except ImportError as error:
+                raise need_package(error, "Reading climate fields") from error
 
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.dataset.close()
-
-    def find(self, names: Iterable[str]) -> Any:
+    def find(self, names: Iterable[str]) -> NetcdfVariable | None:
         """The first variable of these names (capitals do not matter), or None."""
         known = {name.lower(): v for name, v in self.dataset.variables.items()}
         return next((known[name.lower()] for name in names if name.lower() in known), None)
 
-    def need(self, names: Sequence[str], what: str) -> Any:
+    def need(self, names: Sequence[str], what: str) -> NetcdfVariable:
         """Such a variable; its absence is an error."""
         found = self.find(names)
         if found is None:
@@ -369,16 +365,14 @@ class _File:
             )
         return found
 
-    def read(self, variable: Any, first: bool = False) -> Array:
+    def read(self, variable: NetcdfVariable, first: bool = False) -> Array:
         """Values of a variable, or of its first time step; NaN at fill values."""
-        try:
-            return _filled(variable[:1] if first and variable.ndim > 2 else variable[:])
-        except (OSError, RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise DataError(
-                f"The variable {variable.name} of the climate file {self.path} cannot be read "
-                f"({error}).",
-                "The file may be truncated: fetch it again.",
-            ) from error
+        what = f"The variable {variable.name} of the climate file"
+        with reading(self.path, what, "The file may be truncated: fetch it again."):
+            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
+            if not values.size:
+                raise ValueError("it has no values")
+            return values
 
     def times(self) -> tuple[Array, Array]:
         """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
@@ -387,25 +381,27 @@ class _File:
             DataError: There is no time, or it cannot be understood.
         """
         variable = self.need(("TIME", "time", "t"), "time")
-        bounds = self.dataset.variables.get(getattr(variable, "bounds", None))
-        try:
-            decode = (variable.units, getattr(variable, "calendar", "standard"))
-            stamps = _days(variable[:], *decode)
+        said = variable.attributes
+        bounds = self.dataset.variables.get(str(said.get("bounds")))
+        mend = "Correct its values and its units (days since YYYY-MM-DD)."
+        what = "The time of the climate file"
+        with reading(self.path, what, mend, fault="cannot be understood"):
+            if "units" not in said:
+                raise ValueError("it has no units")
+            decode = (str(said["units"]), str(said.get("calendar", "standard")))
+            stamps = _days(self.dataset.read(variable.name), *decode)
+            if not len(stamps):
+                raise ValueError("it has no step")
             edges = np.full((len(stamps), 2), np.nan)
             if bounds is not None:
-                edges = _days(bounds[:], *decode)
+                edges = _days(self.dataset.read(bounds.name), *decode)
             if edges.shape != (len(stamps), 2) or (np.diff(edges.ravel()) < 0).any():
-                raise ValueError(f"its bounds {variable.bounds} do not rise")
+                raise ValueError(f"its bounds {said['bounds']} do not rise")
             if (edges[:, 1] == edges[:, 0]).any():
-                raise ValueError(f"its bounds {variable.bounds} hold a step of no length")
-        except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-            raise DataError(
-                f"The time of the climate file {self.path} cannot be understood ({error}).",
-                "Correct its values and its units (days since YYYY-MM-DD).",
-            ) from error
+                raise ValueError(f"its bounds {said['bounds']} hold a step of no length")
         return stamps, edges
 
-    def field(self, variable: Any) -> Array:
+    def field(self, variable: NetcdfVariable) -> Array:
         """Values (T, C); sectors (ice, tundra) are combined by their fractions.
 
         Source: card section 3.3.
@@ -526,8 +522,7 @@ class MarClimate:
                 f"{int((~np.isfinite(pos)).any(1).sum())} of {len(pos)} points have no position.",
                 "Leave them out: latitudes and longitudes must be finite.",
             )
-        with _File(paths[0]) as file:
-            grid, project = self._grid(file)
+        grid, project = self._grid(_File(paths[0]))
         located = grid.locate(project(pos))
         each = [interval_weights(steps, request.edges) for request in requests]
         self._check_cover(requests, each, steps)
@@ -551,10 +546,9 @@ class MarClimate:
         """Start and end of all steps in order [days], and each one's file, as ordered here."""
         parts, given = [], []
         for path in paths:
-            with _File(path) as file:
-                stamps, bounds = file.times()
-                parts.append(stamps)
-                given.append(bounds)
+            stamps, bounds = _File(path).times()
+            parts.append(stamps)
+            given.append(bounds)
         times = np.concatenate(parts)
         order = np.argsort(times, kind="stable")
         of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
@@ -577,7 +571,8 @@ class MarClimate:
         except ImportError as error:
             raise need_extra("pyproj", "Projecting climate grids") from error
         lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
-        two_d = lat is not None and lon is not None and lat.shape == lon.shape and lat.ndim == 2
+        axes = (lat, lon) if lat is not None and lon is not None else None
+        two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
         name = self.projection
         if name == "auto":
             name = "mar" if two_d else "epsg3413"
@@ -587,9 +582,9 @@ class MarClimate:
         def project(pos: Array) -> Array:
             return np.stack(to_grid.transform(pos[:, 1], pos[:, 0]), 1)
 
-        if two_d:
-            flat = np.stack([file.read(lat).ravel(), file.read(lon).ravel()], 1)
-            good, shape = np.isfinite(flat).all(1), lat.shape
+        if axes is not None and two_d:
+            flat = np.stack([file.read(axis).ravel() for axis in axes], 1)
+            good, shape = np.isfinite(flat).all(1), axes[0].shape
             points = np.full(flat.shape, 1e9)
             points[good] = project(flat[good])
         else:
@@ -597,6 +592,8 @@ class MarClimate:
             xs, ys = np.meshgrid(self._metres(x, file), self._metres(y, file))
             points = np.stack([xs.ravel(), ys.ravel()], 1)
             good, shape = np.ones(len(points), np.bool_), xs.shape
+        good &= np.isfinite(points).all(1)
+        points[~good] = 1e9
         mask = self._ice(file)
         if mask.shape != good.shape:
             raise DataError(
@@ -610,7 +607,7 @@ class MarClimate:
     def _metres(variable: Any, file: _File) -> Array:
         """A projected coordinate [m]; kilometres are told by their size."""
         values = file.read(variable)
-        said = str(getattr(variable, "units", "")).strip().lower()
+        said = str(variable.attributes.get("units", "")).strip().lower()
         small = float(np.abs(values).max()) < 20_000  # no part of Greenland is so near both axes
         if said in ("m", "metre", "meter", "metres", "meters") and small:
             raise DataError(
@@ -636,8 +633,8 @@ class MarClimate:
             return ice
         mask = file.find(("MSK", "MSK_MAR", "ICE"))
         if mask is None:
-            lat = file.find(("LAT", "SMB", "SMBcorr"))
-            return np.ones(int(np.prod(lat.shape[-2:])), np.bool_)
+            sized = file.need(("LAT", *(n for group in _SUMS.values() for n in group)), "the grid")
+            return np.ones(math.prod(sized.shape[-2:]), np.bool_)
         values = np.nan_to_num(file.read(mask))
         values = values.reshape(-1, *values.shape[-2:])[0].ravel()
         covered: NDArray[np.bool_] = values >= (50.0 if values.max() > 1 else 0.5)
@@ -660,7 +657,7 @@ class MarClimate:
         sources = {**_SUMS, **_MEANS}
         rows = []
         for name in self._plan(file):
-            variable = file.find(sources[name])
+            variable = file.need(sources[name], name)
             if variable.shape[-2:] != shape:
                 raise DataError(
                     f"The variable {variable.name} of {file.path} has the shape {variable.shape}, "
@@ -706,39 +703,39 @@ class MarClimate:
             wanted = [fractions[:, own] for fractions in each]
             if not any(part.any() for part in wanted):
                 continue
-            with _File(path) as file:
-                if not names:
-                    names = self._plan(file)
-                    sums = [
-                        np.zeros((len(names), len(cells), len(f)))
-                        for cells, f in zip(used, each, strict=True)
-                    ]
-                for v, name in enumerate(names):
-                    variable = file.need(sources[name], name)
-                    if shape is None:
-                        shape = variable.shape[-2:]
-                    if variable.shape[-2:] != shape:
-                        raise DataError(
-                            f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
-                            f"Set `{_OPTION}.files` to files of one grid.",
-                        )
-                    values = file.field(variable)
-                    if len(values) != len(own):
-                        raise DataError(
-                            f"The variable {variable.name} of {path} has {len(values)} time steps, "
-                            f"the time axis {len(own)}.",
-                            "Fetch the file again.",
-                        )
-                    values = values * self._factor(name, variable, days[own], path)
-                    for total, part, cells in zip(sums, wanted, used, strict=True):
-                        if (inside := part.any(0)).any():
-                            weight = part if name in _SUMS else part * days[own]
-                            total[v] += (weight[:, inside] @ values[inside][:, cells]).T
-                    if not all(np.isfinite(total[v]).all() for total in sums):
-                        raise DataError(
-                            f"The variable {variable.name} of {path} is missing on ice.",
-                            "Fetch the file again, or correct its ice mask.",
-                        )
+            file = _File(path)
+            if not names:
+                names = self._plan(file)
+                sums = [
+                    np.zeros((len(names), len(cells), len(f)))
+                    for cells, f in zip(used, each, strict=True)
+                ]
+            for v, name in enumerate(names):
+                variable = file.need(sources[name], name)
+                if shape is None:
+                    shape = variable.shape[-2:]
+                if variable.shape[-2:] != shape:
+                    raise DataError(
+                        f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
+                        f"Set `{_OPTION}.files` to files of one grid.",
+                    )
+                values = file.field(variable)
+                if len(values) != len(own):
+                    raise DataError(
+                        f"The variable {variable.name} of {path} has {len(values)} time steps, "
+                        f"the time axis {len(own)}.",
+                        "Fetch the file again.",
+                    )
+                values = values * self._factor(name, variable, days[own], path)
+                for total, part, cells in zip(sums, wanted, used, strict=True):
+                    if (inside := part.any(0)).any():
+                        weight = part if name in _SUMS else part * days[own]
+                        total[v] += (weight[:, inside] @ values[inside][:, cells]).T
+                if not all(np.isfinite(total[v]).all() for total in sums):
+                    raise DataError(
+                        f"The variable {variable.name} of {path} is missing on ice.",
+                        "Fetch the file again, or correct its ice mask.",
+                    )
         for total, fractions in zip(sums, each, strict=True):
             for v, name in enumerate(names):
                 if name in _MEANS:
@@ -750,7 +747,7 @@ class MarClimate:
         one = np.ones((len(days), 1))
         if variable.name in self.scale or name in self.scale:
             return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
-        said = str(getattr(variable, "units", "")).strip()
+        said = str(variable.attributes.get("units", "")).strip()
         if not said or (name == "ST" and _TEMPERATURE.fullmatch(_squeeze(said))):
             return one
         found = water_unit(said)

@@ -27,6 +27,7 @@ from fulgurite.datamodules.ice_layers.generator import (
 from fulgurite.datamodules.ice_layers.resample import haversine
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import read_csv, reading
 from fulgurite.io import checksum, data_path
 
 __all__ = ["ForcedFlights", "Site", "read_site"]
@@ -65,18 +66,16 @@ def read_site(path: Path) -> Site:
         DataError: The file is damaged, lacks a column or days, or its units are not kg m⁻² per day
             and K, as sums of years show.
     """
-    import pandas as pd
-
     mend = f"Point `{_OPTION}.root` to the daily series of the Community Firn Model's examples."
-    try:
+    with reading(path, "The series", mend):
         lat, lon = (float(word) for word in path.stem.split("_")[-2:])
-        table = pd.read_csv(path, index_col=0, parse_dates=True)
+        if not (-90 <= lat <= 90 and -360 <= lon <= 360):
+            raise ValueError("its name says no latitude and longitude")
+        table = read_csv(path, index_col=0, parse_dates=True)
+        if absent := [name for name in _COLUMNS if name not in table.columns]:
+            raise DataError(f"The series {path} has no column {absent[0]!r}.", mend)
         values = table[list(_COLUMNS)].to_numpy(np.float64)
         days = table.index.to_numpy().astype("datetime64[D]")
-    except KeyError as error:
-        raise DataError(f"The series {path} has no column {error}.", mend) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"The series {path} cannot be read ({error}).", mend) from error
     if len(days) < 366 or (np.diff(days) != np.timedelta64(1, "D")).any():
         raise DataError(f"The series {path} is not one of consecutive days.", mend)
     if not np.isfinite(values).all():

@@ -31,6 +31,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 )
 from fulgurite.datamodules.ice_layers.travel_time import layer_times
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import reading
 from fulgurite.io import data_path
 
 __all__ = ["KoenigPicks", "read_picks"]
@@ -62,12 +63,8 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
     """
     rows: dict[str, list[list[float]]] = {}
     columns = 0
-    try:
+    with reading(path, "The picks", f"Set `{_OPTION}.files`."):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"The picks {path} cannot be read ({error.strerror}).", f"Set `{_OPTION}.files`."
-        ) from error
     for number, line in enumerate(lines, 1):
         words = re.split(r"[,\s]+", line.strip().strip(","))
         if not line.strip() or line.lstrip()[0] in "#%":
@@ -75,9 +72,10 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         if number == 1 and not _DATE.search(words[0]):
             continue  # names of columns
         columns = columns or len(words)
+        layers, rest = divmod(columns - _HEAD, _PER_LAYER)
         try:
             date = _DATE.search(words[0])
-            if date is None or len(words) != columns or (columns - _HEAD) % _PER_LAYER:
+            if date is None or len(words) != columns or layers < 1 or rest:
                 raise ValueError
             values = [float(word) for word in words[1:]]
             if date[1] not in rows:
@@ -98,9 +96,9 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
     found = {}
     for segment, values_ in rows.items():
         table = np.asarray(values_, np.float64)
-        layers = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
-        bins, depth = layers[..., 0], layers[..., 1]
-        missing = (bins == -1) | (depth == -1) | ~np.isfinite(layers[..., :2]).all(-1)
+        picks_of = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
+        bins, depth = picks_of[..., 0], picks_of[..., 1]
+        missing = (bins == -1) | (depth == -1) | ~np.isfinite(picks_of[..., :2]).all(-1)
         picks = bins * table[:, 4:5] if from_bins else depth
         found[segment] = table[:, 3], table[:, 1:3], np.where(missing, np.nan, picks)
     return found

@@ -25,6 +25,7 @@ from fulgurite.datamodules.ice_layers.flights import (
     left_out_traces,
     read_or_leave,
 )
+from fulgurite.datamodules.ice_layers.matlab import parse_mat5
 from fulgurite.datamodules.ice_layers.stack import (
     THICKEST,
     Array,
@@ -32,10 +33,11 @@ from fulgurite.datamodules.ice_layers.stack import (
     Flights,
     check_exclude,
     name_some,
-    need_extra,
 )
 from fulgurite.datamodules.ice_layers.travel_time import layer_times
 from fulgurite.errors import DataError
+from fulgurite.foreign import expansion_limit, reading
+from fulgurite.hdf5 import need_package, read_matlab73
 from fulgurite.io import data_path
 
 __all__ = ["Frame", "LayerFiles", "Organizer", "read_frame", "read_mat", "read_organizer"]
@@ -56,63 +58,24 @@ def read_mat(path: Path) -> dict[str, Any]:
         DataError: The file is missing, truncated or no MATLAB file.
         MissingExtraError: It is of version 7.3 and h5py is not installed.
     """
-    try:
+    with reading(path, "The layer file", _AGAIN, fault="cannot be read as MATLAB"):
         with open(path, "rb") as file:
             head = file.read(1024)
-    except OSError as error:
-        raise DataError(
-            f"The layer file {path} cannot be read ({error.strerror}).", _AGAIN
-        ) from error
-    hdf5 = any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (0, 512))
-    if not hdf5 and head.startswith(b"MATLAB 7.3"):
-        raise DataError(
-            f"The layer file {path} says that it is MATLAB 7.3, and holds no HDF5.", _AGAIN
-        )
-    return _read_hdf5(path) if hdf5 else _read_old(path)
-
-
-def _read_old(path: Path) -> dict[str, Any]:
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(str(path), simplify_cells=True)
-    except Exception as error:  # a damaged file raises nearly any
-        raise DataError(
-            f"The layer file {path} cannot be read as MATLAB version 5 or 7 "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}).",
-            _AGAIN,
-        ) from error
-    return {k: v for k, v in content.items() if not k.startswith("__")}
-
-
-def _read_hdf5(path: Path) -> dict[str, Any]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise need_extra("h5py", f"Reading {path.name} (MATLAB 7.3)") from error
-
-    def convert(item: Any, file: Any) -> Any:
-        if isinstance(item, h5py.Group):
-            return {key: convert(item[key], file) for key in item if key != "#refs#"}
-        if item.attrs.get("MATLAB_empty", 0):
-            return "" if item.attrs.get("MATLAB_class") == b"char" else np.zeros(0)
-        values = item[()]
-        if item.dtype == h5py.ref_dtype:
-            # MATLAB is column-major: the file holds the transpose
-            return [convert(file[reference], file) for reference in values.T.ravel(order="F")]
-        if item.attrs.get("MATLAB_class") == b"char":
-            return "".join(map(chr, np.asarray(values).T.ravel(order="F").tolist()))
-        return np.asarray(values).T
-
-    try:
-        with h5py.File(path, "r") as file:
-            return {key: convert(file[key], file) for key in file if key != "#refs#"}
-    except Exception as error:  # a damaged file raises nearly any
-        raise DataError(
-            f"The layer file {path} is damaged or truncated "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}).",
-            _AGAIN,
-        ) from error
+            if is_hdf5 := any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (0, 512)):
+                content = b""
+            elif head.startswith(b"MATLAB 7.3"):
+                raise ValueError("it says that it is MATLAB 7.3, and holds no HDF5")
+            else:
+                content = head + file.read()
+        try:
+            variables = (
+                read_matlab73(path)
+                if is_hdf5
+                else parse_mat5(content, expansion_limit(len(content)))
+            )
+        except ImportError as error:
+            raise need_package(error, f"Reading {path.name} (MATLAB 7.3)") from error
+    return variables
 
 
 @dataclass(frozen=True)

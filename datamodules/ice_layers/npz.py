@@ -5,7 +5,6 @@ Shapes: N traces, L layers, P physical fields.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_thickest,
 )
 from fulgurite.errors import DataError
+from fulgurite.foreign import read_arrays, reading
 from fulgurite.io import data_path
 
 __all__ = ["NpzStacks", "read_npz"]
@@ -51,16 +51,8 @@ def read_npz(path: Path) -> dict[str, Any]:
     Raises:
         DataError: It is missing, truncated or no npz, or holds objects.
     """
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if isinstance(content, np.ndarray):
-                raise ValueError("it is an npy file")
-            return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise DataError(
-            f"The stack {path} cannot be read ({error or type(error).__name__}).",
-            _AGAIN,
-        ) from error
+    with reading(path, "The stack", _AGAIN):
+        return read_arrays(path)
 
 
 def _text(content: dict[str, Any], name: str, default: str) -> str:

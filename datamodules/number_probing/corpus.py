@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fulgurite.datamodules.number_probing.perturbations import (
 )
 from fulgurite.datamodules.number_probing.tokenizers import Tokenizer
 from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.foreign import check_parquet, reading
 from fulgurite.io import cached_folder, checksum
 
 __all__ = ["TokenCache", "TokenWindows", "cached_tokens", "read_documents"]
@@ -57,13 +59,10 @@ def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]
         if path.suffix == ".parquet":
             yield from _read_parquet(path, column)
             continue
-        try:
-            yield path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise DataError(
-                f"The file {path} cannot be read ({error.strerror}).",
-                "Make it readable, or leave it out of `--data.init_args.paths`.",
-            ) from error
+        mend = "Make it readable, or leave it out of `--data.init_args.paths`."
+        with reading(path, "The file", mend):
+            text = path.read_text(encoding="utf-8", errors="replace")
+        yield text
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
@@ -74,23 +73,28 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         raise MissingExtraError(
             f"The table {path} needs the package pyarrow.", "Run `pip install fulgurite[plates]`."
         ) from error
-    try:
-        with pq.ParquetFile(path) as table:
-            kind = table.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise KeyError(f"its type is {kind}")
-            for rows in table.iter_batches(batch_size=_TOGETHER, columns=[column]):
-                yield from (text for text in rows.column(0).to_pylist() if text)
-    except KeyError as error:
-        raise DataError(
-            f"The table {path} has no column {column!r} of text ({error}).",
-            "Set `--data.init_args.column` to the column that holds the text.",
-        ) from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"The table {path} cannot be read: {error}.",
-            "Fetch it again, or leave it out of `--data.init_args.paths`.",
-        ) from error
+    mend = "Fetch it again, or leave it out of `--data.init_args.paths`."
+    with ExitStack() as stack:
+        with reading(path, "The table", mend):
+            check_parquet(path)
+            table = stack.enter_context(pq.ParquetFile(path))
+            schema = table.schema_arrow
+            kind = schema.field(column).type if column in schema.names else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(
+                f"The table {path} has no column {column!r} of text (its type is {kind}).",
+                "Set `--data.init_args.column` to the column that holds the text.",
+            )
+        batches = table.iter_batches(batch_size=_TOGETHER, columns=[column])
+        while True:
+            with reading(path, "The table", mend):  # what is done with texts is not its fault
+                rows = next(batches, None)
+                texts = (
+                    [] if rows is None else [text for text in rows.column(0).to_pylist() if text]
+                )
+            yield from texts
+            if rows is None:
+                return
 
 
 # --- the cache -----------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.foreign import read_json, reading
 from fulgurite.io import data_path
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
 _LARGEST = 999
 _PREFIXES = ("Ġ", "▁", " ")  # of words after a space, in GPT-2's bytes and SentencePiece
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
+_MEND = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`."
+_MOST_UNUSED = 1 << 20  # numbers without a token
+_LONGEST = 100  # what a rule of a tokenizer may put for a character
 _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
 
 
@@ -182,19 +186,21 @@ class FileTokenizer:
                 "words`.",
             ) from error
         file = data_path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        try:
+        self._file = file = file / "tokenizer.json" if file.is_dir() else file
+        with reading(file, "The tokenizer", _MEND):
             content = file.read_bytes()
+            _refuse_inflation(read_json(content))
             self._tokenizer = Loaded.from_str(content.decode())
-        except Exception as error:  # the package raises plain Exception
-            raise DataError(
-                f"The tokenizer {file} cannot be read: {error}.",
-                "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`.",
-            ) from error
-        self.vocab_size = int(self._tokenizer.get_vocab_size())
+            # a text is read whole, and nothing is added to it
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            size = int(self._tokenizer.get_vocab_size())
+            vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+            largest = max(vocabulary.values(), default=0)
+            if largest >= _MOST_UNUSED + 2 * len(vocabulary):
+                raise ValueError(f"of {len(vocabulary):,} tokens one has the number {largest:,}")
+        self.vocab_size = max(size, largest + 1)
         self.key = f"file-1-{hashlib.sha256(content).hexdigest()}"
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        self.vocab_size = max(self.vocab_size, max(vocabulary.values(), default=0) + 1)
         found = ((token, number_of(text)) for text, token in vocabulary.items())
         self.numbers = {token: n for token, n in found if n is not None}
         ends = ("<|end_of_text|>", "<|endoftext|>", "</s>", "[SEP]")
@@ -205,8 +211,9 @@ class FileTokenizer:
 
     def encode(self, documents: Sequence[str]) -> list[list[int]]:
         """Tokens of each document."""
-        found = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        with reading(self._file, "The tokenizer", _MEND, fault="cannot encode the text"):
+            found = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
+            return [encoding.ids for encoding in found]
 
     def state(self) -> dict[str, Any]:
         """Nothing."""
@@ -218,6 +225,24 @@ class FileTokenizer:
     def spaced(self, token: int) -> bool:
         """Whether a token begins with a space."""
         return str(self._tokenizer.id_to_token(token))[:1] in _PREFIXES
+
+
+def _refuse_inflation(content: Any) -> None:
+    """Refuse rules that replace a character by a long text: a file of text would fill the memory.
+
+    Raises:
+        ValueError: There is such a rule.
+    """
+    left = [content[name] for name in ("normalizer", "pre_tokenizer") if name in dict(content)]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            for name in ("content", "prepend", "replacement"):
+                if isinstance(part.get(name), str) and len(part[name]) > _LONGEST:
+                    raise ValueError(f"one of its rules puts {len(part[name]):,} characters")
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
 
 
 def make_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer:

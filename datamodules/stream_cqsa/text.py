@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fulgurite.errors import DataError
+from fulgurite.foreign import reading
 from fulgurite.io import cached_folder
 
 __all__ = [
@@ -91,15 +92,10 @@ def cached_text(files: Sequence[tuple[str, Path]]) -> ByteText:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                yield chunk
-    except OSError as error:
-        raise DataError(
-            f"The file {path} cannot be read ({error.strerror}).",
-            "Make it readable, or leave it out of `--data.init_args.paths`.",
-        ) from error
+    mend = "Make it readable, or leave it out of `--data.init_args.paths`."
+    with reading(path, "The file", mend), open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            yield chunk
 
 
 def _measure(path: Path, copy: IO[bytes] | None = None) -> tuple[int, str]:

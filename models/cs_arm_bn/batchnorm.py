@@ -858,7 +858,8 @@ def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Te
     layers = context_layers(model)
     names = {key.rpartition(".")[0] for key in tensors}
     fits = names <= layers.keys() and all(
-        tensors[f"{name}.{part}".lstrip(".")].shape == (layers[name].num_features,)
+        (found := tensors.get(f"{name}.{part}".lstrip("."))) is not None
+        and found.shape == (layers[name].num_features,)
         for name in names
         for part in ("mean", "var")
     )
@@ -895,13 +896,27 @@ def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> N
         CheckpointError: It is of another network.
     """
     layers = context_layers(model)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            "The checkpoint's reference of the layers is none.", "Use a checkpoint of the run."
+        )
     for name, values in state.items():
-        if name not in layers or values[2].shape != (layers[name].num_features,):
+        if name not in layers or not _is_reference(values, layers[name].num_features):
             raise CheckpointError(
                 f"The checkpoint's reference of layer {name} does not fit the network.",
                 "Use the network of the run.",
             )
         layers[name].reference = Reference(float(values[0]), float(values[1]), *values[2:])
+
+
+def _is_reference(values: object, features: int) -> bool:
+    """Whether values are what :func:`reference_state` gives of a layer."""
+    if not isinstance(values, list | tuple) or len(values) != len(Reference._fields):
+        return False
+    return all(isinstance(value, Tensor) for value in values) and all(
+        value.numel() == 1 if place < 2 else value.shape == (features,)
+        for place, value in enumerate(values)
+    )
 
 
 def checkpointed(block: nn.Module, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.io import load_plain
+from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
     Reference,
@@ -290,8 +290,7 @@ class PlateClassifier(SystemModule):
 
 def _load_network(network: nn.Module, path: str) -> None:
     """Load the network of a checkpoint of this module, or a state dict of the network."""
-    state = load_plain(path, "model.init_args.weights")
-    whole = state.get("state_dict", state)
+    checkpoint, whole = read_state_dict(path, "model.init_args.weights")
     prefix = "network."
     own = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)} or whole
     try:
@@ -302,4 +301,4 @@ def _load_network(network: nn.Module, path: str) -> None:
             f"model.init_args.weights={path} does not fit the network: {what}",
             "Use the network and the data of the run.",
         ) from error
-    load_reference(network, state.get("context_reference", {}))
+    load_reference(network, checkpoint.get("context_reference", {}))

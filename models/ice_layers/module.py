@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fulgurite.base import SystemModule, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.io import load_plain
+from fulgurite.foreign import read_state_dict
 from fulgurite.models.ice_layers.completion import LEFT, fill, gaps
 from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, contradicted
 from fulgurite.models.ice_layers.graph import Track, note_sizes
@@ -324,11 +324,11 @@ class IceModule(SystemModule):
 
     def _load(self, path: str) -> None:
         """Networks, statistics, prior and calibration of a checkpoint."""
-        checkpoint = load_plain(path, "model.init_args.weights")
+        checkpoint, tensors = read_state_dict(path, "model.init_args.weights")
+        seen = _segments(checkpoint)
         try:
-            self.load_state_dict(checkpoint["state_dict"])
-            seen = {*checkpoint["ice_segments"], *self.trained_segments}
-            self.trained_segments = tuple(sorted(seen))
+            self.load_state_dict(tensors)
+            self.trained_segments = tuple(sorted({*seen, *self.trained_segments}))
         except (RuntimeError, KeyError) as error:
             what = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -348,12 +348,16 @@ class IceModule(SystemModule):
             CheckpointError: The checkpoint is of another kind of model.
         """
         sizes = checkpoint.get("ice_sizes")
-        if sizes is None:
+        if (
+            not isinstance(sizes, list | tuple)
+            or len(sizes) != 2
+            or not all(type(n) is int and 0 <= n < 10_000 for n in sizes)
+        ):
             raise CheckpointError(
                 "The checkpoint holds no network of ice layers.", "Give one of such a run."
             )
         self.build(*sizes)
-        self.trained_segments = tuple(checkpoint["ice_segments"])
+        self.trained_segments = _segments(checkpoint)
         self._begun = True
 
     def transfer_batch_to_device(
@@ -729,6 +733,21 @@ class IceCompletion(IceModule):
         values = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(values, batch_size=1)
         return found
+
+
+def _segments(checkpoint: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the segments that a checkpoint's networks have seen.
+
+    Raises:
+        CheckpointError: It says none.
+    """
+    names = checkpoint.get("ice_segments")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            "The checkpoint does not say which flight segments it has seen.",
+            "Give a checkpoint of a run of ice_layers.",
+        )
+    return tuple(names)
 
 
 def segment_of_traces(batch: Any) -> Tensor:

@@ -5,7 +5,6 @@ Axes: N traces, L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -16,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.foreign import read_arrays, reading
+from fulgurite.hdf5 import NetcdfFile, need_package
 from fulgurite.io import atomic_write
 
 __all__ = [
@@ -42,6 +43,7 @@ _FIELDS = {
     "density": ("kg m-3", "snow density"),
     "elevation": ("m", "surface elevation"),
 }
+_AGAIN = "Write it again with `fulgurite predict`."
 _STRINGS = ("segment", "stack")
 _LISTS = ("trained_segments", "physics_names", "layer_names")
 _NUMBERS = {
@@ -219,31 +221,34 @@ def read_npz(path: str | Path) -> CompletedStack:
     Raises:
         DataError: The file is damaged, or no completed stack.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, error) from error
-    return _stack(path, content)
-
-
-def _unreadable(path: str | Path, error: object) -> DataError:
-    return DataError(
-        f"The completed stack {path} cannot be read ({error}).",
-        "Write it again with `fulgurite predict`.",
-    )
+    with reading(path, "The completed stack", _AGAIN):
+        return _stack(path, read_arrays(path))
 
 
 def _stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
     wanted = [f.name for f in fields(CompletedStack)]
     if missing := [name for name in wanted if name not in content]:
-        raise _unreadable(path, f"it lacks {', '.join(missing)}")
-    made: dict[str, Any] = {
-        name: np.asarray(content[name], kind) for name, kind in _NUMBERS.items()
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    values_of: dict[str, Any] = {
+        name: _converted(name, np.asarray(content[name]), kind) for name, kind in _NUMBERS.items()
     }
-    made |= {name: str(content[name]) for name in _STRINGS}
-    made |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
-    return CompletedStack(**made)
+    values_of |= {name: str(content[name]) for name in _STRINGS}
+    values_of |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
+    try:
+        return CompletedStack(**values_of)
+    except DataError as error:
+        raise DataError(f"The file {path} is unusable: {error.what}", error.mend) from error
+
+
+def _converted(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
+    """Numbers as the type that a stack has them in, without changing any."""
+    if values.dtype.kind not in "biuf" and values.size:
+        raise ValueError(f"{name} is not made of numbers")
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted = values.astype(kind)
+    if np.dtype(kind).kind in "bu" and (converted != values).any():
+        raise ValueError(f"{name} holds other values than {np.dtype(kind)}")
+    return converted
 
 
 # --- NetCDF ------------------------------------------------------------------------------------
@@ -379,29 +384,34 @@ def read_netcdf(path: str | Path) -> CompletedStack:
         MissingExtraError: netCDF4 is not installed.
         DataError: The file is damaged, or no completed stack.
     """
-    netcdf = _netcdf()
-    try:
-        with netcdf.Dataset(path) as file:
-            file.set_auto_mask(False)
-            names = tuple(name for name in str(file.physics_names).split("\n") if name)
-            variables = file.variables
-            shape = (*variables["thickness"].shape, 0)
-            physics = [variables[_variable(k, name)][...] for k, name in enumerate(names)]
-            content = {
-                "thickness": variables["thickness"][...],
-                "provenance": variables["provenance"][...],
-                "std": variables["thickness_standard_deviation"][...],
-                "observed": variables["observed"][...].astype(bool),
-                "physics": np.stack(physics, -1) if physics else np.zeros(shape),
-                "pos": np.stack([variables["latitude"][...], variables["longitude"][...]], -1),
-                "distance": variables["distance"][...],
-                "segment": file.segment,
-                "stack": file.stack,
-                "trained_segments": [v for v in str(file.trained_segments).split("\n") if v],
+    with reading(path, "The completed stack", _AGAIN):
+        try:
+            file = NetcdfFile(path)
+        except ImportError as error:
+            raise need_package(error, "Reading completed stacks as NetCDF") from error
+        said, variables = file.attributes, file.variables
+
+        def values(name: str) -> NDArray[Any]:
+            return file.read(name, is_masked=False)
+
+        names = tuple(name for name in str(said["physics_names"]).split("\n") if name)
+        physics = [values(_variable(k, name)) for k, name in enumerate(names)]
+        thickness = values("thickness")
+        return _stack(
+            path,
+            {
+                "thickness": thickness,
+                "provenance": values("provenance"),
+                "std": values("thickness_standard_deviation"),
+                "observed": values("observed"),
+                "physics": np.stack(physics, -1) if physics else np.zeros((*thickness.shape, 0)),
+                "pos": np.stack([values("latitude"), values("longitude")], -1),
+                "distance": values("distance"),
+                "segment": said["segment"],
+                "stack": said["stack"],
+                "trained_segments": [v for v in str(said["trained_segments"]).split("\n") if v],
                 "physics_names": names,
-                "layer_names": variables["layer_name"][...] if "layer_name" in variables else (),
-                "layer_age": variables["layer_age"][...] if "layer_age" in variables else (),
-            }
-    except (OSError, KeyError, AttributeError, RuntimeError) as error:
-        raise _unreadable(path, error) from error
-    return _stack(path, content)
+                "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
+                "layer_age": values("layer_age") if "layer_age" in variables else (),
+            },
+        )

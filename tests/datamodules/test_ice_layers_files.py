@@ -327,7 +327,7 @@ def spoil(path, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated 7.3", "damaged or truncated"),
+        ("truncated 7.3", "cannot be read as MATLAB"),
         ("truncated 5", "cannot be read as MATLAB"),
         ("7.3 without HDF5", "says that it is MATLAB 7.3"),
         ("no MATLAB", "cannot be read as MATLAB"),

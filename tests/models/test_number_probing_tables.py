@@ -195,7 +195,7 @@ def test_npy_with_and_without_words(tmp_path):
     with pytest.raises(DataError, match="holds int64"):
         read_table(tmp_path / "b.npy")
     np.save(tmp_path / "c.npy", np.array([{}] * 30))
-    with pytest.raises(DataError, match=r"cannot be read as a .npy file"):
+    with pytest.raises(DataError, match=r"cannot be read as .npy .it holds object"):
         read_table(tmp_path / "c.npy")
 
 
@@ -366,6 +366,6 @@ def test_an_in_sample_probe_of_minilm_would_find_thirds(minilm):  # (14)
 
 @package("minilm")
 def test_numbers_that_minilm_lacks_are_named():
-    with pytest.raises(DataError, match=r"missing in the vocabulary: 342.*--numbers 0:342"):
+    with pytest.raises(DataError, match=r"missing in the vocabulary of .*: 342.*--numbers 0:342"):
         read_table("minilm", range(1000))
     assert len(read_table("minilm").numbers) == 342

@@ -1,11 +1,7 @@
-"""Atomic writes, checksums, restricted pickles, data paths."""
+"""Atomic writes, checksums, data paths."""
 
-import io
-import os
-import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fulgurite.errors import DataError
@@ -14,10 +10,8 @@ from fulgurite.io import (
     cache_folder,
     checksum,
     data_path,
-    restricted_load,
     verify_checksum,
 )
-from fulgurite.testing.files import python2_pickle
 
 
 def test_atomic_write_replaces_only_when_the_block_succeeds(tmp_path):
@@ -71,55 +65,6 @@ def test_checksums(tmp_path):
         verify_checksum(file, "abc")
     with pytest.raises(DataError, match="cannot be read"):
         checksum(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("dtype", ["u1", "<i8", ">f4", "?"])
-@pytest.mark.parametrize("writer", [python2_pickle, lambda v: pickle.dumps(v, protocol=2)])
-def test_restricted_load_reads_arrays_of_numbers(dtype, writer):
-    array = np.arange(6).reshape(2, 3).astype(dtype)
-    found = restricted_load(io.BytesIO(writer({b"data": array, b"labels": [1, 2]})))
-    np.testing.assert_array_equal(found[b"data"], array)
-    assert found[b"data"].dtype == array.dtype.newbyteorder("=")
-    assert found[b"labels"] == [1, 2]
-
-
-def test_restricted_load_keeps_fortran_order():
-    array = np.asfortranarray(np.arange(6).reshape(2, 3))
-    np.testing.assert_array_equal(restricted_load(io.BytesIO(pickle.dumps(array, 2))), array)
-
-
-class _Command:
-    """Pickles to a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("function", [os.system, eval, exec, os.mkdir, getattr])
-def test_a_malicious_pickle_is_refused_and_not_run(function, tmp_path):
-    mark = tmp_path / "mark"
-    text = {os.system: f"mkdir {mark}", os.mkdir: str(mark)}.get(
-        function, f"__import__('os').mkdir({str(mark)!r})"
-    )
-    content = pickle.dumps({b"data": _Command(function, text)}, protocol=2)
-    with pytest.raises(DataError, match="asks for"):
-        restricted_load(io.BytesIO(content), name="evil")
-    assert not mark.exists()
-
-
-def test_an_array_of_objects_is_refused():
-    content = pickle.dumps(np.array([None, {}], dtype=object), protocol=2)
-    with pytest.raises(DataError, match="array of 'O8'"):
-        restricted_load(io.BytesIO(content))
-
-
-@pytest.mark.parametrize("content", [b"", b"not a pickle", python2_pickle([1, "a" * 300])[:-40]])
-def test_a_damaged_pickle_is_one_data_error(content):
-    with pytest.raises(DataError, match="The pickle batch was refused"):
-        restricted_load(io.BytesIO(content), name="batch")
 
 
 def test_data_path(tmp_path, monkeypatch):

@@ -49,14 +49,18 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
             number, unit = float(budget), ""
         if isinstance(budget, bool) or not 0 < number < float("inf"):
             raise ValueError
-    except (ValueError, TypeError):
+        size = int(number * (_UNITS[unit] if is_size else 1))
+    except (ValueError, TypeError, OverflowError):
+        # Python spells no number of more than 4,300 digits
+        huge = isinstance(budget, int) and budget.bit_length() > 256
+        shown = f"2**{int(budget).bit_length()} bytes" if huge else repr(budget)[:80]
         raise ConfigError(
-            f"A memory budget of {budget!r} cannot be read.",
+            f"A memory budget of {shown} cannot be read.",
             'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
         ) from None
     if not is_size and number <= 1:
         return int(number * device_memory(device)[1])
-    return int(number * _UNITS[unit])
+    return size
 
 
 def format_bytes(number: float) -> str:

@@ -12,8 +12,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.errors import CheckpointError, ConfigError
-from fulgurite.io import load_plain
+from fulgurite.errors import ConfigError
+from fulgurite.foreign import read_state_dict
 
 __all__ = [
     "BasicBlock",
@@ -206,14 +206,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         >>> bool((source.weight == target.weight).all())
         True
     """
-    state = load_plain(path, "weights")
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(
-            f"weights={path} holds no state dict.",
-            "Save it with torch.save(network.state_dict(), path).",
-        )
+    _, state = read_state_dict(path, "weights")
     own = network.state_dict()
     wrong = {
         name
