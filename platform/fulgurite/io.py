@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fulgurite.errors import CheckpointError, DataError
+from fulgurite.errors import CheckpointError, DataError, RunError
 
 __all__ = [
     "NUMPY_GLOBALS",
@@ -28,6 +29,7 @@ __all__ = [
     "file_lock",
     "load_plain",
     "restricted_load",
+    "save_plain",
     "verify_checksum",
 ]
 
@@ -208,13 +210,103 @@ def load_plain(
     if not Path(path).is_file():
         raise CheckpointError(f"{where}={path} is not a file.", mend)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        sealed = _check_seal(Path(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, **options)
+        if not sealed and isinstance(content, Mapping) and _SEALED in content:
+            raise ValueError("its digest is missing")
     except Exception as error:  # a damaged file raises nearly any
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{where}={path} cannot be read as plain tensors ({reason}).",
-            "It may be truncated, or written by something else than torch.save: use another.",
+            "It may be damaged, truncated, or written by something else than torch.save: use "
+            "another.",
         ) from error
+    return content
+
+
+def save_plain(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write tensors and plain types with ``torch.save``, and a digest that reading checks.
+
+    The digest is the comment of the zip archive that ``torch.save`` writes, so that ``torch.load``
+    reads the file as any other.
+
+    Raises:
+        RunError: The file cannot be written; what was there before is kept.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_plain({"a": torch.ones(2)}, f"{folder}/a.ckpt")
+        ...     load_plain(f"{folder}/a.ckpt", "weights")["a"]
+        tensor([1., 1.])
+    """
+    import torch
+
+    path = Path(path)
+    try:
+        with atomic_write(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save({**content, _SEALED: "sha256"}, file)
+            _seal(temporary)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        before = "The one before it is kept." if path.is_file() else ""
+        raise RunError(
+            f"The checkpoint {path} cannot be written ({cause.strerror}). {before}".strip(),
+            "Make room or the folder writable, then resume with --ckpt_path=last.",
+        ) from error
+
+
+_SEALED = "fulgurite_digest"
+_SEAL = b"fulgurite sha256 "
+
+
+def _seal(path: Path) -> None:
+    """Append the digest of a zip archive to it, as its comment."""
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - 2)
+        file.write((len(_SEAL) + 64).to_bytes(2, "little"))
+        file.write(_SEAL)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(digest.encode())
+
+
+def _check_seal(path: Path) -> bool:
+    """Check the digest of a file that has one, else the checksums of a zip archive's records.
+
+    Returns:
+        Whether it has a digest.
+
+    Raises:
+        ValueError: The content is not what was written.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = len(_SEAL) + 64
+        file.seek(max(0, size - tail))
+        end = file.read()
+        if end.startswith(_SEAL):
+            digest, left = hashlib.sha256(), size - 64
+            file.seek(0)
+            while left:
+                block = file.read(min(left, 2**20))
+                digest.update(block)
+                left -= len(block)
+            if digest.hexdigest().encode() != end[len(_SEAL) :]:
+                raise ValueError("its digest is another: it is damaged")
+            return True
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"its record {broken} is damaged")
+    return False
 
 
 def checksum(path: str | Path, algorithm: str = "sha256") -> str:

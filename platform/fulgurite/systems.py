@@ -15,7 +15,15 @@ from pathlib import Path
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["Command", "System", "config_path", "packaged_configs", "resolve_config", "systems"]
+__all__ = [
+    "Command",
+    "System",
+    "config_path",
+    "packaged_configs",
+    "resolve_config",
+    "system_of",
+    "systems",
+]
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,15 @@ def config_path(name: str) -> Path | None:
         return None
     path = Path(str(resources.files(system.configs))) / file
     return path if path.is_file() else None
+
+
+def system_of(path: Path) -> str:
+    """The system whose packaged configuration a file is, else the name of its folder."""
+    folder = path.resolve().parent
+    for system in systems().values():
+        if Path(str(resources.files(system.configs))).resolve() == folder:
+            return system.name
+    return folder.name
 
 
 def resolve_config(name: str) -> Path:
