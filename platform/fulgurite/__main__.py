@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt as error:
-        print(f"fulgurite: {error or 'interrupted'}", file=sys.stderr)
+        print(f"fulgurite: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except Terminated as error:
         print(f"fulgurite: {error.message}", file=sys.stderr)

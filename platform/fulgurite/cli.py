@@ -420,7 +420,8 @@ class FulguriteCLI(LightningCLI):
         if "project" in args and args.get("name") is None:
             args.name = "/".join(self.folder.parts[-3:])
         unnamed = args.get("id", "") is None and args.get("version", "") is None
-        if "anonymous" in args and unnamed and self.config.subcommand == "fit":
+        named = os.environ.get("WANDB_RUN_ID")  # by the agent of a sweep
+        if "anonymous" in args and unnamed and not named and self.config.subcommand == "fit":
             args.id = self._wandb_id()
 
     def _wandb_id(self) -> str:

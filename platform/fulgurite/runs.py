@@ -474,16 +474,13 @@ def find_run(
             ),
             None,
         )
-        mend = f"Start it over with --run.dir={same}" if not _begun(same) else f"See {same}"
+        kept = ", ".join(sorted(map(str, same.glob("checkpoints/*.ckpt"))))
+        mend = f"There is {kept}" if kept else f"Start it over with --run.dir={same}"
         raise CheckpointError(
             f"{asked}: the newest run, {same}, has no checkpoint '{which}.ckpt'.",
             f"{mend}, or name an older one: --run.dir={older}." if older else f"{mend}.",
         )
     return same
-
-
-def _begun(folder: Path) -> bool:
-    return any(folder.glob("checkpoints/*.ckpt")) or (folder / "summary.json").exists()
 
 
 def _checkpoint(folder: Path, which: str) -> Path:
