@@ -49,7 +49,7 @@ from fulgurite.errors import (
     Terminated,
 )
 from fulgurite.io import atomic_write, checksum, load_plain
-from fulgurite.records import (
+from fulgurite.resuming import (
     MetricsLogger,
     RunTrainer,
     TrainingState,
@@ -79,7 +79,7 @@ from fulgurite.runs import (
     training_differences,
     write_json,
 )
-from fulgurite.systems import resolve_config, system_of
+from fulgurite.systems import resolve_config, system_of_config
 
 __all__ = ["FulguriteCLI", "main", "parse", "run"]
 
@@ -234,7 +234,7 @@ class FulguriteCLI(LightningCLI):
         """System and name of the run from its first configuration file, unless given."""
         run, path = self.section.run, self._first_config
         if run.system is None and path is not None:
-            run.system = system_of(path)
+            run.system = system_of_config(path) or path.resolve().parent.name
         if run.name is None and path is not None:
             run.name = path.stem
 

@@ -21,7 +21,7 @@ __all__ = [
     "config_path",
     "packaged_configs",
     "resolve_config",
-    "system_of",
+    "system_of_config",
     "systems",
 ]
 
@@ -155,13 +155,22 @@ def config_path(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def system_of(path: Path) -> str:
-    """The system whose packaged configuration a file is, else the name of its folder."""
-    folder = path.resolve().parent
+def system_of_config(path: str | Path) -> str | None:
+    """The name of the system that a configuration file is packaged with, or None for other files.
+
+    The name of its folder does not say it: a plug-in's is mostly called ``configs``.
+
+    Example:
+        >>> system_of_config(resolve_config("fedsir/digits.yaml"))
+        'fedsir'
+        >>> system_of_config("mine.yaml") is None
+        True
+    """
+    folder = Path(path).resolve().parent
     for system in systems().values():
         if Path(str(resources.files(system.configs))).resolve() == folder:
             return system.name
-    return folder.name
+    return None
 
 
 def resolve_config(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def killed_when(action):
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
     tmp_path, monkeypatch, name
 ):
-    from fulgurite.records import RunTrainer
+    from fulgurite.resuming import RunTrainer
     from fulgurite.testing.survival import differing
 
     def before_the_end(kill):
@@ -124,7 +125,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before(
 
         def call(path):
             written.append(path)
-            if len(written) == 5:
+            if len(written) == 4:
                 kill()
             seal(path)
 
@@ -157,7 +158,7 @@ def test_a_signal_ends_a_run_with_its_status_and_the_way_on(
         def call(self, path, *args, **kwargs):
             save(self, path, *args, **kwargs)
             saved.append(path)
-            if len(saved) == 3:
+            if len(saved) == 2:
                 os.kill(os.getpid(), number)
 
         monkeypatch.setattr(Trainer, "save_checkpoint", call)
@@ -196,7 +197,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", small]).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         command = ["fit", "--config", "number_probing/smoke.yaml", *QUIET, f"--run.dir={small}/run"]
@@ -215,3 +216,29 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
         assert run_forked([*command, "--ckpt_path=last"]).status == 0
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(start, weights):
+    options = ("--trainer.max_epochs=30", "--model.init_args.method.init_args.relabel_every=3")
+    command = ["fit", "--config", "fedsir/smoke.yaml", *QUIET, *options]
+    assert run_forked([*command, "--run.dir=whole"]).status == 0
+    ranks = ("--trainer.strategy=federated", "--trainer.accelerator=cpu", "--trainer.devices=2")
+    process = start(*command, *ranks, "--run.dir=killed")
+    deadline = time.monotonic() + 120
+    while not Path("killed/metrics.csv").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in out
+    assert sum(line.startswith("fulgurite: error:") for line in out.splitlines()) <= 1
+    ended = run_forked([*command, "--run.dir=killed", "--ckpt_path=last"])
+    assert ended.status == 0, ended.output
+    one, two = (weights(f"{run}/checkpoints/last.ckpt") for run in ("whole", "killed"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
