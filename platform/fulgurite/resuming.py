@@ -180,12 +180,12 @@ class TrainingState(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the state until training starts."""
-        self._stored = dict(checkpoint.get(_KEY) or {})
         if broken := nan_tensors(checkpoint, pl_module):
             print(
                 f"note: the checkpoint's {', '.join(broken[:3])} is not a number", file=sys.stderr
             )
         if self.resumes:
+            self._stored = dict(checkpoint.get(_KEY) or {})
             self._counts = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -49,6 +49,34 @@ def test_kills_with_workers_change_nothing(tmp_path, monkeypatch, name):
     assert different == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ice_layers",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("number_probing", "stream_cqsa")),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_going_on_within_an_epoch_changes_nothing(tmp_path, monkeypatch, name, workers):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    step = "lightning.pytorch.callbacks.ModelCheckpoint"
+    command = [
+        "fit", "--config", f"{name}/smoke.yaml", *QUIET, f"--trainer.callbacks+={step}",
+        "--trainer.callbacks.every_n_train_steps=3", "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.filename={step}", "--trainer.callbacks.dirpath=steps",
+        f"--data.init_args.num_workers={workers}",
+    ]  # fmt: skip
+    assert run_forked([*command, "--run.dir=whole"]).status == 0
+    ended = run_forked([*command, "--run.dir=rest", "--ckpt_path=steps/step=3.ckpt"])
+    assert ended.status == 0, ended.output
+    whole, rest = (
+        torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("whole", "rest")
+    )
+    for part in ("state_dict", "optimizer_states", "global_step"):
+        torch.testing.assert_close(rest[part], whole[part], rtol=0, atol=0)
+
+
 def killed_when(action):
     """Something for a fork to do first, so that it is killed at a certain point."""
 
