@@ -50,14 +50,15 @@ def test_kills_with_workers_change_nothing(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "options"),
     [
-        "ice_layers",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("number_probing", "stream_cqsa")),
+        ("ice_layers", []),
+        pytest.param("ice_layers", ["--data.init_args.num_workers=1"], marks=pytest.mark.slow),
+        pytest.param("number_probing", [], marks=pytest.mark.slow),
+        pytest.param("stream_cqsa", [], marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_going_on_within_an_epoch_changes_nothing(tmp_path, monkeypatch, name, workers):
+def test_going_on_within_an_epoch_changes_nothing(tmp_path, monkeypatch, name, options):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
     step = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -65,7 +66,7 @@ def test_going_on_within_an_epoch_changes_nothing(tmp_path, monkeypatch, name, w
         "fit", "--config", f"{name}/smoke.yaml", *QUIET, f"--trainer.callbacks+={step}",
         "--trainer.callbacks.every_n_train_steps=3", "--trainer.callbacks.save_top_k=-1",
         "--trainer.callbacks.filename={step}", "--trainer.callbacks.dirpath=steps",
-        f"--data.init_args.num_workers={workers}",
+        *options,
     ]  # fmt: skip
     assert run_forked([*command, "--run.dir=whole"]).status == 0
     ended = run_forked([*command, "--run.dir=rest", "--ckpt_path=steps/step=3.ckpt"])
