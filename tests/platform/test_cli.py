@@ -258,7 +258,7 @@ def test_metrics_and_figures_reach_every_logger(fit):
 
     wandb.finish()
     assert [type(x).__name__ for x in cli.trainer.loggers] == [
-        "CSVLogger",
+        "MetricsLogger",
         "TensorBoardLogger",
         "WandbLogger",
     ]
