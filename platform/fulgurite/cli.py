@@ -137,10 +137,11 @@ class SaveRun(SaveConfigCallback):
 
         Those of the command that this one goes on with are kept as ``config.1.yaml`` and so on.
         """
-        earlier = ["config.yaml", "environment.json", "summary.json"]
+        ended = ["summary.json"]
         if not self.facts.get("checkpoint"):
-            earlier.append("metrics.csv")  # of a run that starts over
-        set_records_aside(self.folder, names=earlier)
+            ended.append("metrics.csv")  # of a run that starts over
+        replaced = ("config.yaml", "environment.json")
+        set_records_aside(self.folder, replaced=replaced, ended=ended)
         with atomic_write(self.folder / "config.yaml") as temporary:
             Path(temporary).write_text(self.record, encoding="utf-8")
         argv = masked_arguments(sys.argv[1:])
@@ -402,7 +403,7 @@ class FulguriteCLI(LightningCLI):
         )
         if command == "fit" and _is_first_process():
             self.lock = RunLock(self.folder)
-            for left in self.folder.glob("checkpoints/.*.tmp-*"):
+            for left in self.folder.rglob(".*.tmp-*"):
                 left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         if section.trainer.get("default_root_dir") is None:
             section.trainer.default_root_dir = str(self.folder)

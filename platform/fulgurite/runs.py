@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -313,14 +314,24 @@ def _check_restart(folder: Path) -> None:
     )
 
 
-def set_records_aside(folder: Path, *, names: Iterable[str]) -> None:
-    """Rename records of a run to ``config.1.yaml`` and so on, so that new ones replace none."""
+def set_records_aside(folder: Path, *, replaced: Iterable[str], ended: Iterable[str]) -> None:
+    """Keep records of a run as ``config.1.yaml`` and so on.
+
+    Args:
+        folder: The run folder.
+        replaced: Records that stay until new ones replace them, so that the folder always has one.
+        ended: Records that are not true any more.
+    """
     number = 1
     while (folder / f"config.{number}.yaml").exists():
         number += 1
-    for name in names:
-        if (file := folder / name).exists():
-            file.rename(file.with_suffix(f".{number}{file.suffix}"))
+    for name in (*replaced, *ended):
+        file = folder / name
+        kept = file.with_suffix(f".{number}{file.suffix}")
+        if file.exists() and name in replaced:
+            shutil.copy2(file, kept)
+        elif file.exists():
+            file.rename(kept)
 
 
 class RunLock:

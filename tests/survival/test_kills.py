@@ -87,7 +87,16 @@ def killed_when(action):
     return prepare
 
 
-@pytest.mark.parametrize("name", ["stream_cqsa", "number_probing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "number_probing",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in sorted({*systems()} - {"number_probing"})
+        ),
+    ],
+)
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
     tmp_path, monkeypatch, name
 ):
@@ -137,7 +146,8 @@ def test_a_run_killed_between_a_checkpoint_and_its_row_of_metrics_loses_no_row(
 
         monkeypatch.setattr(Trainer, "save_checkpoint", call)
 
-    training = survive(tmp_path, monkeypatch, "fedsir")
+    method = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
+    training = survive(tmp_path, monkeypatch, "fedsir", method)
     run = tmp_path / "killed"
     assert training.fit(run, before=killed_when(after_a_checkpoint)).status == -signal.SIGKILL
     assert training.fit(run).status == 0
