@@ -154,12 +154,12 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     found: list[Difference] = []
     for part in ("model", "data", "seed_everything"):
         found += differences(before.get(part), now.get(part), part)
+    linked = {f"model.init_args.{name}" for name in LINKS}
     return [
-        (key, *values)
-        for key, *values in found
-        if key.rpartition(".")[2] not in _SPEED
-        and key not in {f"model.init_args.{name}" for name in LINKS}
-    ]  # type: ignore[misc]
+        difference
+        for difference in found
+        if difference[0].rpartition(".")[2] not in _SPEED and difference[0] not in linked
+    ]
 
 
 def training_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
