@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 import fulgurite
 from fulgurite.devices import lower_median
@@ -158,6 +159,7 @@ class ControlContext(Callback):
         self._plate: _Plate | None = None
         self._adapted: set[str] = set()
         self._weights: dict[int, list[Tensor]] = {}
+        self._repeated: dict[int, list[Tensor]] = {}  # of batches that another rank has too
         self._checked: set[str] = set()
 
     # --- setup ---------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class ControlContext(Callback):
         )
         self._stacks.append((stack, pl_module.held))
         pl_module.held = held
-        self._checked, self._weights = set(), {}
+        self._checked, self._weights, self._repeated = set(), {}, {}
 
     def _leave(self, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PlateClassifier)
@@ -285,7 +287,10 @@ class ControlContext(Callback):
     ) -> None:
         """Check the batch."""
         held = self._check(pl_module, batch)
-        held.used = self._weights.setdefault(dataloader_idx, [])
+        used = self._weights.setdefault(dataloader_idx, [])
+        if _is_repeated(trainer, batch_idx, dataloader_idx):
+            used = self._repeated.setdefault(dataloader_idx, [])
+        held.used = used
         self._look(trainer, batch)
 
     def on_test_batch_start(
@@ -387,10 +392,11 @@ class ControlContext(Callback):
         """Log the mean query weight that was chosen, where it was."""
         assert isinstance(pl_module, PlateClassifier)
         for number, used in self._weights.items():
-            if used:
+            if used or self._repeated.get(number):  # every rank takes part in a mean over ranks
                 where = pl_module.metric_prefix(stage, number, len(self._weights))
-                mean = torch.stack(used).mean()
-                pl_module.log(f"{where}/query_weight", mean, batch_size=1, sync_dist=True)
+                mean = torch.stack(used or self._repeated[number]).mean()
+                name = f"{where}/query_weight"
+                pl_module.log(name, mean, batch_size=len(used), sync_dist=True)
 
     # --- deployment ------------------------------------------------------------------------------
 
@@ -494,6 +500,19 @@ def _wells(data: Any, batch: Any) -> list[str] | None:
     if numbers is None or "control_index" not in batch:
         return None
     return sorted({str(data.wells[numbers[int(row)]]) for row in batch["control_index"]})
+
+
+def _is_repeated(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+    """Whether a rank was given an evaluation batch only to have as many as the others."""
+    loaders: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return False
+    length = getattr(sampler, "dataset", None)
+    if length is None or len(sampler) * sampler.num_replicas <= len(length):
+        return False
+    return batch_idx * sampler.num_replicas + sampler.rank >= len(length)
 
 
 def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:

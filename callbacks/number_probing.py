@@ -152,7 +152,9 @@ class ModularProbe(Callback):
         self._probe(trainer, pl_module, self._batches(trainer))
         if not (trainer.is_global_zero and self.history):
             return
-        if self.last is not None and self.figures:
+        if self.figures:
+            if self.last is None:  # resumed after the last probe
+                self.last = self._measure(trainer, pl_module)
             log_figure(
                 trainer, "spectrum", spectrum_figure(self.last.spectrum, self.settings.periods)
             )
@@ -170,10 +172,7 @@ class ModularProbe(Callback):
     def _probe(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if not trainer.is_global_zero or (self.history and self.history[-1]["step"] >= step):
             return
-        # the model's own method may draw random numbers; training must not see that it did
-        with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.no_grad():
-            numbers, embeddings = self._embeddings(trainer, pl_module)
-            self.last = measure(embeddings, numbers, self.settings)
+        self.last = self._measure(trainer, pl_module)
         self.history += [{"step": step, **row} for row in self.last.rows]
         self.spectra[step] = self.last.spectrum.normalised.float().cpu()
         metrics = self.last.metrics()
@@ -190,6 +189,12 @@ class ModularProbe(Callback):
             for name, rows in (("probe.csv", self.history), ("spectrum.csv", spectra)):
                 with atomic_write(folder / name) as temporary:
                     temporary.write_text(to_csv(rows), encoding="utf-8")
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Report:
+        # the model's own method may draw random numbers; training must not see that it did
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.no_grad():
+            numbers, embeddings = self._embeddings(trainer, pl_module)
+            return measure(embeddings, numbers, self.settings)
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path | None:

@@ -75,6 +75,14 @@ class AttentionMonitor(Callback):
         pl_module.log_dict(facts, on_step=True, on_epoch=False, batch_size=1)
         self.history.append(facts)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps so far took."""
+        return {"history": [dict(facts) for facts in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the timeline of the run."""
+        self.history = [dict(facts) for facts in state_dict["history"]]
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw memory, traffic and time by step."""
         if not (self.figure and self.history and trainer.is_global_zero):

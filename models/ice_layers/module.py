@@ -36,7 +36,7 @@ from fulgurite.models.ice_layers.uncertainty import (
     entry_features,
     mean_and_spread,
 )
-from fulgurite.sampling import rank_and_world
+from fulgurite.sampling import forget_training_data, rank_and_world
 
 __all__ = [
     "IceCompletion",
@@ -287,6 +287,8 @@ class IceModule(SystemModule):
         """
         self._begin()
         self._refuse_seen()
+        if self.trainer.ckpt_path:  # the schedule has asked how many batches there are
+            forget_training_data(self.trainer)
 
     def on_validation_start(self) -> None:
         """Take up ``weights``."""

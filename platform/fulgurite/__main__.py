@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from fulgurite import __version__
-from fulgurite.errors import FulguriteError
+from fulgurite.errors import FulguriteError, RunError, Terminated
 
 HELP = """fulgurite {version}: research papers as plug-ins of one PyTorch Lightning trainer.
 
@@ -65,7 +65,11 @@ def system_command(name: str) -> Callable[[list[str]], int] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input)."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "--help"
     debug = "--debug" in argv or bool(os.environ.get("FULGURITE_DEBUG"))
@@ -96,10 +100,13 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fulgurite: interrupted", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt as error:
+        print(f"fulgurite: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
+    except Terminated as error:
+        print(f"fulgurite: {error.message}", file=sys.stderr)
+        return 143
     return 0
 
 

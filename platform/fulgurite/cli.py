@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import logging
 import os
 import re
+import secrets
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,17 +35,51 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import fulgurite
 import fulgurite.strategies
-from fulgurite.errors import CheckpointError, ConfigError, FulguriteError
-from fulgurite.io import atomic_write, load_plain
+from fulgurite.checkpoints import (
+    CheckpointFiles,
+    RunCheckpoint,
+    batches_done,
+    check_checkpoint,
+)
+from fulgurite.errors import (
+    CheckpointError,
+    ConfigError,
+    FulguriteError,
+    RunError,
+    Terminated,
+)
+from fulgurite.io import atomic_write, checksum, load_plain
+from fulgurite.resuming import (
+    MetricsLogger,
+    RunTrainer,
+    TrainingState,
+    masked,
+    masked_arguments,
+    masked_names,
+)
 from fulgurite.runs import (
+    CHECKPOINT_VARIABLE,
+    LAST,
+    LINKS,
     RUN_DIR_VARIABLE,
+    RunLock,
     RunOptions,
+    describe,
+    differences,
     environment,
     find_checkpoint,
+    find_run,
+    holds_run,
+    identity_differences,
     new_run_folder,
+    recorded_config,
+    recorded_environment,
+    run_folder_of,
+    set_records_aside,
+    training_differences,
     write_json,
 )
-from fulgurite.systems import resolve_config
+from fulgurite.systems import resolve_config, system_of_config
 
 __all__ = ["FulguriteCLI", "main", "parse", "run"]
 
@@ -46,11 +87,32 @@ COMMANDS = ("fit", "validate", "test", "predict")
 
 # Shared defaults of all systems, in this one place; a config or option overrides them.
 # One device: Lightning's default takes every GPU there is, with DDP, for configurations of one.
-TRAINER_DEFAULTS = {"num_sanity_val_steps": 0, "log_every_n_steps": 10, "devices": 1}
+# Hyperparameters are in config.yaml, which every logger gets: not a second time by the model.
+TRAINER_DEFAULTS = {
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "devices": 1,
+    "enable_autolog_hparams": False,
+}
 
-# What a model takes from the data: each of these constructor arguments of the model is set from
-# the attribute of the same name of the DataModule.
-LINKS = ("num_classes", "in_channels", "vocab_size")
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a command begins with.
+
+    Args:
+        path: The file; None where there is none.
+        run: Its run folder, if it lies in one.
+        continued: Whether ``fit`` goes on in that folder.
+        ended: Whether that training has ended, with all of its records.
+        facts: What is recorded of the checkpoint.
+    """
+
+    path: Path | None = None
+    run: Path | None = None
+    continued: bool = False
+    ended: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SaveRun(SaveConfigCallback):
@@ -62,17 +124,28 @@ class SaveRun(SaveConfigCallback):
         config: Namespace,
         folder: Path,
         record: str,
+        facts: Mapping[str, Any],
         command: str,
         seed: int | bool | None,
     ) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
-        self.folder, self.record, self.command, self.seed = folder, record, command, seed
+        self.folder, self.record, self.facts = folder, record, facts
+        self.command, self.seed = command, seed
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` and ``environment.json`` (rank 0 only)."""
+        """Write ``config.yaml`` and ``environment.json`` (rank 0 only).
+
+        Those of the command that this one goes on with are kept as ``config.1.yaml`` and so on.
+        """
+        ended = ["summary.json"]
+        if not self.facts.get("checkpoint"):
+            ended.append("metrics.csv")  # of a run that starts over
+        replaced = ("config.yaml", "environment.json")
+        set_records_aside(self.folder, replaced=replaced, ended=ended)
         with atomic_write(self.folder / "config.yaml") as temporary:
             Path(temporary).write_text(self.record, encoding="utf-8")
-        facts = environment(self.seed, self.command)
+        argv = masked_arguments(sys.argv[1:])
+        facts = environment(self.seed, self.command, argv) | dict(self.facts)
         write_json(self.folder / "environment.json", facts)
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
@@ -87,7 +160,18 @@ class FulguriteCLI(LightningCLI):
         self.only_parse = only_parse
         self.folder = Path()
         self.record = ""
+        self.start = Start()
+        self.lock: RunLock | None = None
+        self.wandb_id = ""
         each = {"exit_on_error": False}
+        try:
+            self._start(each)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _start(self, each: Mapping[str, Any]) -> None:
+        """Parse, make everything and run; all of it is what the base class does when it is made."""
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -96,9 +180,10 @@ class FulguriteCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            trainer_class=RunTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
             parser_kwargs={**each, **dict.fromkeys(COMMANDS, each)},
-            args=self.argv if only_parse else None,
+            args=self.argv if self.only_parse else None,
         )
 
     @staticmethod
@@ -135,55 +220,191 @@ class FulguriteCLI(LightningCLI):
         return RunOptions(**self.section.run.as_dict())
 
     def _parse_ckpt_path(self) -> None:
-        """Find ``last`` and ``best``; the command line beats the checkpoint's hyperparameters.
+        """Leave the checkpoint to :meth:`before_instantiate_classes`.
 
-        Lightning's method of this name lets the checkpoint win silently (its issue 21455); it
-        offers no public hook for it.
+        Lightning's method of this name lets the checkpoint's hyperparameters beat the command
+        line silently (its issue 21455); it offers no public hook for it.
         """
-        self._name_run()
-        path = self.section.get("ckpt_path")
-        if not path:
-            return
-        if path in ("last", "best"):
-            path = str(find_checkpoint(self.options, path))
-            self.section.ckpt_path = path
-        stored = load_plain(path, "--ckpt_path", "Give a checkpoint, `last` or `best`.", mmap=True)
-        given = self.section.get("model.init_args")
-        here = given.as_dict() if given else {}
-        for key, now, before in _differences(here, stored.get("hyper_parameters") or {}):
-            if key not in LINKS:
-                print(
-                    f"note: the checkpoint was trained with model.{key}={before}; "
-                    f"this run uses {now}",
-                    file=sys.stderr,
-                )
+
+    @property
+    def _first_config(self) -> Path | None:
+        first = next((c for c in self.section.get("config") or []), None)
+        return Path(str(first)) if first else None
 
     def _name_run(self) -> None:
         """System and name of the run from its first configuration file, unless given."""
-        run = self.section.run
-        first = next((c for c in self.section.get("config") or []), None)
-        path = Path(str(first)) if first else None
+        run, path = self.section.run, self._first_config
         if run.system is None and path is not None:
-            run.system = path.resolve().parent.name
+            run.system = system_of_config(path) or path.resolve().parent.name
         if run.name is None and path is not None:
             run.name = path.stem
 
+    def _find_start(self, now: Mapping[str, Any]) -> Start:
+        """The checkpoint that the command begins with, and whose it is.
+
+        Args:
+            now: The resolved configuration.
+
+        Raises:
+            CheckpointError: There is no such checkpoint, or nothing can go on from it.
+            ConfigError: It is of a training with other options.
+        """
+        asked, command = self.section.get("ckpt_path"), str(self.config.subcommand)
+        if not asked:
+            if command != "fit" and _is_first_process():
+                print(
+                    f"note: no --ckpt_path: {command} takes the weights that the model is made "
+                    "with, which are untrained unless its options name some",
+                    file=sys.stderr,
+                )
+            return Start()
+        options, fits = self.options, command == "fit"
+        if asked in ("last", "best"):
+            inherited = os.environ.get(CHECKPOINT_VARIABLE) if "LOCAL_RANK" in os.environ else None
+            if inherited:
+                path = Path(inherited)
+                run = run_folder_of(path)
+            else:
+                run = find_run(options, asked, now, self._first_config)
+                path = find_checkpoint(run, asked)
+        else:
+            path = Path(asked)
+            run = run_folder_of(path) if path.is_file() else None
+        stored = load_plain(path, "--ckpt_path", "Give a checkpoint, `last` or `best`.", mmap=True)
+        check_checkpoint(stored, path, resumes=fits)
+        self._say_differences(run, stored, now)
+        facts = {
+            "path": str(path.resolve()),
+            "sha256": checksum(path),
+            "epoch": int(stored.get("epoch", 0)),
+            "step": int(stored.get("global_step", 0)),
+        }
+        if not fits:
+            return Start(path, run, facts=facts)
+        target = self._resumed_folder(path, run)
+        if target is None:
+            return Start(path, run, facts=facts)
+        self._check_same_training(target, path, stored, now)
+        ended = (target / "summary.json").is_file() and self._nothing_left(stored)
+        return Start(path, target, continued=True, ended=ended, facts=facts)
+
+    def _resumed_folder(self, path: Path, run: Path | None) -> Path | None:
+        """The folder in which a fit goes on, or None for a new one.
+
+        Raises:
+            ConfigError: ``--run.dir`` holds another run than that of the checkpoint.
+        """
+        options = self.options
+        if options.new:
+            return None
+        if options.dir is None:
+            if run is None:
+                return None
+            with suppress(ValueError):  # as the user would spell it
+                return run.relative_to(Path.cwd().resolve())
+            return run
+        explicit = Path(options.dir)
+        if not holds_run(explicit):
+            return None
+        if run is not None and run.resolve() != explicit.resolve():
+            raise ConfigError(
+                f"--run.dir={explicit} holds another run than that of --ckpt_path={path}.",
+                "Leave --run.dir out to go on in the checkpoint's run, or name a new folder.",
+            )
+        return explicit
+
+    def _check_same_training(
+        self, run: Path, path: Path, stored: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> None:
+        """Whether a fit may go on in the folder of a run.
+
+        Raises:
+            ConfigError: It has other options, or has gone further than the checkpoint.
+        """
+        new = f"--ckpt_path={path} --run.new=true goes on in a new folder."
+        if differing := training_differences(recorded_config(run), now):
+            raise ConfigError(
+                f"--ckpt_path={path} is of a training with other options: {describe(differing)}.",
+                f"Resume with the options of the run, --config {run / 'config.yaml'}; with other "
+                f"ones on purpose, {new}",
+            )
+        last = run / LAST
+        if not last.is_file() or last.resolve() == path.resolve():
+            return
+        newest = load_plain(last, "--ckpt_path", mmap=True)
+        reached, here = batches_done(newest), batches_done(stored)
+        if reached is not None and here is not None and reached > here:
+            raise ConfigError(
+                f"--ckpt_path={path} was written after {here} batches, and its run has gone on to "
+                f"{reached}: resuming it would lose them.",
+                f"Resume with --ckpt_path={last}, or {new}",
+            )
+
+    def _nothing_left(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint is of the end of what the trainer's limits allow."""
+        trainer = self.section.trainer
+        epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps")
+        if epochs is None and steps in (None, -1):
+            epochs = 1000  # Lightning's default
+        loop = stored["loops"]["fit_loop"]
+        done = int(loop["epoch_progress"]["current"]["processed"])
+        in_epochs = epochs is not None and epochs >= 0 and done >= epochs
+        in_steps = steps is not None and steps >= 0 and int(stored.get("global_step", 0)) >= steps
+        return bool(in_epochs or in_steps)
+
+    def _say_differences(
+        self, run: Path | None, stored: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> None:
+        """Print a line for each option that is not the one of the checkpoint's training."""
+        if not _is_first_process():
+            return
+        if run is not None:
+            found = identity_differences(recorded_config(run), now)
+        else:
+            model = dict((now.get("model") or {}).get("init_args") or {})
+            known = dict(stored.get("hyper_parameters") or {})
+            shared = [key for key in model if key in known and key not in LINKS]
+            pairs = [{key: values[key] for key in shared} for values in (known, model)]
+            found = list(differences(*pairs, "model.init_args"))
+        for key, before, here in found:
+            print(
+                f"note: the checkpoint was trained with {key}={before}; this run uses {here}",
+                file=sys.stderr,
+            )
+
     def before_instantiate_classes(self) -> None:
-        """Make the run folder and point the loggers to it."""
+        """Find the checkpoint, make the run folder and point the loggers to it."""
         section = self.section
+        self._name_run()
         if self.only_parse:
             raise _Parsed(section)
         recorded = self.parser.dump(self.config, skip_unset=False)
         content = yaml.safe_load(recorded)[self.config.subcommand]
-        content.get("run", {}).pop("dir", None)
+        for name in ("dir", "new"):
+            content.get("run", {}).pop(name, None)
         content.pop("ckpt_path", None)
+        if hidden := masked_names(content):
+            raise ConfigError(
+                f"The value of {', '.join(hidden)} was masked when the configuration was recorded.",
+                "Give it again on the command line.",
+            )
+        content = masked(content)
         self.record = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         self.fast = bool(section.trainer.get("fast_dev_run"))
+        self.start = self._find_start(content)
+        if self.start.path is not None:
+            section.ckpt_path = str(self.start.path)
+            os.environ[CHECKPOINT_VARIABLE] = str(self.start.path.resolve())
         if self.fast:
             return
+        command, resumed = str(self.config.subcommand), self.start
         self.folder = new_run_folder(
-            self.options, self.config.subcommand, resumes=bool(section.get("ckpt_path"))
+            self.options, command, resumed=resumed.run if resumed.continued else None
         )
+        if command == "fit" and _is_first_process():
+            self.lock = RunLock(self.folder)
+            for left in self.folder.rglob(".*.tmp-*"):
+                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         if section.trainer.get("default_root_dir") is None:
             section.trainer.default_root_dir = str(self.folder)
         loggers = section.trainer.get("logger")
@@ -199,25 +420,49 @@ class FulguriteCLI(LightningCLI):
             args.project = "fulgurite"
         if "project" in args and args.get("name") is None:
             args.name = "/".join(self.folder.parts[-3:])
+        unnamed = args.get("id", "") is None and args.get("version", "") is None
+        named = os.environ.get("WANDB_RUN_ID")  # by the agent of a sweep
+        if "anonymous" in args and unnamed and not named and self.config.subcommand == "fit":
+            args.id = self._wandb_id()
+
+    def _wandb_id(self) -> str:
+        """The id of the run at Weights & Biases: a resumed run goes on with its own."""
+        before = recorded_environment(self.folder) if self.start.continued else {}
+        self.wandb_id = str(before.get("wandb_id") or secrets.token_hex(4))
+        return self.wandb_id
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """CSV is the record and comes first; checkpoints go into the run folder."""
         config = self._get(self.config_init, "trainer")
         callbacks = [*(config.get("callbacks") or [])]
+        self.state = TrainingState(
+            continued=self.start.continued,
+            resumes=self.subcommand == "fit" and self.start.path is not None,
+        )
+        callbacks.append(self.state)
         if not self.fast:
-            csv = CSVLogger(str(self.folder.parent), name="", version=self.folder.name)
             chosen = config.get("logger")
             others = chosen if isinstance(chosen, list) else [chosen]
+            csv = MetricsLogger(self.folder)
             kwargs["logger"] = [csv, *(x for x in others if not isinstance(x, bool | None))]
+            facts: dict[str, Any] = {"checkpoint": dict(self.start.facts) or None}
+            if self.wandb_id:
+                facts["wandb_id"] = self.wandb_id
             self.save_config_kwargs = {
                 "folder": self.folder,
                 "record": self.record,
+                "facts": facts,
                 "command": str(self.subcommand),
                 "seed": self.section.seed_everything,
             }
         if config.get("enable_checkpointing") is not False and not self.fast:
             own = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-            kwargs["callbacks"] = [*callbacks, *self._checkpoints(only_last=own)]
+            callbacks += self._checkpoints(only_last=own)
+        kwargs["callbacks"] = callbacks
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFiles()]
         _check_strategy(config.get("strategy"))
         try:
             return super().instantiate_trainer(**kwargs)
@@ -231,35 +476,48 @@ class FulguriteCLI(LightningCLI):
         Two callbacks: ``save_last`` of one writes only when the metric improves.
         """
         place: dict[str, Any] = {
+            "continued": self.start.continued,
             "dirpath": self.folder / "checkpoints",
             "save_on_train_epoch_end": True,
             "enable_version_counter": False,
         }
-        last = ModelCheckpoint(filename="last", **place)
+        last = RunCheckpoint(filename="last", **place)
         monitor = getattr(self.model, "monitor", None)
         if monitor is None or only_last:
             return [last]
         mode = getattr(self.model, "mode", "min")
-        return [ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **place), last]
+        return [RunCheckpoint(filename="best", monitor=monitor, mode=mode, **place), last]
 
     @property
     def _metrics(self) -> dict[str, float]:
         return {k: float(v) for k, v in self.trainer.callback_metrics.items()}
 
     def _write_metrics(self, file: str) -> None:
-        if not self.fast and self.trainer.is_global_zero:
-            metrics = self._metrics
-            if not metrics:
-                print(f"{self.config.subcommand}: nothing left to do; see trainer.max_epochs")
-                return
-            # beside the fit that --run.dir names, and in the folder of this command
-            for folder in {self.folder, Path(self.section.run.dir or self.folder)}:
-                write_json(folder / file, metrics)
-            print(f"{self.config.subcommand}: recorded in {self.folder}")
+        if self.fast or not self.trainer.is_global_zero:
+            return
+        # beside the fit that --run.dir names, and in the folder of this command
+        fits = self.config.subcommand == "fit"
+        for folder in {self.folder, Path((not fits and self.section.run.dir) or self.folder)}:
+            write_json(folder / file, self._metrics)
+        print(f"{self.config.subcommand}: recorded in {self.folder}")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a training that has ended is left as it is."""
+        if self.start.ended:
+            print(f"fit: nothing left to do in {self.folder}; see trainer.max_epochs")
+            return
+        if self.start.path is not None and not self.start.continued and _is_first_process():
+            print(
+                f"note: a new run goes on from {self.start.path}; its metrics and best.ckpt count "
+                f"from there, in {self.folder}",
+                file=sys.stderr,
+            )
+        self.trainer.fit(**kwargs)
 
     def after_fit(self) -> None:
         """Write ``summary.json``."""
-        self._write_metrics("summary.json")
+        if not self.start.ended:
+            self._write_metrics("summary.json")
 
     def test(self, **kwargs: Any) -> None:
         """Test, print the metrics once, and write ``test_metrics.json``."""
@@ -274,6 +532,8 @@ class FulguriteCLI(LightningCLI):
         getattr(self.trainer, command)(verbose=False, **kwargs)
         if verbose and self.trainer.is_global_zero:
             print(metrics_table(self._metrics))
+            if self.start.path is not None:
+                print(f"{command}: evaluated {self.start.path} (epoch {self.start.facts['epoch']})")
         self._write_metrics(f"{command}_metrics.json")
 
     def predict(self, **kwargs: Any) -> None:
@@ -341,16 +601,11 @@ def _check_strategy(chosen: Any) -> None:
     raise ConfigError(f"There is no strategy named '{chosen}'.", mend)
 
 
-def _differences(here: Any, there: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves in which two hyperparameters differ, where both give them."""
-    if isinstance(here, dict) and isinstance(there, dict):
-        for name in here.keys() & there.keys():
-            yield from _differences(here[name], there[name], f"{key}.{name}".lstrip("."))
-    elif isinstance(here, list | tuple) and isinstance(there, list | tuple):
-        if [*here] != [*there]:  # a checkpoint stores tuples as lists
-            yield key, here, there
-    elif here != there:
-        yield key, here, there
+def _is_first_process() -> bool:
+    """Whether this is the process of rank 0, before there is a process group."""
+    return not any(
+        int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    )
 
 
 def _with_resolved_configs(argv: Sequence[str]) -> list[str]:
@@ -449,12 +704,59 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
     # a strategy that launches processes gives them sys.argv
     sys.argv = [program[0], *argv]
     try:
-        return _construct(_with_resolved_configs(argv))
+        with _signals():
+            return _construct(_with_resolved_configs(argv))
+    except Terminated:
+        raise Terminated(f"terminated{_way_on(argv[0])}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted{_way_on(argv[0])}") from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends with status 1
+            raise KeyboardInterrupt(f"interrupted{_way_on(argv[0])}") from None
+        raise
     finally:
         sys.argv = program
+        os.environ.pop(CHECKPOINT_VARIABLE, None)
         if before is None and (made := os.environ.pop(RUN_DIR_VARIABLE, None)):
             with suppress(OSError):  # a run that failed before it wrote anything leaves no folder
                 Path(made).rmdir()
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """End at SIGTERM as orderly as at Ctrl-C; afterwards handlers are what they were."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = os.getpid()
+
+    def leave(number: int, frame: Any) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)  # a forked process ends as it would without us
+        os.kill(os.getpid(), number)
+
+    if before[signal.SIGTERM] == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _way_on(command: str) -> str:
+    """How to go on with the fit that was just stopped."""
+    folder = Path(os.environ.get(RUN_DIR_VARIABLE, ""))
+    if command != "fit" or not holds_run(folder):
+        return ""
+    with suppress(ValueError):
+        folder = folder.relative_to(Path.cwd().resolve())
+    again = f"fulgurite fit --config {folder / 'config.yaml'}"
+    if (folder / LAST).is_file():
+        return f"; go on with `{again} --ckpt_path last`"
+    return f" before the first checkpoint; start over with `{again} --run.dir {folder}`"
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
@@ -471,8 +773,8 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             # Lightning 2.6's combined loader uses a name that torch 2.13 deprecates
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            # an evaluation has a run folder of its own and writes no checkpoints
-            warnings.filterwarnings("ignore", "The dirpath has changed")
+            if argv[0] != "fit":  # an evaluation has a folder of its own and writes no checkpoints
+                warnings.filterwarnings("ignore", "The dirpath has changed")
             # Lightning 2.6 calls jsonargparse by names that 4.49 deprecates
             jsonargparse = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
             warnings.filterwarnings("ignore", jsonargparse)
@@ -484,6 +786,8 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             raise ConfigError(_one_line(str(error))) from error
         if isinstance(error, MisconfigurationException):
             raise ConfigError(" ".join(str(error).split())) from error
+        if outside := _outside(error):
+            raise outside from error
         if "Error(s) in loading state_dict" in str(error):
             what = " ".join(str(error).split())
             raise CheckpointError(
@@ -493,6 +797,43 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
         raise
     finally:
         sys.argv = program
+
+
+# what a full, read-only or foreign disk answers
+_DISK = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+_DISTRIBUTED = re.compile(
+    r"gloo|ProcessGroup|NCCL|EADDRINUSE|address already in use|TCPStore|Connection (reset|closed)",
+    re.IGNORECASE,
+)
+
+
+def _outside(error: BaseException | None) -> RunError | None:
+    """A failure of a disk or of another process, as one line."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.distributed.DistError) or (
+            type(error) is RuntimeError and _DISTRIBUTED.search(text)
+        ):
+            if re.search("EADDRINUSE|address already in use", text, re.IGNORECASE):
+                return RunError(
+                    f"The port of the process group is taken ({text[:160]}).",
+                    "Set MASTER_PORT to a free one, or leave it out.",
+                )
+            return RunError(
+                f"The processes of the run have lost each other ({text[:160]}).",
+                "See what the others printed before; a fit goes on with --ckpt_path=last.",
+            )
+        if isinstance(error, OSError) and error.errno in _DISK:
+            file = error.filename or "a file"
+            return RunError(
+                f"{file} cannot be written or read ({error.strerror}).",
+                "Make room, or name another folder with --run.dir; checkpoints are as they were.",
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _cause(error: BaseException | None) -> FulguriteError | None:

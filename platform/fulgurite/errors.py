@@ -7,7 +7,15 @@ traceback).
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "FulguriteError", "MissingExtraError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FulguriteError",
+    "MissingExtraError",
+    "RunError",
+    "Terminated",
+]
 
 
 class FulguriteError(Exception):
@@ -41,3 +49,19 @@ class CheckpointError(FulguriteError, FileNotFoundError):
 
 class MissingExtraError(FulguriteError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class RunError(FulguriteError, RuntimeError):
+    """A run failed for a reason outside its options: a disk, another process."""
+
+
+class Terminated(SystemExit):
+    """The process was asked to end by SIGTERM.
+
+    Args:
+        message: What to tell the user.
+    """
+
+    def __init__(self, message: str = "terminated") -> None:
+        super().__init__(143)
+        self.message = message

@@ -17,7 +17,9 @@ __all__ = [
     "DrawSampler",
     "EveryRankSampler",
     "UnrepeatedDistributedSampler",
+    "forget_training_data",
     "rank_and_world",
+    "restart_training_data",
     "sampler_ranks",
     "training_progress",
 ]
@@ -60,6 +62,34 @@ def training_progress(trainer: Trainer | None) -> tuple[int, int]:
     if batches.current.processed:  # Lightning knows only loaders with a state of their own
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
     return epoch.processed, batches.current.processed
+
+
+def forget_training_data(trainer: Trainer) -> None:
+    """Let a trainer make its loader of training batches anew.
+
+    A model that asks for ``estimated_stepping_batches`` has it made before the progress of a
+    checkpoint is restored. Call this between both (``on_fit_start``).
+    """
+    loop: Any = trainer.fit_loop
+    if loop._combined_loader is not None:
+        loop._data_fetcher.teardown()
+        loop._data_fetcher = loop._combined_loader = None
+
+
+def restart_training_data(trainer: Trainer) -> None:
+    """Begin the first epoch after a restart as every other one begins.
+
+    Lightning calls ``set_epoch`` only after it has made the first iterator, whose workers have
+    read the samples of epoch 0 by then. Call this in ``on_train_start``.
+    """
+    from lightning.fabric.utilities.data import _set_sampler_epoch
+
+    loop: Any = trainer.fit_loop
+    if loop._combined_loader is None or loop._data_fetcher is None:
+        return
+    for loader in loop._combined_loader.flattened:
+        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+    iter(loop._data_fetcher)
 
 
 class UnrepeatedDistributedSampler(DistributedSampler[int]):
@@ -151,20 +181,23 @@ class ContinuedSampler(UnrepeatedDistributedSampler):
         self, sampler: DistributedSampler[int], trainer: Trainer | None, batch_size: int
     ) -> None:
         super().__init__(len(sampler), (sampler.rank, sampler.num_replicas))
-        self.sampler = sampler
-        self.epoch, batches = training_progress(trainer)
-        self.done = batches * batch_size
-        sampler.set_epoch(self.epoch)
+        self.sampler, self.trainer, self.batch_size = sampler, trainer, batch_size
+        self.done = 0
+        self._epoch: int | None = None  # as Lightning says; before it does, the trainer knows
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next."""
-        if epoch != self.epoch:
-            self.epoch, self.done = epoch, 0
-            self.sampler.set_epoch(epoch)
+        self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        # progress is read here: a loader may be made before a checkpoint is restored
+        epoch, batches = training_progress(self.trainer)
+        if self._epoch not in (None, epoch):
+            epoch, batches = int(self._epoch or 0), 0
+        self.sampler.set_epoch(epoch)
+        done = self.done + batches * self.batch_size
         numbers = list(self.sampler)
-        return iter(numbers[self.done :] + numbers[: self.done])
+        return iter(numbers[done:] + numbers[:done])
 
     def __len__(self) -> int:
         return self.length

@@ -27,15 +27,6 @@ def test_streamed_attention_trains_to_the_same_weights(fit, weights):
     assert Path("streamed/test_metrics.json").is_file()
 
 
-def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit, weights):
-    name = "stream_cqsa/smoke.yaml"
-    fit("--run.dir=whole", config=name)
-    fit("--run.dir=part", "--trainer.max_epochs=1", config=name)
-    fit("--run.dir=part", "--ckpt_path=last", config=name)
-    whole, part = (weights(f"{run}/checkpoints/last.ckpt") for run in ("whole", "part"))
-    assert all(torch.equal(part[key], whole[key]) for key in whole)
-
-
 def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, start, weights):
     name = "stream_cqsa/smoke.yaml"
     process = start(

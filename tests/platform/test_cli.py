@@ -234,7 +234,7 @@ def test_the_command_line_beats_the_checkpoint_and_says_so(fit, capsys):
         command="test",
     )  # fmt: skip
     assert cli.model.batch_size == 16
-    assert "model.batch_size=32; this run uses 16" in capsys.readouterr().err
+    assert "model.init_args.batch_size=32; this run uses 16" in capsys.readouterr().err
 
 
 def test_print_config_shows_the_resolved_configuration(start):
@@ -258,7 +258,7 @@ def test_metrics_and_figures_reach_every_logger(fit):
 
     wandb.finish()
     assert [type(x).__name__ for x in cli.trainer.loggers] == [
-        "CSVLogger",
+        "MetricsLogger",
         "TensorBoardLogger",
         "WandbLogger",
     ]

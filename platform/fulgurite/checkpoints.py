@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or not there, and that belong to the run whose folder they lie in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fulgurite.errors import CheckpointError
+from fulgurite.io import load_plain, save_plain
+
+__all__ = ["CheckpointFiles", "RunCheckpoint", "batches_done", "check_checkpoint", "nan_tensors"]
+
+_MEND = "Give a checkpoint of a training, `last` or `best`."
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its target with a digest, and checks the digest when it reads.
+
+    The target is replaced in one step, so that a process that is killed, or a disk that is full,
+    leaves the checkpoint that was there before.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint; places that are no local files are left to Lightning.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        save_plain(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU, without executing anything in it.
+
+        Raises:
+            CheckpointError: It is damaged, or holds anything else than tensors and plain types.
+        """
+        stored: dict[str, Any] = load_plain(str(path), "--ckpt_path", _MEND)
+        return stored
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A checkpoint of the run's own folder, which may be moved or copied as a whole.
+
+    Its state holds the names of its files without the folder they lie in.
+
+    Args:
+        continued: Whether the folder is that of the run that the training goes on with; else the
+            best score counts from here on.
+        options: Of ``ModelCheckpoint``, with ``dirpath``.
+    """
+
+    def __init__(self, *, continued: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.continued = continued
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, which a resumed run has filled already."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores and file names."""
+        state = super().state_dict()
+        state["dirpath"] = ""
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = Path(state[key]).name
+        state["best_k_models"] = {Path(k).name: v for k, v in state["best_k_models"].items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the scores of the run, if it is the same run."""
+        if not self.continued:
+            return
+        state, folder = dict(state_dict), Path(str(self.dirpath))
+        state["dirpath"] = self.dirpath
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = str(folder / state[key]) if state[key] else ""
+        state["best_k_models"] = {str(folder / k): v for k, v in state["best_k_models"].items()}
+        super().load_state_dict(state)
+
+
+def batches_done(checkpoint: Mapping[str, Any]) -> int | None:
+    """Training batches that were done when a checkpoint was written; None if it does not say."""
+    try:
+        return int(
+            checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_checkpoint(stored: Any, path: str | Path, *, resumes: bool) -> None:
+    """Whether a file holds what Lightning reads of a checkpoint.
+
+    Args:
+        stored: Content of the file.
+        path: The file, for errors.
+        resumes: Whether a training goes on from it.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    asked = f"--ckpt_path={path}"
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"{asked} holds a {type(stored).__name__}, no checkpoint.", _MEND)
+    weights = stored.get("state_dict")
+    if not isinstance(weights, Mapping) or "pytorch-lightning_version" not in stored:
+        raise CheckpointError(
+            f"{asked} is no checkpoint of a Lightning training.",
+            f"{_MEND} Weights alone are read by the model's own option for them, if it has one.",
+        )
+    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{asked} has weights that are no tensors.", _MEND)
+    if not resumes:
+        return
+    lists = all(isinstance(stored.get(k), list) for k in ("optimizer_states", "lr_schedulers"))
+    if not lists or batches_done(stored) is None:
+        raise CheckpointError(
+            f"{asked} holds weights, but not the state of their training (optimizers, loops): "
+            "nothing can go on from it.",
+            "Give a whole checkpoint, such as last.ckpt.",
+        )
+
+
+def nan_tensors(stored: Mapping[str, Any], module: LightningModule) -> list[str]:
+    """Names of the module's parameters that are not a number in a checkpoint."""
+    weights = stored["state_dict"]
+    return [
+        name
+        for name, _ in module.named_parameters()
+        if name in weights and bool(torch.isnan(weights[name]).any())
+    ]

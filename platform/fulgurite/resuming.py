@@ -1,0 +1,380 @@
+"""What a run records of itself while it trains, so that it can go on as if it had not stopped."""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from fulgurite.checkpoints import nan_tensors
+from fulgurite.errors import CheckpointError
+from fulgurite.io import atomic_write
+from fulgurite.sampling import forget_training_data, restart_training_data
+
+__all__ = ["MASK", "MetricsLogger", "RunTrainer", "TrainingState", "masked", "masked_arguments"]
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+class _MetricsFile(ExperimentWriter):
+    """``metrics.csv``, which a resumed run goes on with."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.file = Path(self.metrics_file_path)
+        self.rows = 0  # in the file
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing: the run folder is this run's."""
+
+    def read(self) -> list[dict[str, str]]:
+        """The rows of the file, without one that was cut off."""
+        if not self.file.is_file():
+            return []
+        with self.file.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row and None not in row.values()]
+            self.metrics_keys = list(reader.fieldnames or [])
+        return rows
+
+    def rewind(self, rows: int | None) -> None:
+        """Take up the first rows of the file, all of them for None, and drop the others."""
+        kept = self.read()[:rows]
+        self.rows = len(kept)
+        self._rewrite(kept)
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not self.metrics_keys:
+            return
+        with (
+            atomic_write(self.file) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def save(self) -> None:
+        """Append the new rows; rewrite the file, in one step, when there are new columns."""
+        rows, self.metrics = self.metrics, []
+        if not rows:
+            return
+        if new := sorted(set().union(*rows) - set(self.metrics_keys)):
+            before = self.read()
+            self.metrics_keys = sorted([*self.metrics_keys, *new])
+            self._rewrite([*before, *rows])
+        else:
+            with self.file.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(rows)
+        self.rows += len(rows)
+
+
+class MetricsLogger(CSVLogger):
+    """The record of all metrics of a run, written row by row to ``metrics.csv``.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder.parent), name="", version=folder.name)
+
+    @property
+    def experiment(self) -> Any:
+        """What writes the file; something that ignores all calls on ranks other than 0."""
+        if self._experiment is None and _is_rank_zero():
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _MetricsFile(self.log_dir)
+        return super().experiment
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write a row at once."""
+        super().log_metrics(metrics, step)
+        if self._experiment is not None:
+            self._experiment.save()
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Leave them to ``config.yaml``."""
+
+    def save(self) -> None:
+        """Write what is left."""
+        if self._experiment is not None:
+            self._experiment.save()
+
+    @property
+    def rows(self) -> int:
+        """Rows that were written."""
+        return 0 if self._experiment is None else int(self._experiment.rows)
+
+    def rewind(self, rows: int | None) -> None:
+        """Go on after the first rows of the file; None keeps all."""
+        if _is_rank_zero():
+            self.experiment.rewind(rows)
+
+
+def _is_rank_zero() -> bool:
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def metrics_logger(trainer: Trainer) -> MetricsLogger | None:
+    """The trainer's record of metrics, if it has one."""
+    return next((x for x in trainer.loggers if isinstance(x, MetricsLogger)), None)
+
+
+# --- state --------------------------------------------------------------------------------------
+
+_KEY = "fulgurite"
+
+
+class TrainingState(Callback):
+    """Keeps in each checkpoint what Lightning leaves out, and takes it up when a run goes on.
+
+    That are the states of the random number generators of all ranks, how many rows of metrics
+    there were, the row that is logged right after the checkpoint, the last values of all metrics,
+    and the conditions on which results depend in their last digits. A loader of training batches
+    that was made too early (a model that asks for ``estimated_stepping_batches``) is made again.
+
+    Args:
+        continued: Whether training goes on in the run's own folder.
+        resumes: Whether it goes on from a checkpoint at all.
+    """
+
+    def __init__(self, *, continued: bool = False, resumes: bool = False) -> None:
+        self.continued, self.resumes = continued, resumes
+        self.trained = False
+        self._stored: dict[str, Any] = {}
+        self._counts: tuple[int, int] | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Last values of all metrics when the checkpoint was written."""
+        return dict(self._stored.get("metrics") or {})
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the state; called on all ranks."""
+        logger = metrics_logger(trainer)
+        checkpoint[_KEY] = {
+            "random": _gathered(_random_state()),
+            "rows": logger.rows if logger is not None else None,
+            "pending": _pending(trainer),
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+            "conditions": conditions(trainer),
+        }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state until training starts."""
+        if broken := nan_tensors(checkpoint, pl_module):
+            print(
+                f"note: the checkpoint's {', '.join(broken[:3])} is not a number", file=sys.stderr
+            )
+        if self.resumes:
+            self._stored = dict(checkpoint.get(_KEY) or {})
+            self._counts = len(checkpoint["optimizer_states"]), len(checkpoint["lr_schedulers"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that nothing of the checkpoint would be left out.
+
+        Raises:
+            CheckpointError: It has states of fewer or more optimizers than the model.
+        """
+        if self._counts is None:
+            return
+        counts = len(trainer.optimizers), len(trainer.lr_scheduler_configs)
+        for what, before, now in zip(
+            ("optimizers", "schedulers"), self._counts, counts, strict=True
+        ):
+            if before != now:
+                raise CheckpointError(
+                    f"The checkpoint has the states of {before} {what}, the model has {now}.",
+                    "Resume with the model.* options of the run, from a checkpoint that is whole.",
+                )
+        forget_training_data(trainer)
+        self._say_conditions(trainer)
+
+    def _say_conditions(self, trainer: Trainer) -> None:
+        before, now = self._stored.get("conditions") or {}, conditions(trainer)
+        differing = [f"{k} {v} (now {now[k]})" for k, v in before.items() if now.get(k, v) != v]
+        if differing and trainer.is_global_zero:
+            print(
+                f"note: the run went on {', '.join(differing)} so far: results may differ from an "
+                "uninterrupted run in their last digits",
+                file=sys.stderr,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up metrics and random numbers."""
+        if not self._stored:
+            return
+        if self.continued and (logger := metrics_logger(trainer)) is not None:
+            logger.rewind(self._stored.get("rows"))
+            if pending := self._stored.get("pending"):
+                logger.log_metrics(pending["metrics"], pending["step"])
+        known = trainer.callback_metrics
+        for name, value in self.metrics.items():
+            known.setdefault(name, torch.tensor(value, device=pl_module.device))
+        states = self._stored.get("random") or []
+        rank, world = trainer.global_rank, trainer.world_size
+        if len(states) == world:
+            _set_random_state(states[rank])
+        restart_training_data(trainer)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Remember that something is trained."""
+        self.trained = True
+
+
+class RunTrainer(Trainer):
+    """A trainer whose fit ends in the same way when it is resumed after its last epoch."""
+
+    def _run_stage(self) -> Any:
+        """Let callbacks end a training of which only the end was missing."""
+        result = super()._run_stage()
+        states = [c for c in self.callbacks if isinstance(c, TrainingState)]  # type: ignore[attr-defined]
+        if self.training and any(s.resumes and not s.trained for s in states):
+            self.fit_loop.on_run_start()
+            self.fit_loop.on_run_end()
+        return result
+
+
+def conditions(trainer: Trainer) -> dict[str, Any]:
+    """On what the last digits of results depend, beside the configuration."""
+    return {
+        "threads": torch.get_num_threads(),
+        "ranks": trainer.world_size,
+        "device": trainer.strategy.root_device.type,
+        "torch": str(torch.__version__),
+    }
+
+
+def _pending(trainer: Trainer) -> dict[str, Any] | None:
+    """The row of metrics that Lightning logs right after the hook that writes a checkpoint."""
+    if not trainer.training:
+        return None
+    connector: Any = trainer._logger_connector
+    loop: Any = trainer.fit_loop.epoch_loop
+    at_epoch_end = connector._first_loop_iter is None
+    if not at_epoch_end and (
+        not connector.should_update_logs
+        or (loop._should_accumulate() and trainer.lightning_module.automatic_optimization)
+    ):
+        return None
+    metrics = {k: float(v) for k, v in connector.metrics["log"].items()}
+    if not metrics:
+        return None
+    step = metrics.pop("step", None)
+    if step is None:
+        metrics.setdefault("epoch", trainer.current_epoch)
+        step = loop._batches_that_stepped - at_epoch_end
+    return {"metrics": metrics, "step": int(step)}
+
+
+def _random_state() -> dict[str, Any]:
+    """States of the global random number generators, as tensors and plain types."""
+    version, keys, gauss = random.getstate()
+    name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": [version, list(keys), gauss],
+        "numpy": [name, [int(w) for w in words], int(position), int(has_gauss), float(cached)],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, np.array(words, np.uint32), *rest))  # noqa: NPY002
+
+
+def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state of each rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return states
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+#: What records hold in the place of a secret.
+MASK = "***"
+_SECRET_NAME = re.compile(
+    r"(^|[._-])(api_?key|access_?key|secret_?key|private_?key|auth_?key|(auth|access|api|hf)_token"
+    r"|token|secret|passwd|password|passphrase|credentials?)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"^(hf_\w{16,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}"
+    r"|AKIA[0-9A-Z]{16}|xox[abp]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)$"
+)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+
+
+def masked(content: Any, name: str = "") -> Any:
+    """Content of a record with :data:`MASK` in the place of values that look like secrets.
+
+    Example:
+        >>> masked({"logger": {"api_key": "12345", "project": "a"}, "tokens": 2})
+        {'logger': {'api_key': '***', 'project': 'a'}, 'tokens': 2}
+        >>> masked("https://me:word@example.org/data")
+        'https://***@example.org/data'
+    """
+    if isinstance(content, Mapping):
+        return {key: masked(value, str(key)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [masked(value, name) for value in content]
+    if isinstance(content, str) and content:
+        if _SECRET_NAME.search(name) or _SECRET_VALUE.match(content):
+            return MASK
+        return _IN_ADDRESS.sub(MASK, content)
+    return content
+
+
+def masked_arguments(argv: Sequence[str]) -> list[str]:
+    """A command line with :data:`MASK` in the place of values that look like secrets.
+
+    Example:
+        >>> masked_arguments(["fit", "--model.token=abc", "--api_key", "x", "--data.tokens=2"])
+        ['fit', '--model.token=***', '--api_key', '***', '--data.tokens=2']
+    """
+    shown: list[str] = []
+    before = ""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-") and equals:
+            shown.append(f"{name}={masked(value, name.lstrip('-'))}")
+        else:
+            shown.append(str(masked(argument, before.lstrip("-"))))
+        before = argument if argument.startswith("-") and not equals else ""
+    return shown
+
+
+def masked_names(content: Any, key: str = "") -> list[str]:
+    """Options of a configuration whose value is :data:`MASK`."""
+    if isinstance(content, Mapping):
+        return [n for k, v in content.items() for n in masked_names(v, f"{key}.{k}".lstrip("."))]
+    if isinstance(content, list | tuple):
+        return [name for value in content for name in masked_names(value, key)]
+    return [key] if isinstance(content, str) and MASK in content else []

@@ -1,0 +1,195 @@
+"""Does a training survive being killed? For the tests of every system, a plug-in's too.
+
+Each command runs in a fork of this process, which has imported everything already.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Ended", "Survival", "differing", "run_forked"]
+
+#: Metrics of time and memory, which no two runs share.
+CLOCKS = ("time/", "memory/", "train/tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Args:
+        status: Exit status; negative for the signal that ended it.
+        seconds: Time on the processor [s].
+        output: What it printed.
+    """
+
+    status: int
+    seconds: float
+    output: str
+
+
+def run_forked(
+    argv: Sequence[str],
+    *,
+    limit: float | None = None,
+    before: Callable[[], None] | None = None,
+) -> Ended:
+    """Run a command line of ``fulgurite`` in a fork of this process.
+
+    Args:
+        argv: The command line.
+        limit: Time on the processor after which the process is killed [s]; None for never.
+        before: Called in the fork first, such as to let it fail at a certain point.
+    """
+    import fulgurite.cli  # noqa: F401  # now, not in each fork
+
+    log = Path(f".output-{os.getpid()}")
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(descriptor, stream)
+            sys.stdout, sys.stderr = (open(s, "w", buffering=1, closefd=False) for s in (1, 2))  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process at once
+            if before is not None:
+                before()
+            if limit is not None:
+                signal.setitimer(signal.ITIMER_PROF, limit)
+            from fulgurite.__main__ import main
+
+            status = main([*argv])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    _, ended, usage = os.wait4(child, 0)
+    output = log.read_text(errors="replace")
+    log.unlink()
+    return Ended(os.waitstatus_to_exitcode(ended), usage.ru_utime + usage.ru_stime, output)
+
+
+class Survival:
+    """A training that is not disturbed, and others of it that are killed and resumed.
+
+    Args:
+        options: Of ``fulgurite fit``, without the run folder.
+        folder: Where the runs go; an undisturbed one is trained there now.
+    """
+
+    def __init__(self, options: Sequence[str], folder: Path) -> None:
+        self.options, self.folder = [*options], folder
+        ended = self.fit(folder / "whole")
+        if ended.status:
+            raise RuntimeError(ended.output)
+        self.seconds = ended.seconds
+
+    def fit(self, run: Path, **how: Any) -> Ended:
+        """Train, or go on, in a folder; ``how`` as for :func:`run_forked`."""
+        last = run / "checkpoints" / "last.ckpt"
+        resume = ["--ckpt_path=last"] if last.is_file() else []
+        return run_forked(["fit", *self.options, f"--run.dir={run}", *resume], **how)
+
+    def kill_and_resume(self, name: str, kills: int, seed: int) -> tuple[int, list[str]]:
+        """Kill a training at random moments, each time after resuming it, and let it end.
+
+        Args:
+            name: Of its folder.
+            kills: How often.
+            seed: Of the moments.
+
+        Returns:
+            How often it was killed, and what is different from the undisturbed training.
+        """
+        run, draw = self.folder / name, random.Random(seed)
+        killed = 0
+        for _ in range(kills):
+            ended = self.fit(run, limit=self.seconds * draw.uniform(0.05, 1.0))
+            if ended.status not in (0, -signal.SIGPROF):
+                return killed, [ended.output]
+            if ended.status == 0:
+                break
+            killed += 1
+        ended = self.fit(run)
+        if ended.status:
+            return killed, [ended.output]
+        return killed, differing(self.folder / "whole", run)
+
+
+def differing(one: Path, two: Path) -> list[str]:
+    """What of two runs that should be the same is not: weights, optimizers, records, figures."""
+    found: list[str] = []
+    for name in ("last.ckpt", "best.ckpt"):
+        files = [run / "checkpoints" / name for run in (one, two)]
+        if [f.is_file() for f in files] == [False, False]:
+            continue
+        if not all(f.is_file() for f in files):
+            found.append(f"{name} is missing")
+            continue
+        states = [torch.load(f, weights_only=True) for f in files]
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+            found += [f"{name}: {part}{key}" for key in _unequal(*(s[part] for s in states))]
+        scores = [
+            {k: v.get("best_model_score") for k, v in s["callbacks"].items() if "Checkpoint" in k}
+            for s in states
+        ]
+        found += [f"{name}: best score {key}" for key in _unequal(*scores)]
+    rows = [_rows(run / "metrics.csv") for run in (one, two)]
+    if len(rows[0]) != len(rows[1]):
+        found.append(f"metrics.csv: {len(rows[0])} and {len(rows[1])} rows")
+    for i, (first, second) in enumerate(zip(*rows, strict=False)):
+        found += [f"metrics.csv: row {i}{key}" for key in _unequal(first, second)]
+    summaries = [_without_clocks(json.loads((r / "summary.json").read_text())) for r in (one, two)]
+    found += [f"summary.json: {key}" for key in _unequal(*summaries)]
+    drawn = [sorted(path.name for path in run.glob("figures/*.png")) for run in (one, two)]
+    if drawn[0] != drawn[1]:
+        found.append(f"figures: {drawn[0]} and {drawn[1]}")
+    else:
+        found += [
+            f"figures/{name}"
+            for name in drawn[0]
+            if name != "attention.png"  # of times
+            and (one / "figures" / name).read_bytes() != (two / "figures" / name).read_bytes()
+        ]
+    return found
+
+
+def _without_clocks(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if not k.startswith(CLOCKS)}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    with file.open(newline="") as opened:
+        return [_without_clocks(row) for row in csv.DictReader(opened)]
+
+
+def _unequal(one: Any, two: Any, key: str = "") -> list[str]:
+    """Where two nested values differ."""
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        same = one.shape == two.shape and bool(torch.equal(one, two))
+        return [] if same or bool(one.isnan().any() and two.isnan().any()) else [key]
+    if isinstance(one, dict) and isinstance(two, dict):
+        missing = [f"{key}.{name}" for name in one.keys() ^ two.keys()]
+        shared = [name for name in one if name in two]
+        return missing + [x for n in shared for x in _unequal(one[n], two[n], f"{key}.{n}")]
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        if len(one) != len(two):
+            return [key]
+        pairs = enumerate(zip(one, two, strict=True))
+        return [x for i, pair in pairs for x in _unequal(*pair, f"{key}[{i}]")]
+    return [] if one == two or (one != one and two != two) else [key]
