@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from fulgurite.errors import ConfigError
-from fulgurite.systems import config_path, resolve_config
+from fulgurite.systems import check_kind, config_path, resolve_config
 
 __all__ = [
     "LAST_CHECKPOINT",
@@ -422,6 +422,7 @@ def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.", "") from error
     top = _mapping(raw, str(file))
+    check_kind(str(file), top, "comparison")
     _known(top, _PLAN_KEYS, str(file))
     small = _mapping(top.pop("quick", None) or {}, "quick")
     _known(small, _COMMON, "quick")
