@@ -6,9 +6,11 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+import types
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fulgurite.compare.worker import Job, Outcome, serve
@@ -59,6 +61,21 @@ def run_jobs(jobs: Sequence[Job], *, workers: int, runner: str) -> Generator[Out
                 os.environ[key] = value
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the program from a process that is spawned, which would run it a second time.
+
+    Workers need nothing of it; a script that calls ``run`` need not guard itself with
+    ``if __name__ == "__main__"``.
+    """
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
 class _Worker:
     """One process, replaced by a new one when it dies."""
 
@@ -74,7 +91,8 @@ class _Worker:
         self.connection: Any
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.runner), daemon=False)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         theirs.close()
 
     def start(self, job: Job) -> None:
