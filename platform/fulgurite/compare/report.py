@@ -69,7 +69,9 @@ def run_summary(folder: Path) -> str:
         lines.append(f"seed: {config['seed_everything']}")
     metrics = read_metrics(folder) or _last_metrics(folder / "metrics.csv")
     lines += ["", "| metric | value |", "| --- | ---: |"]
-    lines += [f"| {name} | {value:.5g} |" for name, value in sorted(metrics.items())]
+    # as they were recorded: the monitored one first
+    stages = sorted(metrics, key=lambda name: not name.startswith("test/"))
+    lines += [f"| {name} | {metrics[name]:.5g} |" for name in stages]
     lines += ["", *(str(path) for path in sorted(folder.glob("figures/**/*.png")))]
     lines += [str(path) for path in sorted(folder.glob("checkpoints/*.ckpt"))]
     return "\n".join(lines)
