@@ -552,6 +552,8 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             raise ConfigError(_one_line(str(error))) from error
         if isinstance(error, MisconfigurationException):
             raise ConfigError(" ".join(str(error).split())) from error
+        if "no `dataloader_idx` argument" in str(error):  # of a model that has one loader in mind
+            raise ConfigError(" ".join(str(error).split())) from error
         if "Error(s) in loading state_dict" in str(error):
             what = " ".join(str(error).split())
             raise CheckpointError(

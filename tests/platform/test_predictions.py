@@ -277,3 +277,10 @@ def test_a_step_that_returns_nothing_is_said(predict):
     status, out, _ = predict("Silent")
     assert status == 0
     assert "Silent.predict_step returned nothing to write" in out
+
+
+def test_a_step_that_knows_one_loader_is_refused_several_in_one_line(predict):
+    status, _, error = predict("Silent", "--data.loaders=2")
+    assert status == 2
+    (line,) = [line for line in error.splitlines() if line.startswith("fulgurite: error:")]
+    assert "no `dataloader_idx` argument in `Silent.predict_step()`" in line

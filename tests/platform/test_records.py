@@ -33,8 +33,16 @@ def record(workdir, monkeypatch):
     return call
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "system", ["fedsir", "cs_arm_bn", "stream_cqsa", "number_probing", "ice_layers"]
+    "system",
+    [
+        "number_probing",
+        *(pytest.param(name, marks=SLOW) for name in ("fedsir", "cs_arm_bn", "stream_cqsa")),
+        pytest.param("ice_layers", marks=SLOW),
+    ],
 )
 def test_the_record_of_each_system_runs_again(record, system):
     callbacks = [
