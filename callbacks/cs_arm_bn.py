@@ -10,6 +10,7 @@ import math
 import random
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from fulgurite.devices import lower_median
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.io import atomic_write
-from fulgurite.logging import log_figure
+from fulgurite.logging import TrainingCurves, log_figure
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
     adapt,
@@ -113,7 +114,8 @@ class ControlContext(Callback):
         outlier_above: Warn when a plate's controls are this far from the training plates, in
             robust standard deviations; 0 never warns.
         foreign_controls: Let controls of other plates pass, to measure what they cost.
-        figures: Draw confusion matrices and plates when a test ends.
+        figures: Draw loss and accuracy when training ends, confusion matrices and plates when a
+            test ends.
 
     Raises:
         ConfigError: A number is out of range, or the model or trainer do not fit.
@@ -161,6 +163,13 @@ class ControlContext(Callback):
         self._weights: dict[int, list[Tensor]] = {}
         self._repeated: dict[int, list[Tensor]] = {}  # of batches that another rank has too
         self._checked: set[str] = set()
+        self.curves = TrainingCurves(
+            {
+                "train/loss": "mean loss of training batches",
+                "val/loss": "validation loss",
+                "val/acc": "validation accuracy",
+            }
+        )
 
     # --- setup ---------------------------------------------------------------------------------
 
@@ -217,6 +226,7 @@ class ControlContext(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave it."""
+        self.curves.end_epoch(trainer)
         self._leave(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -260,6 +270,21 @@ class ControlContext(Callback):
             return
         if (name := self._name(trainer, batch)) not in self.profiles:
             self.profiles[name] = plate_profile(batch["control"]).cpu()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss for the figure."""
+        self.curves.add_batch(outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the epoch's metrics for the figure."""
+        self.curves.end_validation(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw loss and accuracy by epoch."""
+        if self.figures:
+            self.curves.draw(trainer)
 
     def _record(
         self, trainer: Trainer, pl_module: LightningModule, held: Context, batch_idx: int
@@ -448,12 +473,13 @@ class ControlContext(Callback):
     # --- checkpoint and figures ------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Profiles of the training plates' controls."""
-        return {"profiles": dict(self.profiles)}
+        """Profiles of the training plates' controls, loss and accuracy by epoch."""
+        return {"profiles": dict(self.profiles), "curves": self.curves.curves.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
         self.profiles = dict(state_dict["profiles"])
+        self.curves.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the confusion matrix and the plates of each test set."""
@@ -471,7 +497,7 @@ class ControlContext(Callback):
         figure, axes = new_figure(1, 2, height=3.6)
         heatmap(
             axes[0][0], share, title=f"{name}: share of each class", xlabel="predicted",
-            ylabel="true class", limits=(0, 1),
+            ylabel="true class", limits=(0, 1), names=_class_names(trainer, classes),
         )  # fmt: skip
         plates = sorted(by_domain(rows).items(), key=lambda item: item[1])
         labels = [_plate_name(trainer, domain) for domain, _ in plates]
@@ -487,6 +513,12 @@ def _plate_name(trainer: Trainer, number: int) -> str:
     """What the data call a plate; its number where they do not."""
     domains = getattr(getattr(trainer, "datamodule", None), "domains", ())
     return str(domains[number]) if 0 <= number < len(domains) else str(number)
+
+
+def _class_names(trainer: Trainer, classes: int) -> Sequence[str]:
+    """What the data call the classes; nothing where they do not."""
+    names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
+    return [str(name) for name in names] if len(names) == classes else ()
 
 
 def _file(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from fulgurite.models.fedsir.federation import (
 )
 from fulgurite.models.fedsir.methods import FederatedMethod
 from fulgurite.models.fedsir.module import FederatedClassifier
-from fulgurite.plotting import heatmap, new_figure
+from fulgurite.plotting import heatmap, new_figure, use_integer_ticks
 from fulgurite.strategies import FederatedStrategy
 
 __all__ = ["FederatedRounds"]
@@ -106,6 +106,7 @@ class FederatedRounds(Callback):
                 f"Local training does not do --trainer.precision={trainer.precision}.",
                 "Use bf16-mixed or 32-true.",
             )
+        _refuse_weight_schedules(trainer)
         per_rank = -(-self._per_round(data.num_clients) // trainer.world_size)
         data.train_slots = -(-per_rank // max(1, pl_module.vectorize))
         pl_module.slot_trainer = self
@@ -399,6 +400,7 @@ class FederatedRounds(Callback):
         for ax, (key, title) in zip(axes[0], shown.items(), strict=True):
             ax.plot(range(len(self.history)), [r.get(key, np.nan) for r in self.history])
             ax.set(title=title, xlabel="round")
+            use_integer_ticks(ax)
         log_figure(trainer, "rounds", figure)
 
     def _draw_similarities(self, trainer: Trainer) -> None:
@@ -417,9 +419,25 @@ class FederatedRounds(Callback):
         for ax, (name, client) in zip(axes[0], shown, strict=True):
             heatmap(
                 ax, found["similarities"][client].numpy(), limits=(0, 1), xlabel="class",
-                ylabel="class", title=f"{name} client {client}: off_mean {scores[client]:.2f}",
+                ylabel="class",
+                title=f"{name} client {client}: mean off the diagonal {scores[client]:.2f}",
             )  # fmt: skip
         log_figure(trainer, "similarities", figure)
+
+
+def _refuse_weight_schedules(trainer: Trainer) -> None:
+    """Refuse a callback that schedules a learning rate which the server has not.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "StochasticWeightAveraging anneals the learning rate of the trainer's optimizer, and "
+            "in federated rounds that optimizer only takes the clients' average.",
+            "Use lightning.pytorch.callbacks.EMAWeightAveraging, which averages the global model "
+            "over the rounds, or leave it out.",
+        )
 
 
 def _to(value: Any, device: torch.device) -> Any:

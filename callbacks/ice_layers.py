@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fulgurite.errors import ConfigError
-from fulgurite.logging import log_figure
+from fulgurite.logging import TrainingCurves, log_figure
 from fulgurite.models.ice_layers.figures import (
     calibration_figure,
     depth_figure,
@@ -30,7 +30,7 @@ _FILLED = {"thickness", "provenance", "std"}
 
 
 class CompletionWriter(Callback):
-    """Writes each stack that ``fulgurite predict`` completes, and figures of predictions and tests.
+    """Writes each stack that ``fulgurite predict`` completes, and figures of all commands.
 
     A stack is written as soon as its batch is done, to ``completed/`` in the run folder, as npz
     and NetCDF. It names the flight segments that the model has seen, so that a downstream test
@@ -41,7 +41,7 @@ class CompletionWriter(Callback):
         npz: Write npz files, which :class:`~fulgurite.datamodules.ice_layers.CompletedStacks`
             reads.
         folder: Where to, relative to the run folder.
-        figures: Stacks that are drawn before and after; 0 for none.
+        figures: Stacks that are drawn before and after; 0 for no figure at all.
 
     Raises:
         ConfigError: A number is out of range, or the model completes nothing.
@@ -59,6 +59,40 @@ class CompletionWriter(Callback):
         self.netcdf, self.npz, self.folder, self.figures = netcdf, npz, folder, figures
         self.written = 0
         self._drawn = 0
+        self.curves = TrainingCurves(
+            {
+                "train/loss": "mean loss of training batches",
+                "val/heldout_mae": "error of held-out entries [m]",
+                "val/mae": "error of deep layers [m]",
+            }
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss for the figure."""
+        self.curves.add_batch(outputs)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the loss of the epoch for the figure."""
+        self.curves.end_epoch(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the errors of the epoch for the figure."""
+        self.curves.end_validation(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw loss and errors by epoch, unless nothing is learned by gradients."""
+        if self.figures and getattr(pl_module, "monitor", None):
+            self.curves.draw(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loss and errors by epoch."""
+        return {"curves": self.curves.curves.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.curves.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""

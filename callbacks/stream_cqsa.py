@@ -11,7 +11,7 @@ from fulgurite.attention import Streamed
 from fulgurite.attention.budget import format_bytes, parse_budget
 from fulgurite.devices import read_clock
 from fulgurite.logging import log_figure
-from fulgurite.plotting import new_figure
+from fulgurite.plotting import new_figure, use_integer_ticks
 
 __all__ = ["AttentionMonitor"]
 
@@ -98,12 +98,18 @@ class AttentionMonitor(Callback):
         for ax, key in zip(axes[0], shown, strict=True):
             ax.plot([facts[key] for facts in self.history])
             ax.set(title=titles[key], xlabel="step")
-            ax.set_ylim(bottom=0)
+            use_integer_ticks(ax)
         backend = self._backend(trainer)
         if backend and backend.memory_budget is not None:
             budget = parse_budget(backend.memory_budget, pl_module.device) or 0
             ax = axes[0][shown.index("attention/peak_mib")]
-            ax.set_xlabel(f"step (budget {format_bytes(budget)})")
+            ax.axhline(budget / _MIB, color="#8C8C8C", linestyle="--")
+            ax.annotate(
+                f"budget {format_bytes(budget)}", (0, budget / _MIB), xytext=(2, -3),
+                textcoords="offset points", va="top", fontsize=8,
+            )  # fmt: skip
+        for ax in axes[0]:
+            ax.set_ylim(bottom=0)
         log_figure(trainer, "attention", figure)
 
 

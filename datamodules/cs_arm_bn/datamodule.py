@@ -246,6 +246,18 @@ class PlateDataModule(L.LightningDataModule):
         return self.table.wells
 
     @property
+    def prediction_names(self) -> dict[str, Any]:
+        """Names of the codes in predictions, after :meth:`setup`; images by their first file."""
+        files = self.table.frame[self.table.path_columns[0]]
+        return {
+            "label": self.class_names,
+            "predicted": self.class_names,
+            "domain": self.domains,
+            "well": self.wells,
+            "index": files.to_numpy(dtype=object),  # millions: not copied
+        }
+
+    @property
     def test_sets(self) -> tuple[str, ...]:
         """Names of the tests, one for each loader of :meth:`test_dataloader`."""
         return tuple(self.assignment.tests)

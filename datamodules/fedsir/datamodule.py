@@ -175,6 +175,11 @@ class FederatedDataModule(L.LightningDataModule):
         return self.source.image_size
 
     @property
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the codes in predictions, after :meth:`setup`."""
+        return {"label": self.class_names, "predicted": self.class_names}
+
+    @property
     def num_samples(self) -> int:
         """Number N of training samples of all clients."""
         return len(self.labels)

@@ -117,7 +117,7 @@ class CompletedStacks(NpzStacks):
         Raises:
             DataError: There is none.
         """
-        return data_path(Path(self.root).expanduser().absolute())
+        return data_path(self.root)
 
     _needs = ("provenance", "trained_segments")
 

@@ -267,6 +267,11 @@ class IceLayerDataModule(L.LightningDataModule):
             for stack in kept
         ]
 
+    @property
+    def prediction_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the codes in predictions, after :meth:`setup`."""
+        return {"stack": self.stacks}
+
     def stacks_of(self, part: Part) -> list[LayerStack]:
         """The stacks of one part, after :meth:`setup`."""
         return list(self._parts[part])

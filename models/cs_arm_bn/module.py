@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from fulgurite.base import SystemModule, save_options, scheduled
+from fulgurite.base import SystemModule, build_network, check_head, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.batchnorm import (
@@ -43,7 +43,8 @@ class PlateClassifier(SystemModule):
     step; ``method`` says which.
 
     Args:
-        network: Makes the network from (channels, classes); its BatchNorm layers are converted.
+        network: The network, or what makes it from (channels, classes), such as a class; its
+            BatchNorm layers are converted.
         method: Where statistics come from and what else happens; by default CS-ARM-BN with the
             query weight chosen for each plate at test.
         optimizer: Makes the optimizer.
@@ -64,7 +65,7 @@ class PlateClassifier(SystemModule):
 
     def __init__(
         self,
-        network: Callable[[int, int], nn.Module],
+        network: Callable[[int, int], nn.Module] | nn.Module,
         method: Method | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
@@ -86,7 +87,8 @@ class PlateClassifier(SystemModule):
                 )
         self.num_classes = num_classes
         self.method = method or AdaptiveWeight()
-        made = network(in_channels + self.method.extra_channels, num_classes)
+        made = build_network(network, in_channels + self.method.extra_channels, num_classes)
+        check_head(made, num_classes)
         self.network = convert_batchnorm(made)
         if weights is not None:
             _load_network(self.network, weights)
@@ -247,7 +249,9 @@ class PlateClassifier(SystemModule):
             rows = gather(self._parts[number], self.num_classes)
             self.results[where.removeprefix("test/")] = rows
             values = {f"{where}/{k}": v for k, v in scores(rows).items()}
-            self.log_dict(values, batch_size=max(1, len(rows.row)), prog_bar=stage == "val")
+            for metric, value in values.items():
+                shown = metric == self.monitor
+                self.log(metric, value, batch_size=max(1, len(rows.row)), prog_bar=shown)
         self._parts = {}
 
     def on_validation_epoch_end(self) -> None:

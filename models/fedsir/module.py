@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from fulgurite.base import SystemModule, save_options
+from fulgurite.base import SystemModule, build_network, check_head, save_options
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
 
@@ -51,7 +51,8 @@ class FederatedClassifier(SystemModule):
     decides when; ``method`` decides what.
 
     Args:
-        network: Makes the network from (channels, classes); it must have ``features`` and ``head``.
+        network: The network, or what makes it from (channels, classes), such as a class; it must
+            have ``features`` and ``head``.
         optimizer: Makes a client's optimizer, anew in every round.
         method: What happens in a round beyond local training and averaging.
         server_optimizer: Applies the aggregate: ``global − aggregate`` is the gradient it sees
@@ -76,7 +77,7 @@ class FederatedClassifier(SystemModule):
 
     def __init__(
         self,
-        network: Callable[[int, int], nn.Module],
+        network: Callable[[int, int], nn.Module] | nn.Module,
         optimizer: OptimizerCallable = torch.optim.Adam,
         method: FederatedMethod | None = None,
         server_optimizer: OptimizerCallable | None = None,
@@ -101,7 +102,7 @@ class FederatedClassifier(SystemModule):
                     f"model.init_args.{name}={value} is too small.", f"Give {least} or more."
                 )
         self.automatic_optimization = False
-        self.network = network(in_channels, num_classes)
+        self.network = build_network(network, in_channels, num_classes)
         if not callable(getattr(self.network, "features", None)) or not hasattr(
             self.network, "head"
         ):
@@ -109,6 +110,7 @@ class FederatedClassifier(SystemModule):
                 f"The network {type(self.network).__name__} has no `features` method or no `head`.",
                 "Give it both, so that forward(x) == head(features(x)).",
             )
+        check_head(self.network, num_classes)
         if compile:
             self.network.compile()
         self.optimizer, self.server_optimizer = optimizer, server_optimizer
@@ -183,7 +185,9 @@ class FederatedClassifier(SystemModule):
         loss.update(F.cross_entropy(logits, labels), weight=len(labels))
         size = len(labels)
         self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=size)
-        self.log_dict(metrics, on_epoch=True, batch_size=size)
+        for name, metric in metrics.items(keep_base=False, copy_state=False):
+            shown = name == self.monitor
+            self.log(name, metric, on_epoch=True, prog_bar=shown, batch_size=size)
 
     def predict_step(
         self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int

@@ -34,7 +34,7 @@ class DeepLayerPredictor(IceModule):
     DataModule's matter.
 
     Args:
-        network: Makes a network from (layers, fields), such as
+        network: The network, or what makes it from (layers, fields), such as the class
             :class:`~fulgurite.models.ice_layers.CompletionNet`.
         shallow: K.
         physics: ``all`` gives the physics of all layers, ``shallow`` that of the K shallow ones.
@@ -61,7 +61,7 @@ class DeepLayerPredictor(IceModule):
 
     def __init__(
         self,
-        network: Callable[[int, int], nn.Module],
+        network: Callable[[int, int], nn.Module] | nn.Module,
         shallow: int = 5,
         physics: Literal["all", "shallow"] = "all",
         loss: LossKind = "huber",
@@ -165,7 +165,9 @@ class DeepLayerPredictor(IceModule):
         for name in ("rmse", "mae", "bias"):
             if f"missing_{name}" in found:
                 values[name] = found[f"missing_{name}"]
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()}, batch_size=1)
+        for name, value in values.items():
+            metric = f"{stage}/{name}"
+            self.log(metric, value, prog_bar=metric == self.monitor, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         """Log the errors of deep layers."""

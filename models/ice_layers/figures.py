@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fulgurite.models.ice_layers.metrics import normal_quantile
 from fulgurite.models.ice_layers.output import PROVENANCE, CompletedStack
-from fulgurite.plotting import COLORS, heatmap, new_figure
+from fulgurite.plotting import COLORS, heatmap, new_figure, use_integer_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def layers_figure(
     _provenance(kinds, stack)
     heatmap(
         spread, np.asarray(stack.std, np.float64).T, title="standard deviation [m]",
-        xlabel="trace", ylabel="layer (0: newest)",
+        xlabel="trace", ylabel="layer (1: newest)", first_row=1,
     )  # fmt: skip
     return figure
 
@@ -88,6 +88,8 @@ def _boundaries(
         kind, line = stack.provenance[:, k], depth[:, k]
         for value, name in enumerate(PROVENANCE[: 1 if seen_only else 3]):
             part = np.where(kind == value, line, np.nan)
+            if not np.isfinite(part).any():
+                continue  # no entry of the legend either
             # dots, too: a trace between two others of another kind makes no line
             ax.plot(along, part, color=_KINDS[name], lw=1.0, marker=".", ms=1.5, label=_words(name))
         if not seen_only:
@@ -110,9 +112,10 @@ def _provenance(ax: Axes, stack: CompletedStack) -> None:
     ax.imshow(
         stack.provenance.T, aspect="auto", interpolation="nearest", vmin=0,
         vmax=len(_KINDS) - 1, cmap=ListedColormap(list(_KINDS.values())),
+        extent=(-0.5, len(stack.provenance) - 0.5, stack.provenance.shape[1] + 0.5, 0.5),
     )  # fmt: skip
     ax.grid(visible=False)
-    ax.set(title="where values are from", xlabel="trace", ylabel="layer (0: newest)")
+    ax.set(title="where values are from", xlabel="trace", ylabel="layer (1: newest)")
     patches = [
         Patch(color=color, label=_words(name))
         for value, (name, color) in enumerate(_KINDS.items())
@@ -134,7 +137,7 @@ def depth_figure(errors: Mapping[str, Mapping[int, float]]) -> Figure:
         ax.plot([*values], [*values.values()], marker="o", ms=3, label=name)
     ax.set(title="missing entries by depth", xlabel="layer (1: newest)", ylabel="RMSE [m]")
     ax.set_ylim(bottom=0)
-    ax.locator_params(axis="x", integer=True)
+    use_integer_ticks(ax)
     if errors:
         ax.legend(fontsize=7)
     return figure

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -21,7 +22,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fulgurite.base import SystemModule, save_options, scheduled
+from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.models.ice_layers.completion import LEFT, fill, gaps
@@ -157,7 +158,7 @@ class IceModule(SystemModule):
     The networks are made when the data or a checkpoint say how many layers and fields there are.
 
     Args:
-        network: Makes a network from (layers, fields).
+        network: The network, or what makes it from (layers, fields).
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
@@ -181,7 +182,7 @@ class IceModule(SystemModule):
 
     def __init__(
         self,
-        network: Callable[[int, int], nn.Module],
+        network: Callable[[int, int], nn.Module] | nn.Module,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         weights: str | None,
@@ -208,7 +209,14 @@ class IceModule(SystemModule):
             )
         if members < 1:
             raise ConfigError(f"model.init_args.members={members} is too few.", "Give 1 or more.")
-        self.make_network, self.optimizer, self.scheduler = network, optimizer, scheduler
+        if members > 1 and isinstance(network, nn.Module):
+            raise ConfigError(
+                f"model.init_args.members={members}, and there is one network.",
+                f"Give what makes one, such as network={type(network).__name__}, or members=1.",
+            )
+        # in a partial: a module that is an attribute would be in the checkpoint twice
+        self.make_network = functools.partial(build_network, network)
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.weights, self.loss, self.delta = weights, loss, delta
         self.prior_kind, self.members, self.outlier = prior, members, outlier
         self.allow_seen, self._begun = allow_seen, False
@@ -227,6 +235,7 @@ class IceModule(SystemModule):
 
         Raises:
             DataError: They are there for other sizes.
+            ConfigError: The network was made for other sizes.
         """
         if self.sizes is not None:
             if self.sizes != (layers, physics):
@@ -237,6 +246,15 @@ class IceModule(SystemModule):
                 )
             return
         self.sizes = (layers, physics)
+        network = self.make_network.args[0]
+        made_for = getattr(network, "sizes", self.sizes) if isinstance(network, nn.Module) else None
+        if made_for not in (None, self.sizes):
+            self.sizes = None
+            raise ConfigError(
+                f"The data have {layers} layers and {physics} physical fields, and the network "
+                f"was made for {made_for[0]} and {made_for[1]}.",
+                f"Make it with {type(network).__name__}({layers}, {physics}), or give the class.",
+            )
         self.normaliser = Normaliser(layers, physics)
         kind = self.prior_kind
         self.prior = None if kind == "none" else PhysicsPrior(layers, physics, kind)
@@ -448,7 +466,7 @@ class IceCompletion(IceModule):
     entries, scores it, calibrates the uncertainty on it, and stops a run that only copies.
 
     Args:
-        network: Makes a network from (layers, fields), such as
+        network: The network, or what makes it from (layers, fields), such as the class
             :class:`~fulgurite.models.ice_layers.CompletionNet`.
         hiding: What training hides; by default as measured in the card.
         inputs: ``hidden``: observed thickness, a part of it hidden in training. ``physics``: none
@@ -484,7 +502,7 @@ class IceCompletion(IceModule):
 
     def __init__(
         self,
-        network: Callable[[int, int], nn.Module],
+        network: Callable[[int, int], nn.Module] | nn.Module,
         hiding: StructuredHiding | None = None,
         inputs: Literal["hidden", "physics", "observed"] = "hidden",
         loss: LossKind = "huber",
@@ -732,8 +750,9 @@ class IceCompletion(IceModule):
         # the metric adds up over ranks by itself: what is logged is equal on all of them
         warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
         found: dict[str, float] = self.metrics.compute()
-        values = {f"{stage}/{name}": value for name, value in found.items()}
-        self.log_dict(values, batch_size=1)
+        for name, value in found.items():
+            metric = f"{stage}/{name}"
+            self.log(metric, value, prog_bar=metric == self.monitor, batch_size=1)
         return found
 
 

@@ -81,6 +81,7 @@ class CompletionNet(nn.Module):
         attention: int = 0,
     ) -> None:
         super().__init__()
+        self.sizes = (layers, physics)
         where = "model.init_args.network.init_args"
         for name, value, least in (
             ("width", width, 2),

@@ -5,7 +5,7 @@ Axes: B batch, L tokens, D width, V vocabulary, N numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fulgurite.base import SystemModule, save_options, scheduled
+from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.devices import move, read_clock
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.losses import (
@@ -56,15 +56,10 @@ class NumberModule(SystemModule):
         """Take the numbers' tokens from the data.
 
         Raises:
-            ConfigError: The data have more tokens than the model.
+            ConfigError: The data have another number of tokens than the model.
         """
+        super().setup(stage)
         data = getattr(self._trainer, "datamodule", None)
-        there = getattr(data, "vocab_size", 0)
-        if there > self.vocab_size:
-            raise ConfigError(
-                f"The data have {there} different tokens, and the model knows {self.vocab_size}.",
-                f"Set --model.init_args.vocab_size={there}.",
-            )
         self.number_ids = dict(getattr(data, "number_ids", None) or self.number_ids)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -98,7 +93,7 @@ class NumberLM(NumberModule):
     predict; optionally ``documents`` (B, L), ids of pieces that must not see each other.
 
     Args:
-        backbone: Makes hidden states from embedded tokens; see
+        backbone: Makes hidden states from embedded tokens, or a function that makes it; see
             :class:`~fulgurite.models.number_probing.backbones.Backbone`.
         optimizer: Makes the optimizer from :func:`~.optimizer.parameter_groups`.
         scheduler: Makes the scheduler, stepped after each optimizer step.
@@ -116,7 +111,7 @@ class NumberLM(NumberModule):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: nn.Module | Callable[[], nn.Module],
         optimizer: OptimizerCallable = MuonAdamW,
         scheduler: LRSchedulerCallable | None = None,
         warmup: int = 0,
@@ -133,6 +128,7 @@ class NumberLM(NumberModule):
                     f"model.init_args.{name}={value} is too small.",
                     f"Give --model.init_args.{name} of at least {least}.",
                 )
+        backbone = build_network(backbone, argument="backbone")
         width = getattr(backbone, "width", None)
         if not isinstance(width, int):
             raise ConfigError(
@@ -206,7 +202,7 @@ class NumberLM(NumberModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if self.exact_match:
             right = average_right_rows(hits, batch["targets"])
-            self.log("train/exact", right, prog_bar=True, batch_size=size)
+            self.log("train/exact", right, batch_size=size)
         self._tokens += batch["tokens"].numel()
         return loss
 
@@ -258,6 +254,6 @@ class NumberLM(NumberModule):
             metric = cast("MeanMetric", metrics[name])
             metric.update(value)
             self.log(
-                f"{stage}/{name}", metric, on_epoch=True, prog_bar=name != "acc",
+                f"{stage}/{name}", metric, on_epoch=True, prog_bar=name == "loss",
                 batch_size=len(batch["tokens"]),
             )  # fmt: skip

@@ -230,8 +230,7 @@ def read_table(
         if source == "glove":
             return _glove(folder, wanted)
         return _checkpoint(folder / "model", wanted, tensor, spelling, "minilm")
-    path = Path(source).expanduser()
-    path = path if path.exists() else data_path(path)
+    path = data_path(source)
     if path.is_dir():
         return _checkpoint(path, wanted, tensor, spelling, path.name)
     if path.suffix == ".safetensors":

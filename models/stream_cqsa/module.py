@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from fulgurite.base import SystemModule, save_options, scheduled
+from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.stream_cqsa.losses import (
     IGNORED,
@@ -36,7 +36,8 @@ class LanguageModel(SystemModule):
     sequence of the batch alike. Other entries are left to callbacks.
 
     Args:
-        network: Makes hidden states from tokens, and logits from hidden states; see
+        network: Makes hidden states from tokens, and logits from hidden states, or a function that
+            makes it; see
             :class:`~fulgurite.models.stream_cqsa.network.LanguageNetwork`.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each optimizer step.
@@ -53,7 +54,7 @@ class LanguageModel(SystemModule):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | Callable[[], nn.Module],
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         warmup: int = 0,
@@ -67,6 +68,7 @@ class LanguageModel(SystemModule):
                     f"model.init_args.{name}={value} is too small.",
                     f"Give --model.init_args.{name} of at least {least}.",
                 )
+        network = build_network(network)
         if not callable(getattr(network, "logits", None)):
             raise ConfigError(
                 f"The network {type(network).__name__} has no `logits` method.",
@@ -192,7 +194,7 @@ class MaskedLanguageModel(LanguageModel):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | Callable[[], nn.Module],
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         warmup: int = 0,
@@ -206,10 +208,10 @@ class MaskedLanguageModel(LanguageModel):
                 f"mask_share={mask_share} is no share.",
                 "Give --model.init_args.mask_share between 0 and 1.",
             )
-        mask_token = getattr(network, "mask_token", None)
+        mask_token = getattr(self.network, "mask_token", None)
         if not isinstance(mask_token, int):
             raise ConfigError(
-                f"The network {type(network).__name__} has no mask_token.",
+                f"The network {type(self.network).__name__} has no mask_token.",
                 "Set --model.init_args.network to fulgurite.models.stream_cqsa.Encoder.",
             )
         self.mask_share, self.seed, self.mask_token = mask_share, seed, mask_token

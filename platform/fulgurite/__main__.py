@@ -8,7 +8,15 @@ import sys
 from collections.abc import Callable
 
 from fulgurite import __version__
-from fulgurite.errors import FulguriteError, RunError, Terminated
+from fulgurite.errors import ConfigError, FulguriteError, RunError, Terminated
+from fulgurite.systems import (
+    config_path,
+    kind_of,
+    packaged_configs,
+    read_keys,
+    systems,
+    warn_of_broken_plug_ins,
+)
 
 HELP = """fulgurite {version}: research papers as plug-ins of one PyTorch Lightning trainer.
 
@@ -34,8 +42,6 @@ configuration before it: --config first, then e.g. --trainer.max_epochs=5.
 
 def help_text() -> str:
     """What ``fulgurite --help`` prints."""
-    from fulgurite.systems import systems
-
     own = [command for system in systems().values() for command in system.commands]
     lines = "".join(f"  {command.name:<10} {command.help}\n" for command in own)
     return HELP.format(version=__version__, commands=f"\nof one system:\n{lines}" if own else "")
@@ -43,23 +49,41 @@ def help_text() -> str:
 
 def list_systems() -> int:
     """Print the installed systems with their papers and configurations."""
-    from fulgurite.systems import packaged_configs, systems
-
     for system in systems().values():
         print(f"{system.name}: {system.title}\n  {system.paper}\n  {system.url}")
         for name in packaged_configs(system):
-            print(f"    {name}")
+            path = config_path(name)
+            kind = kind_of(read_keys(path)) if path else None
+            if kind == "sweep":  # which wandb reads, so it needs the path
+                print(f"    {name} (sweep: wandb sweep {path})")
+            else:
+                print(f"    {name}{' (compare)' if kind == 'comparison' else ''}")
     return 0
+
+
+def _find_local_modules() -> None:
+    """Let class paths name modules of the current folder, as ``python main.py`` does.
+
+    Last on the path: a file here must not take the place of an installed module.
+    """
+    folder = os.getcwd()
+    if not sys.flags.safe_path and not {"", folder} & {*sys.path}:
+        sys.path.append(folder)
 
 
 def system_command(name: str) -> Callable[[list[str]], int] | None:
     """The function behind a command that a system adds, or None."""
-    from fulgurite.systems import systems
-
     for system in systems().values():
         for command in system.commands:
             if command.name == name:
-                function: Callable[[list[str]], int] = pkgutil.resolve_name(command.main)
+                try:
+                    function: Callable[[list[str]], int] = pkgutil.resolve_name(command.main)
+                except (ImportError, AttributeError, ValueError) as error:
+                    raise ConfigError(
+                        f"The command '{name}' of the system '{system.name}' cannot be loaded "
+                        f"({type(error).__name__}: {error}).",
+                        f"Mend {command.main}, or install what it needs.",
+                    ) from error
                 return function
     return None
 
@@ -75,14 +99,17 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in argv or bool(os.environ.get("FULGURITE_DEBUG"))
     argv = [a for a in argv if a != "--debug"]
     try:
-        if command in ("-h", "--help", "help"):
-            print(help_text(), end="")
-            return 0
         if command == "--version":
             print(__version__)
             return 0
+        if command != "doctor":  # which lists all plug-ins
+            warn_of_broken_plug_ins()
+        if command in ("-h", "--help", "help"):
+            print(help_text(), end="")
+            return 0
         if command == "systems":
             return list_systems()
+        _find_local_modules()
         if command in ("compare", "report"):
             from fulgurite import compare
 

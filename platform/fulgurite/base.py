@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.utilities.parsing import lightning_hasattr
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["SystemModule", "save_options", "scheduled"]
+__all__ = [
+    "DATA_SIZES",
+    "SystemModule",
+    "build_network",
+    "check_callbacks",
+    "check_head",
+    "check_sizes",
+    "save_options",
+    "scheduled",
+]
+
+
+#: What the data determine of a model: arguments of models, and attributes of DataModules.
+DATA_SIZES = {
+    "num_classes": "classes",
+    "in_channels": "channels",
+    "vocab_size": "different tokens",
+}
 
 
 class SystemModule(LightningModule):
@@ -29,6 +49,101 @@ class SystemModule(LightningModule):
 
     monitor: str | None = None
     mode: str = "min"
+
+    def setup(self, stage: str) -> None:
+        """Check that the model was made for the data.
+
+        Raises:
+            ConfigError: See :func:`check_sizes`.
+        """
+        check_sizes(self)
+
+
+def check_sizes(module: LightningModule) -> None:
+    """Refuse data of other sizes than the model was made for, before anything is trained.
+
+    The command line gives a model the sizes of its data; from Python they are arguments.
+
+    Raises:
+        ConfigError: ``num_classes``, ``in_channels`` or ``vocab_size`` of model and data differ.
+    """
+    trainer = module._trainer
+    data = getattr(trainer, "datamodule", None)
+    for name, things in DATA_SIZES.items():
+        there = getattr(data, name, None)
+        here = module.hparams.get(name, getattr(module, name, None))
+        if isinstance(there, int) and isinstance(here, int) and there != here:
+            raise ConfigError(
+                f"The data have {there} {things}, and the model was made for {here}.",
+                f"Make it with {type(module).__name__}({name}=data.{name}), on the command line "
+                f"--model.init_args.{name}={there}.",
+            )
+
+
+def build_network(
+    network: nn.Module | Callable[..., nn.Module], *sizes: int, argument: str = "network"
+) -> nn.Module:
+    """A network that is given as a module, or as what makes it from the sizes of the data.
+
+    Args:
+        network: A module, or a class or function that is called with the sizes.
+        sizes: What the data determine, such as channels and classes.
+        argument: What errors call it.
+
+    Raises:
+        ConfigError: It is neither, or it makes no module.
+
+    Example:
+        >>> build_network(nn.Linear, 2, 3), build_network(nn.Flatten(), 2, 3)
+        (Linear(in_features=2, out_features=3, bias=True), Flatten(start_dim=1, end_dim=-1))
+    """
+    if isinstance(network, nn.Module):
+        return network
+    if not callable(network):
+        raise ConfigError(
+            f"model.init_args.{argument} is a {type(network).__name__}.",
+            "Give a torch.nn.Module, or a class or function that makes one.",
+        )
+    made = network(*sizes)
+    if not isinstance(made, nn.Module):
+        name = getattr(network, "__name__", type(network).__name__)
+        raise ConfigError(
+            f"model.init_args.{argument}: {name}{sizes} makes a {type(made).__name__}, which is no "
+            "network.",
+            "Give a torch.nn.Module, or a class or function that makes one.",
+        )
+    return made
+
+
+def check_head(network: nn.Module, num_classes: int) -> None:
+    """Refuse a network whose ``head`` gives another number of classes.
+
+    Raises:
+        ConfigError: It does.
+    """
+    head = getattr(network, "head", None)
+    if isinstance(head, nn.Linear) and head.out_features != num_classes:
+        raise ConfigError(
+            f"The network {type(network).__name__} tells {head.out_features} classes apart, and "
+            f"model.init_args.num_classes={num_classes}.",
+            "Give one that was made for the classes of the data, or what makes it.",
+        )
+
+
+def check_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> None:
+    """Refuse callbacks that would end in the middle of a run.
+
+    Raises:
+        ConfigError: ``LearningRateFinder`` finds no learning rate that it could set.
+    """
+    settable = any(lightning_hasattr(module, name) for name in ("lr", "learning_rate"))
+    if any(isinstance(c, LearningRateFinder) for c in callbacks) and not settable:
+        raise ConfigError(
+            f"LearningRateFinder sets an attribute `lr` or `learning_rate` of the model, and "
+            f"{type(module).__name__} has neither: its rate is an option of its optimizer.",
+            "Leave it out and set --model.init_args.optimizer.init_args.lr; `tune` in the file of "
+            "`fulgurite compare` tries several.",
+        )
 
 
 def save_options(owner: HyperparametersMixin, *objects: str, logger: bool = True) -> None:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed
 import yaml
 from jsonargparse import Namespace
@@ -35,6 +34,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import fulgurite
 import fulgurite.strategies
+from fulgurite.base import check_callbacks
 from fulgurite.checkpoints import (
     CheckpointFiles,
     RunCheckpoint,
@@ -49,6 +49,7 @@ from fulgurite.errors import (
     Terminated,
 )
 from fulgurite.io import atomic_write, checksum, load_plain
+from fulgurite.records import remove_objects
 from fulgurite.resuming import (
     MetricsLogger,
     RunTrainer,
@@ -79,7 +80,7 @@ from fulgurite.runs import (
     training_differences,
     write_json,
 )
-from fulgurite.systems import resolve_config, system_of_config
+from fulgurite.systems import check_kind, read_keys, resolve_config, system_of_config
 
 __all__ = ["FulguriteCLI", "main", "parse", "run"]
 
@@ -379,7 +380,7 @@ class FulguriteCLI(LightningCLI):
         if self.only_parse:
             raise _Parsed(section)
         recorded = self.parser.dump(self.config, skip_unset=False)
-        content = yaml.safe_load(recorded)[self.config.subcommand]
+        content = remove_objects(yaml.safe_load(recorded)[self.config.subcommand])
         for name in ("dir", "new"):
             content.get("run", {}).pop(name, None)
         content.pop("ckpt_path", None)
@@ -464,6 +465,7 @@ class FulguriteCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFiles()]
         _check_strategy(config.get("strategy"))
+        check_callbacks(callbacks, self.model)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -490,7 +492,8 @@ class FulguriteCLI(LightningCLI):
 
     @property
     def _metrics(self) -> dict[str, float]:
-        return {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+        metrics = {k: float(v) for k, v in self.trainer.callback_metrics.items()}
+        return sort_metrics(metrics, getattr(self.model, "monitor", None))
 
     def _write_metrics(self, file: str) -> None:
         if self.fast or not self.trainer.is_global_zero:
@@ -499,7 +502,8 @@ class FulguriteCLI(LightningCLI):
         fits = self.config.subcommand == "fit"
         for folder in {self.folder, Path((not fits and self.section.run.dir) or self.folder)}:
             write_json(folder / file, self._metrics)
-        print(f"{self.config.subcommand}: recorded in {self.folder}")
+        none = "" if self._metrics else " (the model logged no metric)"
+        print(f"{self.config.subcommand}: recorded in {self.folder}{none}")
 
     def fit(self, **kwargs: Any) -> None:
         """Train; a training that has ended is left as it is."""
@@ -515,9 +519,16 @@ class FulguriteCLI(LightningCLI):
         self.trainer.fit(**kwargs)
 
     def after_fit(self) -> None:
-        """Write ``summary.json``."""
-        if not self.start.ended:
-            self._write_metrics("summary.json")
+        """Print the last metrics and the best checkpoint's, and write ``summary.json``."""
+        if self.start.ended:
+            return
+        if self.trainer.is_global_zero and self._metrics:
+            print(metrics_table(dict(_most_telling(self._metrics))))
+            for best in self.trainer.checkpoint_callbacks:
+                score = getattr(best, "best_model_score", None)
+                if isinstance(best, ModelCheckpoint) and best.monitor and score is not None:
+                    print(f"best {best.monitor}: {float(score):.4g}")
+        self._write_metrics("summary.json")
 
     def test(self, **kwargs: Any) -> None:
         """Test, print the metrics once, and write ``test_metrics.json``."""
@@ -537,24 +548,40 @@ class FulguriteCLI(LightningCLI):
         self._write_metrics(f"{command}_metrics.json")
 
     def predict(self, **kwargs: Any) -> None:
-        """Predict, and write ``predictions.npz`` (one array per key of the step's dictionary)."""
-        batches: list[Any] | None = self.trainer.predict(**kwargs)
-        if self.fast or not batches:
-            return
-        rank = self.trainer.global_rank
-        name = "predictions.npz" if self.trainer.world_size == 1 else f"predictions-{rank}.npz"
-        if not isinstance(batches[0], dict):
-            raise ConfigError(
-                f"{type(self.model).__name__}.predict_step returns a {type(batches[0]).__name__}.",
-                "Return a dictionary of tensors, so that it can be written to predictions.npz.",
-            )
-        arrays: dict[str, Any] = {
-            key: np.concatenate([np.asarray(batch[key].cpu()) for batch in batches])
-            for key in batches[0]
-        }
-        with atomic_write(self.folder / name) as temporary, Path(temporary).open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        print(f"predict: recorded in {self.folder / name}")
+        """Predict, and write ``predictions.npz``; see :mod:`fulgurite.predictions`."""
+        from fulgurite.predictions import PredictionWriter
+
+        writer = PredictionWriter(None if self.fast else self.folder)
+        self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+
+
+_ROWS = 24  # of a table that is read at the end of a fit
+
+
+def _most_telling(metrics: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """All metrics of a fit if they are few, else those of training and validation."""
+    stages = ("train/", "val/")
+    few = len(metrics) <= _ROWS or not any(name.startswith(stages) for name in metrics)
+    yield from (m for m in metrics.items() if few or m[0].startswith(stages))
+
+
+def sort_metrics(metrics: Mapping[str, float], monitor: str | None) -> dict[str, float]:
+    """Metrics with the monitored one first: test, validation, training, and what else there is.
+
+    Example:
+        >>> list(sort_metrics({"fed/a": 1, "train/loss": 2, "val/acc": 3, "val/f1": 4}, "val/f1"))
+        ['val/f1', 'val/acc', 'train/loss', 'fed/a']
+    """
+    stages = ("test", "val", "train")
+    first = (monitor or "").rpartition("/")[2]
+
+    def place(name: str) -> tuple[int, bool, str]:
+        stage, _, metric = name.partition("/")
+        order = stages.index(stage) if stage in stages else len(stages)
+        return order, metric.rpartition("/")[2] != first, name
+
+    return {name: metrics[name] for name in sorted(metrics, key=place)}
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
@@ -585,8 +612,15 @@ def _check_strategy(chosen: Any) -> None:
     """Say how a strategy is named; Lightning takes a class path without arguments for a name.
 
     Raises:
-        ConfigError: There is no strategy of this name.
+        ConfigError: There is no strategy of this name, or it starts its processes by pickling.
     """
+    start = chosen if isinstance(chosen, str) else getattr(chosen, "_start_method", None)
+    if isinstance(start, str) and ("spawn" in start.lower() or start == "forkserver"):
+        raise ConfigError(
+            f"--trainer.strategy={start} sends the model to its processes as a pickle, and a model "
+            "of the command line holds functions that make optimizers, which cannot be pickled.",
+            "Use --trainer.strategy=ddp, which starts the command once for each process.",
+        )
     names = [*StrategyRegistry.available_strategies(), "auto"]
     if not isinstance(chosen, str) or chosen.lower() in names:
         return
@@ -608,15 +642,26 @@ def _is_first_process() -> bool:
     )
 
 
+def _run_config(name: str) -> Path:
+    """The file of a configuration of a run.
+
+    Raises:
+        ConfigError: There is none, or the file is of a comparison or a sweep.
+    """
+    path = resolve_config(name)
+    check_kind(name, read_keys(path), "run")
+    return path
+
+
 def _with_resolved_configs(argv: Sequence[str]) -> list[str]:
     """Replace packaged configuration names by their files."""
     out: list[str] = []
     for i, arg in enumerate(argv):
         flag, eq, value = arg.partition("=")
         if flag in ("--config", "-c") and eq:
-            out.append(f"--config={resolve_config(value)}")
+            out.append(f"--config={_run_config(value)}")
         elif i and argv[i - 1] in ("--config", "-c"):
-            out.append(str(resolve_config(arg)))
+            out.append(str(_run_config(arg)))
         else:
             out.append(arg)
     return out
@@ -636,6 +681,7 @@ _NOISE = re.compile(
     r"(Parser key|Given value|Does not validate|Subtypes:|Errors:|Problem with given class_path"
     r"|Expected a <class 'NoneType'>)"
 )
+_ALTERNATIVES = ("Expected a <class 'collections.abc.Iterable'>", "Expected a <class 'bool'>")
 _UNION = "Does not validate against any of the Union subtypes"
 
 
@@ -665,11 +711,18 @@ def _one_line(message: str) -> str:
     if absent := re.search(
         r"module '[^']+' has no attribute '[^']+'|No module named [^\n]+", message
     ):
-        return f"{where}{absent[0].strip()}. Check the class path{_near_class(message)}."
+        places = ""
+        if absent[0].startswith("No module"):
+            places = ": modules of the current folder and installed packages are found"
+        hint = f"Check the class path{_near_class(message)}{places}."
+        return f"{where}{absent[0].strip()}. {hint}"
     lines = [line.strip(" -") for line in message.splitlines()]
     if "Given value: Namespace(class_path=" in message:  # the class was found and refused
         lines = [line for line in lines if line != "Expected a <class 'str'>"]
     reasons = dict.fromkeys(line for line in lines if line and not _NOISE.match(line))
+    # what else a logger or a callback may be tells nothing where there is another reason
+    telling = [line for line in reasons if line not in _ALTERNATIVES]
+    reasons = dict.fromkeys(telling) or reasons
     given = re.search(r"key='([\w.]+)', val=('[^']*'|[^)]*)\)", message)
     value = f" (given: {given[1]}={given[2]})" if given else ""
     if not given and (plain := re.findall(r"Given value: (\S+)$", message, re.MULTILINE)):
@@ -760,7 +813,8 @@ def _way_on(command: str) -> str:
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()  # Lightning 2.6 recommends a service each time
+    # Lightning 2.6 recommends services each time
+    return not any(service in record.getMessage() for service in ("litlogger", "litmodels"))
 
 
 def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
@@ -775,6 +829,8 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             warnings.filterwarnings("ignore", ".*LeafSpec.*")
             if argv[0] != "fit":  # an evaluation has a folder of its own and writes no checkpoints
                 warnings.filterwarnings("ignore", "The dirpath has changed")
+            # defaults that are objects; the record leaves them out
+            warnings.filterwarnings("ignore", r"(?s).*Unable to serialize instance")
             # Lightning 2.6 calls jsonargparse by names that 4.49 deprecates
             jsonargparse = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
             warnings.filterwarnings("ignore", jsonargparse)
@@ -788,6 +844,8 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             raise ConfigError(" ".join(str(error).split())) from error
         if outside := _outside(error):
             raise outside from error
+        if "no `dataloader_idx` argument" in str(error):  # of a model that has one loader in mind
+            raise ConfigError(" ".join(str(error).split())) from error
         if "Error(s) in loading state_dict" in str(error):
             what = " ".join(str(error).split())
             raise CheckpointError(

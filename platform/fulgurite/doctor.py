@@ -6,7 +6,12 @@ import importlib
 import importlib.util
 import os
 import platform
+import shutil
 from importlib import metadata
+from pathlib import Path
+
+from fulgurite.io import cache_folder
+from fulgurite.systems import plug_ins
 
 __all__ = ["doctor"]
 
@@ -27,6 +32,31 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _free_space(folder: Path) -> str:
+    """Free bytes of the disk of a folder, or of the nearest parent that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _describe_data() -> tuple[str, list[str]]:
+    """What ``FULGURITE_DATA`` names, and what is wrong with it."""
+    value = os.environ.get("FULGURITE_DATA")
+    if not value:
+        return "not set", []
+    folder = Path(value).expanduser()
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        fault = f"FULGURITE_DATA={value} cannot be read ({error.strerror}): name a folder of data."
+        return value, [fault]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{value} ({shown or 'empty'})", []
 
 
 def doctor() -> int:
@@ -56,7 +86,18 @@ def doctor() -> int:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"  build: torch {torch.__version__}")
     print(f"  devices: {os.cpu_count()} CPUs, {', '.join(gpus) or 'no GPU'}")
-    print(f"  FULGURITE_DATA: {os.environ.get('FULGURITE_DATA') or 'not set'}")
+    data, missing = _describe_data()
+    faults += missing
+    print(f"  FULGURITE_DATA: {data}")
+    print(f"  disk: {_free_space(Path.cwd())} in {Path.cwd()}")
+    print(f"  cache: {_free_space(cache_folder())} in {cache_folder()}")
+    for plug_in in plug_ins():
+        if plug_in.fault:
+            faults.append(f"{plug_in} Mend or uninstall it.")
+        else:
+            print(f"  plug-in: {plug_in.name} ({plug_in.origin})")
+    if not plug_ins():
+        print("  plug-in: none")
     for fault in faults:
         print(f"fault: {fault}")
     return int(bool(faults))

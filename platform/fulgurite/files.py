@@ -28,7 +28,7 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str,
     itself), or ``stdlib``.
 
     Args:
-        paths: Absolute, or relative to ``FULGURITE_DATA``.
+        paths: Absolute, or relative to the current folder or else to ``FULGURITE_DATA``.
         suffixes: What names of files in folders end with.
 
     Returns:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -260,11 +262,15 @@ def verify_checksum(path: str | Path, expected: str) -> None:
 
 
 def data_path(path: str | Path, must_exist: bool = True) -> Path:
-    """Return where a data file is: an absolute path, or one relative to ``FULGURITE_DATA``.
+    """Return where a data file is.
+
+    A relative path is looked for in the current folder, and then in the folder that the
+    environment variable ``FULGURITE_DATA`` names. Glob patterns are paths too: they are where
+    something matches them.
 
     Raises:
-        DataError: The path is relative and ``FULGURITE_DATA`` is not set, or nothing is there
-            and ``must_exist``.
+        DataError: Nothing is there and ``must_exist``, or the path is relative, nothing is there
+            in the current folder, and ``FULGURITE_DATA`` is not set.
 
     Example:
         >>> import tempfile
@@ -273,20 +279,52 @@ def data_path(path: str | Path, must_exist: bool = True) -> Path:
         True
     """
     path = Path(path).expanduser()
-    if not path.is_absolute():
-        root = os.environ.get("FULGURITE_DATA")
-        if not root:
+    if path.is_absolute():
+        if must_exist and not path.exists():
             raise DataError(
-                f"The data path {path} is relative and FULGURITE_DATA is not set.",
-                "Set FULGURITE_DATA to the folder that holds the data, or give an absolute path.",
+                f"There is no data at {path}.",
+                "Put it there, or point the `path` of the source to it.",
             )
-        path = Path(root).expanduser() / path
-    if must_exist and not path.exists():
+        return path
+    here = path.absolute()
+    root = os.environ.get("FULGURITE_DATA")
+    if not root:
+        if _leads_somewhere(here):
+            return here
         raise DataError(
-            f"There is no data at {path}.",
+            f"There is no data at {here}, and FULGURITE_DATA is not set.",
+            "Put it there, set FULGURITE_DATA to the folder that holds the data, or give an "
+            "absolute path.",
+        )
+    there = (Path(root).expanduser() / path).absolute()
+    if _leads_somewhere(here):
+        if _leads_somewhere(there) and not _is_same(here, there):
+            warnings.warn(
+                f"{path} is both in the current folder and in FULGURITE_DATA: {here} is read, not "
+                f"{there}. An absolute path says which is meant.",
+                stacklevel=2,
+            )
+        return here
+    if must_exist and not there.exists():
+        raise DataError(
+            f"There is no data at {there}, nor at {here}.",
             "Put it there, or point FULGURITE_DATA (or the `path` of the source) to it.",
         )
-    return path.absolute()
+    return there
+
+
+def _leads_somewhere(path: Path) -> bool:
+    """Whether a path, or a file that it matches as a pattern, exists."""
+    if path.exists():
+        return True
+    return glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # patterns
+        return one.resolve() == other.resolve()
 
 
 def cache_folder() -> Path:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from fulgurite.io import atomic_write
+from fulgurite.plotting import MetricCurves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["log_figure"]
+__all__ = ["TrainingCurves", "log_figure"]
+
+
+class TrainingCurves:
+    """Loss and validation metrics by epoch: a callback feeds it, and draws it at the end of a fit.
+
+    Args:
+        titles: Title of a panel by metric, such as ``train/loss`` and ``val/loss``.
+    """
+
+    def __init__(self, titles: Mapping[str, str]) -> None:
+        self.curves = MetricCurves(titles)
+        self._loss = torch.zeros(0)
+        self._batches = 0
+
+    def add_batch(self, outputs: Any) -> None:
+        """Add the loss of a training batch; it stays on its device."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, torch.Tensor):
+            loss = loss.detach().float()
+            self._loss = loss if not self._batches else self._loss + loss
+            self._batches += 1
+
+    def end_epoch(self, trainer: Trainer) -> None:
+        """Keep the mean loss of the epoch's batches on this rank."""
+        if self._batches:
+            mean = float(self._loss) / self._batches
+            self.curves.add(trainer.current_epoch, {"train/loss": mean})
+        self._batches = 0
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """Keep the validation metrics of the epoch."""
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            logged = trainer.callback_metrics
+            found = {name: value for name, value in logged.items() if name.startswith("val/")}
+            self.curves.add(trainer.current_epoch, found)
+
+    def draw(self, trainer: Trainer) -> Path | None:
+        """Write ``figures/training.png``."""
+        if trainer.is_global_zero and (figure := self.curves.figure()):
+            return log_figure(trainer, "training", figure)
+        return None
 
 
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:

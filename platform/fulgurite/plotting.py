@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "heatmap", "new_figure"]
+__all__ = ["COLORS", "MetricCurves", "heatmap", "new_figure", "use_integer_ticks"]
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = (
@@ -55,6 +55,8 @@ def heatmap(
     ylabel: str,
     limits: tuple[float, float] | None = None,
     highlight_rows: Sequence[int] = (),
+    first_row: int = 0,
+    names: Sequence[str] = (),
 ) -> None:
     """Draw a matrix with its colour bar.
 
@@ -66,15 +68,92 @@ def heatmap(
         ylabel: What the rows are.
         limits: Range of the colours; by default that of the values.
         highlight_rows: Rows whose tick label is drawn bold.
+        first_row: Number of the first row.
+        names: Of the rows and columns of a square matrix; its values are written into it where
+            they are legible.
     """
     low, high = limits or (None, None)
-    image = ax.imshow(values, aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+    rows, columns = values.shape
+    image = ax.imshow(
+        values, aspect="auto", vmin=low, vmax=high, interpolation="nearest",
+        extent=(-0.5, columns - 0.5, first_row + rows - 0.5, first_row - 0.5),
+    )  # fmt: skip
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.grid(visible=False)
-    ax.locator_params(axis="x", integer=True)
-    if len(values) <= 30:
-        ax.set_yticks(range(len(values)))
+    use_integer_ticks(ax)
+    if rows <= 30:
+        ax.set_yticks(range(first_row, first_row + rows))
         for row in highlight_rows:
             ax.get_yticklabels()[row].set_fontweight("bold")
+    if names and len(names) == rows == columns <= 30:
+        short = [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
+        ax.set_xticks(range(columns), short, rotation=90, fontsize=7)
+        ax.set_yticks(range(first_row, first_row + rows), short, fontsize=7)
+        if rows <= 12:
+            _write_values(ax, values, first_row, (low, high))
     if (figure := ax.figure) is not None:
         figure.colorbar(image, ax=ax, shrink=0.85)
+
+
+def _write_values(
+    ax: Axes,
+    values: npt.NDArray[Any],
+    first_row: int,
+    limits: tuple[float | None, float | None],
+) -> None:
+    """Write each value of a heat map into its cell, dark on light and light on dark."""
+    low = np.nanmin(values, initial=0.0) if limits[0] is None else limits[0]
+    high = np.nanmax(values, initial=0.0) if limits[1] is None else limits[1]
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "black" if value > (low + high) / 2 else "white"
+            ax.text(
+                column, row + first_row, f"{value:.2f}", ha="center", va="center", fontsize=6,
+                color=color,
+            )  # fmt: skip
+
+
+def use_integer_ticks(ax: Axes) -> None:
+    """Put the ticks of the horizontal axis on integers, for rounds, epochs and steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+class MetricCurves:
+    """Metrics by epoch, to be drawn when training ends; plain values for a checkpoint.
+
+    Args:
+        titles: Title of a panel by metric.
+    """
+
+    def __init__(self, titles: Mapping[str, str]) -> None:
+        self.titles = dict(titles)
+        self.values: dict[str, dict[int, float]] = {}
+
+    def add(self, epoch: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the metrics of an epoch that have a title and are finite."""
+        for name in self.titles:
+            if name in metrics and np.isfinite(value := float(metrics[name])):
+                self.values.setdefault(name, {})[epoch] = value
+
+    def figure(self) -> Figure | None:
+        """A panel for each metric that there is; None without any."""
+        shown = [name for name in self.titles if self.values.get(name)]
+        if not shown:
+            return None
+        figure, axes = new_figure(1, len(shown))
+        for ax, name in zip(axes[0], shown, strict=True):
+            epochs = sorted(self.values[name])
+            ax.plot(epochs, [self.values[name][e] for e in epochs], marker="o", markersize=3)
+            ax.set(title=self.titles[name], xlabel="epoch", ylabel=name)
+            use_integer_ticks(ax)
+        return figure
+
+    def state_dict(self) -> dict[str, dict[int, float]]:
+        """What was kept, as plain numbers."""
+        return {name: dict(values) for name, values in self.values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[int, float]]) -> None:
+        """Go on where the checkpoint was written."""
+        self.values = {name: dict(values) for name, values in state.items()}

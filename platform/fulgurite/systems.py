@@ -8,26 +8,52 @@ Nothing here imports torch: ``fulgurite systems`` answers at once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import functools
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
 
 from fulgurite.errors import ConfigError
 
 __all__ = [
     "ENTRY_POINTS",
     "Command",
+    "PlugIn",
     "System",
+    "check_kind",
     "config_path",
+    "kind_of",
     "packaged_configs",
+    "plug_ins",
+    "read_keys",
     "resolve_config",
     "system_of_config",
     "systems",
+    "warn_of_broken_plug_ins",
 ]
 
+#: Group of entry points in which other packages announce their systems.
 ENTRY_POINTS = "fulgurite.systems"
-"""Group of entry points in which other packages announce their systems."""
+
+#: Words of ``fulgurite`` itself, which no system may take.
+RESERVED_COMMANDS = frozenset(
+    (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "compare",
+        "report",
+        "systems",
+        "doctor",
+        "sweep",
+        "help",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -118,28 +144,128 @@ OURS = (
 )
 
 
+@dataclass(frozen=True)
+class PlugIn:
+    """A system that another package announces, or why it cannot be used.
+
+    Args:
+        name: Of the entry point.
+        origin: Where it is: the entry point's value and the package that announces it.
+        system: What was announced; None where it cannot be used.
+        fault: Why not; empty where it can.
+    """
+
+    name: str
+    origin: str
+    system: System | None = None
+    fault: str = ""
+
+    def __str__(self) -> str:
+        state = f" cannot be used: {self.fault}" if self.fault else ""
+        return f"the plug-in '{self.name}' ({self.origin}){state}"
+
+
+@functools.cache
+def plug_ins() -> tuple[PlugIn, ...]:
+    """What other packages announce; one that is broken carries its fault and stops nothing else."""
+    accepted = {system.name: system for system in OURS}
+    announced: list[PlugIn] = []
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        package = f", of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+        origin = f"{entry.value}{package}"
+        try:
+            system = entry.load()
+            if fault := _fault_of(system, accepted):
+                raise ConfigError(fault)
+            accepted[system.name] = system
+            announced.append(PlugIn(entry.name, origin, system))
+        except (Exception, SystemExit) as error:  # the import of foreign code raises anything
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+            fault = " ".join(f"{kind}{error}".split())
+            announced.append(PlugIn(entry.name, origin, fault=fault.rstrip(".: ") + "."))
+    return tuple(announced)
+
+
+def _fault_of(system: Any, accepted: Mapping[str, System]) -> str:
+    """Why an announced object is no system that can be added to the accepted ones, or nothing."""
+    if not isinstance(system, System):
+        return f"it is a {type(system).__name__}, not a fulgurite.systems.System"
+    if not re.fullmatch(r"[\w.-]+", str(system.name)):
+        return f"its name {system.name!r} is no word of letters, digits, '_', '.' and '-'"
+    if system.name in accepted:
+        return f"there is a system named '{system.name}' already"
+    taken = {command.name for other in accepted.values() for command in other.commands}
+    for command in system.commands:
+        if command.name in taken | RESERVED_COMMANDS:
+            return f"there is a command '{command.name}' already"
+    list(packaged_configs(system))  # raises where there is no such package
+    return ""
+
+
+def warn_of_broken_plug_ins() -> None:
+    """Say on stderr, in a line each, which plug-ins cannot be used and why."""
+    for plug_in in plug_ins():
+        if plug_in.fault:
+            print(
+                f"fulgurite: warning: {plug_in} Mend or uninstall it.", file=sys.stderr, flush=True
+            )
+
+
 def systems() -> dict[str, System]:
-    """All installed systems by name.
+    """All installed systems by name, without the plug-ins that are broken."""
+    announced = (plug_in.system for plug_in in plug_ins())
+    return {system.name: system for system in (*OURS, *announced) if system is not None}
+
+
+#: What fulgurite does with a kind of file, for errors and for ``fulgurite systems``.
+KINDS = {
+    "run": "fulgurite fit --config {name}",
+    "comparison": "fulgurite compare {name}",
+    "sweep": "wandb sweep {path}",
+}
+
+
+def read_keys(path: Path) -> list[str]:
+    """The keys of the first level of a YAML file, without parsing it: that takes much longer."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # who reads all of it says what is wrong
+        return []
+    return re.findall(r"^([A-Za-z_]\w*)\s*:(?=\s|$)", text, re.MULTILINE)
+
+
+def kind_of(keys: Iterable[str]) -> str | None:
+    """What a file with these keys of the first level describes, where they tell.
+
+    Example:
+        >>> kind_of(["config", "methods", "seeds"]), kind_of(["trainer", "model"])
+        ('comparison', 'run')
+        >>> kind_of(["method", "metric", "parameters"]), kind_of(["title"])
+        ('sweep', None)
+    """
+    found = {*keys}
+    if "parameters" in found and found & {"method", "metric", "command"}:
+        return "sweep"
+    if "methods" in found and not found & {"model", "data", "trainer"}:
+        return "comparison"
+    return "run" if found & {"model", "data", "trainer"} and "methods" not in found else None
+
+
+def check_kind(name: str, keys: Iterable[str], kind: str) -> None:
+    """Refuse a file that is meant for another command.
+
+    Args:
+        name: As it was given.
+        keys: Its keys of the first level.
+        kind: What is expected: ``run``, ``comparison`` or ``sweep``.
 
     Raises:
-        ConfigError: If two packages announce the same name, or an entry point is no ``System``.
+        ConfigError: It describes something else.
     """
-    found = {system.name: system for system in OURS}
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        system = entry.load()
-        if not isinstance(system, System):
-            raise ConfigError(
-                f"The entry point '{entry.name}' of group fulgurite.systems is no "
-                "fulgurite.systems.System.",
-                f"Mend or uninstall the package behind '{entry.value}'.",
-            )
-        if system.name in found:
-            raise ConfigError(
-                f"Two packages announce a system named '{system.name}'.",
-                f"Rename one of them; the second is '{entry.value}'.",
-            )
-        found[system.name] = system
-    return found
+    other = kind_of(keys)
+    if other is not None and other != kind:
+        command = KINDS[other].format(name=name, path=config_path(name) or name)
+        raise ConfigError(f"'{name}' describes a {other}, not a {kind}.", f"Use `{command}`.")
 
 
 def packaged_configs(system: System) -> Iterator[str]:
@@ -188,6 +314,9 @@ def resolve_config(name: str) -> Path:
     if packaged := config_path(name):
         return packaged
     known = [c for system in systems().values() for c in packaged_configs(system)]
+    for plug_in in plug_ins():
+        if plug_in.fault and plug_in.name == name.partition("/")[0]:
+            raise ConfigError(f"The configuration '{name}' is out of reach: {plug_in}")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}." if near else "`fulgurite systems` lists them."
     raise ConfigError(f"There is no configuration '{name}', neither a file nor packaged.", hint)

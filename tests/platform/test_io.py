@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fulgurite.errors import DataError
+from fulgurite.files import find_files
 from fulgurite.io import (
     atomic_write,
     cache_folder,
@@ -67,16 +68,48 @@ def test_checksums(tmp_path):
         checksum(tmp_path / "missing")
 
 
-def test_data_path(tmp_path, monkeypatch):
-    (tmp_path / "a.zip").write_bytes(b"")
-    monkeypatch.setenv("FULGURITE_DATA", str(tmp_path))
-    assert data_path("a.zip") == tmp_path / "a.zip"
-    assert data_path(tmp_path / "a.zip") == tmp_path / "a.zip"
-    with pytest.raises(DataError, match=r"no data at .*b\.zip"):
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    """The folder of FULGURITE_DATA, beside an empty current folder."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("FULGURITE_DATA", str(there))
+    return there
+
+
+def test_data_path_looks_here_and_then_in_the_folder_of_data(data_folder, monkeypatch):
+    (data_folder / "a.zip").write_bytes(b"")
+    assert data_path("a.zip") == data_folder / "a.zip"
+    assert data_path(data_folder / "a.zip") == data_folder / "a.zip"
+    Path("texts").mkdir()
+    assert data_path("texts") == Path("texts").absolute()
+    assert data_path("./texts") == Path("texts").absolute()
+    with pytest.raises(DataError, match=r"no data at .*there/b\.zip, nor at .*here/b\.zip"):
         data_path("b.zip")
     monkeypatch.delenv("FULGURITE_DATA")
-    with pytest.raises(DataError, match="FULGURITE_DATA is not set"):
+    assert data_path("texts") == Path("texts").absolute()
+    with pytest.raises(DataError, match=r"no data at .*here/a\.zip, and FULGURITE_DATA is not set"):
         data_path("a.zip")
+
+
+def test_data_path_says_which_of_two_it_takes(data_folder):
+    for folder in (Path(), data_folder):
+        (folder / "a.zip").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"a\.zip is both in the current folder"):
+        assert data_path("a.zip") == Path("a.zip").absolute()
+    Path("a.zip").unlink()
+    Path("a.zip").symlink_to(data_folder / "a.zip")
+    assert data_path("a.zip") == Path("a.zip").absolute()  # the same file: nothing to say
+
+
+def test_patterns_are_looked_for_in_the_same_places(data_folder):
+    (data_folder / "b.txt").write_text("there")
+    assert [path for _, path in find_files(["*.txt"], [])] == [data_folder / "b.txt"]
+    Path("a.txt").write_text("here")
+    with pytest.warns(UserWarning, match="both"):
+        assert [name for name, _ in find_files(["*.txt"], [])] == ["a.txt"]
 
 
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):

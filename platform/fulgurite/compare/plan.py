@@ -15,7 +15,7 @@ from fulgurite.compare.devices import device_count
 from fulgurite.compare.identity import Definition, digest
 from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError, FulguriteError
-from fulgurite.systems import config_path, resolve_config
+from fulgurite.systems import check_kind, config_path, resolve_config
 
 __all__ = [
     "LAST_CHECKPOINT",
@@ -504,6 +504,7 @@ def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
     """
     path = find_config(str(file))
     top = _mapping(read_yaml(path), str(file))
+    check_kind(str(file), top, "comparison")
     _known(top, _PLAN_KEYS, str(file))
     small = _mapping(top.pop("quick", None) or {}, "quick")
     _known(small, _COMMON, "quick")

@@ -7,7 +7,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import time
+import types
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -79,6 +81,21 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the program from a process that is spawned, which would run it a second time.
+
+    Workers need nothing of it; a script that calls ``run`` need not guard itself with
+    ``if __name__ == "__main__"``.
+    """
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
 class _Worker:
     """One process, replaced by a new one when it dies."""
 
@@ -95,7 +112,8 @@ class _Worker:
         self.connection: Any
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.runner), daemon=False)
-        with _environment({} if self.visible is None else {VISIBLE: self.visible}):
+        visible = {} if self.visible is None else {VISIBLE: self.visible}
+        with _without_main(), _environment(visible):
             self.process.start()
         theirs.close()
 
