@@ -115,7 +115,8 @@ class MetricsLogger(CSVLogger):
     @property
     def rows(self) -> int:
         """Rows that were written."""
-        return 0 if self._experiment is None else int(self._experiment.rows)
+        experiment: Any = self._experiment
+        return 0 if experiment is None else int(experiment.rows)
 
     def rewind(self, rows: int | None) -> None:
         """Go on after the first rows of the file; None keeps all."""
