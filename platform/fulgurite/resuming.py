@@ -290,9 +290,10 @@ def _random_state() -> dict[str, Any]:
     """States of the global random number generators, as tensors and plain types."""
     version, keys, gauss = random.getstate()
     name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if on_gpu else [],
         "python": [version, list(keys), gauss],
         "numpy": [name, [int(w) for w in words], int(position), int(has_gauss), float(cached)],
     }
