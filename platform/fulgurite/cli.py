@@ -168,8 +168,9 @@ class FulguriteCLI(LightningCLI):
         try:
             self._start(each)
         finally:
-            if self.lock is not None:
-                self.lock.release()
+            lock: RunLock | None = getattr(self, "lock", None)
+            if lock is not None:
+                lock.release()
 
     def _start(self, each: Mapping[str, Any]) -> None:
         """Parse, make everything and run; all of it is what the base class does when it is made."""
@@ -366,7 +367,7 @@ class FulguriteCLI(LightningCLI):
             known = dict(stored.get("hyper_parameters") or {})
             shared = [key for key in model if key in known and key not in LINKS]
             pairs = [{key: values[key] for key in shared} for values in (known, model)]
-            found = list(differences(*pairs, "model.init_args"))
+            found = list(differences(pairs[0], pairs[1], "model.init_args"))
         for key, before, here in found:
             print(
                 f"note: the checkpoint was trained with {key}={before}; this run uses {here}",

@@ -115,7 +115,8 @@ class MetricsLogger(CSVLogger):
     @property
     def rows(self) -> int:
         """Rows that were written."""
-        return 0 if self._experiment is None else int(self._experiment.rows)
+        experiment: Any = self._experiment
+        return 0 if experiment is None else int(experiment.rows)
 
     def rewind(self, rows: int | None) -> None:
         """Go on after the first rows of the file; None keeps all."""
@@ -289,9 +290,10 @@ def _random_state() -> dict[str, Any]:
     """States of the global random number generators, as tensors and plain types."""
     version, keys, gauss = random.getstate()
     name, words, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if on_gpu else [],
         "python": [version, list(keys), gauss],
         "numpy": [name, [int(w) for w in words], int(position), int(has_gauss), float(cached)],
     }

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Ended", "Survival", "differing", "run_forked"]
+__all__ = ["Ended", "Survival", "differing", "run_forked", "unequal"]
 
 #: Metrics of time and memory, which no two runs share.
 CLOCKS = ("time/", "memory/", "train/tokens_per_s")
@@ -143,19 +143,19 @@ def differing(one: Path, two: Path) -> list[str]:
             continue
         states = [torch.load(f, weights_only=True) for f in files]
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
-            found += [f"{name}: {part}{key}" for key in _unequal(*(s[part] for s in states))]
+            found += [f"{name}: {part}{key}" for key in unequal(*(s[part] for s in states))]
         scores = [
             {k: v.get("best_model_score") for k, v in s["callbacks"].items() if "Checkpoint" in k}
             for s in states
         ]
-        found += [f"{name}: best score {key}" for key in _unequal(*scores)]
+        found += [f"{name}: best score {key}" for key in unequal(scores[0], scores[1])]
     rows = [_rows(run / "metrics.csv") for run in (one, two)]
     if len(rows[0]) != len(rows[1]):
         found.append(f"metrics.csv: {len(rows[0])} and {len(rows[1])} rows")
     for i, (first, second) in enumerate(zip(*rows, strict=False)):
-        found += [f"metrics.csv: row {i}{key}" for key in _unequal(first, second)]
+        found += [f"metrics.csv: row {i}{key}" for key in unequal(first, second)]
     summaries = [_without_clocks(json.loads((r / "summary.json").read_text())) for r in (one, two)]
-    found += [f"summary.json: {key}" for key in _unequal(*summaries)]
+    found += [f"summary.json: {key}" for key in unequal(summaries[0], summaries[1])]
     drawn = [sorted(path.name for path in run.glob("figures/*.png")) for run in (one, two)]
     if drawn[0] != drawn[1]:
         found.append(f"figures: {drawn[0]} and {drawn[1]}")
@@ -178,7 +178,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         return [_without_clocks(row) for row in csv.DictReader(opened)]
 
 
-def _unequal(one: Any, two: Any, key: str = "") -> list[str]:
+def unequal(one: Any, two: Any, key: str = "") -> list[str]:
     """Where two nested values differ."""
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         same = one.shape == two.shape and bool(torch.equal(one, two))
@@ -186,10 +186,10 @@ def _unequal(one: Any, two: Any, key: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(two, dict):
         missing = [f"{key}.{name}" for name in one.keys() ^ two.keys()]
         shared = [name for name in one if name in two]
-        return missing + [x for n in shared for x in _unequal(one[n], two[n], f"{key}.{n}")]
+        return missing + [x for n in shared for x in unequal(one[n], two[n], f"{key}.{n}")]
     if isinstance(one, list | tuple) and isinstance(two, list | tuple):
         if len(one) != len(two):
             return [key]
         pairs = enumerate(zip(one, two, strict=True))
-        return [x for i, pair in pairs for x in _unequal(*pair, f"{key}[{i}]")]
+        return [x for i, pair in pairs for x in unequal(*pair, f"{key}[{i}]")]
     return [] if one == two or (one != one and two != two) else [key]
