@@ -104,15 +104,15 @@ def build_network(
             f"model.init_args.{argument} is a {type(network).__name__}.",
             "Give a torch.nn.Module, or a class or function that makes one.",
         )
-    made = network(*sizes)
-    if not isinstance(made, nn.Module):
+    module: object = network(*sizes)
+    if not isinstance(module, nn.Module):
         name = getattr(network, "__name__", type(network).__name__)
         raise ConfigError(
-            f"model.init_args.{argument}: {name}{sizes} makes a {type(made).__name__}, which is no "
-            "network.",
+            f"model.init_args.{argument}: {name}{sizes} makes a {type(module).__name__}, which is "
+            "no network.",
             "Give a torch.nn.Module, or a class or function that makes one.",
         )
-    return made
+    return module
 
 
 def check_head(network: nn.Module, num_classes: int) -> None:

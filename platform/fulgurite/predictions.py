@@ -69,7 +69,9 @@ class _Column:
     def __init__(self, key: str, path: Path) -> None:
         self.key, self.path = key, path
         self.dtype: np.dtype[Any] | None = None
-        self.empty_dtype = np.dtype(np.float32)  # of rows without values, which fit any
+        self.empty_dtype: np.dtype[Any] = np.dtype(
+            np.float32
+        )  # of rows without values, which fit any
         self.width = 1  # of strings [characters]
         self.runs: list[tuple[int, tuple[int, ...]]] = []  # (rows, shape of each of them)
         self._file: IO[bytes] = path.open("wb")
