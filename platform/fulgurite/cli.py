@@ -54,6 +54,7 @@ from fulgurite.resuming import (
     MetricsLogger,
     RunTrainer,
     TrainingState,
+    has_stopped,
     masked,
     masked_arguments,
     masked_names,
@@ -343,13 +344,17 @@ class FulguriteCLI(LightningCLI):
             )
 
     def _nothing_left(self, stored: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint is of the end of what the trainer's limits allow."""
+        """Whether a checkpoint is of a stopped training, or of what the trainer's limits allow."""
         trainer = self.section.trainer
         epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps")
         if epochs is None and steps in (None, -1):
             epochs = 1000  # Lightning's default
         loop = stored["loops"]["fit_loop"]
         done = int(loop["epoch_progress"]["current"]["processed"])
+        callbacks = stored.get("callbacks") or {}
+        stops = [state for name, state in callbacks.items() if name.startswith("EarlyStopping")]
+        if any(map(has_stopped, stops)):
+            return True
         in_epochs = epochs is not None and epochs >= 0 and done >= epochs
         in_steps = steps is not None and steps >= 0 and int(stored.get("global_step", 0)) >= steps
         return bool(in_epochs or in_steps)

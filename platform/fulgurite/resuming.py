@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -22,7 +23,10 @@ from fulgurite.errors import CheckpointError
 from fulgurite.io import atomic_write
 from fulgurite.sampling import forget_training_data, restart_training_data
 
-__all__ = ["MASK", "MetricsLogger", "RunTrainer", "TrainingState", "masked", "masked_arguments"]
+__all__ = [
+    "MASK", "MetricsLogger", "RunTrainer", "TrainingState", "has_stopped", "masked",
+    "masked_arguments",
+]  # fmt: skip
 
 # --- metrics ------------------------------------------------------------------------------------
 
@@ -140,6 +144,11 @@ def metrics_logger(trainer: Trainer) -> MetricsLogger | None:
 _KEY = "fulgurite"
 
 
+def has_stopped(state: Mapping[str, Any]) -> bool:
+    """Whether a state of ``EarlyStopping`` is that of a training which it has ended."""
+    return bool(state["stopped_epoch"]) and state["wait_count"] >= state["patience"]
+
+
 class TrainingState(Callback):
     """Keeps in each checkpoint what Lightning leaves out, and takes it up when a run goes on.
 
@@ -208,6 +217,9 @@ class TrainingState(Callback):
                 )
         forget_training_data(trainer)
         self._say_conditions(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping) and has_stopped(callback.state_dict()):
+                trainer.should_stop = True  # Lightning would train one more epoch to find out
 
     def _say_conditions(self, trainer: Trainer) -> None:
         before, now = self._stored.get("conditions") or {}, conditions(trainer)

@@ -348,7 +348,22 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
-        self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
+        while True:
+            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
+            self._take(folder)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                    break
+            self._file.close()  # its owner removed it after it was opened here
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def __deepcopy__(self, _: object) -> RunLock:
+        """Return the lock itself: a copy of a model reaches it through its trainer."""
+        return self
+
+    def _take(self, folder: Path) -> None:
         if os.name != "posix":
             return
         import fcntl
@@ -366,9 +381,6 @@ class RunLock:
             ) from error
         except OSError:
             return
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
 
     def release(self) -> None:
         """Let others train there."""

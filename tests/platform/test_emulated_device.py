@@ -99,9 +99,9 @@ def run_on_device(config, *options, test=True):
         from fulgurite.cli import run
 
         record.counting = False
-        shared = ["--config", config, *QUIET, *ON_DEVICE, *options]
+        shared = ["--config", config, *QUIET, *ON_DEVICE, *options, "--seed_everything=1"]
         steps = "--trainer.callbacks+=fulgurite.testing.emulated_device.StepWaits"
-        run(["fit", *shared, steps, "--seed_everything=1"])
+        run(["fit", *shared, steps])
         record.counting = False
         if test:
             run(["test", *shared, "--ckpt_path=last", "--trainer.limit_test_batches=2"])

@@ -97,6 +97,26 @@ def test_a_finished_run_is_left_as_it_is(fulgurite, one_run):
     assert {p: p.read_bytes() for p in one_run.rglob("*") if p.is_file()} == before
 
 
+def test_an_early_stopped_run_trains_no_further_epoch(fulgurite, workdir):
+    stop = ["--trainer.callbacks+=EarlyStopping"]
+    for option in ("monitor=val/acc", "mode=max", "patience=1", "min_delta=2"):
+        stop.append(f"--trainer.callbacks.{option}")
+    fit = ("fit", "--config", "fedsir/smoke.yaml", *QUIET, FEDAVG, *stop, "--trainer.max_epochs=6")
+    assert fulgurite(*fit)[0] == 0
+    (run,) = runs()
+    before, weights = rows(run), load_plain(run / "checkpoints/last.ckpt", "last")["state_dict"]
+    assert before[-1]["epoch"] == "1"
+    status, out, _ = fulgurite(*fit, "--ckpt_path=last")
+    assert status == 0
+    assert "nothing left to do" in out
+    (run / "summary.json").unlink()  # as if it had been killed before its end
+    assert fulgurite(*fit, "--ckpt_path=last")[0] == 0
+    assert rows(run) == before
+    assert (run / "summary.json").is_file()
+    again = load_plain(run / "checkpoints/last.ckpt", "last")["state_dict"]
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
 def test_a_new_folder_only_when_asked_for(fulgurite, one_run):
     command = ("fit", *SMOKE, "--trainer.max_epochs=2", "--ckpt_path=last", "--run.new=true")
     status, _, error = fulgurite(*command)

@@ -146,7 +146,7 @@ class _Worker:
         if outcome is None and not alive and not self.started:
             raise ConfigError(
                 f"{self._death().capitalize()} while it started.",
-                'In a script, call `fulgurite.compare.run` under `if __name__ == "__main__":`.',
+                "Its messages are above; `fulgurite doctor` shows what is installed.",
             )
         if outcome is None and not alive:
             seconds = time.monotonic() - self.since

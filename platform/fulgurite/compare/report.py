@@ -99,12 +99,19 @@ def run_summary(folder: Path) -> str:
         lines.append(f"seed: {config['seed_everything']}")
     metrics = read_metrics(folder) or _last_metrics(folder / "metrics.csv")
     lines += ["", "| metric | value |", "| --- | ---: |"]
-    # as they were recorded: the monitored one first
-    stages = sorted(metrics, key=lambda name: not name.startswith("test/"))
-    lines += [f"| {name} | {metrics[name]:.5g} |" for name in stages]
+    # within each kind as they were recorded: the monitored one first
+    ordered = sorted(metrics, key=_kind_rank)
+    lines += [f"| {name} | {metrics[name]:.5g} |" for name in ordered]
     lines += ["", *(str(path) for path in sorted(folder.glob("figures/**/*.png")))]
     lines += [str(path) for path in sorted(folder.glob("checkpoints/*.ckpt"))]
     return "\n".join(lines)
+
+
+def _kind_rank(metric: str) -> int:
+    """Where a kind of metric stands in a list: first what people look for."""
+    kinds = ("test", "val", "train")
+    kind = metric.partition("/")[0]
+    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def _last_metrics(path: Path) -> dict[str, float]:
