@@ -74,6 +74,19 @@ def start(workdir):
 
 
 @pytest.fixture
+def run_two(workdir):
+    """Run a command on two ranks of the CPU, in forks that need not import everything again."""
+    from fulgurite.testing.survival import run_ranks
+
+    def call(*argv, strategy="--trainer.strategy=ddp"):
+        devices = (strategy, "--trainer.devices=2", "--trainer.accelerator=cpu")
+        for ended in run_ranks([*argv, *devices, "--trainer.enable_progress_bar=false"]):
+            assert ended.status == 0, ended.output
+
+    return call
+
+
+@pytest.fixture
 def weights():
     """The network's weights in a checkpoint, read without unpickling anything."""
 

@@ -1,6 +1,7 @@
 """The context around each step, adaptation to a plate, and what is written of it."""
 
 import json
+import os
 import signal
 import time
 import warnings
@@ -32,6 +33,7 @@ from fulgurite.models.cs_arm_bn import (
     SmallResNet,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import context_layers, reference_state
+from fulgurite.testing.survival import start_forked
 
 L, N, K = 8, 6, 4
 SMOKE = str(resources.files("fulgurite.configs.cs_arm_bn") / "smoke.yaml")
@@ -385,7 +387,7 @@ def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epo
         assert int(layer.reference.seen) == 2 + epoch
 
 
-def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(fit, start):
+def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(fit):
     """The reference is recorded in steps 6 to 8 of an epoch; the run is taken up at step 7."""
     options = (
         "--data.init_args.steps_per_epoch=8", "--trainer.max_epochs=5",
@@ -394,18 +396,17 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(
         "--trainer.callbacks.every_n_train_steps=15", "--trainer.callbacks.save_top_k=-1",
         "--trainer.callbacks.filename={step}",
     )  # fmt: skip
-    process = start(
+    process = start_forked([
         "fit", "--config", SMOKE, "--run.dir=killed", *options,
         "--trainer.callbacks.dirpath=killed/steps", "--trainer.enable_progress_bar=false",
-    )  # fmt: skip
+    ])  # fmt: skip
     fit("--run.dir=whole", *options, "--trainer.callbacks.dirpath=whole/steps", config=SMOKE)
     kept, later = (Path(f"killed/steps/step={step}.ckpt") for step in (15, 30))
     deadline = time.monotonic() + 120
     while not later.exists():
-        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
     resumed = ("--run.dir=resumed", f"--ckpt_path={kept}")
     fit(*resumed, *options, "--trainer.callbacks.dirpath=resumed/steps", config=SMOKE)
@@ -452,21 +453,16 @@ def test_a_profile_sees_brightness_contrast_and_sharpness():
 # --- ranks ----------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_validate_and_predict_as_one(fit, start, weights):
+def test_two_processes_train_validate_and_predict_as_one(fit, run_two, weights):
     """Two ranks that accumulate two episodes are one rank that accumulates four."""
     common = [
         "--model.init_args.method=fulgurite.models.cs_arm_bn.CSARMBN",
         "--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.lr=0.1",
     ]  # fmt: skip
-    ranks = [
-        "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu",
-        "--trainer.accumulate_grad_batches=2", "--trainer.enable_progress_bar=false",
-    ]  # fmt: skip
+    accumulate = "--trainer.accumulate_grad_batches=2"
 
     def on_two(command, *options):
-        process = start(command, "--config", SMOKE, *common, *ranks, *options)
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
+        run_two(command, "--config", SMOKE, *common, accumulate, *options)
 
     def read(file):
         return json.loads(Path(file).read_text())

@@ -17,21 +17,15 @@ def state(run):
     return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_two_processes_train_and_test_as_one(fit, start):
+def test_two_processes_train_and_test_as_one(fit, run_two):
     """Prior, loss and calibration are of all ranks; two batches of 4 stacks are one of 8."""
     common = [
         "--model.init_args.inputs=physics",  # what is hidden is drawn by each rank for itself
         "--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.lr=0.1",
         "--model.init_args.scheduler=null", "--trainer.max_epochs=2",
     ]  # fmt: skip
-    process = start(
-        "fit", "--config", NAME, *common, "--run.dir=two", "--data.init_args.batch_size=4",
-        "--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-    )  # fmt: skip
+    run_two("fit", "--config", NAME, *common, "--run.dir=two", "--data.init_args.batch_size=4")
     fit(*common, "--run.dir=one", "--data.init_args.batch_size=8", config=NAME)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
     one, two = state("one"), state("two")
     assert one.keys() == two.keys()
     for key in one:

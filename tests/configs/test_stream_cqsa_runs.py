@@ -27,17 +27,12 @@ def test_streamed_attention_trains_to_the_same_weights(fit, weights):
     assert Path("streamed/test_metrics.json").is_file()
 
 
-def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, start, weights):
+def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, run_two, weights):
     name = "stream_cqsa/smoke.yaml"
-    process = start(
-        "fit", "--config", name, "--run.dir=ranks",
-        "--trainer.strategy.class_path=fulgurite.strategies.StreamCQSADDPStrategy",
-        "--trainer.strategy.init_args.memory_budget=64KiB",
-        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.enable_progress_bar=false",
-    )  # fmt: skip
+    chosen = "--trainer.strategy.class_path=fulgurite.strategies.StreamCQSADDPStrategy"
+    budget = "--trainer.strategy.init_args.memory_budget=64KiB"
+    run_two("fit", "--config", name, "--run.dir=ranks", chosen, strategy=budget)
     fit("--run.dir=alone", config=name)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
     alone, ranks = (weights(f"{run}/checkpoints/last.ckpt") for run in ("alone", "ranks"))
     assert alone.keys() == ranks.keys()
     for key in alone:

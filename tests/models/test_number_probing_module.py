@@ -283,14 +283,9 @@ def test_it_learns_to_add(fit):
     assert cli.trainer.callback_metrics["val/exact"] > 0.95
 
 
-def test_two_processes_train_and_probe_as_one(fit, start):
+def test_two_processes_train_and_probe_as_one(fit, run_two):
     fit("--data.init_args.batch_size=128", "--run.dir=one", config=SMOKE)
-    process = start(
-        "fit", "--config", SMOKE, "--run.dir=two", "--trainer.strategy=ddp", "--trainer.devices=2",
-        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-    )  # fmt: skip
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    run_two("fit", "--config", SMOKE, "--run.dir=two")
     one, two = (weights_of(run) for run in ("one", "two"))
     for key in one:  # Muon rounds its matrices to bfloat16; ten steps move weights by 0.03
         torch.testing.assert_close(two[key], one[key], atol=2e-3, rtol=0)

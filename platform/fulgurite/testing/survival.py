@@ -6,10 +6,13 @@ Each command runs in a fork of this process, which has imported everything alrea
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +22,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["Ended", "Survival", "differing", "run_forked", "unequal"]
+from fulgurite.runs import RUN_DIR_VARIABLE
+
+__all__ = [
+    "Ended", "Forked", "Survival", "differing", "run_forked", "run_ranks", "start_forked",
+    "unequal",
+]  # fmt: skip
+
+_NUMBERS = itertools.count()  # of forks
 
 #: Metrics of time and memory, which no two runs share.
 CLOCKS = ("time/", "memory/", "train/tokens_per_s")
@@ -53,9 +63,46 @@ def run_forked(
         limit: Time on the processor after which the process is killed [s]; None for never.
         before: Called in the fork first, such as to let it fail at a certain point.
     """
+    return start_forked(argv, limit=limit, before=before).wait()
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A command line that runs in a fork of this process.
+
+    Attributes:
+        pid: Of the fork.
+        log: File of what it prints.
+    """
+
+    pid: int
+    log: Path
+
+    def wait(self) -> Ended:
+        """Wait for its end."""
+        _, ended, usage = os.wait4(self.pid, 0)
+        output = self.log.read_text(errors="replace")
+        self.log.unlink()
+        return Ended(os.waitstatus_to_exitcode(ended), usage.ru_utime + usage.ru_stime, output)
+
+
+def start_forked(
+    argv: Sequence[str],
+    *,
+    limit: float | None = None,
+    before: Callable[[], None] | None = None,
+) -> Forked:
+    """Start what :func:`run_forked` waits for.
+
+    Args:
+        argv: The command line.
+        limit: See :func:`run_forked`.
+        before: See :func:`run_forked`.
+    """
     import fulgurite.cli  # noqa: F401  # now, not in each fork
 
-    log = Path(f".output-{os.getpid()}")
+    log = Path(f".output-{os.getpid()}-{next(_NUMBERS)}").absolute()
+    log.touch()
     child = os.fork()
     if child == 0:
         status = 70
@@ -78,10 +125,32 @@ def run_forked(
         finally:
             sys.stdout.flush()
             os._exit(status)
-    _, ended, usage = os.wait4(child, 0)
-    output = log.read_text(errors="replace")
-    log.unlink()
-    return Ended(os.waitstatus_to_exitcode(ended), usage.ru_utime + usage.ru_stime, output)
+    return Forked(child, log)
+
+
+def run_ranks(argv: Sequence[str], ranks: int = 2) -> list[Ended]:
+    """Run a command line with ``--run.dir`` on several ranks, each a fork of this process.
+
+    Args:
+        argv: The command line, with the strategy and ``--trainer.devices``.
+        ranks: How many.
+    """
+    folder = next(x.split("=", 1)[1] for x in argv if x.startswith("--run.dir="))
+    run = Path(folder, *([] if argv[0] == "fit" else [argv[0]])).absolute()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def join(rank: int) -> None:
+        os.environ.update(
+            LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+        if rank:  # as a process that the first rank launches
+            os.environ[RUN_DIR_VARIABLE] = str(run)
+
+    forks = [start_forked(argv, before=functools.partial(join, rank)) for rank in range(ranks)]
+    return [fork.wait() for fork in forks]
 
 
 class Survival:
