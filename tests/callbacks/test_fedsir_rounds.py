@@ -91,8 +91,28 @@ def final(fit, weights):
     return call
 
 
-def test_same_seed_same_weights_and_another_seed_others(final):
-    one = final("one")
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """The folder of a smoke run without further options."""
+    from fulgurite.cli import run
+
+    folder = tmp_path_factory.mktemp("default")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("FULGURITE_CACHE", str(folder / "cache"))
+        quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+        run(["fit", "--config", "fedsir/smoke.yaml", *quiet, "--run.dir=run"])
+    return folder / "run"
+
+
+@pytest.fixture
+def default(default_run, weights):
+    """Final weights of that run."""
+    return weights(default_run / LAST)
+
+
+def test_same_seed_same_weights_and_another_seed_others(default, final):
+    one = default
     assert equal(one, final("two"))
     assert not equal(one, final("three", "--seed_everything=1"))
 
@@ -152,8 +172,7 @@ def test_truth_is_out_of_reach_of_the_method(fit, final, monkeypatch):
         ),
     ],
 )
-def test_switches_change_the_weights(final, options):
-    default = final("default")
+def test_switches_change_the_weights(default, final, options):
     for i, option in enumerate(options):
         changed = final(f"run{i}", f"--model.init_args.method.init_args.{option}")
         assert not equal(default, changed), option
@@ -209,17 +228,16 @@ def test_a_server_optimizer_sees_the_aggregate_as_a_gradient(fit):
         assert not torch.allclose(b, c, atol=1e-3)
 
 
-def test_two_ranks_give_the_weights_of_one(final, start, weights):
-    _same_under(final, start, weights, 2)
+def test_two_ranks_give_the_weights_of_one(default_run, start, weights):
+    _same_under(default_run, start, weights, 2)
 
 
 @pytest.mark.slow
-def test_three_ranks_give_the_weights_of_one(final, start, weights):
-    _same_under(final, start, weights, 3)
+def test_three_ranks_give_the_weights_of_one(default_run, start, weights):
+    _same_under(default_run, start, weights, 3)
 
 
-def _same_under(final, start, weights, ranks):
-    alone = final("alone")
+def _same_under(alone_run, start, weights, ranks):
     process = start(
         "fit", "--config", "fedsir/smoke.yaml", "--run.dir=ranks", "--trainer.strategy=federated",
         "--trainer.accelerator=cpu", f"--trainer.devices={ranks}",
@@ -227,8 +245,8 @@ def _same_under(final, start, weights, ranks):
     )  # fmt: skip
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    assert equal(alone, weights(f"ranks/{LAST}"))
-    with open("alone/summary.json") as one, open("ranks/summary.json") as many:
+    assert equal(weights(alone_run / LAST), weights(f"ranks/{LAST}"))
+    with open(alone_run / "summary.json") as one, open("ranks/summary.json") as many:
         one, many = json.load(one), json.load(many)
     assert one.keys() == many.keys()
     for key in one:  # every validation image counted once

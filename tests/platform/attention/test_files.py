@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -61,11 +62,28 @@ attend_files(
 
 
 def child(folder, *arguments, script=None):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    """Run a script in a fork of this process, which has imported everything."""
     if script is None:
         script, arguments = SCRIPT, (*arguments, 0, "never")[: max(3, len(arguments))]
-    command = [sys.executable, "-c", script, str(folder), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    log = folder / "child.log"
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(descriptor, stream)
+            sys.argv = ["script", str(folder), *map(str, arguments)]
+            exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    printed = log.read_text()
+    log.unlink()
+    return subprocess.CompletedProcess(["script"], status, printed, printed)
 
 
 def committed_units(folder):
