@@ -102,6 +102,7 @@ def row_steps(
     """
     number = 0
     for group in plan.groups() if groups is None else groups:
+        head_parts = _head_parts(plan, group, halvings, rows, keys)
         for index, task in enumerate(plan.tasks(group.visible)):
             is_loaded = False
             low, high = within or (0, plan.spec.queries)
@@ -118,13 +119,11 @@ def row_steps(
                 unit, row = number + i, task.rows[i]
                 at = group.batch, group.heads, slice(*row.queries)
                 parts = [
-                    (part, *halved)
-                    for part in plan.parts(group, halvings)
+                    (*heads, *halved)
+                    for heads in head_parts
                     for halved in _halved(task, i, halvings)
                 ]
-                for turn, (part, small, position) in enumerate(parts):
-                    part_rows = [x[part.batch, part.heads] for x in rows]
-                    part_keys = [x[part.batch, part.kv_heads] for x in keys]
+                for turn, (part, part_rows, part_keys, small, position) in enumerate(parts):
                     span = small.rows[position].queries
                     joins = not plan.spec.has_bias
                     calls: list[KernelCall | None] = [
@@ -189,6 +188,7 @@ def column_steps(
     width = max(1, plan.tile[1] >> halvings.keys)
     count = plan.spec.keys
     for group in plan.groups():
+        head_parts = _head_parts(plan, group, halvings, rows, keys)
         for index, left in enumerate(range(0, count, plan.tile[1])):
             unit, number = number, number + 1
             if unit <= after or unit in done or not plan.is_mine(index):
@@ -196,10 +196,8 @@ def column_steps(
             right = min(left + plan.tile[1], count)
             at = group.batch, group.kv_heads, slice(left, right)
             columns = [(x, min(x + width, right)) for x in range(left, right, width)]
-            parts = [(part, span) for part in plan.parts(group, halvings) for span in columns]
-            for turn, (part, span) in enumerate(parts):
-                part_rows = [x[part.batch, part.heads] for x in rows]
-                part_keys = [x[part.batch, part.kv_heads] for x in keys]
+            parts = [(*heads, span) for heads in head_parts for span in columns]
+            for turn, (part, part_rows, part_keys, span) in enumerate(parts):
                 task = Task(tuple(column_tasks(group.visible, span, height)))
                 calls: list[KernelCall | None] = [
                     call
@@ -220,6 +218,32 @@ def column_steps(
                         task, opens, closes, ends,
                     )  # fmt: skip
                     yield step, views
+
+
+class _HeadPart(NamedTuple):
+    """Heads of a group that are computed together, with their tensors."""
+
+    group: HeadGroup
+    rows: list[Tensor]
+    keys: list[Tensor]
+
+
+def _head_parts(
+    plan: ExecutionPlan,
+    group: HeadGroup,
+    halvings: Halvings,
+    rows: Sequence[Tensor],
+    keys: Sequence[Tensor],
+) -> list[_HeadPart]:
+    """The parts of a group of heads, one after the other."""
+    return [
+        _HeadPart(
+            part,
+            [x[part.batch, part.heads] for x in rows],
+            [x[part.batch, part.kv_heads] for x in keys],
+        )
+        for part in plan.parts(group, halvings)
+    ]
 
 
 def column_count(plan: ExecutionPlan) -> int:
