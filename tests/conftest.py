@@ -73,6 +73,25 @@ def start(workdir):
     return call
 
 
+@pytest.fixture(scope="session")
+def train_once(tmp_path_factory):
+    """Run a command in a new folder with a cache of its own, and return the folder.
+
+    For fixtures of a module, whose tests share a training.
+    """
+    from fulgurite.cli import run
+
+    def call(*argv):
+        folder = tmp_path_factory.mktemp("trained")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("FULGURITE_CACHE", str(folder / "cache"))
+            run([*argv, *QUIET])
+        return folder
+
+    return call
+
+
 @pytest.fixture
 def run_two(workdir):
     """Run a command on two ranks of the CPU, in forks that need not import everything again."""

@@ -92,17 +92,9 @@ def final(fit, weights):
 
 
 @pytest.fixture(scope="module")
-def default_run(tmp_path_factory):
+def default_run(train_once):
     """The folder of a smoke run without further options."""
-    from fulgurite.cli import run
-
-    folder = tmp_path_factory.mktemp("default")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("FULGURITE_CACHE", str(folder / "cache"))
-        quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-        run(["fit", "--config", "fedsir/smoke.yaml", *quiet, "--run.dir=run"])
-    return folder / "run"
+    return train_once("fit", "--config", "fedsir/smoke.yaml", "--run.dir=run") / "run"
 
 
 @pytest.fixture

@@ -22,22 +22,14 @@ SMALL = [
     f"--data.init_args.source.init_args.{key}={value}"
     for key, value in {"stacks": 32, "traces": 16, "layers": 6, "segments": 8}.items()
 ]
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 PLAIN = ["--trainer.callbacks.figures=0"]
 NET = ["--model.init_args.network.init_args.width=8", "--trainer.max_epochs=1"]
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
+def fitted(train_once):
     """A folder with a run that was fitted once for all, and the cache of its data."""
-    from fulgurite.cli import run
-
-    folder = tmp_path_factory.mktemp("fitted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("FULGURITE_CACHE", str(folder / "cache"))
-        run(["fit", "--config", SMOKE, *QUIET, "--run.dir=run", *SMALL, *NET])
-    return folder
+    return train_once("fit", "--config", SMOKE, "--run.dir=run", *SMALL, *NET)
 
 
 @pytest.fixture

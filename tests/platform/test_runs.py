@@ -37,15 +37,9 @@ def rows(run):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(train_once):
     """A folder in which one epoch was trained, and a copy of it for each test."""
-    from fulgurite.cli import run
-
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run(["fit", *SMOKE])
-    return folder / "runs"
+    return train_once("fit", *SMOKE) / "runs"
 
 
 @pytest.fixture
