@@ -25,8 +25,8 @@ import torch
 from fulgurite.runs import RUN_DIR_VARIABLE
 
 __all__ = [
-    "Ended", "Forked", "Survival", "differing", "run_forked", "run_ranks", "start_forked",
-    "unequal",
+    "Ended", "Forked", "Survival", "differing", "run_forked", "run_ranks", "start_call",
+    "start_forked", "unequal",
 ]  # fmt: skip
 
 _NUMBERS = itertools.count()  # of forks
@@ -101,7 +101,28 @@ def start_forked(
     """
     import fulgurite.cli  # noqa: F401  # now, not in each fork
 
-    log = Path(f".output-{os.getpid()}-{next(_NUMBERS)}").absolute()
+    def run() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process at once
+        if before is not None:
+            before()
+        if limit is not None:
+            signal.setitimer(signal.ITIMER_PROF, limit)
+        from fulgurite.__main__ import main
+
+        return main([*argv])
+
+    return start_call(run, Path())
+
+
+def start_call(work: Callable[[], int | None], folder: Path) -> Forked:
+    """Call a function in a fork of this process, which ends with the status that it returns.
+
+    Args:
+        work: The function; None stands for 0, and an exception for 70 and its traceback.
+        folder: Where what it prints is kept until :meth:`Forked.wait` reads it.
+    """
+    log = folder.absolute() / f".output-{os.getpid()}-{next(_NUMBERS)}"
     log.touch()
     child = os.fork()
     if child == 0:
@@ -111,15 +132,7 @@ def start_forked(
             for stream in (1, 2):
                 os.dup2(descriptor, stream)
             sys.stdout, sys.stderr = (open(s, "w", buffering=1, closefd=False) for s in (1, 2))  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process at once
-            if before is not None:
-                before()
-            if limit is not None:
-                signal.setitimer(signal.ITIMER_PROF, limit)
-            from fulgurite.__main__ import main
-
-            status = main([*argv])
+            status = work() or 0
         except BaseException:
             traceback.print_exc()
         finally:

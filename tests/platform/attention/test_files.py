@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from fulgurite.attention import files as files_module
 from fulgurite.attention import journal as journal_module
 from fulgurite.attention import mapped as mapped_module
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.testing.survival import start_call
 
 
 def results(folder, query, dtype=torch.float32):
@@ -65,25 +65,12 @@ def child(folder, *arguments, script=None):
     """Run a script in a fork of this process, which has imported everything."""
     if script is None:
         script, arguments = SCRIPT, (*arguments, 0, "never")[: max(3, len(arguments))]
-    log = folder / "child.log"
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(descriptor, stream)
-            sys.argv = ["script", str(folder), *map(str, arguments)]
-            exec(compile(script, "script", "exec"), {"__name__": "__main__"})
-            status = 0
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    printed = log.read_text()
-    log.unlink()
-    return subprocess.CompletedProcess(["script"], status, printed, printed)
+
+    def work():
+        sys.argv = ["script", str(folder), *map(str, arguments)]
+        exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+
+    return start_call(work, folder).wait()
 
 
 def committed_units(folder):
@@ -108,18 +95,18 @@ def write(folder, tokens=400, heads=2, width=16, dtype=torch.float32):
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, schedule, moments):
     whole = tmp_path / "whole"
     write(whole)
-    assert child(whole, schedule).returncode == 0
+    assert child(whole, schedule).status == 0
     for moment in moments:
         folder = tmp_path / moment
         query, key, value = write(folder)
         committed = 0
         for commits in (2, 3):
             done = child(folder, schedule, commits, moment)
-            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert done.status == -signal.SIGKILL, done.output
             now = committed_units(folder / "journal")
             assert now >= committed + 2
             committed = now
-        assert child(folder, schedule).returncode == 0
+        assert child(folder, schedule).status == 0
         for name in ("out", "lse"):
             assert (folder / name).read_bytes() == (whole / name).read_bytes()
         out = memory_mapped(folder / "out", query.shape, query.dtype)
@@ -228,12 +215,12 @@ def test_gradients_in_files_survive_a_kill(tmp_path):
         tensors[name] = write(tmp_path / name)
         grad = memory_mapped(tmp_path / name / "g", (1, 2, 400, 16), torch.float32, create=True)
         grad.copy_(torch.randn(grad.shape, generator=torch.Generator().manual_seed(1)))
-    assert child(tmp_path / "whole", 0, script=BACKWARD).returncode == 0
+    assert child(tmp_path / "whole", 0, script=BACKWARD).status == 0
     for commits in (3, 30):  # the second is in the pass along the keys
         done = child(tmp_path / "killed", commits, script=BACKWARD)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert done.status == -signal.SIGKILL, done.output
     assert committed_units(tmp_path / "killed/journal") == 33
-    assert child(tmp_path / "killed", 0, script=BACKWARD).returncode == 0
+    assert child(tmp_path / "killed", 0, script=BACKWARD).status == 0
     inputs = [x.clone().requires_grad_() for x in tensors["whole"]]
     result = F.scaled_dot_product_attention(*inputs, is_causal=True)
     expected = torch.autograd.grad(result, inputs, grad)

@@ -1,7 +1,7 @@
 """Ranks share the tasks and all get the result of one."""
 
-import os
-import traceback
+import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from fulgurite.attention import (
 )
 from fulgurite.attention.cost_model import Costs
 from fulgurite.errors import ConfigError
+from fulgurite.testing.survival import start_call
 
 
 def work(rank, world, folder, schedule, budget):
@@ -33,22 +34,14 @@ def work(rank, world, folder, schedule, budget):
     dist.destroy_process_group()
 
 
-def run_forked(ranks, work, *arguments):
-    """Call ``work(rank, *arguments)`` in forks of this process, which has imported everything."""
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                work(rank, *arguments)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * ranks
+def run_forked(ranks, work, world, folder, *arguments):
+    """Call ``work(rank, world, folder, …)`` in forks of this process."""
+    forks = [
+        start_call(functools.partial(work, rank, world, folder, *arguments), Path(folder))
+        for rank in range(ranks)
+    ]
+    for ended in [fork.wait() for fork in forks]:
+        assert ended.status == 0, ended.output
 
 
 def example():
