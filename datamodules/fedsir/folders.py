@@ -186,14 +186,14 @@ class _Listing:
     def __init__(self, root: Path) -> None:
         self.root = root
         if root.is_dir():
-            found = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+            names = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
         else:
             with reading(root, "The zip", _REPACK, fault=_DAMAGED), open_archive(root) as (zip_, _):
-                found = zip_.namelist()
-            if len(set(found)) < len(found):
+                names = zip_.namelist()
+            if len(set(names)) < len(names):
                 raise DataError(f"The zip {root} holds two files of one name.", _REPACK)
         self.names = sorted(
-            name for name in found if name.lower().endswith(_SUFFIXES) and not _hidden(name)
+            name for name in names if name.lower().endswith(_SUFFIXES) and not _hidden(name)
         )
         splits: dict[str, list[str]] = {}
         depths = {name.count("/") for name in self.names}

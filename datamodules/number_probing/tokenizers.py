@@ -212,8 +212,8 @@ class FileTokenizer:
     def encode(self, documents: Sequence[str]) -> list[list[int]]:
         """Tokens of each document."""
         with reading(self._file, "The tokenizer", _MEND, fault="cannot encode the text"):
-            found = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
-            return [encoding.ids for encoding in found]
+            encodings = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def state(self) -> dict[str, Any]:
         """Nothing."""

@@ -366,14 +366,14 @@ class FulguriteCLI(LightningCLI):
         if not _is_first_process():
             return
         if run is not None:
-            found = identity_differences(recorded_config(run), now)
+            differing = identity_differences(recorded_config(run), now)
         else:
             model = dict((now.get("model") or {}).get("init_args") or {})
             known = dict(stored.get("hyper_parameters") or {})
             shared = [key for key in model if key in known and key not in LINKS]
             pairs = [{key: values[key] for key in shared} for values in (known, model)]
-            found = list(differences(pairs[0], pairs[1], "model.init_args"))
-        for key, before, here in found:
+            differing = list(differences(pairs[0], pairs[1], "model.init_args"))
+        for key, before, here in differing:
             print(
                 f"note: the checkpoint was trained with {key}={before}; this run uses {here}",
                 file=sys.stderr,

@@ -50,8 +50,8 @@ class TrainingCurves:
         """Keep the validation metrics of the epoch."""
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             logged = trainer.callback_metrics
-            found = {name: value for name, value in logged.items() if name.startswith("val/")}
-            self.curves.add(trainer.current_epoch, found)
+            validation = {name: value for name, value in logged.items() if name.startswith("val/")}
+            self.curves.add(trainer.current_epoch, validation)
 
     def draw(self, trainer: Trainer) -> Path | None:
         """Write ``figures/training.png``."""

@@ -151,13 +151,13 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[Difference]:
 
 def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """Options of model, data and seed in which two resolved configurations differ."""
-    found: list[Difference] = []
+    differing: list[Difference] = []
     for part in ("model", "data", "seed_everything"):
-        found += differences(before.get(part), now.get(part), part)
+        differing += differences(before.get(part), now.get(part), part)
     linked = {f"model.init_args.{name}" for name in LINKS}
     return [
         difference
-        for difference in found
+        for difference in differing
         if difference[0].rpartition(".")[2] not in _SPEED and difference[0] not in linked
     ]
 
@@ -165,10 +165,10 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
 def training_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """Options in which two resolved configurations are of different trainings."""
     trainers = [config.get("trainer") or {} for config in (before, now)]
-    found = identity_differences(before, now)
+    differing = identity_differences(before, now)
     for name in _TRAINER:
         if all(name in trainer for trainer in trainers):
-            found += differences(trainers[0][name], trainers[1][name], f"trainer.{name}")
+            differing += differences(trainers[0][name], trainers[1][name], f"trainer.{name}")
     callbacks = [
         {
             str(callback.get("class_path")): callback
@@ -180,11 +180,11 @@ def training_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     for name in dict.fromkeys([*callbacks[0], *callbacks[1]]):
         one, two = (part.get(name) for part in callbacks)
         if one is None or two is None:
-            found.append(("trainer.callbacks", one and name, two and name))
+            differing.append(("trainer.callbacks", one and name, two and name))
         else:
             key = f"trainer.callbacks.{name.rpartition('.')[2]}"
-            found += differences(one, two, key)
-    return found
+            differing += differences(one, two, key)
+    return differing
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -94,8 +94,9 @@ class Comparison:
                         unreadable.add(name)
                     else:
                         read[name] = record
-        found = records["results"], records["failed"]
-        return cls(plan, folder, *found, unreadable=frozenset(unreadable))
+        return cls(
+            plan, folder, records["results"], records["failed"], unreadable=frozenset(unreadable)
+        )
 
     def save_plan(self) -> None:
         """Write the plan, so that ``fulgurite report`` needs nothing but the folder."""
