@@ -474,12 +474,12 @@ class ControlContext(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Profiles of the training plates' controls, loss and accuracy by epoch."""
-        return {"profiles": dict(self.profiles), "curves": self.curves.curves.state_dict()}
+        return {"profiles": dict(self.profiles), "curves": self.curves.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
         self.profiles = dict(state_dict["profiles"])
-        self.curves.curves.load_state_dict(state_dict.get("curves", {}))
+        self.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the confusion matrix and the plates of each test set."""

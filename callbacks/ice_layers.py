@@ -88,11 +88,11 @@ class CompletionWriter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Loss and errors by epoch."""
-        return {"curves": self.curves.curves.state_dict()}
+        return {"curves": self.curves.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up again."""
-        self.curves.curves.load_state_dict(state_dict.get("curves", {}))
+        self.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""

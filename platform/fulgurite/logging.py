@@ -59,6 +59,14 @@ class TrainingCurves:
             return log_figure(trainer, "training", figure)
         return None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The curves of the epochs that have ended."""
+        return self.curves.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.curves.load_state_dict(state_dict)
+
 
 def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
     """Write a figure to the run folder and to each logger that shows pictures.
