@@ -23,6 +23,28 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="FULGURITE_DATA is not set"))
 
 
+@pytest.fixture(autouse=True)
+def blank_figures(request, monkeypatch):
+    """Leave the pictures of runs blank, since to draw them is a third of a short run's time.
+
+    Tests that look at pictures, and those of the survival of runs, are marked ``figures``.
+    """
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(
+            "fulgurite.plotting.save_figure", lambda figure, file: write_blank(file)
+        )
+
+
+def write_blank(file):
+    """Write a picture of one pixel."""
+    file.write_bytes(
+        bytes.fromhex(
+            "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+            "0000000a49444154789c63600000000200010548afa40000000049454e44ae426082"
+        )
+    )
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """An empty folder to run in, with a cache of its own."""

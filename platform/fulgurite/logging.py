@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from fulgurite.io import atomic_write
+from fulgurite import plotting
 from fulgurite.plotting import MetricCurves
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> Path | None:
         return None
     path = Path(folder) / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    plotting.save_figure(figure, path)
     for logger in trainer.loggers:
         kind = type(logger).__name__
         if kind == "WandbLogger":

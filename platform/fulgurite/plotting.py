@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fulgurite.io import atomic_write
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "MetricCurves", "heatmap", "new_figure", "use_integer_ticks"]
+__all__ = ["COLORS", "MetricCurves", "heatmap", "new_figure", "save_figure", "use_integer_ticks"]
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = (
@@ -44,6 +47,17 @@ def new_figure(
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.set_prop_cycle(color=COLORS)
     return figure, axes
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Args:
+        figure: The figure.
+        file: The file.
+    """
+    with atomic_write(file) as temporary:
+        figure.savefig(temporary, format="png", dpi="figure")
 
 
 def heatmap(

@@ -183,6 +183,7 @@ def test_each_stage_has_the_context_of_the_method(tmp_path, method, train, test,
     assert int(module.network.bn1.num_batches_tracked) == (20 if method is ERM else 0)
 
 
+@pytest.mark.figures
 def test_it_learns_and_reports_each_test_set(trained, tmp_path):
     trainer, module, _ = trained()
     assert trainer.callback_metrics["val/acc"] > 0.7  # chance is 0.25

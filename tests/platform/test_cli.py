@@ -245,6 +245,7 @@ def test_print_config_shows_the_resolved_configuration(start):
     yaml.safe_load(out[out.index("seed_everything") :])
 
 
+@pytest.mark.figures
 def test_metrics_and_figures_reach_every_logger(fit):
     loggers = [
         {

@@ -657,6 +657,7 @@ def test_mistakes_around_the_file(place):
         go(write(place), workers=0)
 
 
+@pytest.mark.figures
 def test_two_axes_and_no_axis_are_drawn(place):
     splits = {"iid": {}, "shards": {"s": 1}}
     settings = {"p": {"key": "p", "values": [0.1]}, "split": splits}

@@ -82,6 +82,7 @@ def test_a_model_that_logs_nothing_is_said_to_have_run(fulgurite):
     assert "nothing left to do" in out
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("system", ["cs_arm_bn", "ice_layers"])
 def test_a_fit_draws_its_loss(fit, system):
     fit("--run.dir=run", "--trainer.max_epochs=1", config=f"{system}/smoke.yaml")

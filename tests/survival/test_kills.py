@@ -22,6 +22,7 @@ def survive(folder, monkeypatch, name, *options):
     return Survival(["--config", f"{name}/smoke.yaml", *QUIET, *options], folder)
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("name", sorted(systems()))
 def test_two_kills_change_nothing(tmp_path, monkeypatch, name):
     training = survive(tmp_path, monkeypatch, name)
@@ -29,6 +30,7 @@ def test_two_kills_change_nothing(tmp_path, monkeypatch, name):
     assert different == []
 
 
+@pytest.mark.figures
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(systems()))
 def test_twenty_kills_change_nothing(tmp_path, monkeypatch, name):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fulgurite import plotting
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
 from fulgurite.compare.plan import Plan, Setting, cell_id
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
@@ -215,8 +216,8 @@ def _draw(comparison: Comparison, path: Path) -> None:
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(plan.title, round(11 * width)), fontsize=11)
     figure.legend(*_by_last_value(plots[0]), fontsize=8, frameon=False, loc="outside right center")
-    with atomic_write(path) as draft:
-        figure.savefig(draft, format="png", dpi=150)
+    figure.set_dpi(150)
+    plotting.save_figure(figure, path)
 
 
 Point = tuple[float, float]
