@@ -16,12 +16,15 @@ from torch.utils.data import Dataset
 from fulgurite.datamodules.number_probing.draws import Ints, below, hashed
 from fulgurite.errors import ConfigError
 
-__all__ = ["IGNORED", "AdditionTask", "PairList", "PairStream"]
+__all__ = ["IGNORED", "AdditionTask", "PairList", "PairStream", "Part"]
+
+#: What pairs are for; no pair is in two parts.
+Part = Literal["train", "val", "test"]
 
 #: Target that a loss leaves out: ``ignore_index`` of PyTorch's cross-entropy.
 IGNORED = -100
 
-_SPLIT, _DRAW, _ORDER = range(3)  # random streams of a seed
+_SPLIT, _DRAW, _ORDER, _HOLD_OUT = range(4)  # random streams of a seed
 _LARGEST = 2**62  # sums of two numbers below stay in int64
 
 
@@ -38,15 +41,16 @@ class AdditionTask:
         carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
         overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
             pairs whose sum has K digits; ``auto`` bounds K = 1 and wraps others.
-        train_fraction: Fraction of all pairs that is for training; the rest is never trained on.
+        train_fraction: Fraction of all pairs that is for training. One half of the rest is for
+            validation, the other for test.
         mirrored: Keep a + b and b + a in the same part.
         seed: Seed of the parts.
 
     Raises:
         ConfigError: A number is out of range.
 
-    Source: arXiv 2604.20817, card section 2.5 (bases, K, sums, c_i); 0.6/0.4, mirrored pairs and
-        the template: inferred, the paper's are unknown.
+    Source: arXiv 2604.20817, card section 2.5 (bases, K, sums, c_i); 0.6/0.2/0.2, mirrored pairs
+        and the template: inferred, the paper's are unknown.
 
     Example:
         >>> task = AdditionTask(base=10, tokens=2)
@@ -139,10 +143,22 @@ class AdditionTask:
 
     def trained(self, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether pairs are for training. Shape: (I,) and (I,) to (I,)."""
+        limit = np.uint64(self.train_fraction * 2**53)
+        return (self._hashed(_SPLIT, a, b) >> np.uint64(11)) < limit
+
+    def belongs(self, part: Part, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether pairs are in a part. Shape: (I,) and (I,) to (I,)."""
+        trained = self.trained(a, b)
+        if part == "train":
+            return trained
+        tested = (self._hashed(_HOLD_OUT, a, b) >> np.uint64(63)).astype(np.bool_)
+        return ~trained & (tested == (part == "test"))
+
+    def _hashed(self, stream: int, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """Random bits of pairs, the same for a + b and b + a if they are kept together."""
         if self.mirrored:
             a, b = np.minimum(a, b), np.maximum(a, b)
-        limit = np.uint64(self.train_fraction * 2**53)
-        return (hashed(self.seed, _SPLIT, a, b) >> np.uint64(11)) < limit
+        return hashed(self.seed, stream, a, b)
 
 
 class PairStream(Dataset[dict[str, Tensor]]):
@@ -150,13 +166,13 @@ class PairStream(Dataset[dict[str, Tensor]]):
 
     Args:
         task: What problems look like.
-        train: Whether from the part for training.
+        part: Which pairs.
         seed: Seed of the draws.
         size: Draws of an evaluation; a sampler may ask for more.
     """
 
-    def __init__(self, task: AdditionTask, train: bool, seed: int, size: int) -> None:
-        self.task, self.train, self.seed, self.size = task, train, seed, size
+    def __init__(self, task: AdditionTask, part: Part, seed: int, size: int) -> None:
+        self.task, self.part, self.seed, self.size = task, part, seed, size
 
     def __len__(self) -> int:
         return self.size
@@ -169,14 +185,14 @@ class PairStream(Dataset[dict[str, Tensor]]):
         numbers = np.asarray(indices, np.int64)
         a, b = np.zeros_like(numbers), np.zeros_like(numbers)
         left, attempt = np.arange(len(numbers)), 0
-        while len(left):  # what falls into the other part is drawn again
-            parts = self.seed, _DRAW, int(self.train), numbers[left], attempt
-            first, second = (below(self.task.size, *parts, i) for i in range(2))
+        while len(left):  # what falls into another part is drawn again
+            key = self.seed, _DRAW, int(self.part == "train"), numbers[left], attempt
+            first, second = (below(self.task.size, *key, i) for i in range(2))
             if self.task.bounded:  # the upper triangle, turned over, is the lower one
                 outside = first + second >= self.task.size
                 first = np.where(outside, self.task.size - 1 - first, first)
                 second = np.where(outside, self.task.size - 1 - second, second)
-            fits = self.task.trained(first, second) == self.train
+            fits = self.task.belongs(self.part, first, second)
             a[left[fits]], b[left[fits]] = first[fits], second[fits]
             left, attempt = left[~fits], attempt + 1
         return a, b
@@ -190,16 +206,16 @@ class PairList(Dataset[dict[str, Tensor]]):
 
     Args:
         task: What problems look like; base**K of at most a few thousand.
-        train: Whether the part for training.
+        part: Which pairs.
         seed: Seed of the orders; None to keep the pairs in order.
         limit: Keep at most so many, chosen at random.
     """
 
     def __init__(
-        self, task: AdditionTask, train: bool, seed: int | None, limit: int | None = None
+        self, task: AdditionTask, part: Part, seed: int | None, limit: int | None = None
     ) -> None:
         a, b = (x.ravel() for x in np.indices((task.size, task.size), dtype=np.int64))
-        chosen = task.trained(a, b) == train
+        chosen = task.belongs(part, a, b)
         if task.bounded:
             chosen &= a + b < task.size
         self.task, self.seed = task, seed

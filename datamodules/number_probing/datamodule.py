@@ -97,9 +97,10 @@ class AdditionDataModule(_SequenceDataModule):
     """Addition a + b = c of numbers that are ``tokens`` digits of a base.
 
     Batches are ``{"tokens": (B, L) int64, "targets": (B, L) int64}`` with L = 3 tokens + 1 and
-    targets at the answer only. All pairs are split once, by ``seed``, into those for training and
-    those for validation and test, so that what is learned by heart does not count. Few pairs are
-    gone through in passes, each in an order of its own; of many, random ones are drawn for ever.
+    targets at the answer only. All pairs are split once, by ``seed``, into those for training, for
+    validation and for test, which share none: what is learned by heart does not count, nor what
+    chose a checkpoint. Few pairs are gone through in passes, each in an order of its own; of many,
+    random ones are drawn for ever.
 
     Args:
         base: Number of digits, which are the numbers that can be probed.
@@ -108,7 +109,8 @@ class AdditionDataModule(_SequenceDataModule):
         carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
         overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
             pairs whose sum has no further digit; ``auto`` bounds one token and wraps several.
-        train_fraction: Fraction of all pairs that is for training.
+        train_fraction: Fraction of all pairs that is for training. One half of the rest is for
+            validation, the other for test.
         mirrored: Keep a + b and b + a in the same part.
         batch_size: Problems of a batch, on each rank.
         steps_per_epoch: Training batches of one epoch on each rank.
@@ -176,19 +178,24 @@ class AdditionDataModule(_SequenceDataModule):
         val, test = self.sizes
         seeds = [self.seed * 3 + stream for stream in (_TRAIN, _VAL, _TEST)]
         if self.task.size > _LISTED:
-            self._train = PairStream(self.task, True, seeds[_TRAIN], 0)
-            self._val = PairStream(self.task, False, seeds[_VAL], val)
-            self._test = PairStream(self.task, False, seeds[_TEST], test)
+            self._train = PairStream(self.task, "train", seeds[_TRAIN], 0)
+            self._val = PairStream(self.task, "val", seeds[_VAL], val)
+            self._test = PairStream(self.task, "test", seeds[_TEST], test)
         else:
-            self._train = PairList(self.task, True, seeds[_TRAIN])
-            self._val = PairList(self.task, False, None, val)
-            self._test = PairList(self.task, False, None, test)
-            if not len(self._train) or (val and not len(self._val)):
-                raise DataError(
-                    f"Of the pairs of base {self.task.base}, one part is empty.",
-                    "Set `--data.init_args.base` higher, or `--data.init_args.train_fraction`"
-                    " nearer to one half.",
-                )
+            self._train = PairList(self.task, "train", seeds[_TRAIN])
+            self._val = PairList(self.task, "val", None, val)
+            self._test = PairList(self.task, "test", None, test)
+            for name, asked, data in (
+                ("training", 1, self._train),
+                ("validation", val, self._val),
+                ("test", test, self._test),
+            ):
+                if asked and not len(data):
+                    raise DataError(
+                        f"Of the pairs of base {self.task.base}, none is for {name}.",
+                        "Set `--data.init_args.base` higher, `--data.init_args.train_fraction` "
+                        "nearer to one half, or another `--data.init_args.seed`.",
+                    )
         self._ready = True
 
 

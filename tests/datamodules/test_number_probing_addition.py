@@ -25,6 +25,14 @@ tasks = st.builds(
 )
 
 
+PARTS = ("train", "val", "test")
+
+
+def listed(data):
+    """The pairs of a list."""
+    return [*zip(data.a.tolist(), data.b.tolist(), strict=True)]
+
+
 def values(task, digits):
     """Numbers from digits in the order of the task. Shape: (I, K) to (I,)."""
     digits = digits if task.order == "lsb" else digits.flip(1)
@@ -47,7 +55,7 @@ def parts(task, batch):
 @settings(max_examples=60, deadline=None)
 def test_each_digit_of_the_answer(task, seed):
     """c_i = (a_i + b_i + carry) mod base, the carry from the digit below."""
-    batch = PairStream(task, True, seed, 9).__getitems__([*range(9)])
+    batch = PairStream(task, "train", seed, 9).__getitems__([*range(9)])
     a, b, c = parts(task, batch)
     lowest_first = range(task.tokens) if task.order == "lsb" else reversed(range(task.tokens))
     carry = torch.zeros(9, dtype=torch.int64)
@@ -68,16 +76,13 @@ def test_only_the_answer_has_targets():
 
 def test_one_token_has_only_sums_below_the_base():
     task = AdditionTask(base=30, tokens=1)
-    both = [PairList(task, train, None) for train in (True, False)]
-    pairs = [{*zip(x.a.tolist(), x.b.tolist(), strict=True)} for x in both]
-    expected = {(a, b) for a, b in itertools.product(range(30), repeat=2) if a + b < 30}
-    assert pairs[0] | pairs[1] == expected
-    assert not pairs[0] & pairs[1]
+    pairs = sorted(pair for part in PARTS for pair in listed(PairList(task, part, None)))
+    assert pairs == [(a, b) for a, b in itertools.product(range(30), repeat=2) if a + b < 30]
 
 
 def test_bounded_pairs_of_several_tokens_have_such_sums():
     task = AdditionTask(base=10, tokens=4, overflow="bound")
-    a, b = PairStream(task, True, 0, 0).pairs([*range(2000)])
+    a, b = PairStream(task, "train", 0, 0).pairs([*range(2000)])
     assert (a + b < task.size).all()
     assert 0.45 < (a < b).mean() < 0.55
     assert (a + b > task.size * 0.7).mean() == pytest.approx(1 - 0.49, abs=0.05)  # of a triangle
@@ -88,9 +93,49 @@ def test_bounded_pairs_of_several_tokens_have_such_sums():
 
 def test_the_share_for_training():
     task = AdditionTask(base=200, tokens=1, mirrored=False)
-    train, rest = (len(PairList(task, kind, None)) for kind in (True, False))
-    assert train + rest == 200 * 201 // 2
-    assert train / (train + rest) == pytest.approx(0.6, abs=0.01)
+    sizes = np.array([len(PairList(task, part, None)) for part in PARTS])
+    assert sizes.sum() == 200 * 201 // 2
+    assert sizes / sizes.sum() == pytest.approx([0.6, 0.2, 0.2], abs=0.01)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    base=st.integers(2, 60),
+    tokens=st.integers(1, 2),
+    fraction=st.floats(0.05, 0.95),
+    mirrored=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_pair_is_in_one_part(base, tokens, fraction, mirrored, seed):
+    task = AdditionTask(
+        base, tokens, overflow="wrap", train_fraction=fraction, mirrored=mirrored, seed=seed
+    )
+    a, b = below(task.size, 1, np.arange(400)), below(task.size, 2, np.arange(400))
+    membership = np.stack([task.belongs(part, a, b) for part in PARTS])
+    assert (membership.sum(0) == 1).all()
+    assert np.array_equal(membership[0], task.trained(a, b))
+    if mirrored:
+        turned = np.stack([task.belongs(part, b, a) for part in PARTS])
+        assert np.array_equal(membership, turned)
+
+
+@pytest.mark.parametrize("options", [
+    {"base": 100}, {"base": 10, "tokens": 2}, {"base": 50, "tokens": 2}, {"base": 1000},
+])  # fmt: skip
+def test_what_is_validated_is_not_tested(options):
+    """Lists and streams, as the loaders give them; as a + b or as b + a."""
+    data = module(**options, batch_size=512, val_size=2048, test_size=8192)
+    seen = []
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        tokens = torch.cat([batch["tokens"] for batch in loader])
+        a, b, _ = parts(data.task, {"tokens": tokens, "targets": tokens})
+        a, b = values(data.task, a), values(data.task, b)
+        assert not data.task.trained(a.numpy(), b.numpy()).any()
+        seen.append({*zip(*torch.sort(torch.stack([a, b]), 0).values.tolist(), strict=True)})
+    val, test = seen
+    assert len(val) > 100
+    assert len(test) > 100
+    assert not val & test
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
@@ -103,9 +148,9 @@ def test_mirrored_pairs(mirrored):
 
 def test_streams_keep_to_their_part():
     task = AdditionTask(base=100, tokens=2)
-    for train in (True, False):
-        a, b = PairStream(task, train, 5, 0).pairs([*range(3000)])
-        assert (task.trained(a, b) == train).all()
+    for part in PARTS:
+        a, b = PairStream(task, part, 5, 0).pairs([*range(3000)])
+        assert task.belongs(part, a, b).all()
         assert len({*zip(a.tolist(), b.tolist(), strict=True)}) > 2990
         counts = np.bincount(a // 1000, minlength=10)
         assert counts.min() > 230  # 300 expected, sd 16
@@ -124,7 +169,7 @@ def test_other_seeds_split_otherwise():
 @settings(max_examples=30, deadline=None)
 def test_a_draw_depends_on_its_number_only(numbers):
     task = AdditionTask(base=10, tokens=1)
-    for data in (PairList(task, True, 3), PairStream(AdditionTask(), True, 3, 0)):
+    for data in (PairList(task, "train", 3), PairStream(AdditionTask(), "train", 3, 0)):
         together = data.__getitems__(numbers)
         for row, number in enumerate(numbers):
             alone = data[number]
@@ -133,7 +178,7 @@ def test_a_draw_depends_on_its_number_only(numbers):
 
 
 def test_each_pass_has_all_pairs_in_an_order_of_its_own():
-    data = PairList(AdditionTask(base=20, tokens=1), True, 0)
+    data = PairList(AdditionTask(base=20, tokens=1), "train", 0)
     size = len(data)
     passes = [data.places([*range(i * size, (i + 1) * size)]) for i in range(3)]
     for places in passes:
@@ -243,6 +288,18 @@ def test_wrong_options_name_their_key(options, named):
         AdditionDataModule(**options)
 
 
-def test_a_part_without_pairs():
-    with pytest.raises(DataError, match="train_fraction"):
-        module(base=2, train_fraction=0.01)
+@pytest.mark.parametrize(
+    ("fraction", "part"), [(0.01, "training"), (0.99, "validation"), (0.99, "test")]
+)
+def test_a_part_without_pairs(fraction, part):
+    with pytest.raises(DataError, match=f"none is for {part}.*train_fraction"):
+        module(base=2, train_fraction=fraction, val_size=8 * (part != "test"))
+    if part == "test":  # what is not asked for may be empty
+        assert module(base=2, train_fraction=0.99, val_size=0, test_size=0).test_dataloader() == []
+
+
+def test_the_training_pairs_are_those_that_they_always_were():
+    few, many = (PairList(AdditionTask(base=12, tokens=1), "train", 0), AdditionTask())
+    assert listed(few)[:6] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (0, 6)]
+    drawn = PairStream(many, "train", 0, 0).pairs([*range(4)])
+    assert [x.tolist() for x in drawn] == [[5949, 8197, 6288, 2036], [1409, 6917, 1436, 8558]]
