@@ -59,6 +59,60 @@ def test_the_local_ratio_leaves_out_its_own_line():
     assert float(found.local_ratio[at + 10]) < 1.5  # one line does not lift the others' floor
 
 
+def line(size, at, height, phase=0.7):
+    """A wave of exactly one bin, by its number from 1."""
+    angle = 2 * math.pi * at * torch.arange(size).double() / size
+    return height * torch.cos(angle + phase)[:, None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(20, 400), st.data())
+def test_a_line_is_no_part_of_its_own_surroundings(size, data):
+    """Nor are the two bins beside it: the ratio grows with the line, to the last digit."""
+    at = data.draw(st.integers(1, size // 2))
+    x = normal(size, 3)
+    surroundings = []
+    for apart in (0, 0, 1, 2, -1, -2):
+        height = data.draw(st.floats(0.5, 1e3))
+        inside = 1 <= at + apart <= size // 2
+        found = spectrum(x + line(size, at + apart, height) if inside else x)
+        surroundings.append(float(found.magnitude[at - 1] / found.local_ratio[at - 1]))
+    assert surroundings == pytest.approx(surroundings[:1] * 6, rel=1e-8)
+
+
+@pytest.mark.parametrize("size", [20, 21, 37, 100, 249, 250, 299, 300, 1000])
+def test_the_surroundings_of_every_bin(size):
+    """Bins 3 to N/50 away, or 3 to 5 in short spectra; their lower median."""
+    found = spectrum(normal(size, 2, size))
+    magnitude = found.magnitude.tolist()
+    for at, value in enumerate(magnitude):
+        around = sorted(
+            other
+            for place, other in enumerate(magnitude)
+            if 3 <= abs(place - at) <= max(0.02 * size, 5)
+        )
+        expected = value / around[(len(around) - 1) // 2]
+        assert float(found.local_ratio[at]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [60, 500])
+def test_a_line_is_no_part_of_the_floor_either(size):
+    """The floor is that of the bins more than two off every line; 3/10 is a line of T = 10."""
+    x = normal(size, 8) + line(size, 3 * size // 10, 40.0)
+    found = spectrum(x)
+    at = 3 * size // 10 - 1
+    lines = {size // 10 - 1, at}
+    off = [
+        i
+        for i in range(len(found.frequency))
+        if found.frequency[i] >= 0.09 and all(abs(i - other) > 2 for other in lines)
+    ]
+    spike = spikes(found, [10])[10]
+    assert spike.floor == float(found.local_ratio[off].max())
+    assert spike.local_ratio == float(found.local_ratio[at])
+    assert spike.verdict
+
+
 def test_the_fundamental_alone_leaves_no_power_in_its_divisors():  # (2)
     x = planted(N, 10)
     assert all(period_power(x, t) < 1e-3 * period_power(x, 10) for t in (2, 5))
