@@ -312,27 +312,36 @@ class FederatedRounds(Callback):
     # --- evaluation: reads true labels, gives nothing back to the method -----------------------
 
     def _label_noise(self) -> Tensor | None:
-        """Share of wrong current labels of each client, float64. Shape: (K,)."""
+        """Share of wrong current labels of each client, float64; NaN where no truth is known.
+
+        Shape: (K,).
+        """
         evaluation = getattr(self._data, "evaluation", None)
         if evaluation is None:
             return None
-        wrong = self.fed.labels.current != evaluation.true
-        return torch.stack([wrong[i].double().mean() for i in self.fed.index])
+        known = evaluation.true >= 0
+        wrong = ((self.fed.labels.current != evaluation.true) & known).double()
+        return torch.stack([wrong[i].sum() / known[i].sum() for i in self.fed.index])
 
     def _mean_noise(self, noise: Tensor | None) -> dict[str, float] | None:
         """Share of wrong labels over all clients (no suffix) and over the noisy ones."""
         if noise is None:
             return None
-        sizes, noisy = self.fed.sizes.double(), self._data.evaluation.noisy_clients
+        noisy, known = self._data.evaluation.noisy_clients, self._data.evaluation.true >= 0
+        sizes = torch.stack([known[i].sum() for i in self.fed.index]).double()
+        noise = noise.nan_to_num()  # of clients whose size is 0 here
         means = {"": float((noise * sizes).sum() / sizes.sum())}
         if bool(noisy.any()):
             means["_noisy"] = float((noise * sizes)[noisy].sum() / sizes[noisy].sum())
         return means
 
     def _identification(self) -> dict[str, float]:
-        """Precision and recall of the noisy clients, once the method has split them."""
+        """Precision and recall of the noisy clients, once the method has split them.
+
+        Nothing where some true labels are unknown: which clients are noisy is unknown then.
+        """
         evaluation = getattr(self._data, "evaluation", None)
-        if self.method.clean is None or evaluation is None:
+        if self.method.clean is None or evaluation is None or bool((evaluation.true < 0).any()):
             return {}
         found, true = ~self.method.clean.cpu(), evaluation.noisy_clients
         hits = float((found & true).sum())

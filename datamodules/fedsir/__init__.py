@@ -7,25 +7,37 @@ from fulgurite.datamodules.fedsir.folders import ImageFolder
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noise import (
     AsymmetricMap,
+    FederationNoise,
     InstanceDependent,
     LabelNoise,
     NoisyClients,
     Pair,
     Symmetric,
 )
-from fulgurite.datamodules.fedsir.partition import Dirichlet, Iid, Partition, Shards
+from fulgurite.datamodules.fedsir.partition import (
+    Dirichlet,
+    Grouped,
+    Iid,
+    Natural,
+    Partition,
+    Shards,
+)
+from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing, Samples
 from fulgurite.datamodules.fedsir.sources import Digits, ImageArrays, ImageSource, Npz
 
 if TYPE_CHECKING:
     from fulgurite.datamodules.fedsir.datamodule import EvaluationLabels, FederatedDataModule
 
 __all__ = [
+    "UNKNOWN",
     "AsymmetricMap",
     "CifarArchive",
     "Digits",
     "Dirichlet",
     "EvaluationLabels",
     "FederatedDataModule",
+    "FederationNoise",
+    "Grouped",
     "Iid",
     "ImageArrays",
     "ImageFolder",
@@ -33,10 +45,13 @@ __all__ = [
     "InstanceDependent",
     "LabelNoise",
     "LabelStore",
+    "Listing",
+    "Natural",
     "NoisyClients",
     "Npz",
     "Pair",
     "Partition",
+    "Samples",
     "Shards",
     "Symmetric",
 ]

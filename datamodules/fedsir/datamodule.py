@@ -5,6 +5,7 @@ Shapes: N training samples, K clients, N_k samples of client k, B mini-batch, C 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from fulgurite.base import save_options
 from fulgurite.datamodules.fedsir.augment import shift_crop
 from fulgurite.datamodules.fedsir.labels import LabelStore
-from fulgurite.datamodules.fedsir.noise import Corruption, NoisyClients
+from fulgurite.datamodules.fedsir.noise import Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
+from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.devices import pins_memory
@@ -27,6 +29,8 @@ from fulgurite.sampling import EveryRankSampler, UnrepeatedDistributedSampler
 
 __all__ = ["EvaluationLabels", "FederatedDataModule", "ImageBatches"]
 
+log = logging.getLogger(__name__)
+
 _SPLIT, _ORDER, _PARTITION, _NOISE = range(4)  # random streams of `seed`
 _PADDING = {"none": 0, "shift": 1, "crop_flip": 4}
 
@@ -34,6 +38,9 @@ _PADDING = {"none": 0, "shift": 1, "crop_flip": 4}
 @dataclass(frozen=True)
 class EvaluationLabels:
     """What only an evaluation may know: nothing that trains gets this object.
+
+    True labels are -1 where nobody knows them. A client is noisy if one of its known true labels is
+    not the given one; its rate is the share of those, NaN where none is known.
 
     Shape:
         - true: (N,) int64; noisy_clients: (K,) bool; noise_rates: (K,) float64.
@@ -90,7 +97,8 @@ class FederatedDataModule(L.LightningDataModule):
     Args:
         source: The data set.
         partition: How training samples are dealt to clients.
-        noise: Which clients have wrong labels and of what kind; ``null`` for none.
+        noise: Which labels clients have: wrong ones of some kind at some of them
+            (``NoisyClients``), or those of a file; ``null`` for those of the source, as true ones.
         clients: Number of clients.
         val_fraction: Fraction of each class of the training originals set apart, with true labels.
         eval_batch_size: Batch size of validation, test and prediction.
@@ -99,7 +107,8 @@ class FederatedDataModule(L.LightningDataModule):
         mean: Mean of each channel [0 to 1]; measured on training images if not given.
         std: Standard deviation of each channel; measured if not given.
         seed: Seed of split, partition and noise, apart from the seed of the run.
-        reveal_true_labels: Give the true labels instead of the noisy ones: the oracle.
+        reveal_true_labels: Give the true labels instead of the noisy ones: the oracle, which needs
+            to know all of them.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -111,7 +120,7 @@ class FederatedDataModule(L.LightningDataModule):
         self,
         source: ImageSource,
         partition: Partition,
-        noise: NoisyClients | None = None,
+        noise: FederationNoise | None = None,
         clients: int = 10,
         val_fraction: float = 0.1,
         eval_batch_size: int = 512,
@@ -192,7 +201,8 @@ class FederatedDataModule(L.LightningDataModule):
         """Load, split, deal and corrupt; does nothing the second time.
 
         Raises:
-            DataError: The data are unusable, or the clients do not fit them.
+            DataError: The data are unusable, the clients do not fit them, or the oracle is asked
+                for and true labels are unknown.
             ConfigError: The noise does not fit the clients or classes.
         """
         if self._ready:
@@ -202,35 +212,61 @@ class FederatedDataModule(L.LightningDataModule):
         self._measure(arrays.train_images)
         self.class_names = arrays.class_names
         classes = len(arrays.class_names)
+        samples = self._samples
         self._parts = self.partition(
-            self._true, self.num_clients, classes, make_generator(self.seed, _PARTITION)
+            samples, self.num_clients, classes, make_generator(self.seed, _PARTITION)
         )
-        check_partition(self._parts, len(self._true))
-        clean = Corruption(
-            self._true,
+        check_partition(self._parts, len(samples))
+        corruption = Corruption(
+            samples.labels,
             torch.zeros(self.num_clients, dtype=torch.bool),
             torch.zeros(self.num_clients, dtype=torch.float64),
         )
         if self.noise is not None:
-            clean = self.noise(
-                self._true,
-                self._parts,
-                classes,
-                make_generator(self.seed, _NOISE),
-                self.client_images,
+            corruption = self.noise(
+                samples, self._parts, classes, make_generator(self.seed, _NOISE), self.client_images
             )
-        given = self._true if self.reveal_true_labels else clean.labels
+        self._check_truth(samples)
+        given = samples.true if self.reveal_true_labels else corruption.labels
         #: The labels that training sees.
         self.labels = LabelStore(given, classes)
-        #: Truth, for evaluation only.
-        self.evaluation = EvaluationLabels(self._true, clean.noisy, clean.rates)
+        #: Truth, for evaluation only; None if no true label is known.
+        self.evaluation: EvaluationLabels | None = None
+        if bool((samples.true != UNKNOWN).any()):
+            self.evaluation = EvaluationLabels(samples.true, corruption.noisy, corruption.rates)
         self._ready = True
+
+    def _check_truth(self, samples: Samples) -> None:
+        """Say what is left out where true labels are unknown.
+
+        Raises:
+            DataError: The oracle was asked for and they are.
+        """
+        unknown = (samples.true == UNKNOWN).nonzero()[:, 0]
+        if not len(unknown):
+            return
+        if self.reveal_true_labels:
+            raise DataError(
+                f"The true labels of {len(unknown)} of {len(samples)} training samples are unknown "
+                f"({samples.describe(unknown)}), and the oracle needs them.",
+                "Set `--data.init_args.reveal_true_labels=false`, or name them in the file of "
+                "`--data.init_args.noise`.",
+            )
+        log.warning(
+            "The true labels of %d of %d training samples are unknown: fed/label_noise is of the "
+            "others, and precision and recall of noisy clients are left out.",
+            len(unknown),
+            len(samples),
+        )
 
     def _split(self, arrays: ImageArrays) -> None:
         """Set validation apart, copy what the source copies, and shuffle the training samples."""
-        labels = arrays.train_labels
-        if not len(labels):
+        samples = arrays.samples()
+        if not len(samples):
             raise DataError("There are no training images.", "Give a source with training images.")
+        if self.noise is not None:
+            samples = self.noise.annotate(samples)
+        labels = samples.classes
         sizes = torch.bincount(labels, minlength=len(arrays.class_names))
         held = choose_per_class(
             labels,
@@ -240,14 +276,32 @@ class FederatedDataModule(L.LightningDataModule):
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[held] = False
         rows = kept.nonzero()[:, 0]
-        self._images, true = arrays.train_images, labels[rows]
+        self._images, trained = arrays.train_images, samples.take(rows)
         if self.source.copies > 1:
-            self._images, true = self.source.copy_images(self._images[rows], true)
-            rows = torch.arange(len(true))
+            self._images, trained = self._copy(self._images[rows], trained)
+            rows = torch.arange(len(trained))
         order = torch.randperm(len(rows), generator=make_generator(self.seed, _ORDER))
-        self._rows, self._true = rows[order], true[order]
+        self._rows, self._samples = rows[order], trained.take(order)
+        if unsure := int((samples.true[held] == UNKNOWN).sum()):
+            log.warning(
+                "%d of %d validation labels are the given ones, which may be wrong: the true ones "
+                "are unknown.",
+                unsure,
+                len(held),
+            )
         self._val = ImageBatches(arrays.train_images, labels[held], held, self.plain_batch)
         self._test = ImageBatches(arrays.test_images, arrays.test_labels, None, self.plain_batch)
+
+    def _copy(self, images: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
+        """Copy what the source copies, and know which sample is a copy of which."""
+        copies, labels = self.source.copy_images(images, samples.labels)
+        repeated = samples.take(torch.arange(len(samples)).repeat(self.source.copies))
+        if not torch.equal(labels, repeated.labels):
+            raise DataError(
+                f"{type(self.source).__name__} does not say which copy is of which image.",
+                "Let `copy_images` put copy k of image n at k · N + n.",
+            )
+        return copies, repeated
 
     def _measure(self, images: Tensor) -> None:
         """Take mean and standard deviation of each channel from at most 10,000 images."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.datamodules.fedsir.samples import Samples
 from fulgurite.datamodules.fedsir.selection import choose_per_class
 from fulgurite.errors import ConfigError
 
@@ -20,6 +21,7 @@ __all__ = [
     "CIFAR10_MAP",
     "AsymmetricMap",
     "Corruption",
+    "FederationNoise",
     "InstanceDependent",
     "LabelNoise",
     "NoisyClients",
@@ -58,7 +60,7 @@ class LabelNoise(ABC):
 
     def __call__(
         self,
-        labels: Tensor,
+        samples: Samples | Tensor,
         rate: float,
         num_classes: int,
         generator: torch.Generator,
@@ -66,8 +68,15 @@ class LabelNoise(ABC):
     ) -> Tensor:
         """Return labels of which exactly round(rate · N_c) of each class are wrong.
 
+        Args:
+            samples: What gets noise; true labels (N,) alone will do.
+            rate: Fraction of wrong labels.
+            num_classes: C.
+            generator: Decides what is random.
+            images: Of the samples, if :attr:`needs_images`.
+
         Shape:
-            - labels: (N,) int64; images: (N, ., H, W) uint8, if :attr:`needs_images`.
+            - images: (N, ., H, W) uint8.
             - returns: (N,) int64, a new tensor.
 
         Raises:
@@ -80,18 +89,23 @@ class LabelNoise(ABC):
             )
         if num_classes < 2:
             raise ConfigError("Labels of one class cannot be wrong.", "Set the noise to `null`.")
-        return self.corrupt(labels, rate, num_classes, generator, images)
+        if isinstance(samples, Tensor):
+            samples = Samples.of(samples)
+        return self.corrupt(samples, rate, num_classes, generator, images)
 
     @abstractmethod
     def corrupt(
         self,
-        labels: Tensor,
+        samples: Samples,
         rate: float,
         num_classes: int,
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
-        """Return noisy labels (N,); the arguments are those of the call, already checked."""
+        """Return noisy labels (N,); the arguments are those of the call, already checked.
+
+        Samples come in a random order; ``samples.rows`` is their order in the source.
+        """
 
 
 class _MappedNoise(LabelNoise):
@@ -103,14 +117,14 @@ class _MappedNoise(LabelNoise):
 
     def corrupt(
         self,
-        labels: Tensor,
+        samples: Samples,
         rate: float,
         num_classes: int,
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
         """See :meth:`LabelNoise.corrupt`."""
-        target = self.target(num_classes)
+        labels, target = samples.labels, self.target(num_classes)
         counts = flip_counts(labels, rate, num_classes) * (target != torch.arange(num_classes))
         chosen = choose_per_class(labels, counts, generator)
         return labels.index_copy(0, chosen, target[labels[chosen]])
@@ -130,13 +144,14 @@ class Symmetric(LabelNoise):
 
     def corrupt(
         self,
-        labels: Tensor,
+        samples: Samples,
         rate: float,
         num_classes: int,
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
         """See :meth:`LabelNoise.corrupt`."""
+        labels = samples.labels
         chosen = choose_per_class(labels, flip_counts(labels, rate, num_classes), generator)
         offset = torch.randint(1, num_classes, (len(chosen),), generator=generator)
         return labels.index_copy(0, chosen, (labels[chosen] + offset) % num_classes)
@@ -226,7 +241,7 @@ class InstanceDependent(LabelNoise):
 
     def corrupt(
         self,
-        labels: Tensor,
+        samples: Samples,
         rate: float,
         num_classes: int,
         generator: torch.Generator,
@@ -235,6 +250,7 @@ class InstanceDependent(LabelNoise):
         """See :meth:`LabelNoise.corrupt`."""
         if images is None:
             raise ConfigError("Instance-dependent noise was given no images.", "Pass `images`.")
+        labels = samples.labels
         noisy = labels.clone()
         counts = flip_counts(labels, rate, num_classes).tolist()
         for c in range(num_classes):  # one D x C map at a time
@@ -256,7 +272,10 @@ class InstanceDependent(LabelNoise):
 
 
 class Corruption(NamedTuple):
-    """Noisy labels (N,) int64, noisy clients (K,) bool, and rates of noise (K,) float64."""
+    """Given labels (N,) int64, noisy clients (K,) bool, and rates of noise (K,) float64.
+
+    Where no true label of a client is known it counts as clean, and its rate is NaN.
+    """
 
     labels: Tensor
     noisy: Tensor
@@ -290,7 +309,38 @@ def clean_cover_clients(counts: Tensor, threshold: Tensor) -> Tensor:
     return chosen
 
 
-class NoisyClients:
+class FederationNoise(ABC):
+    """What labels the clients of a federation have."""
+
+    def annotate(self, samples: Samples) -> Samples:
+        """Return all training samples with the labels that are known before they are dealt.
+
+        Called once, with the samples in the order of the source, validation included. By default
+        the labels of the source are the true ones.
+        """
+        return samples
+
+    @abstractmethod
+    def __call__(
+        self,
+        samples: Samples,
+        parts: list[Tensor],
+        num_classes: int,
+        generator: torch.Generator,
+        images: Callable[[int], Tensor] | None = None,
+    ) -> Corruption:
+        """Return the labels that clients have.
+
+        Args:
+            samples: The training samples as :meth:`annotate` left them, in a random order.
+            parts: The positions of each client's samples, K tensors (N_k,).
+            num_classes: C.
+            generator: Decides what is random.
+            images: Client number -> (N_k, ., H, W) uint8.
+        """
+
+
+class NoisyClients(FederationNoise):
     """Chooses the clients with wrong labels and corrupts them; the others stay clean.
 
     Args:
@@ -354,7 +404,7 @@ class NoisyClients:
 
     def __call__(
         self,
-        labels: Tensor,
+        samples: Samples | Tensor,
         parts: list[Tensor],
         num_classes: int,
         generator: torch.Generator,
@@ -362,22 +412,27 @@ class NoisyClients:
     ) -> Corruption:
         """Choose noisy clients and corrupt their labels.
 
-        Shape:
-            - labels: (N,) int64 true labels; parts: K tensors (N_k,) of positions.
-            - images: client number -> (N_k, ., H, W) uint8, used by noise that needs images.
+        Args:
+            samples: The training samples; true labels (N,) alone will do.
+            parts: The positions of each client's samples, K tensors (N_k,).
+            num_classes: C.
+            generator: Decides what is random.
+            images: Client number -> (N_k, ., H, W) uint8, used by noise that needs images.
 
         Raises:
             ConfigError: More noisy clients than clients, or noise that does not fit the classes.
         """
-        noisy = self.choose(labels, parts, num_classes, generator)
+        if isinstance(samples, Tensor):
+            samples = Samples.of(samples)
+        noisy = self.choose(samples.labels, parts, num_classes, generator)
         rates = torch.zeros(len(parts), dtype=torch.float64)
         draws = torch.rand(len(parts), generator=generator, dtype=torch.float64)
         rates[noisy] = (self.low + (self.high - self.low) * draws)[noisy]
-        given = labels.clone()
+        given = samples.labels.clone()
         for k in noisy.nonzero()[:, 0].tolist():
             pixels = images(k) if images is not None and self.noise.needs_images else None
             given[parts[k]] = self.noise(
-                labels[parts[k]], float(rates[k]), num_classes, generator, pixels
+                samples.take(parts[k]), float(rates[k]), num_classes, generator, pixels
             )
         return Corruption(given, noisy, rates)
 

@@ -6,27 +6,34 @@ Shapes: N samples, K clients, C classes, N_k samples of client k.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fulgurite.datamodules.fedsir.samples import Samples
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["Dirichlet", "Iid", "Partition", "Shards", "check_partition"]
+__all__ = ["Dirichlet", "Grouped", "Iid", "Natural", "Partition", "Shards", "check_partition"]
 
 
 class Partition(ABC):
     """A rule that deals samples to clients."""
 
     def __call__(
-        self, labels: Tensor, clients: int, num_classes: int, generator: torch.Generator
+        self, samples: Samples | Tensor, clients: int, num_classes: int, generator: torch.Generator
     ) -> list[Tensor]:
         """Deal all samples to clients.
 
+        Args:
+            samples: What is dealt; true labels (N,) alone will do.
+            clients: K.
+            num_classes: C.
+            generator: Decides what is random.
+
         Shape:
-            - labels: (N,) int64 true labels -> K tensors (N_k,) int64, ascending, disjoint,
-              together all of range(N).
+            - K tensors (N_k,) int64 of positions, ascending, disjoint, together all of range(N).
 
         Raises:
             ConfigError: Fewer than one client.
@@ -37,30 +44,34 @@ class Partition(ABC):
                 f"There cannot be {clients} clients.",
                 "Set `--data.init_args.clients` to 1 or more.",
             )
-        if clients > len(labels):
+        if isinstance(samples, Tensor):
+            samples = Samples.of(samples)
+        if clients > len(samples):
             raise DataError(
-                f"There are {clients} clients but only {len(labels)} training samples.",
+                f"There are {clients} clients but only {len(samples)} training samples.",
                 "Lower `--data.init_args.clients` or use more data.",
             )
-        owner = self.assign(labels, clients, num_classes, generator)
-        if owner.shape != labels.shape or owner.min() < 0 or owner.max() >= clients:
+        owner = self.assign(samples, clients, num_classes, generator)
+        if owner.shape != (len(samples),) or owner.min() < 0 or owner.max() >= clients:
             raise DataError(
                 f"The partition named clients outside 0 to {clients - 1}, or not one per sample.",
                 "Mend the `assign` method of `--data.init_args.partition`.",
             )
         sizes = torch.bincount(owner, minlength=clients).tolist()
         parts = list(torch.split(owner.argsort(stable=True), sizes))
-        check_partition(parts, len(labels))
+        check_partition(parts, len(samples))
         return parts
 
     @abstractmethod
     def assign(
-        self, labels: Tensor, clients: int, num_classes: int, generator: torch.Generator
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
         """Return the client of each sample.
 
+        Samples come in a random order; ``samples.rows`` is their order in the source.
+
         Shape:
-            - labels: (N,) int64 -> (N,) int64 in [0, K).
+            - (N,) int64 in [0, K).
         """
 
 
@@ -98,10 +109,10 @@ class Iid(Partition):
     """
 
     def assign(
-        self, labels: Tensor, clients: int, num_classes: int, generator: torch.Generator
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
         """See :meth:`Partition.assign`."""
-        return torch.randperm(len(labels), generator=generator) % clients
+        return torch.randperm(len(samples), generator=generator) % clients
 
 
 class Dirichlet(Partition):
@@ -142,7 +153,7 @@ class Dirichlet(Partition):
         self.holding_probability = holding_probability
 
     def assign(
-        self, labels: Tensor, clients: int, num_classes: int, generator: torch.Generator
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
         """See :meth:`Partition.assign`."""
         # torch draws no Dirichlet from a generator
@@ -153,12 +164,12 @@ class Dirichlet(Partition):
             holds[empty] = rng.random((empty.sum(), num_classes)) < self.holding_probability
         orphans = np.flatnonzero(~holds.any(0))
         holds[rng.integers(clients, size=len(orphans)), orphans] = True
-        truth = labels.numpy()
+        truth = samples.classes.numpy()
         owner = np.empty(len(truth), dtype=np.int64)
         for c in range(num_classes):
-            holders, samples = np.flatnonzero(holds[:, c]), np.flatnonzero(truth == c)
+            holders, members = np.flatnonzero(holds[:, c]), np.flatnonzero(truth == c)
             shares = rng.dirichlet([self.alpha] * len(holders))
-            owner[samples] = rng.choice(holders, size=len(samples), p=shares)
+            owner[members] = rng.choice(holders, size=len(members), p=shares)
         return torch.from_numpy(owner)
 
 
@@ -189,9 +200,10 @@ class Shards(Partition):
         self.shards_per_client = shards_per_client
 
     def assign(
-        self, labels: Tensor, clients: int, num_classes: int, generator: torch.Generator
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
         """See :meth:`Partition.assign`."""
+        labels = samples.classes
         shards = clients * self.shards_per_client
         shuffled = torch.randperm(len(labels), generator=generator)
         order = shuffled[labels[shuffled].argsort(stable=True)]
@@ -200,3 +212,140 @@ class Shards(Partition):
         owner = torch.empty_like(labels)
         owner[order] = client_of_shard[shard]
         return owner
+
+
+class Natural(Partition):
+    """Each client is one that the source names, such as the writer of LEAF's FEMNIST.
+
+    Clients are numbered in the order of their names, numbers by value.
+
+    Args:
+        column: The column of the source that names the client of each image.
+
+    Raises:
+        DataError: The source has no such column, it names no client for an image, or another
+            number of clients than ``clients``.
+
+    Source: Caldas et al., LEAF, arXiv 1812.01097 (natural partition by user).
+
+    Example:
+        >>> from fulgurite.datamodules.fedsir.samples import Listing
+        >>> labels = torch.tensor([0, 1, 0])
+        >>> listing = Listing(3, columns={"client": ("w10", "w9", "w10")})
+        >>> samples = Samples(labels, labels, torch.arange(3), listing, ("a", "b"))
+        >>> [part.tolist() for part in Natural()(samples, 2, 2, torch.Generator())]
+        [[0, 2], [1]]
+    """
+
+    def __init__(self, column: str = "client") -> None:
+        self.column = column
+
+    def assign(
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
+    ) -> Tensor:
+        """See :meth:`Partition.assign`."""
+        names = samples.column(self.column)
+        if nameless := [i for i, name in enumerate(names) if not name]:
+            raise DataError(
+                f"The column {self.column!r} of the source is empty for "
+                f"{samples.describe(torch.tensor(nameless))}.",
+                "Name a client for each image, or another column in "
+                "`--data.init_args.partition.init_args.column`.",
+            )
+        every = set(samples.listing.columns[self.column]) - {""}
+        return number_clients(names, every, clients, f"The column {self.column!r} of the source")
+
+
+def number_clients(names: Sequence[str], every: set[str], clients: int, where: str) -> Tensor:
+    """Return the number of each sample's client, in the order of the clients' names.
+
+    Args:
+        names: The client of each sample.
+        every: All clients, also those that have no training sample here.
+        clients: K, as configured.
+        where: What names the clients, as the beginning of a sentence.
+
+    Raises:
+        DataError: There are not K clients, or one of them has no training sample.
+
+    Example:
+        >>> number_clients(["10", "9", "10"], {"9", "10"}, 2, "The file").tolist()
+        [1, 0, 1]
+    """
+    if len(every) != clients:
+        raise DataError(
+            f"{where} names {len(every)} clients, and there are to be {clients}.",
+            f"Set `--data.init_args.clients={len(every)}`.",
+        )
+    if idle := sorted(every - set(names)):
+        raise DataError(
+            f"{where} names the client {idle[0]!r}, of whose images none is left for training "
+            f"({len(idle)} of {clients} clients are like this).",
+            "Lower `--data.init_args.val_fraction`, raise `train_limit` of the source, or leave "
+            "these clients out of the data.",
+        )
+    number = {name: k for k, name in enumerate(sort_names(every))}
+    return torch.tensor([number[name] for name in names], dtype=torch.int64)
+
+
+def sort_names(names: set[str]) -> list[str]:
+    """Sort names, by value where all of them are different integers.
+
+    Example:
+        >>> sort_names({"10", "9"}), sort_names({"w10", "w9"})
+        (['9', '10'], ['w10', 'w9'])
+    """
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+class Grouped(Partition):
+    """Deals whole groups by another partition: no group is at two clients.
+
+    A group counts as one sample, of the class that most of its samples have.
+
+    Args:
+        partition: How groups are dealt.
+        column: The column of the source that names the group of each image, such as a patient; if
+            not given, a group is an original with its augmented copies.
+
+    Raises:
+        DataError: The source has no such column, or there are fewer groups than clients.
+
+    Source: inferred: as the usual split by patient. Copies of one original at several clients, with
+    labels of their own, would let a clean client teach the true label of what a noisy one holds.
+
+    Example:
+        >>> samples = Samples.of(torch.tensor([0, 1])).take(torch.tensor([0, 1, 0, 1]))
+        >>> parts = Grouped(Iid())(samples, 2, 2, torch.Generator().manual_seed(0))
+        >>> sorted(part.tolist() for part in parts)
+        [[0, 2], [1, 3]]
+    """
+
+    def __init__(self, partition: Partition, column: str | None = None) -> None:
+        self.partition = partition
+        self.column = column
+
+    def assign(
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
+    ) -> Tensor:
+        """See :meth:`Partition.assign`."""
+        group = samples.groups(self.column)
+        groups = int(group.max()) + 1
+        if groups < clients:
+            raise DataError(
+                f"There are {clients} clients and only {groups} groups of training samples.",
+                "Lower `--data.init_args.clients`, or set another `column` in "
+                "`--data.init_args.partition.init_args`.",
+            )
+        counts = torch.bincount(
+            group * num_classes + samples.classes, minlength=groups * num_classes
+        )
+        common = counts.view(groups, num_classes).argmax(1)
+        # the first sample of its commonest class stands for a group
+        is_common = samples.classes == common[group]
+        first = torch.full((groups,), len(samples)).scatter_reduce_(
+            0, group[is_common], is_common.nonzero()[:, 0], "amin"
+        )
+        return self.partition.assign(samples.take(first), clients, num_classes, generator)[group]

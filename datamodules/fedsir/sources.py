@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fulgurite.datamodules.fedsir.samples import Listing, Samples
 from fulgurite.datamodules.fedsir.selection import (
     check_labels,
     choose_per_class,
@@ -35,8 +36,14 @@ _AGAIN = "Write the file again with `numpy.savez` (no object arrays)."
 class ImageArrays:
     """A whole data set in memory, or memory-mapped.
 
+    Attributes:
+        listing: The training images in the order of the source, of which these may be a part; by
+            default these are all, without names.
+        train_rows: Row of each training image in ``listing``; by default one after the other.
+
     Shape:
         - train_images, test_images: (N, C, H, W) uint8; train_labels, test_labels: (N,) int64.
+        - train_rows: (N,) int64.
 
     Raises:
         DataError: Shapes, types or labels do not fit together.
@@ -47,8 +54,26 @@ class ImageArrays:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    listing: Listing | None = None
+    train_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self._check_images()
+        samples = self.samples()
+        check_labels(samples.rows, max(1, samples.listing.total), "row")
+        if len(samples.rows) != len(samples.labels):
+            raise DataError(
+                f"There are {len(samples.rows)} rows of {len(samples.labels)} train images.",
+                "Give the row of each image in the listing.",
+            )
+
+    def samples(self) -> Samples:
+        """Return the training images as samples whose labels are true."""
+        listing = Listing(len(self.train_labels)) if self.listing is None else self.listing
+        rows = torch.arange(listing.total) if self.train_rows is None else self.train_rows
+        return Samples(self.train_labels, self.train_labels, rows, listing, self.class_names)
+
+    def _check_images(self) -> None:
         for name in ("train", "test"):
             images, labels = getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
             if images.dtype != torch.uint8 or images.ndim != 4:
@@ -139,17 +164,20 @@ class ImageSource(ABC):
             if limit is not None and limit < len(labels):
                 quota = class_quota(labels, len(arrays.class_names), limit)
                 kept = choose_per_class(labels, quota, make_generator(self.seed, stream))
-                arrays = replace(
-                    arrays,
-                    **{
-                        f"{name}_images": getattr(arrays, f"{name}_images")[kept],
-                        f"{name}_labels": labels[kept],
-                    },
-                )
+                changes: dict[str, Any] = {
+                    f"{name}_images": getattr(arrays, f"{name}_images")[kept],
+                    f"{name}_labels": labels[kept],
+                }
+                if name == "train":
+                    samples = arrays.samples()
+                    changes |= {"listing": samples.listing, "train_rows": samples.rows[kept]}
+                arrays = replace(arrays, **changes)
         return arrays
 
     def copy_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``copies`` augmented copies of each image with their labels.
+
+        Copy k of image n is at k · N + n, so that the copies of an image can be told.
 
         Shape:
             - images: (N, C, H, W) uint8; labels: (N,) -> the same with copies · N for N.
@@ -372,7 +400,13 @@ class Npz(ImageSource):
             arrays[name] = torch.from_numpy(np.ascontiguousarray(array))
         names = self._class_names()
         try:
-            return ImageArrays(**arrays, class_names=names)
+            return ImageArrays(
+                arrays["train_images"],
+                arrays["train_labels"],
+                arrays["test_images"],
+                arrays["test_labels"],
+                names,
+            )
         except DataError as error:
             raise DataError(
                 f"The arrays of {self.path} are unusable: {error.what}", error.mend
