@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.datamodules.cs_arm_bn.images import SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, name_some
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.foreign import open_archive, open_picture, read_member, reading
+from fulgurite.foreign import open_archive, read_member, reading
 from fulgurite.io import data_path
 
 __all__ = ["CORRUPTIONS", "CorruptedCifar", "corrupt"]
@@ -287,17 +288,17 @@ class _CorruptedReader(SiteReader):
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return a corrupted picture: see :meth:`SiteReader.__call__`."""
         member, family, severity = paths[0].rsplit("#", 2)
-        mend = (
-            "Fetch the zip again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
-        )
-        with reading(f"{member} of {self.path}", "The image", mend, BadImage):
+        otherwise = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
+        name = f"{member} of {self.path}"
+        with reading_image(name, otherwise, BadImage, "Fetch the zip again."):
             if self._file is None:
                 self._file = zipfile.ZipFile(self.path)
             content = read_member(self._file, member, self.path.stat().st_size)
-            with open_picture(io.BytesIO(content)) as picture:
-                image = np.asarray(picture.convert("RGB"))
+            image = to_channels(to_uint8(decode_picture(io.BytesIO(content))), 3)
         generator = np.random.default_rng((self.seed, *paths[0].encode()))
-        return np.moveaxis(corrupt(image, family, int(severity), generator), 2, 0)
+        return np.moveaxis(
+            corrupt(np.moveaxis(image, 0, 2), family, int(severity), generator), 2, 0
+        )
 
 
 class CorruptedCifar(PlateSource):

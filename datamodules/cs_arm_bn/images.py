@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from fulgurite.data.images import decode_image, reading_image
 from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
 from fulgurite.datamodules.cs_arm_bn.table import Exclusion, PlateTable, Rows, name_some
 from fulgurite.errors import DataError, FulguriteError, MissingExtraError
-from fulgurite.foreign import check_tiff, open_picture, read_array, reading
 from fulgurite.io import atomic_write, cache_folder, file_lock
 
 __all__ = [
@@ -33,17 +34,15 @@ __all__ = [
     "PlateImages",
     "SiteReader",
     "in_processes",
-    "read_tiff16",
 ]
 
 #: Words in ``exclude`` that leave out sites whose images cannot be used.
 IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
 
-_MOST_PLANES = 1000  # of a TIFF
 _MOST_REMOTE = 256 << 20  # of a file that is fetched [bytes]
-_AGAIN = "Fetch the file again, or leave such sites out: `--data.init_args.exclude=[unreadable]`."
-_VERSION = 1  # of the store; a change of its layout or of what is stored makes it new
-_TIFF = (".tif", ".tiff")
+_LEAVE_OUT = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
+_Kind = tuple[tuple[int, ...], str]  # shape and type of a site
+_VERSION = 2  # of the store; a change of its layout or of what is stored makes it new
 
 
 def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
@@ -88,85 +87,11 @@ def _open_remote(path: str) -> io.BytesIO:
         ) from error
 
 
-def read_tiff16(path: str, remote: Sequence[str] = ()) -> NDArray[np.uint16]:
-    """Read a single-channel 16-bit TIFF.
-
-    Args:
-        path: A file of this machine, or an address (``s3://`` anonymously).
-        remote: Beginnings of the addresses that are allowed.
-
-    Shape:
-        - (H, W) uint16.
-
-    Raises:
-        BadImage: There is no such file, or it is truncated, damaged, not 16-bit or not one plane.
-        DataError: The address is not allowed.
-        MissingExtraError: The file needs a package that is not installed.
-
-    Source: arXiv 2604.20824, card sections 2.3 (1) and 4.1.
-    """
-    return _read_tiff(path, remote, is_plain=True)
-
-
-def _read_tiff(path: str, remote: Sequence[str], is_plain: bool) -> NDArray[Any]:
-    """The pixels of a TIFF; ``is_plain`` demands one plane of one 16-bit channel."""
-    import tifffile
-
-    try:
-        with (
-            _reading_image(path, "The TIFF", "is damaged or none"),
-            _opened(path, remote) as (stream, size),
-            # else the description of one file may name others
-            tifffile.TiffFile(stream, _multifile=False) as file,
-        ):
-            page = file.pages.first
-            ends = [o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-            if not ends or max(ends) > size:
-                raise BadImage(f"The TIFF {path} is truncated ({size:,} bytes).", _AGAIN)
-            if not is_plain:
-                if len(file.pages) > _MOST_PLANES:
-                    raise ValueError(f"it has {len(file.pages):,} planes")
-                series = file.series[0]
-                check_tiff([plane for plane in series.pages if plane is not None], size)
-                return np.asarray(series.asarray())
-            if page.dtype != np.uint16 or page.samplesperpixel != 1 or len(page.shape) != 2:
-                raise BadImage(
-                    f"The TIFF {path} holds {page.dtype} of shape {page.shape}, not one 16-bit "
-                    "channel.",
-                    "Export single-channel 16-bit images, or leave such sites out: "
-                    "`--data.init_args.exclude=[unreadable]`.",
-                )
-            if len(file.pages) > 1:
-                raise BadImage(
-                    f"The TIFF {path} has {len(file.pages)} planes.", "Give one plane per file."
-                )
-            check_tiff([page], size)
-            pixels = np.asarray(page.asarray())
-    except BadImage as error:
-        if "imagecodecs" in str(error.__cause__):
-            raise MissingExtraError(
-                f"The TIFF {path} is compressed in a way that needs imagecodecs.",
-                "Install it with `pip install imagecodecs`.",
-            ) from error
-        raise
-    return pixels
-
-
 @contextmanager
 def _opened(path: str, remote: Sequence[str]) -> Iterator[tuple[IO[bytes], int]]:
     stream, size = _open_source(path, remote)
     with stream:
         yield stream, size
-
-
-@contextmanager
-def _reading_image(path: str, what: str, fault: str) -> Iterator[None]:
-    """As :func:`reading`, but a file that is not there is said to be so."""
-    with reading(path, what, _AGAIN, BadImage, fault):
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise BadImage(f"There is no image {path}.", _AGAIN) from error
 
 
 class SiteReader(ABC):
@@ -199,12 +124,14 @@ class SiteReader(ABC):
 class FileReader(SiteReader):
     """Reads a site from one file per channel, or from one file with all channels.
 
-    TIFFs must be 16-bit unless ``any_depth`` is set; PNG and JPEG are 8-bit; ``.npy`` holds
-    (H, W), or (C, H, W) for a whole site.
+    TIFFs must have one 16-bit plane unless ``any_depth`` is set; PNGs have 8 or 16 bits, JPEGs 8;
+    ``.npy`` holds (H, W), or (C, H, W) for a whole site. Transparency is left out, and images are
+    turned as their EXIF data say.
 
     Args:
         channels: Number of channels C.
-        any_depth: Accept TIFFs of other types and several samples per pixel.
+        any_depth: Accept TIFFs of other types, with several samples per pixel or several planes,
+            and take the indices of a colour map for the values of a channel.
         remote: Beginnings of addresses that are fetched; any other is refused.
     """
 
@@ -216,17 +143,17 @@ class FileReader(SiteReader):
 
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return a raw site: see :meth:`SiteReader.__call__`."""
+        read = partial(self._read, is_channel=len(paths) > 1 or self.channels == 1)
         if len(paths) > 1 and "://" in paths[0]:  # each waits for the network
             with ThreadPoolExecutor(len(paths)) as pool:
-                planes = list(pool.map(self._read, paths))
+                planes = list(pool.map(read, paths))
         else:
-            planes = [self._read(path) for path in paths]
+            planes = [read(path) for path in paths]
         if len({plane.shape for plane in planes}) > 1 or len({p.dtype for p in planes}) > 1:
             found = ", ".join(f"{p.shape} {p.dtype}" for p in planes)
             raise BadImage(
                 f"The channels of one site differ in size or type ({found}), first {paths[0]}.",
-                "Give channels of one size, or leave such sites out: "
-                "`--data.init_args.exclude=[unreadable]`.",
+                f"Give channels of one size and type. {_LEAVE_OUT}",
             )
         site = np.stack(planes) if len(planes) > 1 else planes[0]
         if site.ndim == 2:
@@ -236,27 +163,19 @@ class FileReader(SiteReader):
         if site.ndim != 3 or len(site) != self.channels:
             raise BadImage(
                 f"The image {paths[0]} has the shape {site.shape}, not {self.channels} channels.",
-                "Give as many channels as `channels` names, or leave such sites out: "
-                "`--data.init_args.exclude=[unreadable]`.",
+                f"Give as many channels as `channels` names. {_LEAVE_OUT}",
             )
         return site
 
-    def _read(self, path: str) -> NDArray[Any]:
-        suffix = Path(path).suffix.lower()
-        if suffix in _TIFF:
-            return _read_tiff(path, self.remote, is_plain=not self.any_depth)
+    def _read(self, path: str, is_channel: bool) -> NDArray[Any]:
         with (
-            _reading_image(path, "The image", "cannot be read"),
+            reading_image(path, _LEAVE_OUT, BadImage),
             _opened(path, self.remote) as (stream, size),
         ):
-            if suffix == ".npy":
-                pixels = read_array(stream, size)
-            else:
-                with open_picture(stream) as picture:
-                    if picture.mode not in ("L", "RGB", "I;16"):
-                        picture = picture.convert("RGB" if self.channels == 3 else "L")
-                    pixels = np.asarray(picture)
-        return pixels
+            suffix = Path(path).suffix.lower()
+            return decode_image(
+                stream, size, suffix, is_channel=is_channel, any_depth=self.any_depth
+            )
 
 
 def in_processes(jobs: Dataset[Any], count: int) -> Iterable[Any]:
@@ -311,36 +230,58 @@ class _Store(Dataset[Any]):
     def _write(self, folder: Path, sites: list[tuple[str, ...]]) -> None:
         with atomic_write(folder) as temporary:
             temporary.mkdir()
-            store: np.memmap[Any, Any] | None = None
-            moments: NDArray[np.float64] | None = None
-            bad: dict[int, tuple[str, str]] = {}
-            for row, paths in enumerate(sites):
-                try:
-                    image = _read_site(self.reader, self.preprocess, paths)
-                except BadImage as error:
-                    if error.kind not in self.tolerated:
-                        raise
-                    bad[row] = error.kind, error.what
-                    continue
-                if store is None or moments is None:
-                    shape = (len(sites), *image.shape)
-                    store = np.lib.format.open_memmap(
-                        temporary / "images.npy", "w+", image.dtype, shape
-                    )
-                    moments = np.zeros((len(sites), 2, len(image)))
-                if image.shape != store.shape[1:] or image.dtype != store.dtype:
-                    raise DataError(
+            counts = self._fill(temporary, sites, None)
+            if len(counts) > 1:
+                usual = max(counts, key=lambda kind: counts[kind])
+                if usual != next(iter(counts)):  # the first site is one of the few others
+                    self._fill(temporary, sites, usual)
+
+    def _fill(
+        self, folder: Path, sites: list[tuple[str, ...]], kind: _Kind | None
+    ) -> dict[_Kind, int]:
+        """Write the sites that can be used, and why others cannot.
+
+        Args:
+            folder: Of the plate.
+            sites: Files of each.
+            kind: Shape and type of what is stored; those of the first site if not given.
+
+        Returns:
+            Number of sites of each shape and type, in order of appearance.
+        """
+        store: np.memmap[Any, Any] | None = None
+        moments: NDArray[np.float64] | None = None
+        counts: dict[_Kind, int] = {}
+        bad: dict[int, tuple[str, str]] = {}
+        for row, paths in enumerate(sites):
+            try:
+                image = _read_site(self.reader, self.preprocess, paths)
+                own = image.shape, image.dtype.str
+                counts[own] = counts.get(own, 0) + 1
+                kind = kind or own
+                if own != kind:
+                    raise BadImage(
                         f"The site at {paths[0]} is {image.shape} {image.dtype}, others of its "
-                        f"plate are {store.shape[1:]} {store.dtype}.",
-                        "Give images of one size and type.",
+                        f"plate are {kind[0]} {np.dtype(kind[1])}.",
+                        f"Give images of one size and type. {_LEAVE_OUT}",
                     )
-                store[row] = image
-                flat = image.reshape(len(image), -1).astype(np.float64)
-                moments[row] = flat.mean(1), (flat**2).mean(1)
-            if store is not None:
-                store.flush()
-                np.save(temporary / "moments.npy", moments)  # type: ignore[arg-type]
-            (temporary / "bad.json").write_text(json.dumps(bad))
+            except BadImage as error:
+                if error.kind not in self.tolerated:
+                    raise
+                bad[row] = error.kind, error.what
+                continue
+            if store is None or moments is None:
+                shape = (len(sites), *image.shape)
+                store = np.lib.format.open_memmap(folder / "images.npy", "w+", image.dtype, shape)
+                moments = np.zeros((len(sites), 2, len(image)))
+            store[row] = image
+            flat = image.reshape(len(image), -1).astype(np.float64)
+            moments[row] = flat.mean(1), (flat**2).mean(1)
+        if store is not None:
+            store.flush()
+            np.save(folder / "moments.npy", moments)  # type: ignore[arg-type]
+        (folder / "bad.json").write_text(json.dumps(bad))
+        return counts
 
 
 def _read_site(reader: SiteReader, preprocess: Preprocess, paths: Sequence[str]) -> NDArray[Any]:
@@ -351,7 +292,7 @@ def _read_site(reader: SiteReader, preprocess: Preprocess, paths: Sequence[str])
         raise BadImage(
             f"The site with {paths[0]} cannot be used: {error.what}",
             "Look at the image, or leave such sites out: "
-            f"`--data.init_args.exclude=[{error.kind}]`.",
+            f"`--data.init_args.exclude+={error.kind}`.",
             error.kind,
         ) from error
 
@@ -433,7 +374,7 @@ class PlateImages:
                     raise BadImage(
                         what,
                         "Look at the image, or leave such sites out: "
-                        f"`--data.init_args.exclude=[{kind}]`.",
+                        f"`--data.init_args.exclude+={kind}`.",
                         kind,
                     )
                 found.setdefault(kind, []).append(int(rows[int(place)]))

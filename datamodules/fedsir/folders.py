@@ -16,13 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.foreign import open_archive, open_picture, read_member, reading
+from fulgurite.foreign import open_archive, read_member, reading
 from fulgurite.io import checksum, data_path
 
 __all__ = ["ImageFolder"]
@@ -44,11 +46,15 @@ class ImageFolder(ImageSource):
     one. Images are decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is
     the content of a zip, and the names, sizes and times of the files of a folder.
 
+    Images of 16 bits are scaled to 8, so that 65535 becomes 255; they are turned as their EXIF data
+    say; transparency is left out. A colour map is refused for one channel, because its grey values
+    may be the indices or the brightness of the colours.
+
     Args:
         path: The folder or zip, absolute or relative to ``FULGURITE_DATA``.
         image_size: Side to which all images are resized [pixels]; if not given, they must all have
             one size already.
-        channels: 3 for colour or 1 for grey; images are converted.
+        channels: 3 for colour or 1 for grey; grey images are repeated, colours become their luma.
         test_fraction: Fraction of each class that becomes the test split, if there is none.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
@@ -122,7 +128,7 @@ class ImageFolder(ImageSource):
         """Return all images, memory-mapped."""
         listing = self._listing()
         split = None if listing.test else (self.test_fraction, self.seed)
-        recipe = f"1 {listing.fingerprint()} {self._side} {self.channels} {split}"
+        recipe = f"2 {listing.fingerprint()} {self._side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
         return cached_arrays(f"images-{key}", self._write)
 
@@ -240,7 +246,7 @@ class _Decoder(Dataset[Any]):
         chunk: int,
     ) -> None:
         self.root, self.names, self.sizes, self.chunk = root, names, sizes, chunk
-        self.mode = "RGB" if channels == 3 else "L"
+        self.channels = channels
         self._zip: tuple[int, zipfile.ZipFile, int] | None = None
 
     def __len__(self) -> int:
@@ -261,27 +267,31 @@ class _Decoder(Dataset[Any]):
             self._zip = os.getpid(), zipfile.ZipFile(self.root), self.root.stat().st_size
         return read_member(self._zip[1], name, self._zip[2])
 
-    def _image(self, name: str) -> Any:
-        from PIL import Image
+    def _image(self, name: str) -> NDArray[np.uint8]:
+        with reading_image(f"{name} of {self.root}", "Or remove it."):
+            content = io.BytesIO(self._bytes(name))
+            pixels = to_uint8(decode_picture(content, is_grey=self.channels == 1))
+        image = to_channels(pixels, self.channels)
+        if self.sizes is None:
+            return image
+        side, height, width = self.sizes
+        if side is not None:
+            return _resize(image, side)
+        if image.shape[1:] != (height, width):
+            raise DataError(
+                f"The image {name} of {self.root} has {image.shape[1]} x {image.shape[2]} pixels, "
+                f"the first one {height} x {width}.",
+                "Set `--data.init_args.source.init_args.image_size` to resize all.",
+            )
+        return image
 
-        mend = "Replace or remove that file."
-        with (
-            reading(f"{name} of {self.root}", "The image", mend, fault="cannot be decoded"),
-            open_picture(io.BytesIO(self._bytes(name))) as file,
-        ):
-            image = file.convert(self.mode)
-        if self.sizes is not None:
-            side, height, width = self.sizes
-            if side is not None:
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-            elif image.size != (width, height):
-                raise DataError(
-                    f"The image {name} of {self.root} has {image.height} x {image.width} pixels, "
-                    f"the first one {height} x {width}.",
-                    "Set `--data.init_args.source.init_args.image_size` to resize all.",
-                )
-        pixels = np.asarray(image)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+def _resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    last = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    small = Image.fromarray(last).resize((side, side), Image.Resampling.BILINEAR)
+    return to_channels(np.asarray(small), len(image))
 
 
 def _unchanged(block: Any) -> Any:

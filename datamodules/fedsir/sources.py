@@ -157,6 +157,7 @@ class ImageSource(ABC):
             DataError: The data are missing, damaged or inconsistent.
         """
         arrays = self.read()
+        _refuse_blank(arrays.train_images)
         for stream, (name, limit) in enumerate(
             (("train", self.train_limit), ("test", self.test_limit))
         ):
@@ -183,6 +184,22 @@ class ImageSource(ABC):
             - images: (N, C, H, W) uint8; labels: (N,) -> the same with copies · N for N.
         """
         return images.repeat(self.copies, 1, 1, 1), labels.repeat(self.copies)
+
+
+def _refuse_blank(images: Tensor) -> None:
+    """Refuse images that have one value everywhere, such as clipped ones.
+
+    Shape:
+        - images: (N, C, H, W) uint8.
+    """
+    if not images.numel():
+        return
+    value = images.flatten()[0]
+    if all(bool((image == value).all()) for image in images):  # ends at the first that is not
+        raise DataError(
+            f"All {len(images)} training images have the value {int(value)} everywhere.",
+            "Look at the files: nothing can be learned from them.",
+        )
 
 
 class Digits(ImageSource):

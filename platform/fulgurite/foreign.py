@@ -497,12 +497,17 @@ def open_picture(source: str | Path | IO[bytes]) -> Iterator[Any]:
     """Open a PNG or JPEG with Pillow; other formats run what this project does not need.
 
     Raises:
-        ValueError: It has more pixels than Pillow's ``Image.MAX_IMAGE_PIXELS``.
+        ValueError: It is of another format, or has more pixels than Pillow's
+            ``Image.MAX_IMAGE_PIXELS``.
         Exception: What Pillow raises.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(source, formats=("PNG", "JPEG")) as picture:
+    try:
+        opened = Image.open(source, formats=("PNG", "JPEG"))
+    except UnidentifiedImageError as error:
+        raise ValueError("it is neither a PNG nor a JPEG") from error
+    with opened as picture:
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and picture.width * picture.height > most:
             raise ValueError(f"{picture.width} x {picture.height} pixels are more than {most:,}")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fulgurite.datamodules.cs_arm_bn import PlateTable, Preprocess
-from fulgurite.datamodules.cs_arm_bn.images import FileReader, PlateImages, read_tiff16
+from fulgurite.datamodules.cs_arm_bn.images import FileReader, PlateImages
 from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, display_max
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.testing.files import png16
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def pixels(seed=0, size=12):
 )
 def test_a_16_bit_tiff_is_read_as_it_was_written(tmp_path, options):
     tifffile.imwrite(tmp_path / "a.tiff", pixels(), photometric="minisblack", **options)
-    assert (read_tiff16(str(tmp_path / "a.tiff")) == pixels()).all()
+    assert (FileReader(1)([str(tmp_path / "a.tiff")])[0] == pixels()).all()
 
 
 def spoil(path, kind):
@@ -75,9 +76,9 @@ def test_each_bad_tiff_has_one_error_that_names_it(tmp_path, kind, word):
     path = tmp_path / "bad.tiff"
     spoil(path, kind)
     with pytest.raises(DataError, match=r"bad\.tiff") as error:
-        read_tiff16(str(path))
+        FileReader(1)([str(path)])
     assert word in str(error.value)
-    assert "--data.init_args" in error.value.mend or kind == "planes"
+    assert "--data.init_args.exclude+=unreadable" in error.value.mend
     assert error.value.kind == "unreadable"
 
 
@@ -89,7 +90,7 @@ def test_a_damaged_deflate_stream_is_named(tmp_path):
     data[start : start + 50] = bytes(50)
     (tmp_path / "bad.tiff").write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"bad\.tiff"):
-        read_tiff16(str(tmp_path / "bad.tiff"))
+        FileReader(1)([str(tmp_path / "bad.tiff")])
 
 
 def test_channels_are_stacked_and_must_agree(tmp_path):
@@ -224,7 +225,7 @@ def test_bad_images_stop_or_are_counted(tmp_path):
     tifffile.imwrite(tmp_path / "b1.tiff", np.full((12, 12), 7, np.uint16))
     with pytest.raises(DataError, match=r"a2\.tiff is truncated"):
         store(table).prepare()
-    with pytest.raises(DataError, match=r"b1\.tiff.*exclude=\[constant\]"):
+    with pytest.raises(DataError, match=r"b1\.tiff.*exclude\+=constant"):
         store(table, "unreadable").prepare()
     images = store(table, "unreadable", "constant")
     images.prepare()
@@ -249,11 +250,46 @@ def test_a_plate_of_which_nothing_is_left_goes_and_others_keep_their_images(tmp_
     assert (images[1] == pixels(5)).all()
 
 
-def test_one_plate_has_images_of_one_size(tmp_path):
+@pytest.mark.parametrize("odd", [0, 2])
+@pytest.mark.parametrize("other", ["size", "type"])
+def test_one_plate_has_images_of_one_size_or_leaves_the_few_others_out(tmp_path, odd, other):
     table = plates(tmp_path)
-    tifffile.imwrite(tmp_path / "a2.tiff", pixels(2, 13))
-    with pytest.raises(DataError, match="others of its plate"):
+    if other == "size":
+        tifffile.imwrite(tmp_path / f"a{odd}.tiff", pixels(2, 13))
+    else:
+        paths = table.frame["path"].tolist()
+        np.save(tmp_path / "odd.npy", pixels().astype(np.float32))
+        paths[odd] = str(tmp_path / "odd.npy")
+        table = PlateTable(table.frame.assign(path=paths), ("only",), ("grey",))
+    with pytest.raises(DataError, match=r"others of its plate .*exclude\+=unreadable"):
         store(table).prepare()
+    images = store(table, "unreadable")
+    images.prepare()
+    usable, images = images.usable()
+    assert [(e.kind, e.rows) for e in usable.excluded] == [("unreadable", 1)]
+    expected = [pixels(row) for row in range(len(table)) if row != odd]
+    for row, image in enumerate(expected):
+        assert (images[row] == image).all()
+    assert images.moments(np.arange(3))[0] == pytest.approx(np.mean(expected[:3]))
+
+
+def test_colour_maps_and_16_bit_colours_are_no_channels_by_accident(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 60_000, (6, 7, 3)).astype(np.uint16)
+    (tmp_path / "a.png").write_bytes(png16(colours))
+    site = FileReader(3)([str(tmp_path / "a.png")])
+    assert (site == np.moveaxis(colours, 2, 0)).all()
+    lut = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("P")
+    lut.putpalette([level for i in range(256) for level in (0, 0, i)])
+    lut.save(tmp_path / "b.png")
+    with pytest.raises(BadImage, match="colour map"):
+        FileReader(1)([str(tmp_path / "b.png")])
+    with pytest.raises(BadImage, match="colour map"):
+        FileReader(3)([str(tmp_path / "b.png")] * 3)
+    indices = FileReader(1, any_depth=True)([str(tmp_path / "b.png")])
+    assert (indices.ravel() == np.arange(256)).all()
+    Image.fromarray(colours.astype(np.uint8)).convert("RGBA").save(tmp_path / "c.png")
+    with pytest.raises(BadImage, match="not 1 channels"):  # and not their brightness
+        FileReader(1)([str(tmp_path / "c.png")])
 
 
 def test_an_interrupted_plate_leaves_nothing_behind(tmp_path, monkeypatch):

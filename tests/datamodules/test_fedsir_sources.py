@@ -26,6 +26,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import checksum
 from fulgurite.testing.files import (
     class_images,
+    png16,
     python2_pickle,
     write_cifar_archive,
     write_image_files,
@@ -327,8 +328,45 @@ def test_what_is_no_image_is_ignored_and_what_is_broken_is_named(tmp_path):
     assert len(ImageFolder(str(path)).load().train_labels) == 9
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("train/class_0/zz.png", b"not an image")
-    with pytest.raises(DataError, match=r"train/class_0/zz\.png .* cannot be decoded"):
+    with pytest.raises(DataError, match=r"train/class_0/zz\.png .* is damaged .*neither a PNG"):
         ImageFolder(str(path)).load()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bit_images_keep_their_content(tmp_path, channels):
+    grey = np.random.default_rng(0).integers(300, 60_000, (8, 8)).astype(np.uint16)
+    for split in ("train", "test"):
+        for name in ("no", "yes"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(grey).save(tmp_path / split / name / "a.png")
+    (tmp_path / "train" / "no" / "b.png").write_bytes(png16(np.dstack([grey] * 3)))
+    images = ImageFolder(str(tmp_path), channels=channels).load().train_images
+    expected = np.rint(grey / 257)
+    assert tuple(images.shape) == (3, channels, 8, 8)
+    assert np.abs(images.numpy() - expected).max() <= (channels == 1)  # luma may round down
+
+
+def test_a_colour_map_is_refused_for_grey_images(tmp_path):
+    path = write_image_files(tmp_path / "i.zip")
+    buffer = io.BytesIO()
+    Image.fromarray(class_images(1, 1, size=8)[0][0].transpose(1, 2, 0)).quantize(8).save(
+        buffer, "PNG"
+    )
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train/class_0/map.png", buffer.getvalue())
+    assert len(ImageFolder(str(path)).load().train_labels) == 10
+    with pytest.raises(DataError, match=r"map\.png .*colour map"):
+        ImageFolder(str(path), channels=1).load()
+
+
+def test_blank_training_images_are_refused(tmp_path):
+    blank = np.full((12, 8, 8), 255, np.uint8)
+    path = write_npz(tmp_path / "a.npz", train_images=blank)
+    with pytest.raises(DataError, match="12 training images have the value 255 everywhere"):
+        Npz(str(path)).load()
+    blank[-1, 0, 0] = 254
+    write_npz(path, train_images=blank)
+    assert len(Npz(str(path)).load().train_labels) == 12
 
 
 def test_damaged_zips_are_data_errors(tmp_path, cache):
@@ -339,7 +377,7 @@ def test_damaged_zips_are_data_errors(tmp_path, cache):
         ImageFolder(str(path)).load()
     position = whole.index(b"IDAT") + 10
     path.write_bytes(whole[:position] + b"\0\0\0" + whole[position + 3 :])  # content against CRC
-    with pytest.raises(DataError, match="cannot be decoded"):
+    with pytest.raises(DataError, match="is damaged or none"):
         ImageFolder(str(path)).load()
     assert entries(cache) == []
 

@@ -73,9 +73,9 @@ def _pictures():
     import tifffile
     from PIL import Image
 
-    from fulgurite.datamodules.cs_arm_bn.images import FileReader, read_tiff16
+    from fulgurite.datamodules.cs_arm_bn.images import FileReader
     from fulgurite.datamodules.fedsir.folders import ImageFolder
-    from fulgurite.testing.files import write_image_files
+    from fulgurite.testing.files import png16, write_image_files
 
     def read_folder(folder):
         (folder / "out").mkdir()
@@ -88,10 +88,16 @@ def _pictures():
     yield Target("image-zip", zips, read_folder)
     colours = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
 
-    def picture(array, kind, **options):
+    def site(channels, path, **options):
+        FileReader(channels, **options)._read(str(path), is_channel=False)
+
+    def encode(image, kind, **options):
         out = io.BytesIO()
-        Image.fromarray(array).save(out, kind, **options)
-        return {f"a.{kind.lower()}": out.getvalue()}
+        image.save(out, kind, **options)
+        return out.getvalue()
+
+    def picture(array, kind, **options):
+        return {f"a.{kind.lower()}": encode(Image.fromarray(array), kind, **options)}
 
     for kind, options in (
         ("PNG", [{}, {"optimize": True}]),
@@ -101,8 +107,14 @@ def _pictures():
         seeds = [
             picture(a, kind, **o) for a in arrays[: 3 if kind == "PNG" else 2] for o in options
         ]
+        if kind == "PNG":
+            seeds += [picture(array, "PNG") for array in (colours[..., 0] > 99,)]
+            indices = Image.fromarray(colours[..., 0]).quantize(16)
+            seeds += [{"a.png": encode(indices, "PNG")}, {"a.png": png16(colours)}]
         yield Target(
-            kind.lower(), seeds, lambda f, k=kind: FileReader(3)._read(str(f / f"a.{k.lower()}"))
+            kind.lower(),
+            seeds,
+            lambda f, k=kind: site(3, f / f"a.{k.lower()}"),
         )
 
     def tiff(array, **options):
@@ -112,12 +124,14 @@ def _pictures():
 
     grey = np.arange(16 * 16, dtype=np.uint16).reshape(16, 16)
     plain = [tiff(grey), tiff(grey, bigtiff=True), tiff(grey, byteorder=">", rowsperstrip=4)]
-    yield Target("tiff", plain, lambda f: read_tiff16(str(f / "a.tiff")))
+    yield Target("tiff", plain, lambda f: FileReader(1)([str(f / "a.tiff")]))
     deep = [tiff(np.stack([grey] * 3), photometric="minisblack"), tiff(colours), tiff(grey * 0.5)]
     deep += [tiff(np.stack([grey] * 3), ome=True, metadata={"axes": "CYX"})]
     deep += [tiff(grey, compression="zlib"), tiff(grey, imagej=True)]
     yield Target(
-        "tiff-any-depth", deep, lambda f: FileReader(3, any_depth=True)._read(str(f / "a.tiff"))
+        "tiff-any-depth",
+        deep,
+        lambda f: site(3, f / "a.tiff", any_depth=True),
     )
 
     def npy(array):
@@ -126,7 +140,7 @@ def _pictures():
         return {"a.npy": out.getvalue()}
 
     arrays = [npy(np.zeros((3, 4, 4), np.uint8)), npy(np.asfortranarray(np.ones((4, 4))))]
-    yield Target("npy-image", arrays, lambda f: FileReader(3)._read(str(f / "a.npy")))
+    yield Target("npy-image", arrays, lambda f: site(3, f / "a.npy"))
 
 
 def _arrays():

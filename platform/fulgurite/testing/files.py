@@ -10,6 +10,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 __all__ = [
     "class_images",
+    "png16",
     "python2_pickle",
     "write_cifar_archive",
     "write_image_files",
@@ -79,6 +81,26 @@ def python2_pickle(value: object) -> bytes:
     buffer = io.BytesIO()
     _Python2Pickler(buffer, protocol=2).dump(value)
     return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def png16(pixels: npt.NDArray[Any]) -> bytes:
+    """Encode 16-bit samples as a PNG, which Pillow does for grey alone.
+
+    Shape:
+        - (H, W) grey, or (H, W, C) with 2 (grey, alpha), 3 (RGB) or 4 channels.
+
+    Example:
+        >>> png16(np.zeros((2, 2, 3), np.uint16))[1:4]
+        b'PNG'
+    """
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[pixels.shape[2] if pixels.ndim == 3 else 1]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour_type, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        png += struct.pack(">I", len(content)) + kind + content + check
+    return png
 
 
 def write_cifar_archive(

@@ -1,0 +1,1 @@
+"""Reading data of users: image files, archives, text, and the cache of what was read."""
