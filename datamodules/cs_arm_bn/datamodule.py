@@ -31,7 +31,7 @@ from fulgurite.datamodules.cs_arm_bn.episodes import (
 )
 from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
-from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows, check_exclude, name_some
 from fulgurite.devices import pins_memory
@@ -275,9 +275,25 @@ class PlateDataModule(L.LightningDataModule):
 
     def _stored(self) -> PlateImages:
         table = self.source.load()
-        table = table.need_controls(self.min_controls, "few_controls" in self.exclude)
+        table = table.need_controls(self.min_controls, self.exclude)
+        check_images(table, self.source)
+        return self._images_of(table)
+
+    def _images_of(self, table: PlateTable) -> PlateImages:
         reader = self.source.reader
         return PlateImages(table, reader, self.preprocess, self.exclude, self.cache)
+
+    def _usable(self, images: PlateImages) -> tuple[PlateTable, PlateImages]:
+        """The table without unusable images, and without plates that they leave few controls."""
+        table, usable = images.usable()
+        if len(table) == len(images.table):
+            return table, usable
+        enough = table.need_controls(self.min_controls, self.exclude)
+        if enough is table:
+            return table, usable
+        lost = [name not in enough.domains for name in images.table.domains]
+        whole = images.table.without(np.array(lost)[images.table.domain], enough.excluded[-1])
+        return self._images_of(whole).usable()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the table, split it and map the images; does nothing the second time.
@@ -293,9 +309,7 @@ class PlateDataModule(L.LightningDataModule):
         #: The table of sites without what was excluded, and its images.
         self.table: PlateTable
         self.images: PlateImages
-        self.table, self.images = images.usable()
-        if len(images.table) != len(self.table):
-            self.table.need_controls(self.min_controls)
+        self.table, self.images = self._usable(images)
         #: Rows of queries for training, validation and each test.
         self.assignment: Assignment = check_assignment(self.table, self.split.assign(self.table))
         self._check_size()

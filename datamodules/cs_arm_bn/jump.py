@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
-from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import (
     Exclusion,
     PlateTable,
     check_exclude,
+    exclude_hint,
+    find_same_channel,
     name_some,
+    name_wells,
 )
 from fulgurite.errors import DataError, MissingExtraError
 from fulgurite.foreign import check_parquet, read_csv, reading
@@ -29,15 +33,34 @@ CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
 
 #: Sources that are one laboratory: a split between them would not be one between laboratories.
 _SAME_LAB = {"source_13": "source_7"}
+_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 _GALLERY = "s3://cellpainting-gallery/"
-_EXCLUSIONS = ("unknown_id", "missing_channel", "missing_plate", "stray_well")
+_EXCLUSIONS = (
+    "unknown_id",
+    "missing_channel",
+    "same_channel",
+    "missing_plate",
+    "empty_plate",
+    "renamed_plate",
+    "stray_well",
+)
 _ID = r"JCP2022_\d{6}"
+_UNIDENTIFIED = "JCP2022_UNKNOWN"  # what the published well table calls thousands of wells
+_OPTION = "--data.init_args.source.init_args"
+_BAD_PLATES = {
+    "missing_plate": "without load_data",
+    "empty_plate": "whose load_data is empty or has a header only",
+    "renamed_plate": "whose load_data is of another plate than its folder",
+}
 _LOAD_DATA = "cpg0016-jump/{source}/workspace/load_data_csv/{batch}/{plate}/load_data"
-_MEND_EXCLUDE = "leave such {what} out: `--data.init_args.source.init_args.exclude=[{kind}]`."
 
 
 def _as_text(column: pd.Series) -> pd.Series:
-    """Numbers that a format made of names become names again: 1.0 is "1"."""
+    """What a format made of names becomes names again: 1.0 is "1", and the empty one is missing.
+
+    Raises:
+        ValueError: A cell is no name or number.
+    """
     import pandas as pd
 
     if column.dtype.kind == "f":
@@ -49,7 +72,11 @@ def _as_text(column: pd.Series) -> pd.Series:
 
 
 def _word(value: object) -> str | None:
-    return None if value is None else str(value)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8")
+    elif isinstance(value, np.ndarray | list | tuple | dict):
+        raise ValueError(f"a cell holds a {type(value).__name__}, not a name")
+    return None if value is None else str(value) or None
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -69,7 +96,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     if not path.is_file():
-        for suffix in (".csv", ".csv.gz", ".parquet"):
+        for suffix in _SUFFIXES:
             if (candidate := path.with_name(path.name + suffix)).is_file():
                 path = candidate
                 break
@@ -127,8 +154,10 @@ class JumpPlates(PlateSource):
             only if they are of the bucket, and this says so, or begin as a replacement here.
         stray_rows: A class's wells with at most this many rows in a source are stray ones, an
             error or an exclusion (the paper leaves out those with 36 or fewer); null to take all.
-        exclude: What to leave out and count instead of stopping: ``unknown_id``,
-            ``missing_channel``, ``missing_plate`` (no load_data), ``stray_well``.
+        exclude: What to leave out and count instead of stopping: sites with an ``unknown_id``, a
+            ``missing_channel`` or one file for two channels (``same_channel``); plates without
+            load_data (``missing_plate``), with one that holds no site (``empty_plate``) or that
+            names another plate (``renamed_plate``); a class's ``stray_well``.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -197,8 +226,7 @@ class JumpPlates(PlateSource):
         return sorted(table["Metadata_JCP2022"][chosen])
 
     def _table(self, name: str, *columns: str) -> pd.DataFrame:
-        folder = self.metadata if self.metadata is not None else str(Path(self.root) / "metadata")
-        return read_table(data_path(folder) / name, [f"Metadata_{column}" for column in columns])
+        return read_table(self._folder() / name, [f"Metadata_{column}" for column in columns])
 
     def _perturbations(self) -> pd.DataFrame:
         if self._controls is None:
@@ -218,7 +246,7 @@ class JumpPlates(PlateSource):
             if absent := sorted(set(wanted) - set(found)):
                 raise DataError(
                     f"The plate table has no {column.lower()} {name_some(absent)}.",
-                    f"Set `--data.init_args.source.init_args.{column.lower()}s` to names in it.",
+                    f"Set `{_OPTION}.{column.lower()}s` to names in it.",
                 )
             kept &= found.isin(wanted)
         if not kept.any():
@@ -235,46 +263,70 @@ class JumpPlates(PlateSource):
             DataError: A table is missing or inconsistent, an identifier is unknown or a channel
                 has no path, and is not to be excluded.
         """
-        import pandas as pd
-
         excluded: list[Exclusion] = []
-        parts, absent = [], []
         root = data_path(self.root)
-        for source, batch, plate in self._chosen_plates()[
-            ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
-        ].itertuples(index=False):
-            place = root / self.load_data.format(source=source, batch=batch, plate=plate)
-            try:
-                part = read_table(place, ["Metadata_Well", "Metadata_Site"])
-            except DataError:
-                if any(place.parent.glob(place.name + ".*")):
-                    raise  # there, and damaged
-                absent.append(f"{source}|{batch}|{plate}")
-                continue
-            parts.append(self._sites(part, source, batch, plate, place))
-        if absent:
-            self._left_out(
-                excluded,
-                "missing_plate",
-                0,
-                f"{len(absent)} plates without load_data: {name_some(absent)}",
-                "plates",
-            )
-        if not parts:
-            raise DataError(
-                f"None of the {len(absent)} plates has a load_data table under {root}.",
-                "Set `--data.init_args.source.init_args.root` (and `load_data`) to where they are.",
-            )
-        frame = pd.concat(parts, ignore_index=True)
+        frame = self._read_plates(root, excluded)
         frame, notes = self._with_roles(frame, excluded)
         frame = self._whole_sites(frame, excluded)
+        frame = self._distinct_channels(frame, excluded)
         if self.stray_rows is not None:
             frame = self._without_strays(frame, self.stray_rows, excluded)
         frame["lab"] = frame["source"].replace(_SAME_LAB)
         for channel in self._channels:  # of the sites that are left: a plate has many others
             column = f"path_{channel}"
-            frame[column] = [self._locate(path, root) for path in frame[column]]
+            frame[column] = [locate(path, root, self.prefixes) for path in frame[column]]
         return PlateTable(frame, self.class_names, self._channels, excluded, notes)
+
+    def how_to_find(self, path: str) -> str:
+        """Say what to do where none of the images is there: see :class:`PlateSource`."""
+        return (
+            f"Set `{_OPTION}.root` to the folder that stands for the bucket, or, where load_data "
+            "begins paths in another way, say what takes the place of the beginning: "
+            f"`{_OPTION}.prefixes` ({{'/home/USER/bucket/': ''}}; it replaces "
+            f"{self.prefixes or 'none'})."
+        )
+
+    def _read_plates(self, root: Path, excluded: list[Exclusion]) -> pd.DataFrame:
+        """Return the sites of all chosen plates whose load_data can be used."""
+        import pandas as pd
+
+        parts = []
+        bad: dict[str, list[tuple[str, int]]] = {}  # kind -> (what, rows) of each plate
+        for source, batch, plate in self._chosen_plates()[
+            ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
+        ].itertuples(index=False):
+            name = f"{source}|{batch}|{plate}"
+            place = root / self.load_data.format(source=source, batch=batch, plate=plate)
+            if not any((place.with_name(place.name + end)).is_file() for end in _SUFFIXES):
+                bad.setdefault("missing_plate", []).append((name, 0))
+                continue
+            try:
+                part = read_table(place, ["Metadata_Well", "Metadata_Site"])
+            except DataError as error:
+                if not isinstance(error.__cause__, pd.errors.EmptyDataError):
+                    raise
+                part = pd.DataFrame()
+            if not len(part):
+                bad.setdefault("empty_plate", []).append((name, 0))
+            elif other := self._other_plate(part, source, batch, plate):
+                bad.setdefault("renamed_plate", []).append((f"{name} names {other}", len(part)))
+            else:
+                parts.append(self._sites(part, source, batch, plate, place))
+        if not parts and set(bad) == {"missing_plate"}:
+            raise DataError(
+                f"None of the {len(bad['missing_plate'])} plates (first "
+                f"{bad['missing_plate'][0][0]}) has a load_data table under {root}.",
+                f"Set `{_OPTION}.root` (and `load_data`) to where they are.",
+            )
+        for kind, plates in bad.items():
+            what = f"{len(plates)} plates {_BAD_PLATES[kind]}: {name_some([p for p, _ in plates])}"
+            self._left_out(excluded, kind, sum(rows for _, rows in plates), what, "plates")
+        if not parts:
+            raise DataError(
+                f"No plate with a site is left ({'; '.join(e.what for e in excluded)}).",
+                f"Choose other plates, or take words out of `{_OPTION}.exclude`.",
+            )
+        return pd.concat(parts, ignore_index=True)
 
     def _left_out(
         self, excluded: list[Exclusion], kind: str, rows: int, what: str, noun: str
@@ -283,9 +335,19 @@ class JumpPlates(PlateSource):
         if kind not in self.exclude:
             raise DataError(
                 f"There are {what}.",
-                "Mend the tables, or " + _MEND_EXCLUDE.format(what=noun, kind=kind),
+                "Mend the tables, or "
+                + exclude_hint(f"such {noun}", kind, self.exclude, "source.init_args.exclude"),
             )
         excluded.append(Exclusion(kind, what, rows))
+
+    def _other_plate(self, part: pd.DataFrame, source: str, batch: str, plate: str) -> str:
+        """Name what a load_data table says that it is, if not the plate of its folder."""
+        for name, value in (("Source", source), ("Batch", batch), ("Plate", plate)):
+            column = part.get(f"Metadata_{name}")
+            if column is not None and (wrong := column.ne(value)).any():
+                other = column[wrong].iloc[0]
+                return f"the {name.lower()} {other if isinstance(other, str) else '(none)'}"
+        return ""
 
     def _sites(
         self, part: pd.DataFrame, source: str, batch: str, plate: str, place: Path
@@ -293,14 +355,6 @@ class JumpPlates(PlateSource):
         """Return the sites of one load_data table, with paths as they are in it."""
         import pandas as pd
 
-        for name, value in (("Source", source), ("Batch", batch), ("Plate", plate)):
-            column = f"Metadata_{name}"
-            if column in part.columns and not (part[column] == value).all():
-                other = part[column][part[column] != value].iloc[0]
-                raise DataError(
-                    f"The table {place} is that of {name.lower()} {value} and names {other}.",
-                    "Put each plate's own load_data in its folder.",
-                )
         frame = pd.DataFrame(
             {
                 "source": source,
@@ -310,6 +364,7 @@ class JumpPlates(PlateSource):
                 "site": part["Metadata_Site"],
             }
         )
+        frame["well"] = name_wells(frame, ["source", "plate"], f"The table {place}")
         for channel in self._channels:
             url, name, folder = (f"{k}_Orig{channel}" for k in ("URL", "FileName", "PathName"))
             if url in part.columns:
@@ -319,17 +374,10 @@ class JumpPlates(PlateSource):
             else:
                 raise DataError(
                     f"The table {place} has no channel {channel} ({url}, or {name} and {folder}).",
-                    "Set `--data.init_args.source.init_args.channels` to those it has.",
+                    f"Set `{_OPTION}.channels` to those it has.",
                 )
             frame[f"path_{channel}"] = paths
         return frame
-
-    def _locate(self, path: str, root: Path) -> str:
-        for prefix, replacement in self.prefixes.items():
-            if path.startswith(prefix):
-                path = replacement + path[len(prefix) :]
-                break
-        return path if "://" in path else os.path.join(root, path)
 
     def _with_roles(
         self, frame: pd.DataFrame, excluded: list[Exclusion]
@@ -343,6 +391,7 @@ class JumpPlates(PlateSource):
                 "Metadata_JCP2022": "jcp",
             }
         )[["source", "plate", "well", "jcp"]]
+        wells["well"] = name_wells(wells, ["source", "plate"], "The well table")
         twice = wells.duplicated(["source", "plate", "well"])
         if twice.any():
             row = wells[twice].iloc[0]
@@ -359,25 +408,7 @@ class JumpPlates(PlateSource):
                 f"No chosen plate holds {name_some(absent)}.",
                 "Set `--data.init_args.source.init_args.classes` to identifiers that occur.",
             )
-        known = frame["jcp"].fillna("").str.fullmatch(_ID) | frame["jcp"].isin(list(kinds))
-        if (others := self._listed()) is not None:
-            known &= frame["jcp"].isin(others | set(kinds))
-        if not known.all():
-            first = frame[~known].iloc[0]
-            jcp = (
-                "no identifier"
-                if first["jcp"] is None or first["jcp"] != first["jcp"]
-                else first["jcp"]
-            )
-            self._left_out(
-                excluded,
-                "unknown_id",
-                int((~known).sum()),
-                f"{int((~known).sum())} sites with an unknown perturbation, first {jcp} in well "
-                f"{first['well']} of plate {first['source']}|{first['batch']}|{first['plate']}",
-                "sites",
-            )
-            frame = frame[known]
+        frame = self._identified(frame, set(kinds), excluded)
         kind = frame["jcp"].map(kinds)
         modality = frame["jcp"].map(
             dict(zip(table["Metadata_JCP2022"], table["Metadata_modality"], strict=True))
@@ -395,16 +426,61 @@ class JumpPlates(PlateSource):
             notes.append(f"{unused} sites of empty wells and other perturbations are not used")
         return frame[kept], notes
 
-    def _listed(self) -> set[str] | None:
-        """Return the identifiers of the perturbation tables, if they are there."""
-        folder = data_path(
+    def _identified(
+        self, frame: pd.DataFrame, controls: set[str], excluded: list[Exclusion]
+    ) -> pd.DataFrame:
+        """Return the sites whose perturbation is known, or not needed to be.
+
+        Wells that the published table calls unidentified are other perturbations: they matter where
+        those are taken.
+        """
+        known = frame["jcp"].fillna("").str.fullmatch(_ID) | frame["jcp"].isin(list(controls))
+        listed, tables, absent = self._listed()
+        if tables:
+            unlisted = known & ~frame["jcp"].isin(listed | controls)
+            if unlisted.any() and absent:
+                first = frame[unlisted].iloc[0]
+                raise DataError(
+                    f"There are {int(unlisted.sum())} sites whose perturbation, first "
+                    f"{first['jcp']} in well {first['well']} of plate {first['source']}|"
+                    f"{first['batch']}|{first['plate']}, is not in the tables "
+                    f"{' and '.join(tables)}, and {self._folder()} has no table "
+                    f"{' and no table '.join(absent)}.",
+                    f"Put {absent[0]}.csv.gz of jump-cellpainting/datasets there.",
+                )
+            known &= ~unlisted
+        if not self.treatments:
+            known |= frame["jcp"] == _UNIDENTIFIED
+        if known.all():
+            return frame
+        first = frame[~known].iloc[0]
+        jcp = first["jcp"] if isinstance(first["jcp"], str) else "no identifier"
+        self._left_out(
+            excluded,
+            "unknown_id",
+            int((~known).sum()),
+            f"{int((~known).sum())} sites with an unknown perturbation, first {jcp} in well "
+            f"{first['well']} of plate {first['source']}|{first['batch']}|{first['plate']}",
+            "sites",
+        )
+        return frame[known]
+
+    def _folder(self) -> Path:
+        return data_path(
             self.metadata if self.metadata is not None else str(Path(self.root) / "metadata")
         )
-        found: set[str] = set()
+
+    def _listed(self) -> tuple[set[str], list[str], list[str]]:
+        """Return the identifiers in the perturbation tables; which are there, and which are not."""
+        folder = self._folder()
+        names: dict[bool, list[str]] = {True: [], False: []}
+        identifiers: set[str] = set()
         for name in ("compound", "crispr", "orf"):
-            if any(folder.glob(f"{name}.csv*")) or (folder / f"{name}.parquet").is_file():
-                found |= set(self._table(name, "JCP2022")["Metadata_JCP2022"])
-        return found or None
+            there = any((folder / f"{name}{end}").is_file() for end in _SUFFIXES)
+            names[there].append(name)
+            if there:
+                identifiers |= set(self._table(name, "JCP2022")["Metadata_JCP2022"])
+        return identifiers, names[True], names[False]
 
     def _whole_sites(self, frame: pd.DataFrame, excluded: list[Exclusion]) -> pd.DataFrame:
         """Return the sites that have a path for each channel."""
@@ -424,6 +500,23 @@ class JumpPlates(PlateSource):
             "sites",
         )
         return frame[~broken]
+
+    def _distinct_channels(self, frame: pd.DataFrame, excluded: list[Exclusion]) -> pd.DataFrame:
+        """Return the sites whose channels are different files."""
+        same, pair = find_same_channel(frame, self._channels)
+        if not same.any():
+            return frame
+        row = frame[same].iloc[0]
+        self._left_out(
+            excluded,
+            "same_channel",
+            int(same.sum()),
+            f"{int(same.sum())} sites with one file for two channels, first {pair[0]} and "
+            f"{pair[1]} of site {row['site']} in well {row['well']} of plate "
+            f"{row['source']}|{row['batch']}|{row['plate']}",
+            "sites",
+        )
+        return frame[~same]
 
     def _without_strays(
         self, frame: pd.DataFrame, most: int, excluded: list[Exclusion]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
 
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
+from fulgurite.errors import DataError
 
-__all__ = ["PlateSource"]
+__all__ = ["PlateSource", "check_images", "locate"]
 
 
 class PlateSource(ABC):
@@ -51,6 +57,14 @@ class PlateSource(ABC):
         """Do once per machine what other processes can then share."""
         return  # most sources have nothing to prepare
 
+    def how_to_find(self, path: str) -> str:
+        """Say what to do where the table names images that are not there.
+
+        Args:
+            path: One of them.
+        """
+        return f"Put the images where the table says, or mend the table: {path}."
+
     @abstractmethod
     def load(self) -> PlateTable:
         """Return the table of sites.
@@ -58,3 +72,51 @@ class PlateSource(ABC):
         Raises:
             DataError: A table is missing or inconsistent.
         """
+
+
+def check_images(table: PlateTable, source: PlateSource) -> None:
+    """Refuse a table of which no plate's first image is where the table says.
+
+    A single file that is missing is for the reader to name, or to leave out; here the paths are of
+    another machine, or start from another folder. Addresses (``s3://``) are not looked at.
+
+    Raises:
+        DataError: None of them is there.
+    """
+    first = np.unique(table.domain, return_index=True)[1]
+    files = [paths[0] for paths in table.paths(first.astype(np.int64))]
+    if isinstance(source.reader, FileReader) and not any("://" in f or _is_there(f) for f in files):
+        raise DataError(
+            f"None of the {len(files)} plates has its first image where the plate table says, "
+            f"first {files[0]}.",
+            source.how_to_find(files[0]),
+        )
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return os.path.exists(path)
+    except ValueError:  # a zero character
+        return False
+
+
+def locate(path: str, root: Path, prefixes: Mapping[str, str]) -> str:
+    r"""Return where a file is that a table names.
+
+    Args:
+        path: As the table has it: relative to ``root``, absolute, or an address. Backslashes
+            separate folders, as on Windows.
+        root: Where relative paths start.
+        prefixes: Beginning of a path -> what replaces it; the first that fits counts.
+
+    Example:
+        >>> locate("D:\\plates\\a.tif", Path("/data"), {"D:\\plates": "."})
+        '/data/./a.tif'
+        >>> locate("s3://bucket/a.tif", Path("/data"), {})
+        's3://bucket/a.tif'
+    """
+    for prefix, replacement in prefixes.items():
+        if path.startswith(prefix):
+            path = replacement + path[len(prefix) :]
+            break
+    return path if "://" in path else os.path.join(root, path.replace("\\", "/"))

@@ -5,6 +5,8 @@ Shapes: R rows (sites) of the table, D domains (plates), K classes.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,12 @@ __all__ = [
     "Exclusion",
     "PlateTable",
     "check_exclude",
+    "exclude_hint",
+    "find_same_channel",
     "name_some",
+    "name_wells",
     "position_accuracy",
+    "well_name",
 ]
 
 _KEYS = ("source", "batch", "plate", "well", "site")
@@ -74,6 +80,90 @@ def name_some(names: Collection[Any], most: int = 5) -> str:
     shown = [str(name) for name in list(names)[:most]]
     rest = len(names) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def exclude_hint(what: str, kind: str, exclude: Iterable[str], option: str) -> str:
+    """Say how to leave something out besides what is left out already.
+
+    Args:
+        what: What to leave out: ``such sites``.
+        kind: The word to add.
+        exclude: The words that are in force.
+        option: Key of the list, behind ``--data.init_args.``.
+
+    Example:
+        >>> exclude_hint("such sites", "nan", ["constant"], "exclude")
+        'leave such sites out: `--data.init_args.exclude=[constant,nan]`.'
+    """
+    words = ",".join(sorted({*exclude, kind}))
+    return f"leave {what} out: `--data.init_args.{option}=[{words}]`."
+
+
+_WELL = re.compile(r"([A-Za-z]{1,2})0*([1-9]\d?)")
+
+
+def well_name(text: str) -> str:
+    """Return the name of a well with an upper-case row and a column of two digits.
+
+    Other names, which are no row and column, stay as they are.
+
+    Example:
+        >>> [well_name(text) for text in ("A1", "a01", "AF048", "P24", "picture7", "A0")]
+        ['A01', 'A01', 'AF48', 'P24', 'picture7', 'A0']
+    """
+    if match := _WELL.fullmatch(text):
+        return f"{match[1].upper()}{int(match[2]):02}"
+    return text
+
+
+def name_wells(frame: pd.DataFrame, plate: Sequence[str], where: str) -> pd.Series:
+    """Return the column ``well`` with one spelling of each well (:func:`well_name`).
+
+    Args:
+        frame: One row for each site or well.
+        plate: Columns that together name a plate.
+        where: What holds the rows, for the error: ``The plate table``.
+
+    Raises:
+        DataError: A plate spells one well in two ways.
+    """
+    spelled = frame["well"]
+    names = {text: well_name(text) for text in spelled.dropna().unique()}
+    if all(text == name for text, name in names.items()):
+        return spelled
+    wells: pd.Series = spelled.map(names)
+    pairs = frame[[*plate]].assign(well=wells, spelled=spelled).dropna().drop_duplicates()
+    twice = pairs[pairs.duplicated([*plate, "well"], keep=False)]
+    if len(twice):
+        first = twice.iloc[0]
+        same = twice[(twice[[*plate, "well"]] == first[[*plate, "well"]]).all(axis=1)]
+        raise DataError(
+            f"{where} spells one well of plate {'|'.join(first[[*plate]])} in two ways: "
+            f"{' and '.join(same['spelled'])}.",
+            "Spell each well of a plate in one way, A01 for example.",
+        )
+    return wells
+
+
+def find_same_channel(
+    frame: pd.DataFrame, channels: Sequence[str]
+) -> tuple[NDArray[np.bool_], tuple[str, str]]:
+    """Mark the sites that have one file for two channels.
+
+    Returns:
+        The marks, and the two channels of the first one.
+
+    Shape:
+        - (R,) bool.
+    """
+    paths = [frame[f"path_{channel}"].to_numpy(dtype=object) for channel in channels]
+    marked, pair, earliest = np.zeros(len(frame), np.bool_), ("", ""), len(frame)
+    for (i, first), (k, second) in itertools.combinations(enumerate(paths), 2):
+        same = np.asarray(first == second, np.bool_)
+        marked |= same
+        if same.any() and (row := int(same.argmax())) < earliest:
+            earliest, pair = row, (channels[i], channels[k])
+    return marked, pair
 
 
 def position_accuracy(position: Rows, label: Rows, plate: Rows) -> tuple[float, float]:
@@ -195,6 +285,12 @@ class PlateTable:
                     if name == "role"
                     else f"Give the columns {', '.join(_NEEDED)}.",
                 )
+        if not len(frame):
+            left_out = "; ".join(exclusion.what for exclusion in self.excluded)
+            raise DataError(
+                f"The plate table is empty{f' without {left_out}' * bool(left_out)}.",
+                "Give at least one site, or leave out less.",
+            )
         frame = frame.reset_index(drop=True)
         for name in (*_KEYS, "role"):
             if missing := int(frame[name].isna().sum()):
@@ -207,6 +303,7 @@ class PlateTable:
         if "domain" not in frame.columns:
             frame["domain"] = frame["source"] + "|" + frame["batch"] + "|" + frame["plate"]
         frame["domain"] = frame["domain"].astype(str)
+        frame["well"] = name_wells(frame, ["domain"], "The plate table")
         if "lab" not in frame.columns:
             frame["lab"] = frame["source"]
         self._check_roles(frame)
@@ -249,8 +346,6 @@ class PlateTable:
                 f"Well {row['well']} of plate {row['domain']} has the role {row['role']!r}.",
                 "Give each site the role `query` or `control`.",
             )
-        if not len(frame):
-            raise DataError("The plate table is empty.", "Give at least one site.")
 
     def _check_paths(self, frame: pd.DataFrame) -> None:
         names = ["path"] if "path" in frame.columns else [f"path_{c}" for c in self.channels]
@@ -267,8 +362,7 @@ class PlateTable:
                 raise DataError(
                     f"Site {row['site']} of well {row['well']} of plate {row['domain']} has no "
                     f"{name} ({int(missing.sum())} such sites).",
-                    "Give the path of each channel, or leave such sites out: "
-                    "`--data.init_args.source.init_args.exclude=[missing_channel]`.",
+                    "Give the path of each channel.",
                 )
 
     def paths(self, rows: Rows | slice = slice(None)) -> list[tuple[str, ...]]:
@@ -316,23 +410,27 @@ class PlateTable:
             self.notes,
         )
 
-    def need_controls(self, least: int, exclude: bool = False) -> PlateTable:
+    def need_controls(self, least: int, exclude: Collection[str] = ()) -> PlateTable:
         """Return the table if every plate has enough controls, or without those that have not.
 
+        Args:
+            least: Number of controls.
+            exclude: Words of what is to be left out; ``few_controls`` is the one for this.
+
         Raises:
-            DataError: A plate has fewer than ``least`` controls and ``exclude`` is not set.
+            DataError: A plate has fewer than ``least`` controls and is not to be left out.
         """
         controls = self.counts()[:, 1]
         few = np.flatnonzero(controls < least)
         if not len(few):
             return self
         named = name_some([f"{self.domains[d]} ({controls[d]})" for d in few])
-        if not exclude:
+        if "few_controls" not in exclude:
             raise DataError(
                 f"{len(few)} of {len(self.domains)} plates have fewer than {least} controls: "
                 f"{named}.",
-                "Lower `--data.init_args.min_controls`, or leave such plates out: "
-                "`--data.init_args.exclude=[few_controls]`.",
+                "Lower `--data.init_args.min_controls`, or "
+                + exclude_hint("such plates", "few_controls", exclude, "exclude"),
             )
         what = f"{len(few)} plates with fewer than {least} controls: {named}"
         return self.without(np.isin(self.domain, few), Exclusion("few_controls", what, 0))

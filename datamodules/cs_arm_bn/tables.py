@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.jump import read_table
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
-from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import (
     Exclusion,
     PlateTable,
     check_exclude,
+    exclude_hint,
+    find_same_channel,
     name_some,
 )
 from fulgurite.errors import ConfigError, DataError
@@ -23,13 +25,26 @@ if TYPE_CHECKING:
 
 __all__ = ["CsvPlates", "RxRx1Plates"]
 
+_EXCLUSIONS = ("unknown_label", "missing_channel", "same_channel")
+_OPTION = "--data.init_args.source.init_args"
+_NAMES = (
+    *("source", "batch", "plate", "well", "site", "role", "label"),
+    *("domain", "lab", "official"),
+)
+_MENDS = {
+    "unknown_label": f"Add the class to `{_OPTION}.classes`",
+    "missing_channel": "Give each path",
+    "same_channel": "Give each channel its file",
+}
+
 
 class CsvPlates(PlateSource):
     """Any plates, from a table with one row for each site (CSV, ``.csv.gz`` or parquet).
 
     Columns: ``source``, ``batch``, ``plate``, ``well``, ``site``, ``role`` (query or control),
     ``label`` (name of the class; empty if unknown or a control) and ``path``, or
-    ``path_<channel>`` for each channel; see :class:`PlateTable` for optional ones.
+    ``path_<channel>`` for each channel; see :class:`PlateTable` for optional ones. Only an empty
+    cell is missing: ``NA`` and ``None`` are names. Other columns are not used.
 
     Args:
         path: The table, absolute or relative to ``FULGURITE_DATA``.
@@ -40,10 +55,12 @@ class CsvPlates(PlateSource):
         any_depth: Accept TIFFs that are not 16-bit with one channel.
         downscale: Keep every n-th pixel.
         intensity: How intensities are mapped: see :class:`Preprocess`.
-        exclude: What to leave out and count instead of stopping: ``unknown_label``,
-            ``missing_channel``.
+        exclude: What to leave out and count instead of stopping: sites with an ``unknown_label``,
+            a ``missing_channel`` or one file for two channels (``same_channel``).
         remote: Beginnings of addresses (such as ``s3://my-bucket/``) that the table may name
             instead of files; any other is refused.
+        prefixes: Beginning of a path in the table -> what replaces it, for tables that were written
+            on another machine.
 
     Raises:
         ConfigError: No channel is named, or a word in ``exclude`` is unknown.
@@ -60,19 +77,20 @@ class CsvPlates(PlateSource):
         intensity: Literal["percentile", "full"] = "percentile",
         exclude: list[str] = [],  # noqa: B006  # copied below
         remote: list[str] = [],  # noqa: B006  # copied below
+        prefixes: dict[str, str] = {},  # noqa: B006  # copied below
     ) -> None:
-        if not channels:
+        if not channels or len(set(channels)) < len(channels):
             raise ConfigError(
-                "No channel is named.", "Set `--data.init_args.source.init_args.channels`."
+                f"The channels are {', '.join(channels) or 'none'}.",
+                f"Set `{_OPTION}.channels` to the name of each channel, once.",
             )
         self.path = path
         self.classes = classes
         self.root = root
         self.any_depth = any_depth
-        self.exclude = check_exclude(
-            exclude, ("unknown_label", "missing_channel"), "source.init_args.exclude"
-        )
+        self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
         self.remote = tuple(remote)
+        self.prefixes = dict(prefixes)
         self._channels = tuple(channels)
         self._preprocess = Preprocess(downscale, intensity)
         self._frame: pd.DataFrame | None = None
@@ -112,44 +130,111 @@ class CsvPlates(PlateSource):
                         if name == "role"
                         else "Add the class of each site, empty if it is unknown.",
                     )
+            if not len(frame):
+                raise DataError(
+                    f"The table {self.path} has a header and no site.", "Give a row for each site."
+                )
+            for name in _NAMES:
+                if name in frame.columns:
+                    self._check_ends(frame[name])
             self._frame = frame
         return self._frame
 
+    def _check_ends(self, column: pd.Series) -> None:
+        names = column.dropna().unique()
+        if wrong := [name for name in names if name != name.strip()]:
+            raise DataError(
+                f"The column {column.name!r} of {self.path} holds {wrong[0]!r}, with a blank at an "
+                "end.",
+                "Remove such blanks: with them it is another name.",
+            )
+
+    def how_to_find(self, path: str) -> str:
+        """Say what to do where none of the images is there: see :class:`PlateSource`."""
+        return (
+            f"Set `{_OPTION}.root` to the folder where relative paths start, or, where the table "
+            "is of another machine, say what takes the place of the beginning of its paths: "
+            f"`{_OPTION}.prefixes={{'/home/USER/plates/': ''}}`."
+        )
+
     def load(self) -> PlateTable:
-        """Return the table of sites."""
+        """Return the table of sites.
+
+        Raises:
+            DataError: A column is missing, or a label is no class, a channel has no path or the
+                same as another one and such sites are not to be excluded.
+        """
+        import pandas as pd
+
         frame = self._read().copy()
         numbers = {name: c for c, name in enumerate(self.class_names)}
-        excluded = []
+        excluded: list[Exclusion] = []
         query = frame["role"] != "control"
         unknown = query & frame["label"].notna() & ~frame["label"].isin(list(numbers))
-        if unknown.any():
-            what = (
-                f"{int(unknown.sum())} sites with a label that is no class, first "
-                f"{frame['label'][unknown].iloc[0]!r}"
-            )
-            if "unknown_label" not in self.exclude:
-                raise DataError(
-                    f"There are {what}; classes are {name_some(list(numbers))}.",
-                    "Add it to `--data.init_args.source.init_args.classes`, or leave such sites "
-                    "out: `--data.init_args.source.init_args.exclude=[unknown_label]`.",
-                )
-            excluded.append(Exclusion("unknown_label", what, int(unknown.sum())))
-            frame = frame[~unknown]
-        paths = [c for c in frame.columns if c == "path" or c.startswith("path_")]
-        missing = frame[paths].isna().any(axis=1)
-        if missing.any() and "missing_channel" in self.exclude:
-            what = f"{int(missing.sum())} sites without a path for a channel"
-            excluded.append(Exclusion("missing_channel", what, int(missing.sum())))
-            frame = frame[~missing]
+        what = f"with a label that is no class (classes are {name_some(list(numbers))})"
+        frame = self._without(frame, unknown, "unknown_label", what, "label", excluded)
+        paths = self._path_columns(frame)
+        missing = frame[paths].isna()
+        broken = missing.any(axis=1)
+        column = paths[int(missing.to_numpy()[int(broken.to_numpy().argmax())].argmax())]
+        what = "without a path for a channel"
+        frame = self._without(frame, broken, "missing_channel", what, column, excluded)
+        if len(paths) > 1:
+            same, pair = find_same_channel(frame, self._channels)
+            what = f"with one file for two channels, {' and '.join(pair)}"
+            wrong = pd.Series(same, frame.index)
+            frame = self._without(frame, wrong, "same_channel", what, f"path_{pair[0]}", excluded)
         root = data_path(self.path).parent if self.root is None else data_path(self.root)
         for name in paths:
-            frame[name] = frame[name].map(lambda path: _under(root, path), na_action="ignore")
+            frame[name] = [locate(path, root, self.prefixes) for path in frame[name]]
         frame["label"] = frame["label"].map(numbers).fillna(-1)
         return PlateTable(frame, self.class_names, self._channels, excluded)
 
+    def _path_columns(self, frame: pd.DataFrame) -> list[str]:
+        """Return ``path``, or the column of each channel; others may be called so, too."""
+        columns = [f"path_{channel}" for channel in self._channels]
+        there = [name for name in columns if name in frame.columns]
+        if "path" not in frame.columns:
+            if absent := [name for name in columns if name not in there]:
+                named = [name for name in frame.columns if name.startswith("path_")]
+                raise DataError(
+                    f"The table {self.path} has neither the column 'path' nor {absent[0]!r} (it "
+                    f"has {', '.join(named) or 'no column of paths'}).",
+                    f"Give a column of paths for each of `{_OPTION}.channels`, or one for all.",
+                )
+            return columns
+        if there:
+            raise DataError(
+                f"The table {self.path} has the columns 'path' and {there[0]!r}: it is not clear "
+                "which one holds the images.",
+                "Keep `path` for images of all channels, or a column for each channel.",
+            )
+        return ["path"]
 
-def _under(root: Path, path: str) -> str:
-    return path if "://" in path else str(root / path)
+    def _without(
+        self,
+        frame: pd.DataFrame,
+        wrong: pd.Series,
+        kind: str,
+        what: str,
+        column: str,
+        excluded: list[Exclusion],
+    ) -> pd.DataFrame:
+        """Leave out sites and count them, or raise if the user has not switched it on."""
+        if not wrong.any():
+            return frame
+        row = frame[wrong].iloc[0]
+        site = ", ".join(f"{k} {row[k]}" for k in ("plate", "well", "site") if k in frame.columns)
+        value = f" {row[column]!r}" if isinstance(row[column], str) else ""
+        what = f"{int(wrong.sum())} sites {what}; first {column}{value} of {site}"
+        if kind not in self.exclude:
+            raise DataError(
+                f"The table {self.path} has {what}.",
+                f"{_MENDS[kind]}, or "
+                + exclude_hint("such sites", kind, self.exclude, "source.init_args.exclude"),
+            )
+        excluded.append(Exclusion(kind, what, int(wrong.sum())))
+        return frame[~wrong]
 
 
 class RxRx1Plates(PlateSource):
@@ -209,6 +294,16 @@ class RxRx1Plates(PlateSource):
     def preprocess(self) -> Preprocess:
         """Images are 8-bit and small already."""
         return Preprocess(downscale=1, intensity="full")
+
+    def how_to_find(self, path: str) -> str:
+        """Say what to do where none of the images is there: see :class:`PlateSource`."""
+        if Path(path.removesuffix(".png") + "_w1.png").is_file():
+            return (
+                "These are the files of RxRx1 as Recursion gives them, one for each channel "
+                "(_w1.png to _w6.png): fetch the version of WILDS, or name the six files in a "
+                "table with the columns path_w1 to path_w6 and read it by CsvPlates."
+            )
+        return f"Set `{_OPTION}.root` to the folder rxrx1_v1.0, which holds images/."
 
     def load(self) -> PlateTable:
         """Return the table of sites.

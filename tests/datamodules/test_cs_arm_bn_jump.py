@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_empty_wells_are_no_controls_and_other_plates_are_not_looked_for(bucket)
         read(bucket, plate_types=["TARGET2"])
 
 
-@pytest.mark.parametrize("jcp", ["JCP2022_UNKNOWN", "", "DMSO"])
+@pytest.mark.parametrize("jcp", ["JCP2022_X", "", "DMSO"])
 def test_unknown_identifiers_stop_or_count(bucket, jcp):
     def spoil(frame):
         first = frame["Metadata_Plate"] == frame["Metadata_Plate"].iloc[0]
@@ -194,6 +195,35 @@ def test_unknown_identifiers_stop_or_count(bucket, jcp):
     table = read(bucket, exclude=["unknown_id"])
     assert len(table) == 35
     assert [(e.kind, e.rows) for e in table.excluded] == [("unknown_id", 1)]
+
+
+def test_unidentified_wells_matter_where_other_perturbations_are_taken(bucket):
+    def spoil(frame):
+        frame.loc[frame["Metadata_Well"] == "A02", "Metadata_JCP2022"] = "JCP2022_UNKNOWN"
+        return frame
+
+    edit(bucket / "metadata" / "well.csv.gz", spoil)
+    table = read(bucket)
+    assert (table.counts() == [8, 3]).all()
+    assert "3 sites of empty wells and other perturbations" in table.report()
+    with pytest.raises(DataError, match=r"3 sites with an unknown .*JCP2022_UNKNOWN.*unknown_id"):
+        read(bucket, treatments=True)
+    assert len(read(bucket, treatments=True, exclude=["unknown_id"])) == 33
+
+
+def test_tables_of_other_perturbations_alone_are_not_enough(bucket):
+    (bucket / "metadata" / "crispr.csv").write_text("Metadata_JCP2022\nJCP2022_800001\n")
+    assert len(read(bucket)) == 36  # the classes and controls are known without them
+
+    def treat(frame):
+        frame.loc[frame["Metadata_Well"] == "A02", "Metadata_JCP2022"] = "JCP2022_000123"
+        return frame
+
+    edit(bucket / "metadata" / "well.csv.gz", treat)
+    with pytest.raises(
+        DataError, match=r"JCP2022_000123.*no table compound.*Put compound\.csv\.gz"
+    ):
+        read(bucket, exclude=["unknown_id"])
 
 
 def test_identifiers_are_checked_against_the_perturbation_tables(bucket):
@@ -241,6 +271,83 @@ def test_a_plate_without_load_data_stops_or_counts(bucket):
             path.unlink()
     with pytest.raises(DataError, match="None of the 3 plates"):
         read(bucket, exclude=["missing_plate"])
+
+
+@pytest.mark.parametrize("content", ["header", "nothing", "blank line", "empty gzip"])
+def test_an_empty_load_data_stops_or_counts(bucket, content):
+    path = load_data(bucket)[1]
+    header = path.read_text().splitlines()[0]
+    path.write_text({"header": header, "nothing": "", "blank line": "\n"}.get(content, ""))
+    if content == "empty gzip":
+        path.with_suffix(".csv.gz").write_bytes(gzip.compress(b""))
+        path.unlink()
+    with pytest.raises(DataError, match=r"1 plates whose load_data is empty.*exclude=\[empty_pl"):
+        read(bucket)
+    table = read(bucket, exclude=["empty_plate"])
+    assert len(table.domains) == 2
+    assert [(e.kind, e.rows) for e in table.excluded] == [("empty_plate", 0)]
+    assert "source_3|CP_26" in table.report()
+
+
+def test_a_plate_of_another_name_stops_or_counts(bucket):
+    path = load_data(bucket)[0]
+    plate = path.parent.name
+    edit(path, lambda frame: frame.assign(Metadata_Plate=f"{plate}real"))
+    with pytest.raises(DataError, match=rf"{plate} names the plate {plate}real.*renamed_plate"):
+        read(bucket)
+    table = read(bucket, exclude=["renamed_plate"])
+    assert len(table.domains) == 2
+    assert [(e.kind, e.rows) for e in table.excluded] == [("renamed_plate", 12)]
+
+
+def test_one_file_for_two_channels_stops_or_counts(bucket):
+    def copy(frame):
+        frame.loc[frame["Metadata_Well"] == "A02", "URL_OrigMito"] = frame["URL_OrigAGP"]
+        return frame
+
+    edit(load_data(bucket)[0], copy)
+    with pytest.raises(DataError, match=r"1 sites with one file for two channels, first AGP and M"):
+        read(bucket)
+    table = read(bucket, exclude=["same_channel"])
+    assert len(table) == 35
+    assert [(e.kind, e.rows) for e in table.excluded] == [("same_channel", 1)]
+
+
+def test_every_oddity_at_once_is_counted_and_hints_lead_there(bucket):
+    """Following each hint in turn ends with all words in force and each thing counted."""
+    first, second = load_data(bucket)
+    first.write_text("")
+
+    def spoil(frame):
+        frame.loc[1, "URL_OrigMito"] = frame.loc[1, "URL_OrigAGP"]
+        frame.loc[2, "URL_OrigDNA"] = None
+        return frame
+
+    edit(second, spoil)
+    load_data(bucket, "source_8")[0].unlink()
+    words = []
+    while True:
+        try:
+            table = read(bucket, exclude=words)
+        except DataError as error:
+            longer = re.search(r"exclude=\[(.*?)\]", str(error))[1].split(",")
+            assert set(words) < set(longer)
+            words = longer
+        else:
+            break
+    assert words == ["empty_plate", "missing_channel", "missing_plate", "same_channel"]
+    assert sorted(e.kind for e in table.excluded) == words
+    assert len(table) == 10
+
+
+def test_wells_are_spelled_in_two_ways(bucket):
+    before = read(bucket)
+    for path in load_data(bucket):
+        edit(path, lambda f: f.assign(Metadata_Well=f["Metadata_Well"].str.replace("0", "")))
+    after = read(bucket)
+    assert after.frame[["domain", "well", "label"]].equals(
+        before.frame[["domain", "well", "label"]]
+    )
 
 
 def test_stray_wells_stop_or_count(bucket):
@@ -296,7 +403,7 @@ def test_wrong_choices_are_named(bucket):
     with pytest.raises(DataError, match="well"):
         read(bucket)
     edit(load_data(bucket)[0], lambda frame: frame.assign(Metadata_Plate="other"))
-    with pytest.raises(DataError, match="names other"):
+    with pytest.raises(DataError, match="names the plate other"):
         read(bucket)
 
 

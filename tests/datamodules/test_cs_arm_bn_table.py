@@ -1,5 +1,7 @@
 """The plate table: what it refuses, what it counts, what it reports; CSV and RxRx1 readers."""
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from fulgurite.datamodules.cs_arm_bn import (
     PlateTable,
     RxRx1Plates,
 )
+from fulgurite.datamodules.cs_arm_bn.sources import check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, check_assignment
 from fulgurite.datamodules.cs_arm_bn.table import Exclusion, position_accuracy
 from fulgurite.errors import ConfigError, DataError
@@ -103,12 +106,12 @@ def test_plates_with_few_controls_are_named_or_counted():
     assert "1 plates without controls: lab1|b1|10" in made.report()
     with pytest.raises(DataError, match=r"1 of 16 plates.*lab1\|b1\|10 \(0\).*few_controls"):
         made.need_controls(3)
-    kept = made.need_controls(3, exclude=True)
+    kept = made.need_controls(3, exclude=["few_controls"])
     assert len(kept.domains) == 15
     assert [(e.kind, e.rows) for e in kept.excluded] == [("few_controls", 8)]
     assert made.need_controls(0) is made
     with pytest.raises(DataError, match="no site is left"):
-        made.need_controls(99, exclude=True)
+        made.need_controls(99, exclude=["few_controls"])
 
 
 def test_exclusions_add_up():
@@ -266,7 +269,7 @@ def test_a_csv_with_a_missing_channel_stops_or_counts(tmp_path):
     path = write_csv(tmp_path, path_a="a.png", path_b=["b.png"] * 11 + [None])
     frame = pd.read_csv(path).drop(columns="path")
     frame.to_csv(path, index=False)
-    with pytest.raises(DataError, match=r"no path_b.*missing_channel"):
+    with pytest.raises(DataError, match=r"first path_b of plate 7, well B03.*missing_channel"):
         CsvPlates(path, ["a", "b"]).load()
     made = CsvPlates(path, ["a", "b"], exclude=["missing_channel"]).load()
     assert len(made) == 11
@@ -284,6 +287,129 @@ def test_a_csv_without_roles_is_refused(tmp_path):
         CsvPlates(str(tmp_path / "a.csv"), ["grey"], exclude=["typo"])
     with pytest.raises(ConfigError, match="channels"):
         CsvPlates(str(tmp_path / "a.csv"), [])
+
+
+NAMES = ["NA", "None", "null", "nan", "N/A", "NULL", "#N/A", "<NA>", "NaN", "-nan", "1.#IND", "n/a"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+def test_only_an_empty_cell_is_missing(tmp_path, suffix):
+    frame = rows(labs=1, batches=1, plates=1, queries=len(NAMES) + 1)
+    frame["label"] = [*NAMES, "", *[""] * 4]
+    frame[["source", "batch", "plate", "site"]] = "NA"
+    path = tmp_path / f"plates{suffix}"
+    (frame.to_parquet if suffix == ".parquet" else frame.to_csv)(path, index=False)
+    source = CsvPlates(str(path), ["grey"])
+    assert source.class_names == tuple(sorted(NAMES))
+    made = source.load()
+    assert made.domains == ("NA|NA|NA",)
+    assert [source.class_names[c] for c in made.label[: len(NAMES)]] == NAMES
+    assert made.label[len(NAMES)] == -1
+
+
+def test_parquet_reads_as_csv_does(tmp_path):
+    frame = rows(labs=1, batches=1, plates=1)
+    frame = frame.assign(batch=3, site=pd.array([1] * 11 + [None], "Int64"), plate=b"p")
+    frame["label"] = pd.Categorical(frame["label"].map({0: "x", 1: "y", -1: None}))
+    frame["site"] = frame["site"].fillna(2).astype(float)
+    frame.to_parquet(tmp_path / "plates.parquet")
+    frame.assign(plate="p").to_csv(tmp_path / "plates.csv", index=False)
+    one, two = (CsvPlates(str(tmp_path / f"plates{end}"), ["grey"]) for end in (".parquet", ".csv"))
+    assert one.class_names == two.class_names == CLASSES
+    assert one.load().frame["plate"].tolist() == two.load().frame["plate"].tolist()
+    assert one.load().frame["batch"].tolist() == two.load().frame["batch"].tolist()
+    frame.assign(well=[["A01"]] * 12).to_parquet(tmp_path / "lists.parquet")
+    with pytest.raises(DataError, match=r"lists\.parquet.*not a name"):
+        CsvPlates(str(tmp_path / "lists.parquet"), ["grey"]).load()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04" + bytes(40), "spreadsheet"),
+        (b"\xd0\xcf\x11\xe0" + bytes(40), "spreadsheet"),
+        (b"PAR1" + bytes(40), r"parquet"),
+        ("role,label\nquery,x\n".encode("utf-16"), "UTF-16"),
+        (b"role;label;path\nquery;x;a.png\n", "semicolons"),
+        (b"role\tlabel\tpath\nquery\tx\ta.png\n", "tabs"),
+        (b"role,label,label\nquery,x,y\n", "two columns 'label'"),
+        (b"\xef\xbb\xbfrole,role\nquery,query\n", "two columns 'role'"),
+        (b"role,label,path\n", "no site"),
+        (b"role,label,path\nquery,x ,a.png\n", "'x ', with a blank"),
+    ],
+)
+def test_what_is_no_such_table_is_named(tmp_path, content, words):
+    (tmp_path / "plates.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        CsvPlates(str(tmp_path / "plates.csv"), ["grey"]).load()
+
+
+def test_other_columns_called_path_are_no_channels(tmp_path):
+    masks = [None, *["m.png"] * 11]
+    path = write_csv(tmp_path, path_mask=masks)
+    assert len(CsvPlates(path, ["grey"], exclude=["missing_channel"]).load()) == 12
+    with pytest.raises(DataError, match="'path' and 'path_mask'"):
+        CsvPlates(path, ["mask"]).load()
+    path = write_csv(tmp_path, path_a="a.png", path_b="b.png", path_mask=masks)
+    pd.read_csv(path).drop(columns="path").to_csv(path, index=False)
+    made = CsvPlates(path, ["a", "b"], exclude=["missing_channel"]).load()
+    assert len(made) == 12
+    assert made.excluded == ()
+
+
+def test_one_file_for_two_channels_stops_or_counts(tmp_path):
+    path = write_csv(tmp_path, path_a="a.png", path_b=["b.png"] * 10 + ["a.png"] * 2)
+    pd.read_csv(path).drop(columns="path").to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"2 sites with one file for two channels, a and b"):
+        CsvPlates(path, ["a", "b"]).load()
+    made = CsvPlates(path, ["a", "b"], exclude=["same_channel"]).load()
+    assert [(e.kind, e.rows) for e in made.excluded] == [("same_channel", 2)]
+
+
+def test_a_hint_adds_to_the_words_in_force(tmp_path):
+    path = write_csv(tmp_path, path_a="a.png", path_b=["b.png"] * 10 + ["a.png", None])
+    pd.read_csv(path).drop(columns="path").to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"exclude=\[missing_channel,unknown_label\]"):
+        CsvPlates(path, ["a", "b"], ["x"], exclude=["missing_channel"]).load()
+    words = ["missing_channel", "unknown_label"]
+    with pytest.raises(DataError, match=r"exclude=\[missing_channel,same_channel,unknown_label\]"):
+        CsvPlates(path, ["a", "b"], ["x"], exclude=words).load()
+    assert len(CsvPlates(path, ["a", "b"], ["x"], exclude=[*words, "same_channel"]).load()) == 6
+    with pytest.raises(DataError, match=r"exclude=\[constant,few_controls\]"):
+        table().need_controls(9, ["constant"])
+
+
+def test_a_well_has_one_spelling(tmp_path):
+    plain = rows()
+    short = plain.assign(well=[f"{w[0].lower()}{int(w[1:]) + 1}" for w in plain["well"]])
+    spelled = table(short).frame["well"]
+    assert spelled[:2].tolist() == ["A01", "A02"]
+    # plates may differ in it, one plate may not
+    mixed = short.assign(well=short["well"].mask(short["source"] == "lab0", spelled))
+    assert table(mixed).frame["well"].equals(spelled)
+    mixed.loc[1, ["well", "site"]] = ["a1", "2"]
+    with pytest.raises(DataError, match=r"plate lab0\|b0\|00 in two ways: A01 and a1"):
+        table(mixed)
+
+
+def test_paths_of_another_machine_find_the_images(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("q.png", "c.png"):
+        (images / name).touch()
+    here = {str(images / "q.png"), str(images / "c.png")}
+    for start, prefixes in (
+        ("/home/someone/plates/", {"/home/someone/plates/": "images/"}),
+        ("D:\\plates\\", {"D:\\plates\\": "images\\"}),
+        ("images\\", {}),
+    ):
+        path = write_csv(tmp_path, path=[start + name for name in rows(1, 1, 1)["path"]])
+        source = CsvPlates(path, ["grey"], prefixes=prefixes)
+        assert {name for names in source.load().paths() for name in names} == here
+        check_images(source.load(), source)
+    source = CsvPlates(write_csv(tmp_path, path="/home/someone/q.png"), ["grey"])
+    with pytest.raises(DataError, match=r"None of the 1 plates.*/home/someone/q.*root.*prefixes"):
+        check_images(source.load(), source)
 
 
 # --- RxRx1 ---------------------------------------------------------------------------------------
@@ -352,3 +478,13 @@ def test_rxrx1_faults_are_named(rxrx1, tmp_path):
     frame.drop(columns="well").to_csv(tmp_path / "metadata.csv", index=False)
     with pytest.raises(DataError, match="'well'"):
         RxRx1Plates(rxrx1).load()
+
+
+def test_raw_rxrx1_is_told_from_that_of_wilds(rxrx1):
+    source = RxRx1Plates(rxrx1)
+    table = source.load()
+    check_images(table, source)
+    for (path,) in table.paths():
+        os.rename(path, path.replace(".png", "_w1.png"))
+    with pytest.raises(DataError, match="as Recursion gives them"):
+        check_images(table, source)

@@ -37,7 +37,7 @@ from fulgurite.datamodules.ice_layers.layer_files import read_mat
 from fulgurite.datamodules.number_probing.corpus import read_documents
 from fulgurite.datamodules.number_probing.tokenizers import FileTokenizer
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
-from fulgurite.foreign import expansion_limit, read_arrays, read_json, reading
+from fulgurite.foreign import expansion_limit, read_arrays, read_csv, read_json, reading
 from fulgurite.hdf5 import NetcdfFile
 from fulgurite.io import load_plain
 from fulgurite.layers.resnet import load_weights
@@ -650,3 +650,10 @@ def test_reading_names_the_file_and_lets_other_errors_pass(tmp_path):
     assert expansion_limit(10**9) == 10**11
     with pytest.raises(ValueError, match="names 'a' twice"):
         read_json(b'{"a": 1, "a": 2}')
+
+
+def test_only_an_empty_cell_of_a_table_is_missing(tmp_path):
+    (tmp_path / "a.csv").write_text("name,count\nNA,1\nNone,\n,nan\n")
+    table = read_csv(tmp_path / "a.csv", dtype=str)
+    assert table["name"].tolist()[:2] == ["NA", "None"]
+    assert table.isna().to_numpy().tolist() == [[False, False], [False, True], [True, False]]
