@@ -28,14 +28,13 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.io import atomic_write
 from fulgurite.logging import TrainingCurves, log_figure
-from fulgurite.models.cs_arm_bn.batchnorm import (
-    Context,
+from fulgurite.models.cs_arm_bn.adaptation import (
     adapt,
     age_references,
-    hold,
     load_statistics,
     stored_statistics,
 )
+from fulgurite.models.cs_arm_bn.batchnorm import Context, hold
 from fulgurite.models.cs_arm_bn.metrics import Predictions, by_domain, confusion
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.plotting import heatmap, new_figure

@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING
 from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from fulgurite.models.cs_arm_bn.adaptation import adapt, load_statistics, stored_statistics
+    from fulgurite.models.cs_arm_bn.batch_statistics import adaptive_weight, merge_groups
     from fulgurite.models.cs_arm_bn.batchnorm import (
         Context,
         ContextBatchNorm1d,
         ContextBatchNorm2d,
-        adapt,
-        adaptive_weight,
         context,
-        convert_batchnorm,
-        load_statistics,
-        merge_groups,
-        revert_batchnorm,
-        stored_statistics,
     )
+    from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, revert_batchnorm
     from fulgurite.models.cs_arm_bn.methods import (
         ARMBN,
         ARMCML,
@@ -57,19 +53,10 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
-    "batchnorm": (
-        "Context",
-        "ContextBatchNorm1d",
-        "ContextBatchNorm2d",
-        "adapt",
-        "adaptive_weight",
-        "context",
-        "convert_batchnorm",
-        "load_statistics",
-        "merge_groups",
-        "revert_batchnorm",
-        "stored_statistics",
-    ),
+    "adaptation": ("adapt", "load_statistics", "stored_statistics"),
+    "batch_statistics": ("adaptive_weight", "merge_groups"),
+    "batchnorm": ("Context", "ContextBatchNorm1d", "ContextBatchNorm2d", "context"),
+    "conversion": ("convert_batchnorm", "revert_batchnorm"),
     "methods": (
         "ARMBN",
         "ARMCML",

@@ -17,14 +17,10 @@ from torch import Tensor, nn
 from fulgurite.base import SystemModule, build_network, check_head, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
-from fulgurite.models.cs_arm_bn.batchnorm import (
-    Context,
-    Reference,
-    context_layers,
-    convert_batchnorm,
-    load_reference,
-    reference_state,
-)
+from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
+from fulgurite.models.cs_arm_bn.batch_statistics import Reference
+from fulgurite.models.cs_arm_bn.batchnorm import Context, context_layers
+from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
 from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores
 from fulgurite.sampling import rank_and_world
@@ -124,6 +120,8 @@ class PlateClassifier(SystemModule):
                 "Nothing says where PlateClassifier's statistics come from.",
                 "Add fulgurite.callbacks.cs_arm_bn.ControlContext to trainer.callbacks.",
             )
+        # these methods make one forward pass, in which a layer learns of one place in the network
+        self.held._passed = set() if self.method.deploys and self.held.record else None
         return self.method.logits(self.network, batch, self.held)
 
     # --- training ------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, FulguriteError
 from fulgurite.layers import resnet
-from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d, checkpointed
+from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d
+from fulgurite.models.cs_arm_bn.checkpointing import checkpointed
 
 __all__ = ["Backbone", "InputNorm", "PooledBottleneck", "ResNet18", "ResNet50", "SmallResNet"]
 
@@ -221,7 +222,8 @@ class Backbone(nn.Module):
 
     Its first convolution is exchanged for one with I channels, which starts from the mean over the
     old channels (so that pretrained weights keep their use), and its last linear layer for one
-    with K outputs.
+    with K outputs. Where several last layers may be heads (a teacher's, auxiliary ones), the
+    function must make them for K classes itself.
 
     Args:
         in_channels: I.
@@ -257,6 +259,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.input_norm = _input_norm(input_norm, in_channels)
+        self.num_classes = num_classes
         self.inner = _made(factory, arguments or {})
         layers = dict(self.inner.named_modules())
         first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
@@ -271,8 +274,29 @@ class Backbone(nn.Module):
         for layer in layers.values():  # transformers compares images with it
             if getattr(layer, "num_channels", None) == before:
                 layer.num_channels = in_channels
-        _exchange(self.inner, last, nn.Linear(layers[last].in_features, num_classes))
-        self._last = last
+        self._last = self._exchange_head(layers, last, factory)
+
+    def _exchange_head(self, layers: dict[str, nn.Module], last: str, factory: str) -> str:
+        """Exchange the only head; of several ones, demand that they fit already."""
+        old = layers[last]
+        assert isinstance(old, nn.Linear)
+        heads = [
+            name
+            for name, layer in layers.items()
+            if isinstance(layer, nn.Linear) and layer.out_features == old.out_features
+        ]
+        if len(heads) == 1:
+            _exchange(self.inner, last, nn.Linear(old.in_features, self.num_classes))
+        elif old.out_features != self.num_classes:
+            raise ConfigError(
+                f"What {factory} makes has {len(heads)} linear layers with {old.out_features} "
+                f"outputs, which may all be heads: {', '.join(heads[:5])}.",
+                f"Let it make them for the {self.num_classes} classes itself, by its own argument "
+                "in model.init_args.network.init_args.arguments: num_labels of transformers, "
+                "num_classes of timm and torchvision (whose auxiliary heads are left out by "
+                "aux_logits: false).",
+            )
+        return last
 
     @property
     def head(self) -> nn.Linear:
@@ -289,7 +313,16 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of all rows."""
         out = self.inner(self.input_norm(x))
-        return out if isinstance(out, Tensor) else out.logits
+        logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape != (len(x), self.num_classes):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
+            raise ConfigError(
+                f"{type(self.inner).__name__} gives {shape} for {len(x)} images and "
+                f"{self.num_classes} classes.",
+                "Set model.init_args.network.init_args.factory to an image classifier whose last "
+                "linear layer gives the logits.",
+            )
+        return logits
 
 
 def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
@@ -303,10 +336,14 @@ def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
         ) from error
     try:
         network = function(**arguments)
-    except (TypeError, ValueError) as error:
+    except FulguriteError:
+        raise
+    except Exception as error:  # libraries and their clients of the network raise nearly any
+        what = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"{factory} does not take {arguments} ({error}).",
-            "Mend model.init_args.network.init_args.arguments.",
+            f"{factory} cannot make a network from {arguments} ({what}).",
+            "Mend model.init_args.network.init_args.arguments: names must exist, and weights that "
+            "are not on this machine need a connection.",
         ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(

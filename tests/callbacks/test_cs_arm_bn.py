@@ -32,7 +32,8 @@ from fulgurite.models.cs_arm_bn import (
     PlateClassifier,
     SmallResNet,
 )
-from fulgurite.models.cs_arm_bn.batchnorm import context_layers, reference_state
+from fulgurite.models.cs_arm_bn.adaptation import reference_state
+from fulgurite.models.cs_arm_bn.batchnorm import context_layers
 from fulgurite.testing.survival import start_forked
 
 L, N, K = 8, 6, 4

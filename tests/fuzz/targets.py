@@ -431,7 +431,7 @@ def _checkpoints():
 
     from fulgurite.layers.resnet import load_weights
     from fulgurite.models.cs_arm_bn import convert_batchnorm
-    from fulgurite.models.cs_arm_bn.batchnorm import load_reference
+    from fulgurite.models.cs_arm_bn.adaptation import load_reference
     from fulgurite.models.cs_arm_bn.module import _load_network
 
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))

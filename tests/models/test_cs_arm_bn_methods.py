@@ -332,7 +332,7 @@ def test_exchanged_layers_keep_what_they_can():
     [
         ("no_such_library.create_model", {}, "cannot be found"),
         ("fulgurite.layers.ResNet19", {}, "cannot be found"),
-        ("fulgurite.layers.ResNet18", {"channels": 3}, "does not take"),
+        ("fulgurite.layers.ResNet18", {"channels": 3}, "cannot make a network"),
         ("torch.nn.Linear", {"in_features": 1, "out_features": 1}, "no Conv2d layer"),
         ("torch.zeros", {"size": [1]}, "makes a Tensor"),
     ],
@@ -340,6 +340,53 @@ def test_exchanged_layers_keep_what_they_can():
 def test_what_is_no_network_of_another_library_is_refused(factory, arguments, says):
     with pytest.raises(ConfigError, match=says):
         Backbone(5, 8, factory, arguments)
+
+
+class TwoHeads(nn.Module):
+    """Its logits are the mean of two heads, as those of a distilled network."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head, self.teacher = nn.Linear(4, classes), nn.Linear(4, classes)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x)).mean((2, 3))
+        return (self.head(x) + self.teacher(x)) / 2
+
+
+def test_of_several_heads_all_must_fit():
+    factory = f"{__name__}.TwoHeads"
+    with pytest.raises(ConfigError, match=r"2 linear layers with 10 outputs.*head, teacher"):
+        Backbone(5, K, factory)
+    network = Backbone(5, K, factory, {"classes": K})
+    assert network(torch.randn(6, 5, 8, 8)).shape == (6, K)
+
+
+class Unreachable(nn.Module):
+    def __init__(self):
+        raise OSError("We could not connect\nto the hub")
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.fc(self.conv(x).mean((2, 3)))
+        return y, y
+
+
+def test_unreachable_weights_are_one_line():
+    with pytest.raises(ConfigError, match="We could not connect to the hub") as caught:
+        Backbone(5, K, f"{__name__}.Unreachable")
+    assert "\n" not in caught.value.what
+
+
+def test_outputs_that_are_no_logits_are_refused():
+    with pytest.raises(ConfigError, match="gives tuple for 6 images and 4 classes"):
+        Backbone(5, 4, f"{__name__}.TwoOutputs")(torch.randn(6, 5, 8, 8))
 
 
 # --- the module -----------------------------------------------------------------------------------

@@ -1,0 +1,287 @@
+"""Statistics of single plates: taken, written out and read again; and what training plates teach.
+
+Axes: L queries, N controls, C channels, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.errors import CheckpointError, DataError
+from fulgurite.models.cs_arm_bn.batch_statistics import Reference, join_groups, merge_groups
+from fulgurite.models.cs_arm_bn.batchnorm import (
+    Context,
+    ContextLayer,
+    Reached,
+    context_layers,
+    hold,
+)
+
+__all__ = [
+    "adapt",
+    "age_references",
+    "load_reference",
+    "load_statistics",
+    "reference_state",
+    "stored_statistics",
+]
+
+
+@torch.no_grad()
+def adapt(
+    model: nn.Module,
+    controls: Sequence[Tensor],
+    domain: Hashable,
+    *,
+    queries: Sequence[Tensor] = (),
+    weight: float | Literal["adaptive"] | None = None,
+) -> dict[str, Tensor]:
+    """Store a plate's statistics at every layer, exactly, in the memory of one chunk.
+
+    Statistics of a layer depend on those of all layers before it, and the variance of a plate is
+    more than the mean of its chunks' variances. So with several chunks, layers are finished one
+    after the other, each from a pass over all chunks that ends at it. With one chunk of each kind
+    a single forward pass does.
+
+    The network is in evaluation mode meanwhile, so that dropout plays no part. After an error, what
+    was stored before is as it was.
+
+    Args:
+        model: A converted network.
+        controls: Chunks of control images, such as ``[images]`` or ``images.split(64)``. Shapes:
+            (N_i, C, H, W).
+        domain: Name under which ``context(model, "stored", domain=...)`` finds them.
+        queries: Chunks of query images, if they are to take part.
+        weight: Of the queries; None is the count weight.
+
+    Returns:
+        The statistics, see :func:`stored_statistics`.
+
+    Raises:
+        DataError: There are no images, they are no chunks of one shape, or their statistics are
+            not finite.
+        ConfigError: A BatchNorm is used twice in one forward pass.
+
+    Example:
+        >>> net = convert_batchnorm(nn.Sequential(nn.BatchNorm2d(1)))
+        >>> images = torch.arange(6.0).view(6, 1, 1, 1)
+        >>> adapt(net, images.split(4), "plate 1")
+        {'0.mean': tensor([2.5000]), '0.var': tensor([2.9167])}
+
+    Source: card sections 1.4, 1.7.2 and 6.1 (chunked adapt).
+    """
+    chunks = _checked_chunks("query", queries) + _checked_chunks("control", controls)
+    if not chunks:
+        raise DataError(
+            f"There are no images to adapt to for the domain {domain!r}.",
+            "Give its control images.",
+        )
+    if len(shapes := {tuple(x.shape[1:]) for _, x in chunks}) > 1:
+        raise DataError(
+            f"The images to adapt to have several shapes: {', '.join(map(str, sorted(shapes)))}.",
+            "Give images of one size.",
+        )
+    layers = context_layers(model)
+    earlier = {name: layer.stored.pop(domain, None) for name, layer in layers.items()}
+    n_query = sum(len(x) for kind, x in chunks if kind == "query")
+    setting = Context("union", n_query, weight, domain)
+    try:
+        with _evaluating(model):
+            if len({kind for kind, _ in chunks}) == len(chunks):
+                _adapt_at_once(model, torch.cat([x for _, x in chunks]), setting)
+            else:
+                _adapt_by_layer(model, chunks, setting)
+        _check_finite(layers, domain)
+    except BaseException:
+        for name, layer in layers.items():
+            layer._collected = []
+            layer.stored.pop(domain, None)
+            if (statistics := earlier[name]) is not None:
+                layer.stored[domain] = statistics
+        raise
+    return stored_statistics(model, domain)
+
+
+def _checked_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[str, Tensor]]:
+    """Chunks that are not empty, with what they are.
+
+    Raises:
+        DataError: They are one tensor, or none.
+    """
+    if isinstance(chunks, Tensor):
+        raise DataError(
+            f"The {kind} images are one tensor of shape {tuple(chunks.shape)}, not a sequence of "
+            "chunks.",
+            "Give [images], or images.split(64) to save memory.",
+        )
+    for x in chunks:
+        if not isinstance(x, Tensor) or x.ndim < 2:
+            what = f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise DataError(
+                f"A chunk of {kind} images is no batch of a network ({what}).",
+                "Give tensors of shape (N, C, H, W), or (N, C) for feature vectors.",
+            )
+    return [(kind, x) for x in chunks if len(x)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode until the block ends; each module then has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _adapt_at_once(model: nn.Module, images: Tensor, setting: Context) -> None:
+    setting._store, setting._passed = True, set()
+    with hold(model, setting):
+        model(images)
+
+
+def _adapt_by_layer(
+    model: nn.Module, chunks: Sequence[tuple[str, Tensor]], setting: Context
+) -> None:
+    """Finish one layer after the other, each from a pass over all chunks that ends at it."""
+    passes = Context("stored", domain=setting.domain)
+    with hold(model, passes):
+        while True:
+            reached = None
+            for kind, x in chunks:
+                passes._collect, passes._passed = kind, set()
+                try:
+                    model(x)
+                except Reached as stop:
+                    reached = stop.layer
+            if reached is None:
+                return
+            _finish(reached, setting)
+
+
+def _check_finite(layers: Mapping[str, ContextLayer], domain: Hashable) -> None:
+    for name, layer in layers.items():
+        if domain in layer.stored and not all(v.isfinite().all() for v in layer.stored[domain]):
+            raise DataError(
+                f"The statistics of the domain {domain!r} at {name or 'the layer'} are not finite.",
+                "Leave out images with NaN or infinite pixels, and use --trainer.precision=32-true "
+                "or bf16-mixed if the activations are too large for half precision.",
+            )
+
+
+def _finish(layer: ContextLayer, setting: Context) -> None:
+    """Statistics of a layer from those of all chunks."""
+    groups = {
+        kind: join_groups([g for k, g in layer._collected if k == kind])
+        for kind in ("query", "control")
+        if any(k == kind for k, _ in layer._collected)
+    }
+    layer._collected = []
+    query, control = groups.get("query"), groups.get("control")
+    if setting.weight == "adaptive":
+        layer.store_statistics(setting.domain, *layer._adaptive(query, control, setting))
+    elif query is None or control is None:
+        (group,) = groups.values()
+        layer.store_statistics(setting.domain, group.mean, group.var)
+    else:
+        count = query.images / (query.images + control.images)
+        weight = count if setting.weight is None else setting.weight
+        merged = merge_groups((query.mean, query.var), (control.mean, control.var), weight)
+        layer.store_statistics(setting.domain, *merged)
+
+
+def stored_statistics(model: nn.Module, domain: Hashable) -> dict[str, Tensor]:
+    """A plate's statistics as plain tensors: ``<layer>.mean`` and ``<layer>.var``.
+
+    Raises:
+        DataError: There are none of this plate.
+    """
+    found = {}
+    for name, layer in context_layers(model).items():
+        if domain not in layer.stored:
+            continue  # a layer that the forward pass does not use
+        for part, value in zip(("mean", "var"), layer.stored[domain], strict=True):
+            found[f"{name}.{part}".lstrip(".")] = value
+    if not found:
+        raise DataError(
+            f"There are no stored statistics of the domain {domain!r}.",
+            "Adapt to its controls first.",
+        )
+    return found
+
+
+def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Tensor]) -> None:
+    """Take up what :func:`stored_statistics` gave.
+
+    Raises:
+        CheckpointError: It is of another network.
+    """
+    layers = context_layers(model)
+    names = {key.rpartition(".")[0] for key in tensors}
+    fits = names <= layers.keys() and all(
+        (found := tensors.get(f"{name}.{part}".lstrip("."))) is not None
+        and found.shape == (layers[name].num_features,)
+        for name in names
+        for part in ("mean", "var")
+    )
+    if not fits:
+        raise CheckpointError(
+            f"The statistics of the domain {domain!r} are of another network.",
+            "Adapt again with this one.",
+        )
+    for name in names:
+        mean, var = (tensors[f"{name}.{part}".lstrip(".")] for part in ("mean", "var"))
+        layers[name].stored[domain] = mean, var
+
+
+def reference_state(model: nn.Module) -> dict[str, list[Tensor]]:
+    """What training plates taught each layer, as plain tensors."""
+    return {
+        name: layer.reference.state()
+        for name, layer in model.named_modules()
+        if isinstance(layer, ContextLayer) and layer.reference is not None
+    }
+
+
+def age_references(model: nn.Module) -> None:
+    """Let what earlier weights taught each layer count no more than two plates from now on."""
+    for layer in model.modules():
+        if isinstance(layer, ContextLayer) and layer.reference is not None:
+            layer.reference = layer.reference._replace(seen=min(layer.reference.seen, 2.0))
+
+
+def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> None:
+    """Take up what :func:`reference_state` gave.
+
+    Raises:
+        CheckpointError: It is of another network.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            "The checkpoint's reference of the layers is none.", "Use a checkpoint of the run."
+        )
+    for name, values in state.items():
+        if name not in layers or not _is_reference(values, layers[name].num_features):
+            raise CheckpointError(
+                f"The checkpoint's reference of layer {name} does not fit the network.",
+                "Use the network of the run.",
+            )
+        layers[name].reference = Reference(float(values[0]), float(values[1]), *values[2:])
+
+
+def _is_reference(values: object, features: int) -> bool:
+    """Whether values are what :func:`reference_state` gives of a layer."""
+    if not isinstance(values, list | tuple) or len(values) != len(Reference._fields):
+        return False
+    return all(isinstance(value, Tensor) for value in values) and all(
+        value.numel() == 1 if place < 2 else value.shape == (features,)
+        for place, value in enumerate(values)
+    )
