@@ -97,7 +97,7 @@ def start(workdir):
 
 @pytest.fixture(scope="session")
 def train_once(tmp_path_factory):
-    """Run a command in a new folder with a cache of its own, and return the folder.
+    """Run a command in a new folder with a cache of its own; gives its CLI and the folder.
 
     For fixtures of a module, whose tests share a training.
     """
@@ -108,8 +108,8 @@ def train_once(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("FULGURITE_CACHE", str(folder / "cache"))
-            run([*argv, *QUIET])
-        return folder
+            cli = run([*argv, *QUIET])
+        return cli, folder
 
     return call
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fulgurite.callbacks.fedsir import FederatedRounds
@@ -92,9 +92,16 @@ def final(fit, weights):
 
 
 @pytest.fixture(scope="module")
-def default_run(train_once):
-    """The folder of a smoke run without further options."""
-    return train_once("fit", "--config", "fedsir/smoke.yaml", "--run.dir=run") / "run"
+def trained(train_once):
+    """The CLI and the folder of a smoke run without further options."""
+    cli, folder = train_once("fit", "--config", "fedsir/smoke.yaml", "--run.dir=run")
+    return cli, folder / "run"
+
+
+@pytest.fixture
+def default_run(trained):
+    """The folder of that run."""
+    return trained[1]
 
 
 @pytest.fixture
@@ -109,8 +116,8 @@ def test_same_seed_same_weights_and_another_seed_others(default, final):
     assert not equal(one, final("three", "--seed_everything=1"))
 
 
-def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(fit):
-    cli = fit("--run.dir=run")
+def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(trained):
+    cli, folder = trained
     data, rounds = cli.datamodule, cli.trainer.callbacks[0]
     for callback in cli.trainer.callbacks:
         if isinstance(callback, FederatedRounds):
@@ -123,19 +130,19 @@ def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(fit):
         assert touched == (not bool(method.clean[client]))
     before, after = rounds.history[0]["noise"], rounds.history[-1]["noise"]
     assert sum(after) < 0.8 * sum(before)
-    with open("run/metrics.csv") as file:
+    with open(folder / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["fed/bytes_total"]]
     # 4 rounds: every client sends and receives a model, and Stage I sends more on top
     model = rounds.fed.state_bytes
     assert float(rows[1]["fed/bytes_round"]) == 2 * 4 * model
     assert float(rows[0]["fed/bytes_total"]) > 3 * 4 * model
-    assert {"clients.png", "rounds.png", "similarities.png"} <= set(os.listdir("run/figures"))
+    assert {"clients.png", "rounds.png", "similarities.png"} <= set(os.listdir(folder / "figures"))
 
 
-def test_truth_is_out_of_reach_of_the_method(fit, final, monkeypatch):
+def test_truth_is_out_of_reach_of_the_method(trained, final, monkeypatch):
     from fulgurite.datamodules.fedsir import FederatedDataModule
 
-    cli = fit("--run.dir=seen")
+    cli, folder = trained
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
     true = cli.datamodule.evaluation.true
     for name in vars(rounds.fed.data):
@@ -151,7 +158,7 @@ def test_truth_is_out_of_reach_of_the_method(fit, final, monkeypatch):
 
     monkeypatch.setattr(FederatedDataModule, "setup", blind)
     blinded = final("blind")
-    seen = torch.load(f"seen/{LAST}", weights_only=True)["state_dict"]
+    seen = torch.load(folder / LAST, weights_only=True)["state_dict"]
     assert all(torch.equal(seen[k], v) for k, v in blinded.items())
 
 
@@ -170,21 +177,35 @@ def test_switches_change_the_weights(default, final, options):
         assert not equal(default, changed), option
 
 
-@pytest.mark.parametrize(
-    ("clients", "share", "each"), [(4, 0.5, 2), (5, 0.5, 3), (10, 0.25, 3), (3, 0.1, 1)]
-)
-def test_participation_samples_clients_by_round(fit, clients, share, each):
+def test_participation_samples_clients_by_round(fit):
     cli = fit(
         "--trainer.callbacks=fulgurite.callbacks.fedsir.FederatedRounds",
-        f"--trainer.callbacks.participation={share}",
+        "--trainer.callbacks.participation=0.5",
         f"--model.init_args.method={METHODS}.FedAvg",
-        f"--data.init_args.clients={clients}",
+        "--data.init_args.clients=5",
         "--trainer.max_epochs=5",
     )
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
-    chosen = [tuple(r["clients"]) for r in rounds.history]
-    assert all(len(c) == each for c in chosen)
-    assert len(set(chosen)) > 1
+    sampled = [tuple(r["clients"]) for r in rounds.history]
+    assert sampled == [tuple(rounds._sample(r)) for r in range(5)]
+    assert len(set(sampled)) > 1
+
+
+@given(st.integers(1, 60), st.floats(0.01, 1.0), st.integers(0, 10**6))
+@example(4, 0.5, 0)
+@example(5, 0.5, 0)
+@example(10, 0.25, 0)
+@example(3, 0.1, 0)
+def test_a_share_of_the_clients_participates_but_at_least_one(clients, share, seed):
+    rounds = FederatedRounds(participation=share)
+    rounds.fed = SimpleNamespace(seed=seed, num_clients=clients)
+    sampled = [rounds._sample(r) for r in range(3)]
+    for one in sampled:
+        assert one == sorted(set(one))
+        assert set(one) <= set(range(clients))
+        assert len(one) >= 1
+        assert abs(len(one) - share * clients) <= 0.5 or len(one) == 1
+    assert sampled == [rounds._sample(r) for r in range(3)]
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True), st.integers(0, 50))
@@ -220,16 +241,17 @@ def test_a_server_optimizer_sees_the_aggregate_as_a_gradient(fit):
         assert not torch.allclose(b, c, atol=1e-3)
 
 
-def test_two_ranks_give_the_weights_of_one(default_run, start, weights):
-    _same_under(default_run, start, weights, 2)
+def test_two_ranks_give_the_weights_of_one(default_run, run_two, weights):
+    run_two(
+        "fit", "--config", "fedsir/smoke.yaml", "--run.dir=ranks",
+        strategy="--trainer.strategy=federated",
+    )  # fmt: skip
+    assert_equal_runs(default_run, weights)
 
 
 @pytest.mark.slow
-def test_three_ranks_give_the_weights_of_one(default_run, start, weights):
-    _same_under(default_run, start, weights, 3)
-
-
-def _same_under(alone_run, start, weights, ranks):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_the_launcher_starts_give_the_weights_of_one(default_run, start, weights, ranks):
     process = start(
         "fit", "--config", "fedsir/smoke.yaml", "--run.dir=ranks", "--trainer.strategy=federated",
         "--trainer.accelerator=cpu", f"--trainer.devices={ranks}",
@@ -237,6 +259,11 @@ def _same_under(alone_run, start, weights, ranks):
     )  # fmt: skip
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
+    assert_equal_runs(default_run, weights)
+
+
+def assert_equal_runs(alone_run, weights):
+    """Check that the run ``ranks`` has the weights and metrics of one process."""
     assert equal(weights(alone_run / LAST), weights(f"ranks/{LAST}"))
     with open(alone_run / "summary.json") as one, open("ranks/summary.json") as many:
         one, many = json.load(one), json.load(many)

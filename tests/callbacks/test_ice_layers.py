@@ -29,7 +29,8 @@ NET = ["--model.init_args.network.init_args.width=8", "--trainer.max_epochs=1"]
 @pytest.fixture(scope="module")
 def fitted(train_once):
     """A folder with a run that was fitted once for all, and the cache of its data."""
-    return train_once("fit", "--config", SMOKE, "--run.dir=run", *SMALL, *NET)
+    _, folder = train_once("fit", "--config", SMOKE, "--run.dir=run", *SMALL, *NET)
+    return folder
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def rows(run):
 @pytest.fixture(scope="module")
 def trained(train_once):
     """A folder in which one epoch was trained, and a copy of it for each test."""
-    return train_once("fit", *SMOKE) / "runs"
+    _, folder = train_once("fit", *SMOKE)
+    return folder / "runs"
 
 
 @pytest.fixture
