@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.logging import log_figure
 from fulgurite.models.fedsir.federation import (
     ClientStates,
+    Costs,
     Federation,
     VisibleData,
     keyed_generator,
@@ -30,6 +32,7 @@ from fulgurite.models.fedsir.federation import (
 from fulgurite.models.fedsir.methods import FederatedMethod
 from fulgurite.models.fedsir.module import FederatedClassifier
 from fulgurite.plotting import heatmap, new_figure, use_integer_ticks
+from fulgurite.resuming import ENDED
 from fulgurite.strategies import FederatedStrategy
 
 __all__ = ["FederatedRounds"]
@@ -77,6 +80,8 @@ class FederatedRounds(Callback):
         self._states: ClientStates = {}
         self._clients: list[int] = []
         self._groups: list[list[int]] = []
+        self._upcoming = 0  # client-epochs of the next round
+        self._ended = False  # by the budget of client-epochs
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -117,6 +122,23 @@ class FederatedRounds(Callback):
 
     def _per_round(self, clients: int) -> int:
         return max(1, int(self.participation * clients + 0.5))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a resumed training that has spent its budget before it trains one more round.
+
+        Raises:
+            CheckpointError: The checkpoint does not say what was spent.
+        """
+        if self._resumed is None:
+            return
+        if "costs" not in self._resumed:
+            raise CheckpointError(
+                "The checkpoint is of an earlier version, which did not count client-epochs.",
+                "Train anew, or go on with the version that wrote it.",
+            )
+        spent = int(self._resumed["costs"]["client_epochs"])
+        if _exceeds(spent + int(self._resumed["upcoming"]), pl_module):
+            trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the federation; identify clients unless a checkpoint says who is clean."""
@@ -161,20 +183,63 @@ class FederatedRounds(Callback):
                 )
             self._data.labels.load_state_dict(self._resumed["labels"])
             self.method.load_state_dict(_to(self._resumed["method"], self.fed.device))
-            self.fed.traffic.up, self.fed.traffic.down = self._resumed["traffic"]
+            self.fed.costs = Costs(**self._resumed["costs"])
+            self.fed.receivers = set(self._resumed["receivers"])
             self.history = self._resumed["history"]
             self._resumed = None
             return
+        self._check_budget(trainer, pl_module)
         # ranks that were not seeded alike would start from different weights
         self.fed.global_state = self.fed.share(self.fed.global_state)
         self.fed.state.write(self.fed.global_state)
         with self._progress(trainer):
             self.method.before_rounds(self.fed)
         self.fed.state.write(self.fed.global_state)
+        self._upcoming = self._next_client_epochs()
+        if _exceeds(self.fed.costs.client_epochs + self._upcoming, pl_module):
+            raise ConfigError(
+                f"model.init_args.max_client_epochs={pl_module.max_client_epochs} does not "
+                f"suffice for the first round: {self.fed.costs.client_epochs} client-epochs were "
+                f"spent before it, and it needs {self._upcoming}.",
+                "Give more, or fewer epochs of identification.",
+            )
         self._save_start(trainer)
         facts = self._identification()
         if facts:
             rank_zero_info("identification: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items()))
+
+    def _check_budget(self, trainer: Trainer, module: FederatedClassifier) -> None:
+        """Refuse a budget that does not suffice, or that the trainer is told to exceed.
+
+        Raises:
+            ConfigError: It is one of these.
+        """
+        limit = module.max_client_epochs
+        if limit is None:
+            return
+        if trainer.min_epochs or trainer.min_steps:
+            raise ConfigError(
+                "model.init_args.max_client_epochs cannot be kept with trainer.min_epochs or "
+                "trainer.min_steps.",
+                "Leave those out.",
+            )
+        before = self.fed.num_clients * self.method.local_rounds()
+        if before + self.fed.local_epochs > limit:
+            raise ConfigError(
+                f"model.init_args.max_client_epochs={limit} does not suffice: {before} "
+                "client-epochs are spent before the first round.",
+                f"Give {before + self.fed.num_clients * self.fed.local_epochs} or more, or fewer "
+                "epochs of identification.",
+            )
+
+    def _next_client_epochs(self) -> int:
+        """Client-epochs of the next round; at most so many if it identifies clients anew."""
+        fed, round = self.fed, self.fed_round
+        before = self.method.client_epochs_before(fed, round)
+        clients = self._sample(round)
+        if not before:
+            clients = self._reporting(self.method.participants(fed, round, clients), round)
+        return before + len(clients) * fed.local_epochs
 
     def _save_start(self, trainer: Trainer) -> None:
         """Save what happened before round 0, so that a kill during it loses nothing either."""
@@ -218,6 +283,7 @@ class FederatedRounds(Callback):
             self._noise_before = self._mean_noise(before)
         sampled = self._sample(round)
         self._clients = self._reporting(self.method.participants(self.fed, round, sampled), round)
+        self.fed.send_global(self._clients)
         own = self.fed.own(self._clients)
         size = max(1, self.fed.vectorize)
         if size > 1:  # clients of a group that end together waste no passes
@@ -258,8 +324,10 @@ class FederatedRounds(Callback):
         weights = self.method.weights(self.fed, round, self._clients, self._states)
         self._weights = weights
         aggregate = self.fed.average(self._states, weights)
-        self.fed.traffic.up += len(self._clients) * self.fed.state_bytes
-        self.fed.traffic.down += len(self._clients) * self.fed.state_bytes
+        costs = self.fed.costs
+        costs.rounds += 1
+        costs.client_epochs += len(self._clients) * self.fed.local_epochs
+        costs.bytes_up += len(self._clients) * self.fed.state_bytes
         return aggregate
 
     @property
@@ -286,12 +354,8 @@ class FederatedRounds(Callback):
         logged = {
             "train/loss": float(losses.mean()),
             "fed/clients": float(len(self._clients)),
-            "fed/local_epochs": float(self.method.local_rounds() + (round + 1) * fed.local_epochs),
-            "fed/bytes_total": float(fed.traffic.up + fed.traffic.down),
-            "fed/bytes_round": float(fed.traffic.up + fed.traffic.down)
-            - (self.history[-1]["bytes"] if self.history else 0.0),
         }
-        record["bytes"] = logged["fed/bytes_total"]
+        logged |= {f"cost/{name}": float(value) for name, value in asdict(fed.costs).items()}
         logged |= {f"fed/{name}": value for name, value in self.method.report().items()}
         logged |= {f"identify/{k}": v for k, v in self._identification().items()}
         logged |= {f"fed/label_noise{k}": v for k, v in (self._mean_noise(noise) or {}).items()}
@@ -302,6 +366,15 @@ class FederatedRounds(Callback):
         record |= {k: v for k, v in logged.items() if k in ("train/loss", "fed/label_noise")}
         self.history.append(record)
         self._states = {}
+        assert isinstance(pl_module, FederatedClassifier)
+        self._upcoming = self._next_client_epochs()
+        self._ended = _exceeds(fed.costs.client_epochs + self._upcoming, pl_module)
+        if self._ended:
+            rank_zero_info(
+                f"{fed.costs.client_epochs} of {pl_module.max_client_epochs} client-epochs are "
+                f"spent after {len(self.history)} rounds, and a further round would exceed them."
+            )
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the accuracy of the round's global model for the figure."""
@@ -360,7 +433,10 @@ class FederatedRounds(Callback):
             "seed": self.fed.seed,
             "labels": self._data.labels.state_dict(),
             "method": _to(self.method.state_dict(), torch.device("cpu")),
-            "traffic": [self.fed.traffic.up, self.fed.traffic.down],
+            "costs": asdict(self.fed.costs),
+            "receivers": sorted(self.fed.receivers),
+            "upcoming": self._upcoming,
+            ENDED: self._ended,
             "history": list(self.history),
         }
 
@@ -432,6 +508,12 @@ class FederatedRounds(Callback):
                 title=f"{name} client {client}: mean off the diagonal {scores[client]:.2f}",
             )  # fmt: skip
         log_figure(trainer, "similarities", figure)
+
+
+def _exceeds(client_epochs: int, module: LightningModule) -> bool:
+    """Whether a number of client-epochs is above the budget of the module, if it has one."""
+    limit = getattr(module, "max_client_epochs", None)
+    return limit is not None and client_epochs > limit
 
 
 def _refuse_weight_schedules(trainer: Trainer) -> None:

@@ -31,6 +31,7 @@ from fulgurite.sampling import rank_and_world
 
 __all__ = [
     "ClientStates",
+    "Costs",
     "FederatedData",
     "Federation",
     "FlatState",
@@ -273,11 +274,21 @@ def mini_batches(samples: int, size: int, generator: torch.Generator) -> tuple[T
 
 
 @dataclass
-class Traffic:
-    """Bytes that a deployment would send, by direction; the simulation itself sends fewer."""
+class Costs:
+    """What a deployment would spend; the simulation itself sends fewer bytes.
 
-    up: int = 0
-    down: int = 0
+    Attributes:
+        rounds: Rounds of aggregation.
+        client_epochs: Local epochs, summed over the clients that train them; those before round 0
+            count too.
+        bytes_up: Bytes that clients send.
+        bytes_down: Bytes that clients receive.
+    """
+
+    rounds: int = 0
+    client_epochs: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 @dataclass
@@ -310,17 +321,18 @@ class Federation:
     resident: bool = True
     vectorize: int = 0
     on_step: Callable[[], None] = lambda: None
-    traffic: Traffic = field(default_factory=Traffic)
+    costs: Costs = field(default_factory=Costs)
 
     def __post_init__(self) -> None:
         self.state = FlatState(self.network)
+        self.receivers: set[int] = set()  # clients that have the current global model
+        self._global_state = self.state.read()
         self.num_clients = self.data.num_clients
         self.num_classes = self.data.num_classes
         self.labels = self.data.labels
         self.index = [self.data.client_index(k) for k in range(self.num_clients)]
         self.sizes = torch.tensor([len(i) for i in self.index])
         self.device = next(self.network.parameters()).device
-        self.global_state = self.state.read()
         self.loss_sum = torch.zeros(self.num_clients, device=self.device)
         self._teacher: nn.Module | None = None
 
@@ -342,9 +354,26 @@ class Federation:
         return torch.stack([labels[i].bincount(minlength=self.num_classes) for i in self.index])
 
     @property
+    def global_state(self) -> Tensor:
+        """The global model. Shape: (P,)."""
+        return self._global_state
+
+    @global_state.setter
+    def global_state(self, state: Tensor) -> None:
+        if not torch.equal(state, self._global_state):
+            self.receivers.clear()  # what clients have is not the global model any more
+        self._global_state = state
+
+    @property
     def state_bytes(self) -> int:
         """Size of one model on the wire [bytes]."""
         return self.state.size * int(self.global_state.element_size())
+
+    def send_global(self, clients: Sequence[int]) -> None:
+        """Count the global model as sent to those clients that do not have it yet."""
+        missing = set(clients) - self.receivers
+        self.costs.bytes_down += len(missing) * self.state_bytes
+        self.receivers |= missing
 
     # --- local training ------------------------------------------------------------------------
 
@@ -371,6 +400,7 @@ class Federation:
         Returns:
             Flat states after training, of this rank's clients.
         """
+        self.costs.client_epochs += len(clients) * (self.local_epochs if epochs is None else epochs)
         return self.train_own(
             self.own(clients),
             objective,
@@ -390,7 +420,10 @@ class Federation:
         epochs: int | None = None,
         optimizer: OptimizerFactory | None = None,
     ) -> ClientStates:
-        """As :meth:`train`, for clients that are this rank's already."""
+        """As :meth:`train`, for clients that are this rank's already; their epochs are not counted.
+
+        (A rank does not know how many clients the others train.)
+        """
         start = self.global_state if start is None else start
         epochs = self.local_epochs if epochs is None else epochs
         make = optimizer or self.optimizer

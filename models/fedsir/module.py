@@ -59,6 +59,9 @@ class FederatedClassifier(SystemModule):
             (FedOpt). By default the aggregate is taken as it is.
         batch_size: Of local training.
         local_epochs: Local epochs in a round.
+        max_client_epochs: Training ends before a round in which the local epochs of all clients
+            together, identification included, would exceed this number; ``trainer.max_epochs``
+            holds as well. No limit by default.
         vectorize: Train so many clients of a rank in one pass where the method's loss allows;
             0 trains one after the other.
         resident: Keep a client's images on the device while it trains.
@@ -86,6 +89,7 @@ class FederatedClassifier(SystemModule):
         vectorize: int = 0,
         resident: bool = True,
         compile: bool = False,
+        max_client_epochs: int | None = None,
         num_classes: int = 10,
         in_channels: int = 1,
     ) -> None:
@@ -94,10 +98,11 @@ class FederatedClassifier(SystemModule):
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("local_epochs", local_epochs, 1),
+            ("max_client_epochs", max_client_epochs, 1),
             ("num_classes", num_classes, 2),
             ("in_channels", in_channels, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(
                     f"model.init_args.{name}={value} is too small.", f"Give {least} or more."
                 )
@@ -117,6 +122,7 @@ class FederatedClassifier(SystemModule):
         self.method = method or FedAvg()
         self.batch_size, self.local_epochs = batch_size, local_epochs
         self.vectorize, self.resident = vectorize, resident
+        self.max_client_epochs = max_client_epochs
         self.slot_trainer: SlotTrainer | None = None
         metrics = MetricCollection(
             {

@@ -51,6 +51,7 @@ from fulgurite.errors import (
 from fulgurite.io import atomic_write, checksum, load_plain
 from fulgurite.records import remove_objects
 from fulgurite.resuming import (
+    ENDED,
     MetricsLogger,
     RunTrainer,
     TrainingState,
@@ -356,7 +357,8 @@ class FulguriteCLI(LightningCLI):
         done = int(loop["epoch_progress"]["current"]["processed"])
         callbacks = stored.get("callbacks") or {}
         stops = [state for name, state in callbacks.items() if name.startswith("EarlyStopping")]
-        if any(map(has_stopped, stops)):
+        ended = any(isinstance(s, Mapping) and s.get(ENDED) is True for s in callbacks.values())
+        if ended or any(map(has_stopped, stops)):
             return True
         in_epochs = epochs is not None and epochs >= 0 and done >= epochs
         in_steps = steps is not None and steps >= 0 and int(stored.get("global_step", 0)) >= steps

@@ -24,7 +24,7 @@ from fulgurite.io import atomic_write
 from fulgurite.sampling import forget_training_data, restart_training_data
 
 __all__ = [
-    "MASK", "MetricsLogger", "RunTrainer", "TrainingState", "has_stopped", "masked",
+    "ENDED", "MASK", "MetricsLogger", "RunTrainer", "TrainingState", "has_stopped", "masked",
     "masked_arguments",
 ]  # fmt: skip
 
@@ -142,6 +142,9 @@ def metrics_logger(trainer: Trainer) -> MetricsLogger | None:
 # --- state --------------------------------------------------------------------------------------
 
 _KEY = "fulgurite"
+
+ENDED = "ended_training"
+"""Key of a callback's state that is true where the callback has ended the training."""
 
 
 def has_stopped(state: Mapping[str, Any]) -> bool:

@@ -131,12 +131,92 @@ def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(trained):
     before, after = rounds.history[0]["noise"], rounds.history[-1]["noise"]
     assert sum(after) < 0.8 * sum(before)
     with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["fed/bytes_total"]]
-    # 4 rounds: every client sends and receives a model, and Stage I sends more on top
-    model = rounds.fed.state_bytes
-    assert float(rows[1]["fed/bytes_round"]) == 2 * 4 * model
-    assert float(rows[0]["fed/bytes_total"]) > 3 * 4 * model
+        rows = [row for row in csv.DictReader(file) if row["cost/rounds"]]
+    _check_costs(rows, rounds)
     assert {"clients.png", "rounds.png", "similarities.png"} <= set(os.listdir(folder / "figures"))
+
+
+def _check_costs(rows, rounds):
+    """Of FedSIR on 4 clients: Stage I, a relabeling before round 2, and 4 rounds."""
+    fed, clean = rounds.fed, int(rounds.method.clean.sum())
+    noisy = 4 - clean
+    model, per_class = fed.state_bytes, 13 * 64 * 4  # a direction and 12 rows of 64 features
+    references = fed.num_classes * per_class
+    up = [4 * 8 + clean * model + 4 * model * (r + 1) for r in range(4)]  # 8: two statistics
+    down = [4 * model + 4 * model * (r + 1) for r in range(4)]
+    for r in (2, 3):  # the clean clients' average reaches all, as clean ones make references of it
+        up[r] += clean * references
+        down[r] += noisy * references + 4 * model
+    for r, row in enumerate(rows):
+        assert float(row["cost/rounds"]) == r + 1
+        assert float(row["cost/client_epochs"]) == 4 * 5 + 4 * (r + 1)
+        assert float(row["cost/bytes_up"]) == pytest.approx(up[r], rel=1e-6)  # float32 in the log
+        assert float(row["cost/bytes_down"]) == pytest.approx(down[r], rel=1e-6)
+    assert (fed.costs.bytes_up, fed.costs.bytes_down) == (up[-1], down[-1])
+
+
+CLEAN_ONLY = (
+    f"--model.init_args.method={METHODS}.CleanOnly",
+    "--model.init_args.method.identification.epochs=5",
+    "--model.init_args.method.identification.min_count=5",
+    "--model.init_args.method.identification.always_split=true",
+    "--trainer.max_epochs=50",
+)
+
+
+def test_training_ends_within_the_budget_of_client_epochs(fit, weights):
+    cli = fit(*CLEAN_ONLY, "--model.init_args.max_client_epochs=27", "--run.dir=run")
+    (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+    clean = int(rounds.method.clean.sum())
+    assert clean < 4
+    number = (27 - 4 * 5) // clean
+    assert rounds.fed.costs.rounds == number
+    assert rounds.fed.costs.client_epochs == 20 + number * clean
+    plain = fit(*CLEAN_ONLY, f"--trainer.max_epochs={number}", "--run.dir=plain")
+    assert plain.trainer.current_epoch == cli.trainer.current_epoch == number
+    assert equal(weights(f"run/{LAST}"), weights(f"plain/{LAST}"))
+
+
+def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
+    budget = (*CLEAN_ONLY, "--model.init_args.max_client_epochs=26")
+    fit(*budget, "--run.dir=whole")
+    fit(*budget, "--run.dir=run", "--trainer.max_epochs=1")
+    options = (*budget, "--run.dir=run", "--ckpt_path=last")
+    cli = fit(*options)
+    assert equal(weights("run/" + LAST), weights("whole/" + LAST))
+    assert cli.trainer.current_epoch > 1
+    status, _, _ = fulgurite("fit", "--config", "fedsir/smoke.yaml", *options)
+    assert status == 0  # nothing is left
+    assert equal(weights("run/" + LAST), weights("whole/" + LAST))
+    os.remove("run/summary.json")  # as if killed right after the last checkpoint
+    fit(*options)
+    assert equal(weights("run/" + LAST), weights("whole/" + LAST))
+    with open("run/summary.json") as one, open("whole/summary.json") as other:
+        assert json.load(one) == json.load(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("max_client_epochs=0",), "max_client_epochs=0 is too small. Give 1"),
+        (("max_client_epochs=20",), "20 client-epochs are spent before the first round. Give 24"),
+        (("max_client_epochs=22",), "were spent before it, and it needs 4"),
+    ],
+)
+def test_a_budget_that_does_not_suffice_is_refused(fulgurite, options, message):
+    given = [f"--model.init_args.{option}" for option in options]
+    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *given)
+    assert status == 2
+    assert message in error
+
+
+def test_a_budget_that_the_trainer_would_exceed_is_refused(fulgurite):
+    status, _, error = fulgurite(
+        "fit", "--config", "fedsir/smoke.yaml", "--model.init_args.max_client_epochs=30",
+        "--trainer.min_epochs=3",
+    )  # fmt: skip
+    assert status == 2
+    assert "trainer.min_epochs" in error
 
 
 def test_truth_is_out_of_reach_of_the_method(trained, final, monkeypatch):

@@ -132,6 +132,55 @@ def runs(place: Path) -> list[list[str]]:
     return [line.split() for line in (place / "runs.txt").read_text().splitlines()]
 
 
+def test_equal_cells_run_once_and_have_the_same_result(place):
+    methods = {**FILE["methods"], "a": {**FILE["methods"]["a"], "ignores": ["p"]}}
+    file = write(place, methods=methods, seeds=[0, 1])
+    comparison = go(file, only=["p=0.5", "seed=0"])  # the label that stands for the first
+    assert len(comparison.results) == 3
+    comparison = go(file)
+    assert len(comparison.results) == 12
+    fits = [name for command, name, *_ in runs(place) if command == "fit"]
+    assert len(fits) == len({*fits}) == 12 - 2
+    for seed in (0, 1):
+        first, second = (
+            comparison.results[f"a__p={p}__seed={seed}"] for p in ("0.25", "0.5")
+        )  # fmt: skip
+        assert first["metrics"] == second["metrics"]
+        assert first["setting"] == {"p": "0.25"}
+        assert second["setting"] == {"p": "0.5"}
+    assert {*(place / "out" / "results").glob("*.json")} == {
+        *(place / "out" / "results" / f"{name}.json" for name in comparison.results)
+    }
+    before = len(runs(place))
+    go(file)
+    assert len(runs(place)) == before
+
+
+def test_equal_cells_fail_alike_and_each_keeps_a_log(place):
+    trouble = {"method": "a", "trouble": "status"}
+    methods = {**FILE["methods"], "a": {"args": trouble, "ignores": ["p"]}}
+    comparison = go(write(place, methods=methods, seeds=[0]), only=["a"])
+    assert sorted(comparison.failures) == ["a__p=0.25__seed=0", "a__p=0.5__seed=0"]
+    for name in comparison.failures:
+        assert "moon" in (place / "out" / "failed" / f"{name}.log").read_text()
+    assert len([r for r in runs(place) if r[0] == "fit"]) == 1
+
+
+def test_an_axis_that_is_not_there_cannot_be_ignored(place):
+    methods = {**FILE["methods"], "a": {**FILE["methods"]["a"], "ignores": ["q"]}}
+    with pytest.raises(ConfigError, match=r"methods\.a\.ignores names 'q'"):
+        read_plan(write(place, methods=methods))
+
+
+def test_costs_have_a_table_of_their_own(place):
+    names = {"train/loss": "spent"}
+    comparison = go(write(place, costs=["train/loss"], names=names, seeds=[0]), only=["a", "b"])
+    text = comparison.markdown()
+    assert "| method | spent |\n| --- | ---: |\n| Method A | 0.5 |\n| Method B | 0.5 |" in text
+    again = compare.Comparison.read(place / "out")
+    assert again.plan.costs == ("train/loss",)
+
+
 def test_grid_runs_once_and_is_rendered(place, capsys):
     comparison = go(write(place))
     assert len(comparison.results) == 18

@@ -94,7 +94,11 @@ class FederatedMethod:
         """Whatever happens after aggregation; ``fed.global_state`` is the new model."""
 
     def local_rounds(self) -> int:
-        """Epochs of local training per client spent before round 0, for equal-compute tables."""
+        """Epochs of local training of each client before round 0."""
+        return 0
+
+    def client_epochs_before(self, fed: Federation, round: int) -> int:
+        """Client-epochs that :meth:`before_round` will spend on this round."""
         return 0
 
     @property

@@ -135,12 +135,13 @@ class LocalCleaning(FederatedMethod):
         """Check for cleanlab; clean with the folds' models."""
         find_issues(torch.tensor([0, 1]), torch.eye(2))
         if self.probabilities == "folds":
-            fed.traffic.down += fed.num_clients * fed.state_bytes  # the common start
+            fed.send_global(range(fed.num_clients))  # the common start
             self._clean(fed, self._from_folds(fed))
 
     def before_round(self, fed: Federation, round: int) -> None:
         """Clean with the probe once the warm-up is over."""
         if self.probabilities == "probe" and round >= self.warmup and self.kept is None:
+            fed.send_global(range(fed.num_clients))
             own = fed.own(range(fed.num_clients))
             self._clean(fed, {k: self._from_probe(fed, k) for k in own})
             fed.state.write(fed.global_state)

@@ -258,8 +258,9 @@ class FedCorr(FederatedMethod):
         fed.state.write(fed.global_state)
         for client, value in fed.gather_objects(levels).items():
             self.level[client] = value
+        fed.send_global([k for k in clients if not self.split_clean[k]])  # relabels their samples
         fed.relabel(new)
-        fed.traffic.up += len(clients) * 2 * 4  # mean LID and noise level
+        fed.costs.bytes_up += len(clients) * 2 * 4  # mean LID and noise level
 
     def _corrected(self, fed: Federation, client: int, among: Tensor) -> Tensor:
         """A client's labels with the global model's where it is confident. Shape: (N,)."""
@@ -277,7 +278,7 @@ class FedCorr(FederatedMethod):
             }
         )
         fed.state.write(fed.global_state)
-        fed.traffic.down += len(noisy) * fed.state_bytes  # they took no part in the finetuning
+        fed.send_global(noisy)
 
     def report(self) -> dict[str, float]:
         """Mean estimated noise level of the noisy clients."""

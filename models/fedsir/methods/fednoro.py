@@ -31,6 +31,7 @@ def class_losses(fed: Federation) -> Tensor:
 
     Source: FedNoRo, IJCAI 2023, stage 1.
     """
+    fed.send_global(range(fed.num_clients))
     rows = {}
     for client in fed.own(range(fed.num_clients)):
         labels = fed.labels.given[fed.index[client]]
@@ -39,7 +40,7 @@ def class_losses(fed: Federation) -> Tensor:
         sums = torch.zeros(fed.num_classes, dtype=torch.float64).index_add_(0, labels, loss)
         rows[client] = sums / labels.bincount(minlength=fed.num_classes)
     fed.state.write(fed.global_state)
-    fed.traffic.up += fed.num_clients * fed.num_classes * 4
+    fed.costs.bytes_up += fed.num_clients * fed.num_classes * 4
     return fed.gather_rows(rows, range(fed.num_clients)).cpu()
 
 

@@ -64,7 +64,7 @@ class CleanOnly(FederatedMethod):
         self.split_clean = found.split.clean
         self.found = _evidence(found.scores, found.similarities, found.split.p_clean)
         fed.global_state = clean_reference(fed, self.split_clean, found.states)
-        fed.traffic.up += int(self.split_clean.sum()) * fed.state_bytes
+        fed.costs.bytes_up += int(self.split_clean.sum()) * fed.state_bytes
 
     def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
         """The clean ones of the sampled clients, or all where none is clean."""
@@ -204,11 +204,18 @@ class FedSIR(NoiseAwareMethod):
         self.split_clean = found.split.clean
         self.found = _evidence(found.scores, found.similarities, found.split.p_clean)
         self.clean_state = clean_reference(fed, self.split_clean, found.states)
-        fed.traffic.up += int(self.split_clean.sum()) * fed.state_bytes
+        fed.costs.bytes_up += int(self.split_clean.sum()) * fed.state_bytes
+
+    def _identifies_again(self, round: int) -> bool:
+        return bool(self.reidentify_every and round and round % self.reidentify_every == 0)
+
+    def client_epochs_before(self, fed: Federation, round: int) -> int:
+        """Those of a repeated identification."""
+        return fed.num_clients * self.identification.epochs if self._identifies_again(round) else 0
 
     def before_round(self, fed: Federation, round: int) -> None:
         """Stage II, in the rounds of the schedule; identification again where asked for."""
-        again = bool(self.reidentify_every and round and round % self.reidentify_every == 0)
+        again = self._identifies_again(round)
         if again:
             self._identify(fed, f"identify-{round}")
         due = self.relabel_every and round >= self.relabel_first
@@ -234,8 +241,9 @@ class FedSIR(NoiseAwareMethod):
             [gathered[k] for k in clean], min_count=self.reference_min_count
         )
         per_class = (1 + self.residual_rows) * references.direction.shape[1] * 4
-        fed.traffic.up += len(clean) * fed.num_classes * per_class
-        fed.traffic.down += len(noisy) * (fed.num_classes * per_class + fed.state_bytes)
+        fed.costs.bytes_up += len(clean) * fed.num_classes * per_class
+        fed.costs.bytes_down += len(noisy) * fed.num_classes * per_class
+        self._send_teacher(fed, state, [*clean, *noisy])
 
         labels, accepted, confidence, agree = {}, {}, {}, {}
         for client in fed.own(noisy):
@@ -258,6 +266,14 @@ class FedSIR(NoiseAwareMethod):
         self.last_report["agreement"] = float(both)
         self.labels_changed()
         self.refreshes.append(round)
+
+    @staticmethod
+    def _send_teacher(fed: Federation, state: Tensor, clients: Sequence[int]) -> None:
+        """Count the model whose features label: clean clients need it for their references."""
+        if torch.equal(state, fed.global_state):
+            fed.send_global(clients)
+        else:
+            fed.costs.bytes_down += len(clients) * fed.state_bytes
 
     def _mark(
         self, fed: Federation, accepted: dict[int, Tensor], confidence: dict[int, Tensor]

@@ -219,8 +219,8 @@ class RoFL(FederatedMethod):
         table = fed.gather_rows({k: self._local[k] for k in states}, clients)
         before = torch.zeros_like(table[0]) if self.centroids is None else self.centroids
         self.centroids = merge_centroids(table, before.to(table.device)).cpu()
-        fed.traffic.up += len(clients) * self.centroids.numel() * 4
-        fed.traffic.down += len(clients) * self.centroids.numel() * 4 * (round > 0)
+        fed.costs.bytes_up += len(clients) * self.centroids.numel() * 4
+        fed.costs.bytes_down += len(clients) * self.centroids.numel() * 4 * (round > 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The global centroids."""

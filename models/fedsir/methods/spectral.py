@@ -116,6 +116,7 @@ class SpectralIdentification:
         from fulgurite.models.fedsir.identification import split_clients
 
         clients = range(fed.num_clients)
+        fed.send_global(clients)  # the common start
         states = fed.train(
             clients,
             lambda client: LogitLoss(),
@@ -130,8 +131,7 @@ class SpectralIdentification:
             spectra = accumulate(fed, client, state, labels, augmented=augmented)
             scores[client] = client_score(spectra, self.min_count)
             cosines[client] = similarity(spectra, self.min_count)
-        fed.traffic.up += fed.num_clients * 2 * 4  # two float32 statistics each
-        fed.traffic.down += fed.num_clients * fed.state_bytes  # the common start
+        fed.costs.bytes_up += fed.num_clients * 2 * 4  # two float32 statistics each
         table = fed.gather_rows(scores, clients)
         judged = table if self.statistics == "both" else table[:, :1].expand(-1, 2)
         split = split_clients(

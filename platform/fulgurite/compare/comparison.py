@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,7 @@ class Comparison:
         for metric in (plan.metric, *plan.also):
             lines += [f"## {metric}", ""] if plan.also else []
             lines += self._tables(metric)
+        lines += self._cost_table() if plan.costs else []
         lines += self._open_ends()
         return "\n".join(lines) + "\n"
 
@@ -210,6 +212,19 @@ class Comparison:
             lines += ["", f"Difference to {base}, mean ± standard error over common seeds:", ""]
             lines += _table(["method", *heads], body)
         return [*lines, ""]
+
+    def _cost_table(self) -> list[str]:
+        plan = self.plan
+        body = [
+            [method.label, *(_range(self._costs(method.id, name)) for name in plan.costs)]
+            for method in self.rows.values()
+        ]
+        lines = ["What a training spends, mean over settings and seeds (lowest to highest):", ""]
+        return [*lines, *_table(["method", *(plan.names.get(c, c) for c in plan.costs)], body), ""]
+
+    def _costs(self, method: str, name: str) -> list[float]:
+        """A metric of all finished cells of a method."""
+        return [v for setting in self.grid for v in self.values(method, setting, name).values()]
 
     def _open_ends(self) -> list[str]:
         ids, failed = self.plan.cell_ids, self.failed
@@ -286,6 +301,26 @@ def _place(entry: Entry, digits: int, seeds: int) -> str:
     text = f"**{text}**" if entry.best else text
     text += f" (n={values.n})" if values.n < seeds else ""
     return f"{text} {_MARKS[entry.verdict]}".strip()
+
+
+def _range(values: Sequence[float]) -> str:
+    """Mean of values, and where they differ the lowest and highest.
+
+    >>> _range([2.0, 2.0]), _range([1e6, 3.5e6]), _range([])
+    ('2', '2.25 M (1 M to 3.5 M)', '–')
+    """
+    if not values:
+        return "–"
+    mean, low, high = (_short(v) for v in (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _short(value: float) -> str:
+    """A number with three digits, and a letter for millions and more."""
+    for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _difference(difference: Paired | None, digits: int) -> str:

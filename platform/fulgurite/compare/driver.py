@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ def run(
         Comparison(plan, folder, {}, {}).save_plan()
         _put_aside_outdated(folder, cells)
         todo = [c for c in cells if c.id in chosen and _is_open(folder, c, retry_failed)]
+        every = _by_digest(cells)  # cells that run the same have the same result
+        todo = [c for c in todo if not _take_equal_result(folder, c, every[c.digest])]
+        equals = _by_digest(todo)
+        to_run = [same[0] for same in equals.values()]
 
         watch = ConfigWatch(plan, cells, runner)
 
@@ -93,21 +97,24 @@ def run(
                     yield outcome
 
         try:
-            by_id = {cell.id: cell for cell in todo}
+            by_id = {cell.id: cell for cell in to_run}
             evaluations: dict[str, Evaluation] = {}
-            if plan.shares and todo:
-                evaluations = Trainings(folder / "trainings", plan, work).evaluations(todo)
+            if plan.shares and to_run:
+                evaluations = Trainings(folder / "trainings", plan, work).evaluations(to_run)
             jobs = []
-            for cell in todo:
+            for cell in to_run:
                 found = evaluations.get(cell.id)
                 if found and found.error:
-                    _record(folder, plan, cell, [], Outcome(cell.id, error=found.error), found)
+                    failed = Outcome(cell.id, error=found.error)
+                    for same in equals[cell.digest]:
+                        _record(folder, plan, same, [], failed, found)
                 else:
                     jobs.append(_job(folder, plan, cell, found))
             commands = {job.id: job.commands for job in jobs}
             for outcome in work(jobs, plan.title, len(chosen) - len(todo)):
                 cell, found = by_id[outcome.id], evaluations.get(outcome.id)
-                _record(folder, plan, cell, commands[cell.id], outcome, found)
+                for same in reversed(equals[cell.digest]):  # its own log is moved last
+                    _record(folder, plan, same, commands[cell.id], outcome, found)
         finally:
             comparison = Comparison.read(folder, part)
             if comparison.results or (folder / "table.md").exists():  # which may be out of date
@@ -354,6 +361,42 @@ def _is_open(folder: Path, cell: Cell, retry_failed: bool) -> bool:
     return retry_failed or not (folder / "failed" / f"{cell.id}.json").is_file()
 
 
+def _by_digest(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells by what they run."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.digest, []).append(cell)
+    return groups
+
+
+def _take_equal_result(folder: Path, cell: Cell, same: Sequence[Cell]) -> bool:
+    """Give a cell the result of a finished one of those that run the same, if there is one."""
+    for other in same:
+        path = folder / "results" / f"{other.id}.json"
+        record = read_record(path) if other.id != cell.id and path.is_file() else None
+        if record is not None and record["digest"] == cell.digest:
+            _write_result(folder, cell, {**record, **_place(cell)})
+            return True
+    return False
+
+
+def _place(cell: Cell) -> dict[str, Any]:
+    """Where a record belongs in the table."""
+    return {
+        "id": cell.id,
+        "method": cell.method,
+        "setting": dict(cell.setting),
+        "seed": cell.seed,
+    }
+
+
+def _write_result(folder: Path, cell: Cell, record: Mapping[str, Any]) -> None:
+    write_json(folder / "results" / f"{cell.id}.json", record)
+    failed = folder / "failed" / f"{cell.id}.json"
+    for old in (failed, failed.with_suffix(".log")):
+        old.unlink(missing_ok=True)
+
+
 def _job(folder: Path, plan: Plan, cell: Cell, evaluation: Evaluation | None) -> Job:
     run_dir = folder / "cells" / cell.id
     if run_dir.exists():  # what an interrupted or failed attempt left
@@ -374,15 +417,14 @@ def _record(
     outcome: Outcome,
     evaluation: Evaluation | None,
 ) -> None:
+    training = evaluation.metrics if evaluation else {}
+    spent = {name: training[name] for name in plan.costs if name in training}
     record: dict[str, Any] = {
-        "id": cell.id,
-        "method": cell.method,
-        "setting": dict(cell.setting),
-        "seed": cell.seed,
+        **_place(cell),
         "digest": cell.digest,
         "parts": dict(cell.parts),
         "commands": commands,
-        "metrics": outcome.metrics,
+        "metrics": {**spent, **outcome.metrics},
         "seconds": round(outcome.seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": __version__,
@@ -396,11 +438,12 @@ def _record(
             if evaluation and evaluation.log:  # of a training: other cells show it as well
                 shutil.copyfile(evaluation.log, failed.with_suffix(".log"))
             else:
-                (folder / "logs" / f"{cell.id}.log").replace(failed.with_suffix(".log"))
+                log = folder / "logs" / f"{outcome.id}.log"
+                shutil.copyfile(log, failed.with_suffix(".log"))
+                if outcome.id == cell.id:
+                    log.unlink()
         return
-    write_json(folder / "results" / f"{cell.id}.json", record)
-    for old in (failed, failed.with_suffix(".log")):
-        old.unlink(missing_ok=True)
+    _write_result(folder, cell, record)
 
 
 def _with_progress(

@@ -49,9 +49,9 @@ _COMMON = (
     "baseline", "args",
 )  # fmt: skip
 _PLAN_KEYS = (
-    *_COMMON, "seed_keys", "after_fit", "also", "quick", "names", "highlight", "source",
+    *_COMMON, "seed_keys", "after_fit", "also", "costs", "quick", "names", "highlight", "source",
 )  # fmt: skip
-_METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed")
+_METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed", "ignores")
 _TUNE_KEYS = ("metric", "mode", "grid")
 
 Axes = dict[str, dict[str, Overrides]]
@@ -88,6 +88,8 @@ class Method:
         after: The method whose checkpoint, or another file of whose run, this one starts from.
         predict: Overrides of a ``fulgurite predict`` that follows the training; None for none.
         listed: Whether it has a line in the table; else it only serves methods after it.
+        ignores: Axes under ``settings`` that make no difference to it: all their labels stand for
+            the first one, and cells that are then the same are run once.
     """
 
     id: str
@@ -98,6 +100,7 @@ class Method:
     after: Start | None = None
     predict: Overrides | None = None
     listed: bool = True
+    ignores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class Plan:
         tests: Axes of the evaluation alone: their cells share one training.
         tune: How each method's training is chosen; None where there is nothing to choose.
         also: Further metrics, of which there is a table each.
+        costs: Metrics of the training that say what it spent; they have one table, by method.
         names: What figures call axes and metrics, by their names here.
         highlight: Id of the method that figures show in front; None for none.
         source: The file that it was read from.
@@ -238,6 +242,7 @@ class Plan:
     tests: Axes = field(default_factory=dict)
     tune: Tune | None = None
     also: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     highlight: str | None = None
     source: str = ""
@@ -365,7 +370,13 @@ class Plan:
                 where = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
                 raise ConfigError(f"{where}: `{command}`: {error.what}", error.mend) from error
 
-        trained = [self.settings[axis][label] for axis, label in setting if axis in self.settings]
+        trained = [
+            next(iter(self.settings[axis].values()))
+            if axis in method.ignores
+            else self.settings[axis][label]
+            for axis, label in setting
+            if axis in self.settings
+        ]
         tested = [self.tests[axis][label] for axis, label in setting if axis in self.tests]
         grid = self.tune.grid if self.tune else {}
         candidates: list[Candidate] = []
@@ -414,6 +425,7 @@ class Plan:
                     "after": m.after and _after(m.after),
                     "predict": m.predict,
                     "listed": m.listed,
+                    "ignores": list(m.ignores),
                 }
                 for m in self.methods.values()
             },
@@ -428,6 +440,7 @@ class Plan:
             "tests": self.tests,
             "tune": self.tune and vars(self.tune),
             "also": list(self.also),
+            "costs": list(self.costs),
             "names": dict(self.names),
             "highlight": self.highlight,
             "source": self.source,
@@ -540,6 +553,7 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
             tests=_axes(top.get("tests"), "tests"),
             tune=_tune(top["tune"]) if top.get("tune") else None,
             also=tuple(_strings(top.get("also") or [], "also")),
+            costs=tuple(_strings(top.get("costs") or [], "costs")),
             names=_names(top.get("names") or {}),
             highlight=_text_or_none(top.get("highlight"), "highlight"),
             source=_text(top["source"], "source"),
@@ -565,6 +579,7 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
             old, new = _pick(plan.methods, name, "quick.methods"), _mapping(spec, f"methods.{name}")
             merged = {**vars(old), **new, "args": {**old.args, **(new.get("args") or {})}}
             merged.pop("id")
+            merged["ignores"] = list(merged["ignores"])
             merged["after"] = new.get("after", old.after and _after(old.after))
             values["methods"][name] = _method(name, merged)
     for kind in ("settings", "tests"):
@@ -609,7 +624,15 @@ def _consistent(plan: Plan) -> Plan:
                 f"The {key} {name!r} is not one of the methods.",
                 _hint(name, plan.rows) or f"Name a listed method's id as `{key}`.",
             )
-    axes = {*plan.axes, plan.metric, *plan.also}
+    for method in plan.methods.values():
+        for axis in method.ignores:
+            if axis not in plan.settings:
+                raise ConfigError(
+                    f"methods.{method.id}.ignores names {axis!r}, which is no axis under settings.",
+                    _hint(axis, plan.settings)
+                    or f"There are {', '.join(plan.settings) or 'none'}.",
+                )
+    axes = {*plan.axes, plan.metric, *plan.also, *plan.costs}
     for name in plan.names.keys() - axes:
         raise ConfigError(
             f"names has {name!r}, which is neither an axis nor a metric of the comparison.",
@@ -658,7 +681,8 @@ def _method(name: object, spec: object) -> Method:
     label = _text(given.get("label") or name, f"methods.{name}.label")
     start = _start(name, given.get("after"))
     config = _text_or_none(given.get("config"), f"methods.{name}.config")
-    return Method(name, label, args, config, test_args, start, predict, listed)
+    ignores = tuple(_strings(given.get("ignores") or [], f"methods.{name}.ignores"))
+    return Method(name, label, args, config, test_args, start, predict, listed, ignores)
 
 
 def _start(name: str, after: object) -> Start | None:

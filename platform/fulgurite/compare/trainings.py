@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class Evaluation:
         folder: Run folder of the chosen training.
         chosen: Label of the choice; empty where there was none.
         key: What defines the chosen training.
+        metrics: Metrics of the chosen training.
         error: Why there is no training.
         log: Output of the run that failed.
     """
@@ -39,6 +40,7 @@ class Evaluation:
     folder: Path = Path()
     chosen: str = ""
     key: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
     log: Path | None = None
 
@@ -162,7 +164,8 @@ class Trainings:
         best = max(candidates, key=self._score, default=None)
         if best is None:
             return Evaluation()
-        return Evaluation(best.test, self.folder / best.key, best.label, best.key)
+        metrics = self._metrics(best.key) or {}
+        return Evaluation(best.test, self.folder / best.key, best.label, best.key, metrics)
 
     def _score(self, candidate: Candidate) -> float:
         if self.plan.tune is None:
