@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.data.exclusions import BadImage, name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.datamodules.cs_arm_bn.images import SiteReader
-from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
+from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, name_some
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import open_archive, read_member, reading
 from fulgurite.io import data_path

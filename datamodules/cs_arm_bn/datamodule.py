@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fulgurite.base import save_options
+from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.datamodules.cs_arm_bn.episodes import (
     Chunk,
     EpisodeSampler,
@@ -33,7 +34,7 @@ from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows, check_exclude, name_some
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
 from fulgurite.devices import pins_memory
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.sampling import sampler_ranks, training_progress

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from fulgurite.data.exclusions import BadImage, Exclusion, name_some
 from fulgurite.data.images import decode_image, reading_image
-from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, Preprocess
-from fulgurite.datamodules.cs_arm_bn.table import Exclusion, PlateTable, Rows, name_some
+from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
 from fulgurite.errors import DataError, FulguriteError, MissingExtraError
 from fulgurite.io import atomic_write, cache_folder, file_lock
 

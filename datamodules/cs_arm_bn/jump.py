@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
-from fulgurite.datamodules.cs_arm_bn.table import (
-    Exclusion,
-    PlateTable,
-    check_exclude,
-    exclude_hint,
-    find_same_channel,
-    name_some,
-    name_wells,
-)
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel, name_wells
 from fulgurite.errors import DataError, MissingExtraError
 from fulgurite.foreign import check_parquet, read_csv, reading
 from fulgurite.io import data_path

@@ -10,20 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.errors import ConfigError, DataError
+from fulgurite.data.exclusions import BadImage
+from fulgurite.errors import ConfigError
 
-__all__ = ["BadImage", "Preprocess", "display_max"]
-
-
-class BadImage(DataError):
-    """One image cannot be used; ``kind`` is the word in ``exclude`` that leaves such images out."""
-
-    def __init__(self, what: str, mend: str = "", kind: str = "unreadable") -> None:
-        super().__init__(what, mend)
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.what, self.mend, self.kind)
+__all__ = ["Preprocess", "display_max"]
 
 
 def display_max(pixels: NDArray[Any], fraction: float) -> float:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows, name_some
+from fulgurite.data.exclusions import name_some
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.errors import ConfigError, DataError
+from fulgurite.data.exclusions import Exclusion, exclude_hint, name_some
+from fulgurite.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "Exclusion",
     "PlateTable",
-    "check_exclude",
-    "exclude_hint",
     "find_same_channel",
-    "name_some",
     "name_wells",
     "position_accuracy",
     "well_name",
@@ -34,69 +31,6 @@ __all__ = [
 _KEYS = ("source", "batch", "plate", "well", "site")
 _NEEDED = (*_KEYS, "role", "label")
 Rows = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """Sites that were left out because the user switched it on.
-
-    Attributes:
-        kind: The word in ``exclude`` that asked for it.
-        what: What was wrong with which plates, wells or files.
-        rows: Number of sites.
-    """
-
-    kind: str
-    what: str
-    rows: int
-
-
-def check_exclude(exclude: Iterable[str], kinds: Sequence[str], option: str) -> frozenset[str]:
-    """Return ``exclude`` as a set, after checking that each word is one of ``kinds``.
-
-    Raises:
-        ConfigError: A word is unknown.
-
-    Example:
-        >>> sorted(check_exclude(["nan"], ("nan", "constant"), "exclude"))
-        ['nan']
-    """
-    words = frozenset(exclude)
-    if unknown := sorted(words - set(kinds)):
-        raise ConfigError(
-            f"There is nothing called {unknown[0]!r} to exclude.",
-            f"Set `--data.init_args.{option}` to words of {', '.join(kinds)}.",
-        )
-    return words
-
-
-def name_some(names: Collection[Any], most: int = 5) -> str:
-    """Return the first few names and how many there are beyond.
-
-    Example:
-        >>> name_some(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    shown = [str(name) for name in list(names)[:most]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
-
-
-def exclude_hint(what: str, kind: str, exclude: Iterable[str], option: str) -> str:
-    """Say how to leave something out besides what is left out already.
-
-    Args:
-        what: What to leave out: ``such sites``.
-        kind: The word to add.
-        exclude: The words that are in force.
-        option: Key of the list, behind ``--data.init_args.``.
-
-    Example:
-        >>> exclude_hint("such sites", "nan", ["constant"], "exclude")
-        'leave such sites out: `--data.init_args.exclude=[constant,nan]`.'
-    """
-    words = ",".join(sorted({*exclude, kind}))
-    return f"leave {what} out: `--data.init_args.{option}=[{words}]`."
 
 
 _WELL = re.compile(r"([A-Za-z]{1,2})0*([1-9]\d?)")

@@ -5,18 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.jump import read_table
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
-from fulgurite.datamodules.cs_arm_bn.table import (
-    Exclusion,
-    PlateTable,
-    check_exclude,
-    exclude_hint,
-    find_same_channel,
-    name_some,
-)
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 

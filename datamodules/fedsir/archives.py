@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ class _Variant(NamedTuple):
 
     url: str
     sha256: str  # of the archive
-    md5: Mapping[str, str]  # of its files
+    md5: Mapping[str, str]  # of its files, which must all be there
     folder: str
     train: str  # prefix of the training files
     test: str
@@ -155,16 +155,17 @@ class CifarArchive(ImageSource):
                     f"The checksum {self.checksum!r} is of an archive, and {path} is a folder.",
                     "Set `--data.init_args.source.init_args.checksum` to official or null.",
                 )
-            files = [file for file in sorted(folder.iterdir()) if _wanted(file.name, layout)]
+            files = [folder / name for name in sorted(layout.md5) if (folder / name).is_file()]
+            _refuse_missing({file.name for file in files}, layout, str(path))
             for file in files if self.checksum else []:
-                verify_checksum(file, layout.md5.get(file.name, "0" * 32))
+                verify_checksum(file, layout.md5[file.name])
             digest = "".join(file.name + file_checksum(file) for file in files)
         else:
             if self.checksum:
                 official = self.checksum == "official"
                 verify_checksum(path, layout.sha256 if official else self.checksum)
             folder, digest = None, file_checksum(path)
-        key = hashlib.sha256(f"1 {self.variant} {digest}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"2 {self.variant} {digest}".encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
             if folder is not None:
@@ -176,8 +177,13 @@ class CifarArchive(ImageSource):
         return cached_arrays(f"{self.variant}-{key}", write)
 
 
-def _wanted(name: str, layout: _Variant) -> bool:
-    return name.startswith(layout.train) or name in (layout.test, layout.meta)
+def _refuse_missing(names: Collection[str], layout: _Variant, path: str) -> None:
+    """Refuse an archive or folder without all files of the data set."""
+    if missing := sorted(layout.md5.keys() - set(names)):
+        raise DataError(
+            f"{path} lacks {', '.join(missing)} of {layout.folder}/.",
+            "Give the whole original archive, and the `variant` that it is.",
+        )
 
 
 def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
@@ -194,9 +200,11 @@ def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
             if (
                 member.isfile()
                 and name.parent.name == layout.folder
-                and _wanted(name.name, layout)
+                and name.name in layout.md5
                 and (content := archive.extractfile(member)) is not None
             ):
+                if name.name in found:
+                    raise ValueError(f"it holds {name.name} twice")
                 found[name.name] = content.read()
         # the rest is empty blocks, and the checksum that gzip keeps at its end
         while stream.read(1 << 20):
@@ -208,13 +216,8 @@ def _decode(
     members: Mapping[str, bytes], layout: _Variant, path: str, target: Path
 ) -> tuple[str, ...]:
     """Write the arrays of all files into a folder and return the class names."""
-    train = sorted(name for name in members if name.startswith(layout.train))
-    if not train or layout.test not in members or layout.meta not in members:
-        raise DataError(
-            f"{path} holds {', '.join(sorted(members)) or 'no file of the data set'}; wanted are "
-            f"{layout.train}*, {layout.test} and {layout.meta} in {layout.folder}/.",
-            "Give the original archive, and the `variant` that it is.",
-        )
+    _refuse_missing(members, layout, path)
+    train = sorted(name for name in layout.md5 if name.startswith(layout.train))
     names = _field(members, layout.meta, layout.names, path)
     if (
         not isinstance(names, list)

@@ -41,9 +41,12 @@ _RECONSTRUCT = frozenset(
     _Global(module, "_reconstruct")
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")
 )
+_FROM_BUFFER = frozenset(  # how protocol 5 writes an array
+    _Global(module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")
+)
 _NDARRAY, _DTYPE = _Global("numpy", "ndarray"), _Global("numpy", "dtype")
 _ENCODE = _Global("_codecs", "encode")  # how Python 3 writes bytes in protocol 2
-_KNOWN = _RECONSTRUCT | {_NDARRAY, _DTYPE, _ENCODE}
+_KNOWN = _RECONSTRUCT | _FROM_BUFFER | {_NDARRAY, _DTYPE, _ENCODE}
 _SPEC = re.compile(r"[|<>=]?[biu][1248]")
 
 # Opcodes that push their argument
@@ -59,6 +62,8 @@ _CONSTANTS = frozenset(
         "SHORT_BINUNICODE",
         "BINBYTES",
         "SHORT_BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
         "UNICODE",
     ]
 )
@@ -148,7 +153,7 @@ class _Machine:
         return items[::-1]
 
     def _do_proto(self, argument: int) -> None:
-        if argument > 4:
+        if argument > 5:
             raise ValueError(f"it is of protocol {argument}")
 
     def _do_frame(self, argument: int) -> None:
@@ -224,14 +229,19 @@ class _Machine:
             and isinstance(arguments[0], str)
         ):
             self.stack.append(arguments[0].encode("latin-1"))
+        elif function in _FROM_BUFFER and isinstance(arguments, tuple) and len(arguments) == 4:
+            self._count_build()
+            raw, kind, shape, order = arguments
+            content = bytes(raw) if isinstance(raw, bytearray) else raw
+            self.stack.append(_build_array((1, shape, kind, order == "F", content)))
         else:
             raise ValueError(f"it calls {_spell(function)} with other arguments than an array's")
 
     def _do_build(self, _: None) -> None:
         state, value = self._pop(), self._pop()
-        self.builds += 1
-        if not isinstance(state, tuple) or self.builds > _MOST_BUILDS:
-            raise ValueError("it gives a state that is none, or too many")
+        self._count_build()
+        if not isinstance(state, tuple):
+            raise ValueError("it gives a state that is none")
         if isinstance(value, _Type) and len(state) >= 3 and state[0] == 3:
             built: Any = _number_type(value, _text(state[1]))
         elif isinstance(value, _Array) and len(state) == 5:
@@ -242,6 +252,11 @@ class _Machine:
         for place, known in self.memo.items():  # what was put before its state came
             if known is value:
                 self.memo[place] = built
+
+    def _count_build(self) -> None:
+        self.builds += 1
+        if self.builds > _MOST_BUILDS:
+            raise ValueError("it holds too many arrays")
 
     def _extend(self, items: list[Any]) -> None:
         target = self._top()

@@ -9,17 +9,21 @@ import hashlib
 import io
 import os
 import sys
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
+from fulgurite.data.listing import list_files
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
@@ -30,6 +34,11 @@ from fulgurite.io import checksum, data_path
 __all__ = ["ImageFolder"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+# images that are not read, which is said
+_OTHER_SUFFIXES = (
+    *(".avif", ".bmp", ".dcm", ".gif", ".heic", ".jfif", ".jp2", ".jpe", ".npy", ".pgm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
 _TEST_SPLITS = ("test", "val", "valid", "validation")
 # What a worker sends at once, as a tensor in shared memory: arrays would go through a pipe, on
 # which workers hang for ever if their parent is killed. Small, since containers have little of it.
@@ -42,9 +51,10 @@ _FEW = 2_000  # images that are decoded before a worker has started
 class ImageFolder(ImageSource):
     """A folder or zip with ``SPLIT/CLASS/*.jpg`` or ``CLASS/*.jpg`` (also ``.jpeg``, ``.png``).
 
-    Splits are ``train`` and ``test`` (or ``val``). Without a test split, part of the images become
-    one. Images are decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is
-    the content of a zip, and the names, sizes and times of the files of a folder.
+    Splits are ``train`` and ``test`` (else ``val``; beside ``test``, it is left out with a
+    warning). Without a test split, part of the images become one. Links are followed. Images are
+    decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
+    zip, and the names, sizes and times of the files of a folder.
 
     Images of 16 bits are scaled to 8, so that 65535 becomes 255; they are turned as their EXIF data
     say; transparency is left out. A colour map is refused for one channel, because its grey values
@@ -192,36 +202,80 @@ class _Listing:
     def __init__(self, root: Path) -> None:
         self.root = root
         if root.is_dir():
-            names = [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
+            names = [name for name, _ in list_files(root)]
         else:
             with reading(root, "The zip", _REPACK, fault=_DAMAGED), open_archive(root) as (zip_, _):
-                names = zip_.namelist()
+                names = [name for name in zip_.namelist() if not name.endswith("/")]
             if len(set(names)) < len(names):
                 raise DataError(f"The zip {root} holds two files of one name.", _REPACK)
-        self.names = sorted(
-            name for name in names if name.lower().endswith(_SUFFIXES) and not _hidden(name)
-        )
-        splits: dict[str, list[str]] = {}
-        depths = {name.count("/") for name in self.names}
-        if len(depths) == 1 and (depth := depths.pop()):
-            for name in self.names:
-                splits.setdefault(name.split("/")[-3] if depth > 1 else "", []).append(name)
-        known = {"train", *_TEST_SPLITS}
-        if len(splits) == 1 and not splits.keys() & known:
-            splits = {"train": self.names}  # CLASS/*, perhaps inside one folder
-        if "train" not in splits or not splits.keys() <= known:
-            raise DataError(
-                f"The {len(self.names)} image files of {root} are not laid out by class.",
-                "Lay them out as train/CLASS/* and test/CLASS/*, or as CLASS/*.",
-            )
-        self.train = splits["train"]
-        self.test = next((splits[name] for name in _TEST_SPLITS if name in splits), [])
+        shown = sorted(name for name in names if not _hidden(name))
+        self.names = [name for name in shown if name.lower().endswith(_SUFFIXES)]
+        others = [name for name in shown if name.lower().endswith(_OTHER_SUFFIXES)]
+        splits = self._find_splits(others)
+        self.train = splits.pop("train")
+        held_out = [name for name in _TEST_SPLITS if name in splits]
+        self.test = splits[held_out[0]] if held_out else []
         self.class_names = tuple(sorted({_class_of(name) for name in self.train}))
         if unknown := sorted({_class_of(name) for name in self.test} - {*self.class_names}):
             raise DataError(
                 f"The test split of {root} has the class {unknown[0]!r}, the train split does not.",
                 "Give each test class a folder of training images.",
             )
+        if others:
+            warnings.warn(
+                f"{len(others)} images of {root} are left out, since only JPEG and PNG are read: "
+                f"{name_some(others, 3)}.",
+                stacklevel=2,
+            )
+        for name in held_out[1:]:
+            warnings.warn(
+                f"The {len(splits[name])} images in {name}/ of {root} are left out: "
+                f"{held_out[0]}/ is the test split, and validation images are a part of train/ "
+                "(`--data.init_args.val_fraction`).",
+                stacklevel=2,
+            )
+
+    def _find_splits(self, others: Sequence[str]) -> dict[str, list[str]]:
+        """Return the images of each split; all are of ``train`` where there is none.
+
+        Raises:
+            DataError: The files are not laid out by class.
+        """
+        if not self.names:
+            self._refuse("there is no .jpg, .jpeg or .png file in it", others)
+        depths = Counter(name.count("/") for name in self.names)
+        depth = max(depths, key=lambda count: (depths[count], count))
+        elsewhere = [name for name in self.names if name.count("/") != depth]
+        if depth == 0:
+            self._refuse("files are in no folder of a class", self.names)
+        if elsewhere:
+            usual = next(name for name in self.names if name.count("/") == depth)
+            self._refuse(f"most files lie as {usual} does, others elsewhere", elsewhere)
+        if depth == 1:
+            return {"train": self.names}
+        splits: dict[str, list[str]] = {}
+        for name in self.names:
+            splits.setdefault(name.split("/")[-3], []).append(name)
+        known = {"train", *_TEST_SPLITS}
+        if len(splits) == 1 and not splits.keys() & known:
+            return {"train": self.names}  # CLASS/*, inside one folder
+        if unknown := sorted(splits.keys() - known):
+            files = [name for split in unknown for name in splits[split]]
+            self._refuse(f"{unknown[0]} is neither train nor {' nor '.join(_TEST_SPLITS)}", files)
+        if "train" not in splits:
+            self._refuse("there is no folder train", self.names)
+        folders = sorted({name.rsplit("/", 3)[0] for name in self.names if depth > 2})
+        if len(folders) > 1:
+            self._refuse(f"train and test are in {len(folders)} folders", folders)
+        return splits
+
+    def _refuse(self, reason: str, names: Sequence[str]) -> NoReturn:
+        slashes = " (they have backslashes: pack the zip again)" if "\\" in "".join(names) else ""
+        raise DataError(
+            f"The image files of {self.root} are not laid out by class: {reason}"
+            + (f": {name_some(names, 3)}{slashes}." if names else "."),
+            "Lay them out as train/CLASS/* and test/CLASS/*, or as CLASS/*, in JPEG or PNG.",
+        )
 
     def fingerprint(self) -> str:
         """Return a digest that changes with the content."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.fedsir.samples import Listing, Samples
 from fulgurite.datamodules.fedsir.selection import (
     check_labels,
@@ -383,6 +384,12 @@ class Npz(ImageSource):
             raise DataError(
                 f"The train labels of {self.path} go up to {most} for {labels.size} images.",
                 "Number the classes from 0.",
+            )
+        if absent := np.setdiff1d(np.arange(most + 1), labels).tolist():
+            raise DataError(
+                f"The train labels of {self.path} go up to {most}, and no image has "
+                f"{name_some(absent)}.",
+                "Number the classes from 0 without gaps, or save `class_names`, one for each.",
             )
         return tuple(str(c) for c in range(most + 1))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fulgurite.data.listing import STDLIB, find_files
 from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
 from fulgurite.datamodules.number_probing.corpus import (
     TokenCache,
@@ -22,7 +23,6 @@ from fulgurite.datamodules.number_probing.perturbations import parse_perturbatio
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
 from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
-from fulgurite.files import STDLIB, find_files
 from fulgurite.sampling import (
     ContinuedSampler,
     DrawSampler,

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from fulgurite.data.listing import STDLIB, find_files
 from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
     ByteText,
@@ -20,7 +21,6 @@ from fulgurite.datamodules.stream_cqsa.text import (
 )
 from fulgurite.devices import pins_memory
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.files import STDLIB, find_files
 from fulgurite.sampling import (
     ContinuedSampler,
     DrawSampler,

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fulgurite.data.exclusions import BadImage
 from fulgurite.datamodules.cs_arm_bn import PlateTable, Preprocess
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, PlateImages
-from fulgurite.datamodules.cs_arm_bn.preprocess import BadImage, display_max
+from fulgurite.datamodules.cs_arm_bn.preprocess import display_max
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import png16
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fulgurite.data.exclusions import Exclusion
 from fulgurite.datamodules.cs_arm_bn import (
     CsvPlates,
     GroupFolds,
@@ -17,7 +18,7 @@ from fulgurite.datamodules.cs_arm_bn import (
 )
 from fulgurite.datamodules.cs_arm_bn.sources import check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, check_assignment
-from fulgurite.datamodules.cs_arm_bn.table import Exclusion, position_accuracy
+from fulgurite.datamodules.cs_arm_bn.table import position_accuracy
 from fulgurite.errors import ConfigError, DataError
 
 CLASSES = ("x", "y")

@@ -3,10 +3,12 @@
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
 import textwrap
+import warnings
 import zipfile
 
 import numpy as np
@@ -22,6 +24,7 @@ from fulgurite.datamodules.fedsir import (
     Npz,
     archives,
 )
+from fulgurite.datamodules.fedsir.cifar_pickle import interpret_pickle
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import checksum
 from fulgurite.testing.files import (
@@ -211,6 +214,51 @@ def test_a_truncated_archive_is_one_data_error(tmp_path, cache):
     assert entries(cache) == []
 
 
+@pytest.mark.parametrize("variant", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_missing_batch_is_named_whatever_the_checksum(tmp_path, monkeypatch, variant, unpacked):
+    path = write_cifar_archive(tmp_path / "c.tar.gz", variant)
+    layout = archives._VARIANTS[variant]
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / layout.folder
+    md5 = {file.name: checksum(file, "md5") for file in folder.iterdir()}
+    monkeypatch.setitem(archives._VARIANTS, variant, layout._replace(md5=md5))
+    (folder / f"{layout.train}_1.bak").write_bytes(b"no batch of it")
+    whole = len(CifarArchive(str(folder), variant).load().train_labels)
+    assert whole == 5 * layout.classes
+    for missing in sorted(md5):
+        content = (folder / missing).read_bytes()
+        (folder / missing).unlink()
+        target = folder
+        if not unpacked:
+            target = tmp_path / "less.tar.gz"
+            with tarfile.open(target, "w:gz") as archive:
+                archive.add(folder, layout.folder)
+        for digest in ("official", None) if unpacked else (None,):
+            with pytest.raises(DataError, match=f"lacks {missing} of {layout.folder}"):
+                CifarArchive(str(target), variant, checksum=digest).load()
+        (folder / missing).write_bytes(content)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_batches_of_every_protocol_are_read(protocol, order):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6), np.uint8)
+    table = {b"data": np.asarray(pixels, order=order), b"labels": np.arange(4, dtype=np.int64)}
+    table[b"data"].flags.writeable = protocol % 2 == 0
+    content = interpret_pickle(pickle.dumps(table, protocol))
+    np.testing.assert_array_equal(content[b"data"], pixels)
+    np.testing.assert_array_equal(content[b"labels"], np.arange(4))
+
+
+def test_a_pickle_holds_few_arrays():
+    many = {b"data": [], **{b"%d" % k: np.arange(3) for k in range(20)}}
+    for protocol in (2, 5):
+        with pytest.raises(ValueError, match="too many arrays"):
+            interpret_pickle(pickle.dumps(many, protocol))
+
+
 class _Evil:
     def __init__(self, mark):
         self.mark = mark
@@ -254,7 +302,7 @@ def test_a_malicious_archive_is_not_run(tmp_path):
 
 def test_the_wrong_variant_is_named(tmp_path):
     path = write_cifar_archive(tmp_path / "c.tar.gz")
-    with pytest.raises(DataError, match="wanted are train"):
+    with pytest.raises(DataError, match=r"lacks meta, test, train of cifar-100-python"):
         CifarArchive(str(path), "cifar100", checksum=None).load()
     with pytest.raises(ConfigError, match="cifar11"):
         CifarArchive(str(path), "cifar11")
@@ -382,21 +430,73 @@ def test_damaged_zips_are_data_errors(tmp_path, cache):
     assert entries(cache) == []
 
 
-def test_layouts_that_are_none(tmp_path):
-    for name, file in (("flat", "a.png"), ("odd", "other/class_0/a.png"), ("empty", None)):
-        path = tmp_path / f"{name}.zip"
-        with zipfile.ZipFile(path, "w"):
-            pass
-        if file:
-            add(path, file, (4, 4))
-        if name == "odd":
-            add(path, "train/class_0/a.png", (4, 4))
-        with pytest.raises(DataError, match="not laid out by class"):
-            ImageFolder(str(path)).load()
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "no .jpg, .jpeg or .png file in it"),
+        (["train/c/a.webp", "train/d/b.webp"], "in it: train/c/a.webp, train/d/b.webp"),
+        (["a.png", "b.png"], "no folder of a class: a.png, b.png"),
+        (["c/a.png", "d/a.png", "logo.png"], "as c/a.png does, others elsewhere: logo.png"),
+        (["train/c/a.png", "train/c/b.png", "train/c/sub/d.png"], "elsewhere: train/c/sub/d.png"),
+        (["train/c/a.png", "other/c/a.png"], "other is neither train nor test"),
+        (["training/c/a.png", "test/c/a.png"], "training is neither .*: training/c/a.png"),
+        (["test/c/a.png"], "no folder train: test/c/a.png"),
+        (["train\\c\\a.png", "train\\c\\b.png"], "backslashes: pack the zip again"),
+        (["x/train/c/a.png", "y/test/c/a.png"], "train and test are in 2 folders: x, y"),
+    ],
+)
+def test_layouts_that_are_none(tmp_path, names, words):
+    path = tmp_path / "i.zip"
+    with zipfile.ZipFile(path, "w"):
+        pass
+    for name in names:
+        add(path, name, (4, 4))
+    with pytest.raises(DataError, match=f"not laid out by class.*{words}"):
+        ImageFolder(str(path)).load()
+
+
+def test_a_class_that_is_only_tested_is_named(tmp_path):
     path = write_image_files(tmp_path / "i.zip")
     add(path, "test/unknown/a.png", (8, 8))
     with pytest.raises(DataError, match="class 'unknown'"):
         ImageFolder(str(path)).load()
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    path = write_image_files(tmp_path / "i.zip", splits=("train", "val", "test"))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train/class_0/b.webp", b"")
+        archive.writestr("labels.csv", b"")
+    with (
+        pytest.warns(
+            UserWarning, match=r"9 images in val/ .* left out.*data.init_args.val_fraction"
+        ),
+        pytest.warns(UserWarning, match=r"1 images of .* left out.*: train/class_0/b\.webp"),
+    ):
+        arrays = ImageFolder(str(path)).load()
+    expected = class_images(3, 3, size=8, seed=2)[0]
+    np.testing.assert_array_equal(arrays.test_images.numpy(), expected)
+    write_image_files(tmp_path / "v.zip", splits=("train", "val"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageFolder(str(tmp_path / "v.zip")).load()
+
+
+def test_linked_classes_and_splits_are_read(tmp_path):
+    plain = write_image_files(tmp_path / "plain")
+    linked = tmp_path / "linked"
+    (linked / "train").mkdir(parents=True)
+    (linked / "test").symlink_to(plain / "test")
+    for name in ("class_0", "class_1"):
+        shutil.copytree(plain / "train" / name, linked / "train" / name)
+    (linked / "train" / "class_2").symlink_to(plain / "train" / "class_2")
+    first, second = ImageFolder(str(plain)).load(), ImageFolder(str(linked)).load()
+    assert second.class_names == first.class_names
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert getattr(first, name).equal(getattr(second, name))
+    (linked / "train" / "class_0" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"lost\.png leads nowhere"):
+        ImageFolder(str(linked)).load()
 
 
 def test_missing_data_is_named(tmp_path, monkeypatch):
@@ -521,6 +621,8 @@ def test_npz_with_channels_first_and_names(tmp_path):
         ({"train_images": np.zeros((12, 8, 8, 5), np.uint8)}, "have the shape"),
         ({"train_images": np.zeros((12, 8, 8))}, "float64"),
         ({"train_labels": np.array([None] * 12)}, "cannot be read"),
+        ({"train_labels": np.arange(12) % 3 + 1}, "go up to 3, and no image has 0"),
+        ({"train_labels": np.arange(12) % 3 * 2}, "no image has 1, 3. .*class_names"),
     ],
 )
 def test_bad_npz_is_one_data_error(tmp_path, arrays, message):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fulgurite.data.listing import find_files
 from fulgurite.datamodules.number_probing import NumberTextDataModule, WordTokenizer
 from fulgurite.datamodules.number_probing import corpus as corpora
 from fulgurite.datamodules.number_probing.corpus import cached_tokens
@@ -23,7 +24,6 @@ from fulgurite.datamodules.number_probing.perturbations import (
 )
 from fulgurite.datamodules.number_probing.tokenizers import FileTokenizer, number_of, number_tokens
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.files import find_files
 
 VOCABULARY = 1100
 

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
+from fulgurite.data.listing import find_files
 from fulgurite.datamodules.stream_cqsa import (
     ByteTextDataModule,
     NeedleDataModule,
@@ -26,7 +27,6 @@ from fulgurite.datamodules.stream_cqsa import (
 )
 from fulgurite.datamodules.stream_cqsa.needle import IGNORED, MARK, QUERY, place_needles
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.files import find_files
 from fulgurite.sampling import DrawSampler
 from fulgurite.splits import split_ranges
 
@@ -169,7 +169,7 @@ def test_a_killed_writer_is_cleaned_up(corpus, cache):
     code = """
 import os, sys
 from fulgurite.datamodules.stream_cqsa import cached_text, text
-from fulgurite.files import find_files
+from fulgurite.data.listing import find_files
 text.np.save = lambda *_: os.kill(os.getpid(), 9)
 cached_text(find_files([sys.argv[1]], [".txt", ".md"]))
 """
@@ -206,7 +206,7 @@ def test_ranks_write_once(corpus, cache):
     code = """
 import sys, time
 from fulgurite.datamodules.stream_cqsa import cached_text, text
-from fulgurite.files import find_files
+from fulgurite.data.listing import find_files
 write = text._write
 def slow(*arguments):
     print("written")

@@ -58,14 +58,14 @@ def _cifar():
     names = {b"label_names": [b"class %d" % k for k in range(10)]}
 
     def seed(dump):
-        batches = {f"data_batch_{k}": dump(content) for k in range(1, 3)}
+        batches = {f"data_batch_{k}": dump(content) for k in range(1, 6)}
         return batches | {"test_batch": dump(content), "batches.meta": dump(names)}
 
     def read_pickles(folder):
         members = {path.name: path.read_bytes() for path in folder.iterdir()}
         archives._decode(members, layout, str(folder), folder)
 
-    dumps = [python2_pickle, *(lambda v, p=p: pickle.dumps(v, p) for p in (1, 2, 4))]
+    dumps = [python2_pickle, *(lambda v, p=p: pickle.dumps(v, p) for p in (1, 2, 4, 5))]
     yield Target("cifar-pickle", [seed(dump) for dump in dumps], read_pickles)
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from fulgurite.data.listing import find_files
 from fulgurite.errors import DataError
-from fulgurite.files import find_files
 from fulgurite.io import (
     atomic_write,
     cache_folder,

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fulgurite import __version__
-from fulgurite.files import STDLIB
+from fulgurite.data.listing import STDLIB
 from fulgurite.systems import ENTRY_POINTS
 
 __all__ = ["RUNNER", "Definition", "Resolver", "data_identity", "digest"]

@@ -1,4 +1,4 @@
-"""Which files people mean by paths, folders and glob patterns."""
+"""Which files people mean by paths, folders and glob patterns; links are followed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
 
-__all__ = ["STDLIB", "find_files"]
+__all__ = ["STDLIB", "find_files", "list_files"]
 
 #: The path that means the sources of Python's standard library.
 STDLIB = "stdlib"
@@ -62,7 +62,7 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str,
 
 def _find(given: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     if given == STDLIB:
-        yield from _walk(Path(sysconfig.get_path("stdlib")), (".py",), _NOT_STDLIB)
+        yield from list_files(Path(sysconfig.get_path("stdlib")), (".py",), _NOT_STDLIB)
         return
     path = data_path(given, must_exist=False)
     if not path.exists() and glob.has_magic(given):
@@ -71,22 +71,72 @@ def _find(given: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
         matches = [data_path(given)]
     for match in matches:
         if match.is_dir():
-            yield from _walk(match, suffixes)
+            yield from list_files(match, suffixes)
         else:
             yield match.name, match
 
 
-def _walk(
-    folder: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, Path]]:
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"The folder {error.filename} cannot be read ({error.strerror}).",
-            "Make it readable, or leave it out of `--data.init_args.paths`.",
-        ) from error
+def list_files(
+    folder: Path, suffixes: tuple[str, ...] = ("",), skipped: frozenset[str] = frozenset()
+) -> list[tuple[str, Path]]:
+    """Return the files below a folder by name, also those below links to folders.
 
-    files = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != "." and name not in skipped]
-        files += [Path(root, name) for name in names if name[0] != "." and name.endswith(suffixes)]
-    yield from sorted((path.relative_to(folder).as_posix(), path) for path in files)
+    Names that begin with a dot are skipped, and a link to a folder that it lies in.
+
+    Args:
+        folder: Where to look.
+        suffixes: What names end with.
+        skipped: Names of folders to leave out.
+
+    Returns:
+        (name, path) of each file; the name is relative to the folder, with slashes.
+
+    Raises:
+        DataError: A folder cannot be read, or a link leads nowhere.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / "a").mkdir()
+        ...     (Path(folder) / "a" / "b.txt").touch()
+        ...     (Path(folder) / "link").symlink_to("a")
+        ...     [name for name, _ in list_files(Path(folder))]
+        ['a/b.txt', 'link/b.txt']
+    """
+    return sorted(_walk(folder, "", suffixes, skipped, ()))
+
+
+def _walk(
+    folder: Path,
+    prefix: str,
+    suffixes: tuple[str, ...],
+    skipped: frozenset[str],
+    above: tuple[tuple[int, int], ...],
+) -> Iterator[tuple[str, Path]]:
+    """Walk a folder; ``above`` identifies the folders that lead to it."""
+    try:
+        status = os.stat(folder)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} cannot be read ({error.strerror}).",
+            "Make it readable, or leave it out of the path.",
+        ) from error
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        return
+    for entry in entries:
+        name = f"{prefix}{entry.name}"
+        if entry.name[0] == ".":
+            continue
+        if entry.is_dir():
+            if entry.name not in skipped:
+                path = folder / entry.name
+                yield from _walk(path, f"{name}/", suffixes, skipped, (*above, identity))
+        elif entry.name.endswith(suffixes):
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                raise DataError(
+                    f"The link {entry.path} leads nowhere ({os.readlink(entry.path)}).",
+                    "Mend it, or remove it.",
+                )
+            yield name, folder / entry.name

@@ -1,0 +1,85 @@
+"""What is left out of a data set because the user says so, by word and with its count."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fulgurite.errors import ConfigError, DataError
+
+__all__ = ["BadImage", "Exclusion", "check_exclude", "exclude_hint", "name_some"]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Samples that were left out because the user switched it on.
+
+    Attributes:
+        kind: The word in ``exclude`` that asked for it.
+        what: What was wrong with which plates, wells or files.
+        rows: Number of samples.
+    """
+
+    kind: str
+    what: str
+    rows: int
+
+
+def check_exclude(exclude: Iterable[str], kinds: Sequence[str], option: str) -> frozenset[str]:
+    """Return ``exclude`` as a set, after checking that each word is one of ``kinds``.
+
+    Raises:
+        ConfigError: A word is unknown.
+
+    Example:
+        >>> sorted(check_exclude(["nan"], ("nan", "constant"), "exclude"))
+        ['nan']
+    """
+    words = frozenset(exclude)
+    if unknown := sorted(words - set(kinds)):
+        raise ConfigError(
+            f"There is nothing called {unknown[0]!r} to exclude.",
+            f"Set `--data.init_args.{option}` to words of {', '.join(kinds)}.",
+        )
+    return words
+
+
+def name_some(names: Collection[Any], most: int = 5) -> str:
+    """Return the first few names and how many there are beyond.
+
+    Example:
+        >>> name_some(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    shown = [str(name) for name in list(names)[:most]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def exclude_hint(what: str, kind: str, exclude: Iterable[str], option: str) -> str:
+    """Say how to leave something out besides what is left out already.
+
+    Args:
+        what: What to leave out: ``such sites``.
+        kind: The word to add.
+        exclude: The words that are in force.
+        option: Key of the list, behind ``--data.init_args.``.
+
+    Example:
+        >>> exclude_hint("such sites", "nan", ["constant"], "exclude")
+        'leave such sites out: `--data.init_args.exclude=[constant,nan]`.'
+    """
+    words = ",".join(sorted({*exclude, kind}))
+    return f"leave {what} out: `--data.init_args.{option}=[{words}]`."
+
+
+class BadImage(DataError):
+    """One image cannot be used; ``kind`` is the word in ``exclude`` that leaves such images out."""
+
+    def __init__(self, what: str, mend: str = "", kind: str = "unreadable") -> None:
+        super().__init__(what, mend)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.mend, self.kind)
