@@ -70,7 +70,8 @@ class PlateDataModule(L.LightningDataModule):
             once on average if not given.
         mixed: Train on ordinary mini-batches from all plates, without controls (ERM).
         label_shift: Dirichlet concentration α of the classes in a test batch; balanced if not
-            given. Batches have at most as many queries as a plate has of its rarest class.
+            given. Batches have ``eval_queries`` all the same: a class of which a plate has too few
+            is drawn again, and each query counts once.
         control_plate: ``wrong`` gives each test plate the controls of another one: a probe that
             has to cost accuracy.
         mislabelled_controls: Fraction of the test controls that are queries in truth: a probe.
@@ -485,14 +486,17 @@ class PlateDataModule(L.LightningDataModule):
                     self._generator(_MISLABEL, name),
                 )
             if probes and self.label_shift is not None:
-                shifted = shifted_chunks(
-                    table.label[queries],
-                    self.eval_queries,
-                    self.label_shift,
-                    self.num_classes,
-                    self._generator(_SHIFT, name),
-                )
-                cut = [(queries[i], np.ones(len(i), np.bool_)) for i in shifted]
+                labels = table.label[queries]
+                if len(np.unique(labels)) < 2:
+                    raise DataError(
+                        f"The {len(queries)} queries of plate {name} are of one class: label shift "
+                        "changes nothing on it.",
+                        "Set `--data.init_args.label_shift=null`, raise `eval_limit`, or test "
+                        "plates with several classes.",
+                    )
+                generator = self._generator(_SHIFT, name)
+                shifted = shifted_chunks(labels, self.eval_queries, self.label_shift, generator)
+                cut = [(queries[rows], counts) for rows, counts in shifted]
             else:
                 cut = chunks(queries, self.eval_queries, generator)
             parts += [Chunk(d, part, kept, controls) for part, kept in cut]

@@ -80,46 +80,45 @@ def chunks(rows: Rows, size: int, generator: np.random.Generator) -> list[tuple[
 
 
 def shifted_chunks(
-    labels: NDArray[np.int64],
-    size: int,
-    alpha: float,
-    num_classes: int,
-    generator: np.random.Generator,
-) -> list[NDArray[np.int64]]:
-    """Cut samples of one plate into batches with unbalanced classes.
+    labels: NDArray[np.int64], size: int, alpha: float, generator: np.random.Generator
+) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Draw batches of one size and of unbalanced classes from the samples of one plate.
 
-    Class probabilities are drawn from Dirichlet(α), and K batches take them rotated through the
-    classes, so that the plate contributes each class equally often. No sample comes twice; with
-    enough samples there are several such rounds.
+    Class probabilities are drawn from Dirichlet(α), and as many batches as there are classes take
+    them rotated through the classes, so that the plate contributes each class equally often. There
+    are as many such rounds as the largest class needs. Where a class has fewer samples than its
+    batches ask for, they are drawn again, all equally often but for one. Each sample counts once:
+    in one of its draws, chosen at random.
 
     Args:
-        labels: Class of each sample.
-        size: Samples of a batch; fewer if the rarest class has fewer.
+        labels: Class of each sample. Shape: (n,).
+        size: L, samples of a batch.
         alpha: Concentration; small values leave one class in a batch.
-        num_classes: K.
         generator: Source of the draws.
 
     Returns:
-        Indices into ``labels``, all of one length.
+        For each batch its indices into ``labels`` and whether each counts. Shapes: (L,), (L,).
 
-    Source: arXiv 2604.20824, card section 2.4 (label shift); the size, which the card does not
-    know, and several rounds are inferred.
+    Source: arXiv 2604.20824, card section 2.4 (label shift); drawing again, and that each sample
+    counts once, are inferred.
 
     Example:
-        >>> batches = shifted_chunks(np.repeat([0, 1], 8), 4, 0.01, 2, np.random.default_rng(0))
-        >>> [(np.repeat([0, 1], 8)[batch]).tolist() for batch in batches]
-        [[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+        >>> labels = np.repeat([0, 1], 3)
+        >>> batches = shifted_chunks(labels, 4, 0.01, np.random.default_rng(0))
+        >>> [labels[rows].tolist() for rows, _ in batches]
+        [[1, 1, 1, 1], [0, 0, 0, 0]]
+        >>> sorted(int(row) for rows, counts in batches for row in rows[counts])
+        [0, 1, 2, 3, 4, 5]
     """
-    pools = [generator.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
-    pools = [pool for pool in pools if len(pool)]
+    pools = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     if not pools:
         return []
     classes = len(pools)
-    available = min(len(pool) for pool in pools)
-    size = min(size, available)
+    rounds = -(-max(len(pool) for pool in pools) // size)
+    draws = [_draws(pool, rounds * size, generator) for pool in pools]
     taken = [0] * classes
     batches = []
-    for _ in range(available // size):
+    for _ in range(rounds):
         gammas = generator.gamma(alpha, size=classes)
         if gammas.sum() <= 0:  # all underflow at tiny α, where one class has nearly everything
             gammas = np.eye(classes)[generator.integers(classes)]
@@ -128,10 +127,28 @@ def shifted_chunks(
             parts = []
             for c in range(classes):
                 count = int(counts[(c + turn) % classes])
-                parts.append(pools[c][taken[c] : taken[c] + count])
+                parts.append([column[taken[c] : taken[c] + count] for column in draws[c]])
                 taken[c] += count
-            batches.append(np.concatenate(parts))
+            rows, counted = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+            batches.append((rows, counted.astype(np.bool_)))
     return batches
+
+
+def _draws(
+    pool: NDArray[np.int64], count: int, generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw from a pool until all of it was drawn, again and again, and mark one draw of each.
+
+    Shape:
+        - (count,) int64 items, (count,) int64 that are 1 for the draw that counts.
+    """
+    turns = -(-count // len(pool))
+    order = np.concatenate([generator.permutation(pool) for _ in range(turns)])[:count]
+    shuffled = generator.permutation(count)
+    first = np.unique(order[shuffled], return_index=True)[1]
+    counted = np.zeros(count, np.int64)
+    counted[shuffled[first]] = 1
+    return order, counted
 
 
 def wrong_plates(domains: Sequence[int], batches: Sequence[str]) -> dict[int, int]:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["Predictions", "by_domain", "confusion", "gather", "joined", "rows_of", "scores"]
+__all__ = [
+    "Predictions",
+    "by_domain",
+    "confusion",
+    "gather",
+    "joined",
+    "rows_of",
+    "scores",
+    "sizes",
+]
 
 
 class Predictions(NamedTuple):
@@ -27,6 +36,7 @@ class Predictions(NamedTuple):
         well: Well, unique over plates. Shape: (n,).
         label: True class. Shape: (n,).
         log_probs: Log-probabilities. Shape: (n, K).
+        queries: L, how many queries its batch had, repeated ones too. Shape: (n,).
     """
 
     batch: Tensor
@@ -35,6 +45,7 @@ class Predictions(NamedTuple):
     well: Tensor
     label: Tensor
     log_probs: Tensor
+    queries: Tensor
 
 
 def rows_of(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
@@ -62,24 +73,25 @@ def rows_of(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
         batch["well"].cpu()[own],
         batch["label"].cpu()[own],
         logits.detach().float().log_softmax(1).cpu()[own],
+        torch.full_like(index, len(index))[own],
     )
 
 
 def joined(parts: Iterable[Predictions], num_classes: int) -> Predictions:
     """All predictions in one order that does not depend on the ranks, repeated batches once.
 
-    An image may be predicted in several different batches (under label shift); each counts.
+    An image may be predicted in several different batches; each counts.
 
     Example:
         >>> i = torch.tensor([1, 2])
-        >>> part = Predictions(i * 0, i, i, i, i, torch.zeros(2, 3))
+        >>> part = Predictions(i * 0, i, i, i, i, torch.zeros(2, 3), i)
         >>> len(joined([part, part], 3).row)
         2
     """
     parts = [p for p in parts if len(p.row)]
     if not parts:
         none = torch.zeros(0, dtype=torch.int64)
-        return Predictions(none, none, none, none, none, torch.zeros(0, num_classes))
+        return Predictions(none, none, none, none, none, torch.zeros(0, num_classes), none)
     whole = Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     key = torch.stack([whole.domain, whole.row, whole.batch], 1)
     unique, inverse = _unique(key)
@@ -137,6 +149,26 @@ def by_domain(rows: Predictions) -> dict[int, float]:
     return {d: float(right[rows.domain == d].mean()) for d in sorted(set(rows.domain.tolist()))}
 
 
+def sizes(rows: Predictions) -> dict[str, float]:
+    """What a test was made of.
+
+    Returns:
+        ``images``, how many different ones were scored, and ``queries``, L of their batches (the
+        mean over images, where batches differ). Empty without predictions.
+
+    Example:
+        >>> i = torch.tensor([0, 1])
+        >>> sizes(Predictions(i, i, i, i, i, torch.zeros(2, 3), torch.tensor([24, 24])))
+        {'images': 2.0, 'queries': 24.0}
+    """
+    if not len(rows.row):
+        return {}
+    return {
+        "images": float(len(rows.row.unique())),
+        "queries": float(rows.queries.double().mean()),
+    }
+
+
 def scores(rows: Predictions) -> dict[str, float]:
     """All metrics.
 
@@ -148,7 +180,7 @@ def scores(rows: Predictions) -> dict[str, float]:
     Example:
         >>> i = torch.tensor([0, 1, 2, 3])
         >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.6, 0.4]])
-        >>> rows = Predictions(i, i, i // 2, i // 2, torch.tensor([0, 0, 1, 1]), p.log())
+        >>> rows = Predictions(i, i, i // 2, i // 2, torch.tensor([0, 0, 1, 1]), p.log(), i)
         >>> found = scores(rows)
         >>> found["acc"], found["well_acc"], found["worst_plate_acc"]
         (0.5, 1.0, 0.5)

@@ -22,7 +22,7 @@ from fulgurite.models.cs_arm_bn.batch_statistics import Reference
 from fulgurite.models.cs_arm_bn.batchnorm import Context, context_layers
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
-from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores
+from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores, sizes
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["PlateClassifier"]
@@ -246,7 +246,8 @@ class PlateClassifier(SystemModule):
             where = self.metric_prefix(stage, number, len(self._parts))
             rows = gather(self._parts[number], self.num_classes)
             self.results[where.removeprefix("test/")] = rows
-            values = {f"{where}/{k}": v for k, v in scores(rows).items()}
+            found = scores(rows) | (sizes(rows) if stage == "test" else {})
+            values = {f"{where}/{k}": v for k, v in found.items()}
             for metric, value in values.items():
                 shown = metric == self.monitor
                 self.log(metric, value, batch_size=max(1, len(rows.row)), prog_bar=shown)

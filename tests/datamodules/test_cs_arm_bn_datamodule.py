@@ -227,19 +227,28 @@ def test_a_plate_has_the_same_chunks_whatever_else_is_tested(make):
     assert [b["control_index"].tolist() for b in one] == [b["control_index"].tolist() for b in two]
 
 
-def test_label_shift_changes_batches_and_not_the_plates_total(make):
-    data = make(label_shift=1e-4, eval_queries=6)
-    batches, index = evaluated(data.test_dataloader()[2])
-    assert len(index) == len(set(index.tolist()))
-    assert all(batch["kept"].all() for batch in batches)
-    assert {len(batch["query"]) for batch in batches} == {2}  # two wells of each class
-    labels = data.table.label[index.numpy()]
-    assert (np.bincount(labels, minlength=8) == np.bincount(labels)[0]).all()
-    pure = [len(batch["label"].unique()) == 1 for batch in batches]
-    assert np.mean(pure) > 0.9
-    _, plain = evaluated(make().val_dataloader())
-    _, shifted = evaluated(data.val_dataloader())
-    assert shifted.equal(plain)  # the model is selected without probes
+@pytest.mark.parametrize("size", [1, 6, 24])
+def test_label_shift_changes_batches_alone(make, size):
+    """The same images count, in batches of the same size as without it."""
+    data, plain = make(label_shift=1e-4, eval_queries=size), make(eval_queries=size)
+    for loader, other in zip(data.test_dataloader(), plain.test_dataloader(), strict=True):
+        batches, index = evaluated(loader)
+        assert sorted(index.tolist()) == sorted(evaluated(other)[1].tolist())
+        assert {len(batch["query"]) for batch in batches} == {size}
+        for batch in batches:
+            check(batch, data)
+        pure = [len(batch["label"].unique()) == 1 for batch in batches]
+        assert np.mean(pure) > 0.9
+        for domain in {int(batch["domain"]) for batch in batches}:
+            own = torch.cat([b["label"] for b in batches if int(b["domain"]) == domain])
+            assert len(set(own.bincount().tolist())) == 1  # each class equally often
+    assert evaluated(data.val_dataloader())[1].equal(evaluated(plain.val_dataloader())[1])
+
+
+def test_label_shift_of_one_class_is_refused(make):
+    data = make(label_shift=0.1, eval_limit=1)
+    with pytest.raises(DataError, match=r"1 queries of plate .* are of one class.*eval_limit"):
+        data.test_dataloader()
 
 
 @settings(max_examples=60, deadline=None)
@@ -251,15 +260,39 @@ def test_label_shift_changes_batches_and_not_the_plates_total(make):
 )
 def test_shifted_chunks_obey_their_laws(counts, size, alpha, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
-    generator = np.random.default_rng(seed)
-    batches = shifted_chunks(labels, size, alpha, len(counts), generator)
+    batches = shifted_chunks(labels, size, alpha, np.random.default_rng(seed))
+    assert {len(rows) for rows, _ in batches} == {size}
+    drawn = np.concatenate([rows for rows, _ in batches])
+    counted = np.concatenate([rows[counts_] for rows, counts_ in batches])
+    assert sorted(counted.tolist()) == list(range(len(labels)))
     present = [count for count in counts if count]
-    expected = min(size, min(present))
-    assert {len(batch) for batch in batches} == {expected}
-    taken = np.concatenate(batches)
-    assert len(set(taken)) == len(taken)
-    total = np.bincount(labels[taken], minlength=len(counts))
-    assert set(total[np.array(counts) > 0]) == {expected * (min(present) // expected)}
+    rounds = -(-max(present) // size)
+    assert len(batches) == rounds * len(present)
+    assert set(np.bincount(labels[drawn])) - {0} == {rounds * size}
+    often = np.bincount(drawn, minlength=len(labels))
+    for c in np.unique(labels):
+        assert np.ptp(often[labels == c]) <= 1
+    for start in range(0, len(batches), len(present)):  # one mixture, rotated
+        mixtures = [np.bincount(labels[rows], minlength=len(counts)) for rows, _ in batches]
+        of_round = {
+            tuple(sorted(m[np.array(counts) > 0])) for m in mixtures[start : start + len(present)]
+        }
+        assert len(of_round) == 1
+
+
+def test_each_draw_under_label_shift_counts_as_probably_as_the_others():
+    """Else images would be scored among their own class more or less often than they are drawn."""
+    labels = np.repeat([0, 1, 2, 3], [3, 5, 8, 4])
+    among, scored = [], []
+    for seed in range(400):
+        for rows, counts in shifted_chunks(labels, 8, 0.3, np.random.default_rng(seed)):
+            own = np.array([(labels[rows] == labels[row]).mean() for row in rows])
+            among.append([own[labels[rows] == 0].sum(), (labels[rows] == 0).sum()])
+            kept = counts & (labels[rows] == 0)
+            scored.append([own[kept].sum(), kept.sum()])
+    (total, n), (total_scored, n_scored) = np.sum(among, 0), np.sum(scored, 0)
+    assert n_scored == 1200
+    assert total_scored / n_scored == pytest.approx(total / n, abs=0.03)
 
 
 @settings(max_examples=60, deadline=None)

@@ -591,6 +591,8 @@ SHARED = {
     "tests": {"shift": {"key": "shift", "values": [0, 1, 2]}},
     "tune": {"metric": "val/acc", "grid": {"lr": {"key": "lr", "values": [0.01, 0.1]}}},
     "also": ["test/shift"],
+    "sizes": ["shift", "images"],
+    "names": {"images": "images scored"},
     "settings": None,
     "baseline": "erm",
     "seeds": [0, 1],
@@ -633,6 +635,8 @@ def test_tests_share_the_training_that_validation_chose(place, shared, capsys):
     assert comparison.values("erm", (("shift", "2"),), "test/shift") == {0: 2.0, 1: 2.0}
     text = comparison.markdown()
     assert "## test/shift" in text
+    # what each setting was measured on, below the methods
+    assert text.count("| shift | 0 | 1 | 2 |\n| images scored | – | – | – |\n") == 2
     assert "lr {0.01, 0.1} with the best `val/acc`" in text
     rows = list(csv.DictReader((place / "out" / "summary.csv").open()))
     assert {(r["metric"], r["shift"]) for r in rows} == {

@@ -174,7 +174,7 @@ class Comparison:
         plan = self.plan
         lines = [f"# {plan.title}", ""]
         for metric in (plan.metric, *plan.also):
-            lines += [f"## {metric}", ""] if plan.also else []
+            lines += [f"## {plan.names.get(metric, metric)}", ""] if plan.also else []
             lines += self._tables(metric)
         lines += self._cost_table() if plan.costs else []
         lines += self._open_ends()
@@ -202,6 +202,10 @@ class Comparison:
             [m.label, *(_place(entries[m.id, s], digits, len(plan.seeds)) for s in grid)]
             for m in rows.values()
         ]
+        body += [
+            [plan.names.get(name, name), *(self._size(metric, name, s) for s in grid)]
+            for name in plan.sizes
+        ]
         lines += ["", *_table(["method", *heads], body)]
         body = [
             [m.label, *(_difference(entries[m.id, s].paired, digits) for s in grid)]
@@ -225,6 +229,12 @@ class Comparison:
     def _costs(self, method: str, name: str) -> list[float]:
         """A metric of all finished cells of a method."""
         return [v for setting in self.grid for v in self.values(method, setting, name).values()]
+
+    def _size(self, metric: str, name: str, setting: Setting) -> str:
+        """What a setting was measured on: one number, or from which to which over all methods."""
+        beside = f"{metric.rpartition('/')[0]}/{name}"
+        found = [v for m in self.rows for v in self.values(m, setting, beside).values()]
+        return " to ".join(f"{v:g}" for v in sorted({min(found), max(found)})) if found else "–"
 
     def _open_ends(self) -> list[str]:
         ids, failed = self.plan.cell_ids, self.failed

@@ -49,7 +49,8 @@ _COMMON = (
     "baseline", "args",
 )  # fmt: skip
 _PLAN_KEYS = (
-    *_COMMON, "seed_keys", "after_fit", "also", "costs", "quick", "names", "highlight", "source",
+    *_COMMON, "seed_keys", "after_fit", "also", "costs", "sizes", "quick", "names", "highlight",
+    "source",
 )  # fmt: skip
 _METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed", "ignores")
 _TUNE_KEYS = ("metric", "mode", "grid")
@@ -222,6 +223,8 @@ class Plan:
         tune: How each method's training is chosen; None where there is nothing to choose.
         also: Further metrics, of which there is a table each.
         costs: Metrics of the training that say what it spent; they have one table, by method.
+        sizes: Metrics beside each of these (``images`` beside ``test/acc`` is ``test/images``) that
+            tell what a setting was measured on: a line each below the methods of a table.
         names: What figures call axes and metrics, by their names here.
         highlight: Id of the method that figures show in front; None for none.
         source: The file that it was read from.
@@ -243,6 +246,7 @@ class Plan:
     tune: Tune | None = None
     also: tuple[str, ...] = ()
     costs: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     highlight: str | None = None
     source: str = ""
@@ -441,6 +445,7 @@ class Plan:
             "tune": self.tune and vars(self.tune),
             "also": list(self.also),
             "costs": list(self.costs),
+            "sizes": list(self.sizes),
             "names": dict(self.names),
             "highlight": self.highlight,
             "source": self.source,
@@ -554,6 +559,7 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
             tune=_tune(top["tune"]) if top.get("tune") else None,
             also=tuple(_strings(top.get("also") or [], "also")),
             costs=tuple(_strings(top.get("costs") or [], "costs")),
+            sizes=tuple(_strings(top.get("sizes") or [], "sizes")),
             names=_names(top.get("names") or {}),
             highlight=_text_or_none(top.get("highlight"), "highlight"),
             source=_text(top["source"], "source"),
@@ -632,7 +638,7 @@ def _consistent(plan: Plan) -> Plan:
                     _hint(axis, plan.settings)
                     or f"There are {', '.join(plan.settings) or 'none'}.",
                 )
-    axes = {*plan.axes, plan.metric, *plan.also, *plan.costs}
+    axes = {*plan.axes, plan.metric, *plan.also, *plan.costs, *plan.sizes}
     for name in plan.names.keys() - axes:
         raise ConfigError(
             f"names has {name!r}, which is neither an axis nor a metric of the comparison.",
