@@ -107,6 +107,13 @@ OURS = (
         "Closing the Domain Gap in Biomedical Imaging by In-Context Control Samples",
         "https://arxiv.org/abs/2604.20824",
         "fulgurite.configs.cs_arm_bn",
+        (
+            Command(
+                "plates",
+                "a table of plates of your own: a template, and a check",
+                "fulgurite.datamodules.cs_arm_bn.command:main",
+            ),
+        ),
     ),
     System(
         "stream_cqsa",

@@ -1,0 +1,191 @@
+"""``fulgurite plates``: a table of plates of one's own, begun from a template and checked."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from fulgurite.datamodules.cs_arm_bn.jump import read_table
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
+from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
+from fulgurite.errors import ConfigError, DataError, FulguriteError
+from fulgurite.io import atomic_write, data_path
+
+__all__ = ["COLUMNS", "check_plates", "main", "template"]
+
+#: Columns of a table that :class:`CsvPlates` reads, with their meaning.
+COLUMNS = {
+    "source": "laboratory; a split between laboratories goes by it",
+    "batch": "plates that were made together",
+    "plate": "name of the plate; with source and batch it is one domain",
+    "well": "row and column, such as A01 (A1 is the same)",
+    "site": "number or name of the image within the well",
+    "role": "query or control; controls are the untreated wells that the network adapts to",
+    "label": "name of the class of a query; empty where it is unknown, and for controls",
+    "path_<channel>": "file of each channel (16-bit TIFF, PNG, JPEG, .npy), relative to the table; "
+    "or one column `path` for files that hold all channels",
+    "lab": "optional: one name for sources that are one laboratory",
+    "official": "optional: train, val, or the name of a test, for OfficialSplit",
+}
+_CHANNELS = ("DNA", "Actin")
+_LAYOUT = {
+    **{f"{row}01": ("control", "") for row in "ABCD"},
+    **{f"{row}02": ("query", "compound-A") for row in "ABC"},
+    **{f"{row}03": ("query", "compound-B") for row in "ABC"},
+    "D02": ("query", ""),
+}
+
+
+def template() -> str:
+    """An example of a table: four batches of one plate, two classes, one well without a label.
+
+    Returns:
+        Comma-separated values that :class:`CsvPlates` reads.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ["source", "batch", "plate", "well", "site", "role", "label"]
+    writer.writerow([*names, *(f"path_{channel}" for channel in _CHANNELS)])
+    for batch in range(1, 5):
+        plate = f"P{batch}"
+        for well, (role, label) in sorted(_LAYOUT.items()):
+            paths = [f"images/{plate}/{well}_s1_{channel}.tif" for channel in _CHANNELS]
+            writer.writerow(["mylab", f"batch{batch}", plate, well, "1", role, label, *paths])
+    return text.getvalue()
+
+
+def check_plates(
+    path: str,
+    channels: list[str] | None = None,
+    classes: list[str] | None = None,
+    root: str | None = None,
+    exclude: list[str] | None = None,
+    prefixes: dict[str, str] | None = None,
+) -> tuple[PlateTable, list[str]]:
+    """Read a table as ``CsvPlates`` would, and look which of its images are there.
+
+    Args:
+        path: The table.
+        channels: Names of the channels; those of the columns ``path_...`` if not given.
+        classes: As of :class:`CsvPlates`, like the others.
+        root: Where relative paths start.
+        exclude: What to leave out.
+        prefixes: What takes the place of the beginning of paths.
+
+    Returns:
+        The table, and the files that are not there (addresses are not looked at).
+
+    Raises:
+        DataError: The table cannot be used.
+        ConfigError: The channels of a column ``path`` are not named, or an option is wrong.
+    """
+    if channels is None:
+        columns = list(read_table(data_path(path)).columns)
+        channels = [c.removeprefix("path_") for c in columns if c.startswith("path_")]
+        if "path" in columns:
+            raise ConfigError(
+                f"The files in the column 'path' of {path} hold all channels, and nothing says "
+                "which.",
+                "Name them: `--channels=DNA,Actin`.",
+            )
+        if not channels:
+            raise DataError(
+                f"The table {path} has no column of paths.",
+                "Give `path_<channel>` for each channel, or `path` for files of all channels.",
+            )
+    source = CsvPlates(
+        path, channels, classes, root, exclude=exclude or [], prefixes=prefixes or {}
+    )
+    table = source.load()
+    files = dict.fromkeys(file for paths in table.paths() for file in paths)
+    return table, [file for file in files if "://" not in file and not os.path.isfile(file)]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}.", f"`{self.prog} --help` lists the options.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "fulgurite plates", description="Plates of one's own: an example of a table, and a check."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    write = commands.add_parser("template", help="write an example of a table")
+    write.add_argument("--out", help="file that is written; printed if not given")
+    check = commands.add_parser("check", help="read a table and say what it holds")
+    check.add_argument("file", help="CSV, .csv.gz or parquet with a row for each site")
+    check.add_argument("--channels", type=_names, help="by default those of path_<channel>")
+    check.add_argument("--classes", type=_names, help="by default all labels, sorted")
+    check.add_argument("--root", help="where relative paths start; by default beside the table")
+    check.add_argument("--exclude", type=_names, help="what to leave out and count")
+    check.add_argument("--prefixes", type=_pairs, help="{'/home/USER/plates/': ''}")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    """Names between commas, also in brackets."""
+    names = yaml.load(text, yaml.BaseLoader) if text.startswith("[") else text.split(",")
+    return [str(name) for name in names]
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs: Any = yaml.load(text, yaml.BaseLoader)
+    if not isinstance(pairs, dict):
+        raise ValueError(text)
+    return {str(old): str(new) for old, new in pairs.items()}
+
+
+def main(argv: list[str]) -> int:
+    """The command line of ``fulgurite plates``.
+
+    Raises:
+        FulguriteError: The table cannot be used, or an option is wrong.
+    """
+    given = _parser().parse_args(argv)
+    if given.command == "template":
+        return _write_template(given.out)
+    try:
+        table, absent = check_plates(
+            given.file, given.channels, given.classes, given.root, given.exclude, given.prefixes
+        )
+    except FulguriteError as error:  # say the options as they are called here
+        error.mend = error.mend.replace("--data.init_args.source.init_args.", "--")
+        raise
+    print(table.report())
+    if absent:
+        raise DataError(
+            f"{len(absent)} images of the table {given.file} are not there, first {absent[0]}.",
+            "Put them there, or give `--root` or `--prefixes`.",
+        )
+    print("images: all there")
+    return 0
+
+
+def _write_template(out: str | None) -> int:
+    if out is None:
+        print(template(), end="")
+    else:
+        if Path(out).exists():
+            raise ConfigError(f"There is a file {out} already.", "Name another one with `--out`.")
+        with atomic_write(Path(out)) as temporary:
+            temporary.write_text(template(), encoding="utf-8")
+    width = max(map(len, COLUMNS))
+    print("One row for each site. Columns:", file=sys.stderr)
+    for name, meaning in COLUMNS.items():
+        print(f"  {name:<{width}}  {meaning}", file=sys.stderr)
+    if out is not None:
+        print(
+            f"Written to {out}. Check your own with `fulgurite plates check {out}`, then train: "
+            f"`fulgurite fit --config cs_arm_bn/own.yaml "
+            f"--data.init_args.source.init_args.path={out}`.",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,117 @@
+"""Plates of one's own: the template, its check, and a run on generated images."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from fulgurite.datamodules.cs_arm_bn import CsvPlates
+from fulgurite.datamodules.cs_arm_bn.command import COLUMNS, main, template
+
+TABLE = list(csv.DictReader(io.StringIO(template())))
+CHANNELS = ["DNA", "Actin"]
+
+
+def write_images(folder):
+    generator = np.random.default_rng(0)
+    for row in TABLE:
+        for channel in CHANNELS:
+            path = folder / row[f"path_{channel}"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            light = 400 if row["label"] == "compound-A" else 200
+            tifffile.imwrite(path, generator.poisson(light, (16, 16)).astype(np.uint16))
+
+
+def test_the_template_is_what_the_reader_reads(tmp_path):
+    (tmp_path / "plates.csv").write_text(template())
+    source = CsvPlates(str(tmp_path / "plates.csv"), CHANNELS)
+    assert source.class_names == ("compound-A", "compound-B")
+    table = source.load()
+    assert table.domains == tuple(f"mylab|batch{k}|P{k}" for k in range(1, 5))
+    assert (table.counts() == [7, 4]).all()
+    assert (np.bincount(table.label[~table.control] + 1) == [4, 12, 12]).all()
+    known = {*COLUMNS, *(f"path_{channel}" for channel in CHANNELS)}
+    assert {*TABLE[0]} <= known
+
+
+def test_a_user_begins_with_the_template_and_trains(fulgurite):
+    status, out, told = fulgurite("plates", "template", "--out", "plates.csv")
+    assert (status, out) == (0, "")
+    assert "role" in told
+    assert "own.yaml" in told
+    status, out, error = fulgurite("plates", "check", "plates.csv")
+    assert status == 2
+    assert "44 sites on 4 plates" in out
+    assert "88 images" in error
+    write_images(Path())
+    status, out, _ = fulgurite("plates", "check", "plates.csv")
+    assert status == 0
+    assert "4 queries without a label" in out
+    assert "images: all there" in out
+    small = (
+        "--config=cs_arm_bn/own.yaml",
+        "--run.dir=run",
+        "--data.init_args.source.init_args.path=plates.csv",
+        "--model.init_args.network.init_args.width=4",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+    )
+    assert fulgurite("fit", *small)[0] == 0
+    shift = "--data.init_args.label_shift=0.1"
+    assert fulgurite("test", *small, "--ckpt_path=last", shift)[0] == 0
+    found = json.loads(Path("run/test_metrics.json").read_text())
+    assert (found["test/queries"], found["test/images"]) == (16, 6)
+
+
+def test_the_template_is_printed_and_overwrites_nothing(fulgurite):
+    status, out, told = fulgurite("plates", "template")
+    assert (status, out) == (0, template())
+    assert told.startswith("One row for each site.")
+    Path("plates.csv").write_text("mine")
+    status, _, error = fulgurite("plates", "template", "--out", "plates.csv")
+    assert status == 2
+    assert "--out" in error
+    assert Path("plates.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"role": "treated"}, (), "'treated'"),
+        ({"path_DNA": ""}, (), "`--exclude=[missing_channel]`"),
+        ({"label": "C"}, ("--classes=compound-A,compound-B",), "`--exclude=[unknown_label]`"),
+        ({"label": "C"}, ("--classes=[a,b]", "--exclude=x"), "nothing called 'x'"),
+        ({"path_DNA": "same", "path_Actin": "same"}, (), "DNA and Actin"),
+        ({"path": "a.tif"}, (), "--channels"),
+        ({"well": "A2"}, (), "A02 and A2"),
+        ({}, ("--prefixes=images",), "--prefixes"),
+        ({}, ("--colour=red",), "--help"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said_in_the_options_of_the_check(
+    fulgurite, change, options, words
+):
+    rows = [dict(row) for row in TABLE]
+    for row in rows:
+        row |= {name: row.get(name, "") for name in change}
+    rows[2] |= change | ({"site": "2"} if "well" in change else {})
+    with Path("plates.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    status, _, error = fulgurite("plates", "check", "plates.csv", *options)
+    assert status == 2
+    assert words in error
+    assert "init_args" not in error
+
+
+def test_a_check_follows_paths_of_another_machine(workdir, capsys):
+    write_images(workdir)
+    (workdir / "plates.csv").write_text(template().replace("images/", "D:\\plates\\images\\"))
+    options = ["--prefixes={'D:\\plates\\': ''}", "--channels=Actin,DNA"]
+    assert main(["check", "plates.csv", *options]) == 0
+    assert "channels Actin, DNA" in capsys.readouterr().out
