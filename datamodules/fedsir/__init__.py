@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from fulgurite.datamodules.fedsir.archives import CifarArchive
+from fulgurite.datamodules.fedsir.file_labels import FileLabels, SourceLabels
+from fulgurite.datamodules.fedsir.file_partition import FilePartition
 from fulgurite.datamodules.fedsir.folders import ImageFolder
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noise import (
@@ -37,6 +39,8 @@ __all__ = [
     "EvaluationLabels",
     "FederatedDataModule",
     "FederationNoise",
+    "FileLabels",
+    "FilePartition",
     "Grouped",
     "Iid",
     "ImageArrays",
@@ -53,6 +57,7 @@ __all__ = [
     "Partition",
     "Samples",
     "Shards",
+    "SourceLabels",
     "Symmetric",
 ]
 

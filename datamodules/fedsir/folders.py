@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -25,6 +26,7 @@ from fulgurite.data.exclusions import name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.data.listing import list_files
 from fulgurite.datamodules.fedsir.cache import cached_arrays
+from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.errors import ConfigError, DataError
@@ -140,19 +142,32 @@ class ImageFolder(ImageSource):
         split = None if listing.test else (self.test_fraction, self.seed)
         recipe = f"2 {listing.fingerprint()} {self._side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-        return cached_arrays(f"images-{key}", self._write)
+        arrays = cached_arrays(f"images-{key}", self._write)
+        kept, _ = self._split_rows()
+        # paths also name the images that became the test split: who annotates cannot know which do
+        paths = Listing(len(listing.train), tuple(listing.train))
+        return replace(arrays, listing=paths, train_rows=torch.tensor(kept, dtype=torch.int64))
+
+    def _split_rows(self) -> tuple[list[int], list[int]]:
+        """Files of ``train`` that train and that become the test split, by number."""
+        listing = self._listing()
+        if listing.test:
+            return list(range(len(listing.train))), []
+        number = {name: c for c, name in enumerate(listing.class_names)}
+        labels = torch.tensor([number[_class_of(name)] for name in listing.train])
+        counts = (torch.bincount(labels) * self.test_fraction).ceil().long()
+        chosen = choose_per_class(labels, counts, make_generator(self.seed, 2)).tolist()
+        tested = set(chosen)
+        return [i for i in range(len(listing.train)) if i not in tested], chosen
 
     def _write(self, target: Path) -> tuple[str, ...]:
         listing = self._listing()
         number = {name: c for c, name in enumerate(listing.class_names)}
-        files = {"train": listing.train, "test": listing.test}
-        if not listing.test:
-            labels = torch.tensor([number[_class_of(name)] for name in listing.train])
-            counts = (torch.bincount(labels) * self.test_fraction).ceil().long()
-            chosen = choose_per_class(labels, counts, make_generator(self.seed, 2))
-            tested = set(chosen.tolist())
-            files["test"] = [listing.train[i] for i in chosen.tolist()]
-            files["train"] = [f for i, f in enumerate(listing.train) if i not in tested]
+        kept, tested = self._split_rows()
+        files = {
+            "train": [listing.train[i] for i in kept],
+            "test": listing.test or [listing.train[i] for i in tested],
+        }
         for split, names in files.items():
             labels = torch.tensor([number[_class_of(name)] for name in names])
             np.save(target / f"{split}_labels.npy", labels.numpy())

@@ -20,6 +20,7 @@ from fulgurite.errors import ConfigError
 __all__ = [
     "CIFAR10_MAP",
     "AsymmetricMap",
+    "ChosenClients",
     "Corruption",
     "FederationNoise",
     "InstanceDependent",
@@ -340,7 +341,84 @@ class FederationNoise(ABC):
         """
 
 
-class NoisyClients(FederationNoise):
+class ChosenClients(FederationNoise):
+    """Noise at some clients: which of them, by their number and by a cover of clean ones.
+
+    Attributes:
+        option_names: What a subclass calls the three arguments.
+
+    Args:
+        fraction: Fraction of clients that are noisy (rounded).
+        count: Number of noisy clients, instead of ``fraction``.
+        clean_cover: See :class:`NoisyClients`.
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+
+    def __init__(self, fraction: float, count: int | None, clean_cover: int | float | None) -> None:
+        if not 0 <= fraction <= 1:
+            raise ConfigError(
+                f"The fraction of noisy clients {fraction} is outside [0, 1].",
+                f"Set `--data.init_args.noise.init_args.{self.option_names[0]}` to a fraction.",
+            )
+        if clean_cover is not None and not (
+            0 < clean_cover <= 1 if isinstance(clean_cover, float) else clean_cover >= 1
+        ):
+            raise ConfigError(
+                f"The clean cover {clean_cover} is neither a count nor a fraction in (0, 1].",
+                f"Set `--data.init_args.noise.init_args.{self.option_names[2]}` to 450, 0.09 or "
+                "null.",
+            )
+        self.fraction = fraction
+        self.count = count
+        self.clean_cover = clean_cover
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some clients may be left clean."""
+        return self.fraction < 1 or self.count is not None or self.clean_cover is not None
+
+    def choose(
+        self, labels: Tensor, parts: list[Tensor], num_classes: int, generator: torch.Generator
+    ) -> Tensor:
+        """Return which clients are noisy, (K,) bool.
+
+        Raises:
+            ConfigError: More noisy clients than clients.
+        """
+        clients = len(parts)
+        wanted = round(self.fraction * clients) if self.count is None else self.count
+        if not 0 <= wanted <= clients:
+            raise ConfigError(
+                f"{wanted} of {clients} clients cannot be noisy.",
+                f"Set `--data.init_args.noise.init_args.{self.option_names[1]}` between 0 and "
+                f"{clients}.",
+            )
+        clean = torch.zeros(clients, dtype=torch.bool)
+        if self.clean_cover is not None:
+            counts = torch.stack([torch.bincount(labels[p], minlength=num_classes) for p in parts])
+            sizes = counts.sum(0)
+            if isinstance(self.clean_cover, float):
+                threshold = (self.clean_cover * sizes.double()).ceil().long().clamp_min(1)
+            else:
+                threshold = torch.full_like(sizes, self.clean_cover)
+            clean = clean_cover_clients(counts, threshold)
+            if missed := int((~(counts >= threshold).any(0)).sum()):
+                log.warning(
+                    "%s=%s: no client has enough samples of %d of %d classes, so no clean "
+                    "client covers them; a fraction of the class size (0.09) fits small classes.",
+                    self.option_names[2],
+                    self.clean_cover,
+                    missed,
+                    num_classes,
+                )
+        rest = (~clean).nonzero()[:, 0]
+        drawn = rest[torch.randperm(len(rest), generator=generator)[:wanted]]
+        return torch.zeros(clients, dtype=torch.bool).index_fill(0, drawn, value=True)
+
+
+class NoisyClients(ChosenClients):
     """Chooses the clients with wrong labels and corrupts them; the others stay clean.
 
     Args:
@@ -378,29 +456,15 @@ class NoisyClients(FederationNoise):
         count: int | None = None,
         clean_cover: int | float | None = 450,
     ) -> None:
+        super().__init__(fraction, count, clean_cover)
         low, high = rate if isinstance(rate, tuple | list) else (rate, rate)
         if not 0 <= low <= high <= 1:
             raise ConfigError(
                 f"The noise rate {rate} is outside [0, 1] or its range is reversed.",
                 "Set `--data.init_args.noise.init_args.rate` to a fraction or to [low, high].",
             )
-        if not 0 <= fraction <= 1:
-            raise ConfigError(
-                f"The fraction of noisy clients {fraction} is outside [0, 1].",
-                "Set `--data.init_args.noise.init_args.fraction` to a fraction.",
-            )
-        if clean_cover is not None and not (
-            0 < clean_cover <= 1 if isinstance(clean_cover, float) else clean_cover >= 1
-        ):
-            raise ConfigError(
-                f"The clean cover {clean_cover} is neither a count nor a fraction in (0, 1].",
-                "Set `--data.init_args.noise.init_args.clean_cover` to 450, 0.09 or null.",
-            )
         self.noise = noise
         self.low, self.high = low, high
-        self.fraction = fraction
-        self.count = count
-        self.clean_cover = clean_cover
 
     def __call__(
         self,
@@ -435,39 +499,3 @@ class NoisyClients(FederationNoise):
                 samples.take(parts[k]), float(rates[k]), num_classes, generator, pixels
             )
         return Corruption(given, noisy, rates)
-
-    def choose(
-        self, labels: Tensor, parts: list[Tensor], num_classes: int, generator: torch.Generator
-    ) -> Tensor:
-        """Return which clients are noisy, (K,) bool.
-
-        Raises:
-            ConfigError: More noisy clients than clients.
-        """
-        clients = len(parts)
-        wanted = round(self.fraction * clients) if self.count is None else self.count
-        if not 0 <= wanted <= clients:
-            raise ConfigError(
-                f"{wanted} of {clients} clients cannot be noisy.",
-                f"Set `--data.init_args.noise.init_args.count` between 0 and {clients}.",
-            )
-        clean = torch.zeros(clients, dtype=torch.bool)
-        if self.clean_cover is not None:
-            counts = torch.stack([torch.bincount(labels[p], minlength=num_classes) for p in parts])
-            sizes = counts.sum(0)
-            if isinstance(self.clean_cover, float):
-                threshold = (self.clean_cover * sizes.double()).ceil().long().clamp_min(1)
-            else:
-                threshold = torch.full_like(sizes, self.clean_cover)
-            clean = clean_cover_clients(counts, threshold)
-            if missed := int((~(counts >= threshold).any(0)).sum()):
-                log.warning(
-                    "clean_cover=%s: no client has enough samples of %d of %d classes, so no clean "
-                    "client covers them; a fraction of the class size (0.09) fits small classes.",
-                    self.clean_cover,
-                    missed,
-                    num_classes,
-                )
-        rest = (~clean).nonzero()[:, 0]
-        drawn = rest[torch.randperm(len(rest), generator=generator)[:wanted]]
-        return torch.zeros(clients, dtype=torch.bool).index_fill(0, drawn, value=True)

@@ -185,6 +185,48 @@ def _arrays():
     yield Target("netcdf-output", [netcdf], lambda f: output.read_netcdf(f / "a.nc"))
 
 
+def _annotations():
+    import pandas as pd
+    import torch
+
+    from fulgurite.datamodules.fedsir import FileLabels, FilePartition, Listing, Samples
+
+    labels = torch.tensor([0, 1, 0, 1])
+    listing = Listing(4, ("a.png", "b.png", "c.png", "d.png"))
+    samples = Samples(labels, labels, torch.arange(4), listing, ("cat", "dog"))
+    columns = {"path": listing.keys, "client": ["x", "y", "x", "y"], "label": ["cat", "dog"] * 2}
+    rows = pd.DataFrame(columns)
+
+    def read_partition(path):
+        FilePartition(str(path))(samples, 2, 2, torch.Generator())
+
+    def read_labels(path):
+        FileLabels(str(path)).annotate(samples)
+
+    for suffix, write in (
+        (".csv", lambda path: rows.to_csv(path, index=False)),
+        (".csv.gz", lambda path: rows.to_csv(path, index=False)),
+        (".parquet", lambda path: rows.to_parquet(path)),
+    ):
+        for name, read in (("clients", read_partition), ("labels", read_labels)):
+            seed = _made(lambda f, s=suffix, w=write: w(f / f"a{s}"))
+            yield Target(f"{name}{suffix}", [seed], lambda f, s=suffix, r=read: r(f / f"a{s}"))
+    text = "a.png cat\nb.png dog\nc.png cat\nd.png dog\n"
+    yield Target("labels.txt", [{"a.txt": text.encode()}], lambda f: read_labels(f / "a.txt"))
+    indices = [
+        {"a.json": content} for content in (b'{"0": [0, 3], "1": [1, 2]}', b"[[0, 3], [1, 2]]")
+    ]
+    yield Target("clients.json", indices, lambda f: read_partition(f / "a.json"))
+
+    def saved(content):
+        out = io.BytesIO()
+        torch.save(content, out)
+        return {"a.pt": out.getvalue()}
+
+    seeds = [saved({"label": value}) for value in (labels, labels.numpy(), labels.tolist())]
+    yield Target("labels.pt", [*seeds, saved(labels)], lambda f: read_labels(f / "a.pt"))
+
+
 def _layer_files():
     from scipy.io import savemat
 
@@ -458,7 +500,17 @@ def _checkpoints():
 
 
 _GROUPS = (
-    *(_cifar, _pictures, _arrays, _layer_files, _climate, _tables, _texts, _embeddings),
+    *(
+        _cifar,
+        _pictures,
+        _arrays,
+        _annotations,
+        _layer_files,
+        _climate,
+        _tables,
+        _texts,
+        _embeddings,
+    ),
     *(_histories, _checkpoints),
 )
 

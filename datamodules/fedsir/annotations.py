@@ -1,0 +1,518 @@
+"""Files that say something of each training image: its client, its given or its true label.
+
+Shapes: R training images of the source, C classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing
+from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.foreign import (
+    check_parquet,
+    check_tensor_file,
+    check_tensors,
+    open_compressed,
+    read_array,
+    read_arrays,
+    read_json,
+    reading,
+)
+from fulgurite.io import data_path
+
+__all__ = [
+    "MISSING",
+    "AnnotationFile",
+    "LabelsAre",
+    "file_kind",
+    "label_numbers",
+    "read_indices",
+    "read_label_arrays",
+    "read_table",
+]
+
+#: The number of a label that a file does not name.
+MISSING = -2
+
+LabelsAre = Literal["auto", "names", "numbers"]
+
+_KINDS = {
+    ".csv": "table",
+    ".tsv": "table",
+    ".parquet": "table",
+    ".txt": "list",
+    ".npy": "array",
+    ".npz": "array",
+    ".pt": "array",
+    ".pth": "array",
+    ".json": "json",
+}
+_AGAIN = "Write the file again, or name another one."
+_Integers = npt.NDArray[np.int64]
+
+
+def file_kind(path: str, option: str, *kinds: str) -> str:
+    """Return what a file holds, by its name: ``table``, ``list``, ``array`` or ``json``.
+
+    Args:
+        path: Its name; ``.gz``, ``.bz2`` and ``.xz`` may follow that of a table or list.
+        option: The argument that names it, as the command line spells it.
+        kinds: Those that are read here.
+
+    Raises:
+        ConfigError: It is none of those.
+
+    Example:
+        >>> file_kind("a.csv.gz", "--path", "table"), file_kind("b.pt", "--path", "array")
+        ('table', 'array')
+    """
+    name = Path(path).name.lower()
+    for suffix in (".gz", ".bz2", ".xz"):
+        name = name.removesuffix(suffix)
+    kind = _KINDS.get(Path(name).suffix, "")
+    if kind not in kinds:
+        known = ", ".join(suffix for suffix, what in _KINDS.items() if what in kinds)
+        raise ConfigError(
+            f"The file {path} is none of {known} by its name.", f"Set `{option}` to one of these."
+        )
+    return kind
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def read_table(path: Path) -> dict[str, list[str]]:
+    """Read all columns of a CSV, TSV or parquet table as text; what is empty is ``""``.
+
+    A column of a parquet table that holds anything else than numbers and text is left out.
+
+    Raises:
+        DataError: The table cannot be read, has no header, or has two columns of one name.
+        MissingExtraError: It is a parquet table, and pyarrow is not installed.
+    """
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    with reading(path, "The table", _AGAIN):
+        with open_compressed(path) as file:
+            text = file.read().decode("utf-8-sig")
+        delimiter = "\t" if ".tsv" in path.suffixes else ","
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = [[cell.strip() for cell in line] for line in lines if line]
+        if not rows:
+            raise ValueError("it is empty")
+        header = rows.pop(0)
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise ValueError(f"it has two columns {twice!r}")
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has {len(row)} fields and the header {len(header)}")
+        return {name: [row[k] for row in rows] for k, name in enumerate(header)}
+
+
+def _read_parquet(path: Path) -> dict[str, list[str]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError(
+            "Reading parquet needs the package pyarrow.", "pip install 'fulgurite[federated]'"
+        ) from error
+    with reading(path, "The table", _AGAIN):
+        check_parquet(path)
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if len(set(schema.names)) < len(schema.names):
+                raise ValueError("it has two columns of one name")
+            plain = [field.name for field in schema if _is_plain(pa, field.type)]
+            table = file.read(columns=plain)
+            return {name: [_as_text(v) for v in table[name].to_pylist()] for name in plain}
+
+
+def _is_plain(pa: Any, kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_boolean(kind)
+    )
+
+
+def _as_text(value: Any) -> str:
+    """The text of a cell; a whole float is an integer, as pandas writes those with gaps."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def read_list(path: Path, value: str) -> dict[str, list[str]]:
+    """Read lines of a path and a value, with a blank between them; paths may have blanks.
+
+    Args:
+        path: The list, such as ``noisy_train_kv.txt`` of Clothing1M.
+        value: What the second field is called.
+
+    Raises:
+        DataError: It cannot be read, or a line has one field.
+    """
+    with reading(path, "The list", _AGAIN):
+        with open_compressed(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
+        columns: dict[str, list[str]] = {"path": [], value: []}
+        for number, line in enumerate(lines, 1):
+            if not (fields := line.strip()):
+                continue
+            parts = fields.rsplit(None, 1)
+            if len(parts) < 2:
+                raise ValueError(f"line {number} has one field: a path and a {value} are wanted")
+            columns["path"].append(parts[0])
+            columns[value].append(parts[1])
+        return columns
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """A table or list with a row for each training image.
+
+    Args:
+        path: The file, absolute or relative to ``FULGURITE_DATA``.
+        option: Where its arguments are, as the command line spells it.
+        path_column: The column that names images as the source does.
+        row_column: The column that counts images from 0 in the order of the source.
+        unknown: What to do with rows of images that the source does not have.
+    """
+
+    path: str
+    option: str
+    path_column: str = "path"
+    row_column: str = "row"
+    unknown: Literal["error", "ignore"] = "error"
+
+    def read(
+        self, listing: Listing, *names: str, optional: Sequence[str] = ()
+    ) -> dict[str, list[str | None]]:
+        """Return columns by row of the source; None where the file has no row for an image.
+
+        Args:
+            listing: The images of the source.
+            names: The columns that are wanted.
+            optional: Those of them that may be absent.
+
+        Raises:
+            DataError: The file cannot be read, has no such column, or has a row twice, of an
+                unknown image, or that names no image.
+        """
+        path = data_path(self.path)
+        if file_kind(self.path, f"{self.option}.path", "table", "list") == "list":
+            columns = read_list(path, names[0])
+            if listing.keys is None:  # then images have no names, and it counts them
+                columns[self.row_column] = columns.pop("path")
+            else:
+                columns[self.path_column] = columns.pop("path")
+        else:
+            columns = read_table(path)
+        for name in names:
+            if name not in columns and name not in optional:
+                raise DataError(
+                    f"The table {path} has no column {name!r}: it has {', '.join(columns)}.",
+                    f"Name the column that is meant under `{self.option}`.",
+                )
+        rows = self._rows(columns, listing, path)
+        found: dict[str, list[str | None]] = {}
+        for name in names:
+            if name in columns:
+                found[name] = [None] * listing.total
+                for row, value in zip(rows, columns[name], strict=True):
+                    if row >= 0:
+                        found[name][row] = value
+        return found
+
+    def _rows(
+        self, columns: Mapping[str, Sequence[str]], listing: Listing, path: Path
+    ) -> list[int]:
+        """The row of the source that each row of the file is of, -1 for one to ignore."""
+        by_path, by_row = self.path_column in columns, self.row_column in columns
+        if by_path == by_row:
+            what = "both" if by_path else "neither"
+            raise DataError(
+                f"The table {path} has {what} of the columns {self.path_column!r} and "
+                f"{self.row_column!r} to tell images by: it has {', '.join(columns)}.",
+                f"Give one of them, or set `{self.option}.path_column` or `row_column` to the name "
+                "of the column that does.",
+            )
+        if by_path:
+            names = columns[self.path_column]
+            if listing.keys is None:
+                raise DataError(
+                    f"The table {path} names images by {self.path_column!r}, and the images of the "
+                    "source have no names.",
+                    f"Count them from 0 in a column {self.row_column!r}.",
+                )
+            number = {key: row for row, key in enumerate(listing.keys)}
+            rows = [number.get(name, -1) for name in names]
+            example = f", such as {listing.keys[0]}" if listing.total else ""
+            mend = f"Name images as the source does{example}"
+        else:
+            names = columns[self.row_column]
+            rows = [_row_number(name, listing.total) for name in names]
+            mend = f"Count the images of the source from 0 to {listing.total - 1}"
+        unknown = [name for name, row in zip(names, rows, strict=True) if row < 0]
+        if unknown and (self.unknown == "error" or len(unknown) == len(rows)):
+            raise DataError(
+                f"The table {path} has rows of images that the source does not train on: "
+                f"{_some(unknown)}.",
+                f"{mend}, remove these rows, or set `{self.option}.unknown=ignore`.",
+            )
+        _refuse_repeated([row for row in rows if row >= 0], listing, path)
+        return rows
+
+
+def _row_number(text: str, total: int) -> int:
+    if text.isascii() and text.isdigit() and len(text) < 19 and int(text) < total:
+        return int(text)
+    return -1
+
+
+def _some(values: Sequence[object], most: int = 3) -> str:
+    """The first different values, and how many more there are.
+
+    Example:
+        >>> _some(["a", "b", "a", "c", "d"], most=2)
+        "'a', 'b' and 2 more"
+    """
+    different = list(dict.fromkeys(values))
+    shown = ", ".join(repr(value) for value in different[:most])
+    return shown + (f" and {len(different) - most} more" if len(different) > most else "")
+
+
+def _refuse_repeated(rows: Sequence[int], listing: Listing, path: Path) -> None:
+    if len(set(rows)) == len(rows):
+        return
+    counts = np.bincount(rows, minlength=listing.total)
+    repeated = np.flatnonzero(counts > 1)
+    shown = ", ".join(listing.describe(int(row)) for row in repeated[:3])
+    more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
+    raise DataError(
+        f"The file {path} has more than one row for {shown}{more}.", "Give one row for each image."
+    )
+
+
+# --- partitions as indices -----------------------------------------------------------------------
+
+
+def read_indices(path: Path, listing: Listing) -> list[str | None]:
+    """Read a JSON of the rows of each client, and return the client of each row of the source.
+
+    Args:
+        path: An object of lists by client, or a list of lists, whose clients are numbered.
+        listing: The images of the source.
+
+    Raises:
+        DataError: It cannot be read, is something else, or names a row twice or one that is not.
+    """
+    with reading(path, "The partition", _AGAIN):
+        content = read_json(path)
+        if isinstance(content, list):
+            content = {str(client): rows for client, rows in enumerate(content)}
+        if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+            raise ValueError("it is no object of lists of rows by client")
+        owner: list[str | None] = [None] * listing.total
+        for client, rows in content.items():
+            for row in rows:
+                if type(row) is not int or not 0 <= row < listing.total:
+                    raise ValueError(
+                        f"client {client[:80]!r} has row {str(row)[:80]}, and the source has rows "
+                        f"0 to {listing.total - 1}"
+                    )
+                if owner[row] is not None:
+                    raise ValueError(f"it names {listing.describe(row)} more than once")
+                owner[row] = client
+        return owner
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+def label_numbers(
+    texts: Sequence[str], class_names: Sequence[str], labels_are: LabelsAre, path: Path, option: str
+) -> dict[str, int]:
+    """Return the class number of each different text.
+
+    Args:
+        texts: Names of classes, or their numbers from 0.
+        class_names: Of the C classes.
+        labels_are: Which of the two they are; ``auto`` takes what all of them can be.
+        path: The file, for errors.
+        option: Where its arguments are, as the command line spells it.
+
+    Raises:
+        ConfigError: They can be both, with different meanings.
+        DataError: Some are neither.
+
+    Example:
+        >>> label_numbers(["b", "a", "b"], ("a", "b"), "auto", Path("x.csv"), "--noise")
+        {'b': 1, 'a': 0}
+    """
+    different = list(dict.fromkeys(texts))
+    names = {name: k for k, name in enumerate(class_names)}
+    numbers = {str(k): k for k in range(len(class_names))}
+    numbers |= {f"{text}.0": k for text, k in numbers.items()}  # as pandas writes those with gaps
+    meanings = {"names": names, "numbers": numbers}
+    fitting = {
+        kind: {text: meaning[text] for text in different}
+        for kind, meaning in meanings.items()
+        if labels_are in ("auto", kind) and all(text in meaning for text in different)
+    }
+    if len(fitting) == 2 and fitting["names"] != fitting["numbers"]:
+        raise ConfigError(
+            f"The labels of {path} ({_some(different)}) are both names and numbers of classes, and "
+            f"these differ: the class named {class_names[0]!r} has the number 0.",
+            f"Set `{option}.labels_are` to names or numbers.",
+        )
+    if fitting:
+        return next(iter(fitting.values()))
+    known: set[str] = set().union(*(m for k, m in meanings.items() if labels_are in ("auto", k)))
+    bad = [text for text in different if text not in known] or different
+    raise DataError(
+        f"The file {path} has labels that are no class of the source: {_some(bad)}.",
+        f"The classes are {_some(class_names)}, or numbers from 0 to {len(class_names) - 1}.",
+    )
+
+
+def read_label_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays of a ``.npy``, ``.npz`` or ``.pt`` file; one without a name is ``""``.
+
+    Nothing is unpickled but tensors, arrays of numbers, and plain types that hold them.
+
+    Raises:
+        DataError: The file cannot be read, or holds anything else.
+    """
+    with reading(path, "The labels", _AGAIN):
+        if path.suffix == ".npz":
+            return read_arrays(path)
+        if path.suffix == ".npy":
+            with open(path, "rb") as file:
+                return {"": read_array(file, os.path.getsize(path))}
+        content = _load_arrays(path)
+        if not isinstance(content, dict):
+            content = {"": content}
+        return {str(name): _as_array(value) for name, value in content.items()}
+
+
+def _as_array(value: Any) -> npt.NDArray[Any]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return np.asarray(value.numpy())
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufU":
+        return value
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return np.array(value, np.int64)
+    raise ValueError(f"it holds a {type(value).__name__} that is no array of labels")
+
+
+def _empty_array(kind: Any, shape: Any, code: Any) -> npt.NDArray[Any]:
+    """What an array is before its pickled state, of a checked size, is set."""
+    if kind is not np.ndarray or shape != (0,):
+        raise ValueError("an array in it is none that NumPy pickled")
+    return np.ndarray.__new__(np.ndarray, (0,), np.int8)
+
+
+def _plain_dtype(code: Any, *_: Any) -> np.dtype[Any]:
+    kind = np.dtype(str(code)[:32])
+    if kind.kind not in "biufU":
+        raise ValueError(f"an array in it holds {kind}")
+    return np.dtype(kind, copy=True)
+
+
+def _load_arrays(path: Path) -> Any:
+    """Load a file of ``torch.save`` that may hold arrays of NumPy, as CIFAR-10N's does."""
+    import torch
+
+    check_tensor_file(path)
+    dtypes = [type(np.dtype(code)) for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4")]
+    dtypes += [type(np.dtype(code)) for code in ("u8", "f2", "f4", "f8", "U1")]
+    allowed: list[Any] = [np.ndarray, *dtypes, (_plain_dtype, "numpy.dtype")]
+    allowed += [
+        (_empty_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
+    ]
+    with torch.serialization.safe_globals(allowed):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    check_tensors(content, os.path.getsize(path))
+    return content
+
+
+def array_labels(
+    arrays: Mapping[str, npt.NDArray[Any]],
+    name: str,
+    listing: Listing,
+    class_names: Sequence[str],
+    path: Path,
+    option: str,
+    *,
+    gaps: bool = False,
+) -> _Integers:
+    """Return one array of labels in the order of the source, as class numbers.
+
+    Args:
+        arrays: Of the file.
+        name: Of the array; a file with one nameless array has no other.
+        listing: The images of the source.
+        class_names: Of the C classes.
+        path: The file, for errors.
+        option: The argument that names the array, as the command line spells it.
+        gaps: Whether -1 stands for a label that is unknown.
+
+    Shape:
+        - (R,) int64.
+
+    Raises:
+        DataError: There is no such array, or it is not one label of a class for each image.
+    """
+    array = arrays.get("" if "" in arrays else name)
+    if array is None:
+        raise DataError(
+            f"The file {path} has no labels {name!r}: it has {', '.join(arrays)}.",
+            f"Set `{option}` to one of these.",
+        )
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]  # MedMNIST
+    if array.ndim != 1 or array.dtype.kind not in "iuU":
+        raise DataError(
+            f"The labels {name!r} of {path} are {array.dtype} of shape {array.shape}.",
+            "Give one class number or name for each image.",
+        )
+    if len(array) != listing.total:
+        raise DataError(
+            f"The labels {name!r} of {path} are {len(array)}, and the source has {listing.total} "
+            "training images.",
+            "Give one for each, in the order of the source, or a table that names the images.",
+        )
+    if array.dtype.kind == "U":
+        texts = [str(text) for text in array]
+        number = label_numbers(texts, class_names, "names", path, option.rpartition(".")[0])
+        return np.array([number[text] for text in texts], np.int64)
+    low = UNKNOWN if gaps else 0
+    bad = np.flatnonzero((array < low) | (array >= len(class_names)))
+    if len(bad):
+        raise DataError(
+            f"The labels {name!r} of {path} give {listing.describe(int(bad[0]))} the class "
+            f"{array[bad[0]]} ({len(bad)} are like this).",
+            f"The classes are numbered from 0 to {len(class_names) - 1}.",
+        )
+    return array.astype(np.int64)

@@ -1,0 +1,76 @@
+"""A partition that a file gives.
+
+Shapes: N samples, K clients.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fulgurite.datamodules.fedsir.annotations import AnnotationFile, file_kind, read_indices
+from fulgurite.datamodules.fedsir.partition import Partition, number_clients
+from fulgurite.datamodules.fedsir.samples import Samples
+from fulgurite.errors import DataError
+from fulgurite.io import data_path
+
+__all__ = ["FilePartition"]
+
+_OPTION = "--data.init_args.partition.init_args"
+
+
+class FilePartition(Partition):
+    """Clients as a file names them, by image.
+
+    The file is a table (``.csv``, ``.tsv``, ``.parquet``) with a column ``client`` and a column
+    ``path`` (the image as the source names it) or ``row`` (its number in the source, from 0), a
+    list of lines ``path client`` (``.txt``), or the rows of each client as JSON, such as
+    ``{"0": [0, 3], "1": [1, 2]}``, which is what Flower's partitioners come to. It names each image
+    that is trained on once. Clients are numbered in the order of their names, numbers by value.
+
+    Args:
+        path: The file, absolute or relative to ``FULGURITE_DATA``.
+        client: The column with the client.
+        path_column: The column with the name of the image.
+        row_column: The column with the row of the image.
+        unknown: What to do with images that the source does not train on: ``error`` or ``ignore``.
+
+    Raises:
+        ConfigError: The kind of the file is unknown.
+        DataError: The file cannot be read, names images twice, not at all or unknown ones, or
+            another number of clients than ``clients``.
+
+    Source: inferred.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        client: str = "client",
+        path_column: str = "path",
+        row_column: str = "row",
+        unknown: Literal["error", "ignore"] = "error",
+    ) -> None:
+        self.kind = file_kind(path, f"{_OPTION}.path", "table", "list", "json")
+        self.path, self.client = path, client
+        self.file = AnnotationFile(path, _OPTION, path_column, row_column, unknown)
+
+    def assign(
+        self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
+    ) -> Tensor:
+        """See :meth:`Partition.assign`."""
+        if self.kind == "json":
+            by_row = read_indices(data_path(self.path), samples.listing)
+        else:
+            by_row = self.file.read(samples.listing, self.client)[self.client]
+        names = [by_row[row] or "" for row in samples.rows.tolist()]
+        if missing := [i for i, name in enumerate(names) if not name]:
+            raise DataError(
+                f"The file {data_path(self.path)} names no client for "
+                f"{samples.describe(torch.tensor(missing))}.",
+                "Name one for each training image.",
+            )
+        every = {name for name in by_row if name}
+        return number_clients(names, every, clients, f"The file {self.path}")
