@@ -356,6 +356,8 @@ class ChosenClients(FederationNoise):
         ConfigError: An argument is out of range.
     """
 
+    option_names: tuple[str, str, str] = ("fraction", "count", "clean_cover")
+
     def __init__(self, fraction: float, count: int | None, clean_cover: int | float | None) -> None:
         if not 0 <= fraction <= 1:
             raise ConfigError(
