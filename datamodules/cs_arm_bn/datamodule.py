@@ -250,14 +250,22 @@ class PlateDataModule(L.LightningDataModule):
     @property
     def prediction_names(self) -> dict[str, Any]:
         """Names of the codes in predictions, after :meth:`setup`; images by their first file."""
-        files = self.table.frame[self.table.path_columns[0]]
+        frame = self.table.frame
+        names = {name: frame[name] for name in ("source", "batch", "plate", "well", "site")}
+        names["path"] = frame[self.table.path_columns[0]]
         return {
             "label": self.class_names,
             "predicted": self.class_names,
             "domain": self.domains,
             "well": self.wells,
-            "index": files.to_numpy(dtype=object),  # millions: not copied
+            # millions: not copied
+            "index": {name: column.to_numpy(dtype=object) for name, column in names.items()},
         }
+
+    @property
+    def prediction_axes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the components of vectors in predictions."""
+        return {"probabilities": self.class_names}
 
     @property
     def test_sets(self) -> tuple[str, ...]:

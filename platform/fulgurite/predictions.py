@@ -18,9 +18,14 @@ become their concatenation ``key`` and ``key.lengths``, the length of each; rows
 otherwise become flat values ``key`` and ``key.shapes``, a shape for each. :func:`read_predictions`
 puts rows of both kinds together again. Strings are arrays of fixed width. Nothing is pickled.
 
-Codes get their names beside them: where the DataModule has ``prediction_names``, a mapping of keys
-to the names of the numbers 0, 1 …, the strings of ``key`` are ``key_name``, empty for other
-numbers.
+Codes get their names beside them, where the DataModule has ``prediction_names``: a mapping of keys
+to the names of the numbers 0, 1 …, or to several columns of names by their headings, such as
+``{"label": ["cat", "dog"], "index": {"plate": [...], "well": [...]}}``. The names of ``label`` are
+the array ``label_name``, empty for other numbers. And all keys with one value in a row are written
+as ``predictions.csv``, a line for each row, with names instead of codes and the several columns in
+front. Rows of vectors are there too where ``prediction_axes`` of the DataModule names their
+components (``{"probabilities": ["cat", "dog"]}``). Read it with ``keep_default_na=False`` where
+pandas would take a name such as NA for a missing one.
 
 Axes: N rows.
 """
@@ -45,6 +50,7 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write
+from fulgurite.prediction_csv import Names, PredictionTable, name_codes
 
 __all__ = ["PredictionFile", "PredictionWriter", "read_predictions"]
 
@@ -170,21 +176,27 @@ class PredictionFile:
 
     Args:
         path: The file.
-        names: Names of the codes 0, 1 … of keys.
+        names: Names of the codes 0, 1 … of keys, or columns of such names by their headings.
         who: What returns the outputs, for errors.
+        axes: Names of the components of keys whose rows are vectors.
     """
 
     def __init__(
         self,
         path: Path,
-        names: Mapping[str, Sequence[str]] | None = None,
+        names: Mapping[str, Names] | None = None,
         who: str = "predict_step",
+        axes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.path, self.who = path, who
-        self.names = dict(names or {})
+        every = dict(names or {})
+        #: Names of keys that have one column of them, which the file holds too.
+        self.names = {key: n for key, n in every.items() if not isinstance(n, Mapping)}
+        self._coded = {*every}
         self.columns: dict[str, _Column] = {}
         self.batches = 0
         self._folder = path.with_name(f".{path.name}.parts")
+        self.table = PredictionTable(self._folder / "table", every, axes or {}) if every else None
 
     def append(self, output: Any) -> None:
         """Add a batch's output.
@@ -201,6 +213,9 @@ class PredictionFile:
             )
         if blocks:
             self._folder.mkdir(parents=True, exist_ok=True)
+        if self.table is not None:
+            added = {f"{key}_name" for key in self.names if key in blocks}
+            self.table.append({key: rows for key, rows in blocks.items() if key not in added})
         for key, rows in blocks.items():
             if key not in self.columns:
                 self.columns[key] = _Column(key, self._folder / str(len(self.columns)))
@@ -225,9 +240,11 @@ class PredictionFile:
                         f"{self.who} returns '{other}' twice.", "Name each output differently."
                     )
                 keys.add(other)
+            if key in self._coded:
+                self._check_codes(key, rows)
             yield key, rows
             if key in self.names:
-                yield f"{key}_name", [self._named(key, part) for part in rows]
+                yield f"{key}_name", [name_codes(part, self.names[key]) for part in rows]
         for key in keys:
             base, _, suffix = key.rpartition(".")
             if suffix in ("lengths", "shapes") and base in keys:
@@ -236,16 +253,14 @@ class PredictionFile:
                     f"Name it differently: '{key}' tells where the rows of '{base}' begin.",
                 )
 
-    def _named(self, key: str, codes: Array) -> Array:
-        if codes.dtype.kind not in "iu":
-            raise ConfigError(
-                f"{self.who} returns {_kind(codes.dtype)} under '{key}', and the DataModule's "
-                "prediction_names name its integers.",
-                "Return integers, or leave the key out of prediction_names.",
-            )
-        table = self.names[key]
-        names = [str(table[c]) if 0 <= c < len(table) else "" for c in codes.ravel().tolist()]
-        return np.array(names, np.str_).reshape(codes.shape)
+    def _check_codes(self, key: str, rows: Sequence[Array]) -> None:
+        for codes in rows:
+            if codes.size and codes.dtype.kind not in "iu":
+                raise ConfigError(
+                    f"{self.who} returns {_kind(codes.dtype)} under '{key}', and the DataModule's "
+                    "prediction_names name its integers.",
+                    "Return integers, or leave the key out of prediction_names.",
+                )
 
     def _flat(self, key: str, value: Any) -> Iterator[tuple[str, list[Array]]]:
         """Leaves of an output."""
@@ -335,6 +350,8 @@ class PredictionFile:
         try:
             if self.columns:
                 self._write(self.path)
+                if self.table is not None:
+                    self.table.close(self.path.with_suffix(".csv"))
         finally:
             self.discard()
         return bool(self.columns)
@@ -348,6 +365,8 @@ class PredictionFile:
         """Remove what was collected."""
         for column in self.columns.values():
             column.close()
+        if self.table is not None:
+            self.table.discard()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -450,7 +469,8 @@ class PredictionWriter(Callback):
 
     One loader and one process write ``predictions.npz``. Of several loaders each has a file
     ``predictions-loader0.npz`` …; of several processes each has ``predictions-0.npz`` … A
-    prediction that breaks off leaves what it has in ``predictions.partial.npz``.
+    prediction that breaks off leaves what it has in ``predictions.partial.npz``. Tables with names
+    are called as these and end in ``.csv``.
 
     Args:
         folder: Where to; None only checks the outputs.
@@ -491,6 +511,7 @@ class PredictionWriter(Callback):
             (self.folder or Path()) / f"predictions{loader}{rank}.npz",
             getattr(data, "prediction_names", None),
             f"{type(pl_module).__name__}.predict_step",
+            getattr(data, "prediction_axes", None),
         )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -501,6 +522,8 @@ class PredictionWriter(Callback):
                 continue
             if file.close():
                 print(f"predict: recorded in {file.path}")
+                if file.table is not None and file.table.fault:
+                    print(f"predict: there is no table with names: {file.table.fault}")
             else:
                 print(f"predict: {file.who} returned nothing to write")
 

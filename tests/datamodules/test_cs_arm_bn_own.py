@@ -63,6 +63,18 @@ def test_a_user_begins_with_the_template_and_trains(fulgurite):
     assert fulgurite("fit", *small)[0] == 0
     shift = "--data.init_args.label_shift=0.1"
     assert fulgurite("test", *small, "--ckpt_path=last", shift)[0] == 0
+    assert fulgurite("predict", *small, "--ckpt_path=last", "--data.init_args.predict=all")[0] == 0
+    with Path("run/predict/predictions.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    queries = {(r["plate"], r["well"]): r for r in TABLE if r["role"] == "query"}
+    assert len(lines) == len(queries) == 28
+    for line in lines:
+        row = queries[line["plate"], line["well"]]
+        for name in ("source", "batch", "site", "label"):
+            assert line[name] == row[name]
+        assert line["path"] == str(Path(row["path_DNA"]).absolute())
+        probabilities = {c: float(line[f"probabilities.{c}"]) for c in ("compound-A", "compound-B")}
+        assert line["predicted"] == max(probabilities, key=probabilities.get)
     found = json.loads(Path("run/test_metrics.json").read_text())
     assert (found["test/queries"], found["test/images"]) == (16, 6)
 

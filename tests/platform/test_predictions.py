@@ -25,15 +25,16 @@ class Box:
 def write(tmp_path):
     """Write batches, and read them again."""
 
-    def call(*batches, names=None):
-        file = PredictionFile(tmp_path / "predictions.npz", names, "Model.predict_step")
+    def call(*batches, names=None, axes=None, table=True):
+        file = PredictionFile(tmp_path / "predictions.npz", names, "Model.predict_step", axes)
         try:
             for batch in batches:
                 file.append(batch)
             file.close()
         finally:
             file.discard()
-        assert [p.name for p in tmp_path.iterdir()] in ([], ["predictions.npz"])
+        written = ["predictions.csv", "predictions.npz"] if names and table else ["predictions.npz"]
+        assert sorted(p.name for p in tmp_path.iterdir()) in ([], written)
         return read_predictions(file.path) if file.path.exists() else {}
 
     return call
@@ -113,6 +114,54 @@ def test_codes_get_their_names_beside_them(write):
         write({"label": torch.tensor([0.5])}, names=names)
     with pytest.raises(ConfigError, match="'label_name' twice"):
         write({"label": torch.tensor([1]), "label_name": ["dog"]}, names=names)
+
+
+def test_a_table_holds_names_instead_of_codes(write, tmp_path):
+    names = {
+        "label": ["NA", 'a "b", c'],
+        "index": {"plate": ["p1", "p1", "p2"], "well": ["A01", "A02", "A01"]},
+        "absent": ["x"],
+    }
+    axes = {"scores": ["NA", "b"], "none": ["x"]}
+    first = {
+        "index": torch.tensor([2, 0]),
+        "well": torch.tensor([7, 5]),
+        "label": torch.tensor([1, -1]),
+        "scores": torch.tensor([[0.1, 0.9], [0.25, 0.75]]),
+        "map": torch.zeros(2, 3, 3),
+    }
+    rows = write(first, {key: value[:1] for key, value in first.items()}, names=names, axes=axes)
+    lines = [
+        "plate,well,index,label,scores.NA,scores.b",
+        'p2,A01,2,"a ""b"", c",0.1,0.9',
+        "p1,A01,0,,0.25,0.75",
+        'p2,A01,2,"a ""b"", c",0.1,0.9',
+    ]
+    assert (tmp_path / "predictions.csv").read_text().splitlines() == lines
+    # the numbers stay in the file
+    assert rows["index"].tolist() == [2, 0, 2]
+    assert rows["well"].tolist() == [7, 5, 7]
+    assert "index_name" not in rows
+    with pytest.raises(ConfigError, match=r"2 values in a row of 'scores'.*name 3"):
+        write(first, names=names, axes={"scores": ["a", "b", "c"]})
+    with pytest.raises(ConfigError, match="float32 values under 'index'"):
+        write({"index": torch.tensor([0.5])}, names=names)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [{"label": torch.tensor([0, 1]), "other": torch.tensor([1])}],
+        [{"other": torch.tensor([1])}],
+        [{"label": [torch.tensor([0, 1]), torch.tensor([1])]}],
+    ],
+)
+def test_where_there_can_be_no_table_an_older_one_does_not_stay(write, tmp_path, batches):
+    names = {"label": ["a", "b"]}
+    write({"label": torch.tensor([0])}, names=names)
+    assert (tmp_path / "predictions.csv").read_text() == "label\na\n"
+    write(*batches, names=names, table=False)
+    assert not (tmp_path / "predictions.csv").exists()
 
 
 @pytest.mark.parametrize(
@@ -256,6 +305,8 @@ def test_predict_writes_a_file_for_each_loader(predict):
     for number in range(2):
         found = np.load(f"run/predict/predictions-loader{number}.npz")
         assert found["code_name"].tolist() == ["even", "odd"] * 4
+        lines = Path(f"run/predict/predictions-loader{number}.csv").read_text().split()
+        assert lines == ["code", *["even", "odd"] * 4]
 
 
 def test_predict_refuses_at_the_first_batch(predict):
