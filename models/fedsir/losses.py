@@ -22,23 +22,27 @@ __all__ = [
 ]
 
 
-def log_prior(counts: Tensor, tau: float = 1.0) -> Tensor:
+def log_prior(counts: Tensor, tau: float = 1.0, *, mask_absent: bool = False) -> Tensor:
     """Offset that makes logits account for how often a client's labels name each class.
 
     Args:
-        counts: Labels per class; a class never seen counts as seen once. Shape: (C,).
+        counts: Labels per class. Shape: (C,) or (K, C).
         tau: Strength; 0 switches the adjustment off.
+        mask_absent: Give a class never seen −∞, which takes it out of the softmax (FedNoRo);
+            otherwise it counts as seen once (FedSIR).
 
     Returns:
-        ``tau · log π``. Shape: (C,).
+        ``tau · log π``. Shape: that of the counts.
 
     Example:
         >>> log_prior(torch.tensor([3, 0])).exp()
         tensor([0.7500, 0.2500])
 
-    Source: FedSIR, arXiv 2604.20825, Stage III.
+    Source: FedSIR, arXiv 2604.20825, Stage III; ``mask_absent``: FedNoRo, IJCAI 2023.
     """
-    seen = counts.clamp(min=1).to(torch.get_default_dtype())
+    seen = (counts if mask_absent else counts.clamp(min=1)).to(torch.get_default_dtype())
+    if tau == 0:
+        return torch.zeros_like(seen)  # not 0 · −∞
     return tau * (seen / seen.sum(-1, keepdim=True)).log()
 
 
@@ -98,7 +102,8 @@ def adjusted_distillation(
         labels: Shape: (B,).
         teacher_logits: Of the frozen global model. Shape: (B, C).
         weight: Of the teacher, in [0, 1]; see :func:`ramp`.
-        log_prior: From :func:`log_prior`. Shape: (C,).
+        log_prior: From :func:`log_prior`. A class with −∞ takes no part in the divergence but
+            for a constant, and gets no gradient. Shape: (C,).
         temperature: T, of the teacher only.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -110,9 +115,10 @@ def adjusted_distillation(
         >>> float(adjusted_distillation(logits, labels, logits, 1.0, torch.zeros(2), 1.0))
         0.0
 
-    Source: FedSIR, arXiv 2604.20825, Stage III, noisy clients.
+    Source: FedSIR, arXiv 2604.20825, Stage III, noisy clients; −∞: FedNoRo, IJCAI 2023.
     """
     student = F.log_softmax(logits + log_prior, dim=-1)
+    student = student.masked_fill(log_prior == -torch.inf, 0.0)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     likelihood = -student.gather(-1, labels[..., None]).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Baselines of fedsir: detection where it must be right, state, honesty about labels, resume."""
+"""Methods on a small federation: detection, losses, state, honesty about labels, resume."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from torch import nn
 from fulgurite.cli import run
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.models.fedsir.federation import Federation, MiniBatch
-from fulgurite.models.fedsir.losses import log_prior
-from fulgurite.models.fedsir.methods import FedCorr, FedELC, FedNoRo, LocalCleaning, RoFL
+from fulgurite.models.fedsir.losses import adjusted_distillation, log_prior
+from fulgurite.models.fedsir.methods import (
+    FedCorr,
+    FedELC,
+    FedNoRo,
+    FedSIR,
+    LocalCleaning,
+    RoFL,
+    SpectralIdentification,
+)  # fmt: skip
 from fulgurite.models.fedsir.methods.base import LogitLoss
 from fulgurite.models.fedsir.methods.cleaning import SubsetLoss, find_issues
 from fulgurite.models.fedsir.methods.fedcorr import MixupLoss, intrinsic_dimension, upper_group
 from fulgurite.models.fedsir.methods.fedelc import SoftLabelLoss
 from fulgurite.models.fedsir.methods.fednoro import class_losses, normalise_losses, vote_clean
+from fulgurite.models.fedsir.methods.noise_aware import DistillationLoss
 from fulgurite.models.fedsir.methods.rofl import CentroidLoss, class_means, merge_centroids
 
 CLASSES, SIDE = 3, 4
@@ -174,6 +183,13 @@ def test_intrinsic_dimension_of_planted_manifolds(dimension):
     assert float(intrinsic_dimension(points).median()) == pytest.approx(dimension, rel=0.2)
 
 
+def test_neighbours_as_close_as_rounding_do_not_decide_a_mean():
+    points = torch.rand(200, 25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    close = 5 + 1e-9 * torch.eye(25, dtype=torch.float64)  # all equally far from each other
+    mean = intrinsic_dimension(torch.cat([points, close])).mean()
+    assert float(mean) < 1.1 * float(intrinsic_dimension(points).mean())
+
+
 def test_intrinsic_dimension_of_doubles_and_tiny_clients_is_finite():
     assert intrinsic_dimension(torch.zeros(30, 3)).tolist() == [0.0] * 30
     assert intrinsic_dimension(torch.rand(1, 3)).tolist() == [0.0]
@@ -320,6 +336,8 @@ def test_fedcorr_trusts_clean_clients(fed, data):
     assert method.level[:3].tolist() == [0, 0, 0]
     assert (method.level[3:] > 0).all()
     play(method, fed, range(3, 5))
+    assert torch.equal(data.labels.current, data.labels.given)  # the third stage has not begun
+    play(method, fed, range(5, 6))
     changed = data.labels.current != data.labels.given
     assert not changed[:180].any()
     assert changed[180:].double().mean() > 0.3
@@ -340,7 +358,8 @@ def test_warmup_has_no_split_and_uses_the_prior(fed):
     play(method, fed, range(2))
     assert method.clean is None
     loss = method.objective(fed, 0, 1)
-    torch.testing.assert_close(loss.log_prior, log_prior(fed.label_counts())[0])
+    expected = log_prior(fed.label_counts(), mask_absent=True)[0]
+    torch.testing.assert_close(loss.log_prior, expected)
 
 
 def test_a_round_with_some_clients_only(make, data):
@@ -409,6 +428,92 @@ def test_dealing_clients_to_ranks_does_not_matter(make, data, monkeypatch):
         return fed.global_state
 
     assert torch.equal(outcome(1), outcome(-1))
+
+
+# --- FedSIR on the same federation -------------------------------------------------------------
+
+
+def make_fedsir(**options) -> FedSIR:
+    identification = SpectralIdentification(epochs=3, min_count=3, always_split=True)
+    options = {"relabel_first": 0, "relabel_every": 2, "reference_min_count": 5, **options}
+    return FedSIR(identification, residual_rows=2, kd_begin=0, kd_end=1, **options)
+
+
+def test_noisy_clients_train_every_nth_round(fed):
+    method = make_fedsir(noisy_every=3)
+    play(method, fed, range(1))
+    assert (~method.clean).tolist() == NOISY
+    chosen = [method.participants(fed, r, range(6)) for r in range(7)]
+    assert [len(c) for c in chosen] == [6, 3, 3, 6, 3, 3, 6]
+    assert all(method.clean[k] for k in chosen[1])
+    assert method.participants(fed, 1, [4, 5]) == [4, 5]  # no clean one was sampled
+
+
+def test_weights_follow_the_share_of_decided_labels(fed):
+    method = make_fedsir(client_confidence=True, aggregation="size")
+    play(method, fed, range(1))
+    assert method.decided[:3].tolist() == [1, 1, 1]
+    for client in (3, 4, 5):
+        taken = ~method.distil[fed.index[client]]
+        assert float(method.decided[client]) == pytest.approx(float(taken.double().mean()))
+    method.decided[3], method.decided[4] = 0.0, 0.5
+    weights = method.weights(fed, 0, range(6), {})
+    assert sum(weights.values()) == pytest.approx(1)
+    assert weights[3] == 0
+    assert weights[4] == pytest.approx(weights[0] / 2)
+    method.decided[:] = 0.0
+    assert method.weights(fed, 0, [3, 4], {}) == fed.size_weights([3, 4])  # never all zero
+
+
+def batch_loss(loss, network: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 1, 4, 4, generator=generator)
+    return loss(network, MiniBatch(images, torch.arange(8) % 3, torch.arange(8)))
+
+
+@pytest.mark.parametrize("noisy_loss", ["la_kd", "la", "ce_kd", "ce"])
+@pytest.mark.parametrize("clean_loss", ["la", "ce"])
+def test_clean_and_noisy_clients_have_losses_of_their_own(fed, clean_loss, noisy_loss):
+    method = make_fedsir(clean_loss=clean_loss, noisy_loss=noisy_loss, relabel_every=0)
+    method.split_clean = ~torch.tensor(NOISY)
+    prior, network = log_prior(fed.label_counts()), fed.network.eval()
+    clean = method.objective(fed, 0, 5)
+    assert type(clean) is LogitLoss
+    assert (clean.log_prior is None) == (clean_loss == "ce")
+    noisy = method.objective(fed, 4, 5)
+    assert type(noisy) is DistillationLoss
+    offset = prior[4] if noisy_loss.startswith("la") else torch.zeros(3)
+    weight = method.kd_height if noisy_loss.endswith("kd") else 0.0
+    teacher = fed.teacher()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1
+    logits = network(torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    taught = teacher(torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    expected = adjusted_distillation(logits, torch.arange(8) % 3, taught, weight, offset)
+    torch.testing.assert_close(batch_loss(noisy, network), expected)
+
+
+def test_the_state_of_fedsir_holds_everything(fed):
+    options = {"noisy_every": 2, "client_confidence": True, "kept_weight": 0.0}
+    whole, method = fed, make_fedsir(**options)
+    play(method, whole, range(5))
+    torch.manual_seed(0)
+    parts = Federation(
+        Data(), Net(), lambda p: torch.optim.Adam(p, lr=0.02), seed=3, batch_size=20
+    )  # fmt: skip
+    first = make_fedsir(**options)
+    play(first, parts, range(3))
+    second = make_fedsir(**options)
+    second.load_state_dict(first.state_dict())
+    play(second, parts, range(3, 5))
+    assert torch.equal(parts.global_state, whole.global_state)
+
+
+@pytest.mark.parametrize("options", [{"noisy_every": 0}, {"kept_weight": -1.0}])
+def test_bad_arguments_of_fedsir_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        make_fedsir(**options)
 
 
 # --- through the command line ------------------------------------------------------------------

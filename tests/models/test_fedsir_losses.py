@@ -27,6 +27,28 @@ def test_prior_counts_a_missing_class_once():
     torch.testing.assert_close(log_prior(torch.tensor([8, 0, 1]), tau=0.5), prior / 2)
 
 
+def test_a_masked_class_takes_no_part(batch):
+    logits, labels, teacher, _ = batch
+    labels = labels % 4
+    prior = log_prior(torch.tensor([10, 5, 1, 84, 0]), mask_absent=True)
+    assert prior[4] == -torch.inf
+    assert torch.equal(log_prior(torch.tensor([3, 0]), 0.0, mask_absent=True), torch.zeros(2))
+    adjusted = logit_adjusted_cross_entropy(logits, labels, prior)
+    torch.testing.assert_close(
+        adjusted, logit_adjusted_cross_entropy(logits[:, :4], labels, prior[:4])
+    )
+    student = logits.clone().requires_grad_()
+    loss = adjusted_distillation(student, labels, teacher, 0.7, prior)
+    loss.backward()
+    assert not student.grad[:, 4].any()
+    # as if the log-probability of an absent class were 0, as in FedNoRo's code
+    q = F.log_softmax(logits[:, :4] + prior[:4], 1)
+    p = F.softmax(teacher / 0.8, 1)
+    divergence = (p * p.log()).sum(1) - (p[:, :4] * q).sum(1)
+    expected = 0.7 * divergence.mean() + 0.3 * F.nll_loss(q, labels)
+    torch.testing.assert_close(loss.detach(), expected)
+
+
 def test_uniform_prior_is_cross_entropy(batch):
     logits, labels, _, _ = batch
     loss = logit_adjusted_cross_entropy(logits, labels, log_prior(torch.full((5,), 7)))

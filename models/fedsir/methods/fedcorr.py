@@ -19,13 +19,18 @@ from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
 from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
 
-__all__ = ["FedCorr", "MixupLoss", "intrinsic_dimension", "upper_group"]
+EPSILON = 1e-6
+"""Keeps the intrinsic dimension finite; the authors' value."""
+
+__all__ = ["EPSILON", "FedCorr", "MixupLoss", "intrinsic_dimension", "upper_group"]
 
 
 def intrinsic_dimension(points: Tensor, neighbours: int = 20) -> Tensor:
     """Local intrinsic dimension of each point among the others (maximum likelihood).
 
-    ``−k / Σ_i log(r_i / r_k)`` over the distances r_1 ≤ … ≤ r_k to the k nearest neighbours.
+    ``−k / Σ_i log(r_i / (r_k + ε))`` over the distances r_1 ≤ … ≤ r_k to the k nearest neighbours,
+    with ε = 1e-6: where predictions are saturated, neighbours are so close that their distances
+    are rounding, and without ε one such point decides the mean of its client.
 
     Args:
         points: Shape: (N, C).
@@ -39,7 +44,8 @@ def intrinsic_dimension(points: Tensor, neighbours: int = 20) -> Tensor:
         >>> round(float(intrinsic_dimension(line, 20).median()))
         1
 
-    Source: FedCorr, CVPR 2022, equation of LID; Amsaleg et al., KDD 2015.
+    Source: FedCorr, CVPR 2022, equation of LID, and ε of its authors' code, where it is added to
+    the sum (which may then be positive), not taken from it; Amsaleg et al., KDD 2015.
     """
     points = points.double()
     k = min(neighbours, len(points) - 1)
@@ -52,8 +58,8 @@ def intrinsic_dimension(points: Tensor, neighbours: int = 20) -> Tensor:
         own = torch.arange(len(rows), device=points.device)
         distance[own, start + own] = torch.inf
         nearest = distance.topk(k, largest=False).values
-        logs = (nearest / (nearest[:, -1:] + 1e-12)).log().sum(1)  # −inf where there is a double
-        found.append(k / (-logs).clamp_min(1e-6))
+        logs = (nearest / (nearest[:, -1:] + EPSILON)).log().sum(1)  # −inf where there is a double
+        found.append(k / (EPSILON - logs))
     return torch.cat(found)
 
 
@@ -126,9 +132,9 @@ class FedCorr(FederatedMethod):
        the samples; the share of the upper ones estimates its noise level, and of the samples
        with the largest losses, ``relabel_ratio`` times that share is relabeled where the global
        model is confident. Local training has a proximal term ``β · level · ‖w − w_global‖²``.
-    2. ``finetuning`` rounds of clients with a level up to ``clean_level``; then all confident
-       samples of noisy clients are relabeled by the global model.
-    3. FedAvg on all clients in the rounds left.
+    2. ``finetuning`` rounds of clients with a level up to ``clean_level``.
+    3. All confident samples of noisy clients are relabeled by the global model; then FedAvg on
+       all clients in the rounds left. Without rounds left there is no such relabeling.
 
     From the paper and its authors' code: the above and the defaults (5 : 50 : 45 is the paper's
     CIFAR-10 schedule in passes over all clients). Simplified: in a pre-processing round all
@@ -218,10 +224,13 @@ class FedCorr(FederatedMethod):
     def after_round(
         self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
     ) -> None:
-        """Detect and correct after a pre-processing round and after the finetuning stage."""
+        """Detect and correct after a pre-processing round."""
         if round < self.preprocessing:
             self._preprocess(fed, clients, states)
-        elif round == self.preprocessing + self.finetuning - 1:
+
+    def before_round(self, fed: Federation, round: int) -> None:
+        """Correct with the finetuned model before the first round of the third stage."""
+        if self.finetuning and round == self.preprocessing + self.finetuning:
             self._correct_all(fed)
 
     def _preprocess(self, fed: Federation, clients: Sequence[int], states: ClientStates) -> None:

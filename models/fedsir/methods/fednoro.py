@@ -109,9 +109,10 @@ class FedNoRo(NoiseAwareMethod):
     voted on, and :class:`NoiseAwareMethod` (its paper's stage 2) goes on.
 
     From the paper and its authors' code: all of it, with the defaults of the code (10 of 100
-    rounds of warm-up, ramp to a = 0.8 from round 10 to 49, T = 0.8, 9 votes). Ours: losses are
-    taken on plain images, not augmented ones, so that they do not depend on a generator; the
-    teacher is in evaluation mode; a class that is equal on all clients counts nothing.
+    rounds of warm-up, ramp to a = 0.8 from round 10 to 49, T = 0.8, 9 votes; a class that a
+    client lacks is out of its softmax). Ours: losses are taken on plain images, not augmented
+    ones, so that they do not depend on a generator; a class that is equal on all clients counts
+    nothing; a round is ``local_epochs`` of the module, 1 by default (theirs: 5).
     The split is always into two groups, as in the paper: all-clean clients are split, too.
 
     Args:
@@ -129,6 +130,8 @@ class FedNoRo(NoiseAwareMethod):
 
     Source: Wu et al., FedNoRo, IJCAI 2023.
     """
+
+    mask_absent = True
 
     def __init__(
         self,

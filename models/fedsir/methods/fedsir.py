@@ -15,7 +15,7 @@ from torch import Tensor
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation
 from fulgurite.models.fedsir.methods.base import FederatedMethod
-from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareMethod
+from fulgurite.models.fedsir.methods.noise_aware import CleanLoss, NoiseAwareMethod, NoisyLoss
 from fulgurite.models.fedsir.methods.spectral import (
     SpectralIdentification,
     accumulate,
@@ -94,7 +94,8 @@ class FedSIR(NoiseAwareMethod):
 
     Beyond the paper, and off by default, go ``prior="current"``, ``confidence_weighting``,
     ``kept_weight``, ``min_confidence``, ``teacher="global"``, ``reidentify_every``,
-    ``distance_floor=False`` and a ``relabel_first`` below ``relabel_every``. ``fedsir_plus``
+    ``distance_floor=False``, ``noisy_every``, ``client_confidence`` and a ``relabel_first`` below
+    ``relabel_every``. ``fedsir_plus``
     (``configs/fedsir/digits_plus.yaml``) is a configuration of them.
 
     Args:
@@ -115,6 +116,9 @@ class FedSIR(NoiseAwareMethod):
             of samples which kept their label by ``kept_weight``.
         kept_weight: Weight of the samples of noisy clients whose label no reference supports,
             once labels were refreshed.
+        noisy_every: Noisy clients train in rounds 0, n, 2n, … only; 1 is every round (paper).
+        client_confidence: Multiply the weight of a noisy client in the global model by the share
+            of its samples whose label the last refresh decided.
         reidentify_every: Rounds between repetitions of Stage I, from the global model and the
             labels as given; a refresh of the labels follows. 0 never.
         kd_begin: See :class:`NoiseAwareMethod`.
@@ -125,6 +129,8 @@ class FedSIR(NoiseAwareMethod):
         aggregation: See :class:`NoiseAwareMethod`.
         distance_floor: See :class:`NoiseAwareMethod`.
         prior: See :class:`NoiseAwareMethod`.
+        clean_loss: See :class:`NoiseAwareMethod`.
+        noisy_loss: See :class:`NoiseAwareMethod`.
 
     Raises:
         ConfigError: A number is out of range.
@@ -145,6 +151,8 @@ class FedSIR(NoiseAwareMethod):
         kd_on: Literal["disagree", "all", "none"] = "disagree",
         confidence_weighting: bool = False,
         kept_weight: float = 1.0,
+        noisy_every: int = 1,
+        client_confidence: bool = False,
         reidentify_every: int = 0,
         kd_begin: int = 2,
         kd_end: int = 49,
@@ -154,10 +162,12 @@ class FedSIR(NoiseAwareMethod):
         aggregation: Literal["distance", "size"] = "distance",
         distance_floor: bool = True,
         prior: Literal["given", "current"] = "given",
+        clean_loss: CleanLoss = "la",
+        noisy_loss: NoisyLoss = "la_kd",
     ) -> None:
         super().__init__(
             kd_begin, kd_end, kd_height if kd_on != "none" else 0.0, kd_temperature, tau,
-            aggregation, distance_floor, prior,
+            aggregation, distance_floor, prior, clean_loss, noisy_loss,
         )  # fmt: skip
         least = {"relabel_every": relabel_every, "reidentify_every": reidentify_every}
         for name, value in (least | {"kept_weight": kept_weight}).items():
@@ -166,20 +176,23 @@ class FedSIR(NoiseAwareMethod):
                     f"model.init_args.method.init_args.{name}={value} is negative.",
                     "Give 0 or more.",
                 )
-        if residual_rows < 1:
-            raise ConfigError(
-                f"model.init_args.method.init_args.residual_rows={residual_rows} is too small.",
-                "Give 1 or more.",
-            )
+        for name, value in {"residual_rows": residual_rows, "noisy_every": noisy_every}.items():
+            if value < 1:
+                raise ConfigError(
+                    f"model.init_args.method.init_args.{name}={value} is too small.",
+                    "Give 1 or more.",
+                )
         self.identification = identification or SpectralIdentification()
         self.relabel_every, self.relabel_mode = relabel_every, relabel_mode
         self.relabel_first = relabel_every if relabel_first is None else relabel_first
         self.min_confidence, self.residual_rows = min_confidence, residual_rows
         self.reference_min_count, self.teacher, self.kd_on = reference_min_count, teacher, kd_on
         self.confidence_weighting, self.kept_weight = confidence_weighting, kept_weight
+        self.noisy_every, self.client_confidence = noisy_every, client_confidence
         self.reidentify_every = reidentify_every
         self.found: dict[str, Any] = {}
         self.clean_state: Tensor | None = None  # θ^cl: average of clean clients' models
+        self.decided: Tensor | None = None  # share of samples with a decided label, (K,)
         self.refreshes: list[int] = []
         self.last_report: dict[str, float] = {}
 
@@ -198,7 +211,7 @@ class FedSIR(NoiseAwareMethod):
             # from the labels as given: mended ones would make their clients look clean
             own = fed.own(range(fed.num_clients))
             fed.relabel({k: fed.labels.given[fed.index[k]] for k in own})
-            self.distil = self.confidence = None
+            self.distil = self.confidence = self.decided = None
             self.labels_changed()
         found = self.identification(fed, purpose=purpose)
         self.split_clean = found.split.clean
@@ -292,6 +305,31 @@ class FedSIR(NoiseAwareMethod):
             self.distil = distil
         if self.confidence_weighting or self.kept_weight != 1.0:
             self.confidence = weight
+        self.decided = torch.ones(fed.num_clients, dtype=torch.float64)
+        for client, taken in accepted.items():
+            self.decided[client] = taken.double().mean()
+
+    def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
+        """The clean ones of the sampled clients, and in every n-th round the noisy ones.
+
+        All of them in a round for which no clean one was sampled.
+        """
+        if round % self.noisy_every == 0:
+            return list(sampled)
+        return [k for k in sampled if self._is_clean(k)] or list(sampled)
+
+    def weights(
+        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+    ) -> dict[int, float]:
+        """DaAgg, with weights of noisy clients scaled by what is known of their labels."""
+        weights = super().weights(fed, round, clients, states)
+        if not self.client_confidence or self.decided is None:
+            return weights
+        scaled = {
+            k: w if self._is_clean(k) else w * float(self.decided[k]) for k, w in weights.items()
+        }
+        total = sum(scaled.values())
+        return {k: w / total for k, w in scaled.items()} if total > 0 else weights
 
     def after_round(
         self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
@@ -314,6 +352,7 @@ class FedSIR(NoiseAwareMethod):
             "clean_state": self.clean_state,
             "refreshes": self.refreshes,
             "last_report": self.last_report,
+            "decided": self.decided,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -321,3 +360,4 @@ class FedSIR(NoiseAwareMethod):
         super().load_state_dict(state)
         self.found, self.clean_state = state["found"], state["clean_state"]
         self.refreshes, self.last_report = state["refreshes"], state["last_report"]
+        self.decided = state["decided"]

@@ -18,7 +18,10 @@ from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBat
 from fulgurite.models.fedsir.losses import log_prior, ramp, selective_distillation
 from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
 
-__all__ = ["DistillationLoss", "NoiseAwareMethod"]
+CleanLoss = Literal["la", "ce"]
+NoisyLoss = Literal["la_kd", "la", "ce_kd", "ce"]
+
+__all__ = ["CleanLoss", "DistillationLoss", "NoiseAwareMethod", "NoisyLoss"]
 
 
 class DistillationLoss:
@@ -84,9 +87,15 @@ class NoiseAwareMethod(FederatedMethod):
         distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its share (paper).
         prior: Labels whose frequencies adjust the logits: those ``given`` (paper) or the
             ``current`` ones, refreshed whenever labels change.
+        clean_loss: Of clean clients: logit-adjusted (``la``, paper) or plain (``ce``)
+            cross-entropy.
+        noisy_loss: Of noisy clients: the same with (``la_kd``, paper; ``ce_kd``) or without
+            (``la``, ``ce``) distillation from the global model.
 
     Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
     """
+
+    mask_absent = False  # take classes that a client lacks out of its softmax
 
     def __init__(
         self,
@@ -98,6 +107,8 @@ class NoiseAwareMethod(FederatedMethod):
         aggregation: Literal["distance", "size"] = "distance",
         distance_floor: bool = True,
         prior: Literal["given", "current"] = "given",
+        clean_loss: CleanLoss = "la",
+        noisy_loss: NoisyLoss = "la_kd",
     ) -> None:
         if not 0 <= kd_height <= 1 or kd_temperature <= 0:
             raise ConfigError(
@@ -108,6 +119,7 @@ class NoiseAwareMethod(FederatedMethod):
         self.kd_begin, self.kd_end, self.kd_height = kd_begin, kd_end, kd_height
         self.kd_temperature, self.tau, self.prior = kd_temperature, tau, prior
         self.aggregation, self.distance_floor = aggregation, distance_floor
+        self.clean_loss, self.noisy_loss = clean_loss, noisy_loss
         self.split_clean: Tensor | None = None
         self.distil: Tensor | None = None
         self.confidence: Tensor | None = None
@@ -124,7 +136,8 @@ class NoiseAwareMethod(FederatedMethod):
     def _log_prior(self, fed: Federation, client: int) -> Tensor:
         if self._log_priors is None:
             counts = fed.label_counts(current=self.prior == "current")
-            self._log_priors = log_prior(counts, self.tau).to(fed.device)
+            priors = log_prior(counts, self.tau, mask_absent=self.mask_absent)
+            self._log_priors = priors.to(fed.device)
         return self._log_priors[client]
 
     def labels_changed(self) -> None:
@@ -132,11 +145,15 @@ class NoiseAwareMethod(FederatedMethod):
         self._log_priors = None
 
     def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """LA on clean clients, LA with distillation on noisy ones."""
+        """By default LA on clean clients, and LA with distillation on noisy ones."""
         prior = self._log_prior(fed, client)
         if self._is_clean(client):
-            return LogitLoss(prior)
+            return LogitLoss(prior if self.clean_loss == "la" else None)
         weight = ramp(round, self.kd_begin, self.kd_end, self.kd_height)
+        if self.noisy_loss in ("ce", "ce_kd"):
+            prior = torch.zeros_like(prior)
+        if self.noisy_loss in ("la", "ce"):
+            weight = 0.0
         return DistillationLoss(
             fed.teacher(), weight, prior, self.kd_temperature, self.distil, self.confidence
         )
