@@ -5,6 +5,7 @@ Axes: L queries, N controls, C channels, H W image, S plate statistics.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -35,9 +37,18 @@ from fulgurite.models.cs_arm_bn.adaptation import (
     stored_statistics,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import Context, hold
-from fulgurite.models.cs_arm_bn.metrics import Predictions, by_domain, confusion
+from fulgurite.models.cs_arm_bn.metrics import (
+    Predictions,
+    by_domain,
+    class_scores,
+    confusion,
+)
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.plotting import heatmap, new_figure
+
+#: Training and test mode are compared after so many batches (momentum 0.1: 0.5 % is older), and
+#: warned of where one loss is so many times the other; less than this share of chance is equal.
+_LEAST_BATCHES, _MODES_APART, _LEAST_LOSS = 50, 3.0, 0.1
 
 __all__ = ["ControlContext", "outlier_score", "plate_profile", "read_statistics"]
 
@@ -98,7 +109,9 @@ class ControlContext(Callback):
     In training, validation and test the source is the method's, whatever ``train()`` and ``eval()``
     say. Each batch is checked: its controls must be of its own plate. In prediction, a method that
     uses controls adapts once to each plate's controls, exactly and layer by layer, and then
-    predicts query by query; the statistics are written beside the predictions.
+    predicts query by query; the statistics are written beside the predictions. After training, a
+    warning says where one batch has three times the loss in one mode, training or test, that it has
+    in the other.
 
     Args:
         predict_with: ``"controls"`` adapts once to the controls of a plate, after which predictions
@@ -114,7 +127,7 @@ class ControlContext(Callback):
             robust standard deviations; 0 never warns.
         foreign_controls: Let controls of other plates pass, to measure what they cost.
         figures: Draw loss and accuracy when training ends, confusion matrices and plates when a
-            test ends.
+            test ends. Each class's scores are written in any case (``classes_<set>.csv``).
 
     Raises:
         ConfigError: A number is out of range, or the model or trainer do not fit.
@@ -162,6 +175,10 @@ class ControlContext(Callback):
         self._weights: dict[int, list[Tensor]] = {}
         self._repeated: dict[int, list[Tensor]] = {}  # of batches that another rank has too
         self._checked: set[str] = set()
+        self._last_batch: Any = None
+        self._trained_batches = 0
+        #: Loss of the last training batch in training mode and in test mode, after training.
+        self.mode_losses: tuple[float, float] | None = None
         self.curves = TrainingCurves(
             {
                 "train/loss": "mean loss of training batches",
@@ -275,15 +292,39 @@ class ControlContext(Callback):
     ) -> None:
         """Keep the loss for the figure."""
         self.curves.add_batch(outputs)
+        self._trained_batches += 1
+        self._last_batch = batch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the epoch's metrics for the figure."""
         self.curves.end_validation(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw loss and accuracy by epoch."""
+        """Draw loss and accuracy by epoch; compare the loss in training mode with that in test."""
         if self.figures:
             self.curves.draw(trainer)
+        self._compare_modes(trainer, pl_module)
+
+    def _compare_modes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where one batch has another loss in training mode than in test mode."""
+        assert isinstance(pl_module, PlateClassifier)
+        batch, self._last_batch = self._last_batch, None
+        if batch is None or self._trained_batches < _LEAST_BATCHES:
+            return  # running statistics have not seen enough
+        with trainer.precision_plugin.forward_context():
+            training, test = self.mode_losses = pl_module.compare_modes(batch)
+        least = _LEAST_LOSS * math.log(pl_module.num_classes)
+        low, high = sorted(max(loss, least) for loss in (training, test))
+        if high > _MODES_APART * low:
+            method = pl_module.method
+            warnings.warn(
+                f"On one batch, {type(method).__name__} has the loss {training:.2g} in training "
+                f"mode (statistics: {method.train_source}) and {test:.2g} in test mode "
+                f"({method.test_source}): what is tested is not what was trained. Let the two "
+                "agree: training on mixed plates (data.init_args.mixed=true) for running "
+                "statistics, or a method whose statistics come from the plate in both.",
+                stacklevel=2,
+            )
 
     def _record(
         self, trainer: Trainer, pl_module: LightningModule, held: Context, batch_idx: int
@@ -481,16 +522,23 @@ class ControlContext(Callback):
         self.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the confusion matrix and the plates of each test set."""
+        """Write each class's scores; draw the confusion matrix and the plates of each test set."""
         assert isinstance(pl_module, PlateClassifier)
-        if not (self.figures and trainer.is_global_zero):
+        if not trainer.is_global_zero:
             return
+        classes = pl_module.num_classes
         for name, rows in pl_module.results.items():
-            if len(rows.row):
-                self._draw(trainer, name, rows, pl_module.num_classes)
+            if not len(rows.row):
+                continue
+            counts = confusion(rows.label, rows.log_probs.argmax(1), classes)
+            _write_classes(trainer, name, counts)
+            if self.figures:
+                self._draw(trainer, name, rows, counts.numpy().astype(float))
 
-    def _draw(self, trainer: Trainer, name: str, rows: Predictions, classes: int) -> None:
-        counts = confusion(rows.label, rows.log_probs.argmax(1), classes).numpy().astype(float)
+    def _draw(
+        self, trainer: Trainer, name: str, rows: Predictions, counts: NDArray[np.float64]
+    ) -> None:
+        classes = len(counts)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         share[counts.sum(1) == 0] = np.nan
         figure, axes = new_figure(1, 2, height=3.6)
@@ -518,6 +566,23 @@ def _class_names(trainer: Trainer, classes: int) -> Sequence[str]:
     """What the data call the classes; nothing where they do not."""
     names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
     return [str(name) for name in names] if len(names) == classes else ()
+
+
+def _write_classes(trainer: Trainer, name: str, counts: Tensor) -> None:
+    """Write ``classes_<set>.csv``: images, precision, recall and F1 of each class of a test set."""
+    if not trainer.logger or not trainer.logger.log_dir:
+        return
+    names = _class_names(trainer, len(counts)) or [str(k) for k in range(len(counts))]
+    columns = {name: values.tolist() for name, values in class_scores(counts).items()}
+    rows = zip(names, counts.sum(1).tolist(), *columns.values(), strict=True)
+    path = Path(trainer.logger.log_dir) / f"classes_{_file(name)}.csv"
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(("class", "images", *columns))
+        writer.writerows(rows)
 
 
 def _file(name: str) -> str:

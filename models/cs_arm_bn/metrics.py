@@ -17,6 +17,7 @@ from fulgurite.sampling import rank_and_world
 __all__ = [
     "Predictions",
     "by_domain",
+    "class_scores",
     "confusion",
     "gather",
     "joined",
@@ -135,6 +136,40 @@ def _macro(label: Tensor, right: Tensor) -> float:
     return float(torch.stack([right[label == k].mean() for k in set(label.tolist())]).mean())
 
 
+def class_scores(counts: Tensor) -> dict[str, Tensor]:
+    """Precision, recall and F1 of each class, from how often class i was predicted as class j.
+
+    What is undefined counts as 0, as in scikit-learn: the precision of a class that was never
+    predicted, the recall of one that does not occur.
+
+    Args:
+        counts: Sums over all predictions. Shape: (K, K).
+
+    Returns:
+        ``precision``, ``recall`` and ``f1``. Shapes: (K,) float64.
+
+    Example:
+        >>> counts = torch.tensor([[1, 1], [0, 2]])
+        >>> class_scores(counts)["recall"].tolist(), class_scores(counts)["f1"][1].item()
+        ([0.5, 1.0], 0.8)
+
+    Source: card section 7.4; arXiv 2604.20824 reports them beside the accuracy.
+    """
+    right = counts.diagonal().double()
+    predicted, occurring = counts.sum(0).double(), counts.sum(1).double()
+    return {
+        "precision": right / predicted.clamp_min(1),
+        "recall": right / occurring.clamp_min(1),
+        "f1": 2 * right / (predicted + occurring).clamp_min(1),
+    }
+
+
+def _macro_scores(counts: Tensor) -> dict[str, float]:
+    """Means over the classes that occur or were predicted, scikit-learn's ``macro``."""
+    known = (counts.sum(0) + counts.sum(1)) > 0
+    return {f"macro_{k}": float(v[known].mean()) for k, v in class_scores(counts).items()}
+
+
 def _wells(rows: Predictions) -> tuple[Tensor, Tensor]:
     """Label and whether it was predicted, of each well: mean of its sites' probabilities."""
     key, inverse = _unique(torch.stack([rows.well, rows.label], 1))
@@ -173,7 +208,9 @@ def scores(rows: Predictions) -> dict[str, float]:
     """All metrics.
 
     Returns:
-        ``loss`` [nats], ``acc`` and ``macro_acc`` of images; ``well_acc`` and ``well_macro_acc`` of
+        ``loss`` [nats], ``acc`` and ``macro_acc`` of images; ``macro_precision``,
+        ``macro_recall`` and ``macro_f1`` of images, means over the classes that occur or were
+        predicted; ``well_acc`` and ``well_macro_acc`` of
         wells (mean of their sites' probabilities); ``plate_acc`` and ``worst_plate_acc``, mean and
         minimum over plates of the accuracy on their images. Empty without predictions.
 
@@ -196,6 +233,7 @@ def scores(rows: Predictions) -> dict[str, float]:
         "loss": float(-rows.log_probs.double().gather(1, rows.label[:, None]).mean()),
         "acc": float(right.mean()),
         "macro_acc": _macro(rows.label, right),
+        **_macro_scores(confusion(rows.label, rows.log_probs.argmax(1), rows.log_probs.shape[1])),
         "well_acc": float(well_right.mean()),
         "well_macro_acc": _macro(well_label, well_right),
         "plate_acc": sum(plates) / len(plates),

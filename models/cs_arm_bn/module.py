@@ -19,7 +19,7 @@ from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
 from fulgurite.models.cs_arm_bn.batch_statistics import Reference
-from fulgurite.models.cs_arm_bn.batchnorm import Context, context_layers
+from fulgurite.models.cs_arm_bn.batchnorm import Context, context_layers, hold
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
 from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores, sizes
@@ -172,6 +172,39 @@ class PlateClassifier(SystemModule):
         right = (logits.detach().argmax(1) == labels).float().mean()
         self.log("train/acc", right, batch_size=size)
         return loss
+
+    @torch.no_grad()
+    def compare_modes(self, batch: dict[str, Tensor]) -> tuple[float, float]:
+        """Loss of one batch as in training, and of the same batch as at test [nats].
+
+        Nothing is learned, no running statistics move, and the generators of the CPU and of this
+        device go on as if nothing had happened.
+
+        Args:
+            batch: A training batch, on the module's device.
+
+        Source: inferred.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        losses = []
+        before, devices = self.held, [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for training in (True, False):
+                self.train(training)
+                if not training:
+                    self.method.begin(self.network, (), training=False)
+                held = self.method.context(training=training)
+                held.n_query = len(batch["query"])
+                with hold(self.network, held) as self.held:
+                    losses.append(float(query_loss(self.logits(batch), batch["label"])))
+        self.method.end(self.network)
+        self.held = before
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for module, mode in modes:
+            module.training = mode
+        return losses[0], losses[1]
 
     # --- evaluation ----------------------------------------------------------------------------
 

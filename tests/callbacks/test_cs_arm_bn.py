@@ -22,11 +22,13 @@ from fulgurite.callbacks.cs_arm_bn import ControlContext, outlier_score, plate_p
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.cs_arm_bn import (
     ARMBN,
+    ARMCML,
     ARMLL,
     CSARMBN,
     ERM,
     TENT,
     TVN,
+    AdaBN,
     AdaptiveWeight,
     ControlsOnly,
     PlateClassifier,
@@ -497,3 +499,91 @@ def test_two_processes_train_validate_and_predict_as_one(fit, run_two, weights):
     np.testing.assert_allclose(
         found["probabilities"][order], expected["probabilities"][other], atol=1e-6
     )
+
+
+# --- training mode against test mode --------------------------------------------------------------
+
+
+class ManyPlates(Plates):
+    """Enough batches for running statistics; ``mixed`` has queries of all plates in each."""
+
+    def __init__(self, mixed=False):
+        super().__init__()
+        self.mixed = mixed
+
+    def train_dataloader(self):
+        g = torch.Generator().manual_seed(0)
+        plates = [make_plate(i, seed, gain=0.3 + 0.5 * i) for seed in range(4) for i in range(5)]
+        if not self.mixed:
+            return self.loader(plates * 3)
+        names = ("query", "label", "index", "well", "kept")
+        whole = {name: torch.cat([plate[name] for plate in plates]) for name in names}
+        draws = [torch.randperm(len(whole["label"]), generator=g)[:16] for _ in range(60)]
+        none = {k: plates[0][k][:0] for k in plates[0] if k.startswith("control")}
+        none["domain"] = torch.tensor(-1)
+        return self.loader([{k: v[rows] for k, v in whole.items()} | none for rows in draws])
+
+
+@pytest.mark.parametrize(
+    ("method", "mixed", "apart"),
+    [
+        (lambda: ARMCML(4, 4, adapt_bn=False), False, True),
+        (lambda: ARMCML(4, 4), False, False),
+        (ERM, True, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (ERM, False, True),
+                (AdaBN, False, False),
+                (ARMBN, False, False),
+                (ControlsOnly, False, False),
+                (AdaptiveWeight, False, False),
+                (TENT, True, False),
+            )
+        ),
+    ],
+)
+def test_a_loss_that_differs_between_training_and_test_mode_is_named(
+    tmp_path, method, mixed, apart
+):
+    callback, module = ControlContext(figures=False), make_module(method())
+    trainer = make_trainer(tmp_path, callback, max_epochs=1, limit_val_batches=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, ManyPlates(mixed))
+    said = [str(w.message) for w in caught if "what is tested is not what" in str(w.message)]
+    assert len(said) == apart, callback.mode_losses
+    if apart:
+        training, test = callback.mode_losses
+        assert test > 3 * training
+        assert f"{training:.2g} in training mode" in said[0]
+        assert f"{test:.2g} in test mode" in said[0]
+
+
+def test_comparing_modes_changes_nothing():
+    module = make_module(ERM()).train()
+    module.network.blocks[0].eval()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    modes, random = [m.training for m in module.modules()], torch.get_rng_state()
+    module.compare_modes(make_plate(0))
+    torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
+    assert [m.training for m in module.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert module.held is None
+
+
+def test_short_trainings_are_not_compared(tmp_path):
+    callback = ControlContext(figures=False)
+    make_trainer(tmp_path, callback, max_epochs=1).fit(make_module(ERM()), Plates())
+    assert callback.mode_losses is None
+
+
+def test_scores_of_classes_are_written(tmp_path):
+    trainer = make_trainer(tmp_path, ControlContext(figures=False))
+    trainer.test(make_module(), Plates(), verbose=False)
+    rows = (tmp_path / "run" / "classes_near.csv").read_text().splitlines()
+    assert rows[0] == "class,images,precision,recall,f1"
+    assert [row.split(",")[1] for row in rows[1:]] == ["2"] * K
+    values = [float(row.split(",")[4]) for row in rows[1:]]
+    macro = float(trainer.callback_metrics["test/near/macro_f1"])
+    assert macro == pytest.approx(sum(values) / K, abs=1e-6)

@@ -228,14 +228,17 @@ def test_the_inner_step_is_gradient_descent():
     torch.testing.assert_close(logits(module, batch), out, atol=1e-5, rtol=1e-4)
 
 
-def test_context_channels_join_the_input():
-    module = make_module(ARMCML(channels=5, hidden=8))
+@pytest.mark.parametrize("adapt_bn", [True, False])
+def test_context_channels_join_the_input(adapt_bn):
+    """With ``adapt_bn`` both networks are as ordinary ones in training mode, at test too."""
+    module = make_module(ARMCML(channels=5, hidden=8, adapt_bn=adapt_bn))
     assert module.network.conv1.in_channels == 8
     batch = make_batch()
     with torch.no_grad():
-        mean = module.method.context_net.eval()(batch["query"]).mean(0, keepdim=True)
+        plain = copy.deepcopy(module).train(adapt_bn)
+        mean = plain.method.context_net(batch["query"]).mean(0, keepdim=True)
         rows = torch.cat([batch["query"], mean.expand(L, -1, -1, -1)], 1)
-        expected = module.network.eval()(rows)
+        expected = plain.network(rows)
         torch.testing.assert_close(logits(module, batch), expected)
 
 

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import precision_recall_fscore_support
 
 from fulgurite.models.cs_arm_bn.metrics import (
     Predictions,
     by_domain,
+    class_scores,
     confusion,
     joined,
     rows_of,
@@ -103,3 +107,20 @@ def test_confusion_adds_up():
 
 def test_nothing_predicted_is_no_metric():
     assert scores(joined([], K)) == {}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
+def test_scores_of_classes_are_those_of_scikit_learn(pairs):
+    label, predicted = torch.tensor(pairs).T
+    counts = confusion(label, predicted, 5)
+    expected = precision_recall_fscore_support(
+        label, predicted, labels=range(5), average=None, zero_division=0
+    )
+    for ours, theirs in zip(class_scores(counts).values(), expected[:3], strict=True):
+        assert ours.tolist() == pytest.approx(theirs.tolist())
+    index = torch.arange(len(label))
+    rows = Predictions(*[index] * 4, label, 9.0 * torch.eye(5)[predicted], index)
+    macro = precision_recall_fscore_support(label, predicted, average="macro", zero_division=0)
+    names = ("macro_precision", "macro_recall", "macro_f1")
+    assert [scores(rows)[name] for name in names] == pytest.approx(macro[:3])
