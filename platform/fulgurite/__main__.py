@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fulgurite import __version__
 from fulgurite.errors import ConfigError, FulguriteError, RunError, Terminated
+from fulgurite.ranks import is_first_process
 from fulgurite.systems import (
     config_path,
     kind_of,
@@ -129,12 +130,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt as error:
-        print(f"fulgurite: {str(error) or 'interrupted'}", file=sys.stderr)
+        _report_stop(str(error) or "interrupted")
         return 130
     except Terminated as error:
-        print(f"fulgurite: {error.message}", file=sys.stderr)
+        _report_stop(error.message)
         return 143
     return 0
+
+
+def _report_stop(message: str) -> None:
+    """Say once for all ranks, which a launcher stops together, that the command was stopped."""
+    if is_first_process():
+        print(f"fulgurite: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from fulgurite.errors import (
     Terminated,
 )
 from fulgurite.io import atomic_write, checksum, load_plain
+from fulgurite.ranks import end_launched_ranks, is_first_process
 from fulgurite.records import remove_objects
 from fulgurite.resuming import (
     ENDED,
@@ -169,6 +170,10 @@ class FulguriteCLI(LightningCLI):
         each = {"exit_on_error": False}
         try:
             self._start(each)
+        except BaseException:
+            if (trainer := getattr(self, "trainer", None)) is not None:
+                end_launched_ranks(trainer)
+            raise
         finally:
             lock: RunLock | None = getattr(self, "lock", None)
             if lock is not None:
@@ -258,7 +263,7 @@ class FulguriteCLI(LightningCLI):
         """
         asked, command = self.section.get("ckpt_path"), str(self.config.subcommand)
         if not asked:
-            if command != "fit" and _is_first_process():
+            if command != "fit" and is_first_process():
                 print(
                     f"note: no --ckpt_path: {command} takes the weights that the model is made "
                     "with, which are untrained unless its options name some",
@@ -368,7 +373,7 @@ class FulguriteCLI(LightningCLI):
         self, run: Path | None, stored: Mapping[str, Any], now: Mapping[str, Any]
     ) -> None:
         """Print a line for each option that is not the one of the checkpoint's training."""
-        if not _is_first_process():
+        if not is_first_process():
             return
         if run is not None:
             differing = identity_differences(recorded_config(run), now)
@@ -413,7 +418,7 @@ class FulguriteCLI(LightningCLI):
         self.folder = new_run_folder(
             self.options, command, resumed=resumed.run if resumed.continued else None
         )
-        if command == "fit" and _is_first_process():
+        if command == "fit" and is_first_process():
             self.lock = RunLock(self.folder)
             for left in self.folder.rglob(".*.tmp-*"):
                 left.unlink(missing_ok=True)  # of a process that was killed while it wrote
@@ -521,7 +526,7 @@ class FulguriteCLI(LightningCLI):
         if self.start.ended:
             print(f"fit: nothing left to do in {self.folder}; see trainer.max_epochs")
             return
-        if self.start.path is not None and not self.start.continued and _is_first_process():
+        if self.start.path is not None and not self.start.continued and is_first_process():
             print(
                 f"note: a new run goes on from {self.start.path}; its metrics and best.ckpt count "
                 f"from there, in {self.folder}",
@@ -644,13 +649,6 @@ def _check_strategy(chosen: Any) -> None:
     else:
         mend = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(sorted(names))}."
     raise ConfigError(f"There is no strategy named '{chosen}'.", mend)
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process of rank 0, before there is a process group."""
-    return not any(
-        int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    )
 
 
 def _run_config(name: str) -> Path:

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import socket
+import subprocess
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -231,16 +234,22 @@ def test_two_fits_of_one_folder_do_not_mix(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("run/*"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    import subprocess
-
-    monkeypatch.chdir(tmp_path)
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", small]).returncode:
+@contextmanager
+def mount(folder, options):
+    """Mount a file system in memory on a new folder, for as long as the context lasts."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with mount(tmp_path / "small", "size=8m") as small:
         command = ["fit", "--config", "number_probing/smoke.yaml", *QUIET, f"--run.dir={small}/run"]
         assert run_forked([*command, "--trainer.max_epochs=1"]).status == 0
         free = os.statvfs(small)
@@ -255,8 +264,56 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
         assert (small / "run/checkpoints/last.ckpt").read_bytes() == before
         (small / "filler").unlink()
         assert run_forked([*command, "--ckpt_path=last"]).status == 0
-    finally:
-        subprocess.run(["umount", small], check=True)
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with mount(tmp_path / "read_only", "ro") as read_only:
+        run = read_only / "run"
+        ended = run_forked(["fit", "--config", "fedsir/smoke.yaml", *QUIET, f"--run.dir={run}"])
+    assert ended.status == 1
+    assert "Traceback" not in ended.output
+    assert f"{run} cannot be written or read (Read-only file system)" in ended.output
+
+
+RANKS = ("--trainer.strategy=federated", "--trainer.accelerator=cpu", "--trainer.devices=2")
+
+
+def wait_for(file, process):
+    """Wait until a running process has written a file."""
+    deadline = time.monotonic() + 240
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_ranks_is_one_line_with_the_way_on(start):
+    command = ["fit", "--config", "fedsir/smoke.yaml", *QUIET, "--trainer.max_epochs=400"]
+    process = start(*command, *RANKS, "--run.dir=run")
+    wait_for(Path("run/checkpoints/last.ckpt"), process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith("fulgurite:")]
+    assert line.startswith("fulgurite: terminated; go on with `fulgurite fit --config run/")
+
+
+@pytest.mark.slow
+def test_a_taken_port_of_the_ranks_is_one_line(start, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        process = start("fit", "--config", "fedsir/smoke.yaml", *QUIET, *RANKS)
+        out, _ = process.communicate(timeout=240)  # ends with the last process that writes
+    assert process.returncode == 1
+    assert "Traceback" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith("fulgurite: error:")]
+    assert "Set MASTER_PORT to a free one" in line
 
 
 @pytest.mark.slow
@@ -264,13 +321,8 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(start, weights):
     options = ("--trainer.max_epochs=30", "--model.init_args.method.init_args.relabel_every=3")
     command = ["fit", "--config", "fedsir/smoke.yaml", *QUIET, *options]
     assert run_forked([*command, "--run.dir=whole"]).status == 0
-    ranks = ("--trainer.strategy=federated", "--trainer.accelerator=cpu", "--trainer.devices=2")
-    process = start(*command, *ranks, "--run.dir=killed")
-    deadline = time.monotonic() + 120
-    while not Path("killed/metrics.csv").exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process = start(*command, *RANKS, "--run.dir=killed")
+    wait_for(Path("killed/metrics.csv"), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert children
     for child in children:
