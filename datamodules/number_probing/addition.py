@@ -6,9 +6,10 @@ Axes: I problems, K tokens of an operand, L tokens of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -25,6 +26,7 @@ Part = Literal["train", "val", "test"]
 IGNORED = -100
 
 _SPLIT, _DRAW, _ORDER, _HOLD_OUT = range(4)  # random streams of a seed
+Flags = npt.NDArray[np.bool_]
 _LARGEST = 2**62  # sums of two numbers below stay in int64
 
 
@@ -141,20 +143,22 @@ class AdditionTask:
             "targets": torch.from_numpy(targets),
         }
 
-    def trained(self, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def trained(self, a: Ints, b: Ints) -> Flags:
         """Whether pairs are for training. Shape: (I,) and (I,) to (I,)."""
         limit = np.uint64(self.train_fraction * 2**53)
-        return (self._hashed(_SPLIT, a, b) >> np.uint64(11)) < limit
+        trained: Flags = (self._hashed(_SPLIT, a, b) >> np.uint64(11)) < limit
+        return trained
 
-    def belongs(self, part: Part, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def belongs(self, part: Part, a: Ints, b: Ints) -> Flags:
         """Whether pairs are in a part. Shape: (I,) and (I,) to (I,)."""
         trained = self.trained(a, b)
         if part == "train":
             return trained
         tested = (self._hashed(_HOLD_OUT, a, b) >> np.uint64(63)).astype(np.bool_)
-        return ~trained & (tested == (part == "test"))
+        held_out: Flags = ~trained & (tested == (part == "test"))
+        return held_out
 
-    def _hashed(self, stream: int, a: Ints, b: Ints) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    def _hashed(self, stream: int, a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
         """Random bits of pairs, the same for a + b and b + a if they are kept together."""
         if self.mirrored:
             a, b = np.minimum(a, b), np.maximum(a, b)

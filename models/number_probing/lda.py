@@ -5,11 +5,18 @@ for each class Ledoit and Wolf's estimate on features standardised within the cl
 and averaged by the classes' shares. It does not change when a feature is scaled, so a
 ``StandardScaler`` before it changes nothing and is left out.
 
-What folds and seeds share is computed once. Up to :data:`DIRECT` dimensions the covariance of each
-model is the scatter of the whole class less that of the rows held out, and is factored. Above, no
-model's matrix is formed: one Cholesky factor of the scatter of all rows serves every model as the
-preconditioner of conjugate gradients, which need few steps since the models differ from it by the
-rows held out only.
+There are three ways to the discriminants, all with means, variances and scores in float64:
+
+- Up to :data:`DIRECT` dimensions the covariance of each model is the scatter of the whole class
+  less that of the rows held out, and is factored.
+- Above, no model's matrix is formed: one Cholesky factor of the scatter of all rows serves every
+  model as the preconditioner of conjugate gradients, which need few steps since the models differ
+  from it by the rows held out only. They run in float32 on a CPU, and in float64 with as small a
+  residual as it takes where classes lie many standard deviations apart.
+- Where either could lose digits, each model is fitted by itself to its own rows: at a fixed
+  shrinkage above :data:`DIRECT` dimensions, where a feature is tighter within classes than float32
+  can tell, where rows held out hold almost all of a feature's variance, and where conjugate
+  gradients do not converge.
 
 Axes: N numbers, D embedding width, T classes, R rows of a class (zeros fill up), S seeds, F folds,
 E = S F models, C vectors solved for at once.
@@ -34,8 +41,14 @@ __all__ = ["DIRECT", "Classes", "Table", "lda_scores", "shrinkage_intensity"]
 #: Up to this width each model's covariance is formed and factored.
 DIRECT = 128
 
-_TOLERANCE = 1e-3  # of conjugate gradients, relative residual
-_MAX_STEPS = 500
+_TOLERANCE = 1e-3  # of conjugate gradients, relative residual where classes are near
+_NEAR = 10.0  # standard deviations from a class to the mean of all, up to which float32 will do
+_FAR = 1e4  # and up to which conjugate gradients will
+_TIGHT = 1e3  # total variance over that within classes that one factor in float32 stands
+_LOST = 1e8  # squared shift of a mean over the variance, above which a difference loses digits
+_MAX_STEPS = 200
+_STEEP = 1e3  # change of a score over a standard deviation of all features, up to which float32 do
+_EPS = torch.finfo(torch.float64).eps
 
 
 class Table:
@@ -51,25 +64,38 @@ class Table:
     """
 
     def __init__(self, x: Tensor) -> None:
+        # by a power of 2, which changes no digit: squares of any float64 stay in range
+        power = torch.frexp(x.abs().amax(0)).exponent.clamp(-1000, 1000)
+        x = x * torch.ldexp(torch.ones_like(x[0]), -power)
         ones = x.new_full((len(x),), 1 / len(x))
         mean = ones @ x
         x = x - mean
         std = (ones @ x.square()).sqrt()
-        varies = std > 1e-12 * mean.abs()  # a constant less its mean is not quite zero
+        varies = std > len(x) * _EPS * mean.abs()  # a constant less its mean is not quite zero
         x = torch.where(varies, x / std.where(varies, 1.0), 0.0)
         self.x = torch.cat([x, x.new_zeros(1, x.shape[1])])
         self.size = len(x)
 
     @cached_property
-    def fast(self) -> Tensor:
-        """Rows in the type of intensities, scores and conjugate gradients. Shape: (N+1, D)."""
+    def fast(self) -> torch.dtype:
+        """Type of intensities, and of conjugate gradients where classes are near."""
         # on a CPU, float32 is three times as fast
-        return self.x.float() if self.x.device.type == "cpu" else self.x
+        return torch.float32 if self.x.device.type == "cpu" else self.x.dtype
+
+    @cached_property
+    def fast_x(self) -> Tensor:
+        """The rows in the type ``fast``. Shape: (N+1, D)."""
+        return self.x.to(self.fast)
 
     @cached_property
     def gram(self) -> Tensor:
         """Scatter of all rows. Shape: (D, D)."""
-        return self.fast.mT @ self.fast
+        return self.fast_x.mT @ self.fast_x
+
+
+def _varies(variance: Tensor, mean: Tensor, size: Tensor | int) -> Tensor:
+    """Where a variance is more than the rounding of a constant, as scikit-learn has it."""
+    return variance > (size * _EPS * mean).square()
 
 
 @dataclass(frozen=True)
@@ -78,33 +104,39 @@ class Classes:
 
     Attributes:
         table: The rows.
-        rows: The rows by class, zeros to fill up. Shape: (T, R, D).
+        center: Mean of the whole class. Shape: (T, D).
+        rows: The rows by class less its ``center``, zeros to fill up. Shape: (T, R, D).
         index: Row numbers by class, N where there is none. Shape: (T, R).
         train: 1 for a row that the model is fitted to, else 0. Shape: (T, E, R).
         held: 1 for a row that is held out, else 0. Shape: (T, E, R).
         count: Rows fitted. Shape: (T, E).
-        mean: Of the rows fitted. Shape: (T, E, D).
+        shift: Mean of the rows fitted, less ``center``. Shape: (T, E, D).
+        mean: Mean of the rows fitted. Shape: (T, E, D).
         variance: Of the rows fitted, biased. Shape: (T, E, D).
-        scale2: The variance, or the model's total variance where it is zero. Shape: (T, E, D).
+        spread: Variance of the whole class. Shape: (T, D).
+        lost: Whether a variance has lost digits because rows held out hold almost all of that of
+            the class; it was taken anew from the rows fitted.
     """
 
     table: Table
+    center: Tensor
     rows: Tensor
     index: Tensor
     train: Tensor
     held: Tensor
     count: Tensor
+    shift: Tensor
     mean: Tensor
     variance: Tensor
-    scale2: Tensor
+    spread: Tensor
+    lost: bool
 
     @classmethod
-    def of(cls, table: Table, x: Tensor, labels: Tensor, classes: int, folds: Tensor) -> Classes:
+    def of(cls, table: Table, labels: Tensor, classes: int, folds: Tensor) -> Classes:
         """Sort rows by class and take the statistics of every model.
 
         Args:
             table: The rows.
-            x: ``table.x`` or ``table.fast``, which gives the type of the statistics.
             labels: Class of each row. Shape: (N,).
             classes: T.
             folds: Fold of each row. Shape: (S, N).
@@ -112,7 +144,7 @@ class Classes:
         Raises:
             ConfigError: A fold leaves fewer than two rows of a class to fit.
         """
-        size = table.size
+        x, size = table.x, table.size
         counts = labels.bincount(minlength=classes)
         order = labels.argsort(stable=True)
         place = torch.arange(size, device=x.device) - (counts.cumsum(0) - counts)[labels[order]]
@@ -121,7 +153,8 @@ class Classes:
         padded = torch.cat([folds, folds.new_full((len(folds), 1), -1)], 1)[:, index]
         fold = torch.arange(int(folds.max()) + 1, device=x.device)
         held = (padded[:, None] == fold[:, None, None]).flatten(0, 1).transpose(0, 1)
-        train = (index < size)[:, None] & ~held
+        valid = index < size
+        train = valid[:, None] & ~held
         count = train.sum(-1)
         if int(count.min()) < 2:
             raise ConfigError(
@@ -131,16 +164,20 @@ class Classes:
             )
         train, held, count = train.to(x), held.to(x), count.to(x)
         rows = embedding(index, x)
-        width = x.shape[1]
-        sums = train @ torch.cat([rows, rows.square()], -1) / count[..., None]
-        mean = sums[..., :width]
-        variance = (sums[..., width:] - mean.square()).clamp(min=0)
-        share = (count / count.sum(0))[..., None]
-        grand = (share * mean).sum(0)
-        total = (share * (variance + (mean - grand).square())).sum(0)
-        total = total.where(total > 0, 1.0)
-        scale2 = variance.where(variance > torch.finfo(x.dtype).eps ** 0.75 * total, total)
-        return cls(table, rows, index, train, held, count, mean, variance, scale2)
+        center = rows.sum(1) / counts[:, None]
+        rows -= center[:, None]
+        if not bool(valid.all()):
+            rows *= valid[..., None]
+        shift = (train @ rows).div_(count[..., None])
+        square = rows.square()
+        variance = (train @ square).div_(count[..., None])
+        variance.addcmul_(shift, shift, value=-1).clamp_(min=0)
+        real = _varies(shift.square(), center[:, None], size)
+        lost = _recompute_lost(variance, shift.where(real, 0.0), rows, train, count)
+        return cls(
+            table, center, rows, index, train, held, count, shift, center[:, None] + shift,
+            variance, square.sum(1) / counts[:, None], lost,
+        )  # fmt: skip
 
     @cached_property
     def share(self) -> Tensor:
@@ -152,11 +189,35 @@ class Classes:
         """Mean of a model's rows. Shape: (E, D)."""
         return (self.share[..., None] * self.mean).sum(0)
 
-    def numbers(self, which: Tensor) -> Tensor:
-        """Numbers of the marked rows, N to fill up. Shape: (T, E, R) to (T, E, H)."""
-        marked, place = which.topk(int(which.sum(-1).max()), dim=-1)
-        index = self.index[:, None].expand(which.shape).gather(-1, place)
-        return index.where(marked > 0, self.table.size)
+    @cached_property
+    def within(self) -> Tensor:
+        """Mean variance within classes. Shape: (E, D)."""
+        return (self.share[..., None] * self.variance).sum(0)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Variance of a model's rows, 1 where they are constant. Shape: (E, D)."""
+        between = (self.share[..., None] * (self.mean - self.grand).square()).sum(0)
+        total = self.within + between
+        return total.where(_varies(total, self.grand, self.table.size), 1.0)
+
+    @cached_property
+    def fast_rows(self) -> Tensor:
+        """The rows in the type ``table.fast``. Shape: (T, R, D)."""
+        return self.rows.to(self.table.fast)
+
+
+def _recompute_lost(
+    variance: Tensor, shift: Tensor, rows: Tensor, train: Tensor, count: Tensor
+) -> bool:
+    """Take variances that lost digits from deviations, in place; whether there were any."""
+    lost = shift.square() > _LOST * variance
+    features = lost.flatten(0, 1).any(0).nonzero()[:, 0]
+    for model in range(train.shape[1] if len(features) else 0):
+        deviation = rows[..., features] - shift[:, model, None, features]
+        deviation *= train[:, model, :, None]
+        variance[:, model, features] = deviation.square().sum(1) / count[:, model, None]
+    return bool(len(features))
 
 
 def shrinkage_intensity(fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor, d: int) -> Tensor:
@@ -229,21 +290,37 @@ def lda_scores(
     """
     if shrinkage != "auto" and not (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1):
         raise ConfigError(f"shrinkage={shrinkage!r} is no share.", "Give auto, or 0 to 1.")
-    direct = table.x.shape[1] <= DIRECT or shrinkage == 0
-    c = Classes.of(table, table.x if direct else table.fast, labels, classes, folds)
-    solve = _direct if direct else _iterative
+    c = Classes.of(table, labels, classes, folds)
     # relative to the mean of all, scores change by one number per row, and the shares-weighted
     # sum of the means is zero: the last class follows from the others
     mean = (c.mean - c.grand).permute(1, 2, 0)  # (E, D, T)
-    weight = solve(c, *_shrunk(c, shrinkage), mean[..., :-1])
+    weight = _discriminants(c, shrinkage, mean[..., :-1])
     last = -(weight @ (c.share[:-1] / c.share[-1]).mT[..., None])
     weight = torch.cat([weight, last], -1)
     offset = c.share.mT.log() - ((0.5 * mean + c.grand[..., None]) * weight).sum(1)
+    # float32 is right to 1e-4 of a natural logarithm where no discriminant is steep
+    steepest = float(weight.abs().sum(1).max())
+    x = table.x if steepest > _STEEP else table.fast_x
     # (E T, N): so laid out, products and maxima are fastest
-    scores = weight.mT.flatten(0, 1).to(table.fast) @ table.fast[:-1].mT
+    scores = weight.mT.flatten(0, 1).to(x) @ x[:-1].mT
     scores = scores.view(len(folds), -1, classes, table.size)
-    scores += offset.to(scores).view(len(folds), -1, classes, 1)
+    scores += offset.to(x).view(len(folds), -1, classes, 1)
     return scores.mT
+
+
+def _discriminants(c: Classes, shrinkage: float | Literal["auto"], mean: Tensor) -> Tensor:
+    """The covariance of each model, inverted, times its means. Shapes: (E, D, C)."""
+    direct = mean.shape[1] <= DIRECT
+    if not c.lost and direct:
+        weight, shift = _shrunk(c, shrinkage)
+        return _direct(c, weight, shift, mean)
+    if not c.lost and shrinkage == "auto":
+        spread = c.within / c.total
+        if bool((spread > 1 / _TIGHT).logical_or(c.variance.amax(0) == 0).all()):
+            found = _iterative(c, *_shrunk(c, shrinkage), mean)
+            if found is not None:
+                return found
+    return torch.stack([_single(c, model, shrinkage, mean[model]) for model in range(len(mean))])
 
 
 def _intensity(c: Classes) -> Tensor:
@@ -253,14 +330,9 @@ def _intensity(c: Classes) -> Tensor:
     std over all rows of the class, where scikit-learn has that over the rows of the model. This
     moves the share by about a hundredth of itself.
     """
-    valid = c.index < c.table.size
-    size = valid.sum(1)[:, None, None]
-    x = c.rows.to(c.table.fast, copy=True)
-    x -= x.sum(1, keepdim=True) / size
-    if not bool(valid.all()):
-        x *= valid[..., None]
-    variance = x.square().sum(1, keepdim=True) / size
-    x *= variance.where(variance > 1e-12, 1.0).rsqrt()
+    varies = _varies(c.spread, c.center, c.rows.shape[1])
+    unit = c.spread.where(varies, 1.0).rsqrt().where(varies, 0.0)
+    x = c.fast_rows * unit.to(c.table.fast)[:, None]
     gram = x @ x.mT  # (T, R, R)
     train = c.train.to(gram).mT  # (T, R, E)
     count = c.count.to(gram)
@@ -279,44 +351,125 @@ def _shrunk(c: Classes, shrinkage: float | Literal["auto"]) -> tuple[Tensor, Ten
     """Weight of each class's scatter, and the diagonal added. Shapes: (T, E), (E, D)."""
     if shrinkage == "auto":
         delta = _intensity(c)
-        trace = (c.variance / c.scale2).mean(-1)
-        return c.share * (1 - delta), ((c.share * delta * trace)[..., None] * c.scale2).sum(0)
-    within = (c.share[..., None] * c.variance).sum(0)
-    total = within + (c.share[..., None] * (c.mean - c.grand).square()).sum(0)
-    total = total.where(total > 0, 1.0)
-    return c.share * (1 - shrinkage), shrinkage * (within / total).mean(-1, keepdim=True) * total
+        # a feature that is constant within a class has the unit that it has in all
+        scale2 = c.variance.where(_varies(c.variance, c.mean, c.count[..., None]), c.total)
+        trace = (c.variance / scale2).mean(-1)
+        return c.share * (1 - delta), ((c.share * delta * trace)[..., None] * scale2).sum(0)
+    mean = (c.within / c.total).mean(-1, keepdim=True)
+    return c.share * (1 - shrinkage), shrinkage * mean * c.total
 
 
 def _direct(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
     """Solve by one Cholesky factor for each model. Shapes: (E, D, C)."""
     models, width = shift.shape
     scatter = (c.rows.mT @ c.rows).flatten(1)  # of each class, shared by all models
-    held = embedding(c.numbers(c.held).transpose(0, 1), c.table.x)  # (E, T, H, D)
-    held *= (weight / c.count).sqrt().mT[..., None, None]
-    mean = c.mean.transpose(0, 1) * weight.sqrt().mT[..., None]
+    marked, place = c.held.topk(int(c.held.sum(-1).max()), dim=-1)  # rows held out, others fill up
+    place += torch.arange(len(c.rows), device=place.device)[:, None, None] * c.rows.shape[1]
+    held = embedding(place.transpose(0, 1), c.rows.flatten(0, 1))  # (E, T, H, D)
+    held *= (marked * (weight / c.count).sqrt()[..., None]).transpose(0, 1)[..., None]
+    mean = c.shift.transpose(0, 1) * weight.sqrt().mT[..., None]
     out = torch.cat([held.flatten(1, 2), mean], 1)  # what is held out, and the means
     pooled = ((weight / c.count).mT @ scatter).view(models, width, width) + torch.diag_embed(shift)
     pooled.baddbmm_(out.mT, out, alpha=-1)
-    root, failed = torch.linalg.cholesky_ex(pooled)
+    return _solve(pooled, rhs, len(c.mean))
+
+
+def _solve(covariance: Tensor, rhs: Tensor, classes: int) -> Tensor:
+    """Solve by Cholesky's factor. Shapes: (…, D, D) and (…, D, C) to (…, D, C).
+
+    Raises:
+        DataError: A matrix is singular, or nearly.
+    """
+    root, failed = torch.linalg.cholesky_ex(covariance)
     # what is left of a feature's variance when those before it are known
-    rest = root.diagonal(dim1=-2, dim2=-1).square() / pooled.diagonal(dim1=-2, dim2=-1)
+    rest = root.diagonal(dim1=-2, dim2=-1).square() / covariance.diagonal(dim1=-2, dim2=-1)
     if bool(failed.any()) or not bool((rest > 1e-13).all()):
         raise DataError(
-            f"The covariance of {width} dimensions within {len(c.mean)} residues is singular.",
-            "Set shrinkage: auto, or keep fewer dimensions.",
+            f"The covariance of {rhs.shape[-2]} dimensions within {classes} residues is singular.",
+            "Pass shrinkage='auto' or a larger share to probe(), or fewer dimensions, for example "
+            "principal_components(embeddings, 50).",
         )
     return torch.cholesky_solve(rhs, root)
 
 
-def _iterative(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
-    """Solve by conjugate gradients that share one preconditioner. Shapes: (E, D, C)."""
-    kind = c.table.fast.dtype
-    condition = _preconditioner(c, weight.mean(1), shift.mean(0))
+def _single(c: Classes, model: int, shrinkage: float | Literal["auto"], rhs: Tensor) -> Tensor:
+    """Fit one model to its own rows, in float64. Shapes: (D, C)."""
+    share, mean, total = c.share[:, model], c.mean[:, model], c.total[model]
+    parts, shift = [], torch.zeros_like(total)
+    for t, rows in enumerate(c.rows):
+        centred = rows[c.train[t, model] > 0] - c.shift[t, model]
+        count, delta = len(centred), 0.0 if shrinkage == "auto" else shrinkage
+        variance = c.variance[t, model]
+        if shrinkage == "auto":
+            varies = _varies(variance, mean[t], count)
+            unit2 = variance.where(varies, total)
+            delta = float(_single_intensity(centred * unit2.rsqrt()))
+            shift += share[t] * delta * (variance / unit2).mean() * unit2
+        parts.append(centred * (share[t] * (1 - delta) / count).sqrt())
+    if shrinkage != "auto":
+        shift = shrinkage * (c.within[model] / total).mean() * total
+    rows = torch.cat(parts)
+    scale = (rows.square().sum(0) + shift).rsqrt()  # to variances of 1
+    scale = scale.where(scale.isfinite(), 0.0)
+    rows, shift, rhs = rows * scale, shift * scale.square(), rhs * scale[:, None]
+    if len(rows) >= len(scale) or not bool((shift > 0).all()):
+        found = _solve(rows.mT @ rows + torch.diag(shift), rhs, len(share))
+    else:
+        found = _solve_few(rows, shift, rhs)
+    return found * scale[:, None]
+
+
+def _single_intensity(x: Tensor) -> Tensor:
+    """Ledoit and Wolf's share of the target for centred rows. Shape: (R, D) to ()."""
+    count, width = x.shape
+    square = x.square().sum(1)
+    product = x.mT @ x if width < count else x @ x.mT
+    norm2, trace = product.square().sum() / count**2, square.sum() / count
+    return shrinkage_intensity(
+        square.square().sum(), norm2, trace, torch.tensor(count, device=x.device), width
+    )
+
+
+def _solve_few(rows: Tensor, diagonal: Tensor, rhs: Tensor) -> Tensor:
+    """Solve (rowsᵀ rows + diag) w = rhs with fewer rows than dimensions. Shapes: (D, C).
+
+    Source: Woodbury's identity, and one step of iterative refinement.
+    """
+    scaled = rows / diagonal
+    inner = rows @ scaled.mT
+    inner.diagonal().add_(1.0)
+    root = torch.linalg.cholesky(inner)  # its eigenvalues are 1 or more
+
+    def inverse(v: Tensor) -> Tensor:
+        v = v / diagonal[:, None]
+        return v - scaled.mT @ torch.cholesky_solve(rows @ v, root)
+
+    found = inverse(rhs)
+    return found + inverse(rhs - rows.mT @ (rows @ found) - diagonal[:, None] * found)
+
+
+def _iterative(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor | None:
+    """Solve by conjugate gradients that share one preconditioner. Shapes: (E, D, C).
+
+    None if they do not converge to what the distances of the classes ask for.
+    """
     models, width, columns = rhs.shape
-    x = c.rows.to(kind).flatten(0, 1)
+    # in units in which the variances are about 1
+    scale = ((weight[..., None] * c.variance).sum(0) + shift).mean(0).rsqrt()
+    condition = _preconditioner(c, weight.mean(1), shift.mean(0), scale)
+    if condition is None:
+        return None
+    b = (rhs.mT * scale).flatten(0, 1)
+    kind = c.table.fast
+    distance = float(torch.linalg.vecdot(b, condition(b)).max().clamp(min=0).sqrt())
+    if not distance < _FAR:
+        return None
+    kind = kind if distance < _NEAR else b.dtype
+    tolerance = _TOLERANCE * min(1.0, _NEAR / distance) ** 2 if distance else _TOLERANCE
+    x = (c.fast_rows if kind == c.table.fast else c.rows).flatten(0, 1) * scale.to(kind)
     row_weight = (c.train * (weight / c.count)[..., None]).to(kind).transpose(0, 1)
-    mean = c.mean.transpose(0, 1).to(kind)  # (E, T, D)
-    diagonal = shift[:, None].to(kind)
+    mean = (c.shift * scale).transpose(0, 1).to(kind)  # (E, T, D)
+    diagonal = (shift * scale.square())[:, None].to(kind)
 
     def apply(v: Tensor) -> Tensor:
         """The covariance of each model times its own vectors. Shape: (E C, D)."""
@@ -325,45 +478,55 @@ def _iterative(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor
         u = u.sub_((each @ mean.mT)[..., None]).mul_(row_weight[:, None])
         return (u.view(len(v), -1) @ x).view_as(each).addcmul_(each, diagonal).view_as(v)
 
-    found = _conjugate_gradients(apply, condition, rhs.mT.flatten(0, 1).to(kind))
-    return found.to(rhs).view(models, columns, width).mT
+    found = _conjugate_gradients(apply, condition, b.to(kind), tolerance)
+    return None if found is None else (found.to(rhs).view_as(rhs.mT) * scale).mT
 
 
-def _preconditioner(c: Classes, weight: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
-    """Inverse of about the mean covariance of the models: weights (T,), diagonal (D,)."""
+def _preconditioner(
+    c: Classes, weight: Tensor, shift: Tensor, scale: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """Inverse of about the mean covariance of the models: weights (T,), diagonal (D,).
+
+    None if rounding leaves it without an inverse.
+    """
     size = (c.index < c.table.size).sum(1)
-    x, diagonal = c.table.fast, shift.to(c.table.fast)
-    means = (c.rows.sum(1) / size[:, None]).to(x)
-    if x.shape[1] <= c.table.size:
+    kind = c.table.fast
+    diagonal = (shift * scale.square()).to(kind)
+    if len(scale) <= c.table.size:
+        means = c.center.to(kind)
         scatter = c.table.gram - (means * size[:, None]).mT @ means
-        scatter = scatter * (float(weight.sum()) / c.table.size)
-        root = torch.linalg.cholesky(scatter + torch.diag(diagonal))
-        return lambda v: torch.cholesky_solve(v.mT, root).mT
-    factor = ((weight / size).sqrt()[:, None] * (c.index < c.table.size)).to(x)
-    y = ((c.rows.to(x) - means[:, None]) * factor[..., None]).flatten(0, 1)
+        scatter *= float(weight.sum()) / c.table.size
+        scatter *= scale[:, None] * scale
+        root, failed = torch.linalg.cholesky_ex(scatter + torch.diag(diagonal))
+        if bool(failed):
+            return None
+        return lambda v: torch.cholesky_solve(v.mT.to(kind), root).mT.to(v)
+    y = (c.fast_rows * ((weight / size).sqrt()[:, None, None] * scale).to(kind)).flatten(0, 1)
     scaled = y / diagonal
-    eye = torch.eye(len(y), dtype=y.dtype, device=y.device)
-    inner = torch.linalg.cholesky(eye + scaled @ y.mT)
+    inner = y @ scaled.mT
+    inner.diagonal().add_(1.0)
+    root, failed = torch.linalg.cholesky_ex(inner)
+    if bool(failed):
+        return None
 
     def woodbury(v: Tensor) -> Tensor:
-        v = v / diagonal
-        return v - torch.cholesky_solve(y @ v.mT, inner).mT @ scaled
+        part = v.to(kind) / diagonal
+        return (part - torch.cholesky_solve(y @ part.mT, root).mT @ scaled).to(v)
 
     return woodbury
 
 
 def _conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], condition: Callable[[Tensor], Tensor], rhs: Tensor
-) -> Tensor:
-    """Solve for each row by itself. Shapes: (C, D).
-
-    Raises:
-        DataError: It does not converge.
-    """
+    apply: Callable[[Tensor], Tensor],
+    condition: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    tolerance: float,
+) -> Tensor | None:
+    """Solve for each row by itself; None if one does not converge. Shapes: (C, D)."""
     x, residual = torch.zeros_like(rhs), rhs.clone()
     z = condition(residual)
     direction, rho = z, torch.linalg.vecdot(residual, z)
-    goal = _TOLERANCE**2 * rho
+    goal = tolerance**2 * rho
     tiny = torch.finfo(rhs.dtype).tiny
     for _ in range(_MAX_STEPS):
         if bool((rho <= goal).all()):
@@ -376,7 +539,4 @@ def _conjugate_gradients(
         z = condition(residual)
         before, rho = rho, torch.linalg.vecdot(residual, z).where(rho > goal, rho)
         direction = torch.addcmul(z, (rho / before.clamp(min=tiny))[:, None], direction)
-    raise DataError(
-        "The discriminant of these embeddings did not converge: they are nearly collinear.",
-        "Reduce them first (pca: 100), or set shrinkage: 0.1.",
-    )
+    return None

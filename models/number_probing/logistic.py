@@ -50,10 +50,9 @@ def logistic_scores(
     Source: card section 1.5.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        c = Classes.of(table, table.x, labels, classes, folds)
+        c = Classes.of(table, labels, classes, folds)
         x = table.x[:-1].clone()  # what was made in inference mode cannot be differentiated
-        total = torch.einsum("te,ted->ed", c.share, c.variance + (c.mean - c.grand).square())
-        scale = total.where(total > 0, 1.0).rsqrt()[..., None]  # (E, D, 1)
+        scale = c.total.rsqrt()[..., None]  # (E, D, 1)
         center = (c.grand[..., None] * scale).clone()
         models = len(scale)
         fold = torch.arange(models // len(folds), device=x.device)

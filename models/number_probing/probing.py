@@ -165,8 +165,7 @@ def make_folds(
         found = torch.randperm(int(decade.max()) + 1, generator=generator)[decade] % folds
     elif kind == "shuffled":
         shuffled = n % period * len(n) + torch.randperm(len(n), generator=generator)
-        order[shuffled.argsort()] = torch.arange(len(n))
-        found = order % folds
+        found = order.scatter_(0, shuffled.argsort(), torch.arange(len(n)) % folds)
     else:
         raise ConfigError(f"The folds {kind!r} are unknown.", "Use shuffled, decade or contiguous.")
     return move(found, numbers.device)

@@ -90,14 +90,117 @@ def test_lda_is_scikit_learns_with_more_dimensions_than_numbers():
         assert found == pytest.approx(expected, abs=2 / 200 * period / (period - 1))  # two answers
 
 
+def answers(x, period, shrinkage="auto", seed=0):
+    """Answers to the numbers held out: ours, and scikit-learn's on the same folds."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    labels = torch.arange(len(x)) % period
+    folds = make_folds(torch.arange(len(x)), period, 5, seed=seed)
+    scores = lda_module.lda_scores(lda_module.Table(x), labels, period, folds[None], shrinkage)
+    ours = scores[0, folds, torch.arange(len(x))].argmax(-1)
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+    theirs = cross_val_predict(
+        make_pipeline(StandardScaler(), model), x.numpy(), labels.numpy(),
+        cv=PredefinedSplit(folds.numpy()),
+    )  # fmt: skip
+    return ours, torch.from_numpy(theirs)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_lda_is_scikit_learns_at_a_given_shrinkage(share):
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    x = mixture(40)[:, 1:]  # a dead feature leaves no plain covariance to invert
+    ours, theirs = answers(x, 5, share)
+    assert torch.equal(ours, theirs)
 
-    x = mixture(40)
-    expected = by_sklearn(x, 5, LinearDiscriminantAnalysis(solver="lsqr", shrinkage=share))
-    x = x[:, 1:] if share == 0 else x  # a dead feature leaves no plain covariance to invert
-    assert kappas(x, [5], shrinkage=share)[5] == pytest.approx(expected, abs=0.005)
+
+@pytest.mark.parametrize("share", [1e-3, 1e-6])
+@pytest.mark.parametrize(("width", "size"), [(100, 300), (150, 300), (200, 100)])
+def test_lda_is_scikit_learns_at_a_small_shrinkage(share, width, size):
+    """Also of a table of rank 10, which has no inverse but for the shrinkage."""
+    ours, theirs = answers(mixture(width, size), 5, share)
+    assert torch.equal(ours, theirs)
+    flat = normal(size, 10) @ normal(10, width, 1)
+    ours, theirs = answers(flat, 5, share)
+    assert int((ours != theirs).sum()) <= 1
+
+
+def tight_circle(period, width, noise, size=300):
+    """Residues on a circle with little noise, and loose features of which one has parity."""
+    n = torch.arange(size)
+    angle = n.double() * 2 * torch.pi / period
+    circle = torch.stack([angle.cos(), angle.sin()], 1) + noise * normal(size, 2, 1)
+    loose = normal(size, width - 2, 2)
+    loose[:, :1] += 1.5 * (n % 2)[:, None]
+    return torch.cat([circle, loose], 1)
+
+
+WIDTHS = [2, 3, 129, *(pytest.param(w, marks=pytest.mark.slow) for w in (64, 128, 256, 512, 1024))]
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_lda_is_scikit_learns_at_any_scale(width, noise):
+    ours, theirs = answers(tight_circle(10, width, noise), 10)
+    assert int((ours != theirs).sum()) <= 2
+    if noise <= 0.01:
+        assert torch.equal(ours, torch.arange(300) % 10)
+
+
+@pytest.mark.parametrize("noise", [0.1, 1e-5, 1e-7])
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_lda_is_right_at_two_scales_at_once(width, noise):
+    """The circle tells n mod 5, a loose feature parity. Below 1e-5 scikit-learn loses parity."""
+    ours, _ = answers(tight_circle(5, width, noise), 10)
+    _, theirs = answers(tight_circle(5, width, max(noise, 1e-5)), 10)
+    assert int((ours != theirs).sum()) <= 3
+    assert torch.equal(ours % 5, torch.arange(300) % 5) or noise == 0.1
+
+
+@pytest.mark.parametrize("width", [12, 140])
+@pytest.mark.parametrize("kind", [
+    "dead", "doubled", "one row", "outlier", "class", "tight class", "constant in a class",
+    "offset", "units", "rank 5", "heavy tails",
+])  # fmt: skip
+def test_lda_is_scikit_learns_on_odd_tables(kind, width):
+    n = torch.arange(300)
+    x = normal(300, width) + width**-0.5 * normal(6, width, 1)[n % 6]
+    if kind == "dead":
+        x[:, 0] = 0
+    elif kind == "doubled":
+        x[:, 1] = x[:, 0]
+    elif kind == "one row":
+        x[:, 0] = n == 7
+    elif kind == "outlier":
+        x[7, 0] = 1e12
+    elif kind == "class":
+        x[:, 0] = n % 6 == 1
+    elif kind == "tight class":
+        x[n % 6 == 1] *= 1e-4
+    elif kind == "constant in a class":
+        x[n % 6 == 1, 0] = 1.0
+    elif kind == "offset":
+        x = 1e-8 * x + 1e3
+    elif kind == "units":
+        x = x * torch.logspace(-12, 12, width).double()
+    elif kind == "rank 5":
+        x = normal(300, 5) @ normal(5, width, 1)
+    elif kind == "heavy tails":
+        x = x * normal(300, width, 2).abs().reciprocal()
+    ours, theirs = answers(x, 6)
+    assert int((ours != theirs).sum()) <= 3
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e200])
+@pytest.mark.parametrize("width", [12, 140])
+def test_the_unit_of_a_table_changes_nothing(width, scale):
+    """Squares of such values are not finite, or zero."""
+    x = planted(N[:200], 5, width, noise=0.3)
+    expected = kappas(x, [5], seeds=1)[5]
+    assert 0.1 < expected < 0.95
+    assert kappas(scale * x, [5], seeds=1)[5] == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_shrinkage_intensity_is_ledoit_and_wolfs():
@@ -116,20 +219,34 @@ def test_the_shrinkage_intensity_is_ledoit_and_wolfs():
 
 
 def test_both_ways_of_solving_agree(monkeypatch):
+    """Of many numbers, and of fewer than dimensions; classes near, and so far that float64 it is.
+
+    Fits model by model estimate the shrinkage in units of their own, so they differ a little more.
+    """
+    ways: list[str] = []
+
+    def record(name):
+        original = getattr(lda_module, name)
+        monkeypatch.setattr(lda_module, name, lambda *args: (ways.append(name), original(*args))[1])
+
+    for name in ("_direct", "_iterative", "_single"):
+        record(name)
     monkeypatch.setattr(lda_module, "_TOLERANCE", 1e-5)
-    x, folds = mixture(100), make_folds(N, 7, 5)[None]
-    table = lda_module.Table(x)
-    direct = lda_module.lda_scores(table, N % 7, 7, folds, "auto")
-    monkeypatch.setattr(lda_module, "DIRECT", 0)
-    iterative = lda_module.lda_scores(table, N % 7, 7, folds, "auto")
-    assert float((direct - iterative).abs().max() / direct.abs().max()) < 1e-4
-    # and with fewer numbers than dimensions, by the other form of the preconditioner
-    few = lda_module.Table(x[:80])
-    folds = make_folds(N[:80], 2, 4)[None]
-    iterative = lda_module.lda_scores(few, N[:80] % 2, 2, folds, "auto")
-    monkeypatch.setattr(lda_module, "DIRECT", 128)
-    direct = lda_module.lda_scores(few, N[:80] % 2, 2, folds, "auto")
-    assert float((direct - iterative).abs().max() / direct.abs().max()) < 1e-4
+    for size, period, far in ((1000, 7, 0.0), (80, 2, 0.0), (80, 2, 1.0), (1000, 7, 5.0)):
+        n = torch.arange(size)
+        x = mixture(100, size) + far * normal(period, 100, 9)[n % period]
+        table, folds = lda_module.Table(x), make_folds(n, period, 4)[None]
+        scores = []
+        for direct, near, far_limit in ((128, 10.0, 1e4), (0, 10.0, 1e4), (0, 10.0, 0.0)):
+            monkeypatch.setattr(lda_module, "DIRECT", direct)
+            monkeypatch.setattr(lda_module, "_NEAR", near)
+            monkeypatch.setattr(lda_module, "_FAR", far_limit)
+            found = lda_module.lda_scores(table, n % period, period, folds, "auto").double()
+            scores.append(found - found.mean(-1, keepdim=True))
+        scale = scores[0].abs().max()
+        assert float((scores[0] - scores[1]).abs().max() / scale) < 1e-4
+        assert float((scores[0] - scores[2]).abs().max() / scale) < 0.05
+    assert {*ways} == {"_direct", "_iterative", "_single"}
 
 
 @pytest.mark.parametrize("period", [2, 5])
@@ -388,7 +505,7 @@ def test_a_residue_that_is_left_out_is_an_error():
 
 
 def test_plain_lda_of_a_singular_covariance_is_an_error():
-    with pytest.raises(DataError, match=r"200 dimensions within 2 residues is singular.*auto"):
+    with pytest.raises(DataError, match=r"200 dimensions within 2 residues is singular.*'auto'"):
         probe(normal(100, 200), [2], shrinkage=0.0)
 
 
