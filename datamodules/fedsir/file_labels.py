@@ -171,7 +171,8 @@ class FileLabels(ChosenClients):
         found = self.file.read(listing, *columns)
         texts = [text for name in columns for text in found[name] if text]
         number = label_numbers(texts, names, self.labels_are, path, _OPTION)
-        as_number = {None: MISSING, "": MISSING, **number}
+        as_number: dict[str | None, int] = {None: MISSING, "": MISSING}
+        as_number.update(number)
         table = {n: np.array([as_number[t] for t in found[n]], np.int64) for n in columns}
         return table[self.label], table[self.true_label] if self.true_label else None
 

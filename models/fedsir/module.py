@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from fulgurite.base import SystemModule, build_network, check_head, save_options
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
+from fulgurite.weights import head_name, load_weights
 
 __all__ = ["FederatedClassifier", "ServerAverage"]
 
@@ -68,9 +69,14 @@ class FederatedClassifier(SystemModule):
         compile: Compile the network with ``torch.compile``.
         num_classes: C; taken from the data.
         in_channels: Image channels; taken from the data.
+        weights: A local file that the network starts from, which Stage I of FedSIR trains on at
+            each client: ``.safetensors``, a state dict or a checkpoint of ``torch.save``; see
+            :func:`~fulgurite.weights.load_weights`. A head of another size starts untrained.
 
     Raises:
-        ConfigError: A number is out of range, or the network lacks ``features`` or ``head``.
+        ConfigError: A number is out of range, the network lacks ``features`` or ``head``, or the
+            weights do not fit it.
+        CheckpointError: The weights cannot be read.
 
     Source: FedSIR, arXiv 2604.20825, section 2; server optimizer: Reddi et al., ICLR 2021.
     """
@@ -92,6 +98,7 @@ class FederatedClassifier(SystemModule):
         max_client_epochs: int | None = None,
         num_classes: int = 10,
         in_channels: int = 1,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         save_options(self, "network", "optimizer", "method", "server_optimizer")
@@ -116,6 +123,8 @@ class FederatedClassifier(SystemModule):
                 "Give it both, so that forward(x) == head(features(x)).",
             )
         check_head(self.network, num_classes)
+        if weights is not None:
+            load_weights(self.network, weights, head_name(self.network))
         if compile:
             self.network.compile()
         self.optimizer, self.server_optimizer = optimizer, server_optimizer

@@ -471,10 +471,10 @@ def _checkpoints():
     import torch
     from torch import nn
 
-    from fulgurite.layers.resnet import load_weights
     from fulgurite.models.cs_arm_bn import convert_batchnorm
     from fulgurite.models.cs_arm_bn.adaptation import load_reference
     from fulgurite.models.cs_arm_bn.module import _load_network
+    from fulgurite.weights import load_weights
 
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
 
@@ -493,6 +493,12 @@ def _checkpoints():
     converted = convert_batchnorm(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)))
     load_reference(converted, {})
     yield Target("weights", [*seeds[:2], seeds[3]], lambda f: load_weights(network, f / "a.ckpt"))
+    from safetensors.torch import save
+
+    safe = {"a.safetensors": save({name: value.contiguous() for name, value in state.items()})}
+    yield Target(
+        "weights.safetensors", [safe], lambda f: load_weights(network, f / "a.safetensors")
+    )
     # a reference that does not fit is named by layer
     yield Target(
         "checkpoint", seeds, lambda f: _load_network(converted, str(f / "a.ckpt")), is_named=False

@@ -40,12 +40,12 @@ from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteE
 from fulgurite.foreign import expansion_limit, read_arrays, read_csv, read_json, reading
 from fulgurite.hdf5 import NetcdfFile
 from fulgurite.io import load_plain
-from fulgurite.layers.resnet import load_weights
 from fulgurite.models.ice_layers import read_npz
 from fulgurite.models.number_probing import parse_numbers
 from fulgurite.models.number_probing import read_table as read_embeddings
 from fulgurite.models.number_probing.history import find_runs, read_run
 from fulgurite.testing.files import python2_pickle, write_cifar_archive
+from fulgurite.weights import load_weights
 
 MANY = 80 << 20  # bytes that a small file expands to
 

@@ -5,7 +5,6 @@ Axes: B mini-batch, I input channels, H, W image, C classes, D feature dim.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.foreign import read_state_dict
+from fulgurite.weights import load_weights
 
 __all__ = [
     "BasicBlock",
@@ -109,8 +108,8 @@ class ResNet(nn.Module):
         num_classes: C.
         stem: ``"imagenet"``: 7×7 with stride 2, then max-pooling; ``"cifar"``: 3×3 with stride 1,
             for small images.
-        weights: A ``state_dict`` file to start from, such as torchvision's; see
-            :func:`load_weights`.
+        weights: A file to start from, such as torchvision's ``state_dict``, a ``.safetensors`` or a
+            checkpoint; see :func:`~fulgurite.weights.load_weights`.
 
     Shape: (B, I, H, W) to (B, C).
 
@@ -182,53 +181,6 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch of images."""
         return self.fc(self.features(x))  # type: ignore[no-any-return]
-
-
-def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None:
-    """Load a ``state_dict`` file; a head of another size is left as it is, with a warning.
-
-    Args:
-        network: The network to fill, in place.
-        path: Written by ``torch.save``: a state dict, or a dict with one under ``state_dict``.
-        head: Name of the layer that may differ.
-
-    Raises:
-        CheckpointError: The file does not exist, or is not a plain state dict (nothing in it is
-            executed).
-        ConfigError: A tensor other than the head's is missing, unknown or of another shape.
-
-    Example:
-        >>> import tempfile, torch
-        >>> source, target = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     torch.save(source.state_dict(), file.name)
-        ...     load_weights(target, file.name)
-        >>> bool((source.weight == target.weight).all())
-        True
-    """
-    _, state = read_state_dict(path, "weights")
-    own = network.state_dict()
-    wrong = {
-        name
-        for name in own.keys() | state.keys()
-        if name not in own or name not in state or own[name].shape != state[name].shape
-    }
-    wrong -= {name for name in wrong if name.endswith("num_batches_tracked")}
-    if dropped := sorted(name for name in wrong if name.split(".")[0] == head):
-        warnings.warn(
-            f"{path}: the head ({', '.join(dropped)}) has another size; it starts untrained.",
-            stacklevel=2,
-        )
-    if others := sorted(wrong.difference(dropped)):
-        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        raise ConfigError(
-            f"weights={path} does not fit the network: {shown}.",
-            "Choose the network, stem and in_channels that the weights were saved from.",
-        )
-    network.load_state_dict(
-        {name: value for name, value in state.items() if name in own and name not in wrong},
-        strict=False,
-    )
 
 
 class ResNet18(ResNet):
