@@ -139,12 +139,12 @@ def _without_prefix(
         prefixes |= {n.removesuffix(name) for n in state if n.endswith(f".{name}")}
     counts = {prefix: sum(prefix + name in state for name in own) for prefix in prefixes}
     best = max(counts.values())
-    chosen = sorted((prefix for prefix in prefixes if counts[prefix] == best), key=len)
+    chosen = sorted(prefix for prefix in prefixes if counts[prefix] == best)
     if best == 0 or "" in chosen:
         return dict(state)
     if len(chosen) > 1:
         raise ConfigError(
-            f"weights={path} holds {len(chosen)} networks that fit: {_some(chosen)}.",
+            f"weights={path} holds {len(chosen)} networks that fit, under {_some(chosen)}",
             "Save the one that is meant alone: torch.save(network.state_dict(), path).",
         )
     (prefix,) = chosen

@@ -55,7 +55,7 @@ def test_what_belongs_to_other_parts_is_left_out_with_a_note(tmp_path, caplog):
 
 def test_two_networks_that_fit_are_asked_for(tmp_path):
     state = prefixed(Net().state_dict(), "student.") | prefixed(Net().state_dict(), "teacher.")
-    with pytest.raises(ConfigError, match=r"2 networks that fit: student\., teacher\."):
+    with pytest.raises(ConfigError, match=r"2 networks that fit, under student\., teacher\."):
         load_weights(Net(), write(tmp_path, state))
 
 
