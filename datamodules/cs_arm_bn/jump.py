@@ -272,11 +272,11 @@ class JumpPlates(PlateSource):
 
     def how_to_find(self, path: str) -> str:
         """Say what to do where none of the images is there: see :class:`PlateSource`."""
+        prefixes = self.prefixes | {"/home/USER/bucket/": ""}
         return (
             f"Set `{_OPTION}.root` to the folder that stands for the bucket, or, where load_data "
             "begins paths in another way, say what takes the place of the beginning: "
-            f"`{_OPTION}.prefixes` ({{'/home/USER/bucket/': ''}}; it replaces "
-            f"{self.prefixes or 'none'})."
+            f"`{_OPTION}.prefixes={prefixes}`."
         )
 
     def _read_plates(self, root: Path, excluded: list[Exclusion]) -> pd.DataFrame:

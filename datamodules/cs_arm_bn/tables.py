@@ -145,10 +145,11 @@ class CsvPlates(PlateSource):
 
     def how_to_find(self, path: str) -> str:
         """Say what to do where none of the images is there: see :class:`PlateSource`."""
+        prefixes = self.prefixes | {"/home/USER/plates/": ""}
         return (
             f"Set `{_OPTION}.root` to the folder where relative paths start, or, where the table "
             "is of another machine, say what takes the place of the beginning of its paths: "
-            f"`{_OPTION}.prefixes={{'/home/USER/plates/': ''}}`."
+            f"`{_OPTION}.prefixes={prefixes}`."
         )
 
     def load(self) -> PlateTable:

@@ -339,7 +339,7 @@ def assemble(
                         f"{int(far.sum())} of {n} traces of stack {name} are up to "
                         f"{sample.away.max() / 1000:.0f} km away from any ice of the climate grid.",
                         "Check that latitudes and longitudes are right, or leave such stacks out: "
-                        f"`{_OPTION}.exclude=[outside_climate]`.",
+                        f"`{_OPTION}.exclude+=outside_climate`.",
                     )
                 outside += 1
                 continue

@@ -85,13 +85,13 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
                 f"The line {number} of {path} is no line of picks ({len(words)} columns).",
                 "A line has a file name with YYYYMMDD_SS (of a day that exists), "
                 f"{_HEAD - 1} numbers and {_PER_LAYER} for each layer: fetch the table again, or "
-                f"leave such tables out: `{_OPTION}.exclude=[unreadable]`.",
+                f"leave such tables out: `{_OPTION}.exclude+=unreadable`.",
             ) from None
         rows.setdefault(date[1], []).append(values)
     if not rows:
         raise DataError(
             f"The table {path} holds no picks.",
-            f"Set `{_OPTION}.files` to others, or `{_OPTION}.exclude=[unreadable]`.",
+            f"Set `{_OPTION}.files` to others, or `{_OPTION}.exclude+=unreadable`.",
         )
     found = {}
     for segment, values_ in rows.items():

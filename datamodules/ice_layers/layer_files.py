@@ -43,7 +43,7 @@ from fulgurite.io import data_path
 __all__ = ["Frame", "LayerFiles", "Organizer", "read_frame", "read_mat", "read_organizer"]
 
 _OPTION = "--data.init_args.source.init_args"
-_AGAIN = f"Fetch the file again, or leave such files out: `{_OPTION}.exclude=[unreadable]`."
+_AGAIN = f"Fetch the file again, or leave such files out: `{_OPTION}.exclude+=unreadable`."
 _Read = TypeVar("_Read")
 _FRAME = re.compile(r"Data_(\d{8}_\d{2})_(\d{3})\.mat")
 
@@ -130,7 +130,7 @@ def _ids(content: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
             f"The numbers {name} of the boundaries in {path} are {name_some(found, 12)}: one is "
             "missing or comes twice.",
             "Give every boundary a number of its own, or leave such files out: "
-            f"`{_OPTION}.exclude=[unreadable]`.",
+            f"`{_OPTION}.exclude+=unreadable`.",
         )
     return tuple(int(k) for k in found)
 
@@ -445,7 +445,7 @@ class LayerFiles(StackSource):
             raise DataError(
                 f"The segment {name} has {counts[name]} layers, {same} has {most}.",
                 f"Set `{_OPTION}.count` to the number to use, or leave such segments out: "
-                f"`{_OPTION}.exclude=[layer_count]`.",
+                f"`{_OPTION}.exclude+=layer_count`.",
             )
         if most < 1:
             raise DataError(

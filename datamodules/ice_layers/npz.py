@@ -29,7 +29,7 @@ from fulgurite.io import data_path
 __all__ = ["NpzStacks", "read_npz"]
 
 _OPTION = "--data.init_args.source.init_args"
-_AGAIN = f"Write it again, or leave such files out: `{_OPTION}.exclude=[unreadable]`."
+_AGAIN = f"Write it again, or leave such files out: `{_OPTION}.exclude+=unreadable`."
 _KINDS = ("unreadable", "negative", "short", "layer_count")
 # Arrays of numbers, and their dimensions
 _ARRAYS = {
@@ -258,7 +258,7 @@ class NpzStacks(StackSource):
                 f"The stack {paths[other.name]} has {other.thickness.shape[1]} layers, others have "
                 f"{usual}.",
                 "Give all stacks the same number, or leave such ones out: "
-                f"`{_OPTION}.exclude=[layer_count]`.",
+                f"`{_OPTION}.exclude+=layer_count`.",
             )
         kept = [s for s in stacks if s.thickness.shape[1] == usual]
         left_out["layer_count"], stacks = len(stacks) - len(kept), kept

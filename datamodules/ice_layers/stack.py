@@ -220,7 +220,7 @@ class LayerStack:
                 f"Stack {self.name} has {bad.size} thicknesses that are not positive and finite, "
                 f"such as {bad[0]:g} m.",
                 "Give NaN where a layer is missing, or leave such entries out: "
-                "`--data.init_args.source.init_args.exclude=[negative]`.",
+                "`--data.init_args.source.init_args.exclude+=negative`.",
             )
         check_plausible(self.thickness, f"stack {self.name}")
         if not np.isfinite(self.physics).all():
@@ -327,7 +327,7 @@ class Flights:
                     raise DataError(
                         f"Stack {stack.name} has {found} {what}, others have {wanted}.",
                         "Give all stacks the same number, or leave such ones out: "
-                        "`--data.init_args.source.init_args.exclude=[layer_count]`.",
+                        "`--data.init_args.source.init_args.exclude+=layer_count`.",
                     )
         known = np.concatenate([stack.thickness[stack.observed] for stack in self.stacks])
         if known.size and (median := float(np.median(known))) > self.thickest:

@@ -199,7 +199,7 @@ def sizes(rows: Predictions) -> dict[str, float]:
     if not len(rows.row):
         return {}
     return {
-        "images": float(len(rows.row.unique())),
+        "images": float(len(set(rows.row.tolist()))),
         "queries": float(rows.queries.double().mean()),
     }
 

@@ -567,6 +567,32 @@ def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch
         data(exclude=["unreadable"], cache=False)
 
 
+def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    path = unlabelled(tmp_path)
+    frame = pd.read_csv(path)
+    columns = [name for name in frame.columns if name.startswith("path")]
+    other = frame.assign(plate="q")
+    other.loc[other["role"].eq("control").idxmax(), columns[0]] = "half.tiff"
+    (tmp_path / "half.tiff").write_bytes((tmp_path / "4-2.tiff").read_bytes()[:-30])
+    pd.concat([frame, other]).to_csv(path, index=False)
+
+    def data(*words):
+        source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
+        split = HoldOut(new_batches=0, val_batches=0)
+        return PlateDataModule(
+            source, split, controls=3, mean=[0] * 5, std=[1] * 5, exclude=[*words]
+        )
+
+    with pytest.raises(DataError, match=r"new\|1\|q \(2\).*exclude=\[few_controls,unreadable\]"):
+        data("unreadable").setup()
+    kept = data("few_controls", "unreadable")
+    kept.setup()
+    assert kept.domains == ("new|1|p",)
+    assert [(e.kind, e.rows) for e in kept.table.excluded] == [("few_controls", len(other))]
+    assert len(kept.images.table) == len(kept.table) == len(frame)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -18,6 +18,7 @@ from fulgurite.datamodules.cs_arm_bn.cells import PHENOTYPES, Phenotype, render_
 from fulgurite.datamodules.cs_arm_bn.effects import LabSetting, blur, draw_effect
 from fulgurite.datamodules.cs_arm_bn.images import FileReader
 from fulgurite.datamodules.cs_arm_bn.jump import CHANNELS
+from fulgurite.datamodules.cs_arm_bn.sources import check_images
 from fulgurite.datamodules.cs_arm_bn.synthetic import (
     NEGATIVE_CONTROL,
     _render,
@@ -149,6 +150,14 @@ def test_parquet_without_pyarrow_names_the_extra(bucket, monkeypatch):
 def test_addresses_stay_addresses_when_nothing_is_local(made):
     table = JumpPlates(str(made), prefixes={}, sources=["source_3"]).load()
     assert table.paths()[0][0].startswith("s3://cellpainting-gallery/cpg0016-jump/source_3/images/")
+
+
+def test_paths_of_another_machine_name_the_option_with_its_value(made):
+    source = JumpPlates(str(made))  # the second laboratory's paths begin with /mnt/bucket/
+    check_images(source.load(), source)  # the first one's are there
+    alone = JumpPlates(str(made), sources=["source_8"])
+    with pytest.raises(DataError, match=r"prefixes=\{'s3://cellpainting-gallery/': '', '/home/U"):
+        check_images(alone.load(), alone)
 
 
 def test_images_are_fetched_through_fsspec(tmp_path):

@@ -517,7 +517,7 @@ def test_stacks_at_and_beyond_the_edge_of_the_climate(tmp_path):
     source.climate.reach = 5_000.0
     with pytest.raises(DataError, match=r"of 20 traces of stack 20120414_01_0000 .*away") as error:
         source.load()
-    assert "exclude=[outside_climate]" in error.value.mend
+    assert "exclude+=outside_climate" in error.value.mend
     source.exclude = frozenset(["outside_climate"])
     with pytest.raises(DataError, match=r"no usable stack \(1 stacks outside the climate grid"):
         source.load()

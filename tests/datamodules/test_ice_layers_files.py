@@ -266,7 +266,7 @@ def test_variables_that_are_none(tmp_path, changes):
     savemat(path, read_mat(path) | changes)
     with pytest.raises(DataError, match=r"Data_20120414_01_001.mat") as error:
         source(tmp_path).load()
-    assert "exclude=[unreadable]" in error.value.mend
+    assert "exclude+=unreadable" in error.value.mend
     flights = source(tmp_path, exclude=["unreadable"]).load()
     assert excluded(flights)["unreadable"] == 1
     assert len(flights.stacks) == 2
