@@ -38,6 +38,7 @@ class Predictions(NamedTuple):
         label: True class. Shape: (n,).
         log_probs: Log-probabilities. Shape: (n, K).
         queries: L, how many queries its batch had, repeated ones too. Shape: (n,).
+        distinct: How many different ones. Shape: (n,).
     """
 
     batch: Tensor
@@ -47,6 +48,7 @@ class Predictions(NamedTuple):
     label: Tensor
     log_probs: Tensor
     queries: Tensor
+    distinct: Tensor
 
 
 def rows_of(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
@@ -75,6 +77,7 @@ def rows_of(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
         batch["label"].cpu()[own],
         logits.detach().float().log_softmax(1).cpu()[own],
         torch.full_like(index, len(index))[own],
+        torch.full_like(index, len(set(index.tolist())))[own],
     )
 
 
@@ -85,14 +88,14 @@ def joined(parts: Iterable[Predictions], num_classes: int) -> Predictions:
 
     Example:
         >>> i = torch.tensor([1, 2])
-        >>> part = Predictions(i * 0, i, i, i, i, torch.zeros(2, 3), i)
+        >>> part = Predictions(i * 0, i, i, i, i, torch.zeros(2, 3), i, i)
         >>> len(joined([part, part], 3).row)
         2
     """
     parts = [p for p in parts if len(p.row)]
     if not parts:
         none = torch.zeros(0, dtype=torch.int64)
-        return Predictions(none, none, none, none, none, torch.zeros(0, num_classes), none)
+        return Predictions(none, none, none, none, none, torch.zeros(0, num_classes), none, none)
     whole = Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     key = torch.stack([whole.domain, whole.row, whole.batch], 1)
     unique, inverse = _unique(key)
@@ -188,19 +191,21 @@ def sizes(rows: Predictions) -> dict[str, float]:
     """What a test was made of.
 
     Returns:
-        ``images``, how many different ones were scored, and ``queries``, L of their batches (the
-        mean over images, where batches differ). Empty without predictions.
+        ``images``, how many different ones were scored; ``queries``, L of their batches, and
+        ``distinct_queries``, how many different images these were (means over images, where batches
+        differ). Empty without predictions.
 
     Example:
         >>> i = torch.tensor([0, 1])
-        >>> sizes(Predictions(i, i, i, i, i, torch.zeros(2, 3), torch.tensor([24, 24])))
-        {'images': 2.0, 'queries': 24.0}
+        >>> sizes(Predictions(i, i, i, i, i, torch.zeros(2, 3), i * 0 + 24, i * 0 + 3))
+        {'images': 2.0, 'queries': 24.0, 'distinct_queries': 3.0}
     """
     if not len(rows.row):
         return {}
     return {
         "images": float(len(set(rows.row.tolist()))),
         "queries": float(rows.queries.double().mean()),
+        "distinct_queries": float(rows.distinct.double().mean()),
     }
 
 
@@ -217,7 +222,7 @@ def scores(rows: Predictions) -> dict[str, float]:
     Example:
         >>> i = torch.tensor([0, 1, 2, 3])
         >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.6, 0.4]])
-        >>> rows = Predictions(i, i, i // 2, i // 2, torch.tensor([0, 0, 1, 1]), p.log(), i)
+        >>> rows = Predictions(i, i, i // 2, i // 2, torch.tensor([0, 0, 1, 1]), p.log(), i, i)
         >>> found = scores(rows)
         >>> found["acc"], found["well_acc"], found["worst_plate_acc"]
         (0.5, 1.0, 0.5)

@@ -77,6 +77,7 @@ def test_a_user_begins_with_the_template_and_trains(fulgurite):
         assert line["predicted"] == max(probabilities, key=probabilities.get)
     found = json.loads(Path("run/test_metrics.json").read_text())
     assert (found["test/queries"], found["test/images"]) == (16, 6)
+    assert 3 <= found["test/distinct_queries"] <= 6
 
 
 def test_the_template_is_printed_and_overwrites_nothing(fulgurite):

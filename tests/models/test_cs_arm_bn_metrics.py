@@ -68,7 +68,7 @@ def predictions(label, predicted, domain=None, well=None):
     log_probs = torch.full((len(n), K), 0.1).scatter(1, predicted[:, None], 0.8).log()
     domain = n * 0 if domain is None else torch.tensor(domain)
     well = n if well is None else torch.tensor(well)
-    return Predictions(n, n, domain, well, label, log_probs, torch.full_like(n, 4))
+    return Predictions(n, n, domain, well, label, log_probs, n * 0 + 4, n * 0 + 4)
 
 
 def test_macro_counts_classes_alike_and_the_worst_plate_shows():
