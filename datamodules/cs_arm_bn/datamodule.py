@@ -337,7 +337,14 @@ class PlateDataModule(L.LightningDataModule):
         )
 
     def _check_size(self) -> None:
-        height, width = self.images[0].shape[-2:]
+        sizes = self.images.sizes()
+        if self.crop is None and len(sizes) > 1:
+            listed = ", ".join(f"{h} × {w} on {plate}" for (h, w), plate in sizes.items())
+            raise DataError(
+                f"Plates have images of several sizes: {listed}.",
+                "Set `--data.init_args.image_size` to crop all to one size.",
+            )
+        height, width = min(sizes, key=min)
         if self.crop is not None and self.crop > min(height, width):
             raise ConfigError(
                 f"Crops of {self.crop} pixels do not fit images of {height} × {width}.",

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -20,21 +18,21 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fulgurite.data.exclusions import BadImage, Exclusion, name_some
 from fulgurite.data.images import decode_image, reading_image
+from fulgurite.data.pool import run_in_processes
+from fulgurite.data.store import ArrayStore, cache_folder, cached_store
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
-from fulgurite.errors import DataError, FulguriteError, MissingExtraError
-from fulgurite.io import atomic_write, cache_folder, file_lock
+from fulgurite.errors import DataError, MissingExtraError
 
 __all__ = [
     "IMAGE_EXCLUSIONS",
     "FileReader",
     "PlateImages",
     "SiteReader",
-    "in_processes",
 ]
 
 #: Words in ``exclude`` that leave out sites whose images cannot be used.
@@ -43,7 +41,7 @@ IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
 _MOST_REMOTE = 256 << 20  # of a file that is fetched [bytes]
 _LEAVE_OUT = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
 _Kind = tuple[tuple[int, ...], str]  # shape and type of a site
-_VERSION = 2  # of the store; a change of its layout or of what is stored makes it new
+_VERSION = 3  # of the store; a change of its layout or of what is stored makes it new
 
 
 def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
@@ -179,68 +177,35 @@ class FileReader(SiteReader):
             )
 
 
-def in_processes(jobs: Dataset[Any], count: int) -> Iterable[Any]:
-    """Do ``jobs[0]``, ``jobs[1]``, … in as many processes as there are cores, in order.
-
-    Fewer than three jobs are done in this process.
-    """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        cores = os.cpu_count() or 1
-    workers = 0 if count < 3 or cores < 2 else min(cores, count, 16)
-    with warnings.catch_warnings():
-        # forked next to threads of others; these workers use none
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        yield from DataLoader(
-            jobs, batch_size=None, num_workers=workers, collate_fn=_as_it_is, sampler=range(count)
-        )
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-class _Store(Dataset[Any]):
-    """Writes the images of one plate into the cache: a job for :func:`in_processes`."""
+class _PlateWriter(Dataset[None]):
+    """Writes the images of plates into the cache: jobs for :func:`run_in_processes`."""
 
     def __init__(
         self,
-        jobs: Sequence[tuple[Path, list[tuple[str, ...]]]],
+        plates: Sequence[tuple[str, list[tuple[str, ...]]]],
         reader: SiteReader,
         preprocess: Preprocess,
         tolerated: frozenset[str],
     ) -> None:
-        self.jobs, self.reader, self.preprocess, self.tolerated = (
-            jobs,
-            reader,
-            preprocess,
-            tolerated,
-        )
+        self.plates, self.reader, self.preprocess = plates, reader, preprocess
+        self.tolerated = tolerated
 
-    def __getitem__(self, number: int) -> FulguriteError | None:
-        folder, sites = self.jobs[number]
-        try:
-            with file_lock(folder.with_name(f"{folder.name}.lock")):
-                if not folder.exists():
-                    self._write(folder, sites)
-        except FulguriteError as error:
-            return error  # raised in the main process, without a worker's traceback in its text
-        return None
+    def __getitem__(self, number: int) -> None:
+        key, sites = self.plates[number]
+        cached_store(key, lambda folder: {"bad": self._write(folder, sites)})
 
-    def _write(self, folder: Path, sites: list[tuple[str, ...]]) -> None:
-        with atomic_write(folder) as temporary:
-            temporary.mkdir()
-            counts = self._fill(temporary, sites, None)
-            if len(counts) > 1:
-                usual = max(counts, key=lambda kind: counts[kind])
-                if usual != next(iter(counts)):  # the first site is one of the few others
-                    self._fill(temporary, sites, usual)
+    def _write(self, folder: Path, sites: list[tuple[str, ...]]) -> dict[int, tuple[str, str]]:
+        """Write the sites that can be used, and return why others cannot."""
+        counts, bad = self._fill(folder, sites, None)
+        usual = max(counts, key=lambda kind: counts[kind], default=None)
+        if usual != next(iter(counts), None):  # the first site is one of the few others
+            _, bad = self._fill(folder, sites, usual)
+        return bad
 
     def _fill(
         self, folder: Path, sites: list[tuple[str, ...]], kind: _Kind | None
-    ) -> dict[_Kind, int]:
-        """Write the sites that can be used, and why others cannot.
+    ) -> tuple[dict[_Kind, int], dict[int, tuple[str, str]]]:
+        """Write the sites of one shape and type.
 
         Args:
             folder: Of the plate.
@@ -248,7 +213,8 @@ class _Store(Dataset[Any]):
             kind: Shape and type of what is stored; those of the first site if not given.
 
         Returns:
-            Number of sites of each shape and type, in order of appearance.
+            Number of sites of each shape and type, in order of appearance, and why rows are not
+            stored.
         """
         store: np.memmap[Any, Any] | None = None
         moments: NDArray[np.float64] | None = None
@@ -281,8 +247,7 @@ class _Store(Dataset[Any]):
         if store is not None:
             store.flush()
             np.save(folder / "moments.npy", moments)  # type: ignore[arg-type]
-        (folder / "bad.json").write_text(json.dumps(bad))
-        return counts
+        return counts, bad
 
 
 def _read_site(reader: SiteReader, preprocess: Preprocess, paths: Sequence[str]) -> NDArray[Any]:
@@ -329,13 +294,13 @@ class PlateImages:
         self._paths = table.paths()
         #: Place of each row in its plate's file.
         self._place: Rows = np.zeros(len(table), np.int64)
-        self._maps: dict[int, NDArray[Any]] = {}
-        self._folders: list[Path] = []
+        self._stores: dict[int, ArrayStore] = {}
+        self._keys: list[str] = []
         if cache:
             for number in range(len(table.domains)):
                 rows = np.flatnonzero(table.domain == number)
                 self._place[rows] = np.arange(len(rows))
-                self._folders.append(cache_folder() / "plates" / self._key(rows))
+                self._keys.append(f"plates/{self._key(rows)}")
 
     def _key(self, rows: Rows) -> str:
         digest = hashlib.sha256(f"{_VERSION} {self.reader.recipe} {self.preprocess}".encode())
@@ -350,15 +315,14 @@ class PlateImages:
         Raises:
             DataError: An image cannot be used and is not to be excluded.
         """
-        missing = [d for d, folder in enumerate(self._folders) if not folder.exists()]
-        jobs = [
-            (self._folders[d], [self._paths[r] for r in np.flatnonzero(self.table.domain == d)])
-            for d in missing
+        plates = [
+            (key, [self._paths[row] for row in np.flatnonzero(self.table.domain == d)])
+            for d, key in enumerate(self._keys)
+            if not (cache_folder() / key).exists()
         ]
-        store = _Store(jobs, self.reader, self.preprocess, self.exclude)
-        for error in in_processes(store, len(jobs)):
-            if error is not None:
-                raise error
+        writer = _PlateWriter(plates, self.reader, self.preprocess, self.exclude)
+        for _ in run_in_processes(writer, len(plates)):
+            pass
 
     def bad(self) -> dict[str, Rows]:
         """Return the rows of images that cannot be used, by kind.
@@ -367,10 +331,9 @@ class PlateImages:
             DataError: There are some of a kind that is not to be excluded.
         """
         found: dict[str, list[int]] = {}
-        for d, folder in enumerate(self._folders):
-            noted: dict[str, tuple[str, str]] = json.loads((folder / "bad.json").read_text())
+        for d in range(len(self._keys)):
             rows = np.flatnonzero(self.table.domain == d)
-            for place, (kind, what) in noted.items():
+            for place, (kind, what) in self._store(d).facts["bad"].items():
                 if kind not in self.exclude:
                     raise BadImage(
                         what,
@@ -394,6 +357,7 @@ class PlateImages:
             table = table.without(wrong, Exclusion(kind, what, 0))
             kept = kept[~wrong]
         if len(kept) == len(self.table):
+            self._refuse_other_types()
             return self.table, self
         images = object.__new__(PlateImages)
         images.__dict__.update(self.__dict__)
@@ -401,25 +365,35 @@ class PlateImages:
         images.table = table
         images._paths = [self._paths[row] for row in kept]
         images._place = self._place[kept]
-        images._folders = [self._folders[before[name]] for name in table.domains]
-        images._maps = {}
+        images._keys = [self._keys[before[name]] for name in table.domains]
+        images._stores = {}
+        images._refuse_other_types()
         return table, images
 
-    def _map(self, domain: int) -> NDArray[Any]:
-        if domain not in self._maps:
-            self._maps[domain] = np.load(self._folders[domain] / "images.npy", mmap_mode="r")
-        return self._maps[domain]
+    def _refuse_other_types(self) -> None:
+        """Refuse plates of which some are stored with another type, and so with another scale."""
+        types: dict[str, str] = {}
+        for d, name in enumerate(self.table.domains if self.cache else ()):
+            types.setdefault(str(self._store(d)["images"].dtype), name)
+        if len(types) > 1:
+            listed = ", ".join(f"{kind} on {name}" for kind, name in types.items())
+            raise DataError(
+                f"Plates have images of several types: {listed}.",
+                "Give images of one type, or set `intensity` of the preprocessing to percentile.",
+            )
+
+    def _store(self, domain: int) -> ArrayStore:
+        if domain not in self._stores:
+            self._stores[domain] = ArrayStore(cache_folder() / self._keys[domain])
+        return self._stores[domain]
 
     def __getitem__(self, row: int) -> NDArray[Any]:
         """Return the stored image of one row: (C, H, W) uint8, uint16 or float."""
         if self.cache:
-            image: NDArray[Any] = self._map(int(self.table.domain[row]))[self._place[row]]
+            store = self._store(int(self.table.domain[row]))
+            image: NDArray[Any] = store["images"][self._place[row]]
             return image
         return _read_site(self.reader, self.preprocess, self._paths[row])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a worker maps files itself: pickling a memory map would copy it
-        return self.__dict__ | {"_maps": {}}
 
     def moments(self, rows: Rows, most: int = 2_000) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return mean and standard deviation of each channel over sites, in stored units.
@@ -436,11 +410,26 @@ class PlateImages:
         else:
             parts = []
             for d in np.unique(self.table.domain[rows]):
-                moments = np.load(self._folders[d] / "moments.npy", mmap_mode="r")
+                moments = self._store(d)["moments"]
                 parts.append(moments[self._place[rows[self.table.domain[rows] == d]]])
             both = np.concatenate(parts)
         mean, square = both.mean(0)
         return mean, np.sqrt(np.maximum(square - mean**2, 1e-12))
+
+    def sizes(self) -> dict[tuple[int, int], str]:
+        """Return the sizes (h, w) of images, each with a plate that has it.
+
+        Without a cache, images are read only when they are drawn, and that of the first row stands
+        for all.
+        """
+        if not self.cache:
+            height, width = self[0].shape[-2:]
+            return {(height, width): self.table.domains[0]}
+        sizes: dict[tuple[int, int], str] = {}
+        for d, name in enumerate(self.table.domains):
+            height, width = self._store(d)["images"].shape[-2:]
+            sizes.setdefault((height, width), name)
+        return sizes
 
     def unit(self, row: int) -> float:
         """Full scale of the stored type: 255, 65535, or 1 for floating point."""

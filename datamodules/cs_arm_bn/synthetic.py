@@ -19,15 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from fulgurite.data.pool import run_in_processes
+from fulgurite.data.store import cache_folder
 from fulgurite.datamodules.cs_arm_bn.cells import PHENOTYPES, Phenotype, render_cells
 from fulgurite.datamodules.cs_arm_bn.effects import SHARES, LabSetting, draw_effect
-from fulgurite.datamodules.cs_arm_bn.images import in_processes
 from fulgurite.datamodules.cs_arm_bn.jump import CHANNELS, JumpPlates
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write, cache_folder, file_lock
+from fulgurite.io import atomic_write, file_lock
 
 __all__ = ["NEGATIVE_CONTROL", "SyntheticPlates", "class_wells", "control_wells"]
 
@@ -204,7 +205,7 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 class _Writer(Dataset[Any]):
-    """Writes plates: a job for :func:`in_processes`."""
+    """Writes plates: a job for :func:`run_in_processes`."""
 
     def __init__(self, root: Path, recipe: _Recipe, plates: Sequence[_Plate]) -> None:
         self.root, self.recipe, self.plates = root, recipe, plates
@@ -376,7 +377,7 @@ class SyntheticPlates(PlateSource):
             writer.plates = [
                 p for p in self.recipe.all_plates() if not writer.table_path(p).exists()
             ]
-            for _ in in_processes(writer, len(writer.plates)):
+            for _ in run_in_processes(writer, len(writer.plates)):
                 pass
             if not (root / "metadata" / "perturbation_control.csv").exists():
                 _write_metadata(root, self.recipe)

@@ -165,7 +165,7 @@ class CifarArchive(ImageSource):
                 official = self.checksum == "official"
                 verify_checksum(path, layout.sha256 if official else self.checksum)
             folder, digest = None, file_checksum(path)
-        key = hashlib.sha256(f"2 {self.variant} {digest}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"3 {self.variant} {digest}".encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
             if folder is not None:

@@ -5,16 +5,14 @@ Shapes: N samples, C channels, H W image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fulgurite.data.store import ArrayStore, cached_store
 from fulgurite.datamodules.fedsir.sources import ImageArrays
-from fulgurite.io import cached_folder
 
 __all__ = ["cached_arrays"]
 
@@ -32,23 +30,17 @@ def cached_arrays(key: str, write: Callable[[Path], tuple[str, ...]]) -> ImageAr
         DataError: What was written is inconsistent, or the cache cannot be written.
     """
 
-    def fill(empty: Path) -> None:
-        (empty / "classes.json").write_text(json.dumps(write(empty)))
-        _open(empty)  # an inconsistent entry must not be kept
+    def write_facts(empty: Path) -> dict[str, tuple[str, ...]]:
+        return {"class_names": write(empty)}
 
-    return _open(cached_folder(key, fill))
+    return _open(cached_store(key, write_facts, check=_open))
 
 
-def _open(folder: Path) -> ImageArrays:
+def _open(store: ArrayStore) -> ImageArrays:
     return ImageArrays(
-        _map(folder / "train_images.npy"),
-        torch.from_numpy(np.load(folder / "train_labels.npy")),
-        _map(folder / "test_images.npy"),
-        torch.from_numpy(np.load(folder / "test_labels.npy")),
-        tuple(json.loads((folder / "classes.json").read_text())),
+        torch.from_numpy(store.copy("train_images")),
+        torch.from_numpy(np.array(store["train_labels"])),
+        torch.from_numpy(store.copy("test_images")),
+        torch.from_numpy(np.array(store["test_labels"])),
+        tuple(store.facts["class_names"]),
     )
-
-
-def _map(path: Path) -> Tensor:
-    # copy on write: torch wants writable memory, the file stays as it is
-    return torch.from_numpy(np.load(path, mmap_mode="c"))

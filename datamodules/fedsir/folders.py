@@ -15,16 +15,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from fulgurite.data.exclusions import name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.data.listing import list_files
+from fulgurite.data.pool import run_in_processes
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
@@ -42,10 +44,8 @@ _OTHER_SUFFIXES = (
     *(".tif", ".tiff", ".webp"),
 )
 _TEST_SPLITS = ("test", "val", "valid", "validation")
-# What a worker sends at once, as a tensor in shared memory: arrays would go through a pipe, on
-# which workers hang for ever if their parent is killed. Small, since containers have little of it.
+# What a worker sends at once, in shared memory: small, since containers have little of it
 _CHUNK_BYTES = 1 << 19
-_MAX_WORKERS = 16
 _DAMAGED, _REPACK = "is damaged or truncated", "Fetch or pack it again."
 _FEW = 2_000  # images that are decoded before a worker has started
 
@@ -122,8 +122,6 @@ class ImageFolder(ImageSource):
             listing = self._listing()
             decoder = _Decoder(listing.root, listing.train[:1], None, self.channels, 1)
             image = decoder[0]
-            if isinstance(image, DataError):
-                raise image
             self._size = image.shape[-2], image.shape[-1]
         return self._size
 
@@ -140,7 +138,7 @@ class ImageFolder(ImageSource):
         """Return all images, memory-mapped."""
         listing = self._listing()
         split = None if listing.test else (self.test_fraction, self.seed)
-        recipe = f"2 {listing.fingerprint()} {self._side} {self.channels} {split}"
+        recipe = f"3 {listing.fingerprint()} {self._side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
         arrays = cached_arrays(f"images-{key}", self._write)
         kept, _ = self._split_rows()
@@ -186,26 +184,15 @@ class ImageFolder(ImageSource):
         decoder = _Decoder(
             self._listing().root, names, (self._side, height, width), self.channels, chunk
         )
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        parallel = len(names) > _FEW and (cores or 1) > 1
-        loader = DataLoader(  # threads are slower than one: small images hold the GIL
-            decoder,
-            batch_size=None,
-            num_workers=min(cores or 1, _MAX_WORKERS) if parallel else 0,
-            collate_fn=_unchanged,
-            generator=torch.Generator(),  # else filling the cache would shift the run's randomness
-        )
-        console = Console(stderr=True)
+        blocks = run_in_processes(decoder, len(decoder), len(names) > _FEW)
         done = 0
         for block in track(
-            loader,
+            blocks,
             f"Decoding {title} images",
-            console=console,
+            console=Console(stderr=True),
             total=len(decoder),
             disable=not sys.stderr.isatty(),
         ):
-            if isinstance(block, DataError):
-                raise block
             images[done : done + len(block)] = block
             done += len(block)
         images.flush()
@@ -303,8 +290,8 @@ class _Listing:
         return digest.hexdigest()
 
 
-class _Decoder(Dataset[Any]):
-    """Blocks of decoded images; an error is returned, since workers cannot raise it whole."""
+class _Decoder(Dataset[Tensor]):
+    """Blocks of decoded images: jobs for :func:`run_in_processes`."""
 
     def __init__(
         self,
@@ -321,12 +308,9 @@ class _Decoder(Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.names) // self.chunk)
 
-    def __getitem__(self, block: int) -> Any:
+    def __getitem__(self, block: int) -> Tensor:
         names = self.names[block * self.chunk : (block + 1) * self.chunk]
-        try:
-            return torch.from_numpy(np.stack([self._image(name) for name in names]))
-        except DataError as error:
-            return error
+        return torch.from_numpy(np.stack([self._image(name) for name in names]))
 
     def _bytes(self, name: str) -> bytes:
         if self.root.is_dir():
@@ -361,10 +345,6 @@ def _resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     last = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
     small = Image.fromarray(last).resize((side, side), Image.Resampling.BILINEAR)
     return to_channels(np.asarray(small), len(image))
-
-
-def _unchanged(block: Any) -> Any:
-    return block
 
 
 def _class_of(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.data.store import cached_folder
 from fulgurite.datamodules.ice_layers.climate import (
     PHYSICS,
     PROJECTIONS,
@@ -28,7 +29,6 @@ from fulgurite.datamodules.ice_layers.layer_files import LayerFiles
 from fulgurite.datamodules.ice_layers.stack import Array, Flights, need_extra
 from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.io import cached_folder
 
 __all__ = [
     "Climate",

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fulgurite.data.store import ArrayStore, ArrayStream, cached_store
+from fulgurite.data.text import ConsecutiveStarts, read_documents
 from fulgurite.datamodules.number_probing.addition import IGNORED
 from fulgurite.datamodules.number_probing.draws import Ints, below
 from fulgurite.datamodules.number_probing.perturbations import (
@@ -29,78 +30,19 @@ from fulgurite.datamodules.number_probing.perturbations import (
     replacement,
 )
 from fulgurite.datamodules.number_probing.tokenizers import Tokenizer
-from fulgurite.errors import DataError, MissingExtraError
-from fulgurite.foreign import check_parquet, reading
-from fulgurite.io import cached_folder, checksum
+from fulgurite.errors import DataError
+from fulgurite.io import checksum
 
-__all__ = ["TokenCache", "TokenWindows", "cached_tokens", "read_documents"]
+__all__ = ["TokenCache", "TokenWindows", "cached_tokens"]
 
 _WINDOW = 2  # random stream of a seed
 _TOGETHER = 256  # documents that are tokenised at a time
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
-def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]:
-    """Texts: each file is one, and each row of a parquet table.
-
-    Args:
-        files: Text in UTF-8, or parquet.
-        column: Of parquet tables.
-
-    Raises:
-        DataError: A file cannot be read, or has no such column of text.
-        MissingExtraError: There is a parquet table and no pyarrow.
-
-    Source: FineWeb-Edu's layout, column ``text``, card section 2.2.
-    """
-    for path in files:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, column)
-            continue
-        mend = "Make it readable, or leave it out of `--data.init_args.paths`."
-        with reading(path, "The file", mend):
-            text = path.read_text(encoding="utf-8", errors="replace")
-        yield text
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtraError(
-            f"The table {path} needs the package pyarrow.", "Run `pip install fulgurite[plates]`."
-        ) from error
-    mend = "Fetch it again, or leave it out of `--data.init_args.paths`."
-    with ExitStack() as stack:
-        with reading(path, "The table", mend):
-            check_parquet(path)
-            table = stack.enter_context(pq.ParquetFile(path))
-            schema = table.schema_arrow
-            kind = schema.field(column).type if column in schema.names else None
-        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(
-                f"The table {path} has no column {column!r} of text (its type is {kind}).",
-                "Set `--data.init_args.column` to the column that holds the text.",
-            )
-        batches = table.iter_batches(batch_size=_TOGETHER, columns=[column])
-        while True:
-            with reading(path, "The table", mend):  # what is done with texts is not its fault
-                rows = next(batches, None)
-                texts = (
-                    [] if rows is None else [text for text in rows.column(0).to_pylist() if text]
-                )
-            yield from texts
-            if rows is None:
-                return
-
-
 # --- the cache -----------------------------------------------------------------------------------
 
 
-class TokenCache:
+class TokenCache(ArrayStore):
     """All documents one after the other, memory-mapped.
 
     Args:
@@ -114,18 +56,9 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-        self.tokens: npt.NDArray[Any] = np.memmap(folder / "tokens.bin", self.facts["dtype"], "r")
-        numbers = folder / "places.bin"
-        self.places: Ints = (
-            np.memmap(numbers, np.int64, "r") if numbers.stat().st_size else np.zeros(0, np.int64)
-        )
-        self.starts: Ints = np.load(folder / "starts.npy")
-        self.counts: Ints = np.load(folder / "counts.npy")
-
-    def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
-        return TokenCache, (self.folder,)  # else a worker would be sent all tokens
+        super().__init__(folder)
+        self.tokens, self.places = self["tokens"], self["places"]
+        self.starts, self.counts = self["starts"], self["counts"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -147,43 +80,46 @@ def cached_tokens(files: Sequence[Path], tokenizer: Tokenizer, column: str = "te
     """
     digests = [(path.suffix == ".parquet", checksum(path)) for path in files]
     listing = json.dumps([digests, column, tokenizer.key])
-    key = f"tokens-1-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
-    folder = cached_folder(key, lambda empty: _write(empty, files, tokenizer, column))
-    cache = TokenCache(folder)
+    key = f"tokens-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
+    cache = cached_store(
+        key, lambda empty: _write(empty, files, tokenizer, column), store=TokenCache
+    )
     tokenizer.restore(cache.facts["tokenizer"])
     return cache
 
 
-def _write(folder: Path, files: Sequence[Path], tokenizer: Tokenizer, column: str) -> None:
+def _write(
+    folder: Path, files: Sequence[Path], tokenizer: Tokenizer, column: str
+) -> dict[str, Any]:
     tokenizer.learn(read_documents(files, column))
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     is_number = np.zeros(tokenizer.vocab_size, np.bool_)
     is_number[[*tokenizer.numbers]] = True
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     starts: list[int] = []
-    total = 0
     end = [] if tokenizer.end is None else [tokenizer.end]
-    with open(folder / "tokens.bin", "wb") as whole, open(folder / "places.bin", "wb") as places:
+    with (
+        ArrayStream(folder / "tokens.npy", dtype) as whole,
+        ArrayStream(folder / "places.npy", np.int64) as places,
+    ):
         documents = read_documents(files, column)
         while some := [*islice(documents, _TOGETHER)]:
             for found in tokenizer.encode(some):
                 if not found:
                     continue
                 tokens = np.asarray(found + end, dtype)
-                starts.append(total)
+                starts.append(len(whole))
                 counts += np.bincount(tokens, minlength=len(counts))
-                places.write((np.flatnonzero(is_number[tokens]) + total).tobytes())
-                whole.write(tokens.tobytes())
-                total += len(tokens)
-    if not total:
+                places.append(np.flatnonzero(is_number[tokens]) + len(whole))
+                whole.append(tokens)
+    if not starts:
         raise DataError(
             f"There is no text in {len(files)} files, the first is {files[0]}.",
             "Set `--data.init_args.paths` to files with text.",
         )
     np.save(folder / "starts.npy", np.array(starts, np.int64))
     np.save(folder / "counts.npy", counts)
-    facts = {"dtype": np.dtype(dtype).name, "tokenizer": tokenizer.state()}
-    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    return {"tokenizer": tokenizer.state()}
 
 
 # --- windows -------------------------------------------------------------------------------------
@@ -220,13 +156,12 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self.cache, self.part, self.length = cache, part, length
         self.perturbation, self.is_number = perturbation, is_number
         self.seed, self.random, self.documents = seed, random, documents
-        self.windows = max(0, (len(part) - 1) // length)
-        self.kept = self.windows if limit is None else min(limit, self.windows)
+        self.consecutive = ConsecutiveStarts(part, length, limit)
         first, last = np.searchsorted(cache.places, (part.start, part.stop))
         self.numbers = range(int(first), int(last))  # of the part, among all
 
     def __len__(self) -> int:
-        return self.kept
+        return len(self.consecutive)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: x[0] for name, x in self.__getitems__([index]).items()}
@@ -237,7 +172,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         if self.random:
             places = len(self.part) - self.length
             return self.part.start + below(places, self.seed, _WINDOW, numbers)
-        return self.part.start + numbers * self.windows // self.kept * self.length
+        return self.consecutive.begin(numbers)
 
     def text(self, begin: int, count: int) -> Ints:
         """Tokens from a place on, with other numbers where the perturbation says so.

@@ -5,14 +5,13 @@ Axes: B mini-batch, L tokens of a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from fulgurite.data.listing import STDLIB, find_files
+from fulgurite.data.datamodules import SequenceDataModule, TextDataModule, keep_batch
 from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
 from fulgurite.datamodules.number_probing.corpus import (
     TokenCache,
@@ -21,15 +20,8 @@ from fulgurite.datamodules.number_probing.corpus import (
 )
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
-from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
-from fulgurite.sampling import (
-    ContinuedSampler,
-    DrawSampler,
-    UnrepeatedDistributedSampler,
-    sampler_ranks,
-)
-from fulgurite.splits import check_fractions, check_least, split_ranges
+from fulgurite.splits import check_least
 
 __all__ = ["AdditionDataModule", "NumberTextDataModule"]
 
@@ -37,63 +29,21 @@ _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
 _LISTED = 2048  # operands up to which all pairs are listed
 
 
-def _whole(batch: Any) -> Any:
-    """Datasets here give whole batches."""
-    return batch
-
-
-class _SequenceDataModule(L.LightningDataModule):
-    """What both DataModules share: loaders.
+class _NumberDataModule(SequenceDataModule):
+    """What both DataModules share: data sets that give whole batches.
 
     Attributes:
         number_ids: Token of each number; complete after :meth:`setup`.
     """
 
-    batch_size: int
-    num_workers: int
-    steps_per_epoch: int
     number_ids: dict[int, int]
-    _train: Dataset[Any]
-    _val: Dataset[Any]
-    _test: Dataset[Any]
 
-    def _loader(self, data: Dataset[Any], sampler: Any) -> DataLoader[Any]:
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_whole,
-            generator=torch.Generator(),  # loading leaves the run's randomness alone
-            pin_memory=pins_memory(),
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def _evaluation(self, data: Any) -> DataLoader[Any] | list[Any]:
-        if not len(data):
-            return []
-        return self._loader(data, UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer)))
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of draws, other ones in each epoch and on each rank."""
-        draws = self.steps_per_epoch * self.batch_size
-        sampler = DrawSampler(draws, sampler_ranks(self.trainer))
-        return self._loader(self._train, ContinuedSampler(sampler, self.trainer, self.batch_size))
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of the validation split, if there is one."""
-        return self._evaluation(self._val)
-
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of the test split, if there is one."""
-        return self._evaluation(self._test)
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of :meth:`test_dataloader`."""
-        return self.test_dataloader()
+    def collate_function(self) -> Callable[[Any], Any]:
+        """Keep the batches that data sets give."""
+        return keep_batch
 
 
-class AdditionDataModule(_SequenceDataModule):
+class AdditionDataModule(_NumberDataModule):
     """Addition a + b = c of numbers that are ``tokens`` digits of a base.
 
     Batches are ``{"tokens": (B, L) int64, "targets": (B, L) int64}`` with L = 3 tokens + 1 and
@@ -199,7 +149,7 @@ class AdditionDataModule(_SequenceDataModule):
         self._ready = True
 
 
-class NumberTextDataModule(_SequenceDataModule):
+class NumberTextDataModule(_NumberDataModule, TextDataModule):
     """Text whose numbers 0 … 999 are tokens of their own: predict the next token.
 
     Batches are ``{"tokens": (B, L) int64, "targets": (B, L) int64}``, with ``"documents"`` where
@@ -259,24 +209,14 @@ class NumberTextDataModule(_SequenceDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_least("length", length)
-        check_least("batch_size", batch_size)
-        check_least("num_workers", num_workers, 0)
-        check_least("seed", seed, 0)
-        if steps_per_epoch is not None:
-            check_least("steps_per_epoch", steps_per_epoch)
-        if val_sequences is not None:
-            check_least("val_sequences", val_sequences)
-        check_fractions(val_fraction, test_fraction)
+        self.set_text_options(
+            paths, suffixes, length, batch_size, (val_fraction, test_fraction), steps_per_epoch,
+            val_sequences, num_workers, seed,
+        )  # fmt: skip
         self.perturbation = parse_perturbations(perturb)
         self.tokenizer = make_tokenizer(tokenizer, vocab_size)
         self.save_hyperparameters(logger=False)
-        self.paths = [paths or STDLIB] if isinstance(paths, str | None) else list(paths)
-        self.suffixes, self.column = list(suffixes), column
-        self.length, self.batch_size = length, batch_size
-        self.fractions = (val_fraction, test_fraction)
-        self.documents, self.num_workers, self.seed = documents, num_workers, seed
-        self._steps, self.val_sequences = steps_per_epoch, val_sequences
+        self.column, self.documents = column, documents
         self.number_ids = {}
         self._prepared: TokenCache | None = None
         self._ready = False
@@ -292,7 +232,7 @@ class NumberTextDataModule(_SequenceDataModule):
         return self.length
 
     def _cache(self) -> TokenCache:
-        files = [path for _, path in find_files(self.paths, self.suffixes)]
+        files = [path for _, path in self.find_text()]
         return cached_tokens(files, self.tokenizer, self.column)
 
     def prepare_data(self) -> None:
@@ -314,18 +254,7 @@ class NumberTextDataModule(_SequenceDataModule):
             return
         #: All tokens, mapped.
         self.cache = cache = self._prepared or self._cache()
-        #: The tokens of training, validation and test.
-        self.parts = split_ranges(len(cache), *self.fractions)
-        for name, part, fraction in zip(
-            ("training", "validation", "test"), self.parts, (1.0, *self.fractions), strict=True
-        ):
-            if fraction and len(part) <= self.length:
-                raise DataError(
-                    f"The text of {name} has {len(part):,} tokens, and a sequence needs "
-                    f"{self.length + 1:,}.",
-                    "Give more text in `--data.init_args.paths`, shorten `--data.init_args.length`,"
-                    " or change `--data.init_args.val_fraction` and `test_fraction` (0 for none).",
-                )
+        self.split_text(len(cache), "tokens")
         is_number = np.zeros(self.vocab_size, np.bool_)
         is_number[[*self.tokenizer.numbers]] = True
         limits = None, self.val_sequences, None
@@ -336,8 +265,6 @@ class NumberTextDataModule(_SequenceDataModule):
             )
             for split, (part, limit) in enumerate(zip(self.parts, limits, strict=True))
         )  # fmt: skip
-        share = self.length * self.batch_size * sampler_ranks(self.trainer)[1]
-        self.steps_per_epoch = self._steps or max(1, len(self.parts[0]) // share)
         self.number_ids = number_tokens(self.tokenizer, cache.counts)
         self._ready = True
 

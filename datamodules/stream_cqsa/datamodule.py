@@ -5,13 +5,12 @@ Shapes: B mini-batch, N tokens of a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import lightning as L
-import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from fulgurite.data.listing import STDLIB, find_files
+from fulgurite.data.datamodules import SequenceDataModule, TextDataModule
 from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
     ByteText,
@@ -19,15 +18,9 @@ from fulgurite.datamodules.stream_cqsa.text import (
     RandomWindows,
     cached_text,
 )
-from fulgurite.devices import pins_memory
-from fulgurite.errors import ConfigError, DataError
-from fulgurite.sampling import (
-    ContinuedSampler,
-    DrawSampler,
-    UnrepeatedDistributedSampler,
-    sampler_ranks,
-)
-from fulgurite.splits import check_fractions, check_least, split_ranges
+from fulgurite.errors import ConfigError
+from fulgurite.sampling import ContinuedSampler, sampler_ranks
+from fulgurite.splits import check_least
 
 __all__ = ["ByteTextDataModule", "NeedleDataModule"]
 
@@ -40,53 +33,7 @@ def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
     return item | {name: item[name][None] for name in ("tokens", "targets")}
 
 
-def _loader(
-    data: Dataset[Any],
-    sampler: Sampler[int],
-    batch_size: int,
-    num_workers: int,
-    single: bool = False,
-) -> DataLoader[Any]:
-    return DataLoader(
-        data,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_only if single else None,
-        pin_memory=pins_memory(),
-        generator=torch.Generator(),  # loading leaves the run's randomness alone
-    )
-
-
-class _TokenDataModule(L.LightningDataModule):
-    """What both DataModules share: loaders of the evaluation splits."""
-
-    batch_size: int
-    num_workers: int
-    documents = False
-    _val: ConsecutiveWindows | Needles
-    _test: ConsecutiveWindows | Needles
-
-    def _evaluation(self, data: ConsecutiveWindows | Needles) -> DataLoader[Any] | list[Any]:
-        if not len(data):
-            return []
-        sampler = UnrepeatedDistributedSampler(data, sampler_ranks(self.trainer))
-        return _loader(data, sampler, self.batch_size, self.num_workers, self.documents)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of the validation split, if there is one."""
-        return self._evaluation(self._val)
-
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of the test split, if there is one."""
-        return self._evaluation(self._test)
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of :meth:`test_dataloader`."""
-        return self.test_dataloader()
-
-
-class ByteTextDataModule(_TokenDataModule):
+class ByteTextDataModule(TextDataModule):
     """Language modelling on the bytes of files: a token is a byte, the target the next one.
 
     Batches are ``{"tokens": (B, N) int64, "targets": (B, N) int64}``. The files are written one
@@ -133,15 +80,10 @@ class ByteTextDataModule(_TokenDataModule):
         val_sequences: int | None = None,
     ) -> None:
         super().__init__()
-        check_least("length", length)
-        check_least("batch_size", batch_size)
-        check_least("num_workers", num_workers, 0)
-        check_least("seed", seed, 0)
-        if steps_per_epoch is not None:
-            check_least("steps_per_epoch", steps_per_epoch)
-        if val_sequences is not None:
-            check_least("val_sequences", val_sequences)
-        check_fractions(val_fraction, test_fraction)
+        self.set_text_options(
+            paths, suffixes, length, batch_size, (val_fraction, test_fraction), steps_per_epoch,
+            val_sequences, num_workers, seed,
+        )  # fmt: skip
         if documents and batch_size != 1:
             raise ConfigError(
                 f"File borders are asked for in batches of {batch_size} sequences, which would "
@@ -149,17 +91,7 @@ class ByteTextDataModule(_TokenDataModule):
                 "Set `--data.init_args.batch_size=1`, or `--data.init_args.documents=false`.",
             )
         self.save_hyperparameters(logger=False)
-        self.paths = [paths or STDLIB] if isinstance(paths, str | None) else list(paths)
-        self.suffixes = list(suffixes)
-        self.length = length
-        self.batch_size = batch_size
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.num_workers = num_workers
-        self.seed = seed
         self.documents = documents
-        self.steps_per_epoch = steps_per_epoch
-        self.val_sequences = val_sequences
         self._prepared: ByteText | None = None
         self._ready = False
 
@@ -175,7 +107,7 @@ class ByteTextDataModule(_TokenDataModule):
             DataError: There is no text, or it cannot be read.
         """
         # only saves this process from reading all files again in `setup`
-        self._prepared = cached_text(find_files(self.paths, self.suffixes))
+        self._prepared = cached_text(self.find_text())
 
     def setup(self, stage: str | None = None) -> None:
         """Map the text and split it; does nothing the second time.
@@ -186,42 +118,23 @@ class ByteTextDataModule(_TokenDataModule):
         if self._ready:
             return
         #: All bytes, mapped.
-        self.text = self._prepared or cached_text(find_files(self.paths, self.suffixes))
-        #: The bytes of training, validation and test.
-        self.parts = split_ranges(len(self.text), self.val_fraction, self.test_fraction)
-        fractions = 1.0, self.val_fraction, self.test_fraction
-        for name, part, fraction in zip(
-            ("training", "validation", "test"), self.parts, fractions, strict=True
-        ):
-            if fraction and len(part) <= self.length:
-                sizes = " + ".join(f"{len(part):,}" for part in self.parts)
-                raise DataError(
-                    f"The text of {name} has {len(part):,} bytes, and a sequence of "
-                    f"{self.length:,} tokens needs {self.length + 1:,} (the {len(self.text):,} "
-                    f"bytes are split into {sizes} for training, validation and test).",
-                    "Give more text in `--data.init_args.paths`, shorten `--data.init_args.length`,"
-                    " or change `--data.init_args.val_fraction` and `test_fraction` (0 for none).",
-                )
+        self.text = self._prepared or cached_text(self.find_text())
+        self.split_text(len(self.text), "bytes")
         train, val, test = self.parts
-        share = self.length * self.batch_size * sampler_ranks(self.trainer)[1]
-        self._draws = (self.steps_per_epoch or max(1, len(train) // share)) * self.batch_size
-        self._train = RandomWindows(
-            self.text, train, self.length, self._draws, self.seed, self.documents
-        )
+        draws = self.steps_per_epoch * self.batch_size
+        self._train = RandomWindows(self.text, train, self.length, draws, self.seed, self.documents)
         self._val = ConsecutiveWindows(
             self.text, val, self.length, self.val_sequences, self.documents
         )
         self._test = ConsecutiveWindows(self.text, test, self.length, None, self.documents)
         self._ready = True
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches of random windows, other ones in each epoch and on each rank."""
-        sampler = DrawSampler(self._draws, sampler_ranks(self.trainer))
-        continued = ContinuedSampler(sampler, self.trainer, self.batch_size)
-        return _loader(self._train, continued, self.batch_size, self.num_workers, self.documents)
+    def collate_function(self) -> Callable[[Any], Any] | None:
+        """Keep file starts integers, if they are asked for."""
+        return _only if self.documents else None
 
 
-class NeedleDataModule(_TokenDataModule):
+class NeedleDataModule(SequenceDataModule):
     """Retrieval at any length: the value of a key has to be found in random filler.
 
     Batches are ``{"tokens": (B, N) int64, "targets": (B, N) int64, "depth": (B,) float32}``. A
@@ -294,4 +207,4 @@ class NeedleDataModule(_TokenDataModule):
             self._train, num_replicas=world, rank=rank, seed=self.seed
         )
         continued = ContinuedSampler(sampler, self.trainer, self.batch_size)
-        return _loader(self._train, continued, self.batch_size, self.num_workers)
+        return self._loader(self._train, continued)

@@ -9,16 +9,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fulgurite.data.store import ArrayStore, ArrayStream, cached_store
+from fulgurite.data.text import UNREADABLE_TEXT, ConsecutiveStarts
 from fulgurite.errors import DataError
 from fulgurite.foreign import reading
-from fulgurite.io import cached_folder
 
 __all__ = [
     "IGNORED",
@@ -36,7 +37,7 @@ IGNORED = -100
 # --- one file of all bytes ----------------------------------------------------------------------
 
 
-class ByteText:
+class ByteText(ArrayStore):
     """All files one after the other, memory-mapped.
 
     Args:
@@ -47,12 +48,8 @@ class ByteText:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._bytes = np.memmap(folder / "text.bin", np.uint8, "r")
-        self.starts = np.load(folder / "starts.npy")
-
-    def __reduce__(self) -> tuple[type[ByteText], tuple[Path]]:
-        return ByteText, (self.folder,)  # else a worker would be sent all bytes
+        super().__init__(folder)
+        self._bytes, self.starts = self["bytes"], self["starts"]
 
     def __len__(self) -> int:
         return len(self._bytes)
@@ -87,43 +84,42 @@ def cached_text(files: Sequence[tuple[str, Path]]) -> ByteText:
             "Set `--data.init_args.paths` to files with text.",
         )
     listing = json.dumps([[name for name, _ in files], measured])  # escapes what is not ASCII
-    key = f"bytes-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
-    return ByteText(cached_folder(key, lambda empty: _write(empty, files, measured), total))
+    key = f"bytes-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
+    return cached_store(key, lambda empty: _write(empty, files, measured), total, store=ByteText)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    mend = "Make it readable, or leave it out of `--data.init_args.paths`."
-    with reading(path, "The file", mend), open(path, "rb") as file:
+    with reading(path, "The file", UNREADABLE_TEXT), open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             yield chunk
 
 
-def _measure(path: Path, copy: IO[bytes] | None = None) -> tuple[int, str]:
+def _measure(path: Path, copy: ArrayStream | None = None) -> tuple[int, str]:
     """Return size and digest of a file, copying it meanwhile if asked."""
     size, digest = 0, hashlib.sha256()
     for chunk in _chunks(path):
         size += len(chunk)
         digest.update(chunk)
         if copy is not None:
-            copy.write(chunk)
+            copy.append(np.frombuffer(chunk, np.uint8))
     return size, digest.hexdigest()
 
 
 def _write(
     folder: Path, files: Sequence[tuple[str, Path]], measured: Sequence[tuple[int, str]]
-) -> None:
-    starts, begin = [], 0
-    with open(folder / "text.bin", "wb") as whole:
+) -> dict[str, Any]:
+    starts = []
+    with ArrayStream(folder / "bytes.npy", np.uint8) as whole:
         for (_, path), expected in zip(files, measured, strict=True):
+            if expected[0]:
+                starts.append(len(whole))
             if _measure(path, whole) != expected:  # the key would name other bytes
                 raise DataError(
                     f"The file {path} changed while it was read.",
                     "Start again when nothing writes to it any more.",
                 )
-            if expected[0]:
-                starts.append(begin)
-            begin += expected[0]
     np.save(folder / "starts.npy", np.array(starts, np.int64))
+    return {}
 
 
 # --- windows ------------------------------------------------------------------------------------
@@ -199,13 +195,12 @@ class ConsecutiveWindows(Dataset[dict[str, Any]]):
     def __init__(
         self, text: ByteText, part: range, length: int, limit: int | None, documents: bool
     ) -> None:
-        self.text, self.part, self.length, self.documents = text, part, length, documents
-        self.windows = max(0, (len(part) - 1) // length)
-        self.kept = self.windows if limit is None else min(limit, self.windows)
+        self.text, self.length, self.documents = text, length, documents
+        self.starts = ConsecutiveStarts(part, length, limit)
 
     def __len__(self) -> int:
-        return self.kept
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        begin = self.part.start + index * self.windows // self.kept * self.length
-        return cut_window(self.text, begin, self.length, self.documents)
+        begin = self.starts.begin(np.array([index]))
+        return cut_window(self.text, int(begin[0]), self.length, self.documents)

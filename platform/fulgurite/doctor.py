@@ -10,7 +10,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from fulgurite.io import cache_folder
+from fulgurite.data.store import cache_folder
 from fulgurite.systems import plug_ins
 
 __all__ = ["doctor"]

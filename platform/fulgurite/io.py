@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from fulgurite.foreign import check_tensor_file, check_tensors, describe_error, 
 
 __all__ = [
     "atomic_write",
-    "cache_folder",
-    "cached_folder",
     "checksum",
     "data_path",
     "file_lock",
@@ -325,56 +323,3 @@ def _is_same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:  # patterns
         return one.resolve() == other.resolve()
-
-
-def cache_folder() -> Path:
-    """Return the folder of derived files: ``FULGURITE_CACHE``, else ``~/.cache/fulgurite``.
-
-    Example:
-        >>> cache_folder().is_absolute()
-        True
-    """
-    root = os.environ.get("FULGURITE_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "fulgurite").absolute()
-
-
-def cached_folder(key: str, write: Callable[[Path], None], size: int | None = None) -> Path:
-    """Return a folder of the cache, after filling it if the key is new.
-
-    One process of the machine writes at a time; if it is killed, the cache has no such entry.
-
-    Args:
-        key: Names the content, so that other content gets another key.
-        write: Fills an empty folder.
-        size: How large it will be [bytes], where that is known.
-
-    Raises:
-        DataError: The cache cannot be written.
-
-    Example:
-        >>> import tempfile, unittest.mock
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     with unittest.mock.patch.dict(os.environ, FULGURITE_CACHE=root):
-        ...         made = cached_folder("a-1", lambda folder: (folder / "x").touch())
-        ...     [file.name for file in made.iterdir()]
-        ['x']
-    """
-    folder = cache_folder() / key
-    if folder.exists():
-        return folder
-    try:
-        with file_lock(folder.with_name(f"{key}.lock")):
-            if not folder.exists():
-                for left_over in folder.parent.glob(f".{key}.tmp-*"):
-                    shutil.rmtree(left_over, ignore_errors=True)  # of a killed process
-                with atomic_write(folder) as temporary:
-                    temporary.mkdir()
-                    write(temporary)
-    except OSError as error:
-        if not folder.exists():  # else another rank without a lock was faster
-            room = f"{size:,} free bytes" if size else "room"
-            raise DataError(
-                f"Nothing can be written to the cache {folder.parent} ({error.strerror}).",
-                f"Set FULGURITE_CACHE to a folder with {room}.",
-            ) from error
-    return folder

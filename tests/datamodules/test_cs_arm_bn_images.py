@@ -308,3 +308,21 @@ def test_an_interrupted_plate_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "plates").glob("*/images.npy"))
     images.prepare()
     assert (images[3] == pixels(3)).all()
+
+
+def test_plates_have_one_type_and_say_their_sizes(tmp_path):
+    table = plates(tmp_path)
+    for w in range(4):
+        tifffile.imwrite(tmp_path / f"b{w}.tiff", pixels(w, 14))
+    images = store(table)
+    images.prepare()
+    assert images.usable()[1].sizes() == {(12, 12): "lab|1|a", (14, 14): "lab|1|b"}
+    paths = [
+        path.replace(".tiff", ".npy") if "b" in path[-7:] else path for path in table.frame["path"]
+    ]
+    for w in range(4):
+        np.save(tmp_path / f"b{w}.npy", pixels(w).astype(np.float32))
+    images = store(PlateTable(table.frame.assign(path=paths), ("only",), ("grey",)))
+    images.prepare()
+    with pytest.raises(DataError, match=r"uint16 on lab\|1\|a, float32 on lab\|1\|b"):
+        images.usable()

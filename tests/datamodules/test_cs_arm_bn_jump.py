@@ -503,7 +503,7 @@ def test_the_generator_repeats_itself_and_seeds_differ(made, tmp_path, monkeypat
     import fulgurite.datamodules.cs_arm_bn.synthetic as module
 
     # one process instead of several: the same bytes
-    monkeypatch.setattr(module, "in_processes", lambda jobs, n: (jobs[i] for i in range(n)))
+    monkeypatch.setattr(module, "run_in_processes", lambda jobs, n: (jobs[i] for i in range(n)))
     SyntheticPlates(**TINY, path=str(tmp_path / "again")).prepare()
     first, again = contents(made), contents(tmp_path / "again")
     assert first.keys() == again.keys()

@@ -8,7 +8,6 @@ from fulgurite.data.listing import find_files
 from fulgurite.errors import DataError
 from fulgurite.io import (
     atomic_write,
-    cache_folder,
     checksum,
     data_path,
     verify_checksum,
@@ -110,10 +109,3 @@ def test_patterns_are_looked_for_in_the_same_places(data_folder):
     Path("a.txt").write_text("here")
     with pytest.warns(UserWarning, match="both"):
         assert [name for name, _ in find_files(["*.txt"], [])] == ["a.txt"]
-
-
-def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("FULGURITE_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "fulgurite"

@@ -1,0 +1,109 @@
+"""Text of files for language models: documents, and where windows begin.
+
+Axes: B windows, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.foreign import check_parquet, reading
+
+__all__ = ["UNREADABLE_TEXT", "ConsecutiveStarts", "read_documents"]
+
+#: What to do about a file that cannot be read.
+UNREADABLE_TEXT = "Make it readable, or leave it out of `--data.init_args.paths`."
+_ROWS = 256  # of a table that are read at a time
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]:
+    """Texts: each file is one, and each row of a parquet table.
+
+    Args:
+        files: Text in UTF-8, or parquet.
+        column: Of parquet tables.
+
+    Raises:
+        DataError: A file cannot be read, or has no such column of text.
+        MissingExtraError: There is a parquet table and no pyarrow.
+
+    Source: FineWeb-Edu's layout, column ``text``, card section 2.2.
+    """
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, column)
+            continue
+        with reading(path, "The file", UNREADABLE_TEXT):
+            text = path.read_text(encoding="utf-8", errors="replace")
+        yield text
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError(
+            f"The table {path} needs pyarrow.", "Install it with `pip install pyarrow`."
+        ) from error
+    mend = "Fetch it again, or leave it out of `--data.init_args.paths`."
+    with ExitStack() as stack:
+        with reading(path, "The table", mend):
+            check_parquet(path)
+            table = stack.enter_context(pq.ParquetFile(path))
+            schema = table.schema_arrow
+            kind = schema.field(column).type if column in schema.names else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(
+                f"The table {path} has no column {column!r} of text (its type is {kind}).",
+                "Set `--data.init_args.column` to the column that holds the text.",
+            )
+        batches = table.iter_batches(batch_size=_ROWS, columns=[column])
+        while True:
+            with reading(path, "The table", mend):  # what is done with texts is not its fault
+                rows = next(batches, None)
+                texts = (
+                    [] if rows is None else [text for text in rows.column(0).to_pylist() if text]
+                )
+            yield from texts
+            if rows is None:
+                return
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+class ConsecutiveStarts:
+    """Where windows begin that follow each other, so that no token is a target twice.
+
+    Args:
+        part: The tokens that windows are cut from.
+        length: Tokens L of a window.
+        limit: Keep at most this many, spread evenly over the part.
+
+    Example:
+        >>> starts = ConsecutiveStarts(range(100, 131), 10, limit=2)
+        >>> len(starts), starts.begin(np.arange(2)).tolist()
+        (2, [100, 110])
+    """
+
+    def __init__(self, part: range, length: int, limit: int | None = None) -> None:
+        self.part, self.length = part, length
+        self.windows = max(0, (len(part) - 1) // length)
+        self.kept = self.windows if limit is None else min(limit, self.windows)
+
+    def __len__(self) -> int:
+        return self.kept
+
+    def begin(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the first token of each window. Shape: (B,) -> (B,)."""
+        return self.part.start + numbers * self.windows // self.kept * self.length
