@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import yaml
 
 from fulgurite.datamodules.cs_arm_bn.jump import read_table
@@ -18,7 +19,7 @@ from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
 from fulgurite.errors import ConfigError, DataError, FulguriteError
 from fulgurite.io import atomic_write, data_path
 
-__all__ = ["COLUMNS", "check_plates", "main", "template"]
+__all__ = ["COLUMNS", "check_plates", "describe_classes", "main", "template"]
 
 #: Columns of a table that :class:`CsvPlates` reads, with their meaning.
 COLUMNS = {
@@ -108,6 +109,19 @@ def check_plates(
     return table, [file for file in files if "://" not in file and not os.path.isfile(file)]
 
 
+def describe_classes(table: PlateTable) -> list[str]:
+    """Say of each class, of the controls and of what has no label how much there is of it."""
+    labelled = np.where(table.control, len(table.class_names), table.label)
+    kinds = [*enumerate(table.class_names), (len(table.class_names), "(controls)")]
+    kinds += [(-1, "(no label)")] if (labelled < 0).any() else []
+    lines = []
+    for number, name in kinds:
+        rows = labelled == number
+        wells, plates = (len(np.unique(n[rows])) for n in (table.well, table.domain))
+        lines.append(f"  {name}: {int(rows.sum())} sites in {wells} wells of {plates} plates")
+    return lines
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}.", f"`{self.prog} --help` lists the options.")
@@ -160,6 +174,7 @@ def main(argv: list[str]) -> int:
         error.mend = error.mend.replace("--data.init_args.source.init_args.", "--")
         raise
     print(table.report())
+    print("\n".join(describe_classes(table)))
     if absent:
         raise DataError(
             f"{len(absent)} images of the table {given.file} are not there, first {absent[0]}.",

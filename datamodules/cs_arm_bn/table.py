@@ -226,7 +226,8 @@ class PlateTable:
                 "Give at least one site, or leave out less.",
             )
         frame = frame.reset_index(drop=True)
-        for name in (*_KEYS, "role"):
+        optional = [name for name in ("domain", "lab") if name in frame.columns]
+        for name in (*_KEYS, "role", *optional):
             if missing := int(frame[name].isna().sum()):
                 raise DataError(
                     f"The column {name!r} of the plate table is empty in {missing} rows, first in "

@@ -51,6 +51,8 @@ def test_a_user_begins_with_the_template_and_trains(fulgurite):
     status, out, _ = fulgurite("plates", "check", "plates.csv")
     assert status == 0
     assert "4 queries without a label" in out
+    assert "  compound-B: 12 sites in 12 wells of 4 plates\n" in out
+    assert "  (controls): 16 sites in 16 wells of 4 plates\n" in out
     assert "images: all there" in out
     small = (
         "--config=cs_arm_bn/own.yaml",

@@ -82,6 +82,8 @@ def test_a_control_has_no_label_whatever_the_table_says():
         (lambda f: f.assign(path=[None, *f["path"][1:]]), "no path"),
         (lambda f: f.assign(plate=[None, *f["plate"][1:]]), "'plate'"),
         (lambda f: f.assign(domain="all"), "'all'|twice|domain all"),
+        (lambda f: f.assign(domain=[None, *f["plate"][1:]]), "'domain'"),
+        (lambda f: f.assign(lab=[*f["source"][1:], None]), "'lab'"),
         (lambda f: f[:0], "empty"),
     ],
 )
