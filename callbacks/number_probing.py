@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -31,7 +32,12 @@ from fulgurite.models.number_probing.report import (
     to_csv,
     to_markdown,
 )
-from fulgurite.models.number_probing.tables import Spelling, number_tokens, parse_numbers
+from fulgurite.models.number_probing.tables import (
+    Spelling,
+    number_tokens,
+    parse_numbers,
+    read_encoder,
+)
 from fulgurite.models.number_probing.tables import vocabulary as read_vocabulary
 
 __all__ = ["ModularProbe"]
@@ -194,7 +200,10 @@ class ModularProbe(Callback):
         # the model's own method may draw random numbers; training must not see that it did
         with isolate_rng(include_cuda=pl_module.device.type == "cuda"), torch.no_grad():
             numbers, embeddings = self._embeddings(trainer, pl_module)
-            return measure(embeddings, numbers, self.settings)
+            report = measure(embeddings, numbers, self.settings)
+        for sentence in report.notes:
+            rank_zero_warn(f"ModularProbe: {sentence}")  # said once, by Python's filter
+        return report
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path | None:
@@ -231,9 +240,11 @@ class ModularProbe(Callback):
             rows = [self.first_row + n for n in numbers]
         else:
             if self.tokenizer is not None:
+                folder = Path(self.tokenizer)
                 known, _ = number_tokens(
-                    read_vocabulary(Path(self.tokenizer)), self.numbers, self.spelling
-                )
+                    read_vocabulary(folder), self.numbers, self.spelling,
+                    encode=read_encoder(folder),
+                )  # fmt: skip
             numbers = self._numbers(known)
             if known is None:
                 raise ConfigError(

@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 _SHOWN = (
     "period", "kappa", "kappa_nonround", "kappa_decade", "kappa_contiguous", "kappa_permuted",
-    "train_kappa", "band", "local_ratio", "eta2", "verdict",
+    "train_kappa", "band", "local_ratio", "phi", "eta2", "cond", "fisher", "verdict",
 )  # fmt: skip
 
 
@@ -115,6 +115,8 @@ def main(argv: list[str]) -> int:
         f"{report.width} dimensions{note}\n"
     )
     print(to_markdown(report.rows, _SHOWN), end="\n\n")
+    for sentence in report.notes:
+        print(sentence, end="\n\n")
     print(to_markdown(controls, list(controls[0])), end="\n\n")
     print(f"verdict: {report.diagnosis.verdict}")
     for reason in report.diagnosis.reasons:
@@ -129,6 +131,7 @@ def main(argv: list[str]) -> int:
         "settings": asdict(settings),
         "verdict": report.diagnosis.verdict,
         "reasons": report.diagnosis.reasons,
+        "notes": report.notes,
         "rows": report.rows,
         "controls": controls,
         "spectrum": {
@@ -148,7 +151,6 @@ def main(argv: list[str]) -> int:
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-
     for name, text in {
         "probe.csv": to_csv(content["rows"]),
         "controls.csv": to_csv(content["controls"]),

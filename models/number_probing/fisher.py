@@ -5,6 +5,7 @@ Axes: N numbers, D embedding width, T period.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.checks import check_embeddings, check_periods, consecutive
 from fulgurite.models.number_probing.fourier import class_means, period_power
 
-__all__ = ["Scatter", "principal_components", "scatter"]
+__all__ = ["Scatter", "principal_components", "scatter", "singular_words"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Scatter:
         within: S_W, without the ridge. Shape: as ``between``.
         phi: Φ_T of all D dimensions, in the squared unit of the embeddings.
         eta2: Share of the total variance that lies between residues, Φ_T / (N Tr S) [1].
-        fisher: The T − 1 eigenvalues of S_W⁻¹ S_B, largest first [1]. Shape: (T-1,).
-        condition: Of S_W, with the ridge [1].
-        bounds: Lower and upper bound of the largest Fisher value [1].
+        fisher: The T − 1 eigenvalues of S_W⁻¹ S_B, largest first [1]; nan where S_W is singular.
+            Shape: (T-1,).
+        condition: Of S_W, with the ridge [1]; infinite where it is singular.
+        bounds: Lower and upper bound of the largest Fisher value [1]; nan where S_W is singular.
         ridge: ρ: ρ Tr(S_W)/D · I was added to S_W.
         pca: Dimensions kept, or None for all.
+        rank: Of S_W, without the ridge.
 
     ``fisher``, ``condition`` and ``bounds`` depend on ``ridge`` and ``pca``: name them beside.
 
@@ -49,6 +52,29 @@ class Scatter:
     bounds: tuple[float, float]
     ridge: float
     pca: int | None
+    rank: int
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether S_W, with the ridge, has no inverse."""
+        return math.isinf(self.condition)
+
+
+def singular_words(found: Scatter) -> tuple[str, str]:
+    """What a singular S_W is, and how to mend it.
+
+    Example:
+        >>> x = torch.arange(1.0, 41.0)[:, None] * torch.tensor([[1.0, 2.0]])
+        >>> singular_words(scatter(x, 2, allow_singular=True))[0]
+        'S_W of T = 2 is singular: 2 dimensions, and residues vary in 1 of them.'
+    """
+    fewer = max(1, found.rank)
+    return (
+        f"S_W of T = {found.period} is singular: {len(found.within)} dimensions, and residues vary "
+        f"in {found.rank} of them.",
+        f"Set a ridge (`--ridge 0.01`; ridge: 0.01 in YAML) or keep fewer dimensions "
+        f"(`--pca {fewer}`; pca: {fewer}), and name it beside.",
+    )
 
 
 def principal_components(x: Tensor, keep: int) -> Tensor:
@@ -78,6 +104,7 @@ def scatter(
     ridge: float = 0.0,
     pca: int | None = None,
     allow_duplicates: bool = False,
+    allow_singular: bool = False,
 ) -> Scatter:
     """Scatter matrices of the residues and the generalised Fisher eigenvalues.
 
@@ -91,10 +118,11 @@ def scatter(
         ridge: ρ, in units of the mean eigenvalue of S_W.
         pca: Keep that many principal components first.
         allow_duplicates: As in :func:`check_embeddings`.
+        allow_singular: Where S_W is singular, give nan for what needs its inverse.
 
     Raises:
         ConfigError: The period does not fit, or ``ridge`` or ``pca`` is out of range.
-        DataError: As :func:`spectrum`; or S_W is singular.
+        DataError: As :func:`spectrum`; or S_W is singular and ``allow_singular`` is not set.
 
     Example:
         >>> n = torch.arange(1000).double()
@@ -124,11 +152,18 @@ def scatter(
     values = torch.linalg.eigvalsh(within)
     shift = ridge * float(values.mean())
     low, high = float(values[0]) + shift, float(values[-1]) + shift
+    rounding = float(values[-1]) * width * torch.finfo(x.dtype).eps
+    rank = int((values > rounding).sum())
+    kept_dimensions = pca if pca is not None and pca < x.shape[1] else None
     if low <= high * width * torch.finfo(x.dtype).eps:
-        raise DataError(
-            f"S_W of T = {period} is singular: {width} dimensions, rank at most {size - period}.",
-            "Set a ridge (ridge: 0.01) or keep fewer dimensions (pca: 50), and name it beside.",
-        )
+        nothing = x.new_full((period - 1,), math.nan)
+        singular = Scatter(
+            period, between, within, phi, phi / total if total else 0.0, nothing, math.inf,
+            (math.nan, math.nan), ridge, kept_dimensions, rank,
+        )  # fmt: skip
+        if not allow_singular:
+            raise DataError(*singular_words(singular))
+        return singular
     root = torch.linalg.cholesky(within + shift * torch.eye(width, dtype=x.dtype, device=x.device))
     spread = torch.linalg.solve_triangular(root, means.mT, upper=False) / period**0.5
     fisher = torch.linalg.svdvals(spread).square()
@@ -144,5 +179,6 @@ def scatter(
         high / low,
         (power / (period - 1) / high, power / low),
         ridge,
-        pca if pca is not None and pca < x.shape[1] else None,
+        kept_dimensions,
+        rank,
     )

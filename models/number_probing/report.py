@@ -18,7 +18,7 @@ from torch import Tensor
 from fulgurite.errors import ConfigError
 from fulgurite.models.number_probing.checks import check_embeddings
 from fulgurite.models.number_probing.diagnosis import Diagnosis, diagnose
-from fulgurite.models.number_probing.fisher import scatter
+from fulgurite.models.number_probing.fisher import scatter, singular_words
 from fulgurite.models.number_probing.fourier import PERIODS, Spectrum, spectrum, spikes
 from fulgurite.models.number_probing.probing import FoldKind, Method, probe
 from fulgurite.plotting import heatmap, new_figure
@@ -95,6 +95,7 @@ class Report:
         spectrum: All magnitudes.
         diagnosis: The verdict with its reasons.
         settings: As given, with the components that were kept.
+        notes: Sentences on what could not be measured.
     """
 
     size: int
@@ -103,6 +104,7 @@ class Report:
     spectrum: Spectrum
     diagnosis: Diagnosis
     settings: ProbeSettings = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def metrics(self, prefix: str = "probe/") -> dict[str, float]:
         """Numbers by name and period, such as ``probe/kappa_10``."""
@@ -161,8 +163,13 @@ def measure(
     verdict = diagnose(found, lines, next(iter(blocked.values()), None))
     pca = None if settings.pca is None else min(settings.pca, len(x) // 4)
     rows = []
+    singular = []
     for t, result in found.items():
-        fisher = scatter(x, t, n, ridge=settings.ridge, pca=pca, allow_duplicates=True)
+        fisher = scatter(
+            x, t, n, ridge=settings.ridge, pca=pca, allow_duplicates=True, allow_singular=True
+        )
+        if fisher.is_singular:
+            singular.append(fisher)
         null = result.null_kappas
         rows.append({
             "period": t,
@@ -182,12 +189,23 @@ def measure(
             "local_ratio": lines[t].local_ratio,
             "phi": fisher.phi,
             "eta2": fisher.eta2,
-            "fisher": float(fisher.fisher[0]),
-            "cond": fisher.condition,
-            "bound_low": fisher.bounds[0],
-            "bound_high": fisher.bounds[1],
+            **(
+                dict.fromkeys(("fisher", "cond", "bound_low", "bound_high"))
+                if fisher.is_singular
+                else {
+                    "fisher": float(fisher.fisher[0]),
+                    "cond": fisher.condition,
+                    "bound_low": fisher.bounds[0],
+                    "bound_high": fisher.bounds[1],
+                }
+            ),
         })  # fmt: skip
-    return Report(len(x), x.shape[1], rows, whole, verdict, settings)
+    notes: tuple[str, ...] = ()
+    if singular:
+        fewest = min(singular, key=lambda fisher: fisher.rank)
+        periods = ", ".join(str(fisher.period) for fisher in singular)
+        notes = (f"no Fisher values of T = {periods}: {' '.join(singular_words(fewest))}",)
+    return Report(len(x), x.shape[1], rows, whole, verdict, settings, notes)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,6 +6,7 @@ Axes: N numbers, D embedding width, V vocabulary.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,21 @@ from fulgurite.foreign import map_array, read_json, reading
 from fulgurite.io import data_path
 from fulgurite.models.number_probing.checks import describe
 
-__all__ = ["NumberTable", "Spelling", "number_tokens", "parse_numbers", "read_table", "vocabulary"]
+__all__ = [
+    "Encoder",
+    "NumberTable",
+    "Spelling",
+    "number_tokens",
+    "parse_numbers",
+    "read_encoder",
+    "read_table",
+    "vocabulary",
+]
 
 Spelling = Literal["auto", "bare", "spaced"]
+
+#: Tokens of each of several texts.
+Encoder = Callable[[Sequence[str]], list[list[int]]]
 
 #: Numbers looked for where none are asked for.
 MOST = 1000
@@ -38,7 +51,10 @@ _NAMES = (
     "embed_in.weight", "backbone.embeddings.weight", "backbone.embedding.weight", "shared.weight",
     "word_embedding.weight", "token_embedding.weight", "model.embeddings.weight",
 )  # fmt: skip
+_SUFFIXES = (".npy", ".txt", ".vec", ".safetensors")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REINSTALL = "Install the package again."
+_LINE = "Each line must be a word and its vector, separated by spaces or tabs."
 _LONGEST_LINE = 1 << 20  # characters
 _LARGEST_HEADER = 100_000_000  # of safetensors, as its own library has it [bytes]
 _TYPES = {
@@ -106,6 +122,7 @@ def number_tokens(
     numbers: Sequence[int] | None = None,
     spelling: Spelling = "auto",
     where: str = "the vocabulary",
+    encode: Encoder | None = None,
 ) -> tuple[dict[int, int], str]:
     """The token of each number: of all numbers without, or of all with a leading space.
 
@@ -116,8 +133,11 @@ def number_tokens(
         vocabulary: Identifier of each token.
         numbers: Numbers that must be there; by default all from 0 to the first gap, at most 1000.
         spelling: ``bare``: "7". ``spaced``: " 7", "Ġ7" or "▁7". ``auto``: the one that covers more;
-            ``bare`` if both cover as many.
+            if both cover as many, the one that ``encode`` gives for numbers by themselves, else
+            ``bare``.
         where: What errors call the vocabulary.
+        encode: Tokens of each text. Entries that it does not give for any text of the number (such
+            as those of several digits, where digits are split) are no tokens of numbers.
 
     Returns:
         Token by number, and the prefix.
@@ -138,20 +158,69 @@ def number_tokens(
         )
     wanted = range(MOST) if numbers is None else numbers
     prefixes = {"auto": ("", *_SPACES), "bare": ("",), "spaced": _SPACES}[spelling]
+    alone, yielded = _yielded(wanted, encode) if encode else ({}, None)
     best: tuple[dict[int, int], str] = ({}, prefixes[0])
+    most = 0, 0
+    left_out = False
     for prefix in prefixes:
         found = {}
         for n in wanted:
             token = vocabulary.get(f"{prefix}{n}")
+            if token is not None and yielded is not None and token not in yielded[n]:
+                left_out, token = True, None
             if token is not None:
                 found[n] = token
             elif numbers is None:
                 break
-        if len(found) > len(best[0]):
-            best = found, prefix
+        covered = len(found), sum(alone.get(n) == token for n, token in found.items())
+        if covered > most:
+            best, most = (found, prefix), covered
+    if left_out:
+        where += " (without the entries that its tokenizer never gives for them)"
     _complete(best[0], numbers, where)
     _check_tokens(best[0], where)
     return best
+
+
+def _yielded(numbers: Sequence[int], encode: Encoder) -> tuple[dict[int, int], dict[int, set[int]]]:
+    """What a tokenizer gives: the token of a number that is one alone, and all tokens of it."""
+    texts = ("{}", " {}", "a {}", "({})", "a{}")
+    tokens = [encode([text.format(n) for n in numbers]) for text in texts]
+    alone = {n: ids[0] for n, ids in zip(numbers, tokens[0], strict=True) if len(ids) == 1}
+    together = zip(numbers, *tokens, strict=True)
+    return alone, {n: {token for ids in several for token in ids} for n, *several in together}
+
+
+def read_encoder(folder: Path) -> Encoder | None:
+    """What makes tokens of texts, of a folder's ``tokenizer.json``.
+
+    None where there is none, where the package tokenizers is not installed, and where it cannot
+    load the file.
+    """
+    path = folder / "tokenizer.json" if folder.is_dir() else folder
+    if not path.is_file() or path.name.endswith(".txt"):
+        return None
+    try:
+        from tokenizers import Tokenizer
+
+        with reading(path, "The tokenizer", "Save the tokenizer again."):
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+    except (ImportError, DataError):
+        return None
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        try:
+            with reading(path, "The tokenizer", "Save the tokenizer again.", fault="cannot encode"):
+                encodings = tokenizer.encode_batch_fast([*texts], add_special_tokens=False)
+                return [encoding.ids for encoding in encodings]
+        except DataError:  # some tokenizers have nothing for what they do not know
+            if len(texts) == 1:
+                return [[]]
+            return [encode([text])[0] for text in texts]
+
+    return encode
 
 
 def _check_tokens(tokens: Mapping[int, Any], where: str) -> None:
@@ -230,7 +299,7 @@ def read_table(
         if source == "glove":
             return _glove(folder, wanted)
         return _checkpoint(folder / "model", wanted, tensor, spelling, "minilm")
-    path = data_path(source)
+    path = _table_path(source)
     if path.is_dir():
         return _checkpoint(path, wanted, tensor, spelling, path.name)
     if path.suffix == ".safetensors":
@@ -243,6 +312,24 @@ def read_table(
         f"{path} is no table of a known kind.",
         "Give glove, minilm, a checkpoint folder, a .npy file, or a .txt or .vec file of vectors.",
     )
+
+
+def _table_path(source: str | Path) -> Path:
+    """Where a table is.
+
+    Raises:
+        DataError: Nothing is there; the error says so of names of the Hugging Face hub.
+    """
+    try:
+        return data_path(source)
+    except DataError as error:
+        if not _HUB_NAME.fullmatch(str(source)) or Path(str(source)).suffix in _SUFFIXES:
+            raise
+        raise DataError(
+            f"There is no folder {source} here or in FULGURITE_DATA, and models of the Hugging "
+            "Face hub are not fetched.",
+            f"Fetch it first (hf download {source} --local-dir my_model), and give that folder.",
+        ) from error
 
 
 def _package(name: str) -> Path:
@@ -361,18 +448,25 @@ def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> Numbe
 def _lines(path: Path) -> list[str]:
     mend = "Give a text file in UTF-8 with one word a line."
     with reading(path, "The list of words", mend):
-        return path.read_text(encoding="utf-8").splitlines()
+        # not splitlines, which ends lines at a dozen signs that are tokens of vocabularies
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return lines[:-1] if lines[-1] == "" else lines
 
 
 def _text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
     """Vectors of GloVe or word2vec: a word and D numbers a line; the latter begin with V and D."""
     wanted = {str(n): n for n in (range(MOST) if numbers is None else numbers)}
     rows: dict[int, list[float]] = {}
-    mend = "Each line must be a word and its vector, separated by spaces."
-    with reading(path, "The table", mend), open(path, encoding="utf-8", errors="replace") as file:
+    first = ""
+    with (
+        reading(path, "The table", _LINE),
+        open(path, encoding="utf-8-sig", errors="replace") as file,
+    ):
         for number, line in enumerate(_bounded_lines(file), 1):
-            word, _, rest = line.rstrip().partition(" ")
-            if word not in wanted or (number == 1 and " " not in rest):  # a header "V D"
+            word, *parts = re.split(r"[ \t]+", line.rstrip(), maxsplit=1)
+            rest = parts[0] if parts else ""
+            first = first or line
+            if word not in wanted or (number == 1 and len(rest.split()) == 1):  # a header "V D"
                 continue
             width = len(next(iter(rows.values()))) if rows else 0
             row = _vector(rest, width, f"Line {number} of {path}", word)
@@ -382,6 +476,12 @@ def _text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
                     "Keep one line for each word.",
                 )
             rows[wanted[word]] = row
+    if not rows:
+        raise DataError(
+            f"No line of {path} begins with a number that is asked for; the first is "
+            f"{_short(first)}.",
+            f"{_LINE} Give the file in UTF-8.",
+        )
     if numbers is None:
         first_gap = next((n for n in range(MOST) if n not in rows), MOST)
         rows = {n: rows[n] for n in range(first_gap)}
@@ -414,8 +514,7 @@ def _vector(text: str, width: int, where: str, word: str) -> list[float]:
         row = []
     if not row or (width and len(row) != width):
         raise DataError(
-            f"{where} holds {len(row)} numbers after '{word}', not {width or 'one or more'}.",
-            "Each line must be a word and its vector, separated by spaces.",
+            f"{where} holds {len(row)} numbers after '{word}', not {width or 'one or more'}.", _LINE
         )
     return row
 
@@ -503,11 +602,14 @@ def _checkpoint(
             "Give the folder of a checkpoint; save pytorch_model.bin as safetensors first.",
         )
     key = _embedding(names, tensor, folder)
+    encode = read_encoder(folder)
     found, prefix = number_tokens(
-        vocabulary(folder), numbers, spelling, f"the vocabulary of {folder}"
+        vocabulary(folder), numbers, spelling, f"the vocabulary of {folder}", encode
     )
     rows = _read_rows(where(key), key, list(found.values()))
     spelled = "without a space" if not prefix else f"with a leading space ({prefix!r})"
+    if encode is None:
+        spelled += ", by their spelling in the vocabulary alone"
     return NumberTable(name, tuple(found), rows, None, f"{key}; tokens {spelled}")
 
 
@@ -535,6 +637,14 @@ def _read_rows(path: Path, key: str, ids: Sequence[int]) -> Tensor:
     """Rows of one tensor of a safetensors file; nothing else of it is read."""
     header, start = _header(path)
     entry = header.get(key)
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    if isinstance(dtype, str) and dtype not in _TYPES:
+        raise DataError(
+            f"The tensor {key} of {path} holds {_short(dtype)}, and embeddings are read from "
+            f"{', '.join(_TYPES)}.",
+            "Save it in one of these (quantised weights times their scales), or name another "
+            "tensor with --tensor.",
+        )
     matrix = _matrix(entry, path.stat().st_size - start)
     if matrix is None:
         raise DataError(

@@ -420,10 +420,14 @@ def _embeddings():
     vocabulary = {str(n): n for n in range(size)}
     full = json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}).encode()
     pairs = json.dumps({"model": {"vocab": [[str(n), 0.0] for n in range(size)]}}).encode()
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "0"}
+    splitter = {"type": "Whitespace"}
+    loadable = json.dumps({"version": "1.0", "model": model, "pre_tokenizer": splitter}).encode()
     index = json.dumps({"weight_map": {"wte.weight": "one.safetensors"}}).encode()
     seeds = [
         {"model.safetensors": weights, "tokenizer.json": full},
         {"model.safetensors": weights, "tokenizer.json": pairs},
+        {"model.safetensors": weights, "tokenizer.json": loadable},
         {"model.safetensors": weights, "vocab.json": json.dumps(vocabulary).encode()},
         {"model.safetensors": weights, "vocab.txt": words},
         {"model.safetensors.index.json": index, "one.safetensors": weights, "vocab.txt": words},

@@ -15,10 +15,12 @@ from fulgurite.models.number_probing import (
     collinear,
     period_power,
     planted,
+    probe,
     scatter,
     spectrum,
     spikes,
 )
+from fulgurite.models.number_probing.report import ProbeSettings, measure
 
 N = torch.arange(1000)
 
@@ -196,11 +198,44 @@ def test_power_is_invariant_under_rotation_and_quadratic_in_scale(scale, seed): 
 
 def test_more_dimensions_than_numbers_need_a_ridge_or_pca():
     x = normal(100, 200)
-    with pytest.raises(DataError, match=r"S_W of T = 5 is singular: 200 dim.*ridge: 0.01.*pca: 50"):
+    with pytest.raises(DataError, match=r"T = 5 is singular: 200 dim.*--ridge 0.01.*--pca 95"):
         scatter(x, 5)
     assert scatter(x, 5, ridge=0.01).condition < 1e5
     assert scatter(x, 5, pca=20).within.shape == (20, 20)
     assert scatter(x, 5, pca=20).phi == pytest.approx(scatter(x, 5, ridge=0.01).phi)
+
+
+@pytest.mark.parametrize("kind", ["dead", "doubled", "rank 8", "more dimensions than numbers"])
+def test_singular_tables_are_measured_but_for_their_fisher_values(kind):
+    x = normal(100, 12)
+    if kind == "dead":
+        x[:, 5] = 0
+    elif kind == "doubled":
+        x[:, 5] = x[:, 4]
+    elif kind == "rank 8":
+        x = normal(100, 8) @ normal(8, 12, 1)
+    else:
+        x = normal(100, 120)
+    report = measure(x, settings=ProbeSettings([2, 5], pca=None, permuted=0, blocked=()))
+    kappas = probe(x, [2, 5])
+    for row in report.rows:
+        assert row["kappa"] == kappas[row["period"]].kappa
+        assert row["phi"] == pytest.approx(period_power(x, row["period"]))
+        assert 0 < row["eta2"] < 1
+        assert [row[name] for name in ("fisher", "cond", "bound_low", "bound_high")] == [None] * 4
+    assert "probe/fisher_2" not in report.metrics()
+    rank = {"rank 8": 8, "more dimensions than numbers": 95}.get(kind, 11)
+    (sentence,) = report.notes
+    assert sentence.startswith("no Fisher values of T = 2, 5: S_W of T = ")
+    assert f"vary in {rank} of them" in sentence
+    assert f"`--pca {rank}`" in sentence
+    for mended in (ProbeSettings([2], pca=min(rank, 25)), ProbeSettings([2], ridge=0.01)):
+        whole = measure(x, settings=mended)
+        assert whole.notes == ()
+        assert math.isfinite(whole.rows[0]["cond"])
+    found = scatter(x, 2, allow_singular=True)
+    assert found.is_singular
+    assert found.fisher.isnan().all()
 
 
 def test_traps_are_errors():  # (15)

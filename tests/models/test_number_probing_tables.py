@@ -104,7 +104,9 @@ def test_our_reader_agrees_with_the_library(tmp_path):
 def test_other_tokenizers(checkpoint):
     folder, weight = checkpoint
     unigram = [["<unk>", 0.0], *([f"▁{n}", -1.0] for n in range(50))]
-    content = {"model": {"type": "Unigram", "vocab": unigram}}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    model = {"type": "Unigram", "vocab": unigram, "unk_id": 0}
+    content = {"model": model, "pre_tokenizer": metaspace}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert torch.equal(read_table(folder).embeddings, weight[1:51])
     (folder / "tokenizer.json").unlink()
@@ -161,8 +163,81 @@ def test_two_candidates_must_be_told_apart(tmp_path):
 def test_integers_are_no_embeddings(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {"wte.weight": torch.arange(60).view(30, 2)})
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(30))))
-    with pytest.raises(DataError, match="is no whole matrix of floating point numbers"):
+    with pytest.raises(DataError, match=r"wte.weight of .* holds 'I64', .* from F64, F32"):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "U8", "F4"])
+def test_quantised_weights_are_refused_by_the_name_of_their_type(checkpoint, kind):
+    folder, _ = checkpoint
+    size = 200 * 4
+    entry = {"dtype": kind, "shape": [200, 4], "data_offsets": [0, size]}
+    text = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + b"\x01" * size
+    )
+    with pytest.raises(DataError, match=rf"holds '{kind}'.*BF16\. Save it in one of these"):
+        read_table(folder)
+
+
+def saved_tokenizer(folder, model, splitter=None):
+    """Write the tokenizer.json of a model of the package tokenizers."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(model(tokenizers))
+    if splitter is not None:
+        tokenizer.pre_tokenizer = splitter(tokenizers)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def unigram(numbers):
+    """Both spellings of numbers, in SentencePiece's way."""
+    pieces = [("<unk>", 0.0), ("▁", -3.0), ("a", -3.0), ("(", -3.0), (")", -3.0)]
+    pieces += [(f"{sign}{n}", -5.0) for sign in ("", "▁") for n in numbers]
+    return lambda t: t.models.Unigram(pieces, unk_id=0)
+
+
+def test_a_tie_of_spellings_goes_to_what_the_tokenizer_gives(checkpoint):
+    """SentencePiece puts a sign before each word: "7" by itself is the token "▁7"."""
+    folder, weight = checkpoint
+    saved_tokenizer(folder, unigram(range(50)), lambda t: t.pre_tokenizers.Metaspace())
+    table = read_table(folder)
+    assert torch.equal(table.embeddings, weight[55:105])
+    assert "leading space ('▁')" in table.note
+    bare = read_table(folder, spelling="bare")  # of "(7)"
+    assert torch.equal(bare.embeddings, weight[5:55])
+
+
+def test_entries_that_a_tokenizer_never_gives_are_not_probed(checkpoint):
+    """Digits are split, yet numbers of two digits are in the vocabulary."""
+    folder, weight = checkpoint
+    vocabulary = {"[UNK]": 0} | {str(n): n + 1 for n in range(60)}
+    model = lambda t: t.models.WordLevel(vocabulary, unk_token="[UNK]")  # noqa: E731
+    saved_tokenizer(folder, model, lambda t: t.pre_tokenizers.Digits(individual_digits=True))
+    with pytest.raises(DataError, match=r"Only 10 numbers .* never gives"):
+        read_table(folder)
+    with pytest.raises(DataError, match=r"2 numbers are missing .* never gives.*: 10, 11"):
+        read_table(folder, range(8, 12))
+    assert torch.equal(read_table(folder, range(10)).embeddings, weight[1:11])
+    saved_tokenizer(folder, model, lambda t: t.pre_tokenizers.Whitespace())
+    assert len(read_table(folder).numbers) == 60
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_said(checkpoint):
+    assert "by their spelling in the vocabulary alone" in read_table(checkpoint[0]).note
+
+
+@pytest.mark.parametrize(
+    "source", ["gpt2", "meta-llama/Llama-3.1-8B", "sentence-transformers/all-MiniLM-L6-v2"]
+)
+@pytest.mark.parametrize("data", [True, False])
+def test_names_of_the_hub(tmp_path, monkeypatch, source, data):
+    monkeypatch.chdir(tmp_path)
+    if data:
+        monkeypatch.setenv("FULGURITE_DATA", str(tmp_path))
+    else:
+        monkeypatch.delenv("FULGURITE_DATA", raising=False)
+    with pytest.raises(DataError, match=rf"no folder {source} .*not fetched.*download {source}"):
+        read_table(source)
 
 
 def test_spellings_are_never_mixed():
@@ -220,6 +295,41 @@ def test_text_vectors(tmp_path, header):
         read_table(file)
 
 
+@pytest.mark.parametrize("sign", [" ", "\t", "  ", " \t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_tabs_and_marks_of_text_files(tmp_path, sign, encoding):
+    x = vectors()
+    lines = [sign.join([str(n), *(repr(float(v)) for v in x[n])]) for n in range(40)]
+    file = tmp_path / "v.vec"
+    for header in ([], [f"40{sign}3"]):
+        file.write_text("\n".join([*header, *lines]), encoding=encoding)
+        torch.testing.assert_close(read_table(file).embeddings, x)
+    np.save(tmp_path / "a.npy", x.numpy())
+    words = tmp_path / "w.txt"
+    words.write_text("\n".join(map(str, range(40))), encoding=encoding)
+    assert torch.equal(read_table(tmp_path / "a.npy", words=words).embeddings, x)
+
+
+def test_words_with_odd_signs_keep_their_lines(tmp_path):
+    """Vocabularies have tokens that Python takes for the end of a line."""
+    x = vectors(43)
+    np.save(tmp_path / "a.npy", x.numpy())
+    odd = ["a\u2028b", "\x85", "\x0c"]
+    (tmp_path / "w.txt").write_text("\n".join([*odd, *map(str, range(40))]), encoding="utf-8")
+    assert torch.equal(read_table(tmp_path / "a.npy", words=tmp_path / "w.txt").embeddings, x[3:])
+
+
+@pytest.mark.parametrize("content", ["0,1.0,2.0\n1,2.0,3.0", "\ufeffw 1 2", ""])
+def test_text_without_numbers_shows_its_first_line(tmp_path, content):
+    file = tmp_path / "v.txt"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"No line .* the first is .*spaces or tabs"):
+        read_table(file)
+    file.write_text("\n".join(f"{n} 1 2" for n in range(40)), encoding="utf-16")
+    with pytest.raises(DataError, match=r"No line .*UTF-8"):
+        read_table(file)
+
+
 def test_what_is_no_table(tmp_path, monkeypatch):
     monkeypatch.delenv("FULGURITE_DATA", raising=False)
     (tmp_path / "a.csv").write_text("")
@@ -267,6 +377,28 @@ def test_the_command_reports_a_table(tmp_path, capsys, monkeypatch):
         main([*options, "--out", "out"])
     assert main([*options]) == 0
     assert len(list(tmp_path.glob("runs/number_probing/probe-circle/*/report.json"))) == 1
+
+
+def test_the_command_answers_a_singular_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = planted(torch.arange(200), 10, 32)
+    x[:, 5] = 0
+    np.save("zero.npy", x.numpy())
+    options = ["zero.npy", "--periods", "2,10", "--seeds", "1", "--permuted", "0"]
+    assert main([*options, "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "no Fisher values of T = 2, 10: S_W of T = 2 is singular: 32 dimensions" in said
+    assert "verdict: geometric" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["notes"]
+    assert report["rows"][1]["kappa"] > 0.9
+    assert report["rows"][1]["cond"] is None
+    for mended in (["--ridge", "0.01"], ["--pca", "31"]):
+        assert main([*options, *mended, "--out", f"out{mended[0]}"]) == 0
+        said = capsys.readouterr().out
+        assert "singular" not in said
+        header = next(line for line in said.splitlines() if line.startswith("| period"))
+        assert {"phi", "cond", "fisher"} <= {cell.strip() for cell in header.split("|")}
 
 
 def test_bad_options_are_one_line(tmp_path, monkeypatch):
