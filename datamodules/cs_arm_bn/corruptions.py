@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import BadImage, name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
+from fulgurite.data.listing import FileTree
 from fulgurite.datamodules.cs_arm_bn.images import SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.foreign import open_archive, read_member, reading
 from fulgurite.io import data_path
 
 __all__ = ["CORRUPTIONS", "CorruptedCifar", "corrupt"]
@@ -273,14 +272,10 @@ class _CorruptedReader(SiteReader):
     """
 
     def __init__(self, path: Path, seed: int) -> None:
-        self.path = path
+        self.tree = FileTree(path)
         self.seed = seed
         status = path.stat()
         self.recipe = f"corrupted 1 {seed} {status.st_size} {status.st_mtime_ns}"
-        self._file: zipfile.ZipFile | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None}  # an open file is not for another process
 
     def fingerprint(self, paths: Sequence[str]) -> Any:
         """The zip's size and time are in the recipe."""
@@ -290,12 +285,10 @@ class _CorruptedReader(SiteReader):
         """Return a corrupted picture: see :meth:`SiteReader.__call__`."""
         member, family, severity = paths[0].rsplit("#", 2)
         otherwise = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
-        name = f"{member} of {self.path}"
+        name = f"{member} of {self.tree.root}"
         with reading_image(name, otherwise, BadImage, "Fetch the zip again."):
-            if self._file is None:
-                self._file = zipfile.ZipFile(self.path)
-            content = read_member(self._file, member, self.path.stat().st_size)
-            image = to_channels(to_uint8(decode_picture(io.BytesIO(content))), 3)
+            picture = decode_picture(io.BytesIO(self.tree.read(member)))
+            image = to_channels(to_uint8(picture), 3)
         generator = np.random.default_rng((self.seed, *paths[0].encode()))
         return np.moveaxis(
             corrupt(np.moveaxis(image, 0, 2), family, int(severity), generator), 2, 0
@@ -401,10 +394,8 @@ class CorruptedCifar(PlateSource):
         """Return the pictures of each (split, class)."""
         if self._members is None:
             path = data_path(self.path)
-            with reading(path, "The zip", "Fetch it again."), open_archive(path) as (file, _):
-                names = sorted(file.namelist())
             found: dict[tuple[str, str], list[str]] = {}
-            for name in names:
+            for name in FileTree(path).names:
                 parts = name.split("/")
                 if len(parts) == 3 and parts[2].lower().endswith((".jpg", ".jpeg", ".png")):
                     found.setdefault((parts[0], parts[1]), []).append(name)

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fulgurite.data.download import fetch
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.cifar_pickle import interpret_pickle
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
-from fulgurite.download import fetch
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import open_compressed, reading
 from fulgurite.io import checksum as file_checksum

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import sys
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,15 +23,14 @@ from torch.utils.data import Dataset
 
 from fulgurite.data.exclusions import name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
-from fulgurite.data.listing import list_files
+from fulgurite.data.listing import FileTree
 from fulgurite.data.pool import run_in_processes
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.foreign import open_archive, read_member, reading
-from fulgurite.io import checksum, data_path
+from fulgurite.io import data_path
 
 __all__ = ["ImageFolder"]
 
@@ -46,7 +43,6 @@ _OTHER_SUFFIXES = (
 _TEST_SPLITS = ("test", "val", "valid", "validation")
 # What a worker sends at once, in shared memory: small, since containers have little of it
 _CHUNK_BYTES = 1 << 19
-_DAMAGED, _REPACK = "is damaged or truncated", "Fetch or pack it again."
 _FEW = 2_000  # images that are decoded before a worker has started
 
 
@@ -120,7 +116,7 @@ class ImageFolder(ImageSource):
         """Height and width [pixels]: those of the first image, unless images are resized."""
         if self._size is None:
             listing = self._listing()
-            decoder = _Decoder(listing.root, listing.train[:1], None, self.channels, 1)
+            decoder = _Decoder(listing.tree, listing.train[:1], None, self.channels, 1)
             image = decoder[0]
             self._size = image.shape[-2], image.shape[-1]
         return self._size
@@ -138,7 +134,7 @@ class ImageFolder(ImageSource):
         """Return all images, memory-mapped."""
         listing = self._listing()
         split = None if listing.test else (self.test_fraction, self.seed)
-        recipe = f"3 {listing.fingerprint()} {self._side} {self.channels} {split}"
+        recipe = f"3 {listing.tree.fingerprint(listing.names)} {self._side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
         arrays = cached_arrays(f"images-{key}", self._write)
         kept, _ = self._split_rows()
@@ -182,7 +178,7 @@ class ImageFolder(ImageSource):
         images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
         chunk = max(1, _CHUNK_BYTES // (self.channels * height * width))
         decoder = _Decoder(
-            self._listing().root, names, (self._side, height, width), self.channels, chunk
+            self._listing().tree, names, (self._side, height, width), self.channels, chunk
         )
         blocks = run_in_processes(decoder, len(decoder), len(names) > _FEW)
         done = 0
@@ -203,16 +199,9 @@ class _Listing:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        if root.is_dir():
-            names = [name for name, _ in list_files(root)]
-        else:
-            with reading(root, "The zip", _REPACK, fault=_DAMAGED), open_archive(root) as (zip_, _):
-                names = [name for name in zip_.namelist() if not name.endswith("/")]
-            if len(set(names)) < len(names):
-                raise DataError(f"The zip {root} holds two files of one name.", _REPACK)
-        shown = sorted(name for name in names if not _hidden(name))
-        self.names = [name for name in shown if name.lower().endswith(_SUFFIXES)]
-        others = [name for name in shown if name.lower().endswith(_OTHER_SUFFIXES)]
+        self.tree = FileTree(root)
+        self.names = [name for name in self.tree.names if name.lower().endswith(_SUFFIXES)]
+        others = [name for name in self.tree.names if name.lower().endswith(_OTHER_SUFFIXES)]
         splits = self._find_splits(others)
         self.train = splits.pop("train")
         held_out = [name for name in _TEST_SPLITS if name in splits]
@@ -279,31 +268,20 @@ class _Listing:
             "Lay them out as train/CLASS/* and test/CLASS/*, or as CLASS/*, in JPEG or PNG.",
         )
 
-    def fingerprint(self) -> str:
-        """Return a digest that changes with the content."""
-        if self.root.is_file():
-            return checksum(self.root)
-        digest = hashlib.sha256()
-        for name in self.names:
-            status = (self.root / name).stat()
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
-
 
 class _Decoder(Dataset[Tensor]):
     """Blocks of decoded images: jobs for :func:`run_in_processes`."""
 
     def __init__(
         self,
-        root: Path,
+        tree: FileTree,
         names: Sequence[str],
         sizes: tuple[int | None, int, int] | None,
         channels: int,
         chunk: int,
     ) -> None:
-        self.root, self.names, self.sizes, self.chunk = root, names, sizes, chunk
+        self.tree, self.names, self.sizes, self.chunk = tree, names, sizes, chunk
         self.channels = channels
-        self._zip: tuple[int, zipfile.ZipFile, int] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.names) // self.chunk)
@@ -312,17 +290,9 @@ class _Decoder(Dataset[Tensor]):
         names = self.names[block * self.chunk : (block + 1) * self.chunk]
         return torch.from_numpy(np.stack([self._image(name) for name in names]))
 
-    def _bytes(self, name: str) -> bytes:
-        if self.root.is_dir():
-            return (self.root / name).read_bytes()
-        if self._zip is None or self._zip[0] != os.getpid():
-            # one for each process: a shared one would share its position in the file
-            self._zip = os.getpid(), zipfile.ZipFile(self.root), self.root.stat().st_size
-        return read_member(self._zip[1], name, self._zip[2])
-
     def _image(self, name: str) -> NDArray[np.uint8]:
-        with reading_image(f"{name} of {self.root}", "Or remove it."):
-            content = io.BytesIO(self._bytes(name))
+        with reading_image(f"{name} of {self.tree.root}", "Or remove it."):
+            content = io.BytesIO(self.tree.read(name))
             pixels = to_uint8(decode_picture(content, is_grey=self.channels == 1))
         image = to_channels(pixels, self.channels)
         if self.sizes is None:
@@ -332,8 +302,8 @@ class _Decoder(Dataset[Tensor]):
             return _resize(image, side)
         if image.shape[1:] != (height, width):
             raise DataError(
-                f"The image {name} of {self.root} has {image.shape[1]} x {image.shape[2]} pixels, "
-                f"the first one {height} x {width}.",
+                f"The image {name} of {self.tree.root} has {image.shape[1]} x {image.shape[2]} "
+                f"pixels, the first one {height} x {width}.",
                 "Set `--data.init_args.source.init_args.image_size` to resize all.",
             )
         return image
@@ -349,7 +319,3 @@ def _resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 def _class_of(name: str) -> str:
     return name.split("/")[-2]
-
-
-def _hidden(name: str) -> bool:
-    return "/." in f"/{name}" or name.startswith("__MACOSX/")

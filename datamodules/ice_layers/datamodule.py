@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.base import save_options
+from fulgurite.data.splits import check_least
 from fulgurite.datamodules.ice_layers.completed import (
     CompletedStacks,
     drop_overlapping,
@@ -37,7 +38,6 @@ from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.devices import pins_memory
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
-from fulgurite.splits import check_least
 
 __all__ = ["IceLayerDataModule"]
 

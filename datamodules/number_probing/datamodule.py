@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule, keep_batch
+from fulgurite.data.splits import check_least
 from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
 from fulgurite.datamodules.number_probing.corpus import (
     TokenCache,
@@ -21,7 +22,6 @@ from fulgurite.datamodules.number_probing.corpus import (
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
 from fulgurite.errors import DataError
-from fulgurite.splits import check_least
 
 __all__ = ["AdditionDataModule", "NumberTextDataModule"]
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule
+from fulgurite.data.splits import check_least
 from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
     ByteText,
@@ -20,7 +21,6 @@ from fulgurite.datamodules.stream_cqsa.text import (
 )
 from fulgurite.errors import ConfigError
 from fulgurite.sampling import ContinuedSampler, sampler_ranks
-from fulgurite.splits import check_least
 
 __all__ = ["ByteTextDataModule", "NeedleDataModule"]
 

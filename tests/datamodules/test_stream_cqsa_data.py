@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from fulgurite.data.listing import find_files
+from fulgurite.data.splits import split_ranges
 from fulgurite.datamodules.stream_cqsa import (
     ByteTextDataModule,
     NeedleDataModule,
@@ -28,7 +29,6 @@ from fulgurite.datamodules.stream_cqsa import (
 from fulgurite.datamodules.stream_cqsa.needle import IGNORED, MARK, QUERY, place_needles
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import DrawSampler
-from fulgurite.splits import split_ranges
 
 
 @pytest.fixture(autouse=True)

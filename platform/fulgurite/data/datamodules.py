@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fulgurite.data.listing import STDLIB, find_files
+from fulgurite.data.splits import check_fractions, check_least, split_ranges
 from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
 from fulgurite.sampling import (
@@ -22,7 +23,6 @@ from fulgurite.sampling import (
     UnrepeatedDistributedSampler,
     sampler_ranks,
 )
-from fulgurite.splits import check_fractions, check_least, split_ranges
 
 __all__ = ["SequenceDataModule", "TextDataModule", "keep_batch"]
 

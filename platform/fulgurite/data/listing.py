@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import sysconfig
+import zipfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fulgurite.errors import DataError
-from fulgurite.io import data_path
+from fulgurite.foreign import open_archive, read_member, reading
+from fulgurite.io import checksum, data_path
 
-__all__ = ["STDLIB", "find_files", "list_files"]
+__all__ = ["STDLIB", "FileTree", "find_files", "list_files"]
 
 #: The path that means the sources of Python's standard library.
 STDLIB = "stdlib"
@@ -140,3 +145,78 @@ def _walk(
                     "Mend it, or remove it.",
                 )
             yield name, folder / entry.name
+
+
+class FileTree:
+    """The files of a folder or a zip, by name; links in a folder are followed.
+
+    It may be sent to other processes, which open the zip anew.
+
+    Args:
+        root: The folder or zip.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "a.txt").write_bytes(b"text")
+        ...     tree = FileTree(Path(folder))
+        ...     tree.names, tree.read("a.txt")
+        (['a.txt'], b'text')
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._archive: tuple[int, zipfile.ZipFile, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_archive": None}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of all files, sorted, with slashes.
+
+        Names that begin with a dot, and what macOS adds to zips, are left out.
+
+        Raises:
+            DataError: A folder cannot be read, a link leads nowhere, or the zip is damaged or holds
+                two files of one name.
+        """
+        if self.root.is_dir():
+            names = [name for name, _ in list_files(self.root)]
+        else:
+            again = "Fetch or pack it again."
+            with (
+                reading(self.root, "The zip", again, fault="is damaged or truncated"),
+                open_archive(self.root) as (archive, _),
+            ):
+                names = [name for name in archive.namelist() if not name.endswith("/")]
+            if len(set(names)) < len(names):
+                raise DataError(f"The zip {self.root} holds two files of one name.", again)
+        return sorted(name for name in names if not _is_hidden(name))
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            Exception: What the file system and ``zipfile`` raise.
+        """
+        if self.root.is_dir():
+            return (self.root / name).read_bytes()
+        if self._archive is None or self._archive[0] != os.getpid():
+            # one for each process: a shared one would share its position in the file
+            self._archive = os.getpid(), zipfile.ZipFile(self.root), self.root.stat().st_size
+        return read_member(self._archive[1], name, self._archive[2])
+
+    def fingerprint(self, names: Sequence[str]) -> str:
+        """Return a digest that changes with a zip, or with names, sizes and times of files."""
+        if self.root.is_file():
+            return checksum(self.root)
+        digest = hashlib.sha256()
+        for name in names:
+            status = (self.root / name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def _is_hidden(name: str) -> bool:
+    return "/." in f"/{name}" or name.startswith("__MACOSX/")

@@ -1,8 +1,11 @@
 """Files of folders: links are followed, once, and none is lost."""
 
+import pickle
+import zipfile
+
 import pytest
 
-from fulgurite.data.listing import find_files, list_files
+from fulgurite.data.listing import FileTree, find_files, list_files
 from fulgurite.errors import DataError
 
 
@@ -45,3 +48,33 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
     assert list_files(tmp_path, (".png",)) == []
     with pytest.raises(DataError, match="cannot be read"):
         list_files(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["t", "t.zip"])
+def test_a_zip_is_read_as_its_folder_in_any_process(tmp_path, kind):
+    contents = {"a/x.txt": b"one", "b.txt": b"two"}
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        for name, content in (contents | {"__MACOSX/a/._x": b"", "a/.hidden": b""}).items():
+            archive.writestr(name, content)
+            (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "t" / name).write_bytes(content)
+        archive.mkdir("empty")
+    (tmp_path / "t" / "__MACOSX" / "a" / "._x").unlink()
+    tree = FileTree(tmp_path / kind)
+    assert {name: tree.read(name) for name in tree.names} == contents
+    sent = pickle.loads(pickle.dumps(tree))
+    assert {name: sent.read(name) for name in sent.names} == contents
+    before = tree.fingerprint(tree.names)
+    (tmp_path / "t" / "b.txt").write_bytes(b"other text")
+    with zipfile.ZipFile(tmp_path / "t.zip", "a") as archive:
+        archive.writestr("c.txt", "more")
+    assert FileTree(tmp_path / kind).fingerprint(tree.names) != before
+
+
+def test_a_zip_with_two_files_of_one_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("a", "one")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a", "two")
+    with pytest.raises(DataError, match="two files of one name"):
+        _ = FileTree(tmp_path / "t.zip").names

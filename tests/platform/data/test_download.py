@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fulgurite.download import fetch
+from fulgurite.data.download import fetch
 from fulgurite.errors import ConfigError, DataError
 
 CONTENT = bytes(range(256)) * 40
