@@ -60,7 +60,8 @@ def plate_profile(controls: Tensor) -> Tensor:
         controls: Shape: (N, C, H, W).
 
     Returns:
-        Mean, log of the std and log of the std of differences of neighbours. Shape: (S,), S = 3 C.
+        Mean, log of the std and, for images wider than a pixel, log of the std of differences of
+        neighbours. Shape: (S,), S = 3 C (2 C for embeddings).
 
     Example:
         >>> plate_profile(torch.ones(2, 1, 4, 4))[0]
@@ -71,8 +72,11 @@ def plate_profile(controls: Tensor) -> Tensor:
     x = controls.float()
     dims = (0, 2, 3)
     std = x.std(dims, correction=0)
-    sharp = (x[..., 1:] - x[..., :-1]).square().mean(dims).sqrt()
-    return torch.cat([x.mean(dims), (std + 1e-6).log(), (sharp + 1e-6).log()])
+    parts = [x.mean(dims), (std + 1e-6).log()]
+    if x.shape[-1] > 1:
+        sharp = (x[..., 1:] - x[..., :-1]).square().mean(dims).sqrt()
+        parts.append((sharp + 1e-6).log())
+    return torch.cat(parts)
 
 
 def outlier_score(profile: Tensor, known: Tensor) -> float:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fulgurite.datamodules.cs_arm_bn.corruptions import CorruptedCifar
+from fulgurite.datamodules.cs_arm_bn.embeddings import EmbeddedPlates
 from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CorruptedCifar",
     "CsvPlates",
+    "EmbeddedPlates",
     "GroupFolds",
     "HoldOut",
     "JumpPlates",

@@ -377,7 +377,7 @@ class PlateTable:
         lines = [
             f"{len(self)} sites on {len(self.domains)} plates, {frame['batch'].nunique()} batches "
             f"and {frame['lab'].nunique()} laboratories; {len(self.class_names)} classes, channels "
-            f"{', '.join(self.channels)}",
+            f"{name_some(self.channels, 8)}",
             f"queries per plate {counts[:, 0].min()} to {counts[:, 0].max()}, controls "
             f"{counts[:, 1].min()} to {counts[:, 1].max()}",
         ]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         context,
     )
     from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, revert_batchnorm
+    from fulgurite.models.cs_arm_bn.embedding import EmbeddingHead
     from fulgurite.models.cs_arm_bn.methods import (
         ARMBN,
         ARMCML,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         AdaBN,
         AdaptiveWeight,
         ControlsOnly,
+        LinearProbe,
         Method,
         Weighted,
     )
@@ -57,6 +59,7 @@ _MODULES = {
     "batch_statistics": ("adaptive_weight", "merge_groups"),
     "batchnorm": ("Context", "ContextBatchNorm1d", "ContextBatchNorm2d", "context"),
     "conversion": ("convert_batchnorm", "revert_batchnorm"),
+    "embedding": ("EmbeddingHead",),
     "methods": (
         "ARMBN",
         "ARMCML",
@@ -68,6 +71,7 @@ _MODULES = {
         "AdaBN",
         "AdaptiveWeight",
         "ControlsOnly",
+        "LinearProbe",
         "Method",
         "Weighted",
     ),
@@ -104,6 +108,8 @@ __all__ = [
     "ContextBatchNorm1d",
     "ContextBatchNorm2d",
     "ControlsOnly",
+    "EmbeddingHead",
+    "LinearProbe",
     "Method",
     "PlateClassifier",
     "Predictions",

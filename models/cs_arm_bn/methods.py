@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.batchnorm import Context, Source, context_layers, hold
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
+from fulgurite.models.cs_arm_bn.embedding import embed, find_head
 from fulgurite.models.cs_arm_bn.variation import TVNReference, fit_tvn, tvn
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "AdaBN",
     "AdaptiveWeight",
     "ControlsOnly",
+    "LinearProbe",
     "Method",
     "Weighted",
 ]
@@ -47,6 +49,7 @@ class Method(nn.Module):
         train_source: Where BatchNorm statistics come from in training.
         test_source: Where they come from in validation, test and prediction.
         extra_channels: Channels that the method adds to the network's input.
+        needs_batchnorm: Whether a network without BatchNorm is an error.
         needs_controls: Whether a batch without controls is an error.
         deploys: Whether a plate's statistics can be stored once and used query by query.
         frozen: Whether the network's weights stay as they are.
@@ -56,6 +59,7 @@ class Method(nn.Module):
     train_source: Source = "ordinary"
     test_source: Source = "source"
     extra_channels: int = 0
+    needs_batchnorm: bool = True
     needs_controls: bool = False
     deploys: bool = False
     frozen: bool = False
@@ -93,6 +97,8 @@ class ERM(Method):
     Source: card section 1.2.
     """
 
+    needs_batchnorm = False
+
 
 class AdaBN(ERM):
     """A network trained by ERM; at test, statistics come from a plate's queries.
@@ -101,6 +107,7 @@ class AdaBN(ERM):
     """
 
     test_source = "batch"
+    needs_batchnorm = True
 
 
 class ARMBN(Method):
@@ -233,6 +240,8 @@ class ARMCML(Method):
     on batches of several domains, and never put the context network in evaluation mode.
     """
 
+    needs_batchnorm = False
+
     def __init__(
         self,
         channels: int = 12,
@@ -282,6 +291,7 @@ class ARMLL(Method):
 
     train_source: Source = "batch"
     test_source: Source = "batch"
+    needs_batchnorm = False
     own_gradients = True
 
     def __init__(
@@ -337,6 +347,7 @@ class TENT(ERM):
     """
 
     test_source = "batch"
+    needs_batchnorm = True
     own_gradients = True
 
     def __init__(self, lr: float = 1e-3, steps: int = 1) -> None:
@@ -389,60 +400,50 @@ class TENT(ERM):
         return out.detach()  # type: ignore[no-any-return]
 
 
-class TVN(Method):
-    """A linear classifier on frozen embeddings that are normalised by the plate's controls.
+class LinearProbe(Method):
+    """A linear classifier on frozen embeddings of any network, such as a vision transformer.
 
-    The network comes from ``model.init_args.weights`` (trained by ERM) and stays as it is.
+    The embeddings are what the network's last linear layer gets, standardised by the mean and
+    deviation of the training queries. The network stays as it is, in evaluation mode.
 
-    Args:
-        ridge: Added to the diagonal of covariances.
-
-    Source: card section 1.6 (TVN_train).
+    Source: card section 1.6 (the classifier on embeddings); inferred.
     """
 
     train_source = "source"
-    needs_controls = True
+    needs_batchnorm = False
     frozen = True
-
-    reference: TVNReference
-
-    def __init__(self, ridge: float = 0.5) -> None:
-        super().__init__()
-        self.ridge = ridge
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
         """See :meth:`Method.build`."""
-        head = getattr(network, "head", None) or getattr(network, "fc", None)
-        if not callable(getattr(network, "features", None)) or not isinstance(head, nn.Linear):
-            raise ConfigError(
-                f"The network {type(network).__name__} has no `features` method or no `head`.",
-                "TVN needs both: set model.init_args.network to "
-                "fulgurite.models.cs_arm_bn.SmallResNet or ResNet50.",
-            )
-        size = head.in_features
+        size = find_head(network).in_features
         self.head = nn.Linear(size, num_classes)
-        for name in ("mean", "std", "center", "scale"):
+        for name in ("center", "scale"):
             self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
-        for name in ("rotation", "target"):
-            self.register_buffer(name, torch.zeros(size, size, dtype=torch.float64))
 
     @torch.no_grad()
-    def _embed(self, network: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _embed(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         query, control = batch["query"], batch["control"]
-        features = network.features(torch.cat([query, control]))
+        rows = torch.cat([query, control]) if self.needs_controls else query
+        features = embed(network, rows)
         return features[: len(query)], features[len(query) :]
 
     def _normalised(self, query: Tensor, control: Tensor) -> Tensor:
-        reference = TVNReference(self.mean, self.std, self.rotation, self.target)  # type: ignore[arg-type]
-        return tvn(reference, query, control, self.ridge)
+        """Embeddings of queries as the classifier sees them. Shape: (L, D) to the same, float64."""
+        return query.double()
+
+    def _fit(self, batches: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Learn what plates share from the embeddings of one epoch."""
 
     @torch.no_grad()
     def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
-        """Before training, fit what plates share on the controls of one epoch."""
+        """Before training, measure the embeddings of one epoch."""
+        name = type(self).__name__
         if not training:
-            if not bool(self.std.any()):  # type: ignore[operator]
+            if not bool(self.scale.any()):  # type: ignore[operator]
                 raise ConfigError(
-                    "TVN was not fitted.", "Run `fulgurite fit` with it first, from ERM weights."
+                    f"{name} was not fitted.",
+                    "Run `fulgurite fit` with it first, from ERM weights or of a network whose "
+                    "weights are of elsewhere.",
                 )
             return
         device = self.head.weight.device
@@ -452,10 +453,7 @@ class TVN(Method):
             batches.append((int(batch["domain"]), query.cpu(), control.cpu()))
         if not batches:
             raise DataError("There are no training batches.", "Give training plates.")
-        domains = torch.cat([torch.full((len(c),), d) for d, _, c in batches])
-        fitted = fit_tvn(torch.cat([c for _, _, c in batches]), domains, self.ridge)
-        for name, value in fitted._asdict().items():
-            getattr(self, name).copy_(value)
+        self._fit(batches)
         queries = torch.cat([self._normalised(q.to(device), c.to(device)) for _, q, c in batches])
         self.center.copy_(queries.mean(0))  # type: ignore[operator]
         self.scale.copy_(queries.std(0, correction=0).clamp_min(1e-9))  # type: ignore[operator]
@@ -465,6 +463,46 @@ class TVN(Method):
         normalised = self._normalised(*self._embed(network, batch))
         standard = (normalised - self.center) / self.scale  # type: ignore[operator]
         return self.head(standard.to(self.head.weight.dtype))  # type: ignore[no-any-return]
+
+
+class TVN(LinearProbe):
+    """A linear classifier on frozen embeddings that are normalised by the plate's controls.
+
+    The network comes from ``model.init_args.weights`` (trained by ERM) or from elsewhere, and
+    stays as it is; it needs no BatchNorm.
+
+    Args:
+        ridge: Added to the diagonal of covariances.
+
+    Source: card section 1.6 (TVN_train).
+    """
+
+    needs_controls = True
+
+    def __init__(self, ridge: float = 0.5) -> None:
+        super().__init__()
+        self.ridge = ridge
+
+    def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
+        """See :meth:`Method.build`."""
+        super().build(network, in_channels, num_classes)
+        size = self.head.in_features
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+        for name in ("rotation", "target"):
+            self.register_buffer(name, torch.zeros(size, size, dtype=torch.float64))
+
+    def _normalised(self, query: Tensor, control: Tensor) -> Tensor:
+        """See :meth:`LinearProbe._normalised`."""
+        reference = TVNReference(self.mean, self.std, self.rotation, self.target)  # type: ignore[arg-type]
+        return tvn(reference, query, control, self.ridge)
+
+    def _fit(self, batches: list[tuple[int, Tensor, Tensor]]) -> None:
+        """See :meth:`LinearProbe._fit`."""
+        domains = torch.cat([torch.full((len(c),), d) for d, _, c in batches])
+        fitted = fit_tvn(torch.cat([c for _, _, c in batches]), domains, self.ridge)
+        for name, value in fitted._asdict().items():
+            getattr(self, name).copy_(value)
 
 
 def _moved(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
 from fulgurite.models.cs_arm_bn.batch_statistics import Reference
-from fulgurite.models.cs_arm_bn.batchnorm import Context, context_layers, hold
-from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
+from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer, hold
+from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
 from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores, sizes
 from fulgurite.sampling import rank_and_world
@@ -50,7 +50,8 @@ class PlateClassifier(SystemModule):
         in_channels: C; taken from the data.
 
     Raises:
-        ConfigError: A number is out of range, or the network has no BatchNorm to adapt.
+        ConfigError: A number is out of range, or the network has no BatchNorm and the method needs
+            it.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
     Source: arXiv 2604.20824; card sections 1.3 and 7.4.
@@ -85,16 +86,24 @@ class PlateClassifier(SystemModule):
         self.method = method or AdaptiveWeight()
         made = build_network(network, in_channels + self.method.extra_channels, num_classes)
         check_head(made, num_classes)
-        self.network = convert_batchnorm(made)
+        is_converted = self.method.needs_batchnorm or has_batchnorm(made)
+        self.network = convert_batchnorm(made) if is_converted else made
         if weights is not None:
             _load_network(self.network, weights)
         self.method.build(self.network, in_channels, num_classes)
         if self.method.frozen:
-            self.network.requires_grad_(False)
+            self.network.requires_grad_(False).eval()
         self.optimizer, self.scheduler = optimizer, scheduler
         self.held: Context | None = None
         self.results: dict[str, Predictions] = {}
         self._parts: dict[int, list[Predictions]] = {}
+
+    def train(self, mode: bool = True) -> PlateClassifier:
+        """Set the mode; a frozen network stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.method.frozen:
+            self.network.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of all rows under the current context. Shape: (M, C, H, W) to (M, K)."""
@@ -220,7 +229,9 @@ class PlateClassifier(SystemModule):
         world = rank_and_world()[1]
         if world == 1:
             return
-        for layer in context_layers(self.network).values():
+        for layer in self.network.modules():
+            if not isinstance(layer, ContextLayer):
+                continue
             values = [b for b in layer.buffers() if b.is_floating_point()]
             reference = layer.reference and layer.reference.to(self.device)
             if reference is not None:

@@ -69,6 +69,31 @@ def _cifar():
     yield Target("cifar-pickle", [seed(dump) for dump in dumps], read_pickles)
 
 
+def _embeddings():
+    import pandas as pd
+
+    from fulgurite.datamodules.cs_arm_bn.embeddings import read_embeddings
+
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    keys = {"plate": ["p", "p"], "well": ["A01", "A02"], "site": ["1", "1"]}
+    columns = {f"f{k}": values[:, k] for k in range(3)}
+
+    def write_lists(folder):
+        pd.DataFrame(keys).assign(embedding=list(values)).to_parquet(folder / "e.parquet")
+
+    def read(folder):
+        (path,) = folder.iterdir()
+        read_embeddings(path)
+
+    seeds = [
+        _made(lambda f: np.savez(f / "e.npz", embeddings=values, **keys)),
+        _made(lambda f: np.savez_compressed(f / "e.npz", embeddings=values, row=np.arange(2))),
+        _made(lambda f: pd.DataFrame(keys).assign(**columns).to_parquet(f / "e.parquet")),
+        _made(write_lists),
+    ]
+    yield Target("embeddings", seeds, read)
+
+
 def _pictures():
     import tifffile
     from PIL import Image
@@ -512,6 +537,7 @@ def _checkpoints():
 _GROUPS = (
     *(
         _cifar,
+        _embeddings,
         _pictures,
         _arrays,
         _annotations,

@@ -21,6 +21,8 @@ from fulgurite.models.cs_arm_bn import (
     AdaptiveWeight,
     Backbone,
     ControlsOnly,
+    EmbeddingHead,
+    LinearProbe,
     PlateClassifier,
     ResNet18,
     ResNet50,
@@ -32,10 +34,12 @@ from fulgurite.models.cs_arm_bn import (
     tvn,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import hold
+from fulgurite.models.cs_arm_bn.embedding import embed
 
 L, N, K = 6, 9, 4
 ALL = [
     ERM, AdaBN, ARMBN, CSARMBN, AdaptiveWeight, Weighted, ControlsOnly, ARMCML, ARMLL, TENT, TVN,
+    LinearProbe,
 ]  # fmt: skip
 
 
@@ -76,7 +80,7 @@ def logits(module, batch, training=False):
 def fitted(method):
     """A module whose method had a look at training plates, where it needs one."""
     module = make_module(method)
-    if isinstance(method, TVN):
+    if isinstance(method, LinearProbe):
         with hold(module.network, method.context(training=True)):
             plates = [make_batch(i, i) for i in range(3)]
             method.begin(module.network, plates, training=True)
@@ -292,6 +296,91 @@ def test_tvn_trains_a_linear_head_only():
         logits(make_module(TVN()), make_batch())
 
 
+# --- networks without BatchNorm -------------------------------------------------------------------
+
+
+class PatchTransformer(nn.Module):
+    """A vision transformer in small: patches, attention with dropout, LayerNorm, a head."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.patches = nn.Conv2d(channels, 8, 4, 4)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
+        self.norm, self.classifier = nn.LayerNorm(8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        tokens = self.layer(self.patches(x).flatten(2).transpose(1, 2))
+        return self.classifier(self.norm(tokens).mean(1))
+
+
+def make_transformer(method):
+    torch.manual_seed(0)
+    return PlateClassifier(PatchTransformer, method, num_classes=K, in_channels=3)
+
+
+@pytest.mark.parametrize("kind", [TVN, LinearProbe])
+def test_embeddings_of_a_transformer_are_frozen_and_without_dropout(kind):
+    module = make_transformer(kind())
+    plates = [make_batch(i, i) for i in range(3)]
+    module.method.begin(module.network, plates, training=True)
+    assert module.train().network.training is False
+    batch = make_batch()
+    first, second = (logits(module, batch, training=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    learned = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert learned == {"method.head.weight", "method.head.bias"}
+    with torch.no_grad():
+        features = embed(module.network, batch["query"])
+    assert torch.equal(module.network.classifier(features), module.network(batch["query"]))
+
+
+def test_a_linear_probe_is_a_linear_layer_on_standardised_embeddings():
+    module = make_transformer(LinearProbe())
+    plates = [make_batch(i, i) for i in range(3)]
+    module.method.begin(module.network, plates, training=True)
+    with torch.no_grad():
+        rows = torch.cat([embed(module.network, b["query"]) for b in plates]).double()
+        z = (rows - rows.mean(0)) / rows.std(0, correction=0)
+        expected = module.method.head(z[:L].float())
+    torch.testing.assert_close(logits(module, plates[0]), expected)
+    without = plates[0] | {"control": plates[0]["control"][:0]}
+    torch.testing.assert_close(logits(module, without), expected)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_methods_say_whether_they_need_batchnorm(method):
+    needs = {AdaBN, ARMBN, CSARMBN, AdaptiveWeight, Weighted, ControlsOnly, TENT}
+    assert method().needs_batchnorm == (method in needs)
+    if method in needs:
+        with pytest.raises(ConfigError, match=r"has LayerNorm.*TVN or LinearProbe"):
+            make_transformer(method())
+        return
+    module = make_transformer(method())
+    if isinstance(module.method, LinearProbe):
+        module.method.begin(module.network, [make_batch(i, i) for i in range(2)], training=True)
+    assert logits(module, make_batch()).shape == (L, K)
+
+
+def test_a_network_whose_head_sees_tokens_has_no_embedding():
+    network = nn.Sequential(nn.Flatten(2), nn.Linear(144, K))
+    with pytest.raises(ConfigError, match="not one vector for each"):
+        embed(network, torch.randn(2, 3, 12, 12))
+
+
+@pytest.mark.parametrize("hidden", [0, 6])
+def test_embeddings_of_elsewhere_have_a_head(hidden):
+    network = EmbeddingHead(5, K, hidden)
+    x = torch.randn(6, 5, 1, 1)
+    assert network(x).shape == network(x.flatten(1)).shape == (6, K)
+    if hidden:
+        converted = convert_batchnorm(network)
+        with context(converted, "controls", n_query=2):
+            alone = converted(x)[:1]
+        with context(converted, "controls", n_query=1):
+            other = converted(torch.cat([x[:1], x[2:]]))[:1]
+        torch.testing.assert_close(other, alone)
+
+
 # --- networks of other libraries ------------------------------------------------------------------
 
 
@@ -432,7 +521,7 @@ def test_a_network_starts_from_a_checkpoint(tmp_path):
         (lambda: TENT(steps=0), "steps=0"),
         (lambda: SmallResNet(3, 4, input_norm="plate"), "input_norm"),
         (lambda: PlateClassifier(lambda c, k: nn.Linear(c, k)), "no BatchNorm"),
-        (lambda: PlateClassifier(NoHead, TVN(), num_classes=K, in_channels=3), "features"),
+        (lambda: PlateClassifier(NoHead, TVN(), num_classes=K, in_channels=3), "no linear layer"),
     ],
 )
 def test_wrong_settings_are_refused(make, match):

@@ -1,0 +1,302 @@
+"""Embeddings that another network made, in place of the images of plates.
+
+Shapes: R rows of the plate table, E rows of the file, D numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.data.exclusions import BadImage, Exclusion, check_exclude, exclude_hint, name_some
+from fulgurite.datamodules.cs_arm_bn.images import SiteReader
+from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable, well_name
+from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.foreign import check_parquet, read_arrays, reading
+from fulgurite.io import data_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["EmbeddedPlates", "KeepEmbedding", "read_embeddings"]
+
+_KEYS = ("source", "batch", "plate", "well", "site")
+_NEEDED = ("plate", "well", "site")
+_ROW = "row"
+_OPTION = "--data.init_args.source.init_args"
+
+
+class KeepEmbedding(Preprocess):
+    """Stores embeddings as they are, after a look at their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(downscale=1, intensity="full")
+
+    def __repr__(self) -> str:
+        return "KeepEmbedding()"
+
+    def __call__(self, site: NDArray[Any]) -> NDArray[Any]:
+        """Return the embedding.
+
+        Shape:
+            - site: (D, 1, 1) float32 -> the same.
+
+        Raises:
+            BadImage: It holds values that are not finite.
+        """
+        if not np.isfinite(site).all():
+            raise BadImage("The embedding holds values that are not finite.", kind="nan")
+        return site
+
+
+class _EmbeddingReader(SiteReader):
+    """Reads one row of a file of embeddings, which each process reads once."""
+
+    recipe = "embeddings"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._values: NDArray[np.float32] | None = None
+
+    def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
+        """Return an embedding as an image of one pixel. Shape: (D, 1, 1)."""
+        if self._values is None:
+            self._values = read_embeddings(self.path)[1]
+        return self._values[int(paths[0].rpartition("#")[2])][:, None, None]
+
+    def fingerprint(self, paths: Sequence[str]) -> Iterator[str]:
+        """The row, and what tells that the file has changed."""
+        yield paths[0].rpartition("#")[2]
+        yield from super().fingerprint([str(self.path)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_values": None}
+
+
+class EmbeddedPlates(PlateSource):
+    """The plates of another source, with an embedding of each site in place of its images.
+
+    The file (``.npz`` or ``.parquet``) has one row for each site. It names the site by ``plate``,
+    ``well`` and ``site``, with ``source`` and ``batch`` where plates of several share a name; or by
+    ``row``, the number of the row in the plate table, from 0. An npz holds them as arrays beside
+    ``embeddings`` (E, D); a parquet file has them as columns beside one column of lists
+    ``embedding``, or all its other columns are the numbers. Rows of sites that the table does not
+    have are left aside and counted; wells A1 and A01 are one.
+
+    An embedding is served as an image of D channels and one pixel, so that every option of the
+    data module and every method works; images need not exist.
+
+    Args:
+        source: The plates.
+        embeddings: The file, absolute or relative to ``FULGURITE_DATA``.
+        exclude: ``missing_embedding`` leaves out and counts sites that the file does not have,
+            instead of stopping.
+
+    Raises:
+        ConfigError: A word in ``exclude`` is unknown.
+
+    Source: arXiv 2604.20824, card section 1.6 (TVN on embeddings of a foundation model).
+    """
+
+    def __init__(
+        self,
+        source: PlateSource,
+        embeddings: str,
+        exclude: list[str] = [],  # noqa: B006  # copied below
+    ) -> None:
+        self.source = source
+        self.embeddings = embeddings
+        self.exclude = check_exclude(exclude, ("missing_embedding",), "source.init_args.exclude")
+        self._read: tuple[pd.DataFrame, NDArray[np.float32]] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file of embeddings."""
+        return data_path(self.embeddings)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        return self.source.class_names
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the numbers of an embedding."""
+        return tuple(f"embedding {number}" for number in range(self._file()[1].shape[1]))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Embeddings are kept as they are."""
+        return KeepEmbedding()
+
+    @property
+    def reader(self) -> SiteReader:
+        """How an embedding is read."""
+        return _EmbeddingReader(self.path)
+
+    def prepare(self) -> None:
+        """Prepare the plates."""
+        self.source.prepare()
+
+    def _file(self) -> tuple[pd.DataFrame, NDArray[np.float32]]:
+        if self._read is None:
+            self._read = read_embeddings(self.path)
+        return self._read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_read": None}
+
+    def load(self) -> PlateTable:
+        """Return the table of sites, with the row of the file as path.
+
+        Raises:
+            DataError: The file does not fit the table: a site is missing, or comes twice.
+        """
+        table = self.source.load()
+        keys, values = self._file()
+        rows = self._rows_by_number(keys, table) if _ROW in keys else self._rows(keys, table)
+        if (missing := rows < 0).any():
+            frame = table.frame[missing]
+            names = frame["domain"] + " " + frame["well"] + " site " + frame["site"]
+            what = f"{int(missing.sum())} of {len(table)} sites without an embedding"
+            if "missing_embedding" not in self.exclude:
+                raise DataError(
+                    f"{self.path} has no embedding of {int(missing.sum())} of the {len(table)} "
+                    f"sites: {name_some(list(names), 3)}.",
+                    "Give one row for each site, or "
+                    + exclude_hint(
+                        "such sites", "missing_embedding", self.exclude, "source.init_args.exclude"
+                    ),
+                )
+            table = table.without(
+                missing, Exclusion("missing_embedding", f"{what}: {name_some(list(names), 3)}", 0)
+            )
+            rows = rows[~missing]
+        frame = table.frame.drop(columns=[c for c in table.frame if c.startswith("path")])
+        frame["path"] = [f"{self.path}#{row}" for row in rows]
+        notes = (*table.notes, f"embeddings of {values.shape[1]} numbers from {self.path}")
+        if unused := len(values) - len(np.unique(rows)):
+            notes = (*notes, f"{unused} rows of it are of no site of the table")
+        channels = tuple(f"embedding {number}" for number in range(values.shape[1]))
+        return PlateTable(frame, table.class_names, channels, table.excluded, notes)
+
+    def _rows_by_number(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
+        """Row of the file of each row of the table; -1 for none. Shape: (R,)."""
+        numbers = keys[_ROW].to_numpy()
+        if numbers.dtype.kind not in "iu" or (numbers < 0).any() or (numbers >= len(table)).any():
+            raise DataError(
+                f"The column `row` of {self.path} does not number the {len(table)} sites of the "
+                "plate table.",
+                f"Give whole numbers from 0 to {len(table) - 1}, or the columns "
+                f"{', '.join(_NEEDED)}.",
+            )
+        self._refuse_twice(keys, [_ROW], f"{self.path}")
+        rows = np.full(len(table), -1, np.int64)
+        rows[numbers] = np.arange(len(numbers))
+        return rows
+
+    def _rows(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
+        """Row of the file of each row of the table; -1 for none. Shape: (R,)."""
+        import pandas as pd
+
+        columns = [name for name in _KEYS if name in keys]
+        own = keys[columns].copy()
+        own["well"] = own["well"].map(well_name)
+        self._refuse_twice(own, columns, f"{self.path}")
+        wanted = table.frame[columns].copy()
+        wanted["well"] = wanted["well"].map(well_name)
+        self._refuse_twice(wanted, columns, "The plate table")
+        places = pd.MultiIndex.from_frame(own).get_indexer(pd.MultiIndex.from_frame(wanted))
+        return np.asarray(places, np.int64)
+
+    @staticmethod
+    def _refuse_twice(keys: pd.DataFrame, columns: list[str], where: str) -> None:
+        twice = keys.duplicated(columns)
+        if twice.any():
+            first = keys[twice].iloc[0]
+            named = ", ".join(f"{name} {first[name]}" for name in columns)
+            raise DataError(
+                f"{where} has two rows of {named} ({int(twice.sum())} such rows).",
+                "Keep one row for each site; where plates share a name, give the columns source "
+                "and batch in the file of embeddings.",
+            )
+
+
+def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
+    """Read a file of embeddings.
+
+    Args:
+        path: ``.npz`` or ``.parquet``; see :class:`EmbeddedPlates`.
+
+    Returns:
+        What names each row, as text (``row``: as it is), and the embeddings. Shape: (E, D).
+
+    Raises:
+        DataError: The file is damaged, or lacks the keys or the embeddings.
+        MissingExtraError: It is a parquet file and pyarrow is not installed.
+    """
+    import pandas as pd
+
+    if path.suffix not in (".npz", ".parquet"):
+        raise DataError(
+            f"The file of embeddings {path} is neither .npz nor .parquet.",
+            f"Set `{_OPTION}.embeddings` to one of these.",
+        )
+    mend = "Write it again: one row for each site, with plate, well and site."
+    try:
+        with reading(path, "The file of embeddings", mend):
+            if path.suffix == ".npz":
+                arrays = read_arrays(path)
+                values = arrays.pop("embeddings", None)
+                names = [name for name in (*_KEYS, _ROW) if name in arrays]
+                if values is None or any(arrays[n].shape != values.shape[:1] for n in names):
+                    raise ValueError("it has no array `embeddings` (E, D) with keys of (E,)")
+                keys = pd.DataFrame({name: arrays[name] for name in names})
+            else:
+                check_parquet(path)
+                keys, values = _from_table(pd.read_parquet(path))
+            if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
+                raise ValueError(f"the embeddings are {values.shape} {values.dtype}, not (E, D)")
+            return _as_keys(keys), np.ascontiguousarray(values, np.float32)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
+        ) from error
+
+
+def _from_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any]]:
+    """Keys and embeddings of a table with one column of lists, or one column for each number."""
+    names = [name for name in (*_KEYS, _ROW) if name in table]
+    if "embedding" in table:
+        lengths = table["embedding"].map(len)
+        if lengths.nunique() != 1:
+            raise ValueError("the lists in `embedding` differ in length")
+        return table[names], np.stack([np.asarray(row) for row in table["embedding"]])
+    rest = table.drop(columns=names)
+    if wrong := [str(c) for c in rest if rest[c].dtype.kind not in "fiu"]:
+        raise ValueError(f"the columns {name_some(wrong, 3)} are no numbers of an embedding")
+    return table[names], rest.to_numpy()
+
+
+def _as_keys(keys: pd.DataFrame) -> pd.DataFrame:
+    """Keys as text, whole numbers without a point.
+
+    Raises:
+        ValueError: Some are missing.
+    """
+    if _ROW in keys:
+        return keys[[_ROW]]
+    if absent := [name for name in _NEEDED if name not in keys]:
+        raise ValueError(f"it has no {absent[0]!r}; name each row by {', '.join(_NEEDED)} or `row`")
+    if (missing := keys.isna().any()).any():
+        raise ValueError(f"the column {keys.columns[missing.argmax()]!r} has empty cells")
+    numbers = [name for name in keys if keys[name].dtype.kind == "f"]
+    if fractions := [name for name in numbers if (keys[name] % 1 != 0).any()]:
+        raise ValueError(f"the column {fractions[0]!r} holds fractions")
+    return keys.astype(dict.fromkeys(numbers, "int64")).astype(str)

@@ -1,0 +1,141 @@
+"""Embeddings of elsewhere in place of images: matched by name, or refused by name."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fulgurite.datamodules.cs_arm_bn import EmbeddedPlates, HoldOut, PlateDataModule, PlateTable
+from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
+from fulgurite.errors import ConfigError, DataError
+
+D = 6
+
+
+class Table(PlateSource):
+    """Six plates of two classes, whose images are nowhere."""
+
+    class_names, channels = ("a", "b"), ("DNA",)
+
+    def load(self):
+        frame = pd.DataFrame(
+            [
+                {
+                    "source": "lab", "batch": f"b{p // 2}", "plate": f"p{p}", "well": f"A{w:02}",
+                    "site": "1", "role": "control" if w > 4 else "query", "label": w % 2,
+                    "path": "nowhere.png",
+                }
+                for p in range(6) for w in range(1, 9)
+            ]
+        )  # fmt: skip
+        return PlateTable(frame, self.class_names, self.channels)
+
+
+@pytest.fixture
+def keys():
+    return Table().load().frame[["plate", "well", "site"]]
+
+
+@pytest.fixture
+def values(keys):
+    return np.random.default_rng(0).normal(size=(len(keys), D)).astype(np.float32)
+
+
+def write(folder, keys, values, kind="npz"):
+    path = folder / f"embeddings.{kind.split()[0]}"
+    if kind == "npz":
+        arrays = {name: keys[name].to_numpy() for name in keys}
+        arrays = {k: v.astype(str) if v.dtype == object else v for k, v in arrays.items()}
+        np.savez(path, embeddings=values, **arrays)
+    elif kind == "parquet of lists":
+        keys.assign(embedding=list(values)).to_parquet(path)
+    else:
+        numbers = {f"f{k}": values[:, k] for k in range(values.shape[1])}
+        keys.assign(**numbers).to_parquet(path)
+    return path
+
+
+def make_data(path, **kwargs):
+    source = EmbeddedPlates(Table(), str(path), **kwargs.pop("source", {}))
+    return PlateDataModule(source, HoldOut(new_batches=1, val_batches=1), 4, 3, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet", "parquet of lists"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_rows_are_matched_by_name_in_any_order(tmp_path, monkeypatch, keys, values, kind, cache):
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    order = np.random.default_rng(1).permutation(len(keys))
+    shuffled = keys.iloc[order].assign(site=1)  # a whole number, and wells as others spell them
+    shuffled["well"] = shuffled["well"].str.replace("A0", "a")
+    data = make_data(write(tmp_path, shuffled, values[order], kind), cache=cache)
+    assert data.in_channels == D
+    data.setup()
+    for row in (0, 17, 40):
+        np.testing.assert_array_equal(data.images[row][:, 0, 0], values[row])
+    batch = data.train_dataloader().dataset[0]
+    raw = values[batch["index"]]
+    mean, std = (x.numpy() for x in data.state_dict().values() if hasattr(x, "numpy"))
+    np.testing.assert_allclose(batch["query"][:, :, 0, 0], (raw - mean) / std, rtol=1e-4)
+
+
+def test_rows_are_matched_by_number(tmp_path, keys, values):
+    order = np.random.default_rng(1).permutation(len(keys))
+    path = write(tmp_path, pd.DataFrame({"row": order}), values[order])
+    data = make_data(path, cache=False)
+    data.setup()
+    np.testing.assert_array_equal(data.images[17][:, 0, 0], values[17])
+
+
+def test_sites_without_an_embedding_are_named_or_left_out(tmp_path, keys, values):
+    path = write(tmp_path, keys.drop(index=[9, 10]), np.delete(values, [9, 10], 0))
+    with pytest.raises(DataError, match=r"2 of the 48 sites: lab.b0.p1 A02 site 1, .*A03") as error:
+        make_data(path, cache=False).setup()
+    assert "exclude=[missing_embedding]" in error.value.mend
+    data = make_data(path, cache=False, source={"exclude": ["missing_embedding"]})
+    data.setup()
+    assert len(data.table) == 46
+    assert "excluded (missing_embedding), 2 sites" in data.table.report()
+    np.testing.assert_array_equal(data.images[9][:, 0, 0], values[11])
+
+
+def test_rows_of_no_site_are_counted(tmp_path, keys, values):
+    more = pd.concat([keys, keys.iloc[:2].assign(plate="elsewhere")])
+    path = write(tmp_path, more, np.concatenate([values, values[:2]]))
+    assert "2 rows of it are of no site" in "".join(EmbeddedPlates(Table(), path).load().notes)
+
+
+def changed(name, value):
+    return lambda keys, values: (keys.assign(**{name: value}), values)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda k, v: (pd.concat([k, k[:1]]), np.concatenate([v, v[:1]])), "two rows of plate p0"),
+        (lambda k, v: (k.drop(columns="site"), v), "no 'site'"),
+        (lambda k, v: (k.drop(columns=["plate", "well", "site"]), v), "no 'plate'"),
+        (changed("site", 1.5), "fractions"),
+        (lambda k, v: (k.assign(plate="x" + k["plate"]), v), "48 of the 48 sites"),
+        (lambda k, v: (k[:0], v[:0]), "not .E, D."),
+        (lambda k, v: (pd.DataFrame({"row": np.arange(48) + 1}), v), "does not number the 48"),
+        (lambda k, v: (pd.DataFrame({"row": np.arange(48) // 2}), v), "two rows of row 0"),
+        (lambda k, v: (k, v[:, 0]), "not .E, D."),
+        (lambda k, v: (k, np.where(np.arange(48)[:, None] == 3, np.nan, v)), "not finite"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path, keys, values, change, says):
+    def use():
+        data = make_data(write(tmp_path, *change(keys, values)), cache=False)
+        data.setup()
+        return data.images[3]
+
+    with pytest.raises(DataError, match=says):
+        use()
+
+
+def test_other_files_are_refused(tmp_path):
+    for name, content in (("a.csv", b"x"), ("a.npz", b"x"), ("a.parquet", b"x")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            EmbeddedPlates(Table(), str(tmp_path / name)).load()
+    with pytest.raises(ConfigError, match="missing_embedding"):
+        EmbeddedPlates(Table(), str(tmp_path / "a.npz"), ["missing"])
