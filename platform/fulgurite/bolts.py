@@ -100,10 +100,11 @@ class LinearWarmupCosineAnnealingLR(LRScheduler):
 
     Args:
         optimizer: Optimizer whose rates are scheduled.
-        warmup_epochs: Steps of the rise; at least 2.
+        warmup_epochs: Steps of the rise; at least 1, and less than ``max_epochs``, for bolts
+            divides by the difference after the last step.
         max_epochs: Steps in all.
         warmup_start_lr: Rate of the first step.
-        eta_min: Rate of the last step.
+        eta_min: Rate after ``max_epochs`` steps; the last of them is still above it.
         last_epoch: Index of the last step done; -1 at the start.
 
     Raises:
