@@ -177,6 +177,7 @@ def test_training_ends_within_the_budget_of_client_epochs(fit, weights):
     assert equal(weights(f"run/{LAST}"), weights(f"plain/{LAST}"))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
     budget = (*CLEAN_ONLY, "--model.init_args.max_client_epochs=26")
     fit(*budget, "--run.dir=whole")

@@ -18,6 +18,7 @@ from fulgurite.models.fedsir.losses import adjusted_distillation, log_prior
 from fulgurite.models.fedsir.methods import (
     FedCorr,
     FedELC,
+    FedLSR,
     FedNoRo,
     FedSIR,
     LocalCleaning,
@@ -28,6 +29,7 @@ from fulgurite.models.fedsir.methods.base import LogitLoss
 from fulgurite.models.fedsir.methods.cleaning import SubsetLoss, find_issues
 from fulgurite.models.fedsir.methods.fedcorr import MixupLoss, intrinsic_dimension, upper_group
 from fulgurite.models.fedsir.methods.fedelc import SoftLabelLoss
+from fulgurite.models.fedsir.methods.fedlsr import jensen_shannon
 from fulgurite.models.fedsir.methods.fednoro import class_losses, normalise_losses, vote_clean
 from fulgurite.models.fedsir.methods.noise_aware import DistillationLoss
 from fulgurite.models.fedsir.methods.rofl import CentroidLoss, class_means, merge_centroids
@@ -124,6 +126,7 @@ def play(method, fed: Federation, rounds: range) -> None:
 METHODS = {
     "fednoro": lambda: FedNoRo(warmup=3, kd_begin=3, kd_end=6),
     "fedelc": lambda: FedELC(warmup=3, compatibility=0.1),
+    "fedlsr": lambda: FedLSR(ramp_rounds=2),
     "fedcorr": lambda: FedCorr(preprocessing=3, finetuning=2, mixup=0.5),
     "rofl": lambda: RoFL(forget=0.3, ramp_rounds=2, pseudo_from=3),
     "folds": lambda: LocalCleaning(epochs=8),
@@ -229,6 +232,23 @@ def test_mixup_of_equal_samples_is_the_plain_loss_and_is_keyed():
     assert values[0] == values[1]
 
 
+def test_two_equal_views_have_no_divergence_and_both_count(fed):
+    network, index = fed.network.eval(), torch.tensor([3, 8, 0])
+    loss = FedLSR(consistency=2.0, entropy=0.5, ramp_rounds=4).objective(fed, 0, 2)
+    assert loss.consistency == 1.0  # half way up
+    images, labels = fed.data.images[index], fed.labels.given[index]
+    logits = network(images)
+    p, soft = logits.softmax(1), (3 * logits).softmax(1)
+    entropy = -(soft * soft.log()).sum(1).mean()
+    plain = F.nll_loss((p**2 / (p**2).sum(1, keepdim=True)).log(), labels)
+    value = loss(network, MiniBatch(images, labels, index))  # nothing is augmented here
+    torch.testing.assert_close(value, plain + 0.5 * entropy)
+    first, second = (network(x).mul(3).softmax(1) for x in (images, images.flip(0)))
+    middle = ((first + second) / 2).log()
+    expected = sum(F.kl_div(middle, d, reduction="batchmean") for d in (first, second)) / 2
+    torch.testing.assert_close(jensen_shannon(first, second).mean(), expected)
+
+
 def test_subset_loss_ignores_dropped_samples():
     network = Net()
     images, labels = torch.randn(4, 1, SIDE, SIDE), torch.tensor([0, 1, 2, 0])
@@ -291,6 +311,7 @@ def test_missing_cleanlab_is_named_before_training(monkeypatch, fed):
     [
         lambda: FedNoRo(warmup=0),
         lambda: FedELC(compatibility=-1.0),
+        lambda: FedLSR(entropy=-0.1),
         lambda: FedCorr(confidence=1.5),
         lambda: FedCorr(preprocessing=0),
         lambda: RoFL(forget=1.0),
@@ -527,6 +548,7 @@ COMMAND = [
 OPTIONS = {
     "FedNoRo": {"warmup": 1, "kd_begin": 1, "kd_end": 2},
     "FedELC": {"warmup": 1},
+    "FedLSR": {"ramp_rounds": 1},
     "FedCorr": {"preprocessing": 1, "finetuning": 1},
     "RoFL": {"pseudo_from": 1},
     "LocalCleaning": {"folds": 2, "epochs": 1},

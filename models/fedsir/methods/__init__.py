@@ -5,6 +5,7 @@ from fulgurite.models.fedsir.methods.cleaning import LocalCleaning
 from fulgurite.models.fedsir.methods.fedavg import FedAvg, FedProx
 from fulgurite.models.fedsir.methods.fedcorr import FedCorr
 from fulgurite.models.fedsir.methods.fedelc import FedELC
+from fulgurite.models.fedsir.methods.fedlsr import FedLSR
 from fulgurite.models.fedsir.methods.fednoro import FedNoRo
 from fulgurite.models.fedsir.methods.fedsir import CleanOnly, FedSIR
 from fulgurite.models.fedsir.methods.rofl import RoFL
@@ -15,6 +16,7 @@ __all__ = [
     "FedAvg",
     "FedCorr",
     "FedELC",
+    "FedLSR",
     "FedNoRo",
     "FedProx",
     "FedSIR",

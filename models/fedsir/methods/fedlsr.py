@@ -1,0 +1,152 @@
+"""FedLSR: every client regularises itself by two views of its images.
+
+Axes: N samples, N_k samples of client k, B mini-batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.devices import move
+from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.federation import Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.methods.base import FederatedMethod
+
+__all__ = ["FedLSR", "SelfRegularizedLoss", "jensen_shannon", "sharpen"]
+
+
+def sharpen(probabilities: Tensor) -> Tensor:
+    """Squared and normalised probabilities. Shape: (B, C) to (B, C).
+
+    Example:
+        >>> sharpen(torch.tensor([[0.75, 0.25]])).tolist()
+        [[0.8999999761581421, 0.10000000149011612]]
+
+    Source: FedLSR, CIKM 2022.
+    """
+    squared = probabilities.square()
+    return squared / squared.sum(-1, keepdim=True)
+
+
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each pair of distributions [nat]. Shapes: (B, C) to (B,).
+
+    Example:
+        >>> round(float(jensen_shannon(torch.eye(2)[:1], torch.eye(2)[1:])), 4)
+        0.6931
+
+    Source: FedLSR, CIKM 2022.
+    """
+    middle = (first + second) / 2
+    parts = [torch.xlogy(p, p) - torch.xlogy(p, middle) for p in (first, second)]
+    return (parts[0] + parts[1]).sum(-1) / 2
+
+
+class SelfRegularizedLoss:
+    """Loss of a mini-batch and a second view of its images.
+
+    With the predictions p_1 and p_2 of the views, and a share λ drawn uniformly for the batch:
+    cross-entropy of ``sharpen(λ p_1 + (1 − λ) p_2)``, plus ``consistency`` times the
+    Jensen-Shannon divergence (divided by C) and ``entropy`` times the mean entropy of
+    ``softmax(temperature · logits)``. Draws from torch's CPU generator, which the federation seeds
+    for each client.
+
+    Args:
+        second_view: Network input of samples, by their positions in the label store.
+        consistency: Weight of the divergence.
+        entropy: Weight of the entropy.
+        temperature: Factor of the logits in the regularisation.
+
+    Source: FedLSR, CIKM 2022.
+    """
+
+    def __init__(
+        self,
+        second_view: Callable[[Tensor], Tensor],
+        consistency: float,
+        entropy: float,
+        temperature: float,
+    ) -> None:
+        self.second_view, self.consistency = second_view, consistency
+        self.entropy, self.temperature = entropy, temperature
+
+    def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
+        """The loss."""
+        views = [network(batch.images).float(), network(self.second_view(batch.index)).float()]
+        share = float(torch.rand(()))
+        mixed = sharpen(share * views[0].softmax(1) + (1 - share) * views[1].softmax(1))
+        loss = F.nll_loss(mixed.clamp_min(1e-12).log(), batch.labels)
+        first, second = ((self.temperature * logits).softmax(1) for logits in views)
+        divergence = jensen_shannon(first, second).mean() / first.shape[1]
+        entropy = -(torch.xlogy(first, first) + torch.xlogy(second, second)).sum(1).mean() / 2
+        return loss + self.consistency * divergence + self.entropy * entropy
+
+
+class FedLSR(FederatedMethod):
+    """FedAvg with local self-regularisation; clients are not split and labels stay as given.
+
+    From the authors' benchmark code (FNBench): both regularisers with their weights 0.4 and 0.3,
+    temperature 3, the divergence as a mean over samples and classes, its weight rising linearly
+    over the first fifth of the rounds (``ramp_rounds``). Ours: the second view is the training
+    augmentation drawn anew (there: flip, colour jitter and grey scale, which digits of one channel
+    do not have); the cross-entropy is of the mixed probabilities (the code takes them for
+    logits); the entropy is that of both views (the code takes the first one twice, and the softmax
+    of probabilities). A local epoch has two passes forward and back, and counts once.
+
+    Args:
+        consistency: Weight of the Jensen-Shannon divergence of the views.
+        entropy: Weight of the prediction's entropy.
+        temperature: Factor of the logits in both regularisers.
+        ramp_rounds: Rounds over which ``consistency`` rises from 0.
+
+    Raises:
+        ConfigError: A number is negative.
+
+    Source: Jiang et al., Towards Federated Learning against Noisy Labels via Local
+    Self-Regularization, CIKM 2022.
+    """
+
+    def __init__(
+        self,
+        consistency: float = 0.4,
+        entropy: float = 0.3,
+        temperature: float = 3.0,
+        ramp_rounds: int = 5,
+    ) -> None:
+        numbers = {
+            "consistency": consistency, "entropy": entropy, "temperature": temperature,
+            "ramp_rounds": ramp_rounds,
+        }  # fmt: skip
+        for name, value in numbers.items():
+            if value < 0:
+                raise ConfigError(
+                    f"model.init_args.method.init_args.{name}={value} is negative.",
+                    "Give 0 or more.",
+                )
+        self.consistency, self.entropy = consistency, entropy
+        self.temperature, self.ramp_rounds = temperature, ramp_rounds
+
+    def objective(self, fed: Federation, client: int, round: int) -> Objective:
+        """The self-regularised loss of a client."""
+        rise = min(1.0, round / self.ramp_rounds) if self.ramp_rounds else 1.0
+        return SelfRegularizedLoss(
+            _second_view(fed, client), self.consistency * rise, self.entropy, self.temperature
+        )
+
+
+def _second_view(fed: Federation, client: int) -> Callable[[Tensor], Tensor]:
+    """Another augmentation of a client's samples, by their positions in the label store."""
+    row_of = torch.full((len(fed.labels.given),), -1)
+    row_of[fed.index[client]] = torch.arange(len(fed.index[client]))
+    images = fed.data.client_images(client)
+
+    def view(index: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        picked = move(images[row_of[index]], fed.device)
+        return fed.data.augment_batch(picked, generator)
+
+    return view
