@@ -187,7 +187,8 @@ class HoldOut(Split):
         new_plates: Plates of training batches that are only tested.
         val_plates: Plates of training batches that select the model (where batches are few).
         new_wells: Well positions of each class that are only tested, on training plates.
-        in_domain: Fraction of each class on each training plate that is only tested.
+        in_domain: Fraction of each class on each training plate that is only tested: sites, of
+            wells whose other sites are trained on.
         seed: Seed of these choices.
 
     Raises:
