@@ -109,10 +109,11 @@ NOTES = f"""
 κ of T = 2 … 10 for {SIZE} numbers, {FOLDS} shuffled stratified folds, {SEEDS} seeds: 90 fits.
 scikit-learn: `cross_val_predict` of `StandardScaler` and
 `LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")` on the same folds. One thread each,
-in turns on the same core; medians. Ours takes shrinkage intensities and scores in float32, and
-above 128 dimensions all but the standardisation. `with all controls` is one call of `measure`: the
-same with decade and contiguous folds, the numbers that 5 does not divide by themselves, a
-permutation, spectrum and Fisher values.
+in turns on the same core; medians. Ours takes means, variances and deviations in float64, and
+shrinkage intensities, the scores of flat discriminants and, above 128 dimensions, conjugate
+gradients between near classes in float32. `with all controls` is one call of `measure`: the same
+with decade and contiguous folds, the numbers that 5 does not divide by themselves, a permutation,
+spectrum and Fisher values.
 """
 
 if __name__ == "__main__":

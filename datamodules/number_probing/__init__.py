@@ -11,18 +11,23 @@ if TYPE_CHECKING:
         AdditionDataModule,
         NumberTextDataModule,
     )
-    from fulgurite.datamodules.number_probing.tokenizers import FileTokenizer, WordTokenizer
+    from fulgurite.datamodules.number_probing.tokenizers import (
+        DigitTokenizer,
+        FileTokenizer,
+        WordTokenizer,
+    )
 
 _MODULES = {
     "addition": ("AdditionTask",),
     "corpus": ("TokenCache", "cached_tokens"),
     "datamodule": ("AdditionDataModule", "NumberTextDataModule"),
-    "tokenizers": ("FileTokenizer", "WordTokenizer"),
+    "tokenizers": ("DigitTokenizer", "FileTokenizer", "WordTokenizer"),
 }
 
 __all__ = [
     "AdditionDataModule",
     "AdditionTask",
+    "DigitTokenizer",
     "FileTokenizer",
     "NumberTextDataModule",
     "TokenCache",

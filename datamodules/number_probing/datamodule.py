@@ -165,8 +165,9 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
             another Python).
         suffixes: What names of files in folders end with.
         column: Of parquet tables, the one with the text.
-        tokenizer: ``words``, or a ``tokenizer.json`` (or its folder).
-        vocab_size: Tokens of ``words``; a file has its own number.
+        tokenizer: ``words``, each number 0 … 999 one token; ``digits``, each digit one; or a
+            ``tokenizer.json`` (or its folder).
+        vocab_size: Tokens of ``words`` and ``digits``; a file has its own number.
         perturb: ``context:L``, ``isolate:K``, ``swap``, ``unigram``, or a list of them; ``null``
             for text as it is. Validation and test text is changed alike.
         length: Tokens L of a sequence.
@@ -183,6 +184,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
     Attributes:
         number_ids: Token of each number, after :meth:`setup`. Where a tokenizer has two, alone
             and after a space, those of the spelling that the text has more of.
+        number_pieces: Tokens of each number 0 … 999 by itself, after :meth:`setup`.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -218,6 +220,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         self.save_hyperparameters(logger=False)
         self.column, self.documents = column, documents
         self.number_ids = {}
+        self.number_pieces: dict[int, tuple[int, ...]] = {}
         self._prepared: TokenCache | None = None
         self._ready = False
 
@@ -266,6 +269,8 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
             for split, (part, limit) in enumerate(zip(self.parts, limits, strict=True))
         )  # fmt: skip
         self.number_ids = number_tokens(self.tokenizer, cache.counts)
+        pieces = self.tokenizer.encode([str(n) for n in range(1000)])
+        self.number_pieces = {n: tuple(tokens) for n, tokens in enumerate(pieces)}
         self._ready = True
 
     @property

@@ -18,6 +18,7 @@ from fulgurite.foreign import read_json, reading
 from fulgurite.io import data_path
 
 __all__ = [
+    "DigitTokenizer",
     "FileTokenizer",
     "Tokenizer",
     "WordTokenizer",
@@ -29,7 +30,8 @@ __all__ = [
 _LARGEST = 999
 _PREFIXES = ("Ġ", "▁", " ")  # of words after a space, in GPT-2's bytes and SentencePiece
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
-_MEND = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`."
+_WORD_OR_DIGIT = re.compile(r"\d|[^\W\d_]+|[^\w\s]|_")
+_MEND = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`, or `digits`."
 _MOST_UNUSED = 1 << 20  # numbers without a token
 _LONGEST = 100  # what a rule of a tokenizer may put for a character
 _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
@@ -108,25 +110,28 @@ class WordTokenizer:
     """
 
     end: int | None = 1
+    name = "words"
+    largest = _LARGEST  # number that is one token
+    pattern = _WORD
 
     def __init__(self, vocab_size: int = 8192) -> None:
         special = (_UNKNOWN, _END, _LONG)
-        least = len(special) + _LARGEST + 1
+        least = len(special) + self.largest + 1
         if vocab_size <= least:
             raise ConfigError(
                 f"A vocabulary of {vocab_size} tokens leaves none for words.",
                 f"Set `--data.init_args.vocab_size` above {least}.",
             )
-        self.vocab_size, self.key = vocab_size, f"words-1-{vocab_size}"
+        self.vocab_size, self.key = vocab_size, f"{self.name}-1-{vocab_size}"
         self.special = {name: i for i, name in enumerate(special)}
-        self.numbers = {len(special) + n: n for n in range(_LARGEST + 1)}
+        self.numbers = {len(special) + n: n for n in range(self.largest + 1)}
         self.words = {str(n): token for token, n in self.numbers.items()}
 
     def learn(self, documents: Iterable[str]) -> None:
         """Count words, and keep the most frequent ones; equally frequent ones by the alphabet."""
         counts: Counter[str] = Counter()
         for document in documents:
-            counts.update(_WORD.findall(document.lower()))
+            counts.update(self.pattern.findall(document.lower()))
         words = [word for word in counts if not word[0].isdigit()]
         words.sort(key=lambda word: (-counts[word], word))
         self.restore({"words": words[: self.vocab_size - len(self.special) - len(self.numbers)]})
@@ -140,7 +145,7 @@ class WordTokenizer:
                 token
                 if (token := get(word)) is not None
                 else (long if word[0].isdigit() else unknown)
-                for word in _WORD.findall(document.lower())
+                for word in self.pattern.findall(document.lower())
             ]
             for document in documents
         ]
@@ -159,6 +164,27 @@ class WordTokenizer:
     def spaced(self, token: int) -> bool:
         """No token does."""
         return False
+
+
+class DigitTokenizer(WordTokenizer):
+    """Words in lower case, single signs and single digits: a number is as many tokens as digits.
+
+    Args:
+        vocab_size: V, digits and special tokens included; fewer words leave the rest unused.
+
+    Raises:
+        ConfigError: V leaves no token for words.
+
+    Example:
+        >>> DigitTokenizer(20).encode(["7, 0012"])
+        [[10, 0, 3, 3, 4, 5]]
+
+    Source: inferred.
+    """
+
+    name = "digits"
+    largest = 9
+    pattern = _WORD_OR_DIGIT
 
 
 class FileTokenizer:
@@ -246,14 +272,17 @@ def _refuse_inflation(content: Any) -> None:
 
 
 def make_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer:
-    """``words``, or the tokenizer of a file.
+    """``words``, ``digits``, or the tokenizer of a file.
 
     Raises:
         MissingExtraError: See :class:`FileTokenizer`.
         DataError: See there.
         ConfigError: See :class:`WordTokenizer`.
     """
-    return WordTokenizer(vocab_size) if tokenizer == "words" else FileTokenizer(tokenizer)
+    for kind in (WordTokenizer, DigitTokenizer):
+        if tokenizer == kind.name:
+            return kind(vocab_size)
+    return FileTokenizer(tokenizer)
 
 
 def number_tokens(tokenizer: Tokenizer, counts: npt.NDArray[Any]) -> dict[int, int]:

@@ -29,15 +29,16 @@ _STD = 0.02  # of initial embeddings, as of the backbones' weights
 
 
 class NumberModule(SystemModule):
-    """A LightningModule that knows which token stands for which number.
+    """A LightningModule that knows which tokens stand for which number.
 
-    The DataModule says it (``number_ids``), and checkpoints keep it.
+    The DataModule says it (``number_ids`` and ``number_pieces``), and checkpoints keep it.
 
     Args:
         vocab_size: V; taken from the data.
 
     Attributes:
-        number_ids: Token of each number.
+        number_ids: Token of each number that is one.
+        number_pieces: Tokens of each number by itself.
     """
 
     monitor: str | None = "val/loss"
@@ -51,6 +52,7 @@ class NumberModule(SystemModule):
             )
         self.vocab_size = vocab_size
         self.number_ids: dict[int, int] = {}
+        self.number_pieces: dict[int, tuple[int, ...]] = {}
 
     def setup(self, stage: str) -> None:
         """Take the numbers' tokens from the data.
@@ -61,14 +63,17 @@ class NumberModule(SystemModule):
         super().setup(stage)
         data = getattr(self._trainer, "datamodule", None)
         self.number_ids = dict(getattr(data, "number_ids", None) or self.number_ids)
+        self.number_pieces = dict(getattr(data, "number_pieces", None) or self.number_pieces)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the numbers' tokens, so that a checkpoint can be probed without its data."""
         checkpoint["number_ids"] = dict(self.number_ids)
+        checkpoint["number_pieces"] = dict(self.number_pieces)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See :meth:`on_save_checkpoint`."""
         self.number_ids = dict(checkpoint.get("number_ids", {})) or self.number_ids
+        self.number_pieces = dict(checkpoint.get("number_pieces", {})) or self.number_pieces
 
     def number_tokens(self, ns: Sequence[int]) -> Tensor:
         """Tokens of numbers. Shape: (N,), int64.
@@ -102,6 +107,9 @@ class NumberLM(NumberModule):
         exact_match: Report the share of sequences whose targets are all predicted.
         loss_chunk: Tokens whose logits exist at a time.
         vocab_size: V; taken from the data.
+        probed: What stands for a number in probes: its row of the embedding (``input``) or of the
+            head (``output``), or the hidden state after its tokens by themselves (``state``), which
+            numbers of several tokens have too.
 
     Raises:
         ConfigError: A number is out of range, or the backbone has no width.
@@ -119,6 +127,7 @@ class NumberLM(NumberModule):
         exact_match: bool = False,
         loss_chunk: int = 8192,
         vocab_size: int = 1002,
+        probed: Literal["input", "output", "state"] = "input",
     ) -> None:
         super().__init__(vocab_size)
         save_options(self, "backbone", "optimizer", "scheduler")
@@ -145,6 +154,7 @@ class NumberLM(NumberModule):
             nn.init.normal_(self.head.weight, std=_STD)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.warmup, self.loss_chunk, self.exact_match = warmup, loss_chunk, exact_match
+        self.probed: Literal["input", "output", "state"] = probed
         # metrics, not logged values: Lightning averages values over batches and ranks without the
         # number of targets in them
         names = ("loss", "acc", *(("exact",) if exact_match else ()))
@@ -159,19 +169,39 @@ class NumberLM(NumberModule):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def number_embeddings(
-        self, ns: Sequence[int], table: Literal["input", "output"] = "input"
+        self, ns: Sequence[int], table: Literal["input", "output", "state"] | None = None
     ) -> Tensor:
         """Rows of numbers. Shape: (N, D).
 
         Args:
             ns: Numbers.
-            table: The embedding, or the head.
+            table: The embedding, the head, or the state after a number's tokens; by default what
+                ``probed`` says.
 
         Raises:
             DataError: A number has no token.
         """
+        table = table or self.probed
+        if table == "state":
+            return self._number_states(ns)
         weight = self.embedding.weight if table == "input" else self.head_weight
         return weight[move(self.number_tokens(ns), weight.device)]
+
+    def _number_states(self, ns: Sequence[int]) -> Tensor:
+        """Hidden states after the tokens of numbers by themselves. Shape: (N, D)."""
+        pieces = {n: (token,) for n, token in self.number_ids.items()} | self.number_pieces
+        if missing := [n for n in map(int, ns) if not pieces.get(n)]:
+            raise DataError(
+                f"{len(missing)} of {len(ns)} numbers have no tokens: {missing[0]} is the first.",
+                f"Probe numbers that have some; there are {len(pieces)} of them.",
+            )
+        tokens = [pieces[int(n)] for n in ns]
+        states = self.embedding.weight.new_empty(len(tokens), self.embedding.weight.shape[1])
+        for length in {len(several) for several in tokens}:
+            rows = [i for i, several in enumerate(tokens) if len(several) == length]
+            batch = torch.tensor([tokens[i] for i in rows], dtype=torch.int64)
+            states[rows] = self.hidden(move(batch, states.device))[:, -1].to(states)
+        return states
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm. Shape: (B, L) to (B, L, D)."""

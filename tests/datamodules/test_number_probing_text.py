@@ -12,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.data.listing import find_files
-from fulgurite.datamodules.number_probing import NumberTextDataModule, WordTokenizer
+from fulgurite.datamodules.number_probing import (
+    DigitTokenizer,
+    NumberTextDataModule,
+    WordTokenizer,
+)
 from fulgurite.datamodules.number_probing import corpus as corpora
 from fulgurite.datamodules.number_probing.corpus import cached_tokens
 from fulgurite.datamodules.number_probing.perturbations import (
@@ -96,6 +100,28 @@ def test_frequent_words_have_tokens():
     again = WordTokenizer(1006)
     again.restore(json.loads(json.dumps(tokenizer.state())))
     assert again.encode(["c b 5"]) == tokenizer.encode(["c b 5"])
+
+
+@given(st.integers(0, 100_000))
+def test_each_digit_is_one_token(n):
+    tokenizer = DigitTokenizer(20)
+    (tokens,) = tokenizer.encode([f"({n})"])
+    assert [tokenizer.numbers.get(token) for token in tokens] == [None, *map(int, str(n)), None]
+
+
+def test_tokenizers_of_numbers_and_of_digits_see_the_same_words(corpus):
+    """One corpus, two ways to write its numbers; the caches are apart."""
+    words, digits = (module(corpus, tokenizer=kind) for kind in ("words", "digits"))
+    assert words.number_pieces[42] == (words.number_ids[42],)
+    assert digits.number_pieces[42] == (digits.number_ids[4], digits.number_ids[2])
+    assert [*digits.number_ids] == [*range(10)]
+    assert {*words.tokenizer.state()["words"]} == {*digits.tokenizer.state()["words"]}
+    text = [
+        [data.tokenizer.numbers.get(token) for token in data.cache.tokens[:400].tolist()]
+        for data in (words, digits)
+    ]
+    spelled = "".join(str(n) for n in text[0] if n is not None)
+    assert spelled.startswith("".join(str(n) for n in text[1] if n is not None))
 
 
 @pytest.fixture

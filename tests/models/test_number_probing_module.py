@@ -109,6 +109,30 @@ def test_number_embeddings_are_rows_of_the_tables():
         assert torch.equal(out, lm.head_weight[[5, 2]])
 
 
+@pytest.mark.parametrize("backbone", [TransformerBackbone(16, 1, 2), LSTMBackbone(16, 1)])
+def test_the_state_of_a_number_is_that_after_its_tokens(backbone):
+    found = model(backbone=backbone, probed="state")
+    found.number_ids = {n: n + 2 for n in range(10)}
+    found.number_pieces = {n: tuple(int(digit) + 2 for digit in str(n)) for n in (7, 42, 105, 24)}
+    numbers = [42, 7, 105, 3, 24]  # of several lengths; 3 has a token alone
+    states = found.number_embeddings(numbers)
+    for n, state in zip(numbers, states, strict=True):
+        tokens = torch.tensor([[int(digit) + 2 for digit in str(n)]])
+        torch.testing.assert_close(state, found.hidden(tokens)[0, -1])
+    assert torch.equal(found.number_embeddings([7], "input"), found.embedding.weight[[9]])
+    with pytest.raises(DataError, match=r"1 of 2 numbers have no tokens: 11 is the first"):
+        found.number_embeddings([7, 11])
+
+
+def test_a_checkpoint_keeps_the_tokens_of_numbers():
+    found, other = model(probed="state"), model(probed="state")
+    found.number_pieces = {12: (3, 4)}
+    checkpoint = {}
+    found.on_save_checkpoint(checkpoint)
+    other.on_load_checkpoint(checkpoint)
+    assert other.number_pieces == {12: (3, 4)}
+
+
 def test_numbers_without_a_token_are_named():
     lm = model()
     lm.number_ids = Counting.number_ids
