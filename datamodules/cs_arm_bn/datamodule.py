@@ -50,9 +50,9 @@ class PlateDataModule(L.LightningDataModule):
 
     A batch is a dictionary: ``query`` (L, C, H, W) and ``control`` (N, C, H, W) float32; ``label``
     (L,) int64, -1 if unknown; ``index`` (L,) and ``control_index`` (N,) int64 rows of
-    :attr:`table`; ``domain`` () and ``control_domain`` (N,) int64 numbers in :attr:`domains`;
-    ``well`` (L,) int64 numbers in :attr:`wells`; ``kept`` (L,) bool, false where a query only
-    fills up the last chunk of a plate.
+    :attr:`table`; ``domain`` (), ``query_domain`` (L,) and ``control_domain`` (N,) int64 numbers
+    in :attr:`domains`; ``well`` (L,) int64 numbers in :attr:`wells`; ``kept`` (L,) bool, false
+    where a query only fills up the last chunk of a plate.
 
     A training episode is decided by seed, epoch and its number. Mean and standard deviation of
     the channels are measured on the training queries and kept in checkpoints, whose values win.
@@ -92,6 +92,8 @@ class PlateDataModule(L.LightningDataModule):
             queries, ``all`` for all.
         num_workers: Processes that load episodes; batches do not depend on it.
         seed: Seed of episodes and chunks, apart from the seed of the run.
+        plates: Plates that a mixed batch has queries of, equally many of each (DANN, DeepCORAL);
+            all plates at once if not given.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -125,6 +127,7 @@ class PlateDataModule(L.LightningDataModule):
         predict: Literal["test", "all"] = "test",
         num_workers: int = 0,
         seed: int = 1234,
+        plates: int | None = None,
     ) -> None:
         super().__init__()
         least = {
@@ -134,6 +137,7 @@ class PlateDataModule(L.LightningDataModule):
             "eval_controls": (eval_controls, 0),
             "eval_limit": (eval_limit, 1),
             "steps_per_epoch": (steps_per_epoch, 1),
+            "plates": (plates, 1),
             "min_controls": (min_controls, 0),
             "image_size": (image_size, 1),
             "num_workers": (num_workers, 0),
@@ -169,6 +173,12 @@ class PlateDataModule(L.LightningDataModule):
                 f"The mean is {mean} and the standard deviation {std}.",
                 "Give both `--data.init_args.mean` and `--data.init_args.std` (positive), or none.",
             )
+        if plates is not None and (not mixed or plates > queries):
+            raise ConfigError(
+                f"A batch of {queries} queries is to mix {plates} plates, and mixed is {mixed}.",
+                "Set `--data.init_args.mixed=true` and `plates` to no more than `queries`, or "
+                "`--data.init_args.plates=null`.",
+            )
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "exclude")
         if not cache and self.exclude & set(IMAGE_EXCLUSIONS):
             raise ConfigError(
@@ -185,6 +195,7 @@ class PlateDataModule(L.LightningDataModule):
         self.eval_limit = eval_limit
         self.steps_per_epoch = steps_per_epoch
         self.mixed = mixed
+        self.plates = plates
         self.label_shift = label_shift
         self.control_plate = control_plate
         self.mislabelled_controls = mislabelled_controls
@@ -451,6 +462,7 @@ class PlateDataModule(L.LightningDataModule):
             self.steps_per_epoch or max(1, len(rows) // self.queries),
             self.seed,
             self.mixed,
+            self.plates,
         )
         epoch, batches = training_progress(self.trainer)
         done = batches * sampler_ranks(self.trainer)[1]  # on all ranks

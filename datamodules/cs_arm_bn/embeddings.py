@@ -178,7 +178,7 @@ class EmbeddedPlates(PlateSource):
                 missing, Exclusion("missing_embedding", f"{what}: {name_some(list(names), 3)}", 0)
             )
             rows = rows[~missing]
-        frame = table.frame.drop(columns=[c for c in table.frame if c.startswith("path")])
+        frame = table.frame.drop(columns=[*table.path_columns])
         frame["path"] = [f"{self.path}#{row}" for row in rows]
         notes = (*table.notes, f"embeddings of {values.shape[1]} numbers from {self.path}")
         if unused := len(values) - len(np.unique(rows)):
@@ -295,7 +295,7 @@ def _as_keys(keys: pd.DataFrame) -> pd.DataFrame:
     if absent := [name for name in _NEEDED if name not in keys]:
         raise ValueError(f"it has no {absent[0]!r}; name each row by {', '.join(_NEEDED)} or `row`")
     if (missing := keys.isna().any()).any():
-        raise ValueError(f"the column {keys.columns[missing.argmax()]!r} has empty cells")
+        raise ValueError(f"the column {keys.columns[int(missing.argmax())]!r} has empty cells")
     numbers = [name for name in keys if keys[name].dtype.kind == "f"]
     if fractions := [name for name in numbers if (keys[name] % 1 != 0).any()]:
         raise ValueError(f"the column {fractions[0]!r} holds fractions")

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from fulgurite.datamodules.cs_arm_bn.images import PlateImages
 from fulgurite.datamodules.cs_arm_bn.table import Rows
+from fulgurite.errors import ConfigError
 from fulgurite.sampling import UnrepeatedDistributedSampler
 
 __all__ = [
@@ -301,6 +302,7 @@ class _Episodes(Dataset[dict[str, Tensor]]):
             "control_index": torch.from_numpy(controls.astype(np.int64)),
             "domain": torch.tensor(domain),
             "control_domain": torch.from_numpy(table.domain[controls]),
+            "query_domain": torch.from_numpy(table.domain[queries]),
             "well": torch.from_numpy(table.well[queries]),
             "kept": torch.from_numpy(np.ascontiguousarray(kept)),
         }
@@ -318,6 +320,11 @@ class TrainingEpisodes(_Episodes):
         seed: Seed of the draws.
         mixed: Draw the queries from all plates and no controls, with -1 as domain: ordinary
             mini-batches, for ERM.
+        num_plates: Draw the queries of a mixed batch from so many plates, equally many of each (as
+            far as they divide); from all plates at once if not given.
+
+    Raises:
+        ConfigError: There are fewer plates.
 
     Source: arXiv 2604.20824, card sections 1.3 and 7.2.
     """
@@ -331,8 +338,10 @@ class TrainingEpisodes(_Episodes):
         length: int,
         seed: int,
         mixed: bool = False,
+        num_plates: int | None = None,
     ) -> None:
         self.view = view
+        self.num_plates = num_plates
         self.num_queries = num_queries
         self.num_controls = num_controls
         self.length = length
@@ -343,6 +352,12 @@ class TrainingEpisodes(_Episodes):
         self.plates = [int(d) for d in np.unique(table.domain[queries])]
         self.by_plate = {d: queries[table.domain[queries] == d] for d in self.plates}
         self.controls = {d: table.rows_of(d, control=True) for d in self.plates}
+        if num_plates is not None and num_plates > len(self.plates):
+            raise ConfigError(
+                f"A batch is to have queries of {num_plates} plates, and there are "
+                f"{len(self.plates)} training plates.",
+                f"Set `--data.init_args.plates` to {len(self.plates)} or less.",
+            )
 
     def __len__(self) -> int:
         return self.length
@@ -351,7 +366,7 @@ class TrainingEpisodes(_Episodes):
         generator = np.random.default_rng((self.seed, 1, *divmod(int(number), EPOCH)))
         kept = np.ones(self.num_queries, np.bool_)
         if self.mixed:
-            queries = draw(self.queries, self.num_queries, generator)
+            queries = self._mixed_queries(generator)
             return self._batch(-1, queries, kept, self.queries[:0], generator)
         domain = self.plates[int(generator.integers(len(self.plates)))]
         queries = draw(self.by_plate[domain], self.num_queries, generator)
@@ -359,6 +374,19 @@ class TrainingEpisodes(_Episodes):
         if self.num_controls:
             controls = draw(self.controls[domain], self.num_controls, generator)
         return self._batch(domain, queries, kept, controls, generator)
+
+    def _mixed_queries(self, generator: np.random.Generator) -> Rows:
+        """Rows of all plates, or as many as possible of each of a few."""
+        if self.num_plates is None:
+            return draw(self.queries, self.num_queries, generator)
+        plates = generator.choice(self.plates, self.num_plates, replace=False)
+        least, more = divmod(self.num_queries, self.num_plates)
+        return np.concatenate(
+            [
+                draw(self.by_plate[int(d)], least + (i < more), generator)
+                for i, d in enumerate(plates)
+            ]
+        )
 
 
 class EvaluationEpisodes(_Episodes):

@@ -11,6 +11,7 @@ from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.models.cs_arm_bn.adaptation import adapt, load_statistics, stored_statistics
+    from fulgurite.models.cs_arm_bn.alignment import DANN, DeepCORAL
     from fulgurite.models.cs_arm_bn.batch_statistics import adaptive_weight, merge_groups
     from fulgurite.models.cs_arm_bn.batchnorm import (
         Context,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "alignment": ("DANN", "DeepCORAL"),
     "adaptation": ("adapt", "load_statistics", "stored_statistics"),
     "batch_statistics": ("adaptive_weight", "merge_groups"),
     "batchnorm": ("Context", "ContextBatchNorm1d", "ContextBatchNorm2d", "context"),
@@ -98,6 +100,7 @@ __all__ = [
     "ARMCML",
     "ARMLL",
     "CSARMBN",
+    "DANN",
     "ERM",
     "TENT",
     "TVN",
@@ -108,6 +111,7 @@ __all__ = [
     "ContextBatchNorm1d",
     "ContextBatchNorm2d",
     "ControlsOnly",
+    "DeepCORAL",
     "EmbeddingHead",
     "LinearProbe",
     "Method",

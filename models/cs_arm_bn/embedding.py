@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["EmbeddingHead", "embed", "find_head"]
+__all__ = ["EmbeddingHead", "embed", "embed_and_classify", "find_head"]
 
 
 def find_head(network: nn.Module) -> nn.Linear:
@@ -43,10 +43,19 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
         >>> embed(network, torch.arange(8.0).view(2, 1, 2, 2)).shape
         torch.Size([2, 4])
     """
+    return embed_and_classify(network, images)[0]
+
+
+def embed_and_classify(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings and logits of one forward pass. Shape: (M, C, H, W) to (M, D) and (M, K).
+
+    Raises:
+        ConfigError: See :func:`embed`.
+    """
     seen: list[Tensor] = []
     head = find_head(network)
     with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        network(images)
+        logits = network(images)
     if len(seen) != 1 or seen[0].shape != (len(images), head.in_features):
         shapes = ", ".join(str(tuple(x.shape)) for x in seen) or "nothing"
         raise ConfigError(
@@ -54,7 +63,7 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
             "images, not one vector for each.",
             "Give a network whose `head` is the linear layer on the embedding.",
         )
-    return seen[0]
+    return seen[0], logits
 
 
 class EmbeddingHead(nn.Module):

@@ -82,6 +82,22 @@ class Method(nn.Module):
         """Logits of the queries. Shape: (L, K)."""
         return network(self.images(batch, held))[: len(batch["query"])]  # type: ignore[no-any-return]
 
+    def training_outputs(
+        self, network: nn.Module, batch: Batch, held: Context, progress: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of a training batch, and what is added to their loss, if anything.
+
+        Args:
+            network: The network.
+            batch: A training batch.
+            held: Where statistics come from.
+            progress: Share of the training that is done.
+        """
+        return self.logits(network, batch, held), None
+
+    def prepare_domains(self, count: int) -> None:
+        """Make what depends on the number of plates; called before training."""
+
     def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
         """Called before training and before each evaluation."""
 

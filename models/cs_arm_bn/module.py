@@ -124,6 +124,11 @@ class PlateClassifier(SystemModule):
         Raises:
             ConfigError: Nothing holds the context.
         """
+        self._prepare_context()
+        assert self.held is not None
+        return self.method.logits(self.network, batch, self.held)
+
+    def _prepare_context(self) -> None:
         if self.held is None:
             raise ConfigError(
                 "Nothing says where PlateClassifier's statistics come from.",
@@ -131,7 +136,20 @@ class PlateClassifier(SystemModule):
             )
         # these methods make one forward pass, in which a layer learns of one place in the network
         self.held._passed = set() if self.method.deploys and self.held.record else None
-        return self.method.logits(self.network, batch, self.held)
+
+    def _progress(self) -> float:
+        """Share of the training steps that are done; 1 where their number is not known."""
+        if self._trainer is None:
+            return 0.0
+        total = self._trainer.estimated_stepping_batches
+        return min(1.0, self._trainer.global_step / total) if total else 1.0
+
+    def setup(self, stage: str) -> None:
+        """Check that the model was made for the data; tell the method how many plates there are."""
+        super().setup(stage)
+        if stage == "fit":
+            domains = getattr(getattr(self.trainer, "datamodule", None), "domains", ())
+            self.method.prepare_domains(len(domains))
 
     # --- training ------------------------------------------------------------------------------
 
@@ -174,9 +192,16 @@ class PlateClassifier(SystemModule):
         """
         labels = batch["label"]
         self._check_labels(labels)
-        logits = self.logits(batch)
+        self._prepare_context()
+        assert self.held is not None
+        logits, penalty = self.method.training_outputs(
+            self.network, batch, self.held, self._progress()
+        )
         loss = query_loss(logits, labels)
         size = len(labels)
+        if penalty is not None:
+            self.log("train/penalty", penalty, batch_size=size)
+            loss = loss + penalty
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         right = (logits.detach().argmax(1) == labels).float().mean()
         self.log("train/acc", right, batch_size=size)

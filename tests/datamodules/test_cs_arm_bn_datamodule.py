@@ -40,6 +40,7 @@ SHAPES = {
     "domain": (torch.int64, 0),
     "control_domain": (torch.int64, 1),
     "well": (torch.int64, 1),
+    "query_domain": (torch.int64, 1),
     "kept": (torch.bool, 1),
 }
 
@@ -160,6 +161,27 @@ def test_epochs_differ_and_ranks_share_out_the_same_episodes(make):
         assert sorted({*shards[0], *shards[1]}) == numbers
         assert len(shards[0]) == len(shards[1]) == 3  # padded, for ranks wait for each other
     assert seen[0] != seen[1] != seen[7]
+
+
+@pytest.mark.parametrize("plates", [1, 2])
+def test_mixed_batches_can_have_equally_many_queries_of_some_plates(make, plates):
+    data = make(mixed=True, queries=13, steps_per_epoch=6, plates=plates)
+    batches = list(data.train_dataloader())
+    domain = torch.from_numpy(data.table.domain)
+    for batch in batches:
+        assert torch.equal(batch["query_domain"], domain[batch["index"]])
+        counts = batch["query_domain"].unique(return_counts=True)[1].tolist()
+        assert sorted(counts) == sorted(13 // plates + (i < 13 % plates) for i in range(plates))
+        assert not len(batch["control"])
+    assert len(torch.cat([b["query_domain"] for b in batches]).unique()) == 2  # all there are
+
+
+def test_more_plates_than_there_are_cannot_be_mixed(make):
+    with pytest.raises(ConfigError, match=r"99 plates, and there are \d+ training"):
+        make(mixed=True, queries=99, plates=99).train_dataloader()
+    for wrong in ({"plates": 4}, {"plates": 0, "mixed": True}, {"plates": 9, "mixed": True}):
+        with pytest.raises(ConfigError, match="plates"):
+            make(queries=8, **wrong)
 
 
 def test_mixed_batches_come_from_all_plates(make):
