@@ -44,9 +44,12 @@ _RECONSTRUCT = frozenset(
 _FROM_BUFFER = frozenset(  # how protocol 5 writes an array
     _Global(module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")
 )
+_SCALAR = frozenset(  # how NumPy's own numbers are written, such as those of a list of labels
+    _Global(module, "scalar") for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+)
 _NDARRAY, _DTYPE = _Global("numpy", "ndarray"), _Global("numpy", "dtype")
 _ENCODE = _Global("_codecs", "encode")  # how Python 3 writes bytes in protocol 2
-_KNOWN = _RECONSTRUCT | _FROM_BUFFER | {_NDARRAY, _DTYPE, _ENCODE}
+_KNOWN = _RECONSTRUCT | _FROM_BUFFER | _SCALAR | {_NDARRAY, _DTYPE, _ENCODE}
 _SPEC = re.compile(r"[|<>=]?[biu][1248]")
 
 # Opcodes that push their argument
@@ -229,6 +232,8 @@ class _Machine:
             and isinstance(arguments[0], str)
         ):
             self.stack.append(arguments[0].encode("latin-1"))
+        elif function in _SCALAR and isinstance(arguments, tuple) and len(arguments) == 2:
+            self.stack.append(_build_number(*arguments))
         elif function in _FROM_BUFFER and isinstance(arguments, tuple) and len(arguments) == 4:
             self._count_build()
             raw, kind, shape, order = arguments
@@ -306,6 +311,14 @@ def _number_type(kind: _Type, order: str) -> np.dtype[Any]:
     if not _SPEC.fullmatch(kind.spec) or order not in ("<", ">", "|", "="):
         raise ValueError(f"it holds an array of {kind.spec!r}")
     return np.dtype(kind.spec).newbyteorder(order)  # type: ignore[arg-type]
+
+
+def _build_number(kind: Any, raw: Any) -> int:
+    if isinstance(raw, str):
+        raw = raw.encode("latin-1")
+    if not isinstance(kind, np.dtype) or not isinstance(raw, bytes) or len(raw) != kind.itemsize:
+        raise ValueError("it holds a number whose type and bytes do not fit")
+    return int(np.frombuffer(raw, kind)[0])
 
 
 def _build_array(state: tuple[Any, ...]) -> np.ndarray[Any, np.dtype[Any]]:

@@ -43,6 +43,7 @@ _OTHER_SUFFIXES = (
 _TEST_SPLITS = ("test", "val", "valid", "validation")
 # What a worker sends at once, in shared memory: small, since containers have little of it
 _CHUNK_BYTES = 1 << 19
+_FEWEST_VALUES = 4096  # of 16-bit images: with fewer, 8 bits would leave 16 grey values at most
 _FEW = 2_000  # images that are decoded before a worker has started
 
 
@@ -54,9 +55,10 @@ class ImageFolder(ImageSource):
     decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
     zip, and the names, sizes and times of the files of a folder.
 
-    Images of 16 bits are scaled to 8, so that 65535 becomes 255; they are turned as their EXIF data
-    say; transparency is left out. A colour map is refused for one channel, because its grey values
-    may be the indices or the brightness of the colours.
+    Images of 16 bits are scaled to 8, so that 65535 becomes 255 (and refused where the training
+    images stay below 4096, of which 8 bits would keep nearly nothing); images are turned as their
+    EXIF data say; transparency is left out. A colour map is refused for one channel, because its
+    grey values may be the indices or the brightness of the colours.
 
     Args:
         path: The folder or zip, absolute or relative to ``FULGURITE_DATA``.
@@ -117,7 +119,7 @@ class ImageFolder(ImageSource):
         if self._size is None:
             listing = self._listing()
             decoder = _Decoder(listing.tree, listing.train[:1], None, self.channels, 1)
-            image = decoder[0]
+            image, _ = decoder[0]
             self._size = image.shape[-2], image.shape[-1]
         return self._size
 
@@ -181,7 +183,7 @@ class ImageFolder(ImageSource):
             self._listing().tree, names, (self._side, height, width), self.channels, chunk
         )
         blocks = run_in_processes(decoder, len(decoder), len(names) > _FEW)
-        done = 0
+        done, highest = 0, -1
         for block in track(
             blocks,
             f"Decoding {title} images",
@@ -189,9 +191,17 @@ class ImageFolder(ImageSource):
             total=len(decoder),
             disable=not sys.stderr.isatty(),
         ):
-            images[done : done + len(block)] = block
-            done += len(block)
+            pixels, peak = block
+            images[done : done + len(pixels)] = pixels
+            done += len(pixels)
+            highest = max(highest, peak)
         images.flush()
+        if title == "train" and 0 <= highest < _FEWEST_VALUES:
+            raise DataError(
+                f"The 16-bit images of {self.path} reach {highest:,} of 65,535, so that 8 bits "
+                f"would keep {highest // 257 + 1} values.",
+                "Stretch them to 65,535 (all by one factor), or save them with 8 bits.",
+            )
 
 
 class _Listing:
@@ -269,7 +279,7 @@ class _Listing:
         )
 
 
-class _Decoder(Dataset[Tensor]):
+class _Decoder(Dataset[tuple[Tensor, int]]):
     """Blocks of decoded images: jobs for :func:`run_in_processes`."""
 
     def __init__(
@@ -286,15 +296,20 @@ class _Decoder(Dataset[Tensor]):
     def __len__(self) -> int:
         return -(-len(self.names) // self.chunk)
 
-    def __getitem__(self, block: int) -> Tensor:
+    def __getitem__(self, block: int) -> tuple[Tensor, int]:
+        """Return images, and the highest value of those of 16 bits (-1 if there are none)."""
         names = self.names[block * self.chunk : (block + 1) * self.chunk]
-        return torch.from_numpy(np.stack([self._image(name) for name in names]))
+        self._highest = -1
+        images = torch.from_numpy(np.stack([self._image(name) for name in names]))
+        return images, self._highest
 
     def _image(self, name: str) -> NDArray[np.uint8]:
         with reading_image(f"{name} of {self.tree.root}", "Or remove it."):
             content = io.BytesIO(self.tree.read(name))
-            pixels = to_uint8(decode_picture(content, is_grey=self.channels == 1))
-        image = to_channels(pixels, self.channels)
+            pixels = decode_picture(content, is_grey=self.channels == 1)
+            if pixels.dtype == np.uint16:
+                self._highest = max(self._highest, int(pixels.max()))
+            image = to_channels(to_uint8(pixels), self.channels)
         if self.sizes is None:
             return image
         side, height, width = self.sizes

@@ -250,6 +250,8 @@ def test_batches_of_every_protocol_are_read(protocol, order):
     content = interpret_pickle(pickle.dumps(table, protocol))
     np.testing.assert_array_equal(content[b"data"], pixels)
     np.testing.assert_array_equal(content[b"labels"], np.arange(4))
+    labels = [np.int64(3), np.uint8(200), np.int32(-1)]
+    assert interpret_pickle(pickle.dumps({"labels": labels}, protocol))[b"labels"] == [3, 200, -1]
 
 
 def test_a_pickle_holds_few_arrays():
@@ -392,6 +394,22 @@ def test_16_bit_images_keep_their_content(tmp_path, channels):
     expected = np.rint(grey / 257)
     assert tuple(images.shape) == (3, channels, 8, 8)
     assert np.abs(images.numpy() - expected).max() <= (channels == 1)  # luma may round down
+
+
+def test_16_bit_images_that_use_few_values_are_refused(tmp_path, cache):
+    for split, top in (("train", 4095), ("test", 60_000)):
+        grey = np.random.default_rng(0).integers(0, top, (8, 8), endpoint=True).astype(np.uint16)
+        grey[0, 0] = top
+        for name in ("no", "yes"):
+            (tmp_path / "i" / split / name).mkdir(parents=True)
+            Image.fromarray(grey).save(tmp_path / "i" / split / name / "a.png")
+    with pytest.raises(DataError, match="reach 4,095 of 65,535, so that 8 bits would keep 16"):
+        ImageFolder(str(tmp_path / "i"), channels=1).load()
+    assert entries(cache) == []
+    grey[:] = 0
+    grey[0] = 4096
+    Image.fromarray(grey).save(tmp_path / "i" / "train" / "no" / "b.png")
+    assert len(ImageFolder(str(tmp_path / "i"), channels=1).load().train_labels) == 3
 
 
 def test_a_colour_map_is_refused_for_grey_images(tmp_path):
