@@ -7,6 +7,7 @@ from fulgurite.datamodules.fedsir.file_labels import FileLabels, SourceLabels
 from fulgurite.datamodules.fedsir.file_partition import FilePartition
 from fulgurite.datamodules.fedsir.folders import ImageFolder
 from fulgurite.datamodules.fedsir.labels import LabelStore
+from fulgurite.datamodules.fedsir.leaf import Leaf
 from fulgurite.datamodules.fedsir.noise import (
     AsymmetricMap,
     FederationNoise,
@@ -16,6 +17,7 @@ from fulgurite.datamodules.fedsir.noise import (
     Pair,
     Symmetric,
 )
+from fulgurite.datamodules.fedsir.parquet import Parquet
 from fulgurite.datamodules.fedsir.partition import (
     Dirichlet,
     Grouped,
@@ -49,11 +51,13 @@ __all__ = [
     "InstanceDependent",
     "LabelNoise",
     "LabelStore",
+    "Leaf",
     "Listing",
     "Natural",
     "NoisyClients",
     "Npz",
     "Pair",
+    "Parquet",
     "Partition",
     "Samples",
     "Shards",

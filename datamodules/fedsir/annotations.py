@@ -34,7 +34,9 @@ __all__ = [
     "MISSING",
     "AnnotationFile",
     "LabelsAre",
+    "cell_text",
     "file_kind",
+    "is_plain_column",
     "label_numbers",
     "read_indices",
     "read_label_arrays",
@@ -122,7 +124,6 @@ def read_table(path: Path) -> dict[str, list[str]]:
 
 def _read_parquet(path: Path) -> dict[str, list[str]]:
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingExtraError(
@@ -134,12 +135,15 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
             schema = file.schema_arrow
             if len(set(schema.names)) < len(schema.names):
                 raise ValueError("it has two columns of one name")
-            plain = [field.name for field in schema if _is_plain(pa, field.type)]
+            plain = [field.name for field in schema if is_plain_column(field.type)]
             table = file.read(columns=plain)
-            return {name: [_as_text(v) for v in table[name].to_pylist()] for name in plain}
+            return {name: [cell_text(v) for v in table[name].to_pylist()] for name in plain}
 
 
-def _is_plain(pa: Any, kind: Any) -> bool:
+def is_plain_column(kind: Any) -> bool:
+    """Whether a column of parquet holds numbers or text."""
+    import pyarrow as pa
+
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(
@@ -151,7 +155,7 @@ def _is_plain(pa: Any, kind: Any) -> bool:
     )
 
 
-def _as_text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """The text of a cell; a whole float is an integer, as pandas writes those with gaps."""
     if value is None or value != value:
         return ""

@@ -214,7 +214,9 @@ def _annotations():
     import pandas as pd
     import torch
 
-    from fulgurite.datamodules.fedsir import FileLabels, FilePartition, Listing, Samples
+    from fulgurite.datamodules.fedsir import FileLabels, FilePartition, Leaf, Listing, Parquet
+    from fulgurite.datamodules.fedsir.samples import Samples
+    from fulgurite.testing.files import write_image_parquet
 
     labels = torch.tensor([0, 1, 0, 1])
     listing = Listing(4, ("a.png", "b.png", "c.png", "d.png"))
@@ -242,6 +244,26 @@ def _annotations():
         {"a.json": content} for content in (b'{"0": [0, 3], "1": [1, 2]}', b"[[0, 3], [1, 2]]")
     ]
     yield Target("clients.json", indices, lambda f: read_partition(f / "a.json"))
+
+    data = {f"u{k}": {"x": [[0.0, 1, 0.5, 1.0]] * 2, "y": [0, 1]} for k in range(2)}
+    users = {"users": [*data], "num_samples": [2, 2], "user_data": data}
+    leaf = {"a.json": json.dumps(users).encode()}
+
+    def read_leaf(folder):
+        path = str(folder / "a.json")
+        Leaf(path, path, shape=(1, 2, 2)).load()
+
+    yield Target("leaf", [leaf], read_leaf)
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
+    table = _made(lambda f: write_image_parquet(f / "a.parquet", images, [0, 1, 0, 1]))
+
+    def read_images(folder):
+        path = str(folder / "a.parquet")
+        source = Parquet(path, path)
+        _ = source.num_classes, source.image_size
+        source.load()
+
+    yield Target("parquet-images", [table], read_images)
 
     def saved(content):
         out = io.BytesIO()

@@ -6,6 +6,7 @@ Shapes: N samples, C classes.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -24,6 +25,7 @@ __all__ = [
     "python2_pickle",
     "write_cifar_archive",
     "write_image_files",
+    "write_image_parquet",
     "write_npz",
 ]
 
@@ -247,3 +249,48 @@ def write_npz(
     with path.open("wb") as file:
         np.savez(file, allow_pickle=True, **(content | arrays))
     return path
+
+
+def write_image_parquet(
+    path: str | Path,
+    images: npt.NDArray[np.uint8],
+    labels: list[Any],
+    class_names: list[str] | None = None,
+    **columns: list[Any],
+) -> Path:
+    """Write a parquet table of PNGs as Hugging Face's ``Dataset.to_parquet`` does.
+
+    Args:
+        path: The file.
+        images: Their pixels.
+        labels: Of each.
+        class_names: Names of the classes, for the metadata.
+        columns: Other columns.
+
+    Shape:
+        - images: (N, C, H, W).
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     images = np.zeros((2, 1, 4, 4), np.uint8)
+        ...     write_image_parquet(Path(folder) / "a.parquet", images, [0, 1]).name
+        'a.parquet'
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    cells = []
+    for number, image in enumerate(images):
+        buffer = io.BytesIO()
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": f"{number}.png"})
+    table = pa.table({"image": cells, "label": labels, **columns})
+    if class_names is not None:
+        label = {"names": class_names, "_type": "ClassLabel"}
+        facts = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(facts)})
+    pq.write_table(table, path)
+    return Path(path)
