@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fulgurite.data.exclusions import BadImage, Exclusion, name_some
-from fulgurite.data.images import decode_image, reading_image
+from fulgurite.data.images import ImageRefused, decode_image, reading_image
 from fulgurite.data.pool import run_in_processes
 from fulgurite.data.store import ArrayStore, cache_folder, cached_store
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
@@ -39,6 +39,10 @@ __all__ = [
 IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
 
 _MOST_REMOTE = 256 << 20  # of a file that is fetched [bytes]
+_ANY_DEPTH = (
+    "Or, with CsvPlates, take all its planes for channels and indices for values: "
+    "`--data.init_args.source.init_args.any_depth=true`."
+)
 _LEAVE_OUT = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
 _Kind = tuple[tuple[int, ...], str]  # shape and type of a site
 _VERSION = 3  # of the store; a change of its layout or of what is stored makes it new
@@ -172,9 +176,14 @@ class FileReader(SiteReader):
             _opened(path, self.remote) as (stream, size),
         ):
             suffix = Path(path).suffix.lower()
-            return decode_image(
-                stream, size, suffix, is_channel=is_channel, any_depth=self.any_depth
-            )
+            try:
+                return decode_image(
+                    stream, size, suffix, is_channel=is_channel, any_depth=self.any_depth
+                )
+            except ImageRefused as refused:
+                if refused.needs_any_depth:
+                    refused.hint += f" {_ANY_DEPTH}"
+                raise
 
 
 class _PlateWriter(Dataset[None]):

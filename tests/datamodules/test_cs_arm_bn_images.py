@@ -80,6 +80,8 @@ def test_each_bad_tiff_has_one_error_that_names_it(tmp_path, kind, word):
         FileReader(1)([str(path)])
     assert word in str(error.value)
     assert "--data.init_args.exclude+=unreadable" in error.value.mend
+    takes_more = kind in ("eight", "float", "colour", "planes")
+    assert ("init_args.any_depth=true" in error.value.mend) == takes_more
     assert error.value.kind == "unreadable"
 
 

@@ -44,13 +44,17 @@ class ImageRefused(ValueError):
         what: The rest of a sentence that begins with the name of the file.
         hint: One sentence: what to do about it.
         needs_package: Whether it could be read if a package were installed.
+        needs_any_depth: Whether ``any_depth`` of :func:`decode_image` reads it.
     """
 
-    def __init__(self, what: str, hint: str, needs_package: bool = False) -> None:
+    def __init__(
+        self, what: str, hint: str, needs_package: bool = False, needs_any_depth: bool = False
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.hint = hint
         self.needs_package = needs_package
+        self.needs_any_depth = needs_any_depth
 
 
 # --- what readers ask for -------------------------------------------------------------------------
@@ -236,6 +240,7 @@ def _decode_colour_map(picture: Any, is_grey: bool, takes_indices: bool) -> NDAr
             "has a colour map, so that its grey values may be the indices or the brightness of the "
             "colours",
             "Save it as grey (in Fiji: Image > Lookup Tables > Grays), or as RGB.",
+            needs_any_depth=True,
         )
     return np.ascontiguousarray(colours[..., 0])
 
@@ -319,13 +324,14 @@ def _check_plain(file: Any, page: Any) -> None:
     if page.dtype != np.uint16 or page.samplesperpixel != 1 or len(page.shape) != 2:
         raise ImageRefused(
             f"holds {page.dtype} of shape {page.shape}, not one 16-bit channel",
-            "Export single-channel 16-bit images, or set `any_depth=true` of CsvPlates.",
+            "Export single-channel 16-bit images.",
+            needs_any_depth=True,
         )
     if len(file.pages) > 1:
         raise ImageRefused(
             f"has {len(file.pages)} planes",
-            "Give one plane per file, or set `any_depth=true` of CsvPlates, which reads the planes "
-            "of a file as channels.",
+            "Give one plane per file.",
+            needs_any_depth=True,
         )
 
 
