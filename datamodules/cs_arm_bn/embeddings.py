@@ -68,7 +68,8 @@ class _EmbeddingReader(SiteReader):
         """Return an embedding as an image of one pixel. Shape: (D, 1, 1)."""
         if self._values is None:
             self._values = read_embeddings(self.path)[1]
-        return self._values[int(paths[0].rpartition("#")[2])][:, None, None]
+        embedding: NDArray[np.float32] = self._values[int(paths[0].rpartition("#")[2])]
+        return embedding[:, None, None]
 
     def fingerprint(self, paths: Sequence[str]) -> Iterator[str]:
         """The row, and what tells that the file has changed."""

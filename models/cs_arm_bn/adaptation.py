@@ -171,8 +171,9 @@ def _check_finite(layers: Mapping[str, ContextLayer], domain: Hashable) -> None:
         if domain in layer.stored and not all(v.isfinite().all() for v in layer.stored[domain]):
             raise DataError(
                 f"The statistics of the domain {domain!r} at {name or 'the layer'} are not finite.",
-                "Leave out images with NaN or infinite pixels, and use --trainer.precision=32-true "
-                "or bf16-mixed if the activations are too large for half precision.",
+                "Use weights without NaN, leave out images with NaN or infinite pixels, and use "
+                "--trainer.precision=32-true or bf16-mixed if the activations are too large for "
+                "half precision.",
             )
 
 

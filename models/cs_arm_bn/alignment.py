@@ -94,7 +94,7 @@ def coral_distance(first: Tensor, second: Tensor) -> Tensor:
 def _plates_of(batch: Mapping[str, Any], method: str) -> Tensor:
     """The plate of each query; at least two differ. Shape: (L,)."""
     plates: Tensor | None = batch.get("query_domain")
-    if plates is None or len(plates.unique()) < 2:
+    if plates is None or len(torch.unique(plates)) < 2:
         raise DataError(
             f"{method} aligns plates, and a training batch has queries of one.",
             "Set data.init_args.mixed=true and data.init_args.plates=4.",
@@ -151,7 +151,7 @@ class DANN(ERM):
             own = self.discriminator
             if own is None or own.get_parameter("2.bias").shape != bias.shape:
                 self.prepare_domains(len(bias))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def training_outputs(
         self, network: nn.Module, batch: Mapping[str, Any], held: Context, progress: float
@@ -196,7 +196,7 @@ class DeepCORAL(ERM):
         """Logits, and the mean distance of the covariances of two plates."""
         plates = _plates_of(batch, "DeepCORAL")
         features, logits = embed_and_classify(network, self.images(batch, held))
-        groups = [features[plates == plate] for plate in plates.unique()]
+        groups = [features[plates == plate] for plate in torch.unique(plates)]
         if min(len(group) for group in groups) < 2:
             raise DataError(
                 "DeepCORAL needs two queries of each plate in a batch, and one has a single query.",
