@@ -579,6 +579,7 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
         folders._Decoder._image = die_at_the_sixth
         if {workers}:
             folders._FEW, os.sched_getaffinity = 0, lambda _: {{0, 1}}
+            folders._CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
         ImageFolder({str(path)!r}).load()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
