@@ -74,7 +74,8 @@ class IceLayerDataModule(L.LightningDataModule):
         drop: Fraction of the observed entries that test batches hide from the model, in runs and
             whole layers; what is dropped at 0.1 is dropped at 0.3 too.
         overlap: Stacks nearer than this to an evaluated trace overlap it [m].
-        predict: Which stacks are predicted.
+        predict: Which stacks are predicted. Stacks without any pick, which are in no part, are
+            predicted with those of their segment, and all of them with ``all``.
         num_workers: Processes that load batches; batches do not depend on it.
         seed: Of the split, the order of training and what is dropped, apart from the run's seed.
 
@@ -144,6 +145,7 @@ class IceLayerDataModule(L.LightningDataModule):
         self.drop, self.overlap, self.predict = drop, overlap, predict
         self.num_workers, self.seed = num_workers, seed
         self._parts: dict[str, list[LayerStack]] = {}
+        self._unpicked: list[LayerStack] = []
         self._statistics: dict[str, Tensor] | None = None
         self.excluded: list[Exclusion] = []
 
@@ -202,11 +204,13 @@ class IceLayerDataModule(L.LightningDataModule):
         if self._parts:
             return
         flights = self.source.load()
-        split = split_segments(flights.segments, self.val, self.test, self.order, self.seed)
+        picked = [stack for stack in flights.stacks if stack.observed.any()]
+        segments = tuple(sorted({stack.segment for stack in picked}))
+        split = split_segments(segments, self.val, self.test, self.order, self.seed)
         parts = {
-            part: [stack for stack in flights.stacks if stack.segment in set(split[part])]
-            for part in PARTS
+            part: [stack for stack in picked if stack.segment in set(split[part])] for part in PARTS
         }
+        self._unpicked = [stack for stack in flights.stacks if not stack.observed.any()]
         self.excluded = list(flights.excluded)
         if self.completed is not None:
             parts["train"] = self._completed(flights, parts)
@@ -222,19 +226,21 @@ class IceLayerDataModule(L.LightningDataModule):
             generator = np.random.default_rng((self.seed, _CHOOSE))
             chosen = generator.permutation(len(parts["train"]))[: self.train_stacks]
             parts["train"] = [parts["train"][k] for k in np.sort(chosen)]
-        if not any(parts.values()):
+        if not any(parts.values()) and not self._unpicked:
             raise DataError(
                 f"No stack is left of {flights.report()}.",
                 "Take parts out of `--data.init_args.traced`.",
             )
         self.layer_names, self.layer_age = flights.layer_names, flights.layer_age
-        every = [stack for part in PARTS for stack in parts[part]]
+        every = [*(stack for part in PARTS for stack in parts[part]), *self._unpicked]
         self.segments = tuple(sorted({stack.segment for stack in every}))
         self.stacks = tuple(stack.name for stack in every)
         self._parts = parts
         if self._statistics is None and parts["train"]:
             self._statistics = fit_statistics(parts["train"])
         left_out = "".join(f"; {e.count} {e.what}" for e in self.excluded[len(flights.excluded) :])
+        if self._unpicked:
+            left_out += f"; {len(self._unpicked)} stacks without any pick, for prediction only"
         rank_zero_info(
             f"Ice layers: {flights.report()}{left_out}\nsplit: "
             + ", ".join(
@@ -279,15 +285,26 @@ class IceLayerDataModule(L.LightningDataModule):
     def _data(self, part: str, drop: float = 0.0) -> list[Any]:
         """PyG ``Data`` of a part."""
         first = sum(len(self._parts[p]) for p in PARTS[: PARTS.index(part)])
-        number = {name: k for k, name in enumerate(self.segments)}
         data = []
         for k, stack in enumerate(self._parts[part], first):
             dropped = None
             if drop:  # by name: whatever other stacks there are
                 key = (self.seed, _DROP, *stack.name.encode())
                 dropped = drop_observed(stack.observed, drop, np.random.default_rng(key))
-            data.append(stack.to_data(number[stack.segment], k, dropped))
+            data.append(stack.to_data(self.segments.index(stack.segment), k, dropped))
         return data
+
+    def _unpicked_data(self, parts: Sequence[str]) -> list[Any]:
+        """PyG ``Data`` of the stacks without any pick on the segments of some parts."""
+        segments = {stack.segment for part in parts for stack in self._parts[part]}
+        if set(parts) == set(PARTS):  # a segment without any pick is in no part
+            segments |= {stack.segment for stack in self._unpicked}
+        first = sum(map(len, self._parts.values()))
+        return [
+            stack.to_data(self.segments.index(stack.segment), k)
+            for k, stack in enumerate(self._unpicked, first)
+            if stack.segment in segments
+        ]
 
     def _loader(self, data: Sequence[Any], sampler: Any, batch_size: int) -> Any:
         try:
@@ -350,7 +367,7 @@ class IceLayerDataModule(L.LightningDataModule):
             DataError: There is none.
         """
         parts = PARTS if self.predict == "all" else (self.predict,)
-        data = [item for part in parts for item in self._data(part)]
+        data = [item for part in parts for item in self._data(part)] + self._unpicked_data(parts)
         if not data:
             raise DataError(
                 f"The part {self.predict} has no stack to predict.",

@@ -21,6 +21,7 @@ from fulgurite.datamodules.ice_layers.resample import (
     break_at_jumps,
     cut,
     in_hole,
+    interpolate_positions,
     resample,
 )
 from fulgurite.datamodules.ice_layers.stack import (
@@ -109,18 +110,18 @@ class Track:
 
 
 def in_order(
-    time: Array, pos: Array, said: Array | None = None
+    time: Array, pos: Array, recorded_time: Array | None = None
 ) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
     """Order the usable traces of a segment by time, each once.
 
     Args:
         time: Of each trace.
-        pos: Latitude and longitude, from where longitudes beyond 180 are counted from the west.
-        said: Time in the file, if ``time`` is another; equal ones and equal positions are a trace
-            that comes twice.
+        pos: Latitude and longitude; longitudes become those between -180 and 180.
+        recorded_time: Time in the file, if ``time`` was made instead; traces of equal recorded
+            time and position are one.
 
     Shape:
-        - time, said: (M,); pos: (M, 2) [degrees].
+        - time, recorded_time: (M,); pos: (M, 2) [degrees].
 
     Returns:
         Numbers of the traces (N,), their positions (N, 2), and how many were left out: without
@@ -133,8 +134,10 @@ def in_order(
                [ 70.1, -40. ]]), array([1, 1]))
     """
     known = np.flatnonzero(np.isfinite(time) & (np.abs(pos) <= (90, 360)).all(1))
-    pos = pos - [0.0, 360.0] * (pos[:, 1:] > 180)
-    rows = np.column_stack([time if said is None else np.nan_to_num(said), pos])[known]
+    pos = pos - [0.0, 360.0] * (pos[:, 1:] > 180) + [0.0, 360.0] * (pos[:, 1:] < -180)
+    rows = np.column_stack([time if recorded_time is None else np.nan_to_num(recorded_time), pos])[
+        known
+    ]
     once = known[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
     order = once[np.argsort(time[once], kind="stable")]
     return order, pos[order], np.array([len(time) - len(known), len(known) - len(once)])
@@ -256,7 +259,7 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
             blocks_of_run = cut(float(part[-1]), how.traces, spacing)
             places = np.concatenate(blocks_of_run)
             values = resample(part, track.layers[run], places)
-            pos = _positions(part, track.pos[run], places)
+            pos = interpolate_positions(part, track.pos[run], places)
             truth = None if track.truth is None else resample(part, track.truth[run], places)
             hole = in_hole(part, places)
             end = 0
@@ -287,11 +290,6 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
     return blocks
 
 
-def _positions(distance: Array, pos: Array, places: Array) -> Array:
-    """Positions at places along the track, also where a trace is missing. Shape: (N, 2)."""
-    return np.stack([np.interp(places, distance, column) for column in pos.T], 1)
-
-
 def assemble(
     tracks: Sequence[Track],
     climate: MarClimate | None,
@@ -320,10 +318,6 @@ def assemble(
     words = check_exclude(exclude, ("outside_climate", "unreadable", "layer_count"))
     left_out = list(excluded)
     blocks = _cut(tracks, how, left_out)
-    kept = [b for b in blocks if np.isfinite(b.layers).any()]
-    if len(kept) < len(blocks):
-        left_out.append(Exclusion("empty", "blocks without any pick", len(blocks) - len(kept)))
-    blocks = kept
     names = climate.physics if climate is not None else ()
     stacks: list[LayerStack] = []
     nearest = outside = 0

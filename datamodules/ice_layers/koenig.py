@@ -6,6 +6,7 @@ Shapes: M traces, K = 30 layers of a table, L layers that are used.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from fulgurite.datamodules.ice_layers.flights import (
     left_out_traces,
     read_or_leave,
 )
+from fulgurite.datamodules.ice_layers.layer_frames import parse_day
 from fulgurite.datamodules.ice_layers.stack import (
     THICKEST,
     Array,
@@ -38,7 +40,9 @@ __all__ = ["KoenigPicks", "read_picks"]
 
 _OPTION = "--data.init_args.source.init_args"
 _HEAD, _PER_LAYER = 6, 5
-_DATE = re.compile(r"(?<!\d)((?:19|20)\d{6}_\d{2})(?!\d)")
+# a flight of 2009 or 2010 is named by its day alone
+_DATE = re.compile(r"(?<!\d)((?:19|20)\d{6}(?:_\d{2})?)(?!\d)")
+_FIRST_IS_SURFACE = 0.5  # of the typical distance of the first two picks
 
 
 def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Array, Array]]:
@@ -53,8 +57,8 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         from_bins: Return two-way travel times from the first bin instead of depths.
 
     Returns:
-        For each segment (the ``YYYYMMDD_SS`` in the file column) the times (M,) [s], positions
-        (M, 2) [degrees], and depths (M, K) [m] or times [s], NaN where missing.
+        For each segment (the ``YYYYMMDD_SS`` or ``YYYYMMDD`` in the file column) the times (M,)
+        [s], positions (M, 2) [degrees], and depths (M, K) [m] or times [s], NaN where missing.
 
     Raises:
         DataError: The table is damaged, or a line has another number of columns.
@@ -79,11 +83,11 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
                 raise ValueError
             values = [float(word) for word in words[1:]]
             if date[1] not in rows:
-                _day(date[1])
+                parse_day(date[1])
         except ValueError:
             raise DataError(
                 f"The line {number} of {path} is no line of picks ({len(words)} columns).",
-                "A line has a file name with YYYYMMDD_SS (of a day that exists), "
+                "A line has a file name with YYYYMMDD or YYYYMMDD_SS (of a day that exists), "
                 f"{_HEAD - 1} numbers and {_PER_LAYER} for each layer: fetch the table again, or "
                 f"leave such tables out: `{_OPTION}.exclude+=unreadable`.",
             ) from None
@@ -108,8 +112,7 @@ class KoenigPicks(StackSource):
     """Stacks out of the picks that Koenig et al. published beside their accumulation map.
 
     Layers are a year apart. Depths are the published ones, or follow from range bins and the
-    density of this project (``thickness: bins``), where the first picked boundary stands for the
-    surface.
+    density of this project (``thickness: bins``).
 
     Args:
         files: ``mapdata*.txt`` tables, or folders of them, absolute or relative to
@@ -122,6 +125,10 @@ class KoenigPicks(StackSource):
         min_traces: Shorter remainders are left out and counted; half of ``traces`` if not given.
         jump: A step of more than this times the median one ends a block.
         density: Of all layers [g cm⁻³], for ``bins``; by the climate if not given.
+        surface: What the first layer begins at: the ``first_pick`` of a trace, as the toolbox's
+            own reader of these tables has it, or depth ``zero``. If not given, the first pick is
+            the surface where its median depth is less than half of that of the layer below, which
+            is reported; range bins know no depth, so that the first pick is the surface.
         exclude: What to leave out and count instead of stopping: tables that are ``unreadable``,
             stacks ``outside_climate``.
         thickest: Largest plausible median of all observed thicknesses [m], above which they are
@@ -146,7 +153,15 @@ class KoenigPicks(StackSource):
         density: float | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
         thickest: float = THICKEST,
+        surface: Literal["first_pick", "zero"] | None = None,
     ) -> None:
+        if surface not in (None, "first_pick", "zero") or (
+            surface == "zero" and thickness == "bins"
+        ):
+            raise ConfigError(
+                f"The surface is {surface!r} for a thickness from {thickness}.",
+                f"Set `{_OPTION}.surface` to first_pick, or to zero for a thickness from depth.",
+            )
         if thickness not in ("depth", "bins") or count < 1:
             raise ConfigError(
                 f"There are no {count} layers whose thickness is from {thickness!r}.",
@@ -156,6 +171,7 @@ class KoenigPicks(StackSource):
         self.climate = climate
         self.count = count
         self.thickness = thickness
+        self.surface = surface
         self.blocks = Blocks(traces, spacing, min_traces, jump, density, thickest)
         self.exclude = check_exclude(exclude, ("unreadable", "outside_climate"))
 
@@ -195,43 +211,64 @@ class KoenigPicks(StackSource):
         bins = self.thickness == "bins"
         parts: dict[str, list[tuple[Array, Array, Array]]] = {}
         damaged: list[str] = []
+        widths: dict[Path, int] = {}
         for path in self.paths():
             table = read_or_leave(lambda path: read_picks(path, bins), path, self.exclude, damaged)
-            for segment, (time, pos, picks) in (table or {}).items():
-                if picks.shape[1] < self.count + bins:
-                    raise DataError(
-                        f"The table {path} has {picks.shape[1]} layers, not {self.count + bins}.",
-                        f"Lower `{_OPTION}.count`.",
-                    )
-                parts.setdefault(segment, []).append((time, pos, picks[:, : self.count + bins]))
+            for segment, picks_of in (table or {}).items():
+                parts.setdefault(segment, []).append(picks_of)
+                widths[path] = picks_of[2].shape[1]
+        every = [picks for tables in parts.values() for _, _, picks in tables]
+        surface, notes = self._choose_surface(every)
+        needed = self.count + (surface == "first_pick")
+        for path, boundaries in widths.items():
+            if boundaries < needed:
+                raise DataError(
+                    f"The table {path} has {boundaries} boundaries, not {needed}.",
+                    f"Lower `{_OPTION}.count`.",
+                )
         tracks: list[Track] = []
         crossed, lost = 0, np.zeros(2, np.int64)
         age = np.arange(1.0, self.count + 1)
         for segment in sorted(parts):  # which may be in several tables
-            said, pos, picks = map(np.concatenate, zip(*parts[segment], strict=True))
-            if not bins:
+            cut = [(time, pos, picks[:, :needed]) for time, pos, picks in parts[segment]]
+            recorded_time, pos, picks = map(np.concatenate, zip(*cut, strict=True))
+            if surface == "zero":
                 picks = np.column_stack([np.zeros(len(picks)), picks])
-            start, time = _day(segment), said
-            if not abs(float(np.median(said)) - start) < 3 * 86_400:
+            start, time = parse_day(segment), recorded_time
+            if not abs(float(np.median(recorded_time)) - start) < 3 * 86_400:
                 # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
-                time = start + 43_200.0 + np.arange(len(said), dtype=np.float64)
-            traces, pos, its_lost = in_order(time, pos, said)
+                time = start + 43_200.0 + np.arange(len(recorded_time), dtype=np.float64)
+            traces, pos, its_lost = in_order(time, pos, recorded_time)
             lost += its_lost
             if len(traces):
-                layers, its = layer_times(picks[traces])
-                crossed += its
+                layers, its_crossed = layer_times(picks[traces])
+                crossed += its_crossed
                 tracks.append(Track(segment, time[traces], pos, layers, age, is_time=bins))
         excluded = [*left_out_files(damaged), *left_out_traces(lost, crossed)]
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]
         words = sorted(self.exclude)
-        return assemble(tracks, self.climate, self.blocks, names, words, excluded)
+        return assemble(tracks, self.climate, self.blocks, names, words, excluded, notes)
+
+    def _choose_surface(self, tables: Sequence[Array]) -> tuple[str, list[str]]:
+        """What the first layer begins at, and what is to be said of it."""
+        if self.thickness == "bins":
+            return "first_pick", []
+        if self.surface is not None:
+            return self.surface, []
+        first = _median_of([picks[:, 0] for picks in tables])
+        second = _median_of([picks[:, 1] - picks[:, 0] for picks in tables if picks.shape[1] > 1])
+        if not np.isfinite(first) or not np.isfinite(second):
+            return "zero", []
+        is_surface = first < _FIRST_IS_SURFACE * second
+        chosen = "first_pick" if is_surface else "zero"
+        return chosen, [
+            f"the first picks lie at {first:.2f} m, the layer below is {second:.2f} m thick "
+            f"(medians): they are taken for the {'surface' if is_surface else 'first layer'} "
+            f"(surface={chosen})"
+        ]
 
 
-def _day(segment: str) -> float:
-    """The beginning of the day that a segment's name says [s since 1970].
-
-    Raises:
-        ValueError: There is no such day.
-    """
-    day = np.datetime64(f"{segment[:4]}-{segment[4:6]}-{segment[6:8]}", "s")
-    return float(day.astype(np.int64))
+def _median_of(parts: Sequence[Array]) -> float:
+    """The median of finite values, NaN where there is none."""
+    values = np.concatenate([part[np.isfinite(part)] for part in parts]) if parts else np.zeros(0)
+    return float(np.median(values)) if values.size else float("nan")

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array
 
-__all__ = ["EARTH", "along_track", "break_at_jumps", "cut", "haversine", "in_hole", "resample"]
+__all__ = [
+    "EARTH",
+    "along_track",
+    "break_at_jumps",
+    "cut",
+    "haversine",
+    "in_hole",
+    "interpolate_positions",
+    "resample",
+]
 
 #: Mean radius of the Earth [m].
 EARTH = 6_371_008.8
@@ -50,6 +59,52 @@ def along_track(pos: Array) -> Array:
     """
     steps = haversine(pos[:-1], pos[1:])
     return np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def interpolate_positions(distance: Array, pos: Array, places: Array) -> Array:
+    """Positions at places along the track, on the great circle between neighbouring traces.
+
+    So they are right across the date line and over a pole.
+
+    Args:
+        distance: Of the traces along the track, rising [m].
+        pos: Their latitude and longitude [degrees].
+        places: Where positions are wanted, between the first and the last trace [m].
+
+    Shape:
+        - distance: (M,); pos: (M, 2); places: (N,); result (N, 2), longitudes from -180 to 180.
+
+    Source: inferred.
+
+    Example:
+        >>> pos = np.array([[0.0, 179.0], [0.0, -179.0]])
+        >>> interpolate_positions(np.array([0.0, 1.0]), pos, np.array([0.0, 0.75])).round(6)
+        array([[   0. ,  179. ],
+               [   0. , -179.5]])
+    """
+    right = np.clip(np.searchsorted(distance, places), 1, len(distance) - 1)
+    left = right - 1
+    gap = distance[right] - distance[left]
+    share = np.clip((places - distance[left]) / np.where(gap > 0, gap, 1.0), 0.0, 1.0)[:, None]
+    a, b = _to_vectors(pos[left]), _to_vectors(pos[right])
+    angle = np.linalg.norm(np.cross(a, b), axis=1, keepdims=True)
+    angle = np.arctan2(angle, (a * b).sum(1, keepdims=True))
+    safe = np.where(angle > 1e-8, angle, 1.0)
+    weights = [
+        np.where(angle > 1e-8, np.sin(part * safe) / np.sin(safe), part)
+        for part in (1 - share, share)
+    ]
+    x, y, z = (weights[0] * a + weights[1] * b).T
+    between = np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], 1))
+    # traces themselves stay what they are, to the bit
+    return np.where(share <= 0, pos[left], np.where(share >= 1, pos[right], between))
+
+
+def _to_vectors(pos: Array) -> Array:
+    """Points on the unit sphere. Shape: (M, 2) [degrees] -> (M, 3)."""
+    latitude, longitude = np.radians(pos).T
+    cos = np.cos(latitude)
+    return np.stack([cos * np.cos(longitude), cos * np.sin(longitude), np.sin(latitude)], 1)
 
 
 def break_at_jumps(distance: Array, factor: float = 5.0) -> list[slice]:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.ice_layers.stack import LayerStack
+from fulgurite.datamodules.ice_layers.stack import Array, LayerStack
 from fulgurite.errors import DataError
 
-__all__ = ["fit_statistics"]
+__all__ = ["fit_statistics", "unwrap_longitudes"]
 
 _LEAST = 1e-6  # below this a field is constant
 
@@ -52,9 +52,9 @@ def fit_statistics(stacks: Sequence[LayerStack]) -> dict[str, Tensor]:
     count = seen.sum(0)
     mean = np.where(count > 0, known.sum(0) / np.maximum(count, 1), known.sum() / seen.sum())
     apart = np.where(seen, thickness - mean, 0.0)
-    physics = np.concatenate([s.physics.reshape(-1, s.physics.shape[-1]) for s in stacks])
+    physics = np.concatenate([s.physics.reshape(s.thickness.size, -1) for s in stacks])
     physics = physics.astype(np.float64)
-    pos = np.concatenate([stack.pos for stack in stacks])
+    pos = unwrap_longitudes(np.concatenate([stack.pos for stack in stacks]))
     values = {
         "thickness_mean": mean,
         "thickness_std": np.sqrt((apart**2).sum() / seen.sum()),
@@ -70,3 +70,22 @@ def fit_statistics(stacks: Sequence[LayerStack]) -> dict[str, Tensor]:
         )
         for name, v in values.items()
     }
+
+
+def unwrap_longitudes(pos: Array) -> Array:
+    """Move longitudes by whole turns to where all lie around their mean direction.
+
+    Without that, the mean of positions on both sides of the date line is on the other side of the
+    Earth. Positions that do not lie there stay what they are.
+
+    Shape:
+        - pos: (M, 2) latitude and longitude [degrees]; the result too.
+
+    Example:
+        >>> unwrap_longitudes(np.array([[70.0, 179.0], [70.0, -178.0]]))[:, 1]
+        array([179., 182.])
+    """
+    longitude = np.radians(pos[:, 1])
+    centre = np.degrees(np.arctan2(np.sin(longitude).mean(), np.cos(longitude).mean()))
+    turns = np.round((centre - pos[:, 1]) / 360.0)
+    return pos + turns[:, None] * [0.0, 360.0]

@@ -6,10 +6,18 @@ Shapes: M traces, K boundaries, L = K - 1 layers.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array
 
-__all__ = ["LIGHT", "layer_times", "refractive_index", "thickness_to_time", "time_to_thickness"]
+__all__ = [
+    "LIGHT",
+    "layer_times",
+    "refractive_index",
+    "remove_crossed",
+    "thickness_to_time",
+    "time_to_thickness",
+]
 
 #: Speed of light [m s⁻¹].
 LIGHT = 299_792_458.0
@@ -56,7 +64,10 @@ def thickness_to_time(thickness: Array, density: Array) -> Array:
 
 
 def layer_times(picks: Array) -> tuple[Array, int]:
-    """Differences of neighbouring boundaries; crossed and touching picks give no layer.
+    """Differences of neighbouring boundaries, after both of each crossed pair are removed.
+
+    Which of two crossed picks is wrong is not known, so that neither is a measurement, and the
+    layers on their other sides are none either.
 
     Args:
         picks: Boundaries from the surface down, in any unit, NaN where missing.
@@ -65,15 +76,55 @@ def layer_times(picks: Array) -> tuple[Array, int]:
         - picks: (M, K).
 
     Returns:
-        The (M, L) differences, NaN where a boundary is missing or the pair is crossed, and the
-        number of crossed pairs.
+        The (M, L) differences, NaN where a boundary is missing or removed, and the number of
+        crossed pairs.
 
-    Source: arXiv 2604.20783, card section 3.2.
+    Source: the paper's card, section 3.2, rejects layers that are not positive; that their
+    neighbours go too is inferred.
 
     Example:
-        >>> layer_times(np.array([[0.0, 2.0, 1.0, 3.0]]))
-        (array([[ 2., nan,  2.]]), 1)
+        >>> layer_times(np.array([[0.0, 2.0, 1.0, 3.0, 4.0]]))
+        (array([[nan, nan, nan,  1.]]), 1)
     """
-    difference = np.diff(picks, axis=1)
-    crossed = difference <= 0
-    return np.where(crossed, np.nan, difference), int(crossed.sum())
+    kept, crossed = remove_crossed(picks)
+    return np.diff(kept, axis=1), crossed
+
+
+def remove_crossed(picks: Array) -> tuple[Array, int]:
+    """Remove both picks of each pair of neighbours that cross or touch, until none is left.
+
+    Neighbours are the picks of a trace that have no other one between them.
+
+    Shape:
+        - picks: (M, K), NaN where missing; the result too.
+
+    Returns:
+        The picks, and the number of crossed pairs.
+
+    Example:
+        >>> remove_crossed(np.array([[0.0, 5.0, np.nan, 3.0, 6.0]]))
+        (array([[ 0., nan, nan, nan,  6.]]), 1)
+    """
+    kept, crossed = np.array(picks, np.float64), 0
+    while True:
+        above, index = _picks_above(kept)
+        rows, columns = np.nonzero(kept <= above)
+        if not len(rows):
+            return kept, crossed
+        crossed += len(rows)
+        others = index[rows, columns]
+        kept[rows, columns] = np.nan
+        kept[rows, others] = np.nan
+
+
+def _picks_above(picks: Array) -> tuple[Array, NDArray[np.int64]]:
+    """The nearest pick above each boundary, and the number of its boundary.
+
+    Shape:
+        - picks: (M, K); both results (M, K), NaN and -1 where there is none.
+    """
+    numbers = np.where(np.isfinite(picks), np.arange(picks.shape[1]), -1)
+    last = np.maximum.accumulate(numbers, axis=1)
+    index = np.concatenate([np.full((len(picks), 1), -1), last[:, :-1]], 1).astype(np.int64)
+    above = np.take_along_axis(picks, np.maximum(index, 0), 1)
+    return np.where(index >= 0, above, np.nan), index

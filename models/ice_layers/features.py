@@ -237,7 +237,7 @@ class PhysicsPrior(nn.Module):
         Raises:
             DataError: Nothing is observed.
         """
-        expected = torch.empty_like(physics[..., 0], dtype=torch.float64)
+        expected = physics.new_empty(physics.shape[:-1], dtype=torch.float64)
         part = segment % _FOLDS
         for fold in range(-1, _FOLDS):
             rows = part != fold
@@ -266,7 +266,7 @@ class PhysicsPrior(nn.Module):
         if segment is None:
             return self._ridge(0)(physics)
         part = segment % _FOLDS
-        expected = torch.empty_like(physics[..., 0], dtype=torch.float64)
+        expected = physics.new_empty(physics.shape[:-1], dtype=torch.float64)
         for fold in range(_FOLDS):
             rows = part == fold
             if rows.device.type != "cpu":  # which rows these are it would have to wait for

@@ -124,11 +124,14 @@ class Normaliser(nn.Module):
     def forward(self, batch: Any) -> Normalised:
         """Normalise a batch."""
         thickness = (batch.thickness - self.thickness_mean) / self.thickness_std
+        offset = batch.pos - self.pos_mean
+        whole_turns = 360.0 * torch.round(offset[:, 1:] / 360.0)  # across the date line
+        offset = torch.cat([offset[:, :1], offset[:, 1:] - whole_turns], 1)
         return Normalised(
             thickness.float(),
             batch.observed,
             ((batch.physics - self.physics_mean) / self.physics_std).float(),
-            ((batch.pos - self.pos_mean) / self.pos_std).float(),
+            (offset / self.pos_std).float(),
             batch.pos,
             batch.distance.float(),
             Track.of_batch(batch),
@@ -741,8 +744,8 @@ class IceCompletion(IceModule):
         super().on_predict_start()
         if not self.calibration.fitted:
             warnings.warn(
-                "The network was never validated, so the uncertainty of what it fills is NaN. Fit "
-                "with data.init_args.val above 0.",
+                "The network was validated on fewer than 50 held-out picks, or never, so the "
+                "uncertainty of what it fills is NaN. Fit with more in data.init_args.val.",
                 stacklevel=2,
             )
 

@@ -9,12 +9,69 @@ import pytest
 import torch
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.datamodules.ice_layers.generator import write_layer_file
 
 NAME = "ice_layers/smoke.yaml"
 
 
 def state(run):
     return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def write_flights(folder):
+    """Seven flights of four layers, with gaps; the last file of each has no layer."""
+    generator = np.random.default_rng(0)
+    for day in range(7):
+        name = f"201204{10 + day}_01"
+        (folder / name).mkdir(parents=True)
+        start = np.datetime64(f"2012-04-{10 + day}T12", "s").astype(float)
+        for number in range(3):
+            along = (number * 40 + np.arange(40)) * 25.0
+            pos = np.stack([72.0 + day / 10 + along / 111_195.0, np.full(40, -40.0)], 1)
+            steps = (
+                5e-9
+                * generator.uniform(0.8, 1.2, (1, 4))
+                * (1 + 0.1 * np.sin(along / 200))[:, None]
+            )
+            picks = 3e-6 + np.concatenate([np.zeros((40, 1)), steps.cumsum(1)], 1)
+            picks[10:20, 2] = np.nan
+            if number == 2:
+                picks = picks[:, :0]
+            time = start + number * 20 + np.arange(40) * 0.5
+            write_layer_file(folder / name / f"Data_{name}_{number + 1:03}.mat", time, pos, picks)
+
+
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [
+        (NAME, "prior=ridge"),
+        *(
+            pytest.param(NAME, f"prior={p}", marks=pytest.mark.slow)
+            for p in ("log", "relative", "none")
+        ),
+        *(
+            pytest.param("ice_layers/baseline.yaml", f"method={method}", marks=pytest.mark.slow)
+            for method in ("mean", "layer_mean", "along", "linear", "ridge", "kriging")
+        ),
+    ],
+)
+def test_flights_without_climate_are_completed(fit, workdir, config, option):
+    write_flights(workdir / "flights")
+    source = "fulgurite.datamodules.ice_layers.LayerFiles"
+    options = [
+        f"--data.init_args.source={source}", "--data.init_args.source.layers=[flights]",
+        "--data.init_args.source.count=4", "--data.init_args.source.density=0.4",
+        "--data.init_args.source.traces=40", "--data.init_args.predict=all",
+        "--trainer.max_epochs=1", "--run.dir=run", f"--model.init_args.{option}",
+    ]  # fmt: skip
+    fit(*options, config=config)
+    fit(*options, "--ckpt_path=last", config=config, command="predict")
+    stacks = sorted(Path("run/predict/completed").glob("*.npz"))
+    assert len(stacks) == 21
+    for path in stacks:
+        with np.load(path) as stack:
+            assert np.isfinite(stack["thickness"]).all()
+            assert (stack["thickness"] > 0).all()
 
 
 def test_two_processes_train_and_test_as_one(fit, run_two):

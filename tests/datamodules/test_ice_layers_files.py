@@ -12,7 +12,7 @@ from fulgurite.datamodules.ice_layers import KoenigPicks, LayerFiles, NpzStacks
 from fulgurite.datamodules.ice_layers.flights import Blocks
 from fulgurite.datamodules.ice_layers.generator import write_layer_file
 from fulgurite.datamodules.ice_layers.koenig import read_picks
-from fulgurite.datamodules.ice_layers.layer_files import read_frame, read_mat, read_organizer
+from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
 from fulgurite.errors import ConfigError, DataError
@@ -193,17 +193,18 @@ def track_means(thickness):
     return np.stack([thickness[3 * k - 1 : 3 * k + 2].mean(0) for k in range(1, 26)])
 
 
-def test_crossed_picks_are_rejected_and_counted(tmp_path):
-    time, pos, thickness, picks = track(traces=20)
+def test_crossed_picks_take_the_layers_on_both_sides(tmp_path):
+    time, pos, thickness, picks = track(traces=20, layers=4)
     picks[4, 2] = picks[4, 1] - 1e-10  # above the boundary before it
     picks[9, 3] = picks[9, 2]  # on it
     write(tmp_path, (time, pos, thickness, picks))
     flights = source(tmp_path).load()
     assert excluded(flights)["crossed"] == 2
-    observed = flights.stacks[0].observed
-    assert not observed[4, 1]
-    assert not observed[9, 2]
-    assert observed.sum() == 58
+    (stack,) = flights.stacks
+    np.testing.assert_array_equal(stack.observed[4], [False, False, False, True])
+    np.testing.assert_array_equal(stack.observed[9], [True, False, False, False])
+    assert stack.observed.sum() == 80 - 6
+    np.testing.assert_allclose(stack.thickness[stack.observed], thickness[stack.observed], 1e-6)
 
 
 def test_a_missing_boundary_takes_two_layers(tmp_path):
@@ -354,20 +355,19 @@ def test_damaged_files_are_errors_or_exclusions(tmp_path, how, message):
     assert path.name in flights.report()
 
 
-def test_all_missing_traces_stay_and_all_missing_blocks_are_counted(tmp_path):
+def test_traces_and_blocks_without_picks_stay(tmp_path):
     time, pos, thickness, picks = track()
     picks[:20] = np.nan
     picks[25:30] = np.nan
     write(tmp_path, (time, pos, thickness, picks))
     flights = source(tmp_path).load()
-    (stack,) = flights.stacks
-    assert excluded(flights)["empty"] == 1
+    empty, stack = flights.stacks
+    assert not empty.observed.any()
     assert not stack.observed[5:10].any()
     assert stack.observed.sum() == 15 * 3
     picks[:] = np.nan
     write(tmp_path, (time, pos, thickness, picks))
-    with pytest.raises(DataError, match=r"no usable stack \(2 blocks without any pick"):
-        source(tmp_path).load()
+    assert [s.observed.any() for s in source(tmp_path).load().stacks] == [False, False]
 
 
 def test_a_single_trace_is_counted_and_alone_an_error(tmp_path):
@@ -513,7 +513,7 @@ def test_traces_of_one_second_in_tables(tmp_path):
     (tmp_path / "mapdata.txt").write_text("\n".join(lines))
     (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
     assert stack.observed.all()
-    np.testing.assert_array_equal(stack.pos[:, 1], -40.0)  # as other files count
+    np.testing.assert_allclose(stack.pos[:, 1], -40.0, atol=1e-12)  # as other files count
 
 
 @pytest.mark.parametrize("content", ["", "IRSNO1B_20121399_01_015 1"])
@@ -536,7 +536,7 @@ def test_damaged_tables(tmp_path, spoiled):
     with pytest.raises(DataError, match=r"line 5 of .* is no line of picks"):
         read_picks(path)
     path.write_text("\n".join(lines))
-    with pytest.raises(DataError, match="has 4 layers, not 20"):
+    with pytest.raises(DataError, match="has 4 boundaries, not 20"):
         KoenigPicks([str(tmp_path)]).load()
 
 

@@ -278,7 +278,7 @@ def _layer_files():
     from scipy.io import savemat
 
     from fulgurite.datamodules.ice_layers.generator import write_layer_file
-    from fulgurite.datamodules.ice_layers.layer_files import read_frame, read_organizer
+    from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
 
     n = 5
     rng = np.random.default_rng(0)

@@ -1,0 +1,421 @@
+"""One layer file of CReSIS and the Open Polar Radar, and the companion file of its segment.
+
+Shapes: M traces, K boundaries (the surface first).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.ice_layers.matlab import parse_mat5
+from fulgurite.datamodules.ice_layers.stack import Array, name_some
+from fulgurite.errors import DataError
+from fulgurite.foreign import expansion_limit, reading
+from fulgurite.hdf5 import need_package, read_matlab73
+
+__all__ = [
+    "FRAME_NAME",
+    "Frame",
+    "Organizer",
+    "check_day",
+    "parse_day",
+    "read_frame",
+    "read_mat",
+    "read_organizer",
+]
+
+#: Name of a layer file: the segment ``YYYYMMDD_SS`` and the number of the frame.
+FRAME_NAME = re.compile(r"Data_(\d{8}_\d{2})_(\d{3})\.mat")
+
+_OPTION = "--data.init_args.source.init_args"
+_AGAIN = f"Fetch the file again, or leave such files out: `{_OPTION}.exclude+=unreadable`."
+_GPS_EPOCH = 315_964_800.0  # 1980-01-06 [s since 1970]
+_DAY = 86_400.0  # [s]
+_NEAR = 3 * _DAY  # flights last over midnight
+_GRADES = (1, 2, 3)  # good, moderate, derived
+
+
+def read_mat(path: Path) -> dict[str, Any]:
+    """Read a MATLAB file of any version, as MATLAB would show its arrays.
+
+    Structures become dictionaries, cells lists, text strings. Version 7.3 (HDF5) is told by the
+    file's content, not by its name.
+
+    Raises:
+        DataError: The file is missing, truncated or no MATLAB file.
+        MissingExtraError: It is of version 7.3 and h5py is not installed.
+    """
+    with reading(path, "The layer file", _AGAIN, fault="cannot be read as MATLAB"):
+        with open(path, "rb") as file:
+            head = file.read(1024)
+            if is_hdf5 := any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (0, 512)):
+                content = b""
+            elif head.startswith(b"MATLAB 7.3"):
+                raise ValueError("it says that it is MATLAB 7.3, and holds no HDF5")
+            else:
+                content = head + file.read()
+        try:
+            variables = (
+                read_matlab73(path)
+                if is_hdf5
+                else parse_mat5(content, expansion_limit(len(content)))
+            )
+        except ImportError as error:
+            raise need_package(error, f"Reading {path.name} (MATLAB 7.3)") from error
+    return variables
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Picks of one file.
+
+    Attributes:
+        time: [s since 1970]. Shape: (M,).
+        pos: Latitude and longitude [degrees]. Shape: (M, 2).
+        twtt: Two-way travel time [s], NaN where missing. Shape: (M, K).
+        ids: Number of each boundary. Shape: (K,).
+        names: Names of boundaries, where the file has them.
+    """
+
+    time: Array
+    pos: Array
+    twtt: Array
+    ids: tuple[int, ...]
+    names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Organizer:
+    """Names, order and ages of boundaries: the companion ``layer_YYYYMMDD_SS.mat``.
+
+    Attributes:
+        names: Number of a boundary -> its name.
+        order: Numbers from the surface down.
+        age: Number of a boundary -> its age at the flight [years], where it is known.
+        path: The file.
+    """
+
+    names: dict[int, str]
+    order: tuple[int, ...]
+    age: dict[int, float]
+    path: Path
+
+
+# --- days -----------------------------------------------------------------------------------------
+
+
+def parse_day(segment: str) -> float:
+    """Return the beginning of the day that a segment's name says [s since 1970].
+
+    Raises:
+        ValueError: There is no such day.
+
+    Example:
+        >>> parse_day("19700102_01")
+        86400.0
+    """
+    day = np.datetime64(f"{segment[:4]}-{segment[4:6]}-{segment[6:8]}", "s")
+    return float(day.astype(np.int64))
+
+
+def check_day(time: Array, segment: str, path: Path) -> None:
+    """Refuse times that are not of the day in the name of their segment.
+
+    Args:
+        time: Of the traces [s since 1970]. Shape: (M,).
+        segment: Its name, which begins with YYYYMMDD.
+        path: The file.
+
+    Raises:
+        DataError: Their median is more than three days off, or the name is of no day.
+
+    Source: the times are those of a clock that counts from 1970 (toolbox, ``layerdata``).
+    """
+    try:
+        start = parse_day(segment)
+    except ValueError:
+        raise DataError(
+            f"The name of {path} is of no day.", "Call it Data_YYYYMMDD_SS_FFF.mat."
+        ) from (None)
+    finite = time[np.isfinite(time)]
+    if not finite.size or abs(off := float(np.median(finite)) - start) < _NEAR:
+        return
+    how = "Convert gps_time to seconds since 1970"
+    if abs(off + _GPS_EPOCH) < _NEAR:
+        how = f"They count from 1980, as GPS does: add {_GPS_EPOCH:.0f} s to gps_time"
+    side = "after" if off > 0 else "before"
+    raise DataError(
+        f"The times in {path} are {abs(off) / _DAY:,.0f} days {side} the day in its name.",
+        f"{how}, or leave such files out: `{_OPTION}.exclude+=unreadable`.",
+    )
+
+
+# --- variables ------------------------------------------------------------------------------------
+
+
+def _need(content: dict[str, Any], names: Sequence[str], path: Path) -> Any:
+    for name in names:
+        if name in content:
+            return content[name]
+    raise DataError(
+        f"The layer file {path} has no variable {names[0]!r}.",
+        "Give files of CSARP_layer or CSARP_layerData. " + _AGAIN,
+    )
+
+
+def _numbers(value: Any, name: str, path: Path) -> Array:
+    """A variable as an array of real numbers; an empty text is none."""
+    try:
+        array = np.asarray(() if isinstance(value, str) and not value else value)
+        if array.size and array.dtype.kind not in "biufO":
+            raise ValueError
+        return array.astype(np.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"The variable {name} of {path} is not made of numbers.", _AGAIN) from error
+
+
+def _row(content: dict[str, Any], names: Sequence[str], path: Path) -> Array:
+    return _numbers(_need(content, names, path), names[0], path).ravel()
+
+
+def _whole_numbers(content: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
+    """Numbers of boundaries."""
+    numbers = _row(content, (name,), path)
+    if not np.isfinite(numbers).all() or (numbers != np.round(numbers)).any():
+        raise DataError(
+            f"The numbers {name} of the boundaries in {path} are {name_some(numbers, 12)}: one is "
+            "missing or no whole number.",
+            "Give every boundary a number of its own, or leave such files out: "
+            f"`{_OPTION}.exclude+=unreadable`.",
+        )
+    return tuple(int(k) for k in numbers)
+
+
+def _by_boundary(values: Any, traces: int, boundaries: int, path: Path, name: str) -> Array:
+    """An array of (M, K) out of one of (K, M), which a single boundary or trace has flattened."""
+    array = np.atleast_2d(_numbers(values, name, path))
+    if not boundaries and not array.size:
+        return np.zeros((traces, 0))
+    if array.shape[-1] != traces and array.shape[0] == traces:
+        array = array.T
+    if array.ndim != 2 or array.shape[-1] != traces:
+        raise DataError(
+            f"The variable {name} of {path} has shape {array.shape} for {traces} traces.", _AGAIN
+        )
+    return array.T
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, np.ndarray):
+        return list(value.ravel())
+    return value if isinstance(value, list) else [value]
+
+
+def _known_grades(grades: Array) -> Array:
+    """Grades of picks; what is none of 1 to 3 counts as 1, as in the toolbox."""
+    return np.where(np.isin(grades, _GRADES), grades, 1.0)
+
+
+def _text(value: Any, what: str, path: Path) -> str:
+    """A name, empty where MATLAB has an empty array.
+
+    Raises:
+        DataError: It is no text that can be read, such as MATLAB's class ``string``.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, np.ndarray) and not value.size:
+        return ""
+    raise DataError(
+        f"{what} in {path} is no text, or of MATLAB's class string, which stores none that can be "
+        "read.",
+        "Save names as characters: lyr_name = cellstr(lyr_name).",
+    )
+
+
+# --- frames ---------------------------------------------------------------------------------------
+
+
+def read_frame(path: Path, quality: int | None = None) -> Frame:
+    """Read a CSARP_layer or CSARP_layerData file; one without layers has no boundary (K = 0).
+
+    Args:
+        path: ``Data_YYYYMMDD_SS_FFF.mat``, of any version.
+        quality: Picks of a worse quality (1 good, 2 moderate, 3 derived) count as missing.
+
+    Raises:
+        DataError: It is damaged, lacks a variable, its arrays do not fit, its times are not in
+            seconds or not of the day in its name, or one boundary is there twice with other picks.
+        MissingExtraError: It is of version 7.3 and h5py is not installed.
+
+    Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
+    """
+    content = read_mat(path)
+    time = _row(content, ("gps_time", "GPS_time"), path)
+    lat, lon = _row(content, ("lat", "Latitude"), path), _row(content, ("lon", "Longitude"), path)
+    if not len(time):
+        raise DataError(f"The layer file {path} holds no trace.", _AGAIN)
+    names: tuple[str, ...] | None = None
+    if "layerData" in content:
+        twtt, grades, names = _read_old_layers(content, len(time), path)
+        ids: tuple[int, ...] = tuple(range(1, twtt.shape[1] + 1))
+    else:
+        ids = _whole_numbers(content, "id", path)
+        twtt = _by_boundary(_need(content, ("twtt",), path), len(time), len(ids), path, "twtt")
+        grades = np.full(twtt.shape, 1.0)
+        if "quality" in content:
+            grades = _by_boundary(content["quality"], len(time), len(ids), path, "quality")
+    for what, count, wanted in (
+        ("lat", len(lat), len(time)),
+        ("lon", len(lon), len(time)),
+        ("id", len(ids), twtt.shape[1]),
+        ("quality", grades.size, twtt.size),
+    ):
+        if count != wanted:
+            raise DataError(
+                f"The variable {what} of {path} has {count} values, not {wanted}.", _AGAIN
+            )
+    twtt = np.where(np.isfinite(twtt) & (twtt > 0), twtt, np.nan)
+    if quality is not None:
+        twtt = np.where(_known_grades(grades) <= quality, twtt, np.nan)
+    ids, twtt = _join_doubled(ids, twtt, path)
+    _check_seconds(twtt, path)
+    if match := FRAME_NAME.fullmatch(path.name):
+        check_day(time, match[1], path)
+    return Frame(time, np.stack([lat, lon], 1), twtt, ids, names)
+
+
+def _check_seconds(twtt: Array, path: Path) -> None:
+    finite = twtt[np.isfinite(twtt)]
+    if finite.size and not 1e-9 < (middle := float(np.median(finite))) < 1e-3:
+        raise DataError(
+            f"The median two-way travel time in {path} is {middle:g} s, which no aircraft "
+            "measures.",
+            "Convert travel times to seconds.",
+        )
+
+
+def _join_doubled(ids: tuple[int, ...], twtt: Array, path: Path) -> tuple[tuple[int, ...], Array]:
+    """Join columns of boundaries that have one number, where their picks do not contradict.
+
+    Shape:
+        - twtt: (M, K) -> (M, number of different ids).
+
+    Raises:
+        DataError: They do.
+    """
+    if len(set(ids)) == len(ids):
+        return ids, twtt
+    columns: dict[int, Array] = {}
+    for k, column in zip(ids, twtt.T, strict=True):
+        before = columns.setdefault(k, column)
+        if (np.isfinite(before) & np.isfinite(column) & (before != column)).any():
+            raise DataError(
+                f"The boundary {k} comes twice in {path}, with different picks.",
+                "Give every boundary a number of its own in `id`, or leave such files out: "
+                f"`{_OPTION}.exclude+=unreadable`.",
+            )
+        columns[k] = np.where(np.isfinite(before), before, column)
+    return tuple(columns), np.stack(list(columns.values()), 1)
+
+
+def _read_old_layers(
+    content: dict[str, Any], traces: int, path: Path
+) -> tuple[Array, Array, tuple[str, ...] | None]:
+    """Picks of the old format: the automatic ones, and manual ones where there are any.
+
+    Returns:
+        Travel times (M, K) [s], grades (M, K) and names, if there are any.
+    """
+    picks, grades, names = [], [], []
+    for number, layer in enumerate(_as_list(content["layerData"]), 1):
+        if not isinstance(layer, dict):
+            raise DataError(f"The boundary {number} of layerData in {path} has no fields.", _AGAIN)
+        manual, automatic = _read_pick_sets(layer, traces, number, path)
+        picks.append(np.where(np.isfinite(manual), manual, automatic))
+        grade = _numbers(layer.get("quality", ()), "quality", path).ravel()
+        grades.append(grade if len(grade) == traces else np.ones(traces))
+        names.append(_text(layer.get("name", ""), f"The name of boundary {number}", path))
+    if not picks:
+        return np.zeros((traces, 0)), np.zeros((traces, 0)), None
+    return np.stack(picks, 1), np.stack(grades, 1), tuple(names) if any(names) else None
+
+
+def _read_pick_sets(layer: dict[str, Any], traces: int, number: int, path: Path) -> list[Array]:
+    """Manual and automatic picks of a boundary; either may be absent, as in the toolbox."""
+    values = _as_list(layer.get("value", []))
+    sets: list[Array] = []
+    for value in values:
+        if not isinstance(value, dict) or "data" not in value:
+            raise DataError(
+                f"The boundary {number} of layerData in {path} has a value without data.", _AGAIN
+            )
+        data = _numbers(value["data"], "layerData", path).ravel()
+        sets.append(data if data.size else np.full(traces, np.nan))
+    if len(sets) > 2 or any(len(picks) != traces for picks in sets):
+        counts = " and ".join(str(len(picks)) for picks in sets)
+        raise DataError(
+            f"The boundary {number} of layerData in {path} has {counts} picks for {traces} traces.",
+            _AGAIN,
+        )
+    return [*sets, *[np.full(traces, np.nan)] * (2 - len(sets))]
+
+
+# --- companion files ------------------------------------------------------------------------------
+
+
+def read_organizer(path: Path) -> Organizer:
+    """Read the companion file of a segment.
+
+    Raises:
+        DataError: It is damaged, lacks ``lyr_id``, or its lists do not fit the boundaries.
+
+    Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
+    """
+    content = read_mat(path)
+    ids = _whole_numbers(content, "lyr_id", path)
+    if len(set(ids)) < len(ids):
+        raise DataError(
+            f"The numbers lyr_id of {path} are {name_some(ids, 12)}: one comes twice.",
+            "Give every boundary a number of its own, or leave such files out: "
+            f"`{_OPTION}.exclude+=unreadable`.",
+        )
+    listed = _as_list(content.get("lyr_name", []))
+    if len(listed) != len(ids):
+        raise DataError(
+            f"The companion file {path} has {len(listed)} names lyr_name that can be read for "
+            f"{len(ids)} boundaries.",
+            "Save one for each, as characters: lyr_name = cellstr(lyr_name).",
+        )
+    names = [_text(name, "A name in lyr_name", path) for name in listed]
+    ages, order = (
+        _optional_numbers(content, name, len(ids), path) for name in ("lyr_age", "lyr_order")
+    )
+    return Organizer(
+        dict(zip(ids, names, strict=True)),
+        tuple(ids[k] for k in np.argsort(order, kind="stable")),  # unknown ones last, as MATLAB's
+        {k: float(age) for k, age in zip(ids, ages, strict=True) if np.isfinite(age)},
+        path,
+    )
+
+
+def _optional_numbers(content: dict[str, Any], name: str, count: int, path: Path) -> Array:
+    """A number for each boundary, NaN where the file has none.
+
+    Raises:
+        DataError: There are some, but not one for each.
+    """
+    values: NDArray[np.float64] = _numbers(content.get(name, ()), name, path).ravel()
+    if values.size not in (0, count):
+        raise DataError(
+            f"The variable {name} of {path} has {values.size} values for {count} boundaries.",
+            _AGAIN,
+        )
+    return values if values.size else np.full(count, np.nan)

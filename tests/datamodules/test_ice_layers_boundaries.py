@@ -1,0 +1,416 @@
+"""Flights as the toolbox writes them: boundaries, ages, folders, days, overlaps, the date line."""
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from scipy.io import savemat
+
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, KoenigPicks, LayerFiles
+from fulgurite.datamodules.ice_layers.generator import write_layer_file
+from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat
+from fulgurite.datamodules.ice_layers.resample import along_track, haversine, interpolate_positions
+from fulgurite.datamodules.ice_layers.statistics import fit_statistics
+from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, thickness_to_time
+from fulgurite.errors import ConfigError, DataError
+
+DENSITY = 0.4
+SEGMENT = "20120414_01"
+START = 1_334_361_600.0  # 2012-04-14
+THICKNESS = np.array([0.9, 0.8, 0.7, 0.6])  # [m], so that layers can be told apart
+
+
+def make_track(traces=40, first=0, thickness=THICKNESS, longitude=-40.0):
+    """Time, positions and picks [s] of a straight track of four layers."""
+    along = (first + np.arange(traces)) * 50.0
+    pos = np.stack([72.0 + along / 111_195.0, np.full(traces, longitude)], 1)
+    depth = np.concatenate([[0.0], thickness_to_time(thickness, np.array(DENSITY)).cumsum()])
+    return START + first + np.arange(traces) * 0.5, pos, np.tile(3e-6 + depth, (traces, 1))
+
+
+def write(folder, *tracks, segment=SEGMENT):
+    folder = folder / segment
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (time, pos, picks) in enumerate(tracks, 1):
+        write_layer_file(folder / f"Data_{segment}_{number:03}.mat", time, pos, picks)
+    return folder
+
+
+def change(path, **changes):
+    """Write a file again, in version 5, with other variables."""
+    savemat(path, read_mat(path) | changes)
+
+
+def write_organizer(folder, names, ages=None, segment=SEGMENT, **changes):
+    content = {
+        "lyr_id": np.arange(1.0, len(names) + 1),
+        "lyr_name": np.array(names, object),
+        "lyr_order": np.arange(1.0, len(names) + 1),
+        "lyr_age": np.full(len(names), np.nan) if ages is None else np.array(ages, float),
+    }
+    savemat(folder / f"layer_{segment}.mat", content | changes)
+
+
+def load(folder, **options):
+    return LayerFiles([str(folder)], **{"traces": 20, "density": DENSITY} | options).load()
+
+
+def median_thickness(flights):
+    thickness = np.concatenate([stack.thickness for stack in flights.stacks])
+    with np.errstate(all="ignore"):
+        return [
+            float(np.round(np.median(x[np.isfinite(x)]), 3)) if np.isfinite(x).any() else None
+            for x in thickness.T
+        ]
+
+
+def excluded(flights):
+    return {e.kind: e.count for e in flights.excluded}
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_one_segment_in_two_folders_is_refused_or_decided(tmp_path):
+    write(tmp_path / "season/CSARP_layer", make_track())
+    other = write(tmp_path / "season/CSARP_layer_old", make_track(thickness=THICKNESS[::-1].copy()))
+    with pytest.raises(DataError) as error:
+        load(tmp_path / "season")
+    assert "CSARP_layer/20120414_01/Data_20120414_01_001.mat" in str(error.value)
+    assert "CSARP_layer_old/20120414_01/Data_20120414_01_001.mat" in str(error.value)
+    assert "prefer=[CSARP_layer]" in error.value.mend
+    first = load(tmp_path / "season", prefer=["CSARP_layer"])
+    assert median_thickness(first) == THICKNESS.tolist()
+    assert excluded(first) == {"not_preferred": 1}
+    second = load(tmp_path / "season", prefer=["CSARP_layer_old", "CSARP_layer"])
+    assert median_thickness(second) == THICKNESS[::-1].tolist()
+    with pytest.raises(ConfigError, match="CSARP_snow"):
+        load(tmp_path / "season", prefer=["CSARP_snow"])
+    shutil.rmtree(other)
+    other.symlink_to(tmp_path / "season/CSARP_layer" / SEGMENT)  # links to one file are one
+    assert median_thickness(load(tmp_path / "season")) == THICKNESS.tolist()
+
+
+def test_the_order_of_given_files_changes_nothing(tmp_path):
+    folder = write(tmp_path, make_track(), make_track(first=40), make_track(first=80))
+    write(tmp_path, make_track(), segment="20120415_01")
+    for path in (tmp_path / "20120415_01").iterdir():
+        change(path, gps_time=read_mat(path)["gps_time"] + 86_400.0)
+    paths = [str(p) for p in sorted(folder.iterdir())] + [str(tmp_path / "20120415_01/*.mat")]
+    expected = LayerFiles(paths, traces=20, density=DENSITY).load()
+    for order in itertools.permutations(paths):
+        flights = LayerFiles(list(order), traces=20, density=DENSITY).load()
+        assert [s.name for s in flights.stacks] == [s.name for s in expected.stacks]
+        for one, two in zip(flights.stacks, expected.stacks, strict=True):
+            np.testing.assert_array_equal(one.thickness, two.thickness)
+            np.testing.assert_array_equal(one.pos, two.pos)
+
+
+# --- boundaries -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2, 3])
+def test_a_boundary_of_the_companion_that_no_file_has_is_missing(tmp_path, absent):
+    time, pos, picks = make_track()
+    folder = write(tmp_path, (time, pos, picks))
+    write_organizer(folder, ["surface", "a", "b", "c", "d"], ages=[0, 1, 3, 4, 6])
+    (path,) = folder.glob("Data_*.mat")
+    kept = [k for k in range(5) if k != absent]
+    change(path, id=np.array(kept) + 1.0, twtt=picks.T[kept], quality=np.ones((4, 40), np.uint8))
+    flights = load(tmp_path)
+    expected = THICKNESS.tolist()
+    for layer in (absent - 1, absent):
+        if 0 <= layer < 4:
+            expected[layer] = None
+    assert median_thickness(flights) == expected
+    assert flights.layer_names == ("a", "b", "c", "d")
+    assert flights.layer_age.tolist() == [1, 3, 4, 6]
+    assert ["surface", "a", "b", "c"][absent] in flights.report()
+
+
+def test_without_a_surface_and_a_companion_files_are_refused(tmp_path):
+    time, pos, picks = make_track()
+    folder = write(tmp_path, (time, pos, picks))
+    (path,) = folder.glob("Data_*.mat")
+    change(path, id=np.arange(2.0, 6), twtt=picks.T[1:], quality=np.ones((4, 40), np.uint8))
+    with pytest.raises(DataError, match="no companion file") as error:
+        load(tmp_path)
+    assert f"layer_{SEGMENT}.mat" in error.value.mend
+
+
+@pytest.mark.parametrize("depth", [np.nan, 2e-5])
+def test_a_second_boundary_without_name_is_the_bottom(tmp_path, depth):
+    time, pos, picks = make_track()
+    folder = write(tmp_path, (time, pos, picks))
+    (path,) = folder.glob("Data_*.mat")
+    with_bottom = np.insert(picks.T, 1, depth, axis=0)
+    change(path, id=np.arange(1.0, 7), twtt=with_bottom, quality=np.ones((6, 40), np.uint8))
+    flights = load(tmp_path)
+    assert median_thickness(flights) == THICKNESS.tolist()
+    assert "taken for the bottom" in flights.report()
+
+
+def test_a_second_boundary_above_others_is_a_layer(tmp_path):
+    write(tmp_path, make_track())
+    flights = load(tmp_path)
+    assert median_thickness(flights) == THICKNESS.tolist()
+    assert "bottom" not in flights.report()
+
+
+def test_the_old_format_with_absent_sets_of_picks(tmp_path):
+    time, pos, picks = make_track()
+    layers = np.empty(6, object)
+    for k, column in enumerate([picks[:, 0], None, *picks.T[1:]]):
+        if column is None:  # the bottom, which nobody picked and nobody named
+            layers[k] = {"quality": np.ones(40)}
+        else:
+            layers[k] = {"value": np.array([{"data": column}], object), "quality": np.ones(40)}
+    folder = tmp_path / SEGMENT
+    folder.mkdir()
+    savemat(
+        folder / f"Data_{SEGMENT}_001.mat",
+        {"GPS_time": time, "Latitude": pos[:, 0], "Longitude": pos[:, 1], "layerData": layers},
+    )
+    assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
+
+
+def test_frames_without_layers_are_completed(tmp_path):
+    write(tmp_path, make_track(), make_track(first=40))
+    empty = write(tmp_path, make_track(), segment="20120415_01")
+    nothing = {"id": np.zeros((0, 0)), "twtt": np.zeros((0, 40)), "quality": np.zeros((0, 40))}
+    change(tmp_path / SEGMENT / f"Data_{SEGMENT}_002.mat", **nothing)
+    (path,) = empty.iterdir()
+    change(path, gps_time=read_mat(path)["gps_time"] + 86_400.0, **nothing)
+    source = LayerFiles([str(tmp_path)], traces=20, density=DENSITY)
+    assert [s.observed.any() for s in source.load().stacks] == [True, True, *[False] * 4]
+    data = IceLayerDataModule(source, val=0.0, test=0.0, predict="train", batch_size=1)
+    data.setup()
+    assert len(data.stacks_of("train")) == 2
+    names = [data.stacks[int(batch.stack)] for batch in data.predict_dataloader()]
+    assert names == [f"{SEGMENT}_{k:04}" for k in range(4)]
+    data.predict = "all"
+    names = [data.stacks[int(batch.stack)] for batch in data.predict_dataloader()]
+    assert names == [f"{SEGMENT}_{k:04}" for k in range(4)] + [
+        "20120415_01_0000",
+        "20120415_01_0001",
+    ]
+    assert data.statistics["physics_mean"].shape == (0,)  # there is no climate
+
+
+def test_doubled_boundaries_join_unless_they_contradict(tmp_path):
+    time, pos, picks = make_track(traces=4)
+    write_layer_file(path := tmp_path / "a.mat", time, pos, picks)
+    twtt = picks.T.copy()
+    twtt[1, :2], upper = np.nan, twtt[1].copy()
+    double = np.concatenate([twtt, upper[None]])
+    double[-1, 2:] = np.nan
+    change(path, id=np.array([1.0, 2, 3, 4, 5, 2]), twtt=double, quality=np.ones((6, 4), np.uint8))
+    frame = read_frame(path)
+    assert frame.ids == (1, 2, 3, 4, 5)
+    np.testing.assert_array_equal(frame.twtt, picks)
+    double[-1, 3] = 1e-6
+    change(path, twtt=double)
+    with pytest.raises(DataError, match="boundary 2 comes twice"):
+        read_frame(path)
+
+
+def test_unknown_grades_are_good(tmp_path):
+    time, pos, picks = make_track(traces=4)
+    write_layer_file(path := tmp_path / "a.mat", time, pos, picks)
+    grades = np.ones((5, 4))
+    grades[:, 1:] = [np.nan, 255, 3]
+    change(path, quality=grades)
+    observed = np.isfinite(read_frame(path, quality=2).twtt)
+    np.testing.assert_array_equal(observed, np.tile([[True], [True], [True], [False]], (1, 5)))
+
+
+def test_names_that_cannot_be_read_are_refused(tmp_path):
+    folder = write(tmp_path, make_track())
+    write_organizer(folder, ["surface", "a", "b", "c", "d"], lyr_name=np.zeros((1, 0)))
+    with pytest.raises(DataError, match="0 names lyr_name") as error:
+        load(tmp_path)
+    assert "cellstr" in error.value.mend
+
+
+@pytest.mark.parametrize(
+    ("ages", "message"),
+    [
+        ([0, 1, np.nan, 4, 5], "no age of the boundary b"),
+        ([0, 1, 3, 3, 5], "do not rise"),
+        ([0, 4, 3, 2, 1], "do not rise"),
+    ],
+)
+def test_ages_of_some_layers_alone_are_refused(tmp_path, ages, message):
+    folder = write(tmp_path, make_track())
+    write_organizer(folder, ["surface", "a", "b", "c", "d"], ages)
+    with pytest.raises(DataError, match=message) as error:
+        load(tmp_path)
+    assert "ages=yearly" in error.value.mend
+    assert load(tmp_path, ages="yearly").layer_age.tolist() == [1, 2, 3, 4]
+    write_organizer(folder, ["surface", "a", "b", "c", "d"])  # none is known
+    assert load(tmp_path).layer_age.tolist() == [1, 2, 3, 4]
+
+
+# --- crossed picks --------------------------------------------------------------------------------
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=1, max_size=7))
+@example([0, 5, 6, 2, 3, 7])
+@example([0, 5, None, 3, 6])
+def test_picks_that_stay_rise_and_what_never_crossed_stays(values):
+    picks = np.array([[np.nan if v is None else float(v) for v in values]])
+    kept, crossed = remove_crossed(picks)
+    finite = kept[np.isfinite(kept)]
+    assert (np.diff(finite) > 0).all()
+    assert np.isin(finite, picks).all()
+    rising = picks[np.isfinite(picks)]
+    if (np.diff(rising) > 0).all():
+        assert crossed == 0
+        np.testing.assert_array_equal(kept, picks)
+    else:
+        assert 0 < crossed <= np.isfinite(picks).sum() - np.isfinite(kept).sum()
+
+
+# --- days and overlaps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shift", "hint"), [(-315_964_785.0, "add 315964800 s"), (-3650 * 86_400.0, "since 1970")]
+)
+def test_times_of_another_day_than_the_name_are_refused(tmp_path, shift, hint):
+    time, pos, picks = make_track()
+    write(tmp_path, (time + shift, pos, picks))
+    with pytest.raises(DataError, match="before the day in its name") as error:
+        load(tmp_path)
+    assert hint in error.value.mend
+    assert f"Data_{SEGMENT}_001.mat" in error.value.what
+
+
+def test_a_flight_over_midnight_is_of_its_day(tmp_path):
+    time, pos, picks = make_track()
+    write(tmp_path, (time + 86_400.0, pos, picks))
+    assert len(load(tmp_path).stacks) == 2
+
+
+def test_traces_of_two_solutions_of_navigation_are_one(tmp_path):
+    time, pos, picks = make_track(traces=60)
+    moved = pos + np.array([3e-6, 0.0])  # another solution, 0.3 m off
+    first = picks.copy()
+    first[35:40, 2] = np.nan  # which the second file has
+    second = picks.copy()
+    second[22:24, 4] += 1e-10  # which contradicts
+    write(tmp_path, (time[:40], pos[:40], first[:40]), (time[20:], moved[20:], second[20:]))
+    flights = load(tmp_path, traces=60)
+    (stack,) = flights.stacks
+    assert stack.observed.all()
+    assert excluded(flights) == {"repeated": 20, "contradicting": 2}
+    np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (60, 1)), atol=1e-4)
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+@given(
+    st.floats(-180, 180), st.floats(-85, 85), st.floats(0, 360),
+    st.lists(st.floats(20, 30), min_size=5, max_size=30),
+)  # fmt: skip
+@example(179.9999, -79.0, 90.0, [25.0] * 20)
+def test_longitudes_do_not_matter(longitude, latitude, heading, steps):
+    """Tracks that are turned around the axis of the Earth are turned, and nothing else."""
+    along = np.cumsum(steps) / 111_195.0
+    north = latitude + along * np.cos(np.radians(heading)) * 0.5
+    east = along * np.sin(np.radians(heading)) / np.cos(np.radians(latitude))
+    straight = np.stack([north, east], 1)
+    turned = straight + np.array([0.0, longitude])
+    turned[:, 1] -= 360.0 * np.round(turned[:, 1] / 360.0)
+    distance = along_track(straight)
+    places = np.linspace(0, distance[-1], 50)
+    expected = interpolate_positions(distance, straight, places)
+    positions = interpolate_positions(along_track(turned), turned, places)
+    assert haversine(expected + np.array([0.0, longitude]), positions).max() < 1e-2
+    assert np.diff(along_track(positions)).max() < 2 * distance[-1] / 49 + 1e-2
+    np.testing.assert_allclose(
+        expected[:, 0], np.interp(places, distance, straight[:, 0]), atol=1e-7
+    )
+
+
+def test_a_track_over_the_pole_goes_straight():
+    pos = np.array([[89.9, 0.0], [89.9, 180.0]])
+    positions = interpolate_positions(
+        along_track(pos), pos, along_track(pos)[1] * np.array([0.25, 0.5])
+    )
+    np.testing.assert_allclose(positions[0], [89.95, 0.0], atol=1e-9)
+    np.testing.assert_allclose(positions[1, 0], 90.0, atol=1e-9)
+
+
+def test_a_track_over_the_date_line_is_one(tmp_path):
+    time, pos, picks = make_track(traces=60)
+    steps = np.cumsum(50 * (1 + 0.1 * np.random.default_rng(0).normal(size=60)))
+    pos = np.stack([np.full(60, -79.0), 179.98 + steps / (111_195.0 * np.cos(np.radians(79)))], 1)
+    pos[:, 1] -= 360.0 * (pos[:, 1] > 180)
+    write(tmp_path, (time, pos, picks))
+    (stack,) = load(tmp_path, traces=60, spacing=50.0).stacks
+    assert stack.distance[-1] < 60 * 60
+    assert np.abs(stack.pos[:, 1]).min() > 179.8
+    statistics = fit_statistics([stack])
+    assert statistics["pos_std"][1] < 0.3
+    offset = (stack.pos[:, 1] - float(statistics["pos_mean"][1]) + 180) % 360 - 180
+    assert np.abs(offset).max() < 0.3
+
+
+# --- Koenig's tables ------------------------------------------------------------------------------
+
+
+def koenig_table(folder, name, depths, time):
+    pos = make_track(traces=len(depths))[1]
+    lines = []
+    for i, row in enumerate(depths):
+        words = [name, f"{i}", f"{pos[i, 0]:.8f}", f"{pos[i, 1]:.8f}", f"{time + i:.2f}"]
+        words.append("2.88567e-10")
+        for depth in row:
+            words += [f"{100 + depth / 0.0323:.6f}", f"{depth:.6f}", "0.1", f"{depth:.6f}", "0.1"]
+        lines.append(" ".join(words))
+    (folder / "mapdata.txt").write_text("\n".join(lines))
+
+
+def test_tables_of_2009_are_named_by_the_day(tmp_path):
+    koenig_table(tmp_path, "layers_20090331_dec03", np.tile(THICKNESS.cumsum(), (30, 1)), 44.81)
+    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
+    assert stack.segment == "20090331"
+    np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (30, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("surface", [None, "first_pick", "zero"])
+def test_depths_and_bins_name_the_same_years(tmp_path, surface):
+    depths = np.concatenate([[0.05], 0.05 + THICKNESS.cumsum()])  # the first pick is the surface
+    koenig_table(tmp_path, f"IRSNO1B_{SEGMENT}_015", np.tile(depths, (30, 1)), START)
+    options = {"count": 4, "traces": 30}
+    flights = KoenigPicks([str(tmp_path)], surface=surface, **options).load()
+    expected = [0.05, *THICKNESS[:3]] if surface == "zero" else THICKNESS
+    np.testing.assert_allclose(flights.stacks[0].thickness[0], expected, atol=1e-5)
+    bins = KoenigPicks([str(tmp_path)], thickness="bins", density=0.4, **options).load()
+    step = 2.88567e-10 * 299_792_458 / (2 * (1 + 0.845 * 0.4))
+    np.testing.assert_allclose(bins.stacks[0].thickness[0], THICKNESS / 0.0323 * step, rtol=1e-4)
+    assert ("surface=first_pick" in flights.report()) == (surface is None)
+
+
+def test_bins_have_no_depth_zero(tmp_path):
+    with pytest.raises(ConfigError, match="surface"):
+        KoenigPicks(["x"], thickness="bins", surface="zero")
+
+
+# --- real frames ----------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+def test_real_frames_with_and_without_layers():
+    source = LayerFiles(["csarp_layer"], density=0.5, count=2, thickest=500.0, traces=64)
+    flights = source.load()
+    assert flights.segments == ("20181030_01",)  # the other one has no position either
+    assert excluded(flights)["position"] == 1113
+    assert flights.layer_names == ("test", "test1")  # without the bottom
+    assert sum(int(stack.observed[:, 0].sum()) for stack in flights.stacks) > 3000
+    assert {stack.observed.any() for stack in flights.stacks} == {True, False}
