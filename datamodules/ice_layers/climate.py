@@ -7,34 +7,29 @@ from __future__ import annotations
 
 import glob
 import math
-import re
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from fulgurite.datamodules.ice_layers.climate_files import ClimateFile
+from fulgurite.datamodules.ice_layers.climate_grid import (
+    PROJECTIONS,
+    Grid,
+    Weights,
+    interval_weights,
+    step_edges,
+)
+from fulgurite.datamodules.ice_layers.climate_units import is_temperature, water_unit
 from fulgurite.datamodules.ice_layers.stack import Array, name_some, need_extra
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.foreign import reading
-from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import data_path
 
-__all__ = [
-    "PHYSICS",
-    "PROJECTIONS",
-    "Grid",
-    "MarClimate",
-    "Request",
-    "Sample",
-    "Weights",
-    "interval_weights",
-    "step_edges",
-    "water_unit",
-]
+__all__ = ["PHYSICS", "MarClimate", "Request", "Sample"]
 
 #: The physical fields of the paper, with their units. Source: card section 1.1 (names), the
 #: annual units are inferred.
@@ -44,12 +39,6 @@ PHYSICS = {
     "refreeze": "m",
     "melt": "m",
     "snowpack": "m",
-}
-
-#: Projections, with coordinates in metres. Source: card section 3.3.
-PROJECTIONS = {
-    "mar": "+proj=sterea +lat_0=70.5 +lon_0=-40 +lat_ts=0 +a=6371229 +b=6371229 +units=m",
-    "epsg3413": "EPSG:3413",
 }
 
 # Density of ice and of the snow that melts [kg m⁻³]: heights from water equivalents (inferred)
@@ -73,16 +62,6 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "melt": (("ME",),),
     "snowpack": (("ZN6",), ("SF", "SU"), ("SF",)),
 }
-_FILLS = (999.0, -999.0, 9999.0, -9999.0)
-# Units, without blanks, dots and signs of powers: an amount, and the period of a rate [days]
-_PERIODS = {"s": 1 / 86_400, "h": 1 / 24, "d": 1.0, "m": _YEAR / 12, "a": _YEAR, "y": _YEAR}
-_PERIOD = r"s(?:ec(?:ond)?)?|h(?:r|our)?|d(?:ay)?|mon(?:th)?|a|y(?:r|ear)?"
-_AMOUNT = re.compile(
-    r"(?:(?P<length>(?:milli|centi)?met(?:er|re)s?|[mc]?m)"
-    r"(?:of)?(?:w(?:ater)?eq?(?:uiv(?:alent)?)?|water|h2o)?|kg(?:/m2|m-2))"
-    rf"(?:(?:/|per)(?P<per>{_PERIOD})|(?P<inverse>{_PERIOD})-1)?"
-)
-_TEMPERATURE = re.compile(r"(?:deg(?:ree)?s?|°)?(?:c|k|celsius|kelvin)")
 # What lies between the 5 % and 95 % quantiles of physical fields, within generous bounds (inferred)
 _HEIGHTS = {
     "refreeze": (-0.03, 5.0, "ME, RF, RU or RZ"),
@@ -90,194 +69,6 @@ _HEIGHTS = {
     "snowpack": (-100.0, 100.0, "ZN6"),
 }
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
-
-
-def _squeeze(unit: str) -> str:
-    """A unit without what writers differ in."""
-    text = unicodedata.normalize("NFKC", unit).lower().replace("\u2212", "-")
-    return re.sub(r"[\s._*^()]", "", text)
-
-
-def water_unit(unit: str) -> tuple[float, float | None] | None:
-    """Understand the unit of an amount of water, or of its rate.
-
-    Returns:
-        How many mm w.e. it is, and the rate's period [days] or None; None for an unknown unit.
-
-    Example:
-        >>> water_unit("mmWE"), water_unit("m w.e."), water_unit("kg m-2 yr-1"), water_unit("Gt")
-        ((1.0, None), (1000.0, None), (1.0, 365.25), None)
-    """
-    found = _AMOUNT.fullmatch(_squeeze(unit))
-    if found is None:
-        return None
-    length, period = found["length"], found["per"] or found["inverse"]
-    sizes = {"c": 10.0, "m": 1000.0}  # centimetres, metres
-    milli = length is None or length == "mm" or length.startswith("mi")
-    return 1.0 if milli else sizes[length[0]], _PERIODS[period[0]] if period else None
-
-
-def step_edges(times: Array) -> Array:
-    """Edges of the steps whose stamps are given [days since 1970].
-
-    Shape:
-        - times: (T,) rising; result (T, 2).
-
-    Stamps that are a month apart and all on the first, or all on the last day of months name the
-    calendar month, as MAR's monthly files do. Others are middles: a step is as long as half the way
-    to its neighbours, but next to a hole in the series as the typical one.
-
-    Raises:
-        DataError: A time comes twice.
-
-    Source: inferred.
-
-    Example:
-        >>> step_edges(np.array([0.5, 1.5, 2.5, 9.5]))
-        array([[ 0.,  1.],
-               [ 1.,  2.],
-               [ 2.,  3.],
-               [ 9., 10.]])
-        >>> step_edges(np.array([31.0, 59.0]))  # February and March
-        array([[31., 59.],
-               [59., 90.]])
-    """
-    gaps = np.diff(times)
-    if (gaps <= 0).any():
-        raise DataError(
-            "The climate files hold a time step twice.",
-            f"Set `{_OPTION}.files` so that each month or day is in one file.",
-        )
-    typical = float(np.median(gaps)) if len(gaps) else 30.0
-    day = np.floor(times)
-    month = day.astype(np.int64).astype("datetime64[D]").astype("datetime64[M]")
-    start, end = (m.astype("datetime64[D]").astype(np.float64) for m in (month, month + 1))
-    monthly = 27 <= typical <= 32 and bool((gaps >= 27).all())
-    if monthly and ((day == start).all() or (day == end - 1).all()):
-        return np.stack([start, end], 1)
-    half = np.where(gaps > 1.6 * typical, typical, gaps) / 2
-    ends = np.full(1, typical / 2)
-    before, after = np.concatenate([ends, half]), np.concatenate([half, ends])
-    return np.stack([times - before, times + after], 1)
-
-
-def interval_weights(steps: Array, edges: Array) -> Array:
-    """What fraction of each time step lies in each layer's years.
-
-    Shape:
-        - steps: (T, 2) start and end; edges: (L + 1,) falling dates of boundaries, newest first;
-          result (L, T).
-
-    Source: arXiv 2604.20783, card section 3.3 (sums between layer dates, not calendar years).
-
-    Example:
-        >>> interval_weights(np.array([[0.0, 2], [2, 4], [4, 6]]), np.array([5.0, 3, 1]))
-        array([[0. , 0.5, 0.5],
-               [0.5, 0.5, 0. ]])
-    """
-    start, end = steps[None, :, 0], steps[None, :, 1]
-    overlap = np.minimum(end, edges[:-1, None]) - np.maximum(start, edges[1:, None])
-    fractions: Array = np.clip(overlap, 0.0, None) / (end - start)
-    return fractions
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How values at points follow from grid cells.
-
-    Attributes:
-        cells: The three corners of each point's triangle, or three times the nearest cell.
-            Shape: (M, 3) int64.
-        weights: Barycentric. Shape: (M, 3).
-        flag: 0 interpolated, 1 nearest. Shape: (M,) uint8.
-        away: Distance to the nearest cell of ice [m]. Shape: (M,).
-    """
-
-    cells: NDArray[np.int64]
-    weights: Array
-    flag: NDArray[np.uint8]
-    away: Array
-
-    def __call__(self, values: Array) -> Array:
-        """Interpolate values of cells (C, ...) to the points (M, ...).
-
-        Corners without weight do not count, even where they are NaN.
-        """
-        weights = self.weights.reshape(*self.weights.shape, *[1] * (values.ndim - 1))
-        parts = np.where(weights > 0, values[self.cells] * weights, 0.0)
-        points: Array = parts.sum(1)
-        return points
-
-
-class Grid:
-    """Cells of a climate model in projected coordinates: a triangulation made once.
-
-    Args:
-        x: Projected coordinate of each cell [m].
-        y: The other one.
-        ice: Cells whose values are good.
-
-    Shape:
-        - x, y, ice: (C,).
-
-    Raises:
-        DataError: No cell is ice.
-
-    Source: arXiv 2604.20783, card section 3.3.
-
-    Example:
-        >>> x, y = np.array([0.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])
-        >>> found = Grid(x, y, np.ones(4, bool)).locate(np.array([[0.25, 0.5], [3.0, 0.0]]))
-        >>> found(x).round(3), found.flag
-        (array([0.25, 1.  ]), array([0, 1], dtype=uint8))
-    """
-
-    def __init__(self, x: Array, y: Array, ice: NDArray[np.bool_]) -> None:
-        if not ice.any():
-            raise DataError(
-                "No cell of the climate grid is ice.",
-                "Check the ice mask (SRF, MSK or MSK_MAR) and the fill values of the files.",
-            )
-        self.points, self.ice = np.stack([x, y], 1), ice
-
-    def locate(self, points: Array) -> Weights:
-        """Return the barycentric weights of points.
-
-        Shape:
-            - points: (M, 2) projected [m].
-        """
-        from scipy.spatial import Delaunay, cKDTree
-
-        # the cells around the points are enough, and a fine grid has very many
-        away, _ = cKDTree(self.points).query(points)
-        steps = np.abs(np.diff(self.points, axis=0)).max(1)
-        margin = 3 * float(np.median(steps[steps > 0])) + float(away.max()) * 1.01
-        low, high = points.min(0) - margin, points.max(0) + margin
-        kept = np.flatnonzero(((self.points >= low) & (self.points <= high)).all(1))
-        good = np.flatnonzero(self.ice)
-        nearest, number = cKDTree(self.points[good]).query(points)
-        cells = np.repeat(good[number][:, None], 3, 1)
-        weights = np.tile(np.array([1.0, 0.0, 0.0]), (len(points), 1))
-        flag = np.ones(len(points), np.uint8)
-        if len(kept) >= 3:
-            try:
-                mesh = Delaunay(self.points[kept], qhull_options="Qbb Qc Qz Q12")
-            except Exception as error:  # cells on one line
-                raise DataError(
-                    f"The climate grid cannot be triangulated: {str(error).splitlines()[0]}.",
-                    "Check LAT and LON, or x and y, of the files.",
-                ) from error
-            simplex = mesh.find_simplex(points)
-            matrix = mesh.transform[simplex]
-            first = np.einsum("mij,mj->mi", matrix[:, :2], points - matrix[:, 2])
-            barycentric = np.column_stack([first, 1 - first.sum(1)])
-            barycentric[np.abs(barycentric) < 1e-9] = 0.0
-            corners = kept[mesh.simplices[simplex]]
-            usable = (simplex >= 0) & (self.ice[corners] | (barycentric == 0)).all(1)
-            usable &= np.isfinite(barycentric).all(1)
-            cells[usable], weights[usable] = corners[usable], barycentric[usable]
-            flag[usable] = 0
-        return Weights(cells.astype(np.int64), weights, flag, np.asarray(nearest, np.float64))
 
 
 @dataclass(frozen=True)
@@ -308,126 +99,11 @@ class Sample:
     away: Array
 
 
-def _netcdf() -> Any:
-    try:
-        import netCDF4
-    except ImportError as error:
-        raise need_extra("netCDF4", "Reading climate fields") from error
-    return netCDF4
-
-
-def _days(values: Any, units: str, calendar: str) -> Array:
-    """Decode a CF time axis [days since 1970]."""
-    plain = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
-    if not np.isfinite(plain).all():
-        raise ValueError("a time is missing")
-    dates = np.asarray(_netcdf().num2date(plain, units, calendar))
-    days = [
-        np.datetime64(f"{d.year:04}-{d.month:02}-01", "D").astype(np.int64)
-        + d.day
-        - 1
-        + (d.hour + d.minute / 60) / 24
-        for d in dates.ravel()
-    ]
-    return np.asarray(days, np.float64).reshape(dates.shape or (1,))
-
-
-def _filled(values: Any) -> Array:
-    """Values as float64, NaN at every kind of fill value (card section 3.3)."""
-    plain: Array = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
-    return np.where((np.abs(plain) >= 1e30) | np.isin(plain, _FILLS), np.nan, plain)
-
-
-class _File:
-    """One NetCDF file, opened."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        again = f"Fetch it again, or set `{_OPTION}.files` to others."
-        with reading(path, "The climate file", again):
-            try:
-                self.dataset = NetcdfFile(path)
-            except ImportError as error:
-                raise need_package(error, "Reading climate fields") from error
-
-    def find(self, names: Iterable[str]) -> NetcdfVariable | None:
-        """The first variable of these names (capitals do not matter), or None."""
-        known = {name.lower(): v for name, v in self.dataset.variables.items()}
-        return next((known[name.lower()] for name in names if name.lower() in known), None)
-
-    def need(self, names: Sequence[str], what: str) -> NetcdfVariable:
-        """Such a variable; its absence is an error."""
-        found = self.find(names)
-        if found is None:
-            raise DataError(
-                f"The climate file {self.path} has no variable for {what} ({', '.join(names)}).",
-                f"Leave the field out of `{_OPTION}.variables`, or give files that have it.",
-            )
-        return found
-
-    def read(self, variable: NetcdfVariable, first: bool = False) -> Array:
-        """Values of a variable, or of its first time step; NaN at fill values."""
-        what = f"The variable {variable.name} of the climate file"
-        with reading(self.path, what, "The file may be truncated: fetch it again."):
-            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
-            if not values.size:
-                raise ValueError("it has no values")
-            return values
-
-    def times(self) -> tuple[Array, Array]:
-        """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
-
-        Raises:
-            DataError: There is no time, or it cannot be understood.
-        """
-        variable = self.need(("TIME", "time", "t"), "time")
-        said = variable.attributes
-        bounds = self.dataset.variables.get(str(said.get("bounds")))
-        mend = "Correct its values and its units (days since YYYY-MM-DD)."
-        what = "The time of the climate file"
-        with reading(self.path, what, mend, fault="cannot be understood"):
-            if "units" not in said:
-                raise ValueError("it has no units")
-            decode = (str(said["units"]), str(said.get("calendar", "standard")))
-            stamps = _days(self.dataset.read(variable.name), *decode)
-            if not len(stamps):
-                raise ValueError("it has no step")
-            edges = np.full((len(stamps), 2), np.nan)
-            if bounds is not None:
-                edges = _days(self.dataset.read(bounds.name), *decode)
-            if edges.shape != (len(stamps), 2) or (np.diff(edges.ravel()) < 0).any():
-                raise ValueError(f"its bounds {said['bounds']} do not rise")
-            if (edges[:, 1] == edges[:, 0]).any():
-                raise ValueError(f"its bounds {said['bounds']} hold a step of no length")
-        return stamps, edges
-
-    def field(self, variable: NetcdfVariable) -> Array:
-        """Values (T, C); sectors (ice, tundra) are combined by their fractions.
-
-        Source: card section 3.3.
-        """
-        values = self.read(variable)
-        if values.ndim == 2:  # one field for all times
-            return values.reshape(1, -1)
-        if values.ndim == 4:
-            share = self.find(("FRA",)) if values.shape[1] > 1 else None
-            if share is not None and share.ndim == 4 and share.shape[1] == values.shape[1]:
-                parts = np.where(np.isfinite(values), np.nan_to_num(self.read(share)), 0.0)
-                total = parts.sum(1)
-                mixed = (parts * np.nan_to_num(values)).sum(1)
-                values = np.where(total > 0, mixed / np.where(total > 0, total, 1), np.nan)
-            else:
-                values = values[:, 0]  # the first sector is ice
-        if values.ndim != 3:
-            raise DataError(
-                f"The variable {variable.name} of {self.path} has {variable.ndim} dimensions.",
-                "Give fields of time, y and x, or of time, sector, y and x.",
-            )
-        return values.reshape(len(values), -1)
-
-
 class MarClimate:
-    """Fields of MAR: native (2-D ``LAT`` and ``LON``) or downscaled (EPSG:3413, 5 km).
+    """Fields of MAR over Greenland or Antarctica.
+
+    On its native grid (2-D ``LAT`` and ``LON``), or on a polar stereographic one of ``x`` and ``y``
+    (EPSG:3413 in the north, EPSG:3031 in the south).
 
     Sums and means go from one layer's date to the next, whatever the calendar; steps are those of
     CF bounds of the time, else follow from its stamps (:func:`step_edges`). Points outside the
@@ -439,8 +115,8 @@ class MarClimate:
 
     Args:
         files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
-        projection: In which the grid is triangulated; ``auto`` takes EPSG:3413 where the file has
-            no 2-D ``LAT`` and ``LON``.
+        projection: In which the grid is triangulated; ``auto`` takes EPSG:3031 for flights in the
+            south, else MAR's own, or EPSG:3413 where the file has no 2-D ``LAT`` and ``LON``.
         variables: Physical fields to use, in this order.
         scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
             degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
@@ -456,7 +132,7 @@ class MarClimate:
     def __init__(
         self,
         files: list[str],
-        projection: Literal["auto", "mar", "epsg3413"] = "auto",
+        projection: Literal["auto", "mar", "epsg3413", "epsg3031"] = "auto",
         variables: list[str] = list(PHYSICS),  # noqa: B006  # copied below
         scale: dict[str, float] = {},  # noqa: B006  # copied below
         reach: float = 50_000.0,
@@ -522,8 +198,17 @@ class MarClimate:
                 f"{int((~np.isfinite(pos)).any(1).sum())} of {len(pos)} points have no position.",
                 "Leave them out: latitudes and longitudes must be finite.",
             )
-        grid, project = self._grid(_File(paths[0]))
-        located = grid.locate(project(pos))
+        grid, project = self._grid(ClimateFile(paths[0]), is_south=bool(np.median(pos[:, 0]) < 0))
+        points = project(pos)
+        if not (on_plane := np.isfinite(points).all(1)).all():
+            lost = pos[~on_plane]
+            raise DataError(
+                f"{len(lost)} of {len(pos)} points, such as {lost[0, 0]:.2f} N {lost[0, 1]:.2f} E, "
+                "do not lie in the projection of the climate grid.",
+                "Check latitudes and longitudes, or set "
+                f"`{_OPTION}.projection` to one of {', '.join(PROJECTIONS)}.",
+            )
+        located = grid.locate(points)
         each = [interval_weights(steps, request.edges) for request in requests]
         self._check_cover(requests, each, steps)
         parts, first = [], 0
@@ -543,12 +228,22 @@ class MarClimate:
         return samples
 
     def _steps(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
-        """Start and end of all steps in order [days], and each one's file, as ordered here."""
+        """Start and end of all steps in order [days], and each one's file, as ordered here.
+
+        Files of constants, without any time, are taken out of ``paths``.
+        """
         parts, given = [], []
-        for path in paths:
-            stamps, bounds = _File(path).times()
-            parts.append(stamps)
-            given.append(bounds)
+        files = [ClimateFile(path) for path in paths]
+        if constants := [file.path for file in files if not file.has_time]:
+            if len(constants) == len(files):
+                files[0].times()  # which says what is missing
+            rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
+            paths[:] = [path for path in paths if path not in constants]
+        for file in files:
+            if file.has_time:
+                stamps, bounds = file.times()
+                parts.append(stamps)
+                given.append(bounds)
         times = np.concatenate(parts)
         order = np.argsort(times, kind="stable")
         of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
@@ -565,7 +260,7 @@ class MarClimate:
         steps = np.where(np.isfinite(edges), edges, step_edges(times[order]))
         return steps, of_file[order]
 
-    def _grid(self, file: _File) -> tuple[Grid, Any]:
+    def _grid(self, file: ClimateFile, is_south: bool) -> tuple[Grid, Any]:
         try:
             from pyproj import CRS, Transformer
         except ImportError as error:
@@ -575,7 +270,7 @@ class MarClimate:
         two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
         name = self.projection
         if name == "auto":
-            name = "mar" if two_d else "epsg3413"
+            name = "epsg3031" if is_south else "mar" if two_d else "epsg3413"
         projection = CRS.from_user_input(PROJECTIONS[name])
         to_grid = Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
 
@@ -585,6 +280,12 @@ class MarClimate:
         if axes is not None and two_d:
             flat = np.stack([file.read(axis).ravel() for axis in axes], 1)
             good, shape = np.isfinite(flat).all(1), axes[0].shape
+            if not (np.abs(flat[good]) <= (90, 360)).all():
+                raise DataError(
+                    f"The coordinates {axes[0].name} and {axes[1].name} of {file.path} reach "
+                    f"{np.abs(flat[good]).max():g}: they are no degrees.",
+                    f"Call coordinates of the projection x and y, and set `{_OPTION}.projection`.",
+                )
             points = np.full(flat.shape, 1e9)
             points[good] = project(flat[good])
         else:
@@ -604,7 +305,7 @@ class MarClimate:
         return Grid(points[:, 0], points[:, 1], ice), project
 
     @staticmethod
-    def _metres(variable: Any, file: _File) -> Array:
+    def _metres(variable: Any, file: ClimateFile) -> Array:
         """A projected coordinate [m]; kilometres are told by their size."""
         values = file.read(variable)
         said = str(variable.attributes.get("units", "")).strip().lower()
@@ -624,14 +325,14 @@ class MarClimate:
         return values * 1000.0 if small else values
 
     @staticmethod
-    def _ice(file: _File) -> NDArray[np.bool_]:
+    def _ice(file: ClimateFile) -> NDArray[np.bool_]:
         """Ice by ``SRF == 4``, else by a mask of fractions or percents (card section 3.3)."""
         surface = file.find(("SRF", "SRF_MAR"))
         if surface is not None:
             first = file.read(surface)
             ice: NDArray[np.bool_] = first.reshape(-1, *first.shape[-2:])[0].ravel() == 4
             return ice
-        mask = file.find(("MSK", "MSK_MAR", "ICE"))
+        mask = file.find(("MSK", "MSK_MAR", "ICE", "AIS"))
         if mask is None:
             sized = file.need(("LAT", *(n for group in _SUMS.values() for n in group)), "the grid")
             return np.ones(math.prod(sized.shape[-2:]), np.bool_)
@@ -640,7 +341,7 @@ class MarClimate:
         covered: NDArray[np.bool_] = values >= (50.0 if values.max() > 1 else 0.5)
         return covered
 
-    def _plan(self, file: _File) -> list[str]:
+    def _plan(self, file: ClimateFile) -> list[str]:
         """Names of the basic fields that the wanted ones are made of."""
         plan: list[str] = []
         sources = {**_SUMS, **_MEANS}
@@ -653,7 +354,7 @@ class MarClimate:
                 file.need([sources[b][0] for b in _NEEDS[name][0]], f"the field {name}")
         return plan
 
-    def _first_step(self, file: _File, shape: tuple[int, ...]) -> Array:
+    def _first_step(self, file: ClimateFile, shape: tuple[int, ...]) -> Array:
         sources = {**_SUMS, **_MEANS}
         rows = []
         for name in self._plan(file):
@@ -681,7 +382,8 @@ class MarClimate:
                 raise DataError(
                     f"The climate files do not cover layer {layer + 1}, {older} to {newer} "
                     f"(only {100 * covered[layer]:.0f} %).",
-                    f"Add the years to `{_OPTION}.files`, or set fewer `layers`.",
+                    f"Add the years to `{_OPTION}.files`, or use fewer layers "
+                    "(`--data.init_args.source.init_args.count`; `layers` of generated flights).",
                 )
 
     def _accumulate(
@@ -703,7 +405,7 @@ class MarClimate:
             wanted = [fractions[:, own] for fractions in each]
             if not any(part.any() for part in wanted):
                 continue
-            file = _File(path)
+            file = ClimateFile(path)
             if not names:
                 names = self._plan(file)
                 sums = [
@@ -748,7 +450,7 @@ class MarClimate:
         if variable.name in self.scale or name in self.scale:
             return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
         said = str(variable.attributes.get("units", "")).strip()
-        if not said or (name == "ST" and _TEMPERATURE.fullmatch(_squeeze(said))):
+        if not said or (name == "ST" and is_temperature(said)):
             return one
         found = water_unit(said)
         if found is None or name == "ST" or (name in _MEANS and found[1]):

@@ -17,12 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.store import cached_folder
-from fulgurite.datamodules.ice_layers.climate import (
-    PHYSICS,
-    PROJECTIONS,
-    MarClimate,
-    interval_weights,
-)
+from fulgurite.datamodules.ice_layers.climate import PHYSICS, MarClimate
+from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS, interval_weights
 from fulgurite.datamodules.ice_layers.firn import layer_density, smb_to_layers
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.layer_files import LayerFiles

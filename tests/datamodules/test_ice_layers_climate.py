@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
 from fulgurite.datamodules.ice_layers import LayerFiles, MarClimate
-from fulgurite.datamodules.ice_layers.climate import (
-    PROJECTIONS,
-    Request,
-    interval_weights,
-    step_edges,
-)
+from fulgurite.datamodules.ice_layers.climate import Request
+from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS, interval_weights, step_edges
 from fulgurite.datamodules.ice_layers.firn import herron_langway, layer_density, smb_to_layers
 from fulgurite.datamodules.ice_layers.generator import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import (
@@ -53,10 +49,13 @@ def plane(x, y):
     return 400.0 + x * 2e-4 - y * 1e-4
 
 
-def write(folder, years=(2009, 2010, 2011, 2012), name="mar", daily=False, **changes):
+def write(folder, years=(2009, 2010, 2011, 2012), name="mar", daily=False, native=False, **changes):
     """MAR files: SMB is a plane a year; options replace or add variables (None removes them)."""
     crs = CRS_OF[name]
-    origin = (0.0, 0.0) if name == "mar" else tuple(project(np.array([[71.0, -40.0]]), name)[0])
+    origin = (0.0, 0.0)
+    if name != "mar":
+        centre = [[71.0, -40.0]] if name == "epsg3413" else [[-75.0, 0.05]]
+        origin = tuple(project(np.array(centre), name)[0])
     x = origin[0] + np.arange(-200e3, 201e3, 20e3)
     y = origin[1] + np.arange(-200e3, 241e3, 20e3)
     xs, ys = np.meshgrid(x, y)
@@ -82,7 +81,7 @@ def write(folder, years=(2009, 2010, 2011, 2012), name="mar", daily=False, **cha
             "ZN6": (np.full((len(share), *xs.shape), 1.5), "m"),
         }
         static = {"SRF": (np.full(xs.shape, 4.0), "-")}
-        if name == "mar":
+        if name == "mar" or native:
             static |= {"LAT": (lat, "degrees"), "LON": (lon, "degrees")}
         for key, change in changes.items():
             group = static if key in ("SRF", "MSK", "LAT", "LON") else fields
@@ -133,6 +132,81 @@ def test_sums_between_dates_at_projected_points(tmp_path, name, daily):
     np.testing.assert_allclose(found.physics[..., 3], -0.262, rtol=3e-3)
     np.testing.assert_allclose(found.physics[..., 4], 1.5)
     assert not found.flag.any()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_antarctica_is_in_its_own_projection(tmp_path, native):
+    write(tmp_path, name="epsg3031", native=native)
+    generator = np.random.default_rng(0)
+    pos = np.stack([generator.uniform(-76, -74, 30), generator.uniform(-3, 3, 30)], 1)
+    fields = sample(tmp_path, pos)
+    x, y = project(pos, "epsg3031").T
+    np.testing.assert_allclose(fields.physics[:, 0, 0], plane(x, y), rtol=3e-3)
+    assert not fields.flag.any()
+    assert fields.away.max() < 20e3
+    assert sample(tmp_path, np.array([[-70.5, 140.0], [-75.0, 0.0]])).away[0] > 1e6
+
+
+def test_points_that_do_not_project_are_named(tmp_path):
+    write(tmp_path)
+    pos = np.array([[71.0, -40.0], [-70.5, 140.0]])  # the antipode of the projection's centre
+    with pytest.raises(DataError, match=r"1 of 2 points, such as -70.50 N 140.00 E") as error:
+        sample(tmp_path, pos, projection="mar")
+    assert "epsg3031" in error.value.mend
+
+
+def test_coordinates_that_are_no_degrees(tmp_path):
+    write(tmp_path, LAT=lambda v, u: v * 111, LON=lambda v, u: v * 37)
+    with pytest.raises(DataError, match=r"LAT and LON of .* are no degrees") as error:
+        sample(tmp_path)
+    assert "climate.init_args.projection" in error.value.mend
+
+
+def test_constants_and_years_that_are_not_over(tmp_path):
+    write(tmp_path)
+    whole = sample(tmp_path).physics
+    with netCDF4.Dataset(tmp_path / "MARv3.12-constants.nc", "w") as data:
+        data.createDimension("x", 3)
+        data.createVariable("SH", "f8", ("x",))[:] = 1.0
+    with netCDF4.Dataset(tmp_path / "MARv3.12-2012.nc", "r+") as data:
+        data["TIME"][8:] = 9.969209968386869e36
+        for name in ("SMB", "ME", "RU", "ST", "ZN6"):
+            data[name][8:] = 9.969209968386869e36
+    np.testing.assert_array_equal(sample(tmp_path).physics, whole)
+    for path in tmp_path.glob("*20*.nc"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"constants.nc has no variable for time"):
+        sample(tmp_path)
+
+
+def test_days_of_a_year_of_360_days(tmp_path):
+    write(tmp_path, daily=True)
+    expected = sample(tmp_path).physics
+    for path in tmp_path.glob("*.nc"):
+        year = int(path.stem[-4:])
+        with netCDF4.Dataset(path, "r") as data:
+            variables = {
+                name: (v.dimensions, np.ma.filled(v[:], np.nan), getattr(v, "units", ""))
+                for name, v in data.variables.items()
+            }
+            sizes = {name: len(d) for name, d in data.dimensions.items()}
+        path.unlink()
+        factor = sizes["TIME"] / 360
+        with netCDF4.Dataset(path, "w") as data:
+            for name, size in sizes.items():
+                data.createDimension(name, 360 if name == "TIME" else size)
+            for name, (dims, values, units) in variables.items():
+                variable = data.createVariable(name, "f8", dims)
+                variable.units = units
+                if name == "TIME":
+                    variable.units, variable.calendar = f"days since {year}-01-01", "360_day"
+                    variable[:] = np.arange(360) + 0.5
+                else:
+                    is_sum = name in ("SMB", "ME", "RU")
+                    variable[:] = (
+                        values[:360] * (factor if is_sum else 1) if "TIME" in dims else values
+                    )
+    np.testing.assert_allclose(sample(tmp_path).physics, expected, rtol=1e-2)
 
 
 def test_layers_longer_than_a_year_are_sums_by_year(tmp_path):

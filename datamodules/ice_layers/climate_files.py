@@ -1,0 +1,194 @@
+"""One NetCDF file of a regional climate model.
+
+Shapes: T time steps, C grid cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.errors import DataError
+from fulgurite.foreign import reading
+from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
+
+__all__ = ["ClimateFile"]
+
+_OPTION = "--data.init_args.source.init_args.climate.init_args"
+_TIMES = ("TIME", "time", "t")
+_FILLS = (999.0, -999.0, 9999.0, -9999.0)
+
+
+def _netcdf() -> Any:
+    try:
+        import netCDF4
+    except ImportError as error:
+        raise need_extra("netCDF4", "Reading climate fields") from error
+    return netCDF4
+
+
+def _plain(values: Any) -> Array:
+    """Values as float64, NaN where the file has none."""
+    plain: Array = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
+    return plain
+
+
+def _decode_days(plain: Array, units: str, calendar: str) -> Array:
+    """Decode a CF time axis [days since 1970].
+
+    A year of 360 days, in steps of less than a month, is stretched to the real one, since its
+    30 February is no day of ours; months stay months.
+
+    Raises:
+        ValueError: A time is missing, or the units are unknown.
+    """
+    if not np.isfinite(plain).all():
+        raise ValueError("a time is missing")
+    dates = np.asarray(_netcdf().num2date(plain, units, calendar))
+    steps = np.diff(plain.ravel())
+    months_apart = steps.size and _month_in(units) <= float(np.median(np.abs(steps)))
+    decode = _stretched_day if calendar == "360_day" and not months_apart else _calendar_day
+    days = [decode(date) for date in dates.ravel()]
+    return np.asarray(days, np.float64).reshape(dates.shape or (1,))
+
+
+def _month_in(units: str) -> float:
+    """About a month, in a unit of time (27 days)."""
+    word = units.split()[0].lower() if units.split() else ""
+    for name, per_day in (("sec", 86_400.0), ("min", 1440.0), ("h", 24.0), ("month", 1 / 27)):
+        if word.startswith(name):
+            return 27 * per_day
+    return 27.0
+
+
+def _calendar_day(date: Any) -> float:
+    first = np.datetime64(f"{date.year:04}-{date.month:02}-01", "D").astype(np.int64)
+    return float(first + date.day - 1 + (date.hour + date.minute / 60) / 24)
+
+
+def _stretched_day(date: Any) -> float:
+    start, end = (
+        float(np.datetime64(f"{year:04}-01-01", "D").astype(np.int64))
+        for year in (date.year, date.year + 1)
+    )
+    passed = 30 * (date.month - 1) + date.day - 1 + (date.hour + date.minute / 60) / 24
+    return start + passed / 360 * (end - start)
+
+
+def _filled(values: Any) -> Array:
+    """Values as float64, NaN at every kind of fill value (card section 3.3)."""
+    plain = _plain(values)
+    return np.where((np.abs(plain) >= 1e30) | np.isin(plain, _FILLS), np.nan, plain)
+
+
+class ClimateFile:
+    """One NetCDF file, opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        again = f"Fetch it again, or set `{_OPTION}.files` to others."
+        with reading(path, "The climate file", again):
+            try:
+                self.dataset = NetcdfFile(path)
+            except ImportError as error:
+                raise need_package(error, "Reading climate fields") from error
+
+    def find(self, names: Iterable[str]) -> NetcdfVariable | None:
+        """The first variable of these names (capitals do not matter), or None."""
+        known = {name.lower(): v for name, v in self.dataset.variables.items()}
+        return next((known[name.lower()] for name in names if name.lower() in known), None)
+
+    def need(self, names: Sequence[str], what: str) -> NetcdfVariable:
+        """Such a variable; its absence is an error."""
+        found = self.find(names)
+        if found is None:
+            raise DataError(
+                f"The climate file {self.path} has no variable for {what} ({', '.join(names)}).",
+                f"Leave the field out of `{_OPTION}.variables`, or give files that have it.",
+            )
+        return found
+
+    def read(self, variable: NetcdfVariable, first: bool = False) -> Array:
+        """Values of a variable, or of its first time step; NaN at fill values."""
+        what = f"The variable {variable.name} of the climate file"
+        with reading(self.path, what, "The file may be truncated: fetch it again."):
+            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
+            if not values.size:
+                raise ValueError("it has no values")
+            return values
+
+    @property
+    def has_time(self) -> bool:
+        """Whether it has a time axis, unlike a file of constants."""
+        return self.find(_TIMES) is not None
+
+    @property
+    def untimed_steps(self) -> int:
+        """Number of steps at the end without a stamp; their fields do not count."""
+        variable = self.find(_TIMES)
+        if variable is None:
+            return 0
+        known = np.flatnonzero(np.isfinite(_filled(self.dataset.read(variable.name)).ravel()))
+        return math.prod(variable.shape) - (int(known[-1]) + 1 if len(known) else 0)
+
+    def times(self) -> tuple[Array, Array]:
+        """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
+
+        Missing stamps at the end, as files of a year that is not over have them, are left out.
+
+        Raises:
+            DataError: There is no time, or it cannot be understood.
+        """
+        variable = self.need(_TIMES, "time")
+        attributes = variable.attributes
+        bounds = self.dataset.variables.get(str(attributes.get("bounds")))
+        mend = "Correct its values and its units (days since YYYY-MM-DD)."
+        what = "The time of the climate file"
+        with reading(self.path, what, mend, fault="cannot be understood"):
+            if "units" not in attributes:
+                raise ValueError("it has no units")
+            decode = (str(attributes["units"]), str(attributes.get("calendar", "standard")))
+            plain = _filled(self.dataset.read(variable.name)).ravel()
+            known = np.flatnonzero(np.isfinite(plain))
+            count = int(known[-1]) + 1 if len(known) else 0
+            stamps = _decode_days(plain[:count], *decode)
+            if not len(stamps):
+                raise ValueError("it has no step")
+            edges = np.full((len(stamps), 2), np.nan)
+            if bounds is not None:
+                edges = _decode_days(_plain(self.dataset.read(bounds.name))[:count], *decode)
+            if edges.shape != (len(stamps), 2) or (np.diff(edges.ravel()) < 0).any():
+                raise ValueError(f"its bounds {attributes['bounds']} do not rise")
+            if (edges[:, 1] == edges[:, 0]).any():
+                raise ValueError(f"its bounds {attributes['bounds']} hold a step of no length")
+        return stamps, edges
+
+    def field(self, variable: NetcdfVariable) -> Array:
+        """Values (T, C); sectors (ice, tundra) are combined by their fractions.
+
+        Source: card section 3.3.
+        """
+        values = self.read(variable)
+        if values.ndim == 2:  # one field for all times
+            return values.reshape(1, -1)
+        if values.ndim == 4:
+            share = self.find(("FRA",)) if values.shape[1] > 1 else None
+            if share is not None and share.ndim == 4 and share.shape[1] == values.shape[1]:
+                parts = np.where(np.isfinite(values), np.nan_to_num(self.read(share)), 0.0)
+                total = parts.sum(1)
+                mixed = (parts * np.nan_to_num(values)).sum(1)
+                values = np.where(total > 0, mixed / np.where(total > 0, total, 1), np.nan)
+            else:
+                values = values[:, 0]  # the first sector is ice
+        if values.ndim != 3:
+            raise DataError(
+                f"The variable {variable.name} of {self.path} has {variable.ndim} dimensions.",
+                "Give fields of time, y and x, or of time, sector, y and x.",
+            )
+        steps = len(values) - self.untimed_steps
+        return values[:steps].reshape(steps, -1)
