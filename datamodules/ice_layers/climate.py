@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.climate_files import ClimateFile
@@ -237,6 +236,8 @@ class MarClimate:
         if constants := [file.path for file in files if not file.has_time]:
             if len(constants) == len(files):
                 files[0].times()  # which says what is missing
+            from lightning.pytorch.utilities import rank_zero_info
+
             rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
             paths[:] = [path for path in paths if path not in constants]
         for file in files:

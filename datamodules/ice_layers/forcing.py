@@ -123,7 +123,8 @@ class ForcedFlights(GeneratedFlights):
         layers: L, layers.
         segments: Flight segments, in turn at each site.
         spacing: Distance of traces [m].
-        mistracks: Fraction of picks that are on the next boundary.
+        mistracks: Fraction of picks that are on the next boundary, which is then not picked: two
+            reflectors are taken for one.
         missing: Factor on the rates of gaps, absent layers and drop-outs.
         noise: Standard deviation of a pick [m].
         traced: Fraction of blocks whose layers are fully traced.

@@ -548,12 +548,15 @@ def _pick(world: World, number: int, truth: Array, density: Array, melt: Array) 
     exact = surface + np.concatenate([np.zeros((blocks, n, 1)), np.cumsum(times, -1)], axis=-1)
     slow = np.concatenate([density[..., :1], density], -1)
     picks = exact + thickness_to_time(world.noise * generator.standard_normal(exact.shape), slow)
-    # two reflectors taken for one: a boundary is picked where the next one is
+    # two reflectors taken for one: a boundary is picked where the next one is, which is not picked
     # drawn always, so that nothing else changes with it
     whole: NDArray[np.bool_] = np.asarray(generator.random(blocks) < world.traced)
     wrong = np.asarray(generator.random((blocks, n, layers - 1)) < world.mistracks)
     wrong &= ~whole[:, None, None]  # what is fully traced has been looked at
+    lost = np.concatenate([np.zeros((blocks, n, 1), np.bool_), wrong], -1)
+    lost[..., :-1] &= ~wrong
     picks[..., 1:-1] = np.where(wrong, picks[..., 2:], picks[..., 1:-1])
+    picks[..., 1:][lost] = np.nan
     deep = np.arange(1, layers + 1) / layers
     for block in range(blocks):
         gap = world.missing * (0.02 + 0.33 * deep**1.5 + 0.12 * melt[block].mean() * deep)
@@ -734,7 +737,8 @@ class SyntheticFlights(GeneratedFlights):
         layers: L, layers.
         segments: Flight segments; splits keep them whole.
         spacing: Distance of traces [m].
-        mistracks: Fraction of picks that are on the next boundary.
+        mistracks: Fraction of picks that are on the next boundary, which is then not picked: two
+            reflectors are taken for one.
         missing: Factor on the rates of gaps, absent layers and drop-outs; 1 has the card's, 0 none.
         noise: Standard deviation of a pick [m].
         traced: Fraction of blocks whose layers are fully traced.

@@ -81,7 +81,6 @@ def test_missingness_grows_with_depth_and_is_structured(flights):
     assert 0.5 < absent < 2.5
     same = (missing[:, 1:] == missing[:, :-1]).mean()
     assert same > 0.88  # runs: independent entries would agree at 0.55
-    assert any(e.kind == "crossed" and e.count for e in flights.excluded)
 
 
 def test_the_climate_says_half_and_the_neighbours_the_rest(flights):
