@@ -77,7 +77,7 @@ def _stretched_day(date: Any) -> float:
         for year in (date.year, date.year + 1)
     )
     passed = 30 * (date.month - 1) + date.day - 1 + (date.hour + date.minute / 60) / 24
-    return start + passed / 360 * (end - start)
+    return float(start + passed / 360 * (end - start))
 
 
 def _filled(values: Any) -> Array:

@@ -88,4 +88,5 @@ def unwrap_longitudes(pos: Array) -> Array:
     longitude = np.radians(pos[:, 1])
     centre = np.degrees(np.arctan2(np.sin(longitude).mean(), np.cos(longitude).mean()))
     turns = np.round((centre - pos[:, 1]) / 360.0)
-    return pos + turns[:, None] * [0.0, 360.0]
+    unwrapped: Array = pos + turns[:, None] * np.array([0.0, 360.0])
+    return unwrapped

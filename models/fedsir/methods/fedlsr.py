@@ -83,7 +83,8 @@ class SelfRegularizedLoss:
         first, second = ((self.temperature * logits).softmax(1) for logits in views)
         divergence = jensen_shannon(first, second).mean() / first.shape[1]
         entropy = -(torch.xlogy(first, first) + torch.xlogy(second, second)).sum(1).mean() / 2
-        return loss + self.consistency * divergence + self.entropy * entropy
+        total: Tensor = loss + self.consistency * divergence + self.entropy * entropy
+        return total
 
 
 class FedLSR(FederatedMethod):
