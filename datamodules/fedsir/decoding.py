@@ -1,53 +1,109 @@
-"""Encoded images decoded into one array on disk.
+"""Sources of encoded images, which are decoded once into one array on disk.
 
 Shapes: N samples, C channels, H W image.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
+from fulgurite.data.listing import FileTree
+from fulgurite.data.pool import run_in_processes
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
+from fulgurite.datamodules.fedsir.sources import ImageSource
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
-    "check_image_arguments",
+    "EncodedImages",
     "check_range",
     "decode_image_bytes",
     "fit_image",
+    "peek_size",
     "split_off_test",
+    "write_image_files",
     "write_images",
 ]
 
+# What a worker sends at once, in shared memory: small, since containers have little of it
+_CHUNK_BYTES = 1 << 19
+_FEW = 2_000  # images that are decoded before a worker has started
 _FEWEST_VALUES = 4096  # of 16-bit images: with fewer, 8 bits would leave 16 grey values at most
 
 
-def check_image_arguments(image_size: int | None, channels: int, test_fraction: float) -> None:
-    """Check what readers of image files are asked for.
+class EncodedImages(ImageSource):
+    """A source of PNG and JPEG images.
+
+    Args:
+        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+            one size already.
+        channels: 3 for colour or 1 for grey; images are converted.
+        test_fraction: Fraction of each class that becomes the test split, if there is none.
+        train_limit: Keep at most this many training images, balanced by class.
+        test_limit: Keep at most this many test images, balanced by class.
+        seed: Seed of these choices.
 
     Raises:
         ConfigError: An argument is out of range.
     """
-    if (image_size is not None and image_size < 1) or channels not in (1, 3):
-        raise ConfigError(
-            f"Images cannot have the size {image_size} and {channels} channels.",
-            "Set `--data.init_args.source.init_args.image_size` to 1 or more (or null) and "
-            "`channels` to 1 or 3.",
-        )
-    if not 0 < test_fraction < 1:
-        raise ConfigError(
-            f"The test fraction is {test_fraction}.",
-            "Set `--data.init_args.source.init_args.test_fraction` in (0, 1).",
-        )
+
+    def __init__(
+        self,
+        image_size: int | None,
+        channels: int,
+        test_fraction: float,
+        train_limit: int | None,
+        test_limit: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__(train_limit, test_limit, seed)
+        if (image_size is not None and image_size < 1) or channels not in (1, 3):
+            raise ConfigError(
+                f"Images cannot have the size {image_size} and {channels} channels.",
+                "Set `--data.init_args.source.init_args.image_size` to 1 or more (or null) and "
+                "`channels` to 1 or 3.",
+            )
+        if not 0 < test_fraction < 1:
+            raise ConfigError(
+                f"The test fraction is {test_fraction}.",
+                "Set `--data.init_args.source.init_args.test_fraction` in (0, 1).",
+            )
+        self.channels = channels
+        self.test_fraction = test_fraction
+        self.side = image_size
+        self._size: tuple[int, int] | None = None if image_size is None else (image_size,) * 2
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return self.channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width [pixels]: those of the first image, unless images are resized."""
+        if self._size is None:
+            self._size = self.first_size()
+        return self._size
+
+    @abstractmethod
+    def first_size(self) -> tuple[int, int]:
+        """Return the height and width of the first training image [pixels]."""
+
+    def prepare(self) -> None:
+        """Fill the cache."""
+        self.read()
 
 
 def split_off_test(labels: Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -142,6 +198,87 @@ def _resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return to_channels(np.asarray(small), len(image))
 
 
+def peek_size(tree: FileTree, name: str, channels: int) -> tuple[int, int]:
+    """Return the height and width of an image file [pixels].
+
+    Raises:
+        DataError: The image is not there or damaged, or cannot be read as 8 bits.
+    """
+    image, _ = _FileDecoder(tree, [name], channels, None, None, 1)[0]
+    return image.shape[-2], image.shape[-1]
+
+
+def write_image_files(
+    tree: FileTree,
+    names: Sequence[str],
+    source: EncodedImages,
+    target: Path,
+    title: str,
+    path: str,
+) -> None:
+    """Decode image files into one array on disk, many of them in several processes.
+
+    Args:
+        tree: The folder or zip that they are in.
+        names: Their names, N.
+        source: Says which size and channels images get.
+        target: The ``.npy`` file; it gets (N, C, H, W).
+        title: ``train`` or ``test``.
+        path: What errors call the images.
+
+    Raises:
+        DataError: An image is not there or damaged, cannot be read as 8 bits, has another size than
+            the first one, or those of ``train`` have 16 bits and are too dark.
+    """
+    height, width = size = source.image_size
+    chunk = max(1, _CHUNK_BYTES // (source.channels * height * width))
+    decoder = _FileDecoder(tree, names, source.channels, source.side, size, chunk)
+    peaks = [-1]
+
+    def blocks() -> Iterator[Tensor]:
+        for images, peak in run_in_processes(decoder, len(decoder), len(names) > _FEW):
+            peaks[0] = max(peaks[0], peak)
+            yield images
+
+    write_images(blocks(), (len(names), source.channels, height, width), target, title)
+    if title == "train":
+        check_range(peaks[0], path)
+
+
+class _FileDecoder(Dataset[tuple[Tensor, int]]):
+    """Blocks of decoded files: jobs for :func:`run_in_processes`."""
+
+    def __init__(
+        self,
+        tree: FileTree,
+        names: Sequence[str],
+        channels: int,
+        side: int | None,
+        size: tuple[int, int] | None,
+        chunk: int,
+    ) -> None:
+        self.tree, self.names, self.channels = tree, names, channels
+        self.side, self.size, self.chunk = side, size, chunk
+
+    def __len__(self) -> int:
+        return -(-len(self.names) // self.chunk)
+
+    def __getitem__(self, block: int) -> tuple[Tensor, int]:
+        """Return images, and the highest value of those of 16 bits (-1 if there are none)."""
+        names = self.names[block * self.chunk : (block + 1) * self.chunk]
+        images, peaks = zip(*map(self._image, names), strict=True)
+        return torch.from_numpy(np.stack(images)), max(peaks)
+
+    def _image(self, name: str) -> tuple[NDArray[np.uint8], int]:
+        title = f"{name} of {self.tree.root}"
+        with reading_image(title, "Or remove it."):
+            content = self.tree.read(name)
+        image, highest = decode_image_bytes(content, title, self.channels)
+        if self.size is not None:
+            image = fit_image(image, title, self.side, self.size)
+        return image, highest
+
+
 def write_images(
     blocks: Iterable[Tensor], shape: tuple[int, int, int, int], target: Path, title: str
 ) -> None:
@@ -157,6 +294,7 @@ def write_images(
     from rich.progress import Progress
 
     images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
+    _reserve(target)
     done = 0
     console = Console(stderr=True)
     with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
@@ -166,3 +304,19 @@ def write_images(
             done += len(block)
             progress.update(task, completed=done)
     images.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a mapped file, whose pages would else kill the process on a full disk.
+
+    Raises:
+        OSError: There is no room.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise  # else a file system that reserves nothing

@@ -1,13 +1,8 @@
-"""Folders and zips of image files, decoded once.
-
-Shapes: N samples, C channels, H W image.
-"""
+"""Folders and zips of image files, by class."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -17,19 +12,19 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.data.listing import FileTree
-from fulgurite.data.pool import run_in_processes
 from fulgurite.datamodules.fedsir.cache import cached_arrays
+from fulgurite.datamodules.fedsir.decoding import (
+    EncodedImages,
+    peek_size,
+    split_off_test,
+    write_image_files,
+)
 from fulgurite.datamodules.fedsir.samples import Listing
-from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
-from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
-from fulgurite.errors import ConfigError, DataError
+from fulgurite.datamodules.fedsir.sources import ImageArrays
+from fulgurite.errors import DataError
 from fulgurite.io import data_path
 
 __all__ = ["ImageFolder"]
@@ -41,13 +36,9 @@ _OTHER_SUFFIXES = (
     *(".tif", ".tiff", ".webp"),
 )
 _TEST_SPLITS = ("test", "val", "valid", "validation")
-# What a worker sends at once, in shared memory: small, since containers have little of it
-_CHUNK_BYTES = 1 << 19
-_FEWEST_VALUES = 4096  # of 16-bit images: with fewer, 8 bits would leave 16 grey values at most
-_FEW = 2_000  # images that are decoded before a worker has started
 
 
-class ImageFolder(ImageSource):
+class ImageFolder(EncodedImages):
     """A folder or zip with ``SPLIT/CLASS/*.jpg`` or ``CLASS/*.jpg`` (also ``.jpeg``, ``.png``).
 
     Splits are ``train`` and ``test`` (else ``val``; beside ``test``, it is left out with a
@@ -84,59 +75,30 @@ class ImageFolder(ImageSource):
         test_limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(train_limit, test_limit, seed)
-        if (image_size is not None and image_size < 1) or channels not in (1, 3):
-            raise ConfigError(
-                f"Images cannot have the size {image_size} and {channels} channels.",
-                "Set `--data.init_args.source.init_args.image_size` to 1 or more (or null) and "
-                "`channels` to 1 or 3.",
-            )
-        if not 0 < test_fraction < 1:
-            raise ConfigError(
-                f"The test fraction is {test_fraction}.",
-                "Set `--data.init_args.source.init_args.test_fraction` in (0, 1).",
-            )
+        super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
         self.path = path
-        self.channels = channels
-        self.test_fraction = test_fraction
-        self._side = image_size
         self._files: _Listing | None = None
-        self._size: tuple[int, int] | None = None if image_size is None else (image_size,) * 2
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self._listing().class_names)
 
-    @property
-    def in_channels(self) -> int:
-        """Number of channels."""
-        return self.channels
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width [pixels]: those of the first image, unless images are resized."""
-        if self._size is None:
-            listing = self._listing()
-            decoder = _Decoder(listing.tree, listing.train[:1], None, self.channels, 1)
-            image, _ = decoder[0]
-            self._size = image.shape[-2], image.shape[-1]
-        return self._size
+    def first_size(self) -> tuple[int, int]:
+        """See :meth:`EncodedImages.first_size`."""
+        listing = self._listing()
+        return peek_size(listing.tree, listing.train[0], self.channels)
 
     def _listing(self) -> _Listing:
         if self._files is None:
             self._files = _Listing(data_path(self.path))
         return self._files
 
-    def prepare(self) -> None:
-        """Fill the cache."""
-        self.read()
-
     def read(self) -> ImageArrays:
         """Return all images, memory-mapped."""
         listing = self._listing()
         split = None if listing.test else (self.test_fraction, self.seed)
-        recipe = f"3 {listing.tree.fingerprint(listing.names)} {self._side} {self.channels} {split}"
+        recipe = f"3 {listing.tree.fingerprint(listing.names)} {self.side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
         arrays = cached_arrays(f"images-{key}", self._write)
         kept, _ = self._split_rows()
@@ -151,10 +113,7 @@ class ImageFolder(ImageSource):
             return list(range(len(listing.train))), []
         number = {name: c for c, name in enumerate(listing.class_names)}
         labels = torch.tensor([number[_class_of(name)] for name in listing.train])
-        counts = (torch.bincount(labels) * self.test_fraction).ceil().long()
-        chosen = choose_per_class(labels, counts, make_generator(self.seed, 2)).tolist()
-        tested = set(chosen)
-        return [i for i in range(len(listing.train)) if i not in tested], chosen
+        return split_off_test(labels, self.test_fraction, self.seed)
 
     def _write(self, target: Path) -> tuple[str, ...]:
         listing = self._listing()
@@ -167,41 +126,9 @@ class ImageFolder(ImageSource):
         for split, names in files.items():
             labels = torch.tensor([number[_class_of(name)] for name in names])
             np.save(target / f"{split}_labels.npy", labels.numpy())
-            self._decode(names, target / f"{split}_images.npy", split)
+            images = target / f"{split}_images.npy"
+            write_image_files(listing.tree, names, self, images, split, self.path)
         return listing.class_names
-
-    def _decode(self, names: Sequence[str], target: Path, title: str) -> None:
-        """Decode files into one array on disk."""
-        from rich.console import Console
-        from rich.progress import track
-
-        height, width = self.image_size
-        shape = (len(names), self.channels, height, width)
-        images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
-        chunk = max(1, _CHUNK_BYTES // (self.channels * height * width))
-        decoder = _Decoder(
-            self._listing().tree, names, (self._side, height, width), self.channels, chunk
-        )
-        blocks = run_in_processes(decoder, len(decoder), len(names) > _FEW)
-        done, highest = 0, -1
-        for block in track(
-            blocks,
-            f"Decoding {title} images",
-            console=Console(stderr=True),
-            total=len(decoder),
-            disable=not sys.stderr.isatty(),
-        ):
-            pixels, peak = block
-            images[done : done + len(pixels)] = pixels
-            done += len(pixels)
-            highest = max(highest, peak)
-        images.flush()
-        if title == "train" and 0 <= highest < _FEWEST_VALUES:
-            raise DataError(
-                f"The 16-bit images of {self.path} reach {highest:,} of 65,535, so that 8 bits "
-                f"would keep {highest // 257 + 1} values.",
-                "Stretch them to 65,535 (all by one factor), or save them with 8 bits.",
-            )
 
 
 class _Listing:
@@ -277,59 +204,6 @@ class _Listing:
             + (f": {name_some(names, 3)}{slashes}." if names else "."),
             "Lay them out as train/CLASS/* and test/CLASS/*, or as CLASS/*, in JPEG or PNG.",
         )
-
-
-class _Decoder(Dataset[tuple[Tensor, int]]):
-    """Blocks of decoded images: jobs for :func:`run_in_processes`."""
-
-    def __init__(
-        self,
-        tree: FileTree,
-        names: Sequence[str],
-        sizes: tuple[int | None, int, int] | None,
-        channels: int,
-        chunk: int,
-    ) -> None:
-        self.tree, self.names, self.sizes, self.chunk = tree, names, sizes, chunk
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return -(-len(self.names) // self.chunk)
-
-    def __getitem__(self, block: int) -> tuple[Tensor, int]:
-        """Return images, and the highest value of those of 16 bits (-1 if there are none)."""
-        names = self.names[block * self.chunk : (block + 1) * self.chunk]
-        self._highest = -1
-        images = torch.from_numpy(np.stack([self._image(name) for name in names]))
-        return images, self._highest
-
-    def _image(self, name: str) -> NDArray[np.uint8]:
-        with reading_image(f"{name} of {self.tree.root}", "Or remove it."):
-            content = io.BytesIO(self.tree.read(name))
-            pixels = decode_picture(content, is_grey=self.channels == 1)
-            if pixels.dtype == np.uint16:
-                self._highest = max(self._highest, int(pixels.max()))
-            image = to_channels(to_uint8(pixels), self.channels)
-        if self.sizes is None:
-            return image
-        side, height, width = self.sizes
-        if side is not None:
-            return _resize(image, side)
-        if image.shape[1:] != (height, width):
-            raise DataError(
-                f"The image {name} of {self.tree.root} has {image.shape[1]} x {image.shape[2]} "
-                f"pixels, the first one {height} x {width}.",
-                "Set `--data.init_args.source.init_args.image_size` to resize all.",
-            )
-        return image
-
-
-def _resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    last = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
-    small = Image.fromarray(last).resize((side, side), Image.Resampling.BILINEAR)
-    return to_channels(np.asarray(small), len(image))
 
 
 def _class_of(name: str) -> str:

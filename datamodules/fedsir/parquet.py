@@ -20,7 +20,7 @@ from torch import Tensor
 from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.decoding import (
-    check_image_arguments,
+    EncodedImages,
     check_range,
     decode_image_bytes,
     fit_image,
@@ -28,7 +28,7 @@ from fulgurite.datamodules.fedsir.decoding import (
     write_images,
 )
 from fulgurite.datamodules.fedsir.samples import Listing
-from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.datamodules.fedsir.sources import ImageArrays
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.foreign import check_parquet, reading
 from fulgurite.io import checksum, data_path
@@ -40,7 +40,7 @@ _AGAIN = "Fetch the file again, or write it with `Dataset.to_parquet`."
 _BATCH = 256  # images that are in memory at once
 
 
-class Parquet(ImageSource):
+class Parquet(EncodedImages):
     """Parquet files with a column of encoded images and one of labels, as Hugging Face has them.
 
     Images are a structure of ``bytes`` and ``path``, or bytes alone: PNG or JPEG. Classes have the
@@ -82,17 +82,13 @@ class Parquet(ImageSource):
         test_limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(train_limit, test_limit, seed)
-        check_image_arguments(image_size, channels, test_fraction)
+        super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
         if class_names is not None and len(set(class_names)) < len(class_names):
             raise ConfigError(
                 f"Two classes of {class_names} have one name.", f"Set `{_OPTION}.class_names`."
             )
         self.train, self.test, self.image, self.label = train, test, image, label
         self.given_names = class_names
-        self.channels, self.test_fraction = channels, test_fraction
-        self._side = image_size
-        self._size: tuple[int, int] | None = None if image_size is None else (image_size,) * 2
         self._known: tuple[_Table, _Table | None, tuple[str, ...]] | None = None
 
     @property
@@ -100,24 +96,11 @@ class Parquet(ImageSource):
         """Number of classes."""
         return len(self._tables()[2])
 
-    @property
-    def in_channels(self) -> int:
-        """Number of channels."""
-        return self.channels
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width [pixels]: those of the first image, unless images are resized."""
-        if self._size is None:
-            table = self._tables()[0]
-            name, content = next(table.images(self.image))
-            image, _ = decode_image_bytes(content, name, self.channels, "")
-            self._size = image.shape[1], image.shape[2]
-        return self._size
-
-    def prepare(self) -> None:
-        """Fill the cache."""
-        self.read()
+    def first_size(self) -> tuple[int, int]:
+        """See :meth:`EncodedImages.first_size`."""
+        name, content = next(self._tables()[0].images(self.image))
+        image, _ = decode_image_bytes(content, name, self.channels, "")
+        return image.shape[1], image.shape[2]
 
     def _tables(self) -> tuple[_Table, _Table | None, tuple[str, ...]]:
         if self._known is None:
@@ -138,7 +121,7 @@ class Parquet(ImageSource):
             kept, tested = split_off_test(labels, self.test_fraction, self.seed)
         files = [checksum(path) for table in (train, test) if table for path in table.paths]
         split = None if test else (self.test_fraction, self.seed)
-        parts = (len(train.paths), self.image, self.label, names, self._side, self.channels, split)
+        parts = (len(train.paths), self.image, self.label, names, self.side, self.channels, split)
         key = hashlib.sha256(f"1 {files} {parts}".encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
@@ -165,7 +148,7 @@ class Parquet(ImageSource):
                 if row in wanted:
                     image, highest = decode_image_bytes(content, name, self.channels, "")
                     peaks[0] = max(peaks[0], highest)
-                    yield torch.from_numpy(fit_image(image, name, self._side, size)[None].copy())
+                    yield torch.from_numpy(fit_image(image, name, self.side, size)[None].copy())
 
         title = target.stem.removesuffix("_images")
         write_images(blocks(), (len(rows), self.channels, *size), target, title)

@@ -1,5 +1,6 @@
 """Sources through their real readers, and the cache of decoded images."""
 
+import errno
 import io
 import os
 import pickle
@@ -567,8 +568,8 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
     program = f"""
         import os, signal
         from torch.utils.data import get_worker_info
-        from fulgurite.datamodules.fedsir import ImageFolder, folders
-        decode, calls = folders._Decoder._image, []
+        from fulgurite.datamodules.fedsir import ImageFolder, decoding
+        decode, calls = decoding._FileDecoder._image, []
         def die_at_the_sixth(self, name):
             calls.append(name)
             if len(calls) == 6:
@@ -576,10 +577,10 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
                 assert in_worker == {workers}
                 os.kill(os.getppid() if in_worker else os.getpid(), signal.SIGKILL)
             return decode(self, name)
-        folders._Decoder._image = die_at_the_sixth
+        decoding._FileDecoder._image = die_at_the_sixth
         if {workers}:
-            folders._FEW, os.sched_getaffinity = 0, lambda _: {{0, 1}}
-            folders._CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
+            decoding._FEW, os.sched_getaffinity = 0, lambda _: {{0, 1}}
+            decoding._CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
         ImageFolder({str(path)!r}).load()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
@@ -588,6 +589,18 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
     arrays = ImageFolder(str(path)).load()
     np.testing.assert_array_equal(arrays.test_images.numpy(), class_images(3, 3, size=8, seed=1)[0])
     assert [name[:7] for name in entries(cache)] == ["images-"]  # and the rest was swept
+
+
+def test_a_full_disk_is_one_data_error(tmp_path, cache, monkeypatch):
+    path = write_image_files(tmp_path / "i.zip")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(DataError, match=r"cache .* \(No space left on device\)"):
+        ImageFolder(str(path)).load()
+    assert entries(cache) == []
 
 
 def test_many_images_are_decoded_in_order_by_workers(tmp_path):
