@@ -6,6 +6,7 @@ from fulgurite.datamodules.fedsir.archives import CifarArchive
 from fulgurite.datamodules.fedsir.file_labels import FileLabels, SourceLabels
 from fulgurite.datamodules.fedsir.file_partition import FilePartition
 from fulgurite.datamodules.fedsir.folders import ImageFolder
+from fulgurite.datamodules.fedsir.image_list import ImageList
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.leaf import Leaf
 from fulgurite.datamodules.fedsir.noise import (
@@ -47,6 +48,7 @@ __all__ = [
     "Iid",
     "ImageArrays",
     "ImageFolder",
+    "ImageList",
     "ImageSource",
     "InstanceDependent",
     "LabelNoise",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +38,11 @@ __all__ = [
     "file_kind",
     "is_plain_column",
     "label_numbers",
+    "number_names",
     "read_indices",
     "read_label_arrays",
+    "read_lines",
+    "read_list",
     "read_table",
 ]
 
@@ -164,26 +167,39 @@ def cell_text(value: Any) -> str:
     return str(value).strip()
 
 
-def read_list(path: Path, value: str) -> dict[str, list[str]]:
+def read_lines(path: Path, mend: str = _AGAIN) -> list[str]:
+    """Read the lines of a text file, without those that are blank and without blanks around them.
+
+    Args:
+        path: The file; its name may end with ``.gz``, ``.bz2`` or ``.xz``.
+        mend: What to do where it cannot be read.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    with reading(path, "The list", mend), open_compressed(path) as file:
+        lines = file.read().decode("utf-8-sig").split("\n")
+        return [text for line in lines if (text := line.strip())]
+
+
+def read_list(path: Path, value: str, mend: str = _AGAIN) -> dict[str, list[str]]:
     """Read lines of a path and a value, with a blank between them; paths may have blanks.
 
     Args:
-        path: The list, such as ``noisy_train_kv.txt`` of Clothing1M.
+        path: The list, such as ``noisy_label_kv.txt`` of Clothing1M.
         value: What the second field is called.
+        mend: What to do where it cannot be read.
 
     Raises:
         DataError: It cannot be read, or a line has one field.
     """
-    with reading(path, "The list", _AGAIN):
-        with open_compressed(path) as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
+    lines = read_lines(path, mend)
+    with reading(path, "The list", mend):
         columns: dict[str, list[str]] = {"path": [], value: []}
-        for number, line in enumerate(lines, 1):
-            if not (fields := line.strip()):
-                continue
-            parts = fields.rsplit(None, 1)
+        for line in lines:
+            parts = line.rsplit(None, 1)
             if len(parts) < 2:
-                raise ValueError(f"line {number} has one field: a path and a {value} are wanted")
+                raise ValueError(f"{line[:80]!r} is one field: a path and a {value} are wanted")
             columns["path"].append(parts[0])
             columns[value].append(parts[1])
         return columns
@@ -396,6 +412,33 @@ def label_numbers(
         f"The file {path} has labels that are no class of the source: {_some(bad)}.",
         f"The classes are {_some(class_names)}, or numbers from 0 to {len(class_names) - 1}.",
     )
+
+
+def number_names(texts: Iterable[str], where: str, mend: str) -> tuple[str, ...]:
+    """Return the names of classes that are their numbers.
+
+    Args:
+        texts: All labels.
+        where: What they are of, for errors.
+        mend: What else to do than to number classes from 0.
+
+    Raises:
+        DataError: They are not numbers from 0 without gaps.
+
+    Example:
+        >>> number_names(["1", "0", "1"], "a.txt", "")
+        ('0', '1')
+    """
+    different = sorted(set(texts))
+    digits = [text for text in different if text.isascii() and text.isdigit() and len(text) < 10]
+    numbers = {int(text) for text in digits}
+    if numbers != set(range(len(different))):
+        raise DataError(
+            f"The labels of {where} are not numbers from 0 without gaps: "
+            f"{', '.join(different[:5])}.",
+            mend,
+        )
+    return tuple(str(k) for k in range(len(different)))
 
 
 def read_label_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:

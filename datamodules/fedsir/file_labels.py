@@ -62,7 +62,7 @@ class FileLabels(ChosenClients):
 
     The file is a table (``.csv``, ``.tsv``, ``.parquet``) with a column ``label`` and a column
     ``path`` (the image as the source names it) or ``row`` (its number in the source, from 0); a
-    list of lines ``path label`` (``.txt``, as ``noisy_train_kv.txt`` of Clothing1M); or one label
+    list of lines ``path label`` (``.txt``, as ``noisy_label_kv.txt`` of Clothing1M); or one label
     for each training image in the order of the source (``.npy``, ``.npz``, ``.pt``), which for
     CIFAR is that of the official archive, as in ``CIFAR-10_human.pt``. Labels are names of classes
     or their numbers from 0.

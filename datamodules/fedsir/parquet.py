@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column
+from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column, number_names
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.decoding import (
     EncodedImages,
@@ -286,11 +286,5 @@ def _class_names(train: _Table, test: _Table | None, given: list[str] | None) ->
     different = {text for table in (train, test) if table for text in table.labels} - {""}
     if not train.numbered:
         return tuple(sorted(different))
-    numbers = {int(text) for text in different if text.isdigit() and len(text) < 10}
-    if len(numbers) < len(different) or numbers != set(range(len(numbers))):
-        raise DataError(
-            f"The labels of {train.paths[0].parent} are not numbers from 0 without gaps: "
-            f"{', '.join(sorted(different)[:5])}.",
-            f"Set `{_OPTION}.class_names`, one for each number from 0.",
-        )
-    return tuple(str(k) for k in range(len(numbers)))
+    mend = f"Set `{_OPTION}.class_names`, one for each number from 0."
+    return number_names(different, str(train.paths[0].parent), mend)

@@ -213,8 +213,16 @@ def _arrays():
 def _annotations():
     import pandas as pd
     import torch
+    from PIL import Image
 
-    from fulgurite.datamodules.fedsir import FileLabels, FilePartition, Leaf, Listing, Parquet
+    from fulgurite.datamodules.fedsir import (
+        FileLabels,
+        FilePartition,
+        ImageList,
+        Leaf,
+        Listing,
+        Parquet,
+    )
     from fulgurite.datamodules.fedsir.samples import Samples
     from fulgurite.testing.files import write_image_parquet
 
@@ -264,6 +272,26 @@ def _annotations():
         source.load()
 
     yield Target("parquet-images", [table], read_images)
+
+    def read_list(folder):
+        paths = {name: str(folder / f"{name}.txt") for name in ("train", "test", "labels", "names")}
+        source = ImageList(
+            paths["train"],
+            paths["test"],
+            train_labels=paths["labels"],
+            test_labels=paths["labels"],
+            class_names=paths["names"],
+        )
+        _ = source.num_classes, source.image_size
+        source.load()
+
+    listed = {"train.txt": b"0.png\n./1.png\n", "test.txt": b"2.png\n", "names.txt": b"cat\ndog\n"}
+    listed["labels.txt"] = b"0.png 0\n1.png 1\n2.png 1\n3.png 0\n"
+    for number, image in enumerate(images[:3]):
+        out = io.BytesIO()
+        Image.fromarray(image.transpose(1, 2, 0)).save(out, "PNG")
+        listed[f"{number}.png"] = out.getvalue()
+    yield Target("image-list", [listed], read_list)
 
     def saved(content):
         out = io.BytesIO()

@@ -1,0 +1,322 @@
+"""Lists of image files with labels, as Clothing1M has them.
+
+Shapes: N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fulgurite.data.exclusions import name_some
+from fulgurite.data.listing import FileTree
+from fulgurite.datamodules.fedsir.annotations import (
+    LabelsAre,
+    label_numbers,
+    number_names,
+    read_lines,
+    read_list,
+)
+from fulgurite.datamodules.fedsir.cache import cached_arrays
+from fulgurite.datamodules.fedsir.decoding import (
+    EncodedImages,
+    peek_size,
+    split_off_test,
+    write_image_files,
+)
+from fulgurite.datamodules.fedsir.partition import sort_names
+from fulgurite.datamodules.fedsir.samples import Listing
+from fulgurite.datamodules.fedsir.sources import ImageArrays
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import data_path
+
+__all__ = ["ImageList"]
+
+_OPTION = "--data.init_args.source.init_args"
+
+
+class ImageList(EncodedImages):
+    """Images that text files list, a path on each line, with the label beside it or in other files.
+
+    Lines are ``path label``; or ``path``, and ``train_labels`` and ``test_labels`` name files of
+    lines ``path label``, which may label other images too. So Clothing1M is ``train:
+    noisy_train_key_list.txt``, ``train_labels: noisy_label_kv.txt``, ``test:
+    clean_test_key_list.txt``, ``test_labels: clean_label_kv.txt``, ``class_names:
+    category_names_eng.txt``. Images are PNG or JPEG, decoded once, in parallel, into the cache
+    (``FULGURITE_CACHE``): 150 KB each at 224 x 224 pixels in colour. Its key is the lists, and the
+    content of a zip, or the sizes and times of files.
+
+    The order of the source is that of the list ``train``, which also names the images.
+
+    Args:
+        train: The list of training images, absolute or relative to ``FULGURITE_DATA``, as all files
+            here.
+        test: That of test images; if not given, a part of ``train`` becomes them.
+        root: The folder or zip that paths of images are relative to; if not given, the folder with
+            the list ``train``.
+        train_labels: The file with labels of training images, if the list has paths alone.
+        test_labels: The same for test images.
+        class_names: Names of the classes, or a file with one on each line; needed for numbers of
+            which some have no training image.
+        labels_are: Whether labels are ``names`` or ``numbers`` (from 0) of classes; ``auto`` takes
+            what they all can be.
+        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+            one size already.
+        channels: 3 for colour or 1 for grey; images are converted.
+        test_fraction: Fraction of each class that becomes the test split, if there is none.
+        train_limit: Keep at most this many training images, balanced by class.
+        test_limit: Keep at most this many test images, balanced by class.
+        seed: Seed of these choices.
+
+    Raises:
+        ConfigError: An argument is out of range, or two do not fit together.
+
+    Source: files as in Xiao et al., "Learning from Massive Noisy Labeled Data for Image
+    Classification", CVPR 2015 (Clothing1M).
+    """
+
+    def __init__(
+        self,
+        train: str,
+        test: str | None = None,
+        root: str | None = None,
+        train_labels: str | None = None,
+        test_labels: str | None = None,
+        class_names: list[str] | str | None = None,
+        labels_are: LabelsAre = "auto",
+        image_size: int | None = None,
+        channels: Literal[1, 3] = 3,
+        test_fraction: float = 0.1,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
+        if test is None and test_labels is not None:
+            raise ConfigError(
+                f"There are test_labels={test_labels} and no list of test images.",
+                f"Set `{_OPTION}.test` to it, or `test_labels=null`.",
+            )
+        self.train, self.test, self.root = train, test, root
+        self.train_labels, self.test_labels = train_labels, test_labels
+        self.given_names, self.labels_are = class_names, labels_are
+        self._known: _Lists | None = None
+        self._files: FileTree | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self._lists().class_names)
+
+    def first_size(self) -> tuple[int, int]:
+        """See :meth:`EncodedImages.first_size`."""
+        return peek_size(self._tree(), self._lists().train.names[0], self.channels)
+
+    def _tree(self) -> FileTree:
+        return FileTree(data_path(self.train).parent if self.root is None else data_path(self.root))
+
+    def _lists(self) -> _Lists:
+        if self._known is None:
+            train = _List.read(self.train, self.train_labels, "train")
+            test = None
+            if self.test is not None:
+                test = _List.read(self.test, self.test_labels, "test")
+                if both := sorted(set(train.names) & set(test.names)):
+                    raise DataError(
+                        f"{len(both)} images are both in {train.path} and in {test.path}: "
+                        f"{name_some(both, 3)}.",
+                        "Test on images that are not trained on.",
+                    )
+            names, labels_are = _class_names(train, self.given_names, self.labels_are)
+            self._known = _Lists(
+                train,
+                train.label_numbers(names, labels_are),
+                test,
+                None if test is None else test.label_numbers(names, labels_are),
+                names,
+            )
+        return self._known
+
+    def read(self) -> ImageArrays:
+        """Return all images, memory-mapped."""
+        lists, tree = self._lists(), self._tree()
+        train, labels = lists.train, lists.train_labels
+        every = train.names if lists.test is None else train.names + lists.test.names
+        _refuse_missing(tree, every, lists)
+        kept = list(range(len(labels)))
+        tested: list[int] = []
+        if lists.test is None or lists.test_labels is None:
+            kept, tested = split_off_test(labels, self.test_fraction, self.seed)
+            test_names, test_labels = [train.names[i] for i in tested], labels[tested]
+        else:
+            test_names, test_labels = lists.test.names, lists.test_labels
+        train_names = [train.names[i] for i in kept]
+        content = [train_names, labels[kept].tolist(), test_names, test_labels.tolist()]
+        recipe = json.dumps(
+            [tree.fingerprint(every), content, lists.class_names, self.side, self.channels]
+        )
+        key = hashlib.sha256(f"1 {recipe}".encode()).hexdigest()[:32]
+
+        def write(target: Path) -> tuple[str, ...]:
+            for split, names, numbers, path in (
+                ("train", train_names, labels[kept], self.train),
+                ("test", test_names, test_labels, self.test or self.train),
+            ):
+                np.save(target / f"{split}_labels.npy", numbers.numpy())
+                write_image_files(tree, names, self, target / f"{split}_images.npy", split, path)
+            return lists.class_names
+
+        arrays = cached_arrays(f"list-{key}", write)
+        listing = Listing(len(train.names), tuple(train.names))
+        return replace(arrays, listing=listing, train_rows=torch.tensor(kept, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class _List:
+    """A list of images.
+
+    Attributes:
+        path: The file.
+        names: Paths of images.
+        labels: Their labels as text.
+        labels_path: The file that these are from.
+    """
+
+    path: Path
+    names: list[str]
+    labels: list[str]
+    labels_path: Path
+
+    @classmethod
+    def read(cls, path: str, labels: str | None, split: str) -> _List:
+        """Read a list, and the labels of its images, from their own file if it is given."""
+        where = data_path(path)
+        if labels is None:
+            mend = (
+                f"Write lines of a path and a label, or set `{_OPTION}.{split}_labels` to the file "
+                "with the labels."
+            )
+            columns = read_list(where, "label", mend)
+            names, texts, from_file = columns["path"], columns["label"], where
+        else:
+            names, texts, from_file = read_lines(where), [], data_path(labels)
+        names = [_inside(name, where) for name in names]
+        if not names:
+            raise DataError(
+                f"There are no images in the list {where}.", f"Set `{_OPTION}.{split}`."
+            )
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(
+                f"The list {where} names {len(twice)} images more than once: "
+                f"{name_some(twice, 3)}.",
+                "Give one line for each image.",
+            )
+        if labels is not None:
+            texts = _look_up(names, from_file, where, f"{_OPTION}.{split}_labels")
+        return cls(where, names, texts, from_file)
+
+    def label_numbers(self, class_names: Sequence[str], labels_are: LabelsAre) -> Tensor:
+        """Return labels as class numbers. Shape: (N,)."""
+        number = label_numbers(self.labels, class_names, labels_are, self.labels_path, _OPTION)
+        return torch.tensor([number[text] for text in self.labels], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """The lists of both splits, and the labels as numbers of classes."""
+
+    train: _List
+    train_labels: Tensor
+    test: _List | None
+    test_labels: Tensor | None
+    class_names: tuple[str, ...]
+
+
+def _inside(name: str, where: Path) -> str:
+    """Return a path without what changes nothing in it, such as ``./``."""
+    normal = posixpath.normpath(name)
+    if normal.startswith("/") or normal.split("/")[0] == "..":
+        raise DataError(
+            f"The path {name!r} in {where} does not begin in the folder of images.",
+            f"Write paths relative to one folder or zip, and set `{_OPTION}.root` to it.",
+        )
+    return normal
+
+
+def _look_up(names: Sequence[str], path: Path, list_path: Path, option: str) -> list[str]:
+    """Return the labels of images from a file that may label others too."""
+    columns = read_list(path, "label")
+    labels: dict[str, str] = {}
+    for name, label in zip(columns["path"], columns["label"], strict=True):
+        name = _inside(name, path)
+        if labels.setdefault(name, label) != label:
+            raise DataError(
+                f"The file {path} gives {name!r} the labels {labels[name]} and {label}.",
+                "Give each image one label.",
+            )
+    if missing := [name for name in names if name not in labels]:
+        raise DataError(
+            f"The file {path} has no label for {len(missing)} of {len(names)} images of "
+            f"{list_path}: {name_some(missing, 3)}.",
+            f"Give each image one, remove these from the list, or set `{option}` to the file that "
+            "has them (null if the list itself has).",
+        )
+    return [labels[name] for name in names]
+
+
+def _class_names(
+    train: _List, given: list[str] | str | None, labels_are: LabelsAre
+) -> tuple[tuple[str, ...], LabelsAre]:
+    """Return the names of the classes, and what labels are."""
+    if given is not None:
+        names = read_lines(data_path(given)) if isinstance(given, str) else given
+        if not names or len(set(names)) < len(names):
+            raise DataError(
+                f"The class names {given} are {len(names)}, of which {len(set(names))} differ.",
+                f"Set `{_OPTION}.class_names` to one name for each class.",
+            )
+        return tuple(names), labels_are
+    different = set(train.labels)
+    if labels_are == "numbers" or (labels_are == "auto" and all(map(_is_number, different))):
+        mend = (
+            f"Set `{_OPTION}.class_names`, one for each number from 0, or `labels_are=names` if "
+            "these are names."
+        )
+        return number_names(different, str(train.labels_path), mend), "numbers"
+    return tuple(sort_names(different)), "names"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.lower().lstrip("+-") not in ("nan", "inf", "infinity")
+
+
+def _refuse_missing(tree: FileTree, names: Sequence[str], lists: _Lists) -> None:
+    """Refuse lists of images that are not there, before any is decoded."""
+    if tree.root.is_dir():
+        missing = [name for name in names if not (tree.root / name).is_file()]
+    else:
+        present = set(tree.names)
+        missing = [name for name in names if name not in present]
+    if missing:
+        paths = (
+            lists.train.path if lists.test is None else f"{lists.train.path} and {lists.test.path}"
+        )
+        raise DataError(
+            f"Images that are listed in {paths} are not in {tree.root}: {name_some(missing, 3)}.",
+            f"Set `{_OPTION}.root` to the folder or zip that their paths begin in, fetch them, or "
+            "remove their lines.",
+        )
