@@ -263,12 +263,12 @@ def data_path(path: str | Path, must_exist: bool = True) -> Path:
     """Return where a data file is.
 
     A relative path is looked for in the current folder, and then in the folder that the
-    environment variable ``FULGURITE_DATA`` names. Glob patterns are paths too: they are where
-    something matches them.
+    environment variable ``FULGURITE_DATA`` names. Glob patterns are paths too, absolute or
+    relative: they are where something matches them, and come back as they are.
 
     Raises:
-        DataError: Nothing is there and ``must_exist``, or the path is relative, nothing is there
-            in the current folder, and ``FULGURITE_DATA`` is not set.
+        DataError: Nothing is there or matches, and ``must_exist``; or the path is relative, nothing
+            is there in the current folder, and ``FULGURITE_DATA`` is not set.
 
     Example:
         >>> import tempfile
@@ -278,7 +278,7 @@ def data_path(path: str | Path, must_exist: bool = True) -> Path:
     """
     path = Path(path).expanduser()
     if path.is_absolute():
-        if must_exist and not path.exists():
+        if must_exist and not _leads_somewhere(path):
             raise DataError(
                 f"There is no data at {path}.",
                 "Put it there, or point the `path` of the source to it.",
@@ -303,7 +303,7 @@ def data_path(path: str | Path, must_exist: bool = True) -> Path:
                 stacklevel=2,
             )
         return here
-    if must_exist and not there.exists():
+    if must_exist and not _leads_somewhere(there):
         raise DataError(
             f"There is no data at {there}, nor at {here}.",
             "Put it there, or point FULGURITE_DATA (or the `path` of the source) to it.",

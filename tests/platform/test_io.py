@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fulgurite.data.listing import find_files
+from fulgurite.data.listing import FileTree, find_files
 from fulgurite.errors import DataError
 from fulgurite.io import (
     atomic_write,
@@ -101,6 +101,21 @@ def test_data_path_says_which_of_two_it_takes(data_folder):
     Path("a.zip").unlink()
     Path("a.zip").symlink_to(data_folder / "a.zip")
     assert data_path("a.zip") == Path("a.zip").absolute()  # the same file: nothing to say
+
+
+def test_a_pattern_is_a_path_where_something_matches_it(data_folder, monkeypatch):
+    (data_folder / "b.txt").write_text("there")
+    assert data_path("*.txt") == data_folder / "*.txt"
+    for must_exist in (True, False):
+        assert data_path(data_folder / "?.txt", must_exist) == data_folder / "?.txt"
+        assert data_path(data_folder / "**" / "b.*", must_exist) == data_folder / "**" / "b.*"
+    for pattern in ("*.csv", str(data_folder / "*.csv")):
+        with pytest.raises(DataError, match=r"no data at .*there/\*\.csv"):
+            data_path(pattern)
+    monkeypatch.delenv("FULGURITE_DATA")
+    assert data_path(data_folder / "*.txt") == data_folder / "*.txt"
+    with pytest.raises(DataError, match=r"no folder or zip .*\*\.txt"):
+        _ = FileTree(data_path(data_folder / "*.txt")).names
 
 
 def test_patterns_are_looked_for_in_the_same_places(data_folder):

@@ -178,11 +178,15 @@ class FileTree:
         Names that begin with a dot, and what macOS adds to zips, are left out.
 
         Raises:
-            DataError: A folder cannot be read, a link leads nowhere, or the zip is damaged or holds
-                two files of one name.
+            DataError: Nothing is there, a folder cannot be read, a link leads nowhere, or the zip
+                is damaged or holds two files of one name.
         """
         if self.root.is_dir():
             names = [name for name, _ in list_files(self.root)]
+        elif not self.root.exists():  # such as a glob pattern
+            raise DataError(
+                f"There is no folder or zip {self.root}.", "Name one, without `*`, `?` or brackets."
+            )
         else:
             again = "Fetch or pack it again."
             with (
