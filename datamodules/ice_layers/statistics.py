@@ -82,8 +82,8 @@ def unwrap_longitudes(pos: Array) -> Array:
         - pos: (M, 2) latitude and longitude [degrees]; the result too.
 
     Example:
-        >>> unwrap_longitudes(np.array([[70.0, 179.0], [70.0, -178.0]]))[:, 1]
-        array([179., 182.])
+        >>> unwrap_longitudes(np.array([[70.0, 179.0], [70.0, -178.0]])).tolist()
+        [[70.0, -181.0], [70.0, -178.0]]
     """
     longitude = np.radians(pos[:, 1])
     centre = np.degrees(np.arctan2(np.sin(longitude).mean(), np.cos(longitude).mean()))

@@ -68,6 +68,7 @@ def adapt(
         ConfigError: A BatchNorm is used twice in one forward pass.
 
     Example:
+        >>> from fulgurite.models.cs_arm_bn import adapt, convert_batchnorm
         >>> net = convert_batchnorm(nn.Sequential(nn.BatchNorm2d(1)))
         >>> images = torch.arange(6.0).view(6, 1, 1, 1)
         >>> adapt(net, images.split(4), "plate 1")

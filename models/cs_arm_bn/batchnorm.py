@@ -397,6 +397,7 @@ def context(
         ConfigError: A value is unknown, or the network was not converted.
 
     Example:
+        >>> from fulgurite.models.cs_arm_bn import context, convert_batchnorm
         >>> net = convert_batchnorm(nn.Sequential(nn.BatchNorm2d(1)))
         >>> rows = torch.tensor([0.0, 2.0, 8.0]).view(3, 1, 1, 1)  # a query, then two controls
         >>> with context(net, "controls", n_query=1):

@@ -39,6 +39,7 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
         ConfigError: It is not called once with one vector for each image.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
         >>> embed(network, torch.arange(8.0).view(2, 1, 2, 2)).shape
         torch.Size([2, 4])
@@ -82,6 +83,7 @@ class EmbeddingHead(nn.Module):
         ConfigError: ``hidden`` is negative.
 
     Example:
+        >>> import torch
         >>> EmbeddingHead(384, 8, hidden=64)(torch.zeros(3, 384, 1, 1)).shape
         torch.Size([3, 8])
 

@@ -120,7 +120,7 @@ def test_scores_of_classes_are_those_of_scikit_learn(pairs):
     for ours, theirs in zip(class_scores(counts).values(), expected[:3], strict=True):
         assert ours.tolist() == pytest.approx(theirs.tolist())
     index = torch.arange(len(label))
-    rows = Predictions(*[index] * 4, label, 9.0 * torch.eye(5)[predicted], index)
+    rows = Predictions(*[index] * 4, label, 9.0 * torch.eye(5)[predicted], index, index)
     macro = precision_recall_fscore_support(label, predicted, average="macro", zero_division=0)
     names = ("macro_precision", "macro_recall", "macro_f1")
     assert [scores(rows)[name] for name in names] == pytest.approx(macro[:3])

@@ -320,7 +320,7 @@ def reduce(module, name, arguments):
         (pickle.dumps({"a": [[1]]}, 2), "neither numbers nor text"),
         (pickle.dumps({"a": {"b": 1}}, 2), "holds dict"),
         (pickle.dumps({"a": 1.5}, 2), "opcode BINFLOAT"),
-        (pickle.dumps({"a": bytearray(9)}, 5), "protocol 5"),
+        (pickle.dumps({"a": bytearray(9)}, 5), "holds bytearray"),
         (b"\x80\x02}U\x01aX\xff\xff\xff\x7fabc", ""),
         (b"\x80\x02}q\x00h\x05.", ""),
         (b"\x80\x02]h\x00.", ""),
