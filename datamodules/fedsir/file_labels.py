@@ -104,7 +104,6 @@ class FileLabels(ChosenClients):
         path_column: str = "path",
         row_column: str = "row",
         unknown: Literal["error", "ignore"] = "error",
-        # not called as in NoisyClients: an option of a class is kept for the one that replaces it
         noisy_fraction: float = 1.0,
         noisy_count: int | None = None,
         cover: int | float | None = None,

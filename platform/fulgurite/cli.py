@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -51,6 +52,7 @@ from fulgurite.errors import (
 from fulgurite.io import atomic_write, checksum, load_plain
 from fulgurite.ranks import end_launched_ranks, is_first_process
 from fulgurite.records import remove_objects
+from fulgurite.replacing import dropping_replaced_arguments
 from fulgurite.resuming import (
     ENDED,
     MetricsLogger,
@@ -202,6 +204,11 @@ class FulguriteCLI(LightningCLI):
         """
         names = [name for name in COMMANDS if name in self.argv[:1]] or COMMANDS
         return {name: LightningCLI.subcommands()[name] for name in names}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a class that replaces another one begins with its own defaults."""
+        with dropping_replaced_arguments():
+            super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ``run`` group and the links from data to model."""
@@ -662,6 +669,41 @@ def _run_config(name: str) -> Path:
     return path
 
 
+def prepare_arguments(argv: Sequence[str]) -> list[str]:
+    """Replace packaged configuration names by their files, and nulls by what is parsed as such.
+
+    Example:
+        >>> prepare_arguments(["--data.init_args.source.init_args.test=null", "--model=A"])
+        ['--data={"init_args": {"source": {"init_args": {"test": null}}}}', '--model=A']
+    """
+    return _with_nulls(_with_resolved_configs(argv))
+
+
+# an argument of a class that is itself an argument, and the words that YAML takes for null
+_INNER_ARGUMENT = re.compile(r"--(data|model)(\.init_args\.\w+){2,}")
+_NULLS = ("null", "Null", "NULL", "~")
+
+
+def _with_nulls(argv: Sequence[str]) -> list[str]:
+    """Write a null of an inner argument as JSON, since jsonargparse 4.53 makes it the text None."""
+    out: list[str] = []
+    for arg in argv:
+        name, eq, value = arg.partition("=")
+        if not eq and out and _INNER_ARGUMENT.fullmatch(out[-1]):
+            name, value = out[-1], arg
+        if value not in _NULLS or not _INNER_ARGUMENT.fullmatch(name):
+            out.append(arg)
+            continue
+        if not eq:
+            out.pop()
+        first, *parts = name.removeprefix("--").split(".")
+        content: Any = None
+        for part in reversed(parts):
+            content = {part: content}
+        out.append(f"--{first}={json.dumps(content)}")
+    return out
+
+
 def _with_resolved_configs(argv: Sequence[str]) -> list[str]:
     """Replace packaged configuration names by their files."""
     out: list[str] = []
@@ -767,7 +809,7 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
     sys.argv = [program[0], *argv]
     try:
         with _signals():
-            return _construct(_with_resolved_configs(argv))
+            return _construct(prepare_arguments(argv))
     except Terminated:
         raise Terminated(f"terminated{_way_on(argv[0])}") from None
     except KeyboardInterrupt:
@@ -919,7 +961,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         ConfigError: As for :func:`run`.
     """
     try:
-        _construct(_with_resolved_configs(argv), only_parse=True)
+        _construct(prepare_arguments(argv), only_parse=True)
     except _Parsed as done:
         return done.args[0]  # type: ignore[no-any-return]
     raise AssertionError("parsing ended without a result")

@@ -248,6 +248,59 @@ def test_print_config_shows_the_resolved_configuration(workdir, capsys):
     yaml.safe_load(out[out.index("seed_everything") :])
 
 
+FOLDER = "fulgurite.datamodules.fedsir.ImageFolder"
+SOURCE = "--data.init_args.source"
+
+
+def parsed_source(*words):
+    from fulgurite.cli import parse
+
+    source = parse(["fit", *SMOKE, *words]).data.init_args.source
+    return source.class_path.rpartition(".")[2], vars(source.init_args)
+
+
+def write_source(file, class_path, **arguments):
+    source = {"class_path": f"fulgurite.datamodules.fedsir.{class_path}", "init_args": arguments}
+    file.write_text(yaml.safe_dump({"data": {"init_args": {"source": source}}}))
+    return f"--config={file}"
+
+
+@pytest.mark.parametrize("way", ["file", "words", "object"])
+def test_a_class_that_replaces_another_takes_none_of_its_arguments(workdir, way):
+    before = write_source(
+        workdir / "a.yaml", "ImageFolder", path="images", seed=7, test_limit=3, image_size=8
+    )
+    after = {
+        "file": [write_source(workdir / "b.yaml", "Npz", path="a.npz")],
+        "words": [f"{SOURCE}=fulgurite.datamodules.fedsir.Npz", f"{SOURCE}.init_args.path=a.npz"],
+        "object": [f"{SOURCE}={json.dumps({'class_path': 'Npz', 'init_args': {'path': 'a.npz'}})}"],
+    }[way]
+    own = {"path": "a.npz", "train_limit": None, "test_limit": None, "seed": 0}
+    assert parsed_source(before, *after) == ("Npz", own)
+
+
+def test_a_class_under_another_name_keeps_its_arguments(workdir):
+    before = write_source(workdir / "a.yaml", "ImageFolder", path="images", seed=7)
+    for name in ("ImageFolder", FOLDER.replace("ImageFolder", "folders.ImageFolder")):
+        arguments = parsed_source(before, f"{SOURCE}={name}")[1]
+        assert (arguments["path"], arguments["seed"]) == ("images", 7)
+
+
+def test_a_required_argument_of_a_replaced_class_is_asked_for_anew(fulgurite, workdir):
+    before = write_source(workdir / "a.yaml", "ImageFolder", path="images")
+    refused(fulgurite, [*SMOKE, before, f"{SOURCE}=fulgurite.datamodules.fedsir.Npz"], ["path"])
+
+
+@pytest.mark.parametrize("words", [[f"{SOURCE}.init_args.image_size=null"],
+                                   [f"{SOURCE}.init_args.image_size", "null"]])  # fmt: skip
+def test_null_unsets_an_argument_of_an_argument(workdir, words):
+    before = write_source(workdir / "a.yaml", "ImageFolder", path="images", image_size=8, seed=7)
+    arguments = parsed_source(before, *words)[1]
+    assert (arguments["image_size"], arguments["path"], arguments["seed"]) == (None, "images", 7)
+    before = write_source(workdir / "a.yaml", "Parquet", train="a.parquet", test="b.parquet")
+    assert parsed_source(before, f"{SOURCE}.init_args.test=null")[1]["test"] is None
+
+
 @pytest.mark.figures
 def test_metrics_and_figures_reach_every_logger(fit):
     loggers = [

@@ -148,12 +148,14 @@ class _Built(Exception):
 
 def _parse_with_one_parser(words: Sequence[str]) -> Any:
     from fulgurite import cli
+    from fulgurite.replacing import dropping_replaced_arguments
 
     command, *options = words
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself will say them
-            return _command_parsers()[command].parse_args(cli._with_resolved_configs(options))
+            with dropping_replaced_arguments():
+                return _command_parsers()[command].parse_args(cli.prepare_arguments(options))
     except Exception:
         return cli.parse(words)  # slower; says in one line what is wrong
 
