@@ -45,12 +45,25 @@ def write_blank(file):
     )
 
 
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """The cache of the tests of one process, which make the same data again and again."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty folder to run in, with a cache of its own."""
+def workdir(tmp_path, monkeypatch, shared_cache):
+    """An empty folder to run in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FULGURITE_CACHE", str(shared_cache))
     return tmp_path
+
+
+@pytest.fixture
+def own_cache(workdir, monkeypatch):
+    """A cache that nothing else uses, for tests that look into it."""
+    monkeypatch.setenv("FULGURITE_CACHE", str(workdir / "cache"))
+    return workdir / "cache"
 
 
 @pytest.fixture
@@ -96,8 +109,8 @@ def start(workdir):
 
 
 @pytest.fixture(scope="session")
-def train_once(tmp_path_factory):
-    """Run a command in a new folder with a cache of its own; gives its CLI and the folder.
+def train_once(tmp_path_factory, shared_cache):
+    """Run a command in a new folder; gives its CLI and the folder.
 
     For fixtures of a module, whose tests share a training.
     """
@@ -107,7 +120,7 @@ def train_once(tmp_path_factory):
         folder = tmp_path_factory.mktemp("trained")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setenv("FULGURITE_CACHE", str(folder / "cache"))
+            patch.setenv("FULGURITE_CACHE", str(shared_cache))
             cli = run([*argv, *QUIET])
         return cli, folder
 

@@ -391,6 +391,7 @@ def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epo
         assert int(layer.reference.seen) == 2 + epoch
 
 
+@pytest.mark.slow  # tests/survival does it in the default suite, by kills
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(fit):
     """The reference is recorded in steps 6 to 8 of an epoch; the run is taken up at step 7."""
     options = (

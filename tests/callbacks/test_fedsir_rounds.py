@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -377,8 +378,8 @@ def test_what_rounds_cannot_do_is_refused(fulgurite, options, message):
     assert "Traceback" not in error
 
 
-def test_a_checkpoint_of_another_method_or_network_is_refused(fit, fulgurite):
-    fit("--run.dir=run", "--trainer.max_epochs=1")
+def test_a_checkpoint_of_another_method_or_network_is_refused(default_run, fulgurite):
+    shutil.copytree(default_run, "run")
     resume = ("fit", "--config", "fedsir/smoke.yaml", "--run.dir=run", "--ckpt_path=last")
     status, _, error = fulgurite(*resume, f"--model.init_args.method={METHODS}.FedAvg")
     assert status == 2
@@ -386,7 +387,7 @@ def test_a_checkpoint_of_another_method_or_network_is_refused(fit, fulgurite):
     status, _, error = fulgurite(*resume, "--model.init_args.network.hidden=32")
     assert status == 2
     assert "model.init_args.network.init_args.hidden is" in error
-    new = (*resume, "--run.new=true", "--trainer.max_epochs=2")
+    new = (*resume, "--run.new=true", "--trainer.max_epochs=5")
     status, _, error = fulgurite(*new, f"--model.init_args.method={METHODS}.FedAvg")
     assert status == 2
     assert "of FedSIR, not of FedAvg" in error

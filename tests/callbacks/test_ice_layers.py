@@ -28,16 +28,15 @@ NET = ["--model.init_args.network.init_args.width=8", "--trainer.max_epochs=1"]
 
 @pytest.fixture(scope="module")
 def fitted(train_once):
-    """A folder with a run that was fitted once for all, and the cache of its data."""
+    """A folder with a run that was fitted once for all."""
     _, folder = train_once("fit", "--config", SMOKE, "--run.dir=run", *SMALL, *NET)
     return folder
 
 
 @pytest.fixture
-def again(fitted, fit, monkeypatch):
+def again(fitted, fit):
     """Goes on with a copy of that run: a command with further options."""
     shutil.copytree(fitted / "run", "run")
-    monkeypatch.setenv("FULGURITE_CACHE", str(fitted / "cache"))
 
     def call(command, *options):
         return fit(

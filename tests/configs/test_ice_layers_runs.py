@@ -1,7 +1,6 @@
 """Completion of ice layers through the real command line: ranks, interruption, the paper's size."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +91,7 @@ def test_two_processes_train_and_test_as_one(fit, run_two):
         assert both[key] == pytest.approx(alone[key], rel=1e-4), key
 
 
+@pytest.mark.slow  # tests/survival does it in the default suite, by kills
 def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit):
     fit("--run.dir=whole", "--model.init_args.scheduler=null", config=NAME)
     short = ("--run.dir=part", "--model.init_args.scheduler=null")
@@ -102,11 +102,11 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit):
 
 
 @pytest.mark.slow
-def test_the_papers_configuration_fills_files_of_its_layout(fit, tmp_path, monkeypatch):
+def test_the_papers_configuration_fills_files_of_its_layout(fit, own_cache, monkeypatch):
     """20 layers of 256 traces, in CSARP_layer and MAR files that the generator has written."""
     made = SyntheticFlights(stacks=24, traces=256, layers=20, segments=8)
     IceLayerDataModule(made).prepare_data()
-    (folder,) = (path.parent for path in Path(os.environ["FULGURITE_CACHE"]).rglob("CSARP_layer"))
+    (folder,) = (path.parent for path in own_cache.rglob("CSARP_layer"))
     monkeypatch.setenv("FULGURITE_DATA", str(folder))
     common = ("--run.dir=run", "--data.init_args.num_workers=0", "--trainer.max_epochs=1")
     name = "ice_layers/paper.yaml"

@@ -212,7 +212,7 @@ def test_the_cache_is_written_once_per_content(corpus, monkeypatch):
     assert cached_tokens(files, WordTokenizer(VOCABULARY)).folder != cache.folder
 
 
-def test_a_killed_writer_leaves_no_entry(corpus, workdir, monkeypatch):
+def test_a_killed_writer_leaves_no_entry(corpus, own_cache, monkeypatch):
     files = files_in(corpus)
 
     def die(*_):
@@ -222,7 +222,7 @@ def test_a_killed_writer_leaves_no_entry(corpus, workdir, monkeypatch):
         patched.setattr(corpora.np, "save", die)
         with pytest.raises(KeyboardInterrupt):
             cached_tokens(files, WordTokenizer(VOCABULARY))
-    assert [p.suffix for p in (workdir / "cache").iterdir()] == [".lock"]
+    assert [p.suffix for p in own_cache.iterdir()] == [".lock"]
     assert len(cached_tokens(files, WordTokenizer(VOCABULARY))) > 0
 
 
@@ -244,8 +244,8 @@ def test_nothing_to_read(workdir):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_room_for_the_cache(corpus, workdir):
-    (workdir / "cache").mkdir(mode=0o500)
+def test_no_room_for_the_cache(corpus, own_cache):
+    own_cache.mkdir(mode=0o500)
     with pytest.raises(DataError, match="FULGURITE_CACHE"):
         module(corpus)
 

@@ -277,6 +277,7 @@ def weights_of(run):
     return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow  # tests/survival does it in the default suite, by kills
 def test_a_resumed_command_has_the_weights_of_an_uninterrupted_one(fit):
     fit("--run.dir=whole", config=SMOKE)
     fit("--run.dir=part", "--trainer.max_epochs=1", config=SMOKE)
