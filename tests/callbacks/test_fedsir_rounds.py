@@ -202,7 +202,11 @@ def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
     [
         (("max_client_epochs=0",), "max_client_epochs=0 is too small. Give 1"),
         (("max_client_epochs=20",), "20 client-epochs are spent before the first round. Give 24"),
-        (("max_client_epochs=22",), "were spent before it, and it needs 4"),
+        pytest.param(
+            ("max_client_epochs=22",),
+            "were spent before it, and it needs 4",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_budget_that_does_not_suffice_is_refused(fulgurite, options, message):
@@ -253,6 +257,7 @@ def test_truth_is_out_of_reach_of_the_method(trained, final, monkeypatch):
         ),
     ],
 )
+@pytest.mark.slow
 def test_switches_change_the_weights(default, final, options):
     for i, option in enumerate(options):
         changed = final(f"run{i}", f"--model.init_args.method.init_args.{option}")

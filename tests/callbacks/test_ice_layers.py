@@ -117,6 +117,7 @@ def test_a_wrong_writer_is_refused(fit):
         CompletionWriter(figures=-1)
 
 
+@pytest.mark.slow  # a process that imports everything anew
 def test_a_process_of_its_own_predicts(again, start):
     """Lightning makes the loader of a prediction anew; what is imported when decides if it can."""
     options = ["--run.dir=run", "--ckpt_path=last", *SMALL, *NET, *PLAIN]

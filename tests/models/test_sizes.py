@@ -66,7 +66,7 @@ def trainer_with(callback):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["instance", "factory"])
+@pytest.mark.parametrize("form", [pytest.param("instance", marks=pytest.mark.slow), "factory"])
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_network_is_an_instance_or_what_makes_it(data_of, system, form):
     make, instance, factory, callback = SYSTEMS[system]

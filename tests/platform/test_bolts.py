@@ -118,6 +118,7 @@ def test_state_and_copies_continue_equally():
 
 
 @needs_bolts
+@pytest.mark.slow
 def test_nothing_is_warned_and_no_filter_is_left():
     code = """
 import warnings

@@ -249,6 +249,7 @@ def test_print_config_shows_the_resolved_configuration(workdir, capsys):
 
 
 FOLDER = "fulgurite.datamodules.fedsir.ImageFolder"
+NPZ = "fulgurite.datamodules.fedsir.Npz"
 SOURCE = "--data.init_args.source"
 
 
@@ -273,7 +274,7 @@ def test_a_class_that_replaces_another_takes_none_of_its_arguments(workdir, way)
     after = {
         "file": [write_source(workdir / "b.yaml", "Npz", path="a.npz")],
         "words": [f"{SOURCE}=fulgurite.datamodules.fedsir.Npz", f"{SOURCE}.init_args.path=a.npz"],
-        "object": [f"{SOURCE}={json.dumps({'class_path': 'Npz', 'init_args': {'path': 'a.npz'}})}"],
+        "object": [f"{SOURCE}={json.dumps({'class_path': NPZ, 'init_args': {'path': 'a.npz'}})}"],
     }[way]
     own = {"path": "a.npz", "train_limit": None, "test_limit": None, "seed": 0}
     assert parsed_source(before, *after) == ("Npz", own)
@@ -281,7 +282,7 @@ def test_a_class_that_replaces_another_takes_none_of_its_arguments(workdir, way)
 
 def test_a_class_under_another_name_keeps_its_arguments(workdir):
     before = write_source(workdir / "a.yaml", "ImageFolder", path="images", seed=7)
-    for name in ("ImageFolder", FOLDER.replace("ImageFolder", "folders.ImageFolder")):
+    for name in (FOLDER, FOLDER.replace("ImageFolder", "folders.ImageFolder")):
         arguments = parsed_source(before, f"{SOURCE}={name}")[1]
         assert (arguments["path"], arguments["seed"]) == ("images", 7)
 

@@ -414,6 +414,7 @@ def test_a_worker_killed_from_outside_costs_one_cell(place):
     assert len({pid for *_, pid in runs(place)}) == 2
 
 
+@pytest.mark.slow
 def test_changed_definitions_run_again_and_unchanged_ones_do_not(place):
     file = write(place, seeds=[0])
     go(file)
@@ -652,6 +653,7 @@ def test_tests_share_the_training_that_validation_chose(place, shared, capsys):
     assert [line[0] for line in runs(place)[44:]].count("fit") == 8
 
 
+@pytest.mark.slow
 def test_a_chain_of_trainings_and_what_one_predicts(place, shared):
     fills = {"args": {"method": "fills"}, "predict": {"part": "train"}, "listed": False}
     later = {"args": {"method": "later"}, "after": {"fills": {"start": "predict/filled"}}}
@@ -846,6 +848,7 @@ def test_what_is_no_record(tmp_path):
         assert read_record(path) is None, content
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_a_training_is_made_again(place, shared):
     shared()
     for path in (place / "out" / "trainings").glob("*.json"):

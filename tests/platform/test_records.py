@@ -65,6 +65,7 @@ def test_the_record_of_each_system_runs_again(record, system):
     assert pruning["init_args"]["pruning_fn"] == "l1_unstructured"
 
 
+@pytest.mark.slow
 def test_a_run_with_averaged_weights_is_repeated_from_its_record(fit, weights):
     swa = f"--trainer.callbacks+={CALLBACKS}.StochasticWeightAveraging"
     smoke = "number_probing/smoke.yaml"

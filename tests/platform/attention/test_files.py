@@ -166,7 +166,7 @@ print(plan.peak_bytes, peak - before)
 """
 
 
-@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+@pytest.mark.parametrize("schedule", [pytest.param("rect", marks=pytest.mark.slow), "cqs"])
 def test_memory_stays_within_the_budget(tmp_path, schedule):
     """Tensors of 16 MiB, eight times the budget."""
     budget = 2 * 2**20

@@ -169,6 +169,7 @@ def read_until(process, text, count):
     return lines
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_or_late_change_no_bit(tmp_path):
     tensors, grads = example()
     jobs = {}
