@@ -402,7 +402,8 @@ class FulguriteCLI(LightningCLI):
         self._name_run()
         if self.only_parse:
             raise _Parsed(section)
-        recorded = self.parser.dump(self.config, skip_unset=False)
+        # it was validated when it was parsed, and takes a sixth of a short run to validate again
+        recorded = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
         content = remove_objects(yaml.safe_load(recorded)[self.config.subcommand])
         for name in ("dir", "new"):
             content.get("run", {}).pop(name, None)
