@@ -5,8 +5,8 @@ Shapes: T time steps, C grid cells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,16 @@ class ClimateFile:
         """Whether it has a time axis, unlike a file of constants."""
         return self.find(_TIMES) is not None
 
+    @cached_property
+    def _time_axis(self) -> Array:
+        """Values of the time, NaN where one is missing. Shape: all steps of the file."""
+        return _filled(self.dataset.read(self.need(_TIMES, "time").name)).ravel()
+
     @property
-    def untimed_steps(self) -> int:
-        """Number of steps at the end without a stamp; their fields do not count."""
-        variable = self.find(_TIMES)
-        if variable is None:
-            return 0
-        known = np.flatnonzero(np.isfinite(_filled(self.dataset.read(variable.name)).ravel()))
-        return math.prod(variable.shape) - (int(known[-1]) + 1 if len(known) else 0)
+    def _timed_steps(self) -> int:
+        """Number of steps up to the last one that has a time; fields of later ones do not count."""
+        known = np.flatnonzero(np.isfinite(self._time_axis))
+        return int(known[-1]) + 1 if len(known) else 0
 
     def times(self) -> tuple[Array, Array]:
         """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
@@ -153,10 +155,8 @@ class ClimateFile:
             if "units" not in attributes:
                 raise ValueError("it has no units")
             decode = (str(attributes["units"]), str(attributes.get("calendar", "standard")))
-            plain = _filled(self.dataset.read(variable.name)).ravel()
-            known = np.flatnonzero(np.isfinite(plain))
-            count = int(known[-1]) + 1 if len(known) else 0
-            stamps = _decode_days(plain[:count], *decode)
+            count = self._timed_steps
+            stamps = _decode_days(self._time_axis[:count], *decode)
             if not len(stamps):
                 raise ValueError("it has no step")
             edges = np.full((len(stamps), 2), np.nan)
@@ -190,5 +190,5 @@ class ClimateFile:
                 f"The variable {variable.name} of {self.path} has {variable.ndim} dimensions.",
                 "Give fields of time, y and x, or of time, sector, y and x.",
             )
-        steps = len(values) - self.untimed_steps
+        steps = len(values) - (len(self._time_axis) - self._timed_steps)
         return values[:steps].reshape(steps, -1)
