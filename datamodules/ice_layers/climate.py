@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.ice_layers.climate_files import ClimateFile
 from fulgurite.datamodules.ice_layers.climate_grid import (
     PROJECTIONS,
@@ -24,7 +25,7 @@ from fulgurite.datamodules.ice_layers.climate_grid import (
     step_edges,
 )
 from fulgurite.datamodules.ice_layers.climate_units import is_temperature, water_unit
-from fulgurite.datamodules.ice_layers.stack import Array, name_some, need_extra
+from fulgurite.datamodules.ice_layers.stack import Array, need_extra
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.ice_layers.npz import NpzStacks, _names
 from fulgurite.datamodules.ice_layers.resample import EARTH
 from fulgurite.datamodules.ice_layers.stack import (
@@ -18,7 +19,6 @@ from fulgurite.datamodules.ice_layers.stack import (
     Array,
     Exclusion,
     LayerStack,
-    name_some,
 )
 from fulgurite.errors import DataError
 from fulgurite.io import data_path

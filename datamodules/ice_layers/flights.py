@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.datamodules.ice_layers.climate import MarClimate, Request, Sample
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE, layer_density
 from fulgurite.datamodules.ice_layers.resample import (
@@ -25,15 +26,14 @@ from fulgurite.datamodules.ice_layers.resample import (
     resample,
 )
 from fulgurite.datamodules.ice_layers.stack import (
+    EXCLUDE,
     THICKEST,
     Array,
     Exclusion,
     Flights,
     LayerStack,
-    check_exclude,
     check_plausible,
     check_thickest,
-    name_some,
 )
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.errors import ConfigError, DataError
@@ -315,7 +315,7 @@ def assemble(
 
     Source: arXiv 2604.20783, card sections 3.2 and 3.3.
     """
-    words = check_exclude(exclude, ("outside_climate", "unreadable", "layer_count"))
+    words = check_exclude(exclude, ("outside_climate", "unreadable", "layer_count"), EXCLUDE)
     left_out = list(excluded)
     blocks = _cut(tracks, how, left_out)
     names = climate.physics if climate is not None else ()

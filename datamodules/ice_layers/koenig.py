@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.datamodules.ice_layers.climate import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
     Blocks,
@@ -25,11 +26,10 @@ from fulgurite.datamodules.ice_layers.flights import (
 )
 from fulgurite.datamodules.ice_layers.layer_frames import parse_day
 from fulgurite.datamodules.ice_layers.stack import (
+    EXCLUDE,
     THICKEST,
     Array,
     Flights,
-    check_exclude,
-    name_some,
 )
 from fulgurite.datamodules.ice_layers.travel_time import layer_times
 from fulgurite.errors import ConfigError, DataError
@@ -173,7 +173,7 @@ class KoenigPicks(StackSource):
         self.thickness = thickness
         self.surface = surface
         self.blocks = Blocks(traces, spacing, min_traces, jump, density, thickest)
-        self.exclude = check_exclude(exclude, ("unreadable", "outside_climate"))
+        self.exclude = check_exclude(exclude, ("unreadable", "outside_climate"), EXCLUDE)
 
     @property
     def layers(self) -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.datamodules.ice_layers.boundaries import (
     AgesFrom,
     Boundaries,
@@ -34,11 +35,10 @@ from fulgurite.datamodules.ice_layers.layer_frames import (
     read_organizer,
 )
 from fulgurite.datamodules.ice_layers.stack import (
+    EXCLUDE,
     THICKEST,
     Exclusion,
     Flights,
-    check_exclude,
-    name_some,
 )
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
@@ -115,7 +115,9 @@ class LayerFiles(StackSource):
         self.prefer = list(prefer)
         self.ages = ages
         self.wanted = None if segments is None else list(segments)
-        self.exclude = check_exclude(exclude, ("unreadable", "outside_climate", "layer_count"))
+        self.exclude = check_exclude(
+            exclude, ("unreadable", "outside_climate", "layer_count"), EXCLUDE
+        )
 
     @property
     def layers(self) -> int | None:

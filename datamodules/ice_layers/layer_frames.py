@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.ice_layers.matlab import parse_mat5
-from fulgurite.datamodules.ice_layers.stack import Array, name_some
+from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
 from fulgurite.foreign import expansion_limit, reading
 from fulgurite.hdf5 import need_package, read_matlab73

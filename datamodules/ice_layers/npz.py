@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from fulgurite.data.exclusions import check_exclude
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.stack import (
+    EXCLUDE,
     THICKEST,
     Array,
     Exclusion,
     Flights,
     LayerStack,
-    check_exclude,
     check_thickest,
 )
 from fulgurite.errors import DataError
@@ -98,7 +99,7 @@ class NpzStacks(StackSource):
         self.root = root
         self.count = count
         self._physics = None if physics is None else tuple(physics)
-        self.exclude = check_exclude(exclude, _KINDS)
+        self.exclude = check_exclude(exclude, _KINDS, EXCLUDE)
         self.thickest = check_thickest(thickest)
 
     _needs: tuple[str, ...] = ()  # further arrays that a file must have

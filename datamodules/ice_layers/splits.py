@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.data.splits import check_fractions
-from fulgurite.datamodules.ice_layers.stack import LayerStack, name_some
+from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["PARTS", "leave_guard", "split_segments"]

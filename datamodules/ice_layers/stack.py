@@ -5,7 +5,7 @@ Shapes: N traces (nodes), L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     from torch_geometric.data import Data
 
 __all__ = [
+    "EXCLUDE",
     "THICKEST",
     "Array",
     "Exclusion",
     "Flights",
     "LayerStack",
-    "check_exclude",
     "check_plausible",
     "check_thickest",
-    "name_some",
     "need_extra",
 ]
 
 Array = NDArray[np.float64]
+
+#: The list of what a source leaves out, behind ``--data.init_args.``.
+EXCLUDE = "source.init_args.exclude"
 
 #: Medians of a layer's thickness that metres can have [m]: less are kilometres, more millimetres.
 PLAUSIBLE_THICKNESS = (0.01, 1_000.0)
@@ -51,38 +53,6 @@ def need_extra(package: str, what: str) -> MissingExtraError:
     return MissingExtraError(
         f"{what} needs {package}.", "Install it with `pip install 'fulgurite[ice]'`."
     )
-
-
-def name_some(names: Collection[Any], most: int = 5) -> str:
-    """Return the first few names and how many there are beyond.
-
-    Example:
-        >>> name_some(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    shown = [str(name) for name in list(names)[:most]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
-
-
-def check_exclude(exclude: Iterable[str], kinds: Sequence[str]) -> frozenset[str]:
-    """Return ``exclude`` as a set, after checking that each word is one of ``kinds``.
-
-    Raises:
-        ConfigError: A word is unknown.
-
-    Example:
-        >>> sorted(check_exclude(["unreadable"], ("unreadable", "negative")))
-        ['unreadable']
-    """
-    words = frozenset(exclude)
-    if unknown := sorted(words - set(kinds)):
-        raise ConfigError(
-            f"There is nothing called {unknown[0]!r} to exclude.",
-            "Set `--data.init_args.source.init_args.exclude` to words of "
-            f"{', '.join(kinds) or 'none'}.",
-        )
-    return words
 
 
 def check_plausible(thickness: Array, where: str) -> None:
