@@ -17,10 +17,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
 from fulgurite.models.fedsir.losses import logit_adjusted_cross_entropy
 
-__all__ = ["FederatedMethod", "LogitLoss"]
+__all__ = ["FederatedMethod", "LogitLoss", "check_not_negative"]
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Refuse negative arguments of a method.
+
+    Args:
+        numbers: Name of an argument -> its value.
+
+    Raises:
+        ConfigError: One is negative.
+
+    Example:
+        >>> check_not_negative(entropy=0.3)
+    """
+    for name, value in numbers.items():
+        if value < 0:
+            raise ConfigError(
+                f"model.init_args.method.init_args.{name}={value} is negative.", "Give 0 or more."
+            )
 
 
 class LogitLoss:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.methods.base import check_not_negative
 from fulgurite.models.fedsir.methods.fednoro import FedNoRo
 
 __all__ = ["FedELC", "SoftLabelLoss"]
@@ -105,16 +105,9 @@ class FedELC(FedNoRo):
         aggregation: Literal["distance", "size"] = "distance",
     ) -> None:
         super().__init__(warmup, votes, tau=tau, aggregation=aggregation)
-        numbers = {
-            "compatibility": compatibility, "entropy": entropy,
-            "label_rate": label_rate, "scale": scale,
-        }  # fmt: skip
-        for name, value in numbers.items():
-            if value < 0:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is negative.",
-                    "Give 0 or more.",
-                )
+        check_not_negative(
+            compatibility=compatibility, entropy=entropy, label_rate=label_rate, scale=scale
+        )
         self.compatibility, self.entropy = compatibility, entropy
         self.label_rate, self.scale = label_rate, scale
         self.soft: Tensor | None = None  # logits of label distributions, (N, C)

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import Federation, MiniBatch, Objective
-from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.models.fedsir.methods.base import FederatedMethod, check_not_negative
 
 __all__ = ["FedLSR", "SelfRegularizedLoss", "jensen_shannon", "sharpen"]
 
@@ -118,16 +117,12 @@ class FedLSR(FederatedMethod):
         temperature: float = 3.0,
         ramp_rounds: int = 5,
     ) -> None:
-        numbers = {
-            "consistency": consistency, "entropy": entropy, "temperature": temperature,
-            "ramp_rounds": ramp_rounds,
-        }  # fmt: skip
-        for name, value in numbers.items():
-            if value < 0:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is negative.",
-                    "Give 0 or more.",
-                )
+        check_not_negative(
+            consistency=consistency,
+            entropy=entropy,
+            temperature=temperature,
+            ramp_rounds=ramp_rounds,
+        )
         self.consistency, self.entropy = consistency, entropy
         self.temperature, self.ramp_rounds = temperature, ramp_rounds
 
