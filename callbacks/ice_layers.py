@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
 
 from fulgurite.errors import ConfigError
 from fulgurite.logging import TrainingCurves, log_figure
@@ -23,10 +27,29 @@ from fulgurite.models.ice_layers.output import (
     write_netcdf,
     write_npz,
 )
+from fulgurite.sampling import rank_and_world
 
 __all__ = ["CompletionWriter"]
 
 _FILLED = {"thickness", "provenance", "std"}
+
+
+class _Drawn(NamedTuple):
+    """A stack that may be drawn, and its true thickness (N, L) [m], where it is known."""
+
+    stack: CompletedStack
+    truth: NDArray[np.float64] | None
+
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """Those that lack most come first; without any pick there is nothing to compare."""
+        observed = self.stack.observed
+        return not observed.any(), -int((~observed).sum()), self.stack.stack
+
+
+def _choose(stacks: Sequence[_Drawn], count: int) -> list[_Drawn]:
+    """The first so many, whatever order they come in."""
+    return sorted(stacks, key=lambda one: one.rank)[:count]
 
 
 class CompletionWriter(Callback):
@@ -34,14 +57,14 @@ class CompletionWriter(Callback):
 
     A stack is written as soon as its batch is done, to ``completed/`` in the run folder, as npz
     and NetCDF. It names the flight segments that the model has seen, so that a downstream test
-    can refuse them.
+    can refuse them. Drawn are the stacks that lack most, of those that have a pick.
 
     Args:
         netcdf: Write NetCDF files with CF attributes.
         npz: Write npz files, which :class:`~fulgurite.datamodules.ice_layers.CompletedStacks`
             reads.
         folder: Where to, relative to the run folder.
-        figures: Stacks that are drawn before and after; 0 for no figure at all.
+        figures: Stacks that are drawn; 0 for no figure at all.
 
     Raises:
         ConfigError: A number is out of range, or the model completes nothing.
@@ -58,7 +81,7 @@ class CompletionWriter(Callback):
             )
         self.netcdf, self.npz, self.folder, self.figures = netcdf, npz, folder, figures
         self.written = 0
-        self._drawn = 0
+        self._drawn: list[_Drawn] = []
         self.curves = TrainingCurves(
             {
                 "train/loss": "mean loss of training batches",
@@ -96,7 +119,7 @@ class CompletionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""
-        self.written = self._drawn = 0
+        self.written, self._drawn = 0, []
 
     def on_predict_batch_end(
         self,
@@ -121,11 +144,21 @@ class CompletionWriter(Callback):
             if self.netcdf:
                 write_netcdf(path.with_name(f"{path.name}.nc"), stack)
             self.written += 1
-            if self._drawn < self.figures:
-                self._drawn += 1
+            if self.figures:
                 known = None if truth is None else truth[rows].cpu().numpy()
-                name = f"completed_{file_name(stack.stack)}"
-                log_figure(trainer, name, layers_figure(stack, known))
+                self._drawn = _choose([*self._drawn, _Drawn(stack, known)], self.figures)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the stacks that lack most, of all ranks."""
+        drawn = self._drawn
+        if self.figures and (world := rank_and_world()[1]) > 1:
+            everyone: list[Any] = [None] * world
+            dist.all_gather_object(everyone, drawn)
+            drawn = _choose([one for part in everyone for one in part], self.figures)
+        for one in drawn:
+            name = f"completed_{file_name(one.stack.stack)}"
+            log_figure(trainer, name, layers_figure(one.stack, one.truth))
+        self._drawn = []
 
     def _stacks(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any

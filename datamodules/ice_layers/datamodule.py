@@ -74,8 +74,9 @@ class IceLayerDataModule(L.LightningDataModule):
         drop: Fraction of the observed entries that test batches hide from the model, in runs and
             whole layers; what is dropped at 0.1 is dropped at 0.3 too.
         overlap: Stacks nearer than this to an evaluated trace overlap it [m].
-        predict: Which stacks are predicted. Stacks without any pick, which are in no part, are
-            predicted with those of their segment, and all of them with ``all``.
+        predict: Which stacks are predicted: ``all`` there are, or those of a part. Stacks without
+            any pick, which are in no part, are predicted with those of their segment; those that
+            ``guard``, ``traced`` and ``train_stacks`` leave out, with ``all``.
         num_workers: Processes that load batches; batches do not depend on it.
         seed: Of the split, the order of training and what is dropped, apart from the run's seed.
 
@@ -112,7 +113,7 @@ class IceLayerDataModule(L.LightningDataModule):
         traced: list[Part] = [],  # noqa: B006  # copied below
         drop: float = 0.0,
         overlap: float = 500.0,
-        predict: Literal["train", "val", "test", "all"] = "test",
+        predict: Literal["train", "val", "test", "all"] = "all",
         num_workers: int = 0,
         seed: int = 1234,
     ) -> None:
@@ -146,6 +147,7 @@ class IceLayerDataModule(L.LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self._parts: dict[str, list[LayerStack]] = {}
         self._unpicked: list[LayerStack] = []
+        self._left_out: list[LayerStack] = []
         self._statistics: dict[str, Tensor] | None = None
         self.excluded: list[Exclusion] = []
 
@@ -233,8 +235,13 @@ class IceLayerDataModule(L.LightningDataModule):
             )
         self.layer_names, self.layer_age = flights.layer_names, flights.layer_age
         every = [*(stack for part in PARTS for stack in parts[part]), *self._unpicked]
-        self.segments = tuple(sorted({stack.segment for stack in every}))
-        self.stacks = tuple(stack.name for stack in every)
+        names = {stack.name for stack in every}
+        self._left_out = [stack for stack in flights.stacks if stack.name not in names]
+        segments = tuple(sorted({stack.segment for stack in every}))
+        # behind the others, so that these keep their numbers
+        others = {stack.segment for stack in self._left_out} - set(segments)
+        self.segments = (*segments, *sorted(others))
+        self.stacks = tuple(stack.name for stack in [*every, *self._left_out])
         self._parts = parts
         if self._statistics is None and parts["train"]:
             self._statistics = fit_statistics(parts["train"])
@@ -368,6 +375,12 @@ class IceLayerDataModule(L.LightningDataModule):
         """
         parts = PARTS if self.predict == "all" else (self.predict,)
         data = [item for part in parts for item in self._data(part)] + self._unpicked_data(parts)
+        if self.predict == "all":
+            first = len(self.stacks) - len(self._left_out)
+            data += [
+                stack.to_data(self.segments.index(stack.segment), k)
+                for k, stack in enumerate(self._left_out, first)
+            ]
         if not data:
             raise DataError(
                 f"The part {self.predict} has no stack to predict.",

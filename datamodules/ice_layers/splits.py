@@ -79,7 +79,7 @@ def split_segments(
             raise ConfigError(
                 f"There are {len(names)} flight segments, which leaves none for training.",
                 f"Lower `--data.init_args.{part}`, or give more segments; to complete new flights "
-                "with a trained network, set `val` and `test` to 0 and `predict` to all.",
+                "with a trained network, set `val` and `test` to 0.",
             )
         if count:
             chosen[part] += rest[len(rest) - count :]

@@ -248,6 +248,14 @@ class BaselineCompletion(SystemModule):
         mean, std = (torch.cat(part).to(batch.ptr.device) for part in zip(*pairs, strict=True))
         return mean, std
 
+    def on_predict_start(self) -> None:
+        """Say that a method has no uncertainty, where it has none."""
+        if self.kriging is None:
+            warnings.warn(
+                f"The method {self.method} knows no uncertainty: that of what it fills is NaN.",
+                stacklevel=2,
+            )
+
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`fulgurite.models.ice_layers.IceCompletion.predict_step`."""
         predicted, std = self.predict(batch, batch.observed)

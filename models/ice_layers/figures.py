@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["boundary_depths", "calibration_figure", "depth_figure", "depth_table", "layers_figure"]
+__all__ = [
+    "boundary_depths",
+    "calibration_figure",
+    "depth_figure",
+    "depth_table",
+    "layers_figure",
+    "picked_depths",
+]
 
 _KINDS = dict(zip(PROVENANCE, ("#000000", "#0072B2", "#E69F00", "#D9D9D9"), strict=True))
 _HALF = normal_quantile(0.9)
@@ -37,75 +44,124 @@ def boundary_depths(thickness: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.cumsum(thickness, axis=1)
 
 
+def picked_depths(stack: CompletedStack) -> NDArray[np.float64]:
+    """Depth of each layer's lower boundary [m] where it was picked, NaN elsewhere.
+
+    Shape: (N, L).
+    """
+    return boundary_depths(np.where(stack.observed, stack.thickness, np.nan))
+
+
 def layers_figure(
     stack: CompletedStack, truth: NDArray[np.float64] | None = None, shown: int = 12
 ) -> Figure:
-    """Draw a stack before and after, with where values are from and how sure they are.
+    """Draw the completed boundaries of a stack over the picked ones, and where values are from.
+
+    A third panel shows the standard deviation of what was filled; where there is none, the title
+    says why instead.
 
     Args:
         stack: Completed.
         truth: True thickness [m], where it is known. Shape: (N, L).
         shown: At most so many boundaries are drawn, evenly over depth.
     """
-    figure, axes = new_figure(2, 2, width=6.0, height=3.6)
-    (before, after), (kinds, spread) = axes
+    without = _why_without_spread(stack)
+    figure, axes = new_figure(2 if without else 3, 1, width=8.0, height=3.0)
+    _draw_boundaries(axes[0][0], stack, truth, shown)
+    _provenance(axes[1][0], stack, without)
+    if not without:
+        spread = np.asarray(stack.std, np.float64).T
+        heatmap(
+            axes[2][0], spread, title="standard deviation of what was filled [m]",
+            xlabel="trace", ylabel="layer (1: newest)", first_row=1,
+        )  # fmt: skip
+        _label_layers(axes[2][0], stack)
+    return figure
+
+
+def _why_without_spread(stack: CompletedStack) -> str:
+    """Why no uncertainty is drawn; empty where there is one."""
+    if np.isfinite(stack.std).any():
+        return ""
+    filled = (stack.provenance == 1) | (stack.provenance == 2)
+    return "no uncertainty was calibrated" if filled.any() else "nothing was filled"
+
+
+def _draw_boundaries(
+    ax: Axes, stack: CompletedStack, truth: NDArray[np.float64] | None, shown: int
+) -> None:
+    """Depth of boundaries over distance: picked ones, completed ones over them, true ones."""
     layers = stack.observed.shape[1]
     drawn = np.unique(np.linspace(0, layers - 1, min(shown, layers)).astype(int))
     along = stack.distance / 1000
     depth = boundary_depths(stack.thickness)
-    _boundaries(before, along, depth, stack, drawn, seen_only=True)
-    _boundaries(after, along, depth, stack, drawn, seen_only=False)
-    if truth is not None:
-        for k, values in enumerate(boundary_depths(truth)[:, drawn].T):
-            label = "truth" if not k else None
-            after.plot(along, values, color=COLORS[2], lw=0.7, ls=":", label=label)
-    before.set_title(f"{stack.stack}: as traced")
-    after.set_title("completed")
-    bottom = max(1e-3, float(np.nanmax(depth, initial=0.0)) * 1.2)  # with room for the legend
-    for ax in (before, after):
-        ax.set(ylim=(bottom, 0), xlabel="along track [km]", ylabel="depth [m]")
-    handles, labels = after.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))  # one entry for each kind of line
-    after.legend(unique.values(), unique.keys(), fontsize=6, loc="lower center", ncols=3)
-    _provenance(kinds, stack)
-    heatmap(
-        spread, np.asarray(stack.std, np.float64).T, title="standard deviation [m]",
-        xlabel="trace", ylabel="layer (1: newest)", first_row=1,
-    )  # fmt: skip
-    return figure
-
-
-def _boundaries(
-    ax: Axes,
-    along: NDArray[np.float64],
-    depth: NDArray[np.float64],
-    stack: CompletedStack,
-    drawn: NDArray[np.int64],
-    seen_only: bool,
-) -> None:
-    """Lower boundaries of layers, coloured by where their layer's thickness is from."""
+    picked = np.where(np.isfinite(picked_depths(stack)), depth, np.nan)
+    completed = np.where(np.isfinite(picked), np.nan, depth)
     for k in drawn:
-        kind, line = stack.provenance[:, k], depth[:, k]
-        for value, name in enumerate(PROVENANCE[: 1 if seen_only else 3]):
-            part = np.where(kind == value, line, np.nan)
-            if not np.isfinite(part).any():
-                continue  # no entry of the legend either
-            # dots, too: a trace between two others of another kind makes no line
-            ax.plot(along, part, color=_KINDS[name], lw=1.0, marker=".", ms=1.5, label=_words(name))
-        if not seen_only:
-            half = np.where(np.isfinite(stack.std[:, k]), _HALF * stack.std[:, k], np.nan)
-            label = "90 % of the layer's thickness"
-            ax.fill_between(
-                along, line - half, line + half, color=_KINDS["filled"], alpha=0.2, lw=0,
-                label=label if np.isfinite(half).any() else None,
+        # dots, too: a trace between two others of another kind makes no line
+        for part, color, style, label in (
+            (picked[:, k], _KINDS["observed"], "-", "picked"),
+            (completed[:, k], _KINDS["filled"], "--", "completed"),
+        ):
+            if np.isfinite(part).any():  # no entry of the legend either
+                ax.plot(along, part, color=color, lw=1.0, ls=style, marker=".", ms=2, label=label)
+        _shade_spread(ax, along, completed[:, k], stack.std[:, k])
+        if truth is not None:
+            line = boundary_depths(truth)[:, k]
+            ax.plot(along, line, color=COLORS[2], lw=0.7, ls=":", label="truth")
+    bottom = max(1e-3, float(np.nanmax(depth, initial=0.0)) * 1.25)  # with room for the legend
+    ax.set(ylim=(bottom, 0), xlabel="along track [km]", ylabel="depth [m]", title=stack.stack)
+    _name_boundaries(ax, depth, drawn, stack)
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))  # one entry for each kind of line
+    if unique:
+        ax.legend(unique.values(), unique.keys(), fontsize=6, loc="lower center", ncols=4)
+
+
+def _shade_spread(
+    ax: Axes, along: NDArray[np.float64], depth: NDArray[np.float64], std: NDArray[np.float32]
+) -> None:
+    half = np.where(np.isfinite(depth), _HALF * std, np.nan)
+    if np.isfinite(half).any():
+        ax.fill_between(
+            along, depth - half, depth + half, color=_KINDS["filled"], alpha=0.2, lw=0,
+            label="90 % of the layer's thickness",
+        )  # fmt: skip
+
+
+def _name_boundaries(
+    ax: Axes, depth: NDArray[np.float64], drawn: NDArray[np.int64], stack: CompletedStack
+) -> None:
+    """Write the layer of each drawn boundary, its lower one, at the right end of its line."""
+    for k in drawn:
+        known = np.flatnonzero(np.isfinite(depth[:, k]))
+        if len(known):
+            ax.annotate(
+                _layer_label(stack, k), (stack.distance[known[-1]] / 1000, depth[known[-1], k]),
+                xytext=(4, 0), textcoords="offset points", fontsize=6, va="center",
+                annotation_clip=False,
             )  # fmt: skip
+
+
+def _layer_label(stack: CompletedStack, k: int) -> str:
+    """Number of a layer, from 1, and its name where it has one of its own."""
+    name = stack.layer_names[k] if stack.layer_names else ""
+    return str(k + 1) if not name or name == f"layer_{k + 1:02}" else f"{k + 1} {name[:20]}"
+
+
+def _label_layers(ax: Axes, stack: CompletedStack) -> None:
+    """Put the ticks of the vertical axis on the numbers of layers."""
+    layers = stack.observed.shape[1]
+    step = -(-layers // 15)  # what is legible
+    ticks = range(1, layers + 1, step)
+    ax.set_yticks(ticks, [_layer_label(stack, k - 1) for k in ticks], fontsize=7)
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _provenance(ax: Axes, stack: CompletedStack) -> None:
+def _provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -115,7 +171,10 @@ def _provenance(ax: Axes, stack: CompletedStack) -> None:
         extent=(-0.5, len(stack.provenance) - 0.5, stack.provenance.shape[1] + 0.5, 0.5),
     )  # fmt: skip
     ax.grid(visible=False)
-    ax.set(title="where values are from", xlabel="trace", ylabel="layer (1: newest)")
+    title = "where thicknesses are from" + (f" ({note})" if note else "")
+    ax.set(title=title, xlabel="trace", ylabel="layer (1: newest)")
+    use_integer_ticks(ax)
+    _label_layers(ax, stack)
     patches = [
         Patch(color=color, label=_words(name))
         for value, (name, color) in enumerate(_KINDS.items())

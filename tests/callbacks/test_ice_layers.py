@@ -1,14 +1,16 @@
 """Completed stacks through the command line: files, flags, figures, and pretraining on them."""
 
+import itertools
 import shutil
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fulgurite.callbacks.ice_layers import CompletionWriter
+from fulgurite.callbacks.ice_layers import CompletionWriter, _choose, _Drawn
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers import read_netcdf, read_npz
 
@@ -52,8 +54,8 @@ def test_every_stack_is_written_with_where_values_are_from(again):
     folder = Path("run/predict/completed")
     stacks = sorted(folder.glob("*.npz"))
     data = cli.datamodule
-    assert len(stacks) == len(data.stacks_of("test")) > 0
-    originals = {s.name: s for s in data.stacks_of("test")}
+    originals = {s.name: s for part in ("train", "val", "test") for s in data.stacks_of(part)}
+    assert len(stacks) == len(originals) > len(data.stacks_of("test")) > 0
     trained = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
     for path in stacks:
         stack = read_npz(path)
@@ -63,11 +65,12 @@ def test_every_stack_is_written_with_where_values_are_from(again):
         assert np.isfinite(stack.thickness).all()
         assert np.array_equal(stack.provenance == 0, seen)
         assert set(stack.trained_segments) == trained
-        assert stack.segment not in trained
         again = read_netcdf(path.with_suffix(".nc"))
         assert np.array_equal(again.thickness, stack.thickness)
         assert np.array_equal(again.provenance, stack.provenance)
-    assert len(list(Path("run/predict/figures").glob("completed_*.png"))) == 2 < len(stacks)
+    drawn = {path.stem for path in Path("run/predict/figures").glob("completed_*.png")}
+    by_missing = sorted(originals.values(), key=lambda s: (-(~s.observed).sum(), s.name))
+    assert drawn == {f"completed_{s.name}" for s in by_missing[:2]}
     arrays = np.load("run/predict/predictions.npz")
     assert {"thickness", "provenance", "std", "stack"} <= set(arrays.files)
 
@@ -88,14 +91,23 @@ def test_a_test_draws_errors_by_depth_and_coverage(again):
 
 
 def test_a_deep_layer_predictor_is_pretrained_on_completed_stacks(again, fit):
-    again("predict", "--data.init_args.predict=all", "--trainer.callbacks.netcdf=false", *PLAIN)
+    again("predict", "--trainer.callbacks.netcdf=false", *PLAIN)
     deep = str(CONFIGS / "deep_pretrain.yaml")
     small = [*SMALL, *NET, "--model.init_args.shallow=2"]
     root = Path("run/predict/completed").absolute()
     here = f"--data.init_args.completed.init_args.root={root}"
-    fit("--run.dir=deep", here, *small, config=deep)
+    cli = fit("--run.dir=deep", here, *small, config=deep)
     state = torch.load("deep/checkpoints/last.ckpt", weights_only=True)
     assert state["ice_segments"]
+    # of all that was completed, training has that of training segments alone
+    data = cli.datamodule
+    of_part = {part: data.stacks_of(part) for part in ("train", "val", "test")}
+    evaluated = {s.segment for part in ("val", "test") for s in of_part[part]}
+    completed = [read_npz(path) for path in sorted(root.glob("*.npz"))]
+    assert evaluated < {s.segment for s in completed}
+    assert not evaluated & {s.segment for s in of_part["train"]}
+    assert of_part["train"]
+    assert all(s.trained_segments for s in of_part["train"])
     # stacks of test segments that the completing network has seen are refused
     with pytest.raises(Exception, match="trained on the test segments"):
         fit("--run.dir=leak", here, *small, "--data.init_args.seed=5", config=deep)
@@ -110,6 +122,27 @@ def test_a_baseline_writes_the_same_files(fit):
     assert stacks
     assert all(s.trained_segments for s in stacks)
     assert not list(Path("run/predict/figures").glob("*"))
+
+
+def test_a_method_without_uncertainty_says_so_once(fit):
+    config = str(CONFIGS / "baseline.yaml")
+    options = ["--run.dir=run", *SMALL, "--model.init_args.method=layer_mean", *PLAIN]
+    fit(*options, config=config)
+    with pytest.warns(UserWarning, match="layer_mean knows no uncertainty") as said:
+        fit(*options, "--ckpt_path=last", config=config, command="predict")
+    assert sum("uncertainty" in str(w.message) for w in said) == 1
+
+
+def test_the_stacks_that_lack_most_are_drawn_whatever_their_order():
+    def one(name, missing):
+        observed = np.arange(6).reshape(3, 2) >= missing
+        return _Drawn(SimpleNamespace(stack=name, observed=observed), None)
+
+    some = [one("c", 2), one("b", 2), one("whole", 0), one("empty", 6), one("most", 5)]
+    wanted = ["most", "b", "c", "whole", "empty"]  # without a pick there is nothing to compare
+    for order in itertools.permutations(some):
+        assert [d.stack.stack for d in _choose(order, 5)] == wanted
+    assert [d.stack.stack for d in _choose(some, 1)] == ["most"]
 
 
 def test_a_wrong_writer_is_refused(fit):

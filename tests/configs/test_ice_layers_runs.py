@@ -60,7 +60,7 @@ def test_flights_without_climate_are_completed(fit, workdir, config, option):
     options = [
         f"--data.init_args.source={source}", "--data.init_args.source.layers=[flights]",
         "--data.init_args.source.count=4", "--data.init_args.source.density=0.4",
-        "--data.init_args.source.traces=40", "--data.init_args.predict=all",
+        "--data.init_args.source.traces=40",
         "--trainer.max_epochs=1", "--run.dir=run", f"--model.init_args.{option}",
     ]  # fmt: skip
     fit(*options, config=config)

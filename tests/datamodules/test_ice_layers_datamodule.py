@@ -225,6 +225,32 @@ def test_every_stack_is_predicted_once(part):
     assert [data.stacks[k] for k in found] == names
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"traced": ["train", "val", "test"]},
+        {"train_stacks": 2},
+        {"order": "name", "guard": 2.5},
+        {"traced": ["train"], "train_stacks": 1, "val": 0.0, "test": 0.0},
+    ],
+)
+def test_by_default_all_that_the_source_has_is_predicted(options):
+    """Also what no part uses; what is in a part keeps its number."""
+    source = [*stacks(), stack("20200401_01_0000", "20200401_01", missing=2.0)]
+    traced = stack("20100401_01_9999", "20100401_01", missing=0.0, seed=5)
+    data = ready(Given([*source, traced]), batch_size=4, **options)
+    found = numbers(data.predict_dataloader())
+    names = [data.stacks[k] for k in found]
+    assert sorted(names) == sorted(s.name for s in [*source, traced])
+    in_parts = [s.name for part in ("train", "val", "test") for s in data.stacks_of(part)]
+    assert names[: len(in_parts)] == in_parts
+    segments = {
+        data.stacks[int(item.stack)]: data.segments[int(item.segment)]
+        for item in data.predict_dataloader().dataset
+    }
+    assert segments == {s.name: s.segment for s in [*source, traced]}
+
+
 def test_ranks_share_evaluation_without_repeating():
     found = []
     for rank in range(3):

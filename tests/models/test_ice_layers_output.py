@@ -15,6 +15,7 @@ from fulgurite.models.ice_layers.figures import (
     depth_figure,
     depth_table,
     layers_figure,
+    picked_depths,
 )
 from fulgurite.models.ice_layers.output import (
     CompletedStack,
@@ -219,22 +220,65 @@ def test_names_of_stacks_are_safe_names_of_files(name, file):
 # --- figures --------------------------------------------------------------------------------------
 
 
-def test_the_figure_shows_what_is_observed_and_what_is_filled(tmp_path):
+def test_the_figure_draws_completed_boundaries_over_picked_ones(tmp_path):
     stack = make(n=12)
     figure = layers_figure(stack, truth=np.nan_to_num(stack.thickness, nan=0.5))
-    before, after, kinds, spread = figure.axes[:4]
-    drawn = np.concatenate([line.get_ydata() for line in before.lines])
-    depth = boundary_depths(stack.thickness)
-    known = depth[stack.observed & np.isfinite(depth)]
-    assert np.isfinite(drawn).sum() == len(known)  # no filled value under "as traced"
-    labels = {text.get_text() for text in after.get_legend().get_texts()}
-    assert {"observed", "filled", "whole layer filled", "truth"} <= labels
+    boundaries, kinds, spread = figure.axes[:3]
+    depth, picked = boundary_depths(stack.thickness), picked_depths(stack)
+
+    def drawn(label):
+        lines = [line for line in boundaries.lines if line.get_label() == label]
+        return lines, np.concatenate([line.get_ydata() for line in lines])
+
+    (black, *_), points = drawn("picked")
+    np.testing.assert_array_equal(
+        np.sort(points[np.isfinite(points)]), np.sort(picked[np.isfinite(picked)])
+    )
+    (blue, *_), points = drawn("completed")
+    known = depth[np.isnan(picked) & np.isfinite(depth)]
+    np.testing.assert_array_equal(np.sort(points[np.isfinite(points)]), np.sort(known))
+    assert (black.get_linestyle(), black.get_color()) != (blue.get_linestyle(), blue.get_color())
+    labels = {text.get_text() for text in boundaries.get_legend().get_texts()}
+    assert labels == {"picked", "completed", "truth", "90 % of the layer's thickness"}
     assert {t.get_text() for t in kinds.get_legend().get_texts()} == {
         "observed", "filled", "whole layer filled", "left missing",
     }  # fmt: skip
     np.testing.assert_array_equal(kinds.images[0].get_array(), stack.provenance.T)
     assert np.isnan(np.ma.filled(spread.images[0].get_array().astype(float), np.nan)).any()
     figure.savefig(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("names", [("Koenig_1", "", "layer_03", "Koenig_4"), ()])
+def test_layers_are_numbered_from_1_with_their_own_names(names):
+    figure = layers_figure(replace(make(n=12), layer_names=names))
+    boundaries, *panels = figure.axes[:3]
+    wanted = ["1 Koenig_1", "2", "3", "4 Koenig_4"] if names else ["1", "2", "3", "4"]
+    for ax in panels:
+        assert list(ax.get_yticks()) == [1, 2, 3, 4]
+        assert [label.get_text() for label in ax.get_yticklabels()] == wanted
+    written = [text.get_text() for text in boundaries.texts]
+    assert written == [wanted[k] for k in (0, 1, 3)] or written == wanted
+    many = make(n=5, layers=40)
+    ticks = layers_figure(replace(many, layer_names=(), layer_age=np.zeros(0))).axes[1].get_yticks()
+    assert (ticks == np.round(ticks)).all()
+    assert len(ticks) <= 15
+
+
+def test_without_uncertainty_a_sentence_takes_the_place_of_an_empty_panel():
+    stack = make()
+    none = np.full_like(stack.std, np.nan)
+    figure = layers_figure(replace(stack, std=none))
+    assert len(figure.axes) == 2
+    assert "no uncertainty was calibrated" in figure.axes[1].get_title()
+    every = np.ones_like(stack.observed)
+    whole = replace(
+        stack, std=none, observed=every, provenance=np.zeros_like(stack.provenance),
+        thickness=np.ones_like(stack.thickness),
+    )  # fmt: skip
+    figure = layers_figure(whole)
+    assert len(figure.axes) == 2
+    assert "nothing was filled" in figure.axes[1].get_title()
+    assert {text.get_text() for text in figure.axes[0].get_legend().get_texts()} == {"picked"}
 
 
 def test_a_stack_without_anything_is_drawn_too(tmp_path):
