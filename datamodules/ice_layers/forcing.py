@@ -12,20 +12,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.generator import (
-    Climate,
+from fulgurite.datamodules.ice_layers.generated_climate import Climate, refrozen
+from fulgurite.datamodules.ice_layers.generator import GeneratedFlights, write_world
+from fulgurite.datamodules.ice_layers.random_fields import gaussian_field
+from fulgurite.datamodules.ice_layers.resample import haversine
+from fulgurite.datamodules.ice_layers.stack import Array
+from fulgurite.datamodules.ice_layers.world import (
     Flight,
-    GeneratedFlights,
     World,
     check_world,
     flight_names,
-    gaussian_field,
     make_grid,
-    refrozen,
-    write_world,
 )
-from fulgurite.datamodules.ice_layers.resample import haversine
-from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_csv, reading
 from fulgurite.io import checksum, data_path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
-from fulgurite.datamodules.ice_layers.generator import write_layer_file
+from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 
 NAME = "ice_layers/smoke.yaml"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, KoenigPicks, LayerFiles
-from fulgurite.datamodules.ice_layers.generator import write_layer_file
+from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat
 from fulgurite.datamodules.ice_layers.resample import along_track, haversine, interpolate_positions
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics

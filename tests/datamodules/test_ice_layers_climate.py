@@ -12,7 +12,7 @@ from fulgurite.datamodules.ice_layers import LayerFiles, MarClimate
 from fulgurite.datamodules.ice_layers.climate import Request
 from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS, interval_weights, step_edges
 from fulgurite.datamodules.ice_layers.firn import herron_langway, layer_density, smb_to_layers
-from fulgurite.datamodules.ice_layers.generator import write_layer_file
+from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import (
     along_track,
     break_at_jumps,

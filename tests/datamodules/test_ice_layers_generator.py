@@ -10,7 +10,7 @@ import pytest
 
 from fulgurite.datamodules.ice_layers import ForcedFlights, SyntheticFlights
 from fulgurite.datamodules.ice_layers.forcing import read_site
-from fulgurite.datamodules.ice_layers.generator import gaussian_field, markov_gaps
+from fulgurite.datamodules.ice_layers.random_fields import gaussian_field, markov_gaps
 from fulgurite.datamodules.ice_layers.resample import haversine
 from fulgurite.errors import ConfigError, DataError
 

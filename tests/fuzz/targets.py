@@ -305,7 +305,7 @@ def _annotations():
 def _layer_files():
     from scipy.io import savemat
 
-    from fulgurite.datamodules.ice_layers.generator import write_layer_file
+    from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
     from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
 
     n = 5

@@ -1,0 +1,235 @@
+"""The climate of generated flights, and the MAR files of it.
+
+Shapes: M points, L layers (newest first), Y mass years (from May to April), T months, H W climate
+grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.ice_layers.climate_grid import interval_weights
+from fulgurite.datamodules.ice_layers.random_fields import gaussian_field
+from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.datamodules.ice_layers.world import CLIMATE, World, make_grid
+from fulgurite.errors import DataError
+
+__all__ = ["Climate", "make_climate", "refrozen", "write_mar"]
+
+# Melt and the warmth of a month; a mass year begins in May
+_MELT = np.array([0.02, 0.25, 0.45, 0.25, 0.03, 0, 0, 0, 0, 0, 0, 0])
+_WARMTH = 14.0 * np.cos(2 * np.pi * (np.arange(12) - 2) / 12)  # warmest in July [K]
+
+
+@dataclass(frozen=True)
+class Climate:
+    """A coarse climate on a grid, month by month from a May on: what is true.
+
+    Attributes:
+        x: Projected coordinates of columns [m]. Shape: (W,).
+        y: Of rows [m]. Shape: (H,).
+        first: Calendar year of the first month, a May.
+        accumulation: Snow [m w.e.]. Shape: (T, H, W).
+        temperature: Mean surface temperature [K]. Shape: (T, H, W).
+        melt: [m w.e.]. Shape: (T, H, W).
+        rain: [m w.e.]. Shape: (T, H, W).
+        runoff: Melt and rain that do not freeze [m w.e.]. Shape: (T, H, W).
+    """
+
+    x: Array
+    y: Array
+    first: int
+    accumulation: Array
+    temperature: Array
+    melt: Array
+    rain: Array
+    runoff: Array
+
+    FIELDS = ("accumulation", "temperature", "melt", "rain", "runoff")
+
+    def calendar(self) -> NDArray[Any]:
+        """The months as datetime64. Shape: (T,)."""
+        months: NDArray[Any] = np.datetime64(f"{self.first}-05", "M") + np.arange(
+            len(self.accumulation)
+        )
+        return months
+
+    def months(self) -> Array:
+        """Start and end of each month [days since 1970]. Shape: (T, 2)."""
+        start = self.calendar()
+        edges = np.append(start, start[-1] + 1).astype("datetime64[D]").astype(np.float64)
+        return np.stack([edges[:-1], edges[1:]], 1)
+
+    def layered(self, points: Array, edges: Array) -> dict[str, Array]:
+        """Sums between dates at points, and the mean temperature.
+
+        Shape:
+            - points: (M, 2) [m]; edges: (L + 1,) falling [days since 1970]; results (M, L).
+        """
+        months = self.months()
+        weights = interval_weights(months, edges)
+        used = weights.any(0)
+        if (weights @ (months[:, 1] - months[:, 0]) < -np.diff(edges) - 1).any():
+            raise DataError(
+                "The climate does not cover the oldest layer.",
+                "Set `--data.init_args.source.init_args.layers` lower.",
+            )
+        column = np.interp(points[:, 0], self.x, np.arange(len(self.x)))
+        row = np.interp(points[:, 1], self.y, np.arange(len(self.y)))
+        i = np.minimum(row.astype(int), len(self.y) - 2)
+        j = np.minimum(column.astype(int), len(self.x) - 2)
+        u, v = row - i, column - j
+        found = {}
+        for name in self.FIELDS:
+            share = weights[:, used]
+            if name == "temperature":
+                share = share * (months[used, 1] - months[used, 0])
+                share = share / share.sum(1, keepdims=True)
+            field = np.tensordot(share, getattr(self, name)[used], 1)
+            found[name] = (
+                (1 - u) * (1 - v) * field[:, i, j]
+                + (1 - u) * v * field[:, i, j + 1]
+                + u * (1 - v) * field[:, i + 1, j]
+                + u * v * field[:, i + 1, j + 1]
+            ).T
+        return found
+
+
+def _elevation(lat: Array, lon: Array) -> Array:
+    """A dome [m]; its form is inferred."""
+    height: Array = 3200.0 - 4.0 * (lat - 72.5) ** 2 - 9.0 * (lon + 40.0) ** 2
+    return np.maximum(height, 1200.0)
+
+
+def make_climate(world: World) -> Climate:
+    """The true coarse climate: accumulation, temperature, melt and runoff of each mass year.
+
+    Source: arXiv 2604.20783, card section 6.2; correlation lengths (150 km and 40 km) inferred.
+    """
+    x, y, lat, lon = make_grid(world)
+    generator = world.generator(CLIMATE)
+    years = len(world.mass_years)
+
+    def field(count: int, length: float) -> Array:
+        return gaussian_field((count, len(y), len(x)), length / world.cell, generator)
+
+    mean = np.clip(0.30 + 0.035 * (75 - lat) + 0.012 * (-40 - lon), 0.12, 0.9)
+    new = np.sqrt(1 - 0.06**2 / 0.2**2) * field(years, 150e3) + 0.3 * field(years, 40e3)
+    factor = np.empty_like(new)
+    factor[0] = new[0]
+    for year in range(1, years):  # years resemble the one before: AR(1), ρ = 0.2
+        factor[year] = 0.2 * factor[year - 1] + np.sqrt(1 - 0.2**2) * new[year]
+    accumulation = mean * np.exp(0.2 * factor)
+    z = _elevation(lat, lon)
+    temperature = 269.15 - 0.0068 * (z - 1500) - 0.75 * (lat - 67) + 0.7 * field(years, 150e3)
+    temperature = np.minimum(temperature, 268.0)
+    warm = 0.30 * np.exp((temperature - 262) / 3) * np.exp(0.3 * field(years, 150e3))
+    melt = np.minimum(warm, 1.2)
+    runoff = melt - refrozen(melt, accumulation)
+    even, month = np.full(12, 1 / 12), (slice(None), None, None)
+    return Climate(
+        x,
+        y,
+        world.mass_years[0],
+        _monthly(accumulation, even),
+        _monthly(temperature, np.ones(12)) + np.tile(_WARMTH, years)[month],
+        _monthly(melt, _MELT),
+        np.zeros((12 * years, *melt.shape[1:])),
+        _monthly(runoff, _MELT),
+    )
+
+
+def _monthly(yearly: Array, shares: Array) -> Array:
+    """Deal yearly values (Y, H, W) out to months (12 Y, H, W)."""
+    return (yearly[:, None] * shares[None, :, None, None]).reshape(-1, *yearly.shape[1:])
+
+
+def refrozen(melt: Array, accumulation: Array, least: float = 0.0) -> Array:
+    """How much of a year's melt freezes again [m w.e.].
+
+    Args:
+        melt: [m w.e.].
+        accumulation: [m w.e.].
+        least: Share that freezes however much there is, because it seeps into older firn.
+
+    Source: arXiv 2604.20783, card section 6.2.
+
+    Example:
+        >>> refrozen(np.array([0.0, 0.4, 4.0]), np.array([0.4, 0.4, 0.4]))
+        array([0. , 0.3, 0. ])
+    """
+    kept: Array = melt * np.clip(1 - 0.25 * melt / np.maximum(accumulation, 1e-3), least, 1.0)
+    return kept
+
+
+def write_mar(folder: Path, world: World, climate: Climate) -> None:
+    """Write MAR files of monthly fields, one for each calendar year, with MAR's errors.
+
+    MAR knows the coarse climate only, with a bias that stays, and a year's noise.
+
+    Source: arXiv 2604.20783, card sections 3.3 and 6.2; correlation lengths of errors inferred.
+    """
+    try:
+        import netCDF4
+    except ImportError as error:
+        raise need_extra("netCDF4", "Generating climate files") from error
+    _, _, lat, lon = make_grid(world)
+    generator = world.generator(CLIMATE, 1)
+    months = climate.months()
+    shape = (len(months) // 12, *lat.shape)
+
+    def noise(size: float, count: int = shape[0]) -> Array:
+        """Errors of mass years, as fields of their months."""
+        field = gaussian_field((count, *lat.shape), 60e3 / world.cell, generator)
+        return size * np.repeat(field, len(months) // count, 0)
+
+    snow = climate.accumulation * np.exp(0.03 + noise(0.05, 1) + noise(0.04))
+    melt = climate.melt * np.exp(noise(0.04))
+    liquid = climate.melt + climate.rain
+    runoff = (melt + climate.rain) * climate.runoff / np.maximum(liquid, 1e-9)
+    heights = np.repeat(snow.reshape(-1, 12, *lat.shape).sum(1), 12, 0) / 0.35
+    fields: dict[str, tuple[str, Array]] = {
+        "SMB": ("mmWE/month", 1000 * (snow + climate.rain - runoff)),
+        "ME": ("mmWE/month", 1000 * melt),
+        "RU": ("mmWE/month", 1000 * runoff),
+        "ST": ("C", climate.temperature - 273.15 + noise(0.5)),
+        "ZN6": ("m", heights * np.exp(noise(0.05))),
+    }
+    if climate.rain.any():
+        fields["RF"] = ("mmWE/month", 1000 * climate.rain)
+    year_of = climate.calendar().astype("datetime64[Y]").astype(int) + 1970
+    folder.mkdir(parents=True, exist_ok=True)
+    south, north, west, east = world.box
+    surface = np.where(  # tundra at the southern rim, as a real mask has
+        (lat > south - 0.4) & (lat < north + 2) & (lon > west - 4) & (lon < east + 4), 4.0, 2.0
+    )
+    for year in np.unique(year_of):
+        part = year_of == year
+        path = folder / f"MARv3.12-monthly-synthetic-{year}.nc"
+        with netCDF4.Dataset(str(path), "w") as data:
+            data.setncatts({"title": "Generated climate in the layout of MAR"})
+            sizes = {"x": len(climate.x), "y": len(climate.y), "TIME": int(part.sum())}
+            for name, size in sizes.items():
+                data.createDimension(name, size)
+            for name, dims, units, values in (
+                ("x", ("x",), "km", climate.x / 1000),
+                ("y", ("y",), "km", climate.y / 1000),
+                ("LAT", ("y", "x"), "degrees", lat),
+                ("LON", ("y", "x"), "degrees", lon),
+                ("SRF", ("y", "x"), "-", surface),
+                ("TIME", ("TIME",), "days since 1970-01-01", months[part].mean(1)),
+            ):
+                variable = data.createVariable(name, "f8", dims)
+                variable.units = units
+                variable[:] = values
+            for name, (units, values) in fields.items():
+                variable = data.createVariable(
+                    name, "f4", ("TIME", "y", "x"), fill_value=np.float32(1e36)
+                )
+                variable.units = units
+                variable[:] = np.where(surface == 4, values[part], 1e36).astype(np.float32)
