@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fulgurite.datamodules.ice_layers.koenig import KoenigPicks
     from fulgurite.datamodules.ice_layers.layer_files import LayerFiles
     from fulgurite.datamodules.ice_layers.npz import NpzStacks
+    from fulgurite.datamodules.ice_layers.sred import SredMat
+    from fulgurite.datamodules.ice_layers.sred_generator import SyntheticSred
     from fulgurite.datamodules.ice_layers.stack import Flights, LayerStack
 
 _MODULES = {
@@ -26,6 +28,8 @@ _MODULES = {
     "koenig": ("KoenigPicks",),
     "layer_files": ("LayerFiles",),
     "npz": ("NpzStacks",),
+    "sred": ("SredMat",),
+    "sred_generator": ("SyntheticSred",),
     "stack": ("Flights", "LayerStack"),
 }
 
@@ -39,8 +43,10 @@ __all__ = [
     "LayerStack",
     "MarClimate",
     "NpzStacks",
+    "SredMat",
     "StackSource",
     "SyntheticFlights",
+    "SyntheticSred",
 ]
 
 __getattr__, __dir__ = lazy_attributes(__name__, _MODULES)

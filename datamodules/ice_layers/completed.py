@@ -15,7 +15,6 @@ from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.ice_layers.npz import NpzStacks, _names
 from fulgurite.datamodules.ice_layers.resample import EARTH
 from fulgurite.datamodules.ice_layers.stack import (
-    THICKEST,
     Array,
     Exclusion,
     LayerStack,
@@ -106,7 +105,7 @@ class CompletedStacks(NpzStacks):
         count: int | None = None,
         physics: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied by the parent
-        thickest: float = THICKEST,
+        thickest: float | None = None,
     ) -> None:
         # a network may predict a thickness that is none: such entries stay missing
         super().__init__(root, count, physics, [*exclude, "negative"], thickest)

@@ -5,7 +5,7 @@ Shapes: N traces (nodes), L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
 from fulgurite.datamodules.ice_layers.hiding import drop_observed
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
+    METRES,
     Array,
     Exclusion,
     Flights,
@@ -42,6 +43,7 @@ from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, s
 __all__ = ["IceLayerDataModule"]
 
 _DROP, _CHOOSE = 1, 2  # random streams of `seed`; 0 is the split
+_SHARE = 1 / 7  # of segments, for validation and for the test
 Part = Literal["train", "val", "test"]
 
 
@@ -61,7 +63,8 @@ class IceLayerDataModule(L.LightningDataModule):
         completed: Completed stacks (of another run) to train on instead of the source's; validation
             and test stay the source's. Stops if the completing model has seen a test segment, and
             leaves out stacks that overlap validation or test segments.
-        val: Fraction of flight segments for validation, or names (a beginning is enough: ``2012``).
+        val: Fraction of flight segments for validation, or names (a beginning is enough: ``2012``);
+            if not given, one in seven, or those of a source whose files have a split of their own.
         test: Equally for test.
         order: ``random``, or by ``name``, which begins with the date: the last flights are the
             test, those before them the validation.
@@ -85,6 +88,8 @@ class IceLayerDataModule(L.LightningDataModule):
         layer_age: Age of each layer's lower boundary at the flight [years], after :meth:`setup`.
         segments: Names of the flight segments, by number, after :meth:`setup`.
         stacks: Names of the stacks, by number, after :meth:`setup`.
+        unit: Of thicknesses, ``m`` or ``range bins``; known after :meth:`setup`.
+        shared_segments: Flight segments that are in several parts, by the user's word.
         statistics: Of the training stacks, float64: ``thickness_mean`` (L,), ``thickness_std`` (),
             ``physics_mean`` and ``physics_std`` (P,), ``pos_mean`` and ``pos_std`` (2,).
 
@@ -103,8 +108,8 @@ class IceLayerDataModule(L.LightningDataModule):
         self,
         source: StackSource | None = None,
         completed: CompletedStacks | None = None,
-        val: float | list[str] = 1 / 7,
-        test: float | list[str] = 1 / 7,
+        val: float | list[str] | None = None,
+        test: float | list[str] | None = None,
         order: Literal["random", "name"] = "random",
         guard: float = 0.0,
         batch_size: int = 8,
@@ -150,6 +155,10 @@ class IceLayerDataModule(L.LightningDataModule):
         self._left_out: list[LayerStack] = []
         self._statistics: dict[str, Tensor] | None = None
         self.excluded: list[Exclusion] = []
+        self.unit = METRES
+        self._trained_unit: str | None = None
+        self._part_of: Mapping[str, str] | None = None
+        self.shared_segments: frozenset[str] = frozenset()
 
     @property
     def physics(self) -> tuple[str, ...]:
@@ -207,11 +216,9 @@ class IceLayerDataModule(L.LightningDataModule):
             return
         flights = self.source.load()
         picked = [stack for stack in flights.stacks if stack.observed.any()]
-        segments = tuple(sorted({stack.segment for stack in picked}))
-        split = split_segments(segments, self.val, self.test, self.order, self.seed)
-        parts = {
-            part: [stack for stack in picked if stack.segment in set(split[part])] for part in PARTS
-        }
+        parts = self._split(flights, picked)
+        self.unit = flights.unit
+        self._check_unit()
         self._unpicked = [stack for stack in flights.stacks if not stack.observed.any()]
         self.excluded = list(flights.excluded)
         if self.completed is not None:
@@ -257,6 +264,35 @@ class IceLayerDataModule(L.LightningDataModule):
             )
         )
 
+    def _split(self, flights: Flights, picked: Sequence[LayerStack]) -> dict[str, list[LayerStack]]:
+        """Deal stacks out to the parts: as the files say, or else by flight segment.
+
+        Raises:
+            ConfigError: The files say it, and the options too.
+        """
+        if flights.split is None:
+            segments = tuple(sorted({stack.segment for stack in picked}))
+            val, test = (_SHARE if share is None else share for share in (self.val, self.test))
+            split = split_segments(segments, val, test, self.order, self.seed)
+            return {
+                part: [stack for stack in picked if stack.segment in set(split[part])]
+                for part in PARTS
+            }
+        for name, value, default in (
+            ("val", self.val, None),
+            ("test", self.test, None),
+            ("order", self.order, "random"),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"The files have a split of their own, so that {name}={value} decides nothing.",
+                    f"Leave `--data.init_args.{name}` out, or set "
+                    "`--data.init_args.source.init_args.split=segments`.",
+                )
+        self.shared_segments = flights.split.shared
+        self._part_of = part_of = flights.split.part
+        return {part: [s for s in picked if part_of[s.name] == part] for part in PARTS}
+
     def _completed(self, flights: Flights, parts: dict[str, list[LayerStack]]) -> list[LayerStack]:
         """Training stacks out of another run's completed ones, under the leakage rule."""
         assert self.completed is not None
@@ -264,13 +300,15 @@ class IceLayerDataModule(L.LightningDataModule):
         for what, theirs, mine in (
             ("layers", len(found.layer_names), len(flights.layer_names)),
             ("physical fields", found.physics, flights.physics),
+            ("unit", found.unit, flights.unit),
         ):
             if theirs != mine:
                 raise DataError(
                     f"The completed stacks have the {what} {theirs}, the source {mine}.",
                     "Give `--data.init_args.completed` stacks that were made of this source.",
                 )
-        refuse_leaks(found.stacks, {stack.segment for stack in parts["test"]})
+        tested = {stack.segment for stack in parts["test"]} - self.shared_segments
+        refuse_leaks(found.stacks, tested)
         evaluated = [*parts["val"], *parts["test"]]
         kept, dropped = drop_overlapping(found.stacks, evaluated, self.overlap)
         self.excluded += [*found.excluded, *dropped]
@@ -302,7 +340,10 @@ class IceLayerDataModule(L.LightningDataModule):
         return data
 
     def _unpicked_data(self, parts: Sequence[str]) -> list[Any]:
-        """PyG ``Data`` of the stacks without any pick on the segments of some parts."""
+        """PyG ``Data`` of the stacks without any pick on the segments of some parts.
+
+        Where the files have a split of their own, those of the parts themselves.
+        """
         segments = {stack.segment for part in parts for stack in self._parts[part]}
         if set(parts) == set(PARTS):  # a segment without any pick is in no part
             segments |= {stack.segment for stack in self._unpicked}
@@ -310,7 +351,11 @@ class IceLayerDataModule(L.LightningDataModule):
         return [
             stack.to_data(self.segments.index(stack.segment), k)
             for k, stack in enumerate(self._unpicked, first)
-            if stack.segment in segments
+            if (
+                stack.segment in segments
+                if self._part_of is None
+                else self._part_of[stack.name] in parts
+            )
         ]
 
     def _loader(self, data: Sequence[Any], sampler: Any, batch_size: int) -> Any:
@@ -396,13 +441,14 @@ class IceLayerDataModule(L.LightningDataModule):
             "statistics": dict(self._statistics),
             "physics": list(self.physics),
             "layers": self.layers,
+            "unit": self.unit,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the statistics of the training run.
 
         Raises:
-            CheckpointError: It was trained with other layers or physical fields.
+            CheckpointError: It was trained with other layers, physical fields or units.
         """
         if not state_dict:
             return
@@ -415,4 +461,17 @@ class IceLayerDataModule(L.LightningDataModule):
                     f"The checkpoint was trained with the {name} {theirs}, these data have {mine}.",
                     "Give data with the same ones in the same order.",
                 )
+        self._trained_unit = state_dict.get("unit", METRES)
+        if self._parts:
+            self._check_unit()
         self._statistics = dict(state_dict["statistics"])
+
+    def _check_unit(self) -> None:
+        """Refuse thicknesses in another unit than those of a checkpoint, once both are known."""
+        if self._trained_unit not in (None, self.unit):
+            raise CheckpointError(
+                f"The checkpoint was trained with thickness in {self._trained_unit}, these data "
+                f"have it in {self.unit}.",
+                "Give data in the same unit, such as by "
+                "`--data.init_args.source.init_args.bin_size`.",
+            )

@@ -6,7 +6,7 @@ grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from fulgurite.datamodules.ice_layers.stack import Array, need_extra
 from fulgurite.datamodules.ice_layers.world import CLIMATE, World, make_grid
 from fulgurite.errors import DataError
 
-__all__ = ["Climate", "make_climate", "refrozen", "write_mar"]
+__all__ = [
+    "Climate",
+    "make_climate",
+    "refrozen",
+    "see_as_mar",
+    "surface_elevation",
+    "write_mar",
+]
 
 # Melt and the warmth of a month; a mass year begins in May
 _MELT = np.array([0.02, 0.25, 0.45, 0.25, 0.03, 0, 0, 0, 0, 0, 0, 0])
@@ -100,14 +107,18 @@ class Climate:
         return found
 
 
-def _elevation(lat: Array, lon: Array) -> Array:
+def surface_elevation(lat: Array, lon: Array) -> Array:
     """A dome [m]; its form is inferred."""
     height: Array = 3200.0 - 4.0 * (lat - 72.5) ** 2 - 9.0 * (lon + 40.0) ** 2
     return np.maximum(height, 1200.0)
 
 
-def make_climate(world: World) -> Climate:
+def make_climate(world: World, wetness: float = 1.0) -> Climate:
     """The true coarse climate: accumulation, temperature, melt and runoff of each mass year.
+
+    Args:
+        world: The recipe.
+        wetness: Factor on the accumulation.
 
     Source: arXiv 2604.20783, card section 6.2; correlation lengths (150 km and 40 km) inferred.
     """
@@ -124,8 +135,8 @@ def make_climate(world: World) -> Climate:
     factor[0] = new[0]
     for year in range(1, years):  # years resemble the one before: AR(1), ρ = 0.2
         factor[year] = 0.2 * factor[year - 1] + np.sqrt(1 - 0.2**2) * new[year]
-    accumulation = mean * np.exp(0.2 * factor)
-    z = _elevation(lat, lon)
+    accumulation = wetness * mean * np.exp(0.2 * factor)
+    z = surface_elevation(lat, lon)
     temperature = 269.15 - 0.0068 * (z - 1500) - 0.75 * (lat - 67) + 0.7 * field(years, 150e3)
     temperature = np.minimum(temperature, 268.0)
     warm = 0.30 * np.exp((temperature - 262) / 3) * np.exp(0.3 * field(years, 150e3))
@@ -167,41 +178,57 @@ def refrozen(melt: Array, accumulation: Array, least: float = 0.0) -> Array:
     return kept
 
 
-def write_mar(folder: Path, world: World, climate: Climate) -> None:
-    """Write MAR files of monthly fields, one for each calendar year, with MAR's errors.
+def see_as_mar(world: World, climate: Climate) -> tuple[Climate, Array]:
+    """The climate with MAR's errors, and the height of each mass year's snowpack [m].
 
     MAR knows the coarse climate only, with a bias that stays, and a year's noise.
 
-    Source: arXiv 2604.20783, card sections 3.3 and 6.2; correlation lengths of errors inferred.
+    Shape:
+        - heights: (T, H, W).
+
+    Source: arXiv 2604.20783, card section 6.2; correlation lengths of errors inferred.
     """
-    try:
-        import netCDF4
-    except ImportError as error:
-        raise need_extra("netCDF4", "Generating climate files") from error
-    _, _, lat, lon = make_grid(world)
     generator = world.generator(CLIMATE, 1)
     months = climate.months()
-    shape = (len(months) // 12, *lat.shape)
+    shape = climate.melt.shape[1:]
+    years = len(months) // 12
 
-    def noise(size: float, count: int = shape[0]) -> Array:
+    def noise(size: float, count: int = years) -> Array:
         """Errors of mass years, as fields of their months."""
-        field = gaussian_field((count, *lat.shape), 60e3 / world.cell, generator)
+        field = gaussian_field((count, *shape), 60e3 / world.cell, generator)
         return size * np.repeat(field, len(months) // count, 0)
 
     snow = climate.accumulation * np.exp(0.03 + noise(0.05, 1) + noise(0.04))
     melt = climate.melt * np.exp(noise(0.04))
     liquid = climate.melt + climate.rain
     runoff = (melt + climate.rain) * climate.runoff / np.maximum(liquid, 1e-9)
-    heights = np.repeat(snow.reshape(-1, 12, *lat.shape).sum(1), 12, 0) / 0.35
+    heights = np.repeat(snow.reshape(-1, 12, *shape).sum(1), 12, 0) / 0.35
+    temperature = climate.temperature + noise(0.5)
+    seen = replace(climate, accumulation=snow, temperature=temperature, melt=melt, runoff=runoff)
+    return seen, heights * np.exp(noise(0.05))
+
+
+def write_mar(folder: Path, world: World, climate: Climate) -> None:
+    """Write MAR files of monthly fields, one for each calendar year, with MAR's errors.
+
+    Source: arXiv 2604.20783, card sections 3.3 and 6.2.
+    """
+    try:
+        import netCDF4
+    except ImportError as error:
+        raise need_extra("netCDF4", "Generating climate files") from error
+    _, _, lat, lon = make_grid(world)
+    months = climate.months()
+    seen, heights = see_as_mar(world, climate)
     fields: dict[str, tuple[str, Array]] = {
-        "SMB": ("mmWE/month", 1000 * (snow + climate.rain - runoff)),
-        "ME": ("mmWE/month", 1000 * melt),
-        "RU": ("mmWE/month", 1000 * runoff),
-        "ST": ("C", climate.temperature - 273.15 + noise(0.5)),
-        "ZN6": ("m", heights * np.exp(noise(0.05))),
+        "SMB": ("mmWE/month", 1000 * (seen.accumulation + seen.rain - seen.runoff)),
+        "ME": ("mmWE/month", 1000 * seen.melt),
+        "RU": ("mmWE/month", 1000 * seen.runoff),
+        "ST": ("C", seen.temperature - 273.15),
+        "ZN6": ("m", heights),
     }
-    if climate.rain.any():
-        fields["RF"] = ("mmWE/month", 1000 * climate.rain)
+    if seen.rain.any():
+        fields["RF"] = ("mmWE/month", 1000 * seen.rain)
     year_of = climate.calendar().astype("datetime64[Y]").astype(int) + 1970
     folder.mkdir(parents=True, exist_ok=True)
     south, north, west, east = world.box

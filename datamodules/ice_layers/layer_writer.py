@@ -5,6 +5,7 @@ Shapes: M traces, K boundaries.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,36 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.stack import Array, need_extra
 
-__all__ = ["write_layer_file", "write_organizer"]
+__all__ = ["write_layer_file", "write_matlab73", "write_organizer"]
 
 _HEADER = b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created by: fulgurite HDF5 schema 1.00 ."
 
 
-def _text(file: Any, name: str, value: str) -> None:
-    codes = np.array([[ord(c)] for c in value], np.uint16)
-    file.create_dataset(name, data=codes).attrs["MATLAB_class"] = np.bytes_("char")
+def write_matlab73(
+    path: Path, arrays: Mapping[str, tuple[str, NDArray[Any]]], texts: Mapping[str, str]
+) -> None:
+    """Write variables as MATLAB 7.3 does.
+
+    Args:
+        path: The file.
+        arrays: MATLAB's class and the transpose of what MATLAB shows, by name.
+        texts: Text by name.
+
+    Raises:
+        MissingExtraError: h5py is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise need_extra("h5py", "Generating layer files") from error
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, (kind, values) in arrays.items():
+            file.create_dataset(name, data=values).attrs["MATLAB_class"] = np.bytes_(kind)
+        for name, text in texts.items():
+            codes = np.array([[ord(c)] for c in text], np.uint16)
+            file.create_dataset(name, data=codes).attrs["MATLAB_class"] = np.bytes_("char")
+    with open(path, "r+b") as raw:
+        raw.write(_HEADER.ljust(124) + b"\x00\x02IM")
 
 
 def write_layer_file(path: Path, time: Array, pos: Array, twtt: Array) -> None:
@@ -31,10 +54,6 @@ def write_layer_file(path: Path, time: Array, pos: Array, twtt: Array) -> None:
 
     Source: arXiv 2604.20783, card section 3.2, item 1.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise need_extra("h5py", "Generating layer files") from error
     picked = np.isfinite(twtt)
     arrays: dict[str, tuple[str, NDArray[Any]]] = {
         "gps_time": ("double", time[:, None]),
@@ -46,13 +65,8 @@ def write_layer_file(path: Path, time: Array, pos: Array, twtt: Array) -> None:
         "quality": ("uint8", np.where(picked, 1, 3).astype(np.uint8)),
         "type": ("uint8", np.full(twtt.shape, 2, np.uint8)),
     }
-    with h5py.File(path, "w", userblock_size=512) as file:
-        for name, (kind, values) in arrays.items():  # MATLAB's transpose: traces come first
-            file.create_dataset(name, data=values).attrs["MATLAB_class"] = np.bytes_(kind)
-        _text(file, "file_type", "layer")
-        _text(file, "file_version", "1")
-    with open(path, "r+b") as raw:
-        raw.write(_HEADER.ljust(124) + b"\x00\x02IM")
+    # MATLAB's transpose: traces come first
+    write_matlab73(path, arrays, {"file_type": "layer", "file_version": "1"})
 
 
 def write_organizer(path: Path, layers: int) -> None:

@@ -16,7 +16,7 @@ from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
-    THICKEST,
+    METRES,
     Array,
     Exclusion,
     Flights,
@@ -70,7 +70,8 @@ class NpzStacks(StackSource):
     Arrays of a file: ``thickness`` (N, L) [m], NaN where missing; ``pos`` (N, 2) latitude and
     longitude [degrees]; optional ``physics`` (N, L, P), ``physics_names`` (P,), ``physics_flag``
     (N,), ``distance`` (N,) [m], ``truth`` (N, L) [m], ``layer_age`` (L,) [years], ``layer_names``
-    (L,), ``segment`` and ``stack`` (names; those of the folder and the file if not given).
+    (L,), ``segment`` and ``stack`` (names; those of the folder and the file if not given), ``unit``
+    of thicknesses (``m`` if not given, or ``range bins``).
 
     Args:
         root: Folder, absolute or relative to ``FULGURITE_DATA``.
@@ -79,8 +80,9 @@ class NpzStacks(StackSource):
         exclude: What to leave out and count instead of stopping: ``unreadable`` files, entries with
             a ``negative`` thickness, stacks with a ``short`` track (one trace) or with another
             ``layer_count`` than most.
-        thickest: Largest plausible median of all observed thicknesses [m], above which they are
-            taken to be in other units; more than a year's firn for layers of many years.
+        thickest: Largest plausible median of all observed thicknesses, above which they are taken
+            to be in other units (15 m or 500 range bins if not given); more than a year's firn for
+            layers of many years.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -94,13 +96,13 @@ class NpzStacks(StackSource):
         count: int | None = None,
         physics: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
-        thickest: float = THICKEST,
+        thickest: float | None = None,
     ) -> None:
         self.root = root
         self.count = count
         self._physics = None if physics is None else tuple(physics)
         self.exclude = check_exclude(exclude, _KINDS, EXCLUDE)
-        self.thickest = check_thickest(thickest)
+        self.thickest = None if thickest is None else check_thickest(thickest)
 
     _needs: tuple[str, ...] = ()  # further arrays that a file must have
 
@@ -200,6 +202,7 @@ class NpzStacks(StackSource):
                 pos,
                 distance,
                 content.get("truth"),
+                unit=_text(content, "unit", METRES),
                 **self._extra(content),
             )
         except DataError as error:

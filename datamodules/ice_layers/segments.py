@@ -26,7 +26,26 @@ from fulgurite.datamodules.ice_layers.world import (
 )
 from fulgurite.errors import ConfigError
 
-__all__ = ["Segment", "make_segment"]
+__all__ = ["Segment", "Snow", "layer_dates", "make_segment", "make_snow"]
+
+
+@dataclass(frozen=True)
+class Snow:
+    """What lies along a generated flight segment.
+
+    Attributes:
+        points: Projected positions [m]. Shape: (S, N, 2).
+        pos: Latitude and longitude [degrees]. Shape: (S, N, 2).
+        truth: Thickness of the layers [m]. Shape: (S, N, L).
+        density: [g cm⁻³]. Shape: (S, N, L).
+        melt: [m w.e.]. Shape: (S, N, L).
+    """
+
+    points: Array
+    pos: Array
+    truth: Array
+    density: Array
+    melt: Array
 
 
 @dataclass
@@ -70,13 +89,38 @@ def make_segment(
     world: World, climate: Climate, number: int, blocks: int, flight: Flight
 ) -> Segment:
     """Snow, firn and picks of one flight segment."""
+    snow = make_snow(world, climate, number, blocks, flight)
+    twtt = _pick(world, number, snow.truth, snow.density, snow.melt)
+    traces = np.arange(float(blocks * world.traces)).reshape(blocks, world.traces)
+    time = flight.day * 86_400.0 + traces * 0.8
+    return Segment(flight.name, time, snow.pos, twtt, snow.truth)
+
+
+def layer_dates(world: World, flight: Flight) -> Array:
+    """Dates of the boundaries, the flight's first [days since 1970]. Shape: (L + 1,)."""
+    dates: Array = flight.day - np.arange(world.layers + 1.0) * YEAR
+    return dates
+
+
+def make_snow(world: World, climate: Climate, number: int, blocks: int, flight: Flight) -> Snow:
+    """Snow and firn of one flight segment.
+
+    Args:
+        world: The recipe.
+        climate: The true coarse one.
+        number: Of the segment.
+        blocks: S.
+        flight: Where and when.
+
+    Source: arXiv 2604.20783, card section 6.2.
+    """
     _, inverse = make_transformers()
     points = _line(world, number, blocks, flight.box)
     n, layers = world.traces, world.layers
     flat = points.reshape(-1, 2)
     lon, lat = inverse.transform(flat[:, 0], flat[:, 1])
     pos = np.stack([lat, lon], 1).reshape(blocks, n, 2)
-    coarse = climate.layered(flat, flight.day - np.arange(layers + 1.0) * YEAR)
+    coarse = climate.layered(flat, layer_dates(world, flight))
     accumulation, temperature, melt, rain, runoff = (
         coarse[name].reshape(blocks, n, layers) for name in Climate.FIELDS
     )
@@ -92,10 +136,7 @@ def make_segment(
     water = np.maximum(smb_to_layers(balance), 1e-3)
     age = np.arange(1.0, layers + 1)
     density = layer_density(balance, temperature, melt + rain - runoff, age)
-    truth = water / density
-    twtt = _pick(world, number, truth, density, melt)
-    time = flight.day * 86_400.0 + np.arange(float(blocks * n)).reshape(blocks, n) * 0.8
-    return Segment(flight.name, time, pos, twtt, truth)
+    return Snow(points, pos, water / density, density, melt)
 
 
 def _pick(world: World, number: int, truth: Array, density: Array, melt: Array) -> Array:

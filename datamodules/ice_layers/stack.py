@@ -18,9 +18,14 @@ from fulgurite.errors import ConfigError, DataError, MissingExtraError
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
+    from fulgurite.datamodules.ice_layers.splits import OwnSplit
+
 __all__ = [
     "EXCLUDE",
+    "METRES",
+    "RANGE_BINS",
     "THICKEST",
+    "THICKEST_BINS",
     "Array",
     "Exclusion",
     "Flights",
@@ -35,12 +40,26 @@ Array = NDArray[np.float64]
 #: The list of what a source leaves out, behind ``--data.init_args.``.
 EXCLUDE = "source.init_args.exclude"
 
-#: Medians of a layer's thickness that metres can have [m]: less are kilometres, more millimetres.
-PLAUSIBLE_THICKNESS = (0.01, 1_000.0)
+#: Units that thicknesses can have.
+METRES, RANGE_BINS = "m", "range bins"
+
+#: Medians of a layer's thickness that a unit can have, and what is less, or more, by its looks
+#: (inferred).
+PLAUSIBLE_THICKNESS = {
+    METRES: (0.01, 1_000.0, "kilometres", "millimetres"),
+    RANGE_BINS: (2.0, 5_000.0, "metres", "bins that are counted another way"),
+}
+_CONVERT = {
+    METRES: "Convert thicknesses to metres, travel times to seconds.",
+    RANGE_BINS: "Convert thicknesses to range bins.",
+}
 
 #: Largest median thickness of a source's layers, if it does not say another [m]: a year's firn is
 #: thinner, and centimetres of it are more (inferred).
 THICKEST = 15.0
+
+#: The same in range bins: published layers have 56 in the mean (inferred).
+THICKEST_BINS = 500.0
 
 
 def need_extra(package: str, what: str) -> MissingExtraError:
@@ -55,35 +74,35 @@ def need_extra(package: str, what: str) -> MissingExtraError:
     )
 
 
-def check_plausible(thickness: Array, where: str) -> None:
-    """Refuse thicknesses that cannot be in metres.
+def check_plausible(thickness: Array, where: str, unit: str = METRES) -> None:
+    """Refuse thicknesses that cannot be in their unit.
 
     Shape:
-        - thickness: any [m], NaN where missing.
+        - thickness: any, NaN where missing.
 
     Raises:
-        DataError: The median is that of kilometres or of millimetres.
+        DataError: The median is that of another unit.
 
     Source: inferred.
 
     Example:
         >>> check_plausible(np.array([0.8, np.nan]), "a.npz")
     """
-    found = thickness[np.isfinite(thickness)]
-    if not found.size:
+    finite = thickness[np.isfinite(thickness)]
+    if not finite.size:
         return
-    median = float(np.median(found))
-    low, high = PLAUSIBLE_THICKNESS
+    median = float(np.median(finite))
+    low, high, less, more = PLAUSIBLE_THICKNESS[unit]
     if not low <= median <= high:
         raise DataError(
-            f"The median thickness of a layer in {where} is {median:g} m, which looks like "
-            f"{'kilometres' if median < low else 'millimetres'}.",
-            "Convert thicknesses to metres, travel times to seconds.",
+            f"The median thickness of a layer in {where} is {median:g} {unit}, which looks like "
+            f"{less if median < low else more}.",
+            _CONVERT[unit],
         )
 
 
-def check_thickest(thickest: float) -> float:
-    """Return the limit on a source's median thickness [m] if it is in range.
+def check_thickest(thickest: float, unit: str = METRES) -> float:
+    """Return the limit on a source's median thickness if it is in range.
 
     Raises:
         ConfigError: It is not.
@@ -92,10 +111,10 @@ def check_thickest(thickest: float) -> float:
         >>> check_thickest(300)
         300
     """
-    low, high = PLAUSIBLE_THICKNESS
+    low, high, _, _ = PLAUSIBLE_THICKNESS[unit]
     if not low <= thickest <= high:
         raise ConfigError(
-            f"The largest median thickness of layers is {thickest}.",
+            f"The largest median thickness of layers is {thickest} {unit}.",
             f"Set `--data.init_args.source.init_args.thickest` between {low:g} and {high:g}.",
         )
     return thickest
@@ -120,6 +139,8 @@ class Exclusion:
 class LayerStack:
     """One block of traces along a flight line with thickness layers.
 
+    Thicknesses are in ``unit``, which is metres nearly everywhere.
+
     Attributes:
         name: Unique name, usable in file names.
         segment: Name of the flight segment.
@@ -132,10 +153,11 @@ class LayerStack:
         provenance: Of completed stacks: 0 observed, 1 filled, 2 filled in a wholly absent layer,
             3 left missing. Shape: (N, L) uint8.
         trained_segments: Of completed stacks: what the completing model was trained on.
+        unit: Of thicknesses: ``m`` or ``range bins``.
 
     Raises:
         DataError: Shapes do not fit, or a value is impossible: a thickness that is not positive,
-            infinite or not in metres, a physical field that is not finite, a position off the
+            infinite or not in its unit, a physical field that is not finite, a position off the
             globe, fewer than two traces.
 
     Example:
@@ -155,6 +177,7 @@ class LayerStack:
     truth: Array | None = None
     provenance: NDArray[np.uint8] | None = None
     trained_segments: tuple[str, ...] = ()
+    unit: str = METRES
 
     def __post_init__(self) -> None:
         if self.thickness.ndim != 2:
@@ -188,11 +211,16 @@ class LayerStack:
             bad = self.thickness[(self.thickness <= 0) | np.isinf(self.thickness)]
             raise DataError(
                 f"Stack {self.name} has {bad.size} thicknesses that are not positive and finite, "
-                f"such as {bad[0]:g} m.",
+                f"such as {bad[0]:g} {self.unit}.",
                 "Give NaN where a layer is missing, or leave such entries out: "
                 "`--data.init_args.source.init_args.exclude+=negative`.",
             )
-        check_plausible(self.thickness, f"stack {self.name}")
+        if self.unit not in PLAUSIBLE_THICKNESS:
+            raise DataError(
+                f"The unit of stack {self.name} is {self.unit!r}.",
+                f"Give thicknesses in one of {', '.join(PLAUSIBLE_THICKNESS)}.",
+            )
+        check_plausible(self.thickness, f"stack {self.name}", self.unit)
         if not np.isfinite(self.physics).all():
             raise DataError(
                 f"A physical field of stack {self.name} is not finite.",
@@ -260,11 +288,13 @@ class Flights:
         layer_age: Age of each layer's lower boundary at the flight [years]. Shape: (L,) float64.
         excluded: What was left out.
         notes: What the reader wants to have reported.
-        thickest: Largest plausible median of all observed thicknesses [m].
+        thickest: Largest plausible median of all observed thicknesses, in their unit; 15 m or 500
+            range bins if not given.
+        split: The split that the files have of themselves, if they have one.
 
     Raises:
-        DataError: There is no stack, two have one name, they differ in layers or fields, or
-            thicknesses are not in metres.
+        DataError: There is no stack, two have one name, they differ in layers, fields or unit, or
+            thicknesses are in another unit.
     """
 
     stacks: Sequence[LayerStack]
@@ -273,7 +303,8 @@ class Flights:
     layer_age: Array
     excluded: Sequence[Exclusion] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
-    thickest: float = THICKEST
+    thickest: float | None = None
+    split: OwnSplit | None = None
 
     def __post_init__(self) -> None:
         if not self.stacks:
@@ -289,6 +320,12 @@ class Flights:
                     f"Two stacks are called {stack.name}.", "Give every stack a name of its own."
                 )
             seen.add(stack.name)
+            if stack.unit != self.unit:
+                raise DataError(
+                    f"Thicknesses of stack {stack.name} are in {stack.unit}, others in "
+                    f"{self.unit}.",
+                    "Give all in one unit.",
+                )
             for what, found, wanted in (
                 ("layers", stack.thickness.shape[1], len(self.layer_names)),
                 ("physical fields", stack.physics.shape[2], len(self.physics)),
@@ -300,14 +337,25 @@ class Flights:
                         "`--data.init_args.source.init_args.exclude+=layer_count`.",
                     )
         known = np.concatenate([stack.thickness[stack.observed] for stack in self.stacks])
-        if known.size and (median := float(np.median(known))) > self.thickest:
-            raise DataError(
-                f"The median thickness of all layers is {median:g} m, more than a year's firn: it "
-                "looks like millimetres or centimetres instead of metres.",
-                "Convert thicknesses to metres, travel times to seconds; if layers are as thick, "
-                f"set `--data.init_args.source.init_args.thickest` above {median:.0f} (now "
-                f"{self.thickest:g}) m.",
+        thickest = self.thickest or (THICKEST if self.unit == METRES else THICKEST_BINS)
+        if known.size and (median := float(np.median(known))) > thickest:
+            looks = (
+                "more than a year's firn: it looks like millimetres or centimetres instead of "
+                "metres"
+                if self.unit == METRES
+                else "more than published layers have"
             )
+            raise DataError(
+                f"The median thickness of all layers is {median:g} {self.unit}, {looks}.",
+                f"{_CONVERT[self.unit][:-1]}; if layers are as thick, "
+                f"set `--data.init_args.source.init_args.thickest` above {median:.0f} (now "
+                f"{thickest:g}) {self.unit}.",
+            )
+
+    @property
+    def unit(self) -> str:
+        """Unit of thicknesses."""
+        return self.stacks[0].unit
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -322,6 +370,7 @@ class Flights:
             lines.append(
                 f"{len(self.stacks)} stacks of {len(self.layer_names)} layers on "
                 f"{len(self.segments)} flight segments, {100 * missing:.1f} % missing"
+                f"{'' if self.unit == METRES else f', thickness in {self.unit}'}"
             )
         lines += [f"{e.count} {e.what}" for e in self.excluded]
         return "; ".join([*lines, *self.notes])

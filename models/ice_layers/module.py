@@ -789,6 +789,8 @@ def known_truth(batch: Any) -> Tensor:
 def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
     """Refuse to start from, or to test, what has seen segments of the test.
 
+    Segments that the data share between parts by the user's word are not refused.
+
     Args:
         trained: Names of the flight segments that training or validation has seen.
         data: The DataModule, after its setup.
@@ -800,6 +802,7 @@ def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
     Source: card section 2 (leakage rule).
     """
     tested = {s.segment for s in data.stacks_of("test")} if hasattr(data, "stacks_of") else set()
+    tested -= getattr(data, "shared_segments", frozenset())
     if seen := sorted(tested & set(trained)):
         raise DataError(
             f"The checkpoint was trained or validated on flight segments of the test: "

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
+from fulgurite.datamodules.ice_layers.sred_file import FIELDS
+from fulgurite.datamodules.ice_layers.sred_generator import write_sred
 
 NAME = "ice_layers/smoke.yaml"
 
@@ -99,6 +102,52 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit):
     fit(*short, "--ckpt_path=last", config=NAME)
     whole, part = state("whole"), state("part")
     assert all(torch.equal(part[key], whole[key]) for key in whole)
+
+
+def write_sred_folders(folder):
+    """SRED's folders, whose files are of MATLAB 7.3 and 5: 20 layers of 256 traces."""
+    generator = np.random.default_rng(0)
+    places = ["train_data", "train_data", "val_for_training_data"]
+    places += [f"test_L_files/L{k}" for k in (1, 2, 3)]
+    for day, place in enumerate(places):
+        pos = np.stack([74 + day / 10 + np.arange(256) * 7e-5, np.full(256, -43.0)], 1)
+        rows = 12 if place.endswith("L3") else 21
+        bins = 40 + np.cumsum(generator.integers(30, 80, (256, rows)).astype(float), 1)
+        bins[20:60, 5] = np.nan
+        fields = {name: generator.normal(1, 0.1, (256, 21)) for name in FIELDS}
+        fields["curr_temp"], fields["curr_dens"] = (
+            244 * fields["curr_temp"],
+            np.full((256, 21), 310.0),
+        )
+        fields["Elevation"] = np.full(256, 3400.0)
+        path = folder / place / f"201204{10 + day}_01_{day:04}_2km.mat"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if day % 2:
+            values = {name: value.T for name, value in fields.items()}
+            values |= {"layers_vector": bins.T, "Latitude": pos[:, 0], "Longitude": pos[:, 1]}
+            savemat(path, values)
+        else:
+            write_sred(path, bins, pos, fields)
+
+
+def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monkeypatch):
+    write_sred_folders(workdir / "SR_Dataset_v1")
+    monkeypatch.setenv("FULGURITE_DATA", str(workdir))
+    options = [
+        "--data.init_args.num_workers=0", "--trainer.max_epochs=1", "--run.dir=run",
+        "--model.init_args.network.init_args.width=8", "--data.init_args.batch_size=2",
+        "--model.init_args.network.init_args.depth=1", "--data.init_args.predict=all",
+    ]  # fmt: skip
+    name = "ice_layers/sred.yaml"
+    fit(*options, config=name)
+    fit(*options, "--ckpt_path=last", config=name, command="test")
+    fit(*options, "--ckpt_path=last", config=name, command="predict")
+    stacks = sorted(Path("run/predict/completed").glob("*.npz"))
+    assert len(stacks) == 6
+    with np.load(stacks[-1]) as stack:  # of L3, without its deepest layers
+        assert stack["thickness"].shape == (256, 20)
+        assert np.isfinite(stack["thickness"]).all()
+        assert (stack["provenance"][:, 11:] == 2).all()
 
 
 @pytest.mark.slow

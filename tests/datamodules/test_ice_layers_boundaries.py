@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, KoenigPicks, LayerFiles
-from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat
+from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import along_track, haversine, interpolate_positions
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, thickness_to_time

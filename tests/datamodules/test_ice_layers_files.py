@@ -10,9 +10,9 @@ from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import KoenigPicks, LayerFiles, NpzStacks
 from fulgurite.datamodules.ice_layers.flights import Blocks
-from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.koenig import read_picks
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
+from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
 from fulgurite.errors import ConfigError, DataError

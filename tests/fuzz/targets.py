@@ -305,8 +305,8 @@ def _annotations():
 def _layer_files():
     from scipy.io import savemat
 
-    from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
     from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
+    from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 
     n = 5
     rng = np.random.default_rng(0)
@@ -338,6 +338,41 @@ def _layer_files():
     yield Target("mat-5", v5, lambda f: read_frame(f / "a.mat"))
     yield Target("mat-5-organizer", organizers, lambda f: read_organizer(f / "a.mat"))
     yield Target("mat-7.3", [new], lambda f: read_frame(f / "a.mat"))
+    yield from _echograms()
+
+
+def _echograms():
+    from scipy.io import savemat
+
+    from fulgurite.datamodules.ice_layers import SredMat
+    from fulgurite.datamodules.ice_layers.sred_file import FIELDS
+    from fulgurite.datamodules.ice_layers.sred_generator import write_sred
+
+    n, layers = 5, 3
+    bins = np.cumsum(np.full((layers + 1, n), 50.0), 0)
+    bins[2, 1] = np.nan
+    pos = np.stack([np.linspace(74, 74.01, n), np.full(n, -43.0)], 1)
+    fields = {name: np.ones((n, layers + 1)) for name in FIELDS}
+    fields |= {"curr_temp": np.full((n, layers + 1), 245.0), "Elevation": np.full(n, 3400.0)}
+    fields["curr_dens"] = np.full((n, layers + 1), 310.0)
+    name = "a/20120330_04_0939_2km.mat"
+
+    def old(compress):
+        out = io.BytesIO()
+        values = {key: value.T for key, value in fields.items()}
+        values |= {"layers_vector": bins, "Latitude": pos[:, 0], "Longitude": pos[:, 1]}
+        savemat(out, values, do_compression=compress)
+        return {name: out.getvalue()}
+
+    def new(folder):
+        (folder / "a").mkdir()
+        write_sred(folder / name, bins.T, pos, fields)
+
+    def read(folder):
+        SredMat(str(folder), ["a"], [], [], count=layers, traces=n).load()
+
+    yield Target("mat-5-sred", [old(c) for c in (False, True)], read)
+    yield Target("mat-7.3-sred", [_made(new)], read)
 
 
 def _climate():

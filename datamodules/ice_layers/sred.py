@@ -1,0 +1,458 @@
+"""Stacks of the Snow Radar Echogram Dataset (SRED), split as its folders are.
+
+Shapes: N traces, K boundaries (the surface first), L = K - 1 layers (newest first), P physical
+fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.data.exclusions import check_exclude, name_some
+from fulgurite.data.splits import check_least
+from fulgurite.datamodules.ice_layers.firn import RHO_ICE
+from fulgurite.datamodules.ice_layers.flights import StackSource, left_out_files, read_or_leave
+from fulgurite.datamodules.ice_layers.resample import along_track
+from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
+from fulgurite.datamodules.ice_layers.sred_file import FIELDS, SredFile, read_sred
+from fulgurite.datamodules.ice_layers.stack import (
+    EXCLUDE,
+    METRES,
+    RANGE_BINS,
+    Array,
+    Exclusion,
+    Flights,
+    LayerStack,
+    check_thickest,
+)
+from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, time_to_thickness
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import data_path
+
+__all__ = ["SredMat", "count_complete"]
+
+SplitBy = Literal["folders", "segments"]
+Shared = Literal["refuse", "drop", "keep"]
+Deeper = Literal["refuse", "repeat"]
+
+_OPTION = "--data.init_args.source.init_args"
+_KINDS = ("unreadable", "crossed", "physics", "duplicate")
+_ELEVATION = "Elevation"
+_DENSITY = "curr_dens"
+_STATES = ("complete", "with gaps", "without their deepest layers")
+
+
+def count_complete(boundaries: Sequence[Array], count: int) -> tuple[int, int, int]:
+    """How many stacks are complete, have gaps, or lack their deepest boundaries.
+
+    A stack whose deepest boundaries are nowhere picked lacks them, whether or not the file has a
+    row for them.
+
+    Args:
+        boundaries: Of each stack, NaN where missing. Shape of each: (N, K).
+        count: L, layers of a complete stack.
+
+    Source: arXiv 2604.20783, card section 3.5 ("complete" is L + 1 boundaries without NaN).
+
+    Example:
+        >>> gap = np.array([[0.0, 1.0, 2.0], [0.0, np.nan, 2.0]])
+        >>> count_complete([np.ones((2, 3)), gap, np.ones((2, 2))], 2)
+        (1, 1, 1)
+    """
+    states = [0, 0, 0]
+    for picks in boundaries:
+        picked = np.isfinite(picks[:, : count + 1])
+        rows = np.flatnonzero(picked.any(0))
+        if not len(rows) or rows[-1] < count:
+            states[2] += 1
+        else:
+            states[0 if picked.all() else 1] += 1
+    return states[0], states[1], states[2]
+
+
+@dataclass(frozen=True, eq=False)
+class _Echogram:
+    """A file and the part that its folder is."""
+
+    file: SredFile
+    part: str
+
+
+class SredMat(StackSource):
+    """Stacks in the ``.mat`` files of SRED: boundaries in range bins, with physical fields.
+
+    A file is an echogram of 256 traces: ``layers_vector`` (boundaries × traces), cumulative range
+    bins, NaN where missing; ``Latitude``, ``Longitude``, ``Elevation`` (traces);
+    ``curr_smb``, ``curr_temp``, ``curr_RZ_vals``, ``curr_SHC_vals``, ``curr_SNHS_vals``,
+    ``curr_dens`` (rows × traces). Layer i lies between boundaries i and i + 1; a file with fewer
+    boundaries than ``count`` + 1 has no deeper layers, which are missing. Its name begins with its
+    flight segment, ``20120330_04_0939_2km.mat``.
+
+    The physical fields keep the names that they have in the files, because those do not say their
+    units. By their published means they are balance in m of water, K, refreezing in mm of water,
+    height change in m, snowpack in m and kg m⁻³ (inferred). ``Elevation`` is the same for all
+    layers; whether it is the aircraft's or the snow's is not said.
+
+    Args:
+        root: Folder of the data set, absolute or relative to ``FULGURITE_DATA``.
+        train: Folders of training files in it; files in their subfolders count.
+        val: Equally for validation.
+        test: Equally for the test.
+        split: ``folders``, as above, or ``segments``: the files of all folders are put together and
+            split by flight segment with ``val`` and ``test`` of the data module.
+        shared: What to do with flight segments that are in several parts, whose neighbouring
+            echograms leak: ``refuse`` them; ``drop`` their stacks from training where they are
+            validated or tested, and from validation where they are tested; ``keep`` them.
+        count: L, number of layers to use, from the surface down.
+        traces: N, traces of every file.
+        fields: Names of the physical fields to use.
+        elevation: Use the elevation as a field, the last one.
+        first_row: Row of a physical field that belongs to the first layer, counted from 0: row
+            i + 1 for layer i, as the authors' forerunner has it.
+        deeper_physics: What physical fields are below their last row: ``refuse`` such files, or
+            ``repeat`` the last row, which the report counts.
+        bin_size: Depth of a range bin [m]; thicknesses are in metres then. Without it, and without
+            ``sample_time``, they stay in range bins, as in the authors' code.
+        sample_time: Two-way travel time of a range bin [s], for metres through the refractive index
+            of ``density``.
+        density: Of all layers [g cm⁻³], for ``sample_time``; the file's ``curr_dens`` if not given,
+            which is that of snow at the surface by its mean.
+        exclude: What to leave out and count instead of stopping: files that are ``unreadable``,
+            ``crossed`` boundaries, files without finite ``physics``, files with a ``duplicate``
+            in an evaluated part, or of another name.
+        thickest: Largest plausible median of all observed thicknesses, in their unit; 15 m or 500
+            range bins if not given.
+
+    Raises:
+        ConfigError: An argument is out of range.
+
+    Source: arXiv 2604.20783, card section 3.5, for keys, shapes and folders. That layers are a year
+    apart, metres of range bins and all units are inferred.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: list[str] = ["train_data"],  # noqa: B006  # copied below, as those that follow
+        val: list[str] = ["val_for_training_data"],  # noqa: B006
+        test: list[str] = [  # noqa: B006
+            "test_L_files/L1",
+            "test_L_files/L2",
+            "test_L_files/L3",
+        ],
+        split: SplitBy = "folders",
+        shared: Shared = "refuse",
+        count: int = 20,
+        traces: int = 256,
+        fields: list[str] = list(FIELDS),  # noqa: B006
+        elevation: bool = True,
+        first_row: int = 1,
+        deeper_physics: Deeper = "refuse",
+        bin_size: float | None = None,
+        sample_time: float | None = None,
+        density: float | None = None,
+        exclude: list[str] = [],  # noqa: B006
+        thickest: float | None = None,
+    ) -> None:
+        for name, value, words in (
+            ("split", split, get_args(SplitBy)),
+            ("shared", shared, get_args(Shared)),
+            ("deeper_physics", deeper_physics, get_args(Deeper)),
+        ):
+            if value not in words:
+                raise ConfigError(
+                    f"The value of {name} is {value!r}.",
+                    f"Set `{_OPTION}.{name}` to one of {', '.join(words)}.",
+                )
+        for name, number, least in (
+            ("count", count, 1),
+            ("traces", traces, 2),
+            ("first_row", first_row, 0),
+        ):
+            check_least(f"source.init_args.{name}", number, least)
+        if unknown := [name for name in fields if name not in FIELDS]:
+            raise ConfigError(
+                f"SRED has no physical field {unknown[0]!r}.",
+                f"Set `{_OPTION}.fields` to some of {', '.join(FIELDS)}.",
+            )
+        if len(set(fields)) < len(fields):
+            raise ConfigError(
+                f"A physical field comes twice in {name_some(fields, 12)}.",
+                f"Set `{_OPTION}.fields` to each once.",
+            )
+        _check_metres(bin_size, sample_time, density)
+        self.root = root
+        self.folders = {"train": list(train), "val": list(val), "test": list(test)}
+        self.split, self.shared = split, shared
+        self.count, self.traces = count, traces
+        self.fields, self.elevation, self.first_row = tuple(fields), elevation, first_row
+        self.deeper_physics = deeper_physics
+        self.bin_size, self.sample_time, self.density = bin_size, sample_time, density
+        self.exclude = check_exclude(exclude, _KINDS, EXCLUDE)
+        self.thickest = None if thickest is None else check_thickest(thickest, self.unit)
+
+    @property
+    def unit(self) -> str:
+        """Unit of thicknesses."""
+        return RANGE_BINS if self.bin_size is None and self.sample_time is None else METRES
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.count
+
+    @property
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields."""
+        return (*self.fields, *([_ELEVATION] if self.elevation else []))
+
+    def paths(self) -> dict[str, list[Path]]:
+        """Return the files of each part, sorted.
+
+        Raises:
+            DataError: A folder is not there or has no file, or a file is in two parts.
+        """
+        root = data_path(self.root)
+        part_of: dict[Path, str] = {}
+        for part in PARTS:
+            for name in self.folders[part]:
+                folder = root / name
+                paths = sorted(folder.glob("**/*.mat"))
+                if not paths:
+                    what = "has no .mat file" if folder.is_dir() else "is not there"
+                    raise DataError(
+                        f"The folder {folder} {what}.",
+                        f"Set `{_OPTION}.root`, and `{_OPTION}.{part}` to folders in it (may be "
+                        "empty: []).",
+                    )
+                for path in paths:
+                    if part_of.setdefault(path, part) != part:
+                        raise DataError(
+                            f"The file {path} is in the folders of {part_of[path]} and of {part}.",
+                            f"Set `{_OPTION}.train`, `val` and `test` to different folders.",
+                        )
+        if not part_of:
+            raise DataError(
+                "No folder of SRED is given.",
+                f"Set `{_OPTION}.train`, `val` or `test` to folders in `root`.",
+            )
+        return {part: sorted(p for p, its in part_of.items() if its == part) for part in PARTS}
+
+    def load(self) -> Flights:
+        """Return the stacks.
+
+        Raises:
+            DataError: A file is unusable and not to be left out, two are the same, or a flight
+                segment is in several parts.
+        """
+        damaged: list[str] = []
+        echograms: list[_Echogram] = []
+        names = self.fields
+        if self.sample_time is not None and self.density is None:
+            names = tuple(dict.fromkeys((*names, _DENSITY)))
+        for part, paths in self.paths().items():
+            for path in paths:
+                file = read_or_leave(
+                    lambda path: read_sred(path, self.traces, names), path, self.exclude, damaged
+                )
+                if file is not None:
+                    echograms.append(_Echogram(file, part))
+        excluded = left_out_files(damaged)
+        echograms = self._each_once(echograms, excluded)
+        shared: frozenset[str] = frozenset()
+        notes: list[str] = []
+        if self.split == "folders":
+            echograms, shared = self._settle_shared(echograms, excluded, notes)
+        stacks, part_of = self._stacks(echograms, excluded, notes)
+        notes += self._describe(echograms)
+        return Flights(
+            stacks,
+            self.physics,
+            tuple(f"layer_{k:02}" for k in range(1, self.count + 1)),
+            np.arange(1.0, self.count + 1),
+            excluded,
+            notes,
+            self.thickest,
+            OwnSplit(part_of, shared) if self.split == "folders" else None,
+        )
+
+    def _each_once(
+        self, echograms: Sequence[_Echogram], excluded: list[Exclusion]
+    ) -> list[_Echogram]:
+        """Refuse files of one name or one content, or leave out all but the most evaluated one."""
+        kept: list[_Echogram] = []
+        seen: dict[str, Path] = {}
+        for echogram in sorted(echograms, key=lambda e: -PARTS.index(e.part)):
+            file = echogram.file
+            digest = hashlib.sha256(file.boundaries.tobytes() + file.pos.tobytes()).hexdigest()
+            keys = (f"name {file.path.stem}", f"content {digest}")
+            other = next((seen[key] for key in keys if key in seen), None)
+            if other is not None and "duplicate" not in self.exclude:
+                raise DataError(
+                    f"The files {other} and {file.path} are of one name or have the same layers.",
+                    "Remove one, or keep that of the test before that of validation and training: "
+                    f"`{_OPTION}.exclude+=duplicate`.",
+                )
+            if other is None:
+                kept.append(echogram)
+            for key in keys:
+                seen.setdefault(key, file.path)
+        if left := len(echograms) - len(kept):
+            excluded.append(Exclusion("duplicate", "files that are there twice", left))
+        return sorted(kept, key=lambda e: (PARTS.index(e.part), e.file.path))
+
+    def _settle_shared(
+        self, echograms: list[_Echogram], excluded: list[Exclusion], notes: list[str]
+    ) -> tuple[list[_Echogram], frozenset[str]]:
+        """What ``shared`` says of flight segments in several parts.
+
+        Returns:
+            The echograms to use, and the segments that stay in several parts.
+
+        Raises:
+            DataError: There are some, and they are to be refused.
+
+        Source: arXiv 2604.20783, card section 2 (leakage rule); that the authors' folders share
+        segments, or not, is not known.
+        """
+        segments = {part: {e.file.segment for e in echograms if e.part == part} for part in PARTS}
+        later = {
+            "train": segments["val"] | segments["test"],
+            "val": segments["test"],
+            "test": set[str](),
+        }
+        leaking = [e for e in echograms if e.file.segment in later[e.part]]
+        if not leaking:
+            return echograms, frozenset()
+        both = frozenset(e.file.segment for e in leaking)
+        count = {part: sum(e.part == part for e in leaking) for part in ("train", "val")}
+        what = (
+            f"{len(both)} flight segments ({name_some(sorted(both))}) are in several parts: "
+            f"{count['train']} training stacks are of validated or tested segments, "
+            f"{count['val']} validation stacks of tested ones"
+        )
+        if self.shared == "refuse":
+            raise DataError(
+                f"{what}, whose neighbouring echograms leak.",
+                f"Set `{_OPTION}.shared=drop` to leave those stacks out, `{_OPTION}.shared=keep` "
+                f"to use the folders as they are, or `{_OPTION}.split=segments` for another split.",
+            )
+        if self.shared == "drop":
+            what = "training and validation stacks of segments that are evaluated later"
+            excluded.append(Exclusion("shared", what, len(leaking)))
+            return [e for e in echograms if e.file.segment not in later[e.part]], frozenset()
+        notes.append(what)
+        return echograms, both
+
+    def _stacks(
+        self, echograms: Iterable[_Echogram], excluded: list[Exclusion], notes: list[str]
+    ) -> tuple[list[LayerStack], dict[str, str]]:
+        """The stacks of files, and the part of each."""
+        stacks: list[LayerStack] = []
+        part_of: dict[str, str] = {}
+        without_physics = crossed = repeated = deeper = 0
+        for echogram in echograms:
+            file = echogram.file
+            try:
+                physics, repeats = file.physics(
+                    self.count, self.first_row, self.deeper_physics == "repeat"
+                )
+            except DataError:
+                if "physics" not in self.exclude:
+                    raise
+                without_physics += 1
+                continue
+            boundaries, pairs = remove_crossed(file.boundaries)
+            if pairs and "crossed" not in self.exclude:
+                raise DataError(
+                    f"The layers_vector of {file.path} has {pairs} boundaries that do not lie "
+                    "below the one above.",
+                    "Give cumulative range bins that grow with depth, NaN where a boundary is "
+                    f"missing, or remove both of each pair: `{_OPTION}.exclude+=crossed`.",
+                )
+            crossed += pairs
+            repeated += repeats > 0
+            deeper += file.boundaries.shape[1] > self.count + 1
+            stacks.append(self._stack(file, boundaries, physics))
+            part_of[file.path.stem] = echogram.part
+        for kind, what, number in (
+            ("physics", "files without finite physics of all layers", without_physics),
+            ("crossed", "crossed boundaries", crossed),
+        ):
+            if number:
+                excluded.append(Exclusion(kind, what, number))
+        if repeated:
+            notes.append(f"{repeated} stacks have the last row of physics in deeper layers")
+        if deeper:
+            notes.append(f"{deeper} stacks have more than {self.count + 1} boundaries")
+        return stacks, part_of
+
+    def _stack(self, file: SredFile, boundaries: Array, physics: NDArray[np.float32]) -> LayerStack:
+        layers = self.count
+        padded = np.full((self.traces, layers + 1), np.nan)
+        there = min(layers + 1, boundaries.shape[1])
+        padded[:, :there] = boundaries[:, :there]
+        thickness = np.diff(padded, axis=1)
+        if self.bin_size is not None:
+            thickness = thickness * self.bin_size
+        elif self.sample_time is not None:
+            density = np.full(thickness.shape, self.density)
+            if self.density is None:
+                density = physics[..., list(file.fields).index(_DENSITY)] / np.float64(1_000.0)
+            thickness = time_to_thickness(thickness * self.sample_time, density)
+        used = [physics[..., list(file.fields).index(name)] for name in self.fields]
+        if self.elevation:
+            used.append(np.broadcast_to(file.elevation[:, None], thickness.shape))
+        fields = np.stack(used, -1) if used else np.zeros((*thickness.shape, 0))
+        return LayerStack(
+            file.path.stem,
+            file.segment,
+            thickness,
+            fields.astype(np.float32),
+            np.zeros(self.traces, np.uint8),
+            file.pos,
+            along_track(file.pos),
+            unit=self.unit,
+        )
+
+    def _describe(self, echograms: Sequence[_Echogram]) -> list[str]:
+        """How many stacks of each part are complete."""
+        lines = []
+        for part in PARTS:
+            picks = [e.file.boundaries for e in echograms if e.part == part]
+            states = count_complete(picks, self.count)
+            if any(states):
+                counted = ", ".join(f"{n} {s}" for n, s in zip(states, _STATES, strict=True))
+                lines.append(f"folders of {part}: {counted}")
+        return lines
+
+
+def _check_metres(bin_size: float | None, sample_time: float | None, density: float | None) -> None:
+    """Refuse options for metres that contradict each other or are out of range."""
+    if bin_size is not None and sample_time is not None:
+        raise ConfigError(
+            "Both bin_size and sample_time say how deep a range bin is.",
+            f"Set one of `{_OPTION}.bin_size` [m] and `{_OPTION}.sample_time` [s].",
+        )
+    if density is not None and sample_time is None:
+        raise ConfigError(
+            "The density of layers decides nothing without sample_time.",
+            f"Set `{_OPTION}.sample_time` [s], or leave density out.",
+        )
+    for name, value, low, high in (
+        ("bin_size", bin_size, 1e-4, 10.0),
+        ("sample_time", sample_time, 1e-13, 1e-7),
+        ("density", density, 0.05, RHO_ICE),
+    ):
+        if value is not None and not low <= value <= high:
+            raise ConfigError(
+                f"The {name} of range bins is {value}.",
+                f"Set `{_OPTION}.{name}` between {low:g} and {high:g}.",
+            )
