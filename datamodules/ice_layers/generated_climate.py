@@ -113,12 +113,13 @@ def surface_elevation(lat: Array, lon: Array) -> Array:
     return np.maximum(height, 1200.0)
 
 
-def make_climate(world: World, wetness: float = 1.0) -> Climate:
+def make_climate(world: World, wetness: float = 1.0, warmth: float = 0.0) -> Climate:
     """The true coarse climate: accumulation, temperature, melt and runoff of each mass year.
 
     Args:
         world: The recipe.
         wetness: Factor on the accumulation.
+        warmth: Added to the temperature [K].
 
     Source: arXiv 2604.20783, card section 6.2; correlation lengths (150 km and 40 km) inferred.
     """
@@ -138,7 +139,7 @@ def make_climate(world: World, wetness: float = 1.0) -> Climate:
     accumulation = wetness * mean * np.exp(0.2 * factor)
     z = surface_elevation(lat, lon)
     temperature = 269.15 - 0.0068 * (z - 1500) - 0.75 * (lat - 67) + 0.7 * field(years, 150e3)
-    temperature = np.minimum(temperature, 268.0)
+    temperature = np.minimum(temperature + warmth, 268.0)
     warm = 0.30 * np.exp((temperature - 262) / 3) * np.exp(0.3 * field(years, 150e3))
     melt = np.minimum(warm, 1.2)
     runoff = melt - refrozen(melt, accumulation)

@@ -424,13 +424,15 @@ class SredMat(StackSource):
 
     def _describe(self, echograms: Sequence[_Echogram]) -> list[str]:
         """How many stacks of each part are complete."""
+        groups = {f"folders of {part}": [e for e in echograms if e.part == part] for part in PARTS}
+        if self.split == "segments":
+            groups = {"files": list(echograms)}
         lines = []
-        for part in PARTS:
-            picks = [e.file.boundaries for e in echograms if e.part == part]
-            states = count_complete(picks, self.count)
-            if any(states):
+        for name, group in groups.items():
+            states = count_complete([e.file.boundaries for e in group], self.count)
+            if group:
                 counted = ", ".join(f"{n} {s}" for n, s in zip(states, _STATES, strict=True))
-                lines.append(f"folders of {part}: {counted}")
+                lines.append(f"{name}: {counted}")
         return lines
 
 

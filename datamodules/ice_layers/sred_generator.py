@@ -41,11 +41,12 @@ __all__ = ["SyntheticSred", "write_sred"]
 _OPTION = "--data.init_args.source.init_args"
 _FOLDER = "train_data"
 # Latitudes and longitudes of flights: the published means 74.67 and -43.12 with their deviations of
-# 1.57 and 4.64, as of even distributions [degrees]
-_BOX = (71.95, 77.39, -51.16, -35.08)
+# 1.57 and 4.64 [degrees]
+_BOX = (71.57, 77.77, -52.3, -33.94)
 # What brings the card's snow to SRED's means (measured on seeds 0 to 4)
-_WETNESS = 0.53  # factor on accumulation: a balance of 0.184 m w.e.
-_BIN = 0.0080  # depth of a range bin [m]: layers of 56.08
+_WETNESS = 0.494  # factor on accumulation: a balance of 0.184 m w.e.
+_WARMTH = -6.0  # [K]: no layer melts away
+_BIN = 0.00793  # depth of a range bin [m]: layers of 56.08
 _COMPLETE, _GAPS, _TRUNCATED = range(3)
 
 
@@ -134,16 +135,17 @@ def _pick(
     last = picks[:, -1]  # a deepest boundary that is nowhere picked would be one less
     if np.isnan(last).all():
         picks[:, -1] = np.round(exact[:, picks.shape[1] - 1])
-    return np.asarray(_put_apart(np.round(picks)))
+    return _put_apart(np.round(picks), kind != _COMPLETE)
 
 
-def _put_apart(picks: Array) -> Array:
-    """Remove picks that noise has put onto, or above, the one before them: (N, K)."""
+def _put_apart(picks: Array, is_removed: bool) -> Array:
+    """Remove, or move, picks that noise has put onto or above the one before them: (N, K)."""
+    apart = picks.copy()
     deepest = np.full(len(picks), -np.inf)
-    for column in picks.T:
-        column[column <= deepest] = np.nan
+    for column in apart.T:
+        column[column <= deepest] = np.nan if is_removed else deepest[column <= deepest] + 1
         deepest = np.fmax(deepest, column)
-    return picks
+    return apart
 
 
 def _physics(
@@ -167,9 +169,9 @@ def _physics(
     generator = world.generator(CLIMATE, 2, number)
     noise = generator.standard_normal((2, blocks, 1, layers))
     balance = coarse["accumulation"] + coarse["rain"] - coarse["runoff"]
-    warmth = 0.6 * (coarse["temperature"] - 254.0)
+    warmth = 0.7 * (coarse["temperature"] - 247.8)
     frozen = np.maximum(coarse["melt"] - coarse["runoff"], 0.0)
-    refreezing = 0.16 * (frozen / 0.02) ** 1.7  # rare, and much then [mm w.e.]
+    refreezing = 0.075 * (frozen / 0.0027) ** 1.9  # rare, and much then [mm w.e.]
     height = surface_elevation(snow.pos[..., 0], snow.pos[..., 1])
     return {
         "curr_smb": balance,
@@ -178,7 +180,7 @@ def _physics(
         "curr_SHC_vals": refreezing / 1_000.0 / 0.398,
         "curr_SNHS_vals": 25.64 + 2.0 * (balance - 0.184) + 0.13 * noise[0],
         "curr_dens": 309.7 + 2.2 * warmth + 2.0 * noise[1],
-        "Elevation": 3390.9 + 0.8 * (height - 2_890.0),
+        "Elevation": 3390.9 + 0.9 * (height - 2_908.0),
     }
 
 
@@ -284,7 +286,7 @@ class SyntheticSred(GeneratedFlights):
         start = float(np.datetime64("2012-03-20", "D").astype(np.int64)) + 0.6
         days = start + world.generator(TRACK).integers(0, 56, world.segments)
         names = flight_names(sorted(days.tolist()))
-        climate = make_climate(world, _WETNESS)
+        climate = make_climate(world, _WETNESS, _WARMTH)
         seen, _ = see_as_mar(world, climate)
         kinds = _kinds(world, self.recipe)
         (folder / _FOLDER).mkdir(parents=True)
