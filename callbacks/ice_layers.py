@@ -13,18 +13,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 
 from fulgurite.errors import ConfigError
+from fulgurite.io import checksum
 from fulgurite.logging import TrainingCurves, log_figure
+from fulgurite.models.ice_layers.details import FlightDetails, Origin
 from fulgurite.models.ice_layers.figures import (
     calibration_figure,
     depth_figure,
     layers_figure,
 )
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.netcdf import check_attributes, write_netcdf
 from fulgurite.models.ice_layers.output import (
     CompletedStack,
     completed_stacks,
     file_name,
-    write_netcdf,
     write_npz,
 )
 from fulgurite.sampling import rank_and_world
@@ -65,6 +67,8 @@ class CompletionWriter(Callback):
             reads.
         folder: Where to, relative to the run folder.
         figures: Stacks that are drawn; 0 for no figure at all.
+        attributes: Further attributes of NetCDF files that only you know, such as ``license``,
+            ``institution`` and ``creator_name``.
 
     Raises:
         ConfigError: A number is out of range, or the model completes nothing.
@@ -73,14 +77,21 @@ class CompletionWriter(Callback):
     """
 
     def __init__(
-        self, netcdf: bool = True, npz: bool = True, folder: str = "completed", figures: int = 4
+        self,
+        netcdf: bool = True,
+        npz: bool = True,
+        folder: str = "completed",
+        figures: int = 4,
+        attributes: dict[str, str] = {},  # noqa: B006  # copied below
     ) -> None:
         if figures < 0:
             raise ConfigError(
                 f"CompletionWriter.figures={figures} is negative.", "Give 0 or more stacks."
             )
         self.netcdf, self.npz, self.folder, self.figures = netcdf, npz, folder, figures
+        self.attributes = check_attributes(attributes)
         self.written = 0
+        self._origin = Origin()
         self._drawn: list[_Drawn] = []
         self.curves = TrainingCurves(
             {
@@ -118,7 +129,17 @@ class CompletionWriter(Callback):
         self.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count."""
+        """Start to count, and see what the stacks are made of."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        source = getattr(data, "source", None)
+        made_by = trainer.ckpt_path or getattr(pl_module, "weights", None)
+        self._origin = Origin(
+            source=getattr(source, "description", ""),
+            checkpoint=Path(made_by).name if made_by else "",
+            checkpoint_sha256=checksum(made_by) if made_by else "",
+            climate_files=tuple(getattr(source, "climate_files", ())),
+            attributes=self.attributes,
+        )
         self.written, self._drawn = 0, []
 
     def on_predict_batch_end(
@@ -173,7 +194,9 @@ class CompletionWriter(Callback):
         seen = getattr(pl_module, "trained_segments", None)
         return completed_stacks(
             batch, outputs, data.segments, data.stacks, seen or _segments(data), data.physics,
-            data.layer_names, data.layer_age,
+            data.layer_names, data.layer_age, getattr(data, "unit", "m"),
+            lambda number, thickness: FlightDetails(**data.describe_traces(number, thickness)),
+            self._origin,
         )  # fmt: skip
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

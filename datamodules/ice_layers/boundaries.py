@@ -6,7 +6,7 @@ Shapes: M traces, K boundaries (the surface first), L = K - 1 layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.flights import Track, in_order
 from fulgurite.datamodules.ice_layers.layer_frames import Frame, Organizer
+from fulgurite.datamodules.ice_layers.records import TrackRecord
 from fulgurite.datamodules.ice_layers.stack import Array
-from fulgurite.datamodules.ice_layers.travel_time import layer_times
+from fulgurite.datamodules.ice_layers.travel_time import layer_times, remove_crossed
 from fulgurite.errors import DataError
 
 __all__ = ["AgesFrom", "Boundaries", "JoinedTrack", "find_boundaries", "join_frames"]
@@ -199,7 +200,36 @@ def join_frames(
     lost[1] += sum(int((~keep).sum()) for keep in is_first)
     layers, crossed = layer_times(twtt[traces])
     age = boundaries.layer_ages(count, ages)
-    return JoinedTrack(Track(segment, time[traces], pos, layers, age), crossed, lost, contradicting)
+    record = _describe_traces(frames, is_first, traces)
+    record = replace(record, time=time[traces], time_scale="GPS")
+    record = replace(record, surface=remove_crossed(twtt[traces])[0][:, 0])
+    track = Track(segment, time[traces], pos, layers, age, record=record)
+    return JoinedTrack(track, crossed, lost, contradicting)
+
+
+def _describe_traces(
+    frames: Sequence[Frame], is_first: Sequence[NDArray[np.bool_]], traces: NDArray[np.int64]
+) -> TrackRecord:
+    """What frames say of the traces that are used, in their order.
+
+    Args:
+        frames: Of a segment.
+        is_first: For each frame, which of its traces are in no frame before it.
+        traces: Numbers of the used traces among these.
+    """
+    numbers, rows, heights = [], [], []
+    for number, (frame, keep) in enumerate(zip(frames, is_first, strict=True)):
+        row = np.flatnonzero(keep)
+        numbers.append(np.full(len(row), number))
+        rows.append(row + 1)
+        height = np.full(len(keep), np.nan) if frame.elevation is None else frame.elevation
+        heights.append(height[row])
+    return TrackRecord(
+        elevation=np.concatenate(heights)[traces],
+        frames=tuple(frame.name for frame in frames),
+        frame=np.concatenate(numbers)[traces],
+        trace=np.concatenate(rows)[traces],
+    )
 
 
 def _join_overlaps(

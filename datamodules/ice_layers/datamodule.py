@@ -153,6 +153,7 @@ class IceLayerDataModule(L.LightningDataModule):
         self._parts: dict[str, list[LayerStack]] = {}
         self._unpicked: list[LayerStack] = []
         self._left_out: list[LayerStack] = []
+        self._every: list[LayerStack] = []
         self._statistics: dict[str, Tensor] | None = None
         self.excluded: list[Exclusion] = []
         self.unit = METRES
@@ -250,6 +251,7 @@ class IceLayerDataModule(L.LightningDataModule):
         self.segments = (*segments, *sorted(others))
         self.stacks = tuple(stack.name for stack in [*every, *self._left_out])
         self._parts = parts
+        self._every = [*every, *self._left_out]
         if self._statistics is None and parts["train"]:
             self._statistics = fit_statistics(parts["train"])
         left_out = "".join(f"; {e.count} {e.what}" for e in self.excluded[len(flights.excluded) :])
@@ -326,6 +328,19 @@ class IceLayerDataModule(L.LightningDataModule):
     def stacks_of(self, part: Part) -> list[LayerStack]:
         """The stacks of one part, after :meth:`setup`."""
         return list(self._parts[part])
+
+    def describe_traces(self, number: int, thickness: Array) -> dict[str, Any]:
+        """What the source says of the traces of a completed stack, after :meth:`setup`.
+
+        Args:
+            number: Of the stack, in :attr:`stacks`.
+            thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
+
+        Returns:
+            What :meth:`TraceRecord.describe` gives; nothing where the source says nothing.
+        """
+        record = self._every[number].record
+        return {} if record is None else record.describe(thickness)
 
     def _data(self, part: str, drop: float = 0.0) -> list[Any]:
         """PyG ``Data`` of a part."""

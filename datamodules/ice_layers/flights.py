@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.datamodules.ice_layers.climate import MarClimate, Request, Sample
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE, layer_density
+from fulgurite.datamodules.ice_layers.records import TraceRecord, TrackRecord
 from fulgurite.datamodules.ice_layers.resample import (
     along_track,
     break_at_jumps,
@@ -72,6 +73,16 @@ class StackSource(ABC):
     def physics(self) -> tuple[str, ...]:
         """Names of the physical fields."""
 
+    @property
+    def climate_files(self) -> tuple[str, ...]:
+        """Names of the files of the climate model."""
+        return ()
+
+    @property
+    def description(self) -> str:
+        """What the traces are, for whoever reads completed stacks; empty if nothing is known."""
+        return ""
+
     def prepare(self) -> None:
         """Do once per machine what other processes can then share."""
         return  # most sources have nothing to prepare
@@ -98,6 +109,7 @@ class Track:
         age: Age of each layer's lower boundary at the flight [years]. Shape: (L,).
         is_time: Whether ``layers`` is a time.
         truth: Shape: (M, L) [m], of generated data.
+        record: What the files say of the traces beside their layers.
     """
 
     segment: str
@@ -107,6 +119,7 @@ class Track:
     age: Array
     is_time: bool = True
     truth: Array | None = None
+    record: TrackRecord = field(default_factory=TrackRecord)
 
 
 def in_order(
@@ -235,6 +248,7 @@ class _Block:
     pos: Array
     layers: Array
     truth: Array | None
+    record: TraceRecord
 
 
 def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> list[_Block]:
@@ -249,7 +263,7 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
         runs = break_at_jumps(distance, how.jump)
         jumps += len(runs) - 1
         number = 0
-        for run in runs:
+        for run_number, run in enumerate(runs):
             part = distance[run] - distance[run][0]
             if len(part) < 2 or part[-1] <= 0:
                 short, traces = short + 1, traces + len(part)
@@ -262,6 +276,8 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
             pos = interpolate_positions(part, track.pos[run], places)
             truth = None if track.truth is None else resample(part, track.truth[run], places)
             hole = in_hole(part, places)
+            first = float(distance[run][0])
+            record = track.record.resample(part, run, places, first, run_number)
             end = 0
             for length in map(len, blocks_of_run):
                 own = slice(end, end := end + length)
@@ -276,6 +292,7 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
                         pos[own],
                         values[own],
                         None if truth is None else truth[own],
+                        record[own],
                     )
                 )
                 number += 1
@@ -338,9 +355,11 @@ def assemble(
                 outside += 1
                 continue
             nearest += int(flag.sum())
-        thickness = block.layers
+        thickness, record = block.layers, block.record
         if block.track.is_time:
-            thickness = time_to_thickness(thickness, _density(physics, names, block.track.age, how))
+            density = _density(physics, names, block.track.age, how)
+            thickness = time_to_thickness(thickness, density)
+            record = replace(record, density=density)
         check_plausible(thickness, f"stack {name}")
         distance = along_track(block.pos)
         stacks.append(
@@ -353,6 +372,7 @@ def assemble(
                 block.pos,
                 distance,
                 block.truth,
+                record=record,
             )
         )
     if nearest:

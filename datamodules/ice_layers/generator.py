@@ -80,6 +80,11 @@ class GeneratedFlights(StackSource):
         return self.world.layers
 
     @property
+    def description(self) -> str:
+        """What the traces are."""
+        return "generated flights, which nobody measured"
+
+    @property
     def physics(self) -> tuple[str, ...]:
         """Names of the physical fields."""
         return tuple(PHYSICS)

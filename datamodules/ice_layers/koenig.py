@@ -25,6 +25,7 @@ from fulgurite.datamodules.ice_layers.flights import (
     read_or_leave,
 )
 from fulgurite.datamodules.ice_layers.layer_frames import parse_day
+from fulgurite.datamodules.ice_layers.records import TrackRecord
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
@@ -185,6 +186,16 @@ class KoenigPicks(StackSource):
         """Names of the physical fields."""
         return () if self.climate is None else self.climate.physics
 
+    @property
+    def climate_files(self) -> tuple[str, ...]:
+        """Names of the files of the climate model."""
+        return () if self.climate is None else tuple(path.name for path in self.climate.paths())
+
+    @property
+    def description(self) -> str:
+        """What the traces are."""
+        return "radar layer picks of Koenig et al. (2016)"
+
     def paths(self) -> list[Path]:
         """The tables, sorted.
 
@@ -235,7 +246,8 @@ class KoenigPicks(StackSource):
             if surface == "zero":
                 picks = np.column_stack([np.zeros(len(picks)), picks])
             start, time = parse_day(segment), recorded_time
-            if not abs(float(np.median(recorded_time)) - start) < 3 * 86_400:
+            is_usable = abs(float(np.median(recorded_time)) - start) < 3 * 86_400
+            if not is_usable:
                 # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
                 time = start + 43_200.0 + np.arange(len(recorded_time), dtype=np.float64)
             traces, pos, its_lost = in_order(time, pos, recorded_time)
@@ -243,7 +255,10 @@ class KoenigPicks(StackSource):
             if len(traces):
                 layers, its_crossed = layer_times(picks[traces])
                 crossed += its_crossed
-                tracks.append(Track(segment, time[traces], pos, layers, age, is_time=bins))
+                record = TrackRecord(time=time[traces] if is_usable else None)
+                tracks.append(
+                    Track(segment, time[traces], pos, layers, age, is_time=bins, record=record)
+                )
         excluded = [*left_out_files(damaged), *left_out_traces(lost, crossed)]
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]
         words = sorted(self.exclude)

@@ -129,6 +129,16 @@ class LayerFiles(StackSource):
         """Names of the physical fields."""
         return () if self.climate is None else self.climate.physics
 
+    @property
+    def climate_files(self) -> tuple[str, ...]:
+        """Names of the files of the climate model."""
+        return () if self.climate is None else tuple(path.name for path in self.climate.paths())
+
+    @property
+    def description(self) -> str:
+        """What the traces are."""
+        return "radar layer traces of CSARP_layer files"
+
     def paths(self) -> dict[str, list[Path]]:
         """Return the files of each segment, sorted.
 

@@ -83,6 +83,8 @@ class Frame:
         twtt: Two-way travel time [s], NaN where missing. Shape: (M, K).
         ids: Number of each boundary. Shape: (K,).
         names: Names of boundaries, where the file has them.
+        name: Of the frame, ``YYYYMMDD_SS_FFF``.
+        elevation: Of the radar [m], NaN where the file has none. Shape: (M,).
     """
 
     time: Array
@@ -90,6 +92,8 @@ class Frame:
     twtt: Array
     ids: tuple[int, ...]
     names: tuple[str, ...] | None = None
+    name: str = ""
+    elevation: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,9 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
     lat, lon = _row(content, ("lat", "Latitude"), path), _row(content, ("lon", "Longitude"), path)
     if not len(time):
         raise DataError(f"The layer file {path} holds no trace.", _AGAIN)
+    elevation = np.full(len(time), np.nan)
+    if known := [name for name in ("elev", "Elevation") if name in content]:
+        elevation = _row(content, known, path)
     names: tuple[str, ...] | None = None
     if "layerData" in content:
         twtt, grades, names = _read_old_layers(content, len(time), path)
@@ -276,6 +283,7 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
     for what, count, wanted in (
         ("lat", len(lat), len(time)),
         ("lon", len(lon), len(time)),
+        ("elev", len(elevation), len(time)),
         ("id", len(ids), twtt.shape[1]),
         ("quality", grades.size, twtt.size),
     ):
@@ -290,7 +298,8 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
     _check_seconds(twtt, path)
     if match := FRAME_NAME.fullmatch(path.name):
         check_day(time, match[1], path)
-    return Frame(time, np.stack([lat, lon], 1), twtt, ids, names)
+    name = path.stem.removeprefix("Data_")
+    return Frame(time, np.stack([lat, lon], 1), twtt, ids, names, name, elevation)
 
 
 def _check_seconds(twtt: Array, path: Path) -> None:

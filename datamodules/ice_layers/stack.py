@@ -18,6 +18,7 @@ from fulgurite.errors import ConfigError, DataError, MissingExtraError
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
+    from fulgurite.datamodules.ice_layers.records import TraceRecord
     from fulgurite.datamodules.ice_layers.splits import OwnSplit
 
 __all__ = [
@@ -154,6 +155,7 @@ class LayerStack:
             3 left missing. Shape: (N, L) uint8.
         trained_segments: Of completed stacks: what the completing model was trained on.
         unit: Of thicknesses: ``m`` or ``range bins``.
+        record: What the source says of the traces beside their layers.
 
     Raises:
         DataError: Shapes do not fit, or a value is impossible: a thickness that is not positive,
@@ -178,6 +180,7 @@ class LayerStack:
     provenance: NDArray[np.uint8] | None = None
     trained_segments: tuple[str, ...] = ()
     unit: str = METRES
+    record: TraceRecord | None = None
 
     def __post_init__(self) -> None:
         if self.thickness.ndim != 2:

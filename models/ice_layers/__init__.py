@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from fulgurite.models.ice_layers.deep import (
         DeepLayerPredictor,
     )
+    from fulgurite.models.ice_layers.details import (
+        FlightDetails,
+        Origin,
+    )
     from fulgurite.models.ice_layers.features import (
         PhysicsPrior,
         contradicted,
@@ -61,14 +65,16 @@ if TYPE_CHECKING:
     from fulgurite.models.ice_layers.module import (
         IceCompletion,
     )
+    from fulgurite.models.ice_layers.netcdf import (
+        read_netcdf,
+        write_netcdf,
+    )
     from fulgurite.models.ice_layers.network import (
         CompletionNet,
     )
     from fulgurite.models.ice_layers.output import (
         CompletedStack,
-        read_netcdf,
         read_npz,
-        write_netcdf,
         write_npz,
     )
     from fulgurite.models.ice_layers.schedule import (
@@ -101,6 +107,7 @@ _MODULES = {
     ),
     "completion": ("Gaps", "complete", "gaps", "provenance"),
     "deep": ("DeepLayerPredictor",),
+    "details": ("FlightDetails", "Origin"),
     "features": ("PhysicsPrior", "contradicted", "input_features", "nearby_means", "sides"),
     "graph": ("Track", "adjacency", "edges", "haversine"),
     "hiding": ("StructuredHiding", "held_out"),
@@ -108,8 +115,9 @@ _MODULES = {
     "losses": ("masked_robust_loss",),
     "metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
     "module": ("IceCompletion",),
+    "netcdf": ("read_netcdf", "write_netcdf"),
     "network": ("CompletionNet",),
-    "output": ("CompletedStack", "read_netcdf", "read_npz", "write_netcdf", "write_npz"),
+    "output": ("CompletedStack", "read_npz", "write_npz"),
     "schedule": ("TwoStageLR", "two_stage"),
     "spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
     "temporal": ("LayerMixing", "LayerTransformer"),
@@ -123,6 +131,7 @@ __all__ = [
     "CompletionMetrics",
     "CompletionNet",
     "DeepLayerPredictor",
+    "FlightDetails",
     "Gaps",
     "IceCompletion",
     "Kriging",
@@ -131,6 +140,7 @@ __all__ = [
     "MaskedMAE",
     "MaskedRMSE",
     "Neighbourhood",
+    "Origin",
     "PhysicsPrior",
     "SageLayer",
     "SpatialEncoder",

@@ -49,7 +49,7 @@ def picked_depths(stack: CompletedStack) -> NDArray[np.float64]:
 
     Shape: (N, L).
     """
-    return boundary_depths(np.where(stack.observed, stack.thickness, np.nan))
+    return np.where(stack.picked[:, 1:], boundary_depths(stack.thickness), np.nan)
 
 
 def layers_figure(
@@ -72,7 +72,7 @@ def layers_figure(
     if not without:
         spread = np.asarray(stack.std, np.float64).T
         heatmap(
-            axes[2][0], spread, title="standard deviation of what was filled [m]",
+            axes[2][0], spread, title=f"standard deviation of what was filled [{stack.unit}]",
             xlabel="trace", ylabel="layer (1: newest)", first_row=1,
         )  # fmt: skip
         _label_layers(axes[2][0], stack)
@@ -110,7 +110,12 @@ def _draw_boundaries(
             line = boundary_depths(truth)[:, k]
             ax.plot(along, line, color=COLORS[2], lw=0.7, ls=":", label="truth")
     bottom = max(1e-3, float(np.nanmax(depth, initial=0.0)) * 1.25)  # with room for the legend
-    ax.set(ylim=(bottom, 0), xlabel="along track [km]", ylabel="depth [m]", title=stack.stack)
+    ax.set(
+        ylim=(bottom, 0),
+        xlabel="along track [km]",
+        ylabel=f"depth [{stack.unit}]",
+        title=stack.stack,
+    )
     _name_boundaries(ax, depth, drawn, stack)
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))  # one entry for each kind of line

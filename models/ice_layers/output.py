@@ -1,49 +1,37 @@
-"""Completed stacks on disk: npz for programs, NetCDF with CF attributes for people and tools.
+"""Completed stacks, and how they lie in npz files; NetCDF is :mod:`.netcdf`.
 
 Axes: N traces, L layers (newest first), P physical fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.errors import DataError
 from fulgurite.foreign import read_arrays, reading
-from fulgurite.hdf5 import NetcdfFile, need_package
 from fulgurite.io import atomic_write
+from fulgurite.models.ice_layers.details import FlightDetails, Origin
 
 __all__ = [
     "PROVENANCE",
     "CompletedStack",
     "completed_stacks",
     "file_name",
-    "read_netcdf",
+    "make_stack",
     "read_npz",
-    "write_netcdf",
     "write_npz",
 ]
 
 PROVENANCE = ("observed", "filled", "whole_layer_filled", "left_missing")
 """Meanings of the values of ``provenance``."""
 
-# Units that UDUNITS knows, and names for people; a mm of water is a kg on a m².
-_FIELDS = {
-    "smb": ("kg m-2 year-1", "surface mass balance"),
-    "st": ("degC", "surface temperature"),
-    "refreeze": ("m", "height change by refreezing"),
-    "melt": ("m", "height change by melt"),
-    "snowpack": ("m", "height of the snowpack"),
-    "density": ("kg m-3", "snow density"),
-    "elevation": ("m", "surface elevation"),
-}
-_AGAIN = "Write it again with `fulgurite predict`."
+AGAIN = "Write it again with `fulgurite predict`."
 _STRINGS = ("segment", "stack")
 _LISTS = ("trained_segments", "physics_names", "layer_names")
 _NUMBERS = {
@@ -55,6 +43,19 @@ _NUMBERS = {
     "pos": np.float64,
     "distance": np.float64,
     "layer_age": np.float64,
+}
+#: Units that thicknesses may have.
+UNITS = ("m", "range bins")
+# Arrays of the flight that a stack may have
+DETAILS: dict[str, type[np.generic]] = {
+    "time": np.float64,
+    "elevation": np.float64,
+    "flight_distance": np.float64,
+    "frame": np.str_,
+    "trace": np.int64,
+    "density": np.float64,
+    "twtt": np.float64,
+    "picked": np.bool_,
 }
 
 
@@ -77,6 +78,9 @@ class CompletedStack:
         physics_names: Of the fields; P of them.
         layer_names: L of them; numbered if empty.
         layer_age: Age of each layer's lower boundary [years]; empty if unknown. Shape: (L,).
+        unit: Of thicknesses, ``m`` or ``range bins``.
+        details: What is known of the traces beside their layers.
+        origin: What made it.
 
     Raises:
         DataError: Shapes or provenance do not fit together.
@@ -95,6 +99,9 @@ class CompletedStack:
     physics_names: tuple[str, ...]
     layer_names: tuple[str, ...] = ()
     layer_age: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    unit: str = "m"
+    details: FlightDetails = field(default_factory=FlightDetails)
+    origin: Origin = field(default_factory=Origin)
 
     def __post_init__(self) -> None:
         n, layers = self.observed.shape
@@ -115,6 +122,11 @@ class CompletedStack:
                     f"{layers} layers.",
                     "Give one for each layer, or none.",
                 )
+        if self.unit not in UNITS:
+            raise DataError(
+                f"The completed stack {self.stack} is in {self.unit!r}.",
+                f"Use {' or '.join(UNITS)}.",
+            )
         if ((self.provenance == 0) != self.observed).any() or (
             self.provenance >= len(PROVENANCE)
         ).any():
@@ -128,6 +140,27 @@ class CompletedStack:
                 "where it was filled.",
                 "Take them from fulgurite.models.ice_layers.complete.",
             )
+        self.details.check(self.stack, n, layers)
+
+    @property
+    def depth(self) -> NDArray[np.float64]:
+        """Depth of each boundary below the surface [m], the surface first. Shape: (N, L + 1).
+
+        It is unknown below the first layer that was left missing.
+        """
+        below = np.cumsum(self.thickness, axis=1)
+        return np.concatenate([np.zeros((len(below), 1)), below], axis=1)
+
+    @property
+    def picked(self) -> NDArray[np.bool_]:
+        """Whether each boundary was picked, the surface first. Shape: (N, L + 1).
+
+        Where nothing else is known, those are picked above which every layer was observed.
+        """
+        if self.details.picked is not None:
+            return self.details.picked
+        surface = np.ones((len(self.observed), 1), np.bool_)
+        return np.concatenate([surface, np.logical_and.accumulate(self.observed, axis=1)], axis=1)
 
 
 def file_name(name: str) -> str:
@@ -153,6 +186,9 @@ def completed_stacks(
     physics_names: Sequence[str],
     layer_names: Sequence[str] = (),
     layer_age: Any = (),
+    unit: str = "m",
+    details: Callable[[int, NDArray[np.float64]], FlightDetails] | None = None,
+    origin: Origin | None = None,
 ) -> list[CompletedStack]:
     """Take the stacks of a predicted batch apart.
 
@@ -166,6 +202,9 @@ def completed_stacks(
         physics_names: P names.
         layer_names: L names.
         layer_age: [years]. Shape: (L,) or (0,).
+        unit: Of thicknesses.
+        details: Gives what is known of a stack's traces from its number and completed thickness.
+        origin: What made the stacks.
     """
     arrays = {name: _numbers(filled[name]) for name in ("thickness", "provenance", "std")}
     arrays |= {n: _numbers(getattr(batch, n)) for n in ("observed", "physics", "pos", "distance")}
@@ -181,6 +220,11 @@ def completed_stacks(
             physics_names=tuple(physics_names),
             layer_names=tuple(layer_names),
             layer_age=np.asarray(layer_age, np.float64),
+            unit=unit,
+            details=FlightDetails()
+            if details is None
+            else details(stack, arrays["thickness"][start:stop]),
+            origin=origin or Origin(),
         )
         for start, stop, (segment, stack) in zip(bounds, bounds[1:], which, strict=False)
     ]
@@ -210,6 +254,13 @@ def write_npz(path: str | Path, stack: CompletedStack) -> Path:
     content: dict[str, Any] = {name: getattr(stack, name) for name in _NUMBERS}
     content |= {name: np.array(getattr(stack, name)) for name in _STRINGS}
     content |= {name: np.array(getattr(stack, name), dtype=np.str_) for name in _LISTS}
+    content |= stack.details.arrays()
+    origin = stack.origin
+    texts = {"time_scale": stack.details.time_scale, "source": origin.source, "unit": stack.unit}
+    texts |= {"checkpoint": origin.checkpoint, "checkpoint_sha256": origin.checkpoint_sha256}
+    content |= {name: np.array(text) for name, text in texts.items() if text}
+    if origin.climate_files:
+        content["climate_files"] = np.array(origin.climate_files, dtype=np.str_)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **content)
     return path
@@ -221,12 +272,22 @@ def read_npz(path: str | Path) -> CompletedStack:
     Raises:
         DataError: The file is damaged, or no completed stack.
     """
-    with reading(path, "The completed stack", _AGAIN):
-        return _stack(path, read_arrays(path))
+    with reading(path, "The completed stack", AGAIN):
+        return make_stack(path, read_arrays(path))
 
 
-def _stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
-    wanted = [f.name for f in fields(CompletedStack)]
+def make_stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
+    """Make a stack of what a file holds.
+
+    Args:
+        path: The file.
+        content: Arrays and texts by name; those of the flight and the origin may be absent.
+
+    Raises:
+        ValueError: One is missing, or not of its kind.
+        DataError: They do not fit together.
+    """
+    wanted = [*_NUMBERS, *_STRINGS, *_LISTS]
     if missing := [name for name in wanted if name not in content]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     values_of: dict[str, Any] = {
@@ -234,184 +295,37 @@ def _stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
     }
     values_of |= {name: str(content[name]) for name in _STRINGS}
     values_of |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
+    details = {
+        name: _converted(name, np.asarray(content[name]), kind)
+        for name, kind in DETAILS.items()
+        if name in content
+    }
+    texts: dict[str, Any] = {
+        name: str(content.get(name, ""))
+        for name in ("time_scale", "source", "checkpoint", "checkpoint_sha256")
+    }
+    climate_files = tuple(str(v) for v in np.atleast_1d(content.get("climate_files", ())))
     try:
-        return CompletedStack(**values_of)
+        return CompletedStack(
+            **values_of,
+            unit=str(content.get("unit", "m")),
+            details=FlightDetails(time_scale=texts.pop("time_scale"), **details),
+            origin=Origin(**texts, climate_files=climate_files),
+        )
     except DataError as error:
         raise DataError(f"The file {path} is unusable: {error.what}", error.mend) from error
 
 
 def _converted(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
-    """Numbers as the type that a stack has them in, without changing any."""
+    """Values as the type that a stack has them in, without changing any."""
+    if kind is np.str_:
+        if values.dtype.kind not in "U":
+            raise ValueError(f"{name} is not made of texts")
+        return values
     if values.dtype.kind not in "biuf" and values.size:
         raise ValueError(f"{name} is not made of numbers")
     with np.errstate(invalid="ignore", over="ignore"):
         converted = values.astype(kind)
-    if np.dtype(kind).kind in "bu" and (converted != values).any():
+    if np.dtype(kind).kind in "bui" and (converted != values).any():
         raise ValueError(f"{name} holds other values than {np.dtype(kind)}")
     return converted
-
-
-# --- NetCDF ------------------------------------------------------------------------------------
-
-
-def _netcdf() -> Any:
-    try:
-        import netCDF4
-    except ImportError as error:
-        raise MissingExtraError(
-            "Completed stacks as NetCDF need netCDF4.",
-            "Install it with `pip install 'fulgurite[ice]'`, or write npz alone.",
-        ) from error
-    return netCDF4
-
-
-def write_netcdf(path: str | Path, stack: CompletedStack) -> Path:
-    """Write a stack as NetCDF-4 with CF attributes, atomically.
-
-    Args:
-        path: The file.
-        stack: What to write.
-
-    Raises:
-        MissingExtraError: netCDF4 is not installed.
-    """
-    import fulgurite
-
-    netcdf, path = _netcdf(), Path(path)
-    n, layers = stack.observed.shape
-    with atomic_write(path) as temporary, netcdf.Dataset(temporary, "w", format="NETCDF4") as file:
-        file.createDimension("trace", n)
-        file.createDimension("layer", layers)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        file.setncatts(
-            {
-                "Conventions": "CF-1.11",
-                "title": "Thickness of ice layers, completed where radar traces are broken",
-                "source": "radar layer traces; gaps filled by a model conditioned on climate "
-                "physics",
-                "history": f"{now} fulgurite {fulgurite.__version__}: completed",
-                "references": "arXiv 2604.20783",
-                "segment": stack.segment,
-                "stack": stack.stack,
-                # one name a line: CF has no lists of strings, and names may hold commas
-                "trained_segments": "\n".join(stack.trained_segments),
-                "physics_names": "\n".join(stack.physics_names),
-            }
-        )
-
-        def add(name: str, values: Any, dimensions: tuple[str, ...], **attributes: Any) -> None:
-            kind = values.dtype
-            options: dict[str, Any] = {"zlib": True, "complevel": 4}
-            if kind.kind == "f":
-                # no coordinate of CF may be missing
-                options["fill_value"] = None if len(dimensions) < 2 else kind.type(np.nan)
-            made = file.createVariable(name, kind, dimensions, **options)
-            made.setncatts(attributes)
-            made[...] = values
-
-        def text(name: str, values: Sequence[str], dimension: str, **attributes: Any) -> None:
-            made = file.createVariable(name, str, (dimension,))
-            made.setncatts(attributes)
-            for k, value in enumerate(values):
-                made[k] = value
-
-        trace, both = ("trace",), ("trace", "layer")
-        places = {"coordinates": "latitude longitude distance"}
-        add(
-            "latitude", stack.pos[:, 0], trace,
-            standard_name="latitude", long_name="latitude", units="degrees_north",
-        )  # fmt: skip
-        add(
-            "longitude", stack.pos[:, 1], trace,
-            standard_name="longitude", long_name="longitude", units="degrees_east",
-        )  # fmt: skip
-        add(
-            "distance", stack.distance, trace,
-            long_name="distance along the track from the first trace", units="m",
-        )  # fmt: skip
-        add(
-            "layer", np.arange(1, layers + 1, dtype=np.int32), ("layer",),
-            long_name="number of the layer, newest first", units="1",
-        )  # fmt: skip
-        if stack.layer_names:
-            text("layer_name", stack.layer_names, "layer", long_name="name of the layer")
-        if len(stack.layer_age):
-            add(
-                "layer_age", stack.layer_age, ("layer",),
-                long_name="age of the layer's lower boundary at the flight", units="year",
-            )  # fmt: skip
-        add(
-            "thickness", stack.thickness, both, units="m",
-            long_name="thickness of the layer as it lies", **places,
-            ancillary_variables="provenance thickness_standard_deviation observed",
-        )  # fmt: skip
-        add(
-            "thickness_standard_deviation", stack.std, both, units="m", **places,
-            long_name="standard deviation of the error of a filled thickness",
-            comment="missing where the thickness was observed or left missing",
-        )  # fmt: skip
-        add(
-            "provenance", stack.provenance, both, **places,
-            long_name="where the thickness is from", standard_name="status_flag",
-            flag_values=np.arange(len(PROVENANCE), dtype=np.uint8),
-            flag_meanings=" ".join(PROVENANCE),
-        )  # fmt: skip
-        add(
-            "observed", stack.observed.astype(np.uint8), both, **places,
-            long_name="whether the thickness was observed", standard_name="status_flag",
-            flag_values=np.arange(2, dtype=np.uint8), flag_meanings="missing observed",
-        )  # fmt: skip
-        for k, name in enumerate(stack.physics_names):
-            units, long_name = _FIELDS.get(name, (None, name))
-            known = {"units": units} if units else {}
-            add(
-                _variable(k, name), stack.physics[..., k], both,
-                long_name=f"{long_name}, of the climate model", **known, **places,
-            )  # fmt: skip
-    return path
-
-
-def _variable(number: int, name: str) -> str:
-    """Name of a field's variable: CF allows letters, digits and underscores."""
-    letters = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
-    return f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
-
-
-def read_netcdf(path: str | Path) -> CompletedStack:
-    """Read what :func:`write_netcdf` wrote.
-
-    Raises:
-        MissingExtraError: netCDF4 is not installed.
-        DataError: The file is damaged, or no completed stack.
-    """
-    with reading(path, "The completed stack", _AGAIN):
-        try:
-            file = NetcdfFile(path)
-        except ImportError as error:
-            raise need_package(error, "Reading completed stacks as NetCDF") from error
-        said, variables = file.attributes, file.variables
-
-        def values(name: str) -> NDArray[Any]:
-            return file.read(name, is_masked=False)
-
-        names = tuple(name for name in str(said["physics_names"]).split("\n") if name)
-        physics = [values(_variable(k, name)) for k, name in enumerate(names)]
-        thickness = values("thickness")
-        return _stack(
-            path,
-            {
-                "thickness": thickness,
-                "provenance": values("provenance"),
-                "std": values("thickness_standard_deviation"),
-                "observed": values("observed"),
-                "physics": np.stack(physics, -1) if physics else np.zeros((*thickness.shape, 0)),
-                "pos": np.stack([values("latitude"), values("longitude")], -1),
-                "distance": values("distance"),
-                "segment": said["segment"],
-                "stack": said["stack"],
-                "trained_segments": [v for v in str(said["trained_segments"]).split("\n") if v],
-                "physics_names": names,
-                "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
-                "layer_age": values("layer_age") if "layer_age" in variables else (),
-            },
-        )

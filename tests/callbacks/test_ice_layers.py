@@ -12,6 +12,7 @@ import torch
 
 from fulgurite.callbacks.ice_layers import CompletionWriter, _choose, _Drawn
 from fulgurite.errors import ConfigError
+from fulgurite.io import checksum
 from fulgurite.models.ice_layers import read_netcdf, read_npz
 
 pytest.importorskip("torch_geometric")
@@ -56,6 +57,7 @@ def test_every_stack_is_written_with_where_values_are_from(again):
     data = cli.datamodule
     originals = {s.name: s for part in ("train", "val", "test") for s in data.stacks_of(part)}
     assert len(stacks) == len(originals) > len(data.stacks_of("test")) > 0
+    digest = checksum("run/checkpoints/last.ckpt")
     trained = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
     for path in stacks:
         stack = read_npz(path)
@@ -65,7 +67,15 @@ def test_every_stack_is_written_with_where_values_are_from(again):
         assert np.isfinite(stack.thickness).all()
         assert np.array_equal(stack.provenance == 0, seen)
         assert set(stack.trained_segments) == trained
+        details = stack.details
+        assert set(details.arrays()) >= {"time", "frame", "trace", "flight_distance", "twtt"}
+        assert set(details.frame) <= {f"{stack.segment}_{k:03}" for k in range(1, 9)}
+        on_flight = np.diff(details.flight_distance)
+        np.testing.assert_allclose(on_flight, np.diff(stack.distance), rtol=1e-3)
+        assert stack.origin.checkpoint == "last.ckpt"
+        assert stack.origin.checkpoint_sha256 == digest
         again = read_netcdf(path.with_suffix(".nc"))
+        assert np.array_equal(again.details.twtt, details.twtt, equal_nan=True)
         assert np.array_equal(again.thickness, stack.thickness)
         assert np.array_equal(again.provenance, stack.provenance)
     drawn = {path.stem for path in Path("run/predict/figures").glob("completed_*.png")}

@@ -1,5 +1,6 @@
 """Completed stacks on disk and in figures."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.models.ice_layers import output
+from fulgurite.models.ice_layers.details import FlightDetails, Origin, gps_to_utc
 from fulgurite.models.ice_layers.figures import (
     boundary_depths,
     calibration_figure,
@@ -17,13 +19,12 @@ from fulgurite.models.ice_layers.figures import (
     layers_figure,
     picked_depths,
 )
+from fulgurite.models.ice_layers.netcdf import check_attributes, read_netcdf, write_netcdf
 from fulgurite.models.ice_layers.output import (
     CompletedStack,
     completed_stacks,
     file_name,
-    read_netcdf,
     read_npz,
-    write_netcdf,
     write_npz,
 )
 
@@ -55,19 +56,43 @@ def make(seed=0, n=6, layers=4):
     )
 
 
+def described(seed=0, n=6, layers=4, scale="GPS"):
+    """A stack of which everything is known."""
+    stack = make(seed, n, layers)
+    rng = np.random.default_rng(seed + 100)
+    surface = 3e-6 + 1e-9 * rng.random(n)
+    surface[1] = np.nan
+    details = FlightDetails(
+        time=START + 0.37 * np.arange(n), time_scale=scale, elevation=500 + rng.random(n),
+        flight_distance=5000 + stack.distance, trace=np.arange(n) + 7,
+        frame=np.array(["20120330_01_001"] * 2 + ["20120330_01_002"] * (n - 2)),
+        density=0.3 + 0.1 * rng.random((n, layers)), picked=rng.random((n, layers + 1)) < 0.5,
+        twtt=surface[:, None] + 1e-8 * np.arange(layers + 1),
+    )  # fmt: skip
+    origin = Origin("radar layer traces", "best.ckpt", "0" * 64, ("MAR-2011.nc", "MAR-2012.nc"))
+    return replace(stack, details=details, origin=origin)
+
+
+START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
+
+
 def same(a, b):
     for name, value in vars(a).items():
         other = getattr(b, name)
         if isinstance(value, np.ndarray):
-            assert value.dtype == other.dtype, name
+            assert value.dtype.kind == other.dtype.kind, name
+            assert value.dtype.kind == "U" or value.dtype == other.dtype, name
             assert value.tobytes() == other.tobytes(), name  # bit for bit, NaN too
-        else:
+        elif isinstance(value, FlightDetails | Origin):
+            same(value, other)
+        elif name != "attributes":
             assert value == other, name
 
 
 @pytest.mark.parametrize("kind", ["npz", "nc"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_what_is_written_is_read_again_bit_for_bit(tmp_path, kind, bare):
+    """Where nothing is said of picks, NetCDF says what follows from the layers."""
     write, read = {"npz": (write_npz, read_npz), "nc": (write_netcdf, read_netcdf)}[kind]
     stack = make()
     if bare:  # no fields, no names of layers, trained on nothing
@@ -76,8 +101,25 @@ def test_what_is_written_is_read_again_bit_for_bit(tmp_path, kind, bare):
             layer_age=np.zeros(0), trained_segments=(),
         )  # fmt: skip
     path = write(tmp_path / "deep" / f"a.{kind}", stack)
+    if kind == "nc":
+        stack = replace(stack, details=FlightDetails(picked=stack.picked))
     same(stack, read(path))
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+@pytest.mark.parametrize("kind", ["npz", "nc"])
+@pytest.mark.parametrize("left_out", [None, *FlightDetails().__dataclass_fields__, "scale"])
+def test_whatever_is_known_of_the_flight_is_read_again(tmp_path, kind, left_out):
+    write, read = {"npz": (write_npz, read_npz), "nc": (write_netcdf, read_netcdf)}[kind]
+    stack = described(scale="unknown" if left_out == "scale" else "GPS")
+    if left_out == "time":
+        stack = replace(stack, details=replace(stack.details, time=None, time_scale=""))
+    elif left_out not in (None, "scale", "time_scale"):
+        stack = replace(stack, details=replace(stack.details, **{left_out: None}))
+    again = read(write(tmp_path / f"a.{kind}", stack))
+    if left_out == "picked" and kind == "nc":
+        stack = replace(stack, details=replace(stack.details, picked=stack.picked))
+    same(stack, again)
 
 
 def test_npz_holds_no_objects(tmp_path):
@@ -103,7 +145,14 @@ def test_netcdf_says_what_its_values_mean(tmp_path):
         for name in thickness.ancillary_variables.split():
             assert file[name].dimensions == thickness.dimensions
         for name in thickness.coordinates.split():
-            assert file[name].dimensions == ("trace",)
+            assert file[name].dimensions in (("trace",), ("layer",))
+        assert thickness.coordinates == "latitude longitude layer_name layer_age"
+        assert file["depth"].coordinates == "latitude longitude boundary_name boundary_age"
+        # nobody knows when and where in the flight: not invented
+        assert "featureType" not in file.ncattrs()
+        absent = {"time", "gps_time", "elevation", "twtt", "density", "frame", "frame_trace"}
+        assert not absent & {*file.variables}
+        assert not {"license", "checkpoint", "time_coverage_start"} & {*file.ncattrs()}
         assert list(flag.flag_values) == [0, 1, 2, 3]
         assert flag.flag_values.dtype == flag.dtype
         assert len(flag.flag_meanings.split()) == 4
@@ -117,10 +166,114 @@ def test_netcdf_says_what_its_values_mean(tmp_path):
         assert (np.ma.getmaskarray(file["thickness_standard_deviation"][:])[stack.observed]).all()
 
 
+def test_netcdf_has_times_places_and_boundaries(tmp_path):
+    netcdf = pytest.importorskip("netCDF4")
+    stack = described()
+    stack = replace(stack, origin=replace(stack.origin, attributes={"license": "CC-BY-4.0"}))
+    with netcdf.Dataset(write_netcdf(tmp_path / "a.nc", stack)) as file:
+        said = {name: file.getncattr(name) for name in file.ncattrs()}
+        assert said["featureType"] == "trajectory"
+        assert file["trajectory"].cf_role == "trajectory_id"
+        assert (said["checkpoint"], said["checkpoint_sha256"]) == ("best.ckpt", "0" * 64)
+        assert said["climate_files"].split() == ["MAR-2011.nc", "MAR-2012.nc"]
+        assert said["license"] == "CC-BY-4.0"
+        assert said["time_coverage_start"] == "2012-03-30T11:59:45.000+00:00"  # 15 leap seconds
+        assert (said["geospatial_lat_min"], said["geospatial_lon_max"]) == (70.0, -40.0)
+        time = file["time"]
+        assert (time.standard_name, time.units, time.calendar) == (
+            "time", "seconds since 1970-01-01 00:00:00", "standard",
+        )  # fmt: skip
+        np.testing.assert_array_equal(time[:], stack.details.time - 15)
+        np.testing.assert_array_equal(file["gps_time"][:], stack.details.time)
+        assert "UTC" in time.comment
+        assert {*file["thickness"].coordinates.split()} == {
+            "time", "latitude", "longitude", "layer_name", "layer_age",
+        }  # fmt: skip
+        assert list(file["boundary"][:]) == [0, 1, 2, 3, 4]
+        assert list(file["boundary_name"][:]) == ["surface", "2012", "2011", "2010", "2009"]
+        assert list(file["boundary_age"][:]) == [0, 0.5, 1.5, 2.5, 3.5]
+        depth, twtt = file["depth"], file["twtt"]
+        known = ~np.ma.getmaskarray(depth[:])
+        np.testing.assert_array_equal(known, np.isfinite(stack.depth))
+        np.testing.assert_allclose(np.diff(depth[1:]), stack.thickness[1:], rtol=1e-12)
+        assert np.ma.getmaskarray(twtt[1]).all()  # its surface was not picked
+        flag = file["boundary_provenance"][:]
+        np.testing.assert_array_equal(flag == 0, stack.details.picked)
+        assert list(file["flight_distance"][:]) == list(stack.details.flight_distance)
+        assert file["elevation"].standard_name == "height_above_reference_ellipsoid"
+        assert list(file["frame_trace"][:]) == list(stack.details.trace)
+    with netcdf.Dataset(write_netcdf(tmp_path / "b.nc", described(scale="unknown"))) as file:
+        assert "does not say whether it is UTC" in file["time"].comment
+        np.testing.assert_array_equal(file["time"][:], stack.details.time)
+
+
+def test_range_bins_are_not_called_metres(tmp_path):
+    netcdf = pytest.importorskip("netCDF4")
+    stack = replace(make(), unit="range bins")
+    for path in (write_npz(tmp_path / "a.npz", stack), write_netcdf(tmp_path / "a.nc", stack)):
+        assert (read_npz if path.suffix == ".npz" else read_netcdf)(path).unit == "range bins"
+    with netcdf.Dataset(path) as file:
+        for name in ("thickness", "depth", "thickness_standard_deviation"):
+            assert file[name].units == "1"
+            assert "[range bins]" in file[name].long_name
+    assert "range bins" in layers_figure(stack).axes[0].get_ylabel()
+    with pytest.raises(DataError, match="'feet'"):
+        replace(stack, unit="feet")
+
+
+@pytest.mark.parametrize("stack", [make(), described(), described(scale="unknown")])
+def test_netcdf_keeps_the_rules_of_cf(tmp_path, stack):
+    runner = pytest.importorskip("compliance_checker.runner")
+    runner.CheckSuite.load_all_available_checkers()
+    path, report = write_netcdf(tmp_path / "a.nc", stack), tmp_path / "report.json"
+    runner.ComplianceChecker.run_checker(
+        str(path), ["cf:1.11"], 0, "strict", output_filename=str(report), output_format="json"
+    )
+    found = json.loads(report.read_text())["cf:1.11"]
+    messages = [m for check in found["all_priorities"] for m in check["msgs"]]
+    assert not messages
+    assert found["scored_points"] == found["possible_points"] > 100
+
+
+@pytest.mark.parametrize(
+    ("utc", "ahead"),
+    [
+        ("1975-01-01T00:00:00", 0), ("1980-01-06T00:00:00", 0), ("1981-06-30T23:59:58", 0),
+        ("1981-07-01T00:00:00", 1), ("2012-06-30T23:59:59", 15), ("2012-07-01T00:00:00", 16),
+        ("2026-01-01T00:00:00", 18),
+    ],
+)  # fmt: skip
+def test_gps_time_is_ahead_by_the_leap_seconds(utc, ahead):
+    moment = float(np.datetime64(utc, "s").astype(np.int64))
+    assert gps_to_utc(np.array([moment + ahead])) == moment
+
+
+def test_the_date_line_is_crossed_by_a_range_of_longitudes(tmp_path):
+    netcdf = pytest.importorskip("netCDF4")
+    pos = np.stack([np.full(6, 70.0), [179.8, 179.9, 180.0, -179.9, -179.8, -179.7]], 1)
+    with netcdf.Dataset(write_netcdf(tmp_path / "a.nc", replace(make(), pos=pos))) as file:
+        assert (file.geospatial_lon_min, file.geospatial_lon_max) == (179.8, -179.7)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "what"),
+    [
+        ({"title": "mine"}, "given by the writer itself"),
+        ({"two words": "x"}, "no name of an attribute"),
+        ({"": "x"}, "no name of an attribute"),
+        ({"license": ""}, "license is ''"),
+        ({"license": 3}, "license is 3"),
+    ],
+)
+def test_attributes_that_are_none_are_refused(attributes, what):
+    with pytest.raises(ConfigError, match=what):
+        check_attributes(attributes)
+
+
 def test_the_data_module_reads_what_is_written(tmp_path):
     from fulgurite.datamodules.ice_layers import CompletedStacks
 
-    stack = make()
+    stack = described()
     write_npz(tmp_path / f"{file_name(stack.stack)}.npz", stack)
     (read,) = CompletedStacks(str(tmp_path)).load().stacks
     assert (read.name, read.segment) == (stack.stack, stack.segment)
@@ -180,6 +333,8 @@ def test_without_netcdf4_the_extra_is_named(tmp_path, monkeypatch):
         ({"layer_names": ("one",)}, "1 layer_names for 4"),
         ({"provenance": np.ones((6, 4), np.uint8)}, "contradicts what is observed"),
         ({"thickness": np.full((6, 4), np.nan)}, "none where it was filled"),
+        ({"details": FlightDetails(time=np.zeros(5))}, r"time of shape \(5,\), not \(6,\)"),
+        ({"details": FlightDetails(twtt=np.zeros((6, 4)))}, r"twtt of shape .*, not \(6, 5\)"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, what):

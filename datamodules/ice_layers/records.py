@@ -1,0 +1,138 @@
+"""What files say of the traces of a flight beside its layers, for whoever writes completed stacks.
+
+Shapes: M raw traces, N traces of a stack, K = L + 1 boundaries (the surface first), L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.ice_layers.resample import resample
+from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
+
+__all__ = ["TraceRecord", "TrackRecord"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class TrackRecord:
+    """Of the raw traces of a flight segment; None where the files do not say it.
+
+    Attributes:
+        time: [s since 1970], as in the files. Shape: (M,).
+        time_scale: ``GPS``, or ``unknown``.
+        elevation: Of the radar [m], NaN where it is unknown. Shape: (M,).
+        surface: Two-way travel time of the surface [s], NaN where it is not picked. Shape: (M,).
+        frames: Names of the frames.
+        frame: Number of each trace's frame. Shape: (M,).
+        trace: Number of the trace in its frame, from 1 as MATLAB counts. Shape: (M,).
+    """
+
+    time: Array | None = None
+    time_scale: str = "unknown"
+    elevation: Array | None = None
+    surface: Array | None = None
+    frames: tuple[str, ...] = ()
+    frame: NDArray[np.int64] | None = None
+    trace: NDArray[np.int64] | None = None
+
+    def resample(
+        self, distance: Array, rows: slice, positions: Array, first: float, run: int
+    ) -> TraceRecord:
+        """Bring it to positions along an uninterrupted part of the track.
+
+        Time and elevation are linear between raw traces, the surface is resampled as layers are,
+        and the frame is that of the nearest raw trace.
+
+        Args:
+            distance: Of the part's raw traces, from its first one [m]. Shape: (M,).
+            rows: The part's raw traces.
+            positions: Along the part [m]. Shape: (N,).
+            first: Where the part begins along the segment's track [m].
+            run: Number of the part.
+        """
+        right = np.clip(np.searchsorted(distance, positions), 1, len(distance) - 1)
+        is_left = positions - distance[right - 1] <= distance[right] - positions
+        nearest = rows.start + np.where(is_left, right - 1, right)
+
+        def linear(values: Array | None) -> Array | None:
+            return None if values is None else np.interp(positions, distance, values[rows])
+
+        return TraceRecord(
+            run=run,
+            flight_distance=first + positions,
+            time=linear(self.time),
+            time_scale=self.time_scale,
+            elevation=linear(self.elevation),
+            surface=None
+            if self.surface is None
+            else resample(distance, self.surface[rows], positions),
+            frame=None if self.frame is None else np.array(self.frames)[self.frame[nearest]],
+            trace=None if self.trace is None else self.trace[nearest],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TraceRecord:
+    """Of the traces of a stack; None where the source does not say it.
+
+    Attributes:
+        run: Number of the uninterrupted part of the segment that the stack lies on.
+        flight_distance: Along the segment's track from its first trace [m]. Shape: (N,).
+        time: [s since 1970], as in the files. Shape: (N,).
+        time_scale: ``GPS``, or ``unknown``.
+        elevation: Of the radar [m]. Shape: (N,).
+        surface: Two-way travel time of the surface [s], NaN where it is not picked. Shape: (N,).
+        frame: Name of the frame of the nearest raw trace. Shape: (N,), text.
+        trace: Its number in that frame, from 1. Shape: (N,).
+        density: With which travel time became thickness [g cm⁻³]. Shape: (N, L).
+    """
+
+    run: int
+    flight_distance: Array
+    time: Array | None = None
+    time_scale: str = "unknown"
+    elevation: Array | None = None
+    surface: Array | None = None
+    frame: NDArray[np.str_] | None = None
+    trace: NDArray[np.int64] | None = None
+    density: Array | None = None
+
+    def __getitem__(self, rows: slice) -> TraceRecord:
+        """That of some traces."""
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {name: values for name, values in every.items() if isinstance(values, np.ndarray)}
+        parts: dict[str, Any] = {name: values[rows] for name, values in arrays.items()}
+        return replace(self, **parts)
+
+    def describe(self, thickness: Array) -> dict[str, Any]:
+        """What is known of the traces of a completed stack, by name.
+
+        Args:
+            thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
+
+        Returns:
+            The arrays of this record of which anything is known, but for ``surface``, with
+            ``time_scale`` if there is a time, and ``twtt``, the two-way travel time of each
+            boundary [s], NaN where it is unknown (N, K).
+        """
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        known: dict[str, Any] = {
+            name: values
+            for name, values in every.items()
+            if isinstance(values, np.ndarray)
+            and (values.dtype.kind == "U" or np.isfinite(values).any())
+        }
+        if "time" in known:
+            known["time_scale"] = self.time_scale
+        surface = known.pop("surface", None)
+        if surface is not None and self.density is not None:
+            below = np.cumsum(thickness_to_time(thickness, self.density), axis=1)
+            start = np.zeros((len(below), 1))
+            known["twtt"] = surface[:, None] + np.concatenate([start, below], axis=1)
+        return known

@@ -1,0 +1,157 @@
+"""What readers carry of traces beside their layers: time, height, frame, place in the flight."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, LayerFiles
+from fulgurite.datamodules.ice_layers.koenig import KoenigPicks
+
+NAME = "20120330_01"
+START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
+STEP = 25.0  # [m]
+
+
+def flight(traces=60, layers=3, step=STEP):
+    """One flight of raw traces, as arrays of a layer file."""
+    rng = np.random.default_rng(0)
+    along = np.arange(traces) * step
+    thickness = 5e-9 * rng.uniform(0.8, 1.2, (layers, traces))
+    surface = 3e-6 + 5e-9 * np.sin(along / 300)
+    return {
+        "gps_time": START + along / 130.0,
+        "lat": 72.0 + along / 111_195.0,
+        "lon": np.full(traces, -40.0),
+        "elev": 3000.0 + np.sin(along / 100),
+        "twtt": np.concatenate([surface[None], surface + np.cumsum(thickness, 0)]),
+    }
+
+
+def write_frame(folder, number, flight, rows, ids=None, name=NAME):
+    """One frame with the traces of some rows."""
+    content = {key: np.atleast_2d(value[..., rows]) for key, value in flight.items()}
+    boundaries, traces = content["twtt"].shape
+    content["id"] = np.arange(1.0, boundaries + 1) if ids is None else np.asarray(ids, float)
+    content["quality"] = np.ones((boundaries, traces), np.uint8)
+    content["type"] = np.ones((boundaries, traces), np.uint8)
+    path = folder / "CSARP_layer" / name / f"Data_{name}_{number:03}.mat"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    savemat(path, content)
+    return path
+
+
+def stacks(folder, **options):
+    source = LayerFiles([str(folder / "CSARP_layer")], density=0.4, **options)
+    return source.load().stacks
+
+
+def test_traces_know_their_time_height_frame_and_place(tmp_path):
+    made = flight()
+    write_frame(tmp_path, 1, made, slice(0, 35))
+    write_frame(tmp_path, 2, made, slice(35, 60))
+    found = stacks(tmp_path, traces=20)
+    assert len(found) == 3
+    every = [s.record for s in found]
+    for name, wanted in (("time", made["gps_time"]), ("elevation", made["elev"])):
+        values = np.concatenate([getattr(r, name) for r in every])
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-4)
+    frames = np.concatenate([r.frame for r in every])
+    assert list(frames) == [f"{NAME}_001"] * 35 + [f"{NAME}_002"] * 25
+    assert list(np.concatenate([r.trace for r in every])) == [*range(1, 36), *range(1, 26)]
+    distance = np.concatenate([r.flight_distance for r in every])
+    np.testing.assert_allclose(distance, np.arange(60) * STEP, atol=0.1)
+    assert {r.time_scale for r in every} == {"GPS"}
+
+
+def test_travel_times_of_completed_layers_are_those_of_the_picks(tmp_path):
+    made = flight()
+    made["twtt"][0, 7] = np.nan
+    write_frame(tmp_path, 1, made, slice(None))
+    (stack,) = stacks(tmp_path, traces=60)
+    filled = np.where(np.isfinite(stack.thickness), stack.thickness, 0.5)
+    known = stack.record.describe(filled)
+    wanted = made["twtt"].T.copy()
+    wanted[7] = np.nan  # without a surface nothing is known
+    np.testing.assert_allclose(known["twtt"], wanted, rtol=0, atol=1e-12)
+    assert known["density"].shape == stack.thickness.shape
+    assert (known["density"] == 0.4).all()
+    assert "surface" not in known
+
+
+def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_path):
+    made = flight()
+    made["elev"] = np.arange(60.0)
+    made["elev"][30] = np.nan
+    write_frame(tmp_path, 1, made, slice(None))
+    (stack,) = stacks(tmp_path, traces=200, spacing=STEP / 2, min_traces=2)
+    values = stack.record.elevation
+    wanted = np.arange(len(values)) / 2
+    beside, far = np.abs(wanted - 30) < 0.9, np.abs(wanted - 30) > 1.1
+    assert np.isnan(values[beside]).all()
+    np.testing.assert_allclose(values[far], wanted[far], atol=0.01)
+
+
+def test_a_jump_begins_a_new_run_whose_distance_goes_on(tmp_path):
+    made = flight()
+    made["lat"] = made["lat"] + 0.05 * (np.arange(60) >= 30)
+    write_frame(tmp_path, 1, made, slice(None))
+    first, second = stacks(tmp_path, traces=30)
+    assert (first.record.run, second.record.run) == (0, 1)
+    gap = second.record.flight_distance[0] - first.record.flight_distance[-1]
+    assert gap == pytest.approx(0.05 * 111_195 + STEP, rel=1e-3)
+
+
+def test_files_without_heights_say_nothing_of_them(tmp_path):
+    made = flight()
+    del made["elev"]
+    write_frame(tmp_path, 1, made, slice(None))
+    (stack,) = stacks(tmp_path, traces=60)
+    assert "elevation" not in stack.record.describe(np.ones((60, 3)))
+
+
+def test_a_height_of_other_traces_is_refused(tmp_path):
+    made = flight()
+    made["elev"] = np.zeros(61)
+    write_frame(tmp_path, 1, made, slice(None))
+    with pytest.raises(Exception, match=r"variable elev of .* has 61 values, not 60"):
+        stacks(tmp_path, traces=60)
+
+
+@pytest.mark.parametrize("is_usable", [True, False])
+def test_koenigs_times_are_given_where_they_are_usable(tmp_path, is_usable):
+    along = np.arange(40) * STEP
+    lines = []
+    for k, x in enumerate(along):
+        time = START + x / 130 if is_usable else k
+        picks = " ".join(f"{10 * (j + 1)} {0.8 * (j + 1):.2f} 1 1 1" for j in range(3))
+        lines.append(f"layers_{NAME}_dec01 {k} {72 + x / 111_195:.6f} -40.0 {time} 1e-10 {picks}")
+    (tmp_path / "mapdata.txt").write_text("\n".join(lines))
+    source = KoenigPicks(
+        [str(tmp_path / "mapdata.txt")], count=3, traces=40, density=0.4, surface="zero"
+    )
+    (stack,) = source.load().stacks
+    known = stack.record.describe(np.ones((40, 3)))
+    assert ("time" in known) == is_usable
+    assert known.get("time_scale") == ("unknown" if is_usable else None)
+    assert not {"twtt", "frame", "elevation", "density"} & known.keys()
+
+
+def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
+    for day in range(3):
+        name = f"201204{10 + day}_01"
+        made = flight()
+        made["gps_time"] = made["gps_time"] + (day + 11) * 86_400
+        made["lat"] = made["lat"] + day
+        write_frame(tmp_path, 1, made, slice(None), name=name)
+    data = IceLayerDataModule(
+        LayerFiles([str(tmp_path / "CSARP_layer")], density=0.4, traces=20), val=1 / 3, test=1 / 3
+    )
+    data.setup()
+    for number, name in enumerate(data.stacks):
+        known = data.describe_traces(number, np.ones((20, 3)))
+        assert known["frame"][0].startswith(name.rpartition("_")[0])
+    every = [s for part in ("train", "val", "test") for s in data.stacks_of(part)]
+    data._every[0] = replace(every[0], record=None)
+    assert data.describe_traces(0, np.ones((20, 3))) == {}
