@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from fulgurite.matlab_objects import decode_strings
 
 __all__ = ["Unread", "parse_mat5"]
 
@@ -34,10 +38,18 @@ _DEEPEST = 32  # structures in structures
 _COMPLEX = 0x08
 
 
-class Unread(NamedTuple):
+@dataclass(frozen=True)
+class Unread:
     """A value of a class that this reader does not know, such as a function handle."""
 
     number: int
+
+
+class _Object(NamedTuple):
+    """An object: its class, and what is stored of it."""
+
+    kind: str
+    content: Any
 
 
 class _Element(NamedTuple):
@@ -140,6 +152,7 @@ def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
         raise ValueError("it has no header of MATLAB version 5")
     reader = _Reader(memoryview(content)[_HEADER:], order)
     variables: dict[str, Any] = {}
+    hidden: Any = None  # the last variable without a name holds the table of objects
     while reader.left >= 8:
         kind, part = reader.next()
         if kind == _COMPRESSED:
@@ -151,7 +164,40 @@ def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
         name, value = _parse_matrix(_Reader(part, order))
         if name and name not in ("__function_workspace__",):
             variables[name] = value
-    return variables
+        elif not name:
+            hidden = value
+    objects = _parse_objects(hidden)
+    return {name: _without_objects(value, objects) for name, value in variables.items()}
+
+
+def _parse_objects(hidden: Any) -> list[Any]:
+    """The table of objects: a file in a variable of bytes, of which it is the field MCOS."""
+    if not isinstance(hidden, np.ndarray) or hidden.dtype != np.uint8:
+        return []
+    content = hidden.tobytes()
+    order = {b"IM": "<", b"MI": ">"}.get(content[2:4])
+    if order is None:
+        return []
+    table: Any = None
+    with suppress(ValueError):  # what it is for may not be wanted
+        table = _Reader(memoryview(content)[8:], order).matrix()
+    table = table.get("MCOS") if isinstance(table, dict) else None
+    is_table = isinstance(table, _Object) and isinstance(table.content, list)
+    return table.content if is_table else []
+
+
+def _without_objects(value: Any, objects: list[Any]) -> Any:
+    """A value with text in place of strings, and nothing of other objects."""
+    if isinstance(value, _Object):
+        if value.kind == "string" and isinstance(value.content, np.ndarray):
+            with suppress(ValueError):
+                return decode_strings(value.content, objects)
+        return Unread(_OPAQUE)
+    if isinstance(value, dict):
+        return {name: _without_objects(part, objects) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_objects(part, objects) for part in value]
+    return value
 
 
 def _expand(content: memoryview, limit: int) -> bytes:
@@ -176,6 +222,9 @@ def _parse_matrix(reader: _Reader) -> tuple[str, Any]:
         raise ValueError("an array has no class")
     number, attributes = int(flags[0]) & 0xFF, int(flags[0]) >> 8 & 0xFF
     if number == _OPAQUE:  # of newer classes; it has no dimensions
+        with suppress(ValueError):
+            name, _, kind = (reader.text() for _ in range(3))
+            return name, _Object(kind, reader.matrix())
         return "", Unread(number)
     shape = tuple(int(length) for length in reader.numbers())
     if not 2 <= len(shape) <= 32 or min(shape) < 0:

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import numpy.typing as npt
 
 from fulgurite.errors import MissingExtraError
 from fulgurite.foreign import expansion_limit
+from fulgurite.matlab_objects import decode_strings
 
 __all__ = ["NetcdfFile", "NetcdfVariable", "need_package", "read_matlab73"]
 
@@ -163,6 +165,8 @@ def read_matlab73(path: str | Path) -> dict[str, Any]:
     """Read a MATLAB file of version 7.3.
 
     Structures become dictionaries, cells lists, text strings; arrays are as MATLAB shows them.
+    Variables of the class ``string`` become text, or lists of text; one that cannot be read stays
+    the numbers that it is stored as.
 
     Args:
         path: The file.
@@ -174,14 +178,19 @@ def read_matlab73(path: str | Path) -> dict[str, Any]:
     """
     value, arrays = _ask("matlab", path)
 
-    def convert(item: Mapping[str, Any]) -> Any:
+    def convert(item: Mapping[str, Any], objects: Sequence[Any] = ()) -> Any:
         if "fields" in item:
-            return {name: convert(part) for name, part in item["fields"].items()}
+            return {name: convert(part, objects) for name, part in item["fields"].items()}
         if "cells" in item:
-            return [convert(part) for part in item["cells"]]
+            return [convert(part, objects) for part in item["cells"]]
+        if item.get("class") == "string":
+            with suppress(ValueError):
+                return decode_strings(arrays[item["array"]], objects)
         return item["text"] if "text" in item else arrays[item["array"]]
 
-    content: dict[str, Any] = convert(value)
+    hidden = convert({"fields": {"": value["fields"].pop("#subsystem#", {"text": ""})}})[""]
+    objects = hidden.get("MCOS") if isinstance(hidden, dict) else None
+    content: dict[str, Any] = convert(value, objects if isinstance(objects, list) else ())
     return content
 
 

@@ -37,7 +37,7 @@ class _Answer:
         if self.limit < 0:
             raise ValueError(f"values of shape {tuple(shape)} are out of proportion to the file")
 
-    def add(self, array: Any) -> dict[str, int]:
+    def add(self, array: Any) -> dict[str, Any]:
         """Put an array beside the JSON."""
         array = np.asarray(array)
         if array.dtype.kind not in _PLAIN + "c":
@@ -113,6 +113,8 @@ def read_matlab(path: str, limit: int) -> tuple[Any, _Answer]:
             return {"cells": cells}
         if kind == b"char":
             return {"text": "".join(map(chr, values.T.ravel(order="F").tolist()))}
+        if kind == b"string":  # an object, whose text is in the file's table of objects
+            return answer.add(values.T) | {"class": "string"}
         return answer.add(values.T)
 
     with _open_hdf5(path) as file:

@@ -16,6 +16,7 @@ from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.testing.matlab import string_table, write_strings
 
 DENSITY = 0.4
 SEGMENT = "20120414_01"
@@ -660,3 +661,32 @@ def test_npz_exclusions(tmp_path):
         "layer_count": 1,
         "empty": 1,
     }
+
+
+@pytest.mark.parametrize("version", ["5", "7.3"])
+def test_names_of_the_class_string_are_read(tmp_path, version):
+    path = tmp_path / "layer_20120330_01.mat"
+    numbers = {"lyr_id": np.arange(1.0, 4), "lyr_order": np.array([1.0, 3.0, 2.0])}
+    write_strings(path, numbers, {"lyr_name": ["surface", "bottom", None]}, version)
+    companion = read_organizer(path)
+    assert companion.names == {1: "surface", 2: "bottom", 3: ""}
+    assert companion.order == (1, 3, 2)
+    write_strings(path, {"lyr_id": np.array([1.0])}, {"lyr_name": ["surface"]}, version)
+    assert read_organizer(path).names == {1: "surface"}
+    write_strings(path, numbers, {"lyr_name": ["surface", "bottom"]}, version)
+    with pytest.raises(DataError, match="2 names"):
+        read_organizer(path)
+    write_strings(path, {"lyr_id": np.array([1.0])}, {"lyr_name": ["a"], "lyr_age": ["2"]}, version)
+    with pytest.raises(DataError, match=r"lyr_age .* is not made of numbers"):
+        read_organizer(path)
+
+
+@pytest.mark.parametrize("version", ["5", "7.3"])
+def test_strings_that_cannot_be_decoded_are_refused_by_name(tmp_path, version):
+    path = tmp_path / "layer_20120330_01.mat"
+    write_strings(path, {"lyr_id": np.array([1.0])}, {"lyr_name": ["surface"]}, version)
+    table = string_table(1).tobytes()
+    path.write_bytes(path.read_bytes().replace(table, table.replace(b"string", b"strong")))
+    with pytest.raises(DataError, match="lyr_name") as error:
+        read_organizer(path)
+    assert "cellstr" in str(error.value)

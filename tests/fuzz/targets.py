@@ -307,6 +307,7 @@ def _layer_files():
 
     from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
     from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
+    from fulgurite.testing.matlab import write_strings
 
     n = 5
     rng = np.random.default_rng(0)
@@ -335,6 +336,15 @@ def _layer_files():
         old(c, {"lyr_id": numbers, "lyr_name": names, "lyr_order": numbers, "lyr_age": numbers})
         for c in (False, True)
     ]
+    written = {"lyr_id": numbers, "lyr_order": numbers, "lyr_age": numbers}
+    strings = {
+        version: _made(
+            lambda f, v=version: write_strings(f / "a.mat", written, {"lyr_name": list(names)}, v)
+        )
+        for version in ("5", "7.3")
+    }
+    organizers.append(strings["5"])
+    yield Target("mat-7.3-organizer", [strings["7.3"]], lambda f: read_organizer(f / "a.mat"))
     yield Target("mat-5", v5, lambda f: read_frame(f / "a.mat"))
     yield Target("mat-5-organizer", organizers, lambda f: read_organizer(f / "a.mat"))
     yield Target("mat-7.3", [new], lambda f: read_frame(f / "a.mat"))
