@@ -96,8 +96,8 @@ class CompletionWriter(Callback):
         self.curves = TrainingCurves(
             {
                 "train/loss": "mean loss of training batches",
-                "val/heldout_mae": "error of held-out entries [m]",
-                "val/mae": "error of deep layers [m]",
+                "val/heldout_mae": "error of held-out entries",
+                "val/mae": "error of deep layers",
             }
         )
 
@@ -118,6 +118,9 @@ class CompletionWriter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw loss and errors by epoch, unless nothing is learned by gradients."""
         if self.figures and getattr(pl_module, "monitor", None):
+            titles = self.curves.curves.titles  # the unit is known when the data are
+            for name in titles.keys() & {"val/heldout_mae", "val/mae"}:
+                titles[name] = f"{titles[name].split(' [')[0]} [{_unit(trainer)}]"
             self.curves.draw(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,9 +209,15 @@ class CompletionWriter(Callback):
             return
         name = type(pl_module).__name__
         if by_depth := metrics.by_depth():
-            log_figure(trainer, "test_depth", depth_figure({name: by_depth}))
+            log_figure(trainer, "test_depth", depth_figure({name: by_depth}, _unit(trainer)))
         if coverage := metrics.calibration():
             log_figure(trainer, "test_calibration", calibration_figure({name: coverage}))
+
+
+def _unit(trainer: Trainer) -> str:
+    """Unit of the data's thicknesses."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data, "unit", "m")
 
 
 def _segments(data: Any) -> tuple[str, ...]:

@@ -188,18 +188,19 @@ def _provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
     ax.legend(handles=patches, fontsize=6, loc="lower left", framealpha=0.9)
 
 
-def depth_figure(errors: Mapping[str, Mapping[int, float]]) -> Figure:
+def depth_figure(errors: Mapping[str, Mapping[int, float]], unit: str = "m") -> Figure:
     """Draw the error of missing entries by depth.
 
     Args:
-        errors: For each method, the root mean squared error [m] by number of the layer, as
+        errors: For each method, the root mean squared error by number of the layer, as
             :meth:`fulgurite.models.ice_layers.CompletionMetrics.by_depth`.
+        unit: Of the errors.
     """
     figure, axes = new_figure()
     ax = axes[0][0]
     for name, values in errors.items():
         ax.plot([*values], [*values.values()], marker="o", ms=3, label=name)
-    ax.set(title="missing entries by depth", xlabel="layer (1: newest)", ylabel="RMSE [m]")
+    ax.set(title="missing entries by depth", xlabel="layer (1: newest)", ylabel=f"RMSE [{unit}]")
     ax.set_ylim(bottom=0)
     use_integer_ticks(ax)
     if errors:

@@ -148,6 +148,7 @@ def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monk
         assert stack["thickness"].shape == (256, 20)
         assert np.isfinite(stack["thickness"]).all()
         assert (stack["provenance"][:, 11:] == 2).all()
+        assert str(stack["unit"]) == "range bins"
 
 
 @pytest.mark.slow
