@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from fulgurite.errors import ConfigError
@@ -27,6 +28,7 @@ from fulgurite.models.ice_layers.output import (
     CompletedStack,
     completed_stacks,
     file_name,
+    read_npz,
     write_npz,
 )
 from fulgurite.sampling import rank_and_world
@@ -67,11 +69,16 @@ class CompletionWriter(Callback):
             reads.
         folder: Where to, relative to the run folder.
         figures: Stacks that are drawn; 0 for no figure at all.
+        csarp_layer: Write the CSARP_layer files that were read again, with completed boundaries
+            where none was picked, into ``CSARP_layer`` beside the other files. Picks stay what
+            they were, to the bit; completed boundaries are of type 2 (automatic) and quality 3
+            (derived). Needs ``npz``.
         attributes: Further attributes of NetCDF files that only you know, such as ``license``,
             ``institution`` and ``creator_name``.
 
     Raises:
-        ConfigError: A number is out of range, or the model completes nothing.
+        ConfigError: A number is out of range, the model completes nothing, or the source reads no
+            layer files.
 
     Source: arXiv 2604.20783; card sections 1.7 and 5 (a flag for every filled value).
     """
@@ -82,17 +89,25 @@ class CompletionWriter(Callback):
         npz: bool = True,
         folder: str = "completed",
         figures: int = 4,
+        csarp_layer: bool = False,
         attributes: dict[str, str] = {},  # noqa: B006  # copied below
     ) -> None:
         if figures < 0:
             raise ConfigError(
                 f"CompletionWriter.figures={figures} is negative.", "Give 0 or more stacks."
             )
+        if csarp_layer and not npz:
+            raise ConfigError(
+                "CompletionWriter.csarp_layer=true, and npz=false, of which layer files are made.",
+                "Set npz=true.",
+            )
+        self.csarp_layer = csarp_layer
         self.netcdf, self.npz, self.folder, self.figures = netcdf, npz, folder, figures
         self.attributes = check_attributes(attributes)
         self.written = 0
         self._origin = Origin()
         self._drawn: list[_Drawn] = []
+        self._numbers: list[int] = []
         self.curves = TrainingCurves(
             {
                 "train/loss": "mean loss of training batches",
@@ -143,7 +158,9 @@ class CompletionWriter(Callback):
             climate_files=tuple(getattr(source, "climate_files", ())),
             attributes=self.attributes,
         )
-        self.written, self._drawn = 0, []
+        self.written, self._drawn, self._numbers = 0, [], []
+        if self.csarp_layer and (folder := self._place(trainer)) is not None:
+            data.check_write_back(folder / "CSARP_layer")
 
     def on_predict_batch_end(
         self,
@@ -155,14 +172,14 @@ class CompletionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write and draw the stacks of a batch."""
-        place = trainer.logger.log_dir if trainer.logger else None
-        if place is None:
+        if (folder := self._place(trainer)) is None:
             return
+        self._numbers += batch.stack.tolist()
         truth = getattr(batch, "truth", None)
         first = 0
         for stack in self._stacks(trainer, pl_module, outputs, batch):
             rows = slice(first, first := first + len(stack.distance))
-            path = Path(place) / self.folder / file_name(stack.stack)
+            path = folder / file_name(stack.stack)
             if self.npz:
                 write_npz(path.with_name(f"{path.name}.npz"), stack)
             if self.netcdf:
@@ -173,16 +190,29 @@ class CompletionWriter(Callback):
                 self._drawn = _choose([*self._drawn, _Drawn(stack, known)], self.figures)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the stacks that lack most, of all ranks."""
-        drawn = self._drawn
-        if self.figures and (world := rank_and_world()[1]) > 1:
+        """Draw the stacks that lack most, and write layer files, of all ranks."""
+        drawn, numbers = self._drawn, self._numbers
+        if (world := rank_and_world()[1]) > 1:
             everyone: list[Any] = [None] * world
-            dist.all_gather_object(everyone, drawn)
-            drawn = _choose([one for part in everyone for one in part], self.figures)
+            dist.all_gather_object(everyone, (drawn, numbers))
+            drawn = _choose([one for part, _ in everyone for one in part], self.figures)
+            numbers = [number for _, part in everyone for number in part]
+        if self.csarp_layer and trainer.is_global_zero and (folder := self._place(trainer)):
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+
+            def read(number: int) -> NDArray[np.float64]:
+                return read_npz(folder / f"{file_name(data.stacks[number])}.npz").thickness
+
+            rank_zero_info(data.write_back(folder / "CSARP_layer", numbers, read))
         for one in drawn:
             name = f"completed_{file_name(one.stack.stack)}"
             log_figure(trainer, name, layers_figure(one.stack, one.truth))
         self._drawn = []
+
+    def _place(self, trainer: Trainer) -> Path | None:
+        """The folder of completed stacks; none without a run folder."""
+        place = trainer.logger.log_dir if trainer.logger else None
+        return None if place is None else Path(place) / self.folder
 
     def _stacks(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any

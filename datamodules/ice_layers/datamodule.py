@@ -5,8 +5,9 @@ Shapes: N traces (nodes), L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -26,6 +27,7 @@ from fulgurite.datamodules.ice_layers.completed import (
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
 from fulgurite.datamodules.ice_layers.hiding import drop_observed
+from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
     METRES,
@@ -36,6 +38,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     need_extra,
 )
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
+from fulgurite.datamodules.ice_layers.write_back import Written
 from fulgurite.devices import pins_memory
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
@@ -341,6 +344,46 @@ class IceLayerDataModule(L.LightningDataModule):
         """
         record = self._every[number].record
         return {} if record is None else record.describe(thickness)
+
+    def check_write_back(self, folder: Path) -> None:
+        """Refuse to write completed layers back where that is not possible, after :meth:`setup`.
+
+        Args:
+            folder: Where to.
+
+        Raises:
+            ConfigError: The source reads no layer files, or they are in this folder.
+            DataError: Times of traces repeat.
+        """
+        records: dict[str, list[TraceRecord]] = {}
+        for stack in self._every:
+            if stack.record is not None:
+                records.setdefault(stack.segment, []).append(stack.record)
+        self.source.check_write_back(folder, records)
+
+    def write_back(self, folder: Path, numbers: Sequence[int], read: Callable[[int], Array]) -> str:
+        """Write completed layers back into files of the kind that was read, by segment.
+
+        Args:
+            folder: Where to.
+            numbers: Of the completed stacks, in :attr:`stacks`.
+            read: Gives the completed thickness (N, L) [m] of a stack by its number.
+
+        Returns:
+            What was written, in one line.
+        """
+        segments: dict[str, list[int]] = {}
+        for number in sorted(numbers):
+            segments.setdefault(self._every[number].segment, []).append(number)
+        total = Written()
+        for segment, its_numbers in sorted(segments.items()):
+            stacks = [
+                (record, read(number))
+                for number in its_numbers
+                if (record := self._every[number].record) is not None
+            ]
+            total += self.source.write_back(folder, segment, stacks)
+        return total.report(len(segments), folder)
 
     def _data(self, part: str, drop: float = 0.0) -> list[Any]:
         """PyG ``Data`` of a part."""

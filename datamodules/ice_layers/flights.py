@@ -6,10 +6,10 @@ Shapes: M raw traces, N traces of a block, K boundaries, L layers, P physical fi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,34 @@ class StackSource(ABC):
     def description(self) -> str:
         """What the traces are, for whoever reads completed stacks; empty if nothing is known."""
         return ""
+
+    def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
+        """Refuse to write completed layers back into files of the kind that was read.
+
+        Args:
+            folder: Where to.
+            records: Of the stacks of each segment.
+
+        Raises:
+            ConfigError: There is no such kind.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} reads no CSARP_layer files, so completed layers cannot be "
+            "written back into such.",
+            "Set `--trainer.callbacks.csarp_layer=false`.",
+        )
+
+    def write_back(
+        self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
+    ) -> Any:
+        """Write the files of a segment again, with completed boundaries.
+
+        Args:
+            folder: Where to.
+            segment: Its name.
+            stacks: Record of each completed stack, and its thickness (N, L) [m].
+        """
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Do once per machine what other processes can then share."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generated_climate import Climate, make_climate, write_mar
 from fulgurite.datamodules.ice_layers.layer_files import LayerFiles
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file, write_organizer
+from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.segments import make_segment
-from fulgurite.datamodules.ice_layers.stack import Flights
+from fulgurite.datamodules.ice_layers.stack import Array, Flights
 from fulgurite.datamodules.ice_layers.world import (
     SHUFFLE,
     TRACK,
@@ -29,6 +30,7 @@ from fulgurite.datamodules.ice_layers.world import (
     check_world,
     flight_names,
 )
+from fulgurite.datamodules.ice_layers.write_back import Written
 from fulgurite.errors import DataError
 
 __all__ = ["GeneratedFlights", "SyntheticFlights", "write_world"]
@@ -73,6 +75,7 @@ class GeneratedFlights(StackSource):
 
     world: World
     informative: bool
+    _reader: LayerFiles | None = None
 
     @property
     def layers(self) -> int:
@@ -120,7 +123,7 @@ class GeneratedFlights(StackSource):
 
     def load(self) -> Flights:
         """Return the stacks that the readers make of the files, with the truth."""
-        reader = self.reader()
+        reader = self._reader = self.reader()
         tracks, names, excluded, notes = reader.tracks()
         for track in tracks:
             with np.load(self.root / "truth" / f"{track.segment}.npz") as truth:
@@ -132,6 +135,18 @@ class GeneratedFlights(StackSource):
                 track.truth = truth["thickness"]
         flights = reader.assemble(tracks, names, excluded, notes)
         return flights if self.informative else self._uninformed(flights)
+
+    def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
+        """As of :class:`LayerFiles`."""
+        assert self._reader is not None
+        self._reader.check_write_back(folder, records)
+
+    def write_back(
+        self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
+    ) -> Written:
+        """As of :class:`LayerFiles`."""
+        assert self._reader is not None
+        return self._reader.write_back(folder, segment, stacks)
 
     def _uninformed(self, flights: Flights) -> Flights:
         """Exchange physics between stacks and layers: a negative control (card section 6.2)."""

@@ -5,7 +5,7 @@ Shapes: M traces, K boundaries (the surface first), L = K - 1 layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,11 +34,19 @@ from fulgurite.datamodules.ice_layers.layer_frames import (
     read_frame,
     read_organizer,
 )
+from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
+    Array,
     Exclusion,
     Flights,
+)
+from fulgurite.datamodules.ice_layers.write_back import (
+    SegmentFiles,
+    Written,
+    check_records,
+    write_segment,
 )
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
@@ -107,6 +115,8 @@ class LayerFiles(StackSource):
             raise ConfigError(
                 f"Ages of layers come from {ages!r}.", f"Set `{_OPTION}.ages` to files or yearly."
             )
+        self._segments: dict[str, SegmentFiles] = {}
+        self._names: tuple[str, ...] = ()
         self.files = list(layers)
         self.climate = climate
         self.count = count
@@ -202,10 +212,12 @@ class LayerFiles(StackSource):
             return read_or_leave(read_file, path, self.exclude, damaged)
 
         not_preferred = 0
+        used: dict[str, tuple[Path, ...]] = {}
         for segment, (paths, others) in self._choose_files().items():
             not_preferred += others
             tried = [usable(lambda path: read_frame(path, self.quality), path) for path in paths]
             frames = [frame for frame in tried if frame is not None]
+            used[segment] = tuple(p for p, f in zip(paths, tried, strict=True) if f is not None)
             if frames:
                 companion = paths[0].with_name(f"layer_{segment}.mat")
                 organizer = usable(read_organizer, companion) if companion.is_file() else None
@@ -227,11 +239,50 @@ class LayerFiles(StackSource):
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
+            self._segments[segment] = SegmentFiles(used[segment], boundaries, count, self.quality)
         excluded += left_out_traces(lost, crossed)
         if contradicting:
             what = "picks that differ from those of an overlapping file before"
             excluded.append(Exclusion("contradicting", what, contradicting))
-        return tracks, _longest_names(kept, count), excluded, _notes(kept, tracks, count)
+        self._names = _longest_names(kept, count)
+        return tracks, self._names, excluded, _notes(kept, tracks, count)
+
+    def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
+        """Refuse to write layer files where they would not be of use, or in place of those read.
+
+        Args:
+            folder: Where to.
+            records: Of the stacks of each segment.
+
+        Raises:
+            ConfigError: Files that were read are in this folder.
+            DataError: Times of traces repeat.
+        """
+        for segment, its_records in records.items():
+            check_records(segment, its_records)
+            read = {path.resolve().parent for path in self._segments[segment].paths}
+            if (Path(folder) / segment).resolve() in read:
+                raise ConfigError(
+                    f"The layer files in {folder} are those that are read.",
+                    "Write to another folder: `--trainer.callbacks.folder`, or `--run.dir`.",
+                )
+
+    def write_back(
+        self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
+    ) -> Written:
+        """Write the files of a segment again, with completed boundaries.
+
+        Args:
+            folder: Where to.
+            segment: Its name.
+            stacks: Record of each completed stack, and its thickness (N, L) [m], NaN where it is
+                left missing.
+
+        Raises:
+            DataError: A file has changed and cannot be read.
+        """
+        times = [(record, record.times_below(thickness)) for record, thickness in stacks]
+        return write_segment(folder, segment, self._segments[segment], times, self._names)
 
     def _layer_count(self, counts: dict[str, int]) -> tuple[int, set[str]]:
         """Number of layers, and segments that do not have it and are to be left out."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ _GPS_EPOCH = 315_964_800.0  # 1980-01-06 [s since 1970]
 _DAY = 86_400.0  # [s]
 _NEAR = 3 * _DAY  # flights last over midnight
 _GRADES = (1, 2, 3)  # good, moderate, derived
+_KINDS = (1, 2, 3, 4)  # manual, automatic, and two more of the toolbox's
+_GOOD, _MANUAL, _AUTOMATIC = 1.0, 1.0, 2.0  # what others count as
 
 
 def read_mat(path: Path) -> dict[str, Any]:
@@ -85,6 +87,8 @@ class Frame:
         names: Names of boundaries, where the file has them.
         name: Of the frame, ``YYYYMMDD_SS_FFF``.
         elevation: Of the radar [m], NaN where the file has none. Shape: (M,).
+        grades: Quality of each pick: 1 good, 2 moderate, 3 derived. Shape: (M, K).
+        kinds: Type of each pick: 1 manual, 2 automatic, or another of the toolbox's. Shape: (M, K).
     """
 
     time: Array
@@ -94,6 +98,8 @@ class Frame:
     names: tuple[str, ...] | None = None
     name: str = ""
     elevation: Array | None = None
+    grades: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    kinds: Array = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 @dataclass(frozen=True)
@@ -223,11 +229,6 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _known_grades(grades: Array) -> Array:
-    """Grades of picks; what is none of 1 to 3 counts as 1, as in the toolbox."""
-    return np.where(np.isin(grades, _GRADES), grades, 1.0)
-
-
 def _text(value: Any, what: str, path: Path) -> str:
     """A name, empty where MATLAB has an empty array.
 
@@ -272,14 +273,15 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
         elevation = _row(content, known, path)
     names: tuple[str, ...] | None = None
     if "layerData" in content:
-        twtt, grades, names = _read_old_layers(content, len(time), path)
+        twtt, grades, kinds, names = _read_old_layers(content, len(time), path)
         ids: tuple[int, ...] = tuple(range(1, twtt.shape[1] + 1))
     else:
         ids = _whole_numbers(content, "id", path)
         twtt = _by_boundary(_need(content, ("twtt",), path), len(time), len(ids), path, "twtt")
-        grades = np.full(twtt.shape, 1.0)
+        grades = np.full(twtt.shape, _GOOD)
         if "quality" in content:
             grades = _by_boundary(content["quality"], len(time), len(ids), path, "quality")
+        kinds = _read_kinds(content, twtt, path)
     for what, count, wanted in (
         ("lat", len(lat), len(time)),
         ("lon", len(lon), len(time)),
@@ -292,14 +294,31 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
                 f"The variable {what} of {path} has {count} values, not {wanted}.", _AGAIN
             )
     twtt = np.where(np.isfinite(twtt) & (twtt > 0), twtt, np.nan)
+    grades = np.where(np.isin(grades, _GRADES), grades, _GOOD)  # as in the toolbox
+    kinds = np.where(np.isin(kinds, _KINDS), kinds, _AUTOMATIC)
     if quality is not None:
-        twtt = np.where(_known_grades(grades) <= quality, twtt, np.nan)
-    ids, twtt = _join_doubled(ids, twtt, path)
+        twtt = np.where(grades <= quality, twtt, np.nan)
+    ids, columns = _join_doubled(ids, twtt, path)
+    twtt, grades, kinds = (np.take_along_axis(v, columns, 1) for v in (twtt, grades, kinds))
     _check_seconds(twtt, path)
     if match := FRAME_NAME.fullmatch(path.name):
         check_day(time, match[1], path)
     name = path.stem.removeprefix("Data_")
-    return Frame(time, np.stack([lat, lon], 1), twtt, ids, names, name, elevation)
+    pos = np.stack([lat, lon], 1)
+    return Frame(time, pos, twtt, ids, names, name, elevation, grades, kinds)
+
+
+def _read_kinds(content: dict[str, Any], twtt: Array, path: Path) -> Array:
+    """Types of picks, automatic where the file has none that fit: only what is written needs them.
+
+    Shape:
+        - twtt: (M, K); the result too.
+    """
+    unknown: Array = np.full(twtt.shape, _AUTOMATIC)
+    values = np.asarray(content.get("type", ()))
+    if values.dtype.kind not in "biuf" or sorted(values.shape) != sorted(twtt.shape):
+        return unknown
+    return _by_boundary(values, len(twtt), twtt.shape[1], path, "type")
 
 
 def _check_seconds(twtt: Array, path: Path) -> None:
@@ -312,50 +331,61 @@ def _check_seconds(twtt: Array, path: Path) -> None:
         )
 
 
-def _join_doubled(ids: tuple[int, ...], twtt: Array, path: Path) -> tuple[tuple[int, ...], Array]:
+def _join_doubled(
+    ids: tuple[int, ...], twtt: Array, path: Path
+) -> tuple[tuple[int, ...], NDArray[np.int64]]:
     """Join columns of boundaries that have one number, where their picks do not contradict.
 
     Shape:
-        - twtt: (M, K) -> (M, number of different ids).
+        - twtt: (M, K).
+
+    Returns:
+        The different numbers, and which of the K columns each of them is from (M, their number).
 
     Raises:
         DataError: They do.
     """
-    if len(set(ids)) == len(ids):
-        return ids, twtt
-    columns: dict[int, Array] = {}
-    for k, column in zip(ids, twtt.T, strict=True):
-        before = columns.setdefault(k, column)
+    columns: dict[int, NDArray[np.int64]] = {}
+    picks: dict[int, Array] = {}
+    for number, (k, column) in enumerate(zip(ids, twtt.T, strict=True)):
+        own = np.full(len(column), number)
+        before = picks.setdefault(k, column)
         if (np.isfinite(before) & np.isfinite(column) & (before != column)).any():
             raise DataError(
                 f"The boundary {k} comes twice in {path}, with different picks.",
                 "Give every boundary a number of its own in `id`, or leave such files out: "
                 f"`{_OPTION}.exclude+=unreadable`.",
             )
-        columns[k] = np.where(np.isfinite(before), before, column)
-    return tuple(columns), np.stack(list(columns.values()), 1)
+        is_new = np.isnan(before) & np.isfinite(column)
+        columns[k] = np.where(is_new, own, columns.get(k, own))
+        picks[k] = np.where(is_new, column, before)
+    empty = np.zeros((len(twtt), 0), np.int64)
+    return tuple(columns), np.stack(list(columns.values()), 1) if columns else empty
 
 
 def _read_old_layers(
     content: dict[str, Any], traces: int, path: Path
-) -> tuple[Array, Array, tuple[str, ...] | None]:
+) -> tuple[Array, Array, Array, tuple[str, ...] | None]:
     """Picks of the old format: the automatic ones, and manual ones where there are any.
 
     Returns:
-        Travel times (M, K) [s], grades (M, K) and names, if there are any.
+        Travel times (M, K) [s], grades (M, K), types (M, K) and names, if there are any.
     """
-    picks, grades, names = [], [], []
+    picks, grades, kinds, names = [], [], [], []
     for number, layer in enumerate(_as_list(content["layerData"]), 1):
         if not isinstance(layer, dict):
             raise DataError(f"The boundary {number} of layerData in {path} has no fields.", _AGAIN)
         manual, automatic = _read_pick_sets(layer, traces, number, path)
         picks.append(np.where(np.isfinite(manual), manual, automatic))
+        kinds.append(np.where(np.isfinite(manual), _MANUAL, _AUTOMATIC))
         grade = _numbers(layer.get("quality", ()), "quality", path).ravel()
         grades.append(grade if len(grade) == traces else np.ones(traces))
         names.append(_text(layer.get("name", ""), f"The name of boundary {number}", path))
     if not picks:
-        return np.zeros((traces, 0)), np.zeros((traces, 0)), None
-    return np.stack(picks, 1), np.stack(grades, 1), tuple(names) if any(names) else None
+        empty = np.zeros((traces, 0))
+        return empty, empty, empty, None
+    known = tuple(names) if any(names) else None
+    return np.stack(picks, 1), np.stack(grades, 1), np.stack(kinds, 1), known
 
 
 def _read_pick_sets(layer: dict[str, Any], traces: int, number: int, path: Path) -> list[Array]:

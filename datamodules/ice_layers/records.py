@@ -110,6 +110,19 @@ class TraceRecord:
         parts: dict[str, Any] = {name: values[rows] for name, values in arrays.items()}
         return replace(self, **parts)
 
+    def times_below(self, thickness: Array) -> Array:
+        """Two-way travel time from the surface to each boundary of a completed stack [s].
+
+        Args:
+            thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
+
+        Returns:
+            NaN where it is unknown. Shape: (N, K).
+        """
+        assert self.density is not None
+        below = np.cumsum(thickness_to_time(thickness, self.density), axis=1)
+        return np.concatenate([np.zeros((len(below), 1)), below], axis=1)
+
     def describe(self, thickness: Array) -> dict[str, Any]:
         """What is known of the traces of a completed stack, by name.
 
@@ -132,7 +145,5 @@ class TraceRecord:
             known["time_scale"] = self.time_scale
         surface = known.pop("surface", None)
         if surface is not None and self.density is not None:
-            below = np.cumsum(thickness_to_time(thickness, self.density), axis=1)
-            start = np.zeros((len(below), 1))
-            known["twtt"] = surface[:, None] + np.concatenate([start, below], axis=1)
+            known["twtt"] = surface[:, None] + self.times_below(thickness)
         return known

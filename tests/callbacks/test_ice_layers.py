@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fulgurite.callbacks.ice_layers import CompletionWriter, _choose, _Drawn
+from fulgurite.datamodules.ice_layers import LayerFiles
 from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.models.ice_layers import read_netcdf, read_npz
@@ -92,6 +93,25 @@ def test_long_gaps_stay_missing(again):
     stacks = [read_npz(path) for path in folder.glob("*.npz")]
     left = sum(int((s.provenance == 3).sum()) for s in stacks)
     assert left == sum(int(np.isnan(s.thickness).sum()) for s in stacks) > 0
+
+
+def test_completed_layers_go_back_into_layer_files(again):
+    cli = again("predict", "--trainer.callbacks.csarp_layer=true", *PLAIN)
+    folder, data = Path("run/predict/completed"), cli.datamodule
+    read = sorted((data.source.root / "CSARP_layer").glob("*/*.mat"))
+    assert [path.name for path in sorted((folder / "CSARP_layer").glob("*/*.mat"))] == [
+        path.name for path in read
+    ]
+    options = {"density": 0.4, "traces": 16, "count": 6}
+    found = LayerFiles([str(folder / "CSARP_layer")], **options).load().stacks
+    assert {s.name for s in found} == {path.stem for path in folder.glob("*.npz")}
+    for stack in found:  # where no surface was picked no travel time is known
+        np.testing.assert_array_equal(stack.observed.all(1), np.isfinite(stack.record.surface))
+
+
+def test_layer_files_need_what_they_are_made_of():
+    with pytest.raises(ConfigError, match="npz=false, of which layer files are made"):
+        CompletionWriter(csarp_layer=True, npz=False)
 
 
 def test_a_test_draws_errors_by_depth_and_coverage(again):
