@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import name_some
+from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.climate_files import ClimateFile
 from fulgurite.datamodules.ice_layers.climate_grid import (
     PROJECTIONS,
@@ -171,7 +172,7 @@ class MarClimate:
         for given in self.files:
             path = data_path(given, must_exist=False)
             if path.is_dir():
-                found |= set(path.glob("**/*.nc")) | set(path.glob("**/*.nc4"))
+                found |= {file for _, file in list_files(path, (".nc", ".nc4"))}
             else:
                 found |= {Path(match) for match in glob.glob(str(path), recursive=True)}
         if not found:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from fulgurite.data.exclusions import check_exclude, name_some
+from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.climate import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
     Blocks,
@@ -205,7 +206,11 @@ class KoenigPicks(StackSource):
         found: set[Path] = set()
         for given in self.files:
             path = data_path(given)
-            found |= set(path.glob("**/mapdata*.txt")) if path.is_dir() else {path}
+            if path.is_dir():
+                tables = [file for _, file in list_files(path, (".txt",))]
+                found |= {file for file in tables if file.name.startswith("mapdata")}
+            else:
+                found.add(path)
         if not found:
             raise DataError(
                 f"There is no table mapdata*.txt at {name_some(self.files)}.",

@@ -5,6 +5,7 @@ Shapes: M traces, K boundaries (the surface first), L = K - 1 layers.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from fulgurite.data.exclusions import check_exclude, name_some
+from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.boundaries import (
     AgesFrom,
     Boundaries,
@@ -164,10 +166,10 @@ class LayerFiles(StackSource):
         files: dict[str, set[Path]] = {}
         for pattern in self.files:
             root = data_path(pattern, must_exist=False)
-            matches: Iterable[Path] = (
-                root.glob("**/Data_*.mat")
+            matches = (
+                [path for _, path in list_files(root, (".mat",))]
                 if root.is_dir()
-                else Path(root.anchor).glob(str(root.relative_to(root.anchor)))
+                else [Path(match) for match in glob.glob(str(root), recursive=True)]
             )
             for path in matches:
                 if match := FRAME_NAME.fullmatch(path.name):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fulgurite.data.exclusions import check_exclude
+from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.stack import (
@@ -135,7 +136,7 @@ class NpzStacks(StackSource):
         Raises:
             DataError: There is none.
         """
-        found = sorted(self.folder().glob("**/*.npz"))
+        found = sorted(path for _, path in list_files(self.folder(), (".npz",)))
         if not found:
             raise DataError(
                 f"There is no npz file under {self.root}.", f"Set `{_OPTION}.root` to their folder."

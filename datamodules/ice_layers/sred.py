@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import check_exclude, name_some
+from fulgurite.data.listing import list_files
 from fulgurite.data.splits import check_least
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE
 from fulgurite.datamodules.ice_layers.flights import StackSource, left_out_files, read_or_leave
@@ -224,9 +225,10 @@ class SredMat(StackSource):
         for part in PARTS:
             for name in self.folders[part]:
                 folder = root / name
-                paths = sorted(folder.glob("**/*.mat"))
+                is_there = folder.is_dir()
+                paths = [path for _, path in list_files(folder, (".mat",))] if is_there else []
                 if not paths:
-                    what = "has no .mat file" if folder.is_dir() else "is not there"
+                    what = "has no .mat file" if is_there else "is not there"
                     raise DataError(
                         f"The folder {folder} {what}.",
                         f"Set `{_OPTION}.root`, and `{_OPTION}.{part}` to folders in it (may be "

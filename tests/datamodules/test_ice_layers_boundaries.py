@@ -109,6 +109,16 @@ def test_the_order_of_given_files_changes_nothing(tmp_path):
             np.testing.assert_array_equal(one.pos, two.pos)
 
 
+def test_links_to_folders_on_other_disks_are_followed(tmp_path):
+    write(tmp_path / "disk", make_track())
+    (tmp_path / "season").mkdir()
+    (tmp_path / "season" / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "disk")
+    direct, linked = load(tmp_path / "disk"), load(tmp_path / "season")
+    assert len(direct.stacks) == len(linked.stacks) == 2
+    np.testing.assert_array_equal(direct.stacks[0].thickness, linked.stacks[0].thickness)
+
+
 # --- boundaries -----------------------------------------------------------------------------------
 
 
