@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.data.listing import list_files
@@ -47,7 +48,7 @@ _DATE = re.compile(r"(?<!\d)((?:19|20)\d{6}(?:_\d{2})?)(?!\d)")
 _FIRST_IS_SURFACE = 0.5  # of the typical distance of the first two picks
 
 
-def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Array, Array]]:
+def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Array, Array, Array]]:
     """Read a table of picks.
 
     Columns, between white space or commas: file, trace, latitude, longitude, time
@@ -59,8 +60,9 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         from_bins: Return two-way travel times from the first bin instead of depths.
 
     Returns:
-        For each segment (the ``YYYYMMDD_SS`` or ``YYYYMMDD`` in the file column) the times (M,)
-        [s], positions (M, 2) [degrees], and depths (M, K) [m] or times [s], NaN where missing.
+        For each segment (the ``YYYYMMDD_SS`` or ``YYYYMMDD`` in the file column) the numbers of
+        the traces (M,), times (M,) [s], positions (M, 2) [degrees], and depths (M, K) [m] or times
+        [s], NaN where missing.
 
     Raises:
         DataError: The table is damaged, or a line has another number of columns.
@@ -106,7 +108,8 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         bins, depth = picks_of[..., 0], picks_of[..., 1]
         missing = (bins == -1) | (depth == -1) | ~np.isfinite(picks_of[..., :2]).all(-1)
         picks = bins * table[:, 4:5] if from_bins else depth
-        found[segment] = table[:, 3], table[:, 1:3], np.where(missing, np.nan, picks)
+        kept = np.where(missing, np.nan, picks)
+        found[segment] = table[:, 0], table[:, 3], table[:, 1:3], kept
     return found
 
 
@@ -225,15 +228,15 @@ class KoenigPicks(StackSource):
             DataError: A table is damaged, has too few layers, or its times are unusable.
         """
         bins = self.thickness == "bins"
-        parts: dict[str, list[tuple[Array, Array, Array]]] = {}
+        parts: dict[str, list[tuple[Array, Array, Array, Array]]] = {}
         damaged: list[str] = []
         widths: dict[Path, int] = {}
         for path in self.paths():
             table = read_or_leave(lambda path: read_picks(path, bins), path, self.exclude, damaged)
             for segment, picks_of in (table or {}).items():
                 parts.setdefault(segment, []).append(picks_of)
-                widths[path] = picks_of[2].shape[1]
-        every = [picks for tables in parts.values() for _, _, picks in tables]
+                widths[path] = picks_of[3].shape[1]
+        every = [tables[3] for some in parts.values() for tables in some]
         surface, notes = self._choose_surface(every)
         needed = self.count + (surface == "first_pick")
         for path, boundaries in widths.items():
@@ -246,12 +249,16 @@ class KoenigPicks(StackSource):
         crossed, lost = 0, np.zeros(2, np.int64)
         age = np.arange(1.0, self.count + 1)
         for segment in sorted(parts):  # which may be in several tables
-            cut = [(time, pos, picks[:, :needed]) for time, pos, picks in parts[segment]]
-            recorded_time, pos, picks = map(np.concatenate, zip(*cut, strict=True))
+            cut = [(*trace, picks[:, :needed]) for *trace, picks in parts[segment]]
+            number, recorded_time, pos, picks = map(np.concatenate, zip(*cut, strict=True))
             if surface == "zero":
                 picks = np.column_stack([np.zeros(len(picks)), picks])
             start, time = parse_day(segment), recorded_time
             is_usable = abs(float(np.median(recorded_time)) - start) < 3 * 86_400
+            rows = _order_rows(number, recorded_time if is_usable else None, pos)
+            time, recorded_time, pos, picks = (
+                values[rows] for values in (time, recorded_time, pos, picks)
+            )
             if not is_usable:
                 # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
                 time = start + 43_200.0 + np.arange(len(recorded_time), dtype=np.float64)
@@ -286,6 +293,23 @@ class KoenigPicks(StackSource):
             f"(medians): they are taken for the {'surface' if is_surface else 'first layer'} "
             f"(surface={chosen})"
         ]
+
+
+def _order_rows(number: Array, time: Array | None, pos: Array) -> NDArray[np.int64]:
+    """Order of a flight's lines: by time, in which several traces share a second, and number.
+
+    Without times by number, if every trace has one of its own, and otherwise as the lines are.
+
+    Args:
+        number: Of each trace, as the table has it. Shape: (M,).
+        time: Shape: (M,).
+        pos: Shape: (M, 2).
+    """
+    if time is not None:
+        return np.lexsort((number, time))
+    traces = np.unique(np.column_stack([number, pos]), axis=0)  # lines that come twice are one
+    is_known = np.isfinite(number).all() and len(np.unique(number)) == len(traces)
+    return np.argsort(number, kind="stable") if is_known else np.arange(len(number))
 
 
 def _median_of(parts: Sequence[Array]) -> float:

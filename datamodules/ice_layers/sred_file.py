@@ -104,8 +104,9 @@ class SredFile:
         nothing = np.zeros((len(self.pos), layers, 0), np.float32)
         physics = np.stack(values, -1) if values else nothing
         if not np.isfinite(physics).all():
-            finite = np.isfinite(physics).reshape(-1, len(self.fields)).all(0)
-            names = [name for k, name in enumerate(self.fields) if not finite[k]]
+            names = [
+                name for k, name in enumerate(self.fields) if not np.isfinite(physics[..., k]).all()
+            ]
             raise DataError(
                 f"The fields {name_some(names)} of {self.path} have values that are not finite.",
                 "Fill them before, leave the fields out of "

@@ -393,6 +393,28 @@ def test_tables_of_2009_are_named_by_the_day(tmp_path):
     np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (30, 1)), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "time"), [("layers_20090331_dec03", 44.0), (f"IRSNO1B_{SEGMENT}_015", START)]
+)
+def test_the_order_of_lines_and_tables_changes_nothing(tmp_path, name, time):
+    """Five traces share a second, and those of 2009 have no time: their numbers order them."""
+    generator = np.random.default_rng(0)
+    depths = np.cumsum(THICKNESS * generator.uniform(0.8, 1.2, (40, 4)), 1)
+    koenig_table(tmp_path, name, depths, time)
+    path = tmp_path / "mapdata.txt"
+    lines = [line.split() for line in path.read_text().splitlines()]
+    for words in lines:
+        words[4] = str(int(time + int(words[1]) // 5))
+    generator.shuffle(lines)
+    for number, part in ((2, lines[:25]), (10, lines[20:])):  # some lines are in both
+        text = "\n".join(" ".join(words) for words in part)
+        (tmp_path / f"mapdata{number}.txt").write_text(text)
+    path.unlink()
+    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=40).load().stacks
+    expected = np.diff(depths, axis=1, prepend=0.0)
+    np.testing.assert_allclose(stack.thickness, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("surface", [None, "first_pick", "zero"])
 def test_depths_and_bins_name_the_same_years(tmp_path, surface):
     depths = np.concatenate([[0.05], 0.05 + THICKNESS.cumsum()])  # the first pick is the surface
