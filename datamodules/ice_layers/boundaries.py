@@ -16,7 +16,7 @@ from fulgurite.datamodules.ice_layers.flights import Track, in_order
 from fulgurite.datamodules.ice_layers.layer_frames import Frame, Organizer
 from fulgurite.datamodules.ice_layers.records import TrackRecord
 from fulgurite.datamodules.ice_layers.stack import Array
-from fulgurite.datamodules.ice_layers.travel_time import layer_times, remove_crossed
+from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
 from fulgurite.errors import DataError
 
 __all__ = ["AgesFrom", "Boundaries", "JoinedTrack", "find_boundaries", "join_frames"]
@@ -198,12 +198,12 @@ def join_frames(
     twtt = np.concatenate([part[keep] for part, keep in zip(parts, is_first, strict=True)])
     traces, pos, lost = in_order(time, pos)
     lost[1] += sum(int((~keep).sum()) for keep in is_first)
-    layers, crossed = layer_times(twtt[traces])
+    picks, crossed = remove_crossed(twtt[traces])
     age = boundaries.layer_ages(count, ages)
     record = _describe_traces(frames, is_first, traces)
     record = replace(record, time=time[traces], time_scale="GPS")
-    record = replace(record, surface=remove_crossed(twtt[traces])[0][:, 0])
-    track = Track(segment, time[traces], pos, layers, age, record=record)
+    record = replace(record, surface=picks[:, 0])
+    track = Track(segment, time[traces], pos, picks, age, record=record)
     return JoinedTrack(track, crossed, lost, contradicting)
 
 

@@ -26,7 +26,7 @@ from fulgurite.datamodules.ice_layers.completed import (
 )
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
-from fulgurite.datamodules.ice_layers.hiding import drop_observed
+from fulgurite.datamodules.ice_layers.hiding import drop_picks
 from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
@@ -77,8 +77,9 @@ class IceLayerDataModule(L.LightningDataModule):
         eval_batch_size: Stacks of other batches; as in training if not given.
         train_stacks: Train on at most this many stacks, a random choice.
         traced: Parts of which only stacks without any missing entry are used.
-        drop: Fraction of the observed entries that test batches hide from the model, in runs and
-            whole layers; what is dropped at 0.1 is dropped at 0.3 too.
+        drop: Fraction of the picks that test batches hide from the model, in runs and whole
+            boundaries, with the layers on both of their sides; what is dropped at 0.1 is dropped
+            at 0.3 too.
         overlap: Stacks nearer than this to an evaluated trace overlap it [m].
         predict: Which stacks are predicted: ``all`` there are, or those of a part. Stacks without
             any pick, which are in no part, are predicted with those of their segment; those that
@@ -393,7 +394,8 @@ class IceLayerDataModule(L.LightningDataModule):
             dropped = None
             if drop:  # by name: whatever other stacks there are
                 key = (self.seed, _DROP, *stack.name.encode())
-                dropped = drop_observed(stack.observed, drop, np.random.default_rng(key))
+                picked = stack.known_spans.picked
+                dropped = drop_picks(picked, drop, np.random.default_rng(key))
             data.append(stack.to_data(self.segments.index(stack.segment), k, dropped))
         return data
 
@@ -467,7 +469,7 @@ class IceLayerDataModule(L.LightningDataModule):
         return self._evaluation(self._data("val"))
 
     def test_dataloader(self) -> Any:
-        """Return the test stacks, with a fraction ``drop`` of observed entries hidden."""
+        """Return the test stacks, with a fraction ``drop`` of picks hidden."""
         return self._evaluation(self._data("test", self.drop))
 
     def predict_dataloader(self) -> Any:

@@ -26,6 +26,7 @@ from fulgurite.datamodules.ice_layers.resample import (
     interpolate_positions,
     resample,
 )
+from fulgurite.datamodules.ice_layers.spans import Spans, resample_spans
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
@@ -36,7 +37,11 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_plausible,
     check_thickest,
 )
-from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
+from fulgurite.datamodules.ice_layers.travel_time import (
+    LIGHT,
+    refractive_index,
+    time_to_thickness,
+)
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
@@ -126,16 +131,16 @@ class StackSource(ABC):
 
 @dataclass
 class Track:
-    """One flight segment: layers at each raw trace.
+    """One flight segment: boundaries at each raw trace.
 
     Attributes:
         segment: Its name, which begins with the date.
         time: Time of each trace [s since 1970]. Shape: (M,).
         pos: Latitude and longitude [degrees]. Shape: (M, 2).
-        layers: Two-way travel time through each layer [s], or its thickness [m], NaN where
-            missing. Shape: (M, L).
+        boundaries: Two-way travel time to each boundary from the surface down [s], or its depth
+            [m], NaN where missing; none cross. Shape: (M, K).
         age: Age of each layer's lower boundary at the flight [years]. Shape: (L,).
-        is_time: Whether ``layers`` is a time.
+        is_time: Whether ``boundaries`` is a time.
         truth: Shape: (M, L) [m], of generated data.
         record: What the files say of the traces beside their layers.
     """
@@ -143,7 +148,7 @@ class Track:
     segment: str
     time: Array
     pos: Array
-    layers: Array
+    boundaries: Array
     age: Array
     is_time: bool = True
     truth: Array | None = None
@@ -275,6 +280,7 @@ class _Block:
     number: int
     pos: Array
     layers: Array
+    spans: Spans
     truth: Array | None
     record: TraceRecord
 
@@ -300,7 +306,7 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
             spacing = how.spacing or float(np.median(steps[steps > 0]))
             blocks_of_run = cut(float(part[-1]), how.traces, spacing)
             places = np.concatenate(blocks_of_run)
-            values = resample(part, track.layers[run], places)
+            values, spans = resample_spans(part, track.boundaries[run], places)
             pos = interpolate_positions(part, track.pos[run], places)
             truth = None if track.truth is None else resample(part, track.truth[run], places)
             hole = in_hole(part, places)
@@ -319,6 +325,7 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
                         number,
                         pos[own],
                         values[own],
+                        spans[own],
                         None if truth is None else truth[own],
                         record[own],
                     )
@@ -383,10 +390,11 @@ def assemble(
                 outside += 1
                 continue
             nearest += int(flag.sum())
-        thickness, record = block.layers, block.record
+        thickness, spans, record = block.layers, block.spans, block.record
         if block.track.is_time:
             density = _density(physics, names, block.track.age, how)
             thickness = time_to_thickness(thickness, density)
+            spans = Spans(spans.start, spans.path * LIGHT / 2.0, refractive_index(density))
             record = replace(record, density=density)
         check_plausible(thickness, f"stack {name}")
         distance = along_track(block.pos)
@@ -401,6 +409,7 @@ def assemble(
                 distance,
                 block.truth,
                 record=record,
+                spans=spans,
             )
         )
     if nearest:

@@ -1,4 +1,4 @@
-"""Further missing entries at test time: nested, structured, seeded.
+"""Further missing boundaries at test time: nested, structured, seeded.
 
 Shapes: N traces, L layers.
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["drop_observed"]
+__all__ = ["drop_picks"]
 
 
-def drop_observed(
-    observed: NDArray[np.bool_], fraction: float, generator: np.random.Generator
+def drop_picks(
+    picked: NDArray[np.bool_], fraction: float, generator: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Choose observed entries to be dropped: runs of traces in a layer, and whole layers.
+    """Choose picks to be dropped: runs of traces of a boundary, and whole boundaries.
 
     The same generator's state gives nested choices: what is dropped at 10 % is dropped at 30 %.
 
     Args:
-        observed: Where thickness is known.
-        fraction: Of the observed entries; rounded to whole entries.
+        picked: Where the lower boundary of each layer is picked.
+        fraction: Of these picks; rounded to whole picks.
         generator: Of the runs.
 
     Shape:
@@ -30,15 +30,15 @@ def drop_observed(
 
     Example:
         >>> seen = np.ones((16, 4), bool)
-        >>> few, many = (drop_observed(seen, f, np.random.default_rng(0)) for f in (0.25, 0.5))
+        >>> few, many = (drop_picks(seen, f, np.random.default_rng(0)) for f in (0.25, 0.5))
         >>> int(few.sum()), int(many.sum()), bool((few & ~many).any())
         (16, 32, False)
     """
-    n, layers = observed.shape
-    rank = np.full(observed.shape, np.inf)  # when an entry is dropped
+    n, layers = picked.shape
+    rank = np.full(picked.shape, np.inf)  # when an entry is dropped
     event = 0
     rows = np.arange(n)
-    while np.isinf(rank[observed]).any() and event < 64 * layers:
+    while np.isinf(rank[picked]).any() and event < 64 * layers:
         layer, whole = int(generator.integers(layers)), generator.random() < 0.15
         length = int(generator.integers(max(1, n // 8), max(2, n // 2 + 1)))
         first = int(generator.integers(n))
@@ -46,7 +46,7 @@ def drop_observed(
         late = event + np.arange(len(run)) / (len(run) + 1)
         rank[run, layer] = np.minimum(rank[run, layer], late)
         event += 1
-    order = np.argsort(np.where(observed, rank, np.inf), axis=None, kind="stable")
-    dropped = np.zeros(observed.size, np.bool_)
-    dropped[order[: round(fraction * int(observed.sum()))]] = True
-    return dropped.reshape(observed.shape)
+    order = np.argsort(np.where(picked, rank, np.inf), axis=None, kind="stable")
+    dropped = np.zeros(picked.size, np.bool_)
+    dropped[order[: round(fraction * int(picked.sum()))]] = True
+    return dropped.reshape(picked.shape)

@@ -34,7 +34,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     Array,
     Flights,
 )
-from fulgurite.datamodules.ice_layers.travel_time import layer_times
+from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import reading
 from fulgurite.io import data_path
@@ -265,11 +265,11 @@ class KoenigPicks(StackSource):
             traces, pos, its_lost = in_order(time, pos, recorded_time)
             lost += its_lost
             if len(traces):
-                layers, its_crossed = layer_times(picks[traces])
+                kept, its_crossed = remove_crossed(picks[traces])
                 crossed += its_crossed
                 record = TrackRecord(time=time[traces] if is_usable else None)
                 tracks.append(
-                    Track(segment, time[traces], pos, layers, age, is_time=bins, record=record)
+                    Track(segment, time[traces], pos, kept, age, is_time=bins, record=record)
                 )
         excluded = [*left_out_files(damaged), *left_out_traces(lost, crossed)]
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]

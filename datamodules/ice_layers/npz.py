@@ -15,6 +15,7 @@ from fulgurite.data.exclusions import check_exclude
 from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.resample import along_track
+from fulgurite.datamodules.ice_layers.spans import Spans
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     METRES,
@@ -24,6 +25,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     LayerStack,
     check_thickest,
 )
+from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
 from fulgurite.errors import DataError
 from fulgurite.foreign import read_arrays, reading
 from fulgurite.io import data_path
@@ -36,6 +38,7 @@ _KINDS = ("unreadable", "negative", "short", "layer_count")
 # Arrays of numbers, and their dimensions
 _ARRAYS = {
     "thickness": 2,
+    "boundary": 2,
     "pos": 2,
     "physics": 3,
     "physics_flag": 1,
@@ -68,19 +71,21 @@ def _names(content: dict[str, Any], name: str) -> tuple[str, ...]:
 class NpzStacks(StackSource):
     """Stacks in npz files, in any folder structure under a root.
 
-    Arrays of a file: ``thickness`` (N, L) [m], NaN where missing; ``pos`` (N, 2) latitude and
-    longitude [degrees]; optional ``physics`` (N, L, P), ``physics_names`` (P,), ``physics_flag``
-    (N,), ``distance`` (N,) [m], ``truth`` (N, L) [m], ``layer_age`` (L,) [years], ``layer_names``
-    (L,), ``segment`` and ``stack`` (names; those of the folder and the file if not given), ``unit``
-    of thicknesses (``m`` if not given, or ``range bins``).
+    Arrays of a file: ``thickness`` (N, L) [m], NaN where missing, or ``boundary`` (N, L + 1), the
+    depth of each boundary from the surface down [m], NaN where it is not picked, from which sums
+    of layers are known too; ``pos`` (N, 2) latitude and longitude [degrees]; optional ``physics``
+    (N, L, P), ``physics_names`` (P,), ``physics_flag`` (N,), ``distance`` (N,) [m], ``truth``
+    (N, L) [m], ``layer_age`` (L,) [years], ``layer_names`` (L,), ``segment`` and ``stack`` (names;
+    those of the folder and the file if not given), ``unit`` of thicknesses and boundaries (``m``
+    if not given, or ``range bins``).
 
     Args:
         root: Folder, absolute or relative to ``FULGURITE_DATA``.
         count: L, where it is to be known before files are read.
         physics: Names of the physical fields, equally.
         exclude: What to leave out and count instead of stopping: ``unreadable`` files, entries with
-            a ``negative`` thickness, stacks with a ``short`` track (one trace) or with another
-            ``layer_count`` than most.
+            a ``negative`` thickness or boundaries that cross, stacks with a ``short`` track (one
+            trace) or with another ``layer_count`` than most.
         thickest: Largest plausible median of all observed thicknesses, above which they are taken
             to be in other units (15 m or 500 range bins if not given); more than a year's firn for
             layers of many years.
@@ -149,10 +154,11 @@ class NpzStacks(StackSource):
             try:
                 content = read_npz(path)
                 for name in ("thickness", "pos", *self._needs):
-                    if name not in content:
+                    if name not in content and not (name == "thickness" and "boundary" in content):
                         raise DataError(
                             f"The stack {path} has no array {name!r}.",
-                            "Give files with thickness (traces, layers) and pos (traces, 2), those "
+                            "Give files with thickness (traces, layers) or boundary (traces, "
+                            "layers + 1), and pos (traces, 2), those "
                             "of `completed` as `fulgurite predict` writes them. " + _AGAIN,
                         )
                 for name in _ARRAYS.keys() & content.keys():
@@ -170,6 +176,17 @@ class NpzStacks(StackSource):
                 yield path, None
             else:
                 yield path, content
+
+    def _take_boundaries(self, content: dict[str, Any]) -> int:
+        """Add thickness to arrays with boundaries, and return how many of these were left out."""
+        if "boundary" not in content:
+            return 0
+        crossed = 0
+        if "negative" in self.exclude:
+            content["boundary"], crossed = remove_crossed(content["boundary"])
+        if crossed or "thickness" not in content:
+            content["thickness"] = np.diff(content["boundary"], axis=1)
+        return crossed
 
     def _stack(self, path: Path, content: dict[str, Any]) -> LayerStack:
         """The stack of a file's arrays."""
@@ -204,6 +221,7 @@ class NpzStacks(StackSource):
                 distance,
                 content.get("truth"),
                 unit=_text(content, "unit", METRES),
+                spans=Spans.of_depth(content["boundary"]) if "boundary" in content else None,
                 **self._extra(content),
             )
         except DataError as error:
@@ -228,6 +246,7 @@ class NpzStacks(StackSource):
             if content is None:
                 left_out["unreadable"] += 1
                 continue
+            left_out["negative"] += self._take_boundaries(content)
             thickness = content["thickness"]
             if "short" in self.exclude and len(thickness) == 1:
                 left_out["short"] += 1

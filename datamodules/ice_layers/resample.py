@@ -11,8 +11,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.stack import Array
-
 __all__ = [
     "EARTH",
     "along_track",
@@ -23,6 +21,8 @@ __all__ = [
     "interpolate_positions",
     "resample",
 ]
+
+Array = NDArray[np.float64]
 
 #: Mean radius of the Earth [m].
 EARTH = 6_371_008.8

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fulgurite.datamodules.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -156,11 +157,12 @@ class LayerStack:
         trained_segments: Of completed stacks: what the completing model was trained on.
         unit: Of thicknesses: ``m`` or ``range bins``.
         record: What the source says of the traces beside their layers.
+        spans: What is known of sums of layers between picked boundaries; nothing if not given.
 
     Raises:
         DataError: Shapes do not fit, or a value is impossible: a thickness that is not positive,
-            infinite or not in its unit, a physical field that is not finite, a position off the
-            globe, fewer than two traces.
+            infinite or not in its unit, spans that contradict it, a physical field that is not
+            finite, a position off the globe, fewer than two traces.
 
     Example:
         >>> stack = LayerStack("s_0000", "s", np.ones((2, 3)), np.zeros((2, 3, 1), np.float32),
@@ -181,6 +183,7 @@ class LayerStack:
     trained_segments: tuple[str, ...] = ()
     unit: str = METRES
     record: TraceRecord | None = None
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
         if self.thickness.ndim != 2:
@@ -224,6 +227,8 @@ class LayerStack:
                 f"Give thicknesses in one of {', '.join(PLAUSIBLE_THICKNESS)}.",
             )
         check_plausible(self.thickness, f"stack {self.name}", self.unit)
+        if self.spans is not None:
+            self._check_spans(self.spans)
         if not np.isfinite(self.physics).all():
             raise DataError(
                 f"A physical field of stack {self.name} is not finite.",
@@ -240,10 +245,36 @@ class LayerStack:
                 "Sort its traces.",
             )
 
+    def _check_spans(self, spans: Spans) -> None:
+        if spans.start.shape != self.thickness.shape or spans.path.shape != self.thickness.shape:
+            raise DataError(
+                f"The boundaries of stack {self.name} have shape {spans.path.shape} by layers, its "
+                f"thickness {self.thickness.shape}.",
+                "Give one boundary more than there are layers.",
+            )
+        if (spans.path <= 0).any():
+            raise DataError(
+                f"Stack {self.name} has {int((spans.path <= 0).sum())} layers between boundaries "
+                "that cross or touch.",
+                "Give boundaries from the surface down, and NaN where a pick is wrong.",
+            )
+        if (wrong := spans.contradicts(self.thickness)).any():
+            trace, layer = np.argwhere(wrong)[0]
+            raise DataError(
+                f"The thickness of stack {self.name} is not what lies between its boundaries at "
+                f"{int(wrong.sum())} entries, such as trace {trace}, layer {layer + 1}.",
+                "Give boundaries and the thickness between them, or one of both alone.",
+            )
+
     @property
     def observed(self) -> NDArray[np.bool_]:
         """Where the thickness is known. Shape: (N, L) bool."""
         return np.isfinite(self.thickness)
+
+    @property
+    def known_spans(self) -> Spans:
+        """What was measured between picked boundaries; single layers where no sum is known."""
+        return Spans.of_thickness(self.thickness) if self.spans is None else self.spans
 
     def to_data(self, segment: int, stack: int, dropped: NDArray[np.bool_] | None = None) -> Data:
         """Return it as node-major PyG ``Data``.
@@ -251,7 +282,9 @@ class LayerStack:
         Args:
             segment: Number of its segment.
             stack: Number of the stack.
-            dropped: Observed entries to be hidden from the model. Shape: (N, L) bool.
+            dropped: Layers whose lower boundary is to be hidden from the model: they and the
+                layers below are missing then, and what they add up to may be known.
+                Shape: (N, L) bool.
 
         Raises:
             MissingExtraError: torch-geometric is not installed.
@@ -260,12 +293,11 @@ class LayerStack:
             from torch_geometric.data import Data
         except ImportError as error:
             raise need_extra("torch-geometric", "Batching stacks") from error
-        if dropped is None:
-            dropped = np.zeros(self.thickness.shape, np.bool_)
+        spans = self.known_spans if dropped is None else self.known_spans.hide(dropped)
         fields: dict[str, Any] = {
             "thickness": torch.from_numpy(self.thickness),
-            "observed": torch.from_numpy(self.observed & ~dropped),
-            "dropped": torch.from_numpy(dropped),
+            "observed": torch.from_numpy(spans.observed),
+            "dropped": torch.from_numpy(self.observed & ~spans.observed),
             "physics": torch.from_numpy(self.physics),
             "physics_flag": torch.from_numpy(self.physics_flag),
             "pos": torch.from_numpy(self.pos),
@@ -273,6 +305,10 @@ class LayerStack:
             "segment": torch.tensor([segment]),
             "stack": torch.tensor([stack]),
         }
+        if self.spans is not None:
+            fields["span_start"] = torch.from_numpy(spans.start)
+            fields["span_path"] = torch.from_numpy(spans.path)
+            fields["refraction"] = torch.from_numpy(spans.index)
         if self.truth is not None:
             fields["truth"] = torch.from_numpy(self.truth)
         if self.provenance is not None:

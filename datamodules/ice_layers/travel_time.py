@@ -12,7 +12,6 @@ from fulgurite.datamodules.ice_layers.stack import Array
 
 __all__ = [
     "LIGHT",
-    "layer_times",
     "refractive_index",
     "remove_crossed",
     "thickness_to_time",
@@ -63,43 +62,21 @@ def thickness_to_time(thickness: Array, density: Array) -> Array:
     return time
 
 
-def layer_times(picks: Array) -> tuple[Array, int]:
-    """Differences of neighbouring boundaries, after both of each crossed pair are removed.
-
-    Which of two crossed picks is wrong is not known, so that neither is a measurement, and the
-    layers on their other sides are none either.
-
-    Args:
-        picks: Boundaries from the surface down, in any unit, NaN where missing.
-
-    Shape:
-        - picks: (M, K).
-
-    Returns:
-        The (M, L) differences, NaN where a boundary is missing or removed, and the number of
-        crossed pairs.
-
-    Source: the paper's card, section 3.2, rejects layers that are not positive; that their
-    neighbours go too is inferred.
-
-    Example:
-        >>> layer_times(np.array([[0.0, 2.0, 1.0, 3.0, 4.0]]))
-        (array([[nan, nan, nan,  1.]]), 1)
-    """
-    kept, crossed = remove_crossed(picks)
-    return np.diff(kept, axis=1), crossed
-
-
 def remove_crossed(picks: Array) -> tuple[Array, int]:
     """Remove both picks of each pair of neighbours that cross or touch, until none is left.
 
-    Neighbours are the picks of a trace that have no other one between them.
+    Neighbours are the picks of a trace that have no other one between them. Which of two crossed
+    picks is wrong is not known, so that neither is a measurement, and the layers on both of their
+    sides are none either.
 
     Shape:
         - picks: (M, K), NaN where missing; the result too.
 
     Returns:
         The picks, and the number of crossed pairs.
+
+    Source: the paper's card, section 3.2, rejects layers that are not positive; that their
+    neighbours go too is inferred.
 
     Example:
         >>> remove_crossed(np.array([[0.0, 5.0, np.nan, 3.0, 6.0]]))

@@ -26,9 +26,23 @@ from fulgurite.models.ice_layers.baselines import (
 from fulgurite.models.ice_layers.completion import fill, gaps
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
-from fulgurite.models.ice_layers.kriging import Drift, Kriging, KrigingStack, fit_kriging, thinned
+from fulgurite.models.ice_layers.kriging import (
+    Drift,
+    Kriging,
+    KrigingStack,
+    fit_kriging,
+    join_stacks,
+    thinned,
+)
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
-from fulgurite.models.ice_layers.module import check_batch, known_truth, refuse_seen
+from fulgurite.models.ice_layers.module import (
+    KeptBoundaries,
+    check_batch,
+    check_kept,
+    known_truth,
+    refuse_seen,
+)
+from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["BaselineCompletion", "BaselineMethod"]
@@ -59,6 +73,12 @@ class BaselineCompletion(SystemModule):
         iterations: Of that fit.
         max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
         seed: Of the choice of stacks.
+        keep_boundaries: Which picked boundaries come out where they were picked, so that layers
+            that are missing between two of them add up to what was measured: ``all`` of them, or
+            ``none``, which fills each layer for itself; ``trusted`` leaves out those that
+            ``kriging`` finds contradicted by all others, such as picks of another boundary.
+            ``kriging`` learns from these sums, and divides what is left of them by its covariance;
+            all others divide them in the proportions that they predict.
 
     Attributes:
         trained_segments: Names of the flight segments that it was fitted on, which completed
@@ -84,6 +104,7 @@ class BaselineCompletion(SystemModule):
         iterations: int = 40,
         max_gap: float | None = None,
         seed: int = 0,
+        keep_boundaries: KeptBoundaries = "all",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -97,6 +118,13 @@ class BaselineCompletion(SystemModule):
             raise ConfigError(
                 f"{where}.drift={drift} is unknown.", f"Use one of {', '.join(get_args(Drift))}."
             )
+        check_kept(keep_boundaries)
+        if keep_boundaries == "trusted" and method != "kriging":
+            raise ConfigError(
+                f"{where}.keep_boundaries=trusted, and {method} does not know which picks are "
+                "contradicted.",
+                f"Use {where}.keep_boundaries=all or none, or {where}.method=kriging.",
+            )
         lengths = {"max_line": max_line, "reach": reach, "penalty": penalty, "max_gap": max_gap}
         for name, length in lengths.items():
             if length is not None and not length >= 0:
@@ -108,7 +136,7 @@ class BaselineCompletion(SystemModule):
         self.method, self.max_gap, self.reach, self.penalty = method, max_gap, reach, penalty
         self.max_line = torch.inf if max_line is None else max_line
         self.fit_stacks, self.fit_entries, self.iterations = fit_stacks, fit_entries, iterations
-        self.drift, self.seed = drift, seed
+        self.drift, self.seed, self.keep_boundaries = drift, seed, keep_boundaries
         # a loss needs one, and so does DistributedDataParallel; it is never trained
         self.anchor = nn.Parameter(torch.zeros(1))
         self.trained_segments: tuple[str, ...] = ()
@@ -163,9 +191,7 @@ class BaselineCompletion(SystemModule):
         """
         if not stacks:
             raise DataError("There is no training stack.", "Check `data.init_args.source`.")
-        thickness, observed, physics, _ = (
-            torch.cat(part) for part in zip(*thinned(stacks), strict=True)
-        )
+        thickness, observed, physics = join_stacks(thinned(stacks))
         self.means = layer_means(thickness, observed).double()
         if self.method == "ridge":
             log = self.drift == "log"
@@ -176,14 +202,22 @@ class BaselineCompletion(SystemModule):
                 seed=self.seed, drift=self.drift,
             )  # fmt: skip
 
-    @staticmethod
-    def _stacks(batch: Any) -> Iterator[tuple[int, KrigingStack]]:
-        """Number and arrays of each stack of a batch, on the CPU."""
+    def _stacks(self, batch: Any, shown: Spans | None = None) -> Iterator[tuple[int, KrigingStack]]:
+        """Number and arrays of each stack of a batch, on the CPU.
+
+        Args:
+            batch: PyG's.
+            shown: What may be known of it; all that was measured if not given.
+        """
         check_batch(batch, _FIELDS)
-        sizes = batch.ptr.diff().tolist()
-        parts = [torch.split(getattr(batch, n).cpu(), sizes) for n in KrigingStack._fields]
-        rows = zip(*parts, strict=True)
-        yield from zip(batch.stack.tolist(), (KrigingStack(*row) for row in rows), strict=True)
+        spans = Spans.of_batch(batch) if shown is None else shown
+        spans = (spans.single() if self.keep_boundaries == "none" else spans).to("cpu")
+        arrays = [getattr(batch, name).cpu() for name in ("thickness", "physics", "distance")]
+        bounds = batch.ptr.tolist()
+        for number, first, stop in zip(batch.stack.tolist(), bounds, bounds[1:], strict=False):
+            rows = slice(first, stop)
+            thickness, physics, distance = (x[rows] for x in arrays)
+            yield number, KrigingStack.of_spans(thickness, spans[rows], physics, distance)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Nothing: all was fitted before. The loss is 0 and has no optimizer.
@@ -220,31 +254,30 @@ class BaselineCompletion(SystemModule):
                 "Use the data options of the run that was fitted.",
             )
         if self.kriging is not None:
-            return self.kriging(*stack)
-        thickness, observed = stack.thickness.double(), stack.observed
-        unknown = torch.full_like(thickness, torch.nan)
+            return self.kriging(stack, trust_all=self.keep_boundaries == "all")
+        filled = stack.measured.constrain(self._fill(stack))
+        return filled, torch.full_like(filled, torch.nan)
+
+    def _fill(self, stack: KrigingStack) -> Tensor:
+        """Predicted thickness of each layer for itself [m]. Shape: to (N, L), float64."""
+        assert self.means is not None
         if self.ridge is not None:
-            return self.ridge(stack.physics), unknown
+            return self.ridge(stack.physics)
+        thickness, observed = stack.thickness.double(), stack.observed
         distance = stack.distance.double()
         if self.method == "mean":
-            return self.means.expand(thickness.shape).clone(), unknown
+            return self.means.expand(thickness.shape).clone()
         if self.method == "linear":
-            return along_then_across(thickness, observed, distance, self.means), unknown
+            return along_then_across(thickness, observed, distance, self.means)
         filled = own_layer_mean(thickness, observed, self.means)
         if self.method == "along":
             lines = along_track(thickness, observed, distance, self.max_line, self.reach)
             filled = torch.where(lines.isfinite(), lines, filled)
-        return filled, unknown
+        return filled
 
-    def predict(self, batch: Any, visible: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Any, shown: Spans) -> tuple[Tensor, Tensor]:
         """:meth:`predict_stack` for a batch of which only a part is shown. Shape: (N, L) each."""
-        check_batch(batch, _FIELDS)
-        sizes = batch.ptr.diff().tolist()
-        shown = torch.split(visible.cpu(), sizes)
-        pairs = [
-            self.predict_stack(stack._replace(observed=mask))
-            for (_, stack), mask in zip(self._stacks(batch), shown, strict=True)
-        ]
+        pairs = [self.predict_stack(stack) for _, stack in self._stacks(batch, shown)]
         mean, std = (torch.cat(part).to(batch.ptr.device) for part in zip(*pairs, strict=True))
         return mean, std
 
@@ -258,7 +291,7 @@ class BaselineCompletion(SystemModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`fulgurite.models.ice_layers.IceCompletion.predict_step`."""
-        predicted, std = self.predict(batch, batch.observed)
+        predicted, std = self.predict(batch, Spans.of_batch(batch))
         track = Track.of_batch(batch)
         found = gaps(batch.observed, batch.distance, track)
         made = fill(batch.thickness, batch.observed, found, predicted, std.float(), self.max_gap)
@@ -292,8 +325,8 @@ class BaselineCompletion(SystemModule):
         if self.means is not None:
             self.metrics = CompletionMetrics(len(self.means)).to(self.device)
 
-    def _evaluate(self, batch: Any, visible: Tensor, held: Tensor | None) -> None:
-        mean, std = self.predict(batch, visible)
+    def _evaluate(self, batch: Any, shown: Spans, held: Tensor | None) -> None:
+        mean, std = self.predict(batch, shown)
         assert self.metrics is not None
         self.metrics.update(
             mean,
@@ -305,18 +338,20 @@ class BaselineCompletion(SystemModule):
             held_out=held,
             measured=batch.thickness,
             noise=self._noise,
+            spans=shown,
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score held-out observed entries, and missing ones where the truth is known."""
         if self.trainer.sanity_checking:  # that is before the fit
             return
-        held = held_out(batch.observed, Track.of_batch(batch), batch.stack)
-        self._evaluate(batch, batch.observed & ~held, held)
+        spans = Spans.of_batch(batch)
+        shown = spans.hide(held_out(spans.picked, Track.of_batch(batch), batch.stack))
+        self._evaluate(batch, shown, batch.observed & ~shown.observed)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score missing entries where the truth is known, and dropped ones."""
-        self._evaluate(batch, batch.observed, None)
+        self._evaluate(batch, Spans.of_batch(batch), None)
 
     def _finish(self, stage: str) -> None:
         if self.metrics is None:

@@ -12,17 +12,23 @@ detail), so that layers with much melt may deviate more. Detail ``p`` is the sam
 boundaries, which adjoining layers share with opposite sign. All parameters are fitted on training
 stacks by maximum likelihood. Picks that all others contradict (mis-tracks) are left out.
 
+What is observed is the length of a span between two picked boundaries: of one layer, or the sum of
+several where the boundaries between them are missing. Its noise is that of its two boundaries. What
+such a sum leaves to its layers is divided by their covariance given everything else, so that they
+add up to it exactly (kriging with an exact sum).
+
 Packages for kriging know neither components over layers, nor shared noise, nor likelihood over
 many stacks; so this one is written out. Where they agree it is tested against scikit-learn.
 
-Axes: N traces, L layers, P physical fields, n observed entries, T entries asked for.
+Axes: N traces, L layers, P physical fields, n observed spans, m layers in them, T entries asked
+for.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,9 +39,10 @@ from fulgurite.errors import CheckpointError, DataError
 from fulgurite.models.ice_layers.baselines import Ridge, fit_ridge
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
+from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.models.ice_layers.uncertainty import Z90
 
-__all__ = ["Drift", "Kriging", "KrigingStack", "fit_kriging"]
+__all__ = ["Drift", "Kriging", "KrigingStack", "fit_kriging", "join_stacks", "thinned"]
 
 Drift = Literal["auto", "linear", "log"]
 
@@ -53,6 +60,8 @@ _JUDGED = 4  # times the entries of a fit: of those that intervals are judged on
 _DRIFTS: tuple[Mapping[str, Any], ...] = tuple(
     {"log": log, "penalty": penalty} for log in (True, False) for penalty in (1e-3, 1e-2, 1e-1)
 )
+_Place = tuple[Tensor, ...]
+_LEAST = 1e-4  # thickness of a layer [m]
 _CHUNK = 2**23  # elements of a cross-covariance that is held at once
 
 
@@ -64,12 +73,100 @@ class KrigingStack(NamedTuple):
         observed: Shape: (N, L), bool.
         physics: Shape: (N, L, P).
         distance: Along the track [m]. Shape: (N,).
+        spans: What was measured between picked boundaries; thickness alone if not given.
     """
 
     thickness: Tensor
     observed: Tensor
     physics: Tensor
     distance: Tensor
+    spans: Spans | None = None
+
+    @classmethod
+    def of_spans(
+        cls, thickness: Tensor, spans: Spans, physics: Tensor, distance: Tensor
+    ) -> KrigingStack:
+        """With the entries observed that are spans of their own."""
+        return cls(thickness, spans.observed, physics, distance, spans)
+
+    @property
+    def measured(self) -> Spans:
+        """What was measured between picked boundaries."""
+        if self.spans is not None:
+            return self.spans
+        return Spans.of_thickness(self.thickness.where(self.observed, torch.nan))
+
+    def take(self, rows: Any) -> KrigingStack:
+        """Some of the traces."""
+        spans = None if self.spans is None else self.spans[rows]
+        return KrigingStack(*(x[rows] for x in self[:4]), spans)  # type: ignore[misc]
+
+    def show(self, spans: Spans) -> KrigingStack:
+        """With only a part of what was measured."""
+        return KrigingStack.of_spans(self.thickness, spans, self.physics, self.distance)
+
+
+class _Spans(NamedTuple):
+    """Observed spans of a stack, one after another, and the layers in them.
+
+    Args:
+        trace: Of each span. Shape: (n,).
+        first: Its first layer. Shape: (n,).
+        stop: The layer after its last one. Shape: (n,).
+        value: Its length in units of thickness [m]. Shape: (n,).
+        span: Which span each layer is in. Shape: (m,).
+        layer: Number of each layer. Shape: (m,).
+        weight: Of each layer in its span: 1 but for differences of the index of refraction.
+            Shape: (m,).
+    """
+
+    trace: Tensor
+    first: Tensor
+    stop: Tensor
+    value: Tensor
+    span: Tensor
+    layer: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, spans: Spans) -> _Spans:
+        """From the spans of a stack."""
+        number = torch.arange(spans.start.shape[1])
+        is_first = spans.known & (spans.start == number)
+        trace, first = is_first.nonzero(as_tuple=True)
+        length = spans.length[trace, first]
+        row, layer = spans.known.nonzero(as_tuple=True)
+        order = torch.zeros(spans.start.shape, dtype=torch.long)
+        order[trace, first] = torch.arange(len(trace))
+        span = order[row, spans.start[row, layer]]
+        index = spans.index[row, layer]
+        mean = torch.zeros(len(trace), dtype=index.dtype).index_add(0, span, index) / length
+        value = spans.path[trace, first] / mean
+        return cls(trace, first, first + length, value, span, layer, index / mean[span])
+
+    def take(self, kept: Tensor) -> _Spans:
+        """Some of the spans."""
+        renumbered = kept.cumsum(0) - 1
+        inside = kept[self.span]
+        return _Spans(
+            *(x[kept] for x in self[:4]),
+            renumbered[self.span[inside]],
+            *(x[inside] for x in self[5:]),
+        )  # type: ignore[call-arg]
+
+    @property
+    def entries(self) -> _Place:
+        """Trace and layer of all layers in spans. Shape: (m,) each."""
+        return self.trace[self.span], self.layer
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the layers of each span. Shape: (m, ...) to (n, ...)."""
+        if len(self.span) == len(self.trace):  # of one layer each
+            return values
+        weighted = values * self.weight.view(-1, *[1] * (values.ndim - 1))
+        return values.new_zeros(len(self.trace), *values.shape[1:]).index_add(
+            0, self.span, weighted
+        )
 
 
 class _Geometry(NamedTuple):
@@ -112,8 +209,8 @@ class Kriging:
         >>> h = torch.exp(physics[..., 0]) + 0.1 * torch.sin(at / 500)[:, None]
         >>> seen = torch.ones(40, 3, dtype=torch.bool)
         >>> seen[10:20, 1] = False
-        >>> kriging = fit_kriging([KrigingStack(h, seen, physics, at)] * 2, iterations=10)
-        >>> mean, std = kriging(h.where(seen, torch.nan), seen, physics, at)
+        >>> stack = KrigingStack(h, seen, physics, at)
+        >>> mean, std = fit_kriging([stack] * 2, iterations=10)(stack)
         >>> bool(((mean - h)[10:20, 1].abs() < 0.05).all()), bool((std > 0).all())
         (True, True)
 
@@ -162,43 +259,45 @@ class Kriging:
 
     def __call__(
         self,
-        thickness: Tensor,
-        observed: Tensor,
-        physics: Tensor,
-        distance: Tensor,
+        stack: KrigingStack,
         where: Tensor | None = None,
         outlier: float = 4.0,
+        trust_all: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Predict the thickness without the noise of picks, and its standard deviation.
 
+        Layers between two picks add up to what was measured of them, exactly.
+
         Args:
-            thickness: [m]. Shape: (N, L).
-            observed: Shape: (N, L), bool.
-            physics: Shape: (N, L, P).
-            distance: Along the track [m]. Shape: (N,).
+            stack: What is known.
             where: Entries that are asked for; the others are NaN. All by default. Shape: (N, L).
             outlier: Standard deviations from what all other picks say, beyond which a pick is
                 left out; infinite keeps all.
+            trust_all: Keep also sums that were left out as data: a pick stays where it is, though
+                all others contradict it.
 
         Shape: to (N, L) and (N, L), float64.
         """
-        stack = KrigingStack(thickness.double(), observed, physics, distance.double())
+        spans = stack.measured
         theta = self.parameters
         tables = _tables(theta, _geometry(self.drift, stack))
-        kept, score = observed, None
-        place, rest, factor = _solve(theta, tables, stack.thickness, kept)
+        kept, score = _Spans.of(spans), None
+        rest, factor = _solve(theta, tables, kept)
         for limit in (outlier + 1, outlier):  # the worst first: they distort the others
             if math.isinf(limit):
                 break
             if score is None:
                 score = _contradiction(rest, factor)
             if bool((score > limit).any()):
-                kept = kept.clone()
-                kept[place] = score <= limit
-                place, rest, factor = _solve(theta, tables, stack.thickness, kept)
+                kept = kept.take(score <= limit)
+                rest, factor = _solve(theta, tables, kept)
                 score = None
-        asked = torch.ones_like(observed) if where is None else where
-        mean, std = _predict(theta, tables, asked, place, rest, factor)
+        asked = torch.ones_like(stack.observed) if where is None else where
+        if not trust_all:
+            left = torch.zeros_like(asked)
+            left[kept.entries] = True
+            spans = spans.keep(left)
+        mean, std = _predict(tables, asked, kept, rest, factor, spans)
         return mean, std * self.scale
 
 
@@ -222,6 +321,7 @@ def _geometry(drift: Ridge, stack: KrigingStack) -> _Geometry:
     """What does not depend on the covariance's parameters."""
     trend = drift(stack.physics)
     layers, fields = stack.physics.shape[1:]
+    distance = stack.distance.double()
     standard = (stack.physics.to(drift.mean) - drift.mean[:fields]) / drift.std[:fields]
     depth = torch.linspace(-1, 1, layers, dtype=trend.dtype).expand(len(trend), -1)
     number = torch.arange(layers)
@@ -229,7 +329,7 @@ def _geometry(drift: Ridge, stack: KrigingStack) -> _Geometry:
         drift=trend,
         unit=trend.clamp_min(_THINNEST),
         features=torch.cat([standard.clamp(-3, 3), depth[..., None]], -1),
-        apart=(stack.distance[:, None] - stack.distance).abs() + 1e-9,  # 0^nu has no slope
+        apart=(distance[:, None] - distance).abs() + 1e-9,  # 0^nu has no slope
         lag=(number[:, None] - number).abs().to(trend),
     )
 
@@ -250,9 +350,6 @@ def _tables(theta: Tensor, known: _Geometry) -> _Tables:
     )
 
 
-_Place = tuple[Tensor, ...]
-
-
 def _signal(tables: _Tables, left: _Place, right: _Place) -> Tensor:
     """Covariance between entries without the noise of picks. Shape: (T, n)."""
     (i, k), (j, m) = left, right
@@ -264,15 +361,19 @@ def _signal(tables: _Tables, left: _Place, right: _Place) -> Tensor:
     )
 
 
-def _observations(theta: Tensor, tables: _Tables, place: _Place) -> Tensor:
-    """Covariance of picks, with their noise. Shape: (n, n)."""
+def _observations(theta: Tensor, tables: _Tables, spans: _Spans) -> Tensor:
+    """Covariance of observed spans, with the noise of their boundaries. Shape: (n, n)."""
     named = _named(theta)
-    i, k = place
-    same_trace = i[:, None] == i
-    lag = (k[:, None] - k).abs()
-    shared = named["e"] ** 2 * (2.0 * (lag == 0) - 1.0 * (lag == 1))
-    noise = torch.where(same_trace, shared + named["n"] ** 2 * (lag == 0), 0.0)
-    return _signal(tables, place, place) + noise
+    entries = spans.entries
+    signal = spans.sum(spans.sum(_signal(tables, entries, entries)).T)
+
+    def same(left: Tensor, right: Tensor) -> Tensor:
+        return 1.0 * (left[:, None] == right)
+
+    first, stop = spans.first, spans.stop
+    shared = same(first, first) + same(stop, stop) - same(first, stop) - same(stop, first)
+    noise = named["e"] ** 2 * shared + named["n"] ** 2 * same(first, first)
+    return signal + torch.where(spans.trace[:, None] == spans.trace, noise, 0.0)
 
 
 def _factor(matrix: Tensor) -> Tensor:
@@ -288,9 +389,20 @@ def _factor(matrix: Tensor) -> Tensor:
 
 
 def _predict(
-    theta: Tensor, tables: _Tables, asked: Tensor, place: _Place, rest: Tensor, factor: Tensor
+    tables: _Tables, asked: Tensor, kept: _Spans, rest: Tensor, factor: Tensor, spans: Spans
 ) -> tuple[Tensor, Tensor]:
-    """Best linear prediction and its standard deviation. Shape: (N, L) each."""
+    """Best linear prediction and its standard deviation.
+
+    Args:
+        tables: Of the stack.
+        asked: Which entries. Shape: (N, L), bool.
+        kept: Spans that are not left out.
+        rest: What the drift leaves of them. Shape: (n,).
+        factor: Of their covariance. Shape: (n, n).
+        spans: All that was measured: its sums are kept.
+
+    Shape: to (N, L) and (N, L), float64.
+    """
     mean = torch.full(asked.shape, torch.nan, dtype=torch.float64)
     std = mean.clone()
     variance = (
@@ -298,25 +410,85 @@ def _predict(
         + tables.detail.square() * (tables.persistent + tables.yearly).diagonal()[:, None]
     )
     white = torch.linalg.solve_triangular(factor, rest[:, None], upper=False)
-    targets = asked.nonzero()
-    for part in torch.split(targets, max(1, _CHUNK // max(1, len(rest)))):
+    # a trace with a sum is needed as a whole
+    sums = (spans.between & asked).any(1)
+    targets = (asked | sums[:, None]).nonzero()
+    count = max(1, _CHUNK // max(1, len(rest)))
+    for part in _whole_traces(targets, count):
         to = part.unbind(1)
-        cross = torch.linalg.solve_triangular(factor, _signal(tables, place, to), upper=False)
+        cross = kept.sum(_signal(tables, kept.entries, to))
+        cross = torch.linalg.solve_triangular(factor, cross, upper=False)
         mean[to] = tables.drift[to] + (cross.T @ white)[:, 0]
         # rounding may leave less than nothing beside a pick
         left = (variance[to] - cross.square().sum(0)).clamp_min(1e-8)
         std[to] = left.sqrt()
-    return mean, std
+        rows = part[:, 0].unique()
+        if len(rows := rows[sums[rows]]):
+            inside = sums[part[:, 0]]
+            _divide_sums(mean, std, tables, rows, cross[:, inside], spans[rows])
+    nothing = ~asked
+    return mean.masked_fill(nothing, torch.nan), std.masked_fill(nothing, torch.nan)
+
+
+def _whole_traces(targets: Tensor, count: int) -> Iterator[Tensor]:
+    """About so many entries at a time, sorted by trace, none of which is divided. Shape: (T, 2)."""
+    traces, sizes = targets[:, 0].unique_consecutive(return_counts=True)
+    part = sizes.cumsum(0).sub(1).div(count, rounding_mode="floor") if len(traces) else sizes
+    yield from torch.split(targets, _grouped(part, sizes)) if len(traces) else ()
+
+
+def _grouped(part: Tensor, sizes: Tensor) -> list[int]:
+    """Entries of each part, from the part and the entries of each trace."""
+    _, group = part.unique_consecutive(return_inverse=True)
+    total = torch.zeros(int(group.max()) + 1, dtype=torch.long)
+    return total.index_add(0, group, sizes).tolist()
+
+
+def _divide_sums(
+    mean: Tensor, std: Tensor, tables: _Tables, rows: Tensor, cross: Tensor, spans: Spans
+) -> None:
+    """Give each span of several layers the length that was measured; in place.
+
+    The difference is divided by the layers' covariance C given all observations: the projection
+    ``C a (s - a' h) / (a' C a)``, with indices of refraction ``a`` and the measured length ``s``.
+
+    Args:
+        mean: Changed. Shape: (N, L).
+        std: Changed. Shape: (N, L).
+        tables: Of the stack.
+        rows: Traces, all of whose layers are in ``cross``. Shape: (t,).
+        cross: Whitened covariance with the observed spans. Shape: (n, t L).
+        spans: Of these traces.
+    """
+    layers = mean.shape[1]
+    part = cross.T.view(len(rows), layers, -1)
+    level, detail = tables.level[rows], tables.detail[rows]
+    same = torch.eye(layers, dtype=level.dtype)
+    lasting, yearly = tables.persistent[0, 0], tables.yearly[0, 0]
+    covariance = level[:, :, None] * level[:, None] * tables.layers
+    covariance = covariance + detail[:, :, None] * detail[:, None] * (lasting + yearly * same)
+    covariance = covariance - part @ part.mT
+    inside = (spans.start[:, :, None] == spans.start[:, None]) & spans.between[:, :, None]
+    gain = (covariance * inside @ spans.index[..., None])[..., 0]
+    total = (inside * (spans.index * gain)[:, None]).sum(-1).clamp_min(1e-12)
+    off = spans.path - spans.lengths(mean[rows])
+    kept = mean[rows] + torch.where(spans.between, gain * off / total, 0.0)
+    # a layer that would be less than nothing has its share of the sum instead
+    thin = (inside & (kept <= _LEAST)[:, None]).any(-1)
+    kept = torch.where(thin, spans.constrain(mean[rows]), kept)
+    left = (std[rows].square() - torch.where(spans.between, gain.square() / total, 0.0)).clamp_min(
+        0
+    )
+    mean[rows], std[rows] = kept, left.sqrt()
 
 
 # --- fitting -----------------------------------------------------------------------------------
 
 
 class _Item(NamedTuple):
-    """A part of a training stack: its picks, and what is known of it."""
+    """A part of a training stack: its observed spans, and what is known of it."""
 
-    thickness: Tensor
-    observed: Tensor
+    spans: _Spans
     known: _Geometry
 
 
@@ -363,9 +535,7 @@ def fit_kriging(
     chosen = torch.randperm(len(stacks), generator=draw)[:fit_stacks].tolist()
     parts = [(_part(stacks[k], fit_entries, draw), others[k]) for k in chosen]
     items = [
-        _Item(s.thickness, s.observed, _geometry(other, s))
-        for s, other in parts
-        if s.observed.any()
+        _Item(_Spans.of(s.measured), _geometry(other, s)) for s, other in parts if s.observed.any()
     ]
     start = _begin(stacks[0].physics.shape[-1])
     theta = _maximise(start, start, _clipped(items), iterations)
@@ -389,7 +559,7 @@ def _choose_drift(
     folds = [numbers[group] % _FOLDS for group in groups]
 
     def fitted(rows: Sequence[int], options: Mapping[str, Any]) -> Ridge:
-        return fit_ridge(*_joined([thin[k] for k in rows]), **options)
+        return fit_ridge(*join_stacks([thin[k] for k in rows]), **options)
 
     everything = range(len(stacks))
     if len(numbers) < 2:  # nothing to compare on
@@ -420,10 +590,10 @@ def _calibrated(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
     """
     ratios = []
     for number, (kriging, stack) in enumerate(krigings):
-        track = Track.of([len(stack.observed)])
-        hidden = held_out(stack.observed, track, torch.tensor([number]))
-        shown = stack.observed & ~hidden
-        mean, std = kriging(stack.thickness, shown, stack.physics, stack.distance, hidden)
+        track, spans = Track.of([len(stack.observed)]), stack.measured
+        shown = spans.hide(held_out(spans.picked, track, torch.tensor([number])))
+        hidden = stack.observed & ~shown.observed
+        mean, std = kriging(stack.show(shown), hidden)
         error, std = (stack.thickness - mean)[hidden], std[hidden]
         # the factor at which this pick lies on the edge of its interval; 0 if it always is inside
         beyond = (error / Z90).square() - kriging.noise**2
@@ -441,12 +611,13 @@ def thinned(stacks: Sequence[KrigingStack], traces: int = 100_000) -> list[Krigi
         [5, 5]
     """
     step = -(-sum(len(s.distance) for s in stacks) // traces)
-    return [KrigingStack(*(x[::step] for x in s)) for s in stacks] if step > 1 else list(stacks)
+    return [s.take(slice(None, None, step)) for s in stacks] if step > 1 else list(stacks)
 
 
-def _joined(stacks: Sequence[KrigingStack]) -> tuple[Tensor, Tensor, Tensor]:
-    """Thickness, observed and physics of all traces."""
-    thickness, observed, physics, _ = (torch.cat(x) for x in zip(*stacks, strict=True))
+def join_stacks(stacks: Sequence[KrigingStack]) -> tuple[Tensor, Tensor, Tensor]:
+    """Thickness, observed and physics of all traces of stacks."""
+    arrays = ((s.thickness, s.observed, s.physics) for s in stacks)
+    thickness, observed, physics = (torch.cat(x) for x in zip(*arrays, strict=True))
     return thickness, observed, physics
 
 
@@ -459,28 +630,33 @@ def _part(stack: KrigingStack, entries: int, draw: torch.Generator) -> KrigingSt
         spread = torch.linspace(0, traces - 1, half).long()
         chosen = torch.zeros(traces, dtype=torch.bool)
         chosen[first : first + half] = chosen[spread] = True
-        stack = KrigingStack(*(x[chosen] for x in stack))
-    return KrigingStack(*(x.double() if x.is_floating_point() else x for x in stack))
+        stack = stack.take(chosen)
+    return stack._replace(
+        thickness=stack.thickness.double(),
+        physics=stack.physics.double(),
+        distance=stack.distance.double(),
+    )
 
 
 def _clipped(items: Sequence[_Item]) -> list[_Item]:
     """Deviations from the drift, no larger than 7 robust standard deviations."""
-    relative = [(i.thickness - i.known.drift) / i.known.unit for i in items]
-    seen = [r[item.observed] for r, item in zip(relative, items, strict=True)]
-    limit = max(7 * 1.4826 * float(torch.cat(seen).abs().median()), 1e-3) if seen else 1.0
+    drifts = [item.spans.sum(item.known.drift[item.spans.entries]) for item in items]
+    units = [item.spans.sum(item.known.unit[item.spans.entries]) for item in items]
+    relative = [
+        (item.spans.value - drift) / unit
+        for item, drift, unit in zip(items, drifts, units, strict=True)
+    ]
+    limit = max(7 * 1.4826 * float(torch.cat(relative).abs().median()), 1e-3) if items else 1.0
     return [
-        i._replace(thickness=i.known.drift + r.clamp(-limit, limit) * i.known.unit)
-        for i, r in zip(items, relative, strict=True)
+        item._replace(spans=item.spans._replace(value=drift + r.clamp(-limit, limit) * unit))
+        for item, drift, unit, r in zip(items, drifts, units, relative, strict=True)
     ]
 
 
-def _solve(
-    theta: Tensor, tables: _Tables, thickness: Tensor, observed: Tensor
-) -> tuple[_Place, Tensor, Tensor]:
-    """Observed entries, what the drift leaves of them, and the factor of their covariance."""
-    place = observed.nonzero(as_tuple=True)
-    rest = thickness[place] - tables.drift[place]
-    return place, rest, _factor(_observations(theta, tables, place))
+def _solve(theta: Tensor, tables: _Tables, spans: _Spans) -> tuple[Tensor, Tensor]:
+    """What the drift leaves of observed spans, and the factor of their covariance."""
+    rest = spans.value - spans.sum(tables.drift[spans.entries])
+    return rest, _factor(_observations(theta, tables, spans))
 
 
 def _contradiction(rest: Tensor, factor: Tensor) -> Tensor:
@@ -491,19 +667,15 @@ def _contradiction(rest: Tensor, factor: Tensor) -> Tensor:
 
 def _without_outliers(item: _Item, theta: Tensor, outlier: float) -> _Item:
     """An item without the picks that its others contradict."""
-    tables = _tables(theta, item.known)
-    place, rest, factor = _solve(theta, tables, item.thickness, item.observed)
-    kept = item.observed.clone()
-    kept[place] = _contradiction(rest, factor) <= outlier
-    return item._replace(observed=kept)
+    rest, factor = _solve(theta, _tables(theta, item.known), item.spans)
+    return item._replace(spans=item.spans.take(_contradiction(rest, factor) <= outlier))
 
 
 def _negative_log_likelihood(theta: Tensor, items: Sequence[_Item]) -> Tensor:
     """Of all items' picks, without constants. Shape: ()."""
     total = theta.new_zeros(())
     for item in items:
-        tables = _tables(theta, item.known)
-        _, rest, factor = _solve(theta, tables, item.thickness, item.observed)
+        rest, factor = _solve(theta, _tables(theta, item.known), item.spans)
         white = torch.linalg.solve_triangular(factor, rest[:, None], upper=False)
         total = total + 0.5 * white.square().sum() + factor.diagonal().log().sum()
     return total
@@ -514,7 +686,7 @@ def _maximise(theta: Tensor, start: Tensor, items: Sequence[_Item], iterations: 
 
     Without it the slopes on fields that vary together run away when stacks are few.
     """
-    count = max(1, sum(int(item.observed.sum()) for item in items))
+    count = max(1, sum(len(item.spans.trace) for item in items))
     width = torch.full_like(start, _SLOPE_PRIOR)
     width[: len(_START)] = _PRIOR
     with torch.inference_mode(False), torch.enable_grad():

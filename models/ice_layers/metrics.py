@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.ice_layers.spans import Spans
 
 __all__ = [
     "GROUPS",
@@ -27,9 +28,15 @@ __all__ = [
     "normal_quantile",
 ]
 
-GROUPS = ("missing", "gap", "absent", "extra", "heldout", "visible")
+GROUPS = (
+    "missing", "gap", "absent", "extra", "heldout", "visible", "between", "open", "misled", "sound",
+)  # fmt: skip
 """Kinds of entries: all missing ones, those of partly traced and of wholly absent layers, those
-dropped at test, those held out in validation, and those that were given."""
+dropped at test, those held out in validation, and those that were given. Of missing ones those that
+are a part of a measured sum which the truth confirms, those that are a part of none, those whose
+sum is wrong because a pick beside them is on another boundary, and all but these."""
+
+_WRONG = 0.1  # [m]: picks are not as noisy as that
 
 LEVELS = tuple(round(0.1 * k, 1) for k in range(1, 10))
 """Probabilities of the central intervals whose coverage is counted."""
@@ -168,9 +175,10 @@ class CompletionMetrics(Metric):
     :meth:`compute` gives ``<group>_rmse``, ``_mae`` and ``_bias`` [m] for each of
     :data:`GROUPS` that has entries; ``top_rmse``, ``middle_rmse`` and ``deep_rmse`` of missing
     entries by thirds of the layers, ``layer01_rmse`` and so on layer by layer;
-    ``identity_ratio`` (error of held-out over that of given entries); and where there are standard
-    deviations ``<group>_coverage90``, ``_width90`` [m] and ``missing_calibration``, the mean
-    distance of coverage from :data:`LEVELS`.
+    ``identity_ratio`` (error of held-out over that of given entries); ``moved_rmse``, how far
+    picked boundaries below missing ones are from where they were picked [m]; and where there are
+    standard deviations ``<group>_coverage90``, ``_width90`` [m] and ``missing_calibration``, the
+    mean distance of coverage from :data:`LEVELS`.
 
     Args:
         layers: L.
@@ -198,6 +206,7 @@ class CompletionMetrics(Metric):
     covered: Tensor
     widths: Tensor
     judged: Tensor
+    moved: Tensor
 
     def __init__(self, layers: int, **options: Any) -> None:
         super().__init__(**options)
@@ -208,6 +217,7 @@ class CompletionMetrics(Metric):
         shapes: dict[str, tuple[int, ...]] = {}
         shapes |= dict.fromkeys(("squares", "sizes", "sums", "count"), by_layer)
         shapes |= {"covered": by_level, "widths": (len(GROUPS),), "judged": (len(GROUPS),)}
+        shapes |= {"moved": (2,)}
         for name, shape in shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
@@ -231,6 +241,7 @@ class CompletionMetrics(Metric):
         held_out: Tensor | None = None,
         measured: Tensor | None = None,
         noise: float = 0.0,
+        spans: Spans | None = None,
     ) -> None:
         """Count a batch.
 
@@ -245,6 +256,7 @@ class CompletionMetrics(Metric):
             measured: The picks [m], against which held-out and visible entries are scored, and
                 dropped ones where the truth is unknown; ``truth`` by default. Shape: (N, L).
             noise: Standard deviation of a pick's own error [m], where ``std`` does not hold it.
+            spans: What the model was given of sums of layers.
 
         Raises:
             DataError: Shapes differ, or L is another one.
@@ -267,7 +279,16 @@ class CompletionMetrics(Metric):
         absent = absent_layers(picks, node_stack)
         measured = truth if measured is None else measured
         known = torch.where(truth.isfinite(), truth, measured)
-        groups = (missing, missing & ~absent, missing & absent, dropped, held_out, given)
+        between = none if spans is None else spans.between & missing
+        wrong = none if spans is None else between & (spans.misfit(truth).abs() > _WRONG)
+        groups = (
+            missing, missing & ~absent, missing & absent, dropped, held_out, given,
+            between & ~wrong, missing & ~between, wrong, missing & ~wrong,
+        )  # fmt: skip
+        if spans is not None:
+            off = spans.misfit(predicted)[spans.between & spans.first]
+            off = off[off.isfinite()]
+            self.moved += torch.stack([off.square().sum(), off.new_tensor(len(off))])
         for g, (name, mask) in enumerate(zip(GROUPS, groups, strict=True)):
             picked = name in ("heldout", "visible")
             # what is missing has no pick, whatever stands in its place
@@ -316,6 +337,8 @@ class CompletionMetrics(Metric):
             if judged := float(self.judged[g]):
                 found[f"{name}_coverage90"] = float(self.covered[g, LEVELS.index(0.9)]) / judged
                 found[f"{name}_width90"] = float(self.widths[g]) / judged
+        if float(self.moved[1]):
+            found["moved_rmse"] = float((self.moved[0] / self.moved[1]).sqrt())
         if "heldout_mae" in found and found.get("visible_mae", 0.0) > 0:
             found["identity_ratio"] = found["heldout_mae"] / found["visible_mae"]
         calibration = self.calibration()

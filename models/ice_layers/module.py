@@ -1,8 +1,10 @@
 """The LightningModule of completion: network, hiding, loss, metrics and completed stacks.
 
 A batch is PyG's, node-major: ``thickness`` (N, L) [m], ``observed`` (N, L), ``physics`` (N, L, P),
-``pos`` (N, 2) [degrees], ``distance`` (N,) [m], ``stack`` (B,), ``ptr`` (B + 1,); of generated data
-also ``truth`` (N, L) [m], and ``dropped`` (N, L) where observed entries were left out.
+``pos`` (N, 2) [degrees], ``distance`` (N,) [m], ``stack`` (B,), ``ptr`` (B + 1,); where boundaries
+were measured also ``span_start``, ``span_path`` and ``refraction`` (N, L) of
+:class:`~fulgurite.models.ice_layers.spans.Spans`; of generated data ``truth`` (N, L) [m], and
+``dropped`` (N, L) where observed entries were left out.
 
 Axes: B stacks, N traces of all of them, L layers, P physical fields.
 """
@@ -25,13 +27,14 @@ from torch.nn import functional as F
 from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
-from fulgurite.models.ice_layers.completion import LEFT, fill, gaps
+from fulgurite.models.ice_layers.completion import LEFT, Gaps, fill, gaps
 from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, contradicted
 from fulgurite.models.ice_layers.graph import Track, note_sizes
 from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
 from fulgurite.models.ice_layers.losses import LossKind, masked_robust_loss
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
 from fulgurite.models.ice_layers.schedule import TwoStageLR
+from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.models.ice_layers.uncertainty import (
     Calibration,
     entry_features,
@@ -42,13 +45,18 @@ from fulgurite.sampling import forget_training_data, rank_and_world
 __all__ = [
     "IceCompletion",
     "IceModule",
+    "KeptBoundaries",
     "Normalised",
     "Normaliser",
     "check_batch",
+    "check_kept",
     "known_truth",
     "positive",
     "refuse_seen",
 ]
+
+KeptBoundaries = Literal["all", "trusted", "none"]
+"""Which picked boundaries come out where they were picked."""
 
 _FIELDS = ("thickness", "observed", "physics", "pos", "distance", "stack", "ptr")
 _BEND = 0.01  # width of the bend that keeps thickness positive [m]
@@ -69,6 +77,7 @@ class Normalised:
         degrees: Latitude and longitude. Shape: (N, 2), float64.
         distance: Along the track [m]. Shape: (N,).
         track: The stacks.
+        spans: What was measured between picked boundaries.
         expected: What a prior expects [m]. Shape: (N, L).
     """
 
@@ -79,6 +88,7 @@ class Normalised:
     degrees: Tensor
     distance: Tensor
     track: Track
+    spans: Spans
     expected: Tensor | None = None
 
 
@@ -123,7 +133,7 @@ class Normaliser(nn.Module):
 
     def forward(self, batch: Any) -> Normalised:
         """Normalise a batch."""
-        thickness = (batch.thickness - self.thickness_mean) / self.thickness_std
+        thickness = self.scores(batch.thickness)
         offset = batch.pos - self.pos_mean
         whole_turns = 360.0 * torch.round(offset[:, 1:] / 360.0)  # across the date line
         offset = torch.cat([offset[:, :1], offset[:, 1:] - whole_turns], 1)
@@ -135,11 +145,16 @@ class Normaliser(nn.Module):
             batch.pos,
             batch.distance.float(),
             Track.of_batch(batch),
+            Spans.of_batch(batch),
         )
 
     def metres(self, thickness: Tensor) -> Tensor:
         """The inverse for thickness [m]. Shape: (..., L), float64."""
         return thickness.double() * self.thickness_std + self.thickness_mean
+
+    def scores(self, thickness: Tensor) -> Tensor:
+        """z-scores of thickness [m]. Shape: (..., L), float64."""
+        return (thickness.double() - self.thickness_mean) / self.thickness_std
 
 
 def positive(thickness: Tensor) -> Tensor:
@@ -426,12 +441,38 @@ class IceModule(SystemModule):
         deviation = self.prior.deviation(batch.thickness, expected).float()
         return dataclasses.replace(x, thickness=deviation, expected=expected)
 
-    def run(self, network: nn.Module, x: Normalised, visible: Tensor) -> Tensor:
-        """Normalised thickness of all entries from what is visible. Shape: (N, L)."""
+    def run(
+        self, network: nn.Module, x: Normalised, visible: Tensor, spans: Spans | None = None
+    ) -> Tensor:
+        """Normalised thickness of all entries from what is visible.
+
+        Args:
+            network: One that has an attribute ``sums``, and it is true, is told of spans.
+            x: The batch.
+            visible: What it may see. Shape: (N, L), bool.
+            spans: Measured sums that it may know, equally.
+
+        Shape: to (N, L).
+        """
         visible = self.trusted(x, visible)
+        known = {}
+        if spans is not None and getattr(network, "sums", False):
+            known["shared"] = self.shared(x, spans)
         return network(  # type: ignore[no-any-return]
-            x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track
+            x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track, **known
         )
+
+    def shared(self, x: Normalised, spans: Spans) -> Tensor:
+        """Normalised thickness of layers that share a measured sum as layers usually do.
+
+        Shape: to (N, L), float32, NaN where no sum of several layers is known.
+        """
+        usual = x.expected
+        if usual is None:
+            usual = self.normaliser.thickness_mean.expand(spans.path.shape)
+        in_proportion = spans.constrain(positive(usual))
+        scores = self.normalised(in_proportion, x).float()
+        return torch.where(spans.between, scores, torch.nan)
 
     def trusted(self, x: Normalised, mask: Tensor) -> Tensor:
         """Entries of a mask that its others do not contradict. Shape: (N, L), bool."""
@@ -444,6 +485,13 @@ class IceModule(SystemModule):
         if self.prior is None or x.expected is None:
             return positive(self.normaliser.metres(out))
         return positive(self.prior.metres(out, x.expected))
+
+    def normalised(self, thickness: Tensor, x: Normalised) -> Tensor:
+        """The inverse of :meth:`metres`. Shape: (N, L), float64."""
+        if self.prior is None or x.expected is None:
+            scores: Tensor = self.normaliser.scores(thickness)
+            return scores
+        return self.prior.deviation(thickness, x.expected)
 
     def generator(self, batch_idx: int) -> torch.Generator:
         """Random numbers of a training step: the same after an interruption."""
@@ -483,6 +531,11 @@ class IceCompletion(IceModule):
         outlier: Picks that differ from their neighbours along the track by more than so many
             standard deviations of thickness, or typical deviations from the prior, are neither
             shown to the network nor asked for in training; null trusts all.
+        keep_boundaries: Which picked boundaries come out where they were picked: where layers are
+            missing between two of them, what they add up to is known, and they share it in the
+            proportions that the network predicts. ``all``; ``trusted``, all but those that
+            ``outlier`` finds contradicted; or ``none``, which fills each layer for itself, as the
+            paper does, so that picks below a gap are moved.
         mc_samples: Predictions with dropout at evaluation; 0 for one without.
         max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
         trap_ratio: Stop when the held-out error is so many times that of visible entries, and,
@@ -514,6 +567,7 @@ class IceCompletion(IceModule):
         prior: Literal["none", "ridge", "relative", "log"] = "none",
         members: int = 1,
         outlier: float | None = None,
+        keep_boundaries: KeptBoundaries = "all",
         mc_samples: int = 0,
         max_gap: float | None = None,
         trap_ratio: float | None = 5.0,
@@ -533,6 +587,12 @@ class IceCompletion(IceModule):
             )
         if loss_on not in ("observed", "hidden"):
             raise ConfigError(f"{where}.loss_on={loss_on} is unknown.", "Use observed or hidden.")
+        check_kept(keep_boundaries)
+        if keep_boundaries == "trusted" and outlier is None:
+            raise ConfigError(
+                f"{where}.keep_boundaries=trusted, and {where}.outlier=null trusts all picks.",
+                f"Set {where}.outlier=2, or {where}.keep_boundaries=all.",
+            )
         if mc_samples < 0:
             raise ConfigError(f"{where}.mc_samples={mc_samples} is negative.", "Give 0 or more.")
         if max_gap is not None and not max_gap >= 0:
@@ -549,7 +609,7 @@ class IceCompletion(IceModule):
                 f"{where}.loss_on=hidden, and nothing is hidden with inputs={inputs}.",
                 f"Set {where}.loss_on=observed.",
             )
-        self.inputs, self.loss_on = inputs, loss_on
+        self.inputs, self.loss_on, self.keep_boundaries = inputs, loss_on, keep_boundaries
         self.mc_samples, self.max_gap, self.trap_ratio = mc_samples, max_gap, trap_ratio
         self._held: list[tuple[Tensor, Tensor]] = []
         self._plain = torch.zeros(2, dtype=torch.float64)
@@ -559,6 +619,17 @@ class IceCompletion(IceModule):
     def visible(self, observed: Tensor) -> Tensor:
         """What the network is shown at evaluation. Shape: (N, L), bool."""
         return torch.zeros_like(observed) if self.inputs == "physics" else observed
+
+    def _sums(self, x: Normalised, spans: Spans) -> Spans | None:
+        """Sums that the network is told and trained with: none that others contradict."""
+        if self.keep_boundaries == "none":
+            return None
+        if self.outlier is None or not spans.sums:
+            return spans
+        known = spans.observed | spans.between
+        z = torch.where(spans.between, self.shared(x, spans), x.thickness)
+        off = contradicted(z, known, x.track, x.distance, self.outlier)
+        return spans.keep(~off | spans.observed)
 
     @contextlib.contextmanager
     def _dropping(self, x: Normalised, active: bool) -> Iterator[None]:
@@ -583,27 +654,32 @@ class IceCompletion(IceModule):
                 for m, was in zip(layers, before, strict=True):
                     m.train(was)
 
-    def predict(self, x: Normalised, visible: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Normalised, spans: Spans) -> tuple[Tensor, Tensor]:
         """Predicted thickness of all entries and its spread over members and samples [m].
 
         Args:
             x: The batch.
-            visible: What the networks may see. Shape: (N, L), bool.
+            spans: What the networks may know of it; observed layers alone are shown.
 
         Shape: to (N, L) and (N, L), float64.
         """
+        visible, sums = self.visible(spans.observed), self._sums(x, spans)
+        told = None if self.inputs == "physics" else sums
         with self._dropping(x, bool(self.mc_samples)):
             outs = [
-                self.metres(self.run(network, x, visible), x)
+                self.metres(self.run(network, x, visible, told), x)
                 for network in self.networks
                 for _ in range(max(1, self.mc_samples))
             ]
+        if sums is not None:
+            kept = spans if self.keep_boundaries == "all" else sums
+            outs = [kept.constrain(out) for out in outs]
         return mean_and_spread(torch.stack(outs))
 
     def forward(self, batch: Any) -> Tensor:
         """Predicted thickness of all entries [m], observed ones too. Shape: to (N, L), float64."""
         x = self.read(batch)
-        return self.predict(x, self.visible(x.observed))[0]
+        return self.predict(x, x.spans)[0]
 
     def fill(self, batch: Any) -> dict[str, Tensor]:
         """Complete the stacks of a batch.
@@ -614,11 +690,16 @@ class IceCompletion(IceModule):
             (N, L).
         """
         x = self.read(batch)
-        visible = self.visible(x.observed)
-        predicted, spread = self.predict(x, visible)
+        predicted, spread = self.predict(x, x.spans)
         found = gaps(x.observed, x.distance, x.track)
-        std = self.calibration(entry_features(found, spread))
+        std = self.calibration(self._features(found, spread, x.spans))
         return fill(batch.thickness, x.observed, found, predicted, std, self.max_gap)
+
+    def _features(self, found: Gaps, spread: Tensor, spans: Spans) -> Tensor:
+        between = spans.between
+        if self.keep_boundaries == "none":
+            between = torch.zeros_like(between)
+        return entry_features(found, spread, between)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """What :meth:`fill` gives, and the number of the stack of each trace."""
@@ -642,15 +723,24 @@ class IceCompletion(IceModule):
         generator = self.generator(batch_idx)
         losses = []
         for network in self.networks:
-            visible, mask = self.visible(x.observed), x.observed
+            shown, mask = x.spans, x.observed
             if self.inputs == "hidden":
-                hidden = self.hiding(x.observed, x.track, generator)
-                visible = x.observed & ~hidden
-                mask = hidden if self.loss_on == "hidden" else x.observed
-            losses.append(self.objective(self.run(network, x, visible), x, mask))
+                shown = x.spans.hide(self.hiding(x.spans.picked, x.track, generator))
+                mask = x.observed & ~shown.observed if self.loss_on == "hidden" else x.observed
+            visible = self.visible(shown.observed)
+            sums = self._sums(x, shown)
+            out = self.run(network, x, visible, None if self.inputs == "physics" else sums)
+            losses.append(self.objective(self._constrained(out, x, sums), x, mask))
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))
         return loss
+
+    def _constrained(self, out: Tensor, x: Normalised, spans: Spans | None) -> Tensor:
+        """What a network gives, with layers of a measured sum adding up to it. Shape: (N, L)."""
+        if spans is None:
+            return out
+        kept = self.normalised(spans.constrain(self.metres(out, x)), x).to(out.dtype)
+        return torch.where(spans.between, kept, out)
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -667,10 +757,10 @@ class IceCompletion(IceModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score held-out observed entries, and missing ones where the truth is known."""
         x = self.read(batch)
-        hidden = held_out(x.observed, x.track, batch.stack)
-        shown = x.observed & ~hidden
-        predicted, spread = self.predict(x, self.visible(shown))
-        features = entry_features(gaps(shown, x.distance, x.track), spread)
+        shown = x.spans.hide(held_out(x.spans.picked, x.track, batch.stack))
+        hidden = x.observed & ~shown.observed
+        predicted, spread = self.predict(x, shown)
+        features = self._features(gaps(shown.observed, x.distance, x.track), spread, shown)
         error = (predicted - batch.thickness)[hidden]
         plain = (self.normaliser.thickness_mean - batch.thickness)[hidden].abs()
         self._plain += torch.stack([plain.sum(), hidden.sum().double()])
@@ -678,7 +768,7 @@ class IceCompletion(IceModule):
         self._held.append((error[some], features[hidden][some]))
         self.metrics.update(
             predicted, known_truth(batch), x.observed, x.track.stack, held_out=hidden,
-            measured=batch.thickness,
+            measured=batch.thickness, spans=shown,
         )  # fmt: skip
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -693,6 +783,7 @@ class IceCompletion(IceModule):
             made["std"],
             dropped=getattr(batch, "dropped", None),
             measured=batch.thickness,
+            spans=Spans.of_batch(batch),
         )
 
     def on_validation_epoch_end(self) -> None:
@@ -809,6 +900,19 @@ def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
             f"{', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}.",
             "Use its run's data options (val, test, order, seed of data.init_args, and of the "
             f"source){also}.",
+        )
+
+
+def check_kept(kept: str) -> None:
+    """Refuse an unknown value of ``keep_boundaries``.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if kept not in get_args(KeptBoundaries):
+        raise ConfigError(
+            f"model.init_args.keep_boundaries={kept} is unknown.",
+            f"Use one of {', '.join(get_args(KeptBoundaries))}.",
         )
 
 

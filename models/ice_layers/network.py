@@ -49,6 +49,8 @@ class CompletionNet(nn.Module):
             :class:`~fulgurite.models.ice_layers.temporal.LayerTransformer`.
         attention: Blocks of the transformer that are preceded by attention between traces, the
             first ones; 0 as in the paper.
+        sums: Whether measured sums of missing layers are an input: what a layer's share of the sum
+            would be in the usual proportions.
 
     Raises:
         ConfigError: A number is out of range or a name is unknown.
@@ -79,6 +81,7 @@ class CompletionNet(nn.Module):
         reach: Sequence[float] = (),
         mixing: Literal["softmax", "free"] = "softmax",
         attention: int = 0,
+        sums: bool = True,
     ) -> None:
         super().__init__()
         self.sizes = (layers, physics)
@@ -100,8 +103,8 @@ class CompletionNet(nn.Module):
             if any(not s > 0 for s in lengths):
                 raise ConfigError(f"{where}.{name}={[*lengths]} holds 0 or less.", "Give metres.")
         self.position, self.use_physics, self.scales = position, use_physics, tuple(scales)
-        self.reach = tuple(reach)
-        inputs = 2 * position + 2 + physics + 2 * len(self.scales)
+        self.reach, self.sums = tuple(reach), sums
+        inputs = 2 * position + 2 + 2 * sums + physics + 2 * len(self.scales)
         inputs += 4 * len(self.reach) + 1 if self.reach else 0
         self.spatial = SpatialEncoder(
             inputs, width, spatial_depth, graph, backend, neighbours, part, overlap
@@ -121,6 +124,7 @@ class CompletionNet(nn.Module):
         degrees: Tensor,
         distance: Tensor,
         track: Track,
+        shared: Tensor | None = None,
     ) -> Tensor:
         """Predict all entries.
 
@@ -132,6 +136,8 @@ class CompletionNet(nn.Module):
             degrees: Latitude and longitude [degrees], float64. Shape: (N, 2).
             distance: Along the track [m]. Shape: (N,).
             track: The stacks.
+            shared: Normalised thickness that missing layers of a measured sum would have in the
+                usual proportions, NaN elsewhere; None for no such sum. Shape: (N, L).
 
         Returns:
             Normalised thickness. Shape: (N, L).
@@ -140,6 +146,11 @@ class CompletionNet(nn.Module):
             physics = torch.zeros_like(physics)
         x = input_features(thickness, visible, physics, pos if self.position else None)
         shown = torch.where(visible, thickness, 0.0).to(x.dtype)
+        if self.sums:
+            part = torch.full_like(thickness, torch.nan) if shared is None else shared
+            known = part.isfinite()
+            both = torch.stack([torch.where(known, part, 0.0), known.to(part.dtype)], -1)
+            x = torch.cat([x, both.to(x.dtype)], -1)
         if self.scales:
             x = torch.cat([x, nearby_means(shown, visible, track, distance, self.scales)], -1)
         if self.reach:

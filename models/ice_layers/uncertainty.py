@@ -21,7 +21,7 @@ __all__ = ["Z90", "Calibration", "coverage", "entry_features", "mean_and_spread"
 Z90 = 1.6448536269514722
 """Half width of a 90 % interval of a normal distribution [standard deviations]."""
 _LEAST = 1e-4  # of a spread [m]
-_FEATURES = 5
+_FEATURES = 6
 
 
 def mean_and_spread(predictions: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,16 +39,17 @@ def mean_and_spread(predictions: Tensor) -> tuple[Tensor, Tensor]:
     return predictions.mean(0), predictions.std(0)
 
 
-def entry_features(found: Gaps, spread: Tensor) -> Tensor:
+def entry_features(found: Gaps, spread: Tensor, between: Tensor) -> Tensor:
     """What the error of an entry depends on, for :class:`Calibration`.
 
     Args:
         found: Where entries lie between picks.
         spread: Of several predictions [m]. Shape: (N, L).
+        between: Whether the entry is a part of a measured sum. Shape: (N, L), bool.
 
     Returns:
         One; depth; wholly absent layer or not; log of the distance to the nearest pick elsewhere;
-        log of the spread. Shape: (N, L, F).
+        log of the spread; part of a measured sum or not. Shape: (N, L, F).
 
     Source: inferred.
     """
@@ -62,6 +63,7 @@ def entry_features(found: Gaps, spread: Tensor) -> Tensor:
             absent,
             (near / 100.0).log1p(),
             spread.double().clamp_min(_LEAST).log(),
+            between.double(),
         ],
         -1,
     )
@@ -91,7 +93,7 @@ class Calibration(nn.Module):
     Example:
         >>> calibration = Calibration()
         >>> g = torch.Generator().manual_seed(0)
-        >>> features = torch.rand(2000, 5, generator=g).double()
+        >>> features = torch.rand(2000, 6, generator=g).double()
         >>> features[:, 0] = 1
         >>> std = features[:, 1] + 0.1
         >>> residual = std * torch.randn(2000, generator=g)

@@ -23,7 +23,7 @@ from fulgurite.datamodules.ice_layers import (
     StackSource,
     SyntheticFlights,
 )
-from fulgurite.datamodules.ice_layers.hiding import drop_observed
+from fulgurite.datamodules.ice_layers.hiding import drop_picks
 from fulgurite.datamodules.ice_layers.splits import split_segments
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.errors import CheckpointError, ConfigError, DataError, MissingExtraError
@@ -344,16 +344,16 @@ def test_few_and_fully_traced_training_stacks():
 def test_dropping_is_exact_nested_and_only_of_the_observed(n, layers, seed, share):
     generator = np.random.default_rng(seed)
     observed = generator.random((n, layers)) < 0.6
-    dropped = drop_observed(observed, share, np.random.default_rng(seed))
+    dropped = drop_picks(observed, share, np.random.default_rng(seed))
     assert dropped.sum() == round(share * observed.sum())
     assert not (dropped & ~observed).any()
-    more = drop_observed(observed, min(1.0, share + 0.2), np.random.default_rng(seed))
+    more = drop_picks(observed, min(1.0, share + 0.2), np.random.default_rng(seed))
     assert not (dropped & ~more).any()
 
 
 def test_what_is_dropped_comes_in_runs_and_layers():
     generator = np.random.default_rng(0)
-    dropped = np.stack([drop_observed(np.ones((48, 10), bool), 0.3, generator) for _ in range(50)])
+    dropped = np.stack([drop_picks(np.ones((48, 10), bool), 0.3, generator) for _ in range(50)])
     assert (dropped[:, 1:] == dropped[:, :-1]).mean() > 0.94  # 0.58 of independent entries
     assert dropped.all(1).any(1).mean() > 0.2  # stacks with a whole layer gone
 
@@ -364,8 +364,10 @@ def test_dropped_entries_are_known_and_not_observed(cache):
         assert torch.equal(plain.thickness.nan_to_num(-1), batch.thickness.nan_to_num(-1))
         assert torch.equal(batch.observed | batch.dropped, plain.observed)
         assert not (batch.observed & batch.dropped).any()
-        share = float(batch.dropped.sum() / plain.observed.sum())
-        assert share == pytest.approx(0.3, abs=0.01)
+        assert not (batch.span_path.isfinite() & ~plain.span_path.isfinite()).any()
+        # of the picks, each of which takes the layers on both of its sides
+        assert 0.3 < float(batch.dropped.sum() / plain.observed.sum()) < 0.6
+        assert torch.equal(batch.observed, plain.observed & ~batch.dropped)
     for loader in (data.val_dataloader(), data.train_dataloader(), data.predict_dataloader()):
         assert not any(batch.dropped.any() for batch in loader)
     again = ready(SyntheticFlights(**SMALL), drop=0.3)

@@ -437,8 +437,9 @@ def test_members_differ_and_their_spread_is_given():
     batch = test_batch(data)
     with torch.no_grad():
         x = model.read(batch)
-        mean, spread = model.predict(x, x.observed)
-        each = torch.stack([model.metres(model.run(n, x, x.observed), x) for n in model.networks])
+        mean, spread = model.predict(x, x.spans)
+        outs = [model.run(n, x, x.observed, x.spans) for n in model.networks]
+        each = torch.stack([x.spans.constrain(model.metres(out, x)) for out in outs])
     torch.testing.assert_close(mean, each.mean(0))
     torch.testing.assert_close(spread, each.std(0))
     assert (spread > 0).all()
@@ -453,7 +454,7 @@ def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
     with torch.no_grad():
         x = model.read(batch)
         state = torch.random.get_rng_state()
-        first, second = model.predict(x, x.observed), model.predict(x, x.observed)
+        first, second = model.predict(x, x.spans), model.predict(x, x.spans)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert (first[1] > 0).any()
@@ -473,7 +474,7 @@ def test_calibrated_intervals_cover_what_they_promise(seed):
     observed[:, 4] = False
     found = gaps(observed, 100.0 * torch.arange(n), Track.of([60] * 10))
     spread = 0.02 * torch.rand(n, layers, generator=g).double() + 0.005
-    features = entry_features(found, spread)
+    features = entry_features(found, spread, observed & False)
     true = 0.02 + 0.05 * features[..., 2] + 0.02 * features[..., 3] + spread
     error = true * torch.randn(n, layers, generator=g)
     wild = torch.rand(n, layers, generator=g) < 0.01

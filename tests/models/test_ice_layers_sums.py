@@ -1,0 +1,167 @@
+"""The network keeps what was measured: sums of missing layers between two picked boundaries."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.errors import ConfigError
+from fulgurite.models.ice_layers import CompletionNet, IceCompletion
+from fulgurite.models.ice_layers.spans import Spans
+
+pytest.importorskip("torch_geometric")
+
+NET = partial(CompletionNet, width=16, heads=2, depth=1)
+
+
+@pytest.fixture(scope="module")
+def flights(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        data = IceLayerDataModule(SyntheticFlights(stacks=40, traces=24, layers=8, segments=10))
+        data.prepare_data()
+        data.setup("fit")
+    return data
+
+
+def fit(flights, steps=20, **options):
+    seed_everything(0, verbose=False)
+    model = IceCompletion(**{"network": NET, "trap_ratio": None, **options})
+    trainer = Trainer(
+        max_epochs=1000, max_steps=steps, logger=False, enable_checkpointing=False,
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model, flights)
+    return model.eval(), trainer
+
+
+def batch_of(flights):
+    return next(iter(flights.test_dataloader()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prior": "relative", "loss_on": "hidden", "members": 2},
+        {"prior": "log", "outlier": 2.0},
+        {"inputs": "physics"},
+        {"network": partial(NET, dropout=0.2), "mc_samples": 2},
+        {"network": partial(NET, sums=False)},
+    ],
+)
+def test_picked_boundaries_come_out_where_they_were_picked(flights, options):
+    model, _ = fit(flights, steps=6, **options)
+    batch = batch_of(flights)
+    spans = Spans.of_batch(batch)
+    with torch.no_grad():
+        thickness = model.fill(batch)["thickness"]
+    assert int(spans.between.sum()) > 50
+    torch.testing.assert_close(
+        spans.lengths(thickness)[spans.known], spans.path[spans.known], rtol=1e-9, atol=0
+    )
+    assert (thickness > 0).all()
+    model.keep_boundaries = "none"
+    with torch.no_grad():
+        moved = spans.misfit(model.fill(batch)["thickness"])
+    assert float(moved[spans.between].abs().mean()) > 0.01
+
+
+def test_metrics_say_how_far_picks_were_moved(flights):
+    kept, trainer = fit(flights)
+    (ours,) = trainer.test(kept, flights, verbose=False)
+    kept.keep_boundaries = "none"
+    (theirs,) = trainer.test(kept, flights, verbose=False)
+    assert ours["test/moved_rmse"] < 1e-9 < theirs["test/moved_rmse"]
+    assert ours["test/between_rmse"] < theirs["test/between_rmse"]
+    assert ours["test/misled_rmse"] > ours["test/between_rmse"]  # a wrong sum is kept, too
+    assert ours["test/sound_rmse"] < ours["test/missing_rmse"]
+
+
+def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
+    """Moving a hidden boundary changes nothing; moving a seen one changes what lies between."""
+    model, _ = fit(flights, steps=3)
+    batch = batch_of(flights)
+    x = model.read(batch)
+    hidden = x.spans.picked & (torch.arange(8) == 1)
+    trace = int((x.observed[:, 1] & x.observed[:, 2]).nonzero()[0])
+    shown = x.spans.hide(hidden)
+    moved = batch.clone()
+    moved.span_path[trace, 1] += 0.1  # optical: the boundary lies deeper, the sum is what it was
+    moved.span_path[trace, 2] -= 0.1
+    moved.thickness[trace] = torch.where(
+        moved.observed[trace],
+        moved.span_path[trace] / moved.refraction[trace],
+        moved.thickness[trace],
+    )
+    y = model.read(moved)
+    with torch.no_grad():
+        before, _ = model.predict(x, shown)
+        after, _ = model.predict(y, y.spans.hide(hidden))
+    torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-6)
+    deeper = Spans(shown.start, shown.path * 1.1, shown.index)
+    with torch.no_grad():
+        thicker, _ = model.predict(x, deeper)
+    assert not torch.allclose(before[shown.between], thicker[shown.between])
+
+
+def test_a_step_learns_proportions(flights):
+    """What layers between two picks have in common does not count, and gradients are finite."""
+    model, _ = fit(flights, steps=1)
+    x = model.read(batch_of(flights))
+    shown = x.spans.hide(x.spans.picked & (torch.arange(8) == 1))
+    out = torch.zeros_like(x.thickness, requires_grad=True)
+    kept = model._constrained(out, x, shown)
+    thicker = model.normalised(1.3 * model.metres(out.detach(), x), x).float()
+    again = model._constrained(thicker, x, shown)
+    torch.testing.assert_close(kept[shown.between], again[shown.between], rtol=1e-4, atol=1e-4)
+    assert torch.equal(kept[~shown.between], out[~shown.between])
+    entries = shown.between & x.observed
+    kept[entries].sum().backward()
+    assert out.grad is not None
+    assert out.grad.isfinite().all()
+    assert float(out.grad[entries].abs().max()) > 1e-3
+
+
+def test_without_sums_the_network_is_the_papers(flights):
+    plain = CompletionNet(8, 5, width=16, heads=2, depth=1, sums=False)
+    told = CompletionNet(8, 5, width=16, heads=2, depth=1)
+    count = [sum(p.numel() for p in net.parameters()) for net in (plain, told)]
+    assert count[1] > count[0]
+    model, trainer = fit(flights, steps=2, keep_boundaries="none")
+    (tested,) = trainer.test(model, flights, verbose=False)
+    assert tested["test/moved_rmse"] > 0.02
+
+
+def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
+    """Mis-tracked picks bound some sums of the generated flights."""
+    model, trainer = fit(flights, steps=40, outlier=2.0, prior="relative")
+    (kept,) = trainer.test(model, flights, verbose=False)
+    model.keep_boundaries = "trusted"
+    (trusted,) = trainer.test(model, flights, verbose=False)
+    assert trusted["test/misled_rmse"] < kept["test/misled_rmse"]
+    assert trusted["test/moved_rmse"] > 0
+    batch = batch_of(flights)
+    x = model.read(batch)
+    sums = model._sums(x, x.spans)
+    assert 0 < int(sums.between.sum()) < int(x.spans.between.sum())
+    with torch.no_grad():
+        thickness = model.fill(batch)["thickness"]
+    torch.testing.assert_close(
+        sums.lengths(thickness)[sums.between], sums.path[sums.between], rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"keep_boundaries": "some"}, "keep_boundaries=some is unknown.*all, trusted, none"),
+        ({"keep_boundaries": "trusted"}, "outlier=null trusts all"),
+    ],
+)
+def test_wrong_options_are_refused(options, word):
+    with pytest.raises(ConfigError, match=word):
+        IceCompletion(NET, **options)
