@@ -36,7 +36,7 @@ dropped at test, those held out in validation, and those that were given. Of mis
 are a part of a measured sum which the truth confirms, those that are a part of none, those whose
 sum is wrong because a pick beside them is on another boundary, and all but these."""
 
-_WRONG = 0.1  # [m]: picks are not as noisy as that
+_WRONG = 0.3  # of a layer: picks are not as noisy as that
 
 LEVELS = tuple(round(0.1 * k, 1) for k in range(1, 10))
 """Probabilities of the central intervals whose coverage is counted."""
@@ -280,7 +280,7 @@ class CompletionMetrics(Metric):
         measured = truth if measured is None else measured
         known = torch.where(truth.isfinite(), truth, measured)
         between = none if spans is None else spans.between & missing
-        wrong = none if spans is None else between & (spans.misfit(truth).abs() > _WRONG)
+        wrong = none if spans is None else between & (spans.misfit(truth).abs() > _WRONG * truth)
         groups = (
             missing, missing & ~absent, missing & absent, dropped, held_out, given,
             between & ~wrong, missing & ~between, wrong, missing & ~wrong,
