@@ -97,12 +97,14 @@ class Spans:
     def length(self) -> NDArray[np.int64]:
         """Number of layers of each layer's span. Shape: (N, L)."""
         same = self.start[:, :, None] == self.start[:, None, :]
-        return same.sum(2)
+        length: NDArray[np.int64] = same.sum(2)
+        return length
 
     @property
     def observed(self) -> NDArray[np.bool_]:
         """Whether the layer itself was measured. Shape: (N, L)."""
-        return self.known & (self.length == 1)
+        observed: NDArray[np.bool_] = self.known & (self.length == 1)
+        return observed
 
     @property
     def picked(self) -> NDArray[np.bool_]:
@@ -111,7 +113,8 @@ class Spans:
         first = self.start == numbers
         last = np.concatenate([first[:, 1:], np.ones((len(first), 1), np.bool_)], 1)
         below = np.concatenate([(first & self.known)[:, 1:], np.zeros((len(first), 1), bool)], 1)
-        return (last & self.known) | below
+        picked: NDArray[np.bool_] = (last & self.known) | below
+        return picked
 
     def hide(self, hidden: NDArray[np.bool_]) -> Spans:
         """What is left where the lower boundaries of some layers are not seen.
@@ -142,7 +145,8 @@ class Spans:
         """
         seen = np.isfinite(thickness)
         off = np.abs(self.index * thickness - self.path) > _TOLERANCE * np.abs(self.path)
-        return (seen != self.observed) | (seen & off)
+        wrong: NDArray[np.bool_] = (seen != self.observed) | (seen & off)
+        return wrong
 
 
 def resample_spans(distance: Array, boundaries: Array, positions: Array) -> tuple[Array, Spans]:

@@ -99,7 +99,8 @@ class KrigingStack(NamedTuple):
     def take(self, rows: Any) -> KrigingStack:
         """Some of the traces."""
         spans = None if self.spans is None else self.spans[rows]
-        return KrigingStack(*(x[rows] for x in self[:4]), spans)  # type: ignore[misc]
+        thickness, observed, physics, distance = (x[rows] for x in self[:4])
+        return KrigingStack(thickness, observed, physics, distance, spans)
 
     def show(self, spans: Spans) -> KrigingStack:
         """With only a part of what was measured."""
@@ -148,11 +149,9 @@ class _Spans(NamedTuple):
         """Some of the spans."""
         renumbered = kept.cumsum(0) - 1
         inside = kept[self.span]
-        return _Spans(
-            *(x[kept] for x in self[:4]),
-            renumbered[self.span[inside]],
-            *(x[inside] for x in self[5:]),
-        )  # type: ignore[call-arg]
+        trace, first, stop, value = (x[kept] for x in self[:4])
+        layer, weight = self.layer[inside], self.weight[inside]
+        return _Spans(trace, first, stop, value, renumbered[self.span[inside]], layer, weight)
 
     @property
     def entries(self) -> _Place:
@@ -422,7 +421,7 @@ def _predict(
         # rounding may leave less than nothing beside a pick
         left = (variance[to] - cross.square().sum(0)).clamp_min(1e-8)
         std[to] = left.sqrt()
-        rows = part[:, 0].unique()
+        rows: Tensor = torch.unique(part[:, 0])
         if len(rows := rows[sums[rows]]):
             inside = sums[part[:, 0]]
             _divide_sums(mean, std, tables, rows, cross[:, inside], spans[rows])
@@ -432,16 +431,15 @@ def _predict(
 
 def _whole_traces(targets: Tensor, count: int) -> Iterator[Tensor]:
     """About so many entries at a time, sorted by trace, none of which is divided. Shape: (T, 2)."""
-    traces, sizes = targets[:, 0].unique_consecutive(return_counts=True)
-    part = sizes.cumsum(0).sub(1).div(count, rounding_mode="floor") if len(traces) else sizes
-    yield from torch.split(targets, _grouped(part, sizes)) if len(traces) else ()
-
-
-def _grouped(part: Tensor, sizes: Tensor) -> list[int]:
-    """Entries of each part, from the part and the entries of each trace."""
-    _, group = part.unique_consecutive(return_inverse=True)
-    total = torch.zeros(int(group.max()) + 1, dtype=torch.long)
-    return total.index_add(0, group, sizes).tolist()
+    ends = torch.bincount(targets[:, 0]).cumsum(0).tolist()
+    first = last = 0
+    for end in ends:
+        if end - first > count and last > first:
+            yield targets[first:last]
+            first = last
+        last = end
+    if last > first:
+        yield targets[first:last]
 
 
 def _divide_sums(

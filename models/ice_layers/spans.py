@@ -186,8 +186,8 @@ class Spans:
 
     def to(self, device: torch.device | str) -> Spans:
         """On another device."""
-        parts = (x.to(device) for x in (self.start, self.path, self.index))
-        return Spans(*parts, self.sums)
+        start, path, index = (x.to(device) for x in (self.start, self.path, self.index))
+        return Spans(start, path, index, self.sums)
 
 
 def _sum_of_equal(start: Tensor, values: Tensor) -> Tensor:
