@@ -6,8 +6,8 @@ Axes: B stacks, N traces of all of them, L layers, P physical fields.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,14 @@ BaselineMethod = Literal["mean", "layer_mean", "along", "linear", "ridge", "krig
 _FIELDS = ("thickness", "observed", "physics", "distance", "segment", "stack", "ptr")
 
 
+class _Row(NamedTuple):
+    """A stack of a loader, its number and that of its flight segment."""
+
+    number: int
+    segment: int
+    stack: KrigingStack
+
+
 class BaselineCompletion(SystemModule):
     """Completes stacks without a network; fitted on training stacks before the first epoch.
 
@@ -67,7 +75,8 @@ class BaselineCompletion(SystemModule):
         reach: How far ``along`` reaches into a longer gap [m].
         penalty: Of ``ridge``, for each entry; ``kriging`` chooses that of its drift.
         drift: ``linear`` regresses thickness, ``log`` its logarithm, in ``ridge`` and ``kriging``;
-            ``auto`` is linear for ``ridge``, and lets ``kriging`` choose on training segments.
+            ``auto`` is linear for ``ridge``, and lets ``kriging`` choose on the validation
+            flights, or on training segments where there are none.
         fit_stacks: Training stacks that the covariance of ``kriging`` is fitted on.
         fit_entries: About so many entries of each.
         iterations: Of that fit.
@@ -81,8 +90,8 @@ class BaselineCompletion(SystemModule):
             all others divide them in the proportions that they predict.
 
     Attributes:
-        trained_segments: Names of the flight segments that it was fitted on, which completed
-            stacks carry for the leakage rule.
+        trained_segments: Names of the flight segments that it was fitted on, or that decided what
+            was fitted, which completed stacks carry for the leakage rule.
 
     Raises:
         ConfigError: ``method`` is unknown, or a number is out of range.
@@ -160,9 +169,29 @@ class BaselineCompletion(SystemModule):
         """
         if self.means is not None:  # a run that goes on
             return
-        loader: Any = self.trainer.train_dataloader
+        rows = self._gather(self.trainer.train_dataloader)
+        chosen_on = self._gather(self.trainer.val_dataloaders) if self._chooses else []
+        self.fit(
+            [row.stack for row in rows],
+            [row.segment for row in rows],
+            [row.stack for row in chosen_on],
+        )
+        if names := getattr(getattr(self.trainer, "datamodule", None), "segments", ()):
+            seen = {names[row.segment] for row in [*rows, *chosen_on]}
+            self.trained_segments = tuple(sorted(seen))
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether validation flights decide something."""
+        return self.method == "kriging" and self.drift == "auto"
+
+    def _gather(self, loaders: Any) -> list[_Row]:
+        """The stacks of loaders on all ranks, in the order of their numbers, each once."""
+        loaders = loaders if isinstance(loaders, list) else [loaders]
         found = [
-            (number, segment, stack)
+            _Row(number, segment, stack)
+            for loader in loaders
+            if loader is not None
             for batch in loader
             for (number, stack), segment in zip(
                 self._stacks(batch), batch.segment.tolist(), strict=True
@@ -172,19 +201,21 @@ class BaselineCompletion(SystemModule):
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, found)
             found = [row for part in everyone for row in part]
-        # in the order of their numbers, each once: equal on any number of ranks
-        rows = {row[0]: row for row in sorted(found, key=lambda row: row[0])}.values()
-        self.fit([stack for _, _, stack in rows], [segment for _, segment, _ in rows])
-        if names := getattr(getattr(self.trainer, "datamodule", None), "segments", ()):
-            seen = {names[segment] for _, segment, _ in rows}
-            self.trained_segments = tuple(sorted(seen))
+        ordered = sorted(found, key=lambda row: row.number)
+        return list({row.number: row for row in ordered}.values())
 
-    def fit(self, stacks: list[KrigingStack], segments: list[int] | None = None) -> None:
+    def fit(
+        self,
+        stacks: list[KrigingStack],
+        segments: list[int] | None = None,
+        validation: Sequence[KrigingStack] = (),
+    ) -> None:
         """Fit on stacks.
 
         Args:
             stacks: On the CPU.
             segments: Number of the flight segment of each.
+            validation: Stacks of other segments, on which ``kriging`` may choose its drift.
 
         Raises:
             DataError: There is none, or nothing is observed in them.
@@ -199,7 +230,7 @@ class BaselineCompletion(SystemModule):
         elif self.method == "kriging":
             self.kriging = fit_kriging(
                 stacks, segments, self.fit_stacks, self.fit_entries, self.iterations,
-                seed=self.seed, drift=self.drift,
+                seed=self.seed, drift=self.drift, validation=validation,
             )  # fmt: skip
 
     def _stacks(self, batch: Any, shown: Spans | None = None) -> Iterator[tuple[int, KrigingStack]]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -499,13 +499,14 @@ def fit_kriging(
     outlier: float = 4.0,
     seed: int = 0,
     drift: Drift = "auto",
+    validation: Sequence[KrigingStack] = (),
 ) -> Kriging:
     """Fit the drift on all stacks and the covariance on some of them.
 
-    Drifts are compared on groups that they were not fitted on, and the covariance is that of such
-    deviations: those from a drift that knows the stack are too small. The likelihood is maximised
-    by L-BFGS twice: with deviations clipped, then without the picks that all others of their stack
-    contradict.
+    Drifts are compared on ``validation``, else on groups that they were not fitted on, and the
+    covariance is that of such deviations: those from a drift that knows the stack are too small.
+    The likelihood is maximised by L-BFGS twice: with deviations clipped, then without the picks
+    that all others of their stack contradict.
 
     Args:
         stacks: Of training.
@@ -517,6 +518,8 @@ def fit_kriging(
         outlier: Standard deviations from what all others say.
         seed: Of the choice of stacks and windows.
         drift: Of thickness (``linear``), of its logarithm (``log``), or whichever does better.
+        validation: Stacks of other flights, on which drifts are compared: how a regression goes
+            beyond the years and places that it was fitted on does not show in training.
 
     Raises:
         DataError: There is no stack, or nothing is observed.
@@ -528,7 +531,7 @@ def fit_kriging(
         )
     numbers = range(len(stacks)) if groups is None else groups
     options = [o for o in _DRIFTS if drift == "auto" or o["log"] == (drift == "log")]
-    chosen_drift, others = _choose_drift(stacks, numbers, options)
+    chosen_drift, others = _choose_drift(stacks, numbers, options, validation)
     draw = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(stacks), generator=draw)[:fit_stacks].tolist()
     parts = [(_part(stacks[k], fit_entries, draw), others[k]) for k in chosen]
@@ -546,39 +549,48 @@ def fit_kriging(
 
 
 def _choose_drift(
-    stacks: Sequence[KrigingStack], groups: Sequence[int], drifts: Sequence[Mapping[str, Any]]
+    stacks: Sequence[KrigingStack],
+    groups: Sequence[int],
+    drifts: Sequence[Mapping[str, Any]],
+    validation: Sequence[KrigingStack],
 ) -> tuple[Ridge, list[Ridge]]:
-    """The drift that does best on groups it has not seen; and one for each stack without its group.
+    """The drift that does best on unseen flights; and one for each stack without its group.
 
     Mean absolute errors are compared: mis-tracked picks do not decide.
     """
     thin = thinned(stacks)
     numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     folds = [numbers[group] % _FOLDS for group in groups]
+    judged = [stack for stack in thinned(validation) if stack.observed.any()]
 
-    def fitted(rows: Sequence[int], options: Mapping[str, Any]) -> Ridge:
+    def fitted(rows: Iterable[int], options: Mapping[str, Any]) -> Ridge:
         return fit_ridge(*join_stacks([thin[k] for k in rows]), **options)
 
-    everything = range(len(stacks))
-    if len(numbers) < 2:  # nothing to compare on
-        drift = fitted(everything, drifts[0])
-        return drift, [drift] * len(stacks)
-    best: tuple[float, Mapping[str, Any], dict[int, Ridge]] | None = None
-    for options in drifts:
-        without = {
-            fold: fitted([k for k in everything if folds[k] != fold], options)
+    def without_each_fold(options: Mapping[str, Any]) -> dict[int, Ridge]:
+        if len(numbers) < 2:  # nothing to compare on
+            return {0: fitted(range(len(stacks)), options)}
+        return {
+            fold: fitted([k for k in range(len(stacks)) if folds[k] != fold], options)
             for fold in sorted(set(folds))
         }
-        errors = [
-            (without[fold](s.physics) - s.thickness)[s.observed].abs()
-            for fold, s in zip(folds, thin, strict=True)
-        ]
-        error = float(torch.cat(errors).mean())
-        if best is None or error < best[0]:
-            best = error, options, without
-    assert best is not None
-    _, options, without = best
-    return fitted(everything, options), [without[fold] for fold in folds]
+
+    def error(options: Mapping[str, Any]) -> float:
+        if judged:
+            whole = fitted(range(len(stacks)), options)
+            pairs = [(whole, stack) for stack in judged]
+        else:
+            without = without_each_fold(options)
+            pairs = [(without[fold], stack) for fold, stack in zip(folds, thin, strict=True)]
+        errors = [(ridge(s.physics) - s.thickness)[s.observed].abs() for ridge, s in pairs]
+        return float(torch.cat(errors).mean())
+
+    if len(drifts) == 1 or not (judged or len(numbers) > 1):
+        options = drifts[0]
+    else:
+        options = min(drifts, key=error)
+    without = without_each_fold(options)
+    chosen = without[0] if len(numbers) < 2 else fitted(range(len(stacks)), options)
+    return chosen, [without[fold] for fold in folds]
 
 
 def _calibrated(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
