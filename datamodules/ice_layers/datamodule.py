@@ -341,10 +341,18 @@ class IceLayerDataModule(L.LightningDataModule):
             thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
 
         Returns:
-            What :meth:`TraceRecord.describe` gives; nothing where the source says nothing.
+            What :meth:`TraceRecord.describe` gives, and ``picked``, whether each boundary was
+            picked, where the source knows boundaries (N, L + 1).
         """
-        record = self._every[number].record
-        return {} if record is None else record.describe(thickness)
+        stack = self._every[number]
+        record = stack.record
+        known = {} if record is None else record.describe(thickness, stack.known_spans)
+        if stack.spans is not None:
+            surface = np.ones(len(thickness), np.bool_)
+            if record is not None and record.surface is not None:
+                surface = np.isfinite(record.surface)
+            known["picked"] = np.concatenate([surface[:, None], stack.spans.picked], axis=1)
+        return known
 
     def check_write_back(self, folder: Path) -> None:
         """Refuse to write completed layers back where that is not possible, after :meth:`setup`.
@@ -379,7 +387,7 @@ class IceLayerDataModule(L.LightningDataModule):
         total = Written()
         for segment, its_numbers in sorted(segments.items()):
             stacks = [
-                (record, read(number))
+                (record, record.times_below(read(number), self._every[number].known_spans))
                 for number in its_numbers
                 if (record := self._every[number].record) is not None
             ]

@@ -112,7 +112,8 @@ class StackSource(ABC):
         Args:
             folder: Where to.
             segment: Its name.
-            stacks: Record of each completed stack, and its thickness (N, L) [m].
+            stacks: Record of each completed stack, and the times of its boundaries below the
+                surface (N, K) [s].
         """
         raise NotImplementedError
 

@@ -277,14 +277,13 @@ class LayerFiles(StackSource):
         Args:
             folder: Where to.
             segment: Its name.
-            stacks: Record of each completed stack, and its thickness (N, L) [m], NaN where it is
-                left missing.
+            stacks: Record of each completed stack, and the times of its boundaries below the
+                surface (N, K) [s], NaN where they are unknown.
 
         Raises:
             DataError: A file has changed and cannot be read.
         """
-        times = [(record, record.times_below(thickness)) for record, thickness in stacks]
-        return write_segment(folder, segment, self._segments[segment], times, self._names)
+        return write_segment(folder, segment, self._segments[segment], stacks, self._names)
 
     def _layer_count(self, counts: dict[str, int]) -> tuple[int, set[str]]:
         """Number of layers, and segments that do not have it and are to be left out."""

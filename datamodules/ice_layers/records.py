@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.resample import resample
-from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
+from fulgurite.datamodules.ice_layers.spans import Spans
+from fulgurite.datamodules.ice_layers.travel_time import LIGHT, thickness_to_time
 
 __all__ = ["TraceRecord", "TrackRecord"]
 
@@ -110,24 +111,37 @@ class TraceRecord:
         parts: dict[str, Any] = {name: values[rows] for name, values in arrays.items()}
         return replace(self, **parts)
 
-    def times_below(self, thickness: Array) -> Array:
+    def times_below(self, thickness: Array, spans: Spans) -> Array:
         """Two-way travel time from the surface to each boundary of a completed stack [s].
+
+        Between two picked boundaries it is what was measured, also where layers between them are
+        left missing.
 
         Args:
             thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
+            spans: What was measured.
 
         Returns:
             NaN where it is unknown. Shape: (N, K).
         """
         assert self.density is not None
-        below = np.cumsum(thickness_to_time(thickness, self.density), axis=1)
-        return np.concatenate([np.zeros((len(below), 1)), below], axis=1)
+        rows, layers = np.arange(len(thickness)), thickness.shape[1]
+        steps = thickness_to_time(thickness, self.density)
+        below = np.zeros((len(thickness), layers + 1))
+        for k in range(layers):
+            below[:, k + 1] = below[:, k] + steps[:, k]
+            start = spans.start[:, k]
+            is_last = np.ones(len(rows), np.bool_) if k + 1 == layers else spans.start[:, k + 1] > k
+            measured = below[rows, start] + spans.path[:, k] * 2.0 / LIGHT
+            below[:, k + 1] = np.where(is_last & spans.known[:, k], measured, below[:, k + 1])
+        return below
 
-    def describe(self, thickness: Array) -> dict[str, Any]:
+    def describe(self, thickness: Array, spans: Spans) -> dict[str, Any]:
         """What is known of the traces of a completed stack, by name.
 
         Args:
             thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
+            spans: What was measured.
 
         Returns:
             The arrays of this record of which anything is known, but for ``surface``, with
@@ -145,5 +159,5 @@ class TraceRecord:
             known["time_scale"] = self.time_scale
         surface = known.pop("surface", None)
         if surface is not None and self.density is not None:
-            known["twtt"] = surface[:, None] + self.times_below(thickness)
+            known["twtt"] = surface[:, None] + self.times_below(thickness, spans)
         return known

@@ -237,6 +237,8 @@ class _Writer:
             "observed", stack.observed.astype(np.uint8), _BOTH,
             long_name="whether the thickness was observed", standard_name="status_flag",
             flag_values=np.arange(2, dtype=np.uint8), flag_meanings="missing observed",
+            comment="observed values are those of the input at these traces, to which picks at raw "
+            "traces were interpolated or averaged where they lie between these",
         )  # fmt: skip
         if stack.details.density is not None:
             self.add_data(
@@ -256,6 +258,7 @@ class _Writer:
         """Depth and two-way travel time of the boundaries."""
         stack = self.stack
         flag = np.where(stack.picked, 0, np.where(np.isfinite(stack.depth), 1, 2))
+        flag[:, 0] = np.where(stack.picked[:, 0], 0, 2)  # nothing completes a surface
         belongs = {"ancillary_variables": "boundary_provenance"}
         self.add_data(
             "depth", stack.depth, _BOUNDARIES, units=self.units, **belongs,

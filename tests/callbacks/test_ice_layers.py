@@ -12,6 +12,7 @@ import torch
 
 from fulgurite.callbacks.ice_layers import CompletionWriter, _choose, _Drawn
 from fulgurite.datamodules.ice_layers import LayerFiles
+from fulgurite.datamodules.ice_layers.layer_frames import read_frame
 from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.models.ice_layers import read_netcdf, read_npz
@@ -58,6 +59,8 @@ def test_every_stack_is_written_with_where_values_are_from(again):
     data = cli.datamodule
     originals = {s.name: s for part in ("train", "val", "test") for s in data.stacks_of(part)}
     assert len(stacks) == len(originals) > len(data.stacks_of("test")) > 0
+    files = (data.source.root / "CSARP_layer").rglob("Data_*.mat")
+    frames = {frame.name: frame for frame in map(read_frame, sorted(files))}
     digest = checksum("run/checkpoints/last.ckpt")
     trained = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
     for path in stacks:
@@ -69,6 +72,12 @@ def test_every_stack_is_written_with_where_values_are_from(again):
         assert np.array_equal(stack.provenance == 0, seen)
         assert set(stack.trained_segments) == trained
         details = stack.details
+        raw = np.full(details.twtt.shape, np.nan)
+        for row, (frame, trace) in enumerate(zip(details.frame, details.trace, strict=True)):
+            raw[row] = frames[frame].twtt[trace - 1]
+        picked = details.picked & np.isfinite(details.twtt)
+        np.testing.assert_allclose(details.twtt[picked], raw[picked], rtol=0, atol=1e-12)
+        assert (np.isfinite(raw) & ~details.picked).mean() < 0.01  # crossed picks are none
         assert set(details.arrays()) >= {"time", "frame", "trace", "flight_distance", "twtt"}
         assert set(details.frame) <= {f"{stack.segment}_{k:03}" for k in range(1, 9)}
         on_flight = np.diff(details.flight_distance)
@@ -105,6 +114,10 @@ def test_completed_layers_go_back_into_layer_files(again):
     options = {"density": 0.4, "traces": 16, "count": 6}
     found = LayerFiles([str(folder / "CSARP_layer")], **options).load().stacks
     assert {s.name for s in found} == {path.stem for path in folder.glob("*.npz")}
+    for stack in found:  # all of it is where it was completed
+        twtt = read_npz(folder / f"{stack.name}.npz").details.twtt
+        times = stack.record.describe(stack.thickness, stack.known_spans)["twtt"]
+        np.testing.assert_allclose(times, twtt, rtol=0, atol=1e-12)
     for stack in found:  # where no surface was picked no travel time is known
         np.testing.assert_array_equal(stack.observed.all(1), np.isfinite(stack.record.surface))
 

@@ -65,8 +65,14 @@ def completed(source, made, out, choose=lambda stack: True):
         true = thickness[first : first + len(stack.pos)]
         assert np.allclose(true, stack.thickness, equal_nan=True) or np.isnan(stack.thickness).any()
         if choose(stack):
-            stacks.append((stack.record, true))
+            stacks.append((stack.record, stack.record.times_below(true, stack.known_spans)))
     return source.write_back(out, NAME, stacks)
+
+
+def filled(stack, usual):
+    """A stack with one thickness [m] for each missing layer, as it is written back."""
+    thickness = np.where(np.isnan(stack.thickness), usual, stack.thickness)
+    return stack.record, stack.record.times_below(thickness, stack.known_spans)
 
 
 def reader(folder, **options):
@@ -95,10 +101,10 @@ def test_picks_stay_and_what_is_filled_is_read_back(tmp_path):
         assert old.twtt[had].tobytes() == new.twtt[had].tobytes()
         np.testing.assert_array_equal(new.grades[had], 2)
         np.testing.assert_array_equal(new.kinds[had], 1)
-        filled = np.isfinite(new.twtt) & ~had
-        added += int(filled.sum())
-        np.testing.assert_array_equal(new.grades[filled], 3)  # derived
-        np.testing.assert_array_equal(new.kinds[filled], 2)  # automatic
+        is_new = np.isfinite(new.twtt) & ~had
+        added += int(is_new.sum())
+        np.testing.assert_array_equal(new.grades[is_new], 3)  # derived
+        np.testing.assert_array_equal(new.kinds[is_new], 2)  # automatic
     assert written.filled == added == 10 + 20 + 30
     twtt = np.concatenate([picks(tmp_path / "out", k).twtt for k in (1, 2)])
     wanted = made["twtt"].T.copy()
@@ -164,8 +170,7 @@ def test_nothing_is_written_beyond_stacks(tmp_path):
     source = reader(tmp_path / "in", min_traces=10)
     completed(source, made, tmp_path / "out", choose=lambda stack: stack.name.endswith("_0001"))
     new, old = picks(tmp_path / "out"), picks(tmp_path / "in")
-    filled = np.isfinite(new.twtt) & np.isnan(old.twtt)
-    rows = np.flatnonzero(filled.any(1))
+    rows = np.flatnonzero((np.isfinite(new.twtt) & np.isnan(old.twtt)).any(1))
     assert rows.min() == 20
     assert rows.max() == 39
 
@@ -178,7 +183,7 @@ def test_a_jump_is_not_filled_across(tmp_path):
     write_frame(tmp_path / "in", 1, gaps, slice(None))
     source = reader(tmp_path / "in", traces=25, spacing=50.0, min_traces=2)
     flights = source.load()
-    stacks = [(s.record, np.where(np.isnan(s.thickness), 0.5, s.thickness)) for s in flights.stacks]
+    stacks = [filled(s, 0.5) for s in flights.stacks]
     source.write_back(tmp_path / "out", NAME, stacks)
     new, old = picks(tmp_path / "out"), picks(tmp_path / "in")
     ends = [s.record.time[[0, -1]] for s in flights.stacks]
@@ -198,7 +203,10 @@ def test_crossed_and_distrusted_picks_are_kept_and_nothing_crosses_them(tmp_path
     source = reader(tmp_path / "in", quality=2)
     flights = source.load()
     thickness = time_to_thickness(np.diff(made["twtt"], axis=0).T, DENSITY)
-    stacks = [(s.record, thickness[20 * k : 20 * k + 20]) for k, s in enumerate(flights.stacks)]
+    stacks = [
+        (s.record, s.record.times_below(thickness[20 * k : 20 * k + 20], s.known_spans))
+        for k, s in enumerate(flights.stacks)
+    ]
     written = source.write_back(tmp_path / "out", NAME, stacks)
     new, old = picks(tmp_path / "out"), picks(tmp_path / "in")
     had = np.isfinite(old.twtt)
@@ -303,9 +311,7 @@ def test_real_frames_are_written_back_with_every_pick(tmp_path):
     source = LayerFiles(["csarp_layer"], **options)
     flights = source.load()
     usual = [235.0, 500.0]  # [m]
-    stacks = [
-        (s.record, np.where(np.isnan(s.thickness), usual, s.thickness)) for s in flights.stacks
-    ]
+    stacks = [filled(s, usual) for s in flights.stacks]
     written = {
         name: source.write_back(tmp_path, name, stacks if name == "20181030_01" else [])
         for name in source.paths()
@@ -334,8 +340,8 @@ def test_real_frames_are_written_back_with_every_pick(tmp_path):
     ]
     # a stack's trace between a pick and a filled trace is between both now
     assert np.quantile(np.concatenate(off), 0.95) < 0.05
-    filled = [
+    added = [
         int((~other.observed & one.observed).sum())
         for one, other in zip(again.stacks, flights.stacks, strict=True)
     ]
-    assert sum(filled) > 0.9 * sum(int((~s.observed).sum()) for s in flights.stacks)
+    assert sum(added) > 0.9 * sum(int((~s.observed).sum()) for s in flights.stacks)

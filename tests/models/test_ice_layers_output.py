@@ -199,6 +199,7 @@ def test_netcdf_has_times_places_and_boundaries(tmp_path):
         assert np.ma.getmaskarray(twtt[1]).all()  # its surface was not picked
         flag = file["boundary_provenance"][:]
         np.testing.assert_array_equal(flag == 0, stack.details.picked)
+        assert set(flag[:, 0]) == {0, 2}  # a surface is picked or missing, never completed
         assert list(file["flight_distance"][:]) == list(stack.details.flight_distance)
         assert file["elevation"].standard_name == "height_above_reference_ellipsoid"
         assert list(file["frame_trace"][:]) == list(stack.details.trace)
