@@ -13,6 +13,7 @@ from fulgurite.datamodules.ice_layers.sred import count_complete
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, read_sred
 from fulgurite.datamodules.ice_layers.sred_generator import write_sred
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
+from fulgurite.models.ice_layers.module import refuse_seen
 
 N, L = 12, 4
 FOLDERS = {
@@ -129,6 +130,9 @@ def test_segments_in_several_parts_are_refused_dropped_or_kept(folder):
     kept.setup()
     assert len(kept.stacks_of("train")) == 4
     assert kept.shared_segments == {"20120411_01"}
+    refuse_seen({"20120411_01"}, kept)  # by the user's word
+    with pytest.raises(DataError, match="20120412_03"):
+        refuse_seen({"20120411_01", "20120412_03"}, kept)
     assert "1 training stacks" in source(folder, shared="keep").load().report()
 
 
