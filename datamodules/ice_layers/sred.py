@@ -21,6 +21,7 @@ from fulgurite.data.splits import check_least
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE
 from fulgurite.datamodules.ice_layers.flights import StackSource, left_out_files, read_or_leave
 from fulgurite.datamodules.ice_layers.resample import along_track
+from fulgurite.datamodules.ice_layers.spans import Spans
 from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, SredFile, read_sred
 from fulgurite.datamodules.ice_layers.stack import (
@@ -33,7 +34,12 @@ from fulgurite.datamodules.ice_layers.stack import (
     LayerStack,
     check_thickest,
 )
-from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, time_to_thickness
+from fulgurite.datamodules.ice_layers.travel_time import (
+    LIGHT,
+    refractive_index,
+    remove_crossed,
+    time_to_thickness,
+)
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 
@@ -401,14 +407,16 @@ class SredMat(StackSource):
         padded = np.full((self.traces, layers + 1), np.nan)
         there = min(layers + 1, boundaries.shape[1])
         padded[:, :there] = boundaries[:, :there]
-        thickness = np.diff(padded, axis=1)
         if self.bin_size is not None:
-            thickness = thickness * self.bin_size
-        elif self.sample_time is not None:
+            padded = padded * self.bin_size
+        thickness, spans = np.diff(padded, axis=1), Spans.of_depth(padded)
+        if self.sample_time is not None:
             density = np.full(thickness.shape, self.density)
             if self.density is None:
                 density = physics[..., list(file.fields).index(_DENSITY)] / np.float64(1_000.0)
             thickness = time_to_thickness(thickness * self.sample_time, density)
+            path = spans.path * self.sample_time * LIGHT / 2.0
+            spans = Spans(spans.start, path, refractive_index(density))
         used = [physics[..., list(file.fields).index(name)] for name in self.fields]
         if self.elevation:
             used.append(np.broadcast_to(file.elevation[:, None], thickness.shape))
@@ -422,6 +430,7 @@ class SredMat(StackSource):
             file.pos,
             along_track(file.pos),
             unit=self.unit,
+            spans=spans,
         )
 
     def _describe(self, echograms: Sequence[_Echogram]) -> list[str]:

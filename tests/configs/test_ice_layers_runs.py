@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticFlights
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS
 from fulgurite.datamodules.ice_layers.sred_generator import write_sred
@@ -149,6 +149,9 @@ def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monk
         assert np.isfinite(stack["thickness"]).all()
         assert (stack["provenance"][:, 11:] == 2).all()
         assert str(stack["unit"]) == "range bins"
+        measured = SredMat("SR_Dataset_v1").load().stacks[-1].spans
+        between = stack["thickness"][20:60, 4:6].sum(1)  # two picked boundaries
+        np.testing.assert_allclose(between, measured.path[20:60, 4], rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -71,6 +71,10 @@ def source(folder, **options):
     return SredMat(str(folder), **{"count": L, "traces": N} | options)
 
 
+def source_bins(seed):
+    return echogram(seed)["layers_vector"]
+
+
 def replace_file(folder, place="train_data", version="7.3", **changes):
     """Write the first file of a folder anew, with other variables; None leaves one out."""
     path = folder / place / f"{FOLDERS[place][0]}.mat"
@@ -91,6 +95,9 @@ def test_layers_lie_between_boundaries_and_physics_is_of_the_row_below(tmp_path,
     )  # fmt: skip
     np.testing.assert_array_equal(stack.thickness, np.diff(content["layers_vector"], axis=0).T)
     assert np.isnan(stack.thickness).sum() == 2  # the layers above and below
+    total = content["layers_vector"][3, 5] - content["layers_vector"][1, 5]  # which is known
+    np.testing.assert_array_equal(stack.spans.path[5, 1:3], total)
+    np.testing.assert_array_equal(stack.spans.start[5], [0, 1, 1, 3])
     assert flights.physics == (*FIELDS, "Elevation")
     for k, name in enumerate(FIELDS):
         np.testing.assert_array_equal(stack.physics[..., k], content[name][1:].T.astype("f4"))
@@ -161,6 +168,11 @@ def test_metres_of_range_bins(folder):
     assert own.physics == ("curr_smb", "Elevation")
     ratio = own.stacks[0].thickness / dense.thickness
     np.testing.assert_allclose(ratio, 1.338 / (1 + 0.845 * 0.3097), rtol=0.02)
+    replace_file(folder, layers_vector=np.where(np.eye(L + 1, N), np.nan, source_bins(1)))
+    (stack, *_) = source(folder, sample_time=1e-10).load().stacks
+    path = np.where(stack.observed, stack.spans.index * stack.thickness, stack.spans.path)
+    bins = source(folder).load().stacks[0].spans
+    np.testing.assert_allclose(path, bins.path * 1e-10 * 299_792_458 / 2)
     for options in (
         {"bin_size": 0.01, "sample_time": 1e-10}, {"density": 0.3}, {"bin_size": 30.0},
     ):  # fmt: skip
@@ -185,12 +197,12 @@ def test_a_checkpoint_of_bins_is_not_used_for_metres(folder):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"layers_vector": echogram(1)["layers_vector"].T}, "transposed"),
+        ({"layers_vector": source_bins(1).T}, "transposed"),
         ({"layers_vector": echogram(1, traces=N + 1)["layers_vector"]}, f"{N} traces"),
-        ({"layers_vector": echogram(1)["layers_vector"] * 1e-3}, "metres"),
-        ({"layers_vector": -echogram(1)["layers_vector"]}, "no range bins"),
+        ({"layers_vector": source_bins(1) * 1e-3}, "metres"),
+        ({"layers_vector": -source_bins(1)}, "no range bins"),
         ({"layers_vector": np.where(np.eye(L + 1, N), np.inf, 50.0)}, "no range bins"),
-        ({"layers_vector": echogram(1)["layers_vector"][::-1]}, "exclude.=crossed"),
+        ({"layers_vector": source_bins(1)[::-1]}, "exclude.=crossed"),
         ({"curr_smb": None}, "no variable 'curr_smb'"),
         ({"curr_smb": echogram(1)["curr_smb"].T}, "transposed"),
         ({"curr_smb": echogram(1)["curr_smb"][:3]}, "deeper_physics=repeat"),
@@ -214,7 +226,7 @@ def test_what_is_not_understood_is_refused_by_name(folder, change, match):
 def test_what_is_refused_can_be_left_out_and_is_counted(folder):
     replace_file(folder, curr_smb=None)
     replace_file(folder, "val_for_training_data", curr_smb=np.full((L + 1, N), np.nan))
-    replace_file(folder, "test_L_files/L1", layers_vector=echogram(1)["layers_vector"][::-1])
+    replace_file(folder, "test_L_files/L1", layers_vector=source_bins(1)[::-1])
     flights = source(folder, exclude=["unreadable", "physics", "crossed"]).load()
     counts = {e.kind: e.count for e in flights.excluded}
     assert counts["unreadable"] == counts["physics"] == 1
