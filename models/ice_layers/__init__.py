@@ -50,10 +50,8 @@ if TYPE_CHECKING:
         StructuredHiding,
         held_out,
     )
-    from fulgurite.models.ice_layers.kriging import (
-        Kriging,
-        fit_kriging,
-    )
+    from fulgurite.models.ice_layers.kriging import Kriging
+    from fulgurite.models.ice_layers.kriging_fit import fit_kriging
     from fulgurite.models.ice_layers.losses import (
         masked_robust_loss,
     )
@@ -111,7 +109,8 @@ _MODULES = {
     "features": ("PhysicsPrior", "contradicted", "input_features", "nearby_means", "sides"),
     "graph": ("Track", "adjacency", "edges", "haversine"),
     "hiding": ("StructuredHiding", "held_out"),
-    "kriging": ("Kriging", "fit_kriging"),
+    "kriging": ("Kriging",),
+    "kriging_fit": ("fit_kriging",),
     "losses": ("masked_robust_loss",),
     "metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
     "module": ("IceCompletion",),

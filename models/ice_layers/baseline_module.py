@@ -24,16 +24,11 @@ from fulgurite.models.ice_layers.baselines import (
     own_layer_mean,
 )
 from fulgurite.models.ice_layers.completion import fill, gaps
+from fulgurite.models.ice_layers.covariance import KrigingStack, join_stacks, thinned
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
-from fulgurite.models.ice_layers.kriging import (
-    Drift,
-    Kriging,
-    KrigingStack,
-    fit_kriging,
-    join_stacks,
-    thinned,
-)
+from fulgurite.models.ice_layers.kriging import Kriging
+from fulgurite.models.ice_layers.kriging_fit import Drift, fit_kriging
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
 from fulgurite.models.ice_layers.module import (
     KeptBoundaries,

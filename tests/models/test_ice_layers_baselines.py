@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.models.ice_layers import covariance
 from fulgurite.models.ice_layers import kriging as kriging_module
 from fulgurite.models.ice_layers.baseline_module import BaselineCompletion
 from fulgurite.models.ice_layers.baselines import (
@@ -23,7 +24,9 @@ from fulgurite.models.ice_layers.baselines import (
     layer_means,
     own_layer_mean,
 )
-from fulgurite.models.ice_layers.kriging import Kriging, KrigingStack, fit_kriging
+from fulgurite.models.ice_layers.covariance import KrigingStack
+from fulgurite.models.ice_layers.kriging import Kriging
+from fulgurite.models.ice_layers.kriging_fit import DRIFTS, choose_drift, fit_kriging
 from fulgurite.models.ice_layers.spans import Spans
 
 METHODS = ("mean", "layer_mean", "along", "linear", "ridge", "kriging")
@@ -171,7 +174,7 @@ def flat(layers=1, fields=1, level=2.0):
 
 
 def parameters(fields=1, **values):
-    names = list(kriging_module._START)
+    names = list(covariance.START)
     found = dict.fromkeys(names, 1e-6) | {"tau": 1.0, "length_p": 1.0, "length_y": 1.0, "nu": 1.0}
     found |= values
     theta = torch.tensor([math.log(found[name]) for name in names], dtype=torch.float64)
@@ -287,13 +290,13 @@ def test_only_what_is_asked_for_is_predicted(monkeypatch):
 def test_the_covariance_is_positive_whatever_its_parameters(seed):
     g = torch.Generator().manual_seed(seed)
     thickness, observed, distance = broken(seed, n=8)
-    theta = kriging_module._begin(1)
+    theta = covariance.initial_parameters(1)
     theta = theta + 2 * torch.randn(theta.shape, generator=g, dtype=torch.float64)
     physics = torch.randn(8, 3, 1, generator=g)
     stack = KrigingStack(thickness, observed, physics, distance)
-    known = kriging_module._geometry(flat(3), stack)
-    tables = kriging_module._tables(theta, known)
-    matrix = kriging_module._observations(theta, tables, kriging_module._Spans.of(stack.measured))
+    known = covariance.measure_geometry(flat(3), stack)
+    tables = covariance.make_tables(theta, known)
+    matrix = covariance.span_covariance(theta, tables, covariance.ObservedSpans.of(stack.measured))
     assert torch.equal(matrix, matrix.T)
     values = torch.linalg.eigvalsh(matrix)
     assert float(values.min()) > -1e-9 * float(values.max().clamp_min(1e-300))
@@ -309,11 +312,11 @@ def draw_stacks(count, seed=0, n=24, layers=6):
         physics = torch.rand(n, layers, 1, generator=g, dtype=torch.float64)
         full = torch.ones(n, layers, dtype=torch.bool)
         stack = KrigingStack(torch.zeros(n, layers), full, physics, at)
-        tables = kriging_module._tables(theta, kriging_module._geometry(flat(layers), stack))
+        tables = covariance.make_tables(theta, covariance.measure_geometry(flat(layers), stack))
         place = full.nonzero(as_tuple=True)
-        signal = kriging_module._signal(tables, place, place)
-        noisy = kriging_module._observations(
-            theta, tables, kriging_module._Spans.of(stack.measured)
+        signal = covariance.signal_covariance(tables, place, place)
+        noisy = covariance.span_covariance(
+            theta, tables, covariance.ObservedSpans.of(stack.measured)
         )
         eye = 1e-9 * torch.eye(n * layers, dtype=torch.float64)
         draw = torch.randn(2, n * layers, generator=g, dtype=torch.float64)
@@ -396,7 +399,7 @@ def test_a_drift_is_judged_on_segments_that_it_has_not_seen():
             at = 100.0 * torch.arange(12, dtype=torch.float64)
             stacks.append(KrigingStack(thickness, seen, physics, at))
             groups.append(group)
-    drift, others = kriging_module._choose_drift(stacks, groups, kriging_module._DRIFTS, ())
+    drift, others = choose_drift(stacks, groups, DRIFTS, ())
     assert all(others[k] is others[k - k % 3] for k in range(30))  # one for all of a segment
 
     def error(drifts):
@@ -404,7 +407,7 @@ def test_a_drift_is_judged_on_segments_that_it_has_not_seen():
         return sum(float((d(s.physics) - s.thickness).abs().mean()) for d, s in pairs) / 30
 
     assert error(others) > 1.3 * error([drift] * 30)  # what kriging takes for deviations
-    alone, same = kriging_module._choose_drift(stacks[:3], [0, 0, 0], kriging_module._DRIFTS, ())
+    alone, same = choose_drift(stacks[:3], [0, 0, 0], DRIFTS, ())
     assert all(x is alone for x in same)
 
 
@@ -574,11 +577,11 @@ def test_a_sum_is_divided_as_a_gaussian_process_divides_it():
     )
     stack = KrigingStack.of_spans(torch.full((1, 3), NAN).double(), spans, physics, at)
     mean, std = kriging(stack)
-    tables = kriging_module._tables(
-        kriging.parameters, kriging_module._geometry(kriging.drift, stack)
+    tables = covariance.make_tables(
+        kriging.parameters, covariance.measure_geometry(kriging.drift, stack)
     )
     every = (torch.zeros(3, dtype=torch.long), torch.arange(3))
-    signal = kriging_module._signal(tables, every, every)
+    signal = covariance.signal_covariance(tables, every, every)
     a = torch.tensor([1.2, 1.3, 0.0], dtype=torch.float64)
     gain = signal @ a / (a @ signal @ a)
     expected = 2.0 + gain * (6.1 - a @ torch.full((3,), 2.0, dtype=torch.float64))
