@@ -23,6 +23,13 @@ from fulgurite.models.ice_layers.baselines import (
     layer_means,
     own_layer_mean,
 )
+from fulgurite.models.ice_layers.batches import (
+    KeptBoundaries,
+    check_batch,
+    check_kept,
+    known_truth,
+    refuse_seen,
+)
 from fulgurite.models.ice_layers.completion import fill, gaps
 from fulgurite.models.ice_layers.covariance import KrigingStack, join_stacks, thinned
 from fulgurite.models.ice_layers.graph import Track
@@ -30,13 +37,6 @@ from fulgurite.models.ice_layers.hiding import held_out
 from fulgurite.models.ice_layers.kriging import Kriging
 from fulgurite.models.ice_layers.kriging_fit import Drift, fit_kriging
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
-from fulgurite.models.ice_layers.module import (
-    KeptBoundaries,
-    check_batch,
-    check_kept,
-    known_truth,
-    refuse_seen,
-)
 from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.sampling import rank_and_world
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from fulgurite.base import save_options
 from fulgurite.errors import ConfigError
+from fulgurite.models.ice_layers.batches import known_truth
 from fulgurite.models.ice_layers.graph import Track
+from fulgurite.models.ice_layers.ice_module import IceModule
 from fulgurite.models.ice_layers.losses import LossKind
-from fulgurite.models.ice_layers.module import IceModule, Normalised, known_truth
+from fulgurite.models.ice_layers.normalise import Normalised
 from fulgurite.models.ice_layers.uncertainty import mean_and_spread
 
 __all__ = ["DeepLayerPredictor"]

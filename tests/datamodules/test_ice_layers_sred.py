@@ -13,7 +13,7 @@ from fulgurite.datamodules.ice_layers.sred import count_complete
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, read_sred
 from fulgurite.datamodules.ice_layers.sred_generator import write_sred
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
-from fulgurite.models.ice_layers.module import refuse_seen
+from fulgurite.models.ice_layers.batches import refuse_seen
 
 N, L = 12, 4
 FOLDERS = {

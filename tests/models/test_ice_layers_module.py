@@ -18,7 +18,7 @@ from fulgurite.models.ice_layers import (
     coverage,
     gaps,
 )
-from fulgurite.models.ice_layers.module import Normaliser, positive
+from fulgurite.models.ice_layers.normalise import Normaliser, positive
 from fulgurite.models.ice_layers.schedule import TwoStageLR
 from fulgurite.models.ice_layers.uncertainty import Z90, entry_features, mean_and_spread
 
