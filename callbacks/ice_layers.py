@@ -108,6 +108,7 @@ class CompletionWriter(Callback):
         self._origin = Origin()
         self._drawn: list[_Drawn] = []
         self._numbers: list[int] = []
+        self._place: Path | None = None
         self.curves = TrainingCurves(
             {
                 "train/loss": "mean loss of training batches",
@@ -159,8 +160,11 @@ class CompletionWriter(Callback):
             attributes=self.attributes,
         )
         self.written, self._drawn, self._numbers = 0, [], []
-        if self.csarp_layer and (folder := self._place(trainer)) is not None:
-            data.check_write_back(folder / "CSARP_layer")
+        place = trainer.logger.log_dir if trainer.logger else None
+        place = trainer.strategy.broadcast(place)  # ranks that start later see another one as free
+        self._place = None if place is None else Path(place) / self.folder
+        if self.csarp_layer and self._place is not None:
+            data.check_write_back(self._place / "CSARP_layer")
 
     def on_predict_batch_end(
         self,
@@ -172,7 +176,7 @@ class CompletionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write and draw the stacks of a batch."""
-        if (folder := self._place(trainer)) is None:
+        if (folder := self._place) is None:
             return
         self._numbers += batch.stack.tolist()
         truth = getattr(batch, "truth", None)
@@ -197,7 +201,7 @@ class CompletionWriter(Callback):
             dist.all_gather_object(everyone, (drawn, numbers))
             drawn = _choose([one for part, _ in everyone for one in part], self.figures)
             numbers = [number for _, part in everyone for number in part]
-        if self.csarp_layer and trainer.is_global_zero and (folder := self._place(trainer)):
+        if self.csarp_layer and trainer.is_global_zero and (folder := self._place):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
 
             def read(number: int) -> NDArray[np.float64]:
@@ -208,11 +212,6 @@ class CompletionWriter(Callback):
             name = f"completed_{file_name(one.stack.stack)}"
             log_figure(trainer, name, layers_figure(one.stack, one.truth))
         self._drawn = []
-
-    def _place(self, trainer: Trainer) -> Path | None:
-        """The folder of completed stacks; none without a run folder."""
-        place = trainer.logger.log_dir if trainer.logger else None
-        return None if place is None else Path(place) / self.folder
 
     def _stacks(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any

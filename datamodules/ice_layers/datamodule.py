@@ -381,15 +381,15 @@ class IceLayerDataModule(L.LightningDataModule):
         Returns:
             What was written, in one line.
         """
-        segments: dict[str, list[int]] = {}
+        segments: dict[str, list[tuple[int, TraceRecord]]] = {}
         for number in sorted(numbers):
-            segments.setdefault(self._every[number].segment, []).append(number)
+            if (record := self._every[number].record) is not None:
+                segments.setdefault(self._every[number].segment, []).append((number, record))
         total = Written()
-        for segment, its_numbers in sorted(segments.items()):
+        for segment, its_records in sorted(segments.items()):
             stacks = [
                 (record, record.times_below(read(number), self._every[number].known_spans))
-                for number in its_numbers
-                if (record := self._every[number].record) is not None
+                for number, record in its_records
             ]
             total += self.source.write_back(folder, segment, stacks)
         return total.report(len(segments), folder)

@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.datamodules.ice_layers.matlab import parse_mat5
+from fulgurite.datamodules.ice_layers.matlab import read_mat
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
-from fulgurite.foreign import expansion_limit, reading
-from fulgurite.hdf5 import need_package, read_matlab73
 
 __all__ = [
     "FRAME_NAME",
@@ -43,36 +41,6 @@ _NEAR = 3 * _DAY  # flights last over midnight
 _GRADES = (1, 2, 3)  # good, moderate, derived
 _KINDS = (1, 2, 3, 4)  # manual, automatic, and two more of the toolbox's
 _GOOD, _MANUAL, _AUTOMATIC = 1.0, 1.0, 2.0  # what others count as
-
-
-def read_mat(path: Path) -> dict[str, Any]:
-    """Read a MATLAB file of any version, as MATLAB would show its arrays.
-
-    Structures become dictionaries, cells lists, text strings. Version 7.3 (HDF5) is told by the
-    file's content, not by its name.
-
-    Raises:
-        DataError: The file is missing, truncated or no MATLAB file.
-        MissingExtraError: It is of version 7.3 and h5py is not installed.
-    """
-    with reading(path, "The layer file", _AGAIN, fault="cannot be read as MATLAB"):
-        with open(path, "rb") as file:
-            head = file.read(1024)
-            if is_hdf5 := any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (0, 512)):
-                content = b""
-            elif head.startswith(b"MATLAB 7.3"):
-                raise ValueError("it says that it is MATLAB 7.3, and holds no HDF5")
-            else:
-                content = head + file.read()
-        try:
-            variables = (
-                read_matlab73(path)
-                if is_hdf5
-                else parse_mat5(content, expansion_limit(len(content)))
-            )
-        except ImportError as error:
-            raise need_package(error, f"Reading {path.name} (MATLAB 7.3)") from error
-    return variables
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""MATLAB files of version 5 to 7.2, read in Python: damaged bytes are errors and never a crash.
+"""MATLAB files, read so that damaged bytes are errors and never a crash.
 
 SciPy's reader is compiled and follows lengths and types that the file says, so that one wrong byte
-can end the process. This one knows what layer files hold (numbers, text, cells, structures), and
-checks each length against the bytes that are there.
+can end the process. The reader of versions 5 to 7.2 knows what layer files hold (numbers, text,
+cells, structures), and checks each length against the bytes that are there.
 
 Source: MathWorks, MAT-File Format (level 5).
 """
@@ -13,15 +13,22 @@ import math
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from fulgurite.foreign import expansion_limit, reading
+from fulgurite.hdf5 import need_package, read_matlab73
 from fulgurite.matlab_objects import decode_strings
 
-__all__ = ["Unread", "parse_mat5"]
+__all__ = ["Unread", "parse_mat5", "read_mat"]
 
+_AGAIN = (
+    "Fetch the file again, or leave such files out: "
+    "`--data.init_args.source.init_args.exclude+=unreadable`."
+)
 _HEADER = 128
 _MATRIX, _COMPRESSED = 14, 15
 # Number of a type of stored values -> what they are
@@ -299,3 +306,33 @@ def _structure(reader: _Reader, shape: tuple[int, ...], is_object: bool) -> Any:
     _refuse_many(count * max(1, len(fields)) if count != 1 else len(fields), reader)
     items = [{field: reader.matrix() for field in fields} for _ in range(count)]
     return items[0] if count == 1 else items
+
+
+def read_mat(path: Path) -> dict[str, Any]:
+    """Read a MATLAB file of any version, as MATLAB would show its arrays.
+
+    Structures become dictionaries, cells lists, text strings. Version 7.3 (HDF5) is told by the
+    file's content, not by its name.
+
+    Raises:
+        DataError: The file is missing, truncated or no MATLAB file.
+        MissingExtraError: It is of version 7.3 and h5py is not installed.
+    """
+    with reading(path, "The layer file", _AGAIN, fault="cannot be read as MATLAB"):
+        with open(path, "rb") as file:
+            head = file.read(1024)
+            if is_hdf5 := any(head[at : at + 8] == b"\x89HDF\r\n\x1a\n" for at in (0, 512)):
+                content = b""
+            elif head.startswith(b"MATLAB 7.3"):
+                raise ValueError("it says that it is MATLAB 7.3, and holds no HDF5")
+            else:
+                content = head + file.read()
+        try:
+            variables = (
+                read_matlab73(path)
+                if is_hdf5
+                else parse_mat5(content, expansion_limit(len(content)))
+            )
+        except ImportError as error:
+            raise need_package(error, f"Reading {path.name} (MATLAB 7.3)") from error
+    return variables

@@ -122,6 +122,24 @@ def test_completed_layers_go_back_into_layer_files(again):
         np.testing.assert_array_equal(stack.observed.all(1), np.isfinite(stack.record.surface))
 
 
+@pytest.mark.slow  # two processes
+def test_two_processes_write_what_one_writes(again, run_two):
+    """Layer files hold the stacks of both, and figures are of the same stacks."""
+    options = ["--trainer.callbacks.csarp_layer=true", "--trainer.callbacks.figures=2"]
+    again("predict", *options)
+    common = ["--run.dir=run", "--ckpt_path=last", *SMALL, *NET, *options]
+    run_two("predict", "--config", SMOKE, *common)
+    one, two = Path("run/predict"), Path("run/predict-2")
+    for pattern in ("completed/*.npz", "completed/CSARP_layer/*/*.mat", "figures/*.png"):
+        names = [
+            sorted(p.relative_to(folder) for p in folder.glob(pattern)) for folder in (one, two)
+        ]
+        assert names[0] == names[1] != []
+    for path in (one / "completed").rglob("Data_*.mat"):
+        frames = [read_frame(p) for p in (path, two / path.relative_to(one))]
+        np.testing.assert_allclose(frames[0].twtt, frames[1].twtt, rtol=0, atol=1e-12)
+
+
 def test_layer_files_need_what_they_are_made_of():
     with pytest.raises(ConfigError, match="npz=false, of which layer files are made"):
         CompletionWriter(csarp_layer=True, npz=False)

@@ -1,5 +1,6 @@
 """Every command of docs/complete_your_own_flight.md, on small files of the layout that it shows."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -73,5 +74,14 @@ def test_every_command_runs(fulgurite, workdir):
     assert before == {p: p.read_bytes() for p in (workdir / "CSARP_layer").rglob("*.mat")}
     written = sorted(p.name for p in Path("own/predict-2/completed/CSARP_layer").rglob("*.mat"))
     assert written == sorted(p.name for p in before)
+    runner = pytest.importorskip("compliance_checker.runner")
+    runner.CheckSuite.load_all_available_checkers()
+    for run in ("own", "plain"):
+        path = next(Path(run, "predict", "completed").glob("*.nc"))
+        runner.ComplianceChecker.run_checker(
+            str(path), ["cf:1.11"], 0, "strict", output_filename="cf.json", output_format="json"
+        )
+        found = json.loads(Path("cf.json").read_text())["cf:1.11"]
+        assert found["scored_points"] == found["possible_points"] > 100
     for block in blocks("python"):
         exec(block.replace("20120410_01", own), {})  # the page's own code

@@ -171,7 +171,7 @@ def _pictures():
 def _arrays():
     from fulgurite.datamodules.fedsir import Npz
     from fulgurite.datamodules.ice_layers import CompletedStacks, NpzStacks
-    from fulgurite.models.ice_layers import output
+    from fulgurite.models.ice_layers import details, netcdf, output
     from fulgurite.testing.files import write_npz
 
     images = [
@@ -199,6 +199,12 @@ def _arrays():
             thickness, provenance, std, observed, physics, pos, np.linspace(0, 1113.0, n),
             "20120330_01", "s_0000", ("a", "b"), ("smb", "st"), ("l1", "l2", "l3"),
             np.arange(1.0, 4),
+            details=details.FlightDetails(
+                time=1.33e9 + np.arange(n), time_scale="GPS", elevation=np.full(n, 500.0),
+                flight_distance=np.linspace(0, 1113.0, n), frame=np.array(["20120330_01_001"] * n),
+                trace=np.arange(1, n + 1), density=np.full((n, layers), 0.4),
+                twtt=3e-6 + 1e-8 * np.ones((n, layers + 1)), picked=np.ones((n, layers + 1), bool),
+            ),
         )  # fmt: skip
         return _made(lambda f: write(f / "a", made))
 
@@ -206,8 +212,8 @@ def _arrays():
     yield Target("npz-stacks", [npz], lambda f: NpzStacks(str(f)).load())
     yield Target("npz-completed", [npz], lambda f: CompletedStacks(str(f)).load())
     yield Target("npz-output", [npz], lambda f: output.read_npz(f / "a.npz"))
-    netcdf = stack(lambda path, s: output.write_netcdf(path.with_suffix(".nc"), s))
-    yield Target("netcdf-output", [netcdf], lambda f: output.read_netcdf(f / "a.nc"))
+    written = stack(lambda path, s: netcdf.write_netcdf(path.with_suffix(".nc"), s))
+    yield Target("netcdf-output", [written], lambda f: netcdf.read_netcdf(f / "a.nc"))
 
 
 def _annotations():
@@ -305,6 +311,7 @@ def _annotations():
 def _layer_files():
     from scipy.io import savemat
 
+    from fulgurite.datamodules.ice_layers import LayerFiles
     from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
     from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
     from fulgurite.testing.matlab import write_strings
@@ -348,6 +355,17 @@ def _layer_files():
     yield Target("mat-5", v5, lambda f: read_frame(f / "a.mat"))
     yield Target("mat-5-organizer", organizers, lambda f: read_organizer(f / "a.mat"))
     yield Target("mat-7.3", [new], lambda f: read_frame(f / "a.mat"))
+    name = "Data_20110313_01_001.mat"
+
+    def write_back(folder):
+        source = LayerFiles([str(folder / name)], density=0.4, traces=n, thickest=1000.0)
+        for stack in source.load().stacks:
+            thickness = np.where(stack.observed, stack.thickness, 100.0)
+            times = stack.record.times_below(thickness, stack.known_spans)
+            source.write_back(folder / "back", stack.segment, [(stack.record, times)])
+
+    frames = [{name: content} for seed in (*v5, new) for content in seed.values()]
+    yield Target("mat-written-back", frames, write_back)
     yield from _echograms()
 
 
