@@ -121,7 +121,7 @@ def find_boundaries(
         organizer: The companion file.
 
     Raises:
-        DataError: There is no surface.
+        DataError: There is no surface, or one that is called so is not the first.
 
     Source: the toolbox's ``layerdata``, whose boundaries 1 and 2 are surface and bottom; that one
     above others cannot be the bottom is inferred.
@@ -149,7 +149,24 @@ def find_boundaries(
             "is no companion file that names another one.",
             f"Put layer_{segment}.mat beside the files, or give the surface the number {_SURFACE}.",
         )
+    _check_surface(segment, ids, names)
     return Boundaries(ids, names, organizer, tuple(f"{segment}: {note}" for note in notes))
+
+
+def _check_surface(segment: str, ids: Sequence[int], names: dict[int, str]) -> None:
+    """Refuse a boundary called ``surface`` below another one.
+
+    Raises:
+        DataError: There is one.
+    """
+    called = [k for k, name in names.items() if name.strip().lower() == "surface"]
+    if ids and (below := [k for k in called if k != ids[0]]):
+        first = names.get(ids[0]) or str(ids[0])
+        raise DataError(
+            f"The boundary {below[0]} of the segment {segment} is called surface, and the first "
+            f"one is {first}.",
+            f"Correct lyr_order or lyr_name in layer_{segment}.mat.",
+        )
 
 
 def _is_unnamed_bottom(frames: Sequence[Frame], names: dict[int, str]) -> bool:

@@ -269,6 +269,7 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
     ids, columns = _join_doubled(ids, twtt, path)
     twtt, grades, kinds = (np.take_along_axis(v, columns, 1) for v in (twtt, grades, kinds))
     _check_seconds(twtt, path)
+    _check_degrees(lat, lon, path)
     if match := FRAME_NAME.fullmatch(path.name):
         check_day(time, match[1], path)
     name = path.stem.removeprefix("Data_")
@@ -296,6 +297,18 @@ def _check_seconds(twtt: Array, path: Path) -> None:
             f"The median two-way travel time in {path} is {middle:g} s, which no aircraft "
             "measures.",
             "Convert travel times to seconds.",
+        )
+
+
+def _check_degrees(lat: Array, lon: Array, path: Path) -> None:
+    """Refuse radians: as degrees, no ice is so near to where equator and prime meridian meet."""
+    known = np.isfinite(lat) & np.isfinite(lon)
+    if known.any() and (np.abs(lat[known]) < np.pi / 2).all() and (np.abs(lon[known]) < 4).all():
+        raise DataError(
+            f"The positions in {path} are those of radians, such as latitude {lat[known][0]:g} and "
+            f"longitude {lon[known][0]:g}.",
+            "Convert lat and lon to degrees, or leave such files out: "
+            f"`{_OPTION}.exclude+=unreadable`.",
         )
 
 

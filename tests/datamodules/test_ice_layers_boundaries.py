@@ -151,6 +151,28 @@ def test_without_a_surface_and_a_companion_files_are_refused(tmp_path):
     assert f"layer_{SEGMENT}.mat" in error.value.mend
 
 
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        (["surface", "a", "b", "c", "d"], {"lyr_order": np.array([9.0, 1, 2, 3, 4])}),
+        (["a", "b", "Surface", "c", "d"], {}),
+        (["surface", "a", "surface", "c", "d"], {}),
+    ],
+)
+def test_a_surface_that_is_not_the_first_boundary_is_refused(tmp_path, names, changes):
+    folder = write(tmp_path, make_track())
+    write_organizer(folder, names, **changes)
+    with pytest.raises(DataError, match=r"is called surface.*lyr_order"):
+        load(tmp_path)
+
+
+def test_positions_in_radians_are_refused(tmp_path):
+    time, pos, picks = make_track()
+    write(tmp_path, (time, np.radians(pos), picks))
+    with pytest.raises(DataError, match="radians"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("depth", [np.nan, 2e-5])
 def test_a_second_boundary_without_name_is_the_bottom(tmp_path, depth):
     time, pos, picks = make_track()

@@ -324,9 +324,11 @@ def test_generated_echograms_lack_what_those_of_sred_lack(generated):
 
 
 def test_generated_echograms_have_the_means_of_sred(generated):
-    """Means of complete stacks within 10 %, or a quarter of a deviation; deviations within 40 %."""
-    complete = [s for s in generated.stacks if s.observed.all()]
-    stacks = complete if len(complete) > 60 else generated.stacks
+    """Thickness within 10 %, other means within half a deviation or 2 %, deviations within 40 %.
+
+    Refreezing is rare and much then: its mean is within a factor of three.
+    """
+    stacks = generated.stacks
     truth = np.concatenate([s.truth.ravel() for s in stacks])
     assert truth.mean() == pytest.approx(56.08, rel=0.10)
     assert truth.std() == pytest.approx(16.98, rel=0.40)
@@ -339,7 +341,7 @@ def test_generated_echograms_have_the_means_of_sred(generated):
         values = physics[:, generated.physics.index(name)]
         assert abs(values.mean() - mean) < max(0.5 * std, 0.02 * abs(mean)), name
         assert values.std() == pytest.approx(std, rel=0.4), name
-    for name, mean in (("curr_RZ_vals", 0.374), ("curr_SHC_vals", 9.4e-4)):  # rare events
+    for name, mean in (("curr_RZ_vals", 0.374), ("curr_SHC_vals", 9.4e-4)):
         assert mean / 3 < physics[:, generated.physics.index(name)].mean() < mean * 3, name
     pos = np.concatenate([s.pos for s in stacks])
     np.testing.assert_allclose(pos.mean(0), [74.67, -43.12], atol=1.0)
