@@ -622,6 +622,6 @@ def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:
         CheckpointError: There are none, or they cannot be read.
     """
     path = folder / f"{_file(plate)}.pt"
-    mend = f"There are none of plate {plate}: predict with its controls first."
-    tensors: dict[str, Tensor] = read_state_dict(path, "ControlContext.statistics", mend)[1]
+    hint = f"There are none of plate {plate}: predict with its controls first."
+    tensors: dict[str, Tensor] = read_state_dict(path, "ControlContext.statistics", hint)[1]
     return tensors

@@ -47,7 +47,7 @@ class FederatedRounds(Callback):
     on is in the checkpoint, so a run that was killed goes on as if it had not been.
 
     The method never sees true labels; this callback reads ``datamodule.evaluation`` where there
-    is one, to report how well clients were identified and labels mended.
+    is one, to report how well clients were identified and labels corrected.
 
     Args:
         participation: Share of the clients sampled in each round, at least one.

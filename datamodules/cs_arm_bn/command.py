@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
             given.file, given.channels, given.classes, given.root, given.exclude, given.prefixes
         )
     except FulguriteError as error:  # say the options as they are called here
-        error.mend = error.mend.replace("--data.init_args.source.init_args.", "--")
+        error.hint = error.hint.replace("--data.init_args.source.init_args.", "--")
         raise
     print(table.report())
     print("\n".join(describe_classes(table)))

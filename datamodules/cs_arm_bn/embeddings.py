@@ -249,9 +249,9 @@ def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
             f"The file of embeddings {path} is neither .npz nor .parquet.",
             f"Set `{_OPTION}.embeddings` to one of these.",
         )
-    mend = "Write it again: one row for each site, with plate, well and site."
+    hint = "Write it again: one row for each site, with plate, well and site."
     try:
-        with reading(path, "The file of embeddings", mend):
+        with reading(path, "The file of embeddings", hint):
             if path.suffix == ".npz":
                 arrays = read_arrays(path)
                 values = arrays.pop("embeddings", None)

@@ -99,8 +99,8 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
                 "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
             )
     try:
-        mend = "Export it as comma-separated values in UTF-8, or fetch it again."
-        with reading(path, "The table", mend):
+        hint = "Export it as comma-separated values in UTF-8, or fetch it again."
+        with reading(path, "The table", hint):
             if path.suffix == ".parquet":
                 check_parquet(path)
                 table = pd.read_parquet(path).apply(_as_text)

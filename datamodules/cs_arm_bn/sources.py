@@ -63,7 +63,7 @@ class PlateSource(ABC):
         Args:
             path: One of them.
         """
-        return f"Put the images where the table says, or mend the table: {path}."
+        return f"Put the images where the table says, or correct the table: {path}."
 
     @abstractmethod
     def load(self) -> PlateTable:

@@ -335,7 +335,7 @@ class PlateTable:
         if rows.all():
             raise DataError(
                 f"Without what is excluded ({exclusion.what}) no site is left.",
-                f"Take `{exclusion.kind}` out of `--data.init_args.exclude`, or mend the data.",
+                f"Take `{exclusion.kind}` out of `--data.init_args.exclude`, or correct the data.",
             )
         return PlateTable(
             self.frame[~rows],

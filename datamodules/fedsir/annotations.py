@@ -167,34 +167,34 @@ def cell_text(value: Any) -> str:
     return str(value).strip()
 
 
-def read_lines(path: Path, mend: str = _AGAIN) -> list[str]:
+def read_lines(path: Path, hint: str = _AGAIN) -> list[str]:
     """Read the lines of a text file, without those that are blank and without blanks around them.
 
     Args:
         path: The file; its name may end with ``.gz``, ``.bz2`` or ``.xz``.
-        mend: What to do where it cannot be read.
+        hint: What to do where it cannot be read.
 
     Raises:
         DataError: It cannot be read.
     """
-    with reading(path, "The list", mend), open_compressed(path) as file:
+    with reading(path, "The list", hint), open_compressed(path) as file:
         lines = file.read().decode("utf-8-sig").split("\n")
         return [text for line in lines if (text := line.strip())]
 
 
-def read_list(path: Path, value: str, mend: str = _AGAIN) -> dict[str, list[str]]:
+def read_list(path: Path, value: str, hint: str = _AGAIN) -> dict[str, list[str]]:
     """Read lines of a path and a value, with a blank between them; paths may have blanks.
 
     Args:
         path: The list, such as ``noisy_label_kv.txt`` of Clothing1M.
         value: What the second field is called.
-        mend: What to do where it cannot be read.
+        hint: What to do where it cannot be read.
 
     Raises:
         DataError: It cannot be read, or a line has one field.
     """
-    lines = read_lines(path, mend)
-    with reading(path, "The list", mend):
+    lines = read_lines(path, hint)
+    with reading(path, "The list", hint):
         columns: dict[str, list[str]] = {"path": [], value: []}
         for line in lines:
             parts = line.rsplit(None, 1)
@@ -286,17 +286,17 @@ class AnnotationFile:
             number = {key: row for row, key in enumerate(listing.keys)}
             rows = [number.get(name, -1) for name in names]
             example = f", such as {listing.keys[0]}" if listing.total else ""
-            mend = f"Name images as the source does{example}"
+            hint = f"Name images as the source does{example}"
         else:
             names = columns[self.row_column]
             rows = [_row_number(name, listing.total) for name in names]
-            mend = f"Count the images of the source from 0 to {listing.total - 1}"
+            hint = f"Count the images of the source from 0 to {listing.total - 1}"
         unknown = [name for name, row in zip(names, rows, strict=True) if row < 0]
         if unknown and (self.unknown == "error" or len(unknown) == len(rows)):
             raise DataError(
                 f"The table {path} has rows of images that the source does not train on: "
                 f"{_some(unknown)}.",
-                f"{mend}, remove these rows, or set `{self.option}.unknown=ignore`.",
+                f"{hint}, remove these rows, or set `{self.option}.unknown=ignore`.",
             )
         _refuse_repeated([row for row in rows if row >= 0], listing, path)
         return rows
@@ -414,13 +414,13 @@ def label_numbers(
     )
 
 
-def number_names(texts: Iterable[str], where: str, mend: str) -> tuple[str, ...]:
+def number_names(texts: Iterable[str], where: str, hint: str) -> tuple[str, ...]:
     """Return the names of classes that are their numbers.
 
     Args:
         texts: All labels.
         where: What they are of, for errors.
-        mend: What else to do than to number classes from 0.
+        hint: What else to do than to number classes from 0.
 
     Raises:
         DataError: They are not numbers from 0 without gaps.
@@ -436,7 +436,7 @@ def number_names(texts: Iterable[str], where: str, mend: str) -> tuple[str, ...]
         raise DataError(
             f"The labels of {where} are not numbers from 0 without gaps: "
             f"{', '.join(different[:5])}.",
-            mend,
+            hint,
         )
     return tuple(str(k) for k in range(len(different)))
 

@@ -266,8 +266,8 @@ def _labels(
 
 
 def _field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:
-    mend = "Fetch the original archive again; if it is another format, use its reader."
-    with reading(f"{name} of {path}", "The pickle", mend, fault="was refused"):
+    hint = "Fetch the original archive again; if it is another format, use its reader."
+    with reading(f"{name} of {path}", "The pickle", hint, fault="was refused"):
         table = interpret_pickle(members[name])
     if field not in table:
         raise DataError(

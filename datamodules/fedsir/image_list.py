@@ -202,11 +202,11 @@ class _List:
         """Read a list, and the labels of its images, from their own file if it is given."""
         where = data_path(path)
         if labels is None:
-            mend = (
+            hint = (
                 f"Write lines of a path and a label, or set `{_OPTION}.{split}_labels` to the file "
                 "with the labels."
             )
-            columns = read_list(where, "label", mend)
+            columns = read_list(where, "label", hint)
             names, texts, from_file = columns["path"], columns["label"], where
         else:
             names, texts, from_file = read_lines(where), [], data_path(labels)
@@ -288,11 +288,11 @@ def _class_names(
         return tuple(names), labels_are
     different = set(train.labels)
     if labels_are == "numbers" or (labels_are == "auto" and all(map(_is_number, different))):
-        mend = (
+        hint = (
             f"Set `{_OPTION}.class_names`, one for each number from 0, or `labels_are=names` if "
             "these are names."
         )
-        return number_names(different, str(train.labels_path), mend), "numbers"
+        return number_names(different, str(train.labels_path), hint), "numbers"
     return tuple(sort_names(different)), "names"
 
 

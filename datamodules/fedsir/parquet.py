@@ -286,5 +286,5 @@ def _class_names(train: _Table, test: _Table | None, given: list[str] | None) ->
     different = {text for table in (train, test) if table for text in table.labels} - {""}
     if not train.numbered:
         return tuple(sorted(different))
-    mend = f"Set `{_OPTION}.class_names`, one for each number from 0."
-    return number_names(different, str(train.paths[0].parent), mend)
+    hint = f"Set `{_OPTION}.class_names`, one for each number from 0."
+    return number_names(different, str(train.paths[0].parent), hint)

@@ -433,7 +433,7 @@ class Npz(ImageSource):
             )
         except DataError as error:
             raise DataError(
-                f"The arrays of {self.path} are unusable: {error.what}", error.mend
+                f"The arrays of {self.path} are unusable: {error.what}", error.hint
             ) from error
 
 

@@ -149,9 +149,9 @@ class ClimateFile:
         variable = self.need(_TIMES, "time")
         attributes = variable.attributes
         bounds = self.dataset.variables.get(str(attributes.get("bounds")))
-        mend = "Correct its values and its units (days since YYYY-MM-DD)."
+        hint = "Correct its values and its units (days since YYYY-MM-DD)."
         what = "The time of the climate file"
-        with reading(self.path, what, mend, fault="cannot be understood"):
+        with reading(self.path, what, hint, fault="cannot be understood"):
             if "units" not in attributes:
                 raise ValueError("it has no units")
             decode = (str(attributes["units"]), str(attributes.get("calendar", "standard")))

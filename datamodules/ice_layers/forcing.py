@@ -64,20 +64,20 @@ def read_site(path: Path) -> Site:
         DataError: The file is damaged, lacks a column or days, or its units are not kg m⁻² per day
             and K, as sums of years show.
     """
-    mend = f"Point `{_OPTION}.root` to the daily series of the Community Firn Model's examples."
-    with reading(path, "The series", mend):
+    hint = f"Point `{_OPTION}.root` to the daily series of the Community Firn Model's examples."
+    with reading(path, "The series", hint):
         lat, lon = (float(word) for word in path.stem.split("_")[-2:])
         if not (-90 <= lat <= 90 and -360 <= lon <= 360):
             raise ValueError("its name says no latitude and longitude")
         table = read_csv(path, index_col=0, parse_dates=True)
         if absent := [name for name in _COLUMNS if name not in table.columns]:
-            raise DataError(f"The series {path} has no column {absent[0]!r}.", mend)
+            raise DataError(f"The series {path} has no column {absent[0]!r}.", hint)
         values = table[list(_COLUMNS)].to_numpy(np.float64)
         days = table.index.to_numpy().astype("datetime64[D]")
     if len(days) < 366 or (np.diff(days) != np.timedelta64(1, "D")).any():
-        raise DataError(f"The series {path} is not one of consecutive days.", mend)
+        raise DataError(f"The series {path} is not one of consecutive days.", hint)
     if not np.isfinite(values).all():
-        raise DataError(f"The series {path} has days without a value.", mend)
+        raise DataError(f"The series {path} has days without a value.", hint)
     years = len(days) / 365.25
     for name, amount, low, high in (
         ("BDOT", values[:, 0].sum() / years, 20.0, 5_000.0),

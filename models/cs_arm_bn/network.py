@@ -332,7 +332,7 @@ def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{where}={factory} cannot be found ({error}).",
-            "Install the library, or mend the path: PACKAGE.MODULE.FUNCTION.",
+            "Install the library, or correct the path: PACKAGE.MODULE.FUNCTION.",
         ) from error
     try:
         network = function(**arguments)

@@ -69,7 +69,7 @@ def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
     Args:
         trained: Names of the flight segments that training or validation has seen.
         data: The DataModule, after its setup.
-        also: What else the mend is.
+        also: What else the hint is.
 
     Raises:
         DataError: It has.

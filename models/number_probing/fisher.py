@@ -61,7 +61,7 @@ class Scatter:
 
 
 def singular_words(found: Scatter) -> tuple[str, str]:
-    """What a singular S_W is, and how to mend it.
+    """What a singular S_W is, and how to fix it.
 
     Example:
         >>> x = torch.arange(1.0, 41.0)[:, None] * torch.tensor([[1.0, 2.0]])

@@ -59,8 +59,8 @@ def read_run(folder: Path) -> RunHistory:
     probes: dict[tuple[str, int], dict[int, float]] = {}
     table = folder / "probe.csv"
     rows = _rows(table)
-    mend = "Name folders of runs, or of a comparison of them."
-    with reading(table, "The table", mend, fault="is no table of ModularProbe"):
+    hint = "Name folders of runs, or of a comparison of them."
+    with reading(table, "The table", hint, fault="is no table of ModularProbe"):
         for row in rows:
             step, period = int(_cell(row, "step")), int(_cell(row, "period"))
             for column, value in row.items():
@@ -70,7 +70,7 @@ def read_run(folder: Path) -> RunHistory:
             raise ValueError("it holds no value")
     table = folder / "metrics.csv"
     metrics = _rows(table) if table.is_file() else []
-    with reading(table, "The table", mend, fault="is no table of metrics"):
+    with reading(table, "The table", hint, fault="is no table of metrics"):
         for name in _SCORES:
             # Lightning counts from 0, the probe counts what was trained on
             score = {
@@ -100,8 +100,8 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
     if records:
         found: dict[str, list[Path]] = {}
         for path in records:
-            mend = "Name a run, or the folder of a comparison."
-            with reading(path, "The record", mend, fault="is none of a comparison"):
+            hint = "Name a run, or the folder of a comparison."
+            with reading(path, "The record", hint, fault="is none of a comparison"):
                 record = read_json(path)
                 label = " ".join([record["method"], *map(str, record["setting"].values())])
                 cell = folder / "cells" / Path(record["id"]).name

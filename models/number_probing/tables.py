@@ -446,8 +446,8 @@ def _npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> Numbe
 
 
 def _lines(path: Path) -> list[str]:
-    mend = "Give a text file in UTF-8 with one word a line."
-    with reading(path, "The list of words", mend):
+    hint = "Give a text file in UTF-8 with one word a line."
+    with reading(path, "The list of words", hint):
         # not splitlines, which ends lines at a dozen signs that are tokens of vocabularies
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         return lines[:-1] if lines[-1] == "" else lines
@@ -535,8 +535,8 @@ def vocabulary(folder: Path) -> dict[str, int]:
     """
     if (path := folder / "tokenizer.json").is_file():
         content = _json(path)
-        mend = "Save the tokenizer again."
-        with reading(path, "The tokenizer", mend, fault="has no vocabulary in `model.vocab`"):
+        hint = "Save the tokenizer again."
+        with reading(path, "The tokenizer", hint, fault="has no vocabulary in `model.vocab`"):
             listed = content["model"]["vocab"]
             if isinstance(listed, list):  # of Unigram: pairs of token and score
                 listed = _index([str(token) for token, _ in listed], str(path))
@@ -558,8 +558,8 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Tensors of a safetensors file, and where their bytes begin."""
-    mend = "The file may be cut off or a pointer of Git LFS: fetch it again."
-    with reading(path, "The file", mend, fault="cannot be read as safetensors"):
+    hint = "The file may be cut off or a pointer of Git LFS: fetch it again."
+    with reading(path, "The file", hint, fault="cannot be read as safetensors"):
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if not 2 <= size <= path.stat().st_size - 8:

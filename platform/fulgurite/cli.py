@@ -653,10 +653,10 @@ def _check_strategy(chosen: Any) -> None:
     last = chosen.rpartition(".")[2]
     if "." in chosen or last in classes:
         path = chosen if "." in chosen else f"fulgurite.strategies.{chosen}"
-        mend = f"Use --trainer.strategy.class_path={path}."
+        hint = f"Use --trainer.strategy.class_path={path}."
     else:
-        mend = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(sorted(names))}."
-    raise ConfigError(f"There is no strategy named '{chosen}'.", mend)
+        hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(sorted(names))}."
+    raise ConfigError(f"There is no strategy named '{chosen}'.", hint)
 
 
 def _run_config(name: str) -> Path:

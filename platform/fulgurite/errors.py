@@ -1,4 +1,4 @@
-"""The one error family: each error says what is wrong and how to mend it.
+"""The one error family: each error says what is wrong and how to fix it.
 
 A class derives from the builtin exception it refines, so that ``except ValueError`` still works,
 and from :class:`FulguriteError`, which the command line prints as one line (``--debug`` shows the
@@ -19,20 +19,20 @@ __all__ = [
 
 
 class FulguriteError(Exception):
-    """Base of all errors that a user can mend.
+    """Base of all errors that a user can fix.
 
     Args:
         what: One sentence: what is wrong, naming the file, field or value.
-        mend: One sentence: what to do about it, in the spelling of the command line.
+        hint: One sentence: what to do about it, in the spelling of the command line.
     """
 
-    def __init__(self, what: str, mend: str = "") -> None:
-        super().__init__(what, mend)
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what, hint)
         self.what = what
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.what} {self.mend}".strip()
+        return f"{self.what} {self.hint}".strip()
 
 
 class ConfigError(FulguriteError, ValueError):

@@ -94,7 +94,7 @@ def describe_error(error: BaseException) -> str:
 def reading(
     path: str | Path,
     what: str,
-    mend: str,
+    hint: str,
     error: Callable[[str, str], FulguriteError] = DataError,
     fault: str = "cannot be read",
 ) -> Reading:
@@ -107,7 +107,7 @@ def reading(
         path: The file, named in the error; one that is there must be a regular file, since others
             (pipes, devices) may never end.
         what: What it is, as the beginning of a sentence: ``The stack``.
-        mend: What to do about it.
+        hint: What to do about it.
         error: The error to raise.
         fault: What is wrong, as the rest of the sentence.
 
@@ -121,16 +121,16 @@ def reading(
         ...
         fulgurite.errors.DataError: The table a.json cannot be read (it ends). Fetch it again.
     """
-    return Reading(path, f"{what} {path} {fault}", mend, error)
+    return Reading(path, f"{what} {path} {fault}", hint, error)
 
 
 class Reading:
     """The context that :func:`reading` gives."""
 
     def __init__(
-        self, path: str | Path, what: str, mend: str, error: Callable[[str, str], FulguriteError]
+        self, path: str | Path, what: str, hint: str, error: Callable[[str, str], FulguriteError]
     ) -> None:
-        self.path, self.what, self.mend, self.error = path, what, mend, error
+        self.path, self.what, self.hint, self.error = path, what, hint, error
 
     def __enter__(self) -> None:
         """Refuse what is no regular file."""
@@ -150,7 +150,7 @@ class Reading:
             raise self._named(raised) from raised
 
     def _named(self, raised: BaseException) -> FulguriteError:
-        return self.error(f"{self.what} ({describe_error(raised)}).", self.mend)
+        return self.error(f"{self.what} ({describe_error(raised)}).", self.hint)
 
 
 def _refuse_special(path: str | Path) -> None:
@@ -658,14 +658,14 @@ def check_tensors(content: Any, size: int) -> None:
 
 
 def read_state_dict(
-    path: str | Path, where: str, mend: str = "Name a file, or give null."
+    path: str | Path, where: str, hint: str = "Name a file, or give null."
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint, or a state dict alone, that ``torch.save`` wrote.
 
     Args:
         path: The file.
         where: Who asks for it, as the user spells it; named in errors.
-        mend: What to do where there is no such file.
+        hint: What to do where there is no such file.
 
     Returns:
         The whole checkpoint (empty for a state dict alone), and its tensors by name.
@@ -677,7 +677,7 @@ def read_state_dict(
 
     from fulgurite.io import load_plain
 
-    content = load_plain(path, where, mend)
+    content = load_plain(path, where, hint)
     whole = isinstance(content, dict) and "state_dict" in content
     tensors = content["state_dict"] if whole else content
     if (

@@ -91,7 +91,7 @@ def file_lock(path: str | Path) -> Iterator[None]:
 
 
 def load_plain(
-    path: str | Path, where: str, mend: str = "Name a file, or give null.", **options: Any
+    path: str | Path, where: str, hint: str = "Name a file, or give null.", **options: Any
 ) -> Any:
     """Read a file that ``torch.save`` wrote: tensors and plain types, onto the CPU.
 
@@ -101,7 +101,7 @@ def load_plain(
     Args:
         path: The file.
         where: Who asks for it, as the user spells it; named in errors.
-        mend: What to do where there is no such file.
+        hint: What to do where there is no such file.
         options: Of ``torch.load``.
 
     Raises:
@@ -117,7 +117,7 @@ def load_plain(
     import torch
 
     if not Path(path).is_file():
-        raise CheckpointError(f"{where}={path} is not a file.", mend)
+        raise CheckpointError(f"{where}={path} is not a file.", hint)
     again = "It may be truncated, or written by something else than torch.save: use another."
     try:
         sealed = _check_seal(Path(path))

@@ -498,10 +498,10 @@ def find_run(
             None,
         )
         kept = ", ".join(sorted(map(str, same.glob("checkpoints/*.ckpt"))))
-        mend = f"There is {kept}" if kept else f"Start it over with --run.dir={same}"
+        hint = f"There is {kept}" if kept else f"Start it over with --run.dir={same}"
         raise CheckpointError(
             f"{asked}: the newest run, {same}, has no checkpoint '{which}.ckpt'.",
-            f"{mend}, or name an older one: --run.dir={older}." if older else f"{mend}.",
+            f"{hint}, or name an older one: --run.dir={older}." if older else f"{hint}.",
         )
     return same
 

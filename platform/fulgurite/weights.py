@@ -46,8 +46,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "Reading .safetensors needs the package safetensors.",
             "pip install 'fulgurite[federated]'",
         ) from error
-    mend = "It may be truncated: fetch it again, or use another."
-    with reading(path, "The weights", mend, CheckpointError, "cannot be read as safetensors"):
+    hint = "It may be truncated: fetch it again, or use another."
+    with reading(path, "The weights", hint, CheckpointError, "cannot be read as safetensors"):
         tensors: dict[str, Tensor] = load_file(path)
         if not tensors:
             raise ValueError("it holds no tensor")

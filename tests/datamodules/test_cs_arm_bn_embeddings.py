@@ -89,7 +89,7 @@ def test_sites_without_an_embedding_are_named_or_left_out(tmp_path, keys, values
     path = write(tmp_path, keys.drop(index=[9, 10]), np.delete(values, [9, 10], 0))
     with pytest.raises(DataError, match=r"2 of the 48 sites: lab.b0.p1 A02 site 1, .*A03") as error:
         make_data(path, cache=False).setup()
-    assert "exclude=[missing_embedding]" in error.value.mend
+    assert "exclude=[missing_embedding]" in error.value.hint
     data = make_data(path, cache=False, source={"exclude": ["missing_embedding"]})
     data.setup()
     assert len(data.table) == 46

@@ -79,9 +79,9 @@ def test_each_bad_tiff_has_one_error_that_names_it(tmp_path, kind, word):
     with pytest.raises(DataError, match=r"bad\.tiff") as error:
         FileReader(1)([str(path)])
     assert word in str(error.value)
-    assert "--data.init_args.exclude+=unreadable" in error.value.mend
+    assert "--data.init_args.exclude+=unreadable" in error.value.hint
     takes_more = kind in ("eight", "float", "colour", "planes")
-    assert ("init_args.any_depth=true" in error.value.mend) == takes_more
+    assert ("init_args.any_depth=true" in error.value.hint) == takes_more
     assert error.value.kind == "unreadable"
 
 

@@ -81,7 +81,7 @@ def test_one_segment_in_two_folders_is_refused_or_decided(tmp_path):
         load(tmp_path / "season")
     assert "CSARP_layer/20120414_01/Data_20120414_01_001.mat" in str(error.value)
     assert "CSARP_layer_old/20120414_01/Data_20120414_01_001.mat" in str(error.value)
-    assert "prefer=[CSARP_layer]" in error.value.mend
+    assert "prefer=[CSARP_layer]" in error.value.hint
     first = load(tmp_path / "season", prefer=["CSARP_layer"])
     assert median_thickness(first) == THICKNESS.tolist()
     assert excluded(first) == {"not_preferred": 1}
@@ -148,7 +148,7 @@ def test_without_a_surface_and_a_companion_files_are_refused(tmp_path):
     change(path, id=np.arange(2.0, 6), twtt=picks.T[1:], quality=np.ones((4, 40), np.uint8))
     with pytest.raises(DataError, match="no companion file") as error:
         load(tmp_path)
-    assert f"layer_{SEGMENT}.mat" in error.value.mend
+    assert f"layer_{SEGMENT}.mat" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_names_that_cannot_be_read_are_refused(tmp_path):
     write_organizer(folder, ["surface", "a", "b", "c", "d"], lyr_name=np.zeros((1, 0)))
     with pytest.raises(DataError, match="0 names lyr_name") as error:
         load(tmp_path)
-    assert "cellstr" in error.value.mend
+    assert "cellstr" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_ages_of_some_layers_alone_are_refused(tmp_path, ages, message):
     write_organizer(folder, ["surface", "a", "b", "c", "d"], ages)
     with pytest.raises(DataError, match=message) as error:
         load(tmp_path)
-    assert "ages=yearly" in error.value.mend
+    assert "ages=yearly" in error.value.hint
     assert load(tmp_path, ages="yearly").layer_age.tolist() == [1, 2, 3, 4]
     write_organizer(folder, ["surface", "a", "b", "c", "d"])  # none is known
     assert load(tmp_path).layer_age.tolist() == [1, 2, 3, 4]
@@ -317,7 +317,7 @@ def test_times_of_another_day_than_the_name_are_refused(tmp_path, shift, hint):
     write(tmp_path, (time + shift, pos, picks))
     with pytest.raises(DataError, match="before the day in its name") as error:
         load(tmp_path)
-    assert hint in error.value.mend
+    assert hint in error.value.hint
     assert f"Data_{SEGMENT}_001.mat" in error.value.what
 
 

@@ -152,14 +152,14 @@ def test_points_that_do_not_project_are_named(tmp_path):
     pos = np.array([[71.0, -40.0], [-70.5, 140.0]])  # the antipode of the projection's centre
     with pytest.raises(DataError, match=r"1 of 2 points, such as -70.50 N 140.00 E") as error:
         sample(tmp_path, pos, projection="mar")
-    assert "epsg3031" in error.value.mend
+    assert "epsg3031" in error.value.hint
 
 
 def test_coordinates_that_are_no_degrees(tmp_path):
     write(tmp_path, LAT=lambda v, u: v * 111, LON=lambda v, u: v * 37)
     with pytest.raises(DataError, match=r"LAT and LON of .* are no degrees") as error:
         sample(tmp_path)
-    assert "climate.init_args.projection" in error.value.mend
+    assert "climate.init_args.projection" in error.value.hint
 
 
 def test_constants_and_years_that_are_not_over(tmp_path):
@@ -356,7 +356,7 @@ def test_unknown_units_are_refused(tmp_path, unit):
     write(tmp_path, RU=lambda v, u: (v, unit))
     with pytest.raises(DataError, match=rf"unit '{unit}' of the variable RU of .*2010.nc") as error:
         sample(tmp_path)
-    assert "scale={RU: ...}" in error.value.mend
+    assert "scale={RU: ...}" in error.value.hint
     good = sample(tmp_path, scale={"RU": 1.0}).physics
     np.testing.assert_allclose(good[..., 2], 0.1, rtol=3e-3)
     write(tmp_path, ZN6=lambda v, u: (v, "m/day"))
@@ -522,7 +522,7 @@ def test_unusable_files(tmp_path, changes, options, message):
     write(tmp_path, **changes)
     with pytest.raises(DataError, match=message) as error:
         sample(tmp_path, **options)
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_fewer_fields_need_fewer_variables(tmp_path):
@@ -591,7 +591,7 @@ def test_stacks_at_and_beyond_the_edge_of_the_climate(tmp_path):
     source.climate.reach = 5_000.0
     with pytest.raises(DataError, match=r"of 20 traces of stack 20120414_01_0000 .*away") as error:
         source.load()
-    assert "exclude+=outside_climate" in error.value.mend
+    assert "exclude+=outside_climate" in error.value.hint
     source.exclude = frozenset(["outside_climate"])
     with pytest.raises(DataError, match=r"no usable stack \(1 stacks outside the climate grid"):
         source.load()

@@ -268,7 +268,7 @@ def test_variables_that_are_none(tmp_path, changes):
     savemat(path, read_mat(path) | changes)
     with pytest.raises(DataError, match=r"Data_20120414_01_001.mat") as error:
         source(tmp_path).load()
-    assert "exclude+=unreadable" in error.value.mend
+    assert "exclude+=unreadable" in error.value.hint
     flights = source(tmp_path, exclude=["unreadable"]).load()
     assert excluded(flights)["unreadable"] == 1
     assert len(flights.stacks) == 2
@@ -426,7 +426,7 @@ def test_centimetres_and_millimetres_are_found(tmp_path, factor):
     ):
         with pytest.raises(DataError, match="millimetres or centimetres") as error:
             made().load()
-        assert "source.init_args.thickest` above" in error.value.mend
+        assert "source.init_args.thickest` above" in error.value.hint
         assert made(thickest=900.0).load().stacks  # of isochrones of ice
     with pytest.raises(ConfigError, match="median thickness of layers is 0"):
         source(tmp_path, thickest=0)
@@ -625,7 +625,7 @@ def test_bad_npz_stacks(tmp_path, case):
     with pytest.raises(DataError, match=message) as error:
         NpzStacks(str(tmp_path)).load()
     assert str(tmp_path / "s" / "c.npz") in error.value.what
-    assert error.value.mend
+    assert error.value.hint
 
 
 def test_a_damaged_first_npz(tmp_path):

@@ -354,9 +354,9 @@ def test_a_failing_cell_harms_no_other(place, monkeypatch, trouble, says):
     monkeypatch.setenv("TROUBLE", "off")
     go(file)
     assert len(runs(place)) == count
-    mended = go(file, retry_failed=True)
-    assert len(mended.results) == 12
-    assert not mended.failures
+    corrected = go(file, retry_failed=True)
+    assert len(corrected.results) == 12
+    assert not corrected.failures
     assert not list(failed.iterdir())
 
 

@@ -208,7 +208,7 @@ class FedSIR(NoiseAwareMethod):
 
     def _identify(self, fed: Federation, purpose: str) -> None:
         if purpose != "identify":
-            # from the labels as given: mended ones would make their clients look clean
+            # from the labels as given: corrected ones would make their clients look clean
             own = fed.own(range(fed.num_clients))
             fed.relabel({k: fed.labels.given[fed.index[k]] for k in own})
             self.distil = self.confidence = self.decided = None

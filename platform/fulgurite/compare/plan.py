@@ -372,7 +372,7 @@ class Plan:
                 return define([command, *files, *options])
             except FulguriteError as error:
                 where = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
-                raise ConfigError(f"{where}: `{command}`: {error.what}", error.mend) from error
+                raise ConfigError(f"{where}: `{command}`: {error.what}", error.hint) from error
 
         trained = [
             next(iter(self.settings[axis].values()))
@@ -518,7 +518,7 @@ def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
         quick: Apply the overrides under ``quick``.
 
     Raises:
-        ConfigError: Anything that the schema does not allow, with the key and the mend.
+        ConfigError: Anything that the schema does not allow, with the key and the hint.
     """
     path = find_config(str(file))
     top = _mapping(read_yaml(path), str(file))

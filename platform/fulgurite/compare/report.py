@@ -51,7 +51,7 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{error.filename or folder} cannot be written ({error.strerror}).",
-            "Make room or mend it, or name another folder: --out=FOLDER. What is recorded stays.",
+            "Make room or fix it, or name another folder: --out=FOLDER. What is recorded stays.",
         ) from error
 
 

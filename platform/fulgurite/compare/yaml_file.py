@@ -85,11 +85,11 @@ def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> i
     elif isinstance(node, yaml.SequenceNode):
         number += sum(_count(item, path, counts, depth + 1) for item in node.value)
     if number > _MOST_VALUES:
-        mend = "Write out less of it by aliases."
-        raise _refuse(path, node, f"stands for more than {_MOST_VALUES:,} values", mend)
+        hint = "Write out less of it by aliases."
+        raise _refuse(path, node, f"stands for more than {_MOST_VALUES:,} values", hint)
     counts[id(node)] = number
     return number
 
 
-def _refuse(path: Path, node: yaml.Node, what: str, mend: str) -> ConfigError:
-    return ConfigError(f"{path}, line {node.start_mark.line + 1}: this {what}.", mend)
+def _refuse(path: Path, node: yaml.Node, what: str, hint: str) -> ConfigError:
+    return ConfigError(f"{path}, line {node.start_mark.line + 1}: this {what}.", hint)

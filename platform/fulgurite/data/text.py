@@ -55,9 +55,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         raise MissingExtraError(
             f"The table {path} needs pyarrow.", "Install it with `pip install pyarrow`."
         ) from error
-    mend = "Fetch it again, or leave it out of `--data.init_args.paths`."
+    hint = "Fetch it again, or leave it out of `--data.init_args.paths`."
     with ExitStack() as stack:
-        with reading(path, "The table", mend):
+        with reading(path, "The table", hint):
             check_parquet(path)
             table = stack.enter_context(pq.ParquetFile(path))
             schema = table.schema_arrow
@@ -69,7 +69,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
             )
         batches = table.iter_batches(batch_size=_ROWS, columns=[column])
         while True:
-            with reading(path, "The table", mend):  # what is done with texts is not its fault
+            with reading(path, "The table", hint):  # what is done with texts is not its fault
                 rows = next(batches, None)
                 texts = (
                     [] if rows is None else [text for text in rows.column(0).to_pylist() if text]
