@@ -6,9 +6,7 @@ fields.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,6 +22,13 @@ from fulgurite.datamodules.ice_layers.resample import along_track
 from fulgurite.datamodules.ice_layers.spans import Spans
 from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, SredFile, read_sred
+from fulgurite.datamodules.ice_layers.sred_parts import (
+    Echogram,
+    Shared,
+    describe_parts,
+    keep_each_once,
+    settle_shared,
+)
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     METRES,
@@ -43,53 +48,15 @@ from fulgurite.datamodules.ice_layers.travel_time import (
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 
-__all__ = ["SredMat", "count_complete"]
+__all__ = ["SredMat"]
 
 SplitBy = Literal["folders", "segments"]
-Shared = Literal["refuse", "drop", "keep"]
 Deeper = Literal["refuse", "repeat"]
 
 _OPTION = "--data.init_args.source.init_args"
 _KINDS = ("unreadable", "crossed", "physics", "duplicate")
 _ELEVATION = "Elevation"
 _DENSITY = "curr_dens"
-_STATES = ("complete", "with gaps", "without their deepest layers")
-
-
-def count_complete(boundaries: Sequence[Array], count: int) -> tuple[int, int, int]:
-    """How many stacks are complete, have gaps, or lack their deepest boundaries.
-
-    A stack whose deepest boundaries are nowhere picked lacks them, whether or not the file has a
-    row for them.
-
-    Args:
-        boundaries: Of each stack, NaN where missing. Shape of each: (N, K).
-        count: L, layers of a complete stack.
-
-    Source: arXiv 2604.20783, card section 3.5 ("complete" is L + 1 boundaries without NaN).
-
-    Example:
-        >>> gap = np.array([[0.0, 1.0, 2.0], [0.0, np.nan, 2.0]])
-        >>> count_complete([np.ones((2, 3)), gap, np.ones((2, 2))], 2)
-        (1, 1, 1)
-    """
-    states = [0, 0, 0]
-    for picks in boundaries:
-        picked = np.isfinite(picks[:, : count + 1])
-        rows = np.flatnonzero(picked.any(0))
-        if not len(rows) or rows[-1] < count:
-            states[2] += 1
-        else:
-            states[0 if picked.all() else 1] += 1
-    return states[0], states[1], states[2]
-
-
-@dataclass(frozen=True, eq=False)
-class _Echogram:
-    """A file and the part that its folder is."""
-
-    file: SredFile
-    part: str
 
 
 class SredMat(StackSource):
@@ -261,7 +228,7 @@ class SredMat(StackSource):
                 segment is in several parts.
         """
         damaged: list[str] = []
-        echograms: list[_Echogram] = []
+        echograms: list[Echogram] = []
         names = self.fields
         if self.sample_time is not None and self.density is None:
             names = tuple(dict.fromkeys((*names, _DENSITY)))
@@ -271,15 +238,15 @@ class SredMat(StackSource):
                     lambda path: read_sred(path, self.traces, names), path, self.exclude, damaged
                 )
                 if file is not None:
-                    echograms.append(_Echogram(file, part))
+                    echograms.append(Echogram(file, part))
         excluded = left_out_files(damaged)
-        echograms = self._each_once(echograms, excluded)
+        echograms = keep_each_once(echograms, excluded, "duplicate" in self.exclude)
         shared: frozenset[str] = frozenset()
         notes: list[str] = []
         if self.split == "folders":
-            echograms, shared = self._settle_shared(echograms, excluded, notes)
+            echograms, shared = settle_shared(echograms, self.shared, excluded, notes)
         stacks, part_of = self._stacks(echograms, excluded, notes)
-        notes += self._describe(echograms)
+        notes += describe_parts(echograms, self.count, self.split == "folders")
         return Flights(
             stacks,
             self.physics,
@@ -291,76 +258,8 @@ class SredMat(StackSource):
             OwnSplit(part_of, shared) if self.split == "folders" else None,
         )
 
-    def _each_once(
-        self, echograms: Sequence[_Echogram], excluded: list[Exclusion]
-    ) -> list[_Echogram]:
-        """Refuse files of one name or one content, or leave out all but the most evaluated one."""
-        kept: list[_Echogram] = []
-        seen: dict[str, Path] = {}
-        for echogram in sorted(echograms, key=lambda e: -PARTS.index(e.part)):
-            file = echogram.file
-            digest = hashlib.sha256(file.boundaries.tobytes() + file.pos.tobytes()).hexdigest()
-            keys = (f"name {file.path.stem}", f"content {digest}")
-            other = next((seen[key] for key in keys if key in seen), None)
-            if other is not None and "duplicate" not in self.exclude:
-                raise DataError(
-                    f"The files {other} and {file.path} are of one name or have the same layers.",
-                    "Remove one, or keep that of the test before that of validation and training: "
-                    f"`{_OPTION}.exclude+=duplicate`.",
-                )
-            if other is None:
-                kept.append(echogram)
-            for key in keys:
-                seen.setdefault(key, file.path)
-        if left := len(echograms) - len(kept):
-            excluded.append(Exclusion("duplicate", "files that are there twice", left))
-        return sorted(kept, key=lambda e: (PARTS.index(e.part), e.file.path))
-
-    def _settle_shared(
-        self, echograms: list[_Echogram], excluded: list[Exclusion], notes: list[str]
-    ) -> tuple[list[_Echogram], frozenset[str]]:
-        """What ``shared`` says of flight segments in several parts.
-
-        Returns:
-            The echograms to use, and the segments that stay in several parts.
-
-        Raises:
-            DataError: There are some, and they are to be refused.
-
-        Source: arXiv 2604.20783, card section 2 (leakage rule); that the authors' folders share
-        segments, or not, is not known.
-        """
-        segments = {part: {e.file.segment for e in echograms if e.part == part} for part in PARTS}
-        later = {
-            "train": segments["val"] | segments["test"],
-            "val": segments["test"],
-            "test": set[str](),
-        }
-        leaking = [e for e in echograms if e.file.segment in later[e.part]]
-        if not leaking:
-            return echograms, frozenset()
-        both = frozenset(e.file.segment for e in leaking)
-        count = {part: sum(e.part == part for e in leaking) for part in ("train", "val")}
-        what = (
-            f"{len(both)} flight segments ({name_some(sorted(both))}) are in several parts: "
-            f"{count['train']} training stacks are of validated or tested segments, "
-            f"{count['val']} validation stacks of tested ones"
-        )
-        if self.shared == "refuse":
-            raise DataError(
-                f"{what}, whose neighbouring echograms leak.",
-                f"Set `{_OPTION}.shared=drop` to leave those stacks out, `{_OPTION}.shared=keep` "
-                f"to use the folders as they are, or `{_OPTION}.split=segments` for another split.",
-            )
-        if self.shared == "drop":
-            what = "training and validation stacks of segments that are evaluated later"
-            excluded.append(Exclusion("shared", what, len(leaking)))
-            return [e for e in echograms if e.file.segment not in later[e.part]], frozenset()
-        notes.append(what)
-        return echograms, both
-
     def _stacks(
-        self, echograms: Iterable[_Echogram], excluded: list[Exclusion], notes: list[str]
+        self, echograms: Iterable[Echogram], excluded: list[Exclusion], notes: list[str]
     ) -> tuple[list[LayerStack], dict[str, str]]:
         """The stacks of files, and the part of each."""
         stacks: list[LayerStack] = []
@@ -432,19 +331,6 @@ class SredMat(StackSource):
             unit=self.unit,
             spans=spans,
         )
-
-    def _describe(self, echograms: Sequence[_Echogram]) -> list[str]:
-        """How many stacks of each part are complete."""
-        groups = {f"folders of {part}": [e for e in echograms if e.part == part] for part in PARTS}
-        if self.split == "segments":
-            groups = {"files": list(echograms)}
-        lines = []
-        for name, group in groups.items():
-            states = count_complete([e.file.boundaries for e in group], self.count)
-            if group:
-                counted = ", ".join(f"{n} {s}" for n, s in zip(states, _STATES, strict=True))
-                lines.append(f"{name}: {counted}")
-        return lines
 
 
 def _check_metres(bin_size: float | None, sample_time: float | None, density: float | None) -> None:

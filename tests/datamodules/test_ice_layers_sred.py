@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticSred
-from fulgurite.datamodules.ice_layers.sred import count_complete
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, read_sred
 from fulgurite.datamodules.ice_layers.sred_generator import write_sred
+from fulgurite.datamodules.ice_layers.sred_parts import count_complete
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
 from fulgurite.models.ice_layers.batches import refuse_seen
 
