@@ -18,13 +18,14 @@ from fulgurite.models.ice_layers import CompletionNet, IceCompletion
 from fulgurite.models.ice_layers.baseline_module import BaselineCompletion
 from fulgurite.models.ice_layers.covariance import KrigingStack
 from fulgurite.models.ice_layers.kriging import Kriging
+from fulgurite.models.ice_layers.spans import Spans
 
 PHYSICS = 5
 MISSING = 0.37  # share of entries in the generated data
 
 
 def make_batch(stacks: int, traces: int, layers: int) -> Any:
-    """Stacks of smooth layers with broken traces and absent layers."""
+    """Stacks of smooth layers with broken and absent boundaries."""
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -38,15 +39,21 @@ def make_batch(stacks: int, traces: int, layers: int) -> Any:
         wrong = torch.rand(traces, layers, generator=draw) < 0.01
         thickness = torch.where(wrong, 2 * thickness, thickness)
         start = torch.randint(traces, (layers,), generator=draw)
-        place = (torch.arange(traces)[:, None] - start) % traces
-        observed = place >= 1.6 * MISSING * traces * torch.linspace(0, 1, layers)
-        observed[:, torch.rand(layers, generator=draw) < 0.08] = False
+        offset = (torch.arange(traces)[:, None] - start) % traces
+        # a missing boundary takes the layers on both of its sides, whose sum stays known
+        hidden = offset < 0.85 * MISSING * traces * torch.linspace(0, 1, layers)
+        hidden[:, torch.rand(layers, generator=draw) < 0.06] = True
+        spans = Spans.of_thickness(thickness, sums=True).hide(hidden)
+        observed = spans.observed
         at = 100.0 * torch.arange(traces, dtype=torch.float64)
         made.append(
             Data(
                 num_nodes=traces,
                 thickness=torch.where(observed, thickness, torch.nan),
                 observed=observed,
+                span_start=spans.start,
+                span_path=spans.path,
+                refraction=spans.index,
                 physics=physics.float(),
                 pos=torch.stack([70 + at / 1.1e5, at * 0 - 40], 1),
                 distance=at,
