@@ -244,7 +244,7 @@ class _PlateWriter(Dataset[None]):
             except BadImage as error:
                 if error.kind not in self.tolerated:
                     raise
-                bad[row] = error.kind, error.what
+                bad[row] = error.kind, error.problem
                 continue
             if store is None or moments is None:
                 shape = (len(sites), *image.shape)
@@ -265,7 +265,7 @@ def _read_site(reader: SiteReader, preprocess: Preprocess, paths: Sequence[str])
         return preprocess(raw)
     except BadImage as error:
         raise BadImage(
-            f"The site with {paths[0]} cannot be used: {error.what}",
+            f"The site with {paths[0]} cannot be used: {error.problem}",
             "Look at the image, or leave such sites out: "
             f"`--data.init_args.exclude+={error.kind}`.",
             error.kind,

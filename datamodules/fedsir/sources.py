@@ -433,7 +433,7 @@ class Npz(ImageSource):
             )
         except DataError as error:
             raise DataError(
-                f"The arrays of {self.path} are unusable: {error.what}", error.hint
+                f"The arrays of {self.path} are unusable: {error.problem}", error.hint
             ) from error
 
 

@@ -225,7 +225,7 @@ class NpzStacks(StackSource):
                 **self._extra(content),
             )
         except DataError as error:
-            raise DataError(f"The stack {path} is unusable: {error.what}", error.hint) from error
+            raise DataError(f"The stack {path} is unusable: {error.problem}", error.hint) from error
 
     def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
         """Further fields of a stack."""

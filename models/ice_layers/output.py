@@ -313,7 +313,7 @@ def make_stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
             origin=Origin(**texts, climate_files=climate_files),
         )
     except DataError as error:
-        raise DataError(f"The file {path} is unusable: {error.what}", error.hint) from error
+        raise DataError(f"The file {path} is unusable: {error.problem}", error.hint) from error
 
 
 def _converted(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:

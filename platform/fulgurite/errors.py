@@ -22,17 +22,17 @@ class FulguriteError(Exception):
     """Base of all errors that a user can fix.
 
     Args:
-        what: One sentence: what is wrong, naming the file, field or value.
+        problem: One sentence: what is wrong, naming the file, field or value.
         hint: One sentence: what to do about it, in the spelling of the command line.
     """
 
-    def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(what, hint)
-        self.what = what
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(problem, hint)
+        self.problem = problem
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.what} {self.hint}".strip()
+        return f"{self.problem} {self.hint}".strip()
 
 
 class ConfigError(FulguriteError, ValueError):

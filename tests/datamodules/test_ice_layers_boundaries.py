@@ -318,7 +318,7 @@ def test_times_of_another_day_than_the_name_are_refused(tmp_path, shift, hint):
     with pytest.raises(DataError, match="before the day in its name") as error:
         load(tmp_path)
     assert hint in error.value.hint
-    assert f"Data_{SEGMENT}_001.mat" in error.value.what
+    assert f"Data_{SEGMENT}_001.mat" in error.value.problem
 
 
 def test_a_flight_over_midnight_is_of_its_day(tmp_path):

@@ -624,7 +624,7 @@ def test_bad_npz_stacks(tmp_path, case):
     save(tmp_path, "c", **changes)
     with pytest.raises(DataError, match=message) as error:
         NpzStacks(str(tmp_path)).load()
-    assert str(tmp_path / "s" / "c.npz") in error.value.what
+    assert str(tmp_path / "s" / "c.npz") in error.value.problem
     assert error.value.hint
 
 

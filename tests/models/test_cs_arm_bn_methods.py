@@ -473,7 +473,7 @@ class TwoOutputs(nn.Module):
 def test_unreachable_weights_are_one_line():
     with pytest.raises(ConfigError, match="We could not connect to the hub") as caught:
         Backbone(5, K, f"{__name__}.Unreachable")
-    assert "\n" not in caught.value.what
+    assert "\n" not in caught.value.problem
 
 
 def test_outputs_that_are_no_logits_are_refused():

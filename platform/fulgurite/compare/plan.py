@@ -372,7 +372,7 @@ class Plan:
                 return define([command, *files, *options])
             except FulguriteError as error:
                 where = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
-                raise ConfigError(f"{where}: `{command}`: {error.what}", error.hint) from error
+                raise ConfigError(f"{where}: `{command}`: {error.problem}", error.hint) from error
 
         trained = [
             next(iter(self.settings[axis].values()))

@@ -77,9 +77,9 @@ def exclude_hint(what: str, kind: str, exclude: Iterable[str], option: str) -> s
 class BadImage(DataError):
     """One image cannot be used; ``kind`` is the word in ``exclude`` that leaves such images out."""
 
-    def __init__(self, what: str, hint: str = "", kind: str = "unreadable") -> None:
-        super().__init__(what, hint)
+    def __init__(self, problem: str, hint: str = "", kind: str = "unreadable") -> None:
+        super().__init__(problem, hint)
         self.kind = kind
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.what, self.hint, self.kind)
+        return type(self), (self.problem, self.hint, self.kind)

@@ -41,17 +41,17 @@ class ImageRefused(ValueError):
     """An image file is whole, but it holds something else than was asked for.
 
     Args:
-        what: The rest of a sentence that begins with the name of the file.
+        problem: The rest of a sentence that begins with the name of the file.
         hint: One sentence: what to do about it.
         needs_package: Whether it could be read if a package were installed.
         needs_any_depth: Whether ``any_depth`` of :func:`decode_image` reads it.
     """
 
     def __init__(
-        self, what: str, hint: str, needs_package: bool = False, needs_any_depth: bool = False
+        self, problem: str, hint: str, needs_package: bool = False, needs_any_depth: bool = False
     ) -> None:
-        super().__init__(what)
-        self.what = what
+        super().__init__(problem)
+        self.problem = problem
         self.hint = hint
         self.needs_package = needs_package
         self.needs_any_depth = needs_any_depth
@@ -90,10 +90,10 @@ def reading_image(
         try:
             yield
         except ImageRefused as refused:
-            what = f"The image {name} {refused.what}."
+            problem = f"The image {name} {refused.problem}."
             if refused.needs_package:
-                raise MissingExtraError(what, refused.hint) from refused
-            raise error(what, f"{refused.hint} {otherwise}") from refused
+                raise MissingExtraError(problem, refused.hint) from refused
+            raise error(problem, f"{refused.hint} {otherwise}") from refused
         except FileNotFoundError as missing:
             raise error(f"There is no image {name}.", f"{again} {otherwise}") from missing
 
