@@ -156,6 +156,7 @@ class CompletionWriter(Callback):
             source=getattr(source, "description", ""),
             checkpoint=Path(made_by).name if made_by else "",
             checkpoint_sha256=checksum(made_by) if made_by else "",
+            age_source=getattr(source, "age_source", ""),
             climate_files=tuple(getattr(source, "climate_files", ())),
             attributes=self.attributes,
         )

@@ -55,6 +55,15 @@ class Boundaries:
         named = [self.names.get(k, "") or f"layer_{i:02}" for i, k in enumerate(self.ids[1:], 1)]
         return (*named[:count], *(f"layer_{i:02}" for i in range(len(named) + 1, count + 1)))
 
+    def describe_ages(self, count: int, source: AgesFrom) -> str:
+        """Say where the ages that :meth:`layer_ages` gives come from."""
+        ages = self.organizer.age if self.organizer is not None and source == "files" else {}
+        known = sum(k in ages for k in self.ids[1 : count + 1])
+        if not known:
+            return "layers are taken to be a year apart, whatever they are"
+        below = f" down to layer {known}, a year apart below" if known < count else ""
+        return f"of the companion file{below}"
+
     def layer_ages(self, count: int, source: AgesFrom) -> NDArray[np.float64]:
         """Return the ages of the lower boundaries of the first ``count`` layers [years].
 

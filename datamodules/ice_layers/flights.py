@@ -84,6 +84,11 @@ class StackSource(ABC):
         return ()
 
     @property
+    def age_source(self) -> str:
+        """Where ages of layers come from, once they are read; empty if nothing is known."""
+        return ""
+
+    @property
     def description(self) -> str:
         """What the traces are, for whoever reads completed stacks; empty if nothing is known."""
         return ""

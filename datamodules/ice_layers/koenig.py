@@ -196,6 +196,11 @@ class KoenigPicks(StackSource):
         return () if self.climate is None else tuple(path.name for path in self.climate.paths())
 
     @property
+    def age_source(self) -> str:
+        """Where ages of layers come from."""
+        return "layers are a year apart"
+
+    @property
     def description(self) -> str:
         """What the traces are."""
         return "radar layer picks of Koenig et al. (2016)"

@@ -119,6 +119,7 @@ class LayerFiles(StackSource):
             )
         self._segments: dict[str, SegmentFiles] = {}
         self._names: tuple[str, ...] = ()
+        self._age_source = ""
         self.files = list(layers)
         self.climate = climate
         self.count = count
@@ -145,6 +146,11 @@ class LayerFiles(StackSource):
     def climate_files(self) -> tuple[str, ...]:
         """Names of the files of the climate model."""
         return () if self.climate is None else tuple(path.name for path in self.climate.paths())
+
+    @property
+    def age_source(self) -> str:
+        """Where ages of layers come from, once the files are read; of the first segment."""
+        return self._age_source
 
     @property
     def description(self) -> str:
@@ -241,6 +247,7 @@ class LayerFiles(StackSource):
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
+            self._age_source = self._age_source or boundaries.describe_ages(count, self.ages)
             self._segments[segment] = SegmentFiles(used[segment], boundaries, count, self.quality)
         excluded += left_out_traces(lost, crossed)
         if contradicting:

@@ -103,6 +103,7 @@ class Origin:
         source: What the traces are.
         checkpoint: Name of the file of the completing model.
         checkpoint_sha256: Its digest.
+        age_source: Where ages of layers come from.
         climate_files: Names of the files of the climate model.
         attributes: Further ones for NetCDF, such as ``license`` or ``institution``.
     """
@@ -110,5 +111,6 @@ class Origin:
     source: str = ""
     checkpoint: str = ""
     checkpoint_sha256: str = ""
+    age_source: str = ""
     climate_files: tuple[str, ...] = ()
     attributes: Mapping[str, str] | None = None

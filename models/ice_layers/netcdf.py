@@ -5,7 +5,7 @@ Axes: N traces, L layers (newest first), K = L + 1 boundaries (the surface first
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.foreign import reading
-from fulgurite.hdf5 import NetcdfFile, need_package
+from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import atomic_write
 from fulgurite.models.ice_layers.details import gps_to_utc
 from fulgurite.models.ice_layers.output import AGAIN, PROVENANCE, CompletedStack, make_stack
@@ -23,7 +23,8 @@ from fulgurite.models.ice_layers.output import AGAIN, PROVENANCE, CompletedStack
 __all__ = ["check_attributes", "read_netcdf", "write_netcdf"]
 
 _EPOCH = "seconds since 1970-01-01 00:00:00"
-_FILLED = "gaps filled by a model conditioned on climate physics"
+_FILLED = "gaps filled by a model"
+_CONDITIONED = " conditioned on climate physics"
 _BOUNDARY = ("picked", "completed", "missing")
 # Units that UDUNITS knows, and names for people; a mm of water is a kg on a m².
 _FIELDS = {
@@ -204,13 +205,14 @@ class _Writer:
         texts = ("surface", *names)
         self.add_texts("boundary_name", texts, ("boundary",), long_name="name of the boundary")
         if len(stack.layer_age):
+            said = {"comment": stack.origin.age_source} if stack.origin.age_source else {}
             self.add(
-                "layer_age", stack.layer_age, _LAYER, units="year",
+                "layer_age", stack.layer_age, _LAYER, units="year", **said,
                 long_name="age of the layer's lower boundary at the flight",
             )  # fmt: skip
             self.add(
                 "boundary_age", np.concatenate([[0.0], stack.layer_age]), ("boundary",),
-                long_name="age of the boundary at the flight", units="year",
+                long_name="age of the boundary at the flight", units="year", **said,
             )  # fmt: skip
 
     def add_layers(self) -> None:
@@ -287,10 +289,11 @@ def _attributes(stack: CompletedStack) -> dict[str, Any]:
     origin, details = stack.origin, stack.details
     latitude, longitude = stack.pos.T
     west, east = _longitude_range(longitude)
+    filled = _FILLED + (_CONDITIONED if stack.physics_names else "")
     said: dict[str, Any] = {
         "Conventions": "CF-1.11, ACDD-1.3",
         "title": "Thickness of ice layers, completed where radar traces are broken",
-        "source": "; ".join(part for part in (origin.source, _FILLED) if part),
+        "source": "; ".join(part for part in (origin.source, filled) if part),
         "history": f"{now} fulgurite {fulgurite.__version__}: completed",
         "references": "arXiv 2604.20783",
         "id": stack.stack,
@@ -372,6 +375,10 @@ def _variable(number: int, name: str) -> str:
     return f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
 
 
+def _comment(variables: Mapping[str, NetcdfVariable], name: str) -> str:
+    return str(variables[name].attributes.get("comment", "")) if name in variables else ""
+
+
 def read_netcdf(path: str | Path) -> CompletedStack:
     """Read what :func:`write_netcdf` wrote.
 
@@ -411,7 +418,11 @@ def read_netcdf(path: str | Path) -> CompletedStack:
             "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
             "layer_age": values("layer_age") if "layer_age" in variables else (),
             "climate_files": lines("climate_files"),
-            "source": str(said.get("source", "")).removesuffix(_FILLED).removesuffix("; "),
+            "age_source": _comment(variables, "layer_age"),
+            "source": str(said.get("source", ""))
+            .removesuffix(_CONDITIONED)
+            .removesuffix(_FILLED)
+            .removesuffix("; "),
         }
         for name in ("checkpoint", "checkpoint_sha256", "time_scale"):
             content[name] = said.get(name, "")

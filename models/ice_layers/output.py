@@ -258,6 +258,7 @@ def write_npz(path: str | Path, stack: CompletedStack) -> Path:
     origin = stack.origin
     texts = {"time_scale": stack.details.time_scale, "source": origin.source, "unit": stack.unit}
     texts |= {"checkpoint": origin.checkpoint, "checkpoint_sha256": origin.checkpoint_sha256}
+    texts |= {"age_source": origin.age_source}
     content |= {name: np.array(text) for name, text in texts.items() if text}
     if origin.climate_files:
         content["climate_files"] = np.array(origin.climate_files, dtype=np.str_)
@@ -302,7 +303,7 @@ def make_stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
     }
     texts: dict[str, Any] = {
         name: str(content.get(name, ""))
-        for name in ("time_scale", "source", "checkpoint", "checkpoint_sha256")
+        for name in ("time_scale", "source", "age_source", "checkpoint", "checkpoint_sha256")
     }
     climate_files = tuple(str(v) for v in np.atleast_1d(content.get("climate_files", ())))
     try:

@@ -69,7 +69,8 @@ def described(seed=0, n=6, layers=4, scale="GPS"):
         density=0.3 + 0.1 * rng.random((n, layers)), picked=rng.random((n, layers + 1)) < 0.5,
         twtt=surface[:, None] + 1e-8 * np.arange(layers + 1),
     )  # fmt: skip
-    origin = Origin("radar layer traces", "best.ckpt", "0" * 64, ("MAR-2011.nc", "MAR-2012.nc"))
+    climate = ("MAR-2011.nc", "MAR-2012.nc")
+    origin = Origin("radar layer traces", "best.ckpt", "0" * 64, "of the companion file", climate)
     return replace(stack, details=details, origin=origin)
 
 
@@ -191,6 +192,8 @@ def test_netcdf_has_times_places_and_boundaries(tmp_path):
         }  # fmt: skip
         assert list(file["boundary"][:]) == [0, 1, 2, 3, 4]
         assert list(file["boundary_name"][:]) == ["surface", "2012", "2011", "2010", "2009"]
+        assert file["layer_age"].comment == "of the companion file"
+        assert "conditioned on climate physics" in said["source"]
         assert list(file["boundary_age"][:]) == [0, 0.5, 1.5, 2.5, 3.5]
         depth, twtt = file["depth"], file["twtt"]
         known = ~np.ma.getmaskarray(depth[:])
