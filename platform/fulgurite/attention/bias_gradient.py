@@ -127,12 +127,12 @@ def _sharing_groups(plan: ExecutionPlan, bias: Tensor) -> list[list[HeadGroup]]:
 def _bias_index(
     bias: Tensor, group: HeadGroup, queries: Range, keys: Range
 ) -> tuple[slice, slice, slice, slice]:
-    whole = slice(None)
+    full_axis = slice(None)
     return (
-        group.batch if bias.shape[0] > 1 else whole,
-        group.heads if bias.shape[1] > 1 else whole,
-        slice(*queries) if bias.shape[2] > 1 else whole,
-        slice(*keys) if bias.shape[3] > 1 else whole,
+        group.batch if bias.shape[0] > 1 else full_axis,
+        group.heads if bias.shape[1] > 1 else full_axis,
+        slice(*queries) if bias.shape[2] > 1 else full_axis,
+        slice(*keys) if bias.shape[3] > 1 else full_axis,
     )
 
 
@@ -153,8 +153,11 @@ def _add_group_(
     queries, keys = rectangle
     kernel = MathKernel()
     height, width = sides
-    for top, left in itertools.product(range(*queries, height), range(*keys, width)):
-        rows, columns = (top, min(top + height, queries[1])), (left, min(left + width, keys[1]))
+    for top, first_key in itertools.product(range(*queries, height), range(*keys, width)):
+        rows, columns = (
+            (top, min(top + height, queries[1])),
+            (first_key, min(first_key + width, keys[1])),
+        )
         for tile in tiles(rows, columns, group.visible):
             at = group.batch, group.heads, slice(*tile.queries)
             there = group.batch, group.kv_heads, slice(*tile.keys)

@@ -96,9 +96,9 @@ class SelectedKeys:
     def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
         """See :class:`TileBias`."""
         first = heads.start // self.sharing
-        chosen = slice(first, -(-heads.stop // self.sharing))
+        kv_heads = slice(first, -(-heads.stop // self.sharing))
         begin, end = keys[0] // self.block, -(-keys[1] // self.block)
-        local = self.indices[batch, chosen, slice(*queries)].long() - begin
+        local = self.indices[batch, kv_heads, slice(*queries)].long() - begin
         outside = (local < 0) | (local >= end - begin)
         shape = (*local.shape[:3], end - begin + 1)
         mask = torch.zeros(shape, dtype=torch.bool, device=local.device)
@@ -207,8 +207,8 @@ def row_shift(
     largest: Tensor | None = None
     rows = (batch.stop - batch.start) * (heads.stop - heads.start) * (queries[1] - queries[0])
     step = max(KEYS_AT_ONCE, AT_ONCE // max(1, rows))
-    for left in range(first, end, step):
-        keys = left, min(left + step, end)
+    for begin in range(first, end, step):
+        keys = begin, min(begin + step, end)
         bias, hidden = sum_biases(biases, batch, heads, queries, keys, dtype, device)
         if hidden:
             continue

@@ -53,9 +53,9 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
     except (ValueError, TypeError, OverflowError):
         # Python spells no number of more than 4,300 digits
         huge = isinstance(budget, int) and budget.bit_length() > 256
-        shown = f"2**{int(budget).bit_length()} bytes" if huge else repr(budget)[:80]
+        label = f"2**{int(budget).bit_length()} bytes" if huge else repr(budget)[:80]
         raise ConfigError(
-            f"A memory budget of {shown} cannot be read.",
+            f"A memory budget of {label} cannot be read.",
             'Give bytes, a size such as "2GiB", a fraction of the device in (0, 1], or "auto".',
         ) from None
     if not is_size and number <= 1:

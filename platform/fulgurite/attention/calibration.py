@@ -83,8 +83,8 @@ def _gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
     """
     side, heights = 16384, (128, 512, 2048)
     call = timer((2048, 2048), (256, 256)) / 64
-    whole = timer((side, side), (side, side))
-    pair = max(whole - call, whole / 10) / side**2
+    square = timer((side, side), (side, side))
+    pair = max(square - call, square / 10) / side**2
     tall = timer((side, 4096), (side, 256)) / 16
     merge = max(tall - call - side * 256 * pair, 0.0) / (side * head_dim)
     slow = []

@@ -75,16 +75,16 @@ def host_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{name} is on the device {tensor.device}.",
                 "Give tensors in host memory or in files; `device` says where they are computed.",
             )
-        wanted = 3 if name == "lse" else 4
-        if tensor.ndim < wanted - 2:
+        axes = 3 if name == "lse" else 4
+        if tensor.ndim < axes - 2:
             raise DataError(
                 f"{name} is {tuple(tensor.shape)}, which has too few axes.",
                 "Give (batch, heads, tokens, head size); lse has no head size.",
             )
         tensor = tensor.detach()
-        while tensor.ndim < wanted:
+        while tensor.ndim < axes:
             tensor = tensor[None]
-        cut = tensor.ndim - wanted + 1
+        cut = tensor.ndim - axes + 1
         size = math.prod(tensor.shape[:cut]), *tensor.shape[cut:]
         try:  # nothing is copied where there is nothing
             views[name] = tensor.view(size) if tensor.numel() else tensor.reshape(size)
@@ -111,8 +111,12 @@ def check_beside(
     Raises:
         DataError: It does not fit.
     """
-    wanted = dtype or tensor.dtype
-    if tuple(tensor.shape) != tuple(size) or tensor.dtype != wanted or not wanted.is_floating_point:
+    required = dtype or tensor.dtype
+    if (
+        tuple(tensor.shape) != tuple(size)
+        or tensor.dtype != required
+        or not required.is_floating_point
+    ):
         kind = str(dtype) if dtype else "a floating type"
         raise DataError(
             f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; it must be {tuple(size)} of "
@@ -135,17 +139,17 @@ def kernel_device(device: torch.device | str | None) -> torch.device:
         device(type='cpu')
     """
     try:
-        where = torch.device("cpu" if device is None else device)
+        parsed = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"device={device!r} names no device.", 'Give "cpu", "cuda" or "cuda:1", say.'
         ) from error
-    missing = where.type == "meta"
-    if where.type == "cuda":
-        missing = not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()
+    missing = parsed.type == "meta"
+    if parsed.type == "cuda":
+        missing = not torch.cuda.is_available() or (parsed.index or 0) >= torch.cuda.device_count()
     if missing:
-        raise ConfigError(f"This machine has no device {where}.", 'Give device="cpu".')
-    return with_index(where)
+        raise ConfigError(f"This machine has no device {parsed}.", 'Give device="cpu".')
+    return with_index(parsed)
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -279,8 +279,8 @@ class _TileCost:
             copies = self.batch if spec.mask.by_batch else 1
             copies *= self.heads if spec.mask.by_head else 1
             height = self.height if spec.mask.by_query or not is_full else 1
-            each = copies * (self.size + self.wide + 1) + self.wide
-            total += height * self.loaded * each
+            bytes_per_pair = copies * (self.size + self.wide + 1) + self.wide
+            total += height * self.loaded * bytes_per_pair
             if spec.mask.needs_shift:
                 total += max(AT_ONCE, KEYS_AT_ONCE * self.rows) * (2 * self.wide + 2)
         return total

@@ -354,16 +354,16 @@ def _kernel_names(
     has_wide_bias: bool,
     is_deterministic: bool,
 ) -> TileKernelNames:
-    chosen = cuda_kernel(dtype, prefer)
-    if not isinstance(chosen, CheckedKernels):
+    kernel = cuda_kernel(dtype, prefer)
+    if not isinstance(kernel, CheckedKernels):
         return TileKernelNames(("math",), ("math",))
     full = [
-        chosen.kernel_name(_shapes_alone(side, dtype, head_dim), device)
+        kernel.kernel_name(_shapes_alone(side, dtype, head_dim), device)
         for side in (_LARGE_TILE, _LARGE_TILE // 2)
     ]
     masked = "math"
     if not has_wide_bias:
-        masked = chosen.kernel_name(_shapes_alone(64, dtype, head_dim, biased=True), device)
+        masked = kernel.kernel_name(_shapes_alone(64, dtype, head_dim, biased=True), device)
     processors = 0
     if is_deterministic:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -451,8 +451,8 @@ def _case(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) ->
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, tokens: int) -> Tensor:
-        whole = torch.randn(2, heads, tokens + 5, head_dim, generator=generator)
-        return whole.to(device, dtype).narrow(2, 3, tokens)
+        padded = torch.randn(2, heads, tokens + 5, head_dim, generator=generator)
+        return padded.to(device, dtype).narrow(2, 3, tokens)
 
     is_low = kind.startswith("low")
     queries, keys = 150 if kind == "causal" else 45, 192 if is_low else 150

@@ -76,8 +76,8 @@ def _control_groups(proc: Path) -> Iterator[_Limit]:
     """Limits of the memory control groups that the process is in, from its own up to the root."""
     groups = {}  # controllers -> path within the hierarchy; version 2 has no name
     for line in _lines(proc / "self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        _, _, entry = line.partition(":")
+        controllers, _, path = entry.partition(":")
         groups[controllers] = path
     for line in _lines(proc / "self/mountinfo"):
         before, _, after = line.partition(" - ")

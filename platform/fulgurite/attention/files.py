@@ -103,7 +103,7 @@ def attend_files(
     Source: card sections 1.8, 3 and 6.8; the journal: inferred.
     """
     check_schedule(schedule)
-    where, shard = kernel_device(device), ranks_share(distributed)
+    compute_device, shard = kernel_device(device), ranks_share(distributed)
     inputs = host_tensors({"query": query, "key": key, "value": value})
     targets = host_tensors({"out": out, "lse": lse})
     query, key, value, out, lse = *inputs.values(), *targets.values()
@@ -124,8 +124,9 @@ def attend_files(
         schedule = "rect"  # cqs would sum in the result
     folder = _folder(journal, shard)
     plan = make_plan(
-        spec, _budget(memory_budget, where, folder), schedule,
-        resident=False, tiled=True, kernel=kernel, shard=shard, **_of_device(where, spec, kernel),
+        spec, _budget(memory_budget, compute_device, folder), schedule,
+        resident=False, tiled=True, kernel=kernel, shard=shard,
+        **_of_device(compute_device, spec, kernel),
     )  # fmt: skip
     if spec.is_empty:
         clear_(out, lse)
@@ -139,7 +140,7 @@ def attend_files(
         label = f"attention ({plan.schedule})"
         with bar(label, row_count(plan), done=len(log.done), show=progress) as advance:
             tensors = AttentionInputs(query, key, value)
-            for unit in units(tensors, plan, device=where, done=log.done):
+            for unit in units(tensors, plan, device=compute_device, done=log.done):
                 if check_finite and not bool(unit.out.isfinite().all()):
                     _refuse(inputs, unit.at)
                 _commit(log, unit, plan)
@@ -213,7 +214,7 @@ def attend_files_backward(
 
     Source: card section 1.7; the two passes: inferred.
     """
-    where, shard = kernel_device(device), ranks_share(distributed)
+    compute_device, shard = kernel_device(device), ranks_share(distributed)
     inputs = host_tensors(
         {"grad": grad, "query": query, "key": key, "value": value, "out": out, "lse": lse}
     )
@@ -230,9 +231,9 @@ def attend_files_backward(
     ranges = check_targets(targets, inputs, in_files=journal is not None)
     folder = _folder(journal, shard)
     plan = make_plan(
-        spec, _budget(memory_budget, where, folder), "rect", forward=False,
+        spec, _budget(memory_budget, compute_device, folder), "rect", forward=False,
         passes=2, resident=False, tiled=True, kernel=kernel, shard=shard,
-        **_of_device(where, spec, kernel),
+        **_of_device(compute_device, spec, kernel),
     )  # fmt: skip
     if spec.is_empty:
         for target in targets.values():
@@ -244,7 +245,9 @@ def attend_files_backward(
         total = row_count(plan) + column_count(plan)
         with bar("gradients", total, done=len(log.done), show=progress) as advance:
             tensors = AttentionInputs(query, key, value)
-            for unit in gradient_units(grad, tensors, out, lse, plan, device=where, done=log.done):
+            for unit in gradient_units(
+                grad, tensors, out, lse, plan, device=compute_device, done=log.done
+            ):
                 if check_finite and not all(bool(x.isfinite().all()) for x in unit.grads):
                     _refuse(inputs, unit.at)
                 rows = {names[i]: part for i, part in unit.by_result.items()}
@@ -303,8 +306,8 @@ def _commit(log: Journal, unit: Unit, plan: ExecutionPlan) -> None:
     if log.folder is None:
         commit_(unit, out, lse, merge=plan.merges)
     elif plan.merges:
-        whole, whole_lse = out[unit.at].clone(), lse[unit.at].clone()
-        merge_(whole, whole_lse, unit.out.to(out.device), unit.lse.to(lse.device))
-        log.replace(unit.number, unit.at, {"out": whole, "lse": whole_lse})
+        merged, merged_lse = out[unit.at].clone(), lse[unit.at].clone()
+        merge_(merged, merged_lse, unit.out.to(out.device), unit.lse.to(lse.device))
+        log.replace(unit.number, unit.at, {"out": merged, "lse": merged_lse})
     else:
         log.overwrite(unit.number, unit.at, {"out": unit.out, "lse": unit.lse})

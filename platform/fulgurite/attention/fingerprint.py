@@ -52,12 +52,12 @@ def digest_tensor(tensor: Tensor, advance: Callable[[int], None] | None = None) 
         >>> digest_tensor(a) == digest_tensor(a.flip(0))
         False
     """
-    whole = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    hasher = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     for digest, size in _in_order(pieces(tensor), _digest_piece):
-        whole.update(digest)
+        hasher.update(digest)
         if advance is not None:
             advance(size)
-    return whole.hexdigest()
+    return hasher.hexdigest()
 
 
 def digest_blocks(
@@ -79,10 +79,10 @@ def digest_blocks(
 
     def digest(block: Range) -> tuple[str, int]:
         part = tensor[:, :, slice(*block)]
-        whole = hashlib.sha256(f"{tuple(part.shape)} {part.dtype}".encode())
+        hasher = hashlib.sha256(f"{tuple(part.shape)} {part.dtype}".encode())
         for piece in pieces(part):
-            whole.update(_digest_piece(piece)[0])
-        return whole.hexdigest(), part.numel() * part.element_size()
+            hasher.update(_digest_piece(piece)[0])
+        return hasher.hexdigest(), part.numel() * part.element_size()
 
     digests = []
     for text, size in _in_order(blocks, digest):

@@ -206,9 +206,9 @@ def stream_attention(  # type: ignore[misc]  # overloads leave the names of opti
             f"stream_attention does no dropout (dropout_p={dropout_p}).",
             "Set the attention dropout of the model to 0.",
         )
-    where = None if device is None else kernel_device(device)
+    compute_device = None if device is None else kernel_device(device)
     options = StreamOptions(
-        memory_budget, schedule, check_finite, where, kernel, distributed, on_plan
+        memory_budget, schedule, check_finite, compute_device, kernel, distributed, on_plan
     )
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
@@ -404,16 +404,16 @@ def attend(
     spec = _spec(query, key, value, visible, scale, softcap, biases, sinks is not None)
     if sinks is not None:
         sinks = _normalized_sinks(sinks, spec)
-    where = query.device if options.device is None else options.device
-    kernel_for(where, query.dtype, prefer=options.kernel)
+    compute_device = query.device if options.device is None else options.device
+    kernel_for(compute_device, query.dtype, prefer=options.kernel)
     abstract = any(_is_abstract(x) for x in (query, key, value))
-    resident = where == query.device
+    resident = compute_device == query.device
     tensors = (query, key, value, bias, sinks)
     has_gradient = any(x is not None and x.requires_grad for x in tensors)
     backward = torch.is_grad_enabled() and has_gradient
-    chosen = make_plan(
+    plan = make_plan(
         spec,
-        _decided_budget(spec, where, backward, options),
+        _decided_budget(spec, compute_device, backward, options),
         options.schedule,
         backward=backward,
         resident=resident,
@@ -422,16 +422,16 @@ def attend(
         ahead=not resident,
         kernel=options.kernel,
         shard=ranks_share(options.distributed),
-        costs=None if abstract or spec.is_empty else _costs(where, query, options),
-        kernels=_kernel_names(spec, where, options.kernel, abstract),
+        costs=None if abstract or spec.is_empty else _costs(compute_device, query, options),
+        kernels=_kernel_names(spec, compute_device, options.kernel, abstract),
     )
     if options.on_plan:
-        options.on_plan(chosen)
+        options.on_plan(plan)
     if abstract:
         _refuse_tracing()
         return _abstract_result(query, value, key)
     out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
-        *tensors, chosen, biases, where
+        *tensors, plan, biases, compute_device
     )
     return out, lse
 

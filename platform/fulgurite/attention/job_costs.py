@@ -88,5 +88,5 @@ def _itemsize(name: str) -> int:
 
 
 def _extent(sizes: list[int]) -> str:
-    least, most = min(sizes, default=0), max(sizes, default=0)
-    return f"{format_bytes(least)} to {format_bytes(most)}"
+    smallest, largest = min(sizes, default=0), max(sizes, default=0)
+    return f"{format_bytes(smallest)} to {format_bytes(largest)}"

@@ -236,12 +236,12 @@ def _read(folder: Path) -> dict[str, Any] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         facts = {name: fact for name, fact in content.items() if name not in ("id", "asked")}
-        whole = content["format"] == _FORMAT and content["id"] == _digest(facts)
+        is_intact = content["format"] == _FORMAT and content["id"] == _digest(facts)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        is_intact = False
+    if not is_intact:
         raise CheckpointError(
             f"The job file {path} is damaged, or of another version.",
             "Copy it again from where it was made, or remove the folder and make the job again.",

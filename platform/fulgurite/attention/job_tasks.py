@@ -68,20 +68,20 @@ class JobTask(NamedTuple):
 class _OneTask(ExecutionPlan):
     """A plan of which only one task is left, so that the others are not gone through for it."""
 
-    left: tuple[Task, HeadGroup]
+    remaining: tuple[Task, HeadGroup]
 
     def tasks(self, visible: Visibility) -> Iterable[Task]:
         """The task that is left."""
-        return (self.left[0],)
+        return (self.remaining[0],)
 
     def groups(self) -> Iterator[HeadGroup]:
         """The group of heads of the task that is left."""
-        yield self.left[1]
+        yield self.remaining[1]
 
 
 def _one_task(plan: ExecutionPlan, task: JobTask) -> ExecutionPlan:
     one = _OneTask(**vars(plan))
-    object.__setattr__(one, "left", (task.rows, task.group))  # plans are frozen
+    object.__setattr__(one, "remaining", (task.rows, task.group))  # plans are frozen
     return one
 
 
@@ -190,8 +190,8 @@ def job_tasks(plan: ExecutionPlan, backward: bool) -> Iterator[JobTask]:
     if not backward or plan.merges or plan.spec.is_empty:
         return
     for group in plan.groups():
-        for left in range(0, plan.spec.keys, plan.tile[1]):
-            span = left, min(left + plan.tile[1], plan.spec.keys)
+        for start in range(0, plan.spec.keys, plan.tile[1]):
+            span = start, min(start + plan.tile[1], plan.spec.keys)
             queries = tuple(r.queries for r in column_tasks(group.visible, span, plan.tile[0]))
             numbers = range(unit, unit + 1)
             yield JobTask(number, numbers, group, queries, (span,), GRADIENTS[1:], None)

@@ -63,8 +63,8 @@ class AttentionJob:
         >>> out, lse = torch.empty_like(q), torch.empty(1, 2, 100)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     job = AttentionJob.create(folder, q, k, v, least_tasks=7)
-        ...     first = AttentionJob.open(folder).run(q, k, v, share=(0, 2))
-        ...     second = AttentionJob.open(folder).run(q, k, v, share=(1, 2))
+        ...     first = AttentionJob.open(folder).run(q, k, v, shard=(0, 2))
+        ...     second = AttentionJob.open(folder).run(q, k, v, shard=(1, 2))
         ...     job.merge(out, lse)
         >>> wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         >>> torch.testing.assert_close(out, wanted)
@@ -246,7 +246,7 @@ class AttentionJob:
     def run(
         self,
         *inputs: Tensor,
-        share: tuple[int, int] | None = None,
+        shard: tuple[int, int] | None = None,
         lease: float = 60.0,
         wait: bool = True,
         device: torch.device | str | None = None,
@@ -259,8 +259,8 @@ class AttentionJob:
 
         Args:
             inputs: Query, key and value, or all inputs of :meth:`create_backward`.
-            share: Which of how many equal shares to compute, without claims; by default whatever
-                nobody else who sees the folder has claimed.
+            shard: Index of the shard to compute, and number of equal shards, without claims; by
+                default whatever nobody else who sees the folder has claimed.
             lease: How long a claim lasts without a sign of life of its process [s]; then others
                 take the task over.
             wait: Whether to wait for the tasks that others have claimed, so that all are done at
@@ -272,17 +272,17 @@ class AttentionJob:
             Numbers of the tasks that were computed.
 
         Raises:
-            ConfigError: The share or the lease is none.
+            ConfigError: The shard is not among its number of shards, or the lease is not positive.
             DataError: The inputs are not those of the job.
             CheckpointError: The folder cannot be written.
         """
-        if share is not None and not 0 <= share[0] < share[1]:
+        if shard is not None and not 0 <= shard[0] < shard[1]:
             raise ConfigError(
-                f"There is no share {share[0]} of {share[1]}.", "Count shares from 0."
+                f"There is no shard {shard[0]} of {shard[1]}.", "Count shards from 0."
             )
         if lease <= 0:
-            raise ConfigError(f"A lease of {lease} s is none.", "Give a positive time.")
-        tensors, where = self._named(inputs), kernel_device(device)
+            raise ConfigError(f"A lease of {lease} s is not positive.", "Give a positive time.")
+        tensors, compute_device = self._named(inputs), kernel_device(device)
         leases, computed = Leases(self.folder / "leases", lease), list[int]()
         checked = set[tuple[str, int]]()
         with bar("tasks", self.task_count, show=progress) as advance:
@@ -290,18 +290,18 @@ class AttentionJob:
                 waiting = False
                 for task in self.tasks():
                     path = self._path(task.number)
-                    if path.exists() or (share and _owner(task.number, share[1]) != share[0]):
+                    if path.exists() or (shard and _owner(task.number, shard[1]) != shard[0]):
                         continue
-                    if share is not None:
-                        self._compute(task, tensors, where, checked)
+                    if shard is not None:
+                        self._compute(task, tensors, compute_device, checked)
                     else:
                         clean = partial(_clean, path)
                         with leases.claimed(path.stem, path.exists, clean) as is_mine:
                             if is_mine:
-                                self._compute(task, tensors, where, checked)
+                                self._compute(task, tensors, compute_device, checked)
                     if not path.exists():
                         waiting = True
-                    elif share is not None or is_mine:
+                    elif shard is not None or is_mine:
                         computed.append(task.number)
                         advance(sum(stop - start for start, stop in task.queries))
                 if not waiting or not wait:
@@ -336,8 +336,8 @@ class AttentionJob:
         """
         for name, tensor in tensors.items():
             blocks = self._blocks[name]
-            wanted = overlapping_blocks(blocks, task.keys if name in BY_KEYS else task.queries)
-            new = [i for i in wanted if (name, i) not in checked]
+            indices = overlapping_blocks(blocks, task.keys if name in BY_KEYS else task.queries)
+            new = [i for i in indices if (name, i) not in checked]
             digests = digest_blocks(tensor, [blocks[i] for i in new])
             for i, digest in zip(new, digests, strict=True):
                 if digest != self._header.inputs[name]["sha256"][i]:
@@ -412,10 +412,10 @@ class AttentionJob:
         return tensors
 
 
-def _owner(number: int, shares: int) -> int:
-    """The share of a task; there and back, since causal tasks of rows grow along the sequence."""
-    turn, index = divmod(number, shares)
-    return index if turn % 2 == 0 else shares - 1 - index
+def _owner(number: int, shards: int) -> int:
+    """The shard of a task, in boustrophedon order, since causal rows grow along the sequence."""
+    turn, index = divmod(number, shards)
+    return index if turn % 2 == 0 else shards - 1 - index
 
 
 def _clean(path: Path) -> None:

@@ -260,8 +260,8 @@ class Journal:
 
     def _entries(self, path: Path) -> Iterator[_Entry]:
         content = path.read_bytes() if path.exists() else b""
-        whole = len(content) // _ENTRY_SIZE * _ENTRY_SIZE
-        for start in range(0, whole, _ENTRY_SIZE):
+        usable_size = len(content) // _ENTRY_SIZE * _ENTRY_SIZE
+        for start in range(0, usable_size, _ENTRY_SIZE):
             try:
                 yield _Entry.unpack(content[start : start + _ENTRY_SIZE])
             except ValueError as error:
@@ -270,8 +270,8 @@ class Journal:
                     f"{start}.",
                     "Remove the folder and run again from the start, or give another folder.",
                 ) from error
-        if whole < len(content):
-            os.truncate(path, whole)  # a kill or a full disk has cut the last entry
+        if usable_size < len(content):
+            os.truncate(path, usable_size)  # a kill or a full disk has cut the last entry
 
     def _pending(self, path: Path) -> Part:
         """A unit whose rows were being replaced.

@@ -18,7 +18,7 @@ _locked: set[str] = set()  # by this process, which the lock of the system does 
 
 
 @contextmanager
-def writing(what: str) -> Iterator[None]:
+def writing(subject: str) -> Iterator[None]:
     """Turn errors of the file system into one that names what was being written.
 
     Raises:
@@ -30,18 +30,18 @@ def writing(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"The {what} cannot be written ({error.strerror or error}).",
+            f"The {subject} cannot be written ({error.strerror or error}).",
             "Free space on the disk or change the rights, and run again: it goes on where it was.",
         ) from error
 
 
 @contextmanager
-def exclusive_lock(path: Path, what: str) -> Iterator[None]:
+def exclusive_lock(path: Path, subject: str) -> Iterator[None]:
     """Hold a lock that a second holder is refused; the system takes it from a killed process.
 
     Args:
         path: Of the lock file.
-        what: What it is for, as errors call it.
+        subject: What it is for, as errors call it.
 
     Raises:
         CheckpointError: Another process, or another thread of this one, holds it, or the file
@@ -52,10 +52,10 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     name = os.path.realpath(path)
     with _guard:
         if name in _locked:  # by this process: even to open the file here would undo its lock
-            raise _busy(what, "")
+            raise _busy(subject, "")
         _locked.add(name)
     try:
-        with writing(what):
+        with writing(subject):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             # not `flock`, which a killed process's orphaned workers would go on holding
@@ -63,11 +63,11 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             holder = os.pread(descriptor, 100, 0).decode(errors="replace")
             os.close(descriptor)
-            raise _busy(what, f" ({holder})" if holder else "") from None
+            raise _busy(subject, f" ({holder})" if holder else "") from None
         except OSError as error:
             os.close(descriptor)
             raise CheckpointError(
-                f"The {what} cannot be locked against other processes ({error.strerror}).",
+                f"The {subject} cannot be locked against other processes ({error.strerror}).",
                 "Give a folder on a file system with locks.",
             ) from error
         try:
@@ -81,8 +81,8 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
         _locked.discard(name)
 
 
-def _busy(what: str, holder: str) -> CheckpointError:
+def _busy(subject: str, holder: str) -> CheckpointError:
     return CheckpointError(
-        f"The {what} is in use by another process{holder}.",
+        f"The {subject} is in use by another process{holder}.",
         "Wait until that has ended, or give another folder.",
     )

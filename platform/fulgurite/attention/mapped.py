@@ -299,12 +299,12 @@ def _check_target(name: str, target: Tensor, mapping: FileRange | None, in_file:
             'Map it with mode="r+", after making the file writable.',
         )
     if in_file and (mapping is None or not mapping.is_shared or mapping.is_deleted):
-        where = "in memory of this process alone" if mapping is None else (
+        location = "in memory of this process alone" if mapping is None else (
             f"in {mapping.path}, which is deleted" if mapping.is_deleted
             else f"in a private copy of {mapping.path}"
         )  # fmt: skip
         raise ConfigError(
-            f"{name} lies {where}, and a journal would trust what is lost with the process.",
+            f"{name} lies {location}, and a journal would trust what is lost with the process.",
             "Make it with fulgurite.attention.memory_mapped(..., create=True), or leave out the "
             "journal.",
         )

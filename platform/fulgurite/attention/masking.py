@@ -108,18 +108,18 @@ class Bound:
         starts: list[int] = []
         slopes: list[int] = []
         begin = 0  # first query that no piece covers yet
-        for left, right in itertools.pairwise(edges if len(steps) else []):
-            step = int(steps[left])
+        for first, last in itertools.pairwise(edges if len(steps) else []):
+            step = int(steps[first])
             if step in (0, 1):
-                if begin <= right:
-                    starts.append(max(left, begin))
+                if begin <= last:
+                    starts.append(max(first, begin))
                     slopes.append(step)
-                    begin = right + 1
+                    begin = last + 1
                 continue
-            jumps = range(max(left, begin), right)
+            jumps = range(max(first, begin), last)
             starts += jumps
             slopes += [0] * len(jumps)
-            begin = max(begin, right)
+            begin = max(begin, last)
         if begin < len(values):
             starts.append(begin)
             slopes.append(0)
@@ -197,10 +197,10 @@ class Bound:
             if slope_a != slope_b and (gap := (b - a) * (slope_a - slope_b)) > 0:
                 cuts += [begin + gap] if begin + gap < behind else []
             for cut in cuts:
-                left, right = a + slope_a * (cut - begin), b + slope_b * (cut - begin)
-                value = choose(left, right)
-                if left != right:
-                    slope = slope_a if value == left else slope_b
+                value_a, value_b = a + slope_a * (cut - begin), b + slope_b * (cut - begin)
+                value = choose(value_a, value_b)
+                if value_a != value_b:
+                    slope = slope_a if value == value_a else slope_b
                 else:  # from here on the steeper line is above
                     slope = choose(slope_a, slope_b)
                 starts.append(cut)
@@ -270,16 +270,16 @@ class Visibility:
             >>> [(visible.first(query), visible.end(query)) for query in range(2)]
             [(0, 4), (0, 5)]
         """
-        left, right = window if isinstance(window, tuple) else (window, None)
-        _check_masks(queries, keys, is_causal, left, right, prefix, documents, chunk, offset)
+        before, after = window if isinstance(window, tuple) else (window, None)
+        _check_masks(queries, keys, is_causal, before, after, prefix, documents, chunk, offset)
         position = offset or 0
         first, end = Bound.constant(0), Bound.constant(keys)
         if is_causal:
             end = Bound.diagonal(position + 1).maximum(Bound.constant(prefix))
-        if left is not None:
-            first = Bound.diagonal(position - left + 1)
-        if right is not None:
-            end = end.minimum(Bound.diagonal(position + right + 1))
+        if before is not None:
+            first = Bound.diagonal(position - before + 1)
+        if after is not None:
+            end = end.minimum(Bound.diagonal(position + after + 1))
         if documents is not None:
             starts = list(documents)
             first = first.maximum(Bound.steps(starts, starts).shifted(position))
@@ -482,8 +482,8 @@ def _check_masks(
     queries: int,
     keys: int,
     is_causal: bool,
-    left: int | None,
-    right: int | None,
+    before: int | None,
+    after: int | None,
     prefix: int,
     documents: Sequence[int] | None,
     chunk: int | None,
@@ -494,17 +494,17 @@ def _check_masks(
     Raises:
         ConfigError: Something does not.
     """
-    compares = left is not None or right is not None or documents is not None or chunk is not None
+    compares = before is not None or after is not None or documents is not None or chunk is not None
     if compares and queries != keys and offset is None:
         raise ConfigError(
             f"There are {queries} queries and {keys} keys, and the mask compares their positions.",
             "Give query_offset, the position of the first query among the keys (a cache has "
             "keys − queries), or as many keys as queries.",
         )
-    if (left is not None and left < 1) or (right is not None and right < 0):
+    if (before is not None and before < 1) or (after is not None and after < 0):
         raise ConfigError(
-            f"A window of {left if right is None else (left, right)} keys leaves queries without "
-            "keys.",
+            f"A window of {before if after is None else (before, after)} keys leaves queries "
+            "without keys.",
             "Give a window of at least 1, or (at least 1, at least 0) for both sides.",
         )
     if not 0 <= prefix <= keys or (prefix and not is_causal):

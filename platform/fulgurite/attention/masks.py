@@ -92,8 +92,8 @@ class Masking:
             sides = self.window if isinstance(self.window, tuple | list) else (self.window,)
             if len(sides) not in (1, 2):
                 raise ConfigError(f"window={self.window!r} has no two sides.", "Give a pair.")
-            whole = tuple(None if x is None else check_integer("window", x) for x in sides)
-            window = whole if len(whole) == 2 else whole[0]
+            integers = tuple(None if x is None else check_integer("window", x) for x in sides)
+            window = integers if len(integers) == 2 else integers[0]
             object.__setattr__(self, "window", window)  # the record is frozen
         if self.chunk is not None:
             object.__setattr__(self, "chunk", check_integer("chunk", self.chunk))
@@ -296,17 +296,17 @@ def _without_repetition(visible: tuple[Visibility, ...]) -> tuple[Visibility, ..
 
 
 def merge_visible(
-    left: tuple[Visibility, ...], right: tuple[Visibility, ...]
+    first: tuple[Visibility, ...], second: tuple[Visibility, ...]
 ) -> tuple[Visibility, ...]:
     """Return what both let each batch entry see.
 
     Args:
-        left: One for all batch entries, or one for each.
-        right: Likewise.
+        first: One for all batch entries, or one for each.
+        second: Likewise.
     """
-    entries = max(len(left), len(right))
+    entries = max(len(first), len(second))
     pairs = zip(
-        *(itertools.islice(itertools.cycle(x), entries) for x in (left, right)), strict=True
+        *(itertools.islice(itertools.cycle(x), entries) for x in (first, second)), strict=True
     )
     return _without_repetition(tuple(a.intersection(b) for a, b in pairs))
 

@@ -31,6 +31,6 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
     Source: card section 1.6, sigmoid form.
     """
-    share = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # nan: −inf minus −inf
-    out.lerp_(part_out.to(out.dtype), share[..., None])
+    weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # nan: −inf minus −inf
+    out.lerp_(part_out.to(out.dtype), weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)

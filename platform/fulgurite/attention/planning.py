@@ -320,23 +320,23 @@ def make_plan(
     if "efficient" in kernels.masked:
         side = _masked_side(spec, budget)
         setting = setting._replace(masked_side=side, cached_masks=CACHED_MASKS)
-    chosen: list[ExecutionPlan] = []
+    plans: list[ExecutionPlan] = []
     smallest = 0
     for gradients in [True] * (backward or not forward) + [False] * forward:
-        way, least = _choose(
+        way, required = _choose(
             spec, budget, schedule, setting._replace(gradients=gradients),
             passes if gradients else None,
         )  # fmt: skip
-        smallest = max(smallest, least)
+        smallest = max(smallest, required)
         if way is not None:
-            chosen.append(replace(way, shard=shard, kernel=kernel))
-    if len(chosen) < (backward or not forward) + forward:
+            plans.append(replace(way, shard=shard, kernel=kernel))
+    if len(plans) < (backward or not forward) + forward:
         raise ConfigError(
             f"A memory budget of {format_bytes(budget or 0)} ({budget} bytes) is too small for "
             f"schedule={schedule!r}; the smallest that works is {smallest} bytes.",
             "Raise memory_budget.",
         )
-    return chosen[0] if len(chosen) == 1 else replace(chosen[1], gradient=chosen[0])
+    return plans[0] if len(plans) == 1 else replace(plans[1], gradient=plans[0])
 
 
 def _choose(

@@ -34,14 +34,14 @@ def bar(
     from tqdm.auto import tqdm
 
     passed, begun = 0, time.monotonic()
-    with tqdm(total=total, initial=done, unit=" rows", desc=label, leave=False) as shown:
+    with tqdm(total=total, initial=done, unit=" rows", desc=label, leave=False) as progress_bar:
 
         def advance(tokens: int) -> None:
             nonlocal passed
             passed += tokens
             speed = passed / max(time.monotonic() - begun, 1e-9)
-            shown.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-            shown.update()
+            progress_bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            progress_bar.update()
 
         yield advance
 
@@ -64,5 +64,5 @@ def byte_bar(label: str, total: int, *, show: bool = True) -> Iterator[Callable[
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False) as shown:
-        yield lambda size: (shown.update(size), None)[1]
+    with tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False) as progress_bar:
+        yield lambda size: (progress_bar.update(size), None)[1]

@@ -61,9 +61,9 @@ def quorum(chunks: int) -> tuple[int, ...]:
 @cache
 def _quorum(chunks: int) -> tuple[int, ...]:
     order = _plane_order(chunks)
-    found = _singer(order) if order else _cover(chunks)
-    check_quorum(chunks, found)
-    return found
+    elements = _singer(order) if order else _cover(chunks)
+    check_quorum(chunks, elements)
+    return elements
 
 
 def is_perfect(chunks: int, elements: Sequence[int]) -> bool:
@@ -100,8 +100,8 @@ def check_quorum(chunks: int, elements: Sequence[int]) -> None:
 
 
 def _missing(chunks: int, elements: Sequence[int]) -> list[int]:
-    found = {(a - b) % chunks for a in elements for b in elements}
-    return [d for d in range(chunks) if d not in found]
+    differences = {(a - b) % chunks for a in elements for b in elements}
+    return [d for d in range(chunks) if d not in differences]
 
 
 def task_chunks(chunks: int, task: int, elements: Sequence[int] | None = None) -> list[int]:
@@ -259,10 +259,10 @@ class _Field:
         shifted = np.concatenate([[0], element[:-1]])
         return np.asarray((shifted + element[-1] * self.tail) % self.prime)
 
-    def times(self, left: _Vector, right: _Vector) -> _Vector:
+    def times(self, multiplier: _Vector, multiplicand: _Vector) -> _Vector:
         total = np.zeros(self.degree, dtype=np.int64)
-        for coefficient in left[::-1]:
-            total = (self.times_x(total) + coefficient * right) % self.prime
+        for coefficient in multiplier[::-1]:
+            total = (self.times_x(total) + coefficient * multiplicand) % self.prime
         return total
 
     def power(self, exponent: int) -> _Vector:
@@ -315,8 +315,8 @@ def _ruler(length: int) -> list[int]:
     """
     best: list[int] | None = None
     for r in range(int(length**0.5) + 1):
-        rest = length - 4 * r * (r + 2) - 3
-        s = max(0, -(-rest // (4 * r + 3)))
+        remainder = length - 4 * r * (r + 2) - 3
+        s = max(0, -(-remainder // (4 * r + 3)))
         segments = [1] * r + [r + 1] + [2 * r + 1] * r + [4 * r + 3] * s
         segments += [2 * r + 2] * (r + 1) + [1] * r
         if best is None or len(segments) < len(best):

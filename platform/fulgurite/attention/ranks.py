@@ -35,9 +35,9 @@ def broadcast_columns_(plan: ExecutionPlan, *tensors: Tensor) -> None:
     """Give all ranks the columns that one of them computed. Shape of each: (B, G, N, ...)."""
     keys, width = plan.spec.keys, plan.tile[1]
     pieces = (
-        ((group.batch, group.kv_heads, slice(left, min(left + width, keys))), plan.owner(index))
+        ((group.batch, group.kv_heads, slice(start, min(start + width, keys))), plan.owner(index))
         for group in plan.groups()
-        for index, left in enumerate(range(0, keys, width))
+        for index, start in enumerate(range(0, keys, width))
     )
     _broadcast(pieces, tensors)
 

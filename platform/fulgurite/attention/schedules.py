@@ -70,7 +70,7 @@ def rect_tasks(visible: Visibility, queries: int, keys: int) -> Iterator[Task]:
         bottom = min(top + queries, visible.queries)
         first, end = visible.first(top), visible.end(bottom - 1)
         first -= first % keys  # tiles of all rows end at the same keys
-        ranges = tuple((left, min(left + keys, end)) for left in range(first, end, keys))
+        ranges = tuple((start, min(start + keys, end)) for start in range(first, end, keys))
         yield Task((Row((top, bottom), ranges),))
 
 
@@ -86,8 +86,8 @@ def column_tasks(visible: Visibility, keys: Range, queries: int) -> Iterator[Row
     """
     for top in range(0, visible.queries, queries):
         bottom = min(top + queries, visible.queries)
-        left, right = max(keys[0], visible.first(top)), min(keys[1], visible.end(bottom - 1))
-        if left < right:
+        first, end = max(keys[0], visible.first(top)), min(keys[1], visible.end(bottom - 1))
+        if first < end:
             yield Row((top, bottom), (keys,))
 
 
@@ -151,7 +151,7 @@ def recursive_tasks(visible: Visibility, chunks: int, depth: int) -> Iterator[Ta
             pieces = _divide(pieces, chunks, task)
         rows = []
         for query in pieces:
-            wanted = [
+            allowed = [
                 owned[(label - task) % chunks]
                 for label, task in zip(query.labels, path, strict=True)
             ]
@@ -163,7 +163,7 @@ def recursive_tasks(visible: Visibility, chunks: int, depth: int) -> Iterator[Ta
                 and key.tokens[1] > first
                 and all(
                     (label - task) % chunks in partners
-                    for label, task, partners in zip(key.labels, path, wanted, strict=True)
+                    for label, task, partners in zip(key.labels, path, allowed, strict=True)
                 )
             )
             if keys:
@@ -176,13 +176,13 @@ def _divide(pieces: list[_Piece], chunks: int, task: int) -> list[_Piece]:
     """Cut a gathered subsequence into chunks and keep those of a task, in the order of tokens."""
     length = sum(stop - start for (start, stop), _ in pieces)
     bounds = chunk_ranges(length, chunks)
-    kept, wanted = [], task_chunks(chunks, task)
-    for label in wanted:
+    gathered, labels_of_task = [], task_chunks(chunks, task)
+    for label in labels_of_task:
         at = 0
         for (start, stop), labels in pieces:
-            left = max(bounds[label][0], at)
-            right = min(bounds[label][1], at + stop - start)
-            if left < right:
-                kept.append(_Piece((start + left - at, start + right - at), (*labels, label)))
+            first = max(bounds[label][0], at)
+            end = min(bounds[label][1], at + stop - start)
+            if first < end:
+                gathered.append(_Piece((start + first - at, start + end - at), (*labels, label)))
             at += stop - start
-    return kept
+    return gathered

@@ -106,7 +106,7 @@ def row_steps(
         for index, task in enumerate(plan.tasks(group.visible)):
             is_loaded = False
             low, high = within or (0, plan.spec.queries)
-            chosen = [
+            indices = [
                 i
                 for i, row in enumerate(task.rows)
                 if number + i > after
@@ -115,7 +115,7 @@ def row_steps(
                 and low <= row.queries[0]
                 and row.queries[1] <= high
             ]
-            for i in chosen:
+            for i in indices:
                 unit, row = number + i, task.rows[i]
                 at = group.batch, group.heads, slice(*row.queries)
                 parts = [
@@ -133,7 +133,7 @@ def row_steps(
                     for j, call in enumerate(calls):
                         opens, closes = j == 0, j == len(calls) - 1
                         ends = closes and turn == len(parts) - 1
-                        releases = ends and i == chosen[-1]
+                        releases = ends and i == indices[-1]
                         step = Step(
                             unit,
                             part,
@@ -189,13 +189,13 @@ def column_steps(
     count = plan.spec.keys
     for group in plan.groups():
         head_parts = _head_parts(plan, group, halvings, rows, keys)
-        for index, left in enumerate(range(0, count, plan.tile[1])):
+        for index, first_key in enumerate(range(0, count, plan.tile[1])):
             unit, number = number, number + 1
             if unit <= after or unit in done or not plan.is_mine(index):
                 continue
-            right = min(left + plan.tile[1], count)
-            at = group.batch, group.kv_heads, slice(left, right)
-            columns = [(x, min(x + width, right)) for x in range(left, right, width)]
+            end_key = min(first_key + plan.tile[1], count)
+            at = group.batch, group.kv_heads, slice(first_key, end_key)
+            columns = [(x, min(x + width, end_key)) for x in range(first_key, end_key, width)]
             parts = [(*heads, span) for heads in head_parts for span in columns]
             for turn, (part, part_rows, part_keys, span) in enumerate(parts):
                 task = Task(tuple(column_tasks(group.visible, span, height)))
@@ -263,7 +263,7 @@ def _halved(task: Task, index: int, halvings: Halvings) -> list[tuple[Task, int]
     if not any(halvings):
         return [(task, index)]
     row = task.rows[index]
-    keys = tuple(part for whole in row.keys for part in _parts(whole, halvings.keys))
+    keys = tuple(part for span in row.keys for part in _parts(span, halvings.keys))
     return [(Task((Row(part, keys),)), 0) for part in _parts(row.queries, halvings.queries)]
 
 
@@ -321,6 +321,6 @@ def source_ranges(task: Task, keys: Range) -> Iterator[tuple[int, int, int]]:
         yield (*keys, 0)
         return
     for (start, stop), offset in _offsets(task):
-        left, right = max(keys[0], offset), min(keys[1], offset + stop - start)
-        if left < right:
-            yield start + left - offset, start + right - offset, left - keys[0]
+        first, end = max(keys[0], offset), min(keys[1], offset + stop - start)
+        if first < end:
+            yield start + first - offset, start + end - offset, first - keys[0]

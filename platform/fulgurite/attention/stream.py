@@ -196,10 +196,12 @@ def _unshifted(lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> Ten
         if shift is None:
             continue
         part = lse[group.batch, group.heads, slice(*queries)]
-        whole = part + shift
+        shifted = part + shift
         if inputs.sinks is not None:  # a sink beside large negative scores is all there is
-            whole = torch.where(part > _LARGE_SHIFT, sinks_of(inputs, group, queries, part), whole)
-        part.copy_(whole)
+            shifted = torch.where(
+                part > _LARGE_SHIFT, sinks_of(inputs, group, queries, part), shifted
+            )
+        part.copy_(shifted)
     return lse
 
 

@@ -204,14 +204,14 @@ class Prefetcher:
             yield item, [tensor for tensor, _ in sent]
             running.append(self.lanes.mark())
 
-    def _send(self, views: Views, turn: int, place: int) -> tuple[Tensor, Mark]:
+    def _send(self, views: Views, turn: int, slot_index: int) -> tuple[Tensor, Mark]:
         assert self.lanes is not None
         first = views[0]
         shape = list(first.shape)
         shape[_TOKENS] = sum(x.shape[_TOKENS] for x in views)
         if _is_copied_by_heads(views) and all(self.lanes.is_pinned(x) for x in views):
             return self.lanes.upload_joined(views, shape)
-        slot = self._slot("up", turn, place)
+        slot = self._slot("up", turn, slot_index)
         host = slot.take(shape, first.dtype)
         if len(views) == 1:
             host.copy_(first)
@@ -237,8 +237,8 @@ class Prefetcher:
         waiting: tuple[_T, list[Tensor], list[Mark]] | None = None
         for turn, (item, tensors) in enumerate(results):
             hosts, marks = [], []
-            for place, tensor in enumerate(tensors):
-                slot = self._slot("down", turn, place)
+            for index, tensor in enumerate(tensors):
+                slot = self._slot("down", turn, index)
                 host = slot.take(tensor.shape, tensor.dtype)
                 slot.busy = self.lanes.download(tensor, host)
                 hosts.append(host)
@@ -249,9 +249,9 @@ class Prefetcher:
         if waiting is not None:
             yield _arrived(*waiting)
 
-    def _slot(self, way: str, turn: int, place: int) -> _Slot:
+    def _slot(self, way: str, turn: int, slot_index: int) -> _Slot:
         assert self.lanes is not None
-        return self.slots.setdefault((way, turn % 2, place), _Slot(self.lanes))
+        return self.slots.setdefault((way, turn % 2, slot_index), _Slot(self.lanes))
 
 
 def _arrived(item: _T, hosts: list[Tensor], marks: list[Mark]) -> tuple[_T, list[Tensor]]:

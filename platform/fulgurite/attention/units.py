@@ -131,9 +131,9 @@ def units(
         )  # fmt: skip
         rows = _rows(prefetcher.prefetch(steps), inputs, plan, kernel)
         if narrow_to is not None and prefetcher.lanes is not None:
-            rows = ((where, (out.to(narrow_to), lse)) for where, (out, lse) in rows)
-        for where, tensors in prefetcher.write_back(rows):
-            yield Unit(*where, *tensors)
+            rows = ((unit, (out.to(narrow_to), lse)) for unit, (out, lse) in rows)
+        for (number, at), tensors in prefetcher.write_back(rows):
+            yield Unit(number, at, *tensors)
             del tensors  # or it would take memory beside the next
 
     return with_smaller_tiles(compute, plan)
@@ -181,8 +181,8 @@ def gradient_units(
             results = _gradients(prefetcher.prefetch(steps), resident, inputs.biases, plan, kernel)
             if narrow_to is not None and prefetcher.lanes is not None:
                 results = ((at, tuple(x.to(narrow_to) for x in grads)) for at, grads in results)
-            for where, grads in prefetcher.write_back(results):
-                yield GradientUnit(*where, tuple(grads))
+            for (number, at), grads in prefetcher.write_back(results):
+                yield GradientUnit(number, at, tuple(grads))
                 del grads
 
     return with_smaller_tiles(compute, plan)
@@ -246,8 +246,8 @@ def tile_inputs(
     assert step.call is not None
     spec, group, (queries, keys, kind) = plan.spec, step.group, step.call.tile
     dtype, device, is_causal = query.dtype, query.device, kind is Kind.CAUSAL
-    where = group.batch, group.heads, queries
-    bias, is_hidden = sum_biases(biases, *where, keys, dtype, device)
+    rows = group.batch, group.heads, queries
+    bias, is_hidden = sum_biases(biases, *rows, keys, dtype, device)
     if is_hidden:
         return None
     if kind is Kind.BIAS or (is_causal and bias is not None):  # together they may empty a row
@@ -256,7 +256,7 @@ def tile_inputs(
     shift = None
     if spec.mask is not None and spec.mask.needs_shift:
         wide = accumulator_dtype(dtype)
-        shift = row_shift(biases, *where, group.visible, wide, device)
+        shift = row_shift(biases, *rows, group.visible, wide, device)
     return TileInputs(query, key, value, spec.scale, is_causal, bias, spec.softcap, shift)
 
 
@@ -395,11 +395,11 @@ def _with_part(
             x.new_empty((*sizes, *x.shape[3:]), dtype=accumulator_dtype(x.dtype)) for x in part
         )
     inner = tuple(
-        slice(axis.start - whole.start, axis.stop - whole.start)
-        for axis, whole in zip(step.part, step.at, strict=True)
+        slice(axis.start - total.start, axis.stop - total.start)
+        for axis, total in zip(step.part, step.at, strict=True)
     )
-    for whole, x in zip(joined, part, strict=True):
-        whole[inner] = x
+    for total, x in zip(joined, part, strict=True):
+        total[inner] = x
     return joined
 
 
@@ -456,8 +456,8 @@ def shift_of(
     """What was subtracted from the scores of some rows; None if nothing was."""
     if plan.spec.mask is None or not plan.spec.mask.needs_shift:
         return None
-    where = group.batch, group.heads, queries
-    return row_shift(inputs.biases, *where, group.visible, like.dtype, like.device)
+    rows = group.batch, group.heads, queries
+    return row_shift(inputs.biases, *rows, group.visible, like.dtype, like.device)
 
 
 def clear_(out: Tensor, lse: Tensor) -> None:

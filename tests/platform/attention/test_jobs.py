@@ -103,7 +103,7 @@ def test_machines_with_their_quorum_alone_bring_parts_together(tmp_path, backwar
         folder.mkdir()
         shutil.copy(tmp_path / "job/job.json", folder)
         machine = AttentionJob.open(folder)
-        assert machine.run(*poisoned, share=(task.number, 13))[0] == task.number
+        assert machine.run(*poisoned, shard=(task.number, 13))[0] == task.number
         assert machine.missing() == [n for n in range(13) if n != task.number]
         shutil.copytree(folder / "parts", tmp_path / "job/parts", dirs_exist_ok=True)
     totals = [torch.full_like(x, torch.nan) for x in wanted]
@@ -114,9 +114,9 @@ def test_machines_with_their_quorum_alone_bring_parts_together(tmp_path, backwar
 
 def test_the_same_job_made_twice_is_one(tmp_path, monkeypatch):
     tensors, _ = example()
-    for name, share in (("a", (0, 2)), ("b", (1, 2))):
+    for name, shard in (("a", (0, 2)), ("b", (1, 2))):
         job = AttentionJob.create(tmp_path / name, *tensors[1:4], least_tasks=7)
-        job.run(*tensors[1:4], share=share)
+        job.run(*tensors[1:4], shard=shard)
     shutil.copytree(tmp_path / "b/parts", tmp_path / "a/parts", dirs_exist_ok=True)
     AttentionJob.open(tmp_path / "a").merge(*results(tensors, ("out", "lse")))
     AttentionJob.create(tmp_path / "a", *tensors[1:4], least_tasks=7)
