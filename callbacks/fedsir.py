@@ -41,22 +41,23 @@ __all__ = ["FederatedRounds"]
 class FederatedRounds(Callback):
     """Runs a federated method: an epoch is a round, a batch is one client's local training.
 
-    Under ``--trainer.strategy=federated`` the clients are spread over the ranks; the global
+    Under ``--trainer.strategy=federated`` the clients are distributed over the ranks; the global
     weights are the same bit for bit for any number of ranks (unless clients train in vectorised
-    groups, whose composition depends on the ranks). Everything that the rounds depend
-    on is in the checkpoint, so a run that was killed goes on as if it had not been.
+    groups, whose composition depends on the ranks). The whole state of the rounds is in
+    the checkpoint, so an interrupted run resumes without a difference in results.
 
     The method never sees true labels; this callback reads ``datamodule.evaluation`` where there
     is one, to report how well clients were identified and labels corrected.
 
     Args:
-        participation: Share of the clients sampled in each round, at least one.
+        participation: Fraction of the clients sampled in each round, at least one.
         dropout: Probability that a sampled client fails to report in a round; if all fail, the
             first of them reports after all.
         figures: Draw figures when training ends.
 
     Raises:
-        ConfigError: A share is out of range, or the model, data or trainer are not federated.
+        ConfigError: ``participation`` is outside (0, 1] or ``dropout`` outside [0, 1), or the
+            model, data or trainer are not federated.
 
     Source: FedSIR, arXiv 2604.20825, section 1; participation, dropout and ranks: inferred.
     """
@@ -67,7 +68,7 @@ class FederatedRounds(Callback):
         if not 0 < participation <= 1:
             raise ConfigError(
                 f"FederatedRounds.participation={participation} is not in (0, 1].",
-                "Give the share of clients in a round, e.g. 0.1.",
+                "Give the fraction of the clients in a round, e.g. 0.1.",
             )
         if not 0 <= dropout < 1:
             raise ConfigError(
@@ -86,7 +87,7 @@ class FederatedRounds(Callback):
     # --- start ---------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that model, data and strategy fit, and size the rounds."""
+        """Check that model, data and strategy fit, and set the number of slots in a round."""
         if stage != "fit":
             return
         if not isinstance(pl_module, FederatedClassifier):
@@ -112,7 +113,7 @@ class FederatedRounds(Callback):
                 "Use bf16-mixed or 32-true.",
             )
         _refuse_weight_schedules(trainer)
-        per_rank = -(-self._per_round(data.num_clients) // trainer.world_size)
+        per_rank = -(-self._clients_per_round(data.num_clients) // trainer.world_size)
         data.train_slots = -(-per_rank // max(1, pl_module.vectorize))
         pl_module.slot_trainer = self
         # what is logged here is equal on every rank already
@@ -120,14 +121,14 @@ class FederatedRounds(Callback):
         # rounds are logged, not steps
         warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
 
-    def _per_round(self, clients: int) -> int:
+    def _clients_per_round(self, clients: int) -> int:
         return max(1, int(self.participation * clients + 0.5))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a resumed training that has spent its budget before it trains one more round.
 
         Raises:
-            CheckpointError: The checkpoint does not say what was spent.
+            CheckpointError: The checkpoint has no record of spent client-epochs.
         """
         if self._resumed is None:
             return
@@ -141,7 +142,7 @@ class FederatedRounds(Callback):
             trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Build the federation; identify clients unless a checkpoint says who is clean."""
+        """Build the federation; identify clean clients unless a checkpoint has them."""
         assert isinstance(pl_module, FederatedClassifier)
         self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -172,7 +173,7 @@ class FederatedRounds(Callback):
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"The clients' optimizer cannot be made: {error}.",
-                "Mend model.init_args.optimizer.init_args.",
+                "Change model.init_args.optimizer.init_args.",
             ) from error
         if self._resumed:
             if self._resumed["name"] != type(self.method).__name__:
@@ -182,7 +183,7 @@ class FederatedRounds(Callback):
                     "Resume with the method of the run, model.init_args.method.",
                 )
             self._data.labels.load_state_dict(self._resumed["labels"])
-            self.method.load_state_dict(_to(self._resumed["method"], self.fed.device))
+            self.method.load_state_dict(_move_models(self._resumed["method"], self.fed.device))
             self.fed.costs = Costs(**self._resumed["costs"])
             self.fed.receivers = set(self._resumed["receivers"])
             self.history = self._resumed["history"]
@@ -190,9 +191,9 @@ class FederatedRounds(Callback):
             return
         self._check_budget(trainer, pl_module)
         # ranks that were not seeded alike would start from different weights
-        self.fed.global_state = self.fed.share(self.fed.global_state)
+        self.fed.global_state = self.fed.broadcast(self.fed.global_state)
         self.fed.state.write(self.fed.global_state)
-        with self._progress(trainer):
+        with self._show_progress(trainer):
             self.method.before_rounds(self.fed)
         self.fed.state.write(self.fed.global_state)
         self._upcoming = self._next_client_epochs()
@@ -203,16 +204,16 @@ class FederatedRounds(Callback):
                 f"spent before it, and it needs {self._upcoming}.",
                 "Give more, or fewer epochs of identification.",
             )
-        self._save_start(trainer)
-        facts = self._identification()
+        self._save_before_first_round(trainer)
+        facts = self._score_identification()
         if facts:
             rank_zero_info("identification: " + ", ".join(f"{k} {v:.3g}" for k, v in facts.items()))
 
     def _check_budget(self, trainer: Trainer, module: FederatedClassifier) -> None:
-        """Refuse a budget that does not suffice, or that the trainer is told to exceed.
+        """Refuse a budget that is too small, or that the trainer's minimum may exceed.
 
         Raises:
-            ConfigError: It is one of these.
+            ConfigError: The budget is below the first round's, or the trainer has a minimum.
         """
         limit = module.max_client_epochs
         if limit is None:
@@ -233,24 +234,24 @@ class FederatedRounds(Callback):
             )
 
     def _next_client_epochs(self) -> int:
-        """Client-epochs of the next round; at most so many if it identifies clients anew."""
+        """Client-epochs of the next round; an upper bound if it identifies clients again."""
         fed, round = self.fed, self.fed_round
         before = self.method.client_epochs_before(fed, round)
-        clients = self._sample(round)
+        clients = self._sample_clients(round)
         if not before:
-            clients = self._reporting(self.method.participants(fed, round, clients), round)
+            clients = self._draw_reporting(self.method.participants(fed, round, clients), round)
         return before + len(clients) * fed.local_epochs
 
-    def _save_start(self, trainer: Trainer) -> None:
-        """Save what happened before round 0, so that a kill during it loses nothing either."""
+    def _save_before_first_round(self, trainer: Trainer) -> None:
+        """Save a checkpoint before round 0, so that a kill during it loses no work."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.filename == "last":
                 path = Path(str(callback.dirpath)) / "last.ckpt"
                 trainer.save_checkpoint(path, weights_only=False)  # with the state of callbacks
 
     @contextmanager
-    def _progress(self, trainer: Trainer) -> Iterator[None]:
-        """Show local steps of what runs before the first round; Lightning's bar shows rounds."""
+    def _show_progress(self, trainer: Trainer) -> Iterator[None]:
+        """Show the local steps before the first round; Lightning's bar shows rounds only."""
         if not (trainer.progress_bar_callback and trainer.is_global_zero):
             yield
             return
@@ -274,30 +275,32 @@ class FederatedRounds(Callback):
         """
         round = trainer.current_epoch
         before = self._label_noise()
-        refreshes = len(getattr(self.method, "refreshes", ()))
+        refreshes = len(getattr(self.method, "relabel_rounds", ()))
         self.fed.global_state = self.fed.state.read()
         self.method.before_round(self.fed, round)
         self.fed.state.write(self.fed.global_state)
         self._noise_before = None  # of a round that begins with a refresh of the labels
-        if len(getattr(self.method, "refreshes", ())) > refreshes:
+        if len(getattr(self.method, "relabel_rounds", ())) > refreshes:
             self._noise_before = self._mean_noise(before)
-        sampled = self._sample(round)
-        self._clients = self._reporting(self.method.participants(self.fed, round, sampled), round)
+        sampled = self._sample_clients(round)
+        self._clients = self._draw_reporting(
+            self.method.participants(self.fed, round, sampled), round
+        )
         self.fed.send_global(self._clients)
-        own = self.fed.own(self._clients)
+        clients = self.fed.local_clients(self._clients)
         size = max(1, self.fed.vectorize)
         if size > 1:  # clients of a group that end together waste no passes
-            own = sorted(own, key=lambda k: -int(self.fed.sizes[k]))
-        self._groups = [own[i : i + size] for i in range(0, len(own), size)]
+            clients = sorted(clients, key=lambda k: -int(self.fed.sizes[k]))
+        self._groups = [clients[i : i + size] for i in range(0, len(clients), size)]
         self._states = {}
 
-    def _sample(self, round: int) -> list[int]:
-        number = self._per_round(self.fed.num_clients)
+    def _sample_clients(self, round: int) -> list[int]:
+        number = self._clients_per_round(self.fed.num_clients)
         generator = keyed_generator(self.fed.seed, "participation", round)
         order = torch.randperm(self.fed.num_clients, generator=generator)
         return sorted(order[:number].tolist())
 
-    def _reporting(self, clients: list[int], round: int) -> list[int]:
+    def _draw_reporting(self, clients: list[int], round: int) -> list[int]:
         if not self.dropout:
             return clients
         draws = {
@@ -314,7 +317,7 @@ class FederatedRounds(Callback):
         """
         round = self.fed_round
         if slot < len(self._groups):
-            self._states |= self.fed.train_own(
+            self._states |= self.fed.train_local(
                 self._groups[slot],
                 lambda client: self.method.objective(self.fed, client, round),
                 purpose=round,
@@ -357,7 +360,7 @@ class FederatedRounds(Callback):
         }
         logged |= {f"cost/{name}": float(value) for name, value in asdict(fed.costs).items()}
         logged |= {f"fed/{name}": value for name, value in self.method.report().items()}
-        logged |= {f"identify/{k}": v for k, v in self._identification().items()}
+        logged |= {f"identify/{k}": v for k, v in self._score_identification().items()}
         logged |= {f"fed/label_noise{k}": v for k, v in (self._mean_noise(noise) or {}).items()}
         if self._noise_before:
             before = self._noise_before.items()
@@ -377,51 +380,53 @@ class FederatedRounds(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the accuracy of the round's global model for the figure."""
+        """Record the accuracy of the round's global model for the figure."""
         accuracy = trainer.callback_metrics.get("val/acc")
         if self.history and accuracy is not None:
             self.history[-1]["val/acc"] = float(accuracy)
 
-    # --- evaluation: reads true labels, gives nothing back to the method -----------------------
+    # --- evaluation: reads true labels, which the method never receives ------------------------
 
     def _label_noise(self) -> Tensor | None:
-        """Share of wrong current labels of each client, float64; NaN where no truth is known.
+        """Fraction of wrong current labels per client, float64; NaN without known true labels.
 
         Shape: (K,).
         """
         evaluation = getattr(self._data, "evaluation", None)
         if evaluation is None:
             return None
-        known = evaluation.true >= 0
-        wrong = ((self.fed.labels.current != evaluation.true) & known).double()
-        return torch.stack([wrong[i].sum() / known[i].sum() for i in self.fed.index])
+        has_truth = evaluation.true >= 0
+        wrong = ((self.fed.labels.current != evaluation.true) & has_truth).double()
+        return torch.stack([wrong[i].sum() / has_truth[i].sum() for i in self.fed.index])
 
     def _mean_noise(self, noise: Tensor | None) -> dict[str, float] | None:
-        """Share of wrong labels over all clients (no suffix) and over the noisy ones."""
+        """Fraction of wrong labels over all clients (no suffix) and over the noisy ones."""
         if noise is None:
             return None
-        noisy, known = self._data.evaluation.noisy_clients, self._data.evaluation.true >= 0
-        sizes = torch.stack([known[i].sum() for i in self.fed.index]).double()
+        noisy, has_truth = self._data.evaluation.noisy_clients, self._data.evaluation.true >= 0
+        sizes = torch.stack([has_truth[i].sum() for i in self.fed.index]).double()
         noise = noise.nan_to_num()  # of clients whose size is 0 here
         means = {"": float((noise * sizes).sum() / sizes.sum())}
         if bool(noisy.any()):
             means["_noisy"] = float((noise * sizes)[noisy].sum() / sizes[noisy].sum())
         return means
 
-    def _identification(self) -> dict[str, float]:
+    def _score_identification(self) -> dict[str, float]:
         """Precision and recall of the noisy clients, once the method has split them.
 
-        Nothing where some true labels are unknown: which clients are noisy is unknown then.
+        Empty where some true labels are unknown, since the noisy clients are then unknown.
         """
         evaluation = getattr(self._data, "evaluation", None)
         if self.method.clean is None or evaluation is None or bool((evaluation.true < 0).any()):
             return {}
-        found, true = ~self.method.clean.cpu(), evaluation.noisy_clients
-        hits = float((found & true).sum())
+        predicted_noisy, true_noisy = ~self.method.clean.cpu(), evaluation.noisy_clients
+        hits = float((predicted_noisy & true_noisy).sum())
         return {
-            "precision": hits / max(1.0, float(found.sum())) if bool(found.any()) else 1.0,
-            "recall": hits / float(true.sum()) if bool(true.any()) else 1.0,
-            "exact": float(torch.equal(found, true)),
+            "precision": hits / max(1.0, float(predicted_noisy.sum()))
+            if bool(predicted_noisy.any())
+            else 1.0,
+            "recall": hits / float(true_noisy.sum()) if bool(true_noisy.any()) else 1.0,
+            "exact": float(torch.equal(predicted_noisy, true_noisy)),
         }
 
     # --- checkpoint ----------------------------------------------------------------------------
@@ -432,7 +437,7 @@ class FederatedRounds(Callback):
             "name": type(self.method).__name__,
             "seed": self.fed.seed,
             "labels": self._data.labels.state_dict(),
-            "method": _to(self.method.state_dict(), torch.device("cpu")),
+            "method": _move_models(self.method.state_dict(), torch.device("cpu")),
             "costs": asdict(self.fed.costs),
             "receivers": sorted(self.fed.receivers),
             "upcoming": self._upcoming,
@@ -441,7 +446,7 @@ class FederatedRounds(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a checkpoint's state until the federation is built."""
+        """Store a checkpoint's state until the federation is built."""
         self._resumed = dict(state_dict)
 
     # --- figures -------------------------------------------------------------------------------
@@ -480,30 +485,30 @@ class FederatedRounds(Callback):
             "train/loss": "mean local loss",
             "fed/label_noise": "share of wrong labels, all clients",
         }
-        shown = {k: title for k, title in titles.items() if k in self.history[0]}
-        figure, axes = new_figure(1, len(shown))
-        for ax, (key, title) in zip(axes[0], shown.items(), strict=True):
+        panel_titles = {k: title for k, title in titles.items() if k in self.history[0]}
+        figure, axes = new_figure(1, len(panel_titles))
+        for ax, (key, title) in zip(axes[0], panel_titles.items(), strict=True):
             ax.plot(range(len(self.history)), [r.get(key, np.nan) for r in self.history])
             ax.set(title=title, xlabel="round")
             use_integer_ticks(ax)
         log_figure(trainer, "rounds", figure)
 
     def _draw_similarities(self, trainer: Trainer) -> None:
-        found = getattr(self.method, "found", None)
-        if not found or self.method.clean is None:
+        evidence = getattr(self.method, "evidence", None)
+        if not evidence or self.method.clean is None:
             return
         clean = self.method.clean.cpu()
-        scores = found["scores"][:, 0]
+        scores = evidence["scores"][:, 0]
         kinds = {"clean": (clean, 1.0), "noisy": (~clean, -1.0)}
-        shown = [
+        examples = [
             (name, int((sign * scores).masked_fill(~mask, torch.inf).argmin()))
             for name, (mask, sign) in kinds.items()
             if bool(mask.any())
         ]
-        figure, axes = new_figure(1, len(shown), width=3.8)
-        for ax, (name, client) in zip(axes[0], shown, strict=True):
+        figure, axes = new_figure(1, len(examples), width=3.8)
+        for ax, (name, client) in zip(axes[0], examples, strict=True):
             heatmap(
-                ax, found["similarities"][client].numpy(), limits=(0, 1), xlabel="class",
+                ax, evidence["similarities"][client].numpy(), limits=(0, 1), xlabel="class",
                 ylabel="class",
                 title=f"{name} client {client}: mean off the diagonal {scores[client]:.2f}",
             )  # fmt: skip
@@ -517,10 +522,10 @@ def _exceeds(client_epochs: int, module: LightningModule) -> bool:
 
 
 def _refuse_weight_schedules(trainer: Trainer) -> None:
-    """Refuse a callback that schedules a learning rate which the server has not.
+    """Refuse a callback that anneals a learning rate, which the server does not have.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: The trainer has StochasticWeightAveraging.
     """
     if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError(
@@ -531,10 +536,10 @@ def _refuse_weight_schedules(trainer: Trainer) -> None:
         )
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _move_models(value: Any, device: torch.device) -> Any:
     """Move the flat models (1-D floats) of a method's state; all else stays on the CPU."""
     if isinstance(value, Tensor):
         return value.to(device) if value.is_floating_point() and value.ndim == 1 else value.cpu()
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {k: _move_models(v, device) for k, v in value.items()}
     return value

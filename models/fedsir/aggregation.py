@@ -20,7 +20,7 @@ __all__ = [
 
 
 def sample_weights(sizes: Tensor) -> Tensor:
-    """Share of each client in all samples (FedAvg).
+    """Fraction of all samples that each client has (FedAvg).
 
     Args:
         sizes: Samples per client. Shape: (K,).
@@ -29,7 +29,7 @@ def sample_weights(sizes: Tensor) -> Tensor:
         float64, summing to 1. Shape: (K,).
 
     Raises:
-        DataError: A size is negative, or all are zero.
+        DataError: A client size is negative, or all sizes are zero.
 
     Example:
         >>> sample_weights(torch.tensor([1, 3]))
@@ -52,7 +52,7 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
     Args:
         state: All floating tensors of a model, BatchNorm statistics included, as one vector.
             Shape: (P,).
-        clean_states: Shape: (J, P).
+        clean_states: Flat states of the clean clients' models. Shape: (J, P).
         splits: Number of entries of each tensor, in the order of ``state``; sums to P.
 
     Returns:
@@ -88,8 +88,8 @@ def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True)
         distances: From :func:`distance_to_clean`, 0 for clean clients. A client whose distance is
             not finite gets weight 0. Shape: (K,).
         floor: Divide the distances by their maximum, as the paper does: the farthest client then
-            keeps exactly e⁻¹ of its share, and no client can be suppressed further. Without it
-            the distances act in the unit they have.
+            keeps exactly e⁻¹ of its weight, and no client can be suppressed further. Without it
+            the distances are used unscaled.
 
     Returns:
         float64, summing to 1. Shape: (K,).
@@ -105,11 +105,11 @@ def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True)
     """
     distances = distances.double()
     finite = distances.isfinite()
-    kept = distances.where(finite, 0.0)
-    largest = kept.max()
+    scaled = distances.where(finite, 0.0)
+    largest = scaled.max()
     if floor and bool(largest > 0):
-        kept = kept / largest
-    weights = sample_weights(sizes).to(kept.device) * torch.exp(-kept) * finite
+        scaled = scaled / largest
+    weights = sample_weights(sizes).to(scaled.device) * torch.exp(-scaled) * finite
     if not bool(weights.sum() > 0):
         raise DataError(
             "no client's model is finite.", "Lower the learning rate of local training."

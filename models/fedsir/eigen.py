@@ -33,10 +33,11 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     results are rounded: matrices that CUDA does not solve in batches then go to the CPU.
 
     Args:
-        matrices: Symmetric. Shape: (..., D, D).
+        matrices: Symmetric matrices. Shape: (..., D, D).
 
     Returns:
-        Shapes: (..., D) and (..., D, D), on the device of ``matrices``.
+        Eigenvalues and eigenvectors. Shapes: (..., D) and (..., D, D), on the device of
+        ``matrices``.
 
     Example:
         >>> eigh(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))[0]
@@ -66,8 +67,8 @@ def fastest_device(
     """The CPU, or the device of the matrices where it is faster.
 
     Args:
-        matrices: A sample of what is to be solved. Shape: (M, D, D).
-        clock: The time [s] when a device has done what it was given.
+        matrices: A sample of the matrices to be solved. Shape: (M, D, D).
+        clock: Reads the time [s] once a device has finished its queued work.
     """
     device = matrices.device
     _solve(matrices[:1], device)  # the first call loads libraries
@@ -87,5 +88,5 @@ def _solve(matrices: Tensor, solver: torch.device) -> tuple[Tensor, Tensor]:
     parts = matrices.to(solver).tensor_split(min(torch.get_num_threads(), len(matrices)))
     with ThreadPoolExecutor(len(parts)) as threads:
         solved = list(threads.map(torch.linalg.eigh, parts))
-    values, vectors = (torch.cat(each) for each in zip(*solved, strict=True))
+    values, vectors = (torch.cat(batches) for batches in zip(*solved, strict=True))
     return values.to(matrices.device), vectors.to(matrices.device)

@@ -2,7 +2,7 @@
 
 Pure torch. Clients are simulated; each rank trains the clients dealt out to it, and whatever is
 exchanged is exchanged through the few collectives below, so that one process and several give
-the same result bit for bit: everything random is drawn from a generator keyed by what it is for
+the same result bit for bit: random numbers come from generators keyed by their use
 (seed, purpose, round, client), and sums over clients are exact integers (:func:`exact_average`).
 (Not so with ``vectorize``: which clients share a pass depends on the ranks, and so does rounding.)
 
@@ -50,7 +50,7 @@ ClientStates = dict[int, Tensor]  # client -> flat state (P,); a rank holds thos
 
 
 class Labels(Protocol):
-    """The labels that training sees: given ones, and what relabeling made of them."""
+    """The labels that training sees: the given ones, and the current ones after relabeling."""
 
     given: Tensor
     current: Tensor
@@ -60,7 +60,7 @@ class Labels(Protocol):
 
 
 class FederatedData(Protocol):
-    """What the engine needs of a DataModule; it never asks for true labels."""
+    """The members of a DataModule that the engine uses; true labels are not among them."""
 
     num_classes: int
 
@@ -86,7 +86,7 @@ class FederatedData(Protocol):
 
 
 class VisibleData:
-    """What a method may see of a DataModule: the members of :class:`FederatedData`, no other.
+    """View of a DataModule that has the members of :class:`FederatedData` and no others.
 
     Args:
         data: The DataModule, whose true labels stay out of reach.
@@ -118,7 +118,7 @@ class MiniBatch:
 
 
 class Objective(Protocol):
-    """A local loss: what a client minimises on a mini-batch."""
+    """A local loss, which a client minimises on each mini-batch."""
 
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
         """The scalar to minimise."""
@@ -132,10 +132,10 @@ def keyed_generator(*key: int | str) -> torch.Generator:
         >>> bool(a == b)
         True
     """
-    return torch.Generator().manual_seed(_number(*key))
+    return torch.Generator().manual_seed(_hash_key(*key))
 
 
-def _number(*key: int | str) -> int:
+def _hash_key(*key: int | str) -> int:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") // 2  # manual_seed takes a signed 64-bit integer
 
@@ -179,7 +179,7 @@ def exact_average(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weighted sum of states whose value does not depend on the order or place of the terms.
+    """Weighted sum of states whose value does not depend on the order or rank of the terms.
 
     Floating sums depend on their order, so an all-reduce over 3 ranks would differ from one over
     2. Each weighted term is rounded to a multiple of one fixed quantum per tensor (2⁻⁵² of its
@@ -189,7 +189,7 @@ def exact_average(
         states: Flat states of this rank's clients. Shape of each: (P,).
         weights: Weight of every client, of all ranks.
         splits: Number of entries of each tensor of a state; sums to P.
-        device: Where the result is wanted.
+        device: Device of the result.
         dtype: Type of the result, the same on every rank.
 
     Returns:
@@ -207,14 +207,14 @@ def exact_average(
     """
     counts = move(torch.tensor(splits), device)
     peak = torch.zeros(len(splits), dtype=torch.float64, device=device)
-    own = [k for k in states if weights.get(k)]
-    for client in own:
+    local_clients = [k for k in states if weights.get(k)]
+    for client in local_clients:
         term = states[client].to(device).double() * weights[client]
         largest = [part.abs().max() for part in torch.split(term, list(splits))]
         peak = torch.maximum(peak, torch.stack(largest).nan_to_num(torch.inf, torch.inf))
-    _reduce(peak, "max")
+    _all_reduce(peak, "max")
     if not bool(peak.isfinite().all()):  # on every rank, so that none waits for another
-        bad = [str(k) for k in own if not bool(states[k].isfinite().all())]
+        bad = [str(k) for k in local_clients if not bool(states[k].isfinite().all())]
         raise ConfigError(
             f"The local training of client {', '.join(bad) or 'of another rank'} diverged (its "
             "model has NaN or infinity).",
@@ -226,14 +226,14 @@ def exact_average(
         counts, output_size=sum(splits)
     )
     total = torch.zeros(sum(splits), dtype=torch.int64, device=device)
-    for client in own:
+    for client in local_clients:
         term = states[client].to(device).double() * weights[client]
         total += (term / quantum).round().long()
-    _reduce(total, "sum")
+    _all_reduce(total, "sum")
     return (total.double() * quantum).to(dtype)
 
 
-def _reduce(tensor: Tensor, operation: str) -> None:
+def _all_reduce(tensor: Tensor, operation: str) -> None:
     if rank_and_world()[1] > 1:
         dist.all_reduce(tensor, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
 
@@ -275,7 +275,7 @@ def mini_batches(samples: int, size: int, generator: torch.Generator) -> tuple[T
 
 @dataclass
 class Costs:
-    """What a deployment would spend; the simulation itself sends fewer bytes.
+    """Costs of a real deployment; the simulation itself sends fewer bytes.
 
     Attributes:
         rounds: Rounds of aggregation.
@@ -293,21 +293,21 @@ class Costs:
 
 @dataclass
 class Federation:
-    """Clients, their local training, and exchange; what a method's hooks act through.
+    """Clients, their local training, and the exchange between ranks, for the hooks of a method.
 
     Args:
         data: The federated data.
-        network: Trained in place; holds the global model between rounds.
+        network: Network trained in place; it holds the global model between rounds.
         optimizer: Makes a client's local optimizer from its parameters.
-        seed: Seed of everything random in local training.
-        batch_size: Of local training.
+        seed: Seed of all random numbers in local training.
+        batch_size: Mini-batch size of local training.
         local_epochs: Epochs a client trains in a round.
-        evaluation_batch_size: Of feature extraction.
-        autocast: Context of forward passes (mixed precision).
+        evaluation_batch_size: Batch size of feature extraction.
+        autocast: Makes the context of forward passes (mixed precision).
         resident: Keep a client's images on the device while it trains. Off for clients whose
             images do not fit there.
-        vectorize: Train so many clients in one pass where their objective allows; 0 is off.
-        on_step: Called after every local step; for progress.
+        vectorize: Number of clients trained in one pass where their objective allows; 0 is off.
+        on_step: Called after every local step, to show progress.
     """
 
     data: FederatedData
@@ -336,10 +336,10 @@ class Federation:
         self.loss_sum = torch.zeros(self.num_clients, device=self.device)
         self._teacher: nn.Module | None = None
 
-    # --- what every rank knows -----------------------------------------------------------------
+    # --- facts known to every rank ---------------------------------------------------------------
 
-    def own(self, clients: Sequence[int]) -> list[int]:
-        """Those of ``clients`` that this rank simulates."""
+    def local_clients(self, clients: Sequence[int]) -> list[int]:
+        """Select the clients that this rank simulates."""
         rank, world = rank_and_world()
         sizes = {k: int(self.sizes[k]) for k in clients}
         return balanced_assignment(sizes, world)[rank]
@@ -390,19 +390,19 @@ class Federation:
         """Train each client from the same start, alone.
 
         Args:
-            clients: Which clients; every rank trains those that are its own.
+            clients: Clients to train; every rank trains those it simulates.
             objective: Gives the local loss of a client.
-            purpose: Names what the randomness is for: the round, or a stage.
+            purpose: Key of the random numbers: the round, or the name of a stage.
             start: Flat state to start from; the global model by default. Shape: (P,).
             epochs: Local epochs; ``local_epochs`` by default.
-            optimizer: Local optimizer; that of the federation by default.
+            optimizer: Local optimizer; the federation's by default.
 
         Returns:
             Flat states after training, of this rank's clients.
         """
         self.costs.client_epochs += len(clients) * (self.local_epochs if epochs is None else epochs)
-        return self.train_own(
-            self.own(clients),
+        return self.train_local(
+            self.local_clients(clients),
             objective,
             purpose=purpose,
             start=start,
@@ -410,9 +410,9 @@ class Federation:
             optimizer=optimizer,
         )
 
-    def train_own(
+    def train_local(
         self,
-        own: Sequence[int],
+        clients: Sequence[int],
         objective: Callable[[int], Objective],
         *,
         purpose: int | str,
@@ -420,24 +420,24 @@ class Federation:
         epochs: int | None = None,
         optimizer: OptimizerFactory | None = None,
     ) -> ClientStates:
-        """As :meth:`train`, for clients that are this rank's already; their epochs are not counted.
+        """Train clients of this rank as :meth:`train` does, without counting their epochs.
 
         (A rank does not know how many clients the others train.)
         """
         start = self.global_state if start is None else start
         epochs = self.local_epochs if epochs is None else epochs
         make = optimizer or self.optimizer
-        objectives = {client: objective(client) for client in own}
+        objectives = {client: objective(client) for client in clients}
         done: ClientStates = {}
         if self.vectorize > 1:
             from fulgurite.models.fedsir.vectorized import train_group, vectorizable
 
-            fit = [k for k in own if vectorizable(objectives[k])]
+            fit = [k for k in clients if vectorizable(objectives[k])]
             for i in range(0, len(fit), self.vectorize):
                 group = fit[i : i + self.vectorize]
-                chosen = objectives.__getitem__
-                done |= train_group(self, group, chosen, purpose, start, epochs, make)
-        for client in own:
+                get_objective = objectives.__getitem__
+                done |= train_group(self, group, get_objective, purpose, start, epochs, make)
+        for client in clients:
             if client not in done:
                 done[client] = self._train_one(
                     client, objectives[client], purpose, start, epochs, make
@@ -455,11 +455,15 @@ class Federation:
             generator = keyed_generator(self.seed, "batches", purpose, client, epoch)
             batches = mini_batches(len(index), self.batch_size, generator)
             # one copy for the epoch
-            there = torch.split(move(torch.cat(batches), self.device), [len(b) for b in batches])
-            for chosen, at in zip(batches, there, strict=True):
-                picked = move(images[at if self.resident else chosen], self.device)
+            device_batches = torch.split(
+                move(torch.cat(batches), self.device), [len(b) for b in batches]
+            )
+            for rows, device_rows in zip(batches, device_batches, strict=True):
+                batch_images = move(images[device_rows if self.resident else rows], self.device)
                 yield MiniBatch(
-                    self.data.augment_batch(picked, generator), labels[at], index[chosen]
+                    self.data.augment_batch(batch_images, generator),
+                    labels[device_rows],
+                    index[rows],
                 )
 
     def _train_one(
@@ -499,14 +503,14 @@ class Federation:
         with torch.random.fork_rng(devices):
             # torch.manual_seed also queues a call, with its stack trace, for each kind of
             # accelerator that torch knows: slower than a local step, and never freed
-            number = _number(self.seed, *key)
+            number = _hash_key(self.seed, *key)
             torch.default_generator.manual_seed(number)
             if devices:
                 with torch.cuda.device(self.device):  # the others' states are not restored
                     torch.cuda.manual_seed(number)
             yield
 
-    # --- looking at a client's data with a model -----------------------------------------------
+    # --- features and logits of a client's data -------------------------------------------------
 
     @torch.no_grad()
     def features(
@@ -515,12 +519,12 @@ class Federation:
         """Penultimate features and logits of a client's samples, in their order.
 
         Args:
-            client: Whose samples.
-            state: Flat state of the model to look with. Shape: (P,).
-            augmented: Name of the purpose if the training augmentation is wanted.
+            client: Client whose samples are used.
+            state: Flat state of the model that computes the features. Shape: (P,).
+            augmented: Key of the random numbers for training augmentation; None for plain images.
 
         Yields:
-            Features (B, D), logits (B, C), and which of the client's samples they are.
+            Features (B, D), logits (B, C), and the slice of the client's samples.
         """
         self.state.write(state)
         self.network.eval()
@@ -530,13 +534,13 @@ class Federation:
         for begin in range(0, len(images), self.evaluation_batch_size):
             part = slice(begin, begin + self.evaluation_batch_size)
             picked = move(images[part], self.device)
-            shown = (
+            inputs = (
                 self.data.augment_batch(picked, generator)
                 if augmented
                 else self.data.plain_batch(picked)
             )
             with self.autocast():
-                features = network.features(shown)
+                features = network.features(inputs)
                 logits = network.head(features)
             yield features, logits, part
         self.network.train()
@@ -561,37 +565,37 @@ class Federation:
         )
 
     def size_weights(self, clients: Sequence[int]) -> dict[int, float]:
-        """Each client's share of their samples (FedAvg's weights)."""
-        shares = sample_weights(self.sizes[list(clients)]).tolist()
-        return dict(zip(clients, shares, strict=True))
+        """Fraction of the samples of these clients that each has (FedAvg's weights)."""
+        fractions = sample_weights(self.sizes[list(clients)]).tolist()
+        return dict(zip(clients, fractions, strict=True))
 
     def gather_rows(self, rows: Mapping[int, Tensor], clients: Sequence[int]) -> Tensor:
         """Stack one tensor per client, each known to the rank that simulated it.
 
         Args:
             rows: This rank's tensors, all of one shape and dtype.
-            clients: All clients, of all ranks, in the order wanted.
+            clients: All clients, of all ranks, in the order of the result.
 
         Returns:
-            Shape: (len(clients), …), equal on every rank.
+            One row per client, equal on every rank. Shape: (len(clients), …).
         """
         if rank_and_world()[1] == 1:
             return torch.stack([rows[k] for k in clients])
         gathered = self.gather_objects({k: rows[k].cpu() for k in clients if k in rows})
         return torch.stack([gathered[k] for k in clients]).to(self.device)
 
-    def gather_objects(self, own: Mapping[int, Any]) -> dict[int, Any]:
-        """Merge every rank's dictionary; for small things."""
+    def gather_objects(self, entries: Mapping[int, Any]) -> dict[int, Any]:
+        """Merge the dictionaries of all ranks; meant for small objects."""
         _, world = rank_and_world()
         if world == 1:
-            return dict(own)
+            return dict(entries)
         parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, dict(own))
+        dist.all_gather_object(parts, dict(entries))
         merged = {k: v for part in parts for k, v in part.items()}
         return {k: merged[k] for k in sorted(merged)}
 
-    def share(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor on every rank."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Broadcast a tensor of rank 0 to every rank."""
         if rank_and_world()[1] > 1:
             tensor = tensor.to(self.device)
             dist.broadcast(tensor, 0)

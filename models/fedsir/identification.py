@@ -1,4 +1,4 @@
-"""Telling clients with noisy labels from clean ones by two numbers each.
+"""Identification of clients with noisy labels from two scores per client.
 
 Axes: K clients.
 """
@@ -18,21 +18,21 @@ from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["ClientSplit", "split_clients"]
 
-_TRIM = 0.1  # share of a group that may lie in the gap: less than one client of ten
+_TRIM = 0.1  # fraction of a group that may lie in the gap: less than one client of ten
 _SIMULATIONS = 10_000
 
 
 @dataclass(frozen=True)
 class ClientSplit:
-    """Which clients are taken for clean.
+    """Split of the clients into clean and noisy ones.
 
     Attributes:
-        clean: bool. Shape: (K,).
+        clean: Predicted clean mask, bool. Shape: (K,).
         p_clean: Posterior of the clean group, float64. Shape: (K,).
         components: 2, or 1 where the clients are all alike.
         gap: Largest gap in ``off_mean`` between two groups of clients.
         p_value: Chance of a split as sharp among clients that are all alike.
-        reason: One sentence.
+        reason: One sentence that explains the split.
     """
 
     clean: Tensor
@@ -43,8 +43,8 @@ class ClientSplit:
     reason: str
 
 
-def _sharpness(ordered: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Share of the variance that the best split of sorted values explains, and its place."""
+def _split_sharpness(ordered: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Fraction of the variance that the best split of sorted values explains, and its index."""
     count = ordered.shape[-1]
     centred = ordered - ordered.mean(-1, keepdims=True)
     size = np.arange(1, count)
@@ -53,10 +53,10 @@ def _sharpness(ordered: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArr
     return between.max(-1) / total, between.argmax(-1) + 1
 
 
-def _gap(ordered: NDArray[np.float64], place: int) -> float:
-    """Distance between the groups below and from ``place`` on, each trimmed by a tenth."""
-    low, high = int(_TRIM * place), int(_TRIM * (len(ordered) - place))
-    return float(ordered[place + high] - ordered[place - 1 - low])
+def _trimmed_gap(ordered: NDArray[np.float64], index: int) -> float:
+    """Distance between the groups below ``index`` and from it on, each trimmed by a tenth."""
+    low, high = int(_TRIM * index), int(_TRIM * (len(ordered) - index))
+    return float(ordered[index + high] - ordered[index - 1 - low])
 
 
 class _Gap(NamedTuple):
@@ -66,27 +66,29 @@ class _Gap(NamedTuple):
     below: float
 
 
-def _widest(off_mean: NDArray[np.float64]) -> _Gap:
+def _find_widest_gap(off_mean: NDArray[np.float64]) -> _Gap:
     ordered = np.sort(off_mean)
-    gaps = [_Gap(_gap(ordered, place), ordered[place - 1]) for place in range(1, len(ordered))]
+    gaps = [
+        _Gap(_trimmed_gap(ordered, index), ordered[index - 1]) for index in range(1, len(ordered))
+    ]
     return max(gaps, default=_Gap(0.0, np.inf))
 
 
-def _sharpest(off_mean: NDArray[np.float64]) -> tuple[float, float]:
+def _find_sharpest_split(off_mean: NDArray[np.float64]) -> tuple[float, float]:
     """Gap of the split that explains most variance, and its p-value among alike clients."""
     ordered = np.sort(off_mean)
     if len(ordered) < 2:
         return 0.0, 1.0
-    sharpness, place = _sharpness(ordered)
+    sharpness, index = _split_sharpness(ordered)
     # the statistic knows neither location nor scale, so one simulation per K is enough
     normal = np.random.default_rng(0).standard_normal((_SIMULATIONS, len(ordered)))
-    null = _sharpness(np.sort(normal, -1))[0]
-    return _gap(ordered, int(place)), float(
+    null = _split_sharpness(np.sort(normal, -1))[0]
+    return _trimmed_gap(ordered, int(index)), float(
         (1 + (null >= sharpness - 1e-12).sum()) / (1 + _SIMULATIONS)
     )
 
 
-def _mixture(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _fit_clean_posterior(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """Posterior of the component with the lower mean off_mean."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
@@ -153,19 +155,19 @@ def split_clients(
     Args:
         scores: ``(off_mean, off_energy)`` of each client. A client whose score is not finite has
             fewer than two classes to compare and is taken for noisy. Shape: (K, 2).
-        seed: Of the mixture's initialisation.
-        threshold: Least posterior of a clean client.
+        seed: Seed of the mixture's initialisation.
+        threshold: Smallest posterior of a clean client.
         force_two: Always split, as the paper does (unless all scores are equal).
-        small_gap: Least gap of a significant split.
+        small_gap: Smallest gap of a significant split.
         wide_gap: Gap that needs no test.
-        level: Of the test.
+        level: Significance level of the test.
         noisy_above: Mean ``off_mean`` above which clients that are all alike are all noisy.
 
     Returns:
-        The split, on the CPU.
+        The split, with tensors on the CPU.
 
     Raises:
-        DataError: ``scores`` has another shape.
+        DataError: ``scores`` does not have shape (K, 2).
         ConfigError: ``threshold`` is not in (0, 1], or ``wide_gap`` is not positive.
 
     Example:
@@ -191,39 +193,39 @@ def split_clients(
         raise ConfigError(f"wide_gap {wide_gap} is not positive.", "Set it to 0.06, the default.")
     table = scores.detach().cpu().double().numpy()
     finite = np.isfinite(table).all(1)
-    known = table[finite]
-    widest = _widest(known[:, 0])
-    sharp_gap, p_value = _sharpest(known[:, 0])
-    told = f"largest gap {widest.gap:.3f}, p = {p_value:.2g}"
+    scored = table[finite]
+    widest = _find_widest_gap(scored[:, 0])
+    sharp_gap, p_value = _find_sharpest_split(scored[:, 0])
+    statistics = f"largest gap {widest.gap:.3f}, p = {p_value:.2g}"
     if force_two:
-        two = len(known) >= 2 and not np.allclose(known, known[:1])
-        told += ", two groups were asked for"
+        two = len(scored) >= 2 and not np.allclose(scored, scored[:1])
+        statistics += ", two groups were asked for"
     else:
         two = widest.gap >= wide_gap or (p_value <= level and sharp_gap >= small_gap)
-    p_known = np.ones(len(known))
+    p_scored = np.ones(len(scored))
     if two:
-        p_known = _mixture(known, seed)
-        if not (p_known >= threshold).any():  # no client would be left to refer to
-            p_known = np.where(p_known == p_known.max(), threshold, p_known)
+        p_scored = _fit_clean_posterior(scored, seed)
+        if not (p_scored >= threshold).any():  # no client would be left to refer to
+            p_scored = np.where(p_scored == p_scored.max(), threshold, p_scored)
         while not force_two:  # a mildly noisy client joins the clean ones across the widest gap
-            kept = p_known >= threshold
-            inner = _widest(known[kept, 0])
-            outer = known[~kept, 0].min(initial=np.inf) - known[kept, 0].max()
+            inner_clean = p_scored >= threshold
+            inner = _find_widest_gap(scored[inner_clean, 0])
+            outer = scored[~inner_clean, 0].min(initial=np.inf) - scored[inner_clean, 0].max()
             if inner.gap < max(wide_gap, outer):
                 break
-            p_known = np.where(known[:, 0] > inner.below, 0.0, p_known)
-    elif noisy_above is not None and len(known) and known[:, 0].mean() > noisy_above:
-        p_known = np.zeros(len(known))
+            p_scored = np.where(scored[:, 0] > inner.below, 0.0, p_scored)
+    elif noisy_above is not None and len(scored) and scored[:, 0].mean() > noisy_above:
+        p_scored = np.zeros(len(scored))
     if two:
-        clean = int((p_known >= threshold).sum())
-        reason = f"{clean} of {len(known)} clients are clean ({told})"
+        clean = int((p_scored >= threshold).sum())
+        reason = f"{clean} of {len(scored)} clients are clean ({statistics})"
     else:
-        which = "clean" if p_known.all() else f"noisy, being above {noisy_above}"
-        reason = f"all clients are alike: all {which} ({told})"
+        which = "clean" if p_scored.all() else f"noisy, being above {noisy_above}"
+        reason = f"all clients are alike: all {which} ({statistics})"
     if not finite.all():
         reason += f"; clients without a score count as noisy: {np.flatnonzero(~finite).tolist()}"
     p_clean = torch.zeros(len(table), dtype=torch.float64)
-    p_clean[torch.from_numpy(finite)] = torch.from_numpy(p_known)
+    p_clean[torch.from_numpy(finite)] = torch.from_numpy(p_scored)
     return ClientSplit(
         clean=p_clean >= threshold,
         p_clean=p_clean,

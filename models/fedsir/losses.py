@@ -28,11 +28,11 @@ def log_prior(counts: Tensor, tau: float = 1.0, *, mask_absent: bool = False) ->
     Args:
         counts: Labels per class. Shape: (C,) or (K, C).
         tau: Strength; 0 switches the adjustment off.
-        mask_absent: Give a class never seen −∞, which takes it out of the softmax (FedNoRo);
-            otherwise it counts as seen once (FedSIR).
+        mask_absent: Give absent classes −∞, which takes them out of the softmax (FedNoRo);
+            otherwise an absent class counts as one label (FedSIR).
 
     Returns:
-        ``tau · log π``. Shape: that of the counts.
+        ``tau · log π``, in the shape of the counts.
 
     Example:
         >>> log_prior(torch.tensor([3, 0])).exp()
@@ -40,13 +40,13 @@ def log_prior(counts: Tensor, tau: float = 1.0, *, mask_absent: bool = False) ->
 
     Source: FedSIR, arXiv 2604.20825, Stage III; ``mask_absent``: FedNoRo, IJCAI 2023.
     """
-    seen = (counts if mask_absent else counts.clamp(min=1)).to(torch.get_default_dtype())
+    frequencies = (counts if mask_absent else counts.clamp(min=1)).to(torch.get_default_dtype())
     if tau == 0:
-        return torch.zeros_like(seen)  # not 0 · −∞
-    return tau * (seen / seen.sum(-1, keepdim=True)).log()
+        return torch.zeros_like(frequencies)  # not 0 · −∞
+    return tau * (frequencies / frequencies.sum(-1, keepdim=True)).log()
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def _reduce_loss(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -62,10 +62,10 @@ def logit_adjusted_cross_entropy(
     """Cross-entropy of ``logits + log_prior`` (LA).
 
     Args:
-        logits: Shape: (B, C).
-        labels: Shape: (B,).
-        log_prior: From :func:`log_prior`. Shape: (C,).
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        logits: Logits of the network. Shape: (B, C).
+        labels: Class of each sample. Shape: (B,).
+        log_prior: Offsets from :func:`log_prior`. Shape: (C,).
+        reduction: Reduction over the batch: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or the loss of each sample for ``"none"``. Shape: () or (B,).
@@ -80,7 +80,7 @@ def logit_adjusted_cross_entropy(
     Source: FedSIR, arXiv 2604.20825, Stage III, clean clients.
     """
     scores = F.log_softmax(logits + log_prior, dim=-1)
-    return _reduce(-scores.gather(-1, labels[..., None]).squeeze(-1), reduction)
+    return _reduce_loss(-scores.gather(-1, labels[..., None]).squeeze(-1), reduction)
 
 
 def adjusted_distillation(
@@ -98,14 +98,14 @@ def adjusted_distillation(
     student is not scaled by T, and the teacher is not adjusted.
 
     Args:
-        logits: Of the student. Shape: (B, C).
-        labels: Shape: (B,).
-        teacher_logits: Of the frozen global model. Shape: (B, C).
-        weight: Of the teacher, in [0, 1]; see :func:`ramp`.
-        log_prior: From :func:`log_prior`. A class with −∞ takes no part in the divergence but
-            for a constant, and gets no gradient. Shape: (C,).
-        temperature: T, of the teacher only.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        logits: Logits of the student. Shape: (B, C).
+        labels: Class of each sample. Shape: (B,).
+        teacher_logits: Logits of the frozen global model. Shape: (B, C).
+        weight: Weight of the teacher in [0, 1]; see :func:`ramp`.
+        log_prior: Offsets from :func:`log_prior`. A class with −∞ adds only a constant to the
+            divergence and gets no gradient. Shape: (C,).
+        temperature: Temperature T of the teacher; the student is not scaled.
+        reduction: Reduction over the batch: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or the loss of each sample for ``"none"``. Shape: () or (B,).
@@ -122,7 +122,7 @@ def adjusted_distillation(
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     likelihood = -student.gather(-1, labels[..., None]).squeeze(-1)
-    return _reduce(weight * divergence + (1 - weight) * likelihood, reduction)
+    return _reduce_loss(weight * divergence + (1 - weight) * likelihood, reduction)
 
 
 def selective_distillation(
@@ -135,19 +135,19 @@ def selective_distillation(
     temperature: float = 0.8,
     reduction: str = "mean",
 ) -> Tensor:
-    """LA_KD for the samples marked, LA for the others.
+    """LA_KD for the samples marked by ``distil``, LA for the others.
 
     The mean equals the paper's ``fraction · mean(LA_KD) + (1 − fraction) · mean(LA)``.
 
     Args:
-        logits: Of the student. Shape: (B, C).
-        labels: Shape: (B,).
-        teacher_logits: Of the frozen global model. Shape: (B, C).
-        distil: Which samples learn from the teacher, bool. Shape: (B,).
-        weight: Of the teacher.
-        log_prior: From :func:`log_prior`. Shape: (C,).
-        temperature: Of the teacher.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        logits: Logits of the student. Shape: (B, C).
+        labels: Class of each sample. Shape: (B,).
+        teacher_logits: Logits of the frozen global model. Shape: (B, C).
+        distil: Mask of the samples that learn from the teacher, bool. Shape: (B,).
+        weight: Weight of the teacher in [0, 1].
+        log_prior: Offsets from :func:`log_prior`. Shape: (C,).
+        temperature: Temperature of the teacher.
+        reduction: Reduction over the batch: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
         A scalar, or the loss of each sample for ``"none"``. Shape: () or (B,).
@@ -162,9 +162,9 @@ def selective_distillation(
     Source: FedSIR, arXiv 2604.20825, Stage III, ``kd_on="disagree"``.
     """
     # per sample, LA is LA_KD with weight 0
-    each = weight * distil.to(logits.dtype)
+    sample_weight = weight * distil.to(logits.dtype)
     return adjusted_distillation(
-        logits, labels, teacher_logits, each, log_prior, temperature, reduction
+        logits, labels, teacher_logits, sample_weight, log_prior, temperature, reduction
     )
 
 
@@ -172,10 +172,10 @@ def ramp(round: int, begin: int = 2, end: int = 49, height: float = 0.2) -> floa
     """Weight of the teacher in a round: ``height · exp(−5 (1 − u)²)``, u rising from 0 to 1.
 
     Args:
-        round: Counted from 0.
+        round: Index of the round, from 0.
         begin: Last round with u = 0.
         end: First round with u = 1; the weight stays at ``height`` afterwards.
-        height: Final weight.
+        height: Largest weight, reached in round ``end``.
 
     Returns:
         The weight, in (0, height].

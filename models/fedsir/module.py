@@ -20,20 +20,20 @@ from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
 from fulgurite.weights import head_name, load_weights
 
-__all__ = ["FederatedClassifier", "ServerAverage"]
+__all__ = ["FederatedClassifier", "NoOpServerOptimizer"]
 
 
 class SlotTrainer(Protocol):
-    """What the rounds callback offers the module."""
+    """Interface of the rounds callback to the module."""
 
     def train_slot(self, slot: int) -> Tensor | None:
         """Train the clients of a slot; after the last slot, the new global state. Shape: (P,)."""
 
 
-class ServerAverage(torch.optim.Optimizer):
-    """The server optimizer of FedAvg: takes the aggregate as it is.
+class NoOpServerOptimizer(torch.optim.Optimizer):
+    """The server optimizer of FedAvg, which uses the aggregate unchanged.
 
-    The engine has already put the aggregate in place; the step only counts the round.
+    The engine has already written the aggregate into the network; a step only counts the round.
     """
 
     def __init__(self, params: Any) -> None:
@@ -49,33 +49,33 @@ class FederatedClassifier(SystemModule):
 
     An epoch is a round, and a training batch is a slot: the whole local training of one client
     (or of a group trained in one pass). :class:`~fulgurite.callbacks.fedsir.FederatedRounds`
-    decides when; ``method`` decides what.
+    schedules the rounds; ``method`` defines what happens in each.
 
     Args:
-        network: The network, or what makes it from (channels, classes), such as a class; it must
-            have ``features`` and ``head``.
-        optimizer: Makes a client's optimizer, anew in every round.
-        method: What happens in a round beyond local training and averaging.
+        network: The network, or a callable that makes it from (channels, classes), such as a
+            class; it must have ``features`` and ``head``.
+        optimizer: Makes the optimizer of a client; called in every round.
+        method: The federated method: the hooks of a round beyond local training and averaging.
         server_optimizer: Applies the aggregate: ``global − aggregate`` is the gradient it sees
-            (FedOpt). By default the aggregate is taken as it is.
-        batch_size: Of local training.
-        local_epochs: Local epochs in a round.
+            (FedOpt). By default the aggregate becomes the global model.
+        batch_size: Mini-batch size of local training.
+        local_epochs: Local epochs of a client in a round.
         max_client_epochs: Training ends before a round in which the local epochs of all clients
             together, identification included, would exceed this number; ``trainer.max_epochs``
-            holds as well. No limit by default.
-        vectorize: Train so many clients of a rank in one pass where the method's loss allows;
-            0 trains one after the other.
+            is a limit, too. No limit by default.
+        vectorize: Number of clients of a rank that train in one pass where the method's loss
+            allows; 0 trains them one after the other.
         resident: Keep a client's images on the device while it trains.
         compile: Compile the network with ``torch.compile``.
-        num_classes: C; taken from the data.
-        in_channels: Image channels; taken from the data.
+        num_classes: Number of classes C; set from the data.
+        in_channels: Number of image channels; set from the data.
         weights: A local file that the network starts from, which Stage I of FedSIR trains on at
-            each client: ``.safetensors``, a state dict or a checkpoint of ``torch.save``; see
-            :func:`~fulgurite.weights.load_weights`. A head of another size starts untrained.
+            each client: ``.safetensors``, or a state dict or checkpoint written by ``torch.save``;
+            see :func:`~fulgurite.weights.load_weights`. A head of another size starts untrained.
 
     Raises:
-        ConfigError: A number is out of range, the network lacks ``features`` or ``head``, or the
-            weights do not fit it.
+        ConfigError: A number is below its minimum, the network lacks ``features`` or ``head``, or
+            the weights do not fit it.
         CheckpointError: The weights cannot be read.
 
     Source: FedSIR, arXiv 2604.20825, section 2; server optimizer: Reddi et al., ICLR 2021.
@@ -102,16 +102,16 @@ class FederatedClassifier(SystemModule):
     ) -> None:
         super().__init__()
         save_options(self, "network", "optimizer", "method", "server_optimizer")
-        for name, value, least in (
+        for name, value, minimum in (
             ("batch_size", batch_size, 1),
             ("local_epochs", local_epochs, 1),
             ("max_client_epochs", max_client_epochs, 1),
             ("num_classes", num_classes, 2),
             ("in_channels", in_channels, 1),
         ):
-            if value is not None and value < least:
+            if value is not None and value < minimum:
                 raise ConfigError(
-                    f"model.init_args.{name}={value} is too small.", f"Give {least} or more."
+                    f"model.init_args.{name}={value} is too small.", f"Give {minimum} or more."
                 )
         self.automatic_optimization = False
         self.network = build_network(network, in_channels, num_classes)
@@ -151,7 +151,7 @@ class FederatedClassifier(SystemModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The server optimizer."""
-        make = self.server_optimizer or ServerAverage
+        make = self.server_optimizer or NoOpServerOptimizer
         return make(self.network.parameters())
 
     def training_step(self, batch: Tensor | int, batch_idx: int) -> None:
@@ -168,12 +168,12 @@ class FederatedClassifier(SystemModule):
     def _step_server(self, aggregate: Tensor) -> None:
         from fulgurite.models.fedsir.federation import FlatState
 
-        before = [p.detach().clone() for p in self.network.parameters()]
+        old_parameters = [p.detach().clone() for p in self.network.parameters()]
         FlatState(self.network).write(aggregate)
         optimizer: Any = self.optimizers()
-        if not isinstance(optimizer.optimizer, ServerAverage):
+        if not isinstance(optimizer.optimizer, NoOpServerOptimizer):
             with torch.no_grad():
-                for parameter, old in zip(self.network.parameters(), before, strict=True):
+                for parameter, old in zip(self.network.parameters(), old_parameters, strict=True):
                     parameter.grad = old - parameter
                     parameter.copy_(old)
         optimizer.step()
@@ -201,8 +201,8 @@ class FederatedClassifier(SystemModule):
         size = len(labels)
         self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=size)
         for name, metric in metrics.items(keep_base=False, copy_state=False):
-            shown = name == self.monitor
-            self.log(name, metric, on_epoch=True, prog_bar=shown, batch_size=size)
+            in_progress_bar = name == self.monitor
+            self.log(name, metric, on_epoch=True, prog_bar=in_progress_bar, batch_size=size)
 
     def predict_step(
         self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int

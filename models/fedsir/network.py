@@ -1,6 +1,7 @@
 """Networks that expose penultimate features, as FedSIR needs them.
 
-The paper uses ResNet-18 with ImageNet weights and stem; the platform's networks fit as they are.
+The paper uses ResNet-18 with ImageNet weights and stem; the platform's networks can be used
+unchanged.
 
 Each ends in a ReLU before the linear head: features that are never negative share a positive
 mean, which is what lets the spectral score see label noise.
@@ -22,7 +23,7 @@ __all__ = ["DigitsNet", "FeatureNetwork", "ResNet18", "ResNet34", "ResNet50", "S
 
 
 class FeatureNetwork(Protocol):
-    """What a network must offer: ``forward(x) == head(features(x))``."""
+    """Interface of a network: ``forward(x) == head(features(x))``."""
 
     @property
     def head(self) -> nn.Linear:
@@ -42,11 +43,11 @@ class DigitsNet(nn.Module):
     """Two fully connected layers with BatchNorm, for images of a few pixels.
 
     Args:
-        in_channels: I.
-        num_classes: C.
-        image_size: H = W.
+        in_channels: Number of image channels I.
+        num_classes: Number of classes C.
+        image_size: Height and width of the images, H = W.
         hidden: Width of the first layer.
-        width: D.
+        width: Feature dimension D.
 
     Shape: (B, I, H, W) to (B, C).
 
@@ -80,7 +81,7 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Shape: (B, I, H, W) to (B, D)."""
+        """Penultimate features. Shape: (B, I, H, W) to (B, D)."""
         return self.body(x)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,8 +93,8 @@ class SmallCNN(nn.Module):
     """Convolution, BatchNorm and ReLU, thrice, with pooling between, then a global average.
 
     Args:
-        in_channels: I.
-        num_classes: C.
+        in_channels: Number of image channels I.
+        num_classes: Number of classes C.
         width: Channels of the first layer; D is four times as many.
 
     Shape: (B, I, H, W) to (B, C), for H, W of at least 4.
@@ -120,7 +121,7 @@ class SmallCNN(nn.Module):
         self.head = nn.Linear(channels[-1], num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Shape: (B, I, H, W) to (B, D)."""
+        """Penultimate features. Shape: (B, I, H, W) to (B, D)."""
         for index, block in enumerate(self.blocks):
             x = block(F.max_pool2d(x, 2) if index else x)
         return x.mean((2, 3))

@@ -1,7 +1,7 @@
 """Spectral relabeling: references from clean clients, and the labels they suggest.
 
-Nothing here sees a true label, and the decision which class a sample belongs to does not look at
-the label it was given.
+No function here uses true labels, and the proposed class of a sample does not depend on its given
+label.
 
 Axes: N samples, C classes, D feature dim, K clean clients, Q residual rows (12 in the paper).
 """
@@ -35,18 +35,18 @@ RelabelMode = Literal[
 ]
 
 _CHUNK = 8192  # samples scored at once: C·Q float64 projections each
-_EPS = 1e-6  # of the ratio score
+_EPS = 1e-6  # keeps the ratio score finite
 
 
 def choose_k(values: Tensor, ratio: float = 10.0) -> Tensor:
-    """Smallest k whose leading singular values sum to ``ratio`` times the rest, at least 1.
+    """Smallest k ≥ 1 whose leading singular values sum to ``ratio`` times the others.
 
     Args:
         values: Singular values, descending. Shape: (..., R).
-        ratio: 10 keeps 10/11 of the nuclear norm.
+        ratio: Ratio of the leading sum to the remaining one; 10 keeps 10/11 of the nuclear norm.
 
     Returns:
-        int64, from 1 to R. Shape: (...).
+        k from 1 to R, int64. Shape: (...).
 
     Example:
         >>> int(choose_k(torch.tensor([10.0] + [1.0] * 20)))
@@ -61,14 +61,14 @@ def choose_k(values: Tensor, ratio: float = 10.0) -> Tensor:
 
 @dataclass(frozen=True)
 class ClientReference:
-    """What one clean client tells the server about its classes.
+    """Class directions and residual subspaces that one clean client sends to the server.
 
     Attributes:
         counts: Samples per class, int64. Shape: (C,).
         weight: ``N · gap · s1_ratio`` of the singular values, float64; 0 if absent. Shape: (C,).
         direction: Dominant direction, float64; 0 if absent. Shape: (C, D).
         residual: Directions just after the first k, as rows; 0 beyond ``rows``. Shape: (C, Q, D).
-        rows: Residual rows there are, int64; 0 if k uses up the rank. Shape: (C,).
+        rows: Number of residual rows, int64; 0 if k uses up the rank. Shape: (C,).
     """
 
     counts: Tensor
@@ -90,7 +90,7 @@ class References:
     Attributes:
         direction: Unit vectors, float64; 0 where not valid. Shape: (C, D).
         residual: Orthonormal rows, float64; 0 beyond ``rows``. Shape: (C, Q, D).
-        rows: Residual rows there are, int64. Shape: (C,).
+        rows: Number of residual rows, int64. Shape: (C,).
         valid: Classes that have a reference, bool. Shape: (C,).
     """
 
@@ -108,9 +108,9 @@ def client_reference(
     From an accumulator, the classes are decomposed a few at a time and only these rows are kept.
 
     Args:
-        spectra: Of one client's features under the teacher, grouped by its labels.
-        residual_rows: Q.
-        ratio: Of :func:`choose_k`.
+        spectra: Spectra of one client's features under the teacher, grouped by its labels.
+        residual_rows: Number of residual rows Q.
+        ratio: Argument of :func:`choose_k`.
 
     Returns:
         Tensors only, of shapes that depend on C, Q and D alone, so ranks can exchange them.
@@ -132,10 +132,10 @@ def client_reference(
         names = [field.name for field in fields(ClientReference)]
         return ClientReference(*(torch.cat([getattr(p, n) for p in parts]) for n in names))
     values, vectors = spectra.values, spectra.vectors
-    kept = choose_k(values, ratio)
-    rows = (spectra.rank - kept).clamp(min=0, max=residual_rows)
+    leading = choose_k(values, ratio)
+    rows = (spectra.rank - leading).clamp(min=0, max=residual_rows)
     offsets = torch.arange(residual_rows, device=values.device)
-    index = (kept[:, None] + offsets).clamp(max=values.shape[1] - 1)
+    index = (leading[:, None] + offsets).clamp(max=values.shape[1] - 1)
     residual = vectors.take_along_dim(index[..., None], dim=1)
     residual = torch.where((offsets < rows[:, None])[..., None], residual, 0.0)
     first = values[:, 0]
@@ -147,12 +147,12 @@ def client_reference(
     )
 
 
-def _top_rows(stacked: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def _top_singular_rows(stacked: Tensor, max_rows: int) -> tuple[Tensor, Tensor]:
     """Top right singular rows of stacked rows, and all eigenvalues, through the smaller Gram."""
-    values, left = torch.linalg.eigh(stacked @ stacked.mT)
-    values, left = values.flip(-1).clamp(min=0), left.mT.flip(-2)
-    count = min(most, stacked.shape[-2])
-    rows = torch.nn.functional.normalize(left[..., :count, :] @ stacked, dim=-1)
+    values, eigenvectors = torch.linalg.eigh(stacked @ stacked.mT)
+    values, eigenvectors = values.flip(-1).clamp(min=0), eigenvectors.mT.flip(-2)
+    count = min(max_rows, stacked.shape[-2])
+    rows = torch.nn.functional.normalize(eigenvectors[..., :count, :] @ stacked, dim=-1)
     return rows, values
 
 
@@ -175,16 +175,16 @@ def aggregate_references(
     missing, and takes an empty residual for a perfect fit.)
 
     Args:
-        references: Of the clean clients; clients in any order.
+        references: References of the clean clients, in any order.
         min_count: Samples of a class that let a client take part in the consensus.
         min_fallback: Samples of a class that let a client stand alone.
-        consensus: Least difference of the two largest eigenvalues, which sum to at most 1.
+        consensus: Smallest difference of the two largest eigenvalues, which sum to at most 1.
 
     Returns:
         The references, on the device of the first.
 
     Raises:
-        DataError: There is no reference at all, or they differ in shape.
+        DataError: ``references`` is empty, or the references differ in shape.
 
     Example:
         >>> from fulgurite.models.fedsir.spectra import class_spectra
@@ -211,21 +211,23 @@ def aggregate_references(
         torch.stack([getattr(reference, field.name).to(device) for reference in references])
         for field in fields(ClientReference)
     )
-    clients, classes, most, dim = residual.shape
-    # without a residual, or with equal leading values, a client has nothing to say
+    clients, classes, max_rows, dim = residual.shape
+    # without a residual, or with equal leading values, a client does not contribute
     usable = torch.where((rows > 0) & (weight > 0), counts, 0)
-    share = torch.where(usable >= min_count, weight, 0.0)
-    share = share / share.sum(0).clamp(min=torch.finfo(share.dtype).tiny)
+    client_weight = torch.where(usable >= min_count, weight, 0.0)
+    client_weight = client_weight / client_weight.sum(0).clamp(
+        min=torch.finfo(client_weight.dtype).tiny
+    )
 
-    scale = share.sqrt()
-    v, v_values = _top_rows((scale[..., None] * direction).movedim(0, 1), 1)
-    p, p_values = _top_rows(
-        (scale[..., None, None] * residual).movedim(0, 1).reshape(classes, clients * most, dim),
-        most,
+    scale = client_weight.sqrt()
+    v, v_values = _top_singular_rows((scale[..., None] * direction).movedim(0, 1), 1)
+    p, p_values = _top_singular_rows(
+        (scale[..., None, None] * residual).movedim(0, 1).reshape(classes, clients * max_rows, dim),
+        max_rows,
     )
     lead = v_values[:, 0] - (v_values[:, 1] if clients > 1 else 0.0)
-    # a heaviest client's share is positive, so at least its own rows exist
-    p_rows = (p_values[:, :most] > p_values[:, :1] * 1e-12).sum(1)
+    # the weight of the heaviest client is positive, so at least its rows exist
+    p_rows = (p_values[:, :max_rows] > p_values[:, :1] * 1e-12).sum(1)
     agreed = (usable >= min_count).any(0) & (lead >= consensus)
 
     largest, heaviest = usable.max(0)
@@ -234,7 +236,7 @@ def aggregate_references(
     rows = torch.where(agreed, p_rows, rows[heaviest, alone]) * valid
     direction = torch.where(agreed[:, None], v[:, 0], direction[heaviest, alone])
     residual = torch.where(agreed[:, None, None], p, residual[heaviest, alone])
-    present = torch.arange(most, device=device) < rows[:, None]
+    present = torch.arange(max_rows, device=device) < rows[:, None]
     return References(
         direction * valid[:, None], torch.where(present[..., None], residual, 0.0), rows, valid
     )
@@ -242,19 +244,19 @@ def aggregate_references(
 
 @dataclass(frozen=True)
 class Relabeling:
-    """Suggested labels of one client's samples, and what led to them.
+    """Suggested labels of one client's samples, and the scores behind them.
 
     Attributes:
         labels: The given labels, replaced where ``accepted``, int64. Shape: (N,).
-        accepted: Samples whose label is taken from the references, bool; the others keep the one
-            given and are the paper's distillation set. Shape: (N,).
-        agree: Both scores name the same class; does not depend on the labels given, bool.
+        accepted: Samples whose label comes from the references, bool; the others keep their given
+            label and are the paper's distillation set. Shape: (N,).
+        agree: Samples for which both scores name the same class, whatever the given label, bool.
             Shape: (N,).
-        proposal: The class that the mode suggests, given labels aside, int64. Shape: (N,).
-        confidence: Of the proposal, in [0, 1]: ``1 − ratio(best) / ratio bound of the others``,
-            where 0 means that another class fits as well. Shape: (N,).
-        by_direction: argmax of ``direction_scores``, int64. Shape: (N,).
-        by_residual: argmin of ``residual_scores``, int64. Shape: (N,).
+        proposal: The class that the mode suggests, whatever the given label, int64. Shape: (N,).
+        confidence: Confidence of the proposal in [0, 1]: ``1 − ratio(best) / ratio bound of the
+            others``, where 0 means that another class fits as well. Shape: (N,).
+        by_direction: Class of the largest ``direction_scores``, int64. Shape: (N,).
+        by_residual: Class of the smallest ``residual_scores``, int64. Shape: (N,).
         direction_scores: S^r, larger is better, in [0, 1]; −inf for a class without reference.
             Shape: (N, C).
         residual_scores: S^n of unit features, smaller is better; inf for a class without
@@ -272,27 +274,27 @@ class Relabeling:
     residual_scores: Tensor
 
 
-def _scores(features: Tensor, references: References) -> tuple[Tensor, Tensor]:
+def _score_features(features: Tensor, references: References) -> tuple[Tensor, Tensor]:
     """S^r and S^n of unit features; NaN features have NaN scores."""
     unit = torch.nn.functional.normalize(features.to(references.direction), dim=1)
-    classes, most, dim = references.residual.shape
+    classes, max_rows, dim = references.residual.shape
     fit = (unit @ references.direction.mT).abs()
-    projected = (unit @ references.residual.reshape(classes * most, dim).mT).square()
-    rest = projected.view(-1, classes, most).sum(-1) / references.rows.clamp(min=1)
+    projected = (unit @ references.residual.reshape(classes * max_rows, dim).mT).square()
+    residual = projected.view(-1, classes, max_rows).sum(-1) / references.rows.clamp(min=1)
     return (
         fit.masked_fill(~references.valid, -torch.inf),
-        rest.sqrt().masked_fill(~references.valid, torch.inf),
+        residual.sqrt().masked_fill(~references.valid, torch.inf),
     )
 
 
-def _confidence(fit: Tensor, rest: Tensor, proposal: Tensor) -> Tensor:
+def _proposal_confidence(fit: Tensor, residual: Tensor, proposal: Tensor) -> Tensor:
     """``1 − (best other S^r / own S^r) · (own S^n / best other S^n)``, clipped to [0, 1]."""
-    own = torch.nn.functional.one_hot(proposal, fit.shape[1]).bool()
-    other_fit = fit.masked_fill(own, -torch.inf).amax(1).clamp(min=0)
-    other_rest = rest.masked_fill(own, torch.inf).amin(1)
+    is_proposal = torch.nn.functional.one_hot(proposal, fit.shape[1]).bool()
+    other_fit = fit.masked_fill(is_proposal, -torch.inf).amax(1).clamp(min=0)
+    other_residual = residual.masked_fill(is_proposal, torch.inf).amin(1)
     own_fit = fit.gather(1, proposal[:, None])[:, 0]
-    own_rest = rest.gather(1, proposal[:, None])[:, 0]
-    ratio = other_fit * own_rest / (own_fit * other_rest)
+    own_residual = residual.gather(1, proposal[:, None])[:, 0]
+    ratio = other_fit * own_residual / (own_fit * other_residual)
     return torch.nan_to_num(1 - ratio, nan=0.0).clamp(0, 1)
 
 
@@ -307,28 +309,32 @@ def relabel(
     """Replace labels by the class whose direction fits and whose residual does not.
 
     ``S^r = |ẑᵀ v_c|`` is largest, and ``S^n = ‖V_c^n ẑ‖ / √rows`` smallest, for the right class;
-    with ``mode="agree"`` a label is replaced where both name the same class. (S^n is taken of the
-    unit feature ẑ, which changes no decision and makes the scores comparable between samples.)
+    with ``mode="agree"`` a label is replaced where both name the same class. (S^n is computed
+    on the unit feature ẑ, which changes no decision and makes the scores comparable between
+    samples.)
 
-    Where nothing can be known the given label stays: for samples *given* a class without
+    The given label stays where the scores cannot decide: for samples *given* a class without
     reference, since a sample of that class could only be moved away from it; for features that
     are zero or not finite; and everywhere if fewer than two classes have a reference. Samples
     given another class can still be moved, but never to a class without reference.
 
     Args:
-        features: Of the noisy client under the teacher, any floating type. Shape: (N, D).
-        labels: The labels originally given, so that relabeling does not accumulate. Shape: (N,).
-        references: From :func:`aggregate_references`.
-        mode: ``agree`` (paper), or always the class of S^r (``sr``), of S^n (``sn``) or of
-            S^n / S^r (``ratio``); ``agree_then_*`` uses the second rule where the two disagree.
-        min_confidence: Proposals below it are not accepted. 0 is the paper's rule.
+        features: Features of the noisy client under the teacher, any floating type.
+            Shape: (N, D).
+        labels: The given labels, not relabeled ones, so that changes do not accumulate.
+            Shape: (N,).
+        references: References from :func:`aggregate_references`.
+        mode: Rule of the proposal: ``agree`` (paper), or always the class of S^r (``sr``), of S^n
+            (``sn``) or of S^n / S^r (``ratio``); ``agree_then_*`` uses the second rule where the
+            two disagree.
+        min_confidence: Smallest confidence of an accepted proposal. 0 is the paper's rule.
 
     Returns:
         Labels and scores, on the device of ``features``.
 
     Raises:
         ConfigError: ``mode`` is unknown.
-        DataError: Features and references differ in size.
+        DataError: Features and references differ in feature dimension.
 
     Example:
         >>> eye = torch.eye(4, dtype=torch.float64)
@@ -358,20 +364,20 @@ def relabel(
         *(getattr(references, field.name).to(device) for field in fields(References))
     )
     labels = labels.to(device)
-    parts = [_scores(chunk, references) for chunk in torch.split(features.detach(), _CHUNK)]
-    fit, rest = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    parts = [_score_features(chunk, references) for chunk in torch.split(features.detach(), _CHUNK)]
+    fit, residual = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    known = features.isfinite().all(1) & (features != 0).any(1)
-    known &= references.valid.sum() >= 2
-    by_direction, by_residual = fit.argmax(1), rest.argmin(1)
-    by_ratio = (rest / (fit.clamp(min=0) + _EPS)).argmin(1)
-    agree = (by_direction == by_residual) & known
+    decidable = features.isfinite().all(1) & (features != 0).any(1)
+    decidable &= references.valid.sum() >= 2
+    by_direction, by_residual = fit.argmax(1), residual.argmin(1)
+    by_ratio = (residual / (fit.clamp(min=0) + _EPS)).argmin(1)
+    agree = (by_direction == by_residual) & decidable
 
     rule = mode.removeprefix("agree_then_")
     proposal = {"sr": by_direction, "sn": by_residual}.get(rule, by_ratio)
     proposal = torch.where(agree, by_direction, proposal)
-    confidence = torch.where(known, _confidence(fit, rest, proposal), 0.0)
-    accepted = agree if mode == "agree" else known
+    confidence = torch.where(decidable, _proposal_confidence(fit, residual, proposal), 0.0)
+    accepted = agree if mode == "agree" else decidable
     accepted = accepted & references.valid[labels] & (confidence >= min_confidence)
     return Relabeling(
         labels=torch.where(accepted, proposal, labels),
@@ -382,5 +388,5 @@ def relabel(
         by_direction=by_direction,
         by_residual=by_residual,
         direction_scores=fit,
-        residual_scores=rest,
+        residual_scores=residual,
     )

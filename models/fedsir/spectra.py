@@ -1,4 +1,4 @@
-"""Spectra of class features, and the two numbers a client is judged by.
+"""Spectra of class features, and the two scores of a client.
 
 The paper takes a thin SVD of the uncentred features of each class. Here the same singular values
 and right singular vectors come from the eigenvectors of a float64 Gram matrix: of ``ZᵀZ``, which
@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 _FLUSH_ROWS = 4096  # rows buffered before Gram matrices are updated
-_CHUNK_BYTES = 1 << 28  # of eigenvectors held at once by `SpectraAccumulator.chunks`
+_CHUNK_BYTES = 1 << 28  # eigenvectors in memory at once in `SpectraAccumulator.chunks`
 
 
 @dataclass(frozen=True)
 class ClassSpectra:
     """Singular values and right singular vectors of each class, largest first.
 
-    Rows beyond ``rank`` are zero: they span nothing that was seen. A class that is absent, or
+    Rows beyond ``rank`` are zero, since the samples do not span them. A class that is absent, or
     whose features are all zero or not finite, has rank 0.
 
     Attributes:
         counts: Samples per class, int64. Shape: (C,).
-        rank: Directions that exist, at most ``min(count, D)``, int64. Shape: (C,).
+        rank: Number of directions, at most ``min(count, D)``, int64. Shape: (C,).
         values: Singular values, float64, descending, zero beyond the rank. Shape: (C, R).
         vectors: Right singular vectors as rows, float64. Shape: (C, R, D).
     """
@@ -56,7 +56,7 @@ class ClassSpectra:
         return self.vectors[:, 0]
 
 
-def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
+def _check_labelled_features(features: Tensor, labels: Tensor, num_classes: int) -> None:
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise DataError(
             f"features of shape {tuple(features.shape)} and labels of shape "
@@ -71,24 +71,24 @@ def _check(features: Tensor, labels: Tensor, num_classes: int) -> None:
         )
 
 
-def _by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+def _group_by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
     """Rows of each class, as views of one sorted copy."""
     counts = torch.bincount(labels, minlength=num_classes).tolist()
     return tuple(torch.split(features[labels.argsort(stable=True)], counts))
 
 
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh_descending(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first, and eigenvectors as rows; a matrix that is not finite is 0."""
     gram = torch.where(gram.isfinite().all(-1).all(-1)[..., None, None], gram, 0.0)
     values, vectors = eigh(gram)
     return values.flip(-1), vectors.mT.flip(-2)
 
 
-def _cut(values: Tensor, vectors: Tensor, most: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Rank, singular values and vectors from eigenpairs; what is below rounding is zero."""
+def _truncate(values: Tensor, vectors: Tensor, max_rank: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Rank, singular values and vectors from eigenpairs; values below rounding error are zero."""
     floor = values[:, :1] * size * torch.finfo(values.dtype).eps
     index = torch.arange(values.shape[1], device=values.device)
-    keep = (values > floor) & (values > 0) & (index < most[:, None])
+    keep = (values > floor) & (values > 0) & (index < max_rank[:, None])
     singular = torch.where(keep, values, 0.0).sqrt()
     return keep.sum(1), singular, torch.where(keep[..., None], vectors, 0.0)
 
@@ -100,9 +100,9 @@ class SpectraAccumulator:
     spectra of a few classes at a time, for callers that keep only part of the C×D×D vectors.
 
     Args:
-        num_classes: C.
-        dim: D.
-        device: Where the sums live.
+        num_classes: Number of classes C.
+        dim: Feature dimension D.
+        device: Device of the Gram matrices.
 
     Example:
         >>> features = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
@@ -124,7 +124,7 @@ class SpectraAccumulator:
 
     @property
     def counts(self) -> Tensor:
-        """Samples seen per class. Shape: (C,)."""
+        """Number of samples per class. Shape: (C,)."""
         self._flush()
         return self._counts
 
@@ -132,14 +132,14 @@ class SpectraAccumulator:
         """Add a batch.
 
         Args:
-            features: Any floating type. Shape: (B, D).
+            features: Features of any floating type. Shape: (B, D).
             labels: Class of each row, int64. Shape: (B,).
 
         Raises:
-            DataError: The shapes do not fit, or a label is out of range.
+            DataError: The shapes do not fit, or a label is outside 0 to C − 1.
         """
         features, labels = features.detach(), labels.to(features.device)
-        _check(features, labels, len(self._counts))
+        _check_labelled_features(features, labels, len(self._counts))
         self._buffer.append((features, labels))
         if sum(len(rows) for rows, _ in self._buffer) >= _FLUSH_ROWS:
             self._flush()
@@ -152,7 +152,7 @@ class SpectraAccumulator:
         self._buffer.clear()
         self._counts += torch.bincount(labels, minlength=len(self._counts))
         for gram, rows in zip(
-            self._gram, _by_class(features, labels, len(self._counts)), strict=True
+            self._gram, _group_by_class(features, labels, len(self._counts)), strict=True
         ):
             if len(rows):
                 gram.addmm_(rows.mT, rows)
@@ -165,14 +165,14 @@ class SpectraAccumulator:
         for gram, counts in zip(
             torch.split(self._gram, step), torch.split(self._counts, step), strict=True
         ):
-            yield ClassSpectra(counts, *_cut(*_eigen(gram), counts, dim))
+            yield ClassSpectra(counts, *_truncate(*_eigh_descending(gram), counts, dim))
 
     def compute(self) -> ClassSpectra:
         """Spectra of all classes, with all D rows."""
-        return _cat(list(self.chunks()))
+        return _concatenate_spectra(list(self.chunks()))
 
 
-def _cat(parts: list[ClassSpectra]) -> ClassSpectra:
+def _concatenate_spectra(parts: list[ClassSpectra]) -> ClassSpectra:
     if len(parts) == 1:
         return parts[0]
     names = ("counts", "rank", "values", "vectors")
@@ -187,14 +187,14 @@ def class_spectra(features: Tensor, labels: Tensor, num_classes: int) -> ClassSp
 
     Args:
         features: Penultimate features, any floating type. Shape: (N, D).
-        labels: The labels the client was given, int64. Shape: (N,).
-        num_classes: C.
+        labels: Given labels of the samples, int64. Shape: (N,).
+        num_classes: Number of classes C.
 
     Returns:
         The spectra, on the device of ``features``.
 
     Raises:
-        DataError: The shapes do not fit, or a label is out of range.
+        DataError: The shapes do not fit, or a label is outside 0 to C − 1.
 
     Example:
         >>> spectra = class_spectra(torch.tensor([[3.0, 4.0], [6.0, 8.0]]), torch.tensor([1, 1]), 2)
@@ -206,8 +206,8 @@ def class_spectra(features: Tensor, labels: Tensor, num_classes: int) -> ClassSp
     Source: FedSIR, arXiv 2604.20825, Stage I, step 4.
     """
     labels = labels.to(features.device)
-    _check(features, labels, num_classes)
-    groups = _by_class(features.detach().double(), labels, num_classes)
+    _check_labelled_features(features, labels, num_classes)
+    groups = _group_by_class(features.detach().double(), labels, num_classes)
     counts = torch.tensor([len(rows) for rows in groups], device=features.device)
     dim = features.shape[1]
     keep = max(1, min(dim, max(len(rows) for rows in groups)))
@@ -218,16 +218,18 @@ def class_spectra(features: Tensor, labels: Tensor, num_classes: int) -> ClassSp
     wide = [c for c, rows in enumerate(groups) if len(rows) >= dim]
     if wide:  # one call: the CPU has several threads for it, a GPU its batches
         gram = torch.stack([groups[c].mT @ groups[c] for c in wide])
-        rank[wide], values[wide], vectors[wide] = _cut(*_eigen(gram), counts[wide], dim)
+        rank[wide], values[wide], vectors[wide] = _truncate(
+            *_eigh_descending(gram), counts[wide], dim
+        )
     for c, rows in enumerate(groups):
         if not 0 < len(rows) < dim:
             continue
-        left_values, left = _eigen(rows @ rows.mT)
+        left_values, left_vectors = _eigh_descending(rows @ rows.mT)
         # right singular vectors, normalised here so that rounding in the values does no harm
-        right = torch.nn.functional.normalize(left @ torch.nan_to_num(rows), dim=1)
+        right_vectors = torch.nn.functional.normalize(left_vectors @ torch.nan_to_num(rows), dim=1)
         n = len(rows)
         rank[c], values[c, :n], vectors[c, :n] = (
-            x[0] for x in _cut(left_values[None], right[None], counts[c : c + 1], dim)
+            x[0] for x in _truncate(left_values[None], right_vectors[None], counts[c : c + 1], dim)
         )
     return ClassSpectra(counts, rank, values, vectors)
 
@@ -236,12 +238,13 @@ def similarity(spectra: ClassSpectra | SpectraAccumulator, min_count: int = 20) 
     """Absolute cosines between the dominant directions of the classes.
 
     Args:
-        spectra: Of one client.
-        min_count: Classes with fewer samples are left out, unless fewer than two would remain.
+        spectra: Class spectra of one client.
+        min_count: Smallest number of samples of a class that counts, unless fewer than two
+            classes would remain.
 
     Returns:
-        Symmetric, diagonal 1, NaN in the rows and columns of the classes left out, float64.
-        Shape: (C, C).
+        Symmetric float64 matrix of diagonal 1, with NaN in the rows and columns of the classes
+        left out. Shape: (C, C).
 
     Example:
         >>> features = torch.tensor([[2.0, 0.0], [0.6, 0.8]])
@@ -255,11 +258,11 @@ def similarity(spectra: ClassSpectra | SpectraAccumulator, min_count: int = 20) 
         counts, rank, direction = (torch.cat(x) for x in zip(*parts, strict=True))
     else:
         counts, rank, direction = spectra.counts, spectra.rank, spectra.direction
-    kept = (counts >= min_count) & (rank > 0)
-    if int(kept.sum()) < 2:
-        kept = rank > 0
+    included = (counts >= min_count) & (rank > 0)
+    if int(included.sum()) < 2:
+        included = rank > 0
     cosines = (direction @ direction.mT).abs().fill_diagonal_(1.0)
-    return cosines.where(kept[:, None] & kept, torch.nan)
+    return cosines.where(included[:, None] & included, torch.nan)
 
 
 def client_score(spectra: ClassSpectra | SpectraAccumulator, min_count: int = 20) -> Tensor:
@@ -270,8 +273,8 @@ def client_score(spectra: ClassSpectra | SpectraAccumulator, min_count: int = 20
     unchanged: a client whose labels are permuted cannot be told from a clean one.
 
     Args:
-        spectra: Of one client.
-        min_count: As in :func:`similarity`.
+        spectra: Class spectra of one client.
+        min_count: Smallest number of samples of a class, as in :func:`similarity`.
 
     Returns:
         ``(off_mean, off_energy)``, float64; NaN if fewer than two classes have a direction.

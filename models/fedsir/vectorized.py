@@ -41,7 +41,7 @@ _ELEMENTWISE = (
 
 
 def vectorizable(objective: Objective) -> bool:
-    """Whether clients with this local loss can train in one pass.
+    """Tell whether clients with this local loss can train in one pass.
 
     Example:
         >>> vectorizable(LogitLoss()), vectorizable(lambda network, batch: None)
@@ -66,18 +66,18 @@ def train_group(
 
     Args:
         fed: The federation; its ``loss_sum`` is set and its ``on_step`` called as by the loop.
-        clients: Whom to train.
+        clients: Clients of the group.
         objective: Gives the loss of a client; each must be :func:`vectorizable`.
-        purpose: Names what the randomness is for.
-        start: Flat state that all start from. Shape: (P,).
-        epochs: Local epochs.
-        make_optimizer: Makes the optimizer.
+        purpose: Key of the random numbers.
+        start: Flat state from which all clients start. Shape: (P,).
+        epochs: Local epochs of a client.
+        make_optimizer: Makes the optimizer from the stacked parameters.
 
     Returns:
         Flat state of each client after training. Shape of each: (P,).
 
     Raises:
-        ConfigError: The network does something that cannot be mapped over clients.
+        ConfigError: The network has an operation that cannot be mapped over clients.
 
     Source: inferred; FedAvg's local training (McMahan et al., AISTATS 2017) for many clients.
     """
@@ -128,19 +128,19 @@ class _Stack:
     """Parameters and floating buffers of G copies of a network, each tensor with a first axis G.
 
     Args:
-        network: What to copy.
-        copies: G.
+        network: Network to copy.
+        copies: Number of copies G.
     """
 
     def __init__(self, network: nn.Module, copies: int) -> None:
-        def spread(tensor: Tensor) -> Tensor:
+        def repeat(tensor: Tensor) -> Tensor:
             return tensor.detach().expand(copies, *tensor.shape).clone()
 
         self.parameters = {
-            n: nn.Parameter(spread(p), requires_grad=p.requires_grad)
+            n: nn.Parameter(repeat(p), requires_grad=p.requires_grad)
             for n, p in network.named_parameters()
         }
-        self.buffers = {n: spread(b) for n, b in network.named_buffers() if b.is_floating_point()}
+        self.buffers = {n: repeat(b) for n, b in network.named_buffers() if b.is_floating_point()}
         # tied tensors have several names in the flat state, but only one here
         names = {id(p): n for n, p in network.named_parameters()}
         names |= {id(b): n for n, b in network.named_buffers()}
@@ -148,18 +148,23 @@ class _Stack:
         self.entries = [names[id(t)] for t in entries if t.is_floating_point()]
 
     @torch.no_grad()
-    def drop(self, kept: int, optimizer: optim.Optimizer) -> list[Tensor]:
-        """Keep the first rows, also in the optimizer's state; flat states of the others."""
+    def drop(self, rows: int, optimizer: optim.Optimizer) -> list[Tensor]:
+        """Keep the first rows, also in the optimizer's state, and return the other flat states.
+
+        Args:
+            rows: Number of rows to keep.
+            optimizer: Optimizer of the stacked parameters.
+        """
         tensors = self.parameters | self.buffers
-        flat = torch.cat([tensors[n][kept:].flatten(1) for n in self.entries], 1)
+        flat = torch.cat([tensors[n][rows:].flatten(1) for n in self.entries], 1)
         for parameter in self.parameters.values():
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    state[key] = value[:kept]
+                    state[key] = value[:rows]
             parameter.grad = None
-            parameter.data = parameter.data[:kept]
-        self.buffers = {n: b[:kept] for n, b in self.buffers.items()}
+            parameter.data = parameter.data[:rows]
+        self.buffers = {n: b[:rows] for n, b in self.buffers.items()}
         return list(flat)
 
 
@@ -172,27 +177,31 @@ class _StackedLoss:
     """
 
     def __init__(self, losses: Sequence[Objective], stack: _Stack) -> None:
-        each = [x for x in losses if type(x) is LogitLoss]
-        assert len(each) == len(losses), "train_group was given a loss that is not vectorizable"
+        logit_losses = [x for x in losses if type(x) is LogitLoss]
+        assert len(logit_losses) == len(losses), (
+            "train_group was given a loss that is not vectorizable"
+        )
         self.log_prior: Tensor | None = None  # (G, 1, C)
-        prior = next((x.log_prior for x in each if x.log_prior is not None), None)
+        prior = next((x.log_prior for x in logit_losses if x.log_prior is not None), None)
         if prior is not None:
             none = torch.zeros_like(prior)
-            priors = [none if x.log_prior is None else x.log_prior for x in each]
+            priors = [none if x.log_prior is None else x.log_prior for x in logit_losses]
             self.log_prior = torch.stack(priors)[:, None]
         self.strength: Tensor | None = None  # (G,)
         self.anchor: dict[str, Tensor] = {}  # (G, …), or (1, …) where all have the same
-        anchors = [x.anchor for x in each if x.anchor]
+        anchors = [x.anchor for x in logit_losses if x.anchor]
         if not anchors:
             return
-        strength = [x.proximal if x.anchor else 0.0 for x in each]
+        strength = [x.proximal if x.anchor else 0.0 for x in logit_losses]
         for name, parameter in stack.parameters.items():
             self.strength = move(torch.tensor(strength, dtype=parameter.dtype), parameter.device)
             several = len({a[name].data_ptr() for a in anchors}) > 1
-            chosen = (
-                [(x.anchor or anchors[0])[name] for x in each] if several else [anchors[0][name]]
+            row_anchors = (
+                [(x.anchor or anchors[0])[name] for x in logit_losses]
+                if several
+                else [anchors[0][name]]
             )
-            self.anchor[name] = torch.stack(chosen)
+            self.anchor[name] = torch.stack(row_anchors)
 
     def __call__(
         self, rows: Tensor | slice, parameters: Mapping[str, Tensor], logits: Tensor, labels: Tensor
@@ -210,7 +219,7 @@ class _StackedLoss:
 def _gradients(
     fed: Federation, stack: _Stack, loss: _StackedLoss, batches: Sequence[MiniBatch]
 ) -> Tensor:
-    """Set the gradient of every row from its mini-batch; the losses. Shape: (G,)."""
+    """Set the gradient of every row from its mini-batch and return the losses. Shape: (G,)."""
     groups: dict[int, list[int]] = {}
     for row, batch in enumerate(batches):
         groups.setdefault(len(batch.labels), []).append(row)
@@ -225,8 +234,8 @@ def _gradients(
             n: p.detach()[at].requires_grad_(p.requires_grad) for n, p in stack.parameters.items()
         }
         buffers = {n: b[at] for n, b in stack.buffers.items()}
-        chosen = [batches[row] for row in rows]
-        values[at] = _backward(fed, loss, at, parameters, buffers, chosen).to(values)
+        row_batches = [batches[row] for row in rows]
+        values[at] = _backward(fed, loss, at, parameters, buffers, row_batches).to(values)
         for name, buffer in stack.buffers.items():
             buffer[at] = buffers[name]
         for name, parameter in stack.parameters.items():

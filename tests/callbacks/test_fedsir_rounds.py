@@ -124,7 +124,7 @@ def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(trained):
         if isinstance(callback, FederatedRounds):
             rounds = callback
     method = rounds.method
-    assert method.refreshes == [2]
+    assert method.relabel_rounds == [2]
     changed = data.labels.current != data.labels.given
     for client in range(data.num_clients):
         touched = bool(changed[data.client_index(client)].any())
@@ -274,7 +274,7 @@ def test_participation_samples_clients_by_round(fit):
     )
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
     sampled = [tuple(r["clients"]) for r in rounds.history]
-    assert sampled == [tuple(rounds._sample(r)) for r in range(5)]
+    assert sampled == [tuple(rounds._sample_clients(r)) for r in range(5)]
     assert len(set(sampled)) > 1
 
 
@@ -286,30 +286,30 @@ def test_participation_samples_clients_by_round(fit):
 def test_a_share_of_the_clients_participates_but_at_least_one(clients, share, seed):
     rounds = FederatedRounds(participation=share)
     rounds.fed = SimpleNamespace(seed=seed, num_clients=clients)
-    sampled = [rounds._sample(r) for r in range(3)]
+    sampled = [rounds._sample_clients(r) for r in range(3)]
     for one in sampled:
         assert one == sorted(set(one))
         assert set(one) <= set(range(clients))
         assert len(one) >= 1
         assert abs(len(one) - share * clients) <= 0.5 or len(one) == 1
-    assert sampled == [rounds._sample(r) for r in range(3)]
+    assert sampled == [rounds._sample_clients(r) for r in range(3)]
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True), st.integers(0, 50))
 def test_at_least_one_client_reports(clients, round):
     rounds = FederatedRounds(dropout=0.9)
     rounds.fed = SimpleNamespace(seed=0)
-    reporting = rounds._reporting(clients, round)
+    reporting = rounds._draw_reporting(clients, round)
     assert reporting
     assert set(reporting) <= set(clients)
-    assert reporting == rounds._reporting(clients, round)
+    assert reporting == rounds._draw_reporting(clients, round)
 
 
 def test_identification_can_be_repeated(fit):
     method = "--model.init_args.method.init_args"
     cli = fit(f"{method}.reidentify_every=3", f"{method}.relabel_first=1", "--trainer.max_epochs=5")
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
-    assert rounds.method.refreshes == [1, 3]
+    assert rounds.method.relabel_rounds == [1, 3]
     assert torch.equal(~rounds.method.clean, cli.datamodule.evaluation.noisy_clients)
     changed = cli.datamodule.labels.current != cli.datamodule.labels.given
     for client in torch.nonzero(rounds.method.clean).flatten().tolist():

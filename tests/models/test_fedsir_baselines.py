@@ -442,8 +442,8 @@ def test_dealing_clients_to_ranks_does_not_matter(make, data, monkeypatch):
         torch.manual_seed(0)
         data.labels = Labels(data.labels.given)
         fed = Federation(data, Net(), lambda p: torch.optim.Adam(p, lr=0.02), batch_size=20)
-        own = fed.own
-        monkeypatch.setattr(fed, "own", lambda clients: own(clients)[::order])
+        local_clients = fed.local_clients
+        monkeypatch.setattr(fed, "local_clients", lambda clients: local_clients(clients)[::order])
         method = make()
         play(method, fed, range(5))
         return fed.global_state
@@ -496,7 +496,7 @@ def batch_loss(loss, network: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("clean_loss", ["la", "ce"])
 def test_clean_and_noisy_clients_have_losses_of_their_own(fed, clean_loss, noisy_loss):
     method = make_fedsir(clean_loss=clean_loss, noisy_loss=noisy_loss, relabel_every=0)
-    method.split_clean = ~torch.tensor(NOISY)
+    method.is_clean = ~torch.tensor(NOISY)
     prior, network = log_prior(fed.label_counts()), fed.network.eval()
     clean = method.objective(fed, 0, 5)
     assert type(clean) is LogitLoss

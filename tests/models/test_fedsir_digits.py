@@ -59,7 +59,7 @@ def test_strong_noise_is_found_and_mended_and_beats_fedavg(run, rate, left, bett
 def _check(rounds, gap, left):
     noisy = rounds._data.evaluation.noisy_clients
     assert ((~rounds.method.clean) == noisy).all()  # precision and recall are 1
-    off_mean = rounds.method.found["scores"][:, 0]
+    off_mean = rounds.method.evidence["scores"][:, 0]
     assert off_mean[noisy].min() - off_mean[~noisy].max() >= gap
     sizes = rounds.fed.sizes.double()[noisy]
     shares = [
@@ -67,6 +67,6 @@ def _check(rounds, gap, left):
         for noise in (rounds.fed.sizes.new_tensor(r["noise"], dtype=sizes.dtype)
                       for r in rounds.history)
     ]  # fmt: skip
-    refreshed = [shares[r] for r in rounds.method.refreshes]
+    refreshed = [shares[r] for r in rounds.method.relabel_rounds]
     assert refreshed[-1] <= left
     assert all(b <= a + 0.01 for a, b in pairwise(refreshed))

@@ -86,7 +86,7 @@ def federation(network, dtype=torch.float64, optimizer=ADAM, vectorize=0, **chan
 
 def train(fed, method=None, epochs=3, clients=tuple(range(7)), **kwargs):
     method = method or FedAvg()
-    return fed.train_own(
+    return fed.train_local(
         list(clients), lambda k: method.objective(fed, k, 0), purpose=0, epochs=epochs, **kwargs
     )
 

@@ -1,4 +1,4 @@
-"""What a federated method is to the rounds engine: a few hooks around FedAvg.
+"""Interface of federated methods to the rounds engine: a few hooks around FedAvg.
 
 A method is a plain object, built by the configuration
 (``model.init_args.method.class_path: fulgurite.models.fedsir.methods.FedSIR``). It sees given
@@ -28,10 +28,10 @@ def check_not_negative(**numbers: float) -> None:
     """Refuse negative arguments of a method.
 
     Args:
-        numbers: Name of an argument -> its value.
+        numbers: Values of arguments by their names.
 
     Raises:
-        ConfigError: One is negative.
+        ConfigError: An argument is negative.
 
     Example:
         >>> check_not_negative(entropy=0.3)
@@ -47,7 +47,7 @@ class LogitLoss:
     """Cross-entropy with an optional log-prior and proximal term.
 
     Args:
-        log_prior: Added to the logits. Shape: (C,).
+        log_prior: Offsets added to the logits. Shape: (C,).
         proximal: Strength μ of ``μ/2 · ‖w − anchor‖²`` over the parameters.
         anchor: The parameters at the start of the round, by name.
     """
@@ -61,7 +61,7 @@ class LogitLoss:
         self.log_prior, self.proximal, self.anchor = log_prior, proximal, anchor
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The part of the loss that logits decide. Shapes: (B, C), (B,)."""
+        """The part of the loss that depends on logits only. Shapes: (B, C), (B,)."""
         if self.log_prior is None:
             return F.cross_entropy(logits, labels)
         return logit_adjusted_cross_entropy(logits, labels, self.log_prior)
@@ -82,13 +82,13 @@ class FederatedMethod:
     """
 
     def before_rounds(self, fed: Federation) -> None:
-        """Whatever happens once before round 0, on every rank."""
+        """Called once before round 0, on every rank."""
 
     def before_round(self, fed: Federation, round: int) -> None:
-        """Whatever happens before the clients of a round train, on every rank."""
+        """Called before the clients of a round train, on every rank."""
 
     def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
-        """Those of the sampled clients that train in this round."""
+        """Select those of the sampled clients that train in this round."""
         return list(sampled)
 
     def objective(self, fed: Federation, client: int, round: int) -> Objective:
@@ -102,7 +102,7 @@ class FederatedMethod:
 
         Args:
             fed: The federation.
-            round: Counted from 0.
+            round: Index of the round, from 0.
             clients: All clients that reported, of all ranks.
             states: Flat states of this rank's clients.
         """
@@ -111,7 +111,7 @@ class FederatedMethod:
     def after_round(
         self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
     ) -> None:
-        """Whatever happens after aggregation; ``fed.global_state`` is the new model."""
+        """Called after aggregation; ``fed.global_state`` is the new model."""
 
     def local_rounds(self) -> int:
         """Epochs of local training of each client before round 0."""
@@ -123,7 +123,7 @@ class FederatedMethod:
 
     @property
     def clean(self) -> Tensor | None:
-        """Which clients the method holds for clean, bool, once it knows. Shape: (K,)."""
+        """Predicted clean mask, bool; None before identification. Shape: (K,)."""
         return None
 
     def report(self) -> dict[str, float]:
@@ -135,4 +135,4 @@ class FederatedMethod:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
+        """Restore a state."""

@@ -1,4 +1,4 @@
-"""FedCorr: noisy clients by the dimension of their predictions, noisy labels by their losses.
+"""FedCorr: noisy clients from the dimension of their predictions, noisy labels from losses.
 
 Axes: K clients, N samples of a client, B mini-batch, C classes.
 """
@@ -33,11 +33,11 @@ def intrinsic_dimension(points: Tensor, neighbours: int = 20) -> Tensor:
     are rounding, and without ε one such point decides the mean of its client.
 
     Args:
-        points: Shape: (N, C).
-        neighbours: k; at most N − 1 are taken.
+        points: Predictions, or other points. Shape: (N, C).
+        neighbours: Number of nearest neighbours k; at most N − 1 are used.
 
     Returns:
-        float64; 0 for a point with a double. Shape: (N,).
+        Local dimensions, float64; 0 for a duplicated point. Shape: (N,).
 
     Example:
         >>> line = torch.linspace(0, 1, 200)[:, None] * torch.tensor([[1.0, 2.0, 3.0]])
@@ -51,27 +51,27 @@ def intrinsic_dimension(points: Tensor, neighbours: int = 20) -> Tensor:
     k = min(neighbours, len(points) - 1)
     if k < 1:
         return torch.zeros(len(points), dtype=torch.float64, device=points.device)
-    found = []
+    dimensions = []
     for start in range(0, len(points), 1024):  # N × N distances need not fit at once
         rows = points[start : start + 1024]
         distance = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
-        own = torch.arange(len(rows), device=points.device)
-        distance[own, start + own] = torch.inf
+        row_index = torch.arange(len(rows), device=points.device)
+        distance[row_index, start + row_index] = torch.inf
         nearest = distance.topk(k, largest=False).values
-        logs = (nearest / (nearest[:, -1:] + EPSILON)).log().sum(1)  # −inf where there is a double
-        found.append(k / (EPSILON - logs))
-    return torch.cat(found)
+        logs = (nearest / (nearest[:, -1:] + EPSILON)).log().sum(1)  # −inf for a duplicate
+        dimensions.append(k / (EPSILON - logs))
+    return torch.cat(dimensions)
 
 
 def upper_group(values: Tensor, seed: int = 0) -> Tensor:
-    """Which values a mixture of two Gaussians puts into the component of the larger mean.
+    """Mask of the values that a mixture of two Gaussians assigns to the component of larger mean.
 
     Args:
-        values: Shape: (N,).
+        values: Values to split. Shape: (N,).
         seed: Random state of the mixture.
 
     Returns:
-        bool; all false where the values are equal. Shape: (N,).
+        Mask, bool; all false where the values are equal. Shape: (N,).
 
     Example:
         >>> upper_group(torch.tensor([0.1, 0.2, 5.0, 0.15, 5.1])).tolist()
@@ -98,7 +98,7 @@ class MixupLoss:
 
     Args:
         loss: The loss of mixed images and label distributions.
-        alpha: Shares of the pairs are Beta(alpha, alpha).
+        alpha: Mixing weights of the pairs are Beta(alpha, alpha).
 
     Source: mixup, Zhang et al., ICLR 2018, as FedCorr uses it.
     """
@@ -109,13 +109,13 @@ class MixupLoss:
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
         """The loss of mixed pairs."""
         concentration = torch.tensor([self.alpha, self.alpha])
-        share = float(torch.distributions.Dirichlet(concentration).sample()[0])
+        mix_weight = float(torch.distributions.Dirichlet(concentration).sample()[0])
         order = move(torch.randperm(len(batch.labels)), batch.labels.device)
         classes: int = network.head.out_features  # type: ignore[union-attr, assignment]
         labels = F.one_hot(batch.labels, classes).to(batch.images)
         mixed = MiniBatch(
-            share * batch.images + (1 - share) * batch.images[order],
-            share * labels + (1 - share) * labels[order],
+            mix_weight * batch.images + (1 - mix_weight) * batch.images[order],
+            mix_weight * labels + (1 - mix_weight) * labels[order],
             batch.index,
         )
         return self.loss(network, mixed)
@@ -129,12 +129,13 @@ class FedCorr(FederatedMethod):
     1. ``preprocessing`` rounds. Each client's local model predicts its samples; the mean local
        intrinsic dimension (LID) of the predictions is accumulated, and a mixture splits the
        clients, noisy ones having the larger. On a noisy client a mixture of the losses splits
-       the samples; the share of the upper ones estimates its noise level, and of the samples
-       with the largest losses, ``relabel_ratio`` times that share is relabeled where the global
-       model is confident. Local training has a proximal term ``β · level · ‖w − w_global‖²``.
+       the samples; the fraction of the upper ones estimates its noise level, and of the samples
+       with the largest losses, ``relabel_ratio`` times that fraction is relabeled where the
+       global model is confident. Local training has a proximal term ``β · level · ‖w −
+       w_global‖²``.
     2. ``finetuning`` rounds of clients with a level up to ``clean_level``.
     3. All confident samples of noisy clients are relabeled by the global model; then FedAvg on
-       all clients in the rounds left. Without rounds left there is no such relabeling.
+       all clients in the remaining rounds. Without remaining rounds there is no such relabeling.
 
     From the paper and its authors' code: the above and the defaults (5 : 50 : 45 is the paper's
     CIFAR-10 schedule in passes over all clients). Simplified: in a pre-processing round all
@@ -149,14 +150,14 @@ class FedCorr(FederatedMethod):
         preprocessing: Rounds of the first stage.
         finetuning: Rounds of the second stage.
         beta: β of the proximal term.
-        neighbours: k of the LID.
-        relabel_ratio: Share of the detected samples that may be relabeled.
+        neighbours: Number of neighbours k of the LID.
+        relabel_ratio: Fraction of the detected samples that may be relabeled.
         confidence: Smallest probability of a new label.
         clean_level: Largest noise level of clients that finetune.
         mixup: Parameter of mixup, in all stages; 0 for none.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is below its minimum, or a fraction outside [0, 1].
 
     Source: Xu et al., FedCorr, CVPR 2022 (arXiv 2204.04677).
     """
@@ -172,18 +173,18 @@ class FedCorr(FederatedMethod):
         clean_level: float = 0.1,
         mixup: float = 1.0,
     ) -> None:
-        shares = {
+        fractions = {
             "relabel_ratio": relabel_ratio, "confidence": confidence, "clean_level": clean_level
         }  # fmt: skip
-        for name, value in shares.items():
+        for name, value in fractions.items():
             if not 0 <= value <= 1:
                 raise ConfigError(
                     f"model.init_args.method.init_args.{name}={value} is not in [0, 1].",
                     "Give a share.",
                 )
-        least = {"preprocessing": 1, "finetuning": 0, "neighbours": 1, "beta": 0, "mixup": 0}
-        given = (preprocessing, finetuning, neighbours, beta, mixup)
-        for (name, low), number in zip(least.items(), given, strict=True):
+        minima = {"preprocessing": 1, "finetuning": 0, "neighbours": 1, "beta": 0, "mixup": 0}
+        numbers = (preprocessing, finetuning, neighbours, beta, mixup)
+        for (name, low), number in zip(minima.items(), numbers, strict=True):
             if number < low:
                 raise ConfigError(
                     f"model.init_args.method.init_args.{name}={number} is too small.",
@@ -194,23 +195,23 @@ class FedCorr(FederatedMethod):
             neighbours, relabel_ratio, confidence
         )  # fmt: skip
         self.clean_level, self.mixup = clean_level, mixup
-        self.split_clean: Tensor | None = None
+        self.is_clean: Tensor | None = None
         self.lid_sum: Tensor | None = None  # over the rounds a client took part in, (K,)
         self.lid_count: Tensor | None = None  # those rounds, (K,)
-        self.level: Tensor | None = None  # estimated share of wrong labels, (K,)
+        self.level: Tensor | None = None  # estimated fraction of wrong labels, (K,)
 
     @property
     def clean(self) -> Tensor | None:
-        """Which clients are held for clean, bool. Shape: (K,)."""
-        return self.split_clean
+        """Predicted clean mask, bool; None before identification. Shape: (K,)."""
+        return self.is_clean
 
     def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
         """In the finetuning stage, the sampled clients of a low level."""
         level = self.level
         if level is None or not 0 <= round - self.preprocessing < self.finetuning:
             return list(sampled)
-        chosen = [k for k in sampled if float(level[k]) <= self.clean_level]
-        return chosen or [min(sampled, key=lambda k: (float(level[k]), k))]
+        low_noise = [k for k in sampled if float(level[k]) <= self.clean_level]
+        return low_noise or [min(sampled, key=lambda k: (float(level[k]), k))]
 
     def objective(self, fed: Federation, client: int, round: int) -> Objective:
         """Cross-entropy, mixed, with the proximal term in the pre-processing stage."""
@@ -247,43 +248,43 @@ class FedCorr(FederatedMethod):
             self.lid_sum = torch.zeros(fed.num_clients, dtype=torch.float64)
             self.lid_count = torch.zeros(fed.num_clients, dtype=torch.float64)
             self.level = torch.ones(fed.num_clients, dtype=torch.float64)
-        at = torch.tensor(list(clients))
-        self.lid_sum[at] += fed.gather_rows(means, clients).cpu()
-        self.lid_count[at] += 1
-        seen = self.lid_count > 0
-        self.split_clean = seen.clone()
-        self.split_clean[seen] = ~upper_group((self.lid_sum / self.lid_count)[seen], seed)
-        self.level[self.split_clean] = 0.0
+        client_rows = torch.tensor(list(clients))
+        self.lid_sum[client_rows] += fed.gather_rows(means, clients).cpu()
+        self.lid_count[client_rows] += 1
+        measured = self.lid_count > 0
+        self.is_clean = measured.clone()
+        self.is_clean[measured] = ~upper_group((self.lid_sum / self.lid_count)[measured], seed)
+        self.level[self.is_clean] = 0.0
 
         levels: dict[int, float] = {}
         new: dict[int, Tensor] = {}
         for client, loss in losses.items():
-            if not self.split_clean[client]:
+            if not self.is_clean[client]:
                 levels[client] = float(upper_group(loss, seed).double().mean())
                 number = int(len(loss) * levels[client] * self.relabel_ratio)
                 worst = torch.zeros(len(loss), dtype=torch.bool)
                 worst[loss.argsort(descending=True, stable=True)[:number]] = True
-                new[client] = self._corrected(fed, client, worst)
+                new[client] = self._correct_labels(fed, client, worst)
         fed.state.write(fed.global_state)
         for client, value in fed.gather_objects(levels).items():
             self.level[client] = value
-        fed.send_global([k for k in clients if not self.split_clean[k]])  # relabels their samples
+        fed.send_global([k for k in clients if not self.is_clean[k]])  # relabels their samples
         fed.relabel(new)
         fed.costs.bytes_up += len(clients) * 2 * 4  # mean LID and noise level
 
-    def _corrected(self, fed: Federation, client: int, among: Tensor) -> Tensor:
-        """A client's labels with the global model's where it is confident. Shape: (N,)."""
+    def _correct_labels(self, fed: Federation, client: int, among: Tensor) -> Tensor:
+        """Labels of a client, replaced where the global model is confident. Shape: (N,)."""
         sure, guess = fed.logits(client, fed.global_state).softmax(1).cpu().max(1)
         return guess.where(among & (sure > self.confidence), fed.client_labels(client))
 
     def _correct_all(self, fed: Federation) -> None:
-        if self.split_clean is None:
+        if self.is_clean is None:
             return
-        noisy = torch.nonzero(~self.split_clean).flatten().tolist()
+        noisy = torch.nonzero(~self.is_clean).flatten().tolist()
         fed.relabel(
             {
-                k: self._corrected(fed, k, torch.ones(len(fed.index[k]), dtype=torch.bool))
-                for k in fed.own(noisy)
+                k: self._correct_labels(fed, k, torch.ones(len(fed.index[k]), dtype=torch.bool))
+                for k in fed.local_clients(noisy)
             }
         )
         fed.state.write(fed.global_state)
@@ -291,22 +292,22 @@ class FedCorr(FederatedMethod):
 
     def report(self) -> dict[str, float]:
         """Mean estimated noise level of the noisy clients."""
-        if self.level is None or self.split_clean is None or bool(self.split_clean.all()):
+        if self.level is None or self.is_clean is None or bool(self.is_clean.all()):
             return {}
-        return {"noise_level": float(self.level[~self.split_clean].mean())}
+        return {"noise_level": float(self.level[~self.is_clean].mean())}
 
     def state_dict(self) -> dict[str, Any]:
-        """The split, and what it rests on."""
+        """The split, and the dimensions and levels behind it."""
         return {
-            "split_clean": self.split_clean,
+            "split_clean": self.is_clean,
             "lid_sum": self.lid_sum,
             "lid_count": self.lid_count,
             "level": self.level,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
-        self.split_clean = state["split_clean"]
+        """Restore a state."""
+        self.is_clean = state["split_clean"]
         for name in ("lid_sum", "lid_count", "level"):
             value = state[name]
             setattr(self, name, None if value is None else value.cpu())

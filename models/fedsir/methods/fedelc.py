@@ -30,35 +30,35 @@ class SoftLabelLoss:
     Args:
         soft: Logits ỹ of the label distributions, of all samples; changed in place by calls.
             Shape: (N, C).
-        given: Given labels. Shape: (N,).
-        compatibility: α.
-        entropy: β.
+        given_labels: Given labels ŷ. Shape: (N,).
+        compatibility: Weight α of the given label.
+        entropy: Weight β of the prediction's entropy.
         rate: Step size λ of ỹ.
 
     Source: FedELC, CIKM 2024, stage 2; the loss is PENCIL's (Yi and Wu, CVPR 2019).
     """
 
     def __init__(
-        self, soft: Tensor, given: Tensor, compatibility: float, entropy: float, rate: float
+        self, soft: Tensor, given_labels: Tensor, compatibility: float, entropy: float, rate: float
     ) -> None:
-        self.soft, self.given, self.rate = soft, given, rate
+        self.soft, self.given_labels, self.rate = soft, given_labels, rate
         self.compatibility, self.entropy = compatibility, entropy
 
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
         """The loss; steps the distributions of the batch's samples."""
         scores = network(batch.images).float().log_softmax(1)
         log_labels = move(self.soft[batch.index], scores.device, scores.dtype).log_softmax(1)
-        given = move(self.given[batch.index], scores.device)
+        given_labels = move(self.given_labels[batch.index], scores.device)
         samples, classes = scores.shape
         predicted = scores.exp()
         entropy = -(predicted * scores).sum(1)
         loss: Tensor = (
             ((predicted * (scores - log_labels)).sum(1) + self.entropy * entropy) / classes
-            - self.compatibility * log_labels.gather(1, given[:, None]).squeeze(1)
+            - self.compatibility * log_labels.gather(1, given_labels[:, None]).squeeze(1)
         ).mean()  # fmt: skip
         labels = log_labels.exp()
         gradient = (labels - predicted.detach()) / classes + self.compatibility * (
-            labels - F.one_hot(given, classes)
+            labels - F.one_hot(given_labels, classes)
         )
         self.soft[batch.index] -= (self.rate / samples * gradient).to(self.soft)
         return loss
@@ -67,9 +67,9 @@ class SoftLabelLoss:
 class FedELC(FedNoRo):
     """Detection as in FedNoRo; then noisy clients learn label distributions by backpropagation.
 
-    After a round, a noisy client's distributions become the mean of what was learned and of what
-    its local model predicts. Their largest entries are written as its current labels, which are
-    reported but not trained on: the compatibility term holds on to the given ones.
+    After a round, a noisy client's distributions become the mean of the learned ones and of its
+    local model's predictions. Their largest entries are written as its current labels, which are
+    reported but not trained on: the compatibility term keeps to the given ones.
 
     From the paper and its authors' code: detection, losses, step size 1000, scale 10, α = 0.5,
     β = 0.2 (of the code's options for CIFAR; the unit of the step size is per mini-batch of 64),
@@ -79,16 +79,16 @@ class FedELC(FedNoRo):
 
     Args:
         warmup: Rounds of FedAvg with logit adjustment before detection; part of the budget.
-        votes: Mixtures that vote on the split.
-        compatibility: α, weight of the given label.
-        entropy: β, weight of the prediction's entropy.
-        label_rate: λ, step size of the label distributions.
+        votes: Number of mixtures that vote on the split.
+        compatibility: Weight α of the given label.
+        entropy: Weight β of the prediction's entropy.
+        label_rate: Step size λ of the label distributions.
         scale: Logit of the given label at the start, and factor of merged distributions.
         tau: Strength of the logit adjustment of warm-up and clean clients.
-        aggregation: See :class:`NoiseAwareMethod`.
+        aggregation: Aggregation rule, ``distance`` (DaAgg) or ``size`` (FedAvg).
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A weight, rate or scale is negative, or ``warmup`` or ``votes`` is below 1.
 
     Source: Jiang et al., FedELC, CIKM 2024 (arXiv 2408.04301).
     """
@@ -115,12 +115,12 @@ class FedELC(FedNoRo):
     def before_round(self, fed: Federation, round: int) -> None:
         """Detect once the warm-up is over; distributions start at the given labels."""
         super().before_round(fed, round)
-        if self.split_clean is not None and self.soft is None:
+        if self.is_clean is not None and self.soft is None:
             self.soft = self.scale * F.one_hot(fed.labels.given, fed.num_classes).float()
 
     def objective(self, fed: Federation, client: int, round: int) -> Objective:
         """Logit adjustment in the warm-up and on clean clients, soft labels on noisy ones."""
-        if self._is_clean(client) or self.soft is None:
+        if self._client_is_clean(client) or self.soft is None:
             return super().objective(fed, client, round)
         return SoftLabelLoss(
             self.soft, fed.labels.given, self.compatibility, self.entropy, self.label_rate
@@ -129,12 +129,12 @@ class FedELC(FedNoRo):
     def after_round(
         self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
     ) -> None:
-        """Merge what was learned with what the local models predict."""
+        """Merge the learned distributions with the predictions of the local models."""
         if self.soft is None:
             return
         merged = {}
         for client, state in states.items():
-            if not self._is_clean(client):
+            if not self._client_is_clean(client):
                 predicted = fed.logits(client, state).softmax(1).cpu()
                 merged[client] = (self.soft[fed.index[client]].softmax(1) + predicted) / 2
         fed.state.write(fed.global_state)
@@ -147,6 +147,6 @@ class FedELC(FedNoRo):
         return super().state_dict() | {"soft": self.soft}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
+        """Restore a state."""
         super().load_state_dict(state)
         self.soft = state["soft"]

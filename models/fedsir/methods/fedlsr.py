@@ -48,14 +48,14 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
 class SelfRegularizedLoss:
     """Loss of a mini-batch and a second view of its images.
 
-    With the predictions p_1 and p_2 of the views, and a share λ drawn uniformly for the batch:
-    cross-entropy of ``sharpen(λ p_1 + (1 − λ) p_2)``, plus ``consistency`` times the
+    With the predictions p_1 and p_2 of the views, and a mixing weight λ drawn uniformly for the
+    batch: cross-entropy of ``sharpen(λ p_1 + (1 − λ) p_2)``, plus ``consistency`` times the
     Jensen-Shannon divergence (divided by C) and ``entropy`` times the mean entropy of
     ``softmax(temperature · logits)``. Draws from torch's CPU generator, which the federation seeds
     for each client.
 
     Args:
-        second_view: Network input of samples, by their positions in the label store.
+        second_view: Makes the network input of samples from their positions in the label store.
         consistency: Weight of the divergence.
         entropy: Weight of the entropy.
         temperature: Factor of the logits in the regularisation.
@@ -74,10 +74,10 @@ class SelfRegularizedLoss:
         self.entropy, self.temperature = entropy, temperature
 
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
-        """The loss."""
+        """The loss of a mini-batch."""
         views = [network(batch.images).float(), network(self.second_view(batch.index)).float()]
-        share = float(torch.rand(()))
-        mixed = sharpen(share * views[0].softmax(1) + (1 - share) * views[1].softmax(1))
+        mix_weight = float(torch.rand(()))
+        mixed = sharpen(mix_weight * views[0].softmax(1) + (1 - mix_weight) * views[1].softmax(1))
         loss = F.nll_loss(mixed.clamp_min(1e-12).log(), batch.labels)
         first, second = ((self.temperature * logits).softmax(1) for logits in views)
         divergence = jensen_shannon(first, second).mean() / first.shape[1]
@@ -101,10 +101,10 @@ class FedLSR(FederatedMethod):
         consistency: Weight of the Jensen-Shannon divergence of the views.
         entropy: Weight of the prediction's entropy.
         temperature: Factor of the logits in both regularisers.
-        ramp_rounds: Rounds over which ``consistency`` rises from 0.
+        ramp_rounds: Number of rounds over which ``consistency`` rises from 0.
 
     Raises:
-        ConfigError: A number is negative.
+        ConfigError: A weight, the temperature or ``ramp_rounds`` is negative.
 
     Source: Jiang et al., Towards Federated Learning against Noisy Labels via Local
     Self-Regularization, CIKM 2022.
@@ -142,7 +142,7 @@ def _second_view(fed: Federation, client: int) -> Callable[[Tensor], Tensor]:
 
     def view(index: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        picked = move(images[row_of[index]], fed.device)
-        return fed.data.augment_batch(picked, generator)
+        client_images = move(images[row_of[index]], fed.device)
+        return fed.data.augment_batch(client_images, generator)
 
     return view

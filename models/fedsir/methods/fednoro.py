@@ -24,16 +24,16 @@ __all__ = ["FedNoRo", "class_losses", "normalise_losses", "vote_clean"]
 def class_losses(fed: Federation) -> Tensor:
     """Mean cross-entropy of the global model per client and given class; NaN for no sample.
 
-    Every rank takes part. Images are shown plain, without augmentation.
+    Every rank must call it. Images are not augmented.
 
     Returns:
-        float64. Shape: (K, C).
+        Mean losses, float64. Shape: (K, C).
 
     Source: FedNoRo, IJCAI 2023, stage 1.
     """
     fed.send_global(range(fed.num_clients))
     rows = {}
-    for client in fed.own(range(fed.num_clients)):
+    for client in fed.local_clients(range(fed.num_clients)):
         labels = fed.labels.given[fed.index[client]]
         logits = fed.logits(client, fed.global_state).cpu()
         loss = F.cross_entropy(logits, labels, reduction="none").double()
@@ -48,10 +48,11 @@ def normalise_losses(losses: Tensor) -> Tensor:
     """Scale each class to [0, 1] over clients; a class that a client lacks gets its minimum.
 
     Args:
-        losses: From :func:`class_losses`. Shape: (K, C).
+        losses: Mean losses from :func:`class_losses`. Shape: (K, C).
 
     Returns:
-        float64. A class that no client has, or that is equal on all, is 0. Shape: (K, C).
+        Scaled losses, float64. A class that no client has, or that is equal on all, is 0. Shape:
+        (K, C).
 
     Example:
         >>> normalise_losses(torch.tensor([[1.0, 2.0], [3.0, torch.nan]])).tolist()
@@ -60,23 +61,23 @@ def normalise_losses(losses: Tensor) -> Tensor:
     Source: FedNoRo, IJCAI 2023, stage 1, and its authors' code for absent classes.
     """
     losses = losses.double()
-    known = losses.isfinite()
-    low = losses.masked_fill(~known, torch.inf).min(0).values
-    high = losses.masked_fill(~known, -torch.inf).max(0).values
-    spread = (high - low).nan_to_num(0.0, 0.0, 0.0)
-    scaled = (losses - low) / spread.where(spread > 0, 1.0)
-    return scaled.where(known & (spread > 0), 0.0)
+    finite = losses.isfinite()
+    low = losses.masked_fill(~finite, torch.inf).min(0).values
+    high = losses.masked_fill(~finite, -torch.inf).max(0).values
+    value_range = (high - low).nan_to_num(0.0, 0.0, 0.0)
+    scaled = (losses - low) / value_range.where(value_range > 0, 1.0)
+    return scaled.where(finite & (value_range > 0), 0.0)
 
 
 def vote_clean(vectors: Tensor, votes: int = 9) -> Tensor:
-    """Split clients by a mixture of two Gaussians; the split found most often wins.
+    """Split clients by a mixture of two Gaussians; the most frequent split wins.
 
     Args:
         vectors: One vector per client; noisy ones have the larger sum. Shape: (K, C).
-        votes: Mixtures fitted, with random states 0, 1, ….
+        votes: Number of fitted mixtures, with random states 0, 1, ….
 
     Returns:
-        bool; all true where all vectors are equal. Shape: (K,).
+        Predicted clean mask, bool; all true where all vectors are equal. Shape: (K,).
 
     Example:
         >>> vectors = torch.rand(10, 4, generator=torch.Generator().manual_seed(0)) / 10
@@ -98,7 +99,7 @@ def vote_clean(vectors: Tensor, votes: int = 9) -> Tensor:
             warnings.simplefilter("ignore", ConvergenceWarning)
             mixture = GaussianMixture(2, random_state=state).fit(table)
         ballots.append(tuple(mixture.predict(table) != mixture.means_.sum(1).argmax()))
-    return torch.tensor(Counter(ballots).most_common(1)[0][0])  # the first of equals
+    return torch.tensor(Counter(ballots).most_common(1)[0][0])  # the first one of a tie
 
 
 class FedNoRo(NoiseAwareMethod):
@@ -111,19 +112,19 @@ class FedNoRo(NoiseAwareMethod):
     From the paper and its authors' code: all of it, with the defaults of the code (10 of 100
     rounds of warm-up, ramp to a = 0.8 from round 10 to 49, T = 0.8, 9 votes; a class that a
     client lacks is out of its softmax). Ours: losses are taken on plain images, not augmented
-    ones, so that they do not depend on a generator; a class that is equal on all clients counts
-    nothing; a round is ``local_epochs`` of the module, 1 by default (theirs: 5).
+    ones, so that they do not depend on a generator; a class of equal loss on all clients is
+    ignored; a round is ``local_epochs`` of the module, 1 by default (theirs: 5).
     The split is always into two groups, as in the paper: all-clean clients are split, too.
 
     Args:
-        warmup: Rounds of warm-up.
-        votes: Mixtures that vote on the split.
-        kd_begin: See :class:`NoiseAwareMethod`.
-        kd_end: See :class:`NoiseAwareMethod`.
-        kd_height: See :class:`NoiseAwareMethod`.
-        kd_temperature: See :class:`NoiseAwareMethod`.
-        tau: See :class:`NoiseAwareMethod`.
-        aggregation: See :class:`NoiseAwareMethod`.
+        warmup: Number of rounds of warm-up.
+        votes: Number of mixtures that vote on the split.
+        kd_begin: Last round in which the teacher has its smallest weight.
+        kd_end: First round in which the teacher has its largest weight.
+        kd_height: Largest weight of the teacher, in [0, 1].
+        kd_temperature: Temperature of the teacher.
+        tau: Strength of the logit adjustment; 0 gives plain cross-entropy.
+        aggregation: Aggregation rule, ``distance`` (DaAgg) or ``size`` (FedAvg).
 
     Raises:
         ConfigError: ``warmup`` or ``votes`` is below 1.
@@ -156,15 +157,15 @@ class FedNoRo(NoiseAwareMethod):
 
     def before_round(self, fed: Federation, round: int) -> None:
         """Split the clients once the warm-up is over."""
-        if round >= self.warmup and self.split_clean is None:
+        if round >= self.warmup and self.is_clean is None:
             self.losses = class_losses(fed)
-            self.split_clean = vote_clean(normalise_losses(self.losses), self.votes)
+            self.is_clean = vote_clean(normalise_losses(self.losses), self.votes)
 
     def state_dict(self) -> dict[str, Any]:
         """The split, and the losses it rests on."""
         return super().state_dict() | {"losses": self.losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
+        """Restore a state."""
         super().load_state_dict(state)
         self.losses = state["losses"]

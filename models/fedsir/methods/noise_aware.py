@@ -1,4 +1,4 @@
-"""Stage III: training that knows which clients are noisy. FedNoRo's, and FedSIR's after it.
+"""Noise-aware training once noisy clients are identified (FedNoRo, and Stage III of FedSIR).
 
 Axes: K clients, N samples, B mini-batch, C classes, P flat state size.
 """
@@ -30,9 +30,10 @@ class DistillationLoss:
     Args:
         teacher: The frozen global model.
         weight: Weight of the teacher in [0, 1] on the samples that learn from it.
-        log_prior: Added to the student's logits. Shape: (C,).
-        temperature: Of the teacher.
-        distil: Which of all samples learn from the teacher, bool; None means all. Shape: (N,).
+        log_prior: Offsets added to the student's logits. Shape: (C,).
+        temperature: Temperature of the teacher.
+        distil: Mask of the samples that learn from the teacher, bool; None means all.
+            Shape: (N,).
         confidence: Weight of each sample's loss; None means 1. Shape: (N,).
 
     Source: FedSIR, arXiv 2604.20825, Stage III; ``confidence`` is ours.
@@ -53,43 +54,44 @@ class DistillationLoss:
     def __call__(self, network: nn.Module, batch: MiniBatch) -> Tensor:
         """The loss of a mini-batch."""
         with torch.no_grad():
-            taught = self.teacher(batch.images)
+            teacher_logits = self.teacher(batch.images)
         logits = network(batch.images)
-        chosen = (
+        distil = (
             torch.ones_like(batch.labels)
             if self.distil is None
             else move(self.distil[batch.index], logits.device)
         )
-        each = selective_distillation(
-            logits, batch.labels, taught, chosen, self.weight, self.log_prior,
+        losses = selective_distillation(
+            logits, batch.labels, teacher_logits, distil, self.weight, self.log_prior,
             self.temperature, "none",
         )  # fmt: skip
         if self.confidence is None:
-            return each.mean()
+            return losses.mean()
         # divided by the batch size, not by the weights: an uncertain batch makes a small step
         confidence = move(self.confidence[batch.index], logits.device, logits.dtype)
-        return (each * confidence).mean()
+        return (losses * confidence).mean()
 
 
 class NoiseAwareMethod(FederatedMethod):
     """Logit adjustment on clean clients, with distillation on noisy ones, and DaAgg.
 
-    Subclasses set ``self.split_clean`` (bool, (K,)) before training, and may set ``self.distil``
+    Subclasses set ``self.is_clean`` (bool, (K,)) before training, and may set ``self.distil``
     and ``self.confidence`` ((N,), over all samples).
 
     Args:
         kd_begin: Last round in which the teacher has its smallest weight.
-        kd_end: Round from which on it has its largest.
-        kd_height: That largest weight.
-        kd_temperature: Of the teacher.
+        kd_end: First round in which the teacher has its largest weight.
+        kd_height: Largest weight of the teacher, in [0, 1].
+        kd_temperature: Temperature of the teacher.
         tau: Strength of the logit adjustment; 0 gives plain cross-entropy.
-        aggregation: ``distance`` (DaAgg) or ``size`` (FedAvg).
-        distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its share (paper).
+        aggregation: Aggregation rule, ``distance`` (DaAgg) or ``size`` (FedAvg).
+        distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its weight
+            (paper).
         prior: Labels whose frequencies adjust the logits: those ``given`` (paper) or the
             ``current`` ones, refreshed whenever labels change.
-        clean_loss: Of clean clients: logit-adjusted (``la``, paper) or plain (``ce``)
+        clean_loss: Loss of clean clients: logit-adjusted (``la``, paper) or plain (``ce``)
             cross-entropy.
-        noisy_loss: Of noisy clients: the same with (``la_kd``, paper; ``ce_kd``) or without
+        noisy_loss: Loss of noisy clients: the same with (``la_kd``, paper; ``ce_kd``) or without
             (``la``, ``ce``) distillation from the global model.
 
     Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
@@ -114,24 +116,24 @@ class NoiseAwareMethod(FederatedMethod):
             raise ConfigError(
                 f"kd_height={kd_height} is not in [0, 1], or kd_temperature={kd_temperature} is "
                 "not positive.",
-                "Mend them in model.init_args.method.init_args.",
+                "Change them in model.init_args.method.init_args.",
             )
         self.kd_begin, self.kd_end, self.kd_height = kd_begin, kd_end, kd_height
         self.kd_temperature, self.tau, self.prior = kd_temperature, tau, prior
         self.aggregation, self.distance_floor = aggregation, distance_floor
         self.clean_loss, self.noisy_loss = clean_loss, noisy_loss
-        self.split_clean: Tensor | None = None
+        self.is_clean: Tensor | None = None
         self.distil: Tensor | None = None
         self.confidence: Tensor | None = None
         self._log_priors: Tensor | None = None
 
     @property
     def clean(self) -> Tensor | None:
-        """Which clients are held for clean, bool. Shape: (K,)."""
-        return self.split_clean
+        """Predicted clean mask, bool; None before identification. Shape: (K,)."""
+        return self.is_clean
 
-    def _is_clean(self, client: int) -> bool:
-        return self.split_clean is None or bool(self.split_clean[client])
+    def _client_is_clean(self, client: int) -> bool:
+        return self.is_clean is None or bool(self.is_clean[client])
 
     def _log_prior(self, fed: Federation, client: int) -> Tensor:
         if self._log_priors is None:
@@ -141,13 +143,13 @@ class NoiseAwareMethod(FederatedMethod):
         return self._log_priors[client]
 
     def labels_changed(self) -> None:
-        """Forget what was derived from labels."""
+        """Discard the priors, which are computed from labels."""
         self._log_priors = None
 
     def objective(self, fed: Federation, client: int, round: int) -> Objective:
         """By default LA on clean clients, and LA with distillation on noisy ones."""
         prior = self._log_prior(fed, client)
-        if self._is_clean(client):
+        if self._client_is_clean(client):
             return LogitLoss(prior if self.clean_loss == "la" else None)
         weight = ramp(round, self.kd_begin, self.kd_end, self.kd_height)
         if self.noisy_loss in ("ce", "ce_kd"):
@@ -165,13 +167,13 @@ class NoiseAwareMethod(FederatedMethod):
 
         FedAvg's weights in a round in which no clean client, or only clean ones, reported.
         """
-        clean = [k for k in clients if self._is_clean(k)]
+        clean = [k for k in clients if self._client_is_clean(k)]
         if self.aggregation == "size" or not clean or len(clean) == len(clients):
             return fed.size_weights(clients)
         references = fed.gather_rows(states, clean)
         distances = {
             k: torch.zeros((), dtype=torch.float64, device=fed.device)
-            if self._is_clean(k)
+            if self._client_is_clean(k)
             else distance_to_clean(state, references, fed.state.splits)
             for k, state in states.items()
         }
@@ -183,16 +185,16 @@ class NoiseAwareMethod(FederatedMethod):
         return dict(zip(clients, weights.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Who is clean, and which samples learn how."""
+        """The predicted clean clients, and the masks and weights of the samples."""
         return {
-            "split_clean": self.split_clean,
+            "split_clean": self.is_clean,
             "distil": self.distil,
             "confidence": self.confidence,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
-        self.split_clean = state["split_clean"]
+        """Restore a state."""
+        self.is_clean = state["split_clean"]
         self.distil = state["distil"]
         self.confidence = state["confidence"]
         self.labels_changed()

@@ -1,4 +1,4 @@
-"""RoFL: clients share class centroids, which say whose label to trust.
+"""RoFL: clients exchange class centroids, which check the labels.
 
 Axes: K clients, N samples, B mini-batch, S selected samples, C classes, D feature dimension.
 """
@@ -24,12 +24,12 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Mean feature of each class; zero for a class without samples.
 
     Args:
-        features: Shape: (N, D).
-        labels: Shape: (N,).
-        num_classes: C.
+        features: Features of samples. Shape: (N, D).
+        labels: Class of each sample. Shape: (N,).
+        num_classes: Number of classes C.
 
     Returns:
-        Shape: (C, D).
+        One mean per class. Shape: (C, D).
 
     Example:
         >>> class_means(torch.tensor([[1.0], [3.0]]), torch.tensor([0, 0]), 2).tolist()
@@ -43,15 +43,16 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def merge_centroids(centroids: Tensor, before: Tensor) -> Tensor:
-    """The server's centroids: clients' ones, weighted by their cosine with the ones before.
+    """New centroids of the server: those of clients, weighted by their cosine with the old ones.
 
     Args:
-        centroids: Of each client. Shape: (K, C, D).
-        before: The global ones; zero for a class not seen yet. Shape: (C, D).
+        centroids: Centroids of each client. Shape: (K, C, D).
+        before: Old centroids of the server; zero for a class without samples so far.
+            Shape: (C, D).
 
     Returns:
-        A class that no client supports keeps its centroid, or gets the plain mean if it has
-        none yet. Shape: (C, D).
+        New centroids. A class that no client supports keeps its centroid, or gets the plain mean if
+        it has none yet. Shape: (C, D).
 
     Example:
         >>> clients = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
@@ -60,9 +61,9 @@ def merge_centroids(centroids: Tensor, before: Tensor) -> Tensor:
 
     Source: RoFL, IEEE Intelligent Systems 2022, server; the exceptions: inferred.
     """
-    known = centroids.norm(dim=-1) > 0  # (K, C)
+    has_samples = centroids.norm(dim=-1) > 0  # (K, C)
     weight = F.cosine_similarity(centroids, before[None], dim=-1).clamp_min(0)
-    weight = torch.where(before.norm(dim=-1) > 0, weight, 1.0) * known
+    weight = torch.where(before.norm(dim=-1) > 0, weight, 1.0) * has_samples
     total = weight.sum(0)[:, None]
     merged: Tensor = (weight[..., None] * centroids).sum(0) / total.clamp_min(1e-12)
     return torch.where(total > 0, merged, before)
@@ -76,9 +77,9 @@ class CentroidLoss:
     client's centroids towards the batch's.
 
     Args:
-        centroids: The client's; changed in place by calls. Shape: (C, D).
-        pseudo: Labels by the global model; None while given labels are used. Shape: (N,).
-        forget: Share of a batch with the largest losses that is left out.
+        centroids: Centroids of the client; changed in place by calls. Shape: (C, D).
+        pseudo: Pseudo-labels of the global model; None while given labels are used. Shape: (N,).
+        forget: Fraction of a batch, with the largest losses, that is left out.
         pull: Weight of the distance to the centroid.
         entropy: Weight of the prediction's entropy.
 
@@ -105,39 +106,41 @@ class CentroidLoss:
         with torch.no_grad():
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             number = max(1, int((1 - self.forget) * len(losses)))
-            chosen = losses.argsort(stable=True)[:number]
-            given, picked = batch.labels[chosen], features[chosen]
-            cosines = F.normalize(picked, dim=1) @ F.normalize(self.centroids, dim=1).T
-            agree = cosines.argmax(1) == given
-            labels = given
+            rows = losses.argsort(stable=True)[:number]
+            given_labels, row_features = batch.labels[rows], features[rows]
+            cosines = F.normalize(row_features, dim=1) @ F.normalize(self.centroids, dim=1).T
+            agree = cosines.argmax(1) == given_labels
+            labels = given_labels
             if self.pseudo is not None:
-                guess = move(self.pseudo[batch.index], given.device)[chosen]
-                labels = given.where(agree, guess)
-            targets = self.centroids[given]
-        scores = logits[chosen].log_softmax(1)
-        distance = (features[chosen] - targets).square().mean(1)
+                guess = move(self.pseudo[batch.index], given_labels.device)[rows]
+                labels = given_labels.where(agree, guess)
+            targets = self.centroids[given_labels]
+        scores = logits[rows].log_softmax(1)
+        distance = (features[rows] - targets).square().mean(1)
         loss: Tensor = (
             F.nll_loss(scores, labels)
             + self.pull * (agree * distance).mean()
             - self.entropy * (scores.exp() * scores).sum(1).mean()
         )
-        self._move(picked, given)
+        self._move(row_features, given_labels)
         return loss
 
     @torch.no_grad()
     def _move(self, features: Tensor, labels: Tensor) -> None:
         means = class_means(features, labels, len(self.centroids))
-        # a class absent from the batch has a zero mean, so cosine and share 0
-        share = F.cosine_similarity(self.centroids, means, dim=1)[:, None].square()
-        seen = (self.centroids.norm(dim=1) > 0)[:, None]
-        self.centroids.copy_(torch.where(seen, (1 - share) * self.centroids + share * means, means))
+        # a class absent from the batch has a zero mean, so its cosine and rate are 0
+        rate = F.cosine_similarity(self.centroids, means, dim=1)[:, None].square()
+        initialised = (self.centroids.norm(dim=1) > 0)[:, None]
+        self.centroids.copy_(
+            torch.where(initialised, (1 - rate) * self.centroids + rate * means, means)
+        )
 
 
 class RoFL(FederatedMethod):
     """FedAvg with exchanged class centroids, sample selection, pseudo-labels and entropy.
 
     From an unofficial implementation, as the paper's text was not at hand: selection of small
-    losses with a share ramped up over ``ramp_rounds``, labels checked by the nearest centroid,
+    losses with a fraction ramped up over ``ramp_rounds``, labels checked by the nearest centroid,
     pseudo-labels of the global model from round ``pseudo_from`` on (given labels before), the
     weight of the centroid term rising as ``(round + 1)/pseudo_from`` up to then, entropy weight
     0.8, local centroids that move by the squared cosine, global ones weighted by the cosine.
@@ -148,14 +151,14 @@ class RoFL(FederatedMethod):
     Clients are not split: :attr:`clean` stays None.
 
     Args:
-        forget: Share of a batch that is left out; meant to be the expected rate of noise.
-        ramp_rounds: Rounds over which that share grows from 0.
+        forget: Fraction of a batch that is left out; meant to be the expected rate of noise.
+        ramp_rounds: Number of rounds over which that fraction grows from 0.
         pseudo_from: First round with pseudo-labels.
         pull: Weight of the centroid term.
         entropy: Weight of the entropy term.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: ``forget`` is outside [0, 1), or another number is negative.
 
     Source: Yang et al., Robust Federated Learning with Noisy Labels, IEEE Intelligent Systems
     2022 (arXiv 2012.01700).
@@ -189,28 +192,28 @@ class RoFL(FederatedMethod):
         self._local: dict[int, Tensor] = {}
 
     def before_round(self, fed: Federation, round: int) -> None:
-        """Forget what clients did in the round before."""
+        """Discard the local centroids of the previous round."""
         self._local = {}
 
     def objective(self, fed: Federation, client: int, round: int) -> Objective:
         """The loss of a client, with its own copy of the centroids."""
         pseudo = None
         if self.centroids is None or round >= self.pseudo_from:
-            seen = list(fed.features(client, fed.global_state))
+            batches = list(fed.features(client, fed.global_state))
             fed.state.write(fed.global_state)
             if round >= self.pseudo_from:
                 pseudo = torch.zeros_like(fed.labels.given)
-                guesses = torch.cat([logits.argmax(1).cpu() for _, logits, _ in seen])
+                guesses = torch.cat([logits.argmax(1).cpu() for _, logits, _ in batches])
                 pseudo[fed.index[client]] = guesses
         if self.centroids is None:
-            features = torch.cat([f.float() for f, _, _ in seen])
+            features = torch.cat([f.float() for f, _, _ in batches])
             labels = fed.client_labels(client).to(features.device)
             self._local[client] = class_means(features, labels, fed.num_classes)
         else:
             self._local[client] = self.centroids.to(fed.device, copy=True)
-        share = min(1.0, round / self.ramp_rounds) if self.ramp_rounds else 1.0
+        ramp = min(1.0, round / self.ramp_rounds) if self.ramp_rounds else 1.0
         pull = self.pull * min(1.0, (round + 1) / max(1, self.pseudo_from))
-        return CentroidLoss(self._local[client], pseudo, self.forget * share, pull, self.entropy)
+        return CentroidLoss(self._local[client], pseudo, self.forget * ramp, pull, self.entropy)
 
     def after_round(
         self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
@@ -227,5 +230,5 @@ class RoFL(FederatedMethod):
         return {"centroids": self.centroids}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
+        """Restore a state."""
         self.centroids = state["centroids"]

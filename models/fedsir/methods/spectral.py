@@ -1,4 +1,4 @@
-"""Stage I as a part: clients train alone, and their class spectra tell clean from noisy.
+"""Stage I of FedSIR: clients train alone, and their class spectra tell clean from noisy.
 
 Axes: K clients, C classes, D feature dimension, P flat state size.
 """
@@ -26,10 +26,10 @@ __all__ = ["Identification", "SpectralIdentification", "accumulate"]
 
 @dataclass(frozen=True)
 class Identification:
-    """What Stage I leaves.
+    """Outcome of Stage I.
 
     Attributes:
-        split: Which clients are clean, and why.
+        split: The predicted clean clients, and the reason.
         scores: off_mean and off_energy of each client. Shape: (K, 2).
         similarities: Cosines between the classes' dominant directions. Shape: (K, C, C).
         states: Models after training alone, of this rank's clients.
@@ -48,10 +48,10 @@ def accumulate(
 
     Args:
         fed: The federation.
-        client: Whose samples.
-        state: Flat model. Shape: (P,).
-        labels: Labels to group by. Shape: (N_k,).
-        augmented: As in :meth:`Federation.features`.
+        client: Client whose samples are used.
+        state: Flat state of the model. Shape: (P,).
+        labels: Labels that group the samples into classes. Shape: (N_k,).
+        augmented: Key of the augmentation's random numbers, as in :meth:`Federation.features`.
     """
     spectra: SpectraAccumulator | None = None
     for features, _, part in fed.features(client, state, augmented=augmented):
@@ -64,21 +64,22 @@ def accumulate(
 
 @dataclass
 class SpectralIdentification:
-    """Which clients have clean labels, from models that each trained alone.
+    """Identification of clients with clean labels from models that each trained alone.
 
     Args:
         epochs: Local epochs of each client.
-        optimizer: Of these epochs; the federation's by default. (Paper: Adam, lr 5e-5,
+        optimizer: Optimizer of these epochs; the federation's by default. (Paper: Adam, lr 5e-5,
             weight decay 5e-2, from ImageNet weights; from scratch the lr must be larger.)
-        features: Whose input the features are computed from: ``plain`` images, or the
-            ``augmented`` ones of training, as the authors' code does.
-        statistics: ``both`` off_mean and off_energy (paper), or ``off_mean`` alone.
+        features: Images from which features are computed: ``plain`` ones, or ``augmented`` as in
+            training, as the authors' code does.
+        statistics: Scores used: ``both`` off_mean and off_energy (paper), or ``off_mean`` alone.
         min_count: Classes with fewer samples are left out of a client's score.
         always_split: Split into two groups even where the scores show only one (paper).
         threshold: Smallest posterior of a clean client.
-        small_gap: See :func:`~fulgurite.models.fedsir.identification.split_clients`.
-        wide_gap: As above.
-        level: As above.
+        small_gap: Smallest gap of a significant split; see
+            :func:`~fulgurite.models.fedsir.identification.split_clients`.
+        wide_gap: Gap of a split that needs no test.
+        level: Significance level of the test.
         noisy_above: Mean off_mean above which clients that are all alike are all noisy; by
             default they are all clean.
 
@@ -111,7 +112,7 @@ class SpectralIdentification:
 
         Args:
             fed: The federation; its global model is where each client starts.
-            purpose: Names the randomness, for repeated identification.
+            purpose: Key of the random numbers, which differs in repeated identifications.
         """
         from fulgurite.models.fedsir.identification import split_clients
 
@@ -154,14 +155,14 @@ def clean_reference(fed: Federation, clean: Tensor, states: ClientStates) -> Ten
 
     Args:
         fed: The federation.
-        clean: Which clients are clean, bool. Shape: (K,).
+        clean: Mask of the clean clients, bool. Shape: (K,).
         states: Flat states of this rank's clients.
 
     Returns:
         Flat model; the global one where no client is clean. Shape: (P,).
     """
-    chosen = torch.nonzero(clean).flatten().tolist()
-    if not chosen:
+    clean_clients = torch.nonzero(clean).flatten().tolist()
+    if not clean_clients:
         return fed.global_state
-    own = {k: states[k] for k in chosen if k in states}
-    return fed.average(own, fed.size_weights(chosen))
+    clean_states = {k: states[k] for k in clean_clients if k in states}
+    return fed.average(clean_states, fed.size_weights(clean_clients))
