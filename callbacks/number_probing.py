@@ -1,4 +1,4 @@
-"""When number embeddings are probed during training, and where it is recorded.
+"""Probes of number embeddings during training, and their records.
 
 Axes: N numbers, D embedding width, T period.
 """
@@ -69,12 +69,12 @@ class ModularProbe(Callback):
         first_row: With ``embedding``: the row of number 0, if number n is row ``first_row + n``.
         spelling: With ``tokenizer``: ``bare`` "7", ``spaced`` " 7", or ``auto``.
         method: ``lda``, or the slow ``logistic``.
-        folds: Of the cross-validation.
+        folds: Number of folds of the cross-validation.
         seeds: Ways to deal the folds.
         blocked: Folds measured beside the shuffled ones: ``decade``, ``contiguous``.
         permuted: Permutations of the numbers probed as a control.
         nonround: Probe the numbers that 5 does not divide by themselves as well.
-        pca: Principal components kept for the Fisher values, at most N/4.
+        pca: Principal components used for the Fisher values, at most N/4.
         ridge: Added to S_W, in units of its mean eigenvalue.
         at_checkpoints: Probe whenever a checkpoint is written.
         figures: Draw when the fit ends.
@@ -131,7 +131,7 @@ class ModularProbe(Callback):
         self.spectra: dict[int, Tensor] = {}  # normalised magnitudes by step
         self.last: Report | None = None
 
-    # --- when ------------------------------------------------------------------------------------
+    # --- hooks -----------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the model as it starts, unless it is resumed from a probed step."""
@@ -173,7 +173,7 @@ class ModularProbe(Callback):
         """Batches trained on. Not ``global_step``, which counts each of several optimizers."""
         return trainer.fit_loop.total_batch_idx + 1
 
-    # --- what ------------------------------------------------------------------------------------
+    # --- probing ---------------------------------------------------------------------------------
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if not trainer.is_global_zero or (self.history and self.history[-1]["step"] >= step):
@@ -208,26 +208,26 @@ class ModularProbe(Callback):
     @staticmethod
     def _folder(trainer: Trainer) -> Path | None:
         # not trainer.log_dir: that one is broadcast, and only rank 0 comes here
-        place = trainer.logger.log_dir if trainer.logger else None
-        return Path(place) if place else None
+        log_dir = trainer.logger.log_dir if trainer.logger else None
+        return Path(log_dir) if log_dir else None
 
     def _embeddings(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[Sequence[int], Tensor]:
         """Numbers and their rows."""
-        known: Mapping[int, int] | None = getattr(
+        number_ids: Mapping[int, int] | None = getattr(
             getattr(trainer, "datamodule", None), "number_ids", None
         )
         if self.embedding is None:
-            ask = getattr(pl_module, "number_embeddings", None)
-            if ask is None:
+            number_embeddings = getattr(pl_module, "number_embeddings", None)
+            if number_embeddings is None:
                 raise ConfigError(
                     f"{type(pl_module).__name__} has no number_embeddings(numbers).",
                     "Name its embedding: ModularProbe.embedding=PATH, such as model.embed_tokens.",
                 )
-            numbers = self._numbers(known)
+            numbers = self._numbers(number_ids)
             try:
-                embeddings = ask(numbers)
+                embeddings = number_embeddings(numbers)
             except KeyError as error:
                 raise DataError(
                     f"{type(pl_module).__name__} has no embedding of {error.args[0]!r}.",
@@ -241,23 +241,23 @@ class ModularProbe(Callback):
         else:
             if self.tokenizer is not None:
                 folder = Path(self.tokenizer)
-                known, _ = number_tokens(
+                number_ids, _ = number_tokens(
                     read_vocabulary(folder), self.numbers, self.spelling,
                     encode=read_encoder(folder),
                 )  # fmt: skip
-            numbers = self._numbers(known)
-            if known is None:
+            numbers = self._numbers(number_ids)
+            if number_ids is None:
                 raise ConfigError(
                     "ModularProbe does not know which row is which number.",
                     "Give ModularProbe.tokenizer, ModularProbe.first_row, or a DataModule with "
                     "number_ids.",
                 )
-            if missing := [n for n in numbers if n not in known]:
+            if missing := [n for n in numbers if n not in number_ids]:
                 raise DataError(
                     f"The DataModule has no token for {describe(missing)}.",
                     "Leave them out of ModularProbe.numbers.",
                 )
-            rows = [known[n] for n in numbers]
+            rows = [number_ids[n] for n in numbers]
         if len(rows) != len(set(rows)) or min(rows) < 0 or max(rows) >= len(weight):
             raise DataError(
                 f"The rows {min(rows)} to {max(rows)} of {len(rows)} numbers do not fit the "
@@ -266,30 +266,30 @@ class ModularProbe(Callback):
             )
         return numbers, weight.detach()[torch.tensor(rows, device=weight.device)]
 
-    def _numbers(self, known: Mapping[int, int] | None) -> Sequence[int]:
+    def _numbers(self, number_ids: Mapping[int, int] | None) -> Sequence[int]:
         if self.numbers is not None:
             return self.numbers
-        if known is None:
+        if number_ids is None:
             raise ConfigError(
                 "ModularProbe does not know which numbers the model has.",
                 "Name them: ModularProbe.numbers=0:1000.",
             )
-        return sorted(known)
+        return sorted(number_ids)
 
     @staticmethod
     def _weight(pl_module: LightningModule, path: str) -> Tensor:
-        found: Any = pl_module
+        weight: Any = pl_module
         for part in path.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.Module):
-            found = getattr(found, "weight", None)
-        if not isinstance(found, Tensor) or found.ndim != 2:
+            weight = getattr(weight, part, None)
+        if isinstance(weight, nn.Module):
+            weight = getattr(weight, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
             names = [n for n, m in pl_module.named_modules() if isinstance(m, nn.Embedding)]
             raise ConfigError(
                 f"ModularProbe.embedding={path} is no matrix of {type(pl_module).__name__}.",
                 f"Its embeddings are {', '.join(names) or '(none)'}.",
             )
-        return found
+        return weight
 
     # --- record ----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a table of number embeddings must be before anything is measured on it.
+"""Checks of a table of number embeddings before anything is measured on it.
 
 Axes: N numbers, D embedding width.
 """
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["check_embeddings", "check_periods", "consecutive", "describe"]
+__all__ = ["check_consecutive", "check_embeddings", "check_periods", "describe"]
 
 
-def describe(numbers: Sequence[int], most: int = 5) -> str:
-    """The first few of a list of numbers.
+def describe(numbers: Sequence[int], limit: int = 5) -> str:
+    """Name the first few of a list of numbers.
 
     Example:
-        >>> describe([3, 4, 5, 6], most=2)
+        >>> describe([3, 4, 5, 6], limit=2)
         '3, 4 … (4)'
     """
-    shown = ", ".join(str(n) for n in numbers[:most])
-    return shown if len(numbers) <= most else f"{shown} … ({len(numbers)})"
+    first_numbers = ", ".join(str(n) for n in numbers[:limit])
+    return first_numbers if len(numbers) <= limit else f"{first_numbers} … ({len(numbers)})"
 
 
 def check_embeddings(
@@ -32,7 +32,7 @@ def check_embeddings(
     *,
     allow_duplicates: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings in float64 and their numbers, or an error that names what is wrong.
+    """Check a table; return its embeddings in float64 and their numbers.
 
     Args:
         embeddings: One row for each number, any floating type. Shape: (N, D).
@@ -101,14 +101,14 @@ def _unique_rows(x: Tensor) -> int:
     return len(x) - int((ordered[1:] == ordered[:-1]).all(1).sum())
 
 
-def consecutive(numbers: Tensor) -> int:
-    """The first of consecutive ascending numbers.
+def check_consecutive(numbers: Tensor) -> int:
+    """Check that numbers are consecutive and ascending, and return the first.
 
     Raises:
-        DataError: They are not consecutive; the error names the first gap.
+        DataError: The numbers are not consecutive; the error names the first gap.
 
     Example:
-        >>> consecutive(torch.tensor([5, 6, 7]))
+        >>> check_consecutive(torch.tensor([5, 6, 7]))
         5
     """
     steps = numbers.diff() != 1
@@ -123,17 +123,17 @@ def consecutive(numbers: Tensor) -> int:
 
 
 def check_periods(periods: Sequence[int], size: int) -> tuple[int, ...]:
-    """Periods that can be told from ``size`` numbers, ascending.
+    """Check that periods can be told from ``size`` numbers, and sort them.
 
     Raises:
-        ConfigError: There is none, or one is below 2 or above a quarter of ``size``.
+        ConfigError: There is no period, or a period is below 2 or above a quarter of ``size``.
 
     Example:
         >>> check_periods([10, 2], 100)
         (2, 10)
     """
-    bad = [t for t in periods if not 2 <= t <= size // 4]
-    if bad or not periods:
+    invalid = [t for t in periods if not 2 <= t <= size // 4]
+    if invalid or not periods:
         raise ConfigError(
             f"periods={list(periods)} cannot be probed on {size} numbers.",
             f"Give whole numbers from 2 to {size // 4}, a quarter of the numbers.",

@@ -1,4 +1,4 @@
-"""Number embeddings from counting words: PPMI with SVD, and skip-gram with negative sampling.
+"""Number embeddings without a language model: PPMI with SVD, and skip-gram with negatives.
 
 Both read the batches of a language model, so that they see the same text with the same
 perturbations and can be probed by the same callback.
@@ -38,7 +38,7 @@ __all__ = [
     "svd_embeddings",
 ]
 
-_MERGED = 64  # batches whose counts are added at once: each time all counts are copied
+_MERGE_EVERY = 64  # batches whose counts are added at once, since each addition copies all counts
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,14 +52,14 @@ def cooccurrences(
     window: int = 5,
     documents: npt.NDArray[Any] | None = None,
 ) -> csr_matrix:
-    """How often two tokens stand at most so many places apart, in either order.
+    """Count how often two tokens stand at most ``window`` tokens apart, in either order.
 
     Args:
-        tokens: Rows of text; the end of a row and the beginning of the next are apart.
+        tokens: Rows of text; pairs never cross from one row to the next.
             Shape: (B, L).
         vocab_size: V.
-        window: Places apart at most.
-        documents: Ids of pieces that are apart too. Shape: (B, L).
+        window: Largest distance of two tokens.
+        documents: Ids of documents; pairs do not cross them either. Shape: (B, L).
 
     Returns:
         Shape: (V, V), float64, symmetric.
@@ -75,13 +75,13 @@ def cooccurrences(
 
     total = csr_matrix((vocab_size, vocab_size))
     for lag in range(1, min(window, tokens.shape[1] - 1) + 1):
-        left, right = tokens[:, :-lag], tokens[:, lag:]
+        first, second = tokens[:, :-lag], tokens[:, lag:]
         if documents is not None:
-            near = documents[:, :-lag] == documents[:, lag:]
-            left, right = left[near], right[near]
-        ones = np.ones(left.size)
-        places = left.ravel().astype(np.int64), right.ravel().astype(np.int64)
-        total = total + coo_matrix((ones, places), total.shape).tocsr()
+            same = documents[:, :-lag] == documents[:, lag:]
+            first, second = first[same], second[same]
+        ones = np.ones(first.size)
+        pairs = first.ravel().astype(np.int64), second.ravel().astype(np.int64)
+        total = total + coo_matrix((ones, pairs), total.shape).tocsr()
     return csr_matrix(total + total.T)
 
 
@@ -90,7 +90,7 @@ def ppmi(counts: csr_matrix, smoothing: float = 0.75) -> csr_matrix:
 
     Args:
         counts: Shape: (N, C).
-        smoothing: Power of the columns' counts; below 1, rare contexts count less.
+        smoothing: Exponent of the columns' counts; below 1, rare contexts count less.
 
     Returns:
         Shape: (N, C), non-negative, zero where counts are.
@@ -110,9 +110,9 @@ def ppmi(counts: csr_matrix, smoothing: float = 0.75) -> csr_matrix:
     columns = np.asarray(table.sum(0)).ravel() ** smoothing
     # p(row, column) / (p(row) p'(column)), of which p(row) and the pairs share their total
     ratio = table.data / rows[table.row] * columns.sum() / columns[table.col]
-    found = csr_matrix((np.maximum(np.log(ratio), 0), (table.row, table.col)), table.shape)
-    found.eliminate_zeros()
-    return found
+    information = csr_matrix((np.maximum(np.log(ratio), 0), (table.row, table.col)), table.shape)
+    information.eliminate_zeros()
+    return information
 
 
 def svd_embeddings(table: csr_matrix, width: int, power: float = 0.5) -> Floats:
@@ -121,7 +121,7 @@ def svd_embeddings(table: csr_matrix, width: int, power: float = 0.5) -> Floats:
     Args:
         table: Shape: (N, C).
         width: D, below N and C.
-        power: Of the singular values.
+        power: Exponent of the singular values.
 
     Returns:
         U S^power, directions by singular values, signs so that each one's largest entry is
@@ -147,13 +147,13 @@ def svd_embeddings(table: csr_matrix, width: int, power: float = 0.5) -> Floats:
             f"{table.nnz} entries do not exist.",
             "Give a smaller --model.init_args.width, or more text.",
         )
-    start = np.ones(min(table.shape))  # else a random one
-    left, values, _ = svds(table, k=width, v0=start)
-    order = np.argsort(-values)
-    left, values = left[:, order], values[order]
-    signs = np.sign(left[np.abs(left).argmax(0), np.arange(width)])
-    found: Floats = left * signs * values**power
-    return found
+    start_vector = np.ones(min(table.shape))  # else a random one
+    u, singular_values, _ = svds(table, k=width, v0=start_vector)
+    order = np.argsort(-singular_values)
+    u, singular_values = u[:, order], singular_values[order]
+    signs = np.sign(u[np.abs(u).argmax(0), np.arange(width)])
+    embeddings: Floats = u * signs * singular_values**power
+    return embeddings
 
 
 def save_vectors(path: str | Path, numbers: Sequence[int], embeddings: Tensor) -> Path:
@@ -187,7 +187,7 @@ def save_vectors(path: str | Path, numbers: Sequence[int], embeddings: Tensor) -
 # --- LightningModules ----------------------------------------------------------------------------
 
 
-class _TextFileModule(NumberModule):
+class _VectorFileModule(NumberModule):
     """Writes its number embeddings beside the run's metrics when training ends."""
 
     monitor = None
@@ -204,18 +204,18 @@ class _TextFileModule(NumberModule):
             save_vectors(Path(folder) / "numbers.txt", numbers, self.number_embeddings(numbers))
 
 
-class PPMI(_TextFileModule):
+class PPMI(_VectorFileModule):
     """Counts in one epoch; positive pointwise mutual information, then singular directions.
 
     Nothing is trained by gradients: an optimizer step never happens, and ``global_step`` stays 0.
 
     Args:
         width: D.
-        window: Tokens that count as near.
+        window: Largest distance of two tokens of a pair.
         smoothing: See :func:`ppmi`.
         power: See :func:`svd_embeddings`.
-        contexts: So many of the most frequent tokens are contexts (C).
-        all_rows: Find the directions from all tokens, instead of from the numbers alone.
+        contexts: Number of contexts C: the most frequent tokens.
+        all_rows: Take the singular directions of all tokens, instead of the numbers alone.
         vocab_size: V; taken from the data.
 
     Raises:
@@ -249,7 +249,7 @@ class PPMI(_TextFileModule):
         # Lightning moves and counts parameters; this one is never trained
         self.anchor = nn.Parameter(torch.zeros(0), requires_grad=False)
         self._counts: csr_matrix | None = None
-        self._waiting: list[csr_matrix] = []  # of the last batches
+        self._pending: list[csr_matrix] = []  # counts of the last batches
         self._rows: tuple[list[int], Tensor] | None = None  # tokens and their embeddings
 
     @property
@@ -259,8 +259,8 @@ class PPMI(_TextFileModule):
 
         if self._counts is None:
             self._counts = csr_matrix((self.vocab_size, self.vocab_size))
-        if self._waiting:
-            self._counts, self._waiting = sum(self._waiting, self._counts), []
+        if self._pending:
+            self._counts, self._pending = sum(self._pending, self._counts), []
         return self._counts
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -279,33 +279,33 @@ class PPMI(_TextFileModule):
         super().on_load_checkpoint(checkpoint)
         parts = tuple(checkpoint["counts"][name].numpy() for name in ("data", "indices", "indptr"))
         self._counts = csr_matrix(parts, (self.vocab_size, self.vocab_size))
-        self._waiting, self._rows = [], None
+        self._pending, self._rows = [], None
 
     def configure_optimizers(self) -> None:
-        """None."""
+        """Return no optimizer: nothing is trained."""
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Count the pairs of a batch.
 
         Raises:
-            ConfigError: Several ranks would count a part each.
+            ConfigError: There are several ranks, each of which would count a part of the text.
         """
         if self.trainer.world_size > 1:
             raise ConfigError(
                 "Each rank would count a part of the text.", "Use --trainer.devices=1."
             )
         documents = batch.get("documents")
-        found = cooccurrences(
+        counts = cooccurrences(
             batch["tokens"].cpu().numpy(),
             self.vocab_size,
             self.window,
             None if documents is None else documents.cpu().numpy(),
         )
-        self._waiting.append(found)
+        self._pending.append(counts)
         self._rows = None
-        if len(self._waiting) >= _MERGED:
+        if len(self._pending) >= _MERGE_EVERY:
             _ = self.counts
-        self.log("train/pairs", float(found.sum()), batch_size=len(batch["tokens"]))
+        self.log("train/pairs", float(counts.sum()), batch_size=len(batch["tokens"]))
 
     def number_embeddings(self, ns: Sequence[int]) -> Tensor:
         """Rows of numbers, from what has been counted so far. Shape: (N, D), float64.
@@ -315,24 +315,26 @@ class PPMI(_TextFileModule):
         Raises:
             DataError: A number has no token.
         """
-        wanted = self.number_tokens(ns).tolist()
+        tokens = self.number_tokens(ns).tolist()
         if not self.counts.nnz:
             generator = torch.Generator().manual_seed(0)
             shape = self.vocab_size, self.width
-            return torch.randn(shape, generator=generator, dtype=torch.float64)[wanted]
+            return torch.randn(shape, generator=generator, dtype=torch.float64)[tokens]
         if self._rows is None:
-            known = [*range(self.vocab_size)] if self.all_rows else sorted(self.number_ids.values())
+            row_tokens = (
+                [*range(self.vocab_size)] if self.all_rows else sorted(self.number_ids.values())
+            )
             frequent = np.asarray(self.counts.sum(0)).ravel().argsort(kind="stable")[::-1]
             columns = np.sort(frequent[: self.contexts])
-            table = ppmi(self.counts[known][:, columns], self.smoothing)
+            table = ppmi(self.counts[row_tokens][:, columns], self.smoothing)
             rows = svd_embeddings(table, self.width, self.power)
-            self._rows = known, torch.from_numpy(rows)
-        known, rows_of = self._rows
-        place = {token: i for i, token in enumerate(known)}
-        return rows_of[torch.tensor([place[token] for token in wanted])]
+            self._rows = row_tokens, torch.from_numpy(rows)
+        row_tokens, embeddings = self._rows
+        row_of = {token: i for i, token in enumerate(row_tokens)}
+        return embeddings[torch.tensor([row_of[token] for token in tokens])]
 
 
-class SkipGram(_TextFileModule):
+class SkipGram(_VectorFileModule):
     """Each token predicts the tokens near it, against random ones.
 
     Random tokens come from the counts of the data to a power. A token's nearer neighbours weigh
@@ -340,13 +342,13 @@ class SkipGram(_TextFileModule):
 
     Args:
         width: D.
-        window: Tokens that count as near.
+        window: Largest distance of two tokens of a pair.
         negatives: Random tokens for each pair.
-        power: Of the counts.
-        subsample: Tokens more frequent than this share are left out at random, the more the more
-            frequent; 0 for none.
+        power: Exponent of the counts from which random tokens are drawn.
+        subsample: Tokens of a higher relative frequency are left out at random, the more the
+            more frequent; 0 for none.
         optimizer: Makes the optimizer.
-        seed: Of random tokens and of what is left out.
+        seed: Seed of random tokens and of the tokens left out.
         vocab_size: V; taken from the data.
 
     Raises:
@@ -381,13 +383,13 @@ class SkipGram(_TextFileModule):
         self.contexts = nn.Embedding(vocab_size, width)
         nn.init.uniform_(self.embedding.weight, -0.5 / width, 0.5 / width)
         nn.init.zeros_(self.contexts.weight)
-        self._cumulated, self._kept = torch.zeros(0), torch.zeros(0)
+        self._cumulative_weights, self._keep_probability = torch.zeros(0), torch.zeros(0)
 
     def setup(self, stage: str) -> None:
         """Take the tokens' counts from the data.
 
         Raises:
-            DataError: They give none.
+            DataError: The data give no ``token_counts``.
         """
         super().setup(stage)
         if stage != "fit":
@@ -398,12 +400,14 @@ class SkipGram(_TextFileModule):
                 "Skip-gram needs how often each token occurs, and the data do not say it.",
                 "Use fulgurite.datamodules.number_probing.NumberTextDataModule.",
             )
-        share = torch.zeros(self.vocab_size, dtype=torch.float64)
-        share[: len(counts)] = counts / counts.sum()
-        self._cumulated = share.pow(self.power).cumsum(0)
-        self._kept = torch.ones_like(share)
+        frequency = torch.zeros(self.vocab_size, dtype=torch.float64)
+        frequency[: len(counts)] = counts / counts.sum()
+        self._cumulative_weights = frequency.pow(self.power).cumsum(0)
+        self._keep_probability = torch.ones_like(frequency)
         if self.subsample:
-            self._kept = (self.subsample / share.clamp(min=1e-30)).sqrt().clamp(max=1)
+            self._keep_probability = (
+                (self.subsample / frequency.clamp(min=1e-30)).sqrt().clamp(max=1)
+            )
 
     def number_embeddings(self, ns: Sequence[int]) -> Tensor:
         """Rows of numbers. Shape: (N, D).
@@ -425,50 +429,55 @@ class SkipGram(_TextFileModule):
         generator = torch.Generator().manual_seed(
             ((self.seed * 1_000_003 + self.global_step) * 1009 + rank) % 2**63
         )
-        kept = torch.rand(tokens.shape, generator=generator) < self._kept[tokens.cpu()]
+        keep = torch.rand(tokens.shape, generator=generator) < self._keep_probability[tokens.cpu()]
         shape = (*tokens.shape, self.negatives)
-        drawn = torch.rand(shape, generator=generator, dtype=torch.float64) * self._cumulated[-1]
+        uniform = (
+            torch.rand(shape, generator=generator, dtype=torch.float64)
+            * self._cumulative_weights[-1]
+        )
         # right: a token without counts is never drawn
-        random = torch.searchsorted(self._cumulated, drawn, right=True)
-        random = move(random.clamp(max=self.vocab_size - 1), tokens.device)
-        weights, near = _pairs(move(kept, tokens.device), documents, self.window)
+        negatives = torch.searchsorted(self._cumulative_weights, uniform, right=True)
+        negatives = move(negatives.clamp(max=self.vocab_size - 1), tokens.device)
+        weights, weight_sums = _weigh_pairs(move(keep, tokens.device), documents, self.window)
         center, context = self.embedding(tokens), self.contexts(tokens)
-        lost = center.new_zeros(())
+        total = center.new_zeros(())
         for lag, weight in enumerate(weights, 1):
             for a, b in ((center, context), (context, center)):
                 score = (a[:, :-lag] * b[:, lag:]).sum(-1)
-                lost = lost - (F.logsigmoid(score) * weight).sum()
-        against = F.logsigmoid(-torch.einsum("bld,blkd->blk", center, self.contexts(random)))
-        lost = lost - (against.sum(-1) * near).sum()
-        loss: Tensor = lost / near.sum().clamp(min=1e-9)
+                total = total - (F.logsigmoid(score) * weight).sum()
+        noise = F.logsigmoid(-torch.einsum("bld,blkd->blk", center, self.contexts(negatives)))
+        total = total - (noise.sum(-1) * weight_sums).sum()
+        loss: Tensor = total / weight_sums.sum().clamp(min=1e-9)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(tokens))
         return loss
 
 
-def _pairs(kept: Tensor, documents: Tensor | None, window: int) -> tuple[list[Tensor], Tensor]:
+def _weigh_pairs(
+    keep: Tensor, documents: Tensor | None, window: int
+) -> tuple[list[Tensor], Tensor]:
     """Weights of the pairs at each distance, and their sum for each token.
 
     Args:
-        kept: Tokens that take part. Shape: (B, L), bool.
+        keep: Whether a token takes part. Shape: (B, L), bool.
         documents: Shape: (B, L).
-        window: Distances.
+        window: Largest distance of two tokens of a pair.
 
     Returns:
         Shapes: (B, L - distance) each, and (B, L).
 
     Example:
-        >>> weights, near = _pairs(torch.ones(1, 3, dtype=torch.bool), None, 2)
-        >>> weights, near
+        >>> weights, weight_sums = _weigh_pairs(torch.ones(1, 3, dtype=torch.bool), None, 2)
+        >>> weights, weight_sums
         ([tensor([[1., 1.]]), tensor([[0.5000]])], tensor([[1.5000, 2.0000, 1.5000]]))
     """
     weights = []
-    near = torch.zeros(kept.shape, device=kept.device)
-    for lag in range(1, min(window, kept.shape[1] - 1) + 1):
-        both = kept[:, :-lag] & kept[:, lag:]
+    weight_sums = torch.zeros(keep.shape, device=keep.device)
+    for lag in range(1, min(window, keep.shape[1] - 1) + 1):
+        pairs = keep[:, :-lag] & keep[:, lag:]
         if documents is not None:
-            both = both & (documents[:, :-lag] == documents[:, lag:])
-        weight = both * (1 - (lag - 1) / window)
-        near[:, :-lag] += weight
-        near[:, lag:] += weight
+            pairs = pairs & (documents[:, :-lag] == documents[:, lag:])
+        weight = pairs * (1 - (lag - 1) / window)
+        weight_sums[:, :-lag] += weight
+        weight_sums[:, lag:] += weight
         weights.append(weight)
-    return weights, near
+    return weights, weight_sums

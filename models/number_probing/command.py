@@ -14,7 +14,7 @@ from fulgurite.io import atomic_write
 from fulgurite.models.number_probing.checks import describe
 from fulgurite.models.number_probing.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
-from fulgurite.models.number_probing.options import OneLineParser, integers
+from fulgurite.models.number_probing.options import OneLineParser, parse_integers
 from fulgurite.models.number_probing.probing import probe
 from fulgurite.models.number_probing.report import (
     ProbeSettings,
@@ -28,13 +28,13 @@ from fulgurite.models.number_probing.tables import NumberTable, parse_numbers, r
 
 __all__ = ["main"]
 
-_SHOWN = (
+_COLUMNS = (
     "period", "kappa", "kappa_nonround", "kappa_decade", "kappa_contiguous", "kappa_permuted",
     "train_kappa", "band", "local_ratio", "phi", "eta2", "cond", "fisher", "verdict",
 )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="fulgurite probe",
         description="At which periods are numbers encoded in a table of embeddings, can n mod T be "
@@ -57,28 +57,32 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _controls(table: NumberTable, settings: ProbeSettings) -> list[dict[str, Any]]:
-    """Spectra and κ of what must have none, and of the frequency alone where it is known."""
-    others = {"rows shuffled": row_shuffled(table.embeddings), "random": gaussian(table.embeddings)}
+def _probe_controls(table: NumberTable, settings: ProbeSettings) -> list[dict[str, Any]]:
+    """Probe controls without periods, and the frequency rank alone where the table has it."""
+    controls = {
+        "rows shuffled": row_shuffled(table.embeddings),
+        "random": gaussian(table.embeddings),
+    }
     if table.rank is not None:
-        others["log rank"] = (table.rank.double() + 1).log()[:, None]
+        controls["log rank"] = (table.rank.double() + 1).log()[:, None]
     rows = []
-    for name, x in others.items():
-        found = probe(
+    for name, x in controls.items():
+        results = probe(
             x, settings.periods, numbers=table.numbers, method=settings.method,
             folds=settings.folds, seeds=settings.seeds, nonround=False, allow_duplicates=True,
         )  # fmt: skip
-        shown = spectrum(x, table.numbers, allow_duplicates=True)
-        lines = shown.normalised[shown.frequency >= LOWEST]  # a drift over n is no line
+        control_spectrum = spectrum(x, table.numbers, allow_duplicates=True)
+        # a drift over n is no line
+        lines = control_spectrum.normalised[control_spectrum.frequency >= LOWEST]
         rows.append(
             {"control": name, "max magnitude": float(lines.max())}
-            | {f"kappa_{t}": result.kappa for t, result in found.items()}
+            | {f"kappa_{t}": result.kappa for t, result in results.items()}
         )
     return rows
 
 
 def main(argv: list[str]) -> int:
-    """Probe a table, print what was found, and write it to a folder.
+    """Probe a table, print the report, and write it to a folder.
 
     The folder gets ``report.json``, ``probe.csv``, ``controls.csv`` and ``figures/``.
 
@@ -89,11 +93,11 @@ def main(argv: list[str]) -> int:
         0.
 
     Raises:
-        FulguriteError: The table or an option is not sound.
+        FulguriteError: The table or an option is invalid.
     """
-    args = _parser().parse_args(argv)
+    args = _make_parser().parse_args(argv)
     settings = ProbeSettings(
-        tuple(integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
+        tuple(parse_integers(args.periods, "--periods")), args.method, args.folds, args.seeds,
         permuted=args.permuted, pca=args.pca, ridge=args.ridge,
     )  # fmt: skip
     numbers = parse_numbers(args.numbers) if args.numbers else None
@@ -107,21 +111,21 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--out {folder} already holds a report.", "Name another folder.")
     begun = time.perf_counter()
     report = measure(table.embeddings, table.numbers, settings)
-    controls = _controls(table, settings)
+    controls = _probe_controls(table, settings)
     seconds = time.perf_counter() - begun
     note = f" ({table.note})" if table.note else ""
     print(
         f"{table.source}: {report.size} numbers, {table.numbers[0]} to {table.numbers[-1]}, "
         f"{report.width} dimensions{note}\n"
     )
-    print(to_markdown(report.rows, _SHOWN), end="\n\n")
+    print(to_markdown(report.rows, _COLUMNS), end="\n\n")
     for sentence in report.notes:
         print(sentence, end="\n\n")
     print(to_markdown(controls, list(controls[0])), end="\n\n")
     print(f"verdict: {report.diagnosis.verdict}")
     for reason in report.diagnosis.reasons:
         print(f"  {reason}")
-    _write(folder, {
+    _write_report(folder, {
         "source": table.source,
         "note": table.note,
         "numbers": describe(table.numbers, 2),
@@ -150,7 +154,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _write(folder: Path, content: dict[str, Any]) -> None:
+def _write_report(folder: Path, content: dict[str, Any]) -> None:
     for name, text in {
         "probe.csv": to_csv(content["rows"]),
         "controls.csv": to_csv(content["controls"]),

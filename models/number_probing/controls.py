@@ -1,4 +1,4 @@
-"""Embeddings whose verdict is known: what a probe must and must not find in them.
+"""Control embeddings whose verdict is known in advance.
 
 Axes: N numbers, D embedding width, T period.
 """
@@ -15,7 +15,7 @@ __all__ = ["ceiling", "collinear", "gaussian", "histogram", "planted", "row_shuf
 
 
 def row_shuffled(embeddings: Tensor, seed: int = 0) -> Tensor:
-    """The same rows for other numbers: no period is left. Shape: (N, D).
+    """The same rows for other numbers: no period remains. Shape: (N, D).
 
     Example:
         >>> sorted(row_shuffled(torch.arange(3.0)[:, None]).flatten().tolist())
@@ -73,7 +73,7 @@ def planted(
         harmonics: h of the frequencies h/T.
         noise: Standard deviation of independent noise in all dimensions, for radius 1.
         scatter: The same within the planes only.
-        seed: Of planes and noise.
+        seed: Seed of planes and noise.
 
     Example:
         >>> planted(torch.arange(3), 10, 8, noise=0.0).norm(dim=1).round(decimals=3)
@@ -113,15 +113,15 @@ def collinear(numbers: Tensor, period: int, step: float, drift: float) -> Tensor
 
 def ceiling(
     period: int,
-    known: Callable[[Tensor], Tensor],
-    among: Callable[[Tensor], Tensor] | None = None,
+    feature: Callable[[Tensor], Tensor],
+    subset: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """κ of the best guess of n mod T that knows only part of n [1].
+    """κ of the best guess of n mod T from a feature of n alone [1].
 
     Args:
         period: T.
-        known: What is known of n; it may depend on n modulo 10 and modulo T.
-        among: Count only numbers for which this is true.
+        feature: Function of n that the guess may use; it may depend on n modulo 10 and modulo T.
+        subset: Predicate; only numbers for which it is true count.
 
     Example:
         >>> round(ceiling(10, lambda n: n % 2), 3), round(ceiling(10, lambda n: n % 5), 3)
@@ -132,9 +132,9 @@ def ceiling(
     Source: card section 1.6.
     """
     n = torch.arange(10 * period)
-    if among is not None:
-        n = n[among(n)]
-    key, residue = known(n), n % period
+    if subset is not None:
+        n = n[subset(n)]
+    key, residue = feature(n), n % period
     best = sum(int(residue[key == k].bincount().max()) for k in torch.unique(key).tolist())
     chance = 1 / len(torch.unique(residue))
     return (best / len(n) - chance) / (1 - chance)

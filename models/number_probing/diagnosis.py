@@ -1,4 +1,4 @@
-"""What spectrum and probe say together, with reasons."""
+"""The verdict on a table from its spectrum and its probes, with reasons."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ class Diagnosis:
     reasons: tuple[str, ...]
 
 
-def _round(n: Tensor) -> Tensor:
-    """Whether n ends in 0, in 5, or neither."""
+def _roundness(n: Tensor) -> Tensor:
+    """The last digit of n if it is 0 or 5, else -1."""
     return torch.where(n % 5 == 0, n % 10, -1)
 
 
 def _parity_and_round(n: Tensor) -> Tensor:
-    return 100 * (n % 2) + _round(n)
+    return 100 * (n % 2) + _roundness(n)
 
 
-def _rough(n: Tensor) -> Tensor:
+def _is_nonround(n: Tensor) -> Tensor:
     return n % 5 != 0
 
 
@@ -77,9 +77,10 @@ def diagnose(
     if it is more than a shorter period explains.
 
     Args:
-        probed: Of :func:`probe`, by period, on shuffled folds.
-        spikes: Of :func:`spikes`, by period.
-        blocked: Of :func:`probe` on decade or contiguous folds; its κ is named among the reasons.
+        probed: Results of :func:`probe` on shuffled folds, by period.
+        spikes: Results of :func:`spikes`, by period.
+        blocked: Results of :func:`probe` on decade or contiguous folds; their κ is named among the
+            reasons.
 
     Raises:
         ConfigError: A period was probed without a spike verdict.
@@ -87,8 +88,8 @@ def diagnose(
     Example:
         >>> from fulgurite.models.number_probing import planted, probe, spectrum, spikes
         >>> x = planted(torch.arange(1000), 10)
-        >>> found = diagnose(probe(x, [2, 5, 10]), spikes(spectrum(x), [2, 5, 10]))
-        >>> found.verdict, found.periods[5].verdict
+        >>> diagnosis = diagnose(probe(x, [2, 5, 10]), spikes(spectrum(x), [2, 5, 10]))
+        >>> diagnosis.verdict, diagnosis.periods[5].verdict
         ('geometric', 'nothing')
 
     Source: card sections 1.6 and 6, inferred.
@@ -99,7 +100,7 @@ def diagnose(
             "Call spikes() with the same periods as probe().",
         )
     periods = {
-        t: _period(probed, spikes[t], t, blocked[t] if blocked and t in blocked else None)
+        t: _diagnose_period(probed, spikes[t], t, blocked[t] if blocked and t in blocked else None)
         for t in sorted(probed)
     }
     by_verdict = {
@@ -109,51 +110,51 @@ def diagnose(
     real = [t for t in by_verdict[GEOMETRIC] if t > 2]
     readable = sorted(by_verdict[GEOMETRIC] + by_verdict[PARTIAL] + by_verdict[DIVISOR])
     if real:
-        verdict, which = GEOMETRIC, real
+        verdict, explained = GEOMETRIC, real
     elif readable:
-        verdict, which = PARTIAL, readable
+        verdict, explained = PARTIAL, readable
     elif by_verdict[SPECTRAL]:
-        verdict, which = SPECTRAL, by_verdict[SPECTRAL]
+        verdict, explained = SPECTRAL, by_verdict[SPECTRAL]
     else:
-        verdict, which = NOTHING, list(periods)
+        verdict, explained = NOTHING, list(periods)
     return Diagnosis(
         verdict,
         periods,
-        tuple(f"T = {t}: {reason}" for t in which for reason in periods[t].reasons),
+        tuple(f"T = {t}: {reason}" for t in explained for reason in periods[t].reasons),
     )
 
 
-def _period(
+def _diagnose_period(
     probed: Mapping[int, ProbeResult], spike: Spike, t: int, blocked: ProbeResult | None
 ) -> PeriodDiagnosis:
-    found = probed[t]
-    kappa, rough = found.kappa, found.kappa_nonround
+    shuffled = probed[t]
+    kappa, rough = shuffled.kappa, shuffled.kappa_nonround
     above = "above" if spike.verdict else "not above"
     reasons = [
         f"the line is {spike.local_ratio:.2f} times its surroundings, {above} the threshold of a "
         "spike."
     ]
 
-    def give(verdict: str, *more: str) -> PeriodDiagnosis:
+    def conclude(verdict: str, *more: str) -> PeriodDiagnosis:
         if blocked is not None:
             more = (*more, f"held out in blocks, κ = {blocked.kappa:.3f}.")
         return PeriodDiagnosis(t, verdict, (*reasons, *more))
 
-    if kappa <= found.band:
-        reasons.append(f"κ = {kappa:.3f} is within chance, ±{found.band:.3f}.")
-        if kappa < -found.band:
+    if kappa <= shuffled.band:
+        reasons.append(f"κ = {kappa:.3f} is within chance, ±{shuffled.band:.3f}.")
+        if kappa < -shuffled.band:
             reasons[-1] = (
                 f"κ = {kappa:.3f}: held-out numbers are answered with their neighbours' residue, "
                 "so the embeddings are smooth in n."
             )
-        return give(SPECTRAL if spike.verdict else NOTHING)
-    reasons.append(f"κ = {kappa:.3f} is above chance, {found.band:.3f}.")
-    limit = ceiling(t, _parity_and_round if t > 2 else _round)
+        return conclude(SPECTRAL if spike.verdict else NOTHING)
+    reasons.append(f"κ = {kappa:.3f} is above chance, {shuffled.band:.3f}.")
+    limit = ceiling(t, _parity_and_round if t > 2 else _roundness)
     if kappa <= limit:
-        return give(PARTIAL, f"parity and roundness alone could give κ = {limit:.3f}.")
-    limit = max(found.nonround_band, ceiling(t, lambda n: n % 2, _rough) if t > 2 else 0.0)
+        return conclude(PARTIAL, f"parity and roundness alone could give κ = {limit:.3f}.")
+    limit = max(shuffled.nonround_band, ceiling(t, lambda n: n % 2, _is_nonround) if t > 2 else 0.0)
     if rough <= limit:
-        return give(
+        return conclude(
             PARTIAL,
             f"on numbers that 5 does not divide, κ = {rough:.3f}, no more than chance or parity "
             f"give there ({limit:.3f}).",
@@ -161,12 +162,12 @@ def _period(
     for g in (g for g in sorted(probed) if 2 < g < t and t % g == 0):
         if probed[g].kappa > probed[g].band:
             limit = (g - 1) / (t - 1) * probed[g].kappa
-            if kappa <= limit + found.band:
-                return give(
+            if kappa <= limit + shuffled.band:
+                return conclude(
                     DIVISOR,
                     f"n mod {g}, read with κ = {probed[g].kappa:.3f}, would give {limit:.3f}.",
                 )
-    return give(
+    return conclude(
         GEOMETRIC,
         f"it is more than {'parity and ' if t > 2 else ''}roundness could give, and on numbers "
         f"that 5 does not divide κ = {rough:.3f}.",

@@ -13,31 +13,35 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.checks import check_embeddings, check_periods, consecutive
+from fulgurite.models.number_probing.checks import (
+    check_consecutive,
+    check_embeddings,
+    check_periods,
+)
 from fulgurite.models.number_probing.fourier import class_means, period_power
 
-__all__ = ["Scatter", "principal_components", "scatter", "singular_words"]
+__all__ = ["Scatter", "describe_singular", "principal_components", "scatter"]
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """How far residues lie apart, and how wide each is.
+    """Scatter between residues and within them.
 
     Attributes:
         period: T.
         between: S_B. Shape: (D, D), or (P, P) after PCA to P dimensions.
         within: S_W, without the ridge. Shape: as ``between``.
         phi: Φ_T of all D dimensions, in the squared unit of the embeddings.
-        eta2: Share of the total variance that lies between residues, Φ_T / (N Tr S) [1].
+        eta2: Fraction of the total variance that lies between residues, Φ_T / (N Tr S) [1].
         fisher: The T − 1 eigenvalues of S_W⁻¹ S_B, largest first [1]; nan where S_W is singular.
             Shape: (T-1,).
-        condition: Of S_W, with the ridge [1]; infinite where it is singular.
+        condition: Condition number of S_W, with the ridge [1]; infinite where it is singular.
         bounds: Lower and upper bound of the largest Fisher value [1]; nan where S_W is singular.
         ridge: ρ: ρ Tr(S_W)/D · I was added to S_W.
-        pca: Dimensions kept, or None for all.
-        rank: Of S_W, without the ridge.
+        pca: Principal components used, or None for all dimensions.
+        rank: Rank of S_W, without the ridge.
 
-    ``fisher``, ``condition`` and ``bounds`` depend on ``ridge`` and ``pca``: name them beside.
+    ``fisher``, ``condition`` and ``bounds`` depend on ``ridge`` and ``pca``: report these too.
 
     Source: arXiv 2604.20817; card section 1.3.
     """
@@ -60,20 +64,20 @@ class Scatter:
         return math.isinf(self.condition)
 
 
-def singular_words(found: Scatter) -> tuple[str, str]:
-    """What a singular S_W is, and how to fix it.
+def describe_singular(singular: Scatter) -> tuple[str, str]:
+    """Describe a singular S_W, and how to fix it.
 
     Example:
         >>> x = torch.arange(1.0, 41.0)[:, None] * torch.tensor([[1.0, 2.0]])
-        >>> singular_words(scatter(x, 2, allow_singular=True))[0]
+        >>> describe_singular(scatter(x, 2, allow_singular=True))[0]
         'S_W of T = 2 is singular: 2 dimensions, and residues vary in 1 of them.'
     """
-    fewer = max(1, found.rank)
+    dimensions = max(1, singular.rank)
     return (
-        f"S_W of T = {found.period} is singular: {len(found.within)} dimensions, and residues vary "
-        f"in {found.rank} of them.",
+        f"S_W of T = {singular.period} is singular: {len(singular.within)} dimensions, and "
+        f"residues vary in {singular.rank} of them.",
         f"Set a ridge (`--ridge 0.01`; ridge: 0.01 in YAML) or keep fewer dimensions "
-        f"(`--pca {fewer}`; pca: {fewer}), and name it beside.",
+        f"(`--pca {dimensions}`; pca: {dimensions}), and name it beside.",
     )
 
 
@@ -91,9 +95,9 @@ def principal_components(x: Tensor, keep: int) -> Tensor:
         >>> principal_components(torch.tensor([[0.0, 1.0], [0.0, 3.0]]), 1).abs().round().tolist()
         [[1.0], [1.0]]
     """
-    left, values, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    kept: Tensor = left[:, :keep] * values[:keep]
-    return kept
+    u, singular_values, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    coordinates: Tensor = u[:, :keep] * singular_values[:keep]
+    return coordinates
 
 
 def scatter(
@@ -122,12 +126,12 @@ def scatter(
 
     Raises:
         ConfigError: The period does not fit, or ``ridge`` or ``pca`` is out of range.
-        DataError: As :func:`spectrum`; or S_W is singular and ``allow_singular`` is not set.
+        DataError: See :func:`spectrum`; or S_W is singular and ``allow_singular`` is not set.
 
     Example:
         >>> n = torch.arange(1000).double()
-        >>> found = scatter((5 * (n % 10) + 0.03 * (n // 10))[:, None], 10)
-        >>> round(found.phi), round(float(found.fisher[0]), 2), found.condition
+        >>> statistics = scatter((5 * (n % 10) + 0.03 * (n // 10))[:, None], 10)
+        >>> round(statistics.phi), round(float(statistics.fisher[0]), 2), statistics.condition
         (206250, 275.03, 1.0)
 
     Source: arXiv 2604.20817; card section 1.3. How the paper made S_W invertible is unknown.
@@ -137,36 +141,38 @@ def scatter(
             f"ridge={ridge}, pca={pca} is out of range.", "Give ridge ≥ 0 and pca ≥ 1, or null."
         )
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
-    consecutive(n)
+    check_consecutive(n)
     check_periods([period], len(x))
     size = len(x) // period * period
     x, n = x[:size], n[:size]
     phi = period_power(x, period, n, allow_duplicates=True)
     total = float((x - x.mean(0)).square().sum())
-    kept = principal_components(x, pca) if pca is not None and pca < x.shape[1] else x - x.mean(0)
-    means = class_means(kept, n, period)
+    centred = (
+        principal_components(x, pca) if pca is not None and pca < x.shape[1] else x - x.mean(0)
+    )
+    means = class_means(centred, n, period)
     between = means.mT @ means / period
-    rest = kept - means[n % period]
-    within = rest.mT @ rest / size
+    residuals = centred - means[n % period]
+    within = residuals.mT @ residuals / size
     width = len(within)
-    values = torch.linalg.eigvalsh(within)
-    shift = ridge * float(values.mean())
-    low, high = float(values[0]) + shift, float(values[-1]) + shift
-    rounding = float(values[-1]) * width * torch.finfo(x.dtype).eps
-    rank = int((values > rounding).sum())
-    kept_dimensions = pca if pca is not None and pca < x.shape[1] else None
+    eigenvalues = torch.linalg.eigvalsh(within)
+    shift = ridge * float(eigenvalues.mean())
+    low, high = float(eigenvalues[0]) + shift, float(eigenvalues[-1]) + shift
+    rounding = float(eigenvalues[-1]) * width * torch.finfo(x.dtype).eps
+    rank = int((eigenvalues > rounding).sum())
+    pca_dimensions = pca if pca is not None and pca < x.shape[1] else None
     if low <= high * width * torch.finfo(x.dtype).eps:
-        nothing = x.new_full((period - 1,), math.nan)
+        undefined = x.new_full((period - 1,), math.nan)
         singular = Scatter(
-            period, between, within, phi, phi / total if total else 0.0, nothing, math.inf,
-            (math.nan, math.nan), ridge, kept_dimensions, rank,
+            period, between, within, phi, phi / total if total else 0.0, undefined, math.inf,
+            (math.nan, math.nan), ridge, pca_dimensions, rank,
         )  # fmt: skip
         if not allow_singular:
-            raise DataError(*singular_words(singular))
+            raise DataError(*describe_singular(singular))
         return singular
     root = torch.linalg.cholesky(within + shift * torch.eye(width, dtype=x.dtype, device=x.device))
-    spread = torch.linalg.solve_triangular(root, means.mT, upper=False) / period**0.5
-    fisher = torch.linalg.svdvals(spread).square()
+    whitened_means = torch.linalg.solve_triangular(root, means.mT, upper=False) / period**0.5
+    fisher = torch.linalg.svdvals(whitened_means).square()
     fisher = torch.nn.functional.pad(fisher, (0, max(0, period - 1 - len(fisher))))[: period - 1]
     power = float(between.trace())
     return Scatter(
@@ -179,6 +185,6 @@ def scatter(
         high / low,
         (power / (period - 1) / high, power / low),
         ridge,
-        kept_dimensions,
+        pca_dimensions,
         rank,
     )

@@ -1,4 +1,4 @@
-"""At which periods numbers are encoded: the Fourier spectrum of their embeddings.
+"""The Fourier spectrum of number embeddings, and the periods at which it has lines.
 
 Axes: N numbers, D embedding width, K frequencies, T period.
 """
@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import DataError
-from fulgurite.models.number_probing.checks import check_embeddings, check_periods, consecutive
+from fulgurite.models.number_probing.checks import (
+    check_consecutive,
+    check_embeddings,
+    check_periods,
+)
 
 __all__ = [
     "LOWEST",
@@ -33,7 +37,7 @@ PERIODS = tuple(range(2, 11))
 #: Below it a smooth drift over n has its power [cycles per number].
 LOWEST = 0.09
 
-_WINDOW = 0.02  # of the local ratio, to each side [cycles per number]
+_WINDOW = 0.02  # surroundings of the local ratio, to each side [cycles per number]
 _NEAR = 2  # bins to each side that belong to a line
 _SPIKE = 1.4
 
@@ -64,7 +68,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Spike:
-    """Whether a period has a line of its own in the spectrum.
+    """Whether the spectrum has a line at a period.
 
     Attributes:
         period: T.
@@ -106,14 +110,14 @@ def spectrum(
 
     Example:
         >>> n = torch.arange(100.0)
-        >>> found = spectrum(torch.stack([9 * torch.cos(n * torch.pi / 5), n], 1))
-        >>> [round(float(found.local_ratio[found.bin(v)]), 1) for v in (0.1, 0.3)]
+        >>> s = spectrum(torch.stack([9 * torch.cos(n * torch.pi / 5), n], 1))
+        >>> [round(float(s.local_ratio[s.bin(v)]), 1) for v in (0.1, 0.3)]
         [3.8, 1.1]
 
     Source: arXiv 2604.20817; card section 1.2.
     """
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
-    consecutive(n)
+    check_consecutive(n)
     if (size := len(x)) < 20:
         raise DataError(
             f"A spectrum of {size} numbers has no surroundings to compare a line with.",
@@ -121,11 +125,11 @@ def spectrum(
         )
     magnitude = torch.fft.rfft(x - x.mean(0), dim=0, norm="ortho").abs().norm(dim=1)[1:]
     bins = torch.arange(1, len(magnitude) + 1, device=x.device)
-    apart = (bins[:, None] - bins).abs()
-    around = (apart > _NEAR) & (apart <= max(_WINDOW * size, _NEAR + 3))
+    distance = (bins[:, None] - bins).abs()
+    is_neighbour = (distance > _NEAR) & (distance <= max(_WINDOW * size, _NEAR + 3))
     # their lower median, by sorting: CUDA refuses nanmedian in deterministic mode
-    ordered = magnitude.expand_as(apart).where(around, torch.inf).sort(1).values
-    surroundings = ordered.gather(1, (around.sum(1, keepdim=True) - 1) // 2)[:, 0]
+    ordered = magnitude.expand_as(distance).where(is_neighbour, torch.inf).sort(1).values
+    surroundings = ordered.gather(1, (is_neighbour.sum(1, keepdim=True) - 1) // 2)[:, 0]
     tiny = torch.finfo(x.dtype).tiny
     return Spectrum(
         bins / size,
@@ -135,18 +139,18 @@ def spectrum(
     )
 
 
-def _lines(period: int) -> list[Fraction]:
+def _own_lines(period: int) -> list[Fraction]:
     """Frequencies l/T up to 1/2 that no shorter period has."""
     return [Fraction(h, period) for h in range(1, period // 2 + 1) if math.gcd(h, period) == 1]
 
 
-def spikes(found: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Spike]:
+def spikes(spectrum: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Spike]:
     """The spike verdict of each period.
 
     The lines of a period are those that no shorter period has: of T = 10, 0.1 and 0.3.
 
     Args:
-        found: Of the embeddings.
+        spectrum: Spectrum of the embeddings.
         periods: T.
 
     Returns:
@@ -155,22 +159,23 @@ def spikes(found: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Spike
     Example:
         >>> n = torch.arange(1000.0)
         >>> noise = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-        >>> found = spikes(spectrum(torch.cat([torch.sin(n * 0.4 * torch.pi)[:, None], noise], 1)))
-        >>> [t for t in found if found[t].verdict]
+        >>> x = torch.cat([torch.sin(n * 0.4 * torch.pi)[:, None], noise], 1)
+        >>> by_period = spikes(spectrum(x))
+        >>> [t for t in by_period if by_period[t].verdict]
         [5]
 
     Source: card section 1.2, inferred: the text of arXiv 2604.20817 that we know gives no number.
     """
-    bins = torch.arange(len(found.frequency), device=found.frequency.device)
-    off = found.frequency >= LOWEST
-    for line in {line for t in periods for line in _lines(t)}:
-        off &= (bins - found.bin(line)).abs() > _NEAR
-    floor = float(found.local_ratio[off].max()) if bool(off.any()) else 0.0
+    bins = torch.arange(len(spectrum.frequency), device=spectrum.frequency.device)
+    off = spectrum.frequency >= LOWEST
+    for line in {line for t in periods for line in _own_lines(t)}:
+        off &= (bins - spectrum.bin(line)).abs() > _NEAR
+    floor = float(spectrum.local_ratio[off].max()) if bool(off.any()) else 0.0
     return {
         t: Spike(
             t,
-            max(float(found.normalised[found.bin(line)]) for line in _lines(t)),
-            max(float(found.local_ratio[found.bin(line)]) for line in _lines(t)),
+            max(float(spectrum.normalised[spectrum.bin(line)]) for line in _own_lines(t)),
+            max(float(spectrum.local_ratio[spectrum.bin(line)]) for line in _own_lines(t)),
             floor,
         )
         for t in periods
@@ -210,7 +215,7 @@ def period_power(
 
     Raises:
         ConfigError: The period does not fit the numbers.
-        DataError: As :func:`spectrum`.
+        DataError: See :func:`spectrum`.
 
     Example:
         >>> n = torch.arange(1000)
@@ -220,7 +225,7 @@ def period_power(
     Source: arXiv 2604.20817; card section 1.2.
     """
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
-    consecutive(n)
+    check_consecutive(n)
     check_periods([period], len(x))
     size = len(x) // period * period
     means = class_means(x[:size], n[:size], period)

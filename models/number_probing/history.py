@@ -1,4 +1,4 @@
-"""``fulgurite probe-history FOLDER``: what ModularProbe saw of several runs, against the steps."""
+"""``fulgurite probe-history FOLDER``: the probes of several runs by training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
 from fulgurite.io import atomic_write
-from fulgurite.models.number_probing.options import OneLineParser, integers
+from fulgurite.models.number_probing.options import OneLineParser, parse_integers
 from fulgurite.models.number_probing.report import to_csv, to_markdown
 from fulgurite.plotting import COLORS, new_figure
 
@@ -34,8 +34,8 @@ class RunHistory:
     """What one run recorded.
 
     Attributes:
-        folder: Of the run.
-        probes: Value by column, period and step, such as ``probes["kappa", 10][800]``.
+        folder: Folder of the run.
+        probes: Values by column, period and step, such as ``probes["kappa", 10][800]``.
         score_name: Metric that shows whether the task was learned; empty if there is none.
         score: Its value by step.
     """
@@ -45,7 +45,7 @@ class RunHistory:
     score_name: str
     score: Mapping[int, float]
 
-    def of(self, column: str, period: int) -> Mapping[int, float]:
+    def series(self, column: str, period: int) -> Mapping[int, float]:
         """Values of a column by step; empty if it was not probed."""
         return self.probes.get((column, period), {})
 
@@ -58,30 +58,32 @@ def read_run(folder: Path) -> RunHistory:
     """
     probes: dict[tuple[str, int], dict[int, float]] = {}
     table = folder / "probe.csv"
-    rows = _rows(table)
+    rows = _read_rows(table)
     hint = "Name folders of runs, or of a comparison of them."
     with reading(table, "The table", hint, fault="is no table of ModularProbe"):
         for row in rows:
-            step, period = int(_cell(row, "step")), int(_cell(row, "period"))
+            step, period = int(_require_field(row, "step")), int(_require_field(row, "period"))
             for column, value in row.items():
                 if column not in ("step", "period", "verdict") and value:
                     probes.setdefault((column, period), {})[step] = float(value)
         if not probes:
             raise ValueError("it holds no value")
     table = folder / "metrics.csv"
-    metrics = _rows(table) if table.is_file() else []
+    metrics = _read_rows(table) if table.is_file() else []
     with reading(table, "The table", hint, fault="is no table of metrics"):
         for name in _SCORES:
             # Lightning counts from 0, the probe counts what was trained on
             score = {
-                int(_cell(row, "step")) + 1: float(row[name]) for row in metrics if row.get(name)
+                int(_require_field(row, "step")) + 1: float(row[name])
+                for row in metrics
+                if row.get(name)
             }
             if score:
                 return RunHistory(folder, probes, name, score)
     return RunHistory(folder, probes, "", {})
 
 
-def _cell(row: Mapping[str, str], name: str) -> str:
+def _require_field(row: Mapping[str, str], name: str) -> str:
     if not row.get(name):
         raise ValueError(f"a row has no {name}")
     return row[name]
@@ -91,14 +93,15 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
     """Folders of runs with a ``probe.csv``, by method.
 
     Args:
-        folder: Of a run, of runs, or of a comparison, whose methods have several seeds.
+        folder: Folder of a run, of several runs, or of a comparison, whose methods have several
+            seeds.
 
     Raises:
-        DataError: There is none.
+        DataError: The folder holds no ``probe.csv``.
     """
     records = sorted((folder / "results").glob("*.json"))
     if records:
-        found: dict[str, list[Path]] = {}
+        runs: dict[str, list[Path]] = {}
         for path in records:
             hint = "Name a run, or the folder of a comparison."
             with reading(path, "The record", hint, fault="is none of a comparison"):
@@ -106,18 +109,18 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
                 label = " ".join([record["method"], *map(str, record["setting"].values())])
                 cell = folder / "cells" / Path(record["id"]).name
                 if (cell / "probe.csv").is_file():
-                    found.setdefault(label, []).append(cell)
+                    runs.setdefault(label, []).append(cell)
     else:
-        found = {
+        runs = {
             str(path.parent.relative_to(folder)): [path.parent]
             for path in sorted(folder.rglob("probe.csv"))
         }
-    if not found:
+    if not runs:
         raise DataError(
             f"There is no probe.csv in {folder}.",
             "Name a run, runs, or a finished comparison with the callback ModularProbe.",
         )
-    return found
+    return runs
 
 
 def summary(
@@ -128,31 +131,31 @@ def summary(
     for label, histories in runs.items():
         row: dict[str, Any] = {"method": label, "runs": len(histories)}
         row["steps"] = max(step for h in histories for step in next(iter(h.probes.values())))
-        row["score"] = _spread([_last(h.score) for h in histories])
+        row["score"] = _format_mean_std([_last_value(h.score) for h in histories])
         for column in (*_FOLDS, "local_ratio", "eta2"):
             for t in periods:
-                values = [_last(h.of(column, t)) for h in histories]
-                row[f"{column}_{t}"] = _spread(values)
+                values = [_last_value(h.series(column, t)) for h in histories]
+                row[f"{column}_{t}"] = _format_mean_std(values)
         rows.append(row)
     return rows
 
 
 def history_figure(runs: Mapping[str, Sequence[RunHistory]], periods: Sequence[int]) -> Figure:
-    """Held-out κ of both kinds of folds and the line's height by period, and the score.
+    """Draw held-out κ of both kinds of folds and the line's height by period, and the score.
 
     Lines are means over runs, shades lie between the lowest and the highest.
     """
     figure, axes = new_figure(len(periods) + 1, 3, width=4.2, height=2.3)
     for ax, t in zip(axes[:-1], periods, strict=True):
         for column, (kind, folds) in enumerate(_FOLDS.items()):
-            _lines(ax[column], {k: [h.of(kind, t) for h in hs] for k, hs in runs.items()})
+            _plot_curves(ax[column], {k: [h.series(kind, t) for h in hs] for k, hs in runs.items()})
             ax[column].set(title=f"T = {t}, {folds}", ylabel="held-out κ", ylim=(-1.05, 1.05))
             ax[column].axhline(0, color="0.6", linewidth=0.6)
-        _lines(ax[2], {k: [h.of("local_ratio", t) for h in hs] for k, hs in runs.items()})
+        _plot_curves(ax[2], {k: [h.series("local_ratio", t) for h in hs] for k, hs in runs.items()})
         ax[2].set(title=f"spectral line of T = {t}", ylabel="local ratio")
     task, legend, empty = axes[-1]
     names = {h.score_name for hs in runs.values() for h in hs} - {""}
-    _lines(task, {k: [h.score for h in hs] for k, hs in runs.items()})
+    _plot_curves(task, {k: [h.score for h in hs] for k, hs in runs.items()})
     task.set(title="the task", xlabel="step", ylabel=", ".join(sorted(names)))
     names_of = task.get_legend_handles_labels()
     legend.legend(*names_of, loc="upper left", fontsize=7).set_in_layout(False)
@@ -171,34 +174,34 @@ def main(argv: list[str]) -> int:
         0.
 
     Raises:
-        FulguriteError: There is no run, or an option is not sound.
+        FulguriteError: There is no run, or an option is invalid.
     """
-    args = _parser().parse_args(argv)
+    args = _make_parser().parse_args(argv)
     folder = Path(args.folder)
-    periods = integers(args.periods, "--periods")
-    found = find_runs(folder)
-    if unknown := [name for name in args.only or () if name not in found]:
+    periods = parse_integers(args.periods, "--periods")
+    runs = find_runs(folder)
+    if unknown := [name for name in args.only or () if name not in runs]:
         raise ConfigError(
             f"--only names {unknown[0]}, which is not in {folder}.",
-            f"There are {', '.join(found)}.",
+            f"There are {', '.join(runs)}.",
         )
-    chosen = {k: [read_run(f) for f in fs] for k, fs in found.items() if k in (args.only or found)}
-    for histories in chosen.values():
-        for history in histories:
-            if lacking := [t for t in periods if not history.of("kappa", t)]:
+    histories = {k: [read_run(f) for f in fs] for k, fs in runs.items() if k in (args.only or runs)}
+    for method_histories in histories.values():
+        for history in method_histories:
+            if lacking := [t for t in periods if not history.series("kappa", t)]:
                 print(f"{history.folder.name} was not probed at T = {lacking}")
-    rows = summary(chosen, periods)
+    rows = summary(histories, periods)
     print(to_markdown(rows, list(rows[0])))
     out = Path(args.out) if args.out else folder / "history"
     with atomic_write(out / "history.csv") as temporary:
         temporary.write_text(to_csv(rows), encoding="utf-8")
     with atomic_write(out / "history.png") as temporary:
-        history_figure(chosen, periods).savefig(temporary, format="png")
+        history_figure(histories, periods).savefig(temporary, format="png")
     print(f"probe-history: recorded in {out}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     p = OneLineParser(
         prog="fulgurite probe-history",
         description="What ModularProbe saw of runs: kappa, spectral lines and the score of the "
@@ -212,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
+def _read_rows(file: Path) -> list[dict[str, str]]:
     with reading(file, "The table", "Name folders of runs."):
         with file.open(newline="", encoding="utf-8") as lines:
             table = csv.DictReader(lines)
@@ -225,24 +228,24 @@ def _rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _last(values: Mapping[int, float]) -> float:
+def _last_value(values: Mapping[int, float]) -> float:
     return values[max(values)] if values else math.nan
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, which one value has not.
+def _format_mean_std(values: Sequence[float]) -> str:
+    """Format mean ± standard deviation; a single value has no deviation.
 
-    >>> _spread([0.25, 0.75]), _spread([0.5, math.nan])
+    >>> _format_mean_std([0.25, 0.75]), _format_mean_std([0.5, math.nan])
     ('0.50 ± 0.35', '0.50')
     """
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
+    finite = [v for v in values if not math.isnan(v)]
+    if not finite:
         return ""
-    spread = f" ± {np.std(known, ddof=1):.2f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.2f}{spread}"
+    std = f" ± {np.std(finite, ddof=1):.2f}" if len(finite) > 1 else ""
+    return f"{np.mean(finite):.2f}{std}"
 
 
-def _lines(ax: Any, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> None:
+def _plot_curves(ax: Any, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> None:
     for (label, runs), color in zip(curves.items(), itertools.cycle(COLORS), strict=False):
         # runs that were stopped elsewhere share only a part of the steps
         steps = sorted(set.intersection(*(set(run) for run in runs)))

@@ -2,7 +2,7 @@
 
 A model's covariance is that of ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")``:
 for each class Ledoit and Wolf's estimate on features standardised within the class, scaled back,
-and averaged by the classes' shares. It does not change when a feature is scaled, so a
+and averaged by the classes' priors. It does not change when a feature is scaled, so a
 ``StandardScaler`` before it changes nothing and is left out.
 
 There are three ways to the discriminants, all with means, variances and scores in float64:
@@ -36,7 +36,7 @@ from torch.nn.functional import embedding  # several times as fast as x[index]
 
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["DIRECT", "Classes", "Table", "lda_scores", "shrinkage_intensity"]
+__all__ = ["DIRECT", "FoldStatistics", "StandardizedRows", "lda_scores", "shrinkage_intensity"]
 
 #: Up to this width each model's covariance is formed and factored.
 DIRECT = 128
@@ -51,8 +51,8 @@ _STEEP = 1e3  # change of a score over a standard deviation of all features, up 
 _EPS = torch.finfo(torch.float64).eps
 
 
-class Table:
-    """Standardised rows, and what every period, fold and seed shares of them.
+class StandardizedRows:
+    """Standardised rows, and statistics of them that all periods, folds and seeds share.
 
     Args:
         x: Rows, float64. Shape: (N, D).
@@ -77,30 +77,30 @@ class Table:
         self.size = len(x)
 
     @cached_property
-    def fast(self) -> torch.dtype:
+    def fast_dtype(self) -> torch.dtype:
         """Type of intensities, and of conjugate gradients where classes are near."""
         # on a CPU, float32 is three times as fast
         return torch.float32 if self.x.device.type == "cpu" else self.x.dtype
 
     @cached_property
     def fast_x(self) -> Tensor:
-        """The rows in the type ``fast``. Shape: (N+1, D)."""
-        return self.x.to(self.fast)
+        """The rows in the type ``fast_dtype``. Shape: (N+1, D)."""
+        return self.x.to(self.fast_dtype)
 
     @cached_property
-    def gram(self) -> Tensor:
+    def scatter(self) -> Tensor:
         """Scatter of all rows. Shape: (D, D)."""
         return self.fast_x.mT @ self.fast_x
 
 
 def _varies(variance: Tensor, mean: Tensor, size: Tensor | int) -> Tensor:
-    """Where a variance is more than the rounding of a constant, as scikit-learn has it."""
+    """Whether a variance exceeds the rounding of a constant, as scikit-learn decides it."""
     return variance > (size * _EPS * mean).square()
 
 
 @dataclass(frozen=True)
-class Classes:
-    """Rows sorted by class, and which of them each model is fitted to.
+class FoldStatistics:
+    """Rows sorted by class, and the statistics of the rows that each model is fitted to.
 
     Attributes:
         table: The rows.
@@ -108,31 +108,33 @@ class Classes:
         rows: The rows by class less its ``center``, zeros to fill up. Shape: (T, R, D).
         index: Row numbers by class, N where there is none. Shape: (T, R).
         train: 1 for a row that the model is fitted to, else 0. Shape: (T, E, R).
-        held: 1 for a row that is held out, else 0. Shape: (T, E, R).
+        held_out: 1 for a row that is held out, else 0. Shape: (T, E, R).
         count: Rows fitted. Shape: (T, E).
         shift: Mean of the rows fitted, less ``center``. Shape: (T, E, D).
         mean: Mean of the rows fitted. Shape: (T, E, D).
-        variance: Of the rows fitted, biased. Shape: (T, E, D).
-        spread: Variance of the whole class. Shape: (T, D).
-        lost: Whether a variance has lost digits because rows held out hold almost all of that of
-            the class; it was taken anew from the rows fitted.
+        variance: Biased variance of the rows fitted. Shape: (T, E, D).
+        class_variance: Variance of the whole class. Shape: (T, D).
+        lost_digits: Whether a variance has lost digits because the rows held out have almost all
+            of the class's variance; it was computed anew from the rows fitted.
     """
 
-    table: Table
+    table: StandardizedRows
     center: Tensor
     rows: Tensor
     index: Tensor
     train: Tensor
-    held: Tensor
+    held_out: Tensor
     count: Tensor
     shift: Tensor
     mean: Tensor
     variance: Tensor
-    spread: Tensor
-    lost: bool
+    class_variance: Tensor
+    lost_digits: bool
 
     @classmethod
-    def of(cls, table: Table, labels: Tensor, classes: int, folds: Tensor) -> Classes:
+    def from_labels(
+        cls, table: StandardizedRows, labels: Tensor, classes: int, folds: Tensor
+    ) -> FoldStatistics:
         """Sort rows by class and take the statistics of every model.
 
         Args:
@@ -147,14 +149,14 @@ class Classes:
         x, size = table.x, table.size
         counts = labels.bincount(minlength=classes)
         order = labels.argsort(stable=True)
-        place = torch.arange(size, device=x.device) - (counts.cumsum(0) - counts)[labels[order]]
+        rank = torch.arange(size, device=x.device) - (counts.cumsum(0) - counts)[labels[order]]
         index = labels.new_full((classes, int(counts.max())), size)
-        index[labels[order], place] = order
+        index[labels[order], rank] = order
         padded = torch.cat([folds, folds.new_full((len(folds), 1), -1)], 1)[:, index]
         fold = torch.arange(int(folds.max()) + 1, device=x.device)
-        held = (padded[:, None] == fold[:, None, None]).flatten(0, 1).transpose(0, 1)
+        held_out = (padded[:, None] == fold[:, None, None]).flatten(0, 1).transpose(0, 1)
         valid = index < size
-        train = valid[:, None] & ~held
+        train = valid[:, None] & ~held_out
         count = train.sum(-1)
         if int(count.min()) < 2:
             raise ConfigError(
@@ -162,7 +164,7 @@ class Classes:
                 "are left to fit.",
                 "Use more numbers, fewer folds, or shorter periods.",
             )
-        train, held, count = train.to(x), held.to(x), count.to(x)
+        train, held_out, count = train.to(x), held_out.to(x), count.to(x)
         rows = embedding(index, x)
         center = rows.sum(1) / counts[:, None]
         rows -= center[:, None]
@@ -172,47 +174,47 @@ class Classes:
         square = rows.square()
         variance = (train @ square).div_(count[..., None])
         variance.addcmul_(shift, shift, value=-1).clamp_(min=0)
-        real = _varies(shift.square(), center[:, None], size)
-        lost = _recompute_lost(variance, shift.where(real, 0.0), rows, train, count)
+        is_shifted = _varies(shift.square(), center[:, None], size)
+        lost_digits = _recompute_lost(variance, shift.where(is_shifted, 0.0), rows, train, count)
         return cls(
-            table, center, rows, index, train, held, count, shift, center[:, None] + shift,
-            variance, square.sum(1) / counts[:, None], lost,
+            table, center, rows, index, train, held_out, count, shift, center[:, None] + shift,
+            variance, square.sum(1) / counts[:, None], lost_digits,
         )  # fmt: skip
 
     @cached_property
-    def share(self) -> Tensor:
-        """Share of each class among a model's rows. Shape: (T, E)."""
+    def priors(self) -> Tensor:
+        """Fraction of each class among a model's rows. Shape: (T, E)."""
         return self.count / self.count.sum(0)
 
     @cached_property
-    def grand(self) -> Tensor:
+    def global_mean(self) -> Tensor:
         """Mean of a model's rows. Shape: (E, D)."""
-        return (self.share[..., None] * self.mean).sum(0)
+        return (self.priors[..., None] * self.mean).sum(0)
 
     @cached_property
     def within(self) -> Tensor:
         """Mean variance within classes. Shape: (E, D)."""
-        return (self.share[..., None] * self.variance).sum(0)
+        return (self.priors[..., None] * self.variance).sum(0)
 
     @cached_property
     def total(self) -> Tensor:
         """Variance of a model's rows, 1 where they are constant. Shape: (E, D)."""
-        between = (self.share[..., None] * (self.mean - self.grand).square()).sum(0)
+        between = (self.priors[..., None] * (self.mean - self.global_mean).square()).sum(0)
         total = self.within + between
-        return total.where(_varies(total, self.grand, self.table.size), 1.0)
+        return total.where(_varies(total, self.global_mean, self.table.size), 1.0)
 
     @cached_property
     def fast_rows(self) -> Tensor:
-        """The rows in the type ``table.fast``. Shape: (T, R, D)."""
-        return self.rows.to(self.table.fast)
+        """The rows in the type ``table.fast_dtype``. Shape: (T, R, D)."""
+        return self.rows.to(self.table.fast_dtype)
 
 
 def _recompute_lost(
     variance: Tensor, shift: Tensor, rows: Tensor, train: Tensor, count: Tensor
 ) -> bool:
-    """Take variances that lost digits from deviations, in place; whether there were any."""
-    lost = shift.square() > _LOST * variance
-    features = lost.flatten(0, 1).any(0).nonzero()[:, 0]
+    """Recompute variances that lost digits, in place; return whether there were any."""
+    has_lost = shift.square() > _LOST * variance
+    features = has_lost.flatten(0, 1).any(0).nonzero()[:, 0]
     for model in range(train.shape[1] if len(features) else 0):
         deviation = rows[..., features] - shift[:, model, None, features]
         deviation *= train[:, model, :, None]
@@ -231,7 +233,7 @@ def shrinkage_intensity(fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor,
         d: Their width.
 
     Returns:
-        The share of the target, 0 to 1.
+        Weight of the target, 0 to 1.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]])
@@ -242,10 +244,10 @@ def shrinkage_intensity(fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor,
 
     Source: Ledoit and Wolf, 2004, as scikit-learn's ``ledoit_wolf_shrinkage``.
     """
-    spread = (norm2 - trace.square() / d) / d
-    noise = torch.minimum((fourth / n - norm2) / (d * n), spread)
-    known = spread > 1e-12 * norm2 / d
-    return torch.where(known, noise / spread.where(known, 1.0), 0.0).clamp(0, 1)
+    dispersion = (norm2 - trace.square() / d) / d
+    noise = torch.minimum((fourth / n - norm2) / (d * n), dispersion)
+    is_dispersed = dispersion > 1e-12 * norm2 / d
+    return torch.where(is_dispersed, noise / dispersion.where(is_dispersed, 1.0), 0.0).clamp(0, 1)
 
 
 @contextmanager
@@ -261,7 +263,11 @@ def _full_precision() -> Iterator[None]:
 
 @_full_precision()
 def lda_scores(
-    table: Table, labels: Tensor, classes: int, folds: Tensor, shrinkage: float | Literal["auto"]
+    table: StandardizedRows,
+    labels: Tensor,
+    classes: int,
+    folds: Tensor,
+    shrinkage: float | Literal["auto"],
 ) -> Tensor:
     """Discriminant scores of every row under every model.
 
@@ -270,18 +276,20 @@ def lda_scores(
         labels: Class of each row. Shape: (N,).
         classes: T.
         folds: Fold of each row, by seed. Shape: (S, N).
-        shrinkage: ``auto`` for Ledoit and Wolf's, or a share: of the pooled covariance of
-            standardised features towards the scaled identity; 0 is plain LDA.
+        shrinkage: ``auto`` for Ledoit and Wolf's, or a weight from 0 to 1, by which the pooled
+            covariance of standardised features is shrunk towards the scaled identity; 0 is plain
+            LDA.
 
     Returns:
         Scores under the model that was fitted without fold f. Shape: (S, F, N, T).
 
     Raises:
-        ConfigError: A fold leaves too few rows, or ``shrinkage`` is no share.
+        ConfigError: A fold leaves too few rows, or ``shrinkage`` is outside 0 to 1.
         DataError: The covariance is singular, or nearly.
 
     Example:
-        >>> table = Table(torch.tensor([[0.0], [1.0], [5.0], [6.0]]).double().repeat(2, 1))
+        >>> x = torch.tensor([[0.0], [1.0], [5.0], [6.0]]).double().repeat(2, 1)
+        >>> table = StandardizedRows(x)
         >>> labels, folds = torch.tensor([0, 0, 1, 1] * 2), torch.arange(8)[None] // 4
         >>> lda_scores(table, labels, 2, folds, "auto").argmax(-1)[0, 0].tolist()
         [0, 0, 1, 1, 0, 0, 1, 1]
@@ -290,14 +298,14 @@ def lda_scores(
     """
     if shrinkage != "auto" and not (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1):
         raise ConfigError(f"shrinkage={shrinkage!r} is no share.", "Give auto, or 0 to 1.")
-    c = Classes.of(table, labels, classes, folds)
-    # relative to the mean of all, scores change by one number per row, and the shares-weighted
+    c = FoldStatistics.from_labels(table, labels, classes, folds)
+    # relative to the mean of all, scores change by one number per row, and the prior-weighted
     # sum of the means is zero: the last class follows from the others
-    mean = (c.mean - c.grand).permute(1, 2, 0)  # (E, D, T)
-    weight = _discriminants(c, shrinkage, mean[..., :-1])
-    last = -(weight @ (c.share[:-1] / c.share[-1]).mT[..., None])
+    mean = (c.mean - c.global_mean).permute(1, 2, 0)  # (E, D, T)
+    weight = _solve_discriminants(c, shrinkage, mean[..., :-1])
+    last = -(weight @ (c.priors[:-1] / c.priors[-1]).mT[..., None])
     weight = torch.cat([weight, last], -1)
-    offset = c.share.mT.log() - ((0.5 * mean + c.grand[..., None]) * weight).sum(1)
+    offset = c.priors.mT.log() - ((0.5 * mean + c.global_mean[..., None]) * weight).sum(1)
     # float32 is right to 1e-4 of a natural logarithm where no discriminant is steep
     steepest = float(weight.abs().sum(1).max())
     x = table.x if steepest > _STEEP else table.fast_x
@@ -308,31 +316,33 @@ def lda_scores(
     return scores.mT
 
 
-def _discriminants(c: Classes, shrinkage: float | Literal["auto"], mean: Tensor) -> Tensor:
+def _solve_discriminants(
+    c: FoldStatistics, shrinkage: float | Literal["auto"], mean: Tensor
+) -> Tensor:
     """The covariance of each model, inverted, times its means. Shapes: (E, D, C)."""
     direct = mean.shape[1] <= DIRECT
-    if not c.lost and direct:
-        weight, shift = _shrunk(c, shrinkage)
-        return _direct(c, weight, shift, mean)
-    if not c.lost and shrinkage == "auto":
-        spread = c.within / c.total
-        if bool((spread > 1 / _TIGHT).logical_or(c.variance.amax(0) == 0).all()):
-            found = _iterative(c, *_shrunk(c, shrinkage), mean)
-            if found is not None:
-                return found
-    return torch.stack([_single(c, model, shrinkage, mean[model]) for model in range(len(mean))])
+    if not c.lost_digits and direct:
+        weight, shift = _compute_shrinkage(c, shrinkage)
+        return _solve_directly(c, weight, shift, mean)
+    if not c.lost_digits and shrinkage == "auto":
+        within_fraction = c.within / c.total
+        if bool((within_fraction > 1 / _TIGHT).logical_or(c.variance.amax(0) == 0).all()):
+            solution = _solve_iteratively(c, *_compute_shrinkage(c, shrinkage), mean)
+            if solution is not None:
+                return solution
+    return torch.stack([_fit_alone(c, model, shrinkage, mean[model]) for model in range(len(mean))])
 
 
-def _intensity(c: Classes) -> Tensor:
-    """Ledoit and Wolf's share of the target for each class and model. Shape: (T, E).
+def _compute_intensities(c: FoldStatistics) -> Tensor:
+    """Ledoit and Wolf's weight of the target for each class and model. Shape: (T, E).
 
     All models of a class share one Gram matrix of its rows, so they share its unit: the feature's
     std over all rows of the class, where scikit-learn has that over the rows of the model. This
-    moves the share by about a hundredth of itself.
+    changes the weight by about a hundredth of itself.
     """
-    varies = _varies(c.spread, c.center, c.rows.shape[1])
-    unit = c.spread.where(varies, 1.0).rsqrt().where(varies, 0.0)
-    x = c.fast_rows * unit.to(c.table.fast)[:, None]
+    varies = _varies(c.class_variance, c.center, c.rows.shape[1])
+    unit = c.class_variance.where(varies, 1.0).rsqrt().where(varies, 0.0)
+    x = c.fast_rows * unit.to(c.table.fast_dtype)[:, None]
     gram = x @ x.mT  # (T, R, R)
     train = c.train.to(gram).mT  # (T, R, E)
     count = c.count.to(gram)
@@ -347,43 +357,46 @@ def _intensity(c: Classes) -> Tensor:
     return shrinkage_intensity(fourth, norm2 / count.square(), trace, count, x.shape[-1]).to(c.rows)
 
 
-def _shrunk(c: Classes, shrinkage: float | Literal["auto"]) -> tuple[Tensor, Tensor]:
+def _compute_shrinkage(
+    c: FoldStatistics, shrinkage: float | Literal["auto"]
+) -> tuple[Tensor, Tensor]:
     """Weight of each class's scatter, and the diagonal added. Shapes: (T, E), (E, D)."""
     if shrinkage == "auto":
-        delta = _intensity(c)
+        delta = _compute_intensities(c)
         # a feature that is constant within a class has the unit that it has in all
-        scale2 = c.variance.where(_varies(c.variance, c.mean, c.count[..., None]), c.total)
-        trace = (c.variance / scale2).mean(-1)
-        return c.share * (1 - delta), ((c.share * delta * trace)[..., None] * scale2).sum(0)
+        unit_variance = c.variance.where(_varies(c.variance, c.mean, c.count[..., None]), c.total)
+        trace = (c.variance / unit_variance).mean(-1)
+        shift = ((c.priors * delta * trace)[..., None] * unit_variance).sum(0)
+        return c.priors * (1 - delta), shift
     mean = (c.within / c.total).mean(-1, keepdim=True)
-    return c.share * (1 - shrinkage), shrinkage * mean * c.total
+    return c.priors * (1 - shrinkage), shrinkage * mean * c.total
 
 
-def _direct(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
+def _solve_directly(c: FoldStatistics, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
     """Solve by one Cholesky factor for each model. Shapes: (E, D, C)."""
     models, width = shift.shape
     scatter = (c.rows.mT @ c.rows).flatten(1)  # of each class, shared by all models
-    marked, place = c.held.topk(int(c.held.sum(-1).max()), dim=-1)  # rows held out, others fill up
-    place += torch.arange(len(c.rows), device=place.device)[:, None, None] * c.rows.shape[1]
-    held = embedding(place.transpose(0, 1), c.rows.flatten(0, 1))  # (E, T, H, D)
-    held *= (marked * (weight / c.count).sqrt()[..., None]).transpose(0, 1)[..., None]
+    is_held_out, index = c.held_out.topk(int(c.held_out.sum(-1).max()), dim=-1)  # others fill up
+    index += torch.arange(len(c.rows), device=index.device)[:, None, None] * c.rows.shape[1]
+    held_out = embedding(index.transpose(0, 1), c.rows.flatten(0, 1))  # (E, T, H, D)
+    held_out *= (is_held_out * (weight / c.count).sqrt()[..., None]).transpose(0, 1)[..., None]
     mean = c.shift.transpose(0, 1) * weight.sqrt().mT[..., None]
-    out = torch.cat([held.flatten(1, 2), mean], 1)  # what is held out, and the means
+    downdate = torch.cat([held_out.flatten(1, 2), mean], 1)  # rows held out, and the means
     pooled = ((weight / c.count).mT @ scatter).view(models, width, width) + torch.diag_embed(shift)
-    pooled.baddbmm_(out.mT, out, alpha=-1)
-    return _solve(pooled, rhs, len(c.mean))
+    pooled.baddbmm_(downdate.mT, downdate, alpha=-1)
+    return _solve_by_cholesky(pooled, rhs, len(c.mean))
 
 
-def _solve(covariance: Tensor, rhs: Tensor, classes: int) -> Tensor:
+def _solve_by_cholesky(covariance: Tensor, rhs: Tensor, classes: int) -> Tensor:
     """Solve by Cholesky's factor. Shapes: (…, D, D) and (…, D, C) to (…, D, C).
 
     Raises:
         DataError: A matrix is singular, or nearly.
     """
     root, failed = torch.linalg.cholesky_ex(covariance)
-    # what is left of a feature's variance when those before it are known
-    rest = root.diagonal(dim1=-2, dim2=-1).square() / covariance.diagonal(dim1=-2, dim2=-1)
-    if bool(failed.any()) or not bool((rest > 1e-13).all()):
+    # a feature's variance when the features before it are known, over its variance
+    remaining = root.diagonal(dim1=-2, dim2=-1).square() / covariance.diagonal(dim1=-2, dim2=-1)
+    if bool(failed.any()) or not bool((remaining > 1e-13).all()):
         raise DataError(
             f"The covariance of {rhs.shape[-2]} dimensions within {classes} residues is singular.",
             "Pass shrinkage='auto' or a larger share to probe(), or fewer dimensions, for example "
@@ -392,9 +405,11 @@ def _solve(covariance: Tensor, rhs: Tensor, classes: int) -> Tensor:
     return torch.cholesky_solve(rhs, root)
 
 
-def _single(c: Classes, model: int, shrinkage: float | Literal["auto"], rhs: Tensor) -> Tensor:
+def _fit_alone(
+    c: FoldStatistics, model: int, shrinkage: float | Literal["auto"], rhs: Tensor
+) -> Tensor:
     """Fit one model to its own rows, in float64. Shapes: (D, C)."""
-    share, mean, total = c.share[:, model], c.mean[:, model], c.total[model]
+    priors, mean, total = c.priors[:, model], c.mean[:, model], c.total[model]
     parts, shift = [], torch.zeros_like(total)
     for t, rows in enumerate(c.rows):
         centred = rows[c.train[t, model] > 0] - c.shift[t, model]
@@ -402,10 +417,10 @@ def _single(c: Classes, model: int, shrinkage: float | Literal["auto"], rhs: Ten
         variance = c.variance[t, model]
         if shrinkage == "auto":
             varies = _varies(variance, mean[t], count)
-            unit2 = variance.where(varies, total)
-            delta = float(_single_intensity(centred * unit2.rsqrt()))
-            shift += share[t] * delta * (variance / unit2).mean() * unit2
-        parts.append(centred * (share[t] * (1 - delta) / count).sqrt())
+            unit_variance = variance.where(varies, total)
+            delta = float(_compute_intensity(centred * unit_variance.rsqrt()))
+            shift += priors[t] * delta * (variance / unit_variance).mean() * unit_variance
+        parts.append(centred * (priors[t] * (1 - delta) / count).sqrt())
     if shrinkage != "auto":
         shift = shrinkage * (c.within[model] / total).mean() * total
     rows = torch.cat(parts)
@@ -413,14 +428,14 @@ def _single(c: Classes, model: int, shrinkage: float | Literal["auto"], rhs: Ten
     scale = scale.where(scale.isfinite(), 0.0)
     rows, shift, rhs = rows * scale, shift * scale.square(), rhs * scale[:, None]
     if len(rows) >= len(scale) or not bool((shift > 0).all()):
-        found = _solve(rows.mT @ rows + torch.diag(shift), rhs, len(share))
+        solution = _solve_by_cholesky(rows.mT @ rows + torch.diag(shift), rhs, len(priors))
     else:
-        found = _solve_few(rows, shift, rhs)
-    return found * scale[:, None]
+        solution = _solve_by_woodbury(rows, shift, rhs)
+    return solution * scale[:, None]
 
 
-def _single_intensity(x: Tensor) -> Tensor:
-    """Ledoit and Wolf's share of the target for centred rows. Shape: (R, D) to ()."""
+def _compute_intensity(x: Tensor) -> Tensor:
+    """Ledoit and Wolf's weight of the target for centred rows. Shape: (R, D) to ()."""
     count, width = x.shape
     square = x.square().sum(1)
     product = x.mT @ x if width < count else x @ x.mT
@@ -430,7 +445,7 @@ def _single_intensity(x: Tensor) -> Tensor:
     )
 
 
-def _solve_few(rows: Tensor, diagonal: Tensor, rhs: Tensor) -> Tensor:
+def _solve_by_woodbury(rows: Tensor, diagonal: Tensor, rhs: Tensor) -> Tensor:
     """Solve (rowsᵀ rows + diag) w = rhs with fewer rows than dimensions. Shapes: (D, C).
 
     Source: Woodbury's identity, and one step of iterative refinement.
@@ -440,15 +455,19 @@ def _solve_few(rows: Tensor, diagonal: Tensor, rhs: Tensor) -> Tensor:
     inner.diagonal().add_(1.0)
     root = torch.linalg.cholesky(inner)  # its eigenvalues are 1 or more
 
-    def inverse(v: Tensor) -> Tensor:
+    def apply_inverse(v: Tensor) -> Tensor:
         v = v / diagonal[:, None]
         return v - scaled.mT @ torch.cholesky_solve(rows @ v, root)
 
-    found = inverse(rhs)
-    return found + inverse(rhs - rows.mT @ (rows @ found) - diagonal[:, None] * found)
+    solution = apply_inverse(rhs)
+    return solution + apply_inverse(
+        rhs - rows.mT @ (rows @ solution) - diagonal[:, None] * solution
+    )
 
 
-def _iterative(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor | None:
+def _solve_iteratively(
+    c: FoldStatistics, weight: Tensor, shift: Tensor, rhs: Tensor
+) -> Tensor | None:
     """Solve by conjugate gradients that share one preconditioner. Shapes: (E, D, C).
 
     None if they do not converge to what the distances of the classes ask for.
@@ -456,52 +475,52 @@ def _iterative(c: Classes, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor
     models, width, columns = rhs.shape
     # in units in which the variances are about 1
     scale = ((weight[..., None] * c.variance).sum(0) + shift).mean(0).rsqrt()
-    condition = _preconditioner(c, weight.mean(1), shift.mean(0), scale)
+    condition = _make_preconditioner(c, weight.mean(1), shift.mean(0), scale)
     if condition is None:
         return None
     b = (rhs.mT * scale).flatten(0, 1)
-    kind = c.table.fast
+    dtype = c.table.fast_dtype
     distance = float(torch.linalg.vecdot(b, condition(b)).max().clamp(min=0).sqrt())
     if not distance < _FAR:
         return None
-    kind = kind if distance < _NEAR else b.dtype
+    dtype = dtype if distance < _NEAR else b.dtype
     tolerance = _TOLERANCE * min(1.0, _NEAR / distance) ** 2 if distance else _TOLERANCE
-    x = (c.fast_rows if kind == c.table.fast else c.rows).flatten(0, 1) * scale.to(kind)
-    row_weight = (c.train * (weight / c.count)[..., None]).to(kind).transpose(0, 1)
-    mean = (c.shift * scale).transpose(0, 1).to(kind)  # (E, T, D)
-    diagonal = (shift * scale.square())[:, None].to(kind)
+    x = (c.fast_rows if dtype == c.table.fast_dtype else c.rows).flatten(0, 1) * scale.to(dtype)
+    row_weight = (c.train * (weight / c.count)[..., None]).to(dtype).transpose(0, 1)
+    mean = (c.shift * scale).transpose(0, 1).to(dtype)  # (E, T, D)
+    diagonal = (shift * scale.square())[:, None].to(dtype)
 
     def apply(v: Tensor) -> Tensor:
         """The covariance of each model times its own vectors. Shape: (E C, D)."""
-        each = v.view(models, columns, width)
+        vectors = v.view(models, columns, width)
         u = (v @ x.mT).view(models, columns, *c.index.shape)
-        u = u.sub_((each @ mean.mT)[..., None]).mul_(row_weight[:, None])
-        return (u.view(len(v), -1) @ x).view_as(each).addcmul_(each, diagonal).view_as(v)
+        u = u.sub_((vectors @ mean.mT)[..., None]).mul_(row_weight[:, None])
+        return (u.view(len(v), -1) @ x).view_as(vectors).addcmul_(vectors, diagonal).view_as(v)
 
-    found = _conjugate_gradients(apply, condition, b.to(kind), tolerance)
-    return None if found is None else (found.to(rhs).view_as(rhs.mT) * scale).mT
+    solution = _conjugate_gradients(apply, condition, b.to(dtype), tolerance)
+    return None if solution is None else (solution.to(rhs).view_as(rhs.mT) * scale).mT
 
 
-def _preconditioner(
-    c: Classes, weight: Tensor, shift: Tensor, scale: Tensor
+def _make_preconditioner(
+    c: FoldStatistics, weight: Tensor, shift: Tensor, scale: Tensor
 ) -> Callable[[Tensor], Tensor] | None:
-    """Inverse of about the mean covariance of the models: weights (T,), diagonal (D,).
+    """Make the inverse of about the models' mean covariance: weights (T,), diagonal (D,).
 
     None if rounding leaves it without an inverse.
     """
     size = (c.index < c.table.size).sum(1)
-    kind = c.table.fast
-    diagonal = (shift * scale.square()).to(kind)
+    dtype = c.table.fast_dtype
+    diagonal = (shift * scale.square()).to(dtype)
     if len(scale) <= c.table.size:
-        means = c.center.to(kind)
-        scatter = c.table.gram - (means * size[:, None]).mT @ means
+        means = c.center.to(dtype)
+        scatter = c.table.scatter - (means * size[:, None]).mT @ means
         scatter *= float(weight.sum()) / c.table.size
         scatter *= scale[:, None] * scale
         root, failed = torch.linalg.cholesky_ex(scatter + torch.diag(diagonal))
         if bool(failed):
             return None
-        return lambda v: torch.cholesky_solve(v.mT.to(kind), root).mT.to(v)
-    y = (c.fast_rows * ((weight / size).sqrt()[:, None, None] * scale).to(kind)).flatten(0, 1)
+        return lambda v: torch.cholesky_solve(v.mT.to(dtype), root).mT.to(v)
+    y = (c.fast_rows * ((weight / size).sqrt()[:, None, None] * scale).to(dtype)).flatten(0, 1)
     scaled = y / diagonal
     inner = y @ scaled.mT
     inner.diagonal().add_(1.0)
@@ -510,7 +529,7 @@ def _preconditioner(
         return None
 
     def woodbury(v: Tensor) -> Tensor:
-        part = v.to(kind) / diagonal
+        part = v.to(dtype) / diagonal
         return (part - torch.cholesky_solve(y @ part.mT, root).mT @ scaled).to(v)
 
     return woodbury

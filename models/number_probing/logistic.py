@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fulgurite.models.number_probing.lda import Classes, Table
+from fulgurite.models.number_probing.lda import FoldStatistics, StandardizedRows
 
 __all__ = ["logistic_scores"]
 
 
 def logistic_scores(
-    table: Table,
+    table: StandardizedRows,
     labels: Tensor,
     classes: int,
     folds: Tensor,
@@ -42,7 +42,8 @@ def logistic_scores(
         ConfigError: A fold leaves too few rows.
 
     Example:
-        >>> table = Table(torch.tensor([[0.0], [1.0], [5.0], [6.0]]).double().repeat(2, 1))
+        >>> x = torch.tensor([[0.0], [1.0], [5.0], [6.0]]).double().repeat(2, 1)
+        >>> table = StandardizedRows(x)
         >>> labels, folds = torch.tensor([0, 0, 1, 1] * 2), torch.arange(8)[None] // 4
         >>> logistic_scores(table, labels, 2, folds).argmax(-1)[0, 0].tolist()
         [0, 0, 1, 1, 0, 0, 1, 1]
@@ -50,14 +51,14 @@ def logistic_scores(
     Source: card section 1.5.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        c = Classes.of(table, labels, classes, folds)
-        x = table.x[:-1].clone()  # what was made in inference mode cannot be differentiated
+        c = FoldStatistics.from_labels(table, labels, classes, folds)
+        x = table.x[:-1].clone()  # tensors made in inference mode cannot be differentiated
         scale = c.total.rsqrt()[..., None]  # (E, D, 1)
-        center = (c.grand[..., None] * scale).clone()
+        center = (c.global_mean[..., None] * scale).clone()
         models = len(scale)
         fold = torch.arange(models // len(folds), device=x.device)
-        seen = (folds[:, None] != fold[:, None]).flatten(0, 1).to(x)  # (E, N)
-        right = torch.nn.functional.one_hot(labels, classes).to(x)
+        train_mask = (folds[:, None] != fold[:, None]).flatten(0, 1).to(x)  # (E, N)
+        one_hot = torch.nn.functional.one_hot(labels, classes).to(x)
         # scikit-learn has one vector for two classes, and so half our penalty
         penalty = 1.0 if classes == 2 else 0.5
         weight = x.new_zeros(models, x.shape[1], classes, requires_grad=True)
@@ -68,16 +69,16 @@ def logistic_scores(
             line_search_fn="strong_wolfe",
         )  # fmt: skip
 
-        def logits() -> Tensor:
+        def compute_logits() -> Tensor:
             return x @ (weight * scale) + (bias - (center * weight).sum(1, keepdim=True))
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            given = logits()
-            loss = given.logsumexp(-1) - (given * right).sum(-1)
-            sum_ = strength * (loss * seen).sum() + penalty * weight.square().sum()
-            sum_.backward()  # type: ignore[no-untyped-call]
-            return sum_
+            logits = compute_logits()
+            loss = logits.logsumexp(-1) - (logits * one_hot).sum(-1)
+            objective = strength * (loss * train_mask).sum() + penalty * weight.square().sum()
+            objective.backward()  # type: ignore[no-untyped-call]
+            return objective
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        return logits().detach().view(len(folds), -1, table.size, classes)
+        return compute_logits().detach().view(len(folds), -1, table.size, classes)

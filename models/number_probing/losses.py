@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["IGNORED", "rows_all_right", "token_losses"]
 
-#: Target of tokens that have none.
+#: Target of tokens without one: ``ignore_index`` of PyTorch's cross-entropy.
 IGNORED = -100
 
 
@@ -23,8 +23,8 @@ def token_losses(
 
     Args:
         hidden: Shape: (B, L, D).
-        weight: Of the head. Shape: (V, D).
-        targets: -100 where there is none. Shape: (B, L).
+        weight: Weight of the head. Shape: (V, D).
+        targets: Class of each token; -100 where there is none. Shape: (B, L).
         chunk: Tokens whose logits exist at a time, also in backward.
 
     Returns:
@@ -40,21 +40,28 @@ def token_losses(
 
     Source: inferred; equal to :func:`torch.nn.functional.cross_entropy`.
     """
-    # one question to the device, how many there are, where two masks would be two
+    # one wait for the device, for their number; two masks would take two
     rows = (targets != IGNORED).flatten().nonzero()[:, 0]
     hidden, targets = hidden.flatten(0, 1)[rows], targets.flatten()[rows]
     if len(targets) <= chunk:
         return _losses(hidden, weight, targets)
     parts: list[tuple[Tensor, Tensor]] = []
-    for piece, wanted in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
+    for part, part_targets in zip(
+        torch.split(hidden, chunk), torch.split(targets, chunk), strict=True
+    ):
         if torch.is_grad_enabled():
             parts.append(
-                recomputed(
-                    _losses, piece, weight, wanted, use_reentrant=False, preserve_rng_state=False
+                checkpoint(
+                    _losses,
+                    part,
+                    weight,
+                    part_targets,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             )
         else:
-            parts.append(_losses(piece, weight, wanted))
+            parts.append(_losses(part, weight, part_targets))
     losses, hits = zip(*parts, strict=True)
     return torch.cat(losses), torch.cat(hits)
 

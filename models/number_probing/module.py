@@ -25,20 +25,20 @@ from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_group
 
 __all__ = ["NumberLM", "NumberModule"]
 
-_STD = 0.02  # of initial embeddings, as of the backbones' weights
+_STD = 0.02  # std of initial embeddings, as of the backbones' weights
 
 
 class NumberModule(SystemModule):
     """A LightningModule that knows which tokens stand for which number.
 
-    The DataModule says it (``number_ids`` and ``number_pieces``), and checkpoints keep it.
+    The DataModule provides them (``number_ids`` and ``number_pieces``), and checkpoints keep them.
 
     Args:
         vocab_size: V; taken from the data.
 
     Attributes:
-        number_ids: Token of each number that is one.
-        number_pieces: Tokens of each number by itself.
+        number_ids: Token of each number that is a single token.
+        number_pieces: Tokens of each number when it stands alone.
     """
 
     monitor: str | None = "val/loss"
@@ -104,12 +104,12 @@ class NumberLM(NumberModule):
         scheduler: Makes the scheduler, stepped after each optimizer step.
         warmup: Optimizer steps in which the learning rate rises linearly, before the scheduler's.
         tie_embeddings: Use the embedding as head.
-        exact_match: Report the share of sequences whose targets are all predicted.
+        exact_match: Report the fraction of sequences whose targets are all predicted.
         loss_chunk: Tokens whose logits exist at a time.
         vocab_size: V; taken from the data.
-        probed: What stands for a number in probes: its row of the embedding (``input``) or of the
+        probed: Embedding of a number in probes: its row of the embedding (``input``) or of the
             head (``output``), or the hidden state after its tokens by themselves (``state``), which
-            numbers of several tokens have too.
+            numbers of several tokens have as well.
 
     Raises:
         ConfigError: A number is out of range, or the backbone has no width.
@@ -131,11 +131,11 @@ class NumberLM(NumberModule):
     ) -> None:
         super().__init__(vocab_size)
         save_options(self, "backbone", "optimizer", "scheduler")
-        for name, value, least in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
-            if value < least:
+        for name, value, minimum in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
+            if value < minimum:
                 raise ConfigError(
                     f"model.init_args.{name}={value} is too small.",
-                    f"Give --model.init_args.{name} of at least {least}.",
+                    f"Give --model.init_args.{name} of at least {minimum}.",
                 )
         backbone = build_network(backbone, argument="backbone")
         width = getattr(backbone, "width", None)
@@ -197,8 +197,8 @@ class NumberLM(NumberModule):
             )
         tokens = [pieces[int(n)] for n in ns]
         states = self.embedding.weight.new_empty(len(tokens), self.embedding.weight.shape[1])
-        for length in {len(several) for several in tokens}:
-            rows = [i for i, several in enumerate(tokens) if len(several) == length]
+        for length in {len(ids) for ids in tokens}:
+            rows = [i for i, ids in enumerate(tokens) if len(ids) == length]
             batch = torch.tensor([tokens[i] for i in rows], dtype=torch.int64)
             states[rows] = self.hidden(move(batch, states.device))[:, -1].to(states)
         return states
@@ -258,7 +258,7 @@ class NumberLM(NumberModule):
             self._since, self._tokens = now, 0
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Loss, accuracy of tokens, and of whole answers if asked for."""
+        """Log loss, accuracy of tokens, and of whole answers with ``exact_match``."""
         self._evaluate(batch, "val", self.val_metrics)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:

@@ -28,7 +28,7 @@ def parameter_groups(module: nn.Module, backbone: nn.Module) -> list[dict[str, A
     is also used outside of it or as an embedding. Vectors (norms, biases, rates) do not decay.
 
     Args:
-        module: All of it.
+        module: The whole model.
         backbone: The part of it between embedding and head.
 
     Returns:
@@ -49,20 +49,20 @@ def parameter_groups(module: nn.Module, backbone: nn.Module) -> list[dict[str, A
     visible |= {id(part.weight) for part in embeddings}
     layers = (part for part in backbone.modules() if isinstance(part, nn.Linear | nn.LSTM))
     mixing = {id(p) for part in layers for p in part.parameters(recurse=False) if p.ndim == 2}
-    groups: dict[str, list[Tensor]] = {"hidden": [], "tables": [], "vectors": []}
+    by_name: dict[str, list[Tensor]] = {"hidden": [], "tables": [], "vectors": []}
     for p in module.parameters():
         if p.requires_grad:
             hidden = id(p) in mixing and id(p) not in visible
-            groups["hidden" if hidden else "tables" if p.ndim > 1 else "vectors"].append(p)
-    made: list[dict[str, Any]] = [
+            by_name["hidden" if hidden else "tables" if p.ndim > 1 else "vectors"].append(p)
+    groups: list[dict[str, Any]] = [
         {"params": params, "hidden": name == "hidden", "name": name}
-        for name, params in groups.items()
+        for name, params in by_name.items()
         if params
     ]
-    for group in made:
+    for group in groups:
         if group["name"] == "vectors":
             group["weight_decay"] = 0.0
-    return made
+    return groups
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -70,18 +70,18 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         params: Parameter groups, each with a key ``hidden``; see :func:`parameter_groups`. Any
-            other key of a group goes before the arguments below.
+            other key of a group overrides the arguments below.
         lr: Learning rate of both.
-        weight_decay: Of both.
-        adamw_lr: Learning rate of AdamW, where it is another one.
-        adamw_weight_decay: Of AdamW, where it is another one.
-        momentum: Of Muon.
-        nesterov: Of Muon.
-        ns_steps: Newton–Schulz steps of Muon.
+        weight_decay: Weight decay of both.
+        adamw_lr: Learning rate of AdamW, if it differs.
+        adamw_weight_decay: Weight decay of AdamW, if it differs.
+        momentum: Momentum of Muon.
+        nesterov: Use Nesterov momentum in Muon.
+        ns_steps: Number of Newton–Schulz iterations in each step of Muon.
         adjust_lr_fn: ``match_rms_adamw`` scales Muon's steps to the size of AdamW's, so that both
             can share a learning rate; ``original`` scales tall matrices only.
-        betas: Of AdamW.
-        eps: Of AdamW.
+        betas: Decay rates of AdamW's averages of gradients and of their squares.
+        eps: Added to the denominator of AdamW's steps.
 
     Raises:
         ConfigError: No group says whether it is hidden, or a hidden parameter is no matrix.
@@ -128,28 +128,28 @@ class MuonAdamW(torch.optim.Optimizer):
             "betas": tuple(betas),
             "eps": eps,
         }
-        full = []
+        completed_groups = []
         for group in groups:
             # a throw-away optimizer checks the group and fills in all defaults of its kind
             kind: type[torch.optim.Optimizer] = (
                 torch.optim.Muon if group["hidden"] else torch.optim.AdamW
             )
-            given = {k: v for k, v in group.items() if k not in ("hidden", "name")}
+            options = {k: v for k, v in group.items() if k not in ("hidden", "name")}
             try:
-                made = kind([given], **(muon if group["hidden"] else adamw)).param_groups  # type: ignore[arg-type]
+                completed = kind([options], **(muon if group["hidden"] else adamw)).param_groups  # type: ignore[arg-type]
             except ValueError as error:
                 raise ConfigError(
                     f"{kind.__name__} refuses its parameters or arguments: {error}",
-                    "Mend --model.init_args.optimizer.init_args, and mark matrices as hidden only.",
+                    "Fix --model.init_args.optimizer.init_args, and mark matrices as hidden only.",
                 ) from error
-            full += [{**group, **one} for one in made]
-        super().__init__(full, {})
+            completed_groups += [{**group, **defaults} for defaults in completed]
+        super().__init__(completed_groups, {})
         self._link()
 
     def _link(self) -> None:
-        """Let both do their steps on this optimizer's groups and state."""
+        """Make both step on this optimizer's groups and state."""
         if not hasattr(self, "muon"):
-            spare = [nn.Parameter(torch.zeros(1, 1))]  # neither can be made of nothing
+            spare = [nn.Parameter(torch.zeros(1, 1))]  # neither can be made without parameters
             self.muon, self.adamw = torch.optim.Muon(spare), torch.optim.AdamW(spare)
         for part, hidden in ((self.muon, True), (self.adamw, False)):
             part.param_groups = [g for g in self.param_groups if g["hidden"] is hidden]
@@ -187,5 +187,5 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _parts(self) -> Iterator[torch.optim.Optimizer]:
-        """Those that have something to do."""
+        """The optimizers that have parameters."""
         return (part for part in (self.muon, self.adamw) if part.param_groups)

@@ -1,4 +1,4 @@
-"""What the command lines of number probing share."""
+"""Parsing that the command lines of number probing share."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import NoReturn
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["OneLineParser", "integers"]
+__all__ = ["OneLineParser", "parse_integers"]
 
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are the one line that all commands print."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line."""
+        """Raise the parser's error as a ConfigError."""
         raise ConfigError(f"{self.prog}: {message}.", f"`{self.prog} --help` lists the options.")
 
 
-def integers(text: str, option: str) -> list[int]:
-    """Whole numbers between commas.
+def parse_integers(text: str, option: str) -> list[int]:
+    """Parse whole numbers between commas.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: The text is no list of whole numbers.
 
     Example:
-        >>> integers("2,5,10", "--periods")
+        >>> parse_integers("2,5,10", "--periods")
         [2, 5, 10]
     """
     try:

@@ -1,4 +1,4 @@
-"""Whether n mod T can be read off linearly, held out: Cohen's κ of a linear probe.
+"""Held-out linear probes of n mod T, scored by Cohen's κ.
 
 Axes: N numbers, D embedding width, T period, S seeds, F folds, E = S F models.
 """
@@ -17,7 +17,7 @@ from fulgurite.devices import count_weighted, move
 from fulgurite.errors import ConfigError
 from fulgurite.models.number_probing.checks import check_embeddings, check_periods
 from fulgurite.models.number_probing.fourier import PERIODS
-from fulgurite.models.number_probing.lda import Table, lda_scores
+from fulgurite.models.number_probing.lda import StandardizedRows, lda_scores
 
 __all__ = ["FoldKind", "Method", "ProbeResult", "band", "cohen_kappa", "make_folds", "probe"]
 
@@ -32,14 +32,14 @@ class ProbeResult:
     Attributes:
         period: T.
         kappa: Cohen's κ of held-out predictions, mean over seeds [1].
-        accuracy: Share of right held-out predictions, mean over seeds [1].
+        accuracy: Fraction of right held-out predictions, mean over seeds [1].
         train_kappa: κ on the rows that a model was fitted to; 1 for every T where D ≥ N [1].
         kappa_nonround: κ of a probe that was fitted and held out on the numbers that 5 does not
             divide [1].
-        nonround_band: What ``kappa_nonround`` must exceed to be more than chance [1].
+        nonround_band: Bound that ``kappa_nonround`` exceeds if it is more than chance [1].
         null_sd: Standard deviation of κ by chance: measured on permuted numbers where at least
             eight were drawn, else 1/√(N(T−1)) [1].
-        recall: Share of right held-out predictions by residue [1].
+        recall: Fraction of right held-out predictions by residue [1].
         kappas: κ of each seed. Length: S.
         null_kappas: κ of each permutation of the numbers.
         size: N.
@@ -61,13 +61,13 @@ class ProbeResult:
 
     @property
     def band(self) -> float:
-        """What κ must exceed to be more than chance [1]; see :func:`band`."""
+        """Bound that κ exceeds if it is more than chance [1]; see :func:`band`."""
         return band(self.size, self.null_sd)
 
 
-class _Held(NamedTuple):
+class _HeldOutAnswers(NamedTuple):
     labels: Tensor
-    held: Tensor
+    predicted: Tensor
     answers: Tensor
     fold: Tensor
     kappas: Tensor
@@ -76,7 +76,7 @@ class _Held(NamedTuple):
 def band(size: int, null_sd: float) -> float:
     """Four standard deviations of κ by chance, and not less than 0.06 for N = 1000.
 
-    Predictions are less independent than the formula of ``null_sd`` has them, most so where there
+    Predictions are less independent than the formula of ``null_sd`` assumes, most so where there
     are many classes.
 
     Example:
@@ -95,9 +95,9 @@ def cohen_kappa(
 
     Args:
         labels: Right answers. Shape: (N,).
-        predicted: Given answers, in rows of their own. Shape: (S, N).
+        predicted: Predicted classes, one row for each set of answers. Shape: (S, N).
         classes: T.
-        weight: Of each answer; by default 1. Shape: (S, N).
+        weight: Weight of each answer; by default 1. Shape: (S, N).
 
     Returns:
         κ of each row, 0 where every label and answer is of one class. Shape: (S,).
@@ -110,8 +110,8 @@ def cohen_kappa(
     Source: Cohen, 1960; arXiv 2604.20817.
     """
     rows = len(predicted)
-    place = torch.arange(rows, device=labels.device)[:, None] * classes + labels
-    cell = (place * classes + predicted).flatten()
+    row_offset = torch.arange(rows, device=labels.device)[:, None] * classes + labels
+    cell = (row_offset * classes + predicted).flatten()
     if weight is None:
         counts = cell.bincount(minlength=rows * classes**2)
     else:
@@ -135,7 +135,7 @@ def make_folds(
         folds: F.
         kind: ``shuffled``: at random, each residue spread evenly. ``decade``: whole decades n // 10
             at random, so that neighbours are held out together. ``contiguous``: F intervals.
-        seed: Of the random ones.
+        seed: Seed of the random kinds.
 
     Returns:
         Folds from 0, int64, on the device of ``numbers``. Shape: (N,).
@@ -159,16 +159,16 @@ def make_folds(
     generator = torch.Generator().manual_seed(seed)
     if kind == "contiguous":
         order[n.argsort()] = torch.arange(len(n))
-        found = order * folds // len(n)
+        fold = order * folds // len(n)
     elif kind == "decade":
         decade = torch.unique(n // 10, return_inverse=True)[1]
-        found = torch.randperm(int(decade.max()) + 1, generator=generator)[decade] % folds
+        fold = torch.randperm(int(decade.max()) + 1, generator=generator)[decade] % folds
     elif kind == "shuffled":
         shuffled = n % period * len(n) + torch.randperm(len(n), generator=generator)
-        found = order.scatter_(0, shuffled.argsort(), torch.arange(len(n)) % folds)
+        fold = order.scatter_(0, shuffled.argsort(), torch.arange(len(n)) % folds)
     else:
         raise ConfigError(f"The folds {kind!r} are unknown.", "Use shuffled, decade or contiguous.")
-    return move(found, numbers.device)
+    return move(fold, numbers.device)
 
 
 def probe(
@@ -200,7 +200,8 @@ def probe(
         kind: See :func:`make_folds`. With ``shuffled`` a probe sees n−1 and n+1, of another
             residue: embeddings smooth in n then give a negative κ, which the others do not.
         seeds: S. Contiguous folds are all alike and take one.
-        shrinkage: Of LDA: ``auto`` for Ledoit and Wolf's, a share, or 0 for plain LDA.
+        shrinkage: Shrinkage of LDA: ``auto`` for Ledoit and Wolf's, a weight from 0 to 1, or 0 for
+            plain LDA.
         strength: C of logistic regression: weight of the data against the penalty.
         nonround: Probe the numbers that 5 does not divide by themselves as well.
         null_draws: Probe that many random permutations of the numbers as well, one seed each.
@@ -217,8 +218,8 @@ def probe(
         >>> turn = torch.arange(100.0)[:, None] * 2 * torch.pi / 10
         >>> noise = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
         >>> circle = torch.cat([turn.cos(), turn.sin()], 1) + 0.02 * noise
-        >>> found = probe(circle, [2, 10])
-        >>> found[10].kappa, abs(found[2].kappa) < found[2].band
+        >>> results = probe(circle, [2, 10])
+        >>> results[10].kappa, abs(results[2].kappa) < results[2].band
         (1.0, True)
 
     Source: arXiv 2604.20817 (linear probe, κ); card section 1.5 (folds, seeds, probe), inferred.
@@ -231,63 +232,76 @@ def probe(
             "Give seeds ≥ 1, null_draws ≥ 0 and strength > 0.",
         )
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
-    table = Table(x)
+    table = StandardizedRows(x)
     seeds = 1 if kind == "contiguous" else seeds
     if folds > len(n):
         raise ConfigError(f"folds={folds} is more than the {len(n)} numbers.", "Use fewer folds.")
 
-    def run(table: Table, n: Tensor, period: int, dealt: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes of the numbers, and what each model answers. Shapes: (N,), (S, F, N)."""
+    def fit_and_answer(
+        table: StandardizedRows, n: Tensor, period: int, fold: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Classes of the numbers, and the answers of each model. Shapes: (N,), (S, F, N)."""
         residues, labels = torch.unique(n % period, return_inverse=True)
         if len(residues) < 2:
             raise ConfigError(
                 f"All numbers are alike mod {period}.", "Probe other numbers or periods."
             )
         if method == "lda":
-            scores = lda_scores(table, labels, len(residues), dealt, shrinkage)
+            scores = lda_scores(table, labels, len(residues), fold, shrinkage)
         else:
             from fulgurite.models.number_probing.logistic import logistic_scores
 
-            scores = logistic_scores(table, labels, len(residues), dealt, strength)
+            scores = logistic_scores(table, labels, len(residues), fold, strength)
         return labels, scores.max(-1).indices  # several times as fast as argmax
 
-    def held_out(table: Table, n: Tensor, period: int, first: int, draws: int) -> _Held:
-        """Answers to numbers held out, with the folds of some seeds."""
-        dealt = [make_folds(n, period, folds, kind, s) for s in range(first, first + draws)]
-        fold = torch.stack(dealt)
-        labels, answers = run(table, n, period, fold)
-        held = answers.gather(1, fold[:, None])[:, 0]
-        return _Held(labels, held, answers, fold, cohen_kappa(labels, held, int(labels.max()) + 1))
-
-    rough = n % 5 != 0
-    rest = Table(x[rough]) if nonround else table
-    found = {}
-    for period in check_periods(periods, len(x)):
-        labels, held, answers, fold, kappas = held_out(table, n, period, 0, seeds)
-        classes = int(labels.max()) + 1
-        models = torch.arange(answers.shape[1], device=x.device)
-        seen = (fold[:, None] != models[:, None]).double()  # (S, F, N)
-        train = cohen_kappa(
-            labels.repeat(len(models) * len(fold)), answers.reshape(1, -1), classes, seen
+    def answer_held_out(
+        table: StandardizedRows, n: Tensor, period: int, first: int, draws: int
+    ) -> _HeldOutAnswers:
+        """Answer numbers held out, with the folds of some seeds."""
+        fold = torch.stack(
+            [make_folds(n, period, folds, kind, s) for s in range(first, first + draws)]
         )
-        # other numbers for the same rows: what all periods share of the rows stays
+        labels, answers = fit_and_answer(table, n, period, fold)
+        predicted = answers.gather(1, fold[:, None])[:, 0]
+        kappas = cohen_kappa(labels, predicted, int(labels.max()) + 1)
+        return _HeldOutAnswers(labels, predicted, answers, fold, kappas)
+
+    is_nonround = n % 5 != 0
+    nonround_table = StandardizedRows(x[is_nonround]) if nonround else table
+    results = {}
+    for period in check_periods(periods, len(x)):
+        labels, predicted, answers, fold, kappas = answer_held_out(table, n, period, 0, seeds)
+        classes = int(labels.max()) + 1
+        held_out_fold = torch.arange(answers.shape[1], device=x.device)  # of each model
+        train_mask = (fold[:, None] != held_out_fold[:, None]).double()  # (S, F, N)
+        train_kappa = cohen_kappa(
+            labels.repeat(len(held_out_fold) * len(fold)),
+            answers.reshape(1, -1),
+            classes,
+            train_mask,
+        )
+        # other numbers for the same rows: statistics that all periods share stay valid
         null = []
         for draw in range(null_draws):
             order = torch.randperm(len(n), generator=torch.Generator().manual_seed(10_000 + draw))
-            null.append(float(held_out(table, n[order.to(n.device)], period, draw, 1).kappas))
-        sd = (len(n) * (classes - 1)) ** -0.5
-        sd = float(torch.tensor(null).std()) if null_draws >= 8 else sd
-        right = (held == labels).double()
-        recall = right.new_zeros(classes).index_add_(0, labels, right.mean(0)) / labels.bincount()
-        other, other_band = math.nan, math.nan
+            permuted = answer_held_out(table, n[order.to(n.device)], period, draw, 1)
+            null.append(float(permuted.kappas))
+        null_sd = (len(n) * (classes - 1)) ** -0.5
+        null_sd = float(torch.tensor(null).std()) if null_draws >= 8 else null_sd
+        correct = (predicted == labels).double()
+        recall = (
+            correct.new_zeros(classes).index_add_(0, labels, correct.mean(0)) / labels.bincount()
+        )
+        nonround_kappa, nonround_band = math.nan, math.nan
         if nonround:
-            part = held_out(rest, n[rough], period, 0, seeds)
-            other = float(part.kappas.mean())
-            size = len(part.labels)
-            other_band = band(size, (size * int(part.labels.max())) ** -0.5)
-        found[period] = ProbeResult(
-            period, float(kappas.mean()), float(right.mean()), float(train), other, other_band, sd,
+            nonround_part = answer_held_out(nonround_table, n[is_nonround], period, 0, seeds)
+            nonround_kappa = float(nonround_part.kappas.mean())
+            size = len(nonround_part.labels)
+            nonround_band = band(size, (size * int(nonround_part.labels.max())) ** -0.5)
+        results[period] = ProbeResult(
+            period, float(kappas.mean()), float(correct.mean()), float(train_kappa), nonround_kappa,
+            nonround_band, null_sd,
             dict(zip(torch.unique(n % period).tolist(), recall.tolist(), strict=True)),
             tuple(kappas.tolist()), tuple(null), len(n),
         )  # fmt: skip
-    return found
+    return results

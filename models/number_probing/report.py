@@ -1,4 +1,4 @@
-"""All that is said of one table of number embeddings: rows, verdict and figures.
+"""The report on one table of number embeddings: rows, verdict and figures.
 
 Axes: N numbers, D embedding width, T period.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from fulgurite.errors import ConfigError
 from fulgurite.models.number_probing.checks import check_embeddings
 from fulgurite.models.number_probing.diagnosis import Diagnosis, diagnose
-from fulgurite.models.number_probing.fisher import scatter, singular_words
+from fulgurite.models.number_probing.fisher import describe_singular, scatter
 from fulgurite.models.number_probing.fourier import PERIODS, Spectrum, spectrum, spikes
 from fulgurite.models.number_probing.probing import FoldKind, Method, probe
 from fulgurite.plotting import heatmap, new_figure
@@ -48,22 +48,22 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is measured.
+    """What :func:`measure` measures.
 
     Args:
         periods: T.
         method: ``lda``, or the slow ``logistic``.
-        folds: Of the cross-validation.
+        folds: Number of folds of the cross-validation.
         seeds: Ways to deal the folds.
         blocked: Folds measured beside the shuffled ones: ``decade``, ``contiguous``.
         permuted: Permutations of the numbers that are probed as well; from 8 on, the null band
             is theirs.
         nonround: Probe the numbers that 5 does not divide by themselves as well.
-        pca: Principal components kept for the Fisher values, at most N/4; null for all.
+        pca: Principal components used for the Fisher values, at most N/4; null for all.
         ridge: Added to S_W, in units of its mean eigenvalue.
 
     Raises:
-        ConfigError: A value is unknown.
+        ConfigError: A kind of folds in ``blocked`` is unknown.
     """
 
     periods: Sequence[int] = PERIODS
@@ -85,7 +85,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """What :func:`measure` has measured.
 
     Attributes:
         size: N.
@@ -94,7 +94,7 @@ class Report:
             measured.
         spectrum: All magnitudes.
         diagnosis: The verdict with its reasons.
-        settings: As given, with the components that were kept.
+        settings: The settings of the measurement.
         notes: Sentences on what could not be measured.
     """
 
@@ -133,7 +133,7 @@ def measure(
 
     Raises:
         ConfigError: A setting does not fit the table.
-        DataError: The table is not sound, or its numbers are not consecutive.
+        DataError: The table fails :func:`check_embeddings`, or its numbers are not consecutive.
 
     Example:
         >>> import torch
@@ -147,12 +147,12 @@ def measure(
     """
     settings = settings or ProbeSettings()
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
-    whole = spectrum(x, n, allow_duplicates=True)
-    lines = spikes(whole, settings.periods)
+    full_spectrum = spectrum(x, n, allow_duplicates=True)
+    lines = spikes(full_spectrum, settings.periods)
     common: dict[str, Any] = {
         "numbers": n, "method": settings.method, "folds": settings.folds, "allow_duplicates": True,
     }  # fmt: skip
-    found = probe(
+    shuffled = probe(
         x, settings.periods, seeds=settings.seeds, nonround=settings.nonround,
         null_draws=settings.permuted, **common,
     )  # fmt: skip
@@ -160,11 +160,11 @@ def measure(
         kind: probe(x, settings.periods, kind=kind, seeds=settings.seeds, nonround=False, **common)
         for kind in settings.blocked
     }
-    verdict = diagnose(found, lines, next(iter(blocked.values()), None))
+    verdict = diagnose(shuffled, lines, next(iter(blocked.values()), None))
     pca = None if settings.pca is None else min(settings.pca, len(x) // 4)
     rows = []
     singular = []
-    for t, result in found.items():
+    for t, result in shuffled.items():
         fisher = scatter(
             x, t, n, ridge=settings.ridge, pca=pca, allow_duplicates=True, allow_singular=True
         )
@@ -204,8 +204,8 @@ def measure(
     if singular:
         fewest = min(singular, key=lambda fisher: fisher.rank)
         periods = ", ".join(str(fisher.period) for fisher in singular)
-        notes = (f"no Fisher values of T = {periods}: {' '.join(singular_words(fewest))}",)
-    return Report(len(x), x.shape[1], rows, whole, verdict, settings, notes)
+        notes = (f"no Fisher values of T = {periods}: {' '.join(describe_singular(fewest))}",)
+    return Report(len(x), x.shape[1], rows, full_spectrum, verdict, settings, notes)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -246,17 +246,20 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> st
     )
 
 
-def spectrum_figure(shown: Spectrum, periods: Sequence[int], title: str = "") -> Figure:
+def spectrum_figure(full_spectrum: Spectrum, periods: Sequence[int], title: str = "") -> Figure:
     """Normalised magnitude by frequency, with guides at k/10 and lines of the periods."""
     figure, axes = new_figure(width=7.5, height=3.0)
     ax = axes[0, 0]
-    frequency, magnitude = shown.frequency.cpu().numpy(), shown.normalised.cpu().numpy()
+    frequency, magnitude = (
+        full_spectrum.frequency.cpu().numpy(),
+        full_spectrum.normalised.cpu().numpy(),
+    )
     ax.vlines(frequency, 0, magnitude, linewidth=0.8)
     for k in range(1, 6):
         ax.axvline(k / 10, color="0.8", linewidth=0.8, linestyle=":", zorder=0)
     for t in periods:
         ax.annotate(
-            f"1/{t}", (1 / t, magnitude[shown.bin(1 / t)]), fontsize=7, ha="center",
+            f"1/{t}", (1 / t, magnitude[full_spectrum.bin(1 / t)]), fontsize=7, ha="center",
             xytext=(0, 3), textcoords="offset points",
         )  # fmt: skip
     ax.set(
@@ -270,7 +273,7 @@ def spectrogram_figure(spectra: Mapping[int, Tensor]) -> Figure:
     """Normalised magnitude by frequency and step, colours from 1 to 4.
 
     Args:
-        spectra: Of :attr:`Spectrum.normalised` by step. Shapes: (K,).
+        spectra: Normalised magnitudes (:attr:`Spectrum.normalised`) by step. Shapes: (K,).
 
     Source: arXiv 2604.20817, card section 1.2, for the range of the colours.
     """
@@ -284,8 +287,8 @@ def spectrogram_figure(spectra: Mapping[int, Tensor]) -> Figure:
     ax.invert_yaxis()
     ticks = [round(k / 10 * 2 * len(values)) - 1 for k in range(1, 6)]  # rows are ν = 1/N … 1/2
     ax.set_yticks(ticks, [f"0.{k}" for k in range(1, 6)])
-    shown = range(0, len(steps), max(1, len(steps) // 8))
-    ax.set_xticks(list(shown), [str(steps[i]) for i in shown])
+    tick_indices = range(0, len(steps), max(1, len(steps) // 8))
+    ax.set_xticks(list(tick_indices), [str(steps[i]) for i in tick_indices])
     return figure
 
 
@@ -293,8 +296,8 @@ def kappa_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Held-out κ by period, and by step where rows have one, as a heat map.
 
     Args:
-        rows: Of reports; ``step`` tells several apart.
-        title: Above the map.
+        rows: Rows of reports; ``step`` tells several reports apart.
+        title: Title above the map.
     """
     periods = sorted({row["period"] for row in rows})
     kinds = ("kappa", "kappa_nonround", "kappa_decade", "kappa_contiguous")
@@ -312,8 +315,8 @@ def kappa_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     heatmap(ax, values, title=title, xlabel=xlabel, ylabel="period T", limits=(-1.0, 1.0))
     ax.images[0].set_cmap("RdBu_r")  # 0, chance, is white
     ax.set_yticks(range(len(periods)), [str(t) for t in periods])
-    shown = range(0, len(ticks), max(1, len(ticks) // 8))
-    ax.set_xticks(list(shown), [ticks[i] for i in shown])
+    tick_indices = range(0, len(ticks), max(1, len(ticks) // 8))
+    ax.set_xticks(list(tick_indices), [ticks[i] for i in tick_indices])
     if values.size <= 60:
         for (i, j), value in np.ndenumerate(values):
             if not math.isnan(value):

@@ -169,9 +169,9 @@ def test_the_loss_equals_a_loop():
     tokens = data.tokens[0][:2, :6]
     documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
     model.log = lambda *_, **__: None
-    model._cumulated = torch.zeros(70, dtype=torch.float64)
-    model._cumulated[7:] = 1.0  # the only random token is 7
-    model._kept = torch.ones(70, dtype=torch.float64)
+    model._cumulative_weights = torch.zeros(70, dtype=torch.float64)
+    model._cumulative_weights[7:] = 1.0  # the only random token is 7
+    model._keep_probability = torch.ones(70, dtype=torch.float64)
     expected = weight_sum = 0.0
     center, context = model.embedding.weight, model.contexts.weight
     for row, ids in zip(tokens.tolist(), documents.tolist(), strict=True):
@@ -189,8 +189,10 @@ def test_the_loss_equals_a_loop():
 def test_frequent_tokens_are_left_out(tmp_path):
     model = skipgram(subsample=0.02)
     trainer(tmp_path).fit(model, datamodule=Parity())
-    assert (model._kept[60:] < model._kept[:60].min()).all()  # words occur six times as often
-    assert model._kept.max() <= 1
+    assert (
+        model._keep_probability[60:] < model._keep_probability[:60].min()
+    ).all()  # words occur six times as often
+    assert model._keep_probability.max() <= 1
 
 
 def test_a_step_draws_the_same_again(tmp_path):

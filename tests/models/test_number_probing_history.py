@@ -36,8 +36,8 @@ def write_comparison(folder, cells):
 
 def test_a_run_is_read_with_the_score_at_the_probes_steps(tmp_path):
     run = read_run(write_run(tmp_path / "run", 0.8))
-    assert run.of("kappa", 10) == pytest.approx({0: 0.0, 100: 0.4, 200: 0.8})
-    assert run.of("kappa", 7) == {}
+    assert run.series("kappa", 10) == pytest.approx({0: 0.0, 100: 0.4, 200: 0.8})
+    assert run.series("kappa", 7) == {}
     assert (run.score_name, run.score) == ("val/exact", {100: 0.5, 200: 1.0})
     assert read_run(write_run(tmp_path / "other", 0.8, exact=False)).score == {}
 

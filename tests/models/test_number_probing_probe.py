@@ -99,7 +99,9 @@ def answers(x, period, shrinkage="auto", seed=0):
 
     labels = torch.arange(len(x)) % period
     folds = make_folds(torch.arange(len(x)), period, 5, seed=seed)
-    scores = lda_module.lda_scores(lda_module.Table(x), labels, period, folds[None], shrinkage)
+    scores = lda_module.lda_scores(
+        lda_module.StandardizedRows(x), labels, period, folds[None], shrinkage
+    )
     ours = scores[0, folds, torch.arange(len(x))].argmax(-1)
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
     theirs = cross_val_predict(
@@ -229,13 +231,13 @@ def test_both_ways_of_solving_agree(monkeypatch):
         original = getattr(lda_module, name)
         monkeypatch.setattr(lda_module, name, lambda *args: (ways.append(name), original(*args))[1])
 
-    for name in ("_direct", "_iterative", "_single"):
+    for name in ("_solve_directly", "_solve_iteratively", "_fit_alone"):
         record(name)
     monkeypatch.setattr(lda_module, "_TOLERANCE", 1e-5)
     for size, period, far in ((1000, 7, 0.0), (80, 2, 0.0), (80, 2, 1.0), (1000, 7, 5.0)):
         n = torch.arange(size)
         x = mixture(100, size) + far * normal(period, 100, 9)[n % period]
-        table, folds = lda_module.Table(x), make_folds(n, period, 4)[None]
+        table, folds = lda_module.StandardizedRows(x), make_folds(n, period, 4)[None]
         scores = []
         for direct, near, far_limit in ((128, 10.0, 1e4), (0, 10.0, 1e4), (0, 10.0, 0.0)):
             monkeypatch.setattr(lda_module, "DIRECT", direct)
@@ -246,7 +248,7 @@ def test_both_ways_of_solving_agree(monkeypatch):
         scale = scores[0].abs().max()
         assert float((scores[0] - scores[1]).abs().max() / scale) < 1e-4
         assert float((scores[0] - scores[2]).abs().max() / scale) < 0.05
-    assert {*ways} == {"_direct", "_iterative", "_single"}
+    assert {*ways} == {"_solve_directly", "_solve_iteratively", "_fit_alone"}
 
 
 @pytest.mark.parametrize("period", [2, 5])

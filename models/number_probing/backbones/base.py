@@ -24,7 +24,7 @@ __all__ = [
     "Backbone",
     "CausalConv",
     "MixerBlock",
-    "at_least",
+    "check_sizes",
     "draw_weights",
     "same_document",
 ]
@@ -57,21 +57,21 @@ class Backbone(Protocol):
         ...
 
 
-def at_least(least: int, **values: int) -> None:
-    """Check sizes.
+def check_sizes(minimum: int, **sizes: int) -> None:
+    """Check that all sizes are at least ``minimum``.
 
     Raises:
-        ConfigError: One is too small.
+        ConfigError: A size is below the minimum.
     """
-    for name, value in values.items():
-        if value < least:
+    for name, size in sizes.items():
+        if size < minimum:
             raise ConfigError(
-                f"The backbone's {name}={value} is too small.", f"Give {KEY}.{name} of {least} up."
+                f"The backbone's {name}={size} is too small.", f"Give {KEY}.{name} of {minimum} up."
             )
 
 
 def same_document(documents: Tensor, lag: int) -> Tensor:
-    """Whether the token ``lag`` places earlier belongs to the same document.
+    """Whether the token ``lag`` tokens earlier belongs to the same document.
 
     Args:
         documents: Shape: (B, L).
@@ -109,7 +109,7 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int, taps: int = 4) -> None:
         super().__init__()
-        at_least(1, conv=taps)
+        check_sizes(1, conv=taps)
         bound = 1 / math.sqrt(taps)  # as nn.Conv1d draws
         self.weight = nn.Parameter(torch.empty(taps, channels).uniform_(-bound, bound))
 
@@ -146,7 +146,7 @@ class MixerBlock(nn.Module):
         self.mlp = None if hidden == 0 else SwiGLU(width, hidden)
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Add what the mixer and the layers find."""
+        """Add the outputs of the mixer and of the two layers to the shortcut."""
         x = x + self.mixer(self.norm1(x), documents)
         if self.norm2 is None or self.mlp is None:
             return x
@@ -157,9 +157,9 @@ def draw_weights(network: nn.Module, into_shortcut: list[nn.Linear]) -> None:
     """Draw the weights of linear layers anew, in place.
 
     Args:
-        network: Holds them.
-        into_shortcut: Those that write into a shortcut; drawn smaller, so that its variance does
-            not grow with depth.
+        network: The network that holds the layers.
+        into_shortcut: Layers that write into a shortcut; their weights are drawn smaller, so that
+            the variance does not grow with depth.
 
     Source: GPT-2 technical report, section 2.3: 0.02, and 1/√(number of shortcuts) of it.
     """

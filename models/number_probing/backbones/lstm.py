@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fulgurite.devices import move
-from fulgurite.models.number_probing.backbones.base import EPS, at_least
+from fulgurite.models.number_probing.backbones.base import EPS, check_sizes
 
 __all__ = ["LSTMBackbone", "pack_documents"]
 
@@ -23,9 +23,9 @@ def pack_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Index of each token among the B·L, first tokens of all documents first, longest document
-        first, and how many documents have so many tokens at least. Shapes: (M,), (longest,), both
-        int64; the second on the CPU, where PyTorch wants it. Both are found there, so that a
-        device is waited for once.
+        first; and for each step the number of documents that have a token there. Shapes: (M,),
+        (longest,), both int64; the second on the CPU, where PyTorch needs it. Both are computed
+        there, so that a device is waited for once.
 
     Example:
         >>> pack_documents(torch.tensor([[0, 0, 1, 1, 1]]))
@@ -36,24 +36,24 @@ def pack_documents(documents: Tensor) -> tuple[Tensor, Tensor]:
     device, documents = documents.device, documents.cpu()
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    number = starts.flatten().cumsum(0) - 1  # of the document, through all sequences
+    document = starts.flatten().cumsum(0) - 1  # counted through all sequences
     first = starts.flatten().nonzero()[:, 0]
     lengths = torch.diff(first, append=first.new_tensor([documents.numel()]))
-    step = torch.arange(documents.numel()) - first[number]
+    step = torch.arange(documents.numel()) - first[document]
     by_length = lengths.argsort(descending=True, stable=True)
-    place = torch.empty_like(by_length)
-    place[by_length] = torch.arange(len(lengths))
-    order = (step * len(lengths) + place[number]).argsort()
+    rank = torch.empty_like(by_length)
+    rank[by_length] = torch.arange(len(lengths))
+    order = (step * len(lengths) + rank[document]).argsort()
     return move(order, device), torch.bincount(step)
 
 
 class LSTMBackbone(nn.Module):
-    """LSTM layers, each behind a norm and beside a shortcut, or plainly on top of each other.
+    """LSTM layers, each behind a norm and beside a shortcut, or simply stacked.
 
     Args:
-        width: D, also of the state.
+        width: D, also the width of the state.
         layers: LSTM layers.
-        residual: Norms and shortcuts; deep stacks need them.
+        residual: Use norms and shortcuts; deep stacks need them.
 
     Shape: (B, L, D) to (B, L, D).
 
@@ -70,15 +70,15 @@ class LSTMBackbone(nn.Module):
 
     def __init__(self, width: int = 128, layers: int = 2, residual: bool = True) -> None:
         super().__init__()
-        at_least(1, width=width, layers=layers)
+        check_sizes(1, width=width, layers=layers)
         self.width, self.residual = width, residual
-        made = [nn.LSTM(width, width, batch_first=True) for _ in range(layers)]
-        self.layers = nn.ModuleList(made)
+        lstms = [nn.LSTM(width, width, batch_first=True) for _ in range(layers)]
+        self.layers = nn.ModuleList(lstms)
         self.norms = nn.ModuleList(
             nn.RMSNorm(width, EPS) if residual else nn.Identity() for _ in range(layers)
         )
         self.norm = nn.RMSNorm(width, EPS)
-        for layer in made:
+        for layer in lstms:
             for name, parameter in layer.named_parameters():
                 if "bias" in name:
                     nn.init.zeros_(parameter)
@@ -95,7 +95,9 @@ class LSTMBackbone(nn.Module):
 
     def _stack(self, x: Tensor, sizes: Tensor | None) -> Tensor:
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            read = norm(x)
-            found = layer(read)[0] if sizes is None else layer(PackedSequence(read, sizes))[0].data
-            x = x + found if self.residual else found
+            normed = norm(x)
+            output = (
+                layer(normed)[0] if sizes is None else layer(PackedSequence(normed, sizes))[0].data
+            )
+            x = x + output if self.residual else output
         return self.norm(x)  # type: ignore[no-any-return]

@@ -28,26 +28,27 @@ __all__ = [
 
 
 class Decays(NamedTuple):
-    """What is left of what, in every chunk.
+    """Factors by which tokens and states have decayed, in every chunk.
 
     Attributes:
-        pairs: Of token j at token i of the chunk, 0 for later j. Shape: (B, H, N, C, C).
-        carried: Of the state before the chunk, at each token. Shape: (B, H, N, C).
-        ending: Of each token at the end of the chunk. Shape: (B, H, N, C).
-        kept: Of the state before the chunk, at its end. Shape: (B, H, N).
+        pairs: Decay of token j at token i of the chunk, 0 for later j. Shape: (B, H, N, C, C).
+        carried: Decay of the state before the chunk, at each token. Shape: (B, H, N, C).
+        ending: Decay of each token at the end of the chunk. Shape: (B, H, N, C).
+        across: Decay of the state before the chunk, at the chunk's end. Shape: (B, H, N).
     """
 
     pairs: Tensor
     carried: Tensor
     ending: Tensor
-    kept: Tensor
+    across: Tensor
 
 
 def chunk_decays(log_decay: Tensor, documents: Tensor | None = None) -> Decays:
-    """Products of decays between the tokens of each chunk; nothing is left across documents.
+    """Products of decays between the tokens of each chunk; 0 across documents.
 
     Args:
-        log_decay: Of the state before each token is added. Shape: (B, H, N, C).
+        log_decay: Logarithm of the decay of the state before each token is added.
+            Shape: (B, H, N, C).
         documents: Shape: (B, N, C), equal ids neighbours.
 
     Example:
@@ -55,33 +56,33 @@ def chunk_decays(log_decay: Tensor, documents: Tensor | None = None) -> Decays:
         >>> decays.pairs[0, 0, 0]
         tensor([[1.0000, 0.0000],
                 [0.5000, 1.0000]])
-        >>> decays.carried, decays.kept
+        >>> decays.carried, decays.across
         (tensor([[[[0.5000, 0.2500]]]]), tensor([[[0.2500]]]))
 
     Source: Mamba-2, arXiv 2405.21060, section 6; documents: inferred.
     """
     total = running_sum(log_decay)
     size = log_decay.shape[-1]
-    seen = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
+    visible = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
     pairs = total[..., :, None] - total[..., None, :]
     ending = total[..., -1:] - total
     if documents is None:
         # before exp: a large positive difference would give inf · 0 in backward
-        pairs = pairs.masked_fill(~seen, -torch.inf)
+        pairs = pairs.masked_fill(~visible, -torch.inf)
         return Decays(pairs.exp(), total.exp(), ending.exp(), total[..., -1].exp())
     before = torch.cat([documents[:, :1, :1], documents[:, :-1, -1:]], 1)  # first state is zero
-    seen = (seen & (documents[..., :, None] == documents[..., None, :]))[:, None]
+    visible = (visible & (documents[..., :, None] == documents[..., None, :]))[:, None]
     carries = (documents == before)[:, None]
     ends = (documents == documents[..., -1:])[:, None]
     return Decays(
-        pairs.masked_fill(~seen, -torch.inf).exp(),
+        pairs.masked_fill(~visible, -torch.inf).exp(),
         total.exp() * carries,
         ending.exp() * ends,
         total[..., -1].exp() * carries[..., -1],
     )
 
 
-def _chunked(x: Tensor, chunk: int) -> Tensor:
+def _split_chunks(x: Tensor, chunk: int) -> Tensor:
     """Cut tokens into chunks, the last one filled up with zeros. Shape: (B, H, L, ...)."""
     missing = -x.shape[2] % chunk
     if missing:
@@ -89,7 +90,7 @@ def _chunked(x: Tensor, chunk: int) -> Tensor:
     return x.view(*x.shape[:2], -1, chunk, *x.shape[3:])
 
 
-def _chunked_documents(documents: Tensor | None, chunk: int) -> Tensor | None:
+def _split_document_chunks(documents: Tensor | None, chunk: int) -> Tensor | None:
     if documents is None:
         return None
     missing = -documents.shape[1] % chunk
@@ -127,15 +128,15 @@ def linear_recurrence(
     """
     length = value.shape[2]
     chunk = min(chunk, length)
-    q, k, v = (_chunked(x, chunk) for x in (query, key, value))
-    decays = chunk_decays(_chunked(log_decay, chunk), _chunked_documents(documents, chunk))
+    q, k, v = (_split_chunks(x, chunk) for x in (query, key, value))
+    decays = chunk_decays(_split_chunks(log_decay, chunk), _split_document_chunks(documents, chunk))
     inside = (q @ k.mT * decays.pairs) @ v
     if v.shape[2] == 1:
         return inside.flatten(2, 3)[:, :, :length]
     added = (k * decays.ending[..., None]).mT @ v  # (B, H, N, K, V)
     states = [torch.zeros_like(added[:, :, 0])]
     for i in range(v.shape[2] - 1):
-        states.append(states[-1] * decays.kept[:, :, i, None, None] + added[:, :, i])
+        states.append(states[-1] * decays.across[:, :, i, None, None] + added[:, :, i])
     out = inside + (q * decays.carried[..., None]) @ torch.stack(states, 2)
     return out.flatten(2, 3)[:, :, :length]
 
@@ -156,10 +157,10 @@ def delta_rule(
 
     Args:
         query: Shape: (B, H, L, K).
-        key: Of length 1 each. Shape: (B, H, L, K).
+        key: Vectors of length 1. Shape: (B, H, L, K).
         value: Shape: (B, H, L, V).
         log_decay: g. Shape: (B, H, L).
-        beta: Share that is corrected. Shape: (B, H, L).
+        beta: Fraction of the error that is corrected. Shape: (B, H, L).
         documents: The state is zero where one begins. Shape: (B, L).
         chunk: C.
 
@@ -175,9 +176,9 @@ def delta_rule(
     """
     length = value.shape[2]
     chunk = min(chunk, length)
-    q, k, v = (_chunked(x, chunk) for x in (query, key, value))
-    b = _chunked(beta, chunk)[..., None]
-    decays = chunk_decays(_chunked(log_decay, chunk), _chunked_documents(documents, chunk))
+    q, k, v = (_split_chunks(x, chunk) for x in (query, key, value))
+    b = _split_chunks(beta, chunk)[..., None]
+    decays = chunk_decays(_split_chunks(log_decay, chunk), _split_document_chunks(documents, chunk))
     system = (b * (k @ k.mT) * decays.pairs).tril(-1)
     several = v.shape[2] > 1
     right = torch.cat([b * v, b * decays.carried[..., None] * k], -1) if several else b * v
@@ -193,7 +194,7 @@ def delta_rule(
     for i in range(v.shape[2]):
         written = free[:, :, i] - reading[:, :, i] @ state
         parts.append(q[:, :, i] @ state + scores[:, :, i] @ written)
-        state = state * decays.kept[:, :, i, None, None] + write[:, :, i] @ written
+        state = state * decays.across[:, :, i, None, None] + write[:, :, i] @ written
     return torch.cat(parts, 2)[:, :, :length]
 
 
@@ -202,7 +203,7 @@ def linear_recurrence_by_token(
 ) -> Tensor:
     """:func:`linear_recurrence`, one token after the other; slow."""
     beta = torch.ones_like(log_decay)
-    return _by_token(query, key, value, log_decay, beta, documents, corrects=False)
+    return _recur_by_token(query, key, value, log_decay, beta, documents, corrects=False)
 
 
 def delta_rule_by_token(
@@ -214,10 +215,10 @@ def delta_rule_by_token(
     documents: Tensor | None = None,
 ) -> Tensor:
     """:func:`delta_rule`, one token after the other; slow."""
-    return _by_token(query, key, value, log_decay, beta, documents, corrects=True)
+    return _recur_by_token(query, key, value, log_decay, beta, documents, corrects=True)
 
 
-def _by_token(
+def _recur_by_token(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -234,8 +235,8 @@ def _by_token(
         state = state * log_decay[:, :, t, None, None].exp()
         if documents is not None:
             state = state * same_document(documents, 1)[:, t, None, None, None]
-        found = (state.mT @ key[:, :, t, :, None])[..., 0] if corrects else 0.0
-        written = beta[:, :, t, None] * (value[:, :, t] - found)
+        recalled = (state.mT @ key[:, :, t, :, None])[..., 0] if corrects else 0.0
+        written = beta[:, :, t, None] * (value[:, :, t] - recalled)
         state = state + key[:, :, t, :, None] * written[:, :, None]
         parts.append((state.mT @ query[:, :, t, :, None])[..., 0])
     return torch.stack(parts, 2)

@@ -18,7 +18,7 @@ from fulgurite.models.number_probing.backbones.base import (
     KEY,
     CausalConv,
     MixerBlock,
-    at_least,
+    check_sizes,
     draw_weights,
 )
 from fulgurite.models.number_probing.backbones.recurrences import delta_rule, linear_recurrence
@@ -75,14 +75,14 @@ class _DeltaMixer(nn.Module):
         query = F.normalize(query, dim=-1) / math.sqrt(query.shape[-1])
         key = F.normalize(key, dim=-1)
         beta = correct.sigmoid().transpose(1, 2)
-        kind = log_decay.dtype  # float32 at least: the system is solved in it
+        dtype = log_decay.dtype  # float32 at least: the system is solved in it
         with torch.autocast(x.device.type, enabled=False):
-            found = delta_rule(
-                query.to(kind), key.to(kind), value.to(kind), log_decay, beta.to(kind), documents,
-                self.chunk,
+            output = delta_rule(
+                query.to(dtype), key.to(dtype), value.to(dtype), log_decay, beta.to(dtype),
+                documents, self.chunk,
             )  # fmt: skip
-        found = self.norm(found.transpose(1, 2).to(x.dtype)).flatten(2)
-        return cast("Tensor", self.out(found * F.silu(self.gate(x))))
+        output = self.norm(output.transpose(1, 2).to(x.dtype)).flatten(2)
+        return cast("Tensor", self.out(output * F.silu(self.gate(x))))
 
 
 class GatedDeltaNetBackbone(nn.Module):
@@ -122,9 +122,9 @@ class GatedDeltaNetBackbone(nn.Module):
         chunk: int = 32,
     ) -> None:
         super().__init__()
-        at_least(1, width=width, layers=layers, heads=heads, expand=expand, chunk=chunk)
+        check_sizes(1, width=width, layers=layers, heads=heads, expand=expand, chunk=chunk)
         size = width // heads if head_size is None else head_size
-        at_least(1, head_size=size)
+        check_sizes(1, head_size=size)
         self.width = width
         mixers = [_DeltaMixer(width, heads, size, expand, conv, chunk) for _ in range(layers)]
         blocks = [MixerBlock(width, mixer, hidden) for mixer in mixers]
@@ -163,15 +163,15 @@ class _Mamba2Mixer(nn.Module):
         value, key, query = torch.split(mixed, self.sizes, -1)
         value = value.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         log_decay, step = self.decay(self.steps(x))
-        kind = log_decay.dtype
+        dtype = log_decay.dtype
         with torch.autocast(x.device.type, enabled=False):
-            found = linear_recurrence(
-                query[:, None].to(kind), key[:, None].to(kind), value.to(kind) * step[..., None],
+            output = linear_recurrence(
+                query[:, None].to(dtype), key[:, None].to(dtype), value.to(dtype) * step[..., None],
                 log_decay, documents, self.chunk,
             )  # fmt: skip
-            found = found + value * self.skip[:, None, None]
-        found = found.transpose(1, 2).flatten(2).to(x.dtype)
-        return cast("Tensor", self.out(self.norm(found * F.silu(gate))))
+            output = output + value * self.skip[:, None, None]
+        output = output.transpose(1, 2).flatten(2).to(x.dtype)
+        return cast("Tensor", self.out(self.norm(output * F.silu(gate))))
 
 
 class Mamba2Backbone(nn.Module):
@@ -209,8 +209,8 @@ class Mamba2Backbone(nn.Module):
         chunk: int = 32,
     ) -> None:
         super().__init__()
-        at_least(1, width=width, layers=layers, expand=expand, head_size=head_size)
-        at_least(1, state_size=state_size, chunk=chunk)
+        check_sizes(1, width=width, layers=layers, expand=expand, head_size=head_size)
+        check_sizes(1, state_size=state_size, chunk=chunk)
         inner = width * expand
         if inner % head_size:
             raise ConfigError(

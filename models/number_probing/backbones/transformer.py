@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
 from fulgurite.layers.transformer import Transformer, initialize
-from fulgurite.models.number_probing.backbones.base import KEY, at_least
+from fulgurite.models.number_probing.backbones.base import KEY, check_sizes
 
 __all__ = ["TransformerBackbone"]
 
@@ -57,7 +57,7 @@ class TransformerBackbone(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        at_least(1, width=width, max_length=max_length)
+        check_sizes(1, width=width, max_length=max_length)
         self.width, self.max_length = width, max_length
         base = rope_base if positions == "rotary" else None
         self.transformer = Transformer(
