@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fulgurite.datamodules.number_probing.draws import Ints, below, hashed
+from fulgurite.datamodules.number_probing.draws import Ints, draw_below, hash_integers
 from fulgurite.errors import ConfigError
 
 __all__ = ["IGNORED", "AdditionTask", "PairList", "PairStream", "Part"]
 
-#: What pairs are for; no pair is in two parts.
+#: Parts of all pairs; no pair is in two parts.
 Part = Literal["train", "val", "test"]
 
 #: Target that a loss leaves out: ``ignore_index`` of PyTorch's cross-entropy.
@@ -27,12 +27,12 @@ IGNORED = -100
 
 _SPLIT, _DRAW, _ORDER, _HOLD_OUT = range(4)  # random streams of a seed
 Flags = npt.NDArray[np.bool_]
-_LARGEST = 2**62  # sums of two numbers below stay in int64
+_LARGEST = 2**62  # sums of two numbers below it stay in int64
 
 
 @dataclass(frozen=True)
 class AdditionTask:
-    """What problems look like: ``a + b = c``, each number ``tokens`` digits of a base.
+    """Problems ``a + b = c``, each number ``tokens`` digits of a base.
 
     Tokens 0 … base-1 are the digits, ``base`` is ``+``, ``base + 1`` is ``=``.
 
@@ -41,10 +41,10 @@ class AdditionTask:
         tokens: K.
         order: ``msb`` has the most significant digit first, ``lsb`` the least.
         carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
-        overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
+        overflow: ``wrap`` drops the carry of the most significant digit; ``bound`` has only
             pairs whose sum has K digits; ``auto`` bounds K = 1 and wraps others.
-        train_fraction: Fraction of all pairs that is for training. One half of the rest is for
-            validation, the other for test.
+        train_fraction: Fraction of all pairs that is for training. Half of the remaining
+            pairs is for validation, the other half for test.
         mirrored: Keep a + b and b + a in the same part.
         seed: Seed of the parts.
 
@@ -70,11 +70,11 @@ class AdditionTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("base", 2), ("tokens", 1), ("seed", 0)):
-            if getattr(self, name) < least:
+        for name, minimum in (("base", 2), ("tokens", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
                 raise ConfigError(
                     f"The {name} of the addition is {getattr(self, name)}.",
-                    f"Set `--data.init_args.{name}` to {least} or more.",
+                    f"Set `--data.init_args.{name}` to {minimum} or more.",
                 )
         if self.base**self.tokens >= _LARGEST:
             raise ConfigError(
@@ -100,7 +100,7 @@ class AdditionTask:
 
     @property
     def bounded(self) -> bool:
-        """Whether only pairs are asked whose sum has K digits."""
+        """Whether only pairs whose sum has K digits are problems."""
         return self.overflow == "bound" or (self.overflow == "auto" and self.tokens == 1)
 
     @property
@@ -121,8 +121,8 @@ class AdditionTask:
     def digits(self, numbers: Ints) -> Ints:
         """Digits in the order of the task. Shape: (I,) to (I, K)."""
         powers = self.base ** np.arange(self.tokens, dtype=np.int64)
-        found: Ints = numbers[:, None] // powers % self.base
-        return found[:, ::-1] if self.order == "msb" else found
+        digits: Ints = numbers[:, None] // powers % self.base
+        return digits[:, ::-1] if self.order == "msb" else digits
 
     def answer(self, a: Ints, b: Ints) -> Ints:
         """Digits of c. Shape: (I,) and (I,) to (I, K)."""
@@ -133,46 +133,46 @@ class AdditionTask:
     def encode(self, a: Ints, b: Ints) -> dict[str, Tensor]:
         """Sequences of problems: tokens, and targets at the answer only. Shapes: (I, L)."""
         plus, equals = (np.full((len(a), 1), self.base + i) for i in range(2))
-        whole = np.concatenate(
+        sequences = np.concatenate(
             [self.digits(a), plus, self.digits(b), equals, self.answer(a, b)], 1
         ).astype(np.int64)
-        targets = whole[:, 1:].copy()
+        targets = sequences[:, 1:].copy()
         targets[:, : -self.tokens] = IGNORED
         return {
-            "tokens": torch.from_numpy(whole[:, :-1].copy()),
+            "tokens": torch.from_numpy(sequences[:, :-1].copy()),
             "targets": torch.from_numpy(targets),
         }
 
-    def trained(self, a: Ints, b: Ints) -> Flags:
+    def is_training(self, a: Ints, b: Ints) -> Flags:
         """Whether pairs are for training. Shape: (I,) and (I,) to (I,)."""
         limit = np.uint64(self.train_fraction * 2**53)
-        trained: Flags = (self._hashed(_SPLIT, a, b) >> np.uint64(11)) < limit
-        return trained
+        is_training: Flags = (self._hash_pairs(_SPLIT, a, b) >> np.uint64(11)) < limit
+        return is_training
 
-    def belongs(self, part: Part, a: Ints, b: Ints) -> Flags:
+    def is_in_part(self, part: Part, a: Ints, b: Ints) -> Flags:
         """Whether pairs are in a part. Shape: (I,) and (I,) to (I,)."""
-        trained = self.trained(a, b)
+        is_training = self.is_training(a, b)
         if part == "train":
-            return trained
-        tested = (self._hashed(_HOLD_OUT, a, b) >> np.uint64(63)).astype(np.bool_)
-        held_out: Flags = ~trained & (tested == (part == "test"))
-        return held_out
+            return is_training
+        in_test_half = (self._hash_pairs(_HOLD_OUT, a, b) >> np.uint64(63)).astype(np.bool_)
+        is_in_part: Flags = ~is_training & (in_test_half == (part == "test"))
+        return is_in_part
 
-    def _hashed(self, stream: int, a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
-        """Random bits of pairs, the same for a + b and b + a if they are kept together."""
+    def _hash_pairs(self, stream: int, a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
+        """Random bits of pairs, the same for a + b and b + a if ``mirrored``."""
         if self.mirrored:
             a, b = np.minimum(a, b), np.maximum(a, b)
-        return hashed(self.seed, stream, a, b)
+        return hash_integers(self.seed, stream, a, b)
 
 
 class PairStream(Dataset[dict[str, Tensor]]):
-    """Pairs drawn anew for ever; the number of the draw decides the pair.
+    """An endless sequence of random pairs; the number of the draw decides the pair.
 
     Args:
-        task: What problems look like.
-        part: Which pairs.
+        task: The problems.
+        part: Part of the pairs that are drawn.
         seed: Seed of the draws.
-        size: Draws of an evaluation; a sampler may ask for more.
+        size: Draws of an evaluation; a sampler may draw more.
     """
 
     def __init__(self, task: AdditionTask, part: Part, seed: int, size: int) -> None:
@@ -188,17 +188,17 @@ class PairStream(Dataset[dict[str, Tensor]]):
         """Operands of draws. Shapes: (I,)."""
         numbers = np.asarray(indices, np.int64)
         a, b = np.zeros_like(numbers), np.zeros_like(numbers)
-        left, attempt = np.arange(len(numbers)), 0
-        while len(left):  # what falls into another part is drawn again
-            key = self.seed, _DRAW, int(self.part == "train"), numbers[left], attempt
-            first, second = (below(self.task.size, *key, i) for i in range(2))
+        pending, attempt = np.arange(len(numbers)), 0
+        while len(pending):  # pairs of another part are drawn again
+            key = self.seed, _DRAW, int(self.part == "train"), numbers[pending], attempt
+            first, second = (draw_below(self.task.size, *key, i) for i in range(2))
             if self.task.bounded:  # the upper triangle, turned over, is the lower one
                 outside = first + second >= self.task.size
                 first = np.where(outside, self.task.size - 1 - first, first)
                 second = np.where(outside, self.task.size - 1 - second, second)
-            fits = self.task.belongs(self.part, first, second)
-            a[left[fits]], b[left[fits]] = first[fits], second[fits]
-            left, attempt = left[~fits], attempt + 1
+            fits = self.task.is_in_part(self.part, first, second)
+            a[pending[fits]], b[pending[fits]] = first[fits], second[fits]
+            pending, attempt = pending[~fits], attempt + 1
         return a, b
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
@@ -209,24 +209,25 @@ class PairList(Dataset[dict[str, Tensor]]):
     """All pairs of one part, in a new order in every pass of them.
 
     Args:
-        task: What problems look like; base**K of at most a few thousand.
-        part: Which pairs.
+        task: The problems, with base**K of at most a few thousand.
+        part: Part of the pairs that are listed.
         seed: Seed of the orders; None to keep the pairs in order.
-        limit: Keep at most so many, chosen at random.
+        limit: Keep at most this many pairs, chosen at random.
     """
 
     def __init__(
         self, task: AdditionTask, part: Part, seed: int | None, limit: int | None = None
     ) -> None:
         a, b = (x.ravel() for x in np.indices((task.size, task.size), dtype=np.int64))
-        chosen = task.belongs(part, a, b)
+        in_part = task.is_in_part(part, a, b)
         if task.bounded:
-            chosen &= a + b < task.size
+            in_part &= a + b < task.size
         self.task, self.seed = task, seed
-        self.a, self.b = a[chosen], b[chosen]
+        self.a, self.b = a[in_part], b[in_part]
         if limit is not None and limit < len(self.a):
-            kept = np.sort(hashed(task.seed, _ORDER, np.arange(len(self.a))).argsort()[:limit])
-            self.a, self.b = self.a[kept], self.b[kept]
+            hashes = hash_integers(task.seed, _ORDER, np.arange(len(self.a)))
+            sample = np.sort(hashes.argsort()[:limit])
+            self.a, self.b = self.a[sample], self.b[sample]
         self._pass, self._order = -1, np.arange(len(self.a))
 
     def __len__(self) -> int:
@@ -235,20 +236,21 @@ class PairList(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: x[0] for name, x in self.__getitems__([index]).items()}
 
-    def places(self, indices: list[int]) -> Ints:
-        """Where draws are in the list; draw n is in pass n // length. Shape: (I,)."""
-        passes, places = np.divmod(np.asarray(indices, np.int64), len(self.a))
+    def rows(self, indices: list[int]) -> Ints:
+        """Index of each draw in the list; draw n is in pass n // length. Shape: (I,)."""
+        passes, rows = np.divmod(np.asarray(indices, np.int64), len(self.a))
         if self.seed is None:
-            return places
-        found = np.empty_like(places)
-        for which in np.unique(passes):
-            if which != self._pass:
-                order = hashed(self.seed, _ORDER, int(which), np.arange(len(self.a))).argsort()
-                self._pass, self._order = int(which), order
-            here = passes == which
-            found[here] = self._order[places[here]]
-        return found
+            return rows
+        shuffled_rows = np.empty_like(rows)
+        for pass_number in np.unique(passes):
+            if pass_number != self._pass:
+                key = self.seed, _ORDER, int(pass_number)
+                order = hash_integers(*key, np.arange(len(self.a))).argsort()
+                self._pass, self._order = int(pass_number), order
+            in_pass = passes == pass_number
+            shuffled_rows[in_pass] = self._order[rows[in_pass]]
+        return shuffled_rows
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        places = self.places(indices)
-        return self.task.encode(self.a[places], self.b[places])
+        rows = self.rows(indices)
+        return self.task.encode(self.a[rows], self.b[rows])

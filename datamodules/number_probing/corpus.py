@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from fulgurite.data.store import ArrayStore, ArrayStream, cached_store
 from fulgurite.data.text import ConsecutiveStarts, read_documents
 from fulgurite.datamodules.number_probing.addition import IGNORED
-from fulgurite.datamodules.number_probing.draws import Ints, below
+from fulgurite.datamodules.number_probing.draws import Ints, draw_below
 from fulgurite.datamodules.number_probing.perturbations import (
     Perturbation,
-    blocks_of,
+    block_ids,
     context_starts,
     isolate_starts,
     replacement,
@@ -36,7 +36,7 @@ from fulgurite.io import checksum
 __all__ = ["TokenCache", "TokenWindows", "cached_tokens"]
 
 _WINDOW = 2  # random stream of a seed
-_TOGETHER = 256  # documents that are tokenised at a time
+_TOGETHER = 256  # documents tokenised at a time
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -46,18 +46,18 @@ class TokenCache(ArrayStore):
     """All documents one after the other, memory-mapped.
 
     Args:
-        folder: What :func:`cached_tokens` has written.
+        folder: A folder that :func:`cached_tokens` has written.
 
     Attributes:
         tokens: Shape: (M,), uint16 or uint32.
         starts: First token of each document. Shape: (D,), int64.
-        places: Where number tokens are, ascending. Shape: (I,), int64.
+        positions: Positions of the number tokens, ascending. Shape: (I,), int64.
         counts: How often each token occurs. Shape: (V,), int64.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.tokens, self.places = self["tokens"], self["places"]
+        self.tokens, self.positions = self["tokens"], self["places"]
         self.starts, self.counts = self["starts"], self["counts"]
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ def cached_tokens(files: Sequence[Path], tokenizer: Tokenizer, column: str = "te
     Args:
         files: Text or parquet, in the order of the tokens.
         tokenizer: Makes the tokens; takes over its vocabulary from the cache.
-        column: Of parquet tables.
+        column: Column of parquet tables that holds the text.
 
     Raises:
         DataError: A file cannot be read, there is no text in them, or the cache cannot be written.
@@ -97,21 +97,21 @@ def _write(
     is_number[[*tokenizer.numbers]] = True
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     starts: list[int] = []
-    end = [] if tokenizer.end is None else [tokenizer.end]
+    end_ids = [] if tokenizer.end is None else [tokenizer.end]
     with (
-        ArrayStream(folder / "tokens.npy", dtype) as whole,
-        ArrayStream(folder / "places.npy", np.int64) as places,
+        ArrayStream(folder / "tokens.npy", dtype) as token_stream,
+        ArrayStream(folder / "places.npy", np.int64) as position_stream,
     ):
         documents = read_documents(files, column)
-        while some := [*islice(documents, _TOGETHER)]:
-            for found in tokenizer.encode(some):
-                if not found:
+        while batch := [*islice(documents, _TOGETHER)]:
+            for token_ids in tokenizer.encode(batch):
+                if not token_ids:
                     continue
-                tokens = np.asarray(found + end, dtype)
-                starts.append(len(whole))
+                tokens = np.asarray(token_ids + end_ids, dtype)
+                starts.append(len(token_stream))
                 counts += np.bincount(tokens, minlength=len(counts))
-                places.append(np.flatnonzero(is_number[tokens]) + len(whole))
-                whole.append(tokens)
+                position_stream.append(np.flatnonzero(is_number[tokens]) + len(token_stream))
+                token_stream.append(tokens)
     if not starts:
         raise DataError(
             f"There is no text in {len(files)} files, the first is {files[0]}.",
@@ -126,19 +126,19 @@ def _write(
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Pieces of the text and the token after each of theirs.
+    """Windows of the text, and the next token of each of their tokens.
 
     Args:
         cache: All tokens.
         part: The tokens that windows are cut from; swapped numbers come from here too.
         length: L.
-        perturbation: What is done to them.
+        perturbation: Perturbation of the text.
         is_number: Whether a token stands for a number. Shape: (V,).
-        seed: Of the places and of the perturbation.
-        random: Cut at random places, which the number of the draw decides, instead of one after
-            the other.
-        documents: Keep documents apart.
-        limit: Of windows one after the other, keep at most so many, spread evenly.
+        seed: Seed of the positions and of the perturbation.
+        random: Cut at random positions, which the number of the draw decides, instead of one
+            after the other.
+        documents: Mark documents, which must not see each other.
+        limit: Keep at most this many of the consecutive windows, spread evenly.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self.perturbation, self.is_number = perturbation, is_number
         self.seed, self.random, self.documents = seed, random, documents
         self.consecutive = ConsecutiveStarts(part, length, limit)
-        first, last = np.searchsorted(cache.places, (part.start, part.stop))
+        first, last = np.searchsorted(cache.positions, (part.start, part.stop))
         self.numbers = range(int(first), int(last))  # of the part, among all
 
     def __len__(self) -> int:
@@ -171,24 +171,24 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         numbers = np.asarray(indices, np.int64)
         if self.random:
             places = len(self.part) - self.length
-            return self.part.start + below(places, self.seed, _WINDOW, numbers)
+            return self.part.start + draw_below(places, self.seed, _WINDOW, numbers)
         return self.consecutive.begin(numbers)
 
     def text(self, begin: int, count: int) -> Ints:
-        """Tokens from a place on, with other numbers where the perturbation says so.
+        """Read tokens, with numbers replaced if the perturbation replaces them.
 
         Shape: (count,).
         """
         tokens: Ints = self.cache.tokens[begin : begin + count].astype(np.int64)
         kind = self.perturbation.numbers
         if kind is not None:
-            places = self.cache.places
-            first, last = np.searchsorted(places, (begin, begin + count))
+            positions = self.cache.positions
+            first, last = np.searchsorted(positions, (begin, begin + count))
             if last > first:
-                asked = np.arange(first, last) - self.numbers.start
-                taken = replacement(kind, asked, len(self.numbers), self.seed)
-                source = places[self.numbers.start + taken]
-                tokens[places[first:last] - begin] = self.cache.tokens[source]
+                indices = np.arange(first, last) - self.numbers.start
+                replacements = replacement(kind, indices, len(self.numbers), self.seed)
+                source = positions[self.numbers.start + replacements]
+                tokens[positions[first:last] - begin] = self.cache.tokens[source]
         return tokens
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -204,11 +204,11 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
                 row[self.cache.starts[slice(*among)] - begin] = True
         if self.perturbation.isolate:
             starts |= isolate_starts(self.is_number[rows], self.perturbation.isolate)
-        # what another piece begins with is not predicted from this one
+        # the first token of a piece is not predicted from the piece before
         targets[starts[:, 1:]] = IGNORED
         if self.perturbation.context:
             # but the window of the context slides on to its last token's target
             starts |= context_starts((len(rows), rows.shape[1]), self.perturbation.context)
         if self.documents or self.perturbation.isolate or self.perturbation.context:
-            batch["documents"] = torch.from_numpy(blocks_of(starts[:, :-1]))
+            batch["documents"] = torch.from_numpy(block_ids(starts[:, :-1]))
         return batch

@@ -30,7 +30,7 @@ _LISTED = 2048  # operands up to which all pairs are listed
 
 
 class _NumberDataModule(SequenceDataModule):
-    """What both DataModules share: data sets that give whole batches.
+    """Base of both DataModules: their data sets give whole batches.
 
     Attributes:
         number_ids: Token of each number; complete after :meth:`setup`.
@@ -39,7 +39,7 @@ class _NumberDataModule(SequenceDataModule):
     number_ids: dict[int, int]
 
     def collate_function(self) -> Callable[[Any], Any]:
-        """Keep the batches that data sets give."""
+        """Return the collation that keeps the batches of data sets."""
         return keep_batch
 
 
@@ -48,9 +48,9 @@ class AdditionDataModule(_NumberDataModule):
 
     Batches are ``{"tokens": (B, L) int64, "targets": (B, L) int64}`` with L = 3 tokens + 1 and
     targets at the answer only. All pairs are split once, by ``seed``, into those for training, for
-    validation and for test, which share none: what is learned by heart does not count, nor what
-    chose a checkpoint. Few pairs are gone through in passes, each in an order of its own; of many,
-    random ones are drawn for ever.
+    validation and for test, which share none, so that neither memorisation nor the choice of a
+    checkpoint helps in the test. Small tasks are enumerated and reshuffled in every pass; large
+    ones are sampled without end.
 
     Args:
         base: Number of digits, which are the numbers that can be probed.
@@ -59,8 +59,8 @@ class AdditionDataModule(_NumberDataModule):
         carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
         overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
             pairs whose sum has no further digit; ``auto`` bounds one token and wraps several.
-        train_fraction: Fraction of all pairs that is for training. One half of the rest is for
-            validation, the other for test.
+        train_fraction: Fraction of all pairs that is for training. Half of the remaining
+            pairs is for validation, the other half for test.
         mirrored: Keep a + b and b + a in the same part.
         batch_size: Problems of a batch, on each rank.
         steps_per_epoch: Training batches of one epoch on each rank.
@@ -135,12 +135,12 @@ class AdditionDataModule(_NumberDataModule):
             self._train = PairList(self.task, "train", seeds[_TRAIN])
             self._val = PairList(self.task, "val", None, val)
             self._test = PairList(self.task, "test", None, test)
-            for name, asked, data in (
+            for name, size, data in (
                 ("training", 1, self._train),
                 ("validation", val, self._val),
                 ("test", test, self._test),
             ):
-                if asked and not len(data):
+                if size and not len(data):
                     raise DataError(
                         f"Of the pairs of base {self.task.base}, none is for {name}.",
                         "Set `--data.init_args.base` higher, `--data.init_args.train_fraction` "
@@ -164,7 +164,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
             library, about 12 MB of real text that is on every machine (but is another one for
             another Python).
         suffixes: What names of files in folders end with.
-        column: Of parquet tables, the one with the text.
+        column: Column of parquet tables that holds the text.
         tokenizer: ``words``, each number 0 … 999 one token; ``digits``, each digit one; or a
             ``tokenizer.json`` (or its folder).
         vocab_size: Tokens of ``words`` and ``digits``; a file has its own number.
@@ -174,7 +174,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         batch_size: Sequences of a batch, on each rank.
         val_fraction: Fraction of the tokens for validation; 0 for none.
         test_fraction: Fraction of the tokens for test and prediction; 0 for none.
-        documents: Keep the documents of a sequence apart.
+        documents: Mark the documents of a sequence, which must not see each other.
         steps_per_epoch: Training batches of one epoch on each rank; as many as cover the text
             about once if not given.
         val_sequences: Keep at most this many validation windows, spread evenly; ``null`` for all.

@@ -1,7 +1,7 @@
 """The paper's perturbations of text, which take away one signal about numbers each.
 
 Two of them keep pieces of a sequence apart (``context:l``, ``isolate:k``), two put other numbers
-in the text (``swap``, ``unigram``). Replacements are functions of where a number is, so that
+in the text (``swap``, ``unigram``). Replacements are functions of a number's position, so that
 nothing is written anew and every draw of a window sees the same text.
 
 Axes: B batch, L tokens, I number tokens.
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fulgurite.datamodules.number_probing.draws import Ints, below
+from fulgurite.datamodules.number_probing.draws import Ints, draw_below
 from fulgurite.errors import ConfigError
 
 __all__ = [
     "Perturbation",
-    "blocks_of",
+    "block_ids",
     "context_starts",
     "isolate_starts",
     "parse_perturbations",
@@ -34,12 +34,12 @@ _SWAP, _UNIGRAM = range(100, 102)  # random streams of a seed, apart from those 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What is done to text.
+    """A perturbation of text.
 
     Args:
-        context: Tokens that may see each other; 0 for all.
-        isolate: Number tokens that may see each other; 0 for all.
-        numbers: What stands in the place of numbers: ``swap``, ``unigram``, or themselves.
+        context: Number of consecutive tokens that see each other; 0 for all.
+        isolate: Number of consecutive number tokens that see each other; 0 for all.
+        numbers: How numbers are replaced: ``swap``, ``unigram``, or None for not at all.
     """
 
     context: int = 0
@@ -47,11 +47,11 @@ class Perturbation:
     numbers: str | None = None
 
 
-def parse_perturbations(given: str | Sequence[str] | None) -> Perturbation:
+def parse_perturbations(perturb: str | Sequence[str] | None) -> Perturbation:
     """Read ``context:64``, ``isolate:8``, ``swap`` or ``unigram``, or several of them.
 
     Raises:
-        ConfigError: One is unknown, has a wrong size, or excludes another.
+        ConfigError: A perturbation is unknown, has a wrong size, or excludes another.
 
     Example:
         >>> parse_perturbations(["swap", "isolate:1"])
@@ -59,29 +59,29 @@ def parse_perturbations(given: str | Sequence[str] | None) -> Perturbation:
 
     Source: arXiv 2604.20817, card section 2.3.
     """
-    found: dict[str, int | str] = {}
-    for one in [given] if isinstance(given, str) else given or []:
-        name, _, size = one.partition(":")
+    options: dict[str, int | str] = {}
+    for text in [perturb] if isinstance(perturb, str) else perturb or []:
+        name, _, size = text.partition(":")
         key = name if name in ("context", "isolate") else "numbers"
-        sized = key == name
-        right = size.isdigit() and int(size) > 0 if sized else name in ("swap", "unigram")
-        if not right or (size and not sized):
+        takes_size = key == name
+        valid = size.isdigit() and int(size) > 0 if takes_size else name in ("swap", "unigram")
+        if not valid or (size and not takes_size):
             raise ConfigError(
-                f"There is no perturbation {one!r}.",
+                f"There is no perturbation {text!r}.",
                 "Set `--data.init_args.perturb` to context:L, isolate:K, swap or unigram, or to a "
                 "list of them.",
             )
-        if key in found:
+        if key in options:
             raise ConfigError(
-                f"The perturbation {one!r} excludes one before it.",
+                f"The perturbation {text!r} excludes one before it.",
                 "Give `--data.init_args.perturb` one size of each, and swap or unigram.",
             )
-        found[key] = int(size) if sized else name
-    return Perturbation(**found)  # type: ignore[arg-type]
+        options[key] = int(size) if takes_size else name
+    return Perturbation(**options)  # type: ignore[arg-type]
 
 
 def context_starts(shape: tuple[int, int], length: int) -> Bools:
-    """Where pieces of so many tokens begin. Shape: (B, L).
+    """Whether a piece of ``length`` tokens begins at each token. Shape: (B, L).
 
     Example:
         >>> context_starts((1, 5), 2).astype(int)
@@ -95,7 +95,9 @@ def context_starts(shape: tuple[int, int], length: int) -> Bools:
 
 
 def isolate_starts(is_number: Bools, k: int) -> Bools:
-    """Where pieces begin that hold at most k numbers each: at each k-th number but the first.
+    """Whether a piece begins at each token, if pieces hold at most k numbers each.
+
+    A piece begins at every k-th number but the first.
 
     Args:
         is_number: Shape: (B, L).
@@ -116,30 +118,30 @@ def isolate_starts(is_number: Bools, k: int) -> Bools:
     return starts
 
 
-def blocks_of(starts: Bools) -> Ints:
+def block_ids(starts: Bools) -> Ints:
     """Ids of pieces from where they begin, counted from 0 in each row. Shape: (B, L).
 
     Example:
-        >>> blocks_of(np.array([[1, 0, 1, 0]], bool))
+        >>> block_ids(np.array([[1, 0, 1, 0]], bool))
         array([[0, 0, 1, 1]])
 
     Source: inferred.
     """
-    found: Ints = starts.cumsum(1, dtype=np.int64)
-    return found - found[:, :1]
+    ids: Ints = starts.cumsum(1, dtype=np.int64)
+    return ids - ids[:, :1]
 
 
-def replacement(kind: str, places: Ints, count: int, seed: int) -> Ints:
-    """Which number of a text stands in the place of another.
+def replacement(kind: str, indices: Ints, count: int, seed: int) -> Ints:
+    """Index of the number that replaces each number of a text.
 
-    ``swap`` goes on with the same sequence of numbers from elsewhere in the text: what follows
-    what stays, with what text it stands does not. ``unigram`` draws each anew from all.
+    ``swap`` takes the same sequence of numbers from elsewhere in the text: the order of numbers is
+    kept, the text around them is not. ``unigram`` draws each number at random from all.
 
     Args:
         kind: ``swap`` or ``unigram``.
-        places: Which numbers of the text are asked for, from 0. Shape: (I,).
-        count: Numbers of the text.
-        seed: Of the choice.
+        indices: Indices of numbers of the text, from 0. Shape: (I,).
+        count: Number of numbers in the text.
+        seed: Seed of the replacements.
 
     Returns:
         Shape: (I,).
@@ -152,6 +154,6 @@ def replacement(kind: str, places: Ints, count: int, seed: int) -> Ints:
     Source: arXiv 2604.20817, card section 2.3 (what is kept and what is lost); how: inferred.
     """
     if kind == "unigram":
-        return below(count, seed, _UNIGRAM, places) if len(places) else places
-    shift = count // 4 + int(below(max(1, count // 2), seed, _SWAP)[0])
-    return (places + max(1, shift)) % count
+        return draw_below(count, seed, _UNIGRAM, indices) if len(indices) else indices
+    shift = count // 4 + int(draw_below(max(1, count // 2), seed, _SWAP)[0])
+    return (indices + max(1, shift)) % count

@@ -31,9 +31,9 @@ _LARGEST = 999
 _PREFIXES = ("Ġ", "▁", " ")  # of words after a space, in GPT-2's bytes and SentencePiece
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
 _WORD_OR_DIGIT = re.compile(r"\d|[^\W\d_]+|[^\w\s]|_")
-_MEND = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`, or `digits`."
+_HINT = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`, or `digits`."
 _MOST_UNUSED = 1 << 20  # numbers without a token
-_LONGEST = 100  # what a rule of a tokenizer may put for a character
+_LONGEST = 100  # characters that a rule of a tokenizer may put for one
 _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
 
 
@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
 
     Attributes:
         vocab_size: V, known before any text is read.
-        key: Names all that tokens depend on, but the text.
+        key: Identifies everything that tokens depend on, except the text.
         end: Token after each document; None for none.
         numbers: Number that each token stands for, of those that do.
     """
@@ -95,7 +95,7 @@ class WordTokenizer:
     numbers. Of the other words, the most frequent ones have a token.
 
     Args:
-        vocab_size: V, numbers and special tokens included; fewer words leave the rest unused.
+        vocab_size: V, numbers and special tokens included; fewer words leave tokens unused.
 
     Raises:
         ConfigError: V leaves no token for words.
@@ -116,11 +116,11 @@ class WordTokenizer:
 
     def __init__(self, vocab_size: int = 8192) -> None:
         special = (_UNKNOWN, _END, _LONG)
-        least = len(special) + self.largest + 1
-        if vocab_size <= least:
+        reserved = len(special) + self.largest + 1
+        if vocab_size <= reserved:
             raise ConfigError(
                 f"A vocabulary of {vocab_size} tokens leaves none for words.",
-                f"Set `--data.init_args.vocab_size` above {least}.",
+                f"Set `--data.init_args.vocab_size` above {reserved}.",
             )
         self.vocab_size, self.key = vocab_size, f"{self.name}-1-{vocab_size}"
         self.special = {name: i for i, name in enumerate(special)}
@@ -152,8 +152,8 @@ class WordTokenizer:
 
     def state(self) -> dict[str, Any]:
         """The words that have a token, in the order of the tokens."""
-        known = len(self.special) + len(self.numbers)
-        return {"words": [word for word, token in self.words.items() if token >= known]}
+        first = len(self.special) + len(self.numbers)
+        return {"words": [word for word, token in self.words.items() if token >= first]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Give words tokens."""
@@ -162,7 +162,7 @@ class WordTokenizer:
         self.words = numbers | {word: first + i for i, word in enumerate(state["words"])}
 
     def spaced(self, token: int) -> bool:
-        """No token does."""
+        """Return False: no token begins with a space."""
         return False
 
 
@@ -170,7 +170,7 @@ class DigitTokenizer(WordTokenizer):
     """Words in lower case, single signs and single digits: a number is as many tokens as digits.
 
     Args:
-        vocab_size: V, digits and special tokens included; fewer words leave the rest unused.
+        vocab_size: V, digits and special tokens included; fewer words leave tokens unused.
 
     Raises:
         ConfigError: V leaves no token for words.
@@ -213,7 +213,7 @@ class FileTokenizer:
             ) from error
         file = data_path(path)
         self._file = file = file / "tokenizer.json" if file.is_dir() else file
-        with reading(file, "The tokenizer", _MEND):
+        with reading(file, "The tokenizer", _HINT):
             content = file.read_bytes()
             _refuse_inflation(read_json(content))
             self._tokenizer = Loaded.from_str(content.decode())
@@ -227,26 +227,26 @@ class FileTokenizer:
                 raise ValueError(f"of {len(vocabulary):,} tokens one has the number {largest:,}")
         self.vocab_size = max(size, largest + 1)
         self.key = f"file-1-{hashlib.sha256(content).hexdigest()}"
-        found = ((token, number_of(text)) for text, token in vocabulary.items())
-        self.numbers = {token: n for token, n in found if n is not None}
+        parsed = ((token, number_of(text)) for text, token in vocabulary.items())
+        self.numbers = {token: n for token, n in parsed if n is not None}
         ends = ("<|end_of_text|>", "<|endoftext|>", "</s>", "[SEP]")
         self.end = next((vocabulary[name] for name in ends if name in vocabulary), None)
 
     def learn(self, documents: Iterable[str]) -> None:
-        """Nothing: the file has the vocabulary."""
+        """Do nothing: the file has the vocabulary."""
 
     def encode(self, documents: Sequence[str]) -> list[list[int]]:
         """Tokens of each document."""
-        with reading(self._file, "The tokenizer", _MEND, fault="cannot encode the text"):
+        with reading(self._file, "The tokenizer", _HINT, fault="cannot encode the text"):
             encodings = self._tokenizer.encode_batch_fast([*documents], add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
 
     def state(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return nothing: the file has it all."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing: the file has it all."""
 
     def spaced(self, token: int) -> bool:
         """Whether a token begins with a space."""
@@ -257,27 +257,27 @@ def _refuse_inflation(content: Any) -> None:
     """Refuse rules that replace a character by a long text: a file of text would fill the memory.
 
     Raises:
-        ValueError: There is such a rule.
+        ValueError: A rule puts more than 100 characters for one.
     """
-    left = [content[name] for name in ("normalizer", "pre_tokenizer") if name in dict(content)]
-    while left:
-        part = left.pop()
+    stack = [content[name] for name in ("normalizer", "pre_tokenizer") if name in dict(content)]
+    while stack:
+        part = stack.pop()
         if isinstance(part, dict):
             for name in ("content", "prepend", "replacement"):
                 if isinstance(part.get(name), str) and len(part[name]) > _LONGEST:
                     raise ValueError(f"one of its rules puts {len(part[name]):,} characters")
-            left += part.values()
+            stack += part.values()
         elif isinstance(part, list):
-            left += part
+            stack += part
 
 
 def make_tokenizer(tokenizer: str, vocab_size: int) -> Tokenizer:
-    """``words``, ``digits``, or the tokenizer of a file.
+    """Make the tokenizer ``words`` or ``digits``, or that of a file.
 
     Raises:
-        MissingExtraError: See :class:`FileTokenizer`.
-        DataError: See there.
-        ConfigError: See :class:`WordTokenizer`.
+        MissingExtraError: A file is named, and the package tokenizers is not installed.
+        DataError: The file is missing, or no tokenizer.
+        ConfigError: ``vocab_size`` leaves no token for words.
     """
     for kind in (WordTokenizer, DigitTokenizer):
         if tokenizer == kind.name:
@@ -310,6 +310,8 @@ def number_tokens(tokenizer: Tokenizer, counts: npt.NDArray[Any]) -> dict[int, i
     spellings: dict[bool, dict[int, int]] = {False: {}, True: {}}
     for token, n in sorted(tokenizer.numbers.items()):
         spellings[tokenizer.spaced(token)].setdefault(n, token)
-    total = {spaced: int(counts[[*found.values()]].sum()) for spaced, found in spellings.items()}
-    better = total[True] > total[False]
-    return dict(sorted({**spellings[not better], **spellings[better]}.items()))
+    total = {
+        spaced: int(counts[[*token_of.values()]].sum()) for spaced, token_of in spellings.items()
+    }
+    prefers_spaced = total[True] > total[False]
+    return dict(sorted({**spellings[not prefers_spaced], **spellings[prefers_spaced]}.items()))

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fulgurite.datamodules.number_probing import AdditionDataModule
 from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
-from fulgurite.datamodules.number_probing.draws import below, hashed
+from fulgurite.datamodules.number_probing.draws import draw_below, hash_integers
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import DrawSampler
 
@@ -110,12 +110,12 @@ def test_every_pair_is_in_one_part(base, tokens, fraction, mirrored, seed):
     task = AdditionTask(
         base, tokens, overflow="wrap", train_fraction=fraction, mirrored=mirrored, seed=seed
     )
-    a, b = below(task.size, 1, np.arange(400)), below(task.size, 2, np.arange(400))
-    membership = np.stack([task.belongs(part, a, b) for part in PARTS])
+    a, b = draw_below(task.size, 1, np.arange(400)), draw_below(task.size, 2, np.arange(400))
+    membership = np.stack([task.is_in_part(part, a, b) for part in PARTS])
     assert (membership.sum(0) == 1).all()
-    assert np.array_equal(membership[0], task.trained(a, b))
+    assert np.array_equal(membership[0], task.is_training(a, b))
     if mirrored:
-        turned = np.stack([task.belongs(part, b, a) for part in PARTS])
+        turned = np.stack([task.is_in_part(part, b, a) for part in PARTS])
         assert np.array_equal(membership, turned)
 
 
@@ -130,7 +130,7 @@ def test_what_is_validated_is_not_tested(options):
         tokens = torch.cat([batch["tokens"] for batch in loader])
         a, b, _ = parts(data.task, {"tokens": tokens, "targets": tokens})
         a, b = values(data.task, a), values(data.task, b)
-        assert not data.task.trained(a.numpy(), b.numpy()).any()
+        assert not data.task.is_training(a.numpy(), b.numpy()).any()
         seen.append({*zip(*torch.sort(torch.stack([a, b]), 0).values.tolist(), strict=True)})
     val, test = seen
     assert len(val) > 100
@@ -141,8 +141,8 @@ def test_what_is_validated_is_not_tested(options):
 @pytest.mark.parametrize("mirrored", [True, False])
 def test_mirrored_pairs(mirrored):
     task = AdditionTask(base=50, tokens=2, mirrored=mirrored)
-    a, b = below(2500, 1, np.arange(500)), below(2500, 2, np.arange(500))
-    same = task.trained(a, b) == task.trained(b, a)
+    a, b = draw_below(2500, 1, np.arange(500)), draw_below(2500, 2, np.arange(500))
+    same = task.is_training(a, b) == task.is_training(b, a)
     assert same.all() == mirrored
 
 
@@ -150,15 +150,15 @@ def test_streams_keep_to_their_part():
     task = AdditionTask(base=100, tokens=2)
     for part in PARTS:
         a, b = PairStream(task, part, 5, 0).pairs([*range(3000)])
-        assert task.belongs(part, a, b).all()
+        assert task.is_in_part(part, a, b).all()
         assert len({*zip(a.tolist(), b.tolist(), strict=True)}) > 2990
         counts = np.bincount(a // 1000, minlength=10)
         assert counts.min() > 230  # 300 expected, sd 16
 
 
 def test_other_seeds_split_otherwise():
-    a, b = below(100, 1, np.arange(500)), below(100, 2, np.arange(500))
-    splits = [AdditionTask(base=100, tokens=1, seed=seed).trained(a, b) for seed in (0, 1)]
+    a, b = draw_below(100, 1, np.arange(500)), draw_below(100, 2, np.arange(500))
+    splits = [AdditionTask(base=100, tokens=1, seed=seed).is_training(a, b) for seed in (0, 1)]
     assert 0.3 < (splits[0] == splits[1]).mean() < 0.7
 
 
@@ -180,22 +180,23 @@ def test_a_draw_depends_on_its_number_only(numbers):
 def test_each_pass_has_all_pairs_in_an_order_of_its_own():
     data = PairList(AdditionTask(base=20, tokens=1), "train", 0)
     size = len(data)
-    passes = [data.places([*range(i * size, (i + 1) * size)]) for i in range(3)]
+    passes = [data.rows([*range(i * size, (i + 1) * size)]) for i in range(3)]
     for places in passes:
         assert sorted(places.tolist()) == [*range(size)]
     assert not np.array_equal(passes[0], passes[1])
-    mixed = data.places([size - 1, size, size - 1])  # across passes, in any order
+    mixed = data.rows([size - 1, size, size - 1])  # across passes, in any order
     assert mixed.tolist() == [passes[0][-1], passes[1][0], passes[0][-1]]
 
 
 def test_hashes_are_even_and_apart():
     numbers = np.arange(20_000)
-    counts = np.bincount(below(100, 3, numbers), minlength=100)
+    counts = np.bincount(draw_below(100, 3, numbers), minlength=100)
     chi2 = ((counts - 200) ** 2 / 200).sum()
     assert 50 < chi2 < 160  # 99 degrees of freedom, sd 14
-    assert len(np.unique(hashed(3, numbers))) == len(numbers)
-    assert abs(np.corrcoef(below(1000, 3, numbers), below(1000, 3, numbers + 1))[0, 1]) < 0.03
-    assert not np.array_equal(hashed(3, numbers), hashed(numbers, 3))
+    assert len(np.unique(hash_integers(3, numbers))) == len(numbers)
+    draws = draw_below(1000, 3, numbers), draw_below(1000, 3, numbers + 1)
+    assert abs(np.corrcoef(*draws)[0, 1]) < 0.03
+    assert not np.array_equal(hash_integers(3, numbers), hash_integers(numbers, 3))
 
 
 # --- DataModule ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fulgurite.datamodules.number_probing import (
 from fulgurite.datamodules.number_probing import corpus as corpora
 from fulgurite.datamodules.number_probing.corpus import cached_tokens
 from fulgurite.datamodules.number_probing.perturbations import (
-    blocks_of,
+    block_ids,
     context_starts,
     isolate_starts,
     parse_perturbations,
@@ -194,7 +194,7 @@ def test_the_cache_holds_the_text(corpus):
     lengths = [len(document) + 1 for document in documents]
     assert cache.starts.tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
     numbers = [i for i, t in enumerate(cache.tokens.tolist()) if t in tokenizer.numbers]
-    assert cache.places.tolist() == numbers
+    assert cache.positions.tolist() == numbers
     assert cache.counts.tolist() == np.bincount(cache.tokens, minlength=VOCABULARY).tolist()
 
 
@@ -299,7 +299,7 @@ flags = st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, 
 @given(flags, st.integers(1, 4))
 def test_pieces_hold_at_most_k_numbers_and_no_fewer_than_needed(is_number, k):
     starts = isolate_starts(is_number, k)
-    blocks = blocks_of(starts)
+    blocks = block_ids(starts)
     for row, ids in zip(is_number, blocks, strict=True):
         held = np.bincount(ids, weights=row)
         assert held.max() <= k
@@ -309,7 +309,7 @@ def test_pieces_hold_at_most_k_numbers_and_no_fewer_than_needed(is_number, k):
 
 @given(st.integers(1, 20), st.integers(1, 20))
 def test_contexts_are_as_long_as_asked(length, context):
-    blocks = blocks_of(context_starts((2, length), context))
+    blocks = block_ids(context_starts((2, length), context))
     assert (np.bincount(blocks[0])[:-1] == context).all()
     assert np.array_equal(blocks[0], np.arange(length) // context)
 
