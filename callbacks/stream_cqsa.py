@@ -1,4 +1,4 @@
-"""What streamed attention does in each step: memory, traffic and time."""
+"""Memory, traffic and time of streamed attention in each step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AttentionMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember where the step begins."""
+        """Read the counters before the step."""
         if backend := self._backend(trainer):
             self._before = backend.calls, backend.moved_bytes
         if pl_module.device.type == "cuda":
@@ -58,7 +58,7 @@ class AttentionMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what the step took."""
+        """Log memory, traffic and time of the step."""
         facts = {
             "time/step": read_clock(pl_module.device) - self._begun,
             "memory/step_mib": _memory(pl_module.device) / _MIB,
@@ -76,11 +76,11 @@ class AttentionMonitor(Callback):
         self.history.append(facts)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the steps so far took."""
+        """Return the history of the steps so far."""
         return {"history": [dict(facts) for facts in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the timeline of the run."""
+        """Continue the timeline of the run."""
         self.history = [dict(facts) for facts in state_dict["history"]]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,16 +93,16 @@ class AttentionMonitor(Callback):
             "attention/moved_mib": "loaded and stored by attention [MiB]",
             "time/step": "time of a step [s]",
         }
-        shown = [key for key in titles if key in self.history[0]]
-        figure, axes = new_figure(1, len(shown))
-        for ax, key in zip(axes[0], shown, strict=True):
+        keys = [key for key in titles if key in self.history[0]]
+        figure, axes = new_figure(1, len(keys))
+        for ax, key in zip(axes[0], keys, strict=True):
             ax.plot([facts[key] for facts in self.history])
             ax.set(title=titles[key], xlabel="step")
             use_integer_ticks(ax)
         backend = self._backend(trainer)
         if backend and backend.memory_budget is not None:
             budget = parse_budget(backend.memory_budget, pl_module.device) or 0
-            ax = axes[0][shown.index("attention/peak_mib")]
+            ax = axes[0][keys.index("attention/peak_mib")]
             ax.axhline(budget / _MIB, color="#8C8C8C", linestyle="--")
             ax.annotate(
                 f"budget {format_bytes(budget)}", (0, budget / _MIB), xytext=(2, -3),
@@ -114,7 +114,7 @@ class AttentionMonitor(Callback):
 
 
 def _memory(device: torch.device) -> int:
-    """Memory of the device that is or was taken [bytes]."""
+    """Most memory allocated on a GPU, or that of the process on the CPU [bytes]."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

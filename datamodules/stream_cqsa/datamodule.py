@@ -27,7 +27,7 @@ __all__ = ["ByteTextDataModule", "NeedleDataModule"]
 _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
 
 
-def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
+def _batch_one_sequence(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """Give the one sequence an axis B; file starts stay integers."""
     (item,) = batch
     return item | {name: item[name][None] for name in ("tokens", "targets")}
@@ -131,7 +131,7 @@ class ByteTextDataModule(TextDataModule):
 
     def collate_function(self) -> Callable[[Any], Any] | None:
         """Keep file starts integers, if they are asked for."""
-        return _only if self.documents else None
+        return _batch_one_sequence if self.documents else None
 
 
 class NeedleDataModule(SequenceDataModule):

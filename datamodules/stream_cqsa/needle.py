@@ -25,30 +25,30 @@ QUERY = 1
 _NEEDLE, _QUESTION = 3, 2  # tokens of `MARK key value` and of `QUERY key`
 
 
-def place_needles(room: int, needles: int, generator: np.random.Generator) -> Tensor:
+def place_needles(length: int, needles: int, generator: np.random.Generator) -> Tensor:
     """Choose first tokens of needles: each placement without overlap is equally likely.
 
     Args:
-        room: Tokens there are, at least three for each needle.
+        length: Number of tokens, at least three for each needle.
         needles: M.
-        generator: Source of the choice.
+        generator: Random generator of the choice.
 
     Shape:
-        - (M,) int64, ascending, at least 3 apart, all in [0, room - 3].
+        - (M,) int64, ascending, at least 3 apart, all in [0, length - 3].
 
     Example:
         >>> place_needles(9, 3, np.random.default_rng(0)).tolist()
         [0, 3, 6]
     """
-    # as if a needle were one token, then each is given the two that it lacks
-    slots = room - (_NEEDLE - 1) * needles
-    chosen = np.sort(generator.choice(slots, needles, replace=False))
-    return torch.from_numpy(chosen.astype(np.int64) + (_NEEDLE - 1) * np.arange(needles))
+    # draw as if a needle were one token, then add the two other tokens of each
+    slots = length - (_NEEDLE - 1) * needles
+    compact_starts = np.sort(generator.choice(slots, needles, replace=False))
+    return torch.from_numpy(compact_starts.astype(np.int64) + (_NEEDLE - 1) * np.arange(needles))
 
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """What sequences look like: ``filler … MARK key value … filler QUERY key`` → value.
+    """Sequences ``filler … MARK key value … filler QUERY key`` → value.
 
     Tokens are numbered MARK, QUERY, keys, values, filler. Keys of one sequence are distinct.
 
@@ -68,8 +68,8 @@ class NeedleTask:
     Example:
         >>> task = NeedleTask(length=8, keys=2, values=3, filler=4)
         >>> tokens, targets, depth = task.make(np.random.default_rng(0))
-        >>> place = int((tokens == MARK).nonzero())
-        >>> bool(tokens[place + 1] == tokens[-1]), bool(tokens[place + 2] == targets[-1])
+        >>> start = int((tokens == MARK).nonzero())
+        >>> bool(tokens[start + 1] == tokens[-1]), bool(tokens[start + 2] == targets[-1])
         (True, True)
     """
 
@@ -114,19 +114,19 @@ class NeedleTask:
             - tokens, targets: (N,) int64; depth: () float32, from 0 (first) to 1 (just before the
               question).
         """
-        room = self.length - _QUESTION
-        starts = place_needles(room, self.needles, generator)
+        haystack_length = self.length - _QUESTION
+        starts = place_needles(haystack_length, self.needles, generator)
         keys = torch.from_numpy(generator.choice(self.keys, self.needles, replace=False)) + 2
         values = torch.from_numpy(generator.integers(self.values, size=self.needles))
         values += 2 + self.keys
-        asked = int(generator.integers(self.needles))
+        query = int(generator.integers(self.needles))
         tokens = torch.from_numpy(generator.integers(self.filler, size=self.length))
         tokens += 2 + self.keys + self.values
         tokens[starts], tokens[starts + 1], tokens[starts + 2] = MARK, keys, values
-        tokens[-2], tokens[-1] = QUERY, keys[asked]
+        tokens[-2], tokens[-1] = QUERY, keys[query]
         targets = tokens.roll(-1) if self.next_token else torch.full_like(tokens, IGNORED)
-        targets[-1] = values[asked]
-        depth = starts[asked].to(torch.float32) / max(1, room - _NEEDLE)
+        targets[-1] = values[query]
+        depth = starts[query].to(torch.float32) / max(1, haystack_length - _NEEDLE)
         return tokens, targets, depth
 
 
@@ -134,9 +134,9 @@ class Needles(Dataset[dict[str, Tensor]]):
     """A fixed number of sequences, each made when it is asked for, from its number.
 
     Args:
-        task: What sequences look like.
-        size: How many there are.
-        seed: Seed of all.
+        task: The sequences.
+        size: Number of sequences.
+        seed: Seed of all sequences.
         split: Number of the split; other splits have other sequences.
     """
 

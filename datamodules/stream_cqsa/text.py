@@ -41,7 +41,7 @@ class ByteText(ArrayStore):
     """All files one after the other, memory-mapped.
 
     Args:
-        folder: What :func:`cached_text` has written.
+        folder: A folder that :func:`cached_text` has written.
 
     Shape:
         - starts: (D,) int64, the first byte of each file that is not empty, ascending from 0.
@@ -109,11 +109,11 @@ def _write(
     folder: Path, files: Sequence[tuple[str, Path]], measured: Sequence[tuple[int, str]]
 ) -> dict[str, Any]:
     starts = []
-    with ArrayStream(folder / "bytes.npy", np.uint8) as whole:
+    with ArrayStream(folder / "bytes.npy", np.uint8) as byte_stream:
         for (_, path), expected in zip(files, measured, strict=True):
             if expected[0]:
-                starts.append(len(whole))
-            if _measure(path, whole) != expected:  # the key would name other bytes
+                starts.append(len(byte_stream))
+            if _measure(path, byte_stream) != expected:  # the key would name other bytes
                 raise DataError(
                     f"The file {path} changed while it was read.",
                     "Start again when nothing writes to it any more.",
@@ -154,14 +154,14 @@ def cut_window(text: ByteText, begin: int, length: int, documents: bool = False)
 
 
 class RandomWindows(Dataset[dict[str, Any]]):
-    """Windows at random places; the number of the draw decides the place.
+    """Windows at random positions; the number of the draw decides the position.
 
     Args:
         text: The bytes.
         part: The bytes that windows are cut from.
         length: N.
         draws: Draws of one epoch; further ones are as good.
-        seed: Seed of the places.
+        seed: Seed of the positions.
         documents: See :func:`cut_window`.
     """
 
@@ -175,9 +175,9 @@ class RandomWindows(Dataset[dict[str, Any]]):
         return self.draws
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        places = len(self.part) - self.length
+        count = len(self.part) - self.length
         # a generator for each draw, so that it does not matter which worker makes it
-        begin = self.part.start + int(np.random.default_rng([self.seed, index]).integers(places))
+        begin = self.part.start + int(np.random.default_rng([self.seed, index]).integers(count))
         return cut_window(self.text, begin, self.length, self.documents)
 
 

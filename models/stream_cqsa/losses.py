@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 
 __all__ = ["IGNORED", "Head", "chunked_cross_entropy", "mask_tokens", "token_scores"]
 
-#: Target of tokens that have none.
+#: Target of tokens without one: ``ignore_index`` of PyTorch's cross-entropy.
 IGNORED = -100
 
 #: Weight of a linear head (V, E), or what maps hidden states (..., E) to logits (..., V).
@@ -48,17 +48,19 @@ def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: in
 
     Source: inferred; equal to :func:`torch.nn.functional.cross_entropy`.
     """
-    _check(chunk)
+    _check_chunk(chunk)
     total = torch.zeros((), device=hidden.device)
     # split, not slices: each slice would have a gradient as long as the whole
-    for part, wanted in zip(
+    for part, part_targets in zip(
         torch.split(hidden, chunk, 1), torch.split(targets, chunk, 1), strict=True
     ):
-        arguments = part, head, wanted
+        arguments = part, head, part_targets
         if torch.is_grad_enabled():
-            loss = recomputed(_summed, *arguments, use_reentrant=False, preserve_rng_state=False)
+            loss = checkpoint(
+                _sum_losses, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            loss = _summed(*arguments)
+            loss = _sum_losses(*arguments)
         total = total + loss
     return total / (targets != IGNORED).sum().clamp(min=1)
 
@@ -85,31 +87,31 @@ def token_scores(hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> tup
         >>> losses.round(decimals=1), predicted
         (tensor([[0., 0., 9., 0.]]), tensor([[0, 1, 2, 3]]))
     """
-    _check(chunk)
+    _check_chunk(chunk)
     losses, predicted = [], []
     for start in range(0, targets.shape[1], chunk):
         part = slice(start, start + chunk)
-        logits = _logits(hidden[:, part], head)
-        wanted = targets[:, part]
+        logits = _compute_logits(hidden[:, part], head)
+        part_targets = targets[:, part]
         # as rows: CUDA knows the loss of a (B, V, N) tensor by another kernel, which it may refuse
         loss = F.cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1), part_targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        losses.append(loss.view_as(wanted))
+        losses.append(loss.view_as(part_targets))
         predicted.append(logits.argmax(-1))
     return torch.cat(losses, 1), torch.cat(predicted, 1)
 
 
 def mask_tokens(
-    tokens: Tensor, share: float, mask_token: int, generator: torch.Generator | None = None
+    tokens: Tensor, fraction: float, mask_token: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Hide a share of the tokens of each sequence, at least one.
+    """Hide a fraction of the tokens of each sequence, at least one.
 
     Args:
         tokens: Shape: (B, N), N at least 1.
-        share: Between 0 and 1.
-        mask_token: Put in the place of hidden tokens.
-        generator: On the CPU, so that every device hides the same tokens.
+        fraction: Fraction of the tokens to hide, between 0 and 1.
+        mask_token: Token that replaces hidden tokens.
+        generator: Generator on the CPU, so that every device hides the same tokens.
 
     Returns:
         Tokens with some hidden, and targets: the hidden tokens, else -100. Shapes: (B, N).
@@ -121,28 +123,28 @@ def mask_tokens(
 
     Source: BERT, arXiv 1810.04805, section 3.1; a fixed number, always the mask token: inferred.
     """
-    count = max(1, round(share * tokens.shape[1]))
-    hidden = torch.rand(tokens.shape, generator=generator).topk(count, dim=1).indices
-    hides = move(
-        torch.zeros(tokens.shape, dtype=torch.bool).scatter_(1, hidden, True), tokens.device
+    count = max(1, round(fraction * tokens.shape[1]))
+    hidden_indices = torch.rand(tokens.shape, generator=generator).topk(count, dim=1).indices
+    is_hidden = move(
+        torch.zeros(tokens.shape, dtype=torch.bool).scatter_(1, hidden_indices, True), tokens.device
     )
-    return tokens.masked_fill(hides, mask_token), tokens.masked_fill(~hides, IGNORED)
+    return tokens.masked_fill(is_hidden, mask_token), tokens.masked_fill(~is_hidden, IGNORED)
 
 
-def _summed(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    logits = _logits(hidden, head).flatten(0, 1)
+def _sum_losses(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    logits = _compute_logits(hidden, head).flatten(0, 1)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
+def _compute_logits(hidden: Tensor, head: Head) -> Tensor:
     """Logits, at least in float32: sums over a vocabulary need it."""
     logits = F.linear(hidden, head) if isinstance(head, Tensor) else head(hidden)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _check(chunk: int) -> None:
+def _check_chunk(chunk: int) -> None:
     if chunk < 1:
         raise ConfigError(
-            f"A loss of {chunk} tokens at a time is none.",
+            f"loss_chunk={chunk} is too small.",
             "Give --model.init_args.loss_chunk of at least 1.",
         )

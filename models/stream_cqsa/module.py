@@ -62,11 +62,11 @@ class LanguageModel(SystemModule):
     ) -> None:
         super().__init__()
         save_options(self, "network", "optimizer", "scheduler")
-        for name, value, least in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
-            if value < least:
+        for name, value, minimum in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
+            if value < minimum:
                 raise ConfigError(
                     f"model.init_args.{name}={value} is too small.",
-                    f"Give --model.init_args.{name} of at least {least}.",
+                    f"Give --model.init_args.{name} of at least {minimum}.",
                 )
         network = build_network(network)
         if not callable(getattr(network, "logits", None)):
@@ -90,14 +90,16 @@ class LanguageModel(SystemModule):
         """Check that the network knows all tokens of the data.
 
         Raises:
-            ConfigError: The data have more.
+            ConfigError: The data have more tokens than the network.
         """
         data = getattr(self._trainer, "datamodule", None)
-        there, here = getattr(data, "vocab_size", 0), getattr(self.network, "vocab_size", 0)
-        if here and there > here:
+        data_size = getattr(data, "vocab_size", 0)
+        network_size = getattr(self.network, "vocab_size", 0)
+        if network_size and data_size > network_size:
             raise ConfigError(
-                f"The data have {there} different tokens, and the network knows {here}.",
-                f"Set --model.init_args.network.init_args.vocab_size={there}.",
+                f"The data have {data_size} different tokens, and the network knows "
+                f"{network_size}.",
+                f"Set --model.init_args.network.init_args.vocab_size={data_size}.",
             )
 
     def configure_optimizers(self) -> Any:
@@ -112,7 +114,7 @@ class LanguageModel(SystemModule):
     def examples(
         self, batch: Mapping[str, Any], stage: str, batch_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """What the network reads, and what it is to predict. Shapes: (B, N).
+        """Inputs and targets of the network. Shapes: (B, N).
 
         Args:
             batch: A batch.
@@ -183,8 +185,8 @@ class MaskedLanguageModel(LanguageModel):
         scheduler: Makes the scheduler, stepped after each optimizer step.
         warmup: Optimizer steps in which the learning rate rises linearly.
         loss_chunk: Tokens of each sequence whose logits exist at a time.
-        mask_share: Share of the tokens that is hidden.
-        seed: Of the choice of tokens.
+        mask_share: Fraction of the tokens that is hidden.
+        seed: Seed of the choice of hidden tokens.
 
     Raises:
         ConfigError: A number is out of range, or the network has no ``mask_token``.

@@ -40,7 +40,7 @@ class _TokenNetwork(nn.Module):
 
     Args:
         vocab_size: V.
-        extra: Tokens that are read, but never predicted.
+        extra: Number of tokens that are read, but never predicted.
         transformer: Between embedding and head.
         width: E.
         tie: Use the embedding as head.
@@ -68,7 +68,7 @@ class _TokenNetwork(nn.Module):
         Args:
             tokens: Shape: (B, N).
             documents: First tokens of the documents; tokens see only their own.
-            prefix: All tokens see the first so many (of a causal network).
+            prefix: Number of first tokens that all tokens see (in a causal network).
 
         Returns:
             Shape: (B, N, E).
@@ -91,7 +91,8 @@ class Decoder(_TokenNetwork):
         layers: Blocks.
         heads: Query heads, a divisor of E.
         kv_heads: Key/value heads, a divisor of the query heads.
-        window: Tokens see so many tokens only, themselves included; needs a strategy that streams.
+        window: Number of tokens that each token sees, itself included; needs a strategy that
+            streams.
         chunk: Tokens at a time in everything but attention; None for all.
         checkpoint: Compute blocks again in backward instead of keeping their activations.
         tie: Use the embedding as head.
@@ -146,7 +147,7 @@ class Encoder(_TokenNetwork):
         rope_base: Base of the rotary wavelengths.
 
     Attributes:
-        mask_token: V.
+        mask_token: Token V, which stands for a hidden one.
 
     Shape: (B, N) to (B, N, E).
 
@@ -215,14 +216,14 @@ class HuggingFaceCausalLM(nn.Module):
                 f"Give one of {_KEY}.name, .config.",
             )
         transformers = _transformers()
-        auto = transformers.AutoModelForCausalLM
+        auto_class = transformers.AutoModelForCausalLM
         try:
             if config is not None:
-                made = auto.from_config(transformers.AutoConfig.for_model(**config))
+                model = auto_class.from_config(transformers.AutoConfig.for_model(**config))
             else:
                 assert name is not None
                 path = Path(name).expanduser()
-                made = auto.from_pretrained(
+                model = auto_class.from_pretrained(
                     path if path.exists() else name, local_files_only=not download
                 )
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -232,27 +233,27 @@ class HuggingFaceCausalLM(nn.Module):
                 f"{_KEY}.config a model_type with its options.",
             ) from error
         # the Trainer's precision decides, not the file; loaded models come in eval mode
-        self.model: nn.Module = made.float().train()
+        self.model: nn.Module = model.float().train()
         scaled = [
             key
             for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-            if getattr(made.config, key, None) not in (None, 1, 1.0)
+            if getattr(model.config, key, None) not in (None, 1, 1.0)
         ]
         if scaled:
             raise ConfigError(
-                f"{made.config.model_type} changes its logits after the head ({scaled[0]}).",
+                f"{model.config.model_type} changes its logits after the head ({scaled[0]}).",
                 f"Choose a model without it in {_KEY}.name.",
             )
-        self.vocab_size = int(made.config.vocab_size)
-        if self.body is made:
+        self.vocab_size = int(model.config.vocab_size)
+        if self.body is model:
             raise ConfigError(
-                f"{type(made).__name__} does not say which part of it gives hidden states.",
+                f"{type(model).__name__} does not say which part of it gives hidden states.",
                 f"Choose another model in {_KEY}.name.",
             )
         if checkpoint:
             # the second is its name in older versions
-            enable = getattr(made, "activation_checkpointing_enable", None)
-            enable = enable or made.gradient_checkpointing_enable
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            enable = enable or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         if attention is not None:
             self.use_attention(attention)
@@ -271,7 +272,7 @@ class HuggingFaceCausalLM(nn.Module):
         """Choose the attention implementation by its name in transformers.
 
         Raises:
-            ConfigError: transformers knows none of this name.
+            ConfigError: transformers has no attention of this name.
         """
         model: Any = self.model
         if not hasattr(model, "set_attn_implementation"):  # older versions
