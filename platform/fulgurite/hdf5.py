@@ -48,7 +48,7 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.owner = 0
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start_process(self) -> subprocess.Popen[bytes]:
         # a forked process must not share the pipes of its parent
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             script = Path(__file__).with_name("hdf5_worker.py")
@@ -83,14 +83,14 @@ class _Worker:
         """
         request = {"task": task, "seconds": seconds, "room": room, "arguments": arguments}
         with self.lock:
-            process = self._started()
+            process = self._start_process()
             assert process.stdin is not None
             try:
                 try:
                     process.stdin.write(json.dumps(request).encode() + b"\n")
                 except OSError:  # it ended after the last answer
                     self.stop()
-                    process = self._started()
+                    process = self._start_process()
                     assert process.stdin is not None
                     process.stdin.write(json.dumps(request).encode() + b"\n")
                 deadline = time.monotonic() + _START + _WAIT * seconds

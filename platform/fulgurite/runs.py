@@ -234,7 +234,7 @@ def recorded_environment(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _free(folder: Path) -> Path:
+def _find_free_dir(folder: Path) -> Path:
     """``folder`` itself, or the first of ``folder-2``, ``folder-3`` … that does not exist."""
     candidate, number = folder, 1
     while True:
@@ -280,9 +280,9 @@ def new_run_folder(options: RunOptions, command: str, *, resumed: Path | None = 
         folder = resumed
     elif explicit is None:
         suffix = "" if command == "fit" else f"-{command}"
-        folder = _free(options.parent / (time.strftime("%Y%m%d-%H%M%S") + suffix))
+        folder = _find_free_dir(options.parent / (time.strftime("%Y%m%d-%H%M%S") + suffix))
     elif command != "fit":
-        folder = _free(explicit / command)
+        folder = _find_free_dir(explicit / command)
     else:
         folder = explicit
         if (folder / "config.yaml").exists():

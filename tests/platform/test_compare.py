@@ -25,7 +25,7 @@ from fulgurite.compare.comparison import read_record
 from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.driver import main
 from fulgurite.compare.plan import read_plan
-from fulgurite.compare.stats import holm, paired, quantile, spread
+from fulgurite.compare.stats import holm, mean_std, paired, quantile
 from fulgurite.errors import ConfigError
 from fulgurite.plotting import new_figure
 
@@ -268,8 +268,8 @@ def test_statistics_against_scipy():
     rng = np.random.default_rng(0)
     for n in (3, 4, 7):
         ours, base = rng.normal(size=n), rng.normal(size=n)
-        assert spread([*ours]).mean == pytest.approx(ours.mean())
-        assert spread([*ours]).std == pytest.approx(ours.std(ddof=1))
+        assert mean_std([*ours]).mean == pytest.approx(ours.mean())
+        assert mean_std([*ours]).std == pytest.approx(ours.std(ddof=1))
         found = paired(dict(enumerate(ours)), dict(enumerate(base)))
         assert found.mean / found.error == pytest.approx(stats.ttest_rel(ours, base).statistic)
         assert found.p == pytest.approx(stats.ttest_rel(ours, base).pvalue)

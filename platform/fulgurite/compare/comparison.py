@@ -13,16 +13,23 @@ from typing import Any
 
 import yaml
 
-from fulgurite.compare.plan import Method, Plan, Setting, cell_id, read_plan, setting_label
+from fulgurite.compare.plan import (
+    ComparisonPlan,
+    Method,
+    Setting,
+    cell_id,
+    read_plan,
+    setting_label,
+)
 from fulgurite.compare.stats import (
     LEAST_SEEDS,
     LEVEL,
+    MeanStd,
     Paired,
-    Spread,
     holm,
+    mean_std,
     paired,
     quantile,
-    spread,
 )
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
@@ -38,14 +45,14 @@ class Entry:
     """One place of the table: a method in a setting, over its seeds.
 
     Args:
-        spread: Mean and spread of its values.
+        mean_std: Mean and standard deviation of its values.
         paired: Difference to the baseline; None for the baseline itself and without one.
         p_adjusted: P-value of that difference after Holm's correction over the table.
         verdict: ``beats``, ``ties``, ``loses``, or empty where nothing was tested.
         best: Whether it has the best mean of its setting.
     """
 
-    spread: Spread
+    mean_std: MeanStd
     paired: Paired | None
     p_adjusted: float
     verdict: str
@@ -54,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plan and records of a comparison.
+    """ComparisonPlan and records of a comparison.
 
     Args:
         plan: What was to be run.
@@ -64,14 +71,14 @@ class Comparison:
         unreadable: Ids of cells whose record is damaged or something else.
     """
 
-    plan: Plan
+    plan: ComparisonPlan
     folder: Path
     results: Mapping[str, Mapping[str, Any]]
     failures: Mapping[str, Mapping[str, Any]]
     unreadable: frozenset[str] = frozenset()
 
     @classmethod
-    def read(cls, folder: Path, plan: Plan | None = None) -> Comparison:
+    def read(cls, folder: Path, plan: ComparisonPlan | None = None) -> Comparison:
         """Read the records under ``folder``.
 
         Raises:
@@ -113,14 +120,16 @@ class Comparison:
     @property
     def rows(self) -> dict[str, Method]:
         """The methods that have a record, by id; all of them if none has."""
-        seen = {record["method"] for record in self._records}
-        return {m: row for m, row in self.plan.rows.items() if m in seen} or self.plan.rows
+        methods = {record["method"] for record in self._records}
+        return {m: row for m, row in self.plan.rows.items() if m in methods} or self.plan.rows
 
     @property
     def grid(self) -> list[Setting]:
         """The settings that have a record; all of them if none has."""
-        seen = [record["setting"] for record in self._records]
-        return [setting for setting in self.plan.grid if dict(setting) in seen] or self.plan.grid
+        settings = [record["setting"] for record in self._records]
+        return [
+            setting for setting in self.plan.grid if dict(setting) in settings
+        ] or self.plan.grid
 
     @property
     def _records(self) -> list[Mapping[str, Any]]:
@@ -129,12 +138,12 @@ class Comparison:
     def values(self, method: str, setting: Setting, metric: str | None = None) -> dict[int, float]:
         """A metric by seed, of the finished cells; that of the plan by default."""
         metric = metric or self.plan.metric
-        found = {}
+        by_seed = {}
         for seed in self.plan.seeds:
             record = self.results.get(cell_id(method, setting, seed))
             if record is not None and metric in record["metrics"]:
-                found[seed] = float(record["metrics"][metric])
-        return found
+                by_seed[seed] = float(record["metrics"][metric])
+        return by_seed
 
     def entries(self, metric: str | None = None) -> dict[tuple[str, Setting], Entry]:
         """Statistics of every place of the table of a metric, by method and setting.
@@ -142,32 +151,32 @@ class Comparison:
         Tests of differences are corrected for one another, so that places cannot be taken alone.
         """
         plan, sign = self.plan, 1.0 if self.plan.mode == "max" else -1.0
-        places = [(method, setting) for method in self.rows for setting in self.grid]
-        values = {place: self.values(*place, metric) for place in places}
-        spreads = {place: spread([*found.values()]) for place, found in values.items()}
+        keys = [(method, setting) for method in self.rows for setting in self.grid]
+        values = {key: self.values(*key, metric) for key in keys}
+        summaries = {key: mean_std([*by_seed.values()]) for key, by_seed in values.items()}
         against = {
             (method, setting): paired(
                 values[method, setting], self.values(plan.baseline, setting, metric), mode=plan.mode
             )
-            for method, setting in places
+            for method, setting in keys
             if plan.baseline is not None and method != plan.baseline
         }
-        adjusted = holm({place: difference.p for place, difference in against.items()})
+        adjusted = holm({key: difference.p for key, difference in against.items()})
         best = {
             setting: max(
-                (sign * s.mean for (_, at), s in spreads.items() if at == setting and s.n),
+                (sign * s.mean for (_, at), s in summaries.items() if at == setting and s.n),
                 key=lambda mean: -math.inf if math.isnan(mean) else mean,
                 default=math.nan,
             )
             for setting in self.grid
         }
-        found = {}
-        for place in places:
-            difference, p = against.get(place), adjusted.get(place, math.nan)
+        table = {}
+        for key in keys:
+            difference, p = against.get(key), adjusted.get(key, math.nan)
             verdict = difference.verdict(p) if difference else ""
-            is_best = sign * spreads[place].mean == best[place[1]]
-            found[place] = Entry(spreads[place], difference, p, verdict, is_best)
-        return found
+            is_best = sign * summaries[key].mean == best[key[1]]
+            table[key] = Entry(summaries[key], difference, p, verdict, is_best)
+        return table
 
     def markdown(self) -> str:
         """The tables: means, and paired differences to the baseline."""
@@ -185,7 +194,7 @@ class Comparison:
         better = "higher" if plan.mode == "max" else "lower"
         rows, grid = self.rows, self.grid
         entries = self.entries(metric)
-        digits = _digits(e.spread.mean for e in entries.values())
+        digits = _digits(e.mean_std.mean for e in entries.values())
         heads = [setting_label(s) or metric for s in grid]
         seeds = ", ".join(map(str, plan.seeds))
         lines = [f"`{metric}` ({better} is better), mean ± std over seeds {seeds}, best in bold."]
@@ -199,7 +208,7 @@ class Comparison:
                 f"`{plan.tune.metric}`."
             )
         body = [
-            [m.label, *(_place(entries[m.id, s], digits, len(plan.seeds)) for s in grid)]
+            [m.label, *(_format_entry(entries[m.id, s], digits, len(plan.seeds)) for s in grid)]
             for m in rows.values()
         ]
         body += [
@@ -233,8 +242,8 @@ class Comparison:
     def _size(self, metric: str, name: str, setting: Setting) -> str:
         """What a setting was measured on: one number, or from which to which over all methods."""
         beside = f"{metric.rpartition('/')[0]}/{name}"
-        found = [v for m in self.rows for v in self.values(m, setting, beside).values()]
-        return " to ".join(f"{v:g}" for v in sorted({min(found), max(found)})) if found else "–"
+        sizes = [v for m in self.rows for v in self.values(m, setting, beside).values()]
+        return " to ".join(f"{v:g}" for v in sorted({min(sizes), max(sizes)})) if sizes else "–"
 
     def _open_ends(self) -> list[str]:
         ids, failed = self.plan.cell_ids, self.failed
@@ -301,8 +310,8 @@ def _digits(means: Any) -> int:
     return max(0, 3 - math.floor(math.log10(largest)))
 
 
-def _place(entry: Entry, digits: int, seeds: int) -> str:
-    values = entry.spread
+def _format_entry(entry: Entry, digits: int, seeds: int) -> str:
+    values = entry.mean_std
     if not values.n:
         return "–"
     text = f"{values.mean:.{digits}f}"

@@ -53,8 +53,8 @@ def device_groups(names: Sequence[str], size: int = 1) -> list[str]:
     if not names:
         return []
     size = min(size, len(names)) or len(names)
-    whole = len(names) - len(names) % size
-    return [",".join(names[i : i + size]) for i in range(0, whole, size)]
+    usable = len(names) - len(names) % size
+    return [",".join(names[i : i + size]) for i in range(0, usable, size)]
 
 
 def device_count(configuration: Any) -> int:

@@ -20,7 +20,14 @@ from fulgurite import __version__
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, read_record
 from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.identity import RUNNER, Resolver
-from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, Plan, find_config, read_plan
+from fulgurite.compare.plan import (
+    LAST_CHECKPOINT,
+    Candidate,
+    Cell,
+    ComparisonPlan,
+    find_config,
+    read_plan,
+)
 from fulgurite.compare.pool import run_jobs
 from fulgurite.compare.report import render, writing
 from fulgurite.compare.trainings import Evaluation, Trainings
@@ -68,20 +75,20 @@ def run(
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers is {workers}.", "Give 1 or more.")
     plan = read_plan(file, quick=quick)
-    part = _part(plan, only or [])
+    part = _select_part(plan, only or [])
     folder = _folder(file, plan, out, quick)
-    cells = _defined_cells(plan, runner)
-    chosen = {*part.cell_ids}
+    cells = _define_cells(plan, runner)
+    selected = {*part.cell_ids}
     groups = device_groups(visible_devices(_gpu_count()), _devices_each(cells))
-    crew = (
+    worker_count = (
         workers
         or len(groups)
         or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
     )
-    with writing(folder), _alone_in(folder):
+    with writing(folder), _lock_folder(folder):
         Comparison(plan, folder, {}, {}).save_plan()
-        _put_aside_outdated(folder, cells)
-        todo = [c for c in cells if c.id in chosen and _is_open(folder, c, retry_failed)]
+        _archive_outdated(folder, cells)
+        todo = [c for c in cells if c.id in selected and _is_open(folder, c, retry_failed)]
         every = _by_digest(cells)  # cells that run the same have the same result
         todo = [c for c in todo if not _take_equal_result(folder, c, every[c.digest])]
         equals = _by_digest(todo)
@@ -90,7 +97,7 @@ def run(
         watch = ConfigWatch(plan, cells, runner)
 
         def work(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[Outcome]:
-            running = run_jobs(jobs, workers=crew, runner=runner, visible=groups)
+            running = run_jobs(jobs, workers=worker_count, runner=runner, visible=groups)
             with closing(running) as outcomes:
                 for outcome in _with_progress(outcomes, jobs, title, done):
                     watch.check()
@@ -103,18 +110,18 @@ def run(
                 evaluations = Trainings(folder / "trainings", plan, work).evaluations(to_run)
             jobs = []
             for cell in to_run:
-                found = evaluations.get(cell.id)
-                if found and found.error:
-                    failed = Outcome(cell.id, error=found.error)
+                evaluation = evaluations.get(cell.id)
+                if evaluation and evaluation.error:
+                    failed = Outcome(cell.id, error=evaluation.error)
                     for same in equals[cell.digest]:
-                        _record(folder, plan, same, [], failed, found)
+                        _record(folder, plan, same, [], failed, evaluation)
                 else:
-                    jobs.append(_job(folder, plan, cell, found))
+                    jobs.append(_job(folder, plan, cell, evaluation))
             commands = {job.id: job.commands for job in jobs}
-            for outcome in work(jobs, plan.title, len(chosen) - len(todo)):
-                cell, found = by_id[outcome.id], evaluations.get(outcome.id)
+            for outcome in work(jobs, plan.title, len(selected) - len(todo)):
+                cell, evaluation = by_id[outcome.id], evaluations.get(outcome.id)
                 for same in reversed(equals[cell.digest]):  # its own log is moved last
-                    _record(folder, plan, same, commands[cell.id], outcome, found)
+                    _record(folder, plan, same, commands[cell.id], outcome, evaluation)
         finally:
             comparison = Comparison.read(folder, part)
             if comparison.results or (folder / "table.md").exists():  # which may be out of date
@@ -149,37 +156,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="check every option and print the commands that would run",
     )
     parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
-    given = parser.parse_args(argv)
-    if given.dry_run:
-        plan = read_plan(given.file, quick=given.quick)
-        part = _part(plan, given.only or [])
-        folder = _folder(given.file, plan, given.out, given.quick)
-        cells = _defined_cells(plan, given.runner)
-        chosen = {*part.cell_ids}
-        for command in _commands([cell for cell in cells if cell.id in chosen], plan, folder):
+    options = parser.parse_args(argv)
+    if options.dry_run:
+        plan = read_plan(options.file, quick=options.quick)
+        part = _select_part(plan, options.only or [])
+        folder = _folder(options.file, plan, options.out, options.quick)
+        cells = _define_cells(plan, options.runner)
+        selected = {*part.cell_ids}
+        for command in _commands([cell for cell in cells if cell.id in selected], plan, folder):
             print("fulgurite", shlex.join(command))
         return 0
     try:
         comparison = run(
-            given.file,
-            workers=given.workers,
-            out=given.out,
-            quick=given.quick,
-            only=given.only,
-            retry_failed=given.retry_failed,
-            runner=given.runner,
+            options.file,
+            workers=options.workers,
+            out=options.out,
+            quick=options.quick,
+            only=options.only,
+            retry_failed=options.retry_failed,
+            runner=options.runner,
         )
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on with the cells that are left.")
         return 130
     print(comparison.markdown())
     print(f"Tables and figure: {comparison.folder}")
-    if given.only:
+    if options.only:
         print(f"Of the part that --only names; all: fulgurite report {comparison.folder}")
     return 1 if comparison.failed else 0
 
 
-def _folder(file: str, plan: Plan, out: str | None, quick: bool) -> Path:
+def _folder(file: str, plan: ComparisonPlan, out: str | None, quick: bool) -> Path:
     """Where records and tables lie.
 
     Raises:
@@ -205,7 +212,7 @@ def _folder(file: str, plan: Plan, out: str | None, quick: bool) -> Path:
     return folder
 
 
-def _defined_cells(plan: Plan, runner: str) -> list[Cell]:
+def _define_cells(plan: ComparisonPlan, runner: str) -> list[Cell]:
     """The cells by what they run, which takes some tenths of a second for each command."""
     from rich.console import Console
 
@@ -225,29 +232,29 @@ def _devices_each(cells: Sequence[Cell]) -> int:
     return max(needs) if all(needs) else 0
 
 
-def _commands(cells: Sequence[Cell], plan: Plan, folder: Path) -> list[list[str]]:
+def _commands(cells: Sequence[Cell], plan: ComparisonPlan, folder: Path) -> list[list[str]]:
     """What the cells would run: trainings that they share once, then the evaluations."""
     if not plan.shares:
-        places = ((cell, folder / "cells" / cell.id) for cell in cells)
-        return [c for cell, place in places for c in cell.commands(place, plan.after_fit)]
+        run_dirs = ((cell, folder / "cells" / cell.id) for cell in cells)
+        return [c for cell, run_dir in run_dirs for c in cell.commands(run_dir, plan.after_fit)]
     trainings: dict[str, list[list[str]]] = {}
     tests = []
     for cell in cells:
-        for candidate in _started(cell, plan, folder):
-            place = folder / "trainings" / candidate.key
-            last = ["--ckpt_path", str(place / LAST_CHECKPOINT)]
-            here = ["--run.dir", str(place)]
-            steps = trainings[candidate.key] = [["fit", *candidate.fit, *here]]
+        for candidate in _link_origins(cell, plan, folder):
+            run_dir = folder / "trainings" / candidate.key
+            checkpoint = ["--ckpt_path", str(run_dir / LAST_CHECKPOINT)]
+            training_dir = ["--run.dir", str(run_dir)]
+            steps = trainings[candidate.key] = [["fit", *candidate.fit, *training_dir]]
             if candidate.predict is not None:
-                steps.append(["predict", *candidate.predict, *last, *here])
+                steps.append(["predict", *candidate.predict, *checkpoint, *training_dir])
             if plan.tune:
-                steps.append(["validate", *candidate.validate, *last, *here])
-            own = ["--run.dir", str(folder / "cells" / cell.id)]
-            tests.append([str(plan.after_fit), *candidate.test, *own, *last])
+                steps.append(["validate", *candidate.validate, *checkpoint, *training_dir])
+            cell_dir = ["--run.dir", str(folder / "cells" / cell.id)]
+            tests.append([str(plan.after_fit), *candidate.test, *cell_dir, *checkpoint])
     return [*(step for steps in trainings.values() for step in steps), *tests]
 
 
-def _started(cell: Cell, plan: Plan, folder: Path) -> list[Candidate]:
+def _link_origins(cell: Cell, plan: ComparisonPlan, folder: Path) -> list[Candidate]:
     """The candidates of a cell after each training that they may start from."""
     after = plan.methods[cell.method].after
     if cell.origin is None or after is None:
@@ -256,36 +263,36 @@ def _started(cell: Cell, plan: Plan, folder: Path) -> list[Candidate]:
         candidate.starting_from(
             f"--{after.key}={folder / 'trainings' / start.key / after.path}", start.key
         )
-        for start in _started(cell.origin, plan, folder)
+        for start in _link_origins(cell.origin, plan, folder)
         for candidate in cell.candidates
     ]
 
 
-def _part(plan: Plan, only: Sequence[str]) -> Plan:
+def _select_part(plan: ComparisonPlan, only: Sequence[str]) -> ComparisonPlan:
     """The part of a comparison that ``--only`` names; all of it without."""
     if not only:
         return plan
-    wanted: dict[str, set[str]] = {}
+    selected: dict[str, set[str]] = {}
     for item in only:
         kind, _, label = item.rpartition("=")
-        wanted.setdefault(kind or "method", set()).add(label)
-    known = {
+        selected.setdefault(kind or "method", set()).add(label)
+    labels_by_kind = {
         "method": [*plan.rows],
         "seed": [str(seed) for seed in plan.seeds],
         **{axis: [*labels] for axis, labels in plan.axes.items()},
     }
-    for kind, labels in wanted.items():
-        for label in sorted(labels - {*known.get(kind, [])}):
+    for kind, labels in selected.items():
+        for label in sorted(labels - {*labels_by_kind.get(kind, [])}):
             raise ConfigError(
                 f"--only names {kind}={label}, which is not in the comparison.",
-                f"Known are {', '.join(f'{k}: {v}' for k, v in known.items())}.",
+                f"Known are {', '.join(f'{k}: {v}' for k, v in labels_by_kind.items())}.",
             )
-    seeds = {int(seed) for seed in wanted.pop("seed", known["seed"])}
-    return plan.only(wanted.pop("method", plan.rows), wanted, seeds)
+    seeds = {int(seed) for seed in selected.pop("seed", labels_by_kind["seed"])}
+    return plan.only(selected.pop("method", plan.rows), selected, seeds)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system drops when the process ends in any way."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -302,7 +309,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _put_aside_outdated(folder: Path, cells: Sequence[Cell]) -> None:
+def _archive_outdated(folder: Path, cells: Sequence[Cell]) -> None:
     """Move records of what is no longer run to ``outdated/``, and back what is run again."""
     reasons: Counter[str] = Counter()
     returned = 0
@@ -317,15 +324,15 @@ def _put_aside_outdated(folder: Path, cells: Sequence[Cell]) -> None:
                 continue
             aside.mkdir(exist_ok=True)
             mark = record["digest"] if record else "unreadable"
-            path.replace(_free(aside / f"{cell.id}.{_file_name(mark)}.json"))
+            path.replace(_find_free_path(aside / f"{cell.id}.{_file_name(mark)}.json"))
             reasons[_reason(record, cell)] += 1
         back = aside / f"{cell.id}.{cell.digest}.json"
-        place = folder / "results" / f"{cell.id}.json"
+        result_path = folder / "results" / f"{cell.id}.json"
         record = read_record(back, cell.id) if back.is_file() else None
         valid = record and "error" not in record and record["digest"] == cell.digest
-        if valid and not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            back.replace(place)
+        if valid and not result_path.exists():
+            result_path.parent.mkdir(exist_ok=True)
+            back.replace(result_path)
             returned += 1
     if reasons:
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -349,7 +356,7 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)[:40]
 
 
-def _free(path: Path) -> Path:
+def _find_free_path(path: Path) -> Path:
     """The path itself, or with a number where something is there."""
     numbered = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())
@@ -375,13 +382,13 @@ def _take_equal_result(folder: Path, cell: Cell, same: Sequence[Cell]) -> bool:
         path = folder / "results" / f"{other.id}.json"
         record = read_record(path) if other.id != cell.id and path.is_file() else None
         if record is not None and record["digest"] == cell.digest:
-            _write_result(folder, cell, {**record, **_place(cell)})
+            _write_result(folder, cell, {**record, **_identify_cell(cell)})
             return True
     return False
 
 
-def _place(cell: Cell) -> dict[str, Any]:
-    """Where a record belongs in the table."""
+def _identify_cell(cell: Cell) -> dict[str, Any]:
+    """The fields of a record that name its cell."""
     return {
         "id": cell.id,
         "method": cell.method,
@@ -397,7 +404,7 @@ def _write_result(folder: Path, cell: Cell, record: Mapping[str, Any]) -> None:
         old.unlink(missing_ok=True)
 
 
-def _job(folder: Path, plan: Plan, cell: Cell, evaluation: Evaluation | None) -> Job:
+def _job(folder: Path, plan: ComparisonPlan, cell: Cell, evaluation: Evaluation | None) -> Job:
     run_dir = folder / "cells" / cell.id
     if run_dir.exists():  # what an interrupted or failed attempt left
         shutil.rmtree(run_dir)
@@ -411,7 +418,7 @@ def _job(folder: Path, plan: Plan, cell: Cell, evaluation: Evaluation | None) ->
 
 def _record(
     folder: Path,
-    plan: Plan,
+    plan: ComparisonPlan,
     cell: Cell,
     commands: list[list[str]],
     outcome: Outcome,
@@ -420,7 +427,7 @@ def _record(
     training = evaluation.metrics if evaluation else {}
     spent = {name: training[name] for name in plan.costs if name in training}
     record: dict[str, Any] = {
-        **_place(cell),
+        **_identify_cell(cell),
         "digest": cell.digest,
         "parts": dict(cell.parts),
         "commands": commands,
@@ -429,8 +436,8 @@ def _record(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": __version__,
     }
-    if evaluation and evaluation.chosen:
-        record["chosen"] = evaluation.chosen
+    if evaluation and evaluation.candidate:
+        record["chosen"] = evaluation.candidate
     failed = folder / "failed" / f"{cell.id}.json"
     if outcome.error:
         write_json(failed, {**record, "error": outcome.error})
@@ -465,9 +472,9 @@ def _with_progress(
 
     if not console.is_terminal:
         for count, outcome in enumerate(outcomes, 1):
-            left = (time.monotonic() - start) / count * (total - count)
+            remaining = (time.monotonic() - start) / count * (total - count)
             yield outcome  # recorded before it is told: an interrupt in between loses nothing
-            print(f"[{count}/{total}] {line(outcome)}, {_clock(left)} left", flush=True)
+            print(f"[{count}/{total}] {line(outcome)}, {_clock(remaining)} left", flush=True)
         return
     from rich.progress import (
         BarColumn,

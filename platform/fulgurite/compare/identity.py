@@ -106,7 +106,7 @@ class Resolver:
         for key in ("config", "run", "ckpt_path", "subcommand"):
             configuration.pop(key, None)
         texts = dict.fromkeys((text, _role(path)) for path, text in _texts(configuration))
-        data = {text: found for text, role in texts if (found := self._identity(text, role))}
+        data = {text: identity for text, role in texts if (identity := self._identity(text, role))}
         return Definition(configuration, data, _versions(configuration))
 
     def _parse(self, words: Sequence[str]) -> Any:
@@ -267,11 +267,11 @@ def _path_identity(path: Path) -> str:
     return _folder_identity(path) if path.is_dir() else _file_identity(path, _WHOLE)
 
 
-def _file_identity(path: Path, whole: int) -> str:
+def _file_identity(path: Path, hash_limit: int) -> str:
     size = path.stat().st_size
     content = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= whole:
+        if size <= hash_limit:
             while piece := file.read(2**20):
                 content.update(piece)
         else:

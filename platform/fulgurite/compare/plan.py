@@ -21,8 +21,8 @@ __all__ = [
     "LAST_CHECKPOINT",
     "Candidate",
     "Cell",
+    "ComparisonPlan",
     "Method",
-    "Plan",
     "Start",
     "Tune",
     "cell_id",
@@ -155,8 +155,8 @@ class Candidate:
         """
         fit, validate, test = ((*o, option) for o in (self.fit, self.validate, self.test))
         predict = None if self.predict is None else (*self.predict, option)
-        both = digest([self.key, key])
-        return Candidate(self.label, fit, validate, test, both, predict, self.validation)
+        combined_key = digest([self.key, key])
+        return Candidate(self.label, fit, validate, test, combined_key, predict, self.validation)
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,15 @@ class Cell:
     def commands(self, run_dir: Path, after_fit: str | None) -> list[list[str]]:
         """The command lines of a cell with a training of its own, in the order of their run."""
         options = self.candidates[0].fit
-        place = ["--run.dir", str(run_dir)]
-        commands = [["fit", *options, *place]]
+        run_dir_option = ["--run.dir", str(run_dir)]
+        commands = [["fit", *options, *run_dir_option]]
         if after_fit:
-            commands.append([after_fit, *options, *place, "--ckpt_path", "last"])
+            commands.append([after_fit, *options, *run_dir_option, "--ckpt_path", "last"])
         return commands
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A checked comparison file.
 
     Args:
@@ -274,7 +274,7 @@ class Plan:
 
     def only(
         self, methods: Container[str], labels: Mapping[str, Container[str]], seeds: Container[int]
-    ) -> Plan:
+    ) -> ComparisonPlan:
         """A part of this comparison; trainings that others of the part start from stay in it.
 
         Args:
@@ -371,8 +371,10 @@ class Plan:
             try:
                 return define([command, *files, *options])
             except FulguriteError as error:
-                where = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
-                raise ConfigError(f"{where}: `{command}`: {error.problem}", error.hint) from error
+                key_path = " ".join(filter(None, [f"methods.{method.id}", setting_label(setting)]))
+                raise ConfigError(
+                    f"{key_path}: `{command}`: {error.problem}", error.hint
+                ) from error
 
         trained = [
             next(iter(self.settings[axis].values()))
@@ -412,8 +414,8 @@ class Plan:
             "version": digest([[d.versions for d in definitions], before.get("version")]),
         }
         devices = [device_count(d.configuration) for d in definitions]
-        most = max(devices) if all(devices) else 0
-        return Cell(method.id, setting, seed, tuple(candidates), parts, origin, most)
+        devices_needed = max(devices) if all(devices) else 0
+        return Cell(method.id, setting, seed, tuple(candidates), parts, origin, devices_needed)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in the form of the file, from which :func:`read_plan` reads it back."""
@@ -510,7 +512,7 @@ def find_config(name: str, folder: Path | None = None) -> Path:
     return resolve_config(name)
 
 
-def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
+def read_plan(file: str | Path, *, quick: bool = False) -> ComparisonPlan:
     """Read and check a comparison file.
 
     Args:
@@ -523,15 +525,15 @@ def read_plan(file: str | Path, *, quick: bool = False) -> Plan:
     path = find_config(str(file))
     top = _mapping(read_yaml(path), str(file))
     check_kind(str(file), top, "comparison")
-    _known(top, _PLAN_KEYS, str(file))
+    _check_keys(top, _PLAN_KEYS, str(file))
     small = _mapping(top.pop("quick", None) or {}, "quick")
-    _known(small, _COMMON, "quick")
+    _check_keys(small, _COMMON, "quick")
     top.setdefault("source", str(path.resolve()))
     plan = _plan(top, path.parent)
     return _quick(plan, small) if quick else plan
 
 
-def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
+def _plan(top: Mapping[str, Any], folder: Path | None) -> ComparisonPlan:
     for key in ("config", "methods"):
         if not top.get(key):
             raise ConfigError(f"A comparison needs {key!r}.", f"Add `{key}:` to the file.")
@@ -541,16 +543,18 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
     after_fit = top.get("after_fit", "test")
     if after_fit not in ("test", "validate", None):
         raise ConfigError(f"after_fit is {after_fit!r}.", "Use test, validate or null.")
-    return _consistent(
-        Plan(
+    return _check_plan(
+        ComparisonPlan(
             title=_text(top.get("title", top["config"]), "title"),
             config=_text(top["config"], "config"),
             methods=methods,
             settings=_axes(top.get("settings"), "settings"),
             seeds=_seeds(top.get("seeds", [0])),
-            seed_keys=tuple(_strings(top.get("seed_keys", list(Plan.seed_keys)), "seed_keys")),
-            metric=_text(top.get("metric", Plan.metric), "metric"),
-            mode=_text(top.get("mode", Plan.mode), "mode"),
+            seed_keys=tuple(
+                _strings(top.get("seed_keys", list(ComparisonPlan.seed_keys)), "seed_keys")
+            ),
+            metric=_text(top.get("metric", ComparisonPlan.metric), "metric"),
+            mode=_text(top.get("mode", ComparisonPlan.mode), "mode"),
             baseline=_text_or_none(top.get("baseline"), "baseline"),
             after_fit=after_fit,
             args=_overrides(top.get("args"), "args"),
@@ -567,7 +571,7 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> Plan:
     )
 
 
-def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
+def _quick(plan: ComparisonPlan, small: Mapping[str, Any]) -> ComparisonPlan:
     values: dict[str, Any] = dict(vars(plan))
     for key in ("title", "config", "metric", "mode"):
         if key in small:
@@ -576,12 +580,12 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
     values["args"] = {**plan.args, **_overrides(small.get("args"), "quick.args")}
     if "seeds" in small:
         values["seeds"] = _seeds(small["seeds"])
-    chosen = small.get("methods") or {}
-    if isinstance(chosen, list):  # a selection
-        values["methods"] = {m: _pick(plan.methods, m, "quick.methods") for m in chosen}
+    methods = small.get("methods") or {}
+    if isinstance(methods, list):  # a selection
+        values["methods"] = {m: _pick(plan.methods, m, "quick.methods") for m in methods}
     else:
         values["methods"] = dict(plan.methods)
-        for name, spec in _mapping(chosen, "quick.methods").items():
+        for name, spec in _mapping(methods, "quick.methods").items():
             old, new = _pick(plan.methods, name, "quick.methods"), _mapping(spec, f"methods.{name}")
             merged = {**vars(old), **new, "args": {**old.args, **(new.get("args") or {})}}
             merged.pop("id")
@@ -591,28 +595,28 @@ def _quick(plan: Plan, small: Mapping[str, Any]) -> Plan:
     for kind in ("settings", "tests"):
         axes = values[kind] = dict(getattr(plan, kind))
         for axis, spec in _mapping(small.get(kind) or {}, f"quick.{kind}").items():
-            labels, where = _pick(axes, axis, f"quick.{kind}"), f"quick.{kind}.{axis}"
+            labels, key_path = _pick(axes, axis, f"quick.{kind}"), f"quick.{kind}.{axis}"
             if isinstance(spec, list):  # a selection
-                axes[axis] = {spell(v): _pick(labels, spell(v), where) for v in spec}
+                axes[axis] = {spell(v): _pick(labels, spell(v), key_path) for v in spec}
             else:
-                axes[axis] = _axis(where, spec)
+                axes[axis] = _axis(key_path, spec)
     if plan.highlight not in values["methods"]:
         values["highlight"] = None
     if plan.metric != values["metric"]:
         values["names"] = {key: name for key, name in plan.names.items() if key != plan.metric}
     if "tune" in small:
         values["tune"] = _tune(small["tune"]) if small["tune"] else None
-    return _consistent(Plan(**values))
+    return _check_plan(ComparisonPlan(**values))
 
 
-def _consistent(plan: Plan) -> Plan:
-    for where, mode in (("mode", plan.mode), ("tune.mode", plan.tune and plan.tune.mode)):
+def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
+    for key, mode in (("mode", plan.mode), ("tune.mode", plan.tune and plan.tune.mode)):
         if mode not in ("max", "min", None):
-            raise ConfigError(f"{where} is {mode!r}.", "Use max or min.")
-    both = sorted(plan.settings.keys() & plan.tests.keys())
-    if both:
+            raise ConfigError(f"{key} is {mode!r}.", "Use max or min.")
+    common_axes = sorted(plan.settings.keys() & plan.tests.keys())
+    if common_axes:
         raise ConfigError(
-            f"The axis {both[0]!r} is both under settings and under tests.",
+            f"The axis {common_axes[0]!r} is both under settings and under tests.",
             "Rename one; what stands under tests changes the evaluation alone.",
         )
     if plan.shares and plan.after_fit is None:
@@ -673,41 +677,41 @@ def _chain(method: Method, methods: Mapping[str, Method]) -> list[Method]:
 
 def _method(name: object, spec: object) -> Method:
     name = _name(name, "methods")
-    given = _mapping(spec or {}, f"methods.{name}")
-    _known(given, _METHOD_KEYS, f"methods.{name}")
+    fields = _mapping(spec or {}, f"methods.{name}")
+    _check_keys(fields, _METHOD_KEYS, f"methods.{name}")
     args, test_args = (
-        _overrides(given.get(key), f"methods.{name}.{key}") for key in ("args", "test_args")
+        _overrides(fields.get(key), f"methods.{name}.{key}") for key in ("args", "test_args")
     )
-    predict = given.get("predict")
+    predict = fields.get("predict")
     if predict is not None:
         predict = _overrides(predict, f"methods.{name}.predict")
-    listed = given.get("listed", True)
+    listed = fields.get("listed", True)
     if not isinstance(listed, bool):
         raise ConfigError(f"methods.{name}.listed is {listed!r}.", "Use true or false.")
-    label = _text(given.get("label") or name, f"methods.{name}.label")
-    start = _start(name, given.get("after"))
-    config = _text_or_none(given.get("config"), f"methods.{name}.config")
-    ignores = tuple(_strings(given.get("ignores") or [], f"methods.{name}.ignores"))
+    label = _text(fields.get("label") or name, f"methods.{name}.label")
+    start = _start(name, fields.get("after"))
+    config = _text_or_none(fields.get("config"), f"methods.{name}.config")
+    ignores = tuple(_strings(fields.get("ignores") or [], f"methods.{name}.ignores"))
     return Method(name, label, args, config, test_args, start, predict, listed, ignores)
 
 
 def _start(name: str, after: object) -> Start | None:
     """What ``after`` says: ``{METHOD: key}``, or ``{METHOD: {key: path}}``."""
-    given = _mapping(after or {}, f"methods.{name}.after")
-    if not given:
+    origins = _mapping(after or {}, f"methods.{name}.after")
+    if not origins:
         return None
-    if len(given) > 1:
+    if len(origins) > 1:
         raise ConfigError(
-            f"methods.{name}.after names {len(given)} methods.",
+            f"methods.{name}.after names {len(origins)} methods.",
             "A training starts from one other: write `after: {METHOD: dotted.key}`.",
         )
-    ((origin, taken),) = given.items()
-    where = f"methods.{name}.after.{origin}"
+    ((origin, taken),) = origins.items()
+    key_path = f"methods.{name}.after.{origin}"
     paths = taken if isinstance(taken, dict) else {str(taken): LAST_CHECKPOINT}
-    ((key, path),) = _overrides(paths, where).items() if len(paths) == 1 else ((None, None),)
+    ((key, path),) = _overrides(paths, key_path).items() if len(paths) == 1 else ((None, None),)
     if key is None or not isinstance(path, str) or _leaves(path):
         raise ConfigError(
-            f"{where} is {taken!r}.",
+            f"{key_path} is {taken!r}.",
             "Write the dotted key that receives the last checkpoint, or `{key: path}` with a path "
             "in the run folder.",
         )
@@ -726,39 +730,39 @@ def _after(start: Start) -> dict[str, Any]:
 
 
 def _tune(value: object) -> Tune:
-    given = _mapping(value, "tune")
-    _known(given, _TUNE_KEYS, "tune")
-    grid = _axes(given.get("grid"), "tune.grid")
+    fields = _mapping(value, "tune")
+    _check_keys(fields, _TUNE_KEYS, "tune")
+    grid = _axes(fields.get("grid"), "tune.grid")
     if not grid:
         raise ConfigError("tune has no grid.", "Name what is tried: `grid: {AXIS: {LABEL: {…}}}`.")
-    metric, mode = given.get("metric", Tune.metric), given.get("mode", Tune.mode)
+    metric, mode = fields.get("metric", Tune.metric), fields.get("mode", Tune.mode)
     return Tune(grid, _text(metric, "tune.metric"), _text(mode, "tune.mode"))
 
 
-def _axes(value: object, where: str) -> Axes:
+def _axes(value: object, key_path: str) -> Axes:
     return {
-        _name(axis, where): _axis(f"{where}.{axis}", spec)
-        for axis, spec in _mapping(value or {}, where).items()
+        _name(axis, key_path): _axis(f"{key_path}.{axis}", spec)
+        for axis, spec in _mapping(value or {}, key_path).items()
     }
 
 
-def _axis(where: str, spec: object) -> dict[str, Overrides]:
-    given = _mapping(spec, where)
-    if set(given) == {"key", "values"}:
-        values = given["values"]
+def _axis(key_path: str, spec: object) -> dict[str, Overrides]:
+    fields = _mapping(spec, key_path)
+    if set(fields) == {"key", "values"}:
+        values = fields["values"]
         if not isinstance(values, list) or any(isinstance(v, dict | list) for v in values):
             raise ConfigError(
-                f"{where}.values is not a list of plain values.",
-                f"Use `{where}: {{LABEL: {{dotted.key: value}}}}` for anything else.",
+                f"{key_path}.values is not a list of plain values.",
+                f"Use `{key_path}: {{LABEL: {{dotted.key: value}}}}` for anything else.",
             )
-        labels = {spell(value): {str(given["key"]): value} for value in values}
+        labels = {spell(value): {str(fields["key"]): value} for value in values}
     else:
         labels = {
-            spell(label): _overrides(value, f"{where}.{spell(label)}")
-            for label, value in given.items()
+            spell(label): _overrides(value, f"{key_path}.{spell(label)}")
+            for label, value in fields.items()
         }
     if not labels:
-        raise ConfigError(f"{where} has no values.", "Give one at least, or leave the axis out.")
+        raise ConfigError(f"{key_path} has no values.", "Give one at least, or leave the axis out.")
     return labels
 
 
@@ -775,71 +779,73 @@ def _seeds(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _overrides(value: object, where: str) -> Overrides:
-    given = _mapping(value or {}, where)
-    for key in given:
+def _overrides(value: object, key_path: str) -> Overrides:
+    overrides = _mapping(value or {}, key_path)
+    for key in overrides:
         if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_][\w.+]*", key):
             raise ConfigError(
-                f"{where} has the key {key!r}, which is not a dotted command-line key.",
+                f"{key_path} has the key {key!r}, which is not a dotted command-line key.",
                 "Write it as in `model.init_args.lr: 0.1`, without dashes.",
             )
-    return dict(given)
+    return dict(overrides)
 
 
-def _mapping(value: object, where: str) -> dict[str, Any]:
+def _mapping(value: object, key_path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{where} is not a mapping.", "Write it as `key: value` lines.")
+        raise ConfigError(f"{key_path} is not a mapping.", "Write it as `key: value` lines.")
     return dict(value)
 
 
-def _text(value: object, where: str) -> str:
+def _text(value: object, key_path: str) -> str:
     if isinstance(value, bool | list | dict) or value is None:
-        raise ConfigError(f"{where} is {value!r}.", f"Write `{where}:` and a name.")
+        raise ConfigError(f"{key_path} is {value!r}.", f"Write `{key_path}:` and a name.")
     return str(value)
 
 
-def _text_or_none(value: object, where: str) -> str | None:
-    return None if value is None else _text(value, where)
+def _text_or_none(value: object, key_path: str) -> str | None:
+    return None if value is None else _text(value, key_path)
 
 
-def _strings(value: object, where: str) -> list[str]:
+def _strings(value: object, key_path: str) -> list[str]:
     if not isinstance(value, list) or any(not isinstance(v, str) for v in value):
-        raise ConfigError(f"{where} is not a list of names.", f"Write `{where}: [name, name]`.")
-    return value
-
-
-def _name(value: object, where: str) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise ConfigError(
-            f"{where} has the name {value!r}.", "Use letters, digits, '_', '.', '+' and '-'."
+            f"{key_path} is not a list of names.", f"Write `{key_path}: [name, name]`."
         )
     return value
 
 
-def _known(given: Iterable[str], allowed: Sequence[str], where: str) -> None:
-    for key in given:
+def _name(value: object, key_path: str) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ConfigError(
+            f"{key_path} has the name {value!r}.", "Use letters, digits, '_', '.', '+' and '-'."
+        )
+    return value
+
+
+def _check_keys(keys: Iterable[str], allowed: Sequence[str], key_path: str) -> None:
+    for key in keys:
         if key not in allowed:
             raise ConfigError(
-                f"{where} has the unknown key {key!r}.",
+                f"{key_path} has the unknown key {key!r}.",
                 _hint(str(key), allowed) or f"Known are {', '.join(allowed)}.",
             )
 
 
-def _pick(choices: Mapping[str, _T], name: str, where: str) -> _T:
+def _pick(choices: Mapping[str, _T], name: str, key_path: str) -> _T:
     if not isinstance(name, str) or name not in choices:
-        known = f"Known are {', '.join(choices)}."
-        raise ConfigError(f"{where} names {name!r}.", _hint(str(name), choices) or known)
+        choices_hint = f"Known are {', '.join(choices)}."
+        raise ConfigError(f"{key_path} names {name!r}.", _hint(str(name), choices) or choices_hint)
     return choices[name]
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def _hint(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(candidates), n=1)
     return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def _duplicates(names: Iterable[str]) -> list[str]:
-    seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    previous: set[str] = set()
+    return [name for name in names if name in previous or previous.add(name)]  # type: ignore[func-returns-value]
 
 
 def _spelling(name: str, folder: Path | None) -> str:
@@ -850,8 +856,8 @@ def _spelling(name: str, folder: Path | None) -> str:
 
 
 def _names(value: object) -> dict[str, str]:
-    given = _mapping(value, "names")
-    for key, name in given.items():
+    names = _mapping(value, "names")
+    for key, name in names.items():
         if not isinstance(name, str):
             raise ConfigError(f"names.{key} is {name!r}.", "Write what figures shall call it.")
-    return {str(key): name for key, name in given.items()}
+    return {str(key): name for key, name in names.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulgurite import plotting
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
-from fulgurite.compare.plan import Plan, Setting, cell_id
+from fulgurite.compare.plan import ComparisonPlan, Setting, cell_id
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.worker import read_metrics
 from fulgurite.compare.yaml_file import read_yaml
@@ -157,7 +157,7 @@ def _summary_csv(comparison: Comparison) -> str:
     rows: list[list[Any]] = [["method", "label", *plan.axes, "metric", *head]]
     for metric in (plan.metric, *plan.also):
         for (name, setting), entry in comparison.entries(metric).items():
-            values, diff = entry.spread, entry.paired
+            values, diff = entry.mean_std, entry.paired
             row: list[Any] = [name, plan.methods[name].label, *(v for _, v in setting), metric]
             row += [values.n, _number(values.mean), _number(values.std), plan.baseline or ""]
             if diff is not None:
@@ -201,7 +201,7 @@ def _draw(comparison: Comparison, path: Path) -> None:
         for upper, lower in plots.T:
             upper.set_xlabel("")
             lower.set_title("")
-    means = [entry.spread.mean for entry in entries.values() if entry.spread.n]
+    means = [entry.mean_std.mean for entry in entries.values() if entry.mean_std.n]
     if all(mean.is_integer() for mean in means):
         plots[0][0].yaxis.get_major_locator().set_params(integer=True)
     metric = plan.names.get(plan.metric, plan.metric)
@@ -225,7 +225,7 @@ Point = tuple[float, float]
 
 
 def _mean(entry: Entry) -> Point | None:
-    values = entry.spread
+    values = entry.mean_std
     return (values.mean, 0.0 if math.isnan(values.std) else values.std) if values.n else None
 
 
@@ -248,14 +248,14 @@ def _draw_panel(
     """The lines of all methods that have a value, with ticks where values are."""
     plan, rows = comparison.plan, comparison.rows
     by_label = {dict(s).get(axis, ""): s for s in comparison.grid if {*setting} <= {*s}}
-    places = _places(labels)
-    step = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
+    xs = _label_positions(labels)
+    step = min((b - a for a, b in itertools.pairwise(xs)), default=1.0)
     for rank, name in enumerate(rows):
         # a small shift keeps error bars apart that would lie upon each other
         shift = 0.24 * step * (rank - (len(rows) - 1) / 2) / max(len(rows), 5)
         points = [
-            (place + shift, *point)
-            for place, label in zip(places, labels, strict=True)
+            (x + shift, *point)
+            for x, label in zip(xs, labels, strict=True)
             if label in by_label and (point := kind(entries[name, by_label[label]]))
         ]
         if points:
@@ -264,12 +264,16 @@ def _draw_panel(
     plot.set_xlabel(textwrap.fill(plan.names.get(axis, axis), 40))
     crowded = len("  ".join(labels)) > 45
     turned: dict[str, Any] = {"rotation": 45, "ha": "right", "fontsize": 8} if crowded else {}
-    plot.set_xticks(places, labels, **turned)
-    plot.set_xlim(places[0] - 0.3 * step, places[-1] + 0.3 * step)
+    plot.set_xticks(xs, labels, **turned)
+    plot.set_xlim(xs[0] - 0.3 * step, xs[-1] + 0.3 * step)
 
 
 def _draw_method(
-    plot: Axes, plan: Plan, name: str, rank: int, points: Sequence[tuple[float, float, float]]
+    plot: Axes,
+    plan: ComparisonPlan,
+    name: str,
+    rank: int,
+    points: Sequence[tuple[float, float, float]],
 ) -> None:
     """One line: (place, height, half a bar) of each point."""
     places, heights, bars = zip(*points, strict=True)
@@ -291,12 +295,12 @@ def _draw_method(
     )
 
 
-def _setting_name(setting: Setting, plan: Plan) -> str:
+def _setting_name(setting: Setting, plan: ComparisonPlan) -> str:
     return ", ".join(f"{plan.names.get(axis, axis)} = {label}" for axis, label in setting)
 
 
 def _what_bars_are(entries: Iterable[Entry]) -> str:
-    counts = sorted({entry.spread.n for entry in entries if entry.spread.n})
+    counts = sorted({entry.mean_std.n for entry in entries if entry.mean_std.n})
     if not counts or counts == [1]:
         return "one seed"
     span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -315,11 +319,13 @@ def _by_last_value(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     return [handle for _, (handle, _) in ordered], [label for label, _ in ordered]
 
 
-def _places(labels: Sequence[str]) -> list[float]:
+def _label_positions(labels: Sequence[str]) -> list[float]:
     """Positions of labels on an axis: their values where these are ascending and fairly even.
 
-    >>> _places(["0.3", "0.5", "0.9"]), _places(["iid", "shards"]), _places(["1", "10", "100"])
-    ([0.3, 0.5, 0.9], [0.0, 1.0], [0.0, 1.0, 2.0])
+    >>> _label_positions(["0.3", "0.5", "0.9"]), _label_positions(["iid", "shards"])
+    ([0.3, 0.5, 0.9], [0.0, 1.0])
+    >>> _label_positions(["1", "10", "100"])
+    [0.0, 1.0, 2.0]
     """
     try:
         values = [float(label) for label in labels]

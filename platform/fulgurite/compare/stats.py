@@ -15,7 +15,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["LEAST_SEEDS", "LEVEL", "Paired", "Spread", "holm", "paired", "quantile", "spread"]
+__all__ = ["LEAST_SEEDS", "LEVEL", "MeanStd", "Paired", "holm", "mean_std", "paired", "quantile"]
 
 LEVEL = 0.95
 """Confidence of the tests, that of a whole table."""
@@ -27,7 +27,7 @@ _K = TypeVar("_K", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanStd:
     """Mean and sample standard deviation of ``n`` values; ``std`` is NaN below two values."""
 
     n: int
@@ -74,17 +74,17 @@ class Paired:
         return "beats" if self.gain > 0 else "loses"
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_std(values: Sequence[float]) -> MeanStd:
     """Mean and sample standard deviation (n − 1 in the denominator).
 
-    >>> spread([1.0, 2.0, 3.0])
-    Spread(n=3, mean=2.0, std=1.0)
+    >>> mean_std([1.0, 2.0, 3.0])
+    MeanStd(n=3, mean=2.0, std=1.0)
     """
     n = len(values)
     mean = math.fsum(values) / n if n else math.nan
     if n < 2:
-        return Spread(n, mean, math.nan)
-    return Spread(n, mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)))
+        return MeanStd(n, mean, math.nan)
+    return MeanStd(n, mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)))
 
 
 def paired(ours: Mapping[int, float], base: Mapping[int, float], *, mode: str = "max") -> Paired:
@@ -100,7 +100,7 @@ def paired(ours: Mapping[int, float], base: Mapping[int, float], *, mode: str = 
     (3, 3.0, 0.0351)
     """
     common = sorted(ours.keys() & base.keys())
-    differences = spread([ours[seed] - base[seed] for seed in common])
+    differences = mean_std([ours[seed] - base[seed] for seed in common])
     size = max((abs(v) for seed in common for v in (ours[seed], base[seed])), default=0.0)
     p = math.nan
     if differences.n >= LEAST_SEEDS and differences.std > 1e-12 * size:  # else rounding alone

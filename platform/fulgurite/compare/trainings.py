@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, Plan
+from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, ComparisonPlan
 from fulgurite.compare.worker import Job, Outcome
 from fulgurite.runs import write_json
 
@@ -29,7 +29,7 @@ class Evaluation:
     Args:
         options: Command-line options, without the run folder.
         folder: Run folder of the chosen training.
-        chosen: Label of the choice; empty where there was none.
+        candidate: Label of the choice; empty where there was none.
         key: What defines the chosen training.
         metrics: Metrics of the chosen training.
         error: Why there is no training.
@@ -38,7 +38,7 @@ class Evaluation:
 
     options: tuple[str, ...] = ()
     folder: Path = Path()
-    chosen: str = ""
+    candidate: str = ""
     key: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
@@ -46,8 +46,8 @@ class Evaluation:
 
     def command(self, subcommand: str, run_dir: Path) -> list[str]:
         """The command line of the evaluation."""
-        place = ["--run.dir", str(run_dir), "--ckpt_path", str(_last(self.folder))]
-        return [subcommand, *self.options, *place]
+        run_options = ["--run.dir", str(run_dir), "--ckpt_path", str(_last(self.folder))]
+        return [subcommand, *self.options, *run_options]
 
 
 class Trainings:
@@ -59,7 +59,7 @@ class Trainings:
         run: Runs jobs.
     """
 
-    def __init__(self, folder: Path, plan: Plan, run: Runner) -> None:
+    def __init__(self, folder: Path, plan: ComparisonPlan, run: Runner) -> None:
         self.folder = folder
         self.plan = plan
         self.run = run
@@ -79,10 +79,10 @@ class Trainings:
             while cell.id not in waiting:
                 waiting[cell.id] = cell
                 cell = cell.origin or cell
-        found: dict[str, Evaluation] = {}
+        evaluated: dict[str, Evaluation] = {}
         while waiting:
-            wave = [c for c in waiting.values() if c.origin is None or c.origin.id in found]
-            options = {cell.id: self._candidates(cell, found) for cell in wave}
+            wave = [c for c in waiting.values() if c.origin is None or c.origin.id in evaluated]
+            options = {cell.id: self._candidates(cell, evaluated) for cell in wave}
             every = [
                 (", ".join(filter(None, [self.plan.label(cell, trained=True), c.label])), c)
                 for cell in wave
@@ -91,28 +91,28 @@ class Trainings:
             self._complete("training", every)
             if self.plan.tune:
                 self._complete("validation", [e for e in every if e[1].key not in self._failed])
-            found |= {name: self._choose(candidates) for name, candidates in options.items()}
+            evaluated |= {name: self._choose(candidates) for name, candidates in options.items()}
             for cell in wave:
                 del waiting[cell.id]
                 if cell.origin and not options[cell.id]:
-                    found[cell.id] = found[cell.origin.id]  # with its error
-        return found
+                    evaluated[cell.id] = evaluated[cell.origin.id]  # with its error
+        return evaluated
 
-    def _candidates(self, cell: Cell, found: dict[str, Evaluation]) -> Sequence[Candidate]:
+    def _candidates(self, cell: Cell, evaluated: dict[str, Evaluation]) -> Sequence[Candidate]:
         """The trainings of a cell, with what they start from."""
         after = self.plan.methods[cell.method].after
         if cell.origin is None or after is None:
             return cell.candidates
-        start = found[cell.origin.id]
+        start = evaluated[cell.origin.id]
         if start.error:
             return ()
         option = f"--{after.key}={start.folder / after.path}"
         return [candidate.starting_from(option, start.key) for candidate in cell.candidates]
 
-    def _step(self, what: Step, candidate: Candidate) -> tuple[str, list[list[str]]]:
+    def _step(self, step: Step, candidate: Candidate) -> tuple[str, list[list[str]]]:
         """Name and command lines of a training or its validation."""
         checkpoint = ["--ckpt_path", str(_last(self.folder / candidate.key))]
-        if what == "validation":
+        if step == "validation":
             command = ["validate", *candidate.validate, *checkpoint]
             return candidate.validation_key, [command]
         commands = [["fit", *candidate.fit]]
@@ -131,23 +131,23 @@ class Trainings:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
-    def _complete(self, what: Step, candidates: Iterable[tuple[str, Candidate]]) -> None:
+    def _complete(self, step: Step, candidates: Iterable[tuple[str, Candidate]]) -> None:
         """Run what has no record yet."""
-        metric = self.plan.tune.metric if what == "validation" and self.plan.tune else None
+        metric = self.plan.tune.metric if step == "validation" and self.plan.tune else None
         jobs: dict[str, Job] = {}
         for label, candidate in candidates:
-            name, commands = self._step(what, candidate)
+            name, commands = self._step(step, candidate)
             if name in jobs or self._metrics(name) is not None or name in self._failed:
                 continue
-            place = self.folder / name
-            if place.exists():  # what an interrupted or failed attempt left
-                shutil.rmtree(place)
-            there = [[*command, "--run.dir", str(place)] for command in commands]
+            run_dir = self.folder / name
+            if run_dir.exists():  # what an interrupted or failed attempt left
+                shutil.rmtree(run_dir)
+            commands_here = [[*command, "--run.dir", str(run_dir)] for command in commands]
             log = self.folder / f"{name}.log"
-            jobs[name] = Job(name, there, place, log, metric, label)
-        for outcome in self.run(list(jobs.values()), f"{what}s"):
+            jobs[name] = Job(name, commands_here, run_dir, log, metric, label)
+        for outcome in self.run(list(jobs.values()), f"{step}s"):
             if outcome.error:
-                self._failed[outcome.id] = f"the {what} failed: {outcome.error}"
+                self._failed[outcome.id] = f"the {step} failed: {outcome.error}"
                 continue
             record: dict[str, Any] = {
                 "commands": jobs[outcome.id].commands,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.compare.identity import Resolver
-from fulgurite.compare.plan import Cell, Plan, find_config
+from fulgurite.compare.plan import Cell, ComparisonPlan, find_config
 from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError, FulguriteError
 
@@ -26,7 +26,7 @@ class ConfigWatch:
         runner: ``module:function`` that runs a command line.
     """
 
-    def __init__(self, plan: Plan, cells: Sequence[Cell], runner: str) -> None:
+    def __init__(self, plan: ComparisonPlan, cells: Sequence[Cell], runner: str) -> None:
         self._plan = plan
         self._runner = runner
         self._digests = [cell.digest for cell in cells]
@@ -69,11 +69,11 @@ class ConfigWatch:
         return stamps
 
 
-def _with_included(file: Path, seen: set[Path]) -> Iterator[Path]:
+def _with_included(file: Path, visited: set[Path]) -> Iterator[Path]:
     """A configuration file and those that its values name."""
-    if file in seen:
+    if file in visited:
         return
-    seen.add(file)
+    visited.add(file)
     yield file
     try:
         content = read_yaml(file)
@@ -81,7 +81,7 @@ def _with_included(file: Path, seen: set[Path]) -> Iterator[Path]:
         return
     for text in _texts(content):
         if text.endswith((".yaml", ".yml", ".json")) and (file.parent / text).is_file():
-            yield from _with_included(file.parent / text, seen)
+            yield from _with_included(file.parent / text, visited)
 
 
 def _texts(value: Any) -> Iterator[str]:

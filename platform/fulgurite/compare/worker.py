@@ -112,8 +112,8 @@ def _last_error(log: Path) -> str:
     """The line in which a command said why it failed, after a colon."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     start = "fulgurite: error: "
-    said = [line.removeprefix(start) for line in lines if line.startswith(start)]
-    return f": {said[-1]}" if said else ""
+    messages = [line.removeprefix(start) for line in lines if line.startswith(start)]
+    return f": {messages[-1]}" if messages else ""
 
 
 def read_metrics(run_dir: Path) -> dict[str, float]:

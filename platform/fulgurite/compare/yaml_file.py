@@ -49,9 +49,9 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not YAML{where}: {what}.") from error
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not YAML{line}: {problem}.") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply.", "Write it flatter.") from error
     except ValueError as error:  # such as an integer of ten thousand digits
@@ -60,10 +60,10 @@ def read_yaml(path: Path) -> Any:
 
 def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> int:
     """Number of values of a node with its aliases written out."""
-    if (known := counts.get(id(node))) is not None:
-        if not known:
+    if (counted := counts.get(id(node))) is not None:
+        if not counted:
             raise _refuse(path, node, "holds itself", "Leave out the alias.")
-        return known
+        return counted
     counts[id(node)] = 0  # until it is counted; met again before, it holds itself
     if depth > _DEEPEST:
         raise _refuse(path, node, f"lies deeper than {_DEEPEST} levels", "Write it flatter.")
@@ -91,5 +91,5 @@ def _count(node: yaml.Node, path: Path, counts: dict[int, int], depth: int) -> i
     return number
 
 
-def _refuse(path: Path, node: yaml.Node, what: str, hint: str) -> ConfigError:
-    return ConfigError(f"{path}, line {node.start_mark.line + 1}: this {what}.", hint)
+def _refuse(path: Path, node: yaml.Node, problem: str, hint: str) -> ConfigError:
+    return ConfigError(f"{path}, line {node.start_mark.line + 1}: this {problem}.", hint)
