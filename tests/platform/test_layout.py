@@ -1,6 +1,7 @@
 """The shape of the repository: packages, dependency arrows, pins, commands in the documents."""
 
 import ast
+import pkgutil
 import re
 import shlex
 import shutil
@@ -214,6 +215,13 @@ def test_commands_in_the_documents_exist(document):
         for name in re.findall(r"\b(\w+/[\w-]+\.yaml)\b", " ".join(command)):
             if (ROOT / "configs" / name.split("/")[0]).is_dir():
                 assert (ROOT / "configs" / name).is_file(), command
+
+
+def test_the_glossary_names_what_exists():
+    names = re.findall(r"`(fulgurite(?:\.\w+)+)`", (ROOT / "docs/glossary.md").read_text())
+    assert len(names) > 40
+    for name in names:
+        pkgutil.resolve_name(name)
 
 
 def test_ci_runs_what_the_readme_names():
