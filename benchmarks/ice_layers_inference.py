@@ -99,7 +99,7 @@ def main() -> None:
         @torch.inference_mode()
         def krige(kriging: Kriging = baseline.kriging, stacks: list[KrigingStack] = fitted) -> None:
             for stack in stacks:
-                kriging(stack, where=~stack.observed)
+                kriging(stack, mask=~stack.observed)
 
         seconds = take_turns({"network": complete, "kriging": krige}, turns)
         raw[name] = seconds

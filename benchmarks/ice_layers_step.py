@@ -33,7 +33,7 @@ def stepper(stacks: int, options: dict[str, Any]) -> Callable[[], None]:
     g = torch.Generator().manual_seed(0)
     n = stacks * TRACES
     track = Track.of([TRACES] * stacks)
-    distance = 50.0 * track.place
+    distance = 50.0 * track.offset
     pos = torch.stack([70 + distance / 111_195, -40.0 + 0.1 * track.stack], 1).double()
     thickness = torch.randn(n, LAYERS, generator=g)
     visible = torch.rand(n, LAYERS, generator=g) < 0.6

@@ -1,4 +1,4 @@
-"""What is written of completed stacks, and drawn of how good they are."""
+"""The files and figures of completed stacks, and the figures of their errors."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class _Drawn(NamedTuple):
         return not observed.any(), -int((~observed).sum()), self.stack.stack
 
 
-def _choose(stacks: Sequence[_Drawn], count: int) -> list[_Drawn]:
-    """The first so many, whatever order they come in."""
-    return sorted(stacks, key=lambda one: one.rank)[:count]
+def _choose_drawn(stacks: Sequence[_Drawn], count: int) -> list[_Drawn]:
+    """The stacks that lack most, the same ones in whatever order they come."""
+    return sorted(stacks, key=lambda drawn: drawn.rank)[:count]
 
 
 class CompletionWriter(Callback):
@@ -64,10 +64,10 @@ class CompletionWriter(Callback):
     can refuse them. Drawn are the stacks that lack most, of those that have a pick.
 
     Args:
-        netcdf: Write NetCDF files with CF attributes.
-        npz: Write npz files, which :class:`~fulgurite.datamodules.ice_layers.CompletedStacks`
-            reads.
-        folder: Where to, relative to the run folder.
+        netcdf: Whether to write NetCDF files with CF attributes.
+        npz: Whether to write npz files, as read by
+            :class:`~fulgurite.datamodules.ice_layers.CompletedStacks`.
+        folder: Folder of the files, relative to the run folder.
         figures: Stacks that are drawn; 0 for no figure at all.
         csarp_layer: Write the CSARP_layer files that were read again, with completed boundaries
             where none was picked, into ``CSARP_layer`` beside the other files. Picks stay what
@@ -108,7 +108,7 @@ class CompletionWriter(Callback):
         self._origin = Origin()
         self._drawn: list[_Drawn] = []
         self._numbers: list[int] = []
-        self._place: Path | None = None
+        self._folder: Path | None = None
         self.curves = TrainingCurves(
             {
                 "train/loss": "mean loss of training batches",
@@ -144,11 +144,11 @@ class CompletionWriter(Callback):
         return {"curves": self.curves.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore the curves."""
         self.curves.load_state_dict(state_dict.get("curves", {}))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count, and see what the stacks are made of."""
+        """Reset the counters and note what the stacks are made of."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         source = getattr(data, "source", None)
         made_by = trainer.ckpt_path or getattr(pl_module, "weights", None)
@@ -161,11 +161,12 @@ class CompletionWriter(Callback):
             attributes=self.attributes,
         )
         self.written, self._drawn, self._numbers = 0, [], []
-        place = trainer.logger.log_dir if trainer.logger else None
-        place = trainer.strategy.broadcast(place)  # ranks that start later see another one as free
-        self._place = None if place is None else Path(place) / self.folder
-        if self.csarp_layer and self._place is not None:
-            data.check_write_back(self._place / "CSARP_layer")
+        log_dir = trainer.logger.log_dir if trainer.logger else None
+        # ranks that start later see another one as free
+        log_dir = trainer.strategy.broadcast(log_dir)
+        self._folder = None if log_dir is None else Path(log_dir) / self.folder
+        if self.csarp_layer and self._folder is not None:
+            data.check_write_back(self._folder / "CSARP_layer")
 
     def on_predict_batch_end(
         self,
@@ -177,7 +178,7 @@ class CompletionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write and draw the stacks of a batch."""
-        if (folder := self._place) is None:
+        if (folder := self._folder) is None:
             return
         self._numbers += batch.stack.tolist()
         truth = getattr(batch, "truth", None)
@@ -191,8 +192,10 @@ class CompletionWriter(Callback):
                 write_netcdf(path.with_name(f"{path.name}.nc"), stack)
             self.written += 1
             if self.figures:
-                known = None if truth is None else truth[rows].cpu().numpy()
-                self._drawn = _choose([*self._drawn, _Drawn(stack, known)], self.figures)
+                stack_truth = None if truth is None else truth[rows].cpu().numpy()
+                self._drawn = _choose_drawn(
+                    [*self._drawn, _Drawn(stack, stack_truth)], self.figures
+                )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the stacks that lack most, and write layer files, of all ranks."""
@@ -200,18 +203,18 @@ class CompletionWriter(Callback):
         if (world := rank_and_world()[1]) > 1:
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, (drawn, numbers))
-            drawn = _choose([one for part, _ in everyone for one in part], self.figures)
+            drawn = _choose_drawn([stack for part, _ in everyone for stack in part], self.figures)
             numbers = [number for _, part in everyone for number in part]
-        if self.csarp_layer and trainer.is_global_zero and (folder := self._place):
+        if self.csarp_layer and trainer.is_global_zero and (folder := self._folder):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
 
             def read(number: int) -> NDArray[np.float64]:
                 return read_npz(folder / f"{file_name(data.stacks[number])}.npz").thickness
 
             rank_zero_info(data.write_back(folder / "CSARP_layer", numbers, read))
-        for one in drawn:
-            name = f"completed_{file_name(one.stack.stack)}"
-            log_figure(trainer, name, layers_figure(one.stack, one.truth))
+        for stack, truth in drawn:
+            name = f"completed_{file_name(stack.stack)}"
+            log_figure(trainer, name, layers_figure(stack, truth))
         self._drawn = []
 
     def _stacks(
@@ -224,10 +227,10 @@ class CompletionWriter(Callback):
                 "Leave fulgurite.callbacks.ice_layers.CompletionWriter out of trainer.callbacks.",
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        seen = getattr(pl_module, "trained_segments", None)
+        trained_segments = getattr(pl_module, "trained_segments", None)
         return completed_stacks(
-            batch, outputs, data.segments, data.stacks, seen or _segments(data), data.physics,
-            data.layer_names, data.layer_age, getattr(data, "unit", "m"),
+            batch, outputs, data.segments, data.stacks, trained_segments or _name_segments(data),
+            data.physics, data.layer_names, data.layer_age, getattr(data, "unit", "m"),
             lambda number, thickness: FlightDetails(**data.describe_traces(number, thickness)),
             self._origin,
         )  # fmt: skip
@@ -250,9 +253,9 @@ def _unit(trainer: Trainer) -> str:
     return getattr(data, "unit", "m")
 
 
-def _segments(data: Any) -> tuple[str, ...]:
+def _name_segments(data: Any) -> tuple[str, ...]:
     """Segments of the data's training and validation stacks; none where they are not known."""
-    found: set[str] = set()
+    segments: set[str] = set()
     with suppress(AttributeError, KeyError):
-        found = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
-    return tuple(sorted(found))
+        segments = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
+    return tuple(sorted(segments))

@@ -26,12 +26,12 @@ from fulgurite.models.ice_layers.baselines import (
 from fulgurite.models.ice_layers.batches import (
     KeptBoundaries,
     check_batch,
-    check_kept,
+    check_keep_boundaries,
     known_truth,
     refuse_seen,
 )
-from fulgurite.models.ice_layers.completion import fill, gaps
-from fulgurite.models.ice_layers.covariance import KrigingStack, join_stacks, thinned
+from fulgurite.models.ice_layers.completion import fill, measure_gaps
+from fulgurite.models.ice_layers.covariance import KrigingStack, join_stacks, thin_stacks
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
 from fulgurite.models.ice_layers.kriging import Kriging
@@ -68,15 +68,15 @@ class BaselineCompletion(SystemModule):
             observed, with a physics drift. Where there is nothing to go by, all take ``mean``.
         max_line: Longest gap that a line of ``along`` crosses [m]; null for any.
         reach: How far ``along`` reaches into a longer gap [m].
-        penalty: Of ``ridge``, for each entry; ``kriging`` chooses that of its drift.
+        penalty: Penalty of ``ridge`` for each entry; ``kriging`` chooses that of its drift.
         drift: ``linear`` regresses thickness, ``log`` its logarithm, in ``ridge`` and ``kriging``;
             ``auto`` is linear for ``ridge``, and lets ``kriging`` choose on the validation
             flights, or on training segments where there are none.
         fit_stacks: Training stacks that the covariance of ``kriging`` is fitted on.
-        fit_entries: About so many entries of each.
-        iterations: Of that fit.
+        fit_entries: Entries of each of these stacks that the fit takes, about.
+        iterations: Iterations of that fit.
         max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
-        seed: Of the choice of stacks.
+        seed: Seed of the choice of stacks.
         keep_boundaries: Which picked boundaries come out where they were picked, so that layers
             that are missing between two of them add up to what was measured: ``all`` of them, or
             ``none``, which fills each layer for itself; ``trusted`` leaves out those that
@@ -112,31 +112,31 @@ class BaselineCompletion(SystemModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        where = "model.init_args"
+        prefix = "model.init_args"
         if method not in get_args(BaselineMethod):
             raise ConfigError(
-                f"{where}.method={method} is unknown.",
+                f"{prefix}.method={method} is unknown.",
                 f"Use one of {', '.join(get_args(BaselineMethod))}.",
             )
         if drift not in get_args(Drift):
             raise ConfigError(
-                f"{where}.drift={drift} is unknown.", f"Use one of {', '.join(get_args(Drift))}."
+                f"{prefix}.drift={drift} is unknown.", f"Use one of {', '.join(get_args(Drift))}."
             )
-        check_kept(keep_boundaries)
+        check_keep_boundaries(keep_boundaries)
         if keep_boundaries == "trusted" and method != "kriging":
             raise ConfigError(
-                f"{where}.keep_boundaries=trusted, and {method} does not know which picks are "
+                f"{prefix}.keep_boundaries=trusted, and {method} does not know which picks are "
                 "contradicted.",
-                f"Use {where}.keep_boundaries=all or none, or {where}.method=kriging.",
+                f"Use {prefix}.keep_boundaries=all or none, or {prefix}.method=kriging.",
             )
         lengths = {"max_line": max_line, "reach": reach, "penalty": penalty, "max_gap": max_gap}
         for name, length in lengths.items():
             if length is not None and not length >= 0:
-                raise ConfigError(f"{where}.{name}={length} is negative.", "Give 0 or more.")
+                raise ConfigError(f"{prefix}.{name}={length} is negative.", "Give 0 or more.")
         counts = {"fit_stacks": fit_stacks, "fit_entries": fit_entries, "iterations": iterations}
         for name, count in counts.items():
             if count < 1:
-                raise ConfigError(f"{where}.{name}={count} is too small.", "Give 1 or more.")
+                raise ConfigError(f"{prefix}.{name}={count} is too small.", "Give 1 or more.")
         self.method, self.max_gap, self.reach, self.penalty = method, max_gap, reach, penalty
         self.max_line = torch.inf if max_line is None else max_line
         self.fit_stacks, self.fit_entries, self.iterations = fit_stacks, fit_entries, iterations
@@ -152,15 +152,15 @@ class BaselineCompletion(SystemModule):
     # --- fitting -------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> None:
-        """None."""
-        for meant in ("this fit will run with no optimizer", "no gradient clipping will occur"):
-            warnings.filterwarnings("ignore", f".*{meant}.*")
+        """Return no optimizer, since nothing is trained by gradients."""
+        for message in ("this fit will run with no optimizer", "no gradient clipping will occur"):
+            warnings.filterwarnings("ignore", f".*{message}.*")
 
     def on_train_start(self) -> None:
         """Fit on the training stacks of all ranks.
 
         Raises:
-            DataError: Nothing is observed in them.
+            DataError: Nothing is observed in the training stacks.
         """
         if self.means is not None:  # a run that goes on
             return
@@ -172,8 +172,8 @@ class BaselineCompletion(SystemModule):
             [row.stack for row in chosen_on],
         )
         if names := getattr(getattr(self.trainer, "datamodule", None), "segments", ()):
-            seen = {names[row.segment] for row in [*rows, *chosen_on]}
-            self.trained_segments = tuple(sorted(seen))
+            segments = {names[row.segment] for row in [*rows, *chosen_on]}
+            self.trained_segments = tuple(sorted(segments))
 
     @property
     def _chooses(self) -> bool:
@@ -183,7 +183,7 @@ class BaselineCompletion(SystemModule):
     def _gather(self, loaders: Any) -> list[_Row]:
         """The stacks of loaders on all ranks, in the order of their numbers, each once."""
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        found = [
+        rows = [
             _Row(number, segment, stack)
             for loader in loaders
             if loader is not None
@@ -194,9 +194,9 @@ class BaselineCompletion(SystemModule):
         ]
         if (world := rank_and_world()[1]) > 1:
             everyone: list[Any] = [None] * world
-            dist.all_gather_object(everyone, found)
-            found = [row for part in everyone for row in part]
-        ordered = sorted(found, key=lambda row: row.number)
+            dist.all_gather_object(everyone, rows)
+            rows = [row for part in everyone for row in part]
+        ordered = sorted(rows, key=lambda row: row.number)
         return list({row.number: row for row in ordered}.values())
 
     def fit(
@@ -208,16 +208,16 @@ class BaselineCompletion(SystemModule):
         """Fit on stacks.
 
         Args:
-            stacks: On the CPU.
+            stacks: The training stacks, on the CPU.
             segments: Number of the flight segment of each.
             validation: Stacks of other segments, on which ``kriging`` may choose its drift.
 
         Raises:
-            DataError: There is none, or nothing is observed in them.
+            DataError: There is no stack, or nothing is observed in them.
         """
         if not stacks:
             raise DataError("There is no training stack.", "Check `data.init_args.source`.")
-        thickness, observed, physics = join_stacks(thinned(stacks))
+        thickness, observed, physics = join_stacks(thin_stacks(stacks))
         self.means = layer_means(thickness, observed).double()
         if self.method == "ridge":
             log = self.drift == "log"
@@ -228,15 +228,17 @@ class BaselineCompletion(SystemModule):
                 seed=self.seed, drift=self.drift, validation=validation,
             )  # fmt: skip
 
-    def _stacks(self, batch: Any, shown: Spans | None = None) -> Iterator[tuple[int, KrigingStack]]:
+    def _stacks(
+        self, batch: Any, visible_spans: Spans | None = None
+    ) -> Iterator[tuple[int, KrigingStack]]:
         """Number and arrays of each stack of a batch, on the CPU.
 
         Args:
-            batch: PyG's.
-            shown: What may be known of it; all that was measured if not given.
+            batch: A batch of PyG.
+            visible_spans: Measured spans that the method may use; all of the batch by default.
         """
         check_batch(batch, _FIELDS)
-        spans = Spans.of_batch(batch) if shown is None else shown
+        spans = Spans.of_batch(batch) if visible_spans is None else visible_spans
         spans = (spans.single() if self.keep_boundaries == "none" else spans).to("cpu")
         arrays = [getattr(batch, name).cpu() for name in ("thickness", "physics", "distance")]
         bounds = batch.ptr.tolist()
@@ -261,7 +263,7 @@ class BaselineCompletion(SystemModule):
         Only kriging knows a standard deviation.
 
         Args:
-            stack: On the CPU.
+            stack: The stack, on the CPU.
 
         Shape: to (N, L) and (N, L), float64.
 
@@ -301,9 +303,9 @@ class BaselineCompletion(SystemModule):
             filled = torch.where(lines.isfinite(), lines, filled)
         return filled
 
-    def predict(self, batch: Any, shown: Spans) -> tuple[Tensor, Tensor]:
-        """:meth:`predict_stack` for a batch of which only a part is shown. Shape: (N, L) each."""
-        pairs = [self.predict_stack(stack) for _, stack in self._stacks(batch, shown)]
+    def predict(self, batch: Any, visible_spans: Spans) -> tuple[Tensor, Tensor]:
+        """:meth:`predict_stack` for a batch of which some spans are visible. Shape: (N, L) each."""
+        pairs = [self.predict_stack(stack) for _, stack in self._stacks(batch, visible_spans)]
         mean, std = (torch.cat(part).to(batch.ptr.device) for part in zip(*pairs, strict=True))
         return mean, std
 
@@ -316,12 +318,14 @@ class BaselineCompletion(SystemModule):
             )
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """As :meth:`fulgurite.models.ice_layers.IceCompletion.predict_step`."""
+        """Complete a batch as :meth:`~fulgurite.models.ice_layers.IceCompletion.predict_step`."""
         predicted, std = self.predict(batch, Spans.of_batch(batch))
         track = Track.of_batch(batch)
-        found = gaps(batch.observed, batch.distance, track)
-        made = fill(batch.thickness, batch.observed, found, predicted, std.float(), self.max_gap)
-        return {**made, "stack": batch.stack[track.stack]}
+        gaps = measure_gaps(batch.observed, batch.distance, track)
+        completed = fill(
+            batch.thickness, batch.observed, gaps, predicted, std.float(), self.max_gap
+        )
+        return {**completed, "stack": batch.stack[track.stack]}
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -330,19 +334,19 @@ class BaselineCompletion(SystemModule):
         return self.kriging.noise if self.kriging is not None else 0.0
 
     def on_validation_epoch_start(self) -> None:
-        """Start to count."""
+        """Reset the metrics."""
         self._begin()
 
     def on_test_start(self) -> None:
         """Refuse test segments that the fit has seen.
 
         Raises:
-            DataError: It has.
+            DataError: A segment of the test was fitted on.
         """
         refuse_seen(self.trained_segments, getattr(self.trainer, "datamodule", None))
 
     def on_test_epoch_start(self) -> None:
-        """Start to count."""
+        """Reset the metrics."""
         self._begin()
 
     def _begin(self) -> None:
@@ -351,8 +355,8 @@ class BaselineCompletion(SystemModule):
         if self.means is not None:
             self.metrics = CompletionMetrics(len(self.means)).to(self.device)
 
-    def _evaluate(self, batch: Any, shown: Spans, held: Tensor | None) -> None:
-        mean, std = self.predict(batch, shown)
+    def _evaluate(self, batch: Any, visible_spans: Spans, hidden: Tensor | None) -> None:
+        mean, std = self.predict(batch, visible_spans)
         assert self.metrics is not None
         self.metrics.update(
             mean,
@@ -361,10 +365,10 @@ class BaselineCompletion(SystemModule):
             Track.of_batch(batch).stack,
             std,
             dropped=getattr(batch, "dropped", None),
-            held_out=held,
+            held_out=hidden,
             measured=batch.thickness,
             noise=self._noise,
-            spans=shown,
+            spans=visible_spans,
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -372,8 +376,8 @@ class BaselineCompletion(SystemModule):
         if self.trainer.sanity_checking:  # that is before the fit
             return
         spans = Spans.of_batch(batch)
-        shown = spans.hide(held_out(spans.picked, Track.of_batch(batch), batch.stack))
-        self._evaluate(batch, shown, batch.observed & ~shown.observed)
+        visible_spans = spans.hide(held_out(spans.picked, Track.of_batch(batch), batch.stack))
+        self._evaluate(batch, visible_spans, batch.observed & ~visible_spans.observed)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score missing entries where the truth is known, and dropped ones."""
@@ -384,15 +388,15 @@ class BaselineCompletion(SystemModule):
             return
         # what is logged below is equal on every rank already
         warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
-        found: dict[str, float] = self.metrics.compute()
-        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, batch_size=1)
+        errors: dict[str, float] = self.metrics.compute()
+        self.log_dict({f"{stage}/{name}": value for name, value in errors.items()}, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the errors."""
+        """Log the metrics."""
         self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the errors."""
+        """Log the metrics."""
         self._finish("test")
 
     # --- checkpoint ----------------------------------------------------------------------------
@@ -410,7 +414,7 @@ class BaselineCompletion(SystemModule):
         checkpoint["ice_segments"] = list(self.trained_segments)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again.
+        """Restore what was fitted.
 
         Raises:
             CheckpointError: The checkpoint is of another method.

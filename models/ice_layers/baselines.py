@@ -26,25 +26,25 @@ __all__ = [
 ]
 
 
-def _neighbours(known: Tensor) -> tuple[Tensor, Tensor]:
+def _neighbours(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Last known entry at or before each, and first at or after: −1 and N where there is none.
 
     Shape: (N, L) to two of (N, L).
     """
-    n = len(known)
-    row = torch.arange(n, device=known.device)[:, None]
-    before = torch.where(known, row, -1).cummax(0).values
-    after = torch.where(known, row, n).flip(0).cummin(0).values.flip(0)
+    n = len(mask)
+    row = torch.arange(n, device=mask.device)[:, None]
+    before = torch.where(mask, row, -1).cummax(0).values
+    after = torch.where(mask, row, n).flip(0).cummin(0).values.flip(0)
     return before, after
 
 
-def _between(values: Tensor, known: Tensor, where: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _between(values: Tensor, mask: Tensor, coordinate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lines between known entries, the nearest one beyond the ends; NaN where a column has none.
 
     Args:
         values: Shape: (N, L).
-        known: Shape: (N, L), bool.
-        where: Coordinate of each row, not decreasing. Shape: (N,).
+        mask: Shape: (N, L), bool.
+        coordinate: Coordinate of each row, not decreasing. Shape: (N,).
 
     Returns:
         The lines; distances to the known entry before and to the one after, infinite where there
@@ -53,16 +53,16 @@ def _between(values: Tensor, known: Tensor, where: Tensor) -> tuple[Tensor, Tens
     n = len(values)
     if not n:
         return values, values, values
-    before, after = _neighbours(known)
+    before, after = _neighbours(mask)
     none_before, none_after = before < 0, after >= n
     # beyond the ends both neighbours are the one that there is
     low = torch.where(none_before, after, before).clamp(0, n - 1)
     high = torch.where(none_after, before, after).clamp(0, n - 1)
-    at = where[:, None].to(values)
-    to_low, to_high = at - where.to(values)[low], where.to(values)[high] - at
+    at = coordinate[:, None].to(values)
+    to_low, to_high = at - coordinate.to(values)[low], coordinate.to(values)[high] - at
     width = to_low + to_high
-    share = torch.where(width > 0, to_low / torch.where(width > 0, width, 1.0), 0.0)
-    lines = values.gather(0, low) * (1 - share) + values.gather(0, high) * share
+    weight = torch.where(width > 0, to_low / torch.where(width > 0, width, 1.0), 0.0)
+    lines = values.gather(0, low) * (1 - weight) + values.gather(0, high) * weight
     lines = torch.where(none_before & none_after, torch.nan, lines)
     return (
         lines,
@@ -143,8 +143,8 @@ def along_track(
         distance: Along the track [m], not decreasing. Shape: (N,).
         max_gap: Longest gap that a line crosses [m]; infinite fills all, beyond the ends by the
             nearest pick.
-        reach: Of a pick into a longer gap [m].
-        fewest: Picks.
+        reach: Distance that a pick fills into a longer gap [m].
+        fewest: Least number of picks of a layer that is filled.
 
     Shape: to (N, L); NaN is missing.
 
@@ -221,10 +221,10 @@ class Ridge:
     """A linear map of each layer's physics to its thickness, or to the thickness's logarithm.
 
     Args:
-        mean: Of the features. Shape: (F,).
-        std: Of the features. Shape: (F,).
-        coefficients: Intercept first. Shape: (L, 1 + F).
-        scale: Of :func:`physics_features`; empty for the fields alone. Shape: (P,) or (0,).
+        mean: Means of the features. Shape: (F,).
+        std: Standard deviations of the features. Shape: (F,).
+        coefficients: Coefficients of each layer, the intercept first. Shape: (L, 1 + F).
+        scale: Scale of :func:`physics_features`; empty for the fields alone. Shape: (P,) or (0,).
         log: Whether the logarithm is predicted. Shape: ().
     """
 
@@ -236,9 +236,9 @@ class Ridge:
 
     def __call__(self, physics: Tensor) -> Tensor:
         """Predicted thickness [m]. Shape: (N, L, P) to (N, L)."""
-        made = physics_features(physics.to(self.mean), self.scale if len(self.scale) else None)
+        features = physics_features(physics.to(self.mean), self.scale if len(self.scale) else None)
         slopes = self.coefficients[:, 1:]
-        out = ((made - self.mean) / self.std * slopes).sum(-1) + self.coefficients[:, 0]
+        out = ((features - self.mean) / self.std * slopes).sum(-1) + self.coefficients[:, 0]
         return out.exp() if bool(self.log) else out
 
 
@@ -259,12 +259,12 @@ def fit_ridge(
         thickness: [m], of all training stacks. Shape: (N, L).
         observed: Shape: (N, L), bool.
         physics: Shape: (N, L, P).
-        penalty: On the coefficients, for each entry; the intercept is free.
+        penalty: Penalty on the coefficients for each entry; the intercept is free.
         log: Predict the logarithm of thickness from the fields and their signed logarithms.
         robust: Robust standard deviations beyond which an error counts linearly.
 
     Raises:
-        DataError: Nothing is observed, or a logarithm is asked of what is not positive.
+        DataError: Nothing is observed, or ``log`` is set and a thickness is not positive.
 
     Example:
         >>> physics = torch.arange(20.0).view(10, 2, 1)
@@ -289,15 +289,15 @@ def fit_ridge(
     if log:
         size = lower_median(physics[observed].abs(), 0)
         scale = torch.where(size > 0, size, 1.0)
-    made = physics_features(physics, scale if log else None)
-    mean = made[observed].mean(0)
-    std = (made[observed] - mean).square().mean(0).sqrt()
+    features = physics_features(physics, scale if log else None)
+    mean = features[observed].mean(0)
+    std = (features[observed] - mean).square().mean(0).sqrt()
     std = torch.where(std > 1e-12 * mean.abs().clamp_min(1e-12), std, 1.0)
-    made = (made - mean) / std
-    made = torch.cat([made.new_ones(*made.shape[:2], 1), made], -1)
-    common = _huber_ridge(made[observed], target[observed], penalty, robust)
+    features = (features - mean) / std
+    features = torch.cat([features.new_ones(*features.shape[:2], 1), features], -1)
+    common = _huber_ridge(features[observed], target[observed], penalty, robust)
     layers = [
-        _huber_ridge(made[rows, layer], target[rows, layer], penalty, robust)
+        _huber_ridge(features[rows, layer], target[rows, layer], penalty, robust)
         if bool(rows.any())
         else common
         for layer, rows in enumerate(observed.T)
@@ -311,13 +311,13 @@ def _huber_ridge(features: Tensor, target: Tensor, penalty: float, robust: float
     free = torch.full((width,), n * penalty + 1e-9, dtype=features.dtype)
     free[0] = 1e-9
     weight = torch.ones_like(target)
-    found = weight.new_zeros(width)
+    coefficients = weight.new_zeros(width)
     for _ in range(5):
         weighted = features * weight[:, None]
-        found = torch.linalg.solve(weighted.T @ features + free.diag(), weighted.T @ target)
-        error = (target - features @ found).abs()
+        coefficients = torch.linalg.solve(weighted.T @ features + free.diag(), weighted.T @ target)
+        error = (target - features @ coefficients).abs()
         limit = robust * 1.4826 * error.median()
         weight = (limit / error.clamp_min(1e-12)).clamp(max=1.0)
         if not limit > 0:
             break
-    return found
+    return coefficients

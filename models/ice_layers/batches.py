@@ -23,7 +23,7 @@ from fulgurite.models.ice_layers.graph import Track
 __all__ = [
     "KeptBoundaries",
     "check_batch",
-    "check_kept",
+    "check_keep_boundaries",
     "known_truth",
     "read_segments",
     "refuse_seen",
@@ -38,7 +38,7 @@ def read_segments(checkpoint: dict[str, Any]) -> tuple[str, ...]:
     """Names of the segments that a checkpoint's networks have seen.
 
     Raises:
-        CheckpointError: It says none.
+        CheckpointError: The checkpoint does not name them.
     """
     names = checkpoint.get("ice_segments")
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -62,40 +62,40 @@ def known_truth(batch: Any) -> Tensor:
 
 
 def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
-    """Refuse to start from, or to test, what has seen segments of the test.
+    """Refuse a model that was trained or validated on segments of the test.
 
-    Segments that the data share between parts by the user's word are not refused.
+    Segments that the configuration shares between parts on purpose are not refused.
 
     Args:
         trained: Names of the flight segments that training or validation has seen.
         data: The DataModule, after its setup.
-        also: What else the hint is.
+        also: Further text of the hint.
 
     Raises:
-        DataError: It has.
+        DataError: A segment of the test is one of ``trained``.
 
     Source: card section 2 (leakage rule).
     """
     tested = {s.segment for s in data.stacks_of("test")} if hasattr(data, "stacks_of") else set()
     tested -= getattr(data, "shared_segments", frozenset())
-    if seen := sorted(tested & set(trained)):
+    if overlap := sorted(tested & set(trained)):
         raise DataError(
             f"The checkpoint was trained or validated on flight segments of the test: "
-            f"{', '.join(seen[:3])}{', …' if len(seen) > 3 else ''}.",
+            f"{', '.join(overlap[:3])}{', …' if len(overlap) > 3 else ''}.",
             "Use its run's data options (val, test, order, seed of data.init_args, and of the "
             f"source){also}.",
         )
 
 
-def check_kept(kept: str) -> None:
+def check_keep_boundaries(keep_boundaries: str) -> None:
     """Refuse an unknown value of ``keep_boundaries``.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: The value is none of :data:`KeptBoundaries`.
     """
-    if kept not in get_args(KeptBoundaries):
+    if keep_boundaries not in get_args(KeptBoundaries):
         raise ConfigError(
-            f"model.init_args.keep_boundaries={kept} is unknown.",
+            f"model.init_args.keep_boundaries={keep_boundaries} is unknown.",
             f"Use one of {', '.join(get_args(KeptBoundaries))}.",
         )
 
@@ -104,7 +104,7 @@ def check_batch(batch: Any, fields: Iterable[str]) -> None:
     """Refuse a batch of other data.
 
     Raises:
-        DataError: It lacks a field.
+        DataError: The batch lacks a field.
     """
     if missing := [name for name in fields if getattr(batch, name, None) is None]:
         raise DataError(

@@ -19,7 +19,7 @@ __all__ = [
     "Gaps",
     "complete",
     "fill",
-    "gaps",
+    "measure_gaps",
     "picks_around",
     "provenance",
 ]
@@ -36,7 +36,7 @@ def complete(observed: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
     Args:
         observed: The original array [m]; anything where the mask is False. Shape: (N, L).
         mask: True where observed. Shape: (N, L), bool.
-        predicted: [m]. Shape: (N, L).
+        predicted: Predicted thickness [m]. Shape: (N, L).
 
     Returns:
         In the type of ``observed``. Shape: (N, L).
@@ -74,28 +74,28 @@ class Gaps:
         self.length, self.nearest, self.absent = length, nearest, absent
 
 
-def picks_around(place: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def picks_around(position: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
     """Where the last pick up to each entry of its layer lies, and the next one from it on.
 
     Args:
-        place: Distance along the track of padded stacks [m]. Shape: (B, M, 1).
-        seen: True where observed. Shape: (B, M, L), bool.
+        position: Distance along the track of padded stacks [m]. Shape: (B, M, 1).
+        observed: True where observed. Shape: (B, M, L), bool.
 
     Returns:
         Both distances [m], minus and plus infinity where there is none. Shapes: (B, M, L).
 
     Example:
-        >>> seen = torch.tensor([[[False], [True], [False]]])
-        >>> before, after = picks_around(torch.tensor([[[0.0], [1.0], [2.0]]]), seen)
+        >>> observed = torch.tensor([[[False], [True], [False]]])
+        >>> before, after = picks_around(torch.tensor([[[0.0], [1.0], [2.0]]]), observed)
         >>> before.flatten(), after.flatten()
         (tensor([-inf, 1., 1.]), tensor([1., 1., inf]))
     """
-    infinite = torch.full((), torch.inf, dtype=place.dtype, device=place.device)
-    before = torch.where(seen, place, -infinite).cummax(1).values
-    return before, torch.where(seen, place, infinite).flip(1).cummin(1).values.flip(1)
+    infinite = torch.full((), torch.inf, dtype=position.dtype, device=position.device)
+    before = torch.where(observed, position, -infinite).cummax(1).values
+    return before, torch.where(observed, position, infinite).flip(1).cummin(1).values.flip(1)
 
 
-def gaps(mask: Tensor, distance: Tensor, track: Track) -> Gaps:
+def measure_gaps(mask: Tensor, distance: Tensor, track: Track) -> Gaps:
     """Measure the gap around every entry; that of an observed entry has length 0.
 
     Args:
@@ -105,28 +105,28 @@ def gaps(mask: Tensor, distance: Tensor, track: Track) -> Gaps:
 
     Example:
         >>> mask = torch.tensor([[True], [False], [False], [True], [False]])
-        >>> found = gaps(mask, 10.0 * torch.arange(5), Track.of([5]))
-        >>> found.length.squeeze(), found.nearest.squeeze()
+        >>> gaps = measure_gaps(mask, 10.0 * torch.arange(5), Track.of([5]))
+        >>> gaps.length.squeeze(), gaps.nearest.squeeze()
         (tensor([ 0., 30., 30.,  0., 10.]), tensor([ 0., 10., 10.,  0., 10.]))
     """
-    place = track.pad(distance)[..., None]  # (B, M, 1)
-    seen = track.pad(mask)
-    before, after = picks_around(place, seen)
-    first = place[:, :1]
-    last = torch.where(track.valid[..., None], place, -torch.inf).amax(1, keepdim=True)
+    position = track.pad(distance)[..., None]  # (B, M, 1)
+    observed = track.pad(mask)
+    before, after = picks_around(position, observed)
+    first = position[:, :1]
+    last = torch.where(track.valid[..., None], position, -torch.inf).amax(1, keepdim=True)
     length = torch.minimum(after, last) - torch.maximum(before, first)
-    absent = ~seen.any(1, keepdim=True).expand(seen.shape)
-    length = torch.where(seen, 0.0, torch.where(absent, torch.inf, length))
-    nearest = torch.minimum(place - before, after - place)
+    absent = ~observed.any(1, keepdim=True).expand(observed.shape)
+    length = torch.where(observed, 0.0, torch.where(absent, torch.inf, length))
+    nearest = torch.minimum(position - before, after - position)
     return Gaps(*(track.unpad(x) for x in (length, nearest, absent)))
 
 
-def provenance(mask: Tensor, found: Gaps, max_gap: float | None = None) -> Tensor:
+def provenance(mask: Tensor, gaps: Gaps, max_gap: float | None = None) -> Tensor:
     """Where each entry of a completed stack is from.
 
     Args:
         mask: True where observed. Shape: (N, L), bool.
-        found: From :func:`gaps`.
+        gaps: Gaps around the entries, from :func:`measure_gaps`.
         max_gap: Leave gaps missing that are longer [m], wholly absent layers among them; None
             fills all.
 
@@ -136,20 +136,20 @@ def provenance(mask: Tensor, found: Gaps, max_gap: float | None = None) -> Tenso
 
     Example:
         >>> mask = torch.tensor([[True, False], [False, False]])
-        >>> found = gaps(mask, torch.tensor([0.0, 400.0]), Track.of([2]))
-        >>> provenance(mask, found)
+        >>> gaps = measure_gaps(mask, torch.tensor([0.0, 400.0]), Track.of([2]))
+        >>> provenance(mask, gaps)
         tensor([[0, 2],
                 [1, 2]], dtype=torch.uint8)
-        >>> provenance(mask, found, max_gap=300.0)
+        >>> provenance(mask, gaps, max_gap=300.0)
         tensor([[0, 3],
                 [3, 3]], dtype=torch.uint8)
 
     Source: card section 1.7; ``max_gap``: section 5, what users ask for.
     """
     kind = torch.full_like(mask, FILLED, dtype=torch.uint8)
-    kind[found.absent] = WHOLE_LAYER
+    kind[gaps.absent] = WHOLE_LAYER
     if max_gap is not None:
-        kind[found.length > max_gap] = LEFT
+        kind[gaps.length > max_gap] = LEFT
     kind[mask] = OBSERVED
     return kind
 
@@ -157,7 +157,7 @@ def provenance(mask: Tensor, found: Gaps, max_gap: float | None = None) -> Tenso
 def fill(
     thickness: Tensor,
     mask: Tensor,
-    found: Gaps,
+    gaps: Gaps,
     predicted: Tensor,
     std: Tensor,
     max_gap: float | None = None,
@@ -167,10 +167,10 @@ def fill(
     Args:
         thickness: The original array [m]. Shape: (N, L).
         mask: True where observed. Shape: (N, L), bool.
-        found: From :func:`gaps`.
-        predicted: [m]. Shape: (N, L).
+        gaps: Gaps around the entries, from :func:`measure_gaps`.
+        predicted: Predicted thickness [m]. Shape: (N, L).
         std: Standard deviation of the predictions [m]. Shape: (N, L).
-        max_gap: See :func:`provenance`.
+        max_gap: Leave gaps missing that are longer [m]; see :func:`provenance`.
 
     Returns:
         ``predicted`` [m]; ``thickness`` [m], completed, NaN where left missing; ``provenance``;
@@ -178,18 +178,18 @@ def fill(
 
     Example:
         >>> mask = torch.tensor([[True], [False]])
-        >>> found = gaps(mask, torch.tensor([0.0, 1.0]), Track.of([2]))
+        >>> gaps = measure_gaps(mask, torch.tensor([0.0, 1.0]), Track.of([2]))
         >>> ones = torch.ones(2, 1)
-        >>> fill(2 * ones, mask, found, ones, ones)["thickness"].flatten()
+        >>> fill(2 * ones, mask, gaps, ones, ones)["thickness"].flatten()
         tensor([2., 1.])
 
     Source: card section 1.7.
     """
-    kind = provenance(mask, found, max_gap)
-    left = kind == LEFT
+    kind = provenance(mask, gaps, max_gap)
+    left_missing = kind == LEFT
     return {
         "predicted": predicted,
-        "thickness": complete(thickness, mask, torch.where(left, torch.nan, predicted)),
+        "thickness": complete(thickness, mask, torch.where(left_missing, torch.nan, predicted)),
         "provenance": kind,
-        "std": torch.where(left | mask, torch.nan, std),
+        "std": torch.where(left_missing | mask, torch.nan, std),
     }

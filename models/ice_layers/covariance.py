@@ -43,7 +43,7 @@ __all__ = [
     "signal_covariance",
     "solve",
     "span_covariance",
-    "thinned",
+    "thin_stacks",
 ]
 
 # Where the search begins; [m] for lengths and noise, layers for tau, drift = 1 for the rest.
@@ -63,7 +63,7 @@ class KrigingStack(NamedTuple):
         observed: Shape: (N, L), bool.
         physics: Shape: (N, L, P).
         distance: Along the track [m]. Shape: (N,).
-        spans: What was measured between picked boundaries; thickness alone if not given.
+        spans: Spans measured between picked boundaries; thickness alone by default.
     """
 
     thickness: Tensor
@@ -76,7 +76,7 @@ class KrigingStack(NamedTuple):
     def of_spans(
         cls, thickness: Tensor, spans: Spans, physics: Tensor, distance: Tensor
     ) -> KrigingStack:
-        """With the entries observed that are spans of their own."""
+        """Return a stack whose observed entries are the spans of one layer."""
         return cls(thickness, spans.observed, physics, distance, spans)
 
     @property
@@ -87,13 +87,13 @@ class KrigingStack(NamedTuple):
         return Spans.of_thickness(self.thickness.where(self.observed, torch.nan))
 
     def take(self, rows: Any) -> KrigingStack:
-        """Some of the traces."""
+        """Return the stack of some of the traces."""
         spans = None if self.spans is None else self.spans[rows]
         thickness, observed, physics, distance = (x[rows] for x in self[:4])
         return KrigingStack(thickness, observed, physics, distance, spans)
 
     def show(self, spans: Spans) -> KrigingStack:
-        """With only a part of what was measured."""
+        """Return the stack with only these spans measured."""
         return KrigingStack.of_spans(self.thickness, spans, self.physics, self.distance)
 
 
@@ -101,13 +101,13 @@ class ObservedSpans(NamedTuple):
     """Observed spans of a stack, one after another, and the layers in them.
 
     Args:
-        trace: Of each span. Shape: (n,).
-        first: Its first layer. Shape: (n,).
-        stop: The layer after its last one. Shape: (n,).
-        value: Its length in units of thickness [m]. Shape: (n,).
+        trace: Trace of each span. Shape: (n,).
+        first: First layer of each span. Shape: (n,).
+        stop: Layer after the last one of each span. Shape: (n,).
+        value: Length of each span in units of thickness [m]. Shape: (n,).
         span: Which span each layer is in. Shape: (m,).
         layer: Number of each layer. Shape: (m,).
-        weight: Of each layer in its span: 1 but for differences of the index of refraction.
+        weight: Weight of each layer in its span: 1 but for differences of the index of refraction.
             Shape: (m,).
     """
 
@@ -135,11 +135,11 @@ class ObservedSpans(NamedTuple):
         value = spans.path[trace, first] / mean
         return cls(trace, first, first + length, value, span, layer, index / mean[span])
 
-    def take(self, kept: Tensor) -> ObservedSpans:
-        """Some of the spans."""
-        renumbered = kept.cumsum(0) - 1
-        inside = kept[self.span]
-        trace, first, stop, value = (x[kept] for x in self[:4])
+    def take(self, mask: Tensor) -> ObservedSpans:
+        """Return the spans in a mask (n,)."""
+        renumbered = mask.cumsum(0) - 1
+        inside = mask[self.span]
+        trace, first, stop, value = (x[mask] for x in self[:4])
         layer, weight = self.layer[inside], self.weight[inside]
         return ObservedSpans(
             trace, first, stop, value, renumbered[self.span[inside]], layer, weight
@@ -161,7 +161,7 @@ class ObservedSpans(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Of a stack: drift, its unit, features of the units, distances of traces and of layers."""
+    """Drift of a stack, its unit, features of the units, distances of traces and of layers."""
 
     drift: Tensor
     unit: Tensor
@@ -184,9 +184,9 @@ class Tables(NamedTuple):
 def name_parameters(theta: Tensor) -> dict[str, Tensor]:
     """The parameters by name, from their logarithms."""
     values = theta[: len(START)].clamp(-15, 15)
-    found = dict(zip(START, values.exp(), strict=True))
-    found["nu"] = 2 * torch.sigmoid(values[-1])
-    return found
+    parameters = dict(zip(START, values.exp(), strict=True))
+    parameters["nu"] = 2 * torch.sigmoid(values[-1])
+    return parameters
 
 
 def initial_parameters(fields: int) -> Tensor:
@@ -214,25 +214,25 @@ def measure_geometry(drift: Ridge, stack: KrigingStack) -> Geometry:
     )
 
 
-def make_tables(theta: Tensor, known: Geometry) -> Tables:
+def make_tables(theta: Tensor, geometry: Geometry) -> Tables:
     """Units and covariances of a stack under some parameters."""
     named = name_parameters(theta)
     slopes = theta[len(START) :].view(2, -1)
-    level = named["a"] ** 2 + named["c"] ** 2 * torch.exp(-known.lag / named["tau"])
+    level = named["a"] ** 2 + named["c"] ** 2 * torch.exp(-geometry.lag / named["tau"])
     nu = named["nu"]
     return Tables(
-        drift=known.drift,
-        level=known.unit * torch.exp((known.features @ slopes[0]).clamp(-6, 6)),
-        detail=known.unit * torch.exp((known.features @ slopes[1]).clamp(-6, 6)),
-        persistent=named["p"] ** 2 * torch.exp(-((known.apart / named["length_p"]) ** nu)),
-        yearly=named["y"] ** 2 * torch.exp(-((known.apart / named["length_y"]) ** nu)),
-        layers=level + named["b"] ** 2 * (known.lag == 0),
+        drift=geometry.drift,
+        level=geometry.unit * torch.exp((geometry.features @ slopes[0]).clamp(-6, 6)),
+        detail=geometry.unit * torch.exp((geometry.features @ slopes[1]).clamp(-6, 6)),
+        persistent=named["p"] ** 2 * torch.exp(-((geometry.apart / named["length_p"]) ** nu)),
+        yearly=named["y"] ** 2 * torch.exp(-((geometry.apart / named["length_y"]) ** nu)),
+        layers=level + named["b"] ** 2 * (geometry.lag == 0),
     )
 
 
-def signal_covariance(tables: Tables, left: Entries, right: Entries) -> Tensor:
+def signal_covariance(tables: Tables, rows: Entries, columns: Entries) -> Tensor:
     """Covariance between entries without the noise of picks. Shape: (T, n)."""
-    (i, k), (j, m) = left, right
+    (i, k), (j, m) = rows, columns
     same = k[:, None] == m
     detail = tables.persistent[i][:, j] + torch.where(same, tables.yearly[i][:, j], 0.0)
     return (
@@ -247,8 +247,8 @@ def span_covariance(theta: Tensor, tables: Tables, spans: ObservedSpans) -> Tens
     entries = spans.entries
     signal = spans.sum(spans.sum(signal_covariance(tables, entries, entries)).T)
 
-    def same(left: Tensor, right: Tensor) -> Tensor:
-        return 1.0 * (left[:, None] == right)
+    def same(rows: Tensor, columns: Tensor) -> Tensor:
+        return 1.0 * (rows[:, None] == columns)
 
     first, stop = spans.first, spans.stop
     shared = same(first, first) + same(stop, stop) - same(first, stop) - same(stop, first)
@@ -269,23 +269,23 @@ def factorise(matrix: Tensor) -> Tensor:
 
 
 def solve(theta: Tensor, tables: Tables, spans: ObservedSpans) -> tuple[Tensor, Tensor]:
-    """What the drift leaves of observed spans, and the factor of their covariance."""
-    rest = spans.value - spans.sum(tables.drift[spans.entries])
-    return rest, factorise(span_covariance(theta, tables, spans))
+    """Residual of observed spans from the drift, and the Cholesky factor of their covariance."""
+    residual = spans.value - spans.sum(tables.drift[spans.entries])
+    return residual, factorise(span_covariance(theta, tables, spans))
 
 
-def score_contradiction(rest: Tensor, factor: Tensor) -> Tensor:
+def score_contradiction(residual: Tensor, factor: Tensor) -> Tensor:
     """Deviation of each pick from what all others say [standard deviations]. Shape: (n,)."""
     inverse = torch.cholesky_inverse(factor)
-    return (inverse @ rest).abs() / inverse.diagonal().sqrt()
+    return (inverse @ residual).abs() / inverse.diagonal().sqrt()
 
 
-def thinned(stacks: Sequence[KrigingStack], traces: int = 100_000) -> list[KrigingStack]:
-    """Every so many-th trace, where there are more in all than a regression needs.
+def thin_stacks(stacks: Sequence[KrigingStack], traces: int = 100_000) -> list[KrigingStack]:
+    """Subsample the traces of stacks to about ``traces`` in total.
 
     Example:
         >>> stack = KrigingStack(*(torch.zeros(10, *s) for s in ((2,), (2,), (2, 1), ())))
-        >>> [len(s.distance) for s in thinned([stack] * 2, 10)]
+        >>> [len(s.distance) for s in thin_stacks([stack] * 2, 10)]
         [5, 5]
     """
     step = -(-sum(len(s.distance) for s in stacks) // traces)

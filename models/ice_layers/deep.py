@@ -23,7 +23,7 @@ from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.ice_module import IceModule
 from fulgurite.models.ice_layers.losses import LossKind
 from fulgurite.models.ice_layers.normalise import Normalised
-from fulgurite.models.ice_layers.uncertainty import mean_and_spread
+from fulgurite.models.ice_layers.uncertainty import mean_and_std
 
 __all__ = ["DeepLayerPredictor"]
 
@@ -33,22 +33,22 @@ class DeepLayerPredictor(IceModule):
 
     Trained from scratch, or on completed stacks and then on fully traced ones: ``weights`` names
     the checkpoint to start from, whose normalisation it keeps. Which stacks it may see is the
-    DataModule's matter.
+    DataModule's decision.
 
     Args:
         network: The network, or what makes it from (layers, fields), such as the class
             :class:`~fulgurite.models.ice_layers.CompletionNet`.
-        shallow: K.
+        shallow: Number of shallow layers, K.
         physics: ``all`` gives the physics of all layers, ``shallow`` that of the K shallow ones.
-        loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
-        delta: Of the loss, in standard deviations of thickness.
-        prior: See :class:`~fulgurite.models.ice_layers.IceCompletion`; needs ``physics=all``.
+        loss: Kind of :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
+        delta: Error at which the loss becomes linear, in standard deviations of thickness.
+        prior: Prior of :class:`~fulgurite.models.ice_layers.IceCompletion`; needs ``physics=all``.
         members: Networks of an ensemble, trained side by side.
-        outlier: See :class:`~fulgurite.models.ice_layers.IceCompletion`.
+        outlier: Limit of outliers, as of :class:`~fulgurite.models.ice_layers.IceCompletion`.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
-        allow_seen: See :class:`~fulgurite.models.ice_layers.IceCompletion`.
+        allow_seen: Whether ``weights`` may have seen segments of the test.
 
     Raises:
         ConfigError: A number is out of range or a name is unknown.
@@ -80,15 +80,15 @@ class DeepLayerPredictor(IceModule):
             network, optimizer, scheduler, weights, loss, delta, prior, members, outlier, allow_seen
         )
         save_options(self, "network", "optimizer", "scheduler")
-        where = "model.init_args"
+        prefix = "model.init_args"
         if shallow < 1:
-            raise ConfigError(f"{where}.shallow={shallow} is too few.", "Give 1 or more.")
+            raise ConfigError(f"{prefix}.shallow={shallow} is too few.", "Give 1 or more.")
         if physics not in ("all", "shallow"):
-            raise ConfigError(f"{where}.physics={physics} is unknown.", "Use all or shallow.")
+            raise ConfigError(f"{prefix}.physics={physics} is unknown.", "Use all or shallow.")
         if prior != "none" and physics == "shallow":
             raise ConfigError(
-                f"{where}.prior={prior} reads the physics of all layers.",
-                f"Set {where}.physics=all, or prior=none.",
+                f"{prefix}.prior={prior} reads the physics of all layers.",
+                f"Set {prefix}.physics=all, or prior=none.",
             )
         self.shallow, self.physics = shallow, physics
 
@@ -111,47 +111,47 @@ class DeepLayerPredictor(IceModule):
         return torch.arange(layers, device=device) >= self.shallow
 
     def predict(self, x: Normalised) -> tuple[Tensor, Tensor]:
-        """Predicted thickness of all layers and its spread over members [m]. Shapes: (N, L)."""
+        """Predicted thickness and its standard deviation over members [m]. Shapes: (N, L)."""
         outs = [self.metres(out, x) for out in self._run_all(x)]
-        return mean_and_spread(torch.stack(outs))
+        return mean_and_std(torch.stack(outs))
 
     def _run_all(self, x: Normalised) -> list[Tensor]:
         deep = self.is_deep(x.observed.shape[1], x.observed.device)
         if self.physics == "shallow":
             x = dataclasses.replace(x, physics=x.physics * ~deep[:, None])
-        return [self.run(network, x, x.observed & ~deep) for network in self.networks]
+        return [self.forward_member(network, x, x.observed & ~deep) for network in self.networks]
 
     def forward(self, batch: Any) -> Tensor:
         """Predicted thickness of all layers [m]. Shape: to (N, L), float64."""
-        return self.predict(self.read(batch))[0]
+        return self.predict(self.normalise(batch))[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss over the deep entries whose thickness is given."""
-        x = self.read(batch, unseen=True)
+        """Loss over the deep entries whose thickness is observed."""
+        x = self.normalise(batch, unseen=True)
         mask = x.observed & self.is_deep(x.observed.shape[1], x.observed.device)
         loss = torch.stack([self.objective(out, x, mask) for out in self._run_all(x)]).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start to count."""
+        """Reset the metrics."""
         self.metrics.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Start to count."""
+        """Reset the metrics."""
         self.metrics.reset()
 
     def _evaluate(self, batch: Any) -> None:
-        """Score deep entries: against the truth where it is known, else where they are given."""
-        x = self.read(batch)
+        """Score deep entries: against the truth where it is known, else where they are observed."""
+        x = self.normalise(batch)
         deep = self.is_deep(x.observed.shape[1], x.observed.device)
         truth = known_truth(batch)
         truth = torch.where(
             truth.isfinite(), truth, torch.where(x.observed, batch.thickness, truth)
         )
         # a shallow entry that is missing is not what is asked for
-        given = (~deep).expand_as(x.observed)
-        self.metrics.update(self.predict(x)[0], truth, given, x.track.stack)
+        is_shallow = (~deep).expand_as(x.observed)
+        self.metrics.update(self.predict(x)[0], truth, is_shallow, x.track.stack)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score a batch."""
@@ -162,11 +162,11 @@ class DeepLayerPredictor(IceModule):
         self._evaluate(batch)
 
     def _finish(self, stage: str) -> None:
-        found = self.metrics.compute()
-        values = {k: v for k, v in found.items() if k.startswith("layer")}
+        errors = self.metrics.compute()
+        values = {k: v for k, v in errors.items() if k.startswith("layer")}
         for name in ("rmse", "mae", "bias"):
-            if f"missing_{name}" in found:
-                values[name] = found[f"missing_{name}"]
+            if f"missing_{name}" in errors:
+                values[name] = errors[f"missing_{name}"]
         for name, value in values.items():
             metric = f"{stage}/{name}"
             self.log(metric, value, prog_bar=metric == self.monitor, batch_size=1)
@@ -180,7 +180,7 @@ class DeepLayerPredictor(IceModule):
         self._finish("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Predicted thickness and its spread [m], and the number of the stack of each trace."""
-        predicted, spread = self.predict(self.read(batch))
+        """Predicted thickness, its standard deviation over members (``spread``) [m], and stacks."""
+        predicted, std = self.predict(self.normalise(batch))
         stack = batch.stack[Track.of_batch(batch).stack]
-        return {"predicted": predicted, "spread": spread, "stack": stack}
+        return {"predicted": predicted, "spread": std, "stack": stack}

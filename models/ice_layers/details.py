@@ -50,13 +50,15 @@ class FlightDetails:
     """What is known of the traces of a stack; None where the source does not say it.
 
     Args:
-        time: [s since 1970], as in the files. Shape: (N,), float64.
+        time: Time of each trace [s since 1970], as in the files. Shape: (N,), float64.
         time_scale: ``GPS``, or ``unknown``; empty without a time.
-        elevation: Of the radar above the ellipsoid [m]. Shape: (N,), float64.
-        flight_distance: Along the segment's track from its first trace [m]. Shape: (N,), float64.
+        elevation: Elevation of the radar above the ellipsoid [m]. Shape: (N,), float64.
+        flight_distance: Distance along the segment's track from its first trace [m].
+            Shape: (N,), float64.
         frame: Name of the frame of the nearest trace in the files. Shape: (N,), text.
-        trace: Its number in that frame, from 1. Shape: (N,), int64.
-        density: With which travel time became thickness [g cm⁻³]. Shape: (N, L), float64.
+        trace: Number of that trace in its frame, from 1. Shape: (N,), int64.
+        density: Density with which travel time was converted to thickness [g cm⁻³].
+            Shape: (N, L), float64.
         twtt: Two-way travel time of each boundary [s]. Shape: (N, K), float64.
         picked: Whether each boundary was picked. Shape: (N, K), bool.
     """
@@ -80,7 +82,7 @@ class FlightDetails:
         """Refuse arrays that do not fit a stack.
 
         Raises:
-            DataError: One has another shape.
+            DataError: An array has another shape.
         """
         shapes: dict[str, tuple[int, ...]] = {
             "density": (traces, layers),
@@ -88,9 +90,10 @@ class FlightDetails:
             "picked": (traces, layers + 1),
         }
         for name, value in self.arrays().items():
-            if value.shape != (wanted := shapes.get(name, (traces,))):
+            if value.shape != (expected := shapes.get(name, (traces,))):
                 raise DataError(
-                    f"The completed stack {stack} has {name} of shape {value.shape}, not {wanted}.",
+                    f"The completed stack {stack} has {name} of shape {value.shape}, not "
+                    f"{expected}.",
                     "Give arrays of one number of traces and layers.",
                 )
 
@@ -102,10 +105,10 @@ class Origin:
     Args:
         source: What the traces are.
         checkpoint: Name of the file of the completing model.
-        checkpoint_sha256: Its digest.
+        checkpoint_sha256: SHA-256 of that file.
         age_source: Where ages of layers come from.
         climate_files: Names of the files of the climate model.
-        attributes: Further ones for NetCDF, such as ``license`` or ``institution``.
+        attributes: Further attributes for NetCDF, such as ``license`` or ``institution``.
     """
 
     source: str = ""

@@ -1,4 +1,4 @@
-"""What the network is told of each entry.
+"""Input features of the network for each entry.
 
 Axes: B stacks, N traces of all of them, M traces of the longest, L layers, P physical fields,
 S length scales, F features.
@@ -16,7 +16,14 @@ from fulgurite.models.ice_layers.baselines import Ridge, fit_ridge
 from fulgurite.models.ice_layers.completion import picks_around
 from fulgurite.models.ice_layers.graph import Track
 
-__all__ = ["PhysicsPrior", "PriorKind", "contradicted", "input_features", "nearby_means", "sides"]
+__all__ = [
+    "PhysicsPrior",
+    "PriorKind",
+    "find_contradicted",
+    "input_features",
+    "nearby_means",
+    "side_features",
+]
 
 _SIGMA = torch.tensor([0.1587, 0.8413], dtype=torch.float64)  # one standard deviation
 _SAMPLE = 1_000_000  # most entries that a quantile takes
@@ -47,8 +54,8 @@ def input_features(
 
     Source: card section 1.1, recommended tensor (inferred).
     """
-    shown = torch.where(visible, thickness, 0.0).to(physics.dtype)
-    parts = [torch.stack([shown, visible.to(physics.dtype)], -1), physics]
+    visible_thickness = torch.where(visible, thickness, 0.0).to(physics.dtype)
+    parts = [torch.stack([visible_thickness, visible.to(physics.dtype)], -1), physics]
     if pos is not None:
         parts.insert(0, pos.to(physics.dtype)[:, None].expand(-1, physics.shape[1], -1))
     return torch.cat(parts, -1)
@@ -79,18 +86,19 @@ def nearby_means(
 
     Source: inferred; the issue's idea of distance-weighted means of visible neighbours.
     """
-    shown = torch.where(visible, thickness, 0.0)
-    both = track.pad(torch.cat([shown, visible.to(shown.dtype)], 1))  # (B, M, 2 L)
-    place = track.pad(distance)
-    apart = (place[:, :, None] - place[:, None, :]).to(shown.dtype)
+    visible_thickness = torch.where(visible, thickness, 0.0)
+    # (B, M, 2 L)
+    stacked = track.pad(torch.cat([visible_thickness, visible.to(visible_thickness.dtype)], 1))
+    position = track.pad(distance)
+    apart = (position[:, :, None] - position[:, None, :]).to(visible_thickness.dtype)
     outs = []
     for scale in scales:
-        total, weight = ((-0.5 * (apart / scale).square()).exp() @ both).chunk(2, -1)
+        total, weight = ((-0.5 * (apart / scale).square()).exp() @ stacked).chunk(2, -1)
         outs += [total / (weight + 0.05), weight.log1p()]
     return track.unpad(torch.stack(outs, -1))
 
 
-def sides(
+def side_features(
     thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, reach: Sequence[float]
 ) -> Tensor:
     """What lies before and after each entry of its layer: what an interpolation needs to know.
@@ -111,38 +119,41 @@ def sides(
 
     Example:
         >>> visible = torch.tensor([[True], [False], [True]])
-        >>> shown = torch.tensor([[1.0], [0.0], [2.0]])
+        >>> thickness = torch.tensor([[1.0], [0.0], [2.0]])
         >>> at = torch.tensor([0.0, 100.0, 400.0])
-        >>> sides(shown, visible, Track.of([3]), at, [100.0])[1, 0]
+        >>> side_features(thickness, visible, Track.of([3]), at, [100.0])[1, 0]
         tensor([1.0000, 2.0000, 0.8825, 0.6873, 1.2500])
 
     Source: inferred; along-track interpolation of card section 4.3 as an input.
     """
-    place = track.pad(distance)
-    seen = track.pad(visible)
-    both = torch.cat([track.pad(torch.where(visible, thickness, 0.0)), seen.to(thickness.dtype)], 2)
-    number = torch.arange(place.shape[1], device=place.device)
+    position = track.pad(distance)
+    is_visible = track.pad(visible)
+    stacked = torch.cat(
+        [track.pad(torch.where(visible, thickness, 0.0)), is_visible.to(thickness.dtype)], 2
+    )
+    number = torch.arange(position.shape[1], device=position.device)
     earlier = (number[:, None] >= number).to(thickness.dtype)
     toward = torch.stack([earlier, earlier.T], 1)[None]  # (1, M, 2, M)
-    apart = (place[:, :, None] - place[:, None, :]).abs().to(thickness.dtype)
-    before, after = picks_around(place[..., None], seen)
-    away = torch.stack([place[..., None] - before, after - place[..., None]], 2)  # (B, M, 2, L)
+    apart = (position[:, :, None] - position[:, None, :]).abs().to(thickness.dtype)
+    before, after = picks_around(position[..., None], is_visible)
+    # (B, M, 2, L)
+    away = torch.stack([position[..., None] - before, after - position[..., None]], 2)
     away = away.to(thickness.dtype)
     means = []
     for length in reach:
         weights = (-apart / length).exp()[:, :, None] * toward  # (B, M, 2, M)
-        summed = (weights.flatten(1, 2) @ both).view(*away.shape[:3], -1)  # (B, M, 2, 2 L)
+        summed = (weights.flatten(1, 2) @ stacked).view(*away.shape[:3], -1)  # (B, M, 2, 2 L)
         total, weight = summed.chunk(2, -1)
         means.append(torch.where(weight > 0, total / weight.clamp_min(1e-37), 0.0))
     near = [(-away / (8 * length)).exp() for length in reach]
     # the nearer side counts more; alone, it counts all
-    share = 1 / away.clamp_min(1.0)
-    line = (share / share.sum(2, keepdim=True).clamp_min(1e-9) * means[0]).sum(2)
-    outs = [x for pair in zip(means, near, strict=True) for both in pair for x in both.unbind(2)]
+    inverse = 1 / away.clamp_min(1.0)
+    line = (inverse / inverse.sum(2, keepdim=True).clamp_min(1e-9) * means[0]).sum(2)
+    outs = [x for pair in zip(means, near, strict=True) for side in pair for x in side.unbind(2)]
     return track.unpad(torch.stack([*outs, line], -1))
 
 
-def contradicted(
+def find_contradicted(
     thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, limit: float
 ) -> Tensor:
     """Picks that their neighbours in the layer contradict, such as those of another boundary.
@@ -163,25 +174,25 @@ def contradicted(
     Example:
         >>> thickness = torch.tensor([[0.0], [0.1], [8.0], [0.2], [0.1]])
         >>> at = 100.0 * torch.arange(5)
-        >>> seen = torch.ones(5, 1, dtype=torch.bool)
-        >>> contradicted(thickness, seen, Track.of([5]), at, limit=2.0).squeeze()
+        >>> visible = torch.ones(5, 1, dtype=torch.bool)
+        >>> find_contradicted(thickness, visible, Track.of([5]), at, limit=2.0).squeeze()
         tensor([False, False,  True, False, False])
 
     Source: inferred; kriging leaves out such picks, too.
     """
-    shown = torch.where(visible, thickness, 0.0)
+    visible_thickness = torch.where(visible, thickness, 0.0)
     # one wrong pick must not make its neighbours look wrong
-    bounded = shown.clamp(-3 * limit, 3 * limit)
-    both = track.pad(torch.cat([bounded, visible.to(shown.dtype)], 1))
-    place = track.pad(distance)
+    bounded = visible_thickness.clamp(-3 * limit, 3 * limit)
+    stacked = track.pad(torch.cat([bounded, visible.to(visible_thickness.dtype)], 1))
+    position = track.pad(distance)
     steps = (track.length_of - 1).clamp_min(1)
-    spacing = ((place.amax(1) - place[:, 0]) / steps).clamp_min(1e-3)[:, None, None]
-    apart = (place[:, :, None] - place[:, None, :]).abs() / spacing
-    near = (-apart / 3).exp().to(shown.dtype)
+    spacing = ((position.amax(1) - position[:, 0]) / steps).clamp_min(1e-3)[:, None, None]
+    apart = (position[:, :, None] - position[:, None, :]).abs() / spacing
+    near = (-apart / 3).exp().to(visible_thickness.dtype)
     near.diagonal(dim1=1, dim2=2).zero_()
-    total, weight = track.unpad(near @ both).chunk(2, -1)
+    total, weight = track.unpad(near @ stacked).chunk(2, -1)
     enough = visible & (weight > 0.5)
-    return enough & ((shown - total / weight.clamp_min(0.5)).abs() > limit)
+    return enough & ((visible_thickness - total / weight.clamp_min(0.5)).abs() > limit)
 
 
 class PhysicsPrior(nn.Module):
@@ -248,9 +259,9 @@ class PhysicsPrior(nn.Module):
             for name in ("mean", "std", "coefficients", "scale"):
                 getattr(self, name)[1 + fold].copy_(getattr(ridge, name))
             expected[part == fold] = ridge(physics[part == fold])
-        left = self.deviation(thickness, expected)[observed]
+        residual = self.deviation(thickness, expected)[observed]
         # of the middle two thirds: mis-tracked picks do not count
-        low, high = left[:: 1 + len(left) // _SAMPLE].quantile(_SIGMA)
+        low, high = residual[:: 1 + len(residual) // _SAMPLE].quantile(_SIGMA)
         self.spread.fill_(float(0.5 * (high - low)) or 1.0)
 
     def forward(self, physics: Tensor, segment: Tensor | None = None) -> Tensor:
@@ -290,7 +301,7 @@ class PhysicsPrior(nn.Module):
 
         Args:
             thickness: [m]; NaN stays NaN. Shape: (N, L).
-            expected: From :meth:`forward`. Shape: (N, L).
+            expected: Expected thickness [m], from :meth:`forward`. Shape: (N, L).
         """
         if self.kind == "log":
             return (thickness / expected).log() / self.spread

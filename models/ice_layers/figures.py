@@ -53,7 +53,7 @@ def picked_depths(stack: CompletedStack) -> NDArray[np.float64]:
 
 
 def layers_figure(
-    stack: CompletedStack, truth: NDArray[np.float64] | None = None, shown: int = 12
+    stack: CompletedStack, truth: NDArray[np.float64] | None = None, max_boundaries: int = 12
 ) -> Figure:
     """Draw the completed boundaries of a stack over the picked ones, and where values are from.
 
@@ -63,23 +63,23 @@ def layers_figure(
     Args:
         stack: Completed.
         truth: True thickness [m], where it is known. Shape: (N, L).
-        shown: At most so many boundaries are drawn, evenly over depth.
+        max_boundaries: Most boundaries that are drawn, evenly over depth.
     """
-    without = _why_without_spread(stack)
+    without = _explain_missing_std(stack)
     figure, axes = new_figure(2 if without else 3, 1, width=8.0, height=3.0)
-    _draw_boundaries(axes[0][0], stack, truth, shown)
-    _provenance(axes[1][0], stack, without)
+    _draw_boundaries(axes[0][0], stack, truth, max_boundaries)
+    _draw_provenance(axes[1][0], stack, without)
     if not without:
-        spread = np.asarray(stack.std, np.float64).T
+        std = np.asarray(stack.std, np.float64).T
         heatmap(
-            axes[2][0], spread, title=f"standard deviation of what was filled [{stack.unit}]",
+            axes[2][0], std, title=f"standard deviation of what was filled [{stack.unit}]",
             xlabel="trace", ylabel="layer (1: newest)", first_row=1,
         )  # fmt: skip
         _label_layers(axes[2][0], stack)
     return figure
 
 
-def _why_without_spread(stack: CompletedStack) -> str:
+def _explain_missing_std(stack: CompletedStack) -> str:
     """Why no uncertainty is drawn; empty where there is one."""
     if np.isfinite(stack.std).any():
         return ""
@@ -88,11 +88,11 @@ def _why_without_spread(stack: CompletedStack) -> str:
 
 
 def _draw_boundaries(
-    ax: Axes, stack: CompletedStack, truth: NDArray[np.float64] | None, shown: int
+    ax: Axes, stack: CompletedStack, truth: NDArray[np.float64] | None, max_boundaries: int
 ) -> None:
     """Depth of boundaries over distance: picked ones, completed ones over them, true ones."""
     layers = stack.observed.shape[1]
-    drawn = np.unique(np.linspace(0, layers - 1, min(shown, layers)).astype(int))
+    drawn = np.unique(np.linspace(0, layers - 1, min(max_boundaries, layers)).astype(int))
     along = stack.distance / 1000
     depth = boundary_depths(stack.thickness)
     picked = np.where(np.isfinite(picked_depths(stack)), depth, np.nan)
@@ -105,7 +105,7 @@ def _draw_boundaries(
         ):
             if np.isfinite(part).any():  # no entry of the legend either
                 ax.plot(along, part, color=color, lw=1.0, ls=style, marker=".", ms=2, label=label)
-        _shade_spread(ax, along, completed[:, k], stack.std[:, k])
+        _shade_interval(ax, along, completed[:, k], stack.std[:, k])
         if truth is not None:
             line = boundary_depths(truth)[:, k]
             ax.plot(along, line, color=COLORS[2], lw=0.7, ls=":", label="truth")
@@ -123,7 +123,7 @@ def _draw_boundaries(
         ax.legend(unique.values(), unique.keys(), fontsize=6, loc="lower center", ncols=4)
 
 
-def _shade_spread(
+def _shade_interval(
     ax: Axes, along: NDArray[np.float64], depth: NDArray[np.float64], std: NDArray[np.float32]
 ) -> None:
     half = np.where(np.isfinite(depth), _HALF * std, np.nan)
@@ -139,10 +139,10 @@ def _name_boundaries(
 ) -> None:
     """Write the layer of each drawn boundary, its lower one, at the right end of its line."""
     for k in drawn:
-        known = np.flatnonzero(np.isfinite(depth[:, k]))
-        if len(known):
+        finite = np.flatnonzero(np.isfinite(depth[:, k]))
+        if len(finite):
             ax.annotate(
-                _layer_label(stack, k), (stack.distance[known[-1]] / 1000, depth[known[-1], k]),
+                _layer_label(stack, k), (stack.distance[finite[-1]] / 1000, depth[finite[-1], k]),
                 xytext=(4, 0), textcoords="offset points", fontsize=6, va="center",
                 annotation_clip=False,
             )  # fmt: skip
@@ -162,11 +162,11 @@ def _label_layers(ax: Axes, stack: CompletedStack) -> None:
     ax.set_yticks(ticks, [_layer_label(stack, k - 1) for k in ticks], fontsize=7)
 
 
-def _words(name: str) -> str:
+def _spell(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
+def _draw_provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -181,7 +181,7 @@ def _provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
     use_integer_ticks(ax)
     _label_layers(ax, stack)
     patches = [
-        Patch(color=color, label=_words(name))
+        Patch(color=color, label=_spell(name))
         for value, (name, color) in enumerate(_KINDS.items())
         if (stack.provenance == value).any()
     ]
@@ -194,7 +194,7 @@ def depth_figure(errors: Mapping[str, Mapping[int, float]], unit: str = "m") -> 
     Args:
         errors: For each method, the root mean squared error by number of the layer, as
             :meth:`fulgurite.models.ice_layers.CompletionMetrics.by_depth`.
-        unit: Of the errors.
+        unit: Unit of the errors.
     """
     figure, axes = new_figure()
     ax = axes[0][0]
@@ -212,8 +212,8 @@ def depth_table(errors: Mapping[str, Mapping[int, float]], digits: int = 3) -> s
     """The error of missing entries by depth, as a Markdown table.
 
     Args:
-        errors: As of :func:`depth_figure`.
-        digits: After the point.
+        errors: Errors by method and layer, as of :func:`depth_figure`.
+        digits: Digits after the point.
 
     Example:
         >>> print(depth_table({"ridge": {1: 0.1, 2: 0.12}, "kriging": {2: 0.05}}))

@@ -37,7 +37,7 @@ class Track:
 
     Example:
         >>> track = Track.of([2, 1])
-        >>> track.stack, track.place
+        >>> track.stack, track.offset
         (tensor([0, 0, 1]), tensor([0, 1, 0]))
     """
 
@@ -58,7 +58,7 @@ class Track:
 
     @classmethod
     def of_batch(cls, batch: Any) -> Track:
-        """From a batch of PyG; one that :func:`note_sizes` has seen asks the device nothing."""
+        """From a batch of PyG; after :func:`note_sizes` without waiting for the device."""
         sizes = getattr(batch, "traces", None)
         return cls.from_ptr(batch.ptr) if sizes is None else cls(batch.ptr, sizes)
 
@@ -75,7 +75,7 @@ class Track:
         )
 
     @cached_property
-    def place(self) -> Tensor:
+    def offset(self) -> Tensor:
         """Number of each trace in its stack. Shape: (N,)."""
         return torch.arange(len(self.stack), device=self.ptr.device) - self.ptr[self.stack]
 
@@ -86,7 +86,7 @@ class Track:
 
     @property
     def longest(self) -> int:
-        """M."""
+        """Traces of the longest stack, M."""
         return max(self.sizes)
 
     @property
@@ -106,12 +106,12 @@ class Track:
         if self.uniform:
             return x.reshape(shape)
         out = x.new_zeros(shape)
-        out[self.stack, self.place] = x
+        out[self.stack, self.offset] = x
         return out
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`pad`. Shape: (B, M, ...) to (N, ...)."""
-        return x.flatten(0, 1) if self.uniform else x[self.stack, self.place]
+        return x.flatten(0, 1) if self.uniform else x[self.stack, self.offset]
 
 
 def note_sizes(batch: Any) -> None:
@@ -124,7 +124,7 @@ def haversine(start: Tensor, end: Tensor) -> Tensor:
 
     Args:
         start: Latitude and longitude [degrees]. Shape: (..., 2).
-        end: As ``start``.
+        end: Latitude and longitude [degrees]. Shape: (..., 2).
 
     Shape: to (...).
 
@@ -175,19 +175,19 @@ def adjacency(
     """
     check_graph(kind, neighbours, part, overlap)
     size = track.longest
-    place = torch.arange(size, device=pos.device)
-    apart = (place[:, None] - place).abs()
+    index = torch.arange(size, device=pos.device)
+    apart = (index[:, None] - index).abs()
     allowed = track.valid[:, :, None] & track.valid[:, None, :] & (apart > 0)
     if kind == "knn":
         allowed = allowed & (apart <= neighbours)
     elif kind == "partition":
-        allowed = allowed & _share_part(place, part, overlap)
+        allowed = allowed & _share_part(index, part, overlap)
     elif kind == "none":
         allowed = torch.zeros_like(allowed)
     if kind == "inverse":
         padded = track.pad(pos)
         metres = haversine(padded[:, :, None], padded[:, None, :])
-        # a metre at least: traces at one place would divide by zero
+        # a metre at least: traces at one position would divide by zero
         weights = allowed / metres.clamp_min(1.0)
     else:
         weights = allowed.double()
@@ -200,26 +200,26 @@ def check_graph(kind: str, neighbours: int, part: int, overlap: int) -> None:
     Raises:
         ConfigError: ``kind`` is unknown or a number is out of range.
     """
-    where = "model.init_args.network.init_args"
+    prefix = "model.init_args.network.init_args"
     if kind not in get_args(GraphKind):
         raise ConfigError(
-            f"{where}.graph={kind} is unknown.", f"Use {', '.join(get_args(GraphKind))}."
+            f"{prefix}.graph={kind} is unknown.", f"Use {', '.join(get_args(GraphKind))}."
         )
     if neighbours < 1:
-        raise ConfigError(f"{where}.neighbours={neighbours} is too few.", "Give 1 or more.")
+        raise ConfigError(f"{prefix}.neighbours={neighbours} is too few.", "Give 1 or more.")
     if not 0 <= overlap < part:
         raise ConfigError(
-            f"{where}.part={part} and overlap={overlap} do not go together.",
+            f"{prefix}.part={part} and overlap={overlap} do not go together.",
             "Set 0 <= overlap < part.",
         )
 
 
-def _share_part(place: Tensor, part: int, overlap: int) -> Tensor:
+def _share_part(index: Tensor, part: int, overlap: int) -> Tensor:
     """Whether two traces are of one part. Shape: (M,) to (M, M)."""
     step = part - overlap
-    starts = torch.arange(0, max(1, math.ceil((len(place) - overlap) / step)) * step, step)
-    starts = starts.to(place.device)
-    inside = (place[:, None] >= starts) & (place[:, None] < starts + part)
+    starts = torch.arange(0, max(1, math.ceil((len(index) - overlap) / step)) * step, step)
+    starts = starts.to(index.device)
+    inside = (index[:, None] >= starts) & (index[:, None] < starts + part)
     return (inside[:, None] & inside[None]).any(-1)
 
 
@@ -228,7 +228,7 @@ def edges(track: Track, weights: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         track: The stacks.
-        weights: From :func:`adjacency`. Shape: (B, M, M).
+        weights: Weights of the neighbours, from :func:`adjacency`. Shape: (B, M, M).
 
     Returns:
         Source and target of each edge, shape (2, E), and its weight, shape (E,).

@@ -28,8 +28,8 @@ class StructuredHiding:
         layer: Probability that the lower boundary of a layer is hidden in the whole stack.
         segment: Probability that a segment of a boundary is hidden; cyclic, so that it may take
             both ends.
-        shortest: Least length of a segment, as a share of the stack's traces.
-        longest: Greatest length.
+        shortest: Least length of a segment, as a fraction of the stack's traces.
+        longest: Greatest length of a segment, as a fraction of the stack's traces.
         donor: Probability that a stack also hides the picks that are missing in another stack of
             the batch: gaps as they really are.
 
@@ -53,13 +53,13 @@ class StructuredHiding:
         longest: float = 0.5,
         donor: float = 0.0,
     ) -> None:
-        where = "model.init_args.hiding.init_args"
+        prefix = "model.init_args.hiding.init_args"
         for name, value in (("layer", layer), ("segment", segment), ("donor", donor)):
             if not 0 <= value <= 1:
-                raise ConfigError(f"{where}.{name}={value} is no probability.", "Give 0 to 1.")
+                raise ConfigError(f"{prefix}.{name}={value} is no probability.", "Give 0 to 1.")
         if not 0 < shortest <= longest <= 1:
             raise ConfigError(
-                f"{where} hides segments of {shortest} to {longest} of a stack.",
+                f"{prefix} hides segments of {shortest} to {longest} of a stack.",
                 "Set 0 < shortest <= longest <= 1.",
             )
         self.layer, self.segment, self.donor = layer, segment, donor
@@ -82,27 +82,27 @@ class StructuredHiding:
         """
         stacks, layers = len(track.sizes), picked.shape[1]
         draw = move(torch.rand(5, stacks, layers, generator=generator), picked.device)
-        share = self.shortest + (self.longest - self.shortest) * draw[2]
-        place = (track.place[:, None] / track.length[:, None] - draw[3][track.stack]) % 1
-        # half a trace: a share of 1/2 hides 4 of 8 wherever it starts
+        fraction = self.shortest + (self.longest - self.shortest) * draw[2]
+        offset = (track.offset[:, None] / track.length[:, None] - draw[3][track.stack]) % 1
+        # half a trace: a fraction of 1/2 hides 4 of 8 wherever it starts
         step = 0.5 / track.length[:, None]
-        cut = (draw[1] < self.segment)[track.stack] & ((place + step) % 1 < share[track.stack])
+        cut = (draw[1] < self.segment)[track.stack] & ((offset + step) % 1 < fraction[track.stack])
         hidden = (draw[0] < self.layer)[track.stack] | cut
         if self.donor and stacks > 1:
-            hidden |= self._donated(picked, track, draw[4, :, 0], generator)
+            hidden |= self._hide_like_donor(picked, track, draw[4, :, 0], generator)
         return hidden & picked
 
-    def _donated(
+    def _hide_like_donor(
         self, picked: Tensor, track: Track, draw: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """What is missing in another stack of the batch, at the same place of its length."""
+        """What is missing in another stack of the batch, at the same fraction of its length."""
         stacks = len(track.sizes)
         shift = int(torch.randint(1, stacks, (), generator=generator))
         other = (track.stack + shift) % stacks
         start, length = track.ptr[:-1][other], track.length
         theirs = track.length_of[other]
-        place = (track.place * theirs / length).long().clamp(max=theirs.long() - 1)
-        return ~picked[start + place] & (draw < self.donor)[track.stack][:, None]
+        index = (track.offset * theirs / length).long().clamp(max=theirs.long() - 1)
+        return ~picked[start + index] & (draw < self.donor)[track.stack][:, None]
 
 
 _CHECK = StructuredHiding(layer=0.08, segment=0.25, shortest=0.125, longest=0.5)
@@ -118,7 +118,7 @@ def held_out(picked: Tensor, track: Track, names: Tensor, seed: int = 0) -> Tens
         picked: Whether the lower boundary of each layer is picked. Shape: (N, L), bool.
         track: Which trace is of which stack.
         names: Number of each stack. Shape: (B,).
-        seed: Another one holds out other picks.
+        seed: Seed of the choice of picks.
 
     Shape: to (N, L), bool.
 

@@ -25,11 +25,11 @@ from fulgurite.models.ice_layers.batches import (
     refuse_seen,
     segment_of_traces,
 )
-from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, contradicted
+from fulgurite.models.ice_layers.features import PhysicsPrior, PriorKind, find_contradicted
 from fulgurite.models.ice_layers.graph import note_sizes
 from fulgurite.models.ice_layers.losses import LossKind, masked_robust_loss
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
-from fulgurite.models.ice_layers.normalise import Normalised, Normaliser, positive
+from fulgurite.models.ice_layers.normalise import Normalised, Normaliser, to_positive
 from fulgurite.models.ice_layers.schedule import TwoStageLR
 from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.models.ice_layers.uncertainty import Calibration
@@ -50,8 +50,8 @@ class IceModule(SystemModule):
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
-        loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
-        delta: Of the loss, in standard deviations of thickness.
+        loss: Kind of :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
+        delta: Error at which the loss becomes linear, in standard deviations of thickness.
         prior: The network predicts what a ridge regression on physics leaves, see
             :class:`~fulgurite.models.ice_layers.features.PhysicsPrior`; ``none`` as in the paper.
         members: Networks of an ensemble, trained side by side.
@@ -118,11 +118,11 @@ class IceModule(SystemModule):
         """Make the networks; does nothing where they are there already.
 
         Args:
-            layers: L.
-            physics: P.
+            layers: Number of layers, L.
+            physics: Number of physical fields, P.
 
         Raises:
-            DataError: They are there for other sizes.
+            DataError: The networks were made for other sizes.
             ConfigError: The network was made for other sizes.
         """
         if self.sizes is not None:
@@ -165,15 +165,15 @@ class IceModule(SystemModule):
             )
         self.build(int(data.layers), len(data.physics))
         if stage == "fit" and self.weights is None:
-            self.normaliser.take(data.statistics)
+            self.normaliser.set_statistics(data.statistics)
             if self.prior is not None:
                 self._fit_prior(data)
         if stage == "fit":  # validation chooses the checkpoint, so it has been seen too
-            seen = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
-            self.trained_segments = tuple(sorted(seen.union(self.trained_segments)))
+            segments = {s.segment for part in ("train", "val") for s in data.stacks_of(part)}
+            self.trained_segments = tuple(sorted(segments.union(self.trained_segments)))
 
     def _begin(self) -> None:
-        """Take up ``weights``, once; a checkpoint of this run holds all that they did."""
+        """Load ``weights``, once; a checkpoint of this run holds all that they did."""
         if self.weights is not None and not self._begun:
             self._load(self.weights)
         self._begun = True
@@ -185,11 +185,11 @@ class IceModule(SystemModule):
             refuse_seen(self.trained_segments, data, also)
 
     def on_fit_start(self) -> None:
-        """Take up ``weights``.
+        """Load ``weights``.
 
         Raises:
             CheckpointError: ``weights`` cannot be read or does not fit.
-            DataError: They have seen segments of the test.
+            DataError: ``weights`` have seen segments of the test.
         """
         self._begin()
         self._refuse_seen()
@@ -197,20 +197,20 @@ class IceModule(SystemModule):
             forget_training_data(self.trainer)
 
     def on_validation_start(self) -> None:
-        """Take up ``weights``."""
+        """Load ``weights``."""
         self._begin()
 
     def on_test_start(self) -> None:
         """Refuse test segments that training or validation has seen.
 
         Raises:
-            DataError: It has.
+            DataError: A segment of the test has been seen.
         """
         self._begin()
         self._refuse_seen()
 
     def on_predict_start(self) -> None:
-        """Take up ``weights``."""
+        """Load ``weights``."""
         self._begin()
 
     def _fit_prior(self, data: Any) -> None:
@@ -218,11 +218,11 @@ class IceModule(SystemModule):
         assert self.prior is not None
         names = ("thickness", "observed", "physics")
         with torch.random.fork_rng():
-            found = [
+            batches = [
                 [*(getattr(batch, n) for n in names), segment_of_traces(batch)]
                 for batch in data.train_dataloader()
             ]
-        parts = [torch.cat(part) for part in zip(*found, strict=True)]
+        parts = [torch.cat(part) for part in zip(*batches, strict=True)]
         if (world := rank_and_world()[1]) > 1:
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, parts)
@@ -233,14 +233,14 @@ class IceModule(SystemModule):
     def _load(self, path: str) -> None:
         """Networks, statistics, prior and calibration of a checkpoint."""
         checkpoint, tensors = read_state_dict(path, "model.init_args.weights")
-        seen = read_segments(checkpoint)
+        segments = read_segments(checkpoint)
         try:
             self.load_state_dict(tensors)
-            self.trained_segments = tuple(sorted({*seen, *self.trained_segments}))
+            self.trained_segments = tuple(sorted({*segments, *self.trained_segments}))
         except (RuntimeError, KeyError) as error:
-            what = " ".join(str(error).split())[:300]
+            problem = " ".join(str(error).split())[:300]
             raise CheckpointError(
-                f"model.init_args.weights={path} does not fit the networks: {what}",
+                f"model.init_args.weights={path} does not fit the networks: {problem}",
                 "Use the network and the number of layers of the run.",
             ) from error
 
@@ -280,7 +280,7 @@ class IceModule(SystemModule):
     def configure_optimizers(self) -> Any:
         """The optimizer with its scheduler; a two-stage schedule learns how long training is."""
 
-        def made(optimizer: torch.optim.Optimizer) -> Any:
+        def make_scheduler(optimizer: torch.optim.Optimizer) -> Any:
             assert self.scheduler is not None
             scheduler = self.scheduler(optimizer)
             if isinstance(scheduler, TwoStageLR):
@@ -288,20 +288,23 @@ class IceModule(SystemModule):
             return scheduler
 
         return scheduled(
-            self.optimizer(self.parameters()), None if self.scheduler is None else made, "step"
+            self.optimizer(self.parameters()),
+            None if self.scheduler is None else make_scheduler,
+            "step",
         )
 
     # --- steps ---------------------------------------------------------------------------------
 
-    def read(self, batch: Any, unseen: bool = False) -> Normalised:
+    def normalise(self, batch: Any, unseen: bool = False) -> Normalised:
         """Normalise a batch.
 
         Args:
-            batch: See the top of the file.
-            unseen: Deviations are from a prior that does not know the batch's flight segments.
+            batch: A batch of PyG; see :mod:`fulgurite.models.ice_layers.batches`.
+            unseen: Whether deviations are from a prior that does not know the batch's flight
+                segments.
 
         Raises:
-            DataError: It lacks a field.
+            DataError: The batch lacks a field.
         """
         check_batch(batch, _FIELDS)
         x: Normalised = self.normaliser(batch)
@@ -311,25 +314,25 @@ class IceModule(SystemModule):
         deviation = self.prior.deviation(batch.thickness, expected).float()
         return dataclasses.replace(x, thickness=deviation, expected=expected)
 
-    def run(
+    def forward_member(
         self, network: nn.Module, x: Normalised, visible: Tensor, spans: Spans | None = None
     ) -> Tensor:
         """Normalised thickness of all entries from what is visible.
 
         Args:
-            network: One that has an attribute ``sums``, and it is true, is told of spans.
+            network: A network; with a true attribute ``sums`` it gets the spans.
             x: The batch.
-            visible: What it may see. Shape: (N, L), bool.
-            spans: Measured sums that it may know, equally.
+            visible: Entries that it may see. Shape: (N, L), bool.
+            spans: Measured sums that it may see.
 
         Shape: to (N, L).
         """
-        visible = self.trusted(x, visible)
-        known = {}
+        visible = self.mask_outliers(x, visible)
+        options = {}
         if spans is not None and getattr(network, "sums", False):
-            known["shared"] = self.shared(x, spans)
+            options["shared"] = self.shared(x, spans)
         return network(  # type: ignore[no-any-return]
-            x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track, **known
+            x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track, **options
         )
 
     def shared(self, x: Normalised, spans: Spans) -> Tensor:
@@ -340,23 +343,23 @@ class IceModule(SystemModule):
         usual = x.expected
         if usual is None:
             usual = self.normaliser.thickness_mean.expand(spans.path.shape)
-        in_proportion = spans.constrain(positive(usual))
-        scores = self.normalised(in_proportion, x).float()
+        in_proportion = spans.constrain(to_positive(usual))
+        scores = self.standardise(in_proportion, x).float()
         return torch.where(spans.between, scores, torch.nan)
 
-    def trusted(self, x: Normalised, mask: Tensor) -> Tensor:
+    def mask_outliers(self, x: Normalised, mask: Tensor) -> Tensor:
         """Entries of a mask that its others do not contradict. Shape: (N, L), bool."""
         if self.outlier is None:
             return mask
-        return mask & ~contradicted(x.thickness, mask, x.track, x.distance, self.outlier)
+        return mask & ~find_contradicted(x.thickness, mask, x.track, x.distance, self.outlier)
 
     def metres(self, out: Tensor, x: Normalised) -> Tensor:
         """What a network gives, as thickness above 0 [m]. Shape: (N, L), float64."""
         if self.prior is None or x.expected is None:
-            return positive(self.normaliser.metres(out))
-        return positive(self.prior.metres(out, x.expected))
+            return to_positive(self.normaliser.metres(out))
+        return to_positive(self.prior.metres(out, x.expected))
 
-    def normalised(self, thickness: Tensor, x: Normalised) -> Tensor:
+    def standardise(self, thickness: Tensor, x: Normalised) -> Tensor:
         """The inverse of :meth:`metres`. Shape: (N, L), float64."""
         if self.prior is None or x.expected is None:
             scores: Tensor = self.normaliser.scores(thickness)
@@ -374,7 +377,7 @@ class IceModule(SystemModule):
 
     def objective(self, predicted: Tensor, x: Normalised, mask: Tensor) -> Tensor:
         """The loss of one network over the entries in ``mask``. Shape: to ()."""
-        mask = mask & self.trusted(x, x.observed)
+        mask = mask & self.mask_outliers(x, x.observed)
         return masked_robust_loss(
             predicted, x.thickness, mask, self.delta, self.loss, over_ranks=True
         )

@@ -65,10 +65,10 @@ class Kriging:
         >>> physics = torch.rand(40, 3, 1, generator=generator, dtype=torch.float64)
         >>> at = 100.0 * torch.arange(40)
         >>> h = torch.exp(physics[..., 0]) + 0.1 * torch.sin(at / 500)[:, None]
-        >>> seen = torch.ones(40, 3, dtype=torch.bool)
-        >>> seen[10:20, 1] = False
+        >>> observed = torch.ones(40, 3, dtype=torch.bool)
+        >>> observed[10:20, 1] = False
         >>> from fulgurite.models.ice_layers.kriging_fit import fit_kriging
-        >>> stack = KrigingStack(h, seen, physics, at)
+        >>> stack = KrigingStack(h, observed, physics, at)
         >>> mean, std = fit_kriging([stack] * 2, iterations=10)(stack)
         >>> bool(((mean - h)[10:20, 1].abs() < 0.05).all()), bool((std > 0).all())
         (True, True)
@@ -102,10 +102,10 @@ class Kriging:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Kriging:
-        """See :meth:`state`.
+        """Restore a kriging from :meth:`state`.
 
         Raises:
-            CheckpointError: A part is missing.
+            CheckpointError: A tensor is missing.
         """
         try:
             names = ("mean", "std", "coefficients", "scale", "log")
@@ -119,7 +119,7 @@ class Kriging:
     def __call__(
         self,
         stack: KrigingStack,
-        where: Tensor | None = None,
+        mask: Tensor | None = None,
         outlier: float = 4.0,
         trust_all: bool = True,
     ) -> tuple[Tensor, Tensor]:
@@ -128,77 +128,82 @@ class Kriging:
         Layers between two picks add up to what was measured of them, exactly.
 
         Args:
-            stack: What is known.
-            where: Entries that are asked for; the others are NaN. All by default. Shape: (N, L).
+            stack: What was observed of the stack.
+            mask: Entries to predict; the others are NaN. All by default. Shape: (N, L).
             outlier: Standard deviations from what all other picks say, beyond which a pick is
                 left out; infinite keeps all.
-            trust_all: Keep also sums that were left out as data: a pick stays where it is, though
-                all others contradict it.
+            trust_all: Whether sums that were left out as data are kept too: a pick stays where it
+                is, though all others contradict it.
 
         Shape: to (N, L) and (N, L), float64.
         """
         spans = stack.measured
         theta = self.parameters
         tables = make_tables(theta, measure_geometry(self.drift, stack))
-        kept, score = ObservedSpans.of(spans), None
-        rest, factor = solve(theta, tables, kept)
+        observed, score = ObservedSpans.of(spans), None
+        residual, factor = solve(theta, tables, observed)
         for limit in (outlier + 1, outlier):  # the worst first: they distort the others
             if math.isinf(limit):
                 break
             if score is None:
-                score = score_contradiction(rest, factor)
+                score = score_contradiction(residual, factor)
             if bool((score > limit).any()):
-                kept = kept.take(score <= limit)
-                rest, factor = solve(theta, tables, kept)
+                observed = observed.take(score <= limit)
+                residual, factor = solve(theta, tables, observed)
                 score = None
-        asked = torch.ones_like(stack.observed) if where is None else where
+        mask = torch.ones_like(stack.observed) if mask is None else mask
         if not trust_all:
-            left = torch.zeros_like(asked)
-            left[kept.entries] = True
-            spans = spans.keep(left)
-        mean, std = _predict(tables, asked, kept, rest, factor, spans)
+            trusted = torch.zeros_like(mask)
+            trusted[observed.entries] = True
+            spans = spans.keep(trusted)
+        mean, std = _predict(tables, mask, observed, residual, factor, spans)
         return mean, std * self.scale
 
 
 def _predict(
-    tables: Tables, asked: Tensor, kept: ObservedSpans, rest: Tensor, factor: Tensor, spans: Spans
+    tables: Tables,
+    mask: Tensor,
+    observed: ObservedSpans,
+    residual: Tensor,
+    factor: Tensor,
+    spans: Spans,
 ) -> tuple[Tensor, Tensor]:
     """Best linear prediction and its standard deviation.
 
     Args:
-        tables: Of the stack.
-        asked: Which entries. Shape: (N, L), bool.
-        kept: Spans that are not left out.
-        rest: What the drift leaves of them. Shape: (n,).
-        factor: Of their covariance. Shape: (n, n).
+        tables: Covariances of the stack.
+        mask: Entries to predict. Shape: (N, L), bool.
+        observed: Observed spans without outliers.
+        residual: Residual of these spans from the drift. Shape: (n,).
+        factor: Cholesky factor of their covariance. Shape: (n, n).
         spans: All that was measured: its sums are kept.
 
     Shape: to (N, L) and (N, L), float64.
     """
-    mean = torch.full(asked.shape, torch.nan, dtype=torch.float64)
+    mean = torch.full(mask.shape, torch.nan, dtype=torch.float64)
     std = mean.clone()
     variance = (
         tables.level.square() * tables.layers.diagonal()
         + tables.detail.square() * (tables.persistent + tables.yearly).diagonal()[:, None]
     )
-    white = torch.linalg.solve_triangular(factor, rest[:, None], upper=False)
+    white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)
     # a trace with a sum is needed as a whole
-    sums = (spans.between & asked).any(1)
-    targets = (asked | sums[:, None]).nonzero()
-    count = max(1, _CHUNK // max(1, len(rest)))
+    sums = (spans.between & mask).any(1)
+    targets = (mask | sums[:, None]).nonzero()
+    count = max(1, _CHUNK // max(1, len(residual)))
     for part in _whole_traces(targets, count):
         to = part.unbind(1)
-        cross = kept.sum(signal_covariance(tables, kept.entries, to))
+        cross = observed.sum(signal_covariance(tables, observed.entries, to))
         cross = torch.linalg.solve_triangular(factor, cross, upper=False)
         mean[to] = tables.drift[to] + (cross.T @ white)[:, 0]
         # rounding may leave less than nothing beside a pick
-        left = (variance[to] - cross.square().sum(0)).clamp_min(1e-8)
-        std[to] = left.sqrt()
+        posterior = (variance[to] - cross.square().sum(0)).clamp_min(1e-8)
+        std[to] = posterior.sqrt()
         rows: Tensor = torch.unique(part[:, 0])
         if len(rows := rows[sums[rows]]):
             inside = sums[part[:, 0]]
             _divide_sums(mean, std, tables, rows, cross[:, inside], spans[rows])
-    nothing = ~asked
+    nothing = ~mask
     return mean.masked_fill(nothing, torch.nan), std.masked_fill(nothing, torch.nan)
 
 
@@ -224,12 +229,12 @@ def _divide_sums(
     ``C a (s - a' h) / (a' C a)``, with indices of refraction ``a`` and the measured length ``s``.
 
     Args:
-        mean: Changed. Shape: (N, L).
-        std: Changed. Shape: (N, L).
-        tables: Of the stack.
+        mean: Predicted thickness [m], changed in place. Shape: (N, L).
+        std: Standard deviation [m], changed in place. Shape: (N, L).
+        tables: Covariances of the stack.
         rows: Traces, all of whose layers are in ``cross``. Shape: (t,).
         cross: Whitened covariance with the observed spans. Shape: (n, t L).
-        spans: Of these traces.
+        spans: Measured spans of these traces.
     """
     layers = mean.shape[1]
     part = cross.T.view(len(rows), layers, -1)
@@ -243,11 +248,11 @@ def _divide_sums(
     gain = (covariance * inside @ spans.index[..., None])[..., 0]
     total = (inside * (spans.index * gain)[:, None]).sum(-1).clamp_min(1e-12)
     off = spans.path - spans.lengths(mean[rows])
-    kept = mean[rows] + torch.where(spans.between, gain * off / total, 0.0)
-    # a layer that would be less than nothing has its share of the sum instead
-    thin = (inside & (kept <= LEAST)[:, None]).any(-1)
-    kept = torch.where(thin, spans.constrain(mean[rows]), kept)
-    left = (std[rows].square() - torch.where(spans.between, gain.square() / total, 0.0)).clamp_min(
-        0
-    )
-    mean[rows], std[rows] = kept, left.sqrt()
+    adjusted = mean[rows] + torch.where(spans.between, gain * off / total, 0.0)
+    # a layer that would be less than nothing has its part of the sum instead
+    thin = (inside & (adjusted <= LEAST)[:, None]).any(-1)
+    adjusted = torch.where(thin, spans.constrain(mean[rows]), adjusted)
+    posterior = (
+        std[rows].square() - torch.where(spans.between, gain.square() / total, 0.0)
+    ).clamp_min(0)
+    mean[rows], std[rows] = adjusted, posterior.sqrt()

@@ -25,7 +25,7 @@ from fulgurite.models.ice_layers.covariance import (
     measure_geometry,
     score_contradiction,
     solve,
-    thinned,
+    thin_stacks,
 )
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import held_out
@@ -46,11 +46,11 @@ DRIFTS: tuple[Mapping[str, Any], ...] = tuple(
 )
 
 
-class _Item(NamedTuple):
-    """A part of a training stack: its observed spans, and what is known of it."""
+class _FitStack(NamedTuple):
+    """A part of a training stack: its observed spans, and its geometry."""
 
     spans: ObservedSpans
-    known: Geometry
+    geometry: Geometry
 
 
 def fit_kriging(
@@ -72,15 +72,16 @@ def fit_kriging(
     that all others of their stack contradict.
 
     Args:
-        stacks: Of training.
+        stacks: Training stacks.
         groups: A number for each stack: those of one flight segment resemble each other. By
             default each is a group of its own.
         fit_stacks: Stacks that the covariance is fitted on.
-        fit_entries: About so many entries of each: half in a window, half spread over the stack.
-        iterations: Of L-BFGS the first time; half as many the second time.
-        outlier: Standard deviations from what all others say.
-        seed: Of the choice of stacks and windows.
-        drift: Of thickness (``linear``), of its logarithm (``log``), or whichever does better.
+        fit_entries: Entries of each of them, about: half in a window, half spread evenly.
+        iterations: Iterations of L-BFGS the first time; half as many the second time.
+        outlier: Standard deviations from what all other picks say, beyond which one is left out.
+        seed: Seed of the choice of stacks and windows.
+        drift: Regression of thickness (``linear``), of its logarithm (``log``), or the better
+            one of both (``auto``).
         validation: Stacks of other flights, on which drifts are compared: how a regression goes
             beyond the years and places that it was fitted on does not show in training.
 
@@ -96,21 +97,23 @@ def fit_kriging(
     options = [o for o in DRIFTS if drift == "auto" or o["log"] == (drift == "log")]
     chosen_drift, others = choose_drift(stacks, numbers, options, validation)
     draw = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(stacks), generator=draw)[:fit_stacks].tolist()
-    parts = [(_part(stacks[k], fit_entries, draw), others[k]) for k in chosen]
+    indices = torch.randperm(len(stacks), generator=draw)[:fit_stacks].tolist()
+    parts = [(_sample_traces(stacks[k], fit_entries, draw), others[k]) for k in indices]
     items = [
-        _Item(ObservedSpans.of(s.measured), measure_geometry(other, s))
+        _FitStack(ObservedSpans.of(s.measured), measure_geometry(other, s))
         for s, other in parts
         if s.observed.any()
     ]
     start = initial_parameters(stacks[0].physics.shape[-1])
-    theta = _maximise(start, start, _clipped(items), iterations)
-    kept = [_without_outliers(item, theta, outlier) for item in items]
-    theta = _maximise(theta, start, kept, iterations // 2)
+    theta = _maximise(start, start, _clip_deviations(items), iterations)
+    trusted = [_drop_outliers(item, theta, outlier) for item in items]
+    theta = _maximise(theta, start, trusted, iterations // 2)
     # not all of a large stack, which would take longer than the fit
-    judged = [_part(stacks[k], _JUDGED * fit_entries, draw) for k in chosen]
-    krigings = [Kriging(others[k], theta, theta.new_ones(())) for k in chosen]
-    return Kriging(chosen_drift, theta, _calibrated(list(zip(krigings, judged, strict=True))))
+    judged = [_sample_traces(stacks[k], _JUDGED * fit_entries, draw) for k in indices]
+    krigings = [Kriging(others[k], theta, theta.new_ones(())) for k in indices]
+    return Kriging(
+        chosen_drift, theta, _fit_interval_scale(list(zip(krigings, judged, strict=True)))
+    )
 
 
 def choose_drift(
@@ -123,28 +126,28 @@ def choose_drift(
 
     Mean absolute errors are compared: mis-tracked picks do not decide.
     """
-    thin = thinned(stacks)
+    thin = thin_stacks(stacks)
     numbers = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     folds = [numbers[group] % _FOLDS for group in groups]
-    judged = [stack for stack in thinned(validation) if stack.observed.any()]
+    judged = [stack for stack in thin_stacks(validation) if stack.observed.any()]
 
-    def fitted(rows: Iterable[int], options: Mapping[str, Any]) -> Ridge:
+    def fit(rows: Iterable[int], options: Mapping[str, Any]) -> Ridge:
         return fit_ridge(*join_stacks([thin[k] for k in rows]), **options)
 
-    def without_each_fold(options: Mapping[str, Any]) -> dict[int, Ridge]:
+    def fit_without_each_fold(options: Mapping[str, Any]) -> dict[int, Ridge]:
         if len(numbers) < 2:  # nothing to compare on
-            return {0: fitted(range(len(stacks)), options)}
+            return {0: fit(range(len(stacks)), options)}
         return {
-            fold: fitted([k for k in range(len(stacks)) if folds[k] != fold], options)
+            fold: fit([k for k in range(len(stacks)) if folds[k] != fold], options)
             for fold in sorted(set(folds))
         }
 
     def error(options: Mapping[str, Any]) -> float:
         if judged:
-            whole = fitted(range(len(stacks)), options)
-            pairs = [(whole, stack) for stack in judged]
+            drift = fit(range(len(stacks)), options)
+            pairs = [(drift, stack) for stack in judged]
         else:
-            without = without_each_fold(options)
+            without = fit_without_each_fold(options)
             pairs = [(without[fold], stack) for fold, stack in zip(folds, thin, strict=True)]
         errors = [(ridge(s.physics) - s.thickness)[s.observed].abs() for ridge, s in pairs]
         return float(torch.cat(errors).mean())
@@ -153,12 +156,12 @@ def choose_drift(
         options = drifts[0]
     else:
         options = min(drifts, key=error)
-    without = without_each_fold(options)
-    chosen = without[0] if len(numbers) < 2 else fitted(range(len(stacks)), options)
-    return chosen, [without[fold] for fold in folds]
+    without = fit_without_each_fold(options)
+    best = without[0] if len(numbers) < 2 else fit(range(len(stacks)), options)
+    return best, [without[fold] for fold in folds]
 
 
-def _calibrated(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
+def _fit_interval_scale(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
     """Factor with which 90 % intervals cover 90 % of held-out picks. Shape: ().
 
     The error that picks have themselves is part of the interval, and is not scaled.
@@ -166,27 +169,27 @@ def _calibrated(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
     ratios = []
     for number, (kriging, stack) in enumerate(krigings):
         track, spans = Track.of([len(stack.observed)]), stack.measured
-        shown = spans.hide(held_out(spans.picked, track, torch.tensor([number])))
-        hidden = stack.observed & ~shown.observed
-        mean, std = kriging(stack.show(shown), hidden)
+        visible_spans = spans.hide(held_out(spans.picked, track, torch.tensor([number])))
+        hidden = stack.observed & ~visible_spans.observed
+        mean, std = kriging(stack.show(visible_spans), hidden)
         error, std = (stack.thickness - mean)[hidden], std[hidden]
         # the factor at which this pick lies on the edge of its interval; 0 if it always is inside
         beyond = (error / Z90).square() - kriging.noise**2
         ratios.append(beyond.clamp_min(0).sqrt() / std)
-    found = torch.cat(ratios)
-    return found.quantile(0.9).clamp(0.5, 2.0) if len(found) else found.new_ones(())
+    factors = torch.cat(ratios)
+    return factors.quantile(0.9).clamp(0.5, 2.0) if len(factors) else factors.new_ones(())
 
 
-def _part(stack: KrigingStack, entries: int, draw: torch.Generator) -> KrigingStack:
-    """Some traces of a stack: a window, and as many spread over all."""
+def _sample_traces(stack: KrigingStack, entries: int, draw: torch.Generator) -> KrigingStack:
+    """Some traces of a stack: a window, and as many evenly over all."""
     traces, layers = stack.observed.shape
     half = max(1, entries // layers // 2)
     if traces > 2 * half:
         first = int(torch.randint(traces - half + 1, (), generator=draw))
-        spread = torch.linspace(0, traces - 1, half).long()
-        chosen = torch.zeros(traces, dtype=torch.bool)
-        chosen[first : first + half] = chosen[spread] = True
-        stack = stack.take(chosen)
+        evenly = torch.linspace(0, traces - 1, half).long()
+        rows = torch.zeros(traces, dtype=torch.bool)
+        rows[first : first + half] = rows[evenly] = True
+        stack = stack.take(rows)
     return stack._replace(
         thickness=stack.thickness.double(),
         physics=stack.physics.double(),
@@ -194,10 +197,10 @@ def _part(stack: KrigingStack, entries: int, draw: torch.Generator) -> KrigingSt
     )
 
 
-def _clipped(items: Sequence[_Item]) -> list[_Item]:
+def _clip_deviations(items: Sequence[_FitStack]) -> list[_FitStack]:
     """Deviations from the drift, no larger than 7 robust standard deviations."""
-    drifts = [item.spans.sum(item.known.drift[item.spans.entries]) for item in items]
-    units = [item.spans.sum(item.known.unit[item.spans.entries]) for item in items]
+    drifts = [item.spans.sum(item.geometry.drift[item.spans.entries]) for item in items]
+    units = [item.spans.sum(item.geometry.unit[item.spans.entries]) for item in items]
     relative = [
         (item.spans.value - drift) / unit
         for item, drift, unit in zip(items, drifts, units, strict=True)
@@ -209,23 +212,23 @@ def _clipped(items: Sequence[_Item]) -> list[_Item]:
     ]
 
 
-def _without_outliers(item: _Item, theta: Tensor, outlier: float) -> _Item:
-    """An item without the picks that its others contradict."""
-    rest, factor = solve(theta, make_tables(theta, item.known), item.spans)
-    return item._replace(spans=item.spans.take(score_contradiction(rest, factor) <= outlier))
+def _drop_outliers(item: _FitStack, theta: Tensor, outlier: float) -> _FitStack:
+    """Return a stack without the picks that all others contradict."""
+    residual, factor = solve(theta, make_tables(theta, item.geometry), item.spans)
+    return item._replace(spans=item.spans.take(score_contradiction(residual, factor) <= outlier))
 
 
-def _negative_log_likelihood(theta: Tensor, items: Sequence[_Item]) -> Tensor:
-    """Of all items' picks, without constants. Shape: ()."""
+def _negative_log_likelihood(theta: Tensor, items: Sequence[_FitStack]) -> Tensor:
+    """Negative log likelihood of all stacks' picks, without constants. Shape: ()."""
     total = theta.new_zeros(())
     for item in items:
-        rest, factor = solve(theta, make_tables(theta, item.known), item.spans)
-        white = torch.linalg.solve_triangular(factor, rest[:, None], upper=False)
+        residual, factor = solve(theta, make_tables(theta, item.geometry), item.spans)
+        white = torch.linalg.solve_triangular(factor, residual[:, None], upper=False)
         total = total + 0.5 * white.square().sum() + factor.diagonal().log().sum()
     return total
 
 
-def _maximise(theta: Tensor, start: Tensor, items: Sequence[_Item], iterations: int) -> Tensor:
+def _maximise(theta: Tensor, start: Tensor, items: Sequence[_FitStack], iterations: int) -> Tensor:
     """Maximum of the posterior: the prior is wide for parameters and narrow for slopes.
 
     Without it the slopes on fields that vary together run away when stacks are few.
@@ -247,12 +250,12 @@ def _maximise(theta: Tensor, start: Tensor, items: Sequence[_Item], iterations: 
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    found = theta.detach()
-    if not bool(found.isfinite().all()):
+    maximum = theta.detach()
+    if not bool(maximum.isfinite().all()):
         warnings.warn(
             "The likelihood of kriging has no maximum on these training stacks: its covariance "
             "stays as it begins.",
             stacklevel=2,
         )
         return start
-    return found
+    return maximum

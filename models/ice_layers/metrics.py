@@ -77,7 +77,7 @@ def normal_quantile(level: float) -> float:
 
 
 def interval_coverage(predicted: Tensor, truth: Tensor, std: Tensor, level: float = 0.9) -> Tensor:
-    """Share of true values inside the central interval; entries with NaN do not count.
+    """Fraction of true values inside the central interval; entries with NaN do not count.
 
     Args:
         predicted: [m]. Shape: (...).
@@ -189,10 +189,10 @@ class CompletionMetrics(Metric):
     Example:
         >>> metrics = CompletionMetrics(2)
         >>> truth = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
-        >>> seen = torch.tensor([[True, False], [False, False]])
-        >>> metrics.update(truth + 0.5, truth, seen, torch.zeros(2, dtype=torch.long))
-        >>> found = metrics.compute()
-        >>> found["missing_rmse"], found["gap_rmse"], found["absent_rmse"]
+        >>> observed = torch.tensor([[True, False], [False, False]])
+        >>> metrics.update(truth + 0.5, truth, observed, torch.zeros(2, dtype=torch.long))
+        >>> errors = metrics.compute()
+        >>> errors["missing_rmse"], errors["gap_rmse"], errors["absent_rmse"]
         (0.5, 0.5, 0.5)
 
     Source: card sections 4.3 and 7.
@@ -225,7 +225,7 @@ class CompletionMetrics(Metric):
         self._whole: dict[str, Tensor] = {}  # of all ranks, when compute() saw them
 
     def reset(self) -> None:
-        """Start to count."""
+        """Reset all sums."""
         super().reset()
         self._whole = {}
 
@@ -248,7 +248,7 @@ class CompletionMetrics(Metric):
         Args:
             predicted: [m]; NaN, left missing, does not count. Shape: (N, L).
             truth: [m], NaN where unknown. Shape: (N, L).
-            observed: What the model was given. Shape: (N, L), bool.
+            observed: Entries that the model was given. Shape: (N, L), bool.
             node_stack: Stack of each trace in this batch. Shape: (N,).
             std: Standard deviation of the predictions [m], NaN where there is none. Shape: (N, L).
             dropped: Picks taken away at test, so no longer in ``observed``. Shape: (N, L), bool.
@@ -256,10 +256,10 @@ class CompletionMetrics(Metric):
             measured: The picks [m], against which held-out and visible entries are scored, and
                 dropped ones where the truth is unknown; ``truth`` by default. Shape: (N, L).
             noise: Standard deviation of a pick's own error [m], where ``std`` does not hold it.
-            spans: What the model was given of sums of layers.
+            spans: Measured spans that the model was given.
 
         Raises:
-            DataError: Shapes differ, or L is another one.
+            DataError: Shapes differ, or the number of layers is another one.
         """
         self._whole = {}
         shape = observed.shape
@@ -273,16 +273,16 @@ class CompletionMetrics(Metric):
         none = torch.zeros_like(observed)
         held_out = none if held_out is None else held_out
         dropped = none if dropped is None else dropped & ~held_out
-        given = observed & ~held_out & ~dropped
-        picks = given | held_out | dropped
+        visible = observed & ~held_out & ~dropped
+        picks = visible | held_out | dropped
         missing = ~picks
         absent = absent_layers(picks, node_stack)
         measured = truth if measured is None else measured
-        known = torch.where(truth.isfinite(), truth, measured)
+        reference = torch.where(truth.isfinite(), truth, measured)
         between = none if spans is None else spans.between & missing
         wrong = none if spans is None else between & (spans.misfit(truth).abs() > _WRONG * truth)
         groups = (
-            missing, missing & ~absent, missing & absent, dropped, held_out, given,
+            missing, missing & ~absent, missing & absent, dropped, held_out, visible,
             between & ~wrong, missing & ~between, wrong, missing & ~wrong,
         )  # fmt: skip
         if spans is not None:
@@ -292,7 +292,7 @@ class CompletionMetrics(Metric):
         for g, (name, mask) in enumerate(zip(GROUPS, groups, strict=True)):
             picked = name in ("heldout", "visible")
             # what is missing has no pick, whatever stands in its place
-            target = measured if picked else known if name == "extra" else truth
+            target = measured if picked else reference if name == "extra" else truth
             self._add(g, predicted, target, mask, std, noise if picked else 0.0)
 
     def _add(
@@ -314,15 +314,15 @@ class CompletionMetrics(Metric):
         if std is None:
             return
         judged = mask & std.isfinite()
-        size, spread = error[judged].abs(), (std[judged].double().square() + noise**2).sqrt()
+        size, total_std = error[judged].abs(), (std[judged].double().square() + noise**2).sqrt()
         self.judged[group] += len(size)
-        self.widths[group] += 2 * normal_quantile(0.9) * spread.sum()
+        self.widths[group] += 2 * normal_quantile(0.9) * total_std.sum()
         for q, half in enumerate(self._half):
-            self.covered[group, q] += (size <= half * spread).sum()
+            self.covered[group, q] += (size <= half * total_std).sum()
 
     def compute(self) -> dict[str, float]:
         """Every metric that has entries, by name."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         self._whole = {
             name: getattr(self, name).clone() for name in ("squares", "count", "covered", "judged")
         }
@@ -331,28 +331,28 @@ class CompletionMetrics(Metric):
             n = float(count[g])
             if not n:
                 continue
-            found[f"{name}_rmse"] = float((self.squares[g].sum() / n).sqrt())
-            found[f"{name}_mae"] = float(self.sizes[g].sum() / n)
-            found[f"{name}_bias"] = float(self.sums[g].sum() / n)
+            metrics[f"{name}_rmse"] = float((self.squares[g].sum() / n).sqrt())
+            metrics[f"{name}_mae"] = float(self.sizes[g].sum() / n)
+            metrics[f"{name}_bias"] = float(self.sums[g].sum() / n)
             if judged := float(self.judged[g]):
-                found[f"{name}_coverage90"] = float(self.covered[g, LEVELS.index(0.9)]) / judged
-                found[f"{name}_width90"] = float(self.widths[g]) / judged
+                metrics[f"{name}_coverage90"] = float(self.covered[g, LEVELS.index(0.9)]) / judged
+                metrics[f"{name}_width90"] = float(self.widths[g]) / judged
         if float(self.moved[1]):
-            found["moved_rmse"] = float((self.moved[0] / self.moved[1]).sqrt())
-        if "heldout_mae" in found and found.get("visible_mae", 0.0) > 0:
-            found["identity_ratio"] = found["heldout_mae"] / found["visible_mae"]
+            metrics["moved_rmse"] = float((self.moved[0] / self.moved[1]).sqrt())
+        if "heldout_mae" in metrics and metrics.get("visible_mae", 0.0) > 0:
+            metrics["identity_ratio"] = metrics["heldout_mae"] / metrics["visible_mae"]
         calibration = self.calibration()
         if calibration:
-            off = [abs(seen - level) for level, seen in calibration.items()]
-            found["missing_calibration"] = sum(off) / len(off)
+            off = [abs(coverage - level) for level, coverage in calibration.items()]
+            metrics["missing_calibration"] = sum(off) / len(off)
         g = GROUPS.index("missing")
         cuts = [round(k * self.layers / 3) for k in range(4)]
         for name, low, high in zip(("top", "middle", "deep"), cuts, cuts[1:], strict=False):
             if n := float(self.count[g, low:high].sum()):
-                found[f"{name}_rmse"] = float((self.squares[g, low:high].sum() / n).sqrt())
+                metrics[f"{name}_rmse"] = float((self.squares[g, low:high].sum() / n).sqrt())
         for number, value in self.by_depth().items():
-            found[f"layer{number:02d}_rmse"] = value
-        return found
+            metrics[f"layer{number:02d}_rmse"] = value
+        return metrics
 
     def by_depth(self, group: str = "missing") -> dict[int, float]:
         """Root mean squared error of each layer that has entries [m], the newest being 1.
@@ -372,5 +372,5 @@ class CompletionMetrics(Metric):
         return {level: n / judged for level, n in zip(LEVELS, covered, strict=True)}
 
     def _sum(self, name: str) -> Tensor:
-        found: Tensor = self._whole[name] if name in self._whole else getattr(self, name)
-        return found
+        total: Tensor = self._whole[name] if name in self._whole else getattr(self, name)
+        return total

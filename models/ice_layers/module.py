@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from fulgurite.base import save_options
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers.batches import KeptBoundaries, check_kept, known_truth
-from fulgurite.models.ice_layers.completion import LEFT, Gaps, fill, gaps
-from fulgurite.models.ice_layers.features import contradicted
+from fulgurite.models.ice_layers.batches import KeptBoundaries, check_keep_boundaries, known_truth
+from fulgurite.models.ice_layers.completion import LEFT, Gaps, fill, measure_gaps
+from fulgurite.models.ice_layers.features import find_contradicted
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
 from fulgurite.models.ice_layers.ice_module import IceModule
 from fulgurite.models.ice_layers.losses import LossKind
 from fulgurite.models.ice_layers.normalise import Normalised
 from fulgurite.models.ice_layers.spans import Spans
-from fulgurite.models.ice_layers.uncertainty import entry_features, mean_and_spread
+from fulgurite.models.ice_layers.uncertainty import entry_features, mean_and_std
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["IceCompletion"]
@@ -45,11 +45,11 @@ class IceCompletion(IceModule):
     Args:
         network: The network, or what makes it from (layers, fields), such as the class
             :class:`~fulgurite.models.ice_layers.CompletionNet`.
-        hiding: What training hides; by default as measured in the card.
+        hiding: What training hides; by default as measured on real gaps.
         inputs: ``hidden``: observed thickness, a part of it hidden in training. ``physics``: none
             of it. ``observed``: all of it, which teaches the network to copy.
-        loss: See :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
-        delta: Of the loss, in standard deviations of thickness.
+        loss: Kind of :func:`~fulgurite.models.ice_layers.losses.masked_robust_loss`.
+        delta: Error at which the loss becomes linear, in standard deviations of thickness.
         loss_on: ``observed`` counts all observed entries, ``hidden`` only those not seen.
         prior: The network predicts what a ridge regression on physics leaves, see
             :class:`~fulgurite.models.ice_layers.features.PhysicsPrior`; ``none`` as in the paper.
@@ -106,39 +106,39 @@ class IceCompletion(IceModule):
             network, optimizer, scheduler, weights, loss, delta, prior, members, outlier, allow_seen
         )
         save_options(self, "network", "hiding", "optimizer", "scheduler")
-        where = "model.init_args"
+        prefix = "model.init_args"
         if inputs not in ("hidden", "physics", "observed"):
             raise ConfigError(
-                f"{where}.inputs={inputs} is unknown.", "Use hidden, physics or observed."
+                f"{prefix}.inputs={inputs} is unknown.", "Use hidden, physics or observed."
             )
         if loss_on not in ("observed", "hidden"):
-            raise ConfigError(f"{where}.loss_on={loss_on} is unknown.", "Use observed or hidden.")
-        check_kept(keep_boundaries)
+            raise ConfigError(f"{prefix}.loss_on={loss_on} is unknown.", "Use observed or hidden.")
+        check_keep_boundaries(keep_boundaries)
         if keep_boundaries == "trusted" and outlier is None:
             raise ConfigError(
-                f"{where}.keep_boundaries=trusted, and {where}.outlier=null trusts all picks.",
-                f"Set {where}.outlier=2, or {where}.keep_boundaries=all.",
+                f"{prefix}.keep_boundaries=trusted, and {prefix}.outlier=null trusts all picks.",
+                f"Set {prefix}.outlier=2, or {prefix}.keep_boundaries=all.",
             )
         if mc_samples < 0:
-            raise ConfigError(f"{where}.mc_samples={mc_samples} is negative.", "Give 0 or more.")
+            raise ConfigError(f"{prefix}.mc_samples={mc_samples} is negative.", "Give 0 or more.")
         if max_gap is not None and not max_gap >= 0:
-            raise ConfigError(f"{where}.max_gap={max_gap} is no length.", "Give metres, or null.")
+            raise ConfigError(f"{prefix}.max_gap={max_gap} is no length.", "Give metres, or null.")
         self.hiding = StructuredHiding() if hiding is None else hiding
         if inputs == "hidden" and not self.hiding.hides:
             raise ConfigError(
-                f"{where}.hiding hides nothing, so that the network would learn to copy.",
-                f"Raise {where}.hiding.init_args.layer and segment, or ask for it with "
-                f"{where}.inputs=observed.",
+                f"{prefix}.hiding hides nothing, so that the network would learn to copy.",
+                f"Raise {prefix}.hiding.init_args.layer and segment, or ask for it with "
+                f"{prefix}.inputs=observed.",
             )
         if loss_on == "hidden" and inputs != "hidden":
             raise ConfigError(
-                f"{where}.loss_on=hidden, and nothing is hidden with inputs={inputs}.",
-                f"Set {where}.loss_on=observed.",
+                f"{prefix}.loss_on=hidden, and nothing is hidden with inputs={inputs}.",
+                f"Set {prefix}.loss_on=observed.",
             )
         self.inputs, self.loss_on, self.keep_boundaries = inputs, loss_on, keep_boundaries
         self.mc_samples, self.max_gap, self.trap_ratio = mc_samples, max_gap, trap_ratio
-        self._held: list[tuple[Tensor, Tensor]] = []
-        self._plain = torch.zeros(2, dtype=torch.float64)
+        self._held_out: list[tuple[Tensor, Tensor]] = []
+        self._layer_mean_error = torch.zeros(2, dtype=torch.float64)
 
     # --- prediction ----------------------------------------------------------------------------
 
@@ -146,20 +146,20 @@ class IceCompletion(IceModule):
         """What the network is shown at evaluation. Shape: (N, L), bool."""
         return torch.zeros_like(observed) if self.inputs == "physics" else observed
 
-    def _sums(self, x: Normalised, spans: Spans) -> Spans | None:
-        """Sums that the network is told and trained with: none that others contradict."""
+    def _consistent_spans(self, x: Normalised, spans: Spans) -> Spans | None:
+        """Spans that the network sees and is trained with: none that others contradict."""
         if self.keep_boundaries == "none":
             return None
         if self.outlier is None or not spans.sums:
             return spans
-        known = spans.observed | spans.between
+        measured = spans.observed | spans.between
         z = torch.where(spans.between, self.shared(x, spans), x.thickness)
-        off = contradicted(z, known, x.track, x.distance, self.outlier)
+        off = find_contradicted(z, measured, x.track, x.distance, self.outlier)
         return spans.keep(~off | spans.observed)
 
     @contextlib.contextmanager
-    def _dropping(self, x: Normalised, active: bool) -> Iterator[None]:
-        """Dropout with random numbers of the batch's own."""
+    def _use_dropout(self, x: Normalised, active: bool) -> Iterator[None]:
+        """Switch dropout on, with random numbers that depend on the batch alone."""
         if not active:
             yield
             return
@@ -181,30 +181,30 @@ class IceCompletion(IceModule):
                     m.train(was)
 
     def predict(self, x: Normalised, spans: Spans) -> tuple[Tensor, Tensor]:
-        """Predicted thickness of all entries and its spread over members and samples [m].
+        """Predicted thickness and its standard deviation over members and samples [m].
 
         Args:
             x: The batch.
-            spans: What the networks may know of it; observed layers alone are shown.
+            spans: Measured spans that the networks may see.
 
         Shape: to (N, L) and (N, L), float64.
         """
-        visible, sums = self.visible(spans.observed), self._sums(x, spans)
-        told = None if self.inputs == "physics" else sums
-        with self._dropping(x, bool(self.mc_samples)):
+        visible, sums = self.visible(spans.observed), self._consistent_spans(x, spans)
+        input_spans = None if self.inputs == "physics" else sums
+        with self._use_dropout(x, bool(self.mc_samples)):
             outs = [
-                self.metres(self.run(network, x, visible, told), x)
+                self.metres(self.forward_member(network, x, visible, input_spans), x)
                 for network in self.networks
                 for _ in range(max(1, self.mc_samples))
             ]
         if sums is not None:
-            kept = spans if self.keep_boundaries == "all" else sums
-            outs = [kept.constrain(out) for out in outs]
-        return mean_and_spread(torch.stack(outs))
+            constraints = spans if self.keep_boundaries == "all" else sums
+            outs = [constraints.constrain(out) for out in outs]
+        return mean_and_std(torch.stack(outs))
 
     def forward(self, batch: Any) -> Tensor:
         """Predicted thickness of all entries [m], observed ones too. Shape: to (N, L), float64."""
-        x = self.read(batch)
+        x = self.normalise(batch)
         return self.predict(x, x.spans)[0]
 
     def fill(self, batch: Any) -> dict[str, Tensor]:
@@ -215,17 +215,17 @@ class IceCompletion(IceModule):
             ``provenance``; ``std`` [m], NaN where observed or not calibrated. Shape of each:
             (N, L).
         """
-        x = self.read(batch)
-        predicted, spread = self.predict(x, x.spans)
-        found = gaps(x.observed, x.distance, x.track)
-        std = self.calibration(self._features(found, spread, x.spans))
-        return fill(batch.thickness, x.observed, found, predicted, std, self.max_gap)
+        x = self.normalise(batch)
+        predicted, ensemble_std = self.predict(x, x.spans)
+        gaps = measure_gaps(x.observed, x.distance, x.track)
+        std = self.calibration(self._features(gaps, ensemble_std, x.spans))
+        return fill(batch.thickness, x.observed, gaps, predicted, std, self.max_gap)
 
-    def _features(self, found: Gaps, spread: Tensor, spans: Spans) -> Tensor:
+    def _features(self, gaps: Gaps, ensemble_std: Tensor, spans: Spans) -> Tensor:
         between = spans.between
         if self.keep_boundaries == "none":
             between = torch.zeros_like(between)
-        return entry_features(found, spread, between)
+        return entry_features(gaps, ensemble_std, between)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """What :meth:`fill` gives, and the number of the stack of each trace."""
@@ -234,7 +234,7 @@ class IceCompletion(IceModule):
     # --- training ------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        """Take up ``weights``, and warn of the identity trap."""
+        """Load ``weights``, and warn of the identity trap."""
         super().on_fit_start()
         if self.inputs == "observed":
             warnings.warn(
@@ -245,68 +245,74 @@ class IceCompletion(IceModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss over observed entries, a part of which the networks do not see."""
-        x = self.read(batch, unseen=True)
+        x = self.normalise(batch, unseen=True)
         generator = self.generator(batch_idx)
         losses = []
         for network in self.networks:
-            shown, mask = x.spans, x.observed
+            visible_spans, mask = x.spans, x.observed
             if self.inputs == "hidden":
-                shown = x.spans.hide(self.hiding(x.spans.picked, x.track, generator))
-                mask = x.observed & ~shown.observed if self.loss_on == "hidden" else x.observed
-            visible = self.visible(shown.observed)
-            sums = self._sums(x, shown)
-            out = self.run(network, x, visible, None if self.inputs == "physics" else sums)
-            losses.append(self.objective(self._constrained(out, x, sums), x, mask))
+                visible_spans = x.spans.hide(self.hiding(x.spans.picked, x.track, generator))
+                mask = (
+                    x.observed & ~visible_spans.observed if self.loss_on == "hidden" else x.observed
+                )
+            visible = self.visible(visible_spans.observed)
+            sums = self._consistent_spans(x, visible_spans)
+            out = self.forward_member(
+                network, x, visible, None if self.inputs == "physics" else sums
+            )
+            losses.append(self.objective(self._constrain(out, x, sums), x, mask))
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))
         return loss
 
-    def _constrained(self, out: Tensor, x: Normalised, spans: Spans | None) -> Tensor:
-        """What a network gives, with layers of a measured sum adding up to it. Shape: (N, L)."""
+    def _constrain(self, out: Tensor, x: Normalised, spans: Spans | None) -> Tensor:
+        """Output of a network whose layers of a measured sum add up to it. Shape: (N, L)."""
         if spans is None:
             return out
-        kept = self.normalised(spans.constrain(self.metres(out, x)), x).to(out.dtype)
-        return torch.where(spans.between, kept, out)
+        constrained = self.standardise(spans.constrain(self.metres(out, x)), x).to(out.dtype)
+        return torch.where(spans.between, constrained, out)
 
     # --- evaluation ----------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start to count."""
-        self._held = []
-        self._plain = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Reset the metrics."""
+        self._held_out = []
+        self._layer_mean_error = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.metrics.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Start to count."""
+        """Reset the metrics."""
         self.metrics.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score held-out observed entries, and missing ones where the truth is known."""
-        x = self.read(batch)
-        shown = x.spans.hide(held_out(x.spans.picked, x.track, batch.stack))
-        hidden = x.observed & ~shown.observed
-        predicted, spread = self.predict(x, shown)
-        features = self._features(gaps(shown.observed, x.distance, x.track), spread, shown)
+        x = self.normalise(batch)
+        visible_spans = x.spans.hide(held_out(x.spans.picked, x.track, batch.stack))
+        hidden = x.observed & ~visible_spans.observed
+        predicted, ensemble_std = self.predict(x, visible_spans)
+        features = self._features(
+            measure_gaps(visible_spans.observed, x.distance, x.track), ensemble_std, visible_spans
+        )
         error = (predicted - batch.thickness)[hidden]
         plain = (self.normaliser.thickness_mean - batch.thickness)[hidden].abs()
-        self._plain += torch.stack([plain.sum(), hidden.sum().double()])
+        self._layer_mean_error += torch.stack([plain.sum(), hidden.sum().double()])
         some = slice(None, None, 1 + len(error) // _PER_BATCH)
-        self._held.append((error[some], features[hidden][some]))
+        self._held_out.append((error[some], features[hidden][some]))
         self.metrics.update(
             predicted, known_truth(batch), x.observed, x.track.stack, held_out=hidden,
-            measured=batch.thickness, spans=shown,
+            measured=batch.thickness, spans=visible_spans,
         )  # fmt: skip
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score missing entries where the truth is known, and picks that were taken away."""
-        made = self.fill(batch)
-        left = made["provenance"] == LEFT
+        completed = self.fill(batch)
+        left_missing = completed["provenance"] == LEFT
         self.metrics.update(
-            torch.where(left, torch.nan, made["predicted"]),
+            torch.where(left_missing, torch.nan, completed["predicted"]),
             known_truth(batch),
             batch.observed,
             Track.of_batch(batch).stack,
-            made["std"],
+            completed["std"],
             dropped=getattr(batch, "dropped", None),
             measured=batch.thickness,
             spans=Spans.of_batch(batch),
@@ -316,23 +322,23 @@ class IceCompletion(IceModule):
         """Log the errors, calibrate the uncertainty, and look for the identity trap.
 
         Raises:
-            ConfigError: The networks copy.
+            ConfigError: The networks only copy what they see.
         """
-        held = self._held
+        residuals = self._held_out
         if rank_and_world()[1] > 1:
-            dist.all_reduce(self._plain)
+            dist.all_reduce(self._layer_mean_error)
             parts: list[Any] = [None] * rank_and_world()[1]
-            dist.all_gather_object(parts, [tuple(t.cpu() for t in pair) for pair in held])
-            held = [pair for part in parts for pair in part]
-        if held:
-            residual, features = (torch.cat(part) for part in zip(*held, strict=True))
+            dist.all_gather_object(parts, [tuple(t.cpu() for t in pair) for pair in residuals])
+            residuals = [pair for part in parts for pair in part]
+        if residuals:
+            residual, features = (torch.cat(part) for part in zip(*residuals, strict=True))
             self.calibration.fit(residual, features)
-        found = self._log("val")
-        ratio, error = found.get("identity_ratio", 0.0), found.get("heldout_mae", 0.0)
+        metrics = self._log("val")
+        ratio, error = metrics.get("identity_ratio", 0.0), metrics.get("heldout_mae", 0.0)
         # a good network has a high ratio too: it denoises little of what it sees, and knows well
         # what it does not see; one that only copies is no better than each layer's mean, unless
         # a prior fills for it
-        useless = self.inputs == "observed" or error > _TRAPPED * self._plain_mae()
+        useless = self.inputs == "observed" or error > _TRAPPED * self._layer_mean_mae()
         if ratio > (self.trap_ratio or torch.inf) and useless:
             raise ConfigError(
                 f"The network copies what it sees: its error on held-out observed entries is "
@@ -341,15 +347,15 @@ class IceCompletion(IceModule):
                 "model.init_args.trap_ratio=null goes on regardless.",
             )
 
-    def _plain_mae(self) -> float:
+    def _layer_mean_mae(self) -> float:
         """Mean absolute error of each layer's mean on held-out entries [m]."""
-        total, count = self._plain
+        total, count = self._layer_mean_error
         return float(total / count.clamp_min(1))
 
     def on_test_epoch_end(self) -> None:
         """Log the errors."""
-        found = self._log("test")
-        if not {"missing_rmse", "extra_rmse"} & found.keys():
+        metrics = self._log("test")
+        if not {"missing_rmse", "extra_rmse"} & metrics.keys():
             warnings.warn(
                 "Nothing was asked for whose thickness is known: the errors are those of entries "
                 "that the network sees. Set data.init_args.drop=0.3 to take some of them away.",
@@ -357,7 +363,7 @@ class IceCompletion(IceModule):
             )
 
     def on_predict_start(self) -> None:
-        """Take up ``weights``, and warn where intervals are not known."""
+        """Load ``weights``, and warn where intervals are not known."""
         super().on_predict_start()
         if not self.calibration.fitted:
             warnings.warn(
@@ -369,8 +375,8 @@ class IceCompletion(IceModule):
     def _log(self, stage: str) -> dict[str, float]:
         # the metric adds up over ranks by itself: what is logged is equal on all of them
         warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
-        found: dict[str, float] = self.metrics.compute()
-        for name, value in found.items():
+        metrics: dict[str, float] = self.metrics.compute()
+        for name, value in metrics.items():
             metric = f"{stage}/{name}"
             self.log(metric, value, prog_bar=metric == self.monitor, batch_size=1)
-        return found
+        return metrics

@@ -36,7 +36,7 @@ _FIELDS = {
     "density": ("kg m-3", "snow density"),
     "elevation": ("m", "surface elevation"),
 }
-# What the writer says itself
+# Attributes that the writer sets itself
 _OWN = {
     "Conventions", "featureType", "title", "summary", "keywords", "source", "history",
     "references", "id", "date_created", "time_coverage_start", "time_coverage_end",
@@ -53,10 +53,10 @@ _TRACE, _LAYER, _BOTH, _BOUNDARIES = (
 
 
 def check_attributes(attributes: dict[str, str]) -> dict[str, str]:
-    """Return further attributes of a file, if they are some.
+    """Return a copy of further attributes of a file, if their names are valid.
 
     Raises:
-        ConfigError: A name is none, or one that the writer gives itself.
+        ConfigError: A name is not valid, or is one that the writer sets itself.
     """
     for name, text in attributes.items():
         letters = name.replace("_", "a")
@@ -89,7 +89,7 @@ class _Writer:
 
     Args:
         file: The open file.
-        stack: What to write.
+        stack: The stack to write.
     """
 
     def __init__(self, file: Any, stack: CompletedStack) -> None:
@@ -98,12 +98,14 @@ class _Writer:
         self.units, self.unit_note = ("m", "") if is_length else ("1", f" [{stack.unit}]")
         named = ["layer_name"] if stack.layer_names else []
         aged = ["layer_age"] if len(stack.layer_age) else []
-        known = [] if stack.details.time is None else ["time"]
-        places = [*known, "latitude", "longitude"]
+        times = [] if stack.details.time is None else ["time"]
+        positions = [*times, "latitude", "longitude"]
         self.coordinates = {
-            _TRACE: " ".join(places),
-            _BOTH: " ".join([*places, *named, *aged]),
-            _BOUNDARIES: " ".join([*places, "boundary_name", *(["boundary_age"] if aged else [])]),
+            _TRACE: " ".join(positions),
+            _BOTH: " ".join([*positions, *named, *aged]),
+            _BOUNDARIES: " ".join(
+                [*positions, "boundary_name", *(["boundary_age"] if aged else [])]
+            ),
         }
 
     def add(self, name: str, values: Any, dimensions: tuple[str, ...], **attributes: Any) -> None:
@@ -114,9 +116,9 @@ class _Writer:
             # no coordinate of CF may be missing
             is_coordinate = name in " ".join(self.coordinates.values()).split()
             options["fill_value"] = None if is_coordinate else kind.type(np.nan)
-        made = self.file.createVariable(name, kind, dimensions, **options)
-        made.setncatts(attributes)
-        made[...] = values
+        variable = self.file.createVariable(name, kind, dimensions, **options)
+        variable.setncatts(attributes)
+        variable[...] = values
 
     def add_data(self, name: str, values: Any, dims: tuple[str, ...], **attributes: Any) -> None:
         """Add a variable with the coordinates of its dimensions."""
@@ -126,14 +128,14 @@ class _Writer:
         self, name: str, values: Sequence[str], dimensions: tuple[str, ...], **attributes: Any
     ) -> None:
         """Add a variable of texts."""
-        made = self.file.createVariable(name, str, dimensions)
-        made.setncatts(attributes)
+        variable = self.file.createVariable(name, str, dimensions)
+        variable.setncatts(attributes)
         for k, value in enumerate(values):
-            made[k] = str(value)
+            variable[k] = str(value)
 
     # --- parts -------------------------------------------------------------------------------
 
-    def add_places(self) -> None:
+    def add_positions(self) -> None:
         """Time and position of the traces, and where they are in the flight."""
         stack, details = self.stack, self.stack.details
         if details.time is not None:
@@ -205,14 +207,14 @@ class _Writer:
         texts = ("surface", *names)
         self.add_texts("boundary_name", texts, ("boundary",), long_name="name of the boundary")
         if len(stack.layer_age):
-            said = {"comment": stack.origin.age_source} if stack.origin.age_source else {}
+            comments = {"comment": stack.origin.age_source} if stack.origin.age_source else {}
             self.add(
-                "layer_age", stack.layer_age, _LAYER, units="year", **said,
+                "layer_age", stack.layer_age, _LAYER, units="year", **comments,
                 long_name="age of the layer's lower boundary at the flight",
             )  # fmt: skip
             self.add(
                 "boundary_age", np.concatenate([[0.0], stack.layer_age]), ("boundary",),
-                long_name="age of the boundary at the flight", units="year", **said,
+                long_name="age of the boundary at the flight", units="year", **comments,
             )  # fmt: skip
 
     def add_layers(self) -> None:
@@ -250,10 +252,10 @@ class _Writer:
             )  # fmt: skip
         for k, name in enumerate(stack.physics_names):
             units, long_name = _FIELDS.get(name, (None, name))
-            known = {"units": units} if units else {}
+            attributes = {"units": units} if units else {}
             self.add_data(
                 _variable(k, name), stack.physics[..., k], _BOTH,
-                long_name=f"{long_name}, of the climate model", **known,
+                long_name=f"{long_name}, of the climate model", **attributes,
             )  # fmt: skip
 
     def add_boundaries(self) -> None:
@@ -282,7 +284,7 @@ class _Writer:
 
 
 def _attributes(stack: CompletedStack) -> dict[str, Any]:
-    """Of the file; what is not known is left out."""
+    """Attributes of the file; what is not known is left out."""
     import fulgurite
 
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -290,7 +292,7 @@ def _attributes(stack: CompletedStack) -> dict[str, Any]:
     latitude, longitude = stack.pos.T
     west, east = _longitude_range(longitude)
     filled = _FILLED + (_CONDITIONED if stack.physics_names else "")
-    said: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "Conventions": "CF-1.11, ACDD-1.3",
         "title": "Thickness of ice layers, completed where radar traces are broken",
         "source": "; ".join(part for part in (origin.source, filled) if part),
@@ -314,17 +316,17 @@ def _attributes(stack: CompletedStack) -> dict[str, Any]:
         "physics_names": "\n".join(stack.physics_names),
     }
     if details.time is not None:
-        said |= {"featureType": "trajectory", "time_scale": details.time_scale}
+        attributes |= {"featureType": "trajectory", "time_scale": details.time_scale}
         time = gps_to_utc(details.time) if details.time_scale == "GPS" else details.time
         for name, value in (("start", time.min()), ("end", time.max())):
             moment = datetime.fromtimestamp(float(value), UTC)
-            said[f"time_coverage_{name}"] = moment.isoformat(timespec="milliseconds")
+            attributes[f"time_coverage_{name}"] = moment.isoformat(timespec="milliseconds")
     for name in ("checkpoint", "checkpoint_sha256"):
         if text := getattr(origin, name):
-            said[name] = text
+            attributes[name] = text
     if origin.climate_files:
-        said["climate_files"] = "\n".join(origin.climate_files)
-    return said | dict(origin.attributes or {})
+        attributes["climate_files"] = "\n".join(origin.climate_files)
+    return attributes | dict(origin.attributes or {})
 
 
 def _longitude_range(longitude: NDArray[np.float64]) -> tuple[float, float]:
@@ -346,7 +348,7 @@ def write_netcdf(path: str | Path, stack: CompletedStack) -> Path:
 
     Args:
         path: The file.
-        stack: What to write.
+        stack: The stack to write.
 
     Raises:
         MissingExtraError: netCDF4 is not installed.
@@ -358,11 +360,11 @@ def write_netcdf(path: str | Path, stack: CompletedStack) -> Path:
             file.createDimension(name, size)
         file.setncatts(_attributes(stack))
         writer = _Writer(file, stack)
-        writer.add_places()
+        writer.add_positions()
         if stack.details.time is not None:
-            made = file.createVariable("trajectory", str)
-            made.setncatts({"cf_role": "trajectory_id", "long_name": "name of the stack"})
-            made[...] = stack.stack
+            variable = file.createVariable("trajectory", str)
+            variable.setncatts({"cf_role": "trajectory_id", "long_name": "name of the stack"})
+            variable[...] = stack.stack
         writer.add_names()
         writer.add_layers()
         writer.add_boundaries()
@@ -391,15 +393,15 @@ def read_netcdf(path: str | Path) -> CompletedStack:
             file = NetcdfFile(path)
         except ImportError as error:
             raise need_package(error, "Reading completed stacks as NetCDF") from error
-        said, variables = file.attributes, file.variables
+        attributes, variables = file.attributes, file.variables
 
         def values(name: str) -> NDArray[Any]:
             return file.read(name, is_masked=False)
 
         def lines(name: str) -> list[str]:
-            return [line for line in str(said.get(name, "")).split("\n") if line]
+            return [line for line in str(attributes.get(name, "")).split("\n") if line]
 
-        names = str(said["physics_names"]).split("\n") if said["physics_names"] else []
+        names = str(attributes["physics_names"]).split("\n") if attributes["physics_names"] else []
         physics = [values(_variable(k, name)) for k, name in enumerate(names)]
         thickness = values("thickness")
         content: dict[str, Any] = {
@@ -410,22 +412,22 @@ def read_netcdf(path: str | Path) -> CompletedStack:
             "physics": np.stack(physics, -1) if physics else np.zeros((*thickness.shape, 0)),
             "pos": np.stack([values("latitude"), values("longitude")], -1),
             "distance": values("distance"),
-            "segment": said["segment"],
-            "stack": said["stack"],
-            "unit": said.get("unit", "m"),
+            "segment": attributes["segment"],
+            "stack": attributes["stack"],
+            "unit": attributes.get("unit", "m"),
             "trained_segments": lines("trained_segments"),
             "physics_names": names,
             "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
             "layer_age": values("layer_age") if "layer_age" in variables else (),
             "climate_files": lines("climate_files"),
             "age_source": _comment(variables, "layer_age"),
-            "source": str(said.get("source", ""))
+            "source": str(attributes.get("source", ""))
             .removesuffix(_CONDITIONED)
             .removesuffix(_FILLED)
             .removesuffix("; "),
         }
         for name in ("checkpoint", "checkpoint_sha256", "time_scale"):
-            content[name] = said.get(name, "")
+            content[name] = attributes.get(name, "")
         is_gps = content["time_scale"] == "GPS"
         for name, variable in {
             "time": "gps_time" if is_gps else "time",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers.features import input_features, nearby_means, sides
+from fulgurite.models.ice_layers.features import input_features, nearby_means, side_features
 from fulgurite.models.ice_layers.graph import GraphKind, Track
 from fulgurite.models.ice_layers.spatial import Backend, SpatialEncoder, TraceAttention
 from fulgurite.models.ice_layers.temporal import LayerTransformer
@@ -25,13 +25,13 @@ class CompletionNet(nn.Module):
     """Normalised thickness of every entry, from what is visible and from physics.
 
     Args:
-        layers: L.
-        physics: P.
-        width: D.
-        spatial_depth: SAGE layers.
+        layers: Number of layers, L.
+        physics: Number of physical fields, P.
+        width: Width of the network, D.
+        spatial_depth: Number of SAGE layers.
         depth: Blocks of the transformer.
         heads: Heads of its attention.
-        dropout: In the transformer.
+        dropout: Dropout of the transformer.
         graph: Neighbours within a layer, see :func:`~fulgurite.models.ice_layers.graph.adjacency`.
         backend: How means over neighbours are computed; all give the same.
         neighbours: Traces on each side of ``graph=knn``.
@@ -44,12 +44,12 @@ class CompletionNet(nn.Module):
         scales: Length scales [m] of means over visible neighbours that are further inputs; none
             by default, as in the paper.
         reach: Distances [m] of the averages on each side of an entry that are further inputs, see
-            :func:`~fulgurite.models.ice_layers.features.sides`; none by default.
+            :func:`~fulgurite.models.ice_layers.features.side_features`; none by default.
         mixing: How layers look at each other, see
             :class:`~fulgurite.models.ice_layers.temporal.LayerTransformer`.
         attention: Blocks of the transformer that are preceded by attention between traces, the
             first ones; 0 as in the paper.
-        sums: Whether measured sums of missing layers are an input: what a layer's share of the sum
+        sums: Whether measured sums of missing layers are an input: what a layer's part of the sum
             would be in the usual proportions.
 
     Raises:
@@ -85,23 +85,25 @@ class CompletionNet(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = (layers, physics)
-        where = "model.init_args.network.init_args"
-        for name, value, least in (
+        prefix = "model.init_args.network.init_args"
+        for name, value, minimum in (
             ("width", width, 2),
             ("spatial_depth", spatial_depth, 1),
             ("depth", depth, 0),
             ("heads", heads, 1),
             ("attention", attention, 0),
         ):
-            if value < least:
-                raise ConfigError(f"{where}.{name}={value} is too small.", f"Give {least} or more.")
+            if value < minimum:
+                raise ConfigError(
+                    f"{prefix}.{name}={value} is too small.", f"Give {minimum} or more."
+                )
         if attention > depth:
             raise ConfigError(
-                f"{where}.attention={attention} is more than depth={depth}.", "Give at most depth."
+                f"{prefix}.attention={attention} is more than depth={depth}.", "Give at most depth."
             )
         for name, lengths in (("scales", scales), ("reach", reach)):
             if any(not s > 0 for s in lengths):
-                raise ConfigError(f"{where}.{name}={[*lengths]} holds 0 or less.", "Give metres.")
+                raise ConfigError(f"{prefix}.{name}={[*lengths]} holds 0 or less.", "Give metres.")
         self.position, self.use_physics, self.scales = position, use_physics, tuple(scales)
         self.reach, self.sums = tuple(reach), sums
         inputs = 2 * position + 2 + 2 * sums + physics + 2 * len(self.scales)
@@ -145,16 +147,20 @@ class CompletionNet(nn.Module):
         if not self.use_physics:
             physics = torch.zeros_like(physics)
         x = input_features(thickness, visible, physics, pos if self.position else None)
-        shown = torch.where(visible, thickness, 0.0).to(x.dtype)
+        visible_thickness = torch.where(visible, thickness, 0.0).to(x.dtype)
         if self.sums:
             part = torch.full_like(thickness, torch.nan) if shared is None else shared
-            known = part.isfinite()
-            both = torch.stack([torch.where(known, part, 0.0), known.to(part.dtype)], -1)
-            x = torch.cat([x, both.to(x.dtype)], -1)
+            finite = part.isfinite()
+            sum_features = torch.stack([torch.where(finite, part, 0.0), finite.to(part.dtype)], -1)
+            x = torch.cat([x, sum_features.to(x.dtype)], -1)
         if self.scales:
-            x = torch.cat([x, nearby_means(shown, visible, track, distance, self.scales)], -1)
+            x = torch.cat(
+                [x, nearby_means(visible_thickness, visible, track, distance, self.scales)], -1
+            )
         if self.reach:
-            x = torch.cat([x, sides(shown, visible, track, distance, self.reach)], -1)
+            x = torch.cat(
+                [x, side_features(visible_thickness, visible, track, distance, self.reach)], -1
+            )
         x = self.spatial(x, track, degrees)
         before = [
             partial(block, track=track, distance=distance, visible=visible)

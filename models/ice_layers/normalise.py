@@ -16,7 +16,7 @@ from fulgurite.errors import DataError
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.spans import Spans
 
-__all__ = ["Normalised", "Normaliser", "positive"]
+__all__ = ["Normalised", "Normaliser", "to_positive"]
 
 _BEND = 0.01  # width of the bend that keeps thickness positive [m]
 
@@ -53,8 +53,8 @@ class Normaliser(nn.Module):
     """z-scores with statistics of observed training entries, which the checkpoint holds.
 
     Args:
-        layers: L.
-        physics: P.
+        layers: Number of layers, L.
+        physics: Number of physical fields, P.
     """
 
     thickness_mean: Tensor
@@ -72,21 +72,21 @@ class Normaliser(nn.Module):
             fill = torch.zeros if name.endswith("mean") else torch.ones
             self.register_buffer(name, fill(shape, dtype=torch.float64))
 
-    def take(self, statistics: dict[str, Tensor]) -> None:
-        """Copy a DataModule's statistics.
+    def set_statistics(self, statistics: dict[str, Tensor]) -> None:
+        """Copy a DataModule's statistics into the buffers.
 
         Raises:
-            DataError: One is missing or has another shape.
+            DataError: A statistic is missing or has another shape.
         """
         for name, buffer in self.named_buffers():
-            given = statistics.get(name)
-            if given is None or given.shape != buffer.shape:
+            statistic = statistics.get(name)
+            if statistic is None or statistic.shape != buffer.shape:
+                shape = None if statistic is None else tuple(statistic.shape)
                 raise DataError(
-                    f"The data's statistics have {name} of "
-                    f"{None if given is None else tuple(given.shape)}, not {tuple(buffer.shape)}.",
+                    f"The data's statistics have {name} of {shape}, not {tuple(buffer.shape)}.",
                     "Use data.class_path=fulgurite.datamodules.ice_layers.IceLayerDataModule.",
                 )
-            buffer.copy_(given)
+            buffer.copy_(statistic)
 
     def forward(self, batch: Any) -> Normalised:
         """Normalise a batch."""
@@ -114,11 +114,11 @@ class Normaliser(nn.Module):
         return (thickness.double() - self.thickness_mean) / self.thickness_std
 
 
-def positive(thickness: Tensor) -> Tensor:
+def to_positive(thickness: Tensor) -> Tensor:
     """Thickness kept above 0, unchanged from some centimetres on [m].
 
     Example:
-        >>> positive(torch.tensor([0.3, 0.0, -1.0]))
+        >>> to_positive(torch.tensor([0.3, 0.0, -1.0]))
         tensor([3.0000e-01, 6.9315e-03, 1.0000e-04])
 
     Source: inferred; card section 1.4 names softplus as an option.

@@ -75,10 +75,10 @@ class CompletedStack:
         segment: Name of the flight segment.
         stack: Name of the stack.
         trained_segments: Names of the segments that the completing model was trained on.
-        physics_names: Of the fields; P of them.
-        layer_names: L of them; numbered if empty.
+        physics_names: Names of the P physical fields.
+        layer_names: Names of the L layers; numbered if empty.
         layer_age: Age of each layer's lower boundary [years]; empty if unknown. Shape: (L,).
-        unit: Of thicknesses, ``m`` or ``range bins``.
+        unit: Unit of thicknesses, ``m`` or ``range bins``.
         details: What is known of the traces beside their layers.
         origin: What made it.
 
@@ -173,7 +173,7 @@ def file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-+._" else "_" for c in name) or "stack"
 
 
-def _numbers(value: Any) -> NDArray[Any]:
+def _to_numpy(value: Any) -> NDArray[Any]:
     return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
 
 
@@ -193,24 +193,24 @@ def completed_stacks(
     """Take the stacks of a predicted batch apart.
 
     Args:
-        batch: PyG's, with ``observed``, ``physics``, ``pos``, ``distance``, ``segment``, ``stack``
-            and ``ptr``.
+        batch: A batch of PyG, with ``observed``, ``physics``, ``pos``, ``distance``, ``segment``,
+            ``stack`` and ``ptr``.
         filled: ``thickness``, ``provenance`` and ``std`` of the batch, as ``predict_step`` gives.
         segments: Names of the segments, by number.
         stacks: Names of the stacks, by number.
         trained_segments: Names of the segments that the model was trained on.
-        physics_names: P names.
-        layer_names: L names.
-        layer_age: [years]. Shape: (L,) or (0,).
-        unit: Of thicknesses.
+        physics_names: Names of the P physical fields.
+        layer_names: Names of the L layers.
+        layer_age: Age of each layer's lower boundary [years]. Shape: (L,) or (0,).
+        unit: Unit of thicknesses.
         details: Gives what is known of a stack's traces from its number and completed thickness.
         origin: What made the stacks.
     """
-    arrays = {name: _numbers(filled[name]) for name in ("thickness", "provenance", "std")}
-    arrays |= {n: _numbers(getattr(batch, n)) for n in ("observed", "physics", "pos", "distance")}
+    arrays = {name: _to_numpy(filled[name]) for name in ("thickness", "provenance", "std")}
+    arrays |= {n: _to_numpy(getattr(batch, n)) for n in ("observed", "physics", "pos", "distance")}
     arrays = {name: value.astype(_NUMBERS[name]) for name, value in arrays.items()}
-    bounds = _numbers(batch.ptr).tolist()
-    which = zip(_numbers(batch.segment).tolist(), _numbers(batch.stack).tolist(), strict=True)
+    bounds = _to_numpy(batch.ptr).tolist()
+    which = zip(_to_numpy(batch.segment).tolist(), _to_numpy(batch.stack).tolist(), strict=True)
     return [
         CompletedStack(
             **{name: value[start:stop] for name, value in arrays.items()},
@@ -238,7 +238,7 @@ def write_npz(path: str | Path, stack: CompletedStack) -> Path:
 
     Args:
         path: The file.
-        stack: What to write.
+        stack: The stack to write.
 
     Example:
         >>> import tempfile
@@ -285,19 +285,19 @@ def make_stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
         content: Arrays and texts by name; those of the flight and the origin may be absent.
 
     Raises:
-        ValueError: One is missing, or not of its kind.
-        DataError: They do not fit together.
+        ValueError: An array or text is missing, or of another type.
+        DataError: The arrays do not fit together.
     """
-    wanted = [*_NUMBERS, *_STRINGS, *_LISTS]
-    if missing := [name for name in wanted if name not in content]:
+    required = [*_NUMBERS, *_STRINGS, *_LISTS]
+    if missing := [name for name in required if name not in content]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     values_of: dict[str, Any] = {
-        name: _converted(name, np.asarray(content[name]), kind) for name, kind in _NUMBERS.items()
+        name: _convert(name, np.asarray(content[name]), kind) for name, kind in _NUMBERS.items()
     }
     values_of |= {name: str(content[name]) for name in _STRINGS}
     values_of |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
     details = {
-        name: _converted(name, np.asarray(content[name]), kind)
+        name: _convert(name, np.asarray(content[name]), kind)
         for name, kind in DETAILS.items()
         if name in content
     }
@@ -317,7 +317,7 @@ def make_stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
         raise DataError(f"The file {path} is unusable: {error.problem}", error.hint) from error
 
 
-def _converted(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
+def _convert(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
     """Values as the type that a stack has them in, without changing any."""
     if kind is np.str_:
         if values.dtype.kind not in "U":

@@ -25,10 +25,10 @@ def two_stage(
     """Factor of the learning rate at a step: warm-up and a high rate, then a falling or low one.
 
     Args:
-        step: From 0 on.
+        step: Number of the step, from 0.
         total: Steps of both stages.
-        warmup: Share of the steps in which the rate rises linearly from a tenth.
-        first: Share of the steps of the first stage, warm-up included.
+        warmup: Fraction of the steps in which the rate rises linearly from a tenth.
+        first: Fraction of the steps of the first stage, warm-up included.
         drop: Factor at the start of the second stage.
         final: Factor at its end, if it decays.
         decay: ``cosine`` from ``drop`` to ``final``, or ``constant`` at ``drop``.
@@ -54,16 +54,16 @@ class TwoStageLR(LRScheduler):
     """A scheduler of :func:`two_stage`, stepped after every optimizer step.
 
     Args:
-        optimizer: Whose rate it sets.
+        optimizer: Optimizer whose rate is set.
         total_steps: Steps of both stages; None takes the steps of the whole training.
-        warmup: Share of warm-up.
-        first: Share of the first stage.
+        warmup: Fraction of the steps in which the rate rises.
+        first: Fraction of the steps of the first stage.
         drop: Factor at the start of the second stage.
         final: Factor at its end.
         decay: ``cosine`` or ``constant``.
 
     Raises:
-        ConfigError: A share is out of range.
+        ConfigError: A fraction is out of range.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class TwoStageLR(LRScheduler):
         final: float = 0.01,
         decay: Literal["cosine", "constant"] = "cosine",
     ) -> None:
-        where = "model.init_args.scheduler.init_args"
+        prefix = "model.init_args.scheduler.init_args"
         if not 0 <= warmup <= first <= 1:
             raise ConfigError(
-                f"{where} has warmup={warmup} and first={first}.", "Set 0 <= warmup <= first <= 1."
+                f"{prefix} has warmup={warmup} and first={first}.", "Set 0 <= warmup <= first <= 1."
             )
         if total_steps is not None and total_steps < 1:
-            raise ConfigError(f"{where}.total_steps={total_steps} is too few.", "Give 1 or more.")
+            raise ConfigError(f"{prefix}.total_steps={total_steps} is too few.", "Give 1 or more.")
         if decay not in ("cosine", "constant"):
-            raise ConfigError(f"{where}.decay={decay} is unknown.", "Use cosine or constant.")
+            raise ConfigError(f"{prefix}.decay={decay} is unknown.", "Use cosine or constant.")
         self.total_steps = total_steps
         self.warmup, self.first, self.drop, self.final = warmup, first, drop, final
         self.decay: Literal["cosine", "constant"] = decay
         super().__init__(optimizer)
 
     def plan(self, steps: int) -> None:
-        """Say how long training is, where the configuration did not, and start again."""
+        """Set how long training is, where the configuration did not, and start again."""
         if self.total_steps is None:
             self.total_steps = max(1, steps)
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):

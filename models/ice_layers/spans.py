@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["Spans"]
 
-_THINNEST = 1e-4  # [m]: a regression may predict less than nothing, which has no share
+_THINNEST = 1e-4  # [m]: a regression may predict less than nothing, which has no part of a sum
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Spans:
         return self._sum(self.index * thickness.double())
 
     def hide(self, hidden: Tensor) -> Spans:
-        """What is left where the lower boundaries of some layers are not seen.
+        """Return the spans that stay known when the lower boundaries of some layers are hidden.
 
         Two spans that a hidden boundary divides become one, whose length is known if both were.
 
@@ -135,7 +135,7 @@ class Spans:
         return Spans(torch.where(path.isnan(), number, start), path, self.index, self.sums)
 
     def constrain(self, thickness: Tensor) -> Tensor:
-        """Predicted thickness, so that layers between two picks add up to what was measured.
+        """Scale predicted thickness so that layers between two picks add up to what was measured.
 
         They share it in the proportions of the prediction, so that all stay positive; elsewhere
         nothing changes.
@@ -163,29 +163,29 @@ class Spans:
         optical, summed = self.lengths(thickness), self._sum(thickness.double())
         return summed * (1 - self.path / optical)
 
-    def keep(self, kept: Tensor) -> Spans:
+    def keep(self, mask: Tensor) -> Spans:
         """Spans of which all layers are in a mask; of the others nothing is known.
 
         Args:
-            kept: Shape: (N, L), bool.
+            mask: Layers to keep. Shape: (N, L), bool.
         """
-        whole = self._sum((~kept).long()) == 0
+        complete = self._sum((~mask).long()) == 0
         number = torch.arange(self.start.shape[1], device=self.start.device)
-        path = torch.where(whole, self.path, torch.nan)
+        path = torch.where(complete, self.path, torch.nan)
         return Spans(torch.where(path.isnan(), number, self.start), path, self.index, self.sums)
 
     def single(self) -> Spans:
-        """The observed layers alone, without sums of several."""
+        """Return the observed layers alone, without sums of several."""
         number = torch.arange(self.start.shape[1], device=self.start.device)
         path = torch.where(self.observed, self.path, torch.nan)
         return Spans(number.expand(path.shape).clone(), path, self.index, sums=False)
 
     def __getitem__(self, rows: Any) -> Spans:
-        """Those of some traces."""
+        """Return the spans of some traces."""
         return Spans(self.start[rows], self.path[rows], self.index[rows], self.sums)
 
     def to(self, device: torch.device | str) -> Spans:
-        """On another device."""
+        """Return the spans on another device."""
         start, path, index = (x.to(device) for x in (self.start, self.path, self.index))
         return Spans(start, path, index, self.sums)
 

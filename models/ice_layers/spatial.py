@@ -27,7 +27,7 @@ class Neighbourhood:
     Args:
         track: The stacks.
         pos: Latitude and longitude [degrees]. Shape: (N, 2).
-        kind: See :func:`~fulgurite.models.ice_layers.graph.adjacency`.
+        kind: Kind of graph, see :func:`~fulgurite.models.ice_layers.graph.adjacency`.
         backend: ``dense`` multiplies by a matrix; ``closed`` uses that the mean over all others is
             the sum less the trace itself (``full`` only); ``pyg`` passes messages over edges, the
             reference.
@@ -82,17 +82,17 @@ def check_backend(kind: str, backend: str) -> None:
     """Refuse a backend that is unknown or does not know the graph.
 
     Raises:
-        ConfigError: It is so.
+        ConfigError: The backend is unknown or does not know the graph.
     """
-    where = "model.init_args.network.init_args"
+    prefix = "model.init_args.network.init_args"
     if backend not in get_args(Backend):
         raise ConfigError(
-            f"{where}.backend={backend} is unknown.", f"Use {', '.join(get_args(Backend))}."
+            f"{prefix}.backend={backend} is unknown.", f"Use {', '.join(get_args(Backend))}."
         )
     if backend == "closed" and kind != "full":
         raise ConfigError(
-            f"{where}.backend=closed knows graph=full only, not {kind}.",
-            f"Set {where}.backend=dense, or graph=full.",
+            f"{prefix}.backend=closed knows graph=full only, not {kind}.",
+            f"Set {prefix}.backend=dense, or graph=full.",
         )
 
 
@@ -153,10 +153,10 @@ class SpatialEncoder(nn.Module):
 
     Args:
         inputs: Features in.
-        width: D.
-        depth: Layers of the network.
-        graph: See :func:`~fulgurite.models.ice_layers.graph.adjacency`.
-        backend: See :class:`Neighbourhood`.
+        width: Width, D.
+        depth: Number of SAGE layers.
+        graph: Kind of graph, see :func:`~fulgurite.models.ice_layers.graph.adjacency`.
+        backend: How means over neighbours are computed, see :class:`Neighbourhood`.
         neighbours: Traces on each side of ``knn``.
         part: Traces of a part of ``partition``.
         overlap: Traces that neighbouring parts share.
@@ -213,10 +213,10 @@ class TraceAttention(nn.Module):
     who looks, a layer needs matrix products only, and no softmax over pairs of traces.
 
     Args:
-        width: D.
-        heads: H.
-        reach: Distances over which heads look at first, from the first to the last, spaced
-            geometrically [m].
+        width: Width, D.
+        heads: Number of heads, H.
+        reach: Distances over which the first and the last head look before training [m]; those of
+            the others are spaced geometrically.
 
     Shape: (N, L, D), kept.
 
@@ -256,8 +256,8 @@ class TraceAttention(nn.Module):
         gate = (8 * torch.tanh(logit / 8)).exp()[..., None]  # (N, L, H, 1)
         value = self.value(h).unflatten(-1, (self.heads, -1)) * gate
         parts = track.pad(torch.cat([value, gate], -1))  # (B, M, L, H, D/H + 1)
-        place = track.pad(distance)
-        apart = (place[:, :, None] - place[:, None, :]).abs().to(x.dtype)  # (B, M, M)
+        position = track.pad(distance)
+        apart = (position[:, :, None] - position[:, None, :]).abs().to(x.dtype)  # (B, M, M)
         near = (-apart[:, None] * (-self.log_reach).exp()[:, None, None]).exp()  # (B, H, M, M)
         mixed = near @ parts.permute(0, 3, 1, 2, 4).flatten(3)  # (B, H, M, L (D/H + 1))
         mixed = track.unpad(mixed.transpose(1, 2))

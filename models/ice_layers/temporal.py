@@ -43,9 +43,9 @@ class LayerMixing(nn.Module):
     that is several times faster on a CPU.
 
     Args:
-        layers: L.
-        width: D.
-        heads: H.
+        layers: Number of layers, L.
+        width: Width, D.
+        heads: Number of heads, H.
 
     Shape: (N, L, D), kept.
 
@@ -107,11 +107,11 @@ class LayerTransformer(nn.Module):
     They carry their physics and are to be predicted, so nothing is masked.
 
     Args:
-        layers: L.
-        width: D.
-        depth: Blocks.
-        heads: Attention heads.
-        dropout: Of attention's and the feed-forward's outputs.
+        layers: Number of layers, L.
+        width: Width, D.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        dropout: Dropout of attention's and the feed-forward's outputs.
         encoding: How a token knows its layer: ``sin``, ``learned``, or ``none``, which makes the
             network blind to the order of the layers.
         skip: ``long_range`` adds each block of the first half to its mirror in the second.
@@ -143,24 +143,26 @@ class LayerTransformer(nn.Module):
         mixing: Literal["softmax", "free"] = "softmax",
     ) -> None:
         super().__init__()
-        where = "model.init_args.network.init_args"
+        prefix = "model.init_args.network.init_args"
         if encoding not in ("sin", "learned", "none"):
-            raise ConfigError(f"{where}.encoding={encoding} is unknown.", "Use sin, learned, none.")
+            raise ConfigError(
+                f"{prefix}.encoding={encoding} is unknown.", "Use sin, learned, none."
+            )
         if skip not in ("none", "long_range"):
-            raise ConfigError(f"{where}.skip={skip} is unknown.", "Use none or long_range.")
+            raise ConfigError(f"{prefix}.skip={skip} is unknown.", "Use none or long_range.")
         if mixing not in ("softmax", "free"):
-            raise ConfigError(f"{where}.mixing={mixing} is unknown.", "Use softmax or free.")
+            raise ConfigError(f"{prefix}.mixing={mixing} is unknown.", "Use softmax or free.")
         if width % heads:
             raise ConfigError(
-                f"{where}.heads={heads} does not divide width={width}.", "Give a divisor."
+                f"{prefix}.heads={heads} does not divide width={width}.", "Give a divisor."
             )
         self.skip, self.encoding = skip, encoding
         self.order: Tensor | None
         if encoding == "learned":
             self.order = nn.Parameter(0.02 * torch.randn(layers, width))
         else:
-            known = positions(layers, width) if encoding == "sin" else None
-            self.register_buffer("order", known, persistent=False)
+            encodings = positions(layers, width) if encoding == "sin" else None
+            self.register_buffer("order", encodings, persistent=False)
 
         def attention() -> nn.Module:
             if mixing == "free":
@@ -174,16 +176,17 @@ class LayerTransformer(nn.Module):
 
         Args:
             x: Shape: (N, L, D).
-            before: What is applied before the first blocks, one for each. Shape: (N, L, D), kept.
+            before: Functions that are applied before the first blocks, one for each.
+                Shape: (N, L, D), kept.
         """
         if self.order is not None:
             x = x + self.order
-        kept: list[Tensor] = []
+        skips: list[Tensor] = []
         half = len(self.blocks) // 2
         for number, block in enumerate(self.blocks):
             if self.skip == "long_range" and number >= len(self.blocks) - half:
-                x = x + kept.pop()
+                x = x + skips.pop()
             x = block(before[number](x) if number < len(before) else x)
             if number < half:
-                kept.append(x)
+                skips.append(x)
         return x

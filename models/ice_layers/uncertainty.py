@@ -1,4 +1,4 @@
-"""How wrong a filled value may be: the spread of several predictions, calibrated on held-out data.
+"""Uncertainty of filled values: the spread of several predictions, calibrated on held-out data.
 
 The spread of an ensemble or of MC dropout says what the network is unsure of, not what no network
 could know. So the error is modelled from the spread and from where an entry lies, on observed
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fulgurite.models.ice_layers.completion import Gaps
 
-__all__ = ["Z90", "Calibration", "coverage", "entry_features", "mean_and_spread"]
+__all__ = ["Z90", "Calibration", "coverage", "entry_features", "mean_and_std"]
 
 Z90 = 1.6448536269514722
 """Half width of a 90 % interval of a normal distribution [standard deviations]."""
@@ -24,14 +24,14 @@ _LEAST = 1e-4  # of a spread [m]
 _FEATURES = 6
 
 
-def mean_and_spread(predictions: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_std(predictions: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of several predictions, and their standard deviation; 0 for one alone.
 
     Args:
         predictions: Shape: (S, N, L).
 
     Example:
-        >>> mean_and_spread(torch.tensor([[1.0], [3.0]]))
+        >>> mean_and_std(torch.tensor([[1.0], [3.0]]))
         (tensor([2.]), tensor([1.4142]))
     """
     if len(predictions) == 1:
@@ -39,30 +39,32 @@ def mean_and_spread(predictions: Tensor) -> tuple[Tensor, Tensor]:
     return predictions.mean(0), predictions.std(0)
 
 
-def entry_features(found: Gaps, spread: Tensor, between: Tensor) -> Tensor:
+def entry_features(gaps: Gaps, ensemble_std: Tensor, between: Tensor) -> Tensor:
     """What the error of an entry depends on, for :class:`Calibration`.
 
     Args:
-        found: Where entries lie between picks.
-        spread: Of several predictions [m]. Shape: (N, L).
+        gaps: Gaps around the entries.
+        ensemble_std: Standard deviation of several predictions [m]. Shape: (N, L).
         between: Whether the entry is a part of a measured sum. Shape: (N, L), bool.
 
     Returns:
         One; depth; wholly absent layer or not; log of the distance to the nearest pick elsewhere;
-        log of the spread; part of a measured sum or not. Shape: (N, L, F).
+        log of that standard deviation; part of a measured sum or not. Shape: (N, L, F).
 
     Source: inferred.
     """
-    absent = found.absent.double()
-    near = torch.where(found.absent, 0.0, found.nearest.double().clamp_max(1e6))
-    depth = torch.linspace(0, 1, spread.shape[1], dtype=torch.float64, device=spread.device)
+    absent = gaps.absent.double()
+    near = torch.where(gaps.absent, 0.0, gaps.nearest.double().clamp_max(1e6))
+    depth = torch.linspace(
+        0, 1, ensemble_std.shape[1], dtype=torch.float64, device=ensemble_std.device
+    )
     return torch.stack(
         [
             torch.ones_like(absent),
             depth.expand_as(absent),
             absent,
             (near / 100.0).log1p(),
-            spread.double().clamp_min(_LEAST).log(),
+            ensemble_std.double().clamp_min(_LEAST).log(),
             between.double(),
         ],
         -1,
@@ -70,7 +72,7 @@ def entry_features(found: Gaps, spread: Tensor, between: Tensor) -> Tensor:
 
 
 def coverage(residual: Tensor, std: Tensor, half_width: float = Z90) -> Tensor:
-    """Share of residuals within an interval of so many standard deviations on each side.
+    """Fraction of residuals within an interval of so many standard deviations on each side.
 
     Example:
         >>> coverage(torch.tensor([0.5, -3.0]), torch.ones(2))
@@ -87,7 +89,7 @@ class Calibration(nn.Module):
     scaled so that the 90 % interval covers 90 %.
 
     Attributes:
-        weight: Of the log variance. Shape: (F,).
+        weight: Coefficients of the log variance. Shape: (F,).
         fitted: Whether :meth:`fit` was called with enough residuals.
 
     Example:
@@ -117,9 +119,9 @@ class Calibration(nn.Module):
         """Fit to held-out residuals; fewer than 50 leave it as it was.
 
         Args:
-            residual: [m]. Shape: (K,).
-            features: From :func:`entry_features`. Shape: (K, F).
-            steps: Most Newton steps.
+            residual: Held-out residuals [m]. Shape: (K,).
+            features: Features of their entries, from :func:`entry_features`. Shape: (K, F).
+            steps: Largest number of Newton steps.
         """
         residual, x = residual.double().cpu(), features.double().cpu()
         if len(residual) < 50:

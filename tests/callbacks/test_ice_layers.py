@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fulgurite.callbacks.ice_layers import CompletionWriter, _choose, _Drawn
+from fulgurite.callbacks.ice_layers import CompletionWriter, _choose_drawn, _Drawn
 from fulgurite.datamodules.ice_layers import LayerFiles
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame
 from fulgurite.errors import ConfigError
@@ -199,8 +199,8 @@ def test_the_stacks_that_lack_most_are_drawn_whatever_their_order():
     some = [one("c", 2), one("b", 2), one("whole", 0), one("empty", 6), one("most", 5)]
     wanted = ["most", "b", "c", "whole", "empty"]  # without a pick there is nothing to compare
     for order in itertools.permutations(some):
-        assert [d.stack.stack for d in _choose(order, 5)] == wanted
-    assert [d.stack.stack for d in _choose(some, 1)] == ["most"]
+        assert [d.stack.stack for d in _choose_drawn(order, 5)] == wanted
+    assert [d.stack.stack for d in _choose_drawn(some, 1)] == ["most"]
 
 
 def test_a_wrong_writer_is_refused(fit):

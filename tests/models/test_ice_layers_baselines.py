@@ -279,7 +279,7 @@ def test_only_what_is_asked_for_is_predicted(monkeypatch):
     kriging = make_kriging(3, p=0.1, length_p=100.0, n=0.05, b=0.1)
     whole = kriging(KrigingStack(thickness, observed, physics, distance))
     monkeypatch.setattr(kriging_module, "_CHUNK", 20)  # in several chunks
-    part = kriging(KrigingStack(thickness, observed, physics, distance), where=~observed)
+    part = kriging(KrigingStack(thickness, observed, physics, distance), mask=~observed)
     for a, b in zip(whole, part, strict=True):
         torch.testing.assert_close(a[~observed], b[~observed])
         assert b[observed].isnan().all()

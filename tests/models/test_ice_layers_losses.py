@@ -12,8 +12,8 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.ice_layers import (
     Track,
     complete,
-    gaps,
     masked_robust_loss,
+    measure_gaps,
     provenance,
     two_stage,
 )
@@ -127,7 +127,7 @@ def test_gaps_are_those_a_loop_finds(sizes, seed):
     mask = torch.rand(sum(sizes), 3, generator=g) < 0.4
     step = torch.rand(sum(sizes), generator=g) + 0.1
     distance = torch.cat([part.cumsum(0) - part[0] for part in step.split(sizes)])
-    found = gaps(mask, distance, track)
+    found = measure_gaps(mask, distance, track)
     for stack, (m, d) in enumerate(zip(mask.split(sizes), distance.split(sizes), strict=True)):
         rows = slice(int(track.ptr[stack]), int(track.ptr[stack + 1]))
         for layer in range(3):
@@ -147,7 +147,7 @@ def test_gaps_are_those_a_loop_finds(sizes, seed):
 
 def test_provenance_tells_each_origin_and_leaves_long_gaps():
     mask = torch.tensor([[1, 0], [0, 0], [0, 0], [1, 0]], dtype=torch.bool)
-    found = gaps(mask, 100.0 * torch.arange(4), Track.of([4]))
+    found = measure_gaps(mask, 100.0 * torch.arange(4), Track.of([4]))
     assert provenance(mask, found).T.tolist() == [[0, 1, 1, 0], [2, 2, 2, 2]]
     assert provenance(mask, found, 300.0).T.tolist() == [[0, 1, 1, 0], [3, 3, 3, 3]]
     assert provenance(mask, found, 299.0).T.tolist() == [[0, 3, 3, 0], [3, 3, 3, 3]]

@@ -16,11 +16,11 @@ from fulgurite.models.ice_layers import (
     StructuredHiding,
     Track,
     coverage,
-    gaps,
+    measure_gaps,
 )
-from fulgurite.models.ice_layers.normalise import Normaliser, positive
+from fulgurite.models.ice_layers.normalise import Normaliser, to_positive
 from fulgurite.models.ice_layers.schedule import TwoStageLR
-from fulgurite.models.ice_layers.uncertainty import Z90, entry_features, mean_and_spread
+from fulgurite.models.ice_layers.uncertainty import Z90, entry_features, mean_and_std
 
 pytest.importorskip("torch_geometric")
 from torch_geometric.data import Data
@@ -185,7 +185,7 @@ def test_what_was_observed_keeps_every_bit(trained):
     assert torch.equal(filled["thickness"][seen], batch.thickness[seen])
     assert filled["thickness"].isfinite().all()
     assert (filled["thickness"] > 0).all()
-    absent = gaps(seen, batch.distance, Track.from_ptr(batch.ptr)).absent
+    absent = measure_gaps(seen, batch.distance, Track.from_ptr(batch.ptr)).absent
     assert torch.equal(filled["provenance"] == 0, seen)
     assert torch.equal(filled["provenance"] == 2, absent)
     assert torch.equal(filled["std"].isnan(), seen)
@@ -214,7 +214,7 @@ def test_long_gaps_are_left(trained):
         filled = model.fill(batch)
     finally:
         model.max_gap = None
-    length = gaps(batch.observed, batch.distance, Track.from_ptr(batch.ptr)).length
+    length = measure_gaps(batch.observed, batch.distance, Track.from_ptr(batch.ptr)).length
     left = length > 300
     assert left.any()
     assert (~left & ~batch.observed).any()
@@ -296,12 +296,12 @@ def test_a_contradicted_pick_is_neither_shown_nor_asked_for():
     batch.observed[3:8, 0] = True
     batch.thickness[[3, 4, 6, 7], 0] = batch.truth[[3, 4, 6, 7], 0]
     with torch.no_grad():
-        x, there = model.read(batch), model(batch)
-        assert not model.trusted(x, x.observed)[5, 0]
+        x, there = model.normalise(batch), model(batch)
+        assert not model.mask_outliers(x, x.observed)[5, 0]
         loss = model.objective(torch.zeros_like(x.thickness), x, x.observed)
         batch.thickness[5, 0] *= 2
         assert torch.equal(model(batch), there)
-        x = model.read(batch)
+        x = model.normalise(batch)
         assert model.objective(torch.zeros_like(x.thickness), x, x.observed) == loss
 
 
@@ -321,16 +321,16 @@ def test_statistics_are_those_of_the_data():
     """Check 9 is the DataModule's; the module takes what it is given and no other."""
     data = Flights()
     normaliser = Normaliser(L, P)
-    normaliser.take(data.statistics)
+    normaliser.set_statistics(data.statistics)
     batch = next(iter(data.train_dataloader()))
     x = normaliser(batch)
     back = normaliser.metres(x.thickness)
     seen = batch.observed
     torch.testing.assert_close(back[seen], batch.thickness[seen], atol=1e-5, rtol=0)
     with pytest.raises(DataError, match="pos_std"):
-        normaliser.take({k: v for k, v in data.statistics.items() if k != "pos_std"})
-    assert (positive(normaliser.metres(torch.full((1, L), -1000.0))) > 0).all()
-    torch.testing.assert_close(positive(torch.tensor([0.1, 3.0])), torch.tensor([0.1, 3.0]))
+        normaliser.set_statistics({k: v for k, v in data.statistics.items() if k != "pos_std"})
+    assert (to_positive(normaliser.metres(torch.full((1, L), -1000.0))) > 0).all()
+    torch.testing.assert_close(to_positive(torch.tensor([0.1, 3.0])), torch.tensor([0.1, 3.0]))
 
 
 # --- the identity trap ---------------------------------------------------------------------------
@@ -436,14 +436,14 @@ def test_members_differ_and_their_spread_is_given():
     model, data, _ = fitted(members=3, steps=5)
     batch = test_batch(data)
     with torch.no_grad():
-        x = model.read(batch)
+        x = model.normalise(batch)
         mean, spread = model.predict(x, x.spans)
-        outs = [model.run(n, x, x.observed, x.spans) for n in model.networks]
+        outs = [model.forward_member(n, x, x.observed, x.spans) for n in model.networks]
         each = torch.stack([x.spans.constrain(model.metres(out, x)) for out in outs])
     torch.testing.assert_close(mean, each.mean(0))
     torch.testing.assert_close(spread, each.std(0))
     assert (spread > 0).all()
-    assert torch.equal(mean_and_spread(each[:1])[1], torch.zeros_like(mean))
+    assert torch.equal(mean_and_std(each[:1])[1], torch.zeros_like(mean))
 
 
 def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
@@ -452,7 +452,7 @@ def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
     model.eval()
     batch = test_batch(data)
     with torch.no_grad():
-        x = model.read(batch)
+        x = model.normalise(batch)
         state = torch.random.get_rng_state()
         first, second = model.predict(x, x.spans), model.predict(x, x.spans)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -472,7 +472,7 @@ def test_calibrated_intervals_cover_what_they_promise(seed):
     n, layers = 600, 6
     observed = torch.rand(n, layers, generator=g) < 0.4
     observed[:, 4] = False
-    found = gaps(observed, 100.0 * torch.arange(n), Track.of([60] * 10))
+    found = measure_gaps(observed, 100.0 * torch.arange(n), Track.of([60] * 10))
     spread = 0.02 * torch.rand(n, layers, generator=g).double() + 0.005
     features = entry_features(found, spread, observed & False)
     true = 0.02 + 0.05 * features[..., 2] + 0.02 * features[..., 3] + spread

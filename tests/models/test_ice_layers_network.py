@@ -19,12 +19,12 @@ from fulgurite.models.ice_layers import (
     TraceAttention,
     Track,
     adjacency,
-    contradicted,
     edges,
+    find_contradicted,
     haversine,
     held_out,
     nearby_means,
-    sides,
+    side_features,
 )
 
 L, P = 6, 3
@@ -38,7 +38,7 @@ def lines(sizes, seed=0, spacing=100.0):
     g = torch.Generator().manual_seed(seed)
     track = Track.of(sizes)
     n = sum(sizes)
-    distance = spacing * track.place.double()
+    distance = spacing * track.offset.double()
     degrees = torch.stack([70 + track.stack + distance / 111_195, -40 + 0.1 * track.stack], 1)
     return {
         "thickness": torch.randn(n, L, generator=g),
@@ -230,7 +230,7 @@ def test_a_trace_is_felt_as_far_as_the_graph_reaches():
     base = run(network, inputs, visible=visible)
     thickness[at, 0] += 1
     change = (run(network, inputs, thickness=thickness, visible=visible) - base).abs()
-    far = (inputs["track"].place[:24] - at).abs() > k * depth
+    far = (inputs["track"].offset[:24] - at).abs() > k * depth
     assert torch.equal(change[:24][far], torch.zeros_like(change[:24][far]))
     assert torch.equal(change[24:], torch.zeros_like(change[24:]))
     assert float(change[at, 1:].max()) > 1e-5  # other layers of the trace
@@ -331,7 +331,9 @@ def test_nearby_means_are_sums_by_hand():
 def test_sides_are_means_by_hand():
     inputs = lines([7, 4])
     shown = torch.where(inputs["visible"], inputs["thickness"], 0.0)
-    found = sides(shown, inputs["visible"], inputs["track"], inputs["distance"], (150.0, 400.0))
+    found = side_features(
+        shown, inputs["visible"], inputs["track"], inputs["distance"], (150.0, 400.0)
+    )
     assert found.shape == (11, L, 9)
     for i in range(7, 11):
         for layer in range(L):
@@ -353,7 +355,7 @@ def test_sides_are_means_by_hand():
 
 def test_a_pick_on_another_boundary_is_found_and_no_other():
     track = Track.of([30, 30])
-    distance = 50.0 * track.place
+    distance = 50.0 * track.offset
     g = torch.Generator().manual_seed(0)
     smooth = 2 * torch.sin(distance / 800)[:, None] + torch.arange(3.0)
     thickness = smooth + 0.1 * torch.randn(60, 3, generator=g)
@@ -362,10 +364,10 @@ def test_a_pick_on_another_boundary_is_found_and_no_other():
     wrong[[4, 17, 40], [0, 1, 2]] = visible[[4, 17, 40], [0, 1, 2]] = True
     thickness[wrong] += 10
     thickness[~visible] = math.nan
-    assert torch.equal(contradicted(thickness, visible, track, distance, 3.0), wrong)
+    assert torch.equal(find_contradicted(thickness, visible, track, distance, 3.0), wrong)
     alone = torch.zeros_like(visible)
     alone[17, 1] = True  # nobody contradicts
-    assert not contradicted(thickness, alone, track, distance, 3.0).any()
+    assert not find_contradicted(thickness, alone, track, distance, 3.0).any()
 
 
 @pytest.mark.parametrize("mixing", ["softmax", "free"])

@@ -85,7 +85,7 @@ def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
     """Moving a hidden boundary changes nothing; moving a seen one changes what lies between."""
     model, _ = fit(flights, steps=3)
     batch = batch_of(flights)
-    x = model.read(batch)
+    x = model.normalise(batch)
     hidden = x.spans.picked & (torch.arange(8) == 1)
     trace = int((x.observed[:, 1] & x.observed[:, 2]).nonzero()[0])
     shown = x.spans.hide(hidden)
@@ -97,7 +97,7 @@ def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
         moved.span_path[trace] / moved.refraction[trace],
         moved.thickness[trace],
     )
-    y = model.read(moved)
+    y = model.normalise(moved)
     with torch.no_grad():
         before, _ = model.predict(x, shown)
         after, _ = model.predict(y, y.spans.hide(hidden))
@@ -111,12 +111,12 @@ def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
 def test_a_step_learns_proportions(flights):
     """What layers between two picks have in common does not count, and gradients are finite."""
     model, _ = fit(flights, steps=1)
-    x = model.read(batch_of(flights))
+    x = model.normalise(batch_of(flights))
     shown = x.spans.hide(x.spans.picked & (torch.arange(8) == 1))
     out = torch.zeros_like(x.thickness, requires_grad=True)
-    kept = model._constrained(out, x, shown)
-    thicker = model.normalised(1.3 * model.metres(out.detach(), x), x).float()
-    again = model._constrained(thicker, x, shown)
+    kept = model._constrain(out, x, shown)
+    thicker = model.standardise(1.3 * model.metres(out.detach(), x), x).float()
+    again = model._constrain(thicker, x, shown)
     torch.testing.assert_close(kept[shown.between], again[shown.between], rtol=1e-4, atol=1e-4)
     assert torch.equal(kept[~shown.between], out[~shown.between])
     entries = shown.between & x.observed
@@ -145,8 +145,8 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
     assert trusted["test/misled_rmse"] < kept["test/misled_rmse"]
     assert trusted["test/moved_rmse"] > 0
     batch = batch_of(flights)
-    x = model.read(batch)
-    sums = model._sums(x, x.spans)
+    x = model.normalise(batch)
+    sums = model._consistent_spans(x, x.spans)
     assert 0 < int(sums.between.sum()) < int(x.spans.between.sum())
     with torch.no_grad():
         thickness = model.fill(batch)["thickness"]
