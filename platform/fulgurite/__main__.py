@@ -43,9 +43,11 @@ configuration before it: --config first, then e.g. --trainer.max_epochs=5.
 
 def help_text() -> str:
     """What ``fulgurite --help`` prints."""
-    own = [command for system in systems().values() for command in system.commands]
-    lines = "".join(f"  {command.name:<10} {command.help}\n" for command in own)
-    return HELP.format(version=__version__, commands=f"\nof one system:\n{lines}" if own else "")
+    system_commands = [command for system in systems().values() for command in system.commands]
+    lines = "".join(f"  {command.name:<10} {command.help}\n" for command in system_commands)
+    return HELP.format(
+        version=__version__, commands=f"\nof one system:\n{lines}" if system_commands else ""
+    )
 
 
 def list_systems() -> int:
@@ -83,7 +85,7 @@ def system_command(name: str) -> Callable[[list[str]], int] | None:
                     raise ConfigError(
                         f"The command '{name}' of the system '{system.name}' cannot be loaded "
                         f"({type(error).__name__}: {error}).",
-                        f"Mend {command.main}, or install what it needs.",
+                        f"Repair {command.main}, or install what it needs.",
                     ) from error
                 return function
     return None
@@ -119,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
             from fulgurite.doctor import doctor
 
             return doctor()
-        if own := system_command(command):
-            return own(argv[1:])
+        if run_system_command := system_command(command):
+            return run_system_command(argv[1:])
         from fulgurite.cli import run
 
         run(argv)

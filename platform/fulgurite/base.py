@@ -185,13 +185,13 @@ def scheduled(
     if warmup:
         parts.append(LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup))
     if scheduler is not None:
-        made = scheduler(optimizer)
-        if isinstance(made, ReduceLROnPlateau):
+        lr_scheduler = scheduler(optimizer)
+        if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise ConfigError(
                 f"ReduceLROnPlateau waits for a metric, and schedulers step after each {interval}.",
                 "Set --model.init_args.scheduler to another one, or to null.",
             )
-        parts.append(made)
+        parts.append(lr_scheduler)
     if not parts:
         return optimizer
     if len(parts) == 2:

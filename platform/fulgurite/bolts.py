@@ -90,9 +90,9 @@ class LARS(Optimizer):
     ) -> None:
         ours: type = type(self)
         self.__class__ = _joined(ours, "optimizers.lars")
-        rest = (momentum, dampening, weight_decay, nesterov, trust_coefficient, eps)
+        options = (momentum, dampening, weight_decay, nesterov, trust_coefficient, eps)
         with _quiet():
-            super().__init__(params, lr, *rest)  # type: ignore[arg-type, call-arg]  # bolts' own
+            super().__init__(params, lr, *options)  # type: ignore[arg-type, call-arg]  # bolts' own
 
 
 class LinearWarmupCosineAnnealingLR(LRScheduler):

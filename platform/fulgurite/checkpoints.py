@@ -18,7 +18,7 @@ from fulgurite.io import load_plain, save_plain
 
 __all__ = ["CheckpointFiles", "RunCheckpoint", "batches_done", "check_checkpoint", "nan_tensors"]
 
-_MEND = "Give a checkpoint of a training, `last` or `best`."
+_HINT = "Give a checkpoint of a training, `last` or `best`."
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -49,7 +49,7 @@ class CheckpointFiles(TorchCheckpointIO):
         Raises:
             CheckpointError: It is damaged, or holds anything else than tensors and plain types.
         """
-        stored: dict[str, Any] = load_plain(str(path), "--ckpt_path", _MEND)
+        stored: dict[str, Any] = load_plain(str(path), "--ckpt_path", _HINT)
         return stored
 
 
@@ -116,23 +116,23 @@ def check_checkpoint(stored: Any, path: str | Path, *, resumes: bool) -> None:
     Raises:
         CheckpointError: It does not.
     """
-    asked = f"--ckpt_path={path}"
+    option = f"--ckpt_path={path}"
     if not isinstance(stored, Mapping):
-        raise CheckpointError(f"{asked} holds a {type(stored).__name__}, no checkpoint.", _MEND)
+        raise CheckpointError(f"{option} holds a {type(stored).__name__}, no checkpoint.", _HINT)
     weights = stored.get("state_dict")
     if not isinstance(weights, Mapping) or "pytorch-lightning_version" not in stored:
         raise CheckpointError(
-            f"{asked} is no checkpoint of a Lightning training.",
-            f"{_MEND} Weights alone are read by the model's own option for them, if it has one.",
+            f"{option} is no checkpoint of a Lightning training.",
+            f"{_HINT} Weights alone are read by the model's own option for them, if it has one.",
         )
     if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise CheckpointError(f"{asked} has weights that are no tensors.", _MEND)
+        raise CheckpointError(f"{option} has weights that are no tensors.", _HINT)
     if not resumes:
         return
     lists = all(isinstance(stored.get(k), list) for k in ("optimizer_states", "lr_schedulers"))
     if not lists or batches_done(stored) is None:
         raise CheckpointError(
-            f"{asked} holds weights, but not the state of their training (optimizers, loops): "
+            f"{option} holds weights, but not the state of their training (optimizers, loops): "
             "nothing can go on from it.",
             "Give a whole checkpoint, such as last.ckpt.",
         )

@@ -169,9 +169,9 @@ class FulguriteCLI(LightningCLI):
         self.start = Start()
         self.lock: RunLock | None = None
         self.wandb_id = ""
-        each = {"exit_on_error": False}
+        parser_options = {"exit_on_error": False}
         try:
-            self._start(each)
+            self._start(parser_options)
         except BaseException:
             if (trainer := getattr(self, "trainer", None)) is not None:
                 end_launched_ranks(trainer)
@@ -181,7 +181,7 @@ class FulguriteCLI(LightningCLI):
             if lock is not None:
                 lock.release()
 
-    def _start(self, each: Mapping[str, Any]) -> None:
+    def _start(self, parser_options: Mapping[str, Any]) -> None:
         """Parse, make everything and run; all of it is what the base class does when it is made."""
         super().__init__(
             LightningModule,
@@ -193,7 +193,7 @@ class FulguriteCLI(LightningCLI):
             auto_configure_optimizers=False,
             trainer_class=RunTrainer,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={**each, **dict.fromkeys(self.subcommands(), each)},
+            parser_kwargs={**parser_options, **dict.fromkeys(self.subcommands(), parser_options)},
             args=self.argv if self.only_parse else None,
         )
 
@@ -230,8 +230,8 @@ class FulguriteCLI(LightningCLI):
     @property
     def section(self) -> Namespace:
         """The configuration of the chosen subcommand."""
-        chosen: Namespace = self.config[self.config.subcommand]
-        return chosen
+        configuration: Namespace = self.config[self.config.subcommand]
+        return configuration
 
     @property
     def options(self) -> RunOptions:
@@ -268,8 +268,8 @@ class FulguriteCLI(LightningCLI):
             CheckpointError: There is no such checkpoint, or nothing can go on from it.
             ConfigError: It is of a training with other options.
         """
-        asked, command = self.section.get("ckpt_path"), str(self.config.subcommand)
-        if not asked:
+        checkpoint, command = self.section.get("ckpt_path"), str(self.config.subcommand)
+        if not checkpoint:
             if command != "fit" and is_first_process():
                 print(
                     f"note: no --ckpt_path: {command} takes the weights that the model is made "
@@ -278,16 +278,16 @@ class FulguriteCLI(LightningCLI):
                 )
             return Start()
         options, fits = self.options, command == "fit"
-        if asked in ("last", "best"):
+        if checkpoint in ("last", "best"):
             inherited = os.environ.get(CHECKPOINT_VARIABLE) if "LOCAL_RANK" in os.environ else None
             if inherited:
                 path = Path(inherited)
                 run = run_folder_of(path)
             else:
-                run = find_run(options, asked, now, self._first_config)
-                path = find_checkpoint(run, asked)
+                run = find_run(options, checkpoint, now, self._first_config)
+                path = find_checkpoint(run, checkpoint)
         else:
-            path = Path(asked)
+            path = Path(checkpoint)
             run = run_folder_of(path) if path.is_file() else None
         stored = load_plain(path, "--ckpt_path", "Give a checkpoint, `last` or `best`.", mmap=True)
         check_checkpoint(stored, path, resumes=fits)
@@ -386,9 +386,9 @@ class FulguriteCLI(LightningCLI):
             differing = identity_differences(recorded_config(run), now)
         else:
             model = dict((now.get("model") or {}).get("init_args") or {})
-            known = dict(stored.get("hyper_parameters") or {})
-            shared = [key for key in model if key in known and key not in LINKS]
-            pairs = [{key: values[key] for key in shared} for values in (known, model)]
+            hyper_parameters = dict(stored.get("hyper_parameters") or {})
+            shared = [key for key in model if key in hyper_parameters and key not in LINKS]
+            pairs = [{key: values[key] for key in shared} for values in (hyper_parameters, model)]
             differing = list(differences(pairs[0], pairs[1], "model.init_args"))
         for key, before, here in differing:
             print(
@@ -428,8 +428,8 @@ class FulguriteCLI(LightningCLI):
         )
         if command == "fit" and is_first_process():
             self.lock = RunLock(self.folder)
-            for left in self.folder.rglob(".*.tmp-*"):
-                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            for leftover in self.folder.rglob(".*.tmp-*"):
+                leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
         if section.trainer.get("default_root_dir") is None:
             section.trainer.default_root_dir = str(self.folder)
         loggers = section.trainer.get("logger")
@@ -466,8 +466,8 @@ class FulguriteCLI(LightningCLI):
         )
         callbacks.append(self.state)
         if not self.fast:
-            chosen = config.get("logger")
-            others = chosen if isinstance(chosen, list) else [chosen]
+            logger = config.get("logger")
+            others = logger if isinstance(logger, list) else [logger]
             csv = MetricsLogger(self.folder)
             kwargs["logger"] = [csv, *(x for x in others if not isinstance(x, bool | None))]
             facts: dict[str, Any] = {"checkpoint": dict(self.start.facts) or None}
@@ -481,8 +481,8 @@ class FulguriteCLI(LightningCLI):
                 "seed": self.section.seed_everything,
             }
         if config.get("enable_checkpointing") is not False and not self.fast:
-            own = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-            callbacks += self._checkpoints(only_last=own)
+            has_own_checkpoints = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+            callbacks += self._checkpoints(only_last=has_own_checkpoints)
         kwargs["callbacks"] = callbacks
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -493,26 +493,28 @@ class FulguriteCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
-            what = " ".join(str(error).split())
-            raise ConfigError(f"The trainer cannot be made: {what}", "Mend trainer.*.") from error
+            problem = " ".join(str(error).split())
+            raise ConfigError(
+                f"The trainer cannot be made: {problem}", "Correct trainer.*."
+            ) from error
 
     def _checkpoints(self, *, only_last: bool) -> list[ModelCheckpoint]:
         """``last.ckpt`` after every epoch, ``best.ckpt`` by the model's monitored metric.
 
         Two callbacks: ``save_last`` of one writes only when the metric improves.
         """
-        place: dict[str, Any] = {
+        options: dict[str, Any] = {
             "continued": self.start.continued,
             "dirpath": self.folder / "checkpoints",
             "save_on_train_epoch_end": True,
             "enable_version_counter": False,
         }
-        last = RunCheckpoint(filename="last", **place)
+        last = RunCheckpoint(filename="last", **options)
         monitor = getattr(self.model, "monitor", None)
         if monitor is None or only_last:
             return [last]
         mode = getattr(self.model, "mode", "min")
-        return [RunCheckpoint(filename="best", monitor=monitor, mode=mode, **place), last]
+        return [RunCheckpoint(filename="best", monitor=monitor, mode=mode, **options), last]
 
     @property
     def _metrics(self) -> dict[str, float]:
@@ -632,13 +634,13 @@ class _Parsed(Exception):
     """Ends the construction of a CLI that was only to parse."""
 
 
-def _check_strategy(chosen: Any) -> None:
+def _check_strategy(strategy: Any) -> None:
     """Say how a strategy is named; Lightning takes a class path without arguments for a name.
 
     Raises:
         ConfigError: There is no strategy of this name, or it starts its processes by pickling.
     """
-    start = chosen if isinstance(chosen, str) else getattr(chosen, "_start_method", None)
+    start = strategy if isinstance(strategy, str) else getattr(strategy, "_start_method", None)
     if isinstance(start, str) and ("spawn" in start.lower() or start == "forkserver"):
         raise ConfigError(
             f"--trainer.strategy={start} sends the model to its processes as a pickle, and a model "
@@ -646,17 +648,17 @@ def _check_strategy(chosen: Any) -> None:
             "Use --trainer.strategy=ddp, which starts the command once for each process.",
         )
     names = [*StrategyRegistry.available_strategies(), "auto"]
-    if not isinstance(chosen, str) or chosen.lower() in names:
+    if not isinstance(strategy, str) or strategy.lower() in names:
         return
-    near = difflib.get_close_matches(chosen.lower(), names, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(strategy.lower(), names, n=1, cutoff=0.7)
     classes = vars(fulgurite.strategies)
-    last = chosen.rpartition(".")[2]
-    if "." in chosen or last in classes:
-        path = chosen if "." in chosen else f"fulgurite.strategies.{chosen}"
+    last = strategy.rpartition(".")[2]
+    if "." in strategy or last in classes:
+        path = strategy if "." in strategy else f"fulgurite.strategies.{strategy}"
         hint = f"Use --trainer.strategy.class_path={path}."
     else:
         hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(sorted(names))}."
-    raise ConfigError(f"There is no strategy named '{chosen}'.", hint)
+    raise ConfigError(f"There is no strategy named '{strategy}'.", hint)
 
 
 def _run_config(name: str) -> Path:
@@ -739,19 +741,19 @@ _UNION = "Does not validate against any of the Union subtypes"
 
 def _one_line(message: str) -> str:
     """The innermost reason in jsonargparse's message, with the nearest name to a wrong one."""
-    known = ["seed_everything", "ckpt_path", "config", "model", "data"]
-    known += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
-    known += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]
+    keys = ["seed_everything", "ckpt_path", "config", "model", "data"]
+    keys += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
+    keys += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]
     key = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
-    where = f"{key[1]}: " if key else ""
+    prefix = f"{key[1]}: " if key else ""
     classes = re.findall(r"class_path '([^']+)'", message)
     owner = classes[-1] if classes else ""
     if wrong := re.search(r"Option '([^']+)' is not accepted", message):
         near = difflib.get_close_matches(wrong[1], _parameters(owner), n=1, cutoff=0.5)
         hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(_parameters(owner))}."
-        return f"{where}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
+        return f"{prefix}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
     if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
-        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.6)
         hint = f"Did you mean '{near[0]}'?" if near else "See `fulgurite fit --help`."
         return f"There is no option '{unknown[1]}'. {hint}"
     if named := re.search(r"trainer\.strategy[\s\S]*import path string: (\w+)", message):
@@ -767,7 +769,7 @@ def _one_line(message: str) -> str:
         if absent[0].startswith("No module"):
             places = ": modules of the current folder and installed packages are found"
         hint = f"Check the class path{_near_class(message)}{places}."
-        return f"{where}{absent[0].strip()}. {hint}"
+        return f"{prefix}{absent[0].strip()}. {hint}"
     lines = [line.strip(" -") for line in message.splitlines()]
     if "Given value: Namespace(class_path=" in message:  # the class was found and refused
         lines = [line for line in lines if line != "Expected a <class 'str'>"]
@@ -775,21 +777,21 @@ def _one_line(message: str) -> str:
     # what else a logger or a callback may be tells nothing where there is another reason
     telling = [line for line in reasons if line not in _ALTERNATIVES]
     reasons = dict.fromkeys(telling) or reasons
-    given = re.search(r"key='([\w.]+)', val=('[^']*'|[^)]*)\)", message)
-    value = f" (given: {given[1]}={given[2]})" if given else ""
-    if not given and (plain := re.findall(r"Given value: (\S+)$", message, re.MULTILINE)):
+    refused = re.search(r"key='([\w.]+)', val=('[^']*'|[^)]*)\)", message)
+    value = f" (given: {refused[1]}={refused[2]})" if refused else ""
+    if not refused and (plain := re.findall(r"Given value: (\S+)$", message, re.MULTILINE)):
         value = f" (given: {plain[-1]})"
     inside = f"{owner}: " if owner else ""
-    return f"{where}{inside}{'; '.join(reasons) or message}{value}"
+    return f"{prefix}{inside}{'; '.join(reasons) or message}{value}"
 
 
 def _near_class(message: str) -> str:
-    found = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
-    if not found:
+    absent = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
+    if not absent:
         return ""
-    module = importlib.import_module(found[1])
-    near = difflib.get_close_matches(found[2], dir(module), n=1, cutoff=0.5)
-    return f" (did you mean '{found[1]}.{near[0]}'?)" if near else ""
+    module = importlib.import_module(absent[1])
+    near = difflib.get_close_matches(absent[2], dir(module), n=1, cutoff=0.5)
+    return f" (did you mean '{absent[1]}.{near[0]}'?)" if near else ""
 
 
 def run(argv: Sequence[str]) -> FulguriteCLI:
@@ -822,9 +824,9 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
     finally:
         sys.argv = program
         os.environ.pop(CHECKPOINT_VARIABLE, None)
-        if before is None and (made := os.environ.pop(RUN_DIR_VARIABLE, None)):
+        if before is None and (run_dir := os.environ.pop(RUN_DIR_VARIABLE, None)):
             with suppress(OSError):  # a run that failed before it wrote anything leaves no folder
-                Path(made).rmdir()
+                Path(run_dir).rmdir()
 
 
 @contextmanager
@@ -899,9 +901,9 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
         if "no `dataloader_idx` argument" in str(error):  # of a model that has one loader in mind
             raise ConfigError(" ".join(str(error).split())) from error
         if "Error(s) in loading state_dict" in str(error):
-            what = " ".join(str(error).split())
+            problem = " ".join(str(error).split())
             raise CheckpointError(
-                f"The checkpoint does not fit the model: {what[:300]}",
+                f"The checkpoint does not fit the model: {problem[:300]}",
                 "Use the model.* options of the run that wrote it.",
             ) from error
         raise

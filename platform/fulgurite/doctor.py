@@ -55,8 +55,8 @@ def _describe_data() -> tuple[str, list[str]]:
     except OSError as error:
         fault = f"FULGURITE_DATA={value} cannot be read ({error.strerror}): name a folder of data."
         return value, [fault]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{value} ({shown or 'empty'})", []
+    listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{value} ({listing or 'empty'})", []
 
 
 def doctor() -> int:
@@ -93,7 +93,7 @@ def doctor() -> int:
     print(f"  cache: {_free_space(cache_folder())} in {cache_folder()}")
     for plug_in in plug_ins():
         if plug_in.fault:
-            faults.append(f"{plug_in} Mend or uninstall it.")
+            faults.append(f"{plug_in} Repair or uninstall it.")
         else:
             print(f"  plug-in: {plug_in.name} ({plug_in.origin})")
     if not plug_ins():

@@ -93,7 +93,7 @@ def describe_error(error: BaseException) -> str:
 
 def reading(
     path: str | Path,
-    what: str,
+    subject: str,
     hint: str,
     error: Callable[[str, str], FulguriteError] = DataError,
     fault: str = "cannot be read",
@@ -106,7 +106,7 @@ def reading(
     Args:
         path: The file, named in the error; one that is there must be a regular file, since others
             (pipes, devices) may never end.
-        what: What it is, as the beginning of a sentence: ``The stack``.
+        subject: What it is, as the beginning of a sentence: ``The stack``.
         hint: What to do about it.
         error: The error to raise.
         fault: What is wrong, as the rest of the sentence.
@@ -121,16 +121,16 @@ def reading(
         ...
         fulgurite.errors.DataError: The table a.json cannot be read (it ends). Fetch it again.
     """
-    return Reading(path, f"{what} {path} {fault}", hint, error)
+    return Reading(path, f"{subject} {path} {fault}", hint, error)
 
 
 class Reading:
     """The context that :func:`reading` gives."""
 
     def __init__(
-        self, path: str | Path, what: str, hint: str, error: Callable[[str, str], FulguriteError]
+        self, path: str | Path, subject: str, hint: str, error: Callable[[str, str], FulguriteError]
     ) -> None:
-        self.path, self.what, self.hint, self.error = path, what, hint, error
+        self.path, self.subject, self.hint, self.error = path, subject, hint, error
 
     def __enter__(self) -> None:
         """Refuse what is no regular file."""
@@ -150,7 +150,7 @@ class Reading:
             raise self._named(raised) from raised
 
     def _named(self, raised: BaseException) -> FulguriteError:
-        return self.error(f"{self.what} ({describe_error(raised)}).", self.hint)
+        return self.error(f"{self.subject} ({describe_error(raised)}).", self.hint)
 
 
 def _refuse_special(path: str | Path) -> None:
@@ -457,8 +457,8 @@ def read_arrays(
         if not members and archive.infolist():
             raise ValueError("it holds no array")
         if names is not None:
-            wanted = {f"{name}.npy" for name in names}
-            members = [member for member in members if member.filename in wanted]
+            filenames = {f"{name}.npy" for name in names}
+            members = [member for member in members if member.filename in filenames]
         total = check_archive(
             archive, size, None if names is None else [m.filename for m in members]
         )
@@ -545,9 +545,11 @@ def open_picture(source: str | Path | IO[bytes]) -> Iterator[Any]:
     except UnidentifiedImageError as error:
         raise ValueError("it is neither a PNG nor a JPEG") from error
     with opened as picture:
-        most = Image.MAX_IMAGE_PIXELS
-        if most is not None and picture.width * picture.height > most:
-            raise ValueError(f"{picture.width} x {picture.height} pixels are more than {most:,}")
+        max_pixels = Image.MAX_IMAGE_PIXELS
+        if max_pixels is not None and picture.width * picture.height > max_pixels:
+            raise ValueError(
+                f"{picture.width} x {picture.height} pixels are more than {max_pixels:,}"
+            )
         yield picture
 
 
@@ -639,32 +641,32 @@ def check_tensors(content: Any, size: int) -> None:
     """
     import torch
 
-    total, seen, left = 0, set(), [content]
-    while left:
-        value = left.pop()
-        if id(value) in seen:
+    total, visited, pending = 0, set(), [content]
+    while pending:
+        value = pending.pop()
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, torch.Tensor):
             total += value.numel() * value.element_size()
         elif isinstance(value, bytes | bytearray):
             total += len(value)
         elif isinstance(value, dict):
-            left += [*value.keys(), *value.values()]
+            pending += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):
-            left += value
+            pending += value
     if total > expansion_limit(size):
         raise ValueError(f"{size:,} bytes expand to {total:,}")
 
 
 def read_state_dict(
-    path: str | Path, where: str, hint: str = "Name a file, or give null."
+    path: str | Path, option: str, hint: str = "Name a file, or give null."
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint, or a state dict alone, that ``torch.save`` wrote.
 
     Args:
         path: The file.
-        where: Who asks for it, as the user spells it; named in errors.
+        option: Who asks for it, as the user spells it; named in errors.
         hint: What to do where there is no such file.
 
     Returns:
@@ -677,16 +679,16 @@ def read_state_dict(
 
     from fulgurite.io import load_plain
 
-    content = load_plain(path, where, hint)
-    whole = isinstance(content, dict) and "state_dict" in content
-    tensors = content["state_dict"] if whole else content
+    content = load_plain(path, option, hint)
+    is_checkpoint = isinstance(content, dict) and "state_dict" in content
+    tensors = content["state_dict"] if is_checkpoint else content
     if (
         not isinstance(tensors, dict)
         or not tensors
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
     ):
         raise CheckpointError(
-            f"{where}={path} holds no state dict of named tensors.",
+            f"{option}={path} holds no state dict of named tensors.",
             "Give a checkpoint, or save torch.save(network.state_dict(), path).",
         )
-    return (content if whole else {}), dict(tensors)
+    return (content if is_checkpoint else {}), dict(tensors)

@@ -274,7 +274,7 @@ class NetcdfFile:
         return _ask("netcdf", self.path, name=name, first=first, is_masked=is_masked)
 
 
-def need_package(error: ImportError, what: str) -> MissingExtraError:
+def need_package(error: ImportError, subject: str) -> MissingExtraError:
     """The error to raise where the process lacks a package.
 
     Example:
@@ -282,5 +282,5 @@ def need_package(error: ImportError, what: str) -> MissingExtraError:
         Reading a.mat needs h5py. Install it with `pip install 'fulgurite[ice]'`.
     """
     return MissingExtraError(
-        f"{what} needs {error.name}.", "Install it with `pip install 'fulgurite[ice]'`."
+        f"{subject} needs {error.name}.", "Install it with `pip install 'fulgurite[ice]'`."
     )

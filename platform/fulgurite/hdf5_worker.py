@@ -214,8 +214,8 @@ def _restrict(seconds: float, room: int) -> None:
             pages = int(file.read().split()[0])
     except OSError:  # not on macOS
         return
-    most = pages * resource.getpagesize() + room
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    limit = pages * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def _preload(task: str) -> None:

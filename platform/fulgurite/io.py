@@ -91,7 +91,7 @@ def file_lock(path: str | Path) -> Iterator[None]:
 
 
 def load_plain(
-    path: str | Path, where: str, hint: str = "Name a file, or give null.", **options: Any
+    path: str | Path, option: str, hint: str = "Name a file, or give null.", **options: Any
 ) -> Any:
     """Read a file that ``torch.save`` wrote: tensors and plain types, onto the CPU.
 
@@ -100,7 +100,7 @@ def load_plain(
 
     Args:
         path: The file.
-        where: Who asks for it, as the user spells it; named in errors.
+        option: Who asks for it, as the user spells it; named in errors.
         hint: What to do where there is no such file.
         options: Of ``torch.load``.
 
@@ -117,7 +117,7 @@ def load_plain(
     import torch
 
     if not Path(path).is_file():
-        raise CheckpointError(f"{where}={path} is not a file.", hint)
+        raise CheckpointError(f"{option}={path} is not a file.", hint)
     again = "It may be truncated, or written by something else than torch.save: use another."
     try:
         sealed = _check_seal(Path(path))
@@ -128,7 +128,7 @@ def load_plain(
             raise ValueError("its digest is missing")
     except Exception as error:  # a damaged file raises nearly any
         raise CheckpointError(
-            f"{where}={path} cannot be read as plain tensors ({describe_error(error)}).", again
+            f"{option}={path} cannot be read as plain tensors ({describe_error(error)}).", again
         ) from error
     return content
 
@@ -202,12 +202,12 @@ def _check_seal(path: Path) -> bool:
         file.seek(max(0, size - tail))
         end = file.read()
         if end.startswith(_SEAL):
-            digest, left = hashlib.sha256(), size - 64
+            digest, remaining = hashlib.sha256(), size - 64
             file.seek(0)
-            while left:
-                block = file.read(min(left, 2**20))
+            while remaining:
+                block = file.read(min(remaining, 2**20))
                 digest.update(block)
-                left -= len(block)
+                remaining -= len(block)
             if digest.hexdigest().encode() != end[len(_SEAL) :]:
                 raise ValueError("its digest is another: it is damaged")
             return True
@@ -250,11 +250,11 @@ def verify_checksum(path: str | Path, expected: str) -> None:
             f"The checksum {expected!r} is neither an MD5 (32 digits) nor a SHA-256 (64 digits).",
             "Give the hexadecimal digest, or `null` to check nothing.",
         )
-    found = checksum(path, algorithm)
-    if found != expected:
+    actual = checksum(path, algorithm)
+    if actual != expected:
         raise DataError(
-            f"The {algorithm} of {path} is {found}, not {expected}: the file is damaged or another "
-            "one.",
+            f"The {algorithm} of {path} is {actual}, not {expected}: the file is damaged or "
+            "another one.",
             "Fetch it again, or give the checksum of the file that is meant.",
         )
 

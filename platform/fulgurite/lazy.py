@@ -23,11 +23,11 @@ def lazy_attributes(
         >>> names(), get("ConfigError").__name__
         (['ConfigError'], 'ConfigError')
     """
-    where = {name: module for module, names in modules.items() for name in names}
+    module_of = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:
-        if name in where:
-            return getattr(import_module(f"{package}.{where[name]}"), name)
+        if name in module_of:
+            return getattr(import_module(f"{package}.{module_of[name]}"), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return get, lambda: sorted(where)
+    return get, lambda: sorted(module_of)

@@ -79,8 +79,8 @@ def _bytes(cell: Any) -> npt.NDArray[np.uint8]:
 
 
 def _words(part: npt.NDArray[np.uint8]) -> list[int]:
-    whole: list[int] = np.frombuffer(part[: len(part) // 4 * 4].tobytes(), "<u4").tolist()
-    return whole
+    words: list[int] = np.frombuffer(part[: len(part) // 4 * 4].tobytes(), "<u4").tolist()
+    return words
 
 
 def _name(names: Sequence[str], number: int) -> str:

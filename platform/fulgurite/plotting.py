@@ -153,11 +153,11 @@ class MetricCurves:
 
     def figure(self) -> Figure | None:
         """A panel for each metric that there is; None without any."""
-        shown = [name for name in self.titles if self.values.get(name)]
-        if not shown:
+        names = [name for name in self.titles if self.values.get(name)]
+        if not names:
             return None
-        figure, axes = new_figure(1, len(shown))
-        for ax, name in zip(axes[0], shown, strict=True):
+        figure, axes = new_figure(1, len(names))
+        for ax, name in zip(axes[0], names, strict=True):
             epochs = sorted(self.values[name])
             ax.plot(epochs, [self.values[name][e] for e in epochs], marker="o", markersize=3)
             ax.set(title=self.titles[name], xlabel="epoch", ylabel=name)

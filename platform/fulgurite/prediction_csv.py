@@ -32,8 +32,8 @@ def name_codes(codes: Array, names: Sequence[str]) -> Array:
         >>> name_codes(np.array([1, -1]), ["cat", "dog"]).tolist()
         ['dog', '']
     """
-    found = [str(names[c]) if 0 <= c < len(names) else "" for c in codes.ravel().tolist()]
-    return np.array(found, np.str_).reshape(codes.shape)
+    labels = [str(names[c]) if 0 <= c < len(names) else "" for c in codes.ravel().tolist()]
+    return np.array(labels, np.str_).reshape(codes.shape)
 
 
 class PredictionTable:

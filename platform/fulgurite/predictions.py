@@ -338,9 +338,9 @@ class PredictionFile:
             raise self._refuse(key, value, "a zero character at the end of a")
         return array
 
-    def _refuse(self, key: str, value: Any, what: str) -> ConfigError:
+    def _refuse(self, key: str, value: Any, kind: str) -> ConfigError:
         return ConfigError(
-            f"{self.who} returns{_under(key)} {what} {type(value).__name__}, which cannot be "
+            f"{self.who} returns{_under(key)} {kind} {type(value).__name__}, which cannot be "
             "written.",
             _ACCEPTED,
         )

@@ -44,15 +44,15 @@ def remove_objects(value: Any, class_path: str = "") -> Any:
     if not isinstance(value, dict):
         return value
     inner = value.get("class_path") if isinstance(value.get("class_path"), str) else None
-    kept = {}
+    cleaned = {}
     for key, part in value.items():
         if isinstance(part, str) and part.startswith(_REMARK):
             text = part.removeprefix(_REMARK)
             if text != str(_default(class_path, key)):
-                kept[key] = text  # it was given, in these words
+                cleaned[key] = text  # it was given, in these words
             continue
-        kept[key] = remove_objects(part, inner or "" if key == "init_args" else "")
-    return kept
+        cleaned[key] = remove_objects(part, inner or "" if key == "init_args" else "")
+    return cleaned
 
 
 def _default(class_path: str, name: str) -> Any:

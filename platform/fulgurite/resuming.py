@@ -54,9 +54,9 @@ class _MetricsFile(ExperimentWriter):
 
     def rewind(self, rows: int | None) -> None:
         """Take up the first rows of the file, all of them for None, and drop the others."""
-        kept = self.read()[:rows]
-        self.rows = len(kept)
-        self._rewrite(kept)
+        first_rows = self.read()[:rows]
+        self.rows = len(first_rows)
+        self._rewrite(first_rows)
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if not self.metrics_keys:
@@ -210,12 +210,12 @@ class TrainingState(Callback):
         if self._counts is None:
             return
         counts = len(trainer.optimizers), len(trainer.lr_scheduler_configs)
-        for what, before, now in zip(
+        for kind, before, now in zip(
             ("optimizers", "schedulers"), self._counts, counts, strict=True
         ):
             if before != now:
                 raise CheckpointError(
-                    f"The checkpoint has the states of {before} {what}, the model has {now}.",
+                    f"The checkpoint has the states of {before} {kind}, the model has {now}.",
                     "Resume with the model.* options of the run, from a checkpoint that is whole.",
                 )
         forget_training_data(trainer)
@@ -242,9 +242,9 @@ class TrainingState(Callback):
             logger.rewind(self._stored.get("rows"))
             if pending := self._stored.get("pending"):
                 logger.log_metrics(pending["metrics"], pending["step"])
-        known = trainer.callback_metrics
+        metrics = trainer.callback_metrics
         for name, value in self.metrics.items():
-            known.setdefault(name, torch.tensor(value, device=pl_module.device))
+            metrics.setdefault(name, torch.tensor(value, device=pl_module.device))
         states = self._stored.get("random") or []
         rank, world = trainer.global_rank, trainer.world_size
         if len(states) == world:
@@ -320,8 +320,8 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, np.array(words, np.uint32), *rest))  # noqa: NPY002
+    name, words, *gauss_state = state["numpy"]
+    np.random.set_state((name, np.array(words, np.uint32), *gauss_state))  # noqa: NPY002
 
 
 def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -376,16 +376,16 @@ def masked_arguments(argv: Sequence[str]) -> list[str]:
         >>> masked_arguments(["fit", "--model.token=abc", "--api_key", "x", "--data.tokens=2"])
         ['fit', '--model.token=***', '--api_key', '***', '--data.tokens=2']
     """
-    shown: list[str] = []
+    arguments: list[str] = []
     before = ""
     for argument in argv:
         name, equals, value = argument.partition("=")
         if argument.startswith("-") and equals:
-            shown.append(f"{name}={masked(value, name.lstrip('-'))}")
+            arguments.append(f"{name}={masked(value, name.lstrip('-'))}")
         else:
-            shown.append(str(masked(argument, before.lstrip("-"))))
+            arguments.append(str(masked(argument, before.lstrip("-"))))
         before = argument if argument.startswith("-") and not equals else ""
-    return shown
+    return arguments
 
 
 def masked_names(content: Any, key: str = "") -> list[str]:

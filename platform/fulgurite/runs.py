@@ -327,11 +327,11 @@ def set_records_aside(folder: Path, *, replaced: Iterable[str], ended: Iterable[
         number += 1
     for name in (*replaced, *ended):
         file = folder / name
-        kept = file.with_suffix(f".{number}{file.suffix}")
+        archived = file.with_suffix(f".{number}{file.suffix}")
         if file.exists() and name in replaced:
-            shutil.copy2(file, kept)
+            shutil.copy2(file, archived)
         elif file.exists():
-            file.rename(kept)
+            file.rename(archived)
 
 
 class RunLock:
@@ -460,11 +460,11 @@ def find_run(
         return Path(options.dir)
     if named := _named_by_config(config):
         return named
-    asked = f"--ckpt_path={which}"
+    option = f"--ckpt_path={which}"
     fits = _fits(options)
     if not fits:
         raise CheckpointError(
-            f"{asked}: there is no run in '{options.parent}'.",
+            f"{option}: there is no run in '{options.parent}'.",
             "Run `fulgurite fit` with this configuration first, or give the path of a checkpoint.",
         )
     others: list[tuple[Path, list[Difference]]] = []
@@ -477,14 +477,14 @@ def find_run(
     if same is None:
         folder, differing = others[0]
         raise CheckpointError(
-            f"{asked}: no run in '{options.parent}' has this model, data and seed; in the newest, "
+            f"{option}: no run in '{options.parent}' has this model, data and seed; in the newest, "
             f"{folder}, {describe(differing)}.",
             f"Name a run: --run.dir={folder}, or --ckpt_path={folder / LAST}.",
         )
     if others:
         folder, differing = others[0]
         print(
-            f"note: {asked} is of {same}; in the newer {folder} {describe(differing)}",
+            f"note: {option} is of {same}; in the newer {folder} {describe(differing)}",
             file=sys.stderr,
         )
     if not _checkpoint(same, which).is_file():
@@ -497,10 +497,10 @@ def find_run(
             ),
             None,
         )
-        kept = ", ".join(sorted(map(str, same.glob("checkpoints/*.ckpt"))))
-        hint = f"There is {kept}" if kept else f"Start it over with --run.dir={same}"
+        checkpoints = ", ".join(sorted(map(str, same.glob("checkpoints/*.ckpt"))))
+        hint = f"There is {checkpoints}" if checkpoints else f"Start it over with --run.dir={same}"
         raise CheckpointError(
-            f"{asked}: the newest run, {same}, has no checkpoint '{which}.ckpt'.",
+            f"{option}: the newest run, {same}, has no checkpoint '{which}.ckpt'.",
             f"{hint}, or name an older one: --run.dir={older}." if older else f"{hint}.",
         )
     return same
@@ -519,17 +519,17 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     file = _checkpoint(folder, which)
     if file.is_file():
         return file
-    asked = f"--ckpt_path={which}: the run in '{folder}' has no checkpoint '{which}.ckpt'."
+    problem = f"--ckpt_path={which}: the run in '{folder}' has no checkpoint '{which}.ckpt'."
     if not holds_run(folder):
         raise CheckpointError(
             f"--ckpt_path={which}: there is no run in '{folder}'.",
             "Run `fulgurite fit` with this configuration first, or give the path of a checkpoint.",
         )
-    kept = sorted(folder.glob("checkpoints/*.ckpt"))
-    if kept:
-        raise CheckpointError(asked, f"There is: {', '.join(map(str, kept))}.")
+    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"))
+    if checkpoints:
+        raise CheckpointError(problem, f"There is: {', '.join(map(str, checkpoints))}.")
     raise CheckpointError(
-        asked,
+        problem,
         f"It ended before its first one: `fulgurite fit --run.dir={folder}` without --ckpt_path "
         "starts it over.",
     )

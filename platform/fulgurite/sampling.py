@@ -37,8 +37,8 @@ def sampler_ranks(trainer: Trainer | None) -> tuple[int, int]:
 
     Strategies whose ranks work on one batch together give every rank the data of rank 0 of 1.
     """
-    wanted = trainer.distributed_sampler_kwargs if trainer is not None else None
-    return (wanted["rank"], wanted["num_replicas"]) if wanted else rank_and_world()
+    options = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (options["rank"], options["num_replicas"]) if options else rank_and_world()
 
 
 def training_progress(trainer: Trainer | None) -> tuple[int, int]:

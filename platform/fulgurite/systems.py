@@ -214,7 +214,9 @@ def warn_of_broken_plug_ins() -> None:
     for plug_in in plug_ins():
         if plug_in.fault:
             print(
-                f"fulgurite: warning: {plug_in} Mend or uninstall it.", file=sys.stderr, flush=True
+                f"fulgurite: warning: {plug_in} Repair or uninstall it.",
+                file=sys.stderr,
+                flush=True,
             )
 
 
@@ -250,12 +252,12 @@ def kind_of(keys: Iterable[str]) -> str | None:
         >>> kind_of(["method", "metric", "parameters"]), kind_of(["title"])
         ('sweep', None)
     """
-    found = {*keys}
-    if "parameters" in found and found & {"method", "metric", "command"}:
+    names = {*keys}
+    if "parameters" in names and names & {"method", "metric", "command"}:
         return "sweep"
-    if "methods" in found and not found & {"model", "data", "trainer"}:
+    if "methods" in names and not names & {"model", "data", "trainer"}:
         return "comparison"
-    return "run" if found & {"model", "data", "trainer"} and "methods" not in found else None
+    return "run" if names & {"model", "data", "trainer"} and "methods" not in names else None
 
 
 def check_kind(name: str, keys: Iterable[str], kind: str) -> None:
@@ -320,10 +322,10 @@ def resolve_config(name: str) -> Path:
         return Path(name)
     if packaged := config_path(name):
         return packaged
-    known = [c for system in systems().values() for c in packaged_configs(system)]
+    configs = [c for system in systems().values() for c in packaged_configs(system)]
     for plug_in in plug_ins():
         if plug_in.fault and plug_in.name == name.partition("/")[0]:
             raise ConfigError(f"The configuration '{name}' is out of reach: {plug_in}")
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, configs, n=3, cutoff=0.4)
     hint = f"Nearest: {', '.join(near)}." if near else "`fulgurite systems` lists them."
     raise ConfigError(f"There is no configuration '{name}', neither a file nor packaged.", hint)

@@ -91,10 +91,12 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         >>> bool((source.weight == target.weight).all())
         True
     """
-    own = {name: value for name, value in network.state_dict().items() if _is_tensor(value)}
-    state = _without_prefix(read_weights(path), own, path)
-    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
-    unlike = {name for name in own.keys() & state.keys() if _differs(own[name], state[name])}
+    expected = {name: value for name, value in network.state_dict().items() if _is_tensor(value)}
+    state = _without_prefix(read_weights(path), expected, path)
+    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
+    unlike = {
+        name for name in expected.keys() & state.keys() if _differs(expected[name], state[name])
+    }
     of_head = {name for name in missing | unknown | unlike if name.startswith(f"{head}.")}
     if of_head:
         warnings.warn(
@@ -107,7 +109,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         "missing": sorted(missing - of_head - counters),
         "unknown": sorted(unknown - of_head - counters),
         "of another shape or kind": [
-            f"{name} ({_describe(state[name])}, not {_describe(own[name])})"
+            f"{name} ({_describe(state[name])}, not {_describe(expected[name])})"
             for name in sorted(unlike - of_head)
         ],
     }
@@ -117,7 +119,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
             f"weights={path} does not fit the network: {told}.",
             "Choose the network, stem and in_channels that the weights were saved from.",
         )
-    fitting = {name: state[name] for name in own.keys() & state.keys() - of_head}
+    fitting = {name: state[name] for name in expected.keys() & state.keys() - of_head}
     if broken := sorted(n for n, v in fitting.items() if not torch.isfinite(v).all()):
         raise ConfigError(
             f"weights={path} holds values that are not finite: {_some(broken)}.",
@@ -131,23 +133,24 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _without_prefix(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path
 ) -> dict[str, Tensor]:
     """Take from names what precedes those of the network."""
     prefixes = {""}
-    for name in own:
+    for name in expected:
         prefixes |= {n.removesuffix(name) for n in state if n.endswith(f".{name}")}
-    counts = {prefix: sum(prefix + name in state for name in own) for prefix in prefixes}
+    counts = {prefix: sum(prefix + name in state for name in expected) for prefix in prefixes}
     best = max(counts.values())
-    chosen = sorted(prefix for prefix in prefixes if counts[prefix] == best)
-    if best == 0 or "" in chosen:
+    best_prefixes = sorted(prefix for prefix in prefixes if counts[prefix] == best)
+    if best == 0 or "" in best_prefixes:
         return dict(state)
-    if len(chosen) > 1:
+    if len(best_prefixes) > 1:
         raise ConfigError(
-            f"weights={path} holds {len(chosen)} networks that fit, under {_some(chosen)}",
+            f"weights={path} holds {len(best_prefixes)} networks that fit, under "
+            f"{_some(best_prefixes)}.",
             "Save the one that is meant alone: torch.save(network.state_dict(), path).",
         )
-    (prefix,) = chosen
+    (prefix,) = best_prefixes
     others = sorted(name for name in state if not name.startswith(prefix))
     if others:
         log.warning(
@@ -160,9 +163,11 @@ def _without_prefix(
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
 
-def _differs(own: Tensor, other: Tensor) -> bool:
+def _differs(expected: Tensor, stored: Tensor) -> bool:
     """Whether a tensor cannot take the place of another; half precision can."""
-    return own.shape != other.shape or own.is_floating_point() != other.is_floating_point()
+    return (
+        expected.shape != stored.shape or expected.is_floating_point() != stored.is_floating_point()
+    )
 
 
 def _describe(tensor: Tensor) -> str:
@@ -170,7 +175,7 @@ def _describe(tensor: Tensor) -> str:
     return f"{kind} {tuple(tensor.shape)}"
 
 
-def _some(names: Iterable[str], most: int = 4) -> str:
+def _some(names: Iterable[str], limit: int = 4) -> str:
     every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more

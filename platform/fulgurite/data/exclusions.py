@@ -45,23 +45,23 @@ def check_exclude(exclude: Iterable[str], kinds: Sequence[str], option: str) -> 
     return words
 
 
-def name_some(names: Collection[Any], most: int = 5) -> str:
+def name_some(names: Collection[Any], limit: int = 5) -> str:
     """Return the first few names and how many there are beyond.
 
     Example:
         >>> name_some(["a", "b", "c"], 2)
         'a, b and 1 more'
     """
-    shown = [str(name) for name in list(names)[:most]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+    first = [str(name) for name in list(names)[:limit]]
+    remaining = len(names) - len(first)
+    return ", ".join(first) + (f" and {remaining} more" if remaining else "")
 
 
-def exclude_hint(what: str, kind: str, exclude: Iterable[str], option: str) -> str:
+def exclude_hint(subject: str, kind: str, exclude: Iterable[str], option: str) -> str:
     """Say how to leave something out besides what is left out already.
 
     Args:
-        what: What to leave out: ``such sites``.
+        subject: What to leave out: ``such sites``.
         kind: The word to add.
         exclude: The words that are in force.
         option: Key of the list, behind ``--data.init_args.``.
@@ -71,7 +71,7 @@ def exclude_hint(what: str, kind: str, exclude: Iterable[str], option: str) -> s
         'leave such sites out: `--data.init_args.exclude=[constant,nan]`.'
     """
     words = ",".join(sorted({*exclude, kind}))
-    return f"leave {what} out: `--data.init_args.{option}=[{words}]`."
+    return f"leave {subject} out: `--data.init_args.{option}=[{words}]`."
 
 
 class BadImage(DataError):

@@ -51,29 +51,29 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str,
         ...     [name for name, _ in find_files([folder], [".txt"])]
         ['a.txt', 'b.txt']
     """
-    found: dict[Path, tuple[str, Path]] = {}  # a file given twice would be in two splits
-    for given in paths:
-        for name, path in _find(given, tuple(suffixes)):
-            found.setdefault(path.resolve(), (name, path))
-    if not found:
+    by_path: dict[Path, tuple[str, Path]] = {}  # a file given twice would be in two splits
+    for pattern in paths:
+        for name, path in _find(pattern, tuple(suffixes)):
+            by_path.setdefault(path.resolve(), (name, path))
+    if not by_path:
         raise DataError(
             f"There is no file at {', '.join(paths) or 'no path'} with the suffix "
             f"{' or '.join(suffixes) or '(none is allowed)'}.",
             "Set `--data.init_args.paths` to files, folders or glob patterns, and "
             "`--data.init_args.suffixes` to the suffixes of files in these folders.",
         )
-    return list(found.values())
+    return list(by_path.values())
 
 
-def _find(given: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
-    if given == STDLIB:
+def _find(pattern: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    if pattern == STDLIB:
         yield from list_files(Path(sysconfig.get_path("stdlib")), (".py",), _NOT_STDLIB)
         return
-    path = data_path(given, must_exist=False)
-    if not path.exists() and glob.has_magic(given):
+    path = data_path(pattern, must_exist=False)
+    if not path.exists() and glob.has_magic(pattern):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     else:
-        matches = [data_path(given)]
+        matches = [data_path(pattern)]
     for match in matches:
         if match.is_dir():
             yield from list_files(match, suffixes)
@@ -142,7 +142,7 @@ def _walk(
             if entry.is_symlink() and not os.path.exists(entry.path):
                 raise DataError(
                     f"The link {entry.path} leads nowhere ({os.readlink(entry.path)}).",
-                    "Mend it, or remove it.",
+                    "Repair it, or remove it.",
                 )
             yield name, folder / entry.name
 

@@ -7,7 +7,7 @@ from fulgurite.errors import ConfigError
 __all__ = ["check_fractions", "check_least", "split_ranges"]
 
 
-def check_least(name: str, value: int, least: int = 1) -> None:
+def check_least(name: str, value: int, minimum: int = 1) -> None:
     """Refuse an argument of a DataModule that is too small.
 
     Raises:
@@ -16,9 +16,9 @@ def check_least(name: str, value: int, least: int = 1) -> None:
     Example:
         >>> check_least("length", 1)
     """
-    if value < least:
+    if value < minimum:
         raise ConfigError(
-            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {least} or more."
+            f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {minimum} or more."
         )
 
 

@@ -81,8 +81,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: RoFormer, arXiv 2104.09864, equation 34; halves instead of neighbours, as in GPT-NeoX.
     """
-    left, right = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def in_chunks(

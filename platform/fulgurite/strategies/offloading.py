@@ -80,11 +80,11 @@ def saved_on_host(keep: Iterable[Tensor] = ()) -> Iterator[None]:
 @contextmanager
 def _saved_by(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Iterator[None]:
     """Let autograd save what a function gives for large tensors that are not kept."""
-    kept = {tensor.untyped_storage().data_ptr() for tensor in keep}
+    kept_storages = {tensor.untyped_storage().data_ptr() for tensor in keep}
 
     def pack(tensor: Tensor) -> Any:
         small = tensor.nbytes < _SMALLEST
-        if small or tensor.untyped_storage().data_ptr() in kept or tensor.is_sparse:
+        if small or tensor.untyped_storage().data_ptr() in kept_storages or tensor.is_sparse:
             return tensor
         return tensor.device, move(tensor)
 

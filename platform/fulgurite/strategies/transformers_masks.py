@@ -167,9 +167,11 @@ def _cropped_keys(index: Any, shape: torch.Size) -> int | None:
     if len(parts) != 4 or not all(isinstance(part, slice) for part in parts):
         return None
     bounds = [part.indices(size) for part, size in zip(parts, shape, strict=True)]
-    whole = all(bound == (0, size, 1) for bound, size in zip(bounds[:3], shape[:3], strict=True))
+    is_complete = all(
+        bound == (0, size, 1) for bound, size in zip(bounds[:3], shape[:3], strict=True)
+    )
     start, stop, step = bounds[3]
-    return stop if whole and start == 0 and step == 1 else None
+    return stop if is_complete and start == 0 and step == 1 else None
 
 
 class _Sizes(NamedTuple):

@@ -68,8 +68,8 @@ def compare_values(values: Values, reference: Values) -> tuple[float, str]:
         (0.5, 'loss')
     """
     gradients = [x for name, x in reference.items() if name.startswith("grad ") and x.numel()]
-    least = 1e-3 * max((float(x.abs().max()) for x in gradients), default=0.0)
-    worst, where = 0.0, ""
+    floor = 1e-3 * max((float(x.abs().max()) for x in gradients), default=0.0)
+    worst, worst_name = 0.0, ""
     for name in {**reference, **values}:
         expected, actual = reference.get(name), values.get(name)
         # no gradient is as good as one of zeros
@@ -77,20 +77,20 @@ def compare_values(values: Values, reference: Values) -> tuple[float, str]:
             expected = torch.zeros_like(values[name])
         if actual is None:
             actual = torch.zeros_like(expected)
-        difference = _measure_difference(actual, expected, least if name[:5] == "grad " else 0.0)
-        if not where or difference > worst:
-            worst, where = difference, name
-    return worst, where
+        difference = _measure_difference(actual, expected, floor if name[:5] == "grad " else 0.0)
+        if not worst_name or difference > worst:
+            worst, worst_name = difference, name
+    return worst, worst_name
 
 
-def _measure_difference(actual: Tensor, expected: Tensor, least: float) -> float:
+def _measure_difference(actual: Tensor, expected: Tensor, floor: float) -> float:
     if actual.shape != expected.shape:
         return math.inf
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else math.inf
     if not expected.numel():
         return 0.0
-    magnitude = max(float(expected.abs().max()), least, torch.finfo(expected.dtype).tiny)
+    magnitude = max(float(expected.abs().max()), floor, torch.finfo(expected.dtype).tiny)
     difference = float((actual - expected).abs().max()) / magnitude
     return math.inf if math.isnan(difference) else difference
 
@@ -304,10 +304,10 @@ def judge_mode(
     try:
         values = compute_values(architecture, model, mode, strategy)
         if mode == "causality":  # it is relative itself, and zero but for rounding
-            difference, where = float(values["movement"]), "movement"
+            difference, name = float(values["movement"]), "movement"
         else:
-            difference, where = compare_values(values, reference)
-        judged = cell("exact" if difference <= TOLERANCE else "wrong", where, difference)
+            difference, name = compare_values(values, reference)
+        judged = cell("exact" if difference <= TOLERANCE else "wrong", name, difference)
     except FulguriteError as error:
         judged = cell("refused", _first_line(error))
     except Exception as error:  # a crash is a verdict
@@ -340,10 +340,10 @@ def judge_architecture(
     """
     model = build_model(architecture)
     calls, _ = record_attention(architecture, model)
-    asked = None if modes is None else set(modes)
+    selected = None if modes is None else set(modes)
     cells = []
     for mode in take_modes(architecture, model):
-        if asked is not None and mode not in asked:
+        if selected is not None and mode not in selected:
             continue
         cell = judge_mode(architecture, model, mode, make_strategy)
         cells.append(replace(cell, is_reachable=bool(calls)))

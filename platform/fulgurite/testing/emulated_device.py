@@ -276,12 +276,12 @@ def _lstm_cell_backward(
     workspace: Tensor, bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     i, f, c, o = workspace.chunk(4, 1)
-    known = after.tanh()
+    cell_output = after.tanh()
     of_hidden = torch.zeros_like(after) if of_hidden is None else of_hidden
-    total = of_hidden * o * (1 - known * known) + (0 if of_cell is None else of_cell)
+    total = of_hidden * o * (1 - cell_output * cell_output) + (0 if of_cell is None else of_cell)
     of_gates = [
         total * c * i * (1 - i), total * cell * f * (1 - f), total * i * (1 - c * c),
-        of_hidden * known * o * (1 - o),
+        of_hidden * cell_output * o * (1 - o),
     ]  # fmt: skip
     gates = torch.cat(of_gates, 1)
     return gates, total * f, gates.sum(0) if bias else gates.new_zeros(0)

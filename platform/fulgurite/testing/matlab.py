@@ -43,8 +43,8 @@ def string_table(count: int) -> npt.NDArray[np.uint8]:
     for number in range(1, count + 1):
         properties += struct.pack("<4I", 1, 1, 1, number - 1)
         objects += struct.pack("<6I", 1, 0, 0, number, 0, number)
-    rest = [struct.pack("<2I", 0, 0) * (count + 1), b"", b"\0" * 8]
-    parts = [classes, properties, objects, struct.pack("<2I", 0, 0), *rest[:1]]
+    tail = [struct.pack("<2I", 0, 0) * (count + 1), b"", b"\0" * 8]
+    parts = [classes, properties, objects, struct.pack("<2I", 0, 0), *tail[:1]]
     offsets = [40 + len(names)]
     for part in parts:
         offsets.append(offsets[-1] + len(part))
@@ -85,18 +85,18 @@ def _write_hdf5(
     with h5py.File(path, "w", userblock_size=512) as file:
         refs = file.create_group("#refs#")
 
-        def add(place: Any, name: str, values: Any, kind: str) -> Any:
-            made = place.create_dataset(name, data=values)
-            made.attrs["MATLAB_class"] = np.bytes_(kind)
-            return made
+        def add(group: Any, name: str, values: Any, kind: str) -> Any:
+            dataset = group.create_dataset(name, data=values)
+            dataset.attrs["MATLAB_class"] = np.bytes_(kind)
+            return dataset
 
         cells = [add(refs, "a", string_table(len(texts))[None], "uint8")]
         cells.append(add(refs, "b", np.zeros(2, np.uint64), "canonical empty"))
         cells[1].attrs["MATLAB_empty"] = np.int32(1)
         for number, (name, strings) in enumerate(texts.items(), 1):
             cells.append(add(refs, f"c{number}", pack_strings(strings)[:, None], "uint64"))
-            made = add(file, name, string_words(number)[None], "string")
-            made.attrs["MATLAB_object_decode"] = np.int32(3)
+            words = add(file, name, string_words(number)[None], "string")
+            words.attrs["MATLAB_object_decode"] = np.int32(3)
         for name, values in arrays.items():
             add(file, name, np.atleast_2d(values).T, "double")
         table = np.array([[cell.ref for cell in cells]], h5py.ref_dtype)

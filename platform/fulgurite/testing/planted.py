@@ -76,8 +76,8 @@ class Planted:
             return isotropic
         planes = self.subspaces[labels]
         weights = torch.from_numpy(rng.standard_normal(planes.shape[:2])) / planes.shape[1] ** 0.5
-        spread: Tensor = torch.einsum("ns,nsd->nd", weights, planes)
-        features: Tensor = means + sigma * spread + floor * noise
+        deviations: Tensor = torch.einsum("ns,nsd->nd", weights, planes)
+        features: Tensor = means + sigma * deviations + floor * noise
         return features
 
 
@@ -92,9 +92,9 @@ def symmetric_noise(labels: Tensor, rate: float, num_classes: int, seed: int = 0
     noisy = labels.clone()
     for c in range(num_classes):
         members = np.flatnonzero(labels.numpy() == c)
-        chosen = rng.choice(members, round(rate * len(members)), replace=False)
-        shift = rng.integers(1, num_classes, len(chosen))
-        noisy[chosen] = torch.from_numpy((c + shift) % num_classes)
+        flipped = rng.choice(members, round(rate * len(members)), replace=False)
+        shift = rng.integers(1, num_classes, len(flipped))
+        noisy[flipped] = torch.from_numpy((c + shift) % num_classes)
     return noisy
 
 
@@ -125,13 +125,13 @@ class PlantedClients:
 
     Attributes:
         features: Of each client. Shape: K tensors (N_k, D).
-        given: Labels as the clients have them. Shape: K tensors (N_k,).
+        labels: Labels as the clients have them. Shape: K tensors (N_k,).
         true: True classes. Shape: K tensors (N_k,).
         noisy: Which clients have noisy labels, bool. Shape: (K,).
     """
 
     features: list[Tensor]
-    given: list[Tensor]
+    labels: list[Tensor]
     true: list[Tensor]
     noisy: Tensor
 
@@ -164,7 +164,7 @@ def planted_clients(
 
     Example:
         >>> clients = planted_clients(rates=[0.0, 0.5, 0.5], per_client=100)
-        >>> int(clients.noisy.sum()), sum(map(len, clients.given))
+        >>> int(clients.noisy.sum()), sum(map(len, clients.labels))
         (2, 300)
     """
     rng = np.random.default_rng((seed, 3))
@@ -179,8 +179,8 @@ def planted_clients(
             owner[members] = rng.choice(count, members.sum(), p=rng.dirichlet([alpha] * count))
     true = [torch.from_numpy(labels[owner == k]) for k in range(count)]
     features = [planted.sample(y, sigma, seed=seed * count + k) for k, y in enumerate(true)]
-    given = [
+    observed = [
         symmetric_noise(y, float(rate), num_classes, seed=seed * count + k)
         for k, (y, rate) in enumerate(zip(true, shuffled, strict=True))
     ]
-    return PlantedClients(features, given, true, torch.from_numpy(shuffled > 0))
+    return PlantedClients(features, observed, true, torch.from_numpy(shuffled > 0))

@@ -215,40 +215,40 @@ class Survival:
 
 def differing(one: Path, two: Path) -> list[str]:
     """What of two runs that should be the same is not: weights, optimizers, records, figures."""
-    found: list[str] = []
+    differences: list[str] = []
     for name in ("last.ckpt", "best.ckpt"):
         files = [run / "checkpoints" / name for run in (one, two)]
         if [f.is_file() for f in files] == [False, False]:
             continue
         if not all(f.is_file() for f in files):
-            found.append(f"{name} is missing")
+            differences.append(f"{name} is missing")
             continue
         states = [torch.load(f, weights_only=True) for f in files]
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
-            found += [f"{name}: {part}{key}" for key in unequal(*(s[part] for s in states))]
+            differences += [f"{name}: {part}{key}" for key in unequal(*(s[part] for s in states))]
         scores = [
             {k: v.get("best_model_score") for k, v in s["callbacks"].items() if "Checkpoint" in k}
             for s in states
         ]
-        found += [f"{name}: best score {key}" for key in unequal(scores[0], scores[1])]
+        differences += [f"{name}: best score {key}" for key in unequal(scores[0], scores[1])]
     rows = [_rows(run / "metrics.csv") for run in (one, two)]
     if len(rows[0]) != len(rows[1]):
-        found.append(f"metrics.csv: {len(rows[0])} and {len(rows[1])} rows")
+        differences.append(f"metrics.csv: {len(rows[0])} and {len(rows[1])} rows")
     for i, (first, second) in enumerate(zip(*rows, strict=False)):
-        found += [f"metrics.csv: row {i}{key}" for key in unequal(first, second)]
+        differences += [f"metrics.csv: row {i}{key}" for key in unequal(first, second)]
     summaries = [_without_clocks(json.loads((r / "summary.json").read_text())) for r in (one, two)]
-    found += [f"summary.json: {key}" for key in unequal(summaries[0], summaries[1])]
+    differences += [f"summary.json: {key}" for key in unequal(summaries[0], summaries[1])]
     drawn = [sorted(path.name for path in run.glob("figures/*.png")) for run in (one, two)]
     if drawn[0] != drawn[1]:
-        found.append(f"figures: {drawn[0]} and {drawn[1]}")
+        differences.append(f"figures: {drawn[0]} and {drawn[1]}")
     else:
-        found += [
+        differences += [
             f"figures/{name}"
             for name in drawn[0]
             if name != "attention.png"  # of times
             and (one / "figures" / name).read_bytes() != (two / "figures" / name).read_bytes()
         ]
-    return found
+    return differences
 
 
 def _without_clocks(values: dict[str, Any]) -> dict[str, Any]:

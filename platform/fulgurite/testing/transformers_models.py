@@ -650,9 +650,9 @@ def _draw_mask_4d(mode: str) -> Tensor:
     visible = (torch.rand(shape, generator=generator) < 0.6).tril() | torch.eye(_TOKENS).bool()
     if mode == "mask_4d_bool":
         return visible
-    least = torch.finfo(torch.float64).min
+    lowest = torch.finfo(torch.float64).min
     bias = _draw_numbers(*shape) if mode == "bias_4d" else torch.zeros(shape).double()
-    return bias.masked_fill(~visible, least)
+    return bias.masked_fill(~visible, lowest)
 
 
 def _make_batch(architecture: Architecture, model: Any, mode: str) -> _Batch:
