@@ -317,7 +317,7 @@ class JumpPlates(PlateSource):
             self._left_out(excluded, kind, sum(rows for _, rows in plates), what, "plates")
         if not parts:
             raise DataError(
-                f"No plate with a site is left ({'; '.join(e.what for e in excluded)}).",
+                f"No plate with a site is left ({'; '.join(e.reason for e in excluded)}).",
                 f"Choose other plates, or take words out of `{_OPTION}.exclude`.",
             )
         return pd.concat(parts, ignore_index=True)

@@ -220,7 +220,7 @@ class PlateTable:
                     else f"Give the columns {', '.join(_NEEDED)}.",
                 )
         if not len(frame):
-            left_out = "; ".join(exclusion.what for exclusion in self.excluded)
+            left_out = "; ".join(exclusion.reason for exclusion in self.excluded)
             raise DataError(
                 f"The plate table is empty{f' without {left_out}' * bool(left_out)}.",
                 "Give at least one site, or leave out less.",
@@ -334,7 +334,7 @@ class PlateTable:
         """
         if rows.all():
             raise DataError(
-                f"Without what is excluded ({exclusion.what}) no site is left.",
+                f"Without what is excluded ({exclusion.reason}) no site is left.",
                 f"Take `{exclusion.kind}` out of `--data.init_args.exclude`, or correct the data.",
             )
         return PlateTable(
@@ -399,5 +399,5 @@ class PlateTable:
                 + ("; new_wells in the split checks it" if told > chance + 0.1 else "")
             )
         lines += self.notes
-        lines += [f"excluded ({e.kind}), {e.rows} sites: {e.what}" for e in self.excluded]
+        lines += [f"excluded ({e.kind}), {e.rows} sites: {e.reason}" for e in self.excluded]
         return "\n".join(lines)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.base import save_options
-from fulgurite.data.splits import check_least
+from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.completed import (
     CompletedStacks,
     drop_overlapping,
@@ -127,12 +127,12 @@ class IceLayerDataModule(L.LightningDataModule):
         seed: int = 1234,
     ) -> None:
         super().__init__()
-        check_least("batch_size", batch_size)
-        check_least("num_workers", num_workers, 0)
+        check_min("batch_size", batch_size)
+        check_min("num_workers", num_workers, 0)
         if eval_batch_size is not None:
-            check_least("eval_batch_size", eval_batch_size)
+            check_min("eval_batch_size", eval_batch_size)
         if train_stacks is not None:
-            check_least("train_stacks", train_stacks)
+            check_min("train_stacks", train_stacks)
         for name, value, high in (("drop", drop, 1.0), ("guard", guard, 1e3)):
             if not 0 <= value <= high:
                 raise ConfigError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.data.listing import list_files
-from fulgurite.data.splits import check_least
+from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE
 from fulgurite.datamodules.ice_layers.flights import StackSource, left_out_files, read_or_leave
 from fulgurite.datamodules.ice_layers.resample import along_track
@@ -150,7 +150,7 @@ class SredMat(StackSource):
             ("traces", traces, 2),
             ("first_row", first_row, 0),
         ):
-            check_least(f"source.init_args.{name}", number, least)
+            check_min(f"source.init_args.{name}", number, least)
         if unknown := [name for name in fields if name not in FIELDS]:
             raise ConfigError(
                 f"SRED has no physical field {unknown[0]!r}.",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule, keep_batch
-from fulgurite.data.splits import check_least
+from fulgurite.data.splits import check_min
 from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
 from fulgurite.datamodules.number_probing.corpus import (
     TokenCache,
@@ -93,11 +93,11 @@ class AdditionDataModule(_NumberDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_least("batch_size", batch_size)
-        check_least("steps_per_epoch", steps_per_epoch)
-        check_least("val_size", val_size, 0)
-        check_least("test_size", test_size, 0)
-        check_least("num_workers", num_workers, 0)
+        check_min("batch_size", batch_size)
+        check_min("steps_per_epoch", steps_per_epoch)
+        check_min("val_size", val_size, 0)
+        check_min("test_size", test_size, 0)
+        check_min("num_workers", num_workers, 0)
         self.task = AdditionTask(
             base, tokens, order, carry, overflow, train_fraction, mirrored, seed
         )

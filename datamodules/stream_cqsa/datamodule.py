@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule
-from fulgurite.data.splits import check_least
+from fulgurite.data.splits import check_min
 from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
     ByteText,
@@ -178,12 +178,12 @@ class NeedleDataModule(SequenceDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_least("train_size", train_size)
-        check_least("val_size", val_size, 0)
-        check_least("test_size", test_size, 0)
-        check_least("batch_size", batch_size)
-        check_least("seed", seed, 0)
-        check_least("num_workers", num_workers, 0)
+        check_min("train_size", train_size)
+        check_min("val_size", val_size, 0)
+        check_min("test_size", test_size, 0)
+        check_min("batch_size", batch_size)
+        check_min("seed", seed, 0)
+        check_min("num_workers", num_workers, 0)
         self.task = NeedleTask(length, keys, values, filler, needles, next_token)
         self.save_hyperparameters(logger=False)
         self.length = length

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fulgurite.data.listing import STDLIB, find_files
-from fulgurite.data.splits import check_fractions, check_least, split_ranges
+from fulgurite.data.splits import check_fractions, check_min, split_ranges
 from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
 from fulgurite.sampling import (
@@ -114,14 +114,14 @@ class TextDataModule(SequenceDataModule):
         Raises:
             ConfigError: One is out of range.
         """
-        check_least("length", length)
-        check_least("batch_size", batch_size)
-        check_least("num_workers", num_workers, 0)
-        check_least("seed", seed, 0)
+        check_min("length", length)
+        check_min("batch_size", batch_size)
+        check_min("num_workers", num_workers, 0)
+        check_min("seed", seed, 0)
         if steps_per_epoch is not None:
-            check_least("steps_per_epoch", steps_per_epoch)
+            check_min("steps_per_epoch", steps_per_epoch)
         if val_sequences is not None:
-            check_least("val_sequences", val_sequences)
+            check_min("val_sequences", val_sequences)
         check_fractions(*fractions)
         self.paths = [paths or STDLIB] if isinstance(paths, str | None) else list(paths)
         self.suffixes = list(suffixes)

@@ -17,12 +17,12 @@ class Exclusion:
 
     Attributes:
         kind: The word in ``exclude`` that asked for it.
-        what: What was wrong with which plates, wells or files.
+        reason: What was wrong with which plates, wells or files.
         rows: Number of samples.
     """
 
     kind: str
-    what: str
+    reason: str
     rows: int
 
 

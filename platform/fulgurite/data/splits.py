@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["check_fractions", "check_least", "split_ranges"]
+__all__ = ["check_fractions", "check_min", "split_ranges"]
 
 
-def check_least(name: str, value: int, minimum: int = 1) -> None:
+def check_min(name: str, value: int, minimum: int = 1) -> None:
     """Refuse an argument of a DataModule that is too small.
 
     Raises:
         ConfigError: It is.
 
     Example:
-        >>> check_least("length", 1)
+        >>> check_min("length", 1)
     """
     if value < minimum:
         raise ConfigError(
