@@ -54,7 +54,7 @@ class SystemModule(LightningModule):
         """Check that the model was made for the data.
 
         Raises:
-            ConfigError: See :func:`check_sizes`.
+            ConfigError: The sizes of the model and the data differ.
         """
         check_sizes(self)
 
@@ -91,7 +91,7 @@ def build_network(
         argument: What errors call it.
 
     Raises:
-        ConfigError: It is neither, or it makes no module.
+        ConfigError: The network is neither, or the call does not return a module.
 
     Example:
         >>> build_network(nn.Linear, 2, 3), build_network(nn.Flatten(), 2, 3)
@@ -119,7 +119,7 @@ def check_head(network: nn.Module, num_classes: int) -> None:
     """Refuse a network whose ``head`` gives another number of classes.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: The head gives another number of classes.
     """
     head = getattr(network, "head", None)
     if isinstance(head, nn.Linear) and head.out_features != num_classes:

@@ -34,7 +34,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write a checkpoint; places that are no local files are left to Lightning.
 
         Raises:
-            RunError: It cannot be written.
+            RunError: The checkpoint cannot be written.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -47,7 +47,7 @@ class CheckpointFiles(TorchCheckpointIO):
         """Read a checkpoint onto the CPU, without executing anything in it.
 
         Raises:
-            CheckpointError: It is damaged, or holds anything else than tensors and plain types.
+            CheckpointError: The file is damaged, or holds other types than tensors and plain ones.
         """
         stored: dict[str, Any] = load_plain(str(path), "--ckpt_path", _HINT)
         return stored
@@ -61,7 +61,7 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         continued: Whether the folder is that of the run that the training goes on with; else the
             best score counts from here on.
-        options: Of ``ModelCheckpoint``, with ``dirpath``.
+        options: Options of ``ModelCheckpoint``, with ``dirpath``.
     """
 
     def __init__(self, *, continued: bool, **options: Any) -> None:
@@ -114,7 +114,7 @@ def check_checkpoint(stored: Any, path: str | Path, *, resumes: bool) -> None:
         resumes: Whether a training goes on from it.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: The content is not that of a checkpoint, or lacks a state to resume from.
     """
     option = f"--ckpt_path={path}"
     if not isinstance(stored, Mapping):

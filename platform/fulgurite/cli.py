@@ -266,7 +266,7 @@ class FulguriteCLI(LightningCLI):
 
         Raises:
             CheckpointError: There is no such checkpoint, or nothing can go on from it.
-            ConfigError: It is of a training with other options.
+            ConfigError: The checkpoint is of a training with other options.
         """
         checkpoint, command = self.section.get("ckpt_path"), str(self.config.subcommand)
         if not checkpoint:
@@ -338,7 +338,7 @@ class FulguriteCLI(LightningCLI):
         """Whether a fit may go on in the folder of a run.
 
         Raises:
-            ConfigError: It has other options, or has gone further than the checkpoint.
+            ConfigError: The run has other options, or has gone further than the checkpoint.
         """
         new = f"--ckpt_path={path} --run.new=true goes on in a new folder."
         if differing := training_differences(recorded_config(run), now):
@@ -665,7 +665,7 @@ def _run_config(name: str) -> Path:
     """The file of a configuration of a run.
 
     Raises:
-        ConfigError: There is none, or the file is of a comparison or a sweep.
+        ConfigError: There is no such configuration, or it describes a comparison or a sweep.
     """
     path = resolve_config(name)
     check_kind(name, read_keys(path), "run")
@@ -961,7 +961,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     """The parsed configuration of a command line, without running it.
 
     Raises:
-        ConfigError: As for :func:`run`.
+        ConfigError: The command line or the configuration is wrong.
     """
     try:
         _construct(prepare_arguments(argv), only_parse=True)

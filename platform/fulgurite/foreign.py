@@ -188,8 +188,8 @@ def read_json(source: str | Path | bytes) -> Any:
     """Read JSON of a file, or its bytes, in UTF-8; an object may have each name once.
 
     Raises:
-        ValueError: It is no JSON, is larger than 48 MiB or names something twice.
-        OSError: It cannot be opened.
+        ValueError: The content is not JSON, is larger than 48 MiB, or repeats a name in an object.
+        OSError: The file cannot be opened.
 
     Example:
         >>> read_json(b'{"a": [1, 2]}')
@@ -240,8 +240,8 @@ def open_compressed(path: str | Path) -> Iterator[BinaryIO]:
     The content decides, not the name.
 
     Raises:
-        ValueError: It expands too much (raised by ``read``).
-        OSError: It cannot be opened.
+        ValueError: The content expands too much (raised by ``read``).
+        OSError: The file cannot be opened.
     """
     with open(path, "rb") as file:
         start = file.read(6)
@@ -265,7 +265,7 @@ def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
 
     Args:
         path: The file.
-        options: Of ``pandas.read_csv``.
+        options: Options of ``pandas.read_csv``.
 
     Raises:
         ValueError: The file is of another format, a line has more than 10,000 fields or more of
@@ -321,7 +321,7 @@ def check_parquet(path: str | Path) -> None:
     """Refuse a parquet table whose rows are out of proportion to the file.
 
     Raises:
-        ValueError: They are.
+        ValueError: The rows are out of proportion to the file.
         Exception: What pyarrow raises.
     """
     import pyarrow.parquet as pq
@@ -348,13 +348,13 @@ def check_archive(archive: zipfile.ZipFile, size: int, names: Iterable[str] | No
 
     Args:
         archive: The open zip.
-        size: Of its file [bytes].
-        names: Of the members to check; all if not given.
+        size: Size of its file [bytes].
+        names: Names of the members to check; all by default.
 
     Raises:
         ValueError: A member is encrypted, compressed in an unusual way or named twice, or they
             expand too much.
-        KeyError: There is no member of a name.
+        KeyError: The archive has no member of that name.
     """
     members = archive.infolist() if names is None else [archive.getinfo(name) for name in names]
     if len({member.filename for member in members}) < len(members):
@@ -385,11 +385,11 @@ def read_member(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
 
     Args:
         archive: The open zip.
-        name: Of the member.
-        size: Of the zip's file [bytes].
+        name: Name of the member.
+        size: Size of the zip's file [bytes].
 
     Raises:
-        ValueError: See :func:`check_archive`.
+        ValueError: The member fails :func:`check_archive`.
         Exception: What ``zipfile`` and ``zlib`` raise.
     """
     check_archive(archive, size, [name])
@@ -439,7 +439,7 @@ def read_arrays(
 
     Args:
         path: The file.
-        names: Of the arrays to read, where they are there; all if not given.
+        names: Names of the arrays to read, where they are there; all by default.
 
     Raises:
         ValueError: The file is no zip of arrays, holds objects, or they are out of proportion.
@@ -534,7 +534,7 @@ def open_picture(source: str | Path | IO[bytes]) -> Iterator[Any]:
     """Open a PNG or JPEG with Pillow; other formats run what this project does not need.
 
     Raises:
-        ValueError: It is of another format, or has more pixels than Pillow's
+        ValueError: The picture has another format, or more pixels than Pillow's
             ``Image.MAX_IMAGE_PIXELS``.
         Exception: What Pillow raises.
     """
@@ -558,10 +558,10 @@ def check_tiff(pages: Iterable[Any], size: int) -> None:
 
     Args:
         pages: Planes, of ``tifffile``.
-        size: Of the file [bytes].
+        size: Size of the file [bytes].
 
     Raises:
-        ValueError: They are, or are compressed so that this cannot be known.
+        ValueError: The planes are out of proportion, or their compression hides their size.
     """
     total = 0
     for page in pages:
@@ -634,7 +634,7 @@ def check_tensors(content: Any, size: int) -> None:
 
     Args:
         content: What was loaded.
-        size: Of the file [bytes].
+        size: Size of the file [bytes].
 
     Raises:
         ValueError: Tensors or bytes are out of proportion to the file.
@@ -673,7 +673,7 @@ def read_state_dict(
         The whole checkpoint (empty for a state dict alone), and its tensors by name.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it holds anything else.
+        CheckpointError: The file does not exist, is damaged, or holds other types.
     """
     from torch import Tensor
 

@@ -79,7 +79,7 @@ class _Worker:
 
         Raises:
             ValueError: The task failed, or the process ended.
-            ImportError: It lacks a package.
+            ImportError: The task needs a package that is not installed.
         """
         request = {"task": task, "seconds": seconds, "room": room, "arguments": arguments}
         with self.lock:
@@ -172,8 +172,8 @@ def read_matlab73(path: str | Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ValueError: It is damaged, leads out of itself, or its values are out of proportion to it.
-        OSError: It is not there.
+        ValueError: The file is damaged, links to other files, or its values are out of proportion.
+        OSError: The file does not exist.
         ImportError: h5py is not installed.
     """
     value, arrays = _ask("matlab", path)
@@ -221,12 +221,12 @@ class NetcdfFile:
         path: The file.
 
     Attributes:
-        attributes: Of the file, value by name.
+        attributes: Attributes of the file, value by name.
         variables: By name, in the file's order.
 
     Raises:
-        ValueError: It is damaged, or leads out of itself.
-        OSError: It is not there.
+        ValueError: The file is damaged, or links to other files.
+        OSError: The file does not exist.
         ImportError: netCDF4 is not installed.
     """
 
@@ -243,7 +243,7 @@ class NetcdfFile:
         """Values of a variable of numbers.
 
         Args:
-            name: Of the variable.
+            name: Name of the variable.
             first: Only its first step.
             is_masked: NaN where the file says that a value is missing.
 
@@ -251,7 +251,8 @@ class NetcdfFile:
             - (T, …), or (1, …) for the first step.
 
         Raises:
-            ValueError: They cannot be read, are no numbers, or out of proportion to the file.
+            ValueError: The values cannot be read, are not numbers, or are out of proportion to the
+                file.
         """
         value, arrays = self._values(name, first, is_masked)
         if "array" not in value:
@@ -263,7 +264,7 @@ class NetcdfFile:
         """Values of a variable of text.
 
         Raises:
-            ValueError: They cannot be read, or are none.
+            ValueError: The values cannot be read, or are not text.
         """
         value, _ = self._values(name, False, False)
         if "texts" not in value:

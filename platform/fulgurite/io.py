@@ -102,10 +102,10 @@ def load_plain(
         path: The file.
         option: Who asks for it, as the user spells it; named in errors.
         hint: What to do where there is no such file.
-        options: Of ``torch.load``.
+        options: Options of ``torch.load``.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it holds anything else.
+        CheckpointError: The file does not exist, is damaged, or holds other types.
 
     Example:
         >>> import tempfile, torch

@@ -39,7 +39,7 @@ def decode_strings(words: npt.NDArray[Any], cells: Sequence[Any]) -> str | list[
         The text of a single string, or those of an array in MATLAB's order; empty where missing.
 
     Raises:
-        ValueError: They are of no string, or of a layout that is not known.
+        ValueError: The variable is not a string, or its layout is unknown.
 
     Source: the layout is not published; it is that of files which MATLAB R2016b and later write.
     """

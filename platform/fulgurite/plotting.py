@@ -83,8 +83,8 @@ def heatmap(
         limits: Range of the colours; by default that of the values.
         highlight_rows: Rows whose tick label is drawn bold.
         first_row: Number of the first row.
-        names: Of the rows and columns of a square matrix; its values are written into it where
-            they are legible.
+        names: Names of the rows and columns of a square matrix, whose values are written into it
+            where they are legible.
     """
     low, high = limits or (None, None)
     rows, columns = values.shape

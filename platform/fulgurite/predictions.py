@@ -202,7 +202,8 @@ class PredictionFile:
         """Add a batch's output.
 
         Raises:
-            ConfigError: It is of a kind that cannot be written, or unlike the first.
+            ConfigError: The output cannot be written, or its keys differ from those of the first
+                batch.
         """
         blocks = dict(self.split(output))
         if self.batches and blocks.keys() != self.columns.keys():
@@ -227,7 +228,7 @@ class PredictionFile:
         """The keys of an output, each with arrays whose first axis is rows.
 
         Raises:
-            ConfigError: It is of a kind that cannot be written.
+            ConfigError: The output is of a type that cannot be written.
         """
         if output is None:
             return
@@ -429,7 +430,7 @@ def read_predictions(path: str | Path) -> dict[str, Array | list[Array]]:
     """Read a file of predictions: an array for each key, or a list of rows where they differ.
 
     Raises:
-        DataError: There is no such file, or it is damaged.
+        DataError: The file does not exist, or is damaged.
 
     Example:
         >>> import tempfile

@@ -205,7 +205,7 @@ class TrainingState(Callback):
         """Check that nothing of the checkpoint would be left out.
 
         Raises:
-            CheckpointError: It has states of fewer or more optimizers than the model.
+            CheckpointError: The checkpoint has states of fewer or more optimizers than the model.
         """
         if self._counts is None:
             return

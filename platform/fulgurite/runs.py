@@ -210,7 +210,7 @@ def recorded_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration that a run has recorded.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: The recorded configuration cannot be read.
     """
     file = folder / "config.yaml"
     try:
@@ -296,7 +296,7 @@ def _check_restart(folder: Path) -> None:
     """Whether a fit may start over in a folder: nothing of the first one can be lost.
 
     Raises:
-        ConfigError: It holds a run with a checkpoint, or one that has ended.
+        ConfigError: The folder holds a run with a checkpoint, or a run that has ended.
     """
     if (folder / LAST).is_file():
         raise ConfigError(
@@ -420,7 +420,7 @@ def _named_by_config(config: Path | None) -> Path | None:
     """The run whose record a configuration is.
 
     Raises:
-        CheckpointError: It is the record of an evaluation whose checkpoint is not known.
+        CheckpointError: The record is of an evaluation whose checkpoint is not known.
     """
     if config is None or not re.fullmatch(r"config(\.\d+)?\.yaml", config.name):
         return None
@@ -454,7 +454,7 @@ def find_run(
         config: The first configuration file of the command line.
 
     Raises:
-        CheckpointError: There is none, or the newest one has no such checkpoint.
+        CheckpointError: There is no such run, or the newest one has no such checkpoint.
     """
     if options.dir is not None:
         return Path(options.dir)
@@ -514,7 +514,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     """The ``last`` or ``best`` checkpoint of a run.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: The run has no such checkpoint.
     """
     file = _checkpoint(folder, which)
     if file.is_file():

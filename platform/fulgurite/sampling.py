@@ -48,7 +48,7 @@ def training_progress(trainer: Trainer | None) -> tuple[int, int]:
     nothing of what an interrupted epoch had done; a sampler that starts there goes on instead.
 
     Args:
-        trainer: Of the DataModule; None gives ``(0, 0)``.
+        trainer: Trainer of the DataModule; None gives ``(0, 0)``.
     """
     if trainer is None:
         return 0, 0

@@ -156,7 +156,7 @@ class PlugIn:
     """A system that another package announces, or why it cannot be used.
 
     Args:
-        name: Of the entry point.
+        name: Name of the entry point.
         origin: Where it is: the entry point's value and the package that announces it.
         system: What was announced; None where it cannot be used.
         fault: Why not; empty where it can.
@@ -269,7 +269,7 @@ def check_kind(name: str, keys: Iterable[str], kind: str) -> None:
         kind: What is expected: ``run``, ``comparison`` or ``sweep``.
 
     Raises:
-        ConfigError: It describes something else.
+        ConfigError: The file describes another kind.
     """
     other = kind_of(keys)
     if other is not None and other != kind:

@@ -32,8 +32,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             with one under ``state_dict``.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it holds anything else.
-        MissingExtraError: It is a safetensors file, and the package is not installed.
+        CheckpointError: The file does not exist, is damaged, or holds other types.
+        MissingExtraError: The file needs safetensors, which is not installed.
     """
     if Path(path).suffix != ".safetensors":
         return read_state_dict(path, "weights")[1]
@@ -78,7 +78,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
         head: Name of the layer that may differ or be absent.
 
     Raises:
-        CheckpointError: See :func:`read_weights`.
+        CheckpointError: The file cannot be read by :func:`read_weights`.
         ConfigError: A tensor other than the head's is missing, unknown, of another shape or kind,
             or not finite; or the file holds two such networks.
 

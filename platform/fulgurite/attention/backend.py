@@ -111,7 +111,7 @@ class Streamed:
     Attributes:
         calls: How often it was called, recomputation under checkpointing included.
         moved_bytes: What all forward calls loaded and stored, by their plans.
-        plan: Of the last call.
+        plan: Plan of the last call.
         is_running: Whether a call goes on.
     """
 
@@ -161,7 +161,7 @@ class Streamed:
             value: Shape: (..., G, N, E).
             attn_mask: See :func:`~fulgurite.attention.stream_attention`, as the rest.
             is_causal: Query i sees keys up to i.
-            scale: Of the scores.
+            scale: Scale of the scores.
             enable_gqa: Allow fewer key/value heads than query heads; by default they are allowed.
             softcap: Cap of the scores.
             sinks: Scores of a key without a value.

@@ -61,11 +61,11 @@ def bias_gradient(
 
     Args:
         grad: Gradient of the result. Shape: (B, H, M, E).
-        inputs: Of the forward pass.
+        inputs: Inputs of the forward pass.
         out: The result. Shape: (B, H, M, E).
         lse: Its log-sum-exp. Shape: (B, H, M).
         bias: The learned tensor. Shape: (B or 1, H or 1, M or 1, N or 1).
-        plan: Of the gradients.
+        plan: Plan of the gradients.
         device: Where kernels run.
 
     Returns:

@@ -27,7 +27,7 @@ def parse_budget(budget: Budget, device: torch.device) -> int | None:
         device: Where attention is computed.
 
     Raises:
-        ConfigError: It is none of these, or not positive.
+        ConfigError: The budget is none of these, or not positive.
 
     Example:
         >>> parse_budget("1.5 GiB", torch.device("cpu")), parse_budget(4096, torch.device("cpu"))

@@ -30,7 +30,7 @@ def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 
     Args:
         device: Where attention is computed.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         head_dim: D.
 
     Source: inferred; the model of time is that of :func:`~fulgurite.attention.plan`.
@@ -48,7 +48,7 @@ def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Cos
 
     Args:
         device: See :func:`measured_costs`, as the rest.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         head_dim: D.
     """
     return _agreed_costs(dist.group.WORLD, device, dtype, head_dim)

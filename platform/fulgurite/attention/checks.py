@@ -22,7 +22,7 @@ def check_integer(name: str, value: object) -> int:
     """Return a whole number, also one of NumPy.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: The value is not an integer.
     """
     try:
         if isinstance(value, bool | Tensor):
@@ -36,7 +36,7 @@ def check_number(name: str, value: object) -> float:
     """Return a number that is the same for all scores.
 
     Raises:
-        ConfigError: It is none, or a tensor, whose gradient would be lost.
+        ConfigError: The value is not a real number, or is a tensor, whose gradient would be lost.
     """
     if isinstance(value, bool | Tensor) or not isinstance(value, Real):
         raise ConfigError(
@@ -57,7 +57,8 @@ def host_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Views by name. Shape of each: (B, H, N, D), and (B, H, N) for ``lse``.
 
     Raises:
-        DataError: Something is no tensor, lies elsewhere, or has axes that do not join in a view.
+        DataError: A value is not a tensor, lies on another device, or its axes do not join in a
+            view.
 
     Example:
         >>> host_tensors({"query": torch.zeros(7, 2), "lse": torch.zeros(5, 4, 3, 7)})["lse"].shape
@@ -109,7 +110,7 @@ def check_beside(
         dtype: The type that it must have; any floating type by default.
 
     Raises:
-        DataError: It does not fit.
+        DataError: The shape or the type is not the required one.
     """
     required = dtype or tensor.dtype
     if (
@@ -132,7 +133,7 @@ def kernel_device(device: torch.device | str | None) -> torch.device:
         device: The CPU by default.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: The name is not that of a device, or this machine has no such device.
 
     Example:
         >>> kernel_device(None)

@@ -35,7 +35,7 @@ class Costs:
 
     Args:
         flops: Floating operations of a large tile [1/s].
-        bandwidth: Of copies between where tensors lie and the device [bytes/s].
+        bandwidth: Bandwidth of copies between where tensors lie and the device [bytes/s].
         call: Overhead of a kernel call and the merge of its result [s].
         merge: What each number of a result costs beside its pairs [s].
         short_tiles: How much slower kernels are on tiles of few queries: the number of queries
@@ -98,7 +98,7 @@ class Setting(NamedTuple):
         tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
         ahead: Whether the next tile is copied to the device while one is computed.
         ranks: How many share the tasks.
-        costs: Of the machine.
+        costs: Measured costs of the machine.
         kernels: Which compute the tiles.
         masked_side: Side of the largest tiles under the bias of a mask's edge; None for that of
             CPUs.
@@ -129,7 +129,7 @@ class Cut(NamedTuple):
         schedule: ``whole``, ``heads``, ``rect`` or ``cqs``.
         head_step: Batch entries and key/value heads at once.
         tile: Queries and keys of a tile.
-        chunks: Of ``cqs``.
+        chunks: Number of chunks of ``cqs``.
         passes: How often gradients go through all tiles.
     """
 

@@ -258,7 +258,7 @@ class CheckedKernels:
     """Computes each tile with the first kernel that takes it and that gave the right numbers.
 
     Args:
-        names: Of the kernels, in the order in which they are tried; after them
+        names: Names of the kernels, in the order in which they are tried; after them
             :class:`~fulgurite.attention.kernels.MathKernel` is.
         orders_by_size: Whether cuDNN is tried first for large tiles, on GPUs where it is the
             fastest.
@@ -309,7 +309,7 @@ def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
     """Return the kernel for tiles of a type on a CUDA device.
 
     Args:
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         prefer: Kernel to try before the others: flash, cudnn or efficient; or math for none.
 
     Raises:
@@ -335,7 +335,7 @@ def cuda_kernel_names(
 
     Args:
         device: A GPU of this machine.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         head_dim: The larger of D and E.
         prefer: Kernel to try before the others.
         has_wide_bias: Whether a bias is wider than ``dtype``, which only matrix products add.
@@ -443,7 +443,7 @@ def _case(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) ->
 
     Args:
         device: Where it lies.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         head_dim: D.
         kind: ``full``, ``causal`` or ``bias``; ``low`` and ``low bias`` have log-sum-exps near
             -120 and a last block of keys that is half full.

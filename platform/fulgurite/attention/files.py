@@ -74,7 +74,7 @@ def attend_files(
         value: Shape: (B, G, N, D).
         out: Result, overwritten; float32 (float64) for ``schedule="cqs"``. Shape: (B, H, M, D).
         lse: Log-sum-exp, float32 (float64 for float64), overwritten. Shape: (B, H, M).
-        scale: Of the scores; see :func:`~fulgurite.attention.stream_attention`, as the rest.
+        scale: Scale of the scores; see :func:`~fulgurite.attention.stream_attention`, as the rest.
         enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once. A journal keeps what ``"auto"`` found at first.
         schedule: The way to cut.
@@ -190,7 +190,7 @@ def attend_files_backward(
         dquery: Gradient, overwritten. Shape: (B, H, M, D).
         dkey: Gradient, overwritten. Shape: (B, G, N, D).
         dvalue: Gradient, overwritten. Shape: (B, G, N, D).
-        scale: Of the scores.
+        scale: Scale of the scores.
         enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once.
         softcap: Cap of the scores.
@@ -289,7 +289,7 @@ def _refuse(inputs: Mapping[str, Tensor], at: Slices) -> None:
     """Say why a result is not finite.
 
     Raises:
-        DataError: Always.
+        DataError: In every case; the message names the tokens.
     """
     for name, tensor in inputs.items():
         refuse_not_finite(name, tensor)

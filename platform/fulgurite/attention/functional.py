@@ -152,7 +152,7 @@ def stream_attention(  # type: ignore[misc]  # overloads leave the names of opti
             one that broadcasts to (..., H, M, N).
         dropout_p: Must be 0.
         is_causal: Query i sees keys up to i, or up to its position if ``query_offset`` is given.
-        scale: Of the scores; 1/√D by default.
+        scale: Scale of the scores; 1/√D by default.
         enable_gqa: Allow fewer key/value heads than query heads.
         memory_budget: See :class:`StreamOptions`, as ``schedule``.
         schedule: The way to cut.
@@ -264,7 +264,7 @@ def attend_masked(
         value: Values.
         attn_mask: Mask or bias.
         masking: What is seen.
-        scale: Of the scores.
+        scale: Scale of the scores.
         enable_gqa: Allow fewer key/value heads.
         softcap: Cap of the scores.
         sinks: Scores of a key without a value.
@@ -384,7 +384,7 @@ def attend(
         key: Shape: (B, G, N, D).
         value: Shape: (B, G, N, E).
         visible: For all batch entries, or for each.
-        scale: Of the scores; 1/√D by default.
+        scale: Scale of the scores; 1/√D by default.
         softcap: See :func:`stream_attention`.
         sinks: See :func:`stream_attention`.
         biases: What is added to scores or hides them.
@@ -518,7 +518,7 @@ def spec_of(
         value: Shape: (B, G, N, E).
         masking: What is seen.
         enable_gqa: Allow fewer key/value heads than query heads.
-        scale: Of the scores; 1/√D by default.
+        scale: Scale of the scores; 1/√D by default.
         softcap: Cap of the scores.
 
     Raises:
@@ -551,7 +551,7 @@ def _check_tensors(**tensors: object) -> None:
     """Refuse what is no tensor.
 
     Raises:
-        DataError: Something is not.
+        DataError: An argument is not a tensor.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -562,7 +562,7 @@ def _by_head(name: str, numbers: Tensor, batch: int, heads: int) -> Tensor:
     """Give numbers of heads an axis for the batch. Shape: (H,) or (B, H) -> (B or 1, H).
 
     Raises:
-        DataError: They do not fit.
+        DataError: The shape does not fit the batch and the heads, or the type is no floating type.
     """
     rows = numbers[None] if numbers.ndim == 1 else numbers
     if rows.ndim != 2 or rows.shape[1] != heads or rows.shape[0] not in (1, batch):
@@ -579,7 +579,7 @@ def _normalized_sinks(sinks: Tensor, spec: AttentionSpec) -> Tensor:
     """Give sinks all axes. Shape: (H,), (B, H) or (B, H, M) -> (B or 1, H, M or 1).
 
     Raises:
-        DataError: They do not fit.
+        DataError: The shape does not fit the batch, the heads and the queries.
     """
     if sinks.ndim < 3:
         return _by_head("sinks", sinks, spec.batch, spec.heads)[..., None]
@@ -599,7 +599,7 @@ def _four_axes(
     """Give a mask the axes of scores, of size 1 where it does not depend on them.
 
     Raises:
-        DataError: It does not broadcast, or has another type.
+        DataError: The mask does not broadcast to the scores, or has another type or device.
     """
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise DataError(
@@ -628,7 +628,7 @@ def refuse_not_finite(name: str, tensor: Tensor) -> None:
     """Name the first number of a tensor that is not finite. Shape: (..., N, D).
 
     Raises:
-        DataError: There is one.
+        DataError: A number is NaN or infinite.
     """
     for start in range(0, tensor.shape[-2], 4096):  # so that masks of a mapped tensor stay small
         bad = ~tensor[..., start : start + 4096, :].isfinite().all(-1)
@@ -709,7 +709,7 @@ def check_call(
 
     Raises:
         ConfigError: Attention does not do the type.
-        DataError: The tensors do not fit.
+        DataError: Types, devices or shapes of the tensors do not fit together.
     """
     tensors = {"query": query, "key": key, "value": value}
     _check_types(query, key, value)
@@ -755,7 +755,7 @@ def _check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
 
     Raises:
         ConfigError: Attention does not do the type.
-        DataError: They differ.
+        DataError: Types, devices or layouts of the tensors differ.
     """
     tensors = {"query": query, "key": key, "value": value}
     for fact in ("dtype", "device", "layout"):
@@ -774,7 +774,7 @@ def _kv_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> in
     """The heads that key and value have together.
 
     Raises:
-        DataError: They do not fit those of query.
+        DataError: The heads of key and value do not fit those of query.
     """
     heads, key_heads, value_heads = (x.shape[-3] for x in (query, key, value))
     if key_heads != value_heads and 1 not in (key_heads, value_heads):
@@ -826,7 +826,7 @@ def plan(
         value: Shape: (..., G, N, E); as key by default.
         attn_mask: See :func:`stream_attention`, as the rest.
         is_causal: Query i sees keys up to i.
-        scale: Of the scores.
+        scale: Scale of the scores.
         enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once.
         schedule: The way to cut.

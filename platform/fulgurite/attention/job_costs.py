@@ -25,7 +25,7 @@ def explain_job(header: JobHeader, plan: ExecutionPlan, missing: int) -> str:
     """Return what the tasks are, what each reads and writes, and how long they take.
 
     Args:
-        header: Of the job.
+        header: Header of the job.
         plan: How the call is cut.
         missing: Number of tasks without a file.
     """

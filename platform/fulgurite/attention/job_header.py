@@ -42,7 +42,7 @@ class JobHeader:
 
     Args:
         options: As they were given.
-        scale: Of the scores.
+        scale: Scale of the scores.
         budget: Most bytes that a task holds at once; None for no limit.
         ahead: Whether tiles are copied to a device while others are computed.
         plan: How the call is cut, see :func:`~fulgurite.attention.fingerprint.plan_facts`.
@@ -73,10 +73,10 @@ class JobHeader:
         """Write the header of a job into a folder, unless the same is there.
 
         Args:
-            folder: Of the job.
+            folder: Folder of the job.
             inputs: By name. Shape of each: (B, H, N, D), (B, H, N) for ``lse``.
-            options: Of the call and of the plan.
-            scale: Of the scores; 1/√D by default.
+            options: Options of the call and of the plan.
+            scale: Scale of the scores; 1/√D by default.
             budget: Most that a task holds at once.
             device: Where kernels run.
             progress: Whether to show a bar while long inputs are read.
@@ -121,7 +121,7 @@ class JobHeader:
         """Read the header of a job, and plan it again without its inputs.
 
         Raises:
-            CheckpointError: There is none, it is damaged, or this version plans it otherwise.
+            CheckpointError: There is no header, it is damaged, or this version plans it otherwise.
         """
         content = _read(folder)
         if content is None:
@@ -184,7 +184,7 @@ def plain_masks(masking: Masking) -> dict[str, Any]:
     """Return masks in types that JSON knows.
 
     Raises:
-        ConfigError: One of them is none that a header can hold.
+        ConfigError: A mask is of a kind that a header cannot hold.
     """
     if masking.key_mask is not None:
         raise ConfigError(
@@ -230,7 +230,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """What ``job.json`` holds; None if there is none.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The header is damaged.
     """
     path = folder / "job.json"
     try:

@@ -39,7 +39,7 @@ def merge_parts(
     has is read anew for each place, since all indices together would not fit a small budget.
 
     Args:
-        folder: Of the job, as errors call it.
+        folder: Folder of the job, as errors call it.
         job: Its identity.
         paths: File of each task, in the order in which they are summed.
         results: ``out`` and ``lse``, or gradients, overwritten. Shape: (B, H, N, D), (B, H, N).

@@ -117,7 +117,7 @@ def job_plan(
         kernel: Which kernel to prefer.
 
     Raises:
-        ConfigError: There is no such way.
+        ConfigError: No plan has that many tasks within the budget.
     """
     gradients: dict[str, Any] = {"forward": False, "passes": 2} if backward else {}
     allowed, plan = budget, None

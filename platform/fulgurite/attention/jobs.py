@@ -53,7 +53,7 @@ class AttentionJob:
     Made by :meth:`create`, :meth:`create_backward` or :meth:`open`.
 
     Args:
-        folder: Of the job.
+        folder: Folder of the job.
         header: What ``job.json`` holds.
         plan: How the call is cut.
 
@@ -108,11 +108,12 @@ class AttentionJob:
         may create it in a folder each and bring their files together.
 
         Args:
-            folder: Of the job; made if it is not there.
+            folder: Folder of the job; made if it is not there.
             query: Shape: (B, H, M, D), or with fewer or more axes before the heads.
             key: Shape: (B, G, N, D).
             value: Shape: (B, G, N, D).
-            scale: Of the scores; see :func:`~fulgurite.attention.stream_attention`, as the rest.
+            scale: Scale of the scores; this and the other options are those of
+                :func:`~fulgurite.attention.stream_attention`.
             enable_gqa: Allow fewer key/value heads.
             memory_budget: Most that a task holds at once.
             schedule: ``cqs`` (a task reads the chunks of a quorum) or ``rect`` (a task reads a
@@ -162,14 +163,14 @@ class AttentionJob:
         """Write a job that computes gradients, or open it if the same is there.
 
         Args:
-            folder: Of the job; another one than that of the forward pass.
+            folder: Folder of the job; another one than that of the forward pass.
             grad: Gradient of the result. Shape: (B, H, M, D).
             query: Shape: (B, H, M, D).
             key: Shape: (B, G, N, D).
             value: Shape: (B, G, N, D).
             out: The result over all keys. Shape: (B, H, M, D).
             lse: Its log-sum-exp. Shape: (B, H, M).
-            scale: Of the scores; see :meth:`create`, as the rest.
+            scale: Scale of the scores; see :meth:`create`, as the rest.
             enable_gqa: Allow fewer key/value heads.
             memory_budget: Most that a task holds at once.
             schedule: ``cqs`` (gradients of all inputs add up over tasks) or ``rect`` (a task
@@ -220,7 +221,7 @@ class AttentionJob:
         """Open the job of a folder; the inputs are not needed for that.
 
         Raises:
-            CheckpointError: There is none, it is damaged, or this version would cut it otherwise.
+            CheckpointError: There is no job, it is damaged, or this version would cut it otherwise.
         """
         return cls(Path(folder), *JobHeader.read(Path(folder)))
 
@@ -332,7 +333,7 @@ class AttentionJob:
         """Compare the tokens that a task reads with the checksums of the job.
 
         Raises:
-            DataError: They differ.
+            DataError: The tokens differ from those of the job.
         """
         for name, tensor in tensors.items():
             blocks = self._blocks[name]
@@ -398,7 +399,7 @@ class AttentionJob:
         """Views of the inputs by name.
 
         Raises:
-            DataError: They are not of the job's sizes and types.
+            DataError: The number, a size or a type of the inputs is not that of the job.
         """
         if len(inputs) != len(self._names):
             raise DataError(

@@ -41,10 +41,10 @@ class _Entry(NamedTuple):
     """What the journal says about a unit.
 
     Attributes:
-        number: Of the unit, in the order of the plan.
+        number: Number of the unit, in the order of the plan.
         mask: Which results it has written, a bit for each.
         at: Where.
-        digests: Of what it left there, of each written result in order.
+        digests: Digests of what it left there, of each written result in order.
     """
 
     number: int
@@ -63,7 +63,7 @@ class _Entry(NamedTuple):
         """Read an entry.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: The checksum of the entry is wrong.
         """
         body, check = data[: _FIELDS.size], data[_FIELDS.size :]
         if (zlib.crc32(body),) != _CHECK.unpack(check):
@@ -88,7 +88,7 @@ class Journal:
 
     Args:
         targets: The results by name. Shape of each: (B, H, N, ...).
-        folder: Of the journal; None to keep none.
+        folder: Folder of the journal; None to keep none.
         paths: Files of the results.
     """
 
@@ -118,7 +118,7 @@ class Journal:
         """Open a journal, or begin one, for this process alone.
 
         Args:
-            folder: Of the journal; None to keep none.
+            folder: Folder of the journal; None to keep none.
             facts: What the plan does, see :func:`~fulgurite.attention.fingerprint.plan_facts`.
             inputs: What is read, by name.
             targets: The results, by name.
@@ -179,7 +179,7 @@ class Journal:
         """Write rows of some results that do not depend on what was there.
 
         Args:
-            number: Of the unit.
+            number: Number of the unit.
             at: Where the rows belong.
             rows: By the name of the result.
         """
@@ -192,7 +192,7 @@ class Journal:
         """Write rows of some results that were made from what was there, once.
 
         Args:
-            number: Of the unit.
+            number: Number of the unit.
             at: Where the rows belong.
             rows: By the name of the result.
         """
@@ -211,8 +211,8 @@ class Journal:
         """Rows of a group of heads that no unit has written yet.
 
         Args:
-            batch: Of the group.
-            heads: Of the group.
+            batch: Batch entries of the group.
+            heads: Heads of the group.
             tokens: N.
         """
         group = (batch.start, batch.stop), (heads.start, heads.stop)
@@ -277,7 +277,7 @@ class Journal:
         """A unit whose rows were being replaced.
 
         Raises:
-            CheckpointError: It is damaged, or of another run.
+            CheckpointError: The part is damaged, or belongs to another run.
         """
         part = read_part(path)
         if part.facts.get("run") != self._run or not part.records:
@@ -295,7 +295,7 @@ class Journal:
             progress: Whether to show a bar where this takes long.
 
         Raises:
-            CheckpointError: They differ.
+            CheckpointError: A row differs from its checksum.
         """
         names = list(self.targets)
         size = sum(x.numel() * x.element_size() for x in self.targets.values())
@@ -322,7 +322,7 @@ def read_header(folder: Path) -> dict[str, Any] | None:
     """Return what a journal says about its run; None if there is none yet.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The header cannot be read.
     """
     try:
         text = (folder / "run.json").read_text()

@@ -59,7 +59,7 @@ class TileInputs(NamedTuple):
         query: Shape: (B, H, M, D).
         key: Shape: (B, G, N, D).
         value: Shape: (B, G, N, E).
-        scale: Of the products of query and key.
+        scale: Scale of the products of query and key.
         is_causal: Query i sees keys up to i.
         bias: Added to the scores, −inf where nothing is seen. Shape: one that broadcasts to
             (B, H, M, N), with N keys.
@@ -306,7 +306,7 @@ def kernel_for(
 
     Args:
         device: Where tiles are computed.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         prefer: ``math`` for :class:`MathKernel`; on CUDA also the kernel to try first: flash,
             cudnn or efficient.
 
@@ -341,7 +341,7 @@ def usual_kernel_names(
 
     Args:
         on_gpu: Whether a GPU computes them.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         prefer: See :func:`kernel_for`.
     """
     if prefer == "math" or (on_gpu and dtype == torch.float64):
@@ -365,7 +365,7 @@ def kernel_names(
 
     Args:
         device: Where tiles are computed; a GPU that this machine has not counts as a CPU.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         head_dim: The larger of D and E.
         prefer: See :func:`kernel_for`.
         has_wide_bias: Whether a bias is wider than ``dtype``.

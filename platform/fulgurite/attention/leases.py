@@ -26,7 +26,7 @@ class Leases:
     machines need not agree.
 
     Args:
-        folder: Of the claims; made if it is not there.
+        folder: Folder of the claims; made if it is not there.
         seconds: How long a claim lasts without a sign of life [s].
     """
 

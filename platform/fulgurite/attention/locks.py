@@ -22,7 +22,7 @@ def writing(subject: str) -> Iterator[None]:
     """Turn errors of the file system into one that names what was being written.
 
     Raises:
-        CheckpointError: There was one.
+        CheckpointError: The file system raised an error.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def exclusive_lock(path: Path, subject: str) -> Iterator[None]:
     """Hold a lock that a second holder is refused; the system takes it from a killed process.
 
     Args:
-        path: Of the lock file.
+        path: Path of the lock file.
         subject: What it is for, as errors call it.
 
     Raises:

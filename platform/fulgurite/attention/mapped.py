@@ -44,8 +44,8 @@ def memory_mapped(
 
     Args:
         path: The file.
-        shape: Of the tensor.
-        dtype: Of its numbers.
+        shape: Shape of the tensor.
+        dtype: Data type of its numbers.
         create: Make the file, with all its space reserved; it must not exist.
         mode: ``"r+"`` maps the file to be read and written, ``"r"`` to be read only. By default
             it is ``"r+"`` where the file may be written, else ``"r"``.
@@ -117,7 +117,7 @@ def _create(path: Path, size: int) -> None:
     """Make a file with all its space, or none.
 
     Raises:
-        DataError: It exists, or the disk is full.
+        DataError: The file exists already, or the disk is full.
     """
     try:
         with open(path, "xb") as file:
@@ -142,8 +142,8 @@ class FileRange(NamedTuple):
     """The part of a file that a tensor is mapped from.
 
     Attributes:
-        path: Of the file.
-        device: Of its file system, as ``/proc/self/maps`` spells it.
+        path: Path of the file.
+        device: Device of its file system, as ``/proc/self/maps`` spells it.
         inode: Its number there.
         start: First byte of the tensor in the file.
         stop: Byte behind its last.
@@ -200,7 +200,7 @@ def file_range(tensor: Tensor) -> FileRange | None:
     """Return the part of a file that a tensor is mapped from; None if it lies in plain memory.
 
     Raises:
-        ConfigError: It lies in several files.
+        ConfigError: The tensor lies in several files.
     """
     return _file_range(tensor, _segments())
 
@@ -280,7 +280,7 @@ def _check_target(name: str, target: Tensor, mapping: FileRange | None, in_file:
     """Check that a result can be written.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: The result overlaps itself, is read-only, or would be lost with the process.
     """
     if target.numel() == 0:
         return
@@ -349,7 +349,7 @@ def _check_length(name: str, mapping: FileRange) -> None:
     """Check that a mapped file has not been cut since.
 
     Raises:
-        DataError: It has.
+        DataError: The file is shorter than the mapping.
     """
     if mapping.is_deleted or not os.path.isfile(
         mapping.path

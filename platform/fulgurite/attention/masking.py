@@ -492,7 +492,7 @@ def _check_masks(
     """Check what fits together.
 
     Raises:
-        ConfigError: Something does not.
+        ConfigError: An option is out of range, or two options contradict each other.
     """
     compares = before is not None or after is not None or documents is not None or chunk is not None
     if compares and queries != keys and offset is None:

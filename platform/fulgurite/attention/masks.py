@@ -84,7 +84,7 @@ class Masking:
         """Check the kinds of numbers.
 
         Raises:
-            ConfigError: One is of another kind.
+            ConfigError: An option has the wrong type.
         """
         if not isinstance(self.is_causal, bool):
             raise ConfigError(f"is_causal={self.is_causal!r} is no bool.", "Give True or False.")
@@ -149,7 +149,7 @@ class Masking:
         """Return the position of the first query, or None if nothing was said.
 
         Raises:
-            ConfigError: It is not a position.
+            ConfigError: The query offset is not a position.
         """
         if self.query_offset is None:
             return None
@@ -228,7 +228,7 @@ def _check_key_mask(mask: Tensor, batch: int, keys: int) -> None:
     """Check a mask of keys. Shape: (B or 1, N).
 
     Raises:
-        DataError: It does not fit.
+        DataError: The mask has another type or shape.
     """
     if mask.is_meta:
         raise ConfigError("key_mask has no numbers (device meta).", "Give a tensor on the CPU.")
@@ -262,7 +262,7 @@ def _listed(name: str, values: object) -> list[Any]:
     """Return a list of what a sequence, an array or a tensor holds.
 
     Raises:
-        ConfigError: It is none of these, or has no numbers.
+        ConfigError: The value is none of these, or is a tensor on the meta device.
     """
     if isinstance(values, Tensor) and values.is_meta:
         raise ConfigError(f"{name} has no numbers (device meta).", "Give a tensor on the CPU.")
@@ -302,7 +302,7 @@ def merge_visible(
 
     Args:
         first: One for all batch entries, or one for each.
-        second: Likewise.
+        second: One for all batch entries, or one for each.
     """
     entries = max(len(first), len(second))
     pairs = zip(

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     """A tensor in a part.
 
     Attributes:
-        name: Of the result that it belongs to.
+        name: Name of the result that it belongs to.
         at: Where it belongs: slices of batch, heads and tokens.
         dtype: Its type.
         shape: Its sizes.
@@ -57,7 +57,7 @@ class Part(NamedTuple):
     """What a file holds, without its tensors.
 
     Attributes:
-        path: Of the file.
+        path: Path of the file.
         facts: What it says about itself.
         records: Its tensors, in the order in which they were written.
     """
@@ -100,7 +100,7 @@ class PartWriter:
         """Write a tensor. Any shape.
 
         Args:
-            name: Of the result that it belongs to.
+            name: Name of the result that it belongs to.
             at: Where it belongs.
             tensor: What is written.
         """
@@ -128,12 +128,12 @@ def write_part(
     """Write a part, which is there as a whole when the block ends, and not at all if it fails.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         facts: What it says about itself, in types that JSON knows.
         keeps_first: Whether a file that is there already stays; else it is replaced.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:12]}")
     try:
@@ -174,7 +174,7 @@ def read_part(path: Path) -> Part:
     """Read what a part holds, without its tensors.
 
     Raises:
-        CheckpointError: It is damaged or gone, or no part at all.
+        CheckpointError: The file is damaged or gone, or is not a part.
     """
     try:
         content, size = _read_index(path)
@@ -199,7 +199,7 @@ def _read_index(path: Path) -> tuple[bytes, int]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is damaged.
+        ValueError: The index is damaged.
     """
     with open(path, "rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:

@@ -257,7 +257,7 @@ def check_schedule(schedule: str, allowed: Sequence[str] = SCHEDULES) -> None:
         allowed: Names that may be given.
 
     Raises:
-        ConfigError: There is none of this name.
+        ConfigError: The schedule is not among the allowed ones.
     """
     if schedule not in allowed:
         raise ConfigError(
@@ -298,7 +298,7 @@ def make_plan(
         passes: Consider only gradients in so many passes.
         kernel: Which kernel to prefer.
         shard: Rank and number of ranks among which tasks are dealt out.
-        costs: Of the machine.
+        costs: Measured costs of the machine.
         kernels: Which compute the tiles; by default those of CPUs.
 
     Raises:

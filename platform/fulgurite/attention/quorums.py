@@ -81,7 +81,7 @@ def check_quorum(chunks: int, elements: Sequence[int]) -> None:
     """Check that a set is a quorum: distinct residues with 0, whose differences are all of Z_c.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The set lacks 0, repeats a residue, or lacks a difference.
 
     Example:
         >>> check_quorum(7, (0, 1, 3))

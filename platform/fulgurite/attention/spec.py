@@ -92,11 +92,11 @@ class AttentionSpec:
         kv_heads: G, a divisor of H.
         head_dim: D.
         value_dim: E.
-        dtype: Of query, key and value.
+        dtype: Data type of query, key and value.
         visible: What is seen: one for all batch entries, or one for each.
-        scale: Of the scores.
+        scale: Scale of the scores.
         softcap: Scores s become softcap · tanh(s / softcap).
-        mask: Of what is added to scores, or hides them, tile by tile.
+        mask: Properties of what is added to scores, or hides them, tile by tile.
         has_sinks: Whether queries see a key without a value.
     """
 

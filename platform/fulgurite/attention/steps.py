@@ -48,7 +48,7 @@ class Step(NamedTuple):
     """One kernel call of a unit, or none where nothing is seen.
 
     Attributes:
-        number: Of the unit, in the order of the plan.
+        number: Number of the unit, in the order of the plan.
         group: Batch entries and heads, all of the unit or some.
         at: Where the result of the unit belongs.
         part: Where that of the span belongs, within the unit.

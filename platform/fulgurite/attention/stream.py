@@ -69,7 +69,7 @@ class StreamedAttention(torch.autograd.Function):
         """Return out (B, H, M, E) in the type of query and lse (B, H, M).
 
         Args:
-            ctx: Of autograd.
+            ctx: Context of autograd.
             query: Shape: (B, H, M, D).
             key: Shape: (B, G, N, D).
             value: Shape: (B, G, N, E).
@@ -241,7 +241,7 @@ def _backward(
 
     Args:
         grad: Gradient of the result.
-        inputs: Of the forward pass.
+        inputs: Inputs of the forward pass.
         out: The result.
         lse: Its log-sum-exp.
         plan: How gradients are cut.

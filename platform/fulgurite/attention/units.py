@@ -76,7 +76,7 @@ class GradientUnit(NamedTuple):
     Attributes:
         number: Its position in the order of the plan; all of the queries come first.
         at: Where its rows belong: slices of batch, heads and tokens.
-        grads: Of the queries, or of keys and values, in the type of accumulators.
+        grads: Gradients of the queries, or of keys and values, in the type of accumulators.
     """
 
     number: int
@@ -156,8 +156,8 @@ def gradient_units(
     together they take twice as long as one that keeps all gradients at hand.
 
     Args:
-        grad: Of the result. Shape: (B, H, M, E).
-        inputs: Of the forward pass.
+        grad: Gradient of the result. Shape: (B, H, M, E).
+        inputs: Inputs of the forward pass.
         out: The result. Shape: (B, H, M, E).
         lse: Its log-sum-exp. Shape: (B, H, M).
         plan: How it is cut, in tiles.
@@ -237,11 +237,11 @@ def tile_inputs(
 
     Args:
         step: With a call.
-        query: Of the call. Shape: (B', H', M', D).
+        query: Query of the call. Shape: (B', H', M', D).
         key: Shape: (B', G', N', D).
         value: Shape: (B', G', N', E).
         plan: How it is cut.
-        biases: Of all scores.
+        biases: Biases of all scores.
     """
     assert step.call is not None
     spec, group, (queries, keys, kind) = plan.spec, step.group, step.call.tile

@@ -505,7 +505,7 @@ def find_config(name: str, folder: Path | None = None) -> Path:
     """The file that a path (relative to here or to ``folder``) or a packaged name means.
 
     Raises:
-        ConfigError: There is no such file.
+        ConfigError: The file does not exist.
     """
     if folder and not Path(name).is_file() and (folder / name).is_file():
         return folder / name
@@ -655,7 +655,7 @@ def _chain(method: Method, methods: Mapping[str, Method]) -> list[Method]:
     """The methods that one comes after, the nearest first.
 
     Raises:
-        ConfigError: One is not there, or they come after each other in a circle.
+        ConfigError: A method does not exist, or the methods come after each other in a circle.
     """
     chain: list[Method] = []
     last = method

@@ -21,7 +21,8 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file, of plain values only.
 
     Raises:
-        ConfigError: It cannot be read, is no YAML, is too large once its aliases are written out,
+        ConfigError: The file cannot be read, is no YAML, is too large once its aliases are
+            expanded,
             or gives a key twice.
 
     Example:

@@ -112,7 +112,7 @@ class TextDataModule(SequenceDataModule):
         """Check and keep options; ``fractions`` are those of validation and test.
 
         Raises:
-            ConfigError: One is out of range.
+            ConfigError: An option is out of range.
         """
         check_min("length", length)
         check_min("batch_size", batch_size)

@@ -70,14 +70,14 @@ def reading_image(
     """Turn whatever decoding raises into one error that names the image.
 
     Args:
-        name: Of the image.
+        name: Name of the image.
         otherwise: What else can be done than what the error says.
         error: The error to raise.
         again: What to do about a damaged file.
 
     Raises:
         FulguriteError: ``error``, if the image is damaged, refused or not there.
-        MissingExtraError: It is compressed in a way that needs a package.
+        MissingExtraError: The compression of the image needs a package that is not installed.
 
     Example:
         >>> with reading_image("a.png", "Or remove it."):
@@ -105,8 +105,8 @@ def decode_image(
 
     Args:
         stream: The file.
-        size: Of the file [bytes].
-        suffix: Of its name, in lower case; it decides the format.
+        size: Size of the file [bytes].
+        suffix: Suffix of its name, in lower case; it decides the format.
         is_channel: Whether the file is one grey channel, and not all channels of a site.
         any_depth: Accept TIFFs other than of one 16-bit plane, and take the indices of a colour map
             for values.
@@ -291,7 +291,7 @@ def decode_tiff(
 
     Args:
         stream: The file.
-        size: Of the file [bytes].
+        size: Size of the file [bytes].
         is_channel: Whether the file is one channel: of a set of OME-TIFFs that describe each other,
             only the plane in this file is read then.
         any_depth: Accept other types, several samples of a pixel and several planes.

@@ -41,7 +41,7 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str,
         relative to the folder.
 
     Raises:
-        DataError: Nothing is there, or a folder cannot be read.
+        DataError: No file matches, or a folder cannot be read.
 
     Example:
         >>> import tempfile

@@ -52,7 +52,7 @@ def run_in_processes(jobs: Dataset[Any], count: int, is_parallel: bool = True) -
         What the jobs give, in their order.
 
     Raises:
-        FulguriteError: A job raises it.
+        FulguriteError: A job failed with this error.
 
     Example:
         >>> list(run_in_processes(["a", "b"], 2))

@@ -11,7 +11,7 @@ def check_min(name: str, value: int, minimum: int = 1) -> None:
     """Refuse an argument of a DataModule that is too small.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: The value is below the minimum.
 
     Example:
         >>> check_min("length", 1)
@@ -26,7 +26,7 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
     """Refuse fractions that leave nothing for training.
 
     Raises:
-        ConfigError: One is negative, or both together are 1 or more.
+        ConfigError: A fraction is negative, or their sum is 1 or more.
 
     Example:
         >>> check_fractions(0.1, 0.2)

@@ -157,7 +157,7 @@ class ArrayStream:
 
     Args:
         path: The file.
-        dtype: Of the entries.
+        dtype: Data type of the entries.
 
     Example:
         >>> import tempfile

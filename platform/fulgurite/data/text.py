@@ -30,11 +30,11 @@ def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]
 
     Args:
         files: Text in UTF-8, or parquet.
-        column: Of parquet tables.
+        column: Text column of parquet tables.
 
     Raises:
         DataError: A file cannot be read, or has no such column of text.
-        MissingExtraError: There is a parquet table and no pyarrow.
+        MissingExtraError: A file is a parquet table, and pyarrow is not installed.
 
     Source: FineWeb-Edu's layout, column ``text``, card section 2.2.
     """

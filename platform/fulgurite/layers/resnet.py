@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
     Args:
         inputs: Input channels.
         width: Output channels.
-        stride: Of the first convolution.
+        stride: Stride of the first convolution.
 
     Shape: (B, inputs, H, W) to (B, width, H/stride, W/stride).
     """
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
     Args:
         inputs: Input channels.
         width: Channels of the 3×3 convolution; four times as many come out.
-        stride: Of the 3×3 convolution.
+        stride: Stride of the 3×3 convolution.
 
     Shape: (B, inputs, H, W) to (B, 4·width, H/stride, W/stride).
     """

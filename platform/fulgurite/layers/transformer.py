@@ -235,7 +235,7 @@ def _check(
     """Check what fits together.
 
     Raises:
-        ConfigError: Something does not.
+        ConfigError: A size is out of range, or two options contradict each other.
     """
     for name, value in (("width", width), ("heads", heads), ("kv_heads", kv_heads)):
         if value < 1:

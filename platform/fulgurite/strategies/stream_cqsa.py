@@ -300,7 +300,7 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
 
     Raises:
-        ConfigError: See :class:`StreamCQSAStrategy`.
+        ConfigError: An option of :class:`StreamCQSAStrategy` is wrong.
 
     Source: card section 1.10; within Lightning: section 5.
     """

@@ -51,7 +51,7 @@ class TransformersAttention:
         """Make it the attention of all transformers' models in a model.
 
         Args:
-            model: Of the run.
+            model: Model of the run.
 
         Returns:
             What puts each model's own implementation back; empty if there is none in it that can
@@ -127,7 +127,7 @@ class TransformersAttention:
             attention_mask: A :class:`StreamMask`, or a mask that the model's own code or the user
                 made: boolean, or added to the scores.
             dropout: Must be 0.
-            scaling: Of the scores.
+            scaling: Scale of the scores.
             is_causal: Without a mask, whether queries see earlier keys only; as the module says by
                 default.
             sliding_window: Without a mask, how many keys queries see: before them if causal, else
@@ -137,7 +137,7 @@ class TransformersAttention:
             sinks: Another name of them.
             position_bias: Added to the scores. Shape: (B or 1, H, M, N).
             cu_seq_lens_q: Without a mask, where packed sequences begin and end. Shape: (S + 1,).
-            cu_seq_lens_k: The same.
+            cu_seq_lens_k: The same boundaries for the keys.
             indices: With a mask, the keys that each query sees of those that the mask lets it
                 see. Shape: (B, M, K).
             block_indices: With a mask, the same of blocks of as many keys as the module's indexer
@@ -148,7 +148,7 @@ class TransformersAttention:
             Shape: (B, M, H, E); and None in the place of the weights.
 
         Raises:
-            ConfigError: Something is asked for that streamed attention does not do.
+            ConfigError: The model uses a feature that streamed attention does not support.
         """
         _refuse(module, dropout, others)
         if s_aux is not None and sinks is not None:
@@ -228,7 +228,7 @@ def _selected_keys(
     """Keys that sparse attention chose.
 
     Raises:
-        ConfigError: It does not say how long its blocks are.
+        ConfigError: The module does not state the length of its blocks.
     """
     biases: tuple[TileBias, ...] = ()
     if indices is not None:
@@ -256,7 +256,7 @@ def _starts(
     """First tokens of packed sequences.
 
     Raises:
-        ConfigError: They are not those of the tokens.
+        ConfigError: The sequences do not cover the queries, or keys are packed otherwise.
     """
     bounds = [int(x) for x in ends]
     same = key_ends is None or [int(x) for x in key_ends] == bounds
@@ -273,7 +273,7 @@ def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
     """Name what streamed attention cannot do.
 
     Raises:
-        ConfigError: There is something.
+        ConfigError: The model uses a feature that streamed attention does not support.
     """
     who = type(module).__name__
     if dropout:

@@ -93,7 +93,7 @@ class StreamMask(Tensor):
         Args:
             source: What it lets queries see.
             dtype: That of the mask in full.
-            device: Of the model.
+            device: Device of the model.
         """
         sizes = source.visible[0]
         single = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
@@ -225,12 +225,12 @@ def make_mask(
         mask_function: Takes indices of batch, head, query and key.
         attention_mask: True for tokens that are no padding. Shape: (B, at least N).
         use_vmap: Whether the function takes single indices only.
-        device: Of the model.
+        device: Device of the model.
         local_size: Width of a window, which the function has too.
         allow_is_causal_skip: Whether a plain mask may be left out; this one never is.
-        allow_is_bidirectional_skip: Likewise.
-        dtype: Of a dense additive mask.
-        config: Of the model.
+        allow_is_bidirectional_skip: Whether a bidirectional one may be left out; likewise never.
+        dtype: Data type of a dense additive mask.
+        config: Configuration of the model.
         is_additive: Whether the model's own code expects a mask that is added to scores.
         unknown: Nothing that changes the mask.
 

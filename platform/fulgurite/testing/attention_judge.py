@@ -181,7 +181,7 @@ def record_attention(
     Args:
         architecture: Which.
         model: Its model.
-        mode: Of the run.
+        mode: Mode of the run.
 
     Returns:
         The calls, each kind once; and the classes of the modules named attention that computed it
@@ -250,12 +250,12 @@ class Cell:
 
     Attributes:
         architecture: Its name.
-        mode: Of the run.
+        mode: Mode of the run.
         verdict: ``exact``; ``refused``, by an error of fulgurite; ``unsupported``, where the
             model's own attention fails; ``wrong``; or ``crashed``, by another error.
         detail: What differs most, or the error.
         difference: Relative; None where there is none.
-        seconds: Of both runs.
+        seconds: Duration of both runs together [s].
         calls: How often the strategy's attention was called, if it counts.
         schedule: How its last call was cut, if it tells.
         is_reachable: Whether the model lets any of its attention be chosen.
@@ -336,7 +336,7 @@ def judge_architecture(
     Args:
         architecture: Which.
         make_strategy: Makes a strategy of the Trainer.
-        modes: Of these, those that it has; all by default.
+        modes: Modes to judge, where the architecture has them; all by default.
     """
     model = build_model(architecture)
     calls, _ = record_attention(architecture, model)

@@ -423,7 +423,7 @@ def run_emulated(work: Callable[[Record], Any]) -> Any:
         work: Takes the record of the device; what it returns must be picklable.
 
     Raises:
-        RuntimeError: It failed; the message has its traceback.
+        RuntimeError: The function failed; the message has its traceback.
 
     Example:
         >>> run_emulated(lambda record: str(torch.ones(2, device="emulated").device))

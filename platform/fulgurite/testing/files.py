@@ -263,7 +263,7 @@ def write_image_parquet(
     Args:
         path: The file.
         images: Their pixels.
-        labels: Of each.
+        labels: Label of each image.
         class_names: Names of the classes, for the metadata.
         columns: Other columns.
 

@@ -70,7 +70,7 @@ def write_strings(
         path: The file.
         arrays: Rows of numbers by name.
         texts: Strings by name.
-        version: Of the format.
+        version: Version of the format.
     """
     (_write_hdf5 if version == "7.3" else _write_level5)(path, arrays, texts)
 

@@ -62,8 +62,9 @@ class Planted:
         Args:
             labels: True classes. Shape: (N,).
             sigma: Root mean square norm of the deviation from the mean.
-            seed: Of the deviations.
-            floor: The same of a deviation in all directions, added to that in a subspace.
+            seed: Seed of the deviations.
+            floor: Root mean square norm of a deviation in all directions, added to that in a
+                subspace.
 
         Returns:
             float64. Shape: (N, D).
@@ -124,7 +125,7 @@ class PlantedClients:
     """Clients with planted features.
 
     Attributes:
-        features: Of each client. Shape: K tensors (N_k, D).
+        features: Features of each client. Shape: K tensors (N_k, D).
         labels: Labels as the clients have them. Shape: K tensors (N_k,).
         true: True classes. Shape: K tensors (N_k,).
         noisy: Which clients have noisy labels, bool. Shape: (K,).
@@ -157,7 +158,7 @@ def planted_clients(
         num_classes: C.
         per_client: Mean number of samples.
         sigma: Spread within a class, alike in all directions.
-        seed: Of everything.
+        seed: Seed of all random draws.
 
     Returns:
         The clients.

@@ -71,7 +71,7 @@ class Forked:
     """A command line that runs in a fork of this process.
 
     Attributes:
-        pid: Of the fork.
+        pid: Process ID of the fork.
         log: File of what it prints.
     """
 
@@ -170,7 +170,7 @@ class Survival:
     """A training that is not disturbed, and others of it that are killed and resumed.
 
     Args:
-        options: Of ``fulgurite fit``, without the run folder.
+        options: Options of ``fulgurite fit``, without the run folder.
         folder: Where the runs go; an undisturbed one is trained there now.
     """
 
@@ -191,9 +191,9 @@ class Survival:
         """Kill a training at random moments, each time after resuming it, and let it end.
 
         Args:
-            name: Of its folder.
+            name: Name of its folder.
             kills: How often.
-            seed: Of the moments.
+            seed: Seed of the moments of the kills.
 
         Returns:
             How often it was killed, and what is different from the undisturbed training.

@@ -27,7 +27,7 @@ def agent_commands(sweep: Path | Mapping[str, Any]) -> Iterator[list[str]]:
         sweep: A sweep file or its content.
 
     Raises:
-        ConfigError: There is no ``command`` with ``${args}``, or it uses another macro.
+        ConfigError: The sweep has no ``command`` with ``${args}``, or uses another macro.
 
     >>> parameters = {"model.lr": {"values": [0.1, 0.2]}, "seed_everything": {"value": 1}}
     >>> command = ["${env}", "fulgurite", "fit", "${args}"]

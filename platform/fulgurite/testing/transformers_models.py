@@ -63,10 +63,10 @@ class Architecture:
     """A tiny model with random weights.
 
     Attributes:
-        name: Of the row.
+        name: Name of the row.
         kind: What goes in and what comes out.
-        options: Of the configuration, over those of the kind.
-        model_type: Of the configuration; the name by default.
+        options: Options of the configuration, over those of the kind.
+        model_type: Model type of the configuration; the name by default.
         model_class: Name of a class of transformers; the automatic class of the kind by default.
         attention: The attention implementation that is the reference; by default what the model
             itself chooses.
@@ -426,10 +426,10 @@ def select_architectures(names: Iterable[str] | None = None) -> list[Architectur
     """Return the architectures of these names, or all.
 
     Args:
-        names: Of architectures, or None.
+        names: Names of architectures, or None.
 
     Raises:
-        KeyError: There is none of this name.
+        KeyError: A name is not that of an architecture.
 
     Example:
         >>> [architecture.kind for architecture in select_architectures(["bert", "llama"])]
@@ -451,7 +451,7 @@ def build_model(architecture: Architecture, seed: int = 0) -> Any:
 
     Args:
         architecture: Which.
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Returns:
         The model, in eval mode, without an end-of-sequence token that would stop generation.
@@ -824,7 +824,7 @@ def compute_values(
         architecture: Which.
         model: Its model.
         mode: One of :data:`MODES` or :data:`EXTRA_MODES`.
-        strategy: Of the Trainer.
+        strategy: Strategy of the Trainer.
 
     Returns:
         What is compared, by name: ``output`` with one real token a row, ``loss``, ``tokens``, and
