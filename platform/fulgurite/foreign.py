@@ -137,7 +137,7 @@ class Reading:
         try:
             _refuse_special(self.path)
         except ValueError as raised:
-            raise self._named(raised) from raised
+            raise self._name_file(raised) from raised
 
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, _: object
@@ -147,9 +147,9 @@ class Reading:
             return
         # a panic of Rust code (tokenizers) is no Exception, so that few programs catch it
         if isinstance(raised, Exception) or type(raised).__name__ == "PanicException":
-            raise self._named(raised) from raised
+            raise self._name_file(raised) from raised
 
-    def _named(self, raised: BaseException) -> FulguriteError:
+    def _name_file(self, raised: BaseException) -> FulguriteError:
         return self.error(f"{self.subject} ({describe_error(raised)}).", self.hint)
 
 

@@ -138,7 +138,7 @@ class _Column:
             shape = (int(lengths.sum()), *rests.pop())
         else:
             axes = max(map(len, every))
-            table = [np.tile(_padded(shape, axes), (n, 1)) for n, shape in self.runs]
+            table = [np.tile(_pad_shape(shape, axes), (n, 1)) for n, shape in self.runs]
             _write_array(archive, f"{self.key}.shapes", np.concatenate(table))
             shape = (sum(n * int(np.prod(shape)) for n, shape in self.runs),)
         with _member(archive, self.key, self._final_dtype, shape) as member:
@@ -208,8 +208,8 @@ class PredictionFile:
         blocks = dict(self.split(output))
         if self.batches and blocks.keys() != self.columns.keys():
             raise ConfigError(
-                f"{self.who} returns {_listed(blocks)} in batch {self.batches}, and "
-                f"{_listed(self.columns)} in the first.",
+                f"{self.who} returns {_quote_names(blocks)} in batch {self.batches}, and "
+                f"{_quote_names(self.columns)} in the first.",
                 "Return the same keys in all batches.",
             )
         if blocks:
@@ -290,14 +290,14 @@ class PredictionFile:
             for table in tables:
                 if table.keys() != tables[0].keys():
                     raise ConfigError(
-                        f"{self.who} returns a list with {_listed(tables[0])} and "
-                        f"{_listed(table)}.",
+                        f"{self.who} returns a list with {_quote_names(tables[0])} and "
+                        f"{_quote_names(table)}.",
                         "Give all items of a list the same keys.",
                     )
             for name in tables[0]:
-                yield name, _joined([table[name] for table in tables])
+                yield name, _stack_rows([table[name] for table in tables])
             return
-        yield key, _joined([self._array(key, item) for item in items])
+        yield key, _stack_rows([self._array(key, item) for item in items])
 
     def _leaves(self, key: str, item: Any) -> Iterator[tuple[str, Array]]:
         """Arrays of one row: of each key, where it is a dictionary."""
@@ -387,7 +387,7 @@ def _is_row(item: Any) -> bool:
     return isinstance(item, tuple) and not hasattr(item, "_fields")
 
 
-def _joined(rows: list[Array]) -> list[Array]:
+def _stack_rows(rows: list[Array]) -> list[Array]:
     """Rows stacked where neighbours have one shape and type."""
     groups = itertools.groupby(
         rows, key=lambda row: (row.shape, row.dtype.kind == "U" or row.dtype)
@@ -399,7 +399,7 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return "strings" if dtype.kind == "U" else f"{dtype} values"
 
 
-def _listed(keys: Mapping[str, Any]) -> str:
+def _quote_names(keys: Mapping[str, Any]) -> str:
     return ", ".join(f"'{key}'" for key in keys) or "nothing"
 
 
@@ -407,7 +407,7 @@ def _under(key: str) -> str:
     return f" under '{key}'" if key else ""
 
 
-def _padded(shape: tuple[int, ...], axes: int) -> Array:
+def _pad_shape(shape: tuple[int, ...], axes: int) -> Array:
     return np.array([*shape, *[0] * (axes - len(shape))], np.int64)
 
 

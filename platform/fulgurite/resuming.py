@@ -182,7 +182,7 @@ class TrainingState(Callback):
         """Add the state; called on all ranks."""
         logger = metrics_logger(trainer)
         checkpoint[_KEY] = {
-            "random": _gathered(_random_state()),
+            "random": _gather_states(_random_state()),
             "rows": logger.rows if logger is not None else None,
             "pending": _pending(trainer),
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
@@ -324,7 +324,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(words, np.uint32), *gauss_state))  # noqa: NPY002
 
 
-def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _gather_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     """The state of each rank."""
     if not (dist.is_available() and dist.is_initialized()):
         return [state]

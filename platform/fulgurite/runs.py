@@ -416,7 +416,7 @@ def _fits(options: RunOptions) -> list[Path]:
     return sorted(fits, key=_order, reverse=True)
 
 
-def _named_by_config(config: Path | None) -> Path | None:
+def _find_run_of_record(config: Path | None) -> Path | None:
     """The run whose record a configuration is.
 
     Raises:
@@ -458,7 +458,7 @@ def find_run(
     """
     if options.dir is not None:
         return Path(options.dir)
-    if named := _named_by_config(config):
+    if named := _find_run_of_record(config):
         return named
     option = f"--ckpt_path={which}"
     fits = _fits(options)

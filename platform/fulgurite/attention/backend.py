@@ -168,7 +168,7 @@ class Streamed:
             alibi_slopes: Slopes of the scores.
             masks: The other arguments of :class:`~fulgurite.attention.masks.Masking`.
         """
-        with self._counted():
+        with self._count_call():
             return attend_masked(
                 query, key, value, attn_mask, Masking(is_causal, **masks), scale=scale,
                 enable_gqa=True if enable_gqa is None else enable_gqa, softcap=softcap,
@@ -189,14 +189,14 @@ class Streamed:
         bias: Tensor | None = None,
     ) -> Tensor:
         """Attention where it is known what is seen; see :func:`.functional.attend`."""
-        with self._counted():
+        with self._count_call():
             return attend(
                 query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks,
                 biases=biases, bias=bias, options=self.options,
             )[0]  # fmt: skip
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _count_call(self) -> Iterator[None]:
         self.calls += 1
         self.is_running = True
         try:

@@ -119,10 +119,10 @@ def _seconds(
         for unit in units(AttentionInputs(query, key, key), plan):
             commit_(unit, out, lse, merge=False)
 
-    return min(_timed(run, device) for _ in range(_TURNS))
+    return min(_measure_seconds(run, device) for _ in range(_TURNS))
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def _measure_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Seconds until a device has done what is started; on a GPU by its own clock."""
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -141,7 +141,9 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 def _bandwidth(device: torch.device) -> float:
     """Speed of copies in memory [bytes/s]."""
     source = torch.empty(2**22, dtype=torch.uint8)
-    return source.numel() / max(_timed(lambda: source.to(device, copy=True), device), 1e-7)
+    return source.numel() / max(
+        _measure_seconds(lambda: source.to(device, copy=True), device), 1e-7
+    )
 
 
 def _pinned_bandwidth(device: torch.device) -> float:
@@ -149,6 +151,7 @@ def _pinned_bandwidth(device: torch.device) -> float:
     source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     copies = (
-        _timed(lambda: target.copy_(source, non_blocking=True), device) for _ in range(_TURNS)
+        _measure_seconds(lambda: target.copy_(source, non_blocking=True), device)
+        for _ in range(_TURNS)
     )
     return source.numel() / max(min(copies), 1e-7)

@@ -96,7 +96,10 @@ class _AtenKernel:
         query, key, value = tile[:3]
         width = max(query.shape[-1], value.shape[-1])
         grads = self._backward(
-            self._aligned_tile(tile), _aligned(grad, width), _aligned(out, width), _contiguous(lse)
+            self._aligned_tile(tile),
+            _align_rows(grad, width),
+            _align_rows(out, width),
+            _contiguous(lse),
         )
         sizes = query.shape[-1], key.shape[-1], value.shape[-1]
         narrow = (x.narrow(-1, 0, size) for x, size in zip(grads[:3], sizes, strict=True))
@@ -115,8 +118,8 @@ class _AtenKernel:
                 raise ConfigError("This kernel does no bias.", "Use the one of kernel_for.")
             bias = bias.to(query.dtype).expand(*bias.shape[:2], query.shape[2], key.shape[2])
             if not _is_aligned(bias):
-                bias = _aligned(bias).narrow(-1, 0, key.shape[2])
-        query, key, value = (_aligned(x, width) for x in (query, key, value))
+                bias = _align_rows(bias).narrow(-1, 0, key.shape[2])
+        query, key, value = (_align_rows(x, width) for x in (query, key, value))
         return tile._replace(query=query, key=key, value=value, bias=bias)
 
     def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
@@ -390,11 +393,11 @@ def _is_right(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
 ) -> bool:
     """Whether a kernel gives the right numbers; found out once, and by compilers not traced."""
-    return _compared(name, device, dtype, head_dim, biased)
+    return _compare_kernel(name, device, dtype, head_dim, biased)
 
 
 @functools.cache
-def _compared(
+def _compare_kernel(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
 ) -> bool:
     if device.type == "cuda" and torch.cuda.is_available():
@@ -520,7 +523,7 @@ def _width(tile: TileInputs) -> int:
     return max(tile.query.shape[-1], tile.value.shape[-1])
 
 
-def _aligned(tensor: Tensor, width: int = 0) -> Tensor:
+def _align_rows(tensor: Tensor, width: int = 0) -> Tensor:
     """Give rows a length and offsets that kernels can load, where they have not.
 
     Zeros at the end of each row leave scores as they are. Shape: (..., D) -> (..., D or more).

@@ -85,12 +85,12 @@ def _control_groups(proc: Path) -> Iterator[_Limit]:
         if len(fields) < 5 or len(kind) < 3:
             continue
         if kind[0] == "cgroup2" and "" in groups:
-            path, read = groups[""], _unified
+            path, read = groups[""], _read_unified_limits
         elif kind[0] == "cgroup" and "memory" in kind[2].split(","):
             names = [name for name in groups if "memory" in name.split(",")]
             if not names:
                 continue
-            path, read = groups[names[0]], _legacy
+            path, read = groups[names[0]], _read_legacy_limits
         else:
             continue
         mount = Path(fields[4].replace("\\040", " "))
@@ -114,7 +114,7 @@ def _ancestors(mount: Path, root: str, path: str) -> Iterator[Path]:
         yield mount.joinpath(*parts[:count])
 
 
-def _unified(folder: Path) -> Iterator[_Limit]:
+def _read_unified_limits(folder: Path) -> Iterator[_Limit]:
     """Limits of a group of version 2."""
     used = _number(folder / "memory.current")
     idle = _facts(folder / "memory.stat").get("inactive_file", 0)
@@ -124,7 +124,7 @@ def _unified(folder: Path) -> Iterator[_Limit]:
             yield _Limit(limit, limit - max(0, (used or 0) - idle))
 
 
-def _legacy(folder: Path) -> Iterator[_Limit]:
+def _read_legacy_limits(folder: Path) -> Iterator[_Limit]:
     """Limits of a group of version 1; a number near 2^63 stands for none, and does no harm."""
     limit = _number(folder / "memory.limit_in_bytes")
     if limit is not None:

@@ -294,7 +294,7 @@ def attend_masked(
         is_plain = attn_mask is not None and causal_offset(attn_mask, 0, 0) is None
         if attn_mask is not None and is_plain and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
-    call = _normalized(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
+    call = _normalize_inputs(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
     out, lse = attend(
         call.query, call.key, call.value, call.visible, scale=scale, softcap=softcap,
         sinks=sinks, biases=call.biases, bias=call.bias, options=options,
@@ -304,7 +304,7 @@ def attend_masked(
     return (out[0], lse[0]) if is_matrix else (out, lse)
 
 
-def _normalized(
+def _normalize_inputs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -403,7 +403,7 @@ def attend(
             refuse_not_finite(name, tensor)
     spec = _spec(query, key, value, visible, scale, softcap, biases, sinks is not None)
     if sinks is not None:
-        sinks = _normalized_sinks(sinks, spec)
+        sinks = _add_sink_axes(sinks, spec)
     compute_device = query.device if options.device is None else options.device
     kernel_for(compute_device, query.dtype, prefer=options.kernel)
     abstract = any(_is_abstract(x) for x in (query, key, value))
@@ -413,7 +413,7 @@ def attend(
     backward = torch.is_grad_enabled() and has_gradient
     plan = make_plan(
         spec,
-        _decided_budget(spec, compute_device, backward, options),
+        _decide_budget(spec, compute_device, backward, options),
         options.schedule,
         backward=backward,
         resident=resident,
@@ -575,7 +575,7 @@ def _by_head(name: str, numbers: Tensor, batch: int, heads: int) -> Tensor:
     return rows
 
 
-def _normalized_sinks(sinks: Tensor, spec: AttentionSpec) -> Tensor:
+def _add_sink_axes(sinks: Tensor, spec: AttentionSpec) -> Tensor:
     """Give sinks all axes. Shape: (H,), (B, H) or (B, H, M) -> (B or 1, H, M or 1).
 
     Raises:
@@ -645,7 +645,7 @@ def ranks_share(distributed: bool) -> tuple[int, int]:
     return rank_and_world() if distributed else (0, 1)
 
 
-def _decided_budget(
+def _decide_budget(
     spec: AttentionSpec, device: torch.device, backward: bool, options: StreamOptions
 ) -> int | None:
     """The budget in bytes; ``"auto"`` as it was for the last call of these sizes."""
@@ -857,7 +857,7 @@ def plan(
     masking = Masking(
         is_causal, window, prefix, documents, chunk, query_offset, lengths, starts, key_mask
     )
-    call = _normalized(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
+    call = _normalize_inputs(query, key, value, attn_mask, masking, enable_gqa, alibi_slopes)
     spec = _spec(call.query, call.key, call.value, call.visible, scale, softcap, call.biases)
     tensors = call.query, call.key, call.value
     abstract = any(_is_abstract(x) for x in tensors)

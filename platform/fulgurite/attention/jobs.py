@@ -283,7 +283,7 @@ class AttentionJob:
             )
         if lease <= 0:
             raise ConfigError(f"A lease of {lease} s is not positive.", "Give a positive time.")
-        tensors, compute_device = self._named(inputs), kernel_device(device)
+        tensors, compute_device = self._name_inputs(inputs), kernel_device(device)
         leases, computed = Leases(self.folder / "leases", lease), list[int]()
         checked = set[tuple[str, int]]()
         with bar("tasks", self.task_count, show=progress) as advance:
@@ -395,7 +395,7 @@ class AttentionJob:
     def _path(self, number: int) -> Path:
         return self.folder / "parts" / f"task-{number:07d}.part"
 
-    def _named(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _name_inputs(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Views of the inputs by name.
 
         Raises:

@@ -133,7 +133,7 @@ class AtenCpuFlash:
     def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
         """See :class:`TileKernel`."""
         width = max(tile.query.shape[-1], tile.value.shape[-1])
-        query, key, value = (_packed(x, width) for x in tile[:3])
+        query, key, value = (_pack_rows(x, width) for x in tile[:3])
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, tile.is_causal, attn_mask=_mask(tile), scale=tile.scale
         )
@@ -146,7 +146,7 @@ class AtenCpuFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`TileKernel`."""
         width = max(tile.query.shape[-1], tile.value.shape[-1])
-        inputs = [_packed(x, width) for x in (grad, *tile[:3], out)]
+        inputs = [_pack_rows(x, width) for x in (grad, *tile[:3], out)]
         dquery, dkey, dvalue = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *inputs, lse, 0.0, tile.is_causal, attn_mask=_mask(tile), scale=tile.scale
         )
@@ -154,7 +154,7 @@ class AtenCpuFlash:
         return dquery[..., :size], dkey[..., :size], dvalue[..., : tile.value.shape[-1]]
 
 
-def _packed(tensor: Tensor, width: int) -> Tensor:
+def _pack_rows(tensor: Tensor, width: int) -> Tensor:
     """Give rows of a tile a width, with zeros, and a last stride of 1. Shape: (..., D)."""
     if tensor.shape[-1] < width:
         return F.pad(tensor, (0, width - tensor.shape[-1]))

@@ -75,7 +75,7 @@ def memory_mapped(
     if create:
         _create(path, size)
     try:
-        with _opened(path, mode) as file:
+        with _open_writable(path, mode) as file:
             writable, actual = file.writable(), os.fstat(file.fileno()).st_size
             if actual == size > 0 and not writable:
                 view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
@@ -101,7 +101,7 @@ def memory_mapped(
     return flat.view(*shape)
 
 
-def _opened(path: Path, mode: str | None) -> Any:
+def _open_writable(path: Path, mode: str | None) -> Any:
     """Open a file to be read and written where that is asked for, or allowed and not excluded."""
     if mode == "r":
         return open(path, "rb")

@@ -98,7 +98,7 @@ class Bound:
     @classmethod
     def steps(cls, starts: Sequence[int], values: Sequence[int]) -> Bound:
         """Return the bound that is constant from each start to the next."""
-        return cls._simplified(starts, values, [0] * len(starts))
+        return cls._merge_pieces(starts, values, [0] * len(starts))
 
     @classmethod
     def from_values(cls, values: NDArray[np.int64]) -> Bound:
@@ -123,10 +123,10 @@ class Bound:
         if begin < len(values):
             starts.append(begin)
             slopes.append(0)
-        return cls._simplified(starts, values[starts].tolist(), slopes)
+        return cls._merge_pieces(starts, values[starts].tolist(), slopes)
 
     @classmethod
-    def _simplified(
+    def _merge_pieces(
         cls, starts: Sequence[int], values: Sequence[int], slopes: Sequence[int]
     ) -> Bound:
         """Let each piece reach as far as it can, so that equal bounds compare equal."""
@@ -174,17 +174,17 @@ class Bound:
         first = bisect_right(self.starts, positions) - 1
         starts = [max(0, start - positions) for start in self.starts[first:]]
         values = [self(positions), *self.values[first + 1 :]]
-        return self._simplified(starts, values, self.slopes[first:])
+        return self._merge_pieces(starts, values, self.slopes[first:])
 
     def maximum(self, other: Bound) -> Bound:
         """Return the larger of two bounds."""
-        return self._combined(other, max)
+        return self._combine(other, max)
 
     def minimum(self, other: Bound) -> Bound:
         """Return the smaller of two bounds."""
-        return self._combined(other, min)
+        return self._combine(other, min)
 
-    def _combined(self, other: Bound, choose: Callable[[int, int], int]) -> Bound:
+    def _combine(self, other: Bound, choose: Callable[[int, int], int]) -> Bound:
         starts: list[int] = []
         values: list[int] = []
         slopes: list[int] = []
@@ -206,7 +206,7 @@ class Bound:
                 starts.append(cut)
                 values.append(value)
                 slopes.append(slope)
-        return self._simplified(starts, values, slopes)
+        return self._merge_pieces(starts, values, slopes)
 
 
 @dataclass(frozen=True)

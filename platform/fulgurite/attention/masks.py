@@ -117,7 +117,7 @@ class Masking:
         documents = self._documents(batch, keys)
         ranges = self._ranges(batch, queries, keys)
         entries = batch if len(prefixes) * len(documents) * len(ranges) > 1 else 1
-        facts = (_repeated(x, entries) for x in (prefixes, documents, ranges))
+        facts = (_repeat_entries(x, entries) for x in (prefixes, documents, ranges))
         by_fact: dict[Any, Visibility] = {}
         entries_visible = []
         for prefix, starts, tokens in zip(*facts, strict=True):
@@ -134,7 +134,7 @@ class Masking:
                     chunk_start=0 if tokens is None else tokens[0],
                     offset=offset,
                     key_range=tokens,
-                    query_range=None if tokens is None else _shifted(tokens, offset or 0),
+                    query_range=None if tokens is None else _shift_range(tokens, offset or 0),
                 )
             entries_visible.append(by_fact[fact])
         visible = _without_repetition(tuple(entries_visible))
@@ -182,7 +182,7 @@ class Masking:
             else x.tolist()
             if isinstance(x, Tensor | np.ndarray)
             else x
-            for x in _listed("documents", documents)
+            for x in _to_list("documents", documents)
         ]
         if entries and isinstance(entries[0], Sequence):
             if len(entries) != batch:
@@ -258,7 +258,7 @@ def _by_entry(name: str, value: int | Sequence[int], batch: int) -> list[int]:
     return numbers
 
 
-def _listed(name: str, values: object) -> list[Any]:
+def _to_list(name: str, values: object) -> list[Any]:
     """Return a list of what a sequence, an array or a tensor holds.
 
     Raises:
@@ -278,15 +278,15 @@ def _integers(name: str, values: object) -> tuple[int, ...]:
     return tuple(
         check_integer(name, int(x) if isinstance(x, Tensor) and x.ndim == 0 and not
                       x.is_floating_point() else x)
-        for x in _listed(name, values)
+        for x in _to_list(name, values)
     )  # fmt: skip
 
 
-def _repeated(facts: list[Any], entries: int) -> list[Any]:
+def _repeat_entries(facts: list[Any], entries: int) -> list[Any]:
     return facts * entries if len(facts) == 1 else facts
 
 
-def _shifted(tokens: Range, offset: int) -> Range:
+def _shift_range(tokens: Range, offset: int) -> Range:
     """Queries whose positions are within a range."""
     return max(0, tokens[0] - offset), max(0, tokens[1] - offset)
 

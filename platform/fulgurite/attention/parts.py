@@ -79,9 +79,9 @@ class Part(NamedTuple):
                 file.seek(record.offset)
                 count = file.readinto(data.data)
         except OSError as error:
-            raise _damaged(self.path, error.strerror) from error
+            raise _damage_error(self.path, error.strerror) from error
         if count != data.nbytes or hashlib.sha256(data.data).hexdigest() != record.sha256:
-            raise _damaged(self.path, f"{record.name} at byte {record.offset} has changed")
+            raise _damage_error(self.path, f"{record.name} at byte {record.offset} has changed")
         return tensor
 
 
@@ -179,16 +179,16 @@ def read_part(path: Path) -> Part:
     try:
         content, size = _read_index(path)
     except OSError as error:
-        raise _damaged(path, error.strerror) from error
+        raise _damage_error(path, error.strerror) from error
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damage_error(path, str(error)) from error
     index = json.loads(content)
     records = []
     for entry in index["records"]:
         batch, heads, tokens = (slice(*bounds) for bounds in entry["at"])
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         if entry["offset"] + math.prod(shape) * dtype.itemsize > size:
-            raise _damaged(path, "it is shorter than its index says")
+            raise _damage_error(path, "it is shorter than its index says")
         at = batch, heads, tokens
         records.append(Record(entry["name"], at, dtype, shape, entry["offset"], entry["sha256"]))
     return Part(path, index["facts"], tuple(records))
@@ -218,7 +218,7 @@ def _read_index(path: Path) -> tuple[bytes, int]:
     return content, end - length
 
 
-def _damaged(path: Path, why: str | None) -> CheckpointError:
+def _damage_error(path: Path, why: str | None) -> CheckpointError:
     return CheckpointError(
         f"The file of partial results {path} is damaged ({why}).",
         "Remove it, and run again what wrote it.",

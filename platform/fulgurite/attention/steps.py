@@ -121,7 +121,7 @@ def row_steps(
                 parts = [
                     (*heads, *halved)
                     for heads in head_parts
-                    for halved in _halved(task, i, halvings)
+                    for halved in _halve_row(task, i, halvings)
                 ]
                 for turn, (part, part_rows, part_keys, small, position) in enumerate(parts):
                     span = small.rows[position].queries
@@ -258,7 +258,7 @@ def row_count(plan: ExecutionPlan) -> int:
     return sum(len(task.rows) for group in plan.groups() for task in plan.tasks(group.visible))
 
 
-def _halved(task: Task, index: int, halvings: Halvings) -> list[tuple[Task, int]]:
+def _halve_row(task: Task, index: int, halvings: Halvings) -> list[tuple[Task, int]]:
     """A row, or rows and keys as long or shorter that are streamed, never gathered."""
     if not any(halvings):
         return [(task, index)]
@@ -289,10 +289,10 @@ def _kernel_calls(
             parts = list(tiles(row.queries, keys, visible, masked_side))
         calls += [KernelCall(tile, (tile.keys[0] + shift, tile.keys[1] + shift)) for tile in parts]
     calls.sort(key=lambda call: (call.tile.queries, call.keys))  # neighbours side by side
-    return _joined(calls) if task.loads and joins else calls
+    return _join_calls(calls) if task.loads and joins else calls
 
 
-def _joined(calls: list[KernelCall]) -> Iterator[KernelCall]:
+def _join_calls(calls: list[KernelCall]) -> Iterator[KernelCall]:
     """Join full tiles of the same queries whose gathered keys touch."""
     if not calls:
         return

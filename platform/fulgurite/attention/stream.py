@@ -85,7 +85,7 @@ class StreamedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, bias, sinks, out, lse)
         ctx.plan, ctx.biases, ctx.device = plan, biases, device
         ctx.versions = _versions(biases)
-        whole_lse = _unshifted(lse, inputs, plan)
+        whole_lse = _undo_shift(lse, inputs, plan)
         ctx.mark_non_differentiable(whole_lse)
         ctx.set_materialize_grads(False)  # it would make zeros for the gradient of lse
         return out, whole_lse
@@ -186,7 +186,7 @@ def _add_all_sinks_(out: Tensor, lse: Tensor, inputs: AttentionInputs, plan: Exe
         out[at], lse[at] = add_sinks_(out[at], lse[at], inputs, group, queries, plan)
 
 
-def _unshifted(lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> Tensor:
+def _undo_shift(lse: Tensor, inputs: AttentionInputs, plan: ExecutionPlan) -> Tensor:
     """The log-sum-exp with what was subtracted from scores."""
     if plan.spec.mask is None or not plan.spec.mask.needs_shift or plan.spec.is_empty:
         return lse.view_as(lse)

@@ -192,7 +192,7 @@ class Prefetcher:
         """
         if self.lanes is None:
             for item, views in pieces:
-                yield item, [_joined(x).to(self.device) for x in views]
+                yield item, [_join_views(x).to(self.device) for x in views]
             return
         running: deque[Mark] = deque()
         for turn, (item, views) in enumerate(pieces):
@@ -244,23 +244,23 @@ class Prefetcher:
                 hosts.append(host)
                 marks.append(slot.busy)
             if waiting is not None:
-                yield _arrived(*waiting)
+                yield _wait_for_copies(*waiting)
             waiting = item, hosts, marks
         if waiting is not None:
-            yield _arrived(*waiting)
+            yield _wait_for_copies(*waiting)
 
     def _slot(self, way: str, turn: int, slot_index: int) -> _Slot:
         assert self.lanes is not None
         return self.slots.setdefault((way, turn % 2, slot_index), _Slot(self.lanes))
 
 
-def _arrived(item: _T, hosts: list[Tensor], marks: list[Mark]) -> tuple[_T, list[Tensor]]:
+def _wait_for_copies(item: _T, hosts: list[Tensor], marks: list[Mark]) -> tuple[_T, list[Tensor]]:
     for mark in marks:
         mark.synchronize()
     return item, hosts
 
 
-def _joined(views: Views) -> Tensor:
+def _join_views(views: Views) -> Tensor:
     """One tensor of ranges of tokens. Shape: (B, H, N, ...)."""
     return views[0] if len(views) == 1 else torch.cat(list(views), dim=_TOKENS)
 

@@ -81,16 +81,16 @@ def _append(url: str, part: Path, timeout: float) -> None:
         if error.code == 416:  # the part is longer than the file: another version of it
             part.unlink()
             return _append(url, part, timeout)
-        raise _broken(url, str(error)) from error
+        raise _download_error(url, str(error)) from error
     except (OSError, HTTPException) as error:
-        raise _broken(url, str(error)) from error
+        raise _download_error(url, str(error)) from error
     # `copyfileobj` ends quietly when the connection is closed early
     if expected is not None and part.stat().st_size < int(expected) + (have if resumed else 0):
-        raise _broken(url, f"it ended after {part.stat().st_size} bytes")
+        raise _download_error(url, f"it ended after {part.stat().st_size} bytes")
     return None
 
 
-def _broken(url: str, reason: str) -> DataError:
+def _download_error(url: str, reason: str) -> DataError:
     return DataError(
         f"The download of {url} failed: {reason}.",
         "Run the command again to go on where it stopped, or fetch the file by other means.",

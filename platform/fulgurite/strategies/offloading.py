@@ -50,7 +50,7 @@ def saved_in_files(folder: str | Path, keep: Iterable[Tensor] = ()) -> Iterator[
     Source: inferred; as ``torch.autograd.graph.save_on_cpu``, with files as memory.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with _saved_by(lambda tensor: _in_file(tensor, folder), keep):
+    with _save_moved(lambda tensor: _in_file(tensor, folder), keep):
         yield
 
 
@@ -73,12 +73,12 @@ def saved_on_host(keep: Iterable[Tensor] = ()) -> Iterator[None]:
 
     Source: inferred; as ``torch.autograd.graph.save_on_cpu``, which takes parameters along.
     """
-    with _saved_by(_on_host, keep):
+    with _save_moved(_on_host, keep):
         yield
 
 
 @contextmanager
-def _saved_by(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Iterator[None]:
+def _save_moved(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Iterator[None]:
     """Let autograd save what a function gives for large tensors that are not kept."""
     kept_storages = {tensor.untyped_storage().data_ptr() for tensor in keep}
 

@@ -121,19 +121,19 @@ class _StreamsAttention(Strategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class, with activations offloaded if asked."""
         with self._offloading():
-            return self._watched(super().training_step, *args, **kwargs)
+            return self._watch_step(super().training_step, *args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class."""
-        return self._watched(super().validation_step, *args, **kwargs)
+        return self._watch_step(super().validation_step, *args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class."""
-        return self._watched(super().test_step, *args, **kwargs)
+        return self._watch_step(super().test_step, *args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class."""
-        return self._watched(super().predict_step, *args, **kwargs)
+        return self._watch_step(super().predict_step, *args, **kwargs)
 
     def _offloading(self) -> AbstractContextManager[Any]:
         if self.offload_activations == "none":
@@ -144,7 +144,7 @@ class _StreamsAttention(Strategy):
         folder = self.offload_folder or self.lightning_module.trainer.default_root_dir
         return saved_in_files(folder, self.lightning_module.parameters())
 
-    def _watched(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _watch_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step, and refuse it if no attention was streamed; name what of it was not.
 
         All steps are looked at with ``strict``, else the first in which attention is streamed. A

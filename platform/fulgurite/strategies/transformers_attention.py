@@ -161,7 +161,7 @@ class TransformersAttention:
             sinks = sinks.squeeze(-1)
         options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
         if isinstance(attention_mask, StreamMask):
-            biases = _selected_keys(module, query.shape[1], indices, block_indices)
+            biases = _select_keys(module, query.shape[1], indices, block_indices)
             out = self._attend_masked(
                 query, key, value, attention_mask, position_bias, biases, options
             )
@@ -222,7 +222,7 @@ class TransformersAttention:
         )
 
 
-def _selected_keys(
+def _select_keys(
     module: nn.Module, heads: int, indices: Tensor | None, block_indices: Tensor | None
 ) -> tuple[TileBias, ...]:
     """Keys that sparse attention chose.

@@ -120,7 +120,7 @@ class StreamMask(Tensor):
             if func in _copies() and not _changes_type(mask.dtype, args[1:], kwargs):
                 return mask
             if func is Tensor.__getitem__:
-                keys = _cropped_keys(args[1], mask.shape)
+                keys = _count_cropped_keys(args[1], mask.shape)
                 if keys is not None:
                     return StreamMask.make(mask.source.cropped(keys), mask.dtype, mask.device)
         warnings.warn(
@@ -157,7 +157,7 @@ def _changes_type(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, A
     return any(isinstance(x, torch.dtype) and x != dtype for x in types)
 
 
-def _cropped_keys(index: Any, shape: torch.Size) -> int | None:
+def _count_cropped_keys(index: Any, shape: torch.Size) -> int | None:
     """The number of keys that an index leaves, if it does nothing but cut some off the end."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in parts:

@@ -212,14 +212,14 @@ def _emulate(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if not there:
         return out
     changed = {id(x.host): x for x in tensors if isinstance(x, _EmulatedTensor)}
-    return tree_map(lambda x: _wrapped(x, changed), out)
+    return tree_map(lambda x: _wrap_result(x, changed), out)
 
 
 def _inner(x: Any) -> Any:
     return x.host if isinstance(x, _EmulatedTensor) else x
 
 
-def _wrapped(x: Any, changed: Mapping[int, Tensor]) -> Any:
+def _wrap_result(x: Any, changed: Mapping[int, Tensor]) -> Any:
     """A result as a tensor of the device; one that was changed in place is itself."""
     if not isinstance(x, Tensor) or isinstance(x, _EmulatedTensor):
         return x

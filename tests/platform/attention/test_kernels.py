@@ -43,9 +43,9 @@ SIZES = [(1, 1, 1, 64, 64, 64), (2, 4, 2, 37, 50, 20), (1, 6, 1, 33, 7, 5), (2, 
 def forgotten(monkeypatch):
     """No kernel is known to be right or wrong, and cuDNN is a sound one."""
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
-    cuda_kernels._compared.cache_clear()
+    cuda_kernels._compare_kernel.cache_clear()
     yield
-    cuda_kernels._compared.cache_clear()
+    cuda_kernels._compare_kernel.cache_clear()
 
 
 def cases(kernels=tuple(DTYPES)):
@@ -316,7 +316,9 @@ def test_any_memory_layout_will_do(operators, kernel):
 
 def test_what_needs_no_copy_is_not_copied():
     plain = torch.zeros(2, 4, 40, 16, dtype=torch.float16)
-    assert cuda_kernels._aligned(plain[:, 1:3, 7:20]).data_ptr() == plain[:, 1:3, 7:20].data_ptr()
+    assert (
+        cuda_kernels._align_rows(plain[:, 1:3, 7:20]).data_ptr() == plain[:, 1:3, 7:20].data_ptr()
+    )
     bias = torch.zeros(1, 1, 40, 24, dtype=torch.float16)
     plain_21 = plain[:, :, :21]
     taken = AtenCudaEfficient()._aligned_tile(
@@ -411,7 +413,7 @@ def test_a_kernel_is_not_compared_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(cuda_kernels, "_fault", lambda *_: None)
-    ask = functools.partial(cuda_kernels._compared, "flash", CUDA, HALF[0], 64, False)
+    ask = functools.partial(cuda_kernels._compare_kernel, "flash", CUDA, HALF[0], 64, False)
     with pytest.raises(ConfigError, match="Run the step once before capturing it"):
         ask()
     capturing[0] = False
@@ -632,15 +634,15 @@ def test_kernels_are_compared_apart_from_what_goes_on(monkeypatch):
     state = torch.get_rng_state()
     counter = Counter()
     for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), counter):
-        cuda_kernels._compared.cache_clear()
+        cuda_kernels._compare_kernel.cache_clear()
         with mode:
             assert ask() is right
     assert counter.count == 0
-    cuda_kernels._compared.cache_clear()
+    cuda_kernels._compare_kernel.cache_clear()
     with FakeTensorMode() as fake:
         inputs = (fake.from_tensor(x) for x in (query, key, value))
         assert chosen.kernel(TileInputs(*inputs, 0.3)) is right
-    cuda_kernels._compared.cache_clear()
+    cuda_kernels._compare_kernel.cache_clear()
     found = []
     weight = torch.ones(3, requires_grad=True)
     loss = (weight * 2).sum()
@@ -694,7 +696,7 @@ def test_kernels_are_right_on_this_gpu(kernel):
             for biased in (False, True)[: 1 + (kernel is AtenCudaEfficient)]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    assert cuda_kernels._compared(NAMES[kernel], device, dtype, size, biased)
+                    assert cuda_kernels._compare_kernel(NAMES[kernel], device, dtype, size, biased)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
