@@ -39,13 +39,13 @@ def fit(method: str) -> list[float]:
 
     TakeTurns.prepare = None
     spent.clear()
-    chosen = [] if method == "FedSIR" else [f"--model.init_args.method={METHODS}.{method}"]
+    method_option = [] if method == "FedSIR" else [f"--model.init_args.method={METHODS}.{method}"]
     with tempfile.TemporaryDirectory() as folder:
         run(
             [
                 "fit",
                 "--config=fedsir/digits.yaml",
-                *chosen,
+                *method_option,
                 f"--trainer.max_epochs={ROUNDS + 1}",
                 "--trainer.callbacks+=benchmarks.harness.TakeTurns",
                 "--trainer.limit_val_batches=0",
@@ -103,13 +103,13 @@ def main() -> None:
     for part in parts[0]:
         once = part.startswith("stage I")
         seconds = [p[part] / (1 if once else ROUNDS + 1) for p in parts]
-        share = statistics.median(seconds) / plain
+        ratio = statistics.median(seconds) / plain
         label = part if once else f"of FedSIR's round: {part}"
         rows.append(
             {
                 "part": label,
                 "ms": spread([1e3 * s for s in seconds]),
-                "of a FedAvg round": f"{share:.2f}",
+                "of a FedAvg round": f"{ratio:.2f}",
             }
         )
     raw = {"rounds": rounds, "parts": parts}

@@ -130,13 +130,15 @@ def exactness() -> Iterator[Row]:
         plain = draw(tokens, 4, 2, dtype=dtype)
         for window in (None, tokens // 4 + 3):
             exact = [x.double().requires_grad_() for x in plain]
-            seen = (distance >= 0) & (distance < (window or tokens))
-            out = F.scaled_dot_product_attention(*exact, attn_mask=seen, enable_gqa=True)
+            visible = (distance >= 0) & (distance < (window or tokens))
+            out = F.scaled_dot_product_attention(*exact, attn_mask=visible, enable_gqa=True)
             grad = torch.randn_like(out)
             expected = (out, *torch.autograd.grad(out, exact, grad))
-            for where in ("device", "host"):
+            for origin in ("device", "host"):
                 for schedule in ("rect", "cqs"):
-                    x = [t.to("cpu" if where == "host" else DEVICE).requires_grad_() for t in plain]
+                    x = [
+                        t.to("cpu" if origin == "host" else DEVICE).requires_grad_() for t in plain
+                    ]
                     streamed = stream_attention(
                         *x, is_causal=True, enable_gqa=True, window=window, device=DEVICE,
                         schedule=schedule, memory_budget=sized(2**24, 2**19),
@@ -147,7 +149,7 @@ def exactness() -> Iterator[Row]:
                         for a, b in zip(results, expected, strict=True)
                     )
                     yield {
-                        "type": str(dtype)[6:], "window": window, "from": where,
+                        "type": str(dtype)[6:], "window": window, "from": origin,
                         "schedule": schedule, "error": error, "allowed": allowed,
                         "right": error < allowed,
                     }  # fmt: skip
@@ -207,13 +209,13 @@ def memory() -> Iterator[Row]:
     """Planned against allocated bytes and predicted against measured seconds."""
     for tokens in (sized(2**18, 2**11), sized(2**20, 2**12)):
         for on_host in (False, True):
-            for share, grad in ((8, False), (8, True), (32, False)):
+            for divisor, grad in ((8, False), (8, True), (32, False)):
                 inputs = draw(tokens, on_host=on_host, grad=grad)
-                yield _measured(inputs, 4 * tokens * WIDTH * 2 // share, on_host, share)
+                yield _measured(inputs, 4 * tokens * WIDTH * 2 // divisor, on_host, divisor)
                 del inputs
 
 
-def _measured(inputs: list[Tensor], budget: int, on_host: bool, share: int) -> Row:
+def _measured(inputs: list[Tensor], budget: int, on_host: bool, divisor: int) -> Row:
     plans: list[ExecutionPlan] = []
 
     def attend() -> Tensor:
@@ -237,7 +239,7 @@ def _measured(inputs: list[Tensor], budget: int, on_host: bool, share: int) -> R
     calls = plan.cost.calls + (plan.gradient.cost.calls if plan.gradient else 0)
     return {
         "tokens": inputs[0].shape[2], "from": "host" if on_host else "device",
-        "budget": f"1/{share}", "gradients": plan.gradient is not None, "tile": list(plan.tile),
+        "budget": f"1/{divisor}", "gradients": plan.gradient is not None, "tile": list(plan.tile),
         "calls": calls, "seconds": seconds, "predicted / measured": predicted / seconds,
         "allocated [MiB]": peak / 2**20, "planned [MiB]": plan.peak_bytes / 2**20,
     }  # fmt: skip
@@ -250,8 +252,8 @@ def recovery() -> Iterator[Row]:
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
     if HAS_GPU:
         torch.cuda.empty_cache()
-        left = torch.cuda.memory_allocated() + 48 * 2**20
-        torch.cuda.set_per_process_memory_fraction(left / torch.cuda.mem_get_info()[1])
+        limit = torch.cuda.memory_allocated() + 48 * 2**20
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         begun = time.perf_counter()
@@ -374,10 +376,10 @@ def billion() -> Iterator[Row]:
         kernel.forward(TileInputs(rows, columns, columns, WIDTH**-0.5))
 
     seconds = seconds_of(compute, 2)
-    whole = seconds * spec.pairs / (height * width)
+    all_seconds = seconds * spec.pairs / (height * width)
     yield {
         "tokens": tokens, "tile": [height, width], "seconds of a tile, copies included": seconds,
-        "hours of all tiles": whole / 3600, "hours, predicted": plan.cost.seconds / 3600,
+        "hours of all tiles": all_seconds / 3600, "hours, predicted": plan.cost.seconds / 3600,
     }  # fmt: skip
 
 
@@ -439,11 +441,11 @@ def systems() -> Iterator[Row]:
     }
 
 
-def _beside_host(what: str, run: Callable[[Tensor], object], there: Tensor) -> Row:
-    here = there.cpu()
+def _beside_host(label: str, run: Callable[[Tensor], object], on_device: Tensor) -> Row:
+    on_host = on_device.cpu()
     return {
-        "what": what, "device [s]": seconds_of(lambda: run(there), 1),
-        "host [s]": seconds_of(lambda: run(here), 1),
+        "what": label, "device [s]": seconds_of(lambda: run(on_device), 1),
+        "host [s]": seconds_of(lambda: run(on_host), 1),
     }  # fmt: skip
 
 
@@ -490,14 +492,14 @@ def ask_all(names: list[str], path: Path, seconds: float) -> bool:
     """Ask each in a process of its own; whether all of them ended well."""
     ends, all_well = time.monotonic() + seconds, True
     for name in names:
-        left = ends - time.monotonic()
-        if left < 5:
+        remaining = ends - time.monotonic()
+        if remaining < 5:
             status = "no time left"
         else:
             command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(path)]
             try:
                 process = subprocess.run(
-                    command, timeout=min(left, PARTS[name].limit * sized(1, 4)), check=False,
+                    command, timeout=min(remaining, PARTS[name].limit * sized(1, 4)), check=False,
                     capture_output=True,
                     text=True,
                 )  # fmt: skip

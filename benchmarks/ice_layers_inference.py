@@ -31,7 +31,7 @@ def make_batch(stacks: int, traces: int, layers: int) -> Any:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    made = []
+    stack_list = []
     for number in range(stacks):
         physics = random(1, layers, PHYSICS) + 0.05 * random(traces, 1, PHYSICS).cumsum(0)
         thickness = (0.2 * physics[..., 0] + 0.01 * random(traces, layers)).exp()
@@ -46,7 +46,7 @@ def make_batch(stacks: int, traces: int, layers: int) -> Any:
         spans = Spans.of_thickness(thickness, sums=True).hide(hidden)
         observed = spans.observed
         at = 100.0 * torch.arange(traces, dtype=torch.float64)
-        made.append(
+        stack_list.append(
             Data(
                 num_nodes=traces,
                 thickness=torch.where(observed, thickness, torch.nan),
@@ -61,7 +61,7 @@ def make_batch(stacks: int, traces: int, layers: int) -> Any:
                 stack=torch.tensor([number]),
             )
         )
-    return Batch.from_data_list(made)
+    return Batch.from_data_list(stack_list)
 
 
 def network(layers: int, width: int) -> IceCompletion:

@@ -20,20 +20,22 @@ SHARES = (0.0, 0.01, 0.03, 0.1, 0.3)
 SEEDS = range(5)
 
 
-def table(size: int, share: float, harmonics: Sequence[int], seed: int) -> torch.Tensor:
+def table(size: int, fraction: float, harmonics: Sequence[int], seed: int) -> torch.Tensor:
     """Curves of other frequencies, with a share of the power in those of the period."""
     n = torch.arange(size)
     generator = torch.Generator().manual_seed(seed)
-    others = [k for k in range(1, size // 2) if (10 * k) % size]
-    chosen = torch.randperm(len(others), generator=generator)[:CURVES].tolist()
+    frequencies = [k for k in range(1, size // 2) if (10 * k) % size]
+    curves = torch.randperm(len(frequencies), generator=generator)[:CURVES].tolist()
     x = torch.zeros(size, WIDTH, dtype=torch.float64)
-    for i, k in enumerate(chosen):  # a plane of its own for each
-        x += planted(n, 1, WIDTH, noise=0.0, seed=100 * seed + i, harmonics=(others[k] / size,))
+    for i, k in enumerate(curves):  # a plane of its own for each
+        x += planted(
+            n, 1, WIDTH, noise=0.0, seed=100 * seed + i, harmonics=(frequencies[k] / size,)
+        )
     lines = planted(n, PERIOD, WIDTH, noise=0.0, seed=100 * seed + 99, harmonics=harmonics)
     parts = [part - part.mean(0) for part in (x, lines)]
     x, lines = (part / part.norm() for part in parts)
     noise = torch.randn(size, WIDTH, generator=generator, dtype=torch.float64)
-    return math.sqrt(1 - share) * x + math.sqrt(share) * lines + NOISE * noise / noise.norm()
+    return math.sqrt(1 - fraction) * x + math.sqrt(fraction) * lines + NOISE * noise / noise.norm()
 
 
 def main() -> None:
@@ -41,15 +43,19 @@ def main() -> None:
     rows, raw = [], {}
     for size in (100, 1000):
         for name, harmonics in (("3/10", (3,)), ("all k/10", (1, 2, 3, 4, 5))):
-            for share in SHARES:
-                tables = [table(size, share, harmonics, seed) for seed in SEEDS]
-                row = {"numbers": str(size), "planted at": name, "share of power": f"{share:.0%}"}
+            for fraction in SHARES:
+                tables = [table(size, fraction, harmonics, seed) for seed in SEEDS]
+                row = {
+                    "numbers": str(size),
+                    "planted at": name,
+                    "share of power": f"{fraction:.0%}",
+                }
                 for kind in ("shuffled", "contiguous"):
-                    found = [probe(x, [PERIOD], kind=kind, nonround=False) for x in tables]
-                    kappas = [result[PERIOD].kappa for result in found]
-                    mean, spread = statistics.mean(kappas), statistics.stdev(kappas)
-                    row[f"κ, {kind} folds"] = f"{mean:.2f} ± {spread:.2f}"
-                    raw[f"{size} numbers, {name}, {share}, {kind}"] = kappas
+                    results = [probe(x, [PERIOD], kind=kind, nonround=False) for x in tables]
+                    kappas = [result[PERIOD].kappa for result in results]
+                    mean, std = statistics.mean(kappas), statistics.stdev(kappas)
+                    row[f"κ, {kind} folds"] = f"{mean:.2f} ± {std:.2f}"
+                    raw[f"{size} numbers, {name}, {fraction}, {kind}"] = kappas
                 rows.append(row)
     report("number_probing_power", "What the mod-10 probe can see", NOTES, rows, raw)
 

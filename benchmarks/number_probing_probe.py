@@ -44,7 +44,7 @@ def by_sklearn(x: np.ndarray[Any, Any]) -> dict[int, float]:
     from sklearn.preprocessing import StandardScaler
 
     n = torch.arange(SIZE)
-    found = {}
+    kappa_by_period = {}
     for period in PERIODS:
         labels = (n % period).numpy()
         kappas = []
@@ -54,14 +54,14 @@ def by_sklearn(x: np.ndarray[Any, Any]) -> dict[int, float]:
             )
             split = PredefinedSplit(make_folds(n, period, FOLDS, seed=seed).numpy())
             kappas.append(cohen_kappa_score(labels, cross_val_predict(model, x, labels, cv=split)))
-        found[period] = statistics.mean(kappas)
-    return found
+        kappa_by_period[period] = statistics.mean(kappas)
+    return kappa_by_period
 
 
 def ours(x: torch.Tensor) -> dict[int, float]:
     """The same κ, and train κ with it."""
-    found = probe(x, PERIODS, folds=FOLDS, seeds=SEEDS, nonround=False)
-    return {period: result.kappa for period, result in found.items()}
+    results = probe(x, PERIODS, folds=FOLDS, seeds=SEEDS, nonround=False)
+    return {period: result.kappa for period, result in results.items()}
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:

@@ -84,8 +84,8 @@ class ClientImages(Dataset):  # type: ignore[type-arg]
 def tensor_batches(problem: Problem, client: int) -> Iterable[tuple[Tensor, Tensor]]:
     """Shuffled batches without a DataLoader: augmentation on whole batches of resident tensors."""
     images, labels, p = problem.images[client], problem.labels[client], problem
-    for chosen in torch.randperm(len(labels)).split(p.batch_size):
-        batch = images[chosen]
+    for indices in torch.randperm(len(labels)).split(p.batch_size):
+        batch = images[indices]
         if p.pad:
             size, (height, width) = len(batch), batch.shape[2:]
             down, right = torch.randint(0, 2 * p.pad + 1, (2, size, 1))
@@ -96,7 +96,7 @@ def tensor_batches(problem: Problem, client: int) -> Iterable[tuple[Tensor, Tens
         if p.flip:
             mirror = torch.rand(len(batch)) < 0.5
             batch = torch.where(mirror[:, None, None, None], batch.flip(3), batch)
-        yield batch.float() * p.scale + p.offset, labels[chosen]
+        yield batch.float() * p.scale + p.offset, labels[indices]
 
 
 def train_client(

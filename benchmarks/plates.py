@@ -177,7 +177,7 @@ def loader() -> None:
 
 def batch_times(data: PlateDataModule) -> list[float]:
     """Seconds per batch of a steady loader, for several epochs."""
-    found = []
+    seconds = []
     for _ in range(5):
         batches = iter(data.train_dataloader())
         for _ in range(2):  # workers start
@@ -185,8 +185,8 @@ def batch_times(data: PlateDataModule) -> list[float]:
         begun, count = time.perf_counter(), 0
         for _ in batches:
             count += 1
-        found.append((time.perf_counter() - begun) / count)
-    return found
+        seconds.append((time.perf_counter() - begun) / count)
+    return seconds
 
 
 MEMORY = """

@@ -63,32 +63,36 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
         if tokens >= 65536 and grad:  # a minute each
             continue
         inputs = tensors(tokens, 1, grad)
-        whole = 4 * inputs[0].nbytes
+        full_bytes = 4 * inputs[0].nbytes
         contestants = {"sdpa": runner(F.scaled_dot_product_attention, inputs, is_causal=causal)}
         plans = {}
         ways = [("rect", 8), ("rect", 32)]
         if tokens < 65536:  # a minute each
             ways += [("cqs", 8)] if grad else [("cqs", 8), ("cqs", 32)]
-        for schedule, share in ways:
+        for schedule, divisor in ways:
             options = {
-                "is_causal": causal, "memory_budget": whole // share, "schedule": schedule,
+                "is_causal": causal, "memory_budget": full_bytes // divisor, "schedule": schedule,
             }  # fmt: skip
-            name = f"{schedule} 1/{share}"
+            name = f"{schedule} 1/{divisor}"
             costs = measured_costs(torch.device("cpu"), torch.float32, WIDTH)
             try:
                 plans[name] = make_plan(
                     one_head(tokens, torch.float32, causal),
-                    whole // share, schedule, backward=grad, costs=costs,
+                    full_bytes // divisor, schedule, backward=grad, costs=costs,
                 )  # fmt: skip
             except ConfigError:
                 continue  # quorums of so few tokens do not fit
             contestants[name] = runner(stream_attention, inputs, **options)
         seconds = take_turns(contestants, {8192: 5, 16384: 3}.get(tokens, 1))
         raw[f"{tokens} causal={causal} backward={grad}"] = seconds
-        for name, chosen in plans.items():
-            cut = f"{chosen.chunks} chunks" if chosen.chunks else "{} x {}".format(*chosen.tile)
-            if chosen.gradient is not None and chosen.gradient.tile != chosen.tile:
-                cut += "; {} x {}".format(*chosen.gradient.tile)
+        for name, call_plan in plans.items():
+            cut = (
+                f"{call_plan.chunks} chunks"
+                if call_plan.chunks
+                else "{} x {}".format(*call_plan.tile)
+            )
+            if call_plan.gradient is not None and call_plan.gradient.tile != call_plan.tile:
+                cut += "; {} x {}".format(*call_plan.gradient.tile)
             rows.append({
                 "N": str(tokens),
                 "causal": "yes" if causal else "no",
@@ -98,7 +102,7 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
                 "one call [s]": spread(seconds["sdpa"]),
                 "time / one call": spread(ratios(seconds[name], seconds["sdpa"])),
                 "predicted / measured": "–" if grad else (
-                    f"{chosen.cost.seconds / (sum(seconds[name]) / len(seconds[name])):.2f}"
+                    f"{call_plan.cost.seconds / (sum(seconds[name]) / len(seconds[name])):.2f}"
                 ),
             })  # fmt: skip
     return rows
@@ -119,20 +123,20 @@ def schedules(raw: dict[str, Any]) -> list[dict[str, str]]:
             contestants[schedule] = runner(stream_attention, inputs, **options)
         seconds = take_turns(contestants, 3)
         raw[f"schedules {budget}"] = seconds
-        for name, chosen in plans.items():
-            moved = moved_bytes(inputs, chosen)
+        for name, call_plan in plans.items():
+            moved = moved_bytes(inputs, call_plan)
             rows.append({
                 "budget": budget,
                 "schedule": name,
-                "peak": format_bytes(chosen.peak_bytes),
+                "peak": format_bytes(call_plan.peak_bytes),
                 "bytes moved": format_bytes(moved),
-                "predicted / counted": f"{chosen.cost.moved_bytes / moved:.2f}",
+                "predicted / counted": f"{call_plan.cost.moved_bytes / moved:.2f}",
                 "seconds": spread(seconds[name]),
             })  # fmt: skip
     return rows
 
 
-def moved_bytes(inputs: list[Tensor], chosen: ExecutionPlan) -> int:
+def moved_bytes(inputs: list[Tensor], plan: ExecutionPlan) -> int:
     """Bytes that a run loads and stores; results that are merged are read and written again."""
     moved, prefetch = 0, Prefetcher.prefetch
 
@@ -146,9 +150,9 @@ def moved_bytes(inputs: list[Tensor], chosen: ExecutionPlan) -> int:
         return prefetch(self, counted())
 
     with mock.patch.object(Prefetcher, "prefetch", counting):
-        for unit in units(AttentionInputs(*inputs), chosen):
+        for unit in units(AttentionInputs(*inputs), plan):
             written = unit.out.nbytes + unit.lse.nbytes
-            moved += 2 * written if chosen.merges else written
+            moved += 2 * written if plan.merges else written
     return moved
 
 
@@ -270,17 +274,17 @@ def predictions() -> list[dict[str, str]]:
     rows = []
     for tokens in (10**6, 10**7, 10**8, 10**9):
         for budget in (2**30, 8 * 2**30):
-            chosen = make_plan(
+            call_plan = make_plan(
                 one_head(tokens, torch.bfloat16, True), budget, "auto", resident=False, costs=costs
             )
-            cut = "whole" if chosen.schedule == "whole" else "{} x {}".format(*chosen.tile)
+            cut = "whole" if call_plan.schedule == "whole" else "{} x {}".format(*call_plan.tile)
             rows.append({
                 "N": f"{tokens:.0e}",
                 "budget": format_bytes(budget),
-                "schedule": f"{chosen.schedule}, {cut}",
-                "peak": format_bytes(chosen.peak_bytes),
-                "moved": format_bytes(chosen.cost.moved_bytes),
-                "hours, predicted": f"{chosen.cost.seconds / 3600:.3g}",
+                "schedule": f"{call_plan.schedule}, {cut}",
+                "peak": format_bytes(call_plan.peak_bytes),
+                "moved": format_bytes(call_plan.cost.moved_bytes),
+                "hours, predicted": f"{call_plan.cost.seconds / 3600:.3g}",
             })  # fmt: skip
     return rows
 

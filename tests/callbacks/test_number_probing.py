@@ -87,14 +87,14 @@ def rows_of(file):
 
 
 def test_training_is_bit_for_bit_the_same(tmp_path):
-    found = []
+    states = []
     for name, callbacks in (("without", []), ("with", [make_probe(every_n_steps=1)])):
         _, model = fit(tmp_path / name, *callbacks)
-        found.append((model.state_dict(), torch.get_rng_state()))
+        states.append((model.state_dict(), torch.get_rng_state()))
     assert model.calls == 13  # at the start and after each of 12 batches
-    for key, value in found[0][0].items():
-        assert torch.equal(value, found[1][0][key])
-    assert torch.equal(found[0][1], found[1][1])
+    for key, value in states[0][0].items():
+        assert torch.equal(value, states[1][0][key])
+    assert torch.equal(states[0][1], states[1][1])
 
 
 def test_what_is_logged(tmp_path):
@@ -134,7 +134,7 @@ def test_an_interrupted_fit_goes_on(tmp_path):
         fit(tmp_path / name, probe, *callbacks, checkpoints=bool(callbacks), **kwargs)
         return probe, model
 
-    whole, expected = run("whole", 4)
+    uninterrupted, expected = run("whole", 4)
     keep = ModelCheckpoint(tmp_path / "kept", filename="last", save_on_train_epoch_end=True)
     run("a", 2, keep)
     file = tmp_path / "kept" / "last.ckpt"
@@ -143,9 +143,9 @@ def test_an_interrupted_fit_goes_on(tmp_path):
     assert [row["step"] for row in state["history"]][::2] == [0, 2, 3, 4, 6]  # 3: a checkpoint
     resumed, model = run("b", 4, ckpt=str(file))
     assert torch.equal(model.embed.weight, expected.embed.weight)
-    assert [row for row in resumed.history if row["step"] != 3] == whole.history
-    assert list(resumed.spectra) == [0, 2, 3, *list(whole.spectra)[2:]]
-    for step, spectrum in whole.spectra.items():
+    assert [row for row in resumed.history if row["step"] != 3] == uninterrupted.history
+    assert list(resumed.spectra) == [0, 2, 3, *list(uninterrupted.spectra)[2:]]
+    for step, spectrum in uninterrupted.spectra.items():
         assert torch.equal(resumed.spectra[step], spectrum)
 
 
@@ -263,7 +263,7 @@ def test_models_without_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [
         ({"every_n_steps": -1}, "every_n_steps=-1 is negative"),
         ({"first_row": 0}, "rows without an embedding"),
@@ -272,8 +272,8 @@ def test_models_without_numbers(tmp_path):
         ({"numbers": "x"}, "numbers='x'"),
     ],
 )
-def test_arguments_out_of_range(change, what):
-    with pytest.raises(ConfigError, match=what):
+def test_arguments_out_of_range(change, message):
+    with pytest.raises(ConfigError, match=message):
         ModularProbe(**change)
 
 

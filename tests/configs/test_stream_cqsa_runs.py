@@ -30,9 +30,9 @@ def test_streamed_attention_trains_to_the_same_weights(fit, weights):
 
 def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, run_two, weights):
     name = "stream_cqsa/smoke.yaml"
-    chosen = "--trainer.strategy.class_path=fulgurite.strategies.StreamCQSADDPStrategy"
+    strategy_option = "--trainer.strategy.class_path=fulgurite.strategies.StreamCQSADDPStrategy"
     budget = "--trainer.strategy.init_args.memory_budget=64KiB"
-    run_two("fit", "--config", name, "--run.dir=ranks", chosen, strategy=budget)
+    run_two("fit", "--config", name, "--run.dir=ranks", strategy_option, strategy=budget)
     fit("--run.dir=alone", config=name)
     alone, ranks = (weights(f"{run}/checkpoints/last.ckpt") for run in ("alone", "ranks"))
     assert alone.keys() == ranks.keys()

@@ -42,10 +42,10 @@ def values(task, digits):
 def parts(task, batch):
     """Operands and answer of sequences, as digits."""
     k = task.tokens
-    whole = torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1)
-    assert (whole[:, k] == task.base).all()
-    assert (whole[:, 2 * k + 1] == task.base + 1).all()
-    return whole[:, :k], whole[:, k + 1 : 2 * k + 1], whole[:, 2 * k + 2 :]
+    sequences = torch.cat([batch["tokens"], batch["targets"][:, -1:]], 1)
+    assert (sequences[:, k] == task.base).all()
+    assert (sequences[:, 2 * k + 1] == task.base + 1).all()
+    return sequences[:, :k], sequences[:, k + 1 : 2 * k + 1], sequences[:, 2 * k + 2 :]
 
 
 # --- sums ----------------------------------------------------------------------------------------
@@ -125,14 +125,14 @@ def test_every_pair_is_in_one_part(base, tokens, fraction, mirrored, seed):
 def test_what_is_validated_is_not_tested(options):
     """Lists and streams, as the loaders give them; as a + b or as b + a."""
     data = module(**options, batch_size=512, val_size=2048, test_size=8192)
-    seen = []
+    pairs = []
     for loader in (data.val_dataloader(), data.test_dataloader()):
         tokens = torch.cat([batch["tokens"] for batch in loader])
         a, b, _ = parts(data.task, {"tokens": tokens, "targets": tokens})
         a, b = values(data.task, a), values(data.task, b)
         assert not data.task.is_training(a.numpy(), b.numpy()).any()
-        seen.append({*zip(*torch.sort(torch.stack([a, b]), 0).values.tolist(), strict=True)})
-    val, test = seen
+        pairs.append({*zip(*torch.sort(torch.stack([a, b]), 0).values.tolist(), strict=True)})
+    val, test = pairs
     assert len(val) > 100
     assert len(test) > 100
     assert not val & test
@@ -265,9 +265,9 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(workdir, tokens):
         data = module(tokens=tokens)
         trainer.fit(recorder, datamodule=data, ckpt_path=path, weights_only=True)
         runs.append(torch.stack(recorder.seen))
-    whole, rest = runs
-    assert len(whole) == 9
-    assert torch.equal(rest, whole[5:])
+    uninterrupted, resumed = runs
+    assert len(uninterrupted) == 9
+    assert torch.equal(resumed, uninterrupted[5:])
 
 
 @pytest.mark.parametrize(

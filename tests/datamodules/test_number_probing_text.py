@@ -66,11 +66,11 @@ def module(corpus, **options):
 
 def numbers_in(data, tokens):
     """The numbers among tokens, in order."""
-    known = data.tokenizer.numbers
-    return [known[t] for t in np.asarray(tokens).tolist() if t in known]
+    number_of = data.tokenizer.numbers
+    return [number_of[t] for t in np.asarray(tokens).tolist() if t in number_of]
 
 
-def whole(data, split="_train"):
+def part_text(data, split="_train"):
     windows = getattr(data, split)
     return windows.text(windows.part.start, len(windows.part))
 
@@ -129,9 +129,9 @@ def tokenizer_file(workdir):
     tokenizers = pytest.importorskip("tokenizers")
     words = ["<unk>", "</s>", "word", *map(str, range(10)), *(f"Ġ{n}" for n in range(5, 12))]
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.save("tokenizer.json")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save("tokenizer.json")
     return workdir / "tokenizer.json"
 
 
@@ -301,9 +301,9 @@ def test_pieces_hold_at_most_k_numbers_and_no_fewer_than_needed(is_number, k):
     starts = isolate_starts(is_number, k)
     blocks = block_ids(starts)
     for row, ids in zip(is_number, blocks, strict=True):
-        held = np.bincount(ids, weights=row)
-        assert held.max() <= k
-        assert (held[:-1] == k).all()
+        counts = np.bincount(ids, weights=row)
+        assert counts.max() <= k
+        assert (counts[:-1] == k).all()
         assert (np.diff(ids) >= 0).all()
 
 
@@ -318,11 +318,11 @@ def test_contexts_are_as_long_as_asked(length, context):
 @settings(max_examples=50)
 def test_swapped_numbers_go_on_as_they_did(count, seed):
     """A shift of the whole sequence: every number once, every n-gram as often as before."""
-    found = replacement("swap", np.arange(count), count, seed)
-    assert sorted(found.tolist()) == [*range(count)]
-    assert (np.diff(found) % count == 1 % count).all()
+    indices = replacement("swap", np.arange(count), count, seed)
+    assert sorted(indices.tolist()) == [*range(count)]
+    assert (np.diff(indices) % count == 1 % count).all()
     if count > 3:
-        distance = (found - np.arange(count)) % count
+        distance = (indices - np.arange(count)) % count
         assert ((distance >= count // 4) & (distance <= count - count // 4)).all()
 
 
@@ -339,7 +339,7 @@ def test_perturbations_by_name():
 
 def test_swap_keeps_text_and_number_sequences_and_breaks_their_bond(corpus):
     plain, swapped = module(corpus), module(corpus, perturb="swap")
-    before, after = whole(plain), whole(swapped)
+    before, after = part_text(plain), part_text(swapped)
     is_number = np.isin(before, [*plain.tokenizer.numbers])
     assert np.array_equal(before[~is_number], after[~is_number])
     assert np.isin(after[is_number], [*plain.tokenizer.numbers]).all()
@@ -348,8 +348,8 @@ def test_swap_keeps_text_and_number_sequences_and_breaks_their_bond(corpus):
         grams = [
             Counter(zip(*((s + s[: n - 1])[i:] for i in range(n)), strict=False)) for s in (a, b)
         ]
-        kept = (grams[0] & grams[1]).total()
-        assert kept >= len(a) - 2 * n
+        common = (grams[0] & grams[1]).total()
+        assert common >= len(a) - 2 * n
     bond = [parity_known(plain, tokens) for tokens in (before, after)]
     assert bond[0] == 1
     assert 0.4 < bond[1] < 0.6
@@ -358,10 +358,12 @@ def test_swap_keeps_text_and_number_sequences_and_breaks_their_bond(corpus):
 def parity_known(data, tokens):
     """How often the word before "number n" tells the parity of n."""
     even, odd = (data.tokenizer.words[word] for word in ("even", "odd"))
-    known = data.tokenizer.numbers
+    number_of = data.tokenizer.numbers
     pairs = zip(tokens[:-2].tolist(), tokens[2:].tolist(), strict=True)
     right = [
-        (a == even) == (known[b] % 2 == 0) for a, b in pairs if a in (even, odd) and b in known
+        (a == even) == (number_of[b] % 2 == 0)
+        for a, b in pairs
+        if a in (even, odd) and b in number_of
     ]
     assert len(right) > 500
     return np.mean(right)
@@ -369,12 +371,12 @@ def parity_known(data, tokens):
 
 def test_unigram_keeps_the_marginal_and_destroys_bigrams(corpus):
     plain, drawn = module(corpus), module(corpus, perturb="unigram")
-    before, after = whole(plain), whole(drawn)
+    before, after = part_text(plain), part_text(drawn)
     is_number = np.isin(before, [*plain.tokenizer.numbers])
     assert np.array_equal(before[~is_number], after[~is_number])
     a, b = (np.array(numbers_in(plain, tokens)) for tokens in (before, after))
-    expected, found = (np.bincount(x // 10, minlength=91)[:90] for x in (a, b))
-    chi2 = ((found - expected) ** 2 / np.maximum(expected, 1)).sum()
+    expected, counts = (np.bincount(x // 10, minlength=91)[:90] for x in (a, b))
+    chi2 = ((counts - expected) ** 2 / np.maximum(expected, 1)).sum()
     assert chi2 < 90 + 4 * np.sqrt(2 * 90)
     follows = [np.mean(np.diff(x)[::2] == 1) for x in (a, b)]
     assert follows[0] > 0.9
@@ -385,20 +387,20 @@ def test_unigram_keeps_the_marginal_and_destroys_bigrams(corpus):
 @pytest.mark.parametrize("perturb", ["swap", "unigram"])
 def test_a_window_is_perturbed_as_the_whole_text_is(corpus, perturb):
     data = module(corpus, perturb=perturb)
-    text = whole(data)
+    text = part_text(data)
     windows = data._train
     for begin in (0, 7, 500):
         assert np.array_equal(windows.text(begin, 40), text[begin : begin + 40])
     same = module(corpus, perturb=perturb)
-    assert np.array_equal(whole(same), text)
+    assert np.array_equal(part_text(same), text)
     other = module(corpus, perturb=perturb, seed=1)
-    assert not np.array_equal(whole(other), text)
+    assert not np.array_equal(part_text(other), text)
 
 
 @pytest.mark.parametrize("split", ["_train", "_val", "_test"])
 def test_numbers_stay_in_their_split(corpus, split):
     plain, swapped = module(corpus), module(corpus, perturb="swap")
-    a, b = (sorted(numbers_in(plain, whole(data, split))) for data in (plain, swapped))
+    a, b = (sorted(numbers_in(plain, part_text(data, split))) for data in (plain, swapped))
     assert a == b
 
 
@@ -407,16 +409,16 @@ def test_isolated_pieces(corpus, k):
     """At most k numbers see each other, those that are only predicted included."""
     data = module(corpus, perturb=f"isolate:{k}", length=64)
     batch = next(iter(data.train_dataloader()))
-    known = torch.zeros(VOCABULARY, dtype=torch.bool)
-    known[[*data.tokenizer.numbers]] = True
+    is_number = torch.zeros(VOCABULARY, dtype=torch.bool)
+    is_number[[*data.tokenizer.numbers]] = True
     for tokens, targets, ids in zip(
         *(batch[x] for x in ("tokens", "targets", "documents")), strict=True
     ):
         for piece in ids.unique():
             inside = ids == piece
-            held = int(known[tokens[inside]].sum())
+            count = int(is_number[tokens[inside]].sum())
             last = targets[inside][-1]
-            assert held + int(last >= 0 and bool(known[last])) <= k
+            assert count + int(last >= 0 and bool(is_number[last])) <= k
     assert (batch["targets"] == -100).any()
 
 

@@ -54,7 +54,7 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def whole(corpus):
+def text_bytes(corpus):
     return b"".join((corpus / name).read_bytes() for name in ("a.txt", "inner/b.md", "z.txt"))
 
 
@@ -76,8 +76,8 @@ def rows(loader, name="tokens"):
 
 
 def entries(cache):
-    found = cache.iterdir() if cache.exists() else []
-    return sorted(path.name for path in found if path.suffix != ".lock")
+    files = cache.iterdir() if cache.exists() else []
+    return sorted(path.name for path in files if path.suffix != ".lock")
 
 
 # --- finding files
@@ -129,10 +129,10 @@ def test_the_standard_library_is_real_text():
 # --- the cache
 
 
-def test_the_cache_holds_all_bytes_and_is_reused(corpus, whole, cache, monkeypatch):
+def test_the_cache_holds_all_bytes_and_is_reused(corpus, text_bytes, cache, monkeypatch):
     files = find_files([str(corpus)], [".txt", ".md"])
     first = cached_text(files)
-    assert bytes(first.read(0, len(first)).tolist()) == whole
+    assert bytes(first.read(0, len(first)).tolist()) == text_bytes
     assert first.starts.tolist() == [0, 700, 1200]  # the empty file begins nowhere
     (entry,) = entries(cache)
     written = (cache / entry / "bytes.npy").stat().st_mtime_ns
@@ -231,14 +231,14 @@ def test_a_text_is_sent_as_its_name(corpus):
 # --- windows
 
 
-def test_windows_are_bytes_of_the_files_and_splits_are_apart(corpus, whole):
+def test_windows_are_bytes_of_the_files_and_splits_are_apart(corpus, text_bytes):
     data = made(corpus, steps_per_epoch=50)
     for loader, part in zip(
         (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()),
         (range(1400), range(1400, 1600), range(1600, 2000)),
         strict=True,
     ):
-        inside = whole[part.start : part.stop]
+        inside = text_bytes[part.start : part.stop]
         tokens, targets = rows(loader), rows(loader, "targets")
         assert tokens.dtype == targets.dtype == torch.int64
         for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
@@ -247,11 +247,11 @@ def test_windows_are_bytes_of_the_files_and_splits_are_apart(corpus, whole):
     assert sum(len(part) for part in data.parts) == 2000
 
 
-def test_evaluation_windows_follow_each_other(corpus, whole):
+def test_evaluation_windows_follow_each_other(corpus, text_bytes):
     data = made(corpus)
     test = rows(data.test_dataloader())
     assert len(test) == 19  # 399 // 20: the last target has to be inside too
-    assert bytes(test.flatten().tolist()) == whole[1600 : 1600 + 380]
+    assert bytes(test.flatten().tolist()) == text_bytes[1600 : 1600 + 380]
     assert rows(data.predict_dataloader()).equal(test)
     val = rows(data.val_dataloader())
     assert len(val) == 9
@@ -260,10 +260,10 @@ def test_evaluation_windows_follow_each_other(corpus, whole):
     assert rows(made(corpus, val_sequences=100).val_dataloader()).equal(val)
 
 
-def test_training_windows_reach_the_whole_part(corpus, whole):
+def test_training_windows_reach_the_whole_part(corpus, text_bytes):
     alone = {"val_fraction": 0, "test_fraction": 0}
     data = made(corpus, length=1990, batch_size=1, steps_per_epoch=100, **alone)
-    begins = {whole.index(bytes(row)) for row in rows(data.train_dataloader()).tolist()}
+    begins = {text_bytes.index(bytes(row)) for row in rows(data.train_dataloader()).tolist()}
     assert begins == set(range(10))  # at 9 the last target is the last byte
 
 
@@ -311,31 +311,31 @@ def test_ranks_draw_other_windows(corpus, monkeypatch):
 # --- documents
 
 
-def test_documents_begin_where_files_begin(corpus, whole):
+def test_documents_begin_where_files_begin(corpus, text_bytes):
     data = made(corpus, length=50, batch_size=1, documents=True, steps_per_epoch=300)
     borders = {0, 700, 1200}
-    seen = set()
+    border_ends = set()
     for batch in data.train_dataloader():
         tokens, targets, documents = batch["tokens"], batch["targets"], batch["documents"]
         assert tokens.shape == targets.shape == (1, 50)
-        begin = whole.index(bytes(tokens[0].tolist()))
+        begin = text_bytes.index(bytes(tokens[0].tolist()))
         inside = sorted({0} | {border - begin for border in borders if 0 < border - begin < 50})
         assert documents == tuple(inside)
         assert all(type(first) is int for first in documents)
         for i, target in enumerate(targets[0].tolist()):
-            place = begin + i + 1
-            assert target == (IGNORED if place in borders else whole[place])
-            if place in borders:
-                seen.add(i == 49)
+            position = begin + i + 1
+            assert target == (IGNORED if position in borders else text_bytes[position])
+            if position in borders:
+                border_ends.add(i == 49)
     assert len(made(corpus).train_dataloader().dataset[0]) == 2
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda s: sum(s) > 1),
-    place=st.data(),
+    draws=st.data(),
 )
-def test_documents_of_any_window(tmp_path_factory, sizes, place):
+def test_documents_of_any_window(tmp_path_factory, sizes, draws):
     folder = tmp_path_factory.mktemp("any")
     files = []
     for number, size in enumerate(sizes):
@@ -343,8 +343,8 @@ def test_documents_of_any_window(tmp_path_factory, sizes, place):
         path.write_bytes(bytes([number]) * size)
         files.append((path.name, path))
     text_ = cached_text(files)
-    begin = place.draw(st.integers(0, len(text_) - 2))
-    length = place.draw(st.integers(1, len(text_) - 1 - begin))
+    begin = draws.draw(st.integers(0, len(text_) - 2))
+    length = draws.draw(st.integers(1, len(text_) - 1 - begin))
     item = text.cut_window(text_, begin, length, documents=True)
     owner = np.repeat(np.arange(len(sizes)), sizes)[begin : begin + length + 1]
     changes = np.flatnonzero(np.diff(owner)) + 1
@@ -435,8 +435,8 @@ def test_the_answer_is_at_its_place(needles, spare, more_keys, seed, next_token)
     assert hay.sum() == spare
     assert (tokens[hay] >= 7 + task.keys).all()
     assert (tokens == QUERY).nonzero().tolist() == [[length - 2]]
-    (asked,) = (keys == tokens[-1]).nonzero()[0].tolist()
-    assert targets[-1] == values[asked]
+    (query,) = (keys == tokens[-1]).nonzero()[0].tolist()
+    assert targets[-1] == values[query]
     if next_token:
         assert targets[:-1].equal(tokens[1:])
     else:
@@ -444,7 +444,7 @@ def test_the_answer_is_at_its_place(needles, spare, more_keys, seed, next_token)
     assert 0 <= depth <= 1
     assert depth.dtype == torch.float32
     if length > 5:
-        assert float(depth) == pytest.approx(int(marks[asked]) / (length - 5))
+        assert float(depth) == pytest.approx(int(marks[query]) / (length - 5))
 
 
 def test_needles_lie_anywhere_equally_often():
@@ -572,7 +572,7 @@ def test_lightning_trains_on_them(corpus, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("given", "paths"),
+    ("argument", "paths"),
     [
         ("null", ["stdlib"]),
         ("stdlib", ["stdlib"]),
@@ -580,11 +580,11 @@ def test_lightning_trains_on_them(corpus, tmp_path, kind):
         ("[b, c]", ["b", "c"]),
     ],
 )
-def test_paths_on_the_command_line(given, paths):
+def test_paths_on_the_command_line(argument, paths):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningDataModule, "data")
     name = f"{ByteTextDataModule.__module__}.ByteTextDataModule"
-    options = [f"--data={name}", f"--data.init_args.paths={given}", "--data.init_args.length=7"]
+    options = [f"--data={name}", f"--data.init_args.paths={argument}", "--data.init_args.length=7"]
     data = parser.instantiate(parser.parse_args(options)).data
     assert data.paths == paths
     assert data.length == 7
@@ -626,6 +626,6 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(corpus, tmp_path
         trainer.fit(model, data, ckpt_path=path)
         return model.seen
 
-    whole = fit()
-    assert len({str(sums) for _, sums in whole}) == 9  # no batch comes twice
-    assert fit(tmp_path / "saved" / f"step={steps}.ckpt") == whole[steps:]
+    uninterrupted = fit()
+    assert len({str(sums) for _, sums in uninterrupted}) == 9  # no batch comes twice
+    assert fit(tmp_path / "saved" / f"step={steps}.ckpt") == uninterrupted[steps:]

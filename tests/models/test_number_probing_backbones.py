@@ -170,12 +170,12 @@ def test_documents_are_read_side_by_side():
 
 def test_an_lstm_without_shortcuts_is_pytorchs():
     backbone = LSTMBackbone(16, 2, residual=False)
-    whole = nn.LSTM(16, 16, num_layers=2, batch_first=True)
+    stacked = nn.LSTM(16, 16, num_layers=2, batch_first=True)
     for i, layer in enumerate(backbone.layers):
         for name, p in layer.named_parameters():
-            getattr(whole, name.replace("l0", f"l{i}")).data.copy_(p)
+            getattr(stacked, name.replace("l0", f"l{i}")).data.copy_(p)
     x = torch.randn(3, 7, 16)
-    torch.testing.assert_close(backbone(x), backbone.norm(whole(x)[0]))
+    torch.testing.assert_close(backbone(x), backbone.norm(stacked(x)[0]))
 
 
 def test_an_lstm_remembers_at_first():
@@ -284,8 +284,8 @@ def test_half_precision_is_near(make):
     backbone, x = make(), torch.randn(2, 13, 16)
     expected = backbone(x, DOCUMENTS)
     with torch.autocast("cpu", torch.bfloat16):
-        found = backbone(x, DOCUMENTS)
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+        half = backbone(x, DOCUMENTS)
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)
 
 
 def test_backbones_need_no_lightning():

@@ -74,8 +74,8 @@ def test_pairs_equal_a_loop(seed, window, packed):
             for j in range(7):
                 if i != j and abs(i - j) <= window and ids[i] == ids[j]:
                     expected[row[i], row[j]] += 1
-    found = cooccurrences(tokens, 5, window, documents if packed else None)
-    assert np.array_equal(found.toarray(), expected)
+    counts = cooccurrences(tokens, 5, window, documents if packed else None)
+    assert np.array_equal(counts.toarray(), expected)
 
 
 def test_information_of_independent_tokens_is_none():
@@ -93,18 +93,18 @@ def test_information_equals_its_definition():
     context = counts.sum(0) ** 0.75 / (counts.sum(0) ** 0.75).sum()
     with np.errstate(divide="ignore"):
         information = np.log(joint / joint.sum(1, keepdims=True) / context)
-    found = ppmi(csr_matrix(counts)).toarray()
-    np.testing.assert_allclose(found, np.maximum(information, 0))
+    computed = ppmi(csr_matrix(counts)).toarray()
+    np.testing.assert_allclose(computed, np.maximum(information, 0))
 
 
 def test_directions_keep_products():
     table = np.random.default_rng(0).random((12, 9)) @ np.random.default_rng(1).random((9, 20))
-    found = svd_embeddings(csr_matrix(table), 9, power=1.0)
-    np.testing.assert_allclose(found @ found.T, table @ table.T, rtol=1e-9)
-    assert np.array_equal(found, svd_embeddings(csr_matrix(table), 9, power=1.0))
-    for width, what in ((12, table), (0, table), (3, 0 * table)):
+    embeddings = svd_embeddings(csr_matrix(table), 9, power=1.0)
+    np.testing.assert_allclose(embeddings @ embeddings.T, table @ table.T, rtol=1e-9)
+    assert np.array_equal(embeddings, svd_embeddings(csr_matrix(table), 9, power=1.0))
+    for width, matrix in ((12, table), (0, table), (3, 0 * table)):
         with pytest.raises(ConfigError, match="width"):
-            svd_embeddings(csr_matrix(what), width)
+            svd_embeddings(csr_matrix(matrix), width)
 
 
 @pytest.mark.parametrize("all_rows", [False, True])
@@ -112,8 +112,8 @@ def test_ppmi_finds_parity(tmp_path, all_rows):
     data, model = Parity(isolated=True), PPMI(2, window=2, all_rows=all_rows, vocab_size=70)
     assert not model.counts.nnz
     trainer(tmp_path).fit(model, datamodule=data)
-    whole = data.tokens.flatten(0, 1).numpy()
-    expected = cooccurrences(whole, 70, 2, np.tile(data.pieces.numpy(), (20, 1)))
+    tokens = data.tokens.flatten(0, 1).numpy()
+    expected = cooccurrences(tokens, 70, 2, np.tile(data.pieces.numpy(), (20, 1)))
     assert (model.counts != expected).nnz == 0
     assert parity_gap(model.number_embeddings(range(60))) > 0.9
     with pytest.raises(DataError, match="60"):
@@ -179,11 +179,11 @@ def test_the_loss_equals_a_loop():
             if i != j and abs(i - j) <= 3 and ids[i] == ids[j]:
                 weight = 1 - (abs(i - j) - 1) / 3
                 a = center[row[i]]
-                lost = -torch.nn.functional.logsigmoid(a @ context[row[j]])
-                lost = lost - 2 * torch.nn.functional.logsigmoid(-(a @ context[7]))
-                expected, weight_sum = expected + weight * lost, weight_sum + weight
-    found = model.training_step({"tokens": tokens, "documents": documents}, 0)
-    torch.testing.assert_close(found, expected / weight_sum)
+                pair_loss = -torch.nn.functional.logsigmoid(a @ context[row[j]])
+                pair_loss = pair_loss - 2 * torch.nn.functional.logsigmoid(-(a @ context[7]))
+                expected, weight_sum = expected + weight * pair_loss, weight_sum + weight
+    loss = model.training_step({"tokens": tokens, "documents": documents}, 0)
+    torch.testing.assert_close(loss, expected / weight_sum)
 
 
 def test_frequent_tokens_are_left_out(tmp_path):

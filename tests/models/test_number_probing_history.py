@@ -14,8 +14,8 @@ def write_run(folder, kappa, steps=(0, 100, 200), exact=True):
     lines = ["step,period,verdict,kappa,kappa_contiguous,local_ratio"]
     for step in steps:
         for t in (2, 10):
-            share = step / steps[-1]
-            lines.append(f"{step},{t},nothing,{kappa * share},{kappa / t},{1 + share}")
+            progress = step / steps[-1]
+            lines.append(f"{step},{t},nothing,{kappa * progress},{kappa / t},{1 + progress}")
     (folder / "probe.csv").write_text("\n".join(lines) + "\n")
     metrics = ["epoch,step,train/loss,val/exact"]
     for step in steps[1:]:
@@ -57,9 +57,9 @@ def test_methods_of_a_comparison_are_averaged_over_their_seeds(tmp_path):
 def test_the_command_draws_and_records(tmp_path, capsys):
     folder = write_comparison(tmp_path, {("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): -0.5})
     assert main([str(folder), "--periods", "2,7"]) == 0
-    said = capsys.readouterr().out
-    assert "0.30 ± 0.14" in said
-    assert "was not probed at T = [7]" in said
+    printed = capsys.readouterr().out
+    assert "0.30 ± 0.14" in printed
+    assert "was not probed at T = [7]" in printed
     assert (folder / "history" / "history.png").stat().st_size > 10_000
     table = (folder / "history" / "history.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in table] == ["method", "a", "b"]

@@ -111,26 +111,26 @@ def test_number_embeddings_are_rows_of_the_tables():
 
 @pytest.mark.parametrize("backbone", [TransformerBackbone(16, 1, 2), LSTMBackbone(16, 1)])
 def test_the_state_of_a_number_is_that_after_its_tokens(backbone):
-    found = model(backbone=backbone, probed="state")
-    found.number_ids = {n: n + 2 for n in range(10)}
-    found.number_pieces = {n: tuple(int(digit) + 2 for digit in str(n)) for n in (7, 42, 105, 24)}
+    lm = model(backbone=backbone, probed="state")
+    lm.number_ids = {n: n + 2 for n in range(10)}
+    lm.number_pieces = {n: tuple(int(digit) + 2 for digit in str(n)) for n in (7, 42, 105, 24)}
     numbers = [42, 7, 105, 3, 24]  # of several lengths; 3 has a token alone
-    states = found.number_embeddings(numbers)
+    states = lm.number_embeddings(numbers)
     for n, state in zip(numbers, states, strict=True):
         tokens = torch.tensor([[int(digit) + 2 for digit in str(n)]])
-        torch.testing.assert_close(state, found.hidden(tokens)[0, -1])
-    assert torch.equal(found.number_embeddings([7], "input"), found.embedding.weight[[9]])
+        torch.testing.assert_close(state, lm.hidden(tokens)[0, -1])
+    assert torch.equal(lm.number_embeddings([7], "input"), lm.embedding.weight[[9]])
     with pytest.raises(DataError, match=r"1 of 2 numbers have no tokens: 11 is the first"):
-        found.number_embeddings([7, 11])
+        lm.number_embeddings([7, 11])
 
 
 def test_a_checkpoint_keeps_the_tokens_of_numbers():
-    found, other = model(probed="state"), model(probed="state")
-    found.number_pieces = {12: (3, 4)}
+    saved, loaded = model(probed="state"), model(probed="state")
+    saved.number_pieces = {12: (3, 4)}
     checkpoint = {}
-    found.on_save_checkpoint(checkpoint)
-    other.on_load_checkpoint(checkpoint)
-    assert other.number_pieces == {12: (3, 4)}
+    saved.on_save_checkpoint(checkpoint)
+    loaded.on_load_checkpoint(checkpoint)
+    assert loaded.number_pieces == {12: (3, 4)}
 
 
 def test_numbers_without_a_token_are_named():
@@ -160,10 +160,10 @@ def test_it_learns_to_count(tmp_path, backbone):
     run.fit(lm, datamodule=data)
     assert run.global_step == 100  # one per batch, although there are two optimizers inside
     assert lm.number_ids == data.number_ids
-    (found,) = run.test(lm, datamodule=data, verbose=False)
-    assert found["test/exact"] == 1
-    assert found["test/acc"] == 1
-    assert found["test/loss"] < 0.3
+    (metrics,) = run.test(lm, datamodule=data, verbose=False)
+    assert metrics["test/exact"] == 1
+    assert metrics["test/acc"] == 1
+    assert metrics["test/loss"] < 0.3
     batches = run.predict(lm, datamodule=data)
     counted = batches[0]["targets"] != -100
     assert torch.equal(batches[0]["predicted"][counted], batches[0]["targets"][counted])
@@ -191,8 +191,8 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path):
     first = model(scheduler=schedule, warmup=3)
     second = copy.deepcopy(first)
     options = {"max_epochs": 4, "gradient_clip_val": 0.5}
-    whole = trainer(tmp_path, **options, callbacks=[Stop(8)])
-    whole.fit(first, datamodule=Counting())
+    uninterrupted = trainer(tmp_path, **options, callbacks=[Stop(8)])
+    uninterrupted.fit(first, datamodule=Counting())
     path = tmp_path / "part.ckpt"
     state = torch.load(path, weights_only=True)
     assert state["number_ids"] == Counting.number_ids
@@ -216,16 +216,16 @@ def test_a_checkpoint_can_be_probed_without_its_data(tmp_path):
 
 def test_the_learning_rates_warm_up(tmp_path):
     lm = model(optimizer=partial(MuonAdamW, lr=0.4, adamw_lr=0.2), warmup=3)
-    seen = []
+    rates = []
 
     class Watch(Callback):
         def on_train_batch_start(self, trainer, *_):
-            seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
     trainer(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(lm, datamodule=Counting())
     expected = [0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4]
-    assert [lr for lr, *_ in seen] == pytest.approx(expected)
-    assert [lr for _, lr, _ in seen] == pytest.approx([x / 2 for x in expected])
+    assert [lr for lr, *_ in rates] == pytest.approx(expected)
+    assert [lr for _, lr, _ in rates] == pytest.approx([x / 2 for x in expected])
 
 
 def test_wrong_options_name_their_key(tmp_path):
@@ -262,10 +262,10 @@ def test_the_command_line_makes_it_and_its_optimizer(tmp_path):
             "--trainer.logger=false",
         ],
     )  # fmt: skip
-    made = cli.model.configure_optimizers()
-    assert isinstance(made["optimizer"], MuonAdamW)
-    assert [g["lr"] for g in made["optimizer"].param_groups] == [0.5, 0.25, 0.25]
-    assert made["lr_scheduler"]["interval"] == "step"
+    optimizers = cli.model.configure_optimizers()
+    assert isinstance(optimizers["optimizer"], MuonAdamW)
+    assert [g["lr"] for g in optimizers["optimizer"].param_groups] == [0.5, 0.25, 0.25]
+    assert optimizers["lr_scheduler"]["interval"] == "step"
 
 
 # --- the smallest configuration ------------------------------------------------------------------
@@ -282,8 +282,8 @@ def test_a_resumed_command_has_the_weights_of_an_uninterrupted_one(fit):
     fit("--run.dir=whole", config=SMOKE)
     fit("--run.dir=part", "--trainer.max_epochs=1", config=SMOKE)
     fit("--run.dir=part", "--ckpt_path=last", config=SMOKE)
-    whole, part = (weights_of(run) for run in ("whole", "part"))
-    assert all(torch.equal(part[key], whole[key]) for key in whole)
+    uninterrupted, resumed = (weights_of(run) for run in ("whole", "part"))
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
     fit("--run.dir=whole", "--ckpt_path=last", config=SMOKE, command="test")
     assert "test/exact" in json.loads(Path("whole/test_metrics.json").read_text())
 
@@ -316,6 +316,6 @@ def test_two_processes_train_and_probe_as_one(fit, run_two):
         torch.testing.assert_close(two[key], one[key], atol=2e-3, rtol=0)
     texts = [Path(run, "probe.csv").read_text().splitlines() for run in ("one", "two")]
     tables = [list(csv.DictReader(lines)) for lines in texts]
-    for alone, both in zip(*tables, strict=True):
-        assert (both["step"], both["period"]) == (alone["step"], alone["period"])
-        assert float(both["local_ratio"]) == pytest.approx(float(alone["local_ratio"]), abs=1e-3)
+    for single, paired in zip(*tables, strict=True):
+        assert (paired["step"], paired["period"]) == (single["step"], single["period"])
+        assert float(paired["local_ratio"]) == pytest.approx(float(single["local_ratio"]), abs=1e-3)

@@ -154,19 +154,19 @@ def test_a_closure_is_called_once_with_gradients():
 
 
 def test_a_loaded_state_goes_on_bit_for_bit():
-    whole = Model()
-    optimizer = optimizer_of(whole, lr=0.02)
-    train(whole, optimizer, 3)
-    part = copy.deepcopy(whole)
+    model = Model()
+    optimizer = optimizer_of(model, lr=0.02)
+    train(model, optimizer, 3)
+    resumed = copy.deepcopy(model)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
-    train(whole, optimizer, 3)
+    train(model, optimizer, 3)
     file.seek(0)
-    again = optimizer_of(part, lr=0.5)
+    again = optimizer_of(resumed, lr=0.5)
     again.load_state_dict(torch.load(file, weights_only=True))
     assert again.param_groups[0]["lr"] == 0.02
-    train(part, again, 3)
-    for a, b in zip(whole.parameters(), part.parameters(), strict=True):
+    train(resumed, again, 3)
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -31,7 +31,7 @@ def normal(size, width, seed=0):
 
 
 def kappas(x, periods, **kwargs):
-    return {t: found.kappa for t, found in probe(x, periods, nonround=False, **kwargs).items()}
+    return {t: result.kappa for t, result in probe(x, periods, nonround=False, **kwargs).items()}
 
 
 def mixture(width, size=1000, seed=0):
@@ -54,14 +54,14 @@ def by_sklearn(x, period, estimator, seeds=2, folds=5):
 
     n = torch.arange(len(x))
     labels = (n % period).numpy()
-    found = []
+    kappas_by_seed = []
     for seed in range(seeds):
         split = PredefinedSplit(make_folds(n, period, folds, seed=seed).numpy())
-        held = cross_val_predict(
+        predicted = cross_val_predict(
             make_pipeline(StandardScaler(), estimator), x.numpy(), labels, cv=split
         )
-        found.append(cohen_kappa_score(labels, held))
-    return float(np.mean(found))
+        kappas_by_seed.append(cohen_kappa_score(labels, predicted))
+    return float(np.mean(kappas_by_seed))
 
 
 # --- equal to scikit-learn ------------------------------------------------------------------------
@@ -86,8 +86,8 @@ def test_lda_is_scikit_learns_with_more_dimensions_than_numbers():
         expected = by_sklearn(
             x, period, LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"), seeds=1
         )
-        found = kappas(x, [period], seeds=1)[period]
-        assert found == pytest.approx(expected, abs=2 / 200 * period / (period - 1))  # two answers
+        kappa = kappas(x, [period], seeds=1)[period]
+        assert kappa == pytest.approx(expected, abs=2 / 200 * period / (period - 1))  # two answers
 
 
 def answers(x, period, shrinkage="auto", seed=0):
@@ -111,21 +111,21 @@ def answers(x, period, shrinkage="auto", seed=0):
     return ours, torch.from_numpy(theirs)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_lda_is_scikit_learns_at_a_given_shrinkage(share):
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_lda_is_scikit_learns_at_a_given_shrinkage(shrinkage):
     x = mixture(40)[:, 1:]  # a dead feature leaves no plain covariance to invert
-    ours, theirs = answers(x, 5, share)
+    ours, theirs = answers(x, 5, shrinkage)
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("share", [1e-3, 1e-6])
+@pytest.mark.parametrize("shrinkage", [1e-3, 1e-6])
 @pytest.mark.parametrize(("width", "size"), [(100, 300), (150, 300), (200, 100)])
-def test_lda_is_scikit_learns_at_a_small_shrinkage(share, width, size):
+def test_lda_is_scikit_learns_at_a_small_shrinkage(shrinkage, width, size):
     """Also of a table of rank 10, which has no inverse but for the shrinkage."""
-    ours, theirs = answers(mixture(width, size), 5, share)
+    ours, theirs = answers(mixture(width, size), 5, shrinkage)
     assert torch.equal(ours, theirs)
     flat = normal(size, 10) @ normal(10, width, 1)
-    ours, theirs = answers(flat, 5, share)
+    ours, theirs = answers(flat, 5, shrinkage)
     assert int((ours != theirs).sum()) <= 1
 
 
@@ -211,13 +211,13 @@ def test_the_shrinkage_intensity_is_ledoit_and_wolfs():
     x = (mixture(30, 80)[:, 1:] - 3).numpy()
     x = (x - x.mean(0)) / x.std(0)
     covariance = x.T @ x / len(x)
-    found = lda_module.shrinkage_intensity(
+    intensity = lda_module.shrinkage_intensity(
         *(torch.tensor(v) for v in (
             ((x**2).sum(1) ** 2).sum(), (covariance**2).sum(), np.trace(covariance), len(x),
         )),
         x.shape[1],
     )  # fmt: skip
-    assert float(found) == pytest.approx(ledoit_wolf_shrinkage(x), rel=1e-9)
+    assert float(intensity) == pytest.approx(ledoit_wolf_shrinkage(x), rel=1e-9)
 
 
 def test_both_ways_of_solving_agree(monkeypatch):
@@ -243,8 +243,8 @@ def test_both_ways_of_solving_agree(monkeypatch):
             monkeypatch.setattr(lda_module, "DIRECT", direct)
             monkeypatch.setattr(lda_module, "_NEAR", near)
             monkeypatch.setattr(lda_module, "_FAR", far_limit)
-            found = lda_module.lda_scores(table, n % period, period, folds, "auto").double()
-            scores.append(found - found.mean(-1, keepdim=True))
+            computed = lda_module.lda_scores(table, n % period, period, folds, "auto").double()
+            scores.append(computed - computed.mean(-1, keepdim=True))
         scale = scores[0].abs().max()
         assert float((scores[0] - scores[1]).abs().max() / scale) < 1e-4
         assert float((scores[0] - scores[2]).abs().max() / scale) < 0.05
@@ -257,15 +257,15 @@ def test_logistic_regression_is_scikit_learns(period):
 
     x = mixture(20, size=400)
     expected = by_sklearn(x, period, LogisticRegression(C=0.1, max_iter=2000), seeds=1)
-    found = kappas(x, [period], method="logistic", strength=0.1, seeds=1)[period]
-    assert found == pytest.approx(expected, abs=0.01)  # two of 400 answers
+    kappa = kappas(x, [period], method="logistic", strength=0.1, seeds=1)[period]
+    assert kappa == pytest.approx(expected, abs=0.01)  # two of 400 answers
 
 
 def test_logistic_regression_works_where_gradients_are_off():
     x = planted(torch.arange(100), 5, 8)
     with torch.inference_mode():
-        found = probe(x, [5], method="logistic", seeds=1, nonround=False)
-    assert found[5].kappa == 1
+        results = probe(x, [5], method="logistic", seeds=1, nonround=False)
+    assert results[5].kappa == 1
 
 
 # --- planted tables -------------------------------------------------------------------------------
@@ -277,15 +277,15 @@ def test_a_circle_is_read_perfectly(period):  # (1)
 
 
 def test_the_fundamental_of_ten_says_nothing_of_its_divisors():  # (2)
-    found = [kappas(planted(N, 10, seed=seed), [2, 5]) for seed in range(4)]
+    by_seed = [kappas(planted(N, 10, seed=seed), [2, 5]) for seed in range(4)]
     for period in (2, 5):
-        assert abs(np.mean([f[period] for f in found])) <= 0.06
+        assert abs(np.mean([kappa[period] for kappa in by_seed])) <= 0.06
 
 
 def test_all_harmonics_of_ten():  # (3)
-    found = kappas(planted(N, 10, harmonics=(1, 2, 3, 4, 5)), [2, 4, 5, 10])
-    assert found[2] == found[5] == found[10] == 1
-    assert found[4] == pytest.approx(1 / 3, abs=0.05)
+    kappa = kappas(planted(N, 10, harmonics=(1, 2, 3, 4, 5)), [2, 4, 5, 10])
+    assert kappa[2] == kappa[5] == kappa[10] == 1
+    assert kappa[4] == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_ceilings_are_met_from_partial_knowledge():  # (4)
@@ -307,9 +307,9 @@ def test_theorem_1_by_logistic_regression():  # (5), (6)
 
 
 def test_a_spike_without_separability():  # (8)
-    found = [kappas(planted(N, 10, scatter=5.0, seed=s), [10], seeds=1)[10] for s in range(10)]
-    assert np.mean(found) < 0.05
-    assert max(found) < 0.08
+    kappa = [kappas(planted(N, 10, scatter=5.0, seed=s), [10], seeds=1)[10] for s in range(10)]
+    assert np.mean(kappa) < 0.05
+    assert max(kappa) < 0.08
     assert kappas(planted(N, 10, scatter=0.05), [10])[10] == 1
     assert 0.1 < kappas(planted(N, 10, scatter=1.0), [10])[10] < 0.3
 
@@ -317,43 +317,43 @@ def test_a_spike_without_separability():  # (8)
 @pytest.mark.parametrize("width", [50, 200])
 def test_random_embeddings_stay_within_chance(width):  # (9)
     for seed in range(2):
-        for found in probe(normal(1000, width, seed), nonround=False).values():
-            assert abs(found.kappa) < found.band
+        for result in probe(normal(1000, width, seed), nonround=False).values():
+            assert abs(result.kappa) < result.band
 
 
 def test_in_sample_scores_are_kept_apart():  # (10)
     x = normal(200, 400)
-    found = probe(x, [3], method="logistic", seeds=1, nonround=False)[3]
-    assert found.train_kappa == 1
-    assert abs(found.kappa) < found.band
-    other = row_shuffled(planted(N, 10, 64, noise=0.3))
-    for result in probe(other, [2, 5, 10], nonround=False).values():
+    result = probe(x, [3], method="logistic", seeds=1, nonround=False)[3]
+    assert result.train_kappa == 1
+    assert abs(result.kappa) < result.band
+    shuffled = row_shuffled(planted(N, 10, 64, noise=0.3))
+    for result in probe(shuffled, [2, 5, 10], nonround=False).values():
         assert abs(result.kappa) < result.band
 
 
 def test_permuted_numbers_give_the_null():
-    found = probe(planted(N, 10), [2, 10], null_draws=12, nonround=False)
-    for period, result in found.items():
+    results = probe(planted(N, 10), [2, 10], null_draws=12, nonround=False)
+    for period, result in results.items():
         assert len(result.null_kappas) == 12
         assert abs(np.mean(result.null_kappas)) < 2 * result.null_sd
         assert 0.5 < result.null_sd * (1000 * (period - 1)) ** 0.5 < 2
         assert result.null_sd == pytest.approx(np.std(result.null_kappas, ddof=1))
-    assert found[10].kappa == 1
+    assert results[10].kappa == 1
 
 
 def test_a_histogram_has_no_residues():
     counts = 1e6 / (1 + N) * torch.where(N % 10 == 0, 3.0, 1.0)
-    found = kappas(histogram(counts), [5, 10], allow_duplicates=True)
-    assert max(found.values()) < 0.3  # no more than roundness
+    kappa = kappas(histogram(counts), [5, 10], allow_duplicates=True)
+    assert max(kappa.values()) < 0.3  # no more than roundness
     assert gaussian(planted(N, 10)).std() == pytest.approx(float(planted(N, 10).std()), rel=0.02)
 
 
 def test_kappa_is_accuracy_beyond_chance():  # (16)
     for noise in (0.05, 0.5, 1.0):
-        for t, found in probe(planted(N, 10, noise=noise), [2, 5, 10], nonround=False).items():
-            expected = (found.accuracy - 1 / t) / (1 - 1 / t)
-            assert abs(found.kappa - expected) < 0.01
-            assert np.mean(list(found.recall.values())) == pytest.approx(found.accuracy, abs=1e-9)
+        for t, result in probe(planted(N, 10, noise=noise), [2, 5, 10], nonround=False).items():
+            expected = (result.accuracy - 1 / t) / (1 - 1 / t)
+            assert abs(result.kappa - expected) < 0.01
+            assert np.mean(list(result.recall.values())) == pytest.approx(result.accuracy, abs=1e-9)
 
 
 def test_plain_lda_is_invariant_under_affine_maps():  # (17)
@@ -393,10 +393,10 @@ def test_smooth_embeddings_are_negative_on_shuffled_folds_only():
 
 
 def test_numbers_with_gaps_can_be_probed():
-    some = N[N % 5 != 0]
-    found = probe(planted(some, 10), [5, 10], numbers=some)
-    assert found[10].kappa == found[10].kappa_nonround == 1
-    assert sorted(found[10].recall) == [1, 2, 3, 4, 6, 7, 8, 9]
+    nonround = N[N % 5 != 0]
+    results = probe(planted(nonround, 10), [5, 10], numbers=nonround)
+    assert results[10].kappa == results[10].kappa_nonround == 1
+    assert sorted(results[10].recall) == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
 # --- folds and kappa ------------------------------------------------------------------------------
@@ -406,12 +406,12 @@ def test_numbers_with_gaps_can_be_probed():
 @given(st.integers(2, 12), st.integers(2, 7), st.integers(60, 200), st.integers(0, 50))
 def test_shuffled_folds_are_stratified(period, folds, size, seed):
     n = torch.arange(size)
-    found = make_folds(n, period, folds, "shuffled", seed)
+    fold = make_folds(n, period, folds, "shuffled", seed)
     for residue in range(period):
-        counts = found[n % period == residue].bincount(minlength=folds)
+        counts = fold[n % period == residue].bincount(minlength=folds)
         assert int(counts.max() - counts.min()) <= 1
-    assert int(found.bincount().max() - found.bincount().min()) <= 1
-    assert torch.equal(found, make_folds(n, period, folds, "shuffled", seed))
+    assert int(fold.bincount().max() - fold.bincount().min()) <= 1
+    assert torch.equal(fold, make_folds(n, period, folds, "shuffled", seed))
 
 
 def test_blocked_folds_hold_neighbours_out_together():
@@ -428,12 +428,12 @@ def test_blocked_folds_hold_neighbours_out_together():
 def test_kappa_is_scikit_learns(pairs):
     from sklearn.metrics import cohen_kappa_score
 
-    true, given_ = (torch.tensor(x) for x in zip(*pairs, strict=True))
-    found = float(cohen_kappa(true, given_[None], 5)[0])
-    if len(set(true.tolist()) | set(given_.tolist())) == 1:
-        assert found == 0
+    true, predicted = (torch.tensor(x) for x in zip(*pairs, strict=True))
+    kappa = float(cohen_kappa(true, predicted[None], 5)[0])
+    if len(set(true.tolist()) | set(predicted.tolist())) == 1:
+        assert kappa == 0
     else:
-        assert found == pytest.approx(cohen_kappa_score(true, given_), abs=1e-12)
+        assert kappa == pytest.approx(cohen_kappa_score(true, predicted), abs=1e-12)
 
 
 # --- verdict --------------------------------------------------------------------------------------
@@ -467,10 +467,11 @@ def test_diagnosis_of_planted_tables():
 def test_diagnosis_of_roundness():
     endings = torch.where(N % 5 == 0, N % 10 // 5 + 1, 0)
     x = torch.nn.functional.one_hot(endings, 3).double()
-    found = verdict(torch.cat([x, normal(1000, 20)], 1) + 0.05 * normal(1000, 23, 1))
-    assert found.verdict == "parity or roundness only"
-    assert found.periods[5].verdict == found.periods[10].verdict == "parity or roundness only"
-    assert any("parity and roundness alone could give" in r for r in found.reasons)
+    diagnosis = verdict(torch.cat([x, normal(1000, 20)], 1) + 0.05 * normal(1000, 23, 1))
+    assert diagnosis.verdict == "parity or roundness only"
+    assert diagnosis.periods[5].verdict == "parity or roundness only"
+    assert diagnosis.periods[10].verdict == "parity or roundness only"
+    assert any("parity and roundness alone could give" in r for r in diagnosis.reasons)
 
 
 def test_a_period_without_a_spike_verdict_is_an_error():
@@ -483,7 +484,7 @@ def test_a_period_without_a_spike_verdict_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [
         ({"method": "svm"}, "probe 'svm' is unknown"),
         ({"kind": "random"}, "folds 'random' are unknown"),
@@ -495,8 +496,8 @@ def test_a_period_without_a_spike_verdict_is_an_error():
         ({"periods": []}, "periods="),
     ],
 )
-def test_settings_out_of_range(change, what):
-    with pytest.raises(ConfigError, match=what):
+def test_settings_out_of_range(change, message):
+    with pytest.raises(ConfigError, match=message):
         probe(normal(40, 3), **({"periods": [2]} | change))
 
 

@@ -30,35 +30,35 @@ def normal(size, width, seed=0):
     return torch.randn(size, width, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("period", "share"), [(2, 0.75), (5, 0.75), (7, 0.75), (10, 0.75)])
-def test_a_circle_has_its_power_in_one_line(period, share):  # (1)
-    found = spectrum(planted(N, period))
-    power = found.magnitude.square() * torch.where(found.frequency < 0.5, 2.0, 1.0)
+@pytest.mark.parametrize(("period", "fraction"), [(2, 0.75), (5, 0.75), (7, 0.75), (10, 0.75)])
+def test_a_circle_has_its_power_in_one_line(period, fraction):  # (1)
+    circle = spectrum(planted(N, period))
+    power = circle.magnitude.square() * torch.where(circle.frequency < 0.5, 2.0, 1.0)
     at = round(1000 / period)
     assert int(power.argmax()) + 1 == at
-    assert float(power[at - 1] / power.sum()) >= share
-    assert [t for t, s in spikes(found, (2, 3, 5, 7, 10)).items() if s.verdict] == [period]
+    assert float(power[at - 1] / power.sum()) >= fraction
+    assert [t for t, s in spikes(circle, (2, 3, 5, 7, 10)).items() if s.verdict] == [period]
 
 
 def test_the_magnitudes_are_those_of_a_unitary_dft():
     x = normal(60, 3)
     expected = np.linalg.norm(np.fft.fft(x.numpy(), axis=0, norm="ortho"), axis=1)
-    found = spectrum(x)
-    np.testing.assert_allclose(found.magnitude.numpy(), expected[1:31], rtol=1e-10)
-    np.testing.assert_allclose(found.frequency.numpy(), np.arange(1, 31) / 60)
+    s = spectrum(x)
+    np.testing.assert_allclose(s.magnitude.numpy(), expected[1:31], rtol=1e-10)
+    np.testing.assert_allclose(s.frequency.numpy(), np.arange(1, 31) / 60)
     np.testing.assert_allclose(
-        found.normalised.numpy(), expected[1:31] / np.sort(expected[1:31])[14], rtol=1e-10
+        s.normalised.numpy(), expected[1:31] / np.sort(expected[1:31])[14], rtol=1e-10
     )
 
 
 def test_the_local_ratio_leaves_out_its_own_line():
     x = normal(1000, 8) + 50 * torch.cos(2 * math.pi * 0.25 * N)[:, None]
-    found = spectrum(x)
-    at = found.bin(0.25)
+    s = spectrum(x)
+    at = s.bin(0.25)
     around = [i for i in range(at - 20, at + 21) if abs(i - at) > 2]
-    expected = found.magnitude[at] / found.magnitude[around].sort().values[len(around) // 2 - 1]
-    assert float(found.local_ratio[at]) == pytest.approx(float(expected))
-    assert float(found.local_ratio[at + 10]) < 1.5  # one line does not lift the others' floor
+    expected = s.magnitude[at] / s.magnitude[around].sort().values[len(around) // 2 - 1]
+    assert float(s.local_ratio[at]) == pytest.approx(float(expected))
+    assert float(s.local_ratio[at + 10]) < 1.5  # one line does not lift the others' floor
 
 
 def line(size, at, height, phase=0.7):
@@ -74,44 +74,44 @@ def test_a_line_is_no_part_of_its_own_surroundings(size, data):
     at = data.draw(st.integers(1, size // 2))
     x = normal(size, 3)
     surroundings = []
-    for apart in (0, 0, 1, 2, -1, -2):
+    for distance in (0, 0, 1, 2, -1, -2):
         height = data.draw(st.floats(0.5, 1e3))
-        inside = 1 <= at + apart <= size // 2
-        found = spectrum(x + line(size, at + apart, height) if inside else x)
-        surroundings.append(float(found.magnitude[at - 1] / found.local_ratio[at - 1]))
+        inside = 1 <= at + distance <= size // 2
+        s = spectrum(x + line(size, at + distance, height) if inside else x)
+        surroundings.append(float(s.magnitude[at - 1] / s.local_ratio[at - 1]))
     assert surroundings == pytest.approx(surroundings[:1] * 6, rel=1e-8)
 
 
 @pytest.mark.parametrize("size", [20, 21, 37, 100, 249, 250, 299, 300, 1000])
 def test_the_surroundings_of_every_bin(size):
     """Bins 3 to N/50 away, or 3 to 5 in short spectra; their lower median."""
-    found = spectrum(normal(size, 2, size))
-    magnitude = found.magnitude.tolist()
+    s = spectrum(normal(size, 2, size))
+    magnitude = s.magnitude.tolist()
     for at, value in enumerate(magnitude):
         around = sorted(
             other
-            for place, other in enumerate(magnitude)
-            if 3 <= abs(place - at) <= max(0.02 * size, 5)
+            for index, other in enumerate(magnitude)
+            if 3 <= abs(index - at) <= max(0.02 * size, 5)
         )
         expected = value / around[(len(around) - 1) // 2]
-        assert float(found.local_ratio[at]) == pytest.approx(expected, rel=1e-12)
+        assert float(s.local_ratio[at]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("size", [60, 500])
 def test_a_line_is_no_part_of_the_floor_either(size):
     """The floor is that of the bins more than two off every line; 3/10 is a line of T = 10."""
     x = normal(size, 8) + line(size, 3 * size // 10, 40.0)
-    found = spectrum(x)
+    s = spectrum(x)
     at = 3 * size // 10 - 1
     lines = {size // 10 - 1, at}
     off = [
         i
-        for i in range(len(found.frequency))
-        if found.frequency[i] >= 0.09 and all(abs(i - other) > 2 for other in lines)
+        for i in range(len(s.frequency))
+        if s.frequency[i] >= 0.09 and all(abs(i - other) > 2 for other in lines)
     ]
-    spike = spikes(found, [10])[10]
-    assert spike.floor == float(found.local_ratio[off].max())
-    assert spike.local_ratio == float(found.local_ratio[at])
+    spike = spikes(s, [10])[10]
+    assert spike.floor == float(s.local_ratio[off].max())
+    assert spike.local_ratio == float(s.local_ratio[at])
     assert spike.verdict
 
 
@@ -122,17 +122,17 @@ def test_the_fundamental_alone_leaves_no_power_in_its_divisors():  # (2)
 
 def test_noise_has_no_spike():
     for seed in range(5):
-        found = spikes(spectrum(normal(1000, 50, seed)))
-        assert not any(s.verdict for s in found.values())
+        by_period = spikes(spectrum(normal(1000, 50, seed)))
+        assert not any(s.verdict for s in by_period.values())
 
 
 @pytest.mark.parametrize(("drift", "fisher"), [(0.03, 275.03), (31.0, 2.6e-4)])
 def test_the_counter_example_has_the_same_power_whatever_its_drift(drift, fisher):  # (5), (6)
     x = collinear(N, 10, 5.0, drift)
     assert period_power(x, 10) == pytest.approx(206250, rel=1e-6)
-    found = scatter(x, 10)
-    assert float(found.fisher[0]) == pytest.approx(fisher, rel=0.02)
-    assert found.condition == 1
+    statistics = scatter(x, 10)
+    assert float(statistics.fisher[0]) == pytest.approx(fisher, rel=0.02)
+    assert statistics.condition == 1
 
 
 def test_scattered_circles_have_a_large_spike():  # (8)
@@ -145,8 +145,8 @@ def test_scattered_circles_have_a_large_spike():  # (8)
 def test_random_embeddings_have_the_power_of_their_variance():  # (9)
     x = 0.3 * normal(1000, 1024)
     for period in (2, 3, 5, 7, 10):
-        share = period_power(x, period) / ((period - 1) * 1024 * 0.09)
-        assert 0.85 < share < 1.15
+        ratio = period_power(x, period) / ((period - 1) * 1024 * 0.09)
+        assert 0.85 < ratio < 1.15
 
 
 @settings(max_examples=40, deadline=None)
@@ -155,20 +155,21 @@ def test_power_is_the_trace_of_the_scatter_between_and_bounds_hold(period, extra
     """(12), and for N that the period does not divide."""
     size = 6 * period + min(extra, period - 1)
     x = normal(size, width, seed) * (1 + torch.arange(width)) + torch.arange(size)[:, None] % 3
-    found = scatter(x, period)
-    whole = size // period * period
-    trace = float(found.between.trace())
-    assert abs(trace - found.phi / whole) < 1e-10 * trace
-    lines = torch.fft.fft(x[:whole], dim=0, norm="ortho")[:: whole // period][1:]
-    assert found.phi == pytest.approx(float(lines.abs().square().sum()), rel=1e-9)
-    low, high = found.bounds
-    largest = float(found.fisher[0])
+    statistics = scatter(x, period)
+    cut_size = size // period * period
+    trace = float(statistics.between.trace())
+    assert abs(trace - statistics.phi / cut_size) < 1e-10 * trace
+    lines = torch.fft.fft(x[:cut_size], dim=0, norm="ortho")[:: cut_size // period][1:]
+    assert statistics.phi == pytest.approx(float(lines.abs().square().sum()), rel=1e-9)
+    low, high = statistics.bounds
+    largest = float(statistics.fisher[0])
     assert low <= largest * (1 + 1e-9)
     assert largest <= high * (1 + 1e-9)
     assert low == pytest.approx(
-        found.phi / ((period - 1) * found.condition * whole * float(_smallest(found.within)))
+        statistics.phi
+        / ((period - 1) * statistics.condition * cut_size * float(_smallest(statistics.within)))
     )
-    assert 0 <= found.eta2 <= 1
+    assert 0 <= statistics.eta2 <= 1
 
 
 def _smallest(matrix):
@@ -180,10 +181,10 @@ def test_fisher_values_are_generalised_eigenvalues():
 
     x = planted(N, 5, 12, noise=0.5, harmonics=(1, 2))
     for ridge in (0.0, 0.1):
-        found = scatter(x, 5, ridge=ridge)
-        within = found.within + ridge * found.within.trace() / 12 * torch.eye(12)
-        expected = eigh(found.between.numpy(), within.numpy(), eigvals_only=True)[::-1][:4]
-        np.testing.assert_allclose(found.fisher.numpy(), expected, rtol=1e-8)
+        statistics = scatter(x, 5, ridge=ridge)
+        within = statistics.within + ridge * statistics.within.trace() / 12 * torch.eye(12)
+        expected = eigh(statistics.between.numpy(), within.numpy(), eigvals_only=True)[::-1][:4]
+        np.testing.assert_allclose(statistics.fisher.numpy(), expected, rtol=1e-8)
 
 
 @settings(max_examples=20, deadline=None)
@@ -229,13 +230,13 @@ def test_singular_tables_are_measured_but_for_their_fisher_values(kind):
     assert sentence.startswith("no Fisher values of T = 2, 5: S_W of T = ")
     assert f"vary in {rank} of them" in sentence
     assert f"`--pca {rank}`" in sentence
-    for mended in (ProbeSettings([2], pca=min(rank, 25)), ProbeSettings([2], ridge=0.01)):
-        whole = measure(x, settings=mended)
-        assert whole.notes == ()
-        assert math.isfinite(whole.rows[0]["cond"])
-    found = scatter(x, 2, allow_singular=True)
-    assert found.is_singular
-    assert found.fisher.isnan().all()
+    for options in (ProbeSettings([2], pca=min(rank, 25)), ProbeSettings([2], ridge=0.01)):
+        report = measure(x, settings=options)
+        assert report.notes == ()
+        assert math.isfinite(report.rows[0]["cond"])
+    statistics = scatter(x, 2, allow_singular=True)
+    assert statistics.is_singular
+    assert statistics.fisher.isnan().all()
 
 
 def test_traps_are_errors():  # (15)
@@ -246,7 +247,7 @@ def test_traps_are_errors():  # (15)
     none[5] = 0
     broken = x.clone()
     broken[3, 1] = math.inf
-    for table, numbers, what in (
+    for table, numbers, message in (
         (same, None, "40 numbers have only 39 unique embeddings"),
         (none, None, "embeddings of 5 are all zero"),
         (broken, None, "embeddings of 3 are not finite"),
@@ -255,7 +256,7 @@ def test_traps_are_errors():  # (15)
         (x[:, 0], None, r"of shape \(40,\)"),
         (x.long(), None, "torch.int64 of shape"),
     ):
-        with pytest.raises(DataError, match=what):
+        with pytest.raises(DataError, match=message):
             check_embeddings(table, numbers)
     assert len(check_embeddings(same, allow_duplicates=True)[0]) == 40
     with pytest.raises(DataError, match=r"21 follows 19.*up to 19"):

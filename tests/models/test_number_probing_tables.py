@@ -134,14 +134,14 @@ def test_damaged_checkpoints(checkpoint):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="has no vocabulary"):
         read_table(folder)
-    whole = (folder / "model.safetensors").read_bytes()
+    content_bytes = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs")
     with pytest.raises(DataError, match=r"cannot be read as safetensors.*Git LFS"):
         read_table(folder)
     (folder / "tokenizer.json").write_text(
         json.dumps({"model": {"vocab": {str(n): n for n in range(30)}}})
     )
-    (folder / "model.safetensors").write_bytes(whole[:-100])
+    (folder / "model.safetensors").write_bytes(content_bytes[:-100])
     with pytest.raises(DataError, match="is no whole matrix"):
         read_table(folder)
     (folder / "model.safetensors").unlink()
@@ -357,9 +357,9 @@ def test_the_command_reports_a_table(tmp_path, capsys, monkeypatch):
     np.save("circle.npy", planted(torch.arange(200), 10, 16).numpy())
     options = ["circle.npy", "--numbers", "0:200", "--periods", "2,5,10", "--seeds", "1"]
     assert main([*options, "--out", "out"]) == 0
-    said = capsys.readouterr().out
-    assert "circle: 200 numbers, 0 to 199, 16 dimensions" in said
-    assert "verdict: geometric\n  T = 10: the line is" in said
+    printed = capsys.readouterr().out
+    assert "circle: 200 numbers, 0 to 199, 16 dimensions" in printed
+    assert "verdict: geometric\n  T = 10: the line is" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["verdict"] == "geometric"
     assert [row["period"] for row in report["rows"]] == [2, 5, 10]
@@ -386,32 +386,32 @@ def test_the_command_answers_a_singular_table(tmp_path, capsys, monkeypatch):
     np.save("zero.npy", x.numpy())
     options = ["zero.npy", "--periods", "2,10", "--seeds", "1", "--permuted", "0"]
     assert main([*options, "--out", "out"]) == 0
-    said = capsys.readouterr().out
-    assert "no Fisher values of T = 2, 10: S_W of T = 2 is singular: 32 dimensions" in said
-    assert "verdict: geometric" in said
+    printed = capsys.readouterr().out
+    assert "no Fisher values of T = 2, 10: S_W of T = 2 is singular: 32 dimensions" in printed
+    assert "verdict: geometric" in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["notes"]
     assert report["rows"][1]["kappa"] > 0.9
     assert report["rows"][1]["cond"] is None
-    for mended in (["--ridge", "0.01"], ["--pca", "31"]):
-        assert main([*options, *mended, "--out", f"out{mended[0]}"]) == 0
-        said = capsys.readouterr().out
-        assert "singular" not in said
-        header = next(line for line in said.splitlines() if line.startswith("| period"))
+    for extra_options in (["--ridge", "0.01"], ["--pca", "31"]):
+        assert main([*options, *extra_options, "--out", f"out{extra_options[0]}"]) == 0
+        printed = capsys.readouterr().out
+        assert "singular" not in printed
+        header = next(line for line in printed.splitlines() if line.startswith("| period"))
         assert {"phi", "cond", "fisher"} <= {cell.strip() for cell in header.split("|")}
 
 
 def test_bad_options_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("a.npy", vectors().numpy())
-    for options, what in (
+    for options, message in (
         ([], "arguments are required: source"),
         (["a.npy", "--folds", "x"], "invalid int value"),
         (["a.npy", "--periods", "2,x"], "--periods 2,x is no list"),
         (["a.npy", "--periods", "11"], r"periods=\[11\] cannot be probed"),
         (["a.npy", "--numbers", "5"], r"spectrum of 1 numbers"),
     ):
-        with pytest.raises((ConfigError, DataError), match=what):
+        with pytest.raises((ConfigError, DataError), match=message):
             main(options)
     np.save("same.npy", vectors().numpy()[np.arange(80) % 39])
     with pytest.raises(DataError, match="80 numbers have only 39 unique"):
@@ -432,8 +432,8 @@ def minilm():
 
 
 def local_ratios(table: NumberTable, *frequencies):
-    found = spectrum(table.embeddings)
-    return [float(found.local_ratio[found.bin(v)]) for v in frequencies]
+    table_spectrum = spectrum(table.embeddings)
+    return [float(table_spectrum.local_ratio[table_spectrum.bin(v)]) for v in frequencies]
 
 
 @package("glove")
@@ -445,15 +445,15 @@ def test_glove_has_spikes(glove):  # (13)
 
 @package("glove")
 def test_glove_knows_parity_and_roundness(glove):  # (13)
-    found = probe(glove.embeddings)
-    assert 0.15 <= found[2].kappa <= 0.30
-    assert 0.18 <= found[5].kappa <= 0.32
-    assert 0.18 <= found[10].kappa <= 0.30
-    assert found[3].kappa < 0.02
-    assert found[7].kappa < 0.02
-    assert found[5].kappa_nonround < 0.1
-    assert found[10].recall[0] > 0.8
-    verdict = diagnose(found, spikes(spectrum(glove.embeddings)))
+    results = probe(glove.embeddings)
+    assert 0.15 <= results[2].kappa <= 0.30
+    assert 0.18 <= results[5].kappa <= 0.32
+    assert 0.18 <= results[10].kappa <= 0.30
+    assert results[3].kappa < 0.02
+    assert results[7].kappa < 0.02
+    assert results[5].kappa_nonround < 0.1
+    assert results[10].recall[0] > 0.8
+    verdict = diagnose(results, spikes(spectrum(glove.embeddings)))
     assert verdict.verdict == "parity or roundness only"
 
 
@@ -462,8 +462,8 @@ def test_shuffled_glove_has_neither(glove):  # (11)
     for seed in range(3):
         x = row_shuffled(glove.embeddings, seed)
         assert float(spectrum(x).normalised.max()) < 2.2
-        for found in probe(x, [2, 5, 10], nonround=False).values():
-            assert abs(found.kappa) < found.band
+        for result in probe(x, [2, 5, 10], nonround=False).values():
+            assert abs(result.kappa) < result.band
 
 
 @package("glove")
@@ -481,19 +481,19 @@ def test_minilm_has_spikes(minilm):  # (14)
 
 @package("minilm")
 def test_minilm_is_geometric(minilm):  # (14)
-    found = probe(minilm.embeddings, (2, 3, 10))
-    assert 0.45 <= found[2].kappa <= 0.65
-    assert 0.30 <= found[10].kappa <= 0.50
-    assert found[10].kappa_nonround > 0.2
-    verdict = diagnose(found, spikes(spectrum(minilm.embeddings)))
+    results = probe(minilm.embeddings, (2, 3, 10))
+    assert 0.45 <= results[2].kappa <= 0.65
+    assert 0.30 <= results[10].kappa <= 0.50
+    assert results[10].kappa_nonround > 0.2
+    verdict = diagnose(results, spikes(spectrum(minilm.embeddings)))
     assert verdict.verdict == "geometric"
 
 
 @package("minilm")
 def test_an_in_sample_probe_of_minilm_would_find_thirds(minilm):  # (14)
-    found = probe(minilm.embeddings, [3], method="logistic", seeds=1, nonround=False)[3]
-    assert found.train_kappa > 0.95
-    assert abs(found.kappa) < 0.12
+    result = probe(minilm.embeddings, [3], method="logistic", seeds=1, nonround=False)[3]
+    assert result.train_kappa > 0.95
+    assert abs(result.kappa) < 0.12
 
 
 @package("minilm")

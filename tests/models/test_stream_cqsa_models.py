@@ -68,12 +68,12 @@ def small(kind=Decoder, **options):
 
 def batches(count=2, size=2, tokens=24):
     """A sequence that repeats every 5 tokens, from different starts, and its next tokens."""
-    made = []
+    data = []
     for batch in range(count):
         starts = torch.arange(size)[:, None] + batch
         line = (starts + torch.arange(tokens + 1)) % 5
-        made.append({"tokens": line[:, :-1], "targets": line[:, 1:].clone()})
-    return made
+        data.append({"tokens": line[:, :-1], "targets": line[:, 1:].clone()})
+    return data
 
 
 def loader(items):
@@ -185,8 +185,8 @@ def test_chunked_cross_entropy_is_cross_entropy(chunk, as_function):
     loss = chunked_cross_entropy(hidden, head, targets, chunk)
     expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected)
-    found = torch.autograd.grad(loss, [hidden, weight])
-    torch.testing.assert_close(found, torch.autograd.grad(expected, [hidden, weight]))
+    grads = torch.autograd.grad(loss, [hidden, weight])
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, [hidden, weight]))
     with torch.no_grad():
         torch.testing.assert_close(chunked_cross_entropy(hidden, head, targets, chunk), expected)
 
@@ -209,16 +209,16 @@ def test_low_precision_is_summed_in_float32():
 
 def test_no_more_logits_than_a_chunk_at_once():
     hidden, weight = torch.randn(1, 64, 4, requires_grad=True), torch.randn(500, 4)
-    made, kept = [], []
+    chunk_sizes, saved_sizes = [], []
 
     def head(x):
-        made.append(x.shape[1])
+        chunk_sizes.append(x.shape[1])
         return x @ weight.T
 
-    with saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with saved_tensors_hooks(lambda t: saved_sizes.append(t.numel()) or t, lambda t: t):
         chunked_cross_entropy(hidden, head, torch.randint(500, (1, 64)), 16).backward()
-    assert made == [16] * 8  # forward, and again in backward
-    assert all(size < 16 * 500 for size in kept)
+    assert chunk_sizes == [16] * 8  # forward, and again in backward
+    assert all(size < 16 * 500 for size in saved_sizes)
 
 
 def test_token_scores():
@@ -282,33 +282,33 @@ def test_metrics_weigh_targets_alike(tmp_path):
     data = batches()
     data[0]["targets"][:, 3:] = -100
     data.append({"tokens": data[0]["tokens"], "targets": torch.full((2, 24), -100)})
-    (found,) = trainer(tmp_path).validate(model, loader(data), verbose=False)
+    (metrics,) = trainer(tmp_path).validate(model, loader(data), verbose=False)
     logits = torch.cat([model(x["tokens"]).flatten(0, 1) for x in data])
     targets = torch.cat([x["targets"].flatten() for x in data])
-    assert found["val/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
     right = (logits.argmax(-1) == targets)[targets != -100]
-    assert found["val/acc"] == pytest.approx(right.float().mean().item())
+    assert metrics["val/acc"] == pytest.approx(right.float().mean().item())
 
 
 def test_predictions(tmp_path):
     model = LanguageModel(small())
     data = batches(1)
-    (found,) = trainer(tmp_path).predict(model, loader(data))
-    assert torch.equal(found["targets"], data[0]["targets"])
-    assert torch.equal(found["predicted"], model(data[0]["tokens"]).argmax(-1))
-    assert found["loss"].shape == (2, 24)
+    (prediction,) = trainer(tmp_path).predict(model, loader(data))
+    assert torch.equal(prediction["targets"], data[0]["targets"])
+    assert torch.equal(prediction["predicted"], model(data[0]["tokens"]).argmax(-1))
+    assert prediction["loss"].shape == (2, 24)
 
 
 def rates(model, steps):
-    made = model.configure_optimizers()
-    scheduler = made["lr_scheduler"]["scheduler"]
-    assert made["lr_scheduler"]["interval"] == "step"
-    seen = []
+    optimizers = model.configure_optimizers()
+    scheduler = optimizers["lr_scheduler"]["scheduler"]
+    assert optimizers["lr_scheduler"]["interval"] == "step"
+    rates_by_step = []
     for _ in range(steps):
-        seen.append(made["optimizer"].param_groups[0]["lr"])
-        made["optimizer"].step()
+        rates_by_step.append(optimizers["optimizer"].param_groups[0]["lr"])
+        optimizers["optimizer"].step()
         scheduler.step()
-    return seen
+    return rates_by_step
 
 
 def test_warmup_and_scheduler():
@@ -317,9 +317,9 @@ def test_warmup_and_scheduler():
     assert isinstance(LanguageModel(small(), sgd).configure_optimizers(), torch.optim.SGD)
     rising = LanguageModel(small(), sgd, warmup=3)
     assert rates(rising, 5) == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    both = LanguageModel(small(), sgd, cosine, warmup=1)
-    alone = LanguageModel(small(), sgd, cosine)
-    assert rates(both, 5) == pytest.approx([0.5, *rates(alone, 4)])
+    warmed_cosine = LanguageModel(small(), sgd, cosine, warmup=1)
+    plain_cosine = LanguageModel(small(), sgd, cosine)
+    assert rates(warmed_cosine, 5) == pytest.approx([0.5, *rates(plain_cosine, 4)])
     plateau = LanguageModel(small(), sgd, torch.optim.lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(ConfigError, match="scheduler"):
         plateau.configure_optimizers()
@@ -401,15 +401,15 @@ def test_the_command_line_makes_a_module(workdir, monkeypatch):
         "--trainer.accelerator=cpu",
         "--trainer.logger=false",
     ]
-    made = LightningCLI(
+    model = LightningCLI(
         LightningModule, subclass_mode_model=True, run=False, args=options,
         save_config_callback=None, seed_everything_default=False,
     ).model  # fmt: skip
-    assert isinstance(made, MaskedLanguageModel)
-    assert made.network.transformer.chunk == 5
-    assert made.hparams["network"]["init_args"]["vocab_size"] == 11
-    assert made.hparams["mask_share"] == 0.3
-    optimizer = made.configure_optimizers()["optimizer"]
+    assert isinstance(model, MaskedLanguageModel)
+    assert model.network.transformer.chunk == 5
+    assert model.hparams["network"]["init_args"]["vocab_size"] == 11
+    assert model.hparams["mask_share"] == 0.3
+    optimizer = model.configure_optimizers()["optimizer"]
     assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.AdamW, 0.5)
 
 
@@ -533,12 +533,12 @@ def test_hugging_face_models_train_streamed_as_in_core(config, schedule, tmp_pat
     pytest.importorskip("transformers")
     trained = []
     strategy = StreamCQSAStrategy("12KiB", schedule)
-    for chosen in ("auto", strategy):
+    for run_strategy in ("auto", strategy):
         torch.manual_seed(0)
         network = HuggingFaceCausalLM(config=config, checkpoint=True)
         model = LanguageModel(network, partial(torch.optim.SGD, lr=0.1))
         before = network.model.config._attn_implementation
-        run = trainer(tmp_path, 10, strategy=chosen, precision="64-true")
+        run = trainer(tmp_path, 10, strategy=run_strategy, precision="64-true")
         run.fit(model, loader(batches(10, tokens=48)))
         assert network.model.config._attn_implementation == before
         trained.append([p.detach() for p in network.parameters()])
