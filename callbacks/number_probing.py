@@ -58,7 +58,8 @@ class ModularProbe(Callback):
     be whole there.
 
     Args:
-        numbers: Such as ``0:1000``; by default those of the DataModule's ``number_ids``.
+        numbers: Numbers to probe, such as ``0:1000``; by default those of the DataModule's
+            ``number_ids``.
         periods: T.
         every_n_steps: Training batches between two probes; 0 leaves only start, end and
             checkpoints.
@@ -70,14 +71,14 @@ class ModularProbe(Callback):
         spelling: With ``tokenizer``: ``bare`` "7", ``spaced`` " 7", or ``auto``.
         method: ``lda``, or the slow ``logistic``.
         folds: Number of folds of the cross-validation.
-        seeds: Ways to deal the folds.
-        blocked: Folds measured beside the shuffled ones: ``decade``, ``contiguous``.
-        permuted: Permutations of the numbers probed as a control.
+        seeds: Number of seeds, each of which deals the folds anew.
+        blocked: Further kinds of folds beside the shuffled ones: ``decade``, ``contiguous``.
+        permuted: Number of permutations of the numbers that are probed as a control.
         nonround: Probe the numbers that 5 does not divide by themselves as well.
         pca: Principal components used for the Fisher values, at most N/4.
         ridge: Added to S_W, in units of its mean eigenvalue.
         at_checkpoints: Probe whenever a checkpoint is written.
-        figures: Draw when the fit ends.
+        figures: Draw the figures when the fit ends.
 
     Raises:
         ConfigError: Arguments contradict each other, or do not fit the model.
@@ -148,13 +149,13 @@ class ModularProbe(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Probe what is saved, and put the result into the checkpoint."""
+        """Probe the saved model, and put the history into the checkpoint."""
         if self.at_checkpoints and trainer.training:
             self._probe(trainer, pl_module, self._batches(trainer))
             checkpoint.setdefault("callbacks", {})[self.state_key] = self.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe what was trained; draw, and give tables to the loggers that show them."""
+        """Probe the trained model, draw figures, and give tables to the loggers that show them."""
         self._probe(trainer, pl_module, self._batches(trainer))
         if not (trainer.is_global_zero and self.history):
             return
@@ -214,7 +215,7 @@ class ModularProbe(Callback):
     def _embeddings(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[Sequence[int], Tensor]:
-        """Numbers and their rows."""
+        """Return the numbers to probe and their embeddings."""
         number_ids: Mapping[int, int] | None = getattr(
             getattr(trainer, "datamodule", None), "number_ids", None
         )
@@ -306,10 +307,10 @@ class ModularProbe(Callback):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was measured, as plain numbers, strings and tensors."""
+        """Return the history as plain numbers, strings and tensors."""
         return {"history": [dict(row) for row in self.history], "spectra": dict(self.spectra)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
+        """Restore the history of a checkpoint."""
         self.history = [dict(row) for row in state_dict["history"]]
         self.spectra = dict(state_dict["spectra"])

@@ -163,7 +163,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
             ``FULGURITE_DATA``; ``stdlib`` or ``null`` for the sources of Python's standard
             library, about 12 MB of real text that is on every machine (but is another one for
             another Python).
-        suffixes: What names of files in folders end with.
+        suffixes: Endings of the names of files that are read in folders.
         column: Column of parquet tables that holds the text.
         tokenizer: ``words``, each number 0 … 999 one token; ``digits``, each digit one; or a
             ``tokenizer.json`` (or its folder).

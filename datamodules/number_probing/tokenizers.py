@@ -38,7 +38,7 @@ _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
 
 
 class Tokenizer(Protocol):
-    """What the token cache needs.
+    """The interface of tokenizers to the token cache.
 
     Attributes:
         vocab_size: V, known before any text is read.
@@ -61,11 +61,11 @@ class Tokenizer(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`learn` chose, as JSON."""
+        """Return the choices of :meth:`learn`, as JSON."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` gave."""
+        """Restore a state of :meth:`state`."""
         ...
 
     def spaced(self, token: int) -> bool:

@@ -45,7 +45,7 @@ class ByteTextDataModule(TextDataModule):
         paths: Files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``;
             ``stdlib`` or ``null`` for the sources of Python's standard library, about 12 MB of
             real text that is on every machine (but is another one for another Python).
-        suffixes: What names of files in folders end with.
+        suffixes: Endings of the names of files that are read in folders.
         length: Tokens N of a sequence.
         batch_size: Sequences of a batch, on each rank.
         val_fraction: Fraction of the bytes for validation; 0 for none.

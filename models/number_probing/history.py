@@ -31,7 +31,7 @@ _SCORES = ("val/exact", "val/acc")  # what shows that a run learned its task, th
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What one run recorded.
+    """Records of one run.
 
     Attributes:
         folder: Folder of the run.
@@ -126,7 +126,7 @@ def find_runs(folder: Path) -> dict[str, list[Path]]:
 def summary(
     runs: Mapping[str, Sequence[RunHistory]], periods: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """A row per method: mean and standard deviation over its runs of what was probed last."""
+    """Summarise each method in a row: mean and std over its runs of their last probes."""
     rows = []
     for label, histories in runs.items():
         row: dict[str, Any] = {"method": label, "runs": len(histories)}

@@ -106,7 +106,7 @@ class FoldStatistics:
         table: The rows.
         center: Mean of the whole class. Shape: (T, D).
         rows: The rows by class less its ``center``, zeros to fill up. Shape: (T, R, D).
-        index: Row numbers by class, N where there is none. Shape: (T, R).
+        index: Row numbers by class, N for padding. Shape: (T, R).
         train: 1 for a row that the model is fitted to, else 0. Shape: (T, E, R).
         held_out: 1 for a row that is held out, else 0. Shape: (T, E, R).
         count: Rows fitted. Shape: (T, E).

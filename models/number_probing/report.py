@@ -48,16 +48,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What :func:`measure` measures.
+    """Options of :func:`measure`.
 
     Args:
         periods: T.
         method: ``lda``, or the slow ``logistic``.
         folds: Number of folds of the cross-validation.
-        seeds: Ways to deal the folds.
-        blocked: Folds measured beside the shuffled ones: ``decade``, ``contiguous``.
-        permuted: Permutations of the numbers that are probed as well; from 8 on, the null band
-            is theirs.
+        seeds: Number of seeds, each of which deals the folds anew.
+        blocked: Further kinds of folds beside the shuffled ones: ``decade``, ``contiguous``.
+        permuted: Number of permutations of the numbers that are probed as well; from 8 on, they
+            give the null band.
         nonround: Probe the numbers that 5 does not divide by themselves as well.
         pca: Principal components used for the Fisher values, at most N/4; null for all.
         ridge: Added to S_W, in units of its mean eigenvalue.
@@ -85,17 +85,17 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`measure` has measured.
+    """Measurements of one table, by :func:`measure`.
 
     Attributes:
         size: N.
         width: D.
-        rows: For each period: ``period``, ``verdict`` and :data:`COLUMNS`; None is what was not
-            measured.
-        spectrum: All magnitudes.
+        rows: For each period: ``period``, ``verdict`` and :data:`COLUMNS`; None for values that
+            were not measured.
+        spectrum: The spectrum of the table.
         diagnosis: The verdict with its reasons.
         settings: The settings of the measurement.
-        notes: Sentences on what could not be measured.
+        notes: Sentences on values that could not be measured.
     """
 
     size: int
@@ -128,7 +128,7 @@ def measure(
     Args:
         embeddings: One row for each number. Shape: (N, D).
         numbers: Consecutive and ascending; by default from 0.
-        settings: What is measured.
+        settings: Options of the measurement; by default all of :class:`ProbeSettings`.
         allow_duplicates: As in :func:`check_embeddings`.
 
     Raises:

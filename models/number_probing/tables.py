@@ -202,8 +202,8 @@ def _encode_numbers(
 def read_encoder(folder: Path) -> Encoder | None:
     """Read the encoder of a folder's ``tokenizer.json``.
 
-    None where there is none, where the package tokenizers is not installed, and where it cannot
-    load the file.
+    None if there is no such file, if the package tokenizers is not installed, or if it cannot load
+    the file.
     """
     path = folder / "tokenizer.json" if folder.is_dir() else folder
     if not path.is_file() or path.name.endswith(".txt"):

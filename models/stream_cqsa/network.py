@@ -22,7 +22,7 @@ _KEY = "--model.init_args.network.init_args"
 
 
 class LanguageNetwork(Protocol):
-    """What a language model needs: hidden states, and logits from some of them."""
+    """The interface of networks to language models: hidden states, and logits from some of them."""
 
     def __call__(
         self, tokens: Tensor, documents: Sequence[int] | None = None, prefix: int = 0

@@ -1,4 +1,4 @@
-"""What every backbone has in common: the protocol, documents, and the block around a token mixer.
+"""Common parts of backbones: the protocol, documents, and the block around a token mixer.
 
 A backbone turns embedded tokens into hidden states, causally. ``documents`` keeps packed pieces of
 a sequence apart: a token sees only earlier tokens with its own id, and recurrent state starts anew
