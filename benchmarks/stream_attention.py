@@ -19,7 +19,7 @@ from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.attention import plan, stream_attention
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.calibration import measured_costs
-from fulgurite.attention.cost_model import Costs
+from fulgurite.attention.cost_model import MachineCosts
 from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan, make_plan
 from fulgurite.attention.spec import AttentionSpec
@@ -270,7 +270,7 @@ def memory(raw: dict[str, Any]) -> list[dict[str, str]]:
 
 def predictions() -> list[dict[str, str]]:
     """What the planner says of sequences that nobody ran here."""
-    costs = Costs(flops=4e14, bandwidth=5e10, call=2e-5, merge=2e-12)
+    costs = MachineCosts(flops=4e14, bandwidth=5e10, call=2e-5, merge=2e-12)
     rows = []
     for tokens in (10**6, 10**7, 10**8, 10**9):
         for budget in (2**30, 8 * 2**30):

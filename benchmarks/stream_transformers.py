@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.harness import report
 from fulgurite.strategies import StreamCQSAStrategy
-from fulgurite.testing.attention_judge import Cell, judge_architecture, record_attention
+from fulgurite.testing.attention_judge import Judgement, judge_architecture, record_attention
 from fulgurite.testing.transformers_models import (
     EXTRA_MODES,
     MODES,
@@ -33,7 +33,7 @@ BUDGET = "40KiB"
 _SYMBOLS = {"wrong": "WRONG", "crashed": "CRASHED", "unsupported": "(no)"}
 
 
-def count_verdicts(cells: Sequence[Cell]) -> str:
+def count_verdicts(cells: Sequence[Judgement]) -> str:
     """Totals in words, with the percentage of exact cells among those that the models do."""
     counts = Counter(cell.verdict for cell in cells)
     supported = len(cells) - counts["unsupported"]
@@ -45,7 +45,7 @@ def count_verdicts(cells: Sequence[Cell]) -> str:
     )
 
 
-def count_all(cells: Sequence[Cell]) -> list[str]:
+def count_all(cells: Sequence[Judgement]) -> list[str]:
     """Totals of the common modes, of those that can be reached, and of the other modes."""
     common = [cell for cell in cells if cell.mode in MODES]
     reachable = [cell for cell in common if cell.is_reachable]
@@ -58,7 +58,7 @@ def count_all(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def count_reasons(cells: Sequence[Cell], words: int = 12) -> list[str]:
+def count_reasons(cells: Sequence[Judgement], words: int = 12) -> list[str]:
     """The refusals by their first words, and the crashes, the most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
     names: dict[tuple[str, str], set[str]] = {}
@@ -74,7 +74,7 @@ def count_reasons(cells: Sequence[Cell], words: int = 12) -> list[str]:
     ]
 
 
-def make_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
+def make_rows(cells: Sequence[Judgement]) -> list[dict[str, str]]:
     """A row for each architecture, a column for each mode."""
     rows: dict[str, dict[str, str]] = {}
     for cell in cells:
@@ -84,9 +84,11 @@ def make_rows(cells: Sequence[Cell]) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def judge_all(names: Sequence[str] | None, modes: Sequence[str] | None, budget: str) -> list[Cell]:
+def judge_all(
+    names: Sequence[str] | None, modes: Sequence[str] | None, budget: str
+) -> list[Judgement]:
     """Judge architectures one after another, and print each cell."""
-    cells: list[Cell] = []
+    cells: list[Judgement] = []
     for architecture in select_architectures(names):
         print(architecture.name, flush=True)
         for cell in judge_architecture(architecture, lambda: StreamCQSAStrategy(budget), modes):

@@ -103,7 +103,7 @@ TRAINER_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """The checkpoint that a command begins with.
 
     Args:
@@ -166,7 +166,7 @@ class FulguriteCLI(LightningCLI):
         self.only_parse = only_parse
         self.folder = Path()
         self.record = ""
-        self.start = Start()
+        self.start = StartingPoint()
         self.lock: RunLock | None = None
         self.wandb_id = ""
         parser_options = {"exit_on_error": False}
@@ -258,7 +258,7 @@ class FulguriteCLI(LightningCLI):
         if run.name is None and path is not None:
             run.name = path.stem
 
-    def _find_start(self, now: Mapping[str, Any]) -> Start:
+    def _find_start(self, now: Mapping[str, Any]) -> StartingPoint:
         """The checkpoint that the command begins with, and whose it is.
 
         Args:
@@ -276,7 +276,7 @@ class FulguriteCLI(LightningCLI):
                     "with, which are untrained unless its options name some",
                     file=sys.stderr,
                 )
-            return Start()
+            return StartingPoint()
         options, fits = self.options, command == "fit"
         if checkpoint in ("last", "best"):
             inherited = os.environ.get(CHECKPOINT_VARIABLE) if "LOCAL_RANK" in os.environ else None
@@ -299,13 +299,13 @@ class FulguriteCLI(LightningCLI):
             "step": int(stored.get("global_step", 0)),
         }
         if not fits:
-            return Start(path, run, facts=facts)
+            return StartingPoint(path, run, facts=facts)
         target = self._resumed_folder(path, run)
         if target is None:
-            return Start(path, run, facts=facts)
+            return StartingPoint(path, run, facts=facts)
         self._check_same_training(target, path, stored, now)
         ended = (target / "summary.json").is_file() and self._nothing_left(stored)
-        return Start(path, target, continued=True, ended=ended, facts=facts)
+        return StartingPoint(path, target, continued=True, ended=ended, facts=facts)
 
     def _resumed_folder(self, path: Path, run: Path | None) -> Path | None:
         """The folder in which a fit goes on, or None for a new one.

@@ -40,7 +40,7 @@ _WAIT = 10.0  # how many times its CPU time a request may last
 _START = 120.0  # until the process has started and imported its libraries [s]
 
 
-class _Worker:
+class _ReaderProcess:
     """The process, started when it is first needed and again after its end."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class _Worker:
         return reply["value"], arrays
 
 
-_worker = _Worker()
+_worker = _ReaderProcess()
 atexit.register(_worker.stop)
 
 

@@ -30,7 +30,7 @@ _SMALLEST_SIDE = 16
 _COPIES = 6
 
 
-class _Piece(NamedTuple):
+class _BiasPiece(NamedTuple):
     """The gradient of a rectangle of the bias.
 
     Attributes:
@@ -82,7 +82,7 @@ def bias_gradient(
     columns = _ranges(spec.keys, side if bias.shape[3] > 1 else spec.keys)
     wide = accumulator_dtype(inputs.query.dtype)
 
-    def compute(after: int, halvings: Halvings) -> Iterator[_Piece]:
+    def compute(after: int, halvings: Halvings) -> Iterator[_BiasPiece]:
         places = itertools.product(_sharing_groups(plan, bias), rows, columns)
         for number, (groups, queries, keys) in enumerate(places):
             if number <= after:
@@ -94,7 +94,7 @@ def bias_gradient(
                     total, grad, inputs, out, lse, bias, plan, group, (queries, keys),
                     (max(1, side >> halvings.queries), max(1, side >> halvings.keys)), device,
                 )  # fmt: skip
-            yield _Piece(number, index, total)
+            yield _BiasPiece(number, index, total)
 
     for piece in with_smaller_tiles(compute, replace(plan, schedule="rect", tile=(side, side))):
         result[piece.at] = piece.total.to(result)

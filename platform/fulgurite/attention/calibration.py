@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from fulgurite.attention.cost_model import CostEstimate, Costs
+from fulgurite.attention.cost_model import CostEstimate, MachineCosts
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan
@@ -25,7 +25,7 @@ Timer = Callable[[tuple[int, int], tuple[int, int]], float]
 
 
 @functools.cache
-def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> MachineCosts:
     """Measure the machine; a fraction of a second, once per process.
 
     Args:
@@ -41,7 +41,7 @@ def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     return _cpu_costs(timer, head_dim, _bandwidth(device))
 
 
-def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> MachineCosts:
     """Return what the first rank of torch.distributed measured, on all ranks.
 
     Ranks must plan alike, so all of them call this, and wait for the first.
@@ -55,14 +55,16 @@ def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Cos
 
 
 @functools.lru_cache(maxsize=8)
-def _agreed_costs(_group: object, device: torch.device, dtype: torch.dtype, head_dim: int) -> Costs:
+def _agreed_costs(
+    _group: object, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> MachineCosts:
     shared = [measured_costs(device, dtype, head_dim) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared, src=0, device=device)
     assert shared[0] is not None
     return shared[0]
 
 
-def _cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
+def _cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
     """Costs of a CPU, on which one head keeps all threads busy."""
     side, heights = 2048, (64, 256)
     pair = timer((side, side), (side, side)) / side**2
@@ -72,10 +74,10 @@ def _cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
     slow = [timer((height, side), (height, side)) / (height * side * pair) for height in heights]
     # PyTorch's CPU kernel changes its blocks below 768 queries
     points = (*zip(heights, _descending(slow), strict=True), (768, 1.0))
-    return Costs(4 * head_dim / pair, bandwidth, call, merge, points)
+    return MachineCosts(4 * head_dim / pair, bandwidth, call, merge, points)
 
 
-def _gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
+def _gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
     """Costs of a GPU, which a single head fills only if it has many queries.
 
     A small tile takes what the host needs to start it, whatever its pairs; a large one is
@@ -92,7 +94,7 @@ def _gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> Costs:
         seconds = timer((height, side), (height, side)) - call
         slow.append(seconds / (height * side * pair))
     points = (*zip(heights, _descending(slow), strict=True), (side, 1.0))
-    return Costs(4 * head_dim / pair, bandwidth, call, merge, points, fills_with_heads=True)
+    return MachineCosts(4 * head_dim / pair, bandwidth, call, merge, points, fills_with_heads=True)
 
 
 def _descending(factors: Sequence[float]) -> list[float]:

@@ -20,7 +20,13 @@ from fulgurite.attention.quorums import quorum
 from fulgurite.attention.spec import AttentionSpec
 
 __all__ = [
-    "BACKWARD_FLOPS", "GPU_COSTS", "CostEstimate", "Costs", "Cut", "Setting", "estimate",
+    "BACKWARD_FLOPS",
+    "GPU_COSTS",
+    "CostEstimate",
+    "Cut",
+    "MachineCosts",
+    "Setting",
+    "estimate",
 ]  # fmt: skip
 
 #: Operations of the backward pass by those of the forward pass (card section 3.5).
@@ -30,7 +36,7 @@ _MATH_SLOWDOWN = 2.0  # of tiles computed by matrix products, against a fast ker
 
 
 @dataclass(frozen=True)
-class Costs:
+class MachineCosts:
     """What work costs on a machine.
 
     Args:
@@ -59,7 +65,7 @@ class Costs:
 
 #: Of a large GPU, for plans that are made without measuring (inferred from what is published of
 #: an H100: about 320 TFLOP/s, pinned copies of 25 GB/s, a quarter of a millisecond for a call).
-GPU_COSTS = Costs(
+GPU_COSTS = MachineCosts(
     flops=3.2e14,
     bandwidth=2.5e10,
     call=2.5e-4,
@@ -111,7 +117,7 @@ class Setting(NamedTuple):
     tiled: bool = False
     ahead: bool = False
     ranks: int = 1
-    costs: Costs = Costs()
+    costs: MachineCosts = MachineCosts()
     kernels: TileKernelNames = TileKernelNames()
     masked_side: int | None = None
     cached_masks: int = 0

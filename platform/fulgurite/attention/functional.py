@@ -16,7 +16,7 @@ from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.calibration import agreed_costs, measured_costs
 from fulgurite.attention.checks import check_number, kernel_device
-from fulgurite.attention.cost_model import Costs
+from fulgurite.attention.cost_model import MachineCosts
 from fulgurite.attention.kernels import (
     TileKernelNames,
     accumulator_dtype,
@@ -672,7 +672,7 @@ def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | No
     return int(agreed)
 
 
-def _costs(device: torch.device, query: Tensor, options: StreamOptions) -> Costs | None:
+def _costs(device: torch.device, query: Tensor, options: StreamOptions) -> MachineCosts | None:
     """Measure the machine, where there is something to choose; ranks plan by the first's costs."""
     if options.memory_budget is None:
         return None

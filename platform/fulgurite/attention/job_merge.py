@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.parts import Part, Record, read_part
+from fulgurite.attention.parts import Part, PartRecord, read_part
 from fulgurite.attention.progress import bar
 from fulgurite.attention.units import clear_
 from fulgurite.errors import CheckpointError
@@ -96,7 +96,7 @@ def _read(part: Part, name: str, bounds: _Bounds) -> list[Tensor]:
     return [part.read(records[n]) for n in ((name, "lse") if name == "out" else (name,))]
 
 
-def _bounds(record: Record) -> _Bounds:
+def _bounds(record: PartRecord) -> _Bounds:
     return tuple((s.start, s.stop) for s in record.at)
 
 

@@ -25,7 +25,7 @@ from fulgurite.attention.fingerprint import pieces
 from fulgurite.attention.steps import Slices
 from fulgurite.errors import CheckpointError
 
-__all__ = ["Part", "PartWriter", "Record", "read_part", "temporary_files", "write_part"]
+__all__ = ["Part", "PartRecord", "PartWriter", "read_part", "temporary_files", "write_part"]
 
 _MAGIC = b"fulgurite part 1\n"
 _TAIL = struct.Struct("<32sq")  # digest and length of the index
@@ -33,7 +33,7 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch
            "float16": torch.float16}  # fmt: skip
 
 
-class Record(NamedTuple):
+class PartRecord(NamedTuple):
     """A tensor in a part.
 
     Attributes:
@@ -64,9 +64,9 @@ class Part(NamedTuple):
 
     path: Path
     facts: dict[str, Any]
-    records: tuple[Record, ...]
+    records: tuple[PartRecord, ...]
 
-    def read(self, record: Record) -> Tensor:
+    def read(self, record: PartRecord) -> Tensor:
         """Read a tensor and compare its checksum.
 
         Raises:
@@ -190,7 +190,9 @@ def read_part(path: Path) -> Part:
         if entry["offset"] + math.prod(shape) * dtype.itemsize > size:
             raise _damage_error(path, "it is shorter than its index says")
         at = batch, heads, tokens
-        records.append(Record(entry["name"], at, dtype, shape, entry["offset"], entry["sha256"]))
+        records.append(
+            PartRecord(entry["name"], at, dtype, shape, entry["offset"], entry["sha256"])
+        )
     return Part(path, index["facts"], tuple(records))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from fulgurite.attention.budget import format_bytes
-from fulgurite.attention.cost_model import CostEstimate, Costs, Cut, Setting, estimate
+from fulgurite.attention.cost_model import CostEstimate, Cut, MachineCosts, Setting, estimate
 from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
 from fulgurite.attention.masking import CACHED_MASKS, GPU_MASKED_SIDE, MASKED_SIDE, Visibility
 from fulgurite.attention.quorums import perfect_sizes, quorum
@@ -280,7 +280,7 @@ def make_plan(
     passes: int | None = None,
     kernel: str | None = None,
     shard: tuple[int, int] = (0, 1),
-    costs: Costs | None = None,
+    costs: MachineCosts | None = None,
     kernels: TileKernelNames | None = None,
 ) -> ExecutionPlan:
     """Choose the fastest way that fits.
@@ -315,7 +315,7 @@ def make_plan(
         )  # fmt: skip
     kernels = kernels or TileKernelNames()
     setting = Setting(
-        False, resident, packs, tiled, ahead, shard[1], costs or Costs(), kernels
+        False, resident, packs, tiled, ahead, shard[1], costs or MachineCosts(), kernels
     )  # fmt: skip
     if "efficient" in kernels.masked:
         side = _masked_side(spec, budget)

@@ -7,15 +7,15 @@ these.
 
 from fulgurite.compare.comparison import Comparison
 from fulgurite.compare.driver import main, run
-from fulgurite.compare.plan import Cell, ComparisonPlan, Method, read_plan
+from fulgurite.compare.plan import Cell, ComparisonMethod, ComparisonPlan, read_plan
 from fulgurite.compare.report import main as report_main
 from fulgurite.compare.report import render
 
 __all__ = [
     "Cell",
     "Comparison",
+    "ComparisonMethod",
     "ComparisonPlan",
-    "Method",
     "main",
     "read_plan",
     "render",

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from fulgurite.compare.plan import (
+    ComparisonMethod,
     ComparisonPlan,
-    Method,
     Setting,
     cell_id,
     read_plan,
@@ -118,7 +118,7 @@ class Comparison:
         return [name for name in self.plan.cell_ids if name in self.failures.keys() - self.results]
 
     @property
-    def rows(self) -> dict[str, Method]:
+    def rows(self) -> dict[str, ComparisonMethod]:
         """The methods that have a record, by id; all of them if none has."""
         methods = {record["method"] for record in self._records}
         return {m: row for m, row in self.plan.rows.items() if m in methods} or self.plan.rows

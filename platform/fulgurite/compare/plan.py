@@ -21,10 +21,10 @@ __all__ = [
     "LAST_CHECKPOINT",
     "Candidate",
     "Cell",
+    "ComparisonMethod",
     "ComparisonPlan",
-    "Method",
-    "Start",
     "Tune",
+    "WarmStart",
     "cell_id",
     "find_config",
     "read_plan",
@@ -62,7 +62,7 @@ Setting = tuple[tuple[str, str], ...]
 """Pairs (axis, label), in the order of the axes."""
 
 
-class Start(NamedTuple):
+class WarmStart(NamedTuple):
     """What a training takes from another method's.
 
     Args:
@@ -77,7 +77,7 @@ class Start(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class ComparisonMethod:
     """One line of the table.
 
     Args:
@@ -98,7 +98,7 @@ class Method:
     args: Overrides = field(default_factory=dict)
     config: str | None = None
     test_args: Overrides = field(default_factory=dict)
-    after: Start | None = None
+    after: WarmStart | None = None
     predict: Overrides | None = None
     listed: bool = True
     ignores: tuple[str, ...] = ()
@@ -232,7 +232,7 @@ class ComparisonPlan:
 
     title: str
     config: str
-    methods: dict[str, Method]
+    methods: dict[str, ComparisonMethod]
     settings: Axes
     seeds: tuple[int, ...]
     seed_keys: tuple[str, ...] = ("seed_everything", "data.init_args.seed")
@@ -252,7 +252,7 @@ class ComparisonPlan:
     source: str = ""
 
     @property
-    def rows(self) -> dict[str, Method]:
+    def rows(self) -> dict[str, ComparisonMethod]:
         """The methods that have a line in the table, by id."""
         return {name: method for name, method in self.methods.items() if method.listed}
 
@@ -347,12 +347,12 @@ class ComparisonPlan:
         places = itertools.product(self.seeds, self.grid, self.rows)
         return [cells[method, setting, seed] for seed, setting, method in places]
 
-    def _origins_first(self) -> list[Method]:
+    def _origins_first(self) -> list[ComparisonMethod]:
         return sorted(self.methods.values(), key=lambda m: len(_chain(m, self.methods)))
 
     def _cell(
         self,
-        method: Method,
+        method: ComparisonMethod,
         setting: Setting,
         seed: int,
         configs: Mapping[str, str],
@@ -651,13 +651,15 @@ def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
     return plan
 
 
-def _chain(method: Method, methods: Mapping[str, Method]) -> list[Method]:
+def _chain(
+    method: ComparisonMethod, methods: Mapping[str, ComparisonMethod]
+) -> list[ComparisonMethod]:
     """The methods that one comes after, the nearest first.
 
     Raises:
         ConfigError: A method does not exist, or the methods come after each other in a circle.
     """
-    chain: list[Method] = []
+    chain: list[ComparisonMethod] = []
     last = method
     while last.after:
         if last.after.method not in methods:
@@ -675,7 +677,7 @@ def _chain(method: Method, methods: Mapping[str, Method]) -> list[Method]:
     return chain
 
 
-def _method(name: object, spec: object) -> Method:
+def _method(name: object, spec: object) -> ComparisonMethod:
     name = _name(name, "methods")
     fields = _mapping(spec or {}, f"methods.{name}")
     _check_keys(fields, _METHOD_KEYS, f"methods.{name}")
@@ -692,10 +694,10 @@ def _method(name: object, spec: object) -> Method:
     start = _start(name, fields.get("after"))
     config = _text_or_none(fields.get("config"), f"methods.{name}.config")
     ignores = tuple(_strings(fields.get("ignores") or [], f"methods.{name}.ignores"))
-    return Method(name, label, args, config, test_args, start, predict, listed, ignores)
+    return ComparisonMethod(name, label, args, config, test_args, start, predict, listed, ignores)
 
 
-def _start(name: str, after: object) -> Start | None:
+def _start(name: str, after: object) -> WarmStart | None:
     """What ``after`` says: ``{METHOD: key}``, or ``{METHOD: {key: path}}``."""
     origins = _mapping(after or {}, f"methods.{name}.after")
     if not origins:
@@ -715,7 +717,7 @@ def _start(name: str, after: object) -> Start | None:
             "Write the dotted key that receives the last checkpoint, or `{key: path}` with a path "
             "in the run folder.",
         )
-    return Start(str(origin), key, path)
+    return WarmStart(str(origin), key, path)
 
 
 def _leaves(path: str) -> bool:
@@ -723,7 +725,7 @@ def _leaves(path: str) -> bool:
     return Path(path).is_absolute() or ".." in Path(path).parts
 
 
-def _after(start: Start) -> dict[str, Any]:
+def _after(start: WarmStart) -> dict[str, Any]:
     """The form of the file, from which :func:`_start` reads it back."""
     last = start.path == LAST_CHECKPOINT
     return {start.method: start.key if last else {start.key: start.path}}

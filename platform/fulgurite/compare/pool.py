@@ -44,11 +44,11 @@ def run_jobs(
     waiting = list(reversed(jobs))
     # Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
     inherited = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    crew: list[_Worker] = []
+    crew: list[_PoolWorker] = []
     with _environment(inherited):
         try:
             turns = itertools.cycle(visible or [None])
-            crew.extend(_Worker(runner, next(turns)) for _ in range(min(workers, len(jobs))))
+            crew.extend(_PoolWorker(runner, next(turns)) for _ in range(min(workers, len(jobs))))
             for worker in crew:
                 worker.start(waiting.pop())
             while busy := [worker for worker in crew if worker.job]:
@@ -96,7 +96,7 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = program
 
 
-class _Worker:
+class _PoolWorker:
     """One process, replaced by a new one when it dies."""
 
     def __init__(self, runner: str, visible: str | None = None) -> None:

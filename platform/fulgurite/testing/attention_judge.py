@@ -32,8 +32,8 @@ from fulgurite.testing.transformers_models import (
 __all__ = [
     "TOLERANCE",
     "AttentionCall",
-    "Cell",
     "ImplementationStrategy",
+    "Judgement",
     "compare_values",
     "judge_architecture",
     "judge_mode",
@@ -245,7 +245,7 @@ def record_attention(
 
 
 @dataclass(frozen=True)
-class Cell:
+class Judgement:
     """The judgement of an architecture in a mode.
 
     Attributes:
@@ -279,7 +279,7 @@ def _first_line(error: BaseException) -> str:
 
 def judge_mode(
     architecture: Architecture, model: Any, mode: str, make_strategy: Callable[[], Strategy]
-) -> Cell:
+) -> Judgement:
     """Compare a strategy with the model's own attention in a mode.
 
     Args:
@@ -290,7 +290,7 @@ def judge_mode(
         make_strategy: Makes a strategy of the Trainer.
     """
     began = time.perf_counter()
-    cell = functools.partial(Cell, architecture.name, mode)
+    cell = functools.partial(Judgement, architecture.name, mode)
     try:
         reference = compute_values(architecture, model, mode)
     except Exception as error:  # whatever it is, the model itself does not do this
@@ -330,7 +330,7 @@ def judge_architecture(
     architecture: Architecture,
     make_strategy: Callable[[], Strategy],
     modes: Iterable[str] | None = None,
-) -> list[Cell]:
+) -> list[Judgement]:
     """Judge a strategy on an architecture, in all its modes or some.
 
     Args:

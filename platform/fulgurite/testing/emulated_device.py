@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "DEVICE",
-    "Record",
+    "DeviceRecord",
     "StepWaits",
     "refused_when_deterministic",
     "register_device",
@@ -99,7 +99,7 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 @dataclass
-class Record:
+class DeviceRecord:
     """What happened on the device.
 
     Attributes:
@@ -122,7 +122,7 @@ class Record:
             self.waits[f"{name} in {caller}"] += 1
 
 
-_record = Record()
+_record = DeviceRecord()
 
 
 def _calling_function(beyond_lightning: bool = False) -> str | None:
@@ -416,7 +416,7 @@ def _kernel(func: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: _emulate(func, args, kwargs)
 
 
-def run_emulated(work: Callable[[Record], Any]) -> Any:
+def run_emulated(work: Callable[[DeviceRecord], Any]) -> Any:
     """Run a function in a child process that has the device.
 
     Args:

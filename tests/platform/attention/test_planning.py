@@ -7,7 +7,7 @@ import torch
 from fulgurite.attention import backend, calibration, masking, stream_attention
 from fulgurite.attention.budget import parse_budget
 from fulgurite.attention.checks import with_index
-from fulgurite.attention.cost_model import GPU_COSTS, Costs
+from fulgurite.attention.cost_model import GPU_COSTS, MachineCosts
 from fulgurite.attention.device_memory import device_memory
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
 from fulgurite.attention.kernels import TileKernelNames, kernel_names, usual_kernel_names
@@ -192,7 +192,9 @@ def test_kernels_of_a_cpu_and_of_plans_for_any_machine():
 
 def test_costs_of_a_gpu_are_told_apart():
     """Seconds of a device that obeys the model give the numbers of the model."""
-    true = Costs(3e14, 2e10, 2e-4, 1e-12, ((128, 60.0), (512, 20.0), (2048, 4.0), (16384, 1.0)))
+    true = MachineCosts(
+        3e14, 2e10, 2e-4, 1e-12, ((128, 60.0), (512, 20.0), (2048, 4.0), (16384, 1.0))
+    )
 
     def timer(tokens, tile):
         calls = -(-tokens[0] // tile[0]) * -(-tokens[1] // tile[1])

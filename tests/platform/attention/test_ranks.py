@@ -14,7 +14,7 @@ from fulgurite.attention import (
     memory_mapped,
     stream_attention,
 )
-from fulgurite.attention.cost_model import Costs
+from fulgurite.attention.cost_model import MachineCosts
 from fulgurite.errors import ConfigError
 from fulgurite.testing.survival import start_call
 
@@ -75,7 +75,9 @@ def plan_alike(rank, world, folder):
     if rank == 1:
         calibration.measured_costs = None
     else:
-        true = Costs(flops=1e12, bandwidth=1e9, call=1e-4, short_tiles=((64, 9.0), (2048, 1.0)))
+        true = MachineCosts(
+            flops=1e12, bandwidth=1e9, call=1e-4, short_tiles=((64, 9.0), (2048, 1.0))
+        )
         calibration.measured_costs = lambda *_: true
     plans = []
     inputs = [x.detach() for x in example()[0]]
