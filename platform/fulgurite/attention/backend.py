@@ -102,11 +102,12 @@ class Streamed:
     """Streamed attention within a budget.
 
     Args:
-        memory_budget: See :func:`~fulgurite.attention.stream_attention`.
-        schedule: See there.
-        distributed: See there.
-        check_finite: See there.
-        kernel: See there.
+        memory_budget: Bytes that may be held at once, as for
+            :func:`~fulgurite.attention.stream_attention`.
+        schedule: Schedule by which attention is cut.
+        distributed: Deal the work out to the ranks of torch.distributed.
+        check_finite: Refuse NaN and infinities in the inputs.
+        kernel: On a GPU, kernel to try first.
 
     Attributes:
         calls: How often it was called, recomputation under checkpointing included.
@@ -159,7 +160,7 @@ class Streamed:
             query: Shape: (..., H, M, D).
             key: Shape: (..., G, N, D).
             value: Shape: (..., G, N, E).
-            attn_mask: See :func:`~fulgurite.attention.stream_attention`, as the rest.
+            attn_mask: Mask or bias that broadcasts to the scores. Shape: (..., H, M, N).
             is_causal: Query i sees keys up to i.
             scale: Scale of the scores.
             enable_gqa: Allow fewer key/value heads than query heads; by default they are allowed.

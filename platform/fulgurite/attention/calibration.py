@@ -47,7 +47,7 @@ def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Mac
     Ranks must plan alike, so all of them call this, and wait for the first.
 
     Args:
-        device: See :func:`measured_costs`, as the rest.
+        device: Device whose speed is measured.
         dtype: Data type of query, key and value.
         head_dim: D.
     """

@@ -74,7 +74,7 @@ def attend_files(
         value: Shape: (B, G, N, D).
         out: Result, overwritten; float32 (float64) for ``schedule="cqs"``. Shape: (B, H, M, D).
         lse: Log-sum-exp, float32 (float64 for float64), overwritten. Shape: (B, H, M).
-        scale: Scale of the scores; see :func:`~fulgurite.attention.stream_attention`, as the rest.
+        scale: Scale of the scores, as for :func:`~fulgurite.attention.stream_attention`.
         enable_gqa: Allow fewer key/value heads.
         memory_budget: Most that is held at once. A journal keeps what ``"auto"`` found at first.
         schedule: The way to cut.

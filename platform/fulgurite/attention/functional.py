@@ -259,10 +259,10 @@ def attend_masked(
     """Return the attention of :func:`stream_attention` and its log-sum-exp.
 
     Args:
-        query: See there, as the rest.
-        key: Keys.
-        value: Values.
-        attn_mask: Mask or bias.
+        query: Queries. Shape: (..., H, M, D).
+        key: Keys. Shape: (..., G, N, D).
+        value: Values. Shape: (..., G, N, E).
+        attn_mask: Mask or bias that broadcasts to the scores.
         masking: What is seen.
         scale: Scale of the scores.
         enable_gqa: Allow fewer key/value heads.
@@ -824,7 +824,7 @@ def plan(
         query: Shape: (..., H, M, D).
         key: Shape: (..., G, N, D).
         value: Shape: (..., G, N, E); as key by default.
-        attn_mask: See :func:`stream_attention`, as the rest.
+        attn_mask: Mask or bias that broadcasts to the scores. Shape: (..., H, M, N).
         is_causal: Query i sees keys up to i.
         scale: Scale of the scores.
         enable_gqa: Allow fewer key/value heads.

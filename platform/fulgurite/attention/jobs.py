@@ -170,7 +170,7 @@ class AttentionJob:
             value: Shape: (B, G, N, D).
             out: The result over all keys. Shape: (B, H, M, D).
             lse: Its log-sum-exp. Shape: (B, H, M).
-            scale: Scale of the scores; see :meth:`create`, as the rest.
+            scale: Scale of the scores; the other options are those of :meth:`create`.
             enable_gqa: Allow fewer key/value heads.
             memory_budget: Most that a task holds at once.
             schedule: ``cqs`` (gradients of all inputs add up over tasks) or ``rect`` (a task

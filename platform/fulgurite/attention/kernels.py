@@ -214,9 +214,9 @@ class MathKernel:
 
         Args:
             tile: What was computed.
-            grad: See :meth:`backward`, as the rest.
-            out: Over all keys.
-            lse: Over all keys.
+            grad: Gradient of the result, as for :meth:`backward`.
+            out: Result over all keys.
+            lse: Log-sum-exp over all keys.
         """
         with _without_autocast(tile.query.device):
             return self._weights(tile, grad.to(accumulator_dtype(grad.dtype)), out, lse)[1]

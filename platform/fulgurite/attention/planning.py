@@ -184,7 +184,8 @@ class ExecutionPlan:
     def is_mine(self, index: int) -> bool:
         """Whether this rank computes the task of this index.
 
-        Causal tasks of queries grow along the sequence, so ranks take turns there and back.
+        Causal rows get longer along the sequence, so rows are dealt to ranks in boustrophedon
+        order, which balances the load.
         """
         return self.owner(index) == self.shard[0]
 
@@ -293,7 +294,7 @@ def make_plan(
         backward: Whether gradients are computed too, and must fit.
         resident: Whether the tensors lie on the device, so that nothing is copied.
         packs: Whether tiles are copied there, since the last stride of the tensors is not 1.
-        tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
+        tiled: Write the result tile by tile, even with ``schedule="whole"``.
         ahead: Whether the next tile is copied to the device while one is computed.
         passes: Consider only gradients in so many passes.
         kernel: Which kernel to prefer.

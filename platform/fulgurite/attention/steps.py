@@ -85,7 +85,7 @@ def row_steps(
     within: Range | None = None,
     groups: Iterable[HeadGroup] | None = None,
 ) -> Iterator[tuple[Step, list[Views]]]:
-    """Go through a plan row by row, past each of which keys are brought.
+    """Iterate over the query rows of a plan; for each row, stream the blocks of keys.
 
     A unit is one row of one task. What a step needs beyond the step before comes with it: first
     the rows of ``rows`` if it opens a row, then the keys if they change.
@@ -169,7 +169,7 @@ def column_steps(
     halvings: Halvings = UNHALVED,
     first: int = 0,
 ) -> Iterator[tuple[Step, list[Views]]]:
-    """Go through the tiles of a plan column by column, past each of which queries are brought.
+    """Iterate over the key columns of a plan; for each column, stream the blocks of queries.
 
     A unit is one column of tiles. Each step brings first the keys, if it opens a column, then the
     rows of its call.

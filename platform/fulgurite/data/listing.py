@@ -1,4 +1,4 @@
-"""Which files people mean by paths, folders and glob patterns; links are followed."""
+"""Resolve paths, folders and glob patterns to a list of files; links are followed."""
 
 from __future__ import annotations
 
