@@ -1,4 +1,4 @@
-"""Files that say something of each training image: its client, its given or its true label.
+"""Files that annotate each training image with its client, given label or true label.
 
 Shapes: R training images of the source, C classes.
 """
@@ -46,7 +46,7 @@ __all__ = [
     "read_table",
 ]
 
-#: The number of a label that a file does not name.
+#: The number of a label that is missing in a file.
 MISSING = -2
 
 LabelsAre = Literal["auto", "names", "numbers"]
@@ -62,20 +62,20 @@ _KINDS = {
     ".pth": "array",
     ".json": "json",
 }
-_AGAIN = "Write the file again, or name another one."
+_REWRITE_HINT = "Write the file again, or name another one."
 _Integers = npt.NDArray[np.int64]
 
 
 def file_kind(path: str, option: str, *kinds: str) -> str:
-    """Return what a file holds, by its name: ``table``, ``list``, ``array`` or ``json``.
+    """Return the kind of a file from its name: ``table``, ``list``, ``array`` or ``json``.
 
     Args:
-        path: Its name; ``.gz``, ``.bz2`` and ``.xz`` may follow that of a table or list.
-        option: The argument that names it, as the command line spells it.
-        kinds: Those that are read here.
+        path: Name of the file; tables and lists may end with ``.gz``, ``.bz2`` or ``.xz``.
+        option: Argument that names the file, as the command line spells it.
+        kinds: Kinds that the caller can read.
 
     Raises:
-        ConfigError: It is none of those.
+        ConfigError: The kind of the file is not among ``kinds``.
 
     Example:
         >>> file_kind("a.csv.gz", "--path", "table"), file_kind("b.pt", "--path", "array")
@@ -86,9 +86,12 @@ def file_kind(path: str, option: str, *kinds: str) -> str:
         name = name.removesuffix(suffix)
     kind = _KINDS.get(Path(name).suffix, "")
     if kind not in kinds:
-        known = ", ".join(suffix for suffix, what in _KINDS.items() if what in kinds)
+        suffixes = ", ".join(
+            suffix for suffix, suffix_kind in _KINDS.items() if suffix_kind in kinds
+        )
         raise ConfigError(
-            f"The file {path} is none of {known} by its name.", f"Set `{option}` to one of these."
+            f"The file {path} is none of {suffixes} by its name.",
+            f"Set `{option}` to one of these.",
         )
     return kind
 
@@ -97,17 +100,17 @@ def file_kind(path: str, option: str, *kinds: str) -> str:
 
 
 def read_table(path: Path) -> dict[str, list[str]]:
-    """Read all columns of a CSV, TSV or parquet table as text; what is empty is ``""``.
+    """Read all columns of a CSV, TSV or parquet table as text; empty cells are ``""``.
 
-    A column of a parquet table that holds anything else than numbers and text is left out.
+    Columns of a parquet table other than numbers and text are left out.
 
     Raises:
         DataError: The table cannot be read, has no header, or has two columns of one name.
-        MissingExtraError: It is a parquet table, and pyarrow is not installed.
+        MissingExtraError: The table is parquet, and pyarrow is not installed.
     """
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    with reading(path, "The table", _AGAIN):
+    with reading(path, "The table", _REWRITE_HINT):
         with open_compressed(path) as file:
             text = file.read().decode("utf-8-sig")
         delimiter = "\t" if ".tsv" in path.suffixes else ","
@@ -132,7 +135,7 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
         raise MissingExtraError(
             "Reading parquet needs the package pyarrow.", "pip install 'fulgurite[federated]'"
         ) from error
-    with reading(path, "The table", _AGAIN):
+    with reading(path, "The table", _REWRITE_HINT):
         check_parquet(path)
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -144,7 +147,7 @@ def _read_parquet(path: Path) -> dict[str, list[str]]:
 
 
 def is_plain_column(kind: Any) -> bool:
-    """Whether a column of parquet holds numbers or text."""
+    """Tell whether a column of parquet holds numbers or text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -159,7 +162,7 @@ def is_plain_column(kind: Any) -> bool:
 
 
 def cell_text(value: Any) -> str:
-    """The text of a cell; a whole float is an integer, as pandas writes those with gaps."""
+    """Return the text of a cell; a whole float, as pandas writes for gaps, becomes an integer."""
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -167,31 +170,31 @@ def cell_text(value: Any) -> str:
     return str(value).strip()
 
 
-def read_lines(path: Path, hint: str = _AGAIN) -> list[str]:
-    """Read the lines of a text file, without those that are blank and without blanks around them.
+def read_lines(path: Path, hint: str = _REWRITE_HINT) -> list[str]:
+    """Read the lines of a text file, stripped and without blank lines.
 
     Args:
         path: The file; its name may end with ``.gz``, ``.bz2`` or ``.xz``.
-        hint: What to do where it cannot be read.
+        hint: Hint of the error if the file cannot be read.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The file cannot be read.
     """
     with reading(path, "The list", hint), open_compressed(path) as file:
         lines = file.read().decode("utf-8-sig").split("\n")
         return [text for line in lines if (text := line.strip())]
 
 
-def read_list(path: Path, value: str, hint: str = _AGAIN) -> dict[str, list[str]]:
+def read_list(path: Path, value: str, hint: str = _REWRITE_HINT) -> dict[str, list[str]]:
     """Read lines of a path and a value, with a blank between them; paths may have blanks.
 
     Args:
         path: The list, such as ``noisy_label_kv.txt`` of Clothing1M.
-        value: What the second field is called.
-        hint: What to do where it cannot be read.
+        value: Name of the second field.
+        hint: Hint of the error if the file cannot be read.
 
     Raises:
-        DataError: It cannot be read, or a line has one field.
+        DataError: The file cannot be read, or a line has only one field.
     """
     lines = read_lines(path, hint)
     with reading(path, "The list", hint):
@@ -211,10 +214,10 @@ class AnnotationFile:
 
     Args:
         path: The file, absolute or relative to ``FULGURITE_DATA``.
-        option: Where its arguments are, as the command line spells it.
-        path_column: The column that names images as the source does.
-        row_column: The column that counts images from 0 in the order of the source.
-        unknown: What to do with rows of images that the source does not have.
+        option: Prefix of the file's arguments, as the command line spells them.
+        path_column: Column with the names of images in the source.
+        row_column: Column with the index of images in the source, from 0.
+        unknown: Action for rows of images that the source does not have.
     """
 
     path: str
@@ -229,13 +232,13 @@ class AnnotationFile:
         """Return columns by row of the source; None where the file has no row for an image.
 
         Args:
-            listing: The images of the source.
-            names: The columns that are wanted.
-            optional: Those of them that may be absent.
+            listing: Training images of the source.
+            names: Columns to read.
+            optional: Columns that may be absent.
 
         Raises:
-            DataError: The file cannot be read, has no such column, or has a row twice, of an
-                unknown image, or that names no image.
+            DataError: The file cannot be read or lacks a column, or a row is repeated, names an
+                unknown image, or names none.
         """
         path = data_path(self.path)
         if file_kind(self.path, f"{self.option}.path", "table", "list") == "list":
@@ -252,25 +255,25 @@ class AnnotationFile:
                     f"The table {path} has no column {name!r}: it has {', '.join(columns)}.",
                     f"Name the column that is meant under `{self.option}`.",
                 )
-        rows = self._rows(columns, listing, path)
-        found: dict[str, list[str | None]] = {}
+        rows = self._match_rows(columns, listing, path)
+        annotations: dict[str, list[str | None]] = {}
         for name in names:
             if name in columns:
-                found[name] = [None] * listing.total
+                annotations[name] = [None] * listing.total
                 for row, value in zip(rows, columns[name], strict=True):
                     if row >= 0:
-                        found[name][row] = value
-        return found
+                        annotations[name][row] = value
+        return annotations
 
-    def _rows(
+    def _match_rows(
         self, columns: Mapping[str, Sequence[str]], listing: Listing, path: Path
     ) -> list[int]:
-        """The row of the source that each row of the file is of, -1 for one to ignore."""
+        """Match the rows of the file to rows of the source; -1 for those to ignore."""
         by_path, by_row = self.path_column in columns, self.row_column in columns
         if by_path == by_row:
-            what = "both" if by_path else "neither"
+            count_word = "both" if by_path else "neither"
             raise DataError(
-                f"The table {path} has {what} of the columns {self.path_column!r} and "
+                f"The table {path} has {count_word} of the columns {self.path_column!r} and "
                 f"{self.row_column!r} to tell images by: it has {', '.join(columns)}.",
                 f"Give one of them, or set `{self.option}.path_column` or `row_column` to the name "
                 "of the column that does.",
@@ -289,35 +292,35 @@ class AnnotationFile:
             hint = f"Name images as the source does{example}"
         else:
             names = columns[self.row_column]
-            rows = [_row_number(name, listing.total) for name in names]
+            rows = [_parse_row(name, listing.total) for name in names]
             hint = f"Count the images of the source from 0 to {listing.total - 1}"
         unknown = [name for name, row in zip(names, rows, strict=True) if row < 0]
         if unknown and (self.unknown == "error" or len(unknown) == len(rows)):
             raise DataError(
                 f"The table {path} has rows of images that the source does not train on: "
-                f"{_some(unknown)}.",
+                f"{_quote_some(unknown)}.",
                 f"{hint}, remove these rows, or set `{self.option}.unknown=ignore`.",
             )
         _refuse_repeated([row for row in rows if row >= 0], listing, path)
         return rows
 
 
-def _row_number(text: str, total: int) -> int:
+def _parse_row(text: str, total: int) -> int:
     if text.isascii() and text.isdigit() and len(text) < 19 and int(text) < total:
         return int(text)
     return -1
 
 
-def _some(values: Sequence[object], most: int = 3) -> str:
-    """The first different values, and how many more there are.
+def _quote_some(values: Sequence[object], limit: int = 3) -> str:
+    """Quote the first distinct values, and count the others.
 
     Example:
-        >>> _some(["a", "b", "a", "c", "d"], most=2)
+        >>> _quote_some(["a", "b", "a", "c", "d"], limit=2)
         "'a', 'b' and 2 more"
     """
     different = list(dict.fromkeys(values))
-    shown = ", ".join(repr(value) for value in different[:most])
-    return shown + (f" and {len(different) - most} more" if len(different) > most else "")
+    text = ", ".join(repr(value) for value in different[:limit])
+    return text + (f" and {len(different) - limit} more" if len(different) > limit else "")
 
 
 def _refuse_repeated(rows: Sequence[int], listing: Listing, path: Path) -> None:
@@ -325,10 +328,11 @@ def _refuse_repeated(rows: Sequence[int], listing: Listing, path: Path) -> None:
         return
     counts = np.bincount(rows, minlength=listing.total)
     repeated = np.flatnonzero(counts > 1)
-    shown = ", ".join(listing.describe(int(row)) for row in repeated[:3])
+    examples = ", ".join(listing.describe(int(row)) for row in repeated[:3])
     more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
     raise DataError(
-        f"The file {path} has more than one row for {shown}{more}.", "Give one row for each image."
+        f"The file {path} has more than one row for {examples}{more}.",
+        "Give one row for each image.",
     )
 
 
@@ -339,13 +343,14 @@ def read_indices(path: Path, listing: Listing) -> list[str | None]:
     """Read a JSON of the rows of each client, and return the client of each row of the source.
 
     Args:
-        path: An object of lists by client, or a list of lists, whose clients are numbered.
-        listing: The images of the source.
+        path: JSON object of lists by client, or a list of lists with numbered clients.
+        listing: Training images of the source.
 
     Raises:
-        DataError: It cannot be read, is something else, or names a row twice or one that is not.
+        DataError: The file cannot be read or has another structure, or a row is repeated or outside
+            the source.
     """
-    with reading(path, "The partition", _AGAIN):
+    with reading(path, "The partition", _REWRITE_HINT):
         content = read_json(path)
         if isinstance(content, list):
             content = {str(client): rows for client, rows in enumerate(content)}
@@ -371,18 +376,18 @@ def read_indices(path: Path, listing: Listing) -> list[str | None]:
 def label_numbers(
     texts: Sequence[str], class_names: Sequence[str], labels_are: LabelsAre, path: Path, option: str
 ) -> dict[str, int]:
-    """Return the class number of each different text.
+    """Return the class number of each distinct label.
 
     Args:
         texts: Names of classes, or their numbers from 0.
-        class_names: Of the C classes.
-        labels_are: Which of the two they are; ``auto`` takes what all of them can be.
+        class_names: Names of the C classes.
+        labels_are: Whether ``texts`` are names or numbers; ``auto`` takes what fits all of them.
         path: The file, for errors.
-        option: Where its arguments are, as the command line spells it.
+        option: Prefix of the file's arguments, as the command line spells them.
 
     Raises:
-        ConfigError: They can be both, with different meanings.
-        DataError: Some are neither.
+        ConfigError: The labels fit both names and numbers, with different meanings.
+        DataError: Some labels are neither names nor numbers of classes.
 
     Example:
         >>> label_numbers(["b", "a", "b"], ("a", "b"), "auto", Path("x.csv"), "--noise")
@@ -391,7 +396,7 @@ def label_numbers(
     different = list(dict.fromkeys(texts))
     names = {name: k for k, name in enumerate(class_names)}
     numbers = {str(k): k for k in range(len(class_names))}
-    numbers |= {f"{text}.0": k for text, k in numbers.items()}  # as pandas writes those with gaps
+    numbers |= {f"{text}.0": k for text, k in numbers.items()}  # as pandas writes columns with gaps
     meanings = {"names": names, "numbers": numbers}
     fitting = {
         kind: {text: meaning[text] for text in different}
@@ -400,30 +405,30 @@ def label_numbers(
     }
     if len(fitting) == 2 and fitting["names"] != fitting["numbers"]:
         raise ConfigError(
-            f"The labels of {path} ({_some(different)}) are both names and numbers of classes, and "
-            f"these differ: the class named {class_names[0]!r} has the number 0.",
+            f"The labels of {path} ({_quote_some(different)}) are both names and numbers of "
+            f"classes, and these differ: the class named {class_names[0]!r} has the number 0.",
             f"Set `{option}.labels_are` to names or numbers.",
         )
     if fitting:
         return next(iter(fitting.values()))
-    known: set[str] = set().union(*(m for k, m in meanings.items() if labels_are in ("auto", k)))
-    bad = [text for text in different if text not in known] or different
+    valid: set[str] = set().union(*(m for k, m in meanings.items() if labels_are in ("auto", k)))
+    bad = [text for text in different if text not in valid] or different
     raise DataError(
-        f"The file {path} has labels that are no class of the source: {_some(bad)}.",
-        f"The classes are {_some(class_names)}, or numbers from 0 to {len(class_names) - 1}.",
+        f"The file {path} has labels that are no class of the source: {_quote_some(bad)}.",
+        f"The classes are {_quote_some(class_names)}, or numbers from 0 to {len(class_names) - 1}.",
     )
 
 
-def number_names(texts: Iterable[str], where: str, hint: str) -> tuple[str, ...]:
-    """Return the names of classes that are their numbers.
+def number_names(texts: Iterable[str], origin: str, hint: str) -> tuple[str, ...]:
+    """Return class names for labels that are numbers.
 
     Args:
         texts: All labels.
-        where: What they are of, for errors.
-        hint: What else to do than to number classes from 0.
+        origin: Where the labels are from, for errors.
+        hint: Hint of the error.
 
     Raises:
-        DataError: They are not numbers from 0 without gaps.
+        DataError: The labels are not numbers from 0 without gaps.
 
     Example:
         >>> number_names(["1", "0", "1"], "a.txt", "")
@@ -434,7 +439,7 @@ def number_names(texts: Iterable[str], where: str, hint: str) -> tuple[str, ...]
     numbers = {int(text) for text in digits}
     if numbers != set(range(len(different))):
         raise DataError(
-            f"The labels of {where} are not numbers from 0 without gaps: "
+            f"The labels of {origin} are not numbers from 0 without gaps: "
             f"{', '.join(different[:5])}.",
             hint,
         )
@@ -444,12 +449,12 @@ def number_names(texts: Iterable[str], where: str, hint: str) -> tuple[str, ...]
 def read_label_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Read the arrays of a ``.npy``, ``.npz`` or ``.pt`` file; one without a name is ``""``.
 
-    Nothing is unpickled but tensors, arrays of numbers, and plain types that hold them.
+    Only tensors, arrays of numbers, and plain containers of them are unpickled.
 
     Raises:
-        DataError: The file cannot be read, or holds anything else.
+        DataError: The file cannot be read, or holds other objects.
     """
-    with reading(path, "The labels", _AGAIN):
+    with reading(path, "The labels", _REWRITE_HINT):
         if path.suffix == ".npz":
             return read_arrays(path)
         if path.suffix == ".npy":
@@ -474,7 +479,7 @@ def _as_array(value: Any) -> npt.NDArray[Any]:
 
 
 def _empty_array(kind: Any, shape: Any, code: Any) -> npt.NDArray[Any]:
-    """What an array is before its pickled state, of a checked size, is set."""
+    """Return an empty array, whose pickled state, of a checked size, is set afterwards."""
     if kind is not np.ndarray or shape != (0,):
         raise ValueError("an array in it is none that NumPy pickled")
     return np.ndarray.__new__(np.ndarray, (0,), np.int8)
@@ -488,7 +493,7 @@ def _plain_dtype(code: Any, *_: Any) -> np.dtype[Any]:
 
 
 def _load_arrays(path: Path) -> Any:
-    """Load a file of ``torch.save`` that may hold arrays of NumPy, as CIFAR-10N's does."""
+    """Load a file of ``torch.save`` that may hold NumPy arrays, as CIFAR-10N's does."""
     import torch
 
     check_tensor_file(path)
@@ -517,19 +522,20 @@ def array_labels(
     """Return one array of labels in the order of the source, as class numbers.
 
     Args:
-        arrays: Of the file.
-        name: Of the array; a file with one nameless array has no other.
-        listing: The images of the source.
-        class_names: Of the C classes.
+        arrays: Arrays of the file by name.
+        name: Name of the array; ignored in a file with one nameless array.
+        listing: Training images of the source.
+        class_names: Names of the C classes.
         path: The file, for errors.
-        option: The argument that names the array, as the command line spells it.
-        gaps: Whether -1 stands for a label that is unknown.
+        option: Argument that names the array, as the command line spells it.
+        gaps: Whether -1 marks an unknown label.
 
     Shape:
         - (R,) int64.
 
     Raises:
-        DataError: There is no such array, or it is not one label of a class for each image.
+        DataError: The file has no array of this name, or it does not give each image a label of a
+            class.
     """
     array = arrays.get("" if "" in arrays else name)
     if array is None:

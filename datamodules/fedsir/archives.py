@@ -1,4 +1,4 @@
-"""The original CIFAR-10 and CIFAR-100 archives, read without running what a pickle may say.
+"""The original CIFAR-10 and CIFAR-100 archives, read without unpickling.
 
 Shapes: N samples.
 """
@@ -26,11 +26,11 @@ __all__ = ["CifarArchive"]
 
 
 class _Variant(NamedTuple):
-    """What tells the two archives apart."""
+    """Layout and checksums of one of the two archives."""
 
     url: str
-    sha256: str  # of the archive
-    md5: Mapping[str, str]  # of its files, which must all be there
+    sha256: str  # checksum of the archive
+    md5: Mapping[str, str]  # checksums of its files, all of which are required
     folder: str
     train: str  # prefix of the training files
     test: str
@@ -88,16 +88,16 @@ class CifarArchive(ImageSource):
     Args:
         path: ``cifar-10-python.tar.gz``, ``cifar-100-python.tar.gz`` or the unpacked folder,
             absolute or relative to ``FULGURITE_DATA``.
-        variant: Which of the two it is.
+        variant: Data set of the archive.
         checksum: ``official`` demands the published archive (SHA-256) or files (MD5); an MD5 or
             SHA-256 demands another archive; ``null`` checks nothing.
-        download: Fetch the published archive to ``path`` where nothing is there.
+        download: Fetch the published archive to ``path`` if it does not exist.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the images kept under the limits.
 
     Raises:
-        ConfigError: The variant is unknown.
+        ConfigError: ``variant`` is unknown.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class CifarArchive(ImageSource):
         return 32, 32
 
     def prepare(self) -> None:
-        """Fetch the archive if it is wanted, and fill the cache."""
+        """Fetch the archive if ``download`` is set, and fill the cache."""
         if self.download:
             layout, target = _VARIANTS[self.variant], data_path(self.path, must_exist=False)
             if not target.exists():
@@ -171,8 +171,8 @@ class CifarArchive(ImageSource):
             if folder is not None:
                 members = {file.name: file.read_bytes() for file in files}
             else:
-                members = _members(path, layout)
-            return _decode(members, layout, str(path), target)
+                members = _read_members(path, layout)
+            return _write_arrays(members, layout, str(path), target)
 
         return cached_arrays(f"{self.variant}-{key}", write)
 
@@ -186,13 +186,13 @@ def _refuse_missing(names: Collection[str], layout: _Variant, path: str) -> None
         )
 
 
-def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
-    """Read the wanted files of an archive into memory; nothing is unpacked on disk."""
-    found = {}
+def _read_members(path: Path, layout: _Variant) -> dict[str, bytes]:
+    """Read the files of the data set into memory; nothing is unpacked on disk."""
+    contents = {}
     with (
         reading(path, "The archive", "Fetch it again.", fault="is damaged or truncated"),
         open_compressed(path) as stream,
-        # as a stream: a member whose size is negative would else be read for ever
+        # as a stream: a member of negative size would otherwise be read for ever
         tarfile.open(fileobj=stream, mode="r|") as archive,
     ):
         for member in archive:
@@ -203,22 +203,22 @@ def _members(path: Path, layout: _Variant) -> dict[str, bytes]:
                 and name.name in layout.md5
                 and (content := archive.extractfile(member)) is not None
             ):
-                if name.name in found:
+                if name.name in contents:
                     raise ValueError(f"it holds {name.name} twice")
-                found[name.name] = content.read()
-        # the rest is empty blocks, and the checksum that gzip keeps at its end
+                contents[name.name] = content.read()
+        # empty blocks follow, and the checksum at the end of gzip, which is verified by reading
         while stream.read(1 << 20):
             pass
-    return found
+    return contents
 
 
-def _decode(
+def _write_arrays(
     members: Mapping[str, bytes], layout: _Variant, path: str, target: Path
 ) -> tuple[str, ...]:
     """Write the arrays of all files into a folder and return the class names."""
     _refuse_missing(members, layout, path)
     train = sorted(name for name in layout.md5 if name.startswith(layout.train))
-    names = _field(members, layout.meta, layout.names, path)
+    names = _read_field(members, layout.meta, layout.names, path)
     if (
         not isinstance(names, list)
         or len(names) != layout.classes
@@ -231,7 +231,7 @@ def _decode(
     for split, files in (("train", train), ("test", [layout.test])):
         images, labels = [], []
         for name in files:
-            pixels = _field(members, name, b"data", path)
+            pixels = _read_field(members, name, b"data", path)
             if (
                 not isinstance(pixels, np.ndarray)
                 or pixels.dtype != np.uint8
@@ -243,16 +243,16 @@ def _decode(
                     "Give the original archive.",
                 )
             images.append(pixels.reshape(-1, 3, 32, 32))
-            labels.append(_labels(members, name, layout, path))
+            labels.append(_read_labels(members, name, layout, path))
         np.save(target / f"{split}_images.npy", np.concatenate(images))
         np.save(target / f"{split}_labels.npy", np.concatenate(labels))
     return tuple(name.decode() for name in names)
 
 
-def _labels(
+def _read_labels(
     members: Mapping[str, bytes], name: str, layout: _Variant, path: str
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    labels = _field(members, name, layout.labels, path)
+    labels = _read_field(members, name, layout.labels, path)
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.ndim == 1:
         labels = labels.tolist()
     if not isinstance(labels, list) or not all(
@@ -265,7 +265,7 @@ def _labels(
     return np.array(labels, np.int64)
 
 
-def _field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:
+def _read_field(members: Mapping[str, bytes], name: str, field: bytes, path: str) -> Any:
     hint = "Fetch the original archive again; if it is another format, use its reader."
     with reading(f"{name} of {path}", "The pickle", hint, fault="was refused"):
         table = interpret_pickle(members[name])

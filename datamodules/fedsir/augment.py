@@ -17,12 +17,12 @@ __all__ = ["shift_crop"]
 def shift_crop(
     images: Tensor, pad: int, generator: torch.Generator, *, flip: bool = False
 ) -> Tensor:
-    """Pad with zeros, crop at a random place and, if asked, mirror every second image or so.
+    """Pad with zeros, crop at a random offset and optionally mirror half of the images at random.
 
     The random numbers are drawn on the CPU, so that they do not depend on the images' device.
 
     Shape:
-        - images: (B, C, H, W) any type, any device -> the same.
+        - images: (B, C, H, W) of any type on any device -> the same.
 
     Source: FedSIR, arXiv 2604.20825, card section 2 (random crop with padding 4, horizontal flip).
 
@@ -38,7 +38,7 @@ def shift_crop(
     rows = down + torch.arange(height)
     columns = right + torch.where(mirror == 1, width - 1 - across, across)
     padded_width = width + 2 * pad
-    place = move(rows[:, :, None] * padded_width + columns[:, None, :], images.device)
+    flat_index = move(rows[:, :, None] * padded_width + columns[:, None, :], images.device)
     padded = F.pad(images, (pad, pad, pad, pad)).view(batch, channels, -1)
-    index = place.view(batch, 1, -1).expand(-1, channels, -1)
+    index = flat_index.view(batch, 1, -1).expand(-1, channels, -1)
     return padded.gather(2, index).view(batch, channels, height, width)

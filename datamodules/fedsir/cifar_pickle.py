@@ -1,8 +1,8 @@
 """The pickles of CIFAR's archives, interpreted opcode by opcode: nothing is unpickled.
 
 Such a file is one dictionary of numbers, texts, flat lists of these, and one array of bytes. Only
-the opcodes that Python 2 and 3 write for exactly that are known here, and an array is built from
-bytes that the file holds, so that no pickle can run code, forge a pointer or grow in memory.
+the opcodes that Python 2 and 3 write for such dictionaries are interpreted, and an array is built
+from bytes in the file, so that no pickle can run code, forge a pointer or grow in memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class _Global(NamedTuple):
     name: str
 
 
-class _Mark:
-    """Where the items of a tuple, list or dictionary begin on the stack."""
+class _StackMark:
+    """Start of the items of a tuple, list or dictionary on the stack."""
 
 
-class _Type(NamedTuple):
+class _DtypeSpec(NamedTuple):
     """``numpy.dtype(spec)`` before its state."""
 
     spec: str
 
 
-class _Array(NamedTuple):
-    """What ``numpy…_reconstruct`` returns, before its state."""
+class _EmptyArray(NamedTuple):
+    """The array of ``numpy…_reconstruct`` before its state."""
 
 
 _RECONSTRUCT = frozenset(
@@ -49,7 +49,7 @@ _SCALAR = frozenset(  # how NumPy's own numbers are written, such as those of a 
 )
 _NDARRAY, _DTYPE = _Global("numpy", "ndarray"), _Global("numpy", "dtype")
 _ENCODE = _Global("_codecs", "encode")  # how Python 3 writes bytes in protocol 2
-_KNOWN = _RECONSTRUCT | _FROM_BUFFER | _SCALAR | {_NDARRAY, _DTYPE, _ENCODE}
+_ALLOWED_GLOBALS = _RECONSTRUCT | _FROM_BUFFER | _SCALAR | {_NDARRAY, _DTYPE, _ENCODE}
 _SPEC = re.compile(r"[|<>=]?[biu][1248]")
 
 # Opcodes that push their argument
@@ -71,7 +71,7 @@ _CONSTANTS = frozenset(
     ]
 )
 _PYTHON2_TEXT = frozenset(("STRING", "BINSTRING", "SHORT_BINSTRING"))
-_MOST_BUILDS = 16  # an array and its type are two
+_MAX_BUILDS = 16  # an array and its type are two
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -80,20 +80,20 @@ def interpret_pickle(content: bytes) -> dict[bytes, Any]:
     """Return the dictionary of a pickle of CIFAR.
 
     Args:
-        content: The pickle.
+        content: Bytes of the pickle.
 
     Returns:
         Fields by name: numbers, texts as bytes, lists of these, arrays of whole numbers.
 
     Raises:
-        ValueError: The pickle holds, or does, anything else.
+        ValueError: The pickle has other content or opcodes.
 
     Example:
         >>> import pickle
         >>> interpret_pickle(pickle.dumps({"labels": [1, 2], b"title": "a"}, protocol=2))
         {b'labels': [1, 2], b'title': b'a'}
     """
-    machine = _Machine()
+    machine = _PickleMachine()
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name == "STOP":
             return machine.result()
@@ -101,7 +101,7 @@ def interpret_pickle(content: bytes) -> dict[bytes, Any]:
     raise ValueError("it has no end")
 
 
-class _Machine:
+class _PickleMachine:
     """The stack and the memo of a pickle."""
 
     def __init__(self) -> None:
@@ -110,10 +110,10 @@ class _Machine:
         self.builds = 0
 
     def result(self) -> dict[bytes, Any]:
-        """The dictionary that is left.
+        """Return the dictionary on the stack.
 
         Raises:
-            ValueError: Something else is left.
+            ValueError: The stack does not hold one dictionary alone.
         """
         content = self._pop()
         if self.stack or not isinstance(content, dict):
@@ -121,7 +121,7 @@ class _Machine:
         return content
 
     def step(self, name: str, argument: Any) -> None:
-        """Do one opcode."""
+        """Execute one opcode."""
         if name in _CONSTANTS:
             self.stack.append(argument)
         elif name in _PYTHON2_TEXT:
@@ -151,7 +151,7 @@ class _Machine:
 
     def _pop_to_mark(self) -> list[Any]:
         items = []
-        while not isinstance(item := self._pop(), _Mark):
+        while not isinstance(item := self._pop(), _StackMark):
             items.append(item)
         return items[::-1]
 
@@ -163,7 +163,7 @@ class _Machine:
         """Frames are for streams."""
 
     def _do_mark(self, _: None) -> None:
-        self.stack.append(_Mark())
+        self.stack.append(_StackMark())
 
     def _do_memoize(self, _: None) -> None:
         self.memo[len(self.memo)] = self._top()
@@ -205,25 +205,25 @@ class _Machine:
 
     def _do_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self._refer(module, name)
+        self._push_global(module, name)
 
     def _do_stack_global(self, _: None) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("it refers to what is no name")
-        self._refer(module, name)
+        self._push_global(module, name)
 
-    def _refer(self, module: str, name: str) -> None:
-        if _Global(module, name) not in _KNOWN:
+    def _push_global(self, module: str, name: str) -> None:
+        if _Global(module, name) not in _ALLOWED_GLOBALS:
             raise ValueError(f"it asks for {module}.{name}")
         self.stack.append(_Global(module, name))
 
     def _do_reduce(self, _: None) -> None:
         arguments, function = self._pop(), self._pop()
-        if function in _RECONSTRUCT and _is(arguments, (_NDARRAY,), (0,), (b"b", "b")):
-            self.stack.append(_Array())
+        if function in _RECONSTRUCT and _match_arguments(arguments, (_NDARRAY,), (0,), (b"b", "b")):
+            self.stack.append(_EmptyArray())
         elif function == _DTYPE and isinstance(arguments, tuple) and len(arguments) == 3:
-            self.stack.append(_Type(_text(arguments[0])))
+            self.stack.append(_DtypeSpec(_decode_text(arguments[0])))
         elif (
             function == _ENCODE
             and isinstance(arguments, tuple)
@@ -240,27 +240,27 @@ class _Machine:
             content = bytes(raw) if isinstance(raw, bytearray) else raw
             self.stack.append(_build_array((1, shape, kind, order == "F", content)))
         else:
-            raise ValueError(f"it calls {_spell(function)} with other arguments than an array's")
+            raise ValueError(f"it calls {_describe(function)} with other arguments than an array's")
 
     def _do_build(self, _: None) -> None:
         state, value = self._pop(), self._pop()
         self._count_build()
         if not isinstance(state, tuple):
             raise ValueError("it gives a state that is none")
-        if isinstance(value, _Type) and len(state) >= 3 and state[0] == 3:
-            built: Any = _number_type(value, _text(state[1]))
-        elif isinstance(value, _Array) and len(state) == 5:
+        if isinstance(value, _DtypeSpec) and len(state) >= 3 and state[0] == 3:
+            built: Any = _build_dtype(value, _decode_text(state[1]))
+        elif isinstance(value, _EmptyArray) and len(state) == 5:
             built = _build_array(state)
         else:
             raise ValueError("it gives a state to what has none")
         self.stack.append(built)
-        for place, known in self.memo.items():  # what was put before its state came
-            if known is value:
-                self.memo[place] = built
+        for key, entry in self.memo.items():  # memoised before its state was set
+            if entry is value:
+                self.memo[key] = built
 
     def _count_build(self) -> None:
         self.builds += 1
-        if self.builds > _MOST_BUILDS:
+        if self.builds > _MAX_BUILDS:
             raise ValueError("it holds too many arrays")
 
     def _extend(self, items: list[Any]) -> None:
@@ -278,18 +278,18 @@ class _Machine:
             if not isinstance(name, bytes) or name in target:
                 raise ValueError("it has a field without a name, or twice")
             if not (_is_plain(value) or isinstance(value, list | np.ndarray)):
-                raise ValueError(f"its field {name!r} holds {_spell(value)}")
+                raise ValueError(f"its field {name!r} holds {_describe(value)}")
             target[name] = value.encode() if isinstance(value, str) else value
 
 
-def _is(arguments: Any, *allowed: tuple[Any, ...]) -> bool:
-    """Whether arguments are a tuple of such values, or of tuples with one."""
+def _match_arguments(arguments: Any, *allowed: tuple[Any, ...]) -> bool:
+    """Tell whether arguments are a tuple of allowed values, or of tuples with one of them."""
     if not isinstance(arguments, tuple) or len(arguments) != len(allowed):
         return False
     values = [v[0] if isinstance(v, tuple) and len(v) == 1 else v for v in arguments]
     return all(
-        isinstance(value, int | str | bytes | _Global) and value in wanted
-        for value, wanted in zip(values, allowed, strict=True)
+        isinstance(value, int | str | bytes | _Global) and value in options
+        for value, options in zip(values, allowed, strict=True)
     )
 
 
@@ -297,17 +297,17 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, int | str | bytes)
 
 
-def _spell(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"{value.module}.{value.name}" if isinstance(value, _Global) else type(value).__name__
 
 
-def _text(value: Any) -> str:
+def _decode_text(value: Any) -> str:
     if not isinstance(value, str | bytes):
         raise ValueError("it holds an array of no type")
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
-def _number_type(kind: _Type, order: str) -> np.dtype[Any]:
+def _build_dtype(kind: _DtypeSpec, order: str) -> np.dtype[Any]:
     if not _SPEC.fullmatch(kind.spec) or order not in ("<", ">", "|", "="):
         raise ValueError(f"it holds an array of {kind.spec!r}")
     return np.dtype(kind.spec).newbyteorder(order)  # type: ignore[arg-type]

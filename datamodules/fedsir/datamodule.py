@@ -1,4 +1,4 @@
-"""One data set, dealt to clients of which some have wrong labels.
+"""A data set that is partitioned among clients, some of which have wrong labels.
 
 Shapes: N training samples, K clients, N_k samples of client k, B mini-batch, C channels, H W image.
 """
@@ -37,10 +37,10 @@ _PADDING = {"none": 0, "shift": 1, "crop_flip": 4}
 
 @dataclass(frozen=True)
 class EvaluationLabels:
-    """What only an evaluation may know: nothing that trains gets this object.
+    """True labels and noise rates for evaluation; training never receives this object.
 
-    True labels are -1 where nobody knows them. A client is noisy if one of its known true labels is
-    not the given one; its rate is the share of those, NaN where none is known.
+    Unknown true labels are -1. A client is noisy if a known true label differs from the given one;
+    its rate is the fraction of such labels, NaN where no true label is known.
 
     Shape:
         - true: (N,) int64; noisy_clients: (K,) bool; noise_rates: (K,) float64.
@@ -55,10 +55,10 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Images that are indexed and normalised a whole batch at a time.
 
     Args:
-        images: (., C, H, W) uint8.
-        labels: (N,) int64.
-        rows: (N,) int64 rows of ``images``, or ``None`` for all.
-        transform: (B, C, H, W) uint8 -> float.
+        images: Images, (., C, H, W) uint8.
+        labels: Class of each sample, (N,) int64.
+        rows: Row of each sample in ``images``, (N,) int64; ``None`` for all rows.
+        transform: Makes the network input from images, (B, C, H, W) uint8 -> float.
     """
 
     def __init__(
@@ -83,35 +83,36 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.transform(self.images[rows]), self.labels[index], index
 
 
-def _whole_batch(batch: Any) -> Any:
+def _keep_batch(batch: Any) -> Any:
     return batch
 
 
 class FederatedDataModule(L.LightningDataModule):
-    """Splits, deals and corrupts a data set by its own seed, and serves clients and evaluation.
+    """Splits, partitions and corrupts a data set, with a seed apart from that of the run.
 
-    Training samples are numbered in a random order, so that neither their number nor a client's
-    list of numbers tells a class. A method sees :attr:`labels`, :meth:`client_index` and
-    :meth:`client_images`; true labels are only in :attr:`evaluation`.
+    Training samples are numbered in a random order, so that numbers do not reveal classes. A method
+    sees :attr:`labels`, :meth:`client_index` and :meth:`client_images`; true labels are only in
+    :attr:`evaluation`.
 
     Args:
-        source: The data set.
-        partition: How training samples are dealt to clients.
-        noise: Which labels clients have: wrong ones of some kind at some of them
-            (``NoisyClients``), or those of a file; ``null`` for those of the source, as true ones.
+        source: Source of the images and labels.
+        partition: Rule that assigns training samples to clients.
+        noise: Labels of the clients: synthetic noise at some clients (``NoisyClients``), or the
+            labels of a file; ``null`` for the labels of the source, taken as true.
         clients: Number of clients.
-        val_fraction: Fraction of each class of the training originals set apart, with true labels.
+        val_fraction: Fraction of each class of the training originals that becomes the validation
+            split, with true labels.
         eval_batch_size: Batch size of validation, test and prediction.
         augment: Training augmentation: ``shift`` by at most one pixel, or ``crop_flip`` (padding
             4, mirrored half of the time).
-        mean: Mean of each channel [0 to 1]; measured on training images if not given.
-        std: Standard deviation of each channel; measured if not given.
+        mean: Mean of each channel [0 to 1]; measured on training images by default.
+        std: Standard deviation of each channel; measured on training images by default.
         seed: Seed of split, partition and noise, apart from the seed of the run.
-        reveal_true_labels: Give the true labels instead of the noisy ones: the oracle, which needs
-            to know all of them.
+        reveal_true_labels: Train on the true labels instead of the noisy ones (oracle); all of
+            them must be known.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: A fraction, count or deviation is out of range, or ``augment`` is unknown.
 
     Source: FedSIR, arXiv 2604.20825, card sections 2 and 6.
     """
@@ -198,18 +199,18 @@ class FederatedDataModule(L.LightningDataModule):
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split, deal and corrupt; does nothing the second time.
+        """Load, split, partition and corrupt the data; a second call does nothing.
 
         Raises:
-            DataError: The data are unusable, the clients do not fit them, or the oracle is asked
-                for and true labels are unknown.
+            DataError: The data are unusable, the clients do not fit them, or true labels are to be
+                revealed and some are unknown.
             ConfigError: The noise does not fit the clients or classes.
         """
         if self._ready:
             return
         arrays = self.source.load()
-        self._split(arrays)
-        self._measure(arrays.train_images)
+        self._split_samples(arrays)
+        self._measure_channels(arrays.train_images)
         self.class_names = arrays.class_names
         classes = len(arrays.class_names)
         samples = self._samples
@@ -226,21 +227,21 @@ class FederatedDataModule(L.LightningDataModule):
             corruption = self.noise(
                 samples, self._parts, classes, make_generator(self.seed, _NOISE), self.client_images
             )
-        self._check_truth(samples)
-        given = samples.true if self.reveal_true_labels else corruption.labels
-        #: The labels that training sees.
-        self.labels = LabelStore(given, classes)
-        #: Truth, for evaluation only; None if no true label is known.
+        self._check_true_labels(samples)
+        training_labels = samples.true if self.reveal_true_labels else corruption.labels
+        #: Given and current labels, which training uses.
+        self.labels = LabelStore(training_labels, classes)
+        #: True labels, for evaluation only; None if no true label is known.
         self.evaluation: EvaluationLabels | None = None
         if bool((samples.true != UNKNOWN).any()):
             self.evaluation = EvaluationLabels(samples.true, corruption.noisy, corruption.rates)
         self._ready = True
 
-    def _check_truth(self, samples: Samples) -> None:
-        """Say what is left out where true labels are unknown.
+    def _check_true_labels(self, samples: Samples) -> None:
+        """Warn of metrics that are left out where true labels are unknown.
 
         Raises:
-            DataError: The oracle was asked for and they are.
+            DataError: True labels are to be revealed, and some are unknown.
         """
         unknown = (samples.true == UNKNOWN).nonzero()[:, 0]
         if not len(unknown):
@@ -259,8 +260,8 @@ class FederatedDataModule(L.LightningDataModule):
             len(samples),
         )
 
-    def _split(self, arrays: ImageArrays) -> None:
-        """Set validation apart, copy what the source copies, and shuffle the training samples."""
+    def _split_samples(self, arrays: ImageArrays) -> None:
+        """Split off validation, make the copies of the source, and shuffle the training samples."""
         samples = arrays.samples()
         if not len(samples):
             raise DataError("There are no training images.", "Give a source with training images.")
@@ -268,32 +269,32 @@ class FederatedDataModule(L.LightningDataModule):
             samples = self.noise.annotate(samples)
         labels = samples.classes
         sizes = torch.bincount(labels, minlength=len(arrays.class_names))
-        held = choose_per_class(
+        val_rows = choose_per_class(
             labels,
             (sizes.double() * self.val_fraction).round().long(),
             make_generator(self.seed, _SPLIT),
         )
-        kept = torch.ones(len(labels), dtype=torch.bool)
-        kept[held] = False
-        rows = kept.nonzero()[:, 0]
+        is_train = torch.ones(len(labels), dtype=torch.bool)
+        is_train[val_rows] = False
+        rows = is_train.nonzero()[:, 0]
         self._images, trained = arrays.train_images, samples.take(rows)
         if self.source.copies > 1:
-            self._images, trained = self._copy(self._images[rows], trained)
+            self._images, trained = self._copy_originals(self._images[rows], trained)
             rows = torch.arange(len(trained))
         order = torch.randperm(len(rows), generator=make_generator(self.seed, _ORDER))
         self._rows, self._samples = rows[order], trained.take(order)
-        if unsure := int((samples.true[held] == UNKNOWN).sum()):
+        if unverified := int((samples.true[val_rows] == UNKNOWN).sum()):
             log.warning(
                 "%d of %d validation labels are the given ones, which may be wrong: the true ones "
                 "are unknown.",
-                unsure,
-                len(held),
+                unverified,
+                len(val_rows),
             )
-        self._val = ImageBatches(arrays.train_images, labels[held], held, self.plain_batch)
+        self._val = ImageBatches(arrays.train_images, labels[val_rows], val_rows, self.plain_batch)
         self._test = ImageBatches(arrays.test_images, arrays.test_labels, None, self.plain_batch)
 
-    def _copy(self, images: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
-        """Copy what the source copies, and know which sample is a copy of which."""
+    def _copy_originals(self, images: Tensor, samples: Samples) -> tuple[Tensor, Samples]:
+        """Make the copies of the source, with the sample of which each is a copy."""
         copies, labels = self.source.copy_images(images, samples.labels)
         repeated = samples.take(torch.arange(len(samples)).repeat(self.source.copies))
         if not torch.equal(labels, repeated.labels):
@@ -303,16 +304,16 @@ class FederatedDataModule(L.LightningDataModule):
             )
         return copies, repeated
 
-    def _measure(self, images: Tensor) -> None:
-        """Take mean and standard deviation of each channel from at most 10,000 images."""
+    def _measure_channels(self, images: Tensor) -> None:
+        """Measure mean and standard deviation of each channel on at most 10,000 images."""
         channels = images.shape[1]
         if self.mean is None or self.std is None:
             sample = self._images[self._rows[:10_000]].transpose(0, 1).reshape(channels, -1)
             counts = torch.stack([torch.bincount(c, minlength=256) for c in sample]).double()
-            share = counts / counts.sum(1, keepdim=True)
+            frequencies = counts / counts.sum(1, keepdim=True)
             levels = torch.arange(256, dtype=torch.float64) / 255
-            mean = share @ levels
-            std = (share @ levels**2 - mean**2).clamp_min(1e-8).sqrt()
+            mean = frequencies @ levels
+            std = (frequencies @ levels**2 - mean**2).clamp_min(1e-8).sqrt()
         else:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             if len(mean) != channels or len(std) != channels:
@@ -327,7 +328,7 @@ class FederatedDataModule(L.LightningDataModule):
         }
 
     def client_index(self, client: int) -> Tensor:
-        """Return the numbers of a client's samples, ascending, into :attr:`labels`.
+        """Return the indices of a client's samples in :attr:`labels`, ascending.
 
         Shape:
             - (N_k,) int64.
@@ -355,7 +356,7 @@ class FederatedDataModule(L.LightningDataModule):
         return images.to(torch.float32).mul_(scale).add_(offset)
 
     def augment_batch(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment and normalise a batch; the generator lives on the CPU.
+        """Augment and normalise a batch, with a generator on the CPU.
 
         Shape:
             - images: (B, C, H, W) uint8 -> float32, on the same device.
@@ -364,21 +365,21 @@ class FederatedDataModule(L.LightningDataModule):
             images = shift_crop(images, pad, generator, flip=self.augment == "crop_flip")
         return self.plain_batch(images)
 
-    def _loader(self, data: ImageBatches) -> DataLoader[Any]:
+    def _make_loader(self, data: ImageBatches) -> DataLoader[Any]:
         return DataLoader(
             data,
             batch_size=self.eval_batch_size,
             sampler=UnrepeatedDistributedSampler(len(data)),
-            collate_fn=_whole_batch,
+            collate_fn=_keep_batch,
             pin_memory=pins_memory(),
             generator=torch.Generator(),  # evaluation leaves the run's randomness alone
         )
 
     def train_dataloader(self) -> Any:
-        """Return a loader of slot numbers: a slot is the turn of one client, or of a group.
+        """Return a loader of slot numbers: one slot per client, or client group, of a round.
 
-        Which client that is, and with which labels, is decided when its turn comes; every rank
-        has equally many slots, since ranks with unequal batch counts would wait for each other.
+        The clients and labels of a slot are chosen when it is consumed. Every rank has equally
+        many slots, since ranks with unequal batch counts would wait for each other.
         """
         return DataLoader(
             range(self.train_slots),  # type: ignore[arg-type]
@@ -388,11 +389,11 @@ class FederatedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return (images, true labels, index) batches of the validation split, if there is one."""
-        return self._loader(self._val) if len(self._val) else []
+        return self._make_loader(self._val) if len(self._val) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return (images, labels, index) batches of the test split."""
-        return self._loader(self._test)
+        return self._make_loader(self._test)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the batches of :meth:`test_dataloader`."""

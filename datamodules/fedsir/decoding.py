@@ -37,26 +37,26 @@ __all__ = [
     "write_images",
 ]
 
-# What a worker sends at once, in shared memory: small, since containers have little of it
+# bytes that a worker sends at once through shared memory, of which containers have little
 _CHUNK_BYTES = 1 << 19
-_FEW = 2_000  # images that are decoded before a worker has started
-_FEWEST_VALUES = 4096  # of 16-bit images: with fewer, 8 bits would leave 16 grey values at most
+_MAX_SERIAL_IMAGES = 2_000  # images decoded in the time that a worker takes to start
+_MIN_VALUES = 4096  # of 16-bit images: below it, 8 bits would leave at most 16 grey values
 
 
 class EncodedImages(ImageSource):
     """A source of PNG and JPEG images.
 
     Args:
-        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+        image_size: Side to which all images are resized [pixels]; by default they must all have
             one size already.
-        channels: 3 for colour or 1 for grey; images are converted.
+        channels: Number of channels: 3 for colour or 1 for grey; images are converted.
         test_fraction: Fraction of each class that becomes the test split, if there is none.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the test split and of the images kept under the limits.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: ``image_size``, ``channels`` or ``test_fraction`` is out of range.
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class EncodedImages(ImageSource):
 
 
 def split_off_test(labels: Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of images that train and of those that become the test split.
+    """Return the indices of the training images and of those of the test split.
 
     Shape:
         - labels: (N,) int64.
     """
     counts = (torch.bincount(labels) * fraction).ceil().long()
-    chosen = choose_per_class(labels, counts, make_generator(seed, 2)).tolist()
-    tested = set(chosen)
-    return [i for i in range(len(labels)) if i not in tested], chosen
+    test_rows = choose_per_class(labels, counts, make_generator(seed, 2)).tolist()
+    in_test = set(test_rows)
+    return [i for i in range(len(labels)) if i not in in_test], test_rows
 
 
 def decode_image_bytes(
@@ -124,10 +124,10 @@ def decode_image_bytes(
     """Decode the bytes of a PNG or JPEG.
 
     Args:
-        content: The bytes.
-        name: What errors call the image.
-        channels: 3 for colour, 1 for grey.
-        otherwise: What else can be done than what the error says.
+        content: Bytes of the file.
+        name: Name of the image in errors.
+        channels: Number of channels: 3 for colour, 1 for grey.
+        otherwise: Alternative that is added to the hint of errors.
 
     Returns:
         The image, and its highest value if it has 16 bits, else -1.
@@ -145,16 +145,16 @@ def decode_image_bytes(
 
 
 def check_range(highest: int, path: str) -> None:
-    """Refuse 16-bit training images of which 8 bits would keep few values.
+    """Refuse 16-bit training images that 8 bits would reduce to few values.
 
     Args:
-        highest: The highest value of all 16-bit images, -1 if there are none.
-        path: What errors call the images.
+        highest: Highest value of all 16-bit images, -1 if there are none.
+        path: Name of the images in errors.
 
     Raises:
-        DataError: They are too dark.
+        DataError: The images are too dark.
     """
-    if 0 <= highest < _FEWEST_VALUES:
+    if 0 <= highest < _MIN_VALUES:
         raise DataError(
             f"The 16-bit images of {path} reach {highest:,} of 65,535, so that 8 bits would keep "
             f"{highest // 257 + 1} values.",
@@ -168,16 +168,16 @@ def fit_image(
     """Resize an image to a square, or check that it has the size of the first one.
 
     Args:
-        image: The image.
-        name: What errors call it.
-        side: Side of the square [pixels]; None leaves the size.
+        image: Image to resize or check.
+        name: Name of the image in errors.
+        side: Side of the square [pixels]; None leaves the size unchanged.
         size: Height and width of the first image [pixels].
 
     Shape:
         - image: (C, H, W).
 
     Raises:
-        DataError: It has another size.
+        DataError: ``side`` is None and the image has another size.
     """
     if side is not None:
         return _resize(image, side)
@@ -202,7 +202,7 @@ def peek_size(tree: FileTree, name: str, channels: int) -> tuple[int, int]:
     """Return the height and width of an image file [pixels].
 
     Raises:
-        DataError: The image is not there or damaged, or cannot be read as 8 bits.
+        DataError: The image is missing or damaged, or cannot be read as 8 bits.
     """
     image, _ = _FileDecoder(tree, [name], channels, None, None, 1)[0]
     return image.shape[-2], image.shape[-1]
@@ -219,15 +219,15 @@ def write_image_files(
     """Decode image files into one array on disk, many of them in several processes.
 
     Args:
-        tree: The folder or zip that they are in.
-        names: Their names, N.
-        source: Says which size and channels images get.
-        target: The ``.npy`` file; it gets (N, C, H, W).
-        title: ``train`` or ``test``.
-        path: What errors call the images.
+        tree: Folder or zip with the images.
+        names: Names of the N images.
+        source: Source with the size and channels of the images.
+        target: The ``.npy`` file to write, (N, C, H, W).
+        title: Split, ``train`` or ``test``.
+        path: Name of the images in errors.
 
     Raises:
-        DataError: An image is not there or damaged, cannot be read as 8 bits, has another size than
+        DataError: An image is missing or damaged, cannot be read as 8 bits, has another size than
             the first one, or those of ``train`` have 16 bits and are too dark.
     """
     height, width = size = source.image_size
@@ -236,7 +236,9 @@ def write_image_files(
     peaks = [-1]
 
     def blocks() -> Iterator[Tensor]:
-        for images, peak in run_in_processes(decoder, len(decoder), len(names) > _FEW):
+        for images, peak in run_in_processes(
+            decoder, len(decoder), len(names) > _MAX_SERIAL_IMAGES
+        ):
             peaks[0] = max(peaks[0], peak)
             yield images
 
@@ -266,10 +268,10 @@ class _FileDecoder(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, block: int) -> tuple[Tensor, int]:
         """Return images, and the highest value of those of 16 bits (-1 if there are none)."""
         names = self.names[block * self.chunk : (block + 1) * self.chunk]
-        images, peaks = zip(*map(self._image, names), strict=True)
+        images, peaks = zip(*map(self._decode_file, names), strict=True)
         return torch.from_numpy(np.stack(images)), max(peaks)
 
-    def _image(self, name: str) -> tuple[NDArray[np.uint8], int]:
+    def _decode_file(self, name: str) -> tuple[NDArray[np.uint8], int]:
         title = f"{name} of {self.tree.root}"
         with reading_image(title, "Or remove it."):
             content = self.tree.read(name)
@@ -285,16 +287,16 @@ def write_images(
     """Write blocks of images into one array on disk, with a bar on a terminal.
 
     Args:
-        blocks: Images, (., C, H, W) uint8.
-        shape: (N, C, H, W).
-        target: The ``.npy`` file.
-        title: What the bar calls the images.
+        blocks: Blocks of images, (., C, H, W) uint8.
+        shape: Shape of the array, (N, C, H, W).
+        target: The ``.npy`` file to write.
+        title: Name of the images in the progress bar.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     images = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=shape)
-    _reserve(target)
+    _reserve_space(target)
     done = 0
     console = Console(stderr=True)
     with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
@@ -306,11 +308,11 @@ def write_images(
     images.flush()
 
 
-def _reserve(path: Path) -> None:
-    """Take the room of a mapped file, whose pages would else kill the process on a full disk.
+def _reserve_space(path: Path) -> None:
+    """Reserve the disk space of a mapped file, which would crash the process on a full disk.
 
     Raises:
-        OSError: There is no room.
+        OSError: The disk is full.
     """
     if not hasattr(os, "posix_fallocate"):  # macOS, Windows
         return
@@ -319,4 +321,4 @@ def _reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise  # else a file system that reserves nothing
+                raise  # other errors: the file system cannot reserve space

@@ -1,4 +1,4 @@
-"""Labels that a file gives, instead of synthetic noise.
+"""Labels from a file, instead of synthetic noise.
 
 Shapes: N samples, K clients, R training images of the source, C classes.
 """
@@ -25,7 +25,7 @@ from fulgurite.datamodules.fedsir.annotations import (
     label_numbers,
     read_label_arrays,
 )
-from fulgurite.datamodules.fedsir.noise import ChosenClients, Corruption, FederationNoise
+from fulgurite.datamodules.fedsir.noise import ClientSelection, Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
@@ -35,12 +35,12 @@ __all__ = ["FileLabels", "SourceLabels"]
 log = logging.getLogger(__name__)
 
 _OPTION = "--data.init_args.noise.init_args"
-_CLEAN = "clean_label"  # of CIFAR-10N and CIFAR-100N
+_CLEAN = "clean_label"  # array of true labels in CIFAR-10N and CIFAR-100N
 _Integers = npt.NDArray[np.int64]
 
 
 def measure_noise(labels: Tensor, samples: Samples, parts: Sequence[Tensor]) -> Corruption:
-    """Return given labels with the share of wrong ones at each client, where truth is known.
+    """Return given labels with the fraction of wrong ones per client, where true ones are known.
 
     Shape:
         - labels: (N,) int64; parts: K tensors (N_k,) of positions.
@@ -51,14 +51,14 @@ def measure_noise(labels: Tensor, samples: Samples, parts: Sequence[Tensor]) -> 
         >>> done.noisy.tolist(), done.rates.tolist()
         ([False, True], [0.0, 0.5])
     """
-    known = samples.true != UNKNOWN
-    wrong = known & (labels != samples.true)
-    rates = torch.stack([wrong[part].double().sum() / known[part].sum() for part in parts])
+    has_truth = samples.true != UNKNOWN
+    wrong = has_truth & (labels != samples.true)
+    rates = torch.stack([wrong[part].double().sum() / has_truth[part].sum() for part in parts])
     return Corruption(labels, rates > 0, rates)
 
 
-class FileLabels(ChosenClients):
-    """Given labels of a file: human ones, such as CIFAR-10N's, or anybody's own.
+class FileLabels(ClientSelection):
+    """Given labels from a file: human annotations, such as CIFAR-10N's, or your own.
 
     The file is a table (``.csv``, ``.tsv``, ``.parquet``) with a column ``label`` and a column
     ``path`` (the image as the source names it) or ``row`` (its number in the source, from 0); a
@@ -69,19 +69,20 @@ class FileLabels(ChosenClients):
 
     Args:
         path: The file, absolute or relative to ``FULGURITE_DATA``.
-        label: The column or array with the given labels, such as ``worse_label``.
-        true_label: The column or array with true labels, empty or -1 where unknown.
-        truth: Where true labels come from: ``source``, with which those of ``true_label`` (and of
-            ``clean_label`` in a ``.pt`` file) must agree; ``file``; or ``unknown``: what needs
-            them is then left out.
+        label: Column or array with the given labels, such as ``worse_label``.
+        true_label: Column or array with true labels, empty or -1 where unknown.
+        truth: Origin of true labels: ``source``, with which those of ``true_label`` (and of
+            ``clean_label`` in a ``.pt`` file) must agree; ``file``; or ``unknown``: metrics
+            that need them are left out.
         labels_are: Whether a table has ``names`` or ``numbers`` of classes; ``auto`` takes what
-            they all can be.
-        path_column: The column with the name of the image.
-        row_column: The column with the row of the image.
-        unknown: What to do with images that the source does not train on: ``error`` or ``ignore``.
+            fits all of them.
+        path_column: Column with the name of the image.
+        row_column: Column with the row of the image.
+        unknown: Action for images that the source does not train on: ``error`` or ``ignore``.
         noisy_fraction: Fraction of clients that have the given labels; the others have true ones.
         noisy_count: Number of those clients, instead of ``noisy_fraction``.
-        cover: ``clean_cover`` of :class:`~fulgurite.datamodules.fedsir.NoisyClients`.
+        cover: Samples of each class at clean clients, as ``clean_cover`` of
+            :class:`~fulgurite.datamodules.fedsir.NoisyClients`.
 
     Raises:
         ConfigError: Arguments do not fit together, or the kind of the file is unknown.
@@ -127,17 +128,17 @@ class FileLabels(ChosenClients):
         self.file = AnnotationFile(path, _OPTION, path_column, row_column, unknown)
 
     def annotate(self, samples: Samples) -> Samples:
-        """See :meth:`FederationNoise.annotate`."""
+        """Annotate samples: see :meth:`FederationNoise.annotate`."""
         path = data_path(self.path)
         by_row, true_by_row = self._read(samples, path)
-        given = torch.from_numpy(by_row)[samples.rows]
-        missing = (given == MISSING).nonzero()[:, 0]
+        labels = torch.from_numpy(by_row)[samples.rows]
+        missing = (labels == MISSING).nonzero()[:, 0]
         if len(missing):
             raise DataError(
                 f"The file {path} has no label for {samples.describe(missing)}.",
                 "Give each training image a label.",
             )
-        true = samples.true if self.truth == "source" else torch.full_like(given, UNKNOWN)
+        true = samples.true if self.truth == "source" else torch.full_like(labels, UNKNOWN)
         if true_by_row is not None:
             in_file = torch.from_numpy(true_by_row)[samples.rows].clamp_min(UNKNOWN)
             if self.truth == "file":
@@ -145,34 +146,34 @@ class FileLabels(ChosenClients):
             else:
                 _check_agreement(in_file, samples, path)
         if self.truth == "source" and self.kind == "array":
-            _warn_of_chance(given, true, samples, path)
-        return replace(samples, labels=given, true=true)
+            _warn_of_chance(labels, true, samples, path)
+        return replace(samples, labels=labels, true=true)
 
     def _read(self, samples: Samples, path: Path) -> tuple[_Integers, _Integers | None]:
-        """Given labels and, where there are some, true ones of each row of the source."""
+        """Read the given labels and, if the file has them, true ones of each row of the source."""
         listing, names = samples.listing, samples.class_names
         if self.kind == "array":
             arrays = read_label_arrays(path)
-            given = array_labels(arrays, self.label, listing, names, path, f"{_OPTION}.label")
+            labels = array_labels(arrays, self.label, listing, names, path, f"{_OPTION}.label")
             true = self.true_label
             if true is None and self.truth == "source" and _CLEAN in arrays:
                 true = _CLEAN
             if true is None:
-                return given, None
+                return labels, None
             if "" in arrays:
                 raise ConfigError(
                     f"The file {path} has one array, and true={true}.",
                     f"Set `{_OPTION}.true=null`.",
                 )
             option = f"{_OPTION}.true_label"
-            return given, array_labels(arrays, true, listing, names, path, option, gaps=True)
+            return labels, array_labels(arrays, true, listing, names, path, option, gaps=True)
         columns = [self.label, *([self.true_label] if self.true_label else [])]
-        found = self.file.read(listing, *columns)
-        texts = [text for name in columns for text in found[name] if text]
+        cells = self.file.read(listing, *columns)
+        texts = [text for name in columns for text in cells[name] if text]
         number = label_numbers(texts, names, self.labels_are, path, _OPTION)
         as_number: dict[str | None, int] = {None: MISSING, "": MISSING}
         as_number.update(number)
-        table = {n: np.array([as_number[t] for t in found[n]], np.int64) for n in columns}
+        table = {n: np.array([as_number[t] for t in cells[n]], np.int64) for n in columns}
         return table[self.label], table[self.true_label] if self.true_label else None
 
     def __call__(
@@ -183,9 +184,9 @@ class FileLabels(ChosenClients):
         generator: torch.Generator,
         images: Callable[[int], Tensor] | None = None,
     ) -> Corruption:
-        """See :meth:`FederationNoise.__call__`."""
+        """Return the labels of clients: see :meth:`FederationNoise.__call__`."""
         labels = samples.labels
-        if self.chooses:
+        if self.selects_clients:
             unknown = (samples.true == UNKNOWN).nonzero()[:, 0]
             if len(unknown):
                 raise DataError(
@@ -201,19 +202,19 @@ class FileLabels(ChosenClients):
 
 
 class SourceLabels(FederationNoise):
-    """The labels of the source as given ones, right or wrong, as those of Clothing1M are.
+    """Labels of the source as given labels that may be wrong, such as those of Clothing1M.
 
-    True labels are unknown but for the images that a file names.
+    True labels are unknown except for images in a file.
 
     Args:
-        truth_path: A table or list with true labels of some images, as for
+        truth_path: Table or list with true labels of some images, as for
             :class:`FileLabels`; ``null`` if none are known.
-        true_label: The column with them.
-        labels_are: Whether it has ``names`` or ``numbers`` of classes; ``auto`` takes what they all
-            can be.
-        path_column: The column with the name of the image.
-        row_column: The column with the row of the image.
-        unknown: What to do with images that the source does not train on: ``error`` or ``ignore``.
+        true_label: Column with true labels.
+        labels_are: Whether the file has ``names`` or ``numbers`` of classes; ``auto`` takes what
+            fits all of them.
+        path_column: Column with the name of the image.
+        row_column: Column with the row of the image.
+        unknown: Action for images that the source does not train on: ``error`` or ``ignore``.
 
     Raises:
         ConfigError: The kind of the file is unknown.
@@ -237,7 +238,7 @@ class SourceLabels(FederationNoise):
         self.file = AnnotationFile(truth_path or "", _OPTION, path_column, row_column, unknown)
 
     def annotate(self, samples: Samples) -> Samples:
-        """See :meth:`FederationNoise.annotate`."""
+        """Annotate samples: see :meth:`FederationNoise.annotate`."""
         true = torch.full_like(samples.labels, UNKNOWN)
         if self.path is not None:
             texts = self.file.read(samples.listing, self.true_label)[self.true_label]
@@ -260,7 +261,7 @@ class SourceLabels(FederationNoise):
         generator: torch.Generator,
         images: Callable[[int], Tensor] | None = None,
     ) -> Corruption:
-        """See :meth:`FederationNoise.__call__`."""
+        """Return the labels of clients: see :meth:`FederationNoise.__call__`."""
         return measure_noise(samples.labels, samples, parts)
 
 
@@ -278,11 +279,13 @@ def _check_agreement(in_file: Tensor, samples: Samples, path: Path) -> None:
         )
 
 
-def _warn_of_chance(given: Tensor, true: Tensor, samples: Samples, path: Path) -> None:
-    """Warn where labels without names agree with the source no more than any others would."""
+def _warn_of_chance(labels: Tensor, true: Tensor, samples: Samples, path: Path) -> None:
+    """Warn if labels without names agree with the source no better than by chance."""
     classes = len(samples.class_names)
-    shares = torch.stack([torch.bincount(x, minlength=classes) / len(x) for x in (given, true)])
-    chance, agreement = float(shares.prod(0).sum()), float((given == true).double().mean())
+    frequencies = torch.stack(
+        [torch.bincount(x, minlength=classes) / len(x) for x in (labels, true)]
+    )
+    chance, agreement = float(frequencies.prod(0).sum()), float((labels == true).double().mean())
     if agreement < chance + 0.05:
         log.warning(
             "%s agrees with the source on %.1f %% of the images, and labels in another order would "

@@ -1,4 +1,4 @@
-"""A partition that a file gives.
+"""A partition from a file.
 
 Shapes: N samples, K clients.
 """
@@ -22,25 +22,25 @@ _OPTION = "--data.init_args.partition.init_args"
 
 
 class FilePartition(Partition):
-    """Clients as a file names them, by image.
+    """Assigns images to the clients that a file names.
 
     The file is a table (``.csv``, ``.tsv``, ``.parquet``) with a column ``client`` and a column
     ``path`` (the image as the source names it) or ``row`` (its number in the source, from 0), a
     list of lines ``path client`` (``.txt``), or the rows of each client as JSON, such as
-    ``{"0": [0, 3], "1": [1, 2]}``, which is what Flower's partitioners come to. It names each image
-    that is trained on once. Clients are numbered in the order of their names, numbers by value.
+    ``{"0": [0, 3], "1": [1, 2]}``, as Flower's partitioners give them. The file names
+    each training image once. Clients are numbered in the order of their names, numbers by value.
 
     Args:
         path: The file, absolute or relative to ``FULGURITE_DATA``.
-        client: The column with the client.
-        path_column: The column with the name of the image.
-        row_column: The column with the row of the image.
-        unknown: What to do with images that the source does not train on: ``error`` or ``ignore``.
+        client: Column with the client.
+        path_column: Column with the name of the image.
+        row_column: Column with the row of the image.
+        unknown: Action for images that the source does not train on: ``error`` or ``ignore``.
 
     Raises:
         ConfigError: The kind of the file is unknown.
-        DataError: The file cannot be read, names images twice, not at all or unknown ones, or
-            another number of clients than ``clients``.
+        DataError: The file cannot be read, an image is repeated, missing or unknown, or the number
+            of clients is not ``clients``.
 
     Source: inferred.
     """
@@ -60,7 +60,7 @@ class FilePartition(Partition):
     def assign(
         self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`Partition.assign`."""
+        """Return the client of each sample: see :meth:`Partition.assign`."""
         if self.kind == "json":
             by_row = read_indices(data_path(self.path), samples.listing)
         else:
@@ -72,5 +72,5 @@ class FilePartition(Partition):
                 f"{samples.describe(torch.tensor(missing))}.",
                 "Name one for each training image.",
             )
-        every = {name for name in by_row if name}
-        return number_clients(names, every, clients, f"The file {self.path}")
+        all_names = {name for name in by_row if name}
+        return number_clients(names, all_names, clients, f"The file {self.path}")

@@ -30,7 +30,7 @@ from fulgurite.io import data_path
 __all__ = ["ImageFolder"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
-# images that are not read, which is said
+# images that are not read; a warning names them
 _OTHER_SUFFIXES = (
     *(".avif", ".bmp", ".dcm", ".gif", ".heic", ".jfif", ".jp2", ".jpe", ".npy", ".pgm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
@@ -41,28 +41,30 @@ _TEST_SPLITS = ("test", "val", "valid", "validation")
 class ImageFolder(EncodedImages):
     """A folder or zip with ``SPLIT/CLASS/*.jpg`` or ``CLASS/*.jpg`` (also ``.jpeg``, ``.png``).
 
-    Splits are ``train`` and ``test`` (else ``val``; beside ``test``, it is left out with a
-    warning). Without a test split, part of the images become one. Links are followed. Images are
+    Splits are ``train`` and ``test``. ``val`` is the test split if there is no ``test``, and is
+    left out with a warning otherwise. Without either, a part of the images becomes the test split.
+    Links are followed. Images are
     decoded once, in parallel, into the cache (``FULGURITE_CACHE``). Its key is the content of a
     zip, and the names, sizes and times of the files of a folder.
 
-    Images of 16 bits are scaled to 8, so that 65535 becomes 255 (and refused where the training
-    images stay below 4096, of which 8 bits would keep nearly nothing); images are turned as their
-    EXIF data say; transparency is left out. A colour map is refused for one channel, because its
+    Images of 16 bits are scaled to 8, so that 65535 becomes 255 (and refused if the training
+    images stay below 4096, since 8 bits would keep few values); images are rotated by their EXIF
+    orientation; transparency is left out. A colour map is refused for one channel, because its
     grey values may be the indices or the brightness of the colours.
 
     Args:
         path: The folder or zip, absolute or relative to ``FULGURITE_DATA``.
-        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+        image_size: Side to which all images are resized [pixels]; by default they must all have
             one size already.
-        channels: 3 for colour or 1 for grey; grey images are repeated, colours become their luma.
+        channels: Number of channels: 3 for colour or 1 for grey; grey images are repeated, colours
+            become their luma.
         test_fraction: Fraction of each class that becomes the test split, if there is none.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the test split and of the images kept under the limits.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: ``image_size``, ``channels``, ``test_fraction`` or a limit is out of range.
     """
 
     def __init__(
@@ -77,61 +79,63 @@ class ImageFolder(EncodedImages):
     ) -> None:
         super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
         self.path = path
-        self._files: _Listing | None = None
+        self._files: _SplitFiles | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self._listing().class_names)
+        return len(self._list_files().class_names)
 
     def first_size(self) -> tuple[int, int]:
-        """See :meth:`EncodedImages.first_size`."""
-        listing = self._listing()
+        """Return the size of the first image: see :meth:`EncodedImages.first_size`."""
+        listing = self._list_files()
         return peek_size(listing.tree, listing.train[0], self.channels)
 
-    def _listing(self) -> _Listing:
+    def _list_files(self) -> _SplitFiles:
         if self._files is None:
-            self._files = _Listing(data_path(self.path))
+            self._files = _SplitFiles(data_path(self.path))
         return self._files
 
     def read(self) -> ImageArrays:
         """Return all images, memory-mapped."""
-        listing = self._listing()
+        listing = self._list_files()
         split = None if listing.test else (self.test_fraction, self.seed)
         recipe = f"3 {listing.tree.fingerprint(listing.names)} {self.side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-        arrays = cached_arrays(f"images-{key}", self._write)
-        kept, _ = self._split_rows()
-        # paths also name the images that became the test split: who annotates cannot know which do
+        arrays = cached_arrays(f"images-{key}", self._write_arrays)
+        train_rows, _ = self._split_rows()
+        # the listing keeps the images of the test split: annotation files may name them
         paths = Listing(len(listing.train), tuple(listing.train))
-        return replace(arrays, listing=paths, train_rows=torch.tensor(kept, dtype=torch.int64))
+        return replace(
+            arrays, listing=paths, train_rows=torch.tensor(train_rows, dtype=torch.int64)
+        )
 
     def _split_rows(self) -> tuple[list[int], list[int]]:
-        """Files of ``train`` that train and that become the test split, by number."""
-        listing = self._listing()
+        """Return the indices of the files of ``train`` that train and of those that become test."""
+        listing = self._list_files()
         if listing.test:
             return list(range(len(listing.train))), []
         number = {name: c for c, name in enumerate(listing.class_names)}
-        labels = torch.tensor([number[_class_of(name)] for name in listing.train])
+        labels = torch.tensor([number[_get_class_name(name)] for name in listing.train])
         return split_off_test(labels, self.test_fraction, self.seed)
 
-    def _write(self, target: Path) -> tuple[str, ...]:
-        listing = self._listing()
+    def _write_arrays(self, target: Path) -> tuple[str, ...]:
+        listing = self._list_files()
         number = {name: c for c, name in enumerate(listing.class_names)}
-        kept, tested = self._split_rows()
+        train_rows, test_rows = self._split_rows()
         files = {
-            "train": [listing.train[i] for i in kept],
-            "test": listing.test or [listing.train[i] for i in tested],
+            "train": [listing.train[i] for i in train_rows],
+            "test": listing.test or [listing.train[i] for i in test_rows],
         }
         for split, names in files.items():
-            labels = torch.tensor([number[_class_of(name)] for name in names])
+            labels = torch.tensor([number[_get_class_name(name)] for name in names])
             np.save(target / f"{split}_labels.npy", labels.numpy())
             images = target / f"{split}_images.npy"
             write_image_files(listing.tree, names, self, images, split, self.path)
         return listing.class_names
 
 
-class _Listing:
+class _SplitFiles:
     """The image files of a folder or zip by split, and their classes."""
 
     def __init__(self, root: Path) -> None:
@@ -143,8 +147,8 @@ class _Listing:
         self.train = splits.pop("train")
         held_out = [name for name in _TEST_SPLITS if name in splits]
         self.test = splits[held_out[0]] if held_out else []
-        self.class_names = tuple(sorted({_class_of(name) for name in self.train}))
-        if unknown := sorted({_class_of(name) for name in self.test} - {*self.class_names}):
+        self.class_names = tuple(sorted({_get_class_name(name) for name in self.train}))
+        if unknown := sorted({_get_class_name(name) for name in self.test} - {*self.class_names}):
             raise DataError(
                 f"The test split of {root} has the class {unknown[0]!r}, the train split does not.",
                 "Give each test class a folder of training images.",
@@ -164,7 +168,7 @@ class _Listing:
             )
 
     def _find_splits(self, others: Sequence[str]) -> dict[str, list[str]]:
-        """Return the images of each split; all are of ``train`` where there is none.
+        """Return the images of each split; without splits all are of ``train``.
 
         Raises:
             DataError: The files are not laid out by class.
@@ -184,10 +188,10 @@ class _Listing:
         splits: dict[str, list[str]] = {}
         for name in self.names:
             splits.setdefault(name.split("/")[-3], []).append(name)
-        known = {"train", *_TEST_SPLITS}
-        if len(splits) == 1 and not splits.keys() & known:
+        split_names = {"train", *_TEST_SPLITS}
+        if len(splits) == 1 and not splits.keys() & split_names:
             return {"train": self.names}  # CLASS/*, inside one folder
-        if unknown := sorted(splits.keys() - known):
+        if unknown := sorted(splits.keys() - split_names):
             files = [name for split in unknown for name in splits[split]]
             self._refuse(f"{unknown[0]} is neither train nor {' nor '.join(_TEST_SPLITS)}", files)
         if "train" not in splits:
@@ -206,5 +210,5 @@ class _Listing:
         )
 
 
-def _class_of(name: str) -> str:
+def _get_class_name(name: str) -> str:
     return name.split("/")[-2]

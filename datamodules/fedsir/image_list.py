@@ -1,4 +1,4 @@
-"""Lists of image files with labels, as Clothing1M has them.
+"""Lists of image files with labels, such as those of Clothing1M.
 
 Shapes: N samples.
 """
@@ -46,10 +46,10 @@ _OPTION = "--data.init_args.source.init_args"
 
 
 class ImageList(EncodedImages):
-    """Images that text files list, a path on each line, with the label beside it or in other files.
+    """Images listed in text files, one path per line, with labels beside it or in other files.
 
-    Lines are ``path label``; or ``path``, and ``train_labels`` and ``test_labels`` name files of
-    lines ``path label``, which may label other images too. So Clothing1M is ``train:
+    Lines are ``path label``; or ``path``, and ``train_labels`` and ``test_labels`` are files of
+    lines ``path label``, which may label other images too. For example, Clothing1M is ``train:
     noisy_train_key_list.txt``, ``train_labels: noisy_label_kv.txt``, ``test:
     clean_test_key_list.txt``, ``test_labels: clean_label_kv.txt``, ``class_names:
     category_names_eng.txt``. Images are PNG or JPEG, decoded once, in parallel, into the cache
@@ -59,27 +59,27 @@ class ImageList(EncodedImages):
     The order of the source is that of the list ``train``, which also names the images.
 
     Args:
-        train: The list of training images, absolute or relative to ``FULGURITE_DATA``, as all files
-            here.
-        test: That of test images; if not given, a part of ``train`` becomes them.
-        root: The folder or zip that paths of images are relative to; if not given, the folder with
-            the list ``train``.
-        train_labels: The file with labels of training images, if the list has paths alone.
-        test_labels: The same for test images.
-        class_names: Names of the classes, or a file with one on each line; needed for numbers of
-            which some have no training image.
+        train: List of training images, absolute or relative to ``FULGURITE_DATA``, as are all
+            files here.
+        test: List of test images; by default a part of ``train`` becomes the test split.
+        root: Folder or zip to which paths of images are relative; by default the folder of the
+            list ``train``.
+        train_labels: File with labels of training images, if the list has paths only.
+        test_labels: File with labels of test images, if the list has paths only.
+        class_names: Names of the classes, or a file with one on each line; needed for numbered
+            classes if some have no training image.
         labels_are: Whether labels are ``names`` or ``numbers`` (from 0) of classes; ``auto`` takes
-            what they all can be.
-        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+            what fits all of them.
+        image_size: Side to which all images are resized [pixels]; by default they must all have
             one size already.
-        channels: 3 for colour or 1 for grey; images are converted.
+        channels: Number of channels: 3 for colour or 1 for grey; images are converted.
         test_fraction: Fraction of each class that becomes the test split, if there is none.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the test split and of the images kept under the limits.
 
     Raises:
-        ConfigError: An argument is out of range, or two do not fit together.
+        ConfigError: A number is out of range, or ``test_labels`` is set without ``test``.
 
     Source: files as in Xiao et al., "Learning from Massive Noisy Labeled Data for Image
     Classification", CVPR 2015 (Clothing1M).
@@ -110,66 +110,66 @@ class ImageList(EncodedImages):
         self.train, self.test, self.root = train, test, root
         self.train_labels, self.test_labels = train_labels, test_labels
         self.given_names, self.labels_are = class_names, labels_are
-        self._known: _Lists | None = None
+        self._cached_lists: _SplitLists | None = None
         self._files: FileTree | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self._lists().class_names)
+        return len(self._read_lists().class_names)
 
     def first_size(self) -> tuple[int, int]:
-        """See :meth:`EncodedImages.first_size`."""
-        return peek_size(self._tree(), self._lists().train.names[0], self.channels)
+        """Return the size of the first image: see :meth:`EncodedImages.first_size`."""
+        return peek_size(self._open_tree(), self._read_lists().train.names[0], self.channels)
 
-    def _tree(self) -> FileTree:
+    def _open_tree(self) -> FileTree:
         return FileTree(data_path(self.train).parent if self.root is None else data_path(self.root))
 
-    def _lists(self) -> _Lists:
-        if self._known is None:
-            train = _List.read(self.train, self.train_labels, "train")
+    def _read_lists(self) -> _SplitLists:
+        if self._cached_lists is None:
+            train = _LabelledList.read(self.train, self.train_labels, "train")
             test = None
             if self.test is not None:
-                test = _List.read(self.test, self.test_labels, "test")
-                if both := sorted(set(train.names) & set(test.names)):
+                test = _LabelledList.read(self.test, self.test_labels, "test")
+                if overlap := sorted(set(train.names) & set(test.names)):
                     raise DataError(
-                        f"{len(both)} images are both in {train.path} and in {test.path}: "
-                        f"{name_some(both, 3)}.",
+                        f"{len(overlap)} images are both in {train.path} and in {test.path}: "
+                        f"{name_some(overlap, 3)}.",
                         "Test on images that are not trained on.",
                     )
-            names, labels_are = _class_names(train, self.given_names, self.labels_are)
-            self._known = _Lists(
+            names, labels_are = _choose_class_names(train, self.given_names, self.labels_are)
+            self._cached_lists = _SplitLists(
                 train,
                 train.label_numbers(names, labels_are),
                 test,
                 None if test is None else test.label_numbers(names, labels_are),
                 names,
             )
-        return self._known
+        return self._cached_lists
 
     def read(self) -> ImageArrays:
         """Return all images, memory-mapped."""
-        lists, tree = self._lists(), self._tree()
+        lists, tree = self._read_lists(), self._open_tree()
         train, labels = lists.train, lists.train_labels
-        every = train.names if lists.test is None else train.names + lists.test.names
-        _refuse_missing(tree, every, lists)
-        kept = list(range(len(labels)))
-        tested: list[int] = []
+        all_names = train.names if lists.test is None else train.names + lists.test.names
+        _refuse_missing(tree, all_names, lists)
+        train_rows = list(range(len(labels)))
+        test_rows: list[int] = []
         if lists.test is None or lists.test_labels is None:
-            kept, tested = split_off_test(labels, self.test_fraction, self.seed)
-            test_names, test_labels = [train.names[i] for i in tested], labels[tested]
+            train_rows, test_rows = split_off_test(labels, self.test_fraction, self.seed)
+            test_names, test_labels = [train.names[i] for i in test_rows], labels[test_rows]
         else:
             test_names, test_labels = lists.test.names, lists.test_labels
-        train_names = [train.names[i] for i in kept]
-        content = [train_names, labels[kept].tolist(), test_names, test_labels.tolist()]
+        train_names = [train.names[i] for i in train_rows]
+        content = [train_names, labels[train_rows].tolist(), test_names, test_labels.tolist()]
         recipe = json.dumps(
-            [tree.fingerprint(every), content, lists.class_names, self.side, self.channels]
+            [tree.fingerprint(all_names), content, lists.class_names, self.side, self.channels]
         )
         key = hashlib.sha256(f"1 {recipe}".encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
             for split, names, numbers, path in (
-                ("train", train_names, labels[kept], self.train),
+                ("train", train_names, labels[train_rows], self.train),
                 ("test", test_names, test_labels, self.test or self.train),
             ):
                 np.save(target / f"{split}_labels.npy", numbers.numpy())
@@ -178,18 +178,20 @@ class ImageList(EncodedImages):
 
         arrays = cached_arrays(f"list-{key}", write)
         listing = Listing(len(train.names), tuple(train.names))
-        return replace(arrays, listing=listing, train_rows=torch.tensor(kept, dtype=torch.int64))
+        return replace(
+            arrays, listing=listing, train_rows=torch.tensor(train_rows, dtype=torch.int64)
+        )
 
 
 @dataclass(frozen=True)
-class _List:
+class _LabelledList:
     """A list of images.
 
     Attributes:
-        path: The file.
-        names: Paths of images.
-        labels: Their labels as text.
-        labels_path: The file that these are from.
+        path: File with the list.
+        names: Paths of the images.
+        labels: Labels of the images as text.
+        labels_path: File with the labels.
     """
 
     path: Path
@@ -198,32 +200,32 @@ class _List:
     labels_path: Path
 
     @classmethod
-    def read(cls, path: str, labels: str | None, split: str) -> _List:
-        """Read a list, and the labels of its images, from their own file if it is given."""
-        where = data_path(path)
+    def read(cls, path: str, labels: str | None, split: str) -> _LabelledList:
+        """Read a list and the labels of its images, which may be in a file of their own."""
+        list_path = data_path(path)
         if labels is None:
             hint = (
                 f"Write lines of a path and a label, or set `{_OPTION}.{split}_labels` to the file "
                 "with the labels."
             )
-            columns = read_list(where, "label", hint)
-            names, texts, from_file = columns["path"], columns["label"], where
+            columns = read_list(list_path, "label", hint)
+            names, texts, from_file = columns["path"], columns["label"], list_path
         else:
-            names, texts, from_file = read_lines(where), [], data_path(labels)
-        names = [_inside(name, where) for name in names]
+            names, texts, from_file = read_lines(list_path), [], data_path(labels)
+        names = [_normalise_path(name, list_path) for name in names]
         if not names:
             raise DataError(
-                f"There are no images in the list {where}.", f"Set `{_OPTION}.{split}`."
+                f"There are no images in the list {list_path}.", f"Set `{_OPTION}.{split}`."
             )
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise DataError(
-                f"The list {where} names {len(twice)} images more than once: "
+                f"The list {list_path} names {len(twice)} images more than once: "
                 f"{name_some(twice, 3)}.",
                 "Give one line for each image.",
             )
         if labels is not None:
-            texts = _look_up(names, from_file, where, f"{_OPTION}.{split}_labels")
-        return cls(where, names, texts, from_file)
+            texts = _look_up_labels(names, from_file, list_path, f"{_OPTION}.{split}_labels")
+        return cls(list_path, names, texts, from_file)
 
     def label_numbers(self, class_names: Sequence[str], labels_are: LabelsAre) -> Tensor:
         """Return labels as class numbers. Shape: (N,)."""
@@ -232,33 +234,33 @@ class _List:
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _SplitLists:
     """The lists of both splits, and the labels as numbers of classes."""
 
-    train: _List
+    train: _LabelledList
     train_labels: Tensor
-    test: _List | None
+    test: _LabelledList | None
     test_labels: Tensor | None
     class_names: tuple[str, ...]
 
 
-def _inside(name: str, where: Path) -> str:
-    """Return a path without what changes nothing in it, such as ``./``."""
+def _normalise_path(name: str, list_path: Path) -> str:
+    """Normalise a path: remove redundant parts such as ``./``."""
     normal = posixpath.normpath(name)
     if normal.startswith("/") or normal.split("/")[0] == "..":
         raise DataError(
-            f"The path {name!r} in {where} does not begin in the folder of images.",
+            f"The path {name!r} in {list_path} does not begin in the folder of images.",
             f"Write paths relative to one folder or zip, and set `{_OPTION}.root` to it.",
         )
     return normal
 
 
-def _look_up(names: Sequence[str], path: Path, list_path: Path, option: str) -> list[str]:
-    """Return the labels of images from a file that may label others too."""
+def _look_up_labels(names: Sequence[str], path: Path, list_path: Path, option: str) -> list[str]:
+    """Return the labels of images from a file that may label other images too."""
     columns = read_list(path, "label")
     labels: dict[str, str] = {}
     for name, label in zip(columns["path"], columns["label"], strict=True):
-        name = _inside(name, path)
+        name = _normalise_path(name, path)
         if labels.setdefault(name, label) != label:
             raise DataError(
                 f"The file {path} gives {name!r} the labels {labels[name]} and {label}.",
@@ -274,15 +276,16 @@ def _look_up(names: Sequence[str], path: Path, list_path: Path, option: str) -> 
     return [labels[name] for name in names]
 
 
-def _class_names(
-    train: _List, given: list[str] | str | None, labels_are: LabelsAre
+def _choose_class_names(
+    train: _LabelledList, class_names: list[str] | str | None, labels_are: LabelsAre
 ) -> tuple[tuple[str, ...], LabelsAre]:
-    """Return the names of the classes, and what labels are."""
-    if given is not None:
-        names = read_lines(data_path(given)) if isinstance(given, str) else given
+    """Return the names of the classes, and whether labels are names or numbers."""
+    if class_names is not None:
+        names = read_lines(data_path(class_names)) if isinstance(class_names, str) else class_names
         if not names or len(set(names)) < len(names):
             raise DataError(
-                f"The class names {given} are {len(names)}, of which {len(set(names))} differ.",
+                f"The class names {class_names} are {len(names)}, of which {len(set(names))} "
+                "differ.",
                 f"Set `{_OPTION}.class_names` to one name for each class.",
             )
         return tuple(names), labels_are
@@ -304,8 +307,8 @@ def _is_number(text: str) -> bool:
     return text.lower().lstrip("+-") not in ("nan", "inf", "infinity")
 
 
-def _refuse_missing(tree: FileTree, names: Sequence[str], lists: _Lists) -> None:
-    """Refuse lists of images that are not there, before any is decoded."""
+def _refuse_missing(tree: FileTree, names: Sequence[str], lists: _SplitLists) -> None:
+    """Refuse lists with missing images before any image is decoded."""
     if tree.root.is_dir():
         missing = [name for name in names if not (tree.root / name).is_file()]
     else:

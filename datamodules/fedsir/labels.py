@@ -1,4 +1,4 @@
-"""The labels that training sees, and the only place where a method may change them.
+"""Given and current labels of training samples; methods change labels only here.
 
 Shapes: N samples, M written samples.
 """
@@ -20,7 +20,7 @@ class LabelStore:
     """Given labels and their current overrides.
 
     Shape:
-        - given: (N,) integers in [0, C).
+        - labels: (N,) integers in [0, C).
 
     Example:
         >>> store = LabelStore(torch.tensor([0, 1, 2]), num_classes=3)
@@ -29,10 +29,10 @@ class LabelStore:
         ([0, 1, 0], [0, 1, 2], 1)
     """
 
-    def __init__(self, given: Tensor, num_classes: int) -> None:
+    def __init__(self, labels: Tensor, num_classes: int) -> None:
         self.num_classes = num_classes
-        # copies: nobody who holds the argument can be reached from here, or the reverse
-        self._given = check_labels(given, num_classes, "given").clone()
+        # copies, so that changes of the argument do not reach the store, nor the reverse
+        self._given = check_labels(labels, num_classes, "given").clone()
         self._current = self._given.clone()
 
     def __len__(self) -> int:
@@ -40,17 +40,17 @@ class LabelStore:
 
     @property
     def given(self) -> Tensor:
-        """A copy of the labels as they came with the data, (N,) int64."""
+        """A copy of the given labels, (N,) int64."""
         return self._given.clone()
 
     @property
     def current(self) -> Tensor:
-        """The labels to train on, (N,) int64: read them, but change them by :meth:`write`."""
+        """The labels to train on, (N,) int64; change them by :meth:`write` only."""
         return self._current
 
     @property
     def changed(self) -> int:
-        """How many current labels differ from the given ones."""
+        """Number of current labels that differ from the given ones."""
         return int((self._current != self._given).sum())
 
     def write(self, index: Tensor, labels: Tensor) -> None:
@@ -72,7 +72,7 @@ class LabelStore:
         self._current[index] = labels
 
     def reset(self) -> None:
-        """Go back to the given labels."""
+        """Set all current labels to the given ones."""
         self._current.copy_(self._given)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,34 +26,34 @@ from fulgurite.io import checksum, data_path
 __all__ = ["Leaf"]
 
 _OPTION = "--data.init_args.source.init_args"
-_AGAIN = "Write it again with LEAF's preprocess.sh, or fetch it again."
-_MOST_CLASSES = 1000
-_MOST_DIGITS = 400
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % _MOST_DIGITS)
+_REWRITE_HINT = "Write it again with LEAF's preprocess.sh, or fetch it again."
+_MAX_CLASSES = 1000
+_MAX_DIGITS = 400
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % _MAX_DIGITS)
 
 
 class Leaf(ImageSource):
     """Images of users in the JSON of LEAF: ``users``, ``num_samples`` and ``user_data`` (x and y).
 
-    Pixels are numbers from 0 to ``maximum``, image by image in rows, as FEMNIST's are. Users are
-    the column ``client`` (``Natural``). Files are read once, user by user, into the cache
+    Pixels are numbers from 0 to ``maximum``, one flat list per image, as in FEMNIST. The users
+    become the column ``client`` (``Natural``). Files are read once, user by user, into the cache
     (``FULGURITE_CACHE``); its key is their content.
 
     Args:
-        train: A JSON file, or a folder of them, such as ``data/train`` of LEAF, absolute or
-            relative to ``FULGURITE_DATA``.
-        test: The same for the test split.
+        train: JSON file or folder of JSON files of the training split, such as ``data/train`` of
+            LEAF, absolute or relative to ``FULGURITE_DATA``.
+        test: JSON file or folder of JSON files of the test split.
         shape: Channels, height and width [pixels] of an image.
-        maximum: The value of full scale: 1 in FEMNIST.
-        classes: Number of classes; by default the largest label says it, and each must have a
-            training image.
-        users: Train on the first so many users alone, in the order of the files.
+        maximum: Pixel value of full scale: 1 in FEMNIST.
+        classes: Number of classes; by default one more than the largest label, and each class must
+            have a training image.
+        users: Number of users to train on, the first ones in the order of the files.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the images kept under the limits.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: ``shape``, ``maximum``, ``classes``, ``users`` or a limit is out of range.
 
     Source: Caldas et al., LEAF, arXiv 1812.01097.
     """
@@ -113,58 +113,59 @@ class Leaf(ImageSource):
         """Return all images, memory-mapped."""
         if self._arrays is not None:
             return self._arrays
-        train, test = _json_files(self.train, "train"), _json_files(self.test, "test")
+        train, test = _find_json_files(self.train, "train"), _find_json_files(self.test, "test")
         files = [[checksum(path) for path in paths] for paths in (train, test)]
         recipe = f"1 {files} {self.shape} {self.maximum} {self.classes} {self.users}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
             labels = []
-            for split, paths, most in (("train", train, self.users), ("test", test, None)):
-                images, classes, users = self._join(paths, split, most)
+            for split, paths, max_users in (("train", train, self.users), ("test", test, None)):
+                images, classes, users = self._concatenate_users(paths, split, max_users)
                 np.save(target / f"{split}_images.npy", images)
                 np.save(target / f"{split}_labels.npy", classes)
                 np.save(target / f"{split}_users.npy", users)
                 labels.append(classes)
-            return self._names(*labels)
+            return self._number_classes(*labels)
 
         arrays = cached_arrays(f"leaf-{key}", write)
-        users = np.load(_entry(f"leaf-{key}") / "train_users.npy")
+        users = np.load(_get_cache_entry(f"leaf-{key}") / "train_users.npy")
         listing = Listing(len(users), None, {"client": [str(user) for user in users]})
         self._arrays = replace(arrays, listing=listing)
         return self._arrays
 
-    def _join(
-        self, paths: list[Path], split: str, most: int | None
+    def _concatenate_users(
+        self, paths: list[Path], split: str, max_users: int | None
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.str_]]:
-        """Images, labels and users of all files, in their order."""
+        """Read the images, labels and users of all files, in their order."""
         images, labels, users = [], [], []
-        seen: dict[str, Path] = {}
+        user_files: dict[str, Path] = {}
         for path in paths:
             for user, x, y in _read_users(path):
-                if user in seen:
+                if user in user_files:
                     raise DataError(
-                        f"The user {user!r} is in {seen[user]} and in {path}.",
+                        f"The user {user!r} is in {user_files[user]} and in {path}.",
                         "Give each user in one file of a split.",
                     )
-                seen[user] = path
-                if most is None or len(seen) <= most:
-                    with reading(path, "The data of LEAF in", _AGAIN):
-                        images.append(self._pixels(user, x))
-                        labels.append(_labels(user, y, len(x)))
+                user_files[user] = path
+                if max_users is None or len(user_files) <= max_users:
+                    with reading(path, "The data of LEAF in", _REWRITE_HINT):
+                        images.append(self._scale_pixels(user, x))
+                        labels.append(_check_labels(user, y, len(x)))
                         users += [user] * len(x)
         if not users:
             raise DataError(
                 f"There are no images in {paths[0].parent}.", f"Set `{_OPTION}.{split}`."
             )
-        if most is not None and len(seen) < most:
+        if max_users is not None and len(user_files) < max_users:
             raise DataError(
-                f"There are {len(seen)} users in {paths[0].parent}, and {most} were asked for.",
+                f"There are {len(user_files)} users in {paths[0].parent}, and {max_users} were "
+                "asked for.",
                 f"Lower `{_OPTION}.users`, or set it to null.",
             )
         return np.concatenate(images), np.concatenate(labels), np.array(users)
 
-    def _pixels(self, user: str, x: Any) -> npt.NDArray[np.uint8]:
+    def _scale_pixels(self, user: str, x: Any) -> npt.NDArray[np.uint8]:
         size = int(np.prod(self.shape))
         if not isinstance(x, list) or not x:
             raise ValueError(f"the x of user {user!r} is no list of images")
@@ -184,12 +185,14 @@ class Leaf(ImageSource):
             )
         return np.rint(values * 255).astype(np.uint8).reshape(-1, *self.shape)
 
-    def _names(self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> tuple[str, ...]:
-        most = int(max(train.max(), test.max()))
-        count = most + 1 if self.classes is None else self.classes
-        if most >= count or count > max(_MOST_CLASSES, len(train)):
+    def _number_classes(
+        self, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]
+    ) -> tuple[str, ...]:
+        max_label = int(max(train.max(), test.max()))
+        count = max_label + 1 if self.classes is None else self.classes
+        if max_label >= count or count > max(_MAX_CLASSES, len(train)):
             raise DataError(
-                f"The labels of {self.train} and {self.test} go up to {most}.",
+                f"The labels of {self.train} and {self.test} go up to {max_label}.",
                 f"Number the classes from 0, and set `{_OPTION}.classes` to their number.",
             )
         if self.classes is None and len(absent := set(range(count)) - set(train.tolist())):
@@ -201,35 +204,35 @@ class Leaf(ImageSource):
         return tuple(str(k) for k in range(count))
 
 
-def _entry(key: str) -> Path:
+def _get_cache_entry(key: str) -> Path:
     from fulgurite.data.store import cache_folder
 
     return cache_folder() / key
 
 
-def _json_files(path: str, split: str) -> list[Path]:
-    place = data_path(path)
-    files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+def _find_json_files(path: str, split: str) -> list[Path]:
+    location = data_path(path)
+    files = sorted(location.glob("*.json")) if location.is_dir() else [location]
     if not files:
-        raise DataError(f"There is no .json file in {place}.", f"Set `{_OPTION}.{split}`.")
+        raise DataError(f"There is no .json file in {location}.", f"Set `{_OPTION}.{split}`.")
     return files
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    with reading(path, "The data of LEAF in", _AGAIN), open(path, "rb") as file:
+def _open_json(path: Path) -> Iterator[IO[bytes]]:
+    with reading(path, "The data of LEAF in", _REWRITE_HINT), open(path, "rb") as file:
         yield file
 
 
 def _read_users(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Return each user of a file with x and y; a file need not fit into memory."""
+    """Yield each user of a file with x and y; the file need not fit into memory."""
     try:
         import ijson
     except ImportError as error:
         raise MissingExtraError(
             "Reading LEAF's JSON needs the package ijson.", "pip install 'fulgurite[federated]'"
         ) from error
-    with _opened(path) as file:
+    with _open_json(path) as file:
         _refuse_long_numbers(file)
         users = next(ijson.items(file, "users"), None)
         file.seek(0)
@@ -255,16 +258,16 @@ def _read_users(path: Path) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _refuse_long_numbers(file: IO[bytes]) -> None:
-    """Refuse integers of more digits than Python reads, on which the parser crashes."""
+    """Refuse integers of more digits than Python can read, on which the parser crashes."""
     tail = b""
     while block := file.read(1 << 20):
         if _LONG_NUMBER.search(tail + block):
             raise ValueError("a number in it has hundreds of digits")
-        tail = block[-_MOST_DIGITS:]
+        tail = block[-_MAX_DIGITS:]
     file.seek(0)
 
 
-def _labels(user: str, y: Any, count: int) -> npt.NDArray[np.int64]:
+def _check_labels(user: str, y: Any, count: int) -> npt.NDArray[np.int64]:
     if not isinstance(y, list) or len(y) != count:
         raise ValueError(f"user {user!r} has not one label in y for each image in x")
     if not all(type(label) is int and 0 <= label < 1 << 31 for label in y):

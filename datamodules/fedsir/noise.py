@@ -1,4 +1,4 @@
-"""Label noise of known kind and exact amount, and the choice of the clients that get it.
+"""Label noise of known kind and exact amount, and the selection of noisy clients.
 
 Shapes: N samples, K clients, C classes, H W image, D pixels of an image.
 """
@@ -20,7 +20,7 @@ from fulgurite.errors import ConfigError
 __all__ = [
     "CIFAR10_MAP",
     "AsymmetricMap",
-    "ChosenClients",
+    "ClientSelection",
     "Corruption",
     "FederationNoise",
     "InstanceDependent",
@@ -70,11 +70,11 @@ class LabelNoise(ABC):
         """Return labels of which exactly round(rate · N_c) of each class are wrong.
 
         Args:
-            samples: What gets noise; true labels (N,) alone will do.
+            samples: Samples to corrupt, or their true labels (N,).
             rate: Fraction of wrong labels.
-            num_classes: C.
-            generator: Decides what is random.
-            images: Of the samples, if :attr:`needs_images`.
+            num_classes: Number of classes C.
+            generator: Generator of the random numbers.
+            images: Images of the samples, if :attr:`needs_images`.
 
         Shape:
             - images: (N, ., H, W) uint8.
@@ -103,14 +103,14 @@ class LabelNoise(ABC):
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
-        """Return noisy labels (N,); the arguments are those of the call, already checked.
+        """Return noisy labels (N,); the arguments of the call have been checked.
 
         Samples come in a random order; ``samples.rows`` is their order in the source.
         """
 
 
-class _MappedNoise(LabelNoise):
-    """Noise that sends each class to one other class, or to none."""
+class _ClassMapNoise(LabelNoise):
+    """Noise that maps each class to one other class, or to itself."""
 
     @abstractmethod
     def target(self, num_classes: int) -> Tensor:
@@ -124,15 +124,15 @@ class _MappedNoise(LabelNoise):
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
-        """See :meth:`LabelNoise.corrupt`."""
+        """Return noisy labels: see :meth:`LabelNoise.corrupt`."""
         labels, target = samples.labels, self.target(num_classes)
         counts = flip_counts(labels, rate, num_classes) * (target != torch.arange(num_classes))
-        chosen = choose_per_class(labels, counts, generator)
-        return labels.index_copy(0, chosen, target[labels[chosen]])
+        flipped = choose_per_class(labels, counts, generator)
+        return labels.index_copy(0, flipped, target[labels[flipped]])
 
 
 class Symmetric(LabelNoise):
-    """A wrong label is any of the other classes with equal chance.
+    """A wrong label is any of the other classes with equal probability.
 
     Source: FedSIR, arXiv 2604.20825, card section 2.
 
@@ -151,14 +151,14 @@ class Symmetric(LabelNoise):
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
-        """See :meth:`LabelNoise.corrupt`."""
+        """Return noisy labels: see :meth:`LabelNoise.corrupt`."""
         labels = samples.labels
-        chosen = choose_per_class(labels, flip_counts(labels, rate, num_classes), generator)
-        offset = torch.randint(1, num_classes, (len(chosen),), generator=generator)
-        return labels.index_copy(0, chosen, (labels[chosen] + offset) % num_classes)
+        flipped = choose_per_class(labels, flip_counts(labels, rate, num_classes), generator)
+        offset = torch.randint(1, num_classes, (len(flipped),), generator=generator)
+        return labels.index_copy(0, flipped, (labels[flipped] + offset) % num_classes)
 
 
-class Pair(_MappedNoise):
+class Pair(_ClassMapNoise):
     """A wrong label is the next class.
 
     Source: FedSIR, arXiv 2604.20825, card section 5, check 3 (pair-flip).
@@ -169,15 +169,15 @@ class Pair(_MappedNoise):
     """
 
     def target(self, num_classes: int) -> Tensor:
-        """See :meth:`_MappedNoise.target`."""
+        """Return the wrong class of each class: see :meth:`_ClassMapNoise.target`."""
         return (torch.arange(num_classes) + 1) % num_classes
 
 
-class AsymmetricMap(_MappedNoise):
+class AsymmetricMap(_ClassMapNoise):
     """Some classes are mistaken for one similar class; the others have no noise.
 
     Args:
-        mapping: True class -> wrong class; CIFAR-10's usual five pairs if not given.
+        mapping: Wrong class of each true class; the usual five pairs of CIFAR-10 by default.
 
     Raises:
         ConfigError: A class maps to itself or is not among the data's classes.
@@ -198,7 +198,7 @@ class AsymmetricMap(_MappedNoise):
             )
 
     def target(self, num_classes: int) -> Tensor:
-        """See :meth:`_MappedNoise.target`."""
+        """Return the wrong class of each class: see :meth:`_ClassMapNoise.target`."""
         names = {*self.mapping, *self.mapping.values()}
         if outside := sorted(c for c in names if not 0 <= c < num_classes):
             raise ConfigError(
@@ -211,14 +211,14 @@ class AsymmetricMap(_MappedNoise):
 
 
 class InstanceDependent(LabelNoise):
-    """Which labels are wrong, and how, depends on the image.
+    """Wrong labels that depend on the image.
 
     Each class has one random linear map from pixels to class scores. The images with the highest
     scores for other classes (after Gumbel noise) are flipped, exactly round(rate · N_c) of them,
     each to a class drawn from the softmax of its scores.
 
     Args:
-        temperature: Divides the scores; large is close to symmetric noise.
+        temperature: Divisor of the scores; large values approach symmetric noise.
 
     Source: inferred, after Xia et al., NeurIPS 2020 (part-dependent noise); theirs draws rates per
     image, here counts are exact.
@@ -248,7 +248,7 @@ class InstanceDependent(LabelNoise):
         generator: torch.Generator,
         images: Tensor | None,
     ) -> Tensor:
-        """See :meth:`LabelNoise.corrupt`."""
+        """Return noisy labels: see :meth:`LabelNoise.corrupt`."""
         if images is None:
             raise ConfigError("Instance-dependent noise was given no images.", "Pass `images`.")
         labels = samples.labels
@@ -275,7 +275,7 @@ class InstanceDependent(LabelNoise):
 class Corruption(NamedTuple):
     """Given labels (N,) int64, noisy clients (K,) bool, and rates of noise (K,) float64.
 
-    Where no true label of a client is known it counts as clean, and its rate is NaN.
+    A client without a known true label counts as clean, and its rate is NaN.
     """
 
     labels: Tensor
@@ -284,13 +284,13 @@ class Corruption(NamedTuple):
 
 
 def clean_cover_clients(counts: Tensor, threshold: Tensor) -> Tensor:
-    """Choose few clients so that each class has enough samples in at least one of them.
+    """Choose few clients so that each class has enough samples at one of them.
 
-    Greedy: the client that covers most still uncovered classes comes first, the lowest number
-    among equals. A class for which no client has enough stays uncovered.
+    Greedy: the client that covers most uncovered classes comes first, the lowest number in a tie.
+    A class of which no client has enough samples stays uncovered.
 
     Shape:
-        - counts: (K, C) samples; threshold: (C,) samples that are enough.
+        - counts: (K, C) samples; threshold: (C,) samples that cover a class.
         - returns: (K,) bool.
 
     Source: FedSIR, arXiv 2604.20825, card section 2.
@@ -302,19 +302,19 @@ def clean_cover_clients(counts: Tensor, threshold: Tensor) -> Tensor:
     """
     enough = counts >= threshold
     open_classes = enough.any(0)
-    chosen = torch.zeros(len(counts), dtype=torch.bool)
+    clean = torch.zeros(len(counts), dtype=torch.bool)
     while open_classes.any():
         best = int((enough & open_classes).sum(1).argmax())
-        chosen[best] = True
+        clean[best] = True
         open_classes &= ~enough[best]
-    return chosen
+    return clean
 
 
 class FederationNoise(ABC):
-    """What labels the clients of a federation have."""
+    """The rule by which clients of a federation get their labels."""
 
     def annotate(self, samples: Samples) -> Samples:
-        """Return all training samples with the labels that are known before they are dealt.
+        """Return all training samples with the labels that are known before the partition.
 
         Called once, with the samples in the order of the source, validation included. By default
         the labels of the source are the true ones.
@@ -330,30 +330,30 @@ class FederationNoise(ABC):
         generator: torch.Generator,
         images: Callable[[int], Tensor] | None = None,
     ) -> Corruption:
-        """Return the labels that clients have.
+        """Return the labels of the clients.
 
         Args:
-            samples: The training samples as :meth:`annotate` left them, in a random order.
-            parts: The positions of each client's samples, K tensors (N_k,).
-            num_classes: C.
-            generator: Decides what is random.
-            images: Client number -> (N_k, ., H, W) uint8.
+            samples: Training samples from :meth:`annotate`, in a random order.
+            parts: Positions of each client's samples, K tensors (N_k,).
+            num_classes: Number of classes C.
+            generator: Generator of the random numbers.
+            images: Gives the images of a client, (N_k, ., H, W) uint8.
         """
 
 
-class ChosenClients(FederationNoise):
-    """Noise at some clients: which of them, by their number and by a cover of clean ones.
+class ClientSelection(FederationNoise):
+    """Selection of noisy clients by their number and a cover by clean ones.
 
     Attributes:
-        option_names: What a subclass calls the three arguments.
+        option_names: Names of the three arguments in a subclass.
 
     Args:
         fraction: Fraction of clients that are noisy (rounded).
         count: Number of noisy clients, instead of ``fraction``.
-        clean_cover: See :class:`NoisyClients`.
+        clean_cover: Samples of each class at clean clients; see :class:`NoisyClients`.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: ``fraction`` or ``clean_cover`` is out of range.
     """
 
     option_names: tuple[str, str, str] = ("fraction", "count", "clean_cover")
@@ -377,8 +377,8 @@ class ChosenClients(FederationNoise):
         self.clean_cover = clean_cover
 
     @property
-    def chooses(self) -> bool:
-        """Whether some clients may be left clean."""
+    def selects_clients(self) -> bool:
+        """Whether some clients may stay clean."""
         return self.fraction < 1 or self.count is not None or self.clean_cover is not None
 
     def choose(
@@ -387,13 +387,13 @@ class ChosenClients(FederationNoise):
         """Return which clients are noisy, (K,) bool.
 
         Raises:
-            ConfigError: More noisy clients than clients.
+            ConfigError: ``count`` is negative or above the number of clients.
         """
         clients = len(parts)
-        wanted = round(self.fraction * clients) if self.count is None else self.count
-        if not 0 <= wanted <= clients:
+        num_noisy = round(self.fraction * clients) if self.count is None else self.count
+        if not 0 <= num_noisy <= clients:
             raise ConfigError(
-                f"{wanted} of {clients} clients cannot be noisy.",
+                f"{num_noisy} of {clients} clients cannot be noisy.",
                 f"Set `--data.init_args.noise.init_args.{self.option_names[1]}` between 0 and "
                 f"{clients}.",
             )
@@ -406,37 +406,36 @@ class ChosenClients(FederationNoise):
             else:
                 threshold = torch.full_like(sizes, self.clean_cover)
             clean = clean_cover_clients(counts, threshold)
-            if missed := int((~(counts >= threshold).any(0)).sum()):
+            if uncovered := int((~(counts >= threshold).any(0)).sum()):
                 log.warning(
                     "%s=%s: no client has enough samples of %d of %d classes, so no clean "
                     "client covers them; a fraction of the class size (0.09) fits small classes.",
                     self.option_names[2],
                     self.clean_cover,
-                    missed,
+                    uncovered,
                     num_classes,
                 )
-        rest = (~clean).nonzero()[:, 0]
-        drawn = rest[torch.randperm(len(rest), generator=generator)[:wanted]]
-        return torch.zeros(clients, dtype=torch.bool).index_fill(0, drawn, value=True)
+        candidates = (~clean).nonzero()[:, 0]
+        noisy = candidates[torch.randperm(len(candidates), generator=generator)[:num_noisy]]
+        return torch.zeros(clients, dtype=torch.bool).index_fill(0, noisy, value=True)
 
 
-class NoisyClients(ChosenClients):
+class NoisyClients(ClientSelection):
     """Chooses the clients with wrong labels and corrupts them; the others stay clean.
 
     Args:
-        noise: The kind of noise.
-        rate: Fraction of wrong labels, in [0, 1]: one for all noisy clients, or the two ends of
-            the range from which each noisy client draws its own.
+        noise: Kind of noise.
+        rate: Fraction of wrong labels in [0, 1]: one for all noisy clients, or the ends of a range
+            from which each noisy client draws its own.
         fraction: Fraction of clients that are noisy (rounded).
         count: Number of noisy clients, instead of ``fraction``.
-        clean_cover: Clean clients are first chosen so that each class has this many samples in
-            one of them, and the noisy clients are drawn from the rest, fewer than asked if the
-            rest is smaller. An integer counts samples; a fraction in (0, 1] is one of the class
-            size, so that it fits any data set (450 is 0.09 for CIFAR-10). ``null``: all clients
-            may be noisy.
+        clean_cover: Number of samples of each class at one of the clean clients. These are chosen
+            first, and noisy clients are drawn from the others, of which there may be too few.
+            An integer counts samples; a fraction in (0, 1] is relative to the class size and fits
+            any data set (450 is 0.09 for CIFAR-10). ``null``: all clients may be noisy.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: ``rate``, ``fraction`` or ``clean_cover`` is out of range.
 
     Source: FedSIR, arXiv 2604.20825, card section 2; ranges of rates and fractional covers are
     inferred.
@@ -479,14 +478,15 @@ class NoisyClients(ChosenClients):
         """Choose noisy clients and corrupt their labels.
 
         Args:
-            samples: The training samples; true labels (N,) alone will do.
-            parts: The positions of each client's samples, K tensors (N_k,).
-            num_classes: C.
-            generator: Decides what is random.
-            images: Client number -> (N_k, ., H, W) uint8, used by noise that needs images.
+            samples: Training samples, or their true labels (N,).
+            parts: Positions of each client's samples, K tensors (N_k,).
+            num_classes: Number of classes C.
+            generator: Generator of the random numbers.
+            images: Gives the images of a client, (N_k, ., H, W) uint8, for noise that needs them.
 
         Raises:
-            ConfigError: More noisy clients than clients, or noise that does not fit the classes.
+            ConfigError: There are fewer clients than noisy ones, or the noise does not fit the
+                classes.
         """
         if isinstance(samples, Tensor):
             samples = Samples.of(samples)
@@ -494,10 +494,10 @@ class NoisyClients(ChosenClients):
         rates = torch.zeros(len(parts), dtype=torch.float64)
         draws = torch.rand(len(parts), generator=generator, dtype=torch.float64)
         rates[noisy] = (self.low + (self.high - self.low) * draws)[noisy]
-        given = samples.labels.clone()
+        labels = samples.labels.clone()
         for k in noisy.nonzero()[:, 0].tolist():
             pixels = images(k) if images is not None and self.noise.needs_images else None
-            given[parts[k]] = self.noise(
+            labels[parts[k]] = self.noise(
                 samples.take(parts[k]), float(rates[k]), num_classes, generator, pixels
             )
-        return Corruption(given, noisy, rates)
+        return Corruption(labels, noisy, rates)

@@ -36,36 +36,36 @@ from fulgurite.io import checksum, data_path
 __all__ = ["Parquet"]
 
 _OPTION = "--data.init_args.source.init_args"
-_AGAIN = "Fetch the file again, or write it with `Dataset.to_parquet`."
-_BATCH = 256  # images that are in memory at once
+_REFETCH_HINT = "Fetch the file again, or write it with `Dataset.to_parquet`."
+_BATCH = 256  # images in memory at once
 
 
 class Parquet(EncodedImages):
-    """Parquet files with a column of encoded images and one of labels, as Hugging Face has them.
+    """Parquet files with a column of encoded images and one of labels, as of Hugging Face.
 
-    Images are a structure of ``bytes`` and ``path``, or bytes alone: PNG or JPEG. Classes have the
-    names that the file's Hugging Face metadata give, else those that the labels are. All other
+    Images are a structure of ``bytes`` and ``path``, or bytes alone: PNG or JPEG. Class
+    names are those of the file's Hugging Face metadata, else those of the labels. All other
     columns of numbers and text can name clients (``Natural``) or groups (``Grouped``). Images are
     decoded once, in one process, into the cache (``FULGURITE_CACHE``); its key is the content of
     the files.
 
     Args:
-        train: A file or pattern such as ``femnist/train-*.parquet``, absolute or relative to
+        train: File or pattern such as ``femnist/train-*.parquet``, absolute or relative to
             ``FULGURITE_DATA``; files are read in the order of their names.
-        test: The same for the test split; if not given, a part of ``train`` becomes it.
-        image: The column with images.
-        label: The column with labels: numbers from 0, or names.
-        class_names: Names of the classes; needed for numbers of which some have no image.
-        image_size: Side to which all images are resized [pixels]; if not given, they must all have
+        test: File or pattern of the test split; by default a part of ``train`` becomes it.
+        image: Column with images.
+        label: Column with labels: numbers from 0, or names.
+        class_names: Names of the classes; needed for numbered classes if some have no image.
+        image_size: Side to which all images are resized [pixels]; by default they must all have
             one size already.
-        channels: 3 for colour or 1 for grey; images are converted.
+        channels: Number of channels: 3 for colour or 1 for grey; images are converted.
         test_fraction: Fraction of each class that becomes the test split, if there is none.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the test split and of the images kept under the limits.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: A number is out of range, or ``class_names`` has duplicates.
     """
 
     def __init__(
@@ -89,63 +89,67 @@ class Parquet(EncodedImages):
             )
         self.train, self.test, self.image, self.label = train, test, image, label
         self.given_names = class_names
-        self._known: tuple[_Table, _Table | None, tuple[str, ...]] | None = None
+        self._cached_tables: tuple[_ParquetTable, _ParquetTable | None, tuple[str, ...]] | None = (
+            None
+        )
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self._tables()[2])
+        return len(self._read_tables()[2])
 
     def first_size(self) -> tuple[int, int]:
-        """See :meth:`EncodedImages.first_size`."""
-        name, content = next(self._tables()[0].images(self.image))
+        """Return the size of the first image: see :meth:`EncodedImages.first_size`."""
+        name, content = next(self._read_tables()[0].images(self.image))
         image, _ = decode_image_bytes(content, name, self.channels, "")
         return image.shape[1], image.shape[2]
 
-    def _tables(self) -> tuple[_Table, _Table | None, tuple[str, ...]]:
-        if self._known is None:
-            train = _Table(self.train, f"{_OPTION}.train", self.image, self.label)
+    def _read_tables(self) -> tuple[_ParquetTable, _ParquetTable | None, tuple[str, ...]]:
+        if self._cached_tables is None:
+            train = _ParquetTable(self.train, f"{_OPTION}.train", self.image, self.label)
             test = None
             if self.test is not None:
-                test = _Table(self.test, f"{_OPTION}.test", self.image, self.label)
-            self._known = train, test, _class_names(train, test, self.given_names)
-        return self._known
+                test = _ParquetTable(self.test, f"{_OPTION}.test", self.image, self.label)
+            self._cached_tables = train, test, _choose_class_names(train, test, self.given_names)
+        return self._cached_tables
 
     def read(self) -> ImageArrays:
         """Return all images, memory-mapped."""
-        train, test, names = self._tables()
+        train, test, names = self._read_tables()
         labels = train.label_numbers(names)
-        kept: list[int] = list(range(len(labels)))
-        tested: list[int] = []
+        train_rows: list[int] = list(range(len(labels)))
+        test_rows: list[int] = []
         if test is None:
-            kept, tested = split_off_test(labels, self.test_fraction, self.seed)
+            train_rows, test_rows = split_off_test(labels, self.test_fraction, self.seed)
         files = [checksum(path) for table in (train, test) if table for path in table.paths]
         split = None if test else (self.test_fraction, self.seed)
         parts = (len(train.paths), self.image, self.label, names, self.side, self.channels, split)
         key = hashlib.sha256(f"1 {files} {parts}".encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
-            self._write(target / "train_images.npy", train, kept)
-            np.save(target / "train_labels.npy", labels[kept].numpy())
+            self._write_images(target / "train_images.npy", train, train_rows)
+            np.save(target / "train_labels.npy", labels[train_rows].numpy())
             if test is None:
-                self._write(target / "test_images.npy", train, tested)
-                np.save(target / "test_labels.npy", labels[tested].numpy())
+                self._write_images(target / "test_images.npy", train, test_rows)
+                np.save(target / "test_labels.npy", labels[test_rows].numpy())
             else:
-                every = test.label_numbers(names)
-                self._write(target / "test_images.npy", test, list(range(len(every))))
-                np.save(target / "test_labels.npy", every.numpy())
+                test_labels = test.label_numbers(names)
+                self._write_images(target / "test_images.npy", test, list(range(len(test_labels))))
+                np.save(target / "test_labels.npy", test_labels.numpy())
             return names
 
         arrays = cached_arrays(f"parquet-{key}", write)
         listing = Listing(len(labels), None, train.columns)
-        return replace(arrays, listing=listing, train_rows=torch.tensor(kept, dtype=torch.int64))
+        return replace(
+            arrays, listing=listing, train_rows=torch.tensor(train_rows, dtype=torch.int64)
+        )
 
-    def _write(self, target: Path, table: _Table, rows: list[int]) -> None:
-        size, wanted, peaks = self.image_size, set(rows), [-1]
+    def _write_images(self, target: Path, table: _ParquetTable, rows: list[int]) -> None:
+        size, row_set, peaks = self.image_size, set(rows), [-1]
 
         def blocks() -> Iterator[Tensor]:
             for row, (name, content) in enumerate(table.images(self.image)):
-                if row in wanted:
+                if row in row_set:
                     image, highest = decode_image_bytes(content, name, self.channels, "")
                     peaks[0] = max(peaks[0], highest)
                     yield torch.from_numpy(fit_image(image, name, self.side, size)[None].copy())
@@ -156,21 +160,21 @@ class Parquet(EncodedImages):
             check_range(peaks[0], self.train)
 
 
-class _Table:
-    """The rows of some parquet files, one after the other.
+class _ParquetTable:
+    """Concatenated rows of parquet files.
 
     Args:
-        pattern: A file or pattern.
-        option: The argument that names it, as the command line spells it.
-        image: The column with images.
-        label: The column with labels.
+        pattern: File or pattern.
+        option: Argument that names the pattern, as the command line spells it.
+        image: Column with images.
+        label: Column with labels.
 
     Attributes:
-        paths: The files.
-        labels: Their labels as text.
+        paths: Paths of the files.
+        labels: Labels as text.
         numbered: Whether labels are numbers.
         columns: Other columns, as text.
-        class_names: Those of Hugging Face's metadata.
+        class_names: Class names of Hugging Face's metadata, if any.
     """
 
     def __init__(self, pattern: str, option: str, image: str, label: str) -> None:
@@ -180,25 +184,27 @@ class _Table:
             raise MissingExtraError(
                 "Reading parquet needs the package pyarrow.", "pip install 'fulgurite[federated]'"
             ) from error
-        place = data_path(pattern, must_exist=False)
+        location = data_path(pattern, must_exist=False)
         self.paths = (
-            [place] if place.is_file() else [Path(p) for p in sorted(glob.glob(str(place)))]
+            [location]
+            if location.is_file()
+            else [Path(p) for p in sorted(glob.glob(str(location)))]
         )
         if not self.paths:
-            raise DataError(f"There is no parquet file {place}.", f"Set `{option}`.")
+            raise DataError(f"There is no parquet file {location}.", f"Set `{option}`.")
         self.labels: list[str] = []
         self.numbered = True
         self.columns: dict[str, list[str]] = {}
         self.class_names: tuple[str, ...] | None = None
         for number, path in enumerate(self.paths):
-            with reading(path, "The table", _AGAIN):
+            with reading(path, "The table", _REFETCH_HINT):
                 check_parquet(path)
                 with pq.ParquetFile(path) as file:
-                    self._add(file, path, image, label, number == 0)
+                    self._add_file(file, path, image, label, number == 0)
         if not self.labels:
             raise DataError(f"There are no images in {pattern}.", f"Set `{option}`.")
 
-    def _add(self, file: Any, path: Path, image: str, label: str, is_first: bool) -> None:
+    def _add_file(self, file: Any, path: Path, image: str, label: str, is_first: bool) -> None:
         import pyarrow as pa
 
         schema = file.schema_arrow
@@ -214,7 +220,7 @@ class _Table:
             raise ValueError(f"its labels {label!r} are {schema.field(label).type}")
         table = file.read(columns=plain)
         texts = {name: [cell_text(v) for v in table[name].to_pylist()] for name in plain}
-        names = _metadata_names(schema, label)
+        names = _read_metadata_names(schema, label)
         kind = schema.field(label).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         self.numbered &= not (pa.types.is_string(kind) or pa.types.is_large_string(kind))
@@ -246,12 +252,12 @@ class _Table:
         return torch.tensor([number[text] for text in self.labels], dtype=torch.int64)
 
     def images(self, column: str) -> Iterator[tuple[str, bytes]]:
-        """Return the name and bytes of each image in turn."""
+        """Yield the name and bytes of each image."""
         import pyarrow.parquet as pq
 
         for path in self.paths:
             row = 0
-            with reading(path, "The table", _AGAIN), pq.ParquetFile(path) as file:
+            with reading(path, "The table", _REFETCH_HINT), pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH, columns=[column]):
                     for value in batch.column(0).to_pylist():
                         content = value.get("bytes") if isinstance(value, dict) else value
@@ -263,8 +269,8 @@ class _Table:
                         row += 1
 
 
-def _metadata_names(schema: Any, label: str) -> tuple[str, ...] | None:
-    """Names of classes that Hugging Face's metadata give, if they do."""
+def _read_metadata_names(schema: Any, label: str) -> tuple[str, ...] | None:
+    """Read the class names of Hugging Face's metadata, if any."""
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return None
@@ -277,10 +283,12 @@ def _metadata_names(schema: Any, label: str) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _class_names(train: _Table, test: _Table | None, given: list[str] | None) -> tuple[str, ...]:
-    """Names of the classes: given ones, those of the metadata, or those that labels are."""
-    if given is not None:
-        return tuple(given)
+def _choose_class_names(
+    train: _ParquetTable, test: _ParquetTable | None, class_names: list[str] | None
+) -> tuple[str, ...]:
+    """Choose the class names: configured ones, those of the metadata, or those of labels."""
+    if class_names is not None:
+        return tuple(class_names)
     if train.class_names is not None:
         return train.class_names
     different = {text for table in (train, test) if table for text in table.labels} - {""}

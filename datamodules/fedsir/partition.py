@@ -1,4 +1,4 @@
-"""How training samples are dealt to clients.
+"""Partitions of training samples among clients.
 
 Shapes: N samples, K clients, C classes, N_k samples of client k.
 """
@@ -19,25 +19,25 @@ __all__ = ["Dirichlet", "Grouped", "Iid", "Natural", "Partition", "Shards", "che
 
 
 class Partition(ABC):
-    """A rule that deals samples to clients."""
+    """A rule that assigns samples to clients."""
 
     def __call__(
         self, samples: Samples | Tensor, clients: int, num_classes: int, generator: torch.Generator
     ) -> list[Tensor]:
-        """Deal all samples to clients.
+        """Assign all samples to clients.
 
         Args:
-            samples: What is dealt; true labels (N,) alone will do.
-            clients: K.
-            num_classes: C.
-            generator: Decides what is random.
+            samples: Samples to assign, or their true labels (N,).
+            clients: Number of clients K.
+            num_classes: Number of classes C.
+            generator: Generator of the random numbers.
 
         Shape:
             - K tensors (N_k,) int64 of positions, ascending, disjoint, together all of range(N).
 
         Raises:
-            ConfigError: Fewer than one client.
-            DataError: More clients than samples, or a client without samples.
+            ConfigError: ``clients`` is below 1.
+            DataError: There are more clients than samples, or a client has no samples.
         """
         if clients < 1:
             raise ConfigError(
@@ -55,7 +55,7 @@ class Partition(ABC):
         if owner.shape != (len(samples),) or owner.min() < 0 or owner.max() >= clients:
             raise DataError(
                 f"The partition named clients outside 0 to {clients - 1}, or not one per sample.",
-                "Mend the `assign` method of `--data.init_args.partition`.",
+                "Correct the `assign` method of `--data.init_args.partition`.",
             )
         sizes = torch.bincount(owner, minlength=clients).tolist()
         parts = list(torch.split(owner.argsort(stable=True), sizes))
@@ -76,10 +76,10 @@ class Partition(ABC):
 
 
 def check_partition(parts: list[Tensor], samples: int) -> None:
-    """Check that clients hold every sample exactly once and that none is empty.
+    """Check that every sample has exactly one client and that no client is empty.
 
     Raises:
-        DataError: An empty client, or a sample that is missing or dealt twice.
+        DataError: A client is empty, or a sample is missing or assigned twice.
 
     Example:
         >>> check_partition([torch.tensor([0, 2]), torch.tensor([1])], 3)
@@ -93,7 +93,7 @@ def check_partition(parts: list[Tensor], samples: int) -> None:
     if not torch.equal(torch.cat(parts).sort().values, torch.arange(samples)):
         raise DataError(
             f"The partition does not hold each of {samples} samples exactly once.",
-            "Mend the `assign` method of `--data.init_args.partition`.",
+            "Correct the `assign` method of `--data.init_args.partition`.",
         )
 
 
@@ -111,25 +111,25 @@ class Iid(Partition):
     def assign(
         self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`Partition.assign`."""
+        """Return the client of each sample: see :meth:`Partition.assign`."""
         return torch.randperm(len(samples), generator=generator) % clients
 
 
 class Dirichlet(Partition):
-    """Each class is spread over its holders with Dirichlet shares.
+    """Each class is distributed over its clients with Dirichlet proportions.
 
-    A client may hold a class with probability ``holding_probability``; the samples of a class go
-    independently to its holders by shares drawn from Dir(alpha).
+    A client may have a class with probability ``holding_probability``; the samples of a class are
+    assigned independently to its clients with proportions drawn from Dir(alpha).
 
     Args:
-        alpha: Concentration; small is uneven.
-        holding_probability: Chance that a client may hold a class, in (0, 1].
+        alpha: Concentration; small values give uneven partitions.
+        holding_probability: Probability that a client may have a class, in (0, 1].
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: ``alpha`` is not positive, or ``holding_probability`` is outside (0, 1].
 
     Source: FedSIR, arXiv 2604.20825, card section 2 (FedCorr's sampler). That a class without a
-    holder gets one at random is inferred.
+    client gets one at random is inferred.
 
     Example:
         >>> labels = torch.arange(1000) % 10
@@ -155,7 +155,7 @@ class Dirichlet(Partition):
     def assign(
         self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`Partition.assign`."""
+        """Return the client of each sample: see :meth:`Partition.assign`."""
         # torch draws no Dirichlet from a generator
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         holds = rng.random((clients, num_classes)) < self.holding_probability
@@ -168,19 +168,19 @@ class Dirichlet(Partition):
         owner = np.empty(len(truth), dtype=np.int64)
         for c in range(num_classes):
             holders, members = np.flatnonzero(holds[:, c]), np.flatnonzero(truth == c)
-            shares = rng.dirichlet([self.alpha] * len(holders))
-            owner[members] = rng.choice(holders, size=len(members), p=shares)
+            proportions = rng.dirichlet([self.alpha] * len(holders))
+            owner[members] = rng.choice(holders, size=len(members), p=proportions)
         return torch.from_numpy(owner)
 
 
 class Shards(Partition):
-    """Samples sorted by class are cut into equal shards, of which each client gets a few.
+    """Samples sorted by class are divided into equal shards, a few for each client.
 
     Args:
-        shards_per_client: Shards of each client: about as many classes as it sees.
+        shards_per_client: Number of shards of a client, about its number of classes.
 
     Raises:
-        ConfigError: Fewer than one shard.
+        ConfigError: ``shards_per_client`` is below 1.
 
     Source: McMahan et al., AISTATS 2017 (the usual "pathological" partition).
 
@@ -202,7 +202,7 @@ class Shards(Partition):
     def assign(
         self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`Partition.assign`."""
+        """Return the client of each sample: see :meth:`Partition.assign`."""
         labels = samples.classes
         shards = clients * self.shards_per_client
         shuffled = torch.randperm(len(labels), generator=generator)
@@ -215,16 +215,16 @@ class Shards(Partition):
 
 
 class Natural(Partition):
-    """Each client is one that the source names, such as the writer of LEAF's FEMNIST.
+    """Clients named by the source, such as the writers of LEAF's FEMNIST.
 
     Clients are numbered in the order of their names, numbers by value.
 
     Args:
-        column: The column of the source that names the client of each image.
+        column: Column of the source with the client of each image.
 
     Raises:
-        DataError: The source has no such column, it names no client for an image, or another
-            number of clients than ``clients``.
+        DataError: The source lacks the column, it is empty for an image, or the number of clients
+            is not ``clients``.
 
     Source: Caldas et al., LEAF, arXiv 1812.01097 (natural partition by user).
 
@@ -243,7 +243,7 @@ class Natural(Partition):
     def assign(
         self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`Partition.assign`."""
+        """Return the client of each sample: see :meth:`Partition.assign`."""
         names = samples.column(self.column)
         if nameless := [i for i, name in enumerate(names) if not name]:
             raise DataError(
@@ -252,44 +252,46 @@ class Natural(Partition):
                 "Name a client for each image, or another column in "
                 "`--data.init_args.partition.init_args.column`.",
             )
-        every = set(samples.listing.columns[self.column]) - {""}
-        return number_clients(names, every, clients, f"The column {self.column!r} of the source")
+        all_names = set(samples.listing.columns[self.column]) - {""}
+        return number_clients(
+            names, all_names, clients, f"The column {self.column!r} of the source"
+        )
 
 
-def number_clients(names: Sequence[str], every: set[str], clients: int, where: str) -> Tensor:
+def number_clients(names: Sequence[str], all_names: set[str], clients: int, origin: str) -> Tensor:
     """Return the number of each sample's client, in the order of the clients' names.
 
     Args:
-        names: The client of each sample.
-        every: All clients, also those that have no training sample here.
-        clients: K, as configured.
-        where: What names the clients, as the beginning of a sentence.
+        names: Client of each sample.
+        all_names: All clients, including those without training samples.
+        clients: Configured number of clients K.
+        origin: Subject of error messages, such as ``The file``.
 
     Raises:
-        DataError: There are not K clients, or one of them has no training sample.
+        DataError: ``all_names`` are not K clients, or a client has no training sample.
 
     Example:
         >>> number_clients(["10", "9", "10"], {"9", "10"}, 2, "The file").tolist()
         [1, 0, 1]
     """
-    if len(every) != clients:
+    if len(all_names) != clients:
         raise DataError(
-            f"{where} names {len(every)} clients, and there are to be {clients}.",
-            f"Set `--data.init_args.clients={len(every)}`.",
+            f"{origin} names {len(all_names)} clients, and there are to be {clients}.",
+            f"Set `--data.init_args.clients={len(all_names)}`.",
         )
-    if idle := sorted(every - set(names)):
+    if idle := sorted(all_names - set(names)):
         raise DataError(
-            f"{where} names the client {idle[0]!r}, of whose images none is left for training "
+            f"{origin} names the client {idle[0]!r}, of whose images none is left for training "
             f"({len(idle)} of {clients} clients are like this).",
             "Lower `--data.init_args.val_fraction`, raise `train_limit` of the source, or leave "
             "these clients out of the data.",
         )
-    number = {name: k for k, name in enumerate(sort_names(every))}
+    number = {name: k for k, name in enumerate(sort_names(all_names))}
     return torch.tensor([number[name] for name in names], dtype=torch.int64)
 
 
 def sort_names(names: set[str]) -> list[str]:
-    """Sort names, by value where all of them are different integers.
+    """Sort names, by value if all of them are integers.
 
     Example:
         >>> sort_names({"10", "9"}), sort_names({"w10", "w9"})
@@ -301,20 +303,20 @@ def sort_names(names: set[str]) -> list[str]:
 
 
 class Grouped(Partition):
-    """Deals whole groups by another partition: no group is at two clients.
+    """Assigns whole groups by another partition, so that no group is at two clients.
 
-    A group counts as one sample, of the class that most of its samples have.
+    A group counts as one sample of its most common class.
 
     Args:
-        partition: How groups are dealt.
-        column: The column of the source that names the group of each image, such as a patient; if
-            not given, a group is an original with its augmented copies.
+        partition: Partition of the groups.
+        column: Column of the source with the group of each image, such as a patient; by default a
+            group is an original with its augmented copies.
 
     Raises:
-        DataError: The source has no such column, or there are fewer groups than clients.
+        DataError: The source lacks the column, or there are fewer groups than clients.
 
     Source: inferred: as the usual split by patient. Copies of one original at several clients, with
-    labels of their own, would let a clean client teach the true label of what a noisy one holds.
+    labels of their own, would let a clean client teach the true labels of a noisy one.
 
     Example:
         >>> samples = Samples.of(torch.tensor([0, 1])).take(torch.tensor([0, 1, 0, 1]))
@@ -330,7 +332,7 @@ class Grouped(Partition):
     def assign(
         self, samples: Samples, clients: int, num_classes: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`Partition.assign`."""
+        """Return the client of each sample: see :meth:`Partition.assign`."""
         group = samples.groups(self.column)
         groups = int(group.max()) + 1
         if groups < clients:

@@ -1,4 +1,4 @@
-"""Training samples as partitions and label noise see them: labels, rows of the source, groups.
+"""Training samples for partitions and label noise: labels, rows of the source, groups.
 
 Shapes: N samples, R training images of a source, C classes.
 """
@@ -16,24 +16,24 @@ from fulgurite.errors import DataError
 
 __all__ = ["UNKNOWN", "Listing", "Samples"]
 
-#: The number that stands for a true label which nobody knows.
+#: The number of an unknown true label.
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The training images of a source in its own order, before any of them is left out.
+    """The training images of a source in its order, before any of them is left out.
 
-    That order is the one of the official archive, of an array, or of the sorted paths of a folder;
+    The order is that of the official archive, of an array, or of the sorted paths of a folder;
     files with one line for each image refer to it.
 
     Attributes:
         total: Number R of training images.
-        keys: Their names, such as paths, R different ones; None if the source has no names.
-        columns: What else the source says of each image, such as its writer: R texts by name.
+        keys: Unique names of the R images, such as paths; None if the source has no names.
+        columns: Other columns of the source, such as the writer: R texts each, by name.
 
     Raises:
-        DataError: Keys or columns are not R, or a key is there twice.
+        DataError: ``keys`` or a column does not have R entries, or a key is repeated.
 
     Example:
         >>> Listing(2, ("a.png", "b.png"), {"writer": ("w1", "w1")}).total
@@ -61,7 +61,7 @@ class Listing:
             )
 
     def describe(self, row: int) -> str:
-        """Return what an error calls an image.
+        """Return the description of an image in errors.
 
         Example:
             >>> Listing(2).describe(1), Listing(1, ("a.png",)).describe(0)
@@ -71,21 +71,21 @@ class Listing:
 
 
 def _first_repeated(keys: Sequence[str]) -> str:
-    seen: set[str] = set()
+    unique: set[str] = set()
     for key in keys:
-        if key in seen:
+        if key in unique:
             return key
-        seen.add(key)
+        unique.add(key)
     raise ValueError("no key is repeated")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Training samples: what is known of each when it is dealt to a client or gets a wrong label.
+    """Training samples, with their labels and their rows in the source.
 
     Attributes:
-        labels: Labels as given.
-        true: True labels, :data:`UNKNOWN` where nobody knows them.
+        labels: Given labels.
+        true: True labels, or :data:`UNKNOWN`.
         rows: Row of each sample's original in ``listing``; augmented copies share one.
         listing: The training images of the source in its own order.
         class_names: Names of the C classes.
@@ -122,7 +122,7 @@ class Samples:
 
     @property
     def classes(self) -> Tensor:
-        """The true label where it is known, else the given one: what samples are dealt by.
+        """The true label where it is known, else the given one; partitions use it.
 
         Shape:
             - (N,) int64.
@@ -139,8 +139,8 @@ class Samples:
             self, labels=self.labels[index], true=self.true[index], rows=self.rows[index]
         )
 
-    def describe(self, positions: Tensor, most: int = 3) -> str:
-        """Return what an error calls some samples: the first few originals, and how many more.
+    def describe(self, positions: Tensor, limit: int = 3) -> str:
+        """Return the description of samples in errors: the first originals, and a count of others.
 
         Shape:
             - positions: (M,) int64, at least one.
@@ -150,20 +150,20 @@ class Samples:
             'row 0, row 1, row 2 and 2 more'
         """
         rows = sorted(set(self.rows[positions].tolist()))
-        shown = ", ".join(self.listing.describe(row) for row in rows[:most])
-        return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")
+        text = ", ".join(self.listing.describe(row) for row in rows[:limit])
+        return text + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
 
     def column(self, name: str) -> list[str]:
-        """Return what the source says of each sample in one of its columns.
+        """Return the values of a column of the source for each sample.
 
         Raises:
-            DataError: The source has no such column.
+            DataError: The source has no column of this name.
         """
         if name not in self.listing.columns:
-            known = ", ".join(sorted(self.listing.columns))
+            columns = ", ".join(sorted(self.listing.columns))
             raise DataError(
                 f"The source says nothing called {name!r} of its images: "
-                + (f"its columns are {known}." if known else "it has no columns."),
+                + (f"its columns are {columns}." if columns else "it has no columns."),
                 "Name one of its columns, or use a source that has it, such as Leaf or Parquet.",
             )
         values = self.listing.columns[name]
@@ -173,14 +173,14 @@ class Samples:
         """Return the number of each sample's group, from 0 in the order of the samples.
 
         Args:
-            column: A column of the source, such as a patient; if not given, a group is an original
-                with its copies.
+            column: Column of the source, such as a patient; by default a group is an original with
+                its copies.
 
         Shape:
             - (N,) int64.
 
         Raises:
-            DataError: The source has no such column.
+            DataError: The source has no column of this name.
 
         Example:
             >>> samples = Samples.of(torch.tensor([1, 0, 1])).take(torch.tensor([2, 0, 2]))

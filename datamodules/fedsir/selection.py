@@ -1,6 +1,6 @@
 """Seeded choices of samples by class, shared by sources, noise and the data module.
 
-Shapes: N samples, C classes, M chosen samples.
+Shapes: N samples, C classes, M selected samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["check_labels", "choose_per_class", "class_quota", "make_generator"]
 
 
 def make_generator(seed: int, stream: int = 0) -> torch.Generator:
-    """Return a CPU generator for one purpose; different streams of one seed are independent.
+    """Return a CPU generator for a stream; different streams of one seed are independent.
 
     Example:
         >>> make_generator(0, 1).initial_seed() == make_generator(0, 2).initial_seed()
@@ -32,7 +32,7 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> Tensor:
         - labels: (N,) integers -> (N,) int64.
 
     Raises:
-        DataError: Not a vector of integers, or a label outside [0, C).
+        DataError: The labels are not a vector of integers, or a label is outside [0, C).
 
     Example:
         >>> check_labels(torch.tensor([0, 2]), 3, "train").tolist()
@@ -55,7 +55,7 @@ def check_labels(labels: Tensor, num_classes: int, name: str) -> Tensor:
 
 
 def class_quota(labels: Tensor, num_classes: int, limit: int) -> Tensor:
-    """Return how many samples of each class a balanced subset of at most ``limit`` takes.
+    """Return the number of samples per class in a balanced subset of at most ``limit``.
 
     Shape:
         - labels: (N,) -> (C,) int64.

@@ -1,4 +1,4 @@
-"""Where images come from: one interface, and the data sets that need no files or one ``.npz``.
+"""Interface of image sources, and the sources without files or with one ``.npz``.
 
 Shapes: N samples, C channels, H W image.
 """
@@ -29,8 +29,8 @@ from fulgurite.io import data_path
 
 __all__ = ["Digits", "ImageArrays", "ImageSource", "Npz"]
 
-_MOST_CLASSES = 1000  # that a file with fewer images may number
-_AGAIN = "Write the file again with `numpy.savez` (no object arrays)."
+_MAX_CLASSES = 1000  # largest number of classes in a file with fewer images
+_REWRITE_HINT = "Write the file again with `numpy.savez` (no object arrays)."
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class ImageArrays:
     """A whole data set in memory, or memory-mapped.
 
     Attributes:
-        listing: The training images in the order of the source, of which these may be a part; by
-            default these are all, without names.
-        train_rows: Row of each training image in ``listing``; by default one after the other.
+        listing: All training images of the source in its order, of which ``train_images`` may be a
+            part; by default the listing of ``train_images``, without names.
+        train_rows: Row of each training image in ``listing``; by default consecutive rows.
 
     Shape:
         - train_images, test_images: (N, C, H, W) uint8; train_labels, test_labels: (N,) int64.
@@ -100,19 +100,19 @@ class ImageArrays:
 class ImageSource(ABC):
     """A data set of labelled images of one size, with a training and a test split.
 
-    A subclass gives the three sizes, which must be cheap, and :meth:`read`.
+    A subclass defines the three sizes, which must be cheap, and :meth:`read`.
 
     Args:
         train_limit: Keep at most this many training images, as many of each class as possible.
-        test_limit: The same for test images.
-        seed: Seed of that choice.
+        test_limit: Keep at most this many test images, as many of each class as possible.
+        seed: Seed of the images kept under the limits.
 
     Raises:
         ConfigError: A limit is not positive.
     """
 
-    #: Augmented copies of each training image, made by :meth:`copy_images` after the data module
-    #: has set validation images apart.
+    #: Number of augmented copies of each training image, made by :meth:`copy_images` after the data
+    #: module has split off validation images.
     copies: int = 1
 
     def __init__(
@@ -148,7 +148,7 @@ class ImageSource(ABC):
         """Return all images."""
 
     def prepare(self) -> None:
-        """Do once per machine what other processes can then share (decode to a cache)."""
+        """Prepare data once per machine for all processes, such as by decoding to a cache."""
         return  # most sources have nothing to prepare
 
     def load(self) -> ImageArrays:
@@ -165,21 +165,21 @@ class ImageSource(ABC):
             labels = getattr(arrays, f"{name}_labels")
             if limit is not None and limit < len(labels):
                 quota = class_quota(labels, len(arrays.class_names), limit)
-                kept = choose_per_class(labels, quota, make_generator(self.seed, stream))
+                rows = choose_per_class(labels, quota, make_generator(self.seed, stream))
                 changes: dict[str, Any] = {
-                    f"{name}_images": getattr(arrays, f"{name}_images")[kept],
-                    f"{name}_labels": labels[kept],
+                    f"{name}_images": getattr(arrays, f"{name}_images")[rows],
+                    f"{name}_labels": labels[rows],
                 }
                 if name == "train":
                     samples = arrays.samples()
-                    changes |= {"listing": samples.listing, "train_rows": samples.rows[kept]}
+                    changes |= {"listing": samples.listing, "train_rows": samples.rows[rows]}
                 arrays = replace(arrays, **changes)
         return arrays
 
     def copy_images(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``copies`` augmented copies of each image with their labels.
 
-        Copy k of image n is at k · N + n, so that the copies of an image can be told.
+        Copy k of image n is at k · N + n, so that copies can be matched to images.
 
         Shape:
             - images: (N, C, H, W) uint8; labels: (N,) -> the same with copies · N for N.
@@ -196,7 +196,9 @@ def _refuse_blank(images: Tensor) -> None:
     if not images.numel():
         return
     value = images.flatten()[0]
-    if all(bool((image == value).all()) for image in images):  # ends at the first that is not
+    if all(
+        bool((image == value).all()) for image in images
+    ):  # stops at the first image that differs
         raise DataError(
             f"All {len(images)} training images have the value {int(value)} everywhere.",
             "Look at the files: nothing can be learned from them.",
@@ -206,11 +208,11 @@ def _refuse_blank(images: Tensor) -> None:
 class Digits(ImageSource):
     """Scikit-learn's 1,797 real 8×8 images of handwritten digits.
 
-    360 images are the test split, untouched. Each training image becomes ``copies`` copies, each
-    shifted, rotated and given pixel noise at random.
+    360 unchanged images are the test split. Each training image becomes ``copies`` copies, each
+    with a random shift, rotation and pixel noise.
 
     Args:
-        copies: Augmented copies of each training image; 1 leaves the originals as they are.
+        copies: Number of augmented copies of each training image; 1 keeps the originals unchanged.
         seed: Seed of the test split and of the copies.
         max_shift: Largest shift of a copy along each axis [pixels].
         max_rotation: Largest rotation of a copy [degrees].
@@ -219,7 +221,7 @@ class Digits(ImageSource):
         test_limit: Keep at most this many test images, balanced by class.
 
     Raises:
-        ConfigError: Fewer than one copy, or a limit is not positive.
+        ConfigError: ``copies`` is below 1, or a limit is not positive.
 
     Source: FedSIR, arXiv 2604.20825, card section 3d (toy: digits with 10 augmented copies); the
     kind and size of the augmentation are inferred.
@@ -273,14 +275,14 @@ class Digits(ImageSource):
         digits = load_digits()
         images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
         labels = torch.from_numpy(digits.target.astype(np.int64))
-        tested = torch.zeros(len(labels), dtype=torch.bool)
+        in_test = torch.zeros(len(labels), dtype=torch.bool)
         quota = class_quota(labels, 10, 360)
-        tested[choose_per_class(labels, quota, make_generator(self.seed, 2))] = True
+        in_test[choose_per_class(labels, quota, make_generator(self.seed, 2))] = True
         return ImageArrays(
-            images[~tested],
-            labels[~tested],
-            images[tested],
-            labels[tested],
+            images[~in_test],
+            labels[~in_test],
+            images[in_test],
+            labels[in_test],
             tuple(str(digit) for digit in range(10)),
         )
 
@@ -308,14 +310,14 @@ class Npz(ImageSource):
     """A ``.npz`` file with ``train_images``, ``train_labels``, ``test_images``, ``test_labels``.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) uint8 with one or three channels; labels are
-    integers (N,) or (N, 1). An optional ``class_names`` holds strings. MedMNIST's files are read
-    as they are (their validation split is left out).
+    integers (N,) or (N, 1). An optional ``class_names`` holds strings. MedMNIST's files can be
+    read directly (their validation split is left out).
 
     Args:
         path: The file, absolute or relative to ``FULGURITE_DATA``.
         train_limit: Keep at most this many training images, balanced by class.
         test_limit: Keep at most this many test images, balanced by class.
-        seed: Seed of these choices.
+        seed: Seed of the images kept under the limits.
     """
 
     _NAMES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -334,25 +336,25 @@ class Npz(ImageSource):
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return self._peek()[0]
+        return self._peek_sizes()[0]
 
     @property
     def in_channels(self) -> int:
         """Number of channels."""
-        return self._peek()[1]
+        return self._peek_sizes()[1]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width [pixels]."""
-        return self._peek()[2]
+        return self._peek_sizes()[2]
 
-    def _get(self, name: str) -> Any:
+    def _read_array(self, name: str) -> Any:
         path = data_path(self.path)
-        with reading(path, f"The array {name} of", _AGAIN):
+        with reading(path, f"The array {name} of", _REWRITE_HINT):
             return read_arrays(path, [name]).get(name)
 
-    def _need(self, name: str) -> Any:
-        array = self._get(name)
+    def _require_array(self, name: str) -> Any:
+        array = self._read_array(name)
         if array is None:
             raise DataError(
                 f"There is no array {name} in {self.path}.",
@@ -360,8 +362,8 @@ class Npz(ImageSource):
             )
         return array
 
-    def _class_names(self) -> tuple[str, ...]:
-        names = self._get("class_names")
+    def _read_class_names(self) -> tuple[str, ...]:
+        names = self._read_array("class_names")
         if names is not None:
             if names.ndim != 1 or names.dtype.kind != "U":
                 raise DataError(
@@ -369,7 +371,7 @@ class Npz(ImageSource):
                     "Save them as one array of text.",
                 )
             return tuple(str(name) for name in names)
-        labels = self._need("train_labels")
+        labels = self._require_array("train_labels")
         if labels.dtype.kind not in "iu" or not labels.size:
             raise DataError(
                 f"The train labels of {self.path} are {labels.size} values of type {labels.dtype}.",
@@ -380,39 +382,39 @@ class Npz(ImageSource):
                 f"The train labels of {self.path} go down to {labels.min()}.",
                 "Number the classes from 0.",
             )
-        if (most := int(labels.max())) >= max(_MOST_CLASSES, labels.size):
+        if (max_label := int(labels.max())) >= max(_MAX_CLASSES, labels.size):
             raise DataError(
-                f"The train labels of {self.path} go up to {most} for {labels.size} images.",
+                f"The train labels of {self.path} go up to {max_label} for {labels.size} images.",
                 "Number the classes from 0.",
             )
-        if absent := np.setdiff1d(np.arange(most + 1), labels).tolist():
+        if absent := np.setdiff1d(np.arange(max_label + 1), labels).tolist():
             raise DataError(
-                f"The train labels of {self.path} go up to {most}, and no image has "
+                f"The train labels of {self.path} go up to {max_label}, and no image has "
                 f"{name_some(absent)}.",
                 "Number the classes from 0 without gaps, or save `class_names`, one for each.",
             )
-        return tuple(str(c) for c in range(most + 1))
+        return tuple(str(c) for c in range(max_label + 1))
 
-    def _peek(self) -> tuple[int, int, tuple[int, int]]:
+    def _peek_sizes(self) -> tuple[int, int, tuple[int, int]]:
         if self._sizes is None:
-            shape = _channels_first(self._shape("test_images"), self.path)
-            self._sizes = len(self._class_names()), shape[1], (shape[2], shape[3])
+            shape = _to_channels_first(self._peek_shape("test_images"), self.path)
+            self._sizes = len(self._read_class_names()), shape[1], (shape[2], shape[3])
         return self._sizes
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _peek_shape(self, name: str) -> tuple[int, ...]:
         """Read only the header of an array."""
         path = data_path(self.path)
-        with reading(path, f"The array {name} of", _AGAIN):
+        with reading(path, f"The array {name} of", _REWRITE_HINT):
             shape = read_array_shape(path, name)
-        return tuple(self._need(name).shape) if shape is None else shape
+        return tuple(self._require_array(name).shape) if shape is None else shape
 
     def read(self) -> ImageArrays:
         """Return all images."""
         arrays = {}
         for name in self._NAMES:
-            array = self._need(name)
+            array = self._require_array(name)
             if name.endswith("images"):
-                order = _channels_first(array.shape, self.path, axes=True)
+                order = _to_channels_first(array.shape, self.path, axes=True)
                 array = array[:, None] if array.ndim == 3 else array.transpose(order)
             elif array.ndim == 2 and array.shape[1] == 1:
                 array = array[:, 0]  # MedMNIST
@@ -422,7 +424,7 @@ class Npz(ImageSource):
                     "Save images as uint8 and labels as integers.",
                 )
             arrays[name] = torch.from_numpy(np.ascontiguousarray(array))
-        names = self._class_names()
+        names = self._read_class_names()
         try:
             return ImageArrays(
                 arrays["train_images"],
@@ -437,8 +439,8 @@ class Npz(ImageSource):
             ) from error
 
 
-def _channels_first(shape: tuple[int, ...], path: str, axes: bool = False) -> tuple[int, ...]:
-    """Return a shape as (N, C, H, W), or the axes that bring an array to it."""
+def _to_channels_first(shape: tuple[int, ...], path: str, axes: bool = False) -> tuple[int, ...]:
+    """Return a shape as (N, C, H, W), or the axes that transpose an array to it."""
     if len(shape) == 3:
         return (shape[0], 1, shape[1], shape[2])
     if len(shape) == 4 and shape[3] in (1, 3):

@@ -569,7 +569,7 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
         import os, signal
         from torch.utils.data import get_worker_info
         from fulgurite.datamodules.fedsir import ImageFolder, decoding
-        decode, calls = decoding._FileDecoder._image, []
+        decode, calls = decoding._FileDecoder._decode_file, []
         def die_at_the_sixth(self, name):
             calls.append(name)
             if len(calls) == 6:
@@ -577,9 +577,9 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
                 assert in_worker == {workers}
                 os.kill(os.getppid() if in_worker else os.getpid(), signal.SIGKILL)
             return decode(self, name)
-        decoding._FileDecoder._image = die_at_the_sixth
+        decoding._FileDecoder._decode_file = die_at_the_sixth
         if {workers}:
-            decoding._FEW, os.sched_getaffinity = 0, lambda _: {{0, 1}}
+            decoding._MAX_SERIAL_IMAGES, os.sched_getaffinity = 0, lambda _: {{0, 1}}
             decoding._CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
         ImageFolder({str(path)!r}).load()
     """

@@ -48,8 +48,8 @@ def _cifar():
     layout = archives._VARIANTS["cifar10"]
 
     def read_archive(folder):
-        members = archives._members(folder / "c.tar.gz", layout)
-        archives._decode(members, layout, str(folder / "c.tar.gz"), folder)
+        members = archives._read_members(folder / "c.tar.gz", layout)
+        archives._write_arrays(members, layout, str(folder / "c.tar.gz"), folder)
 
     archive = _made(lambda f: write_cifar_archive(f / "c.tar.gz", per_class=1))
     yield Target("cifar-archive", [archive], read_archive)
@@ -63,7 +63,7 @@ def _cifar():
 
     def read_pickles(folder):
         members = {path.name: path.read_bytes() for path in folder.iterdir()}
-        archives._decode(members, layout, str(folder), folder)
+        archives._write_arrays(members, layout, str(folder), folder)
 
     dumps = [python2_pickle, *(lambda v, p=p: pickle.dumps(v, p) for p in (1, 2, 4, 5))]
     yield Target("cifar-pickle", [seed(dump) for dump in dumps], read_pickles)
