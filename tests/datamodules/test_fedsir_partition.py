@@ -98,7 +98,7 @@ def test_a_plugin_that_names_a_client_that_is_not_there_is_refused():
         def assign(self, labels, clients, num_classes, generator):
             return torch.arange(len(labels)) % (clients + 1)
 
-    with pytest.raises(DataError, match=r"Mend the `assign`"):
+    with pytest.raises(DataError, match=r"Correct the `assign`"):
         Wrong()(LABELS, 4, 10, make_generator(0))
 
 
