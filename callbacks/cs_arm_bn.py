@@ -1,4 +1,4 @@
-"""When a network's statistics come from which plate, and what is recorded of it.
+"""Contexts of plates around the steps of a plate classifier, and records of its tests.
 
 Axes: L queries, N controls, C channels, H W image, S plate statistics.
 """
@@ -36,28 +36,29 @@ from fulgurite.models.cs_arm_bn.adaptation import (
     load_statistics,
     stored_statistics,
 )
-from fulgurite.models.cs_arm_bn.batchnorm import Context, hold
+from fulgurite.models.cs_arm_bn.batchnorm import Context, use_context
 from fulgurite.models.cs_arm_bn.metrics import (
     Predictions,
-    by_domain,
+    accuracy_by_domain,
     class_scores,
     confusion,
 )
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.plotting import heatmap, new_figure
 
-#: Training and test mode are compared after so many batches (momentum 0.1: 0.5 % is older), and
-#: warned of where one loss is so many times the other; less than this share of chance is equal.
-_LEAST_BATCHES, _MODES_APART, _LEAST_LOSS = 50, 3.0, 0.1
+#: Smallest number of batches before training and test mode are compared (momentum 0.1: 0.5 % is
+#: older), ratio of their losses that gives a warning, and fraction of the chance loss below which
+#: losses count as equal.
+_MIN_BATCHES, _MAX_MODE_RATIO, _MIN_LOSS = 50, 3.0, 0.1
 
 __all__ = ["ControlContext", "outlier_score", "plate_profile", "read_statistics"]
 
 
 def plate_profile(controls: Tensor) -> Tensor:
-    """What a plate's control images look like: brightness, contrast and sharpness by channel.
+    """Brightness, contrast and sharpness of a plate's control images, by channel.
 
     Args:
-        controls: Shape: (N, C, H, W).
+        controls: Control images. Shape: (N, C, H, W).
 
     Returns:
         Mean, log of the std and, for images wider than a pixel, log of the std of differences of
@@ -79,12 +80,12 @@ def plate_profile(controls: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def outlier_score(profile: Tensor, known: Tensor) -> float:
-    """How far a plate is from the training plates: the largest robust z-score [1].
+def outlier_score(profile: Tensor, training_profiles: Tensor) -> float:
+    """Largest robust z-score of a plate's profile among the training plates [1].
 
     Args:
-        profile: Of the plate. Shape: (S,).
-        known: Of training plates. Shape: (D, S).
+        profile: Profile of the plate. Shape: (S,).
+        training_profiles: Profiles of the training plates. Shape: (D, S).
 
     Example:
         >>> known = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
@@ -93,48 +94,48 @@ def outlier_score(profile: Tensor, known: Tensor) -> float:
 
     Source: inferred.
     """
-    center = lower_median(known, 0)
-    spread = 1.4826 * lower_median((known - center).abs(), 0)
-    # plates made alike would make every other one an outlier
-    spread = torch.maximum(spread, 0.02 + 0.02 * center.abs())
-    return float(((profile - center).abs() / spread).max())
+    center = lower_median(training_profiles, 0)
+    scale = 1.4826 * lower_median((training_profiles - center).abs(), 0)
+    # nearly equal training plates would make every other plate an outlier
+    scale = torch.maximum(scale, 0.02 + 0.02 * center.abs())
+    return float(((profile - center).abs() / scale).max())
 
 
-class _Plate(NamedTuple):
-    """What is kept of a plate while it is predicted."""
+class _CurrentPlate(NamedTuple):
+    """The plate in prediction, with its controls."""
 
     domain: int
     controls: Tensor
 
 
 class ControlContext(Callback):
-    """Holds the source of BatchNorm statistics around every step of a :class:`PlateClassifier`.
+    """Sets the source of BatchNorm statistics for every step of a :class:`PlateClassifier`.
 
-    In training, validation and test the source is the method's, whatever ``train()`` and ``eval()``
-    say. Each batch is checked: its controls must be of its own plate. In prediction, a method that
-    uses controls adapts once to each plate's controls, exactly and layer by layer, and then
-    predicts query by query; the statistics are written beside the predictions. After training, a
-    warning says where one batch has three times the loss in one mode, training or test, that it has
-    in the other.
+    In training, validation and test the source is the method's, independent of ``train()`` and
+    ``eval()``. Each batch is checked: its controls must be of its own plate. In prediction, a
+    method that uses controls adapts once to each plate's controls, exactly and layer by layer, and
+    then predicts query by query; the statistics are written beside the predictions. After training,
+    a warning tells if the loss of a batch differs by a factor of three between training mode and
+    test mode.
 
     Args:
-        predict_with: ``"controls"`` adapts once to the controls of a plate, after which predictions
-            do not depend on each other; ``"test"`` predicts chunks as in the test, each joined by
-            the plate's controls.
-        statistics: Folder with statistics that a prediction wrote, used for plates without
-            controls.
-        adapt_chunk: Control images in a forward pass of the adaptation.
-        record_share: Share of an epoch's episodes, its last ones, that the reference of the
-            adaptive weight is learned from.
-        record_least: Learn it from so many episodes at least, or from all of a shorter epoch.
-        outlier_above: Warn when a plate's controls are this far from the training plates, in
-            robust standard deviations; 0 never warns.
-        foreign_controls: Let controls of other plates pass, to measure what they cost.
+        predict_with: Statistics in prediction: ``"controls"`` adapts once to the controls of a
+            plate, after which predictions do not depend on each other; ``"test"`` predicts chunks
+            as in the test, each joined by the plate's controls.
+        statistics: Folder with statistics of an earlier prediction, for plates without controls.
+        adapt_chunk: Number of control images in a forward pass of the adaptation.
+        record_share: Fraction of an epoch's episodes, its last ones, that update the training
+            reference of the adaptive weight.
+        record_least: Smallest number of these episodes, or all of a shorter epoch.
+        outlier_above: Distance of a plate's controls from the training plates that gives a
+            warning, in robust standard deviations; 0 for no warning.
+        foreign_controls: Allow controls from other plates (ablation).
         figures: Draw loss and accuracy when training ends, confusion matrices and plates when a
-            test ends. Each class's scores are written in any case (``classes_<set>.csv``).
+            test ends. The scores of each class are always written (``classes_<set>.csv``).
 
     Raises:
-        ConfigError: A number is out of range, or the model or trainer do not fit.
+        ConfigError: An option is unknown, a number is out of range, or the model or trainer does
+            not fit.
 
     Source: arXiv 2604.20824; card sections 7.5 and 7.6.
     """
@@ -174,10 +175,10 @@ class ControlContext(Callback):
         self.profiles: dict[str, Tensor] = {}
         self.outliers: dict[str, float] = {}
         self._stacks: list[tuple[ExitStack, Context | None]] = []
-        self._plate: _Plate | None = None
+        self._plate: _CurrentPlate | None = None
         self._adapted: set[str] = set()
         self._weights: dict[int, list[Tensor]] = {}
-        self._repeated: dict[int, list[Tensor]] = {}  # of batches that another rank has too
+        self._repeated: dict[int, list[Tensor]] = {}  # weights of batches that another rank has too
         self._checked: set[str] = set()
         self._last_batch: Any = None
         self._trained_batches = 0
@@ -194,7 +195,7 @@ class ControlContext(Callback):
     # --- setup ---------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the model fits and that no rank would see another rank's plates."""
+        """Check that the model fits and that the ranks do not mix plates."""
         if not isinstance(pl_module, PlateClassifier):
             raise ConfigError(
                 f"ControlContext cannot hold the context of a {type(pl_module).__name__}.",
@@ -216,7 +217,7 @@ class ControlContext(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave every context."""
         while self._stacks:
-            self._leave(pl_module)
+            self._leave_context(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -224,102 +225,102 @@ class ControlContext(Callback):
         """Leave every context."""
         self.teardown(trainer, pl_module, "")
 
-    def _enter(self, pl_module: LightningModule, *, training: bool) -> None:
+    def _enter_context(self, pl_module: LightningModule, *, training: bool) -> None:
         assert isinstance(pl_module, PlateClassifier)
         stack = ExitStack()
-        held = stack.enter_context(
-            hold(pl_module.network, pl_module.method.context(training=training))
+        context = stack.enter_context(
+            use_context(pl_module.network, pl_module.method.context(training=training))
         )
-        self._stacks.append((stack, pl_module.held))
-        pl_module.held = held
+        self._stacks.append((stack, pl_module.context))
+        pl_module.context = context
         self._checked, self._weights, self._repeated = set(), {}, {}
 
-    def _leave(self, pl_module: LightningModule) -> None:
+    def _leave_context(self, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PlateClassifier)
         if self._stacks:
-            stack, pl_module.held = self._stacks.pop()
+            stack, pl_module.context = self._stacks.pop()
             stack.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enter the training context."""
-        self._enter(pl_module, training=True)
+        self._enter_context(pl_module, training=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it."""
+        """Leave the context."""
         self.curves.end_epoch(trainer)
-        self._leave(pl_module)
+        self._leave_context(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enter the test context."""
-        self._enter(pl_module, training=False)
+        self._enter_context(pl_module, training=False)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it."""
-        self._log_weight(pl_module, "val")
-        self._leave(pl_module)
+        """Leave the context."""
+        self._log_query_weight(pl_module, "val")
+        self._leave_context(pl_module)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enter the test context."""
-        self._enter(pl_module, training=False)
+        self._enter_context(pl_module, training=False)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it."""
-        self._log_weight(pl_module, "test")
-        self._leave(pl_module)
+        """Leave the context."""
+        self._log_query_weight(pl_module, "test")
+        self._leave_context(pl_module)
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enter the test context."""
         self._plate, self._adapted = None, set()
-        self._enter(pl_module, training=False)
+        self._enter_context(pl_module, training=False)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it."""
-        self._leave(pl_module)
+        """Leave the context."""
+        self._leave_context(pl_module)
 
     # --- batches -------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the episode and look at its controls."""
+        """Check the episode and record the profile of its controls."""
         if not self._stacks:  # a run that was resumed within an epoch does not start it again
-            self._enter(pl_module, training=True)
-        held = self._check(pl_module, batch)
-        self._record(trainer, pl_module, held, batch_idx)
+            self._enter_context(pl_module, training=True)
+        context = self._check_batch(pl_module, batch)
+        self._set_recording(trainer, pl_module, context, batch_idx)
         if not (self.outlier_above and len(batch["control"])):
             return
-        if (name := self._name(trainer, batch)) not in self.profiles:
+        if (name := self._plate_name(trainer, batch)) not in self.profiles:
             self.profiles[name] = plate_profile(batch["control"]).cpu()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the loss for the figure."""
+        """Record the loss for the figure."""
         self.curves.add_batch(outputs)
         self._trained_batches += 1
         self._last_batch = batch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the epoch's metrics for the figure."""
+        """Record the epoch's metrics for the figure."""
         self.curves.end_validation(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw loss and accuracy by epoch; compare the loss in training mode with that in test."""
+        """Draw loss and accuracy by epoch; compare the losses in training and test mode."""
         if self.figures:
             self.curves.draw(trainer)
         self._compare_modes(trainer, pl_module)
 
     def _compare_modes(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where one batch has another loss in training mode than in test mode."""
+        """Warn if a batch has very different losses in training and test mode."""
         assert isinstance(pl_module, PlateClassifier)
         batch, self._last_batch = self._last_batch, None
-        if batch is None or self._trained_batches < _LEAST_BATCHES:
-            return  # running statistics have not seen enough
+        if batch is None or self._trained_batches < _MIN_BATCHES:
+            return  # too few batches for running statistics
         with trainer.precision_plugin.forward_context():
             training, test = self.mode_losses = pl_module.compare_modes(batch)
-        least = _LEAST_LOSS * math.log(pl_module.num_classes)
-        low, high = sorted(max(loss, least) for loss in (training, test))
-        if high > _MODES_APART * low:
+        min_loss = _MIN_LOSS * math.log(pl_module.num_classes)
+        low, high = sorted(max(loss, min_loss) for loss in (training, test))
+        if high > _MAX_MODE_RATIO * low:
             method = pl_module.method
             warnings.warn(
                 f"On one batch, {type(method).__name__} has the loss {training:.2g} in training "
@@ -330,19 +331,19 @@ class ControlContext(Callback):
                 stacklevel=2,
             )
 
-    def _record(
-        self, trainer: Trainer, pl_module: LightningModule, held: Context, batch_idx: int
+    def _set_recording(
+        self, trainer: Trainer, pl_module: LightningModule, context: Context, batch_idx: int
     ) -> None:
-        """Let layers learn from the last episodes of an epoch, whose weights are the newest."""
+        """Record references on the last episodes of an epoch, with the newest weights."""
         assert isinstance(pl_module, PlateClassifier)
         batches = trainer.num_training_batches
-        if batches == float("inf"):  # no epoch's end is known
-            held.record = random.Random(batch_idx).random() < self.record_share
+        if batches == float("inf"):  # the end of the epoch is unknown
+            context.record = random.Random(batch_idx).random() < self.record_share
             return
-        # few plates tell little of the usual shift: seven of them cost 3 points at label shift
-        wanted = max(math.ceil(self.record_share * batches), self.record_least)
-        first = max(0, int(batches) - wanted)
-        held.record = batch_idx >= first
+        # few plates determine the usual shift badly: seven cost 3 points under label shift
+        num_recorded = max(math.ceil(self.record_share * batches), self.record_least)
+        first = max(0, int(batches) - num_recorded)
+        context.record = batch_idx >= first
         if batch_idx == first:
             age_references(pl_module.network)
 
@@ -355,12 +356,12 @@ class ControlContext(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Check the batch."""
-        held = self._check(pl_module, batch)
-        used = self._weights.setdefault(dataloader_idx, [])
+        context = self._check_batch(pl_module, batch)
+        weights = self._weights.setdefault(dataloader_idx, [])
         if _is_repeated(trainer, batch_idx, dataloader_idx):
-            used = self._repeated.setdefault(dataloader_idx, [])
-        held.used = used
-        self._look(trainer, batch)
+            weights = self._repeated.setdefault(dataloader_idx, [])
+        context.used = weights
+        self._check_profile(trainer, batch)
 
     def on_test_batch_start(
         self,
@@ -381,32 +382,34 @@ class ControlContext(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Adapt to a new plate; later chunks of it use what was stored or kept."""
+        """Adapt to a new plate; its later batches use the stored statistics or controls."""
         assert isinstance(pl_module, PlateClassifier)
-        held = self._check(pl_module, batch, may_lack=True)
-        self._look(trainer, batch)
+        context = self._check_batch(pl_module, batch, may_lack=True)
+        self._check_profile(trainer, batch)
         domain = int(batch["domain"])
         if len(batch["control"]):
-            self._plate = _Plate(domain, batch["control"])
+            self._plate = _CurrentPlate(domain, batch["control"])
         method = pl_module.method
         if method.deploys and self.predict_with == "controls":
-            name = self._name(trainer, batch)
+            name = self._plate_name(trainer, batch)
             if name not in self._adapted:
-                self._adapt(trainer, pl_module, batch, name)
+                self._adapt_to_plate(trainer, pl_module, batch, name)
                 self._adapted.add(name)
-            held.source, held.domain = "stored", name
+            context.source, context.domain = "stored", name
             return
         if (method.needs_controls or method.deploys) and not len(batch["control"]):
             if self._plate is None or self._plate.domain != domain:
-                raise self._unseen(self._name(trainer, batch))
+                raise self._missing_controls_error(self._plate_name(trainer, batch))
             controls = self._plate.controls
             batch["control"] = controls
 
-    def _check(self, pl_module: LightningModule, batch: Any, may_lack: bool = False) -> Context:
-        """Refuse controls of another plate, and tell the layers which rows are queries."""
+    def _check_batch(
+        self, pl_module: LightningModule, batch: Any, may_lack: bool = False
+    ) -> Context:
+        """Refuse controls of another plate, and set the number of queries in the context."""
         assert isinstance(pl_module, PlateClassifier)
-        held = pl_module.held
-        assert held is not None
+        context = pl_module.context
+        assert context is not None
         missing = {"query", "control", "label", "index", "domain", "control_domain", "kept"}
         if not isinstance(batch, dict) or (missing := missing - batch.keys()):
             raise DataError(
@@ -427,27 +430,27 @@ class ControlContext(Callback):
                 "Set data.init_args.controls (eval_controls) to 1 or more, or choose another "
                 "model.init_args.method.",
             )
-        held.n_query = len(batch["query"])
-        return held
+        context.n_query = len(batch["query"])
+        return context
 
-    def _name(self, trainer: Trainer, batch: Any) -> str:
-        return _plate_name(trainer, int(batch["domain"]))
+    def _plate_name(self, trainer: Trainer, batch: Any) -> str:
+        return _get_plate_name(trainer, int(batch["domain"]))
 
     # --- quality of controls ---------------------------------------------------------------------
 
-    def _look(self, trainer: Trainer, batch: Any) -> None:
-        """Warn once of a plate whose controls are unlike those of all training plates."""
+    def _check_profile(self, trainer: Trainer, batch: Any) -> None:
+        """Warn once for a plate whose controls are unlike those of all training plates."""
         if not (self.outlier_above and len(batch["control"]) and len(self.profiles) >= 4):
             return
-        name = self._name(trainer, batch)
+        name = self._plate_name(trainer, batch)
         if name in self._checked:
             return
         self._checked.add(name)
-        known = torch.stack([*self.profiles.values()])
+        training_profiles = torch.stack([*self.profiles.values()])
         profile = plate_profile(batch["control"]).cpu()
-        if profile.shape != known.shape[1:]:
+        if profile.shape != training_profiles.shape[1:]:
             return
-        score = outlier_score(profile, known)
+        score = outlier_score(profile, training_profiles)
         if score > self.outlier_above and name not in self.outliers:
             self.outliers[name] = score
             warnings.warn(
@@ -457,24 +460,26 @@ class ControlContext(Callback):
                 stacklevel=2,
             )
 
-    def _log_weight(self, pl_module: LightningModule, stage: str) -> None:
-        """Log the mean query weight that was chosen, where it was."""
+    def _log_query_weight(self, pl_module: LightningModule, stage: str) -> None:
+        """Log the mean adaptive query weight, if there is one."""
         assert isinstance(pl_module, PlateClassifier)
         for number, used in self._weights.items():
             if used or self._repeated.get(number):  # every rank takes part in a mean over ranks
-                where = pl_module.metric_prefix(stage, number, len(self._weights))
+                prefix = pl_module.metric_prefix(stage, number, len(self._weights))
                 mean = torch.stack(used or self._repeated[number]).mean()
-                name = f"{where}/query_weight"
+                name = f"{prefix}/query_weight"
                 pl_module.log(name, mean, batch_size=len(used), sync_dist=True)
 
     # --- deployment ------------------------------------------------------------------------------
 
-    def _adapt(self, trainer: Trainer, pl_module: PlateClassifier, batch: Any, name: str) -> None:
+    def _adapt_to_plate(
+        self, trainer: Trainer, pl_module: PlateClassifier, batch: Any, name: str
+    ) -> None:
         """Store a plate's statistics, and write them with their provenance."""
-        folder = self._folder(trainer)
+        folder = self._statistics_folder(trainer)
         if not len(batch["control"]):
             if self.statistics is None:
-                raise self._unseen(name)
+                raise self._missing_controls_error(name)
             tensors = read_statistics(Path(self.statistics), name)
             load_statistics(pl_module.network, name, tensors)
             return
@@ -489,7 +494,7 @@ class ControlContext(Callback):
             "plate": name,
             "controls": len(batch["control"]),
             "control_index": batch["control_index"].tolist() if "control_index" in batch else None,
-            "control_wells": _wells(data, batch),
+            "control_wells": _control_well_names(data, batch),
             "method": type(pl_module.method).__name__,
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
             "precision": str(trainer.precision),
@@ -498,16 +503,16 @@ class ControlContext(Callback):
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         tensors = {k: v.cpu() for k, v in stored_statistics(pl_module.network, name).items()}
-        with atomic_write(folder / f"{_file(name)}.pt") as temporary:
+        with atomic_write(folder / f"{_to_file_name(name)}.pt") as temporary:
             torch.save(tensors, temporary)
-        with atomic_write(folder / f"{_file(name)}.json") as temporary:
+        with atomic_write(folder / f"{_to_file_name(name)}.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
-    def _folder(self, trainer: Trainer) -> Path | None:
-        place = trainer.logger.log_dir if trainer.logger else None
-        return Path(place) / "statistics" if place else None
+    def _statistics_folder(self, trainer: Trainer) -> Path | None:
+        log_dir = trainer.logger.log_dir if trainer.logger else None
+        return Path(log_dir) / "statistics" if log_dir else None
 
-    def _unseen(self, name: str) -> DataError:
+    def _missing_controls_error(self, name: str) -> DataError:
         return DataError(
             f"A chunk of plate {name} came before its controls.",
             "Predict with --trainer.devices=1, or name the folder of an earlier prediction's "
@@ -521,7 +526,7 @@ class ControlContext(Callback):
         return {"profiles": dict(self.profiles), "curves": self.curves.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore profiles and curves."""
         self.profiles = dict(state_dict["profiles"])
         self.curves.load_state_dict(state_dict.get("curves", {}))
 
@@ -535,51 +540,51 @@ class ControlContext(Callback):
             if not len(rows.row):
                 continue
             counts = confusion(rows.label, rows.log_probs.argmax(1), classes)
-            _write_classes(trainer, name, counts)
+            _write_class_scores(trainer, name, counts)
             if self.figures:
-                self._draw(trainer, name, rows, counts.numpy().astype(float))
+                self._draw_results(trainer, name, rows, counts.numpy().astype(float))
 
-    def _draw(
+    def _draw_results(
         self, trainer: Trainer, name: str, rows: Predictions, counts: NDArray[np.float64]
     ) -> None:
         classes = len(counts)
-        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        share[counts.sum(1) == 0] = np.nan
+        rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        rates[counts.sum(1) == 0] = np.nan
         figure, axes = new_figure(1, 2, height=3.6)
         heatmap(
-            axes[0][0], share, title=f"{name}: share of each class", xlabel="predicted",
-            ylabel="true class", limits=(0, 1), names=_class_names(trainer, classes),
+            axes[0][0], rates, title=f"{name}: share of each class", xlabel="predicted",
+            ylabel="true class", limits=(0, 1), names=_get_class_names(trainer, classes),
         )  # fmt: skip
-        plates = sorted(by_domain(rows).items(), key=lambda item: item[1])
-        labels = [_plate_name(trainer, domain) for domain, _ in plates]
+        plates = sorted(accuracy_by_domain(rows).items(), key=lambda item: item[1])
+        labels = [_get_plate_name(trainer, domain) for domain, _ in plates]
         ax = axes[0][1]
         ax.barh(range(len(plates)), [value for _, value in plates])
         if len(plates) <= 30:
             ax.set_yticks(range(len(plates)), labels, fontsize=6)
         ax.set(title="accuracy by plate", xlim=(0, 1), xlabel="accuracy on images")
-        log_figure(trainer, f"test_{_file(name)}", figure)
+        log_figure(trainer, f"test_{_to_file_name(name)}", figure)
 
 
-def _plate_name(trainer: Trainer, number: int) -> str:
-    """What the data call a plate; its number where they do not."""
+def _get_plate_name(trainer: Trainer, number: int) -> str:
+    """Return the name of a plate in the data, or its index as text."""
     domains = getattr(getattr(trainer, "datamodule", None), "domains", ())
     return str(domains[number]) if 0 <= number < len(domains) else str(number)
 
 
-def _class_names(trainer: Trainer, classes: int) -> Sequence[str]:
-    """What the data call the classes; nothing where they do not."""
+def _get_class_names(trainer: Trainer, classes: int) -> Sequence[str]:
+    """Return the names of the classes in the data, if there are any."""
     names = getattr(getattr(trainer, "datamodule", None), "class_names", ())
     return [str(name) for name in names] if len(names) == classes else ()
 
 
-def _write_classes(trainer: Trainer, name: str, counts: Tensor) -> None:
+def _write_class_scores(trainer: Trainer, name: str, counts: Tensor) -> None:
     """Write ``classes_<set>.csv``: images, precision, recall and F1 of each class of a test set."""
     if not trainer.logger or not trainer.logger.log_dir:
         return
-    names = _class_names(trainer, len(counts)) or [str(k) for k in range(len(counts))]
+    names = _get_class_names(trainer, len(counts)) or [str(k) for k in range(len(counts))]
     columns = {name: values.tolist() for name, values in class_scores(counts).items()}
     rows = zip(names, counts.sum(1).tolist(), *columns.values(), strict=True)
-    path = Path(trainer.logger.log_dir) / f"classes_{_file(name)}.csv"
+    path = Path(trainer.logger.log_dir) / f"classes_{_to_file_name(name)}.csv"
     with (
         atomic_write(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
@@ -589,13 +594,13 @@ def _write_classes(trainer: Trainer, name: str, counts: Tensor) -> None:
         writer.writerows(rows)
 
 
-def _file(name: str) -> str:
-    """A plate's name as a file name."""
+def _to_file_name(name: str) -> str:
+    """Convert a plate's name to a file name."""
     return re.sub(r"[^\w.+-]", "_", name)
 
 
-def _wells(data: Any, batch: Any) -> list[str] | None:
-    """Names of the wells of the controls, where the data tell."""
+def _control_well_names(data: Any, batch: Any) -> list[str] | None:
+    """Return the names of the wells of the controls, if the data have them."""
     numbers = getattr(getattr(data, "table", None), "well", None)
     if numbers is None or "control_index" not in batch:
         return None
@@ -603,7 +608,7 @@ def _wells(data: Any, batch: Any) -> list[str] | None:
 
 
 def _is_repeated(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
-    """Whether a rank was given an evaluation batch only to have as many as the others."""
+    """Tell whether an evaluation batch only pads this rank's batches to those of the others."""
     loaders: Any = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
     sampler = getattr(loader, "sampler", None)
@@ -616,12 +621,12 @@ def _is_repeated(trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
 
 
 def read_statistics(folder: Path, plate: str) -> dict[str, Tensor]:
-    """Statistics of a plate that a prediction wrote.
+    """Read the statistics of a plate that a prediction wrote.
 
     Raises:
-        CheckpointError: There are none, or they cannot be read.
+        CheckpointError: The file does not exist or cannot be read.
     """
-    path = folder / f"{_file(plate)}.pt"
+    path = folder / f"{_to_file_name(plate)}.pt"
     hint = f"There are none of plate {plate}: predict with its controls first."
     tensors: dict[str, Tensor] = read_state_dict(path, "ControlContext.statistics", hint)[1]
     return tensors

@@ -1,4 +1,4 @@
-"""Images of generated cells: what a perturbation looks like before any batch effect.
+"""Images of generated cells under perturbations, before any batch effect.
 
 Shapes: R sites, M cells, C = 5 channels [RNA, ER, AGP, Mito, DNA], S side of an image.
 """
@@ -19,21 +19,25 @@ Floats = NDArray[np.floating[Any]]
 #: Mean number of cells in an image of 32² pixels.
 CELLS_PER_AREA = 7.0
 _AREA = 32.0**2
-_MOST_CELLS = 2_000  # rendered at once, which bounds memory
+_MAX_CELLS = 2_000  # cells rendered at once, to bound memory
 
 
 @dataclass(frozen=True)
 class Phenotype:
-    """How cells look under one perturbation; the defaults are those of the negative control.
+    """Appearance of cells under one perturbation; defaults are those of the negative control.
 
     Attributes:
         density: Factor on the number of cells.
         cell: Mean radius of a cell [pixels at 32²].
         nucleus: Mean radius of a nucleus [pixels at 32²].
         split: Fraction of cells with two nuclei.
-        rna: Brightness of RNA; so for er, agp, mito, dna.
-        rim: Fraction of AGP at the rim of a cell, the rest fills it.
-        spots: Mitochondrial spots of a cell, whose total brightness does not depend on it.
+        rna: Brightness of RNA.
+        er: Brightness of ER.
+        agp: Brightness of AGP.
+        mito: Brightness of mitochondria.
+        dna: Brightness of DNA.
+        rim: Fraction of AGP at the rim of a cell; the other part fills the cell.
+        spots: Mean number of mitochondrial spots of a cell; their total brightness is constant.
 
     Source: arXiv 2604.20824, card section 6.3; the values are inferred.
     """
@@ -70,8 +74,8 @@ PHENOTYPES: Mapping[str, Phenotype] = {
 }
 
 
-def _step(distance: Floats, width: float) -> Floats:
-    """1 inside, 0 outside, smooth over ``width``."""
+def _smooth_step(distance: Floats, width: float) -> Floats:
+    """Return 1 inside and 0 outside, with a smooth edge of ``width``."""
     smooth: Floats = 1 / (1 + np.exp(np.clip(distance / width, -30.0, 30.0)))
     return smooth
 
@@ -82,11 +86,10 @@ def render_cells(
     """Draw the cells of R sites.
 
     Args:
-        phenotypes: For each field of :class:`Phenotype`, R values.
-        size: S [pixels].
-        scale: Size of a pixel's content: 1 draws cells as large as the fields say, 0.85 makes them
-            smaller and, per area, more.
-        generator: Source of everything random.
+        phenotypes: R values of each field of :class:`Phenotype`.
+        size: Side S of an image [pixels].
+        scale: Magnification: 1 draws cells of the phenotypes' sizes, 0.85 smaller and more of them.
+        generator: Generator of the random numbers.
 
     Shape:
         - (R, C, S, S), about 0 to 1.5, without noise.
@@ -108,40 +111,40 @@ def render_cells(
     last = 0
     while last < sites:
         first, total = last, 0
-        while last < sites and (last == first or total + counts[last] <= _MOST_CELLS):
+        while last < sites and (last == first or total + counts[last] <= _MAX_CELLS):
             total += int(counts[last])
             last += 1
         if total:
             site = np.repeat(np.arange(first, last), counts[first:last])
             values = {name: values[site] for name, values in phenotypes.items()}
-            _draw(canvas, site, values, size, half, scale, generator)
+            _draw_cells(canvas, site, values, size, half, scale, generator)
     images: Floats = canvas[:, :, half : half + size, half : half + size].transpose(1, 0, 2, 3)
     return np.ascontiguousarray(images)
 
 
 class _Canvas:
-    """Adds patches to images that are padded, so that no patch has to be cut."""
+    """Padded images to which patches are added without clipping."""
 
     def __init__(self, site: NDArray[np.int64], half: int, image: NDArray[np.float32]) -> None:
         self.site, self.half, self.side = site, half, image.shape[-1]
         self.start = int(site[0]) * self.side**2
         self.stop = (int(site[-1]) + 1) * self.side**2
 
-    def places(self, site: NDArray[np.int64], corner: NDArray[np.int64], reach: int) -> Any:
-        """Return where the pixels of square patches lie, flat."""
+    def pixel_indices(self, site: NDArray[np.int64], corner: NDArray[np.int64], reach: int) -> Any:
+        """Return the flat indices of the pixels of square patches."""
         offset = np.arange(-reach, reach + 1) + self.half
         row = np.clip(corner[0][:, None] + offset, 0, self.side - 1)
         col = np.clip(corner[1][:, None] + offset, 0, self.side - 1)
         flat = (site[:, None, None] * self.side + row[:, :, None]) * self.side + col[:, None, :]
         return flat.reshape(-1) - self.start
 
-    def add(self, plane: NDArray[np.float32], places: Any, weight: Any) -> None:
+    def add(self, plane: NDArray[np.float32], indices: Any, weight: Any) -> None:
         """Add patches to one channel."""
-        added = np.bincount(places, weight.reshape(-1), self.stop - self.start)
+        added = np.bincount(indices, weight.reshape(-1), self.stop - self.start)
         plane.reshape(-1)[self.start : self.stop] += added.astype(np.float32)
 
 
-def _draw(
+def _draw_cells(
     canvas: NDArray[np.float32],
     site: NDArray[np.int64],
     values: Mapping[str, Floats],
@@ -180,8 +183,8 @@ def _draw(
         from_core[two] = pair
     else:
         from_core = distance
-    nucleus = _step(from_core - core, 0.4)
-    inside = _step(distance - cell, 0.5)
+    nucleus = _smooth_step(from_core - core, 0.4)
+    inside = _smooth_step(distance - cell, 0.5)
     body = inside * (1 - nucleus)
     rim = np.exp(-(((distance - cell) / np.float32(0.8 * scale)) ** 2))
     fraction = column(values["rim"])
@@ -190,7 +193,7 @@ def _draw(
     brightness = {
         name: values[name] * light * jitter(0.12) for name in ("rna", "er", "agp", "mito", "dna")
     }
-    places = target.places(site, corner, half)
+    indices = target.pixel_indices(site, corner, half)
     for c, name, plane in (
         (0, "rna", 0.45 * body + 0.3 * nucleus),
         (1, "er", 1.1 * body * np.exp(-depth)),
@@ -198,29 +201,29 @@ def _draw(
         (3, "mito", 0.08 * body),
         (4, "dna", 0.9 * nucleus),
     ):
-        target.add(canvas[c], places, plane * column(brightness[name]))
+        target.add(canvas[c], indices, plane * column(brightness[name]))
 
     def spots(
         channel: int,
-        each: NDArray[np.int64],
+        counts: NDArray[np.int64],
         inner: Floats,
         outer: Floats,
         width: float,
         bright: Floats,
     ) -> None:
-        """Add round spots, ``each`` of them to each cell, between two distances from its centre."""
-        owner = np.repeat(np.arange(cells), each)
+        """Add ``counts`` round spots to each cell, between two distances from its centre."""
+        owner = np.repeat(np.arange(cells), counts)
         far = inner[owner] + (outer - inner)[owner] * generator.uniform(0, 1, len(owner))
         turn = generator.uniform(0, 2 * np.pi, len(owner))
-        at = centre[:, owner] + far * np.stack([np.sin(turn), np.cos(turn)])
-        at = np.clip(at, 1 - half, size + half - 2)
+        position = centre[:, owner] + far * np.stack([np.sin(turn), np.cos(turn)])
+        position = np.clip(position, 1 - half, size + half - 2)
         reach = int(np.ceil(2.5 * width))
-        near = np.floor(at).astype(np.int64)
+        pixel = np.floor(position).astype(np.int64)
         axis = np.arange(-reach, reach + 1, dtype=np.float32)
-        dy = np.exp(-((axis - (at[0] - near[0])[:, None]) ** 2) / (2 * width**2))
-        dx = np.exp(-((axis - (at[1] - near[1])[:, None]) ** 2) / (2 * width**2))
+        dy = np.exp(-((axis - (position[0] - pixel[0])[:, None]) ** 2) / (2 * width**2))
+        dx = np.exp(-((axis - (position[1] - pixel[1])[:, None]) ** 2) / (2 * width**2))
         patch = dy[:, :, None] * dx[:, None, :] * bright[owner][:, None, None]
-        target.add(canvas[channel], target.places(site[owner], near, reach), patch)
+        target.add(canvas[channel], target.pixel_indices(site[owner], pixel, reach), patch)
 
     pairs = np.full(cells, 2)
     spots(0, pairs, 0 * core_radius, 0.55 * core_radius, 0.7 * scale, 0.6 * brightness["rna"])

@@ -1,4 +1,4 @@
-"""``fulgurite plates``: a table of plates of one's own, begun from a template and checked."""
+"""``fulgurite plates``: write a template of a plate table, and check your own table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LAYOUT = {
 
 
 def template() -> str:
-    """An example of a table: four batches of one plate, two classes, one well without a label.
+    """Return an example table: four batches of one plate, two classes, one unlabelled well.
 
     Returns:
         Comma-separated values that :class:`CsvPlates` reads.
@@ -70,18 +70,18 @@ def check_plates(
     exclude: list[str] | None = None,
     prefixes: dict[str, str] | None = None,
 ) -> tuple[PlateTable, list[str]]:
-    """Read a table as ``CsvPlates`` would, and look which of its images are there.
+    """Read a table as ``CsvPlates`` does, and check which of its images exist.
 
     Args:
-        path: The table.
-        channels: Names of the channels; those of the columns ``path_...`` if not given.
-        classes: As of :class:`CsvPlates`, like the others.
-        root: Where relative paths start.
-        exclude: What to leave out.
-        prefixes: What takes the place of the beginning of paths.
+        path: Path of the table.
+        channels: Names of the channels; by default those of the columns ``path_...``.
+        classes: Names of the classes; by default all labels, sorted.
+        root: Folder to which relative paths are relative; by default that of the table.
+        exclude: Words for sites to leave out, as in :class:`CsvPlates`.
+        prefixes: Replacements of the beginnings of paths.
 
     Returns:
-        The table, and the files that are not there (addresses are not looked at).
+        The table, and its missing files (addresses are not checked).
 
     Raises:
         DataError: The table cannot be used.
@@ -110,7 +110,7 @@ def check_plates(
 
 
 def describe_classes(table: PlateTable) -> list[str]:
-    """Say of each class, of the controls and of what has no label how much there is of it."""
+    """Count the sites, wells and plates of each class, of controls and of unlabelled queries."""
     labelled = np.where(table.control, len(table.class_names), table.label)
     kinds = [*enumerate(table.class_names), (len(table.class_names), "(controls)")]
     kinds += [(-1, "(no label)")] if (labelled < 0).any() else []
@@ -127,7 +127,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message}.", f"`{self.prog} --help` lists the options.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "fulgurite plates", description="Plates of one's own: an example of a table, and a check."
     )
@@ -136,21 +136,21 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--out", help="file that is written; printed if not given")
     check = commands.add_parser("check", help="read a table and say what it holds")
     check.add_argument("file", help="CSV, .csv.gz or parquet with a row for each site")
-    check.add_argument("--channels", type=_names, help="by default those of path_<channel>")
-    check.add_argument("--classes", type=_names, help="by default all labels, sorted")
+    check.add_argument("--channels", type=_parse_names, help="by default those of path_<channel>")
+    check.add_argument("--classes", type=_parse_names, help="by default all labels, sorted")
     check.add_argument("--root", help="where relative paths start; by default beside the table")
-    check.add_argument("--exclude", type=_names, help="what to leave out and count")
-    check.add_argument("--prefixes", type=_pairs, help="{'/home/USER/plates/': ''}")
+    check.add_argument("--exclude", type=_parse_names, help="what to leave out and count")
+    check.add_argument("--prefixes", type=_parse_pairs, help="{'/home/USER/plates/': ''}")
     return parser
 
 
-def _names(text: str) -> list[str]:
-    """Names between commas, also in brackets."""
+def _parse_names(text: str) -> list[str]:
+    """Parse names between commas, also in brackets."""
     names = yaml.load(text, yaml.BaseLoader) if text.startswith("[") else text.split(",")
     return [str(name) for name in names]
 
 
-def _pairs(text: str) -> dict[str, str]:
+def _parse_pairs(text: str) -> dict[str, str]:
     pairs: Any = yaml.load(text, yaml.BaseLoader)
     if not isinstance(pairs, dict):
         raise ValueError(text)
@@ -158,26 +158,31 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line of ``fulgurite plates``.
+    """Run the command line of ``fulgurite plates``.
 
     Raises:
         FulguriteError: The table cannot be used, or an option is wrong.
     """
-    given = _parser().parse_args(argv)
-    if given.command == "template":
-        return _write_template(given.out)
+    options = _make_parser().parse_args(argv)
+    if options.command == "template":
+        return _write_template(options.out)
     try:
         table, absent = check_plates(
-            given.file, given.channels, given.classes, given.root, given.exclude, given.prefixes
+            options.file,
+            options.channels,
+            options.classes,
+            options.root,
+            options.exclude,
+            options.prefixes,
         )
-    except FulguriteError as error:  # say the options as they are called here
+    except FulguriteError as error:  # name the options of this command
         error.hint = error.hint.replace("--data.init_args.source.init_args.", "--")
         raise
     print(table.report())
     print("\n".join(describe_classes(table)))
     if absent:
         raise DataError(
-            f"{len(absent)} images of the table {given.file} are not there, first {absent[0]}.",
+            f"{len(absent)} images of the table {options.file} are not there, first {absent[0]}.",
             "Put them there, or give `--root` or `--prefixes`.",
         )
     print("images: all there")

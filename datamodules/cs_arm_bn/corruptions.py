@@ -1,4 +1,4 @@
-"""A benchmark of real images: CIFAR-10 whose plates are corruptions, and one class the control.
+"""A benchmark of real images: CIFAR-10 with corruptions as plates and one class as control.
 
 Shapes: H W image, 3 colours.
 """
@@ -102,15 +102,15 @@ def _glass_blur(x: Image, level: tuple[float, int, int], g: Generator) -> Image:
     sigma, reach, times = level
     x = _gaussian_blur(x, sigma, g)
     height, width = x.shape[:2]
-    place = np.indices((height, width))
-    for _ in range(times):  # neighbours change places, all at once
-        moved = place + g.integers(-reach, reach + 1, place.shape)
+    coordinates = np.indices((height, width))
+    for _ in range(times):  # all pixels are exchanged with neighbours at once
+        moved = coordinates + g.integers(-reach, reach + 1, coordinates.shape)
         x = x[np.clip(moved[0], 0, height - 1), np.clip(moved[1], 0, width - 1)]
     return _gaussian_blur(x, sigma, g)
 
 
-def _clouds(height: int, width: int, decay: float, g: Generator) -> Image:
-    """Smooth random field in [0, 1]: octaves of noise whose height falls by ``decay``."""
+def _make_clouds(height: int, width: int, decay: float, g: Generator) -> Image:
+    """Return a smooth random field in [0, 1]: octaves of noise, each weaker by ``decay``."""
     from scipy.ndimage import zoom
 
     side = 1 << (max(height, width) - 1).bit_length()
@@ -126,7 +126,7 @@ def _clouds(height: int, width: int, decay: float, g: Generator) -> Image:
 def _fog(x: Image, level: tuple[float, float], g: Generator) -> Any:
     amount, decay = level
     top = x.max()
-    fog = _clouds(x.shape[0], x.shape[1], decay, g)[..., None]
+    fog = _make_clouds(x.shape[0], x.shape[1], decay, g)[..., None]
     return (x + amount * fog) * top / (top + amount)
 
 
@@ -156,11 +156,11 @@ def _saturate(x: Image, level: tuple[float, float], g: Generator) -> Any:
     factor, shift = level
     value = x.max(2, keepdims=True)
     saturation = 1 - x.min(2, keepdims=True) / np.maximum(value, 1e-9)
-    wanted = np.clip(saturation * factor + shift, 0, 1)
-    return value - (value - x) * wanted / np.maximum(saturation, 1e-9)
+    new_saturation = np.clip(saturation * factor + shift, 0, 1)
+    return value - (value - x) * new_saturation / np.maximum(saturation, 1e-9)
 
 
-def _through_pil(x: Image, change: Callable[[Any], Any]) -> Image:
+def _apply_pil(x: Image, change: Callable[[Any], Any]) -> Image:
     from PIL import Image as Pictures
 
     picture = Pictures.fromarray(np.rint(np.clip(x, 0, 1) * 255).astype(np.uint8))
@@ -176,7 +176,7 @@ def _jpeg(x: Image, level: int, g: Generator) -> Image:
         picture.save(file, "JPEG", quality=level)
         return Pictures.open(file)
 
-    return _through_pil(x, change)
+    return _apply_pil(x, change)
 
 
 def _pixelate(x: Image, level: float, g: Generator) -> Image:
@@ -187,7 +187,7 @@ def _pixelate(x: Image, level: float, g: Generator) -> Image:
         small = picture.resize((int(width * level), int(height * level)), Pictures.Resampling.BOX)
         return small.resize((width, height), Pictures.Resampling.NEAREST)
 
-    return _through_pil(x, change)
+    return _apply_pil(x, change)
 
 
 def _elastic(x: Image, level: tuple[float, float], g: Generator) -> Image:
@@ -242,10 +242,10 @@ def corrupt(
     Frost and spatter of that benchmark are left out: they need photographs.
 
     Args:
-        image: A small picture.
-        family: A name in :data:`CORRUPTIONS`, or ``clean``.
-        severity: 1 to 5; 0 for ``clean``.
-        generator: Source of what is random.
+        image: Image to corrupt.
+        family: Name in :data:`CORRUPTIONS`, or ``clean``.
+        severity: Severity from 1 to 5; 0 for ``clean``.
+        generator: Generator of the random numbers.
 
     Shape:
         - (H, W, 3) uint8 -> the same.
@@ -265,10 +265,10 @@ def corrupt(
     return result
 
 
-class _CorruptedReader(SiteReader):
-    """Reads ``SPLIT/CLASS/NAME#family#severity`` out of a zip and corrupts it.
+class _CorruptingReader(SiteReader):
+    """Reads ``SPLIT/CLASS/NAME#family#severity`` from a zip and corrupts the picture.
 
-    The picture's name and the corruption decide what is random.
+    The random numbers depend on the picture's name and the corruption.
     """
 
     def __init__(self, path: Path, seed: int) -> None:
@@ -278,7 +278,7 @@ class _CorruptedReader(SiteReader):
         self.recipe = f"corrupted 1 {seed} {status.st_size} {status.st_mtime_ns}"
 
     def fingerprint(self, paths: Sequence[str]) -> Any:
-        """The zip's size and time are in the recipe."""
+        """Yield the paths; size and time of the zip are in the recipe."""
         yield from paths
 
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
@@ -296,28 +296,29 @@ class _CorruptedReader(SiteReader):
 
 
 class CorruptedCifar(PlateSource):
-    """CIFAR-10 as plates: each is one corruption at one severity, one class is the control.
+    """CIFAR-10 as plates: each plate is a corruption of one severity, one class is the control.
 
-    The pictures are real, the shift is made. Plates hold different pictures, and corruption
-    families of training, validation and test differ; test families show pictures of CIFAR's test
+    The pictures are real, the shift is synthetic. Plates have different pictures, and corruption
+    families of training, validation and test differ; test families use pictures of CIFAR's test
     split. ``OfficialSplit`` is made for it: ``new_batch`` tests new corruptions, ``in_domain``
     other pictures on the training plates.
 
     Args:
         path: Zip with ``SPLIT/CLASS/*.jpg`` (or ``.png``), absolute or relative to
             ``FULGURITE_DATA``.
-        control: Class that is taken out of the labels and becomes the negative control.
-        train: Families that are trained on, besides ``clean``.
-        val: Families that select the model.
-        test: Families that are tested.
-        severities: Severities of each family, a plate each.
-        queries: Queries of each class on a plate.
-        controls: Controls on a plate.
-        in_domain: Fraction of the queries of a training plate that are only tested.
+        control: Class that becomes the negative control and is not a label.
+        train: Families for training, besides ``clean``.
+        val: Families for model selection.
+        test: Families for testing.
+        severities: Severities of each family; each gives a plate.
+        queries: Number of queries of each class on a plate.
+        controls: Number of controls on a plate.
+        in_domain: Fraction of the queries of a training plate that are used for testing only.
         seed: Seed of the choice of pictures and of the corruptions.
 
     Raises:
-        ConfigError: A family or severity is unknown, or a family is in two parts.
+        ConfigError: A family or severity is unknown, a family is named twice, or a number is out of
+            range.
 
     Source: arXiv 2604.20824, card section 1.8 (CIFAR-C in ARM); controls from a held-out class
     are inferred.
@@ -360,9 +361,9 @@ class CorruptedCifar(PlateSource):
                 "Set `--data.init_args.source.init_args.train`, `val` and `test` to some of "
                 f"{', '.join(CORRUPTIONS)}.",
             )
-        if both := sorted(name for name in set(families) if families.count(name) > 1):
+        if repeated := sorted(name for name in set(families) if families.count(name) > 1):
             raise ConfigError(
-                f"The corruption {both[0]} is named twice.",
+                f"The corruption {repeated[0]} is named twice.",
                 "Name it in one of `train`, `val` and `test` of `--data.init_args.source`.",
             )
         if not train or not severities or not set(severities) <= set(range(1, 6)):
@@ -388,18 +389,18 @@ class CorruptedCifar(PlateSource):
         self.controls = controls
         self.in_domain = in_domain
         self.seed = seed
-        self._members: dict[tuple[str, str], list[str]] | None = None
+        self._pictures: dict[tuple[str, str], list[str]] | None = None
 
-    def _listing(self) -> dict[tuple[str, str], list[str]]:
-        """Return the pictures of each (split, class)."""
-        if self._members is None:
+    def _list_pictures(self) -> dict[tuple[str, str], list[str]]:
+        """List the pictures of each (split, class)."""
+        if self._pictures is None:
             path = data_path(self.path)
-            found: dict[tuple[str, str], list[str]] = {}
+            members: dict[tuple[str, str], list[str]] = {}
             for name in FileTree(path).names:
                 parts = name.split("/")
                 if len(parts) == 3 and parts[2].lower().endswith((".jpg", ".jpeg", ".png")):
-                    found.setdefault((parts[0], parts[1]), []).append(name)
-            splits, classes = {s for s, _ in found}, {c for _, c in found}
+                    members.setdefault((parts[0], parts[1]), []).append(name)
+            splits, classes = {s for s, _ in members}, {c for _, c in members}
             if not {"train", "test"} <= splits or self.control not in classes:
                 raise DataError(
                     f"The zip {path} has the splits {name_some(sorted(splits))} and the classes "
@@ -407,13 +408,13 @@ class CorruptedCifar(PlateSource):
                     "It needs train and test; set `--data.init_args.source.init_args.control` to a "
                     "class.",
                 )
-            self._members = found
-        return self._members
+            self._pictures = members
+        return self._pictures
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes without the control."""
-        return tuple(sorted({c for _, c in self._listing()} - {self.control}))
+        return tuple(sorted({c for _, c in self._list_pictures()} - {self.control}))
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -422,13 +423,13 @@ class CorruptedCifar(PlateSource):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Pictures are taken as they are."""
+        """Keep pictures unchanged."""
         return Preprocess(downscale=1, intensity="full", constant="image")
 
     @property
     def reader(self) -> SiteReader:
-        """Reads from the zip and corrupts."""
-        return _CorruptedReader(data_path(self.path), self.seed)
+        """Reader that corrupts pictures of the zip."""
+        return _CorruptingReader(data_path(self.path), self.seed)
 
     def load(self) -> PlateTable:
         """Return the table of sites; the "well" is the picture.
@@ -438,7 +439,7 @@ class CorruptedCifar(PlateSource):
         """
         import pandas as pd
 
-        listing = self._listing()
+        listing = self._list_pictures()
         rows: list[tuple[str | int, ...]] = []
         parts = dict.fromkeys(["clean", *self.train], "train") | dict.fromkeys(self.val, "val")
         parts |= dict.fromkeys(self.test, "new_batch")

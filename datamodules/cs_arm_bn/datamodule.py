@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader
 from fulgurite.base import save_options
 from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.datamodules.cs_arm_bn.episodes import (
-    Chunk,
     EpisodeSampler,
+    EvaluationBatch,
     EvaluationEpisodes,
+    ImageTransform,
     PlateSampler,
     TrainingEpisodes,
-    View,
-    chunks,
-    draw,
+    draw_shifted_batches,
     mislabel,
-    shifted_chunks,
-    wrong_plates,
+    pair_wrong_plates,
+    sample_rows,
+    split_into_batches,
 )
 from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
@@ -50,53 +50,55 @@ class PlateDataModule(L.LightningDataModule):
 
     A batch is a dictionary: ``query`` (L, C, H, W) and ``control`` (N, C, H, W) float32; ``label``
     (L,) int64, -1 if unknown; ``index`` (L,) and ``control_index`` (N,) int64 rows of
-    :attr:`table`; ``domain`` (), ``query_domain`` (L,) and ``control_domain`` (N,) int64 numbers
-    in :attr:`domains`; ``well`` (L,) int64 numbers in :attr:`wells`; ``kept`` (L,) bool, false
-    where a query only fills up the last chunk of a plate.
+    :attr:`table`; ``domain`` (), ``query_domain`` (L,) and ``control_domain`` (N,) int64 indices
+    into :attr:`domains`; ``well`` (L,) int64 indices into :attr:`wells`; ``kept`` (L,) bool, false
+    where a query only pads the last batch of a plate.
 
-    A training episode is decided by seed, epoch and its number. Mean and standard deviation of
-    the channels are measured on the training queries and kept in checkpoints, whose values win.
+    Seed, epoch and episode number determine a training episode. Mean and standard deviation of the
+    channels are measured on the training queries and stored in checkpoints, whose values take
+    precedence.
 
     Args:
-        source: The plates.
-        split: What is trained on, validated and tested.
-        queries: L, queries of a training episode.
-        controls: N, controls of a training episode; 0 for none.
-        eval_queries: Queries of an evaluation batch; as in training if not given.
-        eval_controls: Controls of an evaluation batch, one fixed draw for each plate (all, if a
-            plate has fewer); as in training if not given.
+        source: Source of the plates.
+        split: Split into training, validation and tests.
+        queries: Number L of queries in a training episode.
+        controls: Number N of controls in a training episode; 0 for none.
+        eval_queries: Number of queries in an evaluation batch; as in training by default.
+        eval_controls: Number of controls in an evaluation batch, one fixed sample per plate (all,
+            if a plate has fewer); as in training by default.
         eval_limit: Evaluate at most this many queries of each plate, a random choice.
-        steps_per_epoch: Training episodes of an epoch, over all ranks; as many as have each query
-            once on average if not given.
+        steps_per_epoch: Training episodes of an epoch, over all ranks; by default as many as use
+            each query once on average.
         mixed: Train on ordinary mini-batches from all plates, without controls (ERM).
-        label_shift: Dirichlet concentration α of the classes in a test batch; balanced if not
-            given. Batches have ``eval_queries`` all the same: a class of which a plate has too few
-            is drawn again, and each query counts once.
+        label_shift: Dirichlet concentration α of the classes in a test batch; balanced by default.
+            Batches still have ``eval_queries`` queries: those of a class with too few on a plate
+            are repeated, and each query counts once.
         control_plate: ``wrong`` gives each test plate the controls of another one: a probe that
-            has to cost accuracy.
-        mislabelled_controls: Fraction of the test controls that are queries in truth: a probe.
-        min_controls: Least number of controls of a plate; ``controls`` of the batch, at most 8, if
-            not given.
-        image_size: Side of the crop [pixels], random in training, else central; whole images if
-            not given.
+            should reduce accuracy.
+        mislabelled_controls: Fraction of the test controls that are replaced by queries (a probe).
+        min_controls: Smallest number of controls of a plate; by default ``controls`` of the batch,
+            at most 8.
+        image_size: Side of the crop [pixels], random in training, else central; by default images
+            are not cropped.
         augment: Random crops and mirroring in training.
-        preprocess: What is stored of a raw image; as the source proposes if not given.
-        normalise: ``dataset`` by the training queries' mean and deviation, ``plate`` by that of
-            the plate's own controls, ``image`` by that of each image and channel.
-        mean: Mean of each channel, in fractions of full scale; measured if not given.
-        std: Standard deviation of each channel, equally.
+        preprocess: Preprocessing of raw images before storage; the source's by default.
+        normalise: Statistics that standardise images: ``dataset`` those of the training queries,
+            ``plate`` those of the plate's own controls, ``image`` those of each image and channel.
+        mean: Mean of each channel, in fractions of full scale; measured by default.
+        std: Standard deviation of each channel, in fractions of full scale; measured by default.
         cache: Store preprocessed images under ``FULGURITE_CACHE``; else files are read each time.
-        exclude: What to leave out and count instead of stopping: plates with ``few_controls``,
-            images that are ``unreadable``, ``constant`` or hold ``nan``.
+        exclude: Words for data to leave out and count instead of an error: plates with
+            ``few_controls``, images that are ``unreadable``, ``constant`` or hold ``nan``.
         predict: Plates to predict: ``test`` for those of the tests and all with unlabelled
             queries, ``all`` for all.
-        num_workers: Processes that load episodes; batches do not depend on it.
-        seed: Seed of episodes and chunks, apart from the seed of the run.
-        plates: Plates that a mixed batch has queries of, equally many of each (DANN, DeepCORAL);
-            all plates at once if not given.
+        num_workers: Number of processes that load episodes; batches do not depend on it.
+        seed: Seed of episodes and evaluation batches, apart from the seed of the run.
+        plates: Number of plates in a mixed batch, with equally many queries of each (DANN,
+            DeepCORAL); by default queries come from all plates.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: A number is out of range, an option or word is unknown, or options do not fit
+            together.
 
     Source: arXiv 2604.20824, card sections 1.3, 2.3, 2.4 and 7.2.
     """
@@ -130,7 +132,7 @@ class PlateDataModule(L.LightningDataModule):
         plates: int | None = None,
     ) -> None:
         super().__init__()
-        least = {
+        minima = {
             "queries": (queries, 1),
             "controls": (controls, 0),
             "eval_queries": (eval_queries, 1),
@@ -143,7 +145,7 @@ class PlateDataModule(L.LightningDataModule):
             "num_workers": (num_workers, 0),
             "seed": (seed, 0),
         }
-        for name, (value, low) in least.items():
+        for name, (value, low) in minima.items():
             if value is not None and value < low:
                 raise ConfigError(
                     f"The {name} is {value}.", f"Set `--data.init_args.{name}` to {low} or more."
@@ -199,20 +201,20 @@ class PlateDataModule(L.LightningDataModule):
         self.label_shift = label_shift
         self.control_plate = control_plate
         self.mislabelled_controls = mislabelled_controls
-        wanted = max(0 if mixed else controls, self.eval_controls)
-        self.min_controls = min(wanted, 8) if min_controls is None else min_controls
-        self.crop = image_size
+        num_controls = max(0 if mixed else controls, self.eval_controls)
+        self.min_controls = min(num_controls, 8) if min_controls is None else min_controls
+        self.crop_size = image_size
         self.augment = augment
         self.preprocess = source.preprocess if preprocess is None else preprocess
         self.normalise = normalise
         self.mean = mean
         self.std = std
         self.cache = cache
-        self.predict = predict
+        self.predict_split = predict
         self.num_workers = num_workers
         self.seed = seed
         self._ready = False
-        self._read: PlateImages | None = None
+        self._opened_images: PlateImages | None = None
         # mean and deviation in fractions of full scale: measured, given, or from a checkpoint
         self._statistics: tuple[Tensor, Tensor] | None = None
 
@@ -236,10 +238,10 @@ class PlateDataModule(L.LightningDataModule):
         """Height and width [pixels]; known after :meth:`setup`, before it if it is given.
 
         Raises:
-            ConfigError: It is asked for before :meth:`setup` and not given.
+            ConfigError: It is read before :meth:`setup` and ``image_size`` is not set.
         """
-        if self.crop is not None:
-            return self.crop, self.crop
+        if self.crop_size is not None:
+            return self.crop_size, self.crop_size
         if not self._ready:
             raise ConfigError(
                 "The size of the images is not known before they are read.",
@@ -291,52 +293,53 @@ class PlateDataModule(L.LightningDataModule):
         """
         self.source.prepare()
         if self.cache:
-            self._read = self._stored()  # `setup` of this process need not read it again
-            self._read.prepare()
+            # `setup` of this process need not read them again
+            self._opened_images = self._open_images()
+            self._opened_images.prepare()
 
-    def _stored(self) -> PlateImages:
+    def _open_images(self) -> PlateImages:
         table = self.source.load()
-        table = table.need_controls(self.min_controls, self.exclude)
+        table = table.require_controls(self.min_controls, self.exclude)
         check_images(table, self.source)
-        return self._images_of(table)
+        return self._make_images(table)
 
-    def _images_of(self, table: PlateTable) -> PlateImages:
+    def _make_images(self, table: PlateTable) -> PlateImages:
         reader = self.source.reader
         return PlateImages(table, reader, self.preprocess, self.exclude, self.cache)
 
-    def _usable(self, images: PlateImages) -> tuple[PlateTable, PlateImages]:
-        """The table without unusable images, and without plates that they leave few controls."""
-        table, usable = images.usable()
+    def _drop_unusable(self, images: PlateImages) -> tuple[PlateTable, PlateImages]:
+        """Drop unusable images, and plates that then have too few controls."""
+        table, usable = images.drop_unreadable()
         if len(table) == len(images.table):
             return table, usable
-        enough = table.need_controls(self.min_controls, self.exclude)
+        enough = table.require_controls(self.min_controls, self.exclude)
         if enough is table:
             return table, usable
         lost = [name not in enough.domains for name in images.table.domains]
-        whole = images.table.without(np.array(lost)[images.table.domain], enough.excluded[-1])
-        return self._images_of(whole).usable()
+        remaining = images.table.drop(np.array(lost)[images.table.domain], enough.excluded[-1])
+        return self._make_images(remaining).drop_unreadable()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the table, split it and map the images; does nothing the second time.
+        """Load the table, split it and map the images; a second call does nothing.
 
         Raises:
             DataError: The data are unusable, or the split does not fit them.
         """
         if self._ready:
             return
-        images = self._read or self._stored()
+        images = self._opened_images or self._open_images()
         if self.cache:
             images.prepare()  # what `prepare_data` did, unless it was not called
         #: The table of sites without what was excluded, and its images.
         self.table: PlateTable
         self.images: PlateImages
-        self.table, self.images = self._usable(images)
+        self.table, self.images = self._drop_unusable(images)
         #: Rows of queries for training, validation and each test.
         self.assignment: Assignment = check_assignment(self.table, self.split.assign(self.table))
-        self._check_size()
+        self._check_image_sizes()
         self._ready = True
         if self._statistics is None:
-            self._statistics = self._measured()
+            self._statistics = self._measure_channels()
         rank_zero_info(f"Plates: {self.table.report()}\n{self._describe_split()}")
 
     def _describe_split(self) -> str:
@@ -347,22 +350,22 @@ class PlateDataModule(L.LightningDataModule):
             for name, rows in parts.items()
         )
 
-    def _check_size(self) -> None:
+    def _check_image_sizes(self) -> None:
         sizes = self.images.sizes()
-        if self.crop is None and len(sizes) > 1:
+        if self.crop_size is None and len(sizes) > 1:
             listed = ", ".join(f"{h} × {w} on {plate}" for (h, w), plate in sizes.items())
             raise DataError(
                 f"Plates have images of several sizes: {listed}.",
                 "Set `--data.init_args.image_size` to crop all to one size.",
             )
         height, width = min(sizes, key=min)
-        if self.crop is not None and self.crop > min(height, width):
+        if self.crop_size is not None and self.crop_size > min(height, width):
             raise ConfigError(
-                f"Crops of {self.crop} pixels do not fit images of {height} × {width}.",
+                f"Crops of {self.crop_size} pixels do not fit images of {height} × {width}.",
                 "Lower `--data.init_args.image_size`, or `downscale` of the preprocessing.",
             )
 
-    def _measured(self) -> tuple[Tensor, Tensor] | None:
+    def _measure_channels(self) -> tuple[Tensor, Tensor] | None:
         if self.mean is not None and self.std is not None:
             for name, values in (("mean", self.mean), ("std", self.std)):
                 if len(values) != self.in_channels:
@@ -379,7 +382,7 @@ class PlateDataModule(L.LightningDataModule):
         return torch.from_numpy(mean / unit).float(), torch.from_numpy(std / unit).float()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later run on other plates needs: statistics and the meaning of outputs."""
+        """Return the state for runs on other plates: statistics, class names and channels."""
         if self._statistics is None:
             return {}
         mean, std = self._statistics
@@ -391,10 +394,10 @@ class PlateDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the statistics of the training run.
+        """Restore the statistics of the training run.
 
         Raises:
-            CheckpointError: It was trained with other classes or channels.
+            CheckpointError: The checkpoint was trained with other classes or channels.
         """
         if not state_dict:
             return
@@ -407,12 +410,12 @@ class PlateDataModule(L.LightningDataModule):
                 )
         self._statistics = state_dict["mean"], state_dict["std"]
 
-    def _view(self) -> View:
+    def _make_transform(self) -> ImageTransform:
         mean: Tensor | None = None
         std: Tensor | None = None
         unit = self.images.unit(0)
         if self.normalise == "plate":
-            both = []
+            moments = []
             for d, name in enumerate(self.domains):
                 rows = self.table.rows_of(d, control=True)
                 if not len(rows):
@@ -420,8 +423,8 @@ class PlateDataModule(L.LightningDataModule):
                         f"The plate {name} has no controls to normalise by.",
                         "Set `--data.init_args.normalise=dataset`.",
                     )
-                both.append(np.stack(self.images.moments(rows)))
-            mean, std = torch.from_numpy(np.stack(both, 1)).float()
+                moments.append(np.stack(self.images.moments(rows)))
+            mean, std = torch.from_numpy(np.stack(moments, 1)).float()
         elif self.normalise == "dataset":
             if self._statistics is None:
                 raise DataError(
@@ -429,9 +432,9 @@ class PlateDataModule(L.LightningDataModule):
                     "Give a checkpoint with `--ckpt_path`, or `--data.init_args.mean` and `std`.",
                 )
             mean, std = (values * unit for values in self._statistics)
-        return View(self.images, self.crop, self.augment, mean, std)
+        return ImageTransform(self.images, self.crop_size, self.augment, mean, std)
 
-    def _loader(self, episodes: Any, sampler: Any = None) -> DataLoader[Any]:
+    def _make_loader(self, episodes: Any, sampler: Any = None) -> DataLoader[Any]:
         return DataLoader(
             episodes,
             batch_size=None,
@@ -446,7 +449,7 @@ class PlateDataModule(L.LightningDataModule):
         """Return the training episodes.
 
         Raises:
-            DataError: No labelled query is left for training.
+            DataError: The split has no labelled query for training.
         """
         rows = self.assignment.train
         if not len(rows):
@@ -455,7 +458,7 @@ class PlateDataModule(L.LightningDataModule):
                 "Change `--data.init_args.split`, or give labels.",
             )
         episodes = TrainingEpisodes(
-            self._view(),
+            self._make_transform(),
             rows,
             self.queries,
             self.controls,
@@ -466,51 +469,51 @@ class PlateDataModule(L.LightningDataModule):
         )
         epoch, batches = training_progress(self.trainer)
         done = batches * sampler_ranks(self.trainer)[1]  # on all ranks
-        return self._loader(episodes, EpisodeSampler(episodes, epoch, done))
+        return self._make_loader(episodes, EpisodeSampler(episodes, epoch, done))
 
-    def _controls_of(self, domain: int, limit: int | None) -> Rows:
+    def _select_controls(self, domain: int, limit: int | None) -> Rows:
         rows = self.table.rows_of(domain, control=True)
         if limit is None or limit >= len(rows):
             return rows
         name = self.table.domains[domain]
-        return np.sort(draw(rows, limit, self._generator(_CONTROLS, name)))
+        return np.sort(sample_rows(rows, limit, self._make_generator(_CONTROLS, name)))
 
-    def _generator(self, stream: int, name: str) -> np.random.Generator:
-        """Return a generator for one plate, whatever other plates there are."""
+    def _make_generator(self, stream: int, name: str) -> np.random.Generator:
+        """Return a generator for one plate, independent of the other plates."""
         return np.random.default_rng((self.seed, stream, *name.encode()))
 
     def evaluation(self, rows: Rows, probes: bool = False) -> EvaluationEpisodes:
-        """Return fixed episodes that hold each of some queries once.
+        """Return fixed episodes in which each of the queries counts once.
 
         Args:
             rows: Rows of queries.
-            probes: Apply label shift, wrong plates and mislabelled controls.
+            probes: Whether to apply label shift, wrong plates and mislabelled controls.
         """
         table, parts = self.table, []
         plates = [int(d) for d in np.unique(table.domain[rows])]
         wrong = probes and self.control_plate == "wrong"
-        given = {d: d for d in plates}
+        control_plates = {d: d for d in plates}
         if wrong:
             if len(plates) < 2:
                 raise ConfigError(
                     "There is no second plate whose controls could be given to this one.",
                     "Set `--data.init_args.control_plate=own`, or test on several plates.",
                 )
-            batch = {int(d): b for d, b in zip(table.domain, _batches(table), strict=True)}
-            given = wrong_plates(plates, [batch[d] for d in plates])
+            batch = {int(d): b for d, b in zip(table.domain, _batch_names(table), strict=True)}
+            control_plates = pair_wrong_plates(plates, [batch[d] for d in plates])
         for d in plates:
             name = table.domains[d]
             queries = rows[table.domain[rows] == d]
-            generator = self._generator(_CHUNKS, name)
+            generator = self._make_generator(_CHUNKS, name)
             if self.eval_limit is not None and self.eval_limit < len(queries):
-                queries = draw(queries, self.eval_limit, generator)
-            controls = self._controls_of(given[d], self.eval_controls)
+                queries = sample_rows(queries, self.eval_limit, generator)
+            controls = self._select_controls(control_plates[d], self.eval_controls)
             if probes and self.mislabelled_controls:
                 controls = mislabel(
                     controls,
                     table.rows_of(d, control=False),
                     self.mislabelled_controls,
-                    self._generator(_MISLABEL, name),
+                    self._make_generator(_MISLABEL, name),
                 )
             if probes and self.label_shift is not None:
                 labels = table.label[queries]
@@ -521,31 +524,33 @@ class PlateDataModule(L.LightningDataModule):
                         "Set `--data.init_args.label_shift=null`, raise `eval_limit`, or test "
                         "plates with several classes.",
                     )
-                generator = self._generator(_SHIFT, name)
-                shifted = shifted_chunks(labels, self.eval_queries, self.label_shift, generator)
-                cut = [(queries[rows], counts) for rows, counts in shifted]
+                generator = self._make_generator(_SHIFT, name)
+                shifted = draw_shifted_batches(
+                    labels, self.eval_queries, self.label_shift, generator
+                )
+                batches = [(queries[rows], counts) for rows, counts in shifted]
             else:
-                cut = chunks(queries, self.eval_queries, generator)
-            parts += [Chunk(d, part, kept, controls) for part, kept in cut]
-        return EvaluationEpisodes(self._view(), parts)
+                batches = split_into_batches(queries, self.eval_queries, generator)
+            parts += [EvaluationBatch(d, part, counted, controls) for part, counted in batches]
+        return EvaluationEpisodes(self._make_transform(), parts)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the validation episodes, if there are any."""
         rows = self.assignment.val
-        return self._loader(self.evaluation(rows)) if len(rows) else []
+        return self._make_loader(self.evaluation(rows)) if len(rows) else []
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return one loader for each of :attr:`test_sets`."""
         return [
-            self._loader(self.evaluation(rows, probes=True))
+            self._make_loader(self.evaluation(rows, probes=True))
             for rows in self.assignment.tests.values()
         ]
 
     def plate_episodes(self, plates: Sequence[int]) -> EvaluationEpisodes:
-        """Return all controls and all queries of plates, as they are predicted.
+        """Return all controls and queries of plates for prediction.
 
-        The first chunk of a plate has all its controls, later ones have none; the last one is not
-        filled up.
+        The first batch of a plate has all its controls, later ones have none; the last one is not
+        padded.
         """
         parts = []
         for d in plates:
@@ -553,12 +558,12 @@ class PlateDataModule(L.LightningDataModule):
             controls = self.table.rows_of(d, control=True)
             for first in range(0, max(1, len(queries)), self.eval_queries):
                 part = queries[first : first + self.eval_queries]
-                kept = np.ones(len(part), np.bool_)
-                parts.append(Chunk(d, part, kept, controls[:0] if first else controls))
-        return EvaluationEpisodes(self._view(), parts)
+                counted = np.ones(len(part), np.bool_)
+                parts.append(EvaluationBatch(d, part, counted, controls[:0] if first else controls))
+        return EvaluationEpisodes(self._make_transform(), parts)
 
     def plate_dataloader(self, part: Literal["train", "val"] | str = "train") -> DataLoader[Any]:
-        """Return all controls and queries of the plates of one part, a plate after the other.
+        """Return all controls and queries of the plates of one part, plate by plate.
 
         For methods that fit something on whole plates (TVN), and for statistics of the training
         plates.
@@ -566,17 +571,17 @@ class PlateDataModule(L.LightningDataModule):
         rows = {"train": self.assignment.train, "val": self.assignment.val}
         rows |= dict(self.assignment.tests)
         plates = [int(d) for d in np.unique(self.table.domain[rows[part]])]
-        return self._loader(self.plate_episodes(plates))
+        return self._make_loader(self.plate_episodes(plates))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the plates to predict, in order: first a plate's controls, then its queries.
 
-        Several ranks share out whole plates.
+        Each plate goes to one rank.
 
         Raises:
-            DataError: There is no plate to predict.
+            DataError: The split has no plate to predict.
         """
-        if self.predict == "all":
+        if self.predict_split == "all":
             plates = list(range(len(self.domains)))
         else:
             rows = [rows for name, rows in self.assignment.tests.items() if name != "in_domain"]
@@ -588,8 +593,8 @@ class PlateDataModule(L.LightningDataModule):
                 "The split leaves no plate to predict.", "Set `--data.init_args.predict=all`."
             )
         episodes = self.plate_episodes(plates)
-        return self._loader(episodes, PlateSampler(episodes, sampler_ranks(self.trainer)))
+        return self._make_loader(episodes, PlateSampler(episodes, sampler_ranks(self.trainer)))
 
 
-def _batches(table: PlateTable) -> list[str]:
+def _batch_names(table: PlateTable) -> list[str]:
     return [str(name) for name in table.column("source") + "|" + table.column("batch")]

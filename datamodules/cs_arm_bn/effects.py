@@ -1,4 +1,4 @@
-"""Batch effects of generated plates: what a laboratory, a batch and a plate do to every image.
+"""Batch effects of generated plates: the operators of laboratory, batch and plate on images.
 
 Shapes: R sites, C = 5 channels, S side of an image.
 """
@@ -17,19 +17,19 @@ __all__ = ["SHARES", "LabSetting", "PlateEffect", "blur", "draw_effect"]
 Floats = NDArray[np.floating[Any]]
 
 _CHANNELS = 5
-#: How much of the variance lies between laboratories, between batches of one, between plates of
-#: one batch: plates of a batch resemble each other.
+#: Fractions of the variance between laboratories, between batches of a laboratory, and between
+#: plates of a batch: plates of a batch resemble each other.
 SHARES = (0.05, 0.65, 0.3)
 
 
 @dataclass(frozen=True)
 class LabSetting:
-    """What a laboratory is like: its instrument, and how much its plates vary.
+    """Settings of a laboratory: its instrument, and the variation of its plates.
 
     Attributes:
-        spread: Factor on every deviation of the batch effects.
-        blur: Range of the point spread function's deviation [pixels].
-        scale: Size of what a pixel shows, relative to the first laboratory.
+        spread: Factor on the standard deviations of the batch effects.
+        blur: Range of the standard deviation of the point spread function [pixels].
+        scale: Magnification relative to the first laboratory.
         haze: Fraction of a heavily blurred copy that is added (widefield).
 
     Source: arXiv 2604.20824, card section 6.3 (lab shift).
@@ -40,11 +40,11 @@ class LabSetting:
     scale: float = 1.0
     haze: float = 0.0
 
-    def weakened(self, strength: float) -> LabSetting:
-        """Return the instrument on the way from the first laboratory's (0) to this one (1).
+    def scale_towards(self, strength: float) -> LabSetting:
+        """Interpolate between the first laboratory (0) and this one (1).
 
         Example:
-            >>> LabSetting(scale=0.8, blur=(1.0, 2.0), haze=0.2).weakened(0) == LabSetting()
+            >>> LabSetting(scale=0.8, blur=(1.0, 2.0), haze=0.2).scale_towards(0) == LabSetting()
             True
         """
         if strength >= 1:
@@ -62,15 +62,15 @@ class PlateEffect:
 
     Attributes:
         bleed: Mixing of stains. Shape: (C, C).
-        blur: Deviation of the point spread function [pixels].
+        blur: Standard deviation of the point spread function [pixels].
         haze: Fraction of a heavily blurred copy.
         vignette: Loss of light at the corners, 0 to 1.
-        centre: Where the light is brightest, off the middle of the image. Shape: (2,).
+        centre: Offset of the brightest point from the middle of the image. Shape: (2,).
         gain: Factor of each channel. Shape: (C,).
         offset: Background of each channel. Shape: (C,).
         tilt: Slope of the background along both axes. Shape: (C, 2).
         gamma: Exponent of the detector.
-        noise: Deviation of the noise at signal 0.5.
+        noise: Standard deviation of the noise at signal 0.5.
         edge: Loss of cells and light in wells at the edge of the plate, 0 to 1.
     """
 
@@ -87,7 +87,7 @@ class PlateEffect:
     edge: float
 
     def __call__(self, images: Floats, generator: np.random.Generator) -> Floats:
-        """Apply it to clean images.
+        """Apply the operator to clean images.
 
         Shape:
             - images: (R, C, S, S) -> the same, 0 or more.
@@ -114,7 +114,7 @@ class PlateEffect:
 
 
 def blur(images: Floats, sigma: float) -> Floats:
-    """Blur with a Gaussian of deviation ``sigma`` [pixels]; the border is mirrored.
+    """Blur with a Gaussian of standard deviation ``sigma`` [pixels]; the border is mirrored.
 
     Shape:
         - images: (R, C, S, S) -> the same.
@@ -144,11 +144,11 @@ def draw_effect(
 
     Args:
         seed: Seed of all plates.
-        lab: Number of the laboratory.
-        batch: Number of the batch in it.
-        plate: Number of the plate in the batch.
-        setting: The laboratory.
-        strength: Factor on every effect; 0 leaves blur and noise that are the same everywhere.
+        lab: Index of the laboratory.
+        batch: Index of the batch in the laboratory.
+        plate: Index of the plate in the batch.
+        setting: Settings of the laboratory.
+        strength: Factor on every effect; at 0 only a common blur and noise remain.
 
     Source: arXiv 2604.20824, card section 6.3 (domain operator).
 
@@ -160,17 +160,17 @@ def draw_effect(
     generators = [np.random.default_rng(key) for key in keys]
 
     def normal(*shape: int) -> Any:
-        """Standard normal: the sum of the parts of laboratory, batch and plate."""
+        """Draw standard normal numbers: the sum of parts of laboratory, batch and plate."""
         return sum(
-            share**0.5 * generator.standard_normal(shape)
-            for share, generator in zip(SHARES, generators, strict=True)
+            fraction**0.5 * generator.standard_normal(shape)
+            for fraction, generator in zip(SHARES, generators, strict=True)
         )
 
     def uniform(*shape: int) -> Any:
-        """Uniform in [0, 1], equally nested."""
+        """Draw uniform numbers in [0, 1], nested in the same way."""
         return np.vectorize(NormalDist().cdf)(normal(*shape))
 
-    spread = setting.spread * strength
+    deviation = setting.spread * strength
     bleed = 0.12 * strength * uniform(_CHANNELS, _CHANNELS)
     np.fill_diagonal(bleed, 1.0)
     low, high = setting.blur
@@ -180,10 +180,10 @@ def draw_effect(
         haze=setting.haze,
         vignette=0.35 * strength * float(uniform()),
         centre=0.25 * strength * normal(2),
-        gain=np.exp(0.35 * spread * normal(_CHANNELS)),
-        offset=np.abs(0.12 * spread * normal(_CHANNELS)),
+        gain=np.exp(0.35 * deviation * normal(_CHANNELS)),
+        offset=np.abs(0.12 * deviation * normal(_CHANNELS)),
         tilt=0.1 * strength * (2 * uniform(_CHANNELS, 2) - 1),
-        gamma=float(np.exp(0.2 * min(spread, 1.5) * normal())),
+        gamma=float(np.exp(0.2 * min(deviation, 1.5) * normal())),
         noise=0.055 + 0.025 * strength * (2 * float(uniform()) - 1),
         edge=0.3 * strength * float(uniform()),
     )

@@ -1,4 +1,4 @@
-"""Embeddings that another network made, in place of the images of plates.
+"""Embeddings of another network in place of the images of plates.
 
 Shapes: R rows of the plate table, E rows of the file, D numbers of an embedding.
 """
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedPlates", "KeepEmbedding", "read_embeddings"]
 
 _KEYS = ("source", "batch", "plate", "well", "site")
-_NEEDED = ("plate", "well", "site")
+_REQUIRED = ("plate", "well", "site")
 _ROW = "row"
 _OPTION = "--data.init_args.source.init_args"
 
 
 class KeepEmbedding(Preprocess):
-    """Stores embeddings as they are, after a look at their numbers."""
+    """Keeps embeddings unchanged, after a check that they are finite."""
 
     def __init__(self) -> None:
         super().__init__(downscale=1, intensity="full")
@@ -48,7 +48,7 @@ class KeepEmbedding(Preprocess):
             - site: (D, 1, 1) float32 -> the same.
 
         Raises:
-            BadImage: It holds values that are not finite.
+            BadImage: The embedding has values that are not finite.
         """
         if not np.isfinite(site).all():
             raise BadImage("The embedding holds values that are not finite.", kind="nan")
@@ -56,7 +56,7 @@ class KeepEmbedding(Preprocess):
 
 
 class _EmbeddingReader(SiteReader):
-    """Reads one row of a file of embeddings, which each process reads once."""
+    """Reads a row of a file of embeddings; each process reads the file once."""
 
     recipe = "embeddings"
 
@@ -72,7 +72,7 @@ class _EmbeddingReader(SiteReader):
         return embedding[:, None, None]
 
     def fingerprint(self, paths: Sequence[str]) -> Iterator[str]:
-        """The row, and what tells that the file has changed."""
+        """Yield the row, and size and time of the file."""
         yield paths[0].rpartition("#")[2]
         yield from super().fingerprint([str(self.path)])
 
@@ -88,16 +88,16 @@ class EmbeddedPlates(PlateSource):
     ``row``, the number of the row in the plate table, from 0. An npz holds them as arrays beside
     ``embeddings`` (E, D); a parquet file has them as columns beside one column of lists
     ``embedding``, or all its other columns are the numbers. Rows of sites that the table does not
-    have are left aside and counted; wells A1 and A01 are one.
+    have are ignored and counted; wells A1 and A01 are the same.
 
     An embedding is served as an image of D channels and one pixel, so that every option of the
     data module and every method works; images need not exist.
 
     Args:
-        source: The plates.
-        embeddings: The file, absolute or relative to ``FULGURITE_DATA``.
-        exclude: ``missing_embedding`` leaves out and counts sites that the file does not have,
-            instead of stopping.
+        source: Source of the plates.
+        embeddings: File of embeddings, absolute or relative to ``FULGURITE_DATA``.
+        exclude: Words for sites to leave out and count instead of an error:
+            ``missing_embedding`` for sites that the file does not have.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -129,23 +129,23 @@ class EmbeddedPlates(PlateSource):
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the numbers of an embedding."""
-        return tuple(f"embedding {number}" for number in range(self._file()[1].shape[1]))
+        return tuple(f"embedding {number}" for number in range(self._read_file()[1].shape[1]))
 
     @property
     def preprocess(self) -> Preprocess:
-        """Embeddings are kept as they are."""
+        """Keep embeddings unchanged."""
         return KeepEmbedding()
 
     @property
     def reader(self) -> SiteReader:
-        """How an embedding is read."""
+        """Reader of embeddings."""
         return _EmbeddingReader(self.path)
 
     def prepare(self) -> None:
         """Prepare the plates."""
         self.source.prepare()
 
-    def _file(self) -> tuple[pd.DataFrame, NDArray[np.float32]]:
+    def _read_file(self) -> tuple[pd.DataFrame, NDArray[np.float32]]:
         if self._read is None:
             self._read = read_embeddings(self.path)
         return self._read
@@ -157,15 +157,19 @@ class EmbeddedPlates(PlateSource):
         """Return the table of sites, with the row of the file as path.
 
         Raises:
-            DataError: The file does not fit the table: a site is missing, or comes twice.
+            DataError: A site has no embedding in the file, or two.
         """
         table = self.source.load()
-        keys, values = self._file()
-        rows = self._rows_by_number(keys, table) if _ROW in keys else self._rows(keys, table)
+        keys, values = self._read_file()
+        rows = (
+            self._match_rows_by_number(keys, table)
+            if _ROW in keys
+            else self._match_rows(keys, table)
+        )
         if (missing := rows < 0).any():
             frame = table.frame[missing]
             names = frame["domain"] + " " + frame["well"] + " site " + frame["site"]
-            what = f"{int(missing.sum())} of {len(table)} sites without an embedding"
+            summary = f"{int(missing.sum())} of {len(table)} sites without an embedding"
             if "missing_embedding" not in self.exclude:
                 raise DataError(
                     f"{self.path} has no embedding of {int(missing.sum())} of the {len(table)} "
@@ -175,8 +179,9 @@ class EmbeddedPlates(PlateSource):
                         "such sites", "missing_embedding", self.exclude, "source.init_args.exclude"
                     ),
                 )
-            table = table.without(
-                missing, Exclusion("missing_embedding", f"{what}: {name_some(list(names), 3)}", 0)
+            table = table.drop(
+                missing,
+                Exclusion("missing_embedding", f"{summary}: {name_some(list(names), 3)}", 0),
             )
             rows = rows[~missing]
         frame = table.frame.drop(columns=[*table.path_columns])
@@ -187,43 +192,43 @@ class EmbeddedPlates(PlateSource):
         channels = tuple(f"embedding {number}" for number in range(values.shape[1]))
         return PlateTable(frame, table.class_names, channels, table.excluded, notes)
 
-    def _rows_by_number(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
-        """Row of the file of each row of the table; -1 for none. Shape: (R,)."""
+    def _match_rows_by_number(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
+        """Return the row of the file for each row of the table; -1 for none. Shape: (R,)."""
         numbers = keys[_ROW].to_numpy()
         if numbers.dtype.kind not in "iu" or (numbers < 0).any() or (numbers >= len(table)).any():
             raise DataError(
                 f"The column `row` of {self.path} does not number the {len(table)} sites of the "
                 "plate table.",
                 f"Give whole numbers from 0 to {len(table) - 1}, or the columns "
-                f"{', '.join(_NEEDED)}.",
+                f"{', '.join(_REQUIRED)}.",
             )
         self._refuse_twice(keys, [_ROW], f"{self.path}")
         rows = np.full(len(table), -1, np.int64)
         rows[numbers] = np.arange(len(numbers))
         return rows
 
-    def _rows(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
-        """Row of the file of each row of the table; -1 for none. Shape: (R,)."""
+    def _match_rows(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
+        """Return the row of the file for each row of the table; -1 for none. Shape: (R,)."""
         import pandas as pd
 
         columns = [name for name in _KEYS if name in keys]
-        own = keys[columns].copy()
-        own["well"] = own["well"].map(well_name)
-        self._refuse_twice(own, columns, f"{self.path}")
-        wanted = table.frame[columns].copy()
-        wanted["well"] = wanted["well"].map(well_name)
-        self._refuse_twice(wanted, columns, "The plate table")
-        places = pd.MultiIndex.from_frame(own).get_indexer(pd.MultiIndex.from_frame(wanted))
-        return np.asarray(places, np.int64)
+        file_keys = keys[columns].copy()
+        file_keys["well"] = file_keys["well"].map(well_name)
+        self._refuse_twice(file_keys, columns, f"{self.path}")
+        table_keys = table.frame[columns].copy()
+        table_keys["well"] = table_keys["well"].map(well_name)
+        self._refuse_twice(table_keys, columns, "The plate table")
+        rows = pd.MultiIndex.from_frame(file_keys).get_indexer(pd.MultiIndex.from_frame(table_keys))
+        return np.asarray(rows, np.int64)
 
     @staticmethod
-    def _refuse_twice(keys: pd.DataFrame, columns: list[str], where: str) -> None:
+    def _refuse_twice(keys: pd.DataFrame, columns: list[str], origin: str) -> None:
         twice = keys.duplicated(columns)
         if twice.any():
             first = keys[twice].iloc[0]
             named = ", ".join(f"{name} {first[name]}" for name in columns)
             raise DataError(
-                f"{where} has two rows of {named} ({int(twice.sum())} such rows).",
+                f"{origin} has two rows of {named} ({int(twice.sum())} such rows).",
                 "Keep one row for each site; where plates share a name, give the columns source "
                 "and batch in the file of embeddings.",
             )
@@ -233,14 +238,14 @@ def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
     """Read a file of embeddings.
 
     Args:
-        path: ``.npz`` or ``.parquet``; see :class:`EmbeddedPlates`.
+        path: File of type ``.npz`` or ``.parquet``; see :class:`EmbeddedPlates`.
 
     Returns:
-        What names each row, as text (``row``: as it is), and the embeddings. Shape: (E, D).
+        The keys of each row as text (``row`` as a number), and the embeddings. Shape: (E, D).
 
     Raises:
         DataError: The file is damaged, or lacks the keys or the embeddings.
-        MissingExtraError: It is a parquet file and pyarrow is not installed.
+        MissingExtraError: The file is parquet, and pyarrow is not installed.
     """
     import pandas as pd
 
@@ -261,40 +266,42 @@ def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
                 keys = pd.DataFrame({name: arrays[name] for name in names})
             else:
                 check_parquet(path)
-                keys, values = _from_table(pd.read_parquet(path))
+                keys, values = _split_table(pd.read_parquet(path))
             if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
                 raise ValueError(f"the embeddings are {values.shape} {values.dtype}, not (E, D)")
-            return _as_keys(keys), np.ascontiguousarray(values, np.float32)
+            return _convert_keys(keys), np.ascontiguousarray(values, np.float32)
     except ImportError as error:
         raise MissingExtraError(
             f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
         ) from error
 
 
-def _from_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any]]:
-    """Keys and embeddings of a table with one column of lists, or one column for each number."""
+def _split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any]]:
+    """Split a table into keys and embeddings: a column of lists, or a column per number."""
     names = [name for name in (*_KEYS, _ROW) if name in table]
     if "embedding" in table:
         lengths = table["embedding"].map(len)
         if lengths.nunique() != 1:
             raise ValueError("the lists in `embedding` differ in length")
         return table[names], np.stack([np.asarray(row) for row in table["embedding"]])
-    rest = table.drop(columns=names)
-    if wrong := [str(c) for c in rest if rest[c].dtype.kind not in "fiu"]:
+    numbers = table.drop(columns=names)
+    if wrong := [str(c) for c in numbers if numbers[c].dtype.kind not in "fiu"]:
         raise ValueError(f"the columns {name_some(wrong, 3)} are no numbers of an embedding")
-    return table[names], rest.to_numpy()
+    return table[names], numbers.to_numpy()
 
 
-def _as_keys(keys: pd.DataFrame) -> pd.DataFrame:
-    """Keys as text, whole numbers without a point.
+def _convert_keys(keys: pd.DataFrame) -> pd.DataFrame:
+    """Convert keys to text, whole floats without a decimal point.
 
     Raises:
-        ValueError: Some are missing.
+        ValueError: A key column is missing, has empty cells, or has fractions.
     """
     if _ROW in keys:
         return keys[[_ROW]]
-    if absent := [name for name in _NEEDED if name not in keys]:
-        raise ValueError(f"it has no {absent[0]!r}; name each row by {', '.join(_NEEDED)} or `row`")
+    if absent := [name for name in _REQUIRED if name not in keys]:
+        raise ValueError(
+            f"it has no {absent[0]!r}; name each row by {', '.join(_REQUIRED)} or `row`"
+        )
     if (missing := keys.isna().any()).any():
         raise ValueError(f"the column {keys.columns[int(missing.argmax())]!r} has empty cells")
     numbers = [name for name in keys if keys[name].dtype.kind == "f"]

@@ -21,52 +21,55 @@ from fulgurite.errors import ConfigError
 from fulgurite.sampling import UnrepeatedDistributedSampler
 
 __all__ = [
-    "Chunk",
     "EpisodeSampler",
+    "EvaluationBatch",
     "EvaluationEpisodes",
+    "ImageTransform",
     "PlateSampler",
     "TrainingEpisodes",
-    "View",
-    "chunks",
-    "draw",
+    "draw_shifted_batches",
     "mislabel",
-    "shifted_chunks",
-    "wrong_plates",
+    "pair_wrong_plates",
+    "sample_rows",
+    "split_into_batches",
 ]
 
-#: Episode ``e`` of epoch ``k`` is item ``k * EPOCH + e``: the epoch travels in the index, which
-#: reaches workers, other ranks and restarted runs alike.
+#: Episode ``e`` of epoch ``k`` is item ``k * EPOCH + e``: the index carries the epoch to workers,
+#: other ranks and restarted runs.
 EPOCH = 1 << 32
 
 
-def draw(rows: Rows, count: int, generator: np.random.Generator) -> Rows:
-    """Draw ``count`` rows, without replacement if there are as many, else with.
+def sample_rows(rows: Rows, count: int, generator: np.random.Generator) -> Rows:
+    """Sample ``count`` rows, with replacement only if there are fewer rows.
 
     Source: arXiv 2604.20824, card section 1.3.
 
     Example:
-        >>> sorted(draw(np.array([3, 5]), 2, np.random.default_rng(0)).tolist())
+        >>> sorted(sample_rows(np.array([3, 5]), 2, np.random.default_rng(0)).tolist())
         [3, 5]
-        >>> len(draw(np.array([3, 5]), 7, np.random.default_rng(0)))
+        >>> len(sample_rows(np.array([3, 5]), 7, np.random.default_rng(0)))
         7
     """
-    chosen: Rows = generator.choice(rows, count, replace=count > len(rows))
-    return chosen
+    sample: Rows = generator.choice(rows, count, replace=count > len(rows))
+    return sample
 
 
-def chunks(rows: Rows, size: int, generator: np.random.Generator) -> list[tuple[Rows, Any]]:
-    """Cut a random order of the rows into chunks of one size.
+def split_into_batches(
+    rows: Rows, size: int, generator: np.random.Generator
+) -> list[tuple[Rows, Any]]:
+    """Split a random order of the rows into batches of one size.
 
-    The last chunk is filled up with rows of the first, which are marked as not kept. Fewer rows
-    than ``size`` are one smaller chunk.
+    The last batch is padded with rows of the first, which do not count. Fewer rows than ``size``
+    are one smaller batch.
 
     Returns:
-        Pairs of rows and whether each counts.
+        Pairs of rows and a mask of the rows that count.
 
     Source: arXiv 2604.20824, card sections 1.3 (validation) and 7.7.
 
     Example:
-        >>> [(len(r), k.tolist()) for r, k in chunks(np.arange(3), 2, np.random.default_rng(0))]
+        >>> batches = split_into_batches(np.arange(3), 2, np.random.default_rng(0))
+        >>> [(len(rows), counted.tolist()) for rows, counted in batches]
         [(2, [True, True]), (2, [True, False])]
     """
     if not len(rows):
@@ -74,13 +77,13 @@ def chunks(rows: Rows, size: int, generator: np.random.Generator) -> list[tuple[
     order = generator.permutation(rows)
     size = min(size, len(order))
     count = -(-len(order) // size)
-    place = np.arange(count * size)
-    kept = place < len(order)
-    filled = order[place % len(order)]
-    return [(filled[i : i + size], kept[i : i + size]) for i in range(0, len(place), size)]
+    position = np.arange(count * size)
+    counted = position < len(order)
+    filled = order[position % len(order)]
+    return [(filled[i : i + size], counted[i : i + size]) for i in range(0, len(position), size)]
 
 
-def shifted_chunks(
+def draw_shifted_batches(
     labels: NDArray[np.int64], size: int, alpha: float, generator: np.random.Generator
 ) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
     """Draw batches of one size and of unbalanced classes from the samples of one plate.
@@ -88,24 +91,25 @@ def shifted_chunks(
     Class probabilities are drawn from Dirichlet(α), and as many batches as there are classes take
     them rotated through the classes, so that the plate contributes each class equally often. There
     are as many such rounds as the largest class needs. Where a class has fewer samples than its
-    batches ask for, they are drawn again, all equally often but for one. Each sample counts once:
-    in one of its draws, chosen at random.
+    batches need, samples are repeated, with frequencies that differ by at most one. Each sample
+    counts once: in one of its draws, chosen at random.
 
     Args:
         labels: Class of each sample. Shape: (n,).
-        size: L, samples of a batch.
-        alpha: Concentration; small values leave one class in a batch.
-        generator: Source of the draws.
+        size: Number L of samples in a batch.
+        alpha: Concentration; with small values a batch has one class.
+        generator: Generator of the random numbers.
 
     Returns:
-        For each batch its indices into ``labels`` and whether each counts. Shapes: (L,), (L,).
+        Indices into ``labels`` and the mask of those that count, for each batch.
+        Shapes: (L,), (L,).
 
     Source: arXiv 2604.20824, card section 2.4 (label shift); drawing again, and that each sample
     counts once, are inferred.
 
     Example:
         >>> labels = np.repeat([0, 1], 3)
-        >>> batches = shifted_chunks(labels, 4, 0.01, np.random.default_rng(0))
+        >>> batches = draw_shifted_batches(labels, 4, 0.01, np.random.default_rng(0))
         >>> [labels[rows].tolist() for rows, _ in batches]
         [[1, 1, 1, 1], [0, 0, 0, 0]]
         >>> sorted(int(row) for rows, counts in batches for row in rows[counts])
@@ -116,7 +120,7 @@ def shifted_chunks(
         return []
     classes = len(pools)
     rounds = -(-max(len(pool) for pool in pools) // size)
-    draws = [_draws(pool, rounds * size, generator) for pool in pools]
+    draws = [_draw_with_marks(pool, rounds * size, generator) for pool in pools]
     taken = [0] * classes
     batches = []
     for _ in range(rounds):
@@ -135,10 +139,10 @@ def shifted_chunks(
     return batches
 
 
-def _draws(
+def _draw_with_marks(
     pool: NDArray[np.int64], count: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw from a pool until all of it was drawn, again and again, and mark one draw of each.
+    """Draw whole permutations of a pool, and mark one draw of each item.
 
     Shape:
         - (count,) int64 items, (count,) int64 that are 1 for the draw that counts.
@@ -152,31 +156,31 @@ def _draws(
     return order, counted
 
 
-def wrong_plates(domains: Sequence[int], batches: Sequence[str]) -> dict[int, int]:
-    """Pair each plate with another one, of another batch where there is one.
+def pair_wrong_plates(domains: Sequence[int], batches: Sequence[str]) -> dict[int, int]:
+    """Pair each plate with another plate, of another batch if possible.
 
     Args:
-        domains: Numbers of plates.
-        batches: Batch of each.
+        domains: Indices of plates.
+        batches: Batch of each plate.
 
     Source: arXiv 2604.20824, card section 6.4 (7).
 
     Example:
-        >>> wrong_plates([0, 1, 2, 3], ["a", "a", "b", "b"])
+        >>> pair_wrong_plates([0, 1, 2, 3], ["a", "a", "b", "b"])
         {0: 2, 1: 3, 2: 0, 3: 1}
     """
     order = sorted(range(len(domains)), key=lambda i: (batches[i], domains[i]))
     shift = len(order) // 2
     return {
-        int(domains[i]): int(domains[order[(place + shift) % len(order)]])
-        for place, i in enumerate(order)
+        int(domains[i]): int(domains[order[(position + shift) % len(order)]])
+        for position, i in enumerate(order)
     }
 
 
 def mislabel(
     controls: Rows, queries: Rows, fraction: float, generator: np.random.Generator
 ) -> Rows:
-    """Replace a fraction of the controls by queries: wells that are called controls by mistake.
+    """Replace a fraction of the controls by queries, to simulate mislabelled control wells.
 
     Source: arXiv 2604.20824, card section 6.3 (corrupted controls).
 
@@ -189,20 +193,21 @@ def mislabel(
     if not count or not len(queries):
         return controls
     changed = controls.copy()
-    changed[generator.permutation(len(controls))[:count]] = draw(queries, count, generator)
+    changed[generator.permutation(len(controls))[:count]] = sample_rows(queries, count, generator)
     return changed
 
 
 @dataclass(frozen=True)
-class View:
-    """How stored images become network inputs.
+class ImageTransform:
+    """Transform of stored images to network inputs.
 
     Attributes:
-        images: The store.
-        size: Side of the crop [pixels]; ``None`` takes images whole.
-        augment: Random crops and mirroring in training; else the centre is taken.
+        images: Store of the images.
+        size: Side of the crop [pixels]; ``None`` for no crop.
+        augment: Whether to crop and mirror at random in training; else the crop is central.
         mean: Mean of each channel, in stored units. Shape: (C,), or (D, C) by plate.
-        std: Standard deviation, equally; ``None`` standardises each image by itself.
+        std: Standard deviation of each channel, in stored units; ``None`` standardises each image
+            by its own statistics. Shape: (C,), or (D, C) by plate.
     """
 
     images: PlateImages
@@ -218,16 +223,16 @@ class View:
             - (len(rows), C, H, W) float32.
         """
         random = generator if self.augment else None
-        # drawn at once, so that the draws do not depend on how images are read
-        dice = random.random((len(rows), 4)) if random is not None else None
+        # drawn at once, so that the random numbers do not depend on how images are read
+        uniform = random.random((len(rows), 4)) if random is not None else None
         views = [
-            self._cut(self.images[int(row)], None if dice is None else dice[i])
+            self._crop_flip(self.images[int(row)], None if uniform is None else uniform[i])
             for i, row in enumerate(rows)
         ]
         if not views:
             channels, size = len(self.images.table.channels), self.size or 1
             return torch.zeros(0, channels, size, size)
-        if views[0].dtype == np.uint16:  # torch knows it, and can do nothing with it
+        if views[0].dtype == np.uint16:  # torch has no arithmetic on uint16
             pixels = torch.from_numpy(np.stack(views).astype(np.float32))
         else:
             pixels = torch.from_numpy(np.stack(views)).to(torch.float32)
@@ -240,56 +245,61 @@ class View:
             return pixels.sub_(mean[:, :, None, None]).div_(std[:, :, None, None])
         return pixels.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
 
-    def _cut(self, image: NDArray[Any], dice: NDArray[Any] | None) -> NDArray[Any]:
+    def _crop_flip(self, image: NDArray[Any], uniform: NDArray[Any] | None) -> NDArray[Any]:
         height, width = image.shape[-2:]
         if self.size is not None and (self.size, self.size) != (height, width):
             down, right = height - self.size, width - self.size
-            if dice is None:
-                top, left = down // 2, right // 2
+            if uniform is None:
+                first_row, first_column = down // 2, right // 2
             else:
-                top, left = int(dice[0] * (down + 1)), int(dice[1] * (right + 1))
-            image = image[:, top : top + self.size, left : left + self.size]
-        if dice is not None:
-            if dice[2] < 0.5:
+                first_row, first_column = (
+                    int(uniform[0] * (down + 1)),
+                    int(uniform[1] * (right + 1)),
+                )
+            image = image[
+                :, first_row : first_row + self.size, first_column : first_column + self.size
+            ]
+        if uniform is not None:
+            if uniform[2] < 0.5:
                 image = image[:, ::-1]
-            if dice[3] < 0.5:
+            if uniform[3] < 0.5:
                 image = image[:, :, ::-1]
         return image
 
 
 @dataclass(frozen=True)
-class Chunk:
+class EvaluationBatch:
     """Rows of one evaluation batch.
 
     Attributes:
-        domain: The queries' plate.
-        queries: Rows.
-        kept: Whether each counts.
-        controls: Rows, possibly of another plate.
+        domain: Index of the queries' plate.
+        queries: Rows of the queries.
+        counted: Mask of the queries that count.
+        controls: Rows of the controls, possibly of another plate.
     """
 
     domain: int
     queries: Rows
-    kept: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
     controls: Rows
 
 
 class _Episodes(Dataset[dict[str, Tensor]]):
-    """What both kinds of episodes share: from rows to the dictionary that a model gets."""
+    """Base of both kinds of episodes: makes the batch dictionary of a model from rows."""
 
-    view: View
+    transform: ImageTransform
 
-    def _batch(
+    def _make_batch(
         self,
         domain: int,
         queries: Rows,
-        kept: NDArray[np.bool_],
+        counted: NDArray[np.bool_],
         controls: Rows,
         generator: np.random.Generator | None = None,
     ) -> dict[str, Tensor]:
-        table = self.view.images.table
-        query = self.view(queries, generator)
-        control = self.view(controls, generator)
+        table = self.transform.images.table
+        query = self.transform(queries, generator)
+        control = self.transform(controls, generator)
         if not len(controls):
             control = query.new_zeros(0, *query.shape[1:])
         if not len(queries):
@@ -304,7 +314,7 @@ class _Episodes(Dataset[dict[str, Tensor]]):
             "control_domain": torch.from_numpy(table.domain[controls]),
             "query_domain": torch.from_numpy(table.domain[queries]),
             "well": torch.from_numpy(table.well[queries]),
-            "kept": torch.from_numpy(np.ascontiguousarray(kept)),
+            "kept": torch.from_numpy(np.ascontiguousarray(counted)),
         }
 
 
@@ -312,26 +322,26 @@ class TrainingEpisodes(_Episodes):
     """Random episodes: item ``k * EPOCH + e`` is episode e of epoch k, the same on every machine.
 
     Args:
-        view: Turns rows into images.
-        queries: Rows that are trained on.
-        num_queries: L.
-        num_controls: N.
-        length: Episodes of an epoch.
-        seed: Seed of the draws.
+        transform: Makes network inputs from rows.
+        queries: Rows of the training queries.
+        num_queries: Number L of queries in an episode.
+        num_controls: Number N of controls in an episode.
+        length: Number of episodes in an epoch.
+        seed: Seed of the random numbers.
         mixed: Draw the queries from all plates and no controls, with -1 as domain: ordinary
             mini-batches, for ERM.
-        num_plates: Draw the queries of a mixed batch from so many plates, equally many of each (as
-            far as they divide); from all plates at once if not given.
+        num_plates: Number of plates in a mixed batch, with equally many queries of each (as far as
+            they divide); by default queries are drawn from all plates.
 
     Raises:
-        ConfigError: There are fewer plates.
+        ConfigError: There are fewer training plates than ``num_plates``.
 
     Source: arXiv 2604.20824, card sections 1.3 and 7.2.
     """
 
     def __init__(
         self,
-        view: View,
+        transform: ImageTransform,
         queries: Rows,
         num_queries: int,
         num_controls: int,
@@ -340,14 +350,14 @@ class TrainingEpisodes(_Episodes):
         mixed: bool = False,
         num_plates: int | None = None,
     ) -> None:
-        self.view = view
+        self.transform = transform
         self.num_plates = num_plates
         self.num_queries = num_queries
         self.num_controls = num_controls
         self.length = length
         self.seed = seed
         self.mixed = mixed
-        table = view.images.table
+        table = transform.images.table
         self.queries = queries
         self.plates = [int(d) for d in np.unique(table.domain[queries])]
         self.by_plate = {d: queries[table.domain[queries] == d] for d in self.plates}
@@ -364,49 +374,49 @@ class TrainingEpisodes(_Episodes):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         generator = np.random.default_rng((self.seed, 1, *divmod(int(number), EPOCH)))
-        kept = np.ones(self.num_queries, np.bool_)
+        counted = np.ones(self.num_queries, np.bool_)
         if self.mixed:
             queries = self._mixed_queries(generator)
-            return self._batch(-1, queries, kept, self.queries[:0], generator)
+            return self._make_batch(-1, queries, counted, self.queries[:0], generator)
         domain = self.plates[int(generator.integers(len(self.plates)))]
-        queries = draw(self.by_plate[domain], self.num_queries, generator)
+        queries = sample_rows(self.by_plate[domain], self.num_queries, generator)
         controls = self.controls[domain][:0]
         if self.num_controls:
-            controls = draw(self.controls[domain], self.num_controls, generator)
-        return self._batch(domain, queries, kept, controls, generator)
+            controls = sample_rows(self.controls[domain], self.num_controls, generator)
+        return self._make_batch(domain, queries, counted, controls, generator)
 
     def _mixed_queries(self, generator: np.random.Generator) -> Rows:
-        """Rows of all plates, or as many as possible of each of a few."""
+        """Draw rows of all plates, or equally many of each of a few plates."""
         if self.num_plates is None:
-            return draw(self.queries, self.num_queries, generator)
+            return sample_rows(self.queries, self.num_queries, generator)
         plates = generator.choice(self.plates, self.num_plates, replace=False)
-        least, more = divmod(self.num_queries, self.num_plates)
+        per_plate, remainder = divmod(self.num_queries, self.num_plates)
         return np.concatenate(
             [
-                draw(self.by_plate[int(d)], least + (i < more), generator)
+                sample_rows(self.by_plate[int(d)], per_plate + (i < remainder), generator)
                 for i, d in enumerate(plates)
             ]
         )
 
 
 class EvaluationEpisodes(_Episodes):
-    """Episodes that are always the same: one for each chunk, plates in order.
+    """Fixed episodes: one for each evaluation batch, in the order of the plates.
 
     Args:
-        view: Turns rows into images, without anything random.
-        parts: The chunks.
+        transform: Makes network inputs from rows; augmentation is switched off.
+        batches: Rows of the evaluation batches.
     """
 
-    def __init__(self, view: View, parts: Sequence[Chunk]) -> None:
-        self.view = replace(view, augment=False)
-        self.parts = list(parts)
+    def __init__(self, transform: ImageTransform, batches: Sequence[EvaluationBatch]) -> None:
+        self.transform = replace(transform, augment=False)
+        self.batches = list(batches)
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.batches)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        part = self.parts[number]
-        return self._batch(part.domain, part.queries, part.kept, part.controls)
+        part = self.batches[number]
+        return self._make_batch(part.domain, part.queries, part.counted, part.controls)
 
 
 class EpisodeSampler(Sampler[int]):
@@ -414,14 +424,14 @@ class EpisodeSampler(Sampler[int]):
 
     Lightning calls :meth:`set_epoch` and shards the numbers over ranks with its own
     ``DistributedSampler``. After a restart it makes the first iterator before it calls
-    :meth:`set_epoch`, and does not skip what the interrupted epoch had done: so both are given
-    here.
+    :meth:`set_epoch`, and does not skip the finished episodes of the interrupted epoch, so both
+    are arguments here.
 
     Args:
-        length: Episodes of an epoch.
-        epoch: The epoch that comes first.
-        done: Episodes of that epoch that were done before a restart: they come last, after the
-            number of batches that is left.
+        length: Number of episodes in an epoch.
+        epoch: Index of the first epoch.
+        done: Number of episodes of that epoch finished before a restart; they come last, after the
+            remaining ones.
 
     Example:
         >>> sampler = EpisodeSampler(3, epoch=1, done=1)
@@ -438,7 +448,7 @@ class EpisodeSampler(Sampler[int]):
         self.done = done
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next."""
+        """Set the next epoch."""
         if epoch != self.epoch:
             self.epoch, self.done = epoch, 0
 
@@ -451,16 +461,16 @@ class EpisodeSampler(Sampler[int]):
 
 
 class PlateSampler(UnrepeatedDistributedSampler):
-    """Deals whole plates to ranks, since a plate's first chunk brings the controls of all.
+    """Assigns whole plates to ranks, since only the first batch of a plate has its controls.
 
     Args:
-        episodes: Chunks, plates in order.
+        episodes: Evaluation episodes, in the order of the plates.
         ranks: Rank and number of ranks.
     """
 
     def __init__(self, episodes: EvaluationEpisodes, ranks: tuple[int, int] | None = None) -> None:
         super().__init__(episodes, ranks)
-        plates = [part.domain for part in episodes.parts]
+        plates = [part.domain for part in episodes.batches]
         turn = {domain: i for i, domain in enumerate(dict.fromkeys(plates))}
         self.numbers = [i for i, d in enumerate(plates) if turn[d] % self.num_replicas == self.rank]
 

@@ -1,4 +1,4 @@
-"""Reading sites from files, and the store of preprocessed images that episodes draw from.
+"""Readers of sites from files, and the store of preprocessed images for episodes.
 
 Shapes: R rows (sites) of the table, C channels, H W image.
 """
@@ -38,22 +38,22 @@ __all__ = [
 #: Words in ``exclude`` that leave out sites whose images cannot be used.
 IMAGE_EXCLUSIONS = ("unreadable", "constant", "nan")
 
-_MOST_REMOTE = 256 << 20  # of a file that is fetched [bytes]
+_MAX_REMOTE_BYTES = 256 << 20  # largest file that is fetched [bytes]
 _ANY_DEPTH = (
     "Or, with CsvPlates, take all its planes for channels and indices for values: "
     "`--data.init_args.source.init_args.any_depth=true`."
 )
 _LEAVE_OUT = "Or leave such sites out: `--data.init_args.exclude+=unreadable`."
-_Kind = tuple[tuple[int, ...], str]  # shape and type of a site
-_VERSION = 3  # of the store; a change of its layout or of what is stored makes it new
+_SiteKind = tuple[tuple[int, ...], str]  # shape and type of a site
+_VERSION = 3  # version of the store; raised when its layout or content changes
 
 
 def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
-    """Open a file, of this machine or of an address that is allowed; also its size [bytes].
+    """Open a local file or an allowed address, and return its size [bytes].
 
     Raises:
         DataError: The address is not allowed.
-        BadImage: There is no such file.
+        BadImage: The file cannot be fetched.
     """
     if "://" in path:
         if not path.startswith(tuple(remote)):
@@ -77,7 +77,7 @@ def _open_remote(path: str) -> io.BytesIO:
         with fsspec.open(
             path, "rb", **({"anon": True} if path.startswith("s3://") else {})
         ) as file:
-            return io.BytesIO(file.read(_MOST_REMOTE))
+            return io.BytesIO(file.read(_MAX_REMOTE_BYTES))
     except ImportError as error:
         raise MissingExtraError(
             f"The image {path} is not on this machine, and reading it needs s3fs.",
@@ -91,16 +91,16 @@ def _open_remote(path: str) -> io.BytesIO:
 
 
 @contextmanager
-def _opened(path: str, remote: Sequence[str]) -> Iterator[tuple[IO[bytes], int]]:
+def _open_image(path: str, remote: Sequence[str]) -> Iterator[tuple[IO[bytes], int]]:
     stream, size = _open_source(path, remote)
     with stream:
         yield stream, size
 
 
 class SiteReader(ABC):
-    """Turns the files of one site into its raw image."""
+    """Reads the raw image of a site from its files."""
 
-    #: What, beside the files, decides the pixels: another text makes another cache.
+    #: Everything besides the files that determines the pixels; part of the cache key.
     recipe: str = ""
 
     @abstractmethod
@@ -111,11 +111,11 @@ class SiteReader(ABC):
             - (C, H, W) uint8, uint16 or float.
 
         Raises:
-            BadImage: It cannot be read.
+            BadImage: The site cannot be read.
         """
 
     def fingerprint(self, paths: Sequence[str]) -> Iterator[str]:
-        """What tells that files have changed: size and time of those on this machine."""
+        """Yield what changes with the files: size and time of those on this machine."""
         for path in paths:
             try:
                 status = None if "://" in path else os.stat(path)
@@ -129,13 +129,13 @@ class FileReader(SiteReader):
 
     TIFFs must have one 16-bit plane unless ``any_depth`` is set; PNGs have 8 or 16 bits, JPEGs 8;
     ``.npy`` holds (H, W), or (C, H, W) for a whole site. Transparency is left out, and images are
-    turned as their EXIF data say.
+    rotated by their EXIF orientation.
 
     Args:
         channels: Number of channels C.
         any_depth: Accept TIFFs of other types, with several samples per pixel or several planes,
-            and take the indices of a colour map for the values of a channel.
-        remote: Beginnings of addresses that are fetched; any other is refused.
+            and use the indices of a colour map as values of a channel.
+        remote: Beginnings of allowed addresses; others are refused.
     """
 
     def __init__(self, channels: int, any_depth: bool = False, remote: Sequence[str] = ()) -> None:
@@ -146,16 +146,16 @@ class FileReader(SiteReader):
 
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return a raw site: see :meth:`SiteReader.__call__`."""
-        read = partial(self._read, is_channel=len(paths) > 1 or self.channels == 1)
-        if len(paths) > 1 and "://" in paths[0]:  # each waits for the network
+        read = partial(self._read_file, is_channel=len(paths) > 1 or self.channels == 1)
+        if len(paths) > 1 and "://" in paths[0]:  # fetched in parallel
             with ThreadPoolExecutor(len(paths)) as pool:
                 planes = list(pool.map(read, paths))
         else:
             planes = [read(path) for path in paths]
         if len({plane.shape for plane in planes}) > 1 or len({p.dtype for p in planes}) > 1:
-            found = ", ".join(f"{p.shape} {p.dtype}" for p in planes)
+            formats = ", ".join(f"{p.shape} {p.dtype}" for p in planes)
             raise BadImage(
-                f"The channels of one site differ in size or type ({found}), first {paths[0]}.",
+                f"The channels of one site differ in size or type ({formats}), first {paths[0]}.",
                 f"Give channels of one size and type. {_LEAVE_OUT}",
             )
         site = np.stack(planes) if len(planes) > 1 else planes[0]
@@ -170,10 +170,10 @@ class FileReader(SiteReader):
             )
         return site
 
-    def _read(self, path: str, is_channel: bool) -> NDArray[Any]:
+    def _read_file(self, path: str, is_channel: bool) -> NDArray[Any]:
         with (
             reading_image(path, _LEAVE_OUT, BadImage),
-            _opened(path, self.remote) as (stream, size),
+            _open_image(path, self.remote) as (stream, size),
         ):
             suffix = Path(path).suffix.lower()
             try:
@@ -201,41 +201,43 @@ class _PlateWriter(Dataset[None]):
 
     def __getitem__(self, number: int) -> None:
         key, sites = self.plates[number]
-        cached_store(key, lambda folder: {"bad": self._write(folder, sites)})
+        cached_store(key, lambda folder: {"bad": self._write_plate(folder, sites)})
 
-    def _write(self, folder: Path, sites: list[tuple[str, ...]]) -> dict[int, tuple[str, str]]:
-        """Write the sites that can be used, and return why others cannot."""
-        counts, bad = self._fill(folder, sites, None)
+    def _write_plate(
+        self, folder: Path, sites: list[tuple[str, ...]]
+    ) -> dict[int, tuple[str, str]]:
+        """Write the usable sites, and return the problems of the others."""
+        counts, bad = self._write_sites(folder, sites, None)
         usual = max(counts, key=lambda kind: counts[kind], default=None)
-        if usual != next(iter(counts), None):  # the first site is one of the few others
-            _, bad = self._fill(folder, sites, usual)
+        if usual != next(iter(counts), None):  # the first site is not of the most common kind
+            _, bad = self._write_sites(folder, sites, usual)
         return bad
 
-    def _fill(
-        self, folder: Path, sites: list[tuple[str, ...]], kind: _Kind | None
-    ) -> tuple[dict[_Kind, int], dict[int, tuple[str, str]]]:
+    def _write_sites(
+        self, folder: Path, sites: list[tuple[str, ...]], kind: _SiteKind | None
+    ) -> tuple[dict[_SiteKind, int], dict[int, tuple[str, str]]]:
         """Write the sites of one shape and type.
 
         Args:
-            folder: Of the plate.
-            sites: Files of each.
-            kind: Shape and type of what is stored; those of the first site if not given.
+            folder: Folder of the plate.
+            sites: Files of each site.
+            kind: Shape and type of stored images; by default those of the first site.
 
         Returns:
-            Number of sites of each shape and type, in order of appearance, and why rows are not
-            stored.
+            Number of sites of each shape and type, in order of appearance, and the problems of
+            rows that are not stored.
         """
         store: np.memmap[Any, Any] | None = None
         moments: NDArray[np.float64] | None = None
-        counts: dict[_Kind, int] = {}
+        counts: dict[_SiteKind, int] = {}
         bad: dict[int, tuple[str, str]] = {}
         for row, paths in enumerate(sites):
             try:
                 image = _read_site(self.reader, self.preprocess, paths)
-                own = image.shape, image.dtype.str
-                counts[own] = counts.get(own, 0) + 1
-                kind = kind or own
-                if own != kind:
+                site_kind = image.shape, image.dtype.str
+                counts[site_kind] = counts.get(site_kind, 0) + 1
+                kind = kind or site_kind
+                if site_kind != kind:
                     raise BadImage(
                         f"The site at {paths[0]} is {image.shape} {image.dtype}, others of its "
                         f"plate are {kind[0]} {np.dtype(kind[1])}.",
@@ -276,15 +278,15 @@ class PlateImages:
     """The preprocessed images of all sites of a table.
 
     With a cache, each plate is read once, by as many processes as there are cores, into a file
-    that is then memory-mapped; a plate is written whole or not at all, so an interrupted run goes
-    on where it was. Without, files are read whenever a site is drawn.
+    that is then memory-mapped; plates are written atomically, so an interrupted run continues
+    with the next plate. Without a cache, files are read whenever a site is used.
 
     Args:
-        table: The sites.
-        reader: Reads a raw site.
-        preprocess: Turns it into what is stored.
-        exclude: Words of :data:`IMAGE_EXCLUSIONS`: such sites are counted and left out.
-        cache: Whether to store what was read under ``FULGURITE_CACHE``.
+        table: Table of the sites.
+        reader: Reader of raw sites.
+        preprocess: Preprocessing of raw sites before storage.
+        exclude: Words of :data:`IMAGE_EXCLUSIONS` for sites to leave out and count.
+        cache: Whether to store preprocessed images under ``FULGURITE_CACHE``.
     """
 
     def __init__(
@@ -301,17 +303,17 @@ class PlateImages:
         self.exclude = exclude
         self.cache = cache
         self._paths = table.paths()
-        #: Place of each row in its plate's file.
-        self._place: Rows = np.zeros(len(table), np.int64)
+        #: Offset of each row in its plate's file.
+        self._offset: Rows = np.zeros(len(table), np.int64)
         self._stores: dict[int, ArrayStore] = {}
         self._keys: list[str] = []
         if cache:
             for number in range(len(table.domains)):
                 rows = np.flatnonzero(table.domain == number)
-                self._place[rows] = np.arange(len(rows))
-                self._keys.append(f"plates/{self._key(rows)}")
+                self._offset[rows] = np.arange(len(rows))
+                self._keys.append(f"plates/{self._make_key(rows)}")
 
-    def _key(self, rows: Rows) -> str:
+    def _make_key(self, rows: Rows) -> str:
         digest = hashlib.sha256(f"{_VERSION} {self.reader.recipe} {self.preprocess}".encode())
         for row in rows:
             for text in self.reader.fingerprint(self._paths[row]):
@@ -319,7 +321,7 @@ class PlateImages:
         return digest.hexdigest()[:32]
 
     def prepare(self) -> None:
-        """Read what the cache does not have.
+        """Read the plates that the cache does not have.
 
         Raises:
             DataError: An image cannot be used and is not to be excluded.
@@ -333,57 +335,57 @@ class PlateImages:
         for _ in run_in_processes(writer, len(plates)):
             pass
 
-    def bad(self) -> dict[str, Rows]:
-        """Return the rows of images that cannot be used, by kind.
+    def unreadable_rows(self) -> dict[str, Rows]:
+        """Return the rows of unusable images, by kind.
 
         Raises:
-            DataError: There are some of a kind that is not to be excluded.
+            DataError: An image is unusable and its kind is not to be excluded.
         """
-        found: dict[str, list[int]] = {}
+        rows_by_kind: dict[str, list[int]] = {}
         for d in range(len(self._keys)):
             rows = np.flatnonzero(self.table.domain == d)
-            for place, (kind, what) in self._store(d).facts["bad"].items():
+            for offset, (kind, problem) in self._open_store(d).facts["bad"].items():
                 if kind not in self.exclude:
                     raise BadImage(
-                        what,
+                        problem,
                         "Look at the image, or leave such sites out: "
                         f"`--data.init_args.exclude+={kind}`.",
                         kind,
                     )
-                found.setdefault(kind, []).append(int(rows[int(place)]))
-        return {kind: np.array(rows, np.int64) for kind, rows in found.items()}
+                rows_by_kind.setdefault(kind, []).append(int(rows[int(offset)]))
+        return {kind: np.array(rows, np.int64) for kind, rows in rows_by_kind.items()}
 
-    def usable(self) -> tuple[PlateTable, PlateImages]:
+    def drop_unreadable(self) -> tuple[PlateTable, PlateImages]:
         """Return the table without unusable images, and its images.
 
         Raises:
-            DataError: There are some of a kind that is not to be excluded.
+            DataError: An image is unusable and its kind is not to be excluded.
         """
-        table, kept = self.table, np.arange(len(self.table))
-        for kind, rows in self.bad().items():
-            wrong = np.isin(kept, rows)
-            what = name_some([self._paths[row][0] for row in rows], 3)
-            table = table.without(wrong, Exclusion(kind, what, 0))
-            kept = kept[~wrong]
-        if len(kept) == len(self.table):
+        table, remaining = self.table, np.arange(len(self.table))
+        for kind, rows in self.unreadable_rows().items():
+            wrong = np.isin(remaining, rows)
+            names = name_some([self._paths[row][0] for row in rows], 3)
+            table = table.drop(wrong, Exclusion(kind, names, 0))
+            remaining = remaining[~wrong]
+        if len(remaining) == len(self.table):
             self._refuse_other_types()
             return self.table, self
         images = object.__new__(PlateImages)
         images.__dict__.update(self.__dict__)
         before = {name: number for number, name in enumerate(self.table.domains)}
         images.table = table
-        images._paths = [self._paths[row] for row in kept]
-        images._place = self._place[kept]
+        images._paths = [self._paths[row] for row in remaining]
+        images._offset = self._offset[remaining]
         images._keys = [self._keys[before[name]] for name in table.domains]
         images._stores = {}
         images._refuse_other_types()
         return table, images
 
     def _refuse_other_types(self) -> None:
-        """Refuse plates of which some are stored with another type, and so with another scale."""
+        """Refuse plates stored with different types, and so with different scales."""
         types: dict[str, str] = {}
         for d, name in enumerate(self.table.domains if self.cache else ()):
-            types.setdefault(str(self._store(d)["images"].dtype), name)
+            types.setdefault(str(self._open_store(d)["images"].dtype), name)
         if len(types) > 1:
             listed = ", ".join(f"{kind} on {name}" for kind, name in types.items())
             raise DataError(
@@ -391,7 +393,7 @@ class PlateImages:
                 "Give images of one type, or set `intensity` of the preprocessing to percentile.",
             )
 
-    def _store(self, domain: int) -> ArrayStore:
+    def _open_store(self, domain: int) -> ArrayStore:
         if domain not in self._stores:
             self._stores[domain] = ArrayStore(cache_folder() / self._keys[domain])
         return self._stores[domain]
@@ -399,44 +401,43 @@ class PlateImages:
     def __getitem__(self, row: int) -> NDArray[Any]:
         """Return the stored image of one row: (C, H, W) uint8, uint16 or float."""
         if self.cache:
-            store = self._store(int(self.table.domain[row]))
-            image: NDArray[Any] = store["images"][self._place[row]]
+            store = self._open_store(int(self.table.domain[row]))
+            image: NDArray[Any] = store["images"][self._offset[row]]
             return image
         return _read_site(self.reader, self.preprocess, self._paths[row])
 
-    def moments(self, rows: Rows, most: int = 2_000) -> tuple[NDArray[Any], NDArray[Any]]:
+    def moments(self, rows: Rows, limit: int = 2_000) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return mean and standard deviation of each channel over sites, in stored units.
 
-        Without a cache at most ``most`` sites, evenly spread, are read.
+        Without a cache at most ``limit`` evenly spaced sites are read.
 
         Shape:
             - rows: (.,) int64 -> (C,) float64 and (C,) float64.
         """
         if not self.cache:
-            step = max(1, -(-len(rows) // most))
+            step = max(1, -(-len(rows) // limit))
             sites = [self[row].astype(np.float64) for row in rows[::step]]
-            both = np.array([[s.mean((1, 2)), (s**2).mean((1, 2))] for s in sites])
+            site_moments = np.array([[s.mean((1, 2)), (s**2).mean((1, 2))] for s in sites])
         else:
             parts = []
             for d in np.unique(self.table.domain[rows]):
-                moments = self._store(d)["moments"]
-                parts.append(moments[self._place[rows[self.table.domain[rows] == d]]])
-            both = np.concatenate(parts)
-        mean, square = both.mean(0)
+                moments = self._open_store(d)["moments"]
+                parts.append(moments[self._offset[rows[self.table.domain[rows] == d]]])
+            site_moments = np.concatenate(parts)
+        mean, square = site_moments.mean(0)
         return mean, np.sqrt(np.maximum(square - mean**2, 1e-12))
 
     def sizes(self) -> dict[tuple[int, int], str]:
         """Return the sizes (h, w) of images, each with a plate that has it.
 
-        Without a cache, images are read only when they are drawn, and that of the first row stands
-        for all.
+        Without a cache, only the first image is read, and its size is used for all.
         """
         if not self.cache:
             height, width = self[0].shape[-2:]
             return {(height, width): self.table.domains[0]}
         sizes: dict[tuple[int, int], str] = {}
         for d, name in enumerate(self.table.domains):
-            height, width = self._store(d)["images"].shape[-2:]
+            height, width = self._open_store(d)["images"].shape[-2:]
             sizes.setdefault((height, width), name)
         return sizes
 

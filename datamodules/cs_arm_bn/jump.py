@@ -38,7 +38,7 @@ _EXCLUSIONS = (
     "stray_well",
 )
 _ID = r"JCP2022_\d{6}"
-_UNIDENTIFIED = "JCP2022_UNKNOWN"  # what the published well table calls thousands of wells
+_UNIDENTIFIED = "JCP2022_UNKNOWN"  # identifier of thousands of wells in the published table
 _OPTION = "--data.init_args.source.init_args"
 _BAD_PLATES = {
     "missing_plate": "without load_data",
@@ -48,23 +48,23 @@ _BAD_PLATES = {
 _LOAD_DATA = "cpg0016-jump/{source}/workspace/load_data_csv/{batch}/{plate}/load_data"
 
 
-def _as_text(column: pd.Series) -> pd.Series:
-    """What a format made of names becomes names again: 1.0 is "1", and the empty one is missing.
+def _convert_to_text(column: pd.Series) -> pd.Series:
+    """Convert numbers back to names: 1.0 becomes "1", and an empty name is missing.
 
     Raises:
-        ValueError: A cell is no name or number.
+        ValueError: A cell is not a name or number.
     """
     import pandas as pd
 
     if column.dtype.kind == "f":
-        whole = column.round()
-        if (whole == column)[column.notna()].all():
-            column = whole.astype("Int64")
-    text: pd.Series = column.astype("object").where(column.notna(), None).map(_word)
+        rounded = column.round()
+        if (rounded == column)[column.notna()].all():
+            column = rounded.astype("Int64")
+    text: pd.Series = column.astype("object").where(column.notna(), None).map(_convert_cell)
     return text if len(text) else pd.Series(dtype="object")
 
 
-def _word(value: object) -> str | None:
+def _convert_cell(value: object) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8")
     elif isinstance(value, np.ndarray | list | tuple | dict):
@@ -73,16 +73,16 @@ def _word(value: object) -> str | None:
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a CSV (also ``.csv.gz``) or parquet file as text, whatever looks like a number.
+    """Read a CSV (also ``.csv.gz``) or parquet file as text, numbers included.
 
     Args:
-        path: The file without its suffix (the first of ``.csv``, ``.csv.gz`` and ``.parquet`` that
-            is there), or with it.
-        columns: Columns that must be there.
+        path: Path of the file, with its suffix or without (the first existing one of ``.csv``,
+            ``.csv.gz`` and ``.parquet``).
+        columns: Required columns.
 
     Raises:
-        DataError: There is no such file, it is damaged, or a column is missing.
-        MissingExtraError: It is a parquet file and pyarrow is not installed.
+        DataError: The file does not exist or is damaged, or a column is missing.
+        MissingExtraError: The file is parquet, and pyarrow is not installed.
 
     Source: arXiv 2604.20824, card section 4.1 (plate names that are numbers come back as numbers).
     """
@@ -103,7 +103,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         with reading(path, "The table", hint):
             if path.suffix == ".parquet":
                 check_parquet(path)
-                table = pd.read_parquet(path).apply(_as_text)
+                table = pd.read_parquet(path).apply(_convert_to_text)
             else:
                 table = read_csv(path, dtype=str)
     except ImportError as error:
@@ -127,31 +127,32 @@ class JumpPlates(PlateSource):
     ``PathName_Orig*`` and ``FileName_Orig*`` form.
 
     Args:
-        root: Folder that stands for the bucket (with ``cpg0016-jump/``), absolute or relative to
+        root: Local copy of the bucket (with ``cpg0016-jump/``), absolute or relative to
             ``FULGURITE_DATA``.
         metadata: Folder with ``plate``, ``well`` and ``perturbation_control`` tables of
-            ``jump-cellpainting/datasets``; ``metadata`` under the root if not given.
-        sources: Sources to use; all of the plate table if not given.
+            ``jump-cellpainting/datasets``; by default ``metadata`` under the root.
+        sources: Sources to use; by default all of the plate table.
         plate_types: Types of plates to use.
         skip_batches: Batches to leave out.
-        plates: Plates to use; all if not given.
-        modality: Which kind of perturbation the plates hold.
-        classes: Identifiers (``JCP2022_...``) of the classes; the positive controls of the
-            modality if not given.
-        treatments: Also take all other known perturbations, as queries without label: they are
-            predicted, and not seen in training.
+        plates: Plates to use; by default all.
+        modality: Kind of perturbation on the plates.
+        classes: Identifiers (``JCP2022_...``) of the classes; by default the positive controls of
+            the modality.
+        treatments: Also use all other known perturbations as unlabelled queries, which are
+            predicted but not trained on.
         channels: Names of the channels in ``load_data``, in the order of the images.
         load_data: Path of a plate's table under the root, without suffix.
-        prefixes: Beginning of a path or address in ``load_data`` -> what replaces it, relative to
+        prefixes: Replacements of the beginnings of paths or addresses in ``load_data``, relative to
             the root unless absolute. By default the public bucket's address becomes the root;
-            ``{}`` reads images from the bucket, anonymously. Addresses that tables name are read
-            only if they are of the bucket, and this says so, or begin as a replacement here.
-        stray_rows: A class's wells with at most this many rows in a source are stray ones, an
-            error or an exclusion (the paper leaves out those with 36 or fewer); null to take all.
-        exclude: What to leave out and count instead of stopping: sites with an ``unknown_id``, a
-            ``missing_channel`` or one file for two channels (``same_channel``); plates without
-            load_data (``missing_plate``), with one that holds no site (``empty_plate``) or that
-            names another plate (``renamed_plate``); a class's ``stray_well``.
+            ``{}`` reads images from the bucket, anonymously. Other addresses are read
+            only if they begin with a replacement here.
+        stray_rows: Largest number of rows of a stray well of a class in a source; stray wells are
+            an error or excluded (the paper excludes those with 36 or fewer); null for no limit.
+        exclude: Words for data to leave out and count instead of an error: sites with an
+            ``unknown_id``, a ``missing_channel`` or one file for two channels (``same_channel``);
+            plates without load_data (``missing_plate``), with one that holds no site
+            (``empty_plate``) or that names another plate (``renamed_plate``); a class's
+            ``stray_well``.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -200,79 +201,83 @@ class JumpPlates(PlateSource):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their identifiers."""
-        names = self._perturbations().set_index("Metadata_JCP2022")["Metadata_Name"].to_dict()
+        names = self._read_perturbations().set_index("Metadata_JCP2022")["Metadata_Name"].to_dict()
         return tuple(str(names.get(jcp, jcp)) for jcp in self._class_ids())
 
     @property
     def reader(self) -> SiteReader:
-        """Reads 16-bit TIFFs, of this machine or of the addresses that ``prefixes`` allows."""
-        remote = [place for place in self.prefixes.values() if "://" in place]
+        """Reader of 16-bit TIFFs on this machine or at addresses that ``prefixes`` allows."""
+        remote = [replacement for replacement in self.prefixes.values() if "://" in replacement]
         return FileReader(self.in_channels, remote=remote if self.prefixes else [_GALLERY])
 
     def _class_ids(self) -> list[str]:
-        """Return the identifiers of the classes; their order is that of the labels (2.2)."""
+        """Return the identifiers of the classes, in the order of the labels (card section 2.2)."""
         if self.classes is not None:
             return sorted(self.classes)
-        table = self._perturbations()
-        chosen = (table["Metadata_pert_type"] == "poscon") & (
+        table = self._read_perturbations()
+        is_class = (table["Metadata_pert_type"] == "poscon") & (
             table["Metadata_modality"] == self.modality
         )
-        return sorted(table["Metadata_JCP2022"][chosen])
+        return sorted(table["Metadata_JCP2022"][is_class])
 
-    def _table(self, name: str, *columns: str) -> pd.DataFrame:
-        return read_table(self._folder() / name, [f"Metadata_{column}" for column in columns])
+    def _read_metadata(self, name: str, *columns: str) -> pd.DataFrame:
+        return read_table(
+            self._metadata_folder() / name, [f"Metadata_{column}" for column in columns]
+        )
 
-    def _perturbations(self) -> pd.DataFrame:
+    def _read_perturbations(self) -> pd.DataFrame:
         if self._controls is None:
-            self._controls = self._table(
+            self._controls = self._read_metadata(
                 "perturbation_control", "JCP2022", "pert_type", "Name", "modality"
             )
         return self._controls
 
-    def _chosen_plates(self) -> pd.DataFrame:
-        table = self._table("plate", "Source", "Batch", "Plate", "PlateType")
-        kept = table["Metadata_PlateType"].isin(self.plate_types)
-        kept &= ~table["Metadata_Batch"].isin(self.skip_batches)
-        for column, wanted in (("Source", self.sources), ("Plate", self.plates)):
-            if wanted is None:
+    def _select_plates(self) -> pd.DataFrame:
+        table = self._read_metadata("plate", "Source", "Batch", "Plate", "PlateType")
+        selected = table["Metadata_PlateType"].isin(self.plate_types)
+        selected &= ~table["Metadata_Batch"].isin(self.skip_batches)
+        for column, names in (("Source", self.sources), ("Plate", self.plates)):
+            if names is None:
                 continue
-            found = table[f"Metadata_{column}"]
-            if absent := sorted(set(wanted) - set(found)):
+            values = table[f"Metadata_{column}"]
+            if absent := sorted(set(names) - set(values)):
                 raise DataError(
                     f"The plate table has no {column.lower()} {name_some(absent)}.",
                     f"Set `{_OPTION}.{column.lower()}s` to names in it.",
                 )
-            kept &= found.isin(wanted)
-        if not kept.any():
+            selected &= values.isin(names)
+        if not selected.any():
             raise DataError(
                 "No plate of the plate table is chosen.",
                 "Loosen `sources`, `plate_types`, `skip_batches` or `plates` of the source.",
             )
-        return table[kept].drop_duplicates(["Metadata_Source", "Metadata_Batch", "Metadata_Plate"])
+        return table[selected].drop_duplicates(
+            ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
+        )
 
     def load(self) -> PlateTable:
         """Return the table of sites.
 
         Raises:
-            DataError: A table is missing or inconsistent, an identifier is unknown or a channel
-                has no path, and is not to be excluded.
+            DataError: A table is missing or inconsistent, or a site has an unknown identifier or a
+                missing path and is not to be excluded.
         """
         excluded: list[Exclusion] = []
         root = data_path(self.root)
         frame = self._read_plates(root, excluded)
-        frame, notes = self._with_roles(frame, excluded)
-        frame = self._whole_sites(frame, excluded)
-        frame = self._distinct_channels(frame, excluded)
+        frame, notes = self._add_roles(frame, excluded)
+        frame = self._select_complete_sites(frame, excluded)
+        frame = self._select_distinct_channels(frame, excluded)
         if self.stray_rows is not None:
-            frame = self._without_strays(frame, self.stray_rows, excluded)
+            frame = self._drop_stray_wells(frame, self.stray_rows, excluded)
         frame["lab"] = frame["source"].replace(_SAME_LAB)
-        for channel in self._channels:  # of the sites that are left: a plate has many others
+        for channel in self._channels:  # only for the remaining sites: a plate has many others
             column = f"path_{channel}"
             frame[column] = [locate(path, root, self.prefixes) for path in frame[column]]
         return PlateTable(frame, self.class_names, self._channels, excluded, notes)
 
-    def how_to_find(self, path: str) -> str:
-        """Say what to do where none of the images is there: see :class:`PlateSource`."""
+    def describe_fix(self, path: str) -> str:
+        """Return a hint for missing images: see :meth:`PlateSource.describe_fix`."""
         prefixes = self.prefixes | {"/home/USER/bucket/": ""}
         return (
             f"Set `{_OPTION}.root` to the folder that stands for the bucket, or, where load_data "
@@ -281,31 +286,33 @@ class JumpPlates(PlateSource):
         )
 
     def _read_plates(self, root: Path, excluded: list[Exclusion]) -> pd.DataFrame:
-        """Return the sites of all chosen plates whose load_data can be used."""
+        """Read the sites of all selected plates with usable load_data."""
         import pandas as pd
 
         parts = []
-        bad: dict[str, list[tuple[str, int]]] = {}  # kind -> (what, rows) of each plate
-        for source, batch, plate in self._chosen_plates()[
+        bad: dict[str, list[tuple[str, int]]] = {}  # kind -> (description, rows) of each plate
+        for source, batch, plate in self._select_plates()[
             ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
         ].itertuples(index=False):
             name = f"{source}|{batch}|{plate}"
-            place = root / self.load_data.format(source=source, batch=batch, plate=plate)
-            if not any((place.with_name(place.name + end)).is_file() for end in _SUFFIXES):
+            table_path = root / self.load_data.format(source=source, batch=batch, plate=plate)
+            if not any(
+                (table_path.with_name(table_path.name + end)).is_file() for end in _SUFFIXES
+            ):
                 bad.setdefault("missing_plate", []).append((name, 0))
                 continue
             try:
-                part = read_table(place, ["Metadata_Well", "Metadata_Site"])
+                part = read_table(table_path, ["Metadata_Well", "Metadata_Site"])
             except DataError as error:
                 if not isinstance(error.__cause__, pd.errors.EmptyDataError):
                     raise
                 part = pd.DataFrame()
             if not len(part):
                 bad.setdefault("empty_plate", []).append((name, 0))
-            elif other := self._other_plate(part, source, batch, plate):
+            elif other := self._find_other_plate(part, source, batch, plate):
                 bad.setdefault("renamed_plate", []).append((f"{name} names {other}", len(part)))
             else:
-                parts.append(self._sites(part, source, batch, plate, place))
+                parts.append(self._make_sites(part, source, batch, plate, table_path))
         if not parts and set(bad) == {"missing_plate"}:
             raise DataError(
                 f"None of the {len(bad['missing_plate'])} plates (first "
@@ -313,8 +320,12 @@ class JumpPlates(PlateSource):
                 f"Set `{_OPTION}.root` (and `load_data`) to where they are.",
             )
         for kind, plates in bad.items():
-            what = f"{len(plates)} plates {_BAD_PLATES[kind]}: {name_some([p for p, _ in plates])}"
-            self._left_out(excluded, kind, sum(rows for _, rows in plates), what, "plates")
+            summary = (
+                f"{len(plates)} plates {_BAD_PLATES[kind]}: {name_some([p for p, _ in plates])}"
+            )
+            self._exclude_or_raise(
+                excluded, kind, sum(rows for _, rows in plates), summary, "plates"
+            )
         if not parts:
             raise DataError(
                 f"No plate with a site is left ({'; '.join(e.reason for e in excluded)}).",
@@ -322,20 +333,20 @@ class JumpPlates(PlateSource):
             )
         return pd.concat(parts, ignore_index=True)
 
-    def _left_out(
-        self, excluded: list[Exclusion], kind: str, rows: int, what: str, noun: str
+    def _exclude_or_raise(
+        self, excluded: list[Exclusion], kind: str, rows: int, summary: str, noun: str
     ) -> None:
-        """Count an exclusion, or raise if the user has not switched it on."""
+        """Record an exclusion, or raise if its word is not in ``exclude``."""
         if kind not in self.exclude:
             raise DataError(
-                f"There are {what}.",
-                "Mend the tables, or "
+                f"There are {summary}.",
+                "Correct the tables, or "
                 + exclude_hint(f"such {noun}", kind, self.exclude, "source.init_args.exclude"),
             )
-        excluded.append(Exclusion(kind, what, rows))
+        excluded.append(Exclusion(kind, summary, rows))
 
-    def _other_plate(self, part: pd.DataFrame, source: str, batch: str, plate: str) -> str:
-        """Name what a load_data table says that it is, if not the plate of its folder."""
+    def _find_other_plate(self, part: pd.DataFrame, source: str, batch: str, plate: str) -> str:
+        """Describe the plate that a load_data table names, if it is not that of its folder."""
         for name, value in (("Source", source), ("Batch", batch), ("Plate", plate)):
             column = part.get(f"Metadata_{name}")
             if column is not None and (wrong := column.ne(value)).any():
@@ -343,10 +354,10 @@ class JumpPlates(PlateSource):
                 return f"the {name.lower()} {other if isinstance(other, str) else '(none)'}"
         return ""
 
-    def _sites(
-        self, part: pd.DataFrame, source: str, batch: str, plate: str, place: Path
+    def _make_sites(
+        self, part: pd.DataFrame, source: str, batch: str, plate: str, table_path: Path
     ) -> pd.DataFrame:
-        """Return the sites of one load_data table, with paths as they are in it."""
+        """Return the sites of one load_data table, with its paths unchanged."""
         import pandas as pd
 
         frame = pd.DataFrame(
@@ -358,7 +369,7 @@ class JumpPlates(PlateSource):
                 "site": part["Metadata_Site"],
             }
         )
-        frame["well"] = name_wells(frame, ["source", "plate"], f"The table {place}")
+        frame["well"] = name_wells(frame, ["source", "plate"], f"The table {table_path}")
         for channel in self._channels:
             url, name, folder = (f"{k}_Orig{channel}" for k in ("URL", "FileName", "PathName"))
             if url in part.columns:
@@ -367,16 +378,17 @@ class JumpPlates(PlateSource):
                 paths = part[folder].str.rstrip("/") + "/" + part[name]
             else:
                 raise DataError(
-                    f"The table {place} has no channel {channel} ({url}, or {name} and {folder}).",
+                    f"The table {table_path} has no channel {channel} ({url}, or {name} and "
+                    f"{folder}).",
                     f"Set `{_OPTION}.channels` to those it has.",
                 )
             frame[f"path_{channel}"] = paths
         return frame
 
-    def _with_roles(
+    def _add_roles(
         self, frame: pd.DataFrame, excluded: list[Exclusion]
     ) -> tuple[pd.DataFrame, list[str]]:
-        wells = self._table("well", "Source", "Plate", "Well", "JCP2022")
+        wells = self._read_metadata("well", "Source", "Plate", "Well", "JCP2022")
         wells = wells.drop_duplicates().rename(
             columns={
                 "Metadata_Source": "source",
@@ -395,14 +407,14 @@ class JumpPlates(PlateSource):
                 "Keep one row for each well.",
             )
         frame = frame.merge(wells, on=["source", "plate", "well"], how="left", validate="m:1")
-        table, classes = self._perturbations(), self._class_ids()
+        table, classes = self._read_perturbations(), self._class_ids()
         kinds = dict(zip(table["Metadata_JCP2022"], table["Metadata_pert_type"], strict=True))
         if absent := sorted(set(classes) - set(frame["jcp"].dropna())):
             raise DataError(
                 f"No chosen plate holds {name_some(absent)}.",
                 "Set `--data.init_args.source.init_args.classes` to identifiers that occur.",
             )
-        frame = self._identified(frame, set(kinds), excluded)
+        frame = self._select_identified(frame, set(kinds), excluded)
         kind = frame["jcp"].map(kinds)
         modality = frame["jcp"].map(
             dict(zip(table["Metadata_JCP2022"], table["Metadata_modality"], strict=True))
@@ -414,77 +426,79 @@ class JumpPlates(PlateSource):
             role=is_control.map({True: "control", False: "query"}),
             label=frame["jcp"].map({jcp: c for c, jcp in enumerate(classes)}).fillna(-1),
         )
-        kept = is_class | is_control | (other if self.treatments else False)
+        used = is_class | is_control | (other if self.treatments else False)
         notes = []
-        if unused := int((~kept).sum()):
+        if unused := int((~used).sum()):
             notes.append(f"{unused} sites of empty wells and other perturbations are not used")
-        return frame[kept], notes
+        return frame[used], notes
 
-    def _identified(
+    def _select_identified(
         self, frame: pd.DataFrame, controls: set[str], excluded: list[Exclusion]
     ) -> pd.DataFrame:
-        """Return the sites whose perturbation is known, or not needed to be.
+        """Return the sites whose perturbation is known or irrelevant.
 
-        Wells that the published table calls unidentified are other perturbations: they matter where
-        those are taken.
+        Unidentified wells of the published table are other perturbations: they matter only if
+        ``treatments`` are used.
         """
-        known = frame["jcp"].fillna("").str.fullmatch(_ID) | frame["jcp"].isin(list(controls))
-        listed, tables, absent = self._listed()
+        identified = frame["jcp"].fillna("").str.fullmatch(_ID) | frame["jcp"].isin(list(controls))
+        listed, tables, absent = self._read_identifiers()
         if tables:
-            unlisted = known & ~frame["jcp"].isin(listed | controls)
+            unlisted = identified & ~frame["jcp"].isin(listed | controls)
             if unlisted.any() and absent:
                 first = frame[unlisted].iloc[0]
                 raise DataError(
                     f"There are {int(unlisted.sum())} sites whose perturbation, first "
                     f"{first['jcp']} in well {first['well']} of plate {first['source']}|"
                     f"{first['batch']}|{first['plate']}, is not in the tables "
-                    f"{' and '.join(tables)}, and {self._folder()} has no table "
+                    f"{' and '.join(tables)}, and {self._metadata_folder()} has no table "
                     f"{' and no table '.join(absent)}.",
                     f"Put {absent[0]}.csv.gz of jump-cellpainting/datasets there.",
                 )
-            known &= ~unlisted
+            identified &= ~unlisted
         if not self.treatments:
-            known |= frame["jcp"] == _UNIDENTIFIED
-        if known.all():
+            identified |= frame["jcp"] == _UNIDENTIFIED
+        if identified.all():
             return frame
-        first = frame[~known].iloc[0]
+        first = frame[~identified].iloc[0]
         jcp = first["jcp"] if isinstance(first["jcp"], str) else "no identifier"
-        self._left_out(
+        self._exclude_or_raise(
             excluded,
             "unknown_id",
-            int((~known).sum()),
-            f"{int((~known).sum())} sites with an unknown perturbation, first {jcp} in well "
+            int((~identified).sum()),
+            f"{int((~identified).sum())} sites with an unknown perturbation, first {jcp} in well "
             f"{first['well']} of plate {first['source']}|{first['batch']}|{first['plate']}",
             "sites",
         )
-        return frame[known]
+        return frame[identified]
 
-    def _folder(self) -> Path:
+    def _metadata_folder(self) -> Path:
         return data_path(
             self.metadata if self.metadata is not None else str(Path(self.root) / "metadata")
         )
 
-    def _listed(self) -> tuple[set[str], list[str], list[str]]:
-        """Return the identifiers in the perturbation tables; which are there, and which are not."""
-        folder = self._folder()
+    def _read_identifiers(self) -> tuple[set[str], list[str], list[str]]:
+        """Return the identifiers in perturbation tables, the existing and the missing tables."""
+        folder = self._metadata_folder()
         names: dict[bool, list[str]] = {True: [], False: []}
         identifiers: set[str] = set()
         for name in ("compound", "crispr", "orf"):
             there = any((folder / f"{name}{end}").is_file() for end in _SUFFIXES)
             names[there].append(name)
             if there:
-                identifiers |= set(self._table(name, "JCP2022")["Metadata_JCP2022"])
+                identifiers |= set(self._read_metadata(name, "JCP2022")["Metadata_JCP2022"])
         return identifiers, names[True], names[False]
 
-    def _whole_sites(self, frame: pd.DataFrame, excluded: list[Exclusion]) -> pd.DataFrame:
-        """Return the sites that have a path for each channel."""
+    def _select_complete_sites(
+        self, frame: pd.DataFrame, excluded: list[Exclusion]
+    ) -> pd.DataFrame:
+        """Select the sites that have a path for each channel."""
         missing = frame[[f"path_{c}" for c in self._channels]].isna()
         broken = missing.any(axis=1)
         if not broken.any():
             return frame
         row = frame[broken].iloc[0]
         channel = self._channels[int(missing[broken].iloc[0].to_numpy().argmax())]
-        self._left_out(
+        self._exclude_or_raise(
             excluded,
             "missing_channel",
             int(broken.sum()),
@@ -495,13 +509,15 @@ class JumpPlates(PlateSource):
         )
         return frame[~broken]
 
-    def _distinct_channels(self, frame: pd.DataFrame, excluded: list[Exclusion]) -> pd.DataFrame:
-        """Return the sites whose channels are different files."""
+    def _select_distinct_channels(
+        self, frame: pd.DataFrame, excluded: list[Exclusion]
+    ) -> pd.DataFrame:
+        """Select the sites whose channels are different files."""
         same, pair = find_same_channel(frame, self._channels)
         if not same.any():
             return frame
         row = frame[same].iloc[0]
-        self._left_out(
+        self._exclude_or_raise(
             excluded,
             "same_channel",
             int(same.sum()),
@@ -512,19 +528,19 @@ class JumpPlates(PlateSource):
         )
         return frame[~same]
 
-    def _without_strays(
-        self, frame: pd.DataFrame, most: int, excluded: list[Exclusion]
+    def _drop_stray_wells(
+        self, frame: pd.DataFrame, max_rows: int, excluded: list[Exclusion]
     ) -> pd.DataFrame:
         count = frame.groupby(["source", "jcp", "well"])["site"].transform("size")
-        stray = (count <= most) & (frame["label"] >= 0)
+        stray = (count <= max_rows) & (frame["label"] >= 0)
         if stray.any():
             row = frame[stray].iloc[0]
-            self._left_out(
+            self._exclude_or_raise(
                 excluded,
                 "stray_well",
                 int(stray.sum()),
-                f"{int(stray.sum())} sites in wells that hold a class at most {most} times in a "
-                f"source, first {row['jcp']} in well {row['well']} of {row['source']}",
+                f"{int(stray.sum())} sites in wells that hold a class at most {max_rows} times in "
+                f"a source, first {row['jcp']} in well {row['well']} of {row['source']}",
                 "sites",
             )
         return frame[~stray]

@@ -1,4 +1,4 @@
-"""From raw microscope pixels to what is stored and what a network sees.
+"""Preprocessing of raw microscope pixels before storage.
 
 Shapes: C channels, H W raw image, h w stored image.
 """
@@ -17,7 +17,7 @@ __all__ = ["Preprocess", "display_max"]
 
 
 def display_max(pixels: NDArray[Any], fraction: float) -> float:
-    """Return the smallest of the brightest ``fraction`` of the pixels (at least of one pixel).
+    """Return the smallest value of the brightest ``fraction`` of the pixels (at least one pixel).
 
     Source: arXiv 2604.20824, card section 2.3 (2).
 
@@ -29,24 +29,24 @@ def display_max(pixels: NDArray[Any], fraction: float) -> float:
     if pixels.dtype in (np.uint8, np.uint16):  # counting is several times faster than sorting
         above = np.bincount(pixels.reshape(-1))[::-1].cumsum()
         return float(len(above) - 1 - int(np.searchsorted(above, count)))
-    place = pixels.size - count
-    return float(np.partition(pixels, place, axis=None)[place])
+    index = pixels.size - count
+    return float(np.partition(pixels, index, axis=None)[index])
 
 
 class Preprocess:
-    """Makes a raw site smaller and maps its intensities, as it is then stored.
+    """Downscales a raw site and maps its intensities for storage.
 
     Args:
         downscale: Keep every n-th pixel along each axis (nearest neighbour).
-        intensity: ``percentile`` maps black to 0 and the 99.99th percentile of each image and
-            channel to 255, in 8 bit, which cancels most of a plate's gain; ``full`` keeps the
-            values, as fractions of the full scale of their type.
+        intensity: Mapping of intensities: ``percentile`` maps black to 0 and the 99.99th percentile
+            of each image and channel to 255, in 8 bit, which cancels most of a plate's gain;
+            ``full`` keeps the values, as fractions of the full scale of their type.
         saturate: Fraction of the pixels at 255 under ``percentile``.
-        constant: What may not have one value everywhere: no ``channel``, or only not the whole
-            ``image`` (a colour photograph may lack a colour).
+        constant: Images to refuse as constant: those with a constant ``channel``, or only those
+            with all channels constant (``image``; a colour photograph may lack a colour).
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: A number is out of range, or a word is unknown.
 
     Source: arXiv 2604.20824, card section 2.3; rounding down is inferred.
 
@@ -88,7 +88,7 @@ class Preprocess:
             - site: (C, H, W) uint8, uint16 or float -> (C, h, w) uint8, or of the same type.
 
         Raises:
-            BadImage: A channel has one value everywhere, or values that are no numbers.
+            BadImage: A channel is constant, or has values that are not finite.
         """
         site = np.ascontiguousarray(site[:, :: self.downscale, :: self.downscale])
         if site.dtype.kind == "f" and not np.isfinite(site).all():

@@ -1,4 +1,4 @@
-"""What a source of plates is: a table, and a way to read the sites it names."""
+"""Interface of plate sources: a table of sites, and a reader of their images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["PlateSource", "check_images", "locate"]
 class PlateSource(ABC):
     """Plates of one or several laboratories, with queries of K classes and controls.
 
-    A subclass gives the names of classes and channels, which must be cheap, and :meth:`load`.
+    A subclass defines the names of classes and channels, which must be cheap, and :meth:`load`.
     """
 
     @property
@@ -45,23 +45,23 @@ class PlateSource(ABC):
 
     @property
     def preprocess(self) -> Preprocess:
-        """What is done to these images unless the data module is told otherwise."""
+        """Default preprocessing of these images."""
         return Preprocess()
 
     @property
     def reader(self) -> SiteReader:
-        """How a site is read."""
+        """Reader of sites."""
         return FileReader(self.in_channels)
 
     def prepare(self) -> None:
-        """Do once per machine what other processes can then share."""
+        """Prepare data once per machine for all processes."""
         return  # most sources have nothing to prepare
 
-    def how_to_find(self, path: str) -> str:
-        """Say what to do where the table names images that are not there.
+    def describe_fix(self, path: str) -> str:
+        """Return the hint of an error for images that do not exist.
 
         Args:
-            path: One of them.
+            path: Path of one of them.
         """
         return f"Put the images where the table says, or correct the table: {path}."
 
@@ -75,13 +75,13 @@ class PlateSource(ABC):
 
 
 def check_images(table: PlateTable, source: PlateSource) -> None:
-    """Refuse a table of which no plate's first image is where the table says.
+    """Refuse a table if no plate's first image exists.
 
-    A single file that is missing is for the reader to name, or to leave out; here the paths are of
-    another machine, or start from another folder. Addresses (``s3://``) are not looked at.
+    The reader reports or excludes single missing files; here the paths are of another machine or
+    relative to another folder. Addresses (``s3://``) are not checked.
 
     Raises:
-        DataError: None of them is there.
+        DataError: No plate's first image exists.
     """
     first = np.unique(table.domain, return_index=True)[1]
     files = [paths[0] for paths in table.paths(first.astype(np.int64))]
@@ -89,7 +89,7 @@ def check_images(table: PlateTable, source: PlateSource) -> None:
         raise DataError(
             f"None of the {len(files)} plates has its first image where the plate table says, "
             f"first {files[0]}.",
-            source.how_to_find(files[0]),
+            source.describe_fix(files[0]),
         )
 
 
@@ -101,13 +101,13 @@ def _is_there(path: str) -> bool:
 
 
 def locate(path: str, root: Path, prefixes: Mapping[str, str]) -> str:
-    r"""Return where a file is that a table names.
+    r"""Return the location of a file that a table names.
 
     Args:
-        path: As the table has it: relative to ``root``, absolute, or an address. Backslashes
+        path: Path in the table: relative to ``root``, absolute, or an address. Backslashes
             separate folders, as on Windows.
-        root: Where relative paths start.
-        prefixes: Beginning of a path -> what replaces it; the first that fits counts.
+        root: Folder to which relative paths are relative.
+        prefixes: Replacements of the beginnings of paths; the first that fits is used.
 
     Example:
         >>> locate("D:\\plates\\a.tif", Path("/data"), {"D:\\plates": "."})

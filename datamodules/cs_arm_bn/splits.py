@@ -1,4 +1,4 @@
-"""Which queries are trained on, which select the model, and which settings are tested.
+"""Splits of queries into training, validation and tests.
 
 Shapes: R rows of the table.
 """
@@ -24,7 +24,7 @@ __all__ = [
     "OfficialSplit",
     "Split",
     "check_assignment",
-    "held_out_wells",
+    "draw_held_out_wells",
 ]
 
 _TEST_NAMES = {"lab": "new_lab", "batch": "new_batch", "plate": "new_plate", "image": "in_domain"}
@@ -33,13 +33,13 @@ _EMPTY: Rows = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class Assignment:
-    """Rows of queries, by what they are for.
+    """Rows of queries in each part of a split.
 
     Attributes:
-        train: Rows that are trained on.
-        val: Rows that select the model.
-        tests: Name of a setting -> rows that are tested.
-        shared: Parts whose plates are training plates, on purpose.
+        train: Rows for training.
+        val: Rows for model selection.
+        tests: Rows of each test by its name.
+        shared: Names of parts that may have plates of training.
     """
 
     train: Rows = field(default_factory=lambda: _EMPTY)
@@ -48,18 +48,18 @@ class Assignment:
     shared: tuple[str, ...] = ("in_domain", "new_wells")
 
 
-def check_assignment(table: PlateTable, found: Assignment) -> Assignment:
-    """Return the assignment if no row is in two parts and no plate in two that must differ.
+def check_assignment(table: PlateTable, assignment: Assignment) -> Assignment:
+    """Check that no row is in two parts, and no plate in two parts that must not share plates.
 
     Raises:
         DataError: A row or a plate is in two parts.
     """
-    parts = {"train": found.train, "val": found.val, **found.tests}
+    parts = {"train": assignment.train, "val": assignment.val, **assignment.tests}
     owner: dict[int, str] = {}
-    seen = np.zeros(len(table), np.int64)
+    occurrences = np.zeros(len(table), np.int64)
     for name, rows in parts.items():
-        np.add.at(seen, rows, 1)
-        if name in found.shared:
+        np.add.at(occurrences, rows, 1)
+        if name in assignment.shared:
             continue
         for domain in np.unique(table.domain[rows]):
             other = owner.setdefault(int(domain), name)
@@ -68,21 +68,21 @@ def check_assignment(table: PlateTable, found: Assignment) -> Assignment:
                     f"The plate {table.domains[domain]} is in {other} and in {name}.",
                     "Choose a split that keeps plates whole.",
                 )
-    if (seen > 1).any():
-        row = int(seen.argmax())
+    if (occurrences > 1).any():
+        row = int(occurrences.argmax())
         raise DataError(
             f"Row {row} of the plate table is in several parts of the split.",
             "Choose a split whose parts do not overlap.",
         )
-    return found
+    return assignment
 
 
-def _labelled(table: PlateTable) -> Rows:
+def _labelled_rows(table: PlateTable) -> Rows:
     return np.flatnonzero(~table.control & (table.label >= 0))
 
 
-def _groups(table: PlateTable, by: str) -> NDArray[Any]:
-    """Name the group of each row: batches of two sources are two, so are plates of two batches."""
+def _group_names(table: PlateTable, by: str) -> NDArray[Any]:
+    """Return the group of each row; batches differ between sources, plates between batches."""
     if by == "lab":
         return table.column("lab")
     if by == "batch":
@@ -91,45 +91,45 @@ def _groups(table: PlateTable, by: str) -> NDArray[Any]:
     return table.column("domain")
 
 
-def _amount(share: float, of: int) -> int:
-    """A number of groups: 0 for 0, at least one for a fraction, itself for 1 and more."""
-    if share >= 1:
-        return int(share)
-    return max(1, round(share * of)) if share > 0 else 0
+def _split_size(fraction: float, total: int) -> int:
+    """Return a number of groups: at least one for a fraction below 1, else the number itself."""
+    if fraction >= 1:
+        return int(fraction)
+    return max(1, round(fraction * total)) if fraction > 0 else 0
 
 
-def _draw(
-    names: Iterable[str], share: float | list[str], key: Sequence[int], what: str
+def _draw_groups(
+    names: Iterable[str], amount: float | list[str], key: Sequence[int], option: str
 ) -> set[str]:
-    """Choose groups, the named ones or some at random; at least one must be left."""
+    """Select groups, by name or at random; at least one must remain."""
     ordered = sorted(set(names))
-    if isinstance(share, list):
-        chosen = {name for name in ordered if name in share or name.split("|")[-1] in share}
-        known = {part for name in ordered for part in (name, name.split("|")[-1])}
-        if absent := sorted(set(share) - known):
+    if isinstance(amount, list):
+        groups = {name for name in ordered if name in amount or name.split("|")[-1] in amount}
+        valid = {part for name in ordered for part in (name, name.split("|")[-1])}
+        if absent := sorted(set(amount) - valid):
             raise DataError(
-                f"There is no group {name_some(absent)} for {what} (of {name_some(ordered)}).",
-                f"Set `--data.init_args.split.init_args.{what}` to names in the table.",
+                f"There is no group {name_some(absent)} for {option} (of {name_some(ordered)}).",
+                f"Set `--data.init_args.split.init_args.{option}` to names in the table.",
             )
-        return chosen
-    count = _amount(share, len(ordered))
+        return groups
+    count = _split_size(amount, len(ordered))
     if count >= len(ordered) and count:
         raise DataError(
-            f"There are {len(ordered)} groups to take {count} for {what} from.",
-            f"Lower `--data.init_args.split.init_args.{what}`.",
+            f"There are {len(ordered)} groups to take {count} for {option} from.",
+            f"Lower `--data.init_args.split.init_args.{option}`.",
         )
     order = np.random.default_rng(list(key)).permutation(len(ordered))
     return {ordered[i] for i in order[:count]}
 
 
-def held_out_wells(table: PlateTable, count: int, key: Sequence[int]) -> NDArray[np.bool_]:
-    """Mark the queries in ``count`` random well positions of each class, in each laboratory alike.
+def draw_held_out_wells(table: PlateTable, count: int, key: Sequence[int]) -> NDArray[np.bool_]:
+    """Mark the queries in ``count`` random well positions of each class, equal in all laboratories.
 
     Shape:
         - (R,) bool.
 
     Raises:
-        DataError: A class has too few positions to leave one for training.
+        DataError: A class has at most ``count`` positions.
 
     Source: arXiv 2604.20824, card section 2.4 (new_wells).
     """
@@ -145,51 +145,53 @@ def held_out_wells(table: PlateTable, count: int, key: Sequence[int]) -> NDArray
                 "out.",
                 "Lower `--data.init_args.split.init_args.new_wells`.",
             )
-        chosen = generator.permutation(len(positions))[:count]
-        marked[rows[np.isin(wells[rows], [positions[i] for i in chosen])]] = True
+        held_out = generator.permutation(len(positions))[:count]
+        marked[rows[np.isin(wells[rows], [positions[i] for i in held_out])]] = True
     return marked
 
 
-def _stratified(table: PlateTable, rows: Rows, share: float, key: Sequence[int]) -> NDArray[Any]:
-    """Mark a share of the rows of each plate and class, at least one of two or more."""
+def _draw_stratified(
+    table: PlateTable, rows: Rows, fraction: float, key: Sequence[int]
+) -> NDArray[Any]:
+    """Mark a fraction of the rows of each plate and class, at least one of two or more."""
     marked = np.zeros(len(table), np.bool_)
     generator = np.random.default_rng(list(key))
     group = table.domain[rows] * len(table.class_names) + table.label[rows]
     for number in np.unique(group):
         members = generator.permutation(rows[group == number])
-        marked[members[: _amount(share, len(members)) if len(members) > 1 else 0]] = True
+        marked[members[: _split_size(fraction, len(members)) if len(members) > 1 else 0]] = True
     return marked
 
 
 class Split(ABC):
-    """A rule that deals the labelled queries of a table to training, validation and tests."""
+    """A rule that assigns the labelled queries of a table to training, validation and tests."""
 
     @abstractmethod
     def assign(self, table: PlateTable) -> Assignment:
-        """Return the parts; rows without a label are in none.
+        """Return the parts, which have no unlabelled rows.
 
         Raises:
-            DataError: The table cannot be split so.
+            DataError: The table does not allow this split.
         """
 
 
 class HoldOut(Split):
     """Several settings from one training: in-domain, new wells, new plates, batches, laboratories.
 
-    What remains of the training plates after ``in_domain`` and ``new_wells`` is trained on.
-    Numbers below 1 are fractions (of at least one group), others counts, 0 is none; batches and
-    plates may also be given by name.
+    Queries of the training plates outside ``in_domain`` and ``new_wells`` are for training.
+    Numbers below 1 are fractions (at least one group), others are counts, and 0 is none; batches
+    and plates can also be named.
 
     Args:
-        new_labs: Sources (laboratories) that are only tested.
-        new_batches: Batches of the other laboratories that are only tested.
-        val_batches: Batches that select the model.
-        new_plates: Plates of training batches that are only tested.
-        val_plates: Plates of training batches that select the model (where batches are few).
-        new_wells: Well positions of each class that are only tested, on training plates.
-        in_domain: Fraction of each class on each training plate that is only tested: sites, of
-            wells whose other sites are trained on.
-        seed: Seed of these choices.
+        new_labs: Sources (laboratories) for testing only.
+        new_batches: Batches of the other laboratories for testing only.
+        val_batches: Batches for validation.
+        new_plates: Plates of training batches for testing only.
+        val_plates: Plates of training batches for validation (where batches are few).
+        new_wells: Number of well positions of each class on training plates for testing only.
+        in_domain: Fraction of the sites of each class on each training plate for testing only;
+            other sites of their wells are for training.
+        seed: Seed of the split.
 
     Raises:
         ConfigError: A number is negative, or ``in_domain`` is not below 1.
@@ -208,8 +210,8 @@ class HoldOut(Split):
         in_domain: float = 0.2,
         seed: int = 1234,
     ) -> None:
-        shares = (new_batches, val_batches, new_plates, val_plates, new_wells)
-        if any(not isinstance(share, list) and share < 0 for share in shares) or not (
+        amounts = (new_batches, val_batches, new_plates, val_plates, new_wells)
+        if any(not isinstance(amount, list) and amount < 0 for amount in amounts) or not (
             0 <= in_domain < 1
         ):
             raise ConfigError(
@@ -229,9 +231,9 @@ class HoldOut(Split):
 
     def assign(self, table: PlateTable) -> Assignment:
         """Return the parts: see :meth:`Split.assign`."""
-        rows = _labelled(table)
-        left = np.zeros(len(table), np.bool_)
-        left[rows] = True
+        rows = _labelled_rows(table)
+        remaining = np.zeros(len(table), np.bool_)
+        remaining[rows] = True
         tests: dict[str, Rows] = {}
         lab, source = table.column("lab"), table.column("source")
         if absent := sorted(set(self.new_labs) - set(lab) - set(source)):
@@ -242,10 +244,10 @@ class HoldOut(Split):
             )
         tested = np.isin(lab, self.new_labs) | np.isin(source, self.new_labs)
         if self.new_labs:
-            tests["new_lab"] = np.flatnonzero(left & tested)
-            left &= ~tested
+            tests["new_lab"] = np.flatnonzero(remaining & tested)
+            remaining &= ~tested
         parts: dict[str, Rows] = {}
-        for stream, (what, by, share) in enumerate(
+        for stream, (option, by, amount) in enumerate(
             (
                 ("new_batches", "batch", self.new_batches),
                 ("val_batches", "batch", self.val_batches),
@@ -253,27 +255,29 @@ class HoldOut(Split):
                 ("val_plates", "plate", self.val_plates),
             )
         ):
-            names = _groups(table, by)
-            chosen = _draw(names[left], share, (self.seed, stream), what)
-            marked = left & np.isin(names, list(chosen))
-            parts[what] = np.flatnonzero(marked)
-            left &= ~marked
+            names = _group_names(table, by)
+            groups = _draw_groups(names[remaining], amount, (self.seed, stream), option)
+            marked = remaining & np.isin(names, list(groups))
+            parts[option] = np.flatnonzero(marked)
+            remaining &= ~marked
         if self.new_batches:
             tests["new_batch"] = parts["new_batches"]
         if self.new_plates:
             tests["new_plate"] = parts["new_plates"]
         if self.new_wells:
-            marked = left & held_out_wells(table, self.new_wells, (self.seed, 4))
+            marked = remaining & draw_held_out_wells(table, self.new_wells, (self.seed, 4))
             tests["new_wells"] = np.flatnonzero(marked)
-            left &= ~marked
+            remaining &= ~marked
         if self.in_domain:
-            marked = _stratified(table, np.flatnonzero(left), self.in_domain, (self.seed, 5))
+            marked = _draw_stratified(
+                table, np.flatnonzero(remaining), self.in_domain, (self.seed, 5)
+            )
             tests["in_domain"] = np.flatnonzero(marked)
-            left &= ~marked
+            remaining &= ~marked
         order = ("in_domain", "new_wells", "new_plate", "new_batch", "new_lab")
         val = np.union1d(parts["val_batches"], parts["val_plates"])
         return Assignment(
-            np.flatnonzero(left), val, {name: tests[name] for name in order if name in tests}
+            np.flatnonzero(remaining), val, {name: tests[name] for name in order if name in tests}
         )
 
 
@@ -284,18 +288,19 @@ class GroupFolds(Split):
     ``group=batch, folds=5``, its in-domain one ``group=image``.
 
     Args:
-        group: What is never in two folds; ``image`` is stratified by class and shares plates and
-            wells between the folds.
-        fold: Which fold is tested, from 0.
+        group: Unit that is in one fold only; ``image`` is stratified by class, and its folds share
+            plates and wells.
+        fold: Index of the test fold, from 0.
         folds: Number of folds.
-        val_group: What is never in training and validation; images where these are the folds.
+        val_group: Unit that is in training or validation only; images if ``group`` is ``image``.
         val_fraction: Fraction of these groups for validation.
-        new_wells: Well positions of each class that are kept out of training; only these are
-            tested then.
+        new_wells: Number of well positions of each class that are excluded from training; if not
+            0, only these are tested.
         seed: Seed of folds and validation.
 
     Raises:
-        ConfigError: The fold does not exist, or the fraction is not in [0, 1).
+        ConfigError: The fold does not exist, ``val_fraction`` is outside [0, 1), or ``new_wells``
+            is negative.
 
     Source: arXiv 2604.20824, card section 2.4.
     """
@@ -333,29 +338,29 @@ class GroupFolds(Split):
         """Return the parts: see :meth:`Split.assign`."""
         from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedKFold
 
-        rows = _labelled(table)
+        rows = _labelled_rows(table)
         if self.group == "image":
             folds = StratifiedKFold(self.folds, shuffle=True, random_state=self.seed)
             pairs = folds.split(rows, table.label[rows])
         else:
-            groups = _groups(table, self.group)[rows]
-            if (found := len(set(groups))) < self.folds:
+            groups = _group_names(table, self.group)[rows]
+            if (count := len(set(groups))) < self.folds:
                 raise DataError(
-                    f"There are {found} groups by {self.group} for {self.folds} folds.",
+                    f"There are {count} groups by {self.group} for {self.folds} folds.",
                     "Lower `--data.init_args.split.init_args.folds`.",
                 )
             folds = GroupKFold(self.folds, shuffle=True, random_state=self.seed)
             pairs = folds.split(rows, groups=groups)
-        kept, tested = list(pairs)[self.fold]
-        train, test = rows[kept], rows[tested]
+        train_positions, test_positions = list(pairs)[self.fold]
+        train, test = rows[train_positions], rows[test_positions]
         val = _EMPTY
         if self.val_fraction:
             if self.val_group == "image":
-                marked = _stratified(table, train, self.val_fraction, (self.seed, 6))
+                marked = _draw_stratified(table, train, self.val_fraction, (self.seed, 6))
                 val = np.flatnonzero(marked)
                 train = train[~marked[train]]
             else:
-                groups = _groups(table, self.val_group)[train]
+                groups = _group_names(table, self.val_group)[train]
                 if len(set(groups)) < 2:
                     raise DataError(
                         f"The training fold has one group by {self.val_group}: no validation.",
@@ -365,7 +370,7 @@ class GroupFolds(Split):
                 inner_train, inner_val = next(inner.split(train, groups=groups))
                 train, val = train[inner_train], train[inner_val]
         if self.new_wells:
-            marked = held_out_wells(table, self.new_wells, (self.seed, 4))
+            marked = draw_held_out_wells(table, self.new_wells, (self.seed, 4))
             train, val, test = train[~marked[train]], val[~marked[val]], test[marked[test]]
         return Assignment(
             np.sort(train),
@@ -376,16 +381,16 @@ class GroupFolds(Split):
 
 
 class OfficialSplit(Split):
-    """The split that the publisher of the data proposes, from the column ``official``.
+    """The publisher's split, from the column ``official``.
 
     Words in that column: ``train``, ``val``, and names of tests (``in_domain``, ``new_batch``);
     rows with another word are not used.
 
     Args:
-        tests: Names of tests to take.
+        tests: Names of the tests to use.
 
     Raises:
-        ConfigError: No test is named.
+        ConfigError: ``tests`` is empty.
     """
 
     def __init__(self, tests: list[str] = ["in_domain", "new_batch"]) -> None:  # noqa: B006
@@ -404,7 +409,7 @@ class OfficialSplit(Split):
                 "Set `--data.init_args.split` to HoldOut or GroupFolds.",
             )
         word = table.column("official")
-        rows = _labelled(table)
+        rows = _labelled_rows(table)
         parts = {name: rows[word[rows] == name] for name in ("train", "val", *self.tests)}
         if empty := [name for name in self.tests if not len(parts[name])]:
             raise DataError(

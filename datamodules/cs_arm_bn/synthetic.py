@@ -1,4 +1,4 @@
-"""Generated plates: cells, batch effects, and the files of JUMP that hold them.
+"""Generated plates: cells and batch effects, written as files of JUMP.
 
 Shapes: R sites of a plate, C = 5 channels, S side of an image.
 """
@@ -36,7 +36,7 @@ __all__ = ["NEGATIVE_CONTROL", "SyntheticPlates", "class_wells", "control_wells"
 NEGATIVE_CONTROL = "JCP2022_033924"
 _EMPTY = "JCP2022_999999"
 _ROWS = "ABCDEFGHIJKLMNOP"
-_VERSION = 2  # of the code that generates: a change makes other plates
+_VERSION = 2  # version of the generating code; raised when the plates change
 
 #: Wells of each positive control on every COMPOUND plate of JUMP. Source: card section 2.2.
 _CLASS_WELLS = {
@@ -60,7 +60,7 @@ _NAMES = {
     "JCP2022_012818": ("poscon", "TC-S-7004"),
     "JCP2022_085227": ("poscon", "aloxistatin"),
 }
-# Where files lie on the machine that is named in a table of the PathName form.
+# Folder of the files on the machine that wrote tables of the PathName form.
 _ELSEWHERE = "/mnt/bucket/"
 _BUCKET = "s3://cellpainting-gallery/"
 #: Instruments: the second laboratory differs as source_8 from source_3 (card sections 2.1, 6.3).
@@ -82,7 +82,7 @@ def class_wells(count: int = 4) -> dict[str, tuple[str, ...]]:
 
 
 def control_wells(count: int = 32) -> tuple[str, ...]:
-    """Return ``count`` wells of columns 2 and 23, spread over the plate.
+    """Return ``count`` wells of columns 2 and 23, evenly spaced over the plate.
 
     Example:
         >>> control_wells(4)
@@ -93,7 +93,7 @@ def control_wells(count: int = 32) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Plate:
+class _SyntheticPlate:
     """One plate to be written."""
 
     lab: int
@@ -111,7 +111,7 @@ class _Plate:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What decides every pixel."""
+    """Parameters that determine every pixel."""
 
     seed: int
     size: int
@@ -124,7 +124,7 @@ class _Recipe:
     random_layout: bool
     dead_wells: float
 
-    def all_plates(self) -> list[_Plate]:
+    def list_plates(self) -> list[_SyntheticPlate]:
         plates = []
         for lab, (batches, per_batch) in enumerate(zip(self.batches, self.plates, strict=True)):
             for batch in range(batches):
@@ -133,14 +133,14 @@ class _Recipe:
                     number = batch * per_batch + k
                     name = f"{lab:02}{1000 + 37 * number}" if lab == 0 else f"J1{lab}{number:04}"
                     batch_name = f"CP_{25 + batch}" if lab == 0 else f"J{batch + 1}"
-                    plates.append(_Plate(lab, batch, k, _LABS[lab][0], batch_name, name))
+                    plates.append(_SyntheticPlate(lab, batch, k, _LABS[lab][0], batch_name, name))
         return plates
 
     def labs(self) -> tuple[tuple[str, LabSetting], ...]:
-        """Return the laboratories; without effects their instruments are one."""
-        return tuple((name, setting.weakened(self.strength)) for name, setting in _LABS)
+        """Return the laboratories; at strength 0 their instruments are equal."""
+        return tuple((name, setting.scale_towards(self.strength)) for name, setting in _LABS)
 
-    def layout(self, plate: _Plate) -> dict[str, str]:
+    def layout(self, plate: _SyntheticPlate) -> dict[str, str]:
         """Return the perturbation of each used well of a plate."""
         wells = {well: jcp for jcp, ws in class_wells(self.wells_per_class).items() for well in ws}
         wells |= dict.fromkeys(control_wells(self.controls), NEGATIVE_CONTROL)
@@ -151,7 +151,9 @@ class _Recipe:
         return wells
 
 
-def _render(recipe: _Recipe, plate: _Plate) -> tuple[list[tuple[str, str]], NDArray[np.uint16]]:
+def _render_plate(
+    recipe: _Recipe, plate: _SyntheticPlate
+) -> tuple[list[tuple[str, str]], NDArray[np.uint16]]:
     """Return (well, site) of each site of a plate and its image.
 
     Shape:
@@ -188,8 +190,8 @@ def _render(recipe: _Recipe, plate: _Plate) -> tuple[list[tuple[str, str]], NDAr
     return sites, counts
 
 
-def _file_name(plate: _Plate, well: str, site: str, channel: int) -> str:
-    """Name a file as the laboratory's microscope would."""
+def _file_name(plate: _SyntheticPlate, well: str, site: str, channel: int) -> str:
+    """Return a file name in the style of the laboratory's microscope."""
     if plate.lab:
         key = f"{plate.name}{well}{site}{channel}"
         unique = str(uuid.uuid5(uuid.NAMESPACE_OID, key)).upper()
@@ -198,28 +200,28 @@ def _file_name(plate: _Plate, well: str, site: str, channel: int) -> str:
     return f"r{row:02}c{column:02}f{int(site):02}p01-ch{channel + 1}sk1fk1fl1.tiff"
 
 
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
+def _format_csv(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
-class _Writer(Dataset[Any]):
+class _SyntheticPlateWriter(Dataset[Any]):
     """Writes plates: a job for :func:`run_in_processes`."""
 
-    def __init__(self, root: Path, recipe: _Recipe, plates: Sequence[_Plate]) -> None:
+    def __init__(self, root: Path, recipe: _Recipe, plates: Sequence[_SyntheticPlate]) -> None:
         self.root, self.recipe, self.plates = root, recipe, plates
 
-    def table_path(self, plate: _Plate) -> Path:
-        """The plate's load_data table: it is written last, so it says that the plate is whole."""
-        place = f"cpg0016-jump/{plate.source}/workspace/load_data_csv/{plate.batch_name}"
-        return self.root / place / plate.name / "load_data.csv"
+    def table_path(self, plate: _SyntheticPlate) -> Path:
+        """Return the path of the plate's load_data table, which marks a complete plate."""
+        folder = f"cpg0016-jump/{plate.source}/workspace/load_data_csv/{plate.batch_name}"
+        return self.root / folder / plate.name / "load_data.csv"
 
     def __getitem__(self, number: int) -> None:
         import tifffile
 
         plate = self.plates[number]
-        sites, images = _render(self.recipe, plate)
+        sites, images = _render_plate(self.recipe, plate)
         inner = f"cpg0016-jump/{plate.source}/images/{plate.batch_name}/images/{plate.folder}"
         folder = self.root / inner
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,12 +241,12 @@ class _Writer(Dataset[Any]):
                 row += [*names, *[f"{_ELSEWHERE}{inner}/"] * len(names)]
             rows.append(row)
         with atomic_write(self.table_path(plate)) as temporary:
-            temporary.write_text(_csv(rows))
+            temporary.write_text(_format_csv(rows))
 
 
 def _write_metadata(root: Path, recipe: _Recipe) -> None:
     """Write the tables of ``jump-cellpainting/datasets/metadata``."""
-    plates = recipe.all_plates()
+    plates = recipe.list_plates()
     tables: Mapping[str, list[list[str]]] = {
         "plate": [["Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_PlateType"]],
         "well": [["Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_JCP2022"]],
@@ -261,39 +263,39 @@ def _write_metadata(root: Path, recipe: _Recipe) -> None:
     tables["plate"].append([plates[0].source, plates[0].batch_name, "T2-1", "TARGET2"])
     for name, rows in tables.items():
         with atomic_write(root / "metadata" / f"{name}.csv.gz") as temporary:
-            temporary.write_bytes(gzip.compress(_csv(rows).encode(), mtime=0))
+            temporary.write_bytes(gzip.compress(_format_csv(rows).encode(), mtime=0))
     header = [f"Metadata_{k}" for k in ("JCP2022", "pert_type", "Name", "modality")]
     controls = [[jcp, kind, name, "compound"] for jcp, (kind, name) in _NAMES.items()]
     controls.append([_EMPTY, "empty", "Empty", "any"])
     with atomic_write(root / "metadata" / "perturbation_control.csv") as temporary:
-        temporary.write_text(_csv([header, *controls]))
+        temporary.write_text(_format_csv([header, *controls]))
 
 
 class SyntheticPlates(PlateSource):
-    """Plates of generated cells with nested batch effects, written and read as JUMP's are.
+    """Plates of generated cells with nested batch effects, in the files of JUMP.
 
-    Made once, by as many processes as there are cores, into the cache (``FULGURITE_CACHE``); a
-    plate is whole when its ``load_data`` is there, so an interrupted run goes on where it was. The
-    first laboratory is ``source_3``, the second, ``source_8``, has another instrument and twice
-    the spread, the third lies between.
+    They are generated once, by as many processes as there are cores, into the cache
+    (``FULGURITE_CACHE``). A plate is complete when its ``load_data`` exists, so an interrupted run
+    continues with the next plate. The first laboratory is ``source_3``; the second, ``source_8``,
+    has another instrument and twice the variation; the third is between the two.
 
     Args:
-        batches: Batches of each laboratory (one to three).
-        plates: Plates in each batch of each laboratory.
-        sites: Sites of each well.
-        size: Side of an image [pixels]; cells keep their size, so there are more of them.
-        wells_per_class: Wells of each of the eight classes on a plate (one to four).
-        controls: Wells of the negative control on a plate (up to 32).
+        batches: Number of batches of each of one to three laboratories.
+        plates: Number of plates in each batch of each laboratory.
+        sites: Number of sites of each well.
+        size: Side of an image [pixels]; cells keep their size, so larger images have more cells.
+        wells_per_class: Number of wells of each of the eight classes on a plate (one to four).
+        controls: Number of wells of the negative control on a plate (up to 32).
         strength: Factor on every batch effect; 1 has the card's deviations, 0 none. At 1 a tiny
             ResNet trained for 350 steps is 41 points behind an adapted one on new batches (two
             seeds), more than the 10 to 35 that the card aims at.
-        random_layout: Put classes and controls anywhere instead of where JUMP has them.
-        dead_wells: Fraction of control wells that hold nearly no cells.
-        seed: Seed of everything.
+        random_layout: Assign classes and controls to random wells instead of those of JUMP.
+        dead_wells: Fraction of control wells with nearly no cells.
+        seed: Seed of all random numbers.
         path: Folder to write to instead of the cache.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: A number is out of range, or ``batches`` and ``plates`` differ in length.
 
     Source: arXiv 2604.20824, card section 6.3.
     """
@@ -348,7 +350,7 @@ class SyntheticPlates(PlateSource):
 
     @property
     def root(self) -> Path:
-        """The folder that stands for the bucket."""
+        """The folder with the content of the bucket."""
         if self.path is not None:
             return Path(self.path).expanduser().absolute()
         text = f"{_VERSION} {self.recipe} {SHARES} {self.recipe.labs()} {PHENOTYPES}"
@@ -366,16 +368,16 @@ class SyntheticPlates(PlateSource):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Images are small already, and their gain is part of the task."""
+        """Keep images unchanged: they are small, and their gain is part of the task."""
         return Preprocess(downscale=1, intensity="full")
 
     def prepare(self) -> None:
-        """Write the plates that are not there."""
+        """Write the missing plates."""
         root = self.root
         with file_lock(root.with_name(f"{root.name}.lock")):
-            writer = _Writer(root, self.recipe, [])
+            writer = _SyntheticPlateWriter(root, self.recipe, [])
             writer.plates = [
-                p for p in self.recipe.all_plates() if not writer.table_path(p).exists()
+                p for p in self.recipe.list_plates() if not writer.table_path(p).exists()
             ]
             for _ in run_in_processes(writer, len(writer.plates)):
                 pass
@@ -384,5 +386,5 @@ class SyntheticPlates(PlateSource):
 
     def load(self) -> PlateTable:
         """Return the table of sites, as the reader of JUMP gives it."""
-        self.prepare()  # nothing to do where `prepare` ran on this machine
+        self.prepare()  # does nothing if `prepare` ran on this machine
         return JumpPlates(str(self.root), prefixes={_BUCKET: "", _ELSEWHERE: ""}).load()

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _KEYS = ("source", "batch", "plate", "well", "site")
-_NEEDED = (*_KEYS, "role", "label")
+_REQUIRED = (*_KEYS, "role", "label")
 Rows = NDArray[np.int64]
 
 
@@ -39,7 +39,7 @@ _WELL = re.compile(r"([A-Za-z]{1,2})0*([1-9]\d?)")
 def well_name(text: str) -> str:
     """Return the name of a well with an upper-case row and a column of two digits.
 
-    Other names, which are no row and column, stay as they are.
+    Names that are not a row and column are unchanged.
 
     Example:
         >>> [well_name(text) for text in ("A1", "a01", "AF048", "P24", "picture7", "A0")]
@@ -50,13 +50,13 @@ def well_name(text: str) -> str:
     return text
 
 
-def name_wells(frame: pd.DataFrame, plate: Sequence[str], where: str) -> pd.Series:
+def name_wells(frame: pd.DataFrame, plate: Sequence[str], origin: str) -> pd.Series:
     """Return the column ``well`` with one spelling of each well (:func:`well_name`).
 
     Args:
         frame: One row for each site or well.
         plate: Columns that together name a plate.
-        where: What holds the rows, for the error: ``The plate table``.
+        origin: Subject of the error message, such as ``The plate table``.
 
     Raises:
         DataError: A plate spells one well in two ways.
@@ -72,7 +72,7 @@ def name_wells(frame: pd.DataFrame, plate: Sequence[str], where: str) -> pd.Seri
         first = twice.iloc[0]
         same = twice[(twice[[*plate, "well"]] == first[[*plate, "well"]]).all(axis=1)]
         raise DataError(
-            f"{where} spells one well of plate {'|'.join(first[[*plate]])} in two ways: "
+            f"{origin} spells one well of plate {'|'.join(first[[*plate]])} in two ways: "
             f"{' and '.join(same['spelled'])}.",
             "Spell each well of a plate in one way, A01 for example.",
         )
@@ -85,7 +85,7 @@ def find_same_channel(
     """Mark the sites that have one file for two channels.
 
     Returns:
-        The marks, and the two channels of the first one.
+        The mask of these sites, and the two channels of the first one.
 
     Shape:
         - (R,) bool.
@@ -101,12 +101,12 @@ def find_same_channel(
 
 
 def position_accuracy(position: Rows, label: Rows, plate: Rows) -> tuple[float, float]:
-    """How well the position on the plate alone tells the class: a classifier that sees no image.
+    """Accuracy of predicting the class from the position on the plate alone, without images.
 
-    It guesses, at each position, the class most frequent there on the *other* plates.
+    The prediction is the most frequent class at the position on the *other* plates.
 
     Returns:
-        Its accuracy, and that of always guessing the most frequent class.
+        The accuracy, and that of always predicting the most frequent class.
 
     Shape:
         - position, label, plate: (R,) int64 numbers from 0.
@@ -124,46 +124,49 @@ def position_accuracy(position: Rows, label: Rows, plate: Rows) -> tuple[float, 
     np.add.at(counts, (position, label), 1)
     right = 0
     for number in np.unique(plate):
-        own = plate == number
+        on_plate = plate == number
         others = counts.copy()
-        np.subtract.at(others, (position[own], label[own]), 1)
-        seen = others.sum(1) > 0
-        right += int((others.argmax(1)[position[own]] == label[own])[seen[position[own]]].sum())
+        np.subtract.at(others, (position[on_plate], label[on_plate]), 1)
+        occupied = others.sum(1) > 0
+        right += int(
+            (others.argmax(1)[position[on_plate]] == label[on_plate])[
+                occupied[position[on_plate]]
+            ].sum()
+        )
     return right / len(label), float(counts.sum(0).max() / len(label))
 
 
 class PlateTable:
-    """One row for each site, with everything that episodes and splits need to know.
+    """A table with one row for each site, for episodes and splits.
 
     Columns of the frame: ``source`` (laboratory), ``batch``, ``plate``, ``well``, ``site``, all
     read as text; ``role``, which is ``query`` or ``control``; ``label``, the class number of a
     query, -1 where it is unknown (that of a control is ignored); ``path``, or ``path_<channel>``
-    for each channel. Optional: ``domain`` (``source|batch|plate`` if not given), ``lab`` (for
-    sources that are one laboratory; ``source`` if not given), ``official`` (the split that the
-    publisher proposes).
+    for each channel. Optional: ``domain`` (``source|batch|plate`` by default), ``lab`` (for
+    sources that are one laboratory; ``source`` by default), ``official`` (the publisher's split).
 
     Attributes:
         frame: The checked table, rows numbered from 0.
-        class_names: K names.
+        class_names: Names of the K classes.
         channels: Names of the channels, in the order of the images.
-        excluded: What was left out before.
-        notes: Facts about the source that :meth:`report` passes on.
-        domains: D names of plates, in order of appearance.
+        excluded: Exclusions so far.
+        notes: Notes about the source for :meth:`report`.
+        domains: Names of the D plates, in order of appearance.
         wells: Names of wells, each ``domain|well``.
-        domain: Number of each row's plate. Shape: (R,) int64.
-        well: Number of each row's well. Shape: (R,) int64.
+        domain: Index of each row's plate. Shape: (R,) int64.
+        well: Index of each row's well. Shape: (R,) int64.
         label: Class of each row, -1 if unknown. Shape: (R,) int64.
-        control: Whether a row is a control. Shape: (R,) bool.
+        control: Mask of the controls. Shape: (R,) bool.
 
     Args:
         frame: Table with the columns above.
         class_names: Names of the K classes, in the order of the labels.
         channels: Names of the channels.
-        excluded: What the reader left out.
-        notes: What the reader wants to have reported.
+        excluded: Exclusions by the reader.
+        notes: Notes of the reader for the report.
 
     Raises:
-        DataError: A column is missing, a role, label or path is not valid, or a site comes twice.
+        DataError: A column is missing, a role, label or path is invalid, or a site is repeated.
 
     Source: arXiv 2604.20824, card sections 4.1 and 7.1.
 
@@ -188,7 +191,7 @@ class PlateTable:
         self.channels = tuple(channels)
         self.excluded = tuple(excluded)
         self.notes = tuple(notes)
-        self.frame = self._checked(frame)
+        self.frame = self._check_frame(frame)
         number, names = self.frame["domain"].factorize()
         self.domain: Rows = number.astype(np.int64)
         self.domains: tuple[str, ...] = tuple(str(name) for name in names)
@@ -208,16 +211,16 @@ class PlateTable:
             return ("path",)
         return tuple(f"path_{channel}" for channel in self.channels)
 
-    def _checked(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def _check_frame(self, frame: pd.DataFrame) -> pd.DataFrame:
         import pandas as pd
 
-        for name in _NEEDED:
+        for name in _REQUIRED:
             if name not in frame.columns:
                 raise DataError(
                     f"The plate table has no column {name!r}.",
                     "Add the role (query or control) of each site."
                     if name == "role"
-                    else f"Give the columns {', '.join(_NEEDED)}.",
+                    else f"Give the columns {', '.join(_REQUIRED)}.",
                 )
         if not len(frame):
             left_out = "; ".join(exclusion.reason for exclusion in self.excluded)
@@ -302,8 +305,8 @@ class PlateTable:
 
     def paths(self, rows: Rows | slice = slice(None)) -> list[tuple[str, ...]]:
         """Return the files of sites, one for each channel or one for all."""
-        taken = self.frame[list(self.path_columns)].to_numpy(dtype=object)[rows]
-        return [tuple(str(path) for path in row) for row in taken]
+        files = self.frame[list(self.path_columns)].to_numpy(dtype=object)[rows]
+        return [tuple(str(path) for path in row) for row in files]
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of the frame as an array of text."""
@@ -314,7 +317,7 @@ class PlateTable:
         return np.flatnonzero((self.domain == domain) & (self.control == control))
 
     def counts(self) -> NDArray[np.int64]:
-        """Return how many queries and controls each plate has.
+        """Return the numbers of queries and controls of each plate.
 
         Shape:
             - (D, 2) int64.
@@ -323,11 +326,11 @@ class PlateTable:
         np.add.at(counts, (self.domain, self.control.astype(np.int64)), 1)
         return counts
 
-    def without(self, rows: NDArray[np.bool_], exclusion: Exclusion) -> PlateTable:
-        """Return the table without some rows, which are counted.
+    def drop(self, rows: NDArray[np.bool_], exclusion: Exclusion) -> PlateTable:
+        """Return the table without some rows, which are recorded as excluded.
 
         Raises:
-            DataError: Nothing would be left.
+            DataError: No row would remain.
 
         Shape:
             - rows: (R,) bool.
@@ -345,33 +348,33 @@ class PlateTable:
             self.notes,
         )
 
-    def need_controls(self, least: int, exclude: Collection[str] = ()) -> PlateTable:
-        """Return the table if every plate has enough controls, or without those that have not.
+    def require_controls(self, minimum: int, exclude: Collection[str] = ()) -> PlateTable:
+        """Return the table of plates with enough controls.
 
         Args:
-            least: Number of controls.
-            exclude: Words of what is to be left out; ``few_controls`` is the one for this.
+            minimum: Smallest number of controls of a plate.
+            exclude: Words for data to leave out; ``few_controls`` excludes such plates.
 
         Raises:
-            DataError: A plate has fewer than ``least`` controls and is not to be left out.
+            DataError: A plate has fewer than ``minimum`` controls and is not to be excluded.
         """
         controls = self.counts()[:, 1]
-        few = np.flatnonzero(controls < least)
+        few = np.flatnonzero(controls < minimum)
         if not len(few):
             return self
         named = name_some([f"{self.domains[d]} ({controls[d]})" for d in few])
         if "few_controls" not in exclude:
             raise DataError(
-                f"{len(few)} of {len(self.domains)} plates have fewer than {least} controls: "
+                f"{len(few)} of {len(self.domains)} plates have fewer than {minimum} controls: "
                 f"{named}.",
                 "Lower `--data.init_args.min_controls`, or "
                 + exclude_hint("such plates", "few_controls", exclude, "exclude"),
             )
-        what = f"{len(few)} plates with fewer than {least} controls: {named}"
-        return self.without(np.isin(self.domain, few), Exclusion("few_controls", what, 0))
+        summary = f"{len(few)} plates with fewer than {minimum} controls: {named}"
+        return self.drop(np.isin(self.domain, few), Exclusion("few_controls", summary, 0))
 
     def report(self) -> str:
-        """Say in a few lines what there is, what is missing, and what position tells of class."""
+        """Summarise the table: counts, missing data, and the class information of positions."""
         counts, frame = self.counts(), self.frame
         labelled = ~self.control & (self.label >= 0)
         lines = [
@@ -381,10 +384,10 @@ class PlateTable:
             f"queries per plate {counts[:, 0].min()} to {counts[:, 0].max()}, controls "
             f"{counts[:, 1].min()} to {counts[:, 1].max()}",
         ]
-        for column, what in ((1, "controls"), (0, "queries")):
+        for column, noun in ((1, "controls"), (0, "queries")):
             if len(none := np.flatnonzero(counts[:, column] == 0)):
                 named = name_some([self.domains[d] for d in none])
-                lines.append(f"{len(none)} plates without {what}: {named}")
+                lines.append(f"{len(none)} plates without {noun}: {named}")
         if unknown := int((~self.control & (self.label < 0)).sum()):
             lines.append(f"{unknown} queries without a label: for prediction only")
         if absent := sorted(set(range(len(self.class_names))) - set(self.label[labelled])):
@@ -392,11 +395,13 @@ class PlateTable:
             lines.append(f"{len(absent)} classes without a query: {named}")
         if labelled.any() and len(np.unique(self.domain[labelled])) > 1:
             position = frame["well"].factorize()[0].astype(np.int64)[labelled]
-            told, chance = position_accuracy(position, self.label[labelled], self.domain[labelled])
+            accuracy, chance = position_accuracy(
+                position, self.label[labelled], self.domain[labelled]
+            )
             lines.append(
-                f"well position alone tells the class of {told:.1%} of the queries (always the "
+                f"well position alone tells the class of {accuracy:.1%} of the queries (always the "
                 f"most frequent class: {chance:.1%})"
-                + ("; new_wells in the split checks it" if told > chance + 0.1 else "")
+                + ("; new_wells in the split checks it" if accuracy > chance + 0.1 else "")
             )
         lines += self.notes
         lines += [f"excluded ({e.kind}), {e.rows} sites: {e.reason}" for e in self.excluded]

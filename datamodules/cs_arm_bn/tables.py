@@ -1,4 +1,4 @@
-"""Readers of the plate table itself as CSV, and of RxRx1 as WILDS ships it."""
+"""Readers of plate tables as CSV, and of RxRx1 in the version of WILDS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = (
     *("source", "batch", "plate", "well", "site", "role", "label"),
     *("domain", "lab", "official"),
 )
-_MENDS = {
+_HINTS = {
     "unknown_label": f"Add the class to `{_OPTION}.classes`",
     "missing_channel": "Give each path",
     "same_channel": "Give each channel its file",
@@ -33,7 +33,7 @@ _MENDS = {
 
 
 class CsvPlates(PlateSource):
-    """Any plates, from a table with one row for each site (CSV, ``.csv.gz`` or parquet).
+    """Plates of your own, from a table with one row for each site (CSV, ``.csv.gz`` or parquet).
 
     Columns: ``source``, ``batch``, ``plate``, ``well``, ``site``, ``role`` (query or control),
     ``label`` (name of the class; empty if unknown or a control) and ``path``, or
@@ -41,23 +41,24 @@ class CsvPlates(PlateSource):
     cell is missing: ``NA`` and ``None`` are names. Other columns are not used.
 
     Args:
-        path: The table, absolute or relative to ``FULGURITE_DATA``.
+        path: Path of the table, absolute or relative to ``FULGURITE_DATA``.
         channels: Names of the channels, in the order of the images.
-        classes: Names of the classes, in the order of their numbers; those in the table, sorted,
-            if not given. A label that is not among them is an error or an exclusion.
-        root: Folder that relative image paths start from; that of the table if not given.
+        classes: Names of the classes, in the order of their numbers; by default those in the
+            table, sorted. Other labels are an error or excluded.
+        root: Folder to which image paths are relative; by default that of the table.
         any_depth: Accept TIFFs that are not 16-bit with one channel.
-        downscale: Keep every n-th pixel.
-        intensity: How intensities are mapped: see :class:`Preprocess`.
-        exclude: What to leave out and count instead of stopping: sites with an ``unknown_label``,
-            a ``missing_channel`` or one file for two channels (``same_channel``).
-        remote: Beginnings of addresses (such as ``s3://my-bucket/``) that the table may name
-            instead of files; any other is refused.
-        prefixes: Beginning of a path in the table -> what replaces it, for tables that were written
-            on another machine.
+        downscale: Keep every n-th pixel along each axis.
+        intensity: Mapping of intensities; see :class:`Preprocess`.
+        exclude: Words for sites to leave out and count instead of an error: sites with an
+            ``unknown_label``, a ``missing_channel`` or one file for two channels
+            (``same_channel``).
+        remote: Beginnings of allowed addresses (such as ``s3://my-bucket/``) in the table; others
+            are refused.
+        prefixes: Replacements of the beginnings of paths in the table, for tables of another
+            machine.
 
     Raises:
-        ConfigError: No channel is named, or a word in ``exclude`` is unknown.
+        ConfigError: ``channels`` is empty or has duplicates, or a word in ``exclude`` is unknown.
     """
 
     def __init__(
@@ -99,21 +100,21 @@ class CsvPlates(PlateSource):
         """Names of the classes."""
         if self.classes is not None:
             return tuple(self.classes)
-        frame = self._read()
+        frame = self._read_frame()
         labels = frame["label"][frame["role"] != "control"].dropna()
         return tuple(sorted(set(labels)))
 
     @property
     def preprocess(self) -> Preprocess:
-        """As the arguments say."""
+        """Preprocessing with the configured ``downscale`` and ``intensity``."""
         return self._preprocess
 
     @property
     def reader(self) -> SiteReader:
-        """Reads 16-bit TIFFs, PNG, JPEG and ``.npy``."""
+        """Reader of 16-bit TIFF, PNG, JPEG and ``.npy``."""
         return FileReader(self.in_channels, self.any_depth, self.remote)
 
-    def _read(self) -> pd.DataFrame:
+    def _read_frame(self) -> pd.DataFrame:
         if self._frame is None:
             frame = read_table(data_path(self.path))
             for name in ("role", "label"):
@@ -130,11 +131,11 @@ class CsvPlates(PlateSource):
                 )
             for name in _NAMES:
                 if name in frame.columns:
-                    self._check_ends(frame[name])
+                    self._check_blanks(frame[name])
             self._frame = frame
         return self._frame
 
-    def _check_ends(self, column: pd.Series) -> None:
+    def _check_blanks(self, column: pd.Series) -> None:
         names = column.dropna().unique()
         if wrong := [name for name in names if name != name.strip()]:
             raise DataError(
@@ -143,8 +144,8 @@ class CsvPlates(PlateSource):
                 "Remove such blanks: with them it is another name.",
             )
 
-    def how_to_find(self, path: str) -> str:
-        """Say what to do where none of the images is there: see :class:`PlateSource`."""
+    def describe_fix(self, path: str) -> str:
+        """Return a hint for missing images: see :meth:`PlateSource.describe_fix`."""
         prefixes = self.prefixes | {"/home/USER/plates/": ""}
         return (
             f"Set `{_OPTION}.root` to the folder where relative paths start, or, where the table "
@@ -156,29 +157,31 @@ class CsvPlates(PlateSource):
         """Return the table of sites.
 
         Raises:
-            DataError: A column is missing, or a label is no class, a channel has no path or the
-                same as another one and such sites are not to be excluded.
+            DataError: A column is missing, or a site has an unknown label, a missing path or one
+                file for two channels and is not to be excluded.
         """
         import pandas as pd
 
-        frame = self._read().copy()
+        frame = self._read_frame().copy()
         numbers = {name: c for c, name in enumerate(self.class_names)}
         excluded: list[Exclusion] = []
         query = frame["role"] != "control"
         unknown = query & frame["label"].notna() & ~frame["label"].isin(list(numbers))
-        what = f"with a label that is no class (classes are {name_some(list(numbers))})"
-        frame = self._without(frame, unknown, "unknown_label", what, "label", excluded)
+        problem = f"with a label that is no class (classes are {name_some(list(numbers))})"
+        frame = self._drop_or_raise(frame, unknown, "unknown_label", problem, "label", excluded)
         paths = self._path_columns(frame)
         missing = frame[paths].isna()
         broken = missing.any(axis=1)
         column = paths[int(missing.to_numpy()[int(broken.to_numpy().argmax())].argmax())]
-        what = "without a path for a channel"
-        frame = self._without(frame, broken, "missing_channel", what, column, excluded)
+        problem = "without a path for a channel"
+        frame = self._drop_or_raise(frame, broken, "missing_channel", problem, column, excluded)
         if len(paths) > 1:
             same, pair = find_same_channel(frame, self._channels)
-            what = f"with one file for two channels, {' and '.join(pair)}"
+            problem = f"with one file for two channels, {' and '.join(pair)}"
             wrong = pd.Series(same, frame.index)
-            frame = self._without(frame, wrong, "same_channel", what, f"path_{pair[0]}", excluded)
+            frame = self._drop_or_raise(
+                frame, wrong, "same_channel", problem, f"path_{pair[0]}", excluded
+            )
         root = data_path(self.path).parent if self.root is None else data_path(self.root)
         for name in paths:
             frame[name] = [locate(path, root, self.prefixes) for path in frame[name]]
@@ -186,7 +189,7 @@ class CsvPlates(PlateSource):
         return PlateTable(frame, self.class_names, self._channels, excluded)
 
     def _path_columns(self, frame: pd.DataFrame) -> list[str]:
-        """Return ``path``, or the column of each channel; others may be called so, too."""
+        """Return ``path``, or the column of each channel; other path columns are ignored."""
         columns = [f"path_{channel}" for channel in self._channels]
         there = [name for name in columns if name in frame.columns]
         if "path" not in frame.columns:
@@ -206,47 +209,47 @@ class CsvPlates(PlateSource):
             )
         return ["path"]
 
-    def _without(
+    def _drop_or_raise(
         self,
         frame: pd.DataFrame,
         wrong: pd.Series,
         kind: str,
-        what: str,
+        problem: str,
         column: str,
         excluded: list[Exclusion],
     ) -> pd.DataFrame:
-        """Leave out sites and count them, or raise if the user has not switched it on."""
+        """Drop sites and record them, or raise if their word is not in ``exclude``."""
         if not wrong.any():
             return frame
         row = frame[wrong].iloc[0]
         site = ", ".join(f"{k} {row[k]}" for k in ("plate", "well", "site") if k in frame.columns)
         value = f" {row[column]!r}" if isinstance(row[column], str) else ""
-        what = f"{int(wrong.sum())} sites {what}; first {column}{value} of {site}"
+        problem = f"{int(wrong.sum())} sites {problem}; first {column}{value} of {site}"
         if kind not in self.exclude:
             raise DataError(
-                f"The table {self.path} has {what}.",
-                f"{_MENDS[kind]}, or "
+                f"The table {self.path} has {problem}.",
+                f"{_HINTS[kind]}, or "
                 + exclude_hint("such sites", kind, self.exclude, "source.init_args.exclude"),
             )
-        excluded.append(Exclusion(kind, what, int(wrong.sum())))
+        excluded.append(Exclusion(kind, problem, int(wrong.sum())))
         return frame[~wrong]
 
 
 class RxRx1Plates(PlateSource):
-    """RxRx1 as WILDS ships it (v1.0): ``metadata.csv`` and ``images/``, 3 channels, 256².
+    """RxRx1 in the version of WILDS (v1.0): ``metadata.csv`` and ``images/``, 3 channels, 256².
 
-    A plate of RxRx1 has about one untreated well, so its negative controls are very few: the 30
-    positive-control siRNAs, which are on every plate, serve as well, since a fixed mixture is the
-    same reference on every plate.
+    A plate of RxRx1 has about one untreated well, so negative controls are few. The 30
+    positive-control siRNAs are on every plate and can serve as controls, since a fixed mixture is
+    the same reference on every plate.
 
     Args:
         root: Folder ``rxrx1_v1.0``, absolute or relative to ``FULGURITE_DATA``.
-        controls: ``positive`` (siRNA 1108 to 1137), ``negative`` (1138) or ``both``.
-        domain: What shares controls and statistics: a plate, or an experiment of four plates.
-        cell_types: Cell types to use; all if not given.
+        controls: Control wells: ``positive`` (siRNA 1108 to 1137), ``negative`` (1138) or ``both``.
+        domain: Unit with common controls and statistics: a plate, or an experiment of four plates.
+        cell_types: Cell types to use; by default all.
 
     Raises:
-        ConfigError: An argument is none of its words.
+        ConfigError: ``controls`` or ``domain`` is unknown.
 
     Source: arXiv 2604.20824, card section 4.2; WILDS' own split is ``OfficialSplit``.
     """
@@ -287,11 +290,11 @@ class RxRx1Plates(PlateSource):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Images are 8-bit and small already."""
+        """Keep images unchanged: they are small and have 8 bits."""
         return Preprocess(downscale=1, intensity="full")
 
-    def how_to_find(self, path: str) -> str:
-        """Say what to do where none of the images is there: see :class:`PlateSource`."""
+    def describe_fix(self, path: str) -> str:
+        """Return a hint for missing images: see :meth:`PlateSource.describe_fix`."""
         if Path(path.removesuffix(".png") + "_w1.png").is_file():
             return (
                 "These are the files of RxRx1 as Recursion gives them, one for each channel "
@@ -331,7 +334,7 @@ class RxRx1Plates(PlateSource):
         control = {"positive": positive, "negative": negative, "both": positive | negative}[
             self.controls
         ]
-        kept = control | (sirna < self.num_classes)
+        used = control | (sirna < self.num_classes)
         plate = frame["plate"].str.removeprefix("Plate")
         domain = "rxrx1|" + frame["experiment"]
         if self.domain == "plate":
@@ -354,6 +357,6 @@ class RxRx1Plates(PlateSource):
                 "path": str(root) + "/" + path,
                 "official": official.mask(second, "in_domain"),
             }
-        )[kept]
-        note = f"{int((~kept).sum())} sites of controls that are not used"
+        )[used]
+        note = f"{int((~used).sum())} sites of controls that are not used"
         return PlateTable(table, self.class_names, self.channels, notes=(note,))

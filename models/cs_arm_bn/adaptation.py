@@ -1,4 +1,4 @@
-"""Statistics of single plates: taken, written out and read again; and what training plates teach.
+"""Stored statistics of single plates, and the reference statistics of training plates.
 
 Axes: L queries, N controls, C channels, H W image.
 """
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import CheckpointError, DataError
-from fulgurite.models.cs_arm_bn.batch_statistics import Reference, join_groups, merge_groups
+from fulgurite.models.cs_arm_bn.batch_statistics import TrainingReference, join_groups, merge_groups
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
     ContextLayer,
-    Reached,
+    StopForward,
     context_layers,
-    hold,
+    use_context,
 )
 
 __all__ = [
@@ -41,30 +41,30 @@ def adapt(
     queries: Sequence[Tensor] = (),
     weight: float | Literal["adaptive"] | None = None,
 ) -> dict[str, Tensor]:
-    """Store a plate's statistics at every layer, exactly, in the memory of one chunk.
+    """Compute and store the exact statistics of a plate at every layer, with the memory of a chunk.
 
     Statistics of a layer depend on those of all layers before it, and the variance of a plate is
     more than the mean of its chunks' variances. So with several chunks, layers are finished one
     after the other, each from a pass over all chunks that ends at it. With one chunk of each kind
     a single forward pass does.
 
-    The network is in evaluation mode meanwhile, so that dropout plays no part. After an error, what
-    was stored before is as it was.
+    The network is in evaluation mode meanwhile, so dropout is off. An error restores the statistics
+    stored before.
 
     Args:
-        model: A converted network.
+        model: Converted network.
         controls: Chunks of control images, such as ``[images]`` or ``images.split(64)``. Shapes:
             (N_i, C, H, W).
-        domain: Name under which ``context(model, "stored", domain=...)`` finds them.
-        queries: Chunks of query images, if they are to take part.
-        weight: Of the queries; None is the count weight.
+        domain: Name of the statistics for ``context(model, "stored", domain=...)``.
+        queries: Chunks of query images that contribute to the statistics, if any.
+        weight: Weight of the queries; None is the count weight.
 
     Returns:
-        The statistics, see :func:`stored_statistics`.
+        The statistics; see :func:`stored_statistics`.
 
     Raises:
-        DataError: There are no images, they are no chunks of one shape, or their statistics are
-            not finite.
+        DataError: There are no images, the chunks differ in shape, or the statistics are not
+            finite.
         ConfigError: A BatchNorm is used twice in one forward pass.
 
     Example:
@@ -76,7 +76,7 @@ def adapt(
 
     Source: card sections 1.4, 1.7.2 and 6.1 (chunked adapt).
     """
-    chunks = _checked_chunks("query", queries) + _checked_chunks("control", controls)
+    chunks = _check_chunks("query", queries) + _check_chunks("control", controls)
     if not chunks:
         raise DataError(
             f"There are no images to adapt to for the domain {domain!r}.",
@@ -92,7 +92,7 @@ def adapt(
     n_query = sum(len(x) for kind, x in chunks if kind == "query")
     setting = Context("union", n_query, weight, domain)
     try:
-        with _evaluating(model):
+        with _evaluation_mode(model):
             if len({kind for kind, _ in chunks}) == len(chunks):
                 _adapt_at_once(model, torch.cat([x for _, x in chunks]), setting)
             else:
@@ -108,11 +108,11 @@ def adapt(
     return stored_statistics(model, domain)
 
 
-def _checked_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[str, Tensor]]:
-    """Chunks that are not empty, with what they are.
+def _check_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[str, Tensor]]:
+    """Return the chunks that are not empty, with their kind.
 
     Raises:
-        DataError: They are one tensor, or none.
+        DataError: ``chunks`` is one tensor, or a chunk is not a batch.
     """
     if isinstance(chunks, Tensor):
         raise DataError(
@@ -122,17 +122,17 @@ def _checked_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[
         )
     for x in chunks:
         if not isinstance(x, Tensor) or x.ndim < 2:
-            what = f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            description = f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise DataError(
-                f"A chunk of {kind} images is no batch of a network ({what}).",
+                f"A chunk of {kind} images is no batch of a network ({description}).",
                 "Give tensors of shape (N, C, H, W), or (N, C) for feature vectors.",
             )
     return [(kind, x) for x in chunks if len(x)]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode until the block ends; each module then has its own mode again."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode until the block ends, and then restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -144,7 +144,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _adapt_at_once(model: nn.Module, images: Tensor, setting: Context) -> None:
     setting._store, setting._passed = True, set()
-    with hold(model, setting):
+    with use_context(model, setting):
         model(images)
 
 
@@ -153,18 +153,18 @@ def _adapt_by_layer(
 ) -> None:
     """Finish one layer after the other, each from a pass over all chunks that ends at it."""
     passes = Context("stored", domain=setting.domain)
-    with hold(model, passes):
+    with use_context(model, passes):
         while True:
             reached = None
             for kind, x in chunks:
                 passes._collect, passes._passed = kind, set()
                 try:
                     model(x)
-                except Reached as stop:
+                except StopForward as stop:
                     reached = stop.layer
             if reached is None:
                 return
-            _finish(reached, setting)
+            _finish_layer(reached, setting)
 
 
 def _check_finite(layers: Mapping[str, ContextLayer], domain: Hashable) -> None:
@@ -178,8 +178,8 @@ def _check_finite(layers: Mapping[str, ContextLayer], domain: Hashable) -> None:
             )
 
 
-def _finish(layer: ContextLayer, setting: Context) -> None:
-    """Statistics of a layer from those of all chunks."""
+def _finish_layer(layer: ContextLayer, setting: Context) -> None:
+    """Store the statistics of a layer from those of all chunks."""
     groups = {
         kind: join_groups([g for k, g in layer._collected if k == kind])
         for kind in ("query", "control")
@@ -188,7 +188,7 @@ def _finish(layer: ContextLayer, setting: Context) -> None:
     layer._collected = []
     query, control = groups.get("query"), groups.get("control")
     if setting.weight == "adaptive":
-        layer.store_statistics(setting.domain, *layer._adaptive(query, control, setting))
+        layer.store_statistics(setting.domain, *layer._adaptive_statistics(query, control, setting))
     elif query is None or control is None:
         (group,) = groups.values()
         layer.store_statistics(setting.domain, group.mean, group.var)
@@ -200,36 +200,36 @@ def _finish(layer: ContextLayer, setting: Context) -> None:
 
 
 def stored_statistics(model: nn.Module, domain: Hashable) -> dict[str, Tensor]:
-    """A plate's statistics as plain tensors: ``<layer>.mean`` and ``<layer>.var``.
+    """Return a plate's statistics as plain tensors: ``<layer>.mean`` and ``<layer>.var``.
 
     Raises:
-        DataError: There are none of this plate.
+        DataError: There are no stored statistics of this plate.
     """
-    found = {}
+    statistics = {}
     for name, layer in context_layers(model).items():
         if domain not in layer.stored:
             continue  # a layer that the forward pass does not use
         for part, value in zip(("mean", "var"), layer.stored[domain], strict=True):
-            found[f"{name}.{part}".lstrip(".")] = value
-    if not found:
+            statistics[f"{name}.{part}".lstrip(".")] = value
+    if not statistics:
         raise DataError(
             f"There are no stored statistics of the domain {domain!r}.",
             "Adapt to its controls first.",
         )
-    return found
+    return statistics
 
 
 def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Tensor]) -> None:
-    """Take up what :func:`stored_statistics` gave.
+    """Restore the statistics of :func:`stored_statistics`.
 
     Raises:
-        CheckpointError: It is of another network.
+        CheckpointError: The statistics are of another network.
     """
     layers = context_layers(model)
     names = {key.rpartition(".")[0] for key in tensors}
     fits = names <= layers.keys() and all(
-        (found := tensors.get(f"{name}.{part}".lstrip("."))) is not None
-        and found.shape == (layers[name].num_features,)
+        (tensor := tensors.get(f"{name}.{part}".lstrip("."))) is not None
+        and tensor.shape == (layers[name].num_features,)
         for name in names
         for part in ("mean", "var")
     )
@@ -244,7 +244,7 @@ def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Te
 
 
 def reference_state(model: nn.Module) -> dict[str, list[Tensor]]:
-    """What training plates taught each layer, as plain tensors."""
+    """Return the training reference of each layer as plain tensors."""
     return {
         name: layer.reference.state()
         for name, layer in model.named_modules()
@@ -253,17 +253,17 @@ def reference_state(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def age_references(model: nn.Module) -> None:
-    """Let what earlier weights taught each layer count no more than two plates from now on."""
+    """Reduce the weight of each layer's training reference to that of at most two plates."""
     for layer in model.modules():
         if isinstance(layer, ContextLayer) and layer.reference is not None:
-            layer.reference = layer.reference._replace(seen=min(layer.reference.seen, 2.0))
+            layer.reference = layer.reference._replace(plates=min(layer.reference.plates, 2.0))
 
 
 def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> None:
-    """Take up what :func:`reference_state` gave.
+    """Restore the references of :func:`reference_state`.
 
     Raises:
-        CheckpointError: It is of another network.
+        CheckpointError: The references are of another network.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
     if not isinstance(state, Mapping):
@@ -276,14 +276,14 @@ def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> N
                 f"The checkpoint's reference of layer {name} does not fit the network.",
                 "Use the network of the run.",
             )
-        layers[name].reference = Reference(float(values[0]), float(values[1]), *values[2:])
+        layers[name].reference = TrainingReference(float(values[0]), float(values[1]), *values[2:])
 
 
 def _is_reference(values: object, features: int) -> bool:
-    """Whether values are what :func:`reference_state` gives of a layer."""
-    if not isinstance(values, list | tuple) or len(values) != len(Reference._fields):
+    """Tell whether values have the form of a layer's reference in :func:`reference_state`."""
+    if not isinstance(values, list | tuple) or len(values) != len(TrainingReference._fields):
         return False
     return all(isinstance(value, Tensor) for value in values) and all(
-        value.numel() == 1 if place < 2 else value.shape == (features,)
-        for place, value in enumerate(values)
+        value.numel() == 1 if index < 2 else value.shape == (features,)
+        for index, value in enumerate(values)
     )

@@ -1,6 +1,6 @@
-"""Baselines that make features of plates alike in training: DANN and DeepCORAL, plates as domains.
+"""Baselines that align the features of training plates: DANN and DeepCORAL, plates as domains.
 
-Both use the training plates alone: no image of a test plate is seen, with or without its label.
+Both use images of training plates only.
 
 Axes: M rows, L queries, C channels, D feature dim, P plates.
 """
@@ -24,7 +24,7 @@ from fulgurite.models.cs_arm_bn.methods import ERM
 __all__ = ["DANN", "DeepCORAL", "coral_distance", "reversal_strength", "reverse_gradient"]
 
 
-class _ReversedGradient(torch.autograd.Function):
+class _GradientReversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, strength: float) -> Tensor:
         ctx.strength = strength
@@ -36,10 +36,10 @@ class _ReversedGradient(torch.autograd.Function):
 
 
 def reverse_gradient(x: Tensor, strength: float) -> Tensor:
-    """The same values, whose gradient is turned round and scaled.
+    """Return the input unchanged; its gradient is reversed and scaled.
 
     Args:
-        x: Shape: any.
+        x: Input of any shape.
         strength: Factor λ of the gradient.
 
     Example:
@@ -50,15 +50,15 @@ def reverse_gradient(x: Tensor, strength: float) -> Tensor:
 
     Source: Ganin et al., JMLR 2016 (arXiv 1505.07818), section 4.2.
     """
-    return _ReversedGradient.apply(x, strength)  # type: ignore[no-any-return,no-untyped-call]
+    return _GradientReversal.apply(x, strength)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def reversal_strength(progress: float, gamma: float = 10.0) -> float:
-    """How strongly the gradient is reversed: from 0 at the beginning towards 1.
+    """Factor of the reversed gradient, which rises from 0 towards 1 during training.
 
     Args:
-        progress: Share of the training that is done.
-        gamma: How fast it rises.
+        progress: Finished fraction of the training.
+        gamma: Rate of the rise.
 
     Example:
         >>> reversal_strength(0.0), round(reversal_strength(1.0), 4)
@@ -70,11 +70,11 @@ def reversal_strength(progress: float, gamma: float = 10.0) -> float:
 
 
 def coral_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Distance of the covariances of two groups of features.
+    """Distance between the covariances of two groups of features.
 
     Args:
         first: Features of one plate. Shape: (n, D), n of at least 2.
-        second: Of another. Shape: (m, D), m of at least 2.
+        second: Features of another plate. Shape: (m, D), m of at least 2.
 
     Returns:
         ‖C₁ − C₂‖² (Frobenius) / 4D². Shape: ().
@@ -91,8 +91,8 @@ def coral_distance(first: Tensor, second: Tensor) -> Tensor:
     return (covariances[0] - covariances[1]).square().sum() / (4 * size**2)
 
 
-def _plates_of(batch: Mapping[str, Any], method: str) -> Tensor:
-    """The plate of each query; at least two differ. Shape: (L,)."""
+def _require_plates(batch: Mapping[str, Any], method: str) -> Tensor:
+    """Return the plate of each query; refuse batches of a single plate. Shape: (L,)."""
     plates: Tensor | None = batch.get("query_domain")
     if plates is None or len(torch.unique(plates)) < 2:
         raise DataError(
@@ -103,18 +103,18 @@ def _plates_of(batch: Mapping[str, Any], method: str) -> Tensor:
 
 
 class DANN(ERM):
-    """A second head tells the plates apart, and the features learn to make it fail.
+    """Adversarial training: a second head classifies plates, and the features prevent that.
 
     Training batches mix plates (``data.init_args.mixed=true`` with ``plates``). At test it is an
     ordinary network with running statistics.
 
     Args:
-        weight: Of the loss of the second head.
-        hidden: Width of its hidden layer.
-        gamma: How fast the reversed gradient grows, see :func:`reversal_strength`.
+        weight: Weight of the loss of the second head.
+        hidden: Width of the hidden layer of the second head.
+        gamma: Rate at which the reversed gradient grows; see :func:`reversal_strength`.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: ``weight`` is negative, ``hidden`` is below 1, or ``gamma`` is not positive.
 
     Source: Ganin et al., JMLR 2016 (arXiv 1505.07818); the weight: card section 1.2; plates of the
     training set as domains instead of a source and an unlabelled target: inferred.
@@ -133,11 +133,11 @@ class DANN(ERM):
         self.discriminator = None
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
-        """See :meth:`Method.build`."""
+        """Read the feature dimension of the network: see :meth:`Method.build`."""
         self.features = find_head(network).in_features
 
     def prepare_domains(self, count: int) -> None:
-        """Make the head that tells so many plates apart."""
+        """Make the head that classifies ``count`` plates."""
         self.discriminator = nn.Sequential(
             nn.Linear(self.features, self.hidden), nn.ReLU(), nn.Linear(self.hidden, count)
         )
@@ -145,37 +145,39 @@ class DANN(ERM):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Make the head of the checkpoint, whose plates may be others."""
+        """Make the head for the number of plates in the checkpoint."""
         bias = state_dict.get(f"{prefix}discriminator.2.bias")
         if isinstance(bias, Tensor):
-            own = self.discriminator
-            if own is None or own.get_parameter("2.bias").shape != bias.shape:
+            discriminator = self.discriminator
+            if discriminator is None or discriminator.get_parameter("2.bias").shape != bias.shape:
                 self.prepare_domains(len(bias))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def training_outputs(
-        self, network: nn.Module, batch: Mapping[str, Any], held: Context, progress: float
+        self, network: nn.Module, batch: Mapping[str, Any], context: Context, progress: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the loss of telling the plates apart from features of reversed gradient."""
-        plates = _plates_of(batch, "DANN")
+        """Logits, and the plate classification loss on features of reversed gradient."""
+        plates = _require_plates(batch, "DANN")
         if self.discriminator is None:
             raise ConfigError(
                 "DANN does not know the number of plates.",
                 "Train it by the Trainer with a DataModule that has `domains`.",
             )
-        features, logits = embed_and_classify(network, self.images(batch, held))
-        turned = reverse_gradient(features, reversal_strength(progress, self.gamma))
-        return logits, self.weight * F.cross_entropy(self.discriminator(turned).float(), plates)
+        features, logits = embed_and_classify(network, self.images(batch, context))
+        reversed_features = reverse_gradient(features, reversal_strength(progress, self.gamma))
+        return logits, self.weight * F.cross_entropy(
+            self.discriminator(reversed_features).float(), plates
+        )
 
 
 class DeepCORAL(ERM):
-    """Covariances of the features of the plates of a batch are pulled together.
+    """Alignment of the feature covariances of the plates in a batch.
 
     Training batches mix plates, several images of each (``data.init_args.mixed=true`` with
     ``plates``). At test it is an ordinary network with running statistics.
 
     Args:
-        weight: Of the mean distance over pairs of plates, see :func:`coral_distance`.
+        weight: Weight of the mean distance over pairs of plates; see :func:`coral_distance`.
 
     Raises:
         ConfigError: The weight is negative.
@@ -191,11 +193,11 @@ class DeepCORAL(ERM):
         self.weight = weight
 
     def training_outputs(
-        self, network: nn.Module, batch: Mapping[str, Any], held: Context, progress: float
+        self, network: nn.Module, batch: Mapping[str, Any], context: Context, progress: float
     ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the mean distance of the covariances of two plates."""
-        plates = _plates_of(batch, "DeepCORAL")
-        features, logits = embed_and_classify(network, self.images(batch, held))
+        plates = _require_plates(batch, "DeepCORAL")
+        features, logits = embed_and_classify(network, self.images(batch, context))
         groups = [features[plates == plate] for plate in torch.unique(plates)]
         if min(len(group) for group in groups) < 2:
             raise DataError(

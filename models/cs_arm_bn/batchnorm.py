@@ -1,8 +1,8 @@
 """BatchNorm whose statistics come from an explicit context: a plate's queries, controls, or both.
 
-A converted network behaves as before until :func:`context` says where statistics come from. What a
-context sets is not the training flag, no buffer and no parameter, so state dicts stay those of
-``nn.BatchNorm2d``, and neither ``eval()`` nor another rank's buffers can change it.
+A converted network behaves as before until :func:`context` sets the source of its statistics. A
+context is not the training flag, a buffer or a parameter, so state dicts stay those of
+``nn.BatchNorm2d``, and neither ``eval()`` nor another rank's buffers change it.
 
 Axes: M rows (queries first, then controls), L queries, N controls, C channels, H W map.
 """
@@ -22,13 +22,13 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.batch_statistics import (
     TINY,
     Group,
-    Reference,
+    TrainingReference,
     adaptive_weight,
-    calibrated_statistics,
+    calibrate_statistics,
     mean_and_variance,
     merge_groups,
     split_groups,
-    widen,
+    to_float32,
 )
 
 __all__ = [
@@ -39,35 +39,36 @@ __all__ = [
     "Source",
     "context",
     "context_layers",
-    "hold",
+    "use_context",
 ]
 
 Source = Literal["ordinary", "source", "batch", "union", "controls", "stored"]
 _SOURCES = ("ordinary", "source", "batch", "union", "controls", "stored")
 
-#: Share of a new training plate in the reference, once there are many.
-_REFERENCE_MOMENTUM = 0.05
+#: Smallest weight of a new training plate in the reference.
+_MIN_REFERENCE_RATE = 0.05
 
 
 @dataclass
 class Context:
-    """Where the statistics of every BatchNorm come from.
+    """Source of the statistics of every BatchNorm.
 
     Args:
-        source: ``ordinary``: as ``nn.BatchNorm2d`` does. ``source``: the running statistics.
-            ``batch``: the queries (ARM-BN, AdaBN). ``union``: queries and controls (CS-ARM-BN).
-            ``controls``: the controls. ``stored``: what :func:`adapt` found for ``domain``.
-        n_query: L, rows of the batch that are queries; None: all.
-        weight: Of the queries in ``union``: None is the count weight L/(L+N), the paper's; a number
-            is fixed; ``"adaptive"`` is chosen at each layer, see :func:`adaptive_weight`.
-        domain: Whose statistics ``stored`` are.
-        prior: Share of the running statistics that is mixed into those of the context.
+        source: Images or buffers of the statistics. ``ordinary``: as in ``nn.BatchNorm2d``.
+            ``source``: the running statistics. ``batch``: the queries (ARM-BN, AdaBN). ``union``:
+            queries and controls (CS-ARM-BN). ``controls``: the controls. ``stored``: the statistics
+            that :func:`adapt` stored for ``domain``.
+        n_query: Number L of rows of the batch that are queries; None for all rows.
+        weight: Weight of the queries in ``union``: None is the count weight L/(L+N), the paper's; a
+            number is fixed; ``"adaptive"`` is computed per layer, see :func:`adaptive_weight`.
+        domain: Plate of the ``stored`` statistics.
+        prior: Fraction of the running statistics that is mixed into those of the context.
         detach: Stop the gradient at the statistics.
-        record: Let layers learn what :func:`adaptive_weight` needs from this batch.
-        used: Query weights chosen at the layers of the last forward passes.
+        record: Update the training references, which :func:`adaptive_weight` needs, on this batch.
+        used: Query weights at the layers of the last forward passes.
 
     Raises:
-        ConfigError: A value is unknown or out of range.
+        ConfigError: ``source`` is unknown, or ``weight`` or ``prior`` is outside [0, 1].
 
     Source: arXiv 2604.20824, card section 1.2; ``prior``: Schneider et al., NeurIPS 2020.
     """
@@ -91,8 +92,8 @@ class Context:
                 f"The statistics source {self.source!r} is unknown.",
                 f"Use one of {', '.join(_SOURCES)}.",
             )
-        share = 0.0 if self.weight in (None, "adaptive") else self.weight
-        if isinstance(share, str) or share is None or not 0 <= share <= 1:
+        weight = 0.0 if self.weight in (None, "adaptive") else self.weight
+        if isinstance(weight, str) or weight is None or not 0 <= weight <= 1:
             raise ConfigError(
                 f"weight={self.weight!r} is no share of the queries.",
                 "Give a number from 0 (controls only) to 1 (queries only), null or adaptive.",
@@ -101,7 +102,7 @@ class Context:
             raise ConfigError(f"prior={self.prior} is no share.", "Give a number from 0 to 1.")
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """Ends a forward pass at a layer whose statistics are being collected."""
 
     def __init__(self, layer: ContextLayer) -> None:
@@ -109,21 +110,21 @@ class Reached(Exception):
 
 
 class ContextLayer(nn.modules.batchnorm._BatchNorm):
-    """What :class:`ContextBatchNorm1d` and :class:`ContextBatchNorm2d` share.
+    """Base of :class:`ContextBatchNorm1d` and :class:`ContextBatchNorm2d`.
 
     Attributes:
-        original: What the layer is without a context.
+        original: Class of the layer without a context.
         is_fused: Whether its children ``drop`` and ``act`` follow the normalisation.
-        context: Where the statistics come from now.
-        reference: What training plates taught.
+        context: Current source of the statistics.
+        reference: Statistics learned from training plates.
         stored: Mean and biased variance by plate. Shapes: (C,).
-        name: Of the layer in its network, for messages.
+        name: Name of the layer in its network, for messages.
     """
 
     original: type[nn.modules.batchnorm._BatchNorm] = nn.modules.batchnorm._BatchNorm
     is_fused: bool = False
     context: Context | None = None
-    reference: Reference | None = None
+    reference: TrainingReference | None = None
     name: str = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -131,7 +132,7 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
         self.prepare()
 
     def prepare(self, name: str = "") -> None:
-        """Start without statistics of plates."""
+        """Set the name, and start without stored statistics."""
         self.name = name
         self.stored: dict[Hashable, tuple[Tensor, Tensor]] = {}
         self._collected: list[tuple[str, Group]] = []
@@ -156,38 +157,40 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
                 return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
             return nn.modules.batchnorm._BatchNorm.forward(self, x)
         if setting.source == "stored":
-            return self._stored_pass(x, setting)
+            return self._normalise_with_stored(x, setting)
         if setting.source == "source":
             if self.running_mean is None or self.running_var is None:
                 raise ConfigError(
                     f"The BatchNorm {self.name or 'layer'} keeps no running statistics.",
                     "Build the network with track_running_stats=True, or use another method.",
                 )
-            return self._with_statistics(x, self.running_mean, self.running_var)
+            return self._normalise_with(x, self.running_mean, self.running_var)
         n_query = len(x) if setting.n_query is None else setting.n_query
         if not 0 <= n_query <= len(x):
             raise DataError(
                 f"n_query={n_query} of {len(x)} rows.", "Give the number of leading query rows."
             )
         if setting.record and not setting._again:
-            self._learn(x.detach(), n_query, setting)
+            self._update_reference(x.detach(), n_query, setting)
         plain = setting.weight is None and not (setting.detach or setting.prior or setting._store)
         everything = setting.source == "union" or (setting.source == "batch" and n_query == len(x))
         if everything and plain and x.numel() > x.shape[1]:
-            return self._native(x)
+            return self._normalise_with_batch(x)
         with torch.no_grad() if setting.detach else nullcontext():
-            mean, var = self._statistics(x, n_query, setting)
+            mean, var = self._context_statistics(x, n_query, setting)
             if setting.prior:
                 assert self.running_mean is not None
                 assert self.running_var is not None
                 mean = torch.lerp(mean, self.running_mean.to(mean), setting.prior)
                 var = torch.lerp(var, self.running_var.to(var), setting.prior)
         if setting._store:
-            self._pass(setting)
+            self._check_single_use(setting)
             self.store_statistics(setting.domain, mean, var)
-        return self._affine(x, mean, var)
+        return self._normalise_differentiably(x, mean, var)
 
-    def _statistics(self, x: Tensor, n_query: int, setting: Context) -> tuple[Tensor, Tensor]:
+    def _context_statistics(
+        self, x: Tensor, n_query: int, setting: Context
+    ) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of the context. Shapes: (C,)."""
         n_control = len(x) - n_query
         if setting.source == "controls" and n_control == 0:
@@ -202,9 +205,9 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
             )
         weight = setting.weight
         if setting.source == "union" and weight == "adaptive":
-            return self._adaptive(*split_groups(x, n_query), setting)
+            return self._adaptive_statistics(*split_groups(x, n_query), setting)
         if n_query == 0 or n_control == 0:
-            weight = None  # one group is all there is
+            weight = None  # there is only one group
         if setting.source == "union" and weight is not None:
             assert not isinstance(weight, str)
             query_stats, control_stats = (
@@ -215,64 +218,66 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
         rows = {"batch": x[:n_query], "controls": x[n_query:]}.get(setting.source, x)
         return mean_and_variance(rows)
 
-    def _known(self, like: Tensor) -> Reference | None:
-        """The reference, on the device of another tensor from now on."""
+    def _get_reference(self, like: Tensor) -> TrainingReference | None:
+        """Return the reference, after moving it to the device of another tensor."""
         if self.reference is not None and self.reference.shift.device != like.device:
             self.reference = self.reference.to(like.device)
         return self.reference
 
-    def _adaptive(
+    def _adaptive_statistics(
         self, query: Group | None, control: Group | None, setting: Context
     ) -> tuple[Tensor, Tensor]:
-        """Statistics with the weight of least estimated error; one group alone is calibrated."""
-        some = query or control
-        assert some is not None
-        reference = self._known(some.mean)
+        """Statistics with the weight of least estimated error; a single group is calibrated."""
+        group = query or control
+        assert group is not None
+        reference = self._get_reference(group.mean)
         if query is None or control is None:
-            return calibrated_statistics(query, control, 0.0, reference)
-        importance = torch.ones_like(some.mean) if self.weight is None else self.weight.square()
-        chosen = adaptive_weight(query, control, importance, reference)
-        setting.used.append(chosen.detach())
-        return calibrated_statistics(query, control, chosen, reference)
+            return calibrate_statistics(query, control, 0.0, reference)
+        importance = torch.ones_like(group.mean) if self.weight is None else self.weight.square()
+        weight = adaptive_weight(query, control, importance, reference)
+        setting.used.append(weight.detach())
+        return calibrate_statistics(query, control, weight, reference)
 
     @torch.no_grad()
-    def _learn(self, x: Tensor, n_query: int, setting: Context) -> None:
+    def _update_reference(self, x: Tensor, n_query: int, setting: Context) -> None:
         """Move the reference towards a training plate."""
-        self._pass(setting)
+        self._check_single_use(setting)
         query, control = split_groups(x, n_query)
         if query is None or control is None:
             return
-        weight = _query_share(setting, n_query, len(x))
+        weight = _training_query_weight(setting, n_query, len(x))
         _, var = merge_groups((query.mean, query.var), (control.mean, control.var), weight)
         std = (control.var + TINY).sqrt()
         shift = (query.mean - control.mean) / std
-        old = self._known(shift)
-        noise = (query.spread / query.images + control.spread / control.images) / std.square()
+        old = self._get_reference(shift)
+        noise = (
+            query.between_image_var / query.images + control.between_image_var / control.images
+        ) / std.square()
         deviation = torch.zeros_like(shift)
         if old is not None:
             deviation = (shift - old.shift).square() - noise
-        new = Reference(
+        new = TrainingReference(
             1.0,
             weight,
             shift,
             deviation,
             ((var + TINY) / (query.var + TINY)).log(),
             ((var + TINY) / (control.var + TINY)).log(),
-            ((query.spread + TINY) / (control.spread + TINY)).log(),
+            ((query.between_image_var + TINY) / (control.between_image_var + TINY)).log(),
         )
         if old is None:
             self.reference = new
             return
-        share = max(_REFERENCE_MOMENTUM, 1 / (1 + old.seen))
-        values = [torch.lerp(a, b, share) for a, b in zip(old[2:], new[2:], strict=True)]
-        weight = old.weight + share * (weight - old.weight)
-        self.reference = Reference(old.seen + 1, weight, *values)
+        rate = max(_MIN_REFERENCE_RATE, 1 / (1 + old.plates))
+        values = [torch.lerp(a, b, rate) for a, b in zip(old[2:], new[2:], strict=True)]
+        weight = old.weight + rate * (weight - old.weight)
+        self.reference = TrainingReference(old.plates + 1, weight, *values)
 
-    def _stored_pass(self, x: Tensor, setting: Context) -> Tensor:
-        self._pass(setting)
-        known = self.stored.get(setting.domain)
-        if known is not None:
-            return self._with_statistics(x, *known)
+    def _normalise_with_stored(self, x: Tensor, setting: Context) -> Tensor:
+        self._check_single_use(setting)
+        statistics = self.stored.get(setting.domain)
+        if statistics is not None:
+            return self._normalise_with(x, *statistics)
         if setting._collect is None:
             raise DataError(
                 f"There are no stored statistics of the domain {setting.domain!r}.",
@@ -281,10 +286,10 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
         group, _ = split_groups(x, len(x))
         assert group is not None
         self._collected.append((setting._collect, group))
-        raise Reached(self)
+        raise StopForward(self)
 
-    def _pass(self, setting: Context) -> None:
-        """Refuse a second use in one forward pass, where there is to be one set of statistics."""
+    def _check_single_use(self, setting: Context) -> None:
+        """Refuse a second use of the layer in one forward pass, which would mix two statistics."""
         if setting._passed is None:
             return
         if id(self) in setting._passed:
@@ -296,21 +301,21 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
         setting._passed.add(id(self))
 
     def store_statistics(self, domain: Hashable | None, mean: Tensor, var: Tensor) -> None:
-        """Keep a plate's statistics. Shapes: (C,)."""
+        """Store a plate's statistics. Shapes: (C,)."""
         self.stored[domain] = mean.detach(), var.detach()
 
-    def _native(self, x: Tensor) -> Tensor:
+    def _normalise_with_batch(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
-    def _with_statistics(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """With given statistics; those of half-precision activations stay float32."""
-        dtype = widen(x[:0]).dtype
+    def _normalise_with(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise with given statistics, in float32 for half-precision activations."""
+        dtype = to_float32(x[:0]).dtype
         mean, var = mean.to(x.device, dtype), var.to(x.device, dtype)
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
-    def _affine(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """As :meth:`_with_statistics`, with gradients to the statistics."""
+    def _normalise_differentiably(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise as :meth:`_normalise_with` does, with gradients to the statistics."""
         scale = (var + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight
@@ -321,7 +326,7 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
         return (x * scale.view(shape) + offset.view(shape)).to(x.dtype)
 
 
-def _query_share(setting: Context, n_query: int, rows: int) -> float:
+def _training_query_weight(setting: Context, n_query: int, rows: int) -> float:
     """Weight of the queries in the training statistics."""
     if setting.source == "union":
         fixed = not isinstance(setting.weight, str) and setting.weight is not None
@@ -332,10 +337,10 @@ def _query_share(setting: Context, n_query: int, rows: int) -> float:
 class ContextBatchNorm2d(ContextLayer, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` whose statistics come from a context; see :func:`context`.
 
-    Parameters, buffers and state dict are those of ``nn.BatchNorm2d``; without a context so is what
-    it computes. Statistics are taken in float32 under autocast, and are differentiable through
-    every row that they come from. Statistics of single plates (``stored``) and what training
-    plates teach (``reference``) are plain attributes.
+    Parameters, buffers and state dict are those of ``nn.BatchNorm2d``; so is the output without a
+    context. Statistics are computed in float32 under autocast, and are differentiable with respect
+    to all rows they come from. Statistics of single plates (``stored``) and of training plates
+    (``reference``) are plain attributes.
 
     Shape: (M, C, H, W) to the same.
 
@@ -354,7 +359,7 @@ class ContextBatchNorm2d(ContextLayer, nn.BatchNorm2d):
 
 
 class ContextBatchNorm1d(ContextLayer, nn.BatchNorm1d):
-    """As :class:`ContextBatchNorm2d`, for feature vectors or sequences.
+    """``nn.BatchNorm1d`` whose statistics come from a context, for feature vectors or sequences.
 
     Shape: (M, C) or (M, C, W) to the same.
     """
@@ -363,18 +368,18 @@ class ContextBatchNorm1d(ContextLayer, nn.BatchNorm1d):
 
 
 def context_layers(model: nn.Module) -> dict[str, ContextLayer]:
-    """The converted layers of a network by name.
+    """Return the converted layers of a network by name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The network has no converted layer.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
-    if not found:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
+    if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no BatchNorm with a context.",
             "Convert it with fulgurite.models.cs_arm_bn.convert_batchnorm.",
         )
-    return found
+    return layers
 
 
 @contextmanager
@@ -389,12 +394,13 @@ def context(
     detach: bool = False,
     record: bool = False,
 ) -> Iterator[Context]:
-    """Say where a converted network's statistics come from, until the block ends.
+    """Set the source of a converted network's statistics until the block ends.
 
-    Arguments: see :class:`Context`, which is yielded and may be changed inside the block.
+    The arguments are those of :class:`Context`, which is yielded and may be changed inside the
+    block.
 
     Raises:
-        ConfigError: A value is unknown, or the network was not converted.
+        ConfigError: An argument is invalid, or the network was not converted.
 
     Example:
         >>> from fulgurite.models.cs_arm_bn import context, convert_batchnorm
@@ -406,22 +412,24 @@ def context(
         [-1.67, -1.0, 1.0]
     """
     context_layers(model)
-    with hold(model, Context(source, n_query, weight, domain, prior, detach, record)) as held:
-        yield held
+    with use_context(
+        model, Context(source, n_query, weight, domain, prior, detach, record)
+    ) as setting:
+        yield setting
 
 
 @contextmanager
-def hold(model: nn.Module, held: Context) -> Iterator[Context]:
-    """Give a context to every layer of a network that has one, until the block ends.
+def use_context(model: nn.Module, setting: Context) -> Iterator[Context]:
+    """Set the context of every converted layer of a network until the block ends.
 
-    Other than :func:`context` it takes networks without such layers, too.
+    Unlike :func:`context` it accepts networks without such layers.
     """
     layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
-    before = [layer.context for layer in layers]
+    old_settings = [layer.context for layer in layers]
     for layer in layers:
-        layer.context = held
+        layer.context = setting
     try:
-        yield held
+        yield setting
     finally:
-        for layer, old in zip(layers, before, strict=True):
+        for layer, old in zip(layers, old_settings, strict=True):
             layer.context = old

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, under the context of the first time."""
+"""Activation checkpointing that restores the context of the first forward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer
 
-__all__ = ["checkpointed"]
+__all__ = ["run_checkpointed"]
 
 
-def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+def run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """Run a block without keeping its activations; the backward pass computes them again.
 
-    The second computation sees the context of the first, even if that has ended, and moves no
-    running statistics.
+    The recomputation uses the context of the first pass, even if that has ended, and does not
+    update running statistics.
 
     Source: card section 7.7.
     """
@@ -30,7 +30,7 @@ def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Recomputation(AbstractContextManager[None]):
-    """The contexts of a block's layers as they are now, to be entered later."""
+    """Copies of the current contexts of a block's layers, to be set in the recomputation."""
 
     def __init__(self, block: nn.Module) -> None:
         self.layers = [m for m in block.modules() if isinstance(m, ContextLayer)]

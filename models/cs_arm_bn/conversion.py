@@ -1,7 +1,7 @@
-"""Ordinary BatchNorm layers given a context, and back again, in place.
+"""In-place conversion of BatchNorm layers to layers with a context, and back.
 
-A layer changes its class and stays the same object: parameters, buffers, hooks and every place that
-shares it stay as they are. Everything is checked before the first layer changes.
+A layer changes its class and stays the same object, with its parameters, buffers, hooks and shared
+uses. All layers are checked before the first one changes.
 
 Axes: C channels.
 """
@@ -30,7 +30,7 @@ _KINDS: tuple[type[ContextLayer], ...] = (ContextBatchNorm2d, ContextBatchNorm1d
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether a network has a BatchNorm1d or BatchNorm2d, of torch or with a context."""
+    """Tell whether a network has a BatchNorm1d or BatchNorm2d, of torch or with a context."""
     return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
 
 
@@ -38,13 +38,13 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
     """Give every BatchNorm a context; layers, parameters, buffers and hooks are the same objects.
 
     Args:
-        model: Any network; changed in place, or left as it is if there is an error.
+        model: Network to convert in place; an error leaves it unchanged.
 
     Returns:
         The network.
 
     Raises:
-        ConfigError: It has no BatchNorm, or one that statistics of a context cannot replace.
+        ConfigError: The network has no BatchNorm, or one that cannot be converted.
 
     Example:
         >>> net = convert_batchnorm(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
@@ -67,7 +67,7 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
         )
     for name, layer in layers.items():
         if not isinstance(layer, ContextLayer):
-            layer.__class__ = _context_class(type(layer))
+            layer.__class__ = _get_context_class(type(layer))
             assert isinstance(layer, ContextLayer)
             layer.prepare(name)
         layer.name = name
@@ -75,7 +75,7 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def _check_convertible(name: str, layer: nn.Module) -> None:
-    """Refuse a BatchNorm that a context would change in another way than by its statistics."""
+    """Refuse a BatchNorm whose conversion would change more than its statistics."""
     kind, label = type(layer), name or "The network"
     if isinstance(layer, ContextLayer):
         return
@@ -123,38 +123,38 @@ def _has_own_forward(kind: type[nn.Module]) -> bool:
 
 
 def _is_fused(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
-    """Whether the forward pass is BatchNorm, then the modules ``drop`` and ``act``, as in timm.
+    """Tell whether forward is BatchNorm, then the modules ``drop`` and ``act``, as in timm.
 
-    Asked of the function itself, on numbers that no two operations answer alike.
+    The function itself is called, on numbers that distinguish such operations.
     """
     tail = [child for name, child in layer.named_children() if name in ("drop", "act")]
     if not tail:
         return False
     twin: Any = copy.deepcopy(layer)
-    twin = twin.to_empty(device="cpu") if next(_tensors(twin)).is_meta else twin.cpu()
+    twin = twin.to_empty(device="cpu") if next(_floating_tensors(twin)).is_meta else twin.cpu()
     twin = twin.float()
     steps = torch.linspace(0.5, 1.5, twin.num_features)
     with torch.no_grad():
-        for tensor, offset in zip(_tensors(twin), (0.0, -0.5, -1.0, 0.1), strict=False):
+        for tensor, offset in zip(_floating_tensors(twin), (0.0, -0.5, -1.0, 0.1), strict=False):
             tensor.copy_(steps + offset)
     shape = (4, twin.num_features) + (3, 3) * isinstance(layer, nn.BatchNorm2d)
     x = torch.linspace(-2, 3, 4 * twin.num_features * 9)[: torch.Size(shape).numel()]
     x = 2 * x.square().sin().view(shape) + 0.2
     try:
         with torch.no_grad():
-            return all(_is_batchnorm_then(twin, x, training) for training in (False, True))
+            return all(_matches_fused_batchnorm(twin, x, training) for training in (False, True))
     except Exception:  # whatever a foreign forward pass raises, it is not BatchNorm's
         return False
 
 
-def _tensors(layer: nn.Module) -> Any:
-    """The layer's own floating point tensors."""
+def _floating_tensors(layer: nn.Module) -> Any:
+    """Yield the floating point tensors of a layer, without those of its children."""
     for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
         if tensor.is_floating_point():
             yield tensor
 
 
-def _is_batchnorm_then(layer: Any, x: Tensor, training: bool) -> bool:
+def _matches_fused_batchnorm(layer: Any, x: Tensor, training: bool) -> bool:
     layer.train(training)
     for child in layer.children():
         child.eval()
@@ -162,8 +162,8 @@ def _is_batchnorm_then(layer: Any, x: Tensor, training: bool) -> bool:
     expected_layer = plain(
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
     )
-    own = dict(expected_layer.state_dict())
-    expected_layer.load_state_dict({k: v for k, v in layer.state_dict().items() if k in own})
+    keys = dict(expected_layer.state_dict())
+    expected_layer.load_state_dict({k: v for k, v in layer.state_dict().items() if k in keys})
     expected = expected_layer.train(training)(x)
     for name in ("drop", "act"):
         if name in layer._modules:
@@ -174,8 +174,8 @@ def _is_batchnorm_then(layer: Any, x: Tensor, training: bool) -> bool:
 _CLASSES: dict[type[nn.Module], type[ContextLayer]] = {c.original: c for c in _KINDS}
 
 
-def _context_class(original: type[nn.Module]) -> type[ContextLayer]:
-    """The class of a layer with a context: a known one, or a subclass of both."""
+def _get_context_class(original: type[nn.Module]) -> type[ContextLayer]:
+    """Return the context class of a layer class; a subclass of both is made if needed."""
     if original not in _CLASSES:
         (base,) = (ours for ours in _KINDS if issubclass(original, ours.original))
         attributes = {
@@ -188,30 +188,29 @@ def _context_class(original: type[nn.Module]) -> type[ContextLayer]:
 
 
 def _reduce_layer(layer: Any, protocol: Any) -> tuple[Any, ...]:
-    """Pickle a layer whose class no module has a name for."""
-    return _blank_layer, (layer.original,), layer.__getstate__()
+    """Pickle a layer of a class that no module defines."""
+    return _make_blank_layer, (layer.original,), layer.__getstate__()
 
 
-def _blank_layer(original: type[nn.Module]) -> nn.Module:
-    kind = _context_class(original)
+def _make_blank_layer(original: type[nn.Module]) -> nn.Module:
+    kind = _get_context_class(original)
     return kind.__new__(kind)
 
 
 def revert_batchnorm(model: nn.Module, domain: Hashable | None = None) -> nn.Module:
-    """Put ordinary BatchNorm layers back.
+    """Convert layers with a context back to ordinary BatchNorm layers.
 
     Args:
-        model: A converted network; changed in place, or left as it is if there is an error.
-        domain: If given, the stored statistics of this plate become the running statistics: the
-            network in ``eval()`` is then an ordinary one for this plate, ready for export. A layer
-            that kept no running statistics does from now on; one that has none of this plate,
-            because the forward pass does not use it, stays as it is.
+        model: Converted network, changed in place; an error leaves it unchanged.
+        domain: Plate whose stored statistics become the running statistics, if any: the network in
+            ``eval()`` is then an ordinary one for this plate, ready for export. Layers without
+            running statistics get them; layers that the forward pass does not use are unchanged.
 
     Returns:
         The network.
 
     Raises:
-        DataError: There are no statistics of the plate.
+        DataError: There are no stored statistics of the plate.
         ConfigError: A layer was parametrised after the conversion.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}

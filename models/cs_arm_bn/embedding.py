@@ -1,4 +1,4 @@
-"""Embeddings of images: what the last linear layer of any classifier gets, or rows of a file.
+"""Embeddings of images: inputs of the last linear layer of a classifier, or rows of a file.
 
 Axes: M images, D feature dim, K classes.
 """
@@ -13,7 +13,7 @@ __all__ = ["EmbeddingHead", "embed", "embed_and_classify", "find_head"]
 
 
 def find_head(network: nn.Module) -> nn.Linear:
-    """The linear layer that gives the logits: ``head`` or ``fc``, else the last one.
+    """Return the linear layer that computes the logits: ``head`` or ``fc``, else the last one.
 
     Raises:
         ConfigError: The network has no linear layer.
@@ -33,10 +33,10 @@ def find_head(network: nn.Module) -> nn.Linear:
 
 
 def embed(network: nn.Module, images: Tensor) -> Tensor:
-    """What :func:`find_head` gets for each image. Shape: (M, C, H, W) to (M, D).
+    """Return the input of the head for each image. Shape: (M, C, H, W) to (M, D).
 
     Raises:
-        ConfigError: It is not called once with one vector for each image.
+        ConfigError: The head is not called once with one vector for each image.
 
     Example:
         >>> import torch
@@ -51,31 +51,31 @@ def embed_and_classify(network: nn.Module, images: Tensor) -> tuple[Tensor, Tens
     """Embeddings and logits of one forward pass. Shape: (M, C, H, W) to (M, D) and (M, K).
 
     Raises:
-        ConfigError: See :func:`embed`.
+        ConfigError: The head is not called once with one vector for each image.
     """
-    seen: list[Tensor] = []
+    embeddings: list[Tensor] = []
     head = find_head(network)
-    with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+    with head.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0])):
         logits = network(images)
-    if len(seen) != 1 or seen[0].shape != (len(images), head.in_features):
-        shapes = ", ".join(str(tuple(x.shape)) for x in seen) or "nothing"
+    if len(embeddings) != 1 or embeddings[0].shape != (len(images), head.in_features):
+        shapes = ", ".join(str(tuple(x.shape)) for x in embeddings) or "nothing"
         raise ConfigError(
             f"The last linear layer of {type(network).__name__} gets {shapes} for {len(images)} "
             "images, not one vector for each.",
             "Give a network whose `head` is the linear layer on the embedding.",
         )
-    return seen[0], logits
+    return embeddings[0], logits
 
 
 class EmbeddingHead(nn.Module):
-    """A head on embeddings that were computed elsewhere, such as those of CA-MAE or DINO.
+    """A classifier on embeddings of another network, such as CA-MAE or DINO.
 
     Args:
-        in_channels: D, the numbers of an embedding
-            (``fulgurite.datamodules.cs_arm_bn.EmbeddedPlates`` serves them as channels).
-        num_classes: K.
+        in_channels: Dimension D of an embedding
+            (``fulgurite.datamodules.cs_arm_bn.EmbeddedPlates`` serves it as channels).
+        num_classes: Number of classes K.
         hidden: Width of a hidden layer with BatchNorm, whose statistics the methods adapt; 0 for a
-            linear layer alone, which has none.
+            linear classifier without BatchNorm.
 
     Shape: (M, D) or (M, D, 1, 1) to (M, K).
 
@@ -104,7 +104,7 @@ class EmbeddingHead(nn.Module):
         self.head = nn.Linear(hidden or in_channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last layer gets."""
+        """Input of the last layer."""
         return self.hidden(x.flatten(1))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The methods: where BatchNorm statistics come from in training and test, and what else they do.
+"""Adaptation methods: sources of BatchNorm statistics in training and test, and further steps.
 
-A method is chosen by ``model.init_args.method.class_path`` and belongs to one module. Weights and
-state dicts of the methods without parameters of their own fit each other, so that one checkpoint
-can be tested by several of them.
+A method is configured by ``model.init_args.method.class_path`` and belongs to one module. State
+dicts of methods without own parameters are compatible, so one checkpoint can be tested by several
+of them.
 
 Axes: L queries, N controls, M = L + N, C input channels, H W image, K classes, D feature dim.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.cs_arm_bn.batchnorm import Context, Source, context_layers, hold
+from fulgurite.models.cs_arm_bn.batchnorm import Context, Source, context_layers, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
 from fulgurite.models.cs_arm_bn.embedding import embed, find_head
 from fulgurite.models.cs_arm_bn.variation import TVNReference, fit_tvn, tvn
@@ -43,17 +43,18 @@ Rows = Literal["queries", "union", "controls"]
 
 
 class Method(nn.Module):
-    """Empirical risk minimisation; other methods override that in which they differ.
+    """Empirical risk minimisation; other methods override the hooks in which they differ.
 
     Attributes:
-        train_source: Where BatchNorm statistics come from in training.
-        test_source: Where they come from in validation, test and prediction.
+        train_source: Source of BatchNorm statistics in training.
+        test_source: Source of BatchNorm statistics in validation, test and prediction.
         extra_channels: Channels that the method adds to the network's input.
         needs_batchnorm: Whether a network without BatchNorm is an error.
         needs_controls: Whether a batch without controls is an error.
         deploys: Whether a plate's statistics can be stored once and used query by query.
-        frozen: Whether the network's weights stay as they are.
-        own_gradients: Whether it takes gradients itself, which the Trainer does not scale.
+        frozen: Whether the network's weights are not trained.
+        own_gradients: Whether the method computes gradients itself, which the Trainer does not
+            scale.
     """
 
     train_source: Source = "ordinary"
@@ -66,37 +67,37 @@ class Method(nn.Module):
     own_gradients: bool = False
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
-        """Make what depends on the sizes; called once, when the module is made."""
+        """Build the parts that depend on the sizes; called once, by the module's constructor."""
 
     def context(self, training: bool) -> Context:
-        """Where statistics come from."""
+        """Return a new context with the source of the statistics."""
         return Context(self.train_source if training else self.test_source)
 
-    def images(self, batch: Batch, held: Context) -> Tensor:
-        """Rows of the forward pass: controls take part where statistics come from them."""
-        if held.source in ("union", "controls") and len(batch["control"]):
+    def images(self, batch: Batch, context: Context) -> Tensor:
+        """Rows of the forward pass: with controls if statistics come from them."""
+        if context.source in ("union", "controls") and len(batch["control"]):
             return torch.cat([batch["query"], batch["control"]])
         return batch["query"]  # type: ignore[no-any-return]
 
-    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
+    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
         """Logits of the queries. Shape: (L, K)."""
-        return network(self.images(batch, held))[: len(batch["query"])]  # type: ignore[no-any-return]
+        return network(self.images(batch, context))[: len(batch["query"])]  # type: ignore[no-any-return]
 
     def training_outputs(
-        self, network: nn.Module, batch: Batch, held: Context, progress: float
+        self, network: nn.Module, batch: Batch, context: Context, progress: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits of a training batch, and what is added to their loss, if anything.
+        """Logits of a training batch, and a penalty for the loss, if any.
 
         Args:
-            network: The network.
-            batch: A training batch.
-            held: Where statistics come from.
-            progress: Share of the training that is done.
+            network: Network of the module.
+            batch: Training batch.
+            context: Source of the statistics.
+            progress: Finished fraction of the training.
         """
-        return self.logits(network, batch, held), None
+        return self.logits(network, batch, context), None
 
     def prepare_domains(self, count: int) -> None:
-        """Make what depends on the number of plates; called before training."""
+        """Build the parts that depend on the number of plates; called before training."""
 
     def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
         """Called before training and before each evaluation."""
@@ -165,17 +166,17 @@ class CSARMBN(Method):
         self.context(training=False)  # checks the weight
 
     def context(self, training: bool) -> Context:
-        """See :meth:`Method.context`."""
+        """Return a new context: see :meth:`Method.context`."""
         if training:
             return Context(self.train_source, weight=self.train_weight)
         return Context(self.test_source, weight=self.test_weight)
 
 
 class AdaptiveWeight(CSARMBN):
-    """CS-ARM-BN whose query weight at test is chosen for each plate from label-free evidence.
+    """CS-ARM-BN whose query weight at test is estimated for each plate, without labels.
 
-    Training is the paper's; it also records how queries usually differ from controls, from which
-    :func:`~fulgurite.models.cs_arm_bn.adaptive_weight` tells label shift.
+    Training is the paper's; it also records the usual difference of queries and controls, from
+    which :func:`~fulgurite.models.cs_arm_bn.adaptive_weight` detects label shift.
 
     Source: beyond the paper; see models/cs_arm_bn/README.md.
     """
@@ -189,8 +190,8 @@ class Weighted(CSARMBN):
     """CS-ARM-BN with a fixed weight of the queries, in training too.
 
     Args:
-        weight: In training: 0 controls only, 1 queries only.
-        test_weight: At test; None: as in training.
+        weight: Weight in training: 0 for controls only, 1 for queries only.
+        test_weight: Weight at test; None for that of training.
 
     Source: card section 1.5.
     """
@@ -206,7 +207,7 @@ class ControlsOnly(Method):
 
     Args:
         gradient: Whether the gradient passes through the statistics into the controls; without it
-            (the scheme that the authors' code calls BEN) training is far behind.
+            (BEN in the authors' code) accuracy is far lower.
 
     Source: card sections 1.2 and 6.2.
     """
@@ -220,12 +221,12 @@ class ControlsOnly(Method):
         self.gradient = gradient
 
     def context(self, training: bool) -> Context:
-        """See :meth:`Method.context`."""
+        """Return a new context: see :meth:`Method.context`."""
         return Context("controls", detach=training and not self.gradient)
 
 
 class ContextNet(nn.Sequential):
-    """Three 5×5 convolutions that describe an image in context channels.
+    """Three 5×5 convolutions that compute the context channels of an image.
 
     Shape: (M, C, H, W) to (M, channels, H, W).
 
@@ -245,9 +246,9 @@ class ARMCML(Method):
     Do not combine it with ``input_norm: context``, which would remove what it adds.
 
     Args:
-        channels: Context channels.
-        hidden: Channels inside the context network.
-        rows: Images of the plate that the context is the mean of.
+        channels: Number of context channels.
+        hidden: Hidden channels of the context network.
+        rows: Images of the plate over which the context is averaged.
         adapt_bn: Whether BatchNorm of both networks uses the statistics of these rows, in training
             and test alike; without it, training has the statistics of the batch and testing running
             ones, which agree only where a batch mixes plates.
@@ -276,17 +277,19 @@ class ARMCML(Method):
         self.adapt_bn = adapt_bn
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
-        """See :meth:`Method.build`."""
+        """Build the method's own parts: see :meth:`Method.build`."""
         self.context_net = ContextNet(in_channels, self.extra_channels, self.hidden)
         convert_batchnorm(self.context_net)
 
-    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
-        """See :meth:`Method.logits`."""
+    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+        """Logits of the queries: see :meth:`Method.logits`."""
         query, control = batch["query"], batch["control"]
-        seen = {"queries": query, "controls": control}.get(self.rows)
-        with hold(self.context_net, Context("batch" if self.adapt_bn else held.source)):
-            described = self.context_net(torch.cat([query, control]) if seen is None else seen)
-        images = self.images(batch, held)
+        context_rows = {"queries": query, "controls": control}.get(self.rows)
+        with use_context(self.context_net, Context("batch" if self.adapt_bn else context.source)):
+            described = self.context_net(
+                torch.cat([query, control]) if context_rows is None else context_rows
+            )
+        images = self.images(batch, context)
         mean = described.mean(0, keepdim=True).expand(len(images), -1, -1, -1)
         return network(torch.cat([images, mean], 1))[: len(query)]  # type: ignore[no-any-return]
 
@@ -300,7 +303,7 @@ class ARMLL(Method):
     Args:
         inner_lr: Step size [1].
         hidden: Width of the loss network.
-        rows: Images of the plate that the step is made on.
+        rows: Images of the plate on which the loss is computed.
 
     Source: Zhang et al., arXiv 2007.02931; card section 1.2; ``rows``: inferred.
     """
@@ -321,7 +324,7 @@ class ARMLL(Method):
         self.inner_lr, self.hidden = inner_lr, hidden
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
-        """See :meth:`Method.build`."""
+        """Build the method's own parts: see :meth:`Method.build`."""
         self.loss_net = nn.Sequential(
             nn.Linear(num_classes, self.hidden),
             nn.ReLU(),
@@ -330,11 +333,11 @@ class ARMLL(Method):
             nn.Linear(self.hidden, 1),
         )
 
-    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
-        """See :meth:`Method.logits`."""
+    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+        """Logits of the queries: see :meth:`Method.logits`."""
         training = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            images = self.images(batch, held)
+            images = self.images(batch, context)
             images = images if training else images.clone()  # it may be an inference tensor
             parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
             inner = torch.linalg.vector_norm(self.loss_net(network(images)))
@@ -357,7 +360,7 @@ class TENT(ERM):
 
     Args:
         lr: Learning rate of Adam.
-        steps: Steps for each batch.
+        steps: Number of steps for each batch.
 
     Source: Wang et al., arXiv 2006.10726; card section 1.2.
     """
@@ -375,7 +378,7 @@ class TENT(ERM):
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
 
     def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
-        """Remember the trained parameters."""
+        """Save the trained parameters."""
         if not training:
             with torch.inference_mode(False):
                 affine = [
@@ -388,15 +391,15 @@ class TENT(ERM):
             self._domain = None
 
     def end(self, network: nn.Module) -> None:
-        """Put the trained parameters back."""
+        """Restore the trained parameters."""
         with torch.inference_mode(False), torch.no_grad():
             for parameter, value in self._trained:
                 parameter.copy_(value)
 
-    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
-        """See :meth:`Method.logits`."""
-        if held.source != self.test_source:
-            return super().logits(network, batch, held)
+    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+        """Logits of the queries: see :meth:`Method.logits`."""
+        if context.source != self.test_source:
+            return super().logits(network, batch, context)
         with torch.inference_mode(False), torch.enable_grad():
             if int(batch["domain"]) != self._domain:
                 self._domain = int(batch["domain"])
@@ -419,8 +422,9 @@ class TENT(ERM):
 class LinearProbe(Method):
     """A linear classifier on frozen embeddings of any network, such as a vision transformer.
 
-    The embeddings are what the network's last linear layer gets, standardised by the mean and
-    deviation of the training queries. The network stays as it is, in evaluation mode.
+    The embeddings are the inputs of the network's last linear layer, standardised by the mean and
+    standard deviation of the training queries. The network is not trained and stays in evaluation
+    mode.
 
     Source: card section 1.6 (the classifier on embeddings); inferred.
     """
@@ -430,7 +434,7 @@ class LinearProbe(Method):
     frozen = True
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
-        """See :meth:`Method.build`."""
+        """Build the method's own parts: see :meth:`Method.build`."""
         size = find_head(network).in_features
         self.head = nn.Linear(size, num_classes)
         for name in ("center", "scale"):
@@ -443,12 +447,12 @@ class LinearProbe(Method):
         features = embed(network, rows)
         return features[: len(query)], features[len(query) :]
 
-    def _normalised(self, query: Tensor, control: Tensor) -> Tensor:
-        """Embeddings of queries as the classifier sees them. Shape: (L, D) to the same, float64."""
+    def _normalise_embeddings(self, query: Tensor, control: Tensor) -> Tensor:
+        """Embeddings of queries for the classifier. Shape: (L, D) to the same, float64."""
         return query.double()
 
     def _fit(self, batches: list[tuple[int, Tensor, Tensor]]) -> None:
-        """Learn what plates share from the embeddings of one epoch."""
+        """Fit the common part of the normalisation on the embeddings of one epoch."""
 
     @torch.no_grad()
     def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
@@ -465,18 +469,20 @@ class LinearProbe(Method):
         device = self.head.weight.device
         batches: list[tuple[int, Tensor, Tensor]] = []
         for batch in loader:
-            query, control = self._embed(network, _moved(batch, device))
+            query, control = self._embed(network, _move_batch(batch, device))
             batches.append((int(batch["domain"]), query.cpu(), control.cpu()))
         if not batches:
             raise DataError("There are no training batches.", "Give training plates.")
         self._fit(batches)
-        queries = torch.cat([self._normalised(q.to(device), c.to(device)) for _, q, c in batches])
+        queries = torch.cat(
+            [self._normalise_embeddings(q.to(device), c.to(device)) for _, q, c in batches]
+        )
         self.center.copy_(queries.mean(0))  # type: ignore[operator]
         self.scale.copy_(queries.std(0, correction=0).clamp_min(1e-9))  # type: ignore[operator]
 
-    def logits(self, network: nn.Module, batch: Batch, held: Context) -> Tensor:
-        """See :meth:`Method.logits`."""
-        normalised = self._normalised(*self._embed(network, batch))
+    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+        """Logits of the queries: see :meth:`Method.logits`."""
+        normalised = self._normalise_embeddings(*self._embed(network, batch))
         standard = (normalised - self.center) / self.scale  # type: ignore[operator]
         return self.head(standard.to(self.head.weight.dtype))  # type: ignore[no-any-return]
 
@@ -484,11 +490,11 @@ class LinearProbe(Method):
 class TVN(LinearProbe):
     """A linear classifier on frozen embeddings that are normalised by the plate's controls.
 
-    The network comes from ``model.init_args.weights`` (trained by ERM) or from elsewhere, and
-    stays as it is; it needs no BatchNorm.
+    The network comes from ``model.init_args.weights`` (trained by ERM) or from another library. It
+    is not trained and needs no BatchNorm.
 
     Args:
-        ridge: Added to the diagonal of covariances.
+        ridge: Constant added to the diagonal of covariances.
 
     Source: card section 1.6 (TVN_train).
     """
@@ -500,7 +506,7 @@ class TVN(LinearProbe):
         self.ridge = ridge
 
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
-        """See :meth:`Method.build`."""
+        """Build the method's own parts: see :meth:`Method.build`."""
         super().build(network, in_channels, num_classes)
         size = self.head.in_features
         for name in ("mean", "std"):
@@ -508,25 +514,25 @@ class TVN(LinearProbe):
         for name in ("rotation", "target"):
             self.register_buffer(name, torch.zeros(size, size, dtype=torch.float64))
 
-    def _normalised(self, query: Tensor, control: Tensor) -> Tensor:
-        """See :meth:`LinearProbe._normalised`."""
+    def _normalise_embeddings(self, query: Tensor, control: Tensor) -> Tensor:
+        """Normalise by the plate's controls: see :meth:`LinearProbe._normalise_embeddings`."""
         reference = TVNReference(self.mean, self.std, self.rotation, self.target)  # type: ignore[arg-type]
         return tvn(reference, query, control, self.ridge)
 
     def _fit(self, batches: list[tuple[int, Tensor, Tensor]]) -> None:
-        """See :meth:`LinearProbe._fit`."""
+        """Fit TVN on the controls: see :meth:`LinearProbe._fit`."""
         domains = torch.cat([torch.full((len(c),), d) for d, _, c in batches])
         fitted = fit_tvn(torch.cat([c for _, _, c in batches]), domains, self.ridge)
         for name, value in fitted._asdict().items():
             getattr(self, name).copy_(value)
 
 
-def _moved(batch: Batch, device: torch.device) -> dict[str, Any]:
+def _move_batch(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def query_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the queries; controls have no labels and no part in it.
+    """Mean cross-entropy of the queries; controls have no labels and are not included.
 
     Example:
         >>> round(float(query_loss(torch.zeros(2, 4), torch.tensor([0, 3]))), 4)  # log 4

@@ -16,13 +16,13 @@ from fulgurite.sampling import rank_and_world
 
 __all__ = [
     "Predictions",
-    "by_domain",
+    "accuracy_by_domain",
     "class_scores",
     "confusion",
-    "gather",
-    "joined",
-    "rows_of",
+    "gather_predictions",
+    "join_predictions",
     "scores",
+    "select_predictions",
     "sizes",
 ]
 
@@ -31,14 +31,14 @@ class Predictions(NamedTuple):
     """Predictions of query images, on the CPU.
 
     Args:
-        batch: Fingerprint of the batch that each was predicted in. Shape: (n,).
-        row: Of the image in the plate table. Shape: (n,).
-        domain: Plate. Shape: (n,).
-        well: Well, unique over plates. Shape: (n,).
+        batch: Fingerprint of the batch of each prediction. Shape: (n,).
+        row: Row of the image in the plate table. Shape: (n,).
+        domain: Index of the plate. Shape: (n,).
+        well: Index of the well, unique over plates. Shape: (n,).
         label: True class. Shape: (n,).
         log_probs: Log-probabilities. Shape: (n, K).
-        queries: L, how many queries its batch had, repeated ones too. Shape: (n,).
-        distinct: How many different ones. Shape: (n,).
+        queries: Number L of queries in the batch, with repeated ones. Shape: (n,).
+        distinct: Number of distinct queries in the batch. Shape: (n,).
     """
 
     batch: Tensor
@@ -51,78 +51,78 @@ class Predictions(NamedTuple):
     distinct: Tensor
 
 
-def rows_of(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
-    """The labelled rows of a batch that do not only pad it.
+def select_predictions(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
+    """Predictions of the labelled queries of a batch, without padding.
 
     Args:
-        batch: ``index``, ``domain``, ``well``, ``label`` and ``kept``; see the data contract.
-        logits: Of the queries. Shape: (L, K).
+        batch: Batch with ``index``, ``domain``, ``well``, ``label`` and ``kept``.
+        logits: Logits of the queries. Shape: (L, K).
 
     Example:
         >>> one = {"index": torch.tensor([4, 5]), "domain": torch.tensor(1)}
         >>> one |= {"well": torch.tensor([7, 7]), "label": torch.tensor([0, 1])}
         >>> one |= {"kept": torch.tensor([True, False])}
-        >>> rows_of(one, torch.zeros(2, 3)).row
+        >>> select_predictions(one, torch.zeros(2, 3)).row
         tensor([4])
     """
-    own = (batch["kept"] & (batch["label"] >= 0)).cpu()
+    counted = (batch["kept"] & (batch["label"] >= 0)).cpu()
     index = batch["index"].cpu()
     # the same images in the same order: the same batch, repeated by a sampler that pads
     fingerprint = hash(tuple(index.tolist()))
     return Predictions(
-        torch.full_like(index, fingerprint)[own],
-        index[own],
-        batch["domain"].cpu().expand(len(index))[own],
-        batch["well"].cpu()[own],
-        batch["label"].cpu()[own],
-        logits.detach().float().log_softmax(1).cpu()[own],
-        torch.full_like(index, len(index))[own],
-        torch.full_like(index, len(set(index.tolist())))[own],
+        torch.full_like(index, fingerprint)[counted],
+        index[counted],
+        batch["domain"].cpu().expand(len(index))[counted],
+        batch["well"].cpu()[counted],
+        batch["label"].cpu()[counted],
+        logits.detach().float().log_softmax(1).cpu()[counted],
+        torch.full_like(index, len(index))[counted],
+        torch.full_like(index, len(set(index.tolist())))[counted],
     )
 
 
-def joined(parts: Iterable[Predictions], num_classes: int) -> Predictions:
-    """All predictions in one order that does not depend on the ranks, repeated batches once.
+def join_predictions(parts: Iterable[Predictions], num_classes: int) -> Predictions:
+    """Join predictions in an order that does not depend on the ranks, with repeated batches once.
 
-    An image may be predicted in several different batches; each counts.
+    An image may be predicted in several different batches; each prediction counts.
 
     Example:
         >>> i = torch.tensor([1, 2])
         >>> part = Predictions(i * 0, i, i, i, i, torch.zeros(2, 3), i, i)
-        >>> len(joined([part, part], 3).row)
+        >>> len(join_predictions([part, part], 3).row)
         2
     """
     parts = [p for p in parts if len(p.row)]
     if not parts:
         none = torch.zeros(0, dtype=torch.int64)
         return Predictions(none, none, none, none, none, torch.zeros(0, num_classes), none, none)
-    whole = Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-    key = torch.stack([whole.domain, whole.row, whole.batch], 1)
-    unique, inverse = _unique(key)
+    table = Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    key = torch.stack([table.domain, table.row, table.batch], 1)
+    unique, inverse = _unique_rows(key)
     first = torch.full((len(unique),), len(key)).scatter_reduce(
         0, inverse, torch.arange(len(key)), "amin"
     )
-    return Predictions(*(column[first] for column in whole))
+    return Predictions(*(column[first] for column in table))
 
 
-def _unique(key: Tensor) -> tuple[Tensor, Tensor]:
-    """Different rows in order, and which of them each row is. Shape: (n, ...)."""
-    found: tuple[Tensor, Tensor] = torch.unique(key, dim=0, return_inverse=True)
-    return found
+def _unique_rows(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct rows, and the index of each row among them. Shape: (n, ...)."""
+    unique_rows: tuple[Tensor, Tensor] = torch.unique(key, dim=0, return_inverse=True)
+    return unique_rows
 
 
-def gather(parts: list[Predictions], num_classes: int) -> Predictions:
-    """:func:`joined` over all ranks; every rank gets the same."""
+def gather_predictions(parts: list[Predictions], num_classes: int) -> Predictions:
+    """Join the predictions of all ranks, equally on every rank."""
     world = rank_and_world()[1]
     if world == 1:
-        return joined(parts, num_classes)
+        return join_predictions(parts, num_classes)
     everyone: list[list[Predictions]] = [[] for _ in range(world)]
-    dist.all_gather_object(everyone, [joined(parts, num_classes)])
-    return joined([part for own in everyone for part in own], num_classes)
+    dist.all_gather_object(everyone, [join_predictions(parts, num_classes)])
+    return join_predictions([part for rank_parts in everyone for part in rank_parts], num_classes)
 
 
 def confusion(label: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """How often class i was predicted as class j. Shapes: (n,), (n,) to (K, K).
+    """Counts of class i predicted as class j. Shapes: (n,), (n,) to (K, K).
 
     Example:
         >>> confusion(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2)
@@ -134,19 +134,19 @@ def confusion(label: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     )
 
 
-def _macro(label: Tensor, right: Tensor) -> float:
-    """Mean over the classes that occur of the share that is right."""
+def _macro_mean(label: Tensor, right: Tensor) -> float:
+    """Mean accuracy over the classes that occur."""
     return float(torch.stack([right[label == k].mean() for k in set(label.tolist())]).mean())
 
 
 def class_scores(counts: Tensor) -> dict[str, Tensor]:
-    """Precision, recall and F1 of each class, from how often class i was predicted as class j.
+    """Precision, recall and F1 of each class from a confusion matrix.
 
-    What is undefined counts as 0, as in scikit-learn: the precision of a class that was never
-    predicted, the recall of one that does not occur.
+    Undefined scores are 0, as in scikit-learn: the precision of a class that was never predicted,
+    and the recall of one that does not occur.
 
     Args:
-        counts: Sums over all predictions. Shape: (K, K).
+        counts: Confusion matrix. Shape: (K, K).
 
     Returns:
         ``precision``, ``recall`` and ``f1``. Shapes: (K,) float64.
@@ -169,31 +169,31 @@ def class_scores(counts: Tensor) -> dict[str, Tensor]:
 
 def _macro_scores(counts: Tensor) -> dict[str, float]:
     """Means over the classes that occur or were predicted, scikit-learn's ``macro``."""
-    known = (counts.sum(0) + counts.sum(1)) > 0
-    return {f"macro_{k}": float(v[known].mean()) for k, v in class_scores(counts).items()}
+    occurring = (counts.sum(0) + counts.sum(1)) > 0
+    return {f"macro_{k}": float(v[occurring].mean()) for k, v in class_scores(counts).items()}
 
 
-def _wells(rows: Predictions) -> tuple[Tensor, Tensor]:
-    """Label and whether it was predicted, of each well: mean of its sites' probabilities."""
-    key, inverse = _unique(torch.stack([rows.well, rows.label], 1))
+def _score_wells(rows: Predictions) -> tuple[Tensor, Tensor]:
+    """Label of each well, and whether the mean probabilities of its sites predict it."""
+    key, inverse = _unique_rows(torch.stack([rows.well, rows.label], 1))
     total = torch.zeros(len(key), rows.log_probs.shape[1], dtype=torch.float64)
     total.index_add_(0, inverse, rows.log_probs.double().exp())
     return key[:, 1], (total.argmax(1) == key[:, 1]).double()
 
 
-def by_domain(rows: Predictions) -> dict[int, float]:
+def accuracy_by_domain(rows: Predictions) -> dict[int, float]:
     """Accuracy on the images of each plate."""
     right = (rows.log_probs.argmax(1) == rows.label).double()
     return {d: float(right[rows.domain == d].mean()) for d in sorted(set(rows.domain.tolist()))}
 
 
 def sizes(rows: Predictions) -> dict[str, float]:
-    """What a test was made of.
+    """Sizes of a test.
 
     Returns:
-        ``images``, how many different ones were scored; ``queries``, L of their batches, and
-        ``distinct_queries``, how many different images these were (means over images, where batches
-        differ). Empty without predictions.
+        ``images``, the number of distinct images; ``queries``, the number L of queries in their
+        batches, and ``distinct_queries``, the number of distinct ones (means over images). Empty
+        without predictions.
 
     Example:
         >>> i = torch.tensor([0, 1])
@@ -210,7 +210,7 @@ def sizes(rows: Predictions) -> dict[str, float]:
 
 
 def scores(rows: Predictions) -> dict[str, float]:
-    """All metrics.
+    """Metrics of images, wells and plates.
 
     Returns:
         ``loss`` [nats], ``acc`` and ``macro_acc`` of images; ``macro_precision``,
@@ -232,15 +232,15 @@ def scores(rows: Predictions) -> dict[str, float]:
     if not len(rows.row):
         return {}
     right = (rows.log_probs.argmax(1) == rows.label).double()
-    plates = [*by_domain(rows).values()]
-    well_label, well_right = _wells(rows)
+    plates = [*accuracy_by_domain(rows).values()]
+    well_label, well_right = _score_wells(rows)
     return {
         "loss": float(-rows.log_probs.double().gather(1, rows.label[:, None]).mean()),
         "acc": float(right.mean()),
-        "macro_acc": _macro(rows.label, right),
+        "macro_acc": _macro_mean(rows.label, right),
         **_macro_scores(confusion(rows.label, rows.log_probs.argmax(1), rows.log_probs.shape[1])),
         "well_acc": float(well_right.mean()),
-        "well_macro_acc": _macro(well_label, well_right),
+        "well_macro_acc": _macro_mean(well_label, well_right),
         "plate_acc": sum(plates) / len(plates),
         "worst_plate_acc": min(plates),
     }

@@ -18,11 +18,17 @@ from fulgurite.base import SystemModule, build_network, check_head, save_options
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
-from fulgurite.models.cs_arm_bn.batch_statistics import Reference
-from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer, hold
+from fulgurite.models.cs_arm_bn.batch_statistics import TrainingReference
+from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
-from fulgurite.models.cs_arm_bn.metrics import Predictions, gather, rows_of, scores, sizes
+from fulgurite.models.cs_arm_bn.metrics import (
+    Predictions,
+    gather_predictions,
+    scores,
+    select_predictions,
+    sizes,
+)
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["PlateClassifier"]
@@ -35,23 +41,23 @@ class PlateClassifier(SystemModule):
 
     A batch is one plate's queries and controls, a dict: ``query`` (L, C, H, W), ``control``
     (N, C, H, W), ``label`` (L,), ``index`` (L,), ``domain`` (), ``well`` (L,) and ``kept`` (L,).
-    :class:`~fulgurite.callbacks.cs_arm_bn.ControlContext` holds the statistics' source around each
-    step; ``method`` says which.
+    :class:`~fulgurite.callbacks.cs_arm_bn.ControlContext` sets the source of the statistics for
+    each step; ``method`` defines it.
 
     Args:
-        network: The network, or what makes it from (channels, classes), such as a class; its
-            BatchNorm layers are converted.
-        method: Where statistics come from and what else happens; by default CS-ARM-BN with the
-            query weight chosen for each plate at test.
+        network: The network, or a callable that makes it from (channels, classes), such as a
+            class; its BatchNorm layers are converted.
+        method: Adaptation method; by default CS-ARM-BN with the query weight estimated for each
+            plate at test.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each epoch.
-        weights: Checkpoint of a run (or a state dict) whose network is the start.
-        num_classes: K; taken from the data.
-        in_channels: C; taken from the data.
+        weights: Checkpoint of a run (or a state dict) from which the network starts.
+        num_classes: Number of classes K; set from the data.
+        in_channels: Number of channels C; set from the data.
 
     Raises:
-        ConfigError: A number is out of range, or the network has no BatchNorm and the method needs
-            it.
+        ConfigError: A number is below its minimum, or the network has no BatchNorm and the method
+            needs it.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
     Source: arXiv 2604.20824; card sections 1.3 and 7.4.
@@ -71,30 +77,30 @@ class PlateClassifier(SystemModule):
         in_channels: int = 5,
     ) -> None:
         super().__init__()
-        # Lightning says of each module that moves its batches that its DataModule does not
+        # Lightning warns for each module that moves its batches that its DataModule does not
         warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `Lightning.*")
         save_options(self, "network", "method", "optimizer", "scheduler")
-        for name, value, least in (
+        for name, value, minimum in (
             ("num_classes", num_classes, 2),
             ("in_channels", in_channels, 1),
         ):
-            if value < least:
+            if value < minimum:
                 raise ConfigError(
-                    f"model.init_args.{name}={value} is too small.", f"Give {least} or more."
+                    f"model.init_args.{name}={value} is too small.", f"Give {minimum} or more."
                 )
         self.num_classes = num_classes
         self.method = method or AdaptiveWeight()
-        made = build_network(network, in_channels + self.method.extra_channels, num_classes)
-        check_head(made, num_classes)
-        is_converted = self.method.needs_batchnorm or has_batchnorm(made)
-        self.network = convert_batchnorm(made) if is_converted else made
+        model = build_network(network, in_channels + self.method.extra_channels, num_classes)
+        check_head(model, num_classes)
+        is_converted = self.method.needs_batchnorm or has_batchnorm(model)
+        self.network = convert_batchnorm(model) if is_converted else model
         if weights is not None:
             _load_network(self.network, weights)
         self.method.build(self.network, in_channels, num_classes)
         if self.method.frozen:
             self.network.requires_grad_(False).eval()
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.held: Context | None = None
+        self.context: Context | None = None
         self.results: dict[str, Predictions] = {}
         self._parts: dict[int, list[Predictions]] = {}
 
@@ -110,10 +116,10 @@ class PlateClassifier(SystemModule):
         return self.network(images)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> Any:
-        """The optimizer of all parameters that learn, with its scheduler if there is one.
+        """The optimizer of all trainable parameters, with its scheduler if there is one.
 
         Raises:
-            ConfigError: The scheduler waits for a metric.
+            ConfigError: The scheduler needs a metric.
         """
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         return scheduled(optimizer, self.scheduler, "epoch")
@@ -122,30 +128,30 @@ class PlateClassifier(SystemModule):
         """Logits of a batch's queries. Shape: (L, K).
 
         Raises:
-            ConfigError: Nothing holds the context.
+            ConfigError: No callback has set the context.
         """
         self._prepare_context()
-        assert self.held is not None
-        return self.method.logits(self.network, batch, self.held)
+        assert self.context is not None
+        return self.method.logits(self.network, batch, self.context)
 
     def _prepare_context(self) -> None:
-        if self.held is None:
+        if self.context is None:
             raise ConfigError(
                 "Nothing says where PlateClassifier's statistics come from.",
                 "Add fulgurite.callbacks.cs_arm_bn.ControlContext to trainer.callbacks.",
             )
-        # these methods make one forward pass, in which a layer learns of one place in the network
-        self.held._passed = set() if self.method.deploys and self.held.record else None
+        # these methods make one forward pass, in which each layer may be used once
+        self.context._passed = set() if self.method.deploys and self.context.record else None
 
     def _progress(self) -> float:
-        """Share of the training steps that are done; 1 where their number is not known."""
+        """Finished fraction of the training steps; 1 if their number is unknown."""
         if self._trainer is None:
             return 0.0
         total = self._trainer.estimated_stepping_batches
         return min(1.0, self._trainer.global_step / total) if total else 1.0
 
     def setup(self, stage: str) -> None:
-        """Check that the model was made for the data; tell the method how many plates there are."""
+        """Check that the model fits the data, and pass the number of plates to the method."""
         super().setup(stage)
         if stage == "fit":
             domains = getattr(getattr(self.trainer, "datamodule", None), "domains", ())
@@ -154,17 +160,18 @@ class PlateClassifier(SystemModule):
     # --- training ------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Let the method look at the training plates."""
+        """Call the method with the training plates."""
         loader: Any = self.trainer.train_dataloader
         self.method.begin(self.network, loader, training=True)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Move a batch, save the ids of plates, which only Python reads.
+        """Move a batch to the device, except the plate indices, which only Python reads.
 
         Raises:
-            DataError: As :meth:`training_step`; on a device it would have to wait for the labels.
+            DataError: A training query has no label of a class; the check comes before the move,
+                since it would have to wait for the device afterwards.
         """
         if not isinstance(batch, dict):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -175,7 +182,7 @@ class PlateClassifier(SystemModule):
         return {k: moved.get(k, v) for k, v in batch.items()}
 
     def _check_labels(self, labels: Tensor) -> None:
-        """Refuse labels of no class; those on a device were checked on their way there."""
+        """Refuse labels outside the classes; those on a device were checked before the move."""
         if labels.device.type != "cpu":
             return
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
@@ -193,9 +200,9 @@ class PlateClassifier(SystemModule):
         labels = batch["label"]
         self._check_labels(labels)
         self._prepare_context()
-        assert self.held is not None
+        assert self.context is not None
         logits, penalty = self.method.training_outputs(
-            self.network, batch, self.held, self._progress()
+            self.network, batch, self.context, self._progress()
         )
         loss = query_loss(logits, labels)
         size = len(labels)
@@ -211,8 +218,8 @@ class PlateClassifier(SystemModule):
     def compare_modes(self, batch: dict[str, Tensor]) -> tuple[float, float]:
         """Loss of one batch as in training, and of the same batch as at test [nats].
 
-        Nothing is learned, no running statistics move, and the generators of the CPU and of this
-        device go on as if nothing had happened.
+        Parameters, running statistics and the generators of the CPU and of this device are
+        unchanged afterwards.
 
         Args:
             batch: A training batch, on the module's device.
@@ -222,18 +229,18 @@ class PlateClassifier(SystemModule):
         modes = [(module, module.training) for module in self.modules()]
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
         losses = []
-        before, devices = self.held, [self.device] if self.device.type == "cuda" else []
+        before, devices = self.context, [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             for training in (True, False):
                 self.train(training)
                 if not training:
                     self.method.begin(self.network, (), training=False)
-                held = self.method.context(training=training)
-                held.n_query = len(batch["query"])
-                with hold(self.network, held) as self.held:
+                context = self.method.context(training=training)
+                context.n_query = len(batch["query"])
+                with use_context(self.network, context) as self.context:
                     losses.append(float(query_loss(self.logits(batch), batch["label"])))
         self.method.end(self.network)
-        self.held = before
+        self.context = before
         for buffer, value in buffers:
             buffer.copy_(value)
         for module, mode in modes:
@@ -242,15 +249,15 @@ class PlateClassifier(SystemModule):
 
     # --- evaluation ----------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin_evaluation(self) -> None:
         # what is logged below is equal on every rank already
         warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
         self._parts = {}
-        self._share()
+        self._average_over_ranks()
         self.method.begin(self.network, (), training=False)
 
-    def _share(self) -> None:
-        """Average running statistics and references over the ranks: each saw other plates."""
+    def _average_over_ranks(self) -> None:
+        """Average running statistics and references over the ranks, which have different plates."""
         world = rank_and_world()[1]
         if world == 1:
             return
@@ -266,41 +273,41 @@ class PlateClassifier(SystemModule):
                 dist.all_reduce(value)
                 value /= world
             if reference is not None:
-                seen, weight = numbers.tolist()
-                layer.reference = Reference(seen, weight, *reference[2:])
+                plates, weight = numbers.tolist()
+                layer.reference = TrainingReference(plates, weight, *reference[2:])
 
     def on_validation_epoch_start(self) -> None:
         """Start a table of predictions."""
-        self._begin()
+        self._begin_evaluation()
 
     def on_test_epoch_start(self) -> None:
         """Start a table of predictions for each test set."""
-        self._begin()
+        self._begin_evaluation()
 
     def on_predict_epoch_start(self) -> None:
-        """Let the method prepare."""
-        self._begin()
+        """Prepare the method for prediction."""
+        self._begin_evaluation()
 
-    def _evaluate(self, batch: dict[str, Tensor], number: int) -> None:
-        self._parts.setdefault(number, []).append(rows_of(batch, self.logits(batch)))
+    def _add_predictions(self, batch: dict[str, Tensor], number: int) -> None:
+        self._parts.setdefault(number, []).append(select_predictions(batch, self.logits(batch)))
 
     def validation_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Predict validation queries."""
-        self._evaluate(batch, dataloader_idx)
+        self._add_predictions(batch, dataloader_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Predict test queries."""
-        self._evaluate(batch, dataloader_idx)
+        self._add_predictions(batch, dataloader_idx)
 
     def metric_prefix(self, stage: str, number: int, sets: int) -> str:
-        """``test``, or ``test/<name>`` where there are several test sets.
+        """Return ``test``, or ``test/<name>`` if there are several test sets.
 
         Args:
-            stage: ``val`` or ``test``.
-            number: Which set.
-            sets: How many there are.
+            stage: Stage, ``val`` or ``test``.
+            number: Index of the set.
+            sets: Number of sets.
         """
         data = getattr(self.trainer, "datamodule", None)
         names = tuple(getattr(data, "test_sets", ())) if stage == "test" else ()
@@ -308,43 +315,43 @@ class PlateClassifier(SystemModule):
             return stage
         return f"{stage}/{names[number] if number < len(names) else number}"
 
-    def _finish(self, stage: str) -> None:
+    def _log_metrics(self, stage: str) -> None:
         self.method.end(self.network)
         self.results = {}
         for number in sorted(self._parts):
-            where = self.metric_prefix(stage, number, len(self._parts))
-            rows = gather(self._parts[number], self.num_classes)
-            self.results[where.removeprefix("test/")] = rows
-            found = scores(rows) | (sizes(rows) if stage == "test" else {})
-            values = {f"{where}/{k}": v for k, v in found.items()}
+            prefix = self.metric_prefix(stage, number, len(self._parts))
+            rows = gather_predictions(self._parts[number], self.num_classes)
+            self.results[prefix.removeprefix("test/")] = rows
+            metrics = scores(rows) | (sizes(rows) if stage == "test" else {})
+            values = {f"{prefix}/{k}": v for k, v in metrics.items()}
             for metric, value in values.items():
-                shown = metric == self.monitor
-                self.log(metric, value, batch_size=max(1, len(rows.row)), prog_bar=shown)
+                in_progress_bar = metric == self.monitor
+                self.log(metric, value, batch_size=max(1, len(rows.row)), prog_bar=in_progress_bar)
         self._parts = {}
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all validation plates."""
-        self._finish("val")
+        self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of each test set."""
-        self._finish("test")
+        self._log_metrics("test")
 
     def on_predict_epoch_end(self) -> None:
-        """Let the method put back what it changed."""
+        """Let the method restore the network."""
         self.method.end(self.network)
 
     def predict_step(
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Index, plate, well, label (−1: unknown), prediction and probabilities of each query."""
-        kept = batch["kept"]
-        probabilities = self.logits(batch).float().softmax(1)[kept]
+        mask = batch["kept"]
+        probabilities = self.logits(batch).float().softmax(1)[mask]
         return {
-            "index": batch["index"][kept],
-            "domain": batch["domain"].expand(len(kept))[kept.to(batch["domain"].device)],
-            "well": batch["well"][kept],
-            "label": batch["label"][kept],
+            "index": batch["index"][mask],
+            "domain": batch["domain"].expand(len(mask))[mask.to(batch["domain"].device)],
+            "well": batch["well"][mask],
+            "label": batch["label"][mask],
             "predicted": probabilities.argmax(1),
             "probabilities": probabilities,
         }
@@ -352,25 +359,27 @@ class PlateClassifier(SystemModule):
     # --- checkpoint ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what training plates taught the layers."""
+        """Save the training references of the layers."""
         checkpoint["context_reference"] = reference_state(self.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the training references of the layers."""
         load_reference(self.network, checkpoint.get("context_reference", {}))
 
 
 def _load_network(network: nn.Module, path: str) -> None:
     """Load the network of a checkpoint of this module, or a state dict of the network."""
-    checkpoint, whole = read_state_dict(path, "model.init_args.weights")
+    checkpoint, state = read_state_dict(path, "model.init_args.weights")
     prefix = "network."
-    own = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)} or whole
+    network_state = {
+        k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
+    } or state
     try:
-        network.load_state_dict(own)
+        network.load_state_dict(network_state)
     except RuntimeError as error:
-        what = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"model.init_args.weights={path} does not fit the network: {what}",
+            f"model.init_args.weights={path} does not fit the network: {reason}",
             "Use the network and the data of the run.",
         ) from error
     load_reference(network, checkpoint.get("context_reference", {}))

@@ -1,4 +1,4 @@
-"""Networks for plate images; every one has BatchNorm to adapt.
+"""Networks for plate images, all with BatchNorm.
 
 Axes: M rows, I input channels, H, W image, K classes, D feature dim.
 """
@@ -16,35 +16,36 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError, FulguriteError
 from fulgurite.layers import resnet
 from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d
-from fulgurite.models.cs_arm_bn.checkpointing import checkpointed
+from fulgurite.models.cs_arm_bn.checkpointing import run_checkpointed
 
 __all__ = ["Backbone", "InputNorm", "PooledBottleneck", "ResNet18", "ResNet50", "SmallResNet"]
 
 InputNorm = Literal["none", "context"]
 
 
-def _input_norm(kind: InputNorm, channels: int) -> nn.Module:
-    """Standardises input channels by the statistics of the context, or does nothing."""
+def _make_input_norm(kind: InputNorm, channels: int) -> nn.Module:
+    """Make the layer that standardises input channels by the context, or an identity."""
     if kind not in ("none", "context"):
         raise ConfigError(f"input_norm {kind!r} is unknown.", "Use none or context.")
     # a small eps: the gain of a plate is undone exactly only as far as eps is small beside it
     return ContextBatchNorm2d(channels, 1e-8, affine=False) if kind == "context" else nn.Identity()
 
 
-def _run(block: nn.Module, x: Tensor, checkpoint: bool) -> Tensor:
-    return checkpointed(block, x) if checkpoint and x.requires_grad else block(x)
+def _run_block(block: nn.Module, x: Tensor, checkpoint: bool) -> Tensor:
+    return run_checkpointed(block, x) if checkpoint and x.requires_grad else block(x)
 
 
 class SmallResNet(nn.Module):
     """A stem and three residual blocks, for small images and CPUs.
 
     Args:
-        in_channels: I.
-        num_classes: K.
+        in_channels: Number of input channels I.
+        num_classes: Number of classes K.
         width: Channels of the stem; D is four times as many.
-        input_norm: ``"context"`` standardises each input channel by the statistics of the context
-            first, which undoes gains and offsets of a plate exactly; ``"none"`` as in the paper.
-        checkpoint: Compute activations again in the backward pass instead of keeping them.
+        input_norm: Input standardisation: ``"context"`` standardises each input channel by the
+            statistics of the context first, which undoes gains and offsets of a plate exactly;
+            ``"none"`` as in the paper.
+        checkpoint: Recompute activations in the backward pass instead of storing them.
 
     Shape: (M, I, H, W) to (M, K), for H, W of at least 4.
 
@@ -66,7 +67,7 @@ class SmallResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self.input_norm = _input_norm(input_norm, in_channels)
+        self.input_norm = _make_input_norm(input_norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(
@@ -80,10 +81,10 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Tensor) -> Tensor:
-        """Shape: (M, I, H, W) to (M, D)."""
+        """Features after average pooling. Shape: (M, I, H, W) to (M, D)."""
         x = F.relu(self.bn1(self.conv1(self.input_norm(x))))
         for block in self.blocks:
-            x = _run(block, x, self.checkpoint)
+            x = _run_block(block, x, self.checkpoint)
         return x.mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class SmallResNet(nn.Module):
 
 
 class PooledBottleneck(resnet.Bottleneck):
-    """A bottleneck whose convolutions all have stride 1; it shrinks by average pooling.
+    """A bottleneck with convolutions of stride 1 and average pooling in place of strides.
 
     Args:
         inputs: Input channels.
@@ -127,9 +128,9 @@ class PooledBottleneck(resnet.Bottleneck):
 class _PlateResNet(resnet.ResNet):
     """A platform ResNet with input standardisation and activation checkpointing."""
 
-    def _prepare(self, input_norm: InputNorm, in_channels: int, checkpoint: bool) -> None:
+    def _add_options(self, input_norm: InputNorm, in_channels: int, checkpoint: bool) -> None:
         self.checkpoint = checkpoint
-        self.input_norm = _input_norm(input_norm, in_channels)
+        self.input_norm = _make_input_norm(input_norm, in_channels)
 
     def features(self, x: Tensor) -> Tensor:
         """Features after average pooling. Shape: (M, I, H, W) to (M, D)."""
@@ -138,11 +139,11 @@ class _PlateResNet(resnet.ResNet):
             x = F.max_pool2d(x, 3, 2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = _run(block, x, self.checkpoint)
-        return self.pooled(x)
+                x = _run_block(block, x, self.checkpoint)
+        return self.pool_features(x)
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """Shape: (M, D, H, W) to (M, D)."""
+    def pool_features(self, x: Tensor) -> Tensor:
+        """Global average. Shape: (M, D, H, W) to (M, D)."""
         return x.mean((2, 3))
 
 
@@ -150,11 +151,12 @@ class ResNet50(_PlateResNet):
     """The paper's ResNet-50: average pooling in place of strides, from scratch (D = 2048).
 
     Args:
-        in_channels: I.
-        num_classes: K.
-        stem: ``"imagenet"`` (7×7, stride 2, max-pooling; the paper's) or ``"cifar"``.
-        input_norm: ``"context"`` standardises the input channels first; ``"none"`` as in the paper.
-        checkpoint: Compute activations again in the backward pass instead of keeping them.
+        in_channels: Number of input channels I.
+        num_classes: Number of classes K.
+        stem: First layers: ``"imagenet"`` (7×7, stride 2, max-pooling; the paper's) or ``"cifar"``.
+        input_norm: Input standardisation: ``"context"`` standardises the input channels first;
+            ``"none"`` as in the paper.
+        checkpoint: Recompute activations in the backward pass instead of storing them.
         weights: State dict file to start from.
 
     Shape: (M, I, H, W) to (M, K).
@@ -176,25 +178,25 @@ class ResNet50(_PlateResNet):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__(PooledBottleneck, (3, 4, 6, 3), in_channels, num_classes, stem)
-        self._prepare(input_norm, in_channels, checkpoint)
+        self._add_options(input_norm, in_channels, checkpoint)
         if weights is not None:
             resnet.load_weights(self, weights)
 
-    def pooled(self, x: Tensor) -> Tensor:
+    def pool_features(self, x: Tensor) -> Tensor:
         """A 7×7 average with stride 1, then the global one. Shape: (M, D, H, W) to (M, D)."""
         x = F.avg_pool2d(x, (min(7, x.shape[2]), min(7, x.shape[3])), 1)
         return x.mean((2, 3))
 
 
 class ResNet18(_PlateResNet):
-    """ResNet-18 (D = 512), for images between the small and the paper's.
+    """ResNet-18 (D = 512), for images of medium size.
 
     Args:
-        in_channels: I.
-        num_classes: K.
-        stem: ``"cifar"`` (3×3, stride 1) or ``"imagenet"``.
-        input_norm: ``"context"`` standardises the input channels first.
-        checkpoint: Compute activations again in the backward pass instead of keeping them.
+        in_channels: Number of input channels I.
+        num_classes: Number of classes K.
+        stem: First layers: ``"cifar"`` (3×3, stride 1) or ``"imagenet"``.
+        input_norm: Input standardisation: ``"context"`` standardises the input channels first.
+        checkpoint: Recompute activations in the backward pass instead of storing them.
         weights: State dict file to start from.
 
     Shape: (M, I, H, W) to (M, K).
@@ -212,32 +214,32 @@ class ResNet18(_PlateResNet):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__(resnet.BasicBlock, (2, 2, 2, 2), in_channels, num_classes, stem)
-        self._prepare(input_norm, in_channels, checkpoint)
+        self._add_options(input_norm, in_channels, checkpoint)
         if weights is not None:
             resnet.load_weights(self, weights)
 
 
 class Backbone(nn.Module):
-    """Any image classifier with BatchNorm, made by a function of another library.
+    """An image classifier with BatchNorm, made by a function of another library.
 
-    Its first convolution is exchanged for one with I channels, which starts from the mean over the
-    old channels (so that pretrained weights keep their use), and its last linear layer for one
-    with K outputs. Where several last layers may be heads (a teacher's, auxiliary ones), the
-    function must make them for K classes itself.
+    Its first convolution is replaced by one with I channels, which starts from the mean over the
+    old channels (so that pretrained weights stay useful), and its last linear layer by one
+    with K outputs. If several layers may be heads (a teacher's, auxiliary ones), the function must
+    make them for K classes itself.
 
     Args:
-        in_channels: I.
-        num_classes: K.
+        in_channels: Number of input channels I.
+        num_classes: Number of classes K.
         factory: Function or class by its dotted path, such as ``timm.create_model``,
             ``torchvision.models.resnet50`` or
             ``transformers.AutoModelForImageClassification.from_pretrained``.
-        arguments: Its keyword arguments.
-        input_norm: ``"context"`` standardises the input channels first.
+        arguments: Keyword arguments of the function.
+        input_norm: Input standardisation: ``"context"`` standardises the input channels first.
 
     Shape: (M, I, H, W) to (M, K).
 
     Raises:
-        ConfigError: The function cannot be found or called, or what it makes is no such network.
+        ConfigError: The function cannot be found or called, or does not make such a network.
 
     Example:
         >>> import torch
@@ -258,9 +260,9 @@ class Backbone(nn.Module):
         input_norm: InputNorm = "none",
     ) -> None:
         super().__init__()
-        self.input_norm = _input_norm(input_norm, in_channels)
+        self.input_norm = _make_input_norm(input_norm, in_channels)
         self.num_classes = num_classes
-        self.inner = _made(factory, arguments or {})
+        self.inner = _build_network(factory, arguments or {})
         layers = dict(self.inner.named_modules())
         first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), None)
         last = next((n for n in reversed(layers) if isinstance(layers[n], nn.Linear)), None)
@@ -270,14 +272,14 @@ class Backbone(nn.Module):
                 "Set model.init_args.network.init_args.factory to an image classifier.",
             )
         before: int = layers[first].in_channels
-        _exchange(self.inner, first, _with_channels(layers[first], in_channels))
-        for layer in layers.values():  # transformers compares images with it
+        _replace_module(self.inner, first, _convert_channels(layers[first], in_channels))
+        for layer in layers.values():  # transformers checks images against it
             if getattr(layer, "num_channels", None) == before:
                 layer.num_channels = in_channels
-        self._last = self._exchange_head(layers, last, factory)
+        self._last = self._replace_head(layers, last, factory)
 
-    def _exchange_head(self, layers: dict[str, nn.Module], last: str, factory: str) -> str:
-        """Exchange the only head; of several ones, demand that they fit already."""
+    def _replace_head(self, layers: dict[str, nn.Module], last: str, factory: str) -> str:
+        """Replace a single head; require that several heads fit already."""
         old = layers[last]
         assert isinstance(old, nn.Linear)
         heads = [
@@ -286,7 +288,7 @@ class Backbone(nn.Module):
             if isinstance(layer, nn.Linear) and layer.out_features == old.out_features
         ]
         if len(heads) == 1:
-            _exchange(self.inner, last, nn.Linear(old.in_features, self.num_classes))
+            _replace_module(self.inner, last, nn.Linear(old.in_features, self.num_classes))
         elif old.out_features != self.num_classes:
             raise ConfigError(
                 f"What {factory} makes has {len(heads)} linear layers with {old.out_features} "
@@ -304,11 +306,11 @@ class Backbone(nn.Module):
         return self.inner.get_submodule(self._last)  # type: ignore[return-value]
 
     def features(self, x: Tensor) -> Tensor:
-        """What the last layer gets. Shape: (M, I, H, W) to (M, D)."""
-        seen: list[Tensor] = []
-        with self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        """Input of the last layer. Shape: (M, I, H, W) to (M, D)."""
+        embeddings: list[Tensor] = []
+        with self.head.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0])):
             self(x)
-        return seen[0]
+        return embeddings[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of all rows."""
@@ -325,13 +327,13 @@ class Backbone(nn.Module):
         return logits
 
 
-def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
-    where = "model.init_args.network.init_args.factory"
+def _build_network(factory: str, arguments: dict[str, Any]) -> nn.Module:
+    option = "model.init_args.network.init_args.factory"
     try:
         function = pkgutil.resolve_name(factory)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{where}={factory} cannot be found ({error}).",
+            f"{option}={factory} cannot be found ({error}).",
             "Install the library, or correct the path: PACKAGE.MODULE.FUNCTION.",
         ) from error
     try:
@@ -339,21 +341,21 @@ def _made(factory: str, arguments: dict[str, Any]) -> nn.Module:
     except FulguriteError:
         raise
     except Exception as error:  # libraries and their clients of the network raise nearly any
-        what = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"{factory} cannot make a network from {arguments} ({what}).",
-            "Mend model.init_args.network.init_args.arguments: names must exist, and weights that "
-            "are not on this machine need a connection.",
+            f"{factory} cannot make a network from {arguments} ({reason}).",
+            "Correct model.init_args.network.init_args.arguments: names must exist, and weights "
+            "that are not on this machine need a connection.",
         ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"{factory} makes a {type(network).__name__}, no network.", f"Mend {where}."
+            f"{factory} makes a {type(network).__name__}, no network.", f"Correct {option}."
         )
     return network
 
 
-def _with_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
-    """The same convolution of another number of channels; of constant images the same result."""
+def _convert_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """Convert a convolution to another number of channels, equal on images without colour."""
     if channels == layer.in_channels:
         return layer
     if layer.groups != 1:
@@ -361,12 +363,12 @@ def _with_channels(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
             f"The network's first convolution has {layer.groups} groups of channels.",
             f"Use one whose first convolution mixes channels, or makes it for {channels} itself.",
         )
-    made = copy.deepcopy(layer)
+    converted = copy.deepcopy(layer)
     mean = layer.weight.detach().sum(1, keepdim=True) / channels
-    made.in_channels, made.weight = channels, nn.Parameter(mean.repeat(1, channels, 1, 1))
-    return made
+    converted.in_channels, converted.weight = channels, nn.Parameter(mean.repeat(1, channels, 1, 1))
+    return converted
 
 
-def _exchange(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, layer)
+def _replace_module(network: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, layer)

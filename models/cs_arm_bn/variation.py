@@ -16,11 +16,11 @@ __all__ = ["TVNReference", "fit_tvn", "tvn"]
 
 
 class TVNReference(NamedTuple):
-    """What all training plates' controls have in common.
+    """Common statistics of the controls of all training plates.
 
     Args:
-        mean: Of the controls. Shape: (D,).
-        std: Of the controls. Shape: (D,).
+        mean: Mean of the controls. Shape: (D,).
+        std: Standard deviation of the controls. Shape: (D,).
         rotation: Principal axes of the standardised controls, as columns. Shape: (D, D).
         target: Root of the controls' covariance after each plate was standardised. Shape: (D, D).
     """
@@ -31,8 +31,8 @@ class TVNReference(NamedTuple):
     target: Tensor
 
 
-def _scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std; the std of directions without variation counts as 1."""
+def _mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, which is 1 for directions without variation."""
     mean = x.mean(0)
     std = x.std(0, correction=0)
     return mean, torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.ones_like(std))
@@ -45,19 +45,19 @@ def _covariance(x: Tensor, ridge: float) -> Tensor:
     return torch.cov(x.T).view_as(identity) + ridge * identity
 
 
-def _power(matrix: Tensor, power: float) -> Tensor:
+def _matrix_power(matrix: Tensor, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     result: Tensor = (vectors * values.clamp_min(1e-12).pow(power)) @ vectors.T
     return result
 
 
 def fit_tvn(controls: Tensor, domains: Tensor, ridge: float = 0.5) -> TVNReference:
-    """Fit the parts of the normalisation that plates share, on the controls of training plates.
+    """Fit the common parts of the normalisation on the controls of training plates.
 
     Args:
         controls: Embeddings of controls. Shape: (n, D).
-        domains: Their plates. Shape: (n,).
-        ridge: Added to the diagonal of covariances.
+        domains: Plate of each control. Shape: (n,).
+        ridge: Constant added to the diagonal of covariances.
 
     Raises:
         DataError: There are fewer than two controls.
@@ -75,15 +75,15 @@ def fit_tvn(controls: Tensor, domains: Tensor, ridge: float = 0.5) -> TVNReferen
             "Give controls: data.init_args.controls of 2 or more.",
         )
     z = controls.double()
-    mean, std = _scale(z)
+    mean, std = _mean_std(z)
     _, rotation = torch.linalg.eigh(_covariance((z - mean) / std, 0.0))
     u = ((z - mean) / std) @ rotation
     aligned = torch.empty_like(u)
     for domain in set(domains.tolist()):
-        own = domains == domain
-        plate_mean, plate_std = _scale(u[own])
-        aligned[own] = (u[own] - plate_mean) / plate_std
-    return TVNReference(mean, std, rotation, _power(_covariance(aligned, ridge), 0.5))
+        rows = domains == domain
+        plate_mean, plate_std = _mean_std(u[rows])
+        aligned[rows] = (u[rows] - plate_mean) / plate_std
+    return TVNReference(mean, std, rotation, _matrix_power(_covariance(aligned, ridge), 0.5))
 
 
 def tvn(
@@ -92,10 +92,10 @@ def tvn(
     """Normalise embeddings of a plate by its controls.
 
     Args:
-        reference: What training plates have in common.
-        embeddings: Of one plate. Shape: (n, D).
-        controls: Of the same plate. Shape: (N, D).
-        ridge: Added to the diagonal of covariances.
+        reference: Common statistics of training plates.
+        embeddings: Embeddings of one plate. Shape: (n, D).
+        controls: Embeddings of controls of the same plate. Shape: (N, D).
+        ridge: Constant added to the diagonal of covariances.
 
     Returns:
         Normalised embeddings, float64. Shape: (n, D).
@@ -120,6 +120,6 @@ def tvn(
         ((x.double() - reference.mean) / reference.std) @ reference.rotation
         for x in (embeddings, controls)
     )
-    mean, std = _scale(c)
-    whiten = _power(_covariance((c - mean) / std, ridge), -0.5)
+    mean, std = _mean_std(c)
+    whiten = _matrix_power(_covariance((c - mean) / std, ridge), -0.5)
     return ((u - mean) / std) @ whiten @ reference.target

@@ -182,7 +182,7 @@ def test_each_stage_has_the_context_of_the_method(tmp_path, method, train, test,
         ("train", *train), ("val", *test), ("test", *test), ("predict", *predict)
     }  # fmt: skip
     assert all(layer.context is None for layer in context_layers(module.network).values())
-    assert module.held is None
+    assert module.context is None
     assert int(module.network.bn1.num_batches_tracked) == (20 if method is ERM else 0)
 
 
@@ -388,7 +388,7 @@ def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epo
     module = make_module()
     make_trainer(tmp_path, ControlContext(**settings), max_epochs=2).fit(module, Plates())
     for layer in context_layers(module.network).values():
-        assert int(layer.reference.seen) == 2 + epoch
+        assert int(layer.reference.plates) == 2 + epoch
 
 
 @pytest.mark.slow  # tests/survival does it in the default suite, by kills
@@ -570,7 +570,7 @@ def test_comparing_modes_changes_nothing():
     torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
     assert [m.training for m in module.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-    assert module.held is None
+    assert module.context is None
 
 
 def test_short_trainings_are_not_compared(tmp_path):

@@ -24,10 +24,10 @@ from fulgurite.datamodules.cs_arm_bn.episodes import (
     EPOCH,
     EpisodeSampler,
     PlateSampler,
-    chunks,
+    draw_shifted_batches,
     mislabel,
-    shifted_chunks,
-    wrong_plates,
+    pair_wrong_plates,
+    split_into_batches,
 )
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 
@@ -282,7 +282,7 @@ def test_label_shift_of_one_class_is_refused(make):
 )
 def test_shifted_chunks_obey_their_laws(counts, size, alpha, seed):
     labels = np.repeat(np.arange(len(counts)), counts)
-    batches = shifted_chunks(labels, size, alpha, np.random.default_rng(seed))
+    batches = draw_shifted_batches(labels, size, alpha, np.random.default_rng(seed))
     assert {len(rows) for rows, _ in batches} == {size}
     drawn = np.concatenate([rows for rows, _ in batches])
     counted = np.concatenate([rows[counts_] for rows, counts_ in batches])
@@ -307,7 +307,7 @@ def test_each_draw_under_label_shift_counts_as_probably_as_the_others():
     labels = np.repeat([0, 1, 2, 3], [3, 5, 8, 4])
     among, scored = [], []
     for seed in range(400):
-        for rows, counts in shifted_chunks(labels, 8, 0.3, np.random.default_rng(seed)):
+        for rows, counts in draw_shifted_batches(labels, 8, 0.3, np.random.default_rng(seed)):
             own = np.array([(labels[rows] == labels[row]).mean() for row in rows])
             among.append([own[labels[rows] == 0].sum(), (labels[rows] == 0).sum()])
             kept = counts & (labels[rows] == 0)
@@ -321,7 +321,7 @@ def test_each_draw_under_label_shift_counts_as_probably_as_the_others():
 @given(st.integers(0, 40), st.integers(1, 15), st.integers(0, 1000))
 def test_chunks_obey_their_laws(count, size, seed):
     rows = np.arange(100, 100 + count)
-    parts = chunks(rows, size, np.random.default_rng(seed))
+    parts = split_into_batches(rows, size, np.random.default_rng(seed))
     kept = [row for part, keep in parts for row in part[keep]]
     assert sorted(kept) == rows.tolist()
     assert {len(part) for part, _ in parts} <= {min(size, count)}
@@ -333,7 +333,7 @@ def test_chunks_obey_their_laws(count, size, seed):
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=12))
 def test_wrong_plates_are_never_the_own_one(batches):
     names = [str(b) for b in batches]
-    pairs = wrong_plates(range(len(names)), names)
+    pairs = pair_wrong_plates(range(len(names)), names)
     assert sorted(pairs) == sorted(pairs.values()) == list(range(len(names)))
     assert all(one != other for one, other in pairs.items())
     largest = max(names.count(name) for name in names)
@@ -392,20 +392,22 @@ def test_ranks_predict_whole_plates(make):
     episodes = make(predict="all").predict_dataloader().dataset
     shares = [list(PlateSampler(episodes, (rank, 3))) for rank in range(3)]
     assert sorted(number for share in shares for number in share) == list(range(len(episodes)))
-    owners = [{episodes.parts[i].domain for i in share} for share in shares]
+    owners = [{episodes.batches[i].domain for i in share} for share in shares]
     assert not owners[0] & owners[1] | owners[0] & owners[2] | owners[1] & owners[2]
 
 
 def test_training_pixels_have_mean_0_and_deviation_1(make):
     data = make(augment=False)
-    view = data.train_dataloader().dataset.view
+    view = data.train_dataloader().dataset.transform
     pixels = view(data.assignment.train, None)
     assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
     # of all pixels, as the paper's: not the mean of the images' deviations
     assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
-    image = make(normalise="image").train_dataloader().dataset.view(data.assignment.train, None)
+    image = (
+        make(normalise="image").train_dataloader().dataset.transform(data.assignment.train, None)
+    )
     assert image.mean((2, 3)).abs().max() < 1e-4
-    plate = make(normalise="plate").train_dataloader().dataset.view
+    plate = make(normalise="plate").train_dataloader().dataset.transform
     for d in range(2):
         pixels = plate(data.table.rows_of(d, True), None)
         assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
@@ -415,7 +417,7 @@ def test_training_pixels_have_mean_0_and_deviation_1(make):
 def test_given_statistics_are_fractions_of_full_scale(make):
     data = make(mean=[0.5] * 5, std=[0.25] * 5)
     row = int(data.assignment.val[0])
-    view = data.val_dataloader().dataset.view
+    view = data.val_dataloader().dataset.transform
     expected = (data.images[row].astype(np.float32) / 65535 - 0.5) / 0.25
     assert view(np.array([row]), None)[0].numpy() == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ConfigError, match="5 channels"):
@@ -425,7 +427,7 @@ def test_given_statistics_are_fractions_of_full_scale(make):
 def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
     data = make(image_size=15, steps_per_epoch=30)
     assert data.image_size == (15, 15)
-    plain = data.val_dataloader().dataset.view
+    plain = data.val_dataloader().dataset.transform
     seen = set()
     for batch in data.train_dataloader():
         for image, row in zip(batch["query"], batch["index"].tolist(), strict=True):
@@ -443,7 +445,7 @@ def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
     assert len(seen) == 16
     fixed = make(image_size=14)
     row = int(fixed.assignment.val[0])
-    centre = fixed.val_dataloader().dataset.view(np.array([row]), None)[0]
+    centre = fixed.val_dataloader().dataset.transform(np.array([row]), None)[0]
     whole = torch.from_numpy(fixed.images[row].astype(np.float32))[:, 1:15, 1:15]
     assert centre.allclose(
         (whole - plain.mean[:, None, None]) / plain.std[:, None, None], atol=1e-4

@@ -193,7 +193,7 @@ def test_the_store_gives_the_rows_images_in_any_process(tmp_path):
     table = plates(tmp_path)
     cached, plain = store(table), store(table, cache=False)
     cached.prepare()
-    usable, images = cached.usable()
+    usable, images = cached.drop_unreadable()
     assert usable is table
     copy = pickle.loads(pickle.dumps(images))
     for row in range(len(table)):
@@ -232,14 +232,14 @@ def test_bad_images_stop_or_are_counted(tmp_path):
         store(table, "unreadable").prepare()
     images = store(table, "unreadable", "constant")
     images.prepare()
-    usable, images = images.usable()
+    usable, images = images.drop_unreadable()
     assert len(usable) == len(table) - 2
     assert {(e.kind, e.rows) for e in usable.excluded} == {("unreadable", 1), ("constant", 1)}
     assert "a2.tiff" in usable.report()
     for row in range(len(usable)):
         assert (images[row] == tifffile.imread(usable.paths()[row][0])).all()
     with pytest.raises(DataError, match="truncated"):  # the cache forgets nothing
-        store(table).usable()
+        store(table).drop_unreadable()
 
 
 def test_a_plate_of_which_nothing_is_left_goes_and_others_keep_their_images(tmp_path):
@@ -248,7 +248,7 @@ def test_a_plate_of_which_nothing_is_left_goes_and_others_keep_their_images(tmp_
         (tmp_path / f"a{w}.tiff").write_text("gone")
     images = store(table, "unreadable")
     images.prepare()
-    usable, images = images.usable()
+    usable, images = images.drop_unreadable()
     assert usable.domains == ("lab|1|b",)
     assert (images[1] == pixels(5)).all()
 
@@ -268,7 +268,7 @@ def test_one_plate_has_images_of_one_size_or_leaves_the_few_others_out(tmp_path,
         store(table).prepare()
     images = store(table, "unreadable")
     images.prepare()
-    usable, images = images.usable()
+    usable, images = images.drop_unreadable()
     assert [(e.kind, e.rows) for e in usable.excluded] == [("unreadable", 1)]
     expected = [pixels(row) for row in range(len(table)) if row != odd]
     for row, image in enumerate(expected):
@@ -318,7 +318,7 @@ def test_plates_have_one_type_and_say_their_sizes(tmp_path):
         tifffile.imwrite(tmp_path / f"b{w}.tiff", pixels(w, 14))
     images = store(table)
     images.prepare()
-    assert images.usable()[1].sizes() == {(12, 12): "lab|1|a", (14, 14): "lab|1|b"}
+    assert images.drop_unreadable()[1].sizes() == {(12, 12): "lab|1|a", (14, 14): "lab|1|b"}
     paths = [
         path.replace(".tiff", ".npy") if "b" in path[-7:] else path for path in table.frame["path"]
     ]
@@ -327,4 +327,4 @@ def test_plates_have_one_type_and_say_their_sizes(tmp_path):
     images = store(PlateTable(table.frame.assign(path=paths), ("only",), ("grey",)))
     images.prepare()
     with pytest.raises(DataError, match=r"uint16 on lab\|1\|a, float32 on lab\|1\|b"):
-        images.usable()
+        images.drop_unreadable()

@@ -21,7 +21,7 @@ from fulgurite.datamodules.cs_arm_bn.jump import CHANNELS
 from fulgurite.datamodules.cs_arm_bn.sources import check_images
 from fulgurite.datamodules.cs_arm_bn.synthetic import (
     NEGATIVE_CONTROL,
-    _render,
+    _render_plate,
     class_wells,
     control_wells,
 )
@@ -552,8 +552,8 @@ def test_batch_effects_are_nested():
 def test_without_effects_all_plates_are_alike():
     one = draw_effect(0, 0, 0, 0, LabSetting(), strength=0)
     far = LabSetting(spread=2.0, blur=(1.0, 2.0), scale=0.8, haze=0.2)
-    assert far.weakened(2.0) == far.weakened(1.0) == far
-    other = draw_effect(5, 1, 3, 1, far.weakened(0.0), strength=0)
+    assert far.scale_towards(2.0) == far.scale_towards(1.0) == far
+    other = draw_effect(5, 1, 3, 1, far.scale_towards(0.0), strength=0)
     for name in one.__dataclass_fields__:
         assert (np.asarray(getattr(one, name)) == np.asarray(getattr(other, name))).all()
     images = np.random.default_rng(0).uniform(0, 1, (2, 5, 8, 8)).astype(np.float32)
@@ -571,8 +571,8 @@ def test_channel_means_do_not_tell_the_class_on_new_batches():
     def probe(strength):
         source = SyntheticPlates(batches=[8], plates=[1], sites=1, strength=strength, seed=3)
         features, labels, standardised = [], [], []
-        for plate in source.recipe.all_plates():
-            sites, images = _render(source.recipe, plate)
+        for plate in source.recipe.list_plates():
+            sites, images = _render_plate(source.recipe, plate)
             layout = source.recipe.layout(plate)
             jcp = np.array([layout[well] for well, _ in sites])
             means = images.mean((2, 3))

@@ -108,19 +108,19 @@ def test_plates_with_few_controls_are_named_or_counted():
     made = table(frame[~gone])
     assert "1 plates without controls: lab1|b1|10" in made.report()
     with pytest.raises(DataError, match=r"1 of 16 plates.*lab1\|b1\|10 \(0\).*few_controls"):
-        made.need_controls(3)
-    kept = made.need_controls(3, exclude=["few_controls"])
+        made.require_controls(3)
+    kept = made.require_controls(3, exclude=["few_controls"])
     assert len(kept.domains) == 15
     assert [(e.kind, e.rows) for e in kept.excluded] == [("few_controls", 8)]
-    assert made.need_controls(0) is made
+    assert made.require_controls(0) is made
     with pytest.raises(DataError, match="no site is left"):
-        made.need_controls(99, exclude=["few_controls"])
+        made.require_controls(99, exclude=["few_controls"])
 
 
 def test_exclusions_add_up():
     made = table()
     for d in range(3):
-        made = made.without(made.domain == 0, Exclusion("few_controls", f"plate {d}", 0))
+        made = made.drop(made.domain == 0, Exclusion("few_controls", f"plate {d}", 0))
     assert len(made.domains) == 13
     assert sum(e.rows for e in made.excluded) == 36
     assert made.report().count("excluded") == 3
@@ -379,7 +379,7 @@ def test_a_hint_adds_to_the_words_in_force(tmp_path):
         CsvPlates(path, ["a", "b"], ["x"], exclude=words).load()
     assert len(CsvPlates(path, ["a", "b"], ["x"], exclude=[*words, "same_channel"]).load()) == 6
     with pytest.raises(DataError, match=r"exclude=\[constant,few_controls\]"):
-        table().need_controls(9, ["constant"])
+        table().require_controls(9, ["constant"])
 
 
 def test_a_well_has_one_spelling(tmp_path):

@@ -104,7 +104,7 @@ def _pictures():
 
     def read_folder(folder):
         (folder / "out").mkdir()
-        ImageFolder(str(folder / "i.zip"))._write(folder / "out")
+        ImageFolder(str(folder / "i.zip"))._write_arrays(folder / "out")
 
     zips = [
         _made(lambda f, s=s: write_image_files(f / "i.zip", per_class=2, classes=2, suffix=s))
@@ -114,7 +114,7 @@ def _pictures():
     colours = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
 
     def site(channels, path, **options):
-        FileReader(channels, **options)._read(str(path), is_channel=False)
+        FileReader(channels, **options)._read_file(str(path), is_channel=False)
 
     def encode(image, kind, **options):
         out = io.BytesIO()

@@ -28,7 +28,7 @@ from fulgurite.models.cs_arm_bn import (
 from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
 from fulgurite.models.cs_arm_bn.batch_statistics import Group
 from fulgurite.models.cs_arm_bn.batchnorm import context_layers
-from fulgurite.models.cs_arm_bn.checkpointing import checkpointed
+from fulgurite.models.cs_arm_bn.checkpointing import run_checkpointed
 
 L, N = 6, 10
 
@@ -280,7 +280,7 @@ def test_recomputation_saves_memory():
     block = convert_batchnorm(nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(6))))
     x = torch.randn(8, 4, 6, 6, requires_grad=True)
     sizes = []
-    for run in (block, lambda x: checkpointed(block, x)):
+    for run in (block, lambda x: run_checkpointed(block, x)):
         kept.clear()
         with (
             context(block, "union", n_query=2),

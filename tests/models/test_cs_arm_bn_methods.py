@@ -33,7 +33,7 @@ from fulgurite.models.cs_arm_bn import (
     fit_tvn,
     tvn,
 )
-from fulgurite.models.cs_arm_bn.batchnorm import hold
+from fulgurite.models.cs_arm_bn.batchnorm import use_context
 from fulgurite.models.cs_arm_bn.embedding import embed
 
 L, N, K = 6, 9, 4
@@ -66,8 +66,8 @@ def make_module(method=None, **kwargs):
 
 
 def logits(module, batch, training=False):
-    with hold(module.network, module.method.context(training=training)) as module.held:
-        module.held.n_query = len(batch["query"])
+    with use_context(module.network, module.method.context(training=training)) as module.context:
+        module.context.n_query = len(batch["query"])
         if training:
             module.method.begin(module.network, [batch], training=True)
             return module.train().logits(batch)
@@ -81,7 +81,7 @@ def fitted(method):
     """A module whose method had a look at training plates, where it needs one."""
     module = make_module(method)
     if isinstance(method, LinearProbe):
-        with hold(module.network, method.context(training=True)):
+        with use_context(module.network, method.context(training=True)):
             plates = [make_batch(i, i) for i in range(3)]
             method.begin(module.network, plates, training=True)
     return module
@@ -184,8 +184,8 @@ def test_tent_predicts_then_steps_and_resets_by_plate():
     module = make_module(TENT(lr=0.05))
     method, batch, later = module.method, make_batch(0), make_batch(1)
     before = copy.deepcopy(module.network.state_dict())
-    with torch.inference_mode(), hold(module.network, method.context(training=False)) as held:
-        module.held = held
+    context = method.context(training=False)
+    with torch.inference_mode(), use_context(module.network, context) as module.context:
         method.begin(module.network, (), training=False)
         first, second = module.logits(batch), module.logits(batch)
         assert not torch.allclose(first, second)
@@ -223,7 +223,7 @@ def test_the_inner_step_is_gradient_descent():
     module = make_module(ARMLL(inner_lr=0.3))
     batch = make_batch()
     expected = copy.deepcopy(module.network)
-    with hold(expected, module.method.context(training=False)):
+    with use_context(expected, module.method.context(training=False)):
         torch.linalg.vector_norm(module.method.loss_net(expected(batch["query"]))).backward()
         with torch.no_grad():
             for p in expected.parameters():

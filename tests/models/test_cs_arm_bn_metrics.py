@@ -8,12 +8,12 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from fulgurite.models.cs_arm_bn.metrics import (
     Predictions,
-    by_domain,
+    accuracy_by_domain,
     class_scores,
     confusion,
-    joined,
-    rows_of,
+    join_predictions,
     scores,
+    select_predictions,
 )
 
 K = 3
@@ -37,11 +37,11 @@ def logits(n, seed):
 def test_batches_repeated_by_a_sampler_count_once():
     """Two ranks, three batches: the sampler gives the second rank the first batch again."""
     batches = [make_batch(range(4 * i, 4 * i + 4), i % 2) for i in range(3)]
-    parts = [rows_of(b, logits(4, i)) for i, b in enumerate(batches)]
+    parts = [select_predictions(b, logits(4, i)) for i, b in enumerate(batches)]
     ranks = [[parts[0], parts[2]], [parts[1], parts[0]]]
-    alone = joined(parts, K)
+    alone = join_predictions(parts, K)
     for order in (ranks, ranks[::-1]):
-        both = joined([part for rank in order for part in rank], K)
+        both = join_predictions([part for rank in order for part in rank], K)
         for ours, theirs in zip(both, alone, strict=True):
             assert torch.equal(ours, theirs)  # so every metric is equal to the last bit
     assert len(alone.row) == 12
@@ -52,14 +52,15 @@ def test_batches_repeated_by_a_sampler_count_once():
 
 def test_an_image_of_two_different_batches_counts_twice():
     first, second = make_batch([1, 2, 3], 0), make_batch([3, 2, 7], 0)
-    both = joined([rows_of(first, logits(3, 0)), rows_of(second, logits(3, 1))], K)
+    parts = [select_predictions(first, logits(3, 0)), select_predictions(second, logits(3, 1))]
+    both = join_predictions(parts, K)
     assert sorted(both.row.tolist()) == [1, 2, 2, 3, 3, 7]
 
 
 def test_padding_and_unknown_labels_do_not_count():
     batch = make_batch([1, 2, 3, 1], 0, kept=[True, True, True, False])
     batch["label"][1] = -1
-    assert rows_of(batch, logits(4, 0)).row.tolist() == [1, 3]
+    assert select_predictions(batch, logits(4, 0)).row.tolist() == [1, 3]
 
 
 def predictions(label, predicted, domain=None, well=None):
@@ -76,7 +77,7 @@ def test_macro_counts_classes_alike_and_the_worst_plate_shows():
     found = scores(rows)
     assert found["acc"] == 0.75
     assert found["macro_acc"] == 0.5
-    assert by_domain(rows) == {0: 1.0, 1: 0.5}
+    assert accuracy_by_domain(rows) == {0: 1.0, 1: 0.5}
     assert (found["plate_acc"], found["worst_plate_acc"]) == (0.75, 0.5)
     assert found["loss"] == pytest.approx(
         -(3 * torch.tensor(0.8).log() + torch.tensor(0.1).log()) / 4
@@ -106,7 +107,7 @@ def test_confusion_adds_up():
 
 
 def test_nothing_predicted_is_no_metric():
-    assert scores(joined([], K)) == {}
+    assert scores(join_predictions([], K)) == {}
 
 
 @settings(max_examples=40, deadline=None)
