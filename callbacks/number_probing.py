@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write
 from fulgurite.logging import log_figure
-from fulgurite.models.number_probing.checks import describe
+from fulgurite.models.number_probing.checks import describe_numbers
 from fulgurite.models.number_probing.fourier import PERIODS
 from fulgurite.models.number_probing.probing import FoldKind, Method
 from fulgurite.models.number_probing.report import (
@@ -255,7 +255,7 @@ class ModularProbe(Callback):
                 )
             if missing := [n for n in numbers if n not in number_ids]:
                 raise DataError(
-                    f"The DataModule has no token for {describe(missing)}.",
+                    f"The DataModule has no token for {describe_numbers(missing)}.",
                     "Leave them out of ModularProbe.numbers.",
                 )
             rows = [number_ids[n] for n in numbers]

@@ -82,13 +82,13 @@ def cached_tokens(files: Sequence[Path], tokenizer: Tokenizer, column: str = "te
     listing = json.dumps([digests, column, tokenizer.key])
     key = f"tokens-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
     cache = cached_store(
-        key, lambda empty: _write(empty, files, tokenizer, column), store=TokenCache
+        key, lambda empty: _write_tokens(empty, files, tokenizer, column), store=TokenCache
     )
     tokenizer.restore(cache.facts["tokenizer"])
     return cache
 
 
-def _write(
+def _write_tokens(
     folder: Path, files: Sequence[Path], tokenizer: Tokenizer, column: str
 ) -> dict[str, Any]:
     tokenizer.learn(read_documents(files, column))

@@ -85,7 +85,9 @@ def cached_text(files: Sequence[tuple[str, Path]]) -> ByteText:
         )
     listing = json.dumps([[name for name, _ in files], measured])  # escapes what is not ASCII
     key = f"bytes-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
-    return cached_store(key, lambda empty: _write(empty, files, measured), total, store=ByteText)
+    return cached_store(
+        key, lambda empty: _write_bytes(empty, files, measured), total, store=ByteText
+    )
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -105,7 +107,7 @@ def _measure(path: Path, copy: ArrayStream | None = None) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _write(
+def _write_bytes(
     folder: Path, files: Sequence[tuple[str, Path]], measured: Sequence[tuple[int, str]]
 ) -> dict[str, Any]:
     starts = []

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["check_consecutive", "check_embeddings", "check_periods", "describe"]
+__all__ = ["check_consecutive", "check_embeddings", "check_periods", "describe_numbers"]
 
 
-def describe(numbers: Sequence[int], limit: int = 5) -> str:
+def describe_numbers(numbers: Sequence[int], limit: int = 5) -> str:
     """Name the first few of a list of numbers.
 
     Example:
-        >>> describe([3, 4, 5, 6], limit=2)
+        >>> describe_numbers([3, 4, 5, 6], limit=2)
         '3, 4 … (4)'
     """
     first_numbers = ", ".join(str(n) for n in numbers[:limit])
@@ -70,19 +70,19 @@ def check_embeddings(
     values, counts = torch.unique(n, return_counts=True)
     if len(values) < len(n):
         raise DataError(
-            f"The numbers {describe(values[counts > 1].tolist())} come more than once.",
+            f"The numbers {describe_numbers(values[counts > 1].tolist())} come more than once.",
             "Give each number once in `numbers`: either the token '7' or ' 7', not both.",
         )
     finite = x.isfinite().all(1)
     if not bool(finite.all()):
         raise DataError(
-            f"The embeddings of {describe(n[~finite].tolist())} are not finite.",
+            f"The embeddings of {describe_numbers(n[~finite].tolist())} are not finite.",
             "The model has diverged or the file is damaged: use an earlier checkpoint.",
         )
     zero = ~x.any(1) if x.shape[1] > 1 else torch.zeros_like(finite)  # 0 is a value
     if bool(zero.any()) and not allow_duplicates:
         raise DataError(
-            f"The embeddings of {describe(n[zero].tolist())} are all zero.",
+            f"The embeddings of {describe_numbers(n[zero].tolist())} are all zero.",
             "Leave out what the table does not cover in `numbers`.",
         )
     if not allow_duplicates and (unique := _unique_rows(x)) < len(x):

@@ -11,7 +11,7 @@ from typing import Any
 
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
-from fulgurite.models.number_probing.checks import describe
+from fulgurite.models.number_probing.checks import describe_numbers
 from fulgurite.models.number_probing.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
 from fulgurite.models.number_probing.options import OneLineParser, parse_integers
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
     _write_report(folder, {
         "source": table.source,
         "note": table.note,
-        "numbers": describe(table.numbers, 2),
+        "numbers": describe_numbers(table.numbers, 2),
         "size": report.size,
         "width": report.width,
         "seconds": round(seconds, 3),

@@ -58,7 +58,7 @@ def read_run(folder: Path) -> RunHistory:
     """
     probes: dict[tuple[str, int], dict[int, float]] = {}
     table = folder / "probe.csv"
-    rows = _read_rows(table)
+    rows = _read_csv_rows(table)
     hint = "Name folders of runs, or of a comparison of them."
     with reading(table, "The table", hint, fault="is no table of ModularProbe"):
         for row in rows:
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> RunHistory:
         if not probes:
             raise ValueError("it holds no value")
     table = folder / "metrics.csv"
-    metrics = _read_rows(table) if table.is_file() else []
+    metrics = _read_csv_rows(table) if table.is_file() else []
     with reading(table, "The table", hint, fault="is no table of metrics"):
         for name in _SCORES:
             # Lightning counts from 0, the probe counts what was trained on
@@ -215,7 +215,7 @@ def _make_parser() -> argparse.ArgumentParser:
     return p
 
 
-def _read_rows(file: Path) -> list[dict[str, str]]:
+def _read_csv_rows(file: Path) -> list[dict[str, str]]:
     with reading(file, "The table", "Name folders of runs."):
         with file.open(newline="", encoding="utf-8") as lines:
             table = csv.DictReader(lines)

@@ -99,7 +99,7 @@ class NumberLM(NumberModule):
 
     Args:
         backbone: Makes hidden states from embedded tokens, or a function that makes it; see
-            :class:`~fulgurite.models.number_probing.backbones.Backbone`.
+            :class:`~fulgurite.models.number_probing.backbones.CausalBackbone`.
         optimizer: Makes the optimizer from :func:`~.optimizer.parameter_groups`.
         scheduler: Makes the scheduler, stepped after each optimizer step.
         warmup: Optimizer steps in which the learning rate rises linearly, before the scheduler's.

@@ -19,7 +19,7 @@ from torch import Tensor
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.foreign import map_array, read_json, reading
 from fulgurite.io import data_path
-from fulgurite.models.number_probing.checks import describe
+from fulgurite.models.number_probing.checks import describe_numbers
 
 __all__ = [
     "Encoder",
@@ -270,7 +270,7 @@ def _check_covered(covered: Mapping[int, Any], numbers: Sequence[int] | None, so
             else ""
         )
         raise DataError(
-            f"{len(missing)} numbers are missing in {source}: {describe(missing)}.",
+            f"{len(missing)} numbers are missing in {source}: {describe_numbers(missing)}.",
             hint or "Leave them out of --numbers.",
         )
 
@@ -368,10 +368,10 @@ def _copy_rows(array: Any, ids: Sequence[int], source: str) -> Tensor:
             f"{source} has {len(array)} rows, and row {max(ids)} is asked for.",
             "The words and the matrix are not of one table: give those that belong together.",
         )
-    return _check_finite(np.ascontiguousarray(array[np.asarray(ids)], dtype=np.float64), source)
+    return _to_finite_tensor(np.ascontiguousarray(array[np.asarray(ids)], dtype=np.float64), source)
 
 
-def _check_finite(rows: Any, source: str) -> Tensor:
+def _to_finite_tensor(rows: Any, source: str) -> Tensor:
     """Check that embeddings are finite, and make a tensor of float32.
 
     Raises:
@@ -509,7 +509,9 @@ def _read_text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
         rows = {n: rows[n] for n in range(first_gap)}
     _check_covered(rows, numbers, str(path))
     order = sorted(rows)
-    return NumberTable(path.stem, tuple(order), _check_finite([rows[n] for n in order], str(path)))
+    return NumberTable(
+        path.stem, tuple(order), _to_finite_tensor([rows[n] for n in order], str(path))
+    )
 
 
 def _bounded_lines(file: IO[str]) -> Iterator[str]:
@@ -690,7 +692,7 @@ def _read_rows(path: Path, key: str, ids: Sequence[int]) -> Tensor:
             file.seek(start + begin + i * size)
             parts.append(file.read(size))
         content = torch.frombuffer(bytearray(b"".join(parts)), dtype=dtype).view(len(ids), -1)
-    return _check_finite(content.float().numpy(), f"{key} of {path}")
+    return _to_finite_tensor(content.float().numpy(), f"{key} of {path}")
 
 
 def _parse_matrix(entry: Any, size: int) -> tuple[torch.dtype, int, int, int] | None:

@@ -203,7 +203,7 @@ def test_the_cache_is_written_once_per_content(corpus, monkeypatch):
     first = WordTokenizer(VOCABULARY)
     cache = cached_tokens(files, first)
     with monkeypatch.context() as patched:
-        patched.setattr(corpora, "_write", None)
+        patched.setattr(corpora, "_write_tokens", None)
         again = WordTokenizer(VOCABULARY)
         assert cached_tokens(files, again).folder == cache.folder
         assert again.state() == first.state()

@@ -139,7 +139,7 @@ def test_the_cache_holds_all_bytes_and_is_reused(corpus, text_bytes, cache, monk
 
     moved = corpus.rename(corpus.with_name("elsewhere"))
     with monkeypatch.context() as patch:
-        patch.setattr(text, "_write", None)  # would fail
+        patch.setattr(text, "_write_bytes", None)  # would fail
         again = cached_text(find_files([str(moved)], [".txt", ".md"]))
     assert again.folder == first.folder
     assert (cache / entry / "bytes.npy").stat().st_mtime_ns == written
@@ -182,13 +182,13 @@ cached_text(find_files([sys.argv[1]], [".txt", ".md"]))
 
 
 def test_a_file_that_changes_meanwhile_is_refused(corpus, cache, monkeypatch):
-    original = text._write
+    original = text._write_bytes
 
     def late(*arguments):
         (corpus / "a.txt").write_bytes(b"other")
         return original(*arguments)
 
-    monkeypatch.setattr(text, "_write", late)
+    monkeypatch.setattr(text, "_write_bytes", late)
     with pytest.raises(DataError, match=r"a\.txt changed"):
         made(corpus)
     assert entries(cache) == []
@@ -207,12 +207,12 @@ def test_ranks_write_once(corpus, cache):
 import sys, time
 from fulgurite.datamodules.stream_cqsa import cached_text, text
 from fulgurite.data.listing import find_files
-write = text._write
+write = text._write_bytes
 def slow(*arguments):
     print("written")
     time.sleep(0.5)
     return write(*arguments)
-text._write = slow
+text._write_bytes = slow
 print(len(cached_text(find_files([sys.argv[1]], [".txt", ".md"]))))
 """
     command = [sys.executable, "-c", code, str(corpus)]

@@ -1,6 +1,6 @@
 """Causal networks between embedding and head; none of them knows tokens."""
 
-from fulgurite.models.number_probing.backbones.base import Backbone
+from fulgurite.models.number_probing.backbones.base import CausalBackbone
 from fulgurite.models.number_probing.backbones.lstm import LSTMBackbone
 from fulgurite.models.number_probing.backbones.recurrent import (
     GatedDeltaNetBackbone,
@@ -9,7 +9,7 @@ from fulgurite.models.number_probing.backbones.recurrent import (
 from fulgurite.models.number_probing.backbones.transformer import TransformerBackbone
 
 __all__ = [
-    "Backbone",
+    "CausalBackbone",
     "GatedDeltaNetBackbone",
     "LSTMBackbone",
     "Mamba2Backbone",

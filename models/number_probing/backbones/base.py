@@ -21,10 +21,10 @@ from fulgurite.layers.transformer import SwiGLU
 
 __all__ = [
     "EPS",
-    "Backbone",
+    "CausalBackbone",
     "CausalConv",
     "MixerBlock",
-    "check_sizes",
+    "check_minimum",
     "draw_weights",
     "same_document",
 ]
@@ -34,7 +34,7 @@ _STD = 0.02  # of initial weights, as in fulgurite.layers.transformer
 KEY = "--model.init_args.backbone.init_args"
 
 
-class Backbone(Protocol):
+class CausalBackbone(Protocol):
     """Hidden states from embedded tokens, each from its own and earlier ones only.
 
     Attributes:
@@ -57,7 +57,7 @@ class Backbone(Protocol):
         ...
 
 
-def check_sizes(minimum: int, **sizes: int) -> None:
+def check_minimum(minimum: int, **sizes: int) -> None:
     """Check that all sizes are at least ``minimum``.
 
     Raises:
@@ -109,7 +109,7 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int, taps: int = 4) -> None:
         super().__init__()
-        check_sizes(1, conv=taps)
+        check_minimum(1, conv=taps)
         bound = 1 / math.sqrt(taps)  # as nn.Conv1d draws
         self.weight = nn.Parameter(torch.empty(taps, channels).uniform_(-bound, bound))
 

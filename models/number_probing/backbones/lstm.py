@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fulgurite.devices import move
-from fulgurite.models.number_probing.backbones.base import EPS, check_sizes
+from fulgurite.models.number_probing.backbones.base import EPS, check_minimum
 
 __all__ = ["LSTMBackbone", "pack_documents"]
 
@@ -70,7 +70,7 @@ class LSTMBackbone(nn.Module):
 
     def __init__(self, width: int = 128, layers: int = 2, residual: bool = True) -> None:
         super().__init__()
-        check_sizes(1, width=width, layers=layers)
+        check_minimum(1, width=width, layers=layers)
         self.width, self.residual = width, residual
         lstms = [nn.LSTM(width, width, batch_first=True) for _ in range(layers)]
         self.layers = nn.ModuleList(lstms)
@@ -86,7 +86,7 @@ class LSTMBackbone(nn.Module):
                     nn.init.ones_(parameter[width : 2 * width])
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """See :class:`~fulgurite.models.number_probing.backbones.base.Backbone`."""
+        """See :class:`~fulgurite.models.number_probing.backbones.base.CausalBackbone`."""
         if documents is None:
             return self._stack(x, None)
         order, sizes = pack_documents(documents)

@@ -18,7 +18,7 @@ from fulgurite.models.number_probing.backbones.base import (
     KEY,
     CausalConv,
     MixerBlock,
-    check_sizes,
+    check_minimum,
     draw_weights,
 )
 from fulgurite.models.number_probing.backbones.recurrences import delta_rule, linear_recurrence
@@ -122,9 +122,9 @@ class GatedDeltaNetBackbone(nn.Module):
         chunk: int = 32,
     ) -> None:
         super().__init__()
-        check_sizes(1, width=width, layers=layers, heads=heads, expand=expand, chunk=chunk)
+        check_minimum(1, width=width, layers=layers, heads=heads, expand=expand, chunk=chunk)
         size = width // heads if head_size is None else head_size
-        check_sizes(1, head_size=size)
+        check_minimum(1, head_size=size)
         self.width = width
         mixers = [_DeltaMixer(width, heads, size, expand, conv, chunk) for _ in range(layers)]
         blocks = [MixerBlock(width, mixer, hidden) for mixer in mixers]
@@ -134,7 +134,7 @@ class GatedDeltaNetBackbone(nn.Module):
         draw_weights(self, [*(mixer.out for mixer in mixers), *downs])
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """See :class:`~fulgurite.models.number_probing.backbones.base.Backbone`."""
+        """See :class:`~fulgurite.models.number_probing.backbones.base.CausalBackbone`."""
         for block in self.blocks:
             x = block(x, documents)
         return cast("Tensor", self.norm(x))
@@ -209,8 +209,8 @@ class Mamba2Backbone(nn.Module):
         chunk: int = 32,
     ) -> None:
         super().__init__()
-        check_sizes(1, width=width, layers=layers, expand=expand, head_size=head_size)
-        check_sizes(1, state_size=state_size, chunk=chunk)
+        check_minimum(1, width=width, layers=layers, expand=expand, head_size=head_size)
+        check_minimum(1, state_size=state_size, chunk=chunk)
         inner = width * expand
         if inner % head_size:
             raise ConfigError(
@@ -226,7 +226,7 @@ class Mamba2Backbone(nn.Module):
         draw_weights(self, [mixer.out for mixer in mixers])
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """See :class:`~fulgurite.models.number_probing.backbones.base.Backbone`."""
+        """See :class:`~fulgurite.models.number_probing.backbones.base.CausalBackbone`."""
         for block in self.blocks:
             x = block(x, documents)
         return cast("Tensor", self.norm(x))

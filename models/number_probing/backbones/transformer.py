@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
 from fulgurite.layers.transformer import Transformer, initialize
-from fulgurite.models.number_probing.backbones.base import KEY, check_sizes
+from fulgurite.models.number_probing.backbones.base import KEY, check_minimum
 
 __all__ = ["TransformerBackbone"]
 
@@ -57,7 +57,7 @@ class TransformerBackbone(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(1, width=width, max_length=max_length)
+        check_minimum(1, width=width, max_length=max_length)
         self.width, self.max_length = width, max_length
         base = rope_base if positions == "rotary" else None
         self.transformer = Transformer(
@@ -69,7 +69,7 @@ class TransformerBackbone(nn.Module):
             initialize(self)
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """See :class:`~fulgurite.models.number_probing.backbones.base.Backbone`."""
+        """See :class:`~fulgurite.models.number_probing.backbones.base.CausalBackbone`."""
         length = x.shape[1]
         if self.positions is not None:
             if length > self.max_length:
