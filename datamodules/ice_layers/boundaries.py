@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.flights import Track, in_order
+from fulgurite.datamodules.ice_layers.flights import FlightTrack, order_traces
 from fulgurite.datamodules.ice_layers.layer_frames import Frame, Organizer
 from fulgurite.datamodules.ice_layers.records import TrackRecord
 from fulgurite.datamodules.ice_layers.stack import Array
@@ -34,10 +34,10 @@ class Boundaries:
     """The boundaries of a segment.
 
     Attributes:
-        ids: Their numbers from the surface down. Shape: (K,).
+        ids: Numbers of the boundaries from the surface down. Shape: (K,).
         names: Number of a boundary -> its name.
         organizer: The companion file, where there is one.
-        notes: What was decided about them.
+        notes: Decisions about them, for the report.
     """
 
     ids: tuple[int, ...]
@@ -58,10 +58,10 @@ class Boundaries:
     def describe_ages(self, count: int, source: AgesFrom) -> str:
         """Say where the ages that :meth:`layer_ages` gives come from."""
         ages = self.organizer.age if self.organizer is not None and source == "files" else {}
-        known = sum(k in ages for k in self.ids[1 : count + 1])
-        if not known:
+        dated = sum(k in ages for k in self.ids[1 : count + 1])
+        if not dated:
             return "layers are taken to be a year apart, whatever they are"
-        below = f" down to layer {known}, a year apart below" if known < count else ""
+        below = f" down to layer {dated}, a year apart below" if dated < count else ""
         return f"of the companion file{below}"
 
     def layer_ages(self, count: int, source: AgesFrom) -> NDArray[np.float64]:
@@ -70,31 +70,32 @@ class Boundaries:
         A year apart where the companion file has no age of any of them, and below the last one.
 
         Raises:
-            DataError: It has ages of some alone, or they do not rise with depth.
+            DataError: The companion file has ages of some layers alone, or they do not rise with
+                depth.
         """
         age = np.arange(1, count + 1, dtype=np.float64)
         if self.organizer is None or source == "yearly":
             return age
         ids = self.ids[1 : count + 1]
-        known = np.array([self.organizer.age.get(k, np.nan) for k in ids])
-        if not np.isfinite(known).any():
+        ages = np.array([self.organizer.age.get(k, np.nan) for k in ids])
+        if not np.isfinite(ages).any():
             return age
         hint = f"Correct lyr_age, or set `{_OPTION}.ages=yearly` to take layers for a year apart."
-        if not np.isfinite(known).all():
-            unknown = ids[int(np.flatnonzero(~np.isfinite(known))[0])]
+        if not np.isfinite(ages).all():
+            unknown = ids[int(np.flatnonzero(~np.isfinite(ages))[0])]
             raise DataError(
                 f"The companion file {self.organizer.path} has no age of the boundary "
                 f"{self.names.get(unknown) or unknown}, but of others.",
                 hint,
             )
-        if (np.diff(known, prepend=0.0) <= 0).any():
+        if (np.diff(ages, prepend=0.0) <= 0).any():
             raise DataError(
                 f"The ages lyr_age in {self.organizer.path} do not rise with depth "
-                f"({', '.join(f'{a:g}' for a in known[:12])}).",
+                f"({', '.join(f'{a:g}' for a in ages[:12])}).",
                 hint,
             )
-        age[: len(known)] = known
-        age[len(known) :] = known[-1] + np.arange(1, count - len(known) + 1)
+        age[: len(ages)] = ages
+        age[len(ages) :] = ages[-1] + np.arange(1, count - len(ages) + 1)
         return age
 
 
@@ -108,7 +109,7 @@ class JoinedTrack(NamedTuple):
         contradicting: Picks of a trace that is in two files, and has another pick in the second.
     """
 
-    track: Track
+    track: FlightTrack
     crossed: int
     lost: NDArray[np.int64]
     contradicting: int
@@ -125,8 +126,8 @@ def find_boundaries(
     second one without a name, if it is empty or deeper than all others.
 
     Args:
-        segment: Its name.
-        frames: Its files.
+        segment: Name of the segment.
+        frames: Frames of the segment.
         organizer: The companion file.
 
     Raises:
@@ -166,7 +167,7 @@ def _check_surface(segment: str, ids: Sequence[int], names: dict[int, str]) -> N
     """Refuse a boundary called ``surface`` below another one.
 
     Raises:
-        DataError: There is one.
+        DataError: Such a boundary is below another one.
     """
     called = [k for k, name in names.items() if name.strip().lower() == "surface"]
     if ids and (below := [k for k in called if k != ids[0]]):
@@ -201,11 +202,11 @@ def join_frames(
     """Put the frames of a segment together.
 
     Args:
-        segment: Its name.
-        frames: Its files, in the order of their names.
-        boundaries: Its boundaries.
+        segment: Name of the segment.
+        frames: Frames of the segment, in the order of their names.
+        boundaries: Boundaries of the segment.
         count: L, number of layers to use, from the surface down.
-        ages: Where their ages come from.
+        ages: Where ages of the layers come from.
 
     Raises:
         DataError: Ages are unusable.
@@ -222,14 +223,14 @@ def join_frames(
     time = np.concatenate([f.time[keep] for f, keep in zip(frames, is_first, strict=True)])
     pos = np.concatenate([f.pos[keep] for f, keep in zip(frames, is_first, strict=True)])
     twtt = np.concatenate([part[keep] for part, keep in zip(parts, is_first, strict=True)])
-    traces, pos, lost = in_order(time, pos)
+    traces, pos, lost = order_traces(time, pos)
     lost[1] += sum(int((~keep).sum()) for keep in is_first)
     picks, crossed = remove_crossed(twtt[traces])
     age = boundaries.layer_ages(count, ages)
     record = _describe_traces(frames, is_first, traces)
     record = replace(record, time=time[traces], time_scale="GPS")
     record = replace(record, surface=picks[:, 0])
-    track = Track(segment, time[traces], pos, picks, age, record=record)
+    track = FlightTrack(segment, time[traces], pos, picks, age, record=record)
     return JoinedTrack(track, crossed, lost, contradicting)
 
 
@@ -239,7 +240,7 @@ def _describe_traces(
     """What frames say of the traces that are used, in their order.
 
     Args:
-        frames: Of a segment.
+        frames: Frames of a segment.
         is_first: For each frame, which of its traces are in no frame before it.
         traces: Numbers of the used traces among these.
     """
@@ -267,27 +268,27 @@ def _join_overlaps(
     whose times repeat (of whole seconds), traces are told apart by time and position later.
 
     Args:
-        times: Of the traces of each file [s].
-        picks: Of each file (M, K) [s]; those of the first files are filled in place.
+        times: Times of the traces of each file [s].
+        picks: Picks of each file (M, K) [s]; those of the first files are filled in place.
 
     Returns:
         For each file, which traces are not in a file before it (M,); and the number of picks that
         contradict each other.
     """
     contradicting = 0
-    seen: dict[float, tuple[int, int]] = {}
+    sources: dict[float, tuple[int, int]] = {}
     is_first = []
     for number, time in enumerate(times):
         keep = np.ones(len(time), np.bool_)
         if len(np.unique(time)) == len(time):
             for trace, moment in enumerate(time.tolist()):
-                file, row = seen.setdefault(moment, (number, trace))
+                file, row = sources.setdefault(moment, (number, trace))
                 if file == number:
                     continue
                 keep[trace] = False
                 first, second = picks[file][row], picks[number][trace]
-                both = np.isfinite(first) & np.isfinite(second)
-                contradicting += int((np.abs(first - second)[both] > _SAME_PICK).sum())
+                overlap = np.isfinite(first) & np.isfinite(second)
+                contradicting += int((np.abs(first - second)[overlap] > _SAME_PICK).sum())
                 picks[file][row] = np.where(np.isfinite(first), first, second)
         is_first.append(keep)
     return is_first, contradicting

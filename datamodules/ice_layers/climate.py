@@ -116,8 +116,9 @@ class MarClimate:
 
     Args:
         files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
-        projection: In which the grid is triangulated; ``auto`` takes EPSG:3031 for flights in the
-            south, else MAR's own, or EPSG:3413 where the file has no 2-D ``LAT`` and ``LON``.
+        projection: Projection in which the grid is triangulated; ``auto`` takes EPSG:3031 for
+            flights in the south, else MAR's own, or EPSG:3413 where the file has no 2-D ``LAT`` and
+            ``LON``.
         variables: Physical fields to use, in this order.
         scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
             degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
@@ -144,12 +145,12 @@ class MarClimate:
                 f"There is no physical field {unknown[0] if unknown else '(none given)'}.",
                 f"Set `{_OPTION}.variables` to some of {', '.join(_NEEDS)}.",
             )
-        known = [name for group in (*_SUMS.values(), *_MEANS.values()) for name in group]
+        mar_variables = [name for group in (*_SUMS.values(), *_MEANS.values()) for name in group]
         for key, factor in scale.items():
-            if key not in known or not np.isfinite(factor) or factor == 0:
+            if key not in mar_variables or not np.isfinite(factor) or factor == 0:
                 raise ConfigError(
                     f"There is no scale {factor} of a MAR variable {key!r}.",
-                    f"Set `{_OPTION}.scale` to factors of some of {', '.join(known)}.",
+                    f"Set `{_OPTION}.scale` to factors of some of {', '.join(mar_variables)}.",
                 )
         self.files = list(files)
         self.projection = projection
@@ -166,21 +167,21 @@ class MarClimate:
         """The files, sorted.
 
         Raises:
-            DataError: There is none.
+            DataError: There is no such file.
         """
-        found: set[Path] = set()
-        for given in self.files:
-            path = data_path(given, must_exist=False)
+        files: set[Path] = set()
+        for pattern in self.files:
+            path = data_path(pattern, must_exist=False)
             if path.is_dir():
-                found |= {file for _, file in list_files(path, (".nc", ".nc4"))}
+                files |= {file for _, file in list_files(path, (".nc", ".nc4"))}
             else:
-                found |= {Path(match) for match in glob.glob(str(path), recursive=True)}
-        if not found:
+                files |= {Path(match) for match in glob.glob(str(path), recursive=True)}
+        if not files:
             raise DataError(
                 f"There is no climate file at {name_some(self.files)}.",
                 f"Set `{_OPTION}.files` to NetCDF files, folders or glob patterns.",
             )
-        return sorted(found)
+        return sorted(files)
 
     def sample(self, requests: Sequence[Request]) -> list[Sample]:
         """Return the physical fields at the points of each request.
@@ -210,8 +211,8 @@ class MarClimate:
                 f"`{_OPTION}.projection` to one of {', '.join(PROJECTIONS)}.",
             )
         located = grid.locate(points)
-        each = [interval_weights(steps, request.edges) for request in requests]
-        self._check_cover(requests, each, steps)
+        layer_fractions = [interval_weights(steps, request.edges) for request in requests]
+        self._check_cover(requests, layer_fractions, steps)
         parts, first = [], 0
         for request in requests:
             part = slice(first, first := first + len(request.pos))
@@ -219,11 +220,13 @@ class MarClimate:
             cells = inverse.reshape(-1, 3).astype(np.int64)
             local = Weights(cells, located.weights[part], located.flag[part], located.away[part])
             parts.append((used, local))
-        sums, names = self._accumulate(paths, of_file, steps, each, [used for used, _ in parts])
+        sums, names = self._accumulate(
+            paths, of_file, steps, layer_fractions, [used for used, _ in parts]
+        )
         samples = []
         for request, values, (_, local) in zip(requests, sums, parts, strict=True):
             years = -np.diff(request.edges) / _YEAR
-            physics = local(self._derived(names, values, years))
+            physics = local(self._derive(names, values, years))
             samples.append(Sample(physics, local.flag, local.away))
         self._check_units(samples, names)
         return samples
@@ -233,11 +236,11 @@ class MarClimate:
 
         Files of constants, without any time, are taken out of ``paths``.
         """
-        parts, given = [], []
+        parts, step_bounds = [], []
         files = [ClimateFile(path) for path in paths]
         if constants := [file.path for file in files if not file.has_time]:
             if len(constants) == len(files):
-                files[0].times()  # which says what is missing
+                files[0].times()  # raises the error that names what is missing
             from lightning.pytorch.utilities import rank_zero_info
 
             rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
@@ -246,7 +249,7 @@ class MarClimate:
             if file.has_time:
                 stamps, bounds = file.times()
                 parts.append(stamps)
-                given.append(bounds)
+                step_bounds.append(bounds)
         times = np.concatenate(parts)
         order = np.argsort(times, kind="stable")
         of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
@@ -259,7 +262,7 @@ class MarClimate:
                     "The climate files overlap in time.",
                     f"Set `{_OPTION}.files` so that each year is in one file.",
                 )
-        edges = np.concatenate(given)[order]
+        edges = np.concatenate(step_bounds)[order]
         steps = np.where(np.isfinite(edges), edges, step_edges(times[order]))
         return steps, of_file[order]
 
@@ -311,15 +314,15 @@ class MarClimate:
     def _metres(variable: Any, file: ClimateFile) -> Array:
         """A projected coordinate [m]; kilometres are told by their size."""
         values = file.read(variable)
-        said = str(variable.attributes.get("units", "")).strip().lower()
+        unit = str(variable.attributes.get("units", "")).strip().lower()
         small = float(np.abs(values).max()) < 20_000  # no part of Greenland is so near both axes
-        if said in ("m", "metre", "meter", "metres", "meters") and small:
+        if unit in ("m", "metre", "meter", "metres", "meters") and small:
             raise DataError(
                 f"The coordinate {variable.name} of {file.path} is said to be in m, but reaches "
                 f"only {np.abs(values).max():g}, as kilometres do.",
                 "Correct the units of the file.",
             )
-        if said in ("km", "kilometre", "kilometer", "kilometres", "kilometers") and not small:
+        if unit in ("km", "kilometre", "kilometer", "kilometres", "kilometers") and not small:
             raise DataError(
                 f"The coordinate {variable.name} of {file.path} is said to be in km, but reaches "
                 f"{np.abs(values).max():g}, as metres do.",
@@ -345,7 +348,7 @@ class MarClimate:
         return covered
 
     def _plan(self, file: ClimateFile) -> list[str]:
-        """Names of the basic fields that the wanted ones are made of."""
+        """Names of the MAR fields that the physical fields are made of."""
         plan: list[str] = []
         sources = {**_SUMS, **_MEANS}
         for name in self.variables:
@@ -372,10 +375,10 @@ class MarClimate:
         return np.stack(rows)
 
     def _check_cover(
-        self, requests: Sequence[Request], each: Sequence[Array], steps: Array
+        self, requests: Sequence[Request], layer_fractions: Sequence[Array], steps: Array
     ) -> None:
         length = steps[:, 1] - steps[:, 0]
-        for request, fractions in zip(requests, each, strict=True):
+        for request, fractions in zip(requests, layer_fractions, strict=True):
             covered = (fractions * length).sum(1) / -np.diff(request.edges)
             if (covered < 0.95).any():
                 layer = int((covered < 0.95).argmax())
@@ -394,7 +397,7 @@ class MarClimate:
         paths: Sequence[Path],
         of_file: NDArray[np.int64],
         steps: Array,
-        each: Sequence[Array],
+        layer_fractions: Sequence[Array],
         used: Sequence[NDArray[np.int64]],
     ) -> tuple[list[Array], list[str]]:
         """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
@@ -404,16 +407,16 @@ class MarClimate:
         sums: list[Array] = []
         shape: tuple[int, ...] | None = None
         for number, path in enumerate(paths):
-            own = np.flatnonzero(of_file == number)
-            wanted = [fractions[:, own] for fractions in each]
-            if not any(part.any() for part in wanted):
+            indices = np.flatnonzero(of_file == number)
+            file_fractions = [fractions[:, indices] for fractions in layer_fractions]
+            if not any(part.any() for part in file_fractions):
                 continue
             file = ClimateFile(path)
             if not names:
                 names = self._plan(file)
                 sums = [
                     np.zeros((len(names), len(cells), len(f)))
-                    for cells, f in zip(used, each, strict=True)
+                    for cells, f in zip(used, layer_fractions, strict=True)
                 ]
             for v, name in enumerate(names):
                 variable = file.need(sources[name], name)
@@ -425,45 +428,45 @@ class MarClimate:
                         f"Set `{_OPTION}.files` to files of one grid.",
                     )
                 values = file.field(variable)
-                if len(values) != len(own):
+                if len(values) != len(indices):
                     raise DataError(
                         f"The variable {variable.name} of {path} has {len(values)} time steps, "
-                        f"the time axis {len(own)}.",
+                        f"the time axis {len(indices)}.",
                         "Fetch the file again.",
                     )
-                values = values * self._factor(name, variable, days[own], path)
-                for total, part, cells in zip(sums, wanted, used, strict=True):
+                values = values * self._factor(name, variable, days[indices], path)
+                for total, part, cells in zip(sums, file_fractions, used, strict=True):
                     if (inside := part.any(0)).any():
-                        weight = part if name in _SUMS else part * days[own]
+                        weight = part if name in _SUMS else part * days[indices]
                         total[v] += (weight[:, inside] @ values[inside][:, cells]).T
                 if not all(np.isfinite(total[v]).all() for total in sums):
                     raise DataError(
                         f"The variable {variable.name} of {path} is missing on ice.",
                         "Fetch the file again, or correct its ice mask.",
                     )
-        for total, fractions in zip(sums, each, strict=True):
+        for total, fractions in zip(sums, layer_fractions, strict=True):
             for v, name in enumerate(names):
                 if name in _MEANS:
                     total[v] /= (fractions * days).sum(1)
         return sums, names
 
     def _factor(self, name: str, variable: Any, days: Array, path: Path) -> Array:
-        """What brings a variable's steps to mm w.e. per step, m or degC; shape (T, 1)."""
+        """Factor of a variable's steps to mm w.e. per step, m or degC; shape (T, 1)."""
         one = np.ones((len(days), 1))
         if variable.name in self.scale or name in self.scale:
             return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
-        said = str(variable.attributes.get("units", "")).strip()
-        if not said or (name == "ST" and is_temperature(said)):
+        unit = str(variable.attributes.get("units", "")).strip()
+        if not unit or (name == "ST" and is_temperature(unit)):
             return one
-        found = water_unit(said)
-        if found is None or name == "ST" or (name in _MEANS and found[1]):
-            wanted = {"ST": "degC or K", "ZN6": "m"}.get(name, "mm w.e. a step")
+        amount = water_unit(unit)
+        if amount is None or name == "ST" or (name in _MEANS and amount[1]):
+            target_unit = {"ST": "degC or K", "ZN6": "m"}.get(name, "mm w.e. a step")
             raise DataError(
-                f"The unit {said!r} of the variable {variable.name} of the climate file {path} is "
+                f"The unit {unit!r} of the variable {variable.name} of the climate file {path} is "
                 "not known.",
-                f"Set `{_OPTION}.scale={{{variable.name}: ...}}` to the factor to {wanted}.",
+                f"Set `{_OPTION}.scale={{{variable.name}: ...}}` to the factor to {target_unit}.",
             )
-        size, period = found
+        size, period = amount
         if name in _MEANS:
             return one * (size / 1000.0)  # heights in metres
         if period is None:
@@ -472,12 +475,12 @@ class MarClimate:
         steps = days[:, None] / period
         return size * np.where(np.abs(steps - 1) < 0.1, 1.0, steps)
 
-    def _derived(self, names: Sequence[str], values: Array, years: Array) -> Array:
+    def _derive(self, names: Sequence[str], values: Array, years: Array) -> Array:
         """The physical fields (C, L, P) of basic ones (V, C, L)."""
         basic = dict(zip(names, values, strict=True))
         if "RZ" not in basic and "ME" in basic and "RU" in basic:
             basic["RZ"] = basic["ME"] + basic.get("RF", 0.0) - basic["RU"]
-        made = {
+        formulas = {
             "smb": lambda: basic["SMB"] / years,
             "st": lambda: basic["ST"],
             "refreeze": lambda: basic["RZ"] / _ICE / years,
@@ -488,7 +491,7 @@ class MarClimate:
                 else (basic["SF"] - basic.get("SU", 0.0)) / _SNOW / years
             ),
         }
-        return np.stack([made[name]() for name in self.variables], -1)
+        return np.stack([formulas[name]() for name in self.variables], -1)
 
     def _check_units(self, samples: Sequence[Sample], basic: Sequence[str]) -> None:
         """Find unit mix-ups by what is plausible on an ice sheet; Kelvins are converted."""
@@ -517,10 +520,10 @@ class MarClimate:
                 low, high, made_of = _HEIGHTS[name]
                 if name == "snowpack" and "ZN6" not in basic:
                     low, made_of = 0.02, "SF or SU"
-                least, most = np.quantile(values, (0.05, 0.95))
-                if least < low or most > high:
+                lowest, highest = np.quantile(values, (0.05, 0.95))
+                if lowest < low or highest > high:
                     raise DataError(
-                        f"The {name} of a year is from {least:g} to {most:g} m at most points, "
+                        f"The {name} of a year is from {lowest:g} to {highest:g} m at most points, "
                         f"which is not plausible: {made_of} may be in another unit than it says.",
                         f"Set `{_OPTION}.scale` to its factor to mm w.e. a step (ZN6: m), or leave "
                         f"{name} out of `{_OPTION}.variables`.",

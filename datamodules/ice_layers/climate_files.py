@@ -24,7 +24,7 @@ _TIMES = ("TIME", "time", "t")
 _FILLS = (999.0, -999.0, 9999.0, -9999.0)
 
 
-def _netcdf() -> Any:
+def _import_netcdf() -> Any:
     try:
         import netCDF4
     except ImportError as error:
@@ -32,7 +32,7 @@ def _netcdf() -> Any:
     return netCDF4
 
 
-def _plain(values: Any) -> Array:
+def _to_float(values: Any) -> Array:
     """Values as float64, NaN where the file has none."""
     plain: Array = np.ma.filled(np.ma.asarray(values).astype(np.float64), np.nan)
     return plain
@@ -49,7 +49,7 @@ def _decode_days(plain: Array, units: str, calendar: str) -> Array:
     """
     if not np.isfinite(plain).all():
         raise ValueError("a time is missing")
-    dates = np.asarray(_netcdf().num2date(plain, units, calendar))
+    dates = np.asarray(_import_netcdf().num2date(plain, units, calendar))
     steps = np.diff(plain.ravel())
     months_apart = steps.size and _month_in(units) <= float(np.median(np.abs(steps)))
     decode = _stretched_day if calendar == "360_day" and not months_apart else _calendar_day
@@ -80,9 +80,9 @@ def _stretched_day(date: Any) -> float:
     return float(start + passed / 360 * (end - start))
 
 
-def _filled(values: Any) -> Array:
+def _mask_fill_values(values: Any) -> Array:
     """Values as float64, NaN at every kind of fill value (card section 3.3)."""
-    plain = _plain(values)
+    plain = _to_float(values)
     return np.where((np.abs(plain) >= 1e30) | np.isin(plain, _FILLS), np.nan, plain)
 
 
@@ -100,24 +100,30 @@ class ClimateFile:
 
     def find(self, names: Iterable[str]) -> NetcdfVariable | None:
         """The first variable of these names (capitals do not matter), or None."""
-        known = {name.lower(): v for name, v in self.dataset.variables.items()}
-        return next((known[name.lower()] for name in names if name.lower() in known), None)
+        variables = {name.lower(): v for name, v in self.dataset.variables.items()}
+        return next((variables[name.lower()] for name in names if name.lower() in variables), None)
 
-    def need(self, names: Sequence[str], what: str) -> NetcdfVariable:
-        """Such a variable; its absence is an error."""
-        found = self.find(names)
-        if found is None:
+    def need(self, names: Sequence[str], subject: str) -> NetcdfVariable:
+        """The first variable of these names; its absence is an error.
+
+        Raises:
+            DataError: There is no such variable.
+        """
+        variable = self.find(names)
+        if variable is None:
             raise DataError(
-                f"The climate file {self.path} has no variable for {what} ({', '.join(names)}).",
+                f"The climate file {self.path} has no variable for {subject} ({', '.join(names)}).",
                 f"Leave the field out of `{_OPTION}.variables`, or give files that have it.",
             )
-        return found
+        return variable
 
     def read(self, variable: NetcdfVariable, first: bool = False) -> Array:
         """Values of a variable, or of its first time step; NaN at fill values."""
-        what = f"The variable {variable.name} of the climate file"
-        with reading(self.path, what, "The file may be truncated: fetch it again."):
-            values = _filled(self.dataset.read(variable.name, first and variable.ndim > 2))
+        subject = f"The variable {variable.name} of the climate file"
+        with reading(self.path, subject, "The file may be truncated: fetch it again."):
+            values = _mask_fill_values(
+                self.dataset.read(variable.name, first and variable.ndim > 2)
+            )
             if not values.size:
                 raise ValueError("it has no values")
             return values
@@ -130,13 +136,13 @@ class ClimateFile:
     @cached_property
     def _time_axis(self) -> Array:
         """Values of the time, NaN where one is missing. Shape: all steps of the file."""
-        return _filled(self.dataset.read(self.need(_TIMES, "time").name)).ravel()
+        return _mask_fill_values(self.dataset.read(self.need(_TIMES, "time").name)).ravel()
 
     @property
     def _timed_steps(self) -> int:
         """Number of steps up to the last one that has a time; fields of later ones do not count."""
-        known = np.flatnonzero(np.isfinite(self._time_axis))
-        return int(known[-1]) + 1 if len(known) else 0
+        timed = np.flatnonzero(np.isfinite(self._time_axis))
+        return int(timed[-1]) + 1 if len(timed) else 0
 
     def times(self) -> tuple[Array, Array]:
         """Stamps (T,) of the steps and their CF bounds (T, 2), NaN without any [days since 1970].
@@ -150,8 +156,8 @@ class ClimateFile:
         attributes = variable.attributes
         bounds = self.dataset.variables.get(str(attributes.get("bounds")))
         hint = "Correct its values and its units (days since YYYY-MM-DD)."
-        what = "The time of the climate file"
-        with reading(self.path, what, hint, fault="cannot be understood"):
+        subject = "The time of the climate file"
+        with reading(self.path, subject, hint, fault="cannot be understood"):
             if "units" not in attributes:
                 raise ValueError("it has no units")
             decode = (str(attributes["units"]), str(attributes.get("calendar", "standard")))
@@ -161,7 +167,7 @@ class ClimateFile:
                 raise ValueError("it has no step")
             edges = np.full((len(stamps), 2), np.nan)
             if bounds is not None:
-                edges = _decode_days(_plain(self.dataset.read(bounds.name))[:count], *decode)
+                edges = _decode_days(_to_float(self.dataset.read(bounds.name))[:count], *decode)
             if edges.shape != (len(stamps), 2) or (np.diff(edges.ravel()) < 0).any():
                 raise ValueError(f"its bounds {attributes['bounds']} do not rise")
             if (edges[:, 1] == edges[:, 0]).any():
@@ -177,9 +183,13 @@ class ClimateFile:
         if values.ndim == 2:  # one field for all times
             return values.reshape(1, -1)
         if values.ndim == 4:
-            share = self.find(("FRA",)) if values.shape[1] > 1 else None
-            if share is not None and share.ndim == 4 and share.shape[1] == values.shape[1]:
-                parts = np.where(np.isfinite(values), np.nan_to_num(self.read(share)), 0.0)
+            fractions = self.find(("FRA",)) if values.shape[1] > 1 else None
+            if (
+                fractions is not None
+                and fractions.ndim == 4
+                and fractions.shape[1] == values.shape[1]
+            ):
+                parts = np.where(np.isfinite(values), np.nan_to_num(self.read(fractions)), 0.0)
                 total = parts.sum(1)
                 mixed = (parts * np.nan_to_num(values)).sum(1)
                 values = np.where(total > 0, mixed / np.where(total > 0, total, 1), np.nan)

@@ -97,7 +97,7 @@ class Weights:
     Attributes:
         cells: The three corners of each point's triangle, or three times the nearest cell.
             Shape: (M, 3) int64.
-        weights: Barycentric. Shape: (M, 3).
+        weights: Barycentric weights of the corners. Shape: (M, 3).
         flag: 0 interpolated, 1 nearest. Shape: (M,) uint8.
         away: Distance to the nearest cell of ice [m]. Shape: (M,).
     """
@@ -123,8 +123,8 @@ class Grid:
 
     Args:
         x: Projected coordinate of each cell [m].
-        y: The other one.
-        ice: Cells whose values are good.
+        y: Other projected coordinate of each cell [m].
+        ice: Whether each cell is ice with finite values.
 
     Shape:
         - x, y, ice: (C,).
@@ -136,8 +136,8 @@ class Grid:
 
     Example:
         >>> x, y = np.array([0.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])
-        >>> found = Grid(x, y, np.ones(4, bool)).locate(np.array([[0.25, 0.5], [3.0, 0.0]]))
-        >>> found(x).round(3), found.flag
+        >>> weights = Grid(x, y, np.ones(4, bool)).locate(np.array([[0.25, 0.5], [3.0, 0.0]]))
+        >>> weights(x).round(3), weights.flag
         (array([0.25, 1.  ]), array([0, 1], dtype=uint8))
     """
 
@@ -162,15 +162,15 @@ class Grid:
         steps = np.abs(np.diff(self.points, axis=0)).max(1)
         margin = 3 * float(np.median(steps[steps > 0])) + float(away.max()) * 1.01
         low, high = points.min(0) - margin, points.max(0) + margin
-        kept = np.flatnonzero(((self.points >= low) & (self.points <= high)).all(1))
+        nearby = np.flatnonzero(((self.points >= low) & (self.points <= high)).all(1))
         good = np.flatnonzero(self.ice)
         nearest, number = cKDTree(self.points[good]).query(points)
         cells = np.repeat(good[number][:, None], 3, 1)
         weights = np.tile(np.array([1.0, 0.0, 0.0]), (len(points), 1))
         flag = np.ones(len(points), np.uint8)
-        if len(kept) >= 3:
+        if len(nearby) >= 3:
             try:
-                mesh = Delaunay(self.points[kept], qhull_options="Qbb Qc Qz Q12")
+                mesh = Delaunay(self.points[nearby], qhull_options="Qbb Qc Qz Q12")
             except Exception as error:  # cells on one line
                 raise DataError(
                     f"The climate grid cannot be triangulated: {str(error).splitlines()[0]}.",
@@ -181,7 +181,7 @@ class Grid:
             first = np.einsum("mij,mj->mi", matrix[:, :2], points - matrix[:, 2])
             barycentric = np.column_stack([first, 1 - first.sum(1)])
             barycentric[np.abs(barycentric) < 1e-9] = 0.0
-            corners = kept[mesh.simplices[simplex]]
+            corners = nearby[mesh.simplices[simplex]]
             usable = (simplex >= 0) & (self.ice[corners] | (barycentric == 0)).all(1)
             usable &= np.isfinite(barycentric).all(1)
             cells[usable], weights[usable] = corners[usable], barycentric[usable]

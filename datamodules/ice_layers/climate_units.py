@@ -35,10 +35,10 @@ def water_unit(unit: str) -> tuple[float, float | None] | None:
         >>> water_unit("mmWE"), water_unit("m w.e."), water_unit("kg m-2 yr-1"), water_unit("Gt")
         ((1.0, None), (1000.0, None), (1.0, 365.25), None)
     """
-    found = _AMOUNT.fullmatch(_squeeze(unit))
-    if found is None:
+    match = _AMOUNT.fullmatch(_squeeze(unit))
+    if match is None:
         return None
-    length, period = found["length"], found["per"] or found["inverse"]
+    length, period = match["length"], match["per"] or match["inverse"]
     sizes = {"c": 10.0, "m": 1000.0}  # centimetres, metres
     milli = length is None or length == "mm" or length.startswith("mi")
     return 1.0 if milli else sizes[length[0]], _PERIODS[period[0]] if period else None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.datamodules.ice_layers.npz import NpzStacks, _names
+from fulgurite.datamodules.ice_layers.npz import NpzStacks, read_names
 from fulgurite.datamodules.ice_layers.resample import EARTH
 from fulgurite.datamodules.ice_layers.stack import (
     Array,
@@ -29,15 +29,15 @@ def refuse_leaks(stacks: Sequence[LayerStack], test: Collection[str]) -> None:
     """Stop if the model that completed the stacks was trained on a test segment.
 
     Raises:
-        DataError: It was.
+        DataError: The model was trained on one of them.
 
     Source: arXiv 2604.20783, card section 2 (leakage rule).
     """
     for stack in stacks:
-        if seen := sorted(set(stack.trained_segments) & set(test)):
+        if leaked := sorted(set(stack.trained_segments) & set(test)):
             raise DataError(
                 f"The model that completed {stack.name} was trained on the test segments "
-                f"{name_some(seen)}.",
+                f"{name_some(leaked)}.",
                 "Train it with the same `val`, `test`, `order` and `seed` of `--data.init_args`.",
             )
 
@@ -54,28 +54,28 @@ def drop_overlapping(
     """Leave out stacks of evaluated segments, and those that come near an evaluated trace.
 
     Args:
-        stacks: Completed ones.
-        evaluated: Those of validation and test.
-        reach: How near is an overlap [m].
+        stacks: Completed stacks.
+        evaluated: Stacks of validation and test.
+        reach: Distance within which traces overlap [m].
 
     Source: arXiv 2604.20783, card section 2 (leakage rule).
     """
     segments = {stack.segment for stack in evaluated}
-    kept = [stack for stack in stacks if stack.segment not in segments]
-    same = len(stacks) - len(kept)
+    usable = [stack for stack in stacks if stack.segment not in segments]
+    same = len(stacks) - len(usable)
     crossing = 0
-    if evaluated and kept:
+    if evaluated and usable:
         from scipy.spatial import cKDTree
 
         tree = cKDTree(np.concatenate([_on_sphere(stack.pos) for stack in evaluated]))
-        near = [tree.query(_on_sphere(stack.pos))[0].min() <= reach for stack in kept]
+        near = [tree.query(_on_sphere(stack.pos))[0].min() <= reach for stack in usable]
         crossing = sum(near)
-        kept = [stack for stack, close in zip(kept, near, strict=True) if not close]
-    found = (
+        usable = [stack for stack, close in zip(usable, near, strict=True) if not close]
+    exclusions = (
         Exclusion("evaluated", "completed stacks of validation or test segments", same),
         Exclusion("overlap", f"completed stacks within {reach:g} m of evaluated ones", crossing),
     )
-    return kept, [exclusion for exclusion in found if exclusion.count]
+    return usable, [exclusion for exclusion in exclusions if exclusion.count]
 
 
 class CompletedStacks(NpzStacks):
@@ -88,10 +88,10 @@ class CompletedStacks(NpzStacks):
 
     Args:
         root: Folder, absolute or relative to the working folder, as those of runs are.
-        count: L, where it is to be known before files are read.
-        physics: Names of the physical fields, equally.
-        exclude: As of :class:`NpzStacks`.
-        thickest: Equally.
+        count: L, if it must be known before files are read.
+        physics: Names of the physical fields, if they must be known before files are read.
+        exclude: What to leave out and count, as of :class:`NpzStacks`.
+        thickest: Largest plausible median thickness, as of :class:`NpzStacks`.
 
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
@@ -107,14 +107,14 @@ class CompletedStacks(NpzStacks):
         exclude: list[str] = [],  # noqa: B006  # copied by the parent
         thickest: float | None = None,
     ) -> None:
-        # a network may predict a thickness that is none: such entries stay missing
+        # a network may predict a thickness of 0 or less: such entries stay missing
         super().__init__(root, count, physics, [*exclude, "negative"], thickest)
 
     def folder(self) -> Path:
         """The folder of the files.
 
         Raises:
-            DataError: There is none.
+            DataError: The folder does not exist.
         """
         return data_path(self.root)
 
@@ -124,5 +124,5 @@ class CompletedStacks(NpzStacks):
         missing = np.isnan(content["thickness"])
         return {
             "provenance": np.where(missing, 3, content["provenance"]).astype(np.uint8),
-            "trained_segments": _names(content, "trained_segments"),
+            "trained_segments": read_names(content, "trained_segments"),
         }

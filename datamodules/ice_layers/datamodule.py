@@ -24,9 +24,9 @@ from fulgurite.datamodules.ice_layers.completed import (
     drop_overlapping,
     refuse_leaks,
 )
+from fulgurite.datamodules.ice_layers.dropping import drop_picks
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
-from fulgurite.datamodules.ice_layers.hiding import drop_picks
 from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
@@ -46,7 +46,7 @@ from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, s
 __all__ = ["IceLayerDataModule"]
 
 _DROP, _CHOOSE = 1, 2  # random streams of `seed`; 0 is the split
-_SHARE = 1 / 7  # of segments, for validation and for the test
+_FRACTION = 1 / 7  # of segments, for validation and for the test
 Part = Literal["train", "val", "test"]
 
 
@@ -68,7 +68,7 @@ class IceLayerDataModule(L.LightningDataModule):
             leaves out stacks that overlap validation or test segments.
         val: Fraction of flight segments for validation, or names (a beginning is enough: ``2012``);
             if not given, one in seven, or those of a source whose files have a split of their own.
-        test: Equally for test.
+        test: Fraction or names of flight segments for the test, as for ``val``.
         order: ``random``, or by ``name``, which begins with the date: the last flights are the
             test, those before them the validation.
         guard: Training flights within this many years of a validation or test flight are left out:
@@ -85,17 +85,19 @@ class IceLayerDataModule(L.LightningDataModule):
             any pick, which are in no part, are predicted with those of their segment; those that
             ``guard``, ``traced`` and ``train_stacks`` leave out, with ``all``.
         num_workers: Processes that load batches; batches do not depend on it.
-        seed: Of the split, the order of training and what is dropped, apart from the run's seed.
+        seed: Seed of the split, the order of training and what is dropped, apart from the run's
+            seed.
 
     Attributes:
         layer_names: Names of the layers, after :meth:`setup`.
         layer_age: Age of each layer's lower boundary at the flight [years], after :meth:`setup`.
         segments: Names of the flight segments, by number, after :meth:`setup`.
         stacks: Names of the stacks, by number, after :meth:`setup`.
-        unit: Of thicknesses, ``m`` or ``range bins``; known after :meth:`setup`.
-        shared_segments: Flight segments that are in several parts, by the user's word.
-        statistics: Of the training stacks, float64: ``thickness_mean`` (L,), ``thickness_std`` (),
-            ``physics_mean`` and ``physics_std`` (P,), ``pos_mean`` and ``pos_std`` (2,).
+        unit: Unit of thicknesses, ``m`` or ``range bins``; known after :meth:`setup`.
+        shared_segments: Flight segments that the configuration keeps in several parts.
+        statistics: Statistics of the training stacks, float64: ``thickness_mean`` (L,),
+            ``thickness_std`` (), ``physics_mean`` and ``physics_std`` (P,), ``pos_mean`` and
+            ``pos_std`` (2,).
 
     Raises:
         ConfigError: An argument is out of range.
@@ -180,7 +182,7 @@ class IceLayerDataModule(L.LightningDataModule):
         """L; known before :meth:`setup` where the source says it.
 
         Raises:
-            ConfigError: The source does not say it, and is not read yet.
+            ConfigError: The source does not know it before its files are read.
         """
         if self._parts:
             return len(self.layer_names)
@@ -196,7 +198,7 @@ class IceLayerDataModule(L.LightningDataModule):
         """Mean and deviation of the training stacks, or those of a checkpoint.
 
         Raises:
-            DataError: There is neither.
+            DataError: There are no training stacks, and no checkpoint was loaded.
         """
         if self._statistics is None:
             raise DataError(
@@ -227,19 +229,19 @@ class IceLayerDataModule(L.LightningDataModule):
         self._unpicked = [stack for stack in flights.stacks if not stack.observed.any()]
         self.excluded = list(flights.excluded)
         if self.completed is not None:
-            parts["train"] = self._completed(flights, parts)
+            parts["train"] = self._load_completed(flights, parts)
         if self.guard:
             dates = [s.segment for part in ("val", "test") for s in parts[part]]
             parts["train"], near = leave_guard(parts["train"], dates, self.guard)
             if near:
-                what = f"training stacks within {self.guard:g} years of an evaluated flight"
-                self.excluded.append(Exclusion("guard", what, near))
+                description = f"training stacks within {self.guard:g} years of an evaluated flight"
+                self.excluded.append(Exclusion("guard", description, near))
         for part in self.traced:
             parts[part] = [stack for stack in parts[part] if stack.observed.all()]
         if self.train_stacks is not None and self.train_stacks < len(parts["train"]):
             generator = np.random.default_rng((self.seed, _CHOOSE))
-            chosen = generator.permutation(len(parts["train"]))[: self.train_stacks]
-            parts["train"] = [parts["train"][k] for k in np.sort(chosen)]
+            indices = generator.permutation(len(parts["train"]))[: self.train_stacks]
+            parts["train"] = [parts["train"][k] for k in np.sort(indices)]
         if not any(parts.values()) and not self._unpicked:
             raise DataError(
                 f"No stack is left of {flights.report()}.",
@@ -258,7 +260,9 @@ class IceLayerDataModule(L.LightningDataModule):
         self._every = [*every, *self._left_out]
         if self._statistics is None and parts["train"]:
             self._statistics = fit_statistics(parts["train"])
-        left_out = "".join(f"; {e.count} {e.what}" for e in self.excluded[len(flights.excluded) :])
+        left_out = "".join(
+            f"; {e.count} {e.description}" for e in self.excluded[len(flights.excluded) :]
+        )
         if self._unpicked:
             left_out += f"; {len(self._unpicked)} stacks without any pick, for prediction only"
         rank_zero_info(
@@ -274,11 +278,13 @@ class IceLayerDataModule(L.LightningDataModule):
         """Deal stacks out to the parts: as the files say, or else by flight segment.
 
         Raises:
-            ConfigError: The files say it, and the options too.
+            ConfigError: The files have a split of their own, and the options ask for another.
         """
         if flights.split is None:
             segments = tuple(sorted({stack.segment for stack in picked}))
-            val, test = (_SHARE if share is None else share for share in (self.val, self.test))
+            val, test = (
+                _FRACTION if fraction is None else fraction for fraction in (self.val, self.test)
+            )
             split = split_segments(segments, val, test, self.order, self.seed)
             return {
                 part: [stack for stack in picked if stack.segment in set(split[part])]
@@ -299,29 +305,31 @@ class IceLayerDataModule(L.LightningDataModule):
         self._part_of = part_of = flights.split.part
         return {part: [s for s in picked if part_of[s.name] == part] for part in PARTS}
 
-    def _completed(self, flights: Flights, parts: dict[str, list[LayerStack]]) -> list[LayerStack]:
+    def _load_completed(
+        self, flights: Flights, parts: dict[str, list[LayerStack]]
+    ) -> list[LayerStack]:
         """Training stacks out of another run's completed ones, under the leakage rule."""
         assert self.completed is not None
-        found = self.completed.load()
-        for what, theirs, mine in (
-            ("layers", len(found.layer_names), len(flights.layer_names)),
-            ("physical fields", found.physics, flights.physics),
-            ("unit", found.unit, flights.unit),
+        completed = self.completed.load()
+        for quantity, theirs, mine in (
+            ("layers", len(completed.layer_names), len(flights.layer_names)),
+            ("physical fields", completed.physics, flights.physics),
+            ("unit", completed.unit, flights.unit),
         ):
             if theirs != mine:
                 raise DataError(
-                    f"The completed stacks have the {what} {theirs}, the source {mine}.",
+                    f"The completed stacks have the {quantity} {theirs}, the source {mine}.",
                     "Give `--data.init_args.completed` stacks that were made of this source.",
                 )
         tested = {stack.segment for stack in parts["test"]} - self.shared_segments
-        refuse_leaks(found.stacks, tested)
+        refuse_leaks(completed.stacks, tested)
         evaluated = [*parts["val"], *parts["test"]]
-        kept, dropped = drop_overlapping(found.stacks, evaluated, self.overlap)
-        self.excluded += [*found.excluded, *dropped]
+        usable, dropped = drop_overlapping(completed.stacks, evaluated, self.overlap)
+        self.excluded += [*completed.excluded, *dropped]
         names = {stack.name for stack in evaluated}
         return [
             replace(stack, name=f"{stack.name}_completed") if stack.name in names else stack
-            for stack in kept
+            for stack in usable
         ]
 
     @property
@@ -337,7 +345,7 @@ class IceLayerDataModule(L.LightningDataModule):
         """What the source says of the traces of a completed stack, after :meth:`setup`.
 
         Args:
-            number: Of the stack, in :attr:`stacks`.
+            number: Number of the stack in :attr:`stacks`.
             thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
 
         Returns:
@@ -346,19 +354,19 @@ class IceLayerDataModule(L.LightningDataModule):
         """
         stack = self._every[number]
         record = stack.record
-        known = {} if record is None else record.describe(thickness, stack.known_spans)
+        described = {} if record is None else record.describe(thickness, stack.known_spans)
         if stack.spans is not None:
             surface = np.ones(len(thickness), np.bool_)
             if record is not None and record.surface is not None:
                 surface = np.isfinite(record.surface)
-            known["picked"] = np.concatenate([surface[:, None], stack.spans.picked], axis=1)
-        return known
+            described["picked"] = np.concatenate([surface[:, None], stack.spans.picked], axis=1)
+        return described
 
     def check_write_back(self, folder: Path) -> None:
         """Refuse to write completed layers back where that is not possible, after :meth:`setup`.
 
         Args:
-            folder: Where to.
+            folder: Folder to write to.
 
         Raises:
             ConfigError: The source reads no layer files, or they are in this folder.
@@ -374,8 +382,8 @@ class IceLayerDataModule(L.LightningDataModule):
         """Write completed layers back into files of the kind that was read, by segment.
 
         Args:
-            folder: Where to.
-            numbers: Of the completed stacks, in :attr:`stacks`.
+            folder: Folder to write to.
+            numbers: Numbers of the completed stacks in :attr:`stacks`.
             read: Gives the completed thickness (N, L) [m] of a stack by its number.
 
         Returns:
@@ -447,7 +455,7 @@ class IceLayerDataModule(L.LightningDataModule):
         """Return the training stacks, in another order in each epoch.
 
         Raises:
-            DataError: There are none.
+            DataError: There are no training stacks.
         """
         if not self._parts["train"]:
             raise DataError(
@@ -484,7 +492,7 @@ class IceLayerDataModule(L.LightningDataModule):
         """Return every stack of the chosen part once, in order.
 
         Raises:
-            DataError: There is none.
+            DataError: The part has no stack.
         """
         parts = PARTS if self.predict == "all" else (self.predict,)
         data = [item for part in parts for item in self._data(part)] + self._unpicked_data(parts)
@@ -516,7 +524,7 @@ class IceLayerDataModule(L.LightningDataModule):
         """Take the statistics of the training run.
 
         Raises:
-            CheckpointError: It was trained with other layers, physical fields or units.
+            CheckpointError: The checkpoint was trained with other layers, fields or units.
         """
         if not state_dict:
             return

@@ -84,11 +84,11 @@ def smb_to_layers(balance: Array) -> Array:
     """
     layers = np.maximum(balance, 0.0)
     for year in range(balance.shape[-1] - 1, -1, -1):  # as they came: the oldest first
-        left = np.maximum(-balance[..., year], 0.0)
+        deficit = np.maximum(-balance[..., year], 0.0)
         for older in range(year + 1, balance.shape[-1]):
-            if not left.any():
+            if not deficit.any():
                 break
-            eaten = np.minimum(layers[..., older], left)
+            eaten = np.minimum(layers[..., older], deficit)
             layers[..., older] -= eaten
-            left = left - eaten
+            deficit = deficit - eaten
     return layers

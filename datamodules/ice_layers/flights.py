@@ -19,14 +19,14 @@ from fulgurite.datamodules.ice_layers.climate import MarClimate, Request, Sample
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE, layer_density
 from fulgurite.datamodules.ice_layers.records import TraceRecord, TrackRecord
 from fulgurite.datamodules.ice_layers.resample import (
-    along_track,
     break_at_jumps,
-    cut,
-    in_hole,
+    cut_blocks,
     interpolate_positions,
+    is_in_hole,
+    measure_track,
     resample,
 )
-from fulgurite.datamodules.ice_layers.spans import Spans, resample_spans
+from fulgurite.datamodules.ice_layers.spans import MeasuredSpans, resample_spans
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
@@ -46,13 +46,13 @@ from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
     "Blocks",
+    "FlightTrack",
     "StackSource",
-    "Track",
     "assemble",
-    "in_order",
-    "left_out_files",
-    "left_out_traces",
+    "order_traces",
     "read_or_leave",
+    "report_dropped_traces",
+    "report_unreadable",
 ]
 
 _Read = TypeVar("_Read")
@@ -97,11 +97,11 @@ class StackSource(ABC):
         """Refuse to write completed layers back into files of the kind that was read.
 
         Args:
-            folder: Where to.
-            records: Of the stacks of each segment.
+            folder: Folder to write to.
+            records: Records of the stacks of each segment.
 
         Raises:
-            ConfigError: There is no such kind.
+            ConfigError: The source reads no such files.
         """
         raise ConfigError(
             f"{type(self).__name__} reads no CSARP_layer files, so completed layers cannot be "
@@ -115,15 +115,15 @@ class StackSource(ABC):
         """Write the files of a segment again, with completed boundaries.
 
         Args:
-            folder: Where to.
-            segment: Its name.
+            folder: Folder to write to.
+            segment: Name of the segment.
             stacks: Record of each completed stack, and the times of its boundaries below the
                 surface (N, K) [s].
         """
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Do once per machine what other processes can then share."""
+        """Do once per machine what other processes then share, such as writing files."""
         return  # most sources have nothing to prepare
 
     @abstractmethod
@@ -136,19 +136,19 @@ class StackSource(ABC):
 
 
 @dataclass
-class Track:
+class FlightTrack:
     """One flight segment: boundaries at each raw trace.
 
     Attributes:
-        segment: Its name, which begins with the date.
+        segment: Name of the segment, which begins with the date.
         time: Time of each trace [s since 1970]. Shape: (M,).
         pos: Latitude and longitude [degrees]. Shape: (M, 2).
         boundaries: Two-way travel time to each boundary from the surface down [s], or its depth
             [m], NaN where missing; none cross. Shape: (M, K).
         age: Age of each layer's lower boundary at the flight [years]. Shape: (L,).
         is_time: Whether ``boundaries`` is a time.
-        truth: Shape: (M, L) [m], of generated data.
-        record: What the files say of the traces beside their layers.
+        truth: True thickness of generated data [m]. Shape: (M, L).
+        record: Further arrays of the traces, such as time and elevation.
     """
 
     segment: str
@@ -161,16 +161,16 @@ class Track:
     record: TrackRecord = field(default_factory=TrackRecord)
 
 
-def in_order(
+def order_traces(
     time: Array, pos: Array, recorded_time: Array | None = None
 ) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
     """Order the usable traces of a segment by time, each once.
 
     Args:
-        time: Of each trace.
-        pos: Latitude and longitude; longitudes become those between -180 and 180.
-        recorded_time: Time in the file, if ``time`` was made instead; traces of equal recorded
-            time and position are one.
+        time: Time of each trace.
+        pos: Latitude and longitude; longitudes are wrapped to -180 to 180.
+        recorded_time: Original times, if ``time`` was reconstructed; traces of equal recorded time
+            and position are dropped but for the first.
 
     Shape:
         - time, recorded_time: (M,); pos: (M, 2) [degrees].
@@ -181,29 +181,29 @@ def in_order(
 
     Example:
         >>> pos = np.array([[70.0, 320.0], [70.0, 320.0], [70.1, 320.0], [99.0, 320.0]])
-        >>> in_order(np.array([5.0, 5.0, 5.0, 1.0]), pos)
+        >>> order_traces(np.array([5.0, 5.0, 5.0, 1.0]), pos)
         (array([0, 2]), array([[ 70. , -40. ],
                [ 70.1, -40. ]]), array([1, 1]))
     """
-    known = np.flatnonzero(np.isfinite(time) & (np.abs(pos) <= (90, 360)).all(1))
+    usable = np.flatnonzero(np.isfinite(time) & (np.abs(pos) <= (90, 360)).all(1))
     pos = pos - [0.0, 360.0] * (pos[:, 1:] > 180) + [0.0, 360.0] * (pos[:, 1:] < -180)
     rows = np.column_stack([time if recorded_time is None else np.nan_to_num(recorded_time), pos])[
-        known
+        usable
     ]
-    once = known[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+    once = usable[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
     order = once[np.argsort(time[once], kind="stable")]
-    return order, pos[order], np.array([len(time) - len(known), len(known) - len(once)])
+    return order, pos[order], np.array([len(time) - len(usable), len(usable) - len(once)])
 
 
 def read_or_leave(
     read: Callable[[Path], _Read], path: Path, exclude: Collection[str], damaged: list[str]
 ) -> _Read | None:
-    """What a file holds, or None for one that cannot be used, if such files are to be left out.
+    """Read a file, or return None if it is unusable and such files are to be left out.
 
     Args:
-        read: Reads a file.
+        read: Function that reads a file.
         path: The file.
-        exclude: Words, among which ``unreadable`` leaves it out.
+        exclude: Words of ``exclude``; ``unreadable`` leaves the file out.
         damaged: Receives the file's name.
 
     Raises:
@@ -218,20 +218,20 @@ def read_or_leave(
         return None
 
 
-def left_out_files(damaged: Sequence[str]) -> list[Exclusion]:
-    """What :func:`read_or_leave` left out."""
-    what = f"unreadable files ({name_some(damaged)})"
-    return [Exclusion("unreadable", what, len(damaged))] if damaged else []
+def report_unreadable(damaged: Sequence[str]) -> list[Exclusion]:
+    """Report the files that :func:`read_or_leave` left out."""
+    description = f"unreadable files ({name_some(damaged)})"
+    return [Exclusion("unreadable", description, len(damaged))] if damaged else []
 
 
-def left_out_traces(counts: NDArray[np.int64], crossed: int) -> list[Exclusion]:
-    """What :func:`in_order` left out of all segments, and crossed picks."""
-    found = (
+def report_dropped_traces(counts: NDArray[np.int64], crossed: int) -> list[Exclusion]:
+    """Report the traces that :func:`order_traces` dropped from all segments, and crossed picks."""
+    exclusions = (
         Exclusion("crossed", "crossed picks", crossed),
         Exclusion("position", "traces without position or time", int(counts[0])),
         Exclusion("repeated", "traces that come twice", int(counts[1])),
     )
-    return [exclusion for exclusion in found if exclusion.count]
+    return [exclusion for exclusion in exclusions if exclusion.count]
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class Blocks:
         spacing: Distance of traces [m]; the raw one (median of the track) if None.
         min_traces: Shorter remainders are left out and counted; half of ``traces`` if None.
         jump: A step of more than this times the median one breaks a block.
-        density: Of the layers [g cm⁻³], where the climate does not say; None for Herron and
-            Langway's with the climate's balance and temperature.
+        density: Density of the layers [g cm⁻³]; None for Herron and Langway's with the climate's
+            balance and temperature.
         thickest: Largest plausible median thickness of the layers [m].
 
     Raises:
@@ -260,11 +260,11 @@ class Blocks:
 
     def __post_init__(self) -> None:
         check_thickest(self.thickest)
-        least = 2 if self.min_traces is None else self.min_traces
+        fewest = 2 if self.min_traces is None else self.min_traces
         for name, value, low, high in (
             ("traces", self.traces, 2, 1_000_000),
             ("spacing", self.spacing, 1e-3, 1e6),
-            ("min_traces", least, 2, max(2, self.traces)),
+            ("min_traces", fewest, 2, max(2, self.traces)),
             ("jump", self.jump, 1.5, 1e9),
             ("density", self.density, 0.05, RHO_ICE),
         ):
@@ -275,32 +275,34 @@ class Blocks:
                 )
 
     @property
-    def least(self) -> int:
+    def fewest(self) -> int:
         """Fewest traces of a stack."""
         return max(2, self.traces // 2) if self.min_traces is None else self.min_traces
 
 
 @dataclass
-class _Block:
-    track: Track
+class _TrackBlock:
+    track: FlightTrack
     number: int
     pos: Array
     layers: Array
-    spans: Spans
+    spans: MeasuredSpans
     truth: Array | None
     record: TraceRecord
 
 
-def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> list[_Block]:
-    """Cut tracks into blocks; what is too short is counted."""
-    blocks: list[_Block] = []
+def _cut_tracks(
+    tracks: Sequence[FlightTrack], sizes: Blocks, excluded: list[Exclusion]
+) -> list[_TrackBlock]:
+    """Cut tracks into blocks, and report what was too short."""
+    blocks: list[_TrackBlock] = []
     short = jumps = traces = holes = 0
     for track in tracks:
         if len(track.pos) < 2:
             short, traces = short + 1, traces + len(track.pos)
             continue
-        distance = along_track(track.pos)
-        runs = break_at_jumps(distance, how.jump)
+        distance = measure_track(track.pos)
+        runs = break_at_jumps(distance, sizes.jump)
         jumps += len(runs) - 1
         number = 0
         for run_number, run in enumerate(runs):
@@ -309,37 +311,37 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
                 short, traces = short + 1, traces + len(part)
                 continue
             steps = np.diff(part)
-            spacing = how.spacing or float(np.median(steps[steps > 0]))
-            blocks_of_run = cut(float(part[-1]), how.traces, spacing)
-            places = np.concatenate(blocks_of_run)
-            values, spans = resample_spans(part, track.boundaries[run], places)
-            pos = interpolate_positions(part, track.pos[run], places)
-            truth = None if track.truth is None else resample(part, track.truth[run], places)
-            hole = in_hole(part, places)
+            spacing = sizes.spacing or float(np.median(steps[steps > 0]))
+            blocks_of_run = cut_blocks(float(part[-1]), sizes.traces, spacing)
+            positions = np.concatenate(blocks_of_run)
+            values, spans = resample_spans(part, track.boundaries[run], positions)
+            pos = interpolate_positions(part, track.pos[run], positions)
+            truth = None if track.truth is None else resample(part, track.truth[run], positions)
+            hole = is_in_hole(part, positions)
             first = float(distance[run][0])
-            record = track.record.resample(part, run, places, first, run_number)
+            record = track.record.resample(part, run, positions, first, run_number)
             end = 0
             for length in map(len, blocks_of_run):
-                own = slice(end, end := end + length)
-                if length < how.least:
+                rows = slice(end, end := end + length)
+                if length < sizes.fewest:
                     short, traces = short + 1, traces + length
                     continue
-                holes += int(hole[own].sum())
+                holes += int(hole[rows].sum())
                 blocks.append(
-                    _Block(
+                    _TrackBlock(
                         track,
                         number,
-                        pos[own],
-                        values[own],
-                        spans[own],
-                        None if truth is None else truth[own],
-                        record[own],
+                        pos[rows],
+                        values[rows],
+                        spans[rows],
+                        None if truth is None else truth[rows],
+                        record[rows],
                     )
                 )
                 number += 1
     if short:
         excluded.append(
-            Exclusion("short", f"runs of fewer than {how.least} traces ({traces} in all)", short)
+            Exclusion("short", f"runs of fewer than {sizes.fewest} traces ({traces} in all)", short)
         )
     if jumps:
         excluded.append(Exclusion("jump", "jumps of the track, at which blocks end", jumps))
@@ -349,9 +351,9 @@ def _cut(tracks: Sequence[Track], how: Blocks, excluded: list[Exclusion]) -> lis
 
 
 def assemble(
-    tracks: Sequence[Track],
+    tracks: Sequence[FlightTrack],
     climate: MarClimate | None,
-    how: Blocks,
+    sizes: Blocks,
     layer_names: Sequence[str],
     exclude: Sequence[str] = (),
     excluded: Sequence[Exclusion] = (),
@@ -360,13 +362,13 @@ def assemble(
     """Cut tracks into stacks and give them thickness [m] and physics.
 
     Args:
-        tracks: Of all segments, with L layers each.
-        climate: Where physics come from; None for none.
-        how: Sizes of the stacks.
+        tracks: Tracks of all segments, with L layers each.
+        climate: Source of the physical fields; None for none.
+        sizes: Sizes of the stacks.
         layer_names: Names of the L layers.
         exclude: ``outside_climate`` leaves such stacks out.
         excluded: What the reader left out already.
-        notes: What the reader has to say.
+        notes: Further lines of the report.
 
     Raises:
         DataError: Nothing is left, traces lie outside the climate grid, or units are wrong.
@@ -375,11 +377,11 @@ def assemble(
     """
     words = check_exclude(exclude, ("outside_climate", "unreadable", "layer_count"), EXCLUDE)
     left_out = list(excluded)
-    blocks = _cut(tracks, how, left_out)
+    blocks = _cut_tracks(tracks, sizes, left_out)
     names = climate.physics if climate is not None else ()
     stacks: list[LayerStack] = []
     nearest = outside = 0
-    for block, sample in zip(blocks, _physics(blocks, climate), strict=True):
+    for block, sample in zip(blocks, _sample_climate(blocks, climate), strict=True):
         n, layers = block.layers.shape
         physics, flag = np.zeros((n, layers, 0)), np.zeros(n, np.uint8)
         name = f"{block.track.segment}_{block.number:04}"
@@ -398,12 +400,12 @@ def assemble(
             nearest += int(flag.sum())
         thickness, spans, record = block.layers, block.spans, block.record
         if block.track.is_time:
-            density = _density(physics, names, block.track.age, how)
+            density = _layer_density(physics, names, block.track.age, sizes)
             thickness = time_to_thickness(thickness, density)
-            spans = Spans(spans.start, spans.path * LIGHT / 2.0, refractive_index(density))
+            spans = MeasuredSpans(spans.start, spans.path * LIGHT / 2.0, refractive_index(density))
             record = replace(record, density=density)
         check_plausible(thickness, f"stack {name}")
-        distance = along_track(block.pos)
+        distance = measure_track(block.pos)
         stacks.append(
             LayerStack(
                 name,
@@ -423,40 +425,41 @@ def assemble(
     if outside:
         left_out.append(Exclusion("outside_climate", "stacks outside the climate grid", outside))
     age = tracks[0].age if tracks else np.zeros(len(layer_names))
-    every = tuple(layer_names)
-    return Flights(stacks, names, every, age, left_out, tuple(notes), how.thickest)
+    return Flights(stacks, names, tuple(layer_names), age, left_out, tuple(notes), sizes.thickest)
 
 
-def _physics(blocks: Sequence[_Block], climate: MarClimate | None) -> list[Sample | None]:
+def _sample_climate(
+    blocks: Sequence[_TrackBlock], climate: MarClimate | None
+) -> list[Sample | None]:
     """The climate at the traces of each block: one request for each flight."""
     if climate is None or not blocks:
         return [None] * len(blocks)
-    flights: dict[int, list[_Block]] = {}
+    flights: dict[int, list[_TrackBlock]] = {}
     for block in blocks:  # in the order of the tracks
         flights.setdefault(id(block.track), []).append(block)
     requests = [
-        Request(np.concatenate([b.pos for b in group]), _edges(group[0].track))
+        Request(np.concatenate([b.pos for b in group]), _boundary_dates(group[0].track))
         for group in flights.values()
     ]
-    found: list[Sample | None] = []
+    samples: list[Sample | None] = []
     for group, sample in zip(flights.values(), climate.sample(requests), strict=True):
         ends = np.cumsum([len(b.pos) for b in group])[:-1]
         fields = (np.split(v, ends) for v in (sample.physics, sample.flag, sample.away))
-        found += [Sample(*parts) for parts in zip(*fields, strict=True)]
-    return found
+        samples += [Sample(*parts) for parts in zip(*fields, strict=True)]
+    return samples
 
 
-def _edges(track: Track) -> Array:
+def _boundary_dates(track: FlightTrack) -> Array:
     """Dates of a track's boundaries, the flight's first [days since 1970]."""
     flight = float(track.time[0]) / 86_400.0
     return flight - np.concatenate([[0.0], track.age]) * _YEAR
 
 
-def _density(physics: Array, names: Sequence[str], age: Array, how: Blocks) -> Array:
+def _layer_density(physics: Array, names: Sequence[str], age: Array, sizes: Blocks) -> Array:
     """Density of the layers of a block [g cm⁻³]. Shape: (N, L)."""
     shape = physics.shape[:2]
-    if how.density is not None:
-        return np.full(shape, how.density)
+    if sizes.density is not None:
+        return np.full(shape, sizes.density)
     if not {"smb", "st"} <= set(names):
         raise DataError(
             "The density of the layers follows from the climate's smb and st, which are not there.",

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.generated_climate import Climate, refrozen
+from fulgurite.datamodules.ice_layers.generated_climate import Climate, refreeze_melt
 from fulgurite.datamodules.ice_layers.generator import GeneratedFlights, write_world
 from fulgurite.datamodules.ice_layers.random_fields import gaussian_field
-from fulgurite.datamodules.ice_layers.resample import haversine
+from fulgurite.datamodules.ice_layers.resample import great_circle_distance
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.datamodules.ice_layers.world import (
     Flight,
@@ -33,15 +33,15 @@ __all__ = ["ForcedFlights", "Site", "read_site"]
 #: Columns of the daily series that are used: accumulation, rain and melt [kg m⁻² per day], skin
 #: temperature [K].
 _COLUMNS = ("BDOT", "RAIN", "SMELT", "TSKIN")
-# Share of melt and rain that freezes in the firn, however much there is (inferred): both sites keep
-# snow of every year, and less would let the melt of 2012 and 2019 take whole years at 66.5° N
+# Fraction of melt and rain that freezes in the firn, however much there is (inferred): both sites
+# keep snow of every year, and less would let the melt of 2012 and 2019 take whole years at 66.5° N
 _SEEPS = 0.75
 _OPTION = "--data.init_args.source.init_args"
 
 
 @dataclass(frozen=True)
 class Site:
-    """Monthly climate of a place, from a May on.
+    """Monthly climate of a site, from a May on.
 
     Attributes:
         pos: Latitude and longitude [degrees].
@@ -92,14 +92,14 @@ def read_site(path: Path) -> Site:
                 "Convert the column.",
             )
     month = days.astype("datetime64[M]").astype(np.int64)
-    numbers, where = np.unique(month, return_inverse=True)
-    sums = np.stack([np.bincount(where, column).astype(np.float64) for column in values.T])
+    numbers, month_index = np.unique(month, return_inverse=True)
+    sums = np.stack([np.bincount(month_index, column).astype(np.float64) for column in values.T])
     sums[:3] /= 1000.0
-    sums[3] /= np.bincount(where)
+    sums[3] /= np.bincount(month_index)
     start = int(np.argmax(numbers % 12 == 4))
-    whole = (len(numbers) - start) // 12 * 12
+    full_months = (len(numbers) - start) // 12 * 12
     first = 1970 + int(numbers[start]) // 12
-    return Site((lat, lon), first, sums[:, start : start + whole])
+    return Site((lat, lon), first, sums[:, start : start + full_months])
 
 
 class ForcedFlights(GeneratedFlights):
@@ -127,7 +127,7 @@ class ForcedFlights(GeneratedFlights):
         noise: Standard deviation of a pick [m].
         traced: Fraction of blocks whose layers are fully traced.
         informative: False exchanges physics between stacks and layers: a negative control.
-        seed: Of everything but the climate.
+        seed: Seed of everything but the climate.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -171,15 +171,15 @@ class ForcedFlights(GeneratedFlights):
         """The series, sorted.
 
         Raises:
-            DataError: There is none.
+            DataError: There is no series.
         """
-        found = sorted(data_path(self.files).glob("CFM_example_*.csv"))
-        if not found:
+        files = sorted(data_path(self.files).glob("CFM_example_*.csv"))
+        if not files:
             raise DataError(
                 f"There is no CFM_example_*.csv in {self.files}.",
                 f"Point `{_OPTION}.root` to the daily series.",
             )
-        return found
+        return files
 
     def key(self) -> str:
         """The content of the series, and how they are used."""
@@ -213,10 +213,10 @@ class ForcedFlights(GeneratedFlights):
             Flight(name, float(days[k]), boxes[int(k) % len(sites)])
             for name, k in zip(names, order, strict=True)
         ]
-        write_world(folder, world, _climate(world, sites, years), flights)
+        write_world(folder, world, _grid_climate(world, sites, years), flights)
 
 
-def _climate(world: World, sites: Sequence[Site], years: int) -> Climate:
+def _grid_climate(world: World, sites: Sequence[Site], years: int) -> Climate:
     """The sites' months over the grid."""
     x, y, lat, lon = make_grid(world)
     first = max(site.first for site in sites)
@@ -236,15 +236,15 @@ def _climate(world: World, sites: Sequence[Site], years: int) -> Climate:
         return np.repeat(field.reshape(years, 12, *size).sum(1), 12, 0)
 
     liquid = by_year(melt + rain)
-    kept = refrozen(liquid, by_year(snow), _SEEPS)
-    share = 1 - kept / np.maximum(liquid, 1e-9)
-    return Climate(x, y, first, snow, temperature, melt, rain, (melt + rain) * share)
+    frozen = refreeze_melt(liquid, by_year(snow), _SEEPS)
+    runoff_fraction = 1 - frozen / np.maximum(liquid, 1e-9)
+    return Climate(x, y, first, snow, temperature, melt, rain, (melt + rain) * runoff_fraction)
 
 
 def _blend(lat: Array, lon: Array, sites: Sequence[tuple[float, float]]) -> NDArray[np.float64]:
     """Weight of each site at each cell: one around it, a steep passage between. (S, H, W)."""
     here = np.stack([lat, lon], -1)
-    distance = np.stack([haversine(here, np.asarray(pos)) for pos in sites])
+    distance = np.stack([great_circle_distance(here, np.asarray(pos)) for pos in sites])
     near = np.exp(-distance / 25e3 + distance.min(0) / 25e3)
     weights: NDArray[np.float64] = near / near.sum(0)
     return weights

@@ -22,7 +22,7 @@ from fulgurite.errors import DataError
 __all__ = [
     "Climate",
     "make_climate",
-    "refrozen",
+    "refreeze_melt",
     "see_as_mar",
     "surface_elevation",
     "write_mar",
@@ -35,16 +35,16 @@ _WARMTH = 14.0 * np.cos(2 * np.pi * (np.arange(12) - 2) / 12)  # warmest in July
 
 @dataclass(frozen=True)
 class Climate:
-    """A coarse climate on a grid, month by month from a May on: what is true.
+    """A coarse climate on a grid, month by month from a May on: the truth of generated flights.
 
     Attributes:
         x: Projected coordinates of columns [m]. Shape: (W,).
-        y: Of rows [m]. Shape: (H,).
+        y: Projected coordinates of rows [m]. Shape: (H,).
         first: Calendar year of the first month, a May.
         accumulation: Snow [m w.e.]. Shape: (T, H, W).
         temperature: Mean surface temperature [K]. Shape: (T, H, W).
-        melt: [m w.e.]. Shape: (T, H, W).
-        rain: [m w.e.]. Shape: (T, H, W).
+        melt: Melt [m w.e.]. Shape: (T, H, W).
+        rain: Rain [m w.e.]. Shape: (T, H, W).
         runoff: Melt and rain that do not freeze [m w.e.]. Shape: (T, H, W).
     """
 
@@ -72,7 +72,7 @@ class Climate:
         edges = np.append(start, start[-1] + 1).astype("datetime64[D]").astype(np.float64)
         return np.stack([edges[:-1], edges[1:]], 1)
 
-    def layered(self, points: Array, edges: Array) -> dict[str, Array]:
+    def sum_layers(self, points: Array, edges: Array) -> dict[str, Array]:
         """Sums between dates at points, and the mean temperature.
 
         Shape:
@@ -91,20 +91,20 @@ class Climate:
         i = np.minimum(row.astype(int), len(self.y) - 2)
         j = np.minimum(column.astype(int), len(self.x) - 2)
         u, v = row - i, column - j
-        found = {}
+        sums = {}
         for name in self.FIELDS:
-            share = weights[:, used]
+            weight = weights[:, used]
             if name == "temperature":
-                share = share * (months[used, 1] - months[used, 0])
-                share = share / share.sum(1, keepdims=True)
-            field = np.tensordot(share, getattr(self, name)[used], 1)
-            found[name] = (
+                weight = weight * (months[used, 1] - months[used, 0])
+                weight = weight / weight.sum(1, keepdims=True)
+            field = np.tensordot(weight, getattr(self, name)[used], 1)
+            sums[name] = (
                 (1 - u) * (1 - v) * field[:, i, j]
                 + (1 - u) * v * field[:, i, j + 1]
                 + u * (1 - v) * field[:, i + 1, j]
                 + u * v * field[:, i + 1, j + 1]
             ).T
-        return found
+        return sums
 
 
 def surface_elevation(lat: Array, lon: Array) -> Array:
@@ -119,7 +119,7 @@ def make_climate(world: World, wetness: float = 1.0, warmth: float = 0.0) -> Cli
     Args:
         world: The recipe.
         wetness: Factor on the accumulation.
-        warmth: Added to the temperature [K].
+        warmth: Offset of the temperature [K].
 
     Source: arXiv 2604.20783, card section 6.2; correlation lengths (150 km and 40 km) inferred.
     """
@@ -142,7 +142,7 @@ def make_climate(world: World, wetness: float = 1.0, warmth: float = 0.0) -> Cli
     temperature = np.minimum(temperature + warmth, 268.0)
     warm = 0.30 * np.exp((temperature - 262) / 3) * np.exp(0.3 * field(years, 150e3))
     melt = np.minimum(warm, 1.2)
-    runoff = melt - refrozen(melt, accumulation)
+    runoff = melt - refreeze_melt(melt, accumulation)
     even, month = np.full(12, 1 / 12), (slice(None), None, None)
     return Climate(
         x,
@@ -156,27 +156,29 @@ def make_climate(world: World, wetness: float = 1.0, warmth: float = 0.0) -> Cli
     )
 
 
-def _monthly(yearly: Array, shares: Array) -> Array:
+def _monthly(yearly: Array, fractions: Array) -> Array:
     """Deal yearly values (Y, H, W) out to months (12 Y, H, W)."""
-    return (yearly[:, None] * shares[None, :, None, None]).reshape(-1, *yearly.shape[1:])
+    return (yearly[:, None] * fractions[None, :, None, None]).reshape(-1, *yearly.shape[1:])
 
 
-def refrozen(melt: Array, accumulation: Array, least: float = 0.0) -> Array:
+def refreeze_melt(melt: Array, accumulation: Array, min_fraction: float = 0.0) -> Array:
     """How much of a year's melt freezes again [m w.e.].
 
     Args:
-        melt: [m w.e.].
-        accumulation: [m w.e.].
-        least: Share that freezes however much there is, because it seeps into older firn.
+        melt: Melt of the year [m w.e.].
+        accumulation: Accumulation of the year [m w.e.].
+        min_fraction: Fraction that freezes however much there is, because it seeps into older firn.
 
     Source: arXiv 2604.20783, card section 6.2.
 
     Example:
-        >>> refrozen(np.array([0.0, 0.4, 4.0]), np.array([0.4, 0.4, 0.4]))
+        >>> refreeze_melt(np.array([0.0, 0.4, 4.0]), np.array([0.4, 0.4, 0.4]))
         array([0. , 0.3, 0. ])
     """
-    kept: Array = melt * np.clip(1 - 0.25 * melt / np.maximum(accumulation, 1e-3), least, 1.0)
-    return kept
+    frozen: Array = melt * np.clip(
+        1 - 0.25 * melt / np.maximum(accumulation, 1e-3), min_fraction, 1.0
+    )
+    return frozen
 
 
 def see_as_mar(world: World, climate: Climate) -> tuple[Climate, Array]:
@@ -205,8 +207,10 @@ def see_as_mar(world: World, climate: Climate) -> tuple[Climate, Array]:
     runoff = (melt + climate.rain) * climate.runoff / np.maximum(liquid, 1e-9)
     heights = np.repeat(snow.reshape(-1, 12, *shape).sum(1), 12, 0) / 0.35
     temperature = climate.temperature + noise(0.5)
-    seen = replace(climate, accumulation=snow, temperature=temperature, melt=melt, runoff=runoff)
-    return seen, heights * np.exp(noise(0.05))
+    modelled = replace(
+        climate, accumulation=snow, temperature=temperature, melt=melt, runoff=runoff
+    )
+    return modelled, heights * np.exp(noise(0.05))
 
 
 def write_mar(folder: Path, world: World, climate: Climate) -> None:
@@ -220,16 +224,16 @@ def write_mar(folder: Path, world: World, climate: Climate) -> None:
         raise need_extra("netCDF4", "Generating climate files") from error
     _, _, lat, lon = make_grid(world)
     months = climate.months()
-    seen, heights = see_as_mar(world, climate)
+    modelled, heights = see_as_mar(world, climate)
     fields: dict[str, tuple[str, Array]] = {
-        "SMB": ("mmWE/month", 1000 * (seen.accumulation + seen.rain - seen.runoff)),
-        "ME": ("mmWE/month", 1000 * seen.melt),
-        "RU": ("mmWE/month", 1000 * seen.runoff),
-        "ST": ("C", seen.temperature - 273.15),
+        "SMB": ("mmWE/month", 1000 * (modelled.accumulation + modelled.rain - modelled.runoff)),
+        "ME": ("mmWE/month", 1000 * modelled.melt),
+        "RU": ("mmWE/month", 1000 * modelled.runoff),
+        "ST": ("C", modelled.temperature - 273.15),
         "ZN6": ("m", heights),
     }
-    if seen.rain.any():
-        fields["RF"] = ("mmWE/month", 1000 * seen.rain)
+    if modelled.rain.any():
+        fields["RF"] = ("mmWE/month", 1000 * modelled.rain)
     year_of = climate.calendar().astype("datetime64[Y]").astype(int) + 1970
     folder.mkdir(parents=True, exist_ok=True)
     south, north, west, east = world.box

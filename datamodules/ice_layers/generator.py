@@ -42,31 +42,31 @@ def write_world(folder: Path, world: World, climate: Climate, flights: Sequence[
     """Write the layer files of all segments, the climate's files and the truth.
 
     Args:
-        folder: An empty one.
+        folder: An empty folder.
         world: The recipe.
-        climate: The true one.
-        flights: One for each segment.
+        climate: The true climate.
+        flights: Flight of each segment.
     """
     write_mar(folder / "MAR", world, climate)
     for number, (flight, blocks) in enumerate(zip(flights, world.sizes(), strict=True)):
-        made = make_segment(world, climate, number, blocks, flight)
+        segment = make_segment(world, climate, number, blocks, flight)
         name = flight.name
-        place = folder / "CSARP_layer" / name
-        place.mkdir(parents=True)
+        segment_folder = folder / "CSARP_layer" / name
+        segment_folder.mkdir(parents=True)
         for frame, first in enumerate(range(0, blocks, world.blocks_per_frame), 1):
             part = slice(first, first + world.blocks_per_frame)
             write_layer_file(
-                place / f"Data_{name}_{frame:03}.mat",
-                made.time[part].ravel(),
-                made.pos[part].reshape(-1, 2),
-                made.twtt[part].reshape(-1, world.layers + 1),
+                segment_folder / f"Data_{name}_{frame:03}.mat",
+                segment.time[part].ravel(),
+                segment.pos[part].reshape(-1, 2),
+                segment.twtt[part].reshape(-1, world.layers + 1),
             )
-        write_organizer(place / f"layer_{name}.mat", world.layers)
+        write_organizer(segment_folder / f"layer_{name}.mat", world.layers)
         (folder / "truth").mkdir(exist_ok=True)
         np.savez(
             folder / "truth" / f"{name}.npz",
-            time=made.time.ravel(),
-            thickness=made.truth.reshape(-1, world.layers),
+            time=segment.time.ravel(),
+            thickness=segment.truth.reshape(-1, world.layers),
         )
 
 
@@ -100,7 +100,7 @@ class GeneratedFlights(StackSource):
         return cached_folder(f"ice-layers-{name}", self.write)
 
     def key(self) -> str:
-        """What decides the data beside :attr:`world`."""
+        """Text that decides the data beside :attr:`world`."""
         return ""
 
     def write(self, folder: Path) -> None:
@@ -134,21 +134,21 @@ class GeneratedFlights(StackSource):
                     )
                 track.truth = truth["thickness"]
         flights = reader.assemble(tracks, names, excluded, notes)
-        return flights if self.informative else self._uninformed(flights)
+        return flights if self.informative else self._shuffle_physics(flights)
 
     def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
-        """As of :class:`LayerFiles`."""
+        """See :meth:`LayerFiles.check_write_back`."""
         assert self._reader is not None
         self._reader.check_write_back(folder, records)
 
     def write_back(
         self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
     ) -> Written:
-        """As of :class:`LayerFiles`."""
+        """See :meth:`LayerFiles.write_back`."""
         assert self._reader is not None
         return self._reader.write_back(folder, segment, stacks)
 
-    def _uninformed(self, flights: Flights) -> Flights:
+    def _shuffle_physics(self, flights: Flights) -> Flights:
         """Exchange physics between stacks and layers: a negative control (card section 6.2)."""
         generator = self.world.generator(SHUFFLE)
         layers = len(flights.layer_names)
@@ -186,7 +186,7 @@ class SyntheticFlights(GeneratedFlights):
         noise: Standard deviation of a pick [m].
         traced: Fraction of blocks whose layers are fully traced.
         informative: False exchanges physics between stacks and layers: a negative control.
-        seed: Of everything.
+        seed: Seed of everything.
 
     Raises:
         ConfigError: An argument is out of range.

@@ -18,13 +18,13 @@ from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.climate import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
     Blocks,
+    FlightTrack,
     StackSource,
-    Track,
     assemble,
-    in_order,
-    left_out_files,
-    left_out_traces,
+    order_traces,
     read_or_leave,
+    report_dropped_traces,
+    report_unreadable,
 )
 from fulgurite.datamodules.ice_layers.layer_frames import parse_day
 from fulgurite.datamodules.ice_layers.records import TrackRecord
@@ -80,10 +80,10 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         if number == 1 and not _DATE.search(words[0]):
             continue  # names of columns
         columns = columns or len(words)
-        layers, rest = divmod(columns - _HEAD, _PER_LAYER)
+        layers, remainder = divmod(columns - _HEAD, _PER_LAYER)
         try:
             date = _DATE.search(words[0])
-            if date is None or len(words) != columns or layers < 1 or rest:
+            if date is None or len(words) != columns or layers < 1 or remainder:
                 raise ValueError
             values = [float(word) for word in words[1:]]
             if date[1] not in rows:
@@ -101,16 +101,16 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
             f"The table {path} holds no picks.",
             f"Set `{_OPTION}.files` to others, or `{_OPTION}.exclude+=unreadable`.",
         )
-    found = {}
+    tables = {}
     for segment, values_ in rows.items():
         table = np.asarray(values_, np.float64)
         picks_of = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
         bins, depth = picks_of[..., 0], picks_of[..., 1]
         missing = (bins == -1) | (depth == -1) | ~np.isfinite(picks_of[..., :2]).all(-1)
         picks = bins * table[:, 4:5] if from_bins else depth
-        kept = np.where(missing, np.nan, picks)
-        found[segment] = table[:, 0], table[:, 3], table[:, 1:3], kept
-    return found
+        boundaries = np.where(missing, np.nan, picks)
+        tables[segment] = table[:, 0], table[:, 3], table[:, 1:3], boundaries
+    return tables
 
 
 class KoenigPicks(StackSource):
@@ -122,14 +122,14 @@ class KoenigPicks(StackSource):
     Args:
         files: ``mapdata*.txt`` tables, or folders of them, absolute or relative to
             ``FULGURITE_DATA``.
-        climate: Where physical fields come from; null for none.
+        climate: Source of the physical fields; null for none.
         count: L, number of layers to use, from the surface down.
-        thickness: From the published ``depth``, or from range ``bins``.
+        thickness: Source of thickness: the published ``depth``, or range ``bins``.
         traces: N, traces of a stack.
         spacing: Distance of traces [m]; the median one of the track if not given.
         min_traces: Shorter remainders are left out and counted; half of ``traces`` if not given.
         jump: A step of more than this times the median one ends a block.
-        density: Of all layers [g cm⁻³], for ``bins``; by the climate if not given.
+        density: Density of all layers [g cm⁻³], for ``bins``; by the climate if not given.
         surface: What the first layer begins at: the ``first_pick`` of a trace, as the toolbox's
             own reader of these tables has it, or depth ``zero``. If not given, the first pick is
             the surface where its median depth is less than half of that of the layer below, which
@@ -209,22 +209,22 @@ class KoenigPicks(StackSource):
         """The tables, sorted.
 
         Raises:
-            DataError: There is none.
+            DataError: There is no table.
         """
-        found: set[Path] = set()
-        for given in self.files:
-            path = data_path(given)
+        files: set[Path] = set()
+        for name in self.files:
+            path = data_path(name)
             if path.is_dir():
                 tables = [file for _, file in list_files(path, (".txt",))]
-                found |= {file for file in tables if file.name.startswith("mapdata")}
+                files |= {file for file in tables if file.name.startswith("mapdata")}
             else:
-                found.add(path)
-        if not found:
+                files.add(path)
+        if not files:
             raise DataError(
                 f"There is no table mapdata*.txt at {name_some(self.files)}.",
                 f"Set `{_OPTION}.files` to tables of picks or their folder.",
             )
-        return sorted(found)
+        return sorted(files)
 
     def load(self) -> Flights:
         """Return the stacks.
@@ -250,7 +250,7 @@ class KoenigPicks(StackSource):
                     f"The table {path} has {boundaries} boundaries, not {needed}.",
                     f"Lower `{_OPTION}.count`.",
                 )
-        tracks: list[Track] = []
+        tracks: list[FlightTrack] = []
         crossed, lost = 0, np.zeros(2, np.int64)
         age = np.arange(1.0, self.count + 1)
         for segment in sorted(parts):  # which may be in several tables
@@ -267,22 +267,24 @@ class KoenigPicks(StackSource):
             if not is_usable:
                 # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
                 time = start + 43_200.0 + np.arange(len(recorded_time), dtype=np.float64)
-            traces, pos, its_lost = in_order(time, pos, recorded_time)
+            traces, pos, its_lost = order_traces(time, pos, recorded_time)
             lost += its_lost
             if len(traces):
-                kept, its_crossed = remove_crossed(picks[traces])
+                uncrossed, its_crossed = remove_crossed(picks[traces])
                 crossed += its_crossed
                 record = TrackRecord(time=time[traces] if is_usable else None)
                 tracks.append(
-                    Track(segment, time[traces], pos, kept, age, is_time=bins, record=record)
+                    FlightTrack(
+                        segment, time[traces], pos, uncrossed, age, is_time=bins, record=record
+                    )
                 )
-        excluded = [*left_out_files(damaged), *left_out_traces(lost, crossed)]
+        excluded = [*report_unreadable(damaged), *report_dropped_traces(lost, crossed)]
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]
         words = sorted(self.exclude)
         return assemble(tracks, self.climate, self.blocks, names, words, excluded, notes)
 
     def _choose_surface(self, tables: Sequence[Array]) -> tuple[str, list[str]]:
-        """What the first layer begins at, and what is to be said of it."""
+        """Choose the surface of the first layer; also notes for the report."""
         if self.thickness == "bins":
             return "first_pick", []
         if self.surface is not None:
@@ -292,11 +294,11 @@ class KoenigPicks(StackSource):
         if not np.isfinite(first) or not np.isfinite(second):
             return "zero", []
         is_surface = first < _FIRST_IS_SURFACE * second
-        chosen = "first_pick" if is_surface else "zero"
-        return chosen, [
+        surface = "first_pick" if is_surface else "zero"
+        return surface, [
             f"the first picks lie at {first:.2f} m, the layer below is {second:.2f} m thick "
             f"(medians): they are taken for the {'surface' if is_surface else 'first layer'} "
-            f"(surface={chosen})"
+            f"(surface={surface})"
         ]
 
 
@@ -306,9 +308,9 @@ def _order_rows(number: Array, time: Array | None, pos: Array) -> NDArray[np.int
     Without times by number, if every trace has one of its own, and otherwise as the lines are.
 
     Args:
-        number: Of each trace, as the table has it. Shape: (M,).
-        time: Shape: (M,).
-        pos: Shape: (M, 2).
+        number: Number of each trace, as the table has it. Shape: (M,).
+        time: Time of each trace [s]. Shape: (M,).
+        pos: Latitude and longitude [degrees]. Shape: (M, 2).
     """
     if time is not None:
         return np.lexsort((number, time))

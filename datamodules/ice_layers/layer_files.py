@@ -23,12 +23,12 @@ from fulgurite.datamodules.ice_layers.boundaries import (
 from fulgurite.datamodules.ice_layers.climate import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
     Blocks,
+    FlightTrack,
     StackSource,
-    Track,
     assemble,
-    left_out_files,
-    left_out_traces,
     read_or_leave,
+    report_dropped_traces,
+    report_unreadable,
 )
 from fulgurite.datamodules.ice_layers.layer_frames import (
     FRAME_NAME,
@@ -70,20 +70,20 @@ class LayerFiles(StackSource):
     Args:
         layers: Folders or glob patterns of ``Data_YYYYMMDD_SS_FFF.mat``, absolute or relative to
             ``FULGURITE_DATA``.
-        climate: Where physical fields come from; null for none.
+        climate: Source of the physical fields; null for none.
         count: L, number of layers to use, from the surface down; files with fewer lack the deeper
             ones. Null for all, if all files have the same.
         traces: N, traces of a stack.
         spacing: Distance of traces [m]; the median one of the track if not given.
         min_traces: Shorter remainders are left out and counted; half of ``traces`` if not given.
         jump: A step of more than this times the median one ends a block.
-        density: Of all layers [g cm⁻³]; if not given, Herron and Langway's for the climate's mass
-            balance and temperature.
+        density: Density of all layers [g cm⁻³]; if not given, Herron and Langway's for the
+            climate's mass balance and temperature.
         quality: Picks of a worse quality (1 good, 2 moderate, 3 derived) count as missing.
         segments: Names of segments to use; all if not given.
         prefer: Names of folders, the first one wins, where files of one segment are in several
             folders, such as ``CSARP_layer`` before ``CSARP_layer_old``.
-        ages: Of layers from the companion ``files``, or ``yearly``: a year apart.
+        ages: Source of the ages of layers: the companion ``files``, or ``yearly``, a year apart.
         exclude: What to leave out and count instead of stopping: files that are ``unreadable``
             (without its companion, the boundaries of a segment are in the order of their numbers
             and a year apart), stacks ``outside_climate``, files with another ``layer_count``.
@@ -127,7 +127,7 @@ class LayerFiles(StackSource):
         self.quality = quality
         self.prefer = list(prefer)
         self.ages = ages
-        self.wanted = None if segments is None else list(segments)
+        self.segment_names = None if segments is None else list(segments)
         self.exclude = check_exclude(
             exclude, ("unreadable", "outside_climate", "layer_count"), EXCLUDE
         )
@@ -162,7 +162,7 @@ class LayerFiles(StackSource):
 
         Raises:
             ConfigError: No file is in a folder that is preferred.
-            DataError: There is no file, a wanted segment is not there, or a segment is in several
+            DataError: There is no file, a named segment is not there, or a segment is in several
                 folders of which none is preferred.
         """
         return {name: files for name, (files, _) in self._choose_files().items()}
@@ -180,14 +180,14 @@ class LayerFiles(StackSource):
             for path in matches:
                 if match := FRAME_NAME.fullmatch(path.name):
                     files.setdefault(match[1], set()).add(path)
-        if self.wanted is not None:
-            if absent := sorted(set(self.wanted) - set(files)):
+        if self.segment_names is not None:
+            if absent := sorted(set(self.segment_names) - set(files)):
                 raise DataError(
                     f"There is no flight segment {name_some(absent)} (there are "
                     f"{name_some(sorted(files)) or 'none'}).",
                     f"Set `{_OPTION}.segments` to names of folders in CSARP_layer.",
                 )
-            files = {name: files[name] for name in self.wanted}
+            files = {name: files[name] for name in self.segment_names}
         if not files:
             raise DataError(
                 f"There is no layer file Data_YYYYMMDD_SS_FFF.mat at {name_some(self.files)}.",
@@ -206,7 +206,7 @@ class LayerFiles(StackSource):
                 f"Set `{_OPTION}.prefer` to names of folders of the files, such as CSARP_layer.",
             )
 
-    def tracks(self) -> tuple[list[Track], tuple[str, ...], list[Exclusion], list[str]]:
+    def tracks(self) -> tuple[list[FlightTrack], tuple[str, ...], list[Exclusion], list[str]]:
         """Read all picks: tracks, names of the layers, what was left out, and notes.
 
         Raises:
@@ -230,38 +230,38 @@ class LayerFiles(StackSource):
                 companion = paths[0].with_name(f"layer_{segment}.mat")
                 organizer = usable(read_organizer, companion) if companion.is_file() else None
                 read[segment] = frames, find_boundaries(segment, frames, organizer)
-        excluded = left_out_files(damaged)
+        excluded = report_unreadable(damaged)
         if not_preferred:
-            what = "files of segments that a preferred folder has too"
-            excluded.append(Exclusion("not_preferred", what, not_preferred))
+            description = "files of segments that a preferred folder has too"
+            excluded.append(Exclusion("not_preferred", description, not_preferred))
         count, dropped = self._layer_count({name: b.layers for name, (_, b) in read.items()})
         if dropped:
-            what = f"segments with another number of layers ({name_some(dropped)})"
-            excluded.append(Exclusion("layer_count", what, len(dropped)))
-        kept = {name: files for name, files in read.items() if name not in dropped}
+            description = f"segments with another number of layers ({name_some(dropped)})"
+            excluded.append(Exclusion("layer_count", description, len(dropped)))
+        used_segments = {name: files for name, files in read.items() if name not in dropped}
         tracks = []
         crossed = contradicting = 0
         lost = np.zeros(2, np.int64)
-        for segment, (frames, boundaries) in kept.items():
+        for segment, (frames, boundaries) in used_segments.items():
             joined = join_frames(segment, frames, boundaries, count, self.ages)
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
             self._age_source = self._age_source or boundaries.describe_ages(count, self.ages)
             self._segments[segment] = SegmentFiles(used[segment], boundaries, count, self.quality)
-        excluded += left_out_traces(lost, crossed)
+        excluded += report_dropped_traces(lost, crossed)
         if contradicting:
-            what = "picks that differ from those of an overlapping file before"
-            excluded.append(Exclusion("contradicting", what, contradicting))
-        self._names = _longest_names(kept, count)
-        return tracks, self._names, excluded, _notes(kept, tracks, count)
+            description = "picks that differ from those of an overlapping file before"
+            excluded.append(Exclusion("contradicting", description, contradicting))
+        self._names = _longest_names(used_segments, count)
+        return tracks, self._names, excluded, _notes(used_segments, tracks, count)
 
     def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
         """Refuse to write layer files where they would not be of use, or in place of those read.
 
         Args:
-            folder: Where to.
-            records: Of the stacks of each segment.
+            folder: Folder to write to.
+            records: Records of the stacks of each segment.
 
         Raises:
             ConfigError: Files that were read are in this folder.
@@ -282,8 +282,8 @@ class LayerFiles(StackSource):
         """Write the files of a segment again, with completed boundaries.
 
         Args:
-            folder: Where to.
-            segment: Its name.
+            folder: Folder to write to.
+            segment: Name of the segment.
             stacks: Record of each completed stack, and the times of its boundaries below the
                 surface (N, K) [s], NaN where they are unknown.
 
@@ -310,17 +310,17 @@ class LayerFiles(StackSource):
                 f"without any, set `{_OPTION}.count` to the number of the trained network.",
             )
         values = list(counts.values())
-        most = max(sorted(set(values)), key=values.count)
-        other = {name for name, layers in counts.items() if layers != most}
+        usual = max(sorted(set(values)), key=values.count)
+        other = {name for name, layers in counts.items() if layers != usual}
         if other and "layer_count" not in self.exclude:
             name = sorted(other)[0]
-            same = next(n for n, layers in counts.items() if layers == most)
+            same = next(n for n, layers in counts.items() if layers == usual)
             raise DataError(
-                f"The segment {name} has {counts[name]} layers, {same} has {most}.",
+                f"The segment {name} has {counts[name]} layers, {same} has {usual}.",
                 f"Set `{_OPTION}.count` to the number to use, or leave such segments out: "
                 f"`{_OPTION}.exclude+=layer_count`.",
             )
-        return most, other
+        return usual, other
 
     def load(self) -> Flights:
         """Return the stacks.
@@ -333,7 +333,7 @@ class LayerFiles(StackSource):
 
     def assemble(
         self,
-        tracks: Sequence[Track],
+        tracks: Sequence[FlightTrack],
         names: Sequence[str],
         excluded: Sequence[Exclusion] = (),
         notes: Sequence[str] = (),
@@ -349,7 +349,7 @@ def _choose_folder(
     """Choose the folder of a segment's files.
 
     Args:
-        segment: Its name.
+        segment: Name of the segment.
         paths: All files of that name; links to one file count once.
         prefer: Names of folders, the first one wins.
 
@@ -365,16 +365,16 @@ def _choose_folder(
         return min([k for k, name in enumerate(prefer) if name in path.parts], default=len(prefer))
 
     best = min(map(rank, files))
-    chosen = [path for path in files if rank(path) == best]
-    folders = sorted({path.parent for path in chosen})
+    preferred = [path for path in files if rank(path) == best]
+    folders = sorted({path.parent for path in preferred})
     if len(folders) > 1:
-        first, second = (next(p for p in chosen if p.parent == folder) for folder in folders[:2])
+        first, second = (next(p for p in preferred if p.parent == folder) for folder in folders[:2])
         raise DataError(
             f"Two folders have layer files of the segment {segment}: {first} and {second}.",
             f"Name one of them in `{_OPTION}.layers`, or say which wins by a part of its path: "
             f"`{_OPTION}.prefer=[{_distinct_part(first, second)}]`.",
         )
-    return chosen, len(files) - len(chosen)
+    return preferred, len(files) - len(preferred)
 
 
 def _distinct_part(first: Path, second: Path) -> str:
@@ -392,7 +392,7 @@ def _longest_names(read: dict[str, tuple[list[Frame], Boundaries]], count: int) 
 
 
 def _notes(
-    read: dict[str, tuple[list[Frame], Boundaries]], tracks: Sequence[Track], count: int
+    read: dict[str, tuple[list[Frame], Boundaries]], tracks: Sequence[FlightTrack], count: int
 ) -> list[str]:
     """What is to be said of the boundaries of all segments."""
     notes = [note for _, boundaries in read.values() for note in boundaries.notes]

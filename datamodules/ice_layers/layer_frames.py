@@ -48,13 +48,13 @@ class Frame:
     """Picks of one file.
 
     Attributes:
-        time: [s since 1970]. Shape: (M,).
+        time: Time of each trace [s since 1970]. Shape: (M,).
         pos: Latitude and longitude [degrees]. Shape: (M, 2).
         twtt: Two-way travel time [s], NaN where missing. Shape: (M, K).
         ids: Number of each boundary. Shape: (K,).
         names: Names of boundaries, where the file has them.
-        name: Of the frame, ``YYYYMMDD_SS_FFF``.
-        elevation: Of the radar [m], NaN where the file has none. Shape: (M,).
+        name: Name of the frame, ``YYYYMMDD_SS_FFF``.
+        elevation: Elevation of the radar [m], NaN where the file has none. Shape: (M,).
         grades: Quality of each pick: 1 good, 2 moderate, 3 derived. Shape: (M, K).
         kinds: Type of each pick: 1 manual, 2 automatic, or another of the toolbox's. Shape: (M, K).
     """
@@ -108,12 +108,12 @@ def check_day(time: Array, segment: str, path: Path) -> None:
     """Refuse times that are not of the day in the name of their segment.
 
     Args:
-        time: Of the traces [s since 1970]. Shape: (M,).
-        segment: Its name, which begins with YYYYMMDD.
+        time: Time of each trace [s since 1970]. Shape: (M,).
+        segment: Name of the segment, which begins with YYYYMMDD.
         path: The file.
 
     Raises:
-        DataError: Their median is more than three days off, or the name is of no day.
+        DataError: The median time is more than three days off, or the name is of no day.
 
     Source: the times are those of a clock that counts from 1970 (toolbox, ``layerdata``).
     """
@@ -139,7 +139,7 @@ def check_day(time: Array, segment: str, path: Path) -> None:
 # --- variables ------------------------------------------------------------------------------------
 
 
-def _need(content: dict[str, Any], names: Sequence[str], path: Path) -> Any:
+def _find_variable(content: dict[str, Any], names: Sequence[str], path: Path) -> Any:
     for name in names:
         if name in content:
             return content[name]
@@ -149,7 +149,7 @@ def _need(content: dict[str, Any], names: Sequence[str], path: Path) -> Any:
     )
 
 
-def _numbers(value: Any, name: str, path: Path) -> Array:
+def _to_numbers(value: Any, name: str, path: Path) -> Array:
     """A variable as an array of real numbers; an empty text is none."""
     try:
         array = np.asarray(() if isinstance(value, str) and not value else value)
@@ -160,13 +160,13 @@ def _numbers(value: Any, name: str, path: Path) -> Array:
         raise DataError(f"The variable {name} of {path} is not made of numbers.", _AGAIN) from error
 
 
-def _row(content: dict[str, Any], names: Sequence[str], path: Path) -> Array:
-    return _numbers(_need(content, names, path), names[0], path).ravel()
+def _read_vector(content: dict[str, Any], names: Sequence[str], path: Path) -> Array:
+    return _to_numbers(_find_variable(content, names, path), names[0], path).ravel()
 
 
 def _whole_numbers(content: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
     """Numbers of boundaries."""
-    numbers = _row(content, (name,), path)
+    numbers = _read_vector(content, (name,), path)
     if not np.isfinite(numbers).all() or (numbers != np.round(numbers)).any():
         raise DataError(
             f"The numbers {name} of the boundaries in {path} are {name_some(numbers, 12)}: one is "
@@ -179,7 +179,7 @@ def _whole_numbers(content: dict[str, Any], name: str, path: Path) -> tuple[int,
 
 def _by_boundary(values: Any, traces: int, boundaries: int, path: Path, name: str) -> Array:
     """An array of (M, K) out of one of (K, M), which a single boundary or trace has flattened."""
-    array = np.atleast_2d(_numbers(values, name, path))
+    array = np.atleast_2d(_to_numbers(values, name, path))
     if not boundaries and not array.size:
         return np.zeros((traces, 0))
     if array.shape[-1] != traces and array.shape[0] == traces:
@@ -191,25 +191,25 @@ def _by_boundary(values: Any, traces: int, boundaries: int, path: Path, name: st
     return array.T
 
 
-def _as_list(value: Any) -> list[Any]:
+def _to_list(value: Any) -> list[Any]:
     if isinstance(value, np.ndarray):
         return list(value.ravel())
     return value if isinstance(value, list) else [value]
 
 
-def _text(value: Any, what: str, path: Path) -> str:
+def _to_text(value: Any, subject: str, path: Path) -> str:
     """A name, empty where MATLAB has an empty array.
 
     Raises:
-        DataError: It is no text that can be read, such as MATLAB's class ``string``.
+        DataError: The value is no text that can be read, such as MATLAB's class ``string``.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, np.ndarray) and not value.size:
         return ""
     raise DataError(
-        f"{what} in {path} is no text, or of MATLAB's class string, which stores none that can be "
-        "read.",
+        f"{subject} in {path} is no text, or of MATLAB's class string, which stores none that can "
+        "be read.",
         "Save names as characters: lyr_name = cellstr(lyr_name).",
     )
 
@@ -225,41 +225,46 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
         quality: Picks of a worse quality (1 good, 2 moderate, 3 derived) count as missing.
 
     Raises:
-        DataError: It is damaged, lacks a variable, its arrays do not fit, its times are not in
-            seconds or not of the day in its name, or one boundary is there twice with other picks.
-        MissingExtraError: It is of version 7.3 and h5py is not installed.
+        DataError: The file is damaged, lacks a variable, its arrays do not fit, its times are not
+            in seconds or not of the day in its name, or a boundary comes twice with other picks.
+        MissingExtraError: The file is of version 7.3 and h5py is not installed.
 
     Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
     """
     content = read_mat(path)
-    time = _row(content, ("gps_time", "GPS_time"), path)
-    lat, lon = _row(content, ("lat", "Latitude"), path), _row(content, ("lon", "Longitude"), path)
+    time = _read_vector(content, ("gps_time", "GPS_time"), path)
+    lat, lon = (
+        _read_vector(content, ("lat", "Latitude"), path),
+        _read_vector(content, ("lon", "Longitude"), path),
+    )
     if not len(time):
         raise DataError(f"The layer file {path} holds no trace.", _AGAIN)
     elevation = np.full(len(time), np.nan)
-    if known := [name for name in ("elev", "Elevation") if name in content]:
-        elevation = _row(content, known, path)
+    if elevation_names := [name for name in ("elev", "Elevation") if name in content]:
+        elevation = _read_vector(content, elevation_names, path)
     names: tuple[str, ...] | None = None
     if "layerData" in content:
         twtt, grades, kinds, names = _read_old_layers(content, len(time), path)
         ids: tuple[int, ...] = tuple(range(1, twtt.shape[1] + 1))
     else:
         ids = _whole_numbers(content, "id", path)
-        twtt = _by_boundary(_need(content, ("twtt",), path), len(time), len(ids), path, "twtt")
+        twtt = _by_boundary(
+            _find_variable(content, ("twtt",), path), len(time), len(ids), path, "twtt"
+        )
         grades = np.full(twtt.shape, _GOOD)
         if "quality" in content:
             grades = _by_boundary(content["quality"], len(time), len(ids), path, "quality")
         kinds = _read_kinds(content, twtt, path)
-    for what, count, wanted in (
+    for variable, count, expected in (
         ("lat", len(lat), len(time)),
         ("lon", len(lon), len(time)),
         ("elev", len(elevation), len(time)),
         ("id", len(ids), twtt.shape[1]),
         ("quality", grades.size, twtt.size),
     ):
-        if count != wanted:
+        if count != expected:
             raise DataError(
-                f"The variable {what} of {path} has {count} values, not {wanted}.", _AGAIN
+                f"The variable {variable} of {path} has {count} values, not {expected}.", _AGAIN
             )
     twtt = np.where(np.isfinite(twtt) & (twtt > 0), twtt, np.nan)
     grades = np.where(np.isin(grades, _GRADES), grades, _GOOD)  # as in the toolbox
@@ -302,11 +307,11 @@ def _check_seconds(twtt: Array, path: Path) -> None:
 
 def _check_degrees(lat: Array, lon: Array, path: Path) -> None:
     """Refuse radians: as degrees, no ice is so near to where equator and prime meridian meet."""
-    known = np.isfinite(lat) & np.isfinite(lon)
-    if known.any() and (np.abs(lat[known]) < np.pi / 2).all() and (np.abs(lon[known]) < 4).all():
+    finite = np.isfinite(lat) & np.isfinite(lon)
+    if finite.any() and (np.abs(lat[finite]) < np.pi / 2).all() and (np.abs(lon[finite]) < 4).all():
         raise DataError(
-            f"The positions in {path} are those of radians, such as latitude {lat[known][0]:g} and "
-            f"longitude {lon[known][0]:g}.",
+            f"The positions in {path} are those of radians, such as latitude {lat[finite][0]:g} "
+            f"and longitude {lon[finite][0]:g}.",
             "Convert lat and lon to degrees, or leave such files out: "
             f"`{_OPTION}.exclude+=unreadable`.",
         )
@@ -324,12 +329,12 @@ def _join_doubled(
         The different numbers, and which of the K columns each of them is from (M, their number).
 
     Raises:
-        DataError: They do.
+        DataError: Picks of one boundary contradict each other.
     """
     columns: dict[int, NDArray[np.int64]] = {}
     picks: dict[int, Array] = {}
     for number, (k, column) in enumerate(zip(ids, twtt.T, strict=True)):
-        own = np.full(len(column), number)
+        indices = np.full(len(column), number)
         before = picks.setdefault(k, column)
         if (np.isfinite(before) & np.isfinite(column) & (before != column)).any():
             raise DataError(
@@ -338,7 +343,7 @@ def _join_doubled(
                 f"`{_OPTION}.exclude+=unreadable`.",
             )
         is_new = np.isnan(before) & np.isfinite(column)
-        columns[k] = np.where(is_new, own, columns.get(k, own))
+        columns[k] = np.where(is_new, indices, columns.get(k, indices))
         picks[k] = np.where(is_new, column, before)
     empty = np.zeros((len(twtt), 0), np.int64)
     return tuple(columns), np.stack(list(columns.values()), 1) if columns else empty
@@ -353,32 +358,32 @@ def _read_old_layers(
         Travel times (M, K) [s], grades (M, K), types (M, K) and names, if there are any.
     """
     picks, grades, kinds, names = [], [], [], []
-    for number, layer in enumerate(_as_list(content["layerData"]), 1):
+    for number, layer in enumerate(_to_list(content["layerData"]), 1):
         if not isinstance(layer, dict):
             raise DataError(f"The boundary {number} of layerData in {path} has no fields.", _AGAIN)
         manual, automatic = _read_pick_sets(layer, traces, number, path)
         picks.append(np.where(np.isfinite(manual), manual, automatic))
         kinds.append(np.where(np.isfinite(manual), _MANUAL, _AUTOMATIC))
-        grade = _numbers(layer.get("quality", ()), "quality", path).ravel()
+        grade = _to_numbers(layer.get("quality", ()), "quality", path).ravel()
         grades.append(grade if len(grade) == traces else np.ones(traces))
-        names.append(_text(layer.get("name", ""), f"The name of boundary {number}", path))
+        names.append(_to_text(layer.get("name", ""), f"The name of boundary {number}", path))
     if not picks:
         empty = np.zeros((traces, 0))
         return empty, empty, empty, None
-    known = tuple(names) if any(names) else None
-    return np.stack(picks, 1), np.stack(grades, 1), np.stack(kinds, 1), known
+    layer_names = tuple(names) if any(names) else None
+    return np.stack(picks, 1), np.stack(grades, 1), np.stack(kinds, 1), layer_names
 
 
 def _read_pick_sets(layer: dict[str, Any], traces: int, number: int, path: Path) -> list[Array]:
     """Manual and automatic picks of a boundary; either may be absent, as in the toolbox."""
-    values = _as_list(layer.get("value", []))
+    values = _to_list(layer.get("value", []))
     sets: list[Array] = []
     for value in values:
         if not isinstance(value, dict) or "data" not in value:
             raise DataError(
                 f"The boundary {number} of layerData in {path} has a value without data.", _AGAIN
             )
-        data = _numbers(value["data"], "layerData", path).ravel()
+        data = _to_numbers(value["data"], "layerData", path).ravel()
         sets.append(data if data.size else np.full(traces, np.nan))
     if len(sets) > 2 or any(len(picks) != traces for picks in sets):
         counts = " and ".join(str(len(picks)) for picks in sets)
@@ -396,7 +401,7 @@ def read_organizer(path: Path) -> Organizer:
     """Read the companion file of a segment.
 
     Raises:
-        DataError: It is damaged, lacks ``lyr_id``, or its lists do not fit the boundaries.
+        DataError: The file is damaged, lacks ``lyr_id``, or its lists do not fit the boundaries.
 
     Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
     """
@@ -408,14 +413,14 @@ def read_organizer(path: Path) -> Organizer:
             "Give every boundary a number of its own, or leave such files out: "
             f"`{_OPTION}.exclude+=unreadable`.",
         )
-    listed = _as_list(content.get("lyr_name", []))
+    listed = _to_list(content.get("lyr_name", []))
     if len(listed) != len(ids):
         raise DataError(
             f"The companion file {path} has {len(listed)} names lyr_name that can be read for "
             f"{len(ids)} boundaries.",
             "Save one for each, as characters: lyr_name = cellstr(lyr_name).",
         )
-    names = [_text(name, "A name in lyr_name", path) for name in listed]
+    names = [_to_text(name, "A name in lyr_name", path) for name in listed]
     ages, order = (
         _optional_numbers(content, name, len(ids), path) for name in ("lyr_age", "lyr_order")
     )
@@ -431,9 +436,9 @@ def _optional_numbers(content: dict[str, Any], name: str, count: int, path: Path
     """A number for each boundary, NaN where the file has none.
 
     Raises:
-        DataError: There are some, but not one for each.
+        DataError: The file has numbers of some boundaries alone.
     """
-    values: NDArray[np.float64] = _numbers(content.get(name, ()), name, path).ravel()
+    values: NDArray[np.float64] = _to_numbers(content.get(name, ()), name, path).ravel()
     if values.size not in (0, count):
         raise DataError(
             f"The variable {name} of {path} has {values.size} values for {count} boundaries.",

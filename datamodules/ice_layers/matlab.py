@@ -73,7 +73,7 @@ class _Reader:
         self.content, self.order, self.nested, self.at = content, order, nested, 0
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Bytes that are not yet read."""
         return len(self.content) - self.at
 
@@ -84,9 +84,9 @@ class _Reader:
         """The next element.
 
         Raises:
-            ValueError: It is longer than what is left.
+            ValueError: The element is longer than the rest of the file.
         """
-        if self.left < 8:
+        if self.remaining < 8:
             raise ValueError("an element is cut off")
         kind, size, begin = self._word(self.at), self._word(self.at + 4), self.at + 8
         if kind >> 16:  # a small element: its size and content are in the tag
@@ -105,7 +105,7 @@ class _Reader:
         """The values of the next element.
 
         Raises:
-            ValueError: It does not hold numbers.
+            ValueError: The element does not hold numbers.
         """
         kind, content = self.next()
         if kind not in _STORED:
@@ -129,7 +129,7 @@ class _Reader:
         """The value of the next element, a matrix.
 
         Raises:
-            ValueError: It is none.
+            ValueError: The element is no matrix.
         """
         kind, content = self.next()
         if kind != _MATRIX:
@@ -152,7 +152,7 @@ def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
         them for several), :class:`Unread` for what layer files have no use for.
 
     Raises:
-        ValueError: The file is none, or damaged.
+        ValueError: The file is no MATLAB file, or damaged.
     """
     order = {b"IM": "<", b"MI": ">"}.get(content[_HEADER - 2 : _HEADER])
     if order is None:
@@ -160,7 +160,7 @@ def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
     reader = _Reader(memoryview(content)[_HEADER:], order)
     variables: dict[str, Any] = {}
     hidden: Any = None  # the last variable without a name holds the table of objects
-    while reader.left >= 8:
+    while reader.remaining >= 8:
         kind, part = reader.next()
         if kind == _COMPRESSED:
             expanded = _expand(part, limit)
@@ -220,7 +220,7 @@ def _parse_matrix(reader: _Reader) -> tuple[str, Any]:
     """Name and value of an array's elements.
 
     Raises:
-        ValueError: They do not fit together.
+        ValueError: The elements do not fit together.
     """
     if reader.nested > _DEEPEST:
         raise ValueError("it is nested too deeply")
@@ -238,7 +238,7 @@ def _parse_matrix(reader: _Reader) -> tuple[str, Any]:
         raise ValueError(f"an array has the shape {shape}")
     name = reader.text()
     if number in _CLASSES:
-        return name, _squeezed(_numeric(reader, number, shape, bool(attributes & _COMPLEX)))
+        return name, _squeeze(_numeric(reader, number, shape, bool(attributes & _COMPLEX)))
     if number == _CHAR:
         return name, _characters(reader, shape)
     if number == _CELL:
@@ -251,8 +251,8 @@ def _parse_matrix(reader: _Reader) -> tuple[str, Any]:
 
 
 def _refuse_many(count: int, reader: _Reader) -> None:
-    if count * 8 > reader.left:  # each has a tag at least
-        raise ValueError(f"{count:,} values are in {reader.left:,} bytes")
+    if count * 8 > reader.remaining:  # each has a tag at least
+        raise ValueError(f"{count:,} values are in {reader.remaining:,} bytes")
 
 
 def _numeric(
@@ -269,14 +269,14 @@ def _numeric(
     return array.reshape(shape, order="F")
 
 
-def _squeezed(array: npt.NDArray[Any]) -> Any:
+def _squeeze(array: npt.NDArray[Any]) -> Any:
     if not array.size:
         return np.zeros(0, array.dtype)
     return np.squeeze(array)[()]
 
 
 def _characters(reader: _Reader, shape: tuple[int, ...]) -> Any:
-    text = reader.text() if reader.left else ""
+    text = reader.text() if reader.remaining else ""
     if len(text) != math.prod(shape):
         if shape[0] != 1 or len(shape) != 2:  # of one row, characters may take several codes
             raise ValueError(f"text of shape {shape} has {len(text)} characters")
@@ -316,7 +316,7 @@ def read_mat(path: Path) -> dict[str, Any]:
 
     Raises:
         DataError: The file is missing, truncated or no MATLAB file.
-        MissingExtraError: It is of version 7.3 and h5py is not installed.
+        MissingExtraError: The file is of version 7.3 and h5py is not installed.
     """
     with reading(path, "The layer file", _AGAIN, fault="cannot be read as MATLAB"):
         with open(path, "rb") as file:

@@ -14,8 +14,8 @@ import numpy as np
 from fulgurite.data.exclusions import check_exclude
 from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.flights import StackSource
-from fulgurite.datamodules.ice_layers.resample import along_track
-from fulgurite.datamodules.ice_layers.spans import Spans
+from fulgurite.datamodules.ice_layers.resample import measure_track
+from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     METRES,
@@ -30,7 +30,7 @@ from fulgurite.errors import DataError
 from fulgurite.foreign import read_arrays, reading
 from fulgurite.io import data_path
 
-__all__ = ["NpzStacks", "read_npz"]
+__all__ = ["NpzStacks", "read_npz_arrays"]
 
 _OPTION = "--data.init_args.source.init_args"
 _AGAIN = f"Write it again, or leave such files out: `{_OPTION}.exclude+=unreadable`."
@@ -50,21 +50,21 @@ _ARRAYS = {
 _APART = 3.0  # factor between two lengths of a track that no way of measuring explains (inferred)
 
 
-def read_npz(path: Path) -> dict[str, Any]:
+def read_npz_arrays(path: Path) -> dict[str, Any]:
     """Read all arrays of a file, without unpickling anything.
 
     Raises:
-        DataError: It is missing, truncated or no npz, or holds objects.
+        DataError: The file is missing, truncated or no npz, or holds objects.
     """
     with reading(path, "The stack", _AGAIN):
         return read_arrays(path)
 
 
-def _text(content: dict[str, Any], name: str, default: str) -> str:
+def _read_text(content: dict[str, Any], name: str, default: str) -> str:
     return str(content[name]) if name in content else default
 
 
-def _names(content: dict[str, Any], name: str) -> tuple[str, ...]:
+def read_names(content: dict[str, Any], name: str) -> tuple[str, ...]:
     return tuple(str(v) for v in np.atleast_1d(content[name])) if name in content else ()
 
 
@@ -81,8 +81,8 @@ class NpzStacks(StackSource):
 
     Args:
         root: Folder, absolute or relative to ``FULGURITE_DATA``.
-        count: L, where it is to be known before files are read.
-        physics: Names of the physical fields, equally.
+        count: L, if it must be known before files are read.
+        physics: Names of the physical fields, if they must be known before files are read.
         exclude: What to leave out and count instead of stopping: ``unreadable`` files, entries with
             a ``negative`` thickness or boundaries that cross, stacks with a ``short`` track (one
             trace) or with another ``layer_count`` than most.
@@ -124,14 +124,14 @@ class NpzStacks(StackSource):
             first = next((content for _, content in self._contents() if content), {})
             count = first["physics"].shape[-1] if "physics" in first else 0
             unnamed = tuple(f"physics_{k}" for k in range(count))
-            self._physics = _names(first, "physics_names") or unnamed
+            self._physics = read_names(first, "physics_names") or unnamed
         return self._physics
 
     def folder(self) -> Path:
         """The folder of the files.
 
         Raises:
-            DataError: There is none.
+            DataError: The folder does not exist.
         """
         return data_path(self.root)
 
@@ -139,20 +139,20 @@ class NpzStacks(StackSource):
         """The files, sorted.
 
         Raises:
-            DataError: There is none.
+            DataError: There is no npz file.
         """
-        found = sorted(path for _, path in list_files(self.folder(), (".npz",)))
-        if not found:
+        files = sorted(path for _, path in list_files(self.folder(), (".npz",)))
+        if not files:
             raise DataError(
                 f"There is no npz file under {self.root}.", f"Set `{_OPTION}.root` to their folder."
             )
-        return found
+        return files
 
     def _contents(self) -> Iterator[tuple[Path, dict[str, Any] | None]]:
         """Each file and its arrays, numbers as float64; None for one that is to be left out."""
         for path in self.paths():
             try:
-                content = read_npz(path)
+                content = read_npz_arrays(path)
                 for name in ("thickness", "pos", *self._needs):
                     if name not in content and not (name == "thickness" and "boundary" in content):
                         raise DataError(
@@ -177,7 +177,7 @@ class NpzStacks(StackSource):
             else:
                 yield path, content
 
-    def _take_boundaries(self, content: dict[str, Any]) -> int:
+    def _add_thickness(self, content: dict[str, Any]) -> int:
         """Add thickness to arrays with boundaries, and return how many of these were left out."""
         if "boundary" not in content:
             return 0
@@ -193,14 +193,14 @@ class NpzStacks(StackSource):
         thickness, pos = content["thickness"], content["pos"]
         shape = (*thickness.shape, len(self.physics))
         physics = content.get("physics", np.zeros((*thickness.shape, 0)))
-        names = _names(content, "physics_names") or self.physics
+        names = read_names(content, "physics_names") or self.physics
         if physics.shape != shape or names != self.physics:
             raise DataError(
                 f"The physical fields {', '.join(names)} of {path} have shape {physics.shape}, "
                 f"not {shape}.",
                 f"Give one field for each of {', '.join(self.physics) or '(none)'}.",
             )
-        track = along_track(pos) if pos.shape == (len(thickness), 2) else np.zeros(len(thickness))
+        track = measure_track(pos) if pos.shape == (len(thickness), 2) else np.zeros(len(thickness))
         distance = content.get("distance", track)
         if len(distance) and track[-1] > 0:
             ratio = (distance[-1] - distance[0]) / track[-1]
@@ -212,16 +212,18 @@ class NpzStacks(StackSource):
                 )
         try:
             return LayerStack(
-                _text(content, "stack", path.stem),
-                _text(content, "segment", path.parent.name),
+                _read_text(content, "stack", path.stem),
+                _read_text(content, "segment", path.parent.name),
                 thickness,
                 physics.astype(np.float32),
                 content.get("physics_flag", np.zeros(len(thickness))).astype(np.uint8),
                 pos,
                 distance,
                 content.get("truth"),
-                unit=_text(content, "unit", METRES),
-                spans=Spans.of_depth(content["boundary"]) if "boundary" in content else None,
+                unit=_read_text(content, "unit", METRES),
+                spans=MeasuredSpans.of_depth(content["boundary"])
+                if "boundary" in content
+                else None,
                 **self._extra(content),
             )
         except DataError as error:
@@ -246,7 +248,7 @@ class NpzStacks(StackSource):
             if content is None:
                 left_out["unreadable"] += 1
                 continue
-            left_out["negative"] += self._take_boundaries(content)
+            left_out["negative"] += self._add_thickness(content)
             thickness = content["thickness"]
             if "short" in self.exclude and len(thickness) == 1:
                 left_out["short"] += 1
@@ -273,7 +275,7 @@ class NpzStacks(StackSource):
                     "Give the age of each layer's lower boundary [years], newest layer first.",
                 )
             age = content.get("layer_age") if age is None else age
-            names = names or _names(content, "layer_names")
+            names = names or read_names(content, "layer_names")
         counts = [stack.thickness.shape[1] for stack in stacks]
         usual = self.count or (max(sorted(set(counts)), key=counts.count) if counts else 1)
         if "layer_count" not in self.exclude and set(counts) - {usual}:
@@ -284,16 +286,18 @@ class NpzStacks(StackSource):
                 "Give all stacks the same number, or leave such ones out: "
                 f"`{_OPTION}.exclude+=layer_count`.",
             )
-        kept = [s for s in stacks if s.thickness.shape[1] == usual]
-        left_out["layer_count"], stacks = len(stacks) - len(kept), kept
-        what = {
+        usual_stacks = [s for s in stacks if s.thickness.shape[1] == usual]
+        left_out["layer_count"], stacks = len(stacks) - len(usual_stacks), usual_stacks
+        descriptions = {
             "unreadable": "unreadable files",
             "negative": "entries that are not positive",
             "short": "stacks of one trace",
             "layer_count": "stacks with another number of layers",
             "empty": "stacks without any pick",
         }
-        excluded = [Exclusion(k, what[k], number) for k, number in left_out.items() if number]
+        excluded = [
+            Exclusion(k, descriptions[k], number) for k, number in left_out.items() if number
+        ]
         if age is None or len(age) != usual:
             age = np.arange(1.0, usual + 1)
         if len(names) != usual:

@@ -21,7 +21,7 @@ def gaussian_field(
     Args:
         shape: Number of fields, and their size.
         length: Correlation length exp(-d²/2ℓ²) [cells].
-        generator: Of the white noise.
+        generator: Generator of the white noise.
 
     Shape:
         - result (number, H, W).
@@ -46,14 +46,16 @@ def gaussian_field(
     return field
 
 
-def along_line(count: int, places: Array, length: float, generator: np.random.Generator) -> Array:
+def along_line(
+    count: int, positions: Array, length: float, generator: np.random.Generator
+) -> Array:
     """Gaussian processes of mean 0 and variance 1 along a line.
 
     Args:
         count: Number of processes.
-        places: Along the line [m]. Shape: (N,).
+        positions: Positions along the line [m]. Shape: (N,).
         length: Correlation length exp(-d²/2ℓ²) [m].
-        generator: Of the white noise.
+        generator: Generator of the white noise.
 
     Shape:
         - result (count, N).
@@ -62,26 +64,26 @@ def along_line(count: int, places: Array, length: float, generator: np.random.Ge
         >>> along_line(3, np.arange(5.0), 2.0, np.random.default_rng(0)).shape
         (3, 5)
     """
-    distance = (places[:, None] - places[None, :]) / length
+    distance = (positions[:, None] - positions[None, :]) / length
     values, vectors = np.linalg.eigh(np.exp(-0.5 * distance**2))
     root = vectors * np.sqrt(np.clip(values, 0.0, None))
-    noise: Array = generator.standard_normal((count, len(places))) @ root.T
+    noise: Array = generator.standard_normal((count, len(positions))) @ root.T
     return noise
 
 
 def markov_gaps(
-    share: Array, mean_gap: Array, traces: int, generator: np.random.Generator
+    fraction: Array, mean_gap: Array, traces: int, generator: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Runs of missing picks: a two-state Markov chain along the track for each boundary.
 
     Args:
-        share: Stationary probability of a missing pick.
+        fraction: Stationary probability of a missing pick.
         mean_gap: Mean length of a gap [traces].
-        traces: N.
-        generator: Of the chain.
+        traces: Number of traces, N.
+        generator: Generator of the chain.
 
     Shape:
-        - share, mean_gap: (K,); result (K, N), true where missing.
+        - fraction, mean_gap: (K,); result (K, N), true where missing.
 
     Source: arXiv 2604.20783, card section 6.2.
 
@@ -92,10 +94,10 @@ def markov_gaps(
         array([0. , 0.5])
     """
     leave = np.minimum(1.0 / mean_gap, 1.0)
-    enter = np.minimum(leave * share / np.maximum(1 - share, 1e-9), 1.0)
-    random = generator.random((traces, len(share)))
-    missing = np.zeros((traces, len(share)), np.bool_)
-    state = random[0] < share
+    enter = np.minimum(leave * fraction / np.maximum(1 - fraction, 1e-9), 1.0)
+    random = generator.random((traces, len(fraction)))
+    missing = np.zeros((traces, len(fraction)), np.bool_)
+    state = random[0] < fraction
     missing[0] = state
     for i in range(1, traces):
         state = np.where(state, random[i] >= leave, random[i] < enter)

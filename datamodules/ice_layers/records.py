@@ -1,4 +1,4 @@
-"""What files say of the traces of a flight beside its layers, for whoever writes completed stacks.
+"""Arrays of the traces of a flight beside its layers, which completed stacks carry on.
 
 Shapes: M raw traces, N traces of a stack, K = L + 1 boundaries (the surface first), L layers.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.resample import resample
-from fulgurite.datamodules.ice_layers.spans import Spans
+from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.travel_time import LIGHT, thickness_to_time
 
 __all__ = ["TraceRecord", "TrackRecord"]
@@ -22,12 +22,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TrackRecord:
-    """Of the raw traces of a flight segment; None where the files do not say it.
+    """Further arrays of the raw traces of a flight segment; None where the files have none.
 
     Attributes:
-        time: [s since 1970], as in the files. Shape: (M,).
+        time: Time of each trace [s since 1970], as in the files. Shape: (M,).
         time_scale: ``GPS``, or ``unknown``.
-        elevation: Of the radar [m], NaN where it is unknown. Shape: (M,).
+        elevation: Elevation of the radar [m], NaN where it is unknown. Shape: (M,).
         surface: Two-way travel time of the surface [s], NaN where it is not picked. Shape: (M,).
         frames: Names of the frames.
         frame: Number of each trace's frame. Shape: (M,).
@@ -45,15 +45,15 @@ class TrackRecord:
     def resample(
         self, distance: Array, rows: slice, positions: Array, first: float, run: int
     ) -> TraceRecord:
-        """Bring it to positions along an uninterrupted part of the track.
+        """Resample the arrays to positions along an uninterrupted part of the track.
 
         Time and elevation are linear between raw traces, the surface is resampled as layers are,
         and the frame is that of the nearest raw trace.
 
         Args:
-            distance: Of the part's raw traces, from its first one [m]. Shape: (M,).
+            distance: Distance of the part's raw traces from its first one [m]. Shape: (M,).
             rows: The part's raw traces.
-            positions: Along the part [m]. Shape: (N,).
+            positions: Positions along the part [m]. Shape: (N,).
             first: Where the part begins along the segment's track [m].
             run: Number of the part.
         """
@@ -80,18 +80,19 @@ class TrackRecord:
 
 @dataclass(frozen=True, eq=False)
 class TraceRecord:
-    """Of the traces of a stack; None where the source does not say it.
+    """Further arrays of the traces of a stack; None where the source has none.
 
     Attributes:
         run: Number of the uninterrupted part of the segment that the stack lies on.
-        flight_distance: Along the segment's track from its first trace [m]. Shape: (N,).
-        time: [s since 1970], as in the files. Shape: (N,).
+        flight_distance: Distance along the segment's track from its first trace [m]. Shape: (N,).
+        time: Time of each trace [s since 1970], as in the files. Shape: (N,).
         time_scale: ``GPS``, or ``unknown``.
-        elevation: Of the radar [m]. Shape: (N,).
+        elevation: Elevation of the radar [m]. Shape: (N,).
         surface: Two-way travel time of the surface [s], NaN where it is not picked. Shape: (N,).
         frame: Name of the frame of the nearest raw trace. Shape: (N,), text.
-        trace: Its number in that frame, from 1. Shape: (N,).
-        density: With which travel time became thickness [g cm⁻³]. Shape: (N, L).
+        trace: Number of that trace in its frame, from 1. Shape: (N,).
+        density: Density with which travel time was converted to thickness [g cm⁻³].
+            Shape: (N, L).
     """
 
     run: int
@@ -105,21 +106,21 @@ class TraceRecord:
     density: Array | None = None
 
     def __getitem__(self, rows: slice) -> TraceRecord:
-        """That of some traces."""
+        """Return the record of some traces."""
         every = {f.name: getattr(self, f.name) for f in fields(self)}
         arrays = {name: values for name, values in every.items() if isinstance(values, np.ndarray)}
         parts: dict[str, Any] = {name: values[rows] for name, values in arrays.items()}
         return replace(self, **parts)
 
-    def times_below(self, thickness: Array, spans: Spans) -> Array:
+    def times_below(self, thickness: Array, spans: MeasuredSpans) -> Array:
         """Two-way travel time from the surface to each boundary of a completed stack [s].
 
         Between two picked boundaries it is what was measured, also where layers between them are
         left missing.
 
         Args:
-            thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
-            spans: What was measured.
+            thickness: Completed thickness [m], NaN where it is left missing. Shape: (N, L).
+            spans: Measured spans.
 
         Returns:
             NaN where it is unknown. Shape: (N, K).
@@ -136,12 +137,12 @@ class TraceRecord:
             below[:, k + 1] = np.where(is_last & spans.known[:, k], measured, below[:, k + 1])
         return below
 
-    def describe(self, thickness: Array, spans: Spans) -> dict[str, Any]:
+    def describe(self, thickness: Array, spans: MeasuredSpans) -> dict[str, Any]:
         """What is known of the traces of a completed stack, by name.
 
         Args:
-            thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
-            spans: What was measured.
+            thickness: Completed thickness [m], NaN where it is left missing. Shape: (N, L).
+            spans: Measured spans.
 
         Returns:
             The arrays of this record of which anything is known, but for ``surface``, with
@@ -149,15 +150,15 @@ class TraceRecord:
             boundary [s], NaN where it is unknown (N, K).
         """
         every = {f.name: getattr(self, f.name) for f in fields(self)}
-        known: dict[str, Any] = {
+        described: dict[str, Any] = {
             name: values
             for name, values in every.items()
             if isinstance(values, np.ndarray)
             and (values.dtype.kind == "U" or np.isfinite(values).any())
         }
-        if "time" in known:
-            known["time_scale"] = self.time_scale
-        surface = known.pop("surface", None)
+        if "time" in described:
+            described["time_scale"] = self.time_scale
+        surface = described.pop("surface", None)
         if surface is not None and self.density is not None:
-            known["twtt"] = surface[:, None] + self.times_below(thickness, spans)
-        return known
+            described["twtt"] = surface[:, None] + self.times_below(thickness, spans)
+        return described

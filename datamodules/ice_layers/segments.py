@@ -31,14 +31,14 @@ __all__ = ["Segment", "Snow", "layer_dates", "make_segment", "make_snow"]
 
 @dataclass(frozen=True)
 class Snow:
-    """What lies along a generated flight segment.
+    """Snow and firn along a generated flight segment.
 
     Attributes:
         points: Projected positions [m]. Shape: (S, N, 2).
         pos: Latitude and longitude [degrees]. Shape: (S, N, 2).
         truth: Thickness of the layers [m]. Shape: (S, N, L).
-        density: [g cm⁻³]. Shape: (S, N, L).
-        melt: [m w.e.]. Shape: (S, N, L).
+        density: Density of the layers [g cm⁻³]. Shape: (S, N, L).
+        melt: Melt of each layer's year [m w.e.]. Shape: (S, N, L).
     """
 
     points: Array
@@ -59,7 +59,9 @@ class Segment:
     truth: Array
 
 
-def _line(world: World, number: int, blocks: int, box: tuple[float, float, float, float]) -> Array:
+def _draw_line(
+    world: World, number: int, blocks: int, box: tuple[float, float, float, float]
+) -> Array:
     """Projected positions of the traces of a segment: (S, N, 2) [m]."""
     forward, _ = make_transformers()
     generator = world.generator(TRACK, number)
@@ -90,7 +92,7 @@ def make_segment(
 ) -> Segment:
     """Snow, firn and picks of one flight segment."""
     snow = make_snow(world, climate, number, blocks, flight)
-    twtt = _pick(world, number, snow.truth, snow.density, snow.melt)
+    twtt = _pick_boundaries(world, number, snow.truth, snow.density, snow.melt)
     traces = np.arange(float(blocks * world.traces)).reshape(blocks, world.traces)
     time = flight.day * 86_400.0 + traces * 0.8
     return Segment(flight.name, time, snow.pos, twtt, snow.truth)
@@ -107,28 +109,28 @@ def make_snow(world: World, climate: Climate, number: int, blocks: int, flight: 
 
     Args:
         world: The recipe.
-        climate: The true coarse one.
-        number: Of the segment.
-        blocks: S.
-        flight: Where and when.
+        climate: The true coarse climate.
+        number: Number of the segment.
+        blocks: Number of blocks, S.
+        flight: Name, day and region of the flight.
 
     Source: arXiv 2604.20783, card section 6.2.
     """
     _, inverse = make_transformers()
-    points = _line(world, number, blocks, flight.box)
+    points = _draw_line(world, number, blocks, flight.box)
     n, layers = world.traces, world.layers
     flat = points.reshape(-1, 2)
     lon, lat = inverse.transform(flat[:, 0], flat[:, 1])
     pos = np.stack([lat, lon], 1).reshape(blocks, n, 2)
-    coarse = climate.layered(flat, layer_dates(world, flight))
+    coarse = climate.sum_layers(flat, layer_dates(world, flight))
     accumulation, temperature, melt, rain, runoff = (
         coarse[name].reshape(blocks, n, layers) for name in Climate.FIELDS
     )
     generator = world.generator(SNOW, number)
-    places = np.arange(float(n)) * world.spacing
-    stays = along_line(blocks, places, 700.0, generator)  # P: topography
-    yearly = along_line(blocks * layers, places, 700.0, generator).reshape(blocks, layers, n)
-    relief = along_line(blocks, places, 4000.0, generator)  # in units of 15 m
+    positions = np.arange(float(n)) * world.spacing
+    stays = along_line(blocks, positions, 700.0, generator)  # P: topography
+    yearly = along_line(blocks * layers, positions, 700.0, generator).reshape(blocks, layers, n)
+    relief = along_line(blocks, positions, 4000.0, generator)  # in units of 15 m
     temperature = temperature - 0.0068 * 15.0 * relief[..., None]
     unseen = np.sqrt(0.75) * stays[:, None] + np.sqrt(0.25) * yearly
     accumulation = accumulation * np.exp(0.10 * unseen.transpose(0, 2, 1))
@@ -139,7 +141,7 @@ def make_snow(world: World, climate: Climate, number: int, blocks: int, flight: 
     return Snow(points, pos, water / density, density, melt)
 
 
-def _pick(world: World, number: int, truth: Array, density: Array, melt: Array) -> Array:
+def _pick_boundaries(world: World, number: int, truth: Array, density: Array, melt: Array) -> Array:
     """Picks of the boundaries [s], with noise, mis-tracks and gaps: (S, N, L + 1)."""
     generator = world.generator(PICKS, number)
     blocks, n, layers = truth.shape
@@ -150,9 +152,9 @@ def _pick(world: World, number: int, truth: Array, density: Array, melt: Array) 
     picks = exact + thickness_to_time(world.noise * generator.standard_normal(exact.shape), slow)
     # two reflectors taken for one: a boundary is picked where the next one is, which is not picked
     # drawn always, so that nothing else changes with it
-    whole: NDArray[np.bool_] = np.asarray(generator.random(blocks) < world.traced)
+    is_traced: NDArray[np.bool_] = np.asarray(generator.random(blocks) < world.traced)
     wrong = np.asarray(generator.random((blocks, n, layers - 1)) < world.mistracks)
-    wrong &= ~whole[:, None, None]  # what is fully traced has been looked at
+    wrong &= ~is_traced[:, None, None]  # what is fully traced has been looked at
     lost = np.concatenate([np.zeros((blocks, n, 1), np.bool_), wrong], -1)
     lost[..., :-1] &= ~wrong
     picks[..., 1:-1] = np.where(wrong, picks[..., 2:], picks[..., 1:-1])
@@ -165,7 +167,7 @@ def _pick(world: World, number: int, truth: Array, density: Array, melt: Array) 
         missing |= (generator.random(layers) < world.missing * 0.25 * deep**2)[:, None]
         dropped, length = generator.random() < 0.2 * world.missing, generator.uniform(0.05, 0.15)
         first = int(generator.integers(n))
-        if whole[block]:
+        if is_traced[block]:
             continue
         picks[block, :, 1:][missing.T] = np.nan
         if dropped:

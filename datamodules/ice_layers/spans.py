@@ -1,4 +1,4 @@
-"""What was measured between picked boundaries: single layers, and sums of layers.
+"""Measured lengths between picked boundaries: single layers, and sums of layers.
 
 The radar measures boundaries. Where a boundary between two picked ones is missing, the two layers
 that it divides are missing, and what they add up to is known.
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.resample import resample
 
-__all__ = ["Spans", "resample_spans"]
+__all__ = ["MeasuredSpans", "resample_spans"]
 
 Array = NDArray[np.float64]
 
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-6  # relative: files may hold thickness in float32
 
 
 @dataclass(frozen=True, eq=False)
-class Spans:
+class MeasuredSpans:
     """Runs of layers between two picked boundaries without a picked one between them.
 
     Lengths are optical, index of refraction times thickness, since travel time is what is
@@ -39,7 +39,7 @@ class Spans:
     Source: inferred; the paper masks entries of thickness and has no sums.
 
     Example:
-        >>> spans = Spans.of_thickness(np.array([[1.0, 2.0, 3.0]]))
+        >>> spans = MeasuredSpans.of_thickness(np.array([[1.0, 2.0, 3.0]]))
         >>> hidden = spans.hide(np.array([[True, False, False]]))  # the boundary below layer 0
         >>> hidden.start, hidden.path
         (array([[0, 0, 2]]), array([[3., 3., 3.]]))
@@ -50,26 +50,27 @@ class Spans:
     index: Array
 
     @classmethod
-    def of_thickness(cls, thickness: Array, index: Array | None = None) -> Spans:
-        """Spans of single layers, where nothing is known of sums.
+    def of_thickness(cls, thickness: Array, index: Array | None = None) -> MeasuredSpans:
+        """MeasuredSpans of single layers, where nothing is known of sums.
 
         Args:
-            thickness: [m], NaN where missing. Shape: (N, L).
+            thickness: Thickness [m], NaN where missing. Shape: (N, L).
             index: Index of refraction; 1 if not given. Shape: (N, L).
         """
         index = np.ones(thickness.shape) if index is None else index
-        own = np.broadcast_to(np.arange(thickness.shape[1]), thickness.shape)
-        return cls(own.astype(np.int64), np.asarray(index * thickness, np.float64), index)
+        numbers = np.broadcast_to(np.arange(thickness.shape[1]), thickness.shape)
+        return cls(numbers.astype(np.int64), np.asarray(index * thickness, np.float64), index)
 
     @classmethod
-    def of_depth(cls, depth: Array) -> Spans:
-        """Spans between boundaries whose depths are known.
+    def of_depth(cls, depth: Array) -> MeasuredSpans:
+        """MeasuredSpans between boundaries whose depths are known.
 
         Args:
-            depth: Of each boundary, in any order of traces [m], NaN where missing. Shape: (N, K).
+            depth: Depth of each boundary, in any order of traces [m], NaN where missing.
+                Shape: (N, K).
 
         Example:
-            >>> Spans.of_depth(np.array([[0.0, np.nan, 3.0, 4.0]])).path
+            >>> MeasuredSpans.of_depth(np.array([[0.0, np.nan, 3.0, 4.0]])).path
             array([[3., 3., 1.]])
         """
         traces, layers = len(depth), depth.shape[1] - 1
@@ -78,15 +79,15 @@ class Spans:
         above = np.maximum.accumulate(np.where(picked[:, :-1], numbers, -1), axis=1)
         below = np.where(picked[:, 1:], numbers + 1, layers + 1)[:, ::-1]
         below = np.minimum.accumulate(below, axis=1)[:, ::-1]
-        known = (above >= 0) & (below <= layers)
+        enclosed = (above >= 0) & (below <= layers)
         rows = np.arange(traces)[:, None]
         path = depth[rows, np.minimum(below, layers)] - depth[rows, np.maximum(above, 0)]
-        start = np.where(known, above, numbers).astype(np.int64)
-        return cls(start, np.where(known, path, np.nan), np.ones((traces, layers)))
+        start = np.where(enclosed, above, numbers).astype(np.int64)
+        return cls(start, np.where(enclosed, path, np.nan), np.ones((traces, layers)))
 
-    def __getitem__(self, rows: slice) -> Spans:
-        """Those of some traces."""
-        return Spans(self.start[rows], self.path[rows], self.index[rows])
+    def __getitem__(self, rows: slice) -> MeasuredSpans:
+        """Return the spans of some traces."""
+        return MeasuredSpans(self.start[rows], self.path[rows], self.index[rows])
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -116,8 +117,8 @@ class Spans:
         picked: NDArray[np.bool_] = (last & self.known) | below
         return picked
 
-    def hide(self, hidden: NDArray[np.bool_]) -> Spans:
-        """What is left where the lower boundaries of some layers are not seen.
+    def hide(self, hidden: NDArray[np.bool_]) -> MeasuredSpans:
+        """Return the spans that stay known when the lower boundaries of some layers are hidden.
 
         Two spans that a hidden boundary divides become one, whose length is known if both were.
 
@@ -135,30 +136,32 @@ class Spans:
         # below its last boundary nothing is known of a span
         path[(start == start[:, -1:]) & hidden[:, -1:]] = np.nan
         unknown = np.isnan(path)
-        return Spans(np.where(unknown, numbers, start), path, self.index)
+        return MeasuredSpans(np.where(unknown, numbers, start), path, self.index)
 
     def contradicts(self, thickness: Array) -> NDArray[np.bool_]:
         """Where thickness is measured and is not what the spans say, or only one of them is there.
 
         Args:
-            thickness: [m], NaN where missing. Shape: (N, L).
+            thickness: Thickness [m], NaN where missing. Shape: (N, L).
         """
-        seen = np.isfinite(thickness)
+        finite = np.isfinite(thickness)
         off = np.abs(self.index * thickness - self.path) > _TOLERANCE * np.abs(self.path)
-        wrong: NDArray[np.bool_] = (seen != self.observed) | (seen & off)
+        wrong: NDArray[np.bool_] = (finite != self.observed) | (finite & off)
         return wrong
 
 
-def resample_spans(distance: Array, boundaries: Array, positions: Array) -> tuple[Array, Spans]:
+def resample_spans(
+    distance: Array, boundaries: Array, positions: Array
+) -> tuple[Array, MeasuredSpans]:
     """Bring what is measured between boundaries to positions along the track.
 
     Differences of boundaries are resampled, not the boundaries: what all of them share, such as
     the height of the aircraft, varies more than a layer is thick.
 
     Args:
-        distance: Of the raw traces, rising [m]. Shape: (M,).
-        boundaries: In any unit, NaN where missing. Shape: (M, K).
-        positions: Where values are wanted, rising [m]. Shape: (N,).
+        distance: Distance of the raw traces along the track, rising [m]. Shape: (M,).
+        boundaries: Depths or times in any unit, NaN where missing. Shape: (M, K).
+        positions: Positions to resample to, rising [m]. Shape: (N,).
 
     Returns:
         The layers (N, L), NaN where missing, in the unit of the boundaries, and the spans, of
@@ -173,10 +176,10 @@ def resample_spans(distance: Array, boundaries: Array, positions: Array) -> tupl
         (array([ 1., nan, nan]), array([1., 3., 3.]), array([0, 1, 1]))
     """
     layers = resample(distance, np.diff(boundaries, axis=1), positions)
-    spans = Spans.of_thickness(layers)
+    spans = MeasuredSpans.of_thickness(layers)
     start, path = spans.start.copy(), spans.path.copy()
     count, numbers = layers.shape[1], np.arange(layers.shape[1])
-    seen = np.concatenate([np.zeros((len(layers), 1)), np.isfinite(layers).cumsum(1)], 1)
+    measured_above = np.concatenate([np.zeros((len(layers), 1)), np.isfinite(layers).cumsum(1)], 1)
     free = np.zeros(len(layers), np.int64)  # layers above this one are in a span
     for first in range(count - 1):
         rows = np.flatnonzero(np.isnan(layers[:, first]) & (free <= first))
@@ -188,11 +191,11 @@ def resample_spans(distance: Array, boundaries: Array, positions: Array) -> tupl
         nearest = measured.argmax(1)
         stop = first + 2 + nearest
         # a mean over other traces than those of a layer within says nothing about the rest
-        usable = measured.any(1) & (seen[rows, stop] == seen[rows, first])
+        usable = measured.any(1) & (measured_above[rows, stop] == measured_above[rows, first])
         rows, stop = rows[usable], stop[usable]
         total = sums[usable, nearest[usable]]
         inside = (numbers >= first) & (numbers < stop[:, None])
         start[rows] = np.where(inside, first, start[rows])
         path[rows] = np.where(inside, total[:, None], path[rows])
         free[rows] = stop
-    return layers, Spans(start, path, spans.index)
+    return layers, MeasuredSpans(start, path, spans.index)

@@ -21,7 +21,7 @@ PARTS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class OwnSplit:
-    """The split that the files of a source have of themselves, such as by folders.
+    """The split that the files of a source come with, such as by folders.
 
     Attributes:
         part: Name of each stack -> its part.
@@ -44,10 +44,10 @@ def split_segments(
     Args:
         segments: Names of all segments.
         val: Fraction of segments for validation, or names (a name's beginning is enough: ``2012``).
-        test: Equally for test.
+        test: Fraction or names of segments for the test, as for ``val``.
         order: ``random``, or by ``name``: names begin with the date, so the last flights are the
             test and those before them the validation.
-        seed: Of the random order.
+        seed: Seed of the random order.
 
     Returns:
         Names of the segments of ``train``, ``val`` and ``test``.
@@ -63,45 +63,46 @@ def split_segments(
         {'train': ('a', 'b'), 'val': ('d',), 'test': ('c',)}
     """
     fractions = [
-        0.0 if not isinstance(share, float | int) else float(share) for share in (val, test)
+        0.0 if not isinstance(selection, float | int) else float(selection)
+        for selection in (val, test)
     ]
     check_fractions(*fractions)
     names = sorted(set(segments))
-    chosen: dict[str, list[str]] = {"val": [], "test": []}
-    for part, share in (("val", val), ("test", test)):
-        if isinstance(share, float | int):
+    parts: dict[str, list[str]] = {"val": [], "test": []}
+    for part, selection in (("val", val), ("test", test)):
+        if isinstance(selection, float | int):
             continue
-        for wanted in share:
-            found = [name for name in names if name.startswith(wanted)]
-            if not found:
+        for prefix in selection:
+            matches = [name for name in names if name.startswith(prefix)]
+            if not matches:
                 raise DataError(
-                    f"No flight segment is called {wanted} (there are {name_some(names)}).",
+                    f"No flight segment is called {prefix} (there are {name_some(names)}).",
                     f"Set `--data.init_args.{part}` to names of segments, or to a fraction.",
                 )
-            chosen[part] += found
-    if both := set(chosen["val"]) & set(chosen["test"]):
+            parts[part] += matches
+    if overlap := set(parts["val"]) & set(parts["test"]):
         raise DataError(
-            f"The flight segment {sorted(both)[0]} is in validation and in test.",
+            f"The flight segment {sorted(overlap)[0]} is in validation and in test.",
             "Set `--data.init_args.val` and `--data.init_args.test` to different segments.",
         )
-    rest = [name for name in names if name not in (*chosen["val"], *chosen["test"])]
+    remaining = [name for name in names if name not in (*parts["val"], *parts["test"])]
     if order == "random":
-        rest = [rest[k] for k in np.random.default_rng(seed).permutation(len(rest))]
-    for part, share in zip(("test", "val"), (fractions[1], fractions[0]), strict=True):
-        count = max(1, round(share * len(names))) if share > 0 else 0
-        if count >= len(rest) + (share == 0):
+        remaining = [remaining[k] for k in np.random.default_rng(seed).permutation(len(remaining))]
+    for part, fraction in zip(("test", "val"), (fractions[1], fractions[0]), strict=True):
+        count = max(1, round(fraction * len(names))) if fraction > 0 else 0
+        if count >= len(remaining) + (fraction == 0):
             raise ConfigError(
                 f"There are {len(names)} flight segments, which leaves none for training.",
                 f"Lower `--data.init_args.{part}`, or give more segments; to complete new flights "
                 "with a trained network, set `val` and `test` to 0.",
             )
         if count:
-            chosen[part] += rest[len(rest) - count :]
-            rest = rest[: len(rest) - count]
+            parts[part] += remaining[len(remaining) - count :]
+            remaining = remaining[: len(remaining) - count]
     return {
-        "train": tuple(sorted(rest)),
-        "val": tuple(sorted(chosen["val"])),
-        "test": tuple(sorted(chosen["test"])),
+        "train": tuple(sorted(remaining)),
+        "val": tuple(sorted(parts["val"])),
+        "test": tuple(sorted(parts["test"])),
     }
 
 
@@ -111,7 +112,7 @@ def leave_guard(
     """Leave out stacks of flights within some years of evaluated ones; also how many.
 
     Args:
-        stacks: For training.
+        stacks: Training stacks.
         evaluated: Names of the evaluated segments, which begin with the date.
         years: Least distance in time [years].
 
@@ -126,8 +127,8 @@ def leave_guard(
         for name in {stack.segment for stack in stacks}
         if len(others) and np.abs(others - _date(name)).min() < years * 365.25
     }
-    kept = [stack for stack in stacks if stack.segment not in near]
-    return kept, len(stacks) - len(kept)
+    distant = [stack for stack in stacks if stack.segment not in near]
+    return distant, len(stacks) - len(distant)
 
 
 def _date(name: str) -> float:

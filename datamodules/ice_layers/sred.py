@@ -17,9 +17,9 @@ from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.data.listing import list_files
 from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE
-from fulgurite.datamodules.ice_layers.flights import StackSource, left_out_files, read_or_leave
-from fulgurite.datamodules.ice_layers.resample import along_track
-from fulgurite.datamodules.ice_layers.spans import Spans
+from fulgurite.datamodules.ice_layers.flights import StackSource, read_or_leave, report_unreadable
+from fulgurite.datamodules.ice_layers.resample import measure_track
+from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, SredFile, read_sred
 from fulgurite.datamodules.ice_layers.sred_parts import (
@@ -77,8 +77,8 @@ class SredMat(StackSource):
     Args:
         root: Folder of the data set, absolute or relative to ``FULGURITE_DATA``.
         train: Folders of training files in it; files in their subfolders count.
-        val: Equally for validation.
-        test: Equally for the test.
+        val: Folders of validation files in it.
+        test: Folders of test files in it.
         split: ``folders``, as above, or ``segments``: the files of all folders are put together and
             split by flight segment with ``val`` and ``test`` of the data module.
         shared: What to do with flight segments that are in several parts, whose neighbouring
@@ -96,8 +96,8 @@ class SredMat(StackSource):
             ``sample_time``, they stay in range bins, as in the authors' code.
         sample_time: Two-way travel time of a range bin [s], for metres through the refractive index
             of ``density``.
-        density: Of all layers [g cm⁻³], for ``sample_time``; the file's ``curr_dens`` if not given,
-            which is that of snow at the surface by its mean.
+        density: Density of all layers [g cm⁻³], for ``sample_time``; the file's ``curr_dens`` if
+            not given, which is that of snow at the surface by its mean.
         exclude: What to leave out and count instead of stopping: files that are ``unreadable``,
             ``crossed`` boundaries, files without finite ``physics``, files with a ``duplicate``
             in an evaluated part, or of another name.
@@ -145,12 +145,12 @@ class SredMat(StackSource):
                     f"The value of {name} is {value!r}.",
                     f"Set `{_OPTION}.{name}` to one of {', '.join(words)}.",
                 )
-        for name, number, least in (
+        for name, number, minimum in (
             ("count", count, 1),
             ("traces", traces, 2),
             ("first_row", first_row, 0),
         ):
-            check_min(f"source.init_args.{name}", number, least)
+            check_min(f"source.init_args.{name}", number, minimum)
         if unknown := [name for name in fields if name not in FIELDS]:
             raise ConfigError(
                 f"SRED has no physical field {unknown[0]!r}.",
@@ -201,9 +201,9 @@ class SredMat(StackSource):
                 is_there = folder.is_dir()
                 paths = [path for _, path in list_files(folder, (".mat",))] if is_there else []
                 if not paths:
-                    what = "has no .mat file" if is_there else "is not there"
+                    problem = "has no .mat file" if is_there else "is not there"
                     raise DataError(
-                        f"The folder {folder} {what}.",
+                        f"The folder {folder} {problem}.",
                         f"Set `{_OPTION}.root`, and `{_OPTION}.{part}` to folders in it (may be "
                         "empty: []).",
                     )
@@ -239,7 +239,7 @@ class SredMat(StackSource):
                 )
                 if file is not None:
                     echograms.append(Echogram(file, part))
-        excluded = left_out_files(damaged)
+        excluded = report_unreadable(damaged)
         echograms = keep_each_once(echograms, excluded, "duplicate" in self.exclude)
         shared: frozenset[str] = frozenset()
         notes: list[str] = []
@@ -289,12 +289,12 @@ class SredMat(StackSource):
             deeper += file.boundaries.shape[1] > self.count + 1
             stacks.append(self._stack(file, boundaries, physics))
             part_of[file.path.stem] = echogram.part
-        for kind, what, number in (
+        for kind, description, number in (
             ("physics", "files without finite physics of all layers", without_physics),
             ("crossed", "crossed boundaries", crossed),
         ):
             if number:
-                excluded.append(Exclusion(kind, what, number))
+                excluded.append(Exclusion(kind, description, number))
         if repeated:
             notes.append(f"{repeated} stacks have the last row of physics in deeper layers")
         if deeper:
@@ -304,18 +304,18 @@ class SredMat(StackSource):
     def _stack(self, file: SredFile, boundaries: Array, physics: NDArray[np.float32]) -> LayerStack:
         layers = self.count
         padded = np.full((self.traces, layers + 1), np.nan)
-        there = min(layers + 1, boundaries.shape[1])
-        padded[:, :there] = boundaries[:, :there]
+        available = min(layers + 1, boundaries.shape[1])
+        padded[:, :available] = boundaries[:, :available]
         if self.bin_size is not None:
             padded = padded * self.bin_size
-        thickness, spans = np.diff(padded, axis=1), Spans.of_depth(padded)
+        thickness, spans = np.diff(padded, axis=1), MeasuredSpans.of_depth(padded)
         if self.sample_time is not None:
             density = np.full(thickness.shape, self.density)
             if self.density is None:
                 density = physics[..., list(file.fields).index(_DENSITY)] / np.float64(1_000.0)
             thickness = time_to_thickness(thickness * self.sample_time, density)
             path = spans.path * self.sample_time * LIGHT / 2.0
-            spans = Spans(spans.start, path, refractive_index(density))
+            spans = MeasuredSpans(spans.start, path, refractive_index(density))
         used = [physics[..., list(file.fields).index(name)] for name in self.fields]
         if self.elevation:
             used.append(np.broadcast_to(file.elevation[:, None], thickness.shape))
@@ -327,7 +327,7 @@ class SredMat(StackSource):
             fields.astype(np.float32),
             np.zeros(self.traces, np.uint8),
             file.pos,
-            along_track(file.pos),
+            measure_track(file.pos),
             unit=self.unit,
             spans=spans,
         )

@@ -51,16 +51,16 @@ _GREENLAND = (58.0, 85.0, -76.0, -8.0)  # latitudes and longitudes [degrees]
 
 @dataclass(frozen=True, eq=False)
 class SredFile:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         path: The file.
         segment: Name of the flight segment, from the file's name.
         boundaries: Cumulative range bins, NaN where missing. Shape: (N, K).
-        fields: Rows of the physical fields that were asked for, as they are stored, value by
-            name. Shape of each: (N, R) float32, with R rows.
+        fields: Rows of the requested physical fields, as they are stored, by name.
+            Shape of each: (N, R) float32, with R rows.
         pos: Latitude and longitude from -180 to 180 [degrees]. Shape: (N, 2).
-        elevation: [m]. Shape: (N,).
+        elevation: Elevation [m]. Shape: (N,).
     """
 
     path: Path
@@ -76,7 +76,7 @@ class SredFile:
         """Physical fields of the layers.
 
         Args:
-            layers: L.
+            layers: Number of layers, L.
             first_row: Row of the first layer, counted from 0.
             is_repeated: Whether layers below the last row have that row's values again.
 
@@ -119,7 +119,7 @@ def segment_of(path: Path) -> str:
     """Return the flight segment that a file's name begins with.
 
     Raises:
-        DataError: It begins with none.
+        DataError: The name does not begin with a flight segment.
 
     Example:
         >>> segment_of(Path("20120330_04_0939_2km.mat"))
@@ -147,24 +147,26 @@ def read_sred(path: Path, traces: int, fields: Sequence[str]) -> SredFile:
         fields: Names of the physical fields to read.
 
     Raises:
-        DataError: It is damaged, lacks a variable, or a variable is not what it should be: of
+        DataError: The file is damaged, lacks a variable, or a variable is not what it should be: of
             another shape, transposed, not made of numbers, in other units, or off the globe.
-        MissingExtraError: It is of version 7.3 and h5py is not installed.
+        MissingExtraError: The file is of version 7.3 and h5py is not installed.
 
     Source: arXiv 2604.20783, card section 3.5 (keys and shapes); limits of plausible values are
     inferred.
     """
     segment = segment_of(path)
     content = read_mat(path)
-    boundaries = _rows(content, "layers_vector", traces, path)
+    boundaries = _read_rows(content, "layers_vector", traces, path)
     _check_bins(boundaries, path)
-    pos = np.stack([_along(content, name, traces, path) for name in ("Latitude", "Longitude")], 1)
+    pos = np.stack(
+        [_read_vector(content, name, traces, path) for name in ("Latitude", "Longitude")], 1
+    )
     pos = pos - [0.0, 360.0] * (pos[:, 1:] > 180)
     _check_positions(pos, path)
-    values = {name: _rows(content, name, traces, path) for name in fields}
+    values = {name: _read_rows(content, name, traces, path) for name in fields}
     for name, rows in values.items():
         _check_unit(rows, name, path)
-    elevation = _along(content, "Elevation", traces, path)
+    elevation = _read_vector(content, "Elevation", traces, path)
     if not ((elevation > -1_000) & (elevation < 20_000)).all():
         raise DataError(
             f"The Elevation of {path} goes from {np.min(elevation):g} to {np.max(elevation):g}, "
@@ -176,7 +178,7 @@ def read_sred(path: Path, traces: int, fields: Sequence[str]) -> SredFile:
     return SredFile(path, segment, boundaries, stored, pos, elevation)
 
 
-def _array(content: dict[str, Any], name: str, path: Path) -> Array:
+def _read_array(content: dict[str, Any], name: str, path: Path) -> Array:
     """A variable as an array of real numbers, axes of length one dropped."""
     if name not in content:
         raise DataError(
@@ -191,9 +193,9 @@ def _array(content: dict[str, Any], name: str, path: Path) -> Array:
     return np.squeeze(np.asarray(value, np.float64))
 
 
-def _rows(content: dict[str, Any], name: str, traces: int, path: Path) -> Array:
+def _read_rows(content: dict[str, Any], name: str, traces: int, path: Path) -> Array:
     """A variable of (rows × traces) as (N, rows); a single row has lost its axis."""
-    array = _array(content, name, path)
+    array = _read_array(content, name, path)
     if not array.size and name == "layers_vector":
         return np.zeros((traces, 0))
     array = np.atleast_2d(array)
@@ -212,9 +214,9 @@ def _rows(content: dict[str, Any], name: str, traces: int, path: Path) -> Array:
     return array.T
 
 
-def _along(content: dict[str, Any], name: str, traces: int, path: Path) -> Array:
+def _read_vector(content: dict[str, Any], name: str, traces: int, path: Path) -> Array:
     """A variable of one finite number for each trace."""
-    array = _array(content, name, path)
+    array = _read_array(content, name, path)
     if array.shape != (traces,):
         raise DataError(
             f"The variable {name} of {path} has {array.size} values for {traces} traces.", _LAYOUT

@@ -52,7 +52,7 @@ _COMPLETE, _GAPS, _TRUNCATED = range(3)
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What decides the gaps of SRED.
+    """Parameters of the gaps of SRED.
 
     Attributes:
         complete: Fraction of stacks without any gap.
@@ -89,9 +89,9 @@ def write_sred(path: Path, boundaries: Array, pos: Array, fields: dict[str, Arra
     write_matlab73(path, arrays, {})
 
 
-def _kinds(world: World, recipe: _Recipe) -> list[NDArray[np.int64]]:
+def _draw_kinds(world: World, recipe: _Recipe) -> list[NDArray[np.int64]]:
     """What each block of each segment lacks: exactly so many of each, in random order."""
-    complete, gaps = (round(share * world.stacks) for share in (recipe.complete, recipe.gaps))
+    complete, gaps = (round(fraction * world.stacks) for fraction in (recipe.complete, recipe.gaps))
     kinds = np.full(world.stacks, _TRUNCATED)
     kinds[:complete] = _COMPLETE
     kinds[complete : complete + gaps] = _GAPS
@@ -99,17 +99,17 @@ def _kinds(world: World, recipe: _Recipe) -> list[NDArray[np.int64]]:
     return [np.asarray(part) for part in np.split(shuffled, np.cumsum(world.sizes())[:-1])]
 
 
-def _pick(
+def _pick_echogram(
     world: World, recipe: _Recipe, truth: Array, kind: int, generator: np.random.Generator
 ) -> Array:
     """Picks of the boundaries of one block, in whole range bins: (N, K).
 
     Args:
         world: The recipe of the flights.
-        recipe: Of the gaps.
-        truth: Thickness [range bins]. Shape: (N, L).
-        kind: What is missing.
-        generator: Of noise and gaps.
+        recipe: The recipe of the gaps.
+        truth: True thickness [range bins]. Shape: (N, L).
+        kind: Kind of the block: complete, with gaps, or truncated.
+        generator: Generator of noise and gaps.
     """
     n, layers = truth.shape
     surface = 60.0 + 3.0 * generator.standard_normal()
@@ -117,8 +117,8 @@ def _pick(
     picks = exact + world.noise / _BIN * generator.standard_normal(exact.shape)
     wrong = generator.random((n, layers - 1)) < world.mistracks
     deep = np.arange(1, layers + 1) / layers
-    share = np.minimum(world.missing * (0.02 + 0.2 * deep**1.5), 0.95)
-    missing = markov_gaps(share, generator.uniform(0.1, 0.3, layers) * n, n, generator).T
+    gap_fraction = np.minimum(world.missing * (0.02 + 0.2 * deep**1.5), 0.95)
+    missing = markov_gaps(gap_fraction, generator.uniform(0.1, 0.3, layers) * n, n, generator).T
     first, length = int(generator.integers(n)), max(1, n // 10)
     there = int(generator.integers(recipe.shallowest, layers))
     is_broken = kind == _GAPS or (kind == _TRUNCATED and generator.random() < recipe.broken)
@@ -135,10 +135,10 @@ def _pick(
     last = picks[:, -1]  # a deepest boundary that is nowhere picked would be one less
     if np.isnan(last).all():
         picks[:, -1] = np.round(exact[:, picks.shape[1] - 1])
-    return _put_apart(np.round(picks), kind != _COMPLETE)
+    return _separate_picks(np.round(picks), kind != _COMPLETE)
 
 
-def _put_apart(picks: Array, is_removed: bool) -> Array:
+def _separate_picks(picks: Array, is_removed: bool) -> Array:
     """Remove, or move, picks that noise has put onto or above the one before them: (N, K)."""
     apart = picks.copy()
     deepest = np.full(len(picks), -np.inf)
@@ -148,8 +148,8 @@ def _put_apart(picks: Array, is_removed: bool) -> Array:
     return apart
 
 
-def _physics(
-    world: World, seen: Climate, snow: Snow, number: int, flight: Flight
+def _make_fields(
+    world: World, modelled: Climate, snow: Snow, number: int, flight: Flight
 ) -> dict[str, Array]:
     """The physical fields of a segment, brought to SRED's published means.
 
@@ -162,7 +162,7 @@ def _physics(
     blocks, n, layers = snow.truth.shape
     coarse = {
         name: values.reshape(blocks, n, layers)
-        for name, values in seen.layered(
+        for name, values in modelled.sum_layers(
             snow.points.reshape(-1, 2), layer_dates(world, flight)
         ).items()
     }
@@ -205,7 +205,7 @@ class SyntheticSred(GeneratedFlights):
         missing: Factor on the rate of gaps.
         noise: Standard deviation of a pick [m].
         informative: False exchanges physics between stacks and layers: a negative control.
-        seed: Of everything.
+        seed: Seed of everything.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -260,15 +260,15 @@ class SyntheticSred(GeneratedFlights):
         self.informative = informative
 
     def key(self) -> str:
-        """What decides the data beside the world."""
+        """Text that decides the data beside :attr:`world`."""
         return f"1 {self.recipe}"
 
     @property
     def physics(self) -> tuple[str, ...]:
         """Names of the physical fields."""
-        return self._sred(Path()).physics
+        return self._make_reader(Path()).physics
 
-    def _sred(self, root: Path) -> SredMat:
+    def _make_reader(self, root: Path) -> SredMat:
         world = self.world
         return SredMat(
             str(root),
@@ -287,19 +287,19 @@ class SyntheticSred(GeneratedFlights):
         days = start + world.generator(TRACK).integers(0, 56, world.segments)
         names = flight_names(sorted(days.tolist()))
         climate = make_climate(world, _WETNESS, _WARMTH)
-        seen, _ = see_as_mar(world, climate)
-        kinds = _kinds(world, self.recipe)
+        modelled, _ = see_as_mar(world, climate)
+        kinds = _draw_kinds(world, self.recipe)
         (folder / _FOLDER).mkdir(parents=True)
         (folder / "truth").mkdir()
         for number, (name, day) in enumerate(zip(names, sorted(days.tolist()), strict=True)):
             flight = Flight(name, day, world.box)
             snow = make_snow(world, climate, number, len(kinds[number]), flight)
-            physics = _physics(world, seen, snow, number, flight)
+            physics = _make_fields(world, modelled, snow, number, flight)
             generator = world.generator(PICKS, number)
             truth = snow.truth / _BIN
             np.savez(folder / "truth" / f"{name}.npz", thickness=truth)
             for block, kind in enumerate(kinds[number]):
-                picks = _pick(world, self.recipe, truth[block], int(kind), generator)
+                picks = _pick_echogram(world, self.recipe, truth[block], int(kind), generator)
                 # the authors' code takes row i + 1 for layer i, and none the first
                 fields = {
                     key: values[block]
@@ -312,7 +312,7 @@ class SyntheticSred(GeneratedFlights):
 
     def load(self) -> Flights:
         """Return the stacks that the reader makes of the files, with the truth [range bins]."""
-        flights = self._sred(self.root).load()
+        flights = self._make_reader(self.root).load()
         truth: dict[str, Array] = {}
         for name in flights.segments:
             with np.load(self.root / "truth" / f"{name}.npz") as content:
@@ -321,5 +321,5 @@ class SyntheticSred(GeneratedFlights):
             replace(s, truth=truth[s.segment][int(s.name.removeprefix(s.segment)[1:5])])
             for s in flights.stacks
         ]
-        known = replace(flights, stacks=stacks)
-        return known if self.informative else self._uninformed(known)
+        with_truth = replace(flights, stacks=stacks)
+        return with_truth if self.informative else self._shuffle_physics(with_truth)

@@ -49,20 +49,20 @@ def keep_each_once(
     """Refuse files of one name or one content, or leave out all but the most evaluated one.
 
     Args:
-        echograms: All.
-        excluded: Receives how many were left out.
-        is_left_out: Whether they are to be left out.
+        echograms: All echograms.
+        excluded: Receives the number of those left out.
+        is_left_out: Whether doubled files are left out.
 
     Raises:
-        DataError: There are some, and they are not to be left out.
+        DataError: Files are doubled, and are not to be left out.
     """
-    kept: list[Echogram] = []
-    seen: dict[str, Path] = {}
+    unique: list[Echogram] = []
+    files: dict[str, Path] = {}
     for echogram in sorted(echograms, key=lambda e: -PARTS.index(e.part)):
         file = echogram.file
         digest = hashlib.sha256(file.boundaries.tobytes() + file.pos.tobytes()).hexdigest()
         keys = (f"name {file.path.stem}", f"content {digest}")
-        other = next((seen[key] for key in keys if key in seen), None)
+        other = next((files[key] for key in keys if key in files), None)
         if other is not None and not is_left_out:
             raise DataError(
                 f"The files {other} and {file.path} are of one name or have the same layers.",
@@ -70,22 +70,22 @@ def keep_each_once(
                 f"`{_OPTION}.exclude+=duplicate`.",
             )
         if other is None:
-            kept.append(echogram)
+            unique.append(echogram)
         for key in keys:
-            seen.setdefault(key, file.path)
-    if left := len(echograms) - len(kept):
-        excluded.append(Exclusion("duplicate", "files that are there twice", left))
-    return sorted(kept, key=lambda e: (PARTS.index(e.part), e.file.path))
+            files.setdefault(key, file.path)
+    if repeated := len(echograms) - len(unique):
+        excluded.append(Exclusion("duplicate", "files that are there twice", repeated))
+    return sorted(unique, key=lambda e: (PARTS.index(e.part), e.file.path))
 
 
 def settle_shared(
     echograms: list[Echogram], shared: Shared, excluded: list[Exclusion], notes: list[str]
 ) -> tuple[list[Echogram], frozenset[str]]:
-    """What ``shared`` says of flight segments in several parts.
+    """Apply ``shared`` to flight segments that are in several parts.
 
     Args:
-        echograms: All.
-        shared: What to do with them.
+        echograms: All echograms.
+        shared: What to do with these segments.
         excluded: Receives how many echograms were left out.
         notes: Receives what was kept.
 
@@ -93,7 +93,7 @@ def settle_shared(
         The echograms to use, and the segments that stay in several parts.
 
     Raises:
-        DataError: There are some, and they are to be refused.
+        DataError: Segments are in several parts, and are to be refused.
 
     Source: arXiv 2604.20783, card section 2 (leakage rule); that the authors' folders share
     segments, or not, is not known.
@@ -107,25 +107,26 @@ def settle_shared(
     leaking = [e for e in echograms if e.file.segment in later[e.part]]
     if not leaking:
         return echograms, frozenset()
-    both = frozenset(e.file.segment for e in leaking)
+    shared_segments = frozenset(e.file.segment for e in leaking)
     count = {part: sum(e.part == part for e in leaking) for part in ("train", "val")}
-    what = (
-        f"{len(both)} flight segments ({name_some(sorted(both))}) are in several parts: "
+    description = (
+        f"{len(shared_segments)} flight segments ({name_some(sorted(shared_segments))}) are in "
+        "several parts: "
         f"{count['train']} training stacks are of validated or tested segments, "
         f"{count['val']} validation stacks of tested ones"
     )
     if shared == "refuse":
         raise DataError(
-            f"{what}, whose neighbouring echograms leak.",
+            f"{description}, whose neighbouring echograms leak.",
             f"Set `{_OPTION}.shared=drop` to leave those stacks out, `{_OPTION}.shared=keep` "
             f"to use the folders as they are, or `{_OPTION}.split=segments` for another split.",
         )
     if shared == "drop":
-        what = "training and validation stacks of segments that are evaluated later"
-        excluded.append(Exclusion("shared", what, len(leaking)))
+        description = "training and validation stacks of segments that are evaluated later"
+        excluded.append(Exclusion("shared", description, len(leaking)))
         return [e for e in echograms if e.file.segment not in later[e.part]], frozenset()
-    notes.append(what)
-    return echograms, both
+    notes.append(description)
+    return echograms, shared_segments
 
 
 def count_complete(boundaries: Sequence[Array], count: int) -> tuple[int, int, int]:
@@ -135,7 +136,7 @@ def count_complete(boundaries: Sequence[Array], count: int) -> tuple[int, int, i
     row for them.
 
     Args:
-        boundaries: Of each stack, NaN where missing. Shape of each: (N, K).
+        boundaries: Boundaries of each stack, NaN where missing. Shape of each: (N, K).
         count: L, layers of a complete stack.
 
     Source: arXiv 2604.20783, card section 3.5 ("complete" is L + 1 boundaries without NaN).
@@ -160,7 +161,7 @@ def describe_parts(echograms: Sequence[Echogram], count: int, by_folder: bool) -
     """How many stacks are complete, for each part or for all files.
 
     Args:
-        echograms: All.
+        echograms: All echograms.
         count: L, layers of a complete stack.
         by_folder: Whether folders are parts.
     """

@@ -1,4 +1,4 @@
-"""The one data contract: a stack of layers along a flight line, checked when it is built.
+"""The data contract: a stack of layers along a flight line, checked when it is built.
 
 Shapes: N traces (nodes), L layers (newest first), P physical fields.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.spans import Spans
+from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ THICKEST = 15.0
 THICKEST_BINS = 500.0
 
 
-def need_extra(package: str, what: str) -> MissingExtraError:
+def need_extra(package: str, purpose: str) -> MissingExtraError:
     """The error to raise where one of the optional packages is missing.
 
     Example:
@@ -72,11 +72,11 @@ def need_extra(package: str, what: str) -> MissingExtraError:
         Reading a.mat needs h5py. Install it with `pip install 'fulgurite[ice]'`.
     """
     return MissingExtraError(
-        f"{what} needs {package}.", "Install it with `pip install 'fulgurite[ice]'`."
+        f"{purpose} needs {package}.", "Install it with `pip install 'fulgurite[ice]'`."
     )
 
 
-def check_plausible(thickness: Array, where: str, unit: str = METRES) -> None:
+def check_plausible(thickness: Array, subject: str, unit: str = METRES) -> None:
     """Refuse thicknesses that cannot be in their unit.
 
     Shape:
@@ -97,7 +97,7 @@ def check_plausible(thickness: Array, where: str, unit: str = METRES) -> None:
     low, high, less, more = PLAUSIBLE_THICKNESS[unit]
     if not low <= median <= high:
         raise DataError(
-            f"The median thickness of a layer in {where} is {median:g} {unit}, which looks like "
+            f"The median thickness of a layer in {subject} is {median:g} {unit}, which looks like "
             f"{less if median < low else more}.",
             _CONVERT[unit],
         )
@@ -107,7 +107,7 @@ def check_thickest(thickest: float, unit: str = METRES) -> float:
     """Return the limit on a source's median thickness if it is in range.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The limit is out of range.
 
     Example:
         >>> check_thickest(300)
@@ -127,13 +127,13 @@ class Exclusion:
     """What was left out of the data, and why.
 
     Attributes:
-        kind: One word.
-        what: What was wrong, where.
-        count: How many stacks, traces or picks.
+        kind: Kind of the exclusion, one word.
+        description: What was wrong, and where.
+        count: Number of stacks, traces or picks.
     """
 
     kind: str
-    what: str
+    description: str
     count: int
 
 
@@ -154,10 +154,10 @@ class LayerStack:
         truth: Thickness without noise or gaps [m], of generated data. Shape: (N, L) float64.
         provenance: Of completed stacks: 0 observed, 1 filled, 2 filled in a wholly absent layer,
             3 left missing. Shape: (N, L) uint8.
-        trained_segments: Of completed stacks: what the completing model was trained on.
-        unit: Of thicknesses: ``m`` or ``range bins``.
-        record: What the source says of the traces beside their layers.
-        spans: What is known of sums of layers between picked boundaries; nothing if not given.
+        trained_segments: Of completed stacks: segments that the completing model was trained on.
+        unit: Unit of thicknesses, ``m`` or ``range bins``.
+        record: Further arrays of the traces, such as time and elevation.
+        spans: Measured sums of layers between picked boundaries, if any are known.
 
     Raises:
         DataError: Shapes do not fit, or a value is impossible: a thickness that is not positive,
@@ -183,7 +183,7 @@ class LayerStack:
     trained_segments: tuple[str, ...] = ()
     unit: str = METRES
     record: TraceRecord | None = None
-    spans: Spans | None = None
+    spans: MeasuredSpans | None = None
 
     def __post_init__(self) -> None:
         if self.thickness.ndim != 2:
@@ -245,7 +245,7 @@ class LayerStack:
                 "Sort its traces.",
             )
 
-    def _check_spans(self, spans: Spans) -> None:
+    def _check_spans(self, spans: MeasuredSpans) -> None:
         if spans.start.shape != self.thickness.shape or spans.path.shape != self.thickness.shape:
             raise DataError(
                 f"The boundaries of stack {self.name} have shape {spans.path.shape} by layers, its "
@@ -272,15 +272,15 @@ class LayerStack:
         return np.isfinite(self.thickness)
 
     @property
-    def known_spans(self) -> Spans:
+    def known_spans(self) -> MeasuredSpans:
         """What was measured between picked boundaries; single layers where no sum is known."""
-        return Spans.of_thickness(self.thickness) if self.spans is None else self.spans
+        return MeasuredSpans.of_thickness(self.thickness) if self.spans is None else self.spans
 
     def to_data(self, segment: int, stack: int, dropped: NDArray[np.bool_] | None = None) -> Data:
         """Return it as node-major PyG ``Data``.
 
         Args:
-            segment: Number of its segment.
+            segment: Number of the flight segment.
             stack: Number of the stack.
             dropped: Layers whose lower boundary is to be hidden from the model: they and the
                 layers below are missing then, and what they add up to may be known.
@@ -326,10 +326,10 @@ class Flights:
         layer_names: Names of the L layers, newest first.
         layer_age: Age of each layer's lower boundary at the flight [years]. Shape: (L,) float64.
         excluded: What was left out.
-        notes: What the reader wants to have reported.
+        notes: Further lines of the report.
         thickest: Largest plausible median of all observed thicknesses, in their unit; 15 m or 500
             range bins if not given.
-        split: The split that the files have of themselves, if they have one.
+        split: Split that the files come with, if they have one.
 
     Raises:
         DataError: There is no stack, two have one name, they differ in layers, fields or unit, or
@@ -352,32 +352,32 @@ class Flights:
                 f"The source has no usable stack{why}.",
                 "Check `--data.init_args.source`: its paths, `traces`, `spacing`, `min_traces`.",
             )
-        seen: set[str] = set()
+        names: set[str] = set()
         for stack in self.stacks:
-            if stack.name in seen:
+            if stack.name in names:
                 raise DataError(
                     f"Two stacks are called {stack.name}.", "Give every stack a name of its own."
                 )
-            seen.add(stack.name)
+            names.add(stack.name)
             if stack.unit != self.unit:
                 raise DataError(
                     f"Thicknesses of stack {stack.name} are in {stack.unit}, others in "
                     f"{self.unit}.",
                     "Give all in one unit.",
                 )
-            for what, found, wanted in (
+            for quantity, count, expected in (
                 ("layers", stack.thickness.shape[1], len(self.layer_names)),
                 ("physical fields", stack.physics.shape[2], len(self.physics)),
             ):
-                if found != wanted:
+                if count != expected:
                     raise DataError(
-                        f"Stack {stack.name} has {found} {what}, others have {wanted}.",
+                        f"Stack {stack.name} has {count} {quantity}, others have {expected}.",
                         "Give all stacks the same number, or leave such ones out: "
                         "`--data.init_args.source.init_args.exclude+=layer_count`.",
                     )
-        known = np.concatenate([stack.thickness[stack.observed] for stack in self.stacks])
+        thickness = np.concatenate([stack.thickness[stack.observed] for stack in self.stacks])
         thickest = self.thickest or (THICKEST if self.unit == METRES else THICKEST_BINS)
-        if known.size and (median := float(np.median(known))) > thickest:
+        if thickness.size and (median := float(np.median(thickness))) > thickest:
             looks = (
                 "more than a year's firn: it looks like millimetres or centimetres instead of "
                 "metres"
@@ -411,5 +411,5 @@ class Flights:
                 f"{len(self.segments)} flight segments, {100 * missing:.1f} % missing"
                 f"{'' if self.unit == METRES else f', thickness in {self.unit}'}"
             )
-        lines += [f"{e.count} {e.what}" for e in self.excluded]
+        lines += [f"{e.count} {e.description}" for e in self.excluded]
         return "; ".join([*lines, *self.notes])

@@ -1,4 +1,4 @@
-"""Mean and deviation of the training data: what the network's input is normalised by.
+"""Mean and standard deviation of the training data, by which inputs are normalised.
 
 Shapes: N traces, L layers, P physical fields.
 """
@@ -42,22 +42,24 @@ def fit_statistics(stacks: Sequence[LayerStack]) -> dict[str, Tensor]:
     thickness = (
         np.concatenate([stack.thickness for stack in stacks]) if stacks else np.zeros((0, 0))
     )
-    seen = np.isfinite(thickness)
-    if not seen.any():
+    observed = np.isfinite(thickness)
+    if not observed.any():
         raise DataError(
             "No thickness is observed in the training segments.",
             "Change `--data.init_args.val` and `--data.init_args.test`, or the source.",
         )
-    known = np.where(seen, thickness, 0.0)
-    count = seen.sum(0)
-    mean = np.where(count > 0, known.sum(0) / np.maximum(count, 1), known.sum() / seen.sum())
-    apart = np.where(seen, thickness - mean, 0.0)
+    zero_filled = np.where(observed, thickness, 0.0)
+    count = observed.sum(0)
+    mean = np.where(
+        count > 0, zero_filled.sum(0) / np.maximum(count, 1), zero_filled.sum() / observed.sum()
+    )
+    apart = np.where(observed, thickness - mean, 0.0)
     physics = np.concatenate([s.physics.reshape(s.thickness.size, -1) for s in stacks])
     physics = physics.astype(np.float64)
     pos = unwrap_longitudes(np.concatenate([stack.pos for stack in stacks]))
     values = {
         "thickness_mean": mean,
-        "thickness_std": np.sqrt((apart**2).sum() / seen.sum()),
+        "thickness_std": np.sqrt((apart**2).sum() / observed.sum()),
         "physics_mean": physics.mean(0),
         "physics_std": physics.std(0),
         "pos_mean": pos.mean(0),

@@ -82,16 +82,16 @@ def remove_crossed(picks: Array) -> tuple[Array, int]:
         >>> remove_crossed(np.array([[0.0, 5.0, np.nan, 3.0, 6.0]]))
         (array([[ 0., nan, nan, nan,  6.]]), 1)
     """
-    kept, crossed = np.array(picks, np.float64), 0
+    uncrossed, crossed = np.array(picks, np.float64), 0
     while True:
-        above, index = _picks_above(kept)
-        rows, columns = np.nonzero(kept <= above)
+        above, index = _picks_above(uncrossed)
+        rows, columns = np.nonzero(uncrossed <= above)
         if not len(rows):
-            return kept, crossed
+            return uncrossed, crossed
         crossed += len(rows)
         others = index[rows, columns]
-        kept[rows, columns] = np.nan
-        kept[rows, others] = np.nan
+        uncrossed[rows, columns] = np.nan
+        uncrossed[rows, others] = np.nan
 
 
 def _picks_above(picks: Array) -> tuple[Array, NDArray[np.int64]]:

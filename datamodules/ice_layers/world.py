@@ -33,7 +33,7 @@ __all__ = [
 #: Random streams of ``seed``.
 CLIMATE, TRACK, SNOW, PICKS, SHUFFLE = range(5)
 
-#: [days].
+#: Length of a year [days].
 YEAR = 365.25
 
 _BOX = (66.0, 79.0, -48.0, -32.0)  # latitudes and longitudes of flights [degrees]
@@ -41,7 +41,7 @@ _BOX = (66.0, 79.0, -48.0, -32.0)  # latitudes and longitudes of flights [degree
 
 @dataclass(frozen=True)
 class World:
-    """What decides every number of generated flights.
+    """Parameters that decide every number of generated flights.
 
     Source: arXiv 2604.20783, card section 6.2; where years and places are correlated over the ice
     sheet instead of drawn for each stack, that is inferred.
@@ -78,10 +78,10 @@ class World:
 
 
 def check_world(world: World) -> World:
-    """Return it if all numbers are in range.
+    """Return the recipe if all of its numbers are in range.
 
     Raises:
-        ConfigError: One is not.
+        ConfigError: A number is out of range.
     """
     for name, value, low, high in (
         ("stacks", world.stacks, 1, 1_000_000),
@@ -108,8 +108,8 @@ class Flight:
     """Where and when a segment is flown.
 
     Attributes:
-        name: Of the segment.
-        day: [days since 1970].
+        name: Name of the segment.
+        day: Day of the flight [days since 1970].
         box: Latitudes and longitudes [degrees].
     """
 

@@ -35,8 +35,8 @@ class SegmentFiles:
     """The files of a segment that were read.
 
     Attributes:
-        paths: Of its frames.
-        boundaries: Its boundaries.
+        paths: Files of the frames.
+        boundaries: Boundaries of the segment.
         count: L, number of layers that are used.
         quality: Picks of a worse quality count as missing; None trusts all.
     """
@@ -49,7 +49,7 @@ class SegmentFiles:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written of some segments.
+    """Counts of what was written.
 
     Attributes:
         frames: Number of files.
@@ -65,23 +65,25 @@ class Written:
     without_surface: int = 0
 
     def __add__(self, other: Written) -> Written:
-        """The sum of two."""
+        """Add the counts of two."""
         return Written(*(a + b for a, b in zip(self._counts(), other._counts(), strict=True)))
 
     def _counts(self) -> tuple[int, ...]:
         return self.frames, self.filled, self.crossing, self.without_surface
 
     def report(self, segments: int, folder: Path) -> str:
-        """Say it in one line."""
-        said = [
+        """Report the counts in one line."""
+        parts = [
             f"{self.frames} frames of {segments} segments written to {folder}, "
             f"{self.filled} picks added"
         ]
         if self.crossing:
-            said.append(f"{self.crossing} left out that would cross a pick of the file")
+            parts.append(f"{self.crossing} left out that would cross a pick of the file")
         if self.without_surface:
-            said.append(f"{self.without_surface} traces without a picked surface left as they were")
-        return "; ".join(said)
+            parts.append(
+                f"{self.without_surface} traces without a picked surface left as they were"
+            )
+        return "; ".join(parts)
 
 
 def anchor_times(completed: Array, picked: Array) -> Array:
@@ -117,16 +119,16 @@ def anchor_times(completed: Array, picked: Array) -> Array:
     span = completed[rows, last] - completed[rows, first]
     measured = picked[rows, last] - picked[rows, first]
     factor = np.where((below < count) & (span > 0), measured / np.where(span > 0, span, 1.0), 1.0)
-    placed = np.where(above >= 0, picked[rows, first] + offset * factor, np.nan)
-    return np.where(np.isfinite(picked), picked, placed)
+    anchored = np.where(above >= 0, picked[rows, first] + offset * factor, np.nan)
+    return np.where(np.isfinite(picked), picked, anchored)
 
 
 def check_records(segment: str, records: Sequence[TraceRecord | None]) -> None:
     """Refuse a segment whose stacks cannot be found in its files again.
 
     Args:
-        segment: Its name.
-        records: Of its stacks.
+        segment: Name of the segment.
+        records: Records of its stacks.
 
     Raises:
         DataError: Times repeat, or are not known.
@@ -142,7 +144,7 @@ def check_records(segment: str, records: Sequence[TraceRecord | None]) -> None:
 
 
 class _Completed:
-    """Completed stacks of a segment, to be asked at times.
+    """Completed stacks of a segment, interpolated at times.
 
     Args:
         stacks: Record of each stack and the times of its boundaries below the surface (N, K) [s].
@@ -151,17 +153,17 @@ class _Completed:
     def __init__(self, stacks: Sequence[tuple[TraceRecord, Array]]) -> None:
         self.runs: list[tuple[Array, Array, NDArray[np.bool_]]] = []
         for run in sorted({record.run for record, _ in stacks}):
-            own = sorted(
+            run_stacks = sorted(
                 ((r, times) for r, times in stacks if r.run == run),
                 key=lambda pair: float(pair[0].flight_distance[0]),
             )
-            distance = np.concatenate([r.flight_distance for r, _ in own])
+            distance = np.concatenate([r.flight_distance for r, _ in run_stacks])
             steps = np.diff(distance)
-            time = np.concatenate([r.time for r, _ in own if r.time is not None])
+            time = np.concatenate([r.time for r, _ in run_stacks if r.time is not None])
             self.runs.append(
                 (
                     time,
-                    np.concatenate([times for _, times in own]),
+                    np.concatenate([times for _, times in run_stacks]),
                     steps <= _ADJACENT * np.median(steps),
                 )
             )
@@ -173,21 +175,21 @@ class _Completed:
 
         Shape: (M,) to (M, count) and (M,).
         """
-        found, inside = np.full((len(time), count), np.nan), np.zeros(len(time), np.bool_)
+        at_traces, inside = np.full((len(time), count), np.nan), np.zeros(len(time), np.bool_)
         for moments, times, is_joined in self.runs:
             within = (time >= moments[0]) & (time <= moments[-1])
             rows = np.flatnonzero(within)
-            left = np.clip(np.searchsorted(moments, time[rows], side="right") - 1, 0, None)
-            left = np.minimum(left, len(moments) - 2)
-            share = (time[rows] - moments[left]) / (moments[left + 1] - moments[left])
-            on_trace = (share <= 0) | (share >= 1)
-            usable = is_joined[left] | on_trace
-            rows, left, share = rows[usable], left[usable], share[usable][:, None]
-            a, b = times[left], times[left + 1]
-            between = (1 - share) * a + share * b
-            found[rows] = np.where(share <= 0, a, np.where(share >= 1, b, between))
+            before = np.clip(np.searchsorted(moments, time[rows], side="right") - 1, 0, None)
+            before = np.minimum(before, len(moments) - 2)
+            weight = (time[rows] - moments[before]) / (moments[before + 1] - moments[before])
+            on_trace = (weight <= 0) | (weight >= 1)
+            usable = is_joined[before] | on_trace
+            rows, before, weight = rows[usable], before[usable], weight[usable][:, None]
+            a, b = times[before], times[before + 1]
+            between = (1 - weight) * a + weight * b
+            at_traces[rows] = np.where(weight <= 0, a, np.where(weight >= 1, b, between))
             inside[rows] = True
-        return found, inside
+        return at_traces, inside
 
 
 def write_segment(
@@ -203,12 +205,12 @@ def write_segment(
     and quality 3 (derived).
 
     Args:
-        folder: Where to; files go to a folder of the segment's name in it.
-        segment: Its name.
-        files: What was read.
+        folder: Folder to write to; files go to a folder of the segment's name in it.
+        segment: Name of the segment.
+        files: The files that were read.
         stacks: Record of each completed stack and the times of its boundaries below the surface
             (N, K) [s], NaN where they are unknown.
-        names: Of the L layers.
+        names: Names of the L layers.
 
     Raises:
         DataError: A file has changed and cannot be read.
@@ -218,27 +220,30 @@ def write_segment(
     completed = _Completed(stacks)
     frames = [read_frame(path) for path in files.paths]
     ids = _boundary_ids(files, frames)
-    place, written, used = Path(folder) / segment, Written(), set()
+    segment_folder, written, used = Path(folder) / segment, Written(), set()
     for path, frame in zip(files.paths, frames, strict=True):
         content, counts = _complete_frame(frame, completed, ids, files)
         used |= set(content["id"].ravel().astype(int).tolist())
-        content["param"] = _parameters(path, segment)
-        _save(place / path.name, content)
+        content["param"] = _read_parameters(path, segment)
+        _save(segment_folder / path.name, content)
         written += counts
     named = dict(zip(ids[1:], names, strict=False))
-    _save(place / f"layer_{segment}.mat", _organizer(segment, files, ids, used, named))
+    _save(
+        segment_folder / f"layer_{segment}.mat",
+        _organizer_content(segment, files, ids, used, named),
+    )
     return written
 
 
 def _boundary_ids(files: SegmentFiles, frames: Sequence[Frame]) -> tuple[int, ...]:
     """Number of each of the K boundaries; those that the files do not know get new ones."""
-    known = files.boundaries.ids[: files.count + 1]
-    if not known:
+    ids = files.boundaries.ids[: files.count + 1]
+    if not ids:
         return ()
     organizer = files.boundaries.organizer
     every = {k for frame in frames for k in frame.ids} | set(organizer.names if organizer else ())
     first = max(every | {_LAST_KEPT}) + 1
-    return (*known, *range(first, first + files.count + 1 - len(known)))
+    return (*ids, *range(first, first + files.count + 1 - len(ids)))
 
 
 def _complete_frame(
@@ -258,22 +263,22 @@ def _complete_frame(
         trusted, _ = remove_crossed(trusted)
         surface = trusted[:, :1]
         times, inside = completed.at(frame.time, len(ids))
-        placed = surface + anchor_times(times, trusted - surface)
-        placed[np.isfinite(original) | ~inside[:, None]] = np.nan
-        crossing = np.isfinite(placed) & _crosses(placed, original)
-        filled = np.where(crossing, np.nan, placed)
+        anchored = surface + anchor_times(times, trusted - surface)
+        anchored[np.isfinite(original) | ~inside[:, None]] = np.nan
+        crossing = np.isfinite(anchored) & _crosses(anchored, original)
+        filled = np.where(crossing, np.nan, anchored)
         unknown = inside & np.isnan(surface[:, 0])
         added = int(np.isfinite(filled).sum())
         counts = Written(1, added, int(crossing.sum()), int(unknown.sum()))
     return _frame_content(frame, ids, filled), counts
 
 
-def _crosses(placed: Array, picks: Array) -> NDArray[np.bool_]:
+def _crosses(anchored: Array, picks: Array) -> NDArray[np.bool_]:
     """Whether a boundary lies on or beyond a pick of one above or below. Shape: (M, K)."""
     low = np.maximum.accumulate(np.where(np.isfinite(picks), picks, -np.inf), axis=1)
     high = np.where(np.isfinite(picks), picks, np.inf)[:, ::-1]
     high = np.minimum.accumulate(high, axis=1)[:, ::-1]
-    return (placed <= low) | (placed >= high)
+    return (anchored <= low) | (anchored >= high)
 
 
 def _frame_content(frame: Frame, ids: Sequence[int], filled: Array) -> dict[str, Any]:
@@ -306,22 +311,22 @@ def _frame_content(frame: Frame, ids: Sequence[int], filled: Array) -> dict[str,
     }
 
 
-def _parameters(path: Path, segment: str) -> dict[str, Any]:
+def _read_parameters(path: Path, segment: str) -> dict[str, Any]:
     """What a file says of radar and season, and what the toolbox needs of it."""
     param = read_mat(path).get("param")
-    kept: dict[str, Any] = {"day_seg": segment}
+    parameters: dict[str, Any] = {"day_seg": segment}
     if isinstance(param, Mapping):
         texts = {name: param.get(name) for name in ("radar_name", "season_name")}
-        kept |= {name: text for name, text in texts.items() if isinstance(text, str)}
+        parameters |= {name: text for name, text in texts.items() if isinstance(text, str)}
         offset: Any = param
         for name in ("records", "gps", "time_offset"):
             offset = offset.get(name) if isinstance(offset, Mapping) else None
         if isinstance(offset, np.ndarray | float | int) and np.size(offset) == 1:
-            kept["records"] = {"gps": {"time_offset": float(np.ravel(offset)[0])}}
-    return kept
+            parameters["records"] = {"gps": {"time_offset": float(np.ravel(offset)[0])}}
+    return parameters
 
 
-def _organizer(
+def _organizer_content(
     segment: str,
     files: SegmentFiles,
     ids: Sequence[int],
@@ -335,34 +340,36 @@ def _organizer(
     ordered = [k for k in (organizer.order if organizer else ()) if k in every]
     ordered += [k for k in (*ids, *every) if k in every and k not in ordered]
     ordered = list(dict.fromkeys(ordered))
-    own = {k: f"layer_{k}" for k in every} | dict(names) | ({ids[0]: "surface"} if ids else {})
+    name_of = {k: f"layer_{k}" for k in every} | dict(names) | ({ids[0]: "surface"} if ids else {})
     if _LAST_KEPT not in boundaries.ids:  # the reader has taken it for the bottom
-        own[_LAST_KEPT] = "bottom"
-    own |= {k: name for k, name in boundaries.names.items() if name or k in listed}
+        name_of[_LAST_KEPT] = "bottom"
+    name_of |= {k: name for k, name in boundaries.names.items() if name or k in listed}
     content = read_mat(organizer.path) if organizer else {}
     age = organizer.age if organizer else {}
     return {
         "file_type": "layer_organizer",
         "file_version": "1",
         "lyr_age": np.array([[age.get(k, np.nan) for k in every]]),
-        "lyr_age_source": _cells([""] * len(every)),
-        "lyr_desc": _cells(_texts(content, "lyr_desc", len(listed), len(every))),
-        "lyr_group_name": _cells(_texts(content, "lyr_group_name", len(listed), len(every))),
+        "lyr_age_source": _to_cells([""] * len(every)),
+        "lyr_desc": _to_cells(_read_texts(content, "lyr_desc", len(listed), len(every))),
+        "lyr_group_name": _to_cells(
+            _read_texts(content, "lyr_group_name", len(listed), len(every))
+        ),
         "lyr_id": np.array([every], np.float64),
-        "lyr_name": _cells([own[k] for k in every]),
+        "lyr_name": _to_cells([name_of[k] for k in every]),
         "lyr_order": np.array([[ordered.index(k) + 1.0 for k in every]]),
-        "param": _parameters(organizer.path, segment) if organizer else {"day_seg": segment},
+        "param": _read_parameters(organizer.path, segment) if organizer else {"day_seg": segment},
     }
 
 
-def _texts(content: Mapping[str, Any], name: str, count: int, wanted: int) -> list[str]:
+def _read_texts(content: Mapping[str, Any], name: str, count: int, total: int) -> list[str]:
     """A text for each boundary: what the companion file has, and nothing for new ones."""
     values = content.get(name)
-    known = values if isinstance(values, list) and len(values) == count else [""] * count
-    return [v if isinstance(v, str) else "" for v in known] + [""] * (wanted - count)
+    texts = values if isinstance(values, list) and len(values) == count else [""] * count
+    return [v if isinstance(v, str) else "" for v in texts] + [""] * (total - count)
 
 
-def _cells(texts: Sequence[str]) -> NDArray[np.object_]:
+def _to_cells(texts: Sequence[str]) -> NDArray[np.object_]:
     cells = np.empty((1, len(texts)), object)
     cells[0] = texts
     return cells

@@ -12,7 +12,11 @@ from scipy.io import savemat
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, KoenigPicks, LayerFiles
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-from fulgurite.datamodules.ice_layers.resample import along_track, haversine, interpolate_positions
+from fulgurite.datamodules.ice_layers.resample import (
+    great_circle_distance,
+    interpolate_positions,
+    measure_track,
+)
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, thickness_to_time
 from fulgurite.errors import ConfigError, DataError
@@ -358,12 +362,12 @@ def test_longitudes_do_not_matter(longitude, latitude, heading, steps):
     straight = np.stack([north, east], 1)
     turned = straight + np.array([0.0, longitude])
     turned[:, 1] -= 360.0 * np.round(turned[:, 1] / 360.0)
-    distance = along_track(straight)
+    distance = measure_track(straight)
     places = np.linspace(0, distance[-1], 50)
     expected = interpolate_positions(distance, straight, places)
-    positions = interpolate_positions(along_track(turned), turned, places)
-    assert haversine(expected + np.array([0.0, longitude]), positions).max() < 1e-2
-    assert np.diff(along_track(positions)).max() < 2 * distance[-1] / 49 + 1e-2
+    positions = interpolate_positions(measure_track(turned), turned, places)
+    assert great_circle_distance(expected + np.array([0.0, longitude]), positions).max() < 1e-2
+    assert np.diff(measure_track(positions)).max() < 2 * distance[-1] / 49 + 1e-2
     np.testing.assert_allclose(
         expected[:, 0], np.interp(places, distance, straight[:, 0]), atol=1e-7
     )
@@ -372,7 +376,7 @@ def test_longitudes_do_not_matter(longitude, latitude, heading, steps):
 def test_a_track_over_the_pole_goes_straight():
     pos = np.array([[89.9, 0.0], [89.9, 180.0]])
     positions = interpolate_positions(
-        along_track(pos), pos, along_track(pos)[1] * np.array([0.25, 0.5])
+        measure_track(pos), pos, measure_track(pos)[1] * np.array([0.25, 0.5])
     )
     np.testing.assert_allclose(positions[0], [89.95, 0.0], atol=1e-9)
     np.testing.assert_allclose(positions[1, 0], 90.0, atol=1e-9)

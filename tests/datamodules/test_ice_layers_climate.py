@@ -14,10 +14,10 @@ from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS, interval_
 from fulgurite.datamodules.ice_layers.firn import herron_langway, layer_density, smb_to_layers
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import (
-    along_track,
     break_at_jumps,
-    cut,
-    haversine,
+    cut_blocks,
+    great_circle_distance,
+    measure_track,
     resample,
 )
 from fulgurite.datamodules.ice_layers.travel_time import (
@@ -634,19 +634,19 @@ def test_months_have_their_length():
 
 def test_haversine():
     for lat in (0.0, 45.0, 70.0):
-        assert haversine(np.array([lat, -40.0]), np.array([lat + 1, -40.0])) == pytest.approx(
-            111_190, abs=10
-        )
+        assert great_circle_distance(
+            np.array([lat, -40.0]), np.array([lat + 1, -40.0])
+        ) == pytest.approx(111_190, abs=10)
     a, b = np.array([70.0, 179.9]), np.array([70.0, -179.9])
-    assert haversine(a, b) == haversine(b, a) == pytest.approx(7_606, abs=5)
-    assert haversine(a, a) == 0
+    assert great_circle_distance(a, b) == great_circle_distance(b, a) == pytest.approx(7_606, abs=5)
+    assert great_circle_distance(a, a) == 0
 
 
 @given(st.integers(2, 300), st.integers(2, 64))
 @settings(max_examples=50, deadline=None)
 def test_blocks_hold_every_trace_once(raw, traces):
     distance = np.arange(raw) * 14.7
-    blocks = cut(distance[-1], traces, 14.7)
+    blocks = cut_blocks(distance[-1], traces, 14.7)
     np.testing.assert_allclose(np.concatenate(blocks), distance, atol=1e-9)
     assert {len(b) for b in blocks[:-1]} <= {traces}
 
@@ -672,7 +672,7 @@ def test_resampling_to_coarser_traces_takes_means_of_what_is_there():
 
 def test_standing_still_is_no_jump():
     pos = np.array([[70.0, -40.0]] * 3 + [[70.0 + k * 1e-4, -40.0] for k in range(1, 20)])
-    assert break_at_jumps(along_track(pos)) == [slice(0, 22)]
+    assert break_at_jumps(measure_track(pos)) == [slice(0, 22)]
 
 
 # firn and travel time

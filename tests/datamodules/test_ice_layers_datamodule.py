@@ -23,7 +23,7 @@ from fulgurite.datamodules.ice_layers import (
     StackSource,
     SyntheticFlights,
 )
-from fulgurite.datamodules.ice_layers.hiding import drop_picks
+from fulgurite.datamodules.ice_layers.dropping import drop_picks
 from fulgurite.datamodules.ice_layers.splits import split_segments
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.errors import CheckpointError, ConfigError, DataError, MissingExtraError

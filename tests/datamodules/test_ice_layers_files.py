@@ -13,7 +13,7 @@ from fulgurite.datamodules.ice_layers.flights import Blocks
 from fulgurite.datamodules.ice_layers.koenig import read_picks
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-from fulgurite.datamodules.ice_layers.resample import along_track
+from fulgurite.datamodules.ice_layers.resample import measure_track
 from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.matlab import string_table, write_strings
@@ -561,7 +561,7 @@ def test_npz_stacks(tmp_path):
     assert flights.segments == ("s", "t")
     np.testing.assert_array_equal(flights.layer_age, [1.0, 2.0, 4.0])
     np.testing.assert_allclose(
-        flights.stacks[0].distance, along_track(flights.stacks[0].pos), atol=1e-9
+        flights.stacks[0].distance, measure_track(flights.stacks[0].pos), atol=1e-9
     )
     save(tmp_path, "c", physics_names=np.array(["st", "smb"]))
     with pytest.raises(DataError, match="physical fields st, smb"):

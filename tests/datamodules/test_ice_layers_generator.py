@@ -11,7 +11,7 @@ import pytest
 from fulgurite.datamodules.ice_layers import ForcedFlights, SyntheticFlights
 from fulgurite.datamodules.ice_layers.forcing import read_site
 from fulgurite.datamodules.ice_layers.random_fields import gaussian_field, markov_gaps
-from fulgurite.datamodules.ice_layers.resample import haversine
+from fulgurite.datamodules.ice_layers.resample import great_circle_distance
 from fulgurite.errors import ConfigError, DataError
 
 SMALL = {"stacks": 60, "traces": 32, "layers": 8, "segments": 12}
@@ -130,10 +130,12 @@ def test_physics_that_say_nothing(flights, cache):
 
 def test_blocks_lie_on_lines_and_segments_apart(flights):
     first = flights.stacks[0]
-    assert haversine(first.pos[0], first.pos[-1]) == pytest.approx(first.distance[-1], rel=1e-6)
+    assert great_circle_distance(first.pos[0], first.pos[-1]) == pytest.approx(
+        first.distance[-1], rel=1e-6
+    )
     assert first.distance[-1] == pytest.approx(3100, rel=0.01)
     ends = [s.pos[0] for s in flights.stacks if s.segment == first.segment]
-    assert min(haversine(a, b) for a, b in pairwise(ends)) > 3200
+    assert min(great_circle_distance(a, b) for a, b in pairwise(ends)) > 3200
 
 
 @pytest.mark.parametrize(

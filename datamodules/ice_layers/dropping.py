@@ -19,9 +19,9 @@ def drop_picks(
     The same generator's state gives nested choices: what is dropped at 10 % is dropped at 30 %.
 
     Args:
-        picked: Where the lower boundary of each layer is picked.
-        fraction: Of these picks; rounded to whole picks.
-        generator: Of the runs.
+        picked: Whether the lower boundary of each layer is picked.
+        fraction: Fraction of these picks to drop; rounded to whole picks.
+        generator: Generator of the runs.
 
     Shape:
         - (N, L) bool, in and out.
@@ -29,8 +29,8 @@ def drop_picks(
     Source: arXiv 2604.20783, card section 6, check 18, and 1.5 for the form of gaps.
 
     Example:
-        >>> seen = np.ones((16, 4), bool)
-        >>> few, many = (drop_picks(seen, f, np.random.default_rng(0)) for f in (0.25, 0.5))
+        >>> picked = np.ones((16, 4), bool)
+        >>> few, many = (drop_picks(picked, f, np.random.default_rng(0)) for f in (0.25, 0.5))
         >>> int(few.sum()), int(many.sum()), bool((few & ~many).any())
         (16, 32, False)
     """
@@ -39,10 +39,10 @@ def drop_picks(
     event = 0
     rows = np.arange(n)
     while np.isinf(rank[picked]).any() and event < 64 * layers:
-        layer, whole = int(generator.integers(layers)), generator.random() < 0.15
+        layer, is_whole = int(generator.integers(layers)), generator.random() < 0.15
         length = int(generator.integers(max(1, n // 8), max(2, n // 2 + 1)))
         first = int(generator.integers(n))
-        run = rows if whole else (first + np.arange(length)) % n
+        run = rows if is_whole else (first + np.arange(length)) % n
         late = event + np.arange(len(run)) / (len(run) + 1)
         rank[run, layer] = np.minimum(rank[run, layer], late)
         event += 1
