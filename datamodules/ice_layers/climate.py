@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,16 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import name_some
 from fulgurite.data.listing import list_files
+from fulgurite.datamodules.ice_layers.climate_fields import (
+    MEANS,
+    NEEDS,
+    PHYSICS,
+    SUMS,
+    check_field_units,
+    derive_fields,
+    plan_variables,
+    unit_factor,
+)
 from fulgurite.datamodules.ice_layers.climate_files import ClimateFile
 from fulgurite.datamodules.ice_layers.climate_grid import (
     PROJECTIONS,
@@ -25,50 +35,13 @@ from fulgurite.datamodules.ice_layers.climate_grid import (
     interval_weights,
     step_edges,
 )
-from fulgurite.datamodules.ice_layers.climate_units import is_temperature, water_unit
 from fulgurite.datamodules.ice_layers.stack import Array, need_extra
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 
 __all__ = ["PHYSICS", "MarClimate", "Request", "Sample"]
 
-#: The physical fields of the paper, with their units. Source: card section 1.1 (names), the
-#: annual units are inferred.
-PHYSICS = {
-    "smb": "mm w.e./yr",
-    "st": "degC",
-    "refreeze": "m",
-    "melt": "m",
-    "snowpack": "m",
-}
-
-# Density of ice and of the snow that melts [kg m⁻³]: heights from water equivalents (inferred)
-_ICE, _SNOW = 917.0, 350.0
 _YEAR = 365.25  # [days]
-# Physical field -> the sets of MAR variables that it can be made of, the first found is used
-_SUMS = {
-    "SMB": ("SMB", "SMBcorr", "SMB2"),
-    "ME": ("ME", "MEcorr"),
-    "RU": ("RU", "RUcorr", "RU2corr"),
-    "RF": ("RF", "RFcorr"),
-    "RZ": ("RZ",),
-    "SF": ("SF",),
-    "SU": ("SU",),
-}
-_MEANS = {"ST": ("ST", "STcorr", "ST2", "TT"), "ZN6": ("ZN6",)}
-_NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "smb": (("SMB",),),
-    "st": (("ST",),),
-    "refreeze": (("RZ",), ("ME", "RF", "RU"), ("ME", "RU")),
-    "melt": (("ME",),),
-    "snowpack": (("ZN6",), ("SF", "SU"), ("SF",)),
-}
-# What lies between the 5 % and 95 % quantiles of physical fields, within generous bounds (inferred)
-_HEIGHTS = {
-    "refreeze": (-0.03, 5.0, "ME, RF, RU or RZ"),
-    "melt": (-30.0, 0.01, "ME"),
-    "snowpack": (-100.0, 100.0, "ZN6"),
-}
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
 
 
@@ -139,13 +112,13 @@ class MarClimate:
         scale: dict[str, float] = {},  # noqa: B006  # copied below
         reach: float = 50_000.0,
     ) -> None:
-        unknown = [name for name in variables if name not in _NEEDS]
+        unknown = [name for name in variables if name not in NEEDS]
         if unknown or not variables:
             raise ConfigError(
                 f"There is no physical field {unknown[0] if unknown else '(none given)'}.",
-                f"Set `{_OPTION}.variables` to some of {', '.join(_NEEDS)}.",
+                f"Set `{_OPTION}.variables` to some of {', '.join(NEEDS)}.",
             )
-        mar_variables = [name for group in (*_SUMS.values(), *_MEANS.values()) for name in group]
+        mar_variables = [name for group in (*SUMS.values(), *MEANS.values()) for name in group]
         for key, factor in scale.items():
             if key not in mar_variables or not np.isfinite(factor) or factor == 0:
                 raise ConfigError(
@@ -226,9 +199,9 @@ class MarClimate:
         samples = []
         for request, values, (_, local) in zip(requests, sums, parts, strict=True):
             years = -np.diff(request.edges) / _YEAR
-            physics = local(self._derive(names, values, years))
+            physics = local(derive_fields(self.variables, names, values, years))
             samples.append(Sample(physics, local.flag, local.away))
-        self._check_units(samples, names)
+        check_field_units([sample.physics for sample in samples], self.variables, names)
         return samples
 
     def _steps(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
@@ -340,30 +313,17 @@ class MarClimate:
             return ice
         mask = file.find(("MSK", "MSK_MAR", "ICE", "AIS"))
         if mask is None:
-            sized = file.need(("LAT", *(n for group in _SUMS.values() for n in group)), "the grid")
+            sized = file.need(("LAT", *(n for group in SUMS.values() for n in group)), "the grid")
             return np.ones(math.prod(sized.shape[-2:]), np.bool_)
         values = np.nan_to_num(file.read(mask))
         values = values.reshape(-1, *values.shape[-2:])[0].ravel()
         covered: NDArray[np.bool_] = values >= (50.0 if values.max() > 1 else 0.5)
         return covered
 
-    def _plan(self, file: ClimateFile) -> list[str]:
-        """Names of the MAR fields that the physical fields are made of."""
-        plan: list[str] = []
-        sources = {**_SUMS, **_MEANS}
-        for name in self.variables:
-            for option in _NEEDS[name]:
-                if all(file.find(sources[basic]) is not None for basic in option):
-                    plan += [basic for basic in option if basic not in plan]
-                    break
-            else:
-                file.need([sources[b][0] for b in _NEEDS[name][0]], f"the field {name}")
-        return plan
-
     def _first_step(self, file: ClimateFile, shape: tuple[int, ...]) -> Array:
-        sources = {**_SUMS, **_MEANS}
+        sources = {**SUMS, **MEANS}
         rows = []
-        for name in self._plan(file):
+        for name in plan_variables(file, self.variables):
             variable = file.need(sources[name], name)
             if variable.shape[-2:] != shape:
                 raise DataError(
@@ -401,7 +361,7 @@ class MarClimate:
         used: Sequence[NDArray[np.int64]],
     ) -> tuple[list[Array], list[str]]:
         """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
-        sources = {**_SUMS, **_MEANS}
+        sources = {**SUMS, **MEANS}
         days = steps[:, 1] - steps[:, 0]
         names: list[str] = []
         sums: list[Array] = []
@@ -413,7 +373,7 @@ class MarClimate:
                 continue
             file = ClimateFile(path)
             if not names:
-                names = self._plan(file)
+                names = plan_variables(file, self.variables)
                 sums = [
                     np.zeros((len(names), len(cells), len(f)))
                     for cells, f in zip(used, layer_fractions, strict=True)
@@ -434,10 +394,10 @@ class MarClimate:
                         f"the time axis {len(indices)}.",
                         "Fetch the file again.",
                     )
-                values = values * self._factor(name, variable, days[indices], path)
+                values = values * unit_factor(name, variable, days[indices], path, self.scale)
                 for total, part, cells in zip(sums, file_fractions, used, strict=True):
                     if (inside := part.any(0)).any():
-                        weight = part if name in _SUMS else part * days[indices]
+                        weight = part if name in SUMS else part * days[indices]
                         total[v] += (weight[:, inside] @ values[inside][:, cells]).T
                 if not all(np.isfinite(total[v]).all() for total in sums):
                     raise DataError(
@@ -446,85 +406,6 @@ class MarClimate:
                     )
         for total, fractions in zip(sums, layer_fractions, strict=True):
             for v, name in enumerate(names):
-                if name in _MEANS:
+                if name in MEANS:
                     total[v] /= (fractions * days).sum(1)
         return sums, names
-
-    def _factor(self, name: str, variable: Any, days: Array, path: Path) -> Array:
-        """Factor of a variable's steps to mm w.e. per step, m or degC; shape (T, 1)."""
-        one = np.ones((len(days), 1))
-        if variable.name in self.scale or name in self.scale:
-            return one * self.scale.get(variable.name, self.scale.get(name, 1.0))
-        unit = str(variable.attributes.get("units", "")).strip()
-        if not unit or (name == "ST" and is_temperature(unit)):
-            return one
-        amount = water_unit(unit)
-        if amount is None or name == "ST" or (name in _MEANS and amount[1]):
-            target_unit = {"ST": "degC or K", "ZN6": "m"}.get(name, "mm w.e. a step")
-            raise DataError(
-                f"The unit {unit!r} of the variable {variable.name} of the climate file {path} is "
-                "not known.",
-                f"Set `{_OPTION}.scale={{{variable.name}: ...}}` to the factor to {target_unit}.",
-            )
-        size, period = amount
-        if name in _MEANS:
-            return one * (size / 1000.0)  # heights in metres
-        if period is None:
-            return one * size
-        # a rate; a month's or a year's in steps of this length is the step's amount
-        steps = days[:, None] / period
-        return size * np.where(np.abs(steps - 1) < 0.1, 1.0, steps)
-
-    def _derive(self, names: Sequence[str], values: Array, years: Array) -> Array:
-        """The physical fields (C, L, P) of basic ones (V, C, L)."""
-        basic = dict(zip(names, values, strict=True))
-        if "RZ" not in basic and "ME" in basic and "RU" in basic:
-            basic["RZ"] = basic["ME"] + basic.get("RF", 0.0) - basic["RU"]
-        formulas = {
-            "smb": lambda: basic["SMB"] / years,
-            "st": lambda: basic["ST"],
-            "refreeze": lambda: basic["RZ"] / _ICE / years,
-            "melt": lambda: -basic["ME"] / _SNOW / years,
-            "snowpack": lambda: (
-                basic["ZN6"]
-                if "ZN6" in basic
-                else (basic["SF"] - basic.get("SU", 0.0)) / _SNOW / years
-            ),
-        }
-        return np.stack([formulas[name]() for name in self.variables], -1)
-
-    def _check_units(self, samples: Sequence[Sample], basic: Sequence[str]) -> None:
-        """Find unit mix-ups by what is plausible on an ice sheet; Kelvins are converted."""
-        for p, name in enumerate(self.variables):
-            values = np.concatenate([sample.physics[..., p].ravel() for sample in samples])
-            middle = float(np.median(values)) if values.size else 0.0
-            if name == "st":
-                if 150 <= middle <= 300:
-                    for sample in samples:
-                        sample.physics[..., p] -= 273.15
-                elif not -90 <= middle <= 15:
-                    raise DataError(
-                        f"The median surface temperature is {middle:g}, which is neither degC nor "
-                        "K.",
-                        f"Correct the files, or set `{_OPTION}.scale`.",
-                    )
-            elif name == "smb" and values.size and not 15 <= (middle := abs(middle)) <= 20_000:
-                guess = "m w.e." if middle < 15 else "another unit than mm w.e."
-                raise DataError(
-                    f"The median surface mass balance is {middle:g} mm w.e. a year, as if the "
-                    f"files were in {guess}",
-                    f"Set `{_OPTION}.scale={{SMB: 1000}}` (and those of ME, RU, RF, RZ) to the "
-                    "factor to mm w.e.",
-                )
-            elif name in _HEIGHTS and values.size:
-                low, high, made_of = _HEIGHTS[name]
-                if name == "snowpack" and "ZN6" not in basic:
-                    low, made_of = 0.02, "SF or SU"
-                lowest, highest = np.quantile(values, (0.05, 0.95))
-                if lowest < low or highest > high:
-                    raise DataError(
-                        f"The {name} of a year is from {lowest:g} to {highest:g} m at most points, "
-                        f"which is not plausible: {made_of} may be in another unit than it says.",
-                        f"Set `{_OPTION}.scale` to its factor to mm w.e. a step (ZN6: m), or leave "
-                        f"{name} out of `{_OPTION}.variables`.",
-                    )

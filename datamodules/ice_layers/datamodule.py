@@ -10,12 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.base import save_options
 from fulgurite.data.splits import check_min
@@ -24,9 +21,9 @@ from fulgurite.datamodules.ice_layers.completed import (
     drop_overlapping,
     refuse_leaks,
 )
-from fulgurite.datamodules.ice_layers.dropping import drop_picks
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
+from fulgurite.datamodules.ice_layers.loaders import StackLoaders
 from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
@@ -35,22 +32,19 @@ from fulgurite.datamodules.ice_layers.stack import (
     Exclusion,
     Flights,
     LayerStack,
-    need_extra,
 )
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.datamodules.ice_layers.write_back import Written
-from fulgurite.devices import pins_memory
 from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
 
 __all__ = ["IceLayerDataModule"]
 
-_DROP, _CHOOSE = 1, 2  # random streams of `seed`; 0 is the split
+_CHOOSE = 2  # random stream of `seed`; 0 is the split, 1 what is dropped
 _FRACTION = 1 / 7  # of segments, for validation and for the test
 Part = Literal["train", "val", "test"]
 
 
-class IceLayerDataModule(L.LightningDataModule):
+class IceLayerDataModule(StackLoaders):
     """Splits the flight segments of a source and serves stacks as batches of PyG ``Data``.
 
     Node-major, so that N may differ: ``thickness`` (N, L) float64 [m], NaN where missing;
@@ -107,8 +101,6 @@ class IceLayerDataModule(L.LightningDataModule):
 
     layer_names: tuple[str, ...]
     layer_age: Array
-    segments: tuple[str, ...]
-    stacks: tuple[str, ...]
 
     def __init__(
         self,
@@ -401,113 +393,6 @@ class IceLayerDataModule(L.LightningDataModule):
             ]
             total += self.source.write_back(folder, segment, stacks)
         return total.report(len(segments), folder)
-
-    def _data(self, part: str, drop: float = 0.0) -> list[Any]:
-        """PyG ``Data`` of a part."""
-        first = sum(len(self._parts[p]) for p in PARTS[: PARTS.index(part)])
-        data = []
-        for k, stack in enumerate(self._parts[part], first):
-            dropped = None
-            if drop:  # by name: whatever other stacks there are
-                key = (self.seed, _DROP, *stack.name.encode())
-                picked = stack.known_spans.picked
-                dropped = drop_picks(picked, drop, np.random.default_rng(key))
-            data.append(stack.to_data(self.segments.index(stack.segment), k, dropped))
-        return data
-
-    def _unpicked_data(self, parts: Sequence[str]) -> list[Any]:
-        """PyG ``Data`` of the stacks without any pick on the segments of some parts.
-
-        Where the files have a split of their own, those of the parts themselves.
-        """
-        segments = {stack.segment for part in parts for stack in self._parts[part]}
-        if set(parts) == set(PARTS):  # a segment without any pick is in no part
-            segments |= {stack.segment for stack in self._unpicked}
-        first = sum(map(len, self._parts.values()))
-        return [
-            stack.to_data(self.segments.index(stack.segment), k)
-            for k, stack in enumerate(self._unpicked, first)
-            if (
-                stack.segment in segments
-                if self._part_of is None
-                else self._part_of[stack.name] in parts
-            )
-        ]
-
-    def _loader(self, data: Sequence[Any], sampler: Any, batch_size: int) -> Any:
-        try:
-            from torch_geometric.loader.dataloader import Collater
-        except ImportError as error:
-            raise need_extra("torch-geometric", "Batching stacks") from error
-        # PyG's own DataLoader cannot be made again, as Lightning does for prediction
-        return DataLoader(
-            data,  # type: ignore[arg-type]  # a list is a dataset
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=Collater(data),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=pins_memory(),
-            generator=torch.Generator(),  # loading leaves the run's randomness alone
-        )
-
-    def train_dataloader(self) -> Any:
-        """Return the training stacks, in another order in each epoch.
-
-        Raises:
-            DataError: There are no training stacks.
-        """
-        if not self._parts["train"]:
-            raise DataError(
-                "No stack is left for training.",
-                "Change `--data.init_args.val`, `test`, `guard` or `traced`.",
-            )
-        data = self._data("train")
-        rank, world = sampler_ranks(self.trainer)
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            data,  # type: ignore[arg-type]  # a list is a dataset
-            num_replicas=world,
-            rank=rank,
-            shuffle=True,
-            seed=self.seed,
-        )
-        continued = ContinuedSampler(sampler, self.trainer, self.batch_size)
-        return self._loader(data, continued, self.batch_size)
-
-    def _evaluation(self, data: Sequence[Any]) -> Any:
-        if not data:
-            return []
-        sampler = UnrepeatedDistributedSampler(len(data), sampler_ranks(self.trainer))
-        return self._loader(data, sampler, self.eval_batch_size)
-
-    def val_dataloader(self) -> Any:
-        """Return the validation stacks, if there are any."""
-        return self._evaluation(self._data("val"))
-
-    def test_dataloader(self) -> Any:
-        """Return the test stacks, with a fraction ``drop`` of picks hidden."""
-        return self._evaluation(self._data("test", self.drop))
-
-    def predict_dataloader(self) -> Any:
-        """Return every stack of the chosen part once, in order.
-
-        Raises:
-            DataError: The part has no stack.
-        """
-        parts = PARTS if self.predict == "all" else (self.predict,)
-        data = [item for part in parts for item in self._data(part)] + self._unpicked_data(parts)
-        if self.predict == "all":
-            first = len(self.stacks) - len(self._left_out)
-            data += [
-                stack.to_data(self.segments.index(stack.segment), k)
-                for k, stack in enumerate(self._left_out, first)
-            ]
-        if not data:
-            raise DataError(
-                f"The part {self.predict} has no stack to predict.",
-                "Set `--data.init_args.predict=all`.",
-            )
-        return self._evaluation(data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run on other flights needs: statistics and what inputs mean."""

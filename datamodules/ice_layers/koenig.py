@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.data.listing import list_files
+from fulgurite.datamodules.ice_layers.blocks import Blocks, assemble
 from fulgurite.datamodules.ice_layers.climate import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
-    Blocks,
     FlightTrack,
     StackSource,
-    assemble,
     order_traces,
     read_or_leave,
     report_dropped_traces,

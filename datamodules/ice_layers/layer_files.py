@@ -14,6 +14,7 @@ import numpy as np
 
 from fulgurite.data.exclusions import check_exclude, name_some
 from fulgurite.data.listing import list_files
+from fulgurite.datamodules.ice_layers.blocks import Blocks, assemble
 from fulgurite.datamodules.ice_layers.boundaries import (
     AgesFrom,
     Boundaries,
@@ -22,10 +23,8 @@ from fulgurite.datamodules.ice_layers.boundaries import (
 )
 from fulgurite.datamodules.ice_layers.climate import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
-    Blocks,
     FlightTrack,
     StackSource,
-    assemble,
     read_or_leave,
     report_dropped_traces,
     report_unreadable,

@@ -187,6 +187,11 @@ class SredMat(StackSource):
         """Names of the physical fields."""
         return (*self.fields, *([_ELEVATION] if self.elevation else []))
 
+    @property
+    def description(self) -> str:
+        """What the traces are."""
+        return "radar layer traces of the Snow Radar Echogram Dataset (SRED)"
+
     def paths(self) -> dict[str, list[Path]]:
         """Return the files of each part, sorted.
 

@@ -149,6 +149,7 @@ def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monk
         assert np.isfinite(stack["thickness"]).all()
         assert (stack["provenance"][:, 11:] == 2).all()
         assert str(stack["unit"]) == "range bins"
+        assert "SRED" in str(stack["source"])
         measured = SredMat("SR_Dataset_v1").load().stacks[-1].spans
         between = stack["thickness"][20:60, 4:6].sum(1)  # two picked boundaries
         np.testing.assert_allclose(between, measured.path[20:60, 4], rtol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import KoenigPicks, LayerFiles, NpzStacks
-from fulgurite.datamodules.ice_layers.flights import Blocks
+from fulgurite.datamodules.ice_layers.blocks import Blocks
 from fulgurite.datamodules.ice_layers.koenig import read_picks
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.datamodules.ice_layers.flights import Blocks, FlightTrack, assemble
+from fulgurite.datamodules.ice_layers.blocks import Blocks, assemble
+from fulgurite.datamodules.ice_layers.flights import FlightTrack
 from fulgurite.datamodules.ice_layers.npz import NpzStacks
 from fulgurite.datamodules.ice_layers.spans import MeasuredSpans, resample_spans
 from fulgurite.datamodules.ice_layers.stack import LayerStack

@@ -279,6 +279,12 @@ def test_files_are_named_by_their_segment(folder):
     assert len(source(folder, exclude=["unreadable"]).load().stacks) == 7
 
 
+def test_completed_stacks_name_their_source(folder):
+    assert "Snow Radar Echogram Dataset" in source(folder).description
+    # generated echograms are read by the same reader, and are no measurements
+    assert SyntheticSred().description == "generated flights, which nobody measured"
+
+
 def test_a_stack_without_boundaries_is_predicted_with_its_part(folder):
     replace_file(folder, "test_L_files/L3", layers_vector=np.full((1, N), 60.0))
     data = IceLayerDataModule(source(folder), predict="test")
