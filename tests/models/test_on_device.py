@@ -141,7 +141,7 @@ def test_a_batch_that_knows_its_sizes_is_not_asked_for_them():
 
     def tracks(ptr):
         track = Track.of_batch(SimpleNamespace(ptr=ptr, traces=batch.traces))
-        return track.stack, track.place, track.valid
+        return track.stack, track.offset, track.valid
 
     assert same_on_device(tracks, batch.ptr) == []
 
