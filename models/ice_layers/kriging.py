@@ -227,6 +227,7 @@ def _divide_sums(
 
     The difference is divided by the layers' covariance C given all observations: the projection
     ``C a (s - a' h) / (a' C a)``, with indices of refraction ``a`` and the measured length ``s``.
+    By how much it moves a layer adds to the layer's uncertainty.
 
     Args:
         mean: Predicted thickness [m], changed in place. Shape: (N, L).
@@ -252,7 +253,7 @@ def _divide_sums(
     # a layer that would be less than nothing has its part of the sum instead
     thin = (inside & (adjusted <= LEAST)[:, None]).any(-1)
     adjusted = torch.where(thin, spans.constrain(mean[rows]), adjusted)
-    posterior = (
-        std[rows].square() - torch.where(spans.between, gain.square() / total, 0.0)
-    ).clamp_min(0)
-    mean[rows], std[rows] = adjusted, posterior.sqrt()
+    # The sums are among the observations, so that the covariance knows them up to the noise of
+    # picks; to meet a sum exactly is to leave the best prediction.
+    moved = torch.where(spans.between, adjusted - mean[rows], 0.0)
+    mean[rows], std[rows] = adjusted, (std[rows].square() + moved.square()).sqrt()
