@@ -46,6 +46,7 @@ test-all: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/words.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
