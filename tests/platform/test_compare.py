@@ -181,6 +181,19 @@ def test_costs_have_a_table_of_their_own(place):
     assert again.plan.costs == ("train/loss",)
 
 
+def test_a_metric_of_which_neither_more_nor_less_is_better_has_no_best(place):
+    comparison = go(write(place, also=["train/loss"], modes={"train/loss": "none"}))
+    head, _, loss = comparison.markdown().partition("## train/loss")
+    assert "higher is better" in head
+    assert "**" in head
+    assert "`train/loss` (neither more nor less is better)" in loss
+    assert not [mark for mark in ("**", "▲", "▼", "≈") if mark in loss]
+    assert not any(e.best or e.verdict for e in comparison.entries("train/loss").values())
+    assert compare.Comparison.read(place / "out").plan.modes == {"train/loss": "none"}
+    lower = go(write(place, also=["train/loss"], modes={"train/loss": "min"}))
+    assert "`train/loss` (lower is better)" in lower.markdown()
+
+
 def test_grid_runs_once_and_is_rendered(place, capsys):
     comparison = go(write(place))
     assert len(comparison.results) == 18
@@ -533,6 +546,9 @@ def test_quick_changes(place):
         ({"methods": {"a": {"predict": ["x"]}}}, "a.predict is not a mapping"),
         ({"highlight": "bb"}, "highlight 'bb' is not one of the methods. Did you mean 'b'"),
         ({"names": {"q": "x"}}, "names has 'q'"),
+        ({"modes": {"test/ac": "min"}, "also": ["test/accs"]}, "Did you mean 'test/accs'"),
+        ({"modes": {"test/accs": "least"}, "also": ["test/accs"]}, "modes.test/accs is 'least'"),
+        ({"modes": ["test/accs"], "also": ["test/accs"]}, "modes is not a mapping"),
         ({"names": {"p": 3}}, r"names\.p is 3"),
         ({"metric": ["a"]}, "metric is"),
         ({"baseline": ["a"]}, "baseline is"),

@@ -150,13 +150,16 @@ class Comparison:
 
         Tests of differences are corrected for one another, so that places cannot be taken alone.
         """
-        plan, sign = self.plan, 1.0 if self.plan.mode == "max" else -1.0
+        plan, mode = self.plan, self.plan.mode_of(metric)
+        sign, directed = -1.0 if mode == "min" else 1.0, mode != "none"
         keys = [(method, setting) for method in self.rows for setting in self.grid]
         values = {key: self.values(*key, metric) for key in keys}
         summaries = {key: mean_std([*by_seed.values()]) for key, by_seed in values.items()}
         against = {
             (method, setting): paired(
-                values[method, setting], self.values(plan.baseline, setting, metric), mode=plan.mode
+                values[method, setting],
+                self.values(plan.baseline, setting, metric),
+                mode=mode if directed else "max",
             )
             for method, setting in keys
             if plan.baseline is not None and method != plan.baseline
@@ -173,8 +176,8 @@ class Comparison:
         table = {}
         for key in keys:
             difference, p = against.get(key), adjusted.get(key, math.nan)
-            verdict = difference.verdict(p) if difference else ""
-            is_best = sign * summaries[key].mean == best[key[1]]
+            verdict = difference.verdict(p) if difference and directed else ""
+            is_best = directed and sign * summaries[key].mean == best[key[1]]
             table[key] = Entry(summaries[key], difference, p, verdict, is_best)
         return table
 
@@ -191,15 +194,20 @@ class Comparison:
 
     def _tables(self, metric: str) -> list[str]:
         plan = self.plan
-        better = "higher" if plan.mode == "max" else "lower"
+        mode = plan.mode_of(metric)
         rows, grid = self.rows, self.grid
         entries = self.entries(metric)
         digits = _digits(e.mean_std.mean for e in entries.values())
         heads = [setting_label(s) or metric for s in grid]
         seeds = ", ".join(map(str, plan.seeds))
-        lines = [f"`{metric}` ({better} is better), mean ± std over seeds {seeds}, best in bold."]
+        lines = [f"`{metric}` (neither more nor less is better), mean ± std over seeds {seeds}."]
+        if mode != "none":
+            better = "higher" if mode == "max" else "lower"
+            lines = [
+                f"`{metric}` ({better} is better), mean ± std over seeds {seeds}, best in bold."
+            ]
         base = plan.methods[plan.baseline].label if plan.baseline else ""
-        if base:
+        if base and mode != "none":
             lines[-1] += f" {_caption(base, entries.values())}"
         if plan.tune:
             tried = " × ".join(f"{a} {{{', '.join(v)}}}" for a, v in plan.tune.grid.items())

@@ -49,8 +49,8 @@ _COMMON = (
     "baseline", "args",
 )  # fmt: skip
 _PLAN_KEYS = (
-    *_COMMON, "seed_keys", "after_fit", "also", "costs", "sizes", "quick", "names", "highlight",
-    "source",
+    *_COMMON, "seed_keys", "after_fit", "also", "modes", "costs", "sizes", "quick", "names",
+    "highlight", "source",
 )  # fmt: skip
 _METHOD_KEYS = ("label", "args", "config", "test_args", "after", "predict", "listed", "ignores")
 _TUNE_KEYS = ("metric", "mode", "grid")
@@ -222,6 +222,8 @@ class ComparisonPlan:
         tests: Axes of the evaluation alone: their cells share one training.
         tune: How each method's training is chosen; None where there is nothing to choose.
         also: Further metrics, of which there is a table each.
+        modes: Which values of a further metric are better, where ``mode`` does not say it: ``max``,
+            ``min``, or ``none`` where neither is, as of the coverage of intervals.
         costs: Metrics of the training that say what it spent; they have one table, by method.
         sizes: Metrics beside each of these (``images`` beside ``test/acc`` is ``test/images``) that
             tell what a setting was measured on: a line each below the methods of a table.
@@ -245,6 +247,7 @@ class ComparisonPlan:
     tests: Axes = field(default_factory=dict)
     tune: Tune | None = None
     also: tuple[str, ...] = ()
+    modes: Mapping[str, str] = field(default_factory=dict)
     costs: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
@@ -417,6 +420,10 @@ class ComparisonPlan:
         devices_needed = max(devices) if all(devices) else 0
         return Cell(method.id, setting, seed, tuple(candidates), parts, origin, devices_needed)
 
+    def mode_of(self, metric: str | None) -> str:
+        """Which values of a metric are better: ``max``, ``min`` or ``none``."""
+        return self.modes.get(metric or self.metric, self.mode)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan in the form of the file, from which :func:`read_plan` reads it back."""
         return {
@@ -446,6 +453,7 @@ class ComparisonPlan:
             "tests": self.tests,
             "tune": self.tune and vars(self.tune),
             "also": list(self.also),
+            **({"modes": dict(self.modes)} if self.modes else {}),
             "costs": list(self.costs),
             "sizes": list(self.sizes),
             "names": dict(self.names),
@@ -562,6 +570,7 @@ def _plan(top: Mapping[str, Any], folder: Path | None) -> ComparisonPlan:
             tests=_axes(top.get("tests"), "tests"),
             tune=_tune(top["tune"]) if top.get("tune") else None,
             also=tuple(_strings(top.get("also") or [], "also")),
+            modes=_mapping(top.get("modes") or {}, "modes"),
             costs=tuple(_strings(top.get("costs") or [], "costs")),
             sizes=tuple(_strings(top.get("sizes") or [], "sizes")),
             names=_names(top.get("names") or {}),
@@ -613,6 +622,14 @@ def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
     for key, mode in (("mode", plan.mode), ("tune.mode", plan.tune and plan.tune.mode)):
         if mode not in ("max", "min", None):
             raise ConfigError(f"{key} is {mode!r}.", "Use max or min.")
+    for metric, mode in plan.modes.items():
+        if metric not in plan.also:
+            raise ConfigError(
+                f"modes has {metric!r}, which is none of the further metrics.",
+                _hint(str(metric), plan.also) or f"There are {', '.join(plan.also) or 'none'}.",
+            )
+        if mode not in ("max", "min", "none"):
+            raise ConfigError(f"modes.{metric} is {mode!r}.", "Use max, min or none.")
     common_axes = sorted(plan.settings.keys() & plan.tests.keys())
     if common_axes:
         raise ConfigError(
