@@ -23,6 +23,7 @@ from fulgurite.models.ice_layers.covariance import (
     join_stacks,
     make_tables,
     measure_geometry,
+    name_parameters,
     score_contradiction,
     solve,
     thin_stacks,
@@ -164,8 +165,12 @@ def choose_drift(
 def _fit_interval_scale(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
     """Factor with which 90 % intervals cover 90 % of held-out picks. Shape: ().
 
-    The error that picks have themselves is part of the interval, and is not scaled.
+    The error that picks have themselves is part of the interval, and is not scaled. Of a layer
+    between two seen picks, these have a part of it in common with what is predicted: of n layers
+    that share a sum, about 1/n of the noise of both. Intervals are only ever widened: where the
+    noise explains all that is left of held-out picks, these say nothing of the rest.
     """
+    noise = name_parameters(krigings[0][0].parameters) if krigings else {}
     ratios = []
     for number, (kriging, stack) in enumerate(krigings):
         track, spans = Track.of([len(stack.observed)]), stack.measured
@@ -174,10 +179,12 @@ def _fit_interval_scale(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Ten
         mean, std = kriging(stack.show(visible_spans), hidden)
         error, std = (stack.thickness - mean)[hidden], std[hidden]
         # the factor at which this pick lies on the edge of its interval; 0 if it always is inside
-        beyond = (error / Z90).square() - kriging.noise**2
+        length = visible_spans.length.where(visible_spans.between, torch.inf)[hidden]
+        of_pick = noise["n"] ** 2 + 2 * noise["e"] ** 2 * (1 - 1 / length)
+        beyond = (error / Z90).square() - of_pick
         ratios.append(beyond.clamp_min(0).sqrt() / std)
     factors = torch.cat(ratios)
-    return factors.quantile(0.9).clamp(0.5, 2.0) if len(factors) else factors.new_ones(())
+    return factors.quantile(0.9).clamp(1.0, 2.0) if len(factors) else factors.new_ones(())
 
 
 def _sample_traces(stack: KrigingStack, entries: int, draw: torch.Generator) -> KrigingStack:
