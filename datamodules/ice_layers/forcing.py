@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.generated_climate import Climate, refreeze_melt
-from fulgurite.datamodules.ice_layers.generator import GeneratedFlights, write_world
+from fulgurite.datamodules.ice_layers.generator import GeneratedLayerFiles, write_world
 from fulgurite.datamodules.ice_layers.random_fields import gaussian_field
 from fulgurite.datamodules.ice_layers.resample import great_circle_distance
 from fulgurite.datamodules.ice_layers.stack import Array
@@ -102,7 +102,7 @@ def read_site(path: Path) -> Site:
     return Site((lat, lon), first, sums[:, start : start + full_months])
 
 
-class ForcedFlights(GeneratedFlights):
+class ForcedFlights(GeneratedLayerFiles):
     """Generated flights over real years: daily series of two sites of the ice sheet, 1980 to 2025.
 
     Around each site, snow, melt, rain and temperature of every month are the site's, times a

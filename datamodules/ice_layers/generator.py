@@ -33,7 +33,7 @@ from fulgurite.datamodules.ice_layers.world import (
 from fulgurite.datamodules.ice_layers.write_back import Written
 from fulgurite.errors import DataError
 
-__all__ = ["GeneratedFlights", "SyntheticFlights", "write_world"]
+__all__ = ["GeneratedFlights", "GeneratedLayerFiles", "SyntheticFlights", "write_world"]
 
 _VERSION = 3  # of the code that generates: a change makes other data
 
@@ -75,7 +75,6 @@ class GeneratedFlights(StackSource):
 
     world: World
     informative: bool
-    _reader: LayerFiles | None = None
 
     @property
     def layers(self) -> int:
@@ -88,13 +87,8 @@ class GeneratedFlights(StackSource):
         return "generated flights, which nobody measured"
 
     @property
-    def physics(self) -> tuple[str, ...]:
-        """Names of the physical fields."""
-        return tuple(PHYSICS)
-
-    @property
     def root(self) -> Path:
-        """Folder with ``CSARP_layer``, ``MAR`` and ``truth``, written if it is not there."""
+        """Folder of the files and of ``truth``, written if it is not there."""
         text = json.dumps([_VERSION, type(self).__name__, asdict(self.world), self.key()])
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
         return cached_folder(f"ice-layers-{name}", self.write)
@@ -111,6 +105,33 @@ class GeneratedFlights(StackSource):
         """Write the files that are not there."""
         _ = self.root
 
+    def _shuffle_physics(self, flights: Flights) -> Flights:
+        """Exchange physics between stacks and layers: a negative control (card section 6.2)."""
+        generator = self.world.generator(SHUFFLE)
+        layers = len(flights.layer_names)
+        order = generator.permutation(len(flights.stacks) * layers)
+        stacks = []
+        for number, stack in enumerate(flights.stacks):
+            physics = np.empty_like(stack.physics)
+            for layer in range(layers):
+                other, its = divmod(int(order[number * layers + layer]), layers)
+                values = flights.stacks[other].physics[:, its]
+                rows = np.linspace(0, len(values) - 1, len(physics)).round().astype(int)
+                physics[:, layer] = values[rows]
+            stacks.append(replace(stack, physics=physics))
+        return replace(flights, stacks=stacks)
+
+
+class GeneratedLayerFiles(GeneratedFlights):
+    """What generated flights share whose files are CSARP_layer, its companion, and MAR."""
+
+    _reader: LayerFiles | None = None
+
+    @property
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields."""
+        return tuple(PHYSICS)
+
     def reader(self) -> LayerFiles:
         """The reader of the files, as for real ones."""
         root = self.root
@@ -123,10 +144,11 @@ class GeneratedFlights(StackSource):
 
     def load(self) -> Flights:
         """Return the stacks that the readers make of the files, with the truth."""
-        reader = self._reader = self.reader()
+        reader, truth_folder = self.reader(), self.root / "truth"
+        self._reader = reader
         tracks, names, excluded, notes = reader.tracks()
         for track in tracks:
-            with np.load(self.root / "truth" / f"{track.segment}.npz") as truth:
+            with np.load(truth_folder / f"{track.segment}.npz") as truth:
                 if not np.array_equal(truth["time"], track.time):
                     raise DataError(
                         f"The truth of segment {track.segment} is that of other traces.",
@@ -148,24 +170,8 @@ class GeneratedFlights(StackSource):
         assert self._reader is not None
         return self._reader.write_back(folder, segment, stacks)
 
-    def _shuffle_physics(self, flights: Flights) -> Flights:
-        """Exchange physics between stacks and layers: a negative control (card section 6.2)."""
-        generator = self.world.generator(SHUFFLE)
-        layers = len(flights.layer_names)
-        order = generator.permutation(len(flights.stacks) * layers)
-        stacks = []
-        for number, stack in enumerate(flights.stacks):
-            physics = np.empty_like(stack.physics)
-            for layer in range(layers):
-                other, its = divmod(int(order[number * layers + layer]), layers)
-                values = flights.stacks[other].physics[:, its]
-                rows = np.linspace(0, len(values) - 1, len(physics)).round().astype(int)
-                physics[:, layer] = values[rows]
-            stacks.append(replace(stack, physics=physics))
-        return replace(flights, stacks=stacks)
 
-
-class SyntheticFlights(GeneratedFlights):
+class SyntheticFlights(GeneratedLayerFiles):
     """Generated flights over a generated ice sheet: the embedded data.
 
     Accumulation, temperature and melt of each year are random fields; snow varies below the scale

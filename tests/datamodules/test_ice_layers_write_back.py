@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, LayerFiles, NpzStacks
+from fulgurite.datamodules.ice_layers import (
+    IceLayerDataModule,
+    LayerFiles,
+    NpzStacks,
+    SyntheticSred,
+)
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.datamodules.ice_layers.write_back import anchor_times
@@ -306,6 +311,8 @@ def test_other_sources_have_no_layer_files(tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match="NpzStacks reads no CSARP_layer files"):
         data_module(NpzStacks(str(tmp_path))).check_write_back(tmp_path / "out")
+    with pytest.raises(ConfigError, match="SyntheticSred reads no CSARP_layer files"):
+        SyntheticSred().check_write_back(tmp_path / "out", {})
 
 
 @pytest.mark.realdata
