@@ -34,11 +34,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_plausible,
     check_thickest,
 )
-from fulgurite.datamodules.ice_layers.travel_time import (
-    LIGHT,
-    refractive_index,
-    time_to_thickness,
-)
+from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["Blocks", "assemble"]
@@ -215,7 +211,7 @@ def assemble(
         if block.track.is_time:
             density = _layer_density(physics, names, block.track.age, sizes)
             thickness = time_to_thickness(thickness, density)
-            spans = MeasuredSpans(spans.start, spans.path * LIGHT / 2.0, refractive_index(density))
+            spans = spans.to_metres(density)
             record = replace(record, density=density)
         check_plausible(thickness, f"stack {name}")
         distance = measure_track(block.pos)

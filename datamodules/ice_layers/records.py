@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.resample import resample
+from fulgurite.datamodules.ice_layers.resample import Array, resample
 from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.travel_time import LIGHT, thickness_to_time
 
 __all__ = ["TraceRecord", "TrackRecord"]
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +105,13 @@ class TraceRecord:
 
     def __getitem__(self, rows: slice) -> TraceRecord:
         """Return the record of some traces."""
-        every = {f.name: getattr(self, f.name) for f in fields(self)}
-        arrays = {name: values for name, values in every.items() if isinstance(values, np.ndarray)}
-        parts: dict[str, Any] = {name: values[rows] for name, values in arrays.items()}
+        parts: dict[str, Any] = {name: values[rows] for name, values in self._arrays().items()}
         return replace(self, **parts)
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that there are, by name."""
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: values for name, values in every.items() if isinstance(values, np.ndarray)}
 
     def times_below(self, thickness: Array, spans: MeasuredSpans) -> Array:
         """Two-way travel time from the surface to each boundary of a completed stack [s].
@@ -149,12 +150,10 @@ class TraceRecord:
             ``time_scale`` if there is a time, and ``twtt``, the two-way travel time of each
             boundary [s], NaN where it is unknown (N, K).
         """
-        every = {f.name: getattr(self, f.name) for f in fields(self)}
         described: dict[str, Any] = {
             name: values
-            for name, values in every.items()
-            if isinstance(values, np.ndarray)
-            and (values.dtype.kind == "U" or np.isfinite(values).any())
+            for name, values in self._arrays().items()
+            if values.dtype.kind == "U" or np.isfinite(values).any()
         }
         if "time" in described:
             described["time_scale"] = self.time_scale

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "EARTH",
+    "Array",
     "break_at_jumps",
     "cut_blocks",
     "great_circle_distance",

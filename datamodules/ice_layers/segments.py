@@ -26,7 +26,7 @@ from fulgurite.datamodules.ice_layers.world import (
 )
 from fulgurite.errors import ConfigError
 
-__all__ = ["Segment", "Snow", "layer_dates", "make_segment", "make_snow"]
+__all__ = ["Segment", "Snow", "layer_dates", "make_segment", "make_snow", "mistrack"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,28 @@ def make_snow(world: World, climate: Climate, number: int, blocks: int, flight: 
     return Snow(points, pos, water / density, density, melt)
 
 
+def mistrack(picks: Array, wrong: NDArray[np.bool_]) -> Array:
+    """Take two reflectors for one: a boundary is picked where the next one is, which is not picked.
+
+    Args:
+        picks: Boundaries from the surface down. Shape: (..., K).
+        wrong: Whether each boundary but the first and the last is picked so. Shape: (..., K - 2).
+
+    Returns:
+        The picks, NaN where there is none any more. Shape: (..., K).
+
+    Example:
+        >>> mistrack(np.array([0.0, 1.0, 2.0, 3.0]), np.array([True, False]))
+        array([ 0.,  2., nan,  3.])
+    """
+    picks = picks.copy()
+    lost = np.concatenate([np.zeros_like(wrong[..., :1]), wrong], -1)
+    lost[..., :-1] &= ~wrong
+    picks[..., 1:-1] = np.where(wrong, picks[..., 2:], picks[..., 1:-1])
+    picks[..., 1:][lost] = np.nan
+    return picks
+
+
 def _pick_boundaries(world: World, number: int, truth: Array, density: Array, melt: Array) -> Array:
     """Picks of the boundaries [s], with noise, mis-tracks and gaps: (S, N, L + 1)."""
     generator = world.generator(PICKS, number)
@@ -150,15 +172,11 @@ def _pick_boundaries(world: World, number: int, truth: Array, density: Array, me
     exact = surface + np.concatenate([np.zeros((blocks, n, 1)), np.cumsum(times, -1)], axis=-1)
     slow = np.concatenate([density[..., :1], density], -1)
     picks = exact + thickness_to_time(world.noise * generator.standard_normal(exact.shape), slow)
-    # two reflectors taken for one: a boundary is picked where the next one is, which is not picked
     # drawn always, so that nothing else changes with it
     is_traced: NDArray[np.bool_] = np.asarray(generator.random(blocks) < world.traced)
     wrong = np.asarray(generator.random((blocks, n, layers - 1)) < world.mistracks)
     wrong &= ~is_traced[:, None, None]  # what is fully traced has been looked at
-    lost = np.concatenate([np.zeros((blocks, n, 1), np.bool_), wrong], -1)
-    lost[..., :-1] &= ~wrong
-    picks[..., 1:-1] = np.where(wrong, picks[..., 2:], picks[..., 1:-1])
-    picks[..., 1:][lost] = np.nan
+    picks = mistrack(picks, wrong)
     deep = np.arange(1, layers + 1) / layers
     for block in range(blocks):
         gap = world.missing * (0.02 + 0.33 * deep**1.5 + 0.12 * melt[block].mean() * deep)

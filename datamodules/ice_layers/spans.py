@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.resample import resample
+from fulgurite.datamodules.ice_layers.resample import Array, resample
+from fulgurite.datamodules.ice_layers.travel_time import LIGHT, refractive_index
 
 __all__ = ["MeasuredSpans", "resample_spans"]
-
-Array = NDArray[np.float64]
 
 _TOLERANCE = 1e-6  # relative: files may hold thickness in float32
 
@@ -137,6 +136,14 @@ class MeasuredSpans:
         path[(start == start[:, -1:]) & hidden[:, -1:]] = np.nan
         unknown = np.isnan(path)
         return MeasuredSpans(np.where(unknown, numbers, start), path, self.index)
+
+    def to_metres(self, density: Array) -> MeasuredSpans:
+        """Return spans whose ``path`` was a two-way travel time [s], as optical lengths [m].
+
+        Args:
+            density: Density of the layers [g cm⁻³]. Shape: (N, L).
+        """
+        return MeasuredSpans(self.start, self.path * LIGHT / 2.0, refractive_index(density))
 
     def contradicts(self, thickness: Array) -> NDArray[np.bool_]:
         """Where thickness is measured and is not what the spans say, or only one of them is there.

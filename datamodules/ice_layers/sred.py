@@ -7,6 +7,7 @@ fields.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -39,12 +40,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     LayerStack,
     check_thickest,
 )
-from fulgurite.datamodules.ice_layers.travel_time import (
-    LIGHT,
-    refractive_index,
-    remove_crossed,
-    time_to_thickness,
-)
+from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, time_to_thickness
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 
@@ -319,8 +315,8 @@ class SredMat(StackSource):
             if self.density is None:
                 density = physics[..., list(file.fields).index(_DENSITY)] / np.float64(1_000.0)
             thickness = time_to_thickness(thickness * self.sample_time, density)
-            path = spans.path * self.sample_time * LIGHT / 2.0
-            spans = MeasuredSpans(spans.start, path, refractive_index(density))
+            times = replace(spans, path=spans.path * self.sample_time)
+            spans = times.to_metres(density)
         used = [physics[..., list(file.fields).index(name)] for name in self.fields]
         if self.elevation:
             used.append(np.broadcast_to(file.elevation[:, None], thickness.shape))

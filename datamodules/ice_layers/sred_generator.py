@@ -22,7 +22,7 @@ from fulgurite.datamodules.ice_layers.generated_climate import (
 from fulgurite.datamodules.ice_layers.generator import GeneratedFlights
 from fulgurite.datamodules.ice_layers.layer_writer import write_matlab73
 from fulgurite.datamodules.ice_layers.random_fields import markov_gaps
-from fulgurite.datamodules.ice_layers.segments import Snow, layer_dates, make_snow
+from fulgurite.datamodules.ice_layers.segments import Snow, layer_dates, make_snow, mistrack
 from fulgurite.datamodules.ice_layers.sred import SredMat
 from fulgurite.datamodules.ice_layers.stack import Array, Flights
 from fulgurite.datamodules.ice_layers.world import (
@@ -123,10 +123,7 @@ def _pick_echogram(
     there = int(generator.integers(recipe.shallowest, layers))
     is_broken = kind == _GAPS or (kind == _TRUNCATED and generator.random() < recipe.broken)
     if kind != _COMPLETE:  # what is complete has been looked at
-        lost = np.concatenate([np.zeros((n, 1), np.bool_), wrong], 1)
-        lost[:, :-1] &= ~wrong
-        picks[:, 1:-1] = np.where(wrong, picks[:, 2:], picks[:, 1:-1])
-        picks[:, 1:][lost] = np.nan
+        picks = mistrack(picks, wrong)
     if is_broken:
         missing[first : first + length, layers // 2] = True  # at least one gap
         picks[:, 1:][missing] = np.nan
@@ -284,14 +281,14 @@ class SyntheticSred(GeneratedFlights):
         """Write the files into an empty folder."""
         world = self.world
         start = float(np.datetime64("2012-03-20", "D").astype(np.int64)) + 0.6
-        days = start + world.generator(TRACK).integers(0, 56, world.segments)
-        names = flight_names(sorted(days.tolist()))
+        days = sorted((start + world.generator(TRACK).integers(0, 56, world.segments)).tolist())
+        names = flight_names(days)
         climate = make_climate(world, _WETNESS, _WARMTH)
         modelled, _ = see_as_mar(world, climate)
         kinds = _draw_kinds(world, self.recipe)
         (folder / _FOLDER).mkdir(parents=True)
         (folder / "truth").mkdir()
-        for number, (name, day) in enumerate(zip(names, sorted(days.tolist()), strict=True)):
+        for number, (name, day) in enumerate(zip(names, days, strict=True)):
             flight = Flight(name, day, world.box)
             snow = make_snow(world, climate, number, len(kinds[number]), flight)
             physics = _make_fields(world, modelled, snow, number, flight)
@@ -312,10 +309,11 @@ class SyntheticSred(GeneratedFlights):
 
     def load(self) -> Flights:
         """Return the stacks that the reader makes of the files, with the truth [range bins]."""
-        flights = self._make_reader(self.root).load()
+        root = self.root
+        flights = self._make_reader(root).load()
         truth: dict[str, Array] = {}
         for name in flights.segments:
-            with np.load(self.root / "truth" / f"{name}.npz") as content:
+            with np.load(root / "truth" / f"{name}.npz") as content:
                 truth[name] = content["thickness"]
         stacks = [
             replace(s, truth=truth[s.segment][int(s.name.removeprefix(s.segment)[1:5])])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fulgurite.datamodules.ice_layers.resample import Array
 from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
@@ -36,8 +37,6 @@ __all__ = [
     "check_thickest",
     "need_extra",
 ]
-
-Array = NDArray[np.float64]
 
 #: The list of what a source leaves out, behind ``--data.init_args.``.
 EXCLUDE = "source.init_args.exclude"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.stack import Array
+from fulgurite.datamodules.ice_layers.resample import Array
 
 __all__ = [
     "LIGHT",

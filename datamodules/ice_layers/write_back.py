@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from fulgurite.datamodules.ice_layers.boundaries import Boundaries
 from fulgurite.datamodules.ice_layers.layer_frames import Frame, read_frame, read_mat
 from fulgurite.datamodules.ice_layers.records import TraceRecord
+from fulgurite.datamodules.ice_layers.resample import Array
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
 from fulgurite.errors import DataError
 from fulgurite.io import atomic_write
 
 __all__ = ["SegmentFiles", "Written", "anchor_times", "check_records", "write_segment"]
-
-Array = NDArray[np.float64]
 
 _AUTOMATIC, _DERIVED = 2, 3  # type of a pick that nobody made, quality of one that is inferred
 _GOOD = 1
