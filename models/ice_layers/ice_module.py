@@ -315,22 +315,20 @@ class IceModule(SystemModule):
         return dataclasses.replace(x, thickness=deviation, expected=expected)
 
     def forward_member(
-        self, network: nn.Module, x: Normalised, visible: Tensor, spans: Spans | None = None
+        self, network: nn.Module, x: Normalised, visible: Tensor, shared: Tensor | None = None
     ) -> Tensor:
         """Normalised thickness of all entries from what is visible.
 
         Args:
-            network: A network; with a true attribute ``sums`` it gets the spans.
+            network: A network; with a true attribute ``sums`` it gets ``shared``.
             x: The batch.
             visible: Entries that it may see. Shape: (N, L), bool.
-            spans: Measured sums that it may see.
+            shared: What :meth:`shared` says of measured sums that it may see. Shape: (N, L).
 
         Shape: to (N, L).
         """
         visible = self.mask_outliers(x, visible)
-        options = {}
-        if spans is not None and getattr(network, "sums", False):
-            options["shared"] = self.shared(x, spans)
+        options = {"shared": shared} if getattr(network, "sums", False) else {}
         return network(  # type: ignore[no-any-return]
             x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track, **options
         )

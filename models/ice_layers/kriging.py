@@ -40,11 +40,10 @@ from fulgurite.models.ice_layers.covariance import (
     signal_covariance,
     solve,
 )
-from fulgurite.models.ice_layers.spans import Spans
+from fulgurite.models.ice_layers.spans import THINNEST_LAYER, Spans
 
 __all__ = ["Kriging"]
 
-LEAST = 1e-4  # thickness of a layer [m]
 _CHUNK = 2**23  # elements of a cross-covariance that is held at once
 
 
@@ -251,7 +250,7 @@ def _divide_sums(
     off = spans.path - spans.lengths(mean[rows])
     adjusted = mean[rows] + torch.where(spans.between, gain * off / total, 0.0)
     # a layer that would be less than nothing has its part of the sum instead
-    thin = (inside & (adjusted <= LEAST)[:, None]).any(-1)
+    thin = (inside & (adjusted <= THINNEST_LAYER)[:, None]).any(-1)
     adjusted = torch.where(thin, spans.constrain(mean[rows]), adjusted)
     # The sums are among the observations, so that the covariance knows them up to the noise of
     # picks; to meet a sum exactly is to leave the best prediction.

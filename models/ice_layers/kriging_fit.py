@@ -112,9 +112,7 @@ def fit_kriging(
     # not all of a large stack, which would take longer than the fit
     judged = [_sample_traces(stacks[k], _JUDGED * fit_entries, draw) for k in indices]
     krigings = [Kriging(others[k], theta, theta.new_ones(())) for k in indices]
-    return Kriging(
-        chosen_drift, theta, _fit_interval_scale(list(zip(krigings, judged, strict=True)))
-    )
+    return Kriging(chosen_drift, theta, _fit_interval_scale(theta, krigings, judged))
 
 
 def choose_drift(
@@ -162,7 +160,9 @@ def choose_drift(
     return best, [without[fold] for fold in folds]
 
 
-def _fit_interval_scale(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Tensor:
+def _fit_interval_scale(
+    theta: Tensor, krigings: Sequence[Kriging], stacks: Sequence[KrigingStack]
+) -> Tensor:
     """Factor with which 90 % intervals cover 90 % of held-out picks. Shape: ().
 
     The error that picks have themselves is part of the interval, and is not scaled. Of a layer
@@ -170,9 +170,9 @@ def _fit_interval_scale(krigings: Sequence[tuple[Kriging, KrigingStack]]) -> Ten
     that share a sum, about 1/n of the noise of both. Intervals are only ever widened: where the
     noise explains all that is left of held-out picks, these say nothing of the rest.
     """
-    noise = name_parameters(krigings[0][0].parameters) if krigings else {}
+    noise = name_parameters(theta)
     ratios = []
-    for number, (kriging, stack) in enumerate(krigings):
+    for number, (kriging, stack) in enumerate(zip(krigings, stacks, strict=True)):
         track, spans = Track.of([len(stack.observed)]), stack.measured
         visible_spans = spans.hide(held_out(spans.picked, track, torch.tensor([number])))
         hidden = stack.observed & ~visible_spans.observed

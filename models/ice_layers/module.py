@@ -146,16 +146,28 @@ class IceCompletion(IceModule):
         """What the network is shown at evaluation. Shape: (N, L), bool."""
         return torch.zeros_like(observed) if self.inputs == "physics" else observed
 
-    def _consistent_spans(self, x: Normalised, spans: Spans) -> Spans | None:
-        """Spans that the network sees and is trained with: none that others contradict."""
+    def _consistent_spans(self, x: Normalised, spans: Spans) -> tuple[Spans | None, Tensor | None]:
+        """Spans that the network is trained with, none that others contradict, and what it sees.
+
+        Args:
+            x: The batch.
+            spans: Measured spans that may be known.
+
+        Returns:
+            The spans, and their :meth:`shared` as an input of the network; None for none.
+        """
         if self.keep_boundaries == "none":
-            return None
-        if self.outlier is None or not spans.sums:
-            return spans
-        measured = spans.observed | spans.between
-        z = torch.where(spans.between, self.shared(x, spans), x.thickness)
-        off = find_contradicted(z, measured, x.track, x.distance, self.outlier)
-        return spans.keep(~off | spans.observed)
+            return None, None
+        is_filtered = self.outlier is not None and spans.sums
+        if self.inputs == "physics" and not is_filtered:
+            return spans, None
+        shared = self.shared(x, spans)
+        if self.outlier is not None and is_filtered:
+            z = torch.where(spans.between, shared, x.thickness)
+            off = find_contradicted(z, spans.known, x.track, x.distance, self.outlier)
+            spans = spans.keep(~off | spans.observed)
+            shared = torch.where(spans.between, shared, torch.nan)
+        return spans, None if self.inputs == "physics" else shared
 
     @contextlib.contextmanager
     def _use_dropout(self, x: Normalised, active: bool) -> Iterator[None]:
@@ -189,11 +201,11 @@ class IceCompletion(IceModule):
 
         Shape: to (N, L) and (N, L), float64.
         """
-        visible, sums = self.visible(spans.observed), self._consistent_spans(x, spans)
-        input_spans = None if self.inputs == "physics" else sums
+        visible = self.visible(spans.observed)
+        sums, shared = self._consistent_spans(x, spans)
         with self._use_dropout(x, bool(self.mc_samples)):
             outs = [
-                self.metres(self.forward_member(network, x, visible, input_spans), x)
+                self.metres(self.forward_member(network, x, visible, shared), x)
                 for network in self.networks
                 for _ in range(max(1, self.mc_samples))
             ]
@@ -256,10 +268,8 @@ class IceCompletion(IceModule):
                     x.observed & ~visible_spans.observed if self.loss_on == "hidden" else x.observed
                 )
             visible = self.visible(visible_spans.observed)
-            sums = self._consistent_spans(x, visible_spans)
-            out = self.forward_member(
-                network, x, visible, None if self.inputs == "physics" else sums
-            )
+            sums, shared = self._consistent_spans(x, visible_spans)
+            out = self.forward_member(network, x, visible, shared)
             losses.append(self.objective(self._constrain(out, x, sums), x, mask))
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fulgurite.errors import DataError
 from fulgurite.models.ice_layers.graph import Track
-from fulgurite.models.ice_layers.spans import Spans
+from fulgurite.models.ice_layers.spans import THINNEST_LAYER, Spans
 
 __all__ = ["Normalised", "Normaliser", "to_positive"]
 
@@ -124,4 +124,4 @@ def to_positive(thickness: Tensor) -> Tensor:
     Source: inferred; card section 1.4 names softplus as an option.
     """
     # at least a tenth of a millimetre: softplus underflows far below 0
-    return (_BEND * F.softplus(thickness / _BEND)).clamp_min(1e-4)
+    return (_BEND * F.softplus(thickness / _BEND)).clamp_min(THINNEST_LAYER)

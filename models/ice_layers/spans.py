@@ -5,16 +5,17 @@ Axes: N traces of all stacks, L layers (newest first).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Spans"]
+__all__ = ["THINNEST_LAYER", "Spans"]
 
-_THINNEST = 1e-4  # [m]: a regression may predict less than nothing, which has no part of a sum
+THINNEST_LAYER = 1e-4
+"""Least thickness of a predicted layer [m]: less than nothing has no part of a sum."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Spans:
 
     Example:
         >>> spans = Spans.of_thickness(torch.tensor([[1.0, 2.0, 3.0]]), sums=True)
-        >>> shown = spans.hide(torch.tensor([[True, False, False]]))
-        >>> shown.observed, shown.between
+        >>> visible = spans.hide(torch.tensor([[True, False, False]]))
+        >>> visible.observed, visible.between
         (tensor([[False, False,  True]]), tensor([[ True,  True, False]]))
-        >>> shown.constrain(torch.tensor([[1.0, 1.0, 1.0]]))
+        >>> visible.constrain(torch.tensor([[1.0, 1.0, 1.0]]))
         tensor([[1.5000, 1.5000, 1.0000]], dtype=torch.float64)
     """
 
@@ -101,7 +102,11 @@ class Spans:
     @cached_property
     def first(self) -> Tensor:
         """Whether the layer is the first one of its span. Shape: (N, L), bool."""
-        return self.start == torch.arange(self.start.shape[1], device=self.start.device)
+        return self.start == self._number
+
+    @cached_property
+    def _number(self) -> Tensor:
+        return torch.arange(self.start.shape[1], device=self.start.device)
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sums over spans, at each of their layers. Shape: (N, L) to (N, L)."""
@@ -123,16 +128,15 @@ class Spans:
         Args:
             hidden: Whether the lower boundary of each layer is hidden. Shape: (N, L), bool.
         """
-        number = torch.arange(self.start.shape[1], device=self.start.device)
         above = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
-        start = torch.where(self.first & ~above, number, 0).cummax(1).values
+        start = torch.where(self.first & ~above, self._number, 0).cummax(1).values
         path = _sum_of_equal(start, torch.where(self.first, self.path, 0.0))
         # below its last boundary nothing is known of a span
         path = torch.where((start == start[:, -1:]) & hidden[:, -1:], torch.nan, path)
         if not self.sums:
-            several = Spans(start, path, self.index).length > 1
+            several = _sum_of_equal(start, torch.ones_like(start)) > 1
             path = torch.where(several, torch.nan, path)
-        return Spans(torch.where(path.isnan(), number, start), path, self.index, self.sums)
+        return self._replace_path(start, path)
 
     def constrain(self, thickness: Tensor) -> Tensor:
         """Scale predicted thickness so that layers between two picks add up to what was measured.
@@ -147,7 +151,7 @@ class Spans:
             [m]. Shape: (N, L), float64.
         """
         thickness = thickness.double()
-        thickness = torch.where(self.between, thickness.clamp_min(_THINNEST), thickness)
+        thickness = torch.where(self.between, thickness.clamp_min(THINNEST_LAYER), thickness)
         factor = torch.where(self.between, self.path, 1.0) / self.lengths(thickness)
         return torch.where(self.between, thickness * factor, thickness)
 
@@ -170,15 +174,15 @@ class Spans:
             mask: Layers to keep. Shape: (N, L), bool.
         """
         complete = self._sum((~mask).long()) == 0
-        number = torch.arange(self.start.shape[1], device=self.start.device)
-        path = torch.where(complete, self.path, torch.nan)
-        return Spans(torch.where(path.isnan(), number, self.start), path, self.index, self.sums)
+        return self._replace_path(self.start, torch.where(complete, self.path, torch.nan))
 
     def single(self) -> Spans:
         """Return the observed layers alone, without sums of several."""
-        number = torch.arange(self.start.shape[1], device=self.start.device)
-        path = torch.where(self.observed, self.path, torch.nan)
-        return Spans(number.expand(path.shape).clone(), path, self.index, sums=False)
+        return replace(self.keep(self.observed), sums=False)
+
+    def _replace_path(self, start: Tensor, path: Tensor) -> Spans:
+        """Return spans of other lengths, where those of an unknown one are single layers."""
+        return replace(self, start=torch.where(path.isnan(), self._number, start), path=path)
 
     def __getitem__(self, rows: Any) -> Spans:
         """Return the spans of some traces."""

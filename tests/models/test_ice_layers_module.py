@@ -438,7 +438,8 @@ def test_members_differ_and_their_spread_is_given():
     with torch.no_grad():
         x = model.normalise(batch)
         mean, spread = model.predict(x, x.spans)
-        outs = [model.forward_member(n, x, x.observed, x.spans) for n in model.networks]
+        shared = model.shared(x, x.spans)
+        outs = [model.forward_member(n, x, x.observed, shared) for n in model.networks]
         each = torch.stack([x.spans.constrain(model.metres(out, x)) for out in outs])
     torch.testing.assert_close(mean, each.mean(0))
     torch.testing.assert_close(spread, each.std(0))

@@ -146,7 +146,7 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
     assert trusted["test/moved_rmse"] > 0
     batch = batch_of(flights)
     x = model.normalise(batch)
-    sums = model._consistent_spans(x, x.spans)
+    sums, _ = model._consistent_spans(x, x.spans)
     assert 0 < int(sums.between.sum()) < int(x.spans.between.sum())
     with torch.no_grad():
         thickness = model.fill(batch)["thickness"]
