@@ -48,13 +48,13 @@ def stacks(folder, **options):
 
 
 def test_traces_know_their_time_height_frame_and_place(tmp_path):
-    made = flight()
-    write_frame(tmp_path, 1, made, slice(0, 35))
-    write_frame(tmp_path, 2, made, slice(35, 60))
-    found = stacks(tmp_path, traces=20)
-    assert len(found) == 3
-    every = [s.record for s in found]
-    for name, wanted in (("time", made["gps_time"]), ("elevation", made["elev"])):
+    recorded = flight()
+    write_frame(tmp_path, 1, recorded, slice(0, 35))
+    write_frame(tmp_path, 2, recorded, slice(35, 60))
+    read_stacks = stacks(tmp_path, traces=20)
+    assert len(read_stacks) == 3
+    every = [s.record for s in read_stacks]
+    for name, wanted in (("time", recorded["gps_time"]), ("elevation", recorded["elev"])):
         values = np.concatenate([getattr(r, name) for r in every])
         np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-4)
     frames = np.concatenate([r.frame for r in every])
@@ -66,13 +66,13 @@ def test_traces_know_their_time_height_frame_and_place(tmp_path):
 
 
 def test_travel_times_of_completed_layers_are_those_of_the_picks(tmp_path):
-    made = flight()
-    made["twtt"][0, 7] = np.nan
-    write_frame(tmp_path, 1, made, slice(None))
+    recorded = flight()
+    recorded["twtt"][0, 7] = np.nan
+    write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     filled = np.where(np.isfinite(stack.thickness), stack.thickness, 0.5)
     known = stack.record.describe(filled, stack.known_spans)
-    wanted = made["twtt"].T.copy()
+    wanted = recorded["twtt"].T.copy()
     wanted[7] = np.nan  # without a surface nothing is known
     np.testing.assert_allclose(known["twtt"], wanted, rtol=0, atol=1e-12)
     assert known["density"].shape == stack.thickness.shape
@@ -81,18 +81,18 @@ def test_travel_times_of_completed_layers_are_those_of_the_picks(tmp_path):
 
 
 def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path):
-    made = flight()
-    made["twtt"][1, 20:30] = np.nan  # between two picks: what both layers add up to is known
-    made["twtt"][2:, 40:50] = np.nan
-    write_frame(tmp_path, 1, made, slice(None))
+    recorded = flight()
+    recorded["twtt"][1, 20:30] = np.nan  # between two picks: what both layers add up to is known
+    recorded["twtt"][2:, 40:50] = np.nan
+    write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     known = stack.record.describe(stack.thickness, stack.known_spans)
-    np.testing.assert_allclose(known["twtt"], made["twtt"].T, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(known["twtt"], recorded["twtt"].T, rtol=0, atol=1e-12)
     # completed so that the sum is another, which no method does: the picks are the measurement
     filled = np.where(np.isnan(stack.thickness), 0.1, stack.thickness)
     times = stack.record.describe(filled, stack.known_spans)["twtt"]
-    picked = np.isfinite(made["twtt"].T)
-    np.testing.assert_allclose(times[picked], made["twtt"].T[picked], rtol=0, atol=1e-12)
+    picked = np.isfinite(recorded["twtt"].T)
+    np.testing.assert_allclose(times[picked], recorded["twtt"].T[picked], rtol=0, atol=1e-12)
     data = IceLayerDataModule(
         LayerFiles([str(tmp_path / "CSARP_layer")], density=0.4, traces=60), val=0.0, test=0.0
     )
@@ -101,10 +101,10 @@ def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path)
 
 
 def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_path):
-    made = flight()
-    made["elev"] = np.arange(60.0)
-    made["elev"][30] = np.nan
-    write_frame(tmp_path, 1, made, slice(None))
+    recorded = flight()
+    recorded["elev"] = np.arange(60.0)
+    recorded["elev"][30] = np.nan
+    write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=200, spacing=STEP / 2, min_traces=2)
     values = stack.record.elevation
     wanted = np.arange(len(values)) / 2
@@ -114,9 +114,9 @@ def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_pat
 
 
 def test_a_jump_begins_a_new_run_whose_distance_goes_on(tmp_path):
-    made = flight()
-    made["lat"] = made["lat"] + 0.05 * (np.arange(60) >= 30)
-    write_frame(tmp_path, 1, made, slice(None))
+    recorded = flight()
+    recorded["lat"] = recorded["lat"] + 0.05 * (np.arange(60) >= 30)
+    write_frame(tmp_path, 1, recorded, slice(None))
     first, second = stacks(tmp_path, traces=30)
     assert (first.record.run, second.record.run) == (0, 1)
     gap = second.record.flight_distance[0] - first.record.flight_distance[-1]
@@ -124,17 +124,17 @@ def test_a_jump_begins_a_new_run_whose_distance_goes_on(tmp_path):
 
 
 def test_files_without_heights_say_nothing_of_them(tmp_path):
-    made = flight()
-    del made["elev"]
-    write_frame(tmp_path, 1, made, slice(None))
+    recorded = flight()
+    del recorded["elev"]
+    write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     assert "elevation" not in stack.record.describe(np.ones((60, 3)), stack.known_spans)
 
 
 def test_a_height_of_other_traces_is_refused(tmp_path):
-    made = flight()
-    made["elev"] = np.zeros(61)
-    write_frame(tmp_path, 1, made, slice(None))
+    recorded = flight()
+    recorded["elev"] = np.zeros(61)
+    write_frame(tmp_path, 1, recorded, slice(None))
     with pytest.raises(Exception, match=r"variable elev of .* has 61 values, not 60"):
         stacks(tmp_path, traces=60)
 
@@ -161,10 +161,10 @@ def test_koenigs_times_are_given_where_they_are_usable(tmp_path, is_usable):
 def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
     for day in range(3):
         name = f"201204{10 + day}_01"
-        made = flight()
-        made["gps_time"] = made["gps_time"] + (day + 11) * 86_400
-        made["lat"] = made["lat"] + day
-        write_frame(tmp_path, 1, made, slice(None), name=name)
+        recorded = flight()
+        recorded["gps_time"] = recorded["gps_time"] + (day + 11) * 86_400
+        recorded["lat"] = recorded["lat"] + day
+        write_frame(tmp_path, 1, recorded, slice(None), name=name)
     data = IceLayerDataModule(
         LayerFiles([str(tmp_path / "CSARP_layer")], density=0.4, traces=20), val=1 / 3, test=1 / 3
     )

@@ -158,6 +158,6 @@ def test_data_of_thickness_alone_know_no_sums():
     spans = TorchSpans.of_batch(data)
     assert not spans.between.any()
     hidden = torch.tensor([[False, False, False, True, False]] * 2)
-    shown = spans.hide(hidden)
-    assert shown.observed[0].tolist() == [True, False, False, False, False]
-    assert not shown.between.any()
+    visible_spans = spans.hide(hidden)
+    assert visible_spans.observed[0].tolist() == [True, False, False, False, False]
+    assert not visible_spans.between.any()

@@ -38,18 +38,18 @@ def flight(traces=60, layers=LAYERS):
     }
 
 
-def with_gaps(made):
+def with_gaps(recorded):
     """Gaps of single boundaries, of neighbouring ones, below the last pick and of the surface."""
-    twtt = made["twtt"].copy()
+    twtt = recorded["twtt"].copy()
     twtt[1, 5:15] = np.nan
     twtt[2:4, 20:30] = np.nan
     twtt[4, 10:40] = np.nan
     twtt[0, 50] = np.nan
-    return made | {"twtt": twtt}
+    return recorded | {"twtt": twtt}
 
 
-def write_frame(folder, number, made, rows, ids=None, name=NAME, **more):
-    content = {key: np.atleast_2d(value[..., rows]) for key, value in made.items()}
+def write_frame(folder, number, recorded, rows, ids=None, name=NAME, **more):
+    content = {key: np.atleast_2d(value[..., rows]) for key, value in recorded.items()}
     boundaries, traces = content["twtt"].shape
     content["id"] = np.arange(1.0, boundaries + 1) if ids is None else np.asarray(ids, float)
     content["quality"] = np.full((boundaries, traces), 2, np.uint8)
@@ -60,10 +60,10 @@ def write_frame(folder, number, made, rows, ids=None, name=NAME, **more):
     return path
 
 
-def completed(source, made, out, choose=lambda stack: True):
+def completed(source, recorded, out, choose=lambda stack: True):
     """Write a source's files back, completed by the truth; gives what was written."""
     flights = source.load()
-    thickness = time_to_thickness(np.diff(made["twtt"], axis=0).T, DENSITY)
+    thickness = time_to_thickness(np.diff(recorded["twtt"], axis=0).T, DENSITY)
     stacks = []
     for stack in flights.stacks:
         first = round(stack.record.flight_distance[0] / 25.0)
@@ -89,10 +89,10 @@ def picks(folder, number=1):
 
 
 def test_picks_stay_and_what_is_filled_is_read_back(tmp_path):
-    made = flight()
+    recorded = flight()
     for number, rows in ((1, slice(0, 33)), (2, slice(33, 60))):
-        write_frame(tmp_path / "in", number, with_gaps(made), rows)
-    written = completed(reader(tmp_path / "in"), made, tmp_path / "out")
+        write_frame(tmp_path / "in", number, with_gaps(recorded), rows)
+    written = completed(reader(tmp_path / "in"), recorded, tmp_path / "out")
     assert written.frames == 2
     assert written.crossing == 0
     assert written.without_surface == 1
@@ -112,7 +112,7 @@ def test_picks_stay_and_what_is_filled_is_read_back(tmp_path):
         np.testing.assert_array_equal(new.kinds[is_new], 2)  # automatic
     assert written.filled == added == 10 + 20 + 30
     twtt = np.concatenate([picks(tmp_path / "out", k).twtt for k in (1, 2)])
-    wanted = made["twtt"].T.copy()
+    wanted = recorded["twtt"].T.copy()
     wanted[50, 0] = np.nan  # nobody knows where the surface is
     np.testing.assert_allclose(twtt, wanted, rtol=0, atol=1e-14)
     content = read_mat(tmp_path / "out" / NAME / f"Data_{NAME}_001.mat")
@@ -127,8 +127,8 @@ def test_picks_stay_and_what_is_filled_is_read_back(tmp_path):
 
 
 def test_absent_boundaries_get_numbers_and_the_companion_names_them(tmp_path):
-    made = flight()
-    some = with_gaps(made)
+    recorded = flight()
+    some = with_gaps(recorded)
     some["twtt"] = some["twtt"][[0, 1, 3]]
     write_frame(tmp_path / "in", 1, some, slice(None), ids=[1, 7, 4])
     organizer = {
@@ -139,7 +139,7 @@ def test_absent_boundaries_get_numbers_and_the_companion_names_them(tmp_path):
     }  # fmt: skip
     savemat(tmp_path / "in" / NAME / f"layer_{NAME}.mat", organizer)
     source = reader(tmp_path / "in", count=4)
-    written = completed(source, made, tmp_path / "out")
+    written = completed(source, recorded, tmp_path / "out")
     assert source.age_source == "of the companion file down to layer 3, a year apart below"
     assert written.filled > 2 * 58
     new = picks(tmp_path / "out")
@@ -152,7 +152,7 @@ def test_absent_boundaries_get_numbers_and_the_companion_names_them(tmp_path):
     assert content["lyr_group_name"] == ["standard", "years", "", "years", ""]
     again = reader(tmp_path / "out", count=4, ages="yearly").load()
     assert again.layer_names == ("first", "second", "third", "layer_04")
-    truth = time_to_thickness(np.diff(made["twtt"], axis=0).T, DENSITY)
+    truth = time_to_thickness(np.diff(recorded["twtt"], axis=0).T, DENSITY)
     truth[50] = np.nan
     np.testing.assert_allclose(
         np.concatenate([s.thickness for s in again.stacks]), truth, rtol=1e-6, equal_nan=True
@@ -160,10 +160,10 @@ def test_absent_boundaries_get_numbers_and_the_companion_names_them(tmp_path):
 
 
 def test_without_a_companion_one_is_made(tmp_path):
-    made = flight()
-    write_frame(tmp_path / "in", 1, with_gaps(made), slice(None))
+    recorded = flight()
+    write_frame(tmp_path / "in", 1, with_gaps(recorded), slice(None))
     source = reader(tmp_path / "in")
-    completed(source, made, tmp_path / "out")
+    completed(source, recorded, tmp_path / "out")
     assert source.age_source == "layers are taken to be a year apart, whatever they are"
     named = read_organizer(tmp_path / "out" / NAME / f"layer_{NAME}.mat")
     assert named.names == {1: "surface", 2: "layer_01", 3: "layer_02", 4: "layer_03", 5: "layer_04"}
@@ -173,10 +173,10 @@ def test_without_a_companion_one_is_made(tmp_path):
 
 def test_nothing_is_written_beyond_stacks(tmp_path):
     """Neither where a stack was not completed, nor in a remainder that is no stack."""
-    made = flight(traces=66)
-    write_frame(tmp_path / "in", 1, with_gaps(made), slice(None))
+    recorded = flight(traces=66)
+    write_frame(tmp_path / "in", 1, with_gaps(recorded), slice(None))
     source = reader(tmp_path / "in", min_traces=10)
-    completed(source, made, tmp_path / "out", choose=lambda stack: stack.name.endswith("_0001"))
+    completed(source, recorded, tmp_path / "out", choose=lambda stack: stack.name.endswith("_0001"))
     new, old = picks(tmp_path / "out"), picks(tmp_path / "in")
     rows = np.flatnonzero((np.isfinite(new.twtt) & np.isnan(old.twtt)).any(1))
     assert rows.min() == 20
@@ -184,8 +184,8 @@ def test_nothing_is_written_beyond_stacks(tmp_path):
 
 
 def test_a_jump_is_not_filled_across(tmp_path):
-    made = flight()
-    gaps = with_gaps(made)
+    recorded = flight()
+    gaps = with_gaps(recorded)
     gaps["lat"] = gaps["lat"] + 0.05 * (np.arange(60) >= 25)
     gaps["twtt"][3, 22:28] = np.nan
     write_frame(tmp_path / "in", 1, gaps, slice(None))
@@ -201,16 +201,16 @@ def test_a_jump_is_not_filled_across(tmp_path):
 
 
 def test_crossed_and_distrusted_picks_are_kept_and_nothing_crosses_them(tmp_path):
-    made = flight()
-    gaps = with_gaps(made)
+    recorded = flight()
+    gaps = with_gaps(recorded)
     gaps["twtt"][[1, 2], 35] = gaps["twtt"][[2, 1], 35]  # crossed
-    gaps["twtt"][3, 25] = made["twtt"][0, 25] + 1e-9  # of a bad quality, above all others
+    gaps["twtt"][3, 25] = recorded["twtt"][0, 25] + 1e-9  # of a bad quality, above all others
     quality = np.full((LAYERS + 1, 60), 2, np.uint8)
     quality[3, 25] = 3
     write_frame(tmp_path / "in", 1, gaps, slice(None), quality=quality)
     source = reader(tmp_path / "in", quality=2)
     flights = source.load()
-    thickness = time_to_thickness(np.diff(made["twtt"], axis=0).T, DENSITY)
+    thickness = time_to_thickness(np.diff(recorded["twtt"], axis=0).T, DENSITY)
     stacks = [
         (s.record, s.record.times_below(thickness[20 * k : 20 * k + 20], s.known_spans))
         for k, s in enumerate(flights.stacks)
@@ -225,9 +225,9 @@ def test_crossed_and_distrusted_picks_are_kept_and_nothing_crosses_them(tmp_path
 
 
 def test_old_files_become_new_ones_with_their_names(tmp_path):
-    made = with_gaps(flight())
+    recorded = with_gaps(flight())
     cells = np.empty((1, LAYERS + 1), object)
-    for k, row in enumerate(made["twtt"]):
+    for k, row in enumerate(recorded["twtt"]):
         value = np.empty((1, 2), object)
         manual = np.where(np.arange(60) < 20, row, np.nan)
         value[0, 0], value[0, 1] = {"data": manual[None]}, {"data": row[None]}
@@ -238,8 +238,9 @@ def test_old_files_become_new_ones_with_their_names(tmp_path):
     savemat(
         path,
         {
-            "GPS_time": made["gps_time"][None], "Latitude": made["lat"][None],
-            "Longitude": made["lon"][None], "Elevation": made["elev"][None], "layerData": cells,
+            "GPS_time": recorded["gps_time"][None], "Latitude": recorded["lat"][None],
+            "Longitude": recorded["lon"][None], "Elevation": recorded["elev"][None],
+            "layerData": cells,
         },
     )  # fmt: skip
     completed(reader(tmp_path / "in"), flight(), tmp_path / "out")
@@ -248,7 +249,7 @@ def test_old_files_become_new_ones_with_their_names(tmp_path):
     assert old.twtt[had].tobytes() == new.twtt[had].tobytes()
     np.testing.assert_array_equal(new.kinds[:20][had[:20]], 1)
     np.testing.assert_array_equal(new.kinds[20:], 2)
-    assert new.elevation.tobytes() == made["elev"].tobytes()
+    assert new.elevation.tobytes() == recorded["elev"].tobytes()
     names = reader(tmp_path / "out").load().layer_names
     assert names == ("Koenig_1", "Koenig_2", "Koenig_3", "Koenig_4")
 
@@ -263,17 +264,19 @@ def test_completed_boundaries_stay_between_picked_ones(seed):
     )
     completed_ = np.where(rng.random(whole.shape) < 0.2, np.nan, whole)
     picked = np.where(rng.random(whole.shape) < 0.5, np.nan, other)
-    found = anchor_times(completed_, picked)
-    seen = np.isfinite(picked)
-    assert found[seen].tobytes() == picked[seen].tobytes()
-    usable = seen & np.isfinite(completed_)
+    anchored = anchor_times(completed_, picked)
+    is_picked = np.isfinite(picked)
+    assert anchored[is_picked].tobytes() == picked[is_picked].tobytes()
+    usable = is_picked & np.isfinite(completed_)
     above = np.maximum.accumulate(usable, axis=1)
-    np.testing.assert_array_equal(np.isfinite(found), seen | (np.isfinite(completed_) & above))
+    np.testing.assert_array_equal(
+        np.isfinite(anchored), is_picked | (np.isfinite(completed_) & above)
+    )
     for k in range(rows):
-        used = np.isfinite(found[k]) & (usable[k] | ~seen[k])
-        assert (np.diff(found[k, used]) > 0).all()
+        used = np.isfinite(anchored[k]) & (usable[k] | ~is_picked[k])
+        assert (np.diff(anchored[k, used]) > 0).all()
     # where stack and file agree nothing moves
-    same = anchor_times(whole, np.where(seen, whole, np.nan))
+    same = anchor_times(whole, np.where(is_picked, whole, np.nan))
     known = np.isfinite(same)
     np.testing.assert_allclose(same[known], whole[known], rtol=1e-12)
 
@@ -297,9 +300,9 @@ def test_input_is_never_written_over(tmp_path):
 
 
 def test_times_that_repeat_are_refused(tmp_path):
-    made = flight()
-    made["gps_time"] = np.floor(made["gps_time"])
-    write_frame(tmp_path / "in", 1, made, slice(None))
+    recorded = flight()
+    recorded["gps_time"] = np.floor(recorded["gps_time"])
+    write_frame(tmp_path / "in", 1, recorded, slice(None))
     with pytest.raises(DataError, match=f"Times of traces of the segment {NAME} repeat"):
         data_module(reader(tmp_path / "in")).check_write_back(tmp_path / "out")
 

@@ -71,10 +71,10 @@ def test_picked_boundaries_come_out_where_they_were_picked(flights, options):
 
 
 def test_metrics_say_how_far_picks_were_moved(flights):
-    kept, trainer = fit(flights)
-    (ours,) = trainer.test(kept, flights, verbose=False)
-    kept.keep_boundaries = "none"
-    (theirs,) = trainer.test(kept, flights, verbose=False)
+    model, trainer = fit(flights)
+    (ours,) = trainer.test(model, flights, verbose=False)
+    model.keep_boundaries = "none"
+    (theirs,) = trainer.test(model, flights, verbose=False)
     assert ours["test/moved_rmse"] < 1e-9 < theirs["test/moved_rmse"]
     assert ours["test/between_rmse"] < theirs["test/between_rmse"]
     assert ours["test/misled_rmse"] > ours["test/between_rmse"]  # a wrong sum is kept, too
@@ -88,7 +88,7 @@ def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
     x = model.normalise(batch)
     hidden = x.spans.picked & (torch.arange(8) == 1)
     trace = int((x.observed[:, 1] & x.observed[:, 2]).nonzero()[0])
-    shown = x.spans.hide(hidden)
+    visible_spans = x.spans.hide(hidden)
     moved = batch.clone()
     moved.span_path[trace, 1] += 0.1  # optical: the boundary lies deeper, the sum is what it was
     moved.span_path[trace, 2] -= 0.1
@@ -99,28 +99,30 @@ def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
     )
     y = model.normalise(moved)
     with torch.no_grad():
-        before, _ = model.predict(x, shown)
+        before, _ = model.predict(x, visible_spans)
         after, _ = model.predict(y, y.spans.hide(hidden))
     torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-6)
-    deeper = Spans(shown.start, shown.path * 1.1, shown.index)
+    deeper = Spans(visible_spans.start, visible_spans.path * 1.1, visible_spans.index)
     with torch.no_grad():
         thicker, _ = model.predict(x, deeper)
-    assert not torch.allclose(before[shown.between], thicker[shown.between])
+    assert not torch.allclose(before[visible_spans.between], thicker[visible_spans.between])
 
 
 def test_a_step_learns_proportions(flights):
     """What layers between two picks have in common does not count, and gradients are finite."""
     model, _ = fit(flights, steps=1)
     x = model.normalise(batch_of(flights))
-    shown = x.spans.hide(x.spans.picked & (torch.arange(8) == 1))
+    visible_spans = x.spans.hide(x.spans.picked & (torch.arange(8) == 1))
     out = torch.zeros_like(x.thickness, requires_grad=True)
-    kept = model._constrain(out, x, shown)
+    constrained = model._constrain(out, x, visible_spans)
     thicker = model.standardise(1.3 * model.metres(out.detach(), x), x).float()
-    again = model._constrain(thicker, x, shown)
-    torch.testing.assert_close(kept[shown.between], again[shown.between], rtol=1e-4, atol=1e-4)
-    assert torch.equal(kept[~shown.between], out[~shown.between])
-    entries = shown.between & x.observed
-    kept[entries].sum().backward()
+    again = model._constrain(thicker, x, visible_spans)
+    torch.testing.assert_close(
+        constrained[visible_spans.between], again[visible_spans.between], rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(constrained[~visible_spans.between], out[~visible_spans.between])
+    entries = visible_spans.between & x.observed
+    constrained[entries].sum().backward()
     assert out.grad is not None
     assert out.grad.isfinite().all()
     assert float(out.grad[entries].abs().max()) > 1e-3
