@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from fulgurite.errors import ConfigError
+from fulgurite.options import list_options
 
 __all__ = [
     "DATA_SIZES",
@@ -151,6 +153,7 @@ def save_options(owner: HyperparametersMixin, *objects: str, logger: bool = True
 
     The command line records how objects are made, as plain values. Objects given from Python are
     left out: they would make the checkpoint unreadable with ``weights_only=True``, and be copied.
+    Records of options are written as mappings; :func:`fulgurite.options.make_options` reads them.
 
     Args:
         owner: The module or DataModule that is being constructed.
@@ -162,6 +165,10 @@ def save_options(owner: HyperparametersMixin, *objects: str, logger: bool = True
     owner.save_hyperparameters(ignore=objects, frame=constructor, logger=logger)
     if "_instantiator" in owner.hparams:  # by the command line
         owner.save_hyperparameters(frame=constructor, logger=logger)
+    for saved in (owner.hparams, owner._hparams_initial):  # type: ignore[attr-defined]  # a copy
+        for name, value in saved.items():
+            if is_dataclass(value) and not isinstance(value, type):
+                saved[name] = list_options(value)
 
 
 def scheduled(
