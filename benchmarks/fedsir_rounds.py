@@ -69,7 +69,7 @@ def measure(
     seconds = dict(TakeTurns.seconds)
     short = f"--trainer.max_epochs={max(rounds // 2, 3) + 2}"
     for name, more in zip(
-        ALONE, ([*lean, f"--model.init_args.vectorize={group}"], []), strict=False
+        ALONE, ([*lean, f"--model.init_args.local.vectorize={group}"], []), strict=False
     ):
         fit([short, *arguments, *more], lambda trainer: {})
         seconds[name] = TakeTurns.seconds["fit"]
@@ -130,7 +130,7 @@ def main() -> None:
         "--data.init_args.source.init_args.copies=1",
         "--data.init_args.partition=fulgurite.datamodules.fedsir.Iid",
         "--data.init_args.clients=100",
-        "--model.init_args.batch_size=8",
+        "--model.init_args.local.batch_size=8",
         "--model.init_args.network=fulgurite.models.fedsir.network.SmallCNN",
         "--model.init_args.network.init_args.width=16",
     ]

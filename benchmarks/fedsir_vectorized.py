@@ -15,8 +15,7 @@ from torch import nn
 from benchmarks.harness import ratios, report, spread, take_turns
 from benchmarks.plain_fedavg import PlainFedAvg, Problem
 from fulgurite.datamodules.fedsir import Digits, Dirichlet, FederatedDataModule, Iid, Npz
-from fulgurite.models.fedsir.federation import Federation
-from fulgurite.models.fedsir.methods.base import LogitLoss
+from fulgurite.models.fedsir.federation import Federation, LogitLoss
 from fulgurite.models.fedsir.network import DigitsNet, SmallCNN
 
 CLIENTS = 100
@@ -111,8 +110,8 @@ def main() -> None:
 
 NOTES = """
 A round of 100 clients, one local epoch with fused Adam, on one core; medians with quartiles over
-5 rounds taken in turns. `group` is `model.init_args.vectorize`. The largest difference is that
-of any entry of any client's model between both ways, in float32.
+5 rounds taken in turns. `group` is `model.init_args.local.vectorize`. The largest difference is
+that of any entry of any client's model between both ways, in float32.
 """
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Problem:
             offset,
             pad,
             flip,
-            model.batch_size if model else 64,
+            model.local.batch_size if model else 64,
             optimizer,
         )
 

@@ -24,6 +24,7 @@ from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.devices import pins_memory
+from fulgurite.domains.fedsir import RoundSchedule
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import EveryRankSampler, UnrepeatedDistributedSampler
 
@@ -164,8 +165,6 @@ class FederatedDataModule(L.LightningDataModule):
         self.std = std
         self.seed = seed
         self.reveal_true_labels = reveal_true_labels
-        #: Slots of a round on each rank; the rounds engine sets it.
-        self.train_slots = clients
         self._ready = False
         self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -376,15 +375,21 @@ class FederatedDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> Any:
-        """Return a loader of slot numbers: one slot per client, or client group, of a round.
+        """Return a loader of the numbers of client groups: one batch per group of a round.
 
-        The clients and labels of a slot are chosen when it is consumed. Every rank has equally
-        many slots, since ranks with unequal batch counts would wait for each other.
+        The clients and labels of a group are chosen when it is consumed. Every rank has equally
+        many groups, since ranks with unequal batch counts would wait for each other. The model
+        says how many there are (:class:`~fulgurite.domains.fedsir.RoundSchedule`); without one
+        there is a group for each client.
         """
+        groups = self.num_clients
+        if self.trainer is not None and isinstance(self.trainer.lightning_module, RoundSchedule):
+            model: RoundSchedule = self.trainer.lightning_module
+            groups = model.groups_per_round(self.num_clients, self.trainer.world_size)
         return DataLoader(
-            range(self.train_slots),  # type: ignore[arg-type]
+            range(groups),  # type: ignore[arg-type]
             batch_size=None,
-            sampler=EveryRankSampler(self.train_slots),
+            sampler=EveryRankSampler(groups),
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

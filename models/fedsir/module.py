@@ -6,7 +6,7 @@ Axes: B batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,18 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from fulgurite.base import SystemModule, build_network, check_head, save_options
-from fulgurite.errors import ConfigError
+from fulgurite.errors import CheckpointError, ConfigError
+from fulgurite.models.fedsir.engine import RoundEngine
+from fulgurite.models.fedsir.federation import Federation, FlatState, VisibleData
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
+from fulgurite.models.fedsir.options import LocalTrainingOptions, RoundOptions
+from fulgurite.models.fedsir.trainer_checks import check_trainer
+from fulgurite.options import IntAboveOne, PositiveInt, check_arguments, list_options, make_options
 from fulgurite.weights import head_name, load_weights
 
 __all__ = ["FederatedClassifier", "NoOpServerOptimizer"]
 
-
-class SlotTrainer(Protocol):
-    """Interface of the rounds callback to the module."""
-
-    def train_slot(self, slot: int) -> Tensor | None:
-        """Train the clients of a slot; after the last slot, the new global state. Shape: (P,)."""
+_ROUNDS = "federated_rounds"  # key of the rounds' state in a checkpoint
 
 
 class NoOpServerOptimizer(torch.optim.Optimizer):
@@ -47,26 +47,22 @@ class NoOpServerOptimizer(torch.optim.Optimizer):
 class FederatedClassifier(SystemModule):
     """A classifier trained by clients that keep their data.
 
-    An epoch is a round, and a training batch is a slot: the whole local training of one client
-    (or of a group trained in one pass). :class:`~fulgurite.callbacks.fedsir.FederatedRounds`
-    schedules the rounds; ``method`` defines what happens in each.
+    An epoch is a round, and a training batch is the number of a client group: the whole local
+    training of one client, or of several that train in one pass. A plain ``Trainer`` runs the
+    rounds; :class:`~fulgurite.callbacks.fedsir.FederatedRounds` logs and draws them.
+
+    Under ``--trainer.strategy=federated`` the clients are distributed over the ranks; the global
+    weights are the same bit for bit for any number of ranks (unless clients train in vectorised
+    groups, whose composition depends on the ranks). The whole state of the rounds is in the
+    checkpoint, so that an interrupted run resumes without a difference in results.
 
     Args:
         network: The network, or a callable that makes it from (channels, classes), such as a
             class; it must have ``features`` and ``head``.
         optimizer: Makes the optimizer of a client; called in every round.
         method: The federated method: the hooks of a round beyond local training and averaging.
-        server_optimizer: Applies the aggregate: ``global − aggregate`` is the gradient it sees
-            (FedOpt). By default the aggregate becomes the global model.
-        batch_size: Mini-batch size of local training.
-        local_epochs: Local epochs of a client in a round.
-        max_client_epochs: Training ends before a round in which the local epochs of all clients
-            together, identification included, would exceed this number; ``trainer.max_epochs``
-            is a limit, too. No limit by default.
-        vectorize: Number of clients of a rank that train in one pass where the method's loss
-            allows; 0 trains them one after the other.
-        resident: Keep a client's images on the device while it trains.
-        compile: Compile the network with ``torch.compile``.
+        local: Local training of a client.
+        rounds: Which clients take part in a round, and when training ends.
         num_classes: Number of classes C; set from the data.
         in_channels: Number of image channels; set from the data.
         weights: A local file that the network starts from, which Stage I of FedSIR trains on at
@@ -89,30 +85,20 @@ class FederatedClassifier(SystemModule):
         network: Callable[[int, int], nn.Module] | nn.Module,
         optimizer: OptimizerCallable = torch.optim.Adam,
         method: FederatedMethod | None = None,
-        server_optimizer: OptimizerCallable | None = None,
-        batch_size: int = 64,
-        local_epochs: int = 1,
-        vectorize: int = 0,
-        resident: bool = True,
-        compile: bool = False,
-        max_client_epochs: int | None = None,
-        num_classes: int = 10,
-        in_channels: int = 1,
+        *,
+        local: LocalTrainingOptions = LocalTrainingOptions(),
+        rounds: RoundOptions = RoundOptions(),
+        num_classes: IntAboveOne = 10,
+        in_channels: PositiveInt = 1,
         weights: str | None = None,
     ) -> None:
         super().__init__()
-        save_options(self, "network", "optimizer", "method", "server_optimizer")
-        for name, value, minimum in (
-            ("batch_size", batch_size, 1),
-            ("local_epochs", local_epochs, 1),
-            ("max_client_epochs", max_client_epochs, 1),
-            ("num_classes", num_classes, 2),
-            ("in_channels", in_channels, 1),
-        ):
-            if value is not None and value < minimum:
-                raise ConfigError(
-                    f"model.init_args.{name}={value} is too small.", f"Give {minimum} or more."
-                )
+        save_options(self, "network", "optimizer", "method", "local", "rounds")
+        check_arguments(FederatedClassifier.__init__, locals(), "model.init_args")
+        self.local = make_options(LocalTrainingOptions, local)
+        if "local" not in self.hparams:  # a record from Python; checkpoints hold plain values
+            self.save_hyperparameters({"local": list_options(self.local)})
+        self.rounds = make_options(RoundOptions, rounds)
         self.automatic_optimization = False
         self.network = build_network(network, in_channels, num_classes)
         if not callable(getattr(self.network, "features", None)) or not hasattr(
@@ -125,14 +111,10 @@ class FederatedClassifier(SystemModule):
         check_head(self.network, num_classes)
         if weights is not None:
             load_weights(self.network, weights, head_name(self.network))
-        if compile:
+        if self.local.compile:
             self.network.compile()
-        self.optimizer, self.server_optimizer = optimizer, server_optimizer
-        self.method = method or FedAvg()
-        self.batch_size, self.local_epochs = batch_size, local_epochs
-        self.vectorize, self.resident = vectorize, resident
-        self.max_client_epochs = max_client_epochs
-        self.slot_trainer: SlotTrainer | None = None
+        self.optimizer = optimizer
+        self.engine = RoundEngine(method or FedAvg(), self.rounds)
         metrics = MetricCollection(
             {
                 "acc": MulticlassAccuracy(num_classes, average="micro"),
@@ -144,30 +126,135 @@ class FederatedClassifier(SystemModule):
         self.test_metrics = metrics.clone(prefix="test/")
         # a metric, not a logged value: Lightning averages values over ranks without their sizes
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self._rounds_are_open = False
+        self._resumed: dict[str, Any] | None = None  # rounds of the loaded checkpoint
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits. Shape: (B, channels, H, W) to (B, C)."""
         return self.network(images)  # type: ignore[no-any-return]
 
+    @property
+    def method(self) -> FederatedMethod:
+        """The federated method."""
+        return self.engine.method
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The server optimizer."""
-        make = self.server_optimizer or NoOpServerOptimizer
+        make = self.rounds.server_optimizer or NoOpServerOptimizer
         return make(self.network.parameters())
 
-    def training_step(self, batch: Tensor | int, batch_idx: int) -> None:
-        """Train a slot's clients; after the last slot of a round, step the server."""
-        if self.slot_trainer is None:
-            raise ConfigError(
-                "FederatedClassifier has no rounds engine.",
-                "Add fulgurite.callbacks.fedsir.FederatedRounds to trainer.callbacks.",
+    # --- rounds --------------------------------------------------------------------------------
+
+    def groups_per_round(self, num_clients: int, ranks: int) -> int:
+        """Number of client groups that each rank trains in a round.
+
+        Args:
+            num_clients: Number of clients of the federation.
+            ranks: Number of ranks that train together.
+        """
+        return self.engine.groups_per_round(
+            num_clients, ranks=ranks, group_size=self.local.vectorize
+        )
+
+    def setup(self, stage: str) -> None:
+        """Check that data, strategy and trainer fit federated rounds.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if stage == "fit":
+            check_trainer(self.trainer, self.rounds)
+
+    def on_fit_start(self) -> None:
+        """End a resumed training that has spent its limit before it trains one more round.
+
+        Raises:
+            CheckpointError: The checkpoint has no record of its rounds.
+        """
+        self._rounds_are_open = False  # each fit has rounds of its own
+        resumes = bool(self.trainer.ckpt_path)
+        self.engine.load_state_dict(self._resumed if resumes else None)
+        if resumes and self._resumed is None:
+            raise CheckpointError(
+                "The checkpoint has no record of its rounds.",
+                "Train anew, or go on with the version that wrote it.",
             )
-        aggregate = self.slot_trainer.train_slot(int(batch))
-        if aggregate is not None:
-            self._step_server(aggregate)
+        self._resumed = None
+        if self.engine.has_spent_limit():
+            self.trainer.should_stop = True
+
+    def on_train_start(self) -> None:
+        """Open the rounds, and let the method act before round 0 unless a checkpoint has that."""
+        self.open_rounds()
+        self.engine.start()
+
+    def open_rounds(self) -> None:
+        """Build the federation of the trainer's data; nothing where this fit has one.
+
+        Raises:
+            ConfigError: The trainer does not train whole rounds, or the optimizer cannot be made.
+        """
+        if self._rounds_are_open:
+            return
+        trainer, data = self.trainer, VisibleData(self.trainer.datamodule)  # type: ignore[attr-defined]
+        number = self.groups_per_round(data.num_clients, trainer.world_size)
+        if trainer.num_training_batches != number:
+            raise ConfigError(
+                f"A round has {number} client groups, and the trainer allows "
+                f"{trainer.num_training_batches}.",
+                "Leave out limit_train_batches, overfit_batches and fast_dev_run; a quick run is "
+                "--config fedsir/smoke.yaml --trainer.max_epochs=1.",
+            )
+        try:
+            self.optimizer(list(self.network.parameters()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"The clients' optimizer cannot be made: {error}.",
+                "Change model.init_args.optimizer.init_args.",
+            ) from error
+
+        def make_federation(seed: int) -> Federation:
+            return Federation(
+                data,
+                self.network,
+                self.optimizer,
+                seed=seed,
+                batch_size=self.local.batch_size,
+                local_epochs=self.local.epochs,
+                autocast=trainer.precision_plugin.forward_context,
+                resident=self.local.resident,
+                vectorize=self.local.vectorize,
+            )
+
+        self.engine.open(make_federation, trainer.current_epoch)
+        self._rounds_are_open = True
+
+    def on_train_epoch_start(self) -> None:
+        """Begin a round."""
+        self.engine.begin_round()
+
+    def training_step(self, batch: Tensor | int, batch_idx: int) -> None:
+        """Train a group of clients; after the last group of a round, step the server."""
+        self.engine.train_group(int(batch))
+        if batch_idx + 1 == self.trainer.num_training_batches:
+            self._step_server(self.engine.aggregate())
+            self.engine.finish_round()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the training where a further round would exceed the limit of client-epochs."""
+        if self.engine.exhausted:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the rounds to a checkpoint that can be resumed."""
+        if self.engine.is_open and "callbacks" in checkpoint:
+            checkpoint[_ROUNDS] = self.engine.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the rounds until a fit resumes them."""
+        self._resumed = checkpoint.get(_ROUNDS)
 
     def _step_server(self, aggregate: Tensor) -> None:
-        from fulgurite.models.fedsir.federation import FlatState
-
         old_parameters = [p.detach().clone() for p in self.network.parameters()]
         FlatState(self.network).write(aggregate)
         optimizer: Any = self.optimizers()

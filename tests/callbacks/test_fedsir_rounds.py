@@ -6,20 +6,25 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fulgurite.callbacks.fedsir import FederatedRounds
+from fulgurite.datamodules.fedsir import Digits, FederatedDataModule, Iid
 from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir import DigitsNet, FederatedClassifier
+from fulgurite.models.fedsir.engine import RoundEngine
 from fulgurite.models.fedsir.federation import (
     balanced_assignment,
     exact_average,
     keyed_generator,
     mini_batches,
 )
-from fulgurite.models.fedsir.methods import FedSIR
+from fulgurite.models.fedsir.methods import FedAvg, FedSIR
+from fulgurite.models.fedsir.options import RoundOptions
 
 METHODS = "fulgurite.models.fedsir.methods"
 LAST = "checkpoints/last.ckpt"
@@ -117,13 +122,33 @@ def test_same_seed_same_weights_and_another_seed_others(default, final):
     assert not equal(one, final("three", "--seed_everything=1"))
 
 
+def test_the_callback_does_not_change_the_weights(default, final):
+    assert equal(default, final("plain", "--trainer.callbacks=[]"))
+
+
+def test_a_plain_trainer_trains_the_weights_of_one_with_the_callback(workdir):
+    def train(callbacks):
+        lightning.seed_everything(3)
+        data = FederatedDataModule(Digits(copies=1), Iid(), clients=4)
+        model = FederatedClassifier(DigitsNet, method=FedAvg(), rounds=RoundOptions(dropout=0.3))
+        trainer = lightning.Trainer(
+            max_epochs=2, callbacks=callbacks, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        )  # fmt: skip
+        trainer.fit(model, datamodule=data)
+        assert model.engine.round == 2
+        return model.network.state_dict()
+
+    assert equal(train([]), train([FederatedRounds(figures=False)]))
+
+
 def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(trained):
     cli, folder = trained
     data, rounds = cli.datamodule, cli.trainer.callbacks[0]
     for callback in cli.trainer.callbacks:
         if isinstance(callback, FederatedRounds):
             rounds = callback
-    method = rounds.method
+    method = rounds.engine.method
     assert method.relabel_rounds == [2]
     changed = data.labels.current != data.labels.given
     for client in range(data.num_clients):
@@ -139,7 +164,7 @@ def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(trained):
 
 def _check_costs(rows, rounds):
     """Of FedSIR on 4 clients: Stage I, a relabeling before round 2, and 4 rounds."""
-    fed, clean = rounds.fed, int(rounds.method.clean.sum())
+    fed, clean = rounds.engine.fed, int(rounds.engine.method.clean.sum())
     noisy = 4 - clean
     model, per_class = fed.state_bytes, 13 * 64 * 4  # a direction and 12 rows of 64 features
     references = fed.num_classes * per_class
@@ -166,13 +191,13 @@ CLEAN_ONLY = (
 
 
 def test_training_ends_within_the_budget_of_client_epochs(fit, weights):
-    cli = fit(*CLEAN_ONLY, "--model.init_args.max_client_epochs=27", "--run.dir=run")
+    cli = fit(*CLEAN_ONLY, "--model.init_args.rounds.max_client_epochs=27", "--run.dir=run")
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
-    clean = int(rounds.method.clean.sum())
+    clean = int(rounds.engine.method.clean.sum())
     assert clean < 4
     number = (27 - 4 * 5) // clean
-    assert rounds.fed.costs.rounds == number
-    assert rounds.fed.costs.client_epochs == 20 + number * clean
+    assert rounds.engine.fed.costs.rounds == number
+    assert rounds.engine.fed.costs.client_epochs == 20 + number * clean
     plain = fit(*CLEAN_ONLY, f"--trainer.max_epochs={number}", "--run.dir=plain")
     assert plain.trainer.current_epoch == cli.trainer.current_epoch == number
     assert equal(weights(f"run/{LAST}"), weights(f"plain/{LAST}"))
@@ -180,7 +205,7 @@ def test_training_ends_within_the_budget_of_client_epochs(fit, weights):
 
 @pytest.mark.slow
 def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
-    budget = (*CLEAN_ONLY, "--model.init_args.max_client_epochs=26")
+    budget = (*CLEAN_ONLY, "--model.init_args.rounds.max_client_epochs=26")
     fit(*budget, "--run.dir=whole")
     fit(*budget, "--run.dir=run", "--trainer.max_epochs=1")
     options = (*budget, "--run.dir=run", "--ckpt_path=last")
@@ -200,7 +225,7 @@ def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("max_client_epochs=0",), "max_client_epochs=0 is too small. Give 1"),
+        (("max_client_epochs=0",), "v>0 (given: rounds.max_client_epochs="),
         (("max_client_epochs=20",), "20 client-epochs are spent before the first round. Give 24"),
         pytest.param(
             ("max_client_epochs=22",),
@@ -210,7 +235,7 @@ def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
     ],
 )
 def test_a_budget_that_does_not_suffice_is_refused(fulgurite, options, message):
-    given = [f"--model.init_args.{option}" for option in options]
+    given = [f"--model.init_args.rounds.{option}" for option in options]
     status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *given)
     assert status == 2
     assert message in error
@@ -218,7 +243,7 @@ def test_a_budget_that_does_not_suffice_is_refused(fulgurite, options, message):
 
 def test_a_budget_that_the_trainer_would_exceed_is_refused(fulgurite):
     status, _, error = fulgurite(
-        "fit", "--config", "fedsir/smoke.yaml", "--model.init_args.max_client_epochs=30",
+        "fit", "--config", "fedsir/smoke.yaml", "--model.init_args.rounds.max_client_epochs=30",
         "--trainer.min_epochs=3",
     )  # fmt: skip
     assert status == 2
@@ -231,11 +256,11 @@ def test_truth_is_out_of_reach_of_the_method(trained, final, monkeypatch):
     cli, folder = trained
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
     true = cli.datamodule.evaluation.true
-    for name in vars(rounds.fed.data):
-        value = getattr(rounds.fed.data, name)
+    for name in vars(rounds.engine.fed.data):
+        value = getattr(rounds.engine.fed.data, name)
         assert not (isinstance(value, torch.Tensor) and torch.equal(value, true)), name
-    assert not hasattr(rounds.fed.data, "evaluation")
-    assert not hasattr(rounds.fed.data, "_true")
+    assert not hasattr(rounds.engine.fed.data, "evaluation")
+    assert not hasattr(rounds.engine.fed.data, "_true")
     setup = FederatedDataModule.setup
 
     def blind(self, stage=None):
@@ -266,16 +291,22 @@ def test_switches_change_the_weights(default, final, options):
 
 def test_participation_samples_clients_by_round(fit):
     cli = fit(
-        "--trainer.callbacks=fulgurite.callbacks.fedsir.FederatedRounds",
-        "--trainer.callbacks.participation=0.5",
+        "--model.init_args.rounds.participation=0.5",
         f"--model.init_args.method={METHODS}.FedAvg",
         "--data.init_args.clients=5",
         "--trainer.max_epochs=5",
     )
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
     sampled = [tuple(r["clients"]) for r in rounds.history]
-    assert sampled == [tuple(rounds._sample_clients(r)) for r in range(5)]
+    assert sampled == [tuple(rounds.engine.sample_clients(r)) for r in range(5)]
     assert len(set(sampled)) > 1
+
+
+def open_engine(options, clients):
+    """An engine whose federation has a number of clients, and nothing else."""
+    engine = RoundEngine(FedAvg(), options)
+    engine.open(lambda seed: SimpleNamespace(seed=seed, num_clients=clients, local_epochs=1))
+    return engine
 
 
 @given(st.integers(1, 60), st.floats(0.01, 1.0), st.integers(0, 10**6))
@@ -284,41 +315,39 @@ def test_participation_samples_clients_by_round(fit):
 @example(10, 0.25, 0)
 @example(3, 0.1, 0)
 def test_a_share_of_the_clients_participates_but_at_least_one(clients, share, seed):
-    rounds = FederatedRounds(participation=share)
-    rounds.fed = SimpleNamespace(seed=seed, num_clients=clients)
-    sampled = [rounds._sample_clients(r) for r in range(3)]
+    engine = open_engine(RoundOptions(participation=share, seed=seed), clients)
+    sampled = [engine.sample_clients(r) for r in range(3)]
     for one in sampled:
         assert one == sorted(set(one))
         assert set(one) <= set(range(clients))
         assert len(one) >= 1
         assert abs(len(one) - share * clients) <= 0.5 or len(one) == 1
-    assert sampled == [rounds._sample_clients(r) for r in range(3)]
+    assert sampled == [engine.sample_clients(r) for r in range(3)]
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True), st.integers(0, 50))
 def test_at_least_one_client_reports(clients, round):
-    rounds = FederatedRounds(dropout=0.9)
-    rounds.fed = SimpleNamespace(seed=0)
-    reporting = rounds._draw_reporting(clients, round)
+    engine = open_engine(RoundOptions(dropout=0.9, seed=0), 100)
+    reporting = engine.draw_reporting(clients, round)
     assert reporting
     assert set(reporting) <= set(clients)
-    assert reporting == rounds._draw_reporting(clients, round)
+    assert reporting == engine.draw_reporting(clients, round)
 
 
 def test_identification_can_be_repeated(fit):
     method = "--model.init_args.method.init_args"
     cli = fit(f"{method}.reidentify_every=3", f"{method}.relabel_first=1", "--trainer.max_epochs=5")
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
-    assert rounds.method.relabel_rounds == [1, 3]
-    assert torch.equal(~rounds.method.clean, cli.datamodule.evaluation.noisy_clients)
+    assert rounds.engine.method.relabel_rounds == [1, 3]
+    assert torch.equal(~rounds.engine.method.clean, cli.datamodule.evaluation.noisy_clients)
     changed = cli.datamodule.labels.current != cli.datamodule.labels.given
-    for client in torch.nonzero(rounds.method.clean).flatten().tolist():
+    for client in torch.nonzero(rounds.engine.method.clean).flatten().tolist():
         assert not changed[cli.datamodule.client_index(client)].any()
 
 
 def test_a_server_optimizer_sees_the_aggregate_as_a_gradient(fit):
     options = (f"--model.init_args.method={METHODS}.FedAvg", "--trainer.max_epochs=1")
-    server = "--model.init_args.server_optimizer"
+    server = "--model.init_args.rounds.server_optimizer"
     sgd = fit(*options, f"{server}=torch.optim.SGD", f"{server}.lr=1.0").model
     plain = fit(*options).model
     half = fit(*options, f"{server}=torch.optim.SGD", f"{server}.lr=0.5").model
@@ -365,8 +394,8 @@ def assert_equal_runs(alone_run, weights):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trainer.limit_train_batches=2"], "A round has 4 slots"),
-        (["--trainer.fast_dev_run=true"], "A round has 4 slots"),
+        (["--trainer.limit_train_batches=2"], "A round has 4 client groups"),
+        (["--trainer.fast_dev_run=true"], "A round has 4 client groups"),
         (["--model.init_args.optimizer.lr=-1"], "Invalid learning rate"),
         (["--trainer.precision=64-true"], "precision=64-true"),
         (["--trainer.precision=16-true"], "precision=16-true. Use bf16-mixed"),
@@ -404,15 +433,12 @@ def test_a_checkpoint_of_another_method_or_network_is_refused(default_run, fulgu
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--trainer.callbacks.participation=0", "participation=0.0 is not in"),
-        ("--trainer.callbacks.dropout=1", "dropout=1.0 is not in"),
+        ("--model.init_args.rounds.participation=0", "v>0 and v<=1"),
+        ("--model.init_args.rounds.dropout=1", "v>=0 and v<1"),
     ],
 )
 def test_shares_out_of_range_are_refused(fulgurite, option, message):
-    status, _, error = fulgurite(
-        "fit", "--config", "fedsir/smoke.yaml",
-        "--trainer.callbacks=fulgurite.callbacks.fedsir.FederatedRounds", option,
-    )  # fmt: skip
+    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", option)
     assert status == 2
     assert message in error
 

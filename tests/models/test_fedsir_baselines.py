@@ -13,7 +13,7 @@ from torch import nn
 
 from fulgurite.cli import run
 from fulgurite.errors import ConfigError, MissingExtraError
-from fulgurite.models.fedsir.federation import Federation, MiniBatch
+from fulgurite.models.fedsir.federation import Federation, LogitLoss, MiniBatch
 from fulgurite.models.fedsir.losses import adjusted_distillation, log_prior
 from fulgurite.models.fedsir.methods import (
     FedCorr,
@@ -25,7 +25,6 @@ from fulgurite.models.fedsir.methods import (
     RoFL,
     SpectralIdentification,
 )  # fmt: skip
-from fulgurite.models.fedsir.methods.base import LogitLoss
 from fulgurite.models.fedsir.methods.cleaning import SubsetLoss, find_issues
 from fulgurite.models.fedsir.methods.fedcorr import MixupLoss, intrinsic_dimension, upper_group
 from fulgurite.models.fedsir.methods.fedelc import SoftLabelLoss

@@ -58,15 +58,15 @@ def test_strong_noise_is_found_and_mended_and_beats_fedavg(run, rate, left, bett
 
 def _check(rounds, gap, left):
     noisy = rounds._data.evaluation.noisy_clients
-    assert ((~rounds.method.clean) == noisy).all()  # precision and recall are 1
-    off_mean = rounds.method.evidence["scores"][:, 0]
+    assert ((~rounds.engine.method.clean) == noisy).all()  # precision and recall are 1
+    off_mean = rounds.engine.method.evidence["scores"][:, 0]
     assert off_mean[noisy].min() - off_mean[~noisy].max() >= gap
-    sizes = rounds.fed.sizes.double()[noisy]
+    sizes = rounds.engine.fed.sizes.double()[noisy]
     shares = [
         float((noise[noisy] * sizes).sum() / sizes.sum())
-        for noise in (rounds.fed.sizes.new_tensor(r["noise"], dtype=sizes.dtype)
+        for noise in (rounds.engine.fed.sizes.new_tensor(r["noise"], dtype=sizes.dtype)
                       for r in rounds.history)
     ]  # fmt: skip
-    refreshed = [shares[r] for r in rounds.method.relabel_rounds]
+    refreshed = [shares[r] for r in rounds.engine.method.relabel_rounds]
     assert refreshed[-1] <= left
     assert all(b <= a + 0.01 for a, b in pairwise(refreshed))

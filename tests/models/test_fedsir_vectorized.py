@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import Federation
+from fulgurite.models.fedsir.federation import Federation, LogitLoss
+from fulgurite.models.fedsir.federation.vectorized import train_group, vectorizable
 from fulgurite.models.fedsir.methods import FedAvg, FedProx
-from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
+from fulgurite.models.fedsir.methods.base import FederatedMethod
 from fulgurite.models.fedsir.network import DigitsNet, SmallCNN
-from fulgurite.models.fedsir.vectorized import train_group, vectorizable
 
 SIZES = (9, 23, 8, 5, 1, 23, 16)  # of 8: joined tails, plain tails, no tail, one sample
 

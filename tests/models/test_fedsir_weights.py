@@ -27,7 +27,7 @@ def test_stage_one_trains_from_the_weights_of_a_file(fit, monkeypatch):
     monkeypatch.setattr(SpectralIdentification, "__call__", record)
     cli = fit(f"{WEIGHTS}own.safetensors", "--trainer.max_epochs=1", "--run.dir=run")
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
-    rounds.fed.state.write(starts[0])
+    rounds.engine.fed.state.write(starts[0])
     began = cli.model.network.state_dict()
     assert all(torch.equal(began[key], value) for key, value in state.items())
 

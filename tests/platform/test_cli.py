@@ -52,7 +52,7 @@ def test_doctor_names_versions(fulgurite):
         (["--model.init_args.method=FedNope"], ["FedNope"]),
         (["--trainer.max_epochs=abc"], ["trainer.max_epochs", "abc", "int"]),
         (["--model.init_args.method.kd_on=foo"], ["'disagree', 'all', 'none'", "foo"]),
-        (["--model.init_args.batch_size=0"], ["batch_size=0"]),
+        (["--model.init_args.local.batch_size=0"], ["local.batch_size", "v>0"]),
         (["--model.init_args.network=torch.nn.Flatten"], ["Flatten"]),
         (["--data.init_args.noise.init_args.rate=1.5"], ["1.5", "noise.init_args.rate"]),
         (["--data.init_args.noise.init_args.rate=[0.5,-1]"], ["noise.init_args.rate"]),
@@ -230,11 +230,11 @@ def test_last_and_best_are_those_of_the_newest_run(fit):
 def test_the_command_line_beats_the_checkpoint_and_says_so(fit, capsys):
     fit(*SHORT[2:], "--run.dir=run")
     cli = fit(
-        *SHORT[2:], "--run.dir=run", "--ckpt_path=last", "--model.init_args.batch_size=16",
+        *SHORT[2:], "--run.dir=run", "--ckpt_path=last", "--model.init_args.local.batch_size=16",
         command="test",
     )  # fmt: skip
-    assert cli.model.batch_size == 16
-    assert "model.init_args.batch_size=32; this run uses 16" in capsys.readouterr().err
+    assert cli.model.local.batch_size == 16
+    assert "model.init_args.local.batch_size=32; this run uses 16" in capsys.readouterr().err
 
 
 def test_print_config_shows_the_resolved_configuration(workdir, capsys):

@@ -165,7 +165,7 @@ def test_one_parser_for_all_agrees_with_the_command_line(paper):
     resolver = Resolver()
     for options in (
         ["--config", "top.yaml"],
-        ["--config", "fedsir/smoke.yaml", "--model.init_args.batch_size=3"],
+        ["--config", "fedsir/smoke.yaml", "--model.init_args.local.batch_size=3"],
     ):
         ours = resolver(["fit", *options]).configuration
         theirs = parse(["fit", *options]).as_dict()

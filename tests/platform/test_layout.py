@@ -70,6 +70,12 @@ def place(module: str) -> tuple[str, str]:
     return (parts[1], parts[2]) if parts[1] in FOLDERS else ("", "")
 
 
+def domain(module: str) -> str:
+    """The system whose schemas a module of ``fulgurite.domains`` holds; '' for other modules."""
+    parts = [*module.split("."), "", ""]
+    return parts[2] if parts[1] == "domains" else ""
+
+
 def test_platform_does_not_shadow_the_standard_library():
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert not list(ROOT.glob("platform/*.py"))
@@ -88,6 +94,11 @@ def test_arrows(path):
         assert top not in ("torchvision", "timm", "pl_bolts"), f"{name} breaks beside CPU torch"
         if top != "fulgurite":
             continue
+        if shared := domain(name):
+            inside = domain(module_of(path)) or path.is_relative_to(FOLDERS[""] / "testing")
+            its_own = folder in ("models", "datamodules", "callbacks") and system == shared
+            assert inside or its_own, f"{name}: the schemas of another system"
+            continue
         other, its_system = place(name)
         if other == folder:
             assert not system or its_system == system, f"{name}: one system imports another"
@@ -103,6 +114,8 @@ def test_arrows_are_seen(tmp_path, monkeypatch):
     assert imports_of(bad) == {"fulgurite.datamodules", "fulgurite.models.sibling"}
     assert place("fulgurite.datamodules.fedsir.noise") == ("datamodules", "fedsir")
     assert place("fulgurite.compare.plan") == ("", "")
+    assert domain("fulgurite.domains.fedsir.Labels") == "fedsir"
+    assert domain("fulgurite.compare.plan") == domain("fulgurite.domains") == ""
 
 
 def test_every_folder_with_code_is_a_package():

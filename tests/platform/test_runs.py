@@ -125,11 +125,14 @@ def test_a_new_folder_only_when_asked_for(fulgurite, one_run):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--model.init_args.batch_size=16", "model.init_args.batch_size is 32 there and 16 here"),
+        (
+            "--model.init_args.local.batch_size=16",
+            "model.init_args.local.batch_size is 32 there and 16 here",
+        ),
         ("--data.init_args.clients=3", "data.init_args.clients is 4 there and 3 here"),
         ("--seed_everything=3", "seed_everything is 0 there and 3 here"),
         ("--trainer.precision=bf16-mixed", "trainer.precision is"),
-        ("--trainer.callbacks.participation=0.5", "FederatedRounds.init_args.participation is 1.0"),
+        ("--trainer.callbacks.figures=false", "FederatedRounds.init_args.figures is True"),
     ],
 )
 def test_going_on_with_other_options_is_refused_by_name(fulgurite, one_run, option, words):

@@ -17,11 +17,12 @@ from fulgurite.devices import move
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.models.fedsir.federation import (
     Federation,
+    LogitLoss,
     MiniBatch,
     Objective,
     keyed_generator,
 )
-from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
+from fulgurite.models.fedsir.methods.base import FederatedMethod
 
 __all__ = ["LocalCleaning", "SubsetLoss", "find_issues"]
 

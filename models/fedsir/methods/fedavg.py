@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import Federation, Objective
-from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
+from fulgurite.models.fedsir.federation import Federation, LogitLoss, Objective
+from fulgurite.models.fedsir.methods.base import FederatedMethod
 
 __all__ = ["FedAvg", "FedProx"]
 

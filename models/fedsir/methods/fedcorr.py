@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
-from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
+from fulgurite.models.fedsir.federation import (
+    ClientStates,
+    Federation,
+    LogitLoss,
+    MiniBatch,
+    Objective,
+)
+from fulgurite.models.fedsir.methods.base import FederatedMethod
 
 EPSILON = 1e-6
 """Keeps the intrinsic dimension finite; the authors' value."""

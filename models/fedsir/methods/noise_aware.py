@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.aggregation import distance_aware_weights, distance_to_clean
-from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.federation import (
+    ClientStates,
+    Federation,
+    LogitLoss,
+    MiniBatch,
+    Objective,
+)
 from fulgurite.models.fedsir.losses import log_prior, ramp, selective_distillation
-from fulgurite.models.fedsir.methods.base import FederatedMethod, LogitLoss
+from fulgurite.models.fedsir.methods.base import FederatedMethod
 
 CleanLoss = Literal["la", "ce"]
 NoisyLoss = Literal["la_kd", "la", "ce_kd", "ce"]

@@ -14,8 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Federation
-from fulgurite.models.fedsir.methods.base import LogitLoss
+from fulgurite.models.fedsir.federation import ClientStates, Federation, LogitLoss
 from fulgurite.models.fedsir.spectra import SpectraAccumulator, client_score, similarity
 
 if TYPE_CHECKING:

@@ -20,15 +20,10 @@ from torch.func import functional_call, vmap
 
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import (
-    ClientStates,
-    Federation,
-    MiniBatch,
-    Objective,
-    OptimizerFactory,
-)
+from fulgurite.models.fedsir.federation.objectives import LogitLoss, MiniBatch, Objective
+from fulgurite.models.fedsir.federation.states import ClientStates
+from fulgurite.models.fedsir.federation.training import LocalTrainer, OptimizerFactory
 from fulgurite.models.fedsir.losses import logit_adjusted_cross_entropy
-from fulgurite.models.fedsir.methods.base import LogitLoss
 
 __all__ = ["train_group", "vectorizable"]
 
@@ -51,7 +46,7 @@ def vectorizable(objective: Objective) -> bool:
 
 
 def train_group(
-    fed: Federation,
+    trainer: LocalTrainer,
     clients: Sequence[int],
     objective: Callable[[int], Objective],
     purpose: int | str,
@@ -65,7 +60,7 @@ def train_group(
     stacked (dropout, or an optimizer that mixes the entries of a parameter) train one by one.
 
     Args:
-        fed: The federation; its ``loss_sum`` is set and its ``on_step`` called as by the loop.
+        trainer: The trainer; its ``loss_sum`` is set and its ``on_step`` called as by the loop.
         clients: Clients of the group.
         objective: Gives the loss of a client; each must be :func:`vectorizable`.
         purpose: Key of the random numbers.
@@ -82,18 +77,18 @@ def train_group(
     Source: inferred; FedAvg's local training (McMahan et al., AISTATS 2017) for many clients.
     """
     # the longest first: those that still train are then the first rows of every stacked tensor
-    order = sorted(clients, key=lambda k: -int(fed.sizes[k]))
-    fed.state.write(start)
-    stack = _Stack(fed.network, len(order))
+    order = sorted(clients, key=lambda k: -int(trainer.sizes[k]))
+    trainer.state.write(start)
+    stack = _Stack(trainer.network, len(order))
     optimizer = make_optimizer(stack.parameters.values())
-    if len(order) == 1 or type(optimizer) not in _ELEMENTWISE or _has_own_state(fed.network):
+    if len(order) == 1 or type(optimizer) not in _ELEMENTWISE or _has_own_state(trainer.network):
         return {
-            k: fed._train_one(k, objective(k), purpose, start, epochs, make_optimizer)
+            k: trainer.train_one(k, objective(k), purpose, start, epochs, make_optimizer)
             for k in clients
         }
     loss = _StackedLoss([objective(k) for k in order], stack)
-    queues = [fed.batches(k, purpose, epochs) for k in order]
-    total = torch.zeros(len(order), device=fed.device)
+    queues = [trainer.batches(k, purpose, epochs) for k in order]
+    total = torch.zeros(len(order), device=trainer.device)
     steps = 0
     done: ClientStates = {}
     while queues:
@@ -102,16 +97,16 @@ def train_group(
             states = stack.drop(len(drawn), optimizer)
             for row, state in enumerate(states, len(drawn)):
                 done[order[row]] = state
-                fed.loss_sum[order[row]] = total[row] / max(steps, 1)
+                trainer.loss_sum[order[row]] = total[row] / max(steps, 1)
             del queues[len(drawn) :]
         if drawn:
             optimizer.zero_grad()
-            total[: len(drawn)] += _gradients(fed, stack, loss, drawn)
+            total[: len(drawn)] += _gradients(trainer, stack, loss, drawn)
             optimizer.step()
             steps += 1
             for _ in drawn:
-                fed.on_step()
-    fed.network.train()
+                trainer.on_step()
+    trainer.network.train()
     return done
 
 
@@ -217,7 +212,7 @@ class _StackedLoss:
 
 
 def _gradients(
-    fed: Federation, stack: _Stack, loss: _StackedLoss, batches: Sequence[MiniBatch]
+    trainer: LocalTrainer, stack: _Stack, loss: _StackedLoss, batches: Sequence[MiniBatch]
 ) -> Tensor:
     """Set the gradient of every row from its mini-batch and return the losses. Shape: (G,)."""
     groups: dict[int, list[int]] = {}
@@ -225,17 +220,17 @@ def _gradients(
         groups.setdefault(len(batch.labels), []).append(row)
     if len(groups) == 1:
         every = slice(0, len(batches))
-        return _backward(fed, loss, every, stack.parameters, stack.buffers, batches)
+        return _backward(trainer, loss, every, stack.parameters, stack.buffers, batches)
     # tail batches differ in size, and BatchNorm must see each as it is: one pass per size
-    values = torch.empty(len(batches), device=fed.device)
+    values = torch.empty(len(batches), device=trainer.device)
     for rows in groups.values():
-        at = move(torch.tensor(rows), fed.device)
+        at = move(torch.tensor(rows), trainer.device)
         parameters = {
             n: p.detach()[at].requires_grad_(p.requires_grad) for n, p in stack.parameters.items()
         }
         buffers = {n: b[at] for n, b in stack.buffers.items()}
         row_batches = [batches[row] for row in rows]
-        values[at] = _backward(fed, loss, at, parameters, buffers, row_batches).to(values)
+        values[at] = _backward(trainer, loss, at, parameters, buffers, row_batches).to(values)
         for name, buffer in stack.buffers.items():
             buffer[at] = buffers[name]
         for name, parameter in stack.parameters.items():
@@ -249,7 +244,7 @@ def _gradients(
 
 
 def _backward(
-    fed: Federation,
+    trainer: LocalTrainer,
     loss: _StackedLoss,
     rows: Tensor | slice,
     parameters: Mapping[str, Tensor],
@@ -260,22 +255,22 @@ def _backward(
     images = torch.stack([b.images for b in batches])
     labels = torch.stack([b.labels for b in batches])
     # BatchNorm has no variance of one sample; the loop does the same
-    fed.network.train(labels.shape[1] > 1)
+    trainer.network.train(labels.shape[1] > 1)
 
     def forward(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(fed.network, (parameters, buffers), (x,))  # type: ignore[no-any-return]
+        return functional_call(trainer.network, (parameters, buffers), (x,))  # type: ignore[no-any-return]
 
     try:
-        with fed.autocast():
+        with trainer.autocast():
             logits = vmap(forward)(dict(parameters), dict(buffers), images)
             values = loss(rows, parameters, logits, labels)
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
         raise ConfigError(
-            f"{type(fed.network).__name__} cannot train many clients in one pass: "
+            f"{type(trainer.network).__name__} cannot train many clients in one pass: "
             f"{str(error).splitlines()[0]}",
-            "Set --model.init_args.vectorize=0.",
+            "Set --model.init_args.local.vectorize=0.",
         ) from error
     values.sum().backward()  # type: ignore[no-untyped-call]
     return values.detach()
