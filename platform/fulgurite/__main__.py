@@ -8,7 +8,13 @@ import sys
 from collections.abc import Callable
 
 from fulgurite import __version__
-from fulgurite.errors import ConfigError, FulguriteError, RunError, Terminated
+from fulgurite.errors import (
+    ConfigError,
+    FulguriteError,
+    MissingExtraError,
+    RunError,
+    Terminated,
+)
 from fulgurite.ranks import is_first_process
 from fulgurite.systems import (
     config_path,
@@ -31,6 +37,7 @@ run one system:
 
 compare and look:
   compare    methods x settings x seeds  fulgurite compare fedsir/compare.yaml --quick
+  sweep      a W&B sweep file without a server   fulgurite sweep fedsir/sweep.yaml --trials 8
   report     render a comparison or a run folder again
   systems    list the installed systems, their papers and configurations
   doctor     versions, devices and known faults of this installation
@@ -57,8 +64,8 @@ def list_systems() -> int:
         for name in packaged_configs(system):
             path = config_path(name)
             kind = kind_of(read_keys(path)) if path else None
-            if kind == "sweep":  # which wandb reads, so it needs the path
-                print(f"    {name} (sweep: wandb sweep {path})")
+            if kind == "sweep":  # wandb needs the path
+                print(f"    {name} (sweep: fulgurite sweep {name}, or wandb sweep {path})")
             else:
                 print(f"    {name}{' (compare)' if kind == 'comparison' else ''}")
     return 0
@@ -72,6 +79,23 @@ def _find_local_modules() -> None:
     folder = os.getcwd()
     if not sys.flags.safe_path and not {"", folder} & {*sys.path}:
         sys.path.append(folder)
+
+
+def _sweep_main() -> Callable[[list[str]], int]:
+    """The command line of sweeps, which need Optuna.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        from fulgurite import sweep
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "optuna":
+            raise
+        raise MissingExtraError(
+            "`fulgurite sweep` needs optuna.", "pip install 'fulgurite[sweeps]'"
+        ) from error
+    return sweep.main
 
 
 def system_command(name: str) -> Callable[[list[str]], int] | None:
@@ -117,6 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             from fulgurite import compare
 
             return (compare.main if command == "compare" else compare.report_main)(argv[1:])
+        if command == "sweep":
+            return _sweep_main()(argv[1:])
         if command == "doctor":
             from fulgurite.doctor import doctor
 

@@ -230,7 +230,7 @@ def systems() -> dict[str, System]:
 KINDS = {
     "run": "fulgurite fit --config {name}",
     "comparison": "fulgurite compare {name}",
-    "sweep": "wandb sweep {path}",
+    "sweep": "fulgurite sweep {name}",
 }
 
 

@@ -115,7 +115,10 @@ def test_modules_of_the_current_folder_are_found_and_shadow_nothing(workdir, mon
             ["fit", "--config", "fedsir/compare.yaml"],
             "describes a comparison, not a run. Use `fulg",
         ),
-        (["fit", "--config=fedsir/sweep.yaml"], "describes a sweep, not a run. Use `wandb sweep /"),
+        (
+            ["fit", "--config=fedsir/sweep.yaml"],
+            "a sweep, not a run. Use `fulgurite sweep fedsir/sweep.yaml`",
+        ),
         (["compare", "fedsir/digits.yaml"], "a run, not a comparison. Use `fulgurite fit --config"),
         (["compare", "fedsir/sweep.yaml"], "describes a sweep, not a comparison."),
     ],

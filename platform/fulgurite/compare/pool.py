@@ -18,8 +18,10 @@ from fulgurite.compare.devices import VISIBLE
 from fulgurite.compare.worker import STARTED, Job, Outcome, serve
 from fulgurite.errors import ConfigError
 
-__all__ = ["run_jobs"]
+__all__ = ["WorkerPool", "run_jobs"]
 
+# Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
+_INHERITED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 _POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its process is asked as well
 
 
@@ -42,28 +44,73 @@ def run_jobs(
         ConfigError: A worker ended before it could take its first job.
     """
     waiting = list(reversed(jobs))
-    # Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
-    inherited = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    crew: list[_PoolWorker] = []
-    with _environment(inherited):
+    with WorkerPool(min(workers, len(jobs)), runner, visible) as pool:
+        while waiting and pool.idle:
+            pool.submit(waiting.pop())
+        while pool.busy:
+            for outcome in pool.wait():
+                if waiting:  # before the yield: the caller's work must not idle the worker
+                    pool.submit(waiting.pop())
+                yield outcome
+
+
+class WorkerPool:
+    """Worker processes that take one job after the other.
+
+    Args:
+        workers: Number of processes.
+        runner: ``module:function`` that runs a command line.
+        visible: Values of ``CUDA_VISIBLE_DEVICES``, which the workers take in turn; empty to leave
+            it as it is.
+    """
+
+    def __init__(self, workers: int, runner: str, visible: Sequence[str] = ()) -> None:
+        self._workers: list[_PoolWorker] = []
+        self._arguments = (workers, runner, visible)
+
+    def __enter__(self) -> WorkerPool:
+        workers, runner, visible = self._arguments
+        turns = itertools.cycle(visible or [None])
         try:
-            turns = itertools.cycle(visible or [None])
-            crew.extend(_PoolWorker(runner, next(turns)) for _ in range(min(workers, len(jobs))))
-            for worker in crew:
-                worker.start(waiting.pop())
-            while busy := [worker for worker in crew if worker.job]:
-                handles = [h for w in busy for h in (w.connection, w.process.sentinel)]
-                multiprocessing.connection.wait(handles, timeout=_POLL)
-                for worker in busy:
-                    outcome = worker.poll()
-                    if outcome is None:
-                        continue
-                    if waiting:  # before the yield: the caller's work must not idle the worker
-                        worker.start(waiting.pop())
-                    yield outcome
-        finally:
-            for worker in crew:
-                worker.end()
+            with _environment(_INHERITED):
+                for _ in range(workers):
+                    self._workers.append(_PoolWorker(runner, next(turns)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    @property
+    def idle(self) -> int:
+        """How many workers have no job."""
+        return sum(worker.job is None for worker in self._workers)
+
+    @property
+    def busy(self) -> int:
+        """How many workers have a job."""
+        return len(self._workers) - self.idle
+
+    def submit(self, job: Job) -> None:
+        """Give a job to an idle worker."""
+        worker = next(worker for worker in self._workers if worker.job is None)
+        with _environment(_INHERITED):
+            worker.start(job)
+
+    def wait(self) -> list[Outcome]:
+        """Wait for outcomes, about a second at most; none may have come.
+
+        Raises:
+            ConfigError: A worker ended before it could take its first job.
+        """
+        running = [worker for worker in self._workers if worker.job]
+        handles = [h for w in running for h in (w.connection, w.process.sentinel)]
+        multiprocessing.connection.wait(handles, timeout=_POLL)
+        with _environment(_INHERITED):
+            return [outcome for worker in running if (outcome := worker.poll())]
 
 
 @contextmanager

@@ -1,0 +1,324 @@
+"""``fulgurite sweep``: run the trials of a sweep file without a server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from fulgurite.compare.devices import device_groups, visible_devices
+from fulgurite.compare.identity import RUNNER
+from fulgurite.compare.pool import WorkerPool
+from fulgurite.compare.worker import Job
+from fulgurite.errors import ConfigError
+from fulgurite.sweep.pruning import ENDED, STORAGE_VARIABLE
+from fulgurite.sweep.report import render, write_best
+from fulgurite.sweep.space import Sweep, read_sweep
+from fulgurite.sweep.study import (
+    ERROR,
+    RUN_DIR,
+    Point,
+    TrialWatch,
+    counted_trials,
+    enqueue_grid,
+    has_queue,
+    hide_password,
+    next_point,
+    open_study,
+)
+from fulgurite.systems import system_of_config
+
+__all__ = ["main", "run"]
+
+_REPORTER = "fulgurite.sweep.reporter.TrialReporter"
+_BEAT, _POLL = 20.0, 2.0  # [s]
+
+
+def run(
+    file: str,
+    *,
+    trials: int | None = None,
+    workers: int = 1,
+    storage: str | None = None,
+    out: str | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    runner: str = RUNNER,
+) -> optuna.Study:
+    """Run the trials of a sweep that are not finished, and write what came out.
+
+    The call may be killed at any moment and repeated, and several machines may run it at the same
+    time with one storage: together they run ``trials`` trials.
+
+    Args:
+        file: A sweep file of W&B: a path or a packaged name.
+        trials: Number of trials in all; the default is the file's ``run_cap``, or a whole grid.
+        workers: Processes on this machine.
+        storage: Address of a database; the default is a file in the folder of results.
+        out: Folder of results; the default is under ``sweep_results/``.
+        name: Name of the study in the storage; the default is the file's system and name.
+        seed: Seed of random and Bayesian search.
+        runner: ``module:function`` that runs a command line (another one in tests).
+
+    Returns:
+        The study, in which Optuna finds all trials.
+
+    Raises:
+        ConfigError: The file, an option or the storage is wrong, or the storage's study is of
+            another sweep.
+    """
+    for option, value in (("workers", workers), ("trials", trials)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option} is {value}.", "Give 1 or more.")
+    sweep = read_sweep(file)
+    name = name or _default_name(sweep)
+    folder = Path(out or Path("sweep_results") / name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    url = storage or f"sqlite:///{folder / 'study.db'}"
+    limit = _limit(sweep, trials)
+    study = open_study(sweep, url, name, seed)
+    driver = _Driver(sweep, study, folder, limit)
+    with _variable(STORAGE_VARIABLE, url), driver.beating():
+        if sweep.method == "grid":
+            enqueue_grid(study, sweep, limit)
+        try:
+            groups = device_groups(visible_devices(_gpu_count()), 1)
+            with WorkerPool(workers, runner, groups) as pool:
+                driver.run(pool)
+        finally:
+            render(study, sweep, folder)
+    write_best(study, sweep, folder)
+    return study
+
+
+@dataclass
+class _Driver:
+    """Hands points to workers and tells the study what became of them."""
+
+    sweep: Sweep
+    study: optuna.Study
+    folder: Path
+    limit: int
+
+    def __post_init__(self) -> None:
+        self.running: dict[str, Point] = {}
+        self.watch = TrialWatch(self.study)
+        self.start = time.monotonic()
+        self.told = 0
+
+    def run(self, pool: WorkerPool) -> None:
+        """Run trials until none is left to begin and none runs, here or on another machine."""
+        told = False
+        while True:
+            self.repeat_dead_trials()
+            while pool.idle and (point := self.begin()):
+                job = self.job(point)
+                self.running[job.id] = point
+                pool.submit(job)
+            if self.running:
+                for result in pool.wait():
+                    point = self.running.pop(result.id)
+                    self.tell(point, result.metrics, result.error, result.seconds)
+                continue
+            others = self.watch.running()
+            if not others:
+                return
+            if not told:
+                numbers = ", ".join(str(trial.number) for trial in others)
+                print(f"Trials {numbers} run on another machine; waiting for them.", flush=True)
+                told = True
+            time.sleep(_POLL)
+
+    def repeat_dead_trials(self) -> None:
+        """Queue the points of trials that were cut short."""
+        dead = self.watch.fail_dead_trials()
+        if dead:
+            numbers = ", ".join(map(str, dead))
+            print(f"Trials {numbers} were cut short; their points are run again.", flush=True)
+
+    def begin(self) -> Point | None:
+        """The next point, or None where the sweep is over."""
+        if reached_target(self.study, self.sweep):
+            return None
+        while counted_trials(self.study) < self.limit:
+            if self.sweep.method == "grid" and not has_queue(self.study):
+                return None
+            point = next_point(self.study, self.sweep, self.limit)
+            if point is not None:
+                return point
+        return None
+
+    def job(self, point: Point) -> Job:
+        number = point.trial.number
+        run_dir = self.folder / "trials" / f"{number:05d}"
+        options = self.sweep.options(point.values)
+        if self.sweep.early_terminate is not None:
+            reporter = [f"--trainer.callbacks+={_REPORTER}"]
+            values = (("study", self.study.study_name), ("number", number))
+            reporter += [f"--trainer.callbacks.{key}={value}" for key, value in values]
+            options = [*options, *reporter, f"--trainer.callbacks.metric={self.sweep.metric}"]
+        point.trial.set_user_attr(RUN_DIR, str(run_dir))
+        return Job(
+            id=str(number),
+            commands=[[*self.sweep.command, *options, f"--run.dir={run_dir}"]],
+            run_dir=run_dir,
+            log=self.folder / "logs" / f"{number:05d}.log",
+            metric=self.sweep.metric,
+            label=" ".join(f"{k}={v}" for k, v in point.values.items()),
+        )
+
+    def tell(self, point: Point, metrics: Mapping[str, float], error: str, seconds: float) -> None:
+        """Record what became of a trial, and say it."""
+        trial = point.trial
+        value = metrics.get(self.sweep.metric) if self.sweep.metric else 0.0
+        if value is not None and value != value:
+            error = error or f"{self.sweep.metric} is not a number"
+        trial.set_user_attr("seconds", round(seconds, 1))
+        trial.set_user_attr("metrics", {k: v for k, v in metrics.items() if v == v})
+        ended = self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(ENDED)
+        if error:
+            trial.set_user_attr(ERROR, error)
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif ended:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, value)
+        self.say(point, error or (f"ended after {ended} values" if ended else ""), value, seconds)
+
+    def say(self, point: Point, problem: str, value: float | None, seconds: float) -> None:
+        self.told += 1
+        done = sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False))
+        settings = " ".join(f"{k.rpartition('.')[2]}={v}" for k, v in point.values.items())
+        result = (
+            f"{self.sweep.metric} {value:.4g}" if self.sweep.metric and value is not None else ""
+        )
+        text = ", ".join(part for part in (result, problem) if part) or "done"
+        left = (time.monotonic() - self.start) / self.told * max(0, self.limit - done)
+        print(
+            f"[{min(done, self.limit)}/{self.limit}] trial {point.trial.number} {settings}: {text} "
+            f"({seconds:.0f} s), {left / 60:.0f} min left",
+            flush=True,
+        )
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Tell the storage that the trials of this machine are alive."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(_BEAT):
+                self.watch.mark([point.trial for point in [*self.running.values()]])
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(5)
+
+
+def reached_target(study: optuna.Study, sweep: Sweep) -> bool:
+    """Whether a finished trial is as good as the file's ``target``."""
+    if sweep.target is None:
+        return False
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = 1 if sweep.maximize else -1
+    return any(sign * _value(trial) >= sign * sweep.target for trial in done)
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def _default_name(sweep: Sweep) -> str:
+    system = system_of_config(sweep.path) or sweep.path.resolve().parent.name
+    return f"{system}-{sweep.path.stem}"
+
+
+def _limit(sweep: Sweep, trials: int | None) -> int:
+    """How many trials there are in all.
+
+    Raises:
+        ConfigError: Neither the file nor the option says it.
+    """
+    caps = [cap for cap in (trials, sweep.run_cap) if cap is not None]
+    if sweep.method == "grid":
+        caps.append(sweep.grid_size)
+    if not caps:
+        raise ConfigError(
+            f"{sweep.path} does not say how many trials to run.", "Give --trials, or run_cap in it."
+        )
+    return min(caps)
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the processes that are started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of ``fulgurite sweep``; 1 if a trial failed."""
+    parser = argparse.ArgumentParser(
+        "fulgurite sweep",
+        description="Run a W&B sweep file without a server, by Optuna: grid, random, bayes (TPE).",
+    )
+    parser.add_argument("file", help="sweep file: a path or a packaged name")
+    parser.add_argument("--trials", type=int, help="trials in all (default: run_cap, or the grid)")
+    parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--storage", help="database, such as postgresql+psycopg://HOST/DATABASE")
+    parser.add_argument("--out", help="folder of results (default: sweep_results/SYSTEM-FILE)")
+    parser.add_argument("--name", help="name of the study in the storage")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random and bayes")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of ten points")
+    options: dict[str, Any] = vars(parser.parse_args(argv))
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if options.pop("dry_run"):
+        return _print_commands(read_sweep(options["file"]), options["seed"])
+    study = run(options.pop("file"), **options)
+    url = options["storage"]
+    failed = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get(ERROR)]
+    for trial in failed[:10]:
+        print(f"trial {trial.number} failed: {trial.user_attrs[ERROR]}")
+    if url:
+        print(f"Study: {study.study_name} in {hide_password(url)}")
+    return 1 if failed else 0
+
+
+def _print_commands(sweep: Sweep, seed: int) -> int:
+    """The first commands of a sweep, from a study in memory."""
+    study = open_study(sweep, "sqlite://", "dry run", seed)
+    limit = min(10, sweep.grid_size) if sweep.method == "grid" else 10
+    if sweep.method == "grid":
+        enqueue_grid(study, sweep, limit)
+    for _ in range(limit):
+        point = next_point(study, sweep, limit)
+        assert point is not None
+        print(shlex.join(["fulgurite", *sweep.command, *sweep.options(point.values)]))
+    return 0

@@ -1,0 +1,406 @@
+"""The study behind a sweep: where trials are kept, which point comes next, what became of each."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import make_url
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from fulgurite.errors import ConfigError
+from fulgurite.sweep.pruning import BandPruner
+from fulgurite.sweep.space import Categorical, Constant, Distribution, EarlyTerminate, Sweep
+
+__all__ = [
+    "ERROR",
+    "RUN_DIR",
+    "VALUES",
+    "Point",
+    "TrialWatch",
+    "counted",
+    "counted_trials",
+    "enqueue_grid",
+    "has_queue",
+    "hide_password",
+    "load_study",
+    "next_point",
+    "open_study",
+    "shown_distribution",
+]
+
+ERROR, OWNER, RUN_DIR, VALUES = "error", "owner", "run_dir", "values"
+"""Attributes of a trial."""
+
+_ALIVE = "alive"
+_ATTEMPTS = 20  # of half a second
+
+_CONTENT, _RULE = "sweep", "early_terminate"  # attributes of a study
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial that is to be run.
+
+    Args:
+        trial: The trial of the study.
+        values: The value of each parameter that is not constant.
+    """
+
+    trial: optuna.Trial
+    values: Mapping[str, Any]
+
+
+def load_study(url: str, name: str) -> optuna.Study:
+    """Open a study that is there.
+
+    Args:
+        url: Address of the storage, such as ``sqlite:///study.db``.
+        name: Name of the study.
+
+    Raises:
+        ConfigError: The storage cannot be reached, or has no such study.
+    """
+    try:
+        study = optuna.load_study(study_name=name, storage=_storage(url))
+    except KeyError as error:
+        raise ConfigError(
+            f"The storage {hide_password(url)} has no study {name}.", "Name another --storage."
+        ) from error
+    if _RULE in study.user_attrs:
+        study.pruner = BandPruner(EarlyTerminate(**study.user_attrs[_RULE]))
+    return study
+
+
+def open_study(sweep: Sweep, url: str, name: str, seed: int) -> optuna.Study:
+    """Open the study of a sweep, or make it.
+
+    Args:
+        sweep: The sweep.
+        url: Address of the storage.
+        name: Name of the study, under which several machines find it.
+        seed: Seed of random and Bayesian search.
+
+    Raises:
+        ConfigError: The storage cannot be reached, or its study is of another sweep.
+    """
+    study = optuna.create_study(
+        study_name=name,
+        storage=_storage(url),
+        sampler=SeededSampler(sweep.method, seed),
+        pruner=BandPruner(sweep.early_terminate)
+        if sweep.early_terminate
+        else optuna.pruners.NopPruner(),
+        direction="maximize" if sweep.maximize else "minimize",
+        load_if_exists=True,
+    )
+    content = json.dumps([sweep.content, seed])
+    known = study.user_attrs.get(_CONTENT)
+    if known is None:
+        if sweep.early_terminate:
+            study.set_user_attr(_RULE, vars(sweep.early_terminate))
+        study.set_user_attr(_CONTENT, content)
+    elif known != content:
+        raise ConfigError(
+            f"The study {name} in {hide_password(url)} is of another sweep than {sweep.path} "
+            f"({_first_difference(known, content)}).",
+            "Give another --out or --name to begin a new one.",
+        )
+    return study
+
+
+def _first_difference(known: str, content: str) -> str:
+    """The first key in which two sweeps differ."""
+    (before, seed_before), (now, seed_now) = json.loads(known), json.loads(content)
+    if seed_before != seed_now:
+        return f"seed {seed_before}, not {seed_now}"
+    old, new = json.loads(before), json.loads(now)
+    return next((f"{key} differs" for key in new if old.get(key) != new[key]), "another version")
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    # a writer waits for another one, and a connection that the server closed is opened anew
+    sqlite = {"connect_args": {"timeout": 60}}
+    arguments = sqlite if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        for attempt in itertools.count():
+            try:
+                return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+            except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+                # another machine makes the tables at this moment
+                made = isinstance(error, IntegrityError) or "already exists" in str(error)
+                if not made or attempt == _ATTEMPTS:
+                    raise
+                time.sleep(0.5)
+    except ImportError as error:
+        raise ConfigError(
+            f"The storage {hide_password(url)} needs a driver that is not here ({error}).",
+            "pip install 'fulgurite[sweeps]', and write the address as postgresql+psycopg://….",
+        ) from error
+    except (SQLAlchemyError, ValueError) as error:
+        lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+        raise ConfigError(
+            f"The storage {hide_password(url)} cannot be used ({lines[0] if lines else error}).",
+            "Give --storage such as sqlite:///study.db or "
+            "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, with the server running.",
+        ) from error
+    raise AssertionError("unreachable")
+
+
+def hide_password(url: str) -> str:
+    """An address to be printed."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        scheme, separator, _ = url.partition("://")
+        return f"{scheme}://…" if separator else "that is given"
+
+
+class SeededSampler(optuna.samplers.BaseSampler):
+    """Random or TPE search whose draws depend on the seed and the number of a trial alone.
+
+    So trials are the same whichever process or machine asks for them, and after a restart; TPE's
+    depend on the finished trials as well.
+
+    Args:
+        method: ``random``, ``bayes`` (TPE), or ``grid``, whose points are in the queue.
+        seed: The seed.
+    """
+
+    def __init__(self, method: str, seed: int) -> None:
+        self.method, self.seed = method, seed
+
+    def _sampler(self, number: int, parameter: str) -> optuna.samplers.BaseSampler:
+        # a stream for each parameter: else all of a trial would lie at the same quantile
+        digest = hashlib.sha256(f"{self.seed}/{number}/{parameter}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")
+        if self.method == "bayes":
+            return optuna.samplers.TPESampler(seed=seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Parameters are drawn one by one."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Parameters are drawn one by one."""
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draw one parameter."""
+        sampler = self._sampler(trial.number, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+def enqueue_grid(study: optuna.Study, sweep: Sweep, limit: int) -> None:
+    """Queue the points of a grid that are not in the study yet.
+
+    Args:
+        study: The study.
+        sweep: A grid.
+        limit: Largest number of points.
+    """
+    known = {
+        json.dumps(_queued_params(trial), sort_keys=True)
+        for trial in study.get_trials(deepcopy=False)
+    }
+    for number, point in enumerate(sweep.grid):
+        if number >= limit:
+            return
+        if json.dumps(point, sort_keys=True) not in known:
+            study.enqueue_trial(point)
+
+
+def _queued_params(trial: FrozenTrial) -> dict[str, Any]:
+    return dict(trial.system_attrs.get("fixed_params") or trial.params)
+
+
+def next_point(study: optuna.Study, sweep: Sweep, limit: int) -> Point | None:
+    """Draw the next trial.
+
+    Args:
+        study: The study.
+        sweep: Its sweep.
+        limit: Largest number of trials that count.
+
+    Returns:
+        The trial; None where another machine took it meanwhile.
+    """
+    trial = study.ask()
+    trial.set_user_attr(OWNER, _owner())
+    earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+    queued = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params")
+    superfluous = sum(map(counted, earlier)) >= limit
+    if sweep.method == "grid":
+        twice = any(counted(t) and _queued_params(t) == queued for t in earlier)
+        superfluous = superfluous or twice or not queued
+    if superfluous:
+        study.tell(trial, state=TrialState.FAIL)
+        return None
+    values: dict[str, Any] = {}
+    for name, parameter in sweep.parameters.items():
+        if isinstance(parameter, Constant):
+            continue
+        if sweep.method == "grid":
+            choices = sweep.grid_values[name]
+            values[name] = choices[trial.suggest_int(name, 0, len(choices) - 1)]
+        else:
+            values[name] = _suggest(trial, name, parameter)
+    trial.set_user_attr(VALUES, values)
+    return Point(trial, values)
+
+
+def counted(trial: FrozenTrial) -> bool:
+    """Whether a trial counts: it runs, or it came to a result or to an error of its own.
+
+    Those that do not wait, or were cut short and are repeated by another.
+    """
+    if trial.state == TrialState.FAIL:
+        return ERROR in trial.user_attrs
+    return trial.state != TrialState.WAITING
+
+
+def counted_trials(study: optuna.Study) -> int:
+    """How many trials count."""
+    return sum(map(counted, study.get_trials(deepcopy=False)))
+
+
+def has_queue(study: optuna.Study) -> bool:
+    """Whether a point waits to be run."""
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+
+def _suggest(trial: optuna.Trial, name: str, parameter: Categorical | Distribution) -> Any:
+    """A value: from Optuna's own distribution where it has one, else from its quantile."""
+    if isinstance(parameter, Categorical):
+        if parameter.probabilities is None:
+            index = trial.suggest_categorical(name, list(range(len(parameter.values))))
+            return parameter.values[index]
+        return parameter.value_at(trial.suggest_float(name, 0.0, 1.0))
+    if parameter.step is None:
+        low, high = parameter.first, parameter.second
+        if parameter.name == "int_uniform":
+            return trial.suggest_int(name, int(low), int(high))
+        if parameter.name == "uniform":
+            return trial.suggest_float(name, low, high)
+        if parameter.name in ("log_uniform_values", "inv_log_uniform_values"):
+            return trial.suggest_float(name, low, high, log=True)
+    # both ends of a quantile may lie at infinity
+    return parameter.value_at(trial.suggest_float(name, 1e-9, 1 - 1e-9))
+
+
+def shown_distribution(
+    parameter: Categorical | Distribution, values: list[Any]
+) -> BaseDistribution:
+    """A distribution over the values themselves, for Optuna's figures.
+
+    Args:
+        parameter: The parameter.
+        values: All values that were drawn.
+    """
+    if isinstance(parameter, Categorical):
+        return CategoricalDistribution([_as_choice(value) for value in parameter.values])
+    if all(isinstance(value, int) for value in values):
+        return IntDistribution(min(values), max(values))
+    log = "log" in parameter.name and min(values) > 0
+    return FloatDistribution(min(values), max(values), log=log)
+
+
+def _as_choice(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+class TrialWatch:
+    """Tells which running trials have lost their process.
+
+    Those of this machine are known by their process, those of others by a mark that does not change
+    any more. By this machine's clock: those of others may differ.
+
+    Args:
+        study: The study.
+        patience: How long another machine may be silent [s].
+    """
+
+    def __init__(self, study: optuna.Study, patience: float = 120.0) -> None:
+        self.study, self.patience = study, patience
+        self._marks: dict[int, tuple[Any, float]] = {}
+
+    def mark(self, trials: Iterable[optuna.Trial]) -> None:
+        """Mark trials that run here as alive."""
+        for trial in trials:
+            trial.set_user_attr(_ALIVE, time.time())
+
+    def running(self) -> list[FrozenTrial]:
+        """The trials that run somewhere."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def fail_dead_trials(self) -> list[int]:
+        """Give up trials whose process is gone, and queue their points again.
+
+        Returns:
+            Numbers of the trials.
+        """
+        dead = [trial for trial in self.running() if self._is_dead(trial)]
+        for trial in dead:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            params = _queued_params(trial)
+            if params:
+                self.study.enqueue_trial(params)
+        return [trial.number for trial in dead]
+
+    def _is_dead(self, trial: FrozenTrial) -> bool:
+        machine, _, process = str(trial.user_attrs.get(OWNER, "")).rpartition(" ")
+        if machine == _owner().rpartition(" ")[0]:
+            return not _is_alive(process)
+        mark, now = trial.user_attrs.get(_ALIVE), time.monotonic()
+        before, since = self._marks.setdefault(trial.number, (mark, now))
+        if mark != before:
+            self._marks[trial.number] = (mark, now)
+            return False
+        return now - since > self.patience
+
+
+def _owner() -> str:
+    """Machine, boot, container and process: containers may share a name."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return f"{'/'.join(parts)} {os.getpid()}"
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
