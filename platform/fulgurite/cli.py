@@ -396,18 +396,23 @@ class FulguriteCLI(LightningCLI):
                 file=sys.stderr,
             )
 
+    def resolved_config(self) -> dict[str, Any]:
+        """Every option with its value, without those of one run alone; plain types."""
+        # it was validated when it was parsed, and takes a sixth of a short run to validate again
+        recorded = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
+        content: dict[str, Any] = remove_objects(yaml.safe_load(recorded)[self.config.subcommand])
+        for name in ("dir", "new"):
+            content.get("run", {}).pop(name, None)
+        content.pop("ckpt_path", None)
+        return content
+
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, make the run folder and point the loggers to it."""
         section = self.section
         self._name_run()
         if self.only_parse:
             raise _Parsed(section)
-        # it was validated when it was parsed, and takes a sixth of a short run to validate again
-        recorded = self.parser.dump(self.config, skip_unset=False, skip_validation=True)
-        content = remove_objects(yaml.safe_load(recorded)[self.config.subcommand])
-        for name in ("dir", "new"):
-            content.get("run", {}).pop(name, None)
-        content.pop("ckpt_path", None)
+        content = self.resolved_config()
         if hidden := masked_names(content):
             raise ConfigError(
                 f"The value of {', '.join(hidden)} was masked when the configuration was recorded.",
@@ -812,7 +817,7 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
     sys.argv = [program[0], *argv]
     try:
         with _signals():
-            return _construct(prepare_arguments(argv))
+            return construct(prepare_arguments(argv))
     except Terminated:
         raise Terminated(f"terminated{_way_on(argv[0])}") from None
     except KeyboardInterrupt:
@@ -871,7 +876,19 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
     return not any(service in record.getMessage() for service in ("litlogger", "litmodels"))
 
 
-def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
+def construct(
+    argv: list[str], kind: type[FulguriteCLI] = FulguriteCLI, *, only_parse: bool = False
+) -> FulguriteCLI:
+    """Make a CLI, which runs its command; errors of options become one line.
+
+    Args:
+        argv: The command line, prepared by :func:`prepare_arguments`.
+        kind: What to make.
+        only_parse: Whether to stop after parsing.
+
+    Raises:
+        FulguriteError: If the configuration, the data or a checkpoint is wrong.
+    """
     program = sys.argv
     # the CLI reads sys.argv, and warns where it is given arguments beside it
     sys.argv = program[:1] if only_parse else [program[0], *argv]
@@ -888,7 +905,7 @@ def _construct(argv: list[str], *, only_parse: bool = False) -> FulguriteCLI:
             # Lightning 2.6 calls jsonargparse by names that 4.49 deprecates
             jsonargparse = r"(?s).*(was deprecated in v4\.|JsonargparseDeprecationWarning)"
             warnings.filterwarnings("ignore", jsonargparse)
-            return FulguriteCLI(argv, only_parse=only_parse)
+            return kind(argv, only_parse=only_parse)
     except Exception as error:
         if ours := _cause(error):
             raise ours from None
@@ -964,7 +981,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         ConfigError: The command line or the configuration is wrong.
     """
     try:
-        _construct(prepare_arguments(argv), only_parse=True)
+        construct(prepare_arguments(argv), only_parse=True)
     except _Parsed as done:
         return done.args[0]  # type: ignore[no-any-return]
     raise AssertionError("parsing ended without a result")

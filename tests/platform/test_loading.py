@@ -1,0 +1,112 @@
+"""Configurations from Python: the same objects as the command line's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping
+
+import fulgurite
+from fulgurite.errors import ConfigError
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_training_from_python_equals_the_command_line(tmp_path):
+    """Six lines, and the weights of ``fulgurite fit``."""
+    smoke = fulgurite.load("fedsir/smoke", trainer={"max_epochs": 1})
+    trainer = smoke.make_trainer(**QUIET)
+    trainer.fit(smoke.model, smoke.data)
+    ours = {k: v.clone() for k, v in smoke.model.state_dict().items()}
+
+    from fulgurite.cli import run
+
+    run(["fit", "--config", "fedsir/smoke.yaml", "--trainer.max_epochs=1", "--run.dir=run"])
+    theirs = torch.load("run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert smoke.config == yaml.safe_load(Path("run/config.yaml").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # loading leaves nothing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedsir/smoke",
+        "cs_arm_bn/smoke",
+        "stream_cqsa/smoke",
+        "number_probing/smoke",
+        "ice_layers/smoke",
+    ],
+)
+def test_every_system_runs_in_six_lines(name):
+    from fulgurite import load
+
+    system = load(name)
+    trainer = system.make_trainer(**QUIET, max_epochs=1)
+    trainer.fit(system.model, system.data)
+    trainer.test(system.model, system.data)
+    assert trainer.callback_metrics
+    assert all(torch.isfinite(v) for k, v in trainer.callback_metrics.items() if k.endswith("loss"))
+
+
+def test_overrides_are_those_of_the_command_line():
+    loaded = fulgurite.load(
+        "fedsir/digits.yaml",
+        model={
+            "method.relabel_every": 3,
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+        },
+        data={"noise.rate": 0.8},
+        trainer={"max_epochs": 3, "callbacks": None},
+        seed_everything=7,
+    )
+    model, data = (loaded.config[key]["init_args"] for key in ("model", "data"))
+    assert model["method"]["init_args"]["relabel_every"] == 3
+    assert model["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert data["noise"]["init_args"]["rate"] == 0.8
+    assert loaded.config["seed_everything"] == 7
+    assert loaded.trainer_arguments["max_epochs"] == 3
+    assert "callbacks" not in loaded.trainer_arguments
+
+
+def test_callbacks_of_the_caller_are_added():
+    smoke = fulgurite.load("fedsir/smoke")
+    trainer = smoke.make_trainer(**QUIET, callbacks=EarlyStopping("val/loss"))
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert {"FederatedRounds", "EarlyStopping"} <= set(names)
+    with pytest.raises(TypeError, match="max_epoch"):
+        smoke.make_trainer(max_epoch=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "fedsir/digit"}, "fedsir/digit.yaml"),
+        ({"name": "fedsir/compare"}, "describes a comparison"),
+        ({"name": "fedsir/smoke", "model": {"methods": 1}}, "'methods'"),
+        ({"name": "fedsir/smoke", "trainer": {"max_epochs": "many"}}, "max_epochs"),
+        ({"name": "fedsir/smoke", "model": {"network": torch.nn.Linear(1, 1)}}, "no configuration"),
+        ({"name": "fedsir/smoke", "data": {"noise.rate": float("nan")}}, "no configuration"),
+    ],
+)
+def test_what_no_configuration_holds_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        fulgurite.load(**arguments)
+
+
+def test_importing_the_package_does_not_import_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, fulgurite; print('torch' in sys.modules, fulgurite.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", fulgurite.__version__]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fulgurite.nothing  # noqa: B018
