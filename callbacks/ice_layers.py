@@ -13,10 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.logging import TrainingCurves, log_figure
-from fulgurite.models.ice_layers.details import FlightDetails, Origin
+from fulgurite.models.ice_layers.details import Origin
 from fulgurite.models.ice_layers.figures import (
     calibration_figure,
     depth_figure,
@@ -230,9 +231,8 @@ class CompletionWriter(Callback):
         trained_segments = getattr(pl_module, "trained_segments", None)
         return completed_stacks(
             batch, outputs, data.segments, data.stacks, trained_segments or _name_segments(data),
-            data.physics, data.layer_names, data.layer_age, getattr(data, "unit", "m"),
-            lambda number, thickness: FlightDetails(**data.describe_traces(number, thickness)),
-            self._origin,
+            data.physics, data.layer_names, data.layer_age, getattr(data, "unit", METRES),
+            data.describe_traces, self._origin,
         )  # fmt: skip
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,7 +250,7 @@ class CompletionWriter(Callback):
 def _unit(trainer: Trainer) -> str:
     """Unit of the data's thicknesses."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return getattr(data, "unit", "m")
+    return getattr(data, "unit", METRES)
 
 
 def _name_segments(data: Any) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from fulgurite.data.exclusions import check_exclude
 from fulgurite.datamodules.ice_layers.climate import MarClimate, Request, Sample
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE, layer_density
 from fulgurite.datamodules.ice_layers.flights import FlightTrack
-from fulgurite.datamodules.ice_layers.records import TraceRecord
+from fulgurite.datamodules.ice_layers.records import resample_details
 from fulgurite.datamodules.ice_layers.resample import (
     break_at_jumps,
     cut_blocks,
@@ -35,6 +35,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["Blocks", "assemble"]
@@ -97,7 +98,7 @@ class _TrackBlock:
     layers: Array
     spans: MeasuredSpans
     truth: Array | None
-    record: TraceRecord
+    record: FlightDetails
 
 
 def _cut_tracks(
@@ -127,8 +128,11 @@ def _cut_tracks(
             pos = interpolate_positions(part, track.pos[run], positions)
             truth = None if track.truth is None else resample(part, track.truth[run], positions)
             hole = is_in_hole(part, positions)
-            first = float(distance[run][0])
-            record = track.record.resample(part, run, positions, first, run_number)
+            record = replace(
+                resample_details(track.record, part, run, positions),
+                run=run_number,
+                flight_distance=float(distance[run][0]) + positions,
+            )
             end = 0
             for length in map(len, blocks_of_run):
                 rows = slice(end, end := end + length)

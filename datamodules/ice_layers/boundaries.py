@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.flights import FlightTrack, order_traces
 from fulgurite.datamodules.ice_layers.layer_frames import Frame, Organizer
-from fulgurite.datamodules.ice_layers.records import TrackRecord
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import DataError
 
 __all__ = ["AgesFrom", "Boundaries", "JoinedTrack", "find_boundaries", "join_frames"]
@@ -228,15 +228,14 @@ def join_frames(
     picks, crossed = remove_crossed(twtt[traces])
     age = boundaries.layer_ages(count, ages)
     record = _describe_traces(frames, is_first, traces)
-    record = replace(record, time=time[traces], time_scale="GPS")
-    record = replace(record, surface=picks[:, 0])
+    record = replace(record, time=time[traces], time_scale="GPS", surface=picks[:, 0])
     track = FlightTrack(segment, time[traces], pos, picks, age, record=record)
     return JoinedTrack(track, crossed, lost, contradicting)
 
 
 def _describe_traces(
     frames: Sequence[Frame], is_first: Sequence[NDArray[np.bool_]], traces: NDArray[np.int64]
-) -> TrackRecord:
+) -> FlightDetails:
     """What frames say of the traces that are used, in their order.
 
     Args:
@@ -251,10 +250,9 @@ def _describe_traces(
         rows.append(row + 1)
         height = np.full(len(keep), np.nan) if frame.elevation is None else frame.elevation
         heights.append(height[row])
-    return TrackRecord(
+    return FlightDetails(
         elevation=np.concatenate(heights)[traces],
-        frames=tuple(frame.name for frame in frames),
-        frame=np.concatenate(numbers)[traces],
+        frame=np.array([frame.name for frame in frames])[np.concatenate(numbers)[traces]],
         trace=np.concatenate(rows)[traces],
     )
 

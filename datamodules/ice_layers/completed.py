@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.datamodules.ice_layers.npz import NpzStacks, read_names
-from fulgurite.datamodules.ice_layers.resample import EARTH
-from fulgurite.datamodules.ice_layers.stack import (
-    Array,
-    Exclusion,
-    LayerStack,
-)
+from fulgurite.datamodules.ice_layers.npz import NpzStacks
+from fulgurite.datamodules.ice_layers.stack import Exclusion, LayerStack
+from fulgurite.domains.ice_layers.codes import Provenance
+from fulgurite.domains.ice_layers.geodesy import MEAN_EARTH_RADIUS, to_vectors
+from fulgurite.domains.ice_layers.npz import read_texts
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
 
@@ -42,12 +40,6 @@ def refuse_leaks(stacks: Sequence[LayerStack], test: Collection[str]) -> None:
             )
 
 
-def _on_sphere(pos: Array) -> Array:
-    """Points on the sphere [m]. Shape: (N, 2) → (N, 3)."""
-    lat, lon = np.radians(pos).T
-    return EARTH * np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], 1)
-
-
 def drop_overlapping(
     stacks: Sequence[LayerStack], evaluated: Sequence[LayerStack], reach: float
 ) -> tuple[list[LayerStack], list[Exclusion]]:
@@ -67,8 +59,13 @@ def drop_overlapping(
     if evaluated and usable:
         from scipy.spatial import cKDTree
 
-        tree = cKDTree(np.concatenate([_on_sphere(stack.pos) for stack in evaluated]))
-        near = [tree.query(_on_sphere(stack.pos))[0].min() <= reach for stack in usable]
+        tree = cKDTree(
+            np.concatenate([to_vectors(stack.pos, MEAN_EARTH_RADIUS) for stack in evaluated])
+        )
+        near = [
+            tree.query(to_vectors(stack.pos, MEAN_EARTH_RADIUS))[0].min() <= reach
+            for stack in usable
+        ]
         crossing = sum(near)
         usable = [stack for stack, close in zip(usable, near, strict=True) if not close]
     exclusions = (
@@ -81,8 +78,8 @@ def drop_overlapping(
 class CompletedStacks(NpzStacks):
     """Completed stacks that ``fulgurite predict`` wrote: npz files.
 
-    Arrays of a file beside those of :class:`NpzStacks`: ``provenance`` (N, L) uint8 (0 observed,
-    1 filled, 2 filled in a wholly absent layer, 3 left missing), ``trained_segments`` names of the
+    Arrays of a file beside those of :class:`NpzStacks`: ``provenance`` (N, L), codes of
+    :class:`~fulgurite.domains.ice_layers.codes.Provenance`, ``trained_segments`` names of the
     segments that the completing model was trained on, which may be none. Filled entries that are
     not positive are missing.
 
@@ -122,7 +119,8 @@ class CompletedStacks(NpzStacks):
 
     def _extra(self, content: dict[str, Any]) -> dict[str, Any]:
         missing = np.isnan(content["thickness"])
+        provenance = np.where(missing, Provenance.LEFT_MISSING, content["provenance"])
         return {
-            "provenance": np.where(missing, 3, content["provenance"]).astype(np.uint8),
-            "trained_segments": read_names(content, "trained_segments"),
+            "provenance": provenance.astype(np.uint8),
+            "trained_segments": read_texts(content, "trained_segments"),
         }

@@ -24,10 +24,9 @@ from fulgurite.datamodules.ice_layers.completed import (
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
 from fulgurite.datamodules.ice_layers.loaders import StackLoaders
-from fulgurite.datamodules.ice_layers.records import TraceRecord
+from fulgurite.datamodules.ice_layers.records import describe_completed, times_below
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
-    METRES,
     Array,
     Exclusion,
     Flights,
@@ -35,6 +34,8 @@ from fulgurite.datamodules.ice_layers.stack import (
 )
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.datamodules.ice_layers.write_back import Written
+from fulgurite.domains.ice_layers.codes import METRES
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["IceLayerDataModule"]
@@ -333,7 +334,7 @@ class IceLayerDataModule(StackLoaders):
         """The stacks of one part, after :meth:`setup`."""
         return list(self._parts[part])
 
-    def describe_traces(self, number: int, thickness: Array) -> dict[str, Any]:
+    def describe_traces(self, number: int, thickness: Array) -> FlightDetails:
         """What the source says of the traces of a completed stack, after :meth:`setup`.
 
         Args:
@@ -341,17 +342,19 @@ class IceLayerDataModule(StackLoaders):
             thickness: Completed [m], NaN where it is left missing. Shape: (N, L).
 
         Returns:
-            What :meth:`TraceRecord.describe` gives, and ``picked``, whether each boundary was
-            picked, where the source knows boundaries (N, L + 1).
+            The arrays of which anything is known, and ``picked`` where the source knows boundaries.
         """
         stack = self._every[number]
         record = stack.record
-        described = {} if record is None else record.describe(thickness, stack.known_spans)
+        described = FlightDetails()
+        if record is not None:
+            described = describe_completed(record, thickness, stack.known_spans)
         if stack.spans is not None:
             surface = np.ones(len(thickness), np.bool_)
             if record is not None and record.surface is not None:
                 surface = np.isfinite(record.surface)
-            described["picked"] = np.concatenate([surface[:, None], stack.spans.picked], axis=1)
+            picked = np.concatenate([surface[:, None], stack.spans.picked], axis=1)
+            described = replace(described, picked=picked)
         return described
 
     def check_write_back(self, folder: Path) -> None:
@@ -364,7 +367,7 @@ class IceLayerDataModule(StackLoaders):
             ConfigError: The source reads no layer files, or they are in this folder.
             DataError: Times of traces repeat.
         """
-        records: dict[str, list[TraceRecord]] = {}
+        records: dict[str, list[FlightDetails]] = {}
         for stack in self._every:
             if stack.record is not None:
                 records.setdefault(stack.segment, []).append(stack.record)
@@ -381,14 +384,14 @@ class IceLayerDataModule(StackLoaders):
         Returns:
             What was written, in one line.
         """
-        segments: dict[str, list[tuple[int, TraceRecord]]] = {}
+        segments: dict[str, list[tuple[int, FlightDetails]]] = {}
         for number in sorted(numbers):
             if (record := self._every[number].record) is not None:
                 segments.setdefault(self._every[number].segment, []).append((number, record))
         total = Written()
         for segment, its_records in sorted(segments.items()):
             stacks = [
-                (record, record.times_below(read(number), self._every[number].known_spans))
+                (record, times_below(record, read(number), self._every[number].known_spans))
                 for number, record in its_records
             ]
             total += self.source.write_back(folder, segment, stacks)

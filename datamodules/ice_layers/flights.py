@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import name_some
-from fulgurite.datamodules.ice_layers.records import TraceRecord, TrackRecord
 from fulgurite.datamodules.ice_layers.stack import Array, Exclusion, Flights
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
@@ -63,7 +63,9 @@ class StackSource(ABC):
         """What the traces are, for whoever reads completed stacks; empty if nothing is known."""
         return ""
 
-    def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
+    def check_write_back(
+        self, folder: Path, records: Mapping[str, Sequence[FlightDetails]]
+    ) -> None:
         """Refuse to write completed layers back into files of the kind that was read.
 
         Args:
@@ -80,7 +82,7 @@ class StackSource(ABC):
         )
 
     def write_back(
-        self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
+        self, folder: Path, segment: str, stacks: Sequence[tuple[FlightDetails, Array]]
     ) -> Any:
         """Write the files of a segment again, with completed boundaries.
 
@@ -128,7 +130,7 @@ class FlightTrack:
     age: Array
     is_time: bool = True
     truth: Array | None = None
-    record: TrackRecord = field(default_factory=TrackRecord)
+    record: FlightDetails = field(default_factory=FlightDetails)
 
 
 def order_traces(

@@ -19,7 +19,6 @@ from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generated_climate import Climate, make_climate, write_mar
 from fulgurite.datamodules.ice_layers.layer_files import LayerFiles
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file, write_organizer
-from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.segments import make_segment
 from fulgurite.datamodules.ice_layers.stack import Array, Flights
 from fulgurite.datamodules.ice_layers.world import (
@@ -31,6 +30,7 @@ from fulgurite.datamodules.ice_layers.world import (
     flight_names,
 )
 from fulgurite.datamodules.ice_layers.write_back import Written
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import DataError
 
 __all__ = ["GeneratedFlights", "GeneratedLayerFiles", "SyntheticFlights", "write_world"]
@@ -158,13 +158,15 @@ class GeneratedLayerFiles(GeneratedFlights):
         flights = reader.assemble(tracks, names, excluded, notes)
         return flights if self.informative else self._shuffle_physics(flights)
 
-    def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
+    def check_write_back(
+        self, folder: Path, records: Mapping[str, Sequence[FlightDetails]]
+    ) -> None:
         """See :meth:`LayerFiles.check_write_back`."""
         assert self._reader is not None
         self._reader.check_write_back(folder, records)
 
     def write_back(
-        self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
+        self, folder: Path, segment: str, stacks: Sequence[tuple[FlightDetails, Array]]
     ) -> Written:
         """See :meth:`LayerFiles.write_back`."""
         assert self._reader is not None

@@ -26,7 +26,6 @@ from fulgurite.datamodules.ice_layers.flights import (
     report_unreadable,
 )
 from fulgurite.datamodules.ice_layers.layer_frames import parse_day
-from fulgurite.datamodules.ice_layers.records import TrackRecord
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
@@ -34,6 +33,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     Flights,
 )
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import reading
 from fulgurite.io import data_path
@@ -271,7 +271,8 @@ class KoenigPicks(StackSource):
             if len(traces):
                 uncrossed, its_crossed = remove_crossed(picks[traces])
                 crossed += its_crossed
-                record = TrackRecord(time=time[traces] if is_usable else None)
+                recorded = time[traces] if is_usable else None
+                record = FlightDetails(time=recorded, time_scale="unknown")
                 tracks.append(
                     FlightTrack(
                         segment, time[traces], pos, uncrossed, age, is_time=bins, record=record

@@ -35,7 +35,6 @@ from fulgurite.datamodules.ice_layers.layer_frames import (
     read_frame,
     read_organizer,
 )
-from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
@@ -49,6 +48,7 @@ from fulgurite.datamodules.ice_layers.write_back import (
     check_records,
     write_segment,
 )
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 
@@ -255,7 +255,9 @@ class LayerFiles(StackSource):
         self._names = _longest_names(used_segments, count)
         return tracks, self._names, excluded, _notes(used_segments, tracks, count)
 
-    def check_write_back(self, folder: Path, records: Mapping[str, Sequence[TraceRecord]]) -> None:
+    def check_write_back(
+        self, folder: Path, records: Mapping[str, Sequence[FlightDetails]]
+    ) -> None:
         """Refuse to write layer files where they would not be of use, or in place of those read.
 
         Args:
@@ -276,7 +278,7 @@ class LayerFiles(StackSource):
                 )
 
     def write_back(
-        self, folder: Path, segment: str, stacks: Sequence[tuple[TraceRecord, Array]]
+        self, folder: Path, segment: str, stacks: Sequence[tuple[FlightDetails, Array]]
     ) -> Written:
         """Write the files of a segment again, with completed boundaries.
 

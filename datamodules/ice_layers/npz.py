@@ -18,7 +18,6 @@ from fulgurite.datamodules.ice_layers.resample import measure_track
 from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
-    METRES,
     Array,
     Exclusion,
     Flights,
@@ -26,46 +25,26 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
+from fulgurite.domains.ice_layers.codes import METRES
+from fulgurite.domains.ice_layers.npz import ARRAYS, read_npz_arrays, read_texts
 from fulgurite.errors import DataError
-from fulgurite.foreign import read_arrays, reading
 from fulgurite.io import data_path
 
-__all__ = ["NpzStacks", "read_npz_arrays"]
+__all__ = ["NpzStacks"]
 
 _OPTION = "--data.init_args.source.init_args"
 _AGAIN = f"Write it again, or leave such files out: `{_OPTION}.exclude+=unreadable`."
 _KINDS = ("unreadable", "negative", "short", "layer_count")
-# Arrays of numbers, and their dimensions
-_ARRAYS = {
-    "thickness": 2,
-    "boundary": 2,
-    "pos": 2,
-    "physics": 3,
-    "physics_flag": 1,
-    "distance": 1,
-    "truth": 2,
-    "layer_age": 1,
-    "provenance": 2,
-}
+# Arrays that are read; all others of a file are those of completed stacks alone
+_ARRAYS = (
+    "thickness", "boundary", "pos", "physics", "physics_flag", "distance", "truth", "layer_age",
+    "provenance",
+)  # fmt: skip
 _APART = 3.0  # factor between two lengths of a track that no way of measuring explains (inferred)
-
-
-def read_npz_arrays(path: Path) -> dict[str, Any]:
-    """Read all arrays of a file, without unpickling anything.
-
-    Raises:
-        DataError: The file is missing, truncated or no npz, or holds objects.
-    """
-    with reading(path, "The stack", _AGAIN):
-        return read_arrays(path)
 
 
 def _read_text(content: dict[str, Any], name: str, default: str) -> str:
     return str(content[name]) if name in content else default
-
-
-def read_names(content: dict[str, Any], name: str) -> tuple[str, ...]:
-    return tuple(str(v) for v in np.atleast_1d(content[name])) if name in content else ()
 
 
 class NpzStacks(StackSource):
@@ -124,7 +103,7 @@ class NpzStacks(StackSource):
             first = next((content for _, content in self._contents() if content), {})
             count = first["physics"].shape[-1] if "physics" in first else 0
             unnamed = tuple(f"physics_{k}" for k in range(count))
-            self._physics = read_names(first, "physics_names") or unnamed
+            self._physics = read_texts(first, "physics_names") or unnamed
         return self._physics
 
     def folder(self) -> Path:
@@ -152,7 +131,7 @@ class NpzStacks(StackSource):
         """Each file and its arrays, numbers as float64; None for one that is to be left out."""
         for path in self.paths():
             try:
-                content = read_npz_arrays(path)
+                content = read_npz_arrays(path, "The stack", _AGAIN)
                 for name in ("thickness", "pos", *self._needs):
                     if name not in content and not (name == "thickness" and "boundary" in content):
                         raise DataError(
@@ -161,12 +140,12 @@ class NpzStacks(StackSource):
                             "layers + 1), and pos (traces, 2), those "
                             "of `completed` as `fulgurite predict` writes them. " + _AGAIN,
                         )
-                for name in _ARRAYS.keys() & content.keys():
-                    array = content[name]
-                    if array.dtype.kind not in "biuf" or array.ndim != _ARRAYS[name]:
+                for name in content.keys() & set(_ARRAYS):
+                    array, dimensions = content[name], len(ARRAYS[name].axes)
+                    if array.dtype.kind not in "biuf" or array.ndim != dimensions:
                         raise DataError(
                             f"The array {name} of {path} is not made of numbers in "
-                            f"{_ARRAYS[name]} dimensions ({array.dtype}, {array.ndim}).",
+                            f"{dimensions} dimensions ({array.dtype}, {array.ndim}).",
                             _AGAIN,
                         )
                     content[name] = array.astype(np.float64)
@@ -193,7 +172,7 @@ class NpzStacks(StackSource):
         thickness, pos = content["thickness"], content["pos"]
         shape = (*thickness.shape, len(self.physics))
         physics = content.get("physics", np.zeros((*thickness.shape, 0)))
-        names = read_names(content, "physics_names") or self.physics
+        names = read_texts(content, "physics_names") or self.physics
         if physics.shape != shape or names != self.physics:
             raise DataError(
                 f"The physical fields {', '.join(names)} of {path} have shape {physics.shape}, "
@@ -275,7 +254,7 @@ class NpzStacks(StackSource):
                     "Give the age of each layer's lower boundary [years], newest layer first.",
                 )
             age = content.get("layer_age") if age is None else age
-            names = names or read_names(content, "layer_names")
+            names = names or read_texts(content, "layer_names")
         counts = [stack.thickness.shape[1] for stack in stacks]
         usual = self.count or (max(sorted(set(counts)), key=counts.count) if counts else 1)
         if "layer_count" not in self.exclude and set(counts) - {usual}:

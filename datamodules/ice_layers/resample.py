@@ -11,8 +11,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.domains.ice_layers.geodesy import MEAN_EARTH_RADIUS, haversine, to_vectors
+
 __all__ = [
-    "EARTH",
     "Array",
     "break_at_jumps",
     "cut_blocks",
@@ -25,12 +26,9 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-#: Mean radius of the Earth [m].
-EARTH = 6_371_008.8
-
 
 def great_circle_distance(first: Array, second: Array) -> Array:
-    """Distance on the sphere [m], in float64 as it must be.
+    """Distance on the sphere with the mean radius of the Earth [m].
 
     Shape:
         - first, second: (..., 2) latitude and longitude [degrees].
@@ -41,11 +39,7 @@ def great_circle_distance(first: Array, second: Array) -> Array:
         >>> great_circle_distance(np.array([70.0, -40.0]), np.array([71.0, -40.0])).round(-1)
         np.float64(111200.0)
     """
-    a, b = np.radians(np.float64(first)), np.radians(np.float64(second))
-    half = np.sin((b - a) / 2) ** 2
-    inner = half[..., 0] + np.cos(a[..., 0]) * np.cos(b[..., 0]) * half[..., 1]
-    distance: Array = 2 * EARTH * np.arcsin(np.sqrt(np.minimum(inner, 1.0)))
-    return distance
+    return haversine(first, second, MEAN_EARTH_RADIUS)
 
 
 def measure_track(pos: Array) -> Array:
@@ -89,7 +83,7 @@ def interpolate_positions(distance: Array, pos: Array, positions: Array) -> Arra
     weight = np.clip((positions - distance[before]) / np.where(gap > 0, gap, 1.0), 0.0, 1.0)[
         :, None
     ]
-    a, b = _to_vectors(pos[before]), _to_vectors(pos[after])
+    a, b = to_vectors(pos[before]), to_vectors(pos[after])
     angle = np.linalg.norm(np.cross(a, b), axis=1, keepdims=True)
     angle = np.arctan2(angle, (a * b).sum(1, keepdims=True))
     safe = np.where(angle > 1e-8, angle, 1.0)
@@ -101,13 +95,6 @@ def interpolate_positions(distance: Array, pos: Array, positions: Array) -> Arra
     between = np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], 1))
     # traces themselves stay what they are, to the bit
     return np.where(weight <= 0, pos[before], np.where(weight >= 1, pos[after], between))
-
-
-def _to_vectors(pos: Array) -> Array:
-    """Points on the unit sphere. Shape: (M, 2) [degrees] -> (M, 3)."""
-    latitude, longitude = np.radians(pos).T
-    cos = np.cos(latitude)
-    return np.stack([cos * np.cos(longitude), cos * np.sin(longitude), np.sin(latitude)], 1)
 
 
 def break_at_jumps(distance: Array, factor: float = 5.0) -> list[slice]:

@@ -32,8 +32,6 @@ from fulgurite.datamodules.ice_layers.sred_parts import (
 )
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
-    METRES,
-    RANGE_BINS,
     Array,
     Exclusion,
     Flights,
@@ -41,6 +39,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, time_to_thickness
+from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 

@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.resample import Array
 from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
+from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-    from fulgurite.datamodules.ice_layers.records import TraceRecord
     from fulgurite.datamodules.ice_layers.splits import OwnSplit
 
 __all__ = [
     "EXCLUDE",
-    "METRES",
-    "RANGE_BINS",
     "THICKEST",
     "THICKEST_BINS",
     "Array",
@@ -40,9 +39,6 @@ __all__ = [
 
 #: The list of what a source leaves out, behind ``--data.init_args.``.
 EXCLUDE = "source.init_args.exclude"
-
-#: Units that thicknesses can have.
-METRES, RANGE_BINS = "m", "range bins"
 
 #: Medians of a layer's thickness that a unit can have, and what is less, or more, by its looks
 #: (inferred).
@@ -151,8 +147,8 @@ class LayerStack:
         pos: Latitude and longitude [degrees]. Shape: (N, 2) float64.
         distance: Along the track from the first trace [m]. Shape: (N,) float64.
         truth: Thickness without noise or gaps [m], of generated data. Shape: (N, L) float64.
-        provenance: Of completed stacks: 0 observed, 1 filled, 2 filled in a wholly absent layer,
-            3 left missing. Shape: (N, L) uint8.
+        provenance: Of completed stacks: codes of
+            :class:`~fulgurite.domains.ice_layers.codes.Provenance`. Shape: (N, L) uint8.
         trained_segments: Of completed stacks: segments that the completing model was trained on.
         unit: Unit of thicknesses, ``m`` or ``range bins``.
         record: Further arrays of the traces, such as time and elevation.
@@ -181,7 +177,7 @@ class LayerStack:
     provenance: NDArray[np.uint8] | None = None
     trained_segments: tuple[str, ...] = ()
     unit: str = METRES
-    record: TraceRecord | None = None
+    record: FlightDetails | None = None
     spans: MeasuredSpans | None = None
 
     def __post_init__(self) -> None:

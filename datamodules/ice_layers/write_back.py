@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.boundaries import Boundaries
 from fulgurite.datamodules.ice_layers.layer_frames import Frame, read_frame, read_mat
-from fulgurite.datamodules.ice_layers.records import TraceRecord
 from fulgurite.datamodules.ice_layers.resample import Array
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import DataError
 from fulgurite.io import atomic_write
 
@@ -122,7 +122,7 @@ def anchor_times(completed: Array, picked: Array) -> Array:
     return np.where(np.isfinite(picked), picked, anchored)
 
 
-def check_records(segment: str, records: Sequence[TraceRecord | None]) -> None:
+def check_records(segment: str, records: Sequence[FlightDetails | None]) -> None:
     """Refuse a segment whose stacks cannot be found in its files again.
 
     Args:
@@ -149,20 +149,22 @@ class _Completed:
         stacks: Record of each stack and the times of its boundaries below the surface (N, K) [s].
     """
 
-    def __init__(self, stacks: Sequence[tuple[TraceRecord, Array]]) -> None:
+    def __init__(self, stacks: Sequence[tuple[FlightDetails, Array]]) -> None:
         self.runs: list[tuple[Array, Array, NDArray[np.bool_]]] = []
-        for run in sorted({record.run for record, _ in stacks}):
-            run_stacks = sorted(
-                ((r, times) for r, times in stacks if r.run == run),
-                key=lambda pair: float(pair[0].flight_distance[0]),
-            )
-            distance = np.concatenate([r.flight_distance for r, _ in run_stacks])
+        runs: dict[int, list[tuple[Array, FlightDetails, Array]]] = {}
+        for details, times in stacks:
+            assert details.run is not None
+            assert details.flight_distance is not None
+            runs.setdefault(details.run, []).append((details.flight_distance, details, times))
+        for _, run_stacks in sorted(runs.items()):
+            run_stacks.sort(key=lambda stack: float(stack[0][0]))
+            distance = np.concatenate([along for along, _, _ in run_stacks])
             steps = np.diff(distance)
-            time = np.concatenate([r.time for r, _ in run_stacks if r.time is not None])
+            time = np.concatenate([d.time for _, d, _ in run_stacks if d.time is not None])
             self.runs.append(
                 (
                     time,
-                    np.concatenate([times for _, times in run_stacks]),
+                    np.concatenate([times for _, _, times in run_stacks]),
                     steps <= _ADJACENT * np.median(steps),
                 )
             )
@@ -195,7 +197,7 @@ def write_segment(
     folder: Path,
     segment: str,
     files: SegmentFiles,
-    stacks: Sequence[tuple[TraceRecord, Array]],
+    stacks: Sequence[tuple[FlightDetails, Array]],
     names: Sequence[str],
 ) -> Written:
     """Write the frames of a segment and its companion file, with completed boundaries.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from fulgurite.domains.ice_layers.details import FlightDetails
+    from fulgurite.domains.ice_layers.geodesy import haversine
     from fulgurite.models.ice_layers.baseline_module import (
         BaselineCompletion,
     )
@@ -29,10 +31,7 @@ if TYPE_CHECKING:
     from fulgurite.models.ice_layers.deep import (
         DeepLayerPredictor,
     )
-    from fulgurite.models.ice_layers.details import (
-        FlightDetails,
-        Origin,
-    )
+    from fulgurite.models.ice_layers.details import Origin
     from fulgurite.models.ice_layers.features import (
         PhysicsPrior,
         find_contradicted,
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
         Track,
         adjacency,
         edges,
-        haversine,
     )
     from fulgurite.models.ice_layers.hiding import (
         StructuredHiding,
@@ -105,7 +103,7 @@ _MODULES = {
     ),
     "completion": ("Gaps", "complete", "measure_gaps", "provenance"),
     "deep": ("DeepLayerPredictor",),
-    "details": ("FlightDetails", "Origin"),
+    "details": ("Origin",),
     "features": (
         "PhysicsPrior",
         "find_contradicted",
@@ -122,7 +120,7 @@ _MODULES = {
     "module": ("IceCompletion",),
     "netcdf": ("read_netcdf", "write_netcdf"),
     "network": ("CompletionNet",),
-    "output": ("CompletedStack", "read_npz", "write_npz"),
+    "output": ("CompletedStack", "FlightDetails", "read_npz", "write_npz"),
     "schedule": ("TwoStageLR", "two_stage"),
     "spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
     "temporal": ("LayerMixing", "LayerTransformer"),

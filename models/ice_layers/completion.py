@@ -8,14 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fulgurite.domains.ice_layers.codes import Provenance
 from fulgurite.errors import DataError
 from fulgurite.models.ice_layers.graph import Track
 
 __all__ = [
-    "FILLED",
-    "LEFT",
-    "OBSERVED",
-    "WHOLE_LAYER",
     "Gaps",
     "complete",
     "fill",
@@ -23,9 +20,6 @@ __all__ = [
     "picks_around",
     "provenance",
 ]
-
-OBSERVED, FILLED, WHOLE_LAYER, LEFT = range(4)
-"""Where an entry is from: observed, filled, filled in a wholly absent layer, left missing."""
 
 
 def complete(observed: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
@@ -131,8 +125,7 @@ def provenance(mask: Tensor, gaps: Gaps, max_gap: float | None = None) -> Tensor
             fills all.
 
     Returns:
-        0 observed, 1 filled, 2 filled in a wholly absent layer, 3 left missing.
-        Shape: (N, L), uint8.
+        Codes of :class:`~fulgurite.domains.ice_layers.codes.Provenance`. Shape: (N, L), uint8.
 
     Example:
         >>> mask = torch.tensor([[True, False], [False, False]])
@@ -146,11 +139,11 @@ def provenance(mask: Tensor, gaps: Gaps, max_gap: float | None = None) -> Tensor
 
     Source: card section 1.7; ``max_gap``: section 5, what users ask for.
     """
-    kind = torch.full_like(mask, FILLED, dtype=torch.uint8)
-    kind[gaps.absent] = WHOLE_LAYER
+    kind = torch.full_like(mask, Provenance.FILLED, dtype=torch.uint8)
+    kind[gaps.absent] = Provenance.WHOLE_LAYER_FILLED
     if max_gap is not None:
-        kind[gaps.length > max_gap] = LEFT
-    kind[mask] = OBSERVED
+        kind[gaps.length > max_gap] = Provenance.LEFT_MISSING
+    kind[mask] = Provenance.OBSERVED
     return kind
 
 
@@ -186,7 +179,7 @@ def fill(
     Source: card section 1.7.
     """
     kind = provenance(mask, gaps, max_gap)
-    left_missing = kind == LEFT
+    left_missing = kind == Provenance.LEFT_MISSING
     return {
         "predicted": predicted,
         "thickness": complete(thickness, mask, torch.where(left_missing, torch.nan, predicted)),

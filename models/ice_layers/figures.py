@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.domains.ice_layers.codes import METRES, Provenance
 from fulgurite.models.ice_layers.metrics import normal_quantile
-from fulgurite.models.ice_layers.output import PROVENANCE, CompletedStack
+from fulgurite.models.ice_layers.output import CompletedStack
 from fulgurite.plotting import COLORS, heatmap, new_figure, use_integer_ticks
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = [
     "picked_depths",
 ]
 
-_KINDS = dict(zip(PROVENANCE, ("#000000", "#0072B2", "#E69F00", "#D9D9D9"), strict=True))
+_COLORS = dict(zip(Provenance, ("#000000", "#0072B2", "#E69F00", "#D9D9D9"), strict=True))
 _HALF = normal_quantile(0.9)
 
 
@@ -83,7 +84,7 @@ def _explain_missing_std(stack: CompletedStack) -> str:
     """Why no uncertainty is drawn; empty where there is one."""
     if np.isfinite(stack.std).any():
         return ""
-    filled = (stack.provenance == 1) | (stack.provenance == 2)
+    filled = np.isin(stack.provenance, (Provenance.FILLED, Provenance.WHOLE_LAYER_FILLED))
     return "no uncertainty was calibrated" if filled.any() else "nothing was filled"
 
 
@@ -100,8 +101,8 @@ def _draw_boundaries(
     for k in drawn:
         # dots, too: a trace between two others of another kind makes no line
         for part, color, style, label in (
-            (picked[:, k], _KINDS["observed"], "-", "picked"),
-            (completed[:, k], _KINDS["filled"], "--", "completed"),
+            (picked[:, k], _COLORS[Provenance.OBSERVED], "-", "picked"),
+            (completed[:, k], _COLORS[Provenance.FILLED], "--", "completed"),
         ):
             if np.isfinite(part).any():  # no entry of the legend either
                 ax.plot(along, part, color=color, lw=1.0, ls=style, marker=".", ms=2, label=label)
@@ -129,7 +130,7 @@ def _shade_interval(
     half = np.where(np.isfinite(depth), _HALF * std, np.nan)
     if np.isfinite(half).any():
         ax.fill_between(
-            along, depth - half, depth + half, color=_KINDS["filled"], alpha=0.2, lw=0,
+            along, depth - half, depth + half, color=_COLORS[Provenance.FILLED], alpha=0.2, lw=0,
             label="90 % of the layer's thickness",
         )  # fmt: skip
 
@@ -172,7 +173,7 @@ def _draw_provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
 
     ax.imshow(
         stack.provenance.T, aspect="auto", interpolation="nearest", vmin=0,
-        vmax=len(_KINDS) - 1, cmap=ListedColormap(list(_KINDS.values())),
+        vmax=len(_COLORS) - 1, cmap=ListedColormap(list(_COLORS.values())),
         extent=(-0.5, len(stack.provenance) - 0.5, stack.provenance.shape[1] + 0.5, 0.5),
     )  # fmt: skip
     ax.grid(visible=False)
@@ -181,14 +182,14 @@ def _draw_provenance(ax: Axes, stack: CompletedStack, note: str) -> None:
     use_integer_ticks(ax)
     _label_layers(ax, stack)
     patches = [
-        Patch(color=color, label=_spell(name))
-        for value, (name, color) in enumerate(_KINDS.items())
-        if (stack.provenance == value).any()
+        Patch(color=color, label=_spell(code.meaning))
+        for code, color in _COLORS.items()
+        if (stack.provenance == code).any()
     ]
     ax.legend(handles=patches, fontsize=6, loc="lower left", framealpha=0.9)
 
 
-def depth_figure(errors: Mapping[str, Mapping[int, float]], unit: str = "m") -> Figure:
+def depth_figure(errors: Mapping[str, Mapping[int, float]], unit: str = METRES) -> Figure:
     """Draw the error of missing entries by depth.
 
     Args:

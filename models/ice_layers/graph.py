@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from fulgurite.devices import move
+from fulgurite.domains.ice_layers.geodesy import haversine
 from fulgurite.errors import ConfigError
 
-__all__ = ["EARTH_RADIUS", "GraphKind", "Track", "adjacency", "edges", "haversine", "note_sizes"]
-
-EARTH_RADIUS = 6_371_000.0
-"""Mean radius of the Earth [m]."""
+__all__ = ["GraphKind", "Track", "adjacency", "edges", "note_sizes"]
 
 GraphKind = Literal["full", "knn", "partition", "inverse", "none"]
 
@@ -117,27 +115,6 @@ class Track:
 def note_sizes(batch: Any) -> None:
     """Write the number of traces of each stack into a batch of PyG, while it is on the CPU."""
     batch.traces = batch.ptr.diff().tolist()
-
-
-def haversine(start: Tensor, end: Tensor) -> Tensor:
-    """Distance on a sphere [m], in float64: float32 degrees are a metre wide.
-
-    Args:
-        start: Latitude and longitude [degrees]. Shape: (..., 2).
-        end: Latitude and longitude [degrees]. Shape: (..., 2).
-
-    Shape: to (...).
-
-    Example:
-        >>> round(float(haversine(torch.tensor([70.0, 0.0]), torch.tensor([71.0, 0.0]))))
-        111195
-
-    Source: card sections 1.2 and 6, check 10.
-    """
-    a, b = start.double().deg2rad(), end.double().deg2rad()
-    half = ((b - a) / 2).sin().square()
-    inside = half[..., 0] + a[..., 0].cos() * b[..., 0].cos() * half[..., 1]
-    return 2 * EARTH_RADIUS * inside.clamp(0, 1).sqrt().asin()
 
 
 def adjacency(

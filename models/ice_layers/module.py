@@ -17,9 +17,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from fulgurite.base import save_options
+from fulgurite.domains.ice_layers.codes import Provenance
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers.batches import KeptBoundaries, check_keep_boundaries, known_truth
-from fulgurite.models.ice_layers.completion import LEFT, Gaps, fill, measure_gaps
+from fulgurite.models.ice_layers.completion import Gaps, fill, measure_gaps
 from fulgurite.models.ice_layers.features import find_contradicted
 from fulgurite.models.ice_layers.graph import Track
 from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
@@ -316,7 +317,7 @@ class IceCompletion(IceModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score missing entries where the truth is known, and picks that were taken away."""
         completed = self.fill(batch)
-        left_missing = completed["provenance"] == LEFT
+        left_missing = completed["provenance"] == Provenance.LEFT_MISSING
         self.metrics.update(
             torch.where(left_missing, torch.nan, completed["predicted"]),
             known_truth(batch),

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.domains.ice_layers.codes import METRES, Provenance
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import atomic_write
 from fulgurite.models.ice_layers.details import gps_to_utc
-from fulgurite.models.ice_layers.output import AGAIN, PROVENANCE, CompletedStack, make_stack
+from fulgurite.models.ice_layers.output import AGAIN, CompletedStack, make_stack
 
 __all__ = ["check_attributes", "read_netcdf", "write_netcdf"]
 
@@ -94,7 +95,7 @@ class _Writer:
 
     def __init__(self, file: Any, stack: CompletedStack) -> None:
         self.file, self.stack = file, stack
-        is_length = stack.unit == "m"
+        is_length = stack.unit == METRES
         self.units, self.unit_note = ("m", "") if is_length else ("1", f" [{stack.unit}]")
         named = ["layer_name"] if stack.layer_names else []
         aged = ["layer_age"] if len(stack.layer_age) else []
@@ -234,8 +235,8 @@ class _Writer:
         self.add_data(
             "provenance", stack.provenance, _BOTH,
             long_name="where the thickness is from", standard_name="status_flag",
-            flag_values=np.arange(len(PROVENANCE), dtype=np.uint8),
-            flag_meanings=" ".join(PROVENANCE),
+            flag_values=np.array([*Provenance], np.uint8),
+            flag_meanings=" ".join(code.meaning for code in Provenance),
         )  # fmt: skip
         self.add_data(
             "observed", stack.observed.astype(np.uint8), _BOTH,
@@ -414,7 +415,7 @@ def read_netcdf(path: str | Path) -> CompletedStack:
             "distance": values("distance"),
             "segment": attributes["segment"],
             "stack": attributes["stack"],
-            "unit": attributes.get("unit", "m"),
+            "unit": attributes.get("unit", METRES),
             "trained_segments": lines("trained_segments"),
             "physics_names": names,
             "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),

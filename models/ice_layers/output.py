@@ -13,13 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.domains.ice_layers.codes import METRES, UNITS, Provenance
+from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.npz import (
+    ARRAYS,
+    COMPLETED_ARRAYS,
+    DETAIL_ARRAYS,
+    LISTS,
+    NAMES,
+    convert,
+    read_texts,
+    write_npz_arrays,
+)
 from fulgurite.errors import DataError
 from fulgurite.foreign import read_arrays, reading
-from fulgurite.io import atomic_write
-from fulgurite.models.ice_layers.details import FlightDetails, Origin
+from fulgurite.models.ice_layers.details import Origin
 
 __all__ = [
-    "PROVENANCE",
     "CompletedStack",
     "completed_stacks",
     "file_name",
@@ -28,35 +38,7 @@ __all__ = [
     "write_npz",
 ]
 
-PROVENANCE = ("observed", "filled", "whole_layer_filled", "left_missing")
-"""Meanings of the values of ``provenance``."""
-
 AGAIN = "Write it again with `fulgurite predict`."
-_STRINGS = ("segment", "stack")
-_LISTS = ("trained_segments", "physics_names", "layer_names")
-_NUMBERS = {
-    "thickness": np.float64,
-    "provenance": np.uint8,
-    "std": np.float32,
-    "observed": np.bool_,
-    "physics": np.float32,
-    "pos": np.float64,
-    "distance": np.float64,
-    "layer_age": np.float64,
-}
-#: Units that thicknesses may have.
-UNITS = ("m", "range bins")
-# Arrays of the flight that a stack may have
-DETAILS: dict[str, type[np.generic]] = {
-    "time": np.float64,
-    "elevation": np.float64,
-    "flight_distance": np.float64,
-    "frame": np.str_,
-    "trace": np.int64,
-    "density": np.float64,
-    "twtt": np.float64,
-    "picked": np.bool_,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +47,7 @@ class CompletedStack:
 
     Args:
         thickness: Completed [m]; NaN where left missing. Shape: (N, L), float64.
-        provenance: 0 observed, 1 filled, 2 filled in a wholly absent layer, 3 left missing.
+        provenance: Codes of :class:`~fulgurite.domains.ice_layers.codes.Provenance`.
             Shape: (N, L), uint8.
         std: Standard deviation of filled values [m], NaN elsewhere. Shape: (N, L), float32.
         observed: Shape: (N, L), bool.
@@ -99,7 +81,7 @@ class CompletedStack:
     physics_names: tuple[str, ...]
     layer_names: tuple[str, ...] = ()
     layer_age: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    unit: str = "m"
+    unit: str = METRES
     details: FlightDetails = field(default_factory=FlightDetails)
     origin: Origin = field(default_factory=Origin)
 
@@ -127,14 +109,13 @@ class CompletedStack:
                 f"The completed stack {self.stack} is in {self.unit!r}.",
                 f"Use {' or '.join(UNITS)}.",
             )
-        if ((self.provenance == 0) != self.observed).any() or (
-            self.provenance >= len(PROVENANCE)
-        ).any():
+        is_observed = self.provenance == Provenance.OBSERVED
+        if (is_observed != self.observed).any() or (self.provenance > max(Provenance)).any():
             raise DataError(
                 f"The provenance of the completed stack {self.stack} contradicts what is observed.",
                 "Take it from fulgurite.models.ice_layers.provenance.",
             )
-        if (~np.isfinite(self.thickness) != (self.provenance == 3)).any():
+        if (~np.isfinite(self.thickness) != (self.provenance == Provenance.LEFT_MISSING)).any():
             raise DataError(
                 f"The completed stack {self.stack} has values where it was left missing, or none "
                 "where it was filled.",
@@ -186,7 +167,7 @@ def completed_stacks(
     physics_names: Sequence[str],
     layer_names: Sequence[str] = (),
     layer_age: Any = (),
-    unit: str = "m",
+    unit: str = METRES,
     details: Callable[[int, NDArray[np.float64]], FlightDetails] | None = None,
     origin: Origin | None = None,
 ) -> list[CompletedStack]:
@@ -208,7 +189,7 @@ def completed_stacks(
     """
     arrays = {name: _to_numpy(filled[name]) for name in ("thickness", "provenance", "std")}
     arrays |= {n: _to_numpy(getattr(batch, n)) for n in ("observed", "physics", "pos", "distance")}
-    arrays = {name: value.astype(_NUMBERS[name]) for name, value in arrays.items()}
+    arrays = {name: value.astype(ARRAYS[name].kind) for name, value in arrays.items()}
     bounds = _to_numpy(batch.ptr).tolist()
     which = zip(_to_numpy(batch.segment).tolist(), _to_numpy(batch.stack).tolist(), strict=True)
     return [
@@ -251,10 +232,11 @@ def write_npz(path: str | Path, stack: CompletedStack) -> Path:
         ('20110401_02',)
     """
     path = Path(path)
-    content: dict[str, Any] = {name: getattr(stack, name) for name in _NUMBERS}
-    content |= {name: np.array(getattr(stack, name)) for name in _STRINGS}
-    content |= {name: np.array(getattr(stack, name), dtype=np.str_) for name in _LISTS}
-    content |= stack.details.arrays()
+    content: dict[str, Any] = {name: getattr(stack, name) for name in COMPLETED_ARRAYS}
+    content |= {name: np.array(getattr(stack, name)) for name in NAMES}
+    content |= {name: np.array(getattr(stack, name), dtype=np.str_) for name in LISTS}
+    known = stack.details.arrays()
+    content |= {name: known[name] for name in DETAIL_ARRAYS if name in known}
     origin = stack.origin
     texts = {"time_scale": stack.details.time_scale, "source": origin.source, "unit": stack.unit}
     texts |= {"checkpoint": origin.checkpoint, "checkpoint_sha256": origin.checkpoint_sha256}
@@ -262,9 +244,7 @@ def write_npz(path: str | Path, stack: CompletedStack) -> Path:
     content |= {name: np.array(text) for name, text in texts.items() if text}
     if origin.climate_files:
         content["climate_files"] = np.array(origin.climate_files, dtype=np.str_)
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **content)
-    return path
+    return write_npz_arrays(path, content)
 
 
 def read_npz(path: str | Path) -> CompletedStack:
@@ -288,45 +268,26 @@ def make_stack(path: str | Path, content: dict[str, Any]) -> CompletedStack:
         ValueError: An array or text is missing, or of another type.
         DataError: The arrays do not fit together.
     """
-    required = [*_NUMBERS, *_STRINGS, *_LISTS]
+    required = [*COMPLETED_ARRAYS, *NAMES, *LISTS]
     if missing := [name for name in required if name not in content]:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    values_of: dict[str, Any] = {
-        name: _convert(name, np.asarray(content[name]), kind) for name, kind in _NUMBERS.items()
-    }
-    values_of |= {name: str(content[name]) for name in _STRINGS}
-    values_of |= {name: tuple(str(v) for v in np.atleast_1d(content[name])) for name in _LISTS}
-    details = {
-        name: _convert(name, np.asarray(content[name]), kind)
-        for name, kind in DETAILS.items()
-        if name in content
+    values_of: dict[str, Any] = {name: convert(name, content[name]) for name in COMPLETED_ARRAYS}
+    values_of |= {name: str(content[name]) for name in NAMES}
+    values_of |= {name: read_texts(content, name) for name in LISTS}
+    details: dict[str, Any] = {
+        name: convert(name, content[name]) for name in DETAIL_ARRAYS if name in content
     }
     texts: dict[str, Any] = {
         name: str(content.get(name, ""))
         for name in ("time_scale", "source", "age_source", "checkpoint", "checkpoint_sha256")
     }
-    climate_files = tuple(str(v) for v in np.atleast_1d(content.get("climate_files", ())))
+    climate_files = read_texts(content, "climate_files")
     try:
         return CompletedStack(
             **values_of,
-            unit=str(content.get("unit", "m")),
+            unit=str(content.get("unit", METRES)),
             details=FlightDetails(time_scale=texts.pop("time_scale"), **details),
             origin=Origin(**texts, climate_files=climate_files),
         )
     except DataError as error:
         raise DataError(f"The file {path} is unusable: {error.problem}", error.hint) from error
-
-
-def _convert(name: str, values: NDArray[Any], kind: type[np.generic]) -> NDArray[Any]:
-    """Values as the type that a stack has them in, without changing any."""
-    if kind is np.str_:
-        if values.dtype.kind not in "U":
-            raise ValueError(f"{name} is not made of texts")
-        return values
-    if values.dtype.kind not in "biuf" and values.size:
-        raise ValueError(f"{name} is not made of numbers")
-    with np.errstate(invalid="ignore", over="ignore"):
-        converted = values.astype(kind)
-    if np.dtype(kind).kind in "bui" and (converted != values).any():
-        raise ValueError(f"{name} holds other values than {np.dtype(kind)}")
-    return converted

@@ -13,6 +13,7 @@ import torch
 from fulgurite.callbacks.ice_layers import CompletionWriter, _choose_drawn, _Drawn
 from fulgurite.datamodules.ice_layers import LayerFiles
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame
+from fulgurite.datamodules.ice_layers.records import describe_completed
 from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.models.ice_layers import read_netcdf, read_npz
@@ -120,7 +121,7 @@ def test_completed_layers_go_back_into_layer_files(again):
     assert {s.name for s in found} == {path.stem for path in folder.glob("*.npz")}
     for stack in found:  # all of it is where it was completed
         twtt = read_npz(folder / f"{stack.name}.npz").details.twtt
-        times = stack.record.describe(stack.thickness, stack.known_spans)["twtt"]
+        times = describe_completed(stack.record, stack.thickness, stack.known_spans).twtt
         np.testing.assert_allclose(times, twtt, rtol=0, atol=1e-12)
     for stack in found:  # where no surface was picked no travel time is known
         np.testing.assert_array_equal(stack.observed.all(1), np.isfinite(stack.record.surface))

@@ -8,6 +8,7 @@ from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, LayerFiles
 from fulgurite.datamodules.ice_layers.koenig import KoenigPicks
+from fulgurite.datamodules.ice_layers.records import describe_completed
 
 NAME = "20120330_01"
 START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
@@ -71,13 +72,13 @@ def test_travel_times_of_completed_layers_are_those_of_the_picks(tmp_path):
     write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     filled = np.where(np.isfinite(stack.thickness), stack.thickness, 0.5)
-    known = stack.record.describe(filled, stack.known_spans)
+    known = describe_completed(stack.record, filled, stack.known_spans)
     wanted = recorded["twtt"].T.copy()
     wanted[7] = np.nan  # without a surface nothing is known
-    np.testing.assert_allclose(known["twtt"], wanted, rtol=0, atol=1e-12)
-    assert known["density"].shape == stack.thickness.shape
-    assert (known["density"] == 0.4).all()
-    assert "surface" not in known
+    np.testing.assert_allclose(known.twtt, wanted, rtol=0, atol=1e-12)
+    assert known.density.shape == stack.thickness.shape
+    assert (known.density == 0.4).all()
+    assert known.surface is None
 
 
 def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path):
@@ -86,18 +87,18 @@ def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path)
     recorded["twtt"][2:, 40:50] = np.nan
     write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
-    known = stack.record.describe(stack.thickness, stack.known_spans)
-    np.testing.assert_allclose(known["twtt"], recorded["twtt"].T, rtol=0, atol=1e-12)
+    known = describe_completed(stack.record, stack.thickness, stack.known_spans)
+    np.testing.assert_allclose(known.twtt, recorded["twtt"].T, rtol=0, atol=1e-12)
     # completed so that the sum is another, which no method does: the picks are the measurement
     filled = np.where(np.isnan(stack.thickness), 0.1, stack.thickness)
-    times = stack.record.describe(filled, stack.known_spans)["twtt"]
+    times = describe_completed(stack.record, filled, stack.known_spans).twtt
     picked = np.isfinite(recorded["twtt"].T)
     np.testing.assert_allclose(times[picked], recorded["twtt"].T[picked], rtol=0, atol=1e-12)
     data = IceLayerDataModule(
         LayerFiles([str(tmp_path / "CSARP_layer")], density=0.4, traces=60), val=0.0, test=0.0
     )
     data.setup()
-    np.testing.assert_array_equal(data.describe_traces(0, filled)["picked"], picked)
+    np.testing.assert_array_equal(data.describe_traces(0, filled).picked, picked)
 
 
 def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_path):
@@ -128,7 +129,7 @@ def test_files_without_heights_say_nothing_of_them(tmp_path):
     del recorded["elev"]
     write_frame(tmp_path, 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
-    assert "elevation" not in stack.record.describe(np.ones((60, 3)), stack.known_spans)
+    assert describe_completed(stack.record, np.ones((60, 3)), stack.known_spans).elevation is None
 
 
 def test_a_height_of_other_traces_is_refused(tmp_path):
@@ -152,10 +153,10 @@ def test_koenigs_times_are_given_where_they_are_usable(tmp_path, is_usable):
         [str(tmp_path / "mapdata.txt")], count=3, traces=40, density=0.4, surface="zero"
     )
     (stack,) = source.load().stacks
-    known = stack.record.describe(np.ones((40, 3)), stack.known_spans)
-    assert ("time" in known) == is_usable
-    assert known.get("time_scale") == ("unknown" if is_usable else None)
-    assert not {"twtt", "frame", "elevation", "density"} & known.keys()
+    known = describe_completed(stack.record, np.ones((40, 3)), stack.known_spans)
+    assert (known.time is not None) == is_usable
+    assert known.time_scale == ("unknown" if is_usable else "")
+    assert not {"twtt", "frame", "elevation", "density"} & known.arrays().keys()
 
 
 def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
@@ -171,7 +172,7 @@ def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
     data.setup()
     for number, name in enumerate(data.stacks):
         known = data.describe_traces(number, np.ones((20, 3)))
-        assert known["frame"][0].startswith(name.rpartition("_")[0])
+        assert known.frame[0].startswith(name.rpartition("_")[0])
     every = [s for part in ("train", "val", "test") for s in data.stacks_of(part)]
     data._every[0] = replace(every[0], record=None, spans=None)
-    assert data.describe_traces(0, np.ones((20, 3))) == {}
+    assert data.describe_traces(0, np.ones((20, 3))).arrays() == {}

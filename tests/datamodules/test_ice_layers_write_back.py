@@ -13,6 +13,7 @@ from fulgurite.datamodules.ice_layers import (
     SyntheticSred,
 )
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
+from fulgurite.datamodules.ice_layers.records import times_below
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.datamodules.ice_layers.write_back import anchor_times
 from fulgurite.errors import ConfigError, DataError
@@ -70,14 +71,14 @@ def completed(source, recorded, out, choose=lambda stack: True):
         true = thickness[first : first + len(stack.pos)]
         assert np.allclose(true, stack.thickness, equal_nan=True) or np.isnan(stack.thickness).any()
         if choose(stack):
-            stacks.append((stack.record, stack.record.times_below(true, stack.known_spans)))
+            stacks.append((stack.record, times_below(stack.record, true, stack.known_spans)))
     return source.write_back(out, NAME, stacks)
 
 
 def filled(stack, usual):
     """A stack with one thickness [m] for each missing layer, as it is written back."""
     thickness = np.where(np.isnan(stack.thickness), usual, stack.thickness)
-    return stack.record, stack.record.times_below(thickness, stack.known_spans)
+    return stack.record, times_below(stack.record, thickness, stack.known_spans)
 
 
 def reader(folder, **options):
@@ -212,7 +213,7 @@ def test_crossed_and_distrusted_picks_are_kept_and_nothing_crosses_them(tmp_path
     flights = source.load()
     thickness = time_to_thickness(np.diff(recorded["twtt"], axis=0).T, DENSITY)
     stacks = [
-        (s.record, s.record.times_below(thickness[20 * k : 20 * k + 20], s.known_spans))
+        (s.record, times_below(s.record, thickness[20 * k : 20 * k + 20], s.known_spans))
         for k, s in enumerate(flights.stacks)
     ]
     written = source.write_back(tmp_path / "out", NAME, stacks)

@@ -171,7 +171,8 @@ def _pictures():
 def _arrays():
     from fulgurite.datamodules.fedsir import Npz
     from fulgurite.datamodules.ice_layers import CompletedStacks, NpzStacks
-    from fulgurite.models.ice_layers import details, netcdf, output
+    from fulgurite.domains.ice_layers.details import FlightDetails
+    from fulgurite.models.ice_layers import netcdf, output
     from fulgurite.testing.files import write_npz
 
     images = [
@@ -199,7 +200,7 @@ def _arrays():
             thickness, provenance, std, observed, physics, pos, np.linspace(0, 1113.0, n),
             "20120330_01", "s_0000", ("a", "b"), ("smb", "st"), ("l1", "l2", "l3"),
             np.arange(1.0, 4),
-            details=details.FlightDetails(
+            details=FlightDetails(
                 time=1.33e9 + np.arange(n), time_scale="GPS", elevation=np.full(n, 500.0),
                 flight_distance=np.linspace(0, 1113.0, n), frame=np.array(["20120330_01_001"] * n),
                 trace=np.arange(1, n + 1), density=np.full((n, layers), 0.4),
@@ -314,6 +315,7 @@ def _layer_files():
     from fulgurite.datamodules.ice_layers import LayerFiles
     from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
     from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
+    from fulgurite.datamodules.ice_layers.records import times_below
     from fulgurite.testing.matlab import write_strings
 
     n = 5
@@ -361,7 +363,7 @@ def _layer_files():
         source = LayerFiles([str(folder / name)], density=0.4, traces=n, thickest=1000.0)
         for stack in source.load().stacks:
             thickness = np.where(stack.observed, stack.thickness, 100.0)
-            times = stack.record.times_below(thickness, stack.known_spans)
+            times = times_below(stack.record, thickness, stack.known_spans)
             source.write_back(folder / "back", stack.segment, [(stack.record, times)])
 
     frames = [{name: content} for seed in (*v5, new) for content in seed.values()]

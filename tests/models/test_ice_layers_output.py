@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.models.ice_layers import output
-from fulgurite.models.ice_layers.details import FlightDetails, Origin, gps_to_utc
+from fulgurite.models.ice_layers.details import Origin, gps_to_utc
 from fulgurite.models.ice_layers.figures import (
     boundary_depths,
     calibration_figure,
