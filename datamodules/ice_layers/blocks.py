@@ -23,7 +23,7 @@ from fulgurite.datamodules.ice_layers.resample import (
     measure_track,
     resample,
 )
-from fulgurite.datamodules.ice_layers.spans import MeasuredSpans, resample_spans
+from fulgurite.datamodules.ice_layers.spans import resample_spans, to_optical_lengths
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
@@ -36,6 +36,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 )
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.spans import ArraySpans
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["Blocks", "assemble"]
@@ -96,7 +97,7 @@ class _TrackBlock:
     number: int
     pos: Array
     layers: Array
-    spans: MeasuredSpans
+    spans: ArraySpans
     truth: Array | None
     record: FlightDetails
 
@@ -215,7 +216,7 @@ def assemble(
         if block.track.is_time:
             density = _layer_density(physics, names, block.track.age, sizes)
             thickness = time_to_thickness(thickness, density)
-            spans = spans.to_metres(density)
+            spans = to_optical_lengths(spans, density)
             record = replace(record, density=density)
         check_plausible(thickness, f"stack {name}")
         distance = measure_track(block.pos)

@@ -15,7 +15,6 @@ from fulgurite.data.exclusions import check_exclude
 from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.resample import measure_track
-from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     Array,
@@ -27,6 +26,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
 from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.domains.ice_layers.npz import ARRAYS, read_npz_arrays, read_texts
+from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
 
@@ -200,9 +200,7 @@ class NpzStacks(StackSource):
                 distance,
                 content.get("truth"),
                 unit=_read_text(content, "unit", METRES),
-                spans=MeasuredSpans.of_depth(content["boundary"])
-                if "boundary" in content
-                else None,
+                spans=Spans.of_depth(content["boundary"]) if "boundary" in content else None,
                 **self._extra(content),
             )
         except DataError as error:

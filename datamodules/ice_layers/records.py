@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from fulgurite.datamodules.ice_layers.resample import Array, resample
-from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.datamodules.ice_layers.travel_time import LIGHT, thickness_to_time
 from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.spans import ArraySpans
 
 __all__ = ["describe_completed", "resample_details", "times_below"]
 
@@ -50,7 +50,7 @@ def resample_details(
     )
 
 
-def times_below(details: FlightDetails, thickness: Array, spans: MeasuredSpans) -> Array:
+def times_below(details: FlightDetails, thickness: Array, spans: ArraySpans) -> Array:
     """Two-way travel time from the surface to each boundary of a completed stack [s].
 
     Between two picked boundaries it is what was measured, also where layers between them are left
@@ -78,7 +78,7 @@ def times_below(details: FlightDetails, thickness: Array, spans: MeasuredSpans) 
 
 
 def describe_completed(
-    details: FlightDetails, thickness: Array, spans: MeasuredSpans
+    details: FlightDetails, thickness: Array, spans: ArraySpans
 ) -> FlightDetails:
     """What is known of the traces of a completed stack.
 

@@ -20,7 +20,7 @@ from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.firn import RHO_ICE
 from fulgurite.datamodules.ice_layers.flights import StackSource, read_or_leave, report_unreadable
 from fulgurite.datamodules.ice_layers.resample import measure_track
-from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
+from fulgurite.datamodules.ice_layers.spans import to_optical_lengths
 from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, SredFile, read_sred
 from fulgurite.datamodules.ice_layers.sred_parts import (
@@ -40,6 +40,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 )
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, time_to_thickness
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
+from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 
@@ -308,14 +309,14 @@ class SredMat(StackSource):
         padded[:, :available] = boundaries[:, :available]
         if self.bin_size is not None:
             padded = padded * self.bin_size
-        thickness, spans = np.diff(padded, axis=1), MeasuredSpans.of_depth(padded)
+        thickness, spans = np.diff(padded, axis=1), Spans.of_depth(padded)
         if self.sample_time is not None:
             density = np.full(thickness.shape, self.density)
             if self.density is None:
                 density = physics[..., list(file.fields).index(_DENSITY)] / np.float64(1_000.0)
             thickness = time_to_thickness(thickness * self.sample_time, density)
             times = replace(spans, path=spans.path * self.sample_time)
-            spans = times.to_metres(density)
+            spans = to_optical_lengths(times, density)
         used = [physics[..., list(file.fields).index(name)] for name in self.fields]
         if self.elevation:
             used.append(np.broadcast_to(file.elevation[:, None], thickness.shape))

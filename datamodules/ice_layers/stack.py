@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.resample import Array
-from fulgurite.datamodules.ice_layers.spans import MeasuredSpans
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.spans import ArraySpans, Spans
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class LayerStack:
     trained_segments: tuple[str, ...] = ()
     unit: str = METRES
     record: FlightDetails | None = None
-    spans: MeasuredSpans | None = None
+    spans: ArraySpans | None = None
 
     def __post_init__(self) -> None:
         if self.thickness.ndim != 2:
@@ -240,7 +240,7 @@ class LayerStack:
                 "Sort its traces.",
             )
 
-    def _check_spans(self, spans: MeasuredSpans) -> None:
+    def _check_spans(self, spans: ArraySpans) -> None:
         if spans.start.shape != self.thickness.shape or spans.path.shape != self.thickness.shape:
             raise DataError(
                 f"The boundaries of stack {self.name} have shape {spans.path.shape} by layers, its "
@@ -267,9 +267,9 @@ class LayerStack:
         return np.isfinite(self.thickness)
 
     @property
-    def known_spans(self) -> MeasuredSpans:
+    def known_spans(self) -> ArraySpans:
         """What was measured between picked boundaries; single layers where no sum is known."""
-        return MeasuredSpans.of_thickness(self.thickness) if self.spans is None else self.spans
+        return Spans.of_thickness(self.thickness, sums=True) if self.spans is None else self.spans
 
     def to_data(self, segment: int, stack: int, dropped: NDArray[np.bool_] | None = None) -> Data:
         """Return it as node-major PyG ``Data``.
@@ -301,9 +301,7 @@ class LayerStack:
             "stack": torch.tensor([stack]),
         }
         if self.spans is not None:
-            fields["span_start"] = torch.from_numpy(spans.start)
-            fields["span_path"] = torch.from_numpy(spans.path)
-            fields["refraction"] = torch.from_numpy(spans.index)
+            fields |= spans.batch_fields()
         if self.truth is not None:
             fields["truth"] = torch.from_numpy(self.truth)
         if self.provenance is not None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fulgurite.base import SystemModule
+from fulgurite.domains.ice_layers.spans import Spans, TensorSpans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers.baselines import (
     Ridge,
@@ -37,7 +38,6 @@ from fulgurite.models.ice_layers.hiding import held_out
 from fulgurite.models.ice_layers.kriging import Kriging
 from fulgurite.models.ice_layers.kriging_fit import Drift, fit_kriging
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
-from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["BaselineCompletion", "BaselineMethod"]
@@ -229,7 +229,7 @@ class BaselineCompletion(SystemModule):
             )  # fmt: skip
 
     def _stacks(
-        self, batch: Any, visible_spans: Spans | None = None
+        self, batch: Any, visible_spans: TensorSpans | None = None
     ) -> Iterator[tuple[int, KrigingStack]]:
         """Number and arrays of each stack of a batch, on the CPU.
 
@@ -303,7 +303,7 @@ class BaselineCompletion(SystemModule):
             filled = torch.where(lines.isfinite(), lines, filled)
         return filled
 
-    def predict(self, batch: Any, visible_spans: Spans) -> tuple[Tensor, Tensor]:
+    def predict(self, batch: Any, visible_spans: TensorSpans) -> tuple[Tensor, Tensor]:
         """:meth:`predict_stack` for a batch of which some spans are visible. Shape: (N, L) each."""
         pairs = [self.predict_stack(stack) for _, stack in self._stacks(batch, visible_spans)]
         mean, std = (torch.cat(part).to(batch.ptr.device) for part in zip(*pairs, strict=True))
@@ -355,7 +355,7 @@ class BaselineCompletion(SystemModule):
         if self.means is not None:
             self.metrics = CompletionMetrics(len(self.means)).to(self.device)
 
-    def _evaluate(self, batch: Any, visible_spans: Spans, hidden: Tensor | None) -> None:
+    def _evaluate(self, batch: Any, visible_spans: TensorSpans, hidden: Tensor | None) -> None:
         mean, std = self.predict(batch, visible_spans)
         assert self.metrics is not None
         self.metrics.update(

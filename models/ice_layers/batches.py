@@ -3,7 +3,7 @@
 A batch is PyG's, node-major: ``thickness`` (N, L) [m], ``observed`` (N, L), ``physics`` (N, L, P),
 ``pos`` (N, 2) [degrees], ``distance`` (N,) [m], ``stack`` (B,), ``ptr`` (B + 1,); where boundaries
 were measured also ``span_start``, ``span_path`` and ``refraction`` (N, L) of
-:class:`~fulgurite.models.ice_layers.spans.Spans`; of generated data ``truth`` (N, L) [m], and
+:class:`~fulgurite.domains.ice_layers.spans.Spans`; of generated data ``truth`` (N, L) [m], and
 ``dropped`` (N, L) where observed entries were left out.
 
 Axes: B stacks, N traces of all of them, L layers, P physical fields.

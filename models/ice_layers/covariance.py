@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.domains.ice_layers.spans import Spans, TensorSpans
 from fulgurite.models.ice_layers.baselines import Ridge
-from fulgurite.models.ice_layers.spans import Spans
 
 __all__ = [
     "START",
@@ -70,17 +70,17 @@ class KrigingStack(NamedTuple):
     observed: Tensor
     physics: Tensor
     distance: Tensor
-    spans: Spans | None = None
+    spans: TensorSpans | None = None
 
     @classmethod
     def of_spans(
-        cls, thickness: Tensor, spans: Spans, physics: Tensor, distance: Tensor
+        cls, thickness: Tensor, spans: TensorSpans, physics: Tensor, distance: Tensor
     ) -> KrigingStack:
         """Return a stack whose observed entries are the spans of one layer."""
         return cls(thickness, spans.observed, physics, distance, spans)
 
     @property
-    def measured(self) -> Spans:
+    def measured(self) -> TensorSpans:
         """What was measured between picked boundaries."""
         if self.spans is not None:
             return self.spans
@@ -92,7 +92,7 @@ class KrigingStack(NamedTuple):
         thickness, observed, physics, distance = (x[rows] for x in self[:4])
         return KrigingStack(thickness, observed, physics, distance, spans)
 
-    def show(self, spans: Spans) -> KrigingStack:
+    def show(self, spans: TensorSpans) -> KrigingStack:
         """Return the stack with only these spans measured."""
         return KrigingStack.of_spans(self.thickness, spans, self.physics, self.distance)
 
@@ -120,7 +120,7 @@ class ObservedSpans(NamedTuple):
     weight: Tensor
 
     @classmethod
-    def of(cls, spans: Spans) -> ObservedSpans:
+    def of(cls, spans: TensorSpans) -> ObservedSpans:
         """From the spans of a stack."""
         number = torch.arange(spans.start.shape[1])
         is_first = spans.known & (spans.start == number)

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from fulgurite.base import SystemModule, build_network, scheduled
+from fulgurite.domains.ice_layers.spans import TensorSpans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.foreign import read_state_dict
 from fulgurite.models.ice_layers.batches import (
@@ -31,7 +32,6 @@ from fulgurite.models.ice_layers.losses import LossKind, masked_robust_loss
 from fulgurite.models.ice_layers.metrics import CompletionMetrics
 from fulgurite.models.ice_layers.normalise import Normalised, Normaliser, to_positive
 from fulgurite.models.ice_layers.schedule import TwoStageLR
-from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.models.ice_layers.uncertainty import Calibration
 from fulgurite.sampling import forget_training_data, rank_and_world
 
@@ -333,7 +333,7 @@ class IceModule(SystemModule):
             x.thickness, visible, x.physics, x.pos, x.degrees, x.distance, x.track, **options
         )
 
-    def shared(self, x: Normalised, spans: Spans) -> Tensor:
+    def shared(self, x: Normalised, spans: TensorSpans) -> Tensor:
         """Normalised thickness of layers that share a measured sum as layers usually do.
 
         Shape: to (N, L), float32, NaN where no sum of several layers is known.

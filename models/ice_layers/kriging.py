@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fulgurite.domains.ice_layers.spans import THINNEST_LAYER, TensorSpans
 from fulgurite.errors import CheckpointError
 from fulgurite.models.ice_layers.baselines import Ridge
 from fulgurite.models.ice_layers.covariance import (
@@ -40,7 +41,6 @@ from fulgurite.models.ice_layers.covariance import (
     signal_covariance,
     solve,
 )
-from fulgurite.models.ice_layers.spans import THINNEST_LAYER, Spans
 
 __all__ = ["Kriging"]
 
@@ -165,7 +165,7 @@ def _predict(
     observed: ObservedSpans,
     residual: Tensor,
     factor: Tensor,
-    spans: Spans,
+    spans: TensorSpans,
 ) -> tuple[Tensor, Tensor]:
     """Best linear prediction and its standard deviation.
 
@@ -220,7 +220,7 @@ def _whole_traces(targets: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def _divide_sums(
-    mean: Tensor, std: Tensor, tables: Tables, rows: Tensor, cross: Tensor, spans: Spans
+    mean: Tensor, std: Tensor, tables: Tables, rows: Tensor, cross: Tensor, spans: TensorSpans
 ) -> None:
     """Give each span of several layers the length that was measured; in place.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fulgurite.domains.ice_layers.spans import TensorSpans
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.ice_layers.spans import Spans
 
 __all__ = [
     "GROUPS",
@@ -241,7 +241,7 @@ class CompletionMetrics(Metric):
         held_out: Tensor | None = None,
         measured: Tensor | None = None,
         noise: float = 0.0,
-        spans: Spans | None = None,
+        spans: TensorSpans | None = None,
     ) -> None:
         """Count a batch.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fulgurite.base import save_options
 from fulgurite.domains.ice_layers.codes import Provenance
+from fulgurite.domains.ice_layers.spans import Spans, TensorSpans
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers.batches import KeptBoundaries, check_keep_boundaries, known_truth
 from fulgurite.models.ice_layers.completion import Gaps, fill, measure_gaps
@@ -27,7 +28,6 @@ from fulgurite.models.ice_layers.hiding import StructuredHiding, held_out
 from fulgurite.models.ice_layers.ice_module import IceModule
 from fulgurite.models.ice_layers.losses import LossKind
 from fulgurite.models.ice_layers.normalise import Normalised
-from fulgurite.models.ice_layers.spans import Spans
 from fulgurite.models.ice_layers.uncertainty import entry_features, mean_and_std
 from fulgurite.sampling import rank_and_world
 
@@ -147,7 +147,9 @@ class IceCompletion(IceModule):
         """What the network is shown at evaluation. Shape: (N, L), bool."""
         return torch.zeros_like(observed) if self.inputs == "physics" else observed
 
-    def _consistent_spans(self, x: Normalised, spans: Spans) -> tuple[Spans | None, Tensor | None]:
+    def _consistent_spans(
+        self, x: Normalised, spans: TensorSpans
+    ) -> tuple[TensorSpans | None, Tensor | None]:
         """Spans that the network is trained with, none that others contradict, and what it sees.
 
         Args:
@@ -193,7 +195,7 @@ class IceCompletion(IceModule):
                 for m, was in zip(layers, before, strict=True):
                     m.train(was)
 
-    def predict(self, x: Normalised, spans: Spans) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Normalised, spans: TensorSpans) -> tuple[Tensor, Tensor]:
         """Predicted thickness and its standard deviation over members and samples [m].
 
         Args:
@@ -234,7 +236,7 @@ class IceCompletion(IceModule):
         std = self.calibration(self._features(gaps, ensemble_std, x.spans))
         return fill(batch.thickness, x.observed, gaps, predicted, std, self.max_gap)
 
-    def _features(self, gaps: Gaps, ensemble_std: Tensor, spans: Spans) -> Tensor:
+    def _features(self, gaps: Gaps, ensemble_std: Tensor, spans: TensorSpans) -> Tensor:
         between = spans.between
         if self.keep_boundaries == "none":
             between = torch.zeros_like(between)
@@ -276,7 +278,7 @@ class IceCompletion(IceModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))
         return loss
 
-    def _constrain(self, out: Tensor, x: Normalised, spans: Spans | None) -> Tensor:
+    def _constrain(self, out: Tensor, x: Normalised, spans: TensorSpans | None) -> Tensor:
         """Output of a network whose layers of a measured sum add up to it. Shape: (N, L)."""
         if spans is None:
             return out

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fulgurite.domains.ice_layers.spans import THINNEST_LAYER, Spans, TensorSpans
 from fulgurite.errors import DataError
 from fulgurite.models.ice_layers.graph import Track
-from fulgurite.models.ice_layers.spans import THINNEST_LAYER, Spans
 
 __all__ = ["Normalised", "Normaliser", "to_positive"]
 
@@ -45,7 +45,7 @@ class Normalised:
     degrees: Tensor
     distance: Tensor
     track: Track
-    spans: Spans
+    spans: TensorSpans
     expected: Tensor | None = None
 
 

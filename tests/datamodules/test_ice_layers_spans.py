@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from fulgurite.datamodules.ice_layers.blocks import Blocks, assemble
 from fulgurite.datamodules.ice_layers.flights import FlightTrack
 from fulgurite.datamodules.ice_layers.npz import NpzStacks
-from fulgurite.datamodules.ice_layers.spans import MeasuredSpans, resample_spans
+from fulgurite.datamodules.ice_layers.spans import resample_spans
 from fulgurite.datamodules.ice_layers.stack import LayerStack
+from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import DataError
-from fulgurite.models.ice_layers.spans import Spans as TorchSpans
 
 CASES = {"traces": st.integers(1, 8), "layers": st.integers(1, 7), "seed": st.integers(0, 10_000)}
 
@@ -24,7 +24,7 @@ def draw_depth(traces, layers, seed, missing=0.4):
 
 
 def in_torch(spans):
-    return TorchSpans(*(torch.from_numpy(x) for x in (spans.start, spans.path, spans.index)))
+    return Spans(*(torch.from_numpy(x) for x in (spans.start, spans.path, spans.index)))
 
 
 def same(left, right):
@@ -39,9 +39,9 @@ def test_hiding_a_boundary_is_not_having_picked_it(traces, layers, seed):
     hidden = generator.random((traces, layers)) < 0.4
     unpicked = depth.copy()
     unpicked[:, 1:][hidden] = np.nan
-    spans = MeasuredSpans.of_depth(depth)
-    same(spans.hide(hidden), MeasuredSpans.of_depth(unpicked))
-    same(in_torch(spans).hide(torch.from_numpy(hidden)), MeasuredSpans.of_depth(unpicked))
+    spans = Spans.of_depth(depth)
+    same(spans.hide(hidden), Spans.of_depth(unpicked))
+    same(in_torch(spans).hide(torch.from_numpy(hidden)), Spans.of_depth(unpicked))
     for name in ("known", "observed", "picked", "length"):
         ours = np.asarray(getattr(in_torch(spans), name))
         np.testing.assert_array_equal(ours, getattr(spans, name))
@@ -51,7 +51,7 @@ def test_hiding_a_boundary_is_not_having_picked_it(traces, layers, seed):
 @given(**CASES)
 def test_observed_layers_and_picks_are_those_of_the_boundaries(traces, layers, seed):
     depth, _ = draw_depth(traces, layers, seed)
-    spans = MeasuredSpans.of_depth(depth)
+    spans = Spans.of_depth(depth)
     thickness = np.diff(depth, axis=1)
     np.testing.assert_array_equal(spans.observed, np.isfinite(thickness))
     assert not spans.contradicts(thickness).any()
@@ -68,7 +68,7 @@ def test_spans_of_traces_are_those_of_their_picks(traces, layers, seed):
     at = generator.uniform(1.0, 1.2, traces + 1).cumsum()
     heights = generator.uniform(0, 1, (traces + 1, 1))
     thickness, spans = resample_spans(at, depth + heights, at)
-    expected = MeasuredSpans.of_depth(depth)
+    expected = Spans.of_depth(depth)
     np.testing.assert_allclose(thickness, np.diff(depth, axis=1), rtol=1e-9)
     np.testing.assert_array_equal(spans.start, expected.start)
     np.testing.assert_allclose(spans.path, expected.path, rtol=1e-9)
@@ -110,17 +110,15 @@ def make_stack(thickness, spans):
 def test_spans_that_contradict_thickness_are_refused():
     depth = np.array([[0.0, 1.0, 3.0]] * 2)
     thickness = np.diff(depth, axis=1)
-    make_stack(thickness, MeasuredSpans.of_depth(depth))
+    make_stack(thickness, Spans.of_depth(depth))
     with pytest.raises(DataError, match=r"not what lies between .* trace 0, layer 2"):
-        make_stack(thickness * [1.0, 1.01], MeasuredSpans.of_depth(depth))
+        make_stack(thickness * [1.0, 1.01], Spans.of_depth(depth))
     with pytest.raises(DataError, match="not what lies between"):
-        make_stack(thickness, MeasuredSpans.of_depth(np.array([[0.0, np.nan, 3.0]] * 2)))
+        make_stack(thickness, Spans.of_depth(np.array([[0.0, np.nan, 3.0]] * 2)))
     with pytest.raises(DataError, match="shape"):
-        make_stack(thickness, MeasuredSpans.of_depth(depth[:, :2]))
+        make_stack(thickness, Spans.of_depth(depth[:, :2]))
     with pytest.raises(DataError, match="cross or touch"):
-        make_stack(
-            np.array([[np.nan] * 2] * 2), MeasuredSpans.of_depth(np.array([[0.0, np.nan, 0.0]] * 2))
-        )
+        make_stack(np.array([[np.nan] * 2] * 2), Spans.of_depth(np.array([[0.0, np.nan, 0.0]] * 2)))
 
 
 def test_npz_files_may_hold_boundaries(tmp_path):
@@ -131,7 +129,7 @@ def test_npz_files_may_hold_boundaries(tmp_path):
     np.savez(tmp_path / "b.npz", boundary=boundary, thickness=np.diff(boundary, axis=1), pos=pos)
     first, second = NpzStacks(str(tmp_path)).load().stacks
     for stack in (first, second):
-        same(stack.known_spans, MeasuredSpans.of_depth(boundary))
+        same(stack.known_spans, Spans.of_depth(boundary))
     np.testing.assert_array_equal(first.thickness, second.thickness)
     assert first.known_spans.known.sum() > first.observed.sum()
     np.savez(tmp_path / "c.npz", pos=pos)
@@ -155,7 +153,7 @@ def test_data_of_thickness_alone_know_no_sums():
     thickness = np.array([[1.0, np.nan, np.nan, 2.0, 1.0]] * 2)
     data = make_stack(thickness, None).to_data(0, 0)
     assert "span_path" not in data
-    spans = TorchSpans.of_batch(data)
+    spans = Spans.of_batch(data)
     assert not spans.between.any()
     hidden = torch.tensor([[False, False, False, True, False]] * 2)
     visible_spans = spans.hide(hidden)

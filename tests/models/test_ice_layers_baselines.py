@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers import covariance
 from fulgurite.models.ice_layers import kriging as kriging_module
@@ -27,7 +28,6 @@ from fulgurite.models.ice_layers.baselines import (
 from fulgurite.models.ice_layers.covariance import KrigingStack
 from fulgurite.models.ice_layers.kriging import Kriging
 from fulgurite.models.ice_layers.kriging_fit import DRIFTS, choose_drift, fit_kriging
-from fulgurite.models.ice_layers.spans import Spans
 
 METHODS = ("mean", "layer_mean", "along", "linear", "ridge", "kriging")
 NAN = math.nan

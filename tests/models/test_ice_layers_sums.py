@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers import CompletionNet, IceCompletion
-from fulgurite.models.ice_layers.spans import Spans
 
 pytest.importorskip("torch_geometric")
 

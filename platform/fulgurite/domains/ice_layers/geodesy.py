@@ -39,13 +39,15 @@ def haversine(start: _Array, end: _Array, radius: float = EARTH_RADIUS) -> _Arra
     Source: arXiv 2604.20783, card sections 1.2 and 6, check 10.
     """
     library: Any = torch if isinstance(start, Tensor) else np
-    a, b = (
-        library.deg2rad(library.asarray(degrees, dtype=library.float64)) for degrees in (start, end)
-    )
+    a, b = (library.deg2rad(_to_double(degrees)) for degrees in (start, end))
     half = library.square(library.sin((b - a) / 2))
     inside = half[..., 0] + library.cos(a[..., 0]) * library.cos(b[..., 0]) * half[..., 1]
     distance: _Array = 2 * radius * library.arcsin(library.sqrt(library.clip(inside, 0, 1)))
     return distance
+
+
+def _to_double(values: _Array) -> _Array:
+    return values.double() if isinstance(values, Tensor) else np.asarray(values, np.float64)
 
 
 def to_vectors(pos: NDArray[np.float64], radius: float = 1.0) -> NDArray[np.float64]:

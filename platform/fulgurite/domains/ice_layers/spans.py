@@ -71,11 +71,11 @@ class Spans(Generic[_Array]):
     def of_batch(cls, batch: Any) -> Spans[Tensor]:
         """From a batch; in one that has no spans, thickness alone was measured."""
         if getattr(batch, "span_path", None) is None:
-            return Spans.of_thickness(batch.thickness.where(batch.observed, torch.nan), sums=False)
+            return Spans.of_thickness(batch.thickness.where(batch.observed, torch.nan))
         return Spans(batch.span_start, batch.span_path, batch.refraction)
 
     @classmethod
-    def of_thickness(cls, thickness: _Array, sums: bool = True) -> Spans[_Array]:
+    def of_thickness(cls, thickness: _Array, sums: bool = False) -> Spans[_Array]:
         """Spans of single layers, where nothing is known of sums.
 
         Args:
@@ -84,7 +84,7 @@ class Spans(Generic[_Array]):
                 hidden.
         """
         library: Any = _library_of(thickness)
-        path = library.asarray(thickness, dtype=library.float64)
+        path = _to_double(thickness)
         numbers = library.zeros_like(path, dtype=library.int64) + _count_layers(path)
         return Spans(numbers, path, library.ones_like(path), sums)
 
@@ -127,12 +127,14 @@ class Spans(Generic[_Array]):
     @cached_property
     def observed(self) -> _Array:
         """Whether the layer itself was measured. Shape: (N, L), bool."""
-        return self.known & (self.length == 1)
+        observed: _Array = self.known & (self.length == 1)
+        return observed
 
     @cached_property
     def between(self) -> _Array:
         """Whether the layer is missing, but is a part of a measured sum. Shape: (N, L), bool."""
-        return self.known & (self.length > 1)
+        between: _Array = self.known & (self.length > 1)
+        return between
 
     @cached_property
     def picked(self) -> _Array:
@@ -140,13 +142,15 @@ class Spans(Generic[_Array]):
         first, library = self.first, self._library
         none = library.zeros_like(first[:, :1])
         last = library.concatenate([first[:, 1:], ~none], 1)
-        below: _Array = library.concatenate([(first & self.known)[:, 1:], none], 1)
-        return (last & self.known) | below
+        below = library.concatenate([(first & self.known)[:, 1:], none], 1)
+        picked: _Array = (last & self.known) | below
+        return picked
 
     @cached_property
     def first(self) -> _Array:
         """Whether the layer is the first one of its span. Shape: (N, L), bool."""
-        return self.start == self._numbers
+        first: _Array = self.start == self._numbers
+        return first
 
     @property
     def _library(self) -> Any:
@@ -166,7 +170,7 @@ class Spans(Generic[_Array]):
         Args:
             thickness: [m]. Shape: (N, L).
         """
-        return self._sum(self.index * self._double(thickness))
+        return self._sum(self.index * _to_double(thickness))
 
     def hide(self, hidden: _Array) -> Spans[_Array]:
         """Return the spans that stay known when the lower boundaries of some layers are hidden.
@@ -200,7 +204,7 @@ class Spans(Generic[_Array]):
             [m]. Shape: (N, L), float64.
         """
         library = self._library
-        thickness = self._double(thickness)
+        thickness = _to_double(thickness)
         at_least = library.clip(thickness, THINNEST_LAYER, None)
         thickness = library.where(self.between, at_least, thickness)
         factor = library.where(self.between, self.path, 1.0) / self.lengths(thickness)
@@ -216,8 +220,9 @@ class Spans(Generic[_Array]):
         Returns:
             Predicted less measured [m]; NaN where nothing was measured. Shape: (N, L), float64.
         """
-        optical, summed = self.lengths(thickness), self._sum(self._double(thickness))
-        return summed * (1 - self.path / optical)
+        optical, summed = self.lengths(thickness), self._sum(_to_double(thickness))
+        misfit: _Array = summed * (1 - self.path / optical)
+        return misfit
 
     def contradicts(self, thickness: _Array) -> _Array:
         """Where thickness is measured and is not what the spans say, or only one of them is there.
@@ -225,10 +230,10 @@ class Spans(Generic[_Array]):
         Args:
             thickness: Thickness [m], NaN where missing. Shape: (N, L).
         """
-        library = self._library
-        finite: _Array = library.isfinite(thickness)
+        finite = self._library.isfinite(thickness)
         off = abs(self.index * thickness - self.path) > _TOLERANCE * abs(self.path)
-        return (finite != self.observed) | (finite & off)
+        wrong: _Array = (finite != self.observed) | (finite & off)
+        return wrong
 
     def keep(self, mask: _Array) -> Spans[_Array]:
         """Spans of which all layers are in a mask; of the others nothing is known.
@@ -237,16 +242,13 @@ class Spans(Generic[_Array]):
             mask: Layers to keep. Shape: (N, L), bool.
         """
         library = self._library
-        complete = self._sum(library.asarray(~mask, dtype=library.int64)) == 0
-        return self._replace_path(self.start, library.where(complete, self.path, library.nan))
+        missing = library.where(mask, library.zeros_like(self.start), 1)
+        path = library.where(self._sum(missing) == 0, self.path, library.nan)
+        return self._replace_path(self.start, path)
 
     def single(self) -> Spans[_Array]:
         """Return the observed layers alone, without sums of several."""
         return replace(self.keep(self.observed), sums=False)
-
-    def _double(self, values: _Array) -> _Array:
-        doubled: _Array = self._library.asarray(values, dtype=self._library.float64)
-        return doubled
 
     def _replace_path(self, start: _Array, path: _Array) -> Spans[_Array]:
         """Return spans of other lengths, where those of an unknown one are single layers."""
@@ -271,6 +273,11 @@ TensorSpans = Spans[Tensor]
 def _library_of(array: Any) -> Any:
     """The library of an array, whose functions are called alike: torch or numpy."""
     return torch if isinstance(array, Tensor) else np
+
+
+def _to_double(values: _Array) -> _Array:
+    """Values in float64; those of tensors keep their gradients, which torch.asarray drops."""
+    return values.double() if isinstance(values, Tensor) else values.astype(np.float64)
 
 
 def _count_layers(array: _Array) -> _Array:
