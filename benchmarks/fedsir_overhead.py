@@ -69,10 +69,10 @@ def main() -> None:
     timed(FedSIR, "_refresh", "relabeling")
     timed(FedSIR, "weights", "DaAgg weights")
     timed(federation.Federation, "average", "averaging")
-    teacher = federation.Federation.teacher
+    frozen = federation.Federation.frozen
 
-    def timed_teacher(fed: Any) -> Any:
-        network = teacher(fed)
+    def timed_teacher(fed: Any, state: Any) -> Any:
+        network = frozen(fed, state)
         if not network._forward_hooks:
             begun = [0.0]
             network.register_forward_pre_hook(lambda *_: begun.__setitem__(0, time.perf_counter()))
@@ -83,7 +83,7 @@ def main() -> None:
             )
         return network
 
-    federation.Federation.teacher = timed_teacher  # type: ignore[method-assign]
+    federation.Federation.frozen = timed_teacher  # type: ignore[method-assign]
     rounds: dict[str, list[float]] = {"FedAvg": [], "FedSIR": []}
     parts: list[dict[str, float]] = []
     for _ in range(2):

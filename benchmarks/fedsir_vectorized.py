@@ -59,7 +59,7 @@ def measure(
 
     def train(name: str) -> None:
         fed = federations[name]
-        results[name] = fed.train(range(CLIENTS), lambda client: LogitLoss(), purpose=0)
+        results[name] = fed.train_local(range(CLIENTS), lambda client: LogitLoss(), purpose=0)
         fed.average(results[name], fed.size_weights(range(CLIENTS)))
 
     padding = {"shift": 1, "crop_flip": 4}[data.augment]

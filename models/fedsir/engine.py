@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import CheckpointError, ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Costs, Federation, keyed_generator
+from fulgurite.models.fedsir.federation import (
+    Costs,
+    Federation,
+    Replies,
+    Reply,
+    TrainReply,
+    TrainRequest,
+    keyed_generator,
+)
 from fulgurite.models.fedsir.methods import FederatedMethod
 from fulgurite.models.fedsir.options import RoundOptions
 
@@ -67,7 +75,9 @@ class RoundEngine:
         self.finished: FinishedRound | None = None  # the last one
         self._begun = -1  # the last round that was begun
         self._started = False
-        self._states: ClientStates = {}
+        self._requests: dict[int, TrainRequest] = {}
+        self._replies: dict[int, Reply] = {}  # of this rank's clients
+        self._collected: Replies[TrainReply] | None = None
         self._weights: dict[int, float] = {}
         self._saved: dict[str, Any] | None = None
         self._federation: Federation | None = None
@@ -211,13 +221,14 @@ class RoundEngine:
         fed.state.write(fed.global_state)
         sampled = self.sample_clients(round)
         self.clients = self.draw_reporting(method.participants(fed, round, sampled), round)
-        fed.send_global(self.clients)
+        self._requests = {k: method.training_request(fed, k, round) for k in self.clients}
+        fed.send(self._requests)
         clients = fed.local_clients(self.clients)
         size = max(1, fed.vectorize)
         if size > 1:  # clients of a group that end together waste no passes
             clients = sorted(clients, key=lambda k: -int(fed.sizes[k]))
         self.groups = [clients[i : i + size] for i in range(0, len(clients), size)]
-        self._states = {}
+        self._replies = {}
         self._begun = round
 
     def train_group(self, group: int) -> None:
@@ -227,34 +238,31 @@ class RoundEngine:
             group: Number of the group in the round.
         """
         if group < len(self.groups):
-            self._states |= self.fed.train_local(
-                self.groups[group],
-                lambda client: self.method.objective(self.fed, client, self.round),
-                purpose=self.round,
-            )
+            requests = {k: self._requests[k] for k in self.groups[group]}
+            self._replies |= self.fed.answer(self.method.client_side, requests)
 
     def aggregate(self) -> Tensor:
         """Average the clients' models; every rank must take part. Shape: (P,)."""
         fed = self.fed
-        self._weights = self.method.weights(fed, self.round, self.clients, self._states)
-        aggregate = fed.average(self._states, self._weights)
+        self._collected = fed.collect(self.clients, self._replies)
+        self._weights = self.method.weights(fed, self.round, self._collected)
+        aggregate = fed.average(self._collected.models, self._weights)
         fed.costs.rounds += 1
-        fed.costs.client_epochs += len(self.clients) * fed.local_epochs
-        fed.costs.bytes_up += len(self.clients) * fed.state_bytes
         return aggregate
 
     def finish_round(self) -> FinishedRound:
         """Let the method look at the round, whose new global model is in the network."""
-        fed = self.fed
+        fed, replies = self.fed, self._collected
+        assert replies is not None, "the round has not been aggregated"
         fed.global_state = fed.state.read()
-        self.method.after_round(fed, self.round, self.clients, self._states)
-        losses = fed.gather_rows({k: fed.loss_sum[k] for k in self._states}, self.clients)
+        self.method.after_round(fed, self.round, replies)
+        losses = replies.stack(lambda client, _: fed.loss_sum[client])
         self.finished = FinishedRound(
             self.clients,
             [self._weights.get(k, 0.0) for k in range(fed.num_clients)],
             float(losses.mean()),
         )
-        self._states = {}
+        self._replies, self._requests, self._collected = {}, {}, None
         self.round += 1
         self.upcoming = self._next_client_epochs()
         self.exhausted = self._exceeds(fed.costs.client_epochs + self.upcoming)
@@ -269,6 +277,7 @@ class RoundEngine:
             "seed": self.fed.seed,
             "round": self.round,
             "labels": self.fed.labels.state_dict(),
+            "clients": self.fed.read_memories(),
             "method": _move_models(self.method.state_dict(), torch.device("cpu")),
             "costs": asdict(self.fed.costs),
             "receivers": sorted(self.fed.receivers),
@@ -294,6 +303,7 @@ class RoundEngine:
             )
         self.fed.labels.load_state_dict(saved["labels"])
         self.method.load_state_dict(_move_models(saved["method"], self.fed.device))
+        self.fed.write_memories(saved["clients"])
         self.fed.costs = Costs(**saved["costs"])
         self.fed.receivers = set(saved["receivers"])
         self.round, self.upcoming = int(saved["round"]), int(saved["upcoming"])

@@ -9,7 +9,7 @@ Axes: N samples, C classes, D feature dim, K clean clients, Q residual rows (12 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fulgurite.devices import running_sum
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.fedsir.spectra import ClassSpectra, SpectraAccumulator
+from fulgurite.models.fedsir.wire import on_wire
 
 __all__ = [
     "ClientReference",
@@ -73,9 +74,9 @@ class ClientReference:
 
     counts: Tensor
     weight: Tensor
-    direction: Tensor
-    residual: Tensor
-    rows: Tensor
+    direction: Tensor = on_wire(torch.float32)
+    residual: Tensor = on_wire(torch.float32)
+    rows: Tensor = field()
 
     @property
     def valid(self) -> Tensor:
@@ -94,10 +95,10 @@ class References:
         valid: Classes that have a reference, bool. Shape: (C,).
     """
 
-    direction: Tensor
-    residual: Tensor
-    rows: Tensor
-    valid: Tensor
+    direction: Tensor = on_wire(torch.float32)
+    residual: Tensor = on_wire(torch.float32)
+    rows: Tensor = field()
+    valid: Tensor = field()
 
 
 def client_reference(

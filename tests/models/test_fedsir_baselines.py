@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from fulgurite.cli import run
 from fulgurite.errors import ConfigError, MissingExtraError
-from fulgurite.models.fedsir.federation import Federation, LogitLoss, MiniBatch
+from fulgurite.models.fedsir.federation import Federation, LogitLoss, MiniBatch, Replies
 from fulgurite.models.fedsir.losses import adjusted_distillation, log_prior
 from fulgurite.models.fedsir.methods import (
     FedCorr,
@@ -112,14 +113,30 @@ def play(method, fed: Federation, rounds: range) -> None:
     for r in rounds:
         method.before_round(fed, r)
         fed.state.write(fed.global_state)
-        clients = method.participants(fed, r, range(fed.num_clients))
-        states = fed.train(clients, lambda k, r=r: method.objective(fed, k, r), purpose=r)
-        weights = method.weights(fed, r, clients, states)
-        assert sum(weights.values()) == pytest.approx(1)
-        fed.global_state = fed.average(states, weights)
-        fed.state.write(fed.global_state)
-        method.after_round(fed, r, clients, states)
+        play_round(method, fed, r, method.participants(fed, r, range(fed.num_clients)))
         assert torch.equal(fed.state.read(), fed.global_state)  # hooks leave the model as it was
+
+
+def play_round(method, fed: Federation, round: int, clients: list[int]) -> None:
+    """Train some clients, and average their models."""
+    requests = {k: method.training_request(fed, k, round) for k in clients}
+    replies = fed.exchange(method.client_side, requests)
+    weights = method.weights(fed, round, replies)
+    assert sum(weights.values()) == pytest.approx(1)
+    fed.global_state = fed.average(replies.models, weights)
+    fed.state.write(fed.global_state)
+    method.after_round(fed, round, replies)
+
+
+def objective(method, fed: Federation, client: int, round: int):
+    """The local loss of a client."""
+    request = method.training_request(fed, client, round)
+    return method.client_side.objective(fed.clients[client], request)
+
+
+def count_labels(fed: Federation) -> torch.Tensor:
+    """Given labels by client and class."""
+    return torch.stack([client.count_labels() for client in fed.clients])
 
 
 METHODS = {
@@ -167,7 +184,7 @@ def test_equal_clients_are_all_clean():
 
 
 def test_class_losses_are_means_per_class(fed, data):
-    table = class_losses(fed)
+    table = class_losses(fed, FedNoRo().client_side)
     index = data.client_index(4)
     with torch.no_grad():
         losses = F.cross_entropy(
@@ -233,7 +250,7 @@ def test_mixup_of_equal_samples_is_the_plain_loss_and_is_keyed():
 
 def test_two_equal_views_have_no_divergence_and_both_count(fed):
     network, index = fed.network.eval(), torch.tensor([3, 8, 0])
-    loss = FedLSR(consistency=2.0, entropy=0.5, ramp_rounds=4).objective(fed, 0, 2)
+    loss = objective(FedLSR(consistency=2.0, entropy=0.5, ramp_rounds=4), fed, 0, 2)
     assert loss.consistency == 1.0  # half way up
     images, labels = fed.data.images[index], fed.labels.given[index]
     logits = network(images)
@@ -368,7 +385,8 @@ def test_pruning_drops_wrong_labels_rather_than_right_ones(fed, data):
     method = METHODS["folds"]()
     play(method, fed, range(1))
     wrong = data.labels.given != data.true
-    assert method.kept[~wrong].double().mean() > method.kept[wrong].double().mean() + 0.2
+    kept = torch.cat([client.memory["kept"] for client in fed.clients])  # as clients are dealt
+    assert kept[~wrong].double().mean() > kept[wrong].double().mean() + 0.2
     assert method.local_rounds() == 32
     assert LocalCleaning(probabilities="probe").local_rounds() == 0
 
@@ -377,8 +395,8 @@ def test_warmup_has_no_split_and_uses_the_prior(fed):
     method = FedNoRo(warmup=2)
     play(method, fed, range(2))
     assert method.clean is None
-    loss = method.objective(fed, 0, 1)
-    expected = log_prior(fed.label_counts(), mask_absent=True)[0]
+    loss = objective(method, fed, 0, 1)
+    expected = log_prior(count_labels(fed), mask_absent=True)[0]
     torch.testing.assert_close(loss.log_prior, expected)
 
 
@@ -393,10 +411,7 @@ def test_a_round_with_some_clients_only(make, data):
         clients = method.participants(fed, r, sampled)
         assert clients
         assert set(clients) <= set(sampled)
-        states = fed.train(clients, lambda k, r=r: method.objective(fed, k, r), purpose=r)
-        weights = method.weights(fed, r, clients, states)
-        fed.global_state = fed.average(states, weights)
-        method.after_round(fed, r, clients, states)
+        play_round(method, fed, r, clients)
     assert fed.global_state.isfinite().all()
 
 
@@ -413,9 +428,11 @@ def test_resume_is_bit_identical(make, data):
         first, before = start(given), make()
         play(before, first, range(stop))
         path = data.path / f"{stop}.pt"
-        torch.save([before.state_dict(), first.global_state, data.labels.current], path)
-        state, model, current = torch.load(path, weights_only=True)
+        memories = first.read_memories()
+        torch.save([before.state_dict(), first.global_state, data.labels.current, memories], path)
+        state, model, current, memories = torch.load(path, weights_only=True)
         second, after = start(given), make()
+        second.write_memories(memories)
         after.load_state_dict(state)
         data.labels.current.copy_(current)
         second.global_state = model
@@ -450,6 +467,49 @@ def test_dealing_clients_to_ranks_does_not_matter(make, data, monkeypatch):
     assert torch.equal(outcome(1), outcome(-1))
 
 
+def tensors_of(record):
+    """All tensors of a message, those of records inside it too."""
+    for entry in fields(record):
+        value = getattr(record, entry.name)
+        if is_dataclass(value):
+            yield from tensors_of(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+@pytest.mark.parametrize("name", [*METHODS, "fedsir"])
+def test_messages_hold_no_images_labels_or_vectors_over_samples(name, monkeypatch):
+    if name in needs_cleanlab:
+        pytest.importorskip("cleanlab")
+    samples = 61  # of a client: the size of nothing else
+    torch.manual_seed(0)
+    fed = Federation(Data(samples), Net(), lambda p: torch.optim.Adam(p, lr=0.02), batch_size=20)
+    messages, answer = [], fed.answer
+
+    def record(side, requests):
+        replies = answer(side, requests)
+        messages.extend([*requests.values(), *replies.values()])
+        return replies
+
+    monkeypatch.setattr(fed, "answer", record)
+    play(make_fedsir() if name == "fedsir" else METHODS[name](), fed, range(6))
+    assert messages
+    for message in messages:
+        for tensor in tensors_of(message):
+            assert not {samples, 6 * samples} & set(tensor.shape), type(message)
+
+
+def test_costs_are_those_of_the_messages(fed):
+    method = FedSIR(SpectralIdentification(epochs=1), relabel_every=0)
+    method.before_rounds(fed)
+    model, clean = fed.state_bytes, int(method.clean.sum())
+    assert fed.costs.bytes_down == 6 * model  # the common start
+    assert fed.costs.bytes_up == 6 * 2 * 4 + clean * model  # two statistics, and clean models
+    before = fed.costs.bytes_down
+    play_round(method, fed, 0, [0, 5])
+    assert fed.costs.bytes_down - before == 2 * model
+
+
 # --- FedSIR on the same federation -------------------------------------------------------------
 
 
@@ -474,15 +534,16 @@ def test_weights_follow_the_share_of_decided_labels(fed):
     play(method, fed, range(1))
     assert method.decided[:3].tolist() == [1, 1, 1]
     for client in (3, 4, 5):
-        taken = ~method.distil[fed.index[client]]
+        taken = ~fed.clients[client].memory["distil"]
         assert float(method.decided[client]) == pytest.approx(float(taken.double().mean()))
     method.decided[3], method.decided[4] = 0.0, 0.5
-    weights = method.weights(fed, 0, range(6), {})
+    weights = method.weights(fed, 0, Replies(list(range(6)), {}, fed.device))
     assert sum(weights.values()) == pytest.approx(1)
     assert weights[3] == 0
     assert weights[4] == pytest.approx(weights[0] / 2)
     method.decided[:] = 0.0
-    assert method.weights(fed, 0, [3, 4], {}) == fed.size_weights([3, 4])  # never all zero
+    noisy = Replies([3, 4], {}, fed.device)
+    assert method.weights(fed, 0, noisy) == fed.size_weights([3, 4])  # never all zero
 
 
 def batch_loss(loss, network: nn.Module) -> torch.Tensor:
@@ -496,15 +557,15 @@ def batch_loss(loss, network: nn.Module) -> torch.Tensor:
 def test_clean_and_noisy_clients_have_losses_of_their_own(fed, clean_loss, noisy_loss):
     method = make_fedsir(clean_loss=clean_loss, noisy_loss=noisy_loss, relabel_every=0)
     method.is_clean = ~torch.tensor(NOISY)
-    prior, network = log_prior(fed.label_counts()), fed.network.eval()
-    clean = method.objective(fed, 0, 5)
+    prior, network = log_prior(count_labels(fed)), fed.network.eval()
+    clean = objective(method, fed, 0, 5)
     assert type(clean) is LogitLoss
     assert (clean.log_prior is None) == (clean_loss == "ce")
-    noisy = method.objective(fed, 4, 5)
+    noisy = objective(method, fed, 4, 5)
     assert type(noisy) is DistillationLoss
     offset = prior[4] if noisy_loss.startswith("la") else torch.zeros(3)
     weight = method.kd_height if noisy_loss.endswith("kd") else 0.0
-    teacher = fed.teacher()
+    teacher = fed.frozen(fed.global_state)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.1

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import Federation, LogitLoss
+from fulgurite.models.fedsir.federation import ClientSide, Federation, LogitLoss, TrainRequest
 from fulgurite.models.fedsir.federation.vectorized import train_group, vectorizable
-from fulgurite.models.fedsir.methods import FedAvg, FedProx
-from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.models.fedsir.methods import FedProx
 from fulgurite.models.fedsir.network import DigitsNet, SmallCNN
 
 SIZES = (9, 23, 8, 5, 1, 23, 16)  # of 8: joined tails, plain tails, no tail, one sample
@@ -53,25 +52,31 @@ class Data:
         return images.to(self.dtype) / 128 - 1
 
 
-class Adjusted(FederatedMethod):
+class Adjusted(ClientSide):
     """A log-prior per client on every second client."""
 
-    def objective(self, fed, client, round):
-        if client % 2:
-            return LogitLoss(fed.label_counts()[client].clamp_min(1).log())
+    def objective(self, client, request):
+        if client.number % 2:
+            return LogitLoss(client.count_labels().clamp_min(1).log())
         return LogitLoss()
 
 
-class Both(FederatedMethod):
+class Both(ClientSide):
     """A prior and a proximal term to an anchor of each client's own."""
 
-    def objective(self, fed, client, round):
-        anchor = {n: p.detach() + 0.01 * client for n, p in fed.teacher().named_parameters()}
-        return LogitLoss(torch.arange(4.0) - client, proximal=0.3 * (client % 3), anchor=anchor)
+    def objective(self, client, request):
+        k, frozen = client.number, client.frozen(request.model)
+        anchor = {n: p.detach() + 0.01 * k for n, p in frozen.named_parameters()}
+        return LogitLoss(torch.arange(4.0) - k, proximal=0.3 * (k % 3), anchor=anchor)
 
 
 NETWORKS = {"digits": lambda: DigitsNet(1, 4, 6, 16, 8), "cnn": lambda: SmallCNN(1, 4, 4)}
-METHODS = {"fedavg": FedAvg, "fedprox": FedProx, "adjusted": Adjusted, "both": Both}
+SIDES = {
+    "fedavg": ClientSide,
+    "fedprox": lambda: FedProx().client_side,
+    "adjusted": Adjusted,
+    "both": Both,
+}
 # A large eps: Adam divides rounding errors by themselves where the true gradient is zero, as it is
 # for biases before BatchNorm and behind dead units.
 ADAM = partial(torch.optim.Adam, lr=3e-3, weight_decay=5e-4, eps=1e-4)
@@ -84,10 +89,14 @@ def federation(network, dtype=torch.float64, optimizer=ADAM, vectorize=0, **chan
     )
 
 
-def train(fed, method=None, epochs=3, clients=tuple(range(7)), **kwargs):
-    method = method or FedAvg()
+def objective(side, fed, client):
+    return side.objective(fed.clients[client], TrainRequest(model=fed.global_state, round=0))
+
+
+def train(fed, side=None, epochs=3, clients=tuple(range(7)), **kwargs):
+    side = side or ClientSide()
     return fed.train_local(
-        list(clients), lambda k: method.objective(fed, k, 0), purpose=0, epochs=epochs, **kwargs
+        list(clients), lambda k: objective(side, fed, k), purpose=0, epochs=epochs, **kwargs
     )
 
 
@@ -96,14 +105,14 @@ def largest_difference(one, other):
     return max(float((one[k] - other[k]).abs().max()) for k in one)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_equals_the_loop(network, method):
+def test_equals_the_loop(network, side):
     loop, group = (federation(NETWORKS[network], vectorize=v) for v in (0, len(SIZES)))
     calls = {"loop": 0, "group": 0}
     for fed, name in ((loop, "loop"), (group, "group")):
         fed.on_step = lambda name=name: calls.update({name: calls[name] + 1})
-    expected, found = (train(fed, METHODS[method]()) for fed in (loop, group))
+    expected, found = (train(fed, SIDES[side]()) for fed in (loop, group))
     moved = min(float((s - loop.global_state).abs().max()) for s in expected.values())
     assert moved > 1e-3  # every client's model, running statistics among it, has changed
     assert largest_difference(expected, found) < 1e-11
@@ -211,13 +220,13 @@ def test_dropout_draws_as_in_the_loop():
 
 
 def test_other_losses_train_one_by_one():
-    class Other(FederatedMethod):
-        def objective(self, fed, client, round):
+    class Other(ClientSide):
+        def objective(self, client, request):
             plain = LogitLoss()
-            return plain if client % 2 else lambda network, batch: 2 * plain(network, batch)
+            return plain if client.number % 2 else lambda network, batch: 2 * plain(network, batch)
 
     loop, group = (federation(NETWORKS["digits"], vectorize=v) for v in (0, 7))
-    assert not vectorizable(Other().objective(loop, 0, 0))
+    assert not vectorizable(objective(Other(), loop, 0))
     expected, found = train(loop, Other()), train(group, Other())
     assert largest_difference(expected, found) < 1e-11
     assert expected[0].equal(found[0])

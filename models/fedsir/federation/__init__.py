@@ -7,7 +7,15 @@ client), and sums over clients are exact integers (:func:`exact_average`). (Not 
 ``vectorize``: which clients share a pass depends on the ranks, and so does rounding.)
 """
 
+from fulgurite.models.fedsir.federation.clients import Client, ClientSide, TrainingTask
 from fulgurite.models.fedsir.federation.federation import Costs, Federation
+from fulgurite.models.fedsir.federation.messages import (
+    Replies,
+    Reply,
+    Request,
+    TrainReply,
+    TrainRequest,
+)
 from fulgurite.models.fedsir.federation.objectives import LogitLoss, MiniBatch, Objective
 from fulgurite.models.fedsir.federation.randomness import keyed_generator, mini_batches
 from fulgurite.models.fedsir.federation.ranks import balanced_assignment
@@ -16,6 +24,8 @@ from fulgurite.models.fedsir.federation.training import LocalTrainer
 from fulgurite.models.fedsir.federation.visible import VisibleData
 
 __all__ = [
+    "Client",
+    "ClientSide",
     "ClientStates",
     "Costs",
     "Federation",
@@ -24,6 +34,12 @@ __all__ = [
     "LogitLoss",
     "MiniBatch",
     "Objective",
+    "Replies",
+    "Reply",
+    "Request",
+    "TrainReply",
+    "TrainRequest",
+    "TrainingTask",
     "VisibleData",
     "balanced_assignment",
     "exact_average",

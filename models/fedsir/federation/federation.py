@@ -11,14 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fulgurite.models.fedsir.aggregation import sample_weights
+from fulgurite.models.fedsir.federation.clients import Client, ClientSide
+from fulgurite.models.fedsir.federation.messages import Replies, Reply, Request
 from fulgurite.models.fedsir.federation.objectives import Objective
-from fulgurite.models.fedsir.federation.ranks import balanced_assignment, gather_objects
+from fulgurite.models.fedsir.federation.ranks import (
+    balanced_assignment,
+    gather_objects,
+    gather_rows,
+)
 from fulgurite.models.fedsir.federation.states import ClientStates, exact_average
 from fulgurite.models.fedsir.federation.training import LocalTrainer, OptimizerFactory
 from fulgurite.models.fedsir.federation.vectorized import train_group, vectorizable
+from fulgurite.models.fedsir.wire import count_payload
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["Costs", "Federation"]
@@ -53,7 +60,9 @@ class Federation(LocalTrainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.clients = [Client(self, k) for k in range(self.num_clients)]
         self.receivers: set[int] = set()  # clients that have the current global model
+        self._ranks: dict[int, int] = {}  # rank that simulated a client last
         self._global_state = self.state.read()
 
     # --- facts known to every rank ---------------------------------------------------------------
@@ -62,12 +71,9 @@ class Federation(LocalTrainer):
         """Select the clients that this rank simulates."""
         rank, world = rank_and_world()
         sizes = {k: int(self.sizes[k]) for k in clients}
-        return balanced_assignment(sizes, world)[rank]
-
-    def label_counts(self, *, current: bool = False) -> Tensor:
-        """Labels per client and class, of the given labels or the current ones. Shape: (K, C)."""
-        labels = self.labels.current if current else self.labels.given
-        return torch.stack([labels[i].bincount(minlength=self.num_classes) for i in self.index])
+        groups = balanced_assignment(sizes, world)
+        self._ranks |= {k: r for r, group in enumerate(groups) for k in group}
+        return groups[rank]
 
     @property
     def global_state(self) -> Tensor:
@@ -91,40 +97,92 @@ class Federation(LocalTrainer):
         self.costs.bytes_down += len(missing) * self.state_bytes
         self.receivers |= missing
 
-    # --- local training ------------------------------------------------------------------------
+    # --- messages ------------------------------------------------------------------------------
 
-    def train(
-        self,
-        clients: Sequence[int],
-        objective: Callable[[int], Objective],
-        *,
-        purpose: int | str,
-        start: Tensor | None = None,
-        epochs: int | None = None,
-        optimizer: OptimizerFactory | None = None,
-    ) -> ClientStates:
-        """Train each client from the same start, alone.
+    def exchange(self, side: ClientSide, requests: Mapping[int, Request]) -> Replies[Any]:
+        """Send a request to each of some clients, and collect their replies.
+
+        Every rank passes the same requests, and answers those of the clients that it simulates.
 
         Args:
-            clients: Clients to train; every rank trains those it simulates.
-            objective: Gives the local loss of a client.
-            purpose: Key of the random numbers: the round, or the name of a stage.
-            start: Flat state to start from; the global model by default. Shape: (P,).
-            epochs: Local epochs; ``local_epochs`` by default.
-            optimizer: Local optimizer; the federation's by default.
-
-        Returns:
-            Flat states after training, of this rank's clients.
+            side: The client side of the method.
+            requests: A request, all of one class, to each client.
         """
-        self.costs.client_epochs += len(clients) * (self.local_epochs if epochs is None else epochs)
-        return self.train_local(
-            self.local_clients(clients),
-            objective,
-            purpose=purpose,
-            start=start,
-            epochs=epochs,
-            optimizer=optimizer,
-        )
+        clients = list(requests)
+        self.send(requests)
+        continues = all(request.continues for request in requests.values())
+        if continues and set(clients) <= set(self._ranks):
+            local = [k for k in clients if self._ranks[k] == rank_and_world()[0]]
+        else:
+            local = self.local_clients(clients)
+        return self.collect(clients, self.answer(side, {k: requests[k] for k in local}))
+
+    def send(self, requests: Mapping[int, Request]) -> None:
+        """Count what goes down to clients, and the epochs that they are asked to train."""
+        globals_sent = [k for k, r in requests.items() if self._is_global(r.model)]
+        self.send_global(globals_sent)
+        others = [r.model for k, r in requests.items() if k not in set(globals_sent)]
+        models = [model for model in others if model is not None]
+        self.costs.bytes_down += sum(model.numel() * model.itemsize for model in models)
+        self.costs.bytes_down += sum(map(count_payload, requests.values()))
+        self.costs.client_epochs += sum(request.epochs for request in requests.values())
+
+    def _is_global(self, model: Tensor | None) -> bool:
+        if model is None or model is self._global_state:
+            return model is not None
+        return torch.equal(model, self._global_state)
+
+    def answer(self, side: ClientSide, requests: Mapping[int, Request]) -> dict[int, Reply]:
+        """Let clients of this rank answer; those with a training task train first."""
+        for client, request in requests.items():
+            if not request.continues:
+                self.clients[client].kept = {}
+        tasks = {k: side.task(self.clients[k], request) for k, request in requests.items()}
+        trained: ClientStates = {}
+        training = {k: task for k, task in tasks.items() if task is not None}
+        if training:
+            task, request = (next(iter(x.values())) for x in (training, requests))
+            trained = self.train_local(
+                list(training),
+                lambda client: training[client].objective,
+                purpose=task.purpose,
+                start=request.model,
+                epochs=request.epochs,
+                optimizer=task.optimizer,
+            )
+        replies = {k: side.reply(self.clients[k], r, trained.get(k)) for k, r in requests.items()}
+        self.state.write(self.global_state)
+        return replies
+
+    def collect(self, clients: Sequence[int], replies: dict[int, Any]) -> Replies[Any]:
+        """Count what comes up from clients, and let the ranks share what their clients changed.
+
+        Args:
+            clients: Clients that replied, of all ranks.
+            replies: Replies of the clients of this rank.
+        """
+        sent = gather_objects({k: count_payload(reply) for k, reply in replies.items()})
+        self.costs.bytes_up += sum(sent.values())
+        if rank_and_world()[1] > 1:
+            changed = {c.number: (c.labels, c.memory) for c in self.clients if c.has_changed}
+            for number, (labels, memory) in gather_objects(changed).items():
+                client = self.clients[number]
+                self.labels.write(client.index, labels)
+                client.memory = memory
+        for client in self.clients:
+            client.has_changed = False
+        return Replies(list(clients), replies, self.device)
+
+    def read_memories(self) -> dict[int, dict[str, Tensor]]:
+        """What clients remember of their samples, for a checkpoint."""
+        return {c.number: c.memory for c in self.clients if c.memory}
+
+    def write_memories(self, memories: Mapping[int, dict[str, Tensor]]) -> None:
+        """Restore what clients remember."""
+        for client in self.clients:
+            client.memory = dict(memories.get(client.number, {}))
+
+    # --- local training ------------------------------------------------------------------------
 
     def train_local(
         self,
@@ -136,9 +194,18 @@ class Federation(LocalTrainer):
         epochs: int | None = None,
         optimizer: OptimizerFactory | None = None,
     ) -> ClientStates:
-        """Train clients of this rank as :meth:`train` does, without counting their epochs.
+        """Train each of some clients of this rank from the same start, alone.
 
-        (A rank does not know how many clients the others train.)
+        Args:
+            clients: Clients to train.
+            objective: Gives the local loss of a client.
+            purpose: Key of the random numbers: the round, or the name of a stage.
+            start: Flat state to start from; the global model by default. Shape: (P,).
+            epochs: Local epochs; ``local_epochs`` by default.
+            optimizer: Local optimizer; the federation's by default.
+
+        Returns:
+            Flat states after training.
         """
         start = self.global_state if start is None else start
         epochs = self.local_epochs if epochs is None else epochs
@@ -158,10 +225,6 @@ class Federation(LocalTrainer):
                 )
         self.state.write(self.global_state)
         return done
-
-    def teacher(self) -> nn.Module:
-        """A frozen copy of the current global model, in evaluation mode."""
-        return self.frozen(self.global_state)
 
     # --- exchange between ranks; every rank must take part -------------------------------------
 
@@ -186,14 +249,7 @@ class Federation(LocalTrainer):
         Returns:
             One row per client, equal on every rank. Shape: (len(clients), …).
         """
-        if rank_and_world()[1] == 1:
-            return torch.stack([rows[k] for k in clients])
-        gathered = self.gather_objects({k: rows[k].cpu() for k in clients if k in rows})
-        return torch.stack([gathered[k] for k in clients]).to(self.device)
-
-    def gather_objects(self, entries: Mapping[int, Any]) -> dict[int, Any]:
-        """Merge the dictionaries of all ranks; meant for small objects."""
-        return gather_objects(entries)
+        return gather_rows(rows, clients, self.device)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Broadcast a tensor of rank 0 to every rank."""
@@ -201,12 +257,3 @@ class Federation(LocalTrainer):
             tensor = tensor.to(self.device)
             dist.broadcast(tensor, 0)
         return tensor
-
-    def relabel(self, labels: Mapping[int, Tensor]) -> None:
-        """Write new labels of whole clients, those of other ranks included.
-
-        Args:
-            labels: New labels of this rank's clients. Shape of each: (N_k,).
-        """
-        for client, new in self.gather_objects({k: v.cpu() for k, v in labels.items()}).items():
-            self.labels.write(self.index[client], new)

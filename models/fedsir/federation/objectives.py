@@ -24,7 +24,7 @@ class MiniBatch:
     Attributes:
         images: Network input. Shape: (B, channels, height, width).
         labels: Current labels. Shape: (B,).
-        index: Positions in the label store. Shape: (B,).
+        index: Positions among the client's samples. Shape: (B,).
     """
 
     images: Tensor

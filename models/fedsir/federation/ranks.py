@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["all_reduce", "balanced_assignment", "gather_objects"]
+__all__ = ["all_reduce", "balanced_assignment", "gather_objects", "gather_rows"]
 
 
 def all_reduce(tensor: Tensor, operation: Literal["sum", "max"]) -> None:
@@ -29,6 +30,23 @@ def gather_objects(entries: Mapping[int, Any]) -> dict[int, Any]:
     dist.all_gather_object(parts, dict(entries))
     merged = {k: v for part in parts for k, v in part.items()}
     return {k: merged[k] for k in sorted(merged)}
+
+
+def gather_rows(rows: Mapping[int, Tensor], clients: Sequence[int], device: torch.device) -> Tensor:
+    """Stack one tensor per client, each known to the rank that simulated it.
+
+    Args:
+        rows: This rank's tensors, all of one shape and dtype.
+        clients: All clients, of all ranks, in the order of the result.
+        device: Device of what other ranks send.
+
+    Returns:
+        One row per client, equal on every rank. Shape: (len(clients), …).
+    """
+    if rank_and_world()[1] == 1:
+        return torch.stack([rows[k] for k in clients])
+    gathered = gather_objects({k: rows[k].cpu() for k in clients if k in rows})
+    return torch.stack([gathered[k] for k in clients]).to(device)
 
 
 def balanced_assignment(sizes: Mapping[int, int], ranks: int) -> list[list[int]]:

@@ -79,12 +79,12 @@ class LocalTrainer:
     def batches(self, client: int, purpose: int | str, epochs: int) -> Iterator[MiniBatch]:
         """The mini-batches of a client's local training, augmented, on the device."""
         images = self.data.client_images(client)
-        index, labels = self.index[client], move(self.client_labels(client), self.device)
+        labels = move(self.client_labels(client), self.device)
         if self.resident:
             images = move(images, self.device)
         for epoch in range(epochs):
             generator = keyed_generator(self.seed, "batches", purpose, client, epoch)
-            batches = mini_batches(len(index), self.batch_size, generator)
+            batches = mini_batches(len(labels), self.batch_size, generator)
             # one copy for the epoch
             device_batches = torch.split(
                 move(torch.cat(batches), self.device), [len(b) for b in batches]
@@ -94,7 +94,7 @@ class LocalTrainer:
                 yield MiniBatch(
                     self.data.augment_batch(batch_images, generator),
                     labels[device_rows],
-                    index[rows],
+                    rows,
                 )
 
     def train_one(

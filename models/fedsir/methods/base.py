@@ -16,7 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Federation, LogitLoss, Objective
+from fulgurite.models.fedsir.federation import (
+    ClientSide,
+    Federation,
+    Replies,
+    TrainReply,
+    TrainRequest,
+)
 
 __all__ = ["FederatedMethod", "check_not_negative"]
 
@@ -43,6 +49,9 @@ def check_not_negative(**numbers: float) -> None:
 class FederatedMethod:
     """FedAvg; other methods override the hooks in which they differ.
 
+    This is the server side, which makes requests to clients and looks at their replies;
+    :attr:`client_side` says how a client answers, from its own samples.
+
     Source: FedAvg, McMahan et al., AISTATS 2017.
     """
 
@@ -56,26 +65,28 @@ class FederatedMethod:
         """Select those of the sampled clients that train in this round."""
         return list(sampled)
 
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """The local loss of a client."""
-        return LogitLoss()
+    @property
+    def client_side(self) -> ClientSide:
+        """How clients answer the requests of this method."""
+        return ClientSide()
+
+    def training_request(self, fed: Federation, client: int, round: int) -> TrainRequest:
+        """What a client is sent at the start of a round."""
+        return TrainRequest(model=fed.global_state, epochs=fed.local_epochs, round=round)
 
     def weights(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+        self, fed: Federation, round: int, replies: Replies[TrainReply]
     ) -> dict[int, float]:
         """Weight of each client's model in the new global one; they sum to 1.
 
         Args:
             fed: The federation.
             round: Index of the round, from 0.
-            clients: All clients that reported, of all ranks.
-            states: Flat states of this rank's clients.
+            replies: The clients' models.
         """
-        return fed.size_weights(clients)
+        return fed.size_weights(replies.clients)
 
-    def after_round(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
-    ) -> None:
+    def after_round(self, fed: Federation, round: int, replies: Replies[TrainReply]) -> None:
         """Called after aggregation; ``fed.global_state`` is the new model."""
 
     def local_rounds(self) -> int:

@@ -5,8 +5,8 @@ Axes: N samples, N_k samples of client k, B mini-batch, C classes, D feature dim
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,15 +16,31 @@ from torch import Tensor, nn
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
     Federation,
     LogitLoss,
     MiniBatch,
     Objective,
+    Replies,
+    Reply,
+    Request,
+    TrainingTask,
+    TrainRequest,
     keyed_generator,
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 
-__all__ = ["LocalCleaning", "SubsetLoss", "find_issues"]
+__all__ = [
+    "CleanReply",
+    "CleanRequest",
+    "CleaningClientSide",
+    "FoldRequest",
+    "LocalCleaning",
+    "ProbeRequest",
+    "SubsetLoss",
+    "find_issues",
+]
 
 
 def find_issues(labels: Tensor, probabilities: Tensor) -> Tensor:
@@ -60,7 +76,7 @@ class SubsetLoss:
     """Cross-entropy of some of the samples; the others only pass through BatchNorm.
 
     Args:
-        mask: Mask of the samples that have a loss, bool. Shape: (N,).
+        mask: Mask of the client's samples that have a loss, bool. Shape: (N_k,).
 
     Source: inferred.
     """
@@ -75,8 +91,126 @@ class SubsetLoss:
         return (losses * mask).sum() / mask.sum().clamp_min(1)
 
 
-def _constant_objective(loss: Objective) -> Callable[[int], Objective]:
-    return lambda client: loss
+@dataclass(frozen=True, kw_only=True)
+class FoldRequest(Request):
+    """Train on the other folds, and predict the samples of one.
+
+    Attributes:
+        fold: Index of the fold.
+    """
+
+    continues: ClassVar[bool] = True
+
+    model: Tensor
+    fold: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRequest(Request):
+    """Predict all samples by a probe on a model's features, fitted on the other folds."""
+
+    model: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanRequest(Request):
+    """Clean your labels by what was predicted."""
+
+    continues: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanReply(Reply):
+    """Numbers of samples.
+
+    Attributes:
+        samples: All samples.
+        kept: Those without an issue; all where none would be left.
+    """
+
+    samples: int
+    kept: int
+
+
+class CleaningClientSide(ClientSide):
+    """Clients that clean their own labels.
+
+    A client remembers which of its samples train (``kept``, bool), once they are cleaned.
+    Shape: (N_k,).
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: cleanlab's ``find_label_issues`` with its defaults; its use per client: inferred.
+    """
+
+    def __init__(self, method: LocalCleaning) -> None:
+        self.options = method
+
+    def task(self, client: Client, request: Request) -> TrainingTask | None:
+        """The training on the other folds, or that of a round."""
+        if not isinstance(request, FoldRequest):
+            return super().task(client, request)
+        loss = SubsetLoss(self._assign_folds(client) != request.fold)
+        return TrainingTask(loss, f"fold-{request.fold}")
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
+        """Cross-entropy of the samples without issues."""
+        kept = client.memory.get("kept")
+        if kept is None or self.options.action == "relabel":
+            return LogitLoss()
+        return SubsetLoss(kept)
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Keep predictions, clean by them, or send a trained model."""
+        if isinstance(request, FoldRequest) and trained is not None:
+            held_out = self._assign_folds(client) == request.fold
+            empty = torch.zeros(len(client), client.trainer.num_classes)
+            probabilities = client.kept.setdefault("probabilities", empty)
+            probabilities[held_out] = client.logits(trained).softmax(1).cpu()[held_out]
+            return Reply()
+        if isinstance(request, ProbeRequest):
+            client.kept["probabilities"] = self._predict_by_probe(client, request.model)
+            return Reply()
+        if isinstance(request, CleanRequest):
+            return self._clean(client)
+        return super().reply(client, request, trained)
+
+    def _assign_folds(self, client: Client) -> Tensor:
+        """Index of the fold that holds out each sample of a client. Shape: (N_k,)."""
+        generator = keyed_generator(client.trainer.seed, "folds", client.number)
+        return torch.randperm(len(client), generator=generator) % self.options.folds
+
+    def _predict_by_probe(self, client: Client, model: Tensor) -> Tensor:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        features = torch.cat([f.float() for f, _, _ in client.features(model)])
+        table = features.cpu().double().numpy()
+        labels = client.given_labels.numpy()
+        fold = self._assign_folds(client).numpy()
+        classes = client.trainer.num_classes
+        probabilities = np.full((len(labels), classes), 1 / classes)
+        for held_out in range(self.options.folds):
+            train = fold != held_out
+            if held_out not in fold or len(np.unique(labels[train])) < 2:
+                continue
+            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            probe.fit(table[train], labels[train])
+            probabilities[~train] = 0.0
+            probabilities[np.ix_(~train, probe.classes_)] = probe.predict_proba(table[~train])
+        return torch.from_numpy(probabilities)
+
+    def _clean(self, client: Client) -> CleanReply:
+        table, given_labels = client.kept.pop("probabilities"), client.given_labels
+        wrong = find_issues(given_labels, table)
+        # a client that would keep nothing keeps all: it cannot train on nothing
+        kept = ~wrong if not bool(wrong.all()) else torch.ones_like(wrong)
+        if self.options.action == "relabel":
+            client.relabel(table.argmax(1).where(wrong, given_labels))
+        client.remember(kept=kept)
+        return CleanReply(samples=len(client), kept=int(kept.sum()))
 
 
 class LocalCleaning(FederatedMethod):
@@ -126,104 +260,47 @@ class LocalCleaning(FederatedMethod):
                 )
         self.action, self.probabilities = action, probabilities
         self.folds, self.epochs, self.warmup = folds, epochs, warmup
-        self.kept: Tensor | None = None  # samples that train, bool, (N,)
-        self.issues: float | None = None
+        self.issues: float | None = None  # fraction of samples, once they are cleaned
 
     def local_rounds(self) -> int:
         """Epochs of the folds' models."""
         return self.folds * self.epochs if self.probabilities == "folds" else 0
 
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that clean their own labels."""
+        return CleaningClientSide(self)
+
     def before_rounds(self, fed: Federation) -> None:
         """Check for cleanlab; clean with the folds' models."""
         find_issues(torch.tensor([0, 1]), torch.eye(2))
         if self.probabilities == "folds":
-            fed.send_global(range(fed.num_clients))  # the common start
-            self._clean(fed, self._predict_by_folds(fed))
+            for fold in range(self.folds):
+                request = FoldRequest(model=fed.global_state, epochs=self.epochs, fold=fold)
+                fed.exchange(self.client_side, dict.fromkeys(range(fed.num_clients), request))
+            self._clean(fed)
 
     def before_round(self, fed: Federation, round: int) -> None:
         """Clean with the probe once the warm-up is over."""
-        if self.probabilities == "probe" and round >= self.warmup and self.kept is None:
-            fed.send_global(range(fed.num_clients))
-            clients = fed.local_clients(range(fed.num_clients))
-            self._clean(fed, {k: self._predict_by_probe(fed, k) for k in clients})
-            fed.state.write(fed.global_state)
+        if self.probabilities == "probe" and round >= self.warmup and self.issues is None:
+            request = ProbeRequest(model=fed.global_state)
+            fed.exchange(self.client_side, dict.fromkeys(range(fed.num_clients), request))
+            self._clean(fed)
 
-    def _assign_folds(self, fed: Federation, client: int) -> Tensor:
-        """Index of the fold that holds out each sample of a client. Shape: (N_k,)."""
-        samples = len(fed.index[client])
-        order = torch.randperm(samples, generator=keyed_generator(fed.seed, "folds", client))
-        return order % self.folds
-
-    def _predict_by_folds(self, fed: Federation) -> dict[int, Tensor]:
-        clients = range(fed.num_clients)
-        fold = torch.zeros(len(fed.labels.given), dtype=torch.int64)
-        for client in clients:
-            fold[fed.index[client]] = self._assign_folds(fed, client)
-        probabilities = {
-            k: torch.zeros(len(fed.index[k]), fed.num_classes) for k in fed.local_clients(clients)
-        }  # fmt: skip
-        for held_out in range(self.folds):
-            states = fed.train(
-                clients,
-                _constant_objective(SubsetLoss(fold != held_out)),
-                purpose=f"fold-{held_out}",
-                epochs=self.epochs,
-            )
-            for client, state in states.items():
-                test = fold[fed.index[client]] == held_out
-                probabilities[client][test] = fed.logits(client, state).softmax(1).cpu()[test]
-        fed.state.write(fed.global_state)
-        return probabilities
-
-    def _predict_by_probe(self, fed: Federation, client: int) -> Tensor:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        features = torch.cat([f.float() for f, _, _ in fed.features(client, fed.global_state)])
-        table = features.cpu().double().numpy()
-        labels = fed.labels.given[fed.index[client]].numpy()
-        fold = self._assign_folds(fed, client).numpy()
-        probabilities = np.full((len(labels), fed.num_classes), 1 / fed.num_classes)
-        for held_out in range(self.folds):
-            train = fold != held_out
-            if held_out not in fold or len(np.unique(labels[train])) < 2:
-                continue
-            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-            probe.fit(table[train], labels[train])
-            probabilities[~train] = 0.0
-            probabilities[np.ix_(~train, probe.classes_)] = probe.predict_proba(table[~train])
-        return torch.from_numpy(probabilities)
-
-    def _clean(self, fed: Federation, probabilities: dict[int, Tensor]) -> None:
-        masks, labels = {}, {}
-        for client, table in probabilities.items():
-            given_labels = fed.labels.given[fed.index[client]]
-            wrong = find_issues(given_labels, table)
-            labels[client] = table.argmax(1).where(wrong, given_labels)
-            # a client that would keep nothing keeps all: it cannot train on nothing
-            masks[client] = ~wrong if not bool(wrong.all()) else torch.ones_like(wrong)
-        if self.action == "relabel":
-            fed.relabel(labels)
-        self.kept = torch.ones(len(fed.labels.given), dtype=torch.bool)
-        for client, mask in fed.gather_objects(masks).items():
-            self.kept[fed.index[client]] = mask
-        self.issues = 1 - float(self.kept.double().mean())
-
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """Cross-entropy of the samples without issues."""
-        if self.kept is None or self.action == "relabel":
-            return LogitLoss()
-        return SubsetLoss(self.kept)
+    def _clean(self, fed: Federation) -> None:
+        requests = dict.fromkeys(range(fed.num_clients), CleanRequest())
+        replies: Replies[CleanReply] = fed.exchange(self.client_side, requests)
+        counts = replies.gather().values()
+        self.issues = 1 - sum(r.kept for r in counts) / sum(r.samples for r in counts)
 
     def report(self) -> dict[str, float]:
         """Fraction of the samples with issues."""
         return {} if self.issues is None else {"issues": self.issues}
 
     def state_dict(self) -> dict[str, Any]:
-        """The samples without issues, and the fraction of the others."""
-        return {"kept": self.kept, "issues": self.issues}
+        """The fraction of samples with issues."""
+        return {"issues": self.issues}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
-        self.kept, self.issues = state["kept"], state["issues"]
+        self.issues = state["issues"]

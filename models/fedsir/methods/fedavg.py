@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import Federation, LogitLoss, Objective
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    LogitLoss,
+    Objective,
+    TrainRequest,
+)
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 
-__all__ = ["FedAvg", "FedProx"]
+__all__ = ["FedAvg", "FedProx", "ProximalClientSide"]
 
 
 class FedAvg(FederatedMethod):
@@ -14,6 +20,25 @@ class FedAvg(FederatedMethod):
 
     Source: McMahan et al., AISTATS 2017.
     """
+
+
+class ProximalClientSide(ClientSide):
+    """Clients whose models are held near the global one.
+
+    Args:
+        mu: Strength μ of ``μ/2 · ‖w − w_global‖²``.
+
+    Source: Li et al., MLSys 2020.
+    """
+
+    def __init__(self, mu: float) -> None:
+        self.mu = mu
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
+        """Cross-entropy plus the proximal term."""
+        frozen = client.frozen(request.model)
+        anchor = {n: p.detach() for n, p in frozen.named_parameters()}
+        return LogitLoss(proximal=self.mu, anchor=anchor)
 
 
 class FedProx(FederatedMethod):
@@ -35,7 +60,7 @@ class FedProx(FederatedMethod):
             )
         self.mu = mu
 
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """Cross-entropy plus the proximal term."""
-        anchor = {n: p.detach() for n, p in fed.teacher().named_parameters()}
-        return LogitLoss(proximal=self.mu, anchor=anchor)
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that train with the proximal term."""
+        return ProximalClientSide(self.mu)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,18 +18,37 @@ from torch import Tensor, nn
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
-    ClientStates,
+    Client,
+    ClientSide,
     Federation,
     LogitLoss,
     MiniBatch,
     Objective,
+    Replies,
+    Reply,
+    Request,
+    TrainReply,
+    TrainRequest,
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.models.fedsir.wire import on_wire
 
 EPSILON = 1e-6
 """Keeps the intrinsic dimension finite; the authors' value."""
 
-__all__ = ["EPSILON", "FedCorr", "MixupLoss", "intrinsic_dimension", "upper_group"]
+__all__ = [
+    "EPSILON",
+    "CorrectRequest",
+    "FedCorr",
+    "FedCorrClientSide",
+    "FedCorrTrainReply",
+    "FedCorrTrainRequest",
+    "LevelReply",
+    "LevelRequest",
+    "MixupLoss",
+    "intrinsic_dimension",
+    "upper_group",
+]
 
 
 def intrinsic_dimension(points: Tensor, neighbours: int = 20) -> Tensor:
@@ -127,6 +147,115 @@ class MixupLoss:
         return self.loss(network, mixed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FedCorrTrainRequest(TrainRequest):
+    """Train in one of the stages.
+
+    Attributes:
+        preprocessing: Whether this is a round of the first stage.
+        level: The client's estimated fraction of wrong labels.
+    """
+
+    preprocessing: bool
+    level: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedCorrTrainReply(TrainReply):
+    """A trained model, and the dimension of its predictions.
+
+    Attributes:
+        dimension: Mean local intrinsic dimension, float64; None after the first stage. Shape: ().
+    """
+
+    dimension: Tensor | None = on_wire(torch.float32, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelRequest(Request):
+    """Estimate your noise level; with a model, relabel the samples of large losses by it."""
+
+    continues: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelReply(Reply):
+    """The estimated fraction of wrong labels.
+
+    Attributes:
+        level: float64; 0 for a client that was sent no model. Shape: ().
+    """
+
+    level: Tensor = on_wire(torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectRequest(Request):
+    """Relabel all samples for which a model is confident."""
+
+    model: Tensor
+
+
+class FedCorrClientSide(ClientSide):
+    """Clients that measure their predictions and correct their labels.
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: FedCorr, CVPR 2022.
+    """
+
+    def __init__(self, method: FedCorr) -> None:
+        self.options = method
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
+        """Cross-entropy, mixed, with the proximal term in the pre-processing stage."""
+        assert isinstance(request, FedCorrTrainRequest)
+        loss = LogitLoss()
+        strength = self.options.beta * request.level
+        if request.preprocessing and strength > 0:
+            frozen = client.frozen(request.model)
+            anchor = {n: p.detach() for n, p in frozen.named_parameters()}
+            loss = LogitLoss(proximal=2 * self.options.beta * request.level, anchor=anchor)
+        return MixupLoss(loss, self.options.mixup) if self.options.mixup else loss
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Answer with a trained model, with a noise level, or without anything."""
+        if isinstance(request, LevelRequest):
+            return LevelReply(level=self._estimate_level(client, request))
+        if isinstance(request, CorrectRequest):
+            every = torch.ones(len(client), dtype=torch.bool)
+            client.relabel(self._correct_labels(client, request.model, every))
+            return Reply()
+        if not isinstance(request, FedCorrTrainRequest) or trained is None:
+            return super().reply(client, request, trained)
+        dimension = self._measure(client, trained) if request.preprocessing else None
+        return FedCorrTrainReply(model=trained, dimension=dimension)
+
+    def _measure(self, client: Client, trained: Tensor) -> Tensor:
+        """Mean dimension of the predictions of the client's own model, whose losses it keeps."""
+        logits = client.logits(trained)
+        dimension = intrinsic_dimension(logits.softmax(1), self.options.neighbours).mean().cpu()
+        client.kept["losses"] = F.cross_entropy(logits.cpu(), client.labels, reduction="none")
+        return dimension
+
+    def _estimate_level(self, client: Client, request: LevelRequest) -> Tensor:
+        loss = client.kept.pop("losses")
+        if request.model is None:
+            return torch.zeros((), dtype=torch.float64)
+        level = upper_group(loss, client.trainer.seed % 2**32).double().mean()
+        number = int(len(loss) * float(level) * self.options.relabel_ratio)
+        worst = torch.zeros(len(loss), dtype=torch.bool)
+        worst[loss.argsort(descending=True, stable=True)[:number]] = True
+        client.relabel(self._correct_labels(client, request.model, worst))
+        return level
+
+    def _correct_labels(self, client: Client, model: Tensor, among: Tensor) -> Tensor:
+        """Labels of a client, replaced where a model is confident. Shape: (N_k,)."""
+        sure, guess = client.logits(model).softmax(1).cpu().max(1)
+        return guess.where(among & (sure > self.options.confidence), client.labels)
+
+
 class FedCorr(FederatedMethod):
     """Pre-processing that detects and corrects, finetuning on clean clients, then FedAvg.
 
@@ -219,82 +348,59 @@ class FedCorr(FederatedMethod):
         low_noise = [k for k in sampled if float(level[k]) <= self.clean_level]
         return low_noise or [min(sampled, key=lambda k: (float(level[k]), k))]
 
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """Cross-entropy, mixed, with the proximal term in the pre-processing stage."""
-        loss = LogitLoss()
-        level = 0.0 if self.level is None else float(self.level[client])
-        if round < self.preprocessing and self.beta * level > 0:
-            anchor = {n: p.detach() for n, p in fed.teacher().named_parameters()}
-            loss = LogitLoss(proximal=2 * self.beta * level, anchor=anchor)
-        return MixupLoss(loss, self.mixup) if self.mixup else loss
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that measure their predictions and correct their labels."""
+        return FedCorrClientSide(self)
 
-    def after_round(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
-    ) -> None:
+    def training_request(self, fed: Federation, client: int, round: int) -> TrainRequest:
+        """The global model, the stage, and the client's noise level."""
+        return FedCorrTrainRequest(
+            model=fed.global_state,
+            epochs=fed.local_epochs,
+            round=round,
+            preprocessing=round < self.preprocessing,
+            level=0.0 if self.level is None else float(self.level[client]),
+        )
+
+    def after_round(self, fed: Federation, round: int, replies: Replies[Any]) -> None:
         """Detect and correct after a pre-processing round."""
         if round < self.preprocessing:
-            self._preprocess(fed, clients, states)
+            self._preprocess(fed, replies)
 
     def before_round(self, fed: Federation, round: int) -> None:
         """Correct with the finetuned model before the first round of the third stage."""
         if self.finetuning and round == self.preprocessing + self.finetuning:
             self._correct_all(fed)
 
-    def _preprocess(self, fed: Federation, clients: Sequence[int], states: ClientStates) -> None:
-        seed = fed.seed % 2**32
-        means, losses = {}, {}
-        for client, state in states.items():
-            logits = fed.logits(client, state)
-            lid = intrinsic_dimension(logits.softmax(1), self.neighbours)
-            means[client] = lid.mean().cpu()
-            losses[client] = F.cross_entropy(
-                logits.cpu(), fed.client_labels(client), reduction="none"
-            )
+    def _preprocess(self, fed: Federation, replies: Replies[Any]) -> None:
         if self.lid_sum is None or self.lid_count is None or self.level is None:
             self.lid_sum = torch.zeros(fed.num_clients, dtype=torch.float64)
             self.lid_count = torch.zeros(fed.num_clients, dtype=torch.float64)
             self.level = torch.ones(fed.num_clients, dtype=torch.float64)
-        client_rows = torch.tensor(list(clients))
-        self.lid_sum[client_rows] += fed.gather_rows(means, clients).cpu()
+        client_rows = torch.tensor(replies.clients)
+        self.lid_sum[client_rows] += replies.stack(lambda client, reply: reply.dimension).cpu()
         self.lid_count[client_rows] += 1
         measured = self.lid_count > 0
         self.is_clean = measured.clone()
-        self.is_clean[measured] = ~upper_group((self.lid_sum / self.lid_count)[measured], seed)
+        self.is_clean[measured] = ~upper_group(
+            (self.lid_sum / self.lid_count)[measured], fed.seed % 2**32
+        )
         self.level[self.is_clean] = 0.0
-
-        levels: dict[int, float] = {}
-        new: dict[int, Tensor] = {}
-        for client, loss in losses.items():
-            if not self.is_clean[client]:
-                levels[client] = float(upper_group(loss, seed).double().mean())
-                number = int(len(loss) * levels[client] * self.relabel_ratio)
-                worst = torch.zeros(len(loss), dtype=torch.bool)
-                worst[loss.argsort(descending=True, stable=True)[:number]] = True
-                new[client] = self._correct_labels(fed, client, worst)
-        fed.state.write(fed.global_state)
-        for client, value in fed.gather_objects(levels).items():
-            self.level[client] = value
-        fed.send_global([k for k in clients if not self.is_clean[k]])  # relabels their samples
-        fed.relabel(new)
-        fed.costs.bytes_up += len(clients) * 2 * 4  # mean LID and noise level
-
-    def _correct_labels(self, fed: Federation, client: int, among: Tensor) -> Tensor:
-        """Labels of a client, replaced where the global model is confident. Shape: (N,)."""
-        sure, guess = fed.logits(client, fed.global_state).softmax(1).cpu().max(1)
-        return guess.where(among & (sure > self.confidence), fed.client_labels(client))
+        requests = {
+            k: LevelRequest(model=None if bool(self.is_clean[k]) else fed.global_state)
+            for k in replies.clients
+        }
+        levels: Replies[LevelReply] = fed.exchange(self.client_side, requests)
+        for client, reply in levels.gather().items():
+            self.level[client] = reply.level
 
     def _correct_all(self, fed: Federation) -> None:
         if self.is_clean is None:
             return
         noisy = torch.nonzero(~self.is_clean).flatten().tolist()
-        fed.relabel(
-            {
-                k: self._correct_labels(fed, k, torch.ones(len(fed.index[k]), dtype=torch.bool))
-                for k in fed.local_clients(noisy)
-            }
-        )
-        fed.state.write(fed.global_state)
-        fed.send_global(noisy)
+        request = CorrectRequest(model=fed.global_state)
+        fed.exchange(self.client_side, dict.fromkeys(noisy, request))
 
     def report(self) -> dict[str, float]:
         """Mean estimated noise level of the noisy clients."""

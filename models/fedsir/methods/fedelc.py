@@ -5,18 +5,26 @@ Axes: N samples, N_k samples of client k, B mini-batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    MiniBatch,
+    Objective,
+    Reply,
+    Request,
+    TrainRequest,
+)
 from fulgurite.models.fedsir.methods.base import check_not_negative
-from fulgurite.models.fedsir.methods.fednoro import FedNoRo
+from fulgurite.models.fedsir.methods.fednoro import FedNoRo, FedNoRoClientSide
+from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareTrainRequest
 
-__all__ = ["FedELC", "SoftLabelLoss"]
+__all__ = ["FedELC", "FedELCClientSide", "SoftLabelLoss"]
 
 
 class SoftLabelLoss:
@@ -28,9 +36,9 @@ class SoftLabelLoss:
     visit equals stepping all at the end of the epoch.
 
     Args:
-        soft: Logits ỹ of the label distributions, of all samples; changed in place by calls.
-            Shape: (N, C).
-        given_labels: Given labels ŷ. Shape: (N,).
+        soft: Logits ỹ of the label distributions, of a client's samples; changed in place by
+            calls. Shape: (N_k, C).
+        given_labels: Given labels ŷ. Shape: (N_k,).
         compatibility: Weight α of the given label.
         entropy: Weight β of the prediction's entropy.
         rate: Step size λ of ỹ.
@@ -62,6 +70,48 @@ class SoftLabelLoss:
         )
         self.soft[batch.index] -= (self.rate / samples * gradient).to(self.soft)
         return loss
+
+
+class FedELCClientSide(FedNoRoClientSide):
+    """Clients that learn label distributions where they are held for noisy.
+
+    Such a client remembers the logits of its distributions (``soft``), which start at the given
+    labels. Shape: (N_k, C).
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: FedELC, CIKM 2024, stage 2.
+    """
+
+    def __init__(self, method: FedELC) -> None:
+        super().__init__(method)
+        self.scale = method.scale
+        self.weights = (method.compatibility, method.entropy, method.label_rate)
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
+        """Logit adjustment in the warm-up and on clean clients, soft labels on noisy ones."""
+        if _is_clean(request):
+            return super().objective(client, request)
+        labels = client.given_labels
+        if "soft" not in client.memory:
+            one_hot = F.one_hot(labels, client.trainer.num_classes).float()
+            client.remember(soft=self.scale * one_hot)
+        return SoftLabelLoss(client.memory["soft"], labels, *self.weights)
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Merge the learned distributions with the predictions of the local model."""
+        if isinstance(request, TrainRequest) and not _is_clean(request) and trained is not None:
+            predicted = client.logits(trained).softmax(1).cpu()
+            merged = (client.memory["soft"].softmax(1) + predicted) / 2
+            client.remember(soft=self.scale * merged)
+            client.relabel(merged.argmax(1))
+        return super().reply(client, request, trained)
+
+
+def _is_clean(request: TrainRequest) -> bool:
+    assert isinstance(request, NoiseAwareTrainRequest)
+    return request.is_clean
 
 
 class FedELC(FedNoRo):
@@ -110,43 +160,8 @@ class FedELC(FedNoRo):
         )
         self.compatibility, self.entropy = compatibility, entropy
         self.label_rate, self.scale = label_rate, scale
-        self.soft: Tensor | None = None  # logits of label distributions, (N, C)
 
-    def before_round(self, fed: Federation, round: int) -> None:
-        """Detect once the warm-up is over; distributions start at the given labels."""
-        super().before_round(fed, round)
-        if self.is_clean is not None and self.soft is None:
-            self.soft = self.scale * F.one_hot(fed.labels.given, fed.num_classes).float()
-
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """Logit adjustment in the warm-up and on clean clients, soft labels on noisy ones."""
-        if self._client_is_clean(client) or self.soft is None:
-            return super().objective(fed, client, round)
-        return SoftLabelLoss(
-            self.soft, fed.labels.given, self.compatibility, self.entropy, self.label_rate
-        )
-
-    def after_round(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
-    ) -> None:
-        """Merge the learned distributions with the predictions of the local models."""
-        if self.soft is None:
-            return
-        merged = {}
-        for client, state in states.items():
-            if not self._client_is_clean(client):
-                predicted = fed.logits(client, state).softmax(1).cpu()
-                merged[client] = (self.soft[fed.index[client]].softmax(1) + predicted) / 2
-        fed.state.write(fed.global_state)
-        for client, labels in fed.gather_objects(merged).items():
-            self.soft[fed.index[client]] = self.scale * labels
-        fed.relabel({k: labels.argmax(1) for k, labels in merged.items()})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The split, and the label distributions."""
-        return super().state_dict() | {"soft": self.soft}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state."""
-        super().load_state_dict(state)
-        self.soft = state["soft"]
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that learn label distributions where they are held for noisy."""
+        return FedELCClientSide(self)

@@ -11,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.devices import move
-from fulgurite.models.fedsir.federation import Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    MiniBatch,
+    Objective,
+    TrainRequest,
+)
 from fulgurite.models.fedsir.methods.base import FederatedMethod, check_not_negative
 
-__all__ = ["FedLSR", "SelfRegularizedLoss", "jensen_shannon", "sharpen"]
+__all__ = ["FedLSR", "FedLSRClientSide", "SelfRegularizedLoss", "jensen_shannon", "sharpen"]
 
 
 def sharpen(probabilities: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ class SelfRegularizedLoss:
     for each client.
 
     Args:
-        second_view: Makes the network input of samples from their positions in the label store.
+        second_view: Makes the network input of samples from their positions among the client's.
         consistency: Weight of the divergence.
         entropy: Weight of the entropy.
         temperature: Factor of the logits in the regularisation.
@@ -126,23 +131,39 @@ class FedLSR(FederatedMethod):
         self.consistency, self.entropy = consistency, entropy
         self.temperature, self.ramp_rounds = temperature, ramp_rounds
 
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that regularise themselves."""
+        return FedLSRClientSide(self)
+
+
+class FedLSRClientSide(ClientSide):
+    """Clients that regularise themselves by a second view of their images.
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: FedLSR, CIKM 2022.
+    """
+
+    def __init__(self, method: FedLSR) -> None:
+        self.options = method
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
         """The self-regularised loss of a client."""
-        rise = min(1.0, round / self.ramp_rounds) if self.ramp_rounds else 1.0
+        options = self.options
+        rise = min(1.0, request.round / options.ramp_rounds) if options.ramp_rounds else 1.0
         return SelfRegularizedLoss(
-            _second_view(fed, client), self.consistency * rise, self.entropy, self.temperature
+            _second_view(client), options.consistency * rise, options.entropy, options.temperature
         )
 
 
-def _second_view(fed: Federation, client: int) -> Callable[[Tensor], Tensor]:
-    """Another augmentation of a client's samples, by their positions in the label store."""
-    row_of = torch.full((len(fed.labels.given),), -1)
-    row_of[fed.index[client]] = torch.arange(len(fed.index[client]))
-    images = fed.data.client_images(client)
+def _second_view(client: Client) -> Callable[[Tensor], Tensor]:
+    """Another augmentation of a client's samples, by their positions among these."""
+    images = client.images
 
-    def view(index: Tensor) -> Tensor:
+    def view(rows: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        client_images = move(images[row_of[index]], fed.device)
-        return fed.data.augment_batch(client_images, generator)
+        return client.augment(images[rows], generator)
 
     return view

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,33 +16,78 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import Federation
-from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareMethod
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    Federation,
+    Reply,
+    Request,
+)
+from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareClientSide, NoiseAwareMethod
+from fulgurite.models.fedsir.wire import on_wire
 
-__all__ = ["FedNoRo", "class_losses", "normalise_losses", "vote_clean"]
+__all__ = [
+    "ClassLossReply",
+    "ClassLossRequest",
+    "FedNoRo",
+    "FedNoRoClientSide",
+    "class_losses",
+    "normalise_losses",
+    "vote_clean",
+]
 
 
-def class_losses(fed: Federation) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class ClassLossRequest(Request):
+    """Measure the global model on your given labels."""
+
+    model: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLossReply(Reply):
+    """Mean losses of a client's classes.
+
+    Attributes:
+        losses: Mean cross-entropy per given class, float64; NaN for no sample. Shape: (C,).
+    """
+
+    losses: Tensor = on_wire(torch.float32)
+
+
+class FedNoRoClientSide(NoiseAwareClientSide):
+    """Noise-aware clients that report their class losses.
+
+    Source: FedNoRo, IJCAI 2023, stage 1.
+    """
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Answer with class losses of plain images, or with a trained model."""
+        if not isinstance(request, ClassLossRequest):
+            return super().reply(client, request, trained)
+        labels, classes = client.given_labels, client.trainer.num_classes
+        loss = F.cross_entropy(client.logits(request.model).cpu(), labels, reduction="none")
+        sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, loss.double())
+        return ClassLossReply(losses=sums / labels.bincount(minlength=classes))
+
+
+def class_losses(fed: Federation, side: ClientSide) -> Tensor:
     """Mean cross-entropy of the global model per client and given class; NaN for no sample.
 
     Every rank must call it. Images are not augmented.
+
+    Args:
+        fed: The federation.
+        side: A client side that answers a :class:`ClassLossRequest`.
 
     Returns:
         Mean losses, float64. Shape: (K, C).
 
     Source: FedNoRo, IJCAI 2023, stage 1.
     """
-    fed.send_global(range(fed.num_clients))
-    rows = {}
-    for client in fed.local_clients(range(fed.num_clients)):
-        labels = fed.labels.given[fed.index[client]]
-        logits = fed.logits(client, fed.global_state).cpu()
-        loss = F.cross_entropy(logits, labels, reduction="none").double()
-        sums = torch.zeros(fed.num_classes, dtype=torch.float64).index_add_(0, labels, loss)
-        rows[client] = sums / labels.bincount(minlength=fed.num_classes)
-    fed.state.write(fed.global_state)
-    fed.costs.bytes_up += fed.num_clients * fed.num_classes * 4
-    return fed.gather_rows(rows, range(fed.num_clients)).cpu()
+    request = ClassLossRequest(model=fed.global_state)
+    replies = fed.exchange(side, dict.fromkeys(range(fed.num_clients), request))
+    return replies.stack(lambda client, reply: reply.losses).cpu()
 
 
 def normalise_losses(losses: Tensor) -> Tensor:
@@ -155,10 +201,15 @@ class FedNoRo(NoiseAwareMethod):
         self.warmup, self.votes = warmup, votes
         self.losses: Tensor | None = None  # as sent by the clients, (K, C)
 
+    @property
+    def client_side(self) -> ClientSide:
+        """Noise-aware clients that report their class losses."""
+        return FedNoRoClientSide(self)
+
     def before_round(self, fed: Federation, round: int) -> None:
         """Split the clients once the warm-up is over."""
         if round >= self.warmup and self.is_clean is None:
-            self.losses = class_losses(fed)
+            self.losses = class_losses(fed, self.client_side)
             self.is_clean = vote_clean(normalise_losses(self.losses), self.votes)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,89 +6,161 @@ Axes: K clients, N samples, C classes, D feature dimension, P flat state size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Federation
-from fulgurite.models.fedsir.methods.base import FederatedMethod
-from fulgurite.models.fedsir.methods.noise_aware import CleanLoss, NoiseAwareMethod, NoisyLoss
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    Federation,
+    Replies,
+    Reply,
+    Request,
+    TrainingTask,
+    TrainReply,
+    TrainRequest,
+)
+from fulgurite.models.fedsir.methods.noise_aware import (
+    CleanLoss,
+    NoiseAwareClientSide,
+    NoiseAwareMethod,
+    NoisyLoss,
+)
 from fulgurite.models.fedsir.methods.spectral import (
+    SpectralClientSide,
     SpectralIdentification,
     accumulate,
     clean_reference,
 )
 from fulgurite.models.fedsir.relabeling import (
     ClientReference,
+    References,
     RelabelMode,
     aggregate_references,
     client_reference,
     relabel,
 )
 
-__all__ = ["CleanOnly", "FedSIR"]
+__all__ = [
+    "FedSIR",
+    "FedSIRClientSide",
+    "ReferenceReply",
+    "ReferenceRequest",
+    "RelabelReply",
+    "RelabelRequest",
+]
 
 
-class CleanOnly(FederatedMethod):
-    """FedAvg over the clients that spectral identification predicts to be clean.
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRequest(Request):
+    """Compute references of your classes under a teacher; for clean clients.
 
-    The global model starts from the average of their models, as in FedSIR. Where no client is
-    predicted clean, all take part.
-
-    Args:
-        identification: Stage I, spectral identification of clean clients.
-
-    Source: the authors' "pruning" baseline, with identified instead of true clean clients.
+    Attributes:
+        model: Flat state of the teacher. Shape: (P,).
     """
 
-    def __init__(self, identification: SpectralIdentification | None = None) -> None:
-        self.identification = identification or SpectralIdentification()
-        self.is_clean: Tensor | None = None
-        self.evidence: dict[str, Any] = {}
+    model: Tensor
 
-    @property
-    def clean(self) -> Tensor | None:
-        """Predicted clean mask, bool; None before identification. Shape: (K,)."""
-        return self.is_clean
 
-    def local_rounds(self) -> int:
-        """Epochs of Stage I."""
-        return self.identification.epochs
+@dataclass(frozen=True, kw_only=True)
+class ReferenceReply(Reply):
+    """Directions and residual subspaces of a clean client's classes.
 
-    def before_rounds(self, fed: Federation) -> None:
-        """Identify, and start from the clean clients' average."""
-        identification = self.identification(fed)
-        self.is_clean = identification.split.clean
-        self.evidence = _collect_evidence(
-            identification.scores, identification.similarities, identification.split.p_clean
+    Attributes:
+        reference: Tensors on the CPU.
+    """
+
+    reference: ClientReference
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelRequest(Request):
+    """Relabel your samples, starting from the given labels; for noisy clients.
+
+    Attributes:
+        model: Flat state of the teacher. Shape: (P,).
+        references: References of all classes.
+    """
+
+    model: Tensor
+    references: References
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelReply(Reply):
+    """Numbers of a noisy client's samples.
+
+    Attributes:
+        samples: All samples.
+        accepted: Those whose label comes from the references.
+        agreeing: Those for which both scores name the same class.
+    """
+
+    samples: int
+    accepted: int
+    agreeing: int
+
+
+class FedSIRClientSide(NoiseAwareClientSide):
+    """Clients of all stages of FedSIR.
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: FedSIR, arXiv 2604.20825, Stages I to III.
+    """
+
+    def __init__(self, method: FedSIR) -> None:
+        super().__init__(method)
+        self.method = method
+        self.spectral = SpectralClientSide(method.identification)
+
+    def task(self, client: Client, request: Request) -> TrainingTask | None:
+        """The training of Stage I, or of a round."""
+        if isinstance(request, TrainRequest):
+            return super().task(client, request)
+        return self.spectral.task(client, request)
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Answer with scores, references, numbers of relabeled samples, or a trained model."""
+        if isinstance(request, ReferenceRequest):
+            return self._make_reference(client, request)
+        if isinstance(request, RelabelRequest):
+            return self._relabel(client, request)
+        return self.spectral.reply(client, request, trained)
+
+    def _make_reference(self, client: Client, request: ReferenceRequest) -> ReferenceReply:
+        spectra = accumulate(client, request.model, client.given_labels)
+        reference = client_reference(spectra, residual_rows=self.method.residual_rows)
+        on_cpu = {f.name: getattr(reference, f.name).cpu() for f in fields(reference)}
+        return ReferenceReply(reference=ClientReference(**on_cpu))
+
+    def _relabel(self, client: Client, request: RelabelRequest) -> RelabelReply:
+        method = self.method
+        features = torch.cat([f.float() for f, _, _ in client.features(request.model)])
+        result = relabel(
+            features,
+            client.given_labels,
+            request.references,
+            mode=method.relabel_mode,
+            min_confidence=method.min_confidence,
         )
-        fed.global_state = clean_reference(fed, self.is_clean, identification.states)
-        fed.costs.bytes_up += int(self.is_clean.sum()) * fed.state_bytes
-
-    def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
-        """The clean ones of the sampled clients, or all where none is clean."""
-        assert self.is_clean is not None
-        clean_clients = [k for k in sampled if bool(self.is_clean[k])]
-        return clean_clients or list(sampled)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The predicted clean clients, and the evidence."""
-        return {"split_clean": self.is_clean, "found": self.evidence}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state."""
-        self.is_clean, self.evidence = state["split_clean"], state["found"]
-
-
-def _collect_evidence(scores: Tensor, similarities: Tensor, p_clean: Tensor) -> dict[str, Any]:
-    return {
-        "scores": scores.cpu(),
-        "similarities": similarities.cpu(),
-        "p_clean": p_clean.cpu(),
-    }
+        client.relabel(result.labels)
+        accepted = result.accepted.cpu()
+        if method.kd_on == "disagree":
+            client.remember(distil=~accepted)
+        if method.confidence_weighting or method.kept_weight != 1.0:
+            trust = result.confidence.float().cpu()
+            if not method.confidence_weighting:
+                trust = torch.ones_like(trust)
+            client.remember(confidence=torch.where(accepted, trust, method.kept_weight))
+        return RelabelReply(
+            samples=len(client), accepted=int(accepted.sum()), agreeing=int(result.agree.sum())
+        )
 
 
 class FedSIR(NoiseAwareMethod):
@@ -202,6 +274,11 @@ class FedSIR(NoiseAwareMethod):
         self.relabel_rounds: list[int] = []
         self.last_report: dict[str, float] = {}
 
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients of all stages."""
+        return FedSIRClientSide(self)
+
     def local_rounds(self) -> int:
         """Epochs of Stage I."""
         return self.identification.epochs
@@ -213,19 +290,12 @@ class FedSIR(NoiseAwareMethod):
         fed.global_state = self.clean_state.clone()
 
     def _identify(self, fed: Federation, purpose: str) -> None:
-        if purpose != "identify":
-            # identify on the given labels: relabeled ones would make noisy clients look clean
-            clients = fed.local_clients(range(fed.num_clients))
-            fed.relabel({k: fed.labels.given[fed.index[k]] for k in clients})
-            self.distil = self.confidence = self.decided = None
-            self.labels_changed()
-        identification = self.identification(fed, purpose=purpose)
+        again = purpose != "identify"
+        identification = self.identification(fed, purpose=purpose, restore_labels=again)
         self.is_clean = identification.split.clean
-        self.evidence = _collect_evidence(
-            identification.scores, identification.similarities, identification.split.p_clean
-        )
-        self.clean_state = clean_reference(fed, self.is_clean, identification.states)
-        fed.costs.bytes_up += int(self.is_clean.sum()) * fed.state_bytes
+        self.decided = None
+        self.evidence = identification.evidence
+        self.clean_state = identification.clean_state
 
     def _reidentifies(self, round: int) -> bool:
         return bool(self.reidentify_every and round and round % self.reidentify_every == 0)
@@ -252,72 +322,31 @@ class FedSIR(NoiseAwareMethod):
         if not clean or not noisy:
             return
         state = self.clean_state if self.teacher == "clean" else fed.global_state
-        client_references: dict[int, ClientReference] = {}
-        for client in fed.local_clients(clean):
-            spectra = accumulate(fed, client, state, fed.labels.given[fed.index[client]])
-            reference = client_reference(spectra, residual_rows=self.residual_rows)
-            client_references[client] = ClientReference(
-                *(getattr(reference, f.name).cpu() for f in fields(reference))
-            )
-        gathered = fed.gather_objects(client_references)
+        side = self.client_side
+        request = ReferenceRequest(model=state)
+        gathered = fed.exchange(side, dict.fromkeys(clean, request)).gather()
         references = aggregate_references(
-            [gathered[k] for k in clean], min_count=self.reference_min_count
+            [gathered[k].reference for k in clean], min_count=self.reference_min_count
         )
-        per_class = (1 + self.residual_rows) * references.direction.shape[1] * 4
-        fed.costs.bytes_up += len(clean) * fed.num_classes * per_class
-        fed.costs.bytes_down += len(noisy) * fed.num_classes * per_class
-        self._send_teacher(fed, state, [*clean, *noisy])
-
-        labels, accepted, confidence, agree = {}, {}, {}, {}
-        for client in fed.local_clients(noisy):
-            features = torch.cat([f.float() for f, _, _ in fed.features(client, state)])
-            result = relabel(
-                features,
-                fed.labels.given[fed.index[client]],
-                references,
-                mode=self.relabel_mode,
-                min_confidence=self.min_confidence,
-            )
-            labels[client] = result.labels.cpu()
-            accepted[client] = result.accepted.cpu()
-            agree[client] = result.agree.cpu()
-            confidence[client] = result.confidence.float().cpu()
-        fed.state.write(fed.global_state)
-        fed.relabel(labels)
-        agreement = torch.cat(list(fed.gather_objects(agree).values())).float().mean()
-        self._weight_samples(fed, fed.gather_objects(accepted), fed.gather_objects(confidence))
-        self.last_report["agreement"] = float(agreement)
-        self.labels_changed()
+        relabeling = RelabelRequest(model=state, references=references)
+        replies: Replies[RelabelReply] = fed.exchange(side, dict.fromkeys(noisy, relabeling))
+        self._count_decided(fed, replies.gather())
         self.relabel_rounds.append(round)
 
-    @staticmethod
-    def _send_teacher(fed: Federation, state: Tensor, clients: Sequence[int]) -> None:
-        """Count the teacher as sent: clean clients need it for their references."""
-        if torch.equal(state, fed.global_state):
-            fed.send_global(clients)
-        else:
-            fed.costs.bytes_down += len(clients) * fed.state_bytes
+    def _count_decided(self, fed: Federation, replies: dict[int, RelabelReply]) -> None:
+        """Report what the noisy clients have relabeled."""
+        samples = sum(reply.samples for reply in replies.values())
 
-    def _weight_samples(
-        self, fed: Federation, accepted: dict[int, Tensor], confidence: dict[int, Tensor]
-    ) -> None:
-        """Set the samples that learn from the teacher, and the weight of each loss."""
-        distil = torch.zeros(len(fed.labels.given), dtype=torch.bool)
-        weight = torch.ones(len(fed.labels.given))
-        for client, relabeled in accepted.items():
-            index = fed.index[client]
-            distil[index] = ~relabeled
-            trust = confidence[client] if self.confidence_weighting else torch.ones_like(relabeled)
-            weight[index] = torch.where(relabeled, trust.float(), self.kept_weight)
-        relabeled_fraction = torch.cat(list(accepted.values())).float().mean()
-        self.last_report = {"relabeled": float(relabeled_fraction)}
-        if self.kd_on == "disagree":
-            self.distil = distil
-        if self.confidence_weighting or self.kept_weight != 1.0:
-            self.confidence = weight
+        def divide(count: int) -> float:
+            return float(torch.tensor(float(count)) / samples)
+
+        self.last_report = {
+            "relabeled": divide(sum(reply.accepted for reply in replies.values())),
+            "agreement": divide(sum(reply.agreeing for reply in replies.values())),
+        }
         self.decided = torch.ones(fed.num_clients, dtype=torch.float64)
-        for client, relabeled in accepted.items():
-            self.decided[client] = relabeled.double().mean()
+        for client, reply in replies.items():
+            self.decided[client] = reply.accepted / reply.samples
 
     def participants(self, fed: Federation, round: int, sampled: Sequence[int]) -> list[int]:
         """The clean ones of the sampled clients, and in every n-th round the noisy ones.
@@ -329,10 +358,10 @@ class FedSIR(NoiseAwareMethod):
         return [k for k in sampled if self._client_is_clean(k)] or list(sampled)
 
     def weights(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+        self, fed: Federation, round: int, replies: Replies[TrainReply]
     ) -> dict[int, float]:
         """DaAgg, with weights of noisy clients scaled by their fraction of decided labels."""
-        weights = super().weights(fed, round, clients, states)
+        weights = super().weights(fed, round, replies)
         if not self.client_confidence or self.decided is None:
             return weights
         scaled = {
@@ -342,22 +371,20 @@ class FedSIR(NoiseAwareMethod):
         total = sum(scaled.values())
         return {k: w / total for k, w in scaled.items()} if total > 0 else weights
 
-    def after_round(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
-    ) -> None:
+    def after_round(self, fed: Federation, round: int, replies: Replies[TrainReply]) -> None:
         """Keep the average of the clean clients' models of this round as the next teacher."""
         assert self.is_clean is not None
         reported = torch.zeros(fed.num_clients, dtype=torch.bool)
-        reported[list(clients)] = True
+        reported[replies.clients] = True
         if bool((reported & self.is_clean).any()):
-            self.clean_state = clean_reference(fed, reported & self.is_clean, states)
+            self.clean_state = clean_reference(fed, reported & self.is_clean, replies.models)
 
     def report(self) -> dict[str, float]:
         """Fractions of noisy clients' samples with agreeing scores and with a decided label."""
         return self.last_report
 
     def state_dict(self) -> dict[str, Any]:
-        """The split, the teacher, and the outcome of the last relabeling."""
+        """The split, the teacher, and the report of the last relabeling."""
         return super().state_dict() | {
             "found": self.evidence,
             "clean_state": self.clean_state,

@@ -5,7 +5,7 @@ Axes: K clients, N samples, B mini-batch, C classes, P flat state size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,11 +15,15 @@ from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.aggregation import distance_aware_weights, distance_to_clean
 from fulgurite.models.fedsir.federation import (
-    ClientStates,
+    Client,
+    ClientSide,
     Federation,
     LogitLoss,
     MiniBatch,
     Objective,
+    Replies,
+    TrainReply,
+    TrainRequest,
 )
 from fulgurite.models.fedsir.losses import log_prior, ramp, selective_distillation
 from fulgurite.models.fedsir.methods.base import FederatedMethod
@@ -27,7 +31,14 @@ from fulgurite.models.fedsir.methods.base import FederatedMethod
 CleanLoss = Literal["la", "ce"]
 NoisyLoss = Literal["la_kd", "la", "ce_kd", "ce"]
 
-__all__ = ["CleanLoss", "DistillationLoss", "NoiseAwareMethod", "NoisyLoss"]
+__all__ = [
+    "CleanLoss",
+    "DistillationLoss",
+    "NoiseAwareClientSide",
+    "NoiseAwareMethod",
+    "NoiseAwareTrainRequest",
+    "NoisyLoss",
+]
 
 
 class DistillationLoss:
@@ -39,8 +50,8 @@ class DistillationLoss:
         log_prior: Offsets added to the student's logits. Shape: (C,).
         temperature: Temperature of the teacher.
         distil: Mask of the samples that learn from the teacher, bool; None means all.
-            Shape: (N,).
-        confidence: Weight of each sample's loss; None means 1. Shape: (N,).
+            Shape: (N_k,).
+        confidence: Weight of each sample's loss; None means 1. Shape: (N_k,).
 
     Source: FedSIR, arXiv 2604.20825, Stage III; ``confidence`` is ours.
     """
@@ -78,11 +89,60 @@ class DistillationLoss:
         return (losses * confidence).mean()
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoiseAwareTrainRequest(TrainRequest):
+    """Train as a clean client, or as a noisy one.
+
+    Attributes:
+        is_clean: Whether the server holds the client for clean.
+    """
+
+    is_clean: bool
+
+
+class NoiseAwareClientSide(ClientSide):
+    """Clients that train by what the server holds them for.
+
+    A client may remember of its samples which learn from the teacher (``distil``, bool; all by
+    default) and the weight of each loss (``confidence``; 1 by default). Shape of both: (N_k,).
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
+    """
+
+    def __init__(self, method: NoiseAwareMethod) -> None:
+        self.options = method
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
+        """By default LA on clean clients, and LA with distillation on noisy ones."""
+        options = self.options
+        assert isinstance(request, NoiseAwareTrainRequest)
+        counts = client.count_labels(current=options.prior == "current")
+        prior = log_prior(counts, options.tau, mask_absent=options.mask_absent)
+        prior = prior.to(client.trainer.device)
+        if request.is_clean:
+            return LogitLoss(prior if options.clean_loss == "la" else None)
+        weight = ramp(request.round, options.kd_begin, options.kd_end, options.kd_height)
+        if options.noisy_loss in ("ce", "ce_kd"):
+            prior = torch.zeros_like(prior)
+        if options.noisy_loss in ("la", "ce"):
+            weight = 0.0
+        return DistillationLoss(
+            client.frozen(request.model),
+            weight,
+            prior,
+            options.kd_temperature,
+            client.memory.get("distil"),
+            client.memory.get("confidence"),
+        )
+
+
 class NoiseAwareMethod(FederatedMethod):
     """Logit adjustment on clean clients, with distillation on noisy ones, and DaAgg.
 
-    Subclasses set ``self.is_clean`` (bool, (K,)) before training, and may set ``self.distil``
-    and ``self.confidence`` ((N,), over all samples).
+    Subclasses set ``self.is_clean`` (bool, (K,)) before training.
 
     Args:
         kd_begin: Last round in which the teacher has its smallest weight.
@@ -94,7 +154,7 @@ class NoiseAwareMethod(FederatedMethod):
         distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its weight
             (paper).
         prior: Labels whose frequencies adjust the logits: those ``given`` (paper) or the
-            ``current`` ones, refreshed whenever labels change.
+            ``current`` ones.
         clean_loss: Loss of clean clients: logit-adjusted (``la``, paper) or plain (``ce``)
             cross-entropy.
         noisy_loss: Loss of noisy clients: the same with (``la_kd``, paper; ``ce_kd``) or without
@@ -129,9 +189,6 @@ class NoiseAwareMethod(FederatedMethod):
         self.aggregation, self.distance_floor = aggregation, distance_floor
         self.clean_loss, self.noisy_loss = clean_loss, noisy_loss
         self.is_clean: Tensor | None = None
-        self.distil: Tensor | None = None
-        self.confidence: Tensor | None = None
-        self._log_priors: Tensor | None = None
 
     @property
     def clean(self) -> Tensor | None:
@@ -141,66 +198,47 @@ class NoiseAwareMethod(FederatedMethod):
     def _client_is_clean(self, client: int) -> bool:
         return self.is_clean is None or bool(self.is_clean[client])
 
-    def _log_prior(self, fed: Federation, client: int) -> Tensor:
-        if self._log_priors is None:
-            counts = fed.label_counts(current=self.prior == "current")
-            priors = log_prior(counts, self.tau, mask_absent=self.mask_absent)
-            self._log_priors = priors.to(fed.device)
-        return self._log_priors[client]
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that train by what the server holds them for."""
+        return NoiseAwareClientSide(self)
 
-    def labels_changed(self) -> None:
-        """Discard the priors, which are computed from labels."""
-        self._log_priors = None
-
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """By default LA on clean clients, and LA with distillation on noisy ones."""
-        prior = self._log_prior(fed, client)
-        if self._client_is_clean(client):
-            return LogitLoss(prior if self.clean_loss == "la" else None)
-        weight = ramp(round, self.kd_begin, self.kd_end, self.kd_height)
-        if self.noisy_loss in ("ce", "ce_kd"):
-            prior = torch.zeros_like(prior)
-        if self.noisy_loss in ("la", "ce"):
-            weight = 0.0
-        return DistillationLoss(
-            fed.teacher(), weight, prior, self.kd_temperature, self.distil, self.confidence
+    def training_request(self, fed: Federation, client: int, round: int) -> TrainRequest:
+        """The global model, and what the client is held for."""
+        return NoiseAwareTrainRequest(
+            model=fed.global_state,
+            epochs=fed.local_epochs,
+            round=round,
+            is_clean=self._client_is_clean(client),
         )
 
     def weights(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
+        self, fed: Federation, round: int, replies: Replies[TrainReply]
     ) -> dict[int, float]:
         """DaAgg: noisy clients lose weight with their distance to the nearest clean model.
 
         FedAvg's weights in a round in which no clean client, or only clean ones, reported.
         """
+        clients = replies.clients
         clean = [k for k in clients if self._client_is_clean(k)]
         if self.aggregation == "size" or not clean or len(clean) == len(clients):
             return fed.size_weights(clients)
-        references = fed.gather_rows(states, clean)
-        distances = {
-            k: torch.zeros((), dtype=torch.float64, device=fed.device)
-            if self._client_is_clean(k)
-            else distance_to_clean(state, references, fed.state.splits)
-            for k, state in states.items()
-        }
+        references = fed.gather_rows(replies.models, clean)
+
+        def measure(client: int, reply: TrainReply) -> Tensor:
+            if self._client_is_clean(client):
+                return torch.zeros((), dtype=torch.float64, device=fed.device)
+            return distance_to_clean(reply.model, references, fed.state.splits)
+
         weights = distance_aware_weights(
-            fed.sizes[list(clients)],
-            fed.gather_rows(distances, clients).cpu(),
-            floor=self.distance_floor,
+            fed.sizes[list(clients)], replies.stack(measure).cpu(), floor=self.distance_floor
         )
         return dict(zip(clients, weights.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The predicted clean clients, and the masks and weights of the samples."""
-        return {
-            "split_clean": self.is_clean,
-            "distil": self.distil,
-            "confidence": self.confidence,
-        }
+        """The predicted clean clients."""
+        return {"split_clean": self.is_clean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
         self.is_clean = state["split_clean"]
-        self.distil = state["distil"]
-        self.confidence = state["confidence"]
-        self.labels_changed()

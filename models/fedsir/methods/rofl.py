@@ -5,7 +5,7 @@ Axes: K clients, N samples, B mini-batch, S selected samples, C classes, D featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,30 @@ from torch import Tensor, nn
 
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Federation, MiniBatch, Objective
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    Federation,
+    MiniBatch,
+    Objective,
+    Replies,
+    Reply,
+    Request,
+    TrainReply,
+    TrainRequest,
+)
 from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.models.fedsir.wire import on_wire
 
-__all__ = ["CentroidLoss", "RoFL", "class_means", "merge_centroids"]
+__all__ = [
+    "CentroidLoss",
+    "RoFL",
+    "RoFLClientSide",
+    "RoFLTrainReply",
+    "RoFLTrainRequest",
+    "class_means",
+    "merge_centroids",
+]
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -78,7 +98,7 @@ class CentroidLoss:
 
     Args:
         centroids: Centroids of the client; changed in place by calls. Shape: (C, D).
-        pseudo: Pseudo-labels of the global model; None while given labels are used. Shape: (N,).
+        pseudo: Pseudo-labels of the global model; None while given labels are used. Shape: (N_k,).
         forget: Fraction of a batch, with the largest losses, that is left out.
         pull: Weight of the distance to the centroid.
         entropy: Weight of the prediction's entropy.
@@ -90,6 +110,7 @@ class CentroidLoss:
         self,
         centroids: Tensor,
         pseudo: Tensor | None,
+        *,
         forget: float,
         pull: float,
         entropy: float,
@@ -134,6 +155,68 @@ class CentroidLoss:
         self.centroids.copy_(
             torch.where(initialised, (1 - rate) * self.centroids + rate * means, means)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoFLTrainRequest(TrainRequest):
+    """Train from the global model, with global centroids.
+
+    Attributes:
+        centroids: Global centroids; None in the first round. Shape: (C, D).
+    """
+
+    centroids: Tensor | None = on_wire(torch.float32, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoFLTrainReply(TrainReply):
+    """A trained model, and centroids that have moved in its training.
+
+    Attributes:
+        centroids: Centroids of the client. Shape: (C, D).
+    """
+
+    centroids: Tensor = on_wire(torch.float32)
+
+
+class RoFLClientSide(ClientSide):
+    """Clients that train on the samples with small losses, whose labels centroids check.
+
+    Args:
+        method: The method, of which only options are used.
+
+    Source: RoFL, IEEE Intelligent Systems 2022.
+    """
+
+    def __init__(self, method: RoFL) -> None:
+        self.options = method
+
+    def objective(self, client: Client, request: TrainRequest) -> Objective:
+        """The loss of a client, with its own copy of the centroids."""
+        assert isinstance(request, RoFLTrainRequest)
+        options, round = self.options, request.round
+        pseudo = None
+        if request.centroids is None or round >= options.pseudo_from:
+            batches = list(client.features(request.model))
+            if round >= options.pseudo_from:
+                pseudo = torch.cat([logits.argmax(1).cpu() for _, logits, _ in batches])
+        if request.centroids is None:
+            features = torch.cat([f.float() for f, _, _ in batches])
+            labels = client.labels.to(features.device)
+            centroids = class_means(features, labels, client.trainer.num_classes)
+        else:
+            centroids = request.centroids.to(client.trainer.device, copy=True)
+        client.kept["centroids"] = centroids
+        ramp = min(1.0, round / options.ramp_rounds) if options.ramp_rounds else 1.0
+        pull = options.pull * min(1.0, (round + 1) / max(1, options.pseudo_from))
+        return CentroidLoss(
+            centroids, pseudo, forget=options.forget * ramp, pull=pull, entropy=options.entropy
+        )
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Answer with the trained model and the moved centroids."""
+        assert trained is not None
+        return RoFLTrainReply(model=trained, centroids=client.kept.pop("centroids"))
 
 
 class RoFL(FederatedMethod):
@@ -189,41 +272,26 @@ class RoFL(FederatedMethod):
         self.forget, self.ramp_rounds, self.pseudo_from = forget, ramp_rounds, pseudo_from
         self.pull, self.entropy = pull, entropy
         self.centroids: Tensor | None = None  # global ones, (C, D)
-        self._local: dict[int, Tensor] = {}
 
-    def before_round(self, fed: Federation, round: int) -> None:
-        """Discard the local centroids of the previous round."""
-        self._local = {}
+    @property
+    def client_side(self) -> ClientSide:
+        """Clients that check labels by centroids."""
+        return RoFLClientSide(self)
 
-    def objective(self, fed: Federation, client: int, round: int) -> Objective:
-        """The loss of a client, with its own copy of the centroids."""
-        pseudo = None
-        if self.centroids is None or round >= self.pseudo_from:
-            batches = list(fed.features(client, fed.global_state))
-            fed.state.write(fed.global_state)
-            if round >= self.pseudo_from:
-                pseudo = torch.zeros_like(fed.labels.given)
-                guesses = torch.cat([logits.argmax(1).cpu() for _, logits, _ in batches])
-                pseudo[fed.index[client]] = guesses
-        if self.centroids is None:
-            features = torch.cat([f.float() for f, _, _ in batches])
-            labels = fed.client_labels(client).to(features.device)
-            self._local[client] = class_means(features, labels, fed.num_classes)
-        else:
-            self._local[client] = self.centroids.to(fed.device, copy=True)
-        ramp = min(1.0, round / self.ramp_rounds) if self.ramp_rounds else 1.0
-        pull = self.pull * min(1.0, (round + 1) / max(1, self.pseudo_from))
-        return CentroidLoss(self._local[client], pseudo, self.forget * ramp, pull, self.entropy)
+    def training_request(self, fed: Federation, client: int, round: int) -> TrainRequest:
+        """The global model and centroids."""
+        return RoFLTrainRequest(
+            model=fed.global_state,
+            epochs=fed.local_epochs,
+            round=round,
+            centroids=self.centroids,
+        )
 
-    def after_round(
-        self, fed: Federation, round: int, clients: Sequence[int], states: ClientStates
-    ) -> None:
+    def after_round(self, fed: Federation, round: int, replies: Replies[Any]) -> None:
         """Merge the clients' centroids."""
-        table = fed.gather_rows({k: self._local[k] for k in states}, clients)
+        table = replies.stack(lambda client, reply: reply.centroids)
         before = torch.zeros_like(table[0]) if self.centroids is None else self.centroids
         self.centroids = merge_centroids(table, before.to(table.device)).cpu()
-        fed.costs.bytes_up += len(clients) * self.centroids.numel() * 4
-        fed.costs.bytes_down += len(clients) * self.centroids.numel() * 4 * (round > 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The global centroids."""

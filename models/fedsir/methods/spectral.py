@@ -5,8 +5,8 @@ Axes: K clients, C classes, D feature dimension, P flat state size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,13 +14,34 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.fedsir.federation import ClientStates, Federation, LogitLoss
+from fulgurite.models.fedsir.federation import (
+    Client,
+    ClientSide,
+    ClientStates,
+    Federation,
+    LogitLoss,
+    Replies,
+    Reply,
+    Request,
+    TrainingTask,
+    TrainReply,
+)
 from fulgurite.models.fedsir.spectra import SpectraAccumulator, client_score, similarity
+from fulgurite.models.fedsir.wire import on_wire
 
 if TYPE_CHECKING:
     from fulgurite.models.fedsir.identification import ClientSplit
 
-__all__ = ["Identification", "SpectralIdentification", "accumulate"]
+__all__ = [
+    "Identification",
+    "IdentifyReply",
+    "IdentifyRequest",
+    "ModelRequest",
+    "SpectralClientSide",
+    "SpectralIdentification",
+    "accumulate",
+    "clean_reference",
+]
 
 
 @dataclass(frozen=True)
@@ -31,34 +52,116 @@ class Identification:
         split: The predicted clean clients, and the reason.
         scores: off_mean and off_energy of each client. Shape: (K, 2).
         similarities: Cosines between the classes' dominant directions. Shape: (K, C, C).
-        states: Models after training alone, of this rank's clients.
+        clean_state: Average of the clean clients' models after training alone; the global model
+            where no client is clean. Shape: (P,).
     """
 
     split: ClientSplit
     scores: Tensor
     similarities: Tensor
-    states: ClientStates
+    clean_state: Tensor
+
+    @property
+    def evidence(self) -> dict[str, Tensor]:
+        """What the split rests on, on the CPU, for figures and checkpoints."""
+        return {
+            "scores": self.scores.cpu(),
+            "similarities": self.similarities.cpu(),
+            "p_clean": self.split.p_clean.cpu(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifyRequest(Request):
+    """Train alone, and score the class spectra of your features.
+
+    Attributes:
+        purpose: Key of the random numbers, which differs in repeated identifications.
+        restore_labels: Take up the given labels again, and forget what was known of samples.
+    """
+
+    model: Tensor
+    purpose: str = "identify"
+    restore_labels: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifyReply(Reply):
+    """Scores of a client.
+
+    Attributes:
+        scores: off_mean and off_energy. Shape: (2,).
+        similarities: Cosines between the classes' dominant directions, for figures. Shape: (C, C).
+    """
+
+    scores: Tensor = on_wire(torch.float32)
+    similarities: Tensor = field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest(Request):
+    """Send the model that you have trained alone."""
+
+    continues: ClassVar[bool] = True
 
 
 def accumulate(
-    fed: Federation, client: int, state: Tensor, labels: Tensor, *, augmented: str | None = None
+    client: Client, state: Tensor, labels: Tensor, *, augmented: str | None = None
 ) -> SpectraAccumulator:
     """Class spectra of a client's features under a model.
 
     Args:
-        fed: The federation.
         client: Client whose samples are used.
         state: Flat state of the model. Shape: (P,).
         labels: Labels that group the samples into classes. Shape: (N_k,).
-        augmented: Key of the augmentation's random numbers, as in :meth:`Federation.features`.
+        augmented: Key of the augmentation's random numbers, as in
+            :meth:`~fulgurite.models.fedsir.federation.LocalTrainer.features`.
     """
     spectra: SpectraAccumulator | None = None
-    for features, _, part in fed.features(client, state, augmented=augmented):
+    for features, _, part in client.features(state, augmented=augmented):
         if spectra is None:
-            spectra = SpectraAccumulator(fed.num_classes, features.shape[1], features.device)
+            classes = client.trainer.num_classes
+            spectra = SpectraAccumulator(classes, features.shape[1], features.device)
         spectra.update(features, labels[part])
     assert spectra is not None  # a client without samples is refused by the DataModule
     return spectra
+
+
+class SpectralClientSide(ClientSide):
+    """Clients that train alone, score their class spectra, and send their model where asked to.
+
+    Args:
+        identification: Options of Stage I.
+
+    Source: FedSIR, arXiv 2604.20825, Stage I.
+    """
+
+    def __init__(self, identification: SpectralIdentification) -> None:
+        self.identification = identification
+
+    def task(self, client: Client, request: Request) -> TrainingTask | None:
+        """Train by cross-entropy, on the given labels where they are to be restored."""
+        if not isinstance(request, IdentifyRequest):
+            return super().task(client, request)
+        if request.restore_labels:
+            client.relabel(client.given_labels)
+            client.forget()
+        return TrainingTask(LogitLoss(), request.purpose, self.identification.optimizer)
+
+    def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
+        """Answer with scores, or with the model behind them."""
+        if isinstance(request, ModelRequest):
+            return TrainReply(model=client.kept.pop("model"))
+        if not isinstance(request, IdentifyRequest) or trained is None:
+            return super().reply(client, request, trained)
+        options = self.identification
+        augmented = request.purpose if options.features == "augmented" else None
+        spectra = accumulate(client, trained, client.labels, augmented=augmented)
+        client.kept["model"] = trained
+        return IdentifyReply(
+            scores=client_score(spectra, options.min_count),
+            similarities=similarity(spectra, options.min_count),
+        )
 
 
 @dataclass
@@ -106,33 +209,30 @@ class SpectralIdentification:
                 f"identification.epochs={self.epochs} is negative.", "Give 0 or more."
             )
 
-    def __call__(self, fed: Federation, *, purpose: str = "identify") -> Identification:
-        """Train, score and split; every rank takes part and gets the same split.
+    def __call__(
+        self, fed: Federation, *, purpose: str = "identify", restore_labels: bool = False
+    ) -> Identification:
+        """Let clients train and score, and split them; every rank gets the same split.
 
         Args:
             fed: The federation; its global model is where each client starts.
             purpose: Key of the random numbers, which differs in repeated identifications.
+            restore_labels: Identify on the given labels: relabeled ones would make noisy clients
+                look clean.
         """
         from fulgurite.models.fedsir.identification import split_clients
 
-        clients = range(fed.num_clients)
-        fed.send_global(clients)  # the common start
-        states = fed.train(
-            clients,
-            lambda client: LogitLoss(),
-            purpose=purpose,
+        side = SpectralClientSide(self)
+        request = IdentifyRequest(
+            model=fed.global_state,
             epochs=self.epochs,
-            optimizer=self.optimizer,
+            purpose=purpose,
+            restore_labels=restore_labels,
         )
-        augmented = purpose if self.features == "augmented" else None
-        scores, cosines = {}, {}
-        for client, state in states.items():
-            labels = fed.client_labels(client)
-            spectra = accumulate(fed, client, state, labels, augmented=augmented)
-            scores[client] = client_score(spectra, self.min_count)
-            cosines[client] = similarity(spectra, self.min_count)
-        fed.costs.bytes_up += fed.num_clients * 2 * 4  # two float32 statistics each
-        table = fed.gather_rows(scores, clients)
+        replies: Replies[IdentifyReply] = fed.exchange(
+            side, dict.fromkeys(range(fed.num_clients), request)
+        )
+        table = replies.stack(lambda client, reply: reply.scores)
         judged = table if self.statistics == "both" else table[:, :1].expand(-1, 2)
         split = split_clients(
             judged.cpu(),
@@ -145,8 +245,14 @@ class SpectralIdentification:
             noisy_above=self.noisy_above,
         )
         rank_zero_info(f"identification: {split.reason}")
-        fed.state.write(fed.global_state)
-        return Identification(split, table, fed.gather_rows(cosines, clients), states)
+        clean_clients = torch.nonzero(split.clean).flatten().tolist()
+        models = fed.exchange(side, dict.fromkeys(clean_clients, ModelRequest())).models
+        return Identification(
+            split,
+            table,
+            replies.stack(lambda client, reply: reply.similarities),
+            clean_reference(fed, split.clean, models),
+        )
 
 
 def clean_reference(fed: Federation, clean: Tensor, states: ClientStates) -> Tensor:

@@ -1,0 +1,43 @@
+"""What of a record is sent between clients and server, and its size."""
+
+from __future__ import annotations
+
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["count_payload", "on_wire"]
+
+
+def on_wire(dtype: torch.dtype | None = None, *, default: Any = ...) -> Any:
+    """Mark a field of a record as a tensor that is sent.
+
+    Args:
+        dtype: Type of its numbers on the wire; by default that of the tensor.
+        default: Default of the field; none by default.
+    """
+    metadata = {"wire": dtype}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def count_payload(record: Any) -> int:
+    """Size of the tensors of a record that are sent, those of records inside it too [bytes].
+
+    Args:
+        record: A dataclass, such as a message.
+
+    Example:
+        >>> from fulgurite.models.fedsir.federation import TrainReply
+        >>> count_payload(TrainReply(model=torch.zeros(10)))
+        40
+    """
+    total = 0
+    for entry in fields(record):
+        value = getattr(record, entry.name)
+        if is_dataclass(value):
+            total += count_payload(value)
+        elif isinstance(value, Tensor) and "wire" in entry.metadata:
+            total += value.numel() * (entry.metadata["wire"] or value.dtype).itemsize
+    return total
