@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from fulgurite.cli import parse
-from fulgurite.compare import read_plan
+from fulgurite.compare import define_trials, read_plan
 from fulgurite.systems import config_path, packaged_configs, resolve_config, systems
 
 ALL = [name for system in systems().values() for name in packaged_configs(system)]
@@ -44,7 +44,7 @@ def test_it_parses_to_what_it_says(name):
 )
 def test_every_cell_of_a_comparison_parses(name, quick):
     plan = read_plan(name, quick=quick)
-    cells = plan.cells()
+    cells = define_trials(plan)
     for cell in cells:  # grows by what only serves others
         if cell.origin:
             cells.append(cell.origin)
@@ -53,7 +53,7 @@ def test_every_cell_of_a_comparison_parses(name, quick):
     assert one_each.keys() == plan.methods.keys()
     assert plan.baseline in one_each
     for cell in one_each.values():
-        training = cell.candidates[0]
+        training = cell.trainings[0]
         assert parse(["fit", *training.fit]).model.class_path
         if training.predict is not None:
             assert parse(["predict", *training.predict]).model.class_path

@@ -21,11 +21,12 @@ import yaml
 from scipy import stats
 
 from fulgurite import compare, systems
-from fulgurite.compare.comparison import read_record
+from fulgurite.compare.command import main
 from fulgurite.compare.devices import device_groups, visible_devices
-from fulgurite.compare.driver import main
-from fulgurite.compare.plan import read_plan
+from fulgurite.compare.plan_file import read_plan
+from fulgurite.compare.records import read_record
 from fulgurite.compare.stats import holm, mean_std, paired, quantile
+from fulgurite.compare.trials import define_trials
 from fulgurite.errors import ConfigError
 from fulgurite.plotting import new_figure
 
@@ -480,9 +481,9 @@ def test_later_layers_win_and_come_last(place):
     file = write(
         place, methods=methods, settings=settings, args={"model.method": "A"}, baseline="m"
     )
-    half = read_plan(file).cells()[1]
+    half = define_trials(read_plan(file))[1]
     assert half.id == "m__noise=half__k=1__seed=0"
-    assert half.candidates[0].fit[2:] == (
+    assert half.trainings[0].fit[2:] == (
         "--model.method=B",
         "--model.method.x=1",
         "--p=0.5",
@@ -557,7 +558,7 @@ def test_quick_changes(place):
 )
 def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):
     with pytest.raises(ConfigError, match=says):
-        read_plan(write(place, **changes), quick="quick" in changes).cells()
+        define_trials(read_plan(write(place, **changes), quick="quick" in changes))
 
 
 SHARED_RUNNER = """
@@ -895,7 +896,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(place, monkeypatch, capsys)
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("fulgurite.compare.driver.write_json", full)
+    monkeypatch.setattr("fulgurite.compare.records.write_json", full)
     assert "No space left on device" in says("--out=other")
 
 
@@ -1010,7 +1011,7 @@ def test_aliases_that_stand_for_billions_are_refused_at_once(place):
         read_plan("latin.yaml")
     (place / "base.yaml").write_text("\n".join(lines))  # the configuration, too
     with pytest.raises(ConfigError, match=r"base\.yaml"):
-        read_plan(write(place)).cells()
+        define_trials(read_plan(write(place)))
 
 
 def test_wrong_types_anywhere_are_named(place):
@@ -1034,7 +1035,7 @@ def test_wrong_types_anywhere_are_named(place):
     for content in random.Random(0).sample([*variants(whole)], 150):
         (place / "odd.yaml").write_text(yaml.safe_dump(content))
         try:
-            read_plan("odd.yaml", quick=True).cells()
+            define_trials(read_plan("odd.yaml", quick=True))
         except ConfigError:
             refused += 1
     assert 50 < refused < 150

@@ -11,9 +11,11 @@ import yaml
 
 from fulgurite.cli import parse
 from fulgurite.compare import identity
-from fulgurite.compare.driver import main, run
+from fulgurite.compare.command import main
+from fulgurite.compare.driver import run
 from fulgurite.compare.identity import Resolver, data_identity
-from fulgurite.compare.plan import read_plan
+from fulgurite.compare.plan_file import read_plan
+from fulgurite.compare.trials import define_trials
 from fulgurite.errors import ConfigError
 
 PAPER = """
@@ -86,7 +88,7 @@ def write(path: Path, content: object) -> None:
 
 
 def parts() -> dict[str, dict[str, str]]:
-    cells = read_plan("comparison.yaml").cells(Resolver())
+    cells = define_trials(read_plan("comparison.yaml"), Resolver())
     assert len({cell.digest for cell in cells}) == len(cells)
     return {cell.id: dict(cell.parts) for cell in cells}
 

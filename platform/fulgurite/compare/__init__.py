@@ -5,17 +5,23 @@ parallel worker processes, keeps one JSON per finished cell, and renders tables 
 these.
 """
 
+from fulgurite.compare.command import main
 from fulgurite.compare.comparison import Comparison
-from fulgurite.compare.driver import main, run
-from fulgurite.compare.plan import Cell, ComparisonMethod, ComparisonPlan, read_plan
+from fulgurite.compare.driver import run
+from fulgurite.compare.plan import ComparisonMethod, ComparisonPlan
+from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.report import main as report_main
 from fulgurite.compare.report import render
+from fulgurite.compare.trial import Trial, TrialResult
+from fulgurite.compare.trials import define_trials
 
 __all__ = [
-    "Cell",
     "Comparison",
     "ComparisonMethod",
     "ComparisonPlan",
+    "Trial",
+    "TrialResult",
+    "define_trials",
     "main",
     "read_plan",
     "render",

@@ -1,9 +1,7 @@
-"""A comparison on disk: the plan, one JSON per finished cell, one per failed cell."""
+"""A comparison on disk: the plan, one JSON per finished trial, one per failed trial."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +11,9 @@ from typing import Any
 
 import yaml
 
-from fulgurite.compare.plan import (
-    ComparisonMethod,
-    ComparisonPlan,
-    Setting,
-    cell_id,
-    read_plan,
-    setting_label,
-)
+from fulgurite.compare.plan import ComparisonMethod, ComparisonPlan
+from fulgurite.compare.plan_file import read_plan
+from fulgurite.compare.records import Record, read_record
 from fulgurite.compare.stats import (
     LEAST_SEEDS,
     LEVEL,
@@ -31,10 +24,11 @@ from fulgurite.compare.stats import (
     paired,
     quantile,
 )
+from fulgurite.compare.trial import Setting, setting_label, trial_id
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 
-__all__ = ["PLAN_FILE", "Comparison", "Entry", "read_record"]
+__all__ = ["PLAN_FILE", "Comparison", "Entry"]
 
 PLAN_FILE = "comparison.yaml"
 _MARKS = {"beats": "▲", "ties": "≈", "loses": "▼", "": ""}
@@ -66,8 +60,8 @@ class Comparison:
     Args:
         plan: What was to be run.
         folder: Where the records lie.
-        results: Record of each finished cell, by cell id.
-        failures: Record of each failed cell, by cell id.
+        results: Record of each finished trial, by trial id.
+        failures: Record of each failed trial, by trial id.
         unreadable: Ids of cells whose record is damaged or something else.
     """
 
@@ -94,7 +88,7 @@ class Comparison:
         records: dict[str, dict[str, Record]] = {"results": {}, "failed": {}}
         unreadable = set()
         for kind, read in records.items():
-            for name in plan.cell_ids:
+            for name in plan.trial_ids:
                 path = folder / kind / f"{name}.json"
                 if path.is_file():
                     record = read_record(path)
@@ -115,7 +109,7 @@ class Comparison:
     @property
     def failed(self) -> list[str]:
         """Ids of the cells that failed and were not run again with success."""
-        return [name for name in self.plan.cell_ids if name in self.failures.keys() - self.results]
+        return [name for name in self.plan.trial_ids if name in self.failures.keys() - self.results]
 
     @property
     def rows(self) -> dict[str, ComparisonMethod]:
@@ -136,11 +130,11 @@ class Comparison:
         return [*self.results.values(), *self.failures.values()]
 
     def values(self, method: str, setting: Setting, metric: str | None = None) -> dict[int, float]:
-        """A metric by seed, of the finished cells; that of the plan by default."""
+        """A metric by seed, of the finished trials; that of the plan by default."""
         metric = metric or self.plan.metric
         by_seed = {}
         for seed in self.plan.seeds:
-            record = self.results.get(cell_id(method, setting, seed))
+            record = self.results.get(trial_id(method, setting, seed))
             if record is not None and metric in record["metrics"]:
                 by_seed[seed] = float(record["metrics"][metric])
         return by_seed
@@ -244,7 +238,7 @@ class Comparison:
         return [*lines, *_table(["method", *(plan.names.get(c, c) for c in plan.costs)], body), ""]
 
     def _costs(self, method: str, name: str) -> list[float]:
-        """A metric of all finished cells of a method."""
+        """A metric of all finished trials of a method."""
         return [v for setting in self.grid for v in self.values(method, setting, name).values()]
 
     def _size(self, metric: str, name: str, setting: Setting) -> str:
@@ -254,7 +248,7 @@ class Comparison:
         return " to ".join(f"{v:g}" for v in sorted({min(sizes), max(sizes)})) if sizes else "–"
 
     def _open_ends(self) -> list[str]:
-        ids, failed = self.plan.cell_ids, self.failed
+        ids, failed = self.plan.trial_ids, self.failed
         missing = {*ids} - self.results.keys() - self.failures.keys() - self.unreadable
         lines = [f"{len(self.results)} of {len(ids)} cells finished."]
         if failed:
@@ -268,31 +262,6 @@ class Comparison:
             if absent := [m.label for m in self.plan.rows.values() if m.id not in self.rows]:
                 lines[-1] += f" Methods without any cell: {', '.join(absent)}."
         return lines
-
-
-Record = dict[str, Any]
-
-
-def read_record(path: Path, name: str | None = None) -> Record | None:
-    """The record of a finished or failed cell; None for a file that is none.
-
-    Args:
-        path: The file.
-        name: Id of the cell that it is of; by default the stem of the file.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [*record["metrics"].values(), record["seconds"]]
-        texts = [record["digest"], record["method"], record.get("error", "")]
-        settings = record["setting"].items()
-        is_one = (
-            all(isinstance(n, int | float) for n in numbers)
-            and all(isinstance(text, str) for text in [*texts, *itertools.chain(*settings)])
-            and (name or path.stem) == cell_id(record["method"], tuple(settings), record["seed"])
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    return record if is_one else None
 
 
 def _caption(base: str, entries: Iterable[Entry]) -> str:

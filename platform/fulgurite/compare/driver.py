@@ -1,43 +1,32 @@
-"""``fulgurite compare``: run what is missing of a grid, and render what is there."""
+"""Runs what is missing of a comparison, and renders what is there."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import os
-import re
-import shlex
 import shutil
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from fulgurite import __version__
-from fulgurite.compare.comparison import PLAN_FILE, Comparison, read_record
+from fulgurite.compare.comparison import PLAN_FILE, Comparison
 from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.identity import RUNNER, Resolver
-from fulgurite.compare.plan import (
-    LAST_CHECKPOINT,
-    Candidate,
-    Cell,
-    ComparisonPlan,
-    find_config,
-    read_plan,
-)
+from fulgurite.compare.plan import ComparisonPlan
+from fulgurite.compare.plan_file import find_config, read_plan
 from fulgurite.compare.pool import run_jobs
+from fulgurite.compare.progress import show_progress
+from fulgurite.compare.records import TrialRecords
 from fulgurite.compare.report import render, writing
-from fulgurite.compare.trainings import Evaluation, Trainings
+from fulgurite.compare.trainings import Trainings
+from fulgurite.compare.trial import Trial, TrialResult
+from fulgurite.compare.trials import define_trials
 from fulgurite.compare.watch import ConfigWatch
-from fulgurite.compare.worker import Job, Outcome
+from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
-from fulgurite.runs import write_json
 from fulgurite.systems import system_of_config
 
-__all__ = ["main", "run"]
+__all__ = ["check_trials", "find_folder", "run", "select_part"]
 
 
 def run(
@@ -75,11 +64,11 @@ def run(
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers is {workers}.", "Give 1 or more.")
     plan = read_plan(file, quick=quick)
-    part = _select_part(plan, only or [])
-    folder = _folder(file, plan, out, quick)
-    cells = _define_cells(plan, runner)
-    selected = {*part.cell_ids}
-    groups = device_groups(visible_devices(_gpu_count()), _devices_each(cells))
+    part = select_part(plan, only or [])
+    folder = find_folder(file, plan, out=out, quick=quick)
+    trials = check_trials(plan, runner)
+    selected = {*part.trial_ids}
+    groups = device_groups(visible_devices(_gpu_count()), _devices_each(trials))
     worker_count = (
         workers
         or len(groups)
@@ -87,41 +76,23 @@ def run(
     )
     with writing(folder), _lock_folder(folder):
         Comparison(plan, folder, {}, {}).save_plan()
-        _archive_outdated(folder, cells)
-        todo = [c for c in cells if c.id in selected and _is_open(folder, c, retry_failed)]
-        every = _by_digest(cells)  # cells that run the same have the same result
-        todo = [c for c in todo if not _take_equal_result(folder, c, every[c.digest])]
-        equals = _by_digest(todo)
-        to_run = [same[0] for same in equals.values()]
+        records = TrialRecords(folder, plan.costs)
+        records.archive_outdated(trials)
+        todo = [t for t in trials if t.id in selected and records.is_open(t, retry_failed)]
+        every = _by_digest(trials)  # trials that run the same have the same result
+        todo = [t for t in todo if not records.take_equal_result(t, every[t.digest])]
+        watch = ConfigWatch(plan, trials, runner)
 
-        watch = ConfigWatch(plan, cells, runner)
-
-        def work(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[Outcome]:
+        def run_watched(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[TrialResult]:
             running = run_jobs(jobs, workers=worker_count, runner=runner, visible=groups)
-            with closing(running) as outcomes:
-                for outcome in _with_progress(outcomes, jobs, title, done):
+            with closing(running) as results:
+                for result in show_progress(results, jobs, title, done):
                     watch.check()
-                    yield outcome
+                    yield result
 
         try:
-            by_id = {cell.id: cell for cell in to_run}
-            evaluations: dict[str, Evaluation] = {}
-            if plan.shares and to_run:
-                evaluations = Trainings(folder / "trainings", plan, work).evaluations(to_run)
-            jobs = []
-            for cell in to_run:
-                evaluation = evaluations.get(cell.id)
-                if evaluation and evaluation.error:
-                    failed = Outcome(cell.id, error=evaluation.error)
-                    for same in equals[cell.digest]:
-                        _record(folder, plan, same, [], failed, evaluation)
-                else:
-                    jobs.append(_job(folder, plan, cell, evaluation))
-            commands = {job.id: job.commands for job in jobs}
-            for outcome in work(jobs, plan.title, len(selected) - len(todo)):
-                cell, evaluation = by_id[outcome.id], evaluations.get(outcome.id)
-                for same in reversed(equals[cell.digest]):  # its own log is moved last
-                    _record(folder, plan, same, commands[cell.id], outcome, evaluation)
+            trainings = Trainings(folder / "trainings", plan, run_watched)
+            _run_trials(todo, trainings, records, finished=len(selected) - len(todo))
         finally:
             comparison = Comparison.read(folder, part)
             if comparison.results or (folder / "table.md").exists():  # which may be out of date
@@ -129,64 +100,51 @@ def run(
     return comparison
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of ``fulgurite compare``; 1 if a cell failed, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        "fulgurite compare", description="Run what is missing of a grid, and render what is there."
-    )
-    parser.add_argument("file", help="comparison file: a path or a packaged name")
-    parser.add_argument(
-        "--workers", type=int, help="processes (default: one per GPU, or per core without any)"
-    )
-    parser.add_argument("--out", help="folder of records and tables (default: compare_results/…)")
-    parser.add_argument("--quick", action="store_true", help="the small form that the file defines")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="ITEM",
-        help="run and show a part: method ids, axis=label, seed=0",
-    )
-    parser.add_argument(
-        "--retry-failed", "--retry_failed", action="store_true", help="run failed cells again"
-    )
-    parser.add_argument(
-        "--dry-run",
-        "--dry_run",
-        action="store_true",
-        help="check every option and print the commands that would run",
-    )
-    parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.dry_run:
-        plan = read_plan(options.file, quick=options.quick)
-        part = _select_part(plan, options.only or [])
-        folder = _folder(options.file, plan, options.out, options.quick)
-        cells = _define_cells(plan, options.runner)
-        selected = {*part.cell_ids}
-        for command in _commands([cell for cell in cells if cell.id in selected], plan, folder):
-            print("fulgurite", shlex.join(command))
-        return 0
-    try:
-        comparison = run(
-            options.file,
-            workers=options.workers,
-            out=options.out,
-            quick=options.quick,
-            only=options.only,
-            retry_failed=options.retry_failed,
-            runner=options.runner,
-        )
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on with the cells that are left.")
-        return 130
-    print(comparison.markdown())
-    print(f"Tables and figure: {comparison.folder}")
-    if options.only:
-        print(f"Of the part that --only names; all: fulgurite report {comparison.folder}")
-    return 1 if comparison.failed else 0
+def _run_trials(
+    trials: Sequence[Trial], trainings: Trainings, records: TrialRecords, *, finished: int
+) -> None:
+    """Run trials, each of those that are equal once, and write a record of each.
+
+    Args:
+        trials: What has no record yet.
+        trainings: What they are evaluated on where they share trainings.
+        records: Where their records go.
+        finished: Number of trials that were run before.
+    """
+    plan, equals = trainings.plan, _by_digest(trials)
+    to_run = {same[0].id: same[0] for same in equals.values()}
+    chosen: Mapping[str, TrialResult] = {}
+    if plan.shares and to_run:
+        chosen = trainings.choose(to_run.values())
+    jobs = []
+    for trial in to_run.values():
+        trained = chosen.get(trial.id)
+        if trained and trained.error:
+            failed = TrialResult(trial.id, error=trained.error)
+            for same in equals[trial.digest]:
+                records.write(same, failed, [], trained)
+        else:
+            jobs.append(_make_job(trial, trainings, records.folder, trained))
+    commands = {job.id: job.commands for job in jobs}
+    for result in trainings.run(jobs, plan.title, finished):
+        for same in reversed(equals[to_run[result.id].digest]):  # its own log is moved last
+            records.write(same, result, commands[result.id], chosen.get(result.id))
 
 
-def _folder(file: str, plan: ComparisonPlan, out: str | None, quick: bool) -> Path:
+def _make_job(trial: Trial, trainings: Trainings, folder: Path, trained: TrialResult | None) -> Job:
+    """What a worker does for a trial: its own training, or the evaluation of a shared one."""
+    run_dir, plan = folder / "cells" / trial.id, trainings.plan
+    if run_dir.exists():  # what an interrupted or failed attempt left
+        shutil.rmtree(run_dir)
+    if trained is None:
+        commands = trial.commands(run_dir, plan.after_fit)
+    else:
+        commands = [trainings.evaluation_command(trained, run_dir)]
+    log = folder / "logs" / f"{trial.id}.log"
+    return Job(trial.id, commands, run_dir, log=log, metric=plan.metric, label=plan.label(trial))
+
+
+def find_folder(file: str, plan: ComparisonPlan, *, out: str | None, quick: bool) -> Path:
     """Where records and tables lie.
 
     Raises:
@@ -212,12 +170,16 @@ def _folder(file: str, plan: ComparisonPlan, out: str | None, quick: bool) -> Pa
     return folder
 
 
-def _define_cells(plan: ComparisonPlan, runner: str) -> list[Cell]:
-    """The cells by what they run, which takes some tenths of a second for each command."""
+def check_trials(plan: ComparisonPlan, runner: str) -> list[Trial]:
+    """The trials by what they run, which takes some tenths of a second for each command.
+
+    Raises:
+        ConfigError: An option of a command is wrong.
+    """
     from rich.console import Console
 
     with Console(stderr=True).status("Checking every option …"):
-        return plan.cells(Resolver(runner))
+        return define_trials(plan, Resolver(runner))
 
 
 def _gpu_count() -> int:
@@ -226,50 +188,18 @@ def _gpu_count() -> int:
     return torch.cuda.device_count() if torch else 0
 
 
-def _devices_each(cells: Sequence[Cell]) -> int:
-    """How many accelerators a worker needs for any of the cells; 0 for all."""
-    needs = [cell.devices for cell in cells]
+def _devices_each(trials: Sequence[Trial]) -> int:
+    """How many accelerators a worker needs for any of the trials; 0 for all."""
+    needs = [trial.devices for trial in trials]
     return max(needs) if all(needs) else 0
 
 
-def _commands(cells: Sequence[Cell], plan: ComparisonPlan, folder: Path) -> list[list[str]]:
-    """What the cells would run: trainings that they share once, then the evaluations."""
-    if not plan.shares:
-        run_dirs = ((cell, folder / "cells" / cell.id) for cell in cells)
-        return [c for cell, run_dir in run_dirs for c in cell.commands(run_dir, plan.after_fit)]
-    trainings: dict[str, list[list[str]]] = {}
-    tests = []
-    for cell in cells:
-        for candidate in _link_origins(cell, plan, folder):
-            run_dir = folder / "trainings" / candidate.key
-            checkpoint = ["--ckpt_path", str(run_dir / LAST_CHECKPOINT)]
-            training_dir = ["--run.dir", str(run_dir)]
-            steps = trainings[candidate.key] = [["fit", *candidate.fit, *training_dir]]
-            if candidate.predict is not None:
-                steps.append(["predict", *candidate.predict, *checkpoint, *training_dir])
-            if plan.tune:
-                steps.append(["validate", *candidate.validate, *checkpoint, *training_dir])
-            cell_dir = ["--run.dir", str(folder / "cells" / cell.id)]
-            tests.append([str(plan.after_fit), *candidate.test, *cell_dir, *checkpoint])
-    return [*(step for steps in trainings.values() for step in steps), *tests]
+def select_part(plan: ComparisonPlan, only: Sequence[str]) -> ComparisonPlan:
+    """The part of a comparison that ``--only`` names; all of it without.
 
-
-def _link_origins(cell: Cell, plan: ComparisonPlan, folder: Path) -> list[Candidate]:
-    """The candidates of a cell after each training that they may start from."""
-    after = plan.methods[cell.method].after
-    if cell.origin is None or after is None:
-        return [*cell.candidates]
-    return [
-        candidate.starting_from(
-            f"--{after.key}={folder / 'trainings' / start.key / after.path}", start.key
-        )
-        for start in _link_origins(cell.origin, plan, folder)
-        for candidate in cell.candidates
-    ]
-
-
-def _select_part(plan: ComparisonPlan, only: Sequence[str]) -> ComparisonPlan:
-    """The part of a comparison that ``--only`` names; all of it without."""
+    Raises:
+        ConfigError: It names what is not there.
+    """
     if not only:
         return plan
     selected: dict[str, set[str]] = {}
@@ -309,205 +239,9 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _archive_outdated(folder: Path, cells: Sequence[Cell]) -> None:
-    """Move records of what is no longer run to ``outdated/``, and back what is run again."""
-    reasons: Counter[str] = Counter()
-    returned = 0
-    aside = folder / "outdated"
-    for cell in cells:
-        for kind in ("results", "failed"):
-            path = folder / kind / f"{cell.id}.json"
-            if not path.exists():
-                continue
-            record = read_record(path)
-            if record is not None and record["digest"] == cell.digest:
-                continue
-            aside.mkdir(exist_ok=True)
-            mark = record["digest"] if record else "unreadable"
-            path.replace(_find_free_path(aside / f"{cell.id}.{_file_name(mark)}.json"))
-            reasons[_reason(record, cell)] += 1
-        back = aside / f"{cell.id}.{cell.digest}.json"
-        result_path = folder / "results" / f"{cell.id}.json"
-        record = read_record(back, cell.id) if back.is_file() else None
-        valid = record and "error" not in record and record["digest"] == cell.digest
-        if valid and not result_path.exists():
-            result_path.parent.mkdir(exist_ok=True)
-            back.replace(result_path)
-            returned += 1
-    if reasons:
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        print(f"Records set aside in {aside}: {reasons.total()} ({why}).")
-    if returned:
-        print(f"Records taken back from {aside}: {returned}.")
-
-
-def _reason(record: dict[str, Any] | None, cell: Cell) -> str:
-    """Why a record is not one of this cell as it is now."""
-    if record is None:
-        return "damaged or something else"
-    parts = record.get("parts")
-    if not isinstance(parts, dict) or parts.keys() != cell.parts.keys():
-        return "of an earlier form"
-    differ = [kind for kind, value in cell.parts.items() if parts[kind] != value]
-    return f"of another {' and '.join(differ)}"
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]", "-", text)[:40]
-
-
-def _find_free_path(path: Path) -> Path:
-    """The path itself, or with a number where something is there."""
-    numbered = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(2))
-    return next(p for p in itertools.chain([path], numbered) if not p.exists())
-
-
-def _is_open(folder: Path, cell: Cell, retry_failed: bool) -> bool:
-    if (folder / "results" / f"{cell.id}.json").is_file():
-        return False
-    return retry_failed or not (folder / "failed" / f"{cell.id}.json").is_file()
-
-
-def _by_digest(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The cells by what they run."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.digest, []).append(cell)
+def _by_digest(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """The trials by what they run."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(trial.digest, []).append(trial)
     return groups
-
-
-def _take_equal_result(folder: Path, cell: Cell, same: Sequence[Cell]) -> bool:
-    """Give a cell the result of a finished one of those that run the same, if there is one."""
-    for other in same:
-        path = folder / "results" / f"{other.id}.json"
-        record = read_record(path) if other.id != cell.id and path.is_file() else None
-        if record is not None and record["digest"] == cell.digest:
-            _write_result(folder, cell, {**record, **_identify_cell(cell)})
-            return True
-    return False
-
-
-def _identify_cell(cell: Cell) -> dict[str, Any]:
-    """The fields of a record that name its cell."""
-    return {
-        "id": cell.id,
-        "method": cell.method,
-        "setting": dict(cell.setting),
-        "seed": cell.seed,
-    }
-
-
-def _write_result(folder: Path, cell: Cell, record: Mapping[str, Any]) -> None:
-    write_json(folder / "results" / f"{cell.id}.json", record)
-    failed = folder / "failed" / f"{cell.id}.json"
-    for old in (failed, failed.with_suffix(".log")):
-        old.unlink(missing_ok=True)
-
-
-def _job(folder: Path, plan: ComparisonPlan, cell: Cell, evaluation: Evaluation | None) -> Job:
-    run_dir = folder / "cells" / cell.id
-    if run_dir.exists():  # what an interrupted or failed attempt left
-        shutil.rmtree(run_dir)
-    if evaluation is None:
-        commands = cell.commands(run_dir, plan.after_fit)
-    else:
-        commands = [evaluation.command(str(plan.after_fit), run_dir)]
-    log = folder / "logs" / f"{cell.id}.log"
-    return Job(cell.id, commands, run_dir, log, plan.metric, plan.label(cell))
-
-
-def _record(
-    folder: Path,
-    plan: ComparisonPlan,
-    cell: Cell,
-    commands: list[list[str]],
-    outcome: Outcome,
-    evaluation: Evaluation | None,
-) -> None:
-    training = evaluation.metrics if evaluation else {}
-    spent = {name: training[name] for name in plan.costs if name in training}
-    record: dict[str, Any] = {
-        **_identify_cell(cell),
-        "digest": cell.digest,
-        "parts": dict(cell.parts),
-        "commands": commands,
-        "metrics": {**spent, **outcome.metrics},
-        "seconds": round(outcome.seconds, 3),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "version": __version__,
-    }
-    if evaluation and evaluation.candidate:
-        record["chosen"] = evaluation.candidate
-    failed = folder / "failed" / f"{cell.id}.json"
-    if outcome.error:
-        write_json(failed, {**record, "error": outcome.error})
-        with suppress(FileNotFoundError):
-            if evaluation and evaluation.log:  # of a training: other cells show it as well
-                shutil.copyfile(evaluation.log, failed.with_suffix(".log"))
-            else:
-                log = folder / "logs" / f"{outcome.id}.log"
-                shutil.copyfile(log, failed.with_suffix(".log"))
-                if outcome.id == cell.id:
-                    log.unlink()
-        return
-    _write_result(folder, cell, record)
-
-
-def _with_progress(
-    outcomes: Iterator[Outcome], jobs: Sequence[Job], title: str, done: int
-) -> Iterator[Outcome]:
-    """Pass outcomes on, with a bar on a terminal and plain lines elsewhere."""
-    from rich.console import Console
-
-    console, start = Console(), time.monotonic()
-    by_id, total = {job.id: job for job in jobs}, len(jobs)
-    if done:
-        console.print(f"{done} of {done + total} cells were run before.", highlight=False)
-
-    def line(outcome: Outcome) -> str:
-        job, result = by_id[outcome.id], "done"
-        if job.metric:
-            result = f"{job.metric} {outcome.metrics.get(job.metric, float('nan')):.4g}"
-        return f"{job.label}: {outcome.error or result} ({outcome.seconds:.0f} s)"
-
-    if not console.is_terminal:
-        for count, outcome in enumerate(outcomes, 1):
-            remaining = (time.monotonic() - start) / count * (total - count)
-            yield outcome  # recorded before it is told: an interrupt in between loses nothing
-            print(f"[{count}/{total}] {line(outcome)}, {_clock(remaining)} left", flush=True)
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    # A wide window: with two cells at a time, the speed of the last few says little.
-    with Progress(*columns, console=console, speed_estimate_period=1e9) as progress:
-        task = progress.add_task(title, total=total)
-        for outcome in outcomes:
-            yield outcome
-            progress.console.print(line(outcome), highlight=False, markup=False)
-            progress.advance(task)
-
-
-def _clock(seconds: float) -> str:
-    """Minutes and seconds.
-
-    >>> _clock(75), _clock(3675)
-    ('1:15', '1:01:15')
-    """
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fulgurite.compare.devices import VISIBLE
-from fulgurite.compare.worker import STARTED, Job, Outcome, serve
+from fulgurite.compare.trial import TrialResult
+from fulgurite.compare.worker import STARTED, Job, serve
 from fulgurite.errors import ConfigError
 
 __all__ = ["WorkerPool", "run_jobs"]
@@ -27,8 +28,8 @@ _POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its proc
 
 def run_jobs(
     jobs: Sequence[Job], *, workers: int, runner: str, visible: Sequence[str] = ()
-) -> Generator[Outcome, None, None]:
-    """Run jobs in parallel and yield each outcome as it comes.
+) -> Generator[TrialResult, None, None]:
+    """Run jobs in parallel and yield each result as it comes.
 
     A worker that crashes or is killed costs its own job only: the job is reported as failed and a
     new worker takes the next one. Leaving the iterator early ends all workers.
@@ -48,10 +49,10 @@ def run_jobs(
         while waiting and pool.idle:
             pool.submit(waiting.pop())
         while pool.busy:
-            for outcome in pool.wait():
+            for result in pool.wait():
                 if waiting:  # before the yield: the caller's work must not idle the worker
                     pool.submit(waiting.pop())
-                yield outcome
+                yield result
 
 
 class WorkerPool:
@@ -100,8 +101,8 @@ class WorkerPool:
         with _environment(_INHERITED):
             worker.start(job)
 
-    def wait(self) -> list[Outcome]:
-        """Wait for outcomes, about a second at most; none may have come.
+    def wait(self) -> list[TrialResult]:
+        """Wait for results, about a second at most; none may have come.
 
         Raises:
             ConfigError: A worker ended before it could take its first job.
@@ -110,7 +111,7 @@ class WorkerPool:
         handles = [h for w in running for h in (w.connection, w.process.sentinel)]
         multiprocessing.connection.wait(handles, timeout=_POLL)
         with _environment(_INHERITED):
-            return [outcome for worker in running if (outcome := worker.poll())]
+            return [result for worker in running if (result := worker.poll())]
 
 
 @contextmanager
@@ -174,34 +175,34 @@ class _PoolWorker:
             self._replace()
             self.connection.send(job)
 
-    def poll(self) -> Outcome | None:
-        """The outcome of the current job, if it has one by now.
+    def poll(self) -> TrialResult | None:
+        """The result of the current job, if it has one by now.
 
         Raises:
             ConfigError: The process ended before it could take a job, so that no other would.
         """
         assert self.job is not None
         alive = self.process.is_alive()  # asked first: a last message before death still counts
-        outcome: Outcome | None = None
+        result: TrialResult | None = None
         try:
-            while outcome is None and self.connection.poll():
+            while result is None and self.connection.poll():
                 message = self.connection.recv()
                 self.started = True
-                outcome = None if message == STARTED else message
+                result = None if message == STARTED else message
         except (EOFError, OSError):
             alive = False
-        if outcome is None and not alive and not self.started:
+        if result is None and not alive and not self.started:
             raise ConfigError(
                 f"{self._death().capitalize()} while it started.",
                 "Its messages are above; `fulgurite doctor` shows what is installed.",
             )
-        if outcome is None and not alive:
+        if result is None and not alive:
             seconds = time.monotonic() - self.since
-            outcome = Outcome(self.job.id, error=self._death(), seconds=seconds)
+            result = TrialResult(self.job.id, error=self._death(), seconds=seconds)
             self._replace()
-        if outcome is not None:
+        if result is not None:
             self.job = None
-        return outcome
+        return result
 
     def _death(self) -> str:
         self.process.join(5)

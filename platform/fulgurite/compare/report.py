@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from fulgurite import plotting
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
-from fulgurite.compare.plan import ComparisonPlan, Setting, cell_id
+from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
+from fulgurite.compare.trial import Setting, trial_id
 from fulgurite.compare.worker import read_metrics
 from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError
@@ -139,7 +140,7 @@ def _cells_csv(comparison: Comparison) -> str:
     for method in plan.rows:
         for setting in plan.grid:
             for seed in plan.seeds:
-                cell = cell_id(method, setting, seed)
+                cell = trial_id(method, setting, seed)
                 record = comparison.results.get(cell)
                 status = (
                     "finished" if record else "failed" if cell in comparison.failures else "open"

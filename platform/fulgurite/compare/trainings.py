@@ -6,48 +6,23 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fulgurite.compare.plan import LAST_CHECKPOINT, Candidate, Cell, ComparisonPlan
-from fulgurite.compare.worker import Job, Outcome
+from fulgurite.compare.plan import ComparisonPlan
+from fulgurite.compare.trial import LAST_CHECKPOINT, Training, Trial, TrialResult
+from fulgurite.compare.worker import Job
 from fulgurite.runs import write_json
 
-__all__ = ["Evaluation", "Trainings"]
+__all__ = ["Trainings"]
 
 Step = Literal["training", "validation"]
 
-Runner = Callable[[Sequence[Job], str], Iterator[Outcome]]
-"""Runs jobs and yields their outcomes as they come, with progress shown under a title."""
+Runner = Callable[[Sequence[Job], str, int], Iterator[TrialResult]]
+"""Runs jobs and yields their results as they come.
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What to evaluate for a cell, or why that is impossible.
-
-    Args:
-        options: Command-line options, without the run folder.
-        folder: Run folder of the chosen training.
-        candidate: Label of the choice; empty where there was none.
-        key: What defines the chosen training.
-        metrics: Metrics of the chosen training.
-        error: Why there is no training.
-        log: Output of the run that failed.
-    """
-
-    options: tuple[str, ...] = ()
-    folder: Path = Path()
-    candidate: str = ""
-    key: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    error: str = ""
-    log: Path | None = None
-
-    def command(self, subcommand: str, run_dir: Path) -> list[str]:
-        """The command line of the evaluation."""
-        run_options = ["--run.dir", str(run_dir), "--ckpt_path", str(_last(self.folder))]
-        return [subcommand, *self.options, *run_options]
+Progress is shown under a title, with a number of jobs that were run before.
+"""
 
 
 class Trainings:
@@ -65,60 +40,72 @@ class Trainings:
         self.run = run
         self._failed: dict[str, str] = {}
 
-    def evaluations(self, cells: Iterable[Cell]) -> dict[str, Evaluation]:
-        """Train and validate what is missing, and choose for each cell.
+    def choose(self, trials: Iterable[Trial]) -> dict[str, TrialResult]:
+        """Train and validate what is missing, and choose a training for each trial.
 
         Args:
-            cells: Cells to evaluate.
+            trials: Trials to evaluate.
 
         Returns:
-            What to evaluate, by the cell's id.
+            Result of the chosen training, or why there is none, by the trial's id.
         """
-        waiting: dict[str, Cell] = {}
-        for cell in cells:
-            while cell.id not in waiting:
-                waiting[cell.id] = cell
-                cell = cell.origin or cell
-        evaluated: dict[str, Evaluation] = {}
+        waiting: dict[str, Trial] = {}
+        for trial in trials:
+            while trial.id not in waiting:
+                waiting[trial.id] = trial
+                trial = trial.origin or trial
+        chosen: dict[str, TrialResult] = {}
         while waiting:
-            wave = [c for c in waiting.values() if c.origin is None or c.origin.id in evaluated]
-            options = {cell.id: self._candidates(cell, evaluated) for cell in wave}
+            wave = [t for t in waiting.values() if t.origin is None or t.origin.id in chosen]
+            trainings = {trial.id: self._linked(trial, chosen) for trial in wave}
             every = [
-                (", ".join(filter(None, [self.plan.label(cell, trained=True), c.label])), c)
-                for cell in wave
-                for c in options[cell.id]
+                (", ".join(filter(None, [self.plan.label(trial, trained=True), t.label])), t)
+                for trial in wave
+                for t in trainings[trial.id]
             ]
             self._complete("training", every)
             if self.plan.tune:
                 self._complete("validation", [e for e in every if e[1].key not in self._failed])
-            evaluated |= {name: self._choose(candidates) for name, candidates in options.items()}
-            for cell in wave:
-                del waiting[cell.id]
-                if cell.origin and not options[cell.id]:
-                    evaluated[cell.id] = evaluated[cell.origin.id]  # with its error
-        return evaluated
+            for trial in wave:
+                del waiting[trial.id]
+                chosen[trial.id] = self._choose(trial.id, trainings[trial.id])
+                if trial.origin and not trainings[trial.id]:
+                    chosen[trial.id] = chosen[trial.origin.id]  # with its error
+        return chosen
 
-    def _candidates(self, cell: Cell, evaluated: dict[str, Evaluation]) -> Sequence[Candidate]:
-        """The trainings of a cell, with what they start from."""
-        after = self.plan.methods[cell.method].after
-        if cell.origin is None or after is None:
-            return cell.candidates
-        start = evaluated[cell.origin.id]
-        if start.error:
+    def evaluation_command(self, trained: TrialResult, run_dir: Path) -> list[str]:
+        """The command line that evaluates a chosen training.
+
+        Args:
+            trained: Its result.
+            run_dir: Run folder of the evaluation.
+        """
+        assert trained.training is not None
+        checkpoint = _last_checkpoint(self.folder / trained.training.key)
+        options = [*trained.training.test, "--run.dir", str(run_dir)]
+        return [str(self.plan.after_fit), *options, "--ckpt_path", str(checkpoint)]
+
+    def _linked(self, trial: Trial, chosen: Mapping[str, TrialResult]) -> Sequence[Training]:
+        """The trainings of a trial, with what they start from."""
+        after = self.plan.methods[trial.method].after
+        if trial.origin is None or after is None:
+            return trial.trainings
+        start = chosen[trial.origin.id].training
+        if start is None:
             return ()
-        option = f"--{after.key}={start.folder / after.path}"
-        return [candidate.starting_from(option, start.key) for candidate in cell.candidates]
+        option = f"--{after.key}={self.folder / start.key / after.path}"
+        return [training.starting_from(option, start.key) for training in trial.trainings]
 
-    def _step(self, step: Step, candidate: Candidate) -> tuple[str, list[list[str]]]:
+    def _step(self, step: Step, training: Training) -> tuple[str, list[list[str]]]:
         """Name and command lines of a training or its validation."""
-        checkpoint = ["--ckpt_path", str(_last(self.folder / candidate.key))]
+        checkpoint = ["--ckpt_path", str(_last_checkpoint(self.folder / training.key))]
         if step == "validation":
-            command = ["validate", *candidate.validate, *checkpoint]
-            return candidate.validation_key, [command]
-        commands = [["fit", *candidate.fit]]
-        if candidate.predict is not None:
-            commands.append(["predict", *candidate.predict, *checkpoint])
-        return candidate.key, commands
+            command = ["validate", *training.validate, *checkpoint]
+            return training.validation_key, [command]
+        commands = [["fit", *training.fit]]
+        if training.predict is not None:
+            commands.append(["predict", *training.predict, *checkpoint])
+        return training.key, commands
 
     def _record(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -131,12 +118,12 @@ class Trainings:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
 
-    def _complete(self, step: Step, candidates: Iterable[tuple[str, Candidate]]) -> None:
+    def _complete(self, step: Step, trainings: Iterable[tuple[str, Training]]) -> None:
         """Run what has no record yet."""
         metric = self.plan.tune.metric if step == "validation" and self.plan.tune else None
         jobs: dict[str, Job] = {}
-        for label, candidate in candidates:
-            name, commands = self._step(step, candidate)
+        for label, training in trainings:
+            name, commands = self._step(step, training)
             if name in jobs or self._metrics(name) is not None or name in self._failed:
                 continue
             run_dir = self.folder / name
@@ -144,39 +131,40 @@ class Trainings:
                 shutil.rmtree(run_dir)
             commands_here = [[*command, "--run.dir", str(run_dir)] for command in commands]
             log = self.folder / f"{name}.log"
-            jobs[name] = Job(name, commands_here, run_dir, log, metric, label)
-        for outcome in self.run(list(jobs.values()), f"{step}s"):
-            if outcome.error:
-                self._failed[outcome.id] = f"the {step} failed: {outcome.error}"
+            jobs[name] = Job(name, commands_here, run_dir, log=log, metric=metric, label=label)
+        for result in self.run(list(jobs.values()), f"{step}s", 0):
+            if result.error:
+                self._failed[result.id] = f"the {step} failed: {result.error}"
                 continue
             record: dict[str, Any] = {
-                "commands": jobs[outcome.id].commands,
-                "metrics": outcome.metrics,
-                "seconds": round(outcome.seconds, 3),
+                "commands": jobs[result.id].commands,
+                "metrics": result.metrics,
+                "seconds": round(result.seconds, 3),
             }
-            write_json(self._record(outcome.id), record)
+            write_json(self._record(result.id), record)
 
-    def _choose(self, candidates: Sequence[Candidate]) -> Evaluation:
-        for candidate in candidates:
-            for name in (candidate.key, candidate.validation_key):
-                if name in self._failed:
-                    return Evaluation(error=self._failed[name], log=self.folder / f"{name}.log")
-        best = max(candidates, key=self._score, default=None)
+    def _choose(self, name: str, trainings: Sequence[Training]) -> TrialResult:
+        """The best of a trial's trainings, or why there is none."""
+        for training in trainings:
+            for key in (training.key, training.validation_key):
+                if key in self._failed:
+                    log = self.folder / f"{key}.log"
+                    return TrialResult(name, error=self._failed[key], log=log)
+        best = max(trainings, key=self._score, default=None)
         if best is None:
-            return Evaluation()
-        metrics = self._metrics(best.key) or {}
-        return Evaluation(best.test, self.folder / best.key, best.label, best.key, metrics)
+            return TrialResult(name)
+        return TrialResult(name, self._metrics(best.key) or {}, training=best)
 
-    def _score(self, candidate: Candidate) -> float:
+    def _score(self, training: Training) -> float:
         if self.plan.tune is None:
             return 0.0
-        metrics = self._metrics(candidate.validation_key) or {}
+        metrics = self._metrics(training.validation_key) or {}
         value = metrics.get(self.plan.tune.metric, math.nan)
         if math.isnan(value):
             return -math.inf
         return value if self.plan.tune.mode == "max" else -value
 
 
-def _last(run_dir: Path) -> Path:
+def _last_checkpoint(run_dir: Path) -> Path:
     """The last checkpoint of a run."""
     return run_dir / LAST_CHECKPOINT

@@ -1,4 +1,4 @@
-"""Notices that configuration files are edited while the cells of a comparison run."""
+"""Notices that configuration files are edited while the trials of a comparison run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.compare.identity import Resolver
-from fulgurite.compare.plan import Cell, ComparisonPlan, find_config
+from fulgurite.compare.plan import ComparisonPlan
+from fulgurite.compare.plan_file import find_config
+from fulgurite.compare.trial import Trial
+from fulgurite.compare.trials import define_trials
 from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError, FulguriteError
 
@@ -18,18 +21,18 @@ Stamps = dict[Path, tuple[int, int]]
 
 
 class ConfigWatch:
-    """Ends a comparison as soon as its next cells would run something else than they are taken for.
+    """Ends a comparison whose next trials would run something else than they are taken for.
 
     Args:
         plan: The comparison.
-        cells: Its cells as they were when it began.
+        trials: Its trials as they were when it began.
         runner: ``module:function`` that runs a command line.
     """
 
-    def __init__(self, plan: ComparisonPlan, cells: Sequence[Cell], runner: str) -> None:
+    def __init__(self, plan: ComparisonPlan, trials: Sequence[Trial], runner: str) -> None:
         self._plan = plan
         self._runner = runner
-        self._digests = [cell.digest for cell in cells]
+        self._digests = [trial.digest for trial in trials]
         names = [plan.config, *(m.config for m in plan.methods.values() if m.config)]
         self._files = [find_config(name, plan.folder) for name in names]
         self._stamps = self._look()
@@ -38,15 +41,15 @@ class ConfigWatch:
         """Check that nothing was changed that matters.
 
         Raises:
-            ConfigError: The cells run something else by now.
+            ConfigError: The trials run something else by now.
         """
         stamps = self._look()
         if stamps == self._stamps:
             return
         changed = sorted(path for path in stamps if stamps[path] != self._stamps.get(path))
         try:
-            cells = self._plan.cells(Resolver(self._runner))
-            same = [cell.digest for cell in cells] == self._digests
+            trials = define_trials(self._plan, Resolver(self._runner))
+            same = [trial.digest for trial in trials] == self._digests
         except FulguriteError:  # half-way through an edit
             same = False
         if not same:

@@ -1,4 +1,4 @@
-"""The worker process of a comparison: it imports once and runs cell after cell."""
+"""The worker process of a comparison: it imports once and runs job after job."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fulgurite.compare.trial import TrialResult
 from fulgurite.errors import ConfigError
 
-__all__ = ["STARTED", "Job", "Outcome", "serve", "work"]
+__all__ = ["STARTED", "Job", "execute_job", "serve"]
 
 STARTED = "started"
 """A worker's first message."""
@@ -29,10 +30,10 @@ STARTED = "started"
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker does for one cell.
+    """What a worker does at once: the commands of a trial, of a training or of a validation.
 
     Args:
-        id: Name of the cell.
+        id: Name of what is run.
         commands: Command lines, run one after the other.
         run_dir: Folder of the run, from which the metrics are read.
         log: File that receives the output.
@@ -43,26 +44,16 @@ class Job:
     id: str
     commands: list[list[str]]
     run_dir: Path
-    log: Path
-    metric: str | None
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one cell: metrics, or an error."""
-
-    id: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
-    seconds: float = 0.0
+    log: Path = field(kw_only=True)
+    metric: str | None = field(kw_only=True)
+    label: str = field(default="", kw_only=True)
 
 
 def serve(connection: Any, runner: str) -> None:
     """Run jobs until None arrives or the other side is gone.
 
     Args:
-        connection: End of a pipe: jobs arrive, outcomes leave.
+        connection: End of a pipe: jobs arrive, results leave.
         runner: ``module:function`` that takes a command line and returns an exit code.
     """
     _leave_with_parent()
@@ -74,10 +65,10 @@ def serve(connection: Any, runner: str) -> None:
             return
         if job is None:
             return
-        connection.send(work(job, runner))
+        connection.send(execute_job(job, runner))
 
 
-def work(job: Job, runner: str) -> Outcome:
+def execute_job(job: Job, runner: str) -> TrialResult:
     """Run the commands of a job with the output in its log; no exception leaves."""
     start = time.monotonic()
     error, metrics = "", {}
@@ -99,13 +90,13 @@ def work(job: Job, runner: str) -> Outcome:
                     error = f"the run has no metric {job.metric!r} (it has: {', '.join(metrics)})"
         except SystemExit as leave:
             error = f"the command line ended with exit status {leave.code}"
-        except BaseException as problem:  # one cell must not end the others
+        except BaseException as problem:  # one job must not end the others
             traceback.print_exc()
             error = f"{type(problem).__name__}: {problem}"
         if error:
             print(f"failed: {error}", file=sys.stderr, flush=True)
         _tidy()
-    return Outcome(job.id, metrics, error, time.monotonic() - start)
+    return TrialResult(job.id, metrics, error, time.monotonic() - start)
 
 
 def _last_error(log: Path) -> str:
@@ -152,7 +143,7 @@ def _leave_with_parent() -> None:
 
 
 def _one_thread() -> None:
-    """Cells share the cores by processes; torch's own threads would only be in the way."""
+    """Jobs share the cores by processes; torch's own threads would only be in the way."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 

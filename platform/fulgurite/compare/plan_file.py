@@ -1,0 +1,178 @@
+"""The file of a comparison: read, made small for ``--quick``, and checked as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fulgurite.compare.plan import (
+    ComparisonMethod,
+    ComparisonPlan,
+    method_to_dict,
+    read_method,
+)
+from fulgurite.compare.schema import (
+    check_keys,
+    check_mapping,
+    near_miss,
+    read_axis,
+    read_field,
+    read_section,
+    section_keys,
+    select,
+    spell,
+)
+from fulgurite.compare.yaml_file import read_yaml
+from fulgurite.errors import ConfigError
+from fulgurite.systems import check_kind, resolve_config
+
+__all__ = ["find_config", "methods_before", "read_plan"]
+
+_QUICK_KEYS = (
+    "title", "config", "methods", "settings", "tests", "tune", "seeds", "metric", "mode",
+    "baseline", "args",
+)  # fmt: skip
+
+
+def find_config(name: str, folder: Path | None = None) -> Path:
+    """The file that a path (relative to here or to ``folder``) or a packaged name means.
+
+    Raises:
+        ConfigError: The file does not exist.
+    """
+    if folder and not Path(name).is_file() and (folder / name).is_file():
+        return folder / name
+    return resolve_config(name)
+
+
+def read_plan(file: str | Path, *, quick: bool = False) -> ComparisonPlan:
+    """Read and check a comparison file.
+
+    Args:
+        file: Path or packaged name.
+        quick: Apply the overrides under ``quick``.
+
+    Raises:
+        ConfigError: Anything that the schema does not allow, with the key and the hint.
+    """
+    path = find_config(str(file))
+    top = check_mapping(read_yaml(path), str(file))
+    check_kind(str(file), top, "comparison")
+    check_keys(top, [*section_keys(ComparisonPlan), "quick"], str(file))
+    small = check_mapping(top.pop("quick", None) or {}, "quick")
+    check_keys(small, _QUICK_KEYS, "quick")
+    for key in ("config", "methods"):
+        if not top.get(key):
+            raise ConfigError(f"A comparison needs {key!r}.", f"Add `{key}:` to the file.")
+    defaults = {"title": top["config"], "settings": {}, "seeds": [0], "source": str(path.resolve())}
+    fields = read_section(ComparisonPlan, {**defaults, **top})
+    plan = _check_plan(ComparisonPlan(**fields, folder=path.parent))
+    return _quick(plan, small) if quick else plan
+
+
+def _quick(plan: ComparisonPlan, small: Mapping[str, Any]) -> ComparisonPlan:
+    values: dict[str, Any] = dict(vars(plan))
+    for key in ("title", "config", "metric", "mode", "baseline", "seeds", "tune"):
+        if key in small:
+            values[key] = read_field(ComparisonPlan, key, small[key], "quick")
+    args = read_field(ComparisonPlan, "args", small.get("args"), "quick")
+    values["args"] = {**plan.args, **args}
+    values["methods"] = _quick_methods(plan, small.get("methods") or {})
+    for kind in ("settings", "tests"):
+        axes = values[kind] = dict(getattr(plan, kind))
+        for axis, labels in check_mapping(small.get(kind) or {}, f"quick.{kind}").items():
+            known, key_path = select(axes, axis, f"quick.{kind}"), f"quick.{kind}.{axis}"
+            if isinstance(labels, list):  # a selection
+                axes[axis] = {spell(v): select(known, spell(v), key_path) for v in labels}
+            else:
+                axes[axis] = read_axis(labels, key_path)
+    if plan.highlight not in values["methods"]:
+        values["highlight"] = None
+    if plan.metric != values["metric"]:
+        values["names"] = {key: name for key, name in plan.names.items() if key != plan.metric}
+    return _check_plan(ComparisonPlan(**values))
+
+
+def _quick_methods(plan: ComparisonPlan, changes: object) -> dict[str, ComparisonMethod]:
+    """The methods of the small form: a selection by a list, or all with changes by a mapping."""
+    if isinstance(changes, list):
+        return {name: select(plan.methods, name, "quick.methods") for name in changes}
+    methods = dict(plan.methods)
+    for name, values in check_mapping(changes, "quick.methods").items():
+        before = select(plan.methods, name, "quick.methods")
+        new = check_mapping(values, f"methods.{name}")
+        args = {**before.args, **(new.get("args") or {})}
+        methods[name] = read_method(name, {**method_to_dict(before), **new, "args": args})
+    return methods
+
+
+def _check_plan(plan: ComparisonPlan) -> ComparisonPlan:
+    for metric in plan.modes:
+        if metric not in plan.also:
+            raise ConfigError(
+                f"modes has {metric!r}, which is none of the further metrics.",
+                near_miss(metric, plan.also) or f"There are {', '.join(plan.also) or 'none'}.",
+            )
+    common_axes = sorted(plan.settings.keys() & plan.tests.keys())
+    if common_axes:
+        raise ConfigError(
+            f"The axis {common_axes[0]!r} is both under settings and under tests.",
+            "Rename one; what stands under tests changes the evaluation alone.",
+        )
+    if plan.shares and plan.after_fit is None:
+        raise ConfigError(
+            "Nothing is evaluated after the fit, but the file says what to evaluate.",
+            "Set `after_fit: test`, or leave out tests, tune, test_args and after.",
+        )
+    if not plan.rows:
+        raise ConfigError("No method is listed.", "Leave out `listed: false` of one.")
+    for method in plan.methods.values():
+        methods_before(method, plan.methods)
+    for key, name in (("baseline", plan.baseline), ("highlight", plan.highlight)):
+        if name is not None and name not in plan.rows:
+            raise ConfigError(
+                f"The {key} {name!r} is not one of the methods.",
+                near_miss(name, plan.rows) or f"Name a listed method's id as `{key}`.",
+            )
+    for method in plan.methods.values():
+        for axis in method.ignores:
+            if axis not in plan.settings:
+                raise ConfigError(
+                    f"methods.{method.id}.ignores names {axis!r}, which is no axis under settings.",
+                    near_miss(axis, plan.settings)
+                    or f"There are {', '.join(plan.settings) or 'none'}.",
+                )
+    axes = {*plan.axes, plan.metric, *plan.also, *plan.costs, *plan.sizes}
+    for name in plan.names.keys() - axes:
+        raise ConfigError(
+            f"names has {name!r}, which is neither an axis nor a metric of the comparison.",
+            near_miss(name, axes) or f"There are {', '.join(sorted(axes))}.",
+        )
+    return plan
+
+
+def methods_before(
+    method: ComparisonMethod, methods: Mapping[str, ComparisonMethod]
+) -> list[ComparisonMethod]:
+    """The methods that one comes after, the nearest first.
+
+    Raises:
+        ConfigError: A method does not exist, or the methods come after each other in a circle.
+    """
+    chain: list[ComparisonMethod] = []
+    last = method
+    while last.after:
+        if last.after.method not in methods:
+            raise ConfigError(
+                f"methods.{last.id}.after names {last.after.method!r}, which is no method.",
+                near_miss(last.after.method, methods) or f"Known are {', '.join(methods)}.",
+            )
+        last = methods[last.after.method]
+        chain.append(last)
+        if len(chain) > len(methods):
+            raise ConfigError(
+                f"methods.{method.id}.after leads in a circle.",
+                "Begin with a method without `after`.",
+            )
+    return chain
