@@ -27,7 +27,6 @@ from torch.utils.data import DistributedSampler
 import fulgurite
 from fulgurite.devices import lower_median
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.foreign import read_state_dict
 from fulgurite.io import atomic_write
 from fulgurite.logging import TrainingCurves, log_figure
 from fulgurite.models.cs_arm_bn.adaptation import (
@@ -45,6 +44,7 @@ from fulgurite.models.cs_arm_bn.metrics import (
 )
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.plotting import heatmap, new_figure
+from fulgurite.tensor_files import read_state_dict
 
 #: Smallest number of batches before training and test mode are compared (momentum 0.1: 0.5 % is
 #: older), ratio of their losses that gives a warning, and fraction of the chance loss below which

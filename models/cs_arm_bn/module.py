@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fulgurite.base import SystemModule, build_network, check_head, save_options, scheduled
 from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
 from fulgurite.models.cs_arm_bn.batch_statistics import TrainingReference
 from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer, use_context
@@ -30,6 +29,7 @@ from fulgurite.models.cs_arm_bn.metrics import (
     sizes,
 )
 from fulgurite.sampling import rank_and_world
+from fulgurite.tensor_files import read_state_dict
 
 __all__ = ["PlateClassifier"]
 

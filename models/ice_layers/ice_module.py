@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fulgurite.base import SystemModule, build_network, scheduled
 from fulgurite.domains.ice_layers.spans import TensorSpans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.foreign import read_state_dict
 from fulgurite.models.ice_layers.batches import (
     check_batch,
     read_segments,
@@ -34,6 +33,7 @@ from fulgurite.models.ice_layers.normalise import Normalised, Normaliser, to_pos
 from fulgurite.models.ice_layers.schedule import TwoStageLR
 from fulgurite.models.ice_layers.uncertainty import Calibration
 from fulgurite.sampling import forget_training_data, rank_and_world
+from fulgurite.tensor_files import read_state_dict
 
 __all__ = ["IceModule"]
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import sys
 from collections.abc import Callable
 
 from fulgurite import __version__
-from fulgurite.errors import (
-    ConfigError,
-    FulguriteError,
-    MissingExtraError,
-    RunError,
-    Terminated,
-)
-from fulgurite.ranks import is_first_process
+from fulgurite.commands import find_local_modules, run_command
+from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.systems import (
     config_path,
     kind_of,
@@ -71,16 +64,6 @@ def list_systems() -> int:
     return 0
 
 
-def _find_local_modules() -> None:
-    """Let class paths name modules of the current folder, as ``python main.py`` does.
-
-    Last on the path: a file here must not take the place of an installed module.
-    """
-    folder = os.getcwd()
-    if not sys.flags.safe_path and not {"", folder} & {*sys.path}:
-        sys.path.append(folder)
-
-
 def _sweep_main() -> Callable[[list[str]], int]:
     """The command line of sweeps, which need Optuna.
 
@@ -121,55 +104,39 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return run_command([*(sys.argv[1:] if argv is None else argv)], _dispatch)
+
+
+def _dispatch(argv: list[str]) -> int:
+    """Run the command that the first word names."""
     command = argv[0] if argv else "--help"
-    debug = "--debug" in argv or bool(os.environ.get("FULGURITE_DEBUG"))
-    argv = [a for a in argv if a != "--debug"]
-    try:
-        if command == "--version":
-            print(__version__)
-            return 0
-        if command != "doctor":  # which lists all plug-ins
-            warn_of_broken_plug_ins()
-        if command in ("-h", "--help", "help"):
-            print(help_text(), end="")
-            return 0
-        if command == "systems":
-            return list_systems()
-        _find_local_modules()
-        if command in ("compare", "report"):
-            from fulgurite import compare
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command != "doctor":  # which lists all plug-ins
+        warn_of_broken_plug_ins()
+    if command in ("-h", "--help", "help"):
+        print(help_text(), end="")
+        return 0
+    if command == "systems":
+        return list_systems()
+    find_local_modules()
+    if command in ("compare", "report"):
+        from fulgurite import compare
 
-            return (compare.main if command == "compare" else compare.report_main)(argv[1:])
-        if command == "sweep":
-            return _sweep_main()(argv[1:])
-        if command == "doctor":
-            from fulgurite.doctor import doctor
+        return (compare.main if command == "compare" else compare.report_main)(argv[1:])
+    if command == "sweep":
+        return _sweep_main()(argv[1:])
+    if command == "doctor":
+        from fulgurite.doctor import doctor
 
-            return doctor()
-        if run_system_command := system_command(command):
-            return run_system_command(argv[1:])
-        from fulgurite.cli import run
+        return doctor()
+    if run_system_command := system_command(command):
+        return run_system_command(argv[1:])
+    from fulgurite.cli import run
 
-        run(argv)
-    except FulguriteError as error:
-        if debug:
-            raise
-        print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt as error:
-        _report_stop(str(error) or "interrupted")
-        return 130
-    except Terminated as error:
-        _report_stop(error.message)
-        return 143
+    run(argv)
     return 0
-
-
-def _report_stop(message: str) -> None:
-    """Say once for all ranks, which a launcher stops together, that the command was stopped."""
-    if is_first_process():
-        print(f"fulgurite: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fulgurite.errors import CheckpointError
-from fulgurite.io import load_plain, save_plain
+from fulgurite.tensor_files import load_plain, save_plain
 
 __all__ = ["CheckpointFiles", "RunCheckpoint", "batches_done", "check_checkpoint", "nan_tensors"]
 

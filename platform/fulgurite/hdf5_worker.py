@@ -167,7 +167,7 @@ def describe_netcdf(path: str, limit: int) -> tuple[Any, _Answer]:
 
 
 def read_netcdf(
-    path: str, limit: int, name: str, first: bool, is_masked: bool
+    path: str, limit: int, name: str, *, first: bool, is_masked: bool
 ) -> tuple[Any, _Answer]:
     """Values of a variable, or of its first step; NaN where they are masked."""
     answer = _Answer(limit)

@@ -47,6 +47,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write
@@ -481,6 +482,7 @@ class PredictionWriter(Callback):
         self.folder = folder
         self.files: dict[int, PredictionFile] = {}
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: Trainer,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import CheckpointError, ConfigError, MissingExtraError
-from fulgurite.foreign import read_state_dict, reading
+from fulgurite.foreign import reading
+from fulgurite.tensor_files import read_state_dict
 
 __all__ = ["head_name", "load_weights", "read_weights"]
 
@@ -47,7 +48,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "pip install 'fulgurite[federated]'",
         ) from error
     hint = "It may be truncated: fetch it again, or use another."
-    with reading(path, "The weights", hint, CheckpointError, "cannot be read as safetensors"):
+    fault = "cannot be read as safetensors"
+    with reading(path, "The weights", hint, error=CheckpointError, fault=fault):
         tensors: dict[str, Tensor] = load_file(path)
         if not tensors:
             raise ValueError("it holds no tensor")

@@ -554,6 +554,13 @@ def test_quick_changes(place):
         ({"metric": ["a"]}, "metric is"),
         ({"baseline": ["a"]}, "baseline is"),
         ({"quick": {"methods": [["a"]]}}, "quick.methods names"),
+        (
+            {"quick": {"methods": {"b": {"args": ["x"]}}}},
+            r"quick\.methods\.b\.args is not a mapping",
+        ),
+        ({"methods": {"a": {"listed": None}}}, "a.listed is None. Use true or false"),
+        ({"metric": None}, "metric is None"),
+        ({"quick": {"mode": "most"}}, "quick.mode is 'most'. Use max or min"),
     ],
 )
 def test_mistakes_in_the_file_are_one_clear_error(place, changes, says):

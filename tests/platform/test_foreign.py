@@ -39,11 +39,11 @@ from fulgurite.datamodules.number_probing.tokenizers import FileTokenizer
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
 from fulgurite.foreign import expansion_limit, read_arrays, read_csv, read_json, reading
 from fulgurite.hdf5 import NetcdfFile
-from fulgurite.io import load_plain
 from fulgurite.models.ice_layers import read_npz
 from fulgurite.models.number_probing import parse_numbers
 from fulgurite.models.number_probing import read_table as read_embeddings
 from fulgurite.models.number_probing.history import find_runs, read_run
+from fulgurite.tensor_files import load_plain
 from fulgurite.testing.files import python2_pickle, write_cifar_archive
 from fulgurite.weights import load_weights
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from fulgurite.io import load_plain, save_plain
 from fulgurite.runs import RunOptions, find_run, training_differences
+from fulgurite.tensor_files import load_plain, save_plain
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"

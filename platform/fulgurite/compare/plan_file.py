@@ -18,6 +18,7 @@ from fulgurite.compare.schema import (
     near_miss,
     read_axis,
     read_field,
+    read_overrides,
     read_section,
     section_keys,
     select,
@@ -102,7 +103,7 @@ def _quick_methods(plan: ComparisonPlan, changes: object) -> dict[str, Compariso
     for name, values in check_mapping(changes, "quick.methods").items():
         before = select(plan.methods, name, "quick.methods")
         new = check_mapping(values, f"methods.{name}")
-        args = {**before.args, **(new.get("args") or {})}
+        args = {**before.args, **read_overrides(new.get("args"), f"quick.methods.{name}.args")}
         methods[name] = read_method(name, {**method_to_dict(before), **new, "args": args})
     return methods
 

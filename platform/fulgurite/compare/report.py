@@ -196,7 +196,15 @@ def _draw(comparison: Comparison, path: Path) -> None:
     plots = plots.T if wide else plots
     for kind, row in zip(kinds, plots, strict=True):
         for setting, plot in zip(settings, row, strict=True):
-            _draw_panel(plot, comparison, axis, labels_of.get(axis, [""]), setting, kind, entries)
+            _draw_panel(
+                plot,
+                comparison,
+                axis=axis,
+                labels=labels_of.get(axis, [""]),
+                setting=setting,
+                kind=kind,
+                entries=entries,
+            )
             plot.sharey(row[0])
     if tested and not wide:  # one above the other
         for upper, lower in plots.T:
@@ -240,6 +248,7 @@ def _difference(entry: Entry) -> Point | None:
 def _draw_panel(
     plot: Axes,
     comparison: Comparison,
+    *,
     axis: str,
     labels: Sequence[str],
     setting: Setting,
@@ -260,7 +269,7 @@ def _draw_panel(
             if label in by_label and (point := kind(entries[name, by_label[label]]))
         ]
         if points:
-            _draw_method(plot, plan, name, rank, points)
+            _draw_method(plot, plan, name, rank=rank, points=points)
     plot.set_title(_setting_name(setting, plan), fontsize=10)
     plot.set_xlabel(textwrap.fill(plan.names.get(axis, axis), 40))
     crowded = len("  ".join(labels)) > 45
@@ -273,14 +282,15 @@ def _draw_method(
     plot: Axes,
     plan: ComparisonPlan,
     name: str,
+    *,
     rank: int,
     points: Sequence[tuple[float, float, float]],
 ) -> None:
-    """One line: (place, height, half a bar) of each point."""
-    places, heights, bars = zip(*points, strict=True)
+    """One line: (position, height, half a bar) of each point."""
+    positions, heights, bars = zip(*points, strict=True)
     front = name == plan.highlight
     plot.errorbar(
-        places,
+        positions,
         heights,
         yerr=bars,
         label=plan.methods[name].label,

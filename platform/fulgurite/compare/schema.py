@@ -98,7 +98,7 @@ def read_field(section: type[Any], key: str, value: object, key_path: str = "") 
     """
     field = next(field for field in fields(section) if field.name == key)
     here = f"{key_path}.{key}" if key_path else key
-    if not value and not isinstance(value, bool) and (empty := _empty_default(field)) is not None:
+    if not value and (empty := _empty_default(field)) is not None:
         return empty
     if own := field.metadata.get("reader"):
         return own(value, here)
@@ -115,7 +115,7 @@ def _empty_default(field: Field[Any]) -> Any:
 
 
 @cache
-def _annotations(section: type[Any]) -> dict[str, Any]:
+def _annotations(section: Any) -> dict[str, Any]:
     return get_type_hints(section)
 
 
@@ -167,6 +167,8 @@ def _parser(annotation: Any) -> ArgumentParser:
 
 def _fits(value: Any, annotation: Any) -> bool:
     """Whether a value is one of a type as it stands: no text that only reads like a number."""
+    if value is None:  # which the parser takes for a value that is not there
+        return type(None) in _alternatives(annotation)
     try:
         # a copy, since what is parsed is replaced in place
         parsed = _parser(annotation).parse_object({"value": copy.deepcopy(value)}).value

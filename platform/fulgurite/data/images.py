@@ -86,7 +86,8 @@ def reading_image(
         ...
         fulgurite.errors.DataError: The image a.png has 2 planes. Split it. Or remove it.
     """
-    with reading(name, "The image", f"{again} {otherwise}", error, "is damaged or none"):
+    hint = f"{again} {otherwise}"
+    with reading(name, "The image", hint, error=error, fault="is damaged or none"):
         try:
             yield
         except ImageRefused as refused:

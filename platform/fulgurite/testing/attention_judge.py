@@ -194,7 +194,7 @@ def record_attention(
     calls: dict[AttentionCall, None] = {}
     total = 0
 
-    def record(
+    def record(  # noqa: PLR0917  # as transformers calls it
         module: nn.Module,
         query: Tensor,
         key: Tensor,

@@ -30,6 +30,7 @@ from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
 __all__ = [
     "DEVICE",
@@ -203,7 +204,7 @@ def _emulate(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if refused_when_deterministic(func, args, options):
         _record.refused[f"{name} in {_calling_function(beyond_lightning=True)}"] += 1
     _check_devices(name, args, options, tensors)
-    _count_waits(name, args, options, here, there)
+    _count_waits(name, args, options, here=here, there=there)
     if there and target is not None:
         options["device"] = torch.device("cpu")
     options.pop("pin_memory", None)
@@ -239,7 +240,7 @@ def _check_devices(
 
 
 def _count_waits(
-    name: str, args: Sequence[Any], options: Mapping[str, Any], here: bool, there: bool
+    name: str, args: Sequence[Any], options: Mapping[str, Any], *, here: bool, there: bool
 ) -> None:
     blocking = not (options.get("non_blocking") or (name == "copy_" and True in args[2:]))
     if name in ("_to_copy", "copy_"):
@@ -271,7 +272,7 @@ def _lstm_cell(
     return o * after.tanh(), after, torch.cat([i, f, c, o], 1)
 
 
-def _lstm_cell_backward(
+def _lstm_cell_backward(  # noqa: PLR0917  # as torch calls it
     of_hidden: Tensor | None, of_cell: Tensor | None, cell: Tensor, after: Tensor,
     workspace: Tensor, bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -383,6 +384,7 @@ class StepWaits(Callback):
     Those do what belongs to the epoch.
     """
 
+    @override
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

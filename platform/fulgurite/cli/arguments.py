@@ -1,0 +1,73 @@
+"""Words of a command line, made ready for the parser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fulgurite.systems import check_kind, read_keys, resolve_config
+
+__all__ = ["prepare_arguments"]
+
+
+def _run_config(name: str) -> Path:
+    """The file of a configuration of a run.
+
+    Raises:
+        ConfigError: There is no such configuration, or it describes a comparison or a sweep.
+    """
+    path = resolve_config(name)
+    check_kind(name, read_keys(path), "run")
+    return path
+
+
+def prepare_arguments(argv: Sequence[str]) -> list[str]:
+    """Replace packaged configuration names by their files, and nulls by what is parsed as such.
+
+    Example:
+        >>> prepare_arguments(["--data.init_args.source.init_args.test=null", "--model=A"])
+        ['--data={"init_args": {"source": {"init_args": {"test": null}}}}', '--model=A']
+    """
+    return _with_nulls(_with_resolved_configs(argv))
+
+
+# an argument of a class that is itself an argument, and the words that YAML takes for null
+_INNER_ARGUMENT = re.compile(r"--(data|model)(\.init_args\.\w+){2,}")
+_NULLS = ("null", "Null", "NULL", "~")
+
+
+def _with_nulls(argv: Sequence[str]) -> list[str]:
+    """Write a null of an inner argument as JSON, since jsonargparse 4.53 makes it the text None."""
+    out: list[str] = []
+    for arg in argv:
+        name, eq, value = arg.partition("=")
+        if not eq and out and _INNER_ARGUMENT.fullmatch(out[-1]):
+            name, value = out[-1], arg
+        if value not in _NULLS or not _INNER_ARGUMENT.fullmatch(name):
+            out.append(arg)
+            continue
+        if not eq:
+            out.pop()
+        first, *parts = name.removeprefix("--").split(".")
+        content: Any = None
+        for part in reversed(parts):
+            content = {part: content}
+        out.append(f"--{first}={json.dumps(content)}")
+    return out
+
+
+def _with_resolved_configs(argv: Sequence[str]) -> list[str]:
+    """Replace packaged configuration names by their files."""
+    out: list[str] = []
+    for i, arg in enumerate(argv):
+        flag, eq, value = arg.partition("=")
+        if flag in ("--config", "-c") and eq:
+            out.append(f"--config={_run_config(value)}")
+        elif i and argv[i - 1] in ("--config", "-c"):
+            out.append(str(_run_config(arg)))
+        else:
+            out.append(arg)
+    return out

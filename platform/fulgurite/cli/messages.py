@@ -1,0 +1,163 @@
+"""Failures of the command line as one error: jsonargparse's messages, disks, other processes."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import inspect
+import re
+from argparse import ArgumentError
+
+import torch.distributed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError
+from fulgurite.runs import RunOptions
+
+__all__ = ["as_our_error"]
+
+
+def as_our_error(error: Exception) -> FulguriteError | None:
+    """The error that says in one line what a failure means to a user; None for a defect of ours.
+
+    Args:
+        error: What ended the command.
+    """
+    if ours := _find_own(error):
+        return ours
+    if isinstance(error, ArgumentError) or _UNION in str(error):
+        return ConfigError(_one_line(str(error)))
+    if isinstance(error, MisconfigurationException):
+        return ConfigError(" ".join(str(error).split()))
+    if outside := _outside(error):
+        return outside
+    if "no `dataloader_idx` argument" in str(error):  # of a model that has one loader in mind
+        return ConfigError(" ".join(str(error).split()))
+    if "Error(s) in loading state_dict" in str(error):
+        problem = " ".join(str(error).split())
+        return CheckpointError(
+            f"The checkpoint does not fit the model: {problem[:300]}",
+            "Use the model.* options of the run that wrote it.",
+        )
+    return None
+
+
+def _parameters(class_path: str) -> list[str]:
+    """Names of the constructor arguments of a class given by its path."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []
+
+
+# jsonargparse reports the whole tree of types it tried; these lines of it say nothing to a user
+_NOISE = re.compile(
+    r"(Parser key|Given value|Does not validate|Subtypes:|Errors:|Problem with given class_path"
+    r"|Expected a <class 'NoneType'>)"
+)
+_ALTERNATIVES = ("Expected a <class 'collections.abc.Iterable'>", "Expected a <class 'bool'>")
+_UNION = "Does not validate against any of the Union subtypes"
+
+
+def _one_line(message: str) -> str:
+    """The innermost reason in jsonargparse's message, with the nearest name to a wrong one."""
+    keys = ["seed_everything", "ckpt_path", "config", "model", "data"]
+    keys += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
+    keys += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]
+    key = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
+    prefix = f"{key[1]}: " if key else ""
+    classes = re.findall(r"class_path '([^']+)'", message)
+    owner = classes[-1] if classes else ""
+    if wrong := re.search(r"Option '([^']+)' is not accepted", message):
+        near = difflib.get_close_matches(wrong[1], _parameters(owner), n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(_parameters(owner))}."
+        return f"{prefix}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
+    if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
+        near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.6)
+        hint = f"Did you mean '{near[0]}'?" if near else "See `fulgurite fit --help`."
+        return f"There is no option '{unknown[1]}'. {hint}"
+    if named := re.search(r"trainer\.strategy[\s\S]*import path string: (\w+)", message):
+        return (
+            f"The strategy '{named[1]}' is given by its name, which takes no options. Use "
+            "--trainer.strategy.class_path=... and --trainer.strategy.init_args.OPTION=...; "
+            "`fulgurite fit --trainer.strategy.help CLASS` lists them."
+        )
+    if absent := re.search(
+        r"module '[^']+' has no attribute '[^']+'|No module named [^\n]+", message
+    ):
+        places = ""
+        if absent[0].startswith("No module"):
+            places = ": modules of the current folder and installed packages are found"
+        hint = f"Check the class path{_near_class(message)}{places}."
+        return f"{prefix}{absent[0].strip()}. {hint}"
+    lines = [line.strip(" -") for line in message.splitlines()]
+    if "Given value: Namespace(class_path=" in message:  # the class was found and refused
+        lines = [line for line in lines if line != "Expected a <class 'str'>"]
+    reasons = dict.fromkeys(line for line in lines if line and not _NOISE.match(line))
+    # what else a logger or a callback may be tells nothing where there is another reason
+    telling = [line for line in reasons if line not in _ALTERNATIVES]
+    reasons = dict.fromkeys(telling) or reasons
+    refused = re.search(r"key='([\w.]+)', val=('[^']*'|[^)]*)\)", message)
+    value = f" (given: {refused[1]}={refused[2]})" if refused else ""
+    if not refused and (plain := re.findall(r"Given value: (\S+)$", message, re.MULTILINE)):
+        value = f" (given: {plain[-1]})"
+    inside = f"{owner}: " if owner else ""
+    return f"{prefix}{inside}{'; '.join(reasons) or message}{value}"
+
+
+def _near_class(message: str) -> str:
+    absent = re.search(r"module '([^']+)' has no attribute '([^']+)'", message)
+    if not absent:
+        return ""
+    module = importlib.import_module(absent[1])
+    near = difflib.get_close_matches(absent[2], dir(module), n=1, cutoff=0.5)
+    return f" (did you mean '{absent[1]}.{near[0]}'?)" if near else ""
+
+
+# what a full, read-only or foreign disk answers
+_DISK = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+_DISTRIBUTED = re.compile(
+    r"gloo|ProcessGroup|NCCL|EADDRINUSE|address already in use|TCPStore|Connection (reset|closed)",
+    re.IGNORECASE,
+)
+
+
+def _outside(error: BaseException | None) -> RunError | None:
+    """A failure of a disk or of another process, as one line."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.distributed.DistError) or (
+            type(error) is RuntimeError and _DISTRIBUTED.search(text)
+        ):
+            if re.search("EADDRINUSE|address already in use", text, re.IGNORECASE):
+                return RunError(
+                    f"The port of the process group is taken ({text[:160]}).",
+                    "Set MASTER_PORT to a free one, or leave it out.",
+                )
+            return RunError(
+                f"The processes of the run have lost each other ({text[:160]}).",
+                "See what the others printed before; a fit goes on with --ckpt_path=last.",
+            )
+        if isinstance(error, OSError) and error.errno in _DISK:
+            file = error.filename or "a file"
+            return RunError(
+                f"{file} cannot be written or read ({error.strerror}).",
+                "Make room, or name another folder with --run.dir; checkpoints are as they were.",
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _find_own(error: BaseException | None) -> FulguriteError | None:
+    """Our own error in a chain of exceptions: jsonargparse wraps those of constructors."""
+    while error is not None:
+        if isinstance(error, FulguriteError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

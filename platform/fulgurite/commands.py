@@ -1,0 +1,54 @@
+"""What every command does around its work: local modules, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from fulgurite.errors import FulguriteError, RunError, Terminated
+from fulgurite.ranks import is_first_process
+
+__all__ = ["find_local_modules", "run_command"]
+
+
+def find_local_modules() -> None:
+    """Let class paths name modules of the current folder, as ``python main.py`` does.
+
+    Last on the path: a file here must not take the place of an installed module.
+    """
+    folder = os.getcwd()
+    if not sys.flags.safe_path and not {"", folder} & {*sys.path}:
+        sys.path.append(folder)
+
+
+def run_command(argv: list[str], execute: Callable[[list[str]], int]) -> int:
+    """Run a command line with its errors as one line, or as a traceback with ``--debug``.
+
+    Args:
+        argv: The words of the command line.
+        execute: What runs them without ``--debug``; returns an exit status.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
+    """
+    debug = "--debug" in argv or bool(os.environ.get("FULGURITE_DEBUG"))
+    try:
+        return execute([word for word in argv if word != "--debug"])
+    except FulguriteError as error:
+        if debug:
+            raise
+        print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt as error:
+        _report_stop(str(error) or "interrupted")
+        return 130
+    except Terminated as error:
+        _report_stop(error.message)
+        return 143
+
+
+def _report_stop(message: str) -> None:
+    """Say once for all ranks, which a launcher stops together, that the command was stopped."""
+    if is_first_process():
+        print(f"fulgurite: {message}", file=sys.stderr)

@@ -1,0 +1,107 @@
+"""Tables of others: CSV and parquet.
+
+Axes: R rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulgurite.foreign.reading import expansion_limit
+from fulgurite.foreign.text import open_compressed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["check_parquet", "read_csv"]
+
+_MOST_FIELDS = 10_000  # of a line of a table
+_CHUNK = 1 << 20
+
+
+def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
+    """Read a table of comma-separated values, also compressed, with pandas.
+
+    Only an empty cell is missing: ``NA``, ``None``, ``null`` and the like are names, as they are in
+    any other format.
+
+    Args:
+        path: The file.
+        options: Options of ``pandas.read_csv``.
+
+    Raises:
+        ValueError: The file is of another format, a line has more than 10,000 fields or more of
+            them than the header, or the header names a column twice.
+        Exception: What pandas raises.
+    """
+    import pandas as pd
+
+    with open_compressed(path) as file:
+        content = file.read()
+    _refuse_other_formats(content)
+    widest = max((line.count(b",") for line in content.splitlines()), default=0)
+    if widest > _MOST_FIELDS:
+        raise ValueError(f"a line has {widest:,} fields")
+    table: pd.DataFrame = pd.read_csv(
+        io.BytesIO(content), compression=None, keep_default_na=False, na_values=[""], **options
+    )
+    _refuse_unclear_header(content, list(table.columns))
+    if "index_col" not in options and not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("lines have more fields than the header")
+    return table
+
+
+#: How files begin that are often given instead of a table of comma-separated values.
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a spreadsheet (.xlsx, .ods) or another zip",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet (.xls)",
+    b"PAR1": "parquet, which needs the ending .parquet",
+    codecs.BOM_UTF16_LE: "text in UTF-16",
+    codecs.BOM_UTF16_BE: "text in UTF-16",
+}
+
+
+def _refuse_other_formats(content: bytes) -> None:
+    for start, name in _OTHER_FORMATS.items():
+        if content.startswith(start):
+            raise ValueError(f"it is {name}, not comma-separated values in UTF-8")
+
+
+def _refuse_unclear_header(content: bytes, columns: list[Any]) -> None:
+    """Refuse a header that names a column twice, or whose fields another sign separates."""
+    start = content[:_CHUNK].removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
+    lines = start.splitlines()
+    names = next((row for row in csv.reader(lines) if any(row)), [])
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"it has two columns {twice[:80]!r}")
+    for sign, word in (("\t", "tabs"), (";", "semicolons")):
+        if len(columns) == 1 and sign in str(columns[0]):
+            raise ValueError(f"its fields are separated by {word}: separate them by commas")
+
+
+def check_parquet(path: str | Path) -> None:
+    """Refuse a parquet table whose rows are out of proportion to the file.
+
+    Raises:
+        ValueError: The rows are out of proportion to the file.
+        Exception: What pyarrow raises.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as table:
+        facts, size = table.metadata, os.path.getsize(path)
+        cells = facts.num_rows * max(1, facts.num_columns)
+        groups = [facts.row_group(k).total_byte_size for k in range(facts.num_row_groups)]
+        limit = expansion_limit(size)
+        if (
+            facts.num_rows < 0
+            or 8 * cells > limit
+            or sum(groups) > limit
+            or min(groups, default=0) < 0
+        ):
+            raise ValueError(f"{size:,} bytes say that they hold {facts.num_rows:,} rows")
