@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | types | tables | bench | gpu | format | clean
+# make demo | test | test-all | lint | types | docs | tables | bench | gpu | format | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ DEMO_RUN := runs/fedsir/digits/demo
 DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
 TESTS := tests $(DOCTESTS) -n auto --dist loadfile
 
-.PHONY: venv demo test test-all lint types tables bench gpu format clean
+.PHONY: venv demo test test-all lint types docs tables bench gpu format clean
 
 venv: $(INSTALLED)
 
@@ -58,6 +58,11 @@ types: $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps --target .cache/types .
 	rm -rf build
 	cd .cache && MYPYPATH=types $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p fulgurite
+
+# The site, in docs/_build/html; a warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # Published tables, from their records in results/.
 tables: $(INSTALLED)
