@@ -6,6 +6,7 @@ An import of all packages would need every extra and most of a minute; the sourc
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -101,7 +102,7 @@ def _public_methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
 def _describe(kind: str, name: str, node: Described, arguments: str | None) -> Iterator[str]:
     yield f".. py:{kind}:: {name}" + ("" if arguments is None else f"({arguments})")
     yield ""
-    docstring = ast.get_docstring(node) or ""
+    docstring = re.sub(r"\n {9,}(?=Shape: )", "\n        ", ast.get_docstring(node) or "")
     yield from textwrap.indent(str(GoogleDocstring(docstring, _NAPOLEON)), "   ").splitlines()
     yield ""
 
