@@ -192,8 +192,9 @@ def test_wheel_holds_the_folders(wheel):
     expected = set()
     for name, folder in FOLDERS.items():
         for path in folder.rglob("*"):
-            known = path.suffix in (".py", ".yaml") or path.name in ("py.typed", "README.md")
-            if known and "__pycache__" not in path.parts:
+            shipped = path.suffix in (".py", ".yaml", ".j2", ".css", ".js")
+            shipped = shipped or path.name in ("py.typed", "README.md")
+            if shipped and "__pycache__" not in path.parts:
                 inside = path.relative_to(folder).as_posix()
                 expected.add("/".join(filter(None, ("fulgurite", name, inside))))
     found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

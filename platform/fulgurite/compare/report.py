@@ -60,11 +60,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of ``fulgurite report``.
 
     Raises:
-        ConfigError: The folder holds neither a comparison nor a run.
+        ConfigError: A folder holds neither a comparison nor a run, or several are not all runs.
     """
     parser = argparse.ArgumentParser("fulgurite report", description=(__doc__ or "").strip())
-    parser.add_argument("folder", help="folder of a comparison or of a run")
-    folder = Path(parser.parse_args(argv).folder)
+    parser.add_argument("folders", nargs="+", type=Path, help="of a comparison, or of runs")
+    parser.add_argument(
+        "--html",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="write one HTML file (default: report.html in the first folder)",
+    )
+    options = parser.parse_args(argv)
+    if options.html:
+        from fulgurite.html_report import write_report
+
+        with writing(options.folders[0]):
+            out = None if options.html is True else Path(options.html)
+            print(f"Report: {write_report(options.folders, out)}")
+        return 0
+    for folder in options.folders:
+        _print_report(folder)
+    return 0
+
+
+def _print_report(folder: Path) -> None:
     if (folder / PLAN_FILE).is_file():
         comparison = Comparison.read(folder)
         with writing(folder):
@@ -78,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{folder} holds neither a comparison ({PLAN_FILE}) nor a run (config.yaml).",
             "Name a folder that `fulgurite compare` or `fulgurite fit` printed.",
         )
-    return 0
 
 
 def run_summary(folder: Path) -> str:

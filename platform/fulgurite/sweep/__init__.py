@@ -6,6 +6,7 @@ configuration.
 """
 
 from fulgurite.sweep.driver import main, run
-from fulgurite.sweep.space import Sweep, read_sweep
+from fulgurite.sweep.space import Sweep
+from fulgurite.sweep.sweep_file import read_sweep
 
 __all__ = ["Sweep", "main", "read_sweep", "run"]

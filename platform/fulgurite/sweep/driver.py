@@ -23,7 +23,7 @@ from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
 from fulgurite.sweep.pruning import ENDED, STORAGE_VARIABLE
 from fulgurite.sweep.report import render, write_best
-from fulgurite.sweep.space import Sweep, read_sweep
+from fulgurite.sweep.space import Sweep
 from fulgurite.sweep.study import (
     ERROR,
     RUN_DIR,
@@ -36,6 +36,7 @@ from fulgurite.sweep.study import (
     next_point,
     open_study,
 )
+from fulgurite.sweep.sweep_file import read_sweep
 from fulgurite.systems import system_of_config
 
 __all__ = ["main", "run"]

@@ -112,23 +112,23 @@ def open_study(sweep: Sweep, url: str, name: str, seed: int) -> optuna.Study:
         load_if_exists=True,
     )
     content = json.dumps([sweep.content, seed])
-    known = study.user_attrs.get(_CONTENT)
-    if known is None:
+    recorded = study.user_attrs.get(_CONTENT)
+    if recorded is None:
         if sweep.early_terminate:
             study.set_user_attr(_RULE, vars(sweep.early_terminate))
         study.set_user_attr(_CONTENT, content)
-    elif known != content:
+    elif recorded != content:
         raise ConfigError(
             f"The study {name} in {hide_password(url)} is of another sweep than {sweep.path} "
-            f"({_first_difference(known, content)}).",
+            f"({_first_difference(recorded, content)}).",
             "Give another --out or --name to begin a new one.",
         )
     return study
 
 
-def _first_difference(known: str, content: str) -> str:
+def _first_difference(recorded: str, content: str) -> str:
     """The first key in which two sweeps differ."""
-    (before, seed_before), (now, seed_now) = json.loads(known), json.loads(content)
+    (before, seed_before), (now, seed_now) = json.loads(recorded), json.loads(content)
     if seed_before != seed_now:
         return f"seed {seed_before}, not {seed_now}"
     old, new = json.loads(before), json.loads(now)
@@ -227,14 +227,14 @@ def enqueue_grid(study: optuna.Study, sweep: Sweep, limit: int) -> None:
         sweep: A grid.
         limit: Largest number of points.
     """
-    known = {
+    queued = {
         json.dumps(_queued_params(trial), sort_keys=True)
         for trial in study.get_trials(deepcopy=False)
     }
     for number, point in enumerate(sweep.grid):
         if number >= limit:
             return
-        if json.dumps(point, sort_keys=True) not in known:
+        if json.dumps(point, sort_keys=True) not in queued:
             study.enqueue_trial(point)
 
 
