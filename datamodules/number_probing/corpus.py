@@ -145,6 +145,7 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self,
         cache: TokenCache,
         part: range,
+        *,
         length: int,
         perturbation: Perturbation,
         is_number: npt.NDArray[np.bool_],

@@ -80,6 +80,7 @@ class AdditionDataModule(_NumberDataModule):
         self,
         base: int = 100,
         tokens: int = 2,
+        *,
         order: Literal["msb", "lsb"] = "msb",
         carry: bool = True,
         overflow: Literal["auto", "wrap", "bound"] = "auto",
@@ -195,6 +196,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
     def __init__(
         self,
         paths: list[str] | str | None = None,
+        *,
         suffixes: list[str] = [".txt", ".md", ".rst", ".py", ".parquet"],  # noqa: B006  # copied
         column: str = "text",
         tokenizer: str = "words",
@@ -263,8 +265,9 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         limits = None, self.val_sequences, None
         self._train, self._val, self._test = (
             TokenWindows(
-                cache, part, self.length, self.perturbation, is_number, self.seed,
-                random=split == _TRAIN, documents=self.documents, limit=limit,
+                cache, part, length=self.length, perturbation=self.perturbation,
+                is_number=is_number, seed=self.seed, random=split == _TRAIN,
+                documents=self.documents, limit=limit,
             )
             for split, (part, limit) in enumerate(zip(self.parts, limits, strict=True))
         )  # fmt: skip

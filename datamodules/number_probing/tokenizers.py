@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.errors import ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import read_json, reading
 from fulgurite.io import data_path
 
@@ -203,20 +204,14 @@ class FileTokenizer:
     """
 
     def __init__(self, path: str) -> None:
-        try:
-            from tokenizers import Tokenizer as Loaded
-        except ImportError as error:
-            raise MissingExtraError(
-                "A tokenizer.json needs the package tokenizers.",
-                "Run `pip install fulgurite[transformers]`, or set `--data.init_args.tokenizer="
-                "words`.",
-            ) from error
+        subject = f"--data.init_args.tokenizer={path} (words and digits need nothing)"
+        tokenizers = optional_import("tokenizers", "transformers", subject)
         file = data_path(path)
         self._file = file = file / "tokenizer.json" if file.is_dir() else file
         with reading(file, "The tokenizer", _HINT):
             content = file.read_bytes()
             _refuse_inflation(read_json(content))
-            self._tokenizer = Loaded.from_str(content.decode())
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
             # a text is read whole, and nothing is added to it
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()

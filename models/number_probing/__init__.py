@@ -11,14 +11,7 @@ from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.models.number_probing.checks import check_embeddings
-    from fulgurite.models.number_probing.classical import (
-        PPMI,
-        SkipGram,
-        cooccurrences,
-        ppmi,
-        save_vectors,
-        svd_embeddings,
-    )
+    from fulgurite.models.number_probing.classical import PPMI, SkipGram
     from fulgurite.models.number_probing.controls import (
         ceiling,
         collinear,
@@ -26,6 +19,12 @@ if TYPE_CHECKING:
         histogram,
         planted,
         row_shuffled,
+    )
+    from fulgurite.models.number_probing.counting import (
+        cooccurrences,
+        ppmi,
+        save_vectors,
+        svd_embeddings,
     )
     from fulgurite.models.number_probing.diagnosis import Diagnosis, PeriodDiagnosis, diagnose
     from fulgurite.models.number_probing.fisher import Scatter, principal_components, scatter
@@ -53,14 +52,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "checks": ("check_embeddings",),
-    "classical": (
-        "PPMI",
-        "SkipGram",
-        "cooccurrences",
-        "ppmi",
-        "save_vectors",
-        "svd_embeddings",
-    ),
+    "classical": ("PPMI", "SkipGram"),
+    "counting": ("cooccurrences", "ppmi", "save_vectors", "svd_embeddings"),
     "module": ("NumberLM",),
     "optimizer": ("MuonAdamW", "parameter_groups"),
     "controls": ("ceiling", "collinear", "gaussian", "histogram", "planted", "row_shuffled"),

@@ -26,8 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -35,8 +33,13 @@ from torch import Tensor
 from torch.nn.functional import embedding  # several times as fast as x[index]
 
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.number_probing.fold_statistics import (
+    FoldStatistics,
+    StandardizedRows,
+    exceeds_rounding,
+)
 
-__all__ = ["DIRECT", "FoldStatistics", "StandardizedRows", "lda_scores", "shrinkage_intensity"]
+__all__ = ["DIRECT", "lda_scores", "shrinkage_intensity"]
 
 #: Up to this width each model's covariance is formed and factored.
 DIRECT = 128
@@ -45,184 +48,13 @@ _TOLERANCE = 1e-3  # of conjugate gradients, relative residual where classes are
 _NEAR = 10.0  # standard deviations from a class to the mean of all, up to which float32 will do
 _FAR = 1e4  # and up to which conjugate gradients will
 _TIGHT = 1e3  # total variance over that within classes that one factor in float32 stands
-_LOST = 1e8  # squared shift of a mean over the variance, above which a difference loses digits
 _MAX_STEPS = 200
 _STEEP = 1e3  # change of a score over a standard deviation of all features, up to which float32 do
-_EPS = torch.finfo(torch.float64).eps
 
 
-class StandardizedRows:
-    """Standardised rows, and statistics of them that all periods, folds and seeds share.
-
-    Args:
-        x: Rows, float64. Shape: (N, D).
-
-    Attributes:
-        x: Rows with mean 0 and variance 1 of each feature, and a last row of zeros that stands for
-            no row. Shape: (N+1, D).
-        size: N.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        # by a power of 2, which changes no digit: squares of any float64 stay in range
-        power = torch.frexp(x.abs().amax(0)).exponent.clamp(-1000, 1000)
-        x = x * torch.ldexp(torch.ones_like(x[0]), -power)
-        ones = x.new_full((len(x),), 1 / len(x))
-        mean = ones @ x
-        x = x - mean
-        std = (ones @ x.square()).sqrt()
-        varies = std > len(x) * _EPS * mean.abs()  # a constant less its mean is not quite zero
-        x = torch.where(varies, x / std.where(varies, 1.0), 0.0)
-        self.x = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        self.size = len(x)
-
-    @cached_property
-    def fast_dtype(self) -> torch.dtype:
-        """Type of intensities, and of conjugate gradients where classes are near."""
-        # on a CPU, float32 is three times as fast
-        return torch.float32 if self.x.device.type == "cpu" else self.x.dtype
-
-    @cached_property
-    def fast_x(self) -> Tensor:
-        """The rows in the type ``fast_dtype``. Shape: (N+1, D)."""
-        return self.x.to(self.fast_dtype)
-
-    @cached_property
-    def scatter(self) -> Tensor:
-        """Scatter of all rows. Shape: (D, D)."""
-        return self.fast_x.mT @ self.fast_x
-
-
-def _varies(variance: Tensor, mean: Tensor, size: Tensor | int) -> Tensor:
-    """Whether a variance exceeds the rounding of a constant, as scikit-learn decides it."""
-    return variance > (size * _EPS * mean).square()
-
-
-@dataclass(frozen=True)
-class FoldStatistics:
-    """Rows sorted by class, and the statistics of the rows that each model is fitted to.
-
-    Attributes:
-        table: The rows.
-        center: Mean of the whole class. Shape: (T, D).
-        rows: The rows by class less its ``center``, zeros to fill up. Shape: (T, R, D).
-        index: Row numbers by class, N for padding. Shape: (T, R).
-        train: 1 for a row that the model is fitted to, else 0. Shape: (T, E, R).
-        held_out: 1 for a row that is held out, else 0. Shape: (T, E, R).
-        count: Rows fitted. Shape: (T, E).
-        shift: Mean of the rows fitted, less ``center``. Shape: (T, E, D).
-        mean: Mean of the rows fitted. Shape: (T, E, D).
-        variance: Biased variance of the rows fitted. Shape: (T, E, D).
-        class_variance: Variance of the whole class. Shape: (T, D).
-        lost_digits: Whether a variance has lost digits because the rows held out have almost all
-            of the class's variance; it was computed anew from the rows fitted.
-    """
-
-    table: StandardizedRows
-    center: Tensor
-    rows: Tensor
-    index: Tensor
-    train: Tensor
-    held_out: Tensor
-    count: Tensor
-    shift: Tensor
-    mean: Tensor
-    variance: Tensor
-    class_variance: Tensor
-    lost_digits: bool
-
-    @classmethod
-    def from_labels(
-        cls, table: StandardizedRows, labels: Tensor, classes: int, folds: Tensor
-    ) -> FoldStatistics:
-        """Sort rows by class and take the statistics of every model.
-
-        Args:
-            table: The rows.
-            labels: Class of each row. Shape: (N,).
-            classes: T.
-            folds: Fold of each row. Shape: (S, N).
-
-        Raises:
-            ConfigError: A fold leaves fewer than two rows of a class to fit.
-        """
-        x, size = table.x, table.size
-        counts = labels.bincount(minlength=classes)
-        order = labels.argsort(stable=True)
-        rank = torch.arange(size, device=x.device) - (counts.cumsum(0) - counts)[labels[order]]
-        index = labels.new_full((classes, int(counts.max())), size)
-        index[labels[order], rank] = order
-        padded = torch.cat([folds, folds.new_full((len(folds), 1), -1)], 1)[:, index]
-        fold = torch.arange(int(folds.max()) + 1, device=x.device)
-        held_out = (padded[:, None] == fold[:, None, None]).flatten(0, 1).transpose(0, 1)
-        valid = index < size
-        train = valid[:, None] & ~held_out
-        count = train.sum(-1)
-        if int(count.min()) < 2:
-            raise ConfigError(
-                f"With {len(fold)} folds, {int(count.min())} numbers of a residue mod {classes} "
-                "are left to fit.",
-                "Use more numbers, fewer folds, or shorter periods.",
-            )
-        train, held_out, count = train.to(x), held_out.to(x), count.to(x)
-        rows = embedding(index, x)
-        center = rows.sum(1) / counts[:, None]
-        rows -= center[:, None]
-        if not bool(valid.all()):
-            rows *= valid[..., None]
-        shift = (train @ rows).div_(count[..., None])
-        square = rows.square()
-        variance = (train @ square).div_(count[..., None])
-        variance.addcmul_(shift, shift, value=-1).clamp_(min=0)
-        is_shifted = _varies(shift.square(), center[:, None], size)
-        lost_digits = _recompute_lost(variance, shift.where(is_shifted, 0.0), rows, train, count)
-        return cls(
-            table, center, rows, index, train, held_out, count, shift, center[:, None] + shift,
-            variance, square.sum(1) / counts[:, None], lost_digits,
-        )  # fmt: skip
-
-    @cached_property
-    def priors(self) -> Tensor:
-        """Fraction of each class among a model's rows. Shape: (T, E)."""
-        return self.count / self.count.sum(0)
-
-    @cached_property
-    def global_mean(self) -> Tensor:
-        """Mean of a model's rows. Shape: (E, D)."""
-        return (self.priors[..., None] * self.mean).sum(0)
-
-    @cached_property
-    def within(self) -> Tensor:
-        """Mean variance within classes. Shape: (E, D)."""
-        return (self.priors[..., None] * self.variance).sum(0)
-
-    @cached_property
-    def total(self) -> Tensor:
-        """Variance of a model's rows, 1 where they are constant. Shape: (E, D)."""
-        between = (self.priors[..., None] * (self.mean - self.global_mean).square()).sum(0)
-        total = self.within + between
-        return total.where(_varies(total, self.global_mean, self.table.size), 1.0)
-
-    @cached_property
-    def fast_rows(self) -> Tensor:
-        """The rows in the type ``table.fast_dtype``. Shape: (T, R, D)."""
-        return self.rows.to(self.table.fast_dtype)
-
-
-def _recompute_lost(
-    variance: Tensor, shift: Tensor, rows: Tensor, train: Tensor, count: Tensor
-) -> bool:
-    """Recompute variances that lost digits, in place; return whether there were any."""
-    has_lost = shift.square() > _LOST * variance
-    features = has_lost.flatten(0, 1).any(0).nonzero()[:, 0]
-    for model in range(train.shape[1] if len(features) else 0):
-        deviation = rows[..., features] - shift[:, model, None, features]
-        deviation *= train[:, model, :, None]
-        variance[:, model, features] = deviation.square().sum(1) / count[:, model, None]
-    return bool(len(features))
-
-
-def shrinkage_intensity(fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor, d: int) -> Tensor:
+def shrinkage_intensity(
+    fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor, *, d: int
+) -> Tensor:
     """Ledoit and Wolf's shrinkage towards the scaled identity.
 
     Args:
@@ -239,7 +71,7 @@ def shrinkage_intensity(fourth: Tensor, norm2: Tensor, trace: Tensor, n: Tensor,
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]])
         >>> c = x.mT @ x / 3
         >>> fourth = x.square().sum(1).square().sum()
-        >>> float(shrinkage_intensity(fourth, c.square().sum(), c.trace(), torch.tensor(3), 2))
+        >>> float(shrinkage_intensity(fourth, c.square().sum(), c.trace(), torch.tensor(3), d=2))
         1.0
 
     Source: Ledoit and Wolf, 2004, as scikit-learn's ``ledoit_wolf_shrinkage``.
@@ -267,6 +99,7 @@ def lda_scores(
     labels: Tensor,
     classes: int,
     folds: Tensor,
+    *,
     shrinkage: float | Literal["auto"],
 ) -> Tensor:
     """Discriminant scores of every row under every model.
@@ -340,7 +173,7 @@ def _compute_intensities(c: FoldStatistics) -> Tensor:
     std over all rows of the class, where scikit-learn has that over the rows of the model. This
     changes the weight by about a hundredth of itself.
     """
-    varies = _varies(c.class_variance, c.center, c.rows.shape[1])
+    varies = exceeds_rounding(c.class_variance, c.center, c.rows.shape[1])
     unit = c.class_variance.where(varies, 1.0).rsqrt().where(varies, 0.0)
     x = c.fast_rows * unit.to(c.table.fast_dtype)[:, None]
     gram = x @ x.mT  # (T, R, R)
@@ -354,7 +187,9 @@ def _compute_intensities(c: FoldStatistics) -> Tensor:
     norm2 += (total / count).square() - 2 * (by_row.square() * train).sum(1) / count
     square = (diagonal - 2 * by_row / count[:, None] + (total / count.square())[:, None]) * train
     fourth, trace = square.square().sum(1), square.sum(1) / count
-    return shrinkage_intensity(fourth, norm2 / count.square(), trace, count, x.shape[-1]).to(c.rows)
+    return shrinkage_intensity(fourth, norm2 / count.square(), trace, n=count, d=x.shape[-1]).to(
+        c.rows
+    )
 
 
 def _compute_shrinkage(
@@ -364,7 +199,9 @@ def _compute_shrinkage(
     if shrinkage == "auto":
         delta = _compute_intensities(c)
         # a feature that is constant within a class has the unit that it has in all
-        unit_variance = c.variance.where(_varies(c.variance, c.mean, c.count[..., None]), c.total)
+        unit_variance = c.variance.where(
+            exceeds_rounding(c.variance, c.mean, c.count[..., None]), c.total
+        )
         trace = (c.variance / unit_variance).mean(-1)
         shift = ((c.priors * delta * trace)[..., None] * unit_variance).sum(0)
         return c.priors * (1 - delta), shift
@@ -416,7 +253,7 @@ def _fit_alone(
         count, delta = len(centred), 0.0 if shrinkage == "auto" else shrinkage
         variance = c.variance[t, model]
         if shrinkage == "auto":
-            varies = _varies(variance, mean[t], count)
+            varies = exceeds_rounding(variance, mean[t], count)
             unit_variance = variance.where(varies, total)
             delta = float(_compute_intensity(centred * unit_variance.rsqrt()))
             shift += priors[t] * delta * (variance / unit_variance).mean() * unit_variance
@@ -441,7 +278,7 @@ def _compute_intensity(x: Tensor) -> Tensor:
     product = x.mT @ x if width < count else x @ x.mT
     norm2, trace = product.square().sum() / count**2, square.sum() / count
     return shrinkage_intensity(
-        square.square().sum(), norm2, trace, torch.tensor(count, device=x.device), width
+        square.square().sum(), norm2, trace, n=torch.tensor(count, device=x.device), d=width
     )
 
 

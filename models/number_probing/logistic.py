@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fulgurite.models.number_probing.lda import FoldStatistics, StandardizedRows
+from fulgurite.models.number_probing.fold_statistics import FoldStatistics, StandardizedRows
 
 __all__ = ["logistic_scores"]
 
@@ -18,6 +18,7 @@ def logistic_scores(
     labels: Tensor,
     classes: int,
     folds: Tensor,
+    *,
     strength: float = 1.0,
     max_steps: int = 500,
 ) -> Tensor:

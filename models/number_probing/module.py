@@ -123,6 +123,7 @@ class NumberLM(NumberModule):
         optimizer: OptimizerCallable = MuonAdamW,
         scheduler: LRSchedulerCallable | None = None,
         warmup: int = 0,
+        *,
         tie_embeddings: bool = True,
         exact_match: bool = False,
         loss_chunk: int = 8192,

@@ -100,6 +100,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
+        *,
         weight_decay: float = 0.1,
         adamw_lr: float | None = None,
         adamw_weight_decay: float | None = None,

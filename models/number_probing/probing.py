@@ -16,8 +16,9 @@ from torch import Tensor
 from fulgurite.devices import count_weighted, move
 from fulgurite.errors import ConfigError
 from fulgurite.models.number_probing.checks import check_embeddings, check_periods
+from fulgurite.models.number_probing.fold_statistics import StandardizedRows
 from fulgurite.models.number_probing.fourier import PERIODS
-from fulgurite.models.number_probing.lda import StandardizedRows, lda_scores
+from fulgurite.models.number_probing.lda import lda_scores
 
 __all__ = ["FoldKind", "Method", "ProbeResult", "band", "cohen_kappa", "make_folds", "probe"]
 
@@ -125,7 +126,7 @@ def cohen_kappa(
 
 
 def make_folds(
-    numbers: Tensor, period: int, folds: int, kind: FoldKind = "shuffled", seed: int = 0
+    numbers: Tensor, period: int, folds: int, kind: FoldKind = "shuffled", *, seed: int = 0
 ) -> Tensor:
     """The fold in which each number is held out.
 
@@ -247,19 +248,19 @@ def probe(
                 f"All numbers are alike mod {period}.", "Probe other numbers or periods."
             )
         if method == "lda":
-            scores = lda_scores(table, labels, len(residues), fold, shrinkage)
+            scores = lda_scores(table, labels, len(residues), fold, shrinkage=shrinkage)
         else:
             from fulgurite.models.number_probing.logistic import logistic_scores
 
-            scores = logistic_scores(table, labels, len(residues), fold, strength)
+            scores = logistic_scores(table, labels, len(residues), fold, strength=strength)
         return labels, scores.max(-1).indices  # several times as fast as argmax
 
     def answer_held_out(
-        table: StandardizedRows, n: Tensor, period: int, first: int, draws: int
+        table: StandardizedRows, n: Tensor, period: int, *, first: int, draws: int
     ) -> _HeldOutAnswers:
         """Answer numbers held out, with the folds of some seeds."""
         fold = torch.stack(
-            [make_folds(n, period, folds, kind, s) for s in range(first, first + draws)]
+            [make_folds(n, period, folds, kind, seed=s) for s in range(first, first + draws)]
         )
         labels, answers = fit_and_answer(table, n, period, fold)
         predicted = answers.gather(1, fold[:, None])[:, 0]
@@ -270,7 +271,9 @@ def probe(
     nonround_table = StandardizedRows(x[is_nonround]) if nonround else table
     results = {}
     for period in check_periods(periods, len(x)):
-        labels, predicted, answers, fold, kappas = answer_held_out(table, n, period, 0, seeds)
+        labels, predicted, answers, fold, kappas = answer_held_out(
+            table, n, period, first=0, draws=seeds
+        )
         classes = int(labels.max()) + 1
         held_out_fold = torch.arange(answers.shape[1], device=x.device)  # of each model
         train_mask = (fold[:, None] != held_out_fold[:, None]).double()  # (S, F, N)
@@ -284,7 +287,7 @@ def probe(
         null = []
         for draw in range(null_draws):
             order = torch.randperm(len(n), generator=torch.Generator().manual_seed(10_000 + draw))
-            permuted = answer_held_out(table, n[order.to(n.device)], period, draw, 1)
+            permuted = answer_held_out(table, n[order.to(n.device)], period, first=draw, draws=1)
             null.append(float(permuted.kappas))
         null_sd = (len(n) * (classes - 1)) ** -0.5
         null_sd = float(torch.tensor(null).std()) if null_draws >= 8 else null_sd
@@ -294,7 +297,9 @@ def probe(
         )
         nonround_kappa, nonround_band = math.nan, math.nan
         if nonround:
-            nonround_part = answer_held_out(nonround_table, n[is_nonround], period, 0, seeds)
+            nonround_part = answer_held_out(
+                nonround_table, n[is_nonround], period, first=0, draws=seeds
+            )
             nonround_kappa = float(nonround_part.kappas.mean())
             size = len(nonround_part.labels)
             nonround_band = band(size, (size * int(nonround_part.labels.max())) ** -0.5)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from fulgurite import __version__
 from fulgurite.commands import find_local_modules, run_command
-from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.errors import ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.systems import (
     config_path,
     kind_of,
@@ -70,14 +71,9 @@ def _sweep_main() -> Callable[[list[str]], int]:
     Raises:
         MissingExtraError: It is not installed.
     """
-    try:
-        from fulgurite import sweep
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "optuna":
-            raise
-        raise MissingExtraError(
-            "`fulgurite sweep` needs optuna.", "pip install 'fulgurite[sweeps]'"
-        ) from error
+    optional_import("optuna", "sweeps", "`fulgurite sweep`")
+    from fulgurite import sweep
+
     return sweep.main
 
 

@@ -11,20 +11,13 @@ from importlib import metadata
 from pathlib import Path
 
 from fulgurite.data.store import cache_folder
+from fulgurite.extras import list_optional_packages
 from fulgurite.systems import plug_ins
 
 __all__ = ["doctor"]
 
 REQUIRED = ("torch", "lightning", "torchmetrics", "jsonargparse", "numpy", "scikit-learn", "wandb")
-OPTIONAL = {
-    "tensorboard": "pip install 'fulgurite[tensorboard]'",
-    "cleanlab": "pip install 'fulgurite[cleaning]'",
-    "torch-geometric": "pip install 'fulgurite[ice]'",
-    "h5py": "pip install 'fulgurite[ice]'",
-    "netCDF4": "pip install 'fulgurite[ice]'",
-    "pyproj": "pip install 'fulgurite[ice]'",
-    "lightning-bolts": "pip install --no-deps lightning-bolts==0.7.0",
-}
+_NO_EXTRA = {"lightning-bolts": "pip install --no-deps lightning-bolts==0.7.0"}
 
 
 def _version(name: str) -> str | None:
@@ -32,6 +25,15 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _list_optional() -> dict[str, str]:
+    """How to install each optional package."""
+    extras = {
+        name: f"pip install 'fulgurite[{names[0]}]'"
+        for name, names in list_optional_packages().items()
+    }
+    return {**extras, **_NO_EXTRA}
 
 
 def _free_space(folder: Path) -> str:
@@ -67,7 +69,7 @@ def doctor() -> int:
         print(f"  {name} {_version(name) or 'missing'}")
         if _version(name) is None:
             faults.append(f"{name} is missing: reinstall fulgurite.")
-    for name, install in OPTIONAL.items():
+    for name, install in _list_optional().items():
         print(f"  {name} {_version(name) or f'not installed ({install})'}")
     if _version("lightning") in ("2.6.2", "2.6.3"):
         faults.append("lightning 2.6.2 and 2.6.3 were malicious releases: upgrade at once.")

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fulgurite.errors import MissingExtraError
+from fulgurite.extras import missing_package
 from fulgurite.foreign import expansion_limit
 from fulgurite.matlab_objects import decode_strings
 
@@ -282,6 +283,4 @@ def need_package(error: ImportError, subject: str) -> MissingExtraError:
         >>> print(need_package(ImportError("no", name="h5py"), "Reading a.mat"))
         Reading a.mat needs h5py. Install it with `pip install 'fulgurite[ice]'`.
     """
-    return MissingExtraError(
-        f"{subject} needs {error.name}.", "Install it with `pip install 'fulgurite[ice]'`."
-    )
+    return missing_package(str(error.name), "ice", subject)

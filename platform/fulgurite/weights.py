@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fulgurite.errors import CheckpointError, ConfigError, MissingExtraError
+from fulgurite.errors import CheckpointError, ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import reading
 from fulgurite.tensor_files import read_state_dict
 
@@ -40,17 +41,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         return read_state_dict(path, "weights")[1]
     if not Path(path).is_file():
         raise CheckpointError(f"weights={path} is not a file.", "Name a file, or give null.")
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise MissingExtraError(
-            "Reading .safetensors needs the package safetensors.",
-            "pip install 'fulgurite[federated]'",
-        ) from error
+    safetensors = optional_import("safetensors.torch", "federated", "Reading .safetensors")
     hint = "It may be truncated: fetch it again, or use another."
     fault = "cannot be read as safetensors"
     with reading(path, "The weights", hint, error=CheckpointError, fault=fault):
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = safetensors.load_file(path)
         if not tensors:
             raise ValueError("it holds no tensor")
         return tensors

@@ -211,12 +211,14 @@ def test_chunks_equal_the_recurrence(rule, packed, chunk):
     documents = pieces() if packed else None
     unit = F.normalize(key, dim=-1)
     if rule == "delta":
-        fast = delta_rule(query, unit, value, log_decay, beta, documents, chunk)
-        slow = delta_rule_by_token(query, unit, value, log_decay, beta, documents)
+        fast = delta_rule(
+            query, unit, value, log_decay, beta=beta, documents=documents, chunk=chunk
+        )
+        slow = delta_rule_by_token(query, unit, value, log_decay, beta=beta, documents=documents)
         leaves = [query, key, value, log_decay, beta]
     else:
-        fast = linear_recurrence(query, key, value, log_decay, documents, chunk)
-        slow = linear_recurrence_by_token(query, key, value, log_decay, documents)
+        fast = linear_recurrence(query, key, value, log_decay, documents=documents, chunk=chunk)
+        slow = linear_recurrence_by_token(query, key, value, log_decay, documents=documents)
         leaves = [query, key, value, log_decay]
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
     weights = torch.randn_like(slow)
@@ -236,7 +238,7 @@ def test_strong_decay_over_a_chunk_stays_finite(rule):
     beta = beta.requires_grad_()
     unit = F.normalize(key, dim=-1)
     if rule == "delta":
-        out = delta_rule(query, unit, value, log_decay, beta)
+        out = delta_rule(query, unit, value, log_decay, beta=beta)
         gradients = torch.autograd.grad(out.square().sum(), [log_decay, beta])
     else:
         out = linear_recurrence(query, key, value, log_decay)
@@ -250,10 +252,10 @@ def test_the_delta_rule_recalls_what_it_stored_last():
     key = F.one_hot(torch.tensor([[0, 1, 0, 2, 1, 0]]), 3).double()[:, None]
     value = torch.randn(1, 1, 6, 4).double()
     one = torch.ones(1, 1, 6).double()
-    out = delta_rule(key, key, value, 0 * one, one, chunk=4)
+    out = delta_rule(key, key, value, 0 * one, beta=one, chunk=4)
     torch.testing.assert_close(out, value)
     earlier = torch.roll(key, -1, 2)  # the next token's key, stored before
-    out = delta_rule(earlier, key, value, 0 * one, one, chunk=4)
+    out = delta_rule(earlier, key, value, 0 * one, beta=one, chunk=4)
     torch.testing.assert_close(out[0, 0, 1], value[0, 0, 0])  # key 0
     torch.testing.assert_close(out[0, 0, 4], value[0, 0, 2])  # key 0, written anew
     torch.testing.assert_close(out[0, 0, 3], value[0, 0, 1])  # key 1

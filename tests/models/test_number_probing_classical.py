@@ -13,9 +13,8 @@ from scipy.sparse import csr_matrix
 from torch.utils.data import DataLoader
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.classical import (
-    PPMI,
-    SkipGram,
+from fulgurite.models.number_probing.classical import PPMI, SkipGram
+from fulgurite.models.number_probing.counting import (
     cooccurrences,
     ppmi,
     save_vectors,

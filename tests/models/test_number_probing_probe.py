@@ -21,6 +21,7 @@ from fulgurite.models.number_probing import (
     spikes,
 )
 from fulgurite.models.number_probing import lda as lda_module
+from fulgurite.models.number_probing.fold_statistics import StandardizedRows
 
 N = torch.arange(1000)
 
@@ -100,7 +101,7 @@ def answers(x, period, shrinkage="auto", seed=0):
     labels = torch.arange(len(x)) % period
     folds = make_folds(torch.arange(len(x)), period, 5, seed=seed)
     scores = lda_module.lda_scores(
-        lda_module.StandardizedRows(x), labels, period, folds[None], shrinkage
+        StandardizedRows(x), labels, period, folds[None], shrinkage=shrinkage
     )
     ours = scores[0, folds, torch.arange(len(x))].argmax(-1)
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
@@ -215,7 +216,7 @@ def test_the_shrinkage_intensity_is_ledoit_and_wolfs():
         *(torch.tensor(v) for v in (
             ((x**2).sum(1) ** 2).sum(), (covariance**2).sum(), np.trace(covariance), len(x),
         )),
-        x.shape[1],
+        d=x.shape[1],
     )  # fmt: skip
     assert float(intensity) == pytest.approx(ledoit_wolf_shrinkage(x), rel=1e-9)
 
@@ -237,13 +238,15 @@ def test_both_ways_of_solving_agree(monkeypatch):
     for size, period, far in ((1000, 7, 0.0), (80, 2, 0.0), (80, 2, 1.0), (1000, 7, 5.0)):
         n = torch.arange(size)
         x = mixture(100, size) + far * normal(period, 100, 9)[n % period]
-        table, folds = lda_module.StandardizedRows(x), make_folds(n, period, 4)[None]
+        table, folds = StandardizedRows(x), make_folds(n, period, 4)[None]
         scores = []
         for direct, near, far_limit in ((128, 10.0, 1e4), (0, 10.0, 1e4), (0, 10.0, 0.0)):
             monkeypatch.setattr(lda_module, "DIRECT", direct)
             monkeypatch.setattr(lda_module, "_NEAR", near)
             monkeypatch.setattr(lda_module, "_FAR", far_limit)
-            computed = lda_module.lda_scores(table, n % period, period, folds, "auto").double()
+            computed = lda_module.lda_scores(
+                table, n % period, period, folds, shrinkage="auto"
+            ).double()
             scores.append(computed - computed.mean(-1, keepdim=True))
         scale = scores[0].abs().max()
         assert float((scores[0] - scores[1]).abs().max() / scale) < 1e-4
@@ -406,16 +409,16 @@ def test_numbers_with_gaps_can_be_probed():
 @given(st.integers(2, 12), st.integers(2, 7), st.integers(60, 200), st.integers(0, 50))
 def test_shuffled_folds_are_stratified(period, folds, size, seed):
     n = torch.arange(size)
-    fold = make_folds(n, period, folds, "shuffled", seed)
+    fold = make_folds(n, period, folds, "shuffled", seed=seed)
     for residue in range(period):
         counts = fold[n % period == residue].bincount(minlength=folds)
         assert int(counts.max() - counts.min()) <= 1
     assert int(fold.bincount().max() - fold.bincount().min()) <= 1
-    assert torch.equal(fold, make_folds(n, period, folds, "shuffled", seed))
+    assert torch.equal(fold, make_folds(n, period, folds, "shuffled", seed=seed))
 
 
 def test_blocked_folds_hold_neighbours_out_together():
-    decade = make_folds(N, 7, 5, "decade", 3)
+    decade = make_folds(N, 7, 5, "decade", seed=3)
     assert all(len(decade[d == N // 10].unique()) == 1 for d in range(100))
     assert decade.bincount().tolist() == [200] * 5
     contiguous = make_folds(N, 7, 5, "contiguous")

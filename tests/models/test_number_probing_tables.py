@@ -27,7 +27,7 @@ from fulgurite.models.number_probing.command import main
 
 def package(name):
     return pytest.mark.skipif(
-        importlib.util.find_spec(tables._PACKAGES[name]) is None,
+        importlib.util.find_spec(tables.PACKAGES[name]) is None,
         reason=f"the package of the table '{name}' is not installed",
     )
 
@@ -337,7 +337,7 @@ def test_what_is_no_table(tmp_path, monkeypatch):
         read_table(tmp_path / "a.csv")
     with pytest.raises(DataError, match="no data at"):
         read_table(tmp_path / "none.npy")
-    monkeypatch.setitem(tables._PACKAGES, "glove", "no_such_package")
+    monkeypatch.setitem(tables.PACKAGES, "glove", "no_such_package")
     with pytest.raises(MissingExtraError, match=r"no-such-package.*probing-data"):
         read_table("glove")
 

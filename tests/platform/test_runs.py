@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from fulgurite.runs import RunOptions, find_run, training_differences
+from fulgurite.run_folders import RunOptions, find_run, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")

@@ -222,7 +222,7 @@ def test_a_signal_ends_a_run_with_its_status_and_the_way_on(
 
 
 def test_two_fits_of_one_folder_do_not_mix(tmp_path, monkeypatch):
-    from fulgurite.runs import RunLock
+    from fulgurite.run_folders import RunLock
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()

@@ -103,6 +103,7 @@ def linear_recurrence(
     key: Tensor,
     value: Tensor,
     log_decay: Tensor,
+    *,
     documents: Tensor | None = None,
     chunk: int = 64,
 ) -> Tensor:
@@ -146,6 +147,7 @@ def delta_rule(
     key: Tensor,
     value: Tensor,
     log_decay: Tensor,
+    *,
     beta: Tensor,
     documents: Tensor | None = None,
     chunk: int = 64,
@@ -169,7 +171,7 @@ def delta_rule(
 
     Example:
         >>> one, half = torch.ones(1, 1, 3, 1), torch.full((1, 1, 3), 0.5)
-        >>> delta_rule(one, one, one, 0 * half, half).flatten()
+        >>> delta_rule(one, one, one, 0 * half, beta=half).flatten()
         tensor([0.5000, 0.7500, 0.8750])
 
     Source: Gated Delta Networks, arXiv 2412.06464, section 3.
@@ -199,11 +201,13 @@ def delta_rule(
 
 
 def linear_recurrence_by_token(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, documents: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, *, documents: Tensor | None = None
 ) -> Tensor:
     """:func:`linear_recurrence`, one token after the other; slow."""
     beta = torch.ones_like(log_decay)
-    return _recur_by_token(query, key, value, log_decay, beta, documents, corrects=False)
+    return _recur_by_token(
+        query, key, value, log_decay, beta=beta, documents=documents, corrects=False
+    )
 
 
 def delta_rule_by_token(
@@ -211,11 +215,14 @@ def delta_rule_by_token(
     key: Tensor,
     value: Tensor,
     log_decay: Tensor,
+    *,
     beta: Tensor,
     documents: Tensor | None = None,
 ) -> Tensor:
     """:func:`delta_rule`, one token after the other; slow."""
-    return _recur_by_token(query, key, value, log_decay, beta, documents, corrects=True)
+    return _recur_by_token(
+        query, key, value, log_decay, beta=beta, documents=documents, corrects=True
+    )
 
 
 def _recur_by_token(
@@ -223,6 +230,7 @@ def _recur_by_token(
     key: Tensor,
     value: Tensor,
     log_decay: Tensor,
+    *,
     beta: Tensor,
     documents: Tensor | None,
     corrects: bool,

@@ -51,7 +51,7 @@ class _DeltaMixer(nn.Module):
     """Shape: (B, L, D) to (B, L, D)."""
 
     def __init__(
-        self, width: int, heads: int, size: int, expand: int, conv: int, chunk: int
+        self, width: int, heads: int, *, size: int, expand: int, conv: int, chunk: int
     ) -> None:
         super().__init__()
         self.heads, self.chunk = heads, chunk
@@ -78,8 +78,8 @@ class _DeltaMixer(nn.Module):
         dtype = log_decay.dtype  # float32 at least: the system is solved in it
         with torch.autocast(x.device.type, enabled=False):
             output = delta_rule(
-                query.to(dtype), key.to(dtype), value.to(dtype), log_decay, beta.to(dtype),
-                documents, self.chunk,
+                query.to(dtype), key.to(dtype), value.to(dtype), log_decay, beta=beta.to(dtype),
+                documents=documents, chunk=self.chunk,
             )  # fmt: skip
         output = self.norm(output.transpose(1, 2).to(x.dtype)).flatten(2)
         return cast("Tensor", self.out(output * F.silu(self.gate(x))))
@@ -115,6 +115,7 @@ class GatedDeltaNetBackbone(nn.Module):
         width: int = 128,
         layers: int = 2,
         heads: int = 4,
+        *,
         head_size: int | None = None,
         expand: int = 1,
         conv: int = 4,
@@ -126,7 +127,10 @@ class GatedDeltaNetBackbone(nn.Module):
         size = width // heads if head_size is None else head_size
         check_minimum(1, head_size=size)
         self.width = width
-        mixers = [_DeltaMixer(width, heads, size, expand, conv, chunk) for _ in range(layers)]
+        mixers = [
+            _DeltaMixer(width, heads, size=size, expand=expand, conv=conv, chunk=chunk)
+            for _ in range(layers)
+        ]
         blocks = [MixerBlock(width, mixer, hidden) for mixer in mixers]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(width, EPS)
@@ -144,7 +148,7 @@ class _Mamba2Mixer(nn.Module):
     """Shape: (B, L, D) to (B, L, D)."""
 
     def __init__(
-        self, width: int, inner: int, size: int, state: int, conv: int, chunk: int
+        self, width: int, inner: int, *, size: int, state: int, conv: int, chunk: int
     ) -> None:
         super().__init__()
         self.heads, self.chunk = inner // size, chunk
@@ -167,7 +171,7 @@ class _Mamba2Mixer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             output = linear_recurrence(
                 query[:, None].to(dtype), key[:, None].to(dtype), value.to(dtype) * step[..., None],
-                log_decay, documents, self.chunk,
+                log_decay, documents=documents, chunk=self.chunk,
             )  # fmt: skip
             output = output + value * self.skip[:, None, None]
         output = output.transpose(1, 2).flatten(2).to(x.dtype)
@@ -203,6 +207,7 @@ class Mamba2Backbone(nn.Module):
         width: int = 128,
         layers: int = 4,
         expand: int = 2,
+        *,
         head_size: int = 64,
         state_size: int = 64,
         conv: int = 4,
@@ -219,7 +224,8 @@ class Mamba2Backbone(nn.Module):
             )
         self.width = width
         mixers = [
-            _Mamba2Mixer(width, inner, head_size, state_size, conv, chunk) for _ in range(layers)
+            _Mamba2Mixer(width, inner, size=head_size, state=state_size, conv=conv, chunk=chunk)
+            for _ in range(layers)
         ]
         self.blocks = nn.ModuleList(MixerBlock(width, mixer, hidden=0) for mixer in mixers)
         self.norm = nn.RMSNorm(width, EPS)

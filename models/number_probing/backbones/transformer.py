@@ -49,6 +49,7 @@ class TransformerBackbone(nn.Module):
         width: int = 128,
         layers: int = 2,
         heads: int = 4,
+        *,
         kv_heads: int | None = None,
         hidden: int | None = None,
         positions: Literal["rotary", "learned"] = "rotary",

@@ -31,7 +31,7 @@ from fulgurite.ranks import end_launched_ranks, is_first_process
 from fulgurite.records import remove_objects
 from fulgurite.replacing import dropping_replaced_arguments
 from fulgurite.resuming import MetricsLogger, RunTrainer, TrainingState, masked, masked_names
-from fulgurite.runs import (
+from fulgurite.run_folders import (
     CHECKPOINT_VARIABLE,
     LINKS,
     RunLock,

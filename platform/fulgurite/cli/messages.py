@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError
-from fulgurite.runs import RunOptions
+from fulgurite.run_folders import RunOptions
 
 __all__ = ["as_our_error"]
 

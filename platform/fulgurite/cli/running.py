@@ -21,7 +21,7 @@ from fulgurite.cli.lightning_cli import COMMANDS, FulguriteCLI, Parsed
 from fulgurite.cli.messages import as_our_error
 from fulgurite.commands import find_local_modules, run_command
 from fulgurite.errors import ConfigError, Terminated
-from fulgurite.runs import CHECKPOINT_VARIABLE, LAST, RUN_DIR_VARIABLE, holds_run
+from fulgurite.run_folders import CHECKPOINT_VARIABLE, LAST, RUN_DIR_VARIABLE, holds_run
 from fulgurite.systems import warn_of_broken_plug_ins
 
 __all__ = ["construct", "main", "parse", "run"]

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from fulgurite.io import atomic_write
 from fulgurite.resuming import masked_arguments
-from fulgurite.runs import environment, set_records_aside, write_json
+from fulgurite.run_folders import environment, set_records_aside, write_json
 
 __all__ = ["SaveRun"]
 

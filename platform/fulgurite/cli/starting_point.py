@@ -17,7 +17,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.ranks import is_first_process
 from fulgurite.resuming import ENDED, has_stopped
-from fulgurite.runs import (
+from fulgurite.run_folders import (
     CHECKPOINT_VARIABLE,
     LAST,
     LINKS,

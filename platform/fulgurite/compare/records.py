@@ -16,7 +16,7 @@ from typing import Any
 
 from fulgurite import __version__
 from fulgurite.compare.trial import Trial, TrialResult, trial_id
-from fulgurite.runs import write_json
+from fulgurite.run_folders import write_json
 
 __all__ = ["Record", "TrialRecords", "read_record"]
 

@@ -102,7 +102,7 @@ def read_field(section: type[Any], key: str, value: object, key_path: str = "") 
         return empty
     if own := field.metadata.get("reader"):
         return own(value, here)
-    annotation = _annotations(section)[key]
+    annotation = get_type_hints(section)[key]
     if str in _alternatives(annotation) and isinstance(value, int | float):
         value = value if isinstance(value, bool) else str(value)  # such as `title: 2024`
     return _check_type(value, annotation, here)
@@ -112,11 +112,6 @@ def _empty_default(field: Field[Any]) -> Any:
     """The default of a field that may be left empty; None where it may not."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return default if default == () or default == {} else None
-
-
-@cache
-def _annotations(section: Any) -> dict[str, Any]:
-    return get_type_hints(section)
 
 
 def _check_type(value: Any, annotation: Any, key_path: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.trial import LAST_CHECKPOINT, Training, Trial, TrialResult
 from fulgurite.compare.worker import Job
-from fulgurite.runs import write_json
+from fulgurite.run_folders import write_json
 
 __all__ = ["Trainings"]
 

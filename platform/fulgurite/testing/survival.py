@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fulgurite.runs import RUN_DIR_VARIABLE
+from fulgurite.run_folders import RUN_DIR_VARIABLE
 
 __all__ = [
     "Ended", "Forked", "Survival", "differing", "run_forked", "run_ranks", "start_call",
