@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fulgurite.datamodules.fedsir.archives import CifarArchive
+from fulgurite.datamodules.fedsir.digits import Digits
 from fulgurite.datamodules.fedsir.file_labels import FileLabels, SourceLabels
 from fulgurite.datamodules.fedsir.file_partition import FilePartition
 from fulgurite.datamodules.fedsir.folders import ImageFolder
@@ -11,13 +12,13 @@ from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.leaf import Leaf
 from fulgurite.datamodules.fedsir.noise import (
     AsymmetricMap,
-    FederationNoise,
     InstanceDependent,
     LabelNoise,
-    NoisyClients,
     Pair,
     Symmetric,
 )
+from fulgurite.datamodules.fedsir.noisy_clients import FederationNoise, NoisyClients
+from fulgurite.datamodules.fedsir.npz import Npz
 from fulgurite.datamodules.fedsir.parquet import Parquet
 from fulgurite.datamodules.fedsir.partition import (
     Dirichlet,
@@ -28,7 +29,7 @@ from fulgurite.datamodules.fedsir.partition import (
     Shards,
 )
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing, Samples
-from fulgurite.datamodules.fedsir.sources import Digits, ImageArrays, ImageSource, Npz
+from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 
 if TYPE_CHECKING:
     from fulgurite.datamodules.fedsir.datamodule import EvaluationLabels, FederatedDataModule

@@ -7,49 +7,29 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing
+from fulgurite.datamodules.fedsir.label_files import quote_some
+from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
-from fulgurite.foreign import (
-    check_parquet,
-    check_tensor_file,
-    check_tensors,
-    open_compressed,
-    read_array,
-    read_arrays,
-    read_json,
-    reading,
-)
+from fulgurite.foreign import check_parquet, open_compressed, read_json, reading
 from fulgurite.io import data_path
 
 __all__ = [
-    "MISSING",
     "AnnotationFile",
-    "LabelsAre",
     "cell_text",
     "file_kind",
     "is_plain_column",
-    "label_numbers",
-    "number_names",
     "read_indices",
-    "read_label_arrays",
     "read_lines",
     "read_list",
     "read_table",
 ]
-
-#: The number of a label that is missing in a file.
-MISSING = -2
-
-LabelsAre = Literal["auto", "names", "numbers"]
 
 _KINDS = {
     ".csv": "table",
@@ -63,7 +43,6 @@ _KINDS = {
     ".json": "json",
 }
 _REWRITE_HINT = "Write the file again, or name another one."
-_Integers = npt.NDArray[np.int64]
 
 
 def file_kind(path: str, option: str, *kinds: str) -> str:
@@ -298,7 +277,7 @@ class AnnotationFile:
         if unknown and (self.unknown == "error" or len(unknown) == len(rows)):
             raise DataError(
                 f"The table {path} has rows of images that the source does not train on: "
-                f"{_quote_some(unknown)}.",
+                f"{quote_some(unknown)}.",
                 f"{hint}, remove these rows, or set `{self.option}.unknown=ignore`.",
             )
         _refuse_repeated([row for row in rows if row >= 0], listing, path)
@@ -309,18 +288,6 @@ def _parse_row(text: str, total: int) -> int:
     if text.isascii() and text.isdigit() and len(text) < 19 and int(text) < total:
         return int(text)
     return -1
-
-
-def _quote_some(values: Sequence[object], limit: int = 3) -> str:
-    """Quote the first distinct values, and count the others.
-
-    Example:
-        >>> _quote_some(["a", "b", "a", "c", "d"], limit=2)
-        "'a', 'b' and 2 more"
-    """
-    different = list(dict.fromkeys(values))
-    text = ", ".join(repr(value) for value in different[:limit])
-    return text + (f" and {len(different) - limit} more" if len(different) > limit else "")
 
 
 def _refuse_repeated(rows: Sequence[int], listing: Listing, path: Path) -> None:
@@ -368,204 +335,3 @@ def read_indices(path: Path, listing: Listing) -> list[str | None]:
                     raise ValueError(f"it names {listing.describe(row)} more than once")
                 owner[row] = client
         return owner
-
-
-# --- labels --------------------------------------------------------------------------------------
-
-
-def label_numbers(
-    texts: Sequence[str], class_names: Sequence[str], labels_are: LabelsAre, path: Path, option: str
-) -> dict[str, int]:
-    """Return the class number of each distinct label.
-
-    Args:
-        texts: Names of classes, or their numbers from 0.
-        class_names: Names of the C classes.
-        labels_are: Whether ``texts`` are names or numbers; ``auto`` takes what fits all of them.
-        path: The file, for errors.
-        option: Prefix of the file's arguments, as the command line spells them.
-
-    Raises:
-        ConfigError: The labels fit both names and numbers, with different meanings.
-        DataError: Some labels are neither names nor numbers of classes.
-
-    Example:
-        >>> label_numbers(["b", "a", "b"], ("a", "b"), "auto", Path("x.csv"), "--noise")
-        {'b': 1, 'a': 0}
-    """
-    different = list(dict.fromkeys(texts))
-    names = {name: k for k, name in enumerate(class_names)}
-    numbers = {str(k): k for k in range(len(class_names))}
-    numbers |= {f"{text}.0": k for text, k in numbers.items()}  # as pandas writes columns with gaps
-    meanings = {"names": names, "numbers": numbers}
-    fitting = {
-        kind: {text: meaning[text] for text in different}
-        for kind, meaning in meanings.items()
-        if labels_are in ("auto", kind) and all(text in meaning for text in different)
-    }
-    if len(fitting) == 2 and fitting["names"] != fitting["numbers"]:
-        raise ConfigError(
-            f"The labels of {path} ({_quote_some(different)}) are both names and numbers of "
-            f"classes, and these differ: the class named {class_names[0]!r} has the number 0.",
-            f"Set `{option}.labels_are` to names or numbers.",
-        )
-    if fitting:
-        return next(iter(fitting.values()))
-    valid: set[str] = set().union(*(m for k, m in meanings.items() if labels_are in ("auto", k)))
-    bad = [text for text in different if text not in valid] or different
-    raise DataError(
-        f"The file {path} has labels that are no class of the source: {_quote_some(bad)}.",
-        f"The classes are {_quote_some(class_names)}, or numbers from 0 to {len(class_names) - 1}.",
-    )
-
-
-def number_names(texts: Iterable[str], origin: str, hint: str) -> tuple[str, ...]:
-    """Return class names for labels that are numbers.
-
-    Args:
-        texts: All labels.
-        origin: Where the labels are from, for errors.
-        hint: Hint of the error.
-
-    Raises:
-        DataError: The labels are not numbers from 0 without gaps.
-
-    Example:
-        >>> number_names(["1", "0", "1"], "a.txt", "")
-        ('0', '1')
-    """
-    different = sorted(set(texts))
-    digits = [text for text in different if text.isascii() and text.isdigit() and len(text) < 10]
-    numbers = {int(text) for text in digits}
-    if numbers != set(range(len(different))):
-        raise DataError(
-            f"The labels of {origin} are not numbers from 0 without gaps: "
-            f"{', '.join(different[:5])}.",
-            hint,
-        )
-    return tuple(str(k) for k in range(len(different)))
-
-
-def read_label_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Read the arrays of a ``.npy``, ``.npz`` or ``.pt`` file; one without a name is ``""``.
-
-    Only tensors, arrays of numbers, and plain containers of them are unpickled.
-
-    Raises:
-        DataError: The file cannot be read, or holds other objects.
-    """
-    with reading(path, "The labels", _REWRITE_HINT):
-        if path.suffix == ".npz":
-            return read_arrays(path)
-        if path.suffix == ".npy":
-            with open(path, "rb") as file:
-                return {"": read_array(file, os.path.getsize(path))}
-        content = _load_arrays(path)
-        if not isinstance(content, dict):
-            content = {"": content}
-        return {str(name): _as_array(value) for name, value in content.items()}
-
-
-def _as_array(value: Any) -> npt.NDArray[Any]:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return np.asarray(value.numpy())
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufU":
-        return value
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
-        return np.array(value, np.int64)
-    raise ValueError(f"it holds a {type(value).__name__} that is no array of labels")
-
-
-def _empty_array(kind: Any, shape: Any, code: Any) -> npt.NDArray[Any]:
-    """Return an empty array, whose pickled state, of a checked size, is set afterwards."""
-    if kind is not np.ndarray or shape != (0,):
-        raise ValueError("an array in it is none that NumPy pickled")
-    return np.ndarray.__new__(np.ndarray, (0,), np.int8)
-
-
-def _plain_dtype(code: Any, *_: Any) -> np.dtype[Any]:
-    kind = np.dtype(str(code)[:32])
-    if kind.kind not in "biufU":
-        raise ValueError(f"an array in it holds {kind}")
-    return np.dtype(kind, copy=True)
-
-
-def _load_arrays(path: Path) -> Any:
-    """Load a file of ``torch.save`` that may hold NumPy arrays, as CIFAR-10N's does."""
-    import torch
-
-    check_tensor_file(path)
-    dtypes = [type(np.dtype(code)) for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4")]
-    dtypes += [type(np.dtype(code)) for code in ("u8", "f2", "f4", "f8", "U1")]
-    allowed: list[Any] = [np.ndarray, *dtypes, (_plain_dtype, "numpy.dtype")]
-    allowed += [
-        (_empty_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
-    ]
-    with torch.serialization.safe_globals(allowed):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    check_tensors(content, os.path.getsize(path))
-    return content
-
-
-def array_labels(
-    arrays: Mapping[str, npt.NDArray[Any]],
-    name: str,
-    listing: Listing,
-    class_names: Sequence[str],
-    path: Path,
-    option: str,
-    *,
-    gaps: bool = False,
-) -> _Integers:
-    """Return one array of labels in the order of the source, as class numbers.
-
-    Args:
-        arrays: Arrays of the file by name.
-        name: Name of the array; ignored in a file with one nameless array.
-        listing: Training images of the source.
-        class_names: Names of the C classes.
-        path: The file, for errors.
-        option: Argument that names the array, as the command line spells it.
-        gaps: Whether -1 marks an unknown label.
-
-    Shape:
-        - (R,) int64.
-
-    Raises:
-        DataError: The file has no array of this name, or it does not give each image a label of a
-            class.
-    """
-    array = arrays.get("" if "" in arrays else name)
-    if array is None:
-        raise DataError(
-            f"The file {path} has no labels {name!r}: it has {', '.join(arrays)}.",
-            f"Set `{option}` to one of these.",
-        )
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]  # MedMNIST
-    if array.ndim != 1 or array.dtype.kind not in "iuU":
-        raise DataError(
-            f"The labels {name!r} of {path} are {array.dtype} of shape {array.shape}.",
-            "Give one class number or name for each image.",
-        )
-    if len(array) != listing.total:
-        raise DataError(
-            f"The labels {name!r} of {path} are {len(array)}, and the source has {listing.total} "
-            "training images.",
-            "Give one for each, in the order of the source, or a table that names the images.",
-        )
-    if array.dtype.kind == "U":
-        texts = [str(text) for text in array]
-        number = label_numbers(texts, class_names, "names", path, option.rpartition(".")[0])
-        return np.array([number[text] for text in texts], np.int64)
-    low = UNKNOWN if gaps else 0
-    bad = np.flatnonzero((array < low) | (array >= len(class_names)))
-    if len(bad):
-        raise DataError(
-            f"The labels {name!r} of {path} give {listing.describe(int(bad[0]))} the class "
-            f"{array[bad[0]]} ({len(bad)} are like this).",
-            f"The classes are numbered from 0 to {len(class_names) - 1}.",
-        )
-    return array.astype(np.int64)

@@ -106,6 +106,7 @@ class CifarArchive(ImageSource):
         variant: Literal["cifar10", "cifar100"] = "cifar10",
         checksum: str | None = "official",
         download: bool = False,
+        *,
         train_limit: int | None = None,
         test_limit: int | None = None,
         seed: int = 0,

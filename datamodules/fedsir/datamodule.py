@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fulgurite.base import save_options
 from fulgurite.datamodules.fedsir.augment import shift_crop
 from fulgurite.datamodules.fedsir.labels import LabelStore
-from fulgurite.datamodules.fedsir.noise import Corruption, FederationNoise
+from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
@@ -124,6 +124,7 @@ class FederatedDataModule(L.LightningDataModule):
         partition: Partition,
         noise: FederationNoise | None = None,
         clients: int = 10,
+        *,
         val_fraction: float = 0.1,
         eval_batch_size: int = 512,
         augment: Literal["none", "shift", "crop_flip"] = "none",
@@ -224,7 +225,11 @@ class FederatedDataModule(L.LightningDataModule):
         )
         if self.noise is not None:
             corruption = self.noise(
-                samples, self._parts, classes, make_generator(self.seed, _NOISE), self.client_images
+                samples,
+                self._parts,
+                classes,
+                make_generator(self.seed, _NOISE),
+                images=self.client_images,
             )
         self._check_true_labels(samples)
         training_labels = samples.true if self.reveal_true_labels else corruption.labels

@@ -65,6 +65,7 @@ class EncodedImages(ImageSource):
         channels: int,
         test_fraction: float,
         train_limit: int | None,
+        *,
         test_limit: int | None,
         seed: int,
     ) -> None:
@@ -204,7 +205,7 @@ def peek_size(tree: FileTree, name: str, channels: int) -> tuple[int, int]:
     Raises:
         DataError: The image is missing or damaged, or cannot be read as 8 bits.
     """
-    image, _ = _FileDecoder(tree, [name], channels, None, None, 1)[0]
+    image, _ = _FileDecoder(tree, [name], channels, None, size=None, chunk=1)[0]
     return image.shape[-2], image.shape[-1]
 
 
@@ -213,6 +214,7 @@ def write_image_files(
     names: Sequence[str],
     source: EncodedImages,
     target: Path,
+    *,
     title: str,
     path: str,
 ) -> None:
@@ -232,7 +234,7 @@ def write_image_files(
     """
     height, width = size = source.image_size
     chunk = max(1, _CHUNK_BYTES // (source.channels * height * width))
-    decoder = _FileDecoder(tree, names, source.channels, source.side, size, chunk)
+    decoder = _FileDecoder(tree, names, source.channels, source.side, size=size, chunk=chunk)
     peaks = [-1]
 
     def blocks() -> Iterator[Tensor]:
@@ -256,6 +258,7 @@ class _FileDecoder(Dataset[tuple[Tensor, int]]):
         names: Sequence[str],
         channels: int,
         side: int | None,
+        *,
         size: tuple[int, int] | None,
         chunk: int,
     ) -> None:

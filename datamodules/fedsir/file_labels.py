@@ -16,16 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.annotations import (
+from fulgurite.datamodules.fedsir.annotations import AnnotationFile, file_kind
+from fulgurite.datamodules.fedsir.label_files import (
     MISSING,
-    AnnotationFile,
     LabelsAre,
     array_labels,
-    file_kind,
     label_numbers,
     read_label_arrays,
 )
-from fulgurite.datamodules.fedsir.noise import ClientSelection, Corruption, FederationNoise
+from fulgurite.datamodules.fedsir.noisy_clients import ClientSelection, Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
@@ -101,6 +100,7 @@ class FileLabels(ClientSelection):
         label: str = "label",
         true_label: str | None = None,
         truth: Literal["source", "file", "unknown"] = "source",
+        *,
         labels_are: LabelsAre = "auto",
         path_column: str = "path",
         row_column: str = "row",
@@ -154,7 +154,9 @@ class FileLabels(ClientSelection):
         listing, names = samples.listing, samples.class_names
         if self.kind == "array":
             arrays = read_label_arrays(path)
-            labels = array_labels(arrays, self.label, listing, names, path, f"{_OPTION}.label")
+            labels = array_labels(
+                arrays, self.label, listing, names, path=path, option=f"{_OPTION}.label"
+            )
             true = self.true_label
             if true is None and self.truth == "source" and _CLEAN in arrays:
                 true = _CLEAN
@@ -166,11 +168,13 @@ class FileLabels(ClientSelection):
                     f"Set `{_OPTION}.true=null`.",
                 )
             option = f"{_OPTION}.true_label"
-            return labels, array_labels(arrays, true, listing, names, path, option, gaps=True)
+            return labels, array_labels(
+                arrays, true, listing, names, path=path, option=option, gaps=True
+            )
         columns = [self.label, *([self.true_label] if self.true_label else [])]
         cells = self.file.read(listing, *columns)
         texts = [text for name in columns for text in cells[name] if text]
-        number = label_numbers(texts, names, self.labels_are, path, _OPTION)
+        number = label_numbers(texts, names, self.labels_are, path, option=_OPTION)
         as_number: dict[str | None, int] = {None: MISSING, "": MISSING}
         as_number.update(number)
         table = {n: np.array([as_number[t] for t in cells[n]], np.int64) for n in columns}
@@ -182,6 +186,7 @@ class FileLabels(ClientSelection):
         parts: list[Tensor],
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Callable[[int], Tensor] | None = None,
     ) -> Corruption:
         """Return the labels of clients: see :meth:`FederationNoise.__call__`."""
@@ -229,6 +234,7 @@ class SourceLabels(FederationNoise):
         true_label: str = "true_label",
         labels_are: LabelsAre = "auto",
         path_column: str = "path",
+        *,
         row_column: str = "row",
         unknown: Literal["error", "ignore"] = "error",
     ) -> None:
@@ -247,7 +253,7 @@ class SourceLabels(FederationNoise):
                 samples.class_names,
                 self.labels_are,
                 data_path(self.path),
-                _OPTION,
+                option=_OPTION,
             )
             by_row = [number[text] if text else UNKNOWN for text in texts]
             true = torch.tensor(by_row, dtype=torch.int64)[samples.rows]
@@ -259,6 +265,7 @@ class SourceLabels(FederationNoise):
         parts: list[Tensor],
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Callable[[int], Tensor] | None = None,
     ) -> Corruption:
         """Return the labels of clients: see :meth:`FederationNoise.__call__`."""

@@ -51,6 +51,7 @@ class FilePartition(Partition):
         client: str = "client",
         path_column: str = "path",
         row_column: str = "row",
+        *,
         unknown: Literal["error", "ignore"] = "error",
     ) -> None:
         self.kind = file_kind(path, f"{_OPTION}.path", "table", "list", "json")

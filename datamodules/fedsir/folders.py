@@ -73,11 +73,14 @@ class ImageFolder(EncodedImages):
         image_size: int | None = None,
         channels: Literal[1, 3] = 3,
         test_fraction: float = 0.1,
+        *,
         train_limit: int | None = None,
         test_limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
+        super().__init__(
+            image_size, channels, test_fraction, train_limit, test_limit=test_limit, seed=seed
+        )
         self.path = path
         self._files: _SplitFiles | None = None
 
@@ -131,7 +134,7 @@ class ImageFolder(EncodedImages):
             labels = torch.tensor([number[_get_class_name(name)] for name in names])
             np.save(target / f"{split}_labels.npy", labels.numpy())
             images = target / f"{split}_images.npy"
-            write_image_files(listing.tree, names, self, images, split, self.path)
+            write_image_files(listing.tree, names, self, images, title=split, path=self.path)
         return listing.class_names
 
 

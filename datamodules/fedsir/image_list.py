@@ -20,13 +20,7 @@ from torch import Tensor
 
 from fulgurite.data.exclusions import name_some
 from fulgurite.data.listing import FileTree
-from fulgurite.datamodules.fedsir.annotations import (
-    LabelsAre,
-    label_numbers,
-    number_names,
-    read_lines,
-    read_list,
-)
+from fulgurite.datamodules.fedsir.annotations import read_lines, read_list
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.decoding import (
     EncodedImages,
@@ -34,6 +28,7 @@ from fulgurite.datamodules.fedsir.decoding import (
     split_off_test,
     write_image_files,
 )
+from fulgurite.datamodules.fedsir.label_files import LabelsAre, label_numbers, number_names
 from fulgurite.datamodules.fedsir.partition import sort_names
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.sources import ImageArrays
@@ -91,6 +86,7 @@ class ImageList(EncodedImages):
         test: str | None = None,
         root: str | None = None,
         train_labels: str | None = None,
+        *,
         test_labels: str | None = None,
         class_names: list[str] | str | None = None,
         labels_are: LabelsAre = "auto",
@@ -101,7 +97,9 @@ class ImageList(EncodedImages):
         test_limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
+        super().__init__(
+            image_size, channels, test_fraction, train_limit, test_limit=test_limit, seed=seed
+        )
         if test is None and test_labels is not None:
             raise ConfigError(
                 f"There are test_labels={test_labels} and no list of test images.",
@@ -173,7 +171,9 @@ class ImageList(EncodedImages):
                 ("test", test_names, test_labels, self.test or self.train),
             ):
                 np.save(target / f"{split}_labels.npy", numbers.numpy())
-                write_image_files(tree, names, self, target / f"{split}_images.npy", split, path)
+                write_image_files(
+                    tree, names, self, target / f"{split}_images.npy", title=split, path=path
+                )
             return lists.class_names
 
         arrays = cached_arrays(f"list-{key}", write)
@@ -229,7 +229,9 @@ class _LabelledList:
 
     def label_numbers(self, class_names: Sequence[str], labels_are: LabelsAre) -> Tensor:
         """Return labels as class numbers. Shape: (N,)."""
-        number = label_numbers(self.labels, class_names, labels_are, self.labels_path, _OPTION)
+        number = label_numbers(
+            self.labels, class_names, labels_are, self.labels_path, option=_OPTION
+        )
         return torch.tensor([number[text] for text in self.labels], dtype=torch.int64)
 
 

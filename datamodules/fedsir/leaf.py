@@ -64,6 +64,7 @@ class Leaf(ImageSource):
         test: str,
         shape: tuple[int, int, int] = (1, 28, 28),
         maximum: float = 1.0,
+        *,
         classes: int | None = None,
         users: int | None = None,
         train_limit: int | None = None,

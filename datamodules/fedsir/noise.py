@@ -1,14 +1,11 @@
-"""Label noise of known kind and exact amount, and the selection of noisy clients.
+"""Label noise of known kind and exact amount.
 
-Shapes: N samples, K clients, C classes, H W image, D pixels of an image.
+Shapes: N samples, C classes, H W image, D pixels of an image.
 """
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +17,12 @@ from fulgurite.errors import ConfigError
 __all__ = [
     "CIFAR10_MAP",
     "AsymmetricMap",
-    "ClientSelection",
-    "Corruption",
-    "FederationNoise",
     "InstanceDependent",
     "LabelNoise",
-    "NoisyClients",
     "Pair",
     "Symmetric",
-    "clean_cover_clients",
     "flip_counts",
 ]
-
-log = logging.getLogger(__name__)
 
 #: truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse.
 CIFAR10_MAP = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
@@ -65,6 +55,7 @@ class LabelNoise(ABC):
         rate: float,
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Tensor | None = None,
     ) -> Tensor:
         """Return labels of which exactly round(rate · N_c) of each class are wrong.
@@ -92,7 +83,7 @@ class LabelNoise(ABC):
             raise ConfigError("Labels of one class cannot be wrong.", "Set the noise to `null`.")
         if isinstance(samples, Tensor):
             samples = Samples.of(samples)
-        return self.corrupt(samples, rate, num_classes, generator, images)
+        return self.corrupt(samples, rate, num_classes, generator, images=images)
 
     @abstractmethod
     def corrupt(
@@ -101,6 +92,7 @@ class LabelNoise(ABC):
         rate: float,
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Tensor | None,
     ) -> Tensor:
         """Return noisy labels (N,); the arguments of the call have been checked.
@@ -122,6 +114,7 @@ class _ClassMapNoise(LabelNoise):
         rate: float,
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Tensor | None,
     ) -> Tensor:
         """Return noisy labels: see :meth:`LabelNoise.corrupt`."""
@@ -149,6 +142,7 @@ class Symmetric(LabelNoise):
         rate: float,
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Tensor | None,
     ) -> Tensor:
         """Return noisy labels: see :meth:`LabelNoise.corrupt`."""
@@ -246,6 +240,7 @@ class InstanceDependent(LabelNoise):
         rate: float,
         num_classes: int,
         generator: torch.Generator,
+        *,
         images: Tensor | None,
     ) -> Tensor:
         """Return noisy labels: see :meth:`LabelNoise.corrupt`."""
@@ -270,234 +265,3 @@ class InstanceDependent(LabelNoise):
             flipped = propensity.topk(counts[c]).indices
             noisy[members[flipped]] = (scores[flipped] + gumbel[1, flipped]).argmax(1)
         return noisy
-
-
-class Corruption(NamedTuple):
-    """Given labels (N,) int64, noisy clients (K,) bool, and rates of noise (K,) float64.
-
-    A client without a known true label counts as clean, and its rate is NaN.
-    """
-
-    labels: Tensor
-    noisy: Tensor
-    rates: Tensor
-
-
-def clean_cover_clients(counts: Tensor, threshold: Tensor) -> Tensor:
-    """Choose few clients so that each class has enough samples at one of them.
-
-    Greedy: the client that covers most uncovered classes comes first, the lowest number in a tie.
-    A class of which no client has enough samples stays uncovered.
-
-    Shape:
-        - counts: (K, C) samples; threshold: (C,) samples that cover a class.
-        - returns: (K,) bool.
-
-    Source: FedSIR, arXiv 2604.20825, card section 2.
-
-    Example:
-        >>> counts = torch.tensor([[9, 0, 0], [9, 9, 0], [0, 0, 9]])
-        >>> clean_cover_clients(counts, torch.tensor([5, 5, 5])).tolist()
-        [False, True, True]
-    """
-    enough = counts >= threshold
-    open_classes = enough.any(0)
-    clean = torch.zeros(len(counts), dtype=torch.bool)
-    while open_classes.any():
-        best = int((enough & open_classes).sum(1).argmax())
-        clean[best] = True
-        open_classes &= ~enough[best]
-    return clean
-
-
-class FederationNoise(ABC):
-    """The rule by which clients of a federation get their labels."""
-
-    def annotate(self, samples: Samples) -> Samples:
-        """Return all training samples with the labels that are known before the partition.
-
-        Called once, with the samples in the order of the source, validation included. By default
-        the labels of the source are the true ones.
-        """
-        return samples
-
-    @abstractmethod
-    def __call__(
-        self,
-        samples: Samples,
-        parts: list[Tensor],
-        num_classes: int,
-        generator: torch.Generator,
-        images: Callable[[int], Tensor] | None = None,
-    ) -> Corruption:
-        """Return the labels of the clients.
-
-        Args:
-            samples: Training samples from :meth:`annotate`, in a random order.
-            parts: Positions of each client's samples, K tensors (N_k,).
-            num_classes: Number of classes C.
-            generator: Generator of the random numbers.
-            images: Gives the images of a client, (N_k, ., H, W) uint8.
-        """
-
-
-class ClientSelection(FederationNoise):
-    """Selection of noisy clients by their number and a cover by clean ones.
-
-    Attributes:
-        option_names: Names of the three arguments in a subclass.
-
-    Args:
-        fraction: Fraction of clients that are noisy (rounded).
-        count: Number of noisy clients, instead of ``fraction``.
-        clean_cover: Samples of each class at clean clients; see :class:`NoisyClients`.
-
-    Raises:
-        ConfigError: ``fraction`` or ``clean_cover`` is out of range.
-    """
-
-    option_names: tuple[str, str, str] = ("fraction", "count", "clean_cover")
-
-    def __init__(self, fraction: float, count: int | None, clean_cover: int | float | None) -> None:
-        if not 0 <= fraction <= 1:
-            raise ConfigError(
-                f"The fraction of noisy clients {fraction} is outside [0, 1].",
-                f"Set `--data.init_args.noise.init_args.{self.option_names[0]}` to a fraction.",
-            )
-        if clean_cover is not None and not (
-            0 < clean_cover <= 1 if isinstance(clean_cover, float) else clean_cover >= 1
-        ):
-            raise ConfigError(
-                f"The clean cover {clean_cover} is neither a count nor a fraction in (0, 1].",
-                f"Set `--data.init_args.noise.init_args.{self.option_names[2]}` to 450, 0.09 or "
-                "null.",
-            )
-        self.fraction = fraction
-        self.count = count
-        self.clean_cover = clean_cover
-
-    @property
-    def selects_clients(self) -> bool:
-        """Whether some clients may stay clean."""
-        return self.fraction < 1 or self.count is not None or self.clean_cover is not None
-
-    def choose(
-        self, labels: Tensor, parts: list[Tensor], num_classes: int, generator: torch.Generator
-    ) -> Tensor:
-        """Return which clients are noisy, (K,) bool.
-
-        Raises:
-            ConfigError: ``count`` is negative or above the number of clients.
-        """
-        clients = len(parts)
-        num_noisy = round(self.fraction * clients) if self.count is None else self.count
-        if not 0 <= num_noisy <= clients:
-            raise ConfigError(
-                f"{num_noisy} of {clients} clients cannot be noisy.",
-                f"Set `--data.init_args.noise.init_args.{self.option_names[1]}` between 0 and "
-                f"{clients}.",
-            )
-        clean = torch.zeros(clients, dtype=torch.bool)
-        if self.clean_cover is not None:
-            counts = torch.stack([torch.bincount(labels[p], minlength=num_classes) for p in parts])
-            sizes = counts.sum(0)
-            if isinstance(self.clean_cover, float):
-                threshold = (self.clean_cover * sizes.double()).ceil().long().clamp_min(1)
-            else:
-                threshold = torch.full_like(sizes, self.clean_cover)
-            clean = clean_cover_clients(counts, threshold)
-            if uncovered := int((~(counts >= threshold).any(0)).sum()):
-                log.warning(
-                    "%s=%s: no client has enough samples of %d of %d classes, so no clean "
-                    "client covers them; a fraction of the class size (0.09) fits small classes.",
-                    self.option_names[2],
-                    self.clean_cover,
-                    uncovered,
-                    num_classes,
-                )
-        candidates = (~clean).nonzero()[:, 0]
-        noisy = candidates[torch.randperm(len(candidates), generator=generator)[:num_noisy]]
-        return torch.zeros(clients, dtype=torch.bool).index_fill(0, noisy, value=True)
-
-
-class NoisyClients(ClientSelection):
-    """Chooses the clients with wrong labels and corrupts them; the others stay clean.
-
-    Args:
-        noise: Kind of noise.
-        rate: Fraction of wrong labels in [0, 1]: one for all noisy clients, or the ends of a range
-            from which each noisy client draws its own.
-        fraction: Fraction of clients that are noisy (rounded).
-        count: Number of noisy clients, instead of ``fraction``.
-        clean_cover: Number of samples of each class at one of the clean clients. These are chosen
-            first, and noisy clients are drawn from the others, of which there may be too few.
-            An integer counts samples; a fraction in (0, 1] is relative to the class size and fits
-            any data set (450 is 0.09 for CIFAR-10). ``null``: all clients may be noisy.
-
-    Raises:
-        ConfigError: ``rate``, ``fraction`` or ``clean_cover`` is out of range.
-
-    Source: FedSIR, arXiv 2604.20825, card section 2; ranges of rates and fractional covers are
-    inferred.
-
-    Example:
-        >>> labels = torch.arange(400) % 2
-        >>> parts = list(torch.arange(400).split(100))
-        >>> noisy = NoisyClients(Symmetric(), 0.5, fraction=0.5, clean_cover=50)
-        >>> done = noisy(labels, parts, 2, torch.Generator().manual_seed(0))
-        >>> int(done.noisy.sum()), int((done.labels != labels).sum())
-        (2, 100)
-    """
-
-    def __init__(
-        self,
-        noise: LabelNoise,
-        rate: float | tuple[float, float],
-        fraction: float = 0.9,
-        count: int | None = None,
-        clean_cover: int | float | None = 450,
-    ) -> None:
-        super().__init__(fraction, count, clean_cover)
-        low, high = rate if isinstance(rate, tuple | list) else (rate, rate)
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(
-                f"The noise rate {rate} is outside [0, 1] or its range is reversed.",
-                "Set `--data.init_args.noise.init_args.rate` to a fraction or to [low, high].",
-            )
-        self.noise = noise
-        self.low, self.high = low, high
-
-    def __call__(
-        self,
-        samples: Samples | Tensor,
-        parts: list[Tensor],
-        num_classes: int,
-        generator: torch.Generator,
-        images: Callable[[int], Tensor] | None = None,
-    ) -> Corruption:
-        """Choose noisy clients and corrupt their labels.
-
-        Args:
-            samples: Training samples, or their true labels (N,).
-            parts: Positions of each client's samples, K tensors (N_k,).
-            num_classes: Number of classes C.
-            generator: Generator of the random numbers.
-            images: Gives the images of a client, (N_k, ., H, W) uint8, for noise that needs them.
-
-        Raises:
-            ConfigError: There are fewer clients than noisy ones, or the noise does not fit the
-                classes.
-        """
-        if isinstance(samples, Tensor):
-            samples = Samples.of(samples)
-        noisy = self.choose(samples.labels, parts, num_classes, generator)
-        rates = torch.zeros(len(parts), dtype=torch.float64)
-        draws = torch.rand(len(parts), generator=generator, dtype=torch.float64)
-        rates[noisy] = (self.low + (self.high - self.low) * draws)[noisy]
-        labels = samples.labels.clone()
-        for k in noisy.nonzero()[:, 0].tolist():
-            pixels = images(k) if images is not None and self.noise.needs_images else None
-            labels[parts[k]] = self.noise(
-                samples.take(parts[k]), float(rates[k]), num_classes, generator, pixels
-            )
-        return Corruption(labels, noisy, rates)

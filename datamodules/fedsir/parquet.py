@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column, number_names
+from fulgurite.datamodules.fedsir.annotations import cell_text, is_plain_column
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.decoding import (
     EncodedImages,
@@ -27,6 +27,7 @@ from fulgurite.datamodules.fedsir.decoding import (
     split_off_test,
     write_images,
 )
+from fulgurite.datamodules.fedsir.label_files import number_names
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.sources import ImageArrays
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
@@ -74,6 +75,7 @@ class Parquet(EncodedImages):
         test: str | None = None,
         image: str = "image",
         label: str = "label",
+        *,
         class_names: list[str] | None = None,
         image_size: int | None = None,
         channels: Literal[1, 3] = 3,
@@ -82,7 +84,9 @@ class Parquet(EncodedImages):
         test_limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(image_size, channels, test_fraction, train_limit, test_limit, seed)
+        super().__init__(
+            image_size, channels, test_fraction, train_limit, test_limit=test_limit, seed=seed
+        )
         if class_names is not None and len(set(class_names)) < len(class_names):
             raise ConfigError(
                 f"Two classes of {class_names} have one name.", f"Set `{_OPTION}.class_names`."
@@ -200,11 +204,11 @@ class _ParquetTable:
             with reading(path, "The table", _REFETCH_HINT):
                 check_parquet(path)
                 with pq.ParquetFile(path) as file:
-                    self._add_file(file, path, image, label, number == 0)
+                    self._add_file(file, path, image, label, is_first=number == 0)
         if not self.labels:
             raise DataError(f"There are no images in {pattern}.", f"Set `{option}`.")
 
-    def _add_file(self, file: Any, path: Path, image: str, label: str, is_first: bool) -> None:
+    def _add_file(self, file: Any, path: Path, image: str, label: str, *, is_first: bool) -> None:
         import pyarrow as pa
 
         schema = file.schema_arrow

@@ -11,7 +11,8 @@ from fulgurite.datamodules.fedsir import (
     Pair,
     Symmetric,
 )
-from fulgurite.datamodules.fedsir.noise import CIFAR10_MAP, clean_cover_clients
+from fulgurite.datamodules.fedsir.noise import CIFAR10_MAP
+from fulgurite.datamodules.fedsir.noisy_clients import clean_cover_clients
 from fulgurite.datamodules.fedsir.selection import make_generator
 from fulgurite.errors import ConfigError
 
@@ -38,7 +39,7 @@ def pairs(labels, noisy):
 @pytest.mark.parametrize("noise", [Symmetric(), Pair(), InstanceDependent()])
 def test_each_class_has_exactly_the_asked_number_of_wrong_labels(noise, rate):
     labels = uneven_labels()
-    noisy = noise(labels, rate, 10, make_generator(0), pictures(labels))
+    noisy = noise(labels, rate, 10, make_generator(0), images=pictures(labels))
     wrong = torch.bincount(labels[noisy != labels], minlength=10).tolist()
     assert wrong == [round(rate * n) for n in torch.bincount(labels).tolist()]
     assert noisy.min() >= 0
@@ -88,7 +89,7 @@ def test_instance_dependent_noise_follows_the_image():
     labels = torch.zeros(400, dtype=torch.int64)
     kinds = pictures(torch.arange(4))  # four images, 100 copies of each
     images = kinds.repeat_interleave(100, 0)
-    noisy = InstanceDependent(temperature=0.25)(labels, 0.5, 6, make_generator(0), images)
+    noisy = InstanceDependent(temperature=0.25)(labels, 0.5, 6, make_generator(0), images=images)
     tables = torch.stack([torch.bincount(n, minlength=6) for n in noisy.split(100)]).double()
     expected = tables.mean(0).clamp_min(0.25)
     assert float(((tables - expected) ** 2 / expected).sum()) > 100  # 15 degrees of freedom
@@ -100,9 +101,9 @@ def test_instance_dependent_noise_follows_the_image():
 def test_noise_repeats_and_leaves_its_input_alone(noise):
     labels = uneven_labels()
     before, images = labels.clone(), pictures(labels)
-    first = noise(labels, 0.4, 10, make_generator(1), images)
-    assert first.equal(noise(labels, 0.4, 10, make_generator(1), images))
-    assert not first.equal(noise(labels, 0.4, 10, make_generator(2), images))
+    first = noise(labels, 0.4, 10, make_generator(1), images=images)
+    assert first.equal(noise(labels, 0.4, 10, make_generator(1), images=images))
+    assert not first.equal(noise(labels, 0.4, 10, make_generator(2), images=images))
     assert labels.equal(before)
 
 

@@ -31,7 +31,7 @@ from fulgurite.datamodules.fedsir import (
     Shards,
     Symmetric,
 )
-from fulgurite.datamodules.fedsir.noise import Corruption
+from fulgurite.datamodules.fedsir.noisy_clients import Corruption
 from fulgurite.datamodules.fedsir.selection import make_generator
 from fulgurite.errors import DataError
 from fulgurite.testing.files import write_npz
