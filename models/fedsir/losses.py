@@ -88,6 +88,7 @@ def adjusted_distillation(
     labels: Tensor,
     teacher_logits: Tensor,
     weight: float | Tensor,
+    *,
     log_prior: Tensor,
     temperature: float = 0.8,
     reduction: str = "mean",
@@ -130,6 +131,7 @@ def selective_distillation(
     labels: Tensor,
     teacher_logits: Tensor,
     distil: Tensor,
+    *,
     weight: float | Tensor,
     log_prior: Tensor,
     temperature: float = 0.8,
@@ -164,7 +166,13 @@ def selective_distillation(
     # per sample, LA is LA_KD with weight 0
     sample_weight = weight * distil.to(logits.dtype)
     return adjusted_distillation(
-        logits, labels, teacher_logits, sample_weight, log_prior, temperature, reduction
+        logits,
+        labels,
+        teacher_logits,
+        sample_weight,
+        log_prior=log_prior,
+        temperature=temperature,
+        reduction=reduction,
     )
 
 

@@ -66,6 +66,7 @@ class DigitsNet(nn.Module):
         num_classes: int,
         image_size: int = 8,
         hidden: int = 128,
+        *,
         width: int = 64,
     ) -> None:
         super().__init__()

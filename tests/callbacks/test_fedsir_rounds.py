@@ -24,6 +24,7 @@ from fulgurite.models.fedsir.federation import (
     mini_batches,
 )
 from fulgurite.models.fedsir.methods import FedAvg, FedSIR
+from fulgurite.models.fedsir.methods.options import RelabelingOptions
 from fulgurite.models.fedsir.options import RoundOptions
 
 METHODS = "fulgurite.models.fedsir.methods"
@@ -76,7 +77,7 @@ def test_mini_batches_cover_all_samples_and_leave_no_single_one(samples, size):
 
 
 def test_relabeling_follows_the_paper_schedule(monkeypatch):
-    method, rounds = FedSIR(relabel_every=20), []
+    method, rounds = FedSIR(relabeling=RelabelingOptions(every=20)), []
     monkeypatch.setattr(method, "_refresh", lambda fed, round: rounds.append(round))
     for r in range(100):
         method.before_round(None, r)
@@ -276,9 +277,10 @@ def test_truth_is_out_of_reach_of_the_method(trained, final, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        ("relabel_every=0", "kd_on=all"),
+        ("relabeling.every=0", "relabeling.distil_on=all"),
         pytest.param(
-            ("aggregation=size", "prior=current", "relabel_mode=sr"), marks=pytest.mark.slow
+            ("aggregation.rule=size", "losses.prior=current", "relabeling.mode=sr"),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -336,7 +338,9 @@ def test_at_least_one_client_reports(clients, round):
 
 def test_identification_can_be_repeated(fit):
     method = "--model.init_args.method.init_args"
-    cli = fit(f"{method}.reidentify_every=3", f"{method}.relabel_first=1", "--trainer.max_epochs=5")
+    cli = fit(
+        f"{method}.reidentify_every=3", f"{method}.relabeling.first=1", "--trainer.max_epochs=5"
+    )
     (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
     assert rounds.engine.method.relabel_rounds == [1, 3]
     assert torch.equal(~rounds.engine.method.clean, cli.datamodule.evaluation.noisy_clients)
@@ -399,8 +403,8 @@ def assert_equal_runs(alone_run, weights):
         (["--model.init_args.optimizer.lr=-1"], "Invalid learning rate"),
         (["--trainer.precision=64-true"], "precision=64-true"),
         (["--trainer.precision=16-true"], "precision=16-true. Use bf16-mixed"),
-        (["--model.init_args.method.residual_rows=0"], "residual_rows=0"),
-        (["--model.init_args.method.kd_temperature=0"], "kd_temperature=0"),
+        (["--model.init_args.method.relabeling.residual_rows=0"], "relabeling.residual_rows"),
+        (["--model.init_args.method.distillation.temperature=0"], "distillation.temperature"),
         (["--trainer.strategy=foo"], "strategy"),
     ],
 )

@@ -32,6 +32,12 @@ from fulgurite.models.fedsir.methods.fedelc import SoftLabelLoss
 from fulgurite.models.fedsir.methods.fedlsr import jensen_shannon
 from fulgurite.models.fedsir.methods.fednoro import class_losses, normalise_losses, vote_clean
 from fulgurite.models.fedsir.methods.noise_aware import DistillationLoss
+from fulgurite.models.fedsir.methods.options import (
+    AggregationOptions,
+    DistillationOptions,
+    LossOptions,
+    RelabelingOptions,
+)
 from fulgurite.models.fedsir.methods.rofl import CentroidLoss, class_means, merge_centroids
 
 CLASSES, SIDE = 3, 4
@@ -140,7 +146,7 @@ def count_labels(fed: Federation) -> torch.Tensor:
 
 
 METHODS = {
-    "fednoro": lambda: FedNoRo(warmup=3, kd_begin=3, kd_end=6),
+    "fednoro": lambda: FedNoRo(warmup=3, distillation=DistillationOptions(3, 6, weight=0.8)),
     "fedelc": lambda: FedELC(warmup=3, compatibility=0.1),
     "fedlsr": lambda: FedLSR(ramp_rounds=2),
     "fedcorr": lambda: FedCorr(preprocessing=3, finetuning=2, mixup=0.5),
@@ -500,7 +506,7 @@ def test_messages_hold_no_images_labels_or_vectors_over_samples(name, monkeypatc
 
 
 def test_costs_are_those_of_the_messages(fed):
-    method = FedSIR(SpectralIdentification(epochs=1), relabel_every=0)
+    method = FedSIR(SpectralIdentification(epochs=1), RelabelingOptions(every=0))
     method.before_rounds(fed)
     model, clean = fed.state_bytes, int(method.clean.sum())
     assert fed.costs.bytes_down == 6 * model  # the common start
@@ -515,8 +521,14 @@ def test_costs_are_those_of_the_messages(fed):
 
 def make_fedsir(**options) -> FedSIR:
     identification = SpectralIdentification(epochs=3, min_count=3, always_split=True)
-    options = {"relabel_first": 0, "relabel_every": 2, "reference_min_count": 5, **options}
-    return FedSIR(identification, residual_rows=2, kd_begin=0, kd_end=1, **options)
+    relabeling = {"first": 0, "every": 2, "reference_min_count": 5, "residual_rows": 2}
+    relabeling |= {k: options.pop(k) for k in ("every", "kept_weight") if k in options}
+    return FedSIR(
+        identification,
+        RelabelingOptions(**relabeling),
+        distillation=DistillationOptions(0, 1),
+        **options,
+    )
 
 
 def test_noisy_clients_train_every_nth_round(fed):
@@ -530,7 +542,7 @@ def test_noisy_clients_train_every_nth_round(fed):
 
 
 def test_weights_follow_the_share_of_decided_labels(fed):
-    method = make_fedsir(client_confidence=True, aggregation="size")
+    method = make_fedsir(aggregation=AggregationOptions("size", client_confidence=True))
     play(method, fed, range(1))
     assert method.decided[:3].tolist() == [1, 1, 1]
     for client in (3, 4, 5):
@@ -555,7 +567,8 @@ def batch_loss(loss, network: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("noisy_loss", ["la_kd", "la", "ce_kd", "ce"])
 @pytest.mark.parametrize("clean_loss", ["la", "ce"])
 def test_clean_and_noisy_clients_have_losses_of_their_own(fed, clean_loss, noisy_loss):
-    method = make_fedsir(clean_loss=clean_loss, noisy_loss=noisy_loss, relabel_every=0)
+    losses = LossOptions(clean=clean_loss, noisy=noisy_loss)
+    method = make_fedsir(losses=losses, every=0)
     method.is_clean = ~torch.tensor(NOISY)
     prior, network = log_prior(count_labels(fed)), fed.network.eval()
     clean = objective(method, fed, 0, 5)
@@ -564,19 +577,20 @@ def test_clean_and_noisy_clients_have_losses_of_their_own(fed, clean_loss, noisy
     noisy = objective(method, fed, 4, 5)
     assert type(noisy) is DistillationLoss
     offset = prior[4] if noisy_loss.startswith("la") else torch.zeros(3)
-    weight = method.kd_height if noisy_loss.endswith("kd") else 0.0
+    weight = method.distillation.weight if noisy_loss.endswith("kd") else 0.0
     teacher = fed.frozen(fed.global_state)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.1
     logits = network(torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
     taught = teacher(torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
-    expected = adjusted_distillation(logits, torch.arange(8) % 3, taught, weight, offset)
+    expected = adjusted_distillation(logits, torch.arange(8) % 3, taught, weight, log_prior=offset)
     torch.testing.assert_close(batch_loss(noisy, network), expected)
 
 
 def test_the_state_of_fedsir_holds_everything(fed):
-    options = {"noisy_every": 2, "client_confidence": True, "kept_weight": 0.0}
+    aggregation = AggregationOptions(client_confidence=True)
+    options = {"noisy_every": 2, "aggregation": aggregation, "kept_weight": 0.0}
     whole, method = fed, make_fedsir(**options)
     play(method, whole, range(5))
     torch.manual_seed(0)
@@ -606,7 +620,7 @@ COMMAND = [
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 OPTIONS = {
-    "FedNoRo": {"warmup": 1, "kd_begin": 1, "kd_end": 2},
+    "FedNoRo": {"warmup": 1, "distillation.begin": 1, "distillation.end": 2},
     "FedELC": {"warmup": 1},
     "FedLSR": {"ramp_rounds": 1},
     "FedCorr": {"preprocessing": 1, "finetuning": 1},

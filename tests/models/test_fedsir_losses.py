@@ -38,7 +38,7 @@ def test_a_masked_class_takes_no_part(batch):
         adjusted, logit_adjusted_cross_entropy(logits[:, :4], labels, prior[:4])
     )
     student = logits.clone().requires_grad_()
-    loss = adjusted_distillation(student, labels, teacher, 0.7, prior)
+    loss = adjusted_distillation(student, labels, teacher, 0.7, log_prior=prior)
     loss.backward()
     assert not student.grad[:, 4].any()
     # as if the log-probability of an absent class were 0, as in FedNoRo's code
@@ -72,28 +72,28 @@ def test_unknown_reduction_is_refused(batch):
 
 def test_distillation_ends(batch):
     logits, labels, teacher, prior = batch
-    without = adjusted_distillation(logits, labels, teacher, 0.0, prior)
+    without = adjusted_distillation(logits, labels, teacher, 0.0, log_prior=prior)
     torch.testing.assert_close(without, logit_adjusted_cross_entropy(logits, labels, prior))
-    only = adjusted_distillation(logits, labels, teacher, 1.0, prior)
+    only = adjusted_distillation(logits, labels, teacher, 1.0, log_prior=prior)
     expected = F.kl_div(
         F.log_softmax(logits + prior, 1), F.softmax(teacher / 0.8, 1), reduction="batchmean"
     )
     torch.testing.assert_close(only, expected)
-    between = adjusted_distillation(logits, labels, teacher, 0.3, prior)
+    between = adjusted_distillation(logits, labels, teacher, 0.3, log_prior=prior)
     torch.testing.assert_close(between, 0.3 * only + 0.7 * without)
 
 
 def test_distillation_stays_finite(batch):
     logits, labels, teacher, prior = batch
-    loss = adjusted_distillation(logits * 1e3, labels, teacher * 1e4, 0.5, prior)
+    loss = adjusted_distillation(logits * 1e3, labels, teacher * 1e4, 0.5, log_prior=prior)
     assert loss.isfinite()
 
 
 def test_selection_mixes_by_fraction(batch):
     logits, labels, teacher, prior = batch
     chosen = torch.arange(32) < 12
-    mixed = selective_distillation(logits, labels, teacher, chosen, 0.2, prior)
-    distilled = adjusted_distillation(logits[:12], labels[:12], teacher[:12], 0.2, prior)
+    mixed = selective_distillation(logits, labels, teacher, chosen, weight=0.2, log_prior=prior)
+    distilled = adjusted_distillation(logits[:12], labels[:12], teacher[:12], 0.2, log_prior=prior)
     plain = logit_adjusted_cross_entropy(logits[12:], labels[12:], prior)
     torch.testing.assert_close(mixed, 12 / 32 * distilled + 20 / 32 * plain)
 
@@ -103,7 +103,9 @@ def test_losses_map_over_clients(batch):
 
     def gradient(logits, labels, teacher, chosen, weight, prior):
         return torch.func.grad(
-            lambda x: selective_distillation(x, labels, teacher, chosen, weight, prior)
+            lambda x: selective_distillation(
+                x, labels, teacher, chosen, weight=weight, log_prior=prior
+            )
         )(logits)
 
     stacked = (

@@ -70,7 +70,7 @@ class Both(ClientSide):
         return LogitLoss(torch.arange(4.0) - k, proximal=0.3 * (k % 3), anchor=anchor)
 
 
-NETWORKS = {"digits": lambda: DigitsNet(1, 4, 6, 16, 8), "cnn": lambda: SmallCNN(1, 4, 4)}
+NETWORKS = {"digits": lambda: DigitsNet(1, 4, 6, 16, width=8), "cnn": lambda: SmallCNN(1, 4, 4)}
 SIDES = {
     "fedavg": ClientSide,
     "fedprox": lambda: FedProx().client_side,
@@ -254,4 +254,12 @@ def test_a_subclass_of_the_loss_is_not_taken_for_it():
     assert not vectorizable(Smoothed())
     fed = federation(NETWORKS["digits"])
     with pytest.raises(AssertionError, match="not vectorizable"):
-        train_group(fed, [0, 1], lambda k: Smoothed(), 0, fed.global_state, 1, ADAM)
+        train_group(
+            fed,
+            [0, 1],
+            lambda k: Smoothed(),
+            0,
+            start=fed.global_state,
+            epochs=1,
+            make_optimizer=ADAM,
+        )

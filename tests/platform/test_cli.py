@@ -51,7 +51,10 @@ def test_doctor_names_versions(fulgurite):
         (["--model.init_args.method=fulgurite.models.fedsir.methods.FedAvgg"], ["FedAvg'?"]),
         (["--model.init_args.method=FedNope"], ["FedNope"]),
         (["--trainer.max_epochs=abc"], ["trainer.max_epochs", "abc", "int"]),
-        (["--model.init_args.method.kd_on=foo"], ["'disagree', 'all', 'none'", "foo"]),
+        (
+            ["--model.init_args.method.relabeling.distil_on=foo"],
+            ["'disagree', 'all', 'none'", "foo"],
+        ),
         (["--model.init_args.local.batch_size=0"], ["local.batch_size", "v>0"]),
         (["--model.init_args.network=torch.nn.Flatten"], ["Flatten"]),
         (["--data.init_args.noise.init_args.rate=1.5"], ["1.5", "noise.init_args.rate"]),

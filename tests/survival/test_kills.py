@@ -318,7 +318,7 @@ def test_a_taken_port_of_the_ranks_is_one_line(start, monkeypatch):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(start, weights):
-    options = ("--trainer.max_epochs=30", "--model.init_args.method.init_args.relabel_every=3")
+    options = ("--trainer.max_epochs=30", "--model.init_args.method.init_args.relabeling.every=3")
     command = ["fit", "--config", "fedsir/smoke.yaml", *QUIET, *options]
     assert run_forked([*command, "--run.dir=whole"]).status == 0
     process = start(*command, *RANKS, "--run.dir=killed")

@@ -217,11 +217,19 @@ class Federation(LocalTrainer):
             for i in range(0, len(fit), self.vectorize):
                 group = fit[i : i + self.vectorize]
                 get_objective = objectives.__getitem__
-                done |= train_group(self, group, get_objective, purpose, start, epochs, make)
+                done |= train_group(
+                    self,
+                    group,
+                    get_objective,
+                    purpose,
+                    start=start,
+                    epochs=epochs,
+                    make_optimizer=make,
+                )
         for client in clients:
             if client not in done:
                 done[client] = self.train_one(
-                    client, objectives[client], purpose, start, epochs, make
+                    client, objectives[client], purpose, start, epochs=epochs, make=make
                 )
         self.state.write(self.global_state)
         return done

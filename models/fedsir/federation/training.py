@@ -103,6 +103,7 @@ class LocalTrainer:
         objective: Objective,
         purpose: int | str,
         start: Tensor,
+        *,
         epochs: int,
         make: OptimizerFactory,
     ) -> Tensor:

@@ -50,6 +50,7 @@ def train_group(
     clients: Sequence[int],
     objective: Callable[[int], Objective],
     purpose: int | str,
+    *,
     start: Tensor,
     epochs: int,
     make_optimizer: OptimizerFactory,
@@ -83,7 +84,9 @@ def train_group(
     optimizer = make_optimizer(stack.parameters.values())
     if len(order) == 1 or type(optimizer) not in _ELEMENTWISE or _has_own_state(trainer.network):
         return {
-            k: trainer.train_one(k, objective(k), purpose, start, epochs, make_optimizer)
+            k: trainer.train_one(
+                k, objective(k), purpose, start, epochs=epochs, make=make_optimizer
+            )
             for k in clients
         }
     loss = _StackedLoss([objective(k) for k in order], stack)
@@ -220,7 +223,9 @@ def _gradients(
         groups.setdefault(len(batch.labels), []).append(row)
     if len(groups) == 1:
         every = slice(0, len(batches))
-        return _backward(trainer, loss, every, stack.parameters, stack.buffers, batches)
+        return _backward(
+            trainer, loss, every, stack.parameters, buffers=stack.buffers, batches=batches
+        )
     # tail batches differ in size, and BatchNorm must see each as it is: one pass per size
     values = torch.empty(len(batches), device=trainer.device)
     for rows in groups.values():
@@ -230,7 +235,9 @@ def _gradients(
         }
         buffers = {n: b[at] for n, b in stack.buffers.items()}
         row_batches = [batches[row] for row in rows]
-        values[at] = _backward(trainer, loss, at, parameters, buffers, row_batches).to(values)
+        values[at] = _backward(
+            trainer, loss, at, parameters, buffers=buffers, batches=row_batches
+        ).to(values)
         for name, buffer in stack.buffers.items():
             buffer[at] = buffers[name]
         for name, parameter in stack.parameters.items():
@@ -248,6 +255,7 @@ def _backward(
     loss: _StackedLoss,
     rows: Tensor | slice,
     parameters: Mapping[str, Tensor],
+    *,
     buffers: Mapping[str, Tensor],
     batches: Sequence[MiniBatch],
 ) -> Tensor:

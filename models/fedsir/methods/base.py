@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     ClientSide,
     Federation,
@@ -24,26 +23,7 @@ from fulgurite.models.fedsir.federation import (
     TrainRequest,
 )
 
-__all__ = ["FederatedMethod", "check_not_negative"]
-
-
-def check_not_negative(**numbers: float) -> None:
-    """Refuse negative arguments of a method.
-
-    Args:
-        numbers: Values of arguments by their names.
-
-    Raises:
-        ConfigError: An argument is negative.
-
-    Example:
-        >>> check_not_negative(entropy=0.3)
-    """
-    for name, value in numbers.items():
-        if value < 0:
-            raise ConfigError(
-                f"model.init_args.method.init_args.{name}={value} is negative.", "Give 0 or more."
-            )
+__all__ = ["FederatedMethod"]
 
 
 class FederatedMethod:

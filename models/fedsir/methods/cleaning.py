@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.errors import MissingExtraError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -30,6 +30,7 @@ from fulgurite.models.fedsir.federation import (
     keyed_generator,
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.options import IntAboveOne, NonNegativeInt, PositiveInt, check_arguments
 
 __all__ = [
     "CleanReply",
@@ -246,18 +247,12 @@ class LocalCleaning(FederatedMethod):
         self,
         action: Literal["prune", "relabel"] = "prune",
         probabilities: Literal["folds", "probe"] = "folds",
-        folds: int = 4,
-        epochs: int = 5,
-        warmup: int = 5,
+        *,
+        folds: IntAboveOne = 4,
+        epochs: PositiveInt = 5,
+        warmup: NonNegativeInt = 5,
     ) -> None:
-        for name, value, low in (
-            ("folds", folds, 2), ("epochs", epochs, 1), ("warmup", warmup, 0)
-        ):  # fmt: skip
-            if value < low:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is too small.",
-                    f"Give {low} or more.",
-                )
+        check_arguments(LocalCleaning.__init__, locals(), "model.init_args.method.init_args")
         self.action, self.probabilities = action, probabilities
         self.folds, self.epochs, self.warmup = folds, epochs, warmup
         self.issues: float | None = None  # fraction of samples, once they are cleaned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -11,6 +10,7 @@ from fulgurite.models.fedsir.federation import (
     TrainRequest,
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.options import NonNegativeFloat, check_arguments
 
 __all__ = ["FedAvg", "FedProx", "ProximalClientSide"]
 
@@ -53,11 +53,8 @@ class FedProx(FederatedMethod):
     Source: Li et al., MLSys 2020; μ = 0.2 as in the FedSIR authors' baseline.
     """
 
-    def __init__(self, mu: float = 0.2) -> None:
-        if mu < 0:
-            raise ConfigError(
-                f"model.init_args.method.init_args.mu={mu} is negative.", "Give 0 or more."
-            )
+    def __init__(self, mu: NonNegativeFloat = 0.2) -> None:
+        check_arguments(FedProx.__init__, locals(), "model.init_args.method.init_args")
         self.mu = mu
 
     @property

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -32,6 +31,13 @@ from fulgurite.models.fedsir.federation import (
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 from fulgurite.models.fedsir.wire import on_wire
+from fulgurite.options import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_arguments,
+)
 
 EPSILON = 1e-6
 """Keeps the intrinsic dimension finite; the authors' value."""
@@ -299,32 +305,17 @@ class FedCorr(FederatedMethod):
 
     def __init__(
         self,
-        preprocessing: int = 5,
-        finetuning: int = 50,
-        beta: float = 5.0,
-        neighbours: int = 20,
-        relabel_ratio: float = 0.5,
-        confidence: float = 0.5,
-        clean_level: float = 0.1,
-        mixup: float = 1.0,
+        preprocessing: PositiveInt = 5,
+        finetuning: NonNegativeInt = 50,
+        *,
+        beta: NonNegativeFloat = 5.0,
+        neighbours: PositiveInt = 20,
+        relabel_ratio: ClosedUnitInterval = 0.5,
+        confidence: ClosedUnitInterval = 0.5,
+        clean_level: ClosedUnitInterval = 0.1,
+        mixup: NonNegativeFloat = 1.0,
     ) -> None:
-        fractions = {
-            "relabel_ratio": relabel_ratio, "confidence": confidence, "clean_level": clean_level
-        }  # fmt: skip
-        for name, value in fractions.items():
-            if not 0 <= value <= 1:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is not in [0, 1].",
-                    "Give a share.",
-                )
-        minima = {"preprocessing": 1, "finetuning": 0, "neighbours": 1, "beta": 0, "mixup": 0}
-        numbers = (preprocessing, finetuning, neighbours, beta, mixup)
-        for (name, low), number in zip(minima.items(), numbers, strict=True):
-            if number < low:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={number} is too small.",
-                    f"Give {low} or more.",
-                )
+        check_arguments(FedCorr.__init__, locals(), "model.init_args.method.init_args")
         self.preprocessing, self.finetuning, self.beta = preprocessing, finetuning, beta
         self.neighbours, self.relabel_ratio, self.confidence = (
             neighbours, relabel_ratio, confidence

@@ -20,9 +20,9 @@ from fulgurite.models.fedsir.federation import (
     Request,
     TrainRequest,
 )
-from fulgurite.models.fedsir.methods.base import check_not_negative
 from fulgurite.models.fedsir.methods.fednoro import FedNoRo, FedNoRoClientSide
 from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareTrainRequest
+from fulgurite.options import NonNegativeFloat, PositiveInt, check_arguments
 
 __all__ = ["FedELC", "FedELCClientSide", "SoftLabelLoss"]
 
@@ -47,7 +47,13 @@ class SoftLabelLoss:
     """
 
     def __init__(
-        self, soft: Tensor, given_labels: Tensor, compatibility: float, entropy: float, rate: float
+        self,
+        soft: Tensor,
+        given_labels: Tensor,
+        compatibility: float,
+        entropy: float,
+        *,
+        rate: float,
     ) -> None:
         self.soft, self.given_labels, self.rate = soft, given_labels, rate
         self.compatibility, self.entropy = compatibility, entropy
@@ -87,7 +93,8 @@ class FedELCClientSide(FedNoRoClientSide):
     def __init__(self, method: FedELC) -> None:
         super().__init__(method)
         self.scale = method.scale
-        self.weights = (method.compatibility, method.entropy, method.label_rate)
+        self.compatibility, self.entropy = method.compatibility, method.entropy
+        self.label_rate = method.label_rate
 
     def objective(self, client: Client, request: TrainRequest) -> Objective:
         """Logit adjustment in the warm-up and on clean clients, soft labels on noisy ones."""
@@ -97,7 +104,9 @@ class FedELCClientSide(FedNoRoClientSide):
         if "soft" not in client.memory:
             one_hot = F.one_hot(labels, client.trainer.num_classes).float()
             client.remember(soft=self.scale * one_hot)
-        return SoftLabelLoss(client.memory["soft"], labels, *self.weights)
+        return SoftLabelLoss(
+            client.memory["soft"], labels, self.compatibility, self.entropy, rate=self.label_rate
+        )
 
     def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
         """Merge the learned distributions with the predictions of the local model."""
@@ -145,19 +154,18 @@ class FedELC(FedNoRo):
 
     def __init__(
         self,
-        warmup: int = 20,
-        votes: int = 9,
-        compatibility: float = 0.5,
-        entropy: float = 0.2,
-        label_rate: float = 1000.0,
-        scale: float = 10.0,
+        warmup: PositiveInt = 20,
+        votes: PositiveInt = 9,
+        *,
+        compatibility: NonNegativeFloat = 0.5,
+        entropy: NonNegativeFloat = 0.2,
+        label_rate: NonNegativeFloat = 1000.0,
+        scale: NonNegativeFloat = 10.0,
         tau: float = 1.0,
         aggregation: Literal["distance", "size"] = "distance",
     ) -> None:
+        check_arguments(FedELC.__init__, locals(), "model.init_args.method.init_args")
         super().__init__(warmup, votes, tau=tau, aggregation=aggregation)
-        check_not_negative(
-            compatibility=compatibility, entropy=entropy, label_rate=label_rate, scale=scale
-        )
         self.compatibility, self.entropy = compatibility, entropy
         self.label_rate, self.scale = label_rate, scale
 

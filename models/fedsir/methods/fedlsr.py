@@ -18,7 +18,8 @@ from fulgurite.models.fedsir.federation import (
     Objective,
     TrainRequest,
 )
-from fulgurite.models.fedsir.methods.base import FederatedMethod, check_not_negative
+from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.options import NonNegativeFloat, NonNegativeInt, check_arguments
 
 __all__ = ["FedLSR", "FedLSRClientSide", "SelfRegularizedLoss", "jensen_shannon", "sharpen"]
 
@@ -117,17 +118,12 @@ class FedLSR(FederatedMethod):
 
     def __init__(
         self,
-        consistency: float = 0.4,
-        entropy: float = 0.3,
-        temperature: float = 3.0,
-        ramp_rounds: int = 5,
+        consistency: NonNegativeFloat = 0.4,
+        entropy: NonNegativeFloat = 0.3,
+        temperature: NonNegativeFloat = 3.0,
+        ramp_rounds: NonNegativeInt = 5,
     ) -> None:
-        check_not_negative(
-            consistency=consistency,
-            entropy=entropy,
-            temperature=temperature,
-            ramp_rounds=ramp_rounds,
-        )
+        check_arguments(FedLSR.__init__, locals(), "model.init_args.method.init_args")
         self.consistency, self.entropy = consistency, entropy
         self.temperature, self.ramp_rounds = temperature, ramp_rounds
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -24,7 +23,13 @@ from fulgurite.models.fedsir.federation import (
     Request,
 )
 from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareClientSide, NoiseAwareMethod
+from fulgurite.models.fedsir.methods.options import (
+    AggregationOptions,
+    DistillationOptions,
+    LossOptions,
+)
 from fulgurite.models.fedsir.wire import on_wire
+from fulgurite.options import PositiveInt, check_arguments
 
 __all__ = [
     "ClassLossReply",
@@ -165,10 +170,7 @@ class FedNoRo(NoiseAwareMethod):
     Args:
         warmup: Number of rounds of warm-up.
         votes: Number of mixtures that vote on the split.
-        kd_begin: Last round in which the teacher has its smallest weight.
-        kd_end: First round in which the teacher has its largest weight.
-        kd_height: Largest weight of the teacher, in [0, 1].
-        kd_temperature: Temperature of the teacher.
+        distillation: Distillation from the global model on noisy clients.
         tau: Strength of the logit adjustment; 0 gives plain cross-entropy.
         aggregation: Aggregation rule, ``distance`` (DaAgg) or ``size`` (FedAvg).
 
@@ -182,22 +184,15 @@ class FedNoRo(NoiseAwareMethod):
 
     def __init__(
         self,
-        warmup: int = 10,
-        votes: int = 9,
-        kd_begin: int = 10,
-        kd_end: int = 49,
-        kd_height: float = 0.8,
-        kd_temperature: float = 0.8,
+        warmup: PositiveInt = 10,
+        votes: PositiveInt = 9,
+        *,
+        distillation: DistillationOptions = DistillationOptions(begin=10, end=49, weight=0.8),
         tau: float = 1.0,
         aggregation: Literal["distance", "size"] = "distance",
     ) -> None:
-        super().__init__(kd_begin, kd_end, kd_height, kd_temperature, tau, aggregation)
-        for name, value in {"warmup": warmup, "votes": votes}.items():
-            if value < 1:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is too small.",
-                    "Give 1 or more.",
-                )
+        check_arguments(FedNoRo.__init__, locals(), "model.init_args.method.init_args")
+        super().__init__(distillation, LossOptions(tau), AggregationOptions(aggregation))
         self.warmup, self.votes = warmup, votes
         self.losses: Tensor | None = None  # as sent by the clients, (K, C)
 

@@ -6,13 +6,12 @@ Axes: K clients, N samples, C classes, D feature dimension, P flat state size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -25,10 +24,14 @@ from fulgurite.models.fedsir.federation import (
     TrainRequest,
 )
 from fulgurite.models.fedsir.methods.noise_aware import (
-    CleanLoss,
     NoiseAwareClientSide,
     NoiseAwareMethod,
-    NoisyLoss,
+)
+from fulgurite.models.fedsir.methods.options import (
+    AggregationOptions,
+    DistillationOptions,
+    LossOptions,
+    RelabelingOptions,
 )
 from fulgurite.models.fedsir.methods.spectral import (
     SpectralClientSide,
@@ -39,11 +42,11 @@ from fulgurite.models.fedsir.methods.spectral import (
 from fulgurite.models.fedsir.relabeling import (
     ClientReference,
     References,
-    RelabelMode,
     aggregate_references,
     client_reference,
     relabel,
 )
+from fulgurite.options import NonNegativeInt, PositiveInt, check_arguments
 
 __all__ = [
     "FedSIR",
@@ -116,7 +119,7 @@ class FedSIRClientSide(NoiseAwareClientSide):
 
     def __init__(self, method: FedSIR) -> None:
         super().__init__(method)
-        self.method = method
+        self.relabeling = method.relabeling
         self.spectral = SpectralClientSide(method.identification)
 
     def task(self, client: Client, request: Request) -> TrainingTask | None:
@@ -135,29 +138,29 @@ class FedSIRClientSide(NoiseAwareClientSide):
 
     def _make_reference(self, client: Client, request: ReferenceRequest) -> ReferenceReply:
         spectra = accumulate(client, request.model, client.given_labels)
-        reference = client_reference(spectra, residual_rows=self.method.residual_rows)
+        reference = client_reference(spectra, residual_rows=self.relabeling.residual_rows)
         on_cpu = {f.name: getattr(reference, f.name).cpu() for f in fields(reference)}
         return ReferenceReply(reference=ClientReference(**on_cpu))
 
     def _relabel(self, client: Client, request: RelabelRequest) -> RelabelReply:
-        method = self.method
+        options = self.relabeling
         features = torch.cat([f.float() for f, _, _ in client.features(request.model)])
         result = relabel(
             features,
             client.given_labels,
             request.references,
-            mode=method.relabel_mode,
-            min_confidence=method.min_confidence,
+            mode=options.mode,
+            min_confidence=options.min_confidence,
         )
         client.relabel(result.labels)
         accepted = result.accepted.cpu()
-        if method.kd_on == "disagree":
+        if options.distil_on == "disagree":
             client.remember(distil=~accepted)
-        if method.confidence_weighting or method.kept_weight != 1.0:
+        if options.confidence_weighting or options.kept_weight != 1.0:
             trust = result.confidence.float().cpu()
-            if not method.confidence_weighting:
+            if not options.confidence_weighting:
                 trust = torch.ones_like(trust)
-            client.remember(confidence=torch.where(accepted, trust, method.kept_weight))
+            client.remember(confidence=torch.where(accepted, trust, options.kept_weight))
         return RelabelReply(
             samples=len(client), accepted=int(accepted.sum()), agreeing=int(result.agree.sum())
         )
@@ -166,52 +169,25 @@ class FedSIRClientSide(NoiseAwareClientSide):
 class FedSIR(NoiseAwareMethod):
     """The paper's method; every switch of its ablations is an argument.
 
-    Beyond the paper, and off by default, go ``prior="current"``, ``confidence_weighting``,
-    ``kept_weight``, ``min_confidence``, ``teacher="global"``, ``reidentify_every``,
-    ``distance_floor=False``, ``noisy_every``, ``client_confidence`` and a ``relabel_first`` below
-    ``relabel_every``. ``fedsir_plus``
+    Beyond the paper, and off by default, go ``noisy_every``, ``reidentify_every``, and of the
+    options: ``losses.prior=current``, ``aggregation.floor=false``,
+    ``aggregation.client_confidence``, ``relabeling.teacher=global``,
+    ``relabeling.confidence_weighting``, ``relabeling.kept_weight``, ``relabeling.min_confidence``
+    and a ``relabeling.first`` below ``relabeling.every``. ``fedsir_plus``
     (``configs/fedsir/digits_plus.yaml``) is a configuration of them.
 
     Args:
         identification: Stage I, spectral identification of clean clients.
-        relabel_every: Number of rounds R between relabelings of noisy clients; 0 for never.
-        relabel_first: First round with relabeling; R by default (paper).
-        relabel_mode: Rule by which the two spectral scores decide; see
-            :func:`~fulgurite.models.fedsir.relabeling.relabel`.
-        min_confidence: Smallest confidence of an accepted proposal. 0 is the paper's rule.
-        residual_rows: Number of residual directions of a class in the references.
-        reference_min_count: Smallest class of a clean client that enters the references.
-        teacher: Model whose features are used for relabeling: the average of the ``clean``
-            clients' models of the previous round (paper), or the ``global`` model.
-        kd_on: Samples of noisy clients that learn from the global model: those whose label was
-            not decided since the scores ``disagree`` (paper; all before the first relabeling),
-            ``all``, or ``none``.
-        confidence_weighting: Weight the loss of relabeled samples by their confidence, and that
-            of samples which kept their label by ``kept_weight``.
-        kept_weight: Weight of the samples of noisy clients whose label no reference supports,
-            after the first relabeling.
+        relabeling: Stage II, relabeling of noisy clients.
+        distillation: Distillation from the global model on noisy clients.
+        losses: Losses of clean and of noisy clients.
+        aggregation: Weights of the clients' models.
         noisy_every: Noisy clients train in rounds 0, n, 2n, … only; 1 is every round (paper).
-        client_confidence: Multiply the weight of a noisy client in the global model by the
-            fraction of its samples whose label the last relabeling decided.
         reidentify_every: Number of rounds between repetitions of Stage I, from the global model
             and the given labels; relabeling follows. 0 for never.
-        kd_begin: Last round in which the teacher has its smallest weight.
-        kd_end: First round in which the teacher has its largest weight.
-        kd_height: Largest weight of the teacher, in [0, 1].
-        kd_temperature: Temperature of the teacher.
-        tau: Strength of the logit adjustment; 0 gives plain cross-entropy.
-        aggregation: Aggregation rule, ``distance`` (DaAgg) or ``size`` (FedAvg).
-        distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its weight
-            (paper).
-        prior: Labels whose frequencies adjust the logits: those ``given`` (paper) or the
-            ``current`` ones.
-        clean_loss: Loss of clean clients: logit-adjusted (``la``, paper) or plain (``ce``)
-            cross-entropy.
-        noisy_loss: Loss of noisy clients: the same with (``la_kd``, paper; ``ce_kd``) or without
-            (``la``, ``ce``) distillation from the global model.
 
     Raises:
-        ConfigError: A number is negative or below its minimum.
+        ConfigError: A number is below its minimum.
 
     Source: FedSIR, arXiv 2604.20825, Stages I to III.
     """
@@ -219,55 +195,21 @@ class FedSIR(NoiseAwareMethod):
     def __init__(
         self,
         identification: SpectralIdentification | None = None,
-        relabel_every: int = 20,
-        relabel_first: int | None = None,
-        relabel_mode: RelabelMode = "agree",
-        min_confidence: float = 0.0,
-        residual_rows: int = 12,
-        reference_min_count: int = 100,
-        teacher: Literal["clean", "global"] = "clean",
-        kd_on: Literal["disagree", "all", "none"] = "disagree",
-        confidence_weighting: bool = False,
-        kept_weight: float = 1.0,
-        noisy_every: int = 1,
-        client_confidence: bool = False,
-        reidentify_every: int = 0,
-        kd_begin: int = 2,
-        kd_end: int = 49,
-        kd_height: float = 0.2,
-        kd_temperature: float = 0.8,
-        tau: float = 1.0,
-        aggregation: Literal["distance", "size"] = "distance",
-        distance_floor: bool = True,
-        prior: Literal["given", "current"] = "given",
-        clean_loss: CleanLoss = "la",
-        noisy_loss: NoisyLoss = "la_kd",
+        relabeling: RelabelingOptions = RelabelingOptions(),
+        *,
+        distillation: DistillationOptions = DistillationOptions(),
+        losses: LossOptions = LossOptions(),
+        aggregation: AggregationOptions = AggregationOptions(),
+        noisy_every: PositiveInt = 1,
+        reidentify_every: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(
-            kd_begin, kd_end, kd_height if kd_on != "none" else 0.0, kd_temperature, tau,
-            aggregation, distance_floor, prior, clean_loss, noisy_loss,
-        )  # fmt: skip
-        not_negative = {"relabel_every": relabel_every, "reidentify_every": reidentify_every}
-        for name, value in (not_negative | {"kept_weight": kept_weight}).items():
-            if value < 0:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is negative.",
-                    "Give 0 or more.",
-                )
-        for name, value in {"residual_rows": residual_rows, "noisy_every": noisy_every}.items():
-            if value < 1:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is too small.",
-                    "Give 1 or more.",
-                )
+        check_arguments(FedSIR.__init__, locals(), "model.init_args.method.init_args")
+        if relabeling.distil_on == "none":
+            distillation = replace(distillation, weight=0.0)
+        super().__init__(distillation, losses, aggregation)
         self.identification = identification or SpectralIdentification()
-        self.relabel_every, self.relabel_mode = relabel_every, relabel_mode
-        self.relabel_first = relabel_every if relabel_first is None else relabel_first
-        self.min_confidence, self.residual_rows = min_confidence, residual_rows
-        self.reference_min_count, self.teacher, self.kd_on = reference_min_count, teacher, kd_on
-        self.confidence_weighting, self.kept_weight = confidence_weighting, kept_weight
-        self.noisy_every, self.client_confidence = noisy_every, client_confidence
-        self.reidentify_every = reidentify_every
+        self.relabeling = relabeling
+        self.noisy_every, self.reidentify_every = noisy_every, reidentify_every
         self.evidence: dict[str, Any] = {}
         self.clean_state: Tensor | None = None  # θ^cl: average of clean clients' models
         self.decided: Tensor | None = None  # fraction of samples with a decided label, (K,)
@@ -309,8 +251,7 @@ class FedSIR(NoiseAwareMethod):
         again = self._reidentifies(round)
         if again:
             self._identify(fed, f"identify-{round}")
-        due = self.relabel_every and round >= self.relabel_first
-        if due and (again or (round - self.relabel_first) % self.relabel_every == 0):
+        if self.relabeling.is_due(round) or (again and self.relabeling.has_begun(round)):
             self._refresh(fed, round)
 
     def _refresh(self, fed: Federation, round: int) -> None:
@@ -321,12 +262,12 @@ class FedSIR(NoiseAwareMethod):
         noisy = torch.nonzero(~self.is_clean).flatten().tolist()
         if not clean or not noisy:
             return
-        state = self.clean_state if self.teacher == "clean" else fed.global_state
+        state = self.clean_state if self.relabeling.teacher == "clean" else fed.global_state
         side = self.client_side
         request = ReferenceRequest(model=state)
         gathered = fed.exchange(side, dict.fromkeys(clean, request)).gather()
         references = aggregate_references(
-            [gathered[k].reference for k in clean], min_count=self.reference_min_count
+            [gathered[k].reference for k in clean], min_count=self.relabeling.reference_min_count
         )
         relabeling = RelabelRequest(model=state, references=references)
         replies: Replies[RelabelReply] = fed.exchange(side, dict.fromkeys(noisy, relabeling))
@@ -362,7 +303,7 @@ class FedSIR(NoiseAwareMethod):
     ) -> dict[int, float]:
         """DaAgg, with weights of noisy clients scaled by their fraction of decided labels."""
         weights = super().weights(fed, round, replies)
-        if not self.client_confidence or self.decided is None:
+        if not self.aggregation.client_confidence or self.decided is None:
             return weights
         scaled = {
             k: w if self._client_is_clean(k) else w * float(self.decided[k])

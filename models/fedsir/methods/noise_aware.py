@@ -6,13 +6,12 @@ Axes: K clients, N samples, B mini-batch, C classes, P flat state size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.aggregation import distance_aware_weights, distance_to_clean
 from fulgurite.models.fedsir.federation import (
     Client,
@@ -27,17 +26,17 @@ from fulgurite.models.fedsir.federation import (
 )
 from fulgurite.models.fedsir.losses import log_prior, ramp, selective_distillation
 from fulgurite.models.fedsir.methods.base import FederatedMethod
-
-CleanLoss = Literal["la", "ce"]
-NoisyLoss = Literal["la_kd", "la", "ce_kd", "ce"]
+from fulgurite.models.fedsir.methods.options import (
+    AggregationOptions,
+    DistillationOptions,
+    LossOptions,
+)
 
 __all__ = [
-    "CleanLoss",
     "DistillationLoss",
     "NoiseAwareClientSide",
     "NoiseAwareMethod",
     "NoiseAwareTrainRequest",
-    "NoisyLoss",
 ]
 
 
@@ -59,6 +58,7 @@ class DistillationLoss:
     def __init__(
         self,
         teacher: nn.Module,
+        *,
         weight: float,
         log_prior: Tensor,
         temperature: float,
@@ -79,9 +79,15 @@ class DistillationLoss:
             else move(self.distil[batch.index], logits.device)
         )
         losses = selective_distillation(
-            logits, batch.labels, teacher_logits, distil, self.weight, self.log_prior,
-            self.temperature, "none",
-        )  # fmt: skip
+            logits,
+            batch.labels,
+            teacher_logits,
+            distil,
+            weight=self.weight,
+            log_prior=self.log_prior,
+            temperature=self.temperature,
+            reduction="none",
+        )
         if self.confidence is None:
             return losses.mean()
         # divided by the batch size, not by the weights: an uncertain batch makes a small step
@@ -113,29 +119,30 @@ class NoiseAwareClientSide(ClientSide):
     """
 
     def __init__(self, method: NoiseAwareMethod) -> None:
-        self.options = method
+        self.distillation, self.losses = method.distillation, method.losses
+        self.mask_absent = method.mask_absent
 
     def objective(self, client: Client, request: TrainRequest) -> Objective:
         """By default LA on clean clients, and LA with distillation on noisy ones."""
-        options = self.options
+        losses, distillation = self.losses, self.distillation
         assert isinstance(request, NoiseAwareTrainRequest)
-        counts = client.count_labels(current=options.prior == "current")
-        prior = log_prior(counts, options.tau, mask_absent=options.mask_absent)
+        counts = client.count_labels(current=losses.prior == "current")
+        prior = log_prior(counts, losses.tau, mask_absent=self.mask_absent)
         prior = prior.to(client.trainer.device)
         if request.is_clean:
-            return LogitLoss(prior if options.clean_loss == "la" else None)
-        weight = ramp(request.round, options.kd_begin, options.kd_end, options.kd_height)
-        if options.noisy_loss in ("ce", "ce_kd"):
+            return LogitLoss(prior if losses.clean == "la" else None)
+        weight = ramp(request.round, distillation.begin, distillation.end, distillation.weight)
+        if losses.noisy in ("ce", "ce_kd"):
             prior = torch.zeros_like(prior)
-        if options.noisy_loss in ("la", "ce"):
+        if losses.noisy in ("la", "ce"):
             weight = 0.0
         return DistillationLoss(
             client.frozen(request.model),
-            weight,
-            prior,
-            options.kd_temperature,
-            client.memory.get("distil"),
-            client.memory.get("confidence"),
+            weight=weight,
+            log_prior=prior,
+            temperature=distillation.temperature,
+            distil=client.memory.get("distil"),
+            confidence=client.memory.get("confidence"),
         )
 
 
@@ -145,20 +152,9 @@ class NoiseAwareMethod(FederatedMethod):
     Subclasses set ``self.is_clean`` (bool, (K,)) before training.
 
     Args:
-        kd_begin: Last round in which the teacher has its smallest weight.
-        kd_end: First round in which the teacher has its largest weight.
-        kd_height: Largest weight of the teacher, in [0, 1].
-        kd_temperature: Temperature of the teacher.
-        tau: Strength of the logit adjustment; 0 gives plain cross-entropy.
-        aggregation: Aggregation rule, ``distance`` (DaAgg) or ``size`` (FedAvg).
-        distance_floor: Scale distances so that the farthest client keeps e⁻¹ of its weight
-            (paper).
-        prior: Labels whose frequencies adjust the logits: those ``given`` (paper) or the
-            ``current`` ones.
-        clean_loss: Loss of clean clients: logit-adjusted (``la``, paper) or plain (``ce``)
-            cross-entropy.
-        noisy_loss: Loss of noisy clients: the same with (``la_kd``, paper; ``ce_kd``) or without
-            (``la``, ``ce``) distillation from the global model.
+        distillation: Distillation from the global model on noisy clients.
+        losses: Losses of clean and of noisy clients.
+        aggregation: Weights of the clients' models.
 
     Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
     """
@@ -167,27 +163,11 @@ class NoiseAwareMethod(FederatedMethod):
 
     def __init__(
         self,
-        kd_begin: int = 2,
-        kd_end: int = 49,
-        kd_height: float = 0.2,
-        kd_temperature: float = 0.8,
-        tau: float = 1.0,
-        aggregation: Literal["distance", "size"] = "distance",
-        distance_floor: bool = True,
-        prior: Literal["given", "current"] = "given",
-        clean_loss: CleanLoss = "la",
-        noisy_loss: NoisyLoss = "la_kd",
+        distillation: DistillationOptions = DistillationOptions(),
+        losses: LossOptions = LossOptions(),
+        aggregation: AggregationOptions = AggregationOptions(),
     ) -> None:
-        if not 0 <= kd_height <= 1 or kd_temperature <= 0:
-            raise ConfigError(
-                f"kd_height={kd_height} is not in [0, 1], or kd_temperature={kd_temperature} is "
-                "not positive.",
-                "Change them in model.init_args.method.init_args.",
-            )
-        self.kd_begin, self.kd_end, self.kd_height = kd_begin, kd_end, kd_height
-        self.kd_temperature, self.tau, self.prior = kd_temperature, tau, prior
-        self.aggregation, self.distance_floor = aggregation, distance_floor
-        self.clean_loss, self.noisy_loss = clean_loss, noisy_loss
+        self.distillation, self.losses, self.aggregation = distillation, losses, aggregation
         self.is_clean: Tensor | None = None
 
     @property
@@ -221,7 +201,7 @@ class NoiseAwareMethod(FederatedMethod):
         """
         clients = replies.clients
         clean = [k for k in clients if self._client_is_clean(k)]
-        if self.aggregation == "size" or not clean or len(clean) == len(clients):
+        if self.aggregation.rule == "size" or not clean or len(clean) == len(clients):
             return fed.size_weights(clients)
         references = fed.gather_rows(replies.models, clean)
 
@@ -231,7 +211,7 @@ class NoiseAwareMethod(FederatedMethod):
             return distance_to_clean(reply.model, references, fed.state.splits)
 
         weights = distance_aware_weights(
-            fed.sizes[list(clients)], replies.stack(measure).cpu(), floor=self.distance_floor
+            fed.sizes[list(clients)], replies.stack(measure).cpu(), floor=self.aggregation.floor
         )
         return dict(zip(clients, weights.tolist(), strict=True))
 

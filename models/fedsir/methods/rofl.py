@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -28,6 +27,12 @@ from fulgurite.models.fedsir.federation import (
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 from fulgurite.models.fedsir.wire import on_wire
+from fulgurite.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    RightOpenUnitInterval,
+    check_arguments,
+)
 
 __all__ = [
     "CentroidLoss",
@@ -249,26 +254,14 @@ class RoFL(FederatedMethod):
 
     def __init__(
         self,
-        forget: float = 0.2,
-        ramp_rounds: int = 10,
-        pseudo_from: int = 100,
-        pull: float = 1.0,
-        entropy: float = 0.8,
+        forget: RightOpenUnitInterval = 0.2,
+        ramp_rounds: NonNegativeInt = 10,
+        pseudo_from: NonNegativeInt = 100,
+        *,
+        pull: NonNegativeFloat = 1.0,
+        entropy: NonNegativeFloat = 0.8,
     ) -> None:
-        if not 0 <= forget < 1:
-            raise ConfigError(
-                f"model.init_args.method.init_args.forget={forget} is not in [0, 1).",
-                "Give the expected share of wrong labels.",
-            )
-        for name, value in {
-            "ramp_rounds": ramp_rounds, "pseudo_from": pseudo_from, "pull": pull,
-            "entropy": entropy,
-        }.items():  # fmt: skip
-            if value < 0:
-                raise ConfigError(
-                    f"model.init_args.method.init_args.{name}={value} is negative.",
-                    "Give 0 or more.",
-                )
+        check_arguments(RoFL.__init__, locals(), "model.init_args.method.init_args")
         self.forget, self.ramp_rounds, self.pseudo_from = forget, ramp_rounds, pseudo_from
         self.pull, self.entropy = pull, entropy
         self.centroids: Tensor | None = None  # global ones, (C, D)

@@ -13,7 +13,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -28,6 +27,7 @@ from fulgurite.models.fedsir.federation import (
 )
 from fulgurite.models.fedsir.spectra import SpectraAccumulator, client_score, similarity
 from fulgurite.models.fedsir.wire import on_wire
+from fulgurite.options import NonNegativeInt, check_options
 
 if TYPE_CHECKING:
     from fulgurite.models.fedsir.identification import ClientSplit
@@ -191,7 +191,7 @@ class SpectralIdentification:
     Source: FedSIR, arXiv 2604.20825, Stage I.
     """
 
-    epochs: int = 5
+    epochs: NonNegativeInt = 5
     optimizer: OptimizerCallable | None = None
     features: Literal["plain", "augmented"] = "plain"
     statistics: Literal["both", "off_mean"] = "both"
@@ -204,10 +204,7 @@ class SpectralIdentification:
     noisy_above: float | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise ConfigError(
-                f"identification.epochs={self.epochs} is negative.", "Give 0 or more."
-            )
+        check_options(self, "model.init_args.method.init_args.identification.init_args")
 
     def __call__(
         self, fed: Federation, *, purpose: str = "identify", restore_labels: bool = False
