@@ -122,7 +122,7 @@ def main() -> None:
     cifar = [
         "--data.init_args.source=fulgurite.datamodules.fedsir.Npz",
         f"--data.init_args.source.init_args.path={folder / 'random.npz'}",
-        "--data.init_args.augment=crop_flip",
+        "--data.init_args.images.augment=crop_flip",
         "--model.init_args.network=fulgurite.models.fedsir.network.SmallCNN",
         "--model.init_args.network.init_args.width=16",
     ]

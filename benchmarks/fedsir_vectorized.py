@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.harness import ratios, report, spread, take_turns
 from benchmarks.plain_fedavg import PlainFedAvg, Problem
 from fulgurite.datamodules.fedsir import Digits, Dirichlet, FederatedDataModule, Iid, Npz
+from fulgurite.datamodules.fedsir.options import ImageOptions
 from fulgurite.models.fedsir.federation import Federation, LogitLoss
 from fulgurite.models.fedsir.network import DigitsNet, SmallCNN
 
@@ -25,7 +26,9 @@ ADAM = {"lr": 1e-3, "fused": True}
 def digits(copies: int, alpha: float | None = None) -> FederatedDataModule:
     """Scikit-learn's digits dealt to many clients."""
     partition = Dirichlet(alpha) if alpha else Iid()
-    return FederatedDataModule(Digits(copies), partition, clients=CLIENTS, augment="shift")
+    return FederatedDataModule(
+        Digits(copies), partition, clients=CLIENTS, images=ImageOptions("shift")
+    )
 
 
 def random_images(size: int, number: int) -> FederatedDataModule:
@@ -40,7 +43,7 @@ def random_images(size: int, number: int) -> FederatedDataModule:
         file, train_images=images, train_labels=labels,
         test_images=images[:10], test_labels=labels[:10],
     )  # fmt: skip
-    return FederatedDataModule(Npz(file), Iid(), clients=CLIENTS, augment="crop_flip")
+    return FederatedDataModule(Npz(file), Iid(), clients=CLIENTS, images=ImageOptions("crop_flip"))
 
 
 def measure(
@@ -62,11 +65,11 @@ def measure(
         results[name] = fed.train_local(range(CLIENTS), lambda client: LogitLoss(), purpose=0)
         fed.average(results[name], fed.size_weights(range(CLIENTS)))
 
-    padding = {"shift": 1, "crop_flip": 4}[data.augment]
+    padding = {"shift": 1, "crop_flip": 4}[data.image_options.augment]
     trainer = SimpleNamespace(
         datamodule=data, lightning_module=SimpleNamespace(batch_size=batch_size)
     )
-    problem = Problem.of(trainer, padding, data.augment == "crop_flip", **ADAM)
+    problem = Problem.of(trainer, padding, data.image_options.augment == "crop_flip", **ADAM)
     contestants = {name: partial(train, name) for name in federations}
     contestants["plain loop"] = PlainFedAvg(network, problem).round
     seconds = take_turns(contestants, repetitions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from fulgurite.base import save_options
 from fulgurite.datamodules.fedsir.augment import shift_crop
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
+from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
@@ -26,6 +27,7 @@ from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
 from fulgurite.devices import pins_memory
 from fulgurite.domains.fedsir import RoundSchedule
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.options import PositiveInt, check_arguments, list_options, make_options
 from fulgurite.sampling import EveryRankSampler, UnrepeatedDistributedSampler
 
 __all__ = ["EvaluationLabels", "FederatedDataModule", "ImageBatches"]
@@ -101,19 +103,14 @@ class FederatedDataModule(L.LightningDataModule):
         noise: Labels of the clients: synthetic noise at some clients (``NoisyClients``), or the
             labels of a file; ``null`` for the labels of the source, taken as true.
         clients: Number of clients.
-        val_fraction: Fraction of each class of the training originals that becomes the validation
-            split, with true labels.
-        eval_batch_size: Batch size of validation, test and prediction.
-        augment: Training augmentation: ``shift`` by at most one pixel, or ``crop_flip`` (padding
-            4, mirrored half of the time).
-        mean: Mean of each channel [0 to 1]; measured on training images by default.
-        std: Standard deviation of each channel; measured on training images by default.
+        evaluation: The validation split, and the batches of evaluation.
+        images: How images reach the network.
         seed: Seed of split, partition and noise, apart from the seed of the run.
         reveal_true_labels: Train on the true labels instead of the noisy ones (oracle); all of
             them must be known.
 
     Raises:
-        ConfigError: A fraction, count or deviation is out of range, or ``augment`` is unknown.
+        ConfigError: ``clients`` is not positive.
 
     Source: FedSIR, arXiv 2604.20825, card sections 2 and 6.
     """
@@ -123,47 +120,27 @@ class FederatedDataModule(L.LightningDataModule):
         source: ImageSource,
         partition: Partition,
         noise: FederationNoise | None = None,
-        clients: int = 10,
+        clients: PositiveInt = 10,
         *,
-        val_fraction: float = 0.1,
-        eval_batch_size: int = 512,
-        augment: Literal["none", "shift", "crop_flip"] = "none",
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
+        evaluation: EvaluationOptions = EvaluationOptions(),
+        images: ImageOptions = ImageOptions(),
         seed: int = 0,
         reveal_true_labels: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise ConfigError(
-                f"The validation fraction is {val_fraction}.",
-                "Set `--data.init_args.val_fraction` in [0, 1).",
-            )
-        if clients < 1 or eval_batch_size < 1:
-            raise ConfigError(
-                f"There are {clients} clients and evaluation batches of {eval_batch_size}.",
-                "Set `--data.init_args.clients` and `eval_batch_size` to 1 or more.",
-            )
-        if augment not in _PADDING:
-            raise ConfigError(
-                f"There is no augmentation {augment!r}.",
-                f"Set `--data.init_args.augment` to one of {', '.join(_PADDING)}.",
-            )
-        if (mean is None) != (std is None) or (std is not None and min(std) <= 0):
-            raise ConfigError(
-                f"The mean is {mean} and the standard deviation {std}.",
-                "Give both `--data.init_args.mean` and `--data.init_args.std` (positive), or none.",
-            )
-        save_options(self, "source", "partition", "noise", logger=False)
+        save_options(self, "source", "partition", "noise", "evaluation", "images", logger=False)
+        check_arguments(FederatedDataModule.__init__, locals(), "data.init_args")
         self.source = source
         self.partition = partition
         self.noise = noise
         self.num_clients = clients
-        self.val_fraction = val_fraction
-        self.eval_batch_size = eval_batch_size
-        self.augment = augment
-        self.mean = mean
-        self.std = std
+        #: Options of the validation split and of images.
+        self.evaluation_options = make_options(EvaluationOptions, evaluation)
+        self.image_options = make_options(ImageOptions, images)
+        records = {"evaluation": self.evaluation_options, "images": self.image_options}
+        for name, record in records.items():
+            if name not in self.hparams:  # from Python; checkpoints hold plain values
+                self.save_hyperparameters({name: list_options(record)}, logger=False)
         self.seed = seed
         self.reveal_true_labels = reveal_true_labels
         self._ready = False
@@ -275,7 +252,7 @@ class FederatedDataModule(L.LightningDataModule):
         sizes = torch.bincount(labels, minlength=len(arrays.class_names))
         val_rows = choose_per_class(
             labels,
-            (sizes.double() * self.val_fraction).round().long(),
+            (sizes.double() * self.evaluation_options.val_fraction).round().long(),
             make_generator(self.seed, _SPLIT),
         )
         is_train = torch.ones(len(labels), dtype=torch.bool)
@@ -311,7 +288,8 @@ class FederatedDataModule(L.LightningDataModule):
     def _measure_channels(self, images: Tensor) -> None:
         """Measure mean and standard deviation of each channel on at most 10,000 images."""
         channels = images.shape[1]
-        if self.mean is None or self.std is None:
+        options = self.image_options
+        if options.mean is None or options.std is None:
             sample = self._images[self._rows[:10_000]].transpose(0, 1).reshape(channels, -1)
             counts = torch.stack([torch.bincount(c, minlength=256) for c in sample]).double()
             frequencies = counts / counts.sum(1, keepdim=True)
@@ -319,12 +297,12 @@ class FederatedDataModule(L.LightningDataModule):
             mean = frequencies @ levels
             std = (frequencies @ levels**2 - mean**2).clamp_min(1e-8).sqrt()
         else:
-            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+            mean, std = torch.tensor(options.mean), torch.tensor(options.std)
             if len(mean) != channels or len(std) != channels:
                 raise ConfigError(
                     f"There are {len(mean)} means and {len(std)} standard deviations for "
                     f"{channels} channels.",
-                    "Give one `--data.init_args.mean` and one `std` for each channel.",
+                    "Give one `--data.init_args.images.mean` and one `std` for each channel.",
                 )
         scale, offset = 1 / (255 * std), -mean / std
         self._affine = {
@@ -365,14 +343,16 @@ class FederatedDataModule(L.LightningDataModule):
         Shape:
             - images: (B, C, H, W) uint8 -> float32, on the same device.
         """
-        if pad := _PADDING[self.augment]:
-            images = shift_crop(images, pad, generator, flip=self.augment == "crop_flip")
+        if pad := _PADDING[self.image_options.augment]:
+            images = shift_crop(
+                images, pad, generator, flip=self.image_options.augment == "crop_flip"
+            )
         return self.plain_batch(images)
 
     def _make_loader(self, data: ImageBatches) -> DataLoader[Any]:
         return DataLoader(
             data,
-            batch_size=self.eval_batch_size,
+            batch_size=self.evaluation_options.batch_size,
             sampler=UnrepeatedDistributedSampler(len(data)),
             collate_fn=_keep_batch,
             pin_memory=pins_memory(),

@@ -166,7 +166,7 @@ class _SplitFiles:
             warnings.warn(
                 f"The {len(splits[name])} images in {name}/ of {root} are left out: "
                 f"{held_out[0]}/ is the test split, and validation images are a part of train/ "
-                "(`--data.init_args.val_fraction`).",
+                "(`--data.init_args.evaluation.val_fraction`).",
                 stacklevel=2,
             )
 

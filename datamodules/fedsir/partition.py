@@ -283,8 +283,8 @@ def number_clients(names: Sequence[str], all_names: set[str], clients: int, orig
         raise DataError(
             f"{origin} names the client {idle[0]!r}, of whose images none is left for training "
             f"({len(idle)} of {clients} clients are like this).",
-            "Lower `--data.init_args.val_fraction`, raise `train_limit` of the source, or leave "
-            "these clients out of the data.",
+            "Lower `--data.init_args.evaluation.val_fraction`, raise `train_limit` of the "
+            "source, or leave these clients out of the data.",
         )
     number = {name: k for k, name in enumerate(sort_names(all_names))}
     return torch.tensor([number[name] for name in names], dtype=torch.int64)

@@ -20,6 +20,7 @@ from fulgurite.datamodules.fedsir import (
     Symmetric,
 )
 from fulgurite.datamodules.fedsir.augment import shift_crop
+from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import class_images, write_image_files, write_npz
 
@@ -30,7 +31,7 @@ def build(**changes):
         "partition": Dirichlet(2.0),
         "noise": NoisyClients(Symmetric(), 0.5, clean_cover=0.05),
         "clients": 5,
-        "augment": "shift",
+        "images": ImageOptions("shift"),
     }
     return FederatedDataModule(**(arguments | changes))
 
@@ -103,7 +104,7 @@ def test_images_belong_to_their_labels(tmp_path):
         test_images=images,
         test_labels=labels.numpy(),
     )
-    data = build(source=Npz(str(path)), noise=None, clients=3, augment="none")
+    data = build(source=Npz(str(path)), noise=None, clients=3, images=ImageOptions())
     data.setup()
     for k in range(3):
         values = data.client_images(k)[:, 0, 0, 0] // 60
@@ -163,7 +164,8 @@ def test_instance_dependent_noise_gets_the_right_images():
 
 def test_no_copy_of_a_validation_image_is_trained_on():
     data = build(
-        source=Digits(copies=3, max_shift=0, max_rotation=0, pixel_noise=0), val_fraction=0.2
+        source=Digits(copies=3, max_shift=0, max_rotation=0, pixel_noise=0),
+        evaluation=EvaluationOptions(0.2),
     )
     data.setup()
     trained = [tuple(i) for k in range(5) for i in data.client_images(k).flatten(1).tolist()]
@@ -175,7 +177,7 @@ def test_no_copy_of_a_validation_image_is_trained_on():
 
 
 def test_no_validation():
-    data = build(val_fraction=0.0)
+    data = build(evaluation=EvaluationOptions(0.0))
     data.setup()
     assert data.val_dataloader() == []
     assert data.num_samples == 2 * 1437
@@ -260,12 +262,17 @@ def test_batches_are_normalised_and_repeat(data):
 def test_given_mean_and_deviation(tmp_path):
     path = write_npz(tmp_path / "a.npz", channels=3)
     data = build(
-        source=Npz(str(path)), clients=2, noise=None, mean=[0.5, 0.25, 0.0], std=[0.5, 1.0, 2.0]
+        source=Npz(str(path)),
+        clients=2,
+        noise=None,
+        images=ImageOptions(mean=[0.5, 0.25, 0.0], std=[0.5, 1.0, 2.0]),
     )
     data.setup()
     images = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
     assert data.plain_batch(images).flatten().tolist() == pytest.approx([1.0, 0.75, 0.5])
-    wrong = build(source=Npz(str(path)), clients=2, noise=None, mean=[0.5], std=[0.5])
+    wrong = build(
+        source=Npz(str(path)), clients=2, noise=None, images=ImageOptions(mean=[0.5], std=[0.5])
+    )
     with pytest.raises(ConfigError, match="1 means and 1 standard deviations for 3"):
         wrong.setup()
 
@@ -273,7 +280,9 @@ def test_given_mean_and_deviation(tmp_path):
 def test_memory_mapped_images(tmp_path, monkeypatch):
     monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
     path = write_image_files(tmp_path / "i.zip", per_class=20)
-    data = build(source=ImageFolder(str(path)), clients=3, noise=None, augment="crop_flip")
+    data = build(
+        source=ImageFolder(str(path)), clients=3, noise=None, images=ImageOptions("crop_flip")
+    )
     data.prepare_data()
     data.setup()
     known = {i.tobytes() for i in class_images(20, 3, size=8)[0]}
@@ -287,14 +296,24 @@ def test_memory_mapped_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (EvaluationOptions, {"val_fraction": 1.0}, "evaluation.val_fraction"),
+        (EvaluationOptions, {"batch_size": 0}, "evaluation.batch_size"),
+        (ImageOptions, {"augment": "flip"}, "augment of images is 'flip'"),
+        (ImageOptions, {"mean": [0.5]}, "mean"),
+        (ImageOptions, {"mean": [0.5], "std": [0.0]}, "positive"),
+    ],
+)
+def test_bad_options_are_one_error(kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"clients": 0}, ConfigError, "0 clients"),
-        ({"val_fraction": 1.0}, ConfigError, "validation fraction"),
-        ({"eval_batch_size": 0}, ConfigError, "eval_batch_size"),
-        ({"augment": "flip"}, ConfigError, "no augmentation 'flip'"),
-        ({"mean": [0.5]}, ConfigError, "mean"),
-        ({"mean": [0.5], "std": [0.0]}, ConfigError, "positive"),
+        ({"clients": 0}, ConfigError, "clients is 0"),
         ({"clients": 5_000, "partition": Iid()}, DataError, "5000 clients but only 2588"),
         ({"clients": 2_000}, DataError, "without samples"),
     ],
@@ -344,4 +363,4 @@ def test_the_command_line_builds_it_and_its_hyperparameters_are_plain(tmp_path):
 
 def test_hyperparameters_given_from_python_are_plain(data, tmp_path):
     torch.save(dict(data.hparams), tmp_path / "hparams.pt")
-    assert torch.load(tmp_path / "hparams.pt", weights_only=True)["augment"] == "shift"
+    assert torch.load(tmp_path / "hparams.pt", weights_only=True)["images"]["augment"] == "shift"

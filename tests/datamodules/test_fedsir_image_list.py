@@ -11,6 +11,7 @@ from fulgurite.datamodules.fedsir import (
     ImageList,
     SourceLabels,
 )
+from fulgurite.datamodules.fedsir.options import EvaluationOptions
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import class_images, write_image_files
 
@@ -73,7 +74,9 @@ def test_files_of_clothing1m(clothing):
 
 def test_the_true_labels_of_some_images_are_known(clothing):
     noise = SourceLabels(clothing["test_labels"], unknown="ignore")
-    data = FederatedDataModule(ImageList(**clothing), Iid(), noise, clients=2, val_fraction=0.0)
+    data = FederatedDataModule(
+        ImageList(**clothing), Iid(), noise, clients=2, evaluation=EvaluationOptions(0.0)
+    )
     data.prepare_data()
     data.setup()
     by_path = dict(zip(TRAIN, LABELS.tolist(), strict=True))

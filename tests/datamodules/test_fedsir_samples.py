@@ -32,6 +32,7 @@ from fulgurite.datamodules.fedsir import (
     Symmetric,
 )
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption
+from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
 from fulgurite.datamodules.fedsir.selection import make_generator
 from fulgurite.errors import DataError
 from fulgurite.testing.files import write_npz
@@ -83,7 +84,7 @@ DIGESTS = {
 
 @pytest.mark.parametrize("digest", DIGESTS)
 def test_same_seeds_give_the_data_of_earlier_releases(digest):
-    data = FederatedDataModule(*DIGESTS[digest], clients=5, augment="shift", seed=3)
+    data = FederatedDataModule(*DIGESTS[digest], clients=5, images=ImageOptions("shift"), seed=3)
     data.setup()
     truth = data.evaluation
     tensors = [data.labels.given, truth.true, truth.noisy_clients, truth.noise_rates]
@@ -180,7 +181,7 @@ def test_natural_clients_are_the_writers_of_the_source():
         ({"clients": 5, "partition": Natural("author")}, "nothing called 'author'.*are client"),
         ({"clients": 5, "source": Digits()}, "nothing called 'client'.*it has no columns"),
         (
-            {"clients": 5, "source": Numbered(train_limit=6), "val_fraction": 0},
+            {"clients": 5, "source": Numbered(train_limit=6), "evaluation": EvaluationOptions(0)},
             r"client 'w\d', of whose images none is left for training \([1-4] of 5",
         ),
     ],

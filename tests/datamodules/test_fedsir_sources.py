@@ -488,7 +488,8 @@ def test_what_is_left_out_is_said(tmp_path):
         archive.writestr("labels.csv", b"")
     with (
         pytest.warns(
-            UserWarning, match=r"9 images in val/ .* left out.*data.init_args.val_fraction"
+            UserWarning,
+            match=r"9 images in val/ .* left out.*data.init_args.evaluation.val_fraction",
         ),
         pytest.warns(UserWarning, match=r"1 images of .* left out.*: train/class_0/b\.webp"),
     ):

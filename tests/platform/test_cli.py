@@ -65,7 +65,7 @@ def test_doctor_names_versions(fulgurite):
             ["left client", "without samples"],
         ),
         (["--data.init_args.noise.init_args.count=9"], ["9 of 4 clients"]),
-        (["--data.init_args.val_fraction=1"], ["val_fraction"]),
+        (["--data.init_args.evaluation.val_fraction=1"], ["val_fraction"]),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "not a file"]),
         (["--ckpt_path=last", "--run.root=nowhere"], ["ckpt_path=last", "nowhere/fedsir/smoke"]),
     ],

@@ -194,7 +194,7 @@ class FedNoRo(NoiseAwareMethod):
         check_arguments(FedNoRo.__init__, locals(), "model.init_args.method.init_args")
         super().__init__(distillation, LossOptions(tau), AggregationOptions(aggregation))
         self.warmup, self.votes = warmup, votes
-        self.losses: Tensor | None = None  # as sent by the clients, (K, C)
+        self.reported_losses: Tensor | None = None  # as sent by the clients, (K, C)
 
     @property
     def client_side(self) -> ClientSide:
@@ -204,14 +204,14 @@ class FedNoRo(NoiseAwareMethod):
     def before_round(self, fed: Federation, round: int) -> None:
         """Split the clients once the warm-up is over."""
         if round >= self.warmup and self.is_clean is None:
-            self.losses = class_losses(fed, self.client_side)
-            self.is_clean = vote_clean(normalise_losses(self.losses), self.votes)
+            self.reported_losses = class_losses(fed, self.client_side)
+            self.is_clean = vote_clean(normalise_losses(self.reported_losses), self.votes)
 
     def state_dict(self) -> dict[str, Any]:
         """The split, and the losses it rests on."""
-        return super().state_dict() | {"losses": self.losses}
+        return super().state_dict() | {"losses": self.reported_losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
         super().load_state_dict(state)
-        self.losses = state["losses"]
+        self.reported_losses = state["losses"]
