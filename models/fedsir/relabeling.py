@@ -74,9 +74,9 @@ class ClientReference:
 
     counts: Tensor
     weight: Tensor
-    direction: Tensor = on_wire(torch.float32)
-    residual: Tensor = on_wire(torch.float32)
-    rows: Tensor = field()
+    direction: Tensor = field(metadata=on_wire(torch.float32))
+    residual: Tensor = field(metadata=on_wire(torch.float32))
+    rows: Tensor
 
     @property
     def valid(self) -> Tensor:
@@ -95,10 +95,10 @@ class References:
         valid: Classes that have a reference, bool. Shape: (C,).
     """
 
-    direction: Tensor = on_wire(torch.float32)
-    residual: Tensor = on_wire(torch.float32)
-    rows: Tensor = field()
-    valid: Tensor = field()
+    direction: Tensor = field(metadata=on_wire(torch.float32))
+    residual: Tensor = field(metadata=on_wire(torch.float32))
+    rows: Tensor
+    valid: Tensor
 
 
 def client_reference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 __all__ = ["count_payload", "on_wire"]
 
 
-def on_wire(dtype: torch.dtype | None = None, *, default: Any = ...) -> Any:
-    """Mark a field of a record as a tensor that is sent.
+def on_wire(dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Metadata of a dataclass's field that is a tensor which is sent.
 
     Args:
         dtype: Type of its numbers on the wire; by default that of the tensor.
-        default: Default of the field; none by default.
+
+    Example:
+        >>> on_wire(torch.float32)
+        {'wire': torch.float32}
     """
-    metadata = {"wire": dtype}
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+    return {"wire": dtype}
 
 
 def count_payload(record: Any) -> int:

@@ -11,7 +11,7 @@ Axes: P flat state size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -68,7 +68,7 @@ class TrainReply(Reply):
         model: Flat state. Shape: (P,).
     """
 
-    model: Tensor = on_wire()
+    model: Tensor = field(metadata=on_wire())
 
 
 ReplyType = TypeVar("ReplyType", bound=Reply)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -174,7 +174,7 @@ class FedCorrTrainReply(TrainReply):
         dimension: Mean local intrinsic dimension, float64; None after the first stage. Shape: ().
     """
 
-    dimension: Tensor | None = on_wire(torch.float32, default=None)
+    dimension: Tensor | None = field(default=None, metadata=on_wire(torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class LevelReply(Reply):
         level: float64; 0 for a client that was sent no model. Shape: ().
     """
 
-    level: Tensor = on_wire(torch.float32)
+    level: Tensor = field(metadata=on_wire(torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)

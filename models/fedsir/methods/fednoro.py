@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -57,7 +57,7 @@ class ClassLossReply(Reply):
         losses: Mean cross-entropy per given class, float64; NaN for no sample. Shape: (C,).
     """
 
-    losses: Tensor = on_wire(torch.float32)
+    losses: Tensor = field(metadata=on_wire(torch.float32))
 
 
 class FedNoRoClientSide(NoiseAwareClientSide):

@@ -5,7 +5,7 @@ Axes: K clients, N samples, B mini-batch, S selected samples, C classes, D featu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class RoFLTrainRequest(TrainRequest):
         centroids: Global centroids; None in the first round. Shape: (C, D).
     """
 
-    centroids: Tensor | None = on_wire(torch.float32, default=None)
+    centroids: Tensor | None = field(default=None, metadata=on_wire(torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ class RoFLTrainReply(TrainReply):
         centroids: Centroids of the client. Shape: (C, D).
     """
 
-    centroids: Tensor = on_wire(torch.float32)
+    centroids: Tensor = field(metadata=on_wire(torch.float32))
 
 
 class RoFLClientSide(ClientSide):

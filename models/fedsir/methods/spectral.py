@@ -94,8 +94,8 @@ class IdentifyReply(Reply):
         similarities: Cosines between the classes' dominant directions, for figures. Shape: (C, C).
     """
 
-    scores: Tensor = on_wire(torch.float32)
-    similarities: Tensor = field()
+    scores: Tensor = field(metadata=on_wire(torch.float32))
+    similarities: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
