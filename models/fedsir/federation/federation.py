@@ -141,7 +141,8 @@ class Federation(LocalTrainer):
         trained: ClientStates = {}
         training = {k: task for k, task in tasks.items() if task is not None}
         if training:
-            task, request = (next(iter(x.values())) for x in (training, requests))
+            first, task = next(iter(training.items()))
+            request = requests[first]
             trained = self.train_local(
                 list(training),
                 lambda client: training[client].objective,
