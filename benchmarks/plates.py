@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import ratios, report, spread
 from fulgurite.callbacks.cs_arm_bn import ControlContext
 from fulgurite.datamodules.cs_arm_bn import HoldOut, PlateDataModule, Preprocess, SyntheticPlates
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.models.cs_arm_bn import (
     CSARMBN,
     ERM,
@@ -64,23 +64,14 @@ class StepTimes(Callback):
         self.ended = now
 
 
-def episode(queries: int, controls: int, size: int) -> dict[str, Tensor]:
+def episode(queries: int, controls: int, size: int) -> PlateBatch:
     """A plate of noise."""
     draw = torch.Generator().manual_seed(0)
-    return {
-        "query": torch.randn(queries, 5, size, size, generator=draw),
-        "control": torch.randn(controls, 5, size, size, generator=draw),
-        "label": torch.arange(queries) % 8,
-        "index": torch.arange(queries),
-        "control_index": queries + torch.arange(controls),
-        "domain": torch.tensor(0),
-        "control_domain": torch.zeros(controls, dtype=torch.int64),
-        "well": torch.arange(queries),
-        "kept": torch.ones(queries, dtype=torch.bool),
-    }
+    images = torch.randn(queries + controls, 5, size, size, generator=draw)
+    return PlateBatch.from_images(images[:queries], images[queries:], torch.arange(queries) % 8)
 
 
-def steps_of(module: PlateClassifier, batch: dict[str, Tensor], steps: int) -> list[float]:
+def steps_of(module: PlateClassifier, batch: PlateBatch, steps: int) -> list[float]:
     """Seconds of training steps on one batch."""
     times = StepTimes()
     trainer = Trainer(max_epochs=1, callbacks=[ControlContext(), times], **QUIET)

@@ -17,25 +17,28 @@ from torch.utils.data import DataLoader
 
 from fulgurite.base import save_options
 from fulgurite.data.exclusions import check_exclude, name_some
-from fulgurite.datamodules.cs_arm_bn.episodes import (
-    EpisodeSampler,
-    EvaluationBatch,
-    EvaluationEpisodes,
-    ImageTransform,
-    PlateSampler,
-    TrainingEpisodes,
+from fulgurite.datamodules.cs_arm_bn.draws import (
     draw_shifted_batches,
     mislabel,
     pair_wrong_plates,
     sample_rows,
     split_into_batches,
 )
+from fulgurite.datamodules.cs_arm_bn.episodes import (
+    BatchRows,
+    EpisodeSampler,
+    EvaluationEpisodes,
+    PlateSampler,
+    TrainingEpisodes,
+)
 from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
+from fulgurite.datamodules.cs_arm_bn.pixels import ImageCrops, Standardisation
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
 from fulgurite.devices import pins_memory
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.sampling import sampler_ranks, training_progress
 
@@ -48,11 +51,10 @@ _CHUNKS, _CONTROLS, _SHIFT, _MISLABEL = range(2, 6)  # random streams of `seed`;
 class PlateDataModule(L.LightningDataModule):
     """Splits the plates of a source and serves episodes: queries and controls of one plate.
 
-    A batch is a dictionary: ``query`` (L, C, H, W) and ``control`` (N, C, H, W) float32; ``label``
-    (L,) int64, -1 if unknown; ``index`` (L,) and ``control_index`` (N,) int64 rows of
-    :attr:`table`; ``domain`` (), ``query_domain`` (L,) and ``control_domain`` (N,) int64 indices
-    into :attr:`domains`; ``well`` (L,) int64 indices into :attr:`wells`; ``kept`` (L,) bool, false
-    where a query only pads the last batch of a plate.
+    A batch is a :class:`~fulgurite.domains.cs_arm_bn.PlateBatch`, whose rows are those of
+    :attr:`table`, plates those of :attr:`domains` and wells those of :attr:`wells`. Its images are
+    in their stored type until they are on the device, where :meth:`on_after_batch_transfer`
+    standardises them.
 
     Seed, epoch and episode number determine a training episode. Mean and standard deviation of the
     channels are measured on the training queries and stored in checkpoints, whose values take
@@ -217,6 +219,7 @@ class PlateDataModule(L.LightningDataModule):
         self._opened_images: PlateImages | None = None
         # mean and deviation in fractions of full scale: measured, given, or from a checkpoint
         self._statistics: tuple[Tensor, Tensor] | None = None
+        self._standardisation: dict[torch.device, Standardisation] = {}
 
     @property
     def num_classes(self) -> int:
@@ -409,30 +412,46 @@ class PlateDataModule(L.LightningDataModule):
                     "Give data with the same ones in the same order.",
                 )
         self._statistics = state_dict["mean"], state_dict["std"]
+        self._standardisation = {}
 
-    def _make_transform(self) -> ImageTransform:
-        mean: Tensor | None = None
-        std: Tensor | None = None
-        unit = self.images.unit(0)
-        if self.normalise == "plate":
-            moments = []
-            for d, name in enumerate(self.domains):
-                rows = self.table.rows_of(d, control=True)
-                if not len(rows):
-                    raise DataError(
-                        f"The plate {name} has no controls to normalise by.",
-                        "Set `--data.init_args.normalise=dataset`.",
-                    )
-                moments.append(np.stack(self.images.moments(rows)))
-            mean, std = torch.from_numpy(np.stack(moments, 1)).float()
-        elif self.normalise == "dataset":
+    def _make_standardisation(self) -> Standardisation:
+        if self.normalise == "image":
+            return Standardisation(None, None)
+        if self.normalise == "dataset":
             if self._statistics is None:
                 raise DataError(
                     "There are no training queries to measure mean and deviation of the channels.",
                     "Give a checkpoint with `--ckpt_path`, or `--data.init_args.mean` and `std`.",
                 )
-            mean, std = (values * unit for values in self._statistics)
-        return ImageTransform(self.images, self.crop_size, self.augment, mean, std)
+            unit = self.images.unit(0)
+            return Standardisation(*(values * unit for values in self._statistics))
+        moments = []
+        for d, name in enumerate(self.domains):
+            rows = self.table.rows_of(d, control=True)
+            if not len(rows):
+                raise DataError(
+                    f"The plate {name} has no controls to normalise by.",
+                    "Set `--data.init_args.normalise=dataset`.",
+                )
+            moments.append(np.stack(self.images.moments(rows)))
+        return Standardisation(*torch.from_numpy(np.stack(moments, 1)).float())
+
+    def _make_crops(self) -> ImageCrops:
+        if not self._standardisation:
+            self._standardisation = {torch.device("cpu"): self._make_standardisation()}
+        return ImageCrops(self.images, self.crop_size, self.augment)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Standardise the images of a batch, on the device that they are on."""
+        if not isinstance(batch, PlateBatch):
+            return batch
+        statistics, device = self._standardisation, batch.images.device
+        if device not in statistics:  # moved once: a step would wait for it
+            statistics[device] = statistics[torch.device("cpu")].to(device)
+        images: Any = statistics[device].apply(batch)
+        if self.trainer is not None:
+            images = self.trainer.precision_plugin.convert_input(images)
+        return batch._replace(images=images)
 
     def _make_loader(self, episodes: Any, sampler: Any = None) -> DataLoader[Any]:
         return DataLoader(
@@ -458,7 +477,7 @@ class PlateDataModule(L.LightningDataModule):
                 "Change `--data.init_args.split`, or give labels.",
             )
         episodes = TrainingEpisodes(
-            self._make_transform(),
+            self._make_crops(),
             rows,
             self.queries,
             self.controls,
@@ -531,8 +550,8 @@ class PlateDataModule(L.LightningDataModule):
                 batches = [(queries[rows], counts) for rows, counts in shifted]
             else:
                 batches = split_into_batches(queries, self.eval_queries, generator)
-            parts += [EvaluationBatch(d, part, counted, controls) for part, counted in batches]
-        return EvaluationEpisodes(self._make_transform(), parts)
+            parts += [BatchRows(d, part, counted, controls) for part, counted in batches]
+        return EvaluationEpisodes(self._make_crops(), parts)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the validation episodes, if there are any."""
@@ -559,8 +578,8 @@ class PlateDataModule(L.LightningDataModule):
             for first in range(0, max(1, len(queries)), self.eval_queries):
                 part = queries[first : first + self.eval_queries]
                 counted = np.ones(len(part), np.bool_)
-                parts.append(EvaluationBatch(d, part, counted, controls[:0] if first else controls))
-        return EvaluationEpisodes(self._make_transform(), parts)
+                parts.append(BatchRows(d, part, counted, controls[:0] if first else controls))
+        return EvaluationEpisodes(self._make_crops(), parts)
 
     def plate_dataloader(self, part: Literal["train", "val"] | str = "train") -> DataLoader[Any]:
         """Return all controls and queries of the plates of one part, plate by plate.

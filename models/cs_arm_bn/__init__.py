@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         ResNet50,
         SmallResNet,
     )
+    from fulgurite.models.cs_arm_bn.options import AdaptationOptions
     from fulgurite.models.cs_arm_bn.variation import (
         fit_tvn,
         tvn,
@@ -83,6 +84,7 @@ _MODULES = {
         "scores",
     ),
     "module": ("PlateClassifier",),
+    "options": ("AdaptationOptions",),
     "network": (
         "Backbone",
         "ResNet18",
@@ -105,6 +107,7 @@ __all__ = [
     "TENT",
     "TVN",
     "AdaBN",
+    "AdaptationOptions",
     "AdaptiveWeight",
     "Backbone",
     "Context",

@@ -1,4 +1,4 @@
-"""Stored statistics of single plates, and the reference statistics of training plates.
+"""Stored statistics of single plates.
 
 Axes: L queries, N controls, C channels, H W image.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import CheckpointError, DataError
-from fulgurite.models.cs_arm_bn.batch_statistics import TrainingReference, join_groups, merge_groups
+from fulgurite.models.cs_arm_bn.batch_statistics import join_groups, merge_groups
 from fulgurite.models.cs_arm_bn.batchnorm import (
     Context,
     ContextLayer,
@@ -24,10 +24,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import (
 
 __all__ = [
     "adapt",
-    "age_references",
-    "load_reference",
     "load_statistics",
-    "reference_state",
     "stored_statistics",
 ]
 
@@ -241,49 +238,3 @@ def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Te
     for name in names:
         mean, var = (tensors[f"{name}.{part}".lstrip(".")] for part in ("mean", "var"))
         layers[name].stored[domain] = mean, var
-
-
-def reference_state(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the training reference of each layer as plain tensors."""
-    return {
-        name: layer.reference.state()
-        for name, layer in model.named_modules()
-        if isinstance(layer, ContextLayer) and layer.reference is not None
-    }
-
-
-def age_references(model: nn.Module) -> None:
-    """Reduce the weight of each layer's training reference to that of at most two plates."""
-    for layer in model.modules():
-        if isinstance(layer, ContextLayer) and layer.reference is not None:
-            layer.reference = layer.reference._replace(plates=min(layer.reference.plates, 2.0))
-
-
-def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> None:
-    """Restore the references of :func:`reference_state`.
-
-    Raises:
-        CheckpointError: The references are of another network.
-    """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
-    if not isinstance(state, Mapping):
-        raise CheckpointError(
-            "The checkpoint's reference of the layers is none.", "Use a checkpoint of the run."
-        )
-    for name, values in state.items():
-        if name not in layers or not _is_reference(values, layers[name].num_features):
-            raise CheckpointError(
-                f"The checkpoint's reference of layer {name} does not fit the network.",
-                "Use the network of the run.",
-            )
-        layers[name].reference = TrainingReference(float(values[0]), float(values[1]), *values[2:])
-
-
-def _is_reference(values: object, features: int) -> bool:
-    """Tell whether values have the form of a layer's reference in :func:`reference_state`."""
-    if not isinstance(values, list | tuple) or len(values) != len(TrainingReference._fields):
-        return False
-    return all(isinstance(value, Tensor) for value in values) and all(
-        value.numel() == 1 if index < 2 else value.shape == (features,)
-        for index, value in enumerate(values)
-    )

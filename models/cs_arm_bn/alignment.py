@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.batchnorm import Context
 from fulgurite.models.cs_arm_bn.embedding import embed_and_classify, find_head
@@ -91,10 +92,10 @@ def coral_distance(first: Tensor, second: Tensor) -> Tensor:
     return (covariances[0] - covariances[1]).square().sum() / (4 * size**2)
 
 
-def _require_plates(batch: Mapping[str, Any], method: str) -> Tensor:
+def _require_plates(batch: PlateBatch, method: str) -> Tensor:
     """Return the plate of each query; refuse batches of a single plate. Shape: (L,)."""
-    plates: Tensor | None = batch.get("query_domain")
-    if plates is None or len(torch.unique(plates)) < 2:
+    plates = batch.query_domain
+    if len(torch.unique(plates)) < 2:
         raise DataError(
             f"{method} aligns plates, and a training batch has queries of one.",
             "Set data.init_args.mixed=true and data.init_args.plates=4.",
@@ -154,7 +155,7 @@ class DANN(ERM):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def training_outputs(
-        self, network: nn.Module, batch: Mapping[str, Any], context: Context, progress: float
+        self, network: nn.Module, batch: PlateBatch, context: Context, progress: float
     ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the plate classification loss on features of reversed gradient."""
         plates = _require_plates(batch, "DANN")
@@ -193,7 +194,7 @@ class DeepCORAL(ERM):
         self.weight = weight
 
     def training_outputs(
-        self, network: nn.Module, batch: Mapping[str, Any], context: Context, progress: float
+        self, network: nn.Module, batch: PlateBatch, context: Context, progress: float
     ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the mean distance of the covariances of two plates."""
         plates = _require_plates(batch, "DeepCORAL")

@@ -9,13 +9,14 @@ Axes: L queries, N controls, M = L + N, C input channels, H W image, K classes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.batchnorm import Context, Source, context_layers, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm
@@ -38,7 +39,6 @@ __all__ = [
     "Weighted",
 ]
 
-Batch = Mapping[str, Any]
 Rows = Literal["queries", "union", "controls"]
 
 
@@ -73,18 +73,16 @@ class Method(nn.Module):
         """Return a new context with the source of the statistics."""
         return Context(self.train_source if training else self.test_source)
 
-    def images(self, batch: Batch, context: Context) -> Tensor:
+    def images(self, batch: PlateBatch, context: Context) -> Tensor:
         """Rows of the forward pass: with controls if statistics come from them."""
-        if context.source in ("union", "controls") and len(batch["control"]):
-            return torch.cat([batch["query"], batch["control"]])
-        return batch["query"]  # type: ignore[no-any-return]
+        return batch.images if context.source in ("union", "controls") else batch.query
 
-    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+    def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries. Shape: (L, K)."""
-        return network(self.images(batch, context))[: len(batch["query"])]  # type: ignore[no-any-return]
+        return network(self.images(batch, context))[: batch.n_query]  # type: ignore[no-any-return]
 
     def training_outputs(
-        self, network: nn.Module, batch: Batch, context: Context, progress: float
+        self, network: nn.Module, batch: PlateBatch, context: Context, progress: float
     ) -> tuple[Tensor, Tensor | None]:
         """Logits of a training batch, and a penalty for the loss, if any.
 
@@ -99,7 +97,7 @@ class Method(nn.Module):
     def prepare_domains(self, count: int) -> None:
         """Build the parts that depend on the number of plates; called before training."""
 
-    def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
+    def begin(self, network: nn.Module, loader: Iterable[PlateBatch], training: bool) -> None:
         """Called before training and before each evaluation."""
 
     def end(self, network: nn.Module) -> None:
@@ -281,17 +279,14 @@ class ARMCML(Method):
         self.context_net = ContextNet(in_channels, self.extra_channels, self.hidden)
         convert_batchnorm(self.context_net)
 
-    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+    def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries: see :meth:`Method.logits`."""
-        query, control = batch["query"], batch["control"]
-        context_rows = {"queries": query, "controls": control}.get(self.rows)
+        rows = {"queries": batch.query, "controls": batch.control}.get(self.rows, batch.images)
         with use_context(self.context_net, Context("batch" if self.adapt_bn else context.source)):
-            described = self.context_net(
-                torch.cat([query, control]) if context_rows is None else context_rows
-            )
+            described = self.context_net(rows)
         images = self.images(batch, context)
         mean = described.mean(0, keepdim=True).expand(len(images), -1, -1, -1)
-        return network(torch.cat([images, mean], 1))[: len(query)]  # type: ignore[no-any-return]
+        return network(torch.cat([images, mean], 1))[: batch.n_query]  # type: ignore[no-any-return]
 
 
 class ARMLL(Method):
@@ -333,7 +328,7 @@ class ARMLL(Method):
             nn.Linear(self.hidden, 1),
         )
 
-    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+    def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries: see :meth:`Method.logits`."""
         training = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
@@ -349,7 +344,7 @@ class ARMLL(Method):
                 for (name, p), g in zip(parameters.items(), gradients, strict=True)
             }
         out = torch.func.functional_call(network, adapted, (images,))
-        return out[: len(batch["query"])]  # type: ignore[no-any-return]
+        return out[: batch.n_query]  # type: ignore[no-any-return]
 
 
 class TENT(ERM):
@@ -377,7 +372,7 @@ class TENT(ERM):
         self._domain: int | None = None
         self._trained: list[tuple[nn.Parameter, Tensor]] = []
 
-    def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
+    def begin(self, network: nn.Module, loader: Iterable[PlateBatch], training: bool) -> None:
         """Save the trained parameters."""
         if not training:
             with torch.inference_mode(False):
@@ -396,16 +391,16 @@ class TENT(ERM):
             for parameter, value in self._trained:
                 parameter.copy_(value)
 
-    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+    def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries: see :meth:`Method.logits`."""
         if context.source != self.test_source:
             return super().logits(network, batch, context)
         with torch.inference_mode(False), torch.enable_grad():
-            if int(batch["domain"]) != self._domain:
-                self._domain = int(batch["domain"])
+            if batch.domain != self._domain:
+                self._domain = batch.domain
                 self.end(network)
                 self._adam = torch.optim.Adam([p for p, _ in self._trained], self.lr)
-            images = batch["query"].clone()  # it may be an inference tensor
+            images = batch.query.clone()  # it may be an inference tensor
             for _ in range(self.steps):
                 out = network(images)
                 entropy = -(out.softmax(1) * out.log_softmax(1)).sum(1).mean()
@@ -441,11 +436,9 @@ class LinearProbe(Method):
             self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
 
     @torch.no_grad()
-    def _embed(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        query, control = batch["query"], batch["control"]
-        rows = torch.cat([query, control]) if self.needs_controls else query
-        features = embed(network, rows)
-        return features[: len(query)], features[len(query) :]
+    def _embed(self, network: nn.Module, batch: PlateBatch) -> tuple[Tensor, Tensor]:
+        features = embed(network, batch.images if self.needs_controls else batch.query)
+        return features[: batch.n_query], features[batch.n_query :]
 
     def _normalise_embeddings(self, query: Tensor, control: Tensor) -> Tensor:
         """Embeddings of queries for the classifier. Shape: (L, D) to the same, float64."""
@@ -455,7 +448,7 @@ class LinearProbe(Method):
         """Fit the common part of the normalisation on the embeddings of one epoch."""
 
     @torch.no_grad()
-    def begin(self, network: nn.Module, loader: Iterable[Batch], training: bool) -> None:
+    def begin(self, network: nn.Module, loader: Iterable[PlateBatch], training: bool) -> None:
         """Before training, measure the embeddings of one epoch."""
         name = type(self).__name__
         if not training:
@@ -469,8 +462,8 @@ class LinearProbe(Method):
         device = self.head.weight.device
         batches: list[tuple[int, Tensor, Tensor]] = []
         for batch in loader:
-            query, control = self._embed(network, _move_batch(batch, device))
-            batches.append((int(batch["domain"]), query.cpu(), control.cpu()))
+            query, control = self._embed(network, batch)
+            batches.append((batch.domain, query.cpu(), control.cpu()))
         if not batches:
             raise DataError("There are no training batches.", "Give training plates.")
         self._fit(batches)
@@ -480,7 +473,7 @@ class LinearProbe(Method):
         self.center.copy_(queries.mean(0))  # type: ignore[operator]
         self.scale.copy_(queries.std(0, correction=0).clamp_min(1e-9))  # type: ignore[operator]
 
-    def logits(self, network: nn.Module, batch: Batch, context: Context) -> Tensor:
+    def logits(self, network: nn.Module, batch: PlateBatch, context: Context) -> Tensor:
         """Logits of the queries: see :meth:`Method.logits`."""
         normalised = self._normalise_embeddings(*self._embed(network, batch))
         standard = (normalised - self.center) / self.scale  # type: ignore[operator]
@@ -525,10 +518,6 @@ class TVN(LinearProbe):
         fitted = fit_tvn(torch.cat([c for _, _, c in batches]), domains, self.ridge)
         for name, value in fitted._asdict().items():
             getattr(self, name).copy_(value)
-
-
-def _move_batch(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def query_loss(logits: Tensor, labels: Tensor) -> Tensor:

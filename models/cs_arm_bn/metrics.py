@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.sampling import rank_and_world
 
 __all__ = [
@@ -51,33 +52,32 @@ class Predictions(NamedTuple):
     distinct: Tensor
 
 
-def select_predictions(batch: dict[str, Tensor], logits: Tensor) -> Predictions:
+def select_predictions(batch: PlateBatch, logits: Tensor) -> Predictions:
     """Predictions of the labelled queries of a batch, without padding.
 
     Args:
-        batch: Batch with ``index``, ``domain``, ``well``, ``label`` and ``kept``.
+        batch: Batch of one plate.
         logits: Logits of the queries. Shape: (L, K).
 
     Example:
-        >>> one = {"index": torch.tensor([4, 5]), "domain": torch.tensor(1)}
-        >>> one |= {"well": torch.tensor([7, 7]), "label": torch.tensor([0, 1])}
-        >>> one |= {"kept": torch.tensor([True, False])}
-        >>> select_predictions(one, torch.zeros(2, 3)).row
-        tensor([4])
+        >>> images = torch.zeros(2, 1, 4, 4)
+        >>> batch = PlateBatch.from_images(images, images, torch.tensor([0, -1]))
+        >>> select_predictions(batch, torch.zeros(2, 3)).row
+        tensor([0])
     """
-    counted = (batch["kept"] & (batch["label"] >= 0)).cpu()
-    index = batch["index"].cpu()
+    counted = (batch.counted & (batch.label >= 0)).cpu()
+    row = batch.row.cpu()
     # the same images in the same order: the same batch, repeated by a sampler that pads
-    fingerprint = hash(tuple(index.tolist()))
+    fingerprint = hash(tuple(row.tolist()))
     return Predictions(
-        torch.full_like(index, fingerprint)[counted],
-        index[counted],
-        batch["domain"].cpu().expand(len(index))[counted],
-        batch["well"].cpu()[counted],
-        batch["label"].cpu()[counted],
+        torch.full_like(row, fingerprint)[counted],
+        row[counted],
+        torch.full_like(row, batch.domain)[counted],
+        batch.well.cpu()[counted],
+        batch.label.cpu()[counted],
         logits.detach().float().log_softmax(1).cpu()[counted],
-        torch.full_like(index, len(index))[counted],
-        torch.full_like(index, len(set(index.tolist())))[counted],
+        torch.full_like(row, len(row))[counted],
+        torch.full_like(row, len(set(row.tolist())))[counted],
     )
 
 

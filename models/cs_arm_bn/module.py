@@ -5,20 +5,22 @@ Axes: L queries, N controls, C channels, H W image, K classes.
 
 from __future__ import annotations
 
+import math
+import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from fulgurite.base import SystemModule, build_network, check_head, save_options, scheduled
-from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
-from fulgurite.models.cs_arm_bn.batch_statistics import TrainingReference
-from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer, use_context
+from fulgurite.domains.cs_arm_bn import PlateBatch
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.cs_arm_bn.adaptation import adapt, load_statistics, stored_statistics
+from fulgurite.models.cs_arm_bn.batchnorm import Context, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
 from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
 from fulgurite.models.cs_arm_bn.metrics import (
@@ -28,21 +30,29 @@ from fulgurite.models.cs_arm_bn.metrics import (
     select_predictions,
     sizes,
 )
-from fulgurite.sampling import rank_and_world
-from fulgurite.tensor_files import read_state_dict
+from fulgurite.models.cs_arm_bn.options import AdaptationOptions
+from fulgurite.models.cs_arm_bn.references import (
+    age_references,
+    average_over_ranks,
+    load_reference,
+    reference_state,
+)
+from fulgurite.models.cs_arm_bn.weights import load_network
+from fulgurite.options import make_options
 
 __all__ = ["PlateClassifier"]
-
-_HOST_FIELDS = ("domain", "control_domain")
 
 
 class PlateClassifier(SystemModule):
     """A classifier of perturbations that adapts to a plate by its control images.
 
-    A batch is one plate's queries and controls, a dict: ``query`` (L, C, H, W), ``control``
-    (N, C, H, W), ``label`` (L,), ``index`` (L,), ``domain`` (), ``well`` (L,) and ``kept`` (L,).
-    :class:`~fulgurite.callbacks.cs_arm_bn.ControlContext` sets the source of the statistics for
-    each step; ``method`` defines it.
+    A batch is one plate's queries and controls, a
+    :class:`~fulgurite.domains.cs_arm_bn.PlateBatch` with standardised images. In each step the
+    source of BatchNorm statistics is that of ``method``, independent of ``train()`` and ``eval()``.
+    In prediction, a method that uses controls adapts once to each plate's controls, exactly and
+    layer by layer, and then predicts query by query;
+    :class:`~fulgurite.callbacks.cs_arm_bn.ControlContext` writes these statistics beside the
+    predictions, and warns of plates unlike those of training.
 
     Args:
         network: The network, or a callable that makes it from (channels, classes), such as a
@@ -54,6 +64,10 @@ class PlateClassifier(SystemModule):
         weights: Checkpoint of a run (or a state dict) from which the network starts.
         num_classes: Number of classes K; set from the data.
         in_channels: Number of channels C; set from the data.
+        adaptation: How references are learned, and how prediction adapts to plates.
+
+    Attributes:
+        context: Source of the statistics in the last step; None before the first one of an epoch.
 
     Raises:
         ConfigError: A number is below its minimum, or the network has no BatchNorm and the method
@@ -75,10 +89,11 @@ class PlateClassifier(SystemModule):
         weights: str | None = None,
         num_classes: int = 8,
         in_channels: int = 5,
+        adaptation: AdaptationOptions = AdaptationOptions(),
     ) -> None:
         super().__init__()
-        # Lightning warns for each module that moves its batches that its DataModule does not
-        warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `Lightning.*")
+        # Lightning warns for each module with a hook of batches that its DataModule does not have
+        warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `Lightning.*")
         save_options(self, "network", "method", "optimizer", "scheduler")
         for name, value, minimum in (
             ("num_classes", num_classes, 2),
@@ -95,12 +110,15 @@ class PlateClassifier(SystemModule):
         is_converted = self.method.needs_batchnorm or has_batchnorm(model)
         self.network = convert_batchnorm(model) if is_converted else model
         if weights is not None:
-            _load_network(self.network, weights)
+            load_network(self.network, weights)
         self.method.build(self.network, in_channels, num_classes)
         if self.method.frozen:
             self.network.requires_grad_(False).eval()
         self.optimizer, self.scheduler = optimizer, scheduler
+        self.adaptation = make_options(AdaptationOptions, adaptation)
         self.context: Context | None = None
+        self._adapted: set[str] = set()  # plates of this prediction
+        self._controls: tuple[int, Tensor] | None = None  # the plate in prediction
         self.results: dict[str, Predictions] = {}
         self._parts: dict[int, list[Predictions]] = {}
 
@@ -124,24 +142,48 @@ class PlateClassifier(SystemModule):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         return scheduled(optimizer, self.scheduler, "epoch")
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+    # --- context -------------------------------------------------------------------------------
+
+    @contextmanager
+    def plate_context(self, batch: PlateBatch, *, training: bool) -> Iterator[Context]:
+        """Let the statistics of a batch come from the method's source until the block ends.
+
+        Args:
+            batch: Batch of one plate.
+            training: Whether the source is that of training, else that of the test.
+        """
+        context = self.method.context(training=training)
+        context.n_query = batch.n_query
+        with use_context(self.network, context):
+            self.context = context
+            yield context
+
+    def logits(self, batch: PlateBatch, *, training: bool = False) -> Tensor:
         """Logits of a batch's queries. Shape: (L, K).
 
-        Raises:
-            ConfigError: No callback has set the context.
+        Args:
+            batch: Batch of one plate.
+            training: Whether statistics come from the source of training, else of the test.
         """
-        self._prepare_context()
-        assert self.context is not None
-        return self.method.logits(self.network, batch, self.context)
+        with self.plate_context(batch, training=training) as context:
+            return self.method.logits(self.network, batch, context)
 
-    def _prepare_context(self) -> None:
-        if self.context is None:
-            raise ConfigError(
-                "Nothing says where PlateClassifier's statistics come from.",
-                "Add fulgurite.callbacks.cs_arm_bn.ControlContext to trainer.callbacks.",
+    def _check_controls(self, batch: PlateBatch, may_lack: bool = False) -> None:
+        """Refuse controls of another plate, and a batch without controls where they are needed."""
+        foreign = batch.control_domain != batch.domain
+        if not self.adaptation.foreign_controls and bool(foreign.any()):
+            raise DataError(
+                f"{int(foreign.sum())} of the {len(foreign)} controls in a batch are not of its "
+                f"plate ({batch.domain}).",
+                "Set data.init_args.control_plate=own, or let them pass with "
+                "model.init_args.adaptation.foreign_controls=true.",
             )
-        # these methods make one forward pass, in which each layer may be used once
-        self.context._passed = set() if self.method.deploys and self.context.record else None
+        if self.method.needs_controls and not may_lack and not len(batch.control_row):
+            raise DataError(
+                f"{type(self.method).__name__} was given a batch without controls.",
+                "Set data.init_args.controls (eval_controls) to 1 or more, or choose another "
+                "model.init_args.method.",
+            )
 
     def _progress(self) -> float:
         """Finished fraction of the training steps; 1 if their number is unknown."""
@@ -151,35 +193,56 @@ class PlateClassifier(SystemModule):
         return min(1.0, self._trainer.global_step / total) if total else 1.0
 
     def setup(self, stage: str) -> None:
-        """Check that the model fits the data, and pass the number of plates to the method."""
+        """Check that the model fits data and trainer; tell the method the number of plates.
+
+        Raises:
+            ConfigError: The sizes of model and data differ, the ranks would mix their plates, or
+                the precision would lose the method's own gradients.
+        """
         super().setup(stage)
+        self._check_trainer()
         if stage == "fit":
             domains = getattr(getattr(self.trainer, "datamodule", None), "domains", ())
             self.method.prepare_domains(len(domains))
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        synced = getattr(trainer.strategy, "_layer_sync", None) is not None
+        if synced or any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
+            raise ConfigError(
+                "SyncBatchNorm would mix the plates of the ranks.",
+                "Leave out --trainer.sync_batchnorm.",
+            )
+        if self.method.own_gradients and str(trainer.precision).startswith("16-"):
+            raise ConfigError(
+                f"{type(self.method).__name__} takes gradients of its own, which are lost in "
+                f"--trainer.precision={trainer.precision}: nothing scales them.",
+                "Use bf16-mixed or 32-true.",
+            )
 
     # --- training ------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Call the method with the training plates."""
-        loader: Any = self.trainer.train_dataloader
-        self.method.begin(self.network, loader, training=True)
+        move = self.trainer.strategy.batch_to_device
+        batches: Any = (move(batch) for batch in self.trainer.train_dataloader or ())
+        self.method.begin(self.network, batches, training=True)
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Move a batch to the device, except the plate indices, which only Python reads.
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check a batch before the move, since afterwards it would have to wait for the device.
 
         Raises:
-            DataError: A training query has no label of a class; the check comes before the move,
-                since it would have to wait for the device afterwards.
+            DataError: It is no batch of a plate, or a training query has no label of a class.
         """
-        if not isinstance(batch, dict):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if self.trainer.training and isinstance(batch.get("label"), Tensor):
-            self._check_labels(batch["label"])
-        moved = {k: v for k, v in batch.items() if k not in _HOST_FIELDS}
-        moved = super().transfer_batch_to_device(moved, device, dataloader_idx)
-        return {k: moved.get(k, v) for k, v in batch.items()}
+        if not isinstance(batch, PlateBatch):
+            raise DataError(
+                f"A batch is a {type(batch).__name__}, not a PlateBatch.",
+                "Use data.class_path=fulgurite.datamodules.cs_arm_bn.PlateDataModule, or let your "
+                "DataModule give fulgurite.domains.cs_arm_bn.PlateBatch.",
+            )
+        if self.trainer.training:
+            self._check_labels(batch.label)
+        return batch
 
     def _check_labels(self, labels: Tensor) -> None:
         """Refuse labels outside the classes; those on a device were checked before the move."""
@@ -191,19 +254,22 @@ class PlateClassifier(SystemModule):
                 f"Give labels from 0 to {self.num_classes - 1}.",
             )
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: PlateBatch, batch_idx: int) -> Tensor:
         """Loss of an episode's queries.
 
         Raises:
             DataError: A query has no label of a class.
         """
-        labels = batch["label"]
+        labels = batch.label
         self._check_labels(labels)
-        self._prepare_context()
-        assert self.context is not None
-        logits, penalty = self.method.training_outputs(
-            self.network, batch, self.context, self._progress()
-        )
+        self._check_controls(batch)
+        with self.plate_context(batch, training=True) as context:
+            context.record = self._is_recorded(batch_idx)
+            # these methods make one forward pass, in which each layer may be used once
+            context._passed = set() if self.method.deploys and context.record else None
+            logits, penalty = self.method.training_outputs(
+                self.network, batch, context, self._progress()
+            )
         loss = query_loss(logits, labels)
         size = len(labels)
         if penalty is not None:
@@ -214,38 +280,19 @@ class PlateClassifier(SystemModule):
         self.log("train/acc", right, batch_size=size)
         return loss
 
-    @torch.no_grad()
-    def compare_modes(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """Loss of one batch as in training, and of the same batch as at test [nats].
-
-        Parameters, running statistics and the generators of the CPU and of this device are
-        unchanged afterwards.
-
-        Args:
-            batch: A training batch, on the module's device.
-
-        Source: inferred.
-        """
-        modes = [(module, module.training) for module in self.modules()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
-        losses = []
-        before, devices = self.context, [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            for training in (True, False):
-                self.train(training)
-                if not training:
-                    self.method.begin(self.network, (), training=False)
-                context = self.method.context(training=training)
-                context.n_query = len(batch["query"])
-                with use_context(self.network, context) as self.context:
-                    losses.append(float(query_loss(self.logits(batch), batch["label"])))
-        self.method.end(self.network)
-        self.context = before
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for module, mode in modes:
-            module.training = mode
-        return losses[0], losses[1]
+    def _is_recorded(self, batch_idx: int) -> bool:
+        """Whether an episode updates the references: the last ones, with the newest weights."""
+        if self._trainer is None:
+            return False
+        batches, fraction = self._trainer.num_training_batches, self.adaptation.record_fraction
+        if batches == float("inf"):  # the end of the epoch is unknown
+            return random.Random(batch_idx).random() < fraction
+        # few plates determine the usual shift badly: seven cost 3 points under label shift
+        num_recorded = max(math.ceil(fraction * batches), self.adaptation.min_recorded)
+        first = max(0, int(batches) - num_recorded)
+        if batch_idx == first:
+            age_references(self.network)
+        return batch_idx >= first
 
     # --- evaluation ----------------------------------------------------------------------------
 
@@ -253,28 +300,8 @@ class PlateClassifier(SystemModule):
         # what is logged below is equal on every rank already
         warnings.filterwarnings("ignore", ".*recommended to use.*sync_dist=True.*")
         self._parts = {}
-        self._average_over_ranks()
+        average_over_ranks(self.network, self.device)
         self.method.begin(self.network, (), training=False)
-
-    def _average_over_ranks(self) -> None:
-        """Average running statistics and references over the ranks, which have different plates."""
-        world = rank_and_world()[1]
-        if world == 1:
-            return
-        for layer in self.network.modules():
-            if not isinstance(layer, ContextLayer):
-                continue
-            values = [b for b in layer.buffers() if b.is_floating_point()]
-            reference = layer.reference and layer.reference.to(self.device)
-            if reference is not None:
-                numbers = torch.tensor(reference[:2], dtype=torch.float64, device=self.device)
-                values += [numbers, *reference[2:]]
-            for value in values:
-                dist.all_reduce(value)
-                value /= world
-            if reference is not None:
-                plates, weight = numbers.tolist()
-                layer.reference = TrainingReference(plates, weight, *reference[2:])
 
     def on_validation_epoch_start(self) -> None:
         """Start a table of predictions."""
@@ -285,19 +312,19 @@ class PlateClassifier(SystemModule):
         self._begin_evaluation()
 
     def on_predict_epoch_start(self) -> None:
-        """Prepare the method for prediction."""
+        """Prepare the method for prediction, which has adapted to no plate yet."""
         self._begin_evaluation()
+        self._adapted, self._controls = set(), None
 
-    def _add_predictions(self, batch: dict[str, Tensor], number: int) -> None:
+    def _add_predictions(self, batch: PlateBatch, number: int) -> None:
+        self._check_controls(batch)
         self._parts.setdefault(number, []).append(select_predictions(batch, self.logits(batch)))
 
-    def validation_step(
-        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def validation_step(self, batch: PlateBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Predict validation queries."""
         self._add_predictions(batch, dataloader_idx)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: PlateBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Predict test queries."""
         self._add_predictions(batch, dataloader_idx)
 
@@ -327,7 +354,7 @@ class PlateClassifier(SystemModule):
             for metric, value in values.items():
                 in_progress_bar = metric == self.monitor
                 self.log(metric, value, batch_size=max(1, len(rows.row)), prog_bar=in_progress_bar)
-        self._parts = {}
+        self._parts, self.context = {}, None
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all validation plates."""
@@ -340,18 +367,77 @@ class PlateClassifier(SystemModule):
     def on_predict_epoch_end(self) -> None:
         """Let the method restore the network."""
         self.method.end(self.network)
+        self.context = None
+
+    # --- prediction ----------------------------------------------------------------------------
+
+    @property
+    def adapts_once(self) -> bool:
+        """Whether prediction adapts once to a plate's controls, and then predicts each query."""
+        return self.method.deploys and self.adaptation.predict_with == "controls"
+
+    def plate_name(self, domain: int) -> str:
+        """Return the name of a plate in the data, or its index as text."""
+        domains = getattr(getattr(self._trainer, "datamodule", None), "domains", ())
+        return str(domains[domain]) if 0 <= domain < len(domains) else str(domain)
+
+    def is_adapted(self, domain: int) -> bool:
+        """Whether this prediction has adapted to a plate already."""
+        return self.plate_name(domain) in self._adapted
+
+    def adapt_to_plate(self, batch: PlateBatch) -> dict[str, Tensor]:
+        """Store the statistics of a plate's controls, once in a prediction, and return them.
+
+        Raises:
+            DataError: The batch has no controls.
+        """
+        name = self.plate_name(batch.domain)
+        if not len(batch.control_row):
+            raise _missing_controls_error(name)
+        chunks = batch.control.split(self.adaptation.chunk)
+        weight = self.method.context(training=False).weight
+        adapt(self.network, chunks, name, weight=weight)
+        self._adapted.add(name)
+        return stored_statistics(self.network, name)
+
+    def load_plate(self, domain: int, tensors: Mapping[str, Tensor]) -> None:
+        """Use a plate's statistics from an earlier prediction in this one.
+
+        Raises:
+            CheckpointError: The statistics are of another network.
+        """
+        name = self.plate_name(domain)
+        load_statistics(self.network, name, tensors)
+        self._adapted.add(name)
+
+    def _predict_logits(self, batch: PlateBatch) -> Tensor:
+        """Logits of a batch's queries, from stored statistics or with the plate's controls."""
+        self._check_controls(batch, may_lack=True)
+        if self.adapts_once:
+            if not self.is_adapted(batch.domain):
+                self.adapt_to_plate(batch)
+            with self.plate_context(batch, training=False) as context:
+                context.source, context.domain = "stored", self.plate_name(batch.domain)
+                return self.method.logits(self.network, batch, context)
+        if len(batch.control_row):
+            self._controls = batch.domain, batch.control
+        elif self.method.needs_controls or self.method.deploys:
+            if self._controls is None or self._controls[0] != batch.domain:
+                raise _missing_controls_error(self.plate_name(batch.domain))
+            batch = batch._replace(images=torch.cat([batch.images, self._controls[1]]))
+        return self.logits(batch)
 
     def predict_step(
-        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+        self, batch: PlateBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
         """Index, plate, well, label (−1: unknown), prediction and probabilities of each query."""
-        mask = batch["kept"]
-        probabilities = self.logits(batch).float().softmax(1)[mask]
+        mask = batch.counted
+        probabilities = self._predict_logits(batch).float().softmax(1)[mask]
         return {
-            "index": batch["index"][mask],
-            "domain": batch["domain"].expand(len(mask))[mask.to(batch["domain"].device)],
-            "well": batch["well"][mask],
-            "label": batch["label"][mask],
+            "index": batch.row[mask],
+            "domain": torch.full((len(probabilities),), batch.domain),
+            "well": batch.well[mask],
+            "label": batch.label[mask],
             "predicted": probabilities.argmax(1),
             "probabilities": probabilities,
         }
@@ -367,19 +453,9 @@ class PlateClassifier(SystemModule):
         load_reference(self.network, checkpoint.get("context_reference", {}))
 
 
-def _load_network(network: nn.Module, path: str) -> None:
-    """Load the network of a checkpoint of this module, or a state dict of the network."""
-    checkpoint, state = read_state_dict(path, "model.init_args.weights")
-    prefix = "network."
-    network_state = {
-        k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
-    } or state
-    try:
-        network.load_state_dict(network_state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"model.init_args.weights={path} does not fit the network: {reason}",
-            "Use the network and the data of the run.",
-        ) from error
-    load_reference(network, checkpoint.get("context_reference", {}))
+def _missing_controls_error(name: str) -> DataError:
+    return DataError(
+        f"A chunk of plate {name} came before its controls.",
+        "Predict with --trainer.devices=1, or name the folder of an earlier prediction's "
+        "statistics in ControlContext.statistics.",
+    )

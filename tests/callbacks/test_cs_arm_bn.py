@@ -18,7 +18,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fulgurite.callbacks.cs_arm_bn import ControlContext, outlier_score, plate_profile
+from fulgurite.callbacks.cs_arm_bn import ControlContext
+from fulgurite.domains.cs_arm_bn import MIXED, PlateBatch
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.cs_arm_bn import (
     ARMBN,
@@ -29,16 +30,21 @@ from fulgurite.models.cs_arm_bn import (
     TENT,
     TVN,
     AdaBN,
+    AdaptationOptions,
     AdaptiveWeight,
     ControlsOnly,
     PlateClassifier,
     SmallResNet,
 )
-from fulgurite.models.cs_arm_bn.adaptation import reference_state
 from fulgurite.models.cs_arm_bn.batchnorm import context_layers
+from fulgurite.models.cs_arm_bn.modes import compare_modes
+from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
+from fulgurite.models.cs_arm_bn.references import reference_state
+from fulgurite.testing.plates import select_rows
 from fulgurite.testing.survival import start_forked
 
 L, N, K = 8, 6, 4
+ROWS = ("images", "label", "row", "well", "counted", "query_domain")  # columns of queries
 SMOKE = str(resources.files("fulgurite.configs.cs_arm_bn") / "smoke.yaml")
 
 
@@ -54,22 +60,16 @@ def make_plate(number, seed=0, queries=L, controls=N, gain=None):
     own = torch.Generator().manual_seed(number)
     gain = 0.7 + 0.6 * torch.rand(1, 2, 1, 1, generator=own) if gain is None else gain
     offset = 0.3 * torch.randn(1, 2, 1, 1, generator=own)
-    return {
-        "query": gain * query + offset,
-        "control": gain * control + offset,
-        "label": label,
-        "index": 1000 * number + torch.arange(queries),
-        "control_index": 1000 * number + 500 + torch.arange(controls),
-        "domain": torch.tensor(number),
-        "control_domain": torch.full((controls,), number),
-        "well": 100 * number + torch.arange(queries) // 2,
-        "kept": torch.ones(queries, dtype=torch.bool),
-    }
+    batch = PlateBatch.from_images(gain * query + offset, gain * control + offset, label, number)
+    return batch._replace(
+        row=1000 * number + torch.arange(queries),
+        control_row=1000 * number + 500 + torch.arange(controls),
+        well=100 * number + torch.arange(queries) // 2,
+    )
 
 
 def cut(plate, start, stop, controls):
-    rows = {k: plate[k][start:stop] for k in ("query", "label", "index", "well", "kept")}
-    return plate | rows | {k: plate[k][:controls] for k in plate if k.startswith("control")}
+    return select_rows(plate, slice(start, stop), slice(controls))
 
 
 class Plates(LightningDataModule):
@@ -104,7 +104,7 @@ class Plates(LightningDataModule):
         )
 
 
-def make_module(method=None):
+def make_module(method=None, **adaptation):
     torch.manual_seed(0)
     return PlateClassifier(
         lambda c, k: SmallResNet(c, k, width=4),
@@ -112,6 +112,7 @@ def make_module(method=None):
         lambda p: torch.optim.Adam(p, 0.02),
         num_classes=K,
         in_channels=2,
+        adaptation=AdaptationOptions(**adaptation),
     )
 
 
@@ -132,8 +133,7 @@ class Spy(Callback):
         self.seen = set()
 
     def note(self, stage, module):
-        for layer in context_layers(module.network).values():
-            self.seen.add((stage, layer.context.source, layer.context.weight))
+        self.seen.add((stage, module.context.source, module.context.weight))
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.note("train", pl_module)
@@ -152,8 +152,8 @@ class Spy(Callback):
 def trained(tmp_path):
     """Trains a method on the plates; gives trainer, module and callback."""
 
-    def call(method=None, data=None, **kwargs):
-        module, callback = make_module(method), ControlContext(**kwargs)
+    def call(method=None, data=None, **adaptation):
+        module, callback = make_module(method, **adaptation), ControlContext()
         trainer = make_trainer(tmp_path, callback)
         trainer.fit(module, data or Plates())
         return trainer, module, callback
@@ -211,13 +211,29 @@ def test_an_error_leaves_no_context_behind(tmp_path):
     assert all(layer.context is None for layer in context_layers(module.network).values())
 
 
+@pytest.mark.parametrize("method", [AdaptiveWeight, ControlsOnly, ERM])
+def test_a_plain_trainer_gives_the_same_as_with_the_callback(tmp_path, method):
+    """Training, validation, test and prediction, bit for bit."""
+    results = []
+    for name, callbacks in (("with", [ControlContext()]), ("without", [])):
+        module = make_module(method())
+        trainer = make_trainer(tmp_path / name, *callbacks)
+        trainer.fit(module, Plates())
+        tested = trainer.test(module, Plates(), verbose=False)
+        metrics = [{k: v for k, v in d.items() if "query_weight" not in k} for d in tested]
+        arrays = predicted(trainer, module, Plates())
+        results.append((module.state_dict(), reference_state(module.network), metrics, arrays))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
 def foreign(batch):
-    other = batch["control_domain"].clone()
+    other = batch.control_domain.clone()
     other[:2] += 1
-    return batch | {"control_domain": other}
+    return batch._replace(control_domain=other)
 
 
 def test_controls_of_another_plate_are_refused_unless_they_are_meant(trained):
@@ -238,27 +254,31 @@ def test_batches_without_controls(trained):
 
 
 def test_batches_of_other_data_are_refused(trained):
-    with pytest.raises(DataError, match="lacks control_domain, kept"):
-        trained(data=Plates(lambda b: {k: b[k] for k in b if k not in ("kept", "control_domain")}))
+    with pytest.raises(DataError, match="A batch is a dict, not a PlateBatch"):
+        trained(data=Plates(lambda batch: batch._asdict()))
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"predict_with": "queries"}, {"adapt_chunk": 0}, {"record_share": 2.0}, {"record_least": -1}],
+    [{"predict_with": "queries"}, {"chunk": 0}, {"record_fraction": 2.0}, {"min_recorded": -1}],
 )
 def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(ConfigError):
-        ControlContext(**wrong)
+    with pytest.raises(ConfigError, match=f"model.init_args.adaptation.{next(iter(wrong))}"):
+        AdaptationOptions(**wrong)
+    with pytest.raises(ConfigError, match="outlier_above"):
+        ControlContext(outlier_above=-1)
 
 
 def test_synchronised_batchnorm_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path, strategy="ddp", sync_batchnorm=True)
+    module = make_module()
+    module.trainer = make_trainer(tmp_path, strategy="ddp", sync_batchnorm=True)
     with pytest.raises(ConfigError, match="sync_batchnorm"):
-        ControlContext().setup(trainer, make_module(), "fit")
+        module.setup("fit")
     module = make_module()
     module.network.bn1 = nn.SyncBatchNorm(4)
+    module.trainer = make_trainer(tmp_path)
     with pytest.raises(ConfigError, match="sync_batchnorm"):
-        ControlContext().setup(make_trainer(tmp_path), module, "fit")
+        module.setup("fit")
 
 
 # --- prediction -----------------------------------------------------------------------------------
@@ -282,7 +302,7 @@ def test_prediction_adapts_once_and_does_not_depend_on_chunks(trained, method):
 
 
 def test_statistics_are_written_with_their_provenance_and_read_again(trained, tmp_path):
-    trainer, module, callback = trained(adapt_chunk=4)  # several chunks of controls
+    trainer, module, callback = trained(chunk=4)  # several chunks of controls
     first = predicted(trainer, module, Plates())
     folder = tmp_path / "run" / "statistics"
     facts = json.loads((folder / "lab_batch_6_plate_6.json").read_text())
@@ -312,16 +332,15 @@ def test_statistics_are_written_with_their_provenance_and_read_again(trained, tm
 
 
 def test_prediction_as_in_the_test_keeps_the_controls_of_a_plate(trained):
-    trainer, module, callback = trained(CSARMBN())
-    callback.predict_with = "test"
+    trainer, module, _ = trained(CSARMBN(), predict_with="test")
     found = predicted(trainer, module, Plates(chunk=3))
     with torch.no_grad():
-        rows = {k: torch.cat([cut(make_plate(6), 3, 6, N)[k]]) for k in ("query", "control")}
+        images = cut(make_plate(6), 3, 6, N).images
         network = module.network.eval()
         from fulgurite.models.cs_arm_bn import context
 
         with context(network, "union", n_query=3):
-            expected = network(torch.cat([rows["query"], rows["control"]]))[:3].softmax(1)
+            expected = network(images)[:3].softmax(1)
     torch.testing.assert_close(found["probabilities"][3:6], expected)
 
 
@@ -329,9 +348,9 @@ def test_padding_and_unlabelled_queries(trained):
     trainer, module, _ = trained()
 
     def unlabelled(batch):
-        kept = batch["kept"].clone()
-        kept[-1] = False
-        return batch | {"label": torch.full_like(batch["label"], -1), "kept": kept}
+        counted = batch.counted.clone()
+        counted[-1] = False
+        return batch._replace(label=torch.full_like(batch.label, -1), counted=counted)
 
     found = predicted(trainer, module, Plates(unlabelled, chunk=4))
     assert len(found["index"]) == 2 * (L - 2)
@@ -341,11 +360,17 @@ def test_padding_and_unlabelled_queries(trained):
 @pytest.mark.parametrize("method", [ARMLL, TENT])
 def test_methods_with_gradients_of_their_own_refuse_half_precision(method):
     trainer = SimpleNamespace(strategy=None, precision="16-mixed")
+
+    def set_up(method):
+        module = make_module(method)
+        module.trainer = trainer
+        module.setup("fit")
+
     with pytest.raises(ConfigError, match=r"16-mixed: nothing scales them\. Use bf16-mixed"):
-        ControlContext().setup(trainer, make_module(method()), "fit")
-    ControlContext().setup(trainer, make_module(), "fit")
+        set_up(method())
+    set_up(None)
     trainer.precision = "bf16-mixed"
-    ControlContext().setup(trainer, make_module(method()), "fit")
+    set_up(method())
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -381,12 +406,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, every):
 
 
 @pytest.mark.parametrize(
-    ("settings", "epoch"), [({}, 20), ({"record_least": 0}, 3), ({"record_least": 5}, 5)]
+    ("settings", "epoch"), [({}, 20), ({"min_recorded": 0}, 3), ({"min_recorded": 5}, 5)]
 )
 def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epoch):
     """Epochs have 20 episodes; what came before an epoch counts as two of them."""
-    module = make_module()
-    make_trainer(tmp_path, ControlContext(**settings), max_epochs=2).fit(module, Plates())
+    module = make_module(**settings)
+    make_trainer(tmp_path, ControlContext(), max_epochs=2).fit(module, Plates())
     for layer in context_layers(module.network).values():
         assert int(layer.reference.plates) == 2 + epoch
 
@@ -396,7 +421,8 @@ def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(
     """The reference is recorded in steps 6 to 8 of an epoch; the run is taken up at step 7."""
     options = (
         "--data.init_args.steps_per_epoch=8", "--trainer.max_epochs=5",
-        "--trainer.callbacks.record_share=0.375", "--trainer.callbacks.record_least=0",
+        "--model.init_args.adaptation.record_fraction=0.375",
+        "--model.init_args.adaptation.min_recorded=0",
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.every_n_train_steps=15", "--trainer.callbacks.save_top_k=-1",
         "--trainer.callbacks.filename={step}",
@@ -428,7 +454,7 @@ def test_a_plate_with_strange_controls_is_named(trained):
     trainer, module, _ = trained()
 
     def broken(batch):
-        return make_plate(7, gain=0.01) if int(batch["domain"]) == 7 else batch
+        return make_plate(7, gain=0.01) if int(batch.domain) == 7 else batch
 
     with pytest.warns(UserWarning, match=r"plate/7 are unlike those of all training plates"):
         trainer.test(module, Plates(broken), verbose=False)
@@ -517,12 +543,11 @@ class ManyPlates(Plates):
         plates = [make_plate(i, seed, gain=0.3 + 0.5 * i) for seed in range(4) for i in range(5)]
         if not self.mixed:
             return self.loader(plates * 3)
-        names = ("query", "label", "index", "well", "kept")
-        whole = {name: torch.cat([plate[name] for plate in plates]) for name in names}
-        draws = [torch.randperm(len(whole["label"]), generator=g)[:16] for _ in range(60)]
-        none = {k: plates[0][k][:0] for k in plates[0] if k.startswith("control")}
-        none["domain"] = torch.tensor(-1)
-        return self.loader([{k: v[rows] for k, v in whole.items()} | none for rows in draws])
+        plates = [cut(plate, 0, L, 0) for plate in plates]
+        whole = {name: torch.cat([getattr(plate, name) for plate in plates]) for name in ROWS}
+        whole = plates[0]._replace(**whole, n_query=len(plates) * L, domain=MIXED)
+        draws = [torch.randperm(whole.n_query, generator=g)[:16] for _ in range(60)]
+        return self.loader([select_rows(whole, rows) for rows in draws])
 
 
 @pytest.mark.parametrize(
@@ -566,7 +591,7 @@ def test_comparing_modes_changes_nothing():
     module.network.blocks[0].eval()
     state = {name: value.clone() for name, value in module.state_dict().items()}
     modes, random = [m.training for m in module.modules()], torch.get_rng_state()
-    module.compare_modes(make_plate(0))
+    compare_modes(module, make_plate(0))
     torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
     assert [m.training for m in module.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)

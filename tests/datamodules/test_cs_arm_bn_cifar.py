@@ -142,10 +142,11 @@ def test_batches_hold_the_corrupted_pictures(archive):
     )
     again.setup()
     for one, two in zip(data.test_dataloader()[1], again.test_dataloader()[1], strict=True):
-        assert one["query"].equal(two["query"])
-        assert one["control"].equal(two["control"])
+        assert one.query.equal(two.query)
+        assert one.control.equal(two.control)
     for batch in data.train_dataloader():
-        for image, row in zip(batch["query"], batch["index"].tolist(), strict=True):
+        batch = data.on_after_batch_transfer(batch, 0)
+        for image, row in zip(batch.query, batch.row.tolist(), strict=True):
             member, family, _ = data.table.paths(np.array([row]))[0][0].split("#")
             if family == "clean":
                 seed = CLASSES.index(member.split("/")[1]) * 1000 + int(member[-8:-4])
@@ -194,4 +195,4 @@ def test_real_cifar():
     data.setup()
     assert len(data.domains) == 18
     batch = next(iter(data.train_dataloader()))
-    assert tuple(batch["query"].shape) == (8, 3, 32, 32)
+    assert tuple(batch.query.shape) == (8, 3, 32, 32)

@@ -20,28 +20,25 @@ from fulgurite.datamodules.cs_arm_bn import (
     Preprocess,
     SyntheticPlates,
 )
-from fulgurite.datamodules.cs_arm_bn.episodes import (
-    EPOCH,
-    EpisodeSampler,
-    PlateSampler,
+from fulgurite.datamodules.cs_arm_bn.draws import (
     draw_shifted_batches,
     mislabel,
     pair_wrong_plates,
     split_into_batches,
 )
+from fulgurite.datamodules.cs_arm_bn.episodes import EPOCH, EpisodeSampler, PlateSampler
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 
 SHAPES = {
-    "query": (torch.float32, 4),
-    "control": (torch.float32, 4),
+    "images": (torch.float32, 4),
     "label": (torch.int64, 1),
-    "index": (torch.int64, 1),
-    "control_index": (torch.int64, 1),
-    "domain": (torch.int64, 0),
+    "row": (torch.int64, 1),
+    "control_row": (torch.int64, 1),
     "control_domain": (torch.int64, 1),
     "well": (torch.int64, 1),
     "query_domain": (torch.int64, 1),
-    "kept": (torch.bool, 1),
+    "counted": (torch.bool, 1),
 }
 
 
@@ -80,26 +77,28 @@ def make(folder):
 
 def check(batch, data):
     table = data.table
+    moved = data.on_after_batch_transfer(batch, 0)
     for name, (dtype, ndim) in SHAPES.items():
-        assert batch[name].dtype == dtype, name
-        assert batch[name].ndim == ndim, name
-    assert batch.keys() == SHAPES.keys()
-    queries, controls = len(batch["query"]), len(batch["control"])
-    for name in ("label", "index", "well", "kept"):
-        assert len(batch[name]) == queries
-    for name in ("control_index", "control_domain"):
-        assert len(batch[name]) == controls
-    index, control = batch["index"].numpy(), batch["control_index"].numpy()
+        assert getattr(moved, name).dtype == dtype, name
+        assert getattr(moved, name).ndim == ndim, name
+    assert batch.images.dtype == torch.from_numpy(data.images[0]).dtype
+    assert {*batch._fields} - {"n_query", "domain"} == SHAPES.keys()
+    queries, controls = len(batch.query), len(batch.control)
+    for name in ("label", "row", "well", "counted"):
+        assert len(getattr(batch, name)) == queries
+    for name in ("control_row", "control_domain"):
+        assert len(getattr(batch, name)) == controls
+    index, control = batch.row.numpy(), batch.control_row.numpy()
     assert not table.control[index].any()
-    assert (table.label[index] == batch["label"].numpy()).all()
-    assert (table.well[index] == batch["well"].numpy()).all()
-    assert (table.domain[control] == batch["control_domain"].numpy()).all()
-    if batch["domain"] >= 0:
-        assert (table.domain[index] == int(batch["domain"])).all()
+    assert (table.label[index] == batch.label.numpy()).all()
+    assert (table.well[index] == batch.well.numpy()).all()
+    assert (table.domain[control] == batch.control_domain.numpy()).all()
+    if batch.domain >= 0:
+        assert (table.domain[index] == int(batch.domain)).all()
 
 
 def equal(one, other):
-    return all(one[name].equal(other[name]) for name in SHAPES)
+    return all(getattr(one, name).equal(getattr(other, name)) for name in SHAPES)
 
 
 def test_training_batches_keep_their_promises(make):
@@ -108,18 +107,18 @@ def test_training_batches_keep_their_promises(make):
     assert len(batches) == len(data.assignment.train) // 6
     for batch in batches:
         check(batch, data)
-        assert tuple(batch["query"].shape) == (6, 5, 16, 16)
-        assert tuple(batch["control"].shape) == (5, 5, 16, 16)
-        assert (batch["control_domain"] == batch["domain"]).all()
-        assert data.table.control[batch["control_index"].numpy()].all()
-        assert set(batch["index"].tolist()) <= set(data.assignment.train.tolist())
-        assert batch["kept"].all()
-        assert len(set(batch["index"].tolist())) == 6  # drawn without replacement
+        assert tuple(batch.query.shape) == (6, 5, 16, 16)
+        assert tuple(batch.control.shape) == (5, 5, 16, 16)
+        assert (batch.control_domain == batch.domain).all()
+        assert data.table.control[batch.control_row.numpy()].all()
+        assert set(batch.row.tolist()) <= set(data.assignment.train.tolist())
+        assert batch.counted.all()
+        assert len(set(batch.row.tolist())) == 6  # drawn without replacement
 
 
 def test_all_plates_are_drawn_about_equally_often(make):
     data = make(steps_per_epoch=300, image_size=1)
-    drawn = torch.stack([batch["domain"] for batch in data.train_dataloader()])
+    drawn = torch.tensor([batch.domain for batch in data.train_dataloader()])
     counts = torch.bincount(drawn, minlength=len(data.domains))
     train = np.unique(data.table.domain[data.assignment.train])
     assert set(counts.nonzero()[:, 0].tolist()) == set(train.tolist())
@@ -150,7 +149,7 @@ def test_epochs_differ_and_ranks_share_out_the_same_episodes(make):
         sampler.set_epoch(epoch)
         numbers = list(sampler)
         assert numbers == [epoch * EPOCH + e for e in range(5)]
-        seen[epoch] = [episodes[n]["index"].tolist() for n in numbers]
+        seen[epoch] = [episodes[n].row.tolist() for n in numbers]
         shards = []
         for rank in range(2):
             shard = DistributedSamplerWrapper(
@@ -169,11 +168,11 @@ def test_mixed_batches_can_have_equally_many_queries_of_some_plates(make, plates
     batches = list(data.train_dataloader())
     domain = torch.from_numpy(data.table.domain)
     for batch in batches:
-        assert torch.equal(batch["query_domain"], domain[batch["index"]])
-        counts = batch["query_domain"].unique(return_counts=True)[1].tolist()
+        assert torch.equal(batch.query_domain, domain[batch.row])
+        counts = batch.query_domain.unique(return_counts=True)[1].tolist()
         assert sorted(counts) == sorted(13 // plates + (i < 13 % plates) for i in range(plates))
-        assert not len(batch["control"])
-    assert len(torch.cat([b["query_domain"] for b in batches]).unique()) == 2  # all there are
+        assert not len(batch.control)
+    assert len(torch.cat([b.query_domain for b in batches]).unique()) == 2  # all there are
 
 
 def test_more_plates_than_there_are_cannot_be_mixed(make):
@@ -188,23 +187,23 @@ def test_mixed_batches_come_from_all_plates(make):
     data = make(mixed=True, queries=40, steps_per_epoch=2)
     for batch in data.train_dataloader():
         check(batch, data)
-        assert tuple(batch["control"].shape) == (0, 5, 16, 16)
-        assert int(batch["domain"]) == -1
-        assert len(set(data.table.domain[batch["index"].numpy()].tolist())) > 1
+        assert tuple(batch.control.shape) == (0, 5, 16, 16)
+        assert int(batch.domain) == -1
+        assert len(set(data.table.domain[batch.row.numpy()].tolist())) > 1
 
 
 def test_too_few_images_are_drawn_again(make):
     data = make(queries=20, controls=30)
     batch = next(iter(data.train_dataloader()))
     check(batch, data)
-    assert len(batch["query"]) == 20
-    assert len(batch["control"]) == 30
-    assert next(iter(make(controls=0).train_dataloader()))["control"].shape[0] == 0
+    assert len(batch.query) == 20
+    assert len(batch.control) == 30
+    assert next(iter(make(controls=0).train_dataloader())).control.shape[0] == 0
 
 
 def evaluated(loader):
     batches = list(loader)
-    index = torch.cat([batch["index"][batch["kept"]] for batch in batches])
+    index = torch.cat([batch.row[batch.counted] for batch in batches])
     return batches, index
 
 
@@ -219,25 +218,25 @@ def test_evaluation_sees_each_query_once_with_its_plates_controls(make):
         fixed = {}
         for batch in batches:
             check(batch, data)
-            assert (batch["control_domain"] == batch["domain"]).all()
-            assert len(batch["control"]) == 5
-            controls = fixed.setdefault(int(batch["domain"]), batch["control_index"])
-            assert controls.equal(batch["control_index"])
+            assert (batch.control_domain == batch.domain).all()
+            assert len(batch.control) == 5
+            controls = fixed.setdefault(int(batch.domain), batch.control_row)
+            assert controls.equal(batch.control_row)
         again, _ = evaluated(loader)
         assert all(equal(a, b) for a, b in zip(batches, again, strict=True))
-    assert {len(batch["query"]) for batch in batches} == {6}  # 16 = 6 + 6 + 4, filled up
-    assert sum(int((~batch["kept"]).sum()) for batch in batches) == 4  # on two plates
+    assert {len(batch.query) for batch in batches} == {6}  # 16 = 6 + 6 + 4, filled up
+    assert sum(int((~batch.counted).sum()) for batch in batches) == 4  # on two plates
 
 
 def test_evaluation_sizes(make):
     data = make(eval_queries=1, eval_controls=99, eval_limit=3)
     batches, index = evaluated(data.test_dataloader()[2])
     assert len(index) == len(set(index.tolist())) == 6
-    assert {(len(b["query"]), len(b["control"])) for b in batches} == {(1, 8)}
+    assert {(len(b.query), len(b.control)) for b in batches} == {(1, 8)}
     none = make(eval_controls=0)
-    assert {len(b["control"]) for b in none.test_dataloader()[1]} == {0}
+    assert {len(b.control) for b in none.test_dataloader()[1]} == {0}
     whole = make(eval_queries=999)
-    assert [len(b["query"]) for b in whole.test_dataloader()[2]] == [16, 16]
+    assert [len(b.query) for b in whole.test_dataloader()[2]] == [16, 16]
 
 
 def test_a_plate_has_the_same_chunks_whatever_else_is_tested(make):
@@ -245,8 +244,8 @@ def test_a_plate_has_the_same_chunks_whatever_else_is_tested(make):
     alone = make(HoldOut(new_labs=["source_8"], new_batches=0, val_batches=0, in_domain=0))
     one = list(both.test_dataloader()[both.test_sets.index("new_lab")])
     two = list(alone.test_dataloader()[0])
-    assert [b["index"].tolist() for b in one] == [b["index"].tolist() for b in two]
-    assert [b["control_index"].tolist() for b in one] == [b["control_index"].tolist() for b in two]
+    assert [b.row.tolist() for b in one] == [b.row.tolist() for b in two]
+    assert [b.control_row.tolist() for b in one] == [b.control_row.tolist() for b in two]
 
 
 @pytest.mark.parametrize("size", [1, 6, 24])
@@ -256,13 +255,13 @@ def test_label_shift_changes_batches_alone(make, size):
     for loader, other in zip(data.test_dataloader(), plain.test_dataloader(), strict=True):
         batches, index = evaluated(loader)
         assert sorted(index.tolist()) == sorted(evaluated(other)[1].tolist())
-        assert {len(batch["query"]) for batch in batches} == {size}
+        assert {len(batch.query) for batch in batches} == {size}
         for batch in batches:
             check(batch, data)
-        pure = [len(batch["label"].unique()) == 1 for batch in batches]
+        pure = [len(batch.label.unique()) == 1 for batch in batches]
         assert np.mean(pure) > 0.9
-        for domain in {int(batch["domain"]) for batch in batches}:
-            own = torch.cat([b["label"] for b in batches if int(b["domain"]) == domain])
+        for domain in {int(batch.domain) for batch in batches}:
+            own = torch.cat([b.label for b in batches if int(b.domain) == domain])
             assert len(set(own.bincount().tolist())) == 1  # each class equally often
     assert evaluated(data.val_dataloader())[1].equal(evaluated(plain.val_dataloader())[1])
 
@@ -345,11 +344,11 @@ def test_wrong_controls_come_from_one_other_plate_of_the_test(make):
     data = make(control_plate="wrong")
     for batch in data.test_dataloader()[1]:
         check(batch, data)
-        (other,) = batch["control_domain"].unique().tolist()
-        assert other != int(batch["domain"])
+        (other,) = batch.control_domain.unique().tolist()
+        assert other != int(batch.domain)
         tested = data.table.domain[data.assignment.tests["new_batch"]]
         assert other in tested
-    assert all((b["control_domain"] == b["domain"]).all() for b in data.val_dataloader())
+    assert all((b.control_domain == b.domain).all() for b in data.val_dataloader())
     one = HoldOut(new_batches=["CP_25"], val_batches=1, in_domain=0)
     with pytest.raises(ConfigError, match="control_plate"):
         make(one, control_plate="wrong").test_dataloader()
@@ -358,9 +357,9 @@ def test_wrong_controls_come_from_one_other_plate_of_the_test(make):
 def test_mislabelled_controls_are_queries_of_the_plate(make):
     data = make(mislabelled_controls=0.4, controls=8)
     for batch in data.test_dataloader()[2]:
-        control = batch["control_index"].numpy()
+        control = batch.control_row.numpy()
         assert (~data.table.control[control]).sum() == 3
-        assert (data.table.domain[control] == int(batch["domain"])).all()
+        assert (data.table.domain[control] == int(batch.domain)).all()
     rows = np.arange(5)
     assert (mislabel(rows, np.array([9]), 0.0, np.random.default_rng(0)) == rows).all()
     assert (mislabel(rows, rows[:0], 1.0, np.random.default_rng(0)) == rows).all()
@@ -369,22 +368,22 @@ def test_mislabelled_controls_are_queries_of_the_plate(make):
 def test_prediction_brings_all_controls_first_and_each_query_once(make):
     data = make()
     batches = list(data.predict_dataloader())
-    order = [int(batch["domain"]) for batch in batches]
+    order = [int(batch.domain) for batch in batches]
     assert order == sorted(order)
     tested = {"new_batch", "new_lab"}
     rows = np.concatenate([data.assignment.tests[name] for name in tested])
     assert set(order) == set(data.table.domain[rows].tolist())
     for d in set(order):
-        own = [batch for batch in batches if int(batch["domain"]) == d]
-        assert own[0]["control_index"].tolist() == data.table.rows_of(d, True).tolist()
-        assert all(len(batch["control"]) == 0 for batch in own[1:])
-        assert all(batch["control"].shape[1:] == (5, 16, 16) for batch in own)
-        index = torch.cat([batch["index"] for batch in own])
+        own = [batch for batch in batches if int(batch.domain) == d]
+        assert own[0].control_row.tolist() == data.table.rows_of(d, True).tolist()
+        assert all(len(batch.control) == 0 for batch in own[1:])
+        assert all(batch.control.shape[1:] == (5, 16, 16) for batch in own)
+        index = torch.cat([batch.row for batch in own])
         assert index.tolist() == data.table.rows_of(d, False).tolist()
-        assert all(batch["kept"].all() for batch in own)
+        assert all(batch.counted.all() for batch in own)
     everything = make(predict="all").predict_dataloader()
-    assert len({int(batch["domain"]) for batch in everything}) == 7
-    train = {int(batch["domain"]) for batch in data.plate_dataloader("train")}
+    assert len({int(batch.domain) for batch in everything}) == 7
+    train = {int(batch.domain) for batch in data.plate_dataloader("train")}
     assert train == set(data.table.domain[data.assignment.train].tolist())
 
 
@@ -396,20 +395,25 @@ def test_ranks_predict_whole_plates(make):
     assert not owners[0] & owners[1] | owners[0] & owners[2] | owners[1] & owners[2]
 
 
+def standardised(data, rows):
+    """Images of rows, cropped centrally, as they are on the device."""
+    images = data.evaluation(data.assignment.val).crops.read(rows, None)
+    domain = torch.from_numpy(data.table.domain[rows])
+    batch = PlateBatch.from_images(images, images[:0])._replace(query_domain=domain)
+    return data.on_after_batch_transfer(batch, 0).images
+
+
 def test_training_pixels_have_mean_0_and_deviation_1(make):
     data = make(augment=False)
-    view = data.train_dataloader().dataset.transform
-    pixels = view(data.assignment.train, None)
+    pixels = standardised(data, data.assignment.train)
     assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
     # of all pixels, as the paper's: not the mean of the images' deviations
     assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
-    image = (
-        make(normalise="image").train_dataloader().dataset.transform(data.assignment.train, None)
-    )
+    image = standardised(make(normalise="image"), data.assignment.train)
     assert image.mean((2, 3)).abs().max() < 1e-4
-    plate = make(normalise="plate").train_dataloader().dataset.transform
+    plate = make(normalise="plate")
     for d in range(2):
-        pixels = plate(data.table.rows_of(d, True), None)
+        pixels = standardised(plate, data.table.rows_of(d, True))
         assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
         assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
 
@@ -417,9 +421,9 @@ def test_training_pixels_have_mean_0_and_deviation_1(make):
 def test_given_statistics_are_fractions_of_full_scale(make):
     data = make(mean=[0.5] * 5, std=[0.25] * 5)
     row = int(data.assignment.val[0])
-    view = data.val_dataloader().dataset.transform
     expected = (data.images[row].astype(np.float32) / 65535 - 0.5) / 0.25
-    assert view(np.array([row]), None)[0].numpy() == pytest.approx(expected, abs=1e-4)
+    pixels = standardised(data, np.array([row]))
+    assert pixels[0].numpy() == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ConfigError, match="5 channels"):
         make(mean=[0.5], std=[0.5])
 
@@ -427,29 +431,25 @@ def test_given_statistics_are_fractions_of_full_scale(make):
 def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
     data = make(image_size=15, steps_per_epoch=30)
     assert data.image_size == (15, 15)
-    plain = data.val_dataloader().dataset.transform
     seen = set()
     for batch in data.train_dataloader():
-        for image, row in zip(batch["query"], batch["index"].tolist(), strict=True):
+        for image, row in zip(batch.query.float(), batch.row.tolist(), strict=True):
             whole = torch.from_numpy(data.images[row].astype(np.float32))
-            whole = (whole - plain.mean[:, None, None]) / plain.std[:, None, None]
             found = [
                 (top, left, flips)
                 for top in (0, 1)
                 for left in (0, 1)
                 for flips in ((), (1,), (2,), (1, 2))
-                if whole[:, top : top + 15, left : left + 15].flip(flips).allclose(image, atol=1e-4)
+                if whole[:, top : top + 15, left : left + 15].flip(flips).equal(image)
             ]
             assert len(found) == 1
             seen.add(found[0])
     assert len(seen) == 16
     fixed = make(image_size=14)
     row = int(fixed.assignment.val[0])
-    centre = fixed.val_dataloader().dataset.transform(np.array([row]), None)[0]
+    (centre,) = fixed.evaluation(fixed.assignment.val).crops.read(np.array([row]), None)
     whole = torch.from_numpy(fixed.images[row].astype(np.float32))[:, 1:15, 1:15]
-    assert centre.allclose(
-        (whole - plain.mean[:, None, None]) / plain.std[:, None, None], atol=1e-4
-    )
+    assert centre.float().equal(whole)
     with pytest.raises(ConfigError, match="Crops of 17"):
         make(image_size=17)
 
@@ -471,8 +471,8 @@ def test_a_resumed_run_sees_the_episodes_of_an_uninterrupted_one(make, tmp_path,
             self.seen = []
 
         def training_step(self, batch, _):
-            self.seen.append((self.current_epoch, int(batch["domain"]), batch["index"].tolist()))
-            return self.weight * batch["query"].mean()
+            self.seen.append((self.current_epoch, int(batch.domain), batch.row.tolist()))
+            return self.weight * batch.query.mean()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
@@ -539,13 +539,14 @@ def test_unlabelled_plates_are_predicted_with_the_statistics_of_training(make, t
         data.load_state_dict(state)
     data.load_state_dict(state | {"channels": names})
     (batch,) = data.predict_dataloader()
-    assert (batch["label"] == -1).all()
-    assert len(batch["control"]) == 3
+    assert (batch.label == -1).all()
+    assert len(batch.control) == 3
+    batch = data.on_after_batch_transfer(batch, 0)
     mean, std = state["mean"] * 65535, state["std"] * 65535
     expected = (torch.from_numpy(data.images[3].astype(np.float32)) - mean[:, None, None]) / std[
         :, None, None
     ]
-    assert batch["query"][0].allclose(expected, atol=1e-4)
+    assert batch.query[0].allclose(expected, atol=1e-4)
 
 
 def test_plates_without_controls_stop_or_are_counted(tmp_path):
@@ -585,7 +586,7 @@ def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch
     kept = data(exclude=["unreadable"])
     kept.setup()
     (batch,) = kept.predict_dataloader()
-    assert kept.table.frame["well"][batch["index"].numpy()].tolist() == ["A03", "A05"]
+    assert kept.table.frame["well"][batch.row.numpy()].tolist() == ["A03", "A05"]
     assert "1 sites" in kept.table.report()
     with pytest.raises(ConfigError, match="cache=true"):
         data(exclude=["unreadable"], cache=False)

@@ -71,10 +71,10 @@ def test_rows_are_matched_by_name_in_any_order(tmp_path, monkeypatch, keys, valu
     data.setup()
     for row in (0, 17, 40):
         np.testing.assert_array_equal(data.images[row][:, 0, 0], values[row])
-    batch = data.train_dataloader().dataset[0]
-    raw = values[batch["index"]]
+    batch = data.on_after_batch_transfer(data.train_dataloader().dataset[0], 0)
+    raw = values[batch.row]
     mean, std = (x.numpy() for x in data.state_dict().values() if hasattr(x, "numpy"))
-    np.testing.assert_allclose(batch["query"][:, :, 0, 0], (raw - mean) / std, rtol=1e-4)
+    np.testing.assert_allclose(batch.query[:, :, 0, 0], (raw - mean) / std, rtol=1e-4)
 
 
 def test_rows_are_matched_by_number(tmp_path, keys, values):

@@ -616,8 +616,8 @@ def _checkpoints():
     from torch import nn
 
     from fulgurite.models.cs_arm_bn import convert_batchnorm
-    from fulgurite.models.cs_arm_bn.adaptation import load_reference
-    from fulgurite.models.cs_arm_bn.module import _load_network
+    from fulgurite.models.cs_arm_bn.references import load_reference
+    from fulgurite.models.cs_arm_bn.weights import load_network
     from fulgurite.weights import load_weights
 
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
@@ -645,7 +645,7 @@ def _checkpoints():
     )
     # a reference that does not fit is named by layer
     yield Target(
-        "checkpoint", seeds, lambda f: _load_network(converted, str(f / "a.ckpt")), is_named=False
+        "checkpoint", seeds, lambda f: load_network(converted, str(f / "a.ckpt")), is_named=False
     )
 
 

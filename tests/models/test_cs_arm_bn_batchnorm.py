@@ -25,10 +25,10 @@ from fulgurite.models.cs_arm_bn import (
     revert_batchnorm,
     stored_statistics,
 )
-from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
 from fulgurite.models.cs_arm_bn.batch_statistics import Group
 from fulgurite.models.cs_arm_bn.batchnorm import context_layers
 from fulgurite.models.cs_arm_bn.checkpointing import run_checkpointed
+from fulgurite.models.cs_arm_bn.references import load_reference, reference_state
 
 L, N = 6, 10
 

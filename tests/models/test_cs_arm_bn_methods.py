@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.layers import ResNet18 as ResNet18Plain
 from fulgurite.models.cs_arm_bn import (
@@ -35,6 +36,7 @@ from fulgurite.models.cs_arm_bn import (
 )
 from fulgurite.models.cs_arm_bn.batchnorm import use_context
 from fulgurite.models.cs_arm_bn.embedding import embed
+from fulgurite.testing.plates import change_images
 
 L, N, K = 6, 9, 4
 ALL = [
@@ -45,17 +47,9 @@ ALL = [
 
 def make_batch(seed=0, domain=0, queries=L, controls=N):
     g = torch.Generator().manual_seed(seed)
-    return {
-        "query": torch.randn(queries, 3, 12, 12, generator=g),
-        "control": 0.5 + 0.8 * torch.randn(controls, 3, 12, 12, generator=g),
-        "label": torch.arange(queries) % K,
-        "index": torch.arange(queries),
-        "control_index": torch.arange(controls),
-        "domain": torch.tensor(domain),
-        "control_domain": torch.full((controls,), domain),
-        "well": torch.arange(queries) // 2,
-        "kept": torch.ones(queries, dtype=torch.bool),
-    }
+    query = torch.randn(queries, 3, 12, 12, generator=g)
+    control = 0.5 + 0.8 * torch.randn(controls, 3, 12, 12, generator=g)
+    return PlateBatch.from_images(query, control, torch.arange(queries) % K, domain)
 
 
 def make_module(method=None, **kwargs):
@@ -66,15 +60,13 @@ def make_module(method=None, **kwargs):
 
 
 def logits(module, batch, training=False):
-    with use_context(module.network, module.method.context(training=training)) as module.context:
-        module.context.n_query = len(batch["query"])
-        if training:
-            module.method.begin(module.network, [batch], training=True)
-            return module.train().logits(batch)
-        module.eval().method.begin(module.network, (), training=False)
-        out = module.logits(batch)
-        module.method.end(module.network)
-        return out
+    if training:
+        module.method.begin(module.network, [batch], training=True)
+        return module.train().logits(batch, training=True)
+    module.eval().method.begin(module.network, (), training=False)
+    out = module.logits(batch)
+    module.method.end(module.network)
+    return out
 
 
 def fitted(method):
@@ -94,7 +86,7 @@ def test_every_method_learns_from_a_batch(method):
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.01)
     losses = []
     for _ in range(12):
-        loss = F.cross_entropy(logits(module, batch, training=True), batch["label"])
+        loss = F.cross_entropy(logits(module, batch, training=True), batch.label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,7 +100,7 @@ def test_control_labels_do_not_exist_and_queries_are_all_that_is_returned(method
     batch = make_batch()
     out = logits(module, batch)
     assert out.shape == (L, K)
-    garbage = batch | {"control_label": torch.full((N,), 99)}
+    garbage = batch._replace(control_row=torch.full((N,), 99))
     assert torch.equal(logits(module, garbage), out)
 
 
@@ -135,9 +127,9 @@ def test_what_a_prediction_depends_on(method, uses_queries, uses_controls):
     module = fitted(method)
     batch = make_batch()
     first = logits(module, batch)[0]
-    other = batch | {"query": torch.cat([batch["query"][:1], make_batch(5)["query"][1:]])}
+    other = change_images(batch, torch.cat([batch.query[:1], make_batch(5).query[1:]]))
     assert (not torch.allclose(logits(module, other)[0], first, atol=1e-6)) == uses_queries
-    other = batch | {"control": 2 * make_batch(5)["control"]}
+    other = change_images(batch, control=2 * make_batch(5).control)
     assert (not torch.allclose(logits(module, other)[0], first, atol=1e-6)) == uses_controls
 
 
@@ -148,9 +140,8 @@ def test_training_is_the_papers(method):
     plain = SmallResNet(3, K, width=4)
     plain.load_state_dict(module.network.state_dict())
     batch = make_batch()
-    rows = torch.cat([batch["query"], batch["control"]])
-    expected = F.cross_entropy(plain.train()(rows)[:L], batch["label"])
-    loss = F.cross_entropy(logits(module, batch, training=True), batch["label"])
+    expected = F.cross_entropy(plain.train()(batch.images)[:L], batch.label)
+    loss = F.cross_entropy(logits(module, batch, training=True), batch.label)
     expected.backward()
     loss.backward()
     torch.testing.assert_close(loss, expected)
@@ -161,20 +152,20 @@ def test_training_is_the_papers(method):
 def test_gradient_through_the_controls_is_a_choice():
     for gradient in (True, False):
         batch = make_batch()
-        batch["control"].requires_grad_()
+        batch.images.requires_grad_()
         module = make_module(ControlsOnly(gradient=gradient))
         logits(module, batch, training=True).square().sum().backward()
-        assert bool(batch["control"].grad.any()) == gradient
+        assert bool(batch.images.grad[L:].any()) == gradient
 
 
 def test_one_query_without_controls_says_nothing_about_the_plate():
     """ARM-BN on one image sees only its own contrast; CS-ARM-BN sees the plate."""
     batch = make_batch(queries=1)
-    gains = [batch | {k: g * batch[k] for k in ("query", "control")} for g in (1.0, 4.0)]
+    gains = [batch._replace(images=g * batch.images) for g in (1.0, 4.0)]
     for method in (ARMBN(), CSARMBN()):
         one, other = (logits(make_module(method), b) for b in gains)
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)  # a common gain cancels
-    brighter = batch | {"query": 4 * batch["query"]}  # the query alone differs from its plate
+    brighter = change_images(batch, 4 * batch.query)  # the query alone differs from its plate
     for method, seen in ((ARMBN(), False), (CSARMBN(), True)):
         change = logits(make_module(method), brighter) - logits(make_module(method), batch)
         assert bool(change.abs().max() > 0.02) == seen
@@ -184,12 +175,11 @@ def test_tent_predicts_then_steps_and_resets_by_plate():
     module = make_module(TENT(lr=0.05))
     method, batch, later = module.method, make_batch(0), make_batch(1)
     before = copy.deepcopy(module.network.state_dict())
-    context = method.context(training=False)
-    with torch.inference_mode(), use_context(module.network, context) as module.context:
+    with torch.inference_mode():
         method.begin(module.network, (), training=False)
         first, second = module.logits(batch), module.logits(batch)
         assert not torch.allclose(first, second)
-        torch.testing.assert_close(module.logits(batch | {"domain": torch.tensor(1)}), first)
+        torch.testing.assert_close(module.logits(batch._replace(domain=1)), first)
         module.logits(later)
         method.end(module.network)
 
@@ -213,7 +203,7 @@ def test_the_learned_loss_adapts_and_is_learned():
     torch.testing.assert_close(logits(still, batch), logits(make_module(ARMBN()), batch))
     with torch.inference_mode():
         torch.testing.assert_close(logits(module, make_batch()), adapted)
-    F.cross_entropy(logits(module, batch, training=True), batch["label"]).backward()
+    F.cross_entropy(logits(module, batch, training=True), batch.label).backward()
     assert all(
         p.grad is not None and p.grad.any() for p in module.method.loss_net[:-1].parameters()
     )
@@ -224,11 +214,11 @@ def test_the_inner_step_is_gradient_descent():
     batch = make_batch()
     expected = copy.deepcopy(module.network)
     with use_context(expected, module.method.context(training=False)):
-        torch.linalg.vector_norm(module.method.loss_net(expected(batch["query"]))).backward()
+        torch.linalg.vector_norm(module.method.loss_net(expected(batch.query))).backward()
         with torch.no_grad():
             for p in expected.parameters():
                 p -= 0.3 * p.grad
-        out = expected(batch["query"])
+        out = expected(batch.query)
     torch.testing.assert_close(logits(module, batch), out, atol=1e-5, rtol=1e-4)
 
 
@@ -240,8 +230,8 @@ def test_context_channels_join_the_input(adapt_bn):
     batch = make_batch()
     with torch.no_grad():
         plain = copy.deepcopy(module).train(adapt_bn)
-        mean = plain.method.context_net(batch["query"]).mean(0, keepdim=True)
-        rows = torch.cat([batch["query"], mean.expand(L, -1, -1, -1)], 1)
+        mean = plain.method.context_net(batch.query).mean(0, keepdim=True)
+        rows = torch.cat([batch.query, mean.expand(L, -1, -1, -1)], 1)
         expected = plain.network(rows)
         torch.testing.assert_close(logits(module, batch), expected)
 
@@ -330,8 +320,8 @@ def test_embeddings_of_a_transformer_are_frozen_and_without_dropout(kind):
     learned = {name for name, p in module.named_parameters() if p.requires_grad}
     assert learned == {"method.head.weight", "method.head.bias"}
     with torch.no_grad():
-        features = embed(module.network, batch["query"])
-    assert torch.equal(module.network.classifier(features), module.network(batch["query"]))
+        features = embed(module.network, batch.query)
+    assert torch.equal(module.network.classifier(features), module.network(batch.query))
 
 
 def test_a_linear_probe_is_a_linear_layer_on_standardised_embeddings():
@@ -339,11 +329,11 @@ def test_a_linear_probe_is_a_linear_layer_on_standardised_embeddings():
     plates = [make_batch(i, i) for i in range(3)]
     module.method.begin(module.network, plates, training=True)
     with torch.no_grad():
-        rows = torch.cat([embed(module.network, b["query"]) for b in plates]).double()
+        rows = torch.cat([embed(module.network, b.query) for b in plates]).double()
         z = (rows - rows.mean(0)) / rows.std(0, correction=0)
         expected = module.method.head(z[:L].float())
     torch.testing.assert_close(logits(module, plates[0]), expected)
-    without = plates[0] | {"control": plates[0]["control"][:0]}
+    without = change_images(plates[0], control=plates[0].control[:0])
     torch.testing.assert_close(logits(module, without), expected)
 
 
@@ -534,15 +524,10 @@ class NoHead(nn.Sequential):
         super().__init__(nn.Conv2d(channels, classes, 1), nn.BatchNorm2d(classes))
 
 
-def test_nothing_runs_without_a_context():
-    with pytest.raises(ConfigError, match="ControlContext"):
-        make_module().logits(make_batch())
-
-
 @pytest.mark.parametrize("label", [-1, K])
 def test_labels_outside_the_classes_are_refused_in_training(label):
     batch = make_batch()
-    batch["label"][2] = label
+    batch.label[2] = label
     with pytest.raises(DataError, match="labels from"):
         make_module().training_step(batch, 0)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_fscore_support
 
+from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.models.cs_arm_bn.metrics import (
     Predictions,
     accuracy_by_domain,
@@ -19,15 +20,12 @@ from fulgurite.models.cs_arm_bn.metrics import (
 K = 3
 
 
-def make_batch(index, domain, seed=0, kept=None):
+def make_batch(index, domain, counted=None):
     index = torch.as_tensor(index)
-    return {
-        "index": index,
-        "domain": torch.tensor(domain),
-        "well": 10 * domain + index // 2,
-        "label": index // 2 % K,
-        "kept": torch.ones(len(index), dtype=torch.bool) if kept is None else torch.tensor(kept),
-    }
+    images = torch.zeros(len(index), 1, 1, 1)
+    batch = PlateBatch.from_images(images, images[:0], index // 2 % K, domain)
+    batch = batch._replace(row=index, well=10 * domain + index // 2)
+    return batch if counted is None else batch._replace(counted=torch.tensor(counted))
 
 
 def logits(n, seed):
@@ -58,8 +56,8 @@ def test_an_image_of_two_different_batches_counts_twice():
 
 
 def test_padding_and_unknown_labels_do_not_count():
-    batch = make_batch([1, 2, 3, 1], 0, kept=[True, True, True, False])
-    batch["label"][1] = -1
+    batch = make_batch([1, 2, 3, 1], 0, counted=[True, True, True, False])
+    batch.label[1] = -1
     assert select_predictions(batch, logits(4, 0)).row.tolist() == [1, 3]
 
 

@@ -16,6 +16,7 @@ from fulgurite.models.cs_arm_bn import (
     ARMBN,
     CSARMBN,
     ERM,
+    AdaptationOptions,
     AdaptiveWeight,
     ControlsOnly,
     PlateClassifier,
@@ -61,10 +62,9 @@ def accuracy(training, test, seed, strength=1.0, **settings):
     before, module.method = module.method, test()
     try:
         data = plates(seed, strength, **settings)
-        callback = ControlContext(
-            foreign_controls=settings.get("control_plate") == "wrong", outlier_above=0
-        )
-        trainer = Trainer(callbacks=[callback], **QUIET)
+        foreign_controls = settings.get("control_plate") == "wrong"
+        module.adaptation = AdaptationOptions(foreign_controls=foreign_controls)
+        trainer = Trainer(callbacks=[ControlContext(outlier_above=0)], **QUIET)
         trainer.test(module, data, verbose=False)
         return {
             name: float(trainer.callback_metrics[f"test/{name}/acc"]) for name in data.test_sets

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from fulgurite.callbacks.stream_cqsa import AttentionMonitor
-from fulgurite.models.cs_arm_bn.adaptation import load_reference, reference_state
 from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d, context
+from fulgurite.models.cs_arm_bn.references import load_reference, reference_state
 from fulgurite.models.fedsir import choose_k
 from fulgurite.models.fedsir.aggregation import distance_to_clean
 from fulgurite.models.fedsir.federation import Federation
