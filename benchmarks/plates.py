@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import ratios, report, spread
 from fulgurite.callbacks.cs_arm_bn import ControlContext
-from fulgurite.datamodules.cs_arm_bn import HoldOut, PlateDataModule, Preprocess, SyntheticPlates
+from fulgurite.datamodules.cs_arm_bn import (
+    EpisodeOptions,
+    HoldOut,
+    PixelOptions,
+    PlateDataModule,
+    PlateWorld,
+    Preprocess,
+    SyntheticPlates,
+)
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.models.cs_arm_bn import (
     CSARMBN,
@@ -118,16 +127,16 @@ def loader() -> None:
     """Images per second from TIFFs and from the cache, and the share of training that waits."""
     small: dict[str, Any] = {
         "source": SyntheticPlates(), "split": HoldOut(new_labs=["source_8"]),
-        "queries": 24, "controls": 48, "steps_per_epoch": 40,
+        "episodes": EpisodeOptions(24, 48, steps_per_epoch=40),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         source = SyntheticPlates(
-            batches=[1], plates=[2], sites=1, size=1080, wells_per_class=1, controls=8, path=folder
+            PlateWorld((1,), (2,), sites=1, size=1080, wells_per_class=1, controls=8),
+            path=folder,
         )
         large: dict[str, Any] = {
             "source": source, "split": HoldOut(new_batches=0, val_batches=0, in_domain=0),
-            "preprocess": Preprocess(2, "percentile"), "image_size": 256,
-            "queries": 8, "controls": 8, "steps_per_epoch": 10,
+            "episodes": EpisodeOptions(8, 8, steps_per_epoch=10),
         }  # fmt: skip
         rows, raw = [], {}
         for name, options, network in (
@@ -135,12 +144,13 @@ def loader() -> None:
             ("1080² cut to 256², SmallResNet(16)", large, {"width": 16}),
         ):
             for cache in (False, True):
-                data = PlateDataModule(
-                    **options, cache=cache, num_workers=2, mean=[0.1] * 5, std=[0.1] * 5
-                )
+                pixels = PixelOptions(mean=[0.1] * 5, std=[0.1] * 5, cache=cache)
+                if options is large:
+                    pixels = replace(pixels, crop=256, preprocess=Preprocess(2, "percentile"))
+                data = PlateDataModule(**options, pixels=pixels, num_workers=2)
                 data.prepare_data()
                 data.setup()
-                images = options["queries"] + options["controls"]
+                images = data.episodes.queries + data.episodes.controls
                 rates = [images / t for t in batch_times(data)]
                 module = PlateClassifier(
                     lambda c, k, o=network: SmallResNet(c, k, **o), AdaptiveWeight()

@@ -155,7 +155,7 @@ class ControlContext(Callback):
                 f"On one batch, {type(method).__name__} has the loss {training:.2g} in training "
                 f"mode (statistics: {method.train_source}) and {test:.2g} in test mode "
                 f"({method.test_source}): what is tested is not what was trained. Let the two "
-                "agree: training on mixed plates (data.init_args.mixed=true) for running "
+                "agree: training on mixed plates (data.init_args.episodes.mixed=true) for running "
                 "statistics, or a method whose statistics come from the plate in both.",
                 stacklevel=2,
             )

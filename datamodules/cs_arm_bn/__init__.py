@@ -2,30 +2,49 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fulgurite.datamodules.cs_arm_bn.corruptions import CorruptedCifar
+from fulgurite.datamodules.cs_arm_bn.cifar import CorruptedCifar, CorruptionFamilies
 from fulgurite.datamodules.cs_arm_bn.embeddings import EmbeddedPlates
-from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
+from fulgurite.datamodules.cs_arm_bn.jump import (
+    JumpFiles,
+    JumpPlates,
+    Perturbations,
+    PlateSelection,
+)
+from fulgurite.datamodules.cs_arm_bn.options import (
+    EpisodeOptions,
+    EvaluationOptions,
+    PixelOptions,
+)
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.splits import GroupFolds, HoldOut, OfficialSplit, Split
-from fulgurite.datamodules.cs_arm_bn.synthetic import SyntheticPlates
+from fulgurite.datamodules.cs_arm_bn.synthetic import PlateWorld, SyntheticPlates
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
-from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, RxRx1Plates
+from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, ImageFiles, RxRx1Plates
 
 if TYPE_CHECKING:
     from fulgurite.datamodules.cs_arm_bn.datamodule import PlateDataModule
 
 __all__ = [
     "CorruptedCifar",
+    "CorruptionFamilies",
     "CsvPlates",
     "EmbeddedPlates",
+    "EpisodeOptions",
+    "EvaluationOptions",
     "GroupFolds",
     "HoldOut",
+    "ImageFiles",
+    "JumpFiles",
     "JumpPlates",
     "OfficialSplit",
+    "Perturbations",
+    "PixelOptions",
     "PlateDataModule",
+    "PlateSelection",
     "PlateSource",
     "PlateTable",
+    "PlateWorld",
     "Preprocess",
     "RxRx1Plates",
     "Split",

@@ -117,7 +117,9 @@ def render_cells(
         if total:
             site = np.repeat(np.arange(first, last), counts[first:last])
             values = {name: values[site] for name, values in phenotypes.items()}
-            _draw_cells(canvas, site, values, size, half, scale, generator)
+            _draw_cells(
+                canvas, site, values, size=size, half=half, scale=scale, generator=generator
+            )
     images: Floats = canvas[:, :, half : half + size, half : half + size].transpose(1, 0, 2, 3)
     return np.ascontiguousarray(images)
 
@@ -148,6 +150,7 @@ def _draw_cells(
     canvas: NDArray[np.float32],
     site: NDArray[np.int64],
     values: Mapping[str, Floats],
+    *,
     size: int,
     half: int,
     scale: float,
@@ -206,12 +209,13 @@ def _draw_cells(
     def spots(
         channel: int,
         counts: NDArray[np.int64],
-        inner: Floats,
-        outer: Floats,
+        between: tuple[Floats, Floats],
+        *,
         width: float,
         bright: Floats,
     ) -> None:
         """Add ``counts`` round spots to each cell, between two distances from its centre."""
+        inner, outer = between
         owner = np.repeat(np.arange(cells), counts)
         far = inner[owner] + (outer - inner)[owner] * generator.uniform(0, 1, len(owner))
         turn = generator.uniform(0, 2 * np.pi, len(owner))
@@ -226,6 +230,8 @@ def _draw_cells(
         target.add(canvas[channel], target.pixel_indices(site[owner], pixel, reach), patch)
 
     pairs = np.full(cells, 2)
-    spots(0, pairs, 0 * core_radius, 0.55 * core_radius, 0.7 * scale, 0.6 * brightness["rna"])
+    between = 0 * core_radius, 0.55 * core_radius
+    spots(0, pairs, between, width=0.7 * scale, bright=0.6 * brightness["rna"])
     count = np.maximum(1, generator.poisson(values["spots"]))
-    spots(3, count, core_radius, 0.9 * radius, 0.9 * scale, 3.2 * brightness["mito"] / count)
+    between = core_radius, 0.9 * radius
+    spots(3, count, between, width=0.9 * scale, bright=3.2 * brightness["mito"] / count)

@@ -7,15 +7,16 @@ import csv
 import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import yaml
 
-from fulgurite.datamodules.cs_arm_bn.jump import read_table
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
-from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
+from fulgurite.datamodules.cs_arm_bn.table_files import read_table
+from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, ImageFiles
 from fulgurite.errors import ConfigError, DataError, FulguriteError
 from fulgurite.io import atomic_write, data_path
 
@@ -65,10 +66,10 @@ def template() -> str:
 def check_plates(
     path: str,
     channels: list[str] | None = None,
+    *,
     classes: list[str] | None = None,
-    root: str | None = None,
-    exclude: list[str] | None = None,
-    prefixes: dict[str, str] | None = None,
+    files: ImageFiles = ImageFiles(),
+    exclude: Sequence[str] = (),
 ) -> tuple[PlateTable, list[str]]:
     """Read a table as ``CsvPlates`` does, and check which of its images exist.
 
@@ -76,9 +77,8 @@ def check_plates(
         path: Path of the table.
         channels: Names of the channels; by default those of the columns ``path_...``.
         classes: Names of the classes; by default all labels, sorted.
-        root: Folder to which relative paths are relative; by default that of the table.
+        files: Where the images are.
         exclude: Words for sites to leave out, as in :class:`CsvPlates`.
-        prefixes: Replacements of the beginnings of paths.
 
     Returns:
         The table, and its missing files (addresses are not checked).
@@ -101,9 +101,7 @@ def check_plates(
                 f"The table {path} has no column of paths.",
                 "Give `path_<channel>` for each channel, or `path` for files of all channels.",
             )
-    source = CsvPlates(
-        path, channels, classes, root, exclude=exclude or [], prefixes=prefixes or {}
-    )
+    source = CsvPlates(path, channels, classes=classes, files=files, exclude=list(exclude))
     table = source.load()
     files = dict.fromkeys(file for paths in table.paths() for file in paths)
     return table, [file for file in files if "://" not in file and not os.path.isfile(file)]
@@ -170,13 +168,13 @@ def main(argv: list[str]) -> int:
         table, absent = check_plates(
             options.file,
             options.channels,
-            options.classes,
-            options.root,
-            options.exclude,
-            options.prefixes,
+            classes=options.classes,
+            files=ImageFiles(root=options.root, prefixes=options.prefixes or {}),
+            exclude=options.exclude or (),
         )
     except FulguriteError as error:  # name the options of this command
-        error.hint = error.hint.replace("--data.init_args.source.init_args.", "--")
+        hint = error.hint.replace("--data.init_args.source.init_args.", "--")
+        error.hint = hint.replace("--files.", "--")
         raise
     print(table.report())
     print("\n".join(describe_classes(table)))

@@ -138,7 +138,7 @@ def blur(images: Floats, sigma: float) -> Floats:
 
 
 def draw_effect(
-    seed: int, lab: int, batch: int, plate: int, setting: LabSetting, strength: float = 1.0
+    seed: int, lab: int, batch: int, plate: int, *, setting: LabSetting, strength: float = 1.0
 ) -> PlateEffect:
     """Draw the operator of one plate from the seeds of its laboratory, its batch and itself.
 
@@ -153,7 +153,7 @@ def draw_effect(
     Source: arXiv 2604.20824, card section 6.3 (domain operator).
 
     Example:
-        >>> draw_effect(0, 0, 0, 0, LabSetting(), strength=0).gain.tolist()
+        >>> draw_effect(0, 0, 0, 0, setting=LabSetting(), strength=0).gain.tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0]
     """
     keys = ((seed, 1, lab), (seed, 2, lab, batch), (seed, 3, lab, batch, plate))

@@ -190,7 +190,7 @@ class EmbeddedPlates(PlateSource):
         if unused := len(values) - len(np.unique(rows)):
             notes = (*notes, f"{unused} rows of it are of no site of the table")
         channels = tuple(f"embedding {number}" for number in range(values.shape[1]))
-        return PlateTable(frame, table.class_names, channels, table.excluded, notes)
+        return PlateTable(frame, table.class_names, channels, table.excluded, notes=notes)
 
     def _match_rows_by_number(self, keys: pd.DataFrame, table: PlateTable) -> NDArray[np.int64]:
         """Return the row of the file for each row of the table; -1 for none. Shape: (R,)."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from fulgurite.datamodules.cs_arm_bn.draws import sample_rows
+from fulgurite.datamodules.cs_arm_bn.options import EpisodeOptions
 from fulgurite.datamodules.cs_arm_bn.pixels import ImageCrops
 from fulgurite.datamodules.cs_arm_bn.table import Rows
 from fulgurite.domains.cs_arm_bn import MIXED, PlateBatch
@@ -79,49 +80,33 @@ class TrainingEpisodes(_Episodes):
     Args:
         crops: Reads the images of rows.
         queries: Rows of the training queries.
-        num_queries: Number L of queries in an episode.
-        num_controls: Number N of controls in an episode.
-        length: Number of episodes in an epoch.
+        options: Sizes of the episodes. Mixed ones have queries of all plates, no controls, and
+            :data:`~fulgurite.domains.cs_arm_bn.MIXED` as plate.
         seed: Seed of the random numbers.
-        mixed: Draw the queries from all plates and no controls, with -1 as domain: ordinary
-            mini-batches, for ERM.
-        num_plates: Number of plates in a mixed batch, with equally many queries of each (as far as
-            they divide); by default queries are drawn from all plates.
 
     Raises:
-        ConfigError: There are fewer training plates than ``num_plates``.
+        ConfigError: There are fewer training plates than are to be mixed in a batch.
 
     Source: arXiv 2604.20824, card sections 1.3 and 7.2.
     """
 
     def __init__(
-        self,
-        crops: ImageCrops,
-        queries: Rows,
-        num_queries: int,
-        num_controls: int,
-        length: int,
-        seed: int,
-        mixed: bool = False,
-        num_plates: int | None = None,
+        self, crops: ImageCrops, queries: Rows, options: EpisodeOptions, seed: int
     ) -> None:
         self.crops = crops
-        self.num_plates = num_plates
-        self.num_queries = num_queries
-        self.num_controls = num_controls
-        self.length = length
+        self.options = options
+        self.length = options.steps_per_epoch or max(1, len(queries) // options.queries)
         self.seed = seed
-        self.mixed = mixed
         table = crops.images.table
         self.queries = queries
         self.plates = [int(d) for d in np.unique(table.domain[queries])]
         self.by_plate = {d: queries[table.domain[queries] == d] for d in self.plates}
         self.controls = {d: table.rows_of(d, control=True) for d in self.plates}
-        if num_plates is not None and num_plates > len(self.plates):
+        if options.plates is not None and options.plates > len(self.plates):
             raise ConfigError(
-                f"A batch is to have queries of {num_plates} plates, and there are "
+                f"A batch is to have queries of {options.plates} plates, and there are "
                 f"{len(self.plates)} training plates.",
-                f"Set `--data.init_args.plates` to {len(self.plates)} or less.",
+                f"Set `--data.init_args.episodes.plates` to {len(self.plates)} or less.",
             )
 
     def __len__(self) -> int:
@@ -129,24 +114,24 @@ class TrainingEpisodes(_Episodes):
 
     def __getitem__(self, number: int) -> PlateBatch:
         generator = np.random.default_rng((self.seed, 1, *divmod(int(number), EPOCH)))
-        counted = np.ones(self.num_queries, np.bool_)
-        if self.mixed:
+        counted = np.ones(self.options.queries, np.bool_)
+        if self.options.mixed:
             queries = self._mixed_queries(generator)
             rows = BatchRows(MIXED, queries, counted, self.queries[:0])
             return self._make_batch(rows, generator)
         domain = self.plates[int(generator.integers(len(self.plates)))]
-        queries = sample_rows(self.by_plate[domain], self.num_queries, generator)
+        queries = sample_rows(self.by_plate[domain], self.options.queries, generator)
         controls = self.controls[domain][:0]
-        if self.num_controls:
-            controls = sample_rows(self.controls[domain], self.num_controls, generator)
+        if self.options.controls:
+            controls = sample_rows(self.controls[domain], self.options.controls, generator)
         return self._make_batch(BatchRows(domain, queries, counted, controls), generator)
 
     def _mixed_queries(self, generator: np.random.Generator) -> Rows:
         """Draw rows of all plates, or equally many of each of a few plates."""
-        if self.num_plates is None:
-            return sample_rows(self.queries, self.num_queries, generator)
-        plates = generator.choice(self.plates, self.num_plates, replace=False)
-        per_plate, remainder = divmod(self.num_queries, self.num_plates)
+        if self.options.plates is None:
+            return sample_rows(self.queries, self.options.queries, generator)
+        plates = generator.choice(self.plates, self.options.plates, replace=False)
+        per_plate, remainder = divmod(self.options.queries, self.options.plates)
         return np.concatenate(
             [
                 sample_rows(self.by_plate[int(d)], per_plate + (i < remainder), generator)

@@ -295,6 +295,7 @@ class PlateImages:
         reader: SiteReader,
         preprocess: Preprocess,
         exclude: frozenset[str] = frozenset(),
+        *,
         cache: bool = True,
     ) -> None:
         self.table = table

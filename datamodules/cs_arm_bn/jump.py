@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
+from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel, name_wells
-from fulgurite.errors import DataError, MissingExtraError
-from fulgurite.foreign import check_parquet, read_csv, reading
+from fulgurite.datamodules.cs_arm_bn.table_files import TABLE_SUFFIXES, find_other_plate, read_table
+from fulgurite.errors import DataError
 from fulgurite.io import data_path
+from fulgurite.options import make_options
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
-__all__ = ["CHANNELS", "JumpPlates", "read_table"]
+__all__ = ["CHANNELS", "JumpPlates"]
 
 #: Channels of Cell Painting, in the paper's order.
 CHANNELS = ("RNA", "ER", "AGP", "Mito", "DNA")
 
 #: Sources that are one laboratory: a split between them would not be one between laboratories.
 _SAME_LAB = {"source_13": "source_7"}
-_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 _GALLERY = "s3://cellpainting-gallery/"
 _EXCLUSIONS = (
-    "unknown_id",
-    "missing_channel",
-    "same_channel",
-    "missing_plate",
-    "empty_plate",
-    "renamed_plate",
-    "stray_well",
+    *("unknown_id", "missing_channel", "same_channel", "missing_plate", "empty_plate"),
+    *("renamed_plate", "stray_well"),
 )
 _ID = r"JCP2022_\d{6}"
 _UNIDENTIFIED = "JCP2022_UNKNOWN"  # identifier of thousands of wells in the published table
@@ -45,77 +40,6 @@ _BAD_PLATES = {
     "empty_plate": "whose load_data is empty or has a header only",
     "renamed_plate": "whose load_data is of another plate than its folder",
 }
-_LOAD_DATA = "cpg0016-jump/{source}/workspace/load_data_csv/{batch}/{plate}/load_data"
-
-
-def _convert_to_text(column: pd.Series) -> pd.Series:
-    """Convert numbers back to names: 1.0 becomes "1", and an empty name is missing.
-
-    Raises:
-        ValueError: A cell is not a name or number.
-    """
-    import pandas as pd
-
-    if column.dtype.kind == "f":
-        rounded = column.round()
-        if (rounded == column)[column.notna()].all():
-            column = rounded.astype("Int64")
-    text: pd.Series = column.astype("object").where(column.notna(), None).map(_convert_cell)
-    return text if len(text) else pd.Series(dtype="object")
-
-
-def _convert_cell(value: object) -> str | None:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8")
-    elif isinstance(value, np.ndarray | list | tuple | dict):
-        raise ValueError(f"a cell holds a {type(value).__name__}, not a name")
-    return None if value is None else str(value) or None
-
-
-def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a CSV (also ``.csv.gz``) or parquet file as text, numbers included.
-
-    Args:
-        path: Path of the file, with its suffix or without (the first existing one of ``.csv``,
-            ``.csv.gz`` and ``.parquet``).
-        columns: Required columns.
-
-    Raises:
-        DataError: The file does not exist or is damaged, or a column is missing.
-        MissingExtraError: The file is parquet, and pyarrow is not installed.
-
-    Source: arXiv 2604.20824, card section 4.1 (plate names that are numbers come back as numbers).
-    """
-    import pandas as pd
-
-    if not path.is_file():
-        for suffix in _SUFFIXES:
-            if (candidate := path.with_name(path.name + suffix)).is_file():
-                path = candidate
-                break
-        else:
-            raise DataError(
-                f"There is no table {path}.csv, .csv.gz or .parquet.",
-                "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
-            )
-    try:
-        hint = "Export it as comma-separated values in UTF-8, or fetch it again."
-        with reading(path, "The table", hint):
-            if path.suffix == ".parquet":
-                check_parquet(path)
-                table = pd.read_parquet(path).apply(_convert_to_text)
-            else:
-                table = read_csv(path, dtype=str)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
-        ) from error
-    if missing := [name for name in columns if name not in table.columns]:
-        raise DataError(
-            f"The table {path} has no column {missing[0]!r}.",
-            f"It needs the columns {', '.join(columns)}.",
-        )
-    return table
 
 
 class JumpPlates(PlateSource):
@@ -129,25 +53,10 @@ class JumpPlates(PlateSource):
     Args:
         root: Local copy of the bucket (with ``cpg0016-jump/``), absolute or relative to
             ``FULGURITE_DATA``.
-        metadata: Folder with ``plate``, ``well`` and ``perturbation_control`` tables of
-            ``jump-cellpainting/datasets``; by default ``metadata`` under the root.
-        sources: Sources to use; by default all of the plate table.
-        plate_types: Types of plates to use.
-        skip_batches: Batches to leave out.
-        plates: Plates to use; by default all.
-        modality: Kind of perturbation on the plates.
-        classes: Identifiers (``JCP2022_...``) of the classes; by default the positive controls of
-            the modality.
-        treatments: Also use all other known perturbations as unlabelled queries, which are
-            predicted but not trained on.
+        files: Where tables and images are.
+        selection: Plates and wells to use.
+        perturbations: What is a class, and whether other perturbations are predicted.
         channels: Names of the channels in ``load_data``, in the order of the images.
-        load_data: Path of a plate's table under the root, without suffix.
-        prefixes: Replacements of the beginnings of paths or addresses in ``load_data``, relative to
-            the root unless absolute. By default the public bucket's address becomes the root;
-            ``{}`` reads images from the bucket, anonymously. Other addresses are read
-            only if they begin with a replacement here.
-        stray_rows: Largest number of rows of a stray well of a class in a source; stray wells are
-            an error or excluded (the paper excludes those with 36 or fewer); null for no limit.
         exclude: Words for data to leave out and count instead of an error: sites with an
             ``unknown_id``, a ``missing_channel`` or one file for two channels (``same_channel``);
             plates without load_data (``missing_plate``), with one that holds no site
@@ -163,32 +72,19 @@ class JumpPlates(PlateSource):
     def __init__(
         self,
         root: str,
-        metadata: str | None = None,
-        sources: list[str] | None = None,
-        plate_types: list[str] = ["COMPOUND"],  # noqa: B006  # copied below
-        skip_batches: list[str] = [],  # noqa: B006  # copied below
-        plates: list[str] | None = None,
-        modality: Literal["compound", "crispr", "orf"] = "compound",
-        classes: list[str] | None = None,
-        treatments: bool = False,
+        *,
+        files: JumpFiles = JumpFiles(),
+        selection: PlateSelection = PlateSelection(),
+        perturbations: Perturbations = Perturbations(),
         channels: list[str] = list(CHANNELS),  # noqa: B006  # copied below
-        load_data: str = _LOAD_DATA,
-        prefixes: dict[str, str] | None = None,
-        stray_rows: int | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
     ) -> None:
         self.root = root
-        self.metadata = metadata
-        self.sources = sources
-        self.plate_types = list(plate_types)
-        self.skip_batches = list(skip_batches)
-        self.plates = plates
-        self.modality = modality
-        self.classes = classes
-        self.treatments = treatments
-        self.load_data = load_data
+        self.files = make_options(JumpFiles, files)
+        self.selection = make_options(PlateSelection, selection)
+        self.perturbations = make_options(Perturbations, perturbations)
+        prefixes = self.files.prefixes
         self.prefixes = {_GALLERY: ""} if prefixes is None else dict(prefixes)
-        self.stray_rows = stray_rows
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
         self._channels = tuple(channels)
         self._controls: pd.DataFrame | None = None
@@ -212,11 +108,11 @@ class JumpPlates(PlateSource):
 
     def _class_ids(self) -> list[str]:
         """Return the identifiers of the classes, in the order of the labels (card section 2.2)."""
-        if self.classes is not None:
-            return sorted(self.classes)
+        if self.perturbations.classes is not None:
+            return sorted(self.perturbations.classes)
         table = self._read_perturbations()
         is_class = (table["Metadata_pert_type"] == "poscon") & (
-            table["Metadata_modality"] == self.modality
+            table["Metadata_modality"] == self.perturbations.modality
         )
         return sorted(table["Metadata_JCP2022"][is_class])
 
@@ -234,22 +130,26 @@ class JumpPlates(PlateSource):
 
     def _select_plates(self) -> pd.DataFrame:
         table = self._read_metadata("plate", "Source", "Batch", "Plate", "PlateType")
-        selected = table["Metadata_PlateType"].isin(self.plate_types)
-        selected &= ~table["Metadata_Batch"].isin(self.skip_batches)
-        for column, names in (("Source", self.sources), ("Plate", self.plates)):
+        selected = table["Metadata_PlateType"].isin(self.selection.plate_types)
+        selected &= ~table["Metadata_Batch"].isin(self.selection.skip_batches)
+        for column, names in (
+            ("Source", self.selection.sources),
+            ("Plate", self.selection.plates),
+        ):
             if names is None:
                 continue
             values = table[f"Metadata_{column}"]
             if absent := sorted(set(names) - set(values)):
                 raise DataError(
                     f"The plate table has no {column.lower()} {name_some(absent)}.",
-                    f"Set `{_OPTION}.{column.lower()}s` to names in it.",
+                    f"Set `{_OPTION}.selection.{column.lower()}s` to names in it.",
                 )
             selected &= values.isin(names)
         if not selected.any():
             raise DataError(
                 "No plate of the plate table is chosen.",
-                "Loosen `sources`, `plate_types`, `skip_batches` or `plates` of the source.",
+                "Loosen `sources`, `plate_types`, `skip_batches` or `plates` of "
+                f"`{_OPTION}.selection`.",
             )
         return table[selected].drop_duplicates(
             ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
@@ -268,13 +168,13 @@ class JumpPlates(PlateSource):
         frame, notes = self._add_roles(frame, excluded)
         frame = self._select_complete_sites(frame, excluded)
         frame = self._select_distinct_channels(frame, excluded)
-        if self.stray_rows is not None:
-            frame = self._drop_stray_wells(frame, self.stray_rows, excluded)
+        if self.selection.stray_rows is not None:
+            frame = self._drop_stray_wells(frame, self.selection.stray_rows, excluded)
         frame["lab"] = frame["source"].replace(_SAME_LAB)
         for channel in self._channels:  # only for the remaining sites: a plate has many others
             column = f"path_{channel}"
             frame[column] = [locate(path, root, self.prefixes) for path in frame[column]]
-        return PlateTable(frame, self.class_names, self._channels, excluded, notes)
+        return PlateTable(frame, self.class_names, self._channels, excluded, notes=notes)
 
     def describe_fix(self, path: str) -> str:
         """Return a hint for missing images: see :meth:`PlateSource.describe_fix`."""
@@ -282,7 +182,7 @@ class JumpPlates(PlateSource):
         return (
             f"Set `{_OPTION}.root` to the folder that stands for the bucket, or, where load_data "
             "begins paths in another way, say what takes the place of the beginning: "
-            f"`{_OPTION}.prefixes={prefixes}`."
+            f"`{_OPTION}.files.prefixes={prefixes}`."
         )
 
     def _read_plates(self, root: Path, excluded: list[Exclusion]) -> pd.DataFrame:
@@ -295,9 +195,9 @@ class JumpPlates(PlateSource):
             ["Metadata_Source", "Metadata_Batch", "Metadata_Plate"]
         ].itertuples(index=False):
             name = f"{source}|{batch}|{plate}"
-            table_path = root / self.load_data.format(source=source, batch=batch, plate=plate)
+            table_path = root / self.files.load_data.format(source=source, batch=batch, plate=plate)
             if not any(
-                (table_path.with_name(table_path.name + end)).is_file() for end in _SUFFIXES
+                (table_path.with_name(table_path.name + end)).is_file() for end in TABLE_SUFFIXES
             ):
                 bad.setdefault("missing_plate", []).append((name, 0))
                 continue
@@ -309,23 +209,22 @@ class JumpPlates(PlateSource):
                 part = pd.DataFrame()
             if not len(part):
                 bad.setdefault("empty_plate", []).append((name, 0))
-            elif other := self._find_other_plate(part, source, batch, plate):
+            elif other := find_other_plate(part, (source, batch, plate)):
                 bad.setdefault("renamed_plate", []).append((f"{name} names {other}", len(part)))
             else:
-                parts.append(self._make_sites(part, source, batch, plate, table_path))
+                parts.append(self._make_sites(part, (source, batch, plate), table_path))
         if not parts and set(bad) == {"missing_plate"}:
             raise DataError(
                 f"None of the {len(bad['missing_plate'])} plates (first "
                 f"{bad['missing_plate'][0][0]}) has a load_data table under {root}.",
-                f"Set `{_OPTION}.root` (and `load_data`) to where they are.",
+                f"Set `{_OPTION}.root` (and `files.load_data`) to where they are.",
             )
         for kind, plates in bad.items():
             summary = (
                 f"{len(plates)} plates {_BAD_PLATES[kind]}: {name_some([p for p, _ in plates])}"
             )
-            self._exclude_or_raise(
-                excluded, kind, sum(rows for _, rows in plates), summary, "plates"
-            )
+            exclusion = Exclusion(kind, summary, sum(rows for _, rows in plates))
+            self._exclude_or_raise(excluded, exclusion, "plates")
         if not parts:
             raise DataError(
                 f"No plate with a site is left ({'; '.join(e.reason for e in excluded)}).",
@@ -333,38 +232,42 @@ class JumpPlates(PlateSource):
             )
         return pd.concat(parts, ignore_index=True)
 
-    def _exclude_or_raise(
-        self, excluded: list[Exclusion], kind: str, rows: int, summary: str, noun: str
-    ) -> None:
+    def _exclude_or_raise(self, excluded: list[Exclusion], exclusion: Exclusion, noun: str) -> None:
         """Record an exclusion, or raise if its word is not in ``exclude``."""
-        if kind not in self.exclude:
+        if exclusion.kind not in self.exclude:
             raise DataError(
-                f"There are {summary}.",
+                f"There are {exclusion.reason}.",
                 "Correct the tables, or "
-                + exclude_hint(f"such {noun}", kind, self.exclude, "source.init_args.exclude"),
+                + exclude_hint(
+                    f"such {noun}", exclusion.kind, self.exclude, "source.init_args.exclude"
+                ),
             )
-        excluded.append(Exclusion(kind, summary, rows))
+        excluded.append(exclusion)
 
-    def _find_other_plate(self, part: pd.DataFrame, source: str, batch: str, plate: str) -> str:
-        """Describe the plate that a load_data table names, if it is not that of its folder."""
-        for name, value in (("Source", source), ("Batch", batch), ("Plate", plate)):
-            column = part.get(f"Metadata_{name}")
-            if column is not None and (wrong := column.ne(value)).any():
-                other = column[wrong].iloc[0]
-                return f"the {name.lower()} {other if isinstance(other, str) else '(none)'}"
-        return ""
+    def _drop_sites(
+        self,
+        frame: pd.DataFrame,
+        wrong: NDArray[np.bool_] | pd.Series,
+        excluded: list[Exclusion],
+        *,
+        kind: str,
+        problem: str,
+    ) -> pd.DataFrame:
+        """Drop sites and record them, or raise if their word is not in ``exclude``."""
+        count = int(wrong.sum())
+        exclusion = Exclusion(kind, f"{count} sites {problem}", count)
+        self._exclude_or_raise(excluded, exclusion, "sites")
+        return frame[~wrong]
 
     def _make_sites(
-        self, part: pd.DataFrame, source: str, batch: str, plate: str, table_path: Path
+        self, part: pd.DataFrame, plate: tuple[str, str, str], table_path: Path
     ) -> pd.DataFrame:
         """Return the sites of one load_data table, with its paths unchanged."""
         import pandas as pd
 
         frame = pd.DataFrame(
             {
-                "source": source,
-                "batch": batch,
-                "plate": plate,
+                **dict(zip(("source", "batch", "plate"), plate, strict=True)),
                 "well": part["Metadata_Well"],
                 "site": part["Metadata_Site"],
             }
@@ -412,7 +315,7 @@ class JumpPlates(PlateSource):
         if absent := sorted(set(classes) - set(frame["jcp"].dropna())):
             raise DataError(
                 f"No chosen plate holds {name_some(absent)}.",
-                "Set `--data.init_args.source.init_args.classes` to identifiers that occur.",
+                f"Set `{_OPTION}.perturbations.classes` to identifiers that occur.",
             )
         frame = self._select_identified(frame, set(kinds), excluded)
         kind = frame["jcp"].map(kinds)
@@ -420,13 +323,13 @@ class JumpPlates(PlateSource):
             dict(zip(table["Metadata_JCP2022"], table["Metadata_modality"], strict=True))
         )
         is_class = frame["jcp"].isin(classes)
-        is_control = (kind == "negcon") & (modality == self.modality) & ~is_class
+        is_control = (kind == "negcon") & (modality == self.perturbations.modality) & ~is_class
         other = ~is_class & ~is_control & kind.ne("empty")
         frame = frame.assign(
             role=is_control.map({True: "control", False: "query"}),
             label=frame["jcp"].map({jcp: c for c, jcp in enumerate(classes)}).fillna(-1),
         )
-        used = is_class | is_control | (other if self.treatments else False)
+        used = is_class | is_control | (other if self.perturbations.treatments else False)
         notes = []
         if unused := int((~used).sum()):
             notes.append(f"{unused} sites of empty wells and other perturbations are not used")
@@ -455,25 +358,26 @@ class JumpPlates(PlateSource):
                     f"Put {absent[0]}.csv.gz of jump-cellpainting/datasets there.",
                 )
             identified &= ~unlisted
-        if not self.treatments:
+        if not self.perturbations.treatments:
             identified |= frame["jcp"] == _UNIDENTIFIED
         if identified.all():
             return frame
         first = frame[~identified].iloc[0]
         jcp = first["jcp"] if isinstance(first["jcp"], str) else "no identifier"
-        self._exclude_or_raise(
+        return self._drop_sites(
+            frame,
+            ~identified,
             excluded,
-            "unknown_id",
-            int((~identified).sum()),
-            f"{int((~identified).sum())} sites with an unknown perturbation, first {jcp} in well "
+            kind="unknown_id",
+            problem=f"with an unknown perturbation, first {jcp} in well "
             f"{first['well']} of plate {first['source']}|{first['batch']}|{first['plate']}",
-            "sites",
         )
-        return frame[identified]
 
     def _metadata_folder(self) -> Path:
         return data_path(
-            self.metadata if self.metadata is not None else str(Path(self.root) / "metadata")
+            self.files.metadata
+            if self.files.metadata is not None
+            else str(Path(self.root) / "metadata")
         )
 
     def _read_identifiers(self) -> tuple[set[str], list[str], list[str]]:
@@ -482,7 +386,7 @@ class JumpPlates(PlateSource):
         names: dict[bool, list[str]] = {True: [], False: []}
         identifiers: set[str] = set()
         for name in ("compound", "crispr", "orf"):
-            there = any((folder / f"{name}{end}").is_file() for end in _SUFFIXES)
+            there = any((folder / f"{name}{end}").is_file() for end in TABLE_SUFFIXES)
             names[there].append(name)
             if there:
                 identifiers |= set(self._read_metadata(name, "JCP2022")["Metadata_JCP2022"])
@@ -498,16 +402,15 @@ class JumpPlates(PlateSource):
             return frame
         row = frame[broken].iloc[0]
         channel = self._channels[int(missing[broken].iloc[0].to_numpy().argmax())]
-        self._exclude_or_raise(
+        return self._drop_sites(
+            frame,
+            broken,
             excluded,
-            "missing_channel",
-            int(broken.sum()),
-            f"{int(broken.sum())} sites without a path for a channel, first {channel} of site "
+            kind="missing_channel",
+            problem=f"without a path for a channel, first {channel} of site "
             f"{row['site']} in well {row['well']} of plate "
             f"{row['source']}|{row['batch']}|{row['plate']}",
-            "sites",
         )
-        return frame[~broken]
 
     def _select_distinct_channels(
         self, frame: pd.DataFrame, excluded: list[Exclusion]
@@ -517,30 +420,29 @@ class JumpPlates(PlateSource):
         if not same.any():
             return frame
         row = frame[same].iloc[0]
-        self._exclude_or_raise(
+        return self._drop_sites(
+            frame,
+            same,
             excluded,
-            "same_channel",
-            int(same.sum()),
-            f"{int(same.sum())} sites with one file for two channels, first {pair[0]} and "
+            kind="same_channel",
+            problem=f"with one file for two channels, first {pair[0]} and "
             f"{pair[1]} of site {row['site']} in well {row['well']} of plate "
             f"{row['source']}|{row['batch']}|{row['plate']}",
-            "sites",
         )
-        return frame[~same]
 
     def _drop_stray_wells(
         self, frame: pd.DataFrame, max_rows: int, excluded: list[Exclusion]
     ) -> pd.DataFrame:
         count = frame.groupby(["source", "jcp", "well"])["site"].transform("size")
         stray = (count <= max_rows) & (frame["label"] >= 0)
-        if stray.any():
-            row = frame[stray].iloc[0]
-            self._exclude_or_raise(
-                excluded,
-                "stray_well",
-                int(stray.sum()),
-                f"{int(stray.sum())} sites in wells that hold a class at most {max_rows} times in "
-                f"a source, first {row['jcp']} in well {row['well']} of {row['source']}",
-                "sites",
-            )
-        return frame[~stray]
+        if not stray.any():
+            return frame
+        row = frame[stray].iloc[0]
+        return self._drop_sites(
+            frame,
+            stray,
+            excluded,
+            kind="stray_well",
+            problem=f"in wells that hold a class at most {max_rows} times in "
+            f"a source, first {row['jcp']} in well {row['well']} of {row['source']}",
+        )

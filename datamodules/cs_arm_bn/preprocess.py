@@ -5,13 +5,14 @@ Shapes: C channels, H W raw image, h w stored image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import BadImage
-from fulgurite.errors import ConfigError
+from fulgurite.options import PositiveInt, RightOpenUnitInterval, check_options
 
 __all__ = ["Preprocess", "display_max"]
 
@@ -33,6 +34,7 @@ def display_max(pixels: NDArray[Any], fraction: float) -> float:
     return float(np.partition(pixels, index, axis=None)[index])
 
 
+@dataclass(frozen=True, repr=False)
 class Preprocess:
     """Downscales a raw site and maps its intensities for storage.
 
@@ -56,27 +58,16 @@ class Preprocess:
         [[156, 176], [235, 255]]
     """
 
-    def __init__(
-        self,
-        downscale: int = 2,
-        intensity: Literal["percentile", "full"] = "percentile",
-        saturate: float = 1e-4,
-        constant: Literal["channel", "image"] = "channel",
-    ) -> None:
-        words = intensity in ("percentile", "full") and constant in ("channel", "image")
-        if downscale < 1 or not 0 <= saturate < 1 or not words:
-            raise ConfigError(
-                f"Images cannot be shrunk by {downscale} and mapped by {intensity!r} with "
-                f"{saturate} of the pixels saturated.",
-                "Set `--data.init_args.preprocess.init_args.downscale` to 1 or more, `intensity` "
-                "to percentile or full, `saturate` in [0, 1), `constant` to channel or image.",
-            )
-        self.downscale = downscale
-        self.intensity = intensity
-        self.saturate = saturate
-        self.constant = constant
+    downscale: PositiveInt = 2
+    intensity: Literal["percentile", "full"] = "percentile"
+    saturate: RightOpenUnitInterval = 1e-4
+    constant: Literal["channel", "image"] = "channel"
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.init_args.pixels.preprocess")
 
     def __repr__(self) -> str:
+        # a part of the keys of the cache
         return (
             f"Preprocess({self.downscale}, {self.intensity!r}, {self.saturate}, {self.constant!r})"
         )

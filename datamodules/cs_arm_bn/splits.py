@@ -201,6 +201,7 @@ class HoldOut(Split):
 
     def __init__(
         self,
+        *,
         new_labs: list[str] = [],  # noqa: B006  # copied below
         new_batches: float | list[str] = 0.25,
         val_batches: float | list[str] = 0.15,
@@ -310,6 +311,7 @@ class GroupFolds(Split):
         group: Literal["lab", "batch", "plate", "image"] = "batch",
         fold: int = 0,
         folds: int = 5,
+        *,
         val_group: Literal["batch", "plate"] = "batch",
         val_fraction: float = 0.15,
         new_wells: int = 0,

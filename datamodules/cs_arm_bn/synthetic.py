@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,35 @@ from fulgurite.data.store import cache_folder
 from fulgurite.datamodules.cs_arm_bn.cells import PHENOTYPES, Phenotype, render_cells
 from fulgurite.datamodules.cs_arm_bn.effects import SHARES, LabSetting, draw_effect
 from fulgurite.datamodules.cs_arm_bn.jump import CHANNELS, JumpPlates
+from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write, file_lock
+from fulgurite.options import (
+    ClosedUnitInterval,
+    NonNegativeInt,
+    PositiveInt,
+    check_arguments,
+    check_options,
+    make_options,
+    restrict_number,
+)
 
-__all__ = ["NEGATIVE_CONTROL", "SyntheticPlates", "class_wells", "control_wells"]
+__all__ = ["NEGATIVE_CONTROL", "PlateWorld", "SyntheticPlates", "class_wells", "control_wells"]
 
+if TYPE_CHECKING:
+    NumSites = ImageSide = NumWells = NumControls = int
+    Strength = float
+else:
+    NumSites = restrict_number("NumSites", int, (">=", 1), ("<=", 99))
+    ImageSide = restrict_number("ImageSide", int, (">=", 8), ("<=", 4096))
+    NumWells = restrict_number("NumWells", int, (">=", 1), ("<=", 4))
+    NumControls = restrict_number("NumControls", int, (">=", 0), ("<=", 32))
+    Strength = restrict_number("Strength", float, (">=", 0), ("<=", 10))
+
+_OPTION = "data.init_args.source.init_args.world"
 #: Identifier of DMSO.
 NEGATIVE_CONTROL = "JCP2022_033924"
 _EMPTY = "JCP2022_999999"
@@ -161,7 +182,12 @@ def _render_plate(
     """
     setting = recipe.labs()[plate.lab][1]
     effect = draw_effect(
-        recipe.seed, plate.lab, plate.batch, plate.number, setting, recipe.strength
+        recipe.seed,
+        plate.lab,
+        plate.batch,
+        plate.number,
+        setting=setting,
+        strength=recipe.strength,
     )
     generator = np.random.default_rng((recipe.seed, 5, plate.lab, plate.batch, plate.number))
     layout = recipe.layout(plate)
@@ -271,13 +297,9 @@ def _write_metadata(root: Path, recipe: _Recipe) -> None:
         temporary.write_text(_format_csv([header, *controls]))
 
 
-class SyntheticPlates(PlateSource):
-    """Plates of generated cells with nested batch effects, in the files of JUMP.
-
-    They are generated once, by as many processes as there are cores, into the cache
-    (``FULGURITE_CACHE``). A plate is complete when its ``load_data`` exists, so an interrupted run
-    continues with the next plate. The first laboratory is ``source_3``; the second, ``source_8``,
-    has another instrument and twice the variation; the third is between the two.
+@dataclass(frozen=True)
+class PlateWorld:
+    """The laboratories, plates, wells and batch effects of generated plates.
 
     Args:
         batches: Number of batches of each of one to three laboratories.
@@ -291,8 +313,6 @@ class SyntheticPlates(PlateSource):
             seeds), more than the 10 to 35 that the card aims at.
         random_layout: Assign classes and controls to random wells instead of those of JUMP.
         dead_wells: Fraction of control wells with nearly no cells.
-        seed: Seed of all random numbers.
-        path: Folder to write to instead of the cache.
 
     Raises:
         ConfigError: A number is out of range, or ``batches`` and ``plates`` differ in length.
@@ -300,51 +320,66 @@ class SyntheticPlates(PlateSource):
     Source: arXiv 2604.20824, card section 6.3.
     """
 
+    batches: tuple[PositiveInt, ...] = (12, 3)
+    plates: tuple[PositiveInt, ...] = (2, 2)
+    sites: NumSites = 4
+    size: ImageSide = 32
+    wells_per_class: NumWells = 4
+    controls: NumControls = 32
+    strength: Strength = 1.15
+    random_layout: bool = False
+    dead_wells: ClosedUnitInterval = 0.0
+
+    def __post_init__(self) -> None:
+        check_options(self, _OPTION)
+        if not 1 <= len(self.batches) == len(self.plates) <= len(_LABS):
+            raise ConfigError(
+                f"There cannot be {list(self.batches)} batches of {list(self.plates)} plates in "
+                "the laboratories.",
+                f"Set `--{_OPTION}.batches` and `plates` to lists of one positive number for each "
+                f"of up to {len(_LABS)} laboratories.",
+            )
+
+
+class SyntheticPlates(PlateSource):
+    """Plates of generated cells with nested batch effects, in the files of JUMP.
+
+    They are generated once, by as many processes as there are cores, into the cache
+    (``FULGURITE_CACHE``). A plate is complete when its ``load_data`` exists, so an interrupted run
+    continues with the next plate. The first laboratory is ``source_3``; the second, ``source_8``,
+    has another instrument and twice the variation; the third is between the two.
+
+    Args:
+        world: Laboratories, plates, wells and batch effects.
+        seed: Seed of all random numbers.
+        path: Folder to write to instead of the cache.
+
+    Raises:
+        ConfigError: The seed is negative.
+
+    Source: arXiv 2604.20824, card section 6.3.
+    """
+
     def __init__(
         self,
-        batches: list[int] = [12, 3],  # noqa: B006  # copied below
-        plates: list[int] = [2, 2],  # noqa: B006  # copied below
-        sites: int = 4,
-        size: int = 32,
-        wells_per_class: int = 4,
-        controls: int = 32,
-        strength: float = 1.15,
-        random_layout: bool = False,
-        dead_wells: float = 0.0,
-        seed: int = 0,
+        world: PlateWorld = PlateWorld(),
+        *,
+        seed: NonNegativeInt = 0,
         path: str | None = None,
     ) -> None:
-        if not 1 <= len(batches) == len(plates) <= len(_LABS) or min(*batches, *plates) < 1:
-            raise ConfigError(
-                f"There cannot be {batches} batches of {plates} plates in the laboratories.",
-                "Set `--data.init_args.source.init_args.batches` and `plates` to lists of one "
-                f"positive number for each of up to {len(_LABS)} laboratories.",
-            )
-        for name, value, low, high in (
-            ("sites", sites, 1, 99),
-            ("size", size, 8, 4096),
-            ("wells_per_class", wells_per_class, 1, 4),
-            ("controls", controls, 0, 32),
-            ("strength", strength, 0, 10),
-            ("dead_wells", dead_wells, 0, 1),
-            ("seed", seed, 0, 2**63),
-        ):
-            if not low <= value <= high:
-                raise ConfigError(
-                    f"The {name} of generated plates is {value}.",
-                    f"Set `--data.init_args.source.init_args.{name}` between {low} and {high}.",
-                )
+        check_arguments(SyntheticPlates.__init__, locals(), "data.init_args.source.init_args")
+        self.world = world = make_options(PlateWorld, world)
         self.recipe = _Recipe(
-            seed,
-            size,
-            sites,
-            wells_per_class,
-            controls,
-            tuple(batches),
-            tuple(plates),
-            float(strength),
-            random_layout,
-            float(dead_wells),
+            seed=seed,
+            size=world.size,
+            sites=world.sites,
+            wells_per_class=world.wells_per_class,
+            controls=world.controls,
+            batches=world.batches,
+            plates=world.plates,
+            strength=world.strength,
+            random_layout=world.random_layout,
+            dead_wells=world.dead_wells,
         )
         self.path = path
 
@@ -387,4 +422,6 @@ class SyntheticPlates(PlateSource):
     def load(self) -> PlateTable:
         """Return the table of sites, as the reader of JUMP gives it."""
         self.prepare()  # does nothing if `prepare` ran on this machine
-        return JumpPlates(str(self.root), prefixes={_BUCKET: "", _ELSEWHERE: ""}).load()
+        return JumpPlates(
+            str(self.root), files=JumpFiles(prefixes={_BUCKET: "", _ELSEWHERE: ""})
+        ).load()

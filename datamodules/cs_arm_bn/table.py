@@ -150,6 +150,7 @@ class PlateTable:
         class_names: Names of the K classes.
         channels: Names of the channels, in the order of the images.
         excluded: Exclusions so far.
+        *,
         notes: Notes about the source for :meth:`report`.
         domains: Names of the D plates, in order of appearance.
         wells: Names of wells, each ``domain|well``.
@@ -163,6 +164,7 @@ class PlateTable:
         class_names: Names of the K classes, in the order of the labels.
         channels: Names of the channels.
         excluded: Exclusions by the reader.
+        *,
         notes: Notes of the reader for the report.
 
     Raises:
@@ -185,6 +187,7 @@ class PlateTable:
         class_names: Sequence[str],
         channels: Sequence[str],
         excluded: Sequence[Exclusion] = (),
+        *,
         notes: Sequence[str] = (),
     ) -> None:
         self.class_names = tuple(class_names)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
-from fulgurite.datamodules.cs_arm_bn.jump import read_table
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel
+from fulgurite.datamodules.cs_arm_bn.table_files import read_table
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
+from fulgurite.options import PositiveInt, check_arguments, check_options, make_options
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CsvPlates", "RxRx1Plates"]
+__all__ = ["CsvPlates", "ImageFiles", "RxRx1Plates"]
 
 _EXCLUSIONS = ("unknown_label", "missing_channel", "same_channel")
 _OPTION = "--data.init_args.source.init_args"
@@ -30,6 +32,28 @@ _HINTS = {
     "missing_channel": "Give each path",
     "same_channel": "Give each channel its file",
 }
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Where the images of a plate table are, and of what kind.
+
+    Args:
+        root: Folder to which image paths are relative; by default that of the table.
+        any_depth: Accept TIFFs that are not 16-bit with one channel.
+        remote: Beginnings of allowed addresses (such as ``s3://my-bucket/``) in the table; others
+            are refused.
+        prefixes: Replacements of the beginnings of paths in the table, for tables of another
+            machine.
+    """
+
+    root: str | None = None
+    any_depth: bool = False
+    remote: tuple[str, ...] = ()
+    prefixes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.init_args.source.init_args.files")
 
 
 class CsvPlates(PlateSource):
@@ -45,17 +69,12 @@ class CsvPlates(PlateSource):
         channels: Names of the channels, in the order of the images.
         classes: Names of the classes, in the order of their numbers; by default those in the
             table, sorted. Other labels are an error or excluded.
-        root: Folder to which image paths are relative; by default that of the table.
-        any_depth: Accept TIFFs that are not 16-bit with one channel.
+        files: Where the images are, and of what kind.
         downscale: Keep every n-th pixel along each axis.
         intensity: Mapping of intensities; see :class:`Preprocess`.
         exclude: Words for sites to leave out and count instead of an error: sites with an
             ``unknown_label``, a ``missing_channel`` or one file for two channels
             (``same_channel``).
-        remote: Beginnings of allowed addresses (such as ``s3://my-bucket/``) in the table; others
-            are refused.
-        prefixes: Replacements of the beginnings of paths in the table, for tables of another
-            machine.
 
     Raises:
         ConfigError: ``channels`` is empty or has duplicates, or a word in ``exclude`` is unknown.
@@ -65,15 +84,14 @@ class CsvPlates(PlateSource):
         self,
         path: str,
         channels: list[str],
+        *,
         classes: list[str] | None = None,
-        root: str | None = None,
-        any_depth: bool = False,
-        downscale: int = 1,
+        files: ImageFiles = ImageFiles(),
+        downscale: PositiveInt = 1,
         intensity: Literal["percentile", "full"] = "percentile",
         exclude: list[str] = [],  # noqa: B006  # copied below
-        remote: list[str] = [],  # noqa: B006  # copied below
-        prefixes: dict[str, str] = {},  # noqa: B006  # copied below
     ) -> None:
+        check_arguments(CsvPlates.__init__, locals(), _OPTION.removeprefix("--"))
         if not channels or len(set(channels)) < len(channels):
             raise ConfigError(
                 f"The channels are {', '.join(channels) or 'none'}.",
@@ -81,11 +99,8 @@ class CsvPlates(PlateSource):
             )
         self.path = path
         self.classes = classes
-        self.root = root
-        self.any_depth = any_depth
+        self.files = make_options(ImageFiles, files)
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
-        self.remote = tuple(remote)
-        self.prefixes = dict(prefixes)
         self._channels = tuple(channels)
         self._preprocess = Preprocess(downscale, intensity)
         self._frame: pd.DataFrame | None = None
@@ -112,7 +127,7 @@ class CsvPlates(PlateSource):
     @property
     def reader(self) -> SiteReader:
         """Reader of 16-bit TIFF, PNG, JPEG and ``.npy``."""
-        return FileReader(self.in_channels, self.any_depth, self.remote)
+        return FileReader(self.in_channels, self.files.any_depth, self.files.remote)
 
     def _read_frame(self) -> pd.DataFrame:
         if self._frame is None:
@@ -146,11 +161,11 @@ class CsvPlates(PlateSource):
 
     def describe_fix(self, path: str) -> str:
         """Return a hint for missing images: see :meth:`PlateSource.describe_fix`."""
-        prefixes = self.prefixes | {"/home/USER/plates/": ""}
+        prefixes = self.files.prefixes | {"/home/USER/plates/": ""}
         return (
             f"Set `{_OPTION}.root` to the folder where relative paths start, or, where the table "
             "is of another machine, say what takes the place of the beginning of its paths: "
-            f"`{_OPTION}.prefixes={prefixes}`."
+            f"`{_OPTION}.files.prefixes={prefixes}`."
         )
 
     def load(self) -> PlateTable:
@@ -168,23 +183,33 @@ class CsvPlates(PlateSource):
         query = frame["role"] != "control"
         unknown = query & frame["label"].notna() & ~frame["label"].isin(list(numbers))
         problem = f"with a label that is no class (classes are {name_some(list(numbers))})"
-        frame = self._drop_or_raise(frame, unknown, "unknown_label", problem, "label", excluded)
+        frame = self._drop_or_raise(
+            frame, unknown, excluded, kind="unknown_label", problem=problem, column="label"
+        )
         paths = self._path_columns(frame)
         missing = frame[paths].isna()
         broken = missing.any(axis=1)
         column = paths[int(missing.to_numpy()[int(broken.to_numpy().argmax())].argmax())]
         problem = "without a path for a channel"
-        frame = self._drop_or_raise(frame, broken, "missing_channel", problem, column, excluded)
+        frame = self._drop_or_raise(
+            frame, broken, excluded, kind="missing_channel", problem=problem, column=column
+        )
         if len(paths) > 1:
             same, pair = find_same_channel(frame, self._channels)
             problem = f"with one file for two channels, {' and '.join(pair)}"
             wrong = pd.Series(same, frame.index)
             frame = self._drop_or_raise(
-                frame, wrong, "same_channel", problem, f"path_{pair[0]}", excluded
+                frame,
+                wrong,
+                excluded,
+                kind="same_channel",
+                problem=problem,
+                column=f"path_{pair[0]}",
             )
-        root = data_path(self.path).parent if self.root is None else data_path(self.root)
+        folder = self.files.root
+        root = data_path(self.path).parent if folder is None else data_path(folder)
         for name in paths:
-            frame[name] = [locate(path, root, self.prefixes) for path in frame[name]]
+            frame[name] = [locate(path, root, self.files.prefixes) for path in frame[name]]
         frame["label"] = frame["label"].map(numbers).fillna(-1)
         return PlateTable(frame, self.class_names, self._channels, excluded)
 
@@ -213,10 +238,11 @@ class CsvPlates(PlateSource):
         self,
         frame: pd.DataFrame,
         wrong: pd.Series,
+        excluded: list[Exclusion],
+        *,
         kind: str,
         problem: str,
         column: str,
-        excluded: list[Exclusion],
     ) -> pd.DataFrame:
         """Drop sites and record them, or raise if their word is not in ``exclude``."""
         if not wrong.any():

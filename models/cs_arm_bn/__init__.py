@@ -11,7 +11,6 @@ from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.models.cs_arm_bn.adaptation import adapt, load_statistics, stored_statistics
-    from fulgurite.models.cs_arm_bn.alignment import DANN, DeepCORAL
     from fulgurite.models.cs_arm_bn.batch_statistics import adaptive_weight, merge_groups
     from fulgurite.models.cs_arm_bn.batchnorm import (
         Context,
@@ -21,21 +20,20 @@ if TYPE_CHECKING:
     )
     from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, revert_batchnorm
     from fulgurite.models.cs_arm_bn.embedding import EmbeddingHead
-    from fulgurite.models.cs_arm_bn.methods import (
+    from fulgurite.models.cs_arm_bn.methods.adaptive_risk import ARMCML, ARMLL
+    from fulgurite.models.cs_arm_bn.methods.alignment import DANN, DeepCORAL
+    from fulgurite.models.cs_arm_bn.methods.base import Method
+    from fulgurite.models.cs_arm_bn.methods.probes import TVN, LinearProbe
+    from fulgurite.models.cs_arm_bn.methods.statistics import (
         ARMBN,
-        ARMCML,
-        ARMLL,
         CSARMBN,
         ERM,
-        TENT,
-        TVN,
         AdaBN,
         AdaptiveWeight,
         ControlsOnly,
-        LinearProbe,
-        Method,
         Weighted,
     )
+    from fulgurite.models.cs_arm_bn.methods.tent import TENT
     from fulgurite.models.cs_arm_bn.metrics import (
         Predictions,
         confusion,
@@ -57,27 +55,25 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
-    "alignment": ("DANN", "DeepCORAL"),
     "adaptation": ("adapt", "load_statistics", "stored_statistics"),
     "batch_statistics": ("adaptive_weight", "merge_groups"),
     "batchnorm": ("Context", "ContextBatchNorm1d", "ContextBatchNorm2d", "context"),
     "conversion": ("convert_batchnorm", "revert_batchnorm"),
     "embedding": ("EmbeddingHead",),
-    "methods": (
+    "methods.adaptive_risk": ("ARMCML", "ARMLL"),
+    "methods.alignment": ("DANN", "DeepCORAL"),
+    "methods.base": ("Method",),
+    "methods.probes": ("TVN", "LinearProbe"),
+    "methods.statistics": (
         "ARMBN",
-        "ARMCML",
-        "ARMLL",
         "CSARMBN",
         "ERM",
-        "TENT",
-        "TVN",
         "AdaBN",
         "AdaptiveWeight",
         "ControlsOnly",
-        "LinearProbe",
-        "Method",
         "Weighted",
     ),
+    "methods.tent": ("TENT",),
     "metrics": (
         "Predictions",
         "confusion",

@@ -25,6 +25,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import (
 __all__ = [
     "adapt",
     "load_statistics",
+    "missing_controls_error",
     "stored_statistics",
 ]
 
@@ -238,3 +239,12 @@ def load_statistics(model: nn.Module, domain: Hashable, tensors: Mapping[str, Te
     for name in names:
         mean, var = (tensors[f"{name}.{part}".lstrip(".")] for part in ("mean", "var"))
         layers[name].stored[domain] = mean, var
+
+
+def missing_controls_error(name: str) -> DataError:
+    """Return the error for a plate that is to be predicted before its controls were seen."""
+    return DataError(
+        f"A chunk of plate {name} came before its controls.",
+        "Predict with --trainer.devices=1, or name the folder of an earlier prediction's "
+        "statistics in ControlContext.statistics.",
+    )

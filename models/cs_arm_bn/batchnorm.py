@@ -196,7 +196,7 @@ class ContextLayer(nn.modules.batchnorm._BatchNorm):
         if setting.source == "controls" and n_control == 0:
             raise DataError(
                 "A batch without controls reached statistics of controls.",
-                "Give controls (data.init_args.controls), or choose another method.",
+                "Give controls (data.init_args.episodes.controls), or choose another method.",
             )
         if setting.source == "batch" and n_query == 0:
             raise DataError(
@@ -388,8 +388,8 @@ def context(
     source: Source = "union",
     n_query: int | None = None,
     weight: float | Literal["adaptive"] | None = None,
-    domain: Hashable | None = None,
     *,
+    domain: Hashable | None = None,
     prior: float = 0.0,
     detach: bool = False,
     record: bool = False,

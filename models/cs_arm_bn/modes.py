@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fulgurite.domains.cs_arm_bn import PlateBatch
-from fulgurite.models.cs_arm_bn.methods import query_loss
+from fulgurite.models.cs_arm_bn.methods.base import query_loss
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 
 __all__ = ["compare_modes"]

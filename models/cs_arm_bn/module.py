@@ -5,7 +5,6 @@ Axes: L queries, N controls, C channels, H W image, K classes.
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +18,16 @@ from torch import Tensor, nn
 from fulgurite.base import SystemModule, build_network, check_head, save_options, scheduled
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.cs_arm_bn.adaptation import adapt, load_statistics, stored_statistics
+from fulgurite.models.cs_arm_bn.adaptation import (
+    adapt,
+    load_statistics,
+    missing_controls_error,
+    stored_statistics,
+)
 from fulgurite.models.cs_arm_bn.batchnorm import Context, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
-from fulgurite.models.cs_arm_bn.methods import AdaptiveWeight, Method, query_loss
+from fulgurite.models.cs_arm_bn.methods.base import Method, query_loss
+from fulgurite.models.cs_arm_bn.methods.statistics import AdaptiveWeight
 from fulgurite.models.cs_arm_bn.metrics import (
     Predictions,
     gather_predictions,
@@ -85,6 +90,7 @@ class PlateClassifier(SystemModule):
         network: Callable[[int, int], nn.Module] | nn.Module,
         method: Method | None = None,
         optimizer: OptimizerCallable = torch.optim.Adam,
+        *,
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
         num_classes: int = 8,
@@ -142,8 +148,6 @@ class PlateClassifier(SystemModule):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         return scheduled(optimizer, self.scheduler, "epoch")
 
-    # --- context -------------------------------------------------------------------------------
-
     @contextmanager
     def plate_context(self, batch: PlateBatch, *, training: bool) -> Iterator[Context]:
         """Let the statistics of a batch come from the method's source until the block ends.
@@ -175,14 +179,14 @@ class PlateClassifier(SystemModule):
             raise DataError(
                 f"{int(foreign.sum())} of the {len(foreign)} controls in a batch are not of its "
                 f"plate ({batch.domain}).",
-                "Set data.init_args.control_plate=own, or let them pass with "
+                "Set data.init_args.evaluation.control_plate=own, or let them pass with "
                 "model.init_args.adaptation.foreign_controls=true.",
             )
         if self.method.needs_controls and not may_lack and not len(batch.control_row):
             raise DataError(
                 f"{type(self.method).__name__} was given a batch without controls.",
-                "Set data.init_args.controls (eval_controls) to 1 or more, or choose another "
-                "model.init_args.method.",
+                "Set data.init_args.episodes.controls (evaluation.controls) to 1 or more, or "
+                "choose another model.init_args.method.",
             )
 
     def _progress(self) -> float:
@@ -219,8 +223,6 @@ class PlateClassifier(SystemModule):
                 f"--trainer.precision={trainer.precision}: nothing scales them.",
                 "Use bf16-mixed or 32-true.",
             )
-
-    # --- training ------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
         """Call the method with the training plates."""
@@ -284,17 +286,13 @@ class PlateClassifier(SystemModule):
         """Whether an episode updates the references: the last ones, with the newest weights."""
         if self._trainer is None:
             return False
-        batches, fraction = self._trainer.num_training_batches, self.adaptation.record_fraction
+        batches = self._trainer.num_training_batches
         if batches == float("inf"):  # the end of the epoch is unknown
-            return random.Random(batch_idx).random() < fraction
-        # few plates determine the usual shift badly: seven cost 3 points under label shift
-        num_recorded = max(math.ceil(fraction * batches), self.adaptation.min_recorded)
-        first = max(0, int(batches) - num_recorded)
+            return random.Random(batch_idx).random() < self.adaptation.record_fraction
+        first = self.adaptation.find_first_recorded(int(batches))
         if batch_idx == first:
             age_references(self.network)
         return batch_idx >= first
-
-    # --- evaluation ----------------------------------------------------------------------------
 
     def _begin_evaluation(self) -> None:
         # what is logged below is equal on every rank already
@@ -369,8 +367,6 @@ class PlateClassifier(SystemModule):
         self.method.end(self.network)
         self.context = None
 
-    # --- prediction ----------------------------------------------------------------------------
-
     @property
     def adapts_once(self) -> bool:
         """Whether prediction adapts once to a plate's controls, and then predicts each query."""
@@ -393,7 +389,7 @@ class PlateClassifier(SystemModule):
         """
         name = self.plate_name(batch.domain)
         if not len(batch.control_row):
-            raise _missing_controls_error(name)
+            raise missing_controls_error(name)
         chunks = batch.control.split(self.adaptation.chunk)
         weight = self.method.context(training=False).weight
         adapt(self.network, chunks, name, weight=weight)
@@ -423,7 +419,7 @@ class PlateClassifier(SystemModule):
             self._controls = batch.domain, batch.control
         elif self.method.needs_controls or self.method.deploys:
             if self._controls is None or self._controls[0] != batch.domain:
-                raise _missing_controls_error(self.plate_name(batch.domain))
+                raise missing_controls_error(self.plate_name(batch.domain))
             batch = batch._replace(images=torch.cat([batch.images, self._controls[1]]))
         return self.logits(batch)
 
@@ -442,8 +438,6 @@ class PlateClassifier(SystemModule):
             "probabilities": probabilities,
         }
 
-    # --- checkpoint ----------------------------------------------------------------------------
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the training references of the layers."""
         checkpoint["context_reference"] = reference_state(self.network)
@@ -451,11 +445,3 @@ class PlateClassifier(SystemModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the training references of the layers."""
         load_reference(self.network, checkpoint.get("context_reference", {}))
-
-
-def _missing_controls_error(name: str) -> DataError:
-    return DataError(
-        f"A chunk of plate {name} came before its controls.",
-        "Predict with --trainer.devices=1, or name the folder of an earlier prediction's "
-        "statistics in ControlContext.statistics.",
-    )

@@ -61,6 +61,7 @@ class SmallResNet(nn.Module):
         self,
         in_channels: int,
         num_classes: int,
+        *,
         width: int = 16,
         input_norm: InputNorm = "none",
         checkpoint: bool = False,
@@ -172,6 +173,7 @@ class ResNet50(_PlateResNet):
         self,
         in_channels: int,
         num_classes: int,
+        *,
         stem: resnet.Stem = "imagenet",
         input_norm: InputNorm = "none",
         checkpoint: bool = False,
@@ -208,6 +210,7 @@ class ResNet18(_PlateResNet):
         self,
         in_channels: int,
         num_classes: int,
+        *,
         stem: resnet.Stem = "cifar",
         input_norm: InputNorm = "none",
         checkpoint: bool = False,
@@ -257,6 +260,7 @@ class Backbone(nn.Module):
         num_classes: int,
         factory: str,
         arguments: dict[str, Any] | None = None,
+        *,
         input_norm: InputNorm = "none",
     ) -> None:
         super().__init__()

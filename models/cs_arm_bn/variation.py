@@ -72,7 +72,7 @@ def fit_tvn(controls: Tensor, domains: Tensor, ridge: float = 0.5) -> TVNReferen
     if len(controls) < 2:
         raise DataError(
             f"TVN was given {len(controls)} control(s).",
-            "Give controls: data.init_args.controls of 2 or more.",
+            "Give controls: data.init_args.episodes.controls of 2 or more.",
         )
     z = controls.double()
     mean, std = _mean_std(z)

@@ -420,7 +420,7 @@ def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epo
 def test_a_run_killed_within_an_epoch_resumes_to_the_same_weights_and_reference(fit):
     """The reference is recorded in steps 6 to 8 of an epoch; the run is taken up at step 7."""
     options = (
-        "--data.init_args.steps_per_epoch=8", "--trainer.max_epochs=5",
+        "--data.init_args.episodes.steps_per_epoch=8", "--trainer.max_epochs=5",
         "--model.init_args.adaptation.record_fraction=0.375",
         "--model.init_args.adaptation.min_recorded=0",
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",

@@ -14,11 +14,14 @@ from fulgurite.datamodules.cs_arm_bn.corruptions import CORRUPTIONS, corrupt
 from fulgurite.datamodules.cs_arm_bn.splits import check_assignment
 from fulgurite.errors import ConfigError, DataError
 
-SMALL = {
+FAMILIES = {
     "train": ["gaussian_noise", "fog"],
     "val": ["brightness"],
     "test": ["contrast", "pixelate"],
     "severities": [5],
+}
+SMALL = {
+    "families": FAMILIES,
     "queries": 4,
     "controls": 6,
     "control": "ship",
@@ -133,13 +136,14 @@ def test_plates_are_corruptions_and_the_control_class_has_no_label(archive):
 
 
 def test_batches_hold_the_corrupted_pictures(archive):
-    options = {"queries": 4, "controls": 6, "augment": False, "mean": [0] * 3, "std": [1] * 3}
-    data = PlateDataModule(CorruptedCifar(archive, **SMALL), OfficialSplit(), **options)
+    episodes = {"queries": 4, "controls": 6}
+    pixels = {"augment": False, "mean": [0] * 3, "std": [1] * 3}
+    source = CorruptedCifar(archive, **SMALL)
+    data = PlateDataModule(source, OfficialSplit(), episodes=episodes, pixels=pixels)
     data.prepare_data()
     data.setup()
-    again = PlateDataModule(
-        CorruptedCifar(archive, **SMALL), OfficialSplit(), cache=False, **options
-    )
+    pixels["cache"] = False
+    again = PlateDataModule(source, OfficialSplit(), episodes=episodes, pixels=pixels)
     again.setup()
     for one, two in zip(data.test_dataloader()[1], again.test_dataloader()[1], strict=True):
         assert one.query.equal(two.query)
@@ -162,8 +166,9 @@ def test_faults_are_named(archive, tmp_path):
         ({"queries": 0}, "queries"),
         ({"in_domain": 1.0}, "in_domain"),
     ):
+        families = {name: change.pop(name) for name in FAMILIES if name in change}
         with pytest.raises(ConfigError, match=word):
-            CorruptedCifar(archive, **(SMALL | change))
+            CorruptedCifar(archive, **(SMALL | change | {"families": FAMILIES | families}))
     with pytest.raises(DataError, match="control"):
         CorruptedCifar(archive, **(SMALL | {"control": "horse"})).load()
     with pytest.raises(DataError, match=r"12 test pictures of cat for 2 plates of 7"):
@@ -179,8 +184,7 @@ def test_faults_are_named(archive, tmp_path):
     data = PlateDataModule(
         CorruptedCifar(str(tmp_path / "b.zip"), **(SMALL | {"queries": 6})),
         OfficialSplit(),
-        controls=6,
-        queries=4,
+        episodes={"controls": 6, "queries": 4},
     )
     with pytest.raises(DataError, match=r"cat/0003\.png"):
         data.prepare_data()
@@ -189,9 +193,9 @@ def test_faults_are_named(archive, tmp_path):
 @pytest.mark.realdata
 def test_real_cifar():
     assert os.environ["FULGURITE_DATA"]
-    source = CorruptedCifar(queries=3, controls=4, severities=[3])
+    source = CorruptedCifar(queries=3, controls=4, families={"severities": [3]})
     assert source.num_classes == 9
-    data = PlateDataModule(source, OfficialSplit(), queries=8, controls=4)
+    data = PlateDataModule(source, OfficialSplit(), episodes={"queries": 8, "controls": 4})
     data.setup()
     assert len(data.domains) == 18
     batch = next(iter(data.train_dataloader()))

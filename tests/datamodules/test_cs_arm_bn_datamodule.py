@@ -54,21 +54,24 @@ def folder(tmp_path_factory):
 
 def plates(root):
     return SyntheticPlates(
-        batches=[5, 1],
-        plates=[1, 2],
-        sites=1,
-        size=16,
-        wells_per_class=2,
-        controls=8,
+        world={
+            "batches": [5, 1],
+            "plates": [1, 2],
+            "sites": 1,
+            "size": 16,
+            "wells_per_class": 2,
+            "controls": 8,
+        },
         path=str(root / "bucket"),
     )
 
 
 @pytest.fixture
 def make(folder):
-    def call(split=None, **options):
+    def call(split=None, episodes=None, **options):
         split = split or HoldOut(new_labs=["source_8"], new_batches=2, val_batches=1, in_domain=0.5)
-        data = PlateDataModule(plates(folder), split, **({"queries": 6, "controls": 5} | options))
+        episodes = {"queries": 6, "controls": 5} | (episodes or {})
+        data = PlateDataModule(plates(folder), split, episodes=episodes, **options)
         data.setup()
         return data
 
@@ -117,7 +120,7 @@ def test_training_batches_keep_their_promises(make):
 
 
 def test_all_plates_are_drawn_about_equally_often(make):
-    data = make(steps_per_epoch=300, image_size=1)
+    data = make(episodes={"steps_per_epoch": 300}, pixels={"crop": 1})
     drawn = torch.tensor([batch.domain for batch in data.train_dataloader()])
     counts = torch.bincount(drawn, minlength=len(data.domains))
     train = np.unique(data.table.domain[data.assignment.train])
@@ -140,7 +143,7 @@ def test_episodes_do_not_depend_on_workers_or_on_the_run_seed(make):
 
 def test_epochs_differ_and_ranks_share_out_the_same_episodes(make):
     """Lightning wraps the sampler in its DistributedSampler, which forwards the epoch."""
-    data = make(steps_per_epoch=5)
+    data = make(episodes={"steps_per_epoch": 5})
     loader = data.train_dataloader()
     episodes, sampler = loader.dataset, loader.sampler
     assert isinstance(sampler, EpisodeSampler)
@@ -164,7 +167,7 @@ def test_epochs_differ_and_ranks_share_out_the_same_episodes(make):
 
 @pytest.mark.parametrize("plates", [1, 2])
 def test_mixed_batches_can_have_equally_many_queries_of_some_plates(make, plates):
-    data = make(mixed=True, queries=13, steps_per_epoch=6, plates=plates)
+    data = make(episodes={"mixed": True, "queries": 13, "steps_per_epoch": 6, "plates": plates})
     batches = list(data.train_dataloader())
     domain = torch.from_numpy(data.table.domain)
     for batch in batches:
@@ -177,14 +180,14 @@ def test_mixed_batches_can_have_equally_many_queries_of_some_plates(make, plates
 
 def test_more_plates_than_there_are_cannot_be_mixed(make):
     with pytest.raises(ConfigError, match=r"99 plates, and there are \d+ training"):
-        make(mixed=True, queries=99, plates=99).train_dataloader()
+        make(episodes={"mixed": True, "queries": 99, "plates": 99}).train_dataloader()
     for wrong in ({"plates": 4}, {"plates": 0, "mixed": True}, {"plates": 9, "mixed": True}):
         with pytest.raises(ConfigError, match="plates"):
-            make(queries=8, **wrong)
+            make(episodes={"queries": 8} | wrong)
 
 
 def test_mixed_batches_come_from_all_plates(make):
-    data = make(mixed=True, queries=40, steps_per_epoch=2)
+    data = make(episodes={"mixed": True, "queries": 40, "steps_per_epoch": 2})
     for batch in data.train_dataloader():
         check(batch, data)
         assert tuple(batch.control.shape) == (0, 5, 16, 16)
@@ -193,12 +196,12 @@ def test_mixed_batches_come_from_all_plates(make):
 
 
 def test_too_few_images_are_drawn_again(make):
-    data = make(queries=20, controls=30)
+    data = make(episodes={"queries": 20, "controls": 30})
     batch = next(iter(data.train_dataloader()))
     check(batch, data)
     assert len(batch.query) == 20
     assert len(batch.control) == 30
-    assert next(iter(make(controls=0).train_dataloader())).control.shape[0] == 0
+    assert next(iter(make(episodes={"controls": 0}).train_dataloader())).control.shape[0] == 0
 
 
 def evaluated(loader):
@@ -229,13 +232,13 @@ def test_evaluation_sees_each_query_once_with_its_plates_controls(make):
 
 
 def test_evaluation_sizes(make):
-    data = make(eval_queries=1, eval_controls=99, eval_limit=3)
+    data = make(evaluation={"queries": 1, "controls": 99, "limit": 3})
     batches, index = evaluated(data.test_dataloader()[2])
     assert len(index) == len(set(index.tolist())) == 6
     assert {(len(b.query), len(b.control)) for b in batches} == {(1, 8)}
-    none = make(eval_controls=0)
+    none = make(evaluation={"controls": 0})
     assert {len(b.control) for b in none.test_dataloader()[1]} == {0}
-    whole = make(eval_queries=999)
+    whole = make(evaluation={"queries": 999})
     assert [len(b.query) for b in whole.test_dataloader()[2]] == [16, 16]
 
 
@@ -251,7 +254,10 @@ def test_a_plate_has_the_same_chunks_whatever_else_is_tested(make):
 @pytest.mark.parametrize("size", [1, 6, 24])
 def test_label_shift_changes_batches_alone(make, size):
     """The same images count, in batches of the same size as without it."""
-    data, plain = make(label_shift=1e-4, eval_queries=size), make(eval_queries=size)
+    data, plain = (
+        make(evaluation={"label_shift": 1e-4, "queries": size}),
+        make(evaluation={"queries": size}),
+    )
     for loader, other in zip(data.test_dataloader(), plain.test_dataloader(), strict=True):
         batches, index = evaluated(loader)
         assert sorted(index.tolist()) == sorted(evaluated(other)[1].tolist())
@@ -267,7 +273,7 @@ def test_label_shift_changes_batches_alone(make, size):
 
 
 def test_label_shift_of_one_class_is_refused(make):
-    data = make(label_shift=0.1, eval_limit=1)
+    data = make(evaluation={"label_shift": 0.1, "limit": 1})
     with pytest.raises(DataError, match=r"1 queries of plate .* are of one class.*eval_limit"):
         data.test_dataloader()
 
@@ -341,7 +347,7 @@ def test_wrong_plates_are_never_the_own_one(batches):
 
 
 def test_wrong_controls_come_from_one_other_plate_of_the_test(make):
-    data = make(control_plate="wrong")
+    data = make(evaluation={"control_plate": "wrong"})
     for batch in data.test_dataloader()[1]:
         check(batch, data)
         (other,) = batch.control_domain.unique().tolist()
@@ -351,11 +357,11 @@ def test_wrong_controls_come_from_one_other_plate_of_the_test(make):
     assert all((b.control_domain == b.domain).all() for b in data.val_dataloader())
     one = HoldOut(new_batches=["CP_25"], val_batches=1, in_domain=0)
     with pytest.raises(ConfigError, match="control_plate"):
-        make(one, control_plate="wrong").test_dataloader()
+        make(one, evaluation={"control_plate": "wrong"}).test_dataloader()
 
 
 def test_mislabelled_controls_are_queries_of_the_plate(make):
-    data = make(mislabelled_controls=0.4, controls=8)
+    data = make(evaluation={"mislabelled_controls": 0.4}, episodes={"controls": 8})
     for batch in data.test_dataloader()[2]:
         control = batch.control_row.numpy()
         assert (~data.table.control[control]).sum() == 3
@@ -381,14 +387,14 @@ def test_prediction_brings_all_controls_first_and_each_query_once(make):
         index = torch.cat([batch.row for batch in own])
         assert index.tolist() == data.table.rows_of(d, False).tolist()
         assert all(batch.counted.all() for batch in own)
-    everything = make(predict="all").predict_dataloader()
+    everything = make(evaluation={"predict": "all"}).predict_dataloader()
     assert len({int(batch.domain) for batch in everything}) == 7
     train = {int(batch.domain) for batch in data.plate_dataloader("train")}
     assert train == set(data.table.domain[data.assignment.train].tolist())
 
 
 def test_ranks_predict_whole_plates(make):
-    episodes = make(predict="all").predict_dataloader().dataset
+    episodes = make(evaluation={"predict": "all"}).predict_dataloader().dataset
     shares = [list(PlateSampler(episodes, (rank, 3))) for rank in range(3)]
     assert sorted(number for share in shares for number in share) == list(range(len(episodes)))
     owners = [{episodes.batches[i].domain for i in share} for share in shares]
@@ -397,21 +403,21 @@ def test_ranks_predict_whole_plates(make):
 
 def standardised(data, rows):
     """Images of rows, cropped centrally, as they are on the device."""
-    images = data.evaluation(data.assignment.val).crops.read(rows, None)
+    images = data.plan_evaluation(data.assignment.val).crops.read(rows, None)
     domain = torch.from_numpy(data.table.domain[rows])
     batch = PlateBatch.from_images(images, images[:0])._replace(query_domain=domain)
     return data.on_after_batch_transfer(batch, 0).images
 
 
 def test_training_pixels_have_mean_0_and_deviation_1(make):
-    data = make(augment=False)
+    data = make(pixels={"augment": False})
     pixels = standardised(data, data.assignment.train)
     assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
     # of all pixels, as the paper's: not the mean of the images' deviations
     assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
-    image = standardised(make(normalise="image"), data.assignment.train)
+    image = standardised(make(pixels={"normalise": "image"}), data.assignment.train)
     assert image.mean((2, 3)).abs().max() < 1e-4
-    plate = make(normalise="plate")
+    plate = make(pixels={"normalise": "plate"})
     for d in range(2):
         pixels = standardised(plate, data.table.rows_of(d, True))
         assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
@@ -419,17 +425,17 @@ def test_training_pixels_have_mean_0_and_deviation_1(make):
 
 
 def test_given_statistics_are_fractions_of_full_scale(make):
-    data = make(mean=[0.5] * 5, std=[0.25] * 5)
+    data = make(pixels={"mean": [0.5] * 5, "std": [0.25] * 5})
     row = int(data.assignment.val[0])
     expected = (data.images[row].astype(np.float32) / 65535 - 0.5) / 0.25
     pixels = standardised(data, np.array([row]))
     assert pixels[0].numpy() == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ConfigError, match="5 channels"):
-        make(mean=[0.5], std=[0.5])
+        make(pixels={"mean": [0.5], "std": [0.5]})
 
 
 def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
-    data = make(image_size=15, steps_per_epoch=30)
+    data = make(pixels={"crop": 15}, episodes={"steps_per_epoch": 30})
     assert data.image_size == (15, 15)
     seen = set()
     for batch in data.train_dataloader():
@@ -445,18 +451,18 @@ def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
             assert len(found) == 1
             seen.add(found[0])
     assert len(seen) == 16
-    fixed = make(image_size=14)
+    fixed = make(pixels={"crop": 14})
     row = int(fixed.assignment.val[0])
     (centre,) = fixed.evaluation(fixed.assignment.val).crops.read(np.array([row]), None)
     whole = torch.from_numpy(fixed.images[row].astype(np.float32))[:, 1:15, 1:15]
     assert centre.float().equal(whole)
     with pytest.raises(ConfigError, match="Crops of 17"):
-        make(image_size=17)
+        make(pixels={"crop": 17})
 
 
 def test_files_and_cache_give_the_same_batches(make):
-    options = {"preprocess": Preprocess(1, "percentile"), "mean": [0.1] * 5, "std": [0.1] * 5}
-    cached, plain = make(**options), make(**options, cache=False)
+    pixels = {"preprocess": Preprocess(1, "percentile"), "mean": [0.1] * 5, "std": [0.1] * 5}
+    cached, plain = make(pixels=pixels), make(pixels=pixels | {"cache": False})
     assert plain.images[0].dtype == np.uint8
     one, two = (next(iter(data.train_dataloader())) for data in (cached, plain))
     assert equal(one, two)
@@ -478,7 +484,7 @@ def test_a_resumed_run_sees_the_episodes_of_an_uninterrupted_one(make, tmp_path,
             return torch.optim.SGD(self.parameters(), 0.1)
 
     def fit(path=None, **options):
-        model, data = Model(), make(steps_per_epoch=3, num_workers=workers)
+        model, data = Model(), make(episodes={"steps_per_epoch": 3}, num_workers=workers)
         saved = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = L.Trainer(
             **({"max_epochs": 3} | options),
@@ -528,7 +534,7 @@ def test_unlabelled_plates_are_predicted_with_the_statistics_of_training(make, t
     path = unlabelled(tmp_path)
     names = [str(c) for c in range(5)]
     source = CsvPlates(path, names, classes=list(trained.class_names), intensity="full")
-    data = PlateDataModule(source, HoldOut(new_batches=0, val_batches=0), controls=3)
+    data = PlateDataModule(source, HoldOut(new_batches=0, val_batches=0), episodes={"controls": 3})
     data.setup("predict")
     with pytest.raises(DataError, match="ckpt_path"):
         data.predict_dataloader()
@@ -557,7 +563,8 @@ def test_plates_without_controls_stop_or_are_counted(tmp_path):
     def data(**options):
         source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
         split = HoldOut(new_batches=0, val_batches=0)
-        return PlateDataModule(source, split, controls=3, cache=False, **options)
+        episodes = {"controls": 3} | options.pop("episodes", {})
+        return PlateDataModule(source, split, episodes=episodes, pixels={"cache": False}, **options)
 
     with pytest.raises(DataError, match=r"new\|1\|q \(0\).*few_controls"):
         data().setup()
@@ -565,7 +572,7 @@ def test_plates_without_controls_stop_or_are_counted(tmp_path):
     kept.setup()
     assert kept.domains == ("new|1|p",)
     assert "new|1|q" in kept.table.report()
-    free = data(min_controls=0)
+    free = data(episodes={"min_controls": 0})
     free.setup()
     assert len(free.domains) == 2
 
@@ -579,7 +586,13 @@ def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch
     def data(**options):
         source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
         split = HoldOut(new_batches=0, val_batches=0)
-        return PlateDataModule(source, split, controls=3, mean=[0] * 5, std=[1] * 5, **options)
+        return PlateDataModule(
+            source,
+            split,
+            episodes={"controls": 3},
+            pixels={"mean": [0] * 5, "std": [1] * 5} | options.pop("pixels", {}),
+            **options,
+        )
 
     with pytest.raises(DataError, match=r"4-2\.tiff is truncated"):
         data().prepare_data()
@@ -589,7 +602,7 @@ def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch
     assert kept.table.frame["well"][batch.row.numpy()].tolist() == ["A03", "A05"]
     assert "1 sites" in kept.table.report()
     with pytest.raises(ConfigError, match="cache=true"):
-        data(exclude=["unreadable"], cache=False)
+        data(exclude=["unreadable"], pixels={"cache": False})
 
 
 def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_path, monkeypatch):
@@ -606,7 +619,11 @@ def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_
         source = CsvPlates(path, [str(c) for c in range(5)], classes=["a", "b"])
         split = HoldOut(new_batches=0, val_batches=0)
         return PlateDataModule(
-            source, split, controls=3, mean=[0] * 5, std=[1] * 5, exclude=[*words]
+            source,
+            split,
+            episodes={"controls": 3},
+            pixels={"mean": [0] * 5, "std": [1] * 5},
+            exclude=[*words],
         )
 
     with pytest.raises(DataError, match=r"new\|1\|q \(2\).*exclude=\[few_controls,unreadable\]"):
@@ -621,26 +638,30 @@ def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_
 @pytest.mark.parametrize(
     "change",
     [
-        {"queries": 0},
-        {"controls": -1},
-        {"eval_queries": 0},
-        {"eval_limit": 0},
-        {"steps_per_epoch": 0},
-        {"label_shift": 0.0},
-        {"control_plate": "other"},
-        {"mislabelled_controls": 1.5},
-        {"image_size": 0},
-        {"normalise": "batch"},
-        {"mean": [0.1] * 5},
-        {"mean": [0.1] * 5, "std": [0.0] * 5},
+        {"episodes": {"queries": 0}},
+        {"episodes": {"controls": -1}},
+        {"evaluation": {"queries": 0}},
+        {"evaluation": {"limit": 0}},
+        {"episodes": {"steps_per_epoch": 0}},
+        {"evaluation": {"label_shift": 0.0}},
+        {"evaluation": {"control_plate": "other"}},
+        {"evaluation": {"mislabelled_controls": 1.5}},
+        {"pixels": {"crop": 0}},
+        {"pixels": {"normalise": "batch"}},
+        {"pixels": {"mean": [0.1] * 5}},
+        {"pixels": {"mean": [0.1] * 5, "std": [0.0] * 5}},
         {"exclude": ["bad"]},
-        {"predict": "none"},
+        {"evaluation": {"predict": "none"}},
         {"seed": -1},
     ],
 )
 def test_wrong_arguments_are_configuration_errors(folder, change):
-    (name,) = list(change)[:1]
-    with pytest.raises(ConfigError, match=rf"--data.init_args.{name}|`std`|--data.init_args.std"):
+    ((name, values),) = change.items()
+    if isinstance(values, dict):
+        name += f".{next(iter(values))}"
+    with pytest.raises(
+        ConfigError, match=rf"--data.init_args.{name}|`std`|--data.init_args.pixels.std"
+    ):
         PlateDataModule(plates(folder), HoldOut(), **change)
 
 
@@ -655,17 +676,17 @@ def test_the_command_line_can_build_it(folder):
                 "init_args": {
                     "source": {
                         "class_path": base + "SyntheticPlates",
-                        "init_args": {"batches": [5, 1], "plates": [1, 2], "path": str(folder)},
+                        "init_args": {
+                            "world": {"batches": [5, 1], "plates": [1, 2]},
+                            "path": str(folder),
+                        },
                     },
                     "split": {
                         "class_path": base + "HoldOut",
                         "init_args": {"new_labs": ["source_8"], "new_batches": ["CP_25"]},
                     },
-                    "preprocess": {
-                        "class_path": base + "Preprocess",
-                        "init_args": {"downscale": 1},
-                    },
-                    "label_shift": 0.01,
+                    "pixels": {"preprocess": {"downscale": 1}},
+                    "evaluation": {"label_shift": 0.01},
                 },
             }
         }
@@ -674,5 +695,7 @@ def test_the_command_line_can_build_it(folder):
     assert isinstance(data, PlateDataModule)
     assert data.split.new_batches == ["CP_25"]
     assert data.num_classes == 8
+    assert data.preprocess == Preprocess(1)
+    assert data.evaluation.label_shift == 0.01
     folds = GroupFolds("lab", 0, 2)
     assert folds.val_group == "batch"

@@ -56,7 +56,8 @@ def write(folder, keys, values, kind="npz"):
 
 def make_data(path, **kwargs):
     source = EmbeddedPlates(Table(), str(path), **kwargs.pop("source", {}))
-    return PlateDataModule(source, HoldOut(new_batches=1, val_batches=1), 4, 3, **kwargs)
+    split, episodes = HoldOut(new_batches=1, val_batches=1), {"queries": 4, "controls": 3}
+    return PlateDataModule(source, split, episodes=episodes, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet", "parquet of lists"])
@@ -66,7 +67,7 @@ def test_rows_are_matched_by_name_in_any_order(tmp_path, monkeypatch, keys, valu
     order = np.random.default_rng(1).permutation(len(keys))
     shuffled = keys.iloc[order].assign(site=1)  # a whole number, and wells as others spell them
     shuffled["well"] = shuffled["well"].str.replace("A0", "a")
-    data = make_data(write(tmp_path, shuffled, values[order], kind), cache=cache)
+    data = make_data(write(tmp_path, shuffled, values[order], kind), pixels={"cache": cache})
     assert data.in_channels == D
     data.setup()
     for row in (0, 17, 40):

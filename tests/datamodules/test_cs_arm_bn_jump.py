@@ -13,7 +13,13 @@ import pandas as pd
 import pytest
 import tifffile
 
-from fulgurite.datamodules.cs_arm_bn import JumpPlates, PlateTable, SyntheticPlates
+from fulgurite.datamodules.cs_arm_bn import (
+    JumpPlates,
+    Perturbations,
+    PlateSelection,
+    PlateTable,
+    SyntheticPlates,
+)
 from fulgurite.datamodules.cs_arm_bn.cells import PHENOTYPES, Phenotype, render_cells
 from fulgurite.datamodules.cs_arm_bn.effects import LabSetting, blur, draw_effect
 from fulgurite.datamodules.cs_arm_bn.images import FileReader
@@ -41,7 +47,7 @@ ELSEWHERE = {"s3://cellpainting-gallery/": "", "/mnt/bucket/": ""}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bucket")
-    SyntheticPlates(**TINY, path=str(folder)).prepare()
+    SyntheticPlates(TINY, path=str(folder)).prepare()
     return folder
 
 
@@ -61,7 +67,11 @@ def bucket(made, tmp_path):
 
 
 def read(root, **options):
-    return JumpPlates(str(root), prefixes=ELSEWHERE, **options).load()
+    groups = {"files": {"prefixes": ELSEWHERE}}
+    for group, kind in (("selection", PlateSelection), ("perturbations", Perturbations)):
+        names = options.keys() & kind.__dataclass_fields__.keys()
+        groups[group] = kind(**{name: options.pop(name) for name in names})
+    return JumpPlates(str(root), **groups, **options).load()
 
 
 def load_data(root, source="source_3"):
@@ -148,14 +158,16 @@ def test_parquet_without_pyarrow_names_the_extra(bucket, monkeypatch):
 
 
 def test_addresses_stay_addresses_when_nothing_is_local(made):
-    table = JumpPlates(str(made), prefixes={}, sources=["source_3"]).load()
+    table = JumpPlates(
+        str(made), files={"prefixes": {}}, selection={"sources": ["source_3"]}
+    ).load()
     assert table.paths()[0][0].startswith("s3://cellpainting-gallery/cpg0016-jump/source_3/images/")
 
 
 def test_paths_of_another_machine_name_the_option_with_its_value(made):
     source = JumpPlates(str(made))  # the second laboratory's paths begin with /mnt/bucket/
     check_images(source.load(), source)  # the first one's are there
-    alone = JumpPlates(str(made), sources=["source_8"])
+    alone = JumpPlates(str(made), selection={"sources": ["source_8"]})
     with pytest.raises(DataError, match=r"prefixes=\{'s3://cellpainting-gallery/': '', '/home/U"):
         check_images(alone.load(), alone)
 
@@ -463,7 +475,8 @@ def test_real_plate_tables(tmp_path):
     names = [f"Metadata_{k}" for k in ("Source", "Plate", "Well", "JCP2022")]
     pd.DataFrame(wells, columns=names).to_csv(metadata / "well.csv.gz", index=False)
     source = JumpPlates(
-        str(tmp_path), sources=["source_3", "source_8"], skip_batches=skipped, stray_rows=3
+        str(tmp_path),
+        selection={"sources": ["source_3", "source_8"], "skip_batches": skipped, "stray_rows": 3},
     )
     table = source.load()
     assert table.paths()[0][0].startswith(f"{tmp_path}/cpg0016-jump/source_3/images/")
@@ -484,7 +497,7 @@ def test_real_plate_tables(tmp_path):
         "aloxistatin",
     )
     assert "tells the class of 100.0%" in table.report()
-    crispr = JumpPlates(str(tmp_path), modality="crispr")
+    crispr = JumpPlates(str(tmp_path), perturbations={"modality": "crispr"})
     assert crispr.class_names == ("PLK1",)
 
 
@@ -504,11 +517,11 @@ def test_the_generator_repeats_itself_and_seeds_differ(made, tmp_path, monkeypat
 
     # one process instead of several: the same bytes
     monkeypatch.setattr(module, "run_in_processes", lambda jobs, n: (jobs[i] for i in range(n)))
-    SyntheticPlates(**TINY, path=str(tmp_path / "again")).prepare()
+    SyntheticPlates(TINY, path=str(tmp_path / "again")).prepare()
     first, again = contents(made), contents(tmp_path / "again")
     assert first.keys() == again.keys()
     assert first == again
-    SyntheticPlates(**TINY, path=str(tmp_path / "other"), seed=1).prepare()
+    SyntheticPlates(TINY, path=str(tmp_path / "other"), seed=1).prepare()
     other = contents(tmp_path / "other")
     assert first.keys() == other.keys()
     changed = [name for name in first if first[name] != other[name]]
@@ -516,7 +529,7 @@ def test_the_generator_repeats_itself_and_seeds_differ(made, tmp_path, monkeypat
 
 
 def test_an_interrupted_generation_goes_on(tmp_path):
-    source = SyntheticPlates(**TINY, path=str(tmp_path / "a"))
+    source = SyntheticPlates(TINY, path=str(tmp_path / "a"))
     source.prepare()
     before = contents(tmp_path / "a")
     load_data(tmp_path / "a")[0].unlink()  # its plate was not finished
@@ -527,8 +540,8 @@ def test_an_interrupted_generation_goes_on(tmp_path):
 
 def test_plates_do_not_depend_on_how_many_there_are():
     for seed in range(3):
-        one = draw_effect(seed, 0, 1, 0, LabSetting())
-        again = draw_effect(seed, 0, 1, 0, LabSetting())
+        one = draw_effect(seed, 0, 1, 0, setting=LabSetting())
+        again = draw_effect(seed, 0, 1, 0, setting=LabSetting())
         assert (one.gain == again.gain).all()
         assert one.blur == again.blur
 
@@ -537,7 +550,7 @@ def test_batch_effects_are_nested():
     """Plates of a batch resemble each other, batches do less."""
     gains = np.log(
         [
-            [[draw_effect(s, 0, b, p, LabSetting()).gain for p in (0, 1)] for b in range(6)]
+            [[draw_effect(s, 0, b, p, setting=LabSetting()).gain for p in (0, 1)] for b in range(6)]
             for s in range(30)
         ]
     )
@@ -545,15 +558,15 @@ def test_batch_effects_are_nested():
     within = gains[:, :, 0] - gains[:, :, 1]
     between = gains[:, :-1, 0] - gains[:, 1:, 0]
     assert within.std() < 0.7 * between.std()
-    strong = [draw_effect(s, 1, 0, 0, LabSetting(spread=2.0)).gain for s in range(200)]
+    strong = [draw_effect(s, 1, 0, 0, setting=LabSetting(spread=2.0)).gain for s in range(200)]
     assert np.log(strong).std() == pytest.approx(0.7, abs=0.07)
 
 
 def test_without_effects_all_plates_are_alike():
-    one = draw_effect(0, 0, 0, 0, LabSetting(), strength=0)
+    one = draw_effect(0, 0, 0, 0, setting=LabSetting(), strength=0)
     far = LabSetting(spread=2.0, blur=(1.0, 2.0), scale=0.8, haze=0.2)
     assert far.scale_towards(2.0) == far.scale_towards(1.0) == far
-    other = draw_effect(5, 1, 3, 1, far.scale_towards(0.0), strength=0)
+    other = draw_effect(5, 1, 3, 1, setting=far.scale_towards(0.0), strength=0)
     for name in one.__dataclass_fields__:
         assert (np.asarray(getattr(one, name)) == np.asarray(getattr(other, name))).all()
     images = np.random.default_rng(0).uniform(0, 1, (2, 5, 8, 8)).astype(np.float32)
@@ -569,7 +582,9 @@ def test_channel_means_do_not_tell_the_class_on_new_batches():
     from sklearn.preprocessing import StandardScaler
 
     def probe(strength):
-        source = SyntheticPlates(batches=[8], plates=[1], sites=1, strength=strength, seed=3)
+        source = SyntheticPlates(
+            world={"batches": [8], "plates": [1], "sites": 1, "strength": strength}, seed=3
+        )
         features, labels, standardised = [], [], []
         for plate in source.recipe.list_plates():
             sites, images = _render_plate(source.recipe, plate)
@@ -629,10 +644,12 @@ def test_phenotypes_show_what_they_say():
 
 
 def test_controls_may_be_dead_and_wells_anywhere(tmp_path):
-    dead = SyntheticPlates(**TINY, dead_wells=1.0, strength=0, path=str(tmp_path / "dead")).load()
+    dead = SyntheticPlates(
+        TINY | {"dead_wells": 1.0, "strength": 0}, path=str(tmp_path / "dead")
+    ).load()
     light = np.array([FileReader(5)(paths)[4].mean() for paths in dead.paths()])
     assert light[dead.control].max() < light[~dead.control].mean()
-    anywhere = SyntheticPlates(**TINY, random_layout=True, path=str(tmp_path / "any")).load()
+    anywhere = SyntheticPlates(TINY | {"random_layout": True}, path=str(tmp_path / "any")).load()
     layouts = {
         tuple(anywhere.frame["well"][(anywhere.domain == d) & anywhere.control]) for d in range(3)
     }
@@ -651,12 +668,13 @@ def test_controls_may_be_dead_and_wells_anywhere(tmp_path):
         {"wells_per_class": 5},
         {"strength": -1},
         {"dead_wells": 2},
-        {"seed": -1},
     ],
 )
 def test_wrong_sizes_are_configuration_errors(change):
-    with pytest.raises(ConfigError):
-        SyntheticPlates(**(TINY | change))
+    with pytest.raises(ConfigError, match=f"world.{list(change)[-1]}|`plates`"):
+        SyntheticPlates(TINY | change)
+    with pytest.raises(ConfigError, match="seed"):
+        SyntheticPlates(TINY, seed=-1)
 
 
 def test_sizes_are_known_without_files(tmp_path, monkeypatch):

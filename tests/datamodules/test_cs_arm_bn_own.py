@@ -63,9 +63,14 @@ def test_a_user_begins_with_the_template_and_trains(fulgurite):
         "--trainer.enable_progress_bar=false",
     )
     assert fulgurite("fit", *small)[0] == 0
-    shift = "--data.init_args.label_shift=0.1"
+    shift = "--data.init_args.evaluation.label_shift=0.1"
     assert fulgurite("test", *small, "--ckpt_path=last", shift)[0] == 0
-    assert fulgurite("predict", *small, "--ckpt_path=last", "--data.init_args.predict=all")[0] == 0
+    assert (
+        fulgurite("predict", *small, "--ckpt_path=last", "--data.init_args.evaluation.predict=all")[
+            0
+        ]
+        == 0
+    )
     with Path("run/predict/predictions.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     queries = {(r["plate"], r["well"]): r for r in TABLE if r["role"] == "query"}

@@ -254,7 +254,9 @@ def test_a_csv_becomes_the_table(tmp_path):
     assert made.label[:8].tolist() == [0, 1] * 4
     assert made.paths()[0] == (str(tmp_path / "q.png"),)
     (elsewhere := tmp_path / "elsewhere").mkdir()
-    other = CsvPlates(write_csv(tmp_path), ["grey"], classes=["y", "x"], root=str(elsewhere)).load()
+    other = CsvPlates(
+        write_csv(tmp_path), ["grey"], classes=["y", "x"], files={"root": str(elsewhere)}
+    ).load()
     assert other.label[:8].tolist() == [1, 0] * 4
     assert other.paths()[0] == (str(elsewhere / "q.png"),)
 
@@ -407,7 +409,7 @@ def test_paths_of_another_machine_find_the_images(tmp_path):
         ("images\\", {}),
     ):
         path = write_csv(tmp_path, path=[start + name for name in rows(1, 1, 1)["path"]])
-        source = CsvPlates(path, ["grey"], prefixes=prefixes)
+        source = CsvPlates(path, ["grey"], files={"prefixes": prefixes})
         assert {name for names in source.load().paths() for name in names} == here
         check_images(source.load(), source)
     source = CsvPlates(write_csv(tmp_path, path="/home/someone/q.png"), ["grey"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fulgurite.datamodules.cs_arm_bn import GroupFolds, PlateDataModule, SyntheticPlates
+from fulgurite.datamodules.cs_arm_bn import GroupFolds, PlateDataModule, PlateWorld, SyntheticPlates
 from fulgurite.datamodules.fedsir import FederatedDataModule, Iid, ImageFolder
 from fulgurite.datamodules.number_probing import NumberTextDataModule
 from fulgurite.datamodules.stream_cqsa import ByteTextDataModule
@@ -12,10 +12,14 @@ from fulgurite.testing.files import write_image_files
 
 def plates(folder, **options):
     source = SyntheticPlates(
-        [2, 1], [2, 1], sites=1, size=8, wells_per_class=1, controls=4, path=str(folder / "plates")
+        PlateWorld((2, 1), (2, 1), sites=1, size=8, wells_per_class=1, controls=4),
+        path=str(folder / "plates"),
     )
     return PlateDataModule(
-        source, GroupFolds(group="image", folds=2), queries=4, controls=4, min_controls=1, **options
+        source,
+        GroupFolds(group="image", folds=2),
+        episodes={"queries": 4, "controls": 4, "min_controls": 1},
+        **options,
     )
 
 

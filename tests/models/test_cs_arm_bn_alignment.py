@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from fulgurite.domains.cs_arm_bn import MIXED, PlateBatch
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn import DANN, ERM, DeepCORAL, PlateClassifier, SmallResNet
-from fulgurite.models.cs_arm_bn.alignment import coral_distance, reversal_strength
 from fulgurite.models.cs_arm_bn.batchnorm import Context
 from fulgurite.models.cs_arm_bn.embedding import embed
+from fulgurite.models.cs_arm_bn.methods.alignment import coral_distance, reversal_strength
 
 K, PLATES = 3, 4
 

@@ -33,11 +33,17 @@ QUIET = {
 }  # fmt: skip
 
 
-def plates(seed, strength, **settings):
-    source = SyntheticPlates(batches=[14], plates=[2], strength=strength, seed=seed)
+def plates(seed, strength, mixed=False, **evaluation):
+    source = SyntheticPlates(
+        world={"batches": [14], "plates": [2], "strength": strength}, seed=seed
+    )
     split = HoldOut(new_batches=4, val_batches=1)
     return PlateDataModule(
-        source, split, queries=L, controls=N, steps_per_epoch=STEPS, seed=seed, **settings
+        source,
+        split,
+        episodes={"queries": L, "controls": N, "steps_per_epoch": STEPS, "mixed": mixed},
+        evaluation=evaluation,
+        seed=seed,
     )
 
 
@@ -117,16 +123,16 @@ def test_label_shift_breaks_arm_bn_and_not_cs_arm_bn():
 
 
 def test_one_query_breaks_arm_bn_and_not_cs_arm_bn():
-    one = {"eval_queries": 1, "eval_limit": 48}
+    one = {"queries": 1, "limit": 48}
     assert max(by_seed(ARMBN, ARMBN, **one)) <= 0.20
     for single, many in zip(
-        by_seed(CSARMBN, CSARMBN, **one), by_seed(CSARMBN, CSARMBN, eval_limit=48), strict=True
+        by_seed(CSARMBN, CSARMBN, **one), by_seed(CSARMBN, CSARMBN, limit=48), strict=True
     ):
         assert single >= many - 0.05
 
 
 def test_more_controls_are_not_worse():
-    means = {n: statistics.mean(by_seed(CSARMBN, CSARMBN, eval_controls=n)) for n in (4, 16, 48)}
+    means = {n: statistics.mean(by_seed(CSARMBN, CSARMBN, controls=n)) for n in (4, 16, 48)}
     assert means[48] >= means[16] - 0.01
     assert means[16] >= means[4] - 0.01
     assert means[4] > statistics.mean(by_seed(ERM, ERM))
@@ -150,7 +156,7 @@ def test_without_batch_effects_all_methods_agree_and_any_controls_do():
     "settings",
     [
         {}, {"label_shift": 1.0}, {"label_shift": 0.1}, {"label_shift": 0.01},
-        {"eval_queries": 1, "eval_limit": 48}, {"eval_queries": 4}, {"eval_queries": 8},
+        {"queries": 1, "limit": 48}, {"eval_queries": 4}, {"eval_queries": 8},
         {"eval_controls": 4}, {"eval_controls": 16}, {"eval_controls": 0},
     ],
 )  # fmt: skip

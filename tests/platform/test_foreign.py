@@ -27,7 +27,8 @@ from scipy.io import loadmat, savemat
 
 from fulgurite.attention.budget import parse_budget
 from fulgurite.datamodules.cs_arm_bn.images import FileReader
-from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates, read_table
+from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
+from fulgurite.datamodules.cs_arm_bn.table_files import read_table
 from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
 from fulgurite.datamodules.fedsir import CifarArchive, ImageFolder, Npz
 from fulgurite.datamodules.fedsir.cifar_pickle import interpret_pickle
@@ -241,11 +242,15 @@ def test_tables_name_files_unless_addresses_are_allowed(tmp_path):
 
     with fsspec.open("memory://a.npy", "wb") as file:
         file.write(npy(np.ones((4, 4))))
-    source = CsvPlates(str(table), ["grey"], remote=["memory://"])
+    source = CsvPlates(str(table), ["grey"], files={"remote": ["memory://"]})
     assert source.reader(["memory://a.npy"]).shape == (1, 4, 4)
     assert JumpPlates(str(tmp_path)).reader.remote == ()
-    assert JumpPlates(str(tmp_path), prefixes={}).reader.remote == ("s3://cellpainting-gallery/",)
-    assert JumpPlates(str(tmp_path), prefixes={"/a/": "s3://b/"}).reader.remote == ("s3://b/",)
+    assert JumpPlates(str(tmp_path), files={"prefixes": {}}).reader.remote == (
+        "s3://cellpainting-gallery/",
+    )
+    assert JumpPlates(str(tmp_path), files={"prefixes": {"/a/": "s3://b/"}}).reader.remote == (
+        "s3://b/",
+    )
 
 
 def test_pipes_are_refused_instead_of_waited_for(tmp_path):

@@ -20,7 +20,7 @@ from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.cs_arm_bn.batchnorm import Context
 from fulgurite.models.cs_arm_bn.embedding import embed_and_classify, find_head
-from fulgurite.models.cs_arm_bn.methods import ERM
+from fulgurite.models.cs_arm_bn.methods.statistics import ERM
 
 __all__ = ["DANN", "DeepCORAL", "coral_distance", "reversal_strength", "reverse_gradient"]
 
@@ -98,7 +98,7 @@ def _require_plates(batch: PlateBatch, method: str) -> Tensor:
     if len(torch.unique(plates)) < 2:
         raise DataError(
             f"{method} aligns plates, and a training batch has queries of one.",
-            "Set data.init_args.mixed=true and data.init_args.plates=4.",
+            "Set data.init_args.episodes.mixed=true and data.init_args.episodes.plates=4.",
         )
     return plates
 
@@ -106,8 +106,8 @@ def _require_plates(batch: PlateBatch, method: str) -> Tensor:
 class DANN(ERM):
     """Adversarial training: a second head classifies plates, and the features prevent that.
 
-    Training batches mix plates (``data.init_args.mixed=true`` with ``plates``). At test it is an
-    ordinary network with running statistics.
+    Training batches mix plates (``data.init_args.episodes.mixed=true`` with ``plates``). At test it
+    is an ordinary network with running statistics.
 
     Args:
         weight: Weight of the loss of the second head.
@@ -174,7 +174,7 @@ class DANN(ERM):
 class DeepCORAL(ERM):
     """Alignment of the feature covariances of the plates in a batch.
 
-    Training batches mix plates, several images of each (``data.init_args.mixed=true`` with
+    Training batches mix plates, several images of each (``data.init_args.episodes.mixed=true`` with
     ``plates``). At test it is an ordinary network with running statistics.
 
     Args:
@@ -203,7 +203,7 @@ class DeepCORAL(ERM):
         if min(len(group) for group in groups) < 2:
             raise DataError(
                 "DeepCORAL needs two queries of each plate in a batch, and one has a single query.",
-                "Set data.init_args.plates to at most half of data.init_args.queries.",
+                "Set data.init_args.episodes.plates to at most half of `queries`.",
             )
         distances = [coral_distance(a, b) for a, b in itertools.combinations(groups, 2)]
         return logits, self.weight * torch.stack(distances).mean()

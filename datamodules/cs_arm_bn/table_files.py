@@ -1,0 +1,105 @@
+"""Tables of others in CSV or parquet files, read as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.foreign import check_parquet, read_csv, reading
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["TABLE_SUFFIXES", "find_other_plate", "read_table"]
+
+#: Ends of the names of tables, in the order in which they are looked for.
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+
+
+def _convert_to_text(column: pd.Series) -> pd.Series:
+    """Convert numbers back to names: 1.0 becomes "1", and an empty name is missing.
+
+    Raises:
+        ValueError: A cell is not a name or number.
+    """
+    import pandas as pd
+
+    if column.dtype.kind == "f":
+        rounded = column.round()
+        if (rounded == column)[column.notna()].all():
+            column = rounded.astype("Int64")
+    text: pd.Series = column.astype("object").where(column.notna(), None).map(_convert_cell)
+    return text if len(text) else pd.Series(dtype="object")
+
+
+def _convert_cell(value: object) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8")
+    elif isinstance(value, np.ndarray | list | tuple | dict):
+        raise ValueError(f"a cell holds a {type(value).__name__}, not a name")
+    return None if value is None else str(value) or None
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a CSV (also ``.csv.gz``) or parquet file as text, numbers included.
+
+    Args:
+        path: Path of the file, with its suffix or without (the first existing one of ``.csv``,
+            ``.csv.gz`` and ``.parquet``).
+        columns: Required columns.
+
+    Raises:
+        DataError: The file does not exist or is damaged, or a column is missing.
+        MissingExtraError: The file is parquet, and pyarrow is not installed.
+
+    Source: arXiv 2604.20824, card section 4.1 (plate names that are numbers come back as numbers).
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        for suffix in TABLE_SUFFIXES:
+            if (candidate := path.with_name(path.name + suffix)).is_file():
+                path = candidate
+                break
+        else:
+            raise DataError(
+                f"There is no table {path}.csv, .csv.gz or .parquet.",
+                "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
+            )
+    try:
+        hint = "Export it as comma-separated values in UTF-8, or fetch it again."
+        with reading(path, "The table", hint):
+            if path.suffix == ".parquet":
+                check_parquet(path)
+                table = pd.read_parquet(path).apply(_convert_to_text)
+            else:
+                table = read_csv(path, dtype=str)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
+        ) from error
+    if missing := [name for name in columns if name not in table.columns]:
+        raise DataError(
+            f"The table {path} has no column {missing[0]!r}.",
+            f"It needs the columns {', '.join(columns)}.",
+        )
+    return table
+
+
+def find_other_plate(table: pd.DataFrame, plate: tuple[str, str, str]) -> str:
+    """Describe the plate that a table of JUMP names, if it is not that of its folder.
+
+    Args:
+        table: Table with ``Metadata_Source``, ``Metadata_Batch`` and ``Metadata_Plate``, or some.
+        plate: Source, batch and plate of the folder.
+    """
+    for name, value in zip(("Source", "Batch", "Plate"), plate, strict=True):
+        column = table.get(f"Metadata_{name}")
+        if column is not None and (wrong := column.ne(value)).any():
+            other = column[wrong].iloc[0]
+            return f"the {name.lower()} {other if isinstance(other, str) else '(none)'}"
+    return ""
