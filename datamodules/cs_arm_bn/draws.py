@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.datamodules.cs_arm_bn.table import Rows
 
 __all__ = [
@@ -59,7 +60,7 @@ def split_into_batches(
         return []
     order = generator.permutation(rows)
     size = min(size, len(order))
-    count = -(-len(order) // size)
+    count = ceil_div(len(order), size)
     position = np.arange(count * size)
     counted = position < len(order)
     filled = order[position % len(order)]
@@ -102,7 +103,7 @@ def draw_shifted_batches(
     if not pools:
         return []
     classes = len(pools)
-    rounds = -(-max(len(pool) for pool in pools) // size)
+    rounds = ceil_div(max(len(pool) for pool in pools), size)
     draws = [_draw_with_marks(pool, rounds * size, generator) for pool in pools]
     taken = [0] * classes
     batches = []
@@ -130,7 +131,7 @@ def _draw_with_marks(
     Shape:
         - (count,) int64 items, (count,) int64 that are 1 for the draw that counts.
     """
-    turns = -(-count // len(pool))
+    turns = ceil_div(count, len(pool))
     order = np.concatenate([generator.permutation(pool) for _ in range(turns)])[:count]
     shuffled = generator.permutation(count)
     first = np.unique(order[shuffled], return_index=True)[1]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.data.exclusions import BadImage, Exclusion, name_some
 from fulgurite.data.images import ImageRefused, decode_image, reading_image
 from fulgurite.data.pool import run_in_processes
@@ -416,7 +417,7 @@ class PlateImages:
             - rows: (.,) int64 -> (C,) float64 and (C,) float64.
         """
         if not self.cache:
-            step = max(1, -(-len(rows) // limit))
+            step = max(1, ceil_div(len(rows), limit))
             sites = [self[row].astype(np.float64) for row in rows[::step]]
             site_moments = np.array([[s.mean((1, 2)), (s**2).mean((1, 2))] for s in sites])
         else:

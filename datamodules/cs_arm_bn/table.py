@@ -370,7 +370,7 @@ class PlateTable:
             raise DataError(
                 f"{len(few)} of {len(self.domains)} plates have fewer than {minimum} controls: "
                 f"{named}.",
-                "Lower `--data.init_args.min_controls`, or "
+                "Lower `--data.init_args.episodes.min_controls`, or "
                 + exclude_hint("such plates", "few_controls", exclude, "exclude"),
             )
         summary = f"{len(few)} plates with fewer than {minimum} controls: {named}"

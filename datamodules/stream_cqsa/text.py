@@ -86,7 +86,7 @@ def cached_text(files: Sequence[tuple[str, Path]]) -> ByteText:
     listing = json.dumps([[name for name, _ in files], measured])  # escapes what is not ASCII
     key = f"bytes-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
     return cached_store(
-        key, lambda empty: _write_bytes(empty, files, measured), total, store=ByteText
+        key, lambda empty: _write_bytes(empty, files, measured), size=total, store=ByteText
     )
 
 

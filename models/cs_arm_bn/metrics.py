@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.sampling import rank_and_world
@@ -129,14 +130,16 @@ def confusion(label: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
         tensor([[1, 1],
                 [0, 1]])
     """
-    return torch.bincount(label * num_classes + predicted, minlength=num_classes**2).view(
-        num_classes, num_classes
-    )
+    counts: Tensor = multiclass_confusion_matrix(predicted, label, num_classes)
+    return counts
 
 
-def _macro_mean(label: Tensor, right: Tensor) -> float:
-    """Mean accuracy over the classes that occur."""
-    return float(torch.stack([right[label == k].mean() for k in set(label.tolist())]).mean())
+def _macro_accuracy(counts: Tensor) -> float:
+    """Mean accuracy over the classes that occur, from a confusion matrix.
+
+    A class that does not occur but was predicted is not counted, other than by torchmetrics.
+    """
+    return float(class_scores(counts)["recall"][counts.sum(1) > 0].mean())
 
 
 def class_scores(counts: Tensor) -> dict[str, Tensor]:
@@ -174,11 +177,11 @@ def _macro_scores(counts: Tensor) -> dict[str, float]:
 
 
 def _score_wells(rows: Predictions) -> tuple[Tensor, Tensor]:
-    """Label of each well, and whether the mean probabilities of its sites predict it."""
+    """Label of each well, and the class that the mean probabilities of its sites predict."""
     key, inverse = _unique_rows(torch.stack([rows.well, rows.label], 1))
     total = torch.zeros(len(key), rows.log_probs.shape[1], dtype=torch.float64)
     total.index_add_(0, inverse, rows.log_probs.double().exp())
-    return key[:, 1], (total.argmax(1) == key[:, 1]).double()
+    return key[:, 1], total.argmax(1)
 
 
 def accuracy_by_domain(rows: Predictions) -> dict[int, float]:
@@ -233,14 +236,16 @@ def scores(rows: Predictions) -> dict[str, float]:
         return {}
     right = (rows.log_probs.argmax(1) == rows.label).double()
     plates = [*accuracy_by_domain(rows).values()]
-    well_label, well_right = _score_wells(rows)
+    num_classes = rows.log_probs.shape[1]
+    counts = confusion(rows.label, rows.log_probs.argmax(1), num_classes)
+    well_label, well_predicted = _score_wells(rows)
     return {
         "loss": float(-rows.log_probs.double().gather(1, rows.label[:, None]).mean()),
         "acc": float(right.mean()),
-        "macro_acc": _macro_mean(rows.label, right),
-        **_macro_scores(confusion(rows.label, rows.log_probs.argmax(1), rows.log_probs.shape[1])),
-        "well_acc": float(well_right.mean()),
-        "well_macro_acc": _macro_mean(well_label, well_right),
+        "macro_acc": _macro_accuracy(counts),
+        **_macro_scores(counts),
+        "well_acc": float((well_label == well_predicted).double().mean()),
+        "well_macro_acc": _macro_accuracy(confusion(well_label, well_predicted, num_classes)),
         "plate_acc": sum(plates) / len(plates),
         "worst_plate_acc": min(plates),
     }

@@ -179,7 +179,9 @@ class ResNet50(_PlateResNet):
         checkpoint: bool = False,
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__(PooledBottleneck, (3, 4, 6, 3), in_channels, num_classes, stem)
+        super().__init__(
+            PooledBottleneck, resnet.RESNETS[50][1], in_channels, num_classes, stem=stem
+        )
         self._add_options(input_norm, in_channels, checkpoint)
         if weights is not None:
             resnet.load_weights(self, weights)
@@ -216,7 +218,7 @@ class ResNet18(_PlateResNet):
         checkpoint: bool = False,
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__(resnet.BasicBlock, (2, 2, 2, 2), in_channels, num_classes, stem)
+        super().__init__(*resnet.RESNETS[18], in_channels, num_classes, stem=stem)
         self._add_options(input_norm, in_channels, checkpoint)
         if weights is not None:
             resnet.load_weights(self, weights)

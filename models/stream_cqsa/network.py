@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fulgurite.errors import ConfigError, MissingExtraError
-from fulgurite.layers.transformer import Transformer, initialize
+from fulgurite.layers.transformer import Transformer, TransformerConfig, initialize
 
 __all__ = ["Decoder", "Encoder", "HuggingFaceCausalLM", "LanguageNetwork"]
 
@@ -126,9 +126,17 @@ class Decoder(_TokenNetwork):
         tie: bool = True,
         rope_base: float = 10000.0,
     ) -> None:
-        transformer = Transformer(
-            width, layers, heads, kv_heads, None, True, window, chunk, checkpoint, rope_base
+        config = TransformerConfig(
+            width,
+            layers,
+            heads,
+            kv_heads,
+            window=window,
+            chunk=chunk,
+            checkpoint=checkpoint,
+            rope_base=rope_base,
         )
+        transformer = Transformer(config)
         super().__init__(vocab_size, 0, transformer, width, tie)
 
 
@@ -175,9 +183,17 @@ class Encoder(_TokenNetwork):
         tie: bool = True,
         rope_base: float = 10000.0,
     ) -> None:
-        transformer = Transformer(
-            width, layers, heads, kv_heads, None, False, None, chunk, checkpoint, rope_base
+        config = TransformerConfig(
+            width,
+            layers,
+            heads,
+            kv_heads,
+            is_causal=False,
+            chunk=chunk,
+            checkpoint=checkpoint,
+            rope_base=rope_base,
         )
+        transformer = Transformer(config)
         super().__init__(vocab_size, 1, transformer, width, tie)
         self.mask_token = vocab_size
 

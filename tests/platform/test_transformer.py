@@ -14,6 +14,7 @@ from fulgurite.layers.transformer import (
     Attention,
     SwiGLU,
     Transformer,
+    TransformerConfig,
     apply_rotary,
     in_chunks,
     rotary,
@@ -32,7 +33,8 @@ def float64():
 
 def model(**options):
     torch.manual_seed(1)
-    network = Transformer(WIDTH, **{"layers": LAYERS, "heads": 4, "kv_heads": 2, **options})
+    options = {"width": WIDTH, "layers": LAYERS, "heads": 4, "kv_heads": 2, **options}
+    network = Transformer(TransformerConfig(**options))
     for parameter in network.parameters():  # initial weights are too small to show differences
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -228,7 +230,7 @@ def test_low_precision(chunk):
 
 
 def test_initial_weights():
-    network = Transformer(128, layers=8, heads=4)
+    network = Transformer(TransformerConfig(128, layers=8, heads=4))
     block = network.blocks[3]
     for layer in (block.attention.qkv, block.mlp.up):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)

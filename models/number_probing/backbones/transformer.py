@@ -10,7 +10,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.layers.transformer import Transformer, initialize
+from fulgurite.layers.transformer import Transformer, TransformerConfig, initialize
 from fulgurite.models.number_probing.backbones.base import KEY, check_minimum
 
 __all__ = ["TransformerBackbone"]
@@ -61,9 +61,16 @@ class TransformerBackbone(nn.Module):
         check_minimum(1, width=width, max_length=max_length)
         self.width, self.max_length = width, max_length
         base = rope_base if positions == "rotary" else None
-        self.transformer = Transformer(
-            width, layers, heads, kv_heads, hidden, True, None, None, checkpoint, base
+        config = TransformerConfig(
+            width,
+            layers,
+            heads,
+            kv_heads,
+            hidden=hidden,
+            checkpoint=checkpoint,
+            rope_base=base,
         )
+        self.transformer = Transformer(config)
         self.positions: nn.Embedding | None = None
         if positions == "learned":
             self.positions = nn.Embedding(max_length, width)

@@ -108,7 +108,7 @@ def list_files(
         ...     [name for name, _ in list_files(Path(folder))]
         ['a/b.txt', 'link/b.txt']
     """
-    return sorted(_walk(folder, "", suffixes, skipped, ()))
+    return sorted(_walk(folder, "", suffixes, skipped, above=()))
 
 
 def _walk(
@@ -116,6 +116,7 @@ def _walk(
     prefix: str,
     suffixes: tuple[str, ...],
     skipped: frozenset[str],
+    *,
     above: tuple[tuple[int, int], ...],
 ) -> Iterator[tuple[str, Path]]:
     """Walk a folder; ``above`` identifies the folders that lead to it."""
@@ -137,7 +138,7 @@ def _walk(
         if entry.is_dir():
             if entry.name not in skipped:
                 path = folder / entry.name
-                yield from _walk(path, f"{name}/", suffixes, skipped, (*above, identity))
+                yield from _walk(path, f"{name}/", suffixes, skipped, above=(*above, identity))
         elif entry.name.endswith(suffixes):
             if entry.is_symlink() and not os.path.exists(entry.path):
                 raise DataError(

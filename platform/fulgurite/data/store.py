@@ -126,6 +126,7 @@ _Store = TypeVar("_Store", bound=ArrayStore)
 def cached_store(
     key: str,
     write: Callable[[Path], Mapping[str, Any]],
+    *,
     size: int | None = None,
     check: Callable[[_Store], object] | None = None,
     store: type[_Store] = ArrayStore,  # type: ignore[assignment]  # of no argument, it is that

@@ -15,6 +15,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.weights import load_weights
 
 __all__ = [
+    "RESNETS",
     "BasicBlock",
     "Bottleneck",
     "ResNet",
@@ -132,6 +133,7 @@ class ResNet(nn.Module):
         depths: tuple[int, int, int, int],
         in_channels: int,
         num_classes: int,
+        *,
         stem: Stem = "imagenet",
         weights: str | Path | None = None,
     ) -> None:
@@ -183,8 +185,16 @@ class ResNet(nn.Module):
         return self.fc(self.features(x))  # type: ignore[no-any-return]
 
 
-class ResNet18(ResNet):
-    """ResNet-18 (D = 512).
+#: Block and number of blocks in each stage of the ResNets, by their number of layers.
+RESNETS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class _StandardResNet(ResNet):
+    """A ResNet of :data:`RESNETS`, by its number of layers.
 
     Args:
         in_channels: I.
@@ -192,13 +202,14 @@ class ResNet18(ResNet):
         stem: ``"imagenet"`` or ``"cifar"``; from scratch on small images the latter is better.
         weights: State dict file to start from, such as torchvision's ``resnet18-f37072fd.pth``.
 
-    Example:
-        >>> sum(p.numel() for p in ResNet18(3, 10).parameters())
-        11181642
+    Attributes:
+        depth: Number of layers.
 
     Source: He et al., arXiv 1512.03385.
     """
 
+    depth: int
+
     def __init__(
         self,
         in_channels: int,
@@ -206,44 +217,28 @@ class ResNet18(ResNet):
         stem: Stem = "imagenet",
         weights: str | Path | None = None,
     ) -> None:
-        super().__init__(BasicBlock, (2, 2, 2, 2), in_channels, num_classes, stem, weights)
+        block, depths = RESNETS[self.depth]
+        super().__init__(block, depths, in_channels, num_classes, stem=stem, weights=weights)
 
 
-class ResNet34(ResNet):
-    """ResNet-34 (D = 512).
+class ResNet18(_StandardResNet):
+    """ResNet-18 (D = 512).
 
-    Args:
-        in_channels: I.
-        num_classes: C.
-        stem: ``"imagenet"`` or ``"cifar"``.
-        weights: State dict file to start from.
+    Example:
+        >>> sum(p.numel() for p in ResNet18(3, 10).parameters())
+        11181642
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        stem: Stem = "imagenet",
-        weights: str | Path | None = None,
-    ) -> None:
-        super().__init__(BasicBlock, (3, 4, 6, 3), in_channels, num_classes, stem, weights)
+    depth = 18
 
 
-class ResNet50(ResNet):
-    """ResNet-50 (D = 2048).
+class ResNet34(_StandardResNet):
+    """ResNet-34 (D = 512)."""
 
-    Args:
-        in_channels: I.
-        num_classes: C.
-        stem: ``"imagenet"`` or ``"cifar"``.
-        weights: State dict file to start from.
-    """
+    depth = 34
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        stem: Stem = "imagenet",
-        weights: str | Path | None = None,
-    ) -> None:
-        super().__init__(Bottleneck, (3, 4, 6, 3), in_channels, num_classes, stem, weights)
+
+class ResNet50(_StandardResNet):
+    """ResNet-50 (D = 2048)."""
+
+    depth = 50

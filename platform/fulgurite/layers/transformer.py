@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention import AttentionBackend, Documents, InCore
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.errors import ConfigError
@@ -25,6 +27,7 @@ __all__ = [
     "Block",
     "SwiGLU",
     "Transformer",
+    "TransformerConfig",
     "apply_rotary",
     "in_chunks",
     "initialize",
@@ -159,13 +162,15 @@ class Attention(nn.Module):
         width: int,
         heads: int,
         kv_heads: int | None = None,
+        *,
         is_causal: bool = True,
         window: int | None = None,
         rope_base: float | None = 10000.0,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        _check(width, heads, kv_heads, is_causal, window, rope_base)
+        _check(width, heads, kv_heads)
+        _check_positions(width // heads, is_causal=is_causal, window=window, rope_base=rope_base)
         self.heads, self.kv_heads, self.size = heads, kv_heads, width // heads
         self.is_causal, self.window, self.rope_base = is_causal, window, rope_base
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.size, bias=False)
@@ -191,6 +196,7 @@ class Attention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *,
         documents: Documents | None = None,
         prefix: int = 0,
     ) -> Tensor:
@@ -221,21 +227,15 @@ class Attention(nn.Module):
                 own. Positions run on, as only their differences count.
             prefix: All tokens see the first so many; needs ``is_causal``.
         """
-        return self.merge(self.attend(*self.project(x), documents, prefix))
+        attended = self.attend(*self.project(x), documents=documents, prefix=prefix)
+        return self.merge(attended)
 
 
-def _check(
-    width: int,
-    heads: int,
-    kv_heads: int,
-    is_causal: bool,
-    window: int | None,
-    rope_base: float | None,
-) -> None:
-    """Check what fits together.
+def _check(width: int, heads: int, kv_heads: int) -> None:
+    """Check that the heads fit together.
 
     Raises:
-        ConfigError: A size is out of range, or two options contradict each other.
+        ConfigError: A size is out of range, or one is not a multiple of another.
     """
     for name, value in (("width", width), ("heads", heads), ("kv_heads", kv_heads)):
         if value < 1:
@@ -245,15 +245,25 @@ def _check(
             f"A width of {width} cannot be divided into {heads} heads.",
             f"Make {_KEY}.width a multiple of {_KEY}.heads.",
         )
-    if rope_base is not None and width // heads % 2:
-        raise ConfigError(
-            f"Rotary positions rotate pairs, and the head size {width // heads} is odd.",
-            f"Make {_KEY}.width an even multiple of {_KEY}.heads.",
-        )
     if heads % kv_heads:
         raise ConfigError(
             f"{heads} query heads cannot share {kv_heads} key/value heads evenly.",
             f"Make {_KEY}.kv_heads a divisor of {_KEY}.heads.",
+        )
+
+
+def _check_positions(
+    size: int, *, is_causal: bool, window: int | None, rope_base: float | None
+) -> None:
+    """Check what a head of a size sees, and how it tells positions apart.
+
+    Raises:
+        ConfigError: An option is out of range, or two contradict each other.
+    """
+    if rope_base is not None and size % 2:
+        raise ConfigError(
+            f"Rotary positions rotate pairs, and the head size {size} is odd.",
+            f"Make {_KEY}.width an even multiple of {_KEY}.heads.",
         )
     if window is not None and (window < 1 or not is_causal):
         raise ConfigError(
@@ -265,6 +275,49 @@ def _check(
             f"rope_base={rope_base} gives no wavelengths.",
             f"Give a positive {_KEY}.rope_base, such as 10000.",
         )
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a transformer, what its tokens see, and what bounds its memory.
+
+    Args:
+        width: E.
+        layers: Blocks.
+        heads: H, a divisor of E.
+        kv_heads: G, a divisor of H; H by default.
+        hidden: Width inside :class:`SwiGLU`; see there.
+        is_causal: Tokens see earlier ones only.
+        window: Tokens see so many tokens only, themselves included; needs ``is_causal``.
+        chunk: Tokens at a time in everything but attention; None for all.
+        checkpoint: Keep only the inputs of blocks for backward, and compute them again there.
+        rope_base: See :func:`rotary`; None for no positions at all.
+
+    Raises:
+        ConfigError: The number of layers or the chunk is below 1.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    hidden: int | None = None
+    is_causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    checkpoint: bool = False
+    rope_base: float | None = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ConfigError(
+                f"layers={self.layers} is too small.", f"Give {_KEY}.layers of 1 or more."
+            )
+        if self.chunk is not None and self.chunk < 1:
+            raise ConfigError(
+                f"A chunk of {self.chunk} tokens is too small.",
+                f"Give {_KEY}.chunk of at least 1, or null for all tokens at once.",
+            )
 
 
 class SwiGLU(nn.Module):
@@ -281,7 +334,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
-        hidden = -(-8 * width // (3 * 64)) * 64 if hidden is None else hidden
+        hidden = ceil_div(8 * width, 3 * 64) * 64 if hidden is None else hidden
         self.up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
@@ -295,14 +348,7 @@ class Block(nn.Module):
     """Attention and two layers, each behind a norm and beside a shortcut.
 
     Args:
-        width: E.
-        heads: H.
-        kv_heads: G; H by default.
-        hidden: See :class:`SwiGLU`.
-        is_causal: See :class:`Attention`, as ``window`` and ``rope_base``.
-        window: Sliding window.
-        chunk: Tokens at a time in everything but attention; None for all.
-        rope_base: Base of the wavelengths.
+        config: Sizes of the transformer that the block is of.
 
     Shape: (B, N, E) to (B, N, E).
 
@@ -312,33 +358,25 @@ class Block(nn.Module):
     Source: Llama, arXiv 2302.13971, section 2.2; chunks: inferred.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        kv_heads: int | None = None,
-        hidden: int | None = None,
-        is_causal: bool = True,
-        window: int | None = None,
-        chunk: int | None = None,
-        rope_base: float | None = 10000.0,
-    ) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        if chunk is not None and chunk < 1:
-            raise ConfigError(
-                f"A chunk of {chunk} tokens is too small.",
-                f"Give {_KEY}.chunk of at least 1, or null for all tokens at once.",
-            )
-        self.chunk = chunk
-        self.norm1 = nn.RMSNorm(width, _EPS)
-        self.attention = Attention(width, heads, kv_heads, is_causal, window, rope_base)
-        self.norm2 = nn.RMSNorm(width, _EPS)
-        self.mlp = SwiGLU(width, hidden)
+        self.chunk = config.chunk
+        self.norm1 = nn.RMSNorm(config.width, _EPS)
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            config.kv_heads,
+            is_causal=config.is_causal,
+            window=config.window,
+            rope_base=config.rope_base,
+        )
+        self.norm2 = nn.RMSNorm(config.width, _EPS)
+        self.mlp = SwiGLU(config.width, config.hidden)
 
     def forward(self, x: Tensor, documents: Documents | None = None, prefix: int = 0) -> Tensor:
         """See :meth:`Attention.forward`."""
         query, key, value = in_chunks(self._before, self.chunk, x)
-        attended = self.attention.attend(query, key, value, documents, prefix)
+        attended = self.attention.attend(query, key, value, documents=documents, prefix=prefix)
         return in_chunks(self._after, self.chunk, x, attended)[0]
 
     def _before(self, start: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,16 +391,7 @@ class Transformer(nn.Module):
     """Blocks, and a norm at the end.
 
     Args:
-        width: E.
-        layers: Blocks.
-        heads: H, a divisor of E.
-        kv_heads: G, a divisor of H; H by default.
-        hidden: Width inside :class:`SwiGLU`.
-        is_causal: Tokens see earlier ones only.
-        window: Tokens see so many tokens only, themselves included; needs ``is_causal``.
-        chunk: Tokens at a time in everything but attention; None for all.
-        checkpoint: Keep only the inputs of blocks for backward, and compute them again there.
-        rope_base: See :func:`rotary`.
+        config: Sizes, and what bounds the memory.
 
     Shape: (B, N, E) to (B, N, E).
 
@@ -370,34 +399,18 @@ class Transformer(nn.Module):
         ConfigError: The sizes do not fit together.
 
     Example:
-        >>> Transformer(16, layers=2, heads=4, kv_heads=2, chunk=2)(torch.zeros(1, 5, 16)).shape
+        >>> config = TransformerConfig(16, layers=2, heads=4, kv_heads=2, chunk=2)
+        >>> Transformer(config)(torch.zeros(1, 5, 16)).shape
         torch.Size([1, 5, 16])
 
     Source: Llama, arXiv 2302.13971, section 2.2; checkpoints: arXiv 1604.06174.
     """
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        kv_heads: int | None = None,
-        hidden: int | None = None,
-        is_causal: bool = True,
-        window: int | None = None,
-        chunk: int | None = None,
-        checkpoint: bool = False,
-        rope_base: float | None = 10000.0,
-    ) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        if layers < 1:
-            raise ConfigError(f"layers={layers} is too small.", f"Give {_KEY}.layers of 1 or more.")
-        self.chunk, self.checkpoint = chunk, checkpoint
-        self.blocks = nn.ModuleList(
-            Block(width, heads, kv_heads, hidden, is_causal, window, chunk, rope_base)
-            for _ in range(layers)
-        )
-        self.norm = nn.RMSNorm(width, _EPS)
+        self.chunk, self.checkpoint = config.chunk, config.checkpoint
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, _EPS)
         initialize(self)
 
     def forward(self, x: Tensor, documents: Documents | None = None, prefix: int = 0) -> Tensor:
@@ -422,7 +435,7 @@ def initialize(network: nn.Module) -> None:
         network: Holds any number of :class:`Block`.
 
     Example:
-        >>> network = Transformer(64, layers=8, heads=2)
+        >>> network = Transformer(TransformerConfig(64, layers=8, heads=2))
         >>> round(network.blocks[0].mlp.down.weight.std().item(), 3)
         0.005
 

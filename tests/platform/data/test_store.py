@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match="Set FULGURITE_CACHE to a folder with 12 free bytes"):
-        cached_store("kind/key", write, 12)
+        cached_store("kind/key", write, size=12)
 
 
 @settings(max_examples=20, deadline=None)
