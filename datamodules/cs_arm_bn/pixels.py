@@ -92,7 +92,10 @@ class Standardisation:
 
     def to(self, device: torch.device) -> Standardisation:
         """Return the statistics on a device."""
-        moved = [None if values is None else values.to(device) for values in (self.mean, self.std)]
+        moved = [
+            None if values is None else values.to(device, non_blocking=True)
+            for values in (self.mean, self.std)
+        ]
         return Standardisation(*moved)
 
     def apply(self, batch: PlateBatch) -> Tensor:

@@ -226,8 +226,9 @@ class PlateClassifier(SystemModule):
 
     def on_train_start(self) -> None:
         """Call the method with the training plates."""
+        loader: Any = self.trainer.train_dataloader
         move = self.trainer.strategy.batch_to_device
-        batches: Any = (move(batch) for batch in self.trainer.train_dataloader or ())
+        batches: Any = (move(batch) for batch in loader)
         self.method.begin(self.network, batches, training=True)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
