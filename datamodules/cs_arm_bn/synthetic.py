@@ -43,7 +43,10 @@ from fulgurite.options import (
 __all__ = ["NEGATIVE_CONTROL", "PlateWorld", "SyntheticPlates", "class_wells", "control_wells"]
 
 if TYPE_CHECKING:
-    NumSites = ImageSide = NumWells = NumControls = int
+    NumSites = int
+    ImageSide = int
+    NumWells = int
+    NumControls = int
     Strength = float
 else:
     NumSites = restrict_number("NumSites", int, (">=", 1), ("<=", 99))

@@ -348,7 +348,7 @@ class PlateTable:
             self.class_names,
             self.channels,
             (*self.excluded, replace(exclusion, rows=int(rows.sum()))),
-            self.notes,
+            notes=self.notes,
         )
 
     def require_controls(self, minimum: int, exclude: Collection[str] = ()) -> PlateTable:

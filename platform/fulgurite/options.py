@@ -77,9 +77,16 @@ def restrict_number(name: str, base: type, *comparisons: Comparison) -> Any:
 
 
 if TYPE_CHECKING:
-    PositiveInt = NonNegativeInt = IntAboveOne = int
-    PositiveFloat = NonNegativeFloat = ClosedUnitInterval = OpenUnitInterval = float
-    LeftOpenUnitInterval = RightOpenUnitInterval = float
+    # each by itself: mypy takes a chain of assignments for variables, not for names of types
+    PositiveInt = int
+    NonNegativeInt = int
+    IntAboveOne = int
+    PositiveFloat = float
+    NonNegativeFloat = float
+    ClosedUnitInterval = float
+    OpenUnitInterval = float
+    LeftOpenUnitInterval = float
+    RightOpenUnitInterval = float
 else:
     PositiveInt = restrict_number("PositiveInt", int, (">", 0))
     NonNegativeInt = restrict_number("NonNegativeInt", int, (">=", 0))

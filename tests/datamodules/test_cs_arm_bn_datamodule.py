@@ -274,7 +274,7 @@ def test_label_shift_changes_batches_alone(make, size):
 
 def test_label_shift_of_one_class_is_refused(make):
     data = make(evaluation={"label_shift": 0.1, "limit": 1})
-    with pytest.raises(DataError, match=r"1 queries of plate .* are of one class.*eval_limit"):
+    with pytest.raises(DataError, match=r"1 queries of plate .* are of one class.*`limit`"):
         data.test_dataloader()
 
 
@@ -453,7 +453,7 @@ def test_augmentation_crops_and_mirrors_and_changes_nothing_else(make):
     assert len(seen) == 16
     fixed = make(pixels={"crop": 14})
     row = int(fixed.assignment.val[0])
-    (centre,) = fixed.evaluation(fixed.assignment.val).crops.read(np.array([row]), None)
+    (centre,) = fixed.plan_evaluation(fixed.assignment.val).crops.read(np.array([row]), None)
     whole = torch.from_numpy(fixed.images[row].astype(np.float32))[:, 1:15, 1:15]
     assert centre.float().equal(whole)
     with pytest.raises(ConfigError, match="Crops of 17"):

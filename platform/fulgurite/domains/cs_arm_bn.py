@@ -5,7 +5,7 @@ Axes: L queries, N controls, M = L + N rows, C channels, H W image.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class PlateBatch(NamedTuple):
     def to(self, device: torch.device | str) -> PlateBatch:
         """Return the batch on a device, but for what only Python reads of the controls."""
         non_blocking = torch.device(device).type not in ("cpu", "mps")
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self._asdict().items()
             if isinstance(value, Tensor) and not name.startswith("control_")
