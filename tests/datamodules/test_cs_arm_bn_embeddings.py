@@ -81,7 +81,7 @@ def test_rows_are_matched_by_name_in_any_order(tmp_path, monkeypatch, keys, valu
 def test_rows_are_matched_by_number(tmp_path, keys, values):
     order = np.random.default_rng(1).permutation(len(keys))
     path = write(tmp_path, pd.DataFrame({"row": order}), values[order])
-    data = make_data(path, cache=False)
+    data = make_data(path, pixels={"cache": False})
     data.setup()
     np.testing.assert_array_equal(data.images[17][:, 0, 0], values[17])
 
@@ -89,9 +89,9 @@ def test_rows_are_matched_by_number(tmp_path, keys, values):
 def test_sites_without_an_embedding_are_named_or_left_out(tmp_path, keys, values):
     path = write(tmp_path, keys.drop(index=[9, 10]), np.delete(values, [9, 10], 0))
     with pytest.raises(DataError, match=r"2 of the 48 sites: lab.b0.p1 A02 site 1, .*A03") as error:
-        make_data(path, cache=False).setup()
+        make_data(path, pixels={"cache": False}).setup()
     assert "exclude=[missing_embedding]" in error.value.hint
-    data = make_data(path, cache=False, source={"exclude": ["missing_embedding"]})
+    data = make_data(path, pixels={"cache": False}, source={"exclude": ["missing_embedding"]})
     data.setup()
     assert len(data.table) == 46
     assert "excluded (missing_embedding), 2 sites" in data.table.report()
@@ -125,7 +125,7 @@ def changed(name, value):
 )
 def test_files_that_do_not_fit_are_refused(tmp_path, keys, values, change, says):
     def use():
-        data = make_data(write(tmp_path, *change(keys, values)), cache=False)
+        data = make_data(write(tmp_path, *change(keys, values)), pixels={"cache": False})
         data.setup()
         return data.images[3]
 
