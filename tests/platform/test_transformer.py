@@ -10,14 +10,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from fulgurite.attention import InCore, Streamed
 from fulgurite.attention.backend import backend_slots
 from fulgurite.errors import ConfigError
+from fulgurite.layers.rotary import apply_rotary, rotary
 from fulgurite.layers.transformer import (
     Attention,
     SwiGLU,
     Transformer,
     TransformerConfig,
-    apply_rotary,
     in_chunks,
-    rotary,
 )
 
 TOKENS, WIDTH, LAYERS = 37, 16, 3

@@ -21,6 +21,7 @@ from fulgurite.arithmetic import ceil_div
 from fulgurite.attention import AttentionBackend, Documents, InCore
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.errors import ConfigError
+from fulgurite.layers.rotary import apply_rotary, rotary
 
 __all__ = [
     "Attention",
@@ -28,64 +29,13 @@ __all__ = [
     "SwiGLU",
     "Transformer",
     "TransformerConfig",
-    "apply_rotary",
     "in_chunks",
     "initialize",
-    "rotary",
 ]
 
 _EPS = 1e-6  # of RMSNorm; its default would depend on the precision
 _STD = 0.02  # of initial weights
 _KEY = "--model.init_args.network.init_args"
-
-
-def rotary(
-    positions: Tensor, size: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embeddings.
-
-    Args:
-        positions: Shape: (N,).
-        size: D, even.
-        base: Base of the wavelengths; larger for longer contexts.
-        dtype: Type of the results.
-
-    Returns:
-        Each of shape (N, D/2).
-
-    Example:
-        >>> cos, sin = rotary(torch.tensor([0, 1]), 4)
-        >>> cos
-        tensor([[1.0000, 1.0000],
-                [0.5403, 0.9999]])
-
-    Source: RoFormer, arXiv 2104.09864, section 3.4.2.
-    """
-    # float64: at token 2**20, a float32 angle is already wrong by up to 0.06
-    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size
-    angles = positions.double()[:, None] * base**-exponents
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (d, d + D/2) of each head, in the type of the cosines.
-
-    Args:
-        x: Queries or keys. Shape: (..., D).
-        cos: From :func:`rotary`. Shape: one that broadcasts to (..., D/2).
-        sin: As cos.
-
-    Returns:
-        In the type of x. Shape: (..., D).
-
-    Example:
-        >>> apply_rotary(torch.tensor([[1.0, 0.0]]), *rotary(torch.tensor([1]), 2))
-        tensor([[0.5403, 0.8415]])
-
-    Source: RoFormer, arXiv 2104.09864, equation 34; halves instead of neighbours, as in GPT-NeoX.
-    """
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def in_chunks(
@@ -140,7 +90,7 @@ class Attention(nn.Module):
         kv_heads: G, a divisor of H; H by default.
         is_causal: Tokens see earlier ones only.
         window: Tokens see so many tokens only, themselves included; needs ``is_causal``.
-        rope_base: See :func:`rotary`; None for no positions at all.
+        rope_base: See :func:`~fulgurite.layers.rotary.rotary`; None for no positions at all.
 
     Attributes:
         attention_backend: Computes attention; a strategy may put another one there.
@@ -291,7 +241,7 @@ class TransformerConfig:
         window: Tokens see so many tokens only, themselves included; needs ``is_causal``.
         chunk: Tokens at a time in everything but attention; None for all.
         checkpoint: Keep only the inputs of blocks for backward, and compute them again there.
-        rope_base: See :func:`rotary`; None for no positions at all.
+        rope_base: See :func:`~fulgurite.layers.rotary.rotary`; None for no positions at all.
 
     Raises:
         ConfigError: The number of layers or the chunk is below 1.
