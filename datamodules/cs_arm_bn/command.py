@@ -103,8 +103,8 @@ def check_plates(
             )
     source = CsvPlates(path, channels, classes=classes, files=files, exclude=list(exclude))
     table = source.load()
-    files = dict.fromkeys(file for paths in table.paths() for file in paths)
-    return table, [file for file in files if "://" not in file and not os.path.isfile(file)]
+    names = dict.fromkeys(name for paths in table.paths() for name in paths)
+    return table, [name for name in names if "://" not in name and not os.path.isfile(name)]
 
 
 def describe_classes(table: PlateTable) -> list[str]:

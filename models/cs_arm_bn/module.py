@@ -391,7 +391,7 @@ class PlateClassifier(SystemModule):
         name = self.plate_name(batch.domain)
         if not len(batch.control_row):
             raise missing_controls_error(name)
-        chunks = batch.control.split(self.adaptation.chunk)
+        chunks = torch.split(batch.control, self.adaptation.chunk)
         weight = self.method.context(training=False).weight
         adapt(self.network, chunks, name, weight=weight)
         self._adapted.add(name)
