@@ -375,11 +375,14 @@ def test_a_hint_adds_to_the_words_in_force(tmp_path):
     path = write_csv(tmp_path, path_a="a.png", path_b=["b.png"] * 10 + ["a.png", None])
     pd.read_csv(path).drop(columns="path").to_csv(path, index=False)
     with pytest.raises(DataError, match=r"exclude=\[missing_channel,unknown_label\]"):
-        CsvPlates(path, ["a", "b"], ["x"], exclude=["missing_channel"]).load()
+        CsvPlates(path, ["a", "b"], classes=["x"], exclude=["missing_channel"]).load()
     words = ["missing_channel", "unknown_label"]
     with pytest.raises(DataError, match=r"exclude=\[missing_channel,same_channel,unknown_label\]"):
-        CsvPlates(path, ["a", "b"], ["x"], exclude=words).load()
-    assert len(CsvPlates(path, ["a", "b"], ["x"], exclude=[*words, "same_channel"]).load()) == 6
+        CsvPlates(path, ["a", "b"], classes=["x"], exclude=words).load()
+    assert (
+        len(CsvPlates(path, ["a", "b"], classes=["x"], exclude=[*words, "same_channel"]).load())
+        == 6
+    )
     with pytest.raises(DataError, match=r"exclude=\[constant,few_controls\]"):
         table().require_controls(9, ["constant"])
 

@@ -56,4 +56,4 @@ def test_every_rank_draws_the_same_numbers_after_reading(tmp_path, monkeypatch, 
     assert draw_after(make, tmp_path, True) == expected
     assert draw_after(make, tmp_path, False) == expected  # as ranks but the first
     if make is plates:
-        assert draw_after(make, tmp_path, True, cache=False) == expected
+        assert draw_after(make, tmp_path, True, pixels={"cache": False}) == expected
