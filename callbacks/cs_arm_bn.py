@@ -26,7 +26,6 @@ from typing_extensions import override
 import fulgurite
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError
-from fulgurite.foreign import read_state_dict
 from fulgurite.io import atomic_write
 from fulgurite.logging import TrainingCurves, log_figure
 from fulgurite.models.cs_arm_bn.metrics import (
@@ -40,6 +39,7 @@ from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
 from fulgurite.options import NonNegativeFloat, check_arguments
 from fulgurite.plotting import heatmap, new_figure
+from fulgurite.tensor_files import read_state_dict
 
 #: Smallest number of batches before training and test mode are compared (momentum 0.1: 0.5 % is
 #: older), ratio of their losses that gives a warning, and fraction of the chance loss below which

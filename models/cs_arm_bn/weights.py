@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from fulgurite.errors import CheckpointError
-from fulgurite.foreign import read_state_dict
 from fulgurite.models.cs_arm_bn.references import load_reference
+from fulgurite.tensor_files import read_state_dict
 
 __all__ = ["load_network"]
 
