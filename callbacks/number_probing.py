@@ -6,6 +6,7 @@ Axes: N numbers, D embedding width, T period.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import atomic_write
 from fulgurite.logging import log_figure
 from fulgurite.models.number_probing.checks import describe_numbers
-from fulgurite.models.number_probing.fourier import PERIODS
-from fulgurite.models.number_probing.probing import FoldKind, Method
 from fulgurite.models.number_probing.report import (
     COLUMNS,
     ProbeSettings,
@@ -40,7 +39,40 @@ from fulgurite.models.number_probing.tables import (
 )
 from fulgurite.models.number_probing.tables import vocabulary as read_vocabulary
 
-__all__ = ["ModularProbe"]
+__all__ = ["EmbeddingRows", "ModularProbe"]
+
+
+@dataclass(frozen=True)
+class EmbeddingRows:
+    """Which rows of which matrix of a model are the embeddings of numbers.
+
+    Args:
+        embedding: Path of the module or parameter whose rows are embeddings, such as
+            ``model.embed_tokens``; by default the model's ``number_embeddings(numbers)``.
+        tokenizer: With ``embedding``: folder or file of the tokenizer that says which row is which
+            number; by default the DataModule's ``number_ids``.
+        first_row: With ``embedding``: the row of number 0, if number n is row ``first_row + n``.
+        spelling: With ``tokenizer``: ``bare`` "7", ``spaced`` " 7", or ``auto``.
+
+    Raises:
+        ConfigError: Options contradict each other.
+    """
+
+    embedding: str | None = None
+    tokenizer: str | None = None
+    first_row: int | None = None
+    spelling: Spelling = "auto"
+
+    def __post_init__(self) -> None:
+        if self.embedding is None and (self.tokenizer or self.first_row is not None):
+            raise ConfigError(
+                "ModularProbe was given rows without an embedding.",
+                "Name it: ModularProbe.rows.embedding=PATH, such as model.embed_tokens.",
+            )
+        if self.tokenizer is not None and self.first_row is not None:
+            raise ConfigError(
+                "ModularProbe was given both tokenizer and first_row.", "Leave one of them out."
+            )
 
 
 class ModularProbe(Callback):
@@ -60,23 +92,10 @@ class ModularProbe(Callback):
     Args:
         numbers: Numbers to probe, such as ``0:1000``; by default those of the DataModule's
             ``number_ids``.
-        periods: T.
         every_n_steps: Training batches between two probes; 0 leaves only start, end and
             checkpoints.
-        embedding: Path of the module or parameter whose rows are embeddings, such as
-            ``model.embed_tokens``; by default the model's ``number_embeddings(numbers)``.
-        tokenizer: With ``embedding``: folder or file of the tokenizer that says which row is which
-            number; by default the DataModule's ``number_ids``.
-        first_row: With ``embedding``: the row of number 0, if number n is row ``first_row + n``.
-        spelling: With ``tokenizer``: ``bare`` "7", ``spaced`` " 7", or ``auto``.
-        method: ``lda``, or the slow ``logistic``.
-        folds: Number of folds of the cross-validation.
-        seeds: Number of seeds, each of which deals the folds anew.
-        blocked: Further kinds of folds beside the shuffled ones: ``decade``, ``contiguous``.
-        permuted: Number of permutations of the numbers that are probed as a control.
-        nonround: Probe the numbers that 5 does not divide by themselves as well.
-        pca: Principal components used for the Fisher values, at most N/4.
-        ridge: Added to S_W, in units of its mean eigenvalue.
+        rows: Where the embeddings are; by default the model's ``number_embeddings(numbers)``.
+        probe: What is measured, and how.
         at_checkpoints: Probe whenever a checkpoint is written.
         figures: Draw the figures when the fit ends.
 
@@ -90,20 +109,10 @@ class ModularProbe(Callback):
     def __init__(
         self,
         numbers: str | None = None,
-        periods: Sequence[int] = PERIODS,
         every_n_steps: int = 0,
-        embedding: str | None = None,
-        tokenizer: str | None = None,
-        first_row: int | None = None,
-        spelling: Spelling = "auto",
-        method: Method = "lda",
-        folds: int = 5,
-        seeds: int = 2,
-        blocked: Sequence[FoldKind] = ("decade", "contiguous"),
-        permuted: int = 1,
-        nonround: bool = True,
-        pca: int | None = 50,
-        ridge: float = 0.0,
+        rows: EmbeddingRows = EmbeddingRows(),  # it is frozen
+        *,
+        probe: ProbeSettings = ProbeSettings(),  # it is frozen
         at_checkpoints: bool = True,
         figures: bool = True,
     ) -> None:
@@ -112,21 +121,8 @@ class ModularProbe(Callback):
                 f"ModularProbe.every_n_steps={every_n_steps} is negative.",
                 "Give 0 (start, end and checkpoints) or more.",
             )
-        if embedding is None and (tokenizer or first_row is not None):
-            raise ConfigError(
-                "ModularProbe was given rows without an embedding.",
-                "Name it: ModularProbe.embedding=PATH, such as model.embed_tokens.",
-            )
-        if tokenizer is not None and first_row is not None:
-            raise ConfigError(
-                "ModularProbe was given both tokenizer and first_row.", "Leave one of them out."
-            )
         self.numbers = parse_numbers(numbers) if numbers is not None else None
-        self.every_n_steps, self.embedding = every_n_steps, embedding
-        self.tokenizer, self.first_row, self.spelling = tokenizer, first_row, spelling
-        self.settings = ProbeSettings(
-            tuple(periods), method, folds, seeds, tuple(blocked), permuted, nonround, pca, ridge
-        )
+        self.every_n_steps, self.rows, self.settings = every_n_steps, rows, probe
         self.at_checkpoints, self.figures = at_checkpoints, figures
         self.history: list[dict[str, Any]] = []
         self.spectra: dict[int, Tensor] = {}  # normalised magnitudes by step
@@ -219,12 +215,13 @@ class ModularProbe(Callback):
         number_ids: Mapping[int, int] | None = getattr(
             getattr(trainer, "datamodule", None), "number_ids", None
         )
-        if self.embedding is None:
+        if self.rows.embedding is None:
             number_embeddings = getattr(pl_module, "number_embeddings", None)
             if number_embeddings is None:
                 raise ConfigError(
                     f"{type(pl_module).__name__} has no number_embeddings(numbers).",
-                    "Name its embedding: ModularProbe.embedding=PATH, such as model.embed_tokens.",
+                    "Name its embedding: ModularProbe.rows.embedding=PATH, such as "
+                    "model.embed_tokens.",
                 )
             numbers = self._numbers(number_ids)
             try:
@@ -235,23 +232,23 @@ class ModularProbe(Callback):
                     "Name numbers that it has: ModularProbe.numbers=0:100.",
                 ) from error
             return numbers, embeddings
-        weight = self._weight(pl_module, self.embedding)
-        if self.first_row is not None:
+        weight = self._weight(pl_module, self.rows.embedding)
+        if self.rows.first_row is not None:
             numbers = self._numbers(None)
-            rows = [self.first_row + n for n in numbers]
+            rows = [self.rows.first_row + n for n in numbers]
         else:
-            if self.tokenizer is not None:
-                folder = Path(self.tokenizer)
+            if self.rows.tokenizer is not None:
+                folder = Path(self.rows.tokenizer)
                 number_ids, _ = number_tokens(
-                    read_vocabulary(folder), self.numbers, self.spelling,
+                    read_vocabulary(folder), self.numbers, self.rows.spelling,
                     encode=read_encoder(folder),
                 )  # fmt: skip
             numbers = self._numbers(number_ids)
             if number_ids is None:
                 raise ConfigError(
                     "ModularProbe does not know which row is which number.",
-                    "Give ModularProbe.tokenizer, ModularProbe.first_row, or a DataModule with "
-                    "number_ids.",
+                    "Give ModularProbe.rows.tokenizer, ModularProbe.rows.first_row, or a "
+                    "DataModule with number_ids.",
                 )
             if missing := [n for n in numbers if n not in number_ids]:
                 raise DataError(
@@ -262,7 +259,7 @@ class ModularProbe(Callback):
         if len(rows) != len(set(rows)) or min(rows) < 0 or max(rows) >= len(weight):
             raise DataError(
                 f"The rows {min(rows)} to {max(rows)} of {len(rows)} numbers do not fit the "
-                f"{len(weight)} rows of {self.embedding}.",
+                f"{len(weight)} rows of {self.rows.embedding}.",
                 "Give the tokenizer (or first_row) that belongs to the model.",
             )
         return numbers, weight.detach()[torch.tensor(rows, device=weight.device)]
@@ -287,7 +284,7 @@ class ModularProbe(Callback):
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             names = [n for n, m in pl_module.named_modules() if isinstance(m, nn.Embedding)]
             raise ConfigError(
-                f"ModularProbe.embedding={path} is no matrix of {type(pl_module).__name__}.",
+                f"ModularProbe.rows.embedding={path} is no matrix of {type(pl_module).__name__}.",
                 f"Its embeddings are {', '.join(names) or '(none)'}.",
             )
         return weight

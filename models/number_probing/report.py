@@ -77,6 +77,8 @@ class ProbeSettings:
     ridge: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("periods", "blocked"):  # YAML has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if unknown := [kind for kind in self.blocked if kind not in ("decade", "contiguous")]:
             raise ConfigError(
                 f"blocked={unknown[0]!r} are no folds.", "Use decade, contiguous or both."

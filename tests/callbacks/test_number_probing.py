@@ -12,9 +12,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fulgurite.callbacks.number_probing import ModularProbe
+from fulgurite.callbacks.number_probing import EmbeddingRows, ModularProbe
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing import planted
+from fulgurite.models.number_probing.report import ProbeSettings
 
 SIZE, WIDTH = 60, 8
 
@@ -65,7 +66,9 @@ class Numbers(LightningDataModule):
 
 def make_probe(**kwargs):
     small = {"periods": (2, 5), "seeds": 1, "blocked": ("contiguous",), "pca": 5}
-    return ModularProbe(**{"numbers": f"0:{SIZE}"} | small | kwargs)
+    rows = {k: kwargs.pop(k) for k in ("embedding", "tokenizer", "first_row") if k in kwargs}
+    options = {"rows": EmbeddingRows(**rows), "probe": ProbeSettings(**small)}
+    return ModularProbe(**{"numbers": f"0:{SIZE}"} | options | kwargs)
 
 
 def fit(folder, *callbacks, model=None, data=None, epochs=4, ckpt=None, loggers=(), **kwargs):
@@ -263,18 +266,22 @@ def test_models_without_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("make", "options", "message"),
     [
-        ({"every_n_steps": -1}, "every_n_steps=-1 is negative"),
-        ({"first_row": 0}, "rows without an embedding"),
-        ({"embedding": "e", "first_row": 0, "tokenizer": "t"}, "both tokenizer and first_row"),
-        ({"blocked": ["shuffled"]}, "blocked='shuffled'"),
-        ({"numbers": "x"}, "numbers='x'"),
+        (ModularProbe, {"every_n_steps": -1}, "every_n_steps=-1 is negative"),
+        (EmbeddingRows, {"first_row": 0}, "rows without an embedding"),
+        (
+            EmbeddingRows,
+            {"embedding": "e", "first_row": 0, "tokenizer": "t"},
+            "both tokenizer and first_row",
+        ),
+        (ProbeSettings, {"blocked": ["shuffled"]}, "blocked='shuffled'"),
+        (ModularProbe, {"numbers": "x"}, "numbers='x'"),
     ],
 )
-def test_arguments_out_of_range(change, message):
+def test_arguments_out_of_range(make, options, message):
     with pytest.raises(ConfigError, match=message):
-        ModularProbe(**change)
+        make(**options)
 
 
 def test_bfloat16_embeddings_are_probed(tmp_path):
