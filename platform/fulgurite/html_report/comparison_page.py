@@ -55,9 +55,7 @@ def describe_comparison(comparison: Comparison) -> Page:
 
 
 def _ids(comparison: Comparison) -> list[str]:
-    plan = comparison.plan
-    ids = getattr(plan, "trial_ids", None) or plan.cell_ids
-    return list(ids)
+    return list(comparison.plan.trial_ids)
 
 
 def _name(comparison: Comparison, metric: str) -> str:
