@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,18 +27,17 @@ from fulgurite.datamodules.ice_layers.resample import (
 from fulgurite.datamodules.ice_layers.spans import resample_spans, to_optical_lengths
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
-    THICKEST,
     Array,
     Exclusion,
     Flights,
     LayerStack,
     check_plausible,
-    check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.domains.ice_layers.spans import ArraySpans
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.options import check_options, restrict_number
 
 __all__ = ["Blocks", "assemble"]
 
@@ -45,45 +45,47 @@ _YEAR = 365.25  # [days]
 _OPTION = "--data.init_args.source.init_args"
 
 
+if TYPE_CHECKING:
+    TraceCount = int
+    Spacing = float
+    JumpFactor = float
+    Density = float
+else:
+    TraceCount = restrict_number("BlockTraces", int, (">=", 2), ("<=", 1_000_000))
+    Spacing = restrict_number("BlockSpacing", float, (">=", 1e-3), ("<=", 1e6))
+    JumpFactor = restrict_number("JumpFactor", float, (">=", 1.5), ("<=", 1e9))
+    Density = restrict_number("FirnDensity", float, (">=", 0.05), ("<=", RHO_ICE))
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How tracks are cut into stacks.
 
-    Args:
+    Attributes:
         traces: N, traces of a stack.
         spacing: Distance of traces [m]; the raw one (median of the track) if None.
         min_traces: Shorter remainders are left out and counted; half of ``traces`` if None.
         jump: A step of more than this times the median one breaks a block.
         density: Density of the layers [g cm⁻³]; None for Herron and Langway's with the climate's
             balance and temperature.
-        thickest: Largest plausible median thickness of the layers [m].
 
     Raises:
         ConfigError: A number is out of range.
     """
 
-    traces: int = 256
-    spacing: float | None = None
-    min_traces: int | None = None
-    jump: float = 5.0
-    density: float | None = None
-    thickest: float = THICKEST
+    traces: TraceCount = 256
+    spacing: Spacing | None = None
+    min_traces: TraceCount | None = None
+    jump: JumpFactor = 5.0
+    density: Density | None = None
 
     def __post_init__(self) -> None:
-        check_thickest(self.thickest)
-        fewest = 2 if self.min_traces is None else self.min_traces
-        for name, value, low, high in (
-            ("traces", self.traces, 2, 1_000_000),
-            ("spacing", self.spacing, 1e-3, 1e6),
-            ("min_traces", fewest, 2, max(2, self.traces)),
-            ("jump", self.jump, 1.5, 1e9),
-            ("density", self.density, 0.05, RHO_ICE),
-        ):
-            if value is not None and not low <= value <= high:
-                raise ConfigError(
-                    f"The {name} of blocks is {value}.",
-                    f"Set `{_OPTION}.{name}` between {low:g} and {high:g}.",
-                )
+        check_options(self, f"{_OPTION.removeprefix('--')}.blocks")
+        if self.min_traces is not None and self.min_traces > self.traces:
+            raise ConfigError(
+                f"The min_traces of blocks is {self.min_traces}, and blocks have {self.traces}.",
+                f"Set `{_OPTION}.blocks.min_traces` to at most that.",
+            )
 
     @property
     def fewest(self) -> int:
@@ -168,10 +170,12 @@ def assemble(
     tracks: Sequence[FlightTrack],
     climate: MarClimate | None,
     sizes: Blocks,
+    *,
     layer_names: Sequence[str],
     exclude: Sequence[str] = (),
     excluded: Sequence[Exclusion] = (),
     notes: Sequence[str] = (),
+    thickest: float | None = None,
 ) -> Flights:
     """Cut tracks into stacks and give them thickness [m] and physics.
 
@@ -183,6 +187,7 @@ def assemble(
         exclude: ``outside_climate`` leaves such stacks out.
         excluded: What the reader left out already.
         notes: Further lines of the report.
+        thickest: Largest plausible median thickness of the layers [m].
 
     Raises:
         DataError: Nothing is left, traces lie outside the climate grid, or units are wrong.
@@ -239,7 +244,7 @@ def assemble(
     if outside:
         left_out.append(Exclusion("outside_climate", "stacks outside the climate grid", outside))
     age = tracks[0].age if tracks else np.zeros(len(layer_names))
-    return Flights(stacks, names, tuple(layer_names), age, left_out, tuple(notes), sizes.thickest)
+    return Flights(stacks, names, tuple(layer_names), age, left_out, tuple(notes), thickest)
 
 
 def _sample_climate(
@@ -277,7 +282,7 @@ def _layer_density(physics: Array, names: Sequence[str], age: Array, sizes: Bloc
     if not {"smb", "st"} <= set(names):
         raise DataError(
             "The density of the layers follows from the climate's smb and st, which are not there.",
-            f"Set `{_OPTION}.density` [g cm⁻³], or give a climate with both.",
+            f"Set `{_OPTION}.blocks.density` [g cm⁻³], or give a climate with both.",
         )
     balance = physics[..., names.index("smb")] / 1000.0
     temperature = physics[..., names.index("st")] + 273.15

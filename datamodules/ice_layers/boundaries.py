@@ -80,7 +80,7 @@ class Boundaries:
         ages = np.array([self.organizer.age.get(k, np.nan) for k in ids])
         if not np.isfinite(ages).any():
             return age
-        hint = f"Correct lyr_age, or set `{_OPTION}.ages=yearly` to take layers for a year apart."
+        hint = f"Correct lyr_age, or set `{_OPTION}.picks.ages=yearly` to take layers a year apart."
         if not np.isfinite(ages).all():
             unknown = ids[int(np.flatnonzero(~np.isfinite(ages))[0])]
             raise DataError(

@@ -292,7 +292,7 @@ class IceLayerDataModule(StackLoaders):
                 raise ConfigError(
                     f"The files have a split of their own, so that {name}={value} decides nothing.",
                     f"Leave `--data.init_args.{name}` out, or set "
-                    "`--data.init_args.source.init_args.split=segments`.",
+                    "`--data.init_args.source.init_args.folders.split=segments`.",
                 )
         self.shared_segments = flights.split.shared
         self._part_of = part_of = flights.split.part
@@ -437,5 +437,5 @@ class IceLayerDataModule(StackLoaders):
                 f"The checkpoint was trained with thickness in {self._trained_unit}, these data "
                 f"have it in {self.unit}.",
                 "Give data in the same unit, such as by "
-                "`--data.init_args.source.init_args.bin_size`.",
+                "`--data.init_args.source.init_args.bins.size`.",
             )

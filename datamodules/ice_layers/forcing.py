@@ -6,7 +6,7 @@ Shapes: D days, S sites, Y mass years, H W climate grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,15 @@ from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.datamodules.ice_layers.world import (
     Flight,
     World,
-    check_world,
     flight_names,
     make_grid,
 )
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_csv, reading
 from fulgurite.io import checksum, data_path
+from fulgurite.options import PositiveInt
 
-__all__ = ["ForcedFlights", "Site", "read_site"]
+__all__ = ["ForcedFlights", "ForcedWorld", "Site", "read_site"]
 
 #: Columns of the daily series that are used: accumulation, rain and melt [kg m⁻² per day], skin
 #: temperature [K].
@@ -102,6 +102,13 @@ def read_site(path: Path) -> Site:
     return Site((lat, lon), first, sums[:, start : start + full_months])
 
 
+@dataclass(frozen=True)
+class ForcedWorld(World):
+    """A world of twice as many flight segments, since there are two sites."""
+
+    segments: PositiveInt = 56
+
+
 class ForcedFlights(GeneratedLayerFiles):
     """Generated flights over real years: daily series of two sites of the ice sheet, 1980 to 2025.
 
@@ -116,18 +123,9 @@ class ForcedFlights(GeneratedLayerFiles):
     Args:
         root: Folder with ``CFM_example_<latitude>_<longitude>.csv``, absolute or relative to
             ``FULGURITE_DATA``.
-        stacks: Number of blocks, over all segments.
-        traces: N, traces of a block.
-        layers: L, layers.
-        segments: Flight segments, in turn at each site.
-        spacing: Distance of traces [m].
-        mistracks: Fraction of picks that are on the next boundary, which is then not picked: two
-            reflectors are taken for one.
-        missing: Factor on the rates of gaps, absent layers and drop-outs.
-        noise: Standard deviation of a pick [m].
-        traced: Fraction of blocks whose layers are fully traced.
+        world: What is generated: sizes, gaps, noise and seed; the years and the box are those of
+            the series, and segments are in turn at each site.
         informative: False exchanges physics between stacks and layers: a negative control.
-        seed: Seed of everything but the climate.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -138,32 +136,10 @@ class ForcedFlights(GeneratedLayerFiles):
     def __init__(
         self,
         root: str = "greenland_forcing",
-        stacks: int = 560,
-        traces: int = 48,
-        layers: int = 10,
-        segments: int = 56,
-        spacing: float = 100.0,
-        mistracks: float = 0.01,
-        missing: float = 1.0,
-        noise: float = 0.012,
-        traced: float = 0.0,
+        world: ForcedWorld = ForcedWorld(),
         informative: bool = True,
-        seed: int = 0,
     ) -> None:
-        self.world = check_world(
-            World(
-                stacks=stacks,
-                traces=traces,
-                layers=layers,
-                segments=segments,
-                spacing=spacing,
-                mistracks=mistracks,
-                missing=missing,
-                noise=noise,
-                traced=traced,
-                seed=seed,
-            )
-        )
+        self.world = world
         self.informative = informative
         self.files = root
 
@@ -193,14 +169,14 @@ class ForcedFlights(GeneratedLayerFiles):
         ]
         south, north, west, east = zip(*boxes, strict=True)
         box = (min(south), max(north), min(west), max(east))
-        world = World(**{**self.world.__dict__, "box": box})
+        world = replace(self.world, box=box)
         years = min(site.months.shape[1] for site in sites) // 12
         first = max(site.first for site in sites) + world.layers + 1
         last = max(site.first for site in sites) + years
         if first > last:
             raise ConfigError(
                 f"The series have {years} years, which is too few for {world.layers} layers.",
-                f"Lower `{_OPTION}.layers`.",
+                f"Lower `{_OPTION}.world.layers`.",
             )
         generator = world.generator(1, 7)
         rounds = np.arange(world.segments) // len(sites)

@@ -84,7 +84,7 @@ class Climate:
         if (weights @ (months[:, 1] - months[:, 0]) < -np.diff(edges) - 1).any():
             raise DataError(
                 "The climate does not cover the oldest layer.",
-                "Set `--data.init_args.source.init_args.layers` lower.",
+                "Set `--data.init_args.source.init_args.world.layers` lower.",
             )
         column = np.interp(points[:, 0], self.x, np.arange(len(self.x)))
         row = np.interp(points[:, 1], self.y, np.arange(len(self.y)))

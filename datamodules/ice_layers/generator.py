@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fulgurite.data.store import cached_folder
+from fulgurite.datamodules.ice_layers.blocks import Blocks
 from fulgurite.datamodules.ice_layers.climate import PHYSICS, MarClimate
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generated_climate import Climate, make_climate, write_mar
@@ -26,7 +27,6 @@ from fulgurite.datamodules.ice_layers.world import (
     TRACK,
     Flight,
     World,
-    check_world,
     flight_names,
 )
 from fulgurite.datamodules.ice_layers.write_back import Written
@@ -139,7 +139,7 @@ class GeneratedLayerFiles(GeneratedFlights):
             [str(root / "CSARP_layer")],
             MarClimate([str(root / "MAR")]),
             count=self.world.layers,
-            traces=self.world.traces,
+            blocks=Blocks(traces=self.world.traces),
         )
 
     def load(self) -> Flights:
@@ -183,18 +183,8 @@ class SyntheticFlights(GeneratedLayerFiles):
     (``FULGURITE_CACHE``), and read back by :class:`LayerFiles` and :class:`MarClimate`.
 
     Args:
-        stacks: Number of blocks, over all segments.
-        traces: N, traces of a block.
-        layers: L, layers.
-        segments: Flight segments; splits keep them whole.
-        spacing: Distance of traces [m].
-        mistracks: Fraction of picks that are on the next boundary, which is then not picked: two
-            reflectors are taken for one.
-        missing: Factor on the rates of gaps, absent layers and drop-outs; 1 has the card's, 0 none.
-        noise: Standard deviation of a pick [m].
-        traced: Fraction of blocks whose layers are fully traced.
+        world: What is generated: sizes, gaps, noise and seed.
         informative: False exchanges physics between stacks and layers: a negative control.
-        seed: Seed of everything.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -202,34 +192,8 @@ class SyntheticFlights(GeneratedLayerFiles):
     Source: arXiv 2604.20783, card section 6.2.
     """
 
-    def __init__(
-        self,
-        stacks: int = 560,
-        traces: int = 48,
-        layers: int = 10,
-        segments: int = 28,
-        spacing: float = 100.0,
-        mistracks: float = 0.01,
-        missing: float = 1.0,
-        noise: float = 0.012,
-        traced: float = 0.0,
-        informative: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.world = check_world(
-            World(
-                stacks=stacks,
-                traces=traces,
-                layers=layers,
-                segments=segments,
-                spacing=spacing,
-                mistracks=mistracks,
-                missing=missing,
-                noise=noise,
-                traced=traced,
-                seed=seed,
-            )
-        )
+    def __init__(self, world: World = World(), informative: bool = True) -> None:
+        self.world = world
         self.informative = informative
 
     def write(self, folder: Path) -> None:

@@ -31,6 +31,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     THICKEST,
     Array,
     Flights,
+    check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed
 from fulgurite.domains.ice_layers.details import FlightDetails
@@ -124,11 +125,7 @@ class KoenigPicks(StackSource):
         climate: Source of the physical fields; null for none.
         count: L, number of layers to use, from the surface down.
         thickness: Source of thickness: the published ``depth``, or range ``bins``.
-        traces: N, traces of a stack.
-        spacing: Distance of traces [m]; the median one of the track if not given.
-        min_traces: Shorter remainders are left out and counted; half of ``traces`` if not given.
-        jump: A step of more than this times the median one ends a block.
-        density: Density of all layers [g cm⁻³], for ``bins``; by the climate if not given.
+        blocks: How tracks are cut into stacks, and the density of their layers for ``bins``.
         surface: What the first layer begins at: the ``first_pick`` of a trace, as the toolbox's
             own reader of these tables has it, or depth ``zero``. If not given, the first pick is
             the surface where its median depth is less than half of that of the layer below, which
@@ -150,11 +147,8 @@ class KoenigPicks(StackSource):
         climate: MarClimate | None = None,
         count: int = 20,
         thickness: Literal["depth", "bins"] = "depth",
-        traces: int = 256,
-        spacing: float | None = None,
-        min_traces: int | None = None,
-        jump: float = 5.0,
-        density: float | None = None,
+        *,
+        blocks: Blocks = Blocks(),
         exclude: list[str] = [],  # noqa: B006  # copied below
         thickest: float = THICKEST,
         surface: Literal["first_pick", "zero"] | None = None,
@@ -176,7 +170,7 @@ class KoenigPicks(StackSource):
         self.count = count
         self.thickness = thickness
         self.surface = surface
-        self.blocks = Blocks(traces, spacing, min_traces, jump, density, thickest)
+        self.blocks, self.thickest = blocks, check_thickest(thickest)
         self.exclude = check_exclude(exclude, ("unreadable", "outside_climate"), EXCLUDE)
 
     @property
@@ -280,8 +274,16 @@ class KoenigPicks(StackSource):
                 )
         excluded = [*report_unreadable(damaged), *report_dropped_traces(lost, crossed)]
         names = [f"layer_{k:02}" for k in range(1, self.count + 1)]
-        words = sorted(self.exclude)
-        return assemble(tracks, self.climate, self.blocks, names, words, excluded, notes)
+        return assemble(
+            tracks,
+            self.climate,
+            self.blocks,
+            layer_names=names,
+            exclude=sorted(self.exclude),
+            excluded=excluded,
+            notes=notes,
+            thickest=self.thickest,
+        )
 
     def _choose_surface(self, tables: Sequence[Array]) -> tuple[str, list[str]]:
         """Choose the surface of the first layer; also notes for the report."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +42,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     Array,
     Exclusion,
     Flights,
+    check_thickest,
 )
 from fulgurite.datamodules.ice_layers.write_back import (
     SegmentFiles,
@@ -51,11 +53,52 @@ from fulgurite.datamodules.ice_layers.write_back import (
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
+from fulgurite.options import check_options
 
-__all__ = ["LayerFiles"]
+__all__ = ["LayerFiles", "PickOptions", "SegmentSelection"]
 
 _OPTION = "--data.init_args.source.init_args"
 _Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class PickOptions:
+    """Which picks of layer files count, and how old layers are.
+
+    Attributes:
+        quality: Picks of a worse quality (1 good, 2 moderate, 3 derived) count as missing; None
+            trusts all.
+        ages: Source of the ages of layers: the companion ``files``, or ``yearly``, a year apart.
+
+    Raises:
+        ConfigError: A value is unknown.
+    """
+
+    quality: int | None = None
+    ages: AgesFrom = "files"
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_OPTION.removeprefix('--')}.picks")
+
+
+@dataclass(frozen=True)
+class SegmentSelection:
+    """Which flight segments are read, and from where.
+
+    Attributes:
+        segments: Names of segments to use; all if None.
+        prefer: Names of folders, the first one wins, where files of one segment are in several
+            folders, such as ``CSARP_layer`` before ``CSARP_layer_old``.
+
+    Raises:
+        ConfigError: A value is no list of names.
+    """
+
+    segments: tuple[str, ...] | None = None
+    prefer: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_OPTION.removeprefix('--')}.selection")
 
 
 class LayerFiles(StackSource):
@@ -72,17 +115,9 @@ class LayerFiles(StackSource):
         climate: Source of the physical fields; null for none.
         count: L, number of layers to use, from the surface down; files with fewer lack the deeper
             ones. Null for all, if all files have the same.
-        traces: N, traces of a stack.
-        spacing: Distance of traces [m]; the median one of the track if not given.
-        min_traces: Shorter remainders are left out and counted; half of ``traces`` if not given.
-        jump: A step of more than this times the median one ends a block.
-        density: Density of all layers [g cm⁻³]; if not given, Herron and Langway's for the
-            climate's mass balance and temperature.
-        quality: Picks of a worse quality (1 good, 2 moderate, 3 derived) count as missing.
-        segments: Names of segments to use; all if not given.
-        prefer: Names of folders, the first one wins, where files of one segment are in several
-            folders, such as ``CSARP_layer`` before ``CSARP_layer_old``.
-        ages: Source of the ages of layers: the companion ``files``, or ``yearly``, a year apart.
+        blocks: How tracks are cut into stacks, and the density of their layers.
+        picks: Which picks count, and how old layers are.
+        selection: Which segments are read, and which folder of several.
         exclude: What to leave out and count instead of stopping: files that are ``unreadable``
             (without its companion, the boundaries of a segment are in the order of their numbers
             and a year apart), stacks ``outside_climate``, files with another ``layer_count``.
@@ -100,33 +135,21 @@ class LayerFiles(StackSource):
         layers: list[str],
         climate: MarClimate | None = None,
         count: int | None = None,
-        traces: int = 256,
-        spacing: float | None = None,
-        min_traces: int | None = None,
-        jump: float = 5.0,
-        density: float | None = None,
-        quality: int | None = None,
-        segments: list[str] | None = None,
+        *,
+        blocks: Blocks = Blocks(),
+        picks: PickOptions = PickOptions(),
+        selection: SegmentSelection = SegmentSelection(),
         exclude: list[str] = [],  # noqa: B006  # copied below
         thickest: float = THICKEST,
-        prefer: list[str] = [],  # noqa: B006  # copied below
-        ages: AgesFrom = "files",
     ) -> None:
-        if ages not in ("files", "yearly"):
-            raise ConfigError(
-                f"Ages of layers come from {ages!r}.", f"Set `{_OPTION}.ages` to files or yearly."
-            )
         self._segments: dict[str, SegmentFiles] = {}
         self._names: tuple[str, ...] = ()
         self._age_source = ""
         self.files = list(layers)
         self.climate = climate
         self.count = count
-        self.blocks = Blocks(traces, spacing, min_traces, jump, density, thickest)
-        self.quality = quality
-        self.prefer = list(prefer)
-        self.ages = ages
-        self.segment_names = None if segments is None else list(segments)
+        self.blocks, self.picks, self.selection = blocks, picks, selection
+        self.thickest = check_thickest(thickest)
         self.exclude = check_exclude(
             exclude, ("unreadable", "outside_climate", "layer_count"), EXCLUDE
         )
@@ -179,14 +202,14 @@ class LayerFiles(StackSource):
             for path in matches:
                 if match := FRAME_NAME.fullmatch(path.name):
                     files.setdefault(match[1], set()).add(path)
-        if self.segment_names is not None:
-            if absent := sorted(set(self.segment_names) - set(files)):
+        if self.selection.segments is not None:
+            if absent := sorted(set(self.selection.segments) - set(files)):
                 raise DataError(
                     f"There is no flight segment {name_some(absent)} (there are "
                     f"{name_some(sorted(files)) or 'none'}).",
-                    f"Set `{_OPTION}.segments` to names of folders in CSARP_layer.",
+                    f"Set `{_OPTION}.selection.segments` to names of folders in CSARP_layer.",
                 )
-            files = {name: files[name] for name in self.segment_names}
+            files = {name: files[name] for name in self.selection.segments}
         if not files:
             raise DataError(
                 f"There is no layer file Data_YYYYMMDD_SS_FFF.mat at {name_some(self.files)}.",
@@ -194,15 +217,16 @@ class LayerFiles(StackSource):
             )
         self._check_preferred(files.values())
         return {
-            name: _choose_folder(name, paths, self.prefer) for name, paths in sorted(files.items())
+            name: _choose_folder(name, paths, self.selection.prefer)
+            for name, paths in sorted(files.items())
         }
 
     def _check_preferred(self, files: Iterable[Collection[Path]]) -> None:
         folders = {part for paths in files for path in paths for part in path.parent.parts}
-        if unknown := [name for name in self.prefer if name not in folders]:
+        if unknown := [name for name in self.selection.prefer if name not in folders]:
             raise ConfigError(
                 f"No layer file is in a folder called {unknown[0]!r}.",
-                f"Set `{_OPTION}.prefer` to names of folders of the files, such as CSARP_layer.",
+                f"Set `{_OPTION}.selection.prefer` to folders of the files, such as CSARP_layer.",
             )
 
     def tracks(self) -> tuple[list[FlightTrack], tuple[str, ...], list[Exclusion], list[str]]:
@@ -222,7 +246,9 @@ class LayerFiles(StackSource):
         used: dict[str, tuple[Path, ...]] = {}
         for segment, (paths, others) in self._choose_files().items():
             not_preferred += others
-            tried = [usable(lambda path: read_frame(path, self.quality), path) for path in paths]
+            tried = [
+                usable(lambda path: read_frame(path, self.picks.quality), path) for path in paths
+            ]
             frames = [frame for frame in tried if frame is not None]
             used[segment] = tuple(p for p, f in zip(paths, tried, strict=True) if f is not None)
             if frames:
@@ -242,12 +268,14 @@ class LayerFiles(StackSource):
         crossed = contradicting = 0
         lost = np.zeros(2, np.int64)
         for segment, (frames, boundaries) in used_segments.items():
-            joined = join_frames(segment, frames, boundaries, count, self.ages)
+            joined = join_frames(segment, frames, boundaries, count, self.picks.ages)
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
-            self._age_source = self._age_source or boundaries.describe_ages(count, self.ages)
-            self._segments[segment] = SegmentFiles(used[segment], boundaries, count, self.quality)
+            self._age_source = self._age_source or boundaries.describe_ages(count, self.picks.ages)
+            self._segments[segment] = SegmentFiles(
+                used[segment], boundaries, count, self.picks.quality
+            )
         excluded += report_dropped_traces(lost, crossed)
         if contradicting:
             description = "picks that differ from those of an overlapping file before"
@@ -340,8 +368,16 @@ class LayerFiles(StackSource):
         notes: Sequence[str] = (),
     ) -> Flights:
         """Cut tracks into stacks, with the climate of this source."""
-        words = sorted(self.exclude)
-        return assemble(tracks, self.climate, self.blocks, names, words, excluded, notes)
+        return assemble(
+            tracks,
+            self.climate,
+            self.blocks,
+            layer_names=names,
+            exclude=sorted(self.exclude),
+            excluded=excluded,
+            notes=notes,
+            thickest=self.thickest,
+        )
 
 
 def _choose_folder(
@@ -373,7 +409,7 @@ def _choose_folder(
         raise DataError(
             f"Two folders have layer files of the segment {segment}: {first} and {second}.",
             f"Name one of them in `{_OPTION}.layers`, or say which wins by a part of its path: "
-            f"`{_OPTION}.prefer=[{_distinct_part(first, second)}]`.",
+            f"`{_OPTION}.selection.prefer=[{_distinct_part(first, second)}]`.",
         )
     return preferred, len(files) - len(preferred)
 

@@ -77,7 +77,7 @@ def _draw_line(
     else:
         raise ConfigError(
             f"A segment of {blocks} blocks of {block / 1000:.1f} km does not fit the region.",
-            "Set `--data.init_args.source.init_args.segments` higher, or `spacing` lower.",
+            "Set `--data.init_args.source.init_args.world.segments` higher, or `spacing` lower.",
         )
     length = float(np.linalg.norm(end - start))
     direction = (end - start) / length

@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.data.exclusions import check_exclude, name_some
+from fulgurite.data.exclusions import check_exclude
 from fulgurite.data.listing import list_files
 from fulgurite.data.splits import check_min
-from fulgurite.datamodules.ice_layers.firn import RHO_ICE
 from fulgurite.datamodules.ice_layers.flights import StackSource, read_or_leave, report_unreadable
 from fulgurite.datamodules.ice_layers.resample import measure_track
 from fulgurite.datamodules.ice_layers.spans import to_optical_lengths
 from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
-from fulgurite.datamodules.ice_layers.sred_file import FIELDS, SredFile, read_sred
+from fulgurite.datamodules.ice_layers.sred_file import SredFile, read_sred
+from fulgurite.datamodules.ice_layers.sred_options import SredBins, SredFields, SredFolders
 from fulgurite.datamodules.ice_layers.sred_parts import (
     Echogram,
-    Shared,
     describe_parts,
     keep_each_once,
     settle_shared,
@@ -39,15 +37,12 @@ from fulgurite.datamodules.ice_layers.stack import (
     check_thickest,
 )
 from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, time_to_thickness
-from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.domains.ice_layers.spans import Spans
-from fulgurite.errors import ConfigError, DataError
+from fulgurite.errors import DataError
 from fulgurite.io import data_path
+from fulgurite.options import IntAboveOne, PositiveInt
 
 __all__ = ["SredMat"]
-
-SplitBy = Literal["folders", "segments"]
-Deeper = Literal["refuse", "repeat"]
 
 _OPTION = "--data.init_args.source.init_args"
 _KINDS = ("unreadable", "crossed", "physics", "duplicate")
@@ -72,28 +67,11 @@ class SredMat(StackSource):
 
     Args:
         root: Folder of the data set, absolute or relative to ``FULGURITE_DATA``.
-        train: Folders of training files in it; files in their subfolders count.
-        val: Folders of validation files in it.
-        test: Folders of test files in it.
-        split: ``folders``, as above, or ``segments``: the files of all folders are put together and
-            split by flight segment with ``val`` and ``test`` of the data module.
-        shared: What to do with flight segments that are in several parts, whose neighbouring
-            echograms leak: ``refuse`` them; ``drop`` their stacks from training where they are
-            validated or tested, and from validation where they are tested; ``keep`` them.
+        folders: The folders of each part, and the split.
         count: L, number of layers to use, from the surface down.
         traces: N, traces of every file.
-        fields: Names of the physical fields to use.
-        elevation: Use the elevation as a field, the last one.
-        first_row: Row of a physical field that belongs to the first layer, counted from 0: row
-            i + 1 for layer i, as the authors' forerunner has it.
-        deeper_physics: What physical fields are below their last row: ``refuse`` such files, or
-            ``repeat`` the last row, which the report counts.
-        bin_size: Depth of a range bin [m]; thicknesses are in metres then. Without it, and without
-            ``sample_time``, they stay in range bins, as in the authors' code.
-        sample_time: Two-way travel time of a range bin [s], for metres through the refractive index
-            of ``density``.
-        density: Density of all layers [g cm⁻³], for ``sample_time``; the file's ``curr_dens`` if
-            not given, which is that of snow at the surface by its mean.
+        fields: The physical fields to use, and their rows.
+        bins: How long a range bin is, where thickness shall be in metres.
         exclude: What to leave out and count instead of stopping: files that are ``unreadable``,
             ``crossed`` boundaries, files without finite ``physics``, files with a ``duplicate``
             in an evaluated part, or of another name.
@@ -110,68 +88,27 @@ class SredMat(StackSource):
     def __init__(
         self,
         root: str,
-        train: list[str] = ["train_data"],  # noqa: B006  # copied below, as those that follow
-        val: list[str] = ["val_for_training_data"],  # noqa: B006
-        test: list[str] = [  # noqa: B006
-            "test_L_files/L1",
-            "test_L_files/L2",
-            "test_L_files/L3",
-        ],
-        split: SplitBy = "folders",
-        shared: Shared = "refuse",
-        count: int = 20,
-        traces: int = 256,
-        fields: list[str] = list(FIELDS),  # noqa: B006
-        elevation: bool = True,
-        first_row: int = 1,
-        deeper_physics: Deeper = "refuse",
-        bin_size: float | None = None,
-        sample_time: float | None = None,
-        density: float | None = None,
-        exclude: list[str] = [],  # noqa: B006
+        folders: SredFolders = SredFolders(),
+        count: PositiveInt = 20,
+        traces: IntAboveOne = 256,
+        *,
+        fields: SredFields = SredFields(),
+        bins: SredBins = SredBins(),
+        exclude: list[str] = [],  # noqa: B006  # copied below
         thickest: float | None = None,
     ) -> None:
-        for name, value, words in (
-            ("split", split, get_args(SplitBy)),
-            ("shared", shared, get_args(Shared)),
-            ("deeper_physics", deeper_physics, get_args(Deeper)),
-        ):
-            if value not in words:
-                raise ConfigError(
-                    f"The value of {name} is {value!r}.",
-                    f"Set `{_OPTION}.{name}` to one of {', '.join(words)}.",
-                )
-        for name, number, minimum in (
-            ("count", count, 1),
-            ("traces", traces, 2),
-            ("first_row", first_row, 0),
-        ):
-            check_min(f"source.init_args.{name}", number, minimum)
-        if unknown := [name for name in fields if name not in FIELDS]:
-            raise ConfigError(
-                f"SRED has no physical field {unknown[0]!r}.",
-                f"Set `{_OPTION}.fields` to some of {', '.join(FIELDS)}.",
-            )
-        if len(set(fields)) < len(fields):
-            raise ConfigError(
-                f"A physical field comes twice in {name_some(fields, 12)}.",
-                f"Set `{_OPTION}.fields` to each once.",
-            )
-        _check_metres(bin_size, sample_time, density)
+        check_min("source.init_args.count", count, 1)
+        check_min("source.init_args.traces", traces, 2)
         self.root = root
-        self.folders = {"train": list(train), "val": list(val), "test": list(test)}
-        self.split, self.shared = split, shared
+        self.folders, self.fields, self.bins = folders, fields, bins
         self.count, self.traces = count, traces
-        self.fields, self.elevation, self.first_row = tuple(fields), elevation, first_row
-        self.deeper_physics = deeper_physics
-        self.bin_size, self.sample_time, self.density = bin_size, sample_time, density
         self.exclude = check_exclude(exclude, _KINDS, EXCLUDE)
         self.thickest = None if thickest is None else check_thickest(thickest, self.unit)
 
     @property
     def unit(self) -> str:
         """Unit of thicknesses."""
-        return RANGE_BINS if self.bin_size is None and self.sample_time is None else METRES
+        return self.bins.unit
 
     @property
     def layers(self) -> int:
@@ -181,7 +118,7 @@ class SredMat(StackSource):
     @property
     def physics(self) -> tuple[str, ...]:
         """Names of the physical fields."""
-        return (*self.fields, *([_ELEVATION] if self.elevation else []))
+        return (*self.fields.names, *([_ELEVATION] if self.fields.elevation else []))
 
     @property
     def description(self) -> str:
@@ -197,7 +134,7 @@ class SredMat(StackSource):
         root = data_path(self.root)
         part_of: dict[Path, str] = {}
         for part in PARTS:
-            for name in self.folders[part]:
+            for name in getattr(self.folders, part):
                 folder = root / name
                 is_there = folder.is_dir()
                 paths = [path for _, path in list_files(folder, (".mat",))] if is_there else []
@@ -205,19 +142,19 @@ class SredMat(StackSource):
                     problem = "has no .mat file" if is_there else "is not there"
                     raise DataError(
                         f"The folder {folder} {problem}.",
-                        f"Set `{_OPTION}.root`, and `{_OPTION}.{part}` to folders in it (may be "
-                        "empty: []).",
+                        f"Set `{_OPTION}.root`, and `{_OPTION}.folders.{part}` to folders in "
+                        "it (may be empty: []).",
                     )
                 for path in paths:
                     if part_of.setdefault(path, part) != part:
                         raise DataError(
                             f"The file {path} is in the folders of {part_of[path]} and of {part}.",
-                            f"Set `{_OPTION}.train`, `val` and `test` to different folders.",
+                            f"Set `{_OPTION}.folders.train`, `val`, `test` to different folders.",
                         )
         if not part_of:
             raise DataError(
                 "No folder of SRED is given.",
-                f"Set `{_OPTION}.train`, `val` or `test` to folders in `root`.",
+                f"Set `{_OPTION}.folders.train`, `val` or `test` to folders in `root`.",
             )
         return {part: sorted(p for p, its in part_of.items() if its == part) for part in PARTS}
 
@@ -230,8 +167,8 @@ class SredMat(StackSource):
         """
         damaged: list[str] = []
         echograms: list[Echogram] = []
-        names = self.fields
-        if self.sample_time is not None and self.density is None:
+        names = self.fields.names
+        if self.bins.time is not None and self.bins.density is None:
             names = tuple(dict.fromkeys((*names, _DENSITY)))
         for part, paths in self.paths().items():
             for path in paths:
@@ -244,10 +181,10 @@ class SredMat(StackSource):
         echograms = keep_each_once(echograms, excluded, "duplicate" in self.exclude)
         shared: frozenset[str] = frozenset()
         notes: list[str] = []
-        if self.split == "folders":
-            echograms, shared = settle_shared(echograms, self.shared, excluded, notes)
+        if self.folders.split == "folders":
+            echograms, shared = settle_shared(echograms, self.folders.shared, excluded, notes)
         stacks, part_of = self._stacks(echograms, excluded, notes)
-        notes += describe_parts(echograms, self.count, self.split == "folders")
+        notes += describe_parts(echograms, self.count, self.folders.split == "folders")
         return Flights(
             stacks,
             self.physics,
@@ -256,7 +193,7 @@ class SredMat(StackSource):
             excluded,
             notes,
             self.thickest,
-            OwnSplit(part_of, shared) if self.split == "folders" else None,
+            OwnSplit(part_of, shared) if self.folders.split == "folders" else None,
         )
 
     def _stacks(
@@ -270,7 +207,7 @@ class SredMat(StackSource):
             file = echogram.file
             try:
                 physics, repeats = file.physics(
-                    self.count, self.first_row, self.deeper_physics == "repeat"
+                    self.count, self.fields.first_row, self.fields.deeper == "repeat"
                 )
             except DataError:
                 if "physics" not in self.exclude:
@@ -307,18 +244,18 @@ class SredMat(StackSource):
         padded = np.full((self.traces, layers + 1), np.nan)
         available = min(layers + 1, boundaries.shape[1])
         padded[:, :available] = boundaries[:, :available]
-        if self.bin_size is not None:
-            padded = padded * self.bin_size
+        if self.bins.size is not None:
+            padded = padded * self.bins.size
         thickness, spans = np.diff(padded, axis=1), Spans.of_depth(padded)
-        if self.sample_time is not None:
-            density = np.full(thickness.shape, self.density)
-            if self.density is None:
+        if (time := self.bins.time) is not None:
+            density = np.full(thickness.shape, self.bins.density)
+            if self.bins.density is None:
                 density = physics[..., list(file.fields).index(_DENSITY)] / np.float64(1_000.0)
-            thickness = time_to_thickness(thickness * self.sample_time, density)
-            times = replace(spans, path=spans.path * self.sample_time)
+            thickness = time_to_thickness(thickness * time, density)
+            times = replace(spans, path=spans.path * time)
             spans = to_optical_lengths(times, density)
-        used = [physics[..., list(file.fields).index(name)] for name in self.fields]
-        if self.elevation:
+        used = [physics[..., list(file.fields).index(name)] for name in self.fields.names]
+        if self.fields.elevation:
             used.append(np.broadcast_to(file.elevation[:, None], thickness.shape))
         fields = np.stack(used, -1) if used else np.zeros((*thickness.shape, 0))
         return LayerStack(
@@ -332,27 +269,3 @@ class SredMat(StackSource):
             unit=self.unit,
             spans=spans,
         )
-
-
-def _check_metres(bin_size: float | None, sample_time: float | None, density: float | None) -> None:
-    """Refuse options for metres that contradict each other or are out of range."""
-    if bin_size is not None and sample_time is not None:
-        raise ConfigError(
-            "Both bin_size and sample_time say how deep a range bin is.",
-            f"Set one of `{_OPTION}.bin_size` [m] and `{_OPTION}.sample_time` [s].",
-        )
-    if density is not None and sample_time is None:
-        raise ConfigError(
-            "The density of layers decides nothing without sample_time.",
-            f"Set `{_OPTION}.sample_time` [s], or leave density out.",
-        )
-    for name, value, low, high in (
-        ("bin_size", bin_size, 1e-4, 10.0),
-        ("sample_time", sample_time, 1e-13, 1e-7),
-        ("density", density, 0.05, RHO_ICE),
-    ):
-        if value is not None and not low <= value <= high:
-            raise ConfigError(
-                f"The {name} of range bins is {value}.",
-                f"Set `{_OPTION}.{name}` between {low:g} and {high:g}.",
-            )

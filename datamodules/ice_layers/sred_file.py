@@ -94,9 +94,9 @@ class SredFile:
                     f"The field {name} of {self.path} has {rows.shape[1]} rows, which say nothing "
                     f"of layers {max(there, 0) + 1} to {layers} (row {first_row} is the first "
                     "layer's, counted from 0).",
-                    f"Set `{_OPTION}.deeper_physics=repeat` to give deeper layers the last row "
-                    f"again, `{_OPTION}.first_row`, a smaller `count`, or leave such files out: "
-                    f"`{_OPTION}.exclude+=physics`.",
+                    f"Set `{_OPTION}.fields.deeper=repeat` to give deeper layers the last row "
+                    f"again, `{_OPTION}.fields.first_row`, a smaller `count`, or leave such "
+                    f"files out: `{_OPTION}.exclude+=physics`.",
                 )
             repeated = max(repeated, layers - there)
             numbers = np.minimum(first_row + np.arange(layers), rows.shape[1] - 1)
@@ -110,7 +110,7 @@ class SredFile:
             raise DataError(
                 f"The fields {name_some(names)} of {self.path} have values that are not finite.",
                 "Fill them before, leave the fields out of "
-                f"`{_OPTION}.fields`, or such files: `{_OPTION}.exclude+=physics`.",
+                f"`{_OPTION}.fields.names`, or such files: `{_OPTION}.exclude+=physics`.",
             )
         return physics, repeated
 

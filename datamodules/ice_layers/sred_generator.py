@@ -24,19 +24,24 @@ from fulgurite.datamodules.ice_layers.layer_writer import write_matlab73
 from fulgurite.datamodules.ice_layers.random_fields import markov_gaps
 from fulgurite.datamodules.ice_layers.segments import Snow, layer_dates, make_snow, mistrack
 from fulgurite.datamodules.ice_layers.sred import SredMat
+from fulgurite.datamodules.ice_layers.sred_options import SredFolders
 from fulgurite.datamodules.ice_layers.stack import Array, Flights
 from fulgurite.datamodules.ice_layers.world import (
     CLIMATE,
     PICKS,
     TRACK,
     Flight,
+    LayerCount,
+    StackCount,
+    TraceCount,
+    TraceSpacing,
     World,
-    check_world,
     flight_names,
 )
 from fulgurite.errors import ConfigError
+from fulgurite.options import ClosedUnitInterval
 
-__all__ = ["SyntheticSred", "write_sred"]
+__all__ = ["SredWorld", "SyntheticSred", "write_sred"]
 
 _OPTION = "--data.init_args.source.init_args"
 _FOLDER = "train_data"
@@ -181,6 +186,19 @@ def _make_fields(
     }
 
 
+@dataclass(frozen=True)
+class SredWorld(World):
+    """A world of SRED's sizes, place and time: 256 traces take 2 km."""
+
+    stacks: StackCount = 280
+    traces: TraceCount = 256
+    layers: LayerCount = 20
+    spacing: TraceSpacing = 7.84
+    first_year: int = 2012
+    last_year: int = 2012
+    box: tuple[float, float, float, float] = _BOX
+
+
 class SyntheticSred(GeneratedFlights):
     """Generated echograms with the gaps of SRED: most lack their deepest layers.
 
@@ -190,19 +208,11 @@ class SyntheticSred(GeneratedFlights):
     flight segment.
 
     Args:
-        stacks: Number of echograms, over all segments.
-        traces: N, traces of an echogram.
-        layers: L, layers of a complete echogram.
-        segments: Flight segments; splits keep them whole.
-        spacing: Distance of traces [m]: 256 of them take 2 km.
+        world: What is generated: sizes, gaps, noise and seed.
         complete: Fraction of echograms that are complete, as SRED has it.
         gaps: Fraction that have all boundaries, with gaps. All others have fewer boundaries, from 3
             layers up, and gaps in one of two of them (inferred).
-        mistracks: Fraction of picks that are on the next boundary, which is then not picked.
-        missing: Factor on the rate of gaps.
-        noise: Standard deviation of a pick [m].
         informative: False exchanges physics between stacks and layers: a negative control.
-        seed: Seed of everything.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -213,39 +223,16 @@ class SyntheticSred(GeneratedFlights):
 
     def __init__(
         self,
-        stacks: int = 280,
-        traces: int = 256,
-        layers: int = 20,
-        segments: int = 28,
-        spacing: float = 7.84,
-        complete: float = 0.12,
-        gaps: float = 0.12,
-        mistracks: float = 0.01,
-        missing: float = 1.0,
-        noise: float = 0.012,
+        world: SredWorld = SredWorld(),
+        complete: ClosedUnitInterval = 0.12,
+        gaps: ClosedUnitInterval = 0.12,
         informative: bool = True,
-        seed: int = 0,
     ) -> None:
-        self.world = check_world(
-            World(
-                stacks=stacks,
-                traces=traces,
-                layers=layers,
-                segments=segments,
-                spacing=spacing,
-                first_year=2012,
-                last_year=2012,
-                mistracks=mistracks,
-                missing=missing,
-                noise=noise,
-                seed=seed,
-                box=_BOX,
-            )
-        )
-        if layers < _Recipe(0.0, 0.0).shallowest + 1:
+        self.world = world
+        if world.layers < _Recipe(0.0, 0.0).shallowest + 1:
             raise ConfigError(
-                f"Of {layers} layers none can be missing.",
-                f"Set `{_OPTION}.layers` to 4 or more.",
+                f"Of {world.layers} layers none can be missing.",
+                f"Set `{_OPTION}.world.layers` to 4 or more.",
             )
         if not (0 <= complete <= 1 and 0 <= gaps <= 1 - complete):
             raise ConfigError(
@@ -269,10 +256,7 @@ class SyntheticSred(GeneratedFlights):
         world = self.world
         return SredMat(
             str(root),
-            [_FOLDER],
-            [],
-            [],
-            split="segments",
+            SredFolders((_FOLDER,), (), (), split="segments"),
             count=world.layers,
             traces=world.traces,
         )

@@ -118,8 +118,9 @@ def settle_shared(
     if shared == "refuse":
         raise DataError(
             f"{description}, whose neighbouring echograms leak.",
-            f"Set `{_OPTION}.shared=drop` to leave those stacks out, `{_OPTION}.shared=keep` "
-            f"to use the folders as they are, or `{_OPTION}.split=segments` for another split.",
+            f"Set `{_OPTION}.folders.shared=drop` to leave those stacks out, "
+            f"`{_OPTION}.folders.shared=keep` to use the folders as they are, or "
+            f"`{_OPTION}.folders.split=segments` for another split.",
         )
     if shared == "drop":
         description = "training and validation stacks of segments that are evaluated later"

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS
 from fulgurite.datamodules.ice_layers.stack import Array, need_extra
 from fulgurite.errors import ConfigError
+from fulgurite.options import (
+    ClosedUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    check_options,
+    restrict_number,
+)
 
 __all__ = [
     "CLIMATE",
@@ -23,8 +30,11 @@ __all__ = [
     "TRACK",
     "YEAR",
     "Flight",
+    "LayerCount",
+    "StackCount",
+    "TraceCount",
+    "TraceSpacing",
     "World",
-    "check_world",
     "flight_names",
     "make_grid",
     "make_transformers",
@@ -36,32 +46,83 @@ CLIMATE, TRACK, SNOW, PICKS, SHUFFLE = range(5)
 #: Length of a year [days].
 YEAR = 365.25
 
+_OPTION = "data.init_args.source.init_args.world"
 _BOX = (66.0, 79.0, -48.0, -32.0)  # latitudes and longitudes of flights [degrees]
+
+
+if TYPE_CHECKING:
+    StackCount = int
+    TraceCount = int
+    LayerCount = int
+    Seed = int
+    TraceSpacing = float
+    RateFactor = float
+else:
+    StackCount = restrict_number("StackCount", int, (">=", 1), ("<=", 1_000_000))
+    TraceCount = restrict_number("TraceCount", int, (">=", 2), ("<=", 100_000))
+    LayerCount = restrict_number("LayerCount", int, (">=", 2), ("<=", 60))
+    Seed = restrict_number("Seed", int, (">=", 0), ("<=", 2**63))
+    TraceSpacing = restrict_number("TraceSpacing", float, (">=", 1.0), ("<=", 5_000.0))
+    RateFactor = restrict_number("RateFactor", float, (">=", 0.0), ("<=", 2.0))
 
 
 @dataclass(frozen=True)
 class World:
     """Parameters that decide every number of generated flights.
 
+    Attributes:
+        stacks: Number of blocks, over all segments.
+        traces: N, traces of a block.
+        layers: L, layers.
+        segments: Flight segments, at most as many as blocks; splits keep them whole.
+        spacing: Distance of traces [m].
+        first_year: Calendar year of the first flights.
+        last_year: Calendar year of the last flights.
+        mistracks: Fraction of picks that are on the next boundary, which is then not picked: two
+            reflectors are taken for one.
+        missing: Factor on the rates of gaps, absent layers and drop-outs; 1 has the card's, 0 none.
+        noise: Standard deviation of a pick [m].
+        traced: Fraction of blocks whose layers are fully traced.
+        cell: Size of a cell of the climate grid [m].
+        seed: Seed of everything.
+        blocks_per_frame: Blocks of a file.
+        box: Southern and northern latitude, western and eastern longitude of flights [degrees].
+
+    Raises:
+        ConfigError: A number is out of range.
+
     Source: arXiv 2604.20783, card section 6.2; where years and places are correlated over the ice
     sheet instead of drawn for each stack, that is inferred.
     """
 
-    stacks: int = 560
-    traces: int = 48
-    layers: int = 10
-    segments: int = 28
-    spacing: float = 100.0
+    stacks: StackCount = 560
+    traces: TraceCount = 48
+    layers: LayerCount = 10
+    segments: PositiveInt = 28
+    spacing: TraceSpacing = 100.0
     first_year: int = 2009
     last_year: int = 2017
-    mistracks: float = 0.01
-    missing: float = 1.0
-    noise: float = 0.012
-    traced: float = 0.0
-    cell: float = 20_000.0
-    seed: int = 0
-    blocks_per_frame: int = 10
+    mistracks: ClosedUnitInterval = 0.01
+    missing: RateFactor = 1.0
+    noise: ClosedUnitInterval = 0.012
+    traced: ClosedUnitInterval = 0.0
+    cell: PositiveFloat = 20_000.0
+    seed: Seed = 0
+    blocks_per_frame: PositiveInt = 10
     box: tuple[float, float, float, float] = _BOX
+
+    def __post_init__(self) -> None:
+        check_options(self, _OPTION)
+        if self.segments > self.stacks:
+            raise ConfigError(
+                f"The segments of world are {self.segments}, and there are {self.stacks} stacks.",
+                f"Set `--{_OPTION}.segments` to at most so many.",
+            )
+        if self.last_year < self.first_year:
+            raise ConfigError(
+                f"The last_year of world is {self.last_year}, before its first_year.",
+                f"Set `--{_OPTION}.last_year` to {self.first_year} or later.",
+            )
 
     def generator(self, stream: int, *numbers: int) -> np.random.Generator:
         """A generator for one purpose, whatever else is drawn."""
@@ -75,32 +136,6 @@ class World:
     def sizes(self) -> list[int]:
         """Number of blocks of each segment."""
         return [len(part) for part in np.array_split(np.arange(self.stacks), self.segments)]
-
-
-def check_world(world: World) -> World:
-    """Return the recipe if all of its numbers are in range.
-
-    Raises:
-        ConfigError: A number is out of range.
-    """
-    for name, value, low, high in (
-        ("stacks", world.stacks, 1, 1_000_000),
-        ("traces", world.traces, 2, 100_000),
-        ("layers", world.layers, 2, 60),
-        ("segments", world.segments, 1, world.stacks),
-        ("spacing", world.spacing, 1.0, 5_000.0),
-        ("mistracks", world.mistracks, 0.0, 1.0),
-        ("missing", world.missing, 0.0, 2.0),
-        ("noise", world.noise, 0.0, 1.0),
-        ("traced", world.traced, 0.0, 1.0),
-        ("seed", world.seed, 0, 2**63),
-    ):
-        if not low <= value <= high:
-            raise ConfigError(
-                f"The {name} of generated flights is {value}.",
-                f"Set `--data.init_args.source.init_args.{name}` between {low} and {high}.",
-            )
-    return world
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fulgurite.callbacks.ice_layers import CompletionWriter, _choose_drawn, _Drawn
-from fulgurite.datamodules.ice_layers import LayerFiles
+from fulgurite.datamodules.ice_layers import Blocks, LayerFiles
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame
 from fulgurite.datamodules.ice_layers.records import describe_completed
 from fulgurite.errors import ConfigError
@@ -25,7 +25,7 @@ pytest.importorskip("netCDF4")
 CONFIGS = resources.files("fulgurite.configs.ice_layers")
 SMOKE = str(CONFIGS / "smoke.yaml")
 SMALL = [
-    f"--data.init_args.source.init_args.{key}={value}"
+    f"--data.init_args.source.init_args.world.{key}={value}"
     for key, value in {"stacks": 32, "traces": 16, "layers": 6, "segments": 8}.items()
 ]
 PLAIN = ["--trainer.callbacks.figures=0"]
@@ -116,8 +116,8 @@ def test_completed_layers_go_back_into_layer_files(again):
     assert [path.name for path in sorted((folder / "CSARP_layer").glob("*/*.mat"))] == [
         path.name for path in read
     ]
-    options = {"density": 0.4, "traces": 16, "count": 6}
-    found = LayerFiles([str(folder / "CSARP_layer")], **options).load().stacks
+    blocks = Blocks(traces=16, density=0.4)
+    found = LayerFiles([str(folder / "CSARP_layer")], count=6, blocks=blocks).load().stacks
     assert {s.name for s in found} == {path.stem for path in folder.glob("*.npz")}
     for stack in found:  # all of it is where it was completed
         twtt = read_npz(folder / f"{stack.name}.npz").details.twtt

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticFlights
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticFlights, World
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS
 from fulgurite.datamodules.ice_layers.sred_generator import write_sred
@@ -62,8 +62,8 @@ def test_flights_without_climate_are_completed(fit, workdir, config, option):
     source = "fulgurite.datamodules.ice_layers.LayerFiles"
     options = [
         f"--data.init_args.source={source}", "--data.init_args.source.layers=[flights]",
-        "--data.init_args.source.count=4", "--data.init_args.source.density=0.4",
-        "--data.init_args.source.traces=40",
+        "--data.init_args.source.count=4", "--data.init_args.source.blocks.density=0.4",
+        "--data.init_args.source.blocks.traces=40",
         "--trainer.max_epochs=1", "--run.dir=run", f"--model.init_args.{option}",
     ]  # fmt: skip
     fit(*options, config=config)
@@ -158,7 +158,7 @@ def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monk
 @pytest.mark.slow
 def test_the_papers_configuration_fills_files_of_its_layout(fit, own_cache, monkeypatch):
     """20 layers of 256 traces, in CSARP_layer and MAR files that the generator has written."""
-    made = SyntheticFlights(stacks=24, traces=256, layers=20, segments=8)
+    made = SyntheticFlights(World(stacks=24, traces=256, layers=20, segments=8))
     IceLayerDataModule(made).prepare_data()
     (folder,) = (path.parent for path in own_cache.rglob("CSARP_layer"))
     monkeypatch.setenv("FULGURITE_DATA", str(folder))

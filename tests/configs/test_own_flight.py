@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from fulgurite.cli import parse
-from fulgurite.datamodules.ice_layers import SyntheticFlights
+from fulgurite.datamodules.ice_layers import SyntheticFlights, World
 
 PAGE = Path(__file__).parents[2] / "docs" / "complete_your_own_flight.md"
 
 pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="needs the repository")
 
 # small enough to be tried: few traces, a narrow network, one epoch
-SIZES = ["--data.init_args.source.traces=16"]
+SIZES = ["--data.init_args.source.blocks.traces=16"]
 NETWORK = ["--model.init_args.network.init_args.width=8", "--trainer.max_epochs=1"]
 NETWORK += ["--trainer.check_val_every_n_epoch=1"]
 
@@ -49,7 +49,7 @@ def test_every_command_runs(fulgurite, workdir):
     pytest.importorskip("h5py")
     netcdf = pytest.importorskip("netCDF4")
     pytest.importorskip("torch_geometric")
-    SyntheticFlights(stacks=32, traces=16, layers=8, segments=8).write(workdir)
+    SyntheticFlights(World(stacks=32, traces=16, layers=8, segments=8)).write(workdir)
     names = sorted(path.name for path in (workdir / "CSARP_layer").iterdir())
     before = {p: p.read_bytes() for p in (workdir / "CSARP_layer").rglob("*.mat")}
     own = names[0]  # stands for the page's flight

@@ -5,11 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+from fakes.ice_layers import koenig_picks, layer_files
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, KoenigPicks, LayerFiles
+from fulgurite.datamodules.ice_layers import IceLayerDataModule
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat
 from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.resample import (
@@ -59,7 +60,7 @@ def write_organizer(folder, names, ages=None, segment=SEGMENT, **changes):
 
 
 def load(folder, **options):
-    return LayerFiles([str(folder)], **{"traces": 20, "density": DENSITY} | options).load()
+    return layer_files([str(folder)], **{"traces": 20, "density": DENSITY} | options).load()
 
 
 def median_thickness(flights):
@@ -85,7 +86,7 @@ def test_one_segment_in_two_folders_is_refused_or_decided(tmp_path):
         load(tmp_path / "season")
     assert "CSARP_layer/20120414_01/Data_20120414_01_001.mat" in str(error.value)
     assert "CSARP_layer_old/20120414_01/Data_20120414_01_001.mat" in str(error.value)
-    assert "prefer=[CSARP_layer]" in error.value.hint
+    assert "selection.prefer=[CSARP_layer]" in error.value.hint
     first = load(tmp_path / "season", prefer=["CSARP_layer"])
     assert median_thickness(first) == THICKNESS.tolist()
     assert excluded(first) == {"not_preferred": 1}
@@ -104,9 +105,9 @@ def test_the_order_of_given_files_changes_nothing(tmp_path):
     for path in (tmp_path / "20120415_01").iterdir():
         change(path, gps_time=read_mat(path)["gps_time"] + 86_400.0)
     paths = [str(p) for p in sorted(folder.iterdir())] + [str(tmp_path / "20120415_01/*.mat")]
-    expected = LayerFiles(paths, traces=20, density=DENSITY).load()
+    expected = layer_files(paths, traces=20, density=DENSITY).load()
     for order in itertools.permutations(paths):
-        flights = LayerFiles(list(order), traces=20, density=DENSITY).load()
+        flights = layer_files(list(order), traces=20, density=DENSITY).load()
         assert [s.name for s in flights.stacks] == [s.name for s in expected.stacks]
         for one, two in zip(flights.stacks, expected.stacks, strict=True):
             np.testing.assert_array_equal(one.thickness, two.thickness)
@@ -220,7 +221,7 @@ def test_frames_without_layers_are_completed(tmp_path):
     change(tmp_path / SEGMENT / f"Data_{SEGMENT}_002.mat", **nothing)
     (path,) = empty.iterdir()
     change(path, gps_time=read_mat(path)["gps_time"] + 86_400.0, **nothing)
-    source = LayerFiles([str(tmp_path)], traces=20, density=DENSITY)
+    source = layer_files([str(tmp_path)], traces=20, density=DENSITY)
     assert [s.observed.any() for s in source.load().stacks] == [True, True, *[False] * 4]
     data = IceLayerDataModule(source, val=0.0, test=0.0, predict="train", batch_size=1)
     data.setup()
@@ -284,7 +285,7 @@ def test_ages_of_some_layers_alone_are_refused(tmp_path, ages, message):
     write_organizer(folder, ["surface", "a", "b", "c", "d"], ages)
     with pytest.raises(DataError, match=message) as error:
         load(tmp_path)
-    assert "ages=yearly" in error.value.hint
+    assert "picks.ages=yearly" in error.value.hint
     assert load(tmp_path, ages="yearly").layer_age.tolist() == [1, 2, 3, 4]
     write_organizer(folder, ["surface", "a", "b", "c", "d"])  # none is known
     assert load(tmp_path).layer_age.tolist() == [1, 2, 3, 4]
@@ -414,7 +415,7 @@ def koenig_table(folder, name, depths, time):
 
 def test_tables_of_2009_are_named_by_the_day(tmp_path):
     koenig_table(tmp_path, "layers_20090331_dec03", np.tile(THICKNESS.cumsum(), (30, 1)), 44.81)
-    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
+    (stack,) = koenig_picks([str(tmp_path)], count=4, traces=30).load().stacks
     assert stack.segment == "20090331"
     np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (30, 1)), atol=1e-5)
 
@@ -436,7 +437,7 @@ def test_the_order_of_lines_and_tables_changes_nothing(tmp_path, name, time):
         text = "\n".join(" ".join(words) for words in part)
         (tmp_path / f"mapdata{number}.txt").write_text(text)
     path.unlink()
-    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=40).load().stacks
+    (stack,) = koenig_picks([str(tmp_path)], count=4, traces=40).load().stacks
     expected = np.diff(depths, axis=1, prepend=0.0)
     np.testing.assert_allclose(stack.thickness, expected, atol=1e-4)
 
@@ -446,10 +447,10 @@ def test_depths_and_bins_name_the_same_years(tmp_path, surface):
     depths = np.concatenate([[0.05], 0.05 + THICKNESS.cumsum()])  # the first pick is the surface
     koenig_table(tmp_path, f"IRSNO1B_{SEGMENT}_015", np.tile(depths, (30, 1)), START)
     options = {"count": 4, "traces": 30}
-    flights = KoenigPicks([str(tmp_path)], surface=surface, **options).load()
+    flights = koenig_picks([str(tmp_path)], surface=surface, **options).load()
     expected = [0.05, *THICKNESS[:3]] if surface == "zero" else THICKNESS
     np.testing.assert_allclose(flights.stacks[0].thickness[0], expected, atol=1e-5)
-    bins = KoenigPicks([str(tmp_path)], thickness="bins", density=0.4, **options).load()
+    bins = koenig_picks([str(tmp_path)], thickness="bins", density=0.4, **options).load()
     step = 2.88567e-10 * 299_792_458 / (2 * (1 + 0.845 * 0.4))
     np.testing.assert_allclose(bins.stacks[0].thickness[0], THICKNESS / 0.0323 * step, rtol=1e-4)
     assert ("surface=first_pick" in flights.report()) == (surface is None)
@@ -457,7 +458,7 @@ def test_depths_and_bins_name_the_same_years(tmp_path, surface):
 
 def test_bins_have_no_depth_zero(tmp_path):
     with pytest.raises(ConfigError, match="surface"):
-        KoenigPicks(["x"], thickness="bins", surface="zero")
+        koenig_picks(["x"], thickness="bins", surface="zero")
 
 
 # --- real frames ----------------------------------------------------------------------------------
@@ -465,7 +466,7 @@ def test_bins_have_no_depth_zero(tmp_path):
 
 @pytest.mark.realdata
 def test_real_frames_with_and_without_layers():
-    source = LayerFiles(["csarp_layer"], density=0.5, count=2, thickest=500.0, traces=64)
+    source = layer_files(["csarp_layer"], density=0.5, count=2, thickest=500.0, traces=64)
     flights = source.load()
     assert flights.segments == ("20181030_01",)  # the other one has no position either
     assert excluded(flights)["position"] == 1113

@@ -4,11 +4,12 @@ import netCDF4
 import numpy as np
 import pytest
 import scipy.spatial
+from fakes.ice_layers import layer_files as make_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
-from fulgurite.datamodules.ice_layers import LayerFiles, MarClimate
+from fulgurite.datamodules.ice_layers import MarClimate
 from fulgurite.datamodules.ice_layers.climate import Request
 from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS, interval_weights, step_edges
 from fulgurite.datamodules.ice_layers.firn import herron_langway, layer_density, smb_to_layers
@@ -556,7 +557,7 @@ def layer_files(folder, pos, **options):
     picks = 3e-6 + np.tile([0.0, 5e-9, 1e-8], (len(pos), 1))
     write_layer_file(place / "Data_20120414_01_001.mat", times, pos, picks)
     climate = MarClimate([str(folder / "mar")])
-    return LayerFiles([str(folder / "CSARP_layer")], climate, traces=len(pos), **options)
+    return make_reader([str(folder / "CSARP_layer")], climate, traces=len(pos), **options)
 
 
 def test_stacks_have_the_climate_and_the_density_that_follows_from_it(tmp_path):

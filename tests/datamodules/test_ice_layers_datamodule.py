@@ -22,6 +22,7 @@ from fulgurite.datamodules.ice_layers import (
     NpzStacks,
     StackSource,
     SyntheticFlights,
+    World,
 )
 from fulgurite.datamodules.ice_layers.dropping import drop_picks
 from fulgurite.datamodules.ice_layers.splits import split_segments
@@ -42,7 +43,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated(cache):
-    return SyntheticFlights(**SMALL).load()
+    return SyntheticFlights(World(**SMALL)).load()
 
 
 def ready(source, **options):
@@ -95,7 +96,7 @@ def stacks(segments=7, each=3, **options):
 
 
 def test_flight_segments_stay_whole(cache):
-    data = ready(SyntheticFlights(**SMALL), val=0.25, test=0.25)
+    data = ready(SyntheticFlights(World(**SMALL)), val=0.25, test=0.25)
     parts = {part: data.stacks_of(part) for part in ("train", "val", "test")}
     segments = {part: {s.segment for s in found} for part, found in parts.items()}
     assert {part: len(found) for part, found in segments.items()} == {
@@ -106,7 +107,7 @@ def test_flight_segments_stay_whole(cache):
     assert sum(map(len, parts.values())) == 60
     assert not segments["train"] & segments["val"]
     assert not (segments["train"] | segments["val"]) & segments["test"]
-    other = ready(SyntheticFlights(**SMALL), val=0.25, test=0.25, seed=7)
+    other = ready(SyntheticFlights(World(**SMALL)), val=0.25, test=0.25, seed=7)
     assert {s.segment for s in other.stacks_of("test")} != segments["test"]
 
 
@@ -158,7 +159,7 @@ def test_a_guard_leaves_out_flights_of_the_same_years():
 
 
 def test_batches_are_what_the_contract_says(cache):
-    data = ready(SyntheticFlights(**SMALL), batch_size=4)
+    data = ready(SyntheticFlights(World(**SMALL)), batch_size=4)
     batch = next(iter(data.train_dataloader()))
     expected = {
         "thickness": (torch.float64, (128, 8)),
@@ -359,7 +360,7 @@ def test_what_is_dropped_comes_in_runs_and_layers():
 
 
 def test_dropped_entries_are_known_and_not_observed(cache):
-    base, data = (ready(SyntheticFlights(**SMALL), drop=drop) for drop in (0.0, 0.3))
+    base, data = (ready(SyntheticFlights(World(**SMALL)), drop=drop) for drop in (0.0, 0.3))
     for plain, batch in zip(base.test_dataloader(), data.test_dataloader(), strict=True):
         assert torch.equal(plain.thickness.nan_to_num(-1), batch.thickness.nan_to_num(-1))
         assert torch.equal(batch.observed | batch.dropped, plain.observed)
@@ -370,7 +371,7 @@ def test_dropped_entries_are_known_and_not_observed(cache):
         assert torch.equal(batch.observed, plain.observed & ~batch.dropped)
     for loader in (data.val_dataloader(), data.train_dataloader(), data.predict_dataloader()):
         assert not any(batch.dropped.any() for batch in loader)
-    again = ready(SyntheticFlights(**SMALL), drop=0.3)
+    again = ready(SyntheticFlights(World(**SMALL)), drop=0.3)
     for one, two in zip(data.test_dataloader(), again.test_dataloader(), strict=True):
         assert torch.equal(one.dropped, two.dropped)
 
@@ -519,7 +520,7 @@ def test_impossible_options(options, option):
 
 
 def test_what_is_known_before_setup(tmp_path):
-    data = IceLayerDataModule(SyntheticFlights(**SMALL))
+    data = IceLayerDataModule(SyntheticFlights(World(**SMALL)))
     assert data.layers == 8
     assert data.num_physics == 5
     climate = MarClimate([str(tmp_path)], variables=["smb", "st"])
@@ -559,7 +560,7 @@ def test_a_configuration_file_can_say_it_all():
 
 @pytest.mark.parametrize("package", ["h5py", "netCDF4", "pyproj"])
 def test_missing_packages_name_the_extra(generated, cache, monkeypatch, package):
-    source = SyntheticFlights(**SMALL)
+    source = SyntheticFlights(World(**SMALL))
     _ = source.root
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"{package}\..*fulgurite\[ice\]"):

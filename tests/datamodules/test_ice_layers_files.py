@@ -6,9 +6,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from fakes.ice_layers import koenig_picks, layer_files
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import KoenigPicks, LayerFiles, NpzStacks
+from fulgurite.datamodules.ice_layers import NpzStacks
 from fulgurite.datamodules.ice_layers.blocks import Blocks
 from fulgurite.datamodules.ice_layers.koenig import read_picks
 from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
@@ -44,7 +45,7 @@ def write(folder, *tracks, segment=SEGMENT):
 
 def source(folder, **options):
     options = {"traces": 20, "density": DENSITY} | options
-    return LayerFiles([str(folder / "CSARP_layer")], **options)
+    return layer_files([str(folder / "CSARP_layer")], **options)
 
 
 def excluded(flights):
@@ -422,7 +423,7 @@ def test_centimetres_and_millimetres_are_found(tmp_path, factor):
     for made in (
         lambda **options: source(tmp_path, **options),
         lambda **options: NpzStacks(str(tmp_path), **options),
-        lambda **options: KoenigPicks([str(tmp_path)], count=4, traces=30, **options),
+        lambda **options: koenig_picks([str(tmp_path)], count=4, traces=30, **options),
     ):
         with pytest.raises(DataError, match="millimetres or centimetres") as error:
             made().load()
@@ -469,14 +470,14 @@ def koenig_lines(traces=30, layers=4, missing=(), factor=1.0):
 def test_koenigs_tables(tmp_path):
     lines, thickness = koenig_lines(missing={(3, 1)})
     (tmp_path / "mapdata2012.txt").write_text("\n".join(lines))
-    flights = KoenigPicks([str(tmp_path)], count=4, traces=30).load()
+    flights = koenig_picks([str(tmp_path)], count=4, traces=30).load()
     (stack,) = flights.stacks
     assert stack.segment == SEGMENT
     expected = thickness.copy()
     expected[3, 1:3] = np.nan  # -1 takes both layers that it bounds
     np.testing.assert_allclose(stack.thickness, expected, atol=1e-4)
     assert stack.truth is None
-    bins = KoenigPicks(
+    bins = koenig_picks(
         [str(tmp_path / "mapdata2012.txt")], count=3, thickness="bins", density=0.4, traces=30
     ).load()
     step = 2.88567e-10 * 299_792_458 / (2 * (1 + 0.845 * 0.4))
@@ -489,7 +490,7 @@ def test_times_of_2009_and_2010_are_not_used(tmp_path):
     lines, _ = koenig_lines()
     lines = [line.replace("13343616", "99913343616") for line in lines]
     (tmp_path / "mapdata.txt").write_text("\n".join(lines))
-    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
+    (stack,) = koenig_picks([str(tmp_path)], count=4, traces=30).load().stacks
     assert len(stack.thickness) == 30
 
 
@@ -500,7 +501,7 @@ def test_tables_of_one_segment_are_one_track(tmp_path, year):
         lines = [line.replace("2012", "2009").replace("13343616", "1") for line in lines]
     (tmp_path / "mapdata1.txt").write_text("\n".join(lines[:31]))
     (tmp_path / "mapdata2.txt").write_text("\n".join(lines[30:]))  # with a line of the other
-    flights = KoenigPicks([str(tmp_path)], count=4, traces=60).load()
+    flights = koenig_picks([str(tmp_path)], count=4, traces=60).load()
     (stack,) = flights.stacks
     np.testing.assert_allclose(stack.thickness, thickness, atol=1e-4)
     assert excluded(flights) == {"repeated": 1}
@@ -512,7 +513,7 @@ def test_traces_of_one_second_in_tables(tmp_path):
         " ".join([*w[:3], "320.0", f"{START + k // 4:.0f}", *w[5:]]) for k, w in enumerate(words)
     ]
     (tmp_path / "mapdata.txt").write_text("\n".join(lines))
-    (stack,) = KoenigPicks([str(tmp_path)], count=4, traces=30).load().stacks
+    (stack,) = koenig_picks([str(tmp_path)], count=4, traces=30).load().stacks
     assert stack.observed.all()
     np.testing.assert_allclose(stack.pos[:, 1], -40.0, atol=1e-12)  # as other files count
 
@@ -524,8 +525,8 @@ def test_tables_without_picks_or_of_no_day(tmp_path, content):
     bad = [line.replace(SEGMENT, "20121399_01") for line in lines] if content else []
     (tmp_path / "mapdata2.txt").write_text("\n".join(bad))
     with pytest.raises(DataError, match=r"mapdata2.txt"):
-        KoenigPicks([str(tmp_path)], count=4, traces=30).load()
-    flights = KoenigPicks([str(tmp_path)], count=4, traces=30, exclude=["unreadable"]).load()
+        koenig_picks([str(tmp_path)], count=4, traces=30).load()
+    flights = koenig_picks([str(tmp_path)], count=4, traces=30, exclude=["unreadable"]).load()
     assert excluded(flights) == {"unreadable": 1}
 
 
@@ -538,7 +539,7 @@ def test_damaged_tables(tmp_path, spoiled):
         read_picks(path)
     path.write_text("\n".join(lines))
     with pytest.raises(DataError, match="has 4 boundaries, not 20"):
-        KoenigPicks([str(tmp_path)]).load()
+        koenig_picks([str(tmp_path)]).load()
 
 
 # npz

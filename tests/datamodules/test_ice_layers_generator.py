@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fulgurite.datamodules.ice_layers import ForcedFlights, SyntheticFlights
+from fulgurite.datamodules.ice_layers import ForcedFlights, SyntheticFlights, World
 from fulgurite.datamodules.ice_layers.forcing import read_site
 from fulgurite.datamodules.ice_layers.random_fields import gaussian_field, markov_gaps
 from fulgurite.datamodules.ice_layers.resample import great_circle_distance
@@ -27,7 +27,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flights(cache):
-    return SyntheticFlights(**SMALL).load()
+    return SyntheticFlights(World(**SMALL)).load()
 
 
 def stacked(flights, name):
@@ -45,7 +45,7 @@ def test_shapes_and_names(flights):
 
 
 def test_the_files_are_those_of_the_formats(cache):
-    root = SyntheticFlights(**SMALL).root
+    root = SyntheticFlights(World(**SMALL)).root
     frame = sorted(root.glob("CSARP_layer/*/Data_*_001.mat"))[0]
     assert frame.read_bytes().startswith(b"MATLAB 7.3 MAT-file")
     with h5py.File(frame) as file:
@@ -96,20 +96,20 @@ def test_the_climate_says_half_and_the_neighbours_the_rest(flights):
 
 
 def test_generation_repeats_itself_and_follows_the_seed(flights, cache):
-    again = SyntheticFlights(**SMALL).load()
-    other = SyntheticFlights(**SMALL, seed=1).load()
+    again = SyntheticFlights(World(**SMALL)).load()
+    other = SyntheticFlights(World(**SMALL, seed=1)).load()
     np.testing.assert_array_equal(stacked(again, "thickness"), stacked(flights, "thickness"))
     np.testing.assert_array_equal(stacked(again, "physics"), stacked(flights, "physics"))
     assert not np.array_equal(stacked(other, "truth"), stacked(flights, "truth"))
 
 
 def test_options(flights, cache):
-    whole = SyntheticFlights(**SMALL, missing=0.0, mistracks=0.0, noise=0.0).load()
+    whole = SyntheticFlights(World(**SMALL, missing=0.0, mistracks=0.0, noise=0.0)).load()
     np.testing.assert_allclose(
         stacked(whole, "thickness"), stacked(whole, "truth"), atol=0.04
     )  # but for the density that is not exactly known
     np.testing.assert_array_equal(stacked(whole, "truth"), stacked(flights, "truth"))
-    other = SyntheticFlights(**SMALL, mistracks=0.08, traced=0.5).load()
+    other = SyntheticFlights(World(**SMALL, mistracks=0.08, traced=0.5)).load()
     full = np.array([stack.observed.all() for stack in other.stacks])
     assert 15 < full.sum() < 45
     error = np.abs(stacked(other, "thickness") - stacked(other, "truth"))
@@ -119,7 +119,7 @@ def test_options(flights, cache):
 
 
 def test_physics_that_say_nothing(flights, cache):
-    control = SyntheticFlights(**SMALL, informative=False).load()
+    control = SyntheticFlights(World(**SMALL), informative=False).load()
     np.testing.assert_array_equal(stacked(control, "thickness"), stacked(flights, "thickness"))
     truth = np.log(stacked(control, "truth")).ravel()
     smb = np.log(stacked(control, "physics")[..., 0])
@@ -142,13 +142,13 @@ def test_blocks_lie_on_lines_and_segments_apart(flights):
     "options", [{"stacks": 0}, {"segments": 61}, {"mistracks": 2.0}, {"layers": 1}, {"traces": 1}]
 )
 def test_impossible_recipes(options):
-    with pytest.raises(ConfigError, match=f"The {next(iter(options))} of generated flights"):
-        SyntheticFlights(**SMALL | options)
+    with pytest.raises(ConfigError, match=rf"The {next(iter(options))} of world (is|are) "):
+        SyntheticFlights(World(**SMALL | options))
 
 
 def test_segments_that_do_not_fit(cache):
     with pytest.raises(ConfigError, match="does not fit the region"):
-        SyntheticFlights(stacks=600, traces=64, segments=1, layers=2).load()
+        SyntheticFlights(World(stacks=600, traces=64, segments=1, layers=2)).load()
 
 
 def test_gaps_have_their_rate_and_length():
@@ -194,7 +194,7 @@ def test_flights_over_given_years(tmp_path, cache):
     write_site(tmp_path)
     cold = {"BDOT": lambda v: v * 0.4, "TSKIN": lambda v: v - 10, "SMELT": lambda v: v * 0}
     write_site(tmp_path, "CFM_example_72.5_-38.75", seed=1, **cold)
-    made = ForcedFlights(str(tmp_path), **SMALL).load()
+    made = ForcedFlights(str(tmp_path), World(**SMALL)).load()
     north = np.array([stack.pos[0, 0] > 70 for stack in made.stacks])
     assert 20 < north.sum() < 40
     physics = stacked(made, "physics")
@@ -238,12 +238,12 @@ def test_series_that_are_no_series(tmp_path):
         read_site(path)
     path.unlink()
     with pytest.raises(DataError, match="no CFM_example"):
-        ForcedFlights(str(tmp_path), **SMALL).load()
+        ForcedFlights(str(tmp_path), World(**SMALL)).load()
 
 
 @pytest.mark.realdata
 def test_flights_over_the_real_years(cache):
-    made = ForcedFlights(stacks=40, traces=32, layers=8, segments=20).load()
+    made = ForcedFlights(world=World(stacks=40, traces=32, layers=8, segments=20)).load()
     physics = stacked(made, "physics")
     north = np.array([stack.pos[0, 0] > 70 for stack in made.stacks])
     # sums of the files: 209 kg m⁻² a year and hardly any melt at 72.5° N, much melt at 66.5° N

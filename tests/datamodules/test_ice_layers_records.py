@@ -4,54 +4,29 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.io import savemat
+from fakes.ice_layers import (
+    NAME,
+    START,
+    STEP,
+    koenig_picks,
+    layer_files,
+    make_flight,
+    write_frame,
+)
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, LayerFiles
-from fulgurite.datamodules.ice_layers.koenig import KoenigPicks
+from fulgurite.datamodules.ice_layers import IceLayerDataModule
 from fulgurite.datamodules.ice_layers.records import describe_completed
-
-NAME = "20120330_01"
-START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
-STEP = 25.0  # [m]
-
-
-def flight(traces=60, layers=3, step=STEP):
-    """One flight of raw traces, as arrays of a layer file."""
-    rng = np.random.default_rng(0)
-    along = np.arange(traces) * step
-    thickness = 5e-9 * rng.uniform(0.8, 1.2, (layers, traces))
-    surface = 3e-6 + 5e-9 * np.sin(along / 300)
-    return {
-        "gps_time": START + along / 130.0,
-        "lat": 72.0 + along / 111_195.0,
-        "lon": np.full(traces, -40.0),
-        "elev": 3000.0 + np.sin(along / 100),
-        "twtt": np.concatenate([surface[None], surface + np.cumsum(thickness, 0)]),
-    }
-
-
-def write_frame(folder, number, flight, rows, ids=None, name=NAME):
-    """One frame with the traces of some rows."""
-    content = {key: np.atleast_2d(value[..., rows]) for key, value in flight.items()}
-    boundaries, traces = content["twtt"].shape
-    content["id"] = np.arange(1.0, boundaries + 1) if ids is None else np.asarray(ids, float)
-    content["quality"] = np.ones((boundaries, traces), np.uint8)
-    content["type"] = np.ones((boundaries, traces), np.uint8)
-    path = folder / "CSARP_layer" / name / f"Data_{name}_{number:03}.mat"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    savemat(path, content)
-    return path
 
 
 def stacks(folder, **options):
-    source = LayerFiles([str(folder / "CSARP_layer")], density=0.4, **options)
+    source = layer_files([str(folder / "CSARP_layer")], density=0.4, **options)
     return source.load().stacks
 
 
 def test_traces_know_their_time_height_frame_and_place(tmp_path):
-    recorded = flight()
-    write_frame(tmp_path, 1, recorded, slice(0, 35))
-    write_frame(tmp_path, 2, recorded, slice(35, 60))
+    recorded = make_flight()
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(0, 35))
+    write_frame(tmp_path / "CSARP_layer", 2, recorded, slice(35, 60))
     read_stacks = stacks(tmp_path, traces=20)
     assert len(read_stacks) == 3
     every = [s.record for s in read_stacks]
@@ -67,9 +42,9 @@ def test_traces_know_their_time_height_frame_and_place(tmp_path):
 
 
 def test_travel_times_of_completed_layers_are_those_of_the_picks(tmp_path):
-    recorded = flight()
+    recorded = make_flight()
     recorded["twtt"][0, 7] = np.nan
-    write_frame(tmp_path, 1, recorded, slice(None))
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     filled = np.where(np.isfinite(stack.thickness), stack.thickness, 0.5)
     known = describe_completed(stack.record, filled, stack.known_spans)
@@ -82,10 +57,10 @@ def test_travel_times_of_completed_layers_are_those_of_the_picks(tmp_path):
 
 
 def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path):
-    recorded = flight()
+    recorded = make_flight()
     recorded["twtt"][1, 20:30] = np.nan  # between two picks: what both layers add up to is known
     recorded["twtt"][2:, 40:50] = np.nan
-    write_frame(tmp_path, 1, recorded, slice(None))
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     known = describe_completed(stack.record, stack.thickness, stack.known_spans)
     np.testing.assert_allclose(known.twtt, recorded["twtt"].T, rtol=0, atol=1e-12)
@@ -95,17 +70,17 @@ def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path)
     picked = np.isfinite(recorded["twtt"].T)
     np.testing.assert_allclose(times[picked], recorded["twtt"].T[picked], rtol=0, atol=1e-12)
     data = IceLayerDataModule(
-        LayerFiles([str(tmp_path / "CSARP_layer")], density=0.4, traces=60), val=0.0, test=0.0
+        layer_files([str(tmp_path / "CSARP_layer")], density=0.4, traces=60), val=0.0, test=0.0
     )
     data.setup()
     np.testing.assert_array_equal(data.describe_traces(0, filled).picked, picked)
 
 
 def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_path):
-    recorded = flight()
+    recorded = make_flight()
     recorded["elev"] = np.arange(60.0)
     recorded["elev"][30] = np.nan
-    write_frame(tmp_path, 1, recorded, slice(None))
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=200, spacing=STEP / 2, min_traces=2)
     values = stack.record.elevation
     wanted = np.arange(len(values)) / 2
@@ -115,9 +90,9 @@ def test_height_is_linear_between_traces_and_unknown_beside_unknown_ones(tmp_pat
 
 
 def test_a_jump_begins_a_new_run_whose_distance_goes_on(tmp_path):
-    recorded = flight()
+    recorded = make_flight()
     recorded["lat"] = recorded["lat"] + 0.05 * (np.arange(60) >= 30)
-    write_frame(tmp_path, 1, recorded, slice(None))
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None))
     first, second = stacks(tmp_path, traces=30)
     assert (first.record.run, second.record.run) == (0, 1)
     gap = second.record.flight_distance[0] - first.record.flight_distance[-1]
@@ -125,17 +100,17 @@ def test_a_jump_begins_a_new_run_whose_distance_goes_on(tmp_path):
 
 
 def test_files_without_heights_say_nothing_of_them(tmp_path):
-    recorded = flight()
+    recorded = make_flight()
     del recorded["elev"]
-    write_frame(tmp_path, 1, recorded, slice(None))
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None))
     (stack,) = stacks(tmp_path, traces=60)
     assert describe_completed(stack.record, np.ones((60, 3)), stack.known_spans).elevation is None
 
 
 def test_a_height_of_other_traces_is_refused(tmp_path):
-    recorded = flight()
+    recorded = make_flight()
     recorded["elev"] = np.zeros(61)
-    write_frame(tmp_path, 1, recorded, slice(None))
+    write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None))
     with pytest.raises(Exception, match=r"variable elev of .* has 61 values, not 60"):
         stacks(tmp_path, traces=60)
 
@@ -149,7 +124,7 @@ def test_koenigs_times_are_given_where_they_are_usable(tmp_path, is_usable):
         picks = " ".join(f"{10 * (j + 1)} {0.8 * (j + 1):.2f} 1 1 1" for j in range(3))
         lines.append(f"layers_{NAME}_dec01 {k} {72 + x / 111_195:.6f} -40.0 {time} 1e-10 {picks}")
     (tmp_path / "mapdata.txt").write_text("\n".join(lines))
-    source = KoenigPicks(
+    source = koenig_picks(
         [str(tmp_path / "mapdata.txt")], count=3, traces=40, density=0.4, surface="zero"
     )
     (stack,) = source.load().stacks
@@ -162,12 +137,12 @@ def test_koenigs_times_are_given_where_they_are_usable(tmp_path, is_usable):
 def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
     for day in range(3):
         name = f"201204{10 + day}_01"
-        recorded = flight()
+        recorded = make_flight()
         recorded["gps_time"] = recorded["gps_time"] + (day + 11) * 86_400
         recorded["lat"] = recorded["lat"] + day
-        write_frame(tmp_path, 1, recorded, slice(None), name=name)
+        write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None), name=name)
     data = IceLayerDataModule(
-        LayerFiles([str(tmp_path / "CSARP_layer")], density=0.4, traces=20), val=1 / 3, test=1 / 3
+        layer_files([str(tmp_path / "CSARP_layer")], density=0.4, traces=20), val=1 / 3, test=1 / 3
     )
     data.setup()
     for number, name in enumerate(data.stacks):

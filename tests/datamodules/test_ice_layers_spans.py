@@ -89,7 +89,7 @@ def test_travel_times_become_optical_lengths():
     picks[:, 2] = np.nan
     pos = np.stack([70 + np.arange(8) * 1e-3, np.full(8, -40.0)], 1)
     track = FlightTrack("20120330_01", np.arange(8.0), pos, picks, np.arange(1.0, 4))
-    flights = assemble([track], None, Blocks(traces=8, density=0.4), ["a", "b", "c"])
+    flights = assemble([track], None, Blocks(traces=8, density=0.4), layer_names=["a", "b", "c"])
     (stack,) = flights.stacks
     spans = stack.known_spans
     assert spans.start[0].tolist() == [0, 1, 1]

@@ -4,13 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
+from fakes.ice_layers import sred_mat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticSred
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticSred
 from fulgurite.datamodules.ice_layers.sred_file import FIELDS, read_sred
-from fulgurite.datamodules.ice_layers.sred_generator import write_sred
+from fulgurite.datamodules.ice_layers.sred_generator import SredWorld, write_sred
 from fulgurite.datamodules.ice_layers.sred_parts import count_complete
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
 from fulgurite.models.ice_layers.batches import refuse_seen
@@ -68,7 +69,7 @@ def folder(tmp_path):
 
 
 def source(folder, **options):
-    return SredMat(str(folder), **{"count": L, "traces": N} | options)
+    return sred_mat(str(folder), **{"count": L, "traces": N} | options)
 
 
 def source_bins(seed):
@@ -205,7 +206,7 @@ def test_a_checkpoint_of_bins_is_not_used_for_metres(folder):
         ({"layers_vector": source_bins(1)[::-1]}, "exclude.=crossed"),
         ({"curr_smb": None}, "no variable 'curr_smb'"),
         ({"curr_smb": echogram(1)["curr_smb"].T}, "transposed"),
-        ({"curr_smb": echogram(1)["curr_smb"][:3]}, "deeper_physics=repeat"),
+        ({"curr_smb": echogram(1)["curr_smb"][:3]}, "fields.deeper=repeat"),
         ({"curr_smb": np.full((L + 1, N), np.nan)}, "exclude.=physics"),
         ({"curr_temp": echogram(1)["curr_temp"] - 273.15}, "not in K"),
         ({"curr_dens": echogram(1)["curr_dens"] / 1000}, "not in kg"),
@@ -317,7 +318,7 @@ def test_text_in_place_of_numbers_is_refused(tmp_path, name, version):
 def generated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield SyntheticSred(stacks=100, traces=64, segments=20, spacing=31.4).load()
+        yield SyntheticSred(SredWorld(stacks=100, traces=64, segments=20, spacing=31.4)).load()
 
 
 def test_generated_echograms_lack_what_those_of_sred_lack(generated):
@@ -356,11 +357,13 @@ def test_generated_echograms_have_the_means_of_sred(generated):
 def test_generated_echograms_depend_on_their_options(tmp_path, monkeypatch):
     monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
     small = {"stacks": 8, "traces": 16, "segments": 4, "spacing": 100.0, "layers": 5}
-    one, again = (SyntheticSred(**small).load() for _ in range(2))
+    one, again = (SyntheticSred(SredWorld(**small)).load() for _ in range(2))
     for a, b in zip(one.stacks, again.stacks, strict=True):
         np.testing.assert_array_equal(a.thickness, b.thickness)
-    whole = SyntheticSred(**small, complete=1.0, gaps=0.0).load()
+    whole = SyntheticSred(SredWorld(**small), complete=1.0, gaps=0.0).load()
     assert all(s.observed.all() for s in whole.stacks)
-    for options in ({"complete": 0.8, "gaps": 0.3}, {"layers": 3}, {"stacks": 0}):
+    with pytest.raises(ConfigError):
+        SyntheticSred(SredWorld(**small), complete=0.8, gaps=0.3)
+    for options in ({"layers": 3}, {"stacks": 0}):
         with pytest.raises(ConfigError):
-            SyntheticSred(**small | options)
+            SyntheticSred(SredWorld(**small | options))

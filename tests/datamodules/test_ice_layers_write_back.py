@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from fakes.ice_layers import NAME, layer_files, make_flight, write_frame
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import (
     IceLayerDataModule,
-    LayerFiles,
     NpzStacks,
     SyntheticSred,
 )
@@ -18,25 +18,12 @@ from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
 from fulgurite.datamodules.ice_layers.write_back import anchor_times
 from fulgurite.errors import ConfigError, DataError
 
-NAME = "20120330_01"
-START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
 DENSITY = 0.4
 LAYERS = 4
 
 
-def flight(traces=60, layers=LAYERS):
-    """One flight of raw traces as arrays of a layer file, every boundary picked."""
-    rng = np.random.default_rng(0)
-    along = np.arange(traces) * 25.0
-    steps = 5e-9 * rng.uniform(0.8, 1.2, (layers, 1)) * (1 + 0.1 * np.sin(along / 200))
-    surface = 3e-6 + 5e-9 * np.sin(along / 300)
-    return {
-        "gps_time": START + along / 130.0,
-        "lat": 72.0 + along / 111_195.0,
-        "lon": np.full(traces, -40.0),
-        "elev": 3000.0 + np.sin(along / 100),
-        "twtt": np.concatenate([surface[None], surface + np.cumsum(steps, 0)]),
-    }
+def flight(traces=60):
+    return make_flight(traces, LAYERS, is_smooth=True)
 
 
 def with_gaps(recorded):
@@ -47,18 +34,6 @@ def with_gaps(recorded):
     twtt[4, 10:40] = np.nan
     twtt[0, 50] = np.nan
     return recorded | {"twtt": twtt}
-
-
-def write_frame(folder, number, recorded, rows, ids=None, name=NAME, **more):
-    content = {key: np.atleast_2d(value[..., rows]) for key, value in recorded.items()}
-    boundaries, traces = content["twtt"].shape
-    content["id"] = np.arange(1.0, boundaries + 1) if ids is None else np.asarray(ids, float)
-    content["quality"] = np.full((boundaries, traces), 2, np.uint8)
-    content["type"] = np.ones((boundaries, traces), np.uint8)
-    path = folder / name / f"Data_{name}_{number:03}.mat"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    savemat(path, content | more)
-    return path
 
 
 def completed(source, recorded, out, choose=lambda stack: True):
@@ -82,7 +57,7 @@ def filled(stack, usual):
 
 
 def reader(folder, **options):
-    return LayerFiles([str(folder)], **{"density": DENSITY, "traces": 20} | options)
+    return layer_files([str(folder)], **{"density": DENSITY, "traces": 20} | options)
 
 
 def picks(folder, number=1):
@@ -322,7 +297,7 @@ def test_other_sources_have_no_layer_files(tmp_path):
 @pytest.mark.realdata
 def test_real_frames_are_written_back_with_every_pick(tmp_path):
     options = {"density": 0.9, "traces": 32, "thickest": 1000.0, "count": 2}
-    source = LayerFiles(["csarp_layer"], **options)
+    source = layer_files(["csarp_layer"], **options)
     flights = source.load()
     usual = [235.0, 500.0]  # [m]
     stacks = [filled(s, usual) for s in flights.stacks]
@@ -346,7 +321,7 @@ def test_real_frames_are_written_back_with_every_pick(tmp_path):
         original = read_organizer(paths[0].with_name(f"layer_{name}.mat"))
         assert companion.order == original.order
         assert companion.names == original.names
-    again = LayerFiles([str(tmp_path)], **options).load()
+    again = layer_files([str(tmp_path)], **options).load()
     assert again.layer_names == flights.layer_names
     off = [
         np.abs(one.thickness - other.thickness)[other.observed & one.observed]

@@ -312,7 +312,7 @@ def _annotations():
 def _layer_files():
     from scipy.io import savemat
 
-    from fulgurite.datamodules.ice_layers import LayerFiles
+    from fulgurite.datamodules.ice_layers import Blocks, LayerFiles
     from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
     from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
     from fulgurite.datamodules.ice_layers.records import times_below
@@ -360,7 +360,7 @@ def _layer_files():
     name = "Data_20110313_01_001.mat"
 
     def write_back(folder):
-        source = LayerFiles([str(folder / name)], density=0.4, traces=n, thickest=1000.0)
+        source = LayerFiles([str(folder / name)], blocks=Blocks(n, density=0.4), thickest=1000.0)
         for stack in source.load().stacks:
             thickness = np.where(stack.observed, stack.thickness, 100.0)
             times = times_below(stack.record, thickness, stack.known_spans)
@@ -374,7 +374,7 @@ def _layer_files():
 def _echograms():
     from scipy.io import savemat
 
-    from fulgurite.datamodules.ice_layers import SredMat
+    from fulgurite.datamodules.ice_layers import SredFolders, SredMat
     from fulgurite.datamodules.ice_layers.sred_file import FIELDS
     from fulgurite.datamodules.ice_layers.sred_generator import write_sred
 
@@ -399,7 +399,7 @@ def _echograms():
         write_sred(folder / name, bins.T, pos, fields)
 
     def read(folder):
-        SredMat(str(folder), ["a"], [], [], count=layers, traces=n).load()
+        SredMat(str(folder), SredFolders(("a",), (), ()), layers, n).load()
 
     yield Target("mat-5-sred", [old(c) for c in (False, True)], read)
     yield Target("mat-7.3-sred", [_made(new)], read)

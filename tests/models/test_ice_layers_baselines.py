@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers import covariance
@@ -28,6 +28,8 @@ from fulgurite.models.ice_layers.baselines import (
 from fulgurite.models.ice_layers.covariance import KrigingStack
 from fulgurite.models.ice_layers.kriging import Kriging
 from fulgurite.models.ice_layers.kriging_fit import DRIFTS, choose_drift, fit_kriging
+
+WORLD = World(stacks=60, traces=32, layers=8, segments=12)
 
 METHODS = ("mean", "layer_mean", "along", "linear", "ridge", "kriging")
 NAN = math.nan
@@ -461,7 +463,9 @@ def flights(tmp_path_factory):
     """A small DataModule, read and split once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        data = IceLayerDataModule(SyntheticFlights(stacks=60, traces=32, layers=8, segments=12))
+        data = IceLayerDataModule(
+            SyntheticFlights(World(stacks=60, traces=32, layers=8, segments=12))
+        )
         data.prepare_data()
         data.setup("fit")
     return data

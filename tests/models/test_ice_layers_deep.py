@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers import CompletionNet, DeepLayerPredictor, IceCompletion
 
@@ -35,7 +35,7 @@ def trainer(steps):
 def data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        source = SyntheticFlights(stacks=40, traces=16, layers=L, segments=8)
+        source = SyntheticFlights(World(stacks=40, traces=16, layers=L, segments=8))
         module = IceLayerDataModule(source, val=0.25, test=0.25)
         module.prepare_data()
         module.setup()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers import CompletionNet, IceCompletion
+
+WORLD = World(stacks=40, traces=24, layers=8, segments=10)
 
 pytest.importorskip("torch_geometric")
 
@@ -20,7 +22,9 @@ NET = partial(CompletionNet, width=16, heads=2, depth=1)
 def flights(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        data = IceLayerDataModule(SyntheticFlights(stacks=40, traces=24, layers=8, segments=10))
+        data = IceLayerDataModule(
+            SyntheticFlights(World(stacks=40, traces=24, layers=8, segments=10))
+        )
         data.prepare_data()
         data.setup("fit")
     return data

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights
+from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.models.ice_layers import (
     BaselineCompletion,
     CompletionNet,
@@ -32,7 +32,7 @@ STAGES = partial(TwoStageLR, first=0.3)
 def flights(cache, patch, **options):
     patch.setenv("FULGURITE_CACHE", str(cache))
     source = {"stacks": 280, "traces": 32, "layers": 8, "segments": 28, **options}
-    data = IceLayerDataModule(SyntheticFlights(**source))
+    data = IceLayerDataModule(SyntheticFlights(World(**source)))
     data.prepare_data()
     data.setup()
     return data
