@@ -16,9 +16,9 @@ from torch_geometric.data import Batch, Data
 from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.models.ice_layers import CompletionNet, IceCompletion
-from fulgurite.models.ice_layers.baseline_module import BaselineCompletion
-from fulgurite.models.ice_layers.covariance import KrigingStack
-from fulgurite.models.ice_layers.kriging import Kriging
+from fulgurite.models.ice_layers.baselines.covariance import KrigingStack
+from fulgurite.models.ice_layers.baselines.kriging import Kriging
+from fulgurite.models.ice_layers.training.baseline_module import BaselineCompletion
 
 PHYSICS = 5
 MISSING = 0.37  # share of entries in the generated data

@@ -17,21 +17,21 @@ from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.logging import TrainingCurves, log_figure
-from fulgurite.models.ice_layers.details import Origin
-from fulgurite.models.ice_layers.figures import (
+from fulgurite.models.ice_layers.output.figures import (
     calibration_figure,
     depth_figure,
     layers_figure,
 )
-from fulgurite.models.ice_layers.metrics import CompletionMetrics
-from fulgurite.models.ice_layers.netcdf import check_attributes, write_netcdf
-from fulgurite.models.ice_layers.output import (
+from fulgurite.models.ice_layers.output.netcdf import check_attributes, write_netcdf
+from fulgurite.models.ice_layers.output.origin import Origin
+from fulgurite.models.ice_layers.output.stacks import (
     CompletedStack,
     completed_stacks,
     file_name,
     read_npz,
     write_npz,
 )
+from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["CompletionWriter"]

@@ -5,42 +5,46 @@ from typing import TYPE_CHECKING
 from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from fulgurite.datamodules.ice_layers.blocks import Blocks
-    from fulgurite.datamodules.ice_layers.climate import MarClimate
-    from fulgurite.datamodules.ice_layers.completed import CompletedStacks
+    from fulgurite.datamodules.ice_layers.climate.mar import MarClimate
     from fulgurite.datamodules.ice_layers.datamodule import IceLayerDataModule
     from fulgurite.datamodules.ice_layers.flights import StackSource
-    from fulgurite.datamodules.ice_layers.forcing import ForcedFlights, ForcedWorld
-    from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
-    from fulgurite.datamodules.ice_layers.koenig import KoenigPicks
-    from fulgurite.datamodules.ice_layers.layer_files import (
+    from fulgurite.datamodules.ice_layers.generator.forcing import ForcedFlights, ForcedWorld
+    from fulgurite.datamodules.ice_layers.generator.sred import SredWorld, SyntheticSred
+    from fulgurite.datamodules.ice_layers.generator.synthetic import SyntheticFlights
+    from fulgurite.datamodules.ice_layers.generator.world import World
+    from fulgurite.datamodules.ice_layers.readers.completed import CompletedStacks
+    from fulgurite.datamodules.ice_layers.readers.koenig import KoenigPicks
+    from fulgurite.datamodules.ice_layers.readers.layer_files import (
         LayerFiles,
         PickOptions,
         SegmentSelection,
     )
-    from fulgurite.datamodules.ice_layers.npz import NpzStacks
-    from fulgurite.datamodules.ice_layers.sred import SredMat
-    from fulgurite.datamodules.ice_layers.sred_generator import SredWorld, SyntheticSred
-    from fulgurite.datamodules.ice_layers.sred_options import SredBins, SredFields, SredFolders
+    from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
+    from fulgurite.datamodules.ice_layers.readers.sred import SredMat
+    from fulgurite.datamodules.ice_layers.readers.sred_options import (
+        SredBins,
+        SredFields,
+        SredFolders,
+    )
     from fulgurite.datamodules.ice_layers.stack import Flights, LayerStack
-    from fulgurite.datamodules.ice_layers.world import World
+    from fulgurite.datamodules.ice_layers.tracks.blocks import Blocks
 
 _MODULES = {
-    "blocks": ("Blocks",),
-    "climate": ("MarClimate",),
-    "completed": ("CompletedStacks",),
+    "tracks.blocks": ("Blocks",),
+    "climate.mar": ("MarClimate",),
+    "readers.completed": ("CompletedStacks",),
     "datamodule": ("IceLayerDataModule",),
     "flights": ("StackSource",),
-    "forcing": ("ForcedFlights", "ForcedWorld"),
-    "generator": ("SyntheticFlights",),
-    "koenig": ("KoenigPicks",),
-    "layer_files": ("LayerFiles", "PickOptions", "SegmentSelection"),
-    "npz": ("NpzStacks",),
-    "sred": ("SredMat",),
-    "sred_generator": ("SredWorld", "SyntheticSred"),
-    "sred_options": ("SredBins", "SredFields", "SredFolders"),
+    "generator.forcing": ("ForcedFlights", "ForcedWorld"),
+    "generator.synthetic": ("SyntheticFlights",),
+    "readers.koenig": ("KoenigPicks",),
+    "readers.layer_files": ("LayerFiles", "PickOptions", "SegmentSelection"),
+    "readers.npz": ("NpzStacks",),
+    "readers.sred": ("SredMat",),
+    "generator.sred": ("SredWorld", "SyntheticSred"),
+    "readers.sred_options": ("SredBins", "SredFields", "SredFolders"),
     "stack": ("Flights", "LayerStack"),
-    "world": ("World",),
+    "generator.world": ("World",),
 }
 
 __all__ = [

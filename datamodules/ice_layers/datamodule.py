@@ -16,15 +16,15 @@ from torch import Tensor
 
 from fulgurite.base import save_options
 from fulgurite.data.splits import check_min
-from fulgurite.datamodules.ice_layers.completed import (
+from fulgurite.datamodules.ice_layers.flights import StackSource
+from fulgurite.datamodules.ice_layers.generator.synthetic import SyntheticFlights
+from fulgurite.datamodules.ice_layers.loaders import StackLoaders
+from fulgurite.datamodules.ice_layers.readers.completed import (
     CompletedStacks,
     drop_overlapping,
     refuse_leaks,
 )
-from fulgurite.datamodules.ice_layers.flights import StackSource
-from fulgurite.datamodules.ice_layers.generator import SyntheticFlights
-from fulgurite.datamodules.ice_layers.loaders import StackLoaders
-from fulgurite.datamodules.ice_layers.records import describe_completed, times_below
+from fulgurite.datamodules.ice_layers.readers.write_back import Written
 from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
 from fulgurite.datamodules.ice_layers.stack import (
     Array,
@@ -33,7 +33,7 @@ from fulgurite.datamodules.ice_layers.stack import (
     LayerStack,
 )
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
-from fulgurite.datamodules.ice_layers.write_back import Written
+from fulgurite.datamodules.ice_layers.tracks.records import describe_completed, times_below
 from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import CheckpointError, ConfigError, DataError

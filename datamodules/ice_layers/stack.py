@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.resample import Array
+from fulgurite.datamodules.ice_layers.tracks.resample import Array
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.domains.ice_layers.spans import ArraySpans, Spans

@@ -12,119 +12,119 @@ from fulgurite.lazy import lazy_attributes
 if TYPE_CHECKING:
     from fulgurite.domains.ice_layers.details import FlightDetails
     from fulgurite.domains.ice_layers.geodesy import haversine
-    from fulgurite.models.ice_layers.baseline_module import (
-        BaselineCompletion,
-    )
-    from fulgurite.models.ice_layers.baselines import (
+    from fulgurite.models.ice_layers.baselines.interpolation import (
         along_then_across,
         along_track,
         fit_ridge,
         layer_means,
         own_layer_mean,
     )
-    from fulgurite.models.ice_layers.completion import (
-        Gaps,
-        complete,
-        measure_gaps,
-        provenance,
+    from fulgurite.models.ice_layers.baselines.kriging import Kriging
+    from fulgurite.models.ice_layers.baselines.kriging_fit import fit_kriging
+    from fulgurite.models.ice_layers.data.graph import (
+        Track,
+        adjacency,
+        edges,
     )
-    from fulgurite.models.ice_layers.deep import (
-        DeepLayerPredictor,
+    from fulgurite.models.ice_layers.data.hiding import (
+        StructuredHiding,
+        held_out,
     )
-    from fulgurite.models.ice_layers.details import Origin
-    from fulgurite.models.ice_layers.features import (
+    from fulgurite.models.ice_layers.networks.completion_net import (
+        CompletionNet,
+    )
+    from fulgurite.models.ice_layers.networks.features import (
         PhysicsPrior,
         find_contradicted,
         input_features,
         nearby_means,
         side_features,
     )
-    from fulgurite.models.ice_layers.graph import (
-        Track,
-        adjacency,
-        edges,
-    )
-    from fulgurite.models.ice_layers.hiding import (
-        StructuredHiding,
-        held_out,
-    )
-    from fulgurite.models.ice_layers.kriging import Kriging
-    from fulgurite.models.ice_layers.kriging_fit import fit_kriging
-    from fulgurite.models.ice_layers.losses import (
-        masked_robust_loss,
-    )
-    from fulgurite.models.ice_layers.metrics import (
-        CompletionMetrics,
-        MaskedMAE,
-        MaskedRMSE,
-    )
-    from fulgurite.models.ice_layers.module import (
-        IceCompletion,
-    )
-    from fulgurite.models.ice_layers.netcdf import (
-        read_netcdf,
-        write_netcdf,
-    )
-    from fulgurite.models.ice_layers.network import (
-        CompletionNet,
-    )
-    from fulgurite.models.ice_layers.output import (
-        CompletedStack,
-        read_npz,
-        write_npz,
-    )
-    from fulgurite.models.ice_layers.schedule import (
-        TwoStageLR,
-        two_stage,
-    )
-    from fulgurite.models.ice_layers.spatial import (
+    from fulgurite.models.ice_layers.networks.spatial import (
         Neighbourhood,
         SageLayer,
         SpatialEncoder,
         TraceAttention,
     )
-    from fulgurite.models.ice_layers.temporal import (
+    from fulgurite.models.ice_layers.networks.temporal import (
         LayerMixing,
         LayerTransformer,
     )
-    from fulgurite.models.ice_layers.uncertainty import (
+    from fulgurite.models.ice_layers.output.completion import (
+        Gaps,
+        complete,
+        measure_gaps,
+        provenance,
+    )
+    from fulgurite.models.ice_layers.output.netcdf import (
+        read_netcdf,
+        write_netcdf,
+    )
+    from fulgurite.models.ice_layers.output.origin import Origin
+    from fulgurite.models.ice_layers.output.stacks import (
+        CompletedStack,
+        read_npz,
+        write_npz,
+    )
+    from fulgurite.models.ice_layers.training.baseline_module import (
+        BaselineCompletion,
+    )
+    from fulgurite.models.ice_layers.training.deep import (
+        DeepLayerPredictor,
+    )
+    from fulgurite.models.ice_layers.training.losses import (
+        masked_robust_loss,
+    )
+    from fulgurite.models.ice_layers.training.metrics import (
+        CompletionMetrics,
+        MaskedMAE,
+        MaskedRMSE,
+    )
+    from fulgurite.models.ice_layers.training.module import (
+        IceCompletion,
+    )
+    from fulgurite.models.ice_layers.training.schedule import (
+        TwoStageLR,
+        two_stage,
+    )
+    from fulgurite.models.ice_layers.training.uncertainty import (
         Calibration,
         coverage,
     )
 
 _MODULES = {
-    "baseline_module": ("BaselineCompletion",),
-    "baselines": (
+    "training.baseline_module": ("BaselineCompletion",),
+    "baselines.interpolation": (
         "along_then_across",
         "along_track",
         "fit_ridge",
         "layer_means",
         "own_layer_mean",
     ),
-    "completion": ("Gaps", "complete", "measure_gaps", "provenance"),
-    "deep": ("DeepLayerPredictor",),
-    "details": ("Origin",),
-    "features": (
+    "output.completion": ("Gaps", "complete", "measure_gaps", "provenance"),
+    "training.deep": ("DeepLayerPredictor",),
+    "output.origin": ("Origin",),
+    "networks.features": (
         "PhysicsPrior",
         "find_contradicted",
         "input_features",
         "nearby_means",
         "side_features",
     ),
-    "graph": ("Track", "adjacency", "edges", "haversine"),
-    "hiding": ("StructuredHiding", "held_out"),
-    "kriging": ("Kriging",),
-    "kriging_fit": ("fit_kriging",),
-    "losses": ("masked_robust_loss",),
-    "metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
-    "module": ("IceCompletion",),
-    "netcdf": ("read_netcdf", "write_netcdf"),
-    "network": ("CompletionNet",),
-    "output": ("CompletedStack", "FlightDetails", "read_npz", "write_npz"),
-    "schedule": ("TwoStageLR", "two_stage"),
-    "spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
-    "temporal": ("LayerMixing", "LayerTransformer"),
-    "uncertainty": ("Calibration", "coverage"),
+    "data.graph": ("Track", "adjacency", "edges", "haversine"),
+    "data.hiding": ("StructuredHiding", "held_out"),
+    "baselines.kriging": ("Kriging",),
+    "baselines.kriging_fit": ("fit_kriging",),
+    "training.losses": ("masked_robust_loss",),
+    "training.metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
+    "training.module": ("IceCompletion",),
+    "output.netcdf": ("read_netcdf", "write_netcdf"),
+    "networks.completion_net": ("CompletionNet",),
+    "output.stacks": ("CompletedStack", "FlightDetails", "read_npz", "write_npz"),
+    "training.schedule": ("TwoStageLR", "two_stage"),
+    "networks.spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
+    "networks.temporal": ("LayerMixing", "LayerTransformer"),
+    "training.uncertainty": ("Calibration", "coverage"),
 }
 
 __all__ = [

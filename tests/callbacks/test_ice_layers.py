@@ -12,8 +12,8 @@ import torch
 
 from fulgurite.callbacks.ice_layers import CompletionWriter, _choose_drawn, _Drawn
 from fulgurite.datamodules.ice_layers import Blocks, LayerFiles
-from fulgurite.datamodules.ice_layers.layer_frames import read_frame
-from fulgurite.datamodules.ice_layers.records import describe_completed
+from fulgurite.datamodules.ice_layers.readers.layer_frames import read_frame
+from fulgurite.datamodules.ice_layers.tracks.records import describe_completed
 from fulgurite.errors import ConfigError
 from fulgurite.io import checksum
 from fulgurite.models.ice_layers import read_netcdf, read_npz

@@ -9,9 +9,9 @@ import torch
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticFlights, World
-from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-from fulgurite.datamodules.ice_layers.sred_file import FIELDS
-from fulgurite.datamodules.ice_layers.sred_generator import write_sred
+from fulgurite.datamodules.ice_layers.generator.sred import write_sred
+from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
+from fulgurite.datamodules.ice_layers.readers.sred_file import FIELDS
 
 NAME = "ice_layers/smoke.yaml"
 

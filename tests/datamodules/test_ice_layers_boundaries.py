@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule
-from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat
-from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-from fulgurite.datamodules.ice_layers.resample import (
+from fulgurite.datamodules.ice_layers.readers.layer_frames import read_frame, read_mat
+from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
+from fulgurite.datamodules.ice_layers.statistics import fit_statistics
+from fulgurite.datamodules.ice_layers.tracks.resample import (
     great_circle_distance,
     interpolate_positions,
     measure_track,
 )
-from fulgurite.datamodules.ice_layers.statistics import fit_statistics
-from fulgurite.datamodules.ice_layers.travel_time import remove_crossed, thickness_to_time
+from fulgurite.datamodules.ice_layers.tracks.travel_time import remove_crossed, thickness_to_time
 from fulgurite.errors import ConfigError, DataError
 
 DENSITY = 0.4

@@ -10,18 +10,22 @@ from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
 from fulgurite.datamodules.ice_layers import MarClimate
-from fulgurite.datamodules.ice_layers.climate import Request
-from fulgurite.datamodules.ice_layers.climate_grid import PROJECTIONS, interval_weights, step_edges
-from fulgurite.datamodules.ice_layers.firn import herron_langway, layer_density, smb_to_layers
-from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-from fulgurite.datamodules.ice_layers.resample import (
+from fulgurite.datamodules.ice_layers.climate.grid import PROJECTIONS, interval_weights, step_edges
+from fulgurite.datamodules.ice_layers.climate.mar import Request
+from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
+from fulgurite.datamodules.ice_layers.tracks.firn import (
+    herron_langway,
+    layer_density,
+    smb_to_layers,
+)
+from fulgurite.datamodules.ice_layers.tracks.resample import (
     break_at_jumps,
     cut_blocks,
     great_circle_distance,
     measure_track,
     resample,
 )
-from fulgurite.datamodules.ice_layers.travel_time import (
+from fulgurite.datamodules.ice_layers.tracks.travel_time import (
     remove_crossed,
     thickness_to_time,
     time_to_thickness,

@@ -28,7 +28,7 @@ from fulgurite.datamodules.ice_layers.dropping import drop_picks
 from fulgurite.datamodules.ice_layers.splits import split_segments
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from fulgurite.models.ice_layers.output import CompletedStack, write_npz
+from fulgurite.models.ice_layers.output.stacks import CompletedStack, write_npz
 
 SMALL = {"stacks": 60, "traces": 32, "layers": 8, "segments": 12}
 

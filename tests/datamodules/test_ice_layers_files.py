@@ -10,12 +10,16 @@ from fakes.ice_layers import koenig_picks, layer_files
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import NpzStacks
-from fulgurite.datamodules.ice_layers.blocks import Blocks
-from fulgurite.datamodules.ice_layers.koenig import read_picks
-from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
-from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-from fulgurite.datamodules.ice_layers.resample import measure_track
-from fulgurite.datamodules.ice_layers.travel_time import thickness_to_time
+from fulgurite.datamodules.ice_layers.readers.koenig import read_picks
+from fulgurite.datamodules.ice_layers.readers.layer_frames import (
+    read_frame,
+    read_mat,
+    read_organizer,
+)
+from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
+from fulgurite.datamodules.ice_layers.tracks.blocks import Blocks
+from fulgurite.datamodules.ice_layers.tracks.resample import measure_track
+from fulgurite.datamodules.ice_layers.tracks.travel_time import thickness_to_time
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.matlab import string_table, write_strings
 

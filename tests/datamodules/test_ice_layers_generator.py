@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from fulgurite.datamodules.ice_layers import ForcedFlights, SyntheticFlights, World
-from fulgurite.datamodules.ice_layers.forcing import read_site
-from fulgurite.datamodules.ice_layers.random_fields import gaussian_field, markov_gaps
-from fulgurite.datamodules.ice_layers.resample import great_circle_distance
+from fulgurite.datamodules.ice_layers.generator.forcing import read_site
+from fulgurite.datamodules.ice_layers.generator.random_fields import gaussian_field, markov_gaps
+from fulgurite.datamodules.ice_layers.tracks.resample import great_circle_distance
 from fulgurite.errors import ConfigError, DataError
 
 SMALL = {"stacks": 60, "traces": 32, "layers": 8, "segments": 12}

@@ -15,7 +15,7 @@ from fakes.ice_layers import (
 )
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule
-from fulgurite.datamodules.ice_layers.records import describe_completed
+from fulgurite.datamodules.ice_layers.tracks.records import describe_completed
 
 
 def stacks(folder, **options):

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.datamodules.ice_layers.blocks import Blocks, assemble
 from fulgurite.datamodules.ice_layers.flights import FlightTrack
-from fulgurite.datamodules.ice_layers.npz import NpzStacks
-from fulgurite.datamodules.ice_layers.spans import resample_spans
+from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
 from fulgurite.datamodules.ice_layers.stack import LayerStack
+from fulgurite.datamodules.ice_layers.tracks.blocks import Blocks, assemble
+from fulgurite.datamodules.ice_layers.tracks.spans import resample_spans
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import DataError
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticSred
-from fulgurite.datamodules.ice_layers.sred_file import FIELDS, read_sred
-from fulgurite.datamodules.ice_layers.sred_generator import SredWorld, write_sred
-from fulgurite.datamodules.ice_layers.sred_parts import count_complete
+from fulgurite.datamodules.ice_layers.generator.sred import SredWorld, write_sred
+from fulgurite.datamodules.ice_layers.readers.sred_file import FIELDS, read_sred
+from fulgurite.datamodules.ice_layers.readers.sred_parts import count_complete
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
-from fulgurite.models.ice_layers.batches import refuse_seen
+from fulgurite.models.ice_layers.data.batches import refuse_seen
 
 N, L = 12, 4
 FOLDERS = {

@@ -12,10 +12,14 @@ from fulgurite.datamodules.ice_layers import (
     NpzStacks,
     SyntheticSred,
 )
-from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_mat, read_organizer
-from fulgurite.datamodules.ice_layers.records import times_below
-from fulgurite.datamodules.ice_layers.travel_time import time_to_thickness
-from fulgurite.datamodules.ice_layers.write_back import anchor_times
+from fulgurite.datamodules.ice_layers.readers.layer_frames import (
+    read_frame,
+    read_mat,
+    read_organizer,
+)
+from fulgurite.datamodules.ice_layers.readers.write_back import anchor_times
+from fulgurite.datamodules.ice_layers.tracks.records import times_below
+from fulgurite.datamodules.ice_layers.tracks.travel_time import time_to_thickness
 from fulgurite.errors import ConfigError, DataError
 
 DENSITY = 0.4

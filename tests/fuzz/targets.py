@@ -172,7 +172,8 @@ def _arrays():
     from fulgurite.datamodules.fedsir import Npz
     from fulgurite.datamodules.ice_layers import CompletedStacks, NpzStacks
     from fulgurite.domains.ice_layers.details import FlightDetails
-    from fulgurite.models.ice_layers import netcdf, output
+    from fulgurite.models.ice_layers.output import netcdf
+    from fulgurite.models.ice_layers.output import stacks as output
     from fulgurite.testing.files import write_npz
 
     images = [
@@ -313,9 +314,9 @@ def _layer_files():
     from scipy.io import savemat
 
     from fulgurite.datamodules.ice_layers import Blocks, LayerFiles
-    from fulgurite.datamodules.ice_layers.layer_frames import read_frame, read_organizer
-    from fulgurite.datamodules.ice_layers.layer_writer import write_layer_file
-    from fulgurite.datamodules.ice_layers.records import times_below
+    from fulgurite.datamodules.ice_layers.readers.layer_frames import read_frame, read_organizer
+    from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
+    from fulgurite.datamodules.ice_layers.tracks.records import times_below
     from fulgurite.testing.matlab import write_strings
 
     n = 5
@@ -375,8 +376,8 @@ def _echograms():
     from scipy.io import savemat
 
     from fulgurite.datamodules.ice_layers import SredFolders, SredMat
-    from fulgurite.datamodules.ice_layers.sred_file import FIELDS
-    from fulgurite.datamodules.ice_layers.sred_generator import write_sred
+    from fulgurite.datamodules.ice_layers.generator.sred import write_sred
+    from fulgurite.datamodules.ice_layers.readers.sred_file import FIELDS
 
     n, layers = 5, 3
     bins = np.cumsum(np.full((layers + 1, n), 50.0), 0)
@@ -408,7 +409,7 @@ def _echograms():
 def _climate():
     import netCDF4
 
-    from fulgurite.datamodules.ice_layers.climate import MarClimate, Request
+    from fulgurite.datamodules.ice_layers.climate.mar import MarClimate, Request
 
     def write(path, form):
         with netCDF4.Dataset(str(path), "w", format=form) as data:
@@ -444,8 +445,8 @@ def _tables():
     import pandas as pd
 
     from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, RxRx1Plates
-    from fulgurite.datamodules.ice_layers.forcing import read_site
-    from fulgurite.datamodules.ice_layers.koenig import read_picks
+    from fulgurite.datamodules.ice_layers.generator.forcing import read_site
+    from fulgurite.datamodules.ice_layers.readers.koenig import read_picks
 
     rows = pd.DataFrame(
         {

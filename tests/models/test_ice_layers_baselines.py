@@ -14,10 +14,10 @@ from lightning.pytorch import Trainer
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
-from fulgurite.models.ice_layers import covariance
-from fulgurite.models.ice_layers import kriging as kriging_module
-from fulgurite.models.ice_layers.baseline_module import BaselineCompletion
-from fulgurite.models.ice_layers.baselines import (
+from fulgurite.models.ice_layers.baselines import covariance
+from fulgurite.models.ice_layers.baselines import kriging as kriging_module
+from fulgurite.models.ice_layers.baselines.covariance import KrigingStack
+from fulgurite.models.ice_layers.baselines.interpolation import (
     Ridge,
     along_then_across,
     along_track,
@@ -25,9 +25,9 @@ from fulgurite.models.ice_layers.baselines import (
     layer_means,
     own_layer_mean,
 )
-from fulgurite.models.ice_layers.covariance import KrigingStack
-from fulgurite.models.ice_layers.kriging import Kriging
-from fulgurite.models.ice_layers.kriging_fit import DRIFTS, choose_drift, fit_kriging
+from fulgurite.models.ice_layers.baselines.kriging import Kriging
+from fulgurite.models.ice_layers.baselines.kriging_fit import DRIFTS, choose_drift, fit_kriging
+from fulgurite.models.ice_layers.training.baseline_module import BaselineCompletion
 
 WORLD = World(stacks=60, traces=32, layers=8, segments=12)
 

@@ -17,7 +17,7 @@ from fulgurite.models.ice_layers import (
     provenance,
     two_stage,
 )
-from fulgurite.models.ice_layers.schedule import TwoStageLR
+from fulgurite.models.ice_layers.training.schedule import TwoStageLR
 
 NAN, INF = math.nan, math.inf
 

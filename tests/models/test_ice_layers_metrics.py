@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.ice_layers.metrics import (
+from fulgurite.models.ice_layers.training.metrics import (
     LEVELS,
     CompletionMetrics,
     MaskedMAE,

@@ -18,9 +18,9 @@ from fulgurite.models.ice_layers import (
     coverage,
     measure_gaps,
 )
-from fulgurite.models.ice_layers.normalise import Normaliser, to_positive
-from fulgurite.models.ice_layers.schedule import TwoStageLR
-from fulgurite.models.ice_layers.uncertainty import Z90, entry_features, mean_and_std
+from fulgurite.models.ice_layers.data.normalise import Normaliser, to_positive
+from fulgurite.models.ice_layers.training.schedule import TwoStageLR
+from fulgurite.models.ice_layers.training.uncertainty import Z90, entry_features, mean_and_std
 
 pytest.importorskip("torch_geometric")
 from torch_geometric.data import Data

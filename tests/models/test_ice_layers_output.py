@@ -10,9 +10,8 @@ import torch
 
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
-from fulgurite.models.ice_layers import output
-from fulgurite.models.ice_layers.details import Origin, gps_to_utc
-from fulgurite.models.ice_layers.figures import (
+from fulgurite.models.ice_layers.output import stacks as output
+from fulgurite.models.ice_layers.output.figures import (
     boundary_depths,
     calibration_figure,
     depth_figure,
@@ -20,8 +19,9 @@ from fulgurite.models.ice_layers.figures import (
     layers_figure,
     picked_depths,
 )
-from fulgurite.models.ice_layers.netcdf import check_attributes, read_netcdf, write_netcdf
-from fulgurite.models.ice_layers.output import (
+from fulgurite.models.ice_layers.output.netcdf import check_attributes, read_netcdf, write_netcdf
+from fulgurite.models.ice_layers.output.origin import Origin, gps_to_utc
+from fulgurite.models.ice_layers.output.stacks import (
     CompletedStack,
     completed_stacks,
     file_name,

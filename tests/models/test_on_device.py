@@ -14,7 +14,7 @@ from fulgurite.models.fedsir import choose_k
 from fulgurite.models.fedsir.aggregation import distance_to_clean
 from fulgurite.models.fedsir.federation import Federation
 from fulgurite.models.ice_layers import PhysicsPrior
-from fulgurite.models.ice_layers.graph import Track, note_sizes
+from fulgurite.models.ice_layers.data.graph import Track, note_sizes
 from fulgurite.models.number_probing import NumberLM, cohen_kappa, spectrum
 from fulgurite.models.number_probing.backbones.lstm import pack_documents
 from fulgurite.models.number_probing.losses import average_right_rows, rows_all_right, token_losses

@@ -33,8 +33,8 @@ from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
 from fulgurite.datamodules.fedsir import CifarArchive, ImageFolder, Npz
 from fulgurite.datamodules.fedsir.cifar_pickle import interpret_pickle
 from fulgurite.datamodules.ice_layers import MarClimate, NpzStacks
-from fulgurite.datamodules.ice_layers.climate import Request
-from fulgurite.datamodules.ice_layers.layer_frames import read_mat
+from fulgurite.datamodules.ice_layers.climate.mar import Request
+from fulgurite.datamodules.ice_layers.readers.layer_frames import read_mat
 from fulgurite.datamodules.number_probing.corpus import read_documents
 from fulgurite.datamodules.number_probing.tokenizers import FileTokenizer
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError

@@ -1,0 +1,1 @@
+"""Fields of the regional climate model MAR, brought to traces and layers."""

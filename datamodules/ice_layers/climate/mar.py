@@ -1,0 +1,411 @@
+"""Fields of the regional climate model MAR, brought to traces and summed between layer dates.
+
+Shapes: M points, L layers (newest first), P physical fields, T time steps, C grid cells.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.data.exclusions import name_some
+from fulgurite.data.listing import list_files
+from fulgurite.datamodules.ice_layers.climate.fields import (
+    MEANS,
+    NEEDS,
+    PHYSICS,
+    SUMS,
+    check_field_units,
+    derive_fields,
+    plan_variables,
+    unit_factor,
+)
+from fulgurite.datamodules.ice_layers.climate.files import ClimateFile
+from fulgurite.datamodules.ice_layers.climate.grid import (
+    PROJECTIONS,
+    Grid,
+    Weights,
+    interval_weights,
+    step_edges,
+)
+from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.io import data_path
+
+__all__ = ["PHYSICS", "MarClimate", "Request", "Sample"]
+
+_YEAR = 365.25  # [days]
+_OPTION = "--data.init_args.source.init_args.climate.init_args"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Points of one flight, and the dates of its layer boundaries.
+
+    Attributes:
+        pos: Latitude and longitude [degrees]. Shape: (M, 2).
+        edges: Dates of boundaries, the flight's first [days since 1970]. Shape: (L + 1,).
+    """
+
+    pos: Array
+    edges: Array
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Physical fields at points.
+
+    Attributes:
+        physics: Shape: (M, L, P) float64.
+        flag: 0 interpolated, 1 nearest. Shape: (M,) uint8.
+        away: Distance to the nearest cell of ice [m]. Shape: (M,).
+    """
+
+    physics: Array
+    flag: NDArray[np.uint8]
+    away: Array
+
+
+class MarClimate:
+    """Fields of MAR over Greenland or Antarctica.
+
+    On its native grid (2-D ``LAT`` and ``LON``), or on a polar stereographic one of ``x`` and ``y``
+    (EPSG:3413 in the north, EPSG:3031 in the south).
+
+    Sums and means go from one layer's date to the next, whatever the calendar; steps are those of
+    CF bounds of the time, else follow from its stamps (:func:`step_edges`). Points outside the
+    grid, or in a triangle with a cell that is not ice, get the nearest cell of ice and a flag.
+
+    Physical fields: ``smb`` [mm w.e./yr], ``st`` surface temperature [degC], ``refreeze`` height of
+    refrozen melt [m of ice per layer and year], ``melt`` height lost to melt [m of snow, negative],
+    ``snowpack`` height of the snow [m]. ``RZ`` is ``ME + RF - RU`` where it is absent.
+
+    Args:
+        files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
+        projection: Projection in which the grid is triangulated; ``auto`` takes EPSG:3031 for
+            flights in the south, else MAR's own, or EPSG:3413 where the file has no 2-D ``LAT`` and
+            ``LON``.
+        variables: Physical fields to use, in this order.
+        scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
+            degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
+            it, be it of an amount or a rate; without one it is taken to be mm w.e. a step.
+        reach: Points farther than this from any cell of ice are outside [m].
+
+    Raises:
+        ConfigError: A physical field or a MAR variable is unknown.
+
+    Source: arXiv 2604.20783, card section 3.3 (MAR's variables); the heights are inferred.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        projection: Literal["auto", "mar", "epsg3413", "epsg3031"] = "auto",
+        variables: list[str] = list(PHYSICS),  # noqa: B006  # copied below
+        scale: dict[str, float] = {},  # noqa: B006  # copied below
+        reach: float = 50_000.0,
+    ) -> None:
+        unknown = [name for name in variables if name not in NEEDS]
+        if unknown or not variables:
+            raise ConfigError(
+                f"There is no physical field {unknown[0] if unknown else '(none given)'}.",
+                f"Set `{_OPTION}.variables` to some of {', '.join(NEEDS)}.",
+            )
+        mar_variables = [name for group in (*SUMS.values(), *MEANS.values()) for name in group]
+        for key, factor in scale.items():
+            if key not in mar_variables or not np.isfinite(factor) or factor == 0:
+                raise ConfigError(
+                    f"There is no scale {factor} of a MAR variable {key!r}.",
+                    f"Set `{_OPTION}.scale` to factors of some of {', '.join(mar_variables)}.",
+                )
+        self.files = list(files)
+        self.projection = projection
+        self.variables = tuple(variables)
+        self.scale = dict(scale)
+        self.reach = reach
+
+    @property
+    def physics(self) -> tuple[str, ...]:
+        """Names of the physical fields."""
+        return self.variables
+
+    def paths(self) -> list[Path]:
+        """The files, sorted.
+
+        Raises:
+            DataError: There is no such file.
+        """
+        files: set[Path] = set()
+        for pattern in self.files:
+            path = data_path(pattern, must_exist=False)
+            if path.is_dir():
+                files |= {file for _, file in list_files(path, (".nc", ".nc4"))}
+            else:
+                files |= {Path(match) for match in glob.glob(str(path), recursive=True)}
+        if not files:
+            raise DataError(
+                f"There is no climate file at {name_some(self.files)}.",
+                f"Set `{_OPTION}.files` to NetCDF files, folders or glob patterns.",
+            )
+        return sorted(files)
+
+    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return the physical fields at the points of each request.
+
+        The weights are computed once, for all points, variables and years.
+
+        Raises:
+            DataError: Files are damaged, lack a variable or a year, or have an implausible unit.
+            MissingExtraError: netCDF4 or pyproj is not installed.
+        """
+        paths = self.paths()
+        steps, of_file = self._steps(paths)
+        pos = np.concatenate([request.pos for request in requests])
+        if not np.isfinite(pos).all():
+            raise DataError(
+                f"{int((~np.isfinite(pos)).any(1).sum())} of {len(pos)} points have no position.",
+                "Leave them out: latitudes and longitudes must be finite.",
+            )
+        grid, project = self._grid(ClimateFile(paths[0]), is_south=bool(np.median(pos[:, 0]) < 0))
+        points = project(pos)
+        if not (on_plane := np.isfinite(points).all(1)).all():
+            lost = pos[~on_plane]
+            raise DataError(
+                f"{len(lost)} of {len(pos)} points, such as {lost[0, 0]:.2f} N {lost[0, 1]:.2f} E, "
+                "do not lie in the projection of the climate grid.",
+                "Check latitudes and longitudes, or set "
+                f"`{_OPTION}.projection` to one of {', '.join(PROJECTIONS)}.",
+            )
+        located = grid.locate(points)
+        layer_fractions = [interval_weights(steps, request.edges) for request in requests]
+        self._check_cover(requests, layer_fractions, steps)
+        parts, first = [], 0
+        for request in requests:
+            part = slice(first, first := first + len(request.pos))
+            used, inverse = np.unique(located.cells[part], return_inverse=True)
+            cells = inverse.reshape(-1, 3).astype(np.int64)
+            local = Weights(cells, located.weights[part], located.flag[part], located.away[part])
+            parts.append((used, local))
+        sums, names = self._accumulate(
+            paths, of_file, steps, layer_fractions, [used for used, _ in parts]
+        )
+        samples = []
+        for request, values, (_, local) in zip(requests, sums, parts, strict=True):
+            years = -np.diff(request.edges) / _YEAR
+            physics = local(derive_fields(self.variables, names, values, years))
+            samples.append(Sample(physics, local.flag, local.away))
+        check_field_units([sample.physics for sample in samples], self.variables, names)
+        return samples
+
+    def _steps(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
+        """Start and end of all steps in order [days], and each one's file, as ordered here.
+
+        Files of constants, without any time, are taken out of ``paths``.
+        """
+        parts, step_bounds = [], []
+        files = [ClimateFile(path) for path in paths]
+        if constants := [file.path for file in files if not file.has_time]:
+            if len(constants) == len(files):
+                files[0].times()  # raises the error that names what is missing
+            from lightning.pytorch.utilities import rank_zero_info
+
+            rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
+            paths[:] = [path for path in paths if path not in constants]
+        for file in files:
+            if file.has_time:
+                stamps, bounds = file.times()
+                parts.append(stamps)
+                step_bounds.append(bounds)
+        times = np.concatenate(parts)
+        order = np.argsort(times, kind="stable")
+        of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
+        if not (np.diff(of_file[order]) >= 0).all():  # files by name, steps by time
+            rank = {int(k): i for i, k in enumerate(dict.fromkeys(of_file[order].tolist()))}
+            paths[:] = [paths[k] for k in rank]
+            of_file = np.array([rank[int(k)] for k in of_file])
+            if not (np.diff(of_file[order]) >= 0).all():
+                raise DataError(
+                    "The climate files overlap in time.",
+                    f"Set `{_OPTION}.files` so that each year is in one file.",
+                )
+        edges = np.concatenate(step_bounds)[order]
+        steps = np.where(np.isfinite(edges), edges, step_edges(times[order]))
+        return steps, of_file[order]
+
+    def _grid(self, file: ClimateFile, is_south: bool) -> tuple[Grid, Any]:
+        try:
+            from pyproj import CRS, Transformer
+        except ImportError as error:
+            raise need_extra("pyproj", "Projecting climate grids") from error
+        lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
+        axes = (lat, lon) if lat is not None and lon is not None else None
+        two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
+        name = self.projection
+        if name == "auto":
+            name = "epsg3031" if is_south else "mar" if two_d else "epsg3413"
+        projection = CRS.from_user_input(PROJECTIONS[name])
+        to_grid = Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
+
+        def project(pos: Array) -> Array:
+            return np.stack(to_grid.transform(pos[:, 1], pos[:, 0]), 1)
+
+        if axes is not None and two_d:
+            flat = np.stack([file.read(axis).ravel() for axis in axes], 1)
+            good, shape = np.isfinite(flat).all(1), axes[0].shape
+            if not (np.abs(flat[good]) <= (90, 360)).all():
+                raise DataError(
+                    f"The coordinates {axes[0].name} and {axes[1].name} of {file.path} reach "
+                    f"{np.abs(flat[good]).max():g}: they are no degrees.",
+                    f"Call coordinates of the projection x and y, and set `{_OPTION}.projection`.",
+                )
+            points = np.full(flat.shape, 1e9)
+            points[good] = project(flat[good])
+        else:
+            x, y = file.need(("x", "X"), "LAT and LON, or x"), file.need(("y", "Y"), "y")
+            xs, ys = np.meshgrid(self._metres(x, file), self._metres(y, file))
+            points = np.stack([xs.ravel(), ys.ravel()], 1)
+            good, shape = np.ones(len(points), np.bool_), xs.shape
+        good &= np.isfinite(points).all(1)
+        points[~good] = 1e9
+        mask = self._ice(file)
+        if mask.shape != good.shape:
+            raise DataError(
+                f"The ice mask of {file.path} has {mask.size} cells, the grid {good.size}.",
+                "Give files whose mask (SRF, MSK or MSK_MAR) is on the grid of the fields.",
+            )
+        ice = mask & good & np.isfinite(self._first_step(file, shape)).all(0)
+        return Grid(points[:, 0], points[:, 1], ice), project
+
+    @staticmethod
+    def _metres(variable: Any, file: ClimateFile) -> Array:
+        """A projected coordinate [m]; kilometres are told by their size."""
+        values = file.read(variable)
+        unit = str(variable.attributes.get("units", "")).strip().lower()
+        small = float(np.abs(values).max()) < 20_000  # no part of Greenland is so near both axes
+        if unit in ("m", "metre", "meter", "metres", "meters") and small:
+            raise DataError(
+                f"The coordinate {variable.name} of {file.path} is said to be in m, but reaches "
+                f"only {np.abs(values).max():g}, as kilometres do.",
+                "Correct the units of the file.",
+            )
+        if unit in ("km", "kilometre", "kilometer", "kilometres", "kilometers") and not small:
+            raise DataError(
+                f"The coordinate {variable.name} of {file.path} is said to be in km, but reaches "
+                f"{np.abs(values).max():g}, as metres do.",
+                "Correct the units of the file.",
+            )
+        return values * 1000.0 if small else values
+
+    @staticmethod
+    def _ice(file: ClimateFile) -> NDArray[np.bool_]:
+        """Ice by ``SRF == 4``, else by a mask of fractions or percents (card section 3.3)."""
+        surface = file.find(("SRF", "SRF_MAR"))
+        if surface is not None:
+            first = file.read(surface)
+            ice: NDArray[np.bool_] = first.reshape(-1, *first.shape[-2:])[0].ravel() == 4
+            return ice
+        mask = file.find(("MSK", "MSK_MAR", "ICE", "AIS"))
+        if mask is None:
+            sized = file.need(("LAT", *(n for group in SUMS.values() for n in group)), "the grid")
+            return np.ones(math.prod(sized.shape[-2:]), np.bool_)
+        values = np.nan_to_num(file.read(mask))
+        values = values.reshape(-1, *values.shape[-2:])[0].ravel()
+        covered: NDArray[np.bool_] = values >= (50.0 if values.max() > 1 else 0.5)
+        return covered
+
+    def _first_step(self, file: ClimateFile, shape: tuple[int, ...]) -> Array:
+        sources = {**SUMS, **MEANS}
+        rows = []
+        for name in plan_variables(file, self.variables):
+            variable = file.need(sources[name], name)
+            if variable.shape[-2:] != shape:
+                raise DataError(
+                    f"The variable {variable.name} of {file.path} has the shape {variable.shape}, "
+                    f"which does not end in the grid's {shape}.",
+                    "Give fields of time, y and x, or of time, sector, y and x.",
+                )
+            rows.append(file.read(variable, first=True).reshape(-1, shape[0] * shape[1])[0])
+        return np.stack(rows)
+
+    def _check_cover(
+        self, requests: Sequence[Request], layer_fractions: Sequence[Array], steps: Array
+    ) -> None:
+        length = steps[:, 1] - steps[:, 0]
+        for request, fractions in zip(requests, layer_fractions, strict=True):
+            covered = (fractions * length).sum(1) / -np.diff(request.edges)
+            if (covered < 0.95).any():
+                layer = int((covered < 0.95).argmax())
+                newer, older = (
+                    np.datetime64(int(day), "D") for day in request.edges[layer : layer + 2]
+                )
+                raise DataError(
+                    f"The climate files do not cover layer {layer + 1}, {older} to {newer} "
+                    f"(only {100 * covered[layer]:.0f} %).",
+                    f"Add the years to `{_OPTION}.files`, or use fewer layers "
+                    "(`--data.init_args.source.init_args.count`; `layers` of generated flights).",
+                )
+
+    def _accumulate(
+        self,
+        paths: Sequence[Path],
+        of_file: NDArray[np.int64],
+        steps: Array,
+        layer_fractions: Sequence[Array],
+        used: Sequence[NDArray[np.int64]],
+    ) -> tuple[list[Array], list[str]]:
+        """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
+        sources = {**SUMS, **MEANS}
+        days = steps[:, 1] - steps[:, 0]
+        names: list[str] = []
+        sums: list[Array] = []
+        shape: tuple[int, ...] | None = None
+        for number, path in enumerate(paths):
+            indices = np.flatnonzero(of_file == number)
+            file_fractions = [fractions[:, indices] for fractions in layer_fractions]
+            if not any(part.any() for part in file_fractions):
+                continue
+            file = ClimateFile(path)
+            if not names:
+                names = plan_variables(file, self.variables)
+                sums = [
+                    np.zeros((len(names), len(cells), len(f)))
+                    for cells, f in zip(used, layer_fractions, strict=True)
+                ]
+            for v, name in enumerate(names):
+                variable = file.need(sources[name], name)
+                if shape is None:
+                    shape = variable.shape[-2:]
+                if variable.shape[-2:] != shape:
+                    raise DataError(
+                        f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
+                        f"Set `{_OPTION}.files` to files of one grid.",
+                    )
+                values = file.field(variable)
+                if len(values) != len(indices):
+                    raise DataError(
+                        f"The variable {variable.name} of {path} has {len(values)} time steps, "
+                        f"the time axis {len(indices)}.",
+                        "Fetch the file again.",
+                    )
+                values = values * unit_factor(name, variable, days[indices], path, self.scale)
+                for total, part, cells in zip(sums, file_fractions, used, strict=True):
+                    if (inside := part.any(0)).any():
+                        weight = part if name in SUMS else part * days[indices]
+                        total[v] += (weight[:, inside] @ values[inside][:, cells]).T
+                if not all(np.isfinite(total[v]).all() for total in sums):
+                    raise DataError(
+                        f"The variable {variable.name} of {path} is missing on ice.",
+                        "Fetch the file again, or correct its ice mask.",
+                    )
+        for total, fractions in zip(sums, layer_fractions, strict=True):
+            for v, name in enumerate(names):
+                if name in MEANS:
+                    total[v] /= (fractions * days).sum(1)
+        return sums, names

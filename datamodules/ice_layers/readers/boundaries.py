@@ -1,0 +1,292 @@
+"""Which boundaries a flight segment has, in which order and how old, and its frames as one track.
+
+Shapes: M traces, K boundaries (the surface first), L = K - 1 layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.datamodules.ice_layers.flights import FlightTrack, order_traces
+from fulgurite.datamodules.ice_layers.readers.layer_frames import Frame, Organizer
+from fulgurite.datamodules.ice_layers.stack import Array
+from fulgurite.datamodules.ice_layers.tracks.travel_time import remove_crossed
+from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.errors import DataError
+
+__all__ = ["AgesFrom", "Boundaries", "JoinedTrack", "find_boundaries", "join_frames"]
+
+#: Where ages of layers come from: companion files, or a year for each layer.
+AgesFrom = Literal["files", "yearly"]
+
+_OPTION = "--data.init_args.source.init_args"
+_SURFACE, _SECOND = 1, 2  # numbers that the toolbox keeps for surface and bottom
+_SAME_PICK = 1e-12  # [s]
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """The boundaries of a segment.
+
+    Attributes:
+        ids: Numbers of the boundaries from the surface down. Shape: (K,).
+        names: Number of a boundary -> its name.
+        organizer: The companion file, where there is one.
+        notes: Decisions about them, for the report.
+    """
+
+    ids: tuple[int, ...]
+    names: dict[int, str]
+    organizer: Organizer | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, 0 where the files hold no boundary."""
+        return max(0, len(self.ids) - 1)
+
+    def layer_names(self, count: int) -> tuple[str, ...]:
+        """Names of the first ``count`` layers: a layer is called like its lower boundary."""
+        named = [self.names.get(k, "") or f"layer_{i:02}" for i, k in enumerate(self.ids[1:], 1)]
+        return (*named[:count], *(f"layer_{i:02}" for i in range(len(named) + 1, count + 1)))
+
+    def describe_ages(self, count: int, source: AgesFrom) -> str:
+        """Say where the ages that :meth:`layer_ages` gives come from."""
+        ages = self.organizer.age if self.organizer is not None and source == "files" else {}
+        dated = sum(k in ages for k in self.ids[1 : count + 1])
+        if not dated:
+            return "layers are taken to be a year apart, whatever they are"
+        below = f" down to layer {dated}, a year apart below" if dated < count else ""
+        return f"of the companion file{below}"
+
+    def layer_ages(self, count: int, source: AgesFrom) -> NDArray[np.float64]:
+        """Return the ages of the lower boundaries of the first ``count`` layers [years].
+
+        A year apart where the companion file has no age of any of them, and below the last one.
+
+        Raises:
+            DataError: The companion file has ages of some layers alone, or they do not rise with
+                depth.
+        """
+        age = np.arange(1, count + 1, dtype=np.float64)
+        if self.organizer is None or source == "yearly":
+            return age
+        ids = self.ids[1 : count + 1]
+        ages = np.array([self.organizer.age.get(k, np.nan) for k in ids])
+        if not np.isfinite(ages).any():
+            return age
+        hint = f"Correct lyr_age, or set `{_OPTION}.picks.ages=yearly` to take layers a year apart."
+        if not np.isfinite(ages).all():
+            unknown = ids[int(np.flatnonzero(~np.isfinite(ages))[0])]
+            raise DataError(
+                f"The companion file {self.organizer.path} has no age of the boundary "
+                f"{self.names.get(unknown) or unknown}, but of others.",
+                hint,
+            )
+        if (np.diff(ages, prepend=0.0) <= 0).any():
+            raise DataError(
+                f"The ages lyr_age in {self.organizer.path} do not rise with depth "
+                f"({', '.join(f'{a:g}' for a in ages[:12])}).",
+                hint,
+            )
+        age[: len(ages)] = ages
+        age[len(ages) :] = ages[-1] + np.arange(1, count - len(ages) + 1)
+        return age
+
+
+class JoinedTrack(NamedTuple):
+    """The frames of a segment as one track.
+
+    Attributes:
+        track: The track.
+        crossed: Number of crossed pairs of picks.
+        lost: Traces without position or time, and traces that come twice. Shape: (2,).
+        contradicting: Picks of a trace that is in two files, and has another pick in the second.
+    """
+
+    track: FlightTrack
+    crossed: int
+    lost: NDArray[np.int64]
+    contradicting: int
+
+
+def find_boundaries(
+    segment: str, frames: Sequence[Frame], organizer: Organizer | None
+) -> Boundaries:
+    """Find the boundaries of a segment, from the surface down.
+
+    Those of the companion file are there in its order, also one that no file has, as long as a
+    deeper one is there: its layer is missing, and the others stay what they are. Boundaries that it
+    does not list come last, by their numbers. A boundary called ``bottom`` is left out; so is the
+    second one without a name, if it is empty or deeper than all others.
+
+    Args:
+        segment: Name of the segment.
+        frames: Frames of the segment.
+        organizer: The companion file.
+
+    Raises:
+        DataError: There is no surface, or one that is called so is not the first.
+
+    Source: the toolbox's ``layerdata``, whose boundaries 1 and 2 are surface and bottom; that one
+    above others cannot be the bottom is inferred.
+    """
+    present = {k for frame in frames for k in frame.ids}
+    names = dict(organizer.names) if organizer else {}
+    for frame in frames:
+        if frame.names is not None:
+            names |= {k: n for k, n in zip(frame.ids, frame.names, strict=True) if n}
+    bottom = {k for k in names if names[k].lower() == "bottom"}
+    notes = []
+    if _is_unnamed_bottom(frames, names):
+        bottom.add(_SECOND)
+        notes.append("the second boundary, which has no name, is taken for the bottom")
+    present -= bottom
+    listed = [k for k in (organizer.order if organizer else ()) if k not in bottom]
+    while listed and listed[-1] not in present:
+        listed.pop()
+    if absent := [names.get(k) or str(k) for k in listed if k not in present]:
+        notes.append(f"no file has the boundary {', '.join(absent)}, which the companion lists")
+    ids = (*listed, *sorted(present - set(listed)))
+    if ids and organizer is None and ids[0] != _SURFACE:
+        raise DataError(
+            f"No file of the segment {segment} has the boundary {_SURFACE}, the surface, and there "
+            "is no companion file that names another one.",
+            f"Put layer_{segment}.mat beside the files, or give the surface the number {_SURFACE}.",
+        )
+    _check_surface(segment, ids, names)
+    return Boundaries(ids, names, organizer, tuple(f"{segment}: {note}" for note in notes))
+
+
+def _check_surface(segment: str, ids: Sequence[int], names: dict[int, str]) -> None:
+    """Refuse a boundary called ``surface`` below another one.
+
+    Raises:
+        DataError: Such a boundary is below another one.
+    """
+    called = [k for k, name in names.items() if name.strip().lower() == "surface"]
+    if ids and (below := [k for k in called if k != ids[0]]):
+        first = names.get(ids[0]) or str(ids[0])
+        raise DataError(
+            f"The boundary {below[0]} of the segment {segment} is called surface, and the first "
+            f"one is {first}.",
+            f"Correct lyr_order or lyr_name in layer_{segment}.mat.",
+        )
+
+
+def _is_unnamed_bottom(frames: Sequence[Frame], names: dict[int, str]) -> bool:
+    """Whether the second boundary has no name, and is empty or deeper than all others."""
+    if names.get(_SECOND) or not any(_SECOND in frame.ids for frame in frames):
+        return False
+    depths: dict[int, float] = {}
+    for k in {k for frame in frames for k in frame.ids}:
+        picks = [f.twtt[:, f.ids.index(k)] for f in frames if k in f.ids]
+        finite = np.concatenate(picks)
+        finite = finite[np.isfinite(finite)]
+        if finite.size:
+            depths[k] = float(np.median(finite))
+    if _SECOND not in depths:
+        return True
+    others = [depth for k, depth in depths.items() if k not in (_SURFACE, _SECOND)]
+    return bool(others) and depths[_SECOND] > max(others)
+
+
+def join_frames(
+    segment: str, frames: Sequence[Frame], boundaries: Boundaries, count: int, ages: AgesFrom
+) -> JoinedTrack:
+    """Put the frames of a segment together.
+
+    Args:
+        segment: Name of the segment.
+        frames: Frames of the segment, in the order of their names.
+        boundaries: Boundaries of the segment.
+        count: L, number of layers to use, from the surface down.
+        ages: Where ages of the layers come from.
+
+    Raises:
+        DataError: Ages are unusable.
+    """
+    column = {k: i for i, k in enumerate(boundaries.ids[: count + 1])}
+    parts: list[Array] = []
+    for frame in frames:
+        twtt = np.full((len(frame.time), count + 1), np.nan)
+        for k, picks in zip(frame.ids, frame.twtt.T, strict=True):
+            if k in column:
+                twtt[:, column[k]] = picks
+        parts.append(twtt)
+    is_first, contradicting = _join_overlaps([frame.time for frame in frames], parts)
+    time = np.concatenate([f.time[keep] for f, keep in zip(frames, is_first, strict=True)])
+    pos = np.concatenate([f.pos[keep] for f, keep in zip(frames, is_first, strict=True)])
+    twtt = np.concatenate([part[keep] for part, keep in zip(parts, is_first, strict=True)])
+    traces, pos, lost = order_traces(time, pos)
+    lost[1] += sum(int((~keep).sum()) for keep in is_first)
+    picks, crossed = remove_crossed(twtt[traces])
+    age = boundaries.layer_ages(count, ages)
+    record = _describe_traces(frames, is_first, traces)
+    record = replace(record, time=time[traces], time_scale="GPS", surface=picks[:, 0])
+    track = FlightTrack(segment, time[traces], pos, picks, age, record=record)
+    return JoinedTrack(track, crossed, lost, contradicting)
+
+
+def _describe_traces(
+    frames: Sequence[Frame], is_first: Sequence[NDArray[np.bool_]], traces: NDArray[np.int64]
+) -> FlightDetails:
+    """What frames say of the traces that are used, in their order.
+
+    Args:
+        frames: Frames of a segment.
+        is_first: For each frame, which of its traces are in no frame before it.
+        traces: Numbers of the used traces among these.
+    """
+    numbers, rows, heights = [], [], []
+    for number, (frame, keep) in enumerate(zip(frames, is_first, strict=True)):
+        row = np.flatnonzero(keep)
+        numbers.append(np.full(len(row), number))
+        rows.append(row + 1)
+        height = np.full(len(keep), np.nan) if frame.elevation is None else frame.elevation
+        heights.append(height[row])
+    return FlightDetails(
+        elevation=np.concatenate(heights)[traces],
+        frame=np.array([frame.name for frame in frames])[np.concatenate(numbers)[traces]],
+        trace=np.concatenate(rows)[traces],
+    )
+
+
+def _join_overlaps(
+    times: Sequence[Array], picks: Sequence[Array]
+) -> tuple[list[NDArray[np.bool_]], int]:
+    """Give traces that are in two files the picks of both; the first file's win.
+
+    A trace is known by its time, whatever solution of navigation its position is from; in files
+    whose times repeat (of whole seconds), traces are told apart by time and position later.
+
+    Args:
+        times: Times of the traces of each file [s].
+        picks: Picks of each file (M, K) [s]; those of the first files are filled in place.
+
+    Returns:
+        For each file, which traces are not in a file before it (M,); and the number of picks that
+        contradict each other.
+    """
+    contradicting = 0
+    sources: dict[float, tuple[int, int]] = {}
+    is_first = []
+    for number, time in enumerate(times):
+        keep = np.ones(len(time), np.bool_)
+        if len(np.unique(time)) == len(time):
+            for trace, moment in enumerate(time.tolist()):
+                file, row = sources.setdefault(moment, (number, trace))
+                if file == number:
+                    continue
+                keep[trace] = False
+                first, second = picks[file][row], picks[number][trace]
+                overlap = np.isfinite(first) & np.isfinite(second)
+                contradicting += int((np.abs(first - second)[overlap] > _SAME_PICK).sum())
+                picks[file][row] = np.where(np.isfinite(first), first, second)
+        is_first.append(keep)
+    return is_first, contradicting

@@ -1,0 +1,1 @@
+"""Completion without a network: means, lines, ridge regression and kriging."""

@@ -1,0 +1,1 @@
+"""What networks and baselines are given: batches, their traces, what is hidden, and scales."""

@@ -1,0 +1,1 @@
+"""The completion network: features, context within layers and across them."""

@@ -1,0 +1,1 @@
+"""Lightning modules of networks and baselines, with losses, metrics, schedules and uncertainty."""
