@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.errors import ConfigError
@@ -90,6 +91,7 @@ class CompletionWriter(Callback):
         npz: bool = True,
         folder: str = "completed",
         figures: int = 4,
+        *,
         csarp_layer: bool = False,
         attributes: dict[str, str] = {},  # noqa: B006  # copied below
     ) -> None:
@@ -118,6 +120,7 @@ class CompletionWriter(Callback):
             }
         )
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -169,6 +172,7 @@ class CompletionWriter(Callback):
         if self.csarp_layer and self._folder is not None:
             data.check_write_back(self._folder / "CSARP_layer")
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -230,9 +234,10 @@ class CompletionWriter(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         trained_segments = getattr(pl_module, "trained_segments", None)
         return completed_stacks(
-            batch, outputs, data.segments, data.stacks, trained_segments or _name_segments(data),
-            data.physics, data.layer_names, data.layer_age, getattr(data, "unit", METRES),
-            data.describe_traces, self._origin,
+            batch, outputs, data.segments, data.stacks,
+            trained_segments=trained_segments or _name_segments(data),
+            physics_names=data.physics, layer_names=data.layer_names, layer_age=data.layer_age,
+            unit=getattr(data, "unit", METRES), details=data.describe_traces, origin=self._origin,
         )  # fmt: skip
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

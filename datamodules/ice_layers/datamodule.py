@@ -109,6 +109,7 @@ class IceLayerDataModule(StackLoaders):
         completed: CompletedStacks | None = None,
         val: float | list[str] | None = None,
         test: float | list[str] | None = None,
+        *,
         order: Literal["random", "name"] = "random",
         guard: float = 0.0,
         batch_size: int = 8,
@@ -278,7 +279,7 @@ class IceLayerDataModule(StackLoaders):
             val, test = (
                 _FRACTION if fraction is None else fraction for fraction in (self.val, self.test)
             )
-            split = split_segments(segments, val, test, self.order, self.seed)
+            split = split_segments(segments, val, test, self.order, seed=self.seed)
             return {
                 part: [stack for stack in picked if stack.segment in set(split[part])]
                 for part in PARTS

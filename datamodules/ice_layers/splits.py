@@ -37,6 +37,7 @@ def split_segments(
     val: float | Sequence[str],
     test: float | Sequence[str],
     order: Literal["random", "name"] = "random",
+    *,
     seed: int = 0,
 ) -> dict[str, tuple[str, ...]]:
     """Deal flight segments out to training, validation and test.

@@ -92,7 +92,7 @@ def test_beyond_the_last_pick_only_60_m_are_filled_and_one_pick_makes_no_line():
 @given(seed=st.integers(0, 10_000), missing=st.floats(0.1, 0.95))
 def test_lines_are_those_of_numpy(seed, missing):
     thickness, observed, distance = broken(seed, missing=missing)
-    lines = along_track(thickness, observed, distance, math.inf, math.inf, 1)
+    lines = along_track(thickness, observed, distance, math.inf, reach=math.inf, fewest=1)
     across = along_then_across(thickness, observed, distance, torch.full((3,), 9.0))
     at = distance.numpy()
     expected = np.full(thickness.shape, np.nan)

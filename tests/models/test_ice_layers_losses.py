@@ -96,7 +96,7 @@ def test_a_constant_error_gives_its_huber_loss_under_any_mask(c, delta, seed):
     expected = 0.5 * c * c if abs(c) <= delta else delta * (abs(c) - delta / 2)
     loss = masked_robust_loss(target + c, target, mask, delta)
     assert abs(float(loss) - expected) <= 2e-6 * max(1, expected)
-    smooth = masked_robust_loss(target + c, target, mask, delta, "smooth_l1")
+    smooth = masked_robust_loss(target + c, target, mask, delta, kind="smooth_l1")
     assert float(smooth) == pytest.approx(expected / delta, rel=1e-4, abs=1e-6)
 
 

@@ -41,7 +41,7 @@ def rmse(error):
 def test_each_group_is_what_its_name_says():
     predicted, truth, observed, stack, std = make(0)
     metrics = CompletionMetrics(L)
-    metrics.update(predicted, truth, observed, stack, std)
+    metrics.update(predicted, truth, observed, stack, std=std)
     found = metrics.compute()
     error, absent = predicted - truth, absent_layers(observed, stack)
     assert absent[:5, 1].all()
@@ -87,7 +87,7 @@ def test_held_out_and_dropped_picks_of_real_data_are_scored_against_the_picks():
     unknown = torch.full_like(predicted, torch.nan)
     metrics = CompletionMetrics(L)
     metrics.update(
-        predicted, unknown, observed & ~held & ~dropped, stack, std,
+        predicted, unknown, observed & ~held & ~dropped, stack, std=std,
         dropped=dropped, held_out=held, measured=picks,
     )  # fmt: skip
     found = metrics.compute()
@@ -101,8 +101,8 @@ def test_held_out_and_dropped_picks_of_real_data_are_scored_against_the_picks():
 def test_a_picks_own_noise_widens_only_intervals_of_picks():
     predicted, truth, observed, stack, std = make(3)
     narrow, wide = CompletionMetrics(L), CompletionMetrics(L)
-    narrow.update(predicted, truth, observed, stack, std)
-    wide.update(predicted, truth, observed, stack, std, noise=0.5)
+    narrow.update(predicted, truth, observed, stack, std=std)
+    wide.update(predicted, truth, observed, stack, std=std, noise=0.5)
     a, b = narrow.compute(), wide.compute()
     assert a["missing_width90"] == b["missing_width90"]
     assert b["visible_width90"] > a["visible_width90"] + 0.5
@@ -115,13 +115,13 @@ def test_batches_of_any_size_add_up(cuts, seed):
     predicted, truth, observed, _, std = make(seed)
     stack = torch.arange(len(truth))  # a stack of each trace: batches cut none
     whole = CompletionMetrics(L)
-    whole.update(predicted, truth, observed, stack, std)
+    whole.update(predicted, truth, observed, stack, std=std)
     parts = CompletionMetrics(L)
     bounds = [0, *sorted(set(cuts)), len(truth)]
     for low, high in pairwise(bounds):
         rows = slice(low, high)
         parts.update(
-            predicted[rows], truth[rows], observed[rows], stack[rows] - low, std[rows]
+            predicted[rows], truth[rows], observed[rows], stack[rows] - low, std=std[rows]
         )  # fmt: skip
     together = whole.compute()
     assert parts.compute() == pytest.approx(together, rel=1e-9)
@@ -133,8 +133,8 @@ def test_ranks_add_up_by_sum_and_count():
     predicted[:5] += 3
     observed[:5, 1:] = True
     whole, one, other = CompletionMetrics(L), CompletionMetrics(L), CompletionMetrics(L)
-    whole.update(predicted, truth, observed, stack, std)
-    one.update(predicted[:5], truth[:5], observed[:5], stack[:5], std[:5])
+    whole.update(predicted, truth, observed, stack, std=std)
+    one.update(predicted[:5], truth[:5], observed[:5], stack[:5], std=std[:5])
     other.update(predicted[5:], truth[5:], observed[5:], stack[5:] - 1, std[5:])
     error, missing = predicted - truth, ~observed
     mean = (rmse(error[:5][missing[:5]]) + rmse(error[5:][missing[5:]])) / 2

@@ -316,7 +316,7 @@ def test_nearby_means_are_sums_by_hand():
     inputs = lines([7, 4])
     thickness = torch.where(inputs["visible"], inputs["thickness"], 0.0)
     means = nearby_means(
-        thickness, inputs["visible"], inputs["track"], inputs["distance"], (200.0, 50.0)
+        thickness, inputs["visible"], inputs["track"], inputs["distance"], scales=(200.0, 50.0)
     )
     rows = range(7, 11)
     for i in rows:
@@ -332,7 +332,7 @@ def test_sides_are_means_by_hand():
     inputs = lines([7, 4])
     shown = torch.where(inputs["visible"], inputs["thickness"], 0.0)
     found = side_features(
-        shown, inputs["visible"], inputs["track"], inputs["distance"], (150.0, 400.0)
+        shown, inputs["visible"], inputs["track"], inputs["distance"], reach=(150.0, 400.0)
     )
     assert found.shape == (11, L, 9)
     for i in range(7, 11):
@@ -364,10 +364,10 @@ def test_a_pick_on_another_boundary_is_found_and_no_other():
     wrong[[4, 17, 40], [0, 1, 2]] = visible[[4, 17, 40], [0, 1, 2]] = True
     thickness[wrong] += 10
     thickness[~visible] = math.nan
-    assert torch.equal(find_contradicted(thickness, visible, track, distance, 3.0), wrong)
+    assert torch.equal(find_contradicted(thickness, visible, track, distance, limit=3.0), wrong)
     alone = torch.zeros_like(visible)
     alone[17, 1] = True  # nobody contradicts
-    assert not find_contradicted(thickness, alone, track, distance, 3.0).any()
+    assert not find_contradicted(thickness, alone, track, distance, limit=3.0).any()
 
 
 @pytest.mark.parametrize("mixing", ["softmax", "free"])

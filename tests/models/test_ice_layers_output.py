@@ -360,8 +360,9 @@ def test_batches_are_taken_apart_by_stack():
         segment=torch.tensor([1, 0]), stack=torch.tensor([2, 0]),
     )  # fmt: skip
     found = completed_stacks(
-        batch, {k: joined[k] for k in names[4:]}, ["s0", "s1"], ["a", "b", "c"], ["s7"],
-        one.physics_names, one.layer_names, one.layer_age,
+        batch, {k: joined[k] for k in names[4:]}, ["s0", "s1"], ["a", "b", "c"],
+        trained_segments=["s7"], physics_names=one.physics_names, layer_names=one.layer_names,
+        layer_age=one.layer_age,
     )  # fmt: skip
     assert [(s.stack, s.segment) for s in found] == [("c", "s1"), ("a", "s0")]
     for stack, made in zip(found, (one, two), strict=True):

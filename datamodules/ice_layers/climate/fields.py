@@ -90,7 +90,7 @@ def plan_variables(file: ClimateFile, fields: Sequence[str]) -> list[str]:
 
 
 def unit_factor(
-    name: str, variable: NetcdfVariable, days: Array, path: Path, scale: Mapping[str, float]
+    name: str, variable: NetcdfVariable, days: Array, path: Path, *, scale: Mapping[str, float]
 ) -> Array:
     """Return the factor of a variable's steps to mm w.e. per step, m or degC. Shape: (T, 1).
 

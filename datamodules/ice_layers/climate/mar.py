@@ -110,6 +110,7 @@ class MarClimate:
         projection: Literal["auto", "mar", "epsg3413", "epsg3031"] = "auto",
         variables: list[str] = list(PHYSICS),  # noqa: B006  # copied below
         scale: dict[str, float] = {},  # noqa: B006  # copied below
+        *,
         reach: float = 50_000.0,
     ) -> None:
         unknown = [name for name in variables if name not in NEEDS]
@@ -194,7 +195,7 @@ class MarClimate:
             local = Weights(cells, located.weights[part], located.flag[part], located.away[part])
             parts.append((used, local))
         sums, names = self._accumulate(
-            paths, of_file, steps, layer_fractions, [used for used, _ in parts]
+            paths, of_file, steps, layer_fractions, used=[used for used, _ in parts]
         )
         samples = []
         for request, values, (_, local) in zip(requests, sums, parts, strict=True):
@@ -358,6 +359,7 @@ class MarClimate:
         of_file: NDArray[np.int64],
         steps: Array,
         layer_fractions: Sequence[Array],
+        *,
         used: Sequence[NDArray[np.int64]],
     ) -> tuple[list[Array], list[str]]:
         """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
@@ -394,7 +396,7 @@ class MarClimate:
                         f"the time axis {len(indices)}.",
                         "Fetch the file again.",
                     )
-                values = values * unit_factor(name, variable, days[indices], path, self.scale)
+                values = values * unit_factor(name, variable, days[indices], path, scale=self.scale)
                 for total, part, cells in zip(sums, file_fractions, used, strict=True):
                     if (inside := part.any(0)).any():
                         weight = part if name in SUMS else part * days[indices]

@@ -88,11 +88,11 @@ def _draw_line(
 
 
 def make_segment(
-    world: World, climate: Climate, number: int, blocks: int, flight: Flight
+    world: World, climate: Climate, number: int, blocks: int, *, flight: Flight
 ) -> Segment:
     """Snow, firn and picks of one flight segment."""
-    snow = make_snow(world, climate, number, blocks, flight)
-    twtt = _pick_boundaries(world, number, snow.truth, snow.density, snow.melt)
+    snow = make_snow(world, climate, number, blocks, flight=flight)
+    twtt = _pick_boundaries(world, number, snow.truth, snow.density, melt=snow.melt)
     traces = np.arange(float(blocks * world.traces)).reshape(blocks, world.traces)
     time = flight.day * 86_400.0 + traces * 0.8
     return Segment(flight.name, time, snow.pos, twtt, snow.truth)
@@ -104,7 +104,7 @@ def layer_dates(world: World, flight: Flight) -> Array:
     return dates
 
 
-def make_snow(world: World, climate: Climate, number: int, blocks: int, flight: Flight) -> Snow:
+def make_snow(world: World, climate: Climate, number: int, blocks: int, *, flight: Flight) -> Snow:
     """Snow and firn of one flight segment.
 
     Args:
@@ -163,7 +163,9 @@ def mistrack(picks: Array, wrong: NDArray[np.bool_]) -> Array:
     return picks
 
 
-def _pick_boundaries(world: World, number: int, truth: Array, density: Array, melt: Array) -> Array:
+def _pick_boundaries(
+    world: World, number: int, truth: Array, density: Array, *, melt: Array
+) -> Array:
     """Picks of the boundaries [s], with noise, mis-tracks and gaps: (S, N, L + 1)."""
     generator = world.generator(PICKS, number)
     blocks, n, layers = truth.shape

@@ -110,7 +110,7 @@ def _draw_kinds(world: World, recipe: _Recipe) -> list[NDArray[np.int64]]:
 
 
 def _pick_echogram(
-    world: World, recipe: _Recipe, truth: Array, kind: int, generator: np.random.Generator
+    world: World, recipe: _Recipe, truth: Array, kind: int, *, generator: np.random.Generator
 ) -> Array:
     """Picks of the boundaries of one block, in whole range bins: (N, K).
 
@@ -156,7 +156,7 @@ def _separate_picks(picks: Array, is_removed: bool) -> Array:
 
 
 def _make_fields(
-    world: World, modelled: Climate, snow: Snow, number: int, flight: Flight
+    world: World, modelled: Climate, snow: Snow, number: int, *, flight: Flight
 ) -> dict[str, Array]:
     """The physical fields of a segment, brought to SRED's published means.
 
@@ -279,13 +279,15 @@ class SyntheticSred(GeneratedFlights):
         (folder / "truth").mkdir()
         for number, (name, day) in enumerate(zip(names, days, strict=True)):
             flight = Flight(name, day, world.box)
-            snow = make_snow(world, climate, number, len(kinds[number]), flight)
-            physics = _make_fields(world, modelled, snow, number, flight)
+            snow = make_snow(world, climate, number, len(kinds[number]), flight=flight)
+            physics = _make_fields(world, modelled, snow, number, flight=flight)
             generator = world.generator(PICKS, number)
             truth = snow.truth / _BIN
             np.savez(folder / "truth" / f"{name}.npz", thickness=truth)
             for block, kind in enumerate(kinds[number]):
-                picks = _pick_echogram(world, self.recipe, truth[block], int(kind), generator)
+                picks = _pick_echogram(
+                    world, self.recipe, truth[block], int(kind), generator=generator
+                )
                 # the authors' code takes row i + 1 for layer i, and none the first
                 fields = {
                     key: values[block]

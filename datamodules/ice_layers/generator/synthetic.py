@@ -49,7 +49,7 @@ def write_world(folder: Path, world: World, climate: Climate, flights: Sequence[
     """
     write_mar(folder / "MAR", world, climate)
     for number, (flight, blocks) in enumerate(zip(flights, world.sizes(), strict=True)):
-        segment = make_segment(world, climate, number, blocks, flight)
+        segment = make_segment(world, climate, number, blocks, flight=flight)
         name = flight.name
         segment_folder = folder / "CSARP_layer" / name
         segment_folder.mkdir(parents=True)

@@ -197,7 +197,7 @@ def _is_unnamed_bottom(frames: Sequence[Frame], names: dict[int, str]) -> bool:
 
 
 def join_frames(
-    segment: str, frames: Sequence[Frame], boundaries: Boundaries, count: int, ages: AgesFrom
+    segment: str, frames: Sequence[Frame], boundaries: Boundaries, count: int, *, ages: AgesFrom
 ) -> JoinedTrack:
     """Put the frames of a segment together.
 

@@ -102,10 +102,11 @@ class CompletedStacks(NpzStacks):
         count: int | None = None,
         physics: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied by the parent
+        *,
         thickest: float | None = None,
     ) -> None:
         # a network may predict a thickness of 0 or less: such entries stay missing
-        super().__init__(root, count, physics, [*exclude, "negative"], thickest)
+        super().__init__(root, count, physics, [*exclude, "negative"], thickest=thickest)
 
     def folder(self) -> Path:
         """The folder of the files.

@@ -268,7 +268,7 @@ class LayerFiles(StackSource):
         crossed = contradicting = 0
         lost = np.zeros(2, np.int64)
         for segment, (frames, boundaries) in used_segments.items():
-            joined = join_frames(segment, frames, boundaries, count, self.picks.ages)
+            joined = join_frames(segment, frames, boundaries, count, ages=self.picks.ages)
             tracks.append(joined.track)
             crossed, lost = crossed + joined.crossed, lost + joined.lost
             contradicting += joined.contradicting
@@ -319,7 +319,7 @@ class LayerFiles(StackSource):
         Raises:
             DataError: A file has changed and cannot be read.
         """
-        return write_segment(folder, segment, self._segments[segment], stacks, self._names)
+        return write_segment(folder, segment, self._segments[segment], stacks, names=self._names)
 
     def _layer_count(self, counts: dict[str, int]) -> tuple[int, set[str]]:
         """Number of layers, and segments that do not have it and are to be left out."""

@@ -177,7 +177,7 @@ def _whole_numbers(content: dict[str, Any], name: str, path: Path) -> tuple[int,
     return tuple(int(k) for k in numbers)
 
 
-def _by_boundary(values: Any, traces: int, boundaries: int, path: Path, name: str) -> Array:
+def _by_boundary(values: Any, traces: int, boundaries: int, path: Path, *, name: str) -> Array:
     """An array of (M, K) out of one of (K, M), which a single boundary or trace has flattened."""
     array = np.atleast_2d(_to_numbers(values, name, path))
     if not boundaries and not array.size:
@@ -249,11 +249,11 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
     else:
         ids = _whole_numbers(content, "id", path)
         twtt = _by_boundary(
-            _find_variable(content, ("twtt",), path), len(time), len(ids), path, "twtt"
+            _find_variable(content, ("twtt",), path), len(time), len(ids), path, name="twtt"
         )
         grades = np.full(twtt.shape, _GOOD)
         if "quality" in content:
-            grades = _by_boundary(content["quality"], len(time), len(ids), path, "quality")
+            grades = _by_boundary(content["quality"], len(time), len(ids), path, name="quality")
         kinds = _read_kinds(content, twtt, path)
     for variable, count, expected in (
         ("lat", len(lat), len(time)),
@@ -292,7 +292,7 @@ def _read_kinds(content: dict[str, Any], twtt: Array, path: Path) -> Array:
     values = np.asarray(content.get("type", ()))
     if values.dtype.kind not in "biuf" or sorted(values.shape) != sorted(twtt.shape):
         return unknown
-    return _by_boundary(values, len(twtt), twtt.shape[1], path, "type")
+    return _by_boundary(values, len(twtt), twtt.shape[1], path, name="type")
 
 
 def _check_seconds(twtt: Array, path: Path) -> None:

@@ -81,6 +81,7 @@ class NpzStacks(StackSource):
         count: int | None = None,
         physics: list[str] | None = None,
         exclude: list[str] = [],  # noqa: B006  # copied below
+        *,
         thickest: float | None = None,
     ) -> None:
         self.root = root

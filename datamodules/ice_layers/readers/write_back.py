@@ -198,6 +198,7 @@ def write_segment(
     segment: str,
     files: SegmentFiles,
     stacks: Sequence[tuple[FlightDetails, Array]],
+    *,
     names: Sequence[str],
 ) -> Written:
     """Write the frames of a segment and its companion file, with completed boundaries.
@@ -231,7 +232,7 @@ def write_segment(
     named = dict(zip(ids[1:], names, strict=False))
     _save(
         segment_folder / f"layer_{segment}.mat",
-        _organizer_content(segment, files, ids, used, named),
+        _organizer_content(segment, files, ids, used, names=named),
     )
     return written
 
@@ -332,6 +333,7 @@ def _organizer_content(
     files: SegmentFiles,
     ids: Sequence[int],
     used: set[int],
+    *,
     names: Mapping[int, str],
 ) -> dict[str, Any]:
     """Variables of the companion file: the boundaries of the segment's own, and new ones."""

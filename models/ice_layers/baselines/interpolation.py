@@ -128,6 +128,7 @@ def along_track(
     observed: Tensor,
     distance: Tensor,
     max_gap: float = 300.0,
+    *,
     reach: float = 60.0,
     fewest: int = 2,
 ) -> Tensor:
@@ -189,7 +190,7 @@ def along_then_across(
 
     Source: card section 4.3 ("linear along track, then across layers").
     """
-    filled = along_track(thickness, observed, distance, torch.inf, torch.inf, 1).T
+    filled = along_track(thickness, observed, distance, torch.inf, reach=torch.inf, fewest=1).T
     layer = torch.arange(len(filled), device=filled.device)
     across, _, _ = _between(filled, filled.isfinite(), layer)
     return torch.where(across.isfinite(), across, fallback.to(across)[:, None]).T
@@ -247,6 +248,7 @@ def fit_ridge(
     observed: Tensor,
     physics: Tensor,
     penalty: float = 1e-3,
+    *,
     log: bool = False,
     robust: float = 2.0,
 ) -> Ridge:

@@ -156,7 +156,7 @@ class Kriging:
             trusted = torch.zeros_like(mask)
             trusted[observed.entries] = True
             spans = spans.keep(trusted)
-        mean, std = _predict(tables, mask, observed, residual, factor, spans)
+        mean, std = _predict(tables, mask, observed, residual, factor=factor, spans=spans)
         return mean, std * self.scale
 
 
@@ -165,6 +165,7 @@ def _predict(
     mask: Tensor,
     observed: ObservedSpans,
     residual: Tensor,
+    *,
     factor: Tensor,
     spans: TensorSpans,
 ) -> tuple[Tensor, Tensor]:
@@ -202,7 +203,7 @@ def _predict(
         rows: Tensor = torch.unique(part[:, 0])
         if len(rows := rows[sums[rows]]):
             inside = sums[part[:, 0]]
-            _divide_sums(mean, std, tables, rows, cross[:, inside], spans[rows])
+            _divide_sums(mean, std, tables, rows, cross=cross[:, inside], spans=spans[rows])
     nothing = ~mask
     return mean.masked_fill(nothing, torch.nan), std.masked_fill(nothing, torch.nan)
 
@@ -221,7 +222,7 @@ def _whole_traces(targets: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def _divide_sums(
-    mean: Tensor, std: Tensor, tables: Tables, rows: Tensor, cross: Tensor, spans: TensorSpans
+    mean: Tensor, std: Tensor, tables: Tables, rows: Tensor, *, cross: Tensor, spans: TensorSpans
 ) -> None:
     """Give each span of several layers the length that was measured; in place.
 

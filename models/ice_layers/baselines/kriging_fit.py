@@ -59,6 +59,7 @@ def fit_kriging(
     groups: Sequence[int] | None = None,
     fit_stacks: int = 40,
     fit_entries: int = 240,
+    *,
     iterations: int = 40,
     outlier: float = 4.0,
     seed: int = 0,

@@ -122,6 +122,7 @@ def adjacency(
     pos: Tensor,
     kind: GraphKind,
     neighbours: int = 4,
+    *,
     part: int = 16,
     overlap: int = 4,
 ) -> Tensor:

@@ -51,6 +51,7 @@ class StructuredHiding:
         segment: float = 0.5,
         shortest: float = 0.125,
         longest: float = 0.5,
+        *,
         donor: float = 0.0,
     ) -> None:
         prefix = "model.init_args.hiding.init_args"

@@ -70,6 +70,7 @@ class CompletionNet(nn.Module):
         physics: int,
         width: int = 32,
         spatial_depth: int = 2,
+        *,
         depth: int = 2,
         heads: int = 4,
         dropout: float = 0.0,
@@ -114,15 +115,29 @@ class CompletionNet(nn.Module):
         inputs = 2 * position + 2 + 2 * sums + physics + 2 * len(self.scales)
         inputs += 4 * len(self.reach) + 1 if self.reach else 0
         self.spatial = SpatialEncoder(
-            inputs, width, spatial_depth, graph, backend, neighbours, part, overlap
+            inputs,
+            width,
+            spatial_depth,
+            graph,
+            backend=backend,
+            neighbours=neighbours,
+            part=part,
+            overlap=overlap,
         )
         self.attention = nn.ModuleList(TraceAttention(width, heads) for _ in range(attention))
         self.temporal = LayerTransformer(
-            layers, width, depth, heads, dropout, encoding, skip, mixing
+            layers,
+            width,
+            depth,
+            heads,
+            dropout=dropout,
+            encoding=encoding,
+            skip=skip,
+            mixing=mixing,
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
-    def forward(
+    def forward(  # noqa: PLR0917  # what any network is called with
         self,
         thickness: Tensor,
         visible: Tensor,
@@ -160,11 +175,13 @@ class CompletionNet(nn.Module):
             x = torch.cat([x, sum_features.to(x.dtype)], -1)
         if self.scales:
             x = torch.cat(
-                [x, nearby_means(visible_thickness, visible, track, distance, self.scales)], -1
+                [x, nearby_means(visible_thickness, visible, track, distance, scales=self.scales)],
+                -1,
             )
         if self.reach:
             x = torch.cat(
-                [x, side_features(visible_thickness, visible, track, distance, self.reach)], -1
+                [x, side_features(visible_thickness, visible, track, distance, reach=self.reach)],
+                -1,
             )
         x = self.spatial(x, track, degrees)
         before = [

@@ -62,7 +62,7 @@ def input_features(
 
 
 def nearby_means(
-    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, scales: Sequence[float]
+    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, *, scales: Sequence[float]
 ) -> Tensor:
     """What neighbours along the track show of the same layer, near and far.
 
@@ -99,7 +99,7 @@ def nearby_means(
 
 
 def side_features(
-    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, reach: Sequence[float]
+    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, *, reach: Sequence[float]
 ) -> Tensor:
     """What lies before and after each entry of its layer: what an interpolation needs to know.
 
@@ -154,7 +154,7 @@ def side_features(
 
 
 def find_contradicted(
-    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, limit: float
+    thickness: Tensor, visible: Tensor, track: Track, distance: Tensor, *, limit: float
 ) -> Tensor:
     """Picks that their neighbours in the layer contradict, such as those of another boundary.
 

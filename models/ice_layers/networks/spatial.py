@@ -48,6 +48,7 @@ class Neighbourhood:
         pos: Tensor,
         kind: GraphKind,
         backend: Backend = "dense",
+        *,
         neighbours: int = 4,
         part: int = 16,
         overlap: int = 4,
@@ -56,7 +57,7 @@ class Neighbourhood:
         self.track, self.kind, self.backend = track, kind, backend
         self.weights = self.edges = None
         if backend != "closed" and kind != "none":
-            weights = adjacency(track, pos, kind, neighbours, part, overlap)
+            weights = adjacency(track, pos, kind, neighbours, part=part, overlap=overlap)
             if backend == "dense":
                 self.weights = weights
             else:
@@ -172,6 +173,7 @@ class SpatialEncoder(nn.Module):
         width: int,
         depth: int = 2,
         graph: GraphKind = "knn",
+        *,
         backend: Backend = "dense",
         neighbours: int = 4,
         part: int = 16,
@@ -188,7 +190,13 @@ class SpatialEncoder(nn.Module):
     def around(self, track: Track, pos: Tensor) -> Neighbourhood:
         """The graph of a batch."""
         return Neighbourhood(
-            track, pos, self.graph, self.backend, self.neighbours, self.part, self.overlap
+            track,
+            pos,
+            self.graph,
+            self.backend,
+            neighbours=self.neighbours,
+            part=self.part,
+            overlap=self.overlap,
         )
 
     def forward(self, x: Tensor, track: Track, pos: Tensor) -> Tensor:

@@ -137,6 +137,7 @@ class LayerTransformer(nn.Module):
         width: int,
         depth: int = 2,
         heads: int = 4,
+        *,
         dropout: float = 0.0,
         encoding: Literal["sin", "learned", "none"] = "sin",
         skip: Literal["none", "long_range"] = "none",

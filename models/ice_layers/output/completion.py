@@ -152,6 +152,7 @@ def fill(
     mask: Tensor,
     gaps: Gaps,
     predicted: Tensor,
+    *,
     std: Tensor,
     max_gap: float | None = None,
 ) -> dict[str, Tensor]:

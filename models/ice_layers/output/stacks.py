@@ -163,6 +163,7 @@ def completed_stacks(
     filled: Any,
     segments: Sequence[str],
     stacks: Sequence[str],
+    *,
     trained_segments: Sequence[str],
     physics_names: Sequence[str],
     layer_names: Sequence[str] = (),

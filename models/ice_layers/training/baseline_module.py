@@ -102,6 +102,7 @@ class BaselineCompletion(SystemModule):
         max_line: float | None = 300.0,
         reach: float = 60.0,
         penalty: float = 1e-3,
+        *,
         drift: Drift = "auto",
         fit_stacks: int = 40,
         fit_entries: int = 240,
@@ -221,10 +222,10 @@ class BaselineCompletion(SystemModule):
         self.means = layer_means(thickness, observed).double()
         if self.method == "ridge":
             log = self.drift == "log"
-            self.ridge = fit_ridge(thickness, observed, physics, self.penalty, log)
+            self.ridge = fit_ridge(thickness, observed, physics, self.penalty, log=log)
         elif self.method == "kriging":
             self.kriging = fit_kriging(
-                stacks, segments, self.fit_stacks, self.fit_entries, self.iterations,
+                stacks, segments, self.fit_stacks, self.fit_entries, iterations=self.iterations,
                 seed=self.seed, drift=self.drift, validation=validation,
             )  # fmt: skip
 
@@ -299,7 +300,7 @@ class BaselineCompletion(SystemModule):
             return along_then_across(thickness, observed, distance, self.means)
         filled = own_layer_mean(thickness, observed, self.means)
         if self.method == "along":
-            lines = along_track(thickness, observed, distance, self.max_line, self.reach)
+            lines = along_track(thickness, observed, distance, self.max_line, reach=self.reach)
             filled = torch.where(lines.isfinite(), lines, filled)
         return filled
 
@@ -323,7 +324,7 @@ class BaselineCompletion(SystemModule):
         track = Track.of_batch(batch)
         gaps = measure_gaps(batch.observed, batch.distance, track)
         completed = fill(
-            batch.thickness, batch.observed, gaps, predicted, std.float(), self.max_gap
+            batch.thickness, batch.observed, gaps, predicted, std=std.float(), max_gap=self.max_gap
         )
         return {**completed, "stack": batch.stack[track.stack]}
 
@@ -363,7 +364,7 @@ class BaselineCompletion(SystemModule):
             known_truth(batch),
             batch.observed,
             Track.of_batch(batch).stack,
-            std,
+            std=std,
             dropped=getattr(batch, "dropped", None),
             held_out=hidden,
             measured=batch.thickness,

@@ -67,6 +67,7 @@ class DeepLayerPredictor(IceModule):
         shallow: int = 5,
         physics: Literal["all", "shallow"] = "all",
         loss: LossKind = "huber",
+        *,
         delta: float = 1.0,
         prior: Literal["none", "ridge", "relative", "log"] = "none",
         members: int = 1,
@@ -77,7 +78,16 @@ class DeepLayerPredictor(IceModule):
         allow_seen: bool = False,
     ) -> None:
         super().__init__(
-            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier, allow_seen
+            network,
+            optimizer,
+            scheduler,
+            weights,
+            loss=loss,
+            delta=delta,
+            prior=prior,
+            members=members,
+            outlier=outlier,
+            allow_seen=allow_seen,
         )
         save_options(self, "network", "optimizer", "scheduler")
         prefix = "model.init_args"

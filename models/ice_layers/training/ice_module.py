@@ -75,6 +75,7 @@ class IceModule(SystemModule):
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         weights: str | None,
+        *,
         loss: LossKind,
         delta: float,
         prior: Literal["none", "ridge", "relative", "log"],
@@ -350,7 +351,7 @@ class IceModule(SystemModule):
         """Entries of a mask that its others do not contradict. Shape: (N, L), bool."""
         if self.outlier is None:
             return mask
-        return mask & ~find_contradicted(x.thickness, mask, x.track, x.distance, self.outlier)
+        return mask & ~find_contradicted(x.thickness, mask, x.track, x.distance, limit=self.outlier)
 
     def metres(self, out: Tensor, x: Normalised) -> Tensor:
         """What a network gives, as thickness above 0 [m]. Shape: (N, L), float64."""
@@ -378,5 +379,5 @@ class IceModule(SystemModule):
         """The loss of one network over the entries in ``mask``. Shape: to ()."""
         mask = mask & self.mask_outliers(x, x.observed)
         return masked_robust_loss(
-            predicted, x.thickness, mask, self.delta, self.loss, over_ranks=True
+            predicted, x.thickness, mask, self.delta, kind=self.loss, over_ranks=True
         )

@@ -25,6 +25,7 @@ def masked_robust_loss(
     target: Tensor,
     mask: Tensor,
     delta: float = 1.0,
+    *,
     kind: LossKind = "huber",
     over_ranks: bool = False,
 ) -> Tensor:

@@ -235,8 +235,8 @@ class CompletionMetrics(Metric):
         truth: Tensor,
         observed: Tensor,
         node_stack: Tensor,
-        std: Tensor | None = None,
         *,
+        std: Tensor | None = None,
         dropped: Tensor | None = None,
         held_out: Tensor | None = None,
         measured: Tensor | None = None,
@@ -293,7 +293,7 @@ class CompletionMetrics(Metric):
             picked = name in ("heldout", "visible")
             # what is missing has no pick, whatever stands in its place
             target = measured if picked else reference if name == "extra" else truth
-            self._add(g, predicted, target, mask, std, noise if picked else 0.0)
+            self._add(g, predicted, target, mask, std=std, noise=noise if picked else 0.0)
 
     def _add(
         self,
@@ -301,6 +301,7 @@ class CompletionMetrics(Metric):
         predicted: Tensor,
         target: Tensor,
         mask: Tensor,
+        *,
         std: Tensor | None,
         noise: float,
     ) -> None:

@@ -94,6 +94,7 @@ class IceCompletion(IceModule):
         hiding: StructuredHiding | None = None,
         inputs: Literal["hidden", "physics", "observed"] = "hidden",
         loss: LossKind = "huber",
+        *,
         delta: float = 1.0,
         loss_on: Literal["observed", "hidden"] = "observed",
         prior: Literal["none", "ridge", "relative", "log"] = "none",
@@ -109,7 +110,16 @@ class IceCompletion(IceModule):
         allow_seen: bool = False,
     ) -> None:
         super().__init__(
-            network, optimizer, scheduler, weights, loss, delta, prior, members, outlier, allow_seen
+            network,
+            optimizer,
+            scheduler,
+            weights,
+            loss=loss,
+            delta=delta,
+            prior=prior,
+            members=members,
+            outlier=outlier,
+            allow_seen=allow_seen,
         )
         save_options(self, "network", "hiding", "optimizer", "scheduler")
         prefix = "model.init_args"
@@ -172,7 +182,7 @@ class IceCompletion(IceModule):
         shared = self.shared(x, spans)
         if self.outlier is not None and is_filtered:
             z = torch.where(spans.between, shared, x.thickness)
-            off = find_contradicted(z, spans.known, x.track, x.distance, self.outlier)
+            off = find_contradicted(z, spans.known, x.track, x.distance, limit=self.outlier)
             spans = spans.keep(~off | spans.observed)
             shared = torch.where(spans.between, shared, torch.nan)
         return spans, None if self.inputs == "physics" else shared
@@ -239,7 +249,7 @@ class IceCompletion(IceModule):
         predicted, ensemble_std = self.predict(x, x.spans)
         gaps = measure_gaps(x.observed, x.distance, x.track)
         std = self.calibration(self._features(gaps, ensemble_std, x.spans))
-        return fill(batch.thickness, x.observed, gaps, predicted, std, self.max_gap)
+        return fill(batch.thickness, x.observed, gaps, predicted, std=std, max_gap=self.max_gap)
 
     def _features(self, gaps: Gaps, ensemble_std: Tensor, spans: TensorSpans) -> Tensor:
         between = spans.between
@@ -330,7 +340,7 @@ class IceCompletion(IceModule):
             known_truth(batch),
             batch.observed,
             Track.of_batch(batch).stack,
-            completed["std"],
+            std=completed["std"],
             dropped=getattr(batch, "dropped", None),
             measured=batch.thickness,
             spans=Spans.of_batch(batch),

@@ -18,6 +18,7 @@ def two_stage(
     total: int,
     warmup: float = 0.1,
     first: float = 0.5,
+    *,
     drop: float = 1.0,
     final: float = 0.01,
     decay: Literal["cosine", "constant"] = "cosine",
@@ -72,6 +73,7 @@ class TwoStageLR(LRScheduler):
         total_steps: int | None = None,
         warmup: float = 0.1,
         first: float = 0.5,
+        *,
         drop: float = 1.0,
         final: float = 0.01,
         decay: Literal["cosine", "constant"] = "cosine",
@@ -103,7 +105,7 @@ class TwoStageLR(LRScheduler):
         if self.total_steps is None:
             return [float(rate) for rate in self.base_lrs]
         factor = two_stage(
-            self.last_epoch, self.total_steps, self.warmup, self.first, self.drop, self.final,
-            self.decay,
+            self.last_epoch, self.total_steps, self.warmup, self.first,
+            drop=self.drop, final=self.final, decay=self.decay,
         )  # fmt: skip
         return [factor * float(rate) for rate in self.base_lrs]
