@@ -15,10 +15,17 @@ from torch_geometric.data import Batch, Data
 
 from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.domains.ice_layers.spans import Spans
-from fulgurite.models.ice_layers import CompletionNet, IceCompletion
+from fulgurite.models.ice_layers import (
+    CompletionNet,
+    IceCompletion,
+    InputOptions,
+    SpatialOptions,
+    TransformerOptions,
+)
 from fulgurite.models.ice_layers.baselines.covariance import KrigingStack
 from fulgurite.models.ice_layers.baselines.kriging import Kriging
 from fulgurite.models.ice_layers.training.baseline_module import BaselineCompletion
+from fulgurite.options import make_options
 
 PHYSICS = 5
 MISSING = 0.37  # share of entries in the generated data
@@ -68,9 +75,13 @@ def network(layers: int, width: int) -> IceCompletion:
     """The network of ``ice_layers/synthetic.yaml``, at this width; what it learnt costs no time."""
     text = (resources.files("fulgurite.configs.ice_layers") / "synthetic.yaml").read_text("utf-8")
     options = dict(yaml.safe_load(text)["model"]["init_args"])
-    inner = options.pop("network")["init_args"] | {"width": width}
+    inner = options.pop("network")["init_args"]
+    kinds = {"inputs": InputOptions, "spatial": SpatialOptions, "transformer": TransformerOptions}
+    records = {name: make_options(kind, inner[name]) for name, kind in kinds.items()}
     plain = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
-    module = IceCompletion(lambda size, fields: CompletionNet(size, fields, **inner), **plain)
+    module = IceCompletion(
+        lambda size, fields: CompletionNet(size, fields, width, **records), **plain
+    )
     module.build(layers, PHYSICS)
     return module.eval()
 

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from benchmarks.harness import ratios, report, spread, take_turns
-from fulgurite.models.ice_layers import CompletionNet, Track, masked_robust_loss
+from fulgurite.models.ice_layers import (
+    CompletionNet,
+    SpatialOptions,
+    Track,
+    TransformerOptions,
+    masked_robust_loss,
+)
 
 LAYERS, TRACES, WIDTH, PHYSICS = 20, 256, 64, 5
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -38,7 +44,13 @@ def stepper(stacks: int, options: dict[str, Any]) -> Callable[[], None]:
     thickness = torch.randn(n, LAYERS, generator=g)
     visible = torch.rand(n, LAYERS, generator=g) < 0.6
     physics = torch.randn(n, LAYERS, PHYSICS, generator=g)
-    network = CompletionNet(LAYERS, PHYSICS, width=WIDTH, **options)
+    network = CompletionNet(
+        LAYERS,
+        PHYSICS,
+        width=WIDTH,
+        spatial=SpatialOptions(**{k: v for k, v in options.items() if k != "attention"}),
+        transformer=TransformerOptions(attention=options.get("attention", 0)),
+    )
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 
     def step() -> None:

@@ -40,6 +40,11 @@ if TYPE_CHECKING:
         nearby_means,
         side_features,
     )
+    from fulgurite.models.ice_layers.networks.options import (
+        InputOptions,
+        SpatialOptions,
+        TransformerOptions,
+    )
     from fulgurite.models.ice_layers.networks.spatial import (
         Neighbourhood,
         SageLayer,
@@ -120,6 +125,7 @@ _MODULES = {
     "training.module": ("IceCompletion",),
     "output.netcdf": ("read_netcdf", "write_netcdf"),
     "networks.completion_net": ("CompletionNet",),
+    "networks.options": ("InputOptions", "SpatialOptions", "TransformerOptions"),
     "output.stacks": ("CompletedStack", "FlightDetails", "read_npz", "write_npz"),
     "training.schedule": ("TwoStageLR", "two_stage"),
     "networks.spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
@@ -137,6 +143,7 @@ __all__ = [
     "FlightDetails",
     "Gaps",
     "IceCompletion",
+    "InputOptions",
     "Kriging",
     "LayerMixing",
     "LayerTransformer",
@@ -147,9 +154,11 @@ __all__ = [
     "PhysicsPrior",
     "SageLayer",
     "SpatialEncoder",
+    "SpatialOptions",
     "StructuredHiding",
     "TraceAttention",
     "Track",
+    "TransformerOptions",
     "TwoStageLR",
     "adjacency",
     "along_then_across",

@@ -136,7 +136,7 @@ def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monk
     options = [
         "--data.init_args.num_workers=0", "--trainer.max_epochs=1", "--run.dir=run",
         "--model.init_args.network.init_args.width=8", "--data.init_args.batch_size=2",
-        "--model.init_args.network.init_args.depth=1", "--data.init_args.predict=all",
+        "--model.init_args.network.init_args.transformer.depth=1", "--data.init_args.predict=all",
     ]  # fmt: skip
     name = "ice_layers/sred.yaml"
     fit(*options, config=name)

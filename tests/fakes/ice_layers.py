@@ -16,6 +16,12 @@ from fulgurite.datamodules.ice_layers import (
     SredFolders,
     SredMat,
 )
+from fulgurite.models.ice_layers import (
+    CompletionNet,
+    InputOptions,
+    SpatialOptions,
+    TransformerOptions,
+)
 
 NAME = "20120330_01"
 START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
@@ -52,6 +58,17 @@ def sred_mat(root, **options):
         folders=(SredFolders, {}),
     )
     return SredMat(root, **nested)
+
+
+def completion_net(layers, physics, width=32, **options):
+    """A completion network."""
+    nested = nest(
+        options,
+        inputs=(InputOptions, {"physics": "use_physics"}),
+        spatial=(SpatialOptions, {"depth": "spatial_depth"}),
+        transformer=(TransformerOptions, {}),
+    )
+    return CompletionNet(layers, physics, width, **nested)
 
 
 def make_flight(traces=60, layers=3, is_smooth=False):

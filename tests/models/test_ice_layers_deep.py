@@ -4,18 +4,19 @@ from functools import partial
 
 import pytest
 import torch
+from fakes.ice_layers import completion_net
 from lightning.pytorch import Trainer, seed_everything
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers import CompletionNet, DeepLayerPredictor, IceCompletion
+from fulgurite.models.ice_layers import DeepLayerPredictor, IceCompletion
 
 pytest.importorskip("torch_geometric")
 pytest.importorskip("h5py")
 pytest.importorskip("netCDF4")
 
 L, K = 6, 2
-NET = partial(CompletionNet, width=16, heads=2, depth=1)
+NET = partial(completion_net, width=16, heads=2, depth=1)
 
 
 def predictor(**options):

@@ -11,7 +11,6 @@ from torch import nn
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers import (
     Calibration,
-    CompletionNet,
     IceCompletion,
     StructuredHiding,
     Track,
@@ -23,6 +22,7 @@ from fulgurite.models.ice_layers.training.schedule import TwoStageLR
 from fulgurite.models.ice_layers.training.uncertainty import Z90, entry_features, mean_and_std
 
 pytest.importorskip("torch_geometric")
+from fakes.ice_layers import completion_net
 from torch_geometric.data import Data
 from torch_geometric.loader.dataloader import Collater
 
@@ -119,7 +119,7 @@ class Flights(LightningDataModule):
     predict_dataloader = test_dataloader
 
 
-NET = partial(CompletionNet, width=16, heads=2, depth=1)
+NET = partial(completion_net, width=16, heads=2, depth=1)
 ADAMW = partial(torch.optim.AdamW, lr=3e-3)
 
 
@@ -345,7 +345,7 @@ def test_hiding_is_on_unless_copying_is_asked_for():
 def test_copying_is_detected():
     """Check 13: the identity version stops with what to do, or goes on where that is asked for."""
     data = Flights()
-    options = {"network": partial(CompletionNet, width=32, depth=1, graph="none"), "steps": 150}
+    options = {"network": partial(completion_net, width=32, depth=1, graph="none"), "steps": 150}
     with pytest.warns(UserWarning, match="learn to copy"):
         model, _, run = fitted(
             data, inputs="observed", trap_ratio=None, limit_val_batches=0, **options
@@ -422,7 +422,7 @@ def test_two_stacks_are_learned_by_heart_from_physics():
     losses = []
     seed_everything(0)
     # validation and test share a flight here, and neither counts
-    model = module(inputs="physics", allow_seen=True, network=partial(CompletionNet, width=32))
+    model = module(inputs="physics", allow_seen=True, network=partial(completion_net, width=32))
     log = model.log
     model.log = lambda name, value, **k: (losses.append(float(value)), log(name, value, **k))
     trainer(200, limit_val_batches=0).fit(model, data)
@@ -448,7 +448,7 @@ def test_members_differ_and_their_spread_is_given():
 
 
 def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
-    network = partial(CompletionNet, width=16, heads=2, depth=1, dropout=0.2)
+    network = partial(completion_net, width=16, heads=2, depth=1, dropout=0.2)
     model, data, _ = fitted(network=network, mc_samples=4, steps=5)
     model.eval()
     batch = test_batch(data)
@@ -532,7 +532,7 @@ def test_other_data_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="IceLayerDataModule"):
         trainer(1).fit(module(), LightningDataModule())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    wide = module(weights=str(tmp_path / "a.ckpt"), network=partial(CompletionNet, width=8))
+    wide = module(weights=str(tmp_path / "a.ckpt"), network=partial(completion_net, width=8))
     with pytest.raises(CheckpointError, match="does not fit"):
         trainer(1).fit(wide, data)
     with pytest.raises(CheckpointError, match="no network of ice layers"):

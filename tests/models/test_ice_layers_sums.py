@@ -4,18 +4,19 @@ from functools import partial
 
 import pytest
 import torch
+from fakes.ice_layers import completion_net
 from lightning.pytorch import Trainer, seed_everything
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers import CompletionNet, IceCompletion
+from fulgurite.models.ice_layers import IceCompletion
 
 WORLD = World(stacks=40, traces=24, layers=8, segments=10)
 
 pytest.importorskip("torch_geometric")
 
-NET = partial(CompletionNet, width=16, heads=2, depth=1)
+NET = partial(completion_net, width=16, heads=2, depth=1)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +134,8 @@ def test_a_step_learns_proportions(flights):
 
 
 def test_without_sums_the_network_is_the_papers(flights):
-    plain = CompletionNet(8, 5, width=16, heads=2, depth=1, sums=False)
-    told = CompletionNet(8, 5, width=16, heads=2, depth=1)
+    plain = completion_net(8, 5, width=16, heads=2, depth=1, sums=False)
+    told = completion_net(8, 5, width=16, heads=2, depth=1)
     count = [sum(p.numel() for p in net.parameters()) for net in (plain, told)]
     assert count[1] > count[0]
     model, trainer = fit(flights, steps=2, keep_boundaries="none")

@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 import torch
+from fakes.ice_layers import completion_net
 from lightning.pytorch import Trainer, seed_everything
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.models.ice_layers import (
     BaselineCompletion,
-    CompletionNet,
     DeepLayerPredictor,
     IceCompletion,
     TwoStageLR,
@@ -60,7 +60,7 @@ def trainer(**options):
 def trained(data, steps=300, seed=0, kind=IceCompletion, net=None, save=None, **options):
     seed_everything(seed)
     options = {"optimizer": ADAMW, "scheduler": STAGES, **options}
-    model = kind(network=partial(CompletionNet, **(net or {})), **options)
+    model = kind(network=partial(completion_net, **(net or {})), **options)
     run = trainer(max_steps=steps)
     run.fit(model, data)
     if save:

@@ -4,6 +4,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import yaml
+from fakes.ice_layers import completion_net
 from jsonargparse import ArgumentParser
 
 from fulgurite.callbacks.cs_arm_bn import ControlContext
@@ -53,7 +54,7 @@ SYSTEMS = {
     "stream_cqsa": (LanguageModel, decoder, decoder, None),
     "number_probing": (lambda n: NumberLM(n, vocab_size=32), backbone, backbone, None),
     "ice_layers": (
-        IceCompletion, lambda: CompletionNet(8, 5, width=16, heads=2, depth=1), CompletionNet, None
+        IceCompletion, lambda: completion_net(8, 5, width=16, heads=2, depth=1), CompletionNet, None
     ),
 }  # fmt: skip
 

@@ -178,7 +178,7 @@ def check_graph(kind: str, neighbours: int, part: int, overlap: int) -> None:
     Raises:
         ConfigError: ``kind`` is unknown or a number is out of range.
     """
-    prefix = "model.init_args.network.init_args"
+    prefix = "model.init_args.network.init_args.spatial"
     if kind not in get_args(GraphKind):
         raise ConfigError(
             f"{prefix}.graph={kind} is unknown.", f"Use {', '.join(get_args(GraphKind))}."

@@ -85,7 +85,7 @@ def check_backend(kind: str, backend: str) -> None:
     Raises:
         ConfigError: The backend is unknown or does not know the graph.
     """
-    prefix = "model.init_args.network.init_args"
+    prefix = "model.init_args.network.init_args.spatial"
     if backend not in get_args(Backend):
         raise ConfigError(
             f"{prefix}.backend={backend} is unknown.", f"Use {', '.join(get_args(Backend))}."
@@ -239,7 +239,7 @@ class TraceAttention(nn.Module):
         if width % heads:
             raise ConfigError(
                 f"{heads} heads do not divide a width of {width}.",
-                "Set model.init_args.network.init_args.heads to a divisor of width.",
+                "Set model.init_args.network.init_args.transformer.heads to a divisor of width.",
             )
         self.heads = heads
         self.norm = nn.LayerNorm(width)

@@ -144,7 +144,7 @@ class LayerTransformer(nn.Module):
         mixing: Literal["softmax", "free"] = "softmax",
     ) -> None:
         super().__init__()
-        prefix = "model.init_args.network.init_args"
+        prefix = "model.init_args.network.init_args.transformer"
         if encoding not in ("sin", "learned", "none"):
             raise ConfigError(
                 f"{prefix}.encoding={encoding} is unknown.", "Use sin, learned, none."

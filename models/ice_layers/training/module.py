@@ -197,7 +197,8 @@ class IceCompletion(IceModule):
         if not any(m.p for m in layers):
             raise ConfigError(
                 f"model.init_args.mc_samples={self.mc_samples}, and the network has no dropout.",
-                "Set model.init_args.network.init_args.dropout above 0, or mc_samples=0.",
+                "Set model.init_args.network.init_args.transformer.dropout above 0, or "
+                "mc_samples=0.",
             )
         before = [m.training for m in layers]
         with torch.random.fork_rng(devices=[x.pos.device] if x.pos.is_cuda else []):
