@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -13,23 +12,10 @@ from fulgurite.data.splits import check_fractions
 from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["PARTS", "OwnSplit", "leave_guard", "split_segments"]
+__all__ = ["PARTS", "leave_guard", "split_segments"]
 
 #: The parts of a split.
 PARTS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class OwnSplit:
-    """The split that the files of a source come with, such as by folders.
-
-    Attributes:
-        part: Name of each stack -> its part.
-        shared: Flight segments that are in several parts because the user says so.
-    """
-
-    part: Mapping[str, str]
-    shared: frozenset[str] = frozenset()
 
 
 def split_segments(

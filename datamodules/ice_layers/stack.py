@@ -5,7 +5,7 @@ Shapes: N traces (nodes), L layers (newest first), P physical fields.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from fulgurite.errors import ConfigError, DataError, MissingExtraError
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-    from fulgurite.datamodules.ice_layers.splits import OwnSplit
 
 __all__ = [
     "EXCLUDE",
@@ -32,6 +31,7 @@ __all__ = [
     "Exclusion",
     "Flights",
     "LayerStack",
+    "OwnSplit",
     "check_plausible",
     "check_thickest",
     "need_extra",
@@ -307,6 +307,19 @@ class LayerStack:
         if self.provenance is not None:
             fields["provenance"] = torch.from_numpy(self.provenance)
         return Data(num_nodes=len(self.thickness), **fields)
+
+
+@dataclass(frozen=True)
+class OwnSplit:
+    """The split that the files of a source come with, such as by folders.
+
+    Attributes:
+        part: Name of each stack -> its part.
+        shared: Flight segments that are in several parts because the user says so.
+    """
+
+    part: Mapping[str, str]
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_ranks_add_up_by_sum_and_count():
     whole, one, other = CompletionMetrics(L), CompletionMetrics(L), CompletionMetrics(L)
     whole.update(predicted, truth, observed, stack, std=std)
     one.update(predicted[:5], truth[:5], observed[:5], stack[:5], std=std[:5])
-    other.update(predicted[5:], truth[5:], observed[5:], stack[5:] - 1, std[5:])
+    other.update(predicted[5:], truth[5:], observed[5:], stack[5:] - 1, std=std[5:])
     error, missing = predicted - truth, ~observed
     mean = (rmse(error[:5][missing[:5]]) + rmse(error[5:][missing[5:]])) / 2
     one.merge_state(other)
@@ -163,7 +163,7 @@ def test_entries_left_missing_do_not_count():
     metrics = CompletionMetrics(L)
     metrics.update(
         torch.where(left, torch.nan, predicted), truth, observed, stack,
-        torch.where(left, torch.nan, std),
+        std=torch.where(left, torch.nan, std),
     )  # fmt: skip
     error = (predicted - truth)[~observed & ~left]
     assert metrics.compute()["missing_rmse"] == pytest.approx(rmse(error), rel=1e-12)
@@ -178,7 +178,7 @@ def test_calibrated_intervals_are_told_from_narrow_ones():
         metrics = CompletionMetrics(L)
         none = torch.zeros(4000, L, dtype=torch.bool)
         zero = torch.zeros(4000, dtype=torch.long)
-        metrics.update(truth * 0, truth, none, zero, factor * std)
+        metrics.update(truth * 0, truth, none, zero, std=factor * std)
         found[factor] = metrics.compute()
     assert found[1.0]["missing_coverage90"] == pytest.approx(0.9, abs=0.01)
     assert found[1.0]["missing_calibration"] < 0.01

@@ -25,13 +25,14 @@ from fulgurite.datamodules.ice_layers.readers.sred_parts import (
     keep_each_once,
     settle_shared,
 )
-from fulgurite.datamodules.ice_layers.splits import PARTS, OwnSplit
+from fulgurite.datamodules.ice_layers.splits import PARTS
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     Array,
     Exclusion,
     Flights,
     LayerStack,
+    OwnSplit,
     check_thickest,
 )
 from fulgurite.datamodules.ice_layers.tracks.resample import measure_track

@@ -18,7 +18,7 @@ from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import atomic_write
-from fulgurite.models.ice_layers.output.origin import gps_to_utc
+from fulgurite.models.ice_layers.output.origin import trace_times
 from fulgurite.models.ice_layers.output.stacks import AGAIN, CompletedStack, make_stack
 
 __all__ = ["check_attributes", "read_netcdf", "write_netcdf"]
@@ -142,7 +142,7 @@ class _Writer:
         if details.time is not None:
             is_gps = details.time_scale == "GPS"
             self.add(
-                "time", gps_to_utc(details.time) if is_gps else details.time, _TRACE,
+                "time", trace_times(details), _TRACE,
                 standard_name="time", long_name="time of the trace", units=_EPOCH,
                 calendar="standard", axis="T",
                 units_metadata=f"leap_seconds: {'none' if is_gps else 'unknown'}",
@@ -318,7 +318,7 @@ def _attributes(stack: CompletedStack) -> dict[str, Any]:
     }
     if details.time is not None:
         attributes |= {"featureType": "trajectory", "time_scale": details.time_scale}
-        time = gps_to_utc(details.time) if details.time_scale == "GPS" else details.time
+        time = trace_times(details)
         for name, value in (("start", time.min()), ("end", time.max())):
             moment = datetime.fromtimestamp(float(value), UTC)
             attributes[f"time_coverage_{name}"] = moment.isoformat(timespec="milliseconds")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Origin", "gps_to_utc"]
+from fulgurite.domains.ice_layers.details import FlightDetails
+
+__all__ = ["Origin", "gps_to_utc", "trace_times"]
 
 Array = NDArray[np.float64]
 
@@ -37,6 +39,12 @@ def gps_to_utc(time: Array) -> Array:
     edges = days + np.arange(1, len(days) + 1)
     leaps = np.searchsorted(edges, time, side="right")
     return time - np.where(np.isfinite(time), leaps, 0.0)
+
+
+def trace_times(details: FlightDetails) -> Array:
+    """Time of each trace [s since 1970]: in UTC, or as it is where nothing says its scale."""
+    assert details.time is not None
+    return gps_to_utc(details.time) if details.time_scale == "GPS" else details.time
 
 
 @dataclass(frozen=True)
