@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
+from fulgurite.testing.lstm_cell import lstm_cell, lstm_cell_backward
+
 __all__ = [
     "DEVICE",
     "DeviceRecord",
@@ -260,38 +262,10 @@ def _count_waits(
             _record.wait("indexing by a tensor of the host")
 
 
-def _lstm_cell(
-    inputs: Tensor, hidden: Tensor, cell: Tensor, *bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    gates = inputs + hidden
-    for term in bias:
-        gates = gates if term is None else gates + term
-    i, f, c, o = gates.chunk(4, 1)
-    i, f, c, o = i.sigmoid(), f.sigmoid(), c.tanh(), o.sigmoid()
-    after = f * cell + i * c
-    return o * after.tanh(), after, torch.cat([i, f, c, o], 1)
-
-
-def _lstm_cell_backward(  # noqa: PLR0917  # as torch calls it
-    of_hidden: Tensor | None, of_cell: Tensor | None, cell: Tensor, after: Tensor,
-    workspace: Tensor, bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    i, f, c, o = workspace.chunk(4, 1)
-    cell_output = after.tanh()
-    of_hidden = torch.zeros_like(after) if of_hidden is None else of_hidden
-    total = of_hidden * o * (1 - cell_output * cell_output) + (0 if of_cell is None else of_cell)
-    of_gates = [
-        total * c * i * (1 - i), total * cell * f * (1 - f), total * i * (1 - c * c),
-        of_hidden * cell_output * o * (1 - o),
-    ]  # fmt: skip
-    gates = torch.cat(of_gates, 1)
-    return gates, total * f, gates.sum(0) if bias else gates.new_zeros(0)
-
-
 # what a CPU has not, and what must not choose a kernel of a GPU
 _REPLACED: dict[Any, Callable[..., Any]] = {
-    _aten._thnn_fused_lstm_cell.default: _lstm_cell,
-    _aten._thnn_fused_lstm_cell_backward_impl.default: _lstm_cell_backward,
+    _aten._thnn_fused_lstm_cell.default: lstm_cell,
+    _aten._thnn_fused_lstm_cell_backward_impl.default: lstm_cell_backward,
     _aten._fused_sdp_choice.default: lambda *_, **__: 0,
 }
 # called by torch without regard to Python subclasses
