@@ -261,15 +261,14 @@ class PlateDataModule(L.LightningDataModule):
             )
 
     def _measure_channels(self) -> tuple[Tensor, Tensor] | None:
-        given = self.pixels.mean, self.pixels.std
-        if given[0] is not None and given[1] is not None:
-            for name, values in zip(("mean", "std"), given, strict=True):
+        if self.pixels.mean is not None and self.pixels.std is not None:
+            for name, values in (("mean", self.pixels.mean), ("std", self.pixels.std)):
                 if len(values) != self.in_channels:
                     raise ConfigError(
                         f"There are {len(values)} values for {self.in_channels} channels.",
                         f"Give one `--data.init_args.pixels.{name}` for each channel.",
                     )
-            return torch.tensor(given[0]), torch.tensor(given[1])
+            return torch.tensor(self.pixels.mean), torch.tensor(self.pixels.std)
         rows = self.assignment.train
         if not len(rows):
             return None  # a checkpoint's
