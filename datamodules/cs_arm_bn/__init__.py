@@ -4,12 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from fulgurite.datamodules.cs_arm_bn.cifar import CorruptedCifar, CorruptionFamilies
 from fulgurite.datamodules.cs_arm_bn.embeddings import EmbeddedPlates
-from fulgurite.datamodules.cs_arm_bn.jump import (
-    JumpFiles,
-    JumpPlates,
-    Perturbations,
-    PlateSelection,
-)
+from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
+from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
 from fulgurite.datamodules.cs_arm_bn.options import (
     EpisodeOptions,
     EvaluationOptions,

@@ -1,5 +1,7 @@
 """Episodes and the data module: what a batch promises, evaluation, probes, ranks, checkpoints."""
 
+from argparse import ArgumentError
+
 import lightning as L
 import numpy as np
 import pandas as pd
@@ -699,3 +701,15 @@ def test_the_command_line_can_build_it(folder):
     assert data.evaluation.label_shift == 0.01
     folds = GroupFolds("lab", 0, 2)
     assert folds.val_group == "batch"
+
+
+@pytest.mark.parametrize("option", ["queries", "eval_queries", "label_shift", "image_size"])
+def test_an_option_outside_its_group_is_refused(option):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningDataModule, "data")
+    base = "fulgurite.datamodules.cs_arm_bn."
+    options = {"source": base + "SyntheticPlates", "split": base + "HoldOut", option: 8}
+    with pytest.raises(ArgumentError, match=option):
+        parser.parse_object(
+            {"data": {"class_path": base + "PlateDataModule", "init_args": options}}
+        )

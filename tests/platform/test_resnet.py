@@ -10,7 +10,7 @@ from fulgurite.layers.resnet import BasicBlock
 
 
 def tiny(classes=3, stem="cifar", channels=1, weights=None):
-    return ResNet(BasicBlock, (1, 1, 1, 1), channels, classes, stem, weights)
+    return ResNet(BasicBlock, (1, 1, 1, 1), channels, classes, stem=stem, weights=weights)
 
 
 @pytest.mark.parametrize(
