@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | types | docs | tables | bench | gpu | format | clean
+# make demo | test | test-all | coverage | lint | types | docs | tables | bench | gpu | format | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ DEMO_RUN := runs/fedsir/digits/demo
 DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
 TESTS := tests $(DOCTESTS) -n auto --dist loadfile
 
-.PHONY: venv demo test test-all lint types docs tables bench gpu format clean
+.PHONY: venv demo test test-all coverage lint types docs tables bench gpu format clean
 
 venv: $(INSTALLED)
 
@@ -48,6 +48,11 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Which lines the tests without the slow ones run: a figure to read, that nothing depends on.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt pytest-cov==7.1.0
+	$(BIN)/python -m pytest $(TESTS) -m "not slow" --cov=fulgurite --cov-report=term:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
