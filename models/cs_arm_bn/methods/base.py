@@ -86,6 +86,7 @@ def query_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the queries; controls have no labels and are not included.
 
     Example:
+        >>> import torch
         >>> round(float(query_loss(torch.zeros(2, 4), torch.tensor([0, 3]))), 4)  # log 4
         1.3863
 
