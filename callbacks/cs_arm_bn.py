@@ -121,7 +121,7 @@ class ControlContext(Callback):
         if (name := pl_module.plate_name(batch.domain)) not in self.profiles:
             self.profiles[name] = plate_profile(batch.control).cpu()
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 (Lightning's hook)
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the loss for the figure."""

@@ -122,7 +122,7 @@ class FederatedRounds(Callback):
         if len(getattr(self.engine.method, "relabel_rounds", ())) > relabelings:
             self._noise_before = self._mean_noise(before)
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 (Lightning's hook)
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a round after its last group."""

@@ -134,7 +134,7 @@ class ModularProbe(Callback):
         """Probe the model as it starts, unless it is resumed from a probed step."""
         self._probe(trainer, pl_module, self._batches(trainer))
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 (Lightning's hook)
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe after every ``every_n_steps`` batches."""

@@ -55,7 +55,7 @@ class AttentionMonitor(Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._begun = read_clock(pl_module.device)
 
-    def on_train_batch_end(
+    def on_train_batch_end(  # noqa: PLR0917 (Lightning's hook)
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log memory, traffic and time of the step."""
