@@ -80,7 +80,7 @@ def fit(workdir):
 @pytest.fixture
 def fulgurite(workdir, capsys):
     """Run the command in this process; gives its status and what it printed."""
-    from fulgurite.cli import main
+    from fulgurite.__main__ import main
 
     def call(*argv):
         capsys.readouterr()

@@ -241,7 +241,7 @@ def test_the_command_line_beats_the_checkpoint_and_says_so(fit, capsys):
 
 
 def test_print_config_shows_the_resolved_configuration(workdir, capsys):
-    from fulgurite.cli import main
+    from fulgurite.__main__ import main
 
     with pytest.raises(SystemExit) as ended:
         main(["fit", *SMOKE, "--print_config=skip_null"])

@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """As the command ``fulgurite``, in this process: errors become a line and a status."""
+    """As ``fulgurite fit`` and the like, in this process: errors become a line and a status."""
     return run_command([*argv], _execute)
 
 
