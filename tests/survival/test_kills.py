@@ -162,10 +162,10 @@ def test_a_run_killed_between_a_checkpoint_and_its_row_of_metrics_loses_no_row(
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before(
     tmp_path, monkeypatch
 ):
-    import fulgurite.io
+    import fulgurite.tensor_files
 
     def within_a_checkpoint(kill):
-        seal, written = fulgurite.io._seal, []
+        seal, written = fulgurite.tensor_files._seal, []
 
         def call(path):
             written.append(path)
@@ -173,7 +173,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before(
                 kill()
             seal(path)
 
-        monkeypatch.setattr(fulgurite.io, "_seal", call)
+        monkeypatch.setattr(fulgurite.tensor_files, "_seal", call)
 
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
