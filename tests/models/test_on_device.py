@@ -12,7 +12,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d, context
 from fulgurite.models.cs_arm_bn.references import load_reference, reference_state
 from fulgurite.models.fedsir import choose_k
 from fulgurite.models.fedsir.aggregation import distance_to_clean
-from fulgurite.models.fedsir.federation import Federation
+from fulgurite.models.fedsir.federation.randomness import keyed_randomness
 from fulgurite.models.ice_layers import PhysicsPrior
 from fulgurite.models.ice_layers.data.graph import Track, note_sizes
 from fulgurite.models.number_probing import NumberLM, cohen_kappa, spectrum
@@ -213,7 +213,7 @@ def test_local_training_seeds_its_own_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: calls.append("seed"))
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: calls.append("all"))
     state = torch.get_rng_state()
-    with Federation.keyed_randomness(SimpleNamespace(device=device, seed=0), "network", 3):
+    with keyed_randomness(device, 0, "network", 3):
         calls.append("work")
     torch.set_rng_state(state)
     inside = [("enter", "device", device), "seed", ("leave", "device", device)]
