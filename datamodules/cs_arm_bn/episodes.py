@@ -60,8 +60,11 @@ class _Episodes(Dataset[PlateBatch]):
         self, rows: BatchRows, generator: np.random.Generator | None = None
     ) -> PlateBatch:
         table, queries, controls = self.crops.images.table, rows.queries, rows.controls
+        images = self.crops.read(np.concatenate([queries, controls]), generator)
+        if images.is_floating_point():  # else a trainer of half precision would round them
+            images = images.view(torch.int32)
         return PlateBatch(
-            images=self.crops.read(np.concatenate([queries, controls]), generator),
+            images=images,
             n_query=len(queries),
             domain=rows.domain,
             label=torch.from_numpy(table.label[queries]),

@@ -104,7 +104,10 @@ class Standardisation:
         Shape:
             - (M, C, H, W) float32.
         """
-        pixels = batch.images.to(torch.float32, copy=True)
+        stored = batch.images
+        if stored.dtype == torch.int32:  # the bits of float32
+            stored = stored.view(torch.float32)
+        pixels = stored.to(torch.float32, copy=True)
         if self.mean is None or self.std is None:
             std, mean = torch.std_mean(pixels, (2, 3), correction=0, keepdim=True)
             return (pixels - mean) / std.clamp_min(_MIN_STD)

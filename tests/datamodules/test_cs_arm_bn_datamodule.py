@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import HalfPrecision
 
 from fulgurite.datamodules.cs_arm_bn import (
     CsvPlates,
@@ -424,6 +425,23 @@ def test_training_pixels_have_mean_0_and_deviation_1(make):
         pixels = standardised(plate, data.table.rows_of(d, True))
         assert pixels.mean((0, 2, 3)).abs().max() < 1e-4
         assert pixels.var((0, 2, 3), correction=0) == pytest.approx(np.ones(5), abs=1e-3)
+
+
+def test_half_precision_does_not_round_images_before_they_are_standardised(make, monkeypatch):
+    data = make(pixels={"normalise": "image"})
+    episodes = data.plan_evaluation(data.assignment.val)
+    read = episodes.crops.read
+
+    def read_floats(rows, generator=None):
+        return read(rows, generator).float() + 60000  # far from 0, as raw intensities are
+
+    monkeypatch.setattr(type(episodes.crops), "read", lambda self, *rows: read_floats(*rows))
+    batch = episodes[0]
+    expected = data.on_after_batch_transfer(batch, 0).images
+    assert expected.std() == pytest.approx(1, abs=0.01)
+    for precision in ("bf16-true", "16-true"):
+        converted = HalfPrecision(precision).convert_input(batch)
+        assert data.on_after_batch_transfer(converted, 0).images.equal(expected)
 
 
 def test_given_statistics_are_fractions_of_full_scale(make):

@@ -23,8 +23,9 @@ class PlateBatch(NamedTuple):
     there.
 
     Args:
-        images: Queries first, then controls. Shape: (M, C, H, W) of any type, float32 after the
-            DataModule's ``on_after_batch_transfer``.
+        images: Queries first, then controls. Shape: (M, C, H, W), of an unsigned type as it is
+            stored, or int32, the bits of float32; standardised float32, or what the trainer's
+            precision makes of it, after the DataModule's ``on_after_batch_transfer``.
         n_query: Number L of queries.
         domain: Index of the plate; :data:`MIXED` for queries of several plates without controls.
         label: Class of each query, -1 if unknown. Shape: (L,) int64.
