@@ -150,7 +150,6 @@ class PlateTable:
         class_names: Names of the K classes.
         channels: Names of the channels, in the order of the images.
         excluded: Exclusions so far.
-        *,
         notes: Notes about the source for :meth:`report`.
         domains: Names of the D plates, in order of appearance.
         wells: Names of wells, each ``domain|well``.
@@ -164,7 +163,6 @@ class PlateTable:
         class_names: Names of the K classes, in the order of the labels.
         channels: Names of the channels.
         excluded: Exclusions by the reader.
-        *,
         notes: Notes of the reader for the report.
 
     Raises:
