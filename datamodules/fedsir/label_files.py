@@ -75,7 +75,7 @@ def label_numbers(
         DataError: Some labels are neither names nor numbers of classes.
 
     Example:
-        >>> label_numbers(["b", "a", "b"], ("a", "b"), "auto", Path("x.csv"), "--noise")
+        >>> label_numbers(["b", "a", "b"], ("a", "b"), "auto", Path("x.csv"), option="--noise")
         {'b': 1, 'a': 0}
     """
     different = list(dict.fromkeys(texts))

@@ -220,7 +220,8 @@ class InstanceDependent(LabelNoise):
     Example:
         >>> images = torch.arange(80 * 4).remainder(256).byte().view(80, 1, 2, 2)
         >>> labels = torch.arange(80) % 4
-        >>> noisy = InstanceDependent()(labels, 0.5, 4, torch.Generator().manual_seed(0), images)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> noisy = InstanceDependent()(labels, 0.5, 4, generator, images=images)
         >>> int((noisy != labels).sum())
         40
     """

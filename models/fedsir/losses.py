@@ -113,7 +113,8 @@ def adjusted_distillation(
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
-        >>> float(adjusted_distillation(logits, labels, logits, 1.0, torch.zeros(2), 1.0))
+        >>> even = torch.zeros(2)
+        >>> float(adjusted_distillation(logits, labels, logits, 1, log_prior=even, temperature=1))
         0.0
 
     Source: FedSIR, arXiv 2604.20825, Stage III, noisy clients; −∞: FedNoRo, IJCAI 2023.
@@ -157,7 +158,7 @@ def selective_distillation(
     Example:
         >>> logits, labels, prior = torch.zeros(2, 3), torch.tensor([0, 1]), torch.zeros(3)
         >>> no = torch.tensor([False, False])
-        >>> mixed = selective_distillation(logits, labels, logits, no, 0.2, prior)
+        >>> mixed = selective_distillation(logits, labels, logits, no, weight=0.2, log_prior=prior)
         >>> bool(mixed == logit_adjusted_cross_entropy(logits, labels, prior))
         True
 

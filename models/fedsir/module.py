@@ -162,6 +162,7 @@ class FederatedClassifier(SystemModule):
         Raises:
             ConfigError: They do not.
         """
+        super().setup(stage)
         if stage == "fit":
             check_trainer(self.trainer, self.rounds)
 

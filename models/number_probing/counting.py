@@ -146,7 +146,7 @@ def save_vectors(path: str | Path, numbers: Sequence[int], embeddings: Tensor) -
         The file.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = save_vectors(Path(folder) / "a.txt", [7, 8], torch.eye(2))
         ...     file.read_text()

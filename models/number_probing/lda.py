@@ -124,7 +124,7 @@ def lda_scores(
         >>> x = torch.tensor([[0.0], [1.0], [5.0], [6.0]]).double().repeat(2, 1)
         >>> table = StandardizedRows(x)
         >>> labels, folds = torch.tensor([0, 0, 1, 1] * 2), torch.arange(8)[None] // 4
-        >>> lda_scores(table, labels, 2, folds, "auto").argmax(-1)[0, 0].tolist()
+        >>> lda_scores(table, labels, 2, folds, shrinkage="auto").argmax(-1)[0, 0].tolist()
         [0, 0, 1, 1, 0, 0, 1, 1]
 
     Source: card section 1.5; equal to scikit-learn's ``LinearDiscriminantAnalysis``.

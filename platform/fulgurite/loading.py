@@ -65,7 +65,7 @@ def load(
     Args:
         name: A packaged configuration such as ``fedsir/digits``, or a YAML file.
         model: Options of the module by their names on the command line after ``--model.``, such as
-            ``{"method.relabel_every": 2}``.
+            ``{"method.relabeling.every": 2}``.
         data: Options of the data module, such as ``{"noise.rate": 0.9}``.
         trainer: Options of the trainer, such as ``{"max_epochs": 3}``.
         seed_everything: The seed; None for the configuration's.
@@ -76,7 +76,6 @@ def load(
 
     Example:
         >>> digits = load("fedsir/smoke", data={"noise.rate": 0.9}, trainer={"max_epochs": 1})
-        Seed set to 0
         >>> type(digits.model).__name__, digits.trainer_arguments["max_epochs"]
         ('FederatedClassifier', 1)
     """

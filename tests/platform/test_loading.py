@@ -60,7 +60,7 @@ def test_overrides_are_those_of_the_command_line():
     loaded = fulgurite.load(
         "fedsir/digits.yaml",
         model={
-            "method.relabel_every": 3,
+            "method.relabeling.every": 3,
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
         },
         data={"noise.rate": 0.8},
@@ -68,7 +68,7 @@ def test_overrides_are_those_of_the_command_line():
         seed_everything=7,
     )
     model, data = (loaded.config[key]["init_args"] for key in ("model", "data"))
-    assert model["method"]["init_args"]["relabel_every"] == 3
+    assert model["method"]["init_args"]["relabeling"]["every"] == 3
     assert model["optimizer"]["class_path"] == "torch.optim.SGD"
     assert data["noise"]["init_args"]["rate"] == 0.8
     assert loaded.config["seed_everything"] == 7

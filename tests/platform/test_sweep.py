@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -578,20 +579,18 @@ def test_the_command_line(folder, capsys):
 
 
 @pytest.fixture
-def postgres(tmp_path):
+def postgres():
     """A server of its own on a free port; skipped where PostgreSQL is not installed."""
     binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     initdb = shutil.which("initdb") or (str(binaries[-1]) if binaries else None)
     if initdb is None:
         pytest.skip("PostgreSQL is not installed")
     pg_ctl = str(Path(initdb).with_name("pg_ctl"))
-    home = tmp_path / "postgres"
-    home.mkdir()
+    # not under pytest's folder, which is closed to the user that the server runs as
+    home = Path(tempfile.mkdtemp(prefix="postgres-"))
     prefix = []
     if os.getuid() == 0:  # the server refuses to run as root
         shutil.chown(home, "nobody")
-        for parent in [tmp_path, *tmp_path.parents][:3]:
-            parent.chmod(parent.stat().st_mode | 0o011)
         prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
     import socket
 
@@ -610,6 +609,7 @@ def postgres(tmp_path):
         yield f"postgresql+psycopg://tester:secret@127.0.0.1:{port}/postgres"
     finally:
         call(pg_ctl, "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(home)
 
 
 def test_two_drivers_share_one_postgresql(folder, postgres):

@@ -81,7 +81,7 @@ def nearby_means(
     Example:
         >>> visible = torch.tensor([[True], [False]])
         >>> distance = torch.tensor([0.0, 100.0])
-        >>> nearby_means(torch.ones(2, 1), visible, Track.of([2]), distance, [100.0])[1, 0]
+        >>> nearby_means(torch.ones(2, 1), visible, Track.of([2]), distance, scales=[100.0])[1, 0]
         tensor([0.9238, 0.4741])
 
     Source: inferred; the issue's idea of distance-weighted means of visible neighbours.
@@ -121,7 +121,7 @@ def side_features(
         >>> visible = torch.tensor([[True], [False], [True]])
         >>> thickness = torch.tensor([[1.0], [0.0], [2.0]])
         >>> at = torch.tensor([0.0, 100.0, 400.0])
-        >>> side_features(thickness, visible, Track.of([3]), at, [100.0])[1, 0]
+        >>> side_features(thickness, visible, Track.of([3]), at, reach=[100.0])[1, 0]
         tensor([1.0000, 2.0000, 0.8825, 0.6873, 1.2500])
 
     Source: inferred; along-track interpolation of card section 4.3 as an input.

@@ -174,7 +174,7 @@ def fill(
         >>> mask = torch.tensor([[True], [False]])
         >>> gaps = measure_gaps(mask, torch.tensor([0.0, 1.0]), Track.of([2]))
         >>> ones = torch.ones(2, 1)
-        >>> fill(2 * ones, mask, gaps, ones, ones)["thickness"].flatten()
+        >>> fill(2 * ones, mask, gaps, ones, std=ones)["thickness"].flatten()
         tensor([2., 1.])
 
     Source: card section 1.7.

@@ -117,6 +117,7 @@ def read_array(stream: IO[bytes], size: int) -> npt.NDArray[Any]:
         Exception: What NumPy raises.
 
     Example:
+        >>> import io
         >>> stream = io.BytesIO()
         >>> np.save(stream, np.arange(3))
         >>> read_array(io.BytesIO(stream.getvalue()), len(stream.getvalue())).tolist()

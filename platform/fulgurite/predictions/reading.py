@@ -20,7 +20,8 @@ def read_predictions(path: str | Path) -> dict[str, Array | list[Array]]:
         DataError: The file does not exist, or is damaged.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
+        >>> from fulgurite.predictions import PredictionFile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = PredictionFile(Path(folder) / "predictions.npz")
         ...     file.append({"boxes": [torch.zeros(2, 4), torch.ones(1, 4)], "name": ["a", "b"]})
