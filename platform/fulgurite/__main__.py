@@ -33,6 +33,7 @@ compare and look:
   compare    methods x settings x seeds  fulgurite compare fedsir/compare.yaml --quick
   sweep      a W&B sweep file without a server   fulgurite sweep fedsir/sweep.yaml --trials 8
   report     render a comparison or a run folder again
+  new        write the package of another paper, which runs at once   fulgurite new my_paper
   systems    list the installed systems, their papers and configurations
   doctor     versions, devices and known faults of this installation
 {commands}
@@ -123,6 +124,10 @@ def _dispatch(argv: list[str]) -> int:
         return (compare.main if command == "compare" else compare.report_main)(argv[1:])
     if command == "sweep":
         return _sweep_main()(argv[1:])
+    if command == "new":
+        from fulgurite.scaffold import main as create
+
+        return create(argv[1:])
     if command == "doctor":
         from fulgurite.doctor import doctor
 

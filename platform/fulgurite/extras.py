@@ -9,7 +9,7 @@ from fulgurite.errors import MissingExtraError
 
 __all__ = ["list_optional_packages", "missing_package", "optional_import"]
 
-_OF_DEVELOPERS = ("test", "dev", "bench")
+_OF_DEVELOPERS = ("test", "dev", "bench", "docs")
 
 
 def missing_package(package: str, extra: str, subject: str) -> MissingExtraError:

@@ -51,6 +51,7 @@ RESERVED_COMMANDS = frozenset(
         "systems",
         "doctor",
         "sweep",
+        "new",
         "help",
     )
 )
