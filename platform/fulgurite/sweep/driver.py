@@ -26,6 +26,7 @@ from fulgurite.sweep.report import render, write_best
 from fulgurite.sweep.space import Sweep
 from fulgurite.sweep.study import (
     ERROR,
+    MEMORY,
     RUN_DIR,
     Point,
     TrialWatch,
@@ -314,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_commands(sweep: Sweep, seed: int) -> int:
     """The first commands of a sweep, from a study in memory."""
-    study = open_study(sweep, "sqlite://", "dry run", seed)
+    study = open_study(sweep, MEMORY, "dry run", seed)
     limit = min(10, sweep.grid_size) if sweep.method == "grid" else 10
     if sweep.method == "grid":
         enqueue_grid(study, sweep, limit)

@@ -31,6 +31,7 @@ from fulgurite.sweep.space import Categorical, Constant, Distribution, EarlyTerm
 
 __all__ = [
     "ERROR",
+    "MEMORY",
     "RUN_DIR",
     "VALUES",
     "Point",
@@ -48,6 +49,9 @@ __all__ = [
 
 ERROR, OWNER, RUN_DIR, VALUES = "error", "owner", "run_dir", "values"
 """Attributes of a trial."""
+
+MEMORY = "memory"
+"""Address of a study that ends with its process."""
 
 _ALIVE = "alive"
 _ATTEMPTS = 20  # of half a second
@@ -135,7 +139,9 @@ def _first_difference(recorded: str, content: str) -> str:
     return next((f"{key} differs" for key in new if old.get(key) != new[key]), "another version")
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
+def _storage(url: str) -> optuna.storages.BaseStorage:
+    if url == MEMORY:
+        return optuna.storages.InMemoryStorage()
     # a writer waits for another one, and a connection that the server closed is opened anew
     sqlite = {"connect_args": {"timeout": 60}}
     arguments = sqlite if url.startswith("sqlite") else {"pool_pre_ping": True}
