@@ -140,6 +140,15 @@ def test_a_run_is_shown_whole(tmp_path):
     assert "data:image/png;base64," in text
 
 
+def test_a_run_of_few_epochs_is_drawn_against_its_steps(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = ["epoch,step,train/loss", *(f"0,{10 * k},{1 / (k + 1)}" for k in range(5))]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    text = write_report([folder]).read_text()
+    assert 'aria-label="loss against step"' in text
+    assert "against epoch" not in text
+
+
 def test_nothing_is_loaded_from_elsewhere(tmp_path, comparison):
     for folders in ([write_run(tmp_path / "run")], [comparison]):
         page = read(write_report(folders, tmp_path / "x.html"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from fulgurite.run_folders.metrics import rank_stage
+
 __all__ = ["metrics_table", "select_telling_metrics", "sort_metrics"]
 
 _ROWS = 24  # of a table that is read at the end of a fit
@@ -23,15 +25,13 @@ def sort_metrics(metrics: Mapping[str, float], monitor: str | None) -> dict[str,
         >>> list(sort_metrics({"fed/a": 1, "train/loss": 2, "val/acc": 3, "val/f1": 4}, "val/f1"))
         ['val/f1', 'val/acc', 'train/loss', 'fed/a']
     """
-    stages = ("test", "val", "train")
     first = (monitor or "").rpartition("/")[2]
 
-    def place(name: str) -> tuple[int, bool, str]:
-        stage, _, metric = name.partition("/")
-        order = stages.index(stage) if stage in stages else len(stages)
-        return order, metric.rpartition("/")[2] != first, name
+    def rank(name: str) -> tuple[int, bool, str]:
+        metric = name.partition("/")[2]
+        return rank_stage(name), metric.rpartition("/")[2] != first, name
 
-    return {name: metrics[name] for name in sorted(metrics, key=place)}
+    return {name: metrics[name] for name in sorted(metrics, key=rank)}
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:

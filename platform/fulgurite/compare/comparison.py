@@ -28,10 +28,10 @@ from fulgurite.compare.trial import Setting, setting_label, trial_id
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 
-__all__ = ["PLAN_FILE", "Comparison", "Entry"]
+__all__ = ["MARKS", "PLAN_FILE", "Comparison", "Entry", "count_digits"]
 
 PLAN_FILE = "comparison.yaml"
-_MARKS = {"beats": "▲", "ties": "≈", "loses": "▼", "": ""}
+MARKS = {"beats": "▲", "ties": "≈", "loses": "▼", "": ""}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Comparison:
         mode = plan.mode_of(metric)
         rows, grid = self.rows, self.grid
         entries = self.entries(metric)
-        digits = _digits(e.mean_std.mean for e in entries.values())
+        digits = count_digits(entries.values())
         heads = [setting_label(s) or metric for s in grid]
         seeds = ", ".join(map(str, plan.seeds))
         lines = [f"`{metric}` (neither more nor less is better), mean ± std over seeds {seeds}."]
@@ -231,13 +231,13 @@ class Comparison:
     def _cost_table(self) -> list[str]:
         plan = self.plan
         body = [
-            [method.label, *(_range(self._costs(method.id, name)) for name in plan.costs)]
+            [method.label, *(_range(self.costs(method.id, name)) for name in plan.costs)]
             for method in self.rows.values()
         ]
         lines = ["What a training spends, mean over settings and seeds (lowest to highest):", ""]
         return [*lines, *_table(["method", *(plan.names.get(c, c) for c in plan.costs)], body), ""]
 
-    def _costs(self, method: str, name: str) -> list[float]:
+    def costs(self, method: str, name: str) -> list[float]:
         """A metric of all finished trials of a method."""
         return [v for setting in self.grid for v in self.values(method, setting, name).values()]
 
@@ -282,7 +282,9 @@ def _caption(base: str, entries: Iterable[Entry]) -> str:
     )
 
 
-def _digits(means: Any) -> int:
+def count_digits(entries: Iterable[Entry]) -> int:
+    """How many decimals the means of a table need for four digits of the largest."""
+    means = [entry.mean_std.mean for entry in entries]
     largest = max((abs(m) for m in means if not math.isnan(m) and m), default=1.0)
     return max(0, 3 - math.floor(math.log10(largest)))
 
@@ -296,7 +298,7 @@ def _format_entry(entry: Entry, digits: int, seeds: int) -> str:
         text += f" ± {values.std:.{digits}f}"
     text = f"**{text}**" if entry.best else text
     text += f" (n={values.n})" if values.n < seeds else ""
-    return f"{text} {_MARKS[entry.verdict]}".strip()
+    return f"{text} {MARKS[entry.verdict]}".strip()
 
 
 def _range(values: Sequence[float]) -> str:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from fulgurite import plotting
 from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
 from fulgurite.compare.plan import ComparisonPlan
+from fulgurite.compare.run_config import name_run, read_run_config
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.trial import Setting, trial_id
-from fulgurite.compare.worker import read_metrics
-from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError
 from fulgurite.io import atomic_write
 from fulgurite.plotting import COLORS, new_figure
+from fulgurite.run_folders.metrics import rank_stage, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,12 +106,8 @@ def run_summary(folder: Path) -> str:
     Raises:
         ConfigError: A file of it is damaged.
     """
-    config = read_yaml(folder / "config.yaml") or {}
-    run = config.get("run") or {} if isinstance(config, dict) else None
-    if not isinstance(run, dict):
-        raise ConfigError(f"{folder / 'config.yaml'} is no configuration of a run.")
-    name = "/".join(str(run[key]) for key in ("system", "name") if run.get(key))
-    lines = [f"# {name or folder.name}", ""]
+    config = read_run_config(folder)
+    lines = [f"# {name_run(config, folder)}", ""]
     for part in ("model", "data"):
         spec = config.get(part)
         if isinstance(spec, dict) and spec.get("class_path"):
@@ -121,18 +117,11 @@ def run_summary(folder: Path) -> str:
     metrics = read_metrics(folder) or _last_metrics(folder / "metrics.csv")
     lines += ["", "| metric | value |", "| --- | ---: |"]
     # within each kind as they were recorded: the monitored one first
-    ordered = sorted(metrics, key=_kind_rank)
+    ordered = sorted(metrics, key=rank_stage)
     lines += [f"| {name} | {metrics[name]:.5g} |" for name in ordered]
     lines += ["", *(str(path) for path in sorted(folder.glob("figures/**/*.png")))]
     lines += [str(path) for path in sorted(folder.glob("checkpoints/*.ckpt"))]
     return "\n".join(lines)
-
-
-def _kind_rank(metric: str) -> int:
-    """Where a kind of metric stands in a list: first what people look for."""
-    kinds = ("test", "val", "train")
-    kind = metric.partition("/")[0]
-    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def _last_metrics(path: Path) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.compare.trial import TrialResult
-from fulgurite.errors import ConfigError
+from fulgurite.run_folders.metrics import read_metrics
 
 __all__ = ["STARTED", "Job", "execute_job", "serve"]
 
@@ -105,24 +104,6 @@ def _last_error(log: Path) -> str:
     start = "fulgurite: error: "
     messages = [line.removeprefix(start) for line in lines if line.startswith(start)]
     return f": {messages[-1]}" if messages else ""
-
-
-def read_metrics(run_dir: Path) -> dict[str, float]:
-    """Metrics of a run folder: those of ``fit``, then those of evaluations over them.
-
-    Raises:
-        ConfigError: A file of metrics is damaged.
-    """
-    metrics: dict[str, float] = {}
-    for name in ("summary.json", "validate_metrics.json", "test_metrics.json"):
-        path = run_dir / name
-        if path.is_file():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8")).items()
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise ConfigError(f"{path} holds no metrics.", "Run the command again.") from error
-            metrics.update({k: float(v) for k, v in values if isinstance(v, int | float)})
-    return metrics
 
 
 def _leave_with_parent() -> None:

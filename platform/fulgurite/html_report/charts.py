@@ -145,8 +145,8 @@ def _line(kind: str, start: tuple[float, float], end: tuple[float, float]) -> st
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "middle", kind: str = "tick") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text class="{kind}" {place}>{escape(text)}</text>'
+    position = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {position}>{escape(text)}</text>'
 
 
 def _cut(text: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
-from fulgurite.compare.comparison import PLAN_FILE, Comparison, Entry
+from fulgurite.compare.comparison import MARKS, PLAN_FILE, Comparison, Entry, count_digits
 from fulgurite.compare.stats import LEVEL, quantile
 from fulgurite.html_report.charts import Interval, interval_chart
 from fulgurite.html_report.page import (
@@ -22,7 +23,6 @@ from fulgurite.html_report.page import (
 
 __all__ = ["describe_comparison"]
 
-_MARKS = {"beats": " ▲", "ties": " ≈", "loses": " ▼", "": ""}
 _Setting = tuple[tuple[str, str], ...]
 
 
@@ -33,7 +33,7 @@ def describe_comparison(comparison: Comparison) -> Page:
         comparison: What was read of its folder.
     """
     plan = comparison.plan
-    counts = f"{len(comparison.results)} of {len(_ids(comparison))} finished"
+    counts = f"{len(comparison.results)} of {len(plan.trial_ids)} finished"
     seeds = ", ".join(map(str, plan.seeds))
     metrics = [plan.metric, *plan.also]
     return Page(
@@ -52,10 +52,6 @@ def describe_comparison(comparison: Comparison) -> Page:
             _versions(comparison),
         ],
     )
-
-
-def _ids(comparison: Comparison) -> list[str]:
-    return list(comparison.plan.trial_ids)
 
 
 def _name(comparison: Comparison, metric: str) -> str:
@@ -112,21 +108,15 @@ def _as_interval(comparison: Comparison, method: str, entry: Entry) -> Interval:
         entry.mean_std.mean,
         low,
         high,
-        _MARKS[entry.verdict].strip(),
+        MARKS[entry.verdict],
         reference=method == plan.baseline,
     )
-
-
-def _digits(entries: Iterable[Entry]) -> int:
-    means = [abs(entry.mean_std.mean) for entry in entries if entry.mean_std.n]
-    largest = max((mean for mean in means if mean > 0 and math.isfinite(mean)), default=1.0)
-    return max(0, 3 - math.floor(math.log10(largest)))
 
 
 def _means(
     comparison: Comparison, metric: str, entries: Mapping[tuple[str, _Setting], Entry]
 ) -> Table:
-    digits = _digits(entries.values())
+    digits = count_digits(entries.values())
     rows = []
     for method in comparison.rows:
         cells = [Cell(comparison.plan.methods[method].label, wide=True)]
@@ -144,7 +134,7 @@ def _means(
             title = f"by seed: {by_seed}" + ("" if math.isnan(p) else f"; p = {p:.2g} (Holm)")
             cells.append(
                 Cell(
-                    text + _MARKS[entry.verdict],
+                    f"{text} {MARKS[entry.verdict]}".strip(),
                     values.mean,
                     title,
                     best=entry.best,
@@ -159,7 +149,7 @@ def _means(
 def _differences(
     comparison: Comparison, entries: Mapping[tuple[str, _Setting], Entry], base: str
 ) -> Table:
-    digits = _digits(entries.values())
+    digits = count_digits(entries.values())
     rows = []
     for method in comparison.rows:
         if method == comparison.plan.baseline:
@@ -188,15 +178,11 @@ def _costs(comparison: Comparison) -> Section:
     for method in comparison.rows:
         cells = [Cell(comparison.plan.methods[method].label, wide=True)]
         for name in costs:
-            values = [
-                value
-                for setting in comparison.grid
-                for value in comparison.values(method, setting, name).values()
-            ]
+            values = comparison.costs(method, name)
             if not values:
                 cells.append(Cell(""))
                 continue
-            mean = math.fsum(values) / len(values)
+            mean = statistics.fmean(values)
             lowest, highest = Cell.of_number(min(values)), Cell.of_number(max(values))
             title = f"{lowest.text} to {highest.text}"
             cells.append(Cell(Cell.of_number(mean).text, mean, title))

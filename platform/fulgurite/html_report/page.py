@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +21,7 @@ __all__ = [
     "Table",
     "Text",
     "embed_image",
+    "texts_of_files",
     "write_page",
 ]
 
@@ -132,7 +133,7 @@ class Page:
 
     title: str
     subtitle: str
-    sections: Sequence[Section] = field(default_factory=list)
+    sections: Sequence[Section]
 
 
 def embed_image(path: Path, title: str) -> Image:

@@ -6,13 +6,12 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fulgurite.compare.worker import read_metrics
-from fulgurite.compare.yaml_file import read_yaml
+from fulgurite.compare.run_config import name_run, read_run_config
 from fulgurite.errors import ConfigError
 from fulgurite.html_report.charts import line_chart
 from fulgurite.html_report.page import (
@@ -24,10 +23,10 @@ from fulgurite.html_report.page import (
     embed_image,
     texts_of_files,
 )
+from fulgurite.run_folders.metrics import STAGES, rank_stage, read_metrics
 
 __all__ = ["RunRecords", "describe_runs"]
 
-_STAGES = ("test", "val", "train")
 _EVALUATIONS = ("validate", "test")
 
 
@@ -41,19 +40,16 @@ class RunRecords:
     """
 
     folder: Path
-    label: str = field(default="")
+    label: str
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The resolved configuration.
 
         Raises:
-            ConfigError: The file is damaged.
+            ConfigError: The file is damaged, or is something else.
         """
-        config = read_yaml(self.folder / "config.yaml") or {}
-        if not isinstance(config, dict):
-            raise ConfigError(f"{self.folder / 'config.yaml'} is no configuration of a run.")
-        return config
+        return read_run_config(self.folder)
 
     @cached_property
     def environment(self) -> Mapping[str, Any]:
@@ -80,41 +76,44 @@ class RunRecords:
         return metrics
 
     @cached_property
+    def _logged(self) -> Sequence[Mapping[str, str]]:
+        path = self.folder / "metrics.csv"
+        if not path.is_file():
+            return []
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                return list(csv.DictReader(file))
+        except (ValueError, csv.Error) as error:
+            raise ConfigError(f"{path} holds no table of metrics ({error}).") from error
+
+    @cached_property
+    def axis(self) -> str:
+        """What the curves are drawn against: epochs, or steps where there are few epochs."""
+        return "epoch" if len({row.get("epoch") for row in self._logged}) > 2 else "step"
+
+    @cached_property
     def curves(self) -> Mapping[str, Sequence[tuple[float, float]]]:
         """Points (epoch or step, value) by metric.
 
         Raises:
             ConfigError: The file is damaged.
         """
-        path = self.folder / "metrics.csv"
         curves: dict[str, list[tuple[float, float]]] = {}
-        if not path.is_file():
-            return curves
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-            axis = "epoch" if len({row.get("epoch") for row in rows}) > 2 else "step"
-            for row in rows:
-                position = row.get(axis)
+            for row in self._logged:
+                position = row.get(self.axis)
                 for name, value in row.items():
                     if name and name not in ("epoch", "step") and value and position:
                         curves.setdefault(name, []).append((float(position), float(value)))
-        except (TypeError, ValueError, csv.Error) as error:
+        except (TypeError, ValueError) as error:
+            path = self.folder / "metrics.csv"
             raise ConfigError(f"{path} holds no table of metrics ({error}).") from error
         return curves
 
     @property
-    def axis(self) -> str:
-        """What the curves are drawn against."""
-        longest = max((points for points in self.curves.values()), key=len, default=[])
-        return "epoch" if len({x for x, _ in longest}) > 2 else "step"
-
-    @property
     def name(self) -> str:
         """System and name of the run, or its folder's."""
-        run = self.config.get("run") or {}
-        named = "/".join(str(run[key]) for key in ("system", "name") if run.get(key))
-        return named or self.folder.name
+        return name_run(self.config, self.folder)
 
 
 def describe_runs(folders: Sequence[Path]) -> Page:
@@ -176,8 +175,7 @@ def _subtitle(run: RunRecords) -> str:
 
 
 def _rank(metric: str) -> tuple[int, str]:
-    stage = metric.partition("/")[0]
-    return (_STAGES.index(stage) if stage in _STAGES else len(_STAGES)), metric
+    return rank_stage(metric), metric
 
 
 def _metrics(runs: Sequence[RunRecords]) -> Section:
@@ -201,7 +199,7 @@ def _curves(runs: Sequence[RunRecords]) -> Section:
                 empty: dict[str, Sequence[tuple[float, float]]] = {r.label: [] for r in runs}
                 charts.setdefault(name, empty)[run.label] = run.curves[name]
             else:
-                title = tail if stage in _STAGES else name
+                title = tail if stage in STAGES else name
                 charts.setdefault(title, {})[name] = run.curves[name]
     drawn = [
         Chart(

@@ -1,0 +1,41 @@
+"""The metrics that a run folder holds, and the order in which they are listed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fulgurite.errors import ConfigError
+
+__all__ = ["STAGES", "rank_stage", "read_metrics"]
+
+STAGES = ("test", "val", "train")
+"""Parts of the data that metrics are of, in the order in which people look for them."""
+
+
+def rank_stage(metric: str) -> int:
+    """Position of a metric's stage in a list; the last one for metrics of no stage.
+
+    >>> sorted(["fed/clients", "train/loss", "test/acc"], key=rank_stage)
+    ['test/acc', 'train/loss', 'fed/clients']
+    """
+    stage = metric.partition("/")[0]
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+
+
+def read_metrics(run_dir: Path) -> dict[str, float]:
+    """Metrics of a run folder: those of ``fit``, then those of evaluations over them.
+
+    Raises:
+        ConfigError: A file of metrics is damaged.
+    """
+    metrics: dict[str, float] = {}
+    for name in ("summary.json", "validate_metrics.json", "test_metrics.json"):
+        path = run_dir / name
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8")).items()
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ConfigError(f"{path} holds no metrics.", "Run the command again.") from error
+            metrics.update({k: float(v) for k, v in values if isinstance(v, int | float)})
+    return metrics
