@@ -19,7 +19,7 @@ from fulgurite.compare.trial import TrialResult
 from fulgurite.compare.worker import STARTED, Job, serve
 from fulgurite.errors import ConfigError
 
-__all__ = ["WorkerPool", "run_jobs"]
+__all__ = ["WorkerPool", "run_jobs", "set_variables"]
 
 # Threads of BLAS libraries are fixed when they load: the workers must inherit the setting.
 _INHERITED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
@@ -66,17 +66,16 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int, runner: str, visible: Sequence[str] = ()) -> None:
+        self.workers, self.runner, self.visible = workers, runner, visible
         self._workers: list[_PoolWorker] = []
-        self._arguments = (workers, runner, visible)
 
     def __enter__(self) -> WorkerPool:
-        workers, runner, visible = self._arguments
-        turns = itertools.cycle(visible or [None])
+        turns = itertools.cycle(self.visible or [None])
         try:
-            with _environment(_INHERITED):
-                for _ in range(workers):
-                    self._workers.append(_PoolWorker(runner, next(turns)))
-        except BaseException:
+            with set_variables(_INHERITED):
+                for _ in range(self.workers):
+                    self._workers.append(_PoolWorker(self.runner, next(turns)))
+        except BaseException:  # an interrupt too must not leave the first workers behind
             self.__exit__()
             raise
         return self
@@ -98,7 +97,7 @@ class WorkerPool:
     def submit(self, job: Job) -> None:
         """Give a job to an idle worker."""
         worker = next(worker for worker in self._workers if worker.job is None)
-        with _environment(_INHERITED):
+        with set_variables(_INHERITED):
             worker.start(job)
 
     def wait(self) -> list[TrialResult]:
@@ -110,12 +109,12 @@ class WorkerPool:
         running = [worker for worker in self._workers if worker.job]
         handles = [h for w in running for h in (w.connection, w.process.sentinel)]
         multiprocessing.connection.wait(handles, timeout=_POLL)
-        with _environment(_INHERITED):
+        with set_variables(_INHERITED):
             return [result for worker in running if (result := worker.poll())]
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def set_variables(variables: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for processes that are started meanwhile."""
     before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
@@ -161,7 +160,7 @@ class _PoolWorker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, self.runner), daemon=False)
         visible = {} if self.visible is None else {VISIBLE: self.visible}
-        with _without_main(), _environment(visible):
+        with _without_main(), set_variables(visible):
             self.process.start()
         theirs.close()
 

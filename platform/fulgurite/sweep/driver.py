@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import threading
 import time
@@ -18,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.identity import RUNNER
-from fulgurite.compare.pool import WorkerPool
+from fulgurite.compare.pool import WorkerPool, set_variables
 from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
 from fulgurite.sweep.pruning import ENDED, STORAGE_VARIABLE
@@ -27,7 +26,9 @@ from fulgurite.sweep.space import Sweep
 from fulgurite.sweep.study import (
     ERROR,
     MEMORY,
+    METRICS,
     RUN_DIR,
+    SECONDS,
     Point,
     TrialWatch,
     counted_trials,
@@ -90,7 +91,7 @@ def run(
     limit = _limit(sweep, trials)
     study = open_study(sweep, url, name, seed)
     driver = _Driver(sweep, study, folder, limit)
-    with _variable(STORAGE_VARIABLE, url), driver.beating():
+    with set_variables({STORAGE_VARIABLE: url}), driver.beating():
         if sweep.method == "grid":
             enqueue_grid(study, sweep, limit)
         try:
@@ -120,7 +121,7 @@ class _Driver:
 
     def run(self, pool: WorkerPool) -> None:
         """Run trials until none is left to begin and none runs, here or on another machine."""
-        told = False
+        announced = False
         while True:
             self.repeat_dead_trials()
             while pool.idle and (point := self.begin()):
@@ -135,10 +136,10 @@ class _Driver:
             others = self.watch.running()
             if not others:
                 return
-            if not told:
+            if not announced:
                 numbers = ", ".join(str(trial.number) for trial in others)
                 print(f"Trials {numbers} run on another machine; waiting for them.", flush=True)
-                told = True
+                announced = True
             time.sleep(_POLL)
 
     def repeat_dead_trials(self) -> None:
@@ -185,8 +186,8 @@ class _Driver:
         value = metrics.get(self.sweep.metric) if self.sweep.metric else 0.0
         if value is not None and value != value:
             error = error or f"{self.sweep.metric} is not a number"
-        trial.set_user_attr("seconds", round(seconds, 1))
-        trial.set_user_attr("metrics", {k: v for k, v in metrics.items() if v == v})
+        trial.set_user_attr(SECONDS, round(seconds, 1))
+        trial.set_user_attr(METRICS, {k: v for k, v in metrics.items() if v == v})
         ended = self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(ENDED)
         if error:
             trial.set_user_attr(ERROR, error)
@@ -269,20 +270,6 @@ def _gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for the processes that are started meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,16 @@ from optuna.trial import FrozenTrial, TrialState
 from fulgurite.io import atomic_write
 from fulgurite.plotting import save_figure
 from fulgurite.sweep.space import Categorical, Constant, Sweep
-from fulgurite.sweep.study import RUN_DIR, counted, shown_distribution
+from fulgurite.sweep.study import (
+    ERROR,
+    METRICS,
+    RUN_DIR,
+    SECONDS,
+    VALUES,
+    as_choice,
+    counted,
+    distribution_of_values,
+)
 
 __all__ = ["render", "write_best"]
 
@@ -75,21 +84,21 @@ def _columns(sweep: Sweep) -> list[str]:
 
 def _csv(trials: list[FrozenTrial], sweep: Sweep) -> str:
     names = _columns(sweep)
-    metrics = sorted({m for t in trials for m in t.user_attrs.get("metrics", {})})
+    metrics = sorted({m for t in trials for m in t.user_attrs.get(METRICS, {})})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "state", "seconds", *names, *metrics, "error", "run"])
     for trial in trials:
         attributes = trial.user_attrs
-        values, recorded = attributes.get("values", {}), attributes.get("metrics", {})
+        values, recorded = attributes.get(VALUES, {}), attributes.get(METRICS, {})
         writer.writerow(
             [
                 trial.number,
                 trial.state.name.lower(),
-                attributes.get("seconds", ""),
+                attributes.get(SECONDS, ""),
                 *(values.get(name, "") for name in names),
                 *(recorded.get(metric, "") for metric in metrics),
-                attributes.get("error", ""),
+                attributes.get(ERROR, ""),
                 attributes.get(RUN_DIR, ""),
             ]
         )
@@ -109,10 +118,10 @@ def _markdown(trials: list[FrozenTrial], sweep: Sweep) -> str:
     lines = [f"| trial | {metric} | {' | '.join(names)} | state | seconds |"]
     lines.append("|---|---:|" + "---|" * len(names) + "---|---:|")
     for trial in sorted(trials, key=rank):
-        values = trial.user_attrs.get("values", {})
+        values = trial.user_attrs.get(VALUES, {})
         value = "" if trial.value is None or sweep.metric is None else f"{trial.value:.5g}"
         settings = " | ".join(_short(values.get(name, "")) for name in names)
-        seconds = trial.user_attrs.get("seconds", "")
+        seconds = trial.user_attrs.get(SECONDS, "")
         state = trial.state.name.lower()
         lines.append(f"| {trial.number} | {value} | {settings} | {state} | {seconds} |")
     return "\n".join(lines) + "\n"
@@ -124,8 +133,8 @@ def _short(value: Any) -> str:
 
 def _draw(trials: list[FrozenTrial], sweep: Sweep, study: optuna.Study, folder: Path) -> None:
     """Optuna's figures of a study that has the values themselves."""
-    shown = _shown_study(trials, sweep, study)
-    if shown is None:
+    readable = _make_readable_study(trials, sweep, study)
+    if readable is None:
         return
     import matplotlib
 
@@ -135,12 +144,12 @@ def _draw(trials: list[FrozenTrial], sweep: Sweep, study: optuna.Study, folder: 
     from optuna.visualization import matplotlib as plots
 
     for file, function in _FIGURES.items():
-        if file != "history.png" and len(shown.trials) < 3:
+        if file != "history.png" and len(readable.trials) < 3:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             try:
-                drawn = getattr(plots, function)(shown)
+                drawn = getattr(plots, function)(readable)
             except (ValueError, RuntimeError):  # importances of values that are all the same
                 continue
         axes = [drawn] if hasattr(drawn, "figure") else [*drawn.flat]
@@ -153,35 +162,33 @@ def _draw(trials: list[FrozenTrial], sweep: Sweep, study: optuna.Study, folder: 
         pyplot.close(figure)
 
 
-def _shown_study(
+def _make_readable_study(
     trials: list[FrozenTrial], sweep: Sweep, study: optuna.Study
 ) -> optuna.Study | None:
     """The finished trials with the values of parameters instead of quantiles and indices."""
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     if not done or sweep.metric is None:
         return None
-    shown = optuna.create_study(direction=study.direction)
+    readable = optuna.create_study(direction=study.direction)
     distributions: dict[str, BaseDistribution] = {}
     short = _short_names(_columns(sweep))
     for name in short:
         parameter = sweep.parameters[name]
-        values = [t.user_attrs["values"][name] for t in done]
+        values = [t.user_attrs[VALUES][name] for t in done]
         if not isinstance(parameter, Constant) and len(set(map(str, values))) > 1:
             choices = sweep.method == "grid" and not isinstance(parameter, Categorical)
-            distributions[short[name]] = shown_distribution(
+            distributions[short[name]] = distribution_of_values(
                 Categorical(tuple(sweep.grid_values[name])) if choices else parameter, values
             )
     for trial in done:
         params = {}
-        for name, shown_name in short.items():
-            value = trial.user_attrs["values"][name]
-            plain = isinstance(value, bool | int | float | str) or value is None
-            if shown_name in distributions:
-                params[shown_name] = value if plain else str(value)
-        shown.add_trial(
+        for name, short_name in short.items():
+            if short_name in distributions:
+                params[short_name] = as_choice(trial.user_attrs[VALUES][name])
+        readable.add_trial(
             optuna.trial.create_trial(params=params, distributions=distributions, value=trial.value)
         )
-    return shown
+    return readable
 
 
 def _short_names(names: list[str]) -> dict[str, str]:

@@ -32,28 +32,31 @@ from fulgurite.sweep.space import Categorical, Constant, Distribution, EarlyTerm
 __all__ = [
     "ERROR",
     "MEMORY",
+    "METRICS",
     "RUN_DIR",
+    "SECONDS",
     "VALUES",
     "Point",
     "TrialWatch",
+    "as_choice",
     "counted",
     "counted_trials",
+    "distribution_of_values",
     "enqueue_grid",
     "has_queue",
     "hide_password",
     "load_study",
     "next_point",
     "open_study",
-    "shown_distribution",
 ]
 
-ERROR, OWNER, RUN_DIR, VALUES = "error", "owner", "run_dir", "values"
+ERROR, METRICS, RUN_DIR, SECONDS, VALUES = "error", "metrics", "run_dir", "seconds", "values"
 """Attributes of a trial."""
 
 MEMORY = "memory"
 """Address of a study that ends with its process."""
 
-_ALIVE = "alive"
+_ALIVE, _OWNER = "alive", "owner"
 _ATTEMPTS = 20  # of half a second
 
 _CONTENT, _RULE = "sweep", "early_terminate"  # attributes of a study
@@ -151,8 +154,8 @@ def _storage(url: str) -> optuna.storages.BaseStorage:
                 return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
             except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
                 # another machine makes the tables at this moment
-                made = isinstance(error, IntegrityError) or "already exists" in str(error)
-                if not made or attempt == _ATTEMPTS:
+                is_race = isinstance(error, IntegrityError) or "already exists" in str(error)
+                if not is_race or attempt == _ATTEMPTS:
                     raise
                 time.sleep(0.5)
     except ImportError as error:
@@ -260,9 +263,10 @@ def next_point(study: optuna.Study, sweep: Sweep, limit: int) -> Point | None:
         The trial; None where another machine took it meanwhile.
     """
     trial = study.ask()
-    trial.set_user_attr(OWNER, _owner())
-    earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
-    queued = study.get_trials(deepcopy=False)[trial.number].system_attrs.get("fixed_params")
+    trial.set_user_attr(_OWNER, _owner())
+    trials = study.get_trials(deepcopy=False)  # by number
+    earlier = trials[: trial.number]
+    queued = trials[trial.number].system_attrs.get("fixed_params")
     superfluous = sum(map(counted, earlier)) >= limit
     if sweep.method == "grid":
         twice = any(counted(t) and _queued_params(t) == queued for t in earlier)
@@ -322,7 +326,7 @@ def _suggest(trial: optuna.Trial, name: str, parameter: Categorical | Distributi
     return parameter.value_at(trial.suggest_float(name, 1e-9, 1 - 1e-9))
 
 
-def shown_distribution(
+def distribution_of_values(
     parameter: Categorical | Distribution, values: list[Any]
 ) -> BaseDistribution:
     """A distribution over the values themselves, for Optuna's figures.
@@ -332,14 +336,15 @@ def shown_distribution(
         values: All values that were drawn.
     """
     if isinstance(parameter, Categorical):
-        return CategoricalDistribution([_as_choice(value) for value in parameter.values])
+        return CategoricalDistribution([as_choice(value) for value in parameter.values])
     if all(isinstance(value, int) for value in values):
         return IntDistribution(min(values), max(values))
     log = "log" in parameter.name and min(values) > 0
     return FloatDistribution(min(values), max(values), log=log)
 
 
-def _as_choice(value: Any) -> Any:
+def as_choice(value: Any) -> Any:
+    """A value that Optuna takes as one of several: the text of a list or mapping."""
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
@@ -382,7 +387,7 @@ class TrialWatch:
         return [trial.number for trial in dead]
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
-        machine, _, process = str(trial.user_attrs.get(OWNER, "")).rpartition(" ")
+        machine, _, process = str(trial.user_attrs.get(_OWNER, "")).rpartition(" ")
         if machine == _owner().rpartition(" ")[0]:
             return not _is_alive(process)
         mark, now = trial.user_attrs.get(_ALIVE), time.monotonic()
