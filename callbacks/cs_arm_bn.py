@@ -6,7 +6,6 @@ Axes: L queries, N controls, C channels, H W image, S plate statistics.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 import warnings
@@ -39,6 +38,7 @@ from fulgurite.models.cs_arm_bn.module import PlateClassifier
 from fulgurite.models.cs_arm_bn.profiles import outlier_score, plate_profile
 from fulgurite.options import NonNegativeFloat, check_arguments
 from fulgurite.plotting import heatmap, new_figure
+from fulgurite.run_folders import write_json
 from fulgurite.tensor_files import read_state_dict
 
 #: Smallest number of batches before training and test mode are compared (momentum 0.1: 0.5 % is
@@ -308,8 +308,7 @@ class ControlContext(Callback):
         path = Path(log_dir) / "statistics" / _to_file_name(name)
         with atomic_write(path.with_name(f"{path.name}.pt")) as temporary:
             torch.save({key: value.cpu() for key, value in tensors.items()}, temporary)
-        with atomic_write(path.with_name(f"{path.name}.json")) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(path.with_name(f"{path.name}.json"), facts)
 
     def _describe_adaptation(
         self, trainer: Trainer, pl_module: PlateClassifier, batch: PlateBatch

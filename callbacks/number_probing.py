@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 from fulgurite.logging import log_figure
 from fulgurite.models.number_probing.checks import describe_numbers
 from fulgurite.models.number_probing.report import (
@@ -190,8 +190,7 @@ class ModularProbe(Callback):
                 for step, line in self.spectra.items()
             ]
             for name, rows in (("probe.csv", self.history), ("spectrum.csv", spectra)):
-                with atomic_write(folder / name) as temporary:
-                    temporary.write_text(to_csv(rows), encoding="utf-8")
+                write_text(folder / name, to_csv(rows))
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> Report:
         # the model's own method may draw random numbers; training must not see that it did

@@ -18,7 +18,7 @@ from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.datamodules.cs_arm_bn.table_files import read_table
 from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, ImageFiles
 from fulgurite.errors import ConfigError, DataError, FulguriteError
-from fulgurite.io import atomic_write, data_path
+from fulgurite.io import data_path, write_text
 
 __all__ = ["COLUMNS", "check_plates", "describe_classes", "main", "template"]
 
@@ -193,8 +193,7 @@ def _write_template(out: str | None) -> int:
     else:
         if Path(out).exists():
             raise ConfigError(f"There is a file {out} already.", "Name another one with `--out`.")
-        with atomic_write(Path(out)) as temporary:
-            temporary.write_text(template(), encoding="utf-8")
+        write_text(out, template())
     width = max(map(len, COLUMNS))
     print("One row for each site. Columns:", file=sys.stderr)
     for name, meaning in COLUMNS.items():

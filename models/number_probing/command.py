@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write
+from fulgurite.io import atomic_write, write_text
 from fulgurite.models.number_probing.checks import describe_numbers
 from fulgurite.models.number_probing.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
@@ -160,5 +160,4 @@ def _write_report(folder: Path, content: dict[str, Any]) -> None:
         "controls.csv": to_csv(content["controls"]),
         "report.json": json.dumps(content, indent=2) + "\n",
     }.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)

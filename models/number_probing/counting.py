@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -157,8 +157,7 @@ def save_vectors(path: str | Path, numbers: Sequence[int], embeddings: Tensor) -
     rows = embeddings.detach().cpu().tolist()
     lines = [f"{len(rows)} {embeddings.shape[1]}"]
     lines += [f"{n} {' '.join(map(repr, row))}" for n, row in zip(numbers, rows, strict=True)]
-    with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return Path(path)
 
 

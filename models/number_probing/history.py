@@ -15,7 +15,7 @@ import numpy as np
 
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
-from fulgurite.io import atomic_write
+from fulgurite.io import atomic_write, write_text
 from fulgurite.models.number_probing.options import OneLineParser, parse_integers
 from fulgurite.models.number_probing.report import to_csv, to_markdown
 from fulgurite.plotting import COLORS, new_figure
@@ -193,8 +193,7 @@ def main(argv: list[str]) -> int:
     rows = summary(histories, periods)
     print(to_markdown(rows, list(rows[0])))
     out = Path(args.out) if args.out else folder / "history"
-    with atomic_write(out / "history.csv") as temporary:
-        temporary.write_text(to_csv(rows), encoding="utf-8")
+    write_text(out / "history.csv", to_csv(rows))
     with atomic_write(out / "history.png") as temporary:
         history_figure(histories, periods).savefig(temporary, format="png")
     print(f"probe-history: recorded in {out}")

@@ -21,6 +21,7 @@ __all__ = [
     "data_path",
     "file_lock",
     "verify_checksum",
+    "write_text",
 ]
 
 
@@ -61,6 +62,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
         raise
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write a text file, in UTF-8, whole or not at all.
+
+    Args:
+        path: The file; its folder is created.
+        content: The text.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder) / "a" / "b.txt", "whole")
+        ...     (Path(folder) / "a" / "b.txt").read_text()
+        'whole'
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 from fulgurite.resuming import masked_arguments
 from fulgurite.run_folders import environment, set_records_aside, write_json
 
@@ -48,8 +48,7 @@ class SaveRun(SaveConfigCallback):
             ended.append("metrics.csv")  # of a run that starts over
         replaced = ("config.yaml", "environment.json")
         set_records_aside(self.folder, replaced=replaced, ended=ended)
-        with atomic_write(self.folder / "config.yaml") as temporary:
-            Path(temporary).write_text(self.record, encoding="utf-8")
+        write_text(self.folder / "config.yaml", self.record)
         argv = masked_arguments(sys.argv[1:])
         facts = environment(self.seed, self.command, argv) | dict(self.facts)
         write_json(self.folder / "environment.json", facts)

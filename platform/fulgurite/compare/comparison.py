@@ -26,7 +26,7 @@ from fulgurite.compare.stats import (
 )
 from fulgurite.compare.trial import Setting, setting_label, trial_id
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 
 __all__ = ["MARKS", "PLAN_FILE", "Comparison", "Entry", "count_digits"]
 
@@ -103,8 +103,7 @@ class Comparison:
     def save_plan(self) -> None:
         """Write the plan, so that ``fulgurite report`` needs nothing but the folder."""
         text = yaml.safe_dump(self.plan.to_dict(), sort_keys=False, allow_unicode=True)
-        with atomic_write(self.folder / PLAN_FILE) as draft:
-            draft.write_text(text, encoding="utf-8")
+        write_text(self.folder / PLAN_FILE, text)
 
     @property
     def failed(self) -> list[str]:

@@ -20,7 +20,7 @@ from fulgurite.compare.run_config import name_run, read_run_config
 from fulgurite.compare.stats import LEAST_SEEDS, LEVEL, quantile
 from fulgurite.compare.trial import Setting, trial_id
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 from fulgurite.plotting import COLORS, new_figure
 from fulgurite.run_folders.metrics import rank_stage, read_metrics
 
@@ -32,9 +32,9 @@ __all__ = ["main", "render", "run_summary", "writing"]
 
 def render(comparison: Comparison) -> None:
     """Write table.md, table.csv, summary.csv and figure.png from the records."""
-    _write(comparison.folder / "table.md", comparison.markdown())
-    _write(comparison.folder / "table.csv", _cells_csv(comparison))
-    _write(comparison.folder / "summary.csv", _summary_csv(comparison))
+    write_text(comparison.folder / "table.md", comparison.markdown())
+    write_text(comparison.folder / "table.csv", _cells_csv(comparison))
+    write_text(comparison.folder / "summary.csv", _summary_csv(comparison))
     _draw(comparison, comparison.folder / "figure.png")
 
 
@@ -134,11 +134,6 @@ def _last_metrics(path: Path) -> dict[str, float]:
                 except (TypeError, ValueError) as error:
                     raise ConfigError(f"{path} holds no table of metrics.") from error
     return last
-
-
-def _write(path: Path, content: str) -> None:
-    with atomic_write(path) as draft:
-        draft.write_text(content, encoding="utf-8")
 
 
 def _cells_csv(comparison: Comparison) -> str:

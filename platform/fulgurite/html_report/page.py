@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from fulgurite import __version__
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 
 __all__ = [
     "Cell",
@@ -175,8 +175,7 @@ def write_page(page: Page, path: Path) -> None:
         style=Markup(read("style.css")),
         script=Markup(read("script.js")),
     )
-    with atomic_write(path) as draft:
-        draft.write_text(content, encoding="utf-8")
+    write_text(path, content)
 
 
 def texts_of_files(files: Iterable[tuple[str, Path]]) -> list[Text]:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 
 __all__ = [
     "environment",
@@ -105,6 +105,4 @@ def environment(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -13,7 +13,7 @@ import yaml
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from fulgurite.io import atomic_write
+from fulgurite.io import write_text
 from fulgurite.plotting import save_figure
 from fulgurite.sweep.space import Categorical, Constant, Sweep
 from fulgurite.sweep.study import (
@@ -41,8 +41,8 @@ def render(study: optuna.Study, sweep: Sweep, folder: Path) -> None:
     trials = [t for t in study.get_trials(deepcopy=False) if counted(t)]
     if not trials:
         return
-    _write(folder / "trials.csv", _csv(trials, sweep))
-    _write(folder / "trials.md", _markdown(trials, sweep))
+    write_text(folder / "trials.csv", _csv(trials, sweep))
+    write_text(folder / "trials.md", _markdown(trials, sweep))
     _draw(trials, sweep, study, folder)
 
 
@@ -66,7 +66,7 @@ def write_best(study: optuna.Study, sweep: Sweep, folder: Path) -> None:
             if not str(callback.get("class_path", "")).endswith(".TrialReporter")
         ] or None
     path = folder / "best.yaml"
-    _write(path, yaml.safe_dump(content, sort_keys=False))
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
     print(f"Best: trial {best.number}, {sweep.metric} {best.value:.5g}")
     print(f"fulgurite fit --config {path}")
 
@@ -205,8 +205,3 @@ def _short_names(names: list[str]) -> dict[str, str]:
             (t for t in tails if sum(f".{n}".endswith(f".{t}") for n in names) == 1), name
         )
     return short
-
-
-def _write(path: Path, content: str) -> None:
-    with atomic_write(path) as draft:
-        draft.write_text(content, encoding="utf-8")
