@@ -274,10 +274,10 @@ def test_two_equal_views_have_no_divergence_and_both_count(fed):
 def test_subset_loss_ignores_dropped_samples():
     network = Net()
     images, labels = torch.randn(4, 1, SIDE, SIDE), torch.tensor([0, 1, 2, 0])
-    kept = torch.tensor([True, False, True, False])
+    has_loss = torch.tensor([True, False, True, False])
     batch = MiniBatch(images, labels, torch.arange(4))
-    expected = F.cross_entropy(network(images[kept]), labels[kept])
-    torch.testing.assert_close(SubsetLoss(kept)(network, batch), expected)
+    expected = F.cross_entropy(network(images[has_loss]), labels[has_loss])
+    torch.testing.assert_close(SubsetLoss(has_loss)(network, batch), expected)
     assert float(SubsetLoss(torch.zeros(4, dtype=torch.bool))(network, batch)) == 0
 
 
@@ -391,8 +391,8 @@ def test_pruning_drops_wrong_labels_rather_than_right_ones(fed, data):
     method = METHODS["folds"]()
     play(method, fed, range(1))
     wrong = data.labels.given != data.true
-    kept = torch.cat([client.memory["kept"] for client in fed.clients])  # as clients are dealt
-    assert kept[~wrong].double().mean() > kept[wrong].double().mean() + 0.2
+    trained = torch.cat([client.memory["kept"] for client in fed.clients])  # as clients are dealt
+    assert trained[~wrong].double().mean() > trained[wrong].double().mean() + 0.2
     assert method.local_rounds() == 32
     assert LocalCleaning(probabilities="probe").local_rounds() == 0
 

@@ -126,11 +126,11 @@ class CleanReply(Reply):
 
     Attributes:
         samples: All samples.
-        kept: Those without an issue; all where none would be left.
+        trained: Those without an issue; all where none would be left.
     """
 
     samples: int
-    kept: int
+    trained: int
 
 
 class CleaningClientSide(ClientSide):
@@ -157,10 +157,10 @@ class CleaningClientSide(ClientSide):
 
     def objective(self, client: Client, request: TrainRequest) -> Objective:
         """Cross-entropy of the samples without issues."""
-        kept = client.memory.get("kept")
-        if kept is None or self.options.action == "relabel":
+        is_trained = client.memory.get("kept")
+        if is_trained is None or self.options.action == "relabel":
             return LogitLoss()
-        return SubsetLoss(kept)
+        return SubsetLoss(is_trained)
 
     def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
         """Keep predictions, clean by them, or send a trained model."""
@@ -207,11 +207,11 @@ class CleaningClientSide(ClientSide):
         table, given_labels = client.kept.pop("probabilities"), client.given_labels
         wrong = find_issues(given_labels, table)
         # a client that would keep nothing keeps all: it cannot train on nothing
-        kept = ~wrong if not bool(wrong.all()) else torch.ones_like(wrong)
+        is_trained = torch.ones_like(wrong) if bool(wrong.all()) else ~wrong
         if self.options.action == "relabel":
             client.relabel(table.argmax(1).where(wrong, given_labels))
-        client.remember(kept=kept)
-        return CleanReply(samples=len(client), kept=int(kept.sum()))
+        client.remember(kept=is_trained)
+        return CleanReply(samples=len(client), trained=int(is_trained.sum()))
 
 
 class LocalCleaning(FederatedMethod):
@@ -286,7 +286,7 @@ class LocalCleaning(FederatedMethod):
         requests = dict.fromkeys(range(fed.num_clients), CleanRequest())
         replies: Replies[CleanReply] = fed.exchange(self.client_side, requests)
         counts = replies.gather().values()
-        self.issues = 1 - sum(r.kept for r in counts) / sum(r.samples for r in counts)
+        self.issues = 1 - sum(r.trained for r in counts) / sum(r.samples for r in counts)
 
     def report(self) -> dict[str, float]:
         """Fraction of the samples with issues."""
