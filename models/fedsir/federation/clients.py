@@ -32,8 +32,8 @@ class Client:
         self.index = trainer.index[number]
         #: What it knows of its samples, such as weights of their losses. Part of checkpoints.
         self.memory: dict[str, Tensor] = {}
-        #: What it keeps for the next request, if that continues; not part of checkpoints.
-        self.kept: dict[str, Tensor] = {}
+        #: What the next request needs, if that continues; not part of checkpoints.
+        self.intermediate: dict[str, Tensor] = {}
         self.has_changed = False  # its labels or memory, since ranks last exchanged them
 
     def __len__(self) -> int:

@@ -136,7 +136,7 @@ class Federation(LocalTrainer):
         """Let clients of this rank answer; those with a training task train first."""
         for client, request in requests.items():
             if not request.continues:
-                self.clients[client].kept = {}
+                self.clients[client].intermediate = {}
         tasks = {k: side.task(self.clients[k], request) for k, request in requests.items()}
         trained: ClientStates = {}
         training = {k: task for k, task in tasks.items() if task is not None}

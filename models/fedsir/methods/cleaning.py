@@ -167,11 +167,11 @@ class CleaningClientSide(ClientSide):
         if isinstance(request, FoldRequest) and trained is not None:
             held_out = self._assign_folds(client) == request.fold
             empty = torch.zeros(len(client), client.trainer.num_classes)
-            probabilities = client.kept.setdefault("probabilities", empty)
+            probabilities = client.intermediate.setdefault("probabilities", empty)
             probabilities[held_out] = client.logits(trained).softmax(1).cpu()[held_out]
             return Reply()
         if isinstance(request, ProbeRequest):
-            client.kept["probabilities"] = self._predict_by_probe(client, request.model)
+            client.intermediate["probabilities"] = self._predict_by_probe(client, request.model)
             return Reply()
         if isinstance(request, CleanRequest):
             return self._clean(client)
@@ -204,7 +204,7 @@ class CleaningClientSide(ClientSide):
         return torch.from_numpy(probabilities)
 
     def _clean(self, client: Client) -> CleanReply:
-        table, given_labels = client.kept.pop("probabilities"), client.given_labels
+        table, given_labels = client.intermediate.pop("probabilities"), client.given_labels
         wrong = find_issues(given_labels, table)
         # a client that would keep nothing keeps all: it cannot train on nothing
         is_trained = torch.ones_like(wrong) if bool(wrong.all()) else ~wrong

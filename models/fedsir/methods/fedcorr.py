@@ -242,11 +242,13 @@ class FedCorrClientSide(ClientSide):
         """Mean dimension of the predictions of the client's own model, whose losses it keeps."""
         logits = client.logits(trained)
         dimension = intrinsic_dimension(logits.softmax(1), self.options.neighbours).mean().cpu()
-        client.kept["losses"] = F.cross_entropy(logits.cpu(), client.labels, reduction="none")
+        client.intermediate["losses"] = F.cross_entropy(
+            logits.cpu(), client.labels, reduction="none"
+        )
         return dimension
 
     def _estimate_level(self, client: Client, request: LevelRequest) -> Tensor:
-        loss = client.kept.pop("losses")
+        loss = client.intermediate.pop("losses")
         if request.model is None:
             return torch.zeros((), dtype=torch.float64)
         level = upper_group(loss, client.trainer.seed % 2**32).double().mean()

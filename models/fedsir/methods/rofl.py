@@ -211,7 +211,7 @@ class RoFLClientSide(ClientSide):
             centroids = class_means(features, labels, client.trainer.num_classes)
         else:
             centroids = request.centroids.to(client.trainer.device, copy=True)
-        client.kept["centroids"] = centroids
+        client.intermediate["centroids"] = centroids
         ramp = min(1.0, round / options.ramp_rounds) if options.ramp_rounds else 1.0
         pull = options.pull * min(1.0, (round + 1) / max(1, options.pseudo_from))
         return CentroidLoss(
@@ -221,7 +221,7 @@ class RoFLClientSide(ClientSide):
     def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
         """Answer with the trained model and the moved centroids."""
         assert trained is not None
-        return RoFLTrainReply(model=trained, centroids=client.kept.pop("centroids"))
+        return RoFLTrainReply(model=trained, centroids=client.intermediate.pop("centroids"))
 
 
 class RoFL(FederatedMethod):

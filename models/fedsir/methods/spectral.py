@@ -151,13 +151,13 @@ class SpectralClientSide(ClientSide):
     def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
         """Answer with scores, or with the model behind them."""
         if isinstance(request, ModelRequest):
-            return TrainReply(model=client.kept.pop("model"))
+            return TrainReply(model=client.intermediate.pop("model"))
         if not isinstance(request, IdentifyRequest) or trained is None:
             return super().reply(client, request, trained)
         options = self.identification
         augmented = request.purpose if options.features == "augmented" else None
         spectra = accumulate(client, trained, client.labels, augmented=augmented)
-        client.kept["model"] = trained
+        client.intermediate["model"] = trained
         return IdentifyReply(
             scores=client_score(spectra, options.min_count),
             similarities=similarity(spectra, options.min_count),
