@@ -5,7 +5,6 @@ Axes: K clients.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.models.fedsir.mixtures import fit_two_gaussians
 
 __all__ = ["ClientSplit", "split_clients"]
 
@@ -90,17 +90,10 @@ def _find_sharpest_split(off_mean: NDArray[np.float64]) -> tuple[float, float]:
 
 def _fit_clean_posterior(scores: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """Posterior of the component with the lower mean off_mean."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     scaled = (scores - scores.mean(0)) / (scores.std(0) + 1e-12)
-    mixture = GaussianMixture(
-        2, covariance_type="full", reg_covar=1e-6, n_init=30, max_iter=2000, random_state=seed
+    mixture = fit_two_gaussians(
+        scaled, covariance_type="full", reg_covar=1e-6, n_init=30, max_iter=2000, random_state=seed
     )
-    with warnings.catch_warnings():
-        # clients with equal scores: k-means finds fewer distinct points than components
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture.fit(scaled)
     posterior: NDArray[np.float64] = mixture.predict_proba(scaled)
     return posterior[:, int(mixture.means_[:, 0].argmin())]
 

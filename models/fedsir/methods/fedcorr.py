@@ -5,7 +5,6 @@ Axes: K clients, N samples of a client, B mini-batch, C classes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -30,6 +29,7 @@ from fulgurite.models.fedsir.federation import (
     TrainRequest,
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.models.fedsir.mixtures import fit_two_gaussians
 from fulgurite.models.fedsir.wire import on_wire
 from fulgurite.options import (
     ClosedUnitInterval,
@@ -111,15 +111,10 @@ def upper_group(values: Tensor, seed: int = 0) -> Tensor:
 
     Source: FedCorr, CVPR 2022, pre-processing stage.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     column = values.detach().cpu().double().numpy()[:, None]
     if len(column) < 2 or np.allclose(column, column[:1]):
         return torch.zeros(len(column), dtype=torch.bool)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture = GaussianMixture(2, random_state=seed).fit(column)
+    mixture = fit_two_gaussians(column, random_state=seed)
     return torch.from_numpy(mixture.predict(column) == mixture.means_[:, 0].argmax())
 
 

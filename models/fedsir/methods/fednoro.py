@@ -5,7 +5,6 @@ Axes: K clients, N samples, C classes.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from fulgurite.models.fedsir.methods.options import (
     DistillationOptions,
     LossOptions,
 )
+from fulgurite.models.fedsir.mixtures import fit_two_gaussians
 from fulgurite.models.fedsir.wire import on_wire
 from fulgurite.options import PositiveInt, check_arguments
 
@@ -138,17 +138,12 @@ def vote_clean(vectors: Tensor, votes: int = 9) -> Tensor:
 
     Source: FedNoRo, IJCAI 2023, stage 1.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     table = vectors.double().numpy()
     if len(table) < 2 or np.allclose(table, table[:1]):
         return torch.ones(len(table), dtype=torch.bool)
     ballots = []
     for state in range(votes):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            mixture = GaussianMixture(2, random_state=state).fit(table)
+        mixture = fit_two_gaussians(table, random_state=state)
         ballots.append(tuple(mixture.predict(table) != mixture.means_.sum(1).argmax()))
     return torch.tensor(Counter(ballots).most_common(1)[0][0])  # the first one of a tie
 
