@@ -6,7 +6,7 @@ Axes: K clients, C classes, D feature dimension, P flat state size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -25,12 +25,10 @@ from fulgurite.models.fedsir.federation import (
     TrainingTask,
     TrainReply,
 )
+from fulgurite.models.fedsir.identification import ClientSplit, split_clients
 from fulgurite.models.fedsir.spectra import SpectraAccumulator, client_score, similarity
 from fulgurite.models.fedsir.wire import on_wire
 from fulgurite.options import NonNegativeInt, check_options
-
-if TYPE_CHECKING:
-    from fulgurite.models.fedsir.identification import ClientSplit
 
 __all__ = [
     "Identification",
@@ -217,8 +215,6 @@ class SpectralIdentification:
             restore_labels: Identify on the given labels: relabeled ones would make noisy clients
                 look clean.
         """
-        from fulgurite.models.fedsir.identification import split_clients
-
         side = SpectralClientSide(self)
         request = IdentifyRequest(
             model=fed.global_state,
