@@ -66,9 +66,8 @@ def measure(
         fed.average(results[name], fed.size_weights(range(CLIENTS)))
 
     padding = {"shift": 1, "crop_flip": 4}[data.image_options.augment]
-    trainer = SimpleNamespace(
-        datamodule=data, lightning_module=SimpleNamespace(batch_size=batch_size)
-    )
+    model = SimpleNamespace(local=SimpleNamespace(batch_size=batch_size))
+    trainer = SimpleNamespace(datamodule=data, lightning_module=model)
     problem = Problem.of(trainer, padding, data.image_options.augment == "crop_flip", **ADAM)
     contestants = {name: partial(train, name) for name in federations}
     contestants["plain loop"] = PlainFedAvg(network, problem).round
