@@ -1,6 +1,6 @@
 """Data of fedsir: image data sets dealt to clients, some of which have wrong labels."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fulgurite.datamodules.fedsir.archives import CifarArchive
 from fulgurite.datamodules.fedsir.digits import Digits
@@ -30,6 +30,7 @@ from fulgurite.datamodules.fedsir.partition import (
 )
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing, Samples
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
+from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.datamodules.fedsir.datamodule import EvaluationLabels, FederatedDataModule
@@ -69,10 +70,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Lightning costs seconds, which noise and partitions alone need not pay
-    if name in ("EvaluationLabels", "FederatedDataModule"):
-        from fulgurite.datamodules.fedsir import datamodule
-
-        return getattr(datamodule, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Lightning costs seconds, which noise and partitions alone need not pay
+__getattr__, _ = lazy_attributes(
+    __name__, {"datamodule": ("EvaluationLabels", "FederatedDataModule")}
+)
