@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.fedsir.label_files import quote_some
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
@@ -295,10 +296,9 @@ def _refuse_repeated(rows: Sequence[int], listing: Listing, path: Path) -> None:
         return
     counts = np.bincount(rows, minlength=listing.total)
     repeated = np.flatnonzero(counts > 1)
-    examples = ", ".join(listing.describe(int(row)) for row in repeated[:3])
-    more = f" and {len(repeated) - 3} more" if len(repeated) > 3 else ""
+    examples = name_some([listing.describe(int(row)) for row in repeated], 3)
     raise DataError(
-        f"The file {path} has more than one row for {examples}{more}.",
+        f"The file {path} has more than one row for {examples}.",
         "Give one row for each image.",
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Listing
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import (
@@ -48,9 +49,7 @@ def quote_some(values: Sequence[object], limit: int = 3) -> str:
         >>> quote_some(["a", "b", "a", "c", "d"], limit=2)
         "'a', 'b' and 2 more"
     """
-    different = list(dict.fromkeys(values))
-    text = ", ".join(repr(value) for value in different[:limit])
-    return text + (f" and {len(different) - limit} more" if len(different) > limit else "")
+    return name_some([repr(value) for value in dict.fromkeys(values)], limit)
 
 
 def label_numbers(
