@@ -151,8 +151,8 @@ def render(table: Table, folder: Path) -> str:
             texts[label, head] = f"**{texts[label, head]}**"
     lines = [f"| {table.head} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for label in table.rows:
-        shown = [texts[label, head] + marks.get((label, head), "") for head in columns]
-        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+        row = [texts[label, head] + marks.get((label, head), "") for head in columns]
+        lines.append(f"| {label} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 

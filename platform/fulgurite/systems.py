@@ -27,6 +27,7 @@ __all__ = [
     "check_kind",
     "config_path",
     "kind_of",
+    "name_system",
     "packaged_configs",
     "plug_ins",
     "read_keys",
@@ -311,6 +312,11 @@ def system_of_config(path: str | Path) -> str | None:
         if Path(str(resources.files(system.configs))).resolve() == folder:
             return system.name
     return None
+
+
+def name_system(path: Path) -> str:
+    """The system of a configuration file, or the name of its folder where it has none."""
+    return system_of_config(path) or path.resolve().parent.name
 
 
 def resolve_config(name: str) -> Path:

@@ -431,11 +431,20 @@ def test_a_sweep_that_cannot_be_honoured_is_refused_by_name(folder, changes, mes
 
 
 def test_wrong_calls_are_refused(folder):
-    with pytest.raises(ConfigError, match=r"no sweep file nothing\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"no configuration 'nothing\.yaml', neither a file nor packaged"
+    ):
         sweep.read_sweep("nothing.yaml")
     (folder / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not YAML"):
         sweep.read_sweep("bad.yaml")
+    with pytest.raises(ConfigError, match="describes a run, not a sweep"):
+        sweep.read_sweep("fedsir/digits.yaml")
+    (folder / "twice.yaml").write_text(
+        "method: grid\nparameters: {lr: {value: 1}, lr: {value: 2}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"twice\.yaml, line 2: this gives the key 'lr' again"):
+        sweep.read_sweep("twice.yaml")
     file = write(folder, {**RANDOM, "run_cap": None})
     with pytest.raises(ConfigError, match="how many trials"):
         run(file)

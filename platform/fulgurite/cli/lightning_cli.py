@@ -40,7 +40,7 @@ from fulgurite.run_folders import (
     recorded_environment,
     write_json,
 )
-from fulgurite.systems import system_of_config
+from fulgurite.systems import name_system
 
 __all__ = ["COMMANDS", "FulguriteCLI", "Parsed"]
 
@@ -153,7 +153,7 @@ class FulguriteCLI(LightningCLI):
         """System and name of the run from its first configuration file, unless given."""
         run, path = self.section.run, self._first_config
         if run.system is None and path is not None:
-            run.system = system_of_config(path) or path.resolve().parent.name
+            run.system = name_system(path)
         if run.name is None and path is not None:
             run.name = path.stem
 

@@ -24,7 +24,7 @@ from fulgurite.compare.trials import define_trials
 from fulgurite.compare.watch import ConfigWatch
 from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
-from fulgurite.systems import system_of_config
+from fulgurite.systems import name_system
 
 __all__ = ["check_trials", "find_folder", "run", "select_part"]
 
@@ -153,7 +153,7 @@ def find_folder(file: str, plan: ComparisonPlan, *, out: str | None, quick: bool
     if out:
         return Path(out).resolve()
     path = find_config(file).resolve()
-    system = system_of_config(path) or path.parent.name
+    system = name_system(path)
     name = system if path.stem == "compare" else f"{system}-{path.stem}"
     folder = (Path("compare_results") / (f"{name}-quick" if quick else name)).resolve()
     saved = folder / PLAN_FILE

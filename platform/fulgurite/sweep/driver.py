@@ -39,7 +39,7 @@ from fulgurite.sweep.study import (
     open_study,
 )
 from fulgurite.sweep.sweep_file import read_sweep
-from fulgurite.systems import system_of_config
+from fulgurite.systems import name_system
 
 __all__ = ["main", "run"]
 
@@ -246,8 +246,7 @@ def _value(trial: FrozenTrial) -> float:
 
 
 def _default_name(sweep: Sweep) -> str:
-    system = system_of_config(sweep.path) or sweep.path.resolve().parent.name
-    return f"{system}-{sweep.path.stem}"
+    return f"{name_system(sweep.path)}-{sweep.path.stem}"
 
 
 def _limit(sweep: Sweep, trials: int | None) -> int:

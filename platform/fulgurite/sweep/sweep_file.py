@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fulgurite.compare.yaml_file import read_yaml
 from fulgurite.errors import ConfigError
 from fulgurite.sweep.space import (
     Categorical,
@@ -21,7 +20,7 @@ from fulgurite.sweep.space import (
     Parameter,
     Sweep,
 )
-from fulgurite.systems import config_path
+from fulgurite.systems import check_kind, read_keys, resolve_config
 
 __all__ = ["read_sweep"]
 
@@ -55,22 +54,9 @@ def read_sweep(name: str) -> Sweep:
     Raises:
         ConfigError: There is no such file, or it holds something that cannot be honoured.
     """
-    path = Path(name)
-    if not path.is_file():
-        packaged = config_path(name)
-        if packaged is None:
-            raise ConfigError(
-                f"There is no sweep file {name}.",
-                "Name a file, or a packaged sweep that `fulgurite systems` lists.",
-            )
-        path = Path(packaged)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as YAML ({error}).", "Repair the file."
-        ) from error
-    return _Reader(path).read(raw)
+    path = resolve_config(name)
+    check_kind(name, read_keys(path), "sweep")
+    return _Reader(path).read(read_yaml(path))
 
 
 class _Reader:
