@@ -119,18 +119,15 @@ class Federation(LocalTrainer):
 
     def send(self, requests: Mapping[int, Request]) -> None:
         """Count what goes down to clients, and the epochs that they are asked to train."""
-        globals_sent = [k for k, r in requests.items() if self._is_global(r.model)]
-        self.send_global(globals_sent)
-        others = [r.model for k, r in requests.items() if k not in set(globals_sent)]
-        models = [model for model in others if model is not None]
-        self.costs.bytes_down += sum(model.numel() * model.itemsize for model in models)
+        models = {k: r.model for k, r in requests.items() if r.model is not None}
+        others = {k: model for k, model in models.items() if not self._is_global(model)}
+        self.send_global([k for k in models if k not in others])
+        self.costs.bytes_down += sum(model.numel() * model.itemsize for model in others.values())
         self.costs.bytes_down += sum(map(count_payload, requests.values()))
         self.costs.client_epochs += sum(request.epochs for request in requests.values())
 
-    def _is_global(self, model: Tensor | None) -> bool:
-        if model is None or model is self._global_state:
-            return model is not None
-        return torch.equal(model, self._global_state)
+    def _is_global(self, model: Tensor) -> bool:
+        return model is self._global_state or torch.equal(model, self._global_state)
 
     def answer(self, side: ClientSide, requests: Mapping[int, Request]) -> dict[int, Reply]:
         """Let clients of this rank answer; those with a training task train first."""
