@@ -213,12 +213,10 @@ class Federation(LocalTrainer):
         if self.vectorize > 1:
             fit = [k for k in clients if vectorizable(objectives[k])]
             for i in range(0, len(fit), self.vectorize):
-                group = fit[i : i + self.vectorize]
-                get_objective = objectives.__getitem__
                 done |= train_group(
                     self,
-                    group,
-                    get_objective,
+                    fit[i : i + self.vectorize],
+                    objectives.__getitem__,
                     purpose,
                     start=start,
                     epochs=epochs,
