@@ -1,6 +1,11 @@
-"""FedAvg and FedProx."""
+"""FedAvg and FedProx.
+
+Axes: P flat state size.
+"""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from fulgurite.models.fedsir.federation import (
     Client,
@@ -12,7 +17,7 @@ from fulgurite.models.fedsir.federation import (
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 from fulgurite.options import NonNegativeFloat, check_arguments
 
-__all__ = ["FedAvg", "FedProx", "ProximalClientSide"]
+__all__ = ["FedAvg", "FedProx", "ProximalClientSide", "proximal_loss"]
 
 
 class FedAvg(FederatedMethod):
@@ -20,6 +25,20 @@ class FedAvg(FederatedMethod):
 
     Source: McMahan et al., AISTATS 2017.
     """
+
+
+def proximal_loss(client: Client, model: Tensor, strength: float) -> LogitLoss:
+    """Cross-entropy, with a term that holds a client's parameters near those of a model.
+
+    Args:
+        client: Client that trains.
+        model: Flat state of the model. Shape: (P,).
+        strength: Strength μ of ``μ/2 · ‖w − w_model‖²``.
+
+    Source: Li et al., MLSys 2020.
+    """
+    anchor = {n: p.detach() for n, p in client.frozen(model).named_parameters()}
+    return LogitLoss(proximal=strength, anchor=anchor)
 
 
 class ProximalClientSide(ClientSide):
@@ -36,9 +55,7 @@ class ProximalClientSide(ClientSide):
 
     def objective(self, client: Client, request: TrainRequest) -> Objective:
         """Cross-entropy plus the proximal term."""
-        frozen = client.frozen(request.model)
-        anchor = {n: p.detach() for n, p in frozen.named_parameters()}
-        return LogitLoss(proximal=self.mu, anchor=anchor)
+        return proximal_loss(client, request.model, self.mu)
 
 
 class FedProx(FederatedMethod):

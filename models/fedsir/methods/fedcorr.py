@@ -29,6 +29,7 @@ from fulgurite.models.fedsir.federation import (
     TrainRequest,
 )
 from fulgurite.models.fedsir.methods.base import FederatedMethod
+from fulgurite.models.fedsir.methods.fedavg import proximal_loss
 from fulgurite.models.fedsir.mixtures import fit_two_gaussians
 from fulgurite.models.fedsir.wire import on_wire
 from fulgurite.options import (
@@ -213,11 +214,9 @@ class FedCorrClientSide(ClientSide):
         """Cross-entropy, mixed, with the proximal term in the pre-processing stage."""
         assert isinstance(request, FedCorrTrainRequest)
         loss = LogitLoss()
-        strength = self.options.beta * request.level
+        strength = 2 * self.options.beta * request.level
         if request.preprocessing and strength > 0:
-            frozen = client.frozen(request.model)
-            anchor = {n: p.detach() for n, p in frozen.named_parameters()}
-            loss = LogitLoss(proximal=2 * self.options.beta * request.level, anchor=anchor)
+            loss = proximal_loss(client, request.model, strength)
         return MixupLoss(loss, self.options.mixup) if self.options.mixup else loss
 
     def reply(self, client: Client, request: Request, trained: Tensor | None) -> Reply:
