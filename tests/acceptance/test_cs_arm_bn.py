@@ -156,8 +156,8 @@ def test_without_batch_effects_all_methods_agree_and_any_controls_do():
     "settings",
     [
         {}, {"label_shift": 1.0}, {"label_shift": 0.1}, {"label_shift": 0.01},
-        {"queries": 1, "limit": 48}, {"eval_queries": 4}, {"eval_queries": 8},
-        {"eval_controls": 4}, {"eval_controls": 16}, {"eval_controls": 0},
+        {"queries": 1, "limit": 48}, {"queries": 4}, {"queries": 8},
+        {"controls": 4}, {"controls": 16}, {"controls": 0},
     ],
 )  # fmt: skip
 def test_the_adaptive_weight_is_never_much_worse_than_the_best_fixed_one(settings):
@@ -165,7 +165,7 @@ def test_the_adaptive_weight_is_never_much_worse_than_the_best_fixed_one(setting
     fixed = {
         w: statistics.mean(by_seed(CSARMBN, weighted(w), **settings))
         for w in (None, 0.0, 0.1, 0.2, 1 / 3, 0.6, 1.0)
-        if settings.get("eval_controls") != 0 or w is None
+        if settings.get("controls") != 0 or w is None
     }
     assert ours >= max(fixed.values()) - 0.01, (ours, fixed)
 
