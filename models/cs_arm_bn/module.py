@@ -98,7 +98,7 @@ class PlateClassifier(SystemModule):
         adaptation: AdaptationOptions = AdaptationOptions(),
     ) -> None:
         super().__init__()
-        # Lightning warns for each module with a hook of batches that its DataModule does not have
+        # Lightning says that it takes this hook from the module, not the DataModule, as is meant
         warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `Lightning.*")
         save_options(self, "network", "method", "optimizer", "scheduler")
         for name, value, minimum in (
