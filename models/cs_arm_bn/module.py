@@ -22,7 +22,6 @@ from fulgurite.models.cs_arm_bn.adaptation import (
     adapt,
     load_statistics,
     missing_controls_error,
-    stored_statistics,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import Context, use_context
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
@@ -393,9 +392,9 @@ class PlateClassifier(SystemModule):
             raise missing_controls_error(name)
         chunks = torch.split(batch.control, self.adaptation.chunk)
         weight = self.method.context(training=False).weight
-        adapt(self.network, chunks, name, weight=weight)
+        statistics = adapt(self.network, chunks, name, weight=weight)
         self._adapted.add(name)
-        return stored_statistics(self.network, name)
+        return statistics
 
     def load_plate(self, domain: int, tensors: Mapping[str, Tensor]) -> None:
         """Use a plate's statistics from an earlier prediction in this one.
