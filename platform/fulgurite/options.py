@@ -210,7 +210,7 @@ def _check(hint: Any, value: Any, option: str) -> Any:
     try:
         return _convert(hint, value)
     except _Mismatch as mismatch:
-        *_, owner, name = option.split(".")
+        owner, name = option.split(".")[-2:]
         inside = "" if owner == "init_args" else f" of {owner}"
         raise ConfigError(
             f"The {name}{inside} is {value!r}.", f"Set `--{option}` to {mismatch}."
