@@ -24,6 +24,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import (
 
 __all__ = [
     "adapt",
+    "keep_modes",
     "load_statistics",
     "missing_controls_error",
     "stored_statistics",
@@ -90,7 +91,8 @@ def adapt(
     n_query = sum(len(x) for kind, x in chunks if kind == "query")
     setting = Context("union", n_query, weight, domain)
     try:
-        with _evaluation_mode(model):
+        with keep_modes(model):
+            model.eval()
             if len({kind for kind, _ in chunks}) == len(chunks):
                 _adapt_at_once(model, torch.cat([x for _, x in chunks]), setting)
             else:
@@ -129,10 +131,9 @@ def _check_chunks(kind: str, chunks: Sequence[Tensor] | Tensor) -> list[tuple[st
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode until the block ends, and then restore the mode of each module."""
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the training or evaluation mode of each module when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:

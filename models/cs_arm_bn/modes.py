@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fulgurite.domains.cs_arm_bn import PlateBatch
+from fulgurite.models.cs_arm_bn.adaptation import keep_modes
 from fulgurite.models.cs_arm_bn.methods.base import query_loss
 from fulgurite.models.cs_arm_bn.module import PlateClassifier
 
@@ -24,11 +25,10 @@ def compare_modes(module: PlateClassifier, batch: PlateBatch) -> tuple[float, fl
 
     Source: inferred.
     """
-    modes = [(part, part.training) for part in module.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     losses, context = [], module.context
     devices = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), keep_modes(module):
         for training in (True, False):
             module.train(training)
             if not training:
@@ -39,6 +39,4 @@ def compare_modes(module: PlateClassifier, batch: PlateBatch) -> tuple[float, fl
     module.context = context
     for buffer, value in buffers:
         buffer.copy_(value)
-    for part, mode in modes:
-        part.training = mode
     return losses[0], losses[1]
