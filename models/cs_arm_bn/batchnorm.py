@@ -39,6 +39,7 @@ __all__ = [
     "Source",
     "context",
     "context_layers",
+    "find_context_layers",
     "use_context",
 ]
 
@@ -367,13 +368,18 @@ class ContextBatchNorm1d(ContextLayer, nn.BatchNorm1d):
     original = nn.BatchNorm1d
 
 
+def find_context_layers(model: nn.Module) -> dict[str, ContextLayer]:
+    """Return the converted layers of a network by name, which may be none."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
+
+
 def context_layers(model: nn.Module) -> dict[str, ContextLayer]:
     """Return the converted layers of a network by name.
 
     Raises:
         ConfigError: The network has no converted layer.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
+    layers = find_context_layers(model)
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no BatchNorm with a context.",
@@ -424,7 +430,7 @@ def use_context(model: nn.Module, setting: Context) -> Iterator[Context]:
 
     Unlike :func:`context` it accepts networks without such layers.
     """
-    layers = [m for m in model.modules() if isinstance(m, ContextLayer)]
+    layers = find_context_layers(model).values()
     old_settings = [layer.context for layer in layers]
     for layer in layers:
         layer.context = setting

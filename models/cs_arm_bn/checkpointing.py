@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fulgurite.models.cs_arm_bn.batchnorm import Context, ContextLayer
+from fulgurite.models.cs_arm_bn.batchnorm import Context, find_context_layers
 
 __all__ = ["run_checkpointed"]
 
@@ -33,7 +33,7 @@ class _Recomputation(AbstractContextManager[None]):
     """Copies of the current contexts of a block's layers, to be set in the recomputation."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.layers = [m for m in block.modules() if isinstance(m, ContextLayer)]
+        self.layers = [*find_context_layers(block).values()]
         self.settings = [copy(m.context) or Context("ordinary") for m in self.layers]
         for setting in self.settings:
             setting._again, setting.used = True, []

@@ -21,6 +21,7 @@ from fulgurite.models.cs_arm_bn.batchnorm import (
     ContextBatchNorm1d,
     ContextBatchNorm2d,
     ContextLayer,
+    find_context_layers,
 )
 
 __all__ = ["convert_batchnorm", "has_batchnorm", "revert_batchnorm"]
@@ -213,7 +214,7 @@ def revert_batchnorm(model: nn.Module, domain: Hashable | None = None) -> nn.Mod
         DataError: There are no stored statistics of the plate.
         ConfigError: A layer was parametrised after the conversion.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
+    layers = find_context_layers(model)
     for name, layer in layers.items():
         _refuse_parametrized(name or "The network", layer)
     if domain is not None and not any(domain in layer.stored for layer in layers.values()):

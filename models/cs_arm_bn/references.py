@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fulgurite.errors import CheckpointError
 from fulgurite.models.cs_arm_bn.batch_statistics import TrainingReference
-from fulgurite.models.cs_arm_bn.batchnorm import ContextLayer
+from fulgurite.models.cs_arm_bn.batchnorm import find_context_layers
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["age_references", "average_over_ranks", "load_reference", "reference_state"]
@@ -23,15 +23,15 @@ def reference_state(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return the training reference of each layer as plain tensors."""
     return {
         name: layer.reference.state()
-        for name, layer in model.named_modules()
-        if isinstance(layer, ContextLayer) and layer.reference is not None
+        for name, layer in find_context_layers(model).items()
+        if layer.reference is not None
     }
 
 
 def age_references(model: nn.Module) -> None:
     """Reduce the weight of each layer's training reference to that of at most two plates."""
-    for layer in model.modules():
-        if isinstance(layer, ContextLayer) and layer.reference is not None:
+    for layer in find_context_layers(model).values():
+        if layer.reference is not None:
             layer.reference = layer.reference._replace(plates=min(layer.reference.plates, 2.0))
 
 
@@ -41,7 +41,7 @@ def load_reference(model: nn.Module, state: Mapping[str, Sequence[Tensor]]) -> N
     Raises:
         CheckpointError: The references are of another network.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, ContextLayer)}
+    layers = find_context_layers(model)
     if not isinstance(state, Mapping):
         raise CheckpointError(
             "The checkpoint's reference of the layers is none.", "Use a checkpoint of the run."
@@ -75,9 +75,7 @@ def average_over_ranks(network: nn.Module, device: torch.device) -> None:
     world = rank_and_world()[1]
     if world == 1:
         return
-    for layer in network.modules():
-        if not isinstance(layer, ContextLayer):
-            continue
+    for layer in find_context_layers(network).values():
         values = [b for b in layer.buffers() if b.is_floating_point()]
         reference = layer.reference and layer.reference.to(device)
         if reference is not None:
