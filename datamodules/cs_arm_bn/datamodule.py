@@ -403,7 +403,7 @@ class PlateDataModule(L.LightningDataModule):
         padded.
         """
         parts = []
-        size = self.evaluation.queries or self.episodes.queries
+        size, _ = self.evaluation.find_sizes(self.episodes)
         for d in plates:
             queries = self.table.rows_of(d, control=False)
             controls = self.table.rows_of(d, control=True)

@@ -50,10 +50,7 @@ class EvaluationPlan:
     ) -> None:
         self.table = table
         self.options = evaluation
-        self.num_queries = evaluation.queries or episodes.queries
-        self.num_controls = (
-            episodes.controls if evaluation.controls is None else evaluation.controls
-        )
+        self.num_queries, self.num_controls = evaluation.find_sizes(episodes)
         self.seed = seed
 
     def batches(self, rows: Rows, probes: bool) -> list[BatchRows]:

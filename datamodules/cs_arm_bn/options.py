@@ -93,6 +93,11 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_options(self, "data.init_args.evaluation")
 
+    def find_sizes(self, episodes: EpisodeOptions) -> tuple[int, int]:
+        """Return the numbers of queries and controls in a batch, as in training by default."""
+        controls = episodes.controls if self.controls is None else self.controls
+        return self.queries or episodes.queries, controls
+
 
 @dataclass(frozen=True)
 class PixelOptions:
@@ -139,5 +144,5 @@ def find_min_controls(episodes: EpisodeOptions, evaluation: EvaluationOptions) -
     if episodes.min_controls is not None:
         return episodes.min_controls
     trained = 0 if episodes.mixed else episodes.controls
-    tested = episodes.controls if evaluation.controls is None else evaluation.controls
+    _, tested = evaluation.find_sizes(episodes)
     return min(max(trained, tested), _DEFAULT_MIN_CONTROLS)
