@@ -10,7 +10,7 @@ from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel, name_wells
-from fulgurite.datamodules.cs_arm_bn.table_files import TABLE_SUFFIXES, find_other_plate, read_table
+from fulgurite.datamodules.cs_arm_bn.table_files import find_other_plate, find_table, read_table
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
 from fulgurite.options import make_options
@@ -196,9 +196,7 @@ class JumpPlates(PlateSource):
         ].itertuples(index=False):
             name = f"{source}|{batch}|{plate}"
             table_path = root / self.files.load_data.format(source=source, batch=batch, plate=plate)
-            if not any(
-                (table_path.with_name(table_path.name + end)).is_file() for end in TABLE_SUFFIXES
-            ):
+            if find_table(table_path) is None:
                 bad.setdefault("missing_plate", []).append((name, 0))
                 continue
             try:
@@ -386,7 +384,7 @@ class JumpPlates(PlateSource):
         names: dict[bool, list[str]] = {True: [], False: []}
         identifiers: set[str] = set()
         for name in ("compound", "crispr", "orf"):
-            there = any((folder / f"{name}{end}").is_file() for end in TABLE_SUFFIXES)
+            there = find_table(folder / name) is not None
             names[there].append(name)
             if there:
                 identifiers |= set(self._read_metadata(name, "JCP2022")["Metadata_JCP2022"])

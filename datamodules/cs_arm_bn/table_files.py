@@ -14,10 +14,10 @@ from fulgurite.foreign import check_parquet, read_csv, reading
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TABLE_SUFFIXES", "find_other_plate", "read_table"]
+__all__ = ["find_other_plate", "find_table", "read_table"]
 
 #: Ends of the names of tables, in the order in which they are looked for.
-TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+_SUFFIXES = (".csv", ".csv.gz", ".parquet")
 
 
 def _convert_to_text(column: pd.Series) -> pd.Series:
@@ -44,6 +44,12 @@ def _convert_cell(value: object) -> str | None:
     return None if value is None else str(value) or None
 
 
+def find_table(path: Path) -> Path | None:
+    """Return the first existing file of a table that is named without its suffix, if any."""
+    files = (path.with_name(path.name + suffix) for suffix in _SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
 def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Read a CSV (also ``.csv.gz``) or parquet file as text, numbers included.
 
@@ -61,15 +67,13 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     if not path.is_file():
-        for suffix in TABLE_SUFFIXES:
-            if (candidate := path.with_name(path.name + suffix)).is_file():
-                path = candidate
-                break
-        else:
+        file = find_table(path)
+        if file is None:
             raise DataError(
                 f"There is no table {path}.csv, .csv.gz or .parquet.",
                 "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
             )
+        path = file
     try:
         hint = "Export it as comma-separated values in UTF-8, or fetch it again."
         with reading(path, "The table", hint):
