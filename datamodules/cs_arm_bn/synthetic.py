@@ -36,6 +36,7 @@ from fulgurite.options import (
     PositiveInt,
     check_arguments,
     check_options,
+    list_options,
     make_options,
     restrict_number,
 )
@@ -372,18 +373,7 @@ class SyntheticPlates(PlateSource):
     ) -> None:
         check_arguments(SyntheticPlates.__init__, locals(), "data.init_args.source.init_args")
         self.world = world = make_options(PlateWorld, world)
-        self.recipe = _Recipe(
-            seed=seed,
-            size=world.size,
-            sites=world.sites,
-            wells_per_class=world.wells_per_class,
-            controls=world.controls,
-            batches=world.batches,
-            plates=world.plates,
-            strength=world.strength,
-            random_layout=world.random_layout,
-            dead_wells=world.dead_wells,
-        )
+        self.recipe = _Recipe(seed=seed, **list_options(world))
         self.path = path
 
     @property
