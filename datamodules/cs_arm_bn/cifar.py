@@ -36,7 +36,7 @@ from fulgurite.options import (
 __all__ = ["CorruptedCifar", "CorruptionFamilies"]
 
 _OPTION = "data.init_args.source.init_args.families"
-_TRAIN = (*("gaussian_noise", "gaussian_blur", "fog", "brightness", "saturate", "jpeg", "elastic"),)
+_TRAIN = ("gaussian_noise", "gaussian_blur", "fog", "brightness", "saturate", "jpeg", "elastic")
 _TEST = (
     *("shot_noise", "impulse_noise", "defocus_blur", "motion_blur", "glass_blur", "snow"),
     *("contrast", "pixelate"),
