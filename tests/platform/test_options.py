@@ -142,9 +142,9 @@ def test_the_parser_refuses_what_the_annotations_do_not_allow(argument):
 def test_help_shows_ranges(capsys):
     with pytest.raises(SystemExit):
         parse(f"--data.help={__name__}.Data")
-    shown = capsys.readouterr().out
-    assert "--data.evaluation.queries" in shown
-    assert "PositiveInt" in shown
+    printed = capsys.readouterr().out
+    assert "--data.evaluation.queries" in printed
+    assert "PositiveInt" in printed
 
 
 def test_arguments_of_a_constructor():
