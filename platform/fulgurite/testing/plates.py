@@ -20,10 +20,8 @@ def change_images(
         query: Shape: (L, C, H, W).
         control: Shape: (n, C, H, W), n of at most N.
     """
-    query, control = (
-        batch.query if query is None else query,
-        (batch.control if control is None else control),
-    )
+    query = batch.query if query is None else query
+    control = batch.control if control is None else control
     return batch._replace(
         images=torch.cat([query, control]),
         control_row=batch.control_row[: len(control)],
