@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,18 @@ def write_blank(file):
             "0000000a49444154789c63600000000200010548afa40000000049454e44ae426082"
         )
     )
+
+
+@pytest.fixture(autouse=True)
+def forgotten_modules(tmp_path_factory):
+    """Forget the modules that a test wrote and imported, so that no later test meets them."""
+    before = set(sys.modules)
+    yield
+    written = tmp_path_factory.getbasetemp()
+    for name in set(sys.modules) - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(written):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
