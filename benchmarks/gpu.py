@@ -30,8 +30,11 @@ from benchmarks.harness import RESULTS, machine, table
 from fulgurite.attention import stream_attention
 from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.cost_model import GPU_COSTS
-from fulgurite.attention.cuda_kernels import _compare_kernel
-from fulgurite.attention.kernels import TileInputs, kernel_for, usual_kernel_names
+from fulgurite.attention.kernel_checks import KernelUse, compare_kernel
+from fulgurite.attention.kernel_choice import kernel_for, usual_kernel_names
+from fulgurite.attention.kernels import (
+    TileInputs,
+)
 from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan, make_plan
 from fulgurite.attention.spec import AttentionSpec
@@ -113,7 +116,7 @@ def kernels() -> Iterator[Row]:
                         continue
                     with warnings.catch_warnings(record=True) as caught:
                         warnings.simplefilter("always")
-                        is_right = _compare_kernel(name, DEVICE, dtype, size, biased)
+                        is_right = compare_kernel(name, KernelUse(DEVICE, dtype, size, biased))
                     yield {
                         "kernel": name, "type": str(dtype)[6:], "head size": size,
                         "bias": biased, "right": is_right,

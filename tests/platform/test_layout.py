@@ -118,12 +118,6 @@ def test_arrows_are_seen(tmp_path, monkeypatch):
     assert domain("fulgurite.compare.plan") == domain("fulgurite.domains") == ""
 
 
-# circles that are to be cleared; a new one does not go here
-KNOWN_CIRCLES = {
-    ("fulgurite.attention.cuda_kernels", "fulgurite.attention.kernels"),
-}
-
-
 def import_graph(sources: list[Path]) -> dict[str, set[str]]:
     """The modules that each module imports, also for types alone and inside functions."""
     modules = {module_of(path): path for path in sources}
@@ -156,8 +150,7 @@ def circles_of(graph: dict[str, set[str]]) -> set[tuple[str, ...]]:
 
 
 def test_no_modules_import_each_other():
-    circles = circles_of(import_graph(SOURCES))
-    assert circles <= KNOWN_CIRCLES, sorted(circles - KNOWN_CIRCLES)
+    assert circles_of(import_graph(SOURCES)) == set()
 
 
 def test_circles_are_seen():

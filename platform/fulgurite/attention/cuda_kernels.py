@@ -1,42 +1,23 @@
-"""The attention kernels of PyTorch for CUDA as tile kernels, and the choice between them.
-
-A kernel is trusted after its results have been compared once with those of
-:class:`~fulgurite.attention.kernels.MathKernel`, on the device, in the type and for the head size
-of the call.
+"""The attention operators of PyTorch for CUDA as tile kernels.
 
 Axes: B batch, H query heads, G key/value heads (G divides H), M queries, N keys, D head size.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fulgurite.attention.kernels import (
-    KERNEL_NAMES,
-    MathKernel,
-    TileInputs,
-    TileKernel,
-    TileKernelNames,
-    accumulator_dtype,
-    empty_rows,
-    repeat_heads,
-    sum_heads,
-)
+from fulgurite.attention.kernels import TileInputs, TileKernel, empty_rows, repeat_heads, sum_heads
 from fulgurite.errors import ConfigError
 
 __all__ = [
-    "AtenCudaEfficient", "AtenCudaFlash", "AtenCudnn", "CheckedKernels", "cuda_kernel",
-    "cuda_kernel_names",
+    "CUDA_KERNELS", "AtenCudaEfficient", "AtenCudaFlash", "AtenCudnn", "CudaKernel", "align_rows",
+    "row_width",
 ]  # fmt: skip
 
 # Elements: kernels load 16 bytes at once, which is 8 numbers of a half type.
@@ -49,15 +30,6 @@ _HALF = (torch.float16, torch.bfloat16)
 
 # The first version of cuDNN, as PyTorch numbers them, that does any number of tokens: 9.15.1.
 _SOUND_CUDNN = 91501
-
-# From so many queries and keys on cuDNN is the faster kernel on GPUs of these generations; below
-# it, building its graph for each shape costs more than it saves.
-_LARGE_TILE, _CUDNN_GENERATIONS = 4096, (9, 10)
-
-# Largest error that a right kernel may have, relative to the largest number of the result. Right
-# kernels stay below a quarter of it.
-_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 6e-3, torch.float32: 1e-4}
-_LSE_TOLERANCE = 1e-3
 
 
 class CudaKernel(TileKernel, Protocol):
@@ -82,7 +54,7 @@ class _AtenKernel:
 
     def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
         """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        out, lse = self._forward(self._aligned_tile(tile))
+        out, lse = self._forward(self.align_tile(tile))
         out = out.narrow(-1, 0, tile.value.shape[-1])
         if tile.bias is None:
             return out, lse
@@ -96,9 +68,9 @@ class _AtenKernel:
         query, key, value = tile[:3]
         width = max(query.shape[-1], value.shape[-1])
         grads = self._backward(
-            self._aligned_tile(tile),
-            _align_rows(grad, width),
-            _align_rows(out, width),
+            self.align_tile(tile),
+            align_rows(grad, width),
+            align_rows(out, width),
             _contiguous(lse),
         )
         sizes = query.shape[-1], key.shape[-1], value.shape[-1]
@@ -108,7 +80,8 @@ class _AtenKernel:
             dkey, dvalue = (sum_heads(x, key).to(key.dtype) for x in (dkey, dvalue))
         return dquery, dkey, dvalue
 
-    def _aligned_tile(self, tile: TileInputs) -> TileInputs:
+    def align_tile(self, tile: TileInputs) -> TileInputs:
+        """Return a tile whose tensors the operators can load."""
         query, key, value = tile[:3]
         bias, width = tile.bias, max(query.shape[-1], value.shape[-1])
         if not self.has_groups:
@@ -118,8 +91,8 @@ class _AtenKernel:
                 raise ConfigError("This kernel does no bias.", "Use the one of kernel_for.")
             bias = bias.to(query.dtype).expand(*bias.shape[:2], query.shape[2], key.shape[2])
             if not _is_aligned(bias):
-                bias = _align_rows(bias).narrow(-1, 0, key.shape[2])
-        query, key, value = (_align_rows(x, width) for x in (query, key, value))
+                bias = align_rows(bias).narrow(-1, 0, key.shape[2])
+        query, key, value = (align_rows(x, width) for x in (query, key, value))
         return tile._replace(query=query, key=key, value=value, bias=bias)
 
     def _forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
@@ -148,7 +121,7 @@ class AtenCudaFlash(_AtenKernel):
 
     def takes(self, tile: TileInputs) -> bool:
         """See :class:`CudaKernel`."""
-        if tile.bias is not None or tile.query.dtype not in _HALF or _width(tile) > 256:
+        if tile.bias is not None or tile.query.dtype not in _HALF or row_width(tile) > 256:
             return False
         return not tile.is_causal or tile.query.shape[2] == tile.key.shape[2]
 
@@ -219,7 +192,7 @@ class AtenCudnn(_AtenKernel):
 
     def takes(self, tile: TileInputs) -> bool:
         """See :class:`CudaKernel`."""
-        if tile.bias is not None or tile.query.dtype not in _HALF or _width(tile) > 128:
+        if tile.bias is not None or tile.query.dtype not in _HALF or row_width(tile) > 128:
             return False
         if (torch.backends.cudnn.version() or 0) < _SOUND_CUDNN:  # type: ignore[no-untyped-call]
             return False
@@ -248,282 +221,12 @@ class AtenCudnn(_AtenKernel):
         )
 
 
-# In the order in which they are tried.
-_KERNELS: dict[str, CudaKernel] = {
-    "flash": AtenCudaFlash(),
-    "cudnn": AtenCudnn(),
-    "efficient": AtenCudaEfficient(),
-}
-
-
-@dataclass(frozen=True)
-class CheckedKernels:
-    """Computes each tile with the first kernel that takes it and that gave the right numbers.
-
-    Args:
-        names: Names of the kernels, in the order in which they are tried; after them
-            :class:`~fulgurite.attention.kernels.MathKernel` is.
-        orders_by_size: Whether cuDNN is tried first for large tiles, on GPUs where it is the
-            fastest.
-    """
-
-    names: tuple[str, ...]
-    orders_by_size: bool = False
-
-    def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
-        """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        return self.kernel(tile).forward(tile)
-
-    def backward(
-        self, tile: TileInputs, grad: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`~fulgurite.attention.kernels.TileKernel`."""
-        return self.kernel(tile).backward(tile, grad, out, lse)
-
-    def kernel(self, tile: TileInputs) -> TileKernel:
-        """Return the kernel for tiles like this."""
-        name = self.kernel_name(tile)
-        return MathKernel() if name == "math" else _KERNELS[name]
-
-    def kernel_name(self, tile: TileInputs, device: torch.device | None = None) -> str:
-        """Return the name of the kernel for tiles like this.
-
-        Args:
-            tile: Whose types and sizes are looked at, never its numbers.
-            device: Where it would be computed; by default where the tile is.
-        """
-        device = device or tile.query.device
-        width, is_biased = _width(tile), tile.bias is not None
-        for name in self._order(tile, device):
-            if _KERNELS[name].takes(tile) and _is_right(
-                name, device, tile.query.dtype, width, is_biased
-            ):
-                return name
-        return "math"
-
-    def _order(self, tile: TileInputs, device: torch.device) -> tuple[str, ...]:
-        is_large = min(tile.query.shape[2], tile.key.shape[2]) >= _LARGE_TILE
-        if self.orders_by_size and is_large and _prefers_cudnn(device):
-            return tuple(sorted(self.names, key=lambda name: name != "cudnn"))
-        return self.names
-
-
-def cuda_kernel(dtype: torch.dtype, prefer: str | None = None) -> TileKernel:
-    """Return the kernel for tiles of a type on a CUDA device.
-
-    Args:
-        dtype: Data type of query, key and value.
-        prefer: Kernel to try before the others: flash, cudnn or efficient; or math for none.
-
-    Raises:
-        ConfigError: There is no kernel of this name.
-
-    Example:
-        >>> cuda_kernel(torch.bfloat16, prefer="cudnn").names
-        ('cudnn', 'flash', 'efficient')
-    """
-    if prefer not in (None, *KERNEL_NAMES):
-        raise ConfigError(
-            f"There is no attention kernel {prefer!r}.", f"Use {', '.join(KERNEL_NAMES)}."
-        )
-    if prefer == "math" or dtype not in _TOLERANCE:
-        return MathKernel()
-    return CheckedKernels(tuple(sorted(_KERNELS, key=lambda name: name != prefer)), prefer is None)
-
-
-def cuda_kernel_names(
-    device: torch.device, dtype: torch.dtype, head_dim: int, prefer: str | None, has_wide_bias: bool
-) -> TileKernelNames:
-    """Return which kernels compute the tiles of a call, for its plan.
-
-    Args:
-        device: A GPU of this machine.
-        dtype: Data type of query, key and value.
-        head_dim: The larger of D and E.
-        prefer: Kernel to try before the others.
-        has_wide_bias: Whether a bias is wider than ``dtype``, which only matrix products add.
-    """
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    strict = is_deterministic and not torch.is_deterministic_algorithms_warn_only_enabled()
-    return _kernel_names(device, dtype, head_dim, prefer, has_wide_bias, strict)
-
-
-@functools.cache
-def _kernel_names(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    prefer: str | None,
-    has_wide_bias: bool,
-    is_deterministic: bool,
-) -> TileKernelNames:
-    kernel = cuda_kernel(dtype, prefer)
-    if not isinstance(kernel, CheckedKernels):
-        return TileKernelNames(("math",), ("math",))
-    full = [
-        kernel.kernel_name(_shapes_alone(side, dtype, head_dim), device)
-        for side in (_LARGE_TILE, _LARGE_TILE // 2)
-    ]
-    masked = "math"
-    if not has_wide_bias:
-        masked = kernel.kernel_name(_shapes_alone(64, dtype, head_dim, biased=True), device)
-    processors = 0
-    if is_deterministic:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return TileKernelNames(tuple(dict.fromkeys(full)), (masked,), processors)
-
-
-def _shapes_alone(side: int, dtype: torch.dtype, head_dim: int, biased: bool = False) -> TileInputs:
-    """A tile without numbers."""
-    rows = torch.empty(1, 1, side, head_dim, dtype=dtype, device="meta")
-    bias = rows.new_empty(1, 1, side, side) if biased else None
-    return TileInputs(rows, rows, rows, 1.0, False, bias)
-
-
-@functools.cache
-def _prefers_cudnn(device: torch.device) -> bool:
-    """Whether cuDNN is the fastest kernel for large tiles, as PyTorch itself has it."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device)[0] in _CUDNN_GENERATIONS
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_right(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
-) -> bool:
-    """Whether a kernel gives the right numbers; found out once, and by compilers not traced."""
-    return _compare_kernel(name, device, dtype, head_dim, biased)
-
-
-@functools.cache
-def _compare_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, biased: bool
-) -> bool:
-    if device.type == "cuda" and torch.cuda.is_available():
-        _refuse_capture(name)
-    kernel = _KERNELS[name]
-    # whatever the caller is in (fake tensors, counters of operations), this is computed
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        kinds = ("bias", "low bias") if biased else ("full", "causal", "low")
-        faults = (_fault(kernel, device, dtype, head_dim, kind) for kind in kinds)
-        fault = next(filter(None, faults), None)
-    if fault:
-        warnings.warn(
-            f"The {name} kernel is not used for attention{' under a bias' if biased else ''} in "
-            f"{str(dtype).removeprefix('torch.')} with head size {head_dim} on {device}: {fault}.",
-            stacklevel=4,
-        )
-    return fault is None
-
-
-def _refuse_capture(name: str) -> None:
-    """Refuse to compare a kernel where nothing is computed yet.
-
-    Raises:
-        ConfigError: A CUDA graph is being captured.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        raise ConfigError(
-            f"The {name} kernel was not compared with matrix products before a CUDA graph was "
-            "captured.",
-            "Run the step once before capturing it.",
-        )
-
-
-class _Case(NamedTuple):
-    """A tile, and what a kernel is to compute for it."""
-
-    tile: TileInputs
-    grad: Tensor
-    out: Tensor  # over all keys, of which the tile has some
-    lse: Tensor
-    results: dict[str, Tensor]
-
-
-def _case(device: torch.device, dtype: torch.dtype, head_dim: int, kind: str) -> _Case:
-    """A small tile in grouped heads, cut out of larger tensors as all tiles are.
-
-    Args:
-        device: Where it lies.
-        dtype: Data type of query, key and value.
-        head_dim: D.
-        kind: ``full``, ``causal`` or ``bias``; ``low`` and ``low bias`` have log-sum-exps near
-            -120 and a last block of keys that is half full.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(heads: int, tokens: int) -> Tensor:
-        padded = torch.randn(2, heads, tokens + 5, head_dim, generator=generator)
-        return padded.to(device, dtype).narrow(2, 3, tokens)
-
-    is_low = kind.startswith("low")
-    queries, keys = 150 if kind == "causal" else 45, 192 if is_low else 150
-    scale = 1.3 / math.sqrt(head_dim)
-    grad, query, out = (draw(4, queries) for _ in range(3))
-    key, value = (draw(2, keys) for _ in range(2))
-    if is_low:
-        step = math.sqrt(125 / (scale * head_dim))
-        query, key = query + step, key - step
-    bias = None
-    if kind.endswith("bias"):
-        rows = torch.arange(queries)[:, None]
-        hidden = (torch.arange(keys) > rows + 60) | (rows == 7)  # row 7 has no keys
-        bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[None, None]
-        bias = bias.to(device, dtype)
-    tile = TileInputs(query, key, value, scale, kind == "causal", bias)
-    # in float64, which no setting of matrix products narrows
-    exact = tile._replace(
-        query=query.double(), key=key.double(), value=value.double(),
-        bias=None if bias is None else bias.double(),
-    )  # fmt: skip
-    exact_out, exact_lse = MathKernel().forward(exact)
-    # as if there were more keys
-    lse = (exact_lse + 0.5).masked_fill(exact_lse == -math.inf, math.inf)
-    lse = F.pad(lse.to(accumulator_dtype(dtype)), (3, 2)).narrow(2, 3, queries)
-    grads = MathKernel().backward(exact, grad.double(), out.double(), lse.double())
-    names = ("out", "log-sum-exp", "gradient of query", "gradient of key", "gradient of value")
-    results = dict(zip(names, (exact_out, exact_lse, *grads), strict=True))
-    return _Case(tile, grad, out, lse, results)
-
-
-def _fault(
-    kernel: TileKernel, device: torch.device, dtype: torch.dtype, head_dim: int, kind: str
-) -> str | None:
-    """What is wrong with a kernel."""
-    try:
-        tile, grad, out, lse, results = _case(device, dtype, head_dim, kind)
-        computed = [*kernel.forward(tile), *kernel.backward(tile, grad, out, lse)]
-        return next(_differences(results, computed, dtype), None)
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel
-    except Exception as error:  # of a build, a driver, a device: any kind
-        return f"it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _differences(
-    results: dict[str, Tensor], computed: list[Tensor], dtype: torch.dtype
-) -> Iterator[str]:
-    for (name, expected), got in zip(results.items(), computed, strict=True):
-        is_lse = name == "log-sum-exp"
-        result_dtype = accumulator_dtype(dtype) if is_lse else dtype
-        if got.shape != expected.shape or got.dtype != result_dtype:
-            yield f"its {name} is {tuple(got.shape)} in {got.dtype}"
-            continue
-        nothing = expected == -math.inf
-        error = (got.double() - expected).masked_fill(nothing & (got == -math.inf), 0).abs().max()
-        ratio = float(error / expected.masked_fill(nothing, 0).abs().max())
-        allowed = _LSE_TOLERANCE if is_lse else _TOLERANCE[dtype]
-        if not ratio <= allowed:  # nor nan
-            yield f"its {name} is off by {ratio:.2g} of the largest number, {allowed:g} is allowed"
-
-
-def _width(tile: TileInputs) -> int:
+def row_width(tile: TileInputs) -> int:
     """The size that query, key and value are given, since operators take one."""
     return max(tile.query.shape[-1], tile.value.shape[-1])
 
 
-def _align_rows(tensor: Tensor, width: int = 0) -> Tensor:
+def align_rows(tensor: Tensor, width: int = 0) -> Tensor:
     """Give rows a length and offsets that kernels can load, where they have not.
 
     Zeros at the end of each row leave scores as they are. Shape: (..., D) -> (..., D or more).
@@ -556,3 +259,11 @@ def _no_seeds(query: Tensor) -> tuple[Tensor, Tensor]:
     """In the place of the state of a random generator, of which only dropout makes use."""
     seed = query.new_empty((), dtype=torch.int64)
     return seed, seed
+
+
+#: In the order in which they are tried.
+CUDA_KERNELS: dict[str, CudaKernel] = {
+    "flash": AtenCudaFlash(),
+    "cudnn": AtenCudnn(),
+    "efficient": AtenCudaEfficient(),
+}

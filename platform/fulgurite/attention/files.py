@@ -19,7 +19,10 @@ from fulgurite.attention.cost_model import GPU_COSTS
 from fulgurite.attention.fingerprint import plan_facts
 from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_of
 from fulgurite.attention.journal import Journal, read_header
-from fulgurite.attention.kernels import accumulator_dtype, usual_kernel_names
+from fulgurite.attention.kernel_choice import usual_kernel_names
+from fulgurite.attention.kernels import (
+    accumulator_dtype,
+)
 from fulgurite.attention.mapped import check_targets
 from fulgurite.attention.masks import Masking, MaskOptions
 from fulgurite.attention.merging import merge_

@@ -17,11 +17,10 @@ from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.calibration import agreed_costs, measured_costs
 from fulgurite.attention.checks import check_number, kernel_device
 from fulgurite.attention.cost_model import MachineCosts
+from fulgurite.attention.kernel_choice import kernel_for, kernel_names
 from fulgurite.attention.kernels import (
     TileKernelNames,
     accumulator_dtype,
-    kernel_for,
-    kernel_names,
 )
 from fulgurite.attention.masking import Visibility, Window
 from fulgurite.attention.masks import (

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.cost_model import GPU_COSTS
-from fulgurite.attention.kernels import accumulator_dtype, kernel_for, usual_kernel_names
+from fulgurite.attention.kernel_choice import kernel_for, usual_kernel_names
+from fulgurite.attention.kernels import (
+    accumulator_dtype,
+)
 from fulgurite.attention.masking import Range, Visibility
 from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
 from fulgurite.attention.quorums import quorum

@@ -1,7 +1,8 @@
 """Attention of one tile with its log-sum-exp, forward and backward, on stock PyTorch kernels.
 
 Here are the kernel of CPUs and the one for everything else; those of CUDA are in
-:mod:`fulgurite.attention.cuda_kernels`.
+:mod:`fulgurite.attention.cuda_kernels`, and the choice between them in
+:mod:`fulgurite.attention.kernel_choice`.
 
 A tile is a rectangle of scores that one kernel call computes: all pairs, a causal square, or pairs
 under an additive bias. Tiles never have rows without keys except under a bias.
@@ -20,10 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fulgurite.errors import ConfigError
-
 __all__ = [
-    "KERNEL_NAMES",
     "AtenCpuFlash",
     "MathKernel",
     "TileInputs",
@@ -31,15 +29,9 @@ __all__ = [
     "TileKernelNames",
     "accumulator_dtype",
     "empty_rows",
-    "kernel_for",
-    "kernel_names",
     "repeat_heads",
     "sum_heads",
-    "usual_kernel_names",
 ]
-
-#: What ``kernel`` may be.
-KERNEL_NAMES = ("flash", "cudnn", "efficient", "math")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,7 +75,7 @@ class TileKernelNames(NamedTuple):
 
     Attributes:
         full: For all pairs and causal squares, whatever their size: ``cpu`` or some of
-            :data:`KERNEL_NAMES`.
+            :data:`~fulgurite.attention.kernel_choice.KERNEL_NAMES`.
         masked: For tiles under a bias.
         processors: Multiprocessors among which deterministic gradients are divided; 0 where they
             need not be deterministic.
@@ -297,87 +289,3 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def kernel_for(
-    device: torch.device, dtype: torch.dtype, *, prefer: str | None = None
-) -> TileKernel:
-    """Return the kernel for tiles of a type on a device.
-
-    Args:
-        device: Where tiles are computed.
-        dtype: Data type of query, key and value.
-        prefer: ``math`` for :class:`MathKernel`; on CUDA also the kernel to try first: flash,
-            cudnn or efficient.
-
-    Raises:
-        ConfigError: The type is no floating type that attention can do, or there is no such kernel.
-
-    Example:
-        >>> type(kernel_for(torch.device("cpu"), torch.bfloat16)).__name__
-        'AtenCpuFlash'
-    """
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(
-            f"Attention does not do {dtype}.", "Use float64, float32, bfloat16 or float16."
-        )
-    if prefer not in (None, *KERNEL_NAMES):
-        raise ConfigError(
-            f"There is no attention kernel {prefer!r}.", f"Use {', '.join(KERNEL_NAMES)}."
-        )
-    if prefer == "math":
-        return MathKernel()
-    if device.type == "cuda":
-        from fulgurite.attention.cuda_kernels import cuda_kernel  # builds on this module
-
-        return cuda_kernel(dtype, prefer)
-    return AtenCpuFlash() if device.type == "cpu" else MathKernel()
-
-
-def usual_kernel_names(
-    on_gpu: bool, dtype: torch.dtype, prefer: str | None = None
-) -> TileKernelNames:
-    """Return which kernels may compute tiles, for plans that are the same on all machines.
-
-    Args:
-        on_gpu: Whether a GPU computes them.
-        dtype: Data type of query, key and value.
-        prefer: See :func:`kernel_for`.
-    """
-    if prefer == "math" or (on_gpu and dtype == torch.float64):
-        return TileKernelNames(("math",), ("math",))
-    if not on_gpu:
-        return TileKernelNames()
-    if dtype == torch.float32:
-        return TileKernelNames(("efficient",), ("efficient",))
-    return TileKernelNames(("flash", "cudnn", "efficient"), ("efficient",))
-
-
-def kernel_names(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    prefer: str | None = None,
-    has_wide_bias: bool = False,
-) -> TileKernelNames:
-    """Return which kernels compute the tiles of a call; :func:`kernel_for` gives them.
-
-    Args:
-        device: Where tiles are computed; a GPU that this machine has not counts as a CPU.
-        dtype: Data type of query, key and value.
-        head_dim: The larger of D and E.
-        prefer: See :func:`kernel_for`.
-        has_wide_bias: Whether a bias is wider than ``dtype``.
-
-    Example:
-        >>> kernel_names(torch.device("cpu"), torch.float32, 64).full
-        ('cpu',)
-    """
-    if device.type == "cuda" and torch.cuda.is_available():
-        from fulgurite.attention.cuda_kernels import cuda_kernel_names  # builds on this module
-
-        return cuda_kernel_names(device, dtype, head_dim, prefer, has_wide_bias)
-    if prefer == "math" or device.type not in ("cpu", "cuda", "meta"):
-        return TileKernelNames(("math",), ("math",))
-    return TileKernelNames()

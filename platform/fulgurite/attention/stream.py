@@ -15,7 +15,11 @@ from torch import Tensor
 
 from fulgurite.attention.bias_gradient import bias_gradient
 from fulgurite.attention.biases import TileBias
-from fulgurite.attention.kernels import TileKernel, accumulator_dtype, kernel_for
+from fulgurite.attention.kernel_choice import kernel_for
+from fulgurite.attention.kernels import (
+    TileKernel,
+    accumulator_dtype,
+)
 from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.progress import LONG, bar
 from fulgurite.attention.ranks import (

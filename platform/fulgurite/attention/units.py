@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.biases import TileBias, row_shift, sum_biases
+from fulgurite.attention.kernel_choice import kernel_for
 from fulgurite.attention.kernels import (
     MathKernel,
     TileInputs,
     TileKernel,
     accumulator_dtype,
-    kernel_for,
 )
 from fulgurite.attention.masking import Kind, Range
 from fulgurite.attention.merging import merge_

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
 from fulgurite.attention.budget import parse_budget
-from fulgurite.attention.kernels import kernel_for
+from fulgurite.attention.kernel_choice import kernel_for
 from fulgurite.attention.planning import Schedule, check_schedule
 from fulgurite.errors import ConfigError
 from fulgurite.strategies.attention_census import take_census

@@ -12,20 +12,26 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fulgurite.attention import cuda_kernels, stream_attention
+from fulgurite.attention import kernel_checks, kernel_choice, stream_attention
 from fulgurite.attention.cuda_kernels import (
+    CUDA_KERNELS,
     AtenCudaEfficient,
     AtenCudaFlash,
     AtenCudnn,
+    align_rows,
+)
+from fulgurite.attention.kernel_checks import KernelUse, compare_kernel
+from fulgurite.attention.kernel_choice import (
     CheckedKernels,
     cuda_kernel,
+    kernel_for,
+    prefers_cudnn,
 )
 from fulgurite.attention.kernels import (
     AtenCpuFlash,
     MathKernel,
     TileInputs,
     accumulator_dtype,
-    kernel_for,
 )
 from fulgurite.errors import ConfigError
 
@@ -43,9 +49,9 @@ SIZES = [(1, 1, 1, 64, 64, 64), (2, 4, 2, 37, 50, 20), (1, 6, 1, 33, 7, 5), (2, 
 def forgotten(monkeypatch):
     """No kernel is known to be right or wrong, and cuDNN is a sound one."""
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
-    cuda_kernels._compare_kernel.cache_clear()
+    compare_kernel.cache_clear()
     yield
-    cuda_kernels._compare_kernel.cache_clear()
+    compare_kernel.cache_clear()
 
 
 def cases(kernels=tuple(DTYPES)):
@@ -316,12 +322,10 @@ def test_any_memory_layout_will_do(operators, kernel):
 
 def test_what_needs_no_copy_is_not_copied():
     plain = torch.zeros(2, 4, 40, 16, dtype=torch.float16)
-    assert (
-        cuda_kernels._align_rows(plain[:, 1:3, 7:20]).data_ptr() == plain[:, 1:3, 7:20].data_ptr()
-    )
+    assert align_rows(plain[:, 1:3, 7:20]).data_ptr() == plain[:, 1:3, 7:20].data_ptr()
     bias = torch.zeros(1, 1, 40, 24, dtype=torch.float16)
     plain_21 = plain[:, :, :21]
-    taken = AtenCudaEfficient()._aligned_tile(
+    taken = AtenCudaEfficient().align_tile(
         TileInputs(plain, plain_21, plain_21, 1.0, False, bias[..., :21])
     )
     assert taken.key.data_ptr() == taken.value.data_ptr() == plain.data_ptr()
@@ -387,9 +391,9 @@ def test_cudnn_comes_first_for_large_tiles_where_it_is_the_fastest(operators, mo
         rows = torch.empty(1, 1, tokens, 64, dtype=torch.bfloat16, device="meta")
         return cuda_kernel(torch.bfloat16, prefer).kernel_name(TileInputs(rows, rows, rows, 1.0))
 
-    monkeypatch.setattr(cuda_kernels, "_is_right", lambda *_: True)
+    monkeypatch.setattr(kernel_choice, "is_right", lambda *_, **use: True)
     assert [name(4095), name(4096)] == ["flash", "flash"]
-    monkeypatch.setattr(cuda_kernels, "_prefers_cudnn", lambda device: True)
+    monkeypatch.setattr(kernel_choice, "prefers_cudnn", lambda device: True)
     assert [name(4095), name(4096)] == ["flash", "cudnn"]
     assert [name(64, "flash"), name(8192, "flash")] == ["flash", "flash"]
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
@@ -400,11 +404,11 @@ def test_cudnn_comes_first_for_large_tiles_where_it_is_the_fastest(operators, mo
 def test_generations_of_gpus_that_cudnn_is_the_fastest_on(monkeypatch, generation):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-    cuda_kernels._prefers_cudnn.cache_clear()
+    prefers_cudnn.cache_clear()
     try:
-        assert cuda_kernels._prefers_cudnn(CUDA) is (generation in (9, 10))
+        assert prefers_cudnn(CUDA) is (generation in (9, 10))
     finally:
-        cuda_kernels._prefers_cudnn.cache_clear()
+        prefers_cudnn.cache_clear()
 
 
 def test_a_kernel_is_not_compared_while_a_graph_is_captured(monkeypatch):
@@ -412,8 +416,8 @@ def test_a_kernel_is_not_compared_while_a_graph_is_captured(monkeypatch):
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(cuda_kernels, "_fault", lambda *_: None)
-    ask = functools.partial(cuda_kernels._compare_kernel, "flash", CUDA, HALF[0], 64, False)
+    monkeypatch.setattr(kernel_checks, "find_fault", lambda *_: None)
+    ask = functools.partial(compare_kernel, "flash", KernelUse(CUDA, HALF[0], 64))
     with pytest.raises(ConfigError, match="Run the step once before capturing it"):
         ask()
     capturing[0] = False
@@ -535,7 +539,8 @@ class OwnOut(Right):
 def chosen_from(monkeypatch, *kernels):
     """Chooses from other kernels."""
     named = {f"kernel{i}": kernel for i, kernel in enumerate(kernels)}
-    monkeypatch.setattr(cuda_kernels, "_KERNELS", named)
+    for name, kernel in named.items():
+        monkeypatch.setitem(CUDA_KERNELS, name, kernel)
     return CheckedKernels(tuple(named))
 
 
@@ -634,15 +639,15 @@ def test_kernels_are_compared_apart_from_what_goes_on(monkeypatch):
     state = torch.get_rng_state()
     counter = Counter()
     for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), counter):
-        cuda_kernels._compare_kernel.cache_clear()
+        compare_kernel.cache_clear()
         with mode:
             assert ask() is right
     assert counter.count == 0
-    cuda_kernels._compare_kernel.cache_clear()
+    compare_kernel.cache_clear()
     with FakeTensorMode() as fake:
         inputs = (fake.from_tensor(x) for x in (query, key, value))
         assert chosen.kernel(TileInputs(*inputs, 0.3)) is right
-    cuda_kernels._compare_kernel.cache_clear()
+    compare_kernel.cache_clear()
     found = []
     weight = torch.ones(3, requires_grad=True)
     loss = (weight * 2).sum()
@@ -696,7 +701,7 @@ def test_kernels_are_right_on_this_gpu(kernel):
             for biased in (False, True)[: 1 + (kernel is AtenCudaEfficient)]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
-                    assert cuda_kernels._compare_kernel(NAMES[kernel], device, dtype, size, biased)
+                    assert compare_kernel(NAMES[kernel], KernelUse(device, dtype, size, biased))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,10 @@ from fulgurite.attention.checks import with_index
 from fulgurite.attention.cost_model import GPU_COSTS, MachineCosts
 from fulgurite.attention.device_memory import device_memory
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
-from fulgurite.attention.kernels import TileKernelNames, kernel_names, usual_kernel_names
+from fulgurite.attention.kernel_choice import kernel_names, usual_kernel_names
+from fulgurite.attention.kernels import (
+    TileKernelNames,
+)
 from fulgurite.attention.masking import Visibility, tiles
 from fulgurite.attention.planning import UNHALVED, Halvings, make_plan
 from fulgurite.attention.spec import AttentionSpec, MaskSpec
