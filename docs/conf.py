@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from importlib import metadata
@@ -35,50 +34,36 @@ _MODULE = re.compile(r"<!-- module: ([\w.]+) -->")
 _FENCE = re.compile(r"(^```.*?^```[^\n]*$)", re.DOTALL | re.MULTILINE)
 
 
-def _page_of(path: Path) -> Path | None:
-    """The page that shows a file of the repository, or None where there is none."""
-    if path.name == "README.md" and path.parent.parent == ROOT / "models":
-        return DOCS / "systems" / f"{path.parent.name}.md"
-    return path if path.suffix == ".md" and path.is_relative_to(DOCS) else None
-
-
-def _rewrite_links(text: str, folder: Path, page: Path) -> str:
-    """Lead relative links to pages; files that are no pages are named instead.
+def _name_files(text: str, folder: Path) -> str:
+    """Name the files that relative links lead to where they are no pages or pictures.
 
     Args:
         text: Markdown whose links start at ``folder``.
-        folder: The folder of the file that holds the text.
-        page: The page that shows it.
+        folder: The folder of the page.
     """
 
     def rewrite(match: re.Match[str]) -> str:
-        image, words, target = match.groups()
-        place, _, anchor = target.partition("#")
+        image, _, target = match.groups()
+        place = target.partition("#")[0]
         if not place or re.match(r"[a-z]+:", place):
             return match[0]
         path = (folder / place).resolve()
-        if not path.exists():  # a label
+        is_page = path.suffix == ".md" and path.is_relative_to(DOCS)
+        if not path.exists() or image or is_page:  # what does not exist, Sphinx names
             return match[0]
-        shown = path if image else _page_of(path)
-        if shown is None:
-            return f"`{path.relative_to(ROOT).as_posix()}`"
-        there = Path(os.path.relpath(shown, page.parent)).as_posix()
-        return f"{image}[{words}]({there}{'#' * bool(anchor)}{anchor})"
+        return f"`{path.relative_to(ROOT).as_posix()}`"
 
     parts = _FENCE.split(text)
     return "".join(part if i % 2 else _LINK.sub(rewrite, part) for i, part in enumerate(parts))
 
 
 def _read_source(app: Any, docname: str, source: list[str]) -> None:
-    """Show READMEs of systems and docstrings as pages, and lead links of all pages to pages."""
+    """Show docstrings as pages, and lead links of all pages to pages."""
     page = DOCS / f"{docname}.md"
-    if docname.startswith("systems/") and docname != "systems/index":
-        readme = ROOT / "models" / page.stem / "README.md"
-        source[0] = _rewrite_links(readme.read_text(encoding="utf-8"), readme.parent, page)
-    elif docname.startswith("reference/"):
+    if docname.startswith("reference/"):
         source[0] = _MODULE.sub(lambda match: render_module(match[1]), source[0])
     else:
-        source[0] = _rewrite_links(source[0], page.parent, page)
+        source[0] = _name_files(source[0], page.parent)
 
 
 def setup(app: Any) -> None:

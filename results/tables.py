@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,32 +31,42 @@ _TABLE = re.compile(
 )
 
 
+Cell = tuple[str, str]  # label of the row, head of the column
+SHOWN = ("mean", "mean_std", "percent", "range", "text", "count")
+
+
 @dataclass(frozen=True)
 class Column:
     """What one column shows.
 
     Args:
-        metric: Column of the record, or several, shown with " / " between.
-        where: Values that the record's rows must have, by column of the record.
+        metric: Column of the record, or several, shown with " / " between; the empty word for
+            ``count``.
+        where: Values that the record's rows must have, by column of the record; of a list, one.
         scale: Factor of the values, such as 100 for per cent.
         digits: Decimals.
-        show: ``mean`` alone, ``mean_std``, ``percent`` (mean with its sign), ``range`` over seeds.
+        show: ``mean`` alone, ``mean_std``, ``percent`` (mean with its sign), ``range`` over seeds;
+            ``text``, the record's own digits without quartiles; ``count``, how many rows match.
         best: ``max`` or ``min``: the best mean is bold; the empty word for none.
         tested: Whether differences to the table's baseline are tested in this column.
+        absent: Whether a value of ``where`` may be in no row of the record, as in a count of 0.
     """
 
-    metric: str | Sequence[str]
+    metric: str | Sequence[str] = ""
     where: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 1.0
     digits: int = 1
     show: str = "mean_std"
     best: str = ""
     tested: bool = True
+    absent: bool = False
 
     def __post_init__(self) -> None:
         """Refuse words that mean nothing here."""
-        if self.show not in ("mean", "mean_std", "percent", "range"):
-            raise ValueError(f"show: {self.show!r} is not mean, mean_std, percent or range")
+        if self.show not in SHOWN:
+            raise ValueError(f"show: {self.show!r} is not one of {', '.join(SHOWN)}")
+        if (self.show == "count") == bool(self.metric):
+            raise ValueError("show: only count has no metric, and needs none")
         if self.best not in ("", "max", "min"):
             raise ValueError(f"best: {self.best!r} is not max or min")
 
@@ -70,9 +81,11 @@ class Table:
     """One table.
 
     Args:
-        record: The CSV file with one row for each training or test.
+        record: The CSV file with one row for each training or test; or the JSON file (a list of
+            flat objects) or the first Markdown table of a benchmark.
         head: Head of the first column.
-        rows: By label, what the record's rows must have; a word alone is a method.
+        rows: By label, what the record's rows must have; a word alone is a method. ``metric`` is
+            what the row shows in all columns that name none.
         columns: By head, a :class:`Column`; what all share stands in ``every``.
         every: Values of all columns that do not say otherwise.
         where: What the record's rows must have for every cell.
@@ -103,22 +116,18 @@ class Table:
             raise ValueError(f"{name}: unknown {sorted(unknown)}, missing {sorted(missing)}")
         return cls(**entry)
 
-    def resolve_columns(self) -> dict[str, Column]:
-        """Each column with what all share filled in."""
-        shared_where = self.every.get("where", {})
-        return {
-            head: Column(
-                **{**self.every, **spec, "where": {**shared_where, **spec.get("where", {})}}
-            )
-            for head, spec in self.columns.items()
-        }
-
-    def resolve_rows(self) -> dict[str, dict[str, Any]]:
-        """What the record's rows must have, by label."""
-        return {
-            label: {"method": row} if isinstance(row, str) else dict(row)
-            for label, row in self.rows.items()
-        }
+    def resolve_cells(self) -> dict[tuple[str, str], Column]:
+        """Each cell by label and head: the column with what the row and all cells share."""
+        cells = {}
+        for label, named in self.rows.items():
+            row = {"method": named} if isinstance(named, str) else dict(named)
+            of_row = {"metric": row.pop("metric")} if "metric" in row else {}
+            for head, spec in self.columns.items():
+                options = {**self.every, **of_row, **spec}
+                layers = (self.where, row, self.every.get("where", {}), spec.get("where", {}))
+                options["where"] = {key: value for one in layers for key, value in one.items()}
+                cells[label, head] = Column(**options)
+        return cells
 
 
 def render(table: Table, folder: Path) -> str:
@@ -131,42 +140,94 @@ def render(table: Table, folder: Path) -> str:
     Raises:
         ValueError: A cell has no value in the record.
     """
-    with (folder / table.record).open(encoding="utf-8", newline="") as file:
-        record = list(csv.DictReader(file))
-    columns = table.resolve_columns()
-    cells = {
-        (label, head): [
-            _values(record, metric, {**table.where, **row, **column.where})
-            for metric in column.metrics
-        ]
-        for label, row in table.resolve_rows().items()
-        for head, column in columns.items()
+    record = read_record(folder / table.record)
+    cells = table.resolve_cells()
+    words = {key: cell for key, cell in cells.items() if cell.show in ("text", "count")}
+    texts = {key: _words(record, cell) for key, cell in words.items()}
+    values = {
+        key: [_values(record, metric, cell.where) for metric in cell.metrics]
+        for key, cell in cells.items()
+        if key not in words
     }
-    tested = {key: values for key, values in cells.items() if columns[key[1]].tested}
-    marks = _marks(table, tested)
-    texts = {key: _text(columns[key[1]], values, key) for key, values in cells.items()}
-    for head, column in columns.items():
-        by_label = {label: cells[label, head][0] for label in table.rows}
-        for label in _best_labels(column, by_label):
-            texts[label, head] = f"**{texts[label, head]}**"
-    lines = [f"| {table.head} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    texts |= {key: _text(cells[key], by_seed, key) for key, by_seed in values.items()}
+    for key in _best_cells(cells, values):
+        texts[key] = f"**{texts[key]}**"
+    marks = _marks(table, {key: one for key, one in values.items() if cells[key].tested})
+    lines = [f"| {table.head} | " + " | ".join(table.columns) + " |"]
+    lines.append("|---|" + "---:|" * len(table.columns))
     for label in table.rows:
-        row = [texts[label, head] + marks.get((label, head), "") for head in columns]
+        row = [texts[label, head] + marks.get((label, head), "") for head in table.columns]
         lines.append(f"| {label} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _best_labels(column: Column, by_label: Mapping[str, Mapping[int, float]]) -> list[str]:
-    """Rows whose mean, as it is printed, is the best of the column."""
-    if not column.best:
-        return []
-    means = {
-        label: round(mean_std(list(values.values())).mean * column.scale, column.digits)
-        for label, values in by_label.items()
-        if values
+def _best_cells(
+    cells: Mapping[Cell, Column], values: Mapping[Cell, Sequence[Mapping[int, float]]]
+) -> list[Cell]:
+    """Cells whose mean, as it is printed, is the best of their column."""
+    means: dict[str, dict[Cell, float]] = {}
+    for key, (by_seed, *_) in values.items():
+        cell = cells[key]
+        if cell.best and by_seed:
+            mean = round(mean_std(list(by_seed.values())).mean * cell.scale, cell.digits)
+            means.setdefault(key[1], {})[key] = mean
+    best = []
+    for by_cell in means.values():
+        first = next(iter(by_cell))
+        extreme = (max if cells[first].best == "max" else min)(by_cell.values())
+        best += [key for key, mean in by_cell.items() if mean == extreme]
+    return best
+
+
+def read_record(path: Path) -> list[dict[str, str]]:
+    """The rows of a record, all values as text.
+
+    Raises:
+        ValueError: The file is no CSV, JSON or Markdown, or holds no rows.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+    elif path.suffix == ".json":
+        rows = [{key: str(value) for key, value in row.items()} for row in json.loads(text)]
+    elif path.suffix == ".md":
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        rows = [dict(zip(split[0], cells, strict=True)) for cells in split[2:]]
+    else:
+        raise ValueError(f"{path.name} is no .csv, .json or .md")
+    if not rows:
+        raise ValueError(f"{path.name} holds no rows")
+    return rows
+
+
+def _matching(
+    record: Sequence[Mapping[str, str]], where: Mapping[str, Any], absent: bool = False
+) -> list[Mapping[str, str]]:
+    """The rows that have all values; a list of values stands for any of them."""
+    allowed = {
+        name: {str(one) for one in value} if isinstance(value, list) else {str(value)}
+        for name, value in where.items()
     }
-    best = (max if column.best == "max" else min)(means.values())
-    return [label for label, mean in means.items() if mean == best]
+    unknown = [name for name in allowed if name not in record[0]]
+    if unknown:
+        raise ValueError(f"the record has no column {unknown[0]!r}")
+    for name, values in allowed.items():
+        if not absent and (missing := values - {row[name] for row in record}):
+            raise ValueError(f"the record has no {name} {sorted(missing)[0]!r}")
+    return [row for row in record if all(row[name] in allowed[name] for name in allowed)]
+
+
+def _words(record: Sequence[Mapping[str, str]], column: Column) -> str:
+    """How many rows match, or what the one that matches says without its quartiles."""
+    rows = _matching(record, column.where, column.absent)
+    if column.show == "count":
+        return str(len(rows))
+    if len(rows) > 1:
+        raise ValueError(f"several rows match {dict(column.where)}")
+    if not rows:  # such as a pass that the benchmark does not have
+        return "–"
+    return " / ".join(rows[0][metric].partition(" [")[0] for metric in column.metrics)
 
 
 def _values(
@@ -174,11 +235,10 @@ def _values(
 ) -> dict[int, float]:
     """Values by seed of the rows that match."""
     values: dict[int, float] = {}
-    for row in record:
-        unknown = [name for name in (*where, metric) if name not in row]
-        if unknown:
-            raise ValueError(f"the record has no column {unknown[0]!r}")
-        if all(row[name] == str(value) for name, value in where.items()) and row[metric]:
+    if metric not in record[0]:
+        raise ValueError(f"the record has no column {metric!r}")
+    for row in _matching(record, where):
+        if row[metric]:
             seed = int(row.get("seed") or 0)
             if seed in values:
                 raise ValueError(f"{metric}: several rows of seed {seed} match {dict(where)}")
@@ -186,7 +246,7 @@ def _values(
     return values
 
 
-def _text(column: Column, values: Sequence[Mapping[int, float]], key: tuple[str, str]) -> str:
+def _text(column: Column, values: Sequence[Mapping[int, float]], key: Cell) -> str:
     if not any(values):
         if column.show in ("mean_std", "percent"):  # such as intervals of a method without any
             return ""
@@ -213,9 +273,7 @@ def _number(value: float, digits: int) -> str:
     return text.replace("-", "−") if float(text.replace(",", "")) else "0"
 
 
-def _marks(
-    table: Table, cells: Mapping[tuple[str, str], Sequence[Mapping[int, float]]]
-) -> dict[tuple[str, str], str]:
+def _marks(table: Table, cells: Mapping[Cell, Sequence[Mapping[int, float]]]) -> dict[Cell, str]:
     """▲ or ▼ of each cell that differs significantly from the baseline in its column."""
     if table.baseline is None:
         return {}

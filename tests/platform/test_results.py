@@ -90,7 +90,9 @@ def test_cells_are_means_over_seeds_with_marks_of_paired_tests(
         ({"columns": {"f1": {"metric": "test/f1"}}}, "no column 'test/f1'"),
         ({"columns": {"all": {}}}, "several rows of seed"),
         ({"columns": {"p": {"where": {"p": 0.5}, "show": "median"}}}, "median"),
-        ({"columns": {"p": {"where": {"p": 0.3}, "show": "mean"}}}, "no value for 'FedAvg'"),
+        ({"columns": {"p": {"where": {"p": 0.3}, "show": "mean"}}}, "the record has no p '0.3'"),
+        ({"columns": {"p": {"metric": "", "show": "mean"}}}, "only count has no metric"),
+        ({"columns": {"all": {"show": "text"}}}, "several rows match"),
     ],
 )
 def test_a_table_that_its_record_cannot_fill_is_refused(
@@ -98,6 +100,45 @@ def test_a_table_that_its_record_cannot_fill_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tables.render(tables.Table.from_mapping("x", TABLE | change), folder)
+
+
+MARKDOWN = """# A benchmark
+
+| pass | mask | time |
+| --- | --- | --- |
+| forward | plain | 1 [1, 1] |
+| forward | causal | 0.646 [0.645, 0.648] |
+| backward | plain | 2 [1.9, 2.1] |
+
+Text.
+"""
+
+
+def test_a_table_may_quote_the_table_of_a_benchmark_and_count_its_rows(
+    tables: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "masks.md").write_text(MARKDOWN)
+    entry: dict[str, Any] = {
+        "record": "masks.md",
+        "rows": {"causal": {"mask": "causal"}, "any": {"mask": ["plain", "causal"]}},
+        "columns": {
+            "forward": {"where": {"pass": "forward"}},
+            "neither": {"where": {"pass": "sideways"}, "absent": True},
+        },
+        "every": {"show": "count"},
+    }
+    counted = tables.render(tables.Table.from_mapping("x", entry), tmp_path)
+    assert counted.splitlines()[2:] == ["| causal | 1 | 0 |", "| any | 2 | 0 |"]
+    entry |= {
+        "rows": {"causal": {"mask": "causal", "metric": "time"}},
+        "columns": {
+            "forward": {"where": {"pass": "forward"}},
+            "backward": {"where": {"pass": "backward"}},
+        },
+        "every": {"show": "text"},
+    }
+    quoted = tables.render(tables.Table.from_mapping("x", entry), tmp_path)
+    assert quoted.splitlines()[2:] == ["| causal | 0.646 | – |"]
 
 
 def test_pages_show_what_their_records_say() -> None:
@@ -112,16 +153,18 @@ def test_each_table_stands_in_a_page_and_each_record_in_a_table(tables: ModuleTy
     text = "".join(path.read_text(encoding="utf-8") for path in tables.pages())
     for key in tables.tables():
         assert f"<!-- table: {key} -->" in text
-    for path in (ROOT / "results").glob("*/*.csv"):
-        entries = yaml.safe_load((path.parent / "tables.yaml").read_text(encoding="utf-8"))
-        assert path.name in {entry["record"] for entry in entries.values()}
+    for path in (ROOT / "results").glob("*/tables.yaml"):
+        used = {entry["record"] for entry in yaml.safe_load(path.read_text()).values()}
+        assert {file.name for file in path.parent.glob("*.csv")} <= used
 
 
 def test_each_record_tells_how_it_was_made() -> None:
-    for path in (ROOT / "results").glob("*/records.yaml"):
-        records = yaml.safe_load(path.read_text(encoding="utf-8"))
-        assert set(records) == {csv_file.name for csv_file in path.parent.glob("*.csv")}
-        for record in records.values():
+    for path in (ROOT / "results").glob("*/tables.yaml"):
+        records = yaml.safe_load((path.parent / "records.yaml").read_text(encoding="utf-8"))
+        used = {entry["record"] for entry in yaml.safe_load(path.read_text()).values()}
+        assert set(records) == used
+        for name, record in records.items():
+            assert (path.parent / name).is_file()
             assert {"command", "commit", "seeds", "machine"} <= record.keys()
             assert record["command"].startswith(("fulgurite ", "python "))
 

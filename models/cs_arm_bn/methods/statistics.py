@@ -83,7 +83,7 @@ class AdaptiveWeight(CSARMBN):
     Training is the paper's; it also records the usual difference of queries and controls, from
     which :func:`~fulgurite.models.cs_arm_bn.adaptive_weight` detects label shift.
 
-    Source: beyond the paper; see models/cs_arm_bn/README.md.
+    Source: beyond the paper; see docs/systems/cs_arm_bn.md.
     """
 
     def __init__(self) -> None:
