@@ -32,12 +32,10 @@ from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.cost_model import GPU_COSTS
 from fulgurite.attention.kernel_checks import KernelUse, compare_kernel
 from fulgurite.attention.kernel_choice import kernel_for, usual_kernel_names
-from fulgurite.attention.kernels import (
-    TileInputs,
-)
-from fulgurite.attention.masking import Visibility
+from fulgurite.attention.kernels import TileInputs
 from fulgurite.attention.planning import ExecutionPlan, make_plan
 from fulgurite.attention.spec import AttentionSpec
+from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.models.fedsir.federation import exact_average
 from fulgurite.models.number_probing.probing import probe
 
@@ -362,7 +360,7 @@ def longest() -> Iterator[Row]:
 def billion() -> Iterator[Row]:
     """One tile of a plan for a billion tokens, and what follows for all of them."""
     tokens = sized(10**9, 10**6)
-    visible = (Visibility.of(tokens, tokens, is_causal=True),)
+    visible = (Visibility.of(tokens, tokens, EntryMasks(is_causal=True)),)
     spec = AttentionSpec(1, 1, 1, WIDTH, WIDTH, torch.bfloat16, visible, WIDTH**-0.5)
     plan = make_plan(
         spec, sized(2**33, 2**22), "rect", resident=False, tiled=True, ahead=True,

@@ -20,11 +20,11 @@ from fulgurite.attention import plan, stream_attention
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.cost_model import MachineCosts
-from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan, make_plan
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.transfers import Prefetcher
 from fulgurite.attention.units import AttentionInputs, units
+from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError
 
 WIDTH = 64
@@ -40,7 +40,7 @@ def tensors(tokens: int, heads: int, grad: bool) -> list[Tensor]:
 
 def one_head(tokens: int, dtype: torch.dtype, causal: bool) -> AttentionSpec:
     """Sizes of a call of one head."""
-    visible = Visibility.of(tokens, tokens, is_causal=causal)
+    visible = Visibility.of(tokens, tokens, EntryMasks(is_causal=causal))
     return AttentionSpec(1, 1, 1, WIDTH, WIDTH, dtype, (visible,), WIDTH**-0.5)
 
 

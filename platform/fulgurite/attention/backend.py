@@ -21,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fulgurite.attention.biases import TileBias
 from fulgurite.attention.budget import Budget
 from fulgurite.attention.functional import StreamOptions, attend, attend_masked
-from fulgurite.attention.masking import Visibility
 from fulgurite.attention.masks import Documents, Masking
 from fulgurite.attention.planning import ExecutionPlan, Schedule
+from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = ["AttentionBackend", "Documents", "InCore", "Streamed", "backend_slots"]

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.kernels import MathKernel, accumulator_dtype
-from fulgurite.attention.masking import Range, tiles
 from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Task
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import KernelCall, Step
+from fulgurite.attention.tiles import tiles
 from fulgurite.attention.units import AttentionInputs, tile_inputs, with_smaller_tiles
 
 __all__ = ["bias_gradient"]

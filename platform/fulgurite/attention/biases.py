@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fulgurite.attention.masking import Range, Visibility
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.spec import MaskSpec
+from fulgurite.attention.visibility import Visibility
 
 __all__ = [
     "AT_ONCE", "KEYS_AT_ONCE", "AlibiBias", "DenseBias", "SelectedKeys", "TileBias",

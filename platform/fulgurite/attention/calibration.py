@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from fulgurite.attention.cost_model import CostEstimate, MachineCosts
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.units import AttentionInputs, clear_, commit_, units
+from fulgurite.attention.visibility import Visibility
 
 __all__ = ["agreed_costs", "measured_costs"]
 

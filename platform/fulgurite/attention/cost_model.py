@@ -15,9 +15,9 @@ import numpy as np
 from fulgurite.attention.biases import AT_ONCE, KEYS_AT_ONCE
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
 from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
-from fulgurite.attention.masking import MASKED_SIDE
 from fulgurite.attention.quorums import quorum
 from fulgurite.attention.spec import AttentionSpec
+from fulgurite.attention.tiles import MASKED_SIDE
 
 __all__ = [
     "BACKWARD_FLOPS",

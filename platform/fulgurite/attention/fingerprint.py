@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fulgurite.attention.masking import Range
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.progress import byte_bar
 

@@ -18,11 +18,7 @@ from fulgurite.attention.calibration import agreed_costs, measured_costs
 from fulgurite.attention.checks import check_number, kernel_device
 from fulgurite.attention.cost_model import MachineCosts
 from fulgurite.attention.kernel_choice import kernel_for, kernel_names
-from fulgurite.attention.kernels import (
-    TileKernelNames,
-    accumulator_dtype,
-)
-from fulgurite.attention.masking import Visibility, Window
+from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
 from fulgurite.attention.masks import (
     Documents,
     Masking,
@@ -35,6 +31,7 @@ from fulgurite.attention.masks import (
 from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamedAttention
+from fulgurite.attention.visibility import EntryMasks, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import rank_and_world
 
@@ -328,7 +325,7 @@ def _normalize_inputs(
     if attn_mask is not None:
         offset = causal_offset(attn_mask, queries, keys)
         if offset is not None:
-            causal = Visibility.of(queries, keys, is_causal=True, offset=offset)
+            causal = Visibility.of(queries, keys, EntryMasks(is_causal=True, offset=offset))
             visible = merge_visible(visible, (causal,))
         else:
             mask = _four_axes(attn_mask, query, lead, (heads, queries, keys))

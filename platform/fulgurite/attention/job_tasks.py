@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.cost_model import GPU_COSTS
 from fulgurite.attention.kernel_choice import kernel_for, usual_kernel_names
-from fulgurite.attention.kernels import (
-    accumulator_dtype,
-)
-from fulgurite.attention.masking import Range, Visibility
+from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
 from fulgurite.attention.quorums import quorum
 from fulgurite.attention.schedules import Task, chunk_ranges, column_tasks
@@ -26,6 +24,7 @@ from fulgurite.attention.spec import AttentionSpec, HeadGroup
 from fulgurite.attention.steps import Slices, row_steps
 from fulgurite.attention.transfers import Prefetcher
 from fulgurite.attention.units import AttentionInputs, gradient_units, tile_gradients, units
+from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = [

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.fingerprint import digest_inputs, digest_tensor
 from fulgurite.attention.locks import exclusive_lock, writing
 from fulgurite.attention.mapped import FileRange, flush
-from fulgurite.attention.masking import Range
 from fulgurite.attention.parts import Part, read_part, write_part
 from fulgurite.attention.progress import byte_bar
 from fulgurite.attention.steps import Slices

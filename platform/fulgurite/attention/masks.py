@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fulgurite.attention.bounds import Bound, Range
 from fulgurite.attention.checks import check_integer
-from fulgurite.attention.masking import Bound, Range, Visibility, Window
+from fulgurite.attention.visibility import EntryMasks, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
@@ -57,7 +58,7 @@ class Masking:
     Args:
         is_causal: A query sees keys up to its own position.
         window: Keys that a query sees before and behind its own position; see
-            :data:`~fulgurite.attention.masking.Window`.
+            :data:`~fulgurite.attention.visibility.Window`.
         prefix: Keys that all queries see although later ones are causal; one number, or one for
             each batch entry.
         documents: See :data:`Documents`; tokens see only their own document.
@@ -126,15 +127,17 @@ class Masking:
                 by_fact[fact] = Visibility.of(
                     queries,
                     keys,
-                    is_causal=self.is_causal,
-                    window=self.window,
-                    prefix=prefix,
-                    documents=starts,
-                    chunk=self.chunk,
-                    chunk_start=0 if tokens is None else tokens[0],
-                    offset=offset,
-                    key_range=tokens,
-                    query_range=None if tokens is None else _shift_range(tokens, offset or 0),
+                    EntryMasks(
+                        is_causal=self.is_causal,
+                        window=self.window,
+                        prefix=prefix,
+                        documents=starts,
+                        chunk=self.chunk,
+                        chunk_start=0 if tokens is None else tokens[0],
+                        offset=offset,
+                        key_range=tokens,
+                        query_range=None if tokens is None else _shift_range(tokens, offset or 0),
+                    ),
                 )
             entries_visible.append(by_fact[fact])
         visible = _without_repetition(tuple(entries_visible))

@@ -12,11 +12,13 @@ from typing import Literal, NamedTuple
 
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.cost_model import CostEstimate, Cut, MachineCosts, Setting, estimate
+from fulgurite.attention.edges import CACHED_MASKS
 from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
-from fulgurite.attention.masking import CACHED_MASKS, GPU_MASKED_SIDE, MASKED_SIDE, Visibility
 from fulgurite.attention.quorums import perfect_sizes, quorum
 from fulgurite.attention.schedules import Task, rect_tasks, recursive_tasks
 from fulgurite.attention.spec import AttentionSpec, HeadGroup
+from fulgurite.attention.tiles import GPU_MASKED_SIDE, MASKED_SIDE
+from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulgurite.attention.masking import Range
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.schedules import chunk_ranges
 from fulgurite.attention.steps import Slices

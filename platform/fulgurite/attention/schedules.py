@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fulgurite.attention.masking import Range, Visibility
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.quorums import owned_differences, quorum, task_chunks
+from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = [

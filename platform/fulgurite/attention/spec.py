@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fulgurite.attention.masking import Visibility
+from fulgurite.attention.visibility import Visibility
 
 __all__ = ["AttentionSpec", "HeadGroup", "MaskSpec"]
 

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fulgurite.attention.masking import Kind, Range, Tile, Visibility, tiles
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.planning import UNHALVED, ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Row, Task, column_tasks
 from fulgurite.attention.spec import HeadGroup
+from fulgurite.attention.tiles import Kind, Tile, tiles
 from fulgurite.attention.transfers import Views
+from fulgurite.attention.visibility import Visibility
 
 __all__ = [
     "KernelCall",

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.biases import TileBias, row_shift, sum_biases
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.kernel_choice import kernel_for
-from fulgurite.attention.kernels import (
-    MathKernel,
-    TileInputs,
-    TileKernel,
-    accumulator_dtype,
-)
-from fulgurite.attention.masking import Kind, Range
+from fulgurite.attention.kernels import MathKernel, TileInputs, TileKernel, accumulator_dtype
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import Slices, Step, column_steps, row_count, row_steps
+from fulgurite.attention.tiles import Kind
 from fulgurite.attention.transfers import Prefetcher
 
 __all__ = [

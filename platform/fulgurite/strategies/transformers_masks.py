@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fulgurite.attention.biases import TileBias
-from fulgurite.attention.masking import Range, Visibility
+from fulgurite.attention.bounds import Range
 from fulgurite.attention.masks import as_intervals, merge_visible, row_intervals
 from fulgurite.attention.spec import MaskSpec
+from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = ["MaskSource", "StreamMask", "make_mask"]
@@ -315,7 +316,7 @@ def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility,
     )
     of, (_, queries, keys, offset, _) = Visibility.of, sizes
     if name == "causal_mask_function":
-        return (of(queries, keys, is_causal=True, offset=offset),)
+        return (of(queries, keys, EntryMasks(is_causal=True, offset=offset)),)
     if name == "bidirectional_mask_function":
         return (of(queries, keys),)
     if name == "and_masks":
@@ -327,15 +328,16 @@ def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility,
             visible = merge_visible(visible, part_visible)
         return visible
     if name == "sliding_window_overlay" and int(facts["sliding_window"]) > 0:
-        return (of(queries, keys, window=int(facts["sliding_window"]), offset=offset),)
+        return (of(queries, keys, EntryMasks(window=int(facts["sliding_window"]), offset=offset)),)
     if name == "sliding_window_bidirectional_overlay" and int(facts["sliding_window"]) >= 0:
         width = int(facts["sliding_window"])
-        return (of(queries, keys, window=(width + 1, width), offset=offset),)
+        return (of(queries, keys, EntryMasks(window=(width + 1, width), offset=offset)),)
     if name == "chunked_overlay" and 0 <= offset <= keys - queries:
         starts = (int(start) - sizes.first_key for start in facts["left_padding"])
         chunk = int(facts["chunk_size"])
         return tuple(
-            of(queries, keys, chunk=chunk, chunk_start=start, offset=offset) for start in starts
+            of(queries, keys, EntryMasks(chunk=chunk, chunk_start=start, offset=offset))
+            for start in starts
         )
     if name == "padding_mask_function":
         return _recognise_padding(facts["padding_mask"].bool(), sizes)
@@ -378,7 +380,7 @@ def _recognise_documents(ids: Tensor, sizes: _Sizes) -> tuple[Visibility, ...] |
         if (steps < 0).any():
             return None
         starts = [0, *(np.flatnonzero(steps) + 1).tolist()]
-        visible.append(Visibility.of(sizes.queries, sizes.keys, documents=starts))
+        visible.append(Visibility.of(sizes.queries, sizes.keys, EntryMasks(documents=starts)))
     return tuple(visible)
 
 

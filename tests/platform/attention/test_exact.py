@@ -13,16 +13,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fulgurite.attention import masking as masking_module
 from fulgurite.attention import plan, stream, stream_attention
+from fulgurite.attention import tiles as tiles_module
 from fulgurite.attention.cost_model import CostEstimate
 from fulgurite.attention.kernels import AtenCpuFlash, MathKernel, TileInputs
-from fulgurite.attention.masking import Kind, Visibility, tiles
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import ExecutionPlan, make_plan
 from fulgurite.attention.schedules import cqs_tasks, rect_tasks, recursive_tasks
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamedAttention
+from fulgurite.attention.tiles import Kind, tiles
+from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def narrow_bias(monkeypatch):
     """Masked tiles as narrow as the sequences of tests want them."""
-    monkeypatch.setattr(masking_module, "MASKED_SIDE", 8)
+    monkeypatch.setattr(tiles_module, "MASKED_SIDE", 8)
 
 
 def reference(query, key, value, visible, scale):
@@ -71,7 +72,7 @@ def visibilities(draw):
     if draw(st.booleans()):
         starts = draw(st.sets(st.integers(0, tokens - 1), max_size=3))
         options["documents"] = tuple(sorted({0, *starts}))
-    return Visibility.of(tokens, tokens, **options)
+    return Visibility.of(tokens, tokens, EntryMasks(**options))
 
 
 def count(found, visible):
@@ -124,7 +125,7 @@ def random_case(number):
     if rng.random() < 0.25:
         starts = rng.sample(range(tokens), rng.randint(0, min(3, tokens - 1)))
         options["documents"] = tuple(sorted({0, *starts}))
-    visible = Visibility.of(tokens, tokens, **options)
+    visible = Visibility.of(tokens, tokens, EntryMasks(**options))
     spec = spec_of(*sizes, visible, rng.choice([0.3, 3.0]) / 4)
     kind = number % 4
     if kind == 0:
@@ -157,7 +158,7 @@ def test_float64_is_exact_forward_and_backward(number):
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("rect", 0), ("cqs", 7), ("cqs", 10)])
 def test_gradcheck(schedule, chunks):
-    visible = Visibility.of(17, 17, is_causal=True, window=9)
+    visible = Visibility.of(17, 17, EntryMasks(is_causal=True, window=9))
     spec = spec_of(1, 2, 1, 2, torch.float64, visible, 0.5)
     chosen = fixed_plan(spec, schedule, (8, 4), chunks)
     make = {"dtype": torch.float64, "requires_grad": True}
@@ -294,7 +295,7 @@ def test_large_scores_do_not_overflow(schedule):
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 def test_fewer_tokens_than_chunks(tokens):
     query = torch.randn(1, 1, tokens, 8, dtype=torch.float64)
-    visible = Visibility.of(tokens, tokens, is_causal=True)
+    visible = Visibility.of(tokens, tokens, EntryMasks(is_causal=True))
     chosen = fixed_plan(spec_of(1, 1, 1, 8, torch.float64, visible), "cqs", chunks=13)
     out, _ = run(chosen, query, query, query)
     torch.testing.assert_close(out, reference(query, query, query, visible, 1.0)[0])
@@ -420,7 +421,7 @@ def test_a_device_out_of_memory_gets_smaller_tiles(monkeypatch):
 @pytest.mark.parametrize("schedule", ["auto", "heads", "rect", "cqs"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_plans_fit_their_budget(schedule, backward):
-    visible = Visibility.of(8192, 8192, is_causal=True)
+    visible = Visibility.of(8192, 8192, EntryMasks(is_causal=True))
     spec = spec_of(2, 8, 2, 64, torch.float32, visible)
     for budget in (2**27, 2**25, 2**23):
         try:

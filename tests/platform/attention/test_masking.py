@@ -11,9 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fulgurite.attention import masking, plan, stream_attention
+from fulgurite.attention import plan, stream_attention
+from fulgurite.attention import tiles as tiles_module
 from fulgurite.attention.biases import SelectedKeys
-from fulgurite.attention.masking import Bound, Kind, Visibility, tiles
+from fulgurite.attention.bounds import Bound
+from fulgurite.attention.tiles import Kind, tiles
+from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -61,7 +64,7 @@ def masks(draw):
             low = draw(st.integers(0, stop))
             options[name] = low, draw(st.integers(low, stop))
             mask &= (axis >= options[name][0]) & (axis < options[name][1])
-    return Visibility.of(queries, keys, offset=offset, **options), mask
+    return Visibility.of(queries, keys, EntryMasks(offset=offset, **options)), mask
 
 
 @settings(deadline=None, max_examples=300)
@@ -73,7 +76,7 @@ def test_each_visible_pair_is_in_one_tile(case, side):
     assert not visible.is_full or mask.all()
     counts = np.zeros(mask.shape, int)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masking, "MASKED_SIDE", side)
+        patch.setattr(tiles_module, "MASKED_SIDE", side)
         for tile in tiles((0, visible.queries), (0, visible.keys), visible):
             part = np.ones([stop - start for start, stop in (tile.queries, tile.keys)], int)
             if tile.kind is Kind.CAUSAL:
@@ -110,7 +113,9 @@ def test_bounds_are_their_values(steps, begin):
 
 
 def test_a_billion_tokens_are_planned_without_their_rows():
-    visible = Visibility.of(10**9, 10**9, is_causal=True, window=4096, documents=[0, 10**6])
+    visible = Visibility.of(
+        10**9, 10**9, EntryMasks(is_causal=True, window=4096, documents=[0, 10**6])
+    )
     assert visible.pairs() == 2 * (4096 * 4097 // 2) + (10**9 - 2 * 4096) * 4096
     assert 4096 <= visible.reach(2048) <= 4096 + 2048
 

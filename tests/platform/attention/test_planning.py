@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from fulgurite.attention import backend, calibration, masking, stream_attention
+from fulgurite.attention import backend, calibration, stream_attention
 from fulgurite.attention.budget import parse_budget
 from fulgurite.attention.checks import with_index
 from fulgurite.attention.cost_model import GPU_COSTS, MachineCosts
 from fulgurite.attention.device_memory import device_memory
+from fulgurite.attention.edges import CACHED_MASKS, edge_bias
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
 from fulgurite.attention.kernel_choice import kernel_names, usual_kernel_names
-from fulgurite.attention.kernels import (
-    TileKernelNames,
-)
-from fulgurite.attention.masking import Visibility, tiles
+from fulgurite.attention.kernels import TileKernelNames
 from fulgurite.attention.planning import UNHALVED, Halvings, make_plan
 from fulgurite.attention.spec import AttentionSpec, MaskSpec
 from fulgurite.attention.steps import column_steps, row_steps
+from fulgurite.attention.tiles import Kind, tiles
+from fulgurite.attention.visibility import EntryMasks, Visibility
 
 BF16 = torch.bfloat16
 GPU = {"costs": GPU_COSTS, "kernels": usual_kernel_names(True, BF16)}
@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 def spec_of(tokens, heads=1, kv_heads=1, size=64, dtype=BF16, mask=None, **masks):
-    visible = Visibility.of(tokens, tokens, **{"is_causal": True} | masks)
+    visible = Visibility.of(tokens, tokens, EntryMasks(**{"is_causal": True} | masks))
     return AttentionSpec(1, heads, kv_heads, size, size, dtype, (visible,), 0.1, mask=mask)
 
 
@@ -289,29 +289,29 @@ def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
     ],
 )
 def test_masks_made_on_a_device_are_those_of_the_host(masks):
-    visible = Visibility.of(100, 100, **masks)
+    visible = Visibility.of(100, 100, EntryMasks(**masks))
     for rows, columns in [((0, 100), (0, 100)), ((13, 64), (5, 90)), ((60, 61), (58, 63))]:
         expected = visible.bias(rows, columns, BF16, torch.device("cpu"))
-        made = masking._edge_bias(visible._edge(rows, columns), BF16, torch.device("cpu"))
+        made = edge_bias(visible.edge(rows, columns), BF16, torch.device("cpu"))
         assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize("side", [64, 512])
 def test_the_edge_of_a_window_needs_few_different_masks(side):
-    visible = Visibility.of(2**16, 2**16, is_causal=True, window=4096)
+    visible = Visibility.of(2**16, 2**16, EntryMasks(is_causal=True, window=4096))
     edges, count = set(), 0
     for top in range(0, 2**16, 2**13):
         rows = top, top + 2**13
         for tile in tiles(rows, (0, 2**16), visible, side):
-            if tile.kind is masking.Kind.BIAS:
+            if tile.kind is Kind.BIAS:
                 count += 1
-                edges.add(visible._edge(tile.queries, tile.keys))
-    assert len(edges) <= 2 * masking.CACHED_MASKS
+                edges.add(visible.edge(tile.queries, tile.keys))
+    assert len(edges) <= 2 * CACHED_MASKS
     assert count >= 2**16 // side // 2
 
 
 def test_larger_masked_tiles_cover_the_same_pairs():
-    visible = Visibility.of(300, 300, is_causal=True, window=77)
+    visible = Visibility.of(300, 300, EntryMasks(is_causal=True, window=77))
     for side in (8, 64, 1024):
         seen = np.zeros((300, 300), dtype=int)
         for tile in tiles((0, 300), (0, 300), visible, side):

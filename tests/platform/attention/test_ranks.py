@@ -140,9 +140,9 @@ def test_ranks_share_files(tmp_path):
 
 
 def test_a_way_that_leaves_ranks_idle_is_refused():
-    from fulgurite.attention.masking import Visibility
     from fulgurite.attention.planning import make_plan
     from fulgurite.attention.spec import AttentionSpec
+    from fulgurite.attention.visibility import Visibility
 
     spec = AttentionSpec(1, 1, 1, 8, 8, torch.float32, (Visibility.of(64, 64),))
     with pytest.raises(ConfigError, match=r"on 2 rank"):

@@ -8,16 +8,11 @@ import torch
 from fulgurite.attention import units as units_module
 from fulgurite.attention.cost_model import CostEstimate
 from fulgurite.attention.kernels import AtenCpuFlash
-from fulgurite.attention.masking import Visibility
 from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.transfers import CudaLanes, Prefetcher, head_copies
-from fulgurite.attention.units import (
-    AttentionInputs,
-    gradient_units,
-    ran_out_of_memory,
-    units,
-)
+from fulgurite.attention.units import AttentionInputs, gradient_units, ran_out_of_memory, units
+from fulgurite.attention.visibility import EntryMasks, Visibility
 
 CPU = torch.device("cpu")
 
@@ -101,7 +96,7 @@ def lanes(request, monkeypatch):
 def example(schedule, **options):
     torch.manual_seed(0)
     tensors = [torch.randn(2, h, 100, 8, dtype=torch.float64) for h in (4, 2, 2)]
-    visible = Visibility.of(100, 100, is_causal=True, **options)
+    visible = Visibility.of(100, 100, EntryMasks(is_causal=True, **options))
     spec = AttentionSpec(2, 4, 2, 8, 8, torch.float64, (visible,), 0.3)
     tile, chunks = ((32, 16), 0) if schedule == "rect" else ((0, 0), 7)
     cost = CostEstimate(0, 0, 0, 0.0, 0.0)
@@ -191,7 +186,7 @@ def test_units_that_are_left_go_on_in_smaller_tiles(monkeypatch):
 def test_results_leave_the_device_in_their_own_type(lanes, monkeypatch):
     torch.manual_seed(0)
     tensors = [torch.randn(1, 2, 64, 8, dtype=torch.bfloat16) for _ in range(3)]
-    visible = Visibility.of(64, 64, is_causal=True)
+    visible = Visibility.of(64, 64, EntryMasks(is_causal=True))
     spec = AttentionSpec(1, 2, 2, 8, 8, torch.bfloat16, (visible,), 0.3)
     plan = ExecutionPlan(spec, "rect", (1, 1), (32, 16), 0, CostEstimate(0, 0, 0, 0.0, 0.0))
     kept = [u.out.clone() for u in units(AttentionInputs(*tensors), plan)]
