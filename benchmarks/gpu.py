@@ -29,11 +29,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import RESULTS, machine, table
 from fulgurite.attention import stream_attention
 from fulgurite.attention.calibration import measured_costs
-from fulgurite.attention.cost_model import GPU_COSTS
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernel_checks import KernelUse, compare_kernel
 from fulgurite.attention.kernel_choice import kernel_for, usual_kernel_names
 from fulgurite.attention.kernels import TileInputs
-from fulgurite.attention.planning import ExecutionPlan, make_plan
+from fulgurite.attention.machine_costs import GPU_COSTS
+from fulgurite.attention.planning import make_plan
+from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.models.fedsir.federation import exact_average
@@ -362,11 +364,13 @@ def billion() -> Iterator[Row]:
     tokens = sized(10**9, 10**6)
     visible = (Visibility.of(tokens, tokens, EntryMasks(is_causal=True)),)
     spec = AttentionSpec(1, 1, 1, WIDTH, WIDTH, torch.bfloat16, visible, WIDTH**-0.5)
-    plan = make_plan(
-        spec, sized(2**33, 2**22), "rect", resident=False, tiled=True, ahead=True,
+    request = PlanRequest(
+        sized(2**33, 2**22), "rect",
+        placement=Placement(resident=False, tiled=True, ahead=True),
         costs=measured_costs(DEVICE, torch.bfloat16, WIDTH),
         kernels=usual_kernel_names(HAS_GPU, torch.bfloat16),
     )  # fmt: skip
+    plan = make_plan(spec, request)
     height, width = plan.tile
     query, key = (torch.randn(1, 1, n, WIDTH, dtype=torch.bfloat16) for n in plan.tile)
     query, key = ((x.pin_memory() if HAS_GPU else x) for x in (query, key))

@@ -19,8 +19,10 @@ from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.attention import plan, stream_attention
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.calibration import measured_costs
-from fulgurite.attention.cost_model import MachineCosts
-from fulgurite.attention.planning import ExecutionPlan, make_plan
+from fulgurite.attention.execution_plan import ExecutionPlan
+from fulgurite.attention.machine_costs import MachineCosts
+from fulgurite.attention.planning import make_plan
+from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.transfers import Prefetcher
 from fulgurite.attention.units import AttentionInputs, units
@@ -78,8 +80,8 @@ def against_one_call(raw: dict[str, Any]) -> list[dict[str, str]]:
             try:
                 plans[name] = make_plan(
                     one_head(tokens, torch.float32, causal),
-                    full_bytes // divisor, schedule, backward=grad, costs=costs,
-                )  # fmt: skip
+                    PlanRequest(full_bytes // divisor, schedule, backward=grad, costs=costs),
+                )
             except ConfigError:
                 continue  # quorums of so few tokens do not fit
             contestants[name] = runner(stream_attention, inputs, **options)
@@ -275,7 +277,8 @@ def predictions() -> list[dict[str, str]]:
     for tokens in (10**6, 10**7, 10**8, 10**9):
         for budget in (2**30, 8 * 2**30):
             call_plan = make_plan(
-                one_head(tokens, torch.bfloat16, True), budget, "auto", resident=False, costs=costs
+                one_head(tokens, torch.bfloat16, True),
+                PlanRequest(budget, placement=Placement(resident=False), costs=costs),
             )
             cut = "whole" if call_plan.schedule == "whole" else "{} x {}".format(*call_plan.tile)
             rows.append({

@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulgurite.attention.biases import TileBias
 from fulgurite.attention.budget import Budget
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.functional import StreamOptions, attend, attend_masked
 from fulgurite.attention.masks import Documents, Masking
-from fulgurite.attention.planning import ExecutionPlan, Schedule
+from fulgurite.attention.request import Schedule
 from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 

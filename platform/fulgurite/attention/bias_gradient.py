@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.bounds import Range
+from fulgurite.attention.execution_plan import ExecutionPlan, Halvings
 from fulgurite.attention.kernels import MathKernel, accumulator_dtype
-from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Task
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import KernelCall, Step
@@ -97,7 +97,8 @@ def bias_gradient(
                 )  # fmt: skip
             yield _BiasPiece(number, index, total)
 
-    for piece in with_smaller_tiles(compute, replace(plan, schedule="rect", tile=(side, side))):
+    tiled = replace(plan, cut=plan.cut._replace(schedule="rect", tile=(side, side)))
+    for piece in with_smaller_tiles(compute, tiled):
         result[piece.at] = piece.total.to(result)
     return result
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from fulgurite.attention.cost_model import CostEstimate, MachineCosts
+from fulgurite.attention.cost_model import Cut
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.machine_costs import MachineCosts
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.units import AttentionInputs, clear_, commit_, units
 from fulgurite.attention.visibility import Visibility
@@ -111,7 +112,7 @@ def _seconds(
 ) -> float:
     """Least time of a forward pass in tiles."""
     spec = AttentionSpec(1, 1, 1, head_dim, head_dim, dtype, (Visibility.of(*tokens),))
-    plan = ExecutionPlan(spec, "rect", (1, 1), tile, 0, CostEstimate(0, 0, 0, 0.0, 0.0))
+    plan = ExecutionPlan(spec, Cut("rect", (1, 1), tile))
     query, key = (torch.ones(1, 1, count, head_dim, dtype=dtype, device=device) for count in tokens)
     out = torch.empty_like(query)
     lse = out.new_empty(out.shape[:-1], dtype=accumulator_dtype(dtype))

@@ -6,26 +6,21 @@ E size of a value.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from fulgurite.attention.biases import AT_ONCE, KEYS_AT_ONCE
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
-from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
+from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.quorums import quorum
+from fulgurite.attention.request import PlanRequest
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.tiles import MASKED_SIDE
 
 __all__ = [
     "BACKWARD_FLOPS",
-    "GPU_COSTS",
     "CostEstimate",
     "Cut",
-    "MachineCosts",
-    "Setting",
     "estimate",
 ]  # fmt: skip
 
@@ -33,46 +28,6 @@ __all__ = [
 BACKWARD_FLOPS = 2.5
 
 _MATH_SLOWDOWN = 2.0  # of tiles computed by matrix products, against a fast kernel (measured)
-
-
-@dataclass(frozen=True)
-class MachineCosts:
-    """What work costs on a machine.
-
-    Args:
-        flops: Floating operations of a large tile [1/s].
-        bandwidth: Bandwidth of copies between where tensors lie and the device [bytes/s].
-        call: Overhead of a kernel call and the merge of its result [s].
-        merge: What each number of a result costs beside its pairs [s].
-        short_tiles: How much slower kernels are on tiles of few queries: the number of queries
-            and the factor, ascending; taller tiles than the last are as fast as it.
-        fills_with_heads: Whether the queries of all heads together fill the device, so that short
-            tiles of many heads are as fast as tall ones.
-    """
-
-    flops: float = 5e10
-    bandwidth: float = 5e9
-    call: float = 3e-5
-    merge: float = 1e-9
-    short_tiles: tuple[tuple[int, float], ...] = ((64, 1.3), (256, 1.15), (768, 1.0))
-    fills_with_heads: bool = False
-
-    def slowdown(self, height: int) -> float:
-        """Return the factor of tiles of so many queries, between those that were measured."""
-        heights, factors = zip(*self.short_tiles, strict=True)
-        return float(np.interp(math.log(max(height, 1)), np.log(heights), factors))
-
-
-#: Of a large GPU, for plans that are made without measuring (inferred from what is published of
-#: an H100: about 320 TFLOP/s, pinned copies of 25 GB/s, a quarter of a millisecond for a call).
-GPU_COSTS = MachineCosts(
-    flops=3.2e14,
-    bandwidth=2.5e10,
-    call=2.5e-4,
-    merge=1e-11,
-    short_tiles=((128, 64.0), (2048, 4.0), (16384, 1.0)),
-    fills_with_heads=True,
-)
 
 
 @dataclass(frozen=True)
@@ -87,71 +42,48 @@ class CostEstimate:
         seconds: Time, of one rank alone.
     """
 
-    peak_bytes: int
-    moved_bytes: int
-    calls: int
-    flops: float
-    seconds: float
-
-
-class Setting(NamedTuple):
-    """What all ways to cut a call have in common; by default, tensors on one CPU.
-
-    Attributes:
-        gradients: Whether gradients are computed, not the result.
-        resident: Whether the tensors lie on the device, so that tiles are views of them.
-        packs: Whether tiles are copied although they lie there, since their last stride is not 1.
-        tiled: Whether the result is written tile by tile, so that even a whole is one of tiles.
-        ahead: Whether the next tile is copied to the device while one is computed.
-        ranks: How many share the tasks.
-        costs: Measured costs of the machine.
-        kernels: Which compute the tiles.
-        masked_side: Side of the largest tiles under the bias of a mask's edge; None for that of
-            CPUs.
-        cached_masks: How many of these biases are kept.
-    """
-
-    gradients: bool = False
-    resident: bool = True
-    packs: bool = False
-    tiled: bool = False
-    ahead: bool = False
-    ranks: int = 1
-    costs: MachineCosts = MachineCosts()
-    kernels: TileKernelNames = TileKernelNames()
-    masked_side: int | None = None
-    cached_masks: int = 0
-
-    def computes_scores(self, spec: AttentionSpec) -> bool:
-        """Whether the scores of whole tiles lie in memory."""
-        names = self.kernels.masked if spec.has_bias else self.kernels.full
-        return spec.needs_math or "math" in names
+    peak_bytes: int = 0
+    moved_bytes: int = 0
+    calls: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
 
 
 class Cut(NamedTuple):
     """A way to cut a call.
 
     Attributes:
-        schedule: ``whole``, ``heads``, ``rect`` or ``cqs``.
-        head_step: Batch entries and key/value heads at once.
-        tile: Queries and keys of a tile.
-        chunks: Number of chunks of ``cqs``.
-        passes: How often gradients go through all tiles.
+        schedule: ``whole`` (one call), ``heads`` (one call per group of heads), ``rect`` (tiles of
+            queries past which keys are streamed) or ``cqs`` (quorums of chunks).
+        head_step: Batch entries and key/value heads at once; each of these brings its query heads.
+        tile: Queries and keys of a tile, for ``rect``.
+        chunks: c, for ``cqs``.
+        depth: How often the sequence is divided, for ``cqs``.
+        passes: How often gradients go through all tiles: 2 where sums over all keys do not fit.
+        gradients: Whether gradients are computed, not the result.
     """
 
     schedule: Literal["whole", "heads", "rect", "cqs"]
     head_step: tuple[int, int]
-    tile: tuple[int, int]
+    tile: tuple[int, int] = (0, 0)
     chunks: int = 0
+    depth: int = 1
     passes: int = 1
+    gradients: bool = False
 
 
-def estimate(spec: AttentionSpec, cut: Cut, setting: Setting) -> CostEstimate:
+def estimate(spec: AttentionSpec, cut: Cut, request: PlanRequest) -> CostEstimate:
     """Predict what a way to cut a call takes.
+
+    Args:
+        spec: What is computed.
+        cut: How it is cut.
+        request: Where, and by which kernels.
 
     Source: card section 1.9 (model of memory and time).
     """
-    costs, queries, keys = setting.costs, spec.queries, spec.keys
+    costs, queries, keys = request.costs, spec.queries, spec.keys
+    placement = request.placement
     size, wide = spec.dtype.itemsize, accumulator_dtype(spec.dtype).itemsize
     heads = spec.heads // spec.kv_heads
     together = cut.head_step[0] * cut.head_step[1]  # key/value heads at once
@@ -170,11 +102,11 @@ def estimate(spec: AttentionSpec, cut: Cut, setting: Setting) -> CostEstimate:
         calls = int(rows * -(-reach // loaded) + 1) * groups
         passed = int(rows * reach)
     if spec.slides:  # the edge of a window is cut into tiles of its own
-        calls += 2 * groups * -(-queries // (setting.masked_side or MASKED_SIDE))
-    direct = cut.schedule in ("whole", "heads") and spec.is_simple and not setting.tiled
-    tile = _TileCost(spec, cut, setting, height, loaded, direct)
-    peak = tile.gradients() if setting.gradients else tile.forward()
-    peak += _accumulators(spec, cut, setting, direct)
+        calls += 2 * groups * -(-queries // (request.masked_side(spec) or MASKED_SIDE))
+    direct = cut.schedule in ("whole", "heads") and spec.is_simple and not placement.tiled
+    tile = _TileCost(spec, cut, request, (height, loaded), is_direct=direct)
+    peak = tile.gradients() if cut.gradients else tile.forward()
+    peak += 0 if direct else _accumulators(spec, cut, request)
     kv_heads = spec.batch * spec.kv_heads
     sizes = spec.head_dim + spec.value_dim
     writes = spec.batch * spec.heads * queries * (sizes * size + wide)
@@ -183,11 +115,11 @@ def estimate(spec: AttentionSpec, cut: Cut, setting: Setting) -> CostEstimate:
         writes += 2 * len(quorum(cut.chunks)) * merged
     moved = writes + kv_heads * passed * sizes * size
     flops = 2.0 * spec.pairs * sizes * spec.heads
-    if setting.gradients:
+    if cut.gradients:
         flops *= BACKWARD_FLOPS * cut.passes
         moved *= 1 + cut.passes
-    copied = moved if not setting.resident else (moved - writes if cut.schedule == "cqs" else 0)
-    if setting.computes_scores(spec):
+    copied = moved if not placement.resident else (moved - writes if cut.schedule == "cqs" else 0)
+    if request.computes_scores(spec):
         slowdown = _MATH_SLOWDOWN
     else:
         slowdown = costs.slowdown(height * (heads * together if costs.fills_with_heads else 1))
@@ -206,20 +138,20 @@ class _TileCost:
         self,
         spec: AttentionSpec,
         cut: Cut,
-        setting: Setting,
-        height: int,
-        loaded: int,
-        direct: bool,
+        request: PlanRequest,
+        tile: tuple[int, int],
+        *,
+        is_direct: bool,
     ) -> None:
-        self.spec, self.setting, self.passes, self.direct = spec, setting, cut.passes, direct
+        self.spec, self.request, self.passes, self.is_direct = spec, request, cut.passes, is_direct
         self.size, self.wide = spec.dtype.itemsize, accumulator_dtype(spec.dtype).itemsize
         self.batch, self.kv_heads = cut.head_step
         self.heads = self.kv_heads * (spec.heads // spec.kv_heads)
-        self.height, self.loaded = height, loaded
-        self.rows = self.batch * self.heads * height  # of all heads together
-        self.keys = self.batch * self.kv_heads * loaded
-        self.passing = 2 if setting.ahead else 1  # what is copied ahead counts twice
-        self.copies_rows = not setting.resident or setting.packs
+        self.height, self.loaded = tile
+        self.rows = self.batch * self.heads * self.height  # of all heads together
+        self.keys = self.batch * self.kv_heads * self.loaded
+        self.passing = 2 if request.placement.ahead else 1  # what is copied ahead counts twice
+        self.copies_rows = not request.placement.resident or request.placement.packs
         self.copies_keys = self.copies_rows or cut.schedule == "cqs"
 
     def forward(self) -> int:
@@ -230,7 +162,7 @@ class _TileCost:
             self.keys * (spec.head_dim + spec.value_dim) * size * self.copies_keys * self.passing
         )
         total += self.rows * (spec.value_dim * size + wide)
-        if not self.direct:  # and what merging takes for a moment
+        if not self.is_direct:  # and what merging takes for a moment
             total += self.rows * (spec.value_dim + 1) * wide * self.passing
             total += self.rows * (spec.value_dim * (size < wide) + 1) * wide
         total += 4 * self.rows * wide * spec.has_sinks
@@ -248,7 +180,7 @@ class _TileCost:
             inputs = max(inputs, row * self.passing + key)
         total = inputs + (self.rows * spec.head_dim + self.keys * sizes) * size
         columns = self.keys * sizes if self.passes == 2 else 0
-        if not self.direct:
+        if not self.is_direct:
             total += max(self.rows * spec.head_dim, columns) * wide
         slopes = 3 if spec.softcap is not None else 2
         total += self._padding(rows=3) + self._buffers(gradients=True)
@@ -261,12 +193,12 @@ class _TileCost:
             self.batch, self.heads, self.kv_heads, self.height, self.loaded, spec.head_dim,
             spec.value_dim, self.size,
         )  # fmt: skip
-        return buffer_bytes(self.setting.kernels, sizes, gradients=gradients)
+        return buffer_bytes(self.request.kernels, sizes, gradients=gradients)
 
     def _padding(self, rows: int) -> int:
         """Copies in which query, key and value get one size."""
         spec = self.spec
-        if spec.head_dim == spec.value_dim or self.setting.computes_scores(spec):
+        if spec.head_dim == spec.value_dim or self.request.computes_scores(spec):
             return 0
         return (rows * self.rows + 2 * self.keys) * max(spec.head_dim, spec.value_dim) * self.size
 
@@ -278,8 +210,8 @@ class _TileCost:
             total += self.height * self.loaded * (self.size + 2)
         elif not all(visible.is_simple for visible in spec.visible):  # of a tile at an edge
             pairs = self._edge_pairs()
-            total += pairs * (self.size + 2) + pairs * self.size * self.setting.cached_masks
-            if "math" in self.setting.kernels.masked:
+            total += pairs * (self.size + 2) + pairs * self.size * self.request.cached_masks
+            if "math" in self.request.kernels.masked:
                 total += 3 * self.batch * self.heads * pairs * self.wide
         if spec.mask is not None:
             copies = self.batch if spec.mask.by_batch else 1
@@ -293,13 +225,13 @@ class _TileCost:
 
     def _edge_pairs(self) -> int:
         """Pairs of the largest tile at the edge of a mask."""
-        side = self.setting.masked_side or MASKED_SIDE
+        side = self.request.masked_side(self.spec) or MASKED_SIDE
         return min(self.height, side) * min(self.loaded, side)
 
     def _scores(self, copies: int) -> int:
         """Scores, and what else has their size, where matrix products compute them."""
         spec = self.spec
-        if not self.setting.computes_scores(spec):
+        if not self.request.computes_scores(spec):
             return 0
         narrow = self.size < self.wide
         inputs = (self.rows * spec.head_dim + self.keys * (spec.head_dim + spec.value_dim)) * narrow
@@ -308,15 +240,13 @@ class _TileCost:
         return numbers * self.wide + 2 * self.height * self.loaded  # booleans of a causal tile
 
 
-def _accumulators(spec: AttentionSpec, cut: Cut, setting: Setting, direct: bool) -> int:
+def _accumulators(spec: AttentionSpec, cut: Cut, request: PlanRequest) -> int:
     """Bytes of what is summed over a whole sequence, beside the result."""
-    if direct:
-        return 0
     size, wide = spec.dtype.itemsize, accumulator_dtype(spec.dtype).itemsize
-    ranks, heads = setting.ranks, spec.heads // spec.kv_heads
+    ranks, heads = request.ranks, spec.heads // spec.kv_heads
     is_merged = cut.schedule == "cqs"
-    if not setting.gradients:
-        if not is_merged or setting.tiled or (size == wide and ranks == 1):
+    if not cut.gradients:
+        if not is_merged or request.placement.tiled or (size == wide and ranks == 1):
             return 0
         tokens = -(-spec.queries // ranks)
         return spec.batch * spec.heads * tokens * (spec.value_dim + 1) * wide
@@ -325,7 +255,7 @@ def _accumulators(spec: AttentionSpec, cut: Cut, setting: Setting, direct: bool)
     sizes, total = spec.head_dim + spec.value_dim, 0
     rows = spec.queries * heads * spec.head_dim if is_merged else 0  # else tile by tile
     columns = spec.keys * sizes
-    if size < wide or not setting.resident:
+    if size < wide or not request.placement.resident:
         total = (rows + columns) * wide
     if ranks > 1:  # the shard that is being summed
         total += max(rows, columns) // ranks * (wide + size)

@@ -6,8 +6,9 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
@@ -15,29 +16,19 @@ from torch import Tensor
 
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
-from fulgurite.attention.cost_model import GPU_COSTS
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import plan_facts
 from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_of
 from fulgurite.attention.journal import Journal, read_header
-from fulgurite.attention.kernel_choice import usual_kernel_names
-from fulgurite.attention.kernels import (
-    accumulator_dtype,
-)
+from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.mapped import check_targets
 from fulgurite.attention.masks import Masking, MaskOptions
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import ExecutionPlan, Schedule, check_schedule, make_plan
+from fulgurite.attention.planning import make_plan
 from fulgurite.attention.progress import bar
-from fulgurite.attention.spec import AttentionSpec
+from fulgurite.attention.request import PlanRequest, Schedule, check_schedule
 from fulgurite.attention.steps import Slices, column_count, row_count
-from fulgurite.attention.units import (
-    AttentionInputs,
-    Unit,
-    clear_,
-    commit_,
-    gradient_units,
-    units,
-)
+from fulgurite.attention.units import AttentionInputs, Unit, clear_, commit_, gradient_units, units
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["attend_files", "attend_files_backward"]
@@ -126,11 +117,9 @@ def attend_files(
     if schedule == "auto" and (out.dtype != wide or shard != (0, 1)):
         schedule = "rect"  # cqs would sum in the result
     folder = _folder(journal, shard)
-    plan = make_plan(
-        spec, _budget(memory_budget, compute_device, folder), schedule,
-        resident=False, tiled=True, kernel=kernel, shard=shard,
-        **_of_device(compute_device, spec, kernel),
-    )  # fmt: skip
+    request = PlanRequest.from_host(spec.dtype, on_gpu=compute_device.type != "cpu", kernel=kernel)
+    budget_bytes = _budget(memory_budget, compute_device, folder)
+    plan = make_plan(spec, replace(request, budget=budget_bytes, schedule=schedule, shard=shard))
     if spec.is_empty:
         clear_(out, lse)
         return plan
@@ -233,11 +222,10 @@ def attend_files_backward(
         check_beside(name, target, like.shape)
     ranges = check_targets(targets, inputs, in_files=journal is not None)
     folder = _folder(journal, shard)
-    plan = make_plan(
-        spec, _budget(memory_budget, compute_device, folder), "rect", forward=False,
-        passes=2, resident=False, tiled=True, kernel=kernel, shard=shard,
-        **_of_device(compute_device, spec, kernel),
-    )  # fmt: skip
+    request = PlanRequest.from_host(spec.dtype, on_gpu=compute_device.type != "cpu", kernel=kernel)
+    request = replace(request, schedule="rect", forward=False, passes=2, shard=shard)
+    budget_bytes = _budget(memory_budget, compute_device, folder)
+    plan = make_plan(spec, replace(request, budget=budget_bytes))
     if spec.is_empty:
         for target in targets.values():
             target.zero_()
@@ -276,16 +264,6 @@ def _budget(budget: Budget, device: torch.device, folder: Path | None) -> int | 
         size = header["budget"]["bytes"]
         return None if size is None else int(size)
     return parse_budget(budget, device)
-
-
-def _of_device(device: torch.device, spec: AttentionSpec, kernel: str | None) -> dict[str, Any]:
-    """What of a plan depends on the device; nothing measured, or it could not be resumed."""
-    on_gpu = device.type != "cpu"
-    return {
-        "ahead": on_gpu,
-        "costs": GPU_COSTS if on_gpu else None,
-        "kernels": usual_kernel_names(on_gpu, spec.dtype, kernel),
-    }
 
 
 def _refuse(inputs: Mapping[str, Tensor], at: Slices) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.bounds import Range
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.progress import byte_bar
 
 __all__ = ["digest_blocks", "digest_inputs", "digest_tensor", "pieces", "plan_facts"]
@@ -131,7 +131,7 @@ def plan_facts(plan: ExecutionPlan) -> dict[str, Any]:
     spec = {field.name: repr(getattr(plan.spec, field.name)) for field in fields(plan.spec)}
     return spec | {
         "schedule": plan.schedule, "head_step": list(plan.head_step),
-        "tile": list(plan.tile), "chunks": plan.chunks, "depth": plan.depth,
+        "tile": list(plan.tile), "chunks": plan.chunks, "depth": plan.cut.depth,
         "passes": plan.passes, "shard": list(plan.shard),
     }  # fmt: skip
 

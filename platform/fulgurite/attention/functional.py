@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -16,9 +16,9 @@ from fulgurite.attention.biases import AlibiBias, DenseBias, TileBias, describe_
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.calibration import agreed_costs, measured_costs
 from fulgurite.attention.checks import check_number, kernel_device
-from fulgurite.attention.cost_model import MachineCosts
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernel_choice import kernel_for, kernel_names
-from fulgurite.attention.kernels import TileKernelNames, accumulator_dtype
+from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.masks import (
     Documents,
     Masking,
@@ -28,7 +28,8 @@ from fulgurite.attention.masks import (
     hides_only,
     merge_visible,
 )
-from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
+from fulgurite.attention.planning import make_plan
+from fulgurite.attention.request import Placement, PlanRequest, Schedule
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamedAttention
 from fulgurite.attention.visibility import EntryMasks, Visibility, Window
@@ -407,20 +408,17 @@ def attend(
     tensors = (query, key, value, bias, sinks)
     has_gradient = any(x is not None and x.requires_grad for x in tensors)
     backward = torch.is_grad_enabled() and has_gradient
-    plan = make_plan(
-        spec,
-        _decide_budget(spec, compute_device, backward, options),
-        options.schedule,
+    request = PlanRequest(
+        budget=_decide_budget(spec, compute_device, backward, options),
+        schedule=options.schedule,
         backward=backward,
-        resident=resident,
-        packs=_packs(query, key, value),
-        tiled=not resident,
-        ahead=not resident,
-        kernel=options.kernel,
+        placement=Placement(resident, _packs(query, key, value), not resident, not resident),
         shard=ranks_share(options.distributed),
-        costs=None if abstract or spec.is_empty else _costs(compute_device, query, options),
-        kernels=_kernel_names(spec, compute_device, options.kernel, abstract),
+        kernel=options.kernel,
     )
+    if not abstract and not spec.is_empty:
+        request = _on_machine(request, spec, compute_device, options)
+    plan = make_plan(spec, request)
     if options.on_plan:
         options.on_plan(plan)
     if abstract:
@@ -668,24 +666,22 @@ def _budget(budget: Budget, device: torch.device, distributed: bool) -> int | No
     return int(agreed)
 
 
-def _costs(device: torch.device, query: Tensor, options: StreamOptions) -> MachineCosts | None:
-    """Measure the machine, where there is something to choose; ranks plan by the first's costs."""
+def _on_machine(
+    request: PlanRequest, spec: AttentionSpec, device: torch.device, options: StreamOptions
+) -> PlanRequest:
+    """Add the kernels of the machine and, where there is something to choose, its costs.
+
+    Ranks plan by the costs that the first of them measured.
+    """
+    kernels = kernel_names(
+        device, spec.dtype, max(spec.head_dim, spec.value_dim), prefer=options.kernel,
+        has_wide_bias=spec.has_wide_bias,
+    )  # fmt: skip
     if options.memory_budget is None:
-        return None
-    measured = device, query.dtype, max(1, query.shape[-1])
-    if ranks_share(options.distributed)[1] > 1:
-        return agreed_costs(*measured)
-    return measured_costs(*measured)
-
-
-def _kernel_names(
-    spec: AttentionSpec, device: torch.device, prefer: str | None, abstract: bool
-) -> TileKernelNames | None:
-    """Which kernels compute the tiles; None where nothing is computed."""
-    if abstract or spec.is_empty:
-        return None
-    width = max(spec.head_dim, spec.value_dim)
-    return kernel_names(device, spec.dtype, width, prefer=prefer, has_wide_bias=spec.has_wide_bias)
+        return replace(request, kernels=kernels)
+    measure = agreed_costs if request.ranks > 1 else measured_costs
+    costs = measure(device, spec.dtype, max(1, spec.head_dim))
+    return replace(request, kernels=kernels, costs=costs)
 
 
 def check_call(
@@ -857,12 +853,12 @@ def plan(
     spec = _spec(call.query, call.key, call.value, call.visible, scale, softcap, call.biases)
     tensors = call.query, call.key, call.value
     abstract = any(_is_abstract(x) for x in tensors)
-    return make_plan(
-        spec,
-        parse_budget(memory_budget, query.device),
-        schedule,
+    request = PlanRequest(
+        budget=parse_budget(memory_budget, query.device),
+        schedule=schedule,
         backward=backward,
-        packs=_packs(*tensors),
-        costs=None if abstract or spec.is_empty else _costs(query.device, query, options),
-        kernels=_kernel_names(spec, query.device, None, abstract),
+        placement=Placement(packs=_packs(*tensors)),
     )
+    if not abstract and not spec.is_empty:
+        request = _on_machine(request, spec, query.device, options)
+    return make_plan(spec, request)

@@ -10,10 +10,10 @@ import torch
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.cost_model import BACKWARD_FLOPS
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.job_header import BY_KEYS, JobHeader
 from fulgurite.attention.job_tasks import JobTask, job_tasks
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.planning import ExecutionPlan
 
 __all__ = ["explain_job", "read_bytes", "written_bytes"]
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.checks import check_beside
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import digest_inputs, plan_facts
 from fulgurite.attention.functional import spec_of
 from fulgurite.attention.job_tasks import job_plan, job_tasks, token_blocks
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.locks import writing
 from fulgurite.attention.masks import Masking, starts_of_ids
-from fulgurite.attention.planning import ExecutionPlan, check_schedule
+from fulgurite.attention.request import check_schedule
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.io import atomic_write

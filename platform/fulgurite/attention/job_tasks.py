@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.budget import format_bytes
-from fulgurite.attention.cost_model import GPU_COSTS
-from fulgurite.attention.kernel_choice import kernel_for, usual_kernel_names
+from fulgurite.attention.execution_plan import ExecutionPlan
+from fulgurite.attention.kernel_choice import kernel_for
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.planning import ExecutionPlan, Schedule, make_plan
+from fulgurite.attention.planning import make_plan
 from fulgurite.attention.quorums import quorum
+from fulgurite.attention.request import PlanRequest, Schedule
 from fulgurite.attention.schedules import Task, chunk_ranges, column_tasks
 from fulgurite.attention.spec import AttentionSpec, HeadGroup
 from fulgurite.attention.steps import Slices, row_steps
@@ -82,7 +84,7 @@ class _OneTask(ExecutionPlan):
 
 
 def _one_task(plan: ExecutionPlan, task: JobTask) -> ExecutionPlan:
-    one = _OneTask(**vars(plan))
+    one = _OneTask(**{field.name: getattr(plan, field.name) for field in fields(plan)})
     object.__setattr__(one, "remaining", (task.rows, task.group))  # plans are frozen
     return one
 
@@ -121,16 +123,14 @@ def job_plan(
     Raises:
         ConfigError: No plan has that many tasks within the budget.
     """
-    gradients: dict[str, Any] = {"forward": False, "passes": 2} if backward else {}
+    request = PlanRequest.from_host(spec.dtype, on_gpu=ahead, kernel=kernel)
+    request = replace(request, schedule=schedule)
+    if backward and schedule == "rect":
+        request = replace(request, forward=False, passes=2)
     allowed, plan = budget, None
     while True:
         try:
-            plan = make_plan(
-                spec, allowed, schedule, resident=False, tiled=True, ahead=ahead,
-                kernel=kernel, costs=GPU_COSTS if ahead else None,
-                kernels=usual_kernel_names(ahead, spec.dtype, kernel),
-                **(gradients if schedule == "rect" else {}),
-            )  # fmt: skip
+            plan = make_plan(spec, replace(request, budget=allowed))
             if spec.is_empty:
                 return plan
         except ConfigError as error:
@@ -163,7 +163,7 @@ def _gradient_peak(plan: ExecutionPlan, ahead: bool) -> int:
     total = 2 * loaded * width * (size * (2 if ahead else 1) + wide)
     total += rows // spec.kv_heads * (width * (3 * size + 3 * wide) + wide)
     total += (rows // spec.kv_heads + 2 * loaded) * width * size
-    if plan.setting.computes_scores(spec):
+    if plan.request.computes_scores(spec):
         total += 3 * rows // spec.kv_heads * loaded * wide
     return total * plan.head_step[0] * plan.head_step[1]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fulgurite.attention.budget import Budget
 from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import digest_blocks
 from fulgurite.attention.job_costs import explain_job
 from fulgurite.attention.job_header import BY_KEYS, JobHeader, input_blocks, plain_masks
@@ -34,7 +35,6 @@ from fulgurite.attention.locks import writing
 from fulgurite.attention.mapped import check_targets
 from fulgurite.attention.masks import Masking, MaskOptions
 from fulgurite.attention.parts import temporary_files, write_part
-from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.progress import bar
 from fulgurite.errors import ConfigError, DataError
 

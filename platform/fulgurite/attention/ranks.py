@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fulgurite.attention.bounds import Range
-from fulgurite.attention.planning import ExecutionPlan
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.schedules import chunk_ranges
 from fulgurite.attention.steps import Slices
 from fulgurite.attention.units import Unit, clear_, commit_

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fulgurite.attention.bounds import Range
-from fulgurite.attention.planning import UNHALVED, ExecutionPlan, Halvings
+from fulgurite.attention.execution_plan import UNHALVED, ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Row, Task, column_tasks
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.tiles import Kind, Tile, tiles

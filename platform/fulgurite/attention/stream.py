@@ -15,12 +15,9 @@ from torch import Tensor
 
 from fulgurite.attention.bias_gradient import bias_gradient
 from fulgurite.attention.biases import TileBias
+from fulgurite.attention.execution_plan import ExecutionPlan, Halvings
 from fulgurite.attention.kernel_choice import kernel_for
-from fulgurite.attention.kernels import (
-    TileKernel,
-    accumulator_dtype,
-)
-from fulgurite.attention.planning import ExecutionPlan, Halvings
+from fulgurite.attention.kernels import TileKernel, accumulator_dtype
 from fulgurite.attention.progress import LONG, bar
 from fulgurite.attention.ranks import (
     broadcast_columns_,

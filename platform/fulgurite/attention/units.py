@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fulgurite.attention.biases import TileBias, row_shift, sum_biases
 from fulgurite.attention.bounds import Range
+from fulgurite.attention.execution_plan import ExecutionPlan, Halvings
 from fulgurite.attention.kernel_choice import kernel_for
 from fulgurite.attention.kernels import MathKernel, TileInputs, TileKernel, accumulator_dtype
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import ExecutionPlan, Halvings
 from fulgurite.attention.spec import HeadGroup
 from fulgurite.attention.steps import Slices, Step, column_steps, row_count, row_steps
 from fulgurite.attention.tiles import Kind

@@ -24,7 +24,7 @@ from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
 from fulgurite.attention.budget import parse_budget
 from fulgurite.attention.kernel_choice import kernel_for
-from fulgurite.attention.planning import Schedule, check_schedule
+from fulgurite.attention.request import Schedule, check_schedule
 from fulgurite.errors import ConfigError
 from fulgurite.strategies.attention_census import take_census
 from fulgurite.strategies.offloading import saved_in_files, saved_on_host

@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from fulgurite.attention import plan, stream, stream_attention
 from fulgurite.attention import tiles as tiles_module
-from fulgurite.attention.cost_model import CostEstimate
+from fulgurite.attention.cost_model import Cut
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernels import AtenCpuFlash, MathKernel, TileInputs
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.planning import ExecutionPlan, make_plan
+from fulgurite.attention.planning import make_plan
+from fulgurite.attention.request import PlanRequest
 from fulgurite.attention.schedules import cqs_tasks, rect_tasks, recursive_tasks
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.stream import StreamedAttention
@@ -44,16 +46,13 @@ def reference(query, key, value, visible, scale):
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-NO_COST = CostEstimate(0, 0, 0, 0.0, 0.0)
-
-
 def spec_of(batch, heads, kv_heads, size, dtype, visible, scale=1.0):
     return AttentionSpec(batch, heads, kv_heads, size, size, dtype, (visible,), scale)
 
 
 def fixed_plan(spec, schedule, tile=(0, 0), chunks=0, depth=1, step=None):
     step = step or (spec.batch, spec.kv_heads)
-    return ExecutionPlan(spec, schedule, step, tile, chunks, NO_COST, depth=depth)
+    return ExecutionPlan(spec, Cut(schedule, step, tile, chunks, depth))
 
 
 def run(plan, *tensors):
@@ -425,13 +424,13 @@ def test_plans_fit_their_budget(schedule, backward):
     spec = spec_of(2, 8, 2, 64, torch.float32, visible)
     for budget in (2**27, 2**25, 2**23):
         try:
-            chosen = make_plan(spec, budget, schedule, backward=backward)
+            chosen = make_plan(spec, PlanRequest(budget, schedule, backward=backward))
         except ConfigError:
             assert schedule == "heads"
             continue
         assert chosen.peak_bytes <= budget
         assert schedule in (chosen.schedule, "auto")
-    assert make_plan(spec, None, "auto").schedule == "whole"
+    assert make_plan(spec).schedule == "whole"
 
 
 def test_a_plan_explains_itself():

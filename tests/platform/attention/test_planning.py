@@ -7,13 +7,15 @@ import torch
 from fulgurite.attention import backend, calibration, stream_attention
 from fulgurite.attention.budget import parse_budget
 from fulgurite.attention.checks import with_index
-from fulgurite.attention.cost_model import GPU_COSTS, MachineCosts
 from fulgurite.attention.device_memory import device_memory
 from fulgurite.attention.edges import CACHED_MASKS, edge_bias
+from fulgurite.attention.execution_plan import UNHALVED, Halvings
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
 from fulgurite.attention.kernel_choice import kernel_names, usual_kernel_names
 from fulgurite.attention.kernels import TileKernelNames
-from fulgurite.attention.planning import UNHALVED, Halvings, make_plan
+from fulgurite.attention.machine_costs import GPU_COSTS, MachineCosts
+from fulgurite.attention.planning import make_plan
+from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec, MaskSpec
 from fulgurite.attention.steps import column_steps, row_steps
 from fulgurite.attention.tiles import Kind, tiles
@@ -21,7 +23,7 @@ from fulgurite.attention.visibility import EntryMasks, Visibility
 
 BF16 = torch.bfloat16
 GPU = {"costs": GPU_COSTS, "kernels": usual_kernel_names(True, BF16)}
-FROM_HOST = {"resident": False, "tiled": True, "ahead": True}
+FROM_HOST = Placement(resident=False, tiled=True, ahead=True)
 MIB = 2**20
 
 
@@ -62,19 +64,19 @@ def largest_call(plan, halvings=UNHALVED):
 def test_a_million_tokens_on_a_gpu_are_few_calls(causal):
     spec = spec_of(2**20, is_causal=causal)
     budget = 4 * 2**20 * 64 * 2 // 8
-    plan = make_plan(spec, budget, **GPU)
+    plan = make_plan(spec, PlanRequest(budget, **GPU))
     assert count_calls(plan) <= 300
     assert plan.peak_bytes <= budget
     overhead = count_calls(plan) * GPU_COSTS.call
     assert overhead < 0.02 * plan.cost.seconds
     # with the costs of a CPU's core, the same call was cut into many times as many
-    slow = make_plan(spec, budget, kernels=GPU["kernels"])
+    slow = make_plan(spec, PlanRequest(budget, kernels=GPU["kernels"]))
     assert count_calls(slow) > 10 * count_calls(plan)
 
 
 def test_two_gpus_plan_by_the_costs_of_a_gpu():
     spec = spec_of(131_072, 16, 4)
-    plan = make_plan(spec, 8 * 2**30, backward=True, shard=(0, 2), **GPU)
+    plan = make_plan(spec, PlanRequest(8 * 2**30, backward=True, shard=(0, 2), **GPU))
     assert count_calls(plan) + count_calls(plan.gradient) <= 16
 
 
@@ -83,7 +85,7 @@ CASES = {
     "rect": (spec_of(2**18), {"budget": 16 * MIB}),
     "full": (spec_of(2**18, is_causal=False), {"budget": 16 * MIB}),
     "heads": (spec_of(2**14, 16, 4, is_causal=False), {"schedule": "heads", "budget": 32 * MIB}),
-    "host": (spec_of(2**16), {"budget": 4 * MIB, **FROM_HOST}),
+    "host": (spec_of(2**16), {"budget": 4 * MIB, "placement": FROM_HOST}),
     "gradients": (spec_of(2**16), {"forward": False, "budget": 24 * MIB}),
     "two passes": (spec_of(2**16), {"forward": False, "passes": 2, "budget": 4 * MIB}),
 }
@@ -92,7 +94,7 @@ CASES = {
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"heads"}))
 def test_one_out_of_memory_at_most_doubles_the_calls(name):
     spec, options = CASES[name]
-    plan = make_plan(spec, **(GPU | {"budget": None} | options))
+    plan = make_plan(spec, PlanRequest(**GPU, **options))
     calls, halvings = count_calls(plan), UNHALVED
     for _ in range(2):
         halvings = plan.smaller_tiles(halvings)
@@ -105,7 +107,7 @@ def test_one_out_of_memory_at_most_doubles_the_calls(name):
 def test_after_an_out_of_memory_tiles_really_are_smaller(name):
     """By the plan's own count, with its own setting."""
     spec, options = CASES[name]
-    plan = make_plan(spec, **(GPU | {"budget": None} | options))
+    plan = make_plan(spec, PlanRequest(**GPU, **options))
     peak, halvings = plan.cost.peak_bytes, UNHALVED
     area = largest_call(plan)
     for _ in range(3):
@@ -116,7 +118,7 @@ def test_after_an_out_of_memory_tiles_really_are_smaller(name):
 
 
 def test_tiles_are_halved_until_they_are_small():
-    plan = make_plan(spec_of(64), None, schedule="rect", **GPU)
+    plan = make_plan(spec_of(64), PlanRequest(schedule="rect", **GPU))
     halvings, steps = UNHALVED, []
     while (halvings := plan.smaller_tiles(halvings)) is not None:
         steps.append(halvings)
@@ -156,7 +158,7 @@ def test_grouped_heads_cost_copies_where_kernels_have_none(name):
 
 def test_plans_hold_their_budget_with_what_kernels_allocate():
     spec = spec_of(2**20, 16, 4)
-    plan = make_plan(spec, 8 * 2**30, backward=True, **GPU)
+    plan = make_plan(spec, PlanRequest(8 * 2**30, backward=True, **GPU))
     gradient = plan.gradient
     batch, groups = gradient.head_step
     sizes = TileSizes(batch, 4 * groups, groups, *gradient.tile, 64, 64, 2)
@@ -172,11 +174,11 @@ def test_scores_of_matrix_products_are_counted(kernels):
     names = TileKernelNames(*((name,) for name in kernels))
     mask = MaskSpec(False, False, True, True) if kernels[0] != "math" else None
     spec = spec_of(16_384, 8, 8, dtype=torch.float64 if mask is None else BF16, mask=mask)
-    plan = make_plan(spec, 2**30, costs=GPU_COSTS, kernels=names)
+    plan = make_plan(spec, PlanRequest(2**30, costs=GPU_COSTS, kernels=names))
     batch, heads = plan.head_step
     wide = 8 if mask is None else 4
     assert batch * heads * plan.tile[0] * plan.tile[1] * wide <= plan.cost.peak_bytes <= 2**30
-    unlimited = make_plan(spec, None, costs=GPU_COSTS, kernels=names)
+    unlimited = make_plan(spec, PlanRequest(costs=GPU_COSTS, kernels=names))
     assert unlimited.cost.peak_bytes < 2**28  # not the 16 GiB of one call
 
 
@@ -219,7 +221,7 @@ def test_costs_of_a_gpu_are_told_apart():
 
 
 def test_many_heads_fill_a_gpu_as_many_queries_do():
-    plans = [make_plan(spec_of(2048, heads, heads), None, **GPU) for heads in (1, 8)]
+    plans = [make_plan(spec_of(2048, heads, heads), PlanRequest(**GPU)) for heads in (1, 8)]
     one, eight = (plan.cost.seconds - plan.cost.calls * GPU_COSTS.call for plan in plans)
     assert eight < 4 * one
 
@@ -324,6 +326,9 @@ def test_larger_masked_tiles_cover_the_same_pairs():
 
 def test_gpus_mask_larger_tiles_where_the_budget_allows_it():
     spec = spec_of(2**16, window=1000)
-    sides = [make_plan(spec, budget, **GPU).masked_side for budget in (None, 2**26, 2**24, 2**20)]
+    sides = [
+        make_plan(spec, PlanRequest(budget, **GPU)).masked_side
+        for budget in (None, 2**26, 2**24, 2**20)
+    ]
     assert sides == [2048, 1024, 512, 256]
-    assert make_plan(spec, 2**26).masked_side is None
+    assert make_plan(spec, PlanRequest(2**26)).masked_side is None

@@ -14,7 +14,7 @@ from fulgurite.attention import (
     memory_mapped,
     stream_attention,
 )
-from fulgurite.attention.cost_model import MachineCosts
+from fulgurite.attention.machine_costs import MachineCosts
 from fulgurite.errors import ConfigError
 from fulgurite.testing.survival import start_call
 
@@ -87,7 +87,7 @@ def plan_alike(rank, world, folder):
             on_plan=plans.append,
         )  # fmt: skip
     assert plans[0] == plans[1]
-    assert plans[0].setting.costs.short_tiles == ((64, 9.0), (2048, 1.0))
+    assert plans[0].request.costs.short_tiles == ((64, 9.0), (2048, 1.0))
     torch.save([plans[0].tile], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -141,9 +141,10 @@ def test_ranks_share_files(tmp_path):
 
 def test_a_way_that_leaves_ranks_idle_is_refused():
     from fulgurite.attention.planning import make_plan
+    from fulgurite.attention.request import PlanRequest
     from fulgurite.attention.spec import AttentionSpec
     from fulgurite.attention.visibility import Visibility
 
     spec = AttentionSpec(1, 1, 1, 8, 8, torch.float32, (Visibility.of(64, 64),))
     with pytest.raises(ConfigError, match=r"on 2 rank"):
-        make_plan(spec, None, "whole", shard=(0, 2))
+        make_plan(spec, PlanRequest(schedule="whole", shard=(0, 2)))

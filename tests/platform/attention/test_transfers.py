@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fulgurite.attention import units as units_module
-from fulgurite.attention.cost_model import CostEstimate
+from fulgurite.attention.cost_model import Cut
+from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernels import AtenCpuFlash
-from fulgurite.attention.planning import ExecutionPlan
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.transfers import CudaLanes, Prefetcher, head_copies
 from fulgurite.attention.units import AttentionInputs, gradient_units, ran_out_of_memory, units
@@ -99,8 +99,7 @@ def example(schedule, **options):
     visible = Visibility.of(100, 100, EntryMasks(is_causal=True, **options))
     spec = AttentionSpec(2, 4, 2, 8, 8, torch.float64, (visible,), 0.3)
     tile, chunks = ((32, 16), 0) if schedule == "rect" else ((0, 0), 7)
-    cost = CostEstimate(0, 0, 0, 0.0, 0.0)
-    return AttentionInputs(*tensors), ExecutionPlan(spec, schedule, (1, 1), tile, chunks, cost)
+    return AttentionInputs(*tensors), ExecutionPlan(spec, Cut(schedule, (1, 1), tile, chunks))
 
 
 @pytest.mark.parametrize("schedule", ["rect", "cqs"])
@@ -188,7 +187,7 @@ def test_results_leave_the_device_in_their_own_type(lanes, monkeypatch):
     tensors = [torch.randn(1, 2, 64, 8, dtype=torch.bfloat16) for _ in range(3)]
     visible = Visibility.of(64, 64, EntryMasks(is_causal=True))
     spec = AttentionSpec(1, 2, 2, 8, 8, torch.bfloat16, (visible,), 0.3)
-    plan = ExecutionPlan(spec, "rect", (1, 1), (32, 16), 0, CostEstimate(0, 0, 0, 0.0, 0.0))
+    plan = ExecutionPlan(spec, Cut("rect", (1, 1), (32, 16)))
     kept = [u.out.clone() for u in units(AttentionInputs(*tensors), plan)]
     narrow = [
         u.out.clone() for u in units(AttentionInputs(*tensors), plan, narrow_to=torch.bfloat16)
