@@ -20,12 +20,13 @@ from fulgurite.attention import plan, stream_attention
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.calibration import measured_costs
 from fulgurite.attention.execution_plan import ExecutionPlan
+from fulgurite.attention.inputs import AttentionInputs
 from fulgurite.attention.machine_costs import MachineCosts
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.transfers import Prefetcher
-from fulgurite.attention.units import AttentionInputs, units
+from fulgurite.attention.units import units
 from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fulgurite.attention.bounds import Range
-from fulgurite.attention.spec import MaskSpec
-from fulgurite.attention.visibility import Visibility
+from fulgurite.attention.spec import HeadGroup, MaskSpec
 
 __all__ = [
-    "AT_ONCE", "KEYS_AT_ONCE", "AlibiBias", "DenseBias", "SelectedKeys", "TileBias",
+    "AT_ONCE", "KEYS_AT_ONCE", "AlibiBias", "DenseBias", "ScoreBlock", "SelectedKeys", "TileBias",
     "describe_biases", "row_shift", "sum_biases",
 ]  # fmt: skip
 
@@ -27,6 +26,22 @@ _LARGE = 1000.0
 
 #: Numbers of biases that are looked through at once, or so many keys of each row if that is more.
 AT_ONCE, KEYS_AT_ONCE = 2**12, 16
+
+
+class ScoreBlock(NamedTuple):
+    """A rectangle of the scores of some batch entries and heads.
+
+    Attributes:
+        batch: Batch entries.
+        heads: Query heads.
+        queries: Rows.
+        keys: Columns.
+    """
+
+    batch: slice
+    heads: slice
+    queries: Range
+    keys: Range
 
 
 class TileBias(Protocol):
@@ -42,8 +57,11 @@ class TileBias(Protocol):
         """The user's tensors that it reads, which must not change before the gradients."""
         ...
 
-    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+    def tile(self, block: ScoreBlock) -> Tensor:
         """Return a boolean mask, True where a key is seen, or what is added to scores.
+
+        Args:
+            block: Of which scores.
 
         Returns:
             Shape: (B' or 1, H' or 1, M' or 1, N' or 1).
@@ -67,9 +85,9 @@ class DenseBias:
         itemsize = 0 if self.tensor.dtype == torch.bool else self.tensor.dtype.itemsize
         self.spec = MaskSpec(by_batch, by_head, by_query, by_key, needs_shift, itemsize)
 
-    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+    def tile(self, block: ScoreBlock) -> Tensor:
         """See :class:`TileBias`."""
-        index = (batch, heads, slice(*queries), slice(*keys))
+        index = (block.batch, block.heads, slice(*block.queries), slice(*block.keys))
         sizes = self.tensor.shape
         return self.tensor[
             tuple(
@@ -94,8 +112,9 @@ class SelectedKeys:
         self.sharing = heads // indices.shape[1]
         self.spec = MaskSpec(True, indices.shape[1] > 1, True, True)
 
-    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+    def tile(self, block: ScoreBlock) -> Tensor:
         """See :class:`TileBias`."""
+        batch, heads, queries, keys = block
         first = heads.start // self.sharing
         kv_heads = slice(first, -(-heads.stop // self.sharing))
         begin, end = keys[0] // self.block, -(-keys[1] // self.block)
@@ -131,8 +150,9 @@ class AlibiBias:
         self.tensors = (self.slopes,)
         self.spec = MaskSpec(len(slopes) > 1, True, True, True, itemsize=self.slopes.dtype.itemsize)
 
-    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+    def tile(self, block: ScoreBlock) -> Tensor:
         """See :class:`TileBias`."""
+        batch, heads, queries, keys = block
         slopes = self.slopes[batch if len(self.slopes) > 1 else slice(None), heads]
         # from the first key on, so that no position is too large for float32
         rows, columns = (
@@ -152,15 +172,15 @@ def describe_biases(biases: Iterable[TileBias]) -> MaskSpec | None:
 
 
 def sum_biases(
-    biases: Iterable[TileBias],
-    batch: slice,
-    heads: slice,
-    queries: Range,
-    keys: Range,
-    dtype: torch.dtype,
-    device: torch.device,
+    biases: Iterable[TileBias], block: ScoreBlock, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, bool]:
     """Return what is added to the scores of a rectangle, and whether it hides all of them.
+
+    Args:
+        biases: What is added.
+        block: Of which scores.
+        dtype: Type of the scores.
+        device: Where they are computed.
 
     Returns:
         Shape: (B' or 1, H' or 1, M' or 1, N' or 1), in ``dtype`` or a wider type that a bias has;
@@ -168,7 +188,7 @@ def sum_biases(
     """
     total: Tensor | None = None
     for bias in biases:
-        part = bias.tile(batch, heads, queries, keys)
+        part = bias.tile(block)
         if part.dtype == torch.bool:
             if part.device.type == "cpu":  # elsewhere asking would wait for the device
                 if bool(part.all()):
@@ -187,10 +207,9 @@ def sum_biases(
 
 def row_shift(
     biases: Iterable[TileBias],
-    batch: slice,
-    heads: slice,
+    group: HeadGroup,
     queries: Range,
-    visible: Visibility,
+    *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
@@ -199,18 +218,26 @@ def row_shift(
     Rows in which every key is hidden by a large negative number, as Hugging Face models mask
     padding, are such: PyTorch gives them the plain mean, which tiles would weigh wrongly.
 
+    Args:
+        biases: What is added to the scores.
+        group: Batch entries and heads.
+        queries: Rows.
+        dtype: Type of the result.
+        device: Where it is computed.
+
     Returns:
         Zero for all other rows. Shape: (B' or 1, H' or 1, M'); None if all are.
 
     Source: inferred.
     """
+    visible, batch, heads = group.visible, group.batch, group.heads
     first, end = max(0, visible.first(queries[0])), visible.end(queries[1] - 1)
     largest: Tensor | None = None
     rows = (batch.stop - batch.start) * (heads.stop - heads.start) * (queries[1] - queries[0])
     step = max(KEYS_AT_ONCE, AT_ONCE // max(1, rows))
     for begin in range(first, end, step):
         keys = begin, min(begin + step, end)
-        bias, hidden = sum_biases(biases, batch, heads, queries, keys, dtype, device)
+        bias, hidden = sum_biases(biases, ScoreBlock(batch, heads, queries, keys), dtype, device)
         if hidden:
             continue
         edge = visible.bias(queries, keys, dtype, device)

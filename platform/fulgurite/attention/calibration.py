@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from fulgurite.attention.cost_model import Cut
 from fulgurite.attention.execution_plan import ExecutionPlan
+from fulgurite.attention.inputs import AttentionInputs
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.machine_costs import MachineCosts
 from fulgurite.attention.spec import AttentionSpec
-from fulgurite.attention.units import AttentionInputs, clear_, commit_, units
+from fulgurite.attention.units import clear_, commit_, units
 from fulgurite.attention.visibility import Visibility
 
 __all__ = ["agreed_costs", "measured_costs"]

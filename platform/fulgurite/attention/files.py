@@ -19,6 +19,7 @@ from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import plan_facts
 from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_of
+from fulgurite.attention.inputs import AttentionInputs, GradientInputs
 from fulgurite.attention.journal import Journal, read_header
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.mapped import check_targets
@@ -28,7 +29,7 @@ from fulgurite.attention.planning import make_plan
 from fulgurite.attention.progress import bar
 from fulgurite.attention.request import PlanRequest, Schedule, check_schedule
 from fulgurite.attention.steps import Slices, column_count, row_count
-from fulgurite.attention.units import AttentionInputs, Unit, clear_, commit_, gradient_units, units
+from fulgurite.attention.units import Unit, clear_, commit_, gradient_units, units
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["attend_files", "attend_files_backward"]
@@ -235,10 +236,8 @@ def attend_files_backward(
     with Journal.opened(folder, facts, inputs, targets, ranges, budget, progress=progress) as log:
         total = row_count(plan) + column_count(plan)
         with bar("gradients", total, done=len(log.done), show=progress) as advance:
-            tensors = AttentionInputs(query, key, value)
-            for unit in gradient_units(
-                grad, tensors, out, lse, plan, device=compute_device, done=log.done
-            ):
+            saved = GradientInputs(AttentionInputs(query, key, value), grad, out, lse)
+            for unit in gradient_units(saved, plan, device=compute_device, done=log.done):
                 if check_finite and not all(bool(x.isfinite().all()) for x in unit.grads):
                     _refuse(inputs, unit.at)
                 rows = {names[i]: part for i, part in unit.by_result.items()}

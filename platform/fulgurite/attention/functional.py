@@ -31,7 +31,7 @@ from fulgurite.attention.masks import (
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.request import Placement, PlanRequest, Schedule
 from fulgurite.attention.spec import AttentionSpec
-from fulgurite.attention.stream import StreamedAttention
+from fulgurite.attention.stream import StreamCall, StreamedAttention
 from fulgurite.attention.visibility import EntryMasks, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import rank_and_world
@@ -424,9 +424,8 @@ def attend(
     if abstract:
         _refuse_tracing()
         return _abstract_result(query, value, key)
-    out, lse = StreamedAttention.apply(  # type: ignore[no-untyped-call]
-        *tensors, plan, biases, compute_device
-    )
+    call = StreamCall(plan, biases, compute_device)
+    out, lse = StreamedAttention.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return out, lse
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.execution_plan import ExecutionPlan
-from fulgurite.attention.kernel_choice import kernel_for
+from fulgurite.attention.inputs import AttentionInputs, GradientInputs
 from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.plan_kernel import PlanKernel
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.quorums import quorum
 from fulgurite.attention.request import PlanRequest, Schedule
@@ -25,7 +26,7 @@ from fulgurite.attention.schedules import Task, chunk_ranges, column_tasks
 from fulgurite.attention.spec import AttentionSpec, HeadGroup
 from fulgurite.attention.steps import Slices, row_steps
 from fulgurite.attention.transfers import Prefetcher
-from fulgurite.attention.units import AttentionInputs, gradient_units, tile_gradients, units
+from fulgurite.attention.units import gradient_units, units
 from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
@@ -258,44 +259,37 @@ def compute_task(
             del unit  # or it would take memory beside the next
         return
     grad, query, key, value, out, lse = inputs
+    saved = GradientInputs(AttentionInputs(query, key, value), grad, out, lse)
     if plan.merges:
-        rows, keys = (grad, query, out, lse), (key, value)
-        yield from _quorum_gradients(task, rows, keys, plan, device)
+        yield from _quorum_gradients(task, saved, plan, device)
         return
-    tensors = AttentionInputs(query, key, value)
-    for part in gradient_units(
-        grad, tensors, out, lse, plan, device=device, done=_AllBut(task.units)
-    ):
+    for part in gradient_units(saved, plan, device=device, done=_AllBut(task.units)):
         for i, values in part.by_result.items():
             yield GRADIENTS[i], part.at, values
         del part, values
 
 
 def _quorum_gradients(
-    task: JobTask,
-    rows: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    plan: ExecutionPlan,
-    device: torch.device,
+    task: JobTask, saved: GradientInputs, plan: ExecutionPlan, device: torch.device
 ) -> Iterator[Result]:
     """Share of a task of quorums in the gradients of its queries, then of its keys and values.
 
     Args:
         task: What is computed.
-        rows: Gradient of the result, query, result and log-sum-exp.
-        keys: Key and value.
+        saved: What gradients are computed from.
         plan: How the call is cut.
         device: Where kernels run.
 
     Source: card section 1.7.
     """
-    wide = accumulator_dtype(rows[1].dtype)
-    kernel = kernel_for(device, rows[1].dtype, prefer=plan.kernel)
-    prefetcher = Prefetcher.between(rows[1].device, device)
+    query, rows, keys = saved.inputs.query, saved.rows, saved.keys
+    wide = accumulator_dtype(query.dtype)
+    kernel = PlanKernel.on(device, query.dtype, plan)
+    prefetcher = Prefetcher.between(query.device, device)
     sums: list[Tensor] = []
     for step, tensors in prefetcher.prefetch(row_steps(rows, keys, _one_task(plan, task))):
         if step.opens:
-            loaded, tensors = tensors[:4], tensors[4:]
+            loaded, tensors = tensors[: len(rows)], tensors[len(rows) :]
             row_sum = torch.zeros_like(loaded[1], dtype=wide)
         if tensors:
             gathered = tensors
@@ -303,9 +297,9 @@ def _quorum_gradients(
         if step.call is not None:
             local = slice(*(query - step.span[0] for query in step.call.tile.queries))
             columns = slice(*step.call.keys)
-            parts = tile_gradients(
-                kernel, [x[:, :, local] for x in loaded], [x[:, :, columns] for x in gathered],
-                step, plan, (),
+            parts = kernel.gradients(
+                step.group, step.call.tile, [x[:, :, local] for x in loaded],
+                [x[:, :, columns] for x in gathered],
             )  # fmt: skip
             assert parts is not None  # nothing but intervals hides keys here
             row_sum[:, :, local] += parts[0]

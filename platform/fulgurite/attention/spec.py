@@ -138,10 +138,14 @@ class AttentionSpec:
         return self.mask is not None and self.mask.itemsize > self.dtype.itemsize
 
     @property
+    def needs_shift(self) -> bool:
+        """Whether scores are shifted, row by row, so that log-sum-exps keep their precision."""
+        return self.mask is not None and self.mask.needs_shift
+
+    @property
     def needs_math(self) -> bool:
         """Whether tiles must be computed by matrix products."""
-        needs_shift = self.mask is not None and self.mask.needs_shift
-        return self.softcap is not None or self.scale <= 0 or needs_shift
+        return self.softcap is not None or self.scale <= 0 or self.needs_shift
 
     @cached_property
     def is_simple(self) -> bool:

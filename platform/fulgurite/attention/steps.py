@@ -104,7 +104,7 @@ def row_steps(
     """
     number = 0
     for group in plan.groups() if groups is None else groups:
-        head_parts = _head_parts(plan, group, halvings, rows, keys)
+        head_parts = _head_parts(plan.parts(group, halvings), rows, keys)
         for index, task in enumerate(plan.tasks(group.visible)):
             is_loaded = False
             low, high = within or (0, plan.spec.queries)
@@ -127,28 +127,19 @@ def row_steps(
                 ]
                 for turn, (part, part_rows, part_keys, small, position) in enumerate(parts):
                     span = small.rows[position].queries
-                    joins = not plan.spec.has_bias
                     calls: list[KernelCall | None] = [
-                        *_kernel_calls(small, position, group.visible, joins, plan.masked_side)
+                        *_kernel_calls(small, position, group.visible, plan)
                     ]
                     calls = calls or [None]  # queries that see nothing
                     for j, call in enumerate(calls):
                         opens, closes = j == 0, j == len(calls) - 1
                         ends = closes and turn == len(parts) - 1
-                        releases = ends and i == indices[-1]
                         step = Step(
-                            unit,
-                            part,
-                            at,
-                            (part.batch, part.heads, slice(*span)),
-                            span,
-                            call,
-                            small,
-                            opens,
-                            closes,
-                            ends,
-                            releases,
-                        )
+                            number=unit, group=part, at=at,
+                            part=(part.batch, part.heads, slice(*span)),
+                            span=span, call=call, task=small, opens=opens, closes=closes,
+                            ends=ends, releases=ends and i == indices[-1],
+                        )  # fmt: skip
                         views: list[Views] = []
                         if opens:
                             views += [[x[:, :, slice(*span)]] for x in part_rows]
@@ -190,7 +181,7 @@ def column_steps(
     width = max(1, plan.tile[1] >> halvings.keys)
     count = plan.spec.keys
     for group in plan.groups():
-        head_parts = _head_parts(plan, group, halvings, rows, keys)
+        head_parts = _head_parts(plan.parts(group, halvings), rows, keys)
         for index, first_key in enumerate(range(0, count, plan.tile[1])):
             unit, number = number, number + 1
             if unit <= after or unit in done or not plan.is_mine(index):
@@ -204,7 +195,7 @@ def column_steps(
                 calls: list[KernelCall | None] = [
                     call
                     for i in range(len(task.rows))
-                    for call in _kernel_calls(task, i, group.visible, False, plan.masked_side)
+                    for call in _kernel_calls(task, i, group.visible, plan)
                 ]
                 calls = calls or [None]  # keys that nobody sees
                 for j, call in enumerate(calls):
@@ -216,8 +207,9 @@ def column_steps(
                     if call is not None:
                         views += [[x[:, :, slice(*call.tile.queries)]] for x in part_rows]
                     step = Step(
-                        unit, part, at, (part.batch, part.kv_heads, slice(*span)), span, call,
-                        task, opens, closes, ends,
+                        number=unit, group=part, at=at,
+                        part=(part.batch, part.kv_heads, slice(*span)),
+                        span=span, call=call, task=task, opens=opens, closes=closes, ends=ends,
                     )  # fmt: skip
                     yield step, views
 
@@ -231,20 +223,16 @@ class _HeadPart(NamedTuple):
 
 
 def _head_parts(
-    plan: ExecutionPlan,
-    group: HeadGroup,
-    halvings: Halvings,
-    rows: Sequence[Tensor],
-    keys: Sequence[Tensor],
+    parts: Iterable[HeadGroup], rows: Sequence[Tensor], keys: Sequence[Tensor]
 ) -> list[_HeadPart]:
-    """The parts of a group of heads, one after the other."""
+    """The parts of a group of heads, with their tensors."""
     return [
         _HeadPart(
             part,
             [x[part.batch, part.heads] for x in rows],
             [x[part.batch, part.kv_heads] for x in keys],
         )
-        for part in plan.parts(group, halvings)
+        for part in parts
     ]
 
 
@@ -275,7 +263,7 @@ def _parts(span: Range, halvings: int) -> list[Range]:
 
 
 def _kernel_calls(
-    task: Task, index: int, visible: Visibility, joins: bool, masked_side: int | None
+    task: Task, index: int, visible: Visibility, plan: ExecutionPlan
 ) -> Iterable[KernelCall]:
     """The kernel calls of a row; tiles that are neighbours once gathered may become one."""
     offsets = dict(_offsets(task))
@@ -288,10 +276,11 @@ def _kernel_calls(
         if first <= keys[0] and keys[1] <= end:  # most keys, without cutting
             parts = [Tile(row.queries, keys, Kind.FULL)]
         else:
-            parts = list(tiles(row.queries, keys, visible, masked_side))
+            parts = list(tiles(row.queries, keys, visible, plan.masked_side))
         calls += [KernelCall(tile, (tile.keys[0] + shift, tile.keys[1] + shift)) for tile in parts]
     calls.sort(key=lambda call: (call.tile.queries, call.keys))  # neighbours side by side
-    return _join_calls(calls) if task.loads and joins else calls
+    # a bias is made for each tile, so that tiles under one stay apart
+    return _join_calls(calls) if task.loads and not plan.spec.has_bias else calls
 
 
 def _join_calls(calls: list[KernelCall]) -> Iterator[KernelCall]:

@@ -6,47 +6,24 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fulgurite.attention.biases import TileBias, row_shift, sum_biases
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.execution_plan import ExecutionPlan, Halvings
-from fulgurite.attention.kernel_choice import kernel_for
-from fulgurite.attention.kernels import MathKernel, TileInputs, TileKernel, accumulator_dtype
+from fulgurite.attention.inputs import AttentionInputs, GradientInputs
+from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.merging import merge_
-from fulgurite.attention.spec import HeadGroup
+from fulgurite.attention.plan_kernel import PlanKernel
+from fulgurite.attention.recovery import with_smaller_tiles
+from fulgurite.attention.row_terms import RowTerms
 from fulgurite.attention.steps import Slices, Step, column_steps, row_count, row_steps
-from fulgurite.attention.tiles import Kind
 from fulgurite.attention.transfers import Prefetcher
 
-__all__ = [
-    "AttentionInputs", "GradientUnit", "Unit", "add_sinks_", "clear_", "commit_", "gradient_units",
-    "ran_out_of_memory", "shift_of", "sink_scores", "sinks_of", "tile_gradients", "tile_inputs",
-    "units", "with_smaller_tiles",
-]  # fmt: skip
-
-
-class AttentionInputs(NamedTuple):
-    """The tensors of a call.
-
-    Attributes:
-        query: Shape: (B, H, M, D).
-        key: Shape: (B, G, N, D).
-        value: Shape: (B, G, N, E).
-        biases: What is added to scores or hides them.
-        sinks: Scores of a key without a value that queries see. Shape: (B or 1, H, M or 1).
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    biases: tuple[TileBias, ...] = ()
-    sinks: Tensor | None = None
+__all__ = ["GradientUnit", "Unit", "clear_", "commit_", "gradient_units", "units"]
 
 
 class Unit(NamedTuple):
@@ -85,14 +62,6 @@ class GradientUnit(NamedTuple):
         return dict(enumerate(self.grads, start=0 if len(self.grads) == 1 else 1))
 
 
-class _Numbered(Protocol):
-    @property
-    def number(self) -> int: ...
-
-
-_U = TypeVar("_U", bound=_Numbered)
-
-
 def units(
     inputs: AttentionInputs,
     plan: ExecutionPlan,
@@ -117,7 +86,7 @@ def units(
     """
     query, key, value = inputs[:3]
     device = device or query.device
-    kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
+    kernel = PlanKernel.on(device, query.dtype, plan, inputs.biases)
     prefetcher = Prefetcher.between(query.device, device)
 
     def compute(after: int, halvings: Halvings) -> Iterator[Unit]:
@@ -125,7 +94,7 @@ def units(
             [query], [key, value], plan,
             done=done, after=after, halvings=halvings, within=within,
         )  # fmt: skip
-        rows = _rows(prefetcher.prefetch(steps), inputs, plan, kernel)
+        rows = _rows(prefetcher.prefetch(steps), inputs, kernel)
         if narrow_to is not None and prefetcher.lanes is not None:
             rows = ((unit, (out.to(narrow_to), lse)) for unit, (out, lse) in rows)
         for (number, at), tensors in prefetcher.write_back(rows):
@@ -136,10 +105,7 @@ def units(
 
 
 def gradient_units(
-    grad: Tensor,
-    inputs: AttentionInputs,
-    out: Tensor,
-    lse: Tensor,
+    saved: GradientInputs,
     plan: ExecutionPlan,
     *,
     device: torch.device | None = None,
@@ -152,10 +118,7 @@ def gradient_units(
     together they take twice as long as one that keeps all gradients at hand.
 
     Args:
-        grad: Gradient of the result. Shape: (B, H, M, E).
-        inputs: Inputs of the forward pass.
-        out: The result. Shape: (B, H, M, E).
-        lse: Its log-sum-exp. Shape: (B, H, M).
+        saved: What they are computed from.
         plan: How it is cut, in tiles.
         device: Where kernels run; where the tensors are by default.
         done: Units that are left out.
@@ -163,18 +126,18 @@ def gradient_units(
 
     Source: card section 1.7; the two passes: inferred.
     """
-    query, key, value = inputs[:3]
+    query = saved.inputs.query
     device = device or query.device
-    kernel = kernel_for(device, query.dtype, prefer=plan.kernel)
+    kernel = PlanKernel.on(device, query.dtype, plan, saved.inputs.biases)
     prefetcher = Prefetcher.between(query.device, device)
-    rows, keys, first = [grad, query, out, lse], [key, value], row_count(plan)
+    rows, keys, first = saved.rows, saved.keys, row_count(plan)
 
     def compute(after: int, halvings: Halvings) -> Iterator[GradientUnit]:
         options: dict[str, Any] = {"done": done, "after": after, "halvings": halvings}
         down = row_steps(rows, keys, plan, **options)
         across = column_steps(rows, keys, plan, first=first, **options)
-        for steps, resident in ((down, 4), (across, 2)):
-            results = _gradients(prefetcher.prefetch(steps), resident, inputs.biases, plan, kernel)
+        for steps, resident in ((down, len(rows)), (across, len(keys))):
+            results = _gradients(prefetcher.prefetch(steps), resident, kernel)
             if narrow_to is not None and prefetcher.lanes is not None:
                 results = ((at, tuple(x.to(narrow_to) for x in grads)) for at, grads in results)
             for (number, at), grads in prefetcher.write_back(results):
@@ -184,93 +147,12 @@ def gradient_units(
     return with_smaller_tiles(compute, plan)
 
 
-def with_smaller_tiles(
-    compute: Callable[[int, Halvings], Iterator[_U]], plan: ExecutionPlan
-) -> Iterator[_U]:
-    """Go on with smaller tiles where the device runs out of memory; no unit is given twice.
-
-    Args:
-        compute: Gives what comes after the unit of a number, with tiles halved so often.
-        plan: What is computed.
-    """
-    after, halvings = -1, Halvings()
-    while True:
-        try:
-            for unit in compute(after, halvings):
-                number = unit.number
-                yield unit
-                del unit
-                after = number
-            return
-        except RuntimeError as error:
-            smaller = plan.smaller_tiles(halvings) if ran_out_of_memory(error) else None
-            if smaller is None:
-                raise
-        halvings = smaller
-        shares = [f"1/{1 << n} of the {name}" for name, n in halvings._asdict().items() if n]
-        warnings.warn(
-            f"Attention ran out of memory; going on with {plan.schedule}, at once "
-            f"{' and '.join(shares)}.",
-            stacklevel=2,
-        )
-
-
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; only those of a GPU's memory have a type of their own."""
-    messages = ("DefaultCPUAllocator", "CUDA error: out of memory")  # the second: of pinned memory
-    return isinstance(error, torch.OutOfMemoryError) or any(x in str(error) for x in messages)
-
-
-def tile_inputs(
-    step: Step,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: ExecutionPlan,
-    biases: tuple[TileBias, ...],
-) -> TileInputs | None:
-    """Return what a kernel needs for a step, or None if its keys are all hidden.
-
-    Args:
-        step: With a call.
-        query: Query of the call. Shape: (B', H', M', D).
-        key: Shape: (B', G', N', D).
-        value: Shape: (B', G', N', E).
-        plan: How it is cut.
-        biases: Biases of all scores.
-    """
-    assert step.call is not None
-    spec, group, (queries, keys, kind) = plan.spec, step.group, step.call.tile
-    dtype, device, is_causal = query.dtype, query.device, kind is Kind.CAUSAL
-    rows = group.batch, group.heads, queries
-    bias, is_hidden = sum_biases(biases, *rows, keys, dtype, device)
-    if is_hidden:
-        return None
-    if kind is Kind.BIAS or (is_causal and bias is not None):  # together they may empty a row
-        edge = group.visible.bias(queries, keys, dtype, device)
-        bias, is_causal = edge if bias is None else bias + edge, False
-    shift = None
-    if spec.mask is not None and spec.mask.needs_shift:
-        wide = accumulator_dtype(dtype)
-        shift = row_shift(biases, *rows, group.visible, wide, device)
-    return TileInputs(query, key, value, spec.scale, is_causal, bias, spec.softcap, shift)
-
-
-def _kernel_of(tile: TileInputs, kernel: TileKernel) -> TileKernel:
-    """The kernel that computes a tile: a fast one, if it can."""
-    needs_math = tile.softcap is not None or tile.scale <= 0 or tile.shift is not None
-    if tile.bias is not None and tile.query.device.type != "cpu":
-        needs_math = needs_math or tile.bias.dtype != tile.query.dtype  # fast ones would round it
-    return MathKernel() if needs_math else kernel
-
-
 def _rows(
-    steps: Iterable[tuple[Step, Sequence[Tensor]]],
-    inputs: AttentionInputs,
-    plan: ExecutionPlan,
-    kernel: TileKernel,
+    steps: Iterable[tuple[Step, Sequence[Tensor]]], inputs: AttentionInputs, kernel: PlanKernel
 ) -> Iterator[tuple[tuple[int, Slices], tuple[Tensor, ...]]]:
     """Attention of each unit."""
+    terms = RowTerms(inputs, kernel.plan)
+    adds_sinks = inputs.sinks is not None and not kernel.plan.merges
     joined: tuple[Tensor, ...] | None = None
     total: tuple[Tensor, Tensor] | None = None
     size = inputs.value.shape[-1]
@@ -285,12 +167,11 @@ def _rows(
             queries = step.call.tile.queries
             rows = slice(queries[0] - step.span[0], queries[1] - step.span[0])
             columns = slice(*step.call.keys) if step.task.loads else slice(None)
-            tile = tile_inputs(
-                step, query[:, :, rows], loaded[0][:, :, columns], loaded[1][:, :, columns], plan,
-                inputs.biases,
-            )  # fmt: skip
+            tensors_of_tile = query[:, :, rows], *(x[:, :, columns] for x in loaded)
+            tile = kernel.tile_inputs(step.group, step.call.tile, tensors_of_tile)
+            del tensors_of_tile
         if tile is not None:
-            out, lse = _kernel_of(tile, kernel).forward(tile)
+            out, lse = kernel.forward(tile)
             if total is None and queries == step.span:
                 # nothing to merge with yet, and if it is the last, nothing to widen
                 total = out if step.closes else out.to(lse.dtype), lse
@@ -300,8 +181,8 @@ def _rows(
             del out, lse
         if step.closes:
             total = total or _no_keys(query, size)
-            if inputs.sinks is not None and not plan.merges:
-                total = add_sinks_(*total, inputs, step.group, step.span, plan)
+            if adds_sinks:
+                total = terms.add_sinks_(step.group, step.span, *total)
             joined = _with_part(joined, total, step)
             total = None
         if step.releases:  # or these would be in memory beside those of the next task
@@ -315,11 +196,7 @@ def _rows(
 
 
 def _gradients(
-    steps: Iterable[tuple[Step, Sequence[Tensor]]],
-    resident: int,
-    biases: tuple[TileBias, ...],
-    plan: ExecutionPlan,
-    kernel: TileKernel,
+    steps: Iterable[tuple[Step, Sequence[Tensor]]], resident: int, kernel: PlanKernel
 ) -> Iterator[tuple[tuple[int, Slices], tuple[Tensor, ...]]]:
     """Gradients of each unit: of its queries if four tensors stay loaded, else of its keys."""
     of_rows = resident == 4
@@ -335,9 +212,9 @@ def _gradients(
         if step.call is not None:
             local = step.call.tile.queries if of_rows else step.call.keys
             inner = slice(local[0] - step.span[0], local[1] - step.span[0])
-            here = [x[:, :, inner] for x in loaded]
-            rows, keys = (here, passing) if of_rows else (passing, here)
-            grads = tile_gradients(kernel, rows, keys, step, plan, biases)
+            of_span = [x[:, :, inner] for x in loaded]
+            rows, keys = (of_span, passing) if of_rows else (passing, of_span)
+            grads = kernel.gradients(step.group, step.call.tile, rows, keys)
             if grads is not None:
                 for i, part in enumerate(grads[:1] if of_rows else grads[1:]):
                     totals[i][:, :, inner] += part
@@ -351,24 +228,6 @@ def _gradients(
             result, joined = joined, None
             yield (step.number, step.at), result
             del result
-
-
-def tile_gradients(
-    kernel: TileKernel,
-    rows: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    step: Step,
-    plan: ExecutionPlan,
-    biases: tuple[TileBias, ...],
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Share of a call in the gradients of query, key and value; None if it sees nothing."""
-    grad, query, out, lse = rows
-    tile = tile_inputs(step, query, keys[0], keys[1], plan, biases)
-    if tile is None:
-        return None
-    if tile.bias is not None:  # rows without keys take no part
-        lse = lse.masked_fill(lse == -math.inf, math.inf)
-    return _kernel_of(tile, kernel).backward(tile, grad.to(query.dtype), out.to(query.dtype), lse)
 
 
 def _no_keys(query: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -397,63 +256,6 @@ def _with_part(
     for total, x in zip(joined, part, strict=True):
         total[inner] = x
     return joined
-
-
-def add_sinks_(
-    out: Tensor,
-    lse: Tensor,
-    inputs: AttentionInputs,
-    group: HeadGroup,
-    queries: Range,
-    plan: ExecutionPlan,
-) -> tuple[Tensor, Tensor]:
-    """Let each row see its sink too, a key without a value; in place where types allow it.
-
-    Args:
-        out: Attention over all keys. Shape: (B', H', M', E).
-        lse: Its log-sum-exp. Shape: (B', H', M').
-        inputs: With sinks.
-        group: Batch entries and heads.
-        queries: Rows.
-        plan: What is computed.
-
-    Returns:
-        Both, in the type of accumulators.
-
-    Source: inferred; the sinks are those of arXiv 2508.10925.
-    """
-    scores = sink_scores(inputs, group, queries, plan, lse)
-    weight = torch.sigmoid(lse - scores).nan_to_num_(nan=0.0)  # nan: neither keys nor a sink
-    out = out.to(lse.dtype)
-    out.mul_(weight[..., None])
-    return out, torch.logaddexp(lse, scores, out=lse)
-
-
-def sink_scores(
-    inputs: AttentionInputs, group: HeadGroup, queries: Range, plan: ExecutionPlan, like: Tensor
-) -> Tensor:
-    """Scores of the sinks of some rows, shifted as theirs are. Shape: (B' or 1, H', M' or 1)."""
-    scores = sinks_of(inputs, group, queries, like)
-    shift = shift_of(inputs, group, queries, plan, like)
-    return scores if shift is None else scores - shift
-
-
-def sinks_of(inputs: AttentionInputs, group: HeadGroup, queries: Range, like: Tensor) -> Tensor:
-    """Sinks of some rows as the user gave them. Shape: (B' or 1, H', M' or 1)."""
-    assert inputs.sinks is not None
-    batch = group.batch if inputs.sinks.shape[0] > 1 else slice(None)
-    rows = slice(*queries) if inputs.sinks.shape[2] > 1 else slice(None)
-    return inputs.sinks[batch, group.heads, rows].to(like)
-
-
-def shift_of(
-    inputs: AttentionInputs, group: HeadGroup, queries: Range, plan: ExecutionPlan, like: Tensor
-) -> Tensor | None:
-    """What was subtracted from the scores of some rows; None if nothing was."""
-    if plan.spec.mask is None or not plan.spec.mask.needs_shift:
-        return None
-    rows = group.batch, group.heads, queries
-    return row_shift(inputs.biases, *rows, group.visible, like.dtype, like.device)
 
 
 def clear_(out: Tensor, lse: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fulgurite.attention.biases import TileBias
+from fulgurite.attention.biases import ScoreBlock, TileBias
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.masks import as_intervals, merge_visible, row_intervals
 from fulgurite.attention.spec import MaskSpec
@@ -71,9 +71,9 @@ class _TileMask:
         self.spec = MaskSpec(True, False, True, True)
         self.tensors: tuple[Tensor, ...] = ()
 
-    def tile(self, batch: slice, heads: slice, queries: Range, keys: Range) -> Tensor:
+    def tile(self, block: ScoreBlock) -> Tensor:
         """See :class:`~fulgurite.attention.biases.TileBias`."""
-        return self.tiles(queries, keys)[batch]
+        return self.tiles(block.queries, block.keys)[block.batch]
 
 
 class StreamMask(Tensor):

@@ -23,7 +23,7 @@ from fulgurite.attention.planning import make_plan
 from fulgurite.attention.request import PlanRequest
 from fulgurite.attention.schedules import cqs_tasks, rect_tasks, recursive_tasks
 from fulgurite.attention.spec import AttentionSpec
-from fulgurite.attention.stream import StreamedAttention
+from fulgurite.attention.stream import StreamCall, StreamedAttention
 from fulgurite.attention.tiles import Kind, tiles
 from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def fixed_plan(spec, schedule, tile=(0, 0), chunks=0, depth=1, step=None):
 
 def run(plan, *tensors):
     """Out and log-sum-exp of query, key and value."""
-    return StreamedAttention.apply(*tensors, None, None, plan)
+    return StreamedAttention.apply(StreamCall(plan), *tensors, None, None)
 
 
 @st.composite

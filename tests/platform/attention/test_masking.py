@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulgurite.attention import plan, stream_attention
 from fulgurite.attention import tiles as tiles_module
-from fulgurite.attention.biases import SelectedKeys
+from fulgurite.attention.biases import ScoreBlock, SelectedKeys
 from fulgurite.attention.bounds import Bound
 from fulgurite.attention.tiles import Kind, tiles
 from fulgurite.attention.visibility import EntryMasks, Visibility
@@ -268,7 +268,7 @@ def test_keys_that_are_selected_are_cut_into_tiles(data):
     cut = [sorted(data.draw(st.sets(st.integers(0, n), min_size=2, max_size=2)))
            for n in (2, heads, queries, keys)]  # fmt: skip
     batch, head, rows, columns = cut
-    tile = selected.tile(slice(*batch), slice(*head), tuple(rows), tuple(columns))
+    tile = selected.tile(ScoreBlock(slice(*batch), slice(*head), tuple(rows), tuple(columns)))
     wanted = expected[tuple(slice(*bounds) for bounds in cut)]
     assert torch.equal(tile.expand(wanted.shape), wanted)
 

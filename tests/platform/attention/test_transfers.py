@@ -8,10 +8,12 @@ import torch
 from fulgurite.attention import units as units_module
 from fulgurite.attention.cost_model import Cut
 from fulgurite.attention.execution_plan import ExecutionPlan
+from fulgurite.attention.inputs import AttentionInputs, GradientInputs
 from fulgurite.attention.kernels import AtenCpuFlash
+from fulgurite.attention.recovery import ran_out_of_memory
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.transfers import CudaLanes, Prefetcher, head_copies
-from fulgurite.attention.units import AttentionInputs, gradient_units, ran_out_of_memory, units
+from fulgurite.attention.units import gradient_units, units
 from fulgurite.attention.visibility import EntryMasks, Visibility
 
 CPU = torch.device("cpu")
@@ -123,7 +125,7 @@ def test_gradients_do_not_depend_on_when_copies_happen(lanes, monkeypatch):
     out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1], dtype=query.dtype)
     for unit in units(inputs, plan):
         out[unit.at], lse[unit.at] = unit.out, unit.lse
-    call = (grad, inputs, out, lse, plan)
+    call = GradientInputs(inputs, grad, out, lse), plan
     found = [(u.number, [g.clone() for g in u.grads]) for u in gradient_units(*call)]
     monkeypatch.undo()
     for (number, grads), wanted in zip(found, gradient_units(*call), strict=True):
