@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fulgurite.compare.comparison import Comparison
-from fulgurite.compare.report import main
+from fulgurite.compare.report import report_main
 from fulgurite.errors import ConfigError
 from fulgurite.html_report import write_report
 from fulgurite.html_report.charts import Interval, interval_chart, line_chart
@@ -213,11 +213,11 @@ def test_what_holds_no_report_is_refused(tmp_path, comparison):
 
 def test_the_command_line(tmp_path, comparison, capsys):
     run = write_run(tmp_path / "run")
-    assert main([str(run), "--html"]) == 0
+    assert report_main([str(run), "--html"]) == 0
     assert capsys.readouterr().out == f"Report: {run / 'report.html'}\n"
-    assert main([str(comparison), "--html", str(tmp_path / "new" / "a.html")]) == 0
+    assert report_main([str(comparison), "--html", str(tmp_path / "new" / "a.html")]) == 0
     assert (tmp_path / "new" / "a.html").is_file()
-    assert main([str(run)]) == 0
+    assert report_main([str(run)]) == 0
     assert "fedsir/digits" in capsys.readouterr().out
 
 

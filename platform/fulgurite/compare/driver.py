@@ -14,7 +14,7 @@ from fulgurite.compare.devices import device_groups, visible_devices
 from fulgurite.compare.identity import RUNNER, Resolver
 from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.plan_file import find_config, read_plan
-from fulgurite.compare.pool import run_jobs
+from fulgurite.compare.pool import WorkerPool, run_jobs
 from fulgurite.compare.progress import show_progress
 from fulgurite.compare.records import TrialRecords
 from fulgurite.compare.report import render, writing
@@ -74,6 +74,7 @@ def run(
         or len(groups)
         or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
     )
+    pool = WorkerPool(worker_count, runner, groups)
     with writing(folder), _lock_folder(folder):
         Comparison(plan, folder, {}, {}).save_plan()
         records = TrialRecords(folder, plan.costs)
@@ -84,15 +85,15 @@ def run(
         watch = ConfigWatch(plan, trials, runner)
 
         def run_watched(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[TrialResult]:
-            running = run_jobs(jobs, workers=worker_count, runner=runner, visible=groups)
-            with closing(running) as results:
+            with closing(run_jobs(jobs, pool)) as results:
                 for result in show_progress(results, jobs, title, done):
                     watch.check()
                     yield result
 
         try:
-            trainings = Trainings(folder / "trainings", plan, run_watched)
-            _run_trials(todo, trainings, records, finished=len(selected) - len(todo))
+            with pool:
+                trainings = Trainings(folder / "trainings", plan, run_watched)
+                _run_trials(todo, trainings, records, finished=len(selected) - len(todo))
         finally:
             comparison = Comparison.read(folder, part)
             if comparison.results or (folder / "table.md").exists():  # which may be out of date

@@ -28,7 +28,6 @@ import glob
 import hashlib
 import importlib
 import itertools
-import json
 import os
 import platform
 import re
@@ -41,10 +40,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fulgurite import __version__
+from fulgurite.compare.hashing import digest
 from fulgurite.data.listing import STDLIB
 from fulgurite.systems import ENTRY_POINTS
 
-__all__ = ["RUNNER", "Definition", "Resolver", "data_identity", "digest"]
+__all__ = ["RUNNER", "Definition", "Resolver", "data_identity"]
 
 RUNNER = "fulgurite.cli:main"
 """What runs a command line, as ``module:function``."""
@@ -86,6 +86,7 @@ class Resolver:
         self._runner = runner
         self._known: dict[tuple[str, ...], Definition] = {}
         self._identity = cache(data_identity)  # most commands name the same files
+        self._plug_ins = cache(_plug_in_packages)
 
     def __call__(self, command: Sequence[str]) -> Definition:
         """What a command would run.
@@ -107,22 +108,12 @@ class Resolver:
             configuration.pop(key, None)
         texts = dict.fromkeys((text, _role(path)) for path, text in _texts(configuration))
         data = {text: identity for text, role in texts if (identity := self._identity(text, role))}
-        return Definition(configuration, data, _versions(configuration))
+        return Definition(configuration, data, _versions(configuration, self._plug_ins()))
 
     def _parse(self, words: Sequence[str]) -> Any:
         if self._runner == RUNNER:
             return _parse_with_one_parser(words)
         return importlib.import_module(self._runner.partition(":")[0]).parse([*words])
-
-
-def digest(defining: object) -> str:
-    """Hash of plain data.
-
-    >>> digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
-    True
-    """
-    text = json.dumps(defining, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @cache
@@ -203,13 +194,18 @@ def _role(path: tuple[str, ...]) -> Role:
     return "data" if path[0] == "model" else "trainer" if path[0] == "trainer" else ""
 
 
-def _versions(configuration: Any) -> dict[str, str]:
-    plugins = {}
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        if entry.dist is not None:
-            plugins[entry.module.partition(".")[0]] = entry.dist
+def _plug_in_packages() -> dict[str, metadata.Distribution]:
+    """The distribution behind each package that announces a system."""
+    return {
+        entry.module.partition(".")[0]: entry.dist
+        for entry in metadata.entry_points(group=ENTRY_POINTS)
+        if entry.dist is not None
+    }
+
+
+def _versions(configuration: Any, plug_ins: Mapping[str, metadata.Distribution]) -> dict[str, str]:
     packages = {path.partition(".")[0] for path in _class_paths(configuration)}
-    named = (plugins[package] for package in sorted(packages & plugins.keys()))
+    named = (plug_ins[package] for package in sorted(packages & plug_ins.keys()))
     return {"fulgurite": __version__, **{dist.name: dist.version for dist in named}}
 
 

@@ -26,37 +26,31 @@ _INHERITED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg
 _POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its process is asked as well
 
 
-def run_jobs(
-    jobs: Sequence[Job], *, workers: int, runner: str, visible: Sequence[str] = ()
-) -> Generator[TrialResult, None, None]:
+def run_jobs(jobs: Sequence[Job], pool: WorkerPool) -> Generator[TrialResult, None, None]:
     """Run jobs in parallel and yield each result as it comes.
 
     A worker that crashes or is killed costs its own job only: the job is reported as failed and a
-    new worker takes the next one. Leaving the iterator early ends all workers.
+    new worker takes the next one.
 
     Args:
         jobs: What to run, in this order.
-        workers: Number of processes.
-        runner: ``module:function`` that runs a command line.
-        visible: Values of ``CUDA_VISIBLE_DEVICES``, which the workers take in turn; empty to leave
-            it as it is.
+        pool: Workers without a job, which stay for further jobs.
 
     Raises:
         ConfigError: A worker ended before it could take its first job.
     """
     waiting = list(reversed(jobs))
-    with WorkerPool(min(workers, len(jobs)), runner, visible) as pool:
-        while waiting and pool.idle:
-            pool.submit(waiting.pop())
-        while pool.busy:
-            for result in pool.wait():
-                if waiting:  # before the yield: the caller's work must not idle the worker
-                    pool.submit(waiting.pop())
-                yield result
+    while waiting and pool.idle:
+        pool.submit(waiting.pop())
+    while pool.busy:
+        for result in pool.wait():
+            if waiting:  # before the yield: the caller's work must not idle the worker
+                pool.submit(waiting.pop())
+            yield result
 
 
 class WorkerPool:
-    """Worker processes that take one job after the other.
+    """Worker processes that take one job after the other, each started when it is needed.
 
     Args:
         workers: Number of processes.
@@ -66,18 +60,11 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int, runner: str, visible: Sequence[str] = ()) -> None:
-        self.workers, self.runner, self.visible = workers, runner, visible
+        self.workers, self.runner = workers, runner
+        self._turns = itertools.cycle(visible or [None])
         self._workers: list[_PoolWorker] = []
 
     def __enter__(self) -> WorkerPool:
-        turns = itertools.cycle(self.visible or [None])
-        try:
-            with set_variables(_INHERITED):
-                for _ in range(self.workers):
-                    self._workers.append(_PoolWorker(self.runner, next(turns)))
-        except BaseException:  # an interrupt too must not leave the first workers behind
-            self.__exit__()
-            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,18 +74,24 @@ class WorkerPool:
     @property
     def idle(self) -> int:
         """How many workers have no job."""
-        return sum(worker.job is None for worker in self._workers)
+        return self.workers - self.busy
 
     @property
     def busy(self) -> int:
         """How many workers have a job."""
-        return len(self._workers) - self.idle
+        return sum(worker.job is not None for worker in self._workers)
 
     def submit(self, job: Job) -> None:
         """Give a job to an idle worker."""
-        worker = next(worker for worker in self._workers if worker.job is None)
         with set_variables(_INHERITED):
-            worker.start(job)
+            self._idle_worker().start(job)
+
+    def _idle_worker(self) -> _PoolWorker:
+        for worker in self._workers:
+            if worker.job is None:
+                return worker
+        self._workers.append(_PoolWorker(self.runner, next(self._turns)))
+        return self._workers[-1]
 
     def wait(self) -> list[TrialResult]:
         """Wait for results, about a second at most; none may have come.

@@ -27,7 +27,7 @@ from fulgurite.run_folders.metrics import rank_stage, read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["main", "render", "run_summary", "writing"]
+__all__ = ["render", "report_main", "run_summary", "writing"]
 
 
 def render(comparison: Comparison) -> None:
@@ -56,7 +56,7 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def report_main(argv: Sequence[str] | None = None) -> int:
     """The command line of ``fulgurite report``.
 
     Raises:

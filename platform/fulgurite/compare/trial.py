@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fulgurite.compare.identity import digest
+from fulgurite.compare.hashing import digest
 
 __all__ = [
     "LAST_CHECKPOINT",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fulgurite.compare.devices import device_count
-from fulgurite.compare.identity import Definition, digest
+from fulgurite.compare.hashing import digest
+from fulgurite.compare.identity import Definition
 from fulgurite.compare.plan import ComparisonMethod, ComparisonPlan, settings_of
 from fulgurite.compare.plan_file import find_config, methods_before
 from fulgurite.compare.schema import Overrides, spell

@@ -44,10 +44,12 @@ def read_yaml(path: Path) -> Any:
     if len(text) > _LARGEST:
         raise ConfigError(f"{path} is larger than a megabyte.", "Name a file of settings.")
     try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        if root is not None:
-            _count(root, path, {}, 0)
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _count(root, path, {}, 0)
+        return loader.construct_document(root)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""

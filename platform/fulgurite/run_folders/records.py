@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +84,8 @@ def environment(
     seed: int | bool | None, command: str, argv: list[str] | None = None
 ) -> dict[str, Any]:
     """What is needed to say under which conditions a run was made."""
+    from importlib import metadata
+
     import torch
 
     names = ("fulgurite", "torch", "lightning", "torchmetrics", "jsonargparse", "numpy", "wandb")
