@@ -107,16 +107,18 @@ class FulguriteCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a class that replaces another one begins with its own defaults.
 
-        The parser above those of the subcommands would complete and validate all options again.
+        The subcommand's own parser does it: the one above it would complete and validate all
+        options a second time. That one prints them, though (``--print_config``, or short for it).
         """
+        command, *options = self.argv or [""]
         with dropping_replaced_arguments():
-            if not (self.argv and self.argv[0] in self._subcommand_parsers):
+            if command in self._subcommand_parsers and not any(
+                word.startswith("--p") for word in options
+            ):
+                section = self._subcommand_parsers[command].parse_args(options)
+                self.config = Namespace({"config": None, "subcommand": command, command: section})
+            else:
                 super().parse_arguments(parser, args)
-                return
-            command, *options = self.argv
-            section = self._subcommand_parsers[command].parse_args(options)
-            self.config = Namespace(config=None, subcommand=command)
-            self.config[command] = section
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the ``run`` group and the links from data to model."""
