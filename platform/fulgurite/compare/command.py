@@ -7,11 +7,16 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulgurite.compare.driver import check_trials, find_folder, run, select_part
+from fulgurite.compare.comparison import Comparison
+from fulgurite.compare.driver import check_trials, find_folder, run, select_part, select_trials
 from fulgurite.compare.identity import RUNNER
+from fulgurite.compare.merge import merge
 from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.plan_file import read_plan
-from fulgurite.compare.trial import LAST_CHECKPOINT, Training, Trial
+from fulgurite.compare.shards import parse_shard
+from fulgurite.compare.trainings import link_origins
+from fulgurite.compare.trial import LAST_CHECKPOINT, Trial
+from fulgurite.errors import ConfigError
 
 __all__ = ["main"]
 
@@ -34,6 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="run and show a part: method ids, axis=label, seed=0",
     )
     parser.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="run one of N parts; processes anywhere that see the folder run the others",
+    )
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="FOLDER",
+        help="run nothing, and take over what is current from folders of the same comparison",
+    )
+    parser.add_argument(
         "--retry-failed", "--retry_failed", action="store_true", help="run failed cells again"
     )
     parser.add_argument(
@@ -44,33 +60,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.dry_run:
-        plan = read_plan(options.file, quick=options.quick)
-        part = select_part(plan, options.only or [])
-        folder = find_folder(options.file, plan, out=options.out, quick=options.quick)
-        trials = check_trials(plan, options.runner)
-        selected = {*part.trial_ids}
-        for command in _commands([t for t in trials if t.id in selected], plan, folder):
-            print("fulgurite", shlex.join(command))
+    if options.merge:
+        comparison = _merge(options)
+        if comparison is None:
+            return 0
+    elif options.dry_run:
+        _print_commands(options)
         return 0
-    try:
-        comparison = run(
-            options.file,
-            workers=options.workers,
-            out=options.out,
-            quick=options.quick,
-            only=options.only,
-            retry_failed=options.retry_failed,
-            runner=options.runner,
-        )
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on with the cells that are left.")
-        return 130
+    else:
+        try:
+            comparison = run(
+                options.file,
+                workers=options.workers,
+                out=options.out,
+                quick=options.quick,
+                only=options.only,
+                shard=None if options.shard is None else parse_shard(options.shard),
+                retry_failed=options.retry_failed,
+                runner=options.runner,
+            )
+        except KeyboardInterrupt:
+            print("\nInterrupted. The same command goes on with the cells that are left.")
+            return 130
     print(comparison.markdown())
     print(f"Tables and figure: {comparison.folder}")
     if options.only:
         print(f"Of the part that --only names; all: fulgurite report {comparison.folder}")
     return 1 if comparison.failed else 0
+
+
+def _merge(options: argparse.Namespace) -> Comparison | None:
+    """Take over what other folders have; None for a dry run.
+
+    Raises:
+        ConfigError: An option says how cells are run, or a folder cannot be merged.
+    """
+    running = {
+        "--shard": options.shard is not None,
+        "--workers": options.workers is not None,
+        "--retry-failed": options.retry_failed,
+    }
+    for option, present in running.items():
+        if present:
+            raise ConfigError(
+                f"{option} says how cells are run, and --merge runs none.",
+                f"Leave {option} out, and run what is missing by a second command without --merge.",
+            )
+    return merge(
+        options.file,
+        options.merge,
+        out=options.out,
+        quick=options.quick,
+        only=options.only,
+        dry_run=options.dry_run,
+        runner=options.runner,
+    )
+
+
+def _print_commands(options: argparse.Namespace) -> None:
+    """Check every option, and print the commands that would run."""
+    plan = read_plan(options.file, quick=options.quick)
+    part = select_part(plan, options.only or [])
+    shard = None if options.shard is None else parse_shard(options.shard)
+    folder = find_folder(options.file, plan, out=options.out, quick=options.quick)
+    trials = select_trials(check_trials(plan, options.runner), part, shard)
+    for command in _commands(trials, plan, folder):
+        print("fulgurite", shlex.join(command))
 
 
 def _commands(trials: Sequence[Trial], plan: ComparisonPlan, folder: Path) -> list[list[str]]:
@@ -81,7 +136,7 @@ def _commands(trials: Sequence[Trial], plan: ComparisonPlan, folder: Path) -> li
     trainings: dict[str, list[list[str]]] = {}
     tests = []
     for trial in trials:
-        for training in _link_origins(trial, plan, folder):
+        for training in link_origins(trial, plan, folder / "trainings"):
             run_dir = folder / "trainings" / training.key
             checkpoint = ["--ckpt_path", str(run_dir / LAST_CHECKPOINT)]
             training_dir = ["--run.dir", str(run_dir)]
@@ -93,17 +148,3 @@ def _commands(trials: Sequence[Trial], plan: ComparisonPlan, folder: Path) -> li
             cell_dir = ["--run.dir", str(folder / "cells" / trial.id)]
             tests.append([str(plan.after_fit), *training.test, *cell_dir, *checkpoint])
     return [*(step for steps in trainings.values() for step in steps), *tests]
-
-
-def _link_origins(trial: Trial, plan: ComparisonPlan, folder: Path) -> list[Training]:
-    """The trainings of a trial after each one that they may start from."""
-    after = plan.methods[trial.method].after
-    if trial.origin is None or after is None:
-        return [*trial.trainings]
-    return [
-        training.starting_from(
-            f"--{after.key}={folder / 'trainings' / start.key / after.path}", start.key
-        )
-        for start in _link_origins(trial.origin, plan, folder)
-        for training in trial.trainings
-    ]

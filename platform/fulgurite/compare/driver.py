@@ -6,11 +6,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from fulgurite.compare.comparison import PLAN_FILE, Comparison
 from fulgurite.compare.devices import device_groups, visible_devices
+from fulgurite.compare.folder_lock import lock_briefly, lock_folder
+from fulgurite.compare.hashing import digest
 from fulgurite.compare.identity import RUNNER, Resolver
 from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.plan_file import find_config, read_plan
@@ -18,6 +20,7 @@ from fulgurite.compare.pool import WorkerPool, run_jobs
 from fulgurite.compare.progress import show_progress
 from fulgurite.compare.records import TrialRecords
 from fulgurite.compare.report import render, writing
+from fulgurite.compare.shards import Shard, select_shard
 from fulgurite.compare.trainings import Trainings
 from fulgurite.compare.trial import Trial, TrialResult
 from fulgurite.compare.trials import define_trials
@@ -26,7 +29,7 @@ from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError
 from fulgurite.systems import name_system
 
-__all__ = ["check_trials", "find_folder", "run", "select_part"]
+__all__ = ["check_trials", "find_folder", "run", "select_part", "select_trials"]
 
 
 def run(
@@ -36,6 +39,7 @@ def run(
     out: str | None = None,
     quick: bool = False,
     only: list[str] | None = None,
+    shard: Shard | None = None,
     retry_failed: bool = False,
     runner: str = RUNNER,
 ) -> Comparison:
@@ -53,6 +57,8 @@ def run(
         quick: Apply the overrides under ``quick`` of the file.
         only: Run and show only the cells that match: method ids, ``axis=label``, ``seed=0``. Items
             of the same kind are alternatives; items of different kinds must all hold.
+        shard: Run only this part of these cells; other processes may run the other parts in the
+            same folder at the same time.
         retry_failed: Run failed cells again.
         runner: ``module:function`` that runs a command line (another one in tests).
 
@@ -67,7 +73,8 @@ def run(
     part = select_part(plan, only or [])
     folder = find_folder(file, plan, out=out, quick=quick)
     trials = check_trials(plan, runner)
-    selected = {*part.trial_ids}
+    trials_of_part = select_trials(trials, part)
+    to_finish = select_trials(trials, part, shard)
     groups = device_groups(visible_devices(_gpu_count()), _devices_each(trials))
     worker_count = (
         workers
@@ -75,11 +82,15 @@ def run(
         or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
     )
     pool = WorkerPool(worker_count, runner, groups)
-    with writing(folder), _lock_folder(folder):
-        Comparison(plan, folder, {}, {}).save_plan()
+    content = digest([(trial.id, trial.digest) for trial in trials_of_part])
+    with writing(folder), lock_folder(folder, shard, content):
         records = TrialRecords(folder, plan.costs)
-        records.archive_outdated(trials)
-        todo = [t for t in trials if t.id in selected and records.is_open(t, retry_failed)]
+        with lock_briefly(folder):
+            Comparison(plan, folder, {}, {}).save_plan()
+            records.archive_outdated(trials)
+        if shard is not None:
+            print(f"Shard {shard}: {len(to_finish)} of {len(trials_of_part)} cells.", flush=True)
+        todo = [t for t in to_finish if records.is_open(t, retry_failed)]
         every = _by_digest(trials)  # trials that run the same have the same result
         todo = [t for t in todo if not records.take_equal_result(t, every[t.digest])]
         watch = ConfigWatch(plan, trials, runner)
@@ -93,12 +104,28 @@ def run(
         try:
             with pool:
                 trainings = Trainings(folder / "trainings", plan, run_watched)
-                _run_trials(todo, trainings, records, finished=len(selected) - len(todo))
+                _run_trials(todo, trainings, records, finished=len(to_finish) - len(todo))
         finally:
-            comparison = Comparison.read(folder, part)
-            if comparison.results or (folder / "table.md").exists():  # which may be out of date
-                render(comparison)
+            with lock_briefly(folder):  # the last shard to end draws all
+                comparison = Comparison.read(folder, part)
+                if comparison.results or (folder / "table.md").exists():  # which may be outdated
+                    render(comparison)
     return comparison
+
+
+def select_trials(
+    trials: Sequence[Trial], part: ComparisonPlan, shard: Shard | None = None
+) -> list[Trial]:
+    """The trials of a part of a comparison, or of a shard of that part.
+
+    Args:
+        trials: All trials of the comparison.
+        part: What is to be run, as :func:`select_part` gives it.
+        shard: Which of its shards; None for all.
+    """
+    names = {*part.trial_ids}
+    selected = [trial for trial in trials if trial.id in names]
+    return selected if shard is None else select_shard(selected, shard, part)
 
 
 def _run_trials(
@@ -220,24 +247,6 @@ def select_part(plan: ComparisonPlan, only: Sequence[str]) -> ComparisonPlan:
             )
     seeds = {int(seed) for seed in selected.pop("seed", labels_by_kind["seed"])}
     return plan.only(selected.pop("method", plan.rows), selected, seeds)
-
-
-@contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops when the process ends in any way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        with suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"Another comparison is running in {folder}.",
-                    "Wait for it, or give another --out.",
-                ) from error
-        yield
 
 
 def _by_digest(trials: Sequence[Trial]) -> dict[str, list[Trial]]:

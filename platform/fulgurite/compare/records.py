@@ -18,7 +18,7 @@ from fulgurite import __version__
 from fulgurite.compare.trial import Trial, TrialResult, trial_id
 from fulgurite.run_folders import write_json
 
-__all__ = ["Record", "TrialRecords", "read_record"]
+__all__ = ["Record", "TrialRecords", "outdated_name", "read_record"]
 
 Record = dict[str, Any]
 """What is kept of a trial."""
@@ -58,17 +58,19 @@ class TrialRecords:
     folder: Path
     costs: Sequence[str] = ()
 
-    def _result_path(self, name: str) -> Path:
+    def result_path(self, name: str) -> Path:
+        """Where the record of a finished trial lies."""
         return self.folder / "results" / f"{name}.json"
 
-    def _failed_path(self, name: str) -> Path:
+    def failed_path(self, name: str) -> Path:
+        """Where the record of a failed trial lies, and its log beside it."""
         return self.folder / "failed" / f"{name}.json"
 
     def is_open(self, trial: Trial, retry_failed: bool) -> bool:
         """Whether a trial is to be run: it has no result, and did not fail or is to be retried."""
-        if self._result_path(trial.id).is_file():
+        if self.result_path(trial.id).is_file():
             return False
-        return retry_failed or not self._failed_path(trial.id).is_file()
+        return retry_failed or not self.failed_path(trial.id).is_file()
 
     def archive_outdated(self, trials: Sequence[Trial]) -> None:
         """Move records of what is no longer run to ``outdated/``, and back what is run again."""
@@ -76,7 +78,7 @@ class TrialRecords:
         returned = 0
         aside = self.folder / "outdated"
         for trial in trials:
-            for path in (self._result_path(trial.id), self._failed_path(trial.id)):
+            for path in (self.result_path(trial.id), self.failed_path(trial.id)):
                 if not path.exists():
                     continue
                 record = read_record(path)
@@ -84,9 +86,9 @@ class TrialRecords:
                     continue
                 aside.mkdir(exist_ok=True)
                 mark = record["digest"] if record else "unreadable"
-                path.replace(_find_free_path(aside / f"{trial.id}.{_file_name(mark)}.json"))
+                path.replace(_find_free_path(aside / outdated_name(trial.id, mark)))
                 reasons[_reason(record, trial)] += 1
-            returned += self._take_back(aside / f"{trial.id}.{trial.digest}.json", trial)
+            returned += self._take_back(aside / outdated_name(trial.id, trial.digest), trial)
         if reasons:
             why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
             print(f"Records set aside in {aside}: {reasons.total()} ({why}).")
@@ -97,7 +99,7 @@ class TrialRecords:
         """Move an archived result back to where it counts, if it is one of the trial as it is."""
         record = read_record(archived, trial.id) if archived.is_file() else None
         valid = record and "error" not in record and record["digest"] == trial.digest
-        path = self._result_path(trial.id)
+        path = self.result_path(trial.id)
         if not valid or path.exists():
             return False
         path.parent.mkdir(exist_ok=True)
@@ -107,7 +109,7 @@ class TrialRecords:
     def take_equal_result(self, trial: Trial, same: Sequence[Trial]) -> bool:
         """Give a trial the result of a finished one of those that run the same, if there is one."""
         for other in same:
-            path = self._result_path(other.id)
+            path = self.result_path(other.id)
             record = read_record(path) if other.id != trial.id and path.is_file() else None
             if record is not None and record["digest"] == trial.digest:
                 self._write_result(trial, {**record, **_identify_trial(trial)})
@@ -115,8 +117,8 @@ class TrialRecords:
         return False
 
     def _write_result(self, trial: Trial, record: Mapping[str, Any]) -> None:
-        write_json(self._result_path(trial.id), record)
-        failed = self._failed_path(trial.id)
+        write_json(self.result_path(trial.id), record)
+        failed = self.failed_path(trial.id)
         for old in (failed, failed.with_suffix(".log")):
             old.unlink(missing_ok=True)
 
@@ -152,7 +154,7 @@ class TrialRecords:
         if not result.error:
             self._write_result(trial, record)
             return
-        failed = self._failed_path(trial.id)
+        failed = self.failed_path(trial.id)
         write_json(failed, {**record, "error": result.error})
         with suppress(FileNotFoundError):
             if trained and trained.log:  # of a training: other trials show it as well
@@ -175,8 +177,10 @@ def _reason(record: dict[str, Any] | None, trial: Trial) -> str:
     return f"of another {' and '.join(differ)}"
 
 
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]", "-", text)[:40]
+def outdated_name(name: str, mark: str) -> str:
+    """The file under ``outdated/`` of a trial's record with a digest, or another mark."""
+    mark = re.sub(r"[^\w.-]", "-", mark)[:40]
+    return f"{name}.{mark}.json"
 
 
 def _find_free_path(path: Path) -> Path:

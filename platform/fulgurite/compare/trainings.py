@@ -14,7 +14,7 @@ from fulgurite.compare.trial import LAST_CHECKPOINT, Training, Trial, TrialResul
 from fulgurite.compare.worker import Job
 from fulgurite.run_folders import write_json
 
-__all__ = ["Trainings"]
+__all__ = ["Trainings", "link_origins"]
 
 Step = Literal["training", "validation"]
 
@@ -163,6 +163,24 @@ class Trainings:
         if math.isnan(value):
             return -math.inf
         return value if self.plan.tune.mode == "max" else -value
+
+
+def link_origins(trial: Trial, plan: ComparisonPlan, folder: Path) -> list[Training]:
+    """The trainings of a trial after each one that they may start from.
+
+    Args:
+        trial: The trial.
+        plan: The comparison.
+        folder: Where trainings are kept.
+    """
+    after = plan.methods[trial.method].after
+    if trial.origin is None or after is None:
+        return [*trial.trainings]
+    return [
+        training.starting_from(f"--{after.key}={folder / start.key / after.path}", start.key)
+        for start in link_origins(trial.origin, plan, folder)
+        for training in trial.trainings
+    ]
 
 
 def _last_checkpoint(run_dir: Path) -> Path:
