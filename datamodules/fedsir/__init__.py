@@ -34,6 +34,7 @@ from fulgurite.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from fulgurite.datamodules.fedsir.datamodule import EvaluationLabels, FederatedDataModule
+    from fulgurite.datamodules.fedsir.server_data import ServerDataModule
 
 __all__ = [
     "UNKNOWN",
@@ -64,6 +65,7 @@ __all__ = [
     "Parquet",
     "Partition",
     "Samples",
+    "ServerDataModule",
     "Shards",
     "SourceLabels",
     "Symmetric",
@@ -72,5 +74,9 @@ __all__ = [
 
 # Lightning costs seconds, which noise and partitions alone need not pay
 __getattr__, _ = lazy_attributes(
-    __name__, {"datamodule": ("EvaluationLabels", "FederatedDataModule")}
+    __name__,
+    {
+        "datamodule": ("EvaluationLabels", "FederatedDataModule"),
+        "server_data": ("ServerDataModule",),
+    },
 )

@@ -216,6 +216,7 @@ class RoundEngine:
         if self._begun == self.round:
             return
         fed, method, round = self.fed, self.method, self.round
+        fed.round = round
         fed.global_state = fed.state.read()
         method.before_round(fed, round)
         fed.state.write(fed.global_state)
@@ -245,6 +246,7 @@ class RoundEngine:
         """Average the clients' models; every rank must take part. Shape: (P,)."""
         fed = self.fed
         self._collected = fed.collect(self.clients, self._replies)
+        self.clients = self._collected.clients  # over a network some may be away
         self._weights = self.method.weights(fed, self.round, self._collected)
         aggregate = fed.average(self._collected.models, self._weights)
         fed.costs.rounds += 1

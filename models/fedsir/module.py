@@ -18,7 +18,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from fulgurite.base import SystemModule, build_network, check_head, save_options
 from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.models.fedsir.engine import RoundEngine
-from fulgurite.models.fedsir.federation import Federation, FlatState, VisibleData
+from fulgurite.models.fedsir.federation import (
+    Federation,
+    FlatState,
+    RemoteFederation,
+    VisibleData,
+    connected_clients,
+)
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
 from fulgurite.models.fedsir.options import LocalTrainingOptions, RoundOptions
 from fulgurite.models.fedsir.trainer_checks import check_trainer
@@ -215,7 +221,7 @@ class FederatedClassifier(SystemModule):
             ) from error
 
         def make_federation(seed: int) -> Federation:
-            return Federation(
+            federation = Federation(
                 data,
                 self.network,
                 self.optimizer,
@@ -226,6 +232,8 @@ class FederatedClassifier(SystemModule):
                 resident=self.local.resident,
                 vectorize=self.local.vectorize,
             )
+            remote = connected_clients()
+            return federation if remote is None else RemoteFederation.of(federation, remote)
 
         self.engine.open(make_federation, trainer.current_epoch)
         self._rounds_are_open = True

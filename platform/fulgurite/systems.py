@@ -102,6 +102,13 @@ OURS = (
         "Noisy Labels",
         "https://arxiv.org/abs/2604.20825",
         "fulgurite.configs.fedsir",
+        (
+            Command(
+                "federate",
+                "a Flower app of a configuration: the same rounds over a network",
+                "fulgurite.models.fedsir.command:main",
+            ),
+        ),
     ),
     System(
         "cs_arm_bn",

@@ -19,11 +19,20 @@ from fulgurite.models.fedsir.federation.messages import (
 from fulgurite.models.fedsir.federation.objectives import LogitLoss, MiniBatch, Objective
 from fulgurite.models.fedsir.federation.randomness import keyed_generator, mini_batches
 from fulgurite.models.fedsir.federation.ranks import balanced_assignment
+from fulgurite.models.fedsir.federation.remote import (
+    Answer,
+    Question,
+    RemoteClients,
+    RemoteFederation,
+    connect_clients,
+    connected_clients,
+)
 from fulgurite.models.fedsir.federation.states import ClientStates, FlatState, exact_average
 from fulgurite.models.fedsir.federation.training import LocalTrainer
 from fulgurite.models.fedsir.federation.visible import VisibleData
 
 __all__ = [
+    "Answer",
     "Client",
     "ClientSide",
     "ClientStates",
@@ -34,6 +43,9 @@ __all__ = [
     "LogitLoss",
     "MiniBatch",
     "Objective",
+    "Question",
+    "RemoteClients",
+    "RemoteFederation",
     "Replies",
     "Reply",
     "Request",
@@ -42,6 +54,8 @@ __all__ = [
     "TrainingTask",
     "VisibleData",
     "balanced_assignment",
+    "connect_clients",
+    "connected_clients",
     "exact_average",
     "keyed_generator",
     "mini_batches",

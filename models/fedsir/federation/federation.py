@@ -53,10 +53,12 @@ class Costs:
 class Federation(LocalTrainer):
     """Clients, their local training, and the exchange between ranks, for the hooks of a method.
 
-    Its arguments are those of :class:`LocalTrainer`, and the costs so far.
+    Its arguments are those of :class:`LocalTrainer`, the costs so far, and the number of the
+    current round, which is -1 before the first.
     """
 
     costs: Costs = field(default_factory=Costs)
+    round: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()

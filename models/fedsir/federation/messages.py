@@ -38,6 +38,8 @@ class Request:
 
     continues: ClassVar[bool] = False
     """Whether the client needs what it kept of the request before."""
+    optional: ClassVar[bool] = False
+    """Whether the method goes on without the replies of clients that are away."""
 
     model: Tensor | None = None
     epochs: int = 0
@@ -55,6 +57,8 @@ class TrainRequest(Request):
     Attributes:
         round: Index of the round, from 0.
     """
+
+    optional: ClassVar[bool] = True
 
     model: Tensor
     round: int

@@ -178,6 +178,7 @@ class LevelRequest(Request):
     """Estimate your noise level; with a model, relabel the samples of large losses by it."""
 
     continues: ClassVar[bool] = True
+    optional: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,8 @@ class LevelReply(Reply):
 @dataclass(frozen=True, kw_only=True)
 class CorrectRequest(Request):
     """Relabel all samples for which a model is confident."""
+
+    optional: ClassVar[bool] = True
 
     model: Tensor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class ReferenceRequest(Request):
         model: Flat state of the teacher. Shape: (P,).
     """
 
+    optional: ClassVar[bool] = True
+
     model: Tensor
 
 
@@ -88,6 +90,8 @@ class RelabelRequest(Request):
         model: Flat state of the teacher. Shape: (P,).
         references: References of all classes.
     """
+
+    optional: ClassVar[bool] = True
 
     model: Tensor
     references: References
@@ -265,12 +269,18 @@ class FedSIR(NoiseAwareMethod):
         state = self.clean_state if self.relabeling.teacher == "clean" else fed.global_state
         side = self.client_side
         request = ReferenceRequest(model=state)
+        gathered: dict[int, ReferenceReply]
         gathered = fed.exchange(side, dict.fromkeys(clean, request)).gather()
+        if not gathered:  # the clean clients are away
+            return
         references = aggregate_references(
-            [gathered[k].reference for k in clean], min_count=self.relabeling.reference_min_count
+            [gathered[k].reference for k in sorted(gathered)],
+            min_count=self.relabeling.reference_min_count,
         )
         relabeling = RelabelRequest(model=state, references=references)
         replies: Replies[RelabelReply] = fed.exchange(side, dict.fromkeys(noisy, relabeling))
+        if not replies.clients:
+            return
         self._count_decided(fed, replies.gather())
         self.relabel_rounds.append(round)
 
