@@ -37,7 +37,7 @@ from fulgurite.models.fedsir.flower.records import (
 from fulgurite.models.fedsir.flower.wire import pack, unpack
 from fulgurite.models.fedsir.module import FederatedClassifier
 
-__all__ = ["NodeOptions", "answer_message", "describe_client"]
+__all__ = ["NodeOptions", "answer_message", "describe_client", "load_app"]
 
 _CONFIG = "config.yaml"
 
@@ -111,9 +111,21 @@ class OneClient(VisibleData):
         self.client_images = lambda client: images(part)[: None if client == number else 0]
 
 
-@functools.lru_cache(maxsize=1)
-def _load_config(folder: Path, data_file: str | None) -> tuple[LoadedConfig, Any]:
-    """Make module and data of an app, the data set up."""
+def load_app(folder: Path, data_file: str | None = None) -> tuple[LoadedConfig, Any]:
+    """Make module and data of an app, the data set up; the last are kept for further messages.
+
+    Args:
+        folder: The app.
+        data_file: YAML file of a client's own data.
+
+    Raises:
+        ConfigError: The file does not fit the app.
+    """
+    return _load_app(folder, data_file)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_app(folder: Path, data_file: str | None) -> tuple[LoadedConfig, Any]:
     own = {} if data_file is None else _read_own_data(data_file)
     loaded = load(str(folder / _CONFIG), data=own)
     data: Any = loaded.data
@@ -166,7 +178,7 @@ def describe_client(context: Context, folder: Path) -> dict[str, Any]:
     """
     try:
         options = NodeOptions.read(context.node_config)
-        _, data = _load_config(folder, options.data)
+        _, data = load_app(folder, options.data)
         part = _check_partition(options, data.num_clients)
         return {
             "name": options.name,
@@ -253,7 +265,7 @@ def _make_federation(
     options: NodeOptions, envelope: Mapping[str, Any], folder: Path
 ) -> tuple[Federation, Any]:
     """Make a federation in which this client alone has samples, and the method's client side."""
-    loaded, data = _load_config(folder, options.data)
+    loaded, data = load_app(folder, options.data)
     model = loaded.model
     if not isinstance(model, FederatedClassifier):
         raise ConfigError(

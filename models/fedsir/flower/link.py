@@ -33,7 +33,7 @@ __all__ = ["ClientFacts", "GridClients", "LinkOptions"]
 
 log = logging.getLogger(__name__)
 
-_POLL = 0.2  # seconds between two looks at what has arrived
+_POLL = 0.1  # seconds between two looks at what has arrived
 _NO_MODEL = frozenset({"model"})
 
 
