@@ -6,6 +6,7 @@ rows of the run folders' metrics.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import socket
@@ -29,6 +30,14 @@ def find_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def count_rounds(metrics: Path) -> int:
+    """Rounds that a run has recorded."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open(newline="") as file:
+        return sum(bool(row.get("fed/clients")) for row in csv.DictReader(file))
+
+
 def time_rounds(metrics: Path, seconds: float = 1800.0) -> list[float]:
     """Seconds between the rows that a run writes, after its first round."""
     seen: list[float] = []
@@ -36,8 +45,7 @@ def time_rounds(metrics: Path, seconds: float = 1800.0) -> list[float]:
     while len(seen) < ROUNDS:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{metrics} has {len(seen)} of {ROUNDS} rounds")
-        rows = metrics.read_text().count("\n") - 1 if metrics.is_file() else 0
-        seen += [time.monotonic()] * max(0, rows - len(seen))
+        seen += [time.monotonic()] * max(0, count_rounds(metrics) - len(seen))
         time.sleep(0.02)
     return [b - a for a, b in pairwise(seen)]
 
