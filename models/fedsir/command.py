@@ -87,7 +87,13 @@ def write_app(
         raise ConfigError(
             f"{folder.name!r} cannot be the name of an app.", "Begin the folder's name by a letter."
         )
-    loaded = load(config, **(overrides or {}))
+    options = dict(overrides or {})
+    loaded = load(
+        config,
+        model=options.get("model"),
+        data=options.get("data"),
+        trainer=options.get("trainer"),
+    )
     _check(loaded.model, loaded.config)
     lines = [
         f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}"

@@ -105,10 +105,10 @@ class OneClient(VisibleData):
 
     def __init__(self, data: Any, *, part: int, number: int, num_clients: int) -> None:
         super().__init__(data)
-        index, images = self.client_index, self.client_images
         self.num_clients = num_clients
-        self.client_index = lambda client: index(part)[: None if client == number else 0]
-        self.client_images = lambda client: images(part)[: None if client == number else 0]
+        end = {number: None}  # of the others, nothing
+        self.client_index = lambda client: data.client_index(part)[: end.get(client, 0)]
+        self.client_images = lambda client: data.client_images(part)[: end.get(client, 0)]
 
 
 def load_app(folder: Path, data_file: str | None = None) -> tuple[LoadedConfig, Any]:

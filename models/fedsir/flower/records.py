@@ -50,12 +50,12 @@ def message_class(name: str, base: type[Message]) -> type[Message]:
     Raises:
         DataError: There is none of that name, so that other code than the method's is never run.
     """
-    pending = [base]
+    pending: list[type[Message]] = [base]
     while pending:
         kind = pending.pop()
         if class_name(kind) == name:
             return kind
-        pending += kind.__subclasses__()
+        pending.extend(kind.__subclasses__())
     raise DataError(
         f"The message is a {name}, which is no {base.__name__} of this federation's method.",
         "Give all nodes the same app and the same version of fulgurite.",
