@@ -221,10 +221,10 @@ def write_three(folder, epochs):
     return folder
 
 
-def simulate(app, folder):
+def simulate(app, folder, environment):
     config = app / app.name / "config.yaml"
     command = [str(SCRIPTS / "fulgurite"), "fit", "--config", str(config), f"--run.dir={folder}"]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent)
+    subprocess.run(command, check=True, capture_output=True, cwd=folder.parent, env=environment)
     return global_model(folder)
 
 
@@ -235,7 +235,9 @@ def test_processes_train_what_a_simulation_does_and_a_wrong_key_gets_nothing(net
     network.start_node(0, key=write_key(tmp_path, "foreign"), name="foreign")
     network.run_app(app, **{"run-dir": str(run)})
     network.wait(lambda: list(run.glob("test*/metrics.csv")))
-    assert torch.equal(global_model(run), simulate(app, tmp_path / "simulated"))
+    assert torch.equal(
+        global_model(run), simulate(app, tmp_path / "simulated", network.environment)
+    )
     assert not json.loads((run / "federation.json").read_text())["refused"]
     foreign = (tmp_path / "foreign.log").read_text()
     assert "answer" not in foreign

@@ -19,7 +19,7 @@ from fulgurite.models.fedsir.federation import Reply, Request
 __all__ = ["FlatRecord", "Scalar", "flatten_message", "message_class", "restore_message"]
 
 Scalar = int | float | bool | str
-Message = TypeVar("Message", bound=Request | Reply)
+Message = TypeVar("Message", Request, Reply)
 
 
 @dataclass(frozen=True)
