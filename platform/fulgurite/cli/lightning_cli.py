@@ -116,7 +116,9 @@ class FulguriteCLI(LightningCLI):
                 word.startswith("--p") for word in options
             ):
                 section = self._subcommand_parsers[command].parse_args(options)
-                self.config = Namespace({"config": None, "subcommand": command, command: section})
+                self.config = Namespace(  # type: ignore[no-untyped-call]
+                    {"config": None, "subcommand": command, command: section}
+                )
             else:
                 super().parse_arguments(parser, args)
 
