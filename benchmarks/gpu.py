@@ -398,7 +398,7 @@ def training() -> Iterator[Row]:
     ]  # fmt: skip
     strategy = "--trainer.strategy.init_args."
     ways = {
-        "streamed": [f"{strategy}memory_budget=256MiB", f"{strategy}offload_activations=host"],
+        "streamed": [f"{strategy}memory_budget=256MiB", f"{strategy}offload.activations=host"],
         "in core": ["--trainer.strategy=auto"],
     }
     for name, options in ways.items():

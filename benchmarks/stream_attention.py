@@ -234,7 +234,7 @@ for x in (q, k, v):
     for at in range(0, tokens, 512):
         x[:, :, at : at + 512] = torch.randn(1, 1, min(512, tokens - at), 64)
 small = torch.zeros(1, 1, 64, 64)
-files.attend_files(small, small, small, small.clone(), torch.zeros(1, 1, 64), progress=False)
+files.attend_files([small] * 3, (small.clone(), torch.zeros(1, 1, 64)), progress=False)
 commit, before, peak = files.commit_, anonymous(), 0
 
 def watching(*args, **kwargs):
@@ -244,7 +244,7 @@ def watching(*args, **kwargs):
 
 files.commit_ = watching
 plan = attend_files(
-    q, k, v, out, lse, is_causal=True, memory_budget=budget, schedule="rect", progress=False
+    (q, k, v), (out, lse), is_causal=True, memory_budget=budget, schedule="rect", progress=False
 )
 print(plan.peak_bytes, peak)
 """

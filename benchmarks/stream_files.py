@@ -48,15 +48,15 @@ def measure(
             shutil.rmtree(folder / name, ignore_errors=True)
         counts = turn > 0
         journalled = {**options, "journal": folder / "journal"}
-        timed("plain", lambda: attend_files(*inputs, *results, **options), counts)
+        timed("plain", lambda: attend_files(inputs, results, **options), counts)
         timed(
             "journal",
-            lambda journalled=journalled: attend_files(*inputs, *results, **journalled),
+            lambda journalled=journalled: attend_files(inputs, results, **journalled),
             counts,
         )
         timed(
             "resume",
-            lambda journalled=journalled: attend_files(*inputs, *results, **journalled),
+            lambda journalled=journalled: attend_files(inputs, results, **journalled),
             counts,
         )
         timed("create", lambda: AttentionJob.create(folder / "job", *inputs, **options), counts)

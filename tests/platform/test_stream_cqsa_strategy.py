@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from fulgurite.attention import InCore, Streamed
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.strategies import StreamCQSAStrategy, offloading
+from fulgurite.strategies import OffloadOptions, StreamCQSAStrategy, offloading
 from fulgurite.strategies.stream_cqsa import streamed_sdpa
 
 TOKENS, WIDTH = 48, 16
@@ -176,7 +176,7 @@ def test_activations_may_wait_elsewhere(tmp_path, where, monkeypatch):
     losses = []
     for offload in ("none", where):
         seed_everything(0)
-        strategy = StreamCQSAStrategy("16KiB", offload_activations=offload)
+        strategy = StreamCQSAStrategy("16KiB", offload=OffloadOptions(offload))
         losses.append(trained(tmp_path, Model(OwnAttention()), strategy))
     assert torch.equal(*losses)
     assert len(written) > 12
@@ -298,8 +298,8 @@ class Skipping(Model):
 def test_batches_may_be_left_out(tmp_path):
     strategy = StreamCQSAStrategy("16KiB")
     assert len(trained(tmp_path, Skipping(OwnAttention()), strategy)) == 6 + 1
-    with pytest.raises(ConfigError, match=r"no offload_activations='nonsense'\. Use one of none"):
-        StreamCQSAStrategy(offload_activations="nonsense")
+    with pytest.raises(ConfigError, match=r"'nonsense'.*offload.activations` to one of none, host"):
+        OffloadOptions("nonsense")
 
 
 class ModuleBackend(nn.Module):

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from fulgurite.attention import Streamed
 from fulgurite.errors import ConfigError
+from fulgurite.strategies.stream_mask import StreamMask
 from fulgurite.strategies.transformers_attention import TransformersAttention
-from fulgurite.strategies.transformers_masks import StreamMask, make_mask
+from fulgurite.strategies.transformers_masks import MaskRequest, make_mask
 
 masking = pytest.importorskip("transformers.masking_utils")
 
@@ -65,7 +66,7 @@ def test_masks_see_what_transformers_own_see(padding, name, queries, keys, first
         "batch_size": 3, "q_length": queries, "kv_length": keys, "q_offset": first_query,
         "kv_offset": first_key, "mask_function": FUNCTIONS[name], "attention_mask": padding,
     }  # fmt: skip
-    mask, expected = make_mask(**options), dense(**options)
+    mask, expected = make_mask(MaskRequest.of(options)), dense(**options)
     assert (mask.shape, mask.dtype, mask.ndim) == (expected.shape, torch.bool, 4)
     assert torch.equal(mask.source.dense(), expected)
     is_whole = padding is not HOLES or keys < 6
@@ -89,12 +90,12 @@ def test_a_part_that_is_not_what_it_is_called_is_not_trusted(monkeypatch):
 
     function = masking.and_masks(sliding_window_overlay(5), masking.causal_mask_function)
     options = {"batch_size": 1, "q_length": 24, "kv_length": 24, "mask_function": function}
-    mask = make_mask(**options)
+    mask = make_mask(MaskRequest.of(options))
     assert (mask.source.visible[0].first(10), mask.source.visible[0].end(10)) == (5, 11)
 
 
 def test_masks_are_handed_on_cut_and_copied_without_memory():
-    mask = make_mask(2, 6, 9, attention_mask=LEFT[:2, :9])
+    mask = make_mask(MaskRequest(2, 6, 9, attention_mask=LEFT[:2, :9]))
     for same in (mask.to("cpu"), mask.contiguous(), mask.detach(), mask[:], mask[:, :, :, :9]):
         assert same.shape == (2, 1, 6, 9)
         assert isinstance(same, StreamMask)
@@ -107,7 +108,7 @@ def test_masks_are_handed_on_cut_and_copied_without_memory():
 def test_what_a_model_computes_with_its_mask_is_done_in_full(is_additive):
     """Numbers are those that the implementation before would have given its own code."""
     options = {"batch_size": 2, "q_length": 6, "kv_length": 6, "attention_mask": LEFT[:2, 4:10]}
-    mask = make_mask(**options, dtype=torch.float64, is_additive=is_additive)
+    mask = make_mask(MaskRequest(**options, dtype=torch.float64, is_additive=is_additive))
     full = dense(**options)
     if is_additive:
         full = torch.zeros(full.shape).double().masked_fill(~full, torch.finfo(torch.float64).min)
@@ -137,7 +138,7 @@ def test_what_is_not_understood_is_refused_by_name(keywords, message):
     with pytest.raises(ConfigError, match=message):
         attention.attend(nn.Module(), query, query, query, None, **keywords)
     with pytest.raises(ConfigError, match="describes a mask by head_function"):
-        make_mask(1, 4, 4, head_function=len)
+        MaskRequest.of({"head_function": len})
 
 
 def test_windows_without_a_mask_are_those_of_flash_attention():

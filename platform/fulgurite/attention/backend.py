@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fulgurite.attention.biases import TileBias
 from fulgurite.attention.budget import Budget
+from fulgurite.attention.call_options import Scoring, StreamOptions
+from fulgurite.attention.calls import AttentionCall
+from fulgurite.attention.engine import attend, attend_masked
 from fulgurite.attention.execution_plan import ExecutionPlan
-from fulgurite.attention.functional import StreamOptions, attend, attend_masked
+from fulgurite.attention.keywords import CallKeywords, check_keywords, make_record
 from fulgurite.attention.masks import Documents, Masking
 from fulgurite.attention.request import Schedule
-from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = ["AttentionBackend", "Documents", "InCore", "Streamed", "backend_slots"]
@@ -121,6 +122,7 @@ class Streamed:
         self,
         memory_budget: Budget = None,
         schedule: Schedule = "auto",
+        *,
         distributed: bool = False,
         check_finite: bool = False,
         kernel: str | None = None,
@@ -136,8 +138,9 @@ class Streamed:
     def options(self) -> StreamOptions:
         """How attention is computed."""
         return StreamOptions(
-            self.memory_budget, self.schedule, self.check_finite, None, self.kernel,
-            self.distributed, self._note, self._decided,
+            memory_budget=self.memory_budget, schedule=self.schedule,
+            check_finite=self.check_finite, kernel=self.kernel, distributed=self.distributed,
+            on_plan=self._note, decided=self._decided,
         )  # fmt: skip
 
     def __call__(
@@ -150,10 +153,7 @@ class Streamed:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        **masks: Any,
+        **options: Unpack[CallKeywords],
     ) -> Tensor:
         """Attention as :func:`~fulgurite.attention.stream_attention` computes it.
 
@@ -165,37 +165,24 @@ class Streamed:
             is_causal: Query i sees keys up to i.
             scale: Scale of the scores.
             enable_gqa: Allow fewer key/value heads than query heads; by default they are allowed.
-            softcap: Cap of the scores.
-            sinks: Scores of a key without a value.
-            alibi_slopes: Slopes of the scores.
-            masks: The other arguments of :class:`~fulgurite.attention.masks.Masking`.
+            options: ``softcap``, ``sinks``, ``alibi_slopes``, and the other arguments of
+                :class:`~fulgurite.attention.masks.Masking`.
         """
+        check_keywords("Streamed", options, CallKeywords)
+        scoring = make_record(
+            Scoring, options, attn_mask=attn_mask, scale=scale,
+            enable_gqa=True if enable_gqa is None else enable_gqa,
+        )  # fmt: skip
+        masking = make_record(Masking, options, is_causal=is_causal)
         with self._count_call():
             return attend_masked(
-                query, key, value, attn_mask, Masking(is_causal, **masks), scale=scale,
-                enable_gqa=True if enable_gqa is None else enable_gqa, softcap=softcap,
-                sinks=sinks, alibi_slopes=alibi_slopes, options=self.options,
-            )[0]  # fmt: skip
+                query, key, value, masking=masking, scoring=scoring, options=self.options
+            )[0]
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        visible: tuple[Visibility, ...],
-        *,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        biases: tuple[TileBias, ...] = (),
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        """Attention where it is known what is seen; see :func:`.functional.attend`."""
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention where it is known what is seen; see :func:`.engine.attend`."""
         with self._count_call():
-            return attend(
-                query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks,
-                biases=biases, bias=bias, options=self.options,
-            )[0]  # fmt: skip
+            return attend(call, self.options)[0]
 
     @contextmanager
     def _count_call(self) -> Iterator[None]:

@@ -37,7 +37,7 @@ def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> M
 
     Source: inferred; the model of time is that of :func:`~fulgurite.attention.plan`.
     """
-    timer = functools.partial(_seconds, device, dtype, head_dim)
+    timer = functools.partial(_seconds, device, dtype, head_dim=head_dim)
     if device.type == "cuda":
         return _gpu_costs(timer, head_dim, _pinned_bandwidth(device))
     return _cpu_costs(timer, head_dim, _bandwidth(device))
@@ -107,9 +107,10 @@ def _descending(factors: Sequence[float]) -> list[float]:
 def _seconds(
     device: torch.device,
     dtype: torch.dtype,
-    head_dim: int,
     tokens: tuple[int, int],
     tile: tuple[int, int],
+    *,
+    head_dim: int,
 ) -> float:
     """Least time of a forward pass in tiles."""
     spec = AttentionSpec(1, 1, 1, head_dim, head_dim, dtype, (Visibility.of(*tokens),))

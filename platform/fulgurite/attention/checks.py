@@ -15,7 +15,19 @@ from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["check_beside", "check_integer", "check_number", "host_tensors", "kernel_device"]
+__all__ = [
+    "GRADIENTS", "INPUTS", "RESULTS", "SAVED", "check_beside", "check_integer", "check_number",
+    "host_tensors", "kernel_device", "name_tensors",
+]  # fmt: skip
+
+#: Names of the tensors of a call.
+INPUTS = ("query", "key", "value")
+#: Names of what it gives.
+RESULTS = ("out", "lse")
+#: Names of what its gradients are computed from.
+SAVED = ("grad", *INPUTS, *RESULTS)
+#: Names of its gradients.
+GRADIENTS = ("dquery", "dkey", "dvalue")
 
 
 def check_integer(name: str, value: object) -> int:
@@ -44,6 +56,28 @@ def check_number(name: str, value: object) -> float:
             "Give a float; multiply query by a scale that is learned.",
         )
     return float(value)
+
+
+def name_tensors(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name.
+
+    Args:
+        names: Their names.
+        tensors: In the order of the names.
+
+    Raises:
+        DataError: There are more or fewer tensors than names.
+
+    Example:
+        >>> list(name_tensors(RESULTS, torch.zeros(2, 3)))
+        ['out', 'lse']
+    """
+    if len(tensors) != len(names):
+        raise DataError(
+            f"{len(tensors)} tensors were given for {', '.join(names)}.",
+            "Give them all, in this order.",
+        )
+    return dict(zip(names, tensors, strict=True))
 
 
 def host_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

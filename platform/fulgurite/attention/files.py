@@ -5,30 +5,49 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulgurite.attention.budget import Budget, parse_budget
-from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
+from fulgurite.attention.budget import parse_budget
+from fulgurite.attention.call_options import Scoring, StreamOptions
+from fulgurite.attention.calls import spec_of
+from fulgurite.attention.checks import (
+    GRADIENTS,
+    INPUTS,
+    RESULTS,
+    SAVED,
+    check_beside,
+    host_tensors,
+    kernel_device,
+    name_tensors,
+)
+from fulgurite.attention.engine import ranks_share
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import plan_facts
-from fulgurite.attention.functional import ranks_share, refuse_not_finite, spec_of
 from fulgurite.attention.inputs import AttentionInputs, GradientInputs
-from fulgurite.attention.journal import Journal, read_header
+from fulgurite.attention.journal import Journal, JournaledRun, read_header
 from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.keywords import (
+    FileKeywords,
+    GradientFileKeywords,
+    check_keywords,
+    make_record,
+)
 from fulgurite.attention.mapped import check_targets
-from fulgurite.attention.masks import Masking, MaskOptions
+from fulgurite.attention.masks import Masking
 from fulgurite.attention.merging import merge_
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.progress import bar
-from fulgurite.attention.request import PlanRequest, Schedule, check_schedule
+from fulgurite.attention.request import PlanRequest
+from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.steps import Slices, column_count, row_count
+from fulgurite.attention.tensor_checks import refuse_not_finite
 from fulgurite.attention.units import Unit, clear_, commit_, gradient_units, units
 from fulgurite.errors import ConfigError, DataError
 
@@ -37,24 +56,12 @@ __all__ = ["attend_files", "attend_files_backward"]
 
 @torch.no_grad()
 def attend_files(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    inputs: Sequence[Tensor],
+    results: Sequence[Tensor],
     *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    memory_budget: Budget = "auto",
-    schedule: Schedule = "auto",
-    softcap: float | None = None,
-    device: torch.device | str | None = None,
-    kernel: str | None = None,
     journal: str | Path | None = None,
-    distributed: bool = False,
-    check_finite: bool = False,
     progress: bool = True,
-    **masks: Unpack[MaskOptions],
+    **options: Unpack[FileKeywords],
 ) -> ExecutionPlan:
     """Attention of host tensors, memory-mapped or not, into others, within a budget.
 
@@ -64,26 +71,28 @@ def attend_files(
     graph for gradients is made.
 
     Args:
-        query: Shape: (B, H, M, D), or with fewer or more axes before the tokens, as the rest.
-        key: Shape: (B, G, N, D).
-        value: Shape: (B, G, N, D).
-        out: Result, overwritten; float32 (float64) for ``schedule="cqs"``. Shape: (B, H, M, D).
-        lse: Log-sum-exp, float32 (float64 for float64), overwritten. Shape: (B, H, M).
-        scale: Scale of the scores, as for :func:`~fulgurite.attention.stream_attention`.
-        enable_gqa: Allow fewer key/value heads.
-        memory_budget: Most that is held at once. A journal keeps what ``"auto"`` found at first.
-        schedule: The way to cut.
-        softcap: Cap of the scores.
-        device: Where kernels run; the CPU by default.
-        kernel: On a GPU, which kernel to try first.
+        inputs: Query (B, H, M, D), key and value (B, G, N, D), or all with fewer or more axes
+            before the tokens, as the results.
+        results: The result (B, H, M, D) and its log-sum-exp (B, H, M), overwritten. The first is
+            float32 (float64 for float64) with ``schedule="cqs"``, the second always.
         journal: Folder of the journal; made if it is not there. The results must lie in files then
             (see :func:`~fulgurite.attention.memory_mapped`), and one process at a time uses it.
+        progress: Show a bar with rows, tokens per second and the time left.
+        options: Any of the keywords below, and ``is_causal`` and the other masks that are
+            intervals; see :class:`~fulgurite.attention.masks.Masking`.
+
+    Keyword Args:
+        scale: Scale of the scores, as for :func:`~fulgurite.attention.stream_attention`.
+        enable_gqa: Allow fewer key/value heads.
+        softcap: Cap of the scores.
+        memory_budget: Most that is held at once, ``"auto"`` by default. A journal keeps what that
+            came to at first.
+        schedule: The way to cut.
+        check_finite: Refuse NaN and infinities, by name, before they spread.
+        device: Where kernels run; the CPU by default.
+        kernel: On a GPU, which kernel to try first.
         distributed: Deal the rows out to the ranks of torch.distributed, which map the same files
             and keep a journal each. All wait for the last.
-        check_finite: Refuse NaN and infinities, by name, before they spread.
-        progress: Show a bar with rows, tokens per second and the time left.
-        masks: ``is_causal`` and the other masks that are intervals; see
-            :class:`~fulgurite.attention.masks.Masking`.
 
     Returns:
         The plan that was run.
@@ -97,76 +106,54 @@ def attend_files(
 
     Source: card sections 1.8, 3 and 6.8; the journal: inferred.
     """
-    check_schedule(schedule)
-    compute_device, shard = kernel_device(device), ranks_share(distributed)
-    inputs = host_tensors({"query": query, "key": key, "value": value})
-    targets = host_tensors({"out": out, "lse": lse})
-    query, key, value, out, lse = *inputs.values(), *targets.values()
-    spec = spec_of(
-        query, key, value, Masking(**masks), enable_gqa=enable_gqa, scale=scale, softcap=softcap
-    )
-    if shard != (0, 1) and schedule == "cqs":
+    check_keywords("attend_files", options, FileKeywords)
+    run = _FileRun.of(options, journal, progress=progress)
+    tensors = host_tensors(name_tensors(INPUTS, inputs))
+    targets = host_tensors(name_tensors(RESULTS, results))
+    spec, schedule = run.spec(tensors), run.stream.schedule
+    if run.is_shared and schedule == "cqs":
         raise ConfigError(
             "Ranks would merge their results of schedule='cqs' into the same rows of the files.",
             'Give schedule="rect", whose rows are apart.',
         )
-    wide = accumulator_dtype(query.dtype)
-    size = (*query.shape[:-1], spec.value_dim)
-    check_beside("out", out, size, wide if schedule == "cqs" else None)
-    check_beside("lse", lse, query.shape[:-1], wide)
-    ranges = check_targets(targets, inputs, in_files=journal is not None)
-    if schedule == "auto" and (out.dtype != wide or shard != (0, 1)):
+    wide, rows = accumulator_dtype(spec.dtype), tensors["query"].shape[:-1]
+    size = *rows, spec.value_dim
+    check_beside("out", targets["out"], size, wide if schedule == "cqs" else None)
+    check_beside("lse", targets["lse"], rows, wide)
+    if schedule == "auto" and (targets["out"].dtype != wide or run.is_shared):
         schedule = "rect"  # cqs would sum in the result
-    folder = _folder(journal, shard)
-    request = PlanRequest.from_host(spec.dtype, on_gpu=compute_device.type != "cpu", kernel=kernel)
-    budget_bytes = _budget(memory_budget, compute_device, folder)
-    plan = make_plan(spec, replace(request, budget=budget_bytes, schedule=schedule, shard=shard))
+    ranges = check_targets(targets, tensors, in_files=journal is not None)
+    plan = run.plan(spec, PlanRequest(schedule=schedule))
     if spec.is_empty:
-        clear_(out, lse)
+        clear_(**targets)
         return plan
-    facts, budget = plan_facts(plan), {"asked": memory_budget, "bytes": plan.budget}
-    with Journal.opened(folder, facts, inputs, targets, ranges, budget, progress=progress) as log:
+    with run.journal(plan, JournaledRun(tensors, targets, ranges)) as log:
         if plan.merges:  # rows that no unit has written begin as attention over no keys
             for group in plan.groups():
                 for at in log.gaps(group.batch, group.heads, spec.queries):
-                    clear_(out[at], lse[at])
+                    clear_(targets["out"][at], targets["lse"][at])
         label = f"attention ({plan.schedule})"
         with bar(label, row_count(plan), done=len(log.done), show=progress) as advance:
-            tensors = AttentionInputs(query, key, value)
-            for unit in units(tensors, plan, device=compute_device, done=log.done):
-                if check_finite and not bool(unit.out.isfinite().all()):
-                    _refuse(inputs, unit.at)
+            for unit in units(AttentionInputs(**tensors), plan, device=run.device, done=log.done):
+                if run.stream.check_finite and not _are_finite((unit.out,)):
+                    _refuse(tensors, unit.at)
                 _commit(log, unit, plan)
                 advance(unit.out.shape[2])
                 del unit  # or it would take memory beside the next
-    if shard != (0, 1):
-        dist.barrier()
+    run.wait_for_ranks()
     return plan
 
 
 @torch.no_grad()
 def attend_files_backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
+    inputs: Sequence[Tensor],
+    results: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    memory_budget: Budget = "auto",
-    softcap: float | None = None,
-    device: torch.device | str | None = None,
-    kernel: str | None = None,
     journal: str | Path | None = None,
-    distributed: bool = False,
-    check_finite: bool = False,
     progress: bool = True,
-    **masks: Unpack[MaskOptions],
+    **options: Unpack[GradientFileKeywords],
 ) -> ExecutionPlan:
     """Gradients of :func:`attend_files`, from and into host tensors, memory-mapped or not.
 
@@ -175,25 +162,13 @@ def attend_files_backward(
 
     Args:
         grad: Gradient of the result. Shape: (B, H, M, D).
-        query: Shape: (B, H, M, D).
-        key: Shape: (B, G, N, D).
-        value: Shape: (B, G, N, D).
-        out: What :func:`attend_files` gave. Shape: (B, H, M, D).
-        lse: What it gave. Shape: (B, H, M).
-        dquery: Gradient, overwritten. Shape: (B, H, M, D).
-        dkey: Gradient, overwritten. Shape: (B, G, N, D).
-        dvalue: Gradient, overwritten. Shape: (B, G, N, D).
-        scale: Scale of the scores.
-        enable_gqa: Allow fewer key/value heads.
-        memory_budget: Most that is held at once.
-        softcap: Cap of the scores.
-        device: Where kernels run.
-        kernel: On a GPU, which kernel to try first.
+        inputs: Query (B, H, M, D), key and value (B, G, N, D) of the forward pass.
+        results: What :func:`attend_files` gave: out (B, H, M, D) and lse (B, H, M).
+        gradients: Gradients of query, key and value, overwritten. Shapes: as these.
         journal: Folder of the journal; another one than that of the forward pass.
-        distributed: Deal rows and columns out to the ranks.
-        check_finite: Refuse NaN and infinities.
         progress: Show a bar.
-        masks: As in the forward pass.
+        options: The keywords of :func:`attend_files`, with the masks of the forward pass; there is
+            no ``schedule``, and ``distributed`` deals out rows and columns.
 
     Returns:
         The plan that was run.
@@ -207,62 +182,124 @@ def attend_files_backward(
 
     Source: card section 1.7; the two passes: inferred.
     """
-    compute_device, shard = kernel_device(device), ranks_share(distributed)
-    inputs = host_tensors(
-        {"grad": grad, "query": query, "key": key, "value": value, "out": out, "lse": lse}
-    )
-    targets = host_tensors({"dquery": dquery, "dkey": dkey, "dvalue": dvalue})
-    grad, query, key, value, out, lse = inputs.values()
-    spec = spec_of(
-        query, key, value, Masking(**masks), enable_gqa=enable_gqa, scale=scale, softcap=softcap
-    )
+    check_keywords("attend_files_backward", options, GradientFileKeywords)
+    run = _FileRun.of(options, journal, progress=progress)
+    tensors = host_tensors(name_tensors(SAVED, (grad, *inputs, *results)))
+    targets = host_tensors(name_tensors(GRADIENTS, gradients))
+    spec, rows = run.spec(tensors), tensors["query"].shape[:-1]
     for name in ("grad", "out"):
-        check_beside(name, inputs[name], (*query.shape[:-1], spec.value_dim))
-    check_beside("lse", lse, query.shape[:-1], accumulator_dtype(query.dtype))
-    for (name, target), like in zip(targets.items(), (query, key, value), strict=True):
-        check_beside(name, target, like.shape)
-    ranges = check_targets(targets, inputs, in_files=journal is not None)
-    folder = _folder(journal, shard)
-    request = PlanRequest.from_host(spec.dtype, on_gpu=compute_device.type != "cpu", kernel=kernel)
-    request = replace(request, schedule="rect", forward=False, passes=2, shard=shard)
-    budget_bytes = _budget(memory_budget, compute_device, folder)
-    plan = make_plan(spec, replace(request, budget=budget_bytes))
+        check_beside(name, tensors[name], (*rows, spec.value_dim))
+    check_beside("lse", tensors["lse"], rows, accumulator_dtype(spec.dtype))
+    for name, target in targets.items():
+        check_beside(name, target, tensors[name.removeprefix("d")].shape)
+    ranges = check_targets(targets, tensors, in_files=journal is not None)
+    plan = run.plan(spec, PlanRequest(schedule="rect", forward=False, passes=2))
     if spec.is_empty:
         for target in targets.values():
             target.zero_()
         return plan
-    facts, budget = plan_facts(plan), {"asked": memory_budget, "bytes": plan.budget}
-    names = list(targets)
-    with Journal.opened(folder, facts, inputs, targets, ranges, budget, progress=progress) as log:
+    with run.journal(plan, JournaledRun(tensors, targets, ranges)) as log:
         total = row_count(plan) + column_count(plan)
         with bar("gradients", total, done=len(log.done), show=progress) as advance:
-            saved = GradientInputs(AttentionInputs(query, key, value), grad, out, lse)
-            for unit in gradient_units(saved, plan, device=compute_device, done=log.done):
-                if check_finite and not all(bool(x.isfinite().all()) for x in unit.grads):
-                    _refuse(inputs, unit.at)
-                rows = {names[i]: part for i, part in unit.by_result.items()}
-                log.overwrite(unit.number, unit.at, rows)
+            query, key, value = (tensors[name] for name in INPUTS)
+            saved = GradientInputs(
+                AttentionInputs(query, key, value), tensors["grad"], tensors["out"], tensors["lse"]
+            )
+            for unit in gradient_units(saved, plan, device=run.device, done=log.done):
+                if run.stream.check_finite and not _are_finite(unit.grads):
+                    _refuse(tensors, unit.at)
+                parts = {GRADIENTS[i]: part for i, part in unit.by_result.items()}
+                log.overwrite(unit.number, unit.at, parts)
                 advance(unit.grads[0].shape[2])
-                del unit, rows
-    if shard != (0, 1):
-        dist.barrier()
+                del unit, parts
+    run.wait_for_ranks()
     return plan
 
 
-def _folder(journal: str | Path | None, shard: tuple[int, int]) -> Path | None:
-    """Where this rank keeps its journal."""
-    if journal is None or shard == (0, 1):
-        return None if journal is None else Path(journal)
-    return Path(journal) / f"rank-{shard[0]}-of-{shard[1]}"
+@dataclass(frozen=True)
+class _FileRun:
+    """Options of a run over files.
+
+    Attributes:
+        masking: What is seen.
+        scoring: How scores are made.
+        stream: How it is computed.
+        folder: Where this rank keeps its journal; None for none.
+        progress: Whether bars are shown.
+    """
+
+    masking: Masking
+    scoring: Scoring
+    stream: StreamOptions
+    folder: Path | None
+    progress: bool
+
+    @classmethod
+    def of(
+        cls, options: Mapping[str, Any], journal: str | Path | None, *, progress: bool
+    ) -> _FileRun:
+        """Read the keywords of a call."""
+        stream = make_record(StreamOptions, {"memory_budget": "auto", **options})
+        folder = None if journal is None else Path(journal)
+        rank, ranks = ranks_share(stream.distributed)
+        if folder is not None and ranks > 1:
+            folder /= f"rank-{rank}-of-{ranks}"
+        masking, scoring = make_record(Masking, options), make_record(Scoring, options)
+        return cls(masking, scoring, stream, folder, progress)
+
+    @property
+    def device(self) -> torch.device:
+        """Where kernels run."""
+        return kernel_device(self.stream.device)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks compute it."""
+        return ranks_share(self.stream.distributed)[1] > 1
+
+    def spec(self, tensors: Mapping[str, Tensor]) -> AttentionSpec:
+        """Sizes and masking of query, key and value."""
+        query, key, value = (tensors[name] for name in INPUTS)
+        return spec_of(query, key, value, masking=self.masking, scoring=self.scoring)
+
+    def plan(self, spec: AttentionSpec, request: PlanRequest) -> ExecutionPlan:
+        """Plan what a request asks, for tensors on the host."""
+        host = PlanRequest.from_host(
+            spec.dtype, on_gpu=self.device.type != "cpu", kernel=self.stream.kernel
+        )
+        return make_plan(
+            spec,
+            replace(
+                host, schedule=request.schedule, forward=request.forward, passes=request.passes,
+                budget=self._budget(), shard=ranks_share(self.stream.distributed),
+            ),
+        )  # fmt: skip
+
+    def _budget(self) -> int | None:
+        """The budget in bytes; what depends on the machine's state is that of the journal's run."""
+        budget = self.stream.memory_budget
+        header = None
+        if self.folder is not None and not isinstance(budget, int):
+            header = read_header(self.folder)
+        if header is not None and header["budget"].get("asked") == budget:
+            size = header["budget"]["bytes"]
+            return None if size is None else int(size)
+        return parse_budget(budget, self.device)
+
+    def journal(self, plan: ExecutionPlan, run: JournaledRun) -> Any:
+        """Open the journal of a plan."""
+        budget = {"asked": self.stream.memory_budget, "bytes": plan.budget}
+        run = run._replace(plan=plan_facts(plan), budget=budget)
+        return Journal.opened(self.folder, run, progress=self.progress)
+
+    def wait_for_ranks(self) -> None:
+        """Wait until all ranks are done."""
+        if self.is_shared:
+            dist.barrier()
 
 
-def _budget(budget: Budget, device: torch.device, folder: Path | None) -> int | None:
-    """The budget in bytes; what depends on the machine's state is that of the journal's run."""
-    header = None if folder is None or isinstance(budget, int) else read_header(folder)
-    if header is not None and header["budget"].get("asked") == budget:
-        size = header["budget"]["bytes"]
-        return None if size is None else int(size)
-    return parse_budget(budget, device)
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _refuse(inputs: Mapping[str, Tensor], at: Slices) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.budget import Budget, parse_budget
+from fulgurite.attention.call_options import Scoring
+from fulgurite.attention.calls import spec_of
 from fulgurite.attention.checks import check_beside
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import digest_inputs, plan_facts
-from fulgurite.attention.functional import spec_of
 from fulgurite.attention.job_tasks import job_plan, job_tasks, token_blocks
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.locks import writing
@@ -99,11 +100,13 @@ class JobHeader:
         if earlier is not None and not isinstance(budget, int) and earlier["asked"] == budget:
             size = earlier["budget"]  # what is free may have changed since
         ahead, is_backward = device.type != "cpu", "grad" in inputs
-        plan = _plan(options, size, ahead, spec, is_backward)
+        plan = _plan(options, size, spec, ahead=ahead, is_backward=is_backward)
         header = cls(
-            options, spec.scale, size, ahead, plan_facts(plan),
-            sum(1 for _ in job_tasks(plan, is_backward)),
-            digest_inputs(inputs, blocks=input_blocks(plan, tuple(inputs)), progress=progress),
+            options=options, scale=spec.scale, budget=size, ahead=ahead, plan=plan_facts(plan),
+            tasks=sum(1 for _ in job_tasks(plan, is_backward)),
+            inputs=digest_inputs(
+                inputs, blocks=input_blocks(plan, tuple(inputs)), progress=progress
+            ),
         )  # fmt: skip
         if earlier is None:
             content = {**header._content(), "id": header.identity, "asked": budget}
@@ -129,14 +132,16 @@ class JobHeader:
             raise CheckpointError(
                 f"There is no job in {folder}.", "Give the folder of AttentionJob.create."
             )
-        names = ("options", "scale", "budget", "ahead", "plan", "tasks", "inputs")
-        header = cls(*(content[name] for name in names))
+        header = cls(**{field.name: content[field.name] for field in fields(cls)})
         tensors = {
             name: torch.empty(fact["shape"], dtype=getattr(torch, fact["dtype"]), device="meta")
             for name, fact in header.inputs.items()
         }
         spec = _spec(header.options, header.scale, tensors)
-        plan = _plan(header.options, header.budget, header.ahead, spec, header.is_backward)
+        plan = _plan(
+            header.options, header.budget, spec, ahead=header.ahead,
+            is_backward=header.is_backward,
+        )  # fmt: skip
         if plan_facts(plan) != header.plan:
             raise CheckpointError(
                 f"The job {folder} was made by another version, which cut it in another way.",
@@ -175,10 +180,8 @@ def _spec(
     if isinstance(masks["window"], list):  # as JSON has pairs
         masks["window"] = tuple(masks["window"])
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
-    return spec_of(
-        query, key, value, Masking(**masks), enable_gqa=options["enable_gqa"], scale=scale,
-        softcap=options["softcap"],
-    )  # fmt: skip
+    scoring = Scoring(scale=scale, enable_gqa=options["enable_gqa"], softcap=options["softcap"])
+    return spec_of(query, key, value, masking=Masking(**masks), scoring=scoring)
 
 
 def plain_masks(masking: Masking) -> dict[str, Any]:
@@ -212,8 +215,9 @@ def _plain(value: Any) -> Any:
 def _plan(
     options: Mapping[str, Any],
     budget: int | None,
-    ahead: bool,
     spec: AttentionSpec,
+    *,
+    ahead: bool,
     is_backward: bool,
 ) -> ExecutionPlan:
     return job_plan(

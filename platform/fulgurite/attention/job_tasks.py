@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.budget import format_bytes
+from fulgurite.attention.checks import GRADIENTS, RESULTS
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.inputs import AttentionInputs, GradientInputs
 from fulgurite.attention.kernels import accumulator_dtype
@@ -31,8 +32,6 @@ from fulgurite.attention.visibility import Visibility
 from fulgurite.errors import ConfigError
 
 __all__ = [
-    "GRADIENTS",
-    "RESULTS",
     "JobTask",
     "compute_task",
     "job_plan",
@@ -40,9 +39,6 @@ __all__ = [
     "overlapping_blocks",
     "token_blocks",
 ]
-
-RESULTS = ("out", "lse")
-GRADIENTS = ("dquery", "dkey", "dvalue")
 
 #: A result with where it belongs.
 Result = tuple[str, Slices, Tensor]

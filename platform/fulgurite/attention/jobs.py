@@ -9,31 +9,33 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from fulgurite.attention.budget import Budget
-from fulgurite.attention.checks import check_beside, host_tensors, kernel_device
+from fulgurite.attention.checks import (
+    GRADIENTS,
+    INPUTS,
+    RESULTS,
+    SAVED,
+    check_beside,
+    host_tensors,
+    kernel_device,
+    name_tensors,
+)
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.fingerprint import digest_blocks
 from fulgurite.attention.job_costs import explain_job
 from fulgurite.attention.job_header import BY_KEYS, JobHeader, input_blocks, plain_masks
 from fulgurite.attention.job_merge import merge_parts
-from fulgurite.attention.job_tasks import (
-    GRADIENTS,
-    RESULTS,
-    JobTask,
-    compute_task,
-    job_tasks,
-    overlapping_blocks,
-)
+from fulgurite.attention.job_tasks import JobTask, compute_task, job_tasks, overlapping_blocks
 from fulgurite.attention.kernels import accumulator_dtype
+from fulgurite.attention.keywords import JobKeywords, check_keywords, make_record
 from fulgurite.attention.leases import Leases
 from fulgurite.attention.locks import writing
 from fulgurite.attention.mapped import check_targets
-from fulgurite.attention.masks import Masking, MaskOptions
+from fulgurite.attention.masks import Masking
 from fulgurite.attention.parts import temporary_files, write_part
 from fulgurite.attention.progress import bar
 from fulgurite.errors import ConfigError, DataError
@@ -90,16 +92,8 @@ class AttentionJob:
         key: Tensor,
         value: Tensor,
         *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        memory_budget: Budget = "auto",
-        schedule: Literal["cqs", "rect"] = "cqs",
-        softcap: float | None = None,
-        least_tasks: int = 1,
-        device: torch.device | str | None = None,
-        kernel: str | None = None,
         progress: bool = True,
-        **masks: Unpack[MaskOptions],
+        **options: Unpack[JobKeywords],
     ) -> AttentionJob:
         """Write a job into a folder, or open it if the same is there.
 
@@ -112,107 +106,76 @@ class AttentionJob:
             query: Shape: (B, H, M, D), or with fewer or more axes before the heads.
             key: Shape: (B, G, N, D).
             value: Shape: (B, G, N, D).
+            progress: Show a bar while long inputs are read.
+            options: Any of the keywords below, and ``is_causal`` and the other masks that are
+                intervals, but for ``key_mask``; see
+                :class:`~fulgurite.attention.masks.Masking`.
+
+        Keyword Args:
             scale: Scale of the scores; this and the other options are those of
                 :func:`~fulgurite.attention.stream_attention`.
             enable_gqa: Allow fewer key/value heads.
-            memory_budget: Most that a task holds at once.
-            schedule: ``cqs`` (a task reads the chunks of a quorum) or ``rect`` (a task reads a
-                range of queries and all keys that they see).
             softcap: Cap of the scores.
+            memory_budget: Most that a task holds at once; ``"auto"`` by default.
+            schedule: ``cqs``, the default (a task reads the chunks of a quorum), or ``rect`` (a
+                task reads a range of queries and all keys that they see).
             least_tasks: Least number of tasks, that is of processes with something to do.
             device: Where kernels run.
             kernel: On a GPU, which kernel to try first.
-            progress: Show a bar while long inputs are read.
-            masks: ``is_causal`` and the other masks that are intervals, but for ``key_mask``; see
-                :class:`~fulgurite.attention.masks.Masking`.
 
         Raises:
             ConfigError: An option is not supported, or the budget is too small.
             DataError: Shapes or types do not fit.
             CheckpointError: The folder holds another job, or cannot be written.
         """
-        inputs = {"query": query, "key": key, "value": value}
-        options = {
-            "masks": plain_masks(Masking(**masks)), "enable_gqa": enable_gqa, "softcap": softcap,
-            "schedule": schedule, "least_tasks": least_tasks, "kernel": kernel,
-        }  # fmt: skip
-        return cls._create(folder, inputs, options, scale, memory_budget, device, progress)
+        return cls._create(folder, name_tensors(INPUTS, (query, key, value)), options, progress)
 
     @classmethod
     def create_backward(
         cls,
         folder: str | Path,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        memory_budget: Budget = "auto",
-        schedule: Literal["cqs", "rect"] = "cqs",
-        softcap: float | None = None,
-        least_tasks: int = 1,
-        device: torch.device | str | None = None,
-        kernel: str | None = None,
+        *inputs: Tensor,
         progress: bool = True,
-        **masks: Unpack[MaskOptions],
+        **options: Unpack[JobKeywords],
     ) -> AttentionJob:
         """Write a job that computes gradients, or open it if the same is there.
 
         Args:
             folder: Folder of the job; another one than that of the forward pass.
-            grad: Gradient of the result. Shape: (B, H, M, D).
-            query: Shape: (B, H, M, D).
-            key: Shape: (B, G, N, D).
-            value: Shape: (B, G, N, D).
-            out: The result over all keys. Shape: (B, H, M, D).
-            lse: Its log-sum-exp. Shape: (B, H, M).
-            scale: Scale of the scores; the other options are those of :meth:`create`.
-            enable_gqa: Allow fewer key/value heads.
-            memory_budget: Most that a task holds at once.
-            schedule: ``cqs`` (gradients of all inputs add up over tasks) or ``rect`` (a task
-                gives the whole gradients of some queries, or of some keys and values, and the
-                scores are computed twice).
-            softcap: Cap of the scores.
-            least_tasks: Least number of tasks.
-            device: Where kernels run.
-            kernel: On a GPU, which kernel to try first.
+            inputs: The gradient of the result (B, H, M, D); query, key and value; and the result
+                (B, H, M, D) and its log-sum-exp (B, H, M) over all keys.
             progress: Show a bar while long inputs are read.
-            masks: ``is_causal`` and the other masks that are intervals, but for ``key_mask``; see
-                :class:`~fulgurite.attention.masks.Masking`.
+            options: The keywords of :meth:`create`. With the schedule ``cqs`` the gradients of all
+                inputs add up over tasks; with ``rect`` a task gives the whole gradients of some
+                queries, or of some keys and values, and the scores are computed twice.
 
         Raises:
             ConfigError: An option is not supported, or the budget is too small.
             DataError: Shapes or types do not fit.
             CheckpointError: The folder holds another job, or cannot be written.
         """
-        inputs = {
-            "grad": grad, "query": query, "key": key, "value": value, "out": out, "lse": lse,
-        }  # fmt: skip
-        options = {
-            "masks": plain_masks(Masking(**masks)), "enable_gqa": enable_gqa, "softcap": softcap,
-            "schedule": schedule, "least_tasks": least_tasks, "kernel": kernel,
-        }  # fmt: skip
-        return cls._create(folder, inputs, options, scale, memory_budget, device, progress)
+        return cls._create(folder, name_tensors(SAVED, inputs), options, progress)
 
     @classmethod
     def _create(
         cls,
         folder: str | Path,
         inputs: dict[str, Tensor],
-        options: dict[str, Any],
-        scale: float | None,
-        budget: Budget,
-        device: torch.device | str | None,
+        options: JobKeywords,
         progress: bool,
     ) -> AttentionJob:
         """Write the header of a job of either pass, or open it."""
+        check_keywords("AttentionJob.create", options, JobKeywords)
+        facts = {
+            "masks": plain_masks(make_record(Masking, options)),
+            "enable_gqa": options.get("enable_gqa", False), "softcap": options.get("softcap"),
+            "schedule": options.get("schedule", "cqs"),
+            "least_tasks": options.get("least_tasks", 1), "kernel": options.get("kernel"),
+        }  # fmt: skip
         header, plan = JobHeader.create(
-            Path(folder), host_tensors(inputs), options, scale=scale, budget=budget,
-            device=kernel_device(device), progress=progress,
+            Path(folder), host_tensors(inputs), facts, scale=options.get("scale"),
+            budget=options.get("memory_budget", "auto"),
+            device=kernel_device(options.get("device")), progress=progress,
         )  # fmt: skip
         return cls(Path(folder), header, plan)
 
@@ -369,12 +332,7 @@ class AttentionJob:
             DataError: Shapes or types do not fit.
         """
         names = GRADIENTS if self.is_backward else RESULTS
-        if len(targets) != len(names):
-            raise DataError(
-                f"{len(targets)} tensors were given for the results {', '.join(names)}.",
-                "Give them all, in this order.",
-            )
-        results = host_tensors(dict(zip(names, targets, strict=True)))
+        results = host_tensors(name_tensors(names, targets))
         facts = self._header.inputs
         wide = accumulator_dtype(getattr(torch, facts["query"]["dtype"]))
         likes = {"dkey": "key", "dvalue": "value"}
@@ -401,12 +359,7 @@ class AttentionJob:
         Raises:
             DataError: The number, a size or a type of the inputs is not that of the job.
         """
-        if len(inputs) != len(self._names):
-            raise DataError(
-                f"{len(inputs)} tensors were given for {', '.join(self._names)}.",
-                "Give them all, in this order.",
-            )
-        tensors = host_tensors(dict(zip(self._names, inputs, strict=True)))
+        tensors = host_tensors(name_tensors(self._names, inputs))
         for name, tensor in tensors.items():
             fact = self._header.inputs[name]
             check_beside(name, tensor, fact["shape"], getattr(torch, fact["dtype"]))

@@ -28,7 +28,7 @@ from fulgurite.attention.steps import Slices
 from fulgurite.errors import CheckpointError
 from fulgurite.io import atomic_write
 
-__all__ = ["Journal", "read_header"]
+__all__ = ["Journal", "JournaledRun", "read_header"]
 
 _FORMAT = 2
 _FIELDS = struct.Struct("<qB6q16s16s")  # of an entry; see there
@@ -74,6 +74,24 @@ class _Entry(NamedTuple):
         return cls(number, mask, (batch, heads, tokens), digests)
 
 
+class JournaledRun(NamedTuple):
+    """What tells runs apart.
+
+    Attributes:
+        inputs: What is read, by name.
+        targets: The results, by name. Shape of each: (B, H, N, ...).
+        ranges: Where each result lies in a file.
+        plan: What the plan does, see :func:`~fulgurite.attention.fingerprint.plan_facts`.
+        budget: What was asked for and what it came to, which the header keeps.
+    """
+
+    inputs: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    ranges: Mapping[str, FileRange | None]
+    plan: Mapping[str, Any] = {}
+    budget: Mapping[str, Any] = {}
+
+
 class Journal:
     """Which units are in the results; on disk, if it has a folder.
 
@@ -107,11 +125,7 @@ class Journal:
     def opened(
         cls,
         folder: Path | None,
-        facts: Mapping[str, Any],
-        inputs: Mapping[str, Tensor],
-        targets: Mapping[str, Tensor],
-        ranges: Mapping[str, FileRange | None],
-        budget: Mapping[str, Any],
+        run: JournaledRun,
         *,
         progress: bool = False,
     ) -> Iterator[Journal]:
@@ -119,11 +133,7 @@ class Journal:
 
         Args:
             folder: Folder of the journal; None to keep none.
-            facts: What the plan does, see :func:`~fulgurite.attention.fingerprint.plan_facts`.
-            inputs: What is read, by name.
-            targets: The results, by name.
-            ranges: Where each result lies in a file.
-            budget: What was asked for and what it came to, which the header keeps.
+            run: What the journal is of.
             progress: Whether reading long inputs or results shows a bar.
 
         Raises:
@@ -131,7 +141,7 @@ class Journal:
                 process uses it, it is damaged, or it cannot be written.
         """
         if folder is None:
-            yield cls(targets)
+            yield cls(run.targets)
             return
         with writing(f"journal {folder}"):
             if folder.exists() and not folder.is_dir():
@@ -140,8 +150,9 @@ class Journal:
                 )
             folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder / "lock", f"journal {folder}"):
-            journal = cls(targets, folder, [x.path for x in ranges.values() if x is not None])
-            journal._begin(dict(facts), inputs, dict(budget), progress)
+            paths = [x.path for x in run.ranges.values() if x is not None]
+            journal = cls(run.targets, folder, paths)
+            journal._begin(run, progress)
             with writing(f"journal {folder}"):
                 # unbuffered: what a full disk refuses must not come later
                 journal._file = FileIO(folder / "done", "ab")
@@ -149,12 +160,10 @@ class Journal:
                 journal._recover(progress)
                 yield journal
 
-    def _begin(
-        self, facts: dict[str, Any], inputs: Mapping[str, Tensor], budget: dict[str, Any],
-        progress: bool,
-    ) -> None:  # fmt: skip
+    def _begin(self, run: JournaledRun, progress: bool) -> None:
         """Write the header, or compare it."""
         assert self.folder is not None
+        facts = dict(run.plan)
         header = read_header(self.folder)
         if header is not None and header["plan"] != facts:
             names = [name for name, fact in facts.items() if header["plan"].get(name) != fact]
@@ -162,9 +171,9 @@ class Journal:
                 f"The journal {self.folder} is of another plan ({', '.join(names)}).",
                 "Give the sizes, budget and options of that run, or another folder.",
             )
-        read = digest_inputs(inputs, progress=progress)
+        read = digest_inputs(run.inputs, progress=progress)
         if header is None:
-            header = {"format": _FORMAT, "plan": facts, "inputs": read, "budget": budget}
+            header = {"format": _FORMAT, "plan": facts, "inputs": read, "budget": dict(run.budget)}
             with writing(f"journal {self.folder}"), atomic_write(self.folder / "run.json") as path:
                 path.write_text(json.dumps(header, indent=1))
         elif header["inputs"] != read:

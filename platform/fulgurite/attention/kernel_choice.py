@@ -23,6 +23,7 @@ from fulgurite.attention.kernels import (
 from fulgurite.errors import ConfigError
 
 __all__ = [
+    "FLOATS",
     "KERNEL_NAMES",
     "CheckedKernels",
     "cuda_kernel",
@@ -34,7 +35,8 @@ __all__ = [
 #: What ``kernel`` may be.
 KERNEL_NAMES = ("flash", "cudnn", "efficient", "math")
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Types that attention does.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MATH_ALONE = TileKernelNames(("math",), ("math",))
 
 # From so many queries and keys on cuDNN is the faster kernel on GPUs of these generations; below
@@ -132,7 +134,7 @@ def kernel_for(
         >>> type(kernel_for(torch.device("cpu"), torch.bfloat16)).__name__
         'AtenCpuFlash'
     """
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise ConfigError(
             f"Attention does not do {dtype}.", "Use float64, float32, bfloat16 or float16."
         )

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fulgurite.attention.visibility import EntryMasks, Visibility, Window
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
-    "Documents", "MaskOptions", "Masking", "Offset", "as_intervals", "causal_offset",
+    "Documents", "Masking", "Offset", "as_intervals", "causal_offset",
     "hides_only", "merge_visible", "row_intervals", "starts_of_ids",
 ]  # fmt: skip
 
@@ -35,20 +35,6 @@ Documents = Sequence[int] | Sequence[Sequence[int]] | Tensor
 Offset = int | Literal["bottom_right"] | None
 
 _AT_ONCE = 2**18  # numbers of a mask that are looked through at once
-
-
-class MaskOptions(TypedDict, total=False):
-    """The arguments of :class:`Masking`."""
-
-    is_causal: bool
-    window: Window | None
-    prefix: int | Sequence[int]
-    documents: Documents | None
-    chunk: int | None
-    query_offset: Offset
-    lengths: Sequence[int] | Tensor | None
-    starts: Sequence[int] | Tensor | None
-    key_mask: Tensor | None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from fulgurite.strategies.federated import FederatedStrategy
-from fulgurite.strategies.stream_cqsa import StreamCQSADDPStrategy, StreamCQSAStrategy
+from fulgurite.strategies.stream_cqsa import (
+    OffloadOptions,
+    StreamCQSADDPStrategy,
+    StreamCQSAStrategy,
+)
 
-__all__ = ["FederatedStrategy", "StreamCQSADDPStrategy", "StreamCQSAStrategy"]
+__all__ = ["FederatedStrategy", "OffloadOptions", "StreamCQSADDPStrategy", "StreamCQSAStrategy"]
 
 StrategyRegistry.register(
     "federated",

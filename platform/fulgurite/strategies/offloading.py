@@ -121,7 +121,7 @@ def _in_file(tensor: Tensor, folder: str | Path) -> Tensor:
     except OSError as error:
         raise ConfigError(
             f"Activations of {tensor.nbytes} bytes cannot be kept in {folder} ({error.strerror}).",
-            "Free space there, or give another folder or offload_activations=host.",
+            "Free space there, or give another offload.folder, or offload.activations=host.",
         ) from error
     mapped = mapped.view(tensor.shape)
     mapped.copy_(tensor)

@@ -11,8 +11,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
-from fulgurite.attention.budget import parse_budget
+from fulgurite.attention.budget import Budget, parse_budget
 from fulgurite.attention.kernel_choice import kernel_for
 from fulgurite.attention.request import Schedule, check_schedule
 from fulgurite.errors import ConfigError
+from fulgurite.options import check_options
 from fulgurite.strategies.attention_census import take_census
 from fulgurite.strategies.offloading import saved_in_files, saved_on_host
 from fulgurite.strategies.transformers_attention import TransformersAttention, unreachable_models
@@ -33,57 +34,72 @@ from fulgurite.strategies.transformers_attention import TransformersAttention, u
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
+__all__ = ["OffloadOptions", "StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
 
 _NAME = "stream_cqsa"
 
-Offload = Literal["none", "host", "disk"]
 Kernel = Literal["flash", "cudnn", "efficient", "math"]
+
+
+@dataclass(frozen=True)
+class OffloadOptions:
+    """Where what is saved for backward waits.
+
+    Args:
+        activations: ``none`` (on the device), ``host`` ((pinned) host memory) or ``disk`` (files,
+            for a CPU or a small host).
+        folder: Where the files are; the Trainer's ``default_root_dir`` by default.
+
+    Raises:
+        ConfigError: There is no such place.
+    """
+
+    activations: Literal["none", "host", "disk"] = "none"
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, "trainer.strategy.init_args.offload")
+
+
+@dataclass(frozen=True)
+class _StreamingOptions:
+    """Options that both strategies have; see :class:`StreamCQSAStrategy`."""
+
+    memory_budget: Budget
+    schedule: Schedule
+    intercept_sdpa: bool
+    offload: OffloadOptions
+    check_finite: bool
+    kernel: Kernel | None
+    strict: bool
+
+    def __post_init__(self) -> None:
+        budget = self.memory_budget
+        if isinstance(budget, str) and budget.replace(".", "", 1).isdigit():
+            # the command line gives a number as text where text is allowed
+            budget = float(budget) if "." in budget else int(budget)
+            object.__setattr__(self, "memory_budget", budget)  # the record is frozen
+        parse_budget(budget, torch.device("cpu"))
+        check_schedule(self.schedule)
+        kernel_for(torch.device("cpu"), torch.float32, prefer=self.kernel)
 
 
 class _StreamsAttention(Strategy):
     """Puts a backend in place of a model's attention while a run lasts."""
 
     backend: Streamed
-    intercept_sdpa: bool
-    offload_activations: Offload
-    offload_folder: Path | None
-    strict: bool
+    options: _StreamingOptions
     _undo: list[Callable[[], None]]
     _is_counted: bool
 
-    def _prepare(
-        self,
-        memory_budget: int | float | str | None,
-        schedule: Schedule,
-        intercept_sdpa: bool,
-        offload_activations: Offload,
-        offload_folder: str | Path | None,
-        check_finite: bool,
-        kernel: Kernel | None,
-        strict: bool,
-        distributed: bool,
-    ) -> None:
-        """Keep the options.
-
-        Raises:
-            ConfigError: The budget cannot be read, or there is no such schedule or kernel.
-        """
-        if isinstance(memory_budget, str) and memory_budget.replace(".", "", 1).isdigit():
-            # the command line gives a number as text where text is allowed
-            memory_budget = float(memory_budget) if "." in memory_budget else int(memory_budget)
-        parse_budget(memory_budget, torch.device("cpu"))
-        check_schedule(schedule)
-        if offload_activations not in get_args(Offload):
-            raise ConfigError(
-                f"There is no offload_activations={offload_activations!r}.",
-                f"Use one of {', '.join(get_args(Offload))}.",
-            )
-        kernel_for(torch.device("cpu"), torch.float32, prefer=kernel)
-        self.backend = Streamed(memory_budget, schedule, distributed, check_finite, kernel)
-        self.intercept_sdpa, self.offload_activations = intercept_sdpa, offload_activations
-        self.offload_folder = None if offload_folder is None else Path(offload_folder)
-        self.strict, self._undo, self._is_counted = strict, [], False
+    def _prepare(self, options: _StreamingOptions, *, distributed: bool) -> None:
+        """Keep the options."""
+        self.options = options
+        self.backend = Streamed(
+            options.memory_budget, options.schedule, distributed=distributed,
+            check_finite=options.check_finite, kernel=options.kernel,
+        )  # fmt: skip
+        self._undo, self._is_counted = [], False
 
     def setup(self, trainer: Trainer) -> None:
         """Put the backend in place, after the model has moved."""
@@ -103,7 +119,7 @@ class _StreamsAttention(Strategy):
         if "transformers" in sys.modules:  # else no part of the model is from there
             self._undo += TransformersAttention(self.backend, _NAME).install(model)
         unreachable = unreachable_models(model)
-        if self.intercept_sdpa or unreachable:  # some of these call PyTorch's function
+        if self.options.intercept_sdpa or unreachable:  # some of these call PyTorch's function
             context = ExitStack()
             context.enter_context(streamed_sdpa(self.backend))
             self._undo.append(context.close)
@@ -136,12 +152,13 @@ class _StreamsAttention(Strategy):
         return self._watch_step(super().predict_step, *args, **kwargs)
 
     def _offloading(self) -> AbstractContextManager[Any]:
-        if self.offload_activations == "none":
+        offload = self.options.offload
+        if offload.activations == "none":
             return nullcontext()
         assert self.lightning_module is not None
-        if self.offload_activations == "host":
+        if offload.activations == "host":
             return saved_on_host(self.lightning_module.parameters())
-        folder = self.offload_folder or self.lightning_module.trainer.default_root_dir
+        folder = offload.folder or self.lightning_module.trainer.default_root_dir
         return saved_in_files(folder, self.lightning_module.parameters())
 
     def _watch_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +172,7 @@ class _StreamsAttention(Strategy):
         """
         before = self.backend.calls
         assert self.lightning_module is not None
-        if self._is_counted and not self.strict:
+        if self._is_counted and not self.options.strict:
             result = step(*args, **kwargs)
         else:
             with take_census(self.lightning_module, self.backend) as census:
@@ -197,7 +214,7 @@ class _StreamsAttention(Strategy):
             "Set --trainer.strategy.init_args.intercept_sdpa=true if they call "
             "torch.nn.functional.scaled_dot_product_attention, or give them an `attention_backend`."
         )
-        if self.strict:
+        if self.options.strict:
             raise ConfigError(text, fix)
         rank_zero_warn(f"{text} {fix}")
 
@@ -222,15 +239,10 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         intercept_sdpa: Also replace PyTorch's own function while the run lasts, for models that
             know none of the protocols. Names bound by ``from torch.nn.functional import …``
             before cannot be reached.
-        offload_activations: Where what is saved for backward waits: ``none`` (on the device),
-            ``host`` ((pinned) host memory) or ``disk`` (files, for a CPU or a small host).
-        offload_folder: Where the files are; the Trainer's ``default_root_dir`` by default.
+        offload: Where what is saved for backward waits.
         check_finite: Refuse queries, keys and values that are NaN or infinite, naming the first.
         kernel: ``math`` for matrix products; on a GPU also which kernel is tried first.
         strict: Refuse models whose attention is only partly streamed, instead of warning.
-        accelerator: Set by the Trainer.
-        checkpoint_io: Set by the Trainer.
-        precision_plugin: Set by the Trainer.
 
     Raises:
         ConfigError: The budget cannot be read, several devices are asked for, or nothing of the
@@ -243,23 +255,19 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
         self,
         memory_budget: int | float | str | None = "auto",
         schedule: Schedule = "auto",
+        *,
         intercept_sdpa: bool = False,
-        offload_activations: Offload = "none",
-        offload_folder: str | None = None,
+        offload: OffloadOptions = OffloadOptions(),
         check_finite: bool = False,
         kernel: Kernel | None = None,
         strict: bool = False,
-        accelerator: Any = None,
-        checkpoint_io: Any = None,
-        precision_plugin: Any = None,
     ) -> None:
-        super().__init__(
-            accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin
-        )
-        self._prepare(
-            memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
-            check_finite, kernel, strict, distributed=False,
+        super().__init__()  # the Trainer sets accelerator, precision and checkpoints itself
+        options = _StreamingOptions(
+            memory_budget, schedule, intercept_sdpa=intercept_sdpa, offload=offload,
+            check_finite=check_finite, kernel=kernel, strict=strict,
         )  # fmt: skip
+        self._prepare(options, distributed=False)
         self._devices: list[torch.device] = []
 
     @property
@@ -292,8 +300,7 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         memory_budget: See :class:`StreamCQSAStrategy`; of each device. The smallest counts.
         schedule: ``auto``, ``rect`` or ``cqs``.
         intercept_sdpa: See :class:`StreamCQSAStrategy`.
-        offload_activations: See :class:`StreamCQSAStrategy`.
-        offload_folder: See :class:`StreamCQSAStrategy`.
+        offload: See :class:`StreamCQSAStrategy`.
         check_finite: See :class:`StreamCQSAStrategy`.
         kernel: See :class:`StreamCQSAStrategy`.
         strict: See :class:`StreamCQSAStrategy`.
@@ -311,19 +318,20 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         self,
         memory_budget: int | float | str | None = "auto",
         schedule: Schedule = "auto",
+        *,
         intercept_sdpa: bool = False,
-        offload_activations: Offload = "none",
-        offload_folder: str | None = None,
+        offload: OffloadOptions = OffloadOptions(),
         check_finite: bool = False,
         kernel: Kernel | None = None,
         strict: bool = False,
         process_group_backend: str | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend)
-        self._prepare(
-            memory_budget, schedule, intercept_sdpa, offload_activations, offload_folder,
-            check_finite, kernel, strict, distributed=True,
+        options = _StreamingOptions(
+            memory_budget, schedule, intercept_sdpa=intercept_sdpa, offload=offload,
+            check_finite=check_finite, kernel=kernel, strict=strict,
         )  # fmt: skip
+        self._prepare(options, distributed=True)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -362,7 +370,7 @@ def streamed_sdpa(backend: Streamed) -> Iterator[None]:
     """
     original = F.scaled_dot_product_attention
 
-    def streamed(
+    def streamed(  # noqa: PLR0917 (PyTorch's order)
         query: Tensor,
         key: Tensor,
         value: Tensor,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.biases import DenseBias, SelectedKeys, TileBias
+from fulgurite.attention.calls import AttentionCall
+from fulgurite.attention.keywords import make_record
 from fulgurite.errors import ConfigError, MissingExtraError
-from fulgurite.strategies.transformers_masks import StreamMask, make_mask
+from fulgurite.strategies.stream_mask import StreamMask
+from fulgurite.strategies.transformers_masks import MaskRequest, make_mask
 
-__all__ = ["TransformersAttention", "attention_owners", "unreachable_models"]
+__all__ = ["ModelOptions", "TransformersAttention", "attention_owners", "unreachable_models"]
 
 # What models hand on to every attention implementation and what PyTorch's leaves aside with
 # reason: facts of the call that are in the mask, in query and key, or in the model's output.
@@ -94,28 +98,16 @@ class TransformersAttention:
                 before decides what the model's own code expects.
         """
         is_additive = self._previous.get(id(options.get("config"))) == "eager"
-        return make_mask(**options, is_additive=is_additive)
+        return make_mask(MaskRequest.of(options, is_additive=is_additive))
 
-    def attend(
+    def attend(  # noqa: PLR0917 (transformers' order)
         self,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        sinks: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        indices: Tensor | None = None,
-        block_indices: Tensor | None = None,
-        **others: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Attention as transformers asks for it.
 
@@ -126,23 +118,7 @@ class TransformersAttention:
             value: Shape: (B, G, N, E).
             attention_mask: A :class:`StreamMask`, or a mask that the model's own code or the user
                 made: boolean, or added to the scores.
-            dropout: Must be 0.
-            scaling: Scale of the scores.
-            is_causal: Without a mask, whether queries see earlier keys only; as the module says by
-                default.
-            sliding_window: Without a mask, how many keys queries see: before them if causal, else
-                on both sides. A mask has the window in it.
-            softcap: Cap of the scores.
-            s_aux: Sinks. Shape: (H,), (B, H), (B, H, M) or (B, H, M, 1).
-            sinks: Another name of them.
-            position_bias: Added to the scores. Shape: (B or 1, H, M, N).
-            cu_seq_lens_q: Without a mask, where packed sequences begin and end. Shape: (S + 1,).
-            cu_seq_lens_k: The same boundaries for the keys.
-            indices: With a mask, the keys that each query sees of those that the mask lets it
-                see. Shape: (B, M, K).
-            block_indices: With a mask, the same of blocks of as many keys as the module's indexer
-                says, for each of I groups of heads. Shape: (B, I, M, K).
-            others: Nothing that changes attention.
+            options: See :class:`ModelOptions`.
 
         Returns:
             Shape: (B, M, H, E); and None in the place of the weights.
@@ -150,90 +126,171 @@ class TransformersAttention:
         Raises:
             ConfigError: The model uses a feature that streamed attention does not support.
         """
-        _refuse(module, dropout, others)
-        if s_aux is not None and sinks is not None:
+        model_options = ModelOptions.of(module, options)
+        if isinstance(attention_mask, StreamMask):
+            call = _masked_call((query, key, value), attention_mask, module, model_options)
+            out = self.backend.attend(call)
+        else:
+            model_options.refuse_indices(module)
+            mask = model_options.combine_masks(attention_mask, query.dtype)
+            out = self.backend(
+                query, key, value, mask, scale=model_options.scaling, softcap=model_options.softcap,
+                sinks=model_options.all_sinks,
+                **(model_options.masks(module, query, key) if attention_mask is None else {}),
+            )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a model of transformers asks of its attention, beside tensors and a mask.
+
+    Args:
+        scaling: Scale of the scores.
+        is_causal: Without a mask, whether queries see earlier keys only; as the module says by
+            default.
+        sliding_window: Without a mask, how many keys queries see: before them if causal, else on
+            both sides. A mask has the window in it.
+        softcap: Cap of the scores.
+        s_aux: Sinks. Shape: (H,), (B, H), (B, H, M) or (B, H, M, 1).
+        sinks: Another name of them.
+        position_bias: Added to the scores. Shape: (B or 1, H, M, N).
+        cu_seq_lens_q: Without a mask, where packed sequences begin and end. Shape: (S + 1,).
+        cu_seq_lens_k: The same boundaries for the keys.
+        indices: With a mask, the keys that each query sees of those that the mask lets it see.
+            Shape: (B, M, K).
+        block_indices: With a mask, the same of blocks of as many keys as the module's indexer
+            says, for each of I groups of heads. Shape: (B, I, M, K).
+    """
+
+    scaling: float | None = None
+    is_causal: bool | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    s_aux: Tensor | None = None
+    sinks: Tensor | None = None
+    position_bias: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+    indices: Tensor | None = None
+    block_indices: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, options: Mapping[str, Any]) -> ModelOptions:
+        """Read the options of a call.
+
+        Args:
+            module: Whose attention it is.
+            options: As transformers hands them on; ``dropout`` must be 0.
+
+        Raises:
+            ConfigError: The model uses a feature that streamed attention does not support.
+        """
+        names = {field.name for field in fields(cls)}
+        _refuse(module, {name: x for name, x in options.items() if name not in names})
+        record = make_record(cls, options)
+        if record.s_aux is not None and record.sinks is not None:
             raise ConfigError(
                 f"{type(module).__name__} gives its attention both s_aux and sinks.",
                 "Use --trainer.strategy=auto.",
             )
-        sinks = s_aux if sinks is None else sinks
-        if sinks is not None and sinks.ndim == 4:  # (B, H, M, 1)
-            sinks = sinks.squeeze(-1)
-        options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks}
-        if isinstance(attention_mask, StreamMask):
-            biases = _select_keys(module, query.shape[1], indices, block_indices)
-            out = self._attend_masked(
-                query, key, value, attention_mask, position_bias, biases, options
-            )
-            return out.transpose(1, 2).contiguous(), None
-        if indices is not None or block_indices is not None:
+        return record
+
+    def refuse_indices(self, module: nn.Module) -> None:
+        """Refuse keys that are chosen where no mask of ours says what is seen.
+
+        Raises:
+            ConfigError: The module chooses keys.
+        """
+        if self.indices is not None or self.block_indices is not None:
             raise ConfigError(
                 f"{type(module).__name__} chooses keys (indices) without a mask of its own.",
                 "Use --trainer.strategy=auto.",
             )
-        if attention_mask is None:
-            if is_causal is None:
-                is_causal = bool(getattr(module, "is_causal", True))
-            options["is_causal"] = is_causal = is_causal and query.shape[2] > 1
-            if sliding_window is not None:
-                options["window"] = _window(sliding_window, is_causal)
-                options["query_offset"] = "bottom_right"
-            if cu_seq_lens_q is not None:
-                options["documents"] = _starts(module, cu_seq_lens_q, cu_seq_lens_k, query, key)
-            mask = position_bias
-        elif position_bias is None:
-            mask = attention_mask
-        elif attention_mask.dtype == torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            mask = torch.where(attention_mask, position_bias, lowest)
-        else:
-            mask = position_bias + attention_mask
-        out = self.backend(query, key, value, mask, **options)
-        return out.transpose(1, 2).contiguous(), None
 
-    def _attend_masked(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: StreamMask,
-        position_bias: Tensor | None,
-        biases: tuple[TileBias, ...],
-        options: dict[str, Any],
-    ) -> Tensor:
-        source = mask.source
-        if source.visible[0].keys > key.shape[2]:
-            source = source.cropped(key.shape[2])
-        sizes = source.visible[0]
-        if (sizes.queries, sizes.keys) != (query.shape[2], key.shape[2]):
-            raise ConfigError(
-                f"The model gives {query.shape[2]} queries and {key.shape[2]} keys the mask of "
-                f"{sizes.queries} queries and {sizes.keys} keys.",
-                "Use --trainer.strategy=auto.",
-            )
-        batch = max(len(query), len(key), source.batch)
-        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-        biases, bias = (*biases, *source.biases), None
-        if position_bias is not None:
-            biases = (DenseBias(position_bias), *biases)
-            bias = position_bias if position_bias.requires_grad else None
-        return self.backend.attend(
-            query, key, value, source.visible, biases=biases, bias=bias, **options
+    @property
+    def all_sinks(self) -> Tensor | None:
+        """Sinks by whatever name. Shape: (H,), (B, H) or (B, H, M)."""
+        sinks = self.s_aux if self.sinks is None else self.sinks
+        return sinks.squeeze(-1) if sinks is not None and sinks.ndim == 4 else sinks
+
+    def combine_masks(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What hides keys or is added to scores, from a mask and the bias of positions.
+
+        Args:
+            mask: Boolean, or added to the scores.
+            dtype: Type of the scores.
+        """
+        if mask is None:
+            return self.position_bias
+        if self.position_bias is None:
+            return mask
+        if mask.dtype == torch.bool:
+            return torch.where(mask, self.position_bias, torch.finfo(dtype).min)
+        return self.position_bias + mask
+
+    def masks(self, module: nn.Module, query: Tensor, key: Tensor) -> dict[str, Any]:
+        """Masks of a call that has none of its own, as streamed attention takes them.
+
+        Raises:
+            ConfigError: The module packs sequences in another way.
+        """
+        is_causal = self.is_causal
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
+        masks: dict[str, Any] = {"is_causal": is_causal and query.shape[2] > 1}
+        if self.sliding_window is not None:
+            masks["window"] = _window(self.sliding_window, masks["is_causal"])
+            masks["query_offset"] = "bottom_right"
+        if self.cu_seq_lens_q is not None:
+            ends = self.cu_seq_lens_q, self.cu_seq_lens_k
+            masks["documents"] = _starts(module, ends, query.shape[2], key.shape[2])
+        return masks
+
+
+def _masked_call(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: StreamMask, module: nn.Module,
+    options: ModelOptions,
+) -> AttentionCall:  # fmt: skip
+    """The call of query, key and value under a mask that says what is seen.
+
+    Raises:
+        ConfigError: The mask is of other sizes, or the module does not state how it chooses keys.
+    """
+    query, key, value = tensors
+    source = mask.source
+    if source.visible[0].keys > key.shape[2]:
+        source = source.cropped(key.shape[2])
+    sizes = source.visible[0]
+    if (sizes.queries, sizes.keys) != (query.shape[2], key.shape[2]):
+        raise ConfigError(
+            f"The model gives {query.shape[2]} queries and {key.shape[2]} keys the mask of "
+            f"{sizes.queries} queries and {sizes.keys} keys.",
+            "Use --trainer.strategy=auto.",
         )
+    batch = max(len(query), len(key), source.batch)
+    query, key, value = (x.expand(batch, -1, -1, -1) for x in tensors)
+    biases = (*_select_keys(module, query.shape[1], options), *source.biases)
+    bias = None
+    if options.position_bias is not None:
+        biases = (DenseBias(options.position_bias), *biases)
+        bias = options.position_bias if options.position_bias.requires_grad else None
+    return AttentionCall(
+        query, key, value, source.visible, biases=biases, bias=bias, scale=options.scaling,
+        softcap=options.softcap, sinks=options.all_sinks,
+    )  # fmt: skip
 
 
-def _select_keys(
-    module: nn.Module, heads: int, indices: Tensor | None, block_indices: Tensor | None
-) -> tuple[TileBias, ...]:
+def _select_keys(module: nn.Module, heads: int, options: ModelOptions) -> tuple[TileBias, ...]:
     """Keys that sparse attention chose.
 
     Raises:
         ConfigError: The module does not state the length of its blocks.
     """
     biases: tuple[TileBias, ...] = ()
-    if indices is not None:
-        biases += (SelectedKeys(indices[:, None], heads),)
-    if block_indices is not None:
+    if options.indices is not None:
+        biases += (SelectedKeys(options.indices[:, None], heads),)
+    if options.block_indices is not None:
         block = getattr(getattr(module, "indexer", None), "block_size", None)
         if not isinstance(block, int):
             raise ConfigError(
@@ -241,7 +298,7 @@ def _select_keys(
                 "its indexer does not say.",
                 "Use --trainer.strategy=auto.",
             )
-        biases += (SelectedKeys(block_indices, heads, block),)
+        biases += (SelectedKeys(options.block_indices, heads, block),)
     return biases
 
 
@@ -251,16 +308,16 @@ def _window(width: int, is_causal: bool) -> int | tuple[int, int]:
 
 
 def _starts(
-    module: nn.Module, ends: Tensor, key_ends: Tensor | None, query: Tensor, key: Tensor
+    module: nn.Module, ends: tuple[Tensor, Tensor | None], queries: int, keys: int
 ) -> list[int]:
-    """First tokens of packed sequences.
+    """First tokens of packed sequences, from the boundaries of queries and of keys.
 
     Raises:
         ConfigError: The sequences do not cover the queries, or keys are packed otherwise.
     """
-    bounds = [int(x) for x in ends]
-    same = key_ends is None or [int(x) for x in key_ends] == bounds
-    if not same or bounds[-1] != query.shape[2] or query.shape[2] != key.shape[2]:
+    bounds = [int(x) for x in ends[0]]
+    same = ends[1] is None or [int(x) for x in ends[1]] == bounds
+    if not same or bounds[-1] != queries or queries != keys:
         raise ConfigError(
             f"{type(module).__name__} packs sequences (cu_seq_lens_q) in a way that streamed "
             "attention does not do: queries and keys are not the same tokens.",
@@ -269,13 +326,18 @@ def _starts(
     return sorted(set(bounds[:-1]))
 
 
-def _refuse(module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, others: dict[str, Any]) -> None:
     """Name what streamed attention cannot do.
+
+    Args:
+        module: Whose attention it is.
+        others: Options that it has no field for.
 
     Raises:
         ConfigError: The model uses a feature that streamed attention does not support.
     """
     who = type(module).__name__
+    dropout = others.pop("dropout", 0.0)
     if dropout:
         raise ConfigError(
             f"{who} drops attention weights (p = {dropout}); streamed attention does not.",

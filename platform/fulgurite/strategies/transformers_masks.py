@@ -8,171 +8,25 @@ Axes: B batch, M queries, N keys.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from fulgurite.attention.biases import ScoreBlock, TileBias
 from fulgurite.attention.bounds import Range
+from fulgurite.attention.keywords import make_record
 from fulgurite.attention.masks import as_intervals, merge_visible, row_intervals
-from fulgurite.attention.spec import MaskSpec
 from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.errors import ConfigError
+from fulgurite.strategies.stream_mask import MaskSource, MaskTiles, StreamMask
 
-__all__ = ["MaskSource", "StreamMask", "make_mask"]
+__all__ = ["MaskRequest", "make_mask"]
 
 _AT_ONCE = 2**22  # pairs of query and key that are looked at together
 _CHECKED_ROWS = 8  # rows in which what was recognised is compared with the function itself
-
-#: Gives the boolean mask of a rectangle. Shape: (B, 1, M', N').
-_Tiles = Callable[[Range, Range], Tensor]
-
-
-@dataclass(frozen=True)
-class MaskSource:
-    """What a mask lets queries see.
-
-    Attributes:
-        batch: B.
-        visible: Intervals, for all batch entries or for each.
-        tiles: The mask itself, which decides within the intervals where it is no such.
-        is_interval: Whether the intervals say all.
-        dense: Gives the mask in full, as the model's own code expects it. Shape: (B, 1, M, N).
-    """
-
-    batch: int
-    visible: tuple[Visibility, ...]
-    tiles: _Tiles
-    is_interval: bool
-    dense: Callable[[], Tensor]
-
-    @property
-    def biases(self) -> tuple[TileBias, ...]:
-        """What hides keys within the intervals."""
-        return () if self.is_interval else (_TileMask(self.tiles),)
-
-    def cropped(self, keys: int) -> MaskSource:
-        """Return the mask of the first so many keys."""
-        visible = tuple(replace(x, keys=keys).clipped() for x in self.visible)
-        return replace(self, visible=visible, dense=lambda: self.dense()[..., :keys])
-
-
-class _TileMask:
-    """A mask that is no interval, as a bias."""
-
-    def __init__(self, tiles: _Tiles) -> None:
-        self.tiles = tiles
-        self.spec = MaskSpec(True, False, True, True)
-        self.tensors: tuple[Tensor, ...] = ()
-
-    def tile(self, block: ScoreBlock) -> Tensor:
-        """See :class:`~fulgurite.attention.biases.TileBias`."""
-        return self.tiles(block.queries, block.keys)[block.batch]
-
-
-class StreamMask(Tensor):
-    """A mask without memory, that says what is seen when it arrives at the attention.
-
-    Models hand it on, move it and cut keys off its end. Whatever else their own code does with it
-    is done with the mask in full, and a warning says so.
-
-    Shape: (B, 1, M, N).
-    """
-
-    source: MaskSource
-
-    @staticmethod
-    def make(source: MaskSource, dtype: torch.dtype, device: torch.device) -> StreamMask:
-        """Return the mask of a source.
-
-        Args:
-            source: What it lets queries see.
-            dtype: That of the mask in full.
-            device: Device of the model.
-        """
-        sizes = source.visible[0]
-        single = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
-        shape = source.batch, 1, sizes.queries, sizes.keys
-        mask = single.expand(shape).as_subclass(StreamMask)
-        mask.source = source
-        return mask
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answer what needs no numbers, and do the rest with the mask in full."""
-        kwargs = kwargs or {}
-        if func in _facts():
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if isinstance(args[0] if args else None, StreamMask):
-            mask: StreamMask = args[0]
-            if func in _copies() and not _changes_type(mask.dtype, args[1:], kwargs):
-                return mask
-            if func is Tensor.__getitem__:
-                keys = _count_cropped_keys(args[1], mask.shape)
-                if keys is not None:
-                    return StreamMask.make(mask.source.cropped(keys), mask.dtype, mask.device)
-        warnings.warn(
-            f"The model's own code ({getattr(func, '__name__', func)}) works on its attention "
-            "mask, which is therefore made in full, outside the memory budget.",
-            stacklevel=2,
-        )
-        args, kwargs = tree_map(
-            lambda x: x.source.dense() if isinstance(x, StreamMask) else x, (args, kwargs)
-        )
-        return func(*args, **kwargs)
-
-
-def _facts() -> set[Any]:
-    """What a tensor says of itself without its numbers."""
-    names = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "is_meta",
-             "is_sparse", "is_nested", "grad_fn", "is_leaf", "grad")  # fmt: skip
-    getters = {getattr(Tensor, name).__get__ for name in names}
-    methods = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
-    return getters | methods | {torch.is_floating_point, Tensor.is_complex, Tensor.get_device}
-
-
-def _copies() -> set[Any]:
-    """What gives the same mask."""
-    return {
-        Tensor.to, Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.cpu,
-        Tensor.requires_grad_, torch.clone, torch.detach,
-    }  # fmt: skip
-
-
-def _changes_type(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    options = (*args, *kwargs.values())
-    types = [x.dtype if isinstance(x, Tensor) else x for x in options]
-    return any(isinstance(x, torch.dtype) and x != dtype for x in types)
-
-
-def _count_cropped_keys(index: Any, shape: torch.Size) -> int | None:
-    """The number of keys that an index leaves, if it does nothing but cut some off the end."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in parts:
-        at = parts.index(Ellipsis)
-        parts[at : at + 1] = [slice(None)] * (5 - len(parts))
-    parts += [slice(None)] * (4 - len(parts))
-    if len(parts) != 4 or not all(isinstance(part, slice) for part in parts):
-        return None
-    bounds = [part.indices(size) for part, size in zip(parts, shape, strict=True)]
-    is_complete = all(
-        bound == (0, size, 1) for bound, size in zip(bounds[:3], shape[:3], strict=True)
-    )
-    start, stop, step = bounds[3]
-    return stop if is_complete and start == 0 and step == 1 else None
 
 
 class _Sizes(NamedTuple):
@@ -193,29 +47,9 @@ class _Sizes(NamedTuple):
     first_key: int
 
 
-def make_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    dtype: torch.dtype | None = None,
-    config: Any = None,
-    is_additive: bool = False,
-    **unknown: Any,
-) -> StreamMask:
-    """Return a mask for streamed attention; what transformers calls to make one.
-
-    A mask that is made of transformers' own parts (causal, windows, chunks, padding, packing) is
-    recognised by these; any other is looked at a few rows at a time. Both are exact: what was
-    recognised is compared with the function in some rows, and given up if it differs.
+@dataclass(frozen=True)
+class MaskRequest:
+    """How transformers describes a mask.
 
     Args:
         batch_size: B.
@@ -223,7 +57,7 @@ def make_mask(
         kv_length: N.
         q_offset: Index of the first query.
         kv_offset: Index of the first key.
-        mask_function: Takes indices of batch, head, query and key.
+        mask_function: Takes indices of batch, head, query and key; causal by default.
         attention_mask: True for tokens that are no padding. Shape: (B, at least N).
         use_vmap: Whether the function takes single indices only.
         device: Device of the model.
@@ -233,77 +67,143 @@ def make_mask(
         dtype: Data type of a dense additive mask.
         config: Configuration of the model.
         is_additive: Whether the model's own code expects a mask that is added to scores.
-        unknown: Nothing that changes the mask.
+    """
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor = 0
+    kv_offset: int | Tensor = 0
+    mask_function: Callable[..., Any] | None = None
+    attention_mask: Tensor | None = None
+    use_vmap: bool = False
+    device: torch.device | str = "cpu"
+    local_size: int | None = None
+    allow_is_causal_skip: bool = True
+    allow_is_bidirectional_skip: bool = False
+    dtype: torch.dtype | None = None
+    config: Any = None
+    is_additive: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *, is_additive: bool = False) -> MaskRequest:
+        """Read what transformers gives.
+
+        Args:
+            options: By name.
+            is_additive: Whether the model's own code expects a mask that is added to scores.
+
+        Raises:
+            ConfigError: transformers asks for something that is not known here.
+        """
+        names = {field.name for field in fields(cls)}
+        unknown = [
+            name for name, value in options.items() if name not in names and value is not None
+        ]
+        if unknown:
+            raise ConfigError(
+                f"transformers describes a mask by {', '.join(unknown)}, which streamed attention "
+                "does not know.",
+                "Use --trainer.strategy=auto.",
+            )
+        return make_record(cls, options, is_additive=is_additive)
+
+    @property
+    def sizes(self) -> _Sizes:
+        """Sizes and offsets of the mask."""
+        first_key = int(self.kv_offset)
+        offset = int(self.q_offset) - first_key
+        return _Sizes(self.batch_size, self.q_length, self.kv_length, offset, first_key)
+
+
+class _OwnMask(NamedTuple):
+    """A mask as transformers itself computes it.
+
+    Attributes:
+        request: How it is described.
+        function: Takes indices of batch, head, query and key.
+        padding: True for tokens that are no padding.
+    """
+
+    request: MaskRequest
+    function: Callable[..., Any]
+    padding: Tensor | None
+
+    @classmethod
+    def of(cls, request: MaskRequest) -> _OwnMask:
+        """Read a request; of padding, which the user may change before the gradients, a copy."""
+        from transformers import masking_utils
+
+        function = request.mask_function or masking_utils.causal_mask_function
+        padding = request.attention_mask
+        return cls(request, function, None if padding is None else padding.clone())
+
+    def tiles(self, queries: Range, keys: Range) -> Tensor:
+        """Boolean mask of a rectangle. Shape: (B, 1, M', N')."""
+        from transformers import masking_utils
+
+        make: Any = masking_utils.sdpa_mask
+        return self._compute(make, queries, keys)
+
+    def dense(self) -> Tensor:
+        """The mask in full, as the model's own code expects it. Shape: (B, 1, M, N)."""
+        from transformers import masking_utils
+
+        request, make = self.request, masking_utils.sdpa_mask
+        ranges = (0, request.q_length), (0, request.kv_length)
+        if request.is_additive:
+            make = masking_utils.eager_mask
+        return self._compute(make, *ranges, dtype=request.dtype or torch.float32)
+
+    def _compute(self, make: Any, queries: Range, keys: Range, **options: Any) -> Tensor:
+        request = self.request
+        return make(  # type: ignore[no-any-return]  # never None where it may not be left out
+            batch_size=request.batch_size,
+            q_length=queries[1] - queries[0],
+            kv_length=keys[1] - keys[0],
+            q_offset=int(request.q_offset) + queries[0],
+            kv_offset=int(request.kv_offset) + keys[0],
+            mask_function=self.function,
+            attention_mask=self.padding,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=request.use_vmap,
+            device=request.device,
+            **options,
+        )
+
+
+def make_mask(request: MaskRequest) -> StreamMask:
+    """Return a mask for streamed attention; what transformers calls to make one.
+
+    A mask that is made of transformers' own parts (causal, windows, chunks, padding, packing) is
+    recognised by these; any other is looked at a few rows at a time. Both are exact: what was
+    recognised is compared with the function in some rows, and given up if it differs.
+
+    Args:
+        request: How transformers describes it.
 
     Returns:
         Shape: (B, 1, M, N).
-
-    Raises:
-        ConfigError: transformers asks for something that is not known here.
     """
-    from transformers import masking_utils
-
-    if names := [name for name, value in unknown.items() if value is not None]:
-        raise ConfigError(
-            f"transformers describes a mask by {', '.join(names)}, which streamed attention does "
-            "not know.",
-            "Use --trainer.strategy=auto.",
-        )
-
-    function = mask_function or masking_utils.causal_mask_function
-    if attention_mask is not None:  # which the user may change before the gradients
-        attention_mask = attention_mask.clone()
-    first_query, first_key = int(q_offset), int(kv_offset)
-    sizes = _Sizes(batch_size, q_length, kv_length, first_query - first_key, first_key)
-
-    def tiles(queries: Range, keys: Range) -> Tensor:
-        sdpa_mask: Any = masking_utils.sdpa_mask  # never None where it may not be left out
-        return sdpa_mask(  # type: ignore[no-any-return]
-            batch_size=batch_size,
-            q_length=queries[1] - queries[0],
-            kv_length=keys[1] - keys[0],
-            q_offset=first_query + queries[0],
-            kv_offset=first_key + keys[0],
-            mask_function=function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
-
-    def dense() -> Tensor:
-        make: Any  # never None where it may not be left out
-        make = masking_utils.eager_mask if is_additive else masking_utils.sdpa_mask
-        return make(  # type: ignore[no-any-return]
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=first_query,
-            kv_offset=first_key,
-            mask_function=function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            dtype=dtype or torch.float32,
-            use_vmap=use_vmap,
-            device=device,
-        )
-
-    visible = _recognise(function, sizes)
-    if visible is not None and attention_mask is not None:
-        padding = _recognise_padding(attention_mask.bool(), sizes)
+    mask, sizes = _OwnMask.of(request), request.sizes
+    visible = _recognise(mask.function, sizes)
+    if visible is not None and mask.padding is not None:
+        padding = _recognise_padding(mask.padding.bool(), sizes)
         visible = None if padding is None else merge_visible(visible, padding)
-    if visible is not None and not _agrees(visible, tiles, sizes):
+    if visible is not None and not _agrees(visible, mask.tiles, sizes):
         visible = None
     if visible is None:
-        visible = _look_at_rows(tiles, sizes)
+        visible = _look_at_rows(mask.tiles, sizes)
     is_interval = visible is not None
     if visible is None:
-        visible = (Visibility.of(q_length, kv_length),)
-    source = MaskSource(batch_size, visible, tiles, is_interval, dense)
-    mask_dtype = (dtype or torch.float32) if is_additive else torch.bool
-    return StreamMask.make(source, mask_dtype, torch.device(device))
+        visible = (Visibility.of(sizes.queries, sizes.keys),)
+    source = MaskSource(
+        batch=sizes.batch, visible=visible, tiles=mask.tiles, is_interval=is_interval,
+        dense=mask.dense,
+    )  # fmt: skip
+    dtype = (request.dtype or torch.float32) if request.is_additive else torch.bool
+    return StreamMask.make(source, dtype, torch.device(request.device))
 
 
 def _recognise(function: Callable[..., Any], sizes: _Sizes) -> tuple[Visibility, ...] | None:
@@ -384,7 +284,7 @@ def _recognise_documents(ids: Tensor, sizes: _Sizes) -> tuple[Visibility, ...] |
     return tuple(visible)
 
 
-def _agrees(visible: tuple[Visibility, ...], tiles: _Tiles, sizes: _Sizes) -> bool:
+def _agrees(visible: tuple[Visibility, ...], tiles: MaskTiles, sizes: _Sizes) -> bool:
     """Whether some rows are as the mask itself has them."""
     rows = np.unique(np.linspace(0, sizes.queries - 1, _CHECKED_ROWS).astype(np.int64))
     columns = np.arange(sizes.keys)
@@ -398,7 +298,7 @@ def _agrees(visible: tuple[Visibility, ...], tiles: _Tiles, sizes: _Sizes) -> bo
     return True
 
 
-def _look_at_rows(tiles: _Tiles, sizes: _Sizes) -> tuple[Visibility, ...] | None:
+def _look_at_rows(tiles: MaskTiles, sizes: _Sizes) -> tuple[Visibility, ...] | None:
     """Intervals of all rows, if they are such."""
     if 0 in (sizes.queries, sizes.keys):
         return None

@@ -55,7 +55,7 @@ def half(out, lse, *part):
 if moment != "never":
     journal._append, files.merge_ = counting, half
 attend_files(
-    q, k, v, out, lse, is_causal=True, memory_budget="24KiB", schedule=schedule,
+    (q, k, v), (out, lse), is_causal=True, memory_budget="24KiB", schedule=schedule,
     journal=f"{folder}/journal", progress=False,
 )
 """
@@ -123,7 +123,7 @@ def test_results_are_those_of_attention_in_memory(tmp_path, dtype, schedule):
     out = memory_mapped(tmp_path / "out", query.shape, wide, create=True)
     lse = memory_mapped(tmp_path / "lse", query.shape[:-1], torch.float32, create=True)
     plan = attend_files(
-        query, key, value, out, lse, window=100, is_causal=True, memory_budget="32KiB",
+        (query, key, value), (out, lse), window=100, is_causal=True, memory_budget="32KiB",
         schedule=schedule, progress=True,
     )  # fmt: skip
     assert plan.peak_bytes <= 32 * 1024
@@ -150,7 +150,7 @@ q, k, v = (memory_mapped(f"{folder}/{n}", shape, dtype) for n in "qkv")
 out = memory_mapped(f"{folder}/out", shape, dtype, create=True)
 lse = memory_mapped(f"{folder}/lse", shape[:-1], dtype, create=True)
 small = torch.zeros(1, 1, 64, 64)
-attend_files(small, small, small, small.clone(), torch.zeros(1, 1, 64), progress=False)
+attend_files([small] * 3, (small.clone(), torch.zeros(1, 1, 64)), progress=False)
 before, peak = anonymous(), 0
 from fulgurite.attention import files
 commit = files.commit_
@@ -160,7 +160,7 @@ def watching(*args, **kwargs):
     commit(*args, **kwargs)
 files.commit_ = watching
 plan = attend_files(
-    q, k, v, out, lse, is_causal=True, memory_budget=budget, schedule=schedule, progress=False
+    (q, k, v), (out, lse), is_causal=True, memory_budget=budget, schedule=schedule, progress=False
 )
 print(plan.peak_bytes, peak - before)
 """
@@ -192,7 +192,7 @@ new = not os.path.exists(f"{folder}/dq")
 make = lambda n, *width: memory_mapped(f"{folder}/{n}", (1, 2, tokens, *width), dtype, create=new)
 out, lse, dq, dk, dv = make("out", 16), make("lse"), make("dq", 16), make("dk", 16), make("dv", 16)
 options = {"is_causal": True, "memory_budget": "24KiB", "progress": False}
-attend_files(q, k, v, out, lse, **options)
+attend_files((q, k, v), (out, lse), **options)
 append, count = journal._append, 0
 
 def counting(file, entry):
@@ -204,7 +204,7 @@ def counting(file, entry):
 
 journal._append = counting
 attend_files_backward(
-    grad, q, k, v, out, lse, dq, dk, dv, journal=f"{folder}/journal", **options
+    grad, (q, k, v), (out, lse), (dq, dk, dv), journal=f"{folder}/journal", **options
 )
 """
 
@@ -240,8 +240,8 @@ def test_gradients_in_files_are_those_of_attention(tmp_path, options):
     out, lse = torch.zeros(shape), torch.zeros(shape[:-1])
     grads = [torch.full(shape, torch.nan) for _ in range(3)]
     options |= {"memory_budget": "100KiB", "progress": False, "check_finite": True}
-    attend_files(query, key, value, out, lse, **options)
-    plan = attend_files_backward(grad, query, key, value, out, lse, *grads, **options)
+    attend_files((query, key, value), (out, lse), **options)
+    plan = attend_files_backward(grad, (query, key, value), (out, lse), grads, **options)
     assert plan.peak_bytes <= 100 * 1024
     assert plan.cost.calls >= 8
     rows = torch.arange(400)[:, None]
@@ -260,31 +260,31 @@ def test_a_journal_keeps_an_automatic_budget(tmp_path, monkeypatch):
     out, lse = results(tmp_path, query)
     monkeypatch.setattr(files_module, "parse_budget", lambda *_: 50_000)
     options = {"journal": tmp_path / "journal", "progress": False}
-    first = attend_files(query, key, value, out, lse, **options)
+    first = attend_files((query, key, value), (out, lse), **options)
     monkeypatch.setattr(files_module, "parse_budget", lambda *_: 30_000)
-    assert attend_files(query, key, value, out, lse, **options) == first
+    assert attend_files((query, key, value), (out, lse), **options) == first
     with pytest.raises(CheckpointError, match="another plan"):
-        attend_files(query, key, value, out, lse, memory_budget="30KiB", **options)
+        attend_files((query, key, value), (out, lse), memory_budget="30KiB", **options)
     (tmp_path / "journal/run.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"run\.json that cannot be read"):
-        attend_files(query, key, value, out, lse, **options)
+        attend_files((query, key, value), (out, lse), **options)
 
 
 def test_a_journal_of_other_inputs_is_refused(tmp_path):
     query, key, value = write(tmp_path)
     out, lse = results(tmp_path, query)
     options = {"memory_budget": "32KiB", "journal": tmp_path / "journal", "progress": False}
-    attend_files(query, key, value, out, lse, **options)
-    attend_files(query, key, value, out, lse, **options)  # nothing is left to do
+    attend_files((query, key, value), (out, lse), **options)
+    attend_files((query, key, value), (out, lse), **options)  # nothing is left to do
     other = key.clone()
     other.view(torch.int32)[0, 1, 137, 5] ^= 1  # one bit anywhere
     for changed in (other, key.flip(2)):
         with pytest.raises(CheckpointError, match=r"of other tensors \(key differs\)"):
-            attend_files(query, changed, value, out, lse, **options)
+            attend_files((query, changed, value), (out, lse), **options)
     with pytest.raises(CheckpointError, match=r"another plan \(visible\)"):
-        attend_files(query, key, value, out, lse, is_causal=True, **options)
+        attend_files((query, key, value), (out, lse), is_causal=True, **options)
     with pytest.raises(CheckpointError, match=r"another plan \(scale\)"):
-        attend_files(query, key, value, out, lse, scale=0.3, **options)
+        attend_files((query, key, value), (out, lse), scale=0.3, **options)
 
 
 def test_bad_files_are_one_clear_error(tmp_path, monkeypatch):
@@ -314,7 +314,11 @@ def test_what_is_not_finite_is_named(tmp_path):
         DataError, match=r"value is not finite at token 77 of \(batch, head\) \(0, 1\)"
     ):
         attend_files(
-            query, key, value, out, lse, memory_budget="32KiB", check_finite=True, progress=False
+            (query, key, value),
+            (out, lse),
+            memory_budget="32KiB",
+            check_finite=True,
+            progress=False,
         )
 
 
@@ -322,11 +326,11 @@ def test_results_of_the_wrong_kind_are_refused(tmp_path):
     query, key, value = write(tmp_path)
     out, lse = torch.zeros_like(query), torch.zeros(query.shape[:-1])
     with pytest.raises(DataError, match="lse is"):
-        attend_files(query, key, value, out, lse.double(), progress=False)
+        attend_files((query, key, value), (out, lse.double()), progress=False)
     with pytest.raises(DataError, match="out is"):
         attend_files(
-            query, key, value, out.half(), lse, schedule="cqs", memory_budget="32KiB",
+            (query, key, value), (out.half(), lse), schedule="cqs", memory_budget="32KiB",
             progress=False,
         )  # fmt: skip
     with pytest.raises(ConfigError, match="too small"):
-        attend_files(query, key, value, out, lse, memory_budget=10, progress=False)
+        attend_files((query, key, value), (out, lse), memory_budget=10, progress=False)

@@ -60,7 +60,9 @@ def half_done(folder, monkeypatch, schedule):
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
         with pytest.raises(KeyboardInterrupt):
-            attend_files(*tensors, schedule=schedule, journal=folder / "journal", **OPTIONS)
+            attend_files(
+                tensors[:3], tensors[3:], schedule=schedule, journal=folder / "journal", **OPTIONS
+            )
     return tensors
 
 
@@ -79,8 +81,9 @@ def test_results_that_are_not_those_of_the_journal_are_refused(
     options = {"schedule": schedule, "journal": tmp_path / "journal", **OPTIONS}
 
     def refuse():
+        tensors = again(tmp_path)
         with pytest.raises(CheckpointError, match=rf"{result} is not the result .* at tokens"):
-            attend_files(*again(tmp_path), **options)
+            attend_files(tensors[:3], tensors[3:], **options)
 
     path.unlink()
     make(tmp_path, result, shape, fill=0)  # removed and made anew
@@ -95,7 +98,8 @@ def test_results_that_are_not_those_of_the_journal_are_refused(
     with pytest.raises(DataError, match=f"{result} has {len(content) // 2} bytes"):
         again(tmp_path)
     path.write_bytes(content)
-    attend_files(*again(tmp_path), **options)
+    tensors = again(tmp_path)
+    attend_files(tensors[:3], tensors[3:], **options)
     torch.testing.assert_close(again(tmp_path)[3], expected(again(tmp_path)))
 
 
@@ -113,7 +117,7 @@ def test_a_copied_folder_goes_on(tmp_path, monkeypatch, schedule):
         computed = []
         append = journal_module._append
         patch.setattr(journal_module, "_append", lambda *x: (computed.append(1), append(*x)))
-        attend_files(*tensors, **options)
+        attend_files(tensors[:3], tensors[3:], **options)
     entries = (tmp_path / "b/journal/done").stat().st_size // journal_module._ENTRY_SIZE
     assert entries == len(computed) + 8
     torch.testing.assert_close(tensors[3], expected(tensors))
@@ -122,18 +126,18 @@ def test_a_copied_folder_goes_on(tmp_path, monkeypatch, schedule):
 def test_gradients_that_are_not_those_of_the_journal_are_refused(tmp_path):
     query, key, value, out, lse = files(tmp_path)
     grad = make(tmp_path, "grad", seed=7)
-    attend_files(query, key, value, out, lse, **OPTIONS)
+    attend_files((query, key, value), (out, lse), **OPTIONS)
     grads = [make(tmp_path, name, fill=0) for name in ("dq", "dk", "dv")]
     options = {"journal": tmp_path / "journal", **OPTIONS}
-    attend_files_backward(grad, query, key, value, out, lse, *grads, **options)
-    attend_files_backward(grad, query, key, value, out, lse, *grads, **options)
+    attend_files_backward(grad, (query, key, value), (out, lse), grads, **options)
+    attend_files_backward(grad, (query, key, value), (out, lse), grads, **options)
     with pytest.raises(CheckpointError, match="dkey is not the result"):
         attend_files_backward(
-            grad, query, key, value, out, lse, grads[0], grads[2], grads[1], **options
+            grad, (query, key, value), (out, lse), (grads[0], grads[2], grads[1]), **options
         )
     lse[0, 0, 0] += 1
     with pytest.raises(CheckpointError, match=r"of other tensors \(lse differs\)"):
-        attend_files_backward(grad, query, key, value, out, lse, *grads, **options)
+        attend_files_backward(grad, (query, key, value), (out, lse), grads, **options)
 
 
 HOLDER = """
@@ -153,9 +157,9 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(CheckpointError, match=r"in use by another process \(4711 on else"):
-            attend_files(*tensors, journal=journal, **OPTIONS)
+            attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
         process.kill()
-    attend_files(*tensors, journal=journal, **OPTIONS)
+    attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
     torch.testing.assert_close(tensors[3], expected(tensors))
 
 
@@ -166,12 +170,12 @@ def test_a_second_run_of_the_same_process_is_refused(tmp_path, monkeypatch):
     def nested(*arguments):
         if not refused:
             with pytest.raises(CheckpointError, match="in use by another process") as error:
-                attend_files(*tensors, journal=journal, **OPTIONS)
+                attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
             refused.append(error)
         append(*arguments)
 
     monkeypatch.setattr(journal_module, "_append", nested)
-    attend_files(*tensors, journal=journal, **OPTIONS)
+    attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
     assert refused
 
 
@@ -189,25 +193,25 @@ def test_results_in_the_memory_of_others_are_refused(tmp_path):
     ]:
         inputs = [query, key, other if name == "value" else value]
         if name is None:
-            attend_files(*inputs, first, torch.zeros(SHAPE[:-1]), **OPTIONS)
+            attend_files(inputs, (first, torch.zeros(SHAPE[:-1])), **OPTIONS)
             continue
         with pytest.raises(ConfigError, match=f"out lies in the same memory or file as {name}"):
-            attend_files(*inputs, first, lse, **OPTIONS)
+            attend_files(inputs, (first, lse), **OPTIONS)
     with pytest.raises(ConfigError, match="out lies in the same memory or file as key"):
-        attend_files(query, read, value, twice, lse, **OPTIONS)
+        attend_files((query, read, value), (twice, lse), **OPTIONS)
     with pytest.raises(ConfigError, match="lse lies in the same memory or file as out"):
-        attend_files(query, key, value, out, out.view(-1)[:600].view(1, 2, 300), **OPTIONS)
+        attend_files((query, key, value), (out, out.view(-1)[:600].view(1, 2, 300)), **OPTIONS)
     with pytest.raises(ConfigError, match="out is a view in which several places are one"):
-        attend_files(query, key, value, out[:, :1].expand(SHAPE), lse, **OPTIONS)
+        attend_files((query, key, value), (out[:, :1].expand(SHAPE), lse), **OPTIONS)
     packed = torch.zeros(1, 2, 300, 24)  # beside each other in one tensor, but never the same
     dquery, dkey, dvalue = packed.split(8, dim=-1)
-    attend_files(query, key, value, out, lse, **OPTIONS)
+    attend_files((query, key, value), (out, lse), **OPTIONS)
     attend_files_backward(
-        torch.ones(SHAPE), query, key, value, out, lse, dquery, dkey, dvalue, **OPTIONS
+        torch.ones(SHAPE), (query, key, value), (out, lse), (dquery, dkey, dvalue), **OPTIONS
     )
     with pytest.raises(ConfigError, match="dvalue lies in the same memory or file as dkey"):
         attend_files_backward(
-            torch.ones(SHAPE), query, key, value, out, lse, dquery, dkey, dkey, **OPTIONS
+            torch.ones(SHAPE), (query, key, value), (out, lse), (dquery, dkey, dkey), **OPTIONS
         )
 
 
@@ -220,10 +224,10 @@ def test_results_that_would_not_outlive_the_process_are_refused(tmp_path):
         (private, r"out lies in a private copy of .*out,"),
     ]:
         with pytest.raises(ConfigError, match=match):
-            attend_files(query, key, value, bad, lse, **options)
+            attend_files((query, key, value), (bad, lse), **options)
     (tmp_path / "out").unlink()
     with pytest.raises(ConfigError, match=r"out lies in .*out, which is deleted"):
-        attend_files(query, key, value, out, lse, **options)
+        attend_files((query, key, value), (out, lse), **options)
     assert not (tmp_path / "journal").exists()
 
 
@@ -244,13 +248,13 @@ def test_files_that_may_only_be_read_are_inputs_and_no_results(tmp_path, monkeyp
         inputs = [memory_mapped(tmp_path / name, SHAPE, torch.float32) for name in "qkv"]
         with pytest.raises(DataError, match=r"q cannot be written \(Permission denied\)"):
             memory_mapped(tmp_path / "q", SHAPE, torch.float32, mode="r+")
-    attend_files(*inputs, out, lse, journal=tmp_path / "journal", **OPTIONS)
+    attend_files(inputs, (out, lse), journal=tmp_path / "journal", **OPTIONS)
     torch.testing.assert_close(out, expected([query, key, value]))
     with pytest.raises(ConfigError, match=r"out is mapped from .*q to be read only"):
-        attend_files(out, key, value, inputs[0], lse, **OPTIONS)
+        attend_files((out, key, value), (inputs[0], lse), **OPTIONS)
     numpy = torch.from_numpy(np.memmap(tmp_path / "out", np.float32, "r", shape=SHAPE))
     with pytest.raises(ConfigError, match=r"out is mapped from .*out to be read only"):
-        attend_files(query, key, value, numpy, lse, **OPTIONS)
+        attend_files((query, key, value), (numpy, lse), **OPTIONS)
     with pytest.raises(ConfigError, match="mode='w'"):
         memory_mapped(tmp_path / "q", SHAPE, torch.float32, mode="w")
     script = (
@@ -266,7 +270,7 @@ def test_results_without_room_are_refused_before_they_are_computed(tmp_path, mon
     (tmp_path / "sparse").touch()
     os.truncate(tmp_path / "sparse", out.numel() * 4)
     sparse = memory_mapped(tmp_path / "sparse", SHAPE, torch.float32)
-    attend_files(query, key, value, sparse, lse, **OPTIONS)
+    attend_files((query, key, value), (sparse, lse), **OPTIONS)
     assert (tmp_path / "sparse").stat().st_blocks * 512 >= out.numel() * 4
     torch.testing.assert_close(sparse, expected([query, key, value]))
 
@@ -276,13 +280,13 @@ def test_results_without_room_are_refused_before_they_are_computed(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(mapped_module.os, "posix_fallocate", full)
         with pytest.raises(DataError, match=r"no room for out in .*sparse \(No space left"):
-            attend_files(query, key, value, sparse, lse, **OPTIONS)
+            attend_files((query, key, value), (sparse, lse), **OPTIONS)
     os.truncate(tmp_path / "sparse", 100)
     with pytest.raises(DataError, match=r"out is mapped up to byte 19200 of .* which now has 100"):
-        attend_files(query, key, value, sparse, lse, **OPTIONS)
+        attend_files((query, key, value), (sparse, lse), **OPTIONS)
     os.truncate(tmp_path / "k", 100)
     with pytest.raises(DataError, match=r"key is mapped up to byte 19200"):
-        attend_files(query, key, value, out, lse, **OPTIONS)
+        attend_files((query, key, value), (out, lse), **OPTIONS)
 
 
 @pytest.mark.parametrize("schedule", ["rect", "cqs"])
@@ -290,7 +294,7 @@ def test_results_without_room_are_refused_before_they_are_computed(tmp_path, mon
 def test_a_full_disk_is_one_error_and_undoes_nothing(tmp_path, monkeypatch, schedule, moment):
     whole, tensors = files(tmp_path / "whole"), files(tmp_path / "full")
     options = {"schedule": schedule, **OPTIONS}
-    attend_files(*whole, journal=tmp_path / "whole/journal", **options)
+    attend_files(whole[:3], whole[3:], journal=tmp_path / "whole/journal", **options)
     journal, count, write = tmp_path / "full/journal", 0, os.fsync
 
     def full(descriptor):
@@ -303,9 +307,9 @@ def test_a_full_disk_is_one_error_and_undoes_nothing(tmp_path, monkeypatch, sche
     with monkeypatch.context() as patch:
         patch.setattr(journal_module.os, "fsync", full)
         with pytest.raises(CheckpointError, match=r"journal .* cannot be written \(No space left"):
-            attend_files(*tensors, journal=journal, **options)
+            attend_files(tensors[:3], tensors[3:], journal=journal, **options)
     assert not list(journal.glob(".*"))
-    attend_files(*tensors, journal=journal, **options)
+    attend_files(tensors[:3], tensors[3:], journal=journal, **options)
     assert torch.equal(tensors[3], whole[3])
     assert torch.equal(tensors[4], whole[4])
 
@@ -324,8 +328,8 @@ def test_an_entry_that_a_full_disk_cuts_is_no_entry(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(journal_module, "_append", cut)
         with pytest.raises(CheckpointError, match="cannot be written"):
-            attend_files(*tensors, journal=journal, **OPTIONS)
-    attend_files(*tensors, journal=journal, **OPTIONS)
+            attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
+    attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
     assert (journal / "done").stat().st_size % journal_module._ENTRY_SIZE == 0
     torch.testing.assert_close(tensors[3], expected(tensors))
 
@@ -339,7 +343,7 @@ def test_garbage_in_a_journal_is_one_error(tmp_path, monkeypatch):
         before = path.read_bytes() if path.exists() else None
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match=match) as error:
-            attend_files(*tensors, **options)
+            attend_files(tensors[:3], tensors[3:], **options)
         assert "\n" not in str(error.value)
         path.unlink()
         if before is not None:
@@ -354,21 +358,21 @@ def test_garbage_in_a_journal_is_one_error(tmp_path, monkeypatch):
     refuse("unit-5.part", (tmp_path / "part").read_bytes(), r"unit-5\.part is of another run")
     for header in (b"", b"{", b"[]", b"\xff\xfe", b'{"fingerprint": "", "budget": null}'):
         refuse("run.json", header, r"run\.json that cannot be read")
-    attend_files(*tensors, **options)
+    attend_files(tensors[:3], tensors[3:], **options)
     torch.testing.assert_close(tensors[3], expected(tensors))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file is a file\. Give the path of a folder"):
-        attend_files(*tensors, **{**options, "journal": tmp_path / "file"})
+        attend_files(tensors[:3], tensors[3:], **{**options, "journal": tmp_path / "file"})
     with pytest.raises(CheckpointError, match=r"cannot be written \(Not a directory\)"):
-        attend_files(*tensors, **{**options, "journal": tmp_path / "file/journal"})
+        attend_files(tensors[:3], tensors[3:], **{**options, "journal": tmp_path / "file/journal"})
 
 
 def test_nothing_is_kept_for_gradients(tmp_path):
     inputs = [torch.randn(SHAPE, requires_grad=True) for _ in range(3)]
     out, lse = torch.zeros(SHAPE), torch.zeros(SHAPE[:-1])
-    attend_files(*inputs, out, lse, schedule="cqs", **OPTIONS)
+    attend_files(inputs, (out, lse), schedule="cqs", **OPTIONS)
     grads = [torch.zeros(SHAPE) for _ in range(3)]
-    attend_files_backward(torch.ones(SHAPE), *inputs, out, lse, *grads, **OPTIONS)
+    attend_files_backward(torch.ones(SHAPE), inputs, (out, lse), grads, **OPTIONS)
     assert not any(x.requires_grad for x in (out, lse, *grads))
 
 
@@ -377,7 +381,7 @@ def test_nothing_is_kept_for_gradients(tmp_path):
 def test_tensors_of_any_rank_and_length(lead, queries, keys):
     query, key = torch.randn(*lead, queries, 4), torch.randn(*lead, keys, 4)
     value, out, lse = torch.randn_like(key), query.clone(), query[..., 0].clone()
-    attend_files(query, key, value, out, lse, memory_budget="8KiB", progress=False)
+    attend_files((query, key, value), (out, lse), memory_budget="8KiB", progress=False)
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     wanted = torch.nn.functional.scaled_dot_product_attention(*leaves)
     torch.testing.assert_close(out, wanted.detach() if keys else torch.zeros_like(out))
@@ -385,7 +389,7 @@ def test_tensors_of_any_rank_and_length(lead, queries, keys):
         assert (lse == -torch.inf).all()
     grads = [torch.full_like(x, torch.nan) for x in (query, key, value)]
     attend_files_backward(
-        torch.ones_like(query), query, key, value, out, lse, *grads, memory_budget="8KiB",
+        torch.ones_like(query), (query, key, value), (out, lse), grads, memory_budget="8KiB",
         progress=False,
     )  # fmt: skip
     if queries and keys:
@@ -398,19 +402,19 @@ def test_tensors_of_any_rank_and_length(lead, queries, keys):
 def test_strided_results_are_written_and_unjoinable_ones_refused():
     inputs = [torch.randn(2, 3, 40, 4) for _ in range(3)]
     out = torch.zeros(3, 2, 4, 40).permute(1, 0, 3, 2)
-    attend_files(*inputs, out, torch.zeros(2, 3, 40), memory_budget="8KiB", progress=False)
+    attend_files(inputs, (out, torch.zeros(2, 3, 40)), memory_budget="8KiB", progress=False)
     wanted = torch.nn.functional.scaled_dot_product_attention(*inputs)
     torch.testing.assert_close(out, wanted)
     deep = torch.zeros(2, 2, 3, 40, 4).transpose(0, 1)
     with pytest.raises(DataError, match=r"batch axes of query .* do not join"):
-        attend_files(deep, deep, deep, torch.zeros(2, 2, 3, 40, 4), torch.zeros(2, 2, 3, 40))
+        attend_files((deep, deep, deep), (torch.zeros(2, 2, 3, 40, 4), torch.zeros(2, 2, 3, 40)))
 
 
 @pytest.mark.parametrize("schedule", ["rect", "cqs"])
 def test_transposed_inputs_are_read_right(schedule):
     inputs = [torch.randn(1, 2, 4, 40).mT for _ in range(3)]
     out, lse = torch.zeros(1, 2, 40, 4), torch.zeros(1, 2, 40)
-    attend_files(*inputs, out, lse, schedule=schedule, memory_budget="8KiB", progress=False)
+    attend_files(inputs, (out, lse), schedule=schedule, memory_budget="8KiB", progress=False)
     wanted = torch.nn.functional.scaled_dot_product_attention(*inputs)
     torch.testing.assert_close(out, wanted)
 
@@ -424,17 +428,17 @@ def test_what_is_no_tensor_or_device_is_one_clear_error():
         (torch.zeros(8), r"key is \(8,\), which has too few axes"),
     ]:
         with pytest.raises(DataError, match=match):
-            attend_files(tensor, bad, tensor, out, lse, **OPTIONS)
+            attend_files((tensor, bad, tensor), (out, lse), **OPTIONS)
     for device, match in [
         ("cuda:99", "no device cuda:99"),
         ("meta", "no device meta"),
         ("gpu", "device='gpu' names no device"),
     ]:
         with pytest.raises(ConfigError, match=match):
-            attend_files(*inputs, out, lse, device=device, **OPTIONS)
+            attend_files(inputs, (out, lse), device=device, **OPTIONS)
         with pytest.raises(ConfigError, match=match):
             attend_files_backward(
-                tensor, *inputs, out, lse, *torch.zeros(3, *SHAPE), device=device, **OPTIONS
+                tensor, inputs, (out, lse), torch.zeros(3, *SHAPE), device=device, **OPTIONS
             )
     with pytest.raises(ConfigError, match="no schedule 'rectangle' here"):
-        attend_files(*inputs, out, lse, schedule="rectangle", **OPTIONS)
+        attend_files(inputs, (out, lse), schedule="rectangle", **OPTIONS)

@@ -117,10 +117,10 @@ def work_in_files(rank, world, folder):
     options = {"is_causal": True, "enable_gqa": True, "memory_budget": "48KiB"}
     options |= {"distributed": True, "progress": False}
     with pytest.raises(ConfigError, match=r"Ranks would merge .* schedule='cqs'"):
-        attend_files(*inputs, new["out"], lse, schedule="cqs", **options)
-    attend_files(*inputs, new["out"], lse, journal=f"{folder}/forward", **options)
+        attend_files(inputs, (new["out"], lse), schedule="cqs", **options)
+    attend_files(inputs, (new["out"], lse), journal=f"{folder}/forward", **options)
     attend_files_backward(
-        grad[0], *inputs, new["out"], lse, new["dq"], new["dk"], new["dv"],
+        grad[0], inputs, (new["out"], lse), (new["dq"], new["dk"], new["dv"]),
         journal=f"{folder}/backward", **options,
     )  # fmt: skip
     dist.destroy_process_group()
