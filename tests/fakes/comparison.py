@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from fulgurite import compare
+from fulgurite.compare.engines import Engine
 
 PARSE = """
 import yaml
@@ -100,9 +101,11 @@ def write(place: Path, **changes) -> str:
     return str(path)
 
 
-def go(file: str, **options) -> compare.Comparison:
+def go(file: str, *, workers: int = 2, **options) -> compare.Comparison:
+    """Run a comparison by the fake runner in ``out``."""
+    engine = Engine(workers=workers)
     return compare.run(
-        file, **{"workers": 2, "out": "out", "runner": "fake_runner:main", **options}
+        file, **{"engine": engine, "out": "out", "runner": "fake_runner:main", **options}
     )
 
 

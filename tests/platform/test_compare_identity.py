@@ -13,6 +13,7 @@ from fulgurite.cli import parse
 from fulgurite.compare import identity
 from fulgurite.compare.command import main
 from fulgurite.compare.driver import run
+from fulgurite.compare.engines import Engine
 from fulgurite.compare.identity import Resolver, data_identity
 from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.trials import define_trials
@@ -251,11 +252,11 @@ def test_a_wrong_option_of_one_method_starts_no_cell_of_another(paper):
 @pytest.mark.slow
 def test_other_data_make_cells_stale_from_the_command_line_on(paper, capsys):
     write(paper / "comparison.yaml", {**COMPARISON, "seeds": [0]})
-    comparison = run("comparison.yaml", out="c", workers=1)
+    comparison = run("comparison.yaml", out="c", engine=Engine(workers=1))
     assert comparison.values("big", ()) == {0: pytest.approx(0.4)}
     path = paper / "data_part.yaml"
     path.write_text(path.read_text().replace("0.4", "0.95"))
     write(paper / "comparison.yaml", COMPARISON)
-    comparison = run("comparison.yaml", out="c", workers=1)
+    comparison = run("comparison.yaml", out="c", engine=Engine(workers=1))
     assert comparison.values("big", ()) == {0: pytest.approx(0.95), 1: pytest.approx(1.05)}
     assert "outdated: 2 (2 of another configuration)" in capsys.readouterr().out

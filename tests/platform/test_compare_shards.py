@@ -13,7 +13,6 @@ import yaml
 from fakes.comparison import FILE, SHARED, go, prepare, runs, write
 
 from fulgurite.compare.command import main
-from fulgurite.compare.driver import run
 from fulgurite.compare.folder_lock import lock_folder
 from fulgurite.compare.merge import merge
 from fulgurite.compare.plan_file import read_plan
@@ -194,7 +193,7 @@ def test_merged_folders_make_the_same_table(place, capsys):
 def test_merged_trainings_serve_further_tests(place):
     file = write(place, **SHARED)
     for k in (1, 2):
-        run(file, out=f"part{k}", shard=Shard(k, 2), workers=1, runner="shared_runner:main")
+        go(file, out=f"part{k}", shard=Shard(k, 2), runner="shared_runner:main")
     before = len(runs(place))
     assert len(join(file, "part1", "part2", runner="shared_runner:main").results) == 18
     more = write(place, **{**SHARED, "tests": {"shift": {"key": "shift", "values": [0, 3]}}})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fulgurite.compare.comparison import Comparison
 from fulgurite.compare.driver import check_trials, find_folder, run, select_part, select_trials
+from fulgurite.compare.engines import Engine
 from fulgurite.compare.identity import RUNNER
 from fulgurite.compare.merge import merge
 from fulgurite.compare.plan import ComparisonPlan
@@ -29,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", help="comparison file: a path or a packaged name")
     parser.add_argument(
         "--workers", type=int, help="processes (default: one per GPU, or per core without any)"
+    )
+    parser.add_argument(
+        "--engine", default="pool", help="pool (processes of this machine) or ray (a cluster)"
+    )
+    parser.add_argument(
+        "--address",
+        help="of the Ray cluster, such as auto (default: RAY_ADDRESS, or this machine alone)",
     )
     parser.add_argument("--out", help="folder of records and tables (default: compare_results/…)")
     parser.add_argument("--quick", action="store_true", help="the small form that the file defines")
@@ -60,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runner", default=RUNNER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    engine = Engine(options.engine, options.workers, options.address)
     if options.merge:
         comparison = _merge(options)
         if comparison is None:
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             comparison = run(
                 options.file,
-                workers=options.workers,
+                engine=engine,
                 out=options.out,
                 quick=options.quick,
                 only=options.only,
@@ -98,6 +107,7 @@ def _merge(options: argparse.Namespace) -> Comparison | None:
     running = {
         "--shard": options.shard is not None,
         "--workers": options.workers is not None,
+        "--engine": options.engine != "pool",
         "--retry-failed": options.retry_failed,
     }
     for option, present in running.items():

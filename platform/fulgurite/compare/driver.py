@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fulgurite.compare.comparison import PLAN_FILE, Comparison
 from fulgurite.compare.devices import device_groups, visible_devices
+from fulgurite.compare.engines import POOL, Engine, Workers
 from fulgurite.compare.folder_lock import lock_briefly, lock_folder
 from fulgurite.compare.hashing import digest
 from fulgurite.compare.identity import RUNNER, Resolver
@@ -18,6 +19,7 @@ from fulgurite.compare.plan import ComparisonPlan
 from fulgurite.compare.plan_file import find_config, read_plan
 from fulgurite.compare.pool import WorkerPool, run_jobs
 from fulgurite.compare.progress import show_progress
+from fulgurite.compare.ray_cluster import RayCluster, Site
 from fulgurite.compare.records import TrialRecords
 from fulgurite.compare.report import render, writing
 from fulgurite.compare.shards import Shard, select_shard
@@ -35,7 +37,7 @@ __all__ = ["check_trials", "find_folder", "run", "select_part", "select_trials"]
 def run(
     file: str,
     *,
-    workers: int | None = None,
+    engine: Engine = POOL,
     out: str | None = None,
     quick: bool = False,
     only: list[str] | None = None,
@@ -52,7 +54,7 @@ def run(
 
     Args:
         file: Comparison file: a path or a packaged name.
-        workers: Processes; the default is one per GPU, or per core where there is none.
+        engine: Where cells run; the default is processes of this machine.
         out: Folder of records and tables; the default is under ``compare_results/``.
         quick: Apply the overrides under ``quick`` of the file.
         only: Run and show only the cells that match: method ids, ``axis=label``, ``seed=0``. Items
@@ -67,21 +69,12 @@ def run(
             folder, the folder cannot be written, or a configuration changes what the cells run
             while they run.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers is {workers}.", "Give 1 or more.")
     plan = read_plan(file, quick=quick)
     part = select_part(plan, only or [])
     folder = find_folder(file, plan, out=out, quick=quick)
     trials = check_trials(plan, runner)
     trials_of_part = select_trials(trials, part)
     to_finish = select_trials(trials, part, shard)
-    groups = device_groups(visible_devices(_gpu_count()), _devices_each(trials))
-    worker_count = (
-        workers
-        or len(groups)
-        or len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
-    )
-    pool = WorkerPool(worker_count, runner, groups)
     content = digest([(trial.id, trial.digest) for trial in trials_of_part])
     with writing(folder), lock_folder(folder, shard, content):
         records = TrialRecords(folder, plan.costs)
@@ -94,6 +87,7 @@ def run(
         every = _by_digest(trials)  # trials that run the same have the same result
         todo = [t for t in todo if not records.take_equal_result(t, every[t.digest])]
         watch = ConfigWatch(plan, trials, runner)
+        pool = _make_workers(engine, trials, Site(folder, runner, plan.resources))
 
         def run_watched(jobs: Sequence[Job], title: str, done: int = 0) -> Iterator[TrialResult]:
             with closing(run_jobs(jobs, pool)) as results:
@@ -208,6 +202,16 @@ def check_trials(plan: ComparisonPlan, runner: str) -> list[Trial]:
 
     with Console(stderr=True).status("Checking every option …"):
         return define_trials(plan, Resolver(runner))
+
+
+def _make_workers(engine: Engine, trials: Sequence[Trial], site: Site) -> Workers:
+    """What the trials run on."""
+    devices = _devices_each(trials)
+    if engine.name == "ray":
+        return RayCluster(site, engine, devices)
+    groups = device_groups(visible_devices(_gpu_count()), devices)
+    cores = len(os.sched_getaffinity(0) if sys.platform == "linux" else [0, 0])
+    return WorkerPool(engine.workers or len(groups) or cores, site.runner, groups)
 
 
 def _gpu_count() -> int:

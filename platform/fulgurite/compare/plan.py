@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fulgurite.compare.resources import Resources, read_resources
 from fulgurite.compare.schema import (
     Axes,
     Overrides,
@@ -203,6 +204,7 @@ class ComparisonPlan:
             tell what a setting was measured on: a line each below the methods of a table.
         names: What figures call axes and metrics, by their names here.
         highlight: Id of the method that figures show in front; None for none.
+        resources: What each cell reserves on a cluster; None for what it takes.
         source: The file that it was read from.
     """
 
@@ -226,6 +228,7 @@ class ComparisonPlan:
     sizes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     highlight: str | None = None
+    resources: Resources | None = field(default=None, metadata=reader(read_resources))
     source: str = ""
 
     @property
@@ -316,6 +319,7 @@ class ComparisonPlan:
             "sizes": list(self.sizes),
             "names": dict(self.names),
             "highlight": self.highlight,
+            **({"resources": vars(self.resources)} if self.resources else {}),
             "source": self.source,
         }
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fulgurite.compare.devices import VISIBLE
+from fulgurite.compare.engines import Workers
 from fulgurite.compare.trial import TrialResult
 from fulgurite.compare.worker import STARTED, Job, serve
 from fulgurite.errors import ConfigError
@@ -26,7 +27,7 @@ _INHERITED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "Agg
 _POLL = 1.0  # [s]; a grandchild can hold a dead worker's pipe open, so its process is asked as well
 
 
-def run_jobs(jobs: Sequence[Job], pool: WorkerPool) -> Generator[TrialResult, None, None]:
+def run_jobs(jobs: Sequence[Job], pool: Workers) -> Generator[TrialResult, None, None]:
     """Run jobs in parallel and yield each result as it comes.
 
     A worker that crashes or is killed costs its own job only: the job is reported as failed and a

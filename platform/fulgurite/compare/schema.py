@@ -30,6 +30,7 @@ __all__ = [
     "near_miss",
     "read_axes",
     "read_axis",
+    "read_count",
     "read_field",
     "read_name",
     "read_overrides",
@@ -186,6 +187,17 @@ def read_seeds(value: object, key_path: str) -> tuple[int, ...]:
             f"{key_path} is {value!r}.", "Give a list of different integers, e.g. [0, 1, 2]."
         )
     return tuple(value)
+
+
+def read_count(value: object, key_path: str) -> int:
+    """A number of things.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if not isinstance(value, int) or not _fits(value, NonNegativeInt):
+        raise ConfigError(f"{key_path} is {value!r}.", "Give a whole number, e.g. 1.")
+    return value
 
 
 def read_axes(value: object, key_path: str) -> Axes:
