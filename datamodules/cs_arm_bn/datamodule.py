@@ -5,49 +5,41 @@ Shapes: D plates, L queries, N controls, C channels, H W image, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fulgurite.base import save_options
 from fulgurite.data.exclusions import check_exclude, name_some
-from fulgurite.datamodules.cs_arm_bn.episodes import (
-    BatchRows,
-    EpisodeSampler,
-    EvaluationEpisodes,
-    PlateSampler,
-    TrainingEpisodes,
-)
-from fulgurite.datamodules.cs_arm_bn.evaluation import EvaluationPlan
 from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
+from fulgurite.datamodules.cs_arm_bn.loaders import PlateLoaders
 from fulgurite.datamodules.cs_arm_bn.options import (
     EpisodeOptions,
     EvaluationOptions,
     PixelOptions,
     find_min_controls,
 )
-from fulgurite.datamodules.cs_arm_bn.pixels import ImageCrops, Standardisation
+from fulgurite.datamodules.cs_arm_bn.pixels import Standardisation
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
-from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
-from fulgurite.devices import pins_memory
-from fulgurite.domains.cs_arm_bn import PlateBatch
+from fulgurite.datamodules.cs_arm_bn.standardising import (
+    find_pixel_statistics,
+    measure_channels,
+)
+from fulgurite.datamodules.cs_arm_bn.table import PlateTable
+from fulgurite.domains.cs_arm_bn import PixelStatistics
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.options import NonNegativeInt, check_arguments, make_options
-from fulgurite.sampling import sampler_ranks, training_progress
 
 __all__ = ["PlateDataModule"]
 
 _EXCLUSIONS = ("few_controls", *IMAGE_EXCLUSIONS)
 
 
-class PlateDataModule(L.LightningDataModule):
+class PlateDataModule(PlateLoaders):
     """Splits the plates of a source and serves episodes: queries and controls of one plate.
 
     A batch is a :class:`~fulgurite.domains.cs_arm_bn.PlateBatch`, whose rows are those of
@@ -112,6 +104,8 @@ class PlateDataModule(L.LightningDataModule):
         # mean and deviation in fractions of full scale: measured, given, or from a checkpoint
         self._statistics: tuple[Tensor, Tensor] | None = None
         self._standardisation: dict[torch.device, Standardisation] = {}
+        #: Height, width and full scale of the images of the checkpoint that was loaded.
+        self._trained_size: tuple[tuple[int, int], float] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -130,13 +124,15 @@ class PlateDataModule(L.LightningDataModule):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width [pixels]; known after :meth:`setup`, before it if it is cropped.
+        """Height and width [pixels], known after :meth:`setup`, or by a crop or a checkpoint.
 
         Raises:
-            ConfigError: It is read before :meth:`setup` and ``pixels.crop`` is not set.
+            ConfigError: It is read before :meth:`setup`, and neither is there.
         """
         if self.pixels.crop is not None:
             return self.pixels.crop, self.pixels.crop
+        if not self._ready and self._trained_size is not None:
+            return self._trained_size[0]
         if not self._ready:
             raise ConfigError(
                 "The size of the images is not known before they are read.",
@@ -234,7 +230,7 @@ class PlateDataModule(L.LightningDataModule):
         self._check_image_sizes()
         self._ready = True
         if self._statistics is None:
-            self._statistics = self._measure_channels()
+            self._statistics = measure_channels(self.images, self.assignment.train, self.pixels)
         rank_zero_info(f"Plates: {self.table.report()}\n{self._describe_split()}")
 
     def _describe_split(self) -> str:
@@ -260,22 +256,6 @@ class PlateDataModule(L.LightningDataModule):
                 "Lower `--data.init_args.pixels.crop`, or `downscale` of the preprocessing.",
             )
 
-    def _measure_channels(self) -> tuple[Tensor, Tensor] | None:
-        if self.pixels.mean is not None and self.pixels.std is not None:
-            for name, values in (("mean", self.pixels.mean), ("std", self.pixels.std)):
-                if len(values) != self.in_channels:
-                    raise ConfigError(
-                        f"There are {len(values)} values for {self.in_channels} channels.",
-                        f"Give one `--data.init_args.pixels.{name}` for each channel.",
-                    )
-            return torch.tensor(self.pixels.mean), torch.tensor(self.pixels.std)
-        rows = self.assignment.train
-        if not len(rows):
-            return None  # a checkpoint's
-        mean, std = self.images.moments(rows)
-        unit = self.images.unit(int(rows[0]))
-        return torch.from_numpy(mean / unit).float(), torch.from_numpy(std / unit).float()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state for runs on other plates: statistics, class names and channels."""
         if self._statistics is None:
@@ -286,6 +266,8 @@ class PlateDataModule(L.LightningDataModule):
             "std": std,
             "class_names": list(self.class_names),
             "channels": list(self.source.channels),
+            "image_size": list(self.image_size),
+            "full_scale": self.images.unit(0),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -305,144 +287,26 @@ class PlateDataModule(L.LightningDataModule):
                 )
         self._statistics = state_dict["mean"], state_dict["std"]
         self._standardisation = {}
+        if "image_size" in state_dict:
+            height, width = state_dict["image_size"]
+            self._trained_size = (height, width), state_dict["full_scale"]
 
-    def _make_standardisation(self) -> Standardisation:
-        if self.pixels.normalise == "image":
-            return Standardisation(None, None)
-        if self.pixels.normalise == "dataset":
-            if self._statistics is None:
-                raise DataError(
-                    "There are no training queries to measure mean and deviation of the channels.",
-                    "Give a checkpoint with `--ckpt_path`, or `--data.init_args.pixels.mean` and "
-                    "`std`.",
-                )
-            unit = self.images.unit(0)
-            return Standardisation(*(values * unit for values in self._statistics))
-        moments = []
-        for d, name in enumerate(self.domains):
-            rows = self.table.rows_of(d, control=True)
-            if not len(rows):
-                raise DataError(
-                    f"The plate {name} has no controls to normalise by.",
-                    "Set `--data.init_args.pixels.normalise=dataset`.",
-                )
-            moments.append(np.stack(self.images.moments(rows)))
-        return Standardisation(*torch.from_numpy(np.stack(moments, 1)).float())
+    def pixel_statistics(self, plate: int | None = None) -> PixelStatistics:
+        """Return how the images of a plate are standardised for the network.
 
-    def _make_crops(self) -> ImageCrops:
-        if not self._standardisation:
-            self._standardisation = {torch.device("cpu"): self._make_standardisation()}
-        return ImageCrops(self.images, self.pixels.crop, self.pixels.augment)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Standardise the images of a batch, on the device that they are on."""
-        if not isinstance(batch, PlateBatch):
-            return batch
-        statistics, device = self._standardisation, batch.images.device
-        if device not in statistics:  # moved once: a step would wait for it
-            statistics[device] = statistics[torch.device("cpu")].to(device)
-        images: Any = statistics[device].apply(batch)
-        if self.trainer is not None:
-            images = self.trainer.precision_plugin.convert_input(images)
-        return batch._replace(images=images)
-
-    def _make_loader(self, episodes: Any, sampler: Any = None) -> DataLoader[Any]:
-        return DataLoader(
-            episodes,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,  # the epoch travels in the index
-            pin_memory=pins_memory(),
-            generator=torch.Generator(),  # loading leaves the run's randomness alone
-        )
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training episodes.
-
-        Raises:
-            DataError: The split has no labelled query for training.
-        """
-        rows = self.assignment.train
-        if not len(rows):
-            raise DataError(
-                "The split leaves no labelled query for training.",
-                "Change `--data.init_args.split`, or give labels.",
-            )
-        episodes = TrainingEpisodes(self._make_crops(), rows, self.episodes, self.seed)
-        epoch, batches = training_progress(self.trainer)
-        done = batches * sampler_ranks(self.trainer)[1]  # on all ranks
-        return self._make_loader(episodes, EpisodeSampler(episodes, epoch, done))
-
-    def plan_evaluation(self, rows: Rows, probes: bool = False) -> EvaluationEpisodes:
-        """Return fixed episodes in which each of the queries counts once.
+        Without images, where options or a loaded checkpoint say it.
 
         Args:
-            rows: Rows of queries.
-            probes: Whether to apply label shift, wrong plates and mislabelled controls.
-        """
-        plan = EvaluationPlan(self.table, self.episodes, self.evaluation, self.seed)
-        return EvaluationEpisodes(self._make_crops(), plan.batches(rows, probes))
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the validation episodes, if there are any."""
-        rows = self.assignment.val
-        return self._make_loader(self.plan_evaluation(rows)) if len(rows) else []
-
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Return one loader for each of :attr:`test_sets`."""
-        return [
-            self._make_loader(self.plan_evaluation(rows, probes=True))
-            for rows in self.assignment.tests.values()
-        ]
-
-    def plate_episodes(self, plates: Sequence[int]) -> EvaluationEpisodes:
-        """Return all controls and queries of plates for prediction.
-
-        The first batch of a plate has all its controls, later ones have none; the last one is not
-        padded.
-        """
-        parts = []
-        size, _ = self.evaluation.find_sizes(self.episodes)
-        for d in plates:
-            queries = self.table.rows_of(d, control=False)
-            controls = self.table.rows_of(d, control=True)
-            for first in range(0, max(1, len(queries)), size):
-                part = queries[first : first + size]
-                counted = np.ones(len(part), np.bool_)
-                parts.append(BatchRows(d, part, counted, controls[:0] if first else controls))
-        return EvaluationEpisodes(self._make_crops(), parts)
-
-    def plate_dataloader(self, part: Literal["train", "val"] | str = "train") -> DataLoader[Any]:
-        """Return all controls and queries of the plates of one part, plate by plate.
-
-        For methods that fit something on whole plates (TVN), and for statistics of the training
-        plates.
-        """
-        rows = {"train": self.assignment.train, "val": self.assignment.val}
-        rows |= dict(self.assignment.tests)
-        plates = [int(d) for d in np.unique(self.table.domain[rows[part]])]
-        return self._make_loader(self.plate_episodes(plates))
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the plates to predict, in order: first a plate's controls, then its queries.
-
-        Each plate goes to one rank.
+            plate: Number of the plate, after :meth:`setup`; None for one that may be any.
 
         Raises:
-            DataError: The split has no plate to predict.
+            ConfigError: Plates are standardised by their own controls, and none is named.
         """
-        if self.evaluation.predict == "all":
-            plates = list(range(len(self.domains)))
-        else:
-            rows = [rows for name, rows in self.assignment.tests.items() if name != "in_domain"]
-            rows.append(np.flatnonzero(~self.table.control & (self.table.label < 0)))
-            plates = [int(d) for d in np.unique(self.table.domain[np.concatenate(rows)])]
-        plates = [d for d in plates if len(self.table.rows_of(d, control=False))]
-        if not plates:
-            raise DataError(
-                "The split leaves no plate to predict.",
-                "Set `--data.init_args.evaluation.predict=all`.",
-            )
-        episodes = self.plate_episodes(plates)
-        return self._make_loader(episodes, PlateSampler(episodes, sampler_ranks(self.trainer)))
+        if self._trained_size is None:
+            self.prepare_data()
+            self.setup()
+            self._trained_size = self.image_size, self.images.unit(0)
+        return find_pixel_statistics(
+            self.images if self._ready else None, self.pixels, self._statistics,
+            plate=plate, full_scale=self._trained_size[1],
+        )  # fmt: skip

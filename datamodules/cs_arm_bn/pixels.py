@@ -15,11 +15,9 @@ from torch import Tensor
 
 from fulgurite.datamodules.cs_arm_bn.images import PlateImages
 from fulgurite.datamodules.cs_arm_bn.table import Rows
-from fulgurite.domains.cs_arm_bn import PlateBatch
+from fulgurite.domains.cs_arm_bn import MIN_STD, PlateBatch
 
 __all__ = ["ImageCrops", "Standardisation"]
-
-_MIN_STD = 1e-6  # of an image by its own statistics
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Standardisation:
         pixels = stored.to(torch.float32, copy=True)
         if self.mean is None or self.std is None:
             std, mean = torch.std_mean(pixels, (2, 3), correction=0, keepdim=True)
-            return (pixels - mean) / std.clamp_min(_MIN_STD)
+            return (pixels - mean) / std.clamp_min(MIN_STD)
         mean, std = self.mean, self.std
         if mean.ndim == 2:
             controls = batch.control_domain.to(pixels.device, non_blocking=True)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fulgurite.base import save_options
 from fulgurite.datamodules.fedsir.augment import shift_crop
+from fulgurite.datamodules.fedsir.inputs import TrainedInputs
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
@@ -145,6 +146,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.reveal_true_labels = reveal_true_labels
         self._ready = False
         self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._trained: TrainedInputs | None = None  # of the checkpoint that was loaded
 
     @property
     def num_classes(self) -> int:
@@ -170,6 +172,30 @@ class FederatedDataModule(L.LightningDataModule):
     def num_samples(self) -> int:
         """Number N of training samples of all clients."""
         return len(self.labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the network's inputs and outputs mean, for other images than these."""
+        return self._describe_inputs().state_dict() if self._ready else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what inputs and outputs of the checkpoint's network mean; these data stay theirs."""
+        self._trained = TrainedInputs.from_state_dict(state_dict) if state_dict else None
+
+    def trained_inputs(self) -> TrainedInputs:
+        """What inputs and outputs of the network mean.
+
+        As the loaded checkpoint says; one that does not is taken to be of these data, which are
+        read.
+        """
+        if self._trained is not None:
+            return self._trained
+        self.prepare_data()
+        self.setup()
+        return self._describe_inputs()
+
+    def _describe_inputs(self) -> TrainedInputs:
+        scale, offset = self._affine[torch.device("cpu")]
+        return TrainedInputs(scale.flatten(), offset.flatten(), tuple(self.class_names))
 
     def prepare_data(self) -> None:
         """Let the source fill its cache, once per machine."""

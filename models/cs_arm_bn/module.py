@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from fulgurite.base import SystemModule, build_network, check_head, save_options, scheduled
 from fulgurite.domains.cs_arm_bn import PlateBatch
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest
 from fulgurite.models.cs_arm_bn.adaptation import (
     adapt,
     load_statistics,
     missing_controls_error,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import Context, use_context
+from fulgurite.models.cs_arm_bn.checks import check_labels, check_trainer
 from fulgurite.models.cs_arm_bn.conversion import convert_batchnorm, has_batchnorm
+from fulgurite.models.cs_arm_bn.exporting import EXPORT_OPTIONS, export_classifier
 from fulgurite.models.cs_arm_bn.methods.base import Method, query_loss
 from fulgurite.models.cs_arm_bn.methods.statistics import AdaptiveWeight
 from fulgurite.models.cs_arm_bn.metrics import (
@@ -83,6 +86,7 @@ class PlateClassifier(SystemModule):
 
     monitor = "val/loss"
     mode = "min"
+    export_options = EXPORT_OPTIONS
 
     def __init__(
         self,
@@ -203,25 +207,10 @@ class PlateClassifier(SystemModule):
                 the precision would lose the method's own gradients.
         """
         super().setup(stage)
-        self._check_trainer()
+        check_trainer(self.trainer, self, self.method)
         if stage == "fit":
             domains = getattr(getattr(self.trainer, "datamodule", None), "domains", ())
             self.method.prepare_domains(len(domains))
-
-    def _check_trainer(self) -> None:
-        trainer = self.trainer
-        synced = getattr(trainer.strategy, "_layer_sync", None) is not None
-        if synced or any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
-            raise ConfigError(
-                "SyncBatchNorm would mix the plates of the ranks.",
-                "Leave out --trainer.sync_batchnorm.",
-            )
-        if self.method.own_gradients and str(trainer.precision).startswith("16-"):
-            raise ConfigError(
-                f"{type(self.method).__name__} takes gradients of its own, which are lost in "
-                f"--trainer.precision={trainer.precision}: nothing scales them.",
-                "Use bf16-mixed or 32-true.",
-            )
 
     def on_train_start(self) -> None:
         """Call the method with the training plates."""
@@ -243,18 +232,8 @@ class PlateClassifier(SystemModule):
                 "DataModule give fulgurite.domains.cs_arm_bn.PlateBatch.",
             )
         if self.trainer.training:
-            self._check_labels(batch.label)
+            check_labels(batch.label, self.num_classes)
         return batch
-
-    def _check_labels(self, labels: Tensor) -> None:
-        """Refuse labels outside the classes; those on a device were checked before the move."""
-        if labels.device.type != "cpu":
-            return
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            raise DataError(
-                f"A training batch has labels from {int(labels.min())} to {int(labels.max())}.",
-                f"Give labels from 0 to {self.num_classes - 1}.",
-            )
 
     def training_step(self, batch: PlateBatch, batch_idx: int) -> Tensor:
         """Loss of an episode's queries.
@@ -263,7 +242,7 @@ class PlateClassifier(SystemModule):
             DataError: A query has no label of a class.
         """
         labels = batch.label
-        self._check_labels(labels)
+        check_labels(labels, self.num_classes)
         self._check_controls(batch)
         with self.plate_context(batch, training=True) as context:
             context.record = self._is_recorded(batch_idx)
@@ -395,6 +374,14 @@ class PlateClassifier(SystemModule):
         statistics = adapt(self.network, chunks, name, weight=weight)
         self._adapted.add(name)
         return statistics
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Hand over an ordinary network, with a plate's statistics where the method has them.
+
+        Raises:
+            ConfigError: The method's predictions depend on each other, or no plate is named.
+        """
+        return export_classifier(self.network, self.method, request, chunk=self.adaptation.chunk)
 
     def load_plate(self, domain: int, tensors: Mapping[str, Tensor]) -> None:
         """Use a plate's statistics from an earlier prediction in this one.

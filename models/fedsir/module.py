@@ -17,7 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from fulgurite.base import SystemModule, build_network, check_head, save_options
 from fulgurite.errors import CheckpointError, ConfigError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest
 from fulgurite.models.fedsir.engine import RoundEngine
+from fulgurite.models.fedsir.exporting import export_classifier
 from fulgurite.models.fedsir.federation import (
     Federation,
     FlatState,
@@ -148,6 +150,18 @@ class FederatedClassifier(SystemModule):
         """The server optimizer."""
         make = self.rounds.server_optimizer or NoOpServerOptimizer
         return make(self.network.parameters())
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Hand over the global network, which takes pixels and normalises them itself.
+
+        Raises:
+            ConfigError: The DataModule does not say what the network's inputs mean.
+        """
+        request.restore_data()
+        return export_classifier(
+            self.network, request.data, num_classes=self.hparams["num_classes"],
+            in_channels=self.hparams["in_channels"],
+        )  # fmt: skip
 
     # --- rounds --------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from fulgurite.base import save_options
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest, no_network_error
 from fulgurite.models.number_probing.counting import (
     cooccurrences,
     ppmi,
@@ -48,6 +49,14 @@ class _VectorFileModule(NumberModule):
 
     def number_embeddings(self, ns: Sequence[int]) -> Tensor:
         raise NotImplementedError
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Refuse: there are vectors, and no network.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise no_network_error(self, "but vectors, which numbers.txt in its run folder holds")
 
     def on_train_end(self) -> None:
         """Write ``numbers.txt``, for ``fulgurite probe``."""

@@ -16,6 +16,8 @@ from torchmetrics import MeanMetric
 from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.devices import move, read_clock
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest
+from fulgurite.models.number_probing.exporting import export_language_model
 from fulgurite.models.number_probing.losses import (
     average_right_rows,
     rows_all_right,
@@ -211,6 +213,12 @@ class NumberLM(NumberModule):
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits of all tokens, for short sequences. Shape: (B, L) to (B, L, V)."""
         return nn.functional.linear(self.hidden(tokens, documents), self.head_weight)
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Hand over embedding, backbone and head; a sequence is one document."""
+        return export_language_model(
+            self.embedding, self.backbone, self.head, data=request.data, number_ids=self.number_ids
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with its scheduler if there is one.

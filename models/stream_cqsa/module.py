@@ -17,6 +17,8 @@ from torchmetrics import MeanMetric
 
 from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest
+from fulgurite.models.stream_cqsa.exporting import export_language_model
 from fulgurite.models.stream_cqsa.losses import (
     IGNORED,
     chunked_cross_entropy,
@@ -101,6 +103,10 @@ class LanguageModel(SystemModule):
                 f"{network_size}.",
                 f"Set --model.init_args.network.init_args.vocab_size={data_size}.",
             )
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Hand over the network with PyTorch's attention; a sequence is one document."""
+        return export_language_model(self.network, request.data)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with its scheduler if there is one.

@@ -33,6 +33,8 @@ compare and look:
   compare    methods x settings x seeds  fulgurite compare fedsir/compare.yaml --quick
   sweep      a W&B sweep file without a server   fulgurite sweep fedsir/sweep.yaml --trials 8
   report     render a comparison or a run folder again
+  export     write a trained network as ONNX, safetensors or torch.export
+             fulgurite export runs/fedsir/digits/20260101-120000 --to onnx
   new        write the package of another paper, which runs at once   fulgurite new my_paper
   systems    list the installed systems, their papers and configurations
   doctor     versions, devices and known faults of this installation
@@ -128,6 +130,10 @@ def _dispatch(argv: list[str]) -> int:
         from fulgurite.scaffold import main as create
 
         return create(argv[1:])
+    if command == "export":
+        from fulgurite.export.command import main as export
+
+        return export(argv[1:])
     if command == "doctor":
         from fulgurite.doctor import doctor
 

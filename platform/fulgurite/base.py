@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from fulgurite.errors import ConfigError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest, no_network_error
 from fulgurite.options import list_options
 
 __all__ = [
@@ -44,6 +46,8 @@ class SystemModule(LightningModule):
     Attributes:
         monitor: Logged metric by which ``best.ckpt`` is chosen; None keeps only the last one.
         mode: ``min`` or ``max``.
+        export_options: Options of ``fulgurite export`` that :meth:`export_network` reads, with what
+            each means.
 
     Any other LightningModule works with the command line as well; it gets ``last.ckpt`` only,
     unless its configuration adds a ``ModelCheckpoint``.
@@ -51,6 +55,18 @@ class SystemModule(LightningModule):
 
     monitor: str | None = None
     mode: str = "min"
+    export_options: Mapping[str, str] = MappingProxyType({})
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Hand over the network for ``fulgurite export``, with the weights that are loaded.
+
+        Args:
+            request: The data of the run, and the values of :attr:`export_options`.
+
+        Raises:
+            ConfigError: The module has no network that could do without it.
+        """
+        raise no_network_error(self)
 
     def setup(self, stage: str) -> None:
         """Check that the model was made for the data.

@@ -53,6 +53,7 @@ RESERVED_COMMANDS = frozenset(
         "doctor",
         "sweep",
         "new",
+        "export",
         "help",
     )
 )

@@ -262,7 +262,7 @@ def test_commands_in_the_documents_exist(document):
     for command in commands_in(document, "make"):
         assert set(command[1:]) <= targets, command
     known = {"fit", "validate", "test", "predict", "systems", "doctor"}
-    known |= {"compare", "report", "sweep", "new"}
+    known |= {"compare", "report", "sweep", "new", "export"}
     known |= {command.name for system in systems().values() for command in system.commands}
     for command in commands_in(document, "fulgurite"):
         names = command[1].split("|")

@@ -44,6 +44,15 @@ class Method(nn.Module):
     frozen: bool = False
     own_gradients: bool = False
 
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether prediction is the network alone, with running statistics."""
+        return (
+            self.test_source == "source"
+            and not self.extra_channels
+            and type(self).logits is Method.logits
+        )
+
     def build(self, network: nn.Module, in_channels: int, num_classes: int) -> None:
         """Build the parts that depend on the sizes; called once, by the module's constructor."""
 

@@ -7,7 +7,6 @@ Axes: B stacks, N traces of all of them, M traces of the longest, D any features
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,7 +89,7 @@ class Track:
     @property
     def uniform(self) -> bool:
         """Whether all stacks are equally long, so that padding is a view."""
-        return len({*self.sizes}) == 1
+        return len(self.sizes) == 1 or len({*self.sizes}) == 1
 
     @cached_property
     def valid(self) -> Tensor:
@@ -169,7 +168,7 @@ def adjacency(
         weights = allowed / metres.clamp_min(1.0)
     else:
         weights = allowed.double()
-    return (weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)).float()
+    return (weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)).float()
 
 
 def check_graph(kind: str, neighbours: int, part: int, overlap: int) -> None:
@@ -193,12 +192,22 @@ def check_graph(kind: str, neighbours: int, part: int, overlap: int) -> None:
 
 
 def _share_part(index: Tensor, part: int, overlap: int) -> Tensor:
-    """Whether two traces are of one part. Shape: (M,) to (M, M)."""
+    """Whether two traces are of one part. Shape: (M,) to (M, M).
+
+    Example:
+        >>> _share_part(torch.arange(5), part=3, overlap=1)[2]
+        tensor([True, True, True, True, True])
+        >>> _share_part(torch.arange(5), part=3, overlap=1)[1]
+        tensor([ True,  True,  True, False, False])
+    """
     step = part - overlap
-    starts = torch.arange(0, max(1, math.ceil((len(index) - overlap) / step)) * step, step)
-    starts = starts.to(index.device)
-    inside = (index[:, None] >= starts) & (index[:, None] < starts + part)
-    return (inside[:, None] & inside[None]).any(-1)
+    # in operations that know no number of traces, so that one exported network is for any
+    steps = -((overlap - index.shape[0]) // step) - 1
+    last = torch.sym_max(0, steps) * step  # type: ignore[no-untyped-call]
+    earlier = torch.minimum(index[:, None], index)
+    later = torch.maximum(index[:, None], index)
+    start = (earlier // step * step).clamp(max=last)  # of the last part that has the earlier trace
+    return later < start + part
 
 
 def edges(track: Track, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -188,8 +188,9 @@ def find_contradicted(
     steps = (track.length_of - 1).clamp_min(1)
     spacing = ((position.amax(1) - position[:, 0]) / steps).clamp_min(1e-3)[:, None, None]
     apart = (position[:, :, None] - position[:, None, :]).abs() / spacing
-    near = (-apart / 3).exp().to(visible_thickness.dtype)
-    near.diagonal(dim1=1, dim2=2).zero_()
+    number = torch.arange(position.shape[1], device=position.device)
+    near = torch.where(number[:, None] != number, (-apart / 3).exp(), 0.0)
+    near = near.to(visible_thickness.dtype)
     total, weight = track.unpad(near @ stacked).chunk(2, -1)
     enough = visible & (weight > 0.5)
     return enough & ((visible_thickness - total / weight.clamp_min(0.5)).abs() > limit)

@@ -5,6 +5,7 @@ Axes: B stacks, N traces of all of them, L layers, P physical fields.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fulgurite.base import SystemModule, build_network, scheduled
 from fulgurite.domains.ice_layers.spans import TensorSpans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.export.exportable import ExportableNetwork, ExportRequest
 from fulgurite.models.ice_layers.data.batches import (
     check_batch,
     read_segments,
@@ -27,6 +29,7 @@ from fulgurite.models.ice_layers.data.batches import (
 )
 from fulgurite.models.ice_layers.data.graph import note_sizes
 from fulgurite.models.ice_layers.data.normalise import Normalised, Normaliser, to_positive
+from fulgurite.models.ice_layers.exporting import export_predictor
 from fulgurite.models.ice_layers.networks.features import PhysicsPrior, PriorKind, find_contradicted
 from fulgurite.models.ice_layers.training.losses import LossKind, masked_robust_loss
 from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
@@ -293,6 +296,21 @@ class IceModule(SystemModule):
             self.optimizer(self.parameters()),
             None if self.scheduler is None else make_scheduler,
             "step",
+        )
+
+    def export_network(self, request: ExportRequest) -> ExportableNetwork:
+        """Hand over the prediction of one stack: networks, statistics, prior and measured sums."""
+        copied = copy.deepcopy(self).eval()
+        copied.metrics = nn.Identity()  # type: ignore[assignment]
+        notes = []
+        if samples := getattr(self, "mc_samples", 0):
+            copied.mc_samples = 0  # type: ignore[assignment]
+            notes.append(
+                f"dropout is off in the exported network; `fulgurite predict` averages {samples} "
+                "samples with it"
+            )
+        return export_predictor(
+            copied, sizes=self.sizes, data_state=request.data_state, notes=tuple(notes)
         )
 
     # --- steps ---------------------------------------------------------------------------------

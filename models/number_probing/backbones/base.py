@@ -39,6 +39,9 @@ class CausalBackbone(Protocol):
 
     Attributes:
         width: D.
+
+    One that goes through a sequence by a loop says ``traces_one_length = True``: what is exported
+    of it is for sequences of one length.
     """
 
     width: int

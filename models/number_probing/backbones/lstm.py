@@ -68,6 +68,8 @@ class LSTMBackbone(nn.Module):
         inferred.
     """
 
+    traces_one_length = True
+
     def __init__(self, width: int = 128, layers: int = 2, residual: bool = True) -> None:
         super().__init__()
         check_minimum(1, width=width, layers=layers)

@@ -110,6 +110,8 @@ class GatedDeltaNetBackbone(nn.Module):
     Source: arXiv 2412.06464, section 3.4 and figure 1; card section 6; sizes: inferred.
     """
 
+    traces_one_length = True
+
     def __init__(
         self,
         width: int = 128,
@@ -201,6 +203,8 @@ class Mamba2Backbone(nn.Module):
 
     Source: arXiv 2405.21060, section 7; sizes: inferred.
     """
+
+    traces_one_length = True
 
     def __init__(
         self,

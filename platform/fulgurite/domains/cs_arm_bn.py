@@ -1,17 +1,20 @@
-"""The batch of plate classification: queries and controls of one plate.
+"""The batch of plate classification: queries and controls of one plate, and what its pixels mean.
 
 Axes: L queries, N controls, M = L + N rows, C channels, H W image.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["MIXED", "PlateBatch"]
+__all__ = ["MIN_STD", "MIXED", "PixelStatistics", "PlateBatch"]
 
+#: Smallest standard deviation of an image by which it is divided, in units of its stored type.
+MIN_STD = 1e-6
 #: Plate of a batch whose queries are of several.
 MIXED = -1
 
@@ -98,3 +101,39 @@ class PlateBatch(NamedTuple):
             control_row=rows[len(query) :],
             control_domain=torch.full((len(control),), domain),
         )
+
+
+@dataclass(frozen=True)
+class PixelStatistics:
+    """How images are standardised, in fractions of the full scale of their stored type.
+
+    Args:
+        mean: Mean of each channel; None standardises each image by its own statistics.
+            Shape: (C,).
+        std: Standard deviation of each channel, as ``mean``. Shape: (C,).
+        full_scale: Full scale of the stored type: 255, 65535, or 1 for floating point.
+
+    Example:
+        >>> PixelStatistics(torch.tensor([0.5]), torch.tensor([0.25]), 255.0).describe()
+        {'mean': [0.5], 'std': [0.25]}
+        >>> PixelStatistics(None, None, 255.0).describe()
+        {'by': 'image'}
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+    full_scale: float
+
+    @property
+    def smallest(self) -> float:
+        """Smallest standard deviation of an image by which it is divided."""
+        return MIN_STD / self.full_scale
+
+    def describe(self) -> dict[str, Any]:
+        """Return the statistics as plain values."""
+        if self.mean is None or self.std is None:
+            return {"by": "image"}
+        return {
+            "mean": [round(value, 6) for value in self.mean.tolist()],
+            "std": [round(value, 6) for value in self.std.tolist()],
+        }
