@@ -38,6 +38,7 @@ def blank_figures(request, monkeypatch):
 
 def write_blank(file):
     """Write a picture of one pixel."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(
         bytes.fromhex(
             "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"

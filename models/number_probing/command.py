@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fulgurite import plotting
 from fulgurite.errors import ConfigError
-from fulgurite.io import atomic_write, write_text
+from fulgurite.io import write_text
 from fulgurite.models.number_probing.checks import describe_numbers
 from fulgurite.models.number_probing.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
@@ -147,9 +148,7 @@ def main(argv: list[str]) -> int:
         "spectrum": spectrum_figure(report.spectrum, settings.periods, table.source),
         "kappa": kappa_figure(report.rows, f"κ, {table.source}"),
     }.items():
-        path = folder / "figures" / f"{name}.png"
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png")
+        plotting.save_figure(figure, folder / "figures" / f"{name}.png")
     print(f"\nprobe: recorded in {folder} ({seconds:.1f} s)")
     return 0
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fulgurite import plotting
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
-from fulgurite.io import atomic_write, write_text
+from fulgurite.io import write_text
 from fulgurite.models.number_probing.options import OneLineParser, parse_integers
 from fulgurite.models.number_probing.report import to_csv, to_markdown
 from fulgurite.plotting import COLORS, new_figure
@@ -194,8 +195,7 @@ def main(argv: list[str]) -> int:
     print(to_markdown(rows, list(rows[0])))
     out = Path(args.out) if args.out else folder / "history"
     write_text(out / "history.csv", to_csv(rows))
-    with atomic_write(out / "history.png") as temporary:
-        history_figure(histories, periods).savefig(temporary, format="png")
+    plotting.save_figure(history_figure(histories, periods), out / "history.png")
     print(f"probe-history: recorded in {out}")
     return 0
 

@@ -54,6 +54,7 @@ def test_methods_of_a_comparison_are_averaged_over_their_seeds(tmp_path):
     assert rows["b"]["steps"] == 200
 
 
+@pytest.mark.figures
 def test_the_command_draws_and_records(tmp_path, capsys):
     folder = write_comparison(tmp_path, {("a", 0): 0.2, ("a", 1): 0.4, ("b", 0): -0.5})
     assert main([str(folder), "--periods", "2,7"]) == 0

@@ -13,9 +13,7 @@ from fulgurite.errors import ConfigError
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
 
-@pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workdir")
 
 
 def test_training_from_python_equals_the_command_line(tmp_path):

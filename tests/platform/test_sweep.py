@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from fulgurite.sweep.pruning import falls_behind
 from fulgurite.sweep.reporter import TrialReporter
 from fulgurite.sweep.space import Categorical, Distribution, EarlyTerminate
 from fulgurite.sweep.study import MEMORY, TrialWatch, hide_password, next_point, open_study
+from fulgurite.testing.survival import start_call
 
 RUNNER = """
 import json, os, pathlib, sys, time
@@ -90,6 +90,7 @@ def read(folder, **changes):
     return sweep.read_sweep(write(folder, {**GRID, **changes}))
 
 
+@pytest.mark.figures
 def test_a_grid_runs_each_point_once_and_writes_what_is_best(folder, capsys):
     study = run(write(folder, GRID), workers=2)
     assert sorted((r["lr"], r["width"]) for r in ran(folder)) == [
@@ -199,17 +200,14 @@ def test_a_failed_trial_is_told_and_the_others_go_on(folder, capsys):
     assert "Thirteen is refused." in capsys.readouterr().out
 
 
-def start(folder, file, *options, **environment):
-    code = "import sys; from fulgurite.sweep.driver import run; "
-    code += "run(sys.argv[1], out=sys.argv[2], workers=int(sys.argv[3]), "
-    code += "storage=sys.argv[4] or None, runner='sweep_runner:main')"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, file, *options],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(folder, file, out, storage=None, **environment):
+    """A driver in a fork, which need not import Optuna and torch again."""
+
+    def drive():
+        os.environ.update(environment)
+        run(file, out=out, storage=storage)
+
+    return start_call(drive, folder)
 
 
 def wait_for(condition, seconds=60):
@@ -221,10 +219,10 @@ def wait_for(condition, seconds=60):
 
 def test_a_killed_sweep_runs_what_was_cut_short_again(folder):
     file = write(folder, GRID)
-    driver = start(folder, file, "out", "1", "", SLEEP="0.7")
+    driver = start(folder, file, "out", SLEEP="0.7")
     wait_for(lambda: len(ran(folder)) == 2)
-    driver.kill()
-    driver.communicate()
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
     study = run(file)
     done = [t.params for t in study.trials if t.state == TrialState.COMPLETE]
     assert len(done) == len({json.dumps(p) for p in done}) == 6
@@ -238,10 +236,10 @@ def test_a_killed_sweep_runs_what_was_cut_short_again(folder):
 def test_two_drivers_share_one_storage(folder):
     """As two machines do, each with a folder of its own."""
     file, url = write(folder, GRID), f"sqlite:///{folder / 'shared.db'}"
-    drivers = [start(folder, file, f"out{i}", "1", url, SLEEP="0.2") for i in range(2)]
+    drivers = [start(folder, file, f"out{i}", url, SLEEP="0.2") for i in range(2)]
     for driver in drivers:
-        output, _ = driver.communicate(timeout=120)
-        assert driver.returncode == 0, output
+        ended = driver.wait()
+        assert ended.status == 0, ended.output
     assert len(ran(folder)) == len({json.dumps(r) for r in ran(folder)}) == 6
     assert (folder / "out0" / "trials.csv").read_text() == (
         folder / "out1" / "trials.csv"
@@ -625,13 +623,13 @@ def postgres():
 def test_two_drivers_share_one_postgresql(folder, postgres):
     """And one of them is killed."""
     file = write(folder, GRID)
-    drivers = [start(folder, file, f"out{i}", "1", postgres, SLEEP="0.5") for i in range(2)]
+    drivers = [start(folder, file, f"out{i}", postgres, SLEEP="0.5") for i in range(2)]
     wait_for(lambda: len(ran(folder)) >= 2)
     os.kill(drivers[0].pid, signal.SIGKILL)
-    drivers[0].communicate()
-    output, _ = drivers[1].communicate(timeout=120)
-    assert drivers[1].returncode == 0, output
-    assert "secret" not in output
+    drivers[0].wait()
+    ended = drivers[1].wait()
+    assert ended.status == 0, ended.output
+    assert "secret" not in ended.output
     study = optuna.load_study(study_name=f"{folder.name}-sweep", storage=postgres)
     done = [t.params for t in study.trials if t.state == TrialState.COMPLETE]
     assert len(done) == len({json.dumps(p) for p in done}) == 6

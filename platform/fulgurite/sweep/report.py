@@ -13,8 +13,8 @@ import yaml
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from fulgurite import plotting
 from fulgurite.io import write_text
-from fulgurite.plotting import save_figure
 from fulgurite.sweep.space import Categorical, Constant, Sweep
 from fulgurite.sweep.study import (
     ERROR,
@@ -158,7 +158,7 @@ def _draw(trials: list[FrozenTrial], sweep: Sweep, study: optuna.Study, folder: 
         figure.set_layout_engine("constrained")
         for plot in axes:  # else ticks of a narrow logarithmic axis lie upon each other
             plot.xaxis.set_minor_formatter(NullFormatter())
-        save_figure(figure, folder / file)
+        plotting.save_figure(figure, folder / file)
         pyplot.close(figure)
 
 
