@@ -1,6 +1,5 @@
 """The data module: split by segment, statistics, batches, dropping, completed stacks, leakage."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -572,17 +571,6 @@ def test_batching_without_pyg_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
     with pytest.raises(MissingExtraError, match=r"torch-geometric\..*fulgurite\[ice\]"):
         data.train_dataloader()
-
-
-def test_importing_the_readers_imports_nothing_heavy():
-    code = """
-import sys
-import fulgurite.datamodules.ice_layers as data
-_ = data.LayerFiles, data.MarClimate, data.NpzStacks, data.KoenigPicks, data.SyntheticFlights
-heavy = {"lightning", "torch_geometric", "h5py", "netCDF4", "pyproj", "scipy", "pandas", "sklearn"}
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_npz_stacks_through_the_data_module(tmp_path):

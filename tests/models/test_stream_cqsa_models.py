@@ -1,7 +1,6 @@
 """Language models: networks, losses in chunks, and their LightningModules."""
 
 import math
-import subprocess
 import sys
 from functools import partial
 
@@ -157,14 +156,7 @@ def test_wrong_options_are_refused(options, named):
         Decoder(**{"vocab_size": 11, "width": 16, **options})
 
 
-def test_the_package_imports_no_lightning():
-    code = (
-        "import sys, fulgurite.models.stream_cqsa as s\n"
-        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"
-        "s.chunked_cross_entropy, s.Decoder\n"
-        "assert not {'lightning', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def test_the_package_lists_its_names():
     assert set(stream_cqsa.__all__) <= set(dir(stream_cqsa))
     with pytest.raises(AttributeError):
         _ = stream_cqsa.nothing

@@ -1,11 +1,13 @@
 """Free memory under the limits of control groups and of the process."""
 
-import subprocess
-import sys
+import resource
 
 import pytest
+import torch
 
+from fulgurite.attention.budget import parse_budget
 from fulgurite.attention.device_memory import device_memory
+from fulgurite.testing.survival import start_call
 
 GIB = 2**30
 
@@ -98,15 +100,16 @@ def test_limits_of_the_process_count(tmp_path, name, size):
     assert device_memory("cpu", proc=proc) == (4 * GIB, 5 * GIB)
 
 
-def test_an_automatic_budget_knows_a_real_limit():
+def test_an_automatic_budget_knows_a_real_limit(tmp_path):
     """A limit that this machine sets, not a file that looks like one."""
-    script = (
-        "import resource, torch; from fulgurite.attention.budget import parse_budget;"
-        "resource.setrlimit(resource.RLIMIT_AS, (12 << 30, -1));"
-        "print(parse_budget('auto', torch.device('cpu')), parse_budget(0.5, torch.device('cpu')))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    free, half = map(int, done.stdout.split())
+
+    def parse():
+        resource.setrlimit(resource.RLIMIT_AS, (12 * GIB, -1))
+        cpu = torch.device("cpu")
+        print(parse_budget("auto", cpu), parse_budget(0.5, cpu))
+
+    ended = start_call(parse, tmp_path).wait()
+    assert ended.status == 0, ended.output
+    free, half = map(int, ended.output.split())
     assert 0 < free < 12 * GIB
     assert half <= 6 * GIB
