@@ -39,7 +39,7 @@ demo: $(INSTALLED)
 	@$(BIN)/fulgurite report $(DEMO) --html
 	@echo "Open $(DEMO)/report.html and $(DEMO_RUN)/report.html in a browser. The other systems:"
 	@echo "  $(BIN)/fulgurite fit --config cs_arm_bn/synthetic.yaml       # plates with control samples"
-	@echo "  $(BIN)/fulgurite fit --config stream_cqsa/text.yaml --data.init_args.paths=README.md"
+	@echo "  $(BIN)/fulgurite fit --config stream_cqsa/text.yaml --data.init_args.text.paths=README.md"
 	@echo "  $(BIN)/fulgurite probe glove                                 # numbers in word vectors"
 	@echo "  $(BIN)/fulgurite fit --config ice_layers/synthetic.yaml      # incomplete ice layers"
 

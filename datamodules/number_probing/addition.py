@@ -16,8 +16,17 @@ from torch.utils.data import Dataset
 
 from fulgurite.datamodules.number_probing.draws import Ints, draw_below, hash_integers
 from fulgurite.errors import ConfigError
+from fulgurite.options import (
+    IntAboveOne,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveInt,
+    check_options,
+)
 
-__all__ = ["IGNORED", "AdditionTask", "PairList", "PairStream", "Part"]
+__all__ = [
+    "IGNORED", "AdditionOptions", "AdditionTask", "PairList", "PairSplit", "PairStream", "Part",
+]  # fmt: skip
 
 #: Parts of all pairs; no pair is in two parts.
 Part = Literal["train", "val", "test"]
@@ -31,21 +40,80 @@ _LARGEST = 2**62  # sums of two numbers below it stay in int64
 
 
 @dataclass(frozen=True)
-class AdditionTask:
+class AdditionOptions:
     """Problems ``a + b = c``, each number ``tokens`` digits of a base.
 
-    Tokens 0 … base-1 are the digits, ``base`` is ``+``, ``base + 1`` is ``=``.
-
     Args:
-        base: Number of digits; 1000 for three decimal digits in a token.
-        tokens: K.
+        base: Number of digits, which are the numbers that can be probed; 1000 for three decimal
+            digits in a token.
+        tokens: K, digits of an operand and of the sum.
         order: ``msb`` has the most significant digit first, ``lsb`` the least.
         carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
         overflow: ``wrap`` drops the carry of the most significant digit; ``bound`` has only
             pairs whose sum has K digits; ``auto`` bounds K = 1 and wraps others.
+
+    Raises:
+        ConfigError: A number is out of range, or sums without carries are to be bounded.
+    """
+
+    base: IntAboveOne = 100
+    tokens: PositiveInt = 2
+    order: Literal["msb", "lsb"] = "msb"
+    carry: bool = True
+    overflow: Literal["auto", "wrap", "bound"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.init_args.task")
+        if self.base**self.tokens >= _LARGEST:
+            raise ConfigError(
+                f"Operands of {self.tokens} tokens in base {self.base} do not fit 62 bits.",
+                "Lower `--data.init_args.task.tokens` or `--data.init_args.task.base`.",
+            )
+        if self.bounded and not self.carry:
+            raise ConfigError(
+                "Sums without carries cannot be bounded, for they do not grow.",
+                "Set `--data.init_args.task.overflow=wrap`, or `--data.init_args.task.carry=true`.",
+            )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether only pairs whose sum has K digits are problems."""
+        return self.overflow == "bound" or (self.overflow == "auto" and self.tokens == 1)
+
+
+@dataclass(frozen=True)
+class PairSplit:
+    """How all pairs are split once, by the seed, into parts that share none.
+
+    Args:
         train_fraction: Fraction of all pairs that is for training. Half of the remaining
             pairs is for validation, the other half for test.
         mirrored: Keep a + b and b + a in the same part.
+        val_size: Problems for validation at most.
+        test_size: Problems for test and prediction at most.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    train_fraction: OpenUnitInterval = 0.6
+    mirrored: bool = True
+    val_size: NonNegativeInt = 2048
+    test_size: NonNegativeInt = 8192
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.init_args.split")
+
+
+@dataclass(frozen=True)
+class AdditionTask(AdditionOptions):
+    """Problems ``a + b = c`` as tokens, each pair in one part.
+
+    Tokens 0 … base-1 are the digits, ``base`` is ``+``, ``base + 1`` is ``=``.
+
+    Args:
+        train_fraction: See :class:`PairSplit`.
+        mirrored: See there.
         seed: Seed of the parts.
 
     Raises:
@@ -60,48 +128,9 @@ class AdditionTask:
         tensor([[ 1,  7, 10,  0,  5, 11,  2]])
     """
 
-    base: int = 100
-    tokens: int = 2
-    order: Literal["msb", "lsb"] = "msb"
-    carry: bool = True
-    overflow: Literal["auto", "wrap", "bound"] = "auto"
-    train_fraction: float = 0.6
+    train_fraction: OpenUnitInterval = 0.6
     mirrored: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, minimum in (("base", 2), ("tokens", 1), ("seed", 0)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(
-                    f"The {name} of the addition is {getattr(self, name)}.",
-                    f"Set `--data.init_args.{name}` to {minimum} or more.",
-                )
-        if self.base**self.tokens >= _LARGEST:
-            raise ConfigError(
-                f"Operands of {self.tokens} tokens in base {self.base} do not fit 62 bits.",
-                "Lower `--data.init_args.tokens` or `--data.init_args.base`.",
-            )
-        if not 0 < self.train_fraction < 1:
-            raise ConfigError(
-                f"The train_fraction of the addition is {self.train_fraction}.",
-                "Set `--data.init_args.train_fraction` between 0 and 1.",
-            )
-        for name, allowed in (("order", ("msb", "lsb")), ("overflow", ("auto", "wrap", "bound"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"The {name} of the addition is {getattr(self, name)!r}.",
-                    f"Set `--data.init_args.{name}` to one of {', '.join(allowed)}.",
-                )
-        if self.bounded and not self.carry:
-            raise ConfigError(
-                "Sums without carries cannot be bounded, for they do not grow.",
-                "Set `--data.init_args.overflow=wrap`, or `--data.init_args.carry=true`.",
-            )
-
-    @property
-    def bounded(self) -> bool:
-        """Whether only pairs whose sum has K digits are problems."""
-        return self.overflow == "bound" or (self.overflow == "auto" and self.tokens == 1)
+    seed: NonNegativeInt = 0
 
     @property
     def size(self) -> int:

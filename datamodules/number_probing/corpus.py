@@ -115,7 +115,7 @@ def _write_tokens(
     if not starts:
         raise DataError(
             f"There is no text in {len(files)} files, the first is {files[0]}.",
-            "Set `--data.init_args.paths` to files with text.",
+            "Set `--data.init_args.text.paths` to files with text.",
         )
     np.save(folder / "starts.npy", np.array(starts, np.int64))
     np.save(folder / "counts.npy", counts)

@@ -6,24 +6,38 @@ Axes: B mini-batch, L tokens of a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from fulgurite.base import save_options
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule, keep_batch
-from fulgurite.data.splits import check_min
-from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
-from fulgurite.datamodules.number_probing.corpus import (
-    TokenCache,
-    TokenWindows,
-    cached_tokens,
+from fulgurite.data.text_options import TextOptions, TextSplit
+from fulgurite.datamodules.number_probing.addition import (
+    AdditionOptions,
+    AdditionTask,
+    PairList,
+    PairSplit,
+    PairStream,
 )
+from fulgurite.datamodules.number_probing.corpus import TokenCache, TokenWindows, cached_tokens
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
 from fulgurite.errors import DataError
+from fulgurite.options import (
+    NonNegativeInt,
+    PositiveInt,
+    check_arguments,
+    check_options,
+    list_options,
+    make_options,
+)
 
-__all__ = ["AdditionDataModule", "NumberTextDataModule"]
+__all__ = [
+    "AdditionDataModule", "NumberTextDataModule", "NumberTextOptions", "TokenizerOptions",
+]  # fmt: skip
 
 _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
 _LISTED = 2048  # operands up to which all pairs are listed
@@ -53,19 +67,10 @@ class AdditionDataModule(_NumberDataModule):
     ones are sampled without end.
 
     Args:
-        base: Number of digits, which are the numbers that can be probed.
-        tokens: Digits of an operand and of the sum.
-        order: ``msb`` has the most significant digit first, ``lsb`` the least.
-        carry: Carry into the next digit; without, each digit of c is (a_i + b_i) mod base.
-        overflow: ``wrap`` leaves out the carry of the most significant digit; ``bound`` has only
-            pairs whose sum has no further digit; ``auto`` bounds one token and wraps several.
-        train_fraction: Fraction of all pairs that is for training. Half of the remaining
-            pairs is for validation, the other half for test.
-        mirrored: Keep a + b and b + a in the same part.
+        task: The problems.
+        split: How pairs are split, and how many are evaluated.
         batch_size: Problems of a batch, on each rank.
         steps_per_epoch: Training batches of one epoch on each rank.
-        val_size: Problems for validation at most.
-        test_size: Problems for test and prediction at most.
         num_workers: Processes that generate; batches do not depend on it.
         seed: Seed of the split and of all draws, apart from the seed of the run.
 
@@ -78,34 +83,25 @@ class AdditionDataModule(_NumberDataModule):
 
     def __init__(
         self,
-        base: int = 100,
-        tokens: int = 2,
+        task: AdditionOptions = AdditionOptions(),
         *,
-        order: Literal["msb", "lsb"] = "msb",
-        carry: bool = True,
-        overflow: Literal["auto", "wrap", "bound"] = "auto",
-        train_fraction: float = 0.6,
-        mirrored: bool = True,
-        batch_size: int = 512,
-        steps_per_epoch: int = 100,
-        val_size: int = 2048,
-        test_size: int = 8192,
-        num_workers: int = 0,
-        seed: int = 0,
+        split: PairSplit = PairSplit(),
+        batch_size: PositiveInt = 512,
+        steps_per_epoch: PositiveInt = 100,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        check_min("batch_size", batch_size)
-        check_min("steps_per_epoch", steps_per_epoch)
-        check_min("val_size", val_size, 0)
-        check_min("test_size", test_size, 0)
-        check_min("num_workers", num_workers, 0)
+        check_arguments(AdditionDataModule.__init__, locals(), "data.init_args")
+        save_options(self, logger=False)
+        self.split = make_options(PairSplit, split)
         self.task = AdditionTask(
-            base, tokens, order, carry, overflow, train_fraction, mirrored, seed
-        )
-        self.save_hyperparameters(logger=False)
+            **list_options(make_options(AdditionOptions, task)),
+            train_fraction=self.split.train_fraction, mirrored=self.split.mirrored, seed=seed,
+        )  # fmt: skip
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.steps_per_epoch, self.sizes = steps_per_epoch, (val_size, test_size)
-        self.number_ids = {n: n for n in range(base)}
+        self.steps_per_epoch = steps_per_epoch
+        self.number_ids = {n: n for n in range(self.task.base)}
         self._ready = False
 
     @property
@@ -126,7 +122,7 @@ class AdditionDataModule(_NumberDataModule):
         """
         if self._ready:
             return
-        val, test = self.sizes
+        val, test = self.split.val_size, self.split.test_size
         seeds = [self.seed * 3 + stream for stream in (_TRAIN, _VAL, _TEST)]
         if self.task.size > _LISTED:
             self._train = PairStream(self.task, "train", seeds[_TRAIN], 0)
@@ -144,10 +140,50 @@ class AdditionDataModule(_NumberDataModule):
                 if size and not len(data):
                     raise DataError(
                         f"Of the pairs of base {self.task.base}, none is for {name}.",
-                        "Set `--data.init_args.base` higher, `--data.init_args.train_fraction` "
-                        "nearer to one half, or another `--data.init_args.seed`.",
+                        "Set `--data.init_args.task.base` higher, "
+                        "`--data.init_args.split.train_fraction` nearer to one half, or another "
+                        "`--data.init_args.seed`.",
                     )
         self._ready = True
+
+
+@dataclass(frozen=True)
+class NumberTextOptions(TextOptions):
+    """Which files of text are read, and how they are perturbed.
+
+    Args:
+        suffixes: Endings of the names of files that are read in folders.
+        column: Column of parquet tables that holds the text.
+        perturb: ``context:L``, ``isolate:K``, ``swap``, ``unigram``, or a list of them; ``null``
+            for text as it is.
+
+    Raises:
+        ConfigError: A value is of another type.
+    """
+
+    suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py", ".parquet"])
+    column: str = "text"
+    perturb: list[str] | str | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """What a token is.
+
+    Args:
+        name: ``words``, each number 0 … 999 one token; ``digits``, each digit one; or a
+            ``tokenizer.json`` (or its folder).
+        vocab_size: Tokens of ``words`` and ``digits``; a file has its own number.
+
+    Raises:
+        ConfigError: The number is out of range.
+    """
+
+    name: str = "words"
+    vocab_size: PositiveInt = 8192
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.init_args.tokenizer")
 
 
 class NumberTextDataModule(_NumberDataModule, TextDataModule):
@@ -160,25 +196,14 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
     validation and test follow each other.
 
     Args:
-        paths: Text files and parquet tables, folders or glob patterns, absolute or relative to
-            ``FULGURITE_DATA``; ``stdlib`` or ``null`` for the sources of Python's standard
-            library, about 12 MB of real text that is on every machine (but is another one for
-            another Python).
-        suffixes: Endings of the names of files that are read in folders.
-        column: Column of parquet tables that holds the text.
-        tokenizer: ``words``, each number 0 … 999 one token; ``digits``, each digit one; or a
-            ``tokenizer.json`` (or its folder).
-        vocab_size: Tokens of ``words`` and ``digits``; a file has its own number.
-        perturb: ``context:L``, ``isolate:K``, ``swap``, ``unigram``, or a list of them; ``null``
-            for text as it is. Validation and test text is changed alike.
+        text: Which files are read, also parquet tables, and how they are perturbed. Validation
+            and test text is changed alike.
+        tokenizer: What a token is.
+        split: How the tokens are split.
         length: Tokens L of a sequence.
         batch_size: Sequences of a batch, on each rank.
-        val_fraction: Fraction of the tokens for validation; 0 for none.
-        test_fraction: Fraction of the tokens for test and prediction; 0 for none.
-        documents: Mark the documents of a sequence, which must not see each other.
         steps_per_epoch: Training batches of one epoch on each rank; as many as cover the text
             about once if not given.
-        val_sequences: Keep at most this many validation windows, spread evenly; ``null`` for all.
         num_workers: Processes that read; batches do not depend on it.
         seed: Seed of windows and perturbations, apart from the seed of the run.
 
@@ -195,32 +220,28 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
 
     def __init__(
         self,
-        paths: list[str] | str | None = None,
+        text: NumberTextOptions = NumberTextOptions(),
         *,
-        suffixes: list[str] = [".txt", ".md", ".rst", ".py", ".parquet"],  # noqa: B006  # copied
-        column: str = "text",
-        tokenizer: str = "words",
-        vocab_size: int = 8192,
-        perturb: list[str] | str | None = None,
-        length: int = 256,
-        batch_size: int = 16,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        documents: bool = False,
-        steps_per_epoch: int | None = None,
-        val_sequences: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        tokenizer: TokenizerOptions = TokenizerOptions(),
+        split: TextSplit = TextSplit(),
+        length: PositiveInt = 256,
+        batch_size: PositiveInt = 16,
+        steps_per_epoch: PositiveInt | None = None,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
+        check_arguments(NumberTextDataModule.__init__, locals(), "data.init_args")
+        save_options(self, logger=False)
+        self.number_text = make_options(NumberTextOptions, text)
+        split = make_options(TextSplit, split)
         self.set_text_options(
-            paths, suffixes, length, batch_size, (val_fraction, test_fraction), steps_per_epoch,
-            val_sequences, num_workers, seed,
-        )  # fmt: skip
-        self.perturbation = parse_perturbations(perturb)
-        self.tokenizer = make_tokenizer(tokenizer, vocab_size)
-        self.save_hyperparameters(logger=False)
-        self.column, self.documents = column, documents
+            self.number_text, split, length=length, steps_per_epoch=steps_per_epoch
+        )
+        self.perturbation = parse_perturbations(self.number_text.perturb)
+        tokens = make_options(TokenizerOptions, tokenizer)
+        self.tokenizer = make_tokenizer(tokens.name, tokens.vocab_size)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.number_ids = {}
         self.number_pieces: dict[int, tuple[int, ...]] = {}
         self._prepared: TokenCache | None = None
@@ -238,7 +259,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
 
     def _cache(self) -> TokenCache:
         files = [path for _, path in self.find_text()]
-        return cached_tokens(files, self.tokenizer, self.column)
+        return cached_tokens(files, self.tokenizer, self.number_text.column)
 
     def prepare_data(self) -> None:
         """Fill the cache, once per machine.
@@ -262,12 +283,12 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         self.split_text(len(cache), "tokens")
         is_number = np.zeros(self.vocab_size, np.bool_)
         is_number[[*self.tokenizer.numbers]] = True
-        limits = None, self.val_sequences, None
+        limits = None, self.text_split.val_sequences, None
         self._train, self._val, self._test = (
             TokenWindows(
                 cache, part, length=self.length, perturbation=self.perturbation,
                 is_number=is_number, seed=self.seed, random=split == _TRAIN,
-                documents=self.documents, limit=limit,
+                documents=self.number_text.documents, limit=limit,
             )
             for split, (part, limit) in enumerate(zip(self.parts, limits, strict=True))
         )  # fmt: skip

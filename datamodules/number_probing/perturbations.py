@@ -68,13 +68,13 @@ def parse_perturbations(perturb: str | Sequence[str] | None) -> Perturbation:
         if not valid or (size and not takes_size):
             raise ConfigError(
                 f"There is no perturbation {text!r}.",
-                "Set `--data.init_args.perturb` to context:L, isolate:K, swap or unigram, or to a "
-                "list of them.",
+                "Set `--data.init_args.text.perturb` to context:L, isolate:K, swap or unigram, or "
+                "to a list of them.",
             )
         if key in options:
             raise ConfigError(
                 f"The perturbation {text!r} excludes one before it.",
-                "Give `--data.init_args.perturb` one size of each, and swap or unigram.",
+                "Give `--data.init_args.text.perturb` one size of each, and swap or unigram.",
             )
         options[key] = int(size) if takes_size else name
     return Perturbation(**options)  # type: ignore[arg-type]

@@ -32,7 +32,7 @@ _LARGEST = 999
 _PREFIXES = ("Ġ", "▁", " ")  # of words after a space, in GPT-2's bytes and SentencePiece
 _WORD = re.compile(r"\d+|[^\W\d_]+|[^\w\s]|_")
 _WORD_OR_DIGIT = re.compile(r"\d|[^\W\d_]+|[^\w\s]|_")
-_HINT = "Give a tokenizer.json in `--data.init_args.tokenizer`, or `words`, or `digits`."
+_HINT = "Give a tokenizer.json in `--data.init_args.tokenizer.name`, or `words`, or `digits`."
 _MOST_UNUSED = 1 << 20  # numbers without a token
 _LONGEST = 100  # characters that a rule of a tokenizer may put for one
 _UNKNOWN, _END, _LONG = "<unknown>", "<end>", "<number>"
@@ -121,7 +121,7 @@ class WordTokenizer:
         if vocab_size <= reserved:
             raise ConfigError(
                 f"A vocabulary of {vocab_size} tokens leaves none for words.",
-                f"Set `--data.init_args.vocab_size` above {reserved}.",
+                f"Set `--data.init_args.tokenizer.vocab_size` above {reserved}.",
             )
         self.vocab_size, self.key = vocab_size, f"{self.name}-1-{vocab_size}"
         self.special = {name: i for i, name in enumerate(special)}
@@ -204,7 +204,7 @@ class FileTokenizer:
     """
 
     def __init__(self, path: str) -> None:
-        subject = f"--data.init_args.tokenizer={path} (words and digits need nothing)"
+        subject = f"--data.init_args.tokenizer.name={path} (words and digits need nothing)"
         tokenizers = optional_import("tokenizers", "transformers", subject)
         file = data_path(path)
         self._file = file = file / "tokenizer.json" if file.is_dir() else file

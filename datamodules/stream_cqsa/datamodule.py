@@ -10,9 +10,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
 
+from fulgurite.base import save_options
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule
-from fulgurite.data.splits import check_min
-from fulgurite.datamodules.stream_cqsa.needle import Needles, NeedleTask
+from fulgurite.data.text_options import TextOptions, TextSplit
+from fulgurite.datamodules.stream_cqsa.needle import NeedleOptions, Needles, NeedleSizes, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
     ByteText,
     ConsecutiveWindows,
@@ -20,6 +21,7 @@ from fulgurite.datamodules.stream_cqsa.text import (
     cached_text,
 )
 from fulgurite.errors import ConfigError
+from fulgurite.options import NonNegativeInt, PositiveInt, check_arguments, make_options
 from fulgurite.sampling import ContinuedSampler, sampler_ranks
 
 __all__ = ["ByteTextDataModule", "NeedleDataModule"]
@@ -42,22 +44,17 @@ class ByteTextDataModule(TextDataModule):
     decide; those of validation and test follow each other.
 
     Args:
-        paths: Files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``;
-            ``stdlib`` or ``null`` for the sources of Python's standard library, about 12 MB of
-            real text that is on every machine (but is another one for another Python).
-        suffixes: Endings of the names of files that are read in folders.
+        text: Which files are read. ``documents`` adds ``"documents"``, the first tokens of the
+            files in the window as a tuple of integers from 0, and sets targets in another file
+            than their input to -100; batches must be of one sequence then, since others would have
+            other borders.
+        split: How the bytes are split.
         length: Tokens N of a sequence.
         batch_size: Sequences of a batch, on each rank.
-        val_fraction: Fraction of the bytes for validation; 0 for none.
-        test_fraction: Fraction of the bytes for test and prediction; 0 for none.
-        num_workers: Processes that read; batches do not depend on it.
-        seed: Seed of the training windows, apart from the seed of the run.
-        documents: Add ``"documents"``, the first tokens of the files in the window as a tuple of
-            integers from 0, and set targets in another file than their input to -100. Batches
-            must be of one sequence, since others would have other borders.
         steps_per_epoch: Training batches of one epoch on each rank; as many as cover the text
             about once if not given.
-        val_sequences: Keep at most this many validation windows, spread evenly; ``null`` for all.
+        num_workers: Processes that read; batches do not depend on it.
+        seed: Seed of the training windows, apart from the seed of the run.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -67,31 +64,27 @@ class ByteTextDataModule(TextDataModule):
 
     def __init__(
         self,
-        paths: list[str] | str | None = None,
-        suffixes: list[str] = [".txt", ".md", ".rst", ".py"],  # noqa: B006  # copied below
-        length: int = 1024,
-        batch_size: int = 8,
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        num_workers: int = 0,
-        seed: int = 0,
-        documents: bool = False,
-        steps_per_epoch: int | None = None,
-        val_sequences: int | None = None,
+        text: TextOptions = TextOptions(),
+        *,
+        split: TextSplit = TextSplit(),
+        length: PositiveInt = 1024,
+        batch_size: PositiveInt = 8,
+        steps_per_epoch: PositiveInt | None = None,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        self.set_text_options(
-            paths, suffixes, length, batch_size, (val_fraction, test_fraction), steps_per_epoch,
-            val_sequences, num_workers, seed,
-        )  # fmt: skip
-        if documents and batch_size != 1:
+        check_arguments(ByteTextDataModule.__init__, locals(), "data.init_args")
+        save_options(self, logger=False)
+        text, split = make_options(TextOptions, text), make_options(TextSplit, split)
+        self.set_text_options(text, split, length=length, steps_per_epoch=steps_per_epoch)
+        if text.documents and batch_size != 1:
             raise ConfigError(
                 f"File borders are asked for in batches of {batch_size} sequences, which would "
                 "each have their own.",
-                "Set `--data.init_args.batch_size=1`, or `--data.init_args.documents=false`.",
+                "Set `--data.init_args.batch_size=1`, or `--data.init_args.text.documents=false`.",
             )
-        self.save_hyperparameters(logger=False)
-        self.documents = documents
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._prepared: ByteText | None = None
         self._ready = False
 
@@ -121,17 +114,19 @@ class ByteTextDataModule(TextDataModule):
         self.text = self._prepared or cached_text(self.find_text())
         self.split_text(len(self.text), "bytes")
         train, val, test = self.parts
+        windows: dict[str, Any] = {
+            "length": self.length, "documents": self.text_options.documents,
+        }  # fmt: skip
         draws = self.steps_per_epoch * self.batch_size
-        self._train = RandomWindows(self.text, train, self.length, draws, self.seed, self.documents)
-        self._val = ConsecutiveWindows(
-            self.text, val, self.length, self.val_sequences, self.documents
-        )
-        self._test = ConsecutiveWindows(self.text, test, self.length, None, self.documents)
+        self._train = RandomWindows(self.text, train, draws=draws, seed=self.seed, **windows)
+        limit = self.text_split.val_sequences
+        self._val = ConsecutiveWindows(self.text, val, limit=limit, **windows)
+        self._test = ConsecutiveWindows(self.text, test, **windows)
         self._ready = True
 
     def collate_function(self) -> Callable[[Any], Any] | None:
         """Keep file starts integers, if they are asked for."""
-        return _batch_one_sequence if self.documents else None
+        return _batch_one_sequence if self.text_options.documents else None
 
 
 class NeedleDataModule(SequenceDataModule):
@@ -144,17 +139,11 @@ class NeedleDataModule(SequenceDataModule):
 
     Args:
         length: Tokens N of a sequence.
-        keys: Number of key tokens.
-        values: Number of value tokens.
-        filler: Number of filler tokens.
-        needles: Needles in a sequence, with distinct keys; one of them is asked for.
-        train_size: Training sequences, in another order in each epoch.
-        val_size: Validation sequences; 0 for none.
-        test_size: Test sequences, also used for prediction; 0 for none.
+        task: What is hidden and asked for.
+        sizes: Number of sequences of each split.
         batch_size: Sequences of a batch, on each rank.
-        seed: Seed of all sequences, apart from the seed of the run.
-        next_token: Make each target the next token, instead of the answer alone.
         num_workers: Processes that generate; batches do not depend on it.
+        seed: Seed of all sequences, apart from the seed of the run.
 
     Raises:
         ConfigError: An argument is out of range, or the needles do not fit.
@@ -164,35 +153,23 @@ class NeedleDataModule(SequenceDataModule):
 
     def __init__(
         self,
-        length: int = 1024,
-        keys: int = 16,
-        values: int = 16,
-        filler: int = 64,
-        needles: int = 1,
-        train_size: int = 1024,
-        val_size: int = 128,
-        test_size: int = 256,
-        batch_size: int = 8,
-        seed: int = 0,
-        next_token: bool = False,
-        num_workers: int = 0,
+        length: PositiveInt = 1024,
+        *,
+        task: NeedleOptions = NeedleOptions(),
+        sizes: NeedleSizes = NeedleSizes(),
+        batch_size: PositiveInt = 8,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        check_min("train_size", train_size)
-        check_min("val_size", val_size, 0)
-        check_min("test_size", test_size, 0)
-        check_min("batch_size", batch_size)
-        check_min("seed", seed, 0)
-        check_min("num_workers", num_workers, 0)
-        self.task = NeedleTask(length, keys, values, filler, needles, next_token)
-        self.save_hyperparameters(logger=False)
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_workers = num_workers
-        self._train = Needles(self.task, train_size, seed, _TRAIN)
-        self._val = Needles(self.task, val_size, seed, _VAL)
-        self._test = Needles(self.task, test_size, seed, _TEST)
+        check_arguments(NeedleDataModule.__init__, locals(), "data.init_args")
+        save_options(self, logger=False)
+        self.task = NeedleTask(length, make_options(NeedleOptions, task))
+        self.length, self.sizes = length, make_options(NeedleSizes, sizes)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._train = Needles(self.task, self.sizes.train, seed, _TRAIN)
+        self._val = Needles(self.task, self.sizes.val, seed, _VAL)
+        self._test = Needles(self.task, self.sizes.test, seed, _TEST)
 
     @property
     def vocab_size(self) -> int:

@@ -14,14 +14,18 @@ from torch.utils.data import Dataset
 
 from fulgurite.datamodules.stream_cqsa.text import IGNORED
 from fulgurite.errors import ConfigError
+from fulgurite.options import NonNegativeInt, PositiveInt, check_options
 
-__all__ = ["MARK", "QUERY", "NeedleTask", "Needles", "place_needles"]
+__all__ = [
+    "MARK", "QUERY", "NeedleOptions", "NeedleSizes", "NeedleTask", "Needles", "place_needles",
+]  # fmt: skip
 
 #: Token before the key and the value of a needle.
 MARK = 0
 #: Token before the key that is asked for.
 QUERY = 1
 
+_KEY = "data.init_args.task"
 _NEEDLE, _QUESTION = 3, 2  # tokens of `MARK key value` and of `QUERY key`
 
 
@@ -47,6 +51,57 @@ def place_needles(length: int, needles: int, generator: np.random.Generator) -> 
 
 
 @dataclass(frozen=True)
+class NeedleOptions:
+    """What is hidden in the filler, and asked for.
+
+    Args:
+        keys: Number of key tokens.
+        values: Number of value tokens.
+        filler: Number of filler tokens.
+        needles: Needles M in a sequence, with distinct keys; one of them is asked for.
+        next_token: Make each target the next token, instead of the answer alone.
+
+    Raises:
+        ConfigError: A number is less than 1, or there are too few keys.
+    """
+
+    keys: PositiveInt = 16
+    values: PositiveInt = 16
+    filler: PositiveInt = 64
+    needles: PositiveInt = 1
+    next_token: bool = False
+
+    def __post_init__(self) -> None:
+        check_options(self, _KEY)
+        if self.needles > self.keys:
+            raise ConfigError(
+                f"There are {self.needles} needles with distinct keys, and {self.keys} keys.",
+                f"Set `--{_KEY}.keys` to {self.needles} or more, or hide fewer `--{_KEY}.needles`.",
+            )
+
+
+@dataclass(frozen=True)
+class NeedleSizes:
+    """Number of sequences of each split.
+
+    Args:
+        train: Training sequences, in another order in each epoch.
+        val: Validation sequences; 0 for none.
+        test: Test sequences, also used for prediction; 0 for none.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    train: PositiveInt = 1024
+    val: NonNegativeInt = 128
+    test: NonNegativeInt = 256
+
+    def __post_init__(self) -> None:
+        check_options(self, "data.init_args.sizes")
+
+
+@dataclass(frozen=True)
 class NeedleTask:
     """Sequences ``filler … MARK key value … filler QUERY key`` → value.
 
@@ -54,19 +109,15 @@ class NeedleTask:
 
     Args:
         length: N.
-        keys: Number of key tokens.
-        values: Number of value tokens.
-        filler: Number of filler tokens.
-        needles: M.
-        next_token: Make each target the next token, instead of the answer alone.
+        options: What is hidden and asked for.
 
     Raises:
-        ConfigError: A number is less than 1, the needles do not fit, or there are too few keys.
+        ConfigError: The needles do not fit.
 
     Source: inferred; the retrieval test of long-context language models.
 
     Example:
-        >>> task = NeedleTask(length=8, keys=2, values=3, filler=4)
+        >>> task = NeedleTask(8, NeedleOptions(keys=2, values=3, filler=4))
         >>> tokens, targets, depth = task.make(np.random.default_rng(0))
         >>> start = int((tokens == MARK).nonzero())
         >>> bool(tokens[start + 1] == tokens[-1]), bool(tokens[start + 2] == targets[-1])
@@ -74,38 +125,24 @@ class NeedleTask:
     """
 
     length: int
-    keys: int = 16
-    values: int = 16
-    filler: int = 64
-    needles: int = 1
-    next_token: bool = False
+    options: NeedleOptions = NeedleOptions()
 
     def __post_init__(self) -> None:
-        for name in ("length", "keys", "values", "filler", "needles"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"The number {name} is {getattr(self, name)}.",
-                    f"Set `--data.init_args.{name}` to 1 or more.",
-                )
-        needed = _NEEDLE * self.needles + _QUESTION
+        needles = self.options.needles
+        needed = _NEEDLE * needles + _QUESTION
         if needed > self.length:
             raise ConfigError(
-                f"There are {self.needles} needles, which need {needed} tokens with the question, "
-                f"in a length of {self.length}.",
+                f"There are {needles} needles, which need {needed} tokens with the question, in a "
+                f"length of {self.length}.",
                 f"Set `--data.init_args.length` to {needed} or more, or hide fewer "
-                "`--data.init_args.needles`.",
-            )
-        if self.needles > self.keys:
-            raise ConfigError(
-                f"There are {self.needles} needles with distinct keys, and {self.keys} keys.",
-                f"Set `--data.init_args.keys` to {self.needles} or more, or hide fewer "
-                "`--data.init_args.needles`.",
+                f"`--{_KEY}.needles`.",
             )
 
     @property
     def vocab_size(self) -> int:
         """Number of different tokens."""
-        return 2 + self.keys + self.values + self.filler
+        options = self.options
+        return 2 + options.keys + options.values + options.filler
 
     def make(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens, targets, and the depth of the needle that is asked for.
@@ -114,17 +151,18 @@ class NeedleTask:
             - tokens, targets: (N,) int64; depth: () float32, from 0 (first) to 1 (just before the
               question).
         """
+        options = self.options
         haystack_length = self.length - _QUESTION
-        starts = place_needles(haystack_length, self.needles, generator)
-        keys = torch.from_numpy(generator.choice(self.keys, self.needles, replace=False)) + 2
-        values = torch.from_numpy(generator.integers(self.values, size=self.needles))
-        values += 2 + self.keys
-        query = int(generator.integers(self.needles))
-        tokens = torch.from_numpy(generator.integers(self.filler, size=self.length))
-        tokens += 2 + self.keys + self.values
+        starts = place_needles(haystack_length, options.needles, generator)
+        keys = torch.from_numpy(generator.choice(options.keys, options.needles, replace=False)) + 2
+        values = torch.from_numpy(generator.integers(options.values, size=options.needles))
+        values += 2 + options.keys
+        query = int(generator.integers(options.needles))
+        tokens = torch.from_numpy(generator.integers(options.filler, size=self.length))
+        tokens += 2 + options.keys + options.values
         tokens[starts], tokens[starts + 1], tokens[starts + 2] = MARK, keys, values
         tokens[-2], tokens[-1] = QUERY, keys[query]
-        targets = tokens.roll(-1) if self.next_token else torch.full_like(tokens, IGNORED)
+        targets = tokens.roll(-1) if options.next_token else torch.full_like(tokens, IGNORED)
         targets[-1] = values[query]
         depth = starts[query].to(torch.float32) / max(1, haystack_length - _NEEDLE)
         return tokens, targets, depth

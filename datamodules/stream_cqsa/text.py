@@ -81,7 +81,7 @@ def cached_text(files: Sequence[tuple[str, Path]]) -> ByteText:
     if not total:
         raise DataError(
             f"All {len(files)} files of text are empty, the first is {files[0][1]}.",
-            "Set `--data.init_args.paths` to files with text.",
+            "Set `--data.init_args.text.paths` to files with text.",
         )
     listing = json.dumps([[name for name, _ in files], measured])  # escapes what is not ASCII
     key = f"bytes-2-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
@@ -168,7 +168,14 @@ class RandomWindows(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, text: ByteText, part: range, length: int, draws: int, seed: int, documents: bool
+        self,
+        text: ByteText,
+        part: range,
+        *,
+        length: int,
+        draws: int,
+        seed: int,
+        documents: bool,
     ) -> None:
         self.text, self.part, self.length = text, part, length
         self.draws, self.seed, self.documents = draws, seed, documents
@@ -195,7 +202,13 @@ class ConsecutiveWindows(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, text: ByteText, part: range, length: int, limit: int | None, documents: bool
+        self,
+        text: ByteText,
+        part: range,
+        *,
+        length: int,
+        documents: bool,
+        limit: int | None = None,
     ) -> None:
         self.text, self.length, self.documents = text, length, documents
         self.starts = ConsecutiveStarts(part, length, limit)

@@ -59,6 +59,7 @@ class LanguageModel(SystemModule):
         network: nn.Module | Callable[[], nn.Module],
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
+        *,
         warmup: int = 0,
         loss_chunk: int = 1024,
     ) -> None:
@@ -205,12 +206,13 @@ class MaskedLanguageModel(LanguageModel):
         network: nn.Module | Callable[[], nn.Module],
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
+        *,
         warmup: int = 0,
         loss_chunk: int = 1024,
         mask_share: float = 0.15,
         seed: int = 0,
     ) -> None:
-        super().__init__(network, optimizer, scheduler, warmup, loss_chunk)
+        super().__init__(network, optimizer, scheduler, warmup=warmup, loss_chunk=loss_chunk)
         if not 0 < mask_share < 1:
             raise ConfigError(
                 f"mask_share={mask_share} is no share.",

@@ -5,7 +5,6 @@ Axes: B batch, N tokens, E width, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +12,15 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.errors import ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.layers.transformer import Transformer, TransformerConfig, initialize
+from fulgurite.options import make_options
 
 __all__ = ["Decoder", "Encoder", "HuggingFaceCausalLM", "LanguageNetwork"]
 
 _KEY = "--model.init_args.network.init_args"
+_SIZES = TransformerConfig(256, layers=4, heads=4, kv_heads=2)
 
 
 class LanguageNetwork(Protocol):
@@ -40,14 +42,20 @@ class _TokenNetwork(nn.Module):
 
     Args:
         vocab_size: V.
+        transformer: Sizes of what is between embedding and head.
+        is_causal: Whether tokens see earlier ones only.
         extra: Number of tokens that are read, but never predicted.
-        transformer: Between embedding and head.
-        width: E.
         tie: Use the embedding as head.
     """
 
     def __init__(
-        self, vocab_size: int, extra: int, transformer: Transformer, width: int, tie: bool
+        self,
+        vocab_size: int,
+        transformer: TransformerConfig,
+        *,
+        is_causal: bool,
+        extra: int,
+        tie: bool,
     ) -> None:
         super().__init__()
         if vocab_size < 2:
@@ -55,9 +63,11 @@ class _TokenNetwork(nn.Module):
                 f"vocab_size={vocab_size} is too small.", f"Give {_KEY}.vocab_size of 2 or more."
             )
         self.vocab_size = vocab_size
-        self.embedding = nn.Embedding(vocab_size + extra, width)
-        self.transformer = transformer
-        self.head = None if tie else nn.Linear(width, vocab_size, bias=False)
+        config = make_options(TransformerConfig, transformer)
+        body = Transformer(config, is_causal=is_causal)  # first: it draws weights, in this order
+        self.embedding = nn.Embedding(vocab_size + extra, config.width)
+        self.transformer = body
+        self.head = None if tie else nn.Linear(config.width, vocab_size, bias=False)
         initialize(self)
 
     def forward(
@@ -87,16 +97,9 @@ class Decoder(_TokenNetwork):
 
     Args:
         vocab_size: V.
-        width: E.
-        layers: Blocks.
-        heads: Query heads, a divisor of E.
-        kv_heads: Key/value heads, a divisor of the query heads.
-        window: Number of tokens that each token sees, itself included; needs a strategy that
-            streams.
-        chunk: Tokens at a time in everything but attention; None for all.
-        checkpoint: Compute blocks again in backward instead of keeping their activations.
+        transformer: Sizes of the blocks, what their tokens see, and what bounds their memory. A
+            ``window`` needs a strategy that streams.
         tie: Use the embedding as head.
-        rope_base: Base of the rotary wavelengths; larger for longer contexts.
 
     Shape: (B, N) to (B, N, E).
 
@@ -105,7 +108,7 @@ class Decoder(_TokenNetwork):
 
     Example:
         >>> import torch
-        >>> network = Decoder(256, width=32, layers=1)
+        >>> network = Decoder(256, TransformerConfig(32, layers=1))
         >>> hidden = network(torch.zeros(2, 7, dtype=torch.int64))
         >>> hidden.shape, network.logits(hidden).shape
         (torch.Size([2, 7, 32]), torch.Size([2, 7, 256]))
@@ -114,30 +117,9 @@ class Decoder(_TokenNetwork):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        width: int = 256,
-        layers: int = 4,
-        heads: int = 4,
-        kv_heads: int = 2,
-        window: int | None = None,
-        chunk: int | None = None,
-        checkpoint: bool = False,
-        tie: bool = True,
-        rope_base: float = 10000.0,
+        self, vocab_size: int, transformer: TransformerConfig = _SIZES, *, tie: bool = True
     ) -> None:
-        config = TransformerConfig(
-            width,
-            layers,
-            heads,
-            kv_heads,
-            window=window,
-            chunk=chunk,
-            checkpoint=checkpoint,
-            rope_base=rope_base,
-        )
-        transformer = Transformer(config)
-        super().__init__(vocab_size, 0, transformer, width, tie)
+        super().__init__(vocab_size, transformer, is_causal=True, extra=0, tie=tie)
 
 
 class Encoder(_TokenNetwork):
@@ -145,14 +127,8 @@ class Encoder(_TokenNetwork):
 
     Args:
         vocab_size: V; the token V itself stands for a hidden one.
-        width: E.
-        layers: Blocks.
-        heads: Query heads, a divisor of E.
-        kv_heads: Key/value heads, a divisor of the query heads.
-        chunk: Tokens at a time in everything but attention; None for all.
-        checkpoint: Compute blocks again in backward instead of keeping their activations.
+        transformer: Sizes of the blocks, and what bounds their memory; without a ``window``.
         tie: Use the embedding as head.
-        rope_base: Base of the rotary wavelengths.
 
     Attributes:
         mask_token: Token V, which stands for a hidden one.
@@ -164,7 +140,7 @@ class Encoder(_TokenNetwork):
 
     Example:
         >>> import torch
-        >>> network = Encoder(256, width=32, layers=1)
+        >>> network = Encoder(256, TransformerConfig(32, layers=1))
         >>> network.logits(network(torch.full((2, 7), network.mask_token))).shape
         torch.Size([2, 7, 256])
 
@@ -172,29 +148,9 @@ class Encoder(_TokenNetwork):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        width: int = 256,
-        layers: int = 4,
-        heads: int = 4,
-        kv_heads: int = 2,
-        chunk: int | None = None,
-        checkpoint: bool = False,
-        tie: bool = True,
-        rope_base: float = 10000.0,
+        self, vocab_size: int, transformer: TransformerConfig = _SIZES, *, tie: bool = True
     ) -> None:
-        config = TransformerConfig(
-            width,
-            layers,
-            heads,
-            kv_heads,
-            is_causal=False,
-            chunk=chunk,
-            checkpoint=checkpoint,
-            rope_base=rope_base,
-        )
-        transformer = Transformer(config)
-        super().__init__(vocab_size, 1, transformer, width, tie)
+        super().__init__(vocab_size, transformer, is_causal=False, extra=1, tie=tie)
         self.mask_token = vocab_size
 
 
@@ -221,6 +177,7 @@ class HuggingFaceCausalLM(nn.Module):
         self,
         name: str | None = None,
         config: dict[str, Any] | None = None,
+        *,
         download: bool = False,
         attention: str | None = None,
         checkpoint: bool = False,
@@ -231,7 +188,7 @@ class HuggingFaceCausalLM(nn.Module):
                 "HuggingFaceCausalLM takes a name or a config.",
                 f"Give one of {_KEY}.name, .config.",
             )
-        transformers = _transformers()
+        transformers = optional_import("transformers", "transformers", "HuggingFaceCausalLM")
         auto_class = transformers.AutoModelForCausalLM
         try:
             if config is not None:
@@ -321,16 +278,6 @@ class HuggingFaceCausalLM(nn.Module):
         """Logits. Shape: (..., E) to (..., V)."""
         model: Any = self.model
         return model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtraError(
-            f"HuggingFaceCausalLM needs transformers ({_first_line(error)}).",
-            "Run `pip install transformers`.",
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

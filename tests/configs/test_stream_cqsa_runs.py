@@ -43,7 +43,7 @@ def test_activations_on_disk_train_to_the_same_weights(fit, weights):
     """The configuration for long sequences, short, against the same network in core."""
     name = "stream_cqsa/long.yaml"
     short = (
-        "--data.init_args.length=2048", "--model.init_args.network.init_args.layers=2",
+        "--data.init_args.length=2048", "--model.init_args.network.init_args.transformer.layers=2",
         "--trainer.max_steps=2", "--trainer.limit_val_batches=1",
     )  # fmt: skip
     fit(*short, "--run.dir=disk", config=name)

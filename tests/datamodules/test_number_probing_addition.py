@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fulgurite.datamodules.number_probing import AdditionDataModule
+from fulgurite.datamodules.number_probing import AdditionDataModule, AdditionOptions, PairSplit
 from fulgurite.datamodules.number_probing.addition import AdditionTask, PairList, PairStream
 from fulgurite.datamodules.number_probing.draws import draw_below, hash_integers
 from fulgurite.errors import ConfigError, DataError
@@ -202,10 +203,13 @@ def test_hashes_are_even_and_apart():
 # --- DataModule ----------------------------------------------------------------------------------
 
 
+def addition(options):
+    return AdditionDataModule(**group(options, task=AdditionOptions, split=PairSplit))
+
+
 def module(**options):
-    data = AdditionDataModule(
-        **{"base": 10, "tokens": 1, "batch_size": 4, "steps_per_epoch": 3, "val_size": 8, **options}
-    )
+    small = {"base": 10, "tokens": 1, "batch_size": 4, "steps_per_epoch": 3, "val_size": 8}
+    data = addition({**small, **options})
     data.setup()
     return data
 
@@ -286,7 +290,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(workdir, tokens):
 )
 def test_wrong_options_name_their_key(options, named):
     with pytest.raises(ConfigError, match=named):
-        AdditionDataModule(**options)
+        addition(options)
 
 
 @pytest.mark.parametrize(

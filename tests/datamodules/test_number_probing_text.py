@@ -8,13 +8,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.data.listing import find_files
+from fulgurite.data.text_options import TextSplit
 from fulgurite.datamodules.number_probing import (
     DigitTokenizer,
     NumberTextDataModule,
+    NumberTextOptions,
+    TokenizerOptions,
     WordTokenizer,
 )
 from fulgurite.datamodules.number_probing import corpus as corpora
@@ -54,11 +58,16 @@ def corpus(workdir):
     return write_corpus(workdir / "corpus")
 
 
+def text_module(options):
+    records = {"text": NumberTextOptions, "tokenizer": TokenizerOptions, "split": TextSplit}
+    return NumberTextDataModule(**group(options, **records))
+
+
 def module(corpus, **options):
     options = {
         "paths": str(corpus), "vocab_size": VOCABULARY, "length": 32, "batch_size": 4, **options
     }  # fmt: skip
-    data = NumberTextDataModule(**options)
+    data = text_module(options)
     data.prepare_data()
     data.setup()
     return data
@@ -111,7 +120,7 @@ def test_each_digit_is_one_token(n):
 
 def test_tokenizers_of_numbers_and_of_digits_see_the_same_words(corpus):
     """One corpus, two ways to write its numbers; the caches are apart."""
-    words, digits = (module(corpus, tokenizer=kind) for kind in ("words", "digits"))
+    words, digits = (module(corpus, name=kind) for kind in ("words", "digits"))
     assert words.number_pieces[42] == (words.number_ids[42],)
     assert digits.number_pieces[42] == (digits.number_ids[4], digits.number_ids[2])
     assert [*digits.number_ids] == [*range(10)]
@@ -150,7 +159,7 @@ def test_a_tokenizer_file(tokenizer_file):
 
 
 def test_a_tokenizer_file_makes_the_data(corpus, tokenizer_file):
-    data = module(corpus, tokenizer=str(tokenizer_file), perturb="unigram")
+    data = module(corpus, name=str(tokenizer_file), perturb="unigram")
     assert data.vocab_size == 20
     assert next(iter(data.train_dataloader()))["tokens"].max() < 20
 
@@ -285,7 +294,7 @@ def test_documents_are_kept_apart(corpus):
 def test_splits_without_text(corpus):
     with pytest.raises(DataError, match="validation"):
         module(corpus, length=5000)
-    data = module(corpus, length=5000, val_fraction=0, test_fraction=0)
+    data = module(corpus, length=5000, val_fraction=0.0, test_fraction=0.0)
     assert data.val_dataloader() == []
 
 
@@ -455,4 +464,4 @@ def test_the_counts_are_those_of_the_text(corpus):
 )
 def test_wrong_options_name_their_key(options, named):
     with pytest.raises(ConfigError, match=named):
-        NumberTextDataModule(**options)
+        text_module(options)

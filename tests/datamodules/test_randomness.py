@@ -5,7 +5,11 @@ import torch
 
 from fulgurite.datamodules.cs_arm_bn import GroupFolds, PlateDataModule, PlateWorld, SyntheticPlates
 from fulgurite.datamodules.fedsir import FederatedDataModule, Iid, ImageFolder
-from fulgurite.datamodules.number_probing import NumberTextDataModule
+from fulgurite.datamodules.number_probing import (
+    NumberTextDataModule,
+    NumberTextOptions,
+    TokenizerOptions,
+)
 from fulgurite.datamodules.stream_cqsa import ByteTextDataModule
 from fulgurite.testing.files import write_image_files
 
@@ -35,7 +39,9 @@ def byte_text(folder):
 
 def number_text(folder):
     (folder / "a.txt").write_text("words and 12 numbers " * 200)
-    return NumberTextDataModule([str(folder)], length=16, vocab_size=1100)
+    return NumberTextDataModule(
+        NumberTextOptions([str(folder)]), tokenizer=TokenizerOptions(vocab_size=1100), length=16
+    )
 
 
 def draw_after(make, folder, is_first_rank, **options):

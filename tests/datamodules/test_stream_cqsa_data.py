@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 
 from fulgurite.data.listing import find_files
 from fulgurite.data.splits import split_ranges
+from fulgurite.data.text_options import TextOptions, TextSplit
 from fulgurite.datamodules.stream_cqsa import (
     ByteTextDataModule,
     NeedleDataModule,
+    NeedleOptions,
+    NeedleSizes,
     NeedleTask,
     cached_text,
-    datamodule,
     text,
 )
 from fulgurite.datamodules.stream_cqsa.needle import IGNORED, MARK, QUERY, place_needles
@@ -58,6 +61,18 @@ def text_bytes(corpus):
     return b"".join((corpus / name).read_bytes() for name in ("a.txt", "inner/b.md", "z.txt"))
 
 
+def text_module(**arguments):
+    return ByteTextDataModule(**group(arguments, text=TextOptions, split=TextSplit))
+
+
+def needle_module(**arguments):
+    sizes = {name: arguments.pop(f"{name}_size") for name in ("train", "val", "test")
+             if f"{name}_size" in arguments}  # fmt: skip
+    if sizes:
+        arguments["sizes"] = NeedleSizes(**sizes)
+    return NeedleDataModule(**group(arguments, task=NeedleOptions))
+
+
 def made(corpus, **arguments):
     arguments = {
         "length": 20,
@@ -65,7 +80,7 @@ def made(corpus, **arguments):
         "val_fraction": 0.1,
         "test_fraction": 0.2,
     } | arguments
-    data = ByteTextDataModule([str(corpus)], **arguments)
+    data = text_module(paths=[str(corpus)], **arguments)
     data.prepare_data()
     data.setup()
     return data
@@ -123,7 +138,7 @@ def test_the_standard_library_is_real_text():
     assert {"abc.py", "json/decoder.py"} <= names
     assert not [name for name in names if {"test", "site-packages"} & set(name.split("/"))]
     assert sum(path.stat().st_size for _, path in files) > 5_000_000
-    assert ByteTextDataModule().paths == ByteTextDataModule("stdlib").paths == ["stdlib"]
+    assert TextOptions().all_paths == TextOptions("stdlib").all_paths == ["stdlib"]
 
 
 # --- the cache
@@ -386,7 +401,7 @@ def test_split_ranges_cover_all_once(total, val, test):
 )
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        ByteTextDataModule(**arguments)
+        text_module(**arguments)
 
 
 def test_too_little_text_is_named(corpus):
@@ -401,7 +416,7 @@ def test_too_little_text_is_named(corpus):
     with pytest.raises(DataError, match="training has 2,000 bytes"):
         made(corpus, length=2000, val_fraction=0, test_fraction=0)
     with pytest.raises(DataError, match=r"All 1 files of text are empty.*empty\.txt"):
-        ByteTextDataModule(str(corpus / "empty.txt")).prepare_data()
+        text_module(paths=str(corpus / "empty.txt")).prepare_data()
 
 
 # --- needles
@@ -417,7 +432,8 @@ def test_too_little_text_is_named(corpus):
 )
 def test_the_answer_is_at_its_place(needles, spare, more_keys, seed, next_token):
     length = 3 * needles + 2 + spare
-    task = NeedleTask(length, needles + more_keys, 5, 7, needles, next_token)
+    options = NeedleOptions(needles + more_keys, 5, 7, needles, next_token)
+    task = NeedleTask(length, options)
     tokens, targets, depth = task.make(np.random.default_rng(seed))
     assert tokens.shape == targets.shape == (length,)
     assert tokens.dtype == targets.dtype == torch.int64
@@ -426,14 +442,14 @@ def test_the_answer_is_at_its_place(needles, spare, more_keys, seed, next_token)
     marks = (tokens == MARK).nonzero()[:, 0]
     keys, values = tokens[marks + 1], tokens[marks + 2]
     assert len(marks) == len(keys.unique()) == needles
-    assert ((keys >= 2) & (keys < 2 + task.keys)).all()
-    assert ((values >= 2 + task.keys) & (values < 7 + task.keys)).all()
+    assert ((keys >= 2) & (keys < 2 + options.keys)).all()
+    assert ((values >= 2 + options.keys) & (values < 7 + options.keys)).all()
     hay = torch.ones(length, dtype=torch.bool)
     for offset in range(3):
         hay[marks + offset] = False
     hay[-2:] = False
     assert hay.sum() == spare
-    assert (tokens[hay] >= 7 + task.keys).all()
+    assert (tokens[hay] >= 7 + options.keys).all()
     assert (tokens == QUERY).nonzero().tolist() == [[length - 2]]
     (query,) = (keys == tokens[-1]).nonzero()[0].tolist()
     assert targets[-1] == values[query]
@@ -458,7 +474,7 @@ def test_needles_lie_anywhere_equally_often():
 
 def test_needle_batches_repeat_and_splits_differ():
     def data(**arguments):
-        return NeedleDataModule(
+        return needle_module(
             **{"length": 30, "train_size": 10, "val_size": 6, "test_size": 5, "batch_size": 4}
             | {"needles": 3}
             | arguments
@@ -489,7 +505,7 @@ def test_needle_batches_repeat_and_splits_differ():
 
 
 def test_a_million_tokens_are_made_quickly():
-    task = NeedleTask(1_000_000, keys=1000, needles=1000)
+    task = NeedleTask(1_000_000, NeedleOptions(keys=1000, needles=1000))
     start = time.perf_counter()
     tokens, _, _ = task.make(np.random.default_rng(0))
     assert time.perf_counter() - start < 2
@@ -507,15 +523,15 @@ def test_a_million_tokens_are_made_quickly():
         ({"filler": 0}, "filler"),
         ({"needles": 0}, "needles"),
         ({"length": 0}, "length"),
-        ({"train_size": 0}, "train_size"),
-        ({"val_size": -1}, "val_size"),
+        ({"train_size": 0}, "sizes.train"),
+        ({"val_size": -1}, "sizes.val"),
         ({"batch_size": 0}, "batch_size"),
         ({"seed": -1}, "seed"),
     ],
 )
 def test_needles_that_do_not_fit(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        NeedleDataModule(**arguments)
+        needle_module(**arguments)
 
 
 # --- in a run
@@ -547,7 +563,7 @@ class Bigrams(L.LightningModule):
 @pytest.mark.parametrize("kind", ["text", "documents", "needles"])
 def test_lightning_trains_on_them(corpus, tmp_path, kind):
     if kind == "needles":
-        data = NeedleDataModule(length=20, train_size=4, val_size=3, test_size=3, batch_size=2)
+        data = needle_module(length=20, train_size=4, val_size=3, test_size=3, batch_size=2)
     else:
         more = {"documents": True, "batch_size": 1} if kind == "documents" else {}
         data = made(corpus, steps_per_epoch=2, **more)
@@ -584,11 +600,15 @@ def test_paths_on_the_command_line(argument, paths):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningDataModule, "data")
     name = f"{ByteTextDataModule.__module__}.ByteTextDataModule"
-    options = [f"--data={name}", f"--data.init_args.paths={argument}", "--data.init_args.length=7"]
+    options = [
+        f"--data={name}",
+        f"--data.init_args.text.paths={argument}",
+        "--data.init_args.length=7",
+    ]
     data = parser.instantiate(parser.parse_args(options)).data
-    assert data.paths == paths
+    assert data.text_options.all_paths == paths
     assert data.length == 7
-    assert data.suffixes == [".txt", ".md", ".rst", ".py"]
+    assert data.text_options.suffixes == [".txt", ".md", ".rst", ".py"]
 
 
 # --- restarts
@@ -615,7 +635,7 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(corpus, tmp_path
         data = (
             made(corpus, steps_per_epoch=3)
             if kind == "text"
-            else datamodule.NeedleDataModule(length=64, train_size=12, batch_size=4, val_size=0)
+            else needle_module(length=64, train_size=12, batch_size=4, val_size=0)
         )
         saved = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = L.Trainer(

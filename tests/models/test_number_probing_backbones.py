@@ -12,6 +12,7 @@ from fulgurite.models.number_probing.backbones import (
     GatedDeltaNetBackbone,
     LSTMBackbone,
     Mamba2Backbone,
+    PositionOptions,
     TransformerBackbone,
 )
 from fulgurite.models.number_probing.backbones.base import CausalConv
@@ -25,7 +26,7 @@ from fulgurite.models.number_probing.backbones.recurrences import (
 
 BACKBONES = {
     "rotary": lambda: TransformerBackbone(16, 2, 4, kv_heads=2),
-    "learned": lambda: TransformerBackbone(16, 2, 4, positions="learned", max_length=32),
+    "learned": lambda: TransformerBackbone(16, 2, 4, positions=PositionOptions("learned", 32)),
     "lstm": lambda: LSTMBackbone(16, 2),
     "plain lstm": lambda: LSTMBackbone(16, 2, residual=False),
     "delta": lambda: GatedDeltaNetBackbone(16, 2, 2, expand=2, chunk=4),

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.number_probing.backbones import LSTMBackbone, TransformerBackbone
+from fulgurite.models.number_probing.backbones import (
+    LSTMBackbone,
+    PositionOptions,
+    TransformerBackbone,
+)
 from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
 
 
@@ -49,7 +53,7 @@ def train(model, optimizer, steps):
 
 def test_every_parameter_is_in_one_group():
     for backbone in (
-        TransformerBackbone(8, 1, 2, positions="learned", max_length=5),
+        TransformerBackbone(8, 1, 2, positions=PositionOptions("learned", 5)),
         LSTMBackbone(8, 1),
     ):
         model = nn.ModuleDict({"embedding": nn.Embedding(11, 8), "backbone": backbone})
@@ -65,7 +69,7 @@ def test_every_parameter_is_in_one_group():
 
 def test_positions_and_tied_weights_are_not_hidden():
     """By identity: a linear layer inside the backbone that shares the embedding is no exception."""
-    backbone = TransformerBackbone(8, 1, 2, positions="learned", max_length=5)
+    backbone = TransformerBackbone(8, 1, 2, positions=PositionOptions("learned", 5))
     model = nn.ModuleDict({"embedding": nn.Embedding(11, 8), "backbone": backbone})
     groups = names(model, parameter_groups(model, backbone))
     assert groups["tables"] == {"embedding.weight", "backbone.positions.weight"}

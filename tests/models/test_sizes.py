@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from fulgurite.callbacks.cs_arm_bn import ControlContext
 from fulgurite.callbacks.fedsir import FederatedRounds
 from fulgurite.errors import ConfigError
+from fulgurite.layers.transformer import TransformerConfig
 from fulgurite.models.cs_arm_bn import PlateClassifier, SmallResNet
 from fulgurite.models.fedsir import FederatedClassifier
 from fulgurite.models.fedsir.network import DigitsNet
@@ -38,7 +39,7 @@ def backbone():
 
 
 def decoder(vocab_size=256):
-    return Decoder(vocab_size=vocab_size, width=16, layers=1, heads=2)
+    return Decoder(vocab_size, TransformerConfig(16, layers=1, heads=2))
 
 
 SYSTEMS = {

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes.options import group
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.layers.transformer import TransformerConfig
 from fulgurite.models import stream_cqsa
 from fulgurite.models.stream_cqsa import (
     Decoder,
@@ -62,7 +64,8 @@ def seed():
 
 
 def small(kind=Decoder, **options):
-    return kind(11, **{"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, **options})
+    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, **options}
+    return kind(11, **group(sizes, transformer=TransformerConfig))
 
 
 def batches(count=2, size=2, tokens=24):
@@ -145,15 +148,16 @@ def test_the_options_change_no_gradient():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"heads": 3}, "heads"),
-        ({"heads": 4, "kv_heads": 3}, "kv_heads"),
-        ({"window": 0}, "window"),
+        ({"heads": 3}, "transformer.heads"),
+        ({"heads": 4, "kv_heads": 3}, "transformer.kv_heads"),
+        ({"window": 0}, "transformer.window"),
         ({"vocab_size": 1}, "vocab_size"),
     ],
 )
 def test_wrong_options_are_refused(options, named):
+    sizes = {"vocab_size": 11, "width": 16, "layers": 1, **options}
     with pytest.raises(ConfigError, match=rf"--model\.init_args\.network\.init_args\.{named}"):
-        Decoder(**{"vocab_size": 11, "width": 16, **options})
+        Decoder(**group(sizes, transformer=TransformerConfig))
 
 
 def test_the_package_lists_its_names():
@@ -384,7 +388,7 @@ def test_the_command_line_makes_a_module(workdir, monkeypatch):
         "--model=fulgurite.models.stream_cqsa.MaskedLanguageModel",
         f"{base}network=fulgurite.models.stream_cqsa.Encoder",
         f"{base}network.init_args.vocab_size=11",
-        f"{base}network.init_args.chunk=5",
+        f"{base}network.init_args.transformer.chunk=5",
         f"{base}optimizer=torch.optim.AdamW",
         f"{base}optimizer.init_args.lr=0.5",
         f"{base}scheduler=torch.optim.lr_scheduler.StepLR",

@@ -33,7 +33,8 @@ def float64():
 def model(**options):
     torch.manual_seed(1)
     options = {"width": WIDTH, "layers": LAYERS, "heads": 4, "kv_heads": 2, **options}
-    network = Transformer(TransformerConfig(**options))
+    is_causal = options.pop("is_causal", True)
+    network = Transformer(TransformerConfig(**options), is_causal=is_causal)
     for parameter in network.parameters():  # initial weights are too small to show differences
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)

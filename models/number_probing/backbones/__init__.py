@@ -6,12 +6,16 @@ from fulgurite.models.number_probing.backbones.recurrent import (
     GatedDeltaNetBackbone,
     Mamba2Backbone,
 )
-from fulgurite.models.number_probing.backbones.transformer import TransformerBackbone
+from fulgurite.models.number_probing.backbones.transformer import (
+    PositionOptions,
+    TransformerBackbone,
+)
 
 __all__ = [
     "CausalBackbone",
     "GatedDeltaNetBackbone",
     "LSTMBackbone",
     "Mamba2Backbone",
+    "PositionOptions",
     "TransformerBackbone",
 ]

@@ -5,6 +5,7 @@ Axes: B batch, L tokens, D width, H query heads, G key/value heads, E head size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import Tensor, nn
@@ -12,8 +13,30 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError
 from fulgurite.layers.transformer import Transformer, TransformerConfig, initialize
 from fulgurite.models.number_probing.backbones.base import KEY, check_minimum
+from fulgurite.options import PositiveFloat, PositiveInt, check_options, make_options
 
-__all__ = ["TransformerBackbone"]
+__all__ = ["PositionOptions", "TransformerBackbone"]
+
+
+@dataclass(frozen=True)
+class PositionOptions:
+    """How tokens know where they are.
+
+    Args:
+        kind: ``rotary``, or ``learned``: a table that is added to the embedded tokens.
+        max_length: Longest sequence that the table knows.
+        rope_base: Base of the rotary wavelengths.
+
+    Raises:
+        ConfigError: A value is out of range, or none of the words.
+    """
+
+    kind: Literal["rotary", "learned"] = "rotary"
+    max_length: PositiveInt = 1024
+    rope_base: PositiveFloat = 10000.0
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{KEY.removeprefix('--')}.positions")
 
 
 class TransformerBackbone(nn.Module):
@@ -25,15 +48,14 @@ class TransformerBackbone(nn.Module):
         heads: H, a divisor of D.
         kv_heads: G, a divisor of H; H by default.
         hidden: Width inside SwiGLU; 8/3 D rounded up to a multiple of 64 by default.
-        positions: ``rotary``, or ``learned``: a table that is added to the embedded tokens.
-        max_length: Longest sequence that the table knows.
-        rope_base: Base of the rotary wavelengths.
+        positions: How tokens know where they are.
         checkpoint: Compute blocks again in backward instead of keeping their activations.
 
     Shape: (B, L, D) to (B, L, D).
 
     Raises:
-        ConfigError: The sizes do not fit together, or a sequence is longer than ``max_length``.
+        ConfigError: The sizes do not fit together, or a sequence is longer than a table of
+            positions.
 
     Example:
         >>> import torch
@@ -52,15 +74,14 @@ class TransformerBackbone(nn.Module):
         *,
         kv_heads: int | None = None,
         hidden: int | None = None,
-        positions: Literal["rotary", "learned"] = "rotary",
-        max_length: int = 1024,
-        rope_base: float = 10000.0,
+        positions: PositionOptions = PositionOptions(),
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_minimum(1, width=width, max_length=max_length)
-        self.width, self.max_length = width, max_length
-        base = rope_base if positions == "rotary" else None
+        check_minimum(1, width=width)
+        positions = make_options(PositionOptions, positions)
+        self.width, self.max_length = width, positions.max_length
+        base = positions.rope_base if positions.kind == "rotary" else None
         config = TransformerConfig(
             width,
             layers,
@@ -72,8 +93,8 @@ class TransformerBackbone(nn.Module):
         )
         self.transformer = Transformer(config)
         self.positions: nn.Embedding | None = None
-        if positions == "learned":
-            self.positions = nn.Embedding(max_length, width)
+        if positions.kind == "learned":
+            self.positions = nn.Embedding(positions.max_length, width)
             initialize(self)
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -84,7 +105,7 @@ class TransformerBackbone(nn.Module):
                 raise ConfigError(
                     f"A sequence has {length} tokens, and positions are learned for "
                     f"{self.max_length}.",
-                    f"Set {KEY}.max_length={length}, or {KEY}.positions=rotary.",
+                    f"Set {KEY}.positions.max_length={length}, or {KEY}.positions.kind=rotary.",
                 )
             x = x + self.positions.weight[:length]
         return cast("Tensor", self.transformer(x, documents))

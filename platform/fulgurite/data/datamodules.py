@@ -13,8 +13,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fulgurite.data.listing import STDLIB, find_files
-from fulgurite.data.splits import check_fractions, check_min, split_ranges
+from fulgurite.data.listing import find_files
+from fulgurite.data.splits import split_ranges
+from fulgurite.data.text_options import TextOptions, TextSplit
 from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
 from fulgurite.sampling import (
@@ -94,45 +95,34 @@ class TextDataModule(SequenceDataModule):
     """What DataModules of text have in common: files, splits and their options.
 
     Attributes:
+        text_options: Which files are read.
+        text_split: How they are split.
+        length: Tokens of a sequence.
         parts: The tokens of training, validation and test, after :meth:`split_text`.
     """
 
-    def set_text_options(
-        self,
-        paths: list[str] | str | None,
-        suffixes: list[str],
-        length: int,
-        batch_size: int,
-        fractions: tuple[float, float],
-        steps_per_epoch: int | None,
-        val_sequences: int | None,
-        num_workers: int,
-        seed: int,
-    ) -> None:
-        """Check and keep options; ``fractions`` are those of validation and test.
+    text_options: TextOptions
+    text_split: TextSplit
+    length: int
 
-        Raises:
-            ConfigError: An option is out of range.
+    def set_text_options(
+        self, text: TextOptions, split: TextSplit, *, length: int, steps_per_epoch: int | None
+    ) -> None:
+        """Keep options.
+
+        Args:
+            text: Which files are read.
+            split: How they are split.
+            length: Tokens of a sequence.
+            steps_per_epoch: Training batches of one epoch on each rank; as many as cover the text
+                about once if not given.
         """
-        check_min("length", length)
-        check_min("batch_size", batch_size)
-        check_min("num_workers", num_workers, 0)
-        check_min("seed", seed, 0)
-        if steps_per_epoch is not None:
-            check_min("steps_per_epoch", steps_per_epoch)
-        if val_sequences is not None:
-            check_min("val_sequences", val_sequences)
-        check_fractions(*fractions)
-        self.paths = [paths or STDLIB] if isinstance(paths, str | None) else list(paths)
-        self.suffixes = list(suffixes)
-        self.length, self.batch_size, self.fractions = length, batch_size, fractions
-        self.num_workers, self.seed = num_workers, seed
-        self.val_sequences = val_sequences
-        self._steps = steps_per_epoch
+        self.text_options, self.text_split = text, split
+        self.length, self._steps = length, steps_per_epoch
 
     def find_text(self) -> list[tuple[str, Path]]:
         """Return (name, path) of each file of text."""
-        return find_files(self.paths, self.suffixes)
+        return find_files(self.text_options.all_paths, self.text_options.suffixes)
 
     def split_text(self, total: int, unit: str) -> None:
         """Split a text into parts, and set the number of training batches.
@@ -144,9 +134,10 @@ class TextDataModule(SequenceDataModule):
         Raises:
             DataError: A part that is asked for has less than one sequence.
         """
-        self.parts = split_ranges(total, *self.fractions)
+        fractions = self.text_split.fractions
+        self.parts = split_ranges(total, *fractions)
         for name, part, fraction in zip(
-            ("training", "validation", "test"), self.parts, (1.0, *self.fractions), strict=True
+            ("training", "validation", "test"), self.parts, (1.0, *fractions), strict=True
         ):
             if fraction and len(part) <= self.length:
                 sizes = " + ".join(f"{len(part):,}" for part in self.parts)
@@ -154,8 +145,9 @@ class TextDataModule(SequenceDataModule):
                     f"The text of {name} has {len(part):,} {unit}, and a sequence of "
                     f"{self.length:,} tokens needs {self.length + 1:,} (the {total:,} {unit} are "
                     f"split into {sizes} for training, validation and test).",
-                    "Give more text in `--data.init_args.paths`, shorten `--data.init_args.length`,"
-                    " or change `--data.init_args.val_fraction` and `test_fraction` (0 for none).",
+                    "Give more text in `--data.init_args.text.paths`, shorten "
+                    "`--data.init_args.length`, or change `--data.init_args.split.val_fraction` "
+                    "and `test_fraction` (0 for none).",
                 )
         step = self.length * self.batch_size * sampler_ranks(self.trainer)[1]
         self.steps_per_epoch = self._steps or max(1, len(self.parts[0]) // step)

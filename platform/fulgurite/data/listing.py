@@ -59,8 +59,8 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[tuple[str,
         raise DataError(
             f"There is no file at {', '.join(paths) or 'no path'} with the suffix "
             f"{' or '.join(suffixes) or '(none is allowed)'}.",
-            "Set `--data.init_args.paths` to files, folders or glob patterns, and "
-            "`--data.init_args.suffixes` to the suffixes of files in these folders.",
+            "Set `--data.init_args.text.paths` to files, folders or glob patterns, and "
+            "`--data.init_args.text.suffixes` to the suffixes of files in these folders.",
         )
     return list(by_path.values())
 

@@ -22,8 +22,15 @@ def check_min(name: str, value: int, minimum: int = 1) -> None:
         )
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
+def check_fractions(
+    val_fraction: float, test_fraction: float, option: str = "data.init_args"
+) -> None:
     """Refuse fractions that leave nothing for training.
+
+    Args:
+        val_fraction: Of validation.
+        test_fraction: Of test.
+        option: Where the command line has both.
 
     Raises:
         ConfigError: A fraction is negative, or their sum is 1 or more.
@@ -34,8 +41,8 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
         raise ConfigError(
             f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
-            "Set `--data.init_args.val_fraction` and `--data.init_args.test_fraction` to 0 or "
-            "more, below 1 together.",
+            f"Set `--{option}.val_fraction` and `--{option}.test_fraction` to 0 or more, below 1 "
+            "together.",
         )
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, reading
 
 __all__ = ["UNREADABLE_TEXT", "ConsecutiveStarts", "read_documents"]
 
 #: What to do about a file that cannot be read.
-UNREADABLE_TEXT = "Make it readable, or leave it out of `--data.init_args.paths`."
+UNREADABLE_TEXT = "Make it readable, or leave it out of `--data.init_args.text.paths`."
 _ROWS = 256  # of a table that are read at a time
 
 
@@ -48,14 +49,9 @@ def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtraError(
-            f"The table {path} needs pyarrow.", "Install it with `pip install pyarrow`."
-        ) from error
-    hint = "Fetch it again, or leave it out of `--data.init_args.paths`."
+    pa = optional_import("pyarrow", "probing-data", f"The table {path}")
+    pq = optional_import("pyarrow.parquet", "probing-data", f"The table {path}")
+    hint = "Fetch it again, or leave it out of `--data.init_args.text.paths`."
     with ExitStack() as stack:
         with reading(path, "The table", hint):
             check_parquet(path)
@@ -65,7 +61,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(
                 f"The table {path} has no column {column!r} of text (its type is {kind}).",
-                "Set `--data.init_args.column` to the column that holds the text.",
+                "Set `--data.init_args.text.column` to the column that holds the text.",
             )
         batches = table.iter_batches(batch_size=_ROWS, columns=[column])
         while True:

@@ -22,6 +22,7 @@ from fulgurite.attention import AttentionBackend, Documents, InCore
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.errors import ConfigError
 from fulgurite.layers.rotary import apply_rotary, rotary
+from fulgurite.options import PositiveFloat, PositiveInt, check_options
 
 __all__ = [
     "Attention",
@@ -35,7 +36,7 @@ __all__ = [
 
 _EPS = 1e-6  # of RMSNorm; its default would depend on the precision
 _STD = 0.02  # of initial weights
-_KEY = "--model.init_args.network.init_args"
+_KEY = "--model.init_args.network.init_args.transformer"
 
 
 def in_chunks(
@@ -237,37 +238,27 @@ class TransformerConfig:
         heads: H, a divisor of E.
         kv_heads: G, a divisor of H; H by default.
         hidden: Width inside :class:`SwiGLU`; see there.
-        is_causal: Tokens see earlier ones only.
-        window: Tokens see so many tokens only, themselves included; needs ``is_causal``.
+        window: Tokens see so many tokens only, themselves included; in causal networks alone.
         chunk: Tokens at a time in everything but attention; None for all.
         checkpoint: Keep only the inputs of blocks for backward, and compute them again there.
         rope_base: See :func:`~fulgurite.layers.rotary.rotary`; None for no positions at all.
 
     Raises:
-        ConfigError: The number of layers or the chunk is below 1.
+        ConfigError: A number is out of range.
     """
 
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int | None = None
-    hidden: int | None = None
-    is_causal: bool = True
-    window: int | None = None
-    chunk: int | None = None
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt | None = None
+    hidden: PositiveInt | None = None
+    window: PositiveInt | None = None
+    chunk: PositiveInt | None = None
     checkpoint: bool = False
-    rope_base: float | None = 10000.0
+    rope_base: PositiveFloat | None = 10000.0
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ConfigError(
-                f"layers={self.layers} is too small.", f"Give {_KEY}.layers of 1 or more."
-            )
-        if self.chunk is not None and self.chunk < 1:
-            raise ConfigError(
-                f"A chunk of {self.chunk} tokens is too small.",
-                f"Give {_KEY}.chunk of at least 1, or null for all tokens at once.",
-            )
+        check_options(self, _KEY.removeprefix("--"))
 
 
 class SwiGLU(nn.Module):
@@ -299,6 +290,7 @@ class Block(nn.Module):
 
     Args:
         config: Sizes of the transformer that the block is of.
+        is_causal: Tokens see earlier ones only.
 
     Shape: (B, N, E) to (B, N, E).
 
@@ -308,7 +300,7 @@ class Block(nn.Module):
     Source: Llama, arXiv 2302.13971, section 2.2; chunks: inferred.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, is_causal: bool = True) -> None:
         super().__init__()
         self.chunk = config.chunk
         self.norm1 = nn.RMSNorm(config.width, _EPS)
@@ -316,7 +308,7 @@ class Block(nn.Module):
             config.width,
             config.heads,
             config.kv_heads,
-            is_causal=config.is_causal,
+            is_causal=is_causal,
             window=config.window,
             rope_base=config.rope_base,
         )
@@ -342,6 +334,7 @@ class Transformer(nn.Module):
 
     Args:
         config: Sizes, and what bounds the memory.
+        is_causal: Tokens see earlier ones only.
 
     Shape: (B, N, E) to (B, N, E).
 
@@ -356,10 +349,12 @@ class Transformer(nn.Module):
     Source: Llama, arXiv 2302.13971, section 2.2; checkpoints: arXiv 1604.06174.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, is_causal: bool = True) -> None:
         super().__init__()
         self.chunk, self.checkpoint = config.chunk, config.checkpoint
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config, is_causal=is_causal) for _ in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.width, _EPS)
         initialize(self)
 
