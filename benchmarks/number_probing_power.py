@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.harness import report
-from fulgurite.models.number_probing import planted, probe
+from fulgurite.models.number_probing import FoldOptions, planted, probe
 
 WIDTH, PERIOD, CURVES, NOISE = 128, 10, 10, 0.1
 SHARES = (0.0, 0.01, 0.03, 0.1, 0.3)
@@ -51,7 +51,10 @@ def main() -> None:
                     "share of power": f"{fraction:.0%}",
                 }
                 for kind in ("shuffled", "contiguous"):
-                    results = [probe(x, [PERIOD], kind=kind, nonround=False) for x in tables]
+                    results = [
+                        probe(x, [PERIOD], folds=FoldOptions(kind=kind), nonround=False)
+                        for x in tables
+                    ]
                     kappas = [result[PERIOD].kappa for result in results]
                     mean, std = statistics.mean(kappas), statistics.stdev(kappas)
                     row[f"κ, {kind} folds"] = f"{mean:.2f} ± {std:.2f}"

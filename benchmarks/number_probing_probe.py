@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import report
-from fulgurite.models.number_probing import make_folds, planted, probe
+from fulgurite.models.number_probing import FoldOptions, make_folds, planted, probe
 from fulgurite.models.number_probing.report import ProbeSettings, measure
 
 SIZE, FOLDS, SEEDS = 1000, 5, 2
@@ -60,7 +60,7 @@ def by_sklearn(x: np.ndarray[Any, Any]) -> dict[int, float]:
 
 def ours(x: torch.Tensor) -> dict[int, float]:
     """The same κ, and train κ with it."""
-    results = probe(x, PERIODS, folds=FOLDS, seeds=SEEDS, nonround=False)
+    results = probe(x, PERIODS, folds=FoldOptions(FOLDS, seeds=SEEDS), nonround=False)
     return {period: result.kappa for period, result in results.items()}
 
 

@@ -361,10 +361,10 @@ class ControlContext(Callback):
         rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         rates[counts.sum(1) == 0] = np.nan
         figure, axes = new_figure(1, 2, height=3.6)
-        heatmap(
-            axes[0][0], rates, title=f"{name}: share of each class", xlabel="predicted",
-            ylabel="true class", limits=(0, 1), names=_get_class_names(pl_module.trainer, classes),
-        )  # fmt: skip
+        class_names = _get_class_names(pl_module.trainer, classes)
+        heatmap(axes[0][0], rates, limits=(0, 1), names=class_names)
+        title = f"{name}: share of each class"
+        axes[0][0].set(title=title, xlabel="predicted", ylabel="true class")
         plates = sorted(accuracy_by_domain(rows).items(), key=lambda item: item[1])
         labels = [pl_module.plate_name(domain) for domain, _ in plates]
         ax = axes[0][1]

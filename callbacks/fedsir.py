@@ -243,10 +243,8 @@ class FederatedRounds(Callback):
             noise = np.array([r["noise"] for r in self.history]).T
             panels.append(("share of wrong labels", noise, (0.0, 1.0)))
         for ax, (title, values, limits) in zip(axes[0], panels, strict=True):
-            heatmap(
-                ax, values, title=title, limits=limits, highlight_rows=noisy, xlabel="round",
-                ylabel="client (bold: identified as noisy)",
-            )  # fmt: skip
+            heatmap(ax, values, limits=limits, highlight_rows=noisy)
+            ax.set(title=title, xlabel="round", ylabel="client (bold: identified as noisy)")
         log_figure(trainer, "clients", figure)
         self._draw_rounds(trainer)
         self._draw_similarities(trainer)
@@ -280,9 +278,7 @@ class FederatedRounds(Callback):
         ]
         figure, axes = new_figure(1, len(examples), width=3.8)
         for ax, (name, client) in zip(axes[0], examples, strict=True):
-            heatmap(
-                ax, evidence["similarities"][client].numpy(), limits=(0, 1), xlabel="class",
-                ylabel="class",
-                title=f"{name} client {client}: mean off the diagonal {scores[client]:.2f}",
-            )  # fmt: skip
+            heatmap(ax, evidence["similarities"][client].numpy(), limits=(0, 1))
+            title = f"{name} client {client}: mean off the diagonal {scores[client]:.2f}"
+            ax.set(title=title, xlabel="class", ylabel="class")
         log_figure(trainer, "similarities", figure)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from fulgurite.datamodules.number_probing.tokenizers import Tokenizer
 from fulgurite.errors import DataError
 from fulgurite.io import checksum
 
-__all__ = ["TokenCache", "TokenWindows", "cached_tokens"]
+__all__ = ["TokenCache", "TokenWindows", "WindowOptions", "cached_tokens"]
 
 _WINDOW = 2  # random stream of a seed
 _TOGETHER = 256  # documents tokenised at a time
@@ -125,19 +125,33 @@ def _write_tokens(
 # --- windows -------------------------------------------------------------------------------------
 
 
+class WindowOptions(NamedTuple):
+    """What windows of a text are.
+
+    Attributes:
+        length: L.
+        perturbation: Perturbation of the text.
+        is_number: Whether a token stands for a number. Shape: (V,).
+        seed: Seed of the positions and of the perturbation.
+        documents: Mark documents, which must not see each other.
+    """
+
+    length: int
+    perturbation: Perturbation
+    is_number: npt.NDArray[np.bool_]
+    seed: int
+    documents: bool
+
+
 class TokenWindows(Dataset[dict[str, Tensor]]):
     """Windows of the text, and the next token of each of their tokens.
 
     Args:
         cache: All tokens.
         part: The tokens that windows are cut from; swapped numbers come from here too.
-        length: L.
-        perturbation: Perturbation of the text.
-        is_number: Whether a token stands for a number. Shape: (V,).
-        seed: Seed of the positions and of the perturbation.
+        options: What windows are.
         random: Cut at random positions, which the number of the draw decides, instead of one
             after the other.
-        documents: Mark documents, which must not see each other.
         limit: Keep at most this many of the consecutive windows, spread evenly.
     """
 
@@ -145,19 +159,14 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self,
         cache: TokenCache,
         part: range,
+        options: WindowOptions,
         *,
-        length: int,
-        perturbation: Perturbation,
-        is_number: npt.NDArray[np.bool_],
-        seed: int,
         random: bool,
-        documents: bool,
         limit: int | None = None,
     ) -> None:
-        self.cache, self.part, self.length = cache, part, length
-        self.perturbation, self.is_number = perturbation, is_number
-        self.seed, self.random, self.documents = seed, random, documents
-        self.consecutive = ConsecutiveStarts(part, length, limit)
+        self.cache, self.part, self.random = cache, part, random
+        self.length, self.perturbation, self.is_number, self.seed, self.documents = options
+        self.consecutive = ConsecutiveStarts(part, self.length, limit)
         first, last = np.searchsorted(cache.positions, (part.start, part.stop))
         self.numbers = range(int(first), int(last))  # of the part, among all
 

@@ -22,7 +22,12 @@ from fulgurite.datamodules.number_probing.addition import (
     PairSplit,
     PairStream,
 )
-from fulgurite.datamodules.number_probing.corpus import TokenCache, TokenWindows, cached_tokens
+from fulgurite.datamodules.number_probing.corpus import (
+    TokenCache,
+    TokenWindows,
+    WindowOptions,
+    cached_tokens,
+)
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
 from fulgurite.errors import DataError
@@ -283,15 +288,15 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         self.split_text(len(cache), "tokens")
         is_number = np.zeros(self.vocab_size, np.bool_)
         is_number[[*self.tokenizer.numbers]] = True
+        options = WindowOptions(
+            self.length, self.perturbation, is_number, seed=self.seed,
+            documents=self.number_text.documents,
+        )  # fmt: skip
         limits = None, self.text_split.val_sequences, None
         self._train, self._val, self._test = (
-            TokenWindows(
-                cache, part, length=self.length, perturbation=self.perturbation,
-                is_number=is_number, seed=self.seed, random=split == _TRAIN,
-                documents=self.number_text.documents, limit=limit,
-            )
+            TokenWindows(cache, part, options, random=split == _TRAIN, limit=limit)
             for split, (part, limit) in enumerate(zip(self.parts, limits, strict=True))
-        )  # fmt: skip
+        )
         self.number_ids = number_tokens(self.tokenizer, cache.counts)
         pieces = self.tokenizer.encode([str(n) for n in range(1000)])
         self.number_pieces = {n: tuple(tokens) for n, tokens in enumerate(pieces)}

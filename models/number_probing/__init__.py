@@ -35,9 +35,16 @@ if TYPE_CHECKING:
         spectrum,
         spikes,
     )
-    from fulgurite.models.number_probing.module import NumberLM
-    from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
+    from fulgurite.models.number_probing.module import HeadOptions, NumberLM
+    from fulgurite.models.number_probing.optimizer import (
+        AdamWOptions,
+        MuonAdamW,
+        MuonOptions,
+        parameter_groups,
+    )
     from fulgurite.models.number_probing.probing import (
+        ClassifierOptions,
+        FoldOptions,
         ProbeResult,
         cohen_kappa,
         make_folds,
@@ -54,11 +61,18 @@ _MODULES = {
     "checks": ("check_embeddings",),
     "classical": ("PPMI", "SkipGram"),
     "counting": ("cooccurrences", "ppmi", "save_vectors", "svd_embeddings"),
-    "module": ("NumberLM",),
-    "optimizer": ("MuonAdamW", "parameter_groups"),
+    "module": ("HeadOptions", "NumberLM"),
+    "optimizer": ("AdamWOptions", "MuonAdamW", "MuonOptions", "parameter_groups"),
     "controls": ("ceiling", "collinear", "gaussian", "histogram", "planted", "row_shuffled"),
     "diagnosis": ("Diagnosis", "PeriodDiagnosis", "diagnose"),
-    "probing": ("ProbeResult", "cohen_kappa", "make_folds", "probe"),
+    "probing": (
+        "ClassifierOptions",
+        "FoldOptions",
+        "ProbeResult",
+        "cohen_kappa",
+        "make_folds",
+        "probe",
+    ),
     "fisher": ("Scatter", "principal_components", "scatter"),
     "fourier": ("Spectrum", "Spike", "period_power", "spectrum", "spikes"),
     "tables": ("NumberTable", "number_tokens", "parse_numbers", "read_table"),
@@ -66,8 +80,13 @@ _MODULES = {
 
 __all__ = [
     "PPMI",
+    "AdamWOptions",
+    "ClassifierOptions",
     "Diagnosis",
+    "FoldOptions",
+    "HeadOptions",
     "MuonAdamW",
+    "MuonOptions",
     "NumberLM",
     "NumberTable",
     "PeriodDiagnosis",

@@ -16,7 +16,7 @@ from fulgurite.models.number_probing.checks import describe_numbers
 from fulgurite.models.number_probing.controls import gaussian, row_shuffled
 from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
 from fulgurite.models.number_probing.options import OneLineParser, parse_integers
-from fulgurite.models.number_probing.probing import probe
+from fulgurite.models.number_probing.probing import ClassifierOptions, probe
 from fulgurite.models.number_probing.report import (
     ProbeSettings,
     kappa_figure,
@@ -69,8 +69,8 @@ def _probe_controls(table: NumberTable, settings: ProbeSettings) -> list[dict[st
     rows = []
     for name, x in controls.items():
         results = probe(
-            x, settings.periods, numbers=table.numbers, method=settings.method,
-            folds=settings.folds, seeds=settings.seeds, nonround=False, allow_duplicates=True,
+            x, settings.periods, numbers=table.numbers, folds=settings.fold_options(),
+            classifier=ClassifierOptions(settings.method), nonround=False, allow_duplicates=True,
         )  # fmt: skip
         control_spectrum = spectrum(x, table.numbers, allow_duplicates=True)
         # a drift over n is no line

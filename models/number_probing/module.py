@@ -6,6 +6,7 @@ Axes: B batch, L tokens, D width, V vocabulary, N numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -24,8 +25,9 @@ from fulgurite.models.number_probing.losses import (
     token_losses,
 )
 from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
+from fulgurite.options import PositiveInt, check_options, make_options
 
-__all__ = ["NumberLM", "NumberModule"]
+__all__ = ["HeadOptions", "NumberLM", "NumberModule"]
 
 _STD = 0.02  # std of initial embeddings, as of the backbones' weights
 
@@ -93,6 +95,25 @@ class NumberModule(SystemModule):
         return torch.tensor([self.number_ids[int(n)] for n in ns], dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class HeadOptions:
+    """What gives the logits.
+
+    Args:
+        tie_embeddings: Use the embedding as head.
+        loss_chunk: Tokens whose logits exist at a time.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    tie_embeddings: bool = True
+    loss_chunk: PositiveInt = 8192
+
+    def __post_init__(self) -> None:
+        check_options(self, "model.init_args.head")
+
+
 class NumberLM(NumberModule):
     """Predicts targets, such as the next tokens, from tokens.
 
@@ -105,9 +126,8 @@ class NumberLM(NumberModule):
         optimizer: Makes the optimizer from :func:`~.optimizer.parameter_groups`.
         scheduler: Makes the scheduler, stepped after each optimizer step.
         warmup: Optimizer steps in which the learning rate rises linearly, before the scheduler's.
-        tie_embeddings: Use the embedding as head.
+        head: What gives the logits.
         exact_match: Report the fraction of sequences whose targets are all predicted.
-        loss_chunk: Tokens whose logits exist at a time.
         vocab_size: V; taken from the data.
         probed: Embedding of a number in probes: its row of the embedding (``input``) or of the
             head (``output``), or the hidden state after its tokens by themselves (``state``), which
@@ -126,20 +146,19 @@ class NumberLM(NumberModule):
         scheduler: LRSchedulerCallable | None = None,
         warmup: int = 0,
         *,
-        tie_embeddings: bool = True,
+        head: HeadOptions = HeadOptions(),
         exact_match: bool = False,
-        loss_chunk: int = 8192,
         vocab_size: int = 1002,
         probed: Literal["input", "output", "state"] = "input",
     ) -> None:
         super().__init__(vocab_size)
         save_options(self, "backbone", "optimizer", "scheduler")
-        for name, value, minimum in (("warmup", warmup, 0), ("loss_chunk", loss_chunk, 1)):
-            if value < minimum:
-                raise ConfigError(
-                    f"model.init_args.{name}={value} is too small.",
-                    f"Give --model.init_args.{name} of at least {minimum}.",
-                )
+        if warmup < 0:
+            raise ConfigError(
+                f"model.init_args.warmup={warmup} is too small.",
+                "Give --model.init_args.warmup of at least 0.",
+            )
+        head = make_options(HeadOptions, head)
         backbone = build_network(backbone, argument="backbone")
         width = getattr(backbone, "width", None)
         if not isinstance(width, int):
@@ -152,11 +171,11 @@ class NumberLM(NumberModule):
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=_STD)
         self.head: nn.Embedding | None = None  # a table too, one row per token
-        if not tie_embeddings:
+        if not head.tie_embeddings:
             self.head = nn.Embedding(vocab_size, width)
             nn.init.normal_(self.head.weight, std=_STD)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.warmup, self.loss_chunk, self.exact_match = warmup, loss_chunk, exact_match
+        self.warmup, self.loss_chunk, self.exact_match = warmup, head.loss_chunk, exact_match
         self.probed: Literal["input", "output", "state"] = probed
         # metrics, not logged values: Lightning averages values over batches and ranks without the
         # number of targets in them

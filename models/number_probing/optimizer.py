@@ -11,14 +11,16 @@ groups say it with the key ``hidden``; :func:`parameter_groups` makes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
+from fulgurite.options import check_options, list_options, make_options
 
-__all__ = ["MuonAdamW", "parameter_groups"]
+__all__ = ["AdamWOptions", "MuonAdamW", "MuonOptions", "parameter_groups"]
 
 
 def parameter_groups(module: nn.Module, backbone: nn.Module) -> list[dict[str, Any]]:
@@ -65,6 +67,56 @@ def parameter_groups(module: nn.Module, backbone: nn.Module) -> list[dict[str, A
     return groups
 
 
+_KEY = "model.init_args.optimizer.init_args"
+
+
+@dataclass(frozen=True)
+class MuonOptions:
+    """Options of ``torch.optim.Muon`` beside the learning rate and the weight decay.
+
+    Args:
+        momentum: Momentum.
+        nesterov: Use Nesterov momentum.
+        ns_steps: Number of Newton–Schulz iterations in each step.
+        adjust_lr_fn: ``match_rms_adamw`` scales steps to the size of AdamW's, so that both can
+            share a learning rate; ``original`` scales tall matrices only.
+
+    Raises:
+        ConfigError: A value is of another type.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: str = "match_rms_adamw"
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_KEY}.muon")
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Options of ``torch.optim.AdamW``.
+
+    Args:
+        lr: Learning rate, if it differs from Muon's.
+        weight_decay: Weight decay, if it differs.
+        betas: Decay rates of the averages of gradients and of their squares.
+        eps: Added to the denominator of steps.
+
+    Raises:
+        ConfigError: A value is of another type.
+    """
+
+    lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_KEY}.adamw")
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """``torch.optim.Muon`` for groups marked ``hidden``, ``torch.optim.AdamW`` for the others.
 
@@ -73,15 +125,8 @@ class MuonAdamW(torch.optim.Optimizer):
             other key of a group overrides the arguments below.
         lr: Learning rate of both.
         weight_decay: Weight decay of both.
-        adamw_lr: Learning rate of AdamW, if it differs.
-        adamw_weight_decay: Weight decay of AdamW, if it differs.
-        momentum: Momentum of Muon.
-        nesterov: Use Nesterov momentum in Muon.
-        ns_steps: Number of Newton–Schulz iterations in each step of Muon.
-        adjust_lr_fn: ``match_rms_adamw`` scales Muon's steps to the size of AdamW's, so that both
-            can share a learning rate; ``original`` scales tall matrices only.
-        betas: Decay rates of AdamW's averages of gradients and of their squares.
-        eps: Added to the denominator of AdamW's steps.
+        muon: Options of Muon.
+        adamw: Options of AdamW, also a learning rate and a weight decay of its own.
 
     Raises:
         ConfigError: No group says whether it is hidden, or a hidden parameter is no matrix.
@@ -102,14 +147,8 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         weight_decay: float = 0.1,
-        adamw_lr: float | None = None,
-        adamw_weight_decay: float | None = None,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        adjust_lr_fn: str = "match_rms_adamw",
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        muon: MuonOptions = MuonOptions(),
+        adamw: AdamWOptions = AdamWOptions(),
     ) -> None:
         groups = [*params]
         marked = [isinstance(group, dict) and "hidden" in group for group in groups]
@@ -119,16 +158,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 "Use it with fulgurite.models.number_probing.NumberLM, or give it groups from "
                 "fulgurite.models.number_probing.optimizer.parameter_groups(module, backbone).",
             )
-        muon = {
-            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
-            "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
-        }  # fmt: skip
-        adamw = {
-            "lr": lr if adamw_lr is None else adamw_lr,
-            "weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
-            "betas": tuple(betas),
-            "eps": eps,
-        }
+        shared = {"lr": lr, "weight_decay": weight_decay}
+        muon_options = {**shared, **list_options(make_options(MuonOptions, muon))}
+        own = list_options(make_options(AdamWOptions, adamw))
+        adamw_options = shared | {name: value for name, value in own.items() if value is not None}
         completed_groups = []
         for group in groups:
             # a throw-away optimizer checks the group and fills in all defaults of its kind
@@ -137,7 +170,9 @@ class MuonAdamW(torch.optim.Optimizer):
             )
             options = {k: v for k, v in group.items() if k not in ("hidden", "name")}
             try:
-                completed = kind([options], **(muon if group["hidden"] else adamw)).param_groups  # type: ignore[arg-type]
+                completed = kind(
+                    [options], **(muon_options if group["hidden"] else adamw_options)
+                ).param_groups  # type: ignore[arg-type]
             except ValueError as error:
                 raise ConfigError(
                     f"{kind.__name__} refuses its parameters or arguments: {error}",

@@ -20,7 +20,10 @@ from fulgurite.models.number_probing.fold_statistics import StandardizedRows
 from fulgurite.models.number_probing.fourier import PERIODS
 from fulgurite.models.number_probing.lda import lda_scores
 
-__all__ = ["FoldKind", "Method", "ProbeResult", "band", "cohen_kappa", "make_folds", "probe"]
+__all__ = [
+    "ClassifierOptions", "FoldKind", "FoldOptions", "Method", "ProbeResult", "band", "cohen_kappa",
+    "make_folds", "probe",
+]  # fmt: skip
 
 Method = Literal["lda", "logistic"]
 FoldKind = Literal["shuffled", "decade", "contiguous"]
@@ -172,17 +175,151 @@ def make_folds(
     return move(fold, numbers.device)
 
 
+@dataclass(frozen=True)
+class FoldOptions:
+    """How numbers are held out.
+
+    Args:
+        count: F.
+        kind: See :func:`make_folds`. With ``shuffled`` a probe sees n−1 and n+1, of another
+            residue: embeddings smooth in n then give a negative κ, which the others do not.
+        seeds: S. Contiguous folds are all alike and take one.
+
+    Raises:
+        ConfigError: There are too few folds or seeds.
+    """
+
+    count: int = 5
+    kind: FoldKind = "shuffled"
+    seeds: int = 2
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise ConfigError(f"folds={self.count} is too small.", "Give 2 or more; 5 is usual.")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds={self.seeds} is out of range.", "Give 1 or more.")
+        if self.kind == "contiguous":
+            object.__setattr__(self, "seeds", 1)  # the record is frozen
+
+    def make(self, numbers: Tensor, period: int, seeds: range) -> Tensor:
+        """Return the folds of some seeds. Shape: (S, N)."""
+        return torch.stack(
+            [make_folds(numbers, period, self.count, self.kind, seed=seed) for seed in seeds]
+        )
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """The linear classifier.
+
+    Args:
+        method: ``lda``: shrinkage LDA, equal to scikit-learn's. ``logistic``: multinomial logistic
+            regression with an L2 penalty on standardised features, one to two orders slower.
+        shrinkage: Shrinkage of LDA: ``auto`` for Ledoit and Wolf's, a weight from 0 to 1, or 0 for
+            plain LDA.
+        strength: C of logistic regression: weight of the data against the penalty.
+
+    Raises:
+        ConfigError: The method is unknown, or the strength is not positive.
+    """
+
+    method: Method = "lda"
+    shrinkage: float | Literal["auto"] = "auto"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lda", "logistic"):
+            raise ConfigError(f"The probe {self.method!r} is unknown.", "Use lda or logistic.")
+        if self.strength <= 0:
+            raise ConfigError(f"strength={self.strength} is out of range.", "Give more than 0.")
+
+    def scores(self, table: StandardizedRows, labels: Tensor, classes: int, fold: Tensor) -> Tensor:
+        """Scores of the classes by each model. Shape: (S, F, N, T).
+
+        Args:
+            table: The rows.
+            labels: Class of each row. Shape: (N,).
+            classes: T.
+            fold: Fold in which each row is held out. Shape: (S, N).
+        """
+        if self.method == "lda":
+            return lda_scores(table, labels, classes, fold, shrinkage=self.shrinkage)
+        from fulgurite.models.number_probing.logistic import logistic_scores
+
+        return logistic_scores(table, labels, classes, fold, strength=self.strength)
+
+
+@dataclass(frozen=True)
+class _Prober:
+    """Probes tables of rows."""
+
+    folds: FoldOptions
+    classifier: ClassifierOptions
+
+    def answer_held_out(
+        self, table: StandardizedRows, n: Tensor, period: int, seeds: range
+    ) -> _HeldOutAnswers:
+        """Answer numbers held out, with the folds of some seeds."""
+        fold = self.folds.make(n, period, seeds)
+        residues, labels = torch.unique(n % period, return_inverse=True)
+        if len(residues) < 2:
+            raise ConfigError(
+                f"All numbers are alike mod {period}.", "Probe other numbers or periods."
+            )
+        scores = self.classifier.scores(table, labels, len(residues), fold)
+        answers = scores.max(-1).indices  # several times as fast as argmax; (S, F, N)
+        predicted = answers.gather(1, fold[:, None])[:, 0]
+        kappas = cohen_kappa(labels, predicted, len(residues))
+        return _HeldOutAnswers(labels, predicted, answers, fold, kappas)
+
+    def null_kappas(
+        self, table: StandardizedRows, n: Tensor, period: int, draws: int
+    ) -> tuple[float, ...]:
+        """κ of permuted numbers, one seed each."""
+        null = []
+        for draw in range(draws):
+            # other numbers for the same rows: statistics that all periods share stay valid
+            order = torch.randperm(len(n), generator=torch.Generator().manual_seed(10_000 + draw))
+            permuted = n[order.to(n.device)]
+            answers = self.answer_held_out(table, permuted, period, range(draw, draw + 1))
+            null.append(float(answers.kappas))
+        return tuple(null)
+
+    def nonround_kappa(
+        self, table: StandardizedRows, n: Tensor, period: int
+    ) -> tuple[float, float]:
+        """κ of the numbers that 5 does not divide by themselves, and its band."""
+        part = self.answer_held_out(table, n, period, range(self.folds.seeds))
+        size = len(part.labels)
+        bound = band(size, (size * int(part.labels.max())) ** -0.5)
+        return float(part.kappas.mean()), bound
+
+
+def _train_kappa(held_out: _HeldOutAnswers, classes: int) -> float:
+    """κ on the rows that models were fitted to."""
+    labels, _, answers, fold, _ = held_out
+    models = torch.arange(answers.shape[1], device=answers.device)  # by the fold held out
+    is_fitted = (fold[:, None] != models[:, None]).double()  # (S, F, N)
+    repeated = labels.repeat(len(models) * len(fold))
+    return float(cohen_kappa(repeated, answers.reshape(1, -1), classes, is_fitted))
+
+
+def _recall_by_residue(held_out: _HeldOutAnswers, residues: Tensor) -> dict[int, float]:
+    """Fraction of right held-out predictions of each residue."""
+    labels = held_out.labels
+    correct = (held_out.predicted == labels).double()
+    sums = correct.new_zeros(len(residues)).index_add_(0, labels, correct.mean(0))
+    recall = sums / labels.bincount()
+    return dict(zip(residues.tolist(), recall.tolist(), strict=True))
+
+
 def probe(
     embeddings: Tensor,
     periods: Sequence[int] = PERIODS,
     *,
     numbers: Sequence[int] | Tensor | None = None,
-    method: Method = "lda",
-    folds: int = 5,
-    kind: FoldKind = "shuffled",
-    seeds: int = 2,
-    shrinkage: float | Literal["auto"] = "auto",
-    strength: float = 1.0,
+    folds: FoldOptions = FoldOptions(),
+    classifier: ClassifierOptions = ClassifierOptions(),
     nonround: bool = True,
     null_draws: int = 0,
     allow_duplicates: bool = False,
@@ -195,15 +332,8 @@ def probe(
         embeddings: One row for each number. Shape: (N, D).
         periods: T.
         numbers: The integer of each row; by default 0 … N−1. Shape: (N,).
-        method: ``lda``: shrinkage LDA, equal to scikit-learn's. ``logistic``: multinomial logistic
-            regression with an L2 penalty on standardised features, one to two orders slower.
-        folds: F.
-        kind: See :func:`make_folds`. With ``shuffled`` a probe sees n−1 and n+1, of another
-            residue: embeddings smooth in n then give a negative κ, which the others do not.
-        seeds: S. Contiguous folds are all alike and take one.
-        shrinkage: Shrinkage of LDA: ``auto`` for Ledoit and Wolf's, a weight from 0 to 1, or 0 for
-            plain LDA.
-        strength: C of logistic regression: weight of the data against the penalty.
+        folds: How numbers are held out.
+        classifier: What is fitted to the others.
         nonround: Probe the numbers that 5 does not divide by themselves as well.
         null_draws: Probe that many random permutations of the numbers as well, one seed each.
         allow_duplicates: As in :func:`check_embeddings`.
@@ -225,88 +355,35 @@ def probe(
 
     Source: arXiv 2604.20817 (linear probe, κ); card section 1.5 (folds, seeds, probe), inferred.
     """
-    if method not in ("lda", "logistic"):
-        raise ConfigError(f"The probe {method!r} is unknown.", "Use lda or logistic.")
-    if seeds < 1 or null_draws < 0 or strength <= 0:
-        raise ConfigError(
-            f"seeds={seeds}, null_draws={null_draws}, strength={strength} is out of range.",
-            "Give seeds ≥ 1, null_draws ≥ 0 and strength > 0.",
-        )
+    if null_draws < 0:
+        raise ConfigError(f"null_draws={null_draws} is out of range.", "Give 0 or more.")
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
-    table = StandardizedRows(x)
-    seeds = 1 if kind == "contiguous" else seeds
-    if folds > len(n):
-        raise ConfigError(f"folds={folds} is more than the {len(n)} numbers.", "Use fewer folds.")
-
-    def fit_and_answer(
-        table: StandardizedRows, n: Tensor, period: int, fold: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Classes of the numbers, and the answers of each model. Shapes: (N,), (S, F, N)."""
-        residues, labels = torch.unique(n % period, return_inverse=True)
-        if len(residues) < 2:
-            raise ConfigError(
-                f"All numbers are alike mod {period}.", "Probe other numbers or periods."
-            )
-        if method == "lda":
-            scores = lda_scores(table, labels, len(residues), fold, shrinkage=shrinkage)
-        else:
-            from fulgurite.models.number_probing.logistic import logistic_scores
-
-            scores = logistic_scores(table, labels, len(residues), fold, strength=strength)
-        return labels, scores.max(-1).indices  # several times as fast as argmax
-
-    def answer_held_out(
-        table: StandardizedRows, n: Tensor, period: int, *, first: int, draws: int
-    ) -> _HeldOutAnswers:
-        """Answer numbers held out, with the folds of some seeds."""
-        fold = torch.stack(
-            [make_folds(n, period, folds, kind, seed=s) for s in range(first, first + draws)]
+    if folds.count > len(n):
+        raise ConfigError(
+            f"folds={folds.count} is more than the {len(n)} numbers.", "Use fewer folds."
         )
-        labels, answers = fit_and_answer(table, n, period, fold)
-        predicted = answers.gather(1, fold[:, None])[:, 0]
-        kappas = cohen_kappa(labels, predicted, int(labels.max()) + 1)
-        return _HeldOutAnswers(labels, predicted, answers, fold, kappas)
-
+    prober, table = _Prober(folds, classifier), StandardizedRows(x)
     is_nonround = n % 5 != 0
     nonround_table = StandardizedRows(x[is_nonround]) if nonround else table
     results = {}
     for period in check_periods(periods, len(x)):
-        labels, predicted, answers, fold, kappas = answer_held_out(
-            table, n, period, first=0, draws=seeds
-        )
-        classes = int(labels.max()) + 1
-        held_out_fold = torch.arange(answers.shape[1], device=x.device)  # of each model
-        train_mask = (fold[:, None] != held_out_fold[:, None]).double()  # (S, F, N)
-        train_kappa = cohen_kappa(
-            labels.repeat(len(held_out_fold) * len(fold)),
-            answers.reshape(1, -1),
-            classes,
-            train_mask,
-        )
-        # other numbers for the same rows: statistics that all periods share stay valid
-        null = []
-        for draw in range(null_draws):
-            order = torch.randperm(len(n), generator=torch.Generator().manual_seed(10_000 + draw))
-            permuted = answer_held_out(table, n[order.to(n.device)], period, first=draw, draws=1)
-            null.append(float(permuted.kappas))
-        null_sd = (len(n) * (classes - 1)) ** -0.5
-        null_sd = float(torch.tensor(null).std()) if null_draws >= 8 else null_sd
-        correct = (predicted == labels).double()
-        recall = (
-            correct.new_zeros(classes).index_add_(0, labels, correct.mean(0)) / labels.bincount()
-        )
+        held_out = prober.answer_held_out(table, n, period, range(folds.seeds))
+        residues = torch.unique(n % period)
+        null = prober.null_kappas(table, n, period, null_draws)
+        null_sd = (len(n) * (len(residues) - 1)) ** -0.5
+        if null_draws >= 8:
+            null_sd = float(torch.tensor(null).std())
         nonround_kappa, nonround_band = math.nan, math.nan
         if nonround:
-            nonround_part = answer_held_out(
-                nonround_table, n[is_nonround], period, first=0, draws=seeds
+            nonround_kappa, nonround_band = prober.nonround_kappa(
+                nonround_table, n[is_nonround], period
             )
-            nonround_kappa = float(nonround_part.kappas.mean())
-            size = len(nonround_part.labels)
-            nonround_band = band(size, (size * int(nonround_part.labels.max())) ** -0.5)
+        correct = (held_out.predicted == held_out.labels).double()
         results[period] = ProbeResult(
-            period, float(kappas.mean()), float(correct.mean()), float(train_kappa), nonround_kappa,
-            nonround_band, null_sd,
-            dict(zip(torch.unique(n % period).tolist(), recall.tolist(), strict=True)),
-            tuple(kappas.tolist()), tuple(null), len(n),
+            period=period, kappa=float(held_out.kappas.mean()), accuracy=float(correct.mean()),
+            train_kappa=_train_kappa(held_out, len(residues)), kappa_nonround=nonround_kappa,
+            nonround_band=nonround_band, null_sd=null_sd,
+            recall=_recall_by_residue(held_out, residues),
+            kappas=tuple(held_out.kappas.tolist()), null_kappas=null, size=len(n),
         )  # fmt: skip
     return results

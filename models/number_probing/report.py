@@ -20,7 +20,13 @@ from fulgurite.models.number_probing.checks import check_embeddings
 from fulgurite.models.number_probing.diagnosis import Diagnosis, diagnose
 from fulgurite.models.number_probing.fisher import describe_singular, scatter
 from fulgurite.models.number_probing.fourier import PERIODS, Spectrum, spectrum, spikes
-from fulgurite.models.number_probing.probing import FoldKind, Method, probe
+from fulgurite.models.number_probing.probing import (
+    ClassifierOptions,
+    FoldKind,
+    FoldOptions,
+    Method,
+    probe,
+)
 from fulgurite.plotting import heatmap, new_figure
 
 if TYPE_CHECKING:
@@ -83,6 +89,10 @@ class ProbeSettings:
             raise ConfigError(
                 f"blocked={unknown[0]!r} are no folds.", "Use decade, contiguous or both."
             )
+
+    def fold_options(self, kind: FoldKind = "shuffled") -> FoldOptions:
+        """The folds of a kind."""
+        return FoldOptions(self.folds, kind, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -151,15 +161,16 @@ def measure(
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
     full_spectrum = spectrum(x, n, allow_duplicates=True)
     lines = spikes(full_spectrum, settings.periods)
-    common: dict[str, Any] = {
-        "numbers": n, "method": settings.method, "folds": settings.folds, "allow_duplicates": True,
-    }  # fmt: skip
+    classifier = ClassifierOptions(settings.method)
+    common: dict[str, Any] = {"numbers": n, "classifier": classifier, "allow_duplicates": True}
     shuffled = probe(
-        x, settings.periods, seeds=settings.seeds, nonround=settings.nonround,
+        x, settings.periods, folds=settings.fold_options(), nonround=settings.nonround,
         null_draws=settings.permuted, **common,
     )  # fmt: skip
     blocked = {
-        kind: probe(x, settings.periods, kind=kind, seeds=settings.seeds, nonround=False, **common)
+        kind: probe(
+            x, settings.periods, folds=settings.fold_options(kind), nonround=False, **common
+        )
         for kind in settings.blocked
     }
     verdict = diagnose(shuffled, lines, next(iter(blocked.values()), None))
@@ -282,10 +293,8 @@ def spectrogram_figure(spectra: Mapping[int, Tensor]) -> Figure:
     figure, axes = new_figure(width=6.5)
     ax, steps = axes[0, 0], list(spectra)
     values = np.stack([spectra[step].cpu().numpy() for step in steps], 1)
-    heatmap(
-        ax, values, title="magnitude / median", xlabel="step",
-        ylabel="frequency ν [cycles per number]", limits=(1.0, 4.0),
-    )  # fmt: skip
+    heatmap(ax, values, limits=(1.0, 4.0))
+    ax.set(title="magnitude / median", xlabel="step", ylabel="frequency ν [cycles per number]")
     ax.invert_yaxis()
     ticks = [round(k / 10 * 2 * len(values)) - 1 for k in range(1, 6)]  # rows are ν = 1/N … 1/2
     ax.set_yticks(ticks, [f"0.{k}" for k in range(1, 6)])
@@ -314,7 +323,8 @@ def kappa_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         values = np.array([[by_period[t][k] for k in kinds] for t in periods], dtype=float)
         figure, axes = new_figure(width=5.0, height=3.6)
         ax, xlabel, ticks = axes[0, 0], "", ["shuffled", "not round", "decades", "contiguous"]
-    heatmap(ax, values, title=title, xlabel=xlabel, ylabel="period T", limits=(-1.0, 1.0))
+    heatmap(ax, values, limits=(-1.0, 1.0))
+    ax.set(title=title, xlabel=xlabel, ylabel="period T")
     ax.images[0].set_cmap("RdBu_r")  # 0, chance, is white
     ax.set_yticks(range(len(periods)), [str(t) for t in periods])
     tick_indices = range(0, len(ticks), max(1, len(ticks) // 8))

@@ -64,22 +64,16 @@ def heatmap(
     ax: Axes,
     values: npt.NDArray[Any],
     *,
-    title: str,
-    xlabel: str,
-    ylabel: str,
     limits: tuple[float, float] | None = None,
     highlight_rows: Sequence[int] = (),
     first_row: int = 0,
     names: Sequence[str] = (),
 ) -> None:
-    """Draw a matrix with its colour bar.
+    """Draw a matrix with its colour bar; ``ax.set`` names it and its axes.
 
     Args:
         ax: Where to draw.
         values: Matrix, shape (rows, columns); NaN stays white.
-        title: Title above.
-        xlabel: What the columns are.
-        ylabel: What the rows are.
         limits: Range of the colours; by default that of the values.
         highlight_rows: Rows whose tick label is drawn bold.
         first_row: Number of the first row.
@@ -92,7 +86,6 @@ def heatmap(
         values, aspect="auto", vmin=low, vmax=high, interpolation="nearest",
         extent=(-0.5, columns - 0.5, first_row + rows - 0.5, first_row - 0.5),
     )  # fmt: skip
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.grid(visible=False)
     use_integer_ticks(ax)
     if rows <= 30:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.backbones import LSTMBackbone, TransformerBackbone
 from fulgurite.models.number_probing.losses import rows_all_right, token_losses
-from fulgurite.models.number_probing.module import NumberLM
-from fulgurite.models.number_probing.optimizer import MuonAdamW
+from fulgurite.models.number_probing.module import HeadOptions, NumberLM
+from fulgurite.models.number_probing.optimizer import AdamWOptions, MuonAdamW
 
 VOCABULARY = 12
 
@@ -100,7 +100,7 @@ def test_a_row_without_targets_is_no_answer():
 
 def test_number_embeddings_are_rows_of_the_tables():
     for tie in (True, False):
-        lm = model(tie_embeddings=tie)
+        lm = model(head=HeadOptions(tie_embeddings=tie))
         lm.number_ids = Counting.number_ids
         rows = lm.number_embeddings([3, 0])
         assert torch.equal(rows, lm.embedding.weight[[5, 2]])
@@ -143,7 +143,7 @@ def test_numbers_without_a_token_are_named():
 def test_a_tied_head_is_the_embedding():
     tokens = torch.randint(VOCABULARY, (2, 5))
     for tie in (True, False):
-        lm = model(tie_embeddings=tie)
+        lm = model(head=HeadOptions(tie_embeddings=tie))
         tables = [p for p in lm.parameters() if p.shape == (VOCABULARY, 16)]
         assert len(tables) == (1 if tie else 2)
         torch.testing.assert_close(lm(tokens), lm.hidden(tokens) @ tables[-1].T)
@@ -215,7 +215,7 @@ def test_a_checkpoint_can_be_probed_without_its_data(tmp_path):
 
 
 def test_the_learning_rates_warm_up(tmp_path):
-    lm = model(optimizer=partial(MuonAdamW, lr=0.4, adamw_lr=0.2), warmup=3)
+    lm = model(optimizer=partial(MuonAdamW, lr=0.4, adamw=AdamWOptions(lr=0.2)), warmup=3)
     rates = []
 
     class Watch(Callback):
@@ -231,7 +231,7 @@ def test_the_learning_rates_warm_up(tmp_path):
 def test_wrong_options_name_their_key(tmp_path):
     for options, named in (
         ({"warmup": -1}, "warmup"),
-        ({"loss_chunk": 0}, "loss_chunk"),
+        ({"head": {"loss_chunk": 0}}, "loss_chunk"),
         ({"backbone": nn.Linear(3, 3)}, "backbone"),
     ):
         with pytest.raises(ConfigError, match=named):
@@ -256,7 +256,7 @@ def test_the_command_line_makes_it_and_its_optimizer(tmp_path):
             "--model.backbone.width=8",
             "--model.optimizer=fulgurite.models.number_probing.optimizer.MuonAdamW",
             "--model.optimizer.lr=0.5",
-            "--model.optimizer.adamw_lr=0.25",
+            "--model.optimizer.adamw.lr=0.25",
             "--model.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR",
             "--model.scheduler.T_max=7",
             "--trainer.logger=false",
@@ -297,7 +297,7 @@ def test_it_learns_to_add(fit):
         "model.init_args.backbone.init_args.heads": 4,
         "model.init_args.backbone.init_args.positions.kind": "learned",
         "model.init_args.optimizer.init_args.lr": 5e-3,
-        "model.init_args.optimizer.init_args.adamw_lr": 2e-3,
+        "model.init_args.optimizer.init_args.adamw.lr": 2e-3,
         "data.init_args.task.base": 20,
         "data.init_args.batch_size": 256,
         "data.init_args.steps_per_epoch": 500,

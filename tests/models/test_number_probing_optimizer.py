@@ -13,7 +13,12 @@ from fulgurite.models.number_probing.backbones import (
     PositionOptions,
     TransformerBackbone,
 )
-from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
+from fulgurite.models.number_probing.optimizer import (
+    AdamWOptions,
+    MuonAdamW,
+    MuonOptions,
+    parameter_groups,
+)
 
 
 class Model(nn.Module):
@@ -101,7 +106,7 @@ def test_plain_optimizers_take_the_groups():
 def test_it_steps_as_the_two_do():
     one = Model()
     two = copy.deepcopy(one)
-    combined = optimizer_of(one, lr=0.02, adamw_lr=0.01, weight_decay=0.3)
+    combined = optimizer_of(one, lr=0.02, adamw=AdamWOptions(lr=0.01), weight_decay=0.3)
     hidden, tables, vectors = (g["params"] for g in parameter_groups(two, two.backbone))
     muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
@@ -131,7 +136,7 @@ def test_hidden_steps_are_orthogonal_and_embeddings_are_not():
 
 def test_a_schedule_reaches_both():
     model = Model()
-    optimizer = optimizer_of(model, lr=0.1, adamw_lr=0.01)
+    optimizer = optimizer_of(model, lr=0.1, adamw=AdamWOptions(lr=0.01))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 1 else 0.0)
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.01, 0.01]
     train(model, optimizer, 1)
@@ -226,6 +231,6 @@ def test_it_refuses_to_guess():
     with pytest.raises(ConfigError, match="2D"):
         MuonAdamW([{"params": [*model.parameters()], "hidden": True}])
     with pytest.raises(ConfigError, match="none is not supported"):
-        optimizer_of(model, adjust_lr_fn="none")
+        optimizer_of(model, muon=MuonOptions(adjust_lr_fn="none"))
     with pytest.raises(ConfigError, match="beta"):
-        optimizer_of(model, betas=(2.0, 0.5))
+        optimizer_of(model, adamw=AdamWOptions(betas=(2.0, 0.5)))

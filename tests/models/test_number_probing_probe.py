@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing import (
+    ClassifierOptions,
+    FoldOptions,
     cohen_kappa,
     collinear,
     diagnose,
@@ -31,8 +34,17 @@ def normal(size, width, seed=0):
     return torch.randn(size, width, generator=generator, dtype=torch.float64)
 
 
-def kappas(x, periods, **kwargs):
-    return {t: result.kappa for t, result in probe(x, periods, nonround=False, **kwargs).items()}
+def run_probe(x, periods, **options):
+    """A probe whose options are named without their records."""
+    if "folds" in options:
+        options["count"] = options.pop("folds")
+    records = {"folds": FoldOptions, "classifier": ClassifierOptions}
+    return probe(x, periods, **group(options, **records))
+
+
+def kappas(x, periods, **options):
+    results = run_probe(x, periods, nonround=False, **options)
+    return {t: result.kappa for t, result in results.items()}
 
 
 def mixture(width, size=1000, seed=0):
@@ -267,7 +279,7 @@ def test_logistic_regression_is_scikit_learns(period):
 def test_logistic_regression_works_where_gradients_are_off():
     x = planted(torch.arange(100), 5, 8)
     with torch.inference_mode():
-        results = probe(x, [5], method="logistic", seeds=1, nonround=False)
+        results = run_probe(x, [5], method="logistic", seeds=1, nonround=False)
     assert results[5].kappa == 1
 
 
@@ -326,7 +338,7 @@ def test_random_embeddings_stay_within_chance(width):  # (9)
 
 def test_in_sample_scores_are_kept_apart():  # (10)
     x = normal(200, 400)
-    result = probe(x, [3], method="logistic", seeds=1, nonround=False)[3]
+    result = run_probe(x, [3], method="logistic", seeds=1, nonround=False)[3]
     assert result.train_kappa == 1
     assert abs(result.kappa) < result.band
     shuffled = row_shuffled(planted(N, 10, 64, noise=0.3))
@@ -443,7 +455,7 @@ def test_kappa_is_scikit_learns(pairs):
 
 
 def verdict(x, periods=(2, 4, 5, 10), **kwargs):
-    return diagnose(probe(x, periods, **kwargs), spikes(spectrum(x), periods))
+    return diagnose(run_probe(x, periods, **kwargs), spikes(spectrum(x), periods))
 
 
 def test_diagnosis_of_planted_tables():
@@ -501,18 +513,18 @@ def test_a_period_without_a_spike_verdict_is_an_error():
 )
 def test_settings_out_of_range(change, message):
     with pytest.raises(ConfigError, match=message):
-        probe(normal(40, 3), **({"periods": [2]} | change))
+        run_probe(normal(40, 3), **({"periods": [2]} | change))
 
 
 def test_a_residue_that_is_left_out_is_an_error():
     n = torch.tensor([*range(0, 80, 2), 1, 3])
     with pytest.raises(ConfigError, match=r"1 numbers of a residue mod 2 are left to fit"):
-        probe(normal(len(n), 3), [2], numbers=n, folds=2, nonround=False)
+        run_probe(normal(len(n), 3), [2], numbers=n, folds=2, nonround=False)
 
 
 def test_plain_lda_of_a_singular_covariance_is_an_error():
     with pytest.raises(DataError, match=r"200 dimensions within 2 residues is singular.*'auto'"):
-        probe(normal(100, 200), [2], shrinkage=0.0)
+        run_probe(normal(100, 200), [2], shrinkage=0.0)
 
 
 def test_equal_rows_are_an_error_in_the_probe_too():  # (15)

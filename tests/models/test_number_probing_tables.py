@@ -10,6 +10,8 @@ import torch
 
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.models.number_probing import (
+    ClassifierOptions,
+    FoldOptions,
     NumberTable,
     diagnose,
     number_tokens,
@@ -491,7 +493,10 @@ def test_minilm_is_geometric(minilm):  # (14)
 
 @package("minilm")
 def test_an_in_sample_probe_of_minilm_would_find_thirds(minilm):  # (14)
-    result = probe(minilm.embeddings, [3], method="logistic", seeds=1, nonround=False)[3]
+    result = probe(
+        minilm.embeddings, [3], classifier=ClassifierOptions("logistic"),
+        folds=FoldOptions(seeds=1), nonround=False,
+    )[3]  # fmt: skip
     assert result.train_kappa > 0.95
     assert abs(result.kappa) < 0.12
 

@@ -33,10 +33,8 @@ def test_curves_go_on_after_a_resume():
 
 def test_a_confusion_matrix_has_names_and_numbers():
     figure, axes = new_figure()
-    heatmap(
-        axes[0][0], np.array([[0.75, 0.25], [np.nan, 1.0]]), title="", xlabel="", ylabel="",
-        limits=(0, 1), names=["cat", "dog"],
-    )  # fmt: skip
+    values = np.array([[0.75, 0.25], [np.nan, 1.0]])
+    heatmap(axes[0][0], values, limits=(0, 1), names=["cat", "dog"])
     figure.draw_without_rendering()
     assert [t.get_text() for t in axes[0][0].get_yticklabels()] == ["cat", "dog"]
     assert [t.get_text() for t in axes[0][0].texts] == ["0.75", "0.25", "1.00"]
@@ -44,7 +42,7 @@ def test_a_confusion_matrix_has_names_and_numbers():
 
 def test_rows_are_counted_from_where_they_begin():
     figure, axes = new_figure()
-    heatmap(axes[0][0], np.zeros((3, 2)), title="", xlabel="", ylabel="", first_row=1)
+    heatmap(axes[0][0], np.zeros((3, 2)), first_row=1)
     figure.draw_without_rendering()
     assert axes[0][0].get_yticks().tolist() == [1, 2, 3]
     assert axes[0][0].get_ylim() == (3.5, 0.5)

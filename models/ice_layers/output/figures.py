@@ -72,10 +72,9 @@ def layers_figure(
     _draw_provenance(axes[1][0], stack, without)
     if not without:
         std = np.asarray(stack.std, np.float64).T
-        heatmap(
-            axes[2][0], std, title=f"standard deviation of what was filled [{stack.unit}]",
-            xlabel="trace", ylabel="layer (1: newest)", first_row=1,
-        )  # fmt: skip
+        heatmap(axes[2][0], std, first_row=1)
+        title = f"standard deviation of what was filled [{stack.unit}]"
+        axes[2][0].set(title=title, xlabel="trace", ylabel="layer (1: newest)")
         _label_layers(axes[2][0], stack)
     return figure
 
