@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING
 
 from fulgurite.datamodules.fedsir.archives import CifarArchive
 from fulgurite.datamodules.fedsir.digits import Digits
-from fulgurite.datamodules.fedsir.file_labels import FileLabels, SourceLabels
+from fulgurite.datamodules.fedsir.file_labels import FileLabels, LabelColumns, SourceLabels
 from fulgurite.datamodules.fedsir.file_partition import FilePartition
 from fulgurite.datamodules.fedsir.folders import ImageFolder
-from fulgurite.datamodules.fedsir.image_list import ImageList
+from fulgurite.datamodules.fedsir.image_list import ImageList, ImageLists
 from fulgurite.datamodules.fedsir.labels import LabelStore
-from fulgurite.datamodules.fedsir.leaf import Leaf
+from fulgurite.datamodules.fedsir.leaf import Leaf, LeafPixels
 from fulgurite.datamodules.fedsir.noise import (
     AsymmetricMap,
     InstanceDependent,
@@ -19,7 +19,7 @@ from fulgurite.datamodules.fedsir.noise import (
 )
 from fulgurite.datamodules.fedsir.noisy_clients import FederationNoise, NoisyClients
 from fulgurite.datamodules.fedsir.npz import Npz
-from fulgurite.datamodules.fedsir.parquet import Parquet
+from fulgurite.datamodules.fedsir.parquet import Parquet, ParquetFiles
 from fulgurite.datamodules.fedsir.partition import (
     Dirichlet,
     Grouped,
@@ -52,17 +52,21 @@ __all__ = [
     "ImageArrays",
     "ImageFolder",
     "ImageList",
+    "ImageLists",
     "ImageSource",
     "InstanceDependent",
+    "LabelColumns",
     "LabelNoise",
     "LabelStore",
     "Leaf",
+    "LeafPixels",
     "Listing",
     "Natural",
     "NoisyClients",
     "Npz",
     "Pair",
     "Parquet",
+    "ParquetFiles",
     "Partition",
     "Samples",
     "ServerDataModule",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,9 @@ from fulgurite.datamodules.fedsir.noisy_clients import ClientSelection, Corrupti
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
+from fulgurite.options import check_options, make_options
 
-__all__ = ["FileLabels", "SourceLabels"]
+__all__ = ["FileLabels", "LabelColumns", "SourceLabels"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,29 @@ def measure_noise(labels: Tensor, samples: Samples, parts: Sequence[Tensor]) -> 
     return Corruption(labels, rates > 0, rates)
 
 
+@dataclass(frozen=True)
+class LabelColumns:
+    """What a file with labels calls labels and images.
+
+    Args:
+        label: Column or array with the given labels, such as ``worse_label``.
+        true_label: Column or array with true labels, empty or -1 where unknown.
+        path: Column with the name of the image.
+        row: Column with the row of the image.
+
+    Raises:
+        ConfigError: A value is of another type.
+    """
+
+    label: str = "label"
+    true_label: str | None = None
+    path: str = "path"
+    row: str = "row"
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_OPTION.removeprefix('--')}.columns")
+
+
 class FileLabels(ClientSelection):
     """Given labels from a file: human annotations, such as CIFAR-10N's, or your own.
 
@@ -68,15 +92,12 @@ class FileLabels(ClientSelection):
 
     Args:
         path: The file, absolute or relative to ``FULGURITE_DATA``.
-        label: Column or array with the given labels, such as ``worse_label``.
-        true_label: Column or array with true labels, empty or -1 where unknown.
-        truth: Origin of true labels: ``source``, with which those of ``true_label`` (and of
-            ``clean_label`` in a ``.pt`` file) must agree; ``file``; or ``unknown``: metrics
+        columns: What the file calls labels and images.
+        truth: Origin of true labels: ``source``, with which those of ``columns.true_label`` (and
+            of ``clean_label`` in a ``.pt`` file) must agree; ``file``; or ``unknown``: metrics
             that need them are left out.
         labels_are: Whether a table has ``names`` or ``numbers`` of classes; ``auto`` takes what
             fits all of them.
-        path_column: Column with the name of the image.
-        row_column: Column with the row of the image.
         unknown: Action for images that the source does not train on: ``error`` or ``ignore``.
         noisy_fraction: Fraction of clients that have the given labels; the others have true ones.
         noisy_count: Number of those clients, instead of ``noisy_fraction``.
@@ -97,35 +118,36 @@ class FileLabels(ClientSelection):
     def __init__(
         self,
         path: str,
-        label: str = "label",
-        true_label: str | None = None,
-        truth: Literal["source", "file", "unknown"] = "source",
+        columns: LabelColumns = LabelColumns(),
         *,
+        truth: Literal["source", "file", "unknown"] = "source",
         labels_are: LabelsAre = "auto",
-        path_column: str = "path",
-        row_column: str = "row",
         unknown: Literal["error", "ignore"] = "error",
         noisy_fraction: float = 1.0,
         noisy_count: int | None = None,
         cover: int | float | None = None,
     ) -> None:
         super().__init__(noisy_fraction, noisy_count, cover)
+        columns = make_options(LabelColumns, columns)
+        true_label = columns.true_label
         self.kind = file_kind(path, f"{_OPTION}.path", "table", "list", "array")
         fits = {"source": True, "file": true_label is not None, "unknown": true_label is None}
         if not fits.get(truth, False):
             raise ConfigError(
                 f"True labels cannot come from truth={truth} with true_label={true_label}.",
-                f"Set `{_OPTION}.truth` to source, to file (with `true_label`), or to unknown "
-                "(without it).",
+                f"Set `{_OPTION}.truth` to source, to file (with `columns.true_label`), or to "
+                "unknown (without it).",
             )
         if true_label is not None and self.kind == "list":
             raise ConfigError(
                 f"The list {path} has one label for each image, and true_label={true_label}.",
-                f"Set `{_OPTION}.true_label=null`, or give a table.",
+                f"Set `{_OPTION}.columns.true_label=null`, or give a table.",
             )
-        self.path, self.label, self.true_label, self.truth = path, label, true_label, truth
+        self.path, self.label, self.true_label, self.truth = path, columns.label, true_label, truth
         self.labels_are = labels_are
-        self.file = AnnotationFile(path, _OPTION, path_column, row_column, unknown)
+        self.file = AnnotationFile(
+            path, _OPTION, path_column=columns.path, row_column=columns.row, unknown=unknown
+        )
 
     def annotate(self, samples: Samples) -> Samples:
         """Annotate samples: see :meth:`FederationNoise.annotate`."""
@@ -155,7 +177,7 @@ class FileLabels(ClientSelection):
         if self.kind == "array":
             arrays = read_label_arrays(path)
             labels = array_labels(
-                arrays, self.label, listing, names, path=path, option=f"{_OPTION}.label"
+                arrays, self.label, listing, names, path=path, option=f"{_OPTION}.columns.label"
             )
             true = self.true_label
             if true is None and self.truth == "source" and _CLEAN in arrays:
@@ -165,9 +187,9 @@ class FileLabels(ClientSelection):
             if "" in arrays:
                 raise ConfigError(
                     f"The file {path} has one array, and true={true}.",
-                    f"Set `{_OPTION}.true=null`.",
+                    f"Set `{_OPTION}.columns.true_label=null`.",
                 )
-            option = f"{_OPTION}.true_label"
+            option = f"{_OPTION}.columns.true_label"
             return labels, array_labels(
                 arrays, true, listing, names, path=path, option=option, gaps=True
             )
@@ -282,7 +304,7 @@ def _check_agreement(in_file: Tensor, samples: Samples, path: Path) -> None:
             f"{samples.class_names[int(in_file[first])]!r} and "
             f"{samples.class_names[int(samples.true[first])]!r}.",
             "Give labels in the order of the source, such as those of the official archive, or set "
-            f"`{_OPTION}.truth=file` with `true_label` if the source is wrong.",
+            f"`{_OPTION}.truth=file` with `columns.true_label` if the source is wrong.",
         )
 
 

@@ -34,10 +34,45 @@ from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.sources import ImageArrays
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
+from fulgurite.options import check_options, make_options
 
-__all__ = ["ImageList"]
+__all__ = ["ImageList", "ImageLists"]
 
 _OPTION = "--data.init_args.source.init_args"
+
+
+@dataclass(frozen=True)
+class ImageLists:
+    """Files that list images and their labels, absolute or relative to ``FULGURITE_DATA``.
+
+    Args:
+        train: List of training images.
+        test: List of test images; by default a part of ``train`` becomes the test split.
+        root: Folder or zip to which paths of images are relative; by default the folder of the
+            list ``train``.
+        train_labels: File with labels of training images, if the list has paths only.
+        test_labels: File with labels of test images, if the list has paths only.
+        class_names: Names of the classes, or a file with one on each line; needed for numbered
+            classes if some have no training image.
+
+    Raises:
+        ConfigError: ``test_labels`` is set without ``test``.
+    """
+
+    train: str
+    test: str | None = None
+    root: str | None = None
+    train_labels: str | None = None
+    test_labels: str | None = None
+    class_names: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_OPTION.removeprefix('--')}.files")
+        if self.test is None and self.test_labels is not None:
+            raise ConfigError(
+                f"There are test_labels={self.test_labels} and no list of test images.",
+                f"Set `{_OPTION}.files.test` to it, or `test_labels=null`.",
+            )
 
 
 class ImageList(EncodedImages):
@@ -54,15 +89,7 @@ class ImageList(EncodedImages):
     The order of the source is that of the list ``train``, which also names the images.
 
     Args:
-        train: List of training images, absolute or relative to ``FULGURITE_DATA``, as are all
-            files here.
-        test: List of test images; by default a part of ``train`` becomes the test split.
-        root: Folder or zip to which paths of images are relative; by default the folder of the
-            list ``train``.
-        train_labels: File with labels of training images, if the list has paths only.
-        test_labels: File with labels of test images, if the list has paths only.
-        class_names: Names of the classes, or a file with one on each line; needed for numbered
-            classes if some have no training image.
+        files: The lists.
         labels_are: Whether labels are ``names`` or ``numbers`` (from 0) of classes; ``auto`` takes
             what fits all of them.
         image_size: Side to which all images are resized [pixels]; by default they must all have
@@ -74,7 +101,7 @@ class ImageList(EncodedImages):
         seed: Seed of the test split and of the images kept under the limits.
 
     Raises:
-        ConfigError: A number is out of range, or ``test_labels`` is set without ``test``.
+        ConfigError: A number is out of range.
 
     Source: files as in Xiao et al., "Learning from Massive Noisy Labeled Data for Image
     Classification", CVPR 2015 (Clothing1M).
@@ -82,13 +109,8 @@ class ImageList(EncodedImages):
 
     def __init__(
         self,
-        train: str,
-        test: str | None = None,
-        root: str | None = None,
-        train_labels: str | None = None,
+        files: ImageLists,
         *,
-        test_labels: str | None = None,
-        class_names: list[str] | str | None = None,
         labels_are: LabelsAre = "auto",
         image_size: int | None = None,
         channels: Literal[1, 3] = 3,
@@ -100,14 +122,7 @@ class ImageList(EncodedImages):
         super().__init__(
             image_size, channels, test_fraction, train_limit, test_limit=test_limit, seed=seed
         )
-        if test is None and test_labels is not None:
-            raise ConfigError(
-                f"There are test_labels={test_labels} and no list of test images.",
-                f"Set `{_OPTION}.test` to it, or `test_labels=null`.",
-            )
-        self.train, self.test, self.root = train, test, root
-        self.train_labels, self.test_labels = train_labels, test_labels
-        self.given_names, self.labels_are = class_names, labels_are
+        self.files, self.labels_are = make_options(ImageLists, files), labels_are
         self._cached_lists: _SplitLists | None = None
         self._files: FileTree | None = None
 
@@ -121,21 +136,23 @@ class ImageList(EncodedImages):
         return peek_size(self._open_tree(), self._read_lists().train.names[0], self.channels)
 
     def _open_tree(self) -> FileTree:
-        return FileTree(data_path(self.train).parent if self.root is None else data_path(self.root))
+        root = self.files.root
+        return FileTree(data_path(self.files.train).parent if root is None else data_path(root))
 
     def _read_lists(self) -> _SplitLists:
         if self._cached_lists is None:
-            train = _LabelledList.read(self.train, self.train_labels, "train")
+            files = self.files
+            train = _LabelledList.read(files.train, files.train_labels, "train")
             test = None
-            if self.test is not None:
-                test = _LabelledList.read(self.test, self.test_labels, "test")
+            if files.test is not None:
+                test = _LabelledList.read(files.test, files.test_labels, "test")
                 if overlap := sorted(set(train.names) & set(test.names)):
                     raise DataError(
                         f"{len(overlap)} images are both in {train.path} and in {test.path}: "
                         f"{name_some(overlap, 3)}.",
                         "Test on images that are not trained on.",
                     )
-            names, labels_are = _choose_class_names(train, self.given_names, self.labels_are)
+            names, labels_are = _choose_class_names(train, files.class_names, self.labels_are)
             self._cached_lists = _SplitLists(
                 train,
                 train.label_numbers(names, labels_are),
@@ -167,8 +184,8 @@ class ImageList(EncodedImages):
 
         def write(target: Path) -> tuple[str, ...]:
             for split, names, numbers, path in (
-                ("train", train_names, labels[train_rows], self.train),
-                ("test", test_names, test_labels, self.test or self.train),
+                ("train", train_names, labels[train_rows], self.files.train),
+                ("test", test_names, test_labels, self.files.test or self.files.train),
             ):
                 np.save(target / f"{split}_labels.npy", numbers.numpy())
                 write_image_files(
@@ -205,8 +222,8 @@ class _LabelledList:
         list_path = data_path(path)
         if labels is None:
             hint = (
-                f"Write lines of a path and a label, or set `{_OPTION}.{split}_labels` to the file "
-                "with the labels."
+                f"Write lines of a path and a label, or set `{_OPTION}.files.{split}_labels` to "
+                "the file with the labels."
             )
             columns = read_list(list_path, "label", hint)
             names, texts, from_file = columns["path"], columns["label"], list_path
@@ -215,7 +232,7 @@ class _LabelledList:
         names = [_normalise_path(name, list_path) for name in names]
         if not names:
             raise DataError(
-                f"There are no images in the list {list_path}.", f"Set `{_OPTION}.{split}`."
+                f"There are no images in the list {list_path}.", f"Set `{_OPTION}.files.{split}`."
             )
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise DataError(
@@ -224,7 +241,7 @@ class _LabelledList:
                 "Give one line for each image.",
             )
         if labels is not None:
-            texts = _look_up_labels(names, from_file, list_path, f"{_OPTION}.{split}_labels")
+            texts = _look_up_labels(names, from_file, list_path, f"{_OPTION}.files.{split}_labels")
         return cls(list_path, names, texts, from_file)
 
     def label_numbers(self, class_names: Sequence[str], labels_are: LabelsAre) -> Tensor:
@@ -252,7 +269,7 @@ def _normalise_path(name: str, list_path: Path) -> str:
     if normal.startswith("/") or normal.split("/")[0] == "..":
         raise DataError(
             f"The path {name!r} in {list_path} does not begin in the folder of images.",
-            f"Write paths relative to one folder or zip, and set `{_OPTION}.root` to it.",
+            f"Write paths relative to one folder or zip, and set `{_OPTION}.files.root` to it.",
         )
     return normal
 
@@ -288,14 +305,14 @@ def _choose_class_names(
             raise DataError(
                 f"The class names {class_names} are {len(names)}, of which {len(set(names))} "
                 "differ.",
-                f"Set `{_OPTION}.class_names` to one name for each class.",
+                f"Set `{_OPTION}.files.class_names` to one name for each class.",
             )
         return tuple(names), labels_are
     different = set(train.labels)
     if labels_are == "numbers" or (labels_are == "auto" and all(map(_is_number, different))):
         hint = (
-            f"Set `{_OPTION}.class_names`, one for each number from 0, or `labels_are=names` if "
-            "these are names."
+            f"Set `{_OPTION}.files.class_names`, one for each number from 0, or "
+            "`labels_are=names` if these are names."
         )
         return number_names(different, str(train.labels_path), hint), "numbers"
     return tuple(sort_names(different)), "names"
@@ -322,6 +339,6 @@ def _refuse_missing(tree: FileTree, names: Sequence[str], lists: _SplitLists) ->
         )
         raise DataError(
             f"Images that are listed in {paths} are not in {tree.root}: {name_some(missing, 3)}.",
-            f"Set `{_OPTION}.root` to the folder or zip that their paths begin in, fetch them, or "
-            "remove their lines.",
+            f"Set `{_OPTION}.files.root` to the folder or zip that their paths begin in, fetch "
+            "them, or remove their lines.",
         )

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,17 +19,49 @@ import numpy.typing as npt
 from fulgurite.datamodules.fedsir.cache import cached_arrays
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
-from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import reading
 from fulgurite.io import checksum, data_path
+from fulgurite.options import PositiveFloat, PositiveInt, check_options, make_options
 
-__all__ = ["Leaf"]
+__all__ = ["Leaf", "LeafPixels"]
 
 _OPTION = "--data.init_args.source.init_args"
 _REWRITE_HINT = "Write it again with LEAF's preprocess.sh, or fetch it again."
 _MAX_CLASSES = 1000
 _MAX_DIGITS = 400
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % _MAX_DIGITS)
+
+
+@dataclass(frozen=True)
+class LeafPixels:
+    """What the numbers of an image are.
+
+    Args:
+        shape: Channels, height and width [pixels] of an image.
+        maximum: Pixel value of full scale: 1 in FEMNIST.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 28, 28)
+    maximum: PositiveFloat = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_OPTION.removeprefix('--')}.pixels")
+        if self.shape[0] not in (1, 3):
+            raise ConfigError(
+                f"Images cannot have the shape {self.shape}.",
+                f"Set `{_OPTION}.pixels.shape` to [1, 28, 28] or the like: channels, height and "
+                "width.",
+            )
+        if self.maximum == float("inf"):
+            raise ConfigError(
+                f"Full scale cannot be {self.maximum}.",
+                f"Set `{_OPTION}.pixels.maximum` to 1 or 255.",
+            )
 
 
 class Leaf(ImageSource):
@@ -43,8 +75,7 @@ class Leaf(ImageSource):
         train: JSON file or folder of JSON files of the training split, such as ``data/train`` of
             LEAF, absolute or relative to ``FULGURITE_DATA``.
         test: JSON file or folder of JSON files of the test split.
-        shape: Channels, height and width [pixels] of an image.
-        maximum: Pixel value of full scale: 1 in FEMNIST.
+        pixels: What the numbers of an image are.
         classes: Number of classes; by default one more than the largest label, and each class must
             have a training image.
         users: Number of users to train on, the first ones in the order of the files.
@@ -53,7 +84,7 @@ class Leaf(ImageSource):
         seed: Seed of the images kept under the limits.
 
     Raises:
-        ConfigError: ``shape``, ``maximum``, ``classes``, ``users`` or a limit is out of range.
+        ConfigError: ``pixels``, ``classes``, ``users`` or a limit is out of range.
 
     Source: Caldas et al., LEAF, arXiv 1812.01097.
     """
@@ -62,8 +93,7 @@ class Leaf(ImageSource):
         self,
         train: str,
         test: str,
-        shape: tuple[int, int, int] = (1, 28, 28),
-        maximum: float = 1.0,
+        pixels: LeafPixels = LeafPixels(),
         *,
         classes: int | None = None,
         users: int | None = None,
@@ -72,22 +102,14 @@ class Leaf(ImageSource):
         seed: int = 0,
     ) -> None:
         super().__init__(train_limit, test_limit, seed)
-        if len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
-            raise ConfigError(
-                f"Images cannot have the shape {tuple(shape)}.",
-                f"Set `{_OPTION}.shape` to [1, 28, 28] or the like: channels, height and width.",
-            )
-        if not 0 < maximum < float("inf"):
-            raise ConfigError(
-                f"Full scale cannot be {maximum}.", f"Set `{_OPTION}.maximum` to 1 or 255."
-            )
         for name, number in (("classes", classes), ("users", users)):
             if number is not None and number < 1:
                 raise ConfigError(
                     f"There cannot be {number} {name}.", f"Set `{_OPTION}.{name}` to 1 or more."
                 )
         self.train, self.test = train, test
-        self.shape, self.maximum = tuple(shape), maximum
+        pixels = make_options(LeafPixels, pixels)
+        self.shape, self.maximum = pixels.shape, pixels.maximum
         self.classes, self.users = classes, users
         self._arrays: ImageArrays | None = None
 
@@ -182,7 +204,8 @@ class Leaf(ImageSource):
         values = pixels.astype(np.float64) / self.maximum
         if not (values.min() >= 0 and values.max() <= 1):  # also refuses NaN
             raise ValueError(
-                f"pixels of user {user!r} are not from 0 to {self.maximum}: set {_OPTION}.maximum"
+                f"pixels of user {user!r} are not from 0 to {self.maximum}: set "
+                f"{_OPTION}.pixels.maximum"
             )
         return np.rint(values * 255).astype(np.uint8).reshape(-1, *self.shape)
 
@@ -227,12 +250,7 @@ def _open_json(path: Path) -> Iterator[IO[bytes]]:
 
 def _read_users(path: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yield each user of a file with x and y; the file need not fit into memory."""
-    try:
-        import ijson
-    except ImportError as error:
-        raise MissingExtraError(
-            "Reading LEAF's JSON needs the package ijson.", "pip install 'fulgurite[federated]'"
-        ) from error
+    ijson = optional_import("ijson", "federated", "Reading LEAF's JSON")
     with _open_json(path) as file:
         _refuse_long_numbers(file)
         users = next(ijson.items(file, "users"), None)

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +33,37 @@ from fulgurite.datamodules.fedsir.sources import ImageArrays
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 from fulgurite.foreign import check_parquet, reading
 from fulgurite.io import checksum, data_path
+from fulgurite.options import check_options, make_options
 
-__all__ = ["Parquet"]
+__all__ = ["Parquet", "ParquetFiles"]
 
 _OPTION = "--data.init_args.source.init_args"
 _REFETCH_HINT = "Fetch the file again, or write it with `Dataset.to_parquet`."
 _BATCH = 256  # images in memory at once
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """Parquet files, and their columns.
+
+    Args:
+        train: File or pattern such as ``femnist/train-*.parquet``, absolute or relative to
+            ``FULGURITE_DATA``; files are read in the order of their names.
+        test: File or pattern of the test split; by default a part of ``train`` becomes it.
+        image: Column with images.
+        label: Column with labels: numbers from 0, or names.
+
+    Raises:
+        ConfigError: A value is of another type.
+    """
+
+    train: str
+    test: str | None = None
+    image: str = "image"
+    label: str = "label"
+
+    def __post_init__(self) -> None:
+        check_options(self, f"{_OPTION.removeprefix('--')}.files")
 
 
 class Parquet(EncodedImages):
@@ -51,11 +76,7 @@ class Parquet(EncodedImages):
     the files.
 
     Args:
-        train: File or pattern such as ``femnist/train-*.parquet``, absolute or relative to
-            ``FULGURITE_DATA``; files are read in the order of their names.
-        test: File or pattern of the test split; by default a part of ``train`` becomes it.
-        image: Column with images.
-        label: Column with labels: numbers from 0, or names.
+        files: The files.
         class_names: Names of the classes; needed for numbered classes if some have no image.
         image_size: Side to which all images are resized [pixels]; by default they must all have
             one size already.
@@ -71,10 +92,7 @@ class Parquet(EncodedImages):
 
     def __init__(
         self,
-        train: str,
-        test: str | None = None,
-        image: str = "image",
-        label: str = "label",
+        files: ParquetFiles,
         *,
         class_names: list[str] | None = None,
         image_size: int | None = None,
@@ -91,7 +109,7 @@ class Parquet(EncodedImages):
             raise ConfigError(
                 f"Two classes of {class_names} have one name.", f"Set `{_OPTION}.class_names`."
             )
-        self.train, self.test, self.image, self.label = train, test, image, label
+        self.files = make_options(ParquetFiles, files)
         self.given_names = class_names
         self._cached_tables: tuple[_ParquetTable, _ParquetTable | None, tuple[str, ...]] | None = (
             None
@@ -104,16 +122,17 @@ class Parquet(EncodedImages):
 
     def first_size(self) -> tuple[int, int]:
         """Return the size of the first image: see :meth:`EncodedImages.first_size`."""
-        name, content = next(self._read_tables()[0].images(self.image))
+        name, content = next(self._read_tables()[0].images(self.files.image))
         image, _ = decode_image_bytes(content, name, self.channels, "")
         return image.shape[1], image.shape[2]
 
     def _read_tables(self) -> tuple[_ParquetTable, _ParquetTable | None, tuple[str, ...]]:
         if self._cached_tables is None:
-            train = _ParquetTable(self.train, f"{_OPTION}.train", self.image, self.label)
+            files, option = self.files, f"{_OPTION}.files"
+            train = _ParquetTable(files.train, f"{option}.train", files.image, files.label)
             test = None
-            if self.test is not None:
-                test = _ParquetTable(self.test, f"{_OPTION}.test", self.image, self.label)
+            if files.test is not None:
+                test = _ParquetTable(files.test, f"{option}.test", files.image, files.label)
             self._cached_tables = train, test, _choose_class_names(train, test, self.given_names)
         return self._cached_tables
 
@@ -127,7 +146,15 @@ class Parquet(EncodedImages):
             train_rows, test_rows = split_off_test(labels, self.test_fraction, self.seed)
         files = [checksum(path) for table in (train, test) if table for path in table.paths]
         split = None if test else (self.test_fraction, self.seed)
-        parts = (len(train.paths), self.image, self.label, names, self.side, self.channels, split)
+        parts = (
+            len(train.paths),
+            self.files.image,
+            self.files.label,
+            names,
+            self.side,
+            self.channels,
+            split,
+        )
         key = hashlib.sha256(f"1 {files} {parts}".encode()).hexdigest()[:32]
 
         def write(target: Path) -> tuple[str, ...]:
@@ -152,7 +179,7 @@ class Parquet(EncodedImages):
         size, row_set, peaks = self.image_size, set(rows), [-1]
 
         def blocks() -> Iterator[Tensor]:
-            for row, (name, content) in enumerate(table.images(self.image)):
+            for row, (name, content) in enumerate(table.images(self.files.image)):
                 if row in row_set:
                     image, highest = decode_image_bytes(content, name, self.channels, "")
                     peaks[0] = max(peaks[0], highest)
@@ -161,7 +188,7 @@ class Parquet(EncodedImages):
         title = target.stem.removesuffix("_images")
         write_images(blocks(), (len(rows), self.channels, *size), target, title)
         if title == "train":
-            check_range(peaks[0], self.train)
+            check_range(peaks[0], self.files.train)
 
 
 class _ParquetTable:
@@ -217,7 +244,7 @@ class _ParquetTable:
                 raise DataError(
                     f"The table {path} has no one column {name!r}: it has "
                     f"{', '.join(schema.names)}.",
-                    f"Set `{_OPTION}.{option}` to the column that is meant.",
+                    f"Set `{_OPTION}.files.{option}` to the column that is meant.",
                 )
         plain = [f.name for f in schema if is_plain_column(f.type) and f.name != image]
         if label not in plain:

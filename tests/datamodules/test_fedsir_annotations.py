@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from fulgurite.datamodules.fedsir import (
     ImageArrays,
     ImageFolder,
     ImageSource,
+    LabelColumns,
     Listing,
     SourceLabels,
 )
@@ -267,7 +269,7 @@ def test_labels_of_an_array_are_in_the_order_of_the_source(tmp_path, name, kind)
     if kind == "tensor":
         labels = torch.tensor(GIVEN) if name == "a.pt" else labels.astype(np.int64)
     path = save(tmp_path, name, {"worse_label": labels})
-    check_labels(build(noise=FileLabels(path, label="worse_label")))
+    check_labels(build(noise=FileLabels(path, LabelColumns("worse_label"))))
 
 
 def old_numpy(path):
@@ -292,7 +294,9 @@ def test_a_human_label_set_of_cifar_in_the_order_of_the_archive(tmp_path, monkey
     if numpy == "old":
         old_numpy(path)
     data = build(
-        noise=FileLabels(path, label="worse_label"), source=source, evaluation=EvaluationOptions(0)
+        noise=FileLabels(path, LabelColumns("worse_label")),
+        source=source,
+        evaluation=EvaluationOptions(0),
     )
     rows = data._samples.rows
     assert data.labels.given.tolist() == worse[rows].tolist()
@@ -305,7 +309,7 @@ def test_a_human_label_set_of_cifar_in_the_order_of_the_archive(tmp_path, monkey
     with pytest.raises(
         DataError, match=r"not those of the source for .* of 60 images, such as row"
     ):
-        build(noise=FileLabels(swapped, label="worse_label"), source=source)
+        build(noise=FileLabels(swapped, LabelColumns("worse_label")), source=source)
 
 
 def test_files_that_run_code_are_refused(tmp_path):
@@ -367,7 +371,7 @@ def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
 def test_true_labels_of_the_file_with_gaps(tmp_path, caplog):
     true = [None if row % 3 else row % 2 for row in range(TOTAL)]
     path = write(tmp_path, table(label=GIVEN, true_label=true))
-    data = build(noise=FileLabels(path, true_label="true_label", truth="file"))
+    data = build(noise=FileLabels(path, LabelColumns(true_label="true_label"), truth="file"))
     rows = torch.cat([rows_of(data, k) for k in range(3)])
     index = torch.cat([data.client_index(k) for k in range(3)])
     expected = torch.where(rows % 3 == 0, rows % 2, UNKNOWN)
@@ -379,7 +383,7 @@ def test_true_labels_of_the_file_with_gaps(tmp_path, caplog):
     with pytest.raises(
         DataError, match=r"for 40 of 40 images, such as 'im/0 x.png': 'odd' and 'even'"
     ):
-        build(noise=FileLabels(wrong, true_label="true_label"))
+        build(noise=FileLabels(wrong, LabelColumns(true_label="true_label")))
     assert build(noise=FileLabels(path, truth="unknown")).evaluation is None
 
 
@@ -414,8 +418,10 @@ def test_some_clients_have_the_given_labels_and_others_true_ones(tmp_path):
     ],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_config_errors(arguments):
+    options = dict(arguments)
+    path = options.pop("path", "a.csv")
     with pytest.raises(ConfigError):
-        FileLabels(**{"path": "a.csv"} | arguments)
+        FileLabels(path, **group(options, columns=LabelColumns))
 
 
 def test_copies_of_an_original_have_its_given_label(tmp_path):

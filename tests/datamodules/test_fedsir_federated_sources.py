@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fakes.options import group
 
 from fulgurite.datamodules.fedsir import (
     FederatedDataModule,
@@ -13,8 +14,10 @@ from fulgurite.datamodules.fedsir import (
     Grouped,
     Iid,
     Leaf,
+    LeafPixels,
     Natural,
     Parquet,
+    ParquetFiles,
 )
 from fulgurite.datamodules.fedsir.options import EvaluationOptions
 from fulgurite.errors import ConfigError, DataError
@@ -71,7 +74,7 @@ def test_natural_clients_of_a_parquet_table(tmp_path, images, split):
         test = str(
             write_image_parquet(tmp_path / "t.parquet", images[::3], LABELS[::3].tolist(), names)
         )
-    source = Parquet(str(tmp_path / "train-*.parquet"), test)
+    source = Parquet(ParquetFiles(str(tmp_path / "train-*.parquet"), test))
     assert (source.num_classes, source.in_channels, source.image_size) == (3, 3, (6, 6))
     data = build(source, Natural("writer_id"), clients=4)
     assert data.class_names == ("cat", "dog", "elk")
@@ -79,7 +82,9 @@ def test_natural_clients_of_a_parquet_table(tmp_path, images, split):
     held = len(data._val) + data.num_samples
     assert (held, len(data._test)) == ((30, 10) if split else (27, 3))
     again = build(
-        Parquet(str(tmp_path / "train-*.parquet"), test), Grouped(Iid(), "writer_id"), clients=2
+        Parquet(ParquetFiles(str(tmp_path / "train-*.parquet"), test)),
+        Grouped(Iid(), "writer_id"),
+        clients=2,
     )
     assert again.num_samples == data.num_samples
 
@@ -88,14 +93,16 @@ def test_rows_of_a_parquet_table_count_through_its_files(tmp_path, images):
     path = write_image_parquet(tmp_path / "a.parquet", images, LABELS.tolist())
     frame = pd.DataFrame({"row": range(COUNT), "client": WRITERS})
     frame.to_csv(tmp_path / "a.csv", index=False)
-    data = build(Parquet(str(path)), FilePartition(str(tmp_path / "a.csv")), clients=4)
+    data = build(
+        Parquet(ParquetFiles(str(path))), FilePartition(str(tmp_path / "a.csv")), clients=4
+    )
     check_clients(data, images, LABELS, WRITERS)
 
 
 def test_labels_that_are_names_and_images_that_are_resized_or_grey(tmp_path, images):
     labels = [["b", "a", "c"][k] for k in LABELS]
     path = str(write_image_parquet(tmp_path / "a.parquet", images, labels))
-    source = Parquet(path, path, image_size=4, channels=1)
+    source = Parquet(ParquetFiles(path, path), image_size=4, channels=1)
     arrays = source.load()
     assert arrays.class_names == ("a", "b", "c")
     assert arrays.train_labels.tolist() == [[1, 0, 2][k] for k in LABELS]
@@ -115,7 +122,7 @@ def test_labels_that_are_names_and_images_that_are_resized_or_grey(tmp_path, ima
 def test_parquet_that_does_not_fit_is_one_error(tmp_path, images, arguments, message):
     path = write_image_parquet(tmp_path / "a.parquet", images, LABELS.tolist(), client=WRITERS)
     with pytest.raises(DataError, match=message):
-        Parquet(**{"train": str(path)} | arguments).load()
+        Parquet(**group({"train": str(path)} | arguments, files=ParquetFiles)).load()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_parquet_that_does_not_fit_is_one_error(tmp_path, images, arguments, mes
 def test_labels_of_parquet_are_checked(tmp_path, images, labels, message):
     path = write_image_parquet(tmp_path / "a.parquet", images, labels)
     with pytest.raises(DataError, match=message):
-        Parquet(str(path)).load()
+        Parquet(ParquetFiles(str(path))).load()
 
 
 def test_an_image_of_another_size_or_a_damaged_one_is_named(tmp_path, images):
@@ -138,14 +145,14 @@ def test_an_image_of_another_size_or_a_damaged_one_is_named(tmp_path, images):
     frame.at[7, "image"] = {"bytes": b"\x89PNG damaged", "path": "x"}
     frame.to_parquet(tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"of row 7 of .*b\.parquet"):
-        Parquet(str(tmp_path / "b.parquet")).load()
+        Parquet(ParquetFiles(str(tmp_path / "b.parquet"))).load()
     other = write_image_parquet(
         tmp_path / "c.parquet", class_images(10, 3, size=5)[0], LABELS.tolist()
     )
     with pytest.raises(DataError, match=r"of row 0 of .*c\.parquet has 5 x 5 pixels.*image_size"):
-        Parquet(str(path), str(other)).load()
+        Parquet(ParquetFiles(str(path), str(other))).load()
     with pytest.raises(ConfigError, match="2 channels"):
-        Parquet(str(path), channels=2)
+        Parquet(ParquetFiles(str(path)), channels=2)
 
 
 # --- LEAF
@@ -186,12 +193,12 @@ def test_writers_of_leaf_are_clients(tmp_path, scale):
     test = write_leaf(
         tmp_path / "t.json", leaf({"x": (images[::9].reshape(5, -1) / 255, [0, 0, 0, 1, 1])}, scale)
     )
-    source = Leaf(str(tmp_path / "train"), test, shape=(1, 5, 5), maximum=scale)
+    source = Leaf(str(tmp_path / "train"), test, pixels=LeafPixels((1, 5, 5), maximum=scale))
     data = build(source, Natural(), clients=4, evaluation=EvaluationOptions(0.1))
     check_clients(data, images, labels, writers)
     assert (data.num_classes, data.in_channels, data.image_size) == (2, 1, (5, 5))
     few = build(
-        Leaf(str(tmp_path / "train"), test, shape=(1, 5, 5), maximum=scale, users=1),
+        Leaf(str(tmp_path / "train"), test, pixels=LeafPixels((1, 5, 5), maximum=scale), users=1),
         Natural(),
         clients=1,
     )
@@ -239,15 +246,21 @@ def test_leaf_that_does_not_fit_is_one_error(tmp_path, damage, message):
     damage(content)
     path = write_leaf(tmp_path / "a" / "a.json", content)
     with pytest.raises(DataError, match=message):
-        Leaf(path, test, shape=(1, 2, 2)).load()
-    assert Leaf(test, test, shape=(1, 2, 2)).load().train_images.unique().tolist() == [0, 128, 255]
+        Leaf(path, test, pixels=LeafPixels((1, 2, 2))).load()
+    assert Leaf(test, test, pixels=LeafPixels((1, 2, 2))).load().train_images.unique().tolist() == [
+        0,
+        128,
+        255,
+    ]
 
 
 def test_a_number_that_would_crash_the_parser_is_refused(tmp_path):
     content = json.dumps(good()).replace("0.5", "9" * 5000)
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match="hundreds of digits"):
-        Leaf(str(tmp_path / "a.json"), str(tmp_path / "a.json"), shape=(1, 2, 2)).load()
+        Leaf(
+            str(tmp_path / "a.json"), str(tmp_path / "a.json"), pixels=LeafPixels((1, 2, 2))
+        ).load()
 
 
 def test_users_of_leaf_are_in_one_file_and_as_many_as_asked(tmp_path):
@@ -255,12 +268,12 @@ def test_users_of_leaf_are_in_one_file_and_as_many_as_asked(tmp_path):
         write_leaf(tmp_path / "train" / f"{name}.json", good())
     path, test = str(tmp_path / "train"), str(tmp_path / "train" / "a.json")
     with pytest.raises(DataError, match=r"user 'a' is in .*a\.json and in .*b\.json"):
-        Leaf(path, test, shape=(1, 2, 2)).load()
+        Leaf(path, test, pixels=LeafPixels((1, 2, 2))).load()
     with pytest.raises(DataError, match=r"2 users in .* and 3 were asked for"):
-        Leaf(test, test, shape=(1, 2, 2), users=3).load()
+        Leaf(test, test, pixels=LeafPixels((1, 2, 2)), users=3).load()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no \.json file"):
-        Leaf(str(tmp_path / "empty"), test, shape=(1, 2, 2)).load()
+        Leaf(str(tmp_path / "empty"), test, pixels=LeafPixels((1, 2, 2))).load()
 
 
 @pytest.mark.parametrize(
@@ -269,11 +282,11 @@ def test_users_of_leaf_are_in_one_file_and_as_many_as_asked(tmp_path):
 )
 def test_arguments_of_leaf_are_checked(arguments):
     with pytest.raises(ConfigError):
-        Leaf("a", "b", **arguments)
+        Leaf("a", "b", **group(arguments, pixels=LeafPixels))
 
 
 def test_a_class_without_images_is_right_where_it_is_said(tmp_path):
     path = write_leaf(tmp_path / "a.json", good())
-    source = Leaf(path, path, shape=(1, 2, 2), classes=62)
+    source = Leaf(path, path, pixels=LeafPixels((1, 2, 2)), classes=62)
     assert source.num_classes == len(source.load().class_names) == 62
     assert torch.equal(source.load().train_labels, torch.tensor([0, 1, 1, 0]))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from fakes.options import group
 from PIL import Image
 
 from fulgurite.datamodules.fedsir import (
@@ -9,6 +10,7 @@ from fulgurite.datamodules.fedsir import (
     FileLabels,
     Iid,
     ImageList,
+    ImageLists,
     SourceLabels,
 )
 from fulgurite.datamodules.fedsir.options import EvaluationOptions
@@ -42,6 +44,10 @@ def pairs(paths, labels):
     return [f"{path} {label}" for path, label in zip(paths, labels, strict=True)]
 
 
+def image_list(train, **options):
+    return ImageList(**group({"train": train, **options}, files=ImageLists))
+
+
 @pytest.fixture
 def clothing(tmp_path):
     """Files as those of Clothing1M: noisy and clean labels of more images than are listed."""
@@ -61,7 +67,7 @@ def clothing(tmp_path):
 
 
 def test_files_of_clothing1m(clothing):
-    source = ImageList(**clothing)
+    source = image_list(**clothing)
     assert (source.num_classes, source.in_channels, source.image_size) == (3, 3, (8, 8))
     arrays = source.load()
     assert arrays.class_names == ("T-Shirt", "Down Coat", "Vest")
@@ -75,7 +81,7 @@ def test_files_of_clothing1m(clothing):
 def test_the_true_labels_of_some_images_are_known(clothing):
     noise = SourceLabels(clothing["test_labels"], unknown="ignore")
     data = FederatedDataModule(
-        ImageList(**clothing), Iid(), noise, clients=2, evaluation=EvaluationOptions(0.0)
+        image_list(**clothing), Iid(), noise, clients=2, evaluation=EvaluationOptions(0.0)
     )
     data.prepare_data()
     data.setup()
@@ -96,7 +102,9 @@ def test_labels_beside_paths_of_a_folder_or_zip(tmp_path, name):
         tmp_path / "lists" / "a.txt", [*pairs(TRAIN, texts)[:-1], "", f"./{TRAIN[-1]}\telk"]
     )
     write(tmp_path / "b.txt", pairs(TRAIN[::-1], ["dog"] * 9))
-    arrays = ImageList("lists/a.txt", root=name, test_fraction=0.3, channels=1, image_size=4).load()
+    arrays = image_list(
+        "lists/a.txt", root=name, test_fraction=0.3, channels=1, image_size=4
+    ).load()
     assert arrays.class_names == ("cat", "dog", "elk")
     assert tuple(arrays.train_images.shape) == (6, 1, 4, 4)
     assert arrays.test_labels.tolist() == [0, 1, 2]
@@ -104,28 +112,28 @@ def test_labels_beside_paths_of_a_folder_or_zip(tmp_path, name):
     assert arrays.train_labels.tolist() == LABELS[arrays.train_rows].tolist()
     samples = FileLabels("b.txt", truth="unknown").annotate(arrays.samples())
     assert set(samples.labels.tolist()) == {1}
-    whole = ImageList(train, train.replace("a.txt", "c.txt"), root=name)
+    whole = image_list(train, test=train.replace("a.txt", "c.txt"), root=name)
     write(tmp_path / "lists" / "c.txt", pairs(TEST, texts))
     np.testing.assert_array_equal(whole.load().train_images.numpy(), PIXELS)
     swapped = write(tmp_path / "lists" / "c.txt", pairs(TEST[::-1], texts))
-    again = ImageList(train, swapped, root=name).load()  # no stale cache
+    again = image_list(train, test=swapped, root=name).load()  # no stale cache
     np.testing.assert_array_equal(again.test_images.flip(0), whole.load().test_images)
 
 
 def test_changed_labels_are_read_again(tmp_path):
     write_image_files(tmp_path / "images")
     path = write(tmp_path / "images" / "a.txt", pairs(TRAIN, LABELS))
-    before = ImageList(path).load()
+    before = image_list(path).load()
     write(tmp_path / "images" / "a.txt", pairs(TRAIN, 2 - LABELS))
-    assert ImageList(path).load().train_labels.tolist() == (2 - before.train_labels).tolist()
+    assert image_list(path).load().train_labels.tolist() == (2 - before.train_labels).tolist()
 
 
 def test_names_that_are_numbers(tmp_path):
     write_image_files(tmp_path / "images")
     path = write(tmp_path / "images" / "a.txt", pairs(TRAIN, [(9, 10, 11)[k] for k in LABELS]))
     with pytest.raises(DataError, match=r"not numbers from 0 .* 10, 11, 9.*labels_are=names"):
-        ImageList(path).load()
-    arrays = ImageList(path, labels_are="names", test_fraction=0.1).load()
+        image_list(path).load()
+    arrays = image_list(path, labels_are="names", test_fraction=0.1).load()
     assert arrays.class_names == ("9", "10", "11")
     assert arrays.test_labels.tolist() == [0, 1, 2]
 
@@ -155,7 +163,7 @@ def test_files_that_do_not_fit_are_one_error(tmp_path, clothing, changes, messag
     for name, lines in changes.items():
         clothing[name] = write(tmp_path / f"{name}.txt", lines)
     with pytest.raises(DataError, match=message):
-        ImageList(**clothing).load()
+        image_list(**clothing).load()
     assert not list((tmp_path / "cache").glob("list-*"))
 
 
@@ -163,15 +171,15 @@ def test_missing_images_are_named_before_any_is_decoded(tmp_path, clothing):
     (tmp_path / "images" / TRAIN[3]).unlink()
     (tmp_path / "images" / TEST[3]).unlink()
     with pytest.raises(DataError, match=f"{TRAIN[3]}, {TEST[3]}"):
-        ImageList(**clothing).load()
+        image_list(**clothing).load()
 
 
 def test_lists_without_labels_say_how_to_give_them(clothing):
     clothing["train_labels"] = None
     with pytest.raises(DataError, match=r"one field.*set `.*train_labels`"):
-        ImageList(**clothing).load()
+        image_list(**clothing).load()
     with pytest.raises(ConfigError, match="no list of test images"):
-        ImageList("a.txt", test_labels="b.txt")
+        ImageLists("a.txt", test_labels="b.txt")
 
 
 def test_images_of_many_sizes_are_resized(tmp_path):
@@ -181,8 +189,8 @@ def test_images_of_many_sizes_are_resized(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name, quality=95)
     path = write(tmp_path / "a.txt", pairs(names, [0, 0, 1, 1]))
     with pytest.raises(DataError, match=r"image_size` to resize all"):
-        ImageList(path, test_fraction=0.4).load()
-    arrays = ImageList(path, image_size=6, test_fraction=0.4).load()
+        image_list(path, test_fraction=0.4).load()
+    arrays = image_list(path, image_size=6, test_fraction=0.4).load()
     kept = arrays.train_rows.tolist()
     assert tuple(arrays.train_images.shape) == (2, 3, 6, 6)
     assert arrays.train_images[:, 0, 3, 3].tolist() == pytest.approx([60 * k for k in kept], abs=2)

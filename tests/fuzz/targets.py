@@ -227,9 +227,12 @@ def _annotations():
         FileLabels,
         FilePartition,
         ImageList,
+        ImageLists,
         Leaf,
+        LeafPixels,
         Listing,
         Parquet,
+        ParquetFiles,
     )
     from fulgurite.datamodules.fedsir.samples import Samples
     from fulgurite.testing.files import write_image_parquet
@@ -267,7 +270,7 @@ def _annotations():
 
     def read_leaf(folder):
         path = str(folder / "a.json")
-        Leaf(path, path, shape=(1, 2, 2)).load()
+        Leaf(path, path, pixels=LeafPixels((1, 2, 2))).load()
 
     yield Target("leaf", [leaf], read_leaf)
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 2, 2), dtype=np.uint8)
@@ -275,7 +278,7 @@ def _annotations():
 
     def read_images(folder):
         path = str(folder / "a.parquet")
-        source = Parquet(path, path)
+        source = Parquet(ParquetFiles(path, path))
         _ = source.num_classes, source.image_size
         source.load()
 
@@ -284,11 +287,13 @@ def _annotations():
     def read_list(folder):
         paths = {name: str(folder / f"{name}.txt") for name in ("train", "test", "labels", "names")}
         source = ImageList(
-            paths["train"],
-            paths["test"],
-            train_labels=paths["labels"],
-            test_labels=paths["labels"],
-            class_names=paths["names"],
+            ImageLists(
+                paths["train"],
+                paths["test"],
+                train_labels=paths["labels"],
+                test_labels=paths["labels"],
+                class_names=paths["names"],
+            )
         )
         _ = source.num_classes, source.image_size
         source.load()
