@@ -181,7 +181,7 @@ class PlateLoaders(L.LightningDataModule):
             DataError: The split has no plate to predict.
         """
         if self.evaluation.predict == "all":
-            plates = list(range(len(self.domains)))
+            plates = list(range(len(self.table.domains)))
         else:
             rows = [rows for name, rows in self.assignment.tests.items() if name != "in_domain"]
             rows.append(np.flatnonzero(~self.table.control & (self.table.label < 0)))

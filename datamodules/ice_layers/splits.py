@@ -53,7 +53,7 @@ def split_segments(
         0.0 if not isinstance(selection, float | int) else float(selection)
         for selection in (val, test)
     ]
-    check_fractions(*fractions)
+    check_fractions(fractions[0], fractions[1])
     names = sorted(set(segments))
     parts: dict[str, list[str]] = {"val": [], "test": []}
     for part, selection in (("val", val), ("test", test)):

@@ -172,7 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
             try:
                 completed = kind(
                     [options], **(muon_options if group["hidden"] else adamw_options)
-                ).param_groups  # type: ignore[arg-type]
+                ).param_groups
             except ValueError as error:
                 raise ConfigError(
                     f"{kind.__name__} refuses its parameters or arguments: {error}",

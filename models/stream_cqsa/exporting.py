@@ -99,9 +99,10 @@ def export_language_model(network: nn.Module, data: Any) -> ExportableNetwork:
         # neither changes the result, and loops over chunks would fix the length
         if hasattr(part, "chunk"):
             part.chunk = None
-    for part in backend_slots(copied):
-        windowed = getattr(part, "window", None) is not None
-        part.attention_backend = WindowedAttention() if windowed else InCore()
+    slots: list[Any] = list(backend_slots(copied))
+    for slot in slots:
+        windowed = getattr(slot, "window", None) is not None
+        slot.attention_backend = WindowedAttention() if windowed else InCore()
     vocab_size = getattr(copied, "vocab_size", None)
     if not isinstance(vocab_size, int):
         raise ConfigError(

@@ -165,7 +165,8 @@ def make_record(kind: type[_Record], options: Mapping[str, Any], **others: Any) 
         options: Keywords, also those of other records.
         others: Further fields.
     """
-    return kind(**{name: options[name] for name in _field_names(kind) & options.keys()}, **others)
+    key: Any = kind
+    return kind(**{name: options[name] for name in _field_names(key) & options.keys()}, **others)
 
 
 @functools.cache

@@ -149,7 +149,8 @@ class _OwnMask(NamedTuple):
         """The mask in full, as the model's own code expects it. Shape: (B, 1, M, N)."""
         from transformers import masking_utils
 
-        request, make = self.request, masking_utils.sdpa_mask
+        request = self.request
+        make: Any = masking_utils.sdpa_mask
         ranges = (0, request.q_length), (0, request.kv_length)
         if request.is_additive:
             make = masking_utils.eager_mask
