@@ -34,7 +34,7 @@ data:
     partition: {{class_path: {DATA}.FilePartition, init_args: {{path: labels.csv}}}}
     noise:
       class_path: {DATA}.FileLabels
-      init_args: {{path: labels.csv, true_label: truth, truth: file}}
+      init_args: {{path: labels.csv, columns: {{true_label: truth}}, truth: file}}
     clients: 4
 """
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fulgurite.data.text_options import TextOptions
 from fulgurite.datamodules.cs_arm_bn import GroupFolds, PlateDataModule, PlateWorld, SyntheticPlates
 from fulgurite.datamodules.fedsir import FederatedDataModule, Iid, ImageFolder
 from fulgurite.datamodules.number_probing import (
@@ -34,7 +35,7 @@ def images(folder):
 
 def byte_text(folder):
     (folder / "a.txt").write_text("words and 12 numbers " * 200)
-    return ByteTextDataModule([str(folder)], length=16)
+    return ByteTextDataModule(TextOptions([str(folder)]), length=16)
 
 
 def number_text(folder):

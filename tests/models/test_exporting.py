@@ -43,13 +43,13 @@ def test_language_models_are_described_rightly(name):
 
 def test_streamed_attention_is_pytorchs_in_the_exported_network():
     """Chunks and windows too: the logits are those of the module."""
-    loaded = fulgurite.load("stream_cqsa/smoke", model={"network.chunk": 3})
+    loaded = fulgurite.load("stream_cqsa/smoke", model={"network.transformer.chunk": 3})
     exportable = loaded.model.eval().export_network(ExportRequest(loaded.data))
     tokens = torch.randint(0, 256, (2, 11))
     with torch.no_grad():
         torch.testing.assert_close(exportable.network(tokens), loaded.model(tokens))
     assert loaded.model.network.transformer.chunk == 3  # a copy was changed
-    windowed = hand_over("stream_cqsa/smoke", model={"network.window": 4})
+    windowed = hand_over("stream_cqsa/smoke", model={"network.transformer.window": 4})
     with torch.no_grad():
         whole, last = windowed.network(tokens), windowed.network(tokens[:, 4:])
     # two blocks see 1 + 2 (4 - 1) tokens

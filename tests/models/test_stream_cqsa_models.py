@@ -485,7 +485,7 @@ def test_hugging_face_models_take_no_documents():
 
 def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match="pip install transformers"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'fulgurite\[transformers\]'"):
         HuggingFaceCausalLM("any")
 
 

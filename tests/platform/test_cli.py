@@ -295,14 +295,17 @@ def test_a_required_argument_of_a_replaced_class_is_asked_for_anew(fulgurite, wo
     refused(fulgurite, [*SMOKE, before, f"{SOURCE}=fulgurite.datamodules.fedsir.Npz"], ["path"])
 
 
+PARQUET = {"train": "a.parquet", "test": "b.parquet"}
+
+
 @pytest.mark.parametrize("words", [[f"{SOURCE}.init_args.image_size=null"],
                                    [f"{SOURCE}.init_args.image_size", "null"]])  # fmt: skip
 def test_null_unsets_an_argument_of_an_argument(workdir, words):
     before = write_source(workdir / "a.yaml", "ImageFolder", path="images", image_size=8, seed=7)
     arguments = parsed_source(before, *words)[1]
     assert (arguments["image_size"], arguments["path"], arguments["seed"]) == (None, "images", 7)
-    before = write_source(workdir / "a.yaml", "Parquet", train="a.parquet", test="b.parquet")
-    assert parsed_source(before, f"{SOURCE}.init_args.test=null")[1]["test"] is None
+    before = write_source(workdir / "a.yaml", "Parquet", files=PARQUET)
+    assert parsed_source(before, f"{SOURCE}.init_args.files.test=null")[1]["files"]["test"] is None
 
 
 @pytest.mark.figures

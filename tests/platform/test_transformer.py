@@ -270,13 +270,13 @@ def test_in_chunks(grad):
         ({"heads": 3}, "width a multiple of .*heads"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads a divisor"),
         ({"heads": 16, "kv_heads": 16}, "even multiple"),
-        ({"heads": 0}, r"init_args\.heads"),
-        ({"kv_heads": 0}, r"init_args\.kv_heads"),
+        ({"heads": 0}, r"transformer\.heads"),
+        ({"kv_heads": 0}, r"transformer\.kv_heads"),
         ({"is_causal": False, "window": 4}, r"window .*causal"),
         ({"window": 0}, "window"),
-        ({"chunk": 0}, r"init_args\.chunk"),
-        ({"layers": 0}, r"init_args\.layers"),
-        ({"rope_base": 0.0}, r"init_args\.rope_base"),
+        ({"chunk": 0}, r"transformer\.chunk"),
+        ({"layers": 0}, r"transformer\.layers"),
+        ({"rope_base": 0.0}, r"transformer\.rope_base"),
     ],
 )
 def test_wrong_sizes_are_refused(options, named):

@@ -133,6 +133,7 @@ def stream_attention(  # noqa: PLR0917 (PyTorch's order)
         DataError: Shapes, types or devices do not fit together.
 
     Example:
+        >>> import torch
         >>> q = torch.randn(1, 2, 100, 16, generator=torch.Generator().manual_seed(0))
         >>> out = stream_attention(q, q, q, is_causal=True, memory_budget="16KiB")
         >>> torch.testing.assert_close(
@@ -206,6 +207,7 @@ def plan(
         DataError: Shapes, types or devices do not fit together.
 
     Example:
+        >>> import torch
         >>> q = torch.empty(1, 8, 2**20, 64, device="meta")
         >>> plan(q, q, is_causal=True, memory_budget="256MiB").schedule
         'rect'

@@ -28,7 +28,8 @@ class TextOptions:
         ConfigError: A value is of another type.
     """
 
-    paths: list[str] | str | None = None
+    # None before str, or jsonargparse would read null as the word "None"
+    paths: list[str] | None | str = None  # noqa: RUF036
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])
     documents: bool = False
 
