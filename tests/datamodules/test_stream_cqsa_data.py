@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
+from fulgurite.cli.arguments import prepare_arguments
 from fulgurite.data.listing import find_files
 from fulgurite.data.splits import split_ranges
 from fulgurite.data.text_options import TextOptions, TextSplit
@@ -605,7 +606,7 @@ def test_paths_on_the_command_line(argument, paths):
         f"--data.init_args.text.paths={argument}",
         "--data.init_args.length=7",
     ]
-    data = parser.instantiate(parser.parse_args(options)).data
+    data = parser.instantiate(parser.parse_args(prepare_arguments(options))).data
     assert data.text_options.all_paths == paths
     assert data.length == 7
     assert data.text_options.suffixes == [".txt", ".md", ".rst", ".py"]

@@ -132,10 +132,12 @@ def attend_files(
             for group in plan.groups():
                 for at in log.gaps(group.batch, group.heads, spec.queries):
                     clear_(targets["out"][at], targets["lse"][at])
-        inputs: dict[str, Any] = dict(tensors)
+        attention_inputs: dict[str, Any] = dict(tensors)
         label = f"attention ({plan.schedule})"
         with bar(label, row_count(plan), done=len(log.done), show=progress) as advance:
-            for unit in units(AttentionInputs(**inputs), plan, device=run.device, done=log.done):
+            for unit in units(
+                AttentionInputs(**attention_inputs), plan, device=run.device, done=log.done
+            ):
                 if run.stream.check_finite and not _are_finite((unit.out,)):
                     _refuse(tensors, unit.at)
                 _commit(log, unit, plan)

@@ -30,12 +30,14 @@ def prepare_arguments(argv: Sequence[str]) -> list[str]:
     Example:
         >>> prepare_arguments(["--data.init_args.source.init_args.test=null", "--model=A"])
         ['--data={"init_args": {"source": {"init_args": {"test": null}}}}', '--model=A']
+        >>> prepare_arguments(["--data.text.paths=null"])
+        ['--data={"init_args": {"text": {"paths": null}}}']
     """
     return _with_nulls(_with_resolved_configs(argv))
 
 
-# an argument of a class that is itself an argument, and the words that YAML takes for null
-_INNER_ARGUMENT = re.compile(r"--(data|model)(\.init_args\.\w+){2,}")
+# a field of an argument (of a class, or of a record), and the words that YAML takes for null
+_INNER_ARGUMENT = re.compile(r"--(data|model)(\.init_args\.\w+|\.(?!init_args\.)\w+)(\.\w+)+")
 _NULLS = ("null", "Null", "NULL", "~")
 
 
@@ -52,6 +54,8 @@ def _with_nulls(argv: Sequence[str]) -> list[str]:
         if not eq:
             out.pop()
         first, *parts = name.removeprefix("--").split(".")
+        if parts[0] != "init_args":
+            parts = ["init_args", *parts]
         content: Any = None
         for part in reversed(parts):
             content = {part: content}

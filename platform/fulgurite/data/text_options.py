@@ -28,8 +28,7 @@ class TextOptions:
         ConfigError: A value is of another type.
     """
 
-    # None before str, or jsonargparse would read null as the word "None"
-    paths: list[str] | None | str = None  # noqa: RUF036
+    paths: list[str] | str | None = None
     suffixes: list[str] = field(default_factory=lambda: [".txt", ".md", ".rst", ".py"])
     documents: bool = False
 
