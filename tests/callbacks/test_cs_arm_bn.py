@@ -150,11 +150,11 @@ class Spy(Callback):
 
 @pytest.fixture
 def trained(tmp_path):
-    """Trains a method on the plates; gives trainer, module and callback."""
+    """Trains a method on the plates for an epoch; gives trainer, module and callback."""
 
-    def call(method=None, data=None, **adaptation):
+    def call(method=None, data=None, epochs=1, **adaptation):
         module, callback = make_module(method, **adaptation), ControlContext()
-        trainer = make_trainer(tmp_path, callback)
+        trainer = make_trainer(tmp_path, callback, max_epochs=epochs)
         trainer.fit(module, data or Plates())
         return trainer, module, callback
 
@@ -188,7 +188,7 @@ def test_each_stage_has_the_context_of_the_method(tmp_path, method, train, test,
 
 @pytest.mark.figures
 def test_it_learns_and_reports_each_test_set(trained, tmp_path):
-    trainer, module, _ = trained()
+    trainer, module, _ = trained(epochs=3)
     assert trainer.callback_metrics["val/acc"] > 0.7  # chance is 0.25
     trainer.test(module, Plates(), verbose=False)
     found = trainer.callback_metrics
@@ -217,7 +217,7 @@ def test_a_plain_trainer_gives_the_same_as_with_the_callback(tmp_path, method):
     results = []
     for name, callbacks in (("with", [ControlContext()]), ("without", [])):
         module = make_module(method())
-        trainer = make_trainer(tmp_path / name, *callbacks)
+        trainer = make_trainer(tmp_path / name, *callbacks, max_epochs=2)
         trainer.fit(module, Plates())
         tested = trainer.test(module, Plates(), verbose=False)
         metrics = [{k: v for k, v in d.items() if "query_weight" not in k} for d in tested]
