@@ -73,6 +73,12 @@ class _ReaderProcess:
                 if pipe is not None:
                     pipe.close()
 
+    def close_file(self) -> None:
+        """Have the file closed that the process has open, if there is a process."""
+        process = self.process
+        if process is not None and self.owner == os.getpid() and process.poll() is None:
+            self.ask("close", _SECONDS, _ROOM, {})
+
     def ask(
         self, task: str, seconds: float, room: int, arguments: dict[str, Any]
     ) -> tuple[Any, list[npt.NDArray[Any]]]:
@@ -218,6 +224,8 @@ class NetcdfVariable:
 class NetcdfFile:
     """A NetCDF file, whose variables are read one by one.
 
+    Each reading opens and closes it, but those in its context open it once.
+
     Args:
         path: The file.
 
@@ -233,12 +241,21 @@ class NetcdfFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._stays_open = False
         facts, _ = _ask("describe", path)
         self.attributes: dict[str, Any] = facts["attributes"]
         self.variables = {
             name: NetcdfVariable(name, tuple(fact["shape"]), fact["attributes"])
             for name, fact in facts["variables"].items()
         }
+
+    def __enter__(self) -> NetcdfFile:
+        self._stays_open = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stays_open = False
+        _worker.close_file()
 
     def read(self, name: str, first: bool = False, is_masked: bool = True) -> npt.NDArray[Any]:
         """Values of a variable of numbers.
@@ -273,7 +290,8 @@ class NetcdfFile:
         return [str(text) for text in value["texts"]]
 
     def _values(self, name: str, first: bool, is_masked: bool) -> tuple[Any, list[Any]]:
-        return _ask("netcdf", self.path, name=name, first=first, is_masked=is_masked)
+        options = {"first": first, "is_masked": is_masked, "stays_open": self._stays_open}
+        return _ask("netcdf", self.path, name=name, **options)
 
 
 def need_package(error: ImportError, subject: str) -> MissingExtraError:

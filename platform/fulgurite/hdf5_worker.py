@@ -135,15 +135,39 @@ def _check_netcdf(path: str) -> None:
         raise ValueError("it is no NetCDF file")
 
 
-@contextmanager
-def _open_netcdf(path: str) -> Iterator[Any]:
-    import netCDF4
+class _Opened:
+    """The file that stays open between requests which ask for it; the next one closes others."""
 
-    dataset = netCDF4.Dataset(path, "r")
-    try:
-        yield dataset
-    finally:
-        dataset.close()
+    path, dataset = "", None
+
+    @classmethod
+    def close(cls) -> None:
+        dataset, cls.dataset, cls.path = cls.dataset, None, ""
+        if dataset is not None:
+            dataset.close()
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str, stays: bool) -> Iterator[Any]:
+        import netCDF4
+
+        if path != cls.path:
+            cls.close()
+            cls.dataset, cls.path = netCDF4.Dataset(path, "r"), path
+        try:
+            yield cls.dataset
+        except BaseException:
+            stays = False
+            raise
+        finally:
+            if not stays:
+                cls.close()
+
+
+def close_netcdf() -> tuple[Any, _Answer]:
+    """Close the file that is open."""
+    _Opened.close()
+    return None, _Answer(0)
 
 
 def _attributes(item: Any) -> dict[str, Any]:
@@ -157,8 +181,9 @@ def _attributes(item: Any) -> dict[str, Any]:
 
 def describe_netcdf(path: str, limit: int) -> tuple[Any, _Answer]:
     """Attributes and variables of a NetCDF file."""
+    _Opened.close()  # it may be another file of the same name by now
     _check_netcdf(path)
-    with _open_netcdf(path) as dataset:
+    with _Opened.open(path, stays=False) as dataset:
         variables = {
             name: {"shape": list(variable.shape), "attributes": _attributes(variable)}
             for name, variable in dataset.variables.items()
@@ -167,11 +192,11 @@ def describe_netcdf(path: str, limit: int) -> tuple[Any, _Answer]:
 
 
 def read_netcdf(
-    path: str, limit: int, name: str, *, first: bool, is_masked: bool
+    path: str, limit: int, name: str, *, first: bool, is_masked: bool, stays_open: bool
 ) -> tuple[Any, _Answer]:
     """Values of a variable, or of its first step; NaN where they are masked."""
     answer = _Answer(limit)
-    with _open_netcdf(path) as dataset:
+    with _Opened.open(path, stays_open) as dataset:
         variable = dataset.variables[name]
         variable.set_auto_mask(is_masked)
         shape = (1, *variable.shape[1:]) if first else variable.shape
@@ -197,6 +222,7 @@ _TASKS: dict[str, Callable[..., tuple[Any, _Answer]]] = {
     "matlab": read_matlab,
     "describe": describe_netcdf,
     "netcdf": read_netcdf,
+    "close": close_netcdf,
 }
 
 

@@ -87,7 +87,7 @@ def _mask_fill_values(values: Any) -> Array:
 
 
 class ClimateFile:
-    """One NetCDF file, opened."""
+    """One NetCDF file; in its context it is opened once for all readings."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,6 +97,13 @@ class ClimateFile:
                 self.dataset = NetcdfFile(path)
             except ImportError as error:
                 raise need_package(error, "Reading climate fields") from error
+
+    def __enter__(self) -> ClimateFile:
+        self.dataset.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.dataset.__exit__(*error)
 
     def find(self, names: Iterable[str]) -> NetcdfVariable | None:
         """The first variable of these names (capitals do not matter), or None."""

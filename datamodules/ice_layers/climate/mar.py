@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -167,14 +167,16 @@ class MarClimate:
             MissingExtraError: netCDF4 or pyproj is not installed.
         """
         paths = self.paths()
-        steps, of_file = self._steps(paths)
+        files = {path: ClimateFile(path) for path in paths}
+        steps, of_file = self._steps(paths, files)
         pos = np.concatenate([request.pos for request in requests])
         if not np.isfinite(pos).all():
             raise DataError(
                 f"{int((~np.isfinite(pos)).any(1).sum())} of {len(pos)} points have no position.",
                 "Leave them out: latitudes and longitudes must be finite.",
             )
-        grid, project = self._grid(ClimateFile(paths[0]), is_south=bool(np.median(pos[:, 0]) < 0))
+        with files[paths[0]] as file:
+            grid, project = self._grid(file, is_south=bool(np.median(pos[:, 0]) < 0))
         points = project(pos)
         if not (on_plane := np.isfinite(points).all(1)).all():
             lost = pos[~on_plane]
@@ -195,7 +197,11 @@ class MarClimate:
             local = Weights(cells, located.weights[part], located.flag[part], located.away[part])
             parts.append((used, local))
         sums, names = self._accumulate(
-            paths, of_file, steps, layer_fractions, used=[used for used, _ in parts]
+            [files[path] for path in paths],
+            of_file,
+            steps,
+            layer_fractions,
+            used=[used for used, _ in parts],
         )
         samples = []
         for request, values, (_, local) in zip(requests, sums, parts, strict=True):
@@ -205,25 +211,26 @@ class MarClimate:
         check_field_units([sample.physics for sample in samples], self.variables, names)
         return samples
 
-    def _steps(self, paths: list[Path]) -> tuple[Array, NDArray[np.int64]]:
+    def _steps(
+        self, paths: list[Path], files: Mapping[Path, ClimateFile]
+    ) -> tuple[Array, NDArray[np.int64]]:
         """Start and end of all steps in order [days], and each one's file, as ordered here.
 
         Files of constants, without any time, are taken out of ``paths``.
         """
         parts, step_bounds = [], []
-        files = [ClimateFile(path) for path in paths]
-        if constants := [file.path for file in files if not file.has_time]:
-            if len(constants) == len(files):
-                files[0].times()  # raises the error that names what is missing
+        if constants := [path for path in paths if not files[path].has_time]:
+            if len(constants) == len(paths):
+                files[paths[0]].times()  # raises the error that names what is missing
             from lightning.pytorch.utilities import rank_zero_info
 
             rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
             paths[:] = [path for path in paths if path not in constants]
-        for file in files:
-            if file.has_time:
+        for path in paths:
+            with files[path] as file:
                 stamps, bounds = file.times()
-                parts.append(stamps)
-                step_bounds.append(bounds)
+            parts.append(stamps)
+            step_bounds.append(bounds)
         times = np.concatenate(parts)
         order = np.argsort(times, kind="stable")
         of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
@@ -355,7 +362,7 @@ class MarClimate:
 
     def _accumulate(
         self,
-        paths: Sequence[Path],
+        files: Sequence[ClimateFile],
         of_file: NDArray[np.int64],
         steps: Array,
         layer_fractions: Sequence[Array],
@@ -363,49 +370,50 @@ class MarClimate:
         used: Sequence[NDArray[np.int64]],
     ) -> tuple[list[Array], list[str]]:
         """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
-        sources = {**SUMS, **MEANS}
         days = steps[:, 1] - steps[:, 0]
         names: list[str] = []
         sums: list[Array] = []
         shape: tuple[int, ...] | None = None
-        for number, path in enumerate(paths):
-            indices = np.flatnonzero(of_file == number)
+        for number, file in enumerate(files):
+            indices, path = np.flatnonzero(of_file == number), file.path
             file_fractions = [fractions[:, indices] for fractions in layer_fractions]
             if not any(part.any() for part in file_fractions):
                 continue
-            file = ClimateFile(path)
             if not names:
                 names = plan_variables(file, self.variables)
                 sums = [
                     np.zeros((len(names), len(cells), len(f)))
                     for cells, f in zip(used, layer_fractions, strict=True)
                 ]
-            for v, name in enumerate(names):
-                variable = file.need(sources[name], name)
-                if shape is None:
-                    shape = variable.shape[-2:]
-                if variable.shape[-2:] != shape:
-                    raise DataError(
-                        f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
-                        f"Set `{_OPTION}.files` to files of one grid.",
+            with file:
+                for v, name in enumerate(names):
+                    variable = file.need({**SUMS, **MEANS}[name], name)
+                    if shape is None:
+                        shape = variable.shape[-2:]
+                    if variable.shape[-2:] != shape:
+                        raise DataError(
+                            f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
+                            f"Set `{_OPTION}.files` to files of one grid.",
+                        )
+                    values = file.field(variable)
+                    if len(values) != len(indices):
+                        raise DataError(
+                            f"The variable {variable.name} of {path} has {len(values)} time steps, "
+                            f"the time axis {len(indices)}.",
+                            "Fetch the file again.",
+                        )
+                    values = values * unit_factor(
+                        name, variable, days[indices], path, scale=self.scale
                     )
-                values = file.field(variable)
-                if len(values) != len(indices):
-                    raise DataError(
-                        f"The variable {variable.name} of {path} has {len(values)} time steps, "
-                        f"the time axis {len(indices)}.",
-                        "Fetch the file again.",
-                    )
-                values = values * unit_factor(name, variable, days[indices], path, scale=self.scale)
-                for total, part, cells in zip(sums, file_fractions, used, strict=True):
-                    if (inside := part.any(0)).any():
-                        weight = part if name in SUMS else part * days[indices]
-                        total[v] += (weight[:, inside] @ values[inside][:, cells]).T
-                if not all(np.isfinite(total[v]).all() for total in sums):
-                    raise DataError(
-                        f"The variable {variable.name} of {path} is missing on ice.",
-                        "Fetch the file again, or correct its ice mask.",
-                    )
+                    for total, part, cells in zip(sums, file_fractions, used, strict=True):
+                        if (inside := part.any(0)).any():
+                            weight = part if name in SUMS else part * days[indices]
+                            total[v] += (weight[:, inside] @ values[inside][:, cells]).T
+                    if not all(np.isfinite(total[v]).all() for total in sums):
+                        raise DataError(
+                            f"The variable {variable.name} of {path} is missing on ice.",
+                            "Fetch the file again, or correct its ice mask.",
+                        )
         for total, fractions in zip(sums, layer_fractions, strict=True):
             for v, name in enumerate(names):
                 if name in MEANS:

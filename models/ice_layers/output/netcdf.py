@@ -394,53 +394,58 @@ def read_netcdf(path: str | Path) -> CompletedStack:
             file = NetcdfFile(path)
         except ImportError as error:
             raise need_package(error, "Reading completed stacks as NetCDF") from error
-        attributes, variables = file.attributes, file.variables
+        with file:
+            return make_stack(path, _read_content(file))
 
-        def values(name: str) -> NDArray[Any]:
-            return file.read(name, is_masked=False)
 
-        def lines(name: str) -> list[str]:
-            return [line for line in str(attributes.get(name, "")).split("\n") if line]
+def _read_content(file: NetcdfFile) -> dict[str, Any]:
+    attributes, variables = file.attributes, file.variables
 
-        names = str(attributes["physics_names"]).split("\n") if attributes["physics_names"] else []
-        physics = [values(_variable(k, name)) for k, name in enumerate(names)]
-        thickness = values("thickness")
-        content: dict[str, Any] = {
-            "thickness": thickness,
-            "provenance": values("provenance"),
-            "std": values("thickness_standard_deviation"),
-            "observed": values("observed"),
-            "physics": np.stack(physics, -1) if physics else np.zeros((*thickness.shape, 0)),
-            "pos": np.stack([values("latitude"), values("longitude")], -1),
-            "distance": values("distance"),
-            "segment": attributes["segment"],
-            "stack": attributes["stack"],
-            "unit": attributes.get("unit", METRES),
-            "trained_segments": lines("trained_segments"),
-            "physics_names": names,
-            "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
-            "layer_age": values("layer_age") if "layer_age" in variables else (),
-            "climate_files": lines("climate_files"),
-            "age_source": _comment(variables, "layer_age"),
-            "source": str(attributes.get("source", ""))
-            .removesuffix(_CONDITIONED)
-            .removesuffix(_FILLED)
-            .removesuffix("; "),
-        }
-        for name in ("checkpoint", "checkpoint_sha256", "time_scale"):
-            content[name] = attributes.get(name, "")
-        is_gps = content["time_scale"] == "GPS"
-        for name, variable in {
-            "time": "gps_time" if is_gps else "time",
-            "elevation": "elevation",
-            "flight_distance": "flight_distance",
-            "trace": "frame_trace",
-            "density": "density",
-            "twtt": "twtt",
-        }.items():
-            if variable in variables:
-                content[name] = values(variable)
-        if "frame" in variables:
-            content["frame"] = np.array(file.read_texts("frame"))
-        content["picked"] = values("boundary_provenance") == 0
-        return make_stack(path, content)
+    def values(name: str) -> NDArray[Any]:
+        return file.read(name, is_masked=False)
+
+    def lines(name: str) -> list[str]:
+        return [line for line in str(attributes.get(name, "")).split("\n") if line]
+
+    names = str(attributes["physics_names"]).split("\n") if attributes["physics_names"] else []
+    physics = [values(_variable(k, name)) for k, name in enumerate(names)]
+    thickness = values("thickness")
+    content: dict[str, Any] = {
+        "thickness": thickness,
+        "provenance": values("provenance"),
+        "std": values("thickness_standard_deviation"),
+        "observed": values("observed"),
+        "physics": np.stack(physics, -1) if physics else np.zeros((*thickness.shape, 0)),
+        "pos": np.stack([values("latitude"), values("longitude")], -1),
+        "distance": values("distance"),
+        "segment": attributes["segment"],
+        "stack": attributes["stack"],
+        "unit": attributes.get("unit", METRES),
+        "trained_segments": lines("trained_segments"),
+        "physics_names": names,
+        "layer_names": file.read_texts("layer_name") if "layer_name" in variables else (),
+        "layer_age": values("layer_age") if "layer_age" in variables else (),
+        "climate_files": lines("climate_files"),
+        "age_source": _comment(variables, "layer_age"),
+        "source": str(attributes.get("source", ""))
+        .removesuffix(_CONDITIONED)
+        .removesuffix(_FILLED)
+        .removesuffix("; "),
+    }
+    for name in ("checkpoint", "checkpoint_sha256", "time_scale"):
+        content[name] = attributes.get(name, "")
+    is_gps = content["time_scale"] == "GPS"
+    for name, variable in {
+        "time": "gps_time" if is_gps else "time",
+        "elevation": "elevation",
+        "flight_distance": "flight_distance",
+        "trace": "frame_trace",
+        "density": "density",
+        "twtt": "twtt",
+    }.items():
+        if variable in variables:
+            content[name] = values(variable)
+    if "frame" in variables:
+        content["frame"] = np.array(file.read_texts("frame"))
+    content["picked"] = values("boundary_provenance") == 0
+    return content
