@@ -138,7 +138,8 @@ def _check_netcdf(path: str) -> None:
 class _Opened:
     """The file that stays open between requests which ask for it; the next one closes others."""
 
-    path, dataset = "", None
+    path = ""
+    dataset: Any = None
 
     @classmethod
     def close(cls) -> None:
