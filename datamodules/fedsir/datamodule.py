@@ -6,8 +6,9 @@ Shapes: N training samples, K clients, N_k samples of client k, B mini-batch, C 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
 from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
+from fulgurite.datamodules.fedsir.prediction import InputImages
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
 from fulgurite.datamodules.fedsir.selection import choose_per_class, make_generator
 from fulgurite.datamodules.fedsir.sources import ImageArrays, ImageSource
@@ -147,16 +149,17 @@ class FederatedDataModule(L.LightningDataModule):
         self._ready = False
         self._affine: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._trained: TrainedInputs | None = None  # of the checkpoint that was loaded
+        self._input: InputImages | None = None  # files in no split, which are predicted
 
     @property
     def num_classes(self) -> int:
         """Number of classes, known before :meth:`setup`."""
-        return self.source.num_classes
+        return self.source.num_classes if self._input is None else len(self.class_names)
 
     @property
     def in_channels(self) -> int:
         """Number of channels, known before :meth:`setup`."""
-        return self.source.in_channels
+        return self.source.in_channels if self._input is None else self._input.channels
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -164,9 +167,17 @@ class FederatedDataModule(L.LightningDataModule):
         return self.source.image_size
 
     @property
-    def prediction_names(self) -> dict[str, tuple[str, ...]]:
-        """Names of the codes in predictions, after :meth:`setup`."""
-        return {"label": self.class_names, "predicted": self.class_names}
+    def prediction_names(self) -> dict[str, Any]:
+        """Names of the codes in predictions, after :meth:`setup`; files by their names."""
+        names: dict[str, Any] = {"label": self.class_names, "predicted": self.class_names}
+        if self._input is not None:
+            names["index"] = {"file": self._input.names}
+        return names
+
+    @property
+    def prediction_axes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the components of vectors in predictions."""
+        return {"probabilities": self.class_names}
 
     @property
     def num_samples(self) -> int:
@@ -195,11 +206,34 @@ class FederatedDataModule(L.LightningDataModule):
 
     def _describe_inputs(self) -> TrainedInputs:
         scale, offset = self._affine[torch.device("cpu")]
-        return TrainedInputs(scale.flatten(), offset.flatten(), tuple(self.class_names))
+        height, width = self._images.shape[-2:]
+        names = tuple(self.class_names)
+        return TrainedInputs(scale.flatten(), offset.flatten(), names, (height, width))
+
+    def predict_from(self, path: Path, trained: Mapping[str, Any]) -> None:
+        """Predict the images of files, whose labels are unknown (-1).
+
+        Args:
+            path: See :class:`~fulgurite.datamodules.fedsir.prediction.InputImages`.
+            trained: What the checkpoint holds of this DataModule; where that is nothing, the
+                training images are read.
+
+        Raises:
+            DataError: There is no image at the path, or one is not like those of the training.
+        """
+        self.load_state_dict(dict(trained))
+        inputs = self.trained_inputs()
+        files = InputImages(path, self.source, inputs)
+        labels = torch.full((len(files.names),), UNKNOWN)
+        scale, offset = (values.view(-1, 1, 1) for values in (inputs.scale, inputs.offset))
+        self._affine = {torch.device("cpu"): (scale, offset)}
+        self._predicted = ImageBatches(files.images, labels, None, self.plain_batch)
+        self.class_names, self._input = inputs.class_names, files
 
     def prepare_data(self) -> None:
         """Let the source fill its cache, once per machine."""
-        self.source.prepare()
+        if self._input is None:
+            self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Load, split, partition and corrupt the data; a second call does nothing.
@@ -209,7 +243,7 @@ class FederatedDataModule(L.LightningDataModule):
                 revealed and some are unknown.
             ConfigError: The noise does not fit the clients or classes.
         """
-        if self._ready:
+        if self._ready or self._input is not None:
             return
         arrays = self.source.load()
         self._split_samples(arrays)
@@ -412,5 +446,5 @@ class FederatedDataModule(L.LightningDataModule):
         return self._make_loader(self._test)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of :meth:`test_dataloader`."""
-        return self.test_dataloader()
+        """Return the batches of :meth:`test_dataloader`, or those of files in no split."""
+        return self.test_dataloader() if self._input is None else self._make_loader(self._predicted)

@@ -24,11 +24,13 @@ class TrainedInputs:
         scale: Factor of each channel's pixels, 0 to 255. Shape: (C,).
         offset: What is added to each channel then. Shape: (C,).
         class_names: Names of the classes in the order of the logits.
+        image_size: Height and width of the images [pixels]; None of older checkpoints.
     """
 
     scale: Tensor
     offset: Tensor
     class_names: tuple[str, ...]
+    image_size: tuple[int, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values, for a checkpoint."""
@@ -36,6 +38,7 @@ class TrainedInputs:
             "scale": self.scale,
             "offset": self.offset,
             "class_names": list(self.class_names),
+            "image_size": None if self.image_size is None else list(self.image_size),
         }
 
     @classmethod
@@ -45,18 +48,21 @@ class TrainedInputs:
         Raises:
             CheckpointError: It is something else.
         """
-        scale, offset, names = (state.get(key) for key in ("scale", "offset", "class_names"))
+        keys = ("scale", "offset", "class_names", "image_size")
+        scale, offset, names, size = (state.get(key) for key in keys)
         if (
             not isinstance(scale, Tensor)
             or not isinstance(offset, Tensor)
             or scale.ndim != 1
             or scale.shape != offset.shape
             or not isinstance(names, list | tuple)
+            or not (size is None or (isinstance(size, list | tuple) and len(size) == 2))
         ):
             raise CheckpointError(
                 "The checkpoint holds no normalisation of images.", "Give one of a run of fedsir."
             )
-        return cls(scale.float(), offset.float(), tuple(map(str, names)))
+        image_size = None if size is None else (int(size[0]), int(size[1]))
+        return cls(scale.float(), offset.float(), tuple(map(str, names)), image_size)
 
     def describe(self) -> dict[str, list[float]]:
         """Return mean and standard deviation of each channel in fractions of 255.

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from typing_extensions import override
 
 from fulgurite.checkpoints import nan_tensors
 from fulgurite.errors import CheckpointError
 from fulgurite.io import atomic_write
+from fulgurite.predictions.inputs import serve_input
 from fulgurite.sampling import forget_training_data, restart_training_data
 
 __all__ = [
@@ -258,6 +260,36 @@ class TrainingState(Callback):
 
 class RunTrainer(Trainer):
     """A trainer whose fit ends in the same way when it is resumed after its last epoch."""
+
+    @override
+    def predict(  # Lightning's
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        input: str | None = None,
+    ) -> Any:
+        """Predict, as Lightning's trainer does.
+
+        Args:
+            model: The module.
+            dataloaders: Instead of a DataModule.
+            datamodule: The DataModule.
+            return_predictions: Whether to return what ``predict_step`` returns.
+            ckpt_path: ``last``, ``best``, or the path of a checkpoint.
+            weights_only: Whether to read the checkpoint without running code.
+            input: File or folder to predict instead of a split of the data, read with what was
+                trained; which files, docs/how_to/predict_own_files.md says.
+        """
+        if input is not None:
+            serve_input(datamodule, input, ckpt_path)
+        return super().predict(
+            model, dataloaders, datamodule, return_predictions,
+            ckpt_path=ckpt_path, weights_only=weights_only,
+        )  # fmt: skip
 
     def _run_stage(self) -> Any:
         """Let callbacks end a training of which only the end was missing."""

@@ -25,7 +25,7 @@ from fulgurite.checkpoints import CheckpointFiles, RunCheckpoint
 from fulgurite.cli.metrics import metrics_table, select_telling_metrics, sort_metrics
 from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, DataError
 from fulgurite.predictions import PredictionWriter
 from fulgurite.ranks import end_launched_ranks, is_first_process
 from fulgurite.records import remove_objects
@@ -134,9 +134,21 @@ class FulguriteCLI(LightningCLI):
             )
 
     def _from_data(self, data: LightningDataModule, name: str) -> Any:
-        """The DataModule's attribute, or what the user gave the model where data has none."""
-        if hasattr(data, name):
-            return getattr(data, name)
+        """The DataModule's attribute, or what the user gave the model where data has none.
+
+        Where other files are predicted, the data of the training need not be there: then it is
+        what the checkpoint says.
+
+        Raises:
+            DataError: The data are not there, and nothing else says it.
+        """
+        try:
+            if hasattr(data, name):
+                return getattr(data, name)
+        except DataError:
+            if not self.section.get("input") or name not in self.start.sizes:
+                raise
+            return self.start.sizes[name]
         return self.section.get(f"model.init_args.{name}")
 
     @property
@@ -177,7 +189,8 @@ class FulguriteCLI(LightningCLI):
         content: dict[str, Any] = remove_objects(yaml.safe_load(recorded)[self.config.subcommand])
         for name in ("dir", "new"):
             content.get("run", {}).pop(name, None)
-        content.pop("ckpt_path", None)
+        for name in ("ckpt_path", "input"):
+            content.pop(name, None)
         return content
 
     def _dump_config(self) -> None:
@@ -265,6 +278,8 @@ class FulguriteCLI(LightningCLI):
             facts: dict[str, Any] = {"checkpoint": dict(self.start.facts) or None}
             if self.wandb_id:
                 facts["wandb_id"] = self.wandb_id
+            if files := self.section.get("input"):
+                facts["input"] = str(Path(files).absolute())
             self.save_config_kwargs = {
                 "folder": self.folder,
                 "record": self.record,

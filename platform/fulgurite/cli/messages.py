@@ -76,6 +76,8 @@ def _one_line(message: str) -> str:
         hint = f"Did you mean '{near[0]}'?" if near else f"It has: {', '.join(_parameters(owner))}."
         return f"{prefix}{owner or 'the class'} has no option '{wrong[1]}'. {hint}"
     if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
+        if unknown[1] == "input":
+            return "There is no option 'input' here. It is of `fulgurite predict` alone."
         near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.6)
         hint = f"Did you mean '{near[0]}'?" if near else "See `fulgurite fit --help`."
         return f"There is no option '{unknown[1]}'. {hint}"

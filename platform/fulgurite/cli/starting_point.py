@@ -47,6 +47,7 @@ class StartingPoint:
         continued: Whether ``fit`` goes on in that folder.
         ended: Whether that training has ended, with all of its records.
         facts: What is recorded of the checkpoint.
+        sizes: What the data of its training determined of the model, as far as it says.
     """
 
     path: Path | None = None
@@ -54,6 +55,13 @@ class StartingPoint:
     continued: bool = False
     ended: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _trained_sizes(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What the data of a training determined of the model, as far as its checkpoint says."""
+    values = stored.get("hyper_parameters")
+    return {k: values[k] for k in LINKS if k in values} if isinstance(values, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class StartFinder:
             "step": int(stored.get("global_step", 0)),
         }
         if not fits:
-            return StartingPoint(path, run, facts=facts)
+            return StartingPoint(path, run, facts=facts, sizes=_trained_sizes(stored))
         target = self._resumed_folder(path, run)
         if target is None:
             return StartingPoint(path, run, facts=facts)

@@ -27,15 +27,21 @@ front. Rows of vectors are there too where ``prediction_axes`` of the DataModule
 components (``{"probabilities": ["cat", "dog"]}``). Read it with ``keep_default_na=False`` where
 pandas would take a name such as NA for a missing one.
 
+``--input PATH`` predicts files that are in no split: :mod:`fulgurite.predictions.inputs`.
+
 Axes: N rows.
 """
 
 from fulgurite.predictions.file import PredictionFile
+from fulgurite.predictions.inputs import ReadsInputs, list_input_files, serve_input
 from fulgurite.predictions.reading import read_predictions
 from fulgurite.predictions.writer import PredictionWriter
 
 __all__ = [
     "PredictionFile",
     "PredictionWriter",
+    "ReadsInputs",
+    "list_input_files",
     "read_predictions",
+    "serve_input",
 ]
