@@ -5,6 +5,8 @@ Shapes: D plates, L queries, N controls, C channels, H W image, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from fulgurite.datamodules.cs_arm_bn.options import (
     find_min_controls,
 )
 from fulgurite.datamodules.cs_arm_bn.pixels import Standardisation
+from fulgurite.datamodules.cs_arm_bn.prediction import find_input_plates
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, check_images
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment, Split, check_assignment
 from fulgurite.datamodules.cs_arm_bn.standardising import (
@@ -226,14 +229,19 @@ class PlateDataModule(PlateLoaders):
         self.images: PlateImages
         self.table, self.images = self._drop_unusable(images)
         #: Rows of queries for training, validation and each test.
-        self.assignment: Assignment = check_assignment(self.table, self.split.assign(self.table))
+        assignment = Assignment() if self.predicts_input else self.split.assign(self.table)
+        self.assignment: Assignment = check_assignment(self.table, assignment)
         self._check_image_sizes()
+        if self.predicts_input:
+            self._check_trained_size()
         self._ready = True
         if self._statistics is None:
             self._statistics = measure_channels(self.images, self.assignment.train, self.pixels)
         rank_zero_info(f"Plates: {self.table.report()}\n{self._describe_split()}")
 
     def _describe_split(self) -> str:
+        if self.predicts_input:
+            return f"input: {len(self.table.domains)} plates to predict"
         parts = {"training": self.assignment.train, "validation": self.assignment.val}
         parts |= dict(self.assignment.tests)
         return "split: " + ", ".join(
@@ -255,6 +263,52 @@ class PlateDataModule(PlateLoaders):
                 f"Crops of {self.pixels.crop} pixels do not fit images of {height} × {width}.",
                 "Lower `--data.init_args.pixels.crop`, or `downscale` of the preprocessing.",
             )
+
+    def _check_trained_size(self) -> None:
+        """Refuse images that are unlike those of the training in size or full scale.
+
+        Raises:
+            DataError: They are.
+        """
+        if self._trained_size is None:  # of an older checkpoint
+            return
+        trained_size, full_scale = self._trained_size
+        for size, plate in self.images.sizes().items() if self.pixels.crop is None else ():
+            if size != trained_size:
+                raise DataError(
+                    f"The images of the plate {plate} have {size[0]} × {size[1]} pixels after "
+                    f"preprocessing, those of the training {trained_size[0]} × {trained_size[1]}.",
+                    "Give images of the size of the training images.",
+                )
+        if (unit := self.images.unit(0)) != full_scale:
+            raise DataError(
+                f"The images of the plate {self.table.domains[0]} are stored with a full scale of "
+                f"{unit:g}, those of the training with {full_scale:g}.",
+                "Save them in the type of the training images.",
+            )
+
+    def predict_from(self, path: Path, trained: Mapping[str, Any]) -> None:
+        """Predict all plates of a table or folder, each adapted to by its own controls.
+
+        Args:
+            path: See :func:`~fulgurite.datamodules.cs_arm_bn.prediction.find_input_plates`.
+            trained: What the checkpoint holds of this DataModule; where that is nothing, the plates
+                of the training are read.
+
+        Raises:
+            DataError: There are no plates at the path.
+            CheckpointError: They have other classes or channels than the training.
+        """
+        if not trained:
+            self.prepare_data()
+            self.setup()
+            trained = self.state_dict()
+            self._ready, self._opened_images = False, None
+        self.source = find_input_plates(
+            path, self.source, channels=trained["channels"], classes=trained["class_names"]
+        )
+        self.load_state_dict(dict(trained))
+        self.predicts_input = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for runs on other plates: statistics, class names and channels."""

@@ -89,6 +89,10 @@ class JumpPlates(PlateSource):
         self._channels = tuple(channels)
         self._controls: pd.DataFrame | None = None
 
+    def forget_tables(self) -> None:
+        """Read tables again when they are needed, such as those of another root."""
+        self._controls = None
+
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels."""

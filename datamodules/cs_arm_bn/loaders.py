@@ -62,6 +62,7 @@ class PlateLoaders(L.LightningDataModule):
     pixels: PixelOptions
     num_workers: int
     seed: int
+    predicts_input: bool = False  # plates in no split, all of which are predicted
     _statistics: tuple[Tensor, Tensor] | None  # fractions of full scale
     _standardisation: dict[torch.device, Standardisation]
 
@@ -180,7 +181,7 @@ class PlateLoaders(L.LightningDataModule):
         Raises:
             DataError: The split has no plate to predict.
         """
-        if self.evaluation.predict == "all":
+        if self.predicts_input or self.evaluation.predict == "all":
             plates = list(range(len(self.table.domains)))
         else:
             rows = [rows for name, rows in self.assignment.tests.items() if name != "in_domain"]

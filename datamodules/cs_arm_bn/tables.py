@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
@@ -27,11 +29,6 @@ _NAMES = (
     *("source", "batch", "plate", "well", "site", "role", "label"),
     *("domain", "lab", "official"),
 )
-_HINTS = {
-    "unknown_label": f"Add the class to `{_OPTION}.classes`",
-    "missing_channel": "Give each path",
-    "same_channel": "Give each channel its file",
-}
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,15 @@ class CsvPlates(PlateSource):
     Raises:
         ConfigError: ``channels`` is empty or has duplicates, or a word in ``exclude`` is unknown.
     """
+
+    #: What to do about sites that ``exclude`` would leave out.
+    hints: Mapping[str, str] = MappingProxyType(
+        {
+            "unknown_label": f"Add the class to `{_OPTION}.classes`",
+            "missing_channel": "Give each path",
+            "same_channel": "Give each channel its file",
+        }
+    )
 
     def __init__(
         self,
@@ -129,9 +135,13 @@ class CsvPlates(PlateSource):
         """Reader of 16-bit TIFF, PNG, JPEG and ``.npy``."""
         return FileReader(self.in_channels, self.files.any_depth, self.files.remote)
 
+    def read_file(self) -> pd.DataFrame:
+        """Return the table as it is."""
+        return read_table(data_path(self.path))
+
     def _read_frame(self) -> pd.DataFrame:
         if self._frame is None:
-            frame = read_table(data_path(self.path))
+            frame = self.read_file()
             for name in ("role", "label"):
                 if name not in frame.columns:
                     raise DataError(
@@ -254,7 +264,7 @@ class CsvPlates(PlateSource):
         if kind not in self.exclude:
             raise DataError(
                 f"The table {self.path} has {problem}.",
-                f"{_HINTS[kind]}, or "
+                f"{self.hints[kind]}, or "
                 + exclude_hint("such sites", kind, self.exclude, "source.init_args.exclude"),
             )
         excluded.append(Exclusion(kind, problem, int(wrong.sum())))
