@@ -5,8 +5,9 @@ Axes: B mini-batch, L tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from fulgurite.base import save_options
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule, keep_batch
+from fulgurite.data.text import FileWindows
 from fulgurite.data.text_options import TextOptions, TextSplit
 from fulgurite.datamodules.number_probing.addition import (
     AdditionOptions,
@@ -29,8 +31,13 @@ from fulgurite.datamodules.number_probing.corpus import (
     cached_tokens,
 )
 from fulgurite.datamodules.number_probing.perturbations import parse_perturbations
+from fulgurite.datamodules.number_probing.prediction import (
+    InputProblems,
+    InputTokens,
+    TrainedTokenizer,
+)
 from fulgurite.datamodules.number_probing.tokenizers import make_tokenizer, number_tokens
-from fulgurite.errors import DataError
+from fulgurite.errors import CheckpointError, DataError
 from fulgurite.options import (
     NonNegativeInt,
     PositiveInt,
@@ -39,6 +46,7 @@ from fulgurite.options import (
     list_options,
     make_options,
 )
+from fulgurite.predictions import list_input_files
 
 __all__ = [
     "AdditionDataModule", "NumberTextDataModule", "NumberTextOptions", "TokenizerOptions",
@@ -119,13 +127,26 @@ class AdditionDataModule(_NumberDataModule):
         """L, known before :meth:`setup`."""
         return self.task.sequence_length
 
+    def predict_from(self, path: Path, trained: Mapping[str, Any]) -> None:
+        """Predict the sums of problems, a line ``a+b`` for each.
+
+        Args:
+            path: A file, or a folder of ``.txt`` files.
+            trained: Nothing: the options say what a problem is.
+
+        Raises:
+            DataError: There is no such file, or a line is no problem of the training's kind.
+        """
+        problems = InputProblems(path, self.task)
+        self._input, self._input_names = problems, problems.names
+
     def setup(self, stage: str | None = None) -> None:
         """List or draw the pairs; does nothing the second time.
 
         Raises:
             DataError: A part has no pairs.
         """
-        if self._ready:
+        if self._ready or self._input is not None:
             return
         val, test = self.split.val_size, self.split.test_size
         seeds = [self.seed * 3 + stream for stream in (_TRAIN, _VAL, _TEST)]
@@ -266,12 +287,70 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         files = [path for _, path in self.find_text()]
         return cached_tokens(files, self.tokenizer, self.number_text.column)
 
+    def predict_from(self, path: Path, trained: Mapping[str, Any]) -> None:
+        """Predict the tokens of files, in windows that follow each other; numbers stay as they are.
+
+        Args:
+            path: A file, or a folder of files with the suffixes of the options.
+            trained: What the checkpoint holds of this DataModule: the vocabulary. Where that is
+                nothing, the text of the training is read.
+
+        Raises:
+            DataError: There is no such file, or it is empty or cannot be read.
+            CheckpointError: The checkpoint is of another tokenizer.
+        """
+        if trained:
+            self._restore_tokenizer(trained)
+        else:
+            self.prepare_data()
+            self.setup()
+        tokenizer, column = TrainedTokenizer(self.tokenizer), self.number_text.column
+        files = list_input_files(path, self.number_text.suffixes)
+        caches = {name: cached_tokens([file], tokenizer, column) for name, file in files}
+        windows = FileWindows({name: len(cache) for name, cache in caches.items()}, self.length)
+        options = self._window_options()
+        options = options._replace(perturbation=replace(options.perturbation, numbers=None))
+        self._input = InputTokens([*caches.values()], windows, options)
+        self._input_names = windows.names
+
+    def _restore_tokenizer(self, trained: Mapping[str, Any]) -> None:
+        if trained["key"] != self.tokenizer.key:
+            raise CheckpointError(
+                f"The checkpoint was trained with the tokenizer {trained['key']}, and "
+                f"data.init_args.tokenizer is {self.tokenizer.key}.",
+                "Give the options of the run that wrote it, such as by --config RUN/config.yaml.",
+            )
+        self.tokenizer.restore(trained["state"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the vocabulary, by which other text is read as that of the training."""
+        ready = {"key": self.tokenizer.key, "state": self.tokenizer.state()}
+        return ready if self._ready else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint with another vocabulary than that of this text.
+
+        Raises:
+            CheckpointError: Its tokens mean other words.
+        """
+        if not state_dict or not self._ready:
+            return
+        if state_dict != self.state_dict():
+            raise CheckpointError(
+                "The checkpoint was trained with another vocabulary than that of this text, so "
+                "that its tokens mean other words.",
+                "Predict other text with --input PATH, or give a tokenizer.json in "
+                "--data.init_args.tokenizer.name.",
+            )
+
     def prepare_data(self) -> None:
         """Fill the cache, once per machine.
 
         Raises:
             DataError: There is no text, or it cannot be read.
         """
+        if self._input is not None:
+            return
         # saves this process from reading all files again in `setup`, to know their contents
         self._prepared = self._cache()
 
@@ -281,17 +360,12 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         Raises:
             DataError: There is no text, or less than one sequence of it for a split.
         """
-        if self._ready:
+        if self._ready or self._input is not None:
             return
         #: All tokens, mapped.
         self.cache = cache = self._prepared or self._cache()
         self.split_text(len(cache), "tokens")
-        is_number = np.zeros(self.vocab_size, np.bool_)
-        is_number[[*self.tokenizer.numbers]] = True
-        options = WindowOptions(
-            self.length, self.perturbation, is_number, seed=self.seed,
-            documents=self.number_text.documents,
-        )  # fmt: skip
+        options = self._window_options()
         limits = None, self.text_split.val_sequences, None
         self._train, self._val, self._test = (
             TokenWindows(cache, part, options, random=split == _TRAIN, limit=limit)
@@ -301,6 +375,14 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
         pieces = self.tokenizer.encode([str(n) for n in range(1000)])
         self.number_pieces = {n: tuple(tokens) for n, tokens in enumerate(pieces)}
         self._ready = True
+
+    def _window_options(self) -> WindowOptions:
+        is_number = np.zeros(self.vocab_size, np.bool_)
+        is_number[[*self.tokenizer.numbers]] = True
+        return WindowOptions(
+            self.length, self.perturbation, is_number, seed=self.seed,
+            documents=self.number_text.documents,
+        )  # fmt: skip
 
     @property
     def token_counts(self) -> torch.Tensor:

@@ -5,23 +5,27 @@ Shapes: B mini-batch, N tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.base import save_options
 from fulgurite.data.datamodules import SequenceDataModule, TextDataModule
+from fulgurite.data.text import FileWindows
 from fulgurite.data.text_options import TextOptions, TextSplit
 from fulgurite.datamodules.stream_cqsa.needle import NeedleOptions, Needles, NeedleSizes, NeedleTask
 from fulgurite.datamodules.stream_cqsa.text import (
     ByteText,
     ConsecutiveWindows,
+    InputWindows,
     RandomWindows,
     cached_text,
 )
 from fulgurite.errors import ConfigError
 from fulgurite.options import NonNegativeInt, PositiveInt, check_arguments, make_options
+from fulgurite.predictions import list_input_files
 from fulgurite.sampling import ContinuedSampler, sampler_ranks
 
 __all__ = ["ByteTextDataModule", "NeedleDataModule"]
@@ -32,7 +36,8 @@ _TRAIN, _VAL, _TEST = range(3)  # random streams of `seed`
 def _batch_one_sequence(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """Give the one sequence an axis B; file starts stay integers."""
     (item,) = batch
-    return item | {name: item[name][None] for name in ("tokens", "targets")}
+    names = ("tokens", "targets", "index")
+    return item | {name: item[name][None] for name in names if name in item}
 
 
 class ByteTextDataModule(TextDataModule):
@@ -99,6 +104,8 @@ class ByteTextDataModule(TextDataModule):
         Raises:
             DataError: There is no text, or it cannot be read.
         """
+        if self._input is not None:
+            return
         # only saves this process from reading all files again in `setup`
         self._prepared = cached_text(self.find_text())
 
@@ -108,7 +115,7 @@ class ByteTextDataModule(TextDataModule):
         Raises:
             DataError: There is no text, or less than one sequence of it for a split.
         """
-        if self._ready:
+        if self._ready or self._input is not None:
             return
         #: All bytes, mapped.
         self.text = self._prepared or cached_text(self.find_text())
@@ -123,6 +130,23 @@ class ByteTextDataModule(TextDataModule):
         self._val = ConsecutiveWindows(self.text, val, limit=limit, **windows)
         self._test = ConsecutiveWindows(self.text, test, **windows)
         self._ready = True
+
+    def predict_from(self, path: Path, trained: Mapping[str, Any]) -> None:
+        """Predict the bytes of files, in windows that follow each other.
+
+        Args:
+            path: A file, or a folder of files with the suffixes of the options.
+            trained: Nothing: a token is a byte.
+
+        Raises:
+            DataError: There is no such file, or it is empty or cannot be read.
+        """
+        files = list_input_files(path, self.text_options.suffixes)
+        texts = {name: cached_text([(name, file)]) for name, file in files}
+        windows = FileWindows({name: len(text) for name, text in texts.items()}, self.length)
+        documents = self.text_options.documents
+        self._input = InputWindows([*texts.values()], windows, self.length, documents=documents)
+        self._input_names = windows.names
 
     def collate_function(self) -> Callable[[Any], Any] | None:
         """Keep file starts integers, if they are asked for."""

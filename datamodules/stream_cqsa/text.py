@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fulgurite.data.store import ArrayStore, ArrayStream, cached_store
-from fulgurite.data.text import UNREADABLE_TEXT, ConsecutiveStarts
+from fulgurite.data.text import UNREADABLE_TEXT, ConsecutiveStarts, FileWindows, pad_window
 from fulgurite.errors import DataError
 from fulgurite.foreign import reading
 
@@ -25,6 +25,7 @@ __all__ = [
     "IGNORED",
     "ByteText",
     "ConsecutiveWindows",
+    "InputWindows",
     "RandomWindows",
     "cached_text",
     "cut_window",
@@ -219,3 +220,34 @@ class ConsecutiveWindows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         begin = self.starts.begin(np.array([index]))
         return cut_window(self.text, int(begin[0]), self.length, self.documents)
+
+
+class InputWindows(Dataset[dict[str, Any]]):
+    """Windows of files in no split, each with its number as ``index``.
+
+    Args:
+        texts: The bytes of each file.
+        windows: Where windows begin.
+        length: N.
+        documents: Also return that a window is of one file; see :func:`cut_window`.
+    """
+
+    def __init__(
+        self, texts: Sequence[ByteText], windows: FileWindows, length: int, *, documents: bool
+    ) -> None:
+        self.texts, self.windows = texts, windows
+        self.length, self.documents = length, documents
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        text, begin = self.texts[self.windows.file[index]], int(self.windows.begin[index])
+        bytes_of_window = text.read(begin, self.length + 1).numpy()
+        tokens, targets = pad_window(bytes_of_window, self.length, IGNORED)
+        item: dict[str, Any] = {
+            "tokens": torch.from_numpy(tokens),
+            "targets": torch.from_numpy(targets),
+            "index": torch.tensor(index),
+        }
+        return item | {"documents": (0,)} if self.documents else item

@@ -294,11 +294,13 @@ class NumberLM(NumberModule):
         self._evaluate(batch, "test", self.test_metrics)
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Target and most likely token. Shapes: (B, L)."""
+        """Target and most likely token, and what the data number rows by. Shapes: (B, L), (B,)."""
         hidden = self.hidden(batch["tokens"], batch.get("documents"))
         rows = torch.split(hidden.flatten(0, 1), self.loss_chunk)
         likely = [nn.functional.linear(part, self.head_weight).argmax(-1) for part in rows]
+        numbered = {"index": batch["index"]} if "index" in batch else {}
         return {
+            **numbered,
             "targets": batch["targets"],
             "predicted": torch.cat(likely).view_as(batch["targets"]),
         }

@@ -147,9 +147,13 @@ class LanguageModel(SystemModule):
         self._evaluate(batch, "test", batch_idx, self.test_metrics)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Target, most likely token and loss [nats] of each token. Shapes: (B, N)."""
+        """Target, most likely token and loss [nats] of each token. Shapes: (B, N).
+
+        Where the data number rows, ``index`` is the number of each. Shape: (B,).
+        """
         targets, losses, predicted = self._scores(batch, "predict", batch_idx)
-        return {"targets": targets, "predicted": predicted, "loss": losses}
+        numbered = {"index": batch["index"]} if "index" in batch else {}
+        return {**numbered, "targets": targets, "predicted": predicted, "loss": losses}
 
     def _scores(
         self, batch: Mapping[str, Any], stage: str, batch_idx: int

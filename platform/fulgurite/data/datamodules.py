@@ -5,7 +5,7 @@ Loaders leave the run's randomness alone, and count every sample of an evaluatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ class SequenceDataModule(L.LightningDataModule):
         steps_per_epoch: Training batches of one epoch on each rank.
     """
 
+    _input_names: Mapping[str, Sequence[str]]  # of each row of them
     batch_size: int
     num_workers: int
     steps_per_epoch: int
     _train: Dataset[Any]
     _val: Dataset[Any]
     _test: Dataset[Any]
+    _input: Dataset[Any] | None = None  # files in no split, which are predicted
 
     def collate_function(self) -> Callable[[Any], Any] | None:
         """What makes a batch of samples; None for torch's own."""
@@ -87,8 +89,13 @@ class SequenceDataModule(L.LightningDataModule):
         return self._evaluation(self._test)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of :meth:`test_dataloader`."""
-        return self.test_dataloader()
+        """Return the batches of :meth:`test_dataloader`, or those of files in no split."""
+        return self.test_dataloader() if self._input is None else self._evaluation(self._input)
+
+    @property
+    def prediction_names(self) -> dict[str, Any]:
+        """Columns of predictions that say what each row is: of files in no split alone."""
+        return {} if self._input is None else {"index": self._input_names}
 
 
 class TextDataModule(SequenceDataModule):

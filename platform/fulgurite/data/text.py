@@ -5,7 +5,7 @@ Axes: B windows, L tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from fulgurite.errors import DataError
 from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, reading
 
-__all__ = ["UNREADABLE_TEXT", "ConsecutiveStarts", "read_documents"]
+__all__ = [
+    "UNREADABLE_TEXT", "ConsecutiveStarts", "FileWindows", "pad_window", "read_documents",
+]  # fmt: skip
 
 #: What to do about a file that cannot be read.
 UNREADABLE_TEXT = "Make it readable, or leave it out of `--data.init_args.text.paths`."
@@ -103,3 +105,64 @@ class ConsecutiveStarts:
     def begin(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the first token of each window. Shape: (B,) -> (B,)."""
         return self.part.start + numbers * self.windows // self.kept * self.length
+
+
+class FileWindows:
+    """Where the windows of several files begin: each token of a file is in one, the last is padded.
+
+    Args:
+        lengths: Tokens of each file, by its name.
+        length: Tokens L of a window.
+
+    Attributes:
+        file: Index of the file of each window. Shape: (B,).
+        begin: First token of each window in its file. Shape: (B,).
+        names: Columns that say what each window is, for ``prediction_names``: ``file``, ``window``
+            (its number in the file), ``begin`` and ``tokens`` (how many of the file it has).
+
+    Example:
+        >>> windows = FileWindows({"a.txt": 5, "b.txt": 2}, 4)
+        >>> windows.file.tolist(), windows.begin.tolist(), windows.names["tokens"]
+        ([0, 0, 1], [0, 4, 0], ['4', '1', '2'])
+    """
+
+    def __init__(self, lengths: Mapping[str, int], length: int) -> None:
+        totals = np.array([*lengths.values()], np.int64)
+        counts = np.maximum(1, -(-totals // length))
+        self.file = np.repeat(np.arange(len(totals)), counts)
+        number = np.arange(len(self.file)) - np.repeat(counts.cumsum() - counts, counts)
+        self.begin: npt.NDArray[np.int64] = number * length
+        tokens = np.minimum(length, totals[self.file] - self.begin)
+        files = [*lengths]
+        self.names: dict[str, list[str]] = {
+            "file": [files[k] for k in self.file],
+            "window": [str(k) for k in number],
+            "begin": [str(k) for k in self.begin],
+            "tokens": [str(k) for k in tokens],
+        }
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+
+def pad_window(
+    tokens: npt.NDArray[np.int64], length: int, ignored: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the inputs and targets of a window at the end of a text.
+
+    Args:
+        tokens: The tokens of the window and the one after it, as far as there are any.
+        length: L.
+        ignored: Target where the next token is not known.
+
+    Shape:
+        - tokens: (L + 1,) or fewer; the results (L,) each.
+
+    Example:
+        >>> inputs, targets = pad_window(np.array([5, 6]), 3, -100)
+        >>> inputs.tolist(), targets.tolist()
+        ([5, 6, 0], [6, -100, -100])
+    """
+    padding = length + 1 - len(tokens)
+    inputs = np.pad(tokens, (0, padding))[:-1]
+    return inputs, np.pad(tokens[1:], (0, padding), constant_values=ignored)
