@@ -19,13 +19,21 @@ from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator.synthetic import SyntheticFlights
 from fulgurite.datamodules.ice_layers.loaders import StackLoaders
+from fulgurite.datamodules.ice_layers.prediction import find_input_stacks
 from fulgurite.datamodules.ice_layers.readers.completed import (
     CompletedStacks,
     drop_overlapping,
     refuse_leaks,
+    refuse_unlike,
 )
 from fulgurite.datamodules.ice_layers.readers.write_back import Written
-from fulgurite.datamodules.ice_layers.splits import PARTS, leave_guard, split_segments
+from fulgurite.datamodules.ice_layers.splits import (
+    PARTS,
+    describe_parts,
+    leave_guard,
+    refuse_second_split,
+    split_segments,
+)
 from fulgurite.datamodules.ice_layers.stack import (
     Array,
     Exclusion,
@@ -201,10 +209,31 @@ class IceLayerDataModule(StackLoaders):
             )
         return self._statistics
 
+    def predict_from(self, path: Path, trained: Mapping[str, Any]) -> None:
+        """Predict all stacks of files, with the statistics of the training.
+
+        Args:
+            path: See :func:`~fulgurite.datamodules.ice_layers.prediction.find_input_stacks`.
+            trained: What the checkpoint holds of this; empty to read the training's stacks.
+
+        Raises:
+            DataError: There are no such files at the path.
+            CheckpointError: They have other physical fields than the training.
+        """
+        if not trained:
+            self.prepare_data()
+            self.setup()
+            trained, self._parts = self.state_dict(), {}
+        self.source = find_input_stacks(
+            path, self.source, layers=trained["layers"], physics=trained["physics"]
+        )
+        self.load_state_dict(dict(trained))
+        self.predicts_input = True
+
     def prepare_data(self) -> None:
         """Let the source write its files, once per machine."""
         self.source.prepare()
-        if self.completed is not None:
+        if self.completed is not None and not self.predicts_input:
             self.completed.prepare()
 
     def setup(self, stage: str | None = None) -> None:
@@ -217,12 +246,14 @@ class IceLayerDataModule(StackLoaders):
             return
         flights = self.source.load()
         picked = [stack for stack in flights.stacks if stack.observed.any()]
-        parts = self._split(flights, picked)
+        parts: dict[str, list[LayerStack]] = {part: [] for part in PARTS}
+        if not self.predicts_input:
+            parts = self._split(flights, picked)
         self.unit = flights.unit
         self._check_unit()
         self._unpicked = [stack for stack in flights.stacks if not stack.observed.any()]
         self.excluded = list(flights.excluded)
-        if self.completed is not None:
+        if self.completed is not None and not self.predicts_input:
             parts["train"] = self._load_completed(flights, parts)
         if self.guard:
             dates = [s.segment for part in ("val", "test") for s in parts[part]]
@@ -236,7 +267,7 @@ class IceLayerDataModule(StackLoaders):
             generator = np.random.default_rng((self.seed, _CHOOSE))
             indices = generator.permutation(len(parts["train"]))[: self.train_stacks]
             parts["train"] = [parts["train"][k] for k in np.sort(indices)]
-        if not any(parts.values()) and not self._unpicked:
+        if not any(parts.values()) and not self._unpicked and not self.predicts_input:
             raise DataError(
                 f"No stack is left of {flights.report()}.",
                 "Take parts out of `--data.init_args.traced`.",
@@ -260,12 +291,8 @@ class IceLayerDataModule(StackLoaders):
         if self._unpicked:
             left_out += f"; {len(self._unpicked)} stacks without any pick, for prediction only"
         rank_zero_info(
-            f"Ice layers: {flights.report()}{left_out}\nsplit: "
-            + ", ".join(
-                f"{part} {len(parts[part])} stacks on "
-                f"{len({s.segment for s in parts[part]})} segments"
-                for part in PARTS
-            )
+            f"Ice layers: {flights.report()}{left_out}\n"
+            + (describe_parts(parts) if not self.predicts_input else "input: all are predicted")
         )
 
     def _split(self, flights: Flights, picked: Sequence[LayerStack]) -> dict[str, list[LayerStack]]:
@@ -284,17 +311,7 @@ class IceLayerDataModule(StackLoaders):
                 part: [stack for stack in picked if stack.segment in set(split[part])]
                 for part in PARTS
             }
-        for name, value, default in (
-            ("val", self.val, None),
-            ("test", self.test, None),
-            ("order", self.order, "random"),
-        ):
-            if value != default:
-                raise ConfigError(
-                    f"The files have a split of their own, so that {name}={value} decides nothing.",
-                    f"Leave `--data.init_args.{name}` out, or set "
-                    "`--data.init_args.source.init_args.folders.split=segments`.",
-                )
+        refuse_second_split(self.val, self.test, self.order)
         self.shared_segments = flights.split.shared
         self._part_of = part_of = flights.split.part
         return {part: [s for s in picked if part_of[s.name] == part] for part in PARTS}
@@ -305,16 +322,7 @@ class IceLayerDataModule(StackLoaders):
         """Training stacks out of another run's completed ones, under the leakage rule."""
         assert self.completed is not None
         completed = self.completed.load()
-        for quantity, theirs, mine in (
-            ("layers", len(completed.layer_names), len(flights.layer_names)),
-            ("physical fields", completed.physics, flights.physics),
-            ("unit", completed.unit, flights.unit),
-        ):
-            if theirs != mine:
-                raise DataError(
-                    f"The completed stacks have the {quantity} {theirs}, the source {mine}.",
-                    "Give `--data.init_args.completed` stacks that were made of this source.",
-                )
+        refuse_unlike(completed, flights)
         tested = {stack.segment for stack in parts["test"]} - self.shared_segments
         refuse_leaks(completed.stacks, tested)
         evaluated = [*parts["val"], *parts["test"]]

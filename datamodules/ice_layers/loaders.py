@@ -47,6 +47,7 @@ class StackLoaders(L.LightningDataModule):
     predict: Literal["train", "val", "test", "all"]
     num_workers: int
     seed: int
+    predicts_input: bool = False  # stacks in no split, all of which are predicted
     _parts: dict[str, list[LayerStack]]
     _unpicked: list[LayerStack]  # without any pick, for prediction only
     _left_out: list[LayerStack]  # in no part, for prediction only
@@ -144,9 +145,10 @@ class StackLoaders(L.LightningDataModule):
         Raises:
             DataError: The part has no stack.
         """
-        parts = PARTS if self.predict == "all" else (self.predict,)
+        predicts_all = self.predicts_input or self.predict == "all"
+        parts = PARTS if predicts_all else (self.predict,)
         data = [item for part in parts for item in self._data(part)] + self._unpicked_data(parts)
-        if self.predict == "all":
+        if predicts_all:
             first = len(self.stacks) - len(self._left_out)
             data += [
                 stack.to_data(self.segments.index(stack.segment), k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from fulgurite.data.splits import check_fractions
 from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["PARTS", "leave_guard", "split_segments"]
+__all__ = ["PARTS", "describe_parts", "leave_guard", "refuse_second_split", "split_segments"]
 
 #: The parts of a split.
 PARTS = ("train", "val", "test")
@@ -91,6 +91,38 @@ def split_segments(
         "val": tuple(sorted(parts["val"])),
         "test": tuple(sorted(parts["test"])),
     }
+
+
+def refuse_second_split(val: object, test: object, order: str) -> None:
+    """Refuse options of a split where the files have one of their own.
+
+    Args:
+        val: Option for validation; None if not given.
+        test: Option for the test; None if not given.
+        order: Option for the order; ``random`` if not given.
+
+    Raises:
+        ConfigError: One is given.
+    """
+    for name, value, default in (
+        ("val", val, None),
+        ("test", test, None),
+        ("order", order, "random"),
+    ):
+        if value != default:
+            raise ConfigError(
+                f"The files have a split of their own, so that {name}={value} decides nothing.",
+                f"Leave `--data.init_args.{name}` out, or set "
+                "`--data.init_args.source.init_args.folders.split=segments`.",
+            )
+
+
+def describe_parts(parts: Mapping[str, Sequence[LayerStack]]) -> str:
+    """Say in one line how many stacks and flight segments each part has."""
+    return "split: " + ", ".join(
+        f"{part} {len(parts[part])} stacks on {len({s.segment for s in parts[part]})} segments"
+        for part in PARTS
+    )
 
 
 def leave_guard(

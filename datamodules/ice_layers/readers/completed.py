@@ -13,14 +13,36 @@ import numpy as np
 
 from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
-from fulgurite.datamodules.ice_layers.stack import Exclusion, LayerStack
+from fulgurite.datamodules.ice_layers.stack import Exclusion, Flights, LayerStack
 from fulgurite.domains.ice_layers.codes import Provenance
 from fulgurite.domains.ice_layers.geodesy import MEAN_EARTH_RADIUS, to_vectors
 from fulgurite.domains.ice_layers.npz import read_texts
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
 
-__all__ = ["CompletedStacks", "drop_overlapping", "refuse_leaks"]
+__all__ = ["CompletedStacks", "drop_overlapping", "refuse_leaks", "refuse_unlike"]
+
+
+def refuse_unlike(completed: Flights, flights: Flights) -> None:
+    """Refuse completed stacks that are not of the kind of others.
+
+    Args:
+        completed: The completed stacks.
+        flights: The others.
+
+    Raises:
+        DataError: They have other layers, physical fields or units.
+    """
+    for quantity, theirs, mine in (
+        ("layers", len(completed.layer_names), len(flights.layer_names)),
+        ("physical fields", completed.physics, flights.physics),
+        ("unit", completed.unit, flights.unit),
+    ):
+        if theirs != mine:
+            raise DataError(
+                f"The completed stacks have the {quantity} {theirs}, the source {mine}.",
+                "Give `--data.init_args.completed` stacks that were made of this source.",
+            )
 
 
 def refuse_leaks(stacks: Sequence[LayerStack], test: Collection[str]) -> None:

@@ -132,7 +132,7 @@ class NpzStacks(StackSource):
         """Each file and its arrays, numbers as float64; None for one that is to be left out."""
         for path in self.paths():
             try:
-                content = read_npz_arrays(path, "The stack", _AGAIN)
+                content = self._read_arrays(path)
                 for name in ("thickness", "pos", *self._needs):
                     if name not in content and not (name == "thickness" and "boundary" in content):
                         raise DataError(
@@ -156,6 +156,9 @@ class NpzStacks(StackSource):
                 yield path, None
             else:
                 yield path, content
+
+    def _read_arrays(self, path: Path) -> dict[str, Any]:
+        return read_npz_arrays(path, "The stack", _AGAIN)
 
     def _add_thickness(self, content: dict[str, Any]) -> int:
         """Add thickness to arrays with boundaries, and return how many of these were left out."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.domains.ice_layers.codes import METRES, Provenance
+from fulgurite.domains.ice_layers.netcdf import field_variable
 from fulgurite.errors import ConfigError, MissingExtraError
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
@@ -255,7 +256,7 @@ class _Writer:
             units, long_name = _FIELDS.get(name, (None, name))
             attributes = {"units": units} if units else {}
             self.add_data(
-                _variable(k, name), stack.physics[..., k], _BOTH,
+                field_variable(k, name), stack.physics[..., k], _BOTH,
                 long_name=f"{long_name}, of the climate model", **attributes,
             )  # fmt: skip
 
@@ -372,12 +373,6 @@ def write_netcdf(path: str | Path, stack: CompletedStack) -> Path:
     return path
 
 
-def _variable(number: int, name: str) -> str:
-    """Name of a field's variable: CF allows letters, digits and underscores."""
-    letters = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
-    return f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
-
-
 def _comment(variables: Mapping[str, NetcdfVariable], name: str) -> str:
     return str(variables[name].attributes.get("comment", "")) if name in variables else ""
 
@@ -408,7 +403,7 @@ def _read_content(file: NetcdfFile) -> dict[str, Any]:
         return [line for line in str(attributes.get(name, "")).split("\n") if line]
 
     names = str(attributes["physics_names"]).split("\n") if attributes["physics_names"] else []
-    physics = [values(_variable(k, name)) for k, name in enumerate(names)]
+    physics = [values(field_variable(k, name)) for k, name in enumerate(names)]
     thickness = values("thickness")
     content: dict[str, Any] = {
         "thickness": thickness,

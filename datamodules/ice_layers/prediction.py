@@ -1,0 +1,164 @@
+"""Stacks of a user that are in no split, read by the readers of a training.
+
+Shapes: N traces, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fulgurite.data.listing import list_files
+from fulgurite.datamodules.ice_layers.flights import StackSource
+from fulgurite.datamodules.ice_layers.generator.synthetic import GeneratedLayerFiles
+from fulgurite.datamodules.ice_layers.readers.koenig import KoenigPicks
+from fulgurite.datamodules.ice_layers.readers.layer_files import LayerFiles
+from fulgurite.datamodules.ice_layers.readers.layer_frames import FRAME_NAME
+from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
+from fulgurite.datamodules.ice_layers.readers.sred import SredMat
+from fulgurite.datamodules.ice_layers.readers.sred_options import SredFolders
+from fulgurite.domains.ice_layers.codes import Provenance
+from fulgurite.domains.ice_layers.netcdf import read_netcdf_arrays
+from fulgurite.errors import DataError
+from fulgurite.predictions import list_input_files
+
+__all__ = ["InputStacks", "find_input_stacks"]
+
+
+_SUFFIXES = (".npz", ".nc")
+# what each reader reads
+_FILES = {
+    LayerFiles: "layer file Data_YYYYMMDD_SS_FFF.mat",
+    KoenigPicks: "table mapdata*.txt",
+    SredMat: "file of SRED",
+}
+_KINDS = "stacks as .npz, or completed stacks as .nc"
+
+
+class InputStacks(NpzStacks):
+    """Stacks in npz files or completed ones in NetCDF, of which only what was observed counts.
+
+    In completed stacks, which ``fulgurite predict`` wrote, filled entries are missing again. Of a
+    stack in both formats the npz file is read.
+
+    Args:
+        path: A file, or a folder of files.
+        layers: Layers of the training, which all stacks have.
+        physics: Names of the physical fields of the training.
+        exclude: What to leave out and count, as in training.
+        thickest: Largest plausible median thickness, as in training.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layers: int,
+        physics: Sequence[str],
+        *,
+        exclude: Sequence[str] = (),
+        thickest: float | None = None,
+    ) -> None:
+        super().__init__(str(path), layers, list(physics), list(exclude), thickest=thickest)
+        self.path, self.needed = path, layers
+
+    def paths(self) -> list[Path]:
+        """The files, sorted."""
+        files = {path for _, path in list_input_files(self.path, _SUFFIXES)}
+        return sorted(f for f in files if f.suffix == ".npz" or f.with_suffix(".npz") not in files)
+
+    def _read_arrays(self, path: Path) -> dict[str, Any]:
+        if path.suffix == ".npz":
+            return super()._read_arrays(path)
+        return read_netcdf_arrays(path, "The stack", "Give one that `fulgurite predict` wrote.")
+
+    def _contents(self) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+        for path, content in super()._contents():
+            if content is not None:
+                self._check_layers(path, content)
+                self._hide_filled(path, content)
+            yield path, content
+
+    def _check_layers(self, path: Path, content: dict[str, Any]) -> None:
+        layers = (
+            content["thickness"].shape[1]
+            if "thickness" in content
+            else content["boundary"].shape[1] - 1
+        )
+        if layers != self.needed and "layer_count" not in self.exclude:
+            raise DataError(
+                f"The stack {path} has {layers} layers, and the network was trained on "
+                f"{self.needed}.",
+                f"Give stacks of {self.needed} layers, NaN where one is missing.",
+            )
+
+    @staticmethod
+    def _hide_filled(path: Path, content: dict[str, Any]) -> None:
+        if "provenance" not in content or "thickness" not in content:
+            return
+        thickness, provenance = content["thickness"], content["provenance"]
+        if thickness.shape != provenance.shape:
+            raise DataError(
+                f"The provenance of the stack {path} has the shape {provenance.shape}, its "
+                f"thickness {thickness.shape}.",
+                "Give both for each trace and layer.",
+            )
+        content["thickness"] = np.where(provenance == Provenance.OBSERVED, thickness, np.nan)
+
+
+def find_input_stacks(
+    path: Path, source: StackSource, *, layers: int, physics: Sequence[str]
+) -> StackSource:
+    """Return the source of the files that ``--input`` names.
+
+    It is of the training's kind, with its options and its climate; or stacks in npz files and
+    completed ones, whatever the training read.
+
+    Args:
+        path: A file or folder.
+        source: The training source.
+        layers: Number of layers of the training.
+        physics: Names of the physical fields of the training.
+
+    Raises:
+        DataError: There is no file of such a kind at the path.
+    """
+    if isinstance(source, GeneratedLayerFiles):
+        source = source.reader()
+    names = [name for name, _ in list_files(path)] if path.is_dir() else [path.name]
+    names = [name.rpartition("/")[2] for name in names]
+    exclude = sorted(getattr(source, "exclude", ()))
+    if isinstance(source, LayerFiles) and any(map(FRAME_NAME.fullmatch, names)):
+        return LayerFiles(
+            [str(path)], source.climate, layers, blocks=source.blocks, picks=source.picks,
+            exclude=exclude, thickest=source.thickest,
+        )  # fmt: skip
+    if isinstance(source, KoenigPicks) and any(name.endswith(".txt") for name in names):
+        return KoenigPicks(
+            [str(path)], source.climate, layers, source.thickness, blocks=source.blocks,
+            exclude=exclude, thickest=source.thickest, surface=source.surface,
+        )  # fmt: skip
+    if isinstance(source, SredMat) and any(name.endswith(".mat") for name in names):
+        if not path.is_dir():
+            raise DataError(
+                f"--input={path} is a file, and files of SRED are read by folder.",
+                "Name their folder.",
+            )
+        return SredMat(
+            str(path), SredFolders(train=(".",), val=(), test=(), split="segments"), layers,
+            source.traces, fields=source.fields, bins=source.bins, exclude=exclude,
+            thickest=source.thickest,
+        )  # fmt: skip
+    if any(name.endswith(_SUFFIXES) for name in names):
+        is_same = isinstance(source, NpzStacks)
+        return InputStacks(
+            path, layers, physics, exclude=exclude if is_same else (),
+            thickest=source.thickest if is_same else None,
+        )  # fmt: skip
+    kind = _FILES.get(type(source))
+    raise DataError(
+        f"--input={path} holds no {kind or 'stack'} that can be completed.",
+        f"Give {'such files, ' if kind else ''}{_KINDS}.",
+    )

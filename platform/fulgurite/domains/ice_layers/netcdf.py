@@ -1,0 +1,74 @@
+"""What readers of completed stacks as NetCDF must know of how they are written.
+
+Shapes: N traces, L layers (newest first), P physical fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulgurite.domains.ice_layers.codes import METRES
+from fulgurite.foreign import reading
+from fulgurite.hdf5 import NetcdfFile, need_package
+
+__all__ = ["field_variable", "read_netcdf_arrays"]
+
+
+def field_variable(number: int, name: str) -> str:
+    """Name of a physical field's variable: CF allows letters, digits and underscores.
+
+    Args:
+        number: Number of the field.
+        name: Its name.
+
+    Example:
+        >>> field_variable(0, "smb"), field_variable(1, "Δh"), field_variable(2, "Δ")
+        ('climate_smb', 'climate__h', 'climate_2')
+    """
+    letters = "".join(c if c.isascii() and (c.isalnum() or c == "_") else "_" for c in name)
+    return f"climate_{letters}" if letters.strip("_") else f"climate_{number}"
+
+
+def read_netcdf_arrays(path: str | Path, subject: str, hint: str) -> dict[str, NDArray[Any]]:
+    """Read what a completed stack says of its layers, by the names of the arrays in npz files.
+
+    Args:
+        path: The file.
+        subject: What the file is, for the error.
+        hint: What to do if it cannot be read.
+
+    Raises:
+        DataError: The file is damaged, or no completed stack.
+        MissingExtraError: netCDF4 is not installed.
+    """
+    with reading(path, subject, hint):
+        try:
+            file = NetcdfFile(path)
+        except ImportError as error:
+            raise need_package(error, "Reading stacks as NetCDF") from error
+        with file:
+            attributes = file.attributes
+            names = [name for name in str(attributes["physics_names"]).split("\n") if name]
+            content = {
+                name: file.read(name, is_masked=False)
+                for name in ("thickness", "provenance", "distance", "layer_age")
+                if name in file.variables or name != "layer_age"
+            }
+            position = [file.read(name, is_masked=False) for name in ("latitude", "longitude")]
+            fields = [
+                file.read(field_variable(k, name), is_masked=False) for k, name in enumerate(names)
+            ]
+            shape = (*content["thickness"].shape, 0)
+            content["pos"] = np.stack(position, -1)
+            content["physics"] = np.stack(fields, -1) if fields else np.zeros(shape)
+            content["physics_names"] = np.array(names, np.str_)
+            for name in ("segment", "stack"):
+                content[name] = np.array(str(attributes[name]))
+            content["unit"] = np.array(str(attributes.get("unit", METRES)))
+            if "layer_name" in file.variables:
+                content["layer_names"] = np.array(file.read_texts("layer_name"), np.str_)
+    return content

@@ -1,0 +1,172 @@
+"""Layer files that are in no split, completed with a trained run."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fulgurite as package
+from fulgurite.datamodules.ice_layers import KoenigPicks, LayerFiles, SredMat, StackSource
+from fulgurite.datamodules.ice_layers.prediction import find_input_stacks
+from fulgurite.errors import CheckpointError, DataError
+
+pytest.importorskip("torch_geometric")
+pytestmark = pytest.mark.usefixtures("workdir")
+
+
+@pytest.fixture(scope="module")
+def trained(train_once):
+    """A run on generated flights, and its DataModule."""
+    cli, folder = train_once(
+        "fit", "--config", "ice_layers/smoke.yaml", "--trainer.max_epochs=1", "--run.dir=run"
+    )
+    return folder / "run", cli.datamodule
+
+
+@pytest.fixture(scope="module")
+def layer_files(trained, tmp_path_factory):
+    """The layer files of the test segments, copied."""
+    folder = tmp_path_factory.mktemp("files") / "CSARP_layer"
+    for segment in {stack.segment for stack in trained[1].stacks_of("test")}:
+        shutil.copytree(trained[1].source.root / "CSARP_layer" / segment, folder / segment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def completed(train_once, trained, layer_files):
+    """The folder of stacks that were completed of these files."""
+    run = trained[0]
+    cli, _ = train_once(
+        "predict", "--config", str(run / "config.yaml"), f"--run.dir={run}", "--ckpt_path=last",
+        f"--input={layer_files}", "--trainer.callbacks.csarp_layer=true",
+    )  # fmt: skip
+    return cli.folder / "completed"
+
+
+def read(folder):
+    return {path.name: dict(np.load(path)) for path in Path(folder).glob("*.npz")}
+
+
+def test_copies_of_the_test_flights_are_completed_as_the_split(trained, completed, fulgurite):
+    run, data = trained
+    status, _, err = fulgurite(
+        "predict", "--config", str(run / "config.yaml"), "--run.dir", str(run), "--ckpt_path=last",
+        "--data.init_args.predict=test",
+    )  # fmt: skip
+    assert status == 0, err
+    (split,) = (folder for folder in run.glob("predict*/completed") if folder != completed)
+    expected, found = read(split), read(completed)
+    assert expected.keys() == found.keys() == {f"{s.name}.npz" for s in data.stacks_of("test")}
+    for name, stack in expected.items():
+        other = found[name]
+        assert np.array_equal(stack["provenance"], other["provenance"])
+        observed = stack["observed"]
+        assert np.array_equal(stack["thickness"][observed], other["thickness"][observed])
+        assert np.allclose(stack["thickness"], other["thickness"], rtol=1e-5, equal_nan=True)
+        for key in ("physics", "layer_names", "segment", "trained_segments", "checkpoint_sha256"):
+            assert np.array_equal(stack[key], other[key]), key
+
+
+def test_the_files_are_written_back(completed, layer_files):
+    written = {path.name for path in (completed / "CSARP_layer").rglob("*.mat")}
+    assert written == {path.name for path in layer_files.rglob("*.mat")}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".nc"])
+def test_filled_entries_of_completed_stacks_are_missing_again(trained, completed, suffix):
+    """As npz files or, copied without these, as NetCDF."""
+    source = completed
+    if suffix == ".nc":
+        source = Path("netcdf")
+        source.mkdir()
+        for path in completed.glob("*.nc"):
+            shutil.copyfile(path, source / path.name)
+    package.predict(trained[0], source, "last")
+    newest = max(trained[0].glob("predict*"), key=lambda folder: folder.stat().st_mtime)
+    for name, stack in read(newest / "completed").items():
+        before = read(completed)[name]
+        assert np.array_equal(stack["observed"], before["observed"])
+        observed = before["observed"]
+        assert np.array_equal(stack["thickness"][observed], before["thickness"][observed])
+        assert np.array_equal(stack["physics"], before["physics"])
+        assert np.array_equal(stack["layer_names"], before["layer_names"])
+
+
+def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(trained, layer_files):
+    data = package.load("ice_layers/smoke").data
+    data.predict_from(layer_files, {})
+    state = trained[1].state_dict()
+    assert data.statistics.keys() == state["statistics"].keys()
+    assert all(torch.equal(v, state["statistics"][k]) for k, v in data.statistics.items())
+    data.setup("predict")
+    assert {s.split("_0")[0] for s in data.stacks}
+    assert all(not data.stacks_of(part) for part in ("train", "val", "test"))
+
+
+def write_npz(path, layers, **arrays):
+    rows = 4
+    pos = np.column_stack([np.linspace(70, 70.01, rows), np.full(rows, -40.0)])
+    np.savez(path, thickness=np.full((rows, layers), 0.8), pos=pos, **arrays)
+    return Path(path)
+
+
+def test_stacks_that_do_not_fit_are_refused_by_name(trained):
+    data = package.load("ice_layers/smoke").data
+    state = trained[1].state_dict()
+    for arrays, layers, words in (
+        ({}, 5, r"five\.npz has 5 layers, and the network was trained on 8"),
+        ({}, 8, r"The physical fields .* of .*five\.npz have shape"),
+        ({"provenance": np.zeros((4, 3))}, 8, r"provenance of the stack .*five\.npz has the shape"),
+    ):
+        data.predict_from(write_npz("five.npz", layers, **arrays), state)
+        with pytest.raises(DataError, match=words):
+            data.setup("predict")
+
+
+def test_a_missing_climate_is_named(trained, layer_files):
+    data = package.load("ice_layers/smoke").data
+    data.source = LayerFiles([str(layer_files)])
+    with pytest.raises(CheckpointError, match="trained with the physical fields"):
+        data.predict_from(layer_files, trained[1].state_dict())
+
+
+@pytest.mark.parametrize("name", ["empty", "other", "one.txt"])
+def test_what_holds_no_layer_file_is_refused(trained, name):
+    Path("empty").mkdir()
+    Path("other").mkdir()
+    Path("other/other.mat").write_bytes(b"none")
+    Path("one.txt").write_text("none")
+    with pytest.raises(DataError, match=f"--input=.*{name}"):
+        package.predict(trained[0], name, "last")
+
+
+class OwnStacks(StackSource):
+    """A source of a user, who reads no files."""
+
+    physics = ("a",)
+
+    def load(self):
+        raise NotImplementedError
+
+
+def test_each_source_reads_its_kind_of_files():
+    Path("mapdata1.txt").write_text("none")
+    Path("sred").mkdir()
+    Path("sred/20120330_04_0939_2km.mat").write_bytes(b"none")
+
+    def find(path, source):
+        return find_input_stacks(Path(path), source, layers=7, physics=("a",))
+
+    tables = find("mapdata1.txt", KoenigPicks(["old"], count=7, surface="zero"))
+    assert (tables.files, tables.count, tables.surface) == (["mapdata1.txt"], 7, "zero")
+    sred = find("sred", SredMat("old", count=7, traces=64))
+    assert [path.name for path in sred.paths()["train"]] == ["20120330_04_0939_2km.mat"]
+    assert (sred.count, sred.traces) == (7, 64)
+    with pytest.raises(DataError, match="read by folder"):
+        find("sred/20120330_04_0939_2km.mat", SredMat("old"))
+    with pytest.raises(DataError, match="--input=sred holds no stack that can be completed"):
+        find("sred", OwnStacks())
+    write_npz("own.npz", 7)
+    assert find("own.npz", OwnStacks()).paths() == [Path("own.npz")]
