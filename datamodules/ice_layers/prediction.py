@@ -131,6 +131,11 @@ def find_input_stacks(
     names = [name.rpartition("/")[2] for name in names]
     exclude = sorted(getattr(source, "exclude", ()))
     if isinstance(source, LayerFiles) and any(map(FRAME_NAME.fullmatch, names)):
+        if any(name.endswith(".npz") for name in names):
+            raise DataError(
+                f"--input={path} holds both layer files and stacks as .npz.",
+                "Name the folder of one kind.",
+            )
         return LayerFiles(
             [str(path)], source.climate, layers, blocks=source.blocks, picks=source.picks,
             exclude=exclude, thickest=source.thickest,

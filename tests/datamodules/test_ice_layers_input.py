@@ -16,21 +16,25 @@ pytest.importorskip("torch_geometric")
 pytestmark = pytest.mark.usefixtures("workdir")
 
 
+WORLD = {"stacks": 24, "traces": 16, "segments": 8}
+SMALL = [f"--data.init_args.source.init_args.world.{key}={value}" for key, value in WORLD.items()]
+
+
 @pytest.fixture(scope="module")
 def trained(train_once):
     """A run on generated flights, and its DataModule."""
     cli, folder = train_once(
-        "fit", "--config", "ice_layers/smoke.yaml", "--trainer.max_epochs=1", "--run.dir=run"
-    )
+        "fit", "--config", "ice_layers/smoke.yaml", "--trainer.max_epochs=1", "--run.dir=run",
+        "--trainer.callbacks.figures=0", *SMALL,
+    )  # fmt: skip
     return folder / "run", cli.datamodule
 
 
 @pytest.fixture(scope="module")
 def layer_files(trained, tmp_path_factory):
-    """The layer files of the test segments, copied."""
+    """The layer files, copied."""
     folder = tmp_path_factory.mktemp("files") / "CSARP_layer"
-    for segment in {stack.segment for stack in trained[1].stacks_of("test")}:
-        shutil.copytree(trained[1].source.root / "CSARP_layer" / segment, folder / segment)
+    shutil.copytree(trained[1].source.root / "CSARP_layer", folder)
     return folder
 
 
@@ -45,27 +49,34 @@ def completed(train_once, trained, layer_files):
     return cli.folder / "completed"
 
 
+@pytest.fixture
+def fresh():
+    """The DataModule of the run, as it is made."""
+    return package.load("ice_layers/smoke", data={f"source.world.{k}": v for k, v in WORLD.items()})
+
+
 def read(folder):
     return {path.name: dict(np.load(path)) for path in Path(folder).glob("*.npz")}
 
 
-def test_copies_of_the_test_flights_are_completed_as_the_split(trained, completed, fulgurite):
+def test_copies_of_the_files_are_completed_as_the_split(trained, completed, fulgurite):
     run, data = trained
     status, _, err = fulgurite(
         "predict", "--config", str(run / "config.yaml"), "--run.dir", str(run), "--ckpt_path=last",
-        "--data.init_args.predict=test",
+        "--trainer.callbacks.netcdf=false",
     )  # fmt: skip
     assert status == 0, err
     (split,) = (folder for folder in run.glob("predict*/completed") if folder != completed)
     expected, found = read(split), read(completed)
-    assert expected.keys() == found.keys() == {f"{s.name}.npz" for s in data.stacks_of("test")}
+    assert expected.keys() == found.keys() == {f"{name}.npz" for name in data.stacks}
     for name, stack in expected.items():
         other = found[name]
-        assert np.array_equal(stack["provenance"], other["provenance"])
+        for key in ("observed", "provenance", "physics", "layer_names", "segment"):
+            assert np.array_equal(stack[key], other[key]), key
         observed = stack["observed"]
         assert np.array_equal(stack["thickness"][observed], other["thickness"][observed])
         assert np.allclose(stack["thickness"], other["thickness"], rtol=1e-5, equal_nan=True)
-        for key in ("physics", "layer_names", "segment", "trained_segments", "checkpoint_sha256"):
+        for key in ("trained_segments", "checkpoint_sha256"):
             assert np.array_equal(stack[key], other[key]), key
 
 
@@ -76,16 +87,15 @@ def test_the_files_are_written_back(completed, layer_files):
 
 @pytest.mark.parametrize("suffix", [".npz", ".nc"])
 def test_filled_entries_of_completed_stacks_are_missing_again(trained, completed, suffix):
-    """As npz files or, copied without these, as NetCDF."""
-    source = completed
-    if suffix == ".nc":
-        source = Path("netcdf")
-        source.mkdir()
-        for path in completed.glob("*.nc"):
-            shutil.copyfile(path, source / path.name)
-    package.predict(trained[0], source, "last")
+    few = sorted(completed.glob(f"*{suffix}"))[:3]
+    Path("stacks").mkdir()
+    for path in few:
+        shutil.copyfile(path, Path("stacks") / path.name)
+    package.predict(trained[0], "stacks", "last")
     newest = max(trained[0].glob("predict*"), key=lambda folder: folder.stat().st_mtime)
-    for name, stack in read(newest / "completed").items():
+    again = read(newest / "completed")
+    assert again.keys() == {f"{path.stem}.npz" for path in few}
+    for name, stack in again.items():
         before = read(completed)[name]
         assert np.array_equal(stack["observed"], before["observed"])
         observed = before["observed"]
@@ -94,14 +104,19 @@ def test_filled_entries_of_completed_stacks_are_missing_again(trained, completed
         assert np.array_equal(stack["layer_names"], before["layer_names"])
 
 
-def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(trained, layer_files):
-    data = package.load("ice_layers/smoke").data
+def test_layer_files_beside_stacks_are_ambiguous(trained, completed):
+    with pytest.raises(DataError, match=r"holds both layer files and stacks as \.npz"):
+        package.predict(trained[0], completed, "last")
+
+
+def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(trained, layer_files, fresh):
+    data = fresh.data
     data.predict_from(layer_files, {})
     state = trained[1].state_dict()
     assert data.statistics.keys() == state["statistics"].keys()
     assert all(torch.equal(v, state["statistics"][k]) for k, v in data.statistics.items())
     data.setup("predict")
-    assert {s.split("_0")[0] for s in data.stacks}
+    assert {*data.stacks} == {*trained[1].stacks}
     assert all(not data.stacks_of(part) for part in ("train", "val", "test"))
 
 
@@ -112,8 +127,8 @@ def write_npz(path, layers, **arrays):
     return Path(path)
 
 
-def test_stacks_that_do_not_fit_are_refused_by_name(trained):
-    data = package.load("ice_layers/smoke").data
+def test_stacks_that_do_not_fit_are_refused_by_name(trained, fresh):
+    data = fresh.data
     state = trained[1].state_dict()
     for arrays, layers, words in (
         ({}, 5, r"five\.npz has 5 layers, and the network was trained on 8"),
@@ -125,8 +140,8 @@ def test_stacks_that_do_not_fit_are_refused_by_name(trained):
             data.setup("predict")
 
 
-def test_a_missing_climate_is_named(trained, layer_files):
-    data = package.load("ice_layers/smoke").data
+def test_a_missing_climate_is_named(trained, layer_files, fresh):
+    data = fresh.data
     data.source = LayerFiles([str(layer_files)])
     with pytest.raises(CheckpointError, match="trained with the physical fields"):
         data.predict_from(layer_files, trained[1].state_dict())

@@ -112,8 +112,8 @@ def addition_run(train_once):
 def test_problems_of_the_test_split_are_predicted_as_the_split(addition_run, fulgurite):
     run, data = addition_run
     split = predict_split(fulgurite, run)
-    problems = [data._test.pairs([k]) for k in range(len(split["targets"]))]
-    lines = [f"{a[0]}+{b[0]}" for a, b in problems]
+    problems = data._test
+    lines = [f"{a}+{b}" for a, b in zip(problems.a, problems.b, strict=True)]
     Path("problems.txt").write_text("\n\n".join(lines) + "\n")
     predictions = package.predict(run, "problems.txt", "last")
     for name in ("targets", "predicted"):

@@ -27,6 +27,7 @@ from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.predictions import PredictionWriter
+from fulgurite.predictions.inputs import locate_input
 from fulgurite.ranks import end_launched_ranks, is_first_process
 from fulgurite.records import remove_objects
 from fulgurite.replacing import dropping_replaced_arguments
@@ -279,7 +280,7 @@ class FulguriteCLI(LightningCLI):
             if self.wandb_id:
                 facts["wandb_id"] = self.wandb_id
             if files := self.section.get("input"):
-                facts["input"] = str(Path(files).absolute())
+                facts["input"] = str(locate_input(files).absolute())
             self.save_config_kwargs = {
                 "folder": self.folder,
                 "record": self.record,

@@ -18,7 +18,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import data_path
 from fulgurite.tensor_files import load_plain
 
-__all__ = ["ReadsInputs", "list_input_files", "serve_input"]
+__all__ = ["ReadsInputs", "list_input_files", "locate_input", "serve_input"]
 
 _METHOD = "predict_from(path, trained)"
 
@@ -65,7 +65,7 @@ def serve_input(
             f"Leave --input out, or give the DataModule a method {_METHOD}: see "
             "docs/how_to/own_paper.md.",
         )
-    located = _locate_input(path)
+    located = locate_input(path)
     trained: Any = {}
     if checkpoint is not None:
         stored = load_plain(checkpoint, "--ckpt_path", mmap=True)
@@ -73,7 +73,22 @@ def serve_input(
     data.predict_from(located, trained if isinstance(trained, Mapping) else {})
 
 
-def _locate_input(path: str) -> Path:
+def locate_input(path: str) -> Path:
+    """Return the file or folder that ``--input`` names.
+
+    Args:
+        path: Absolute, or relative to the current folder or else to ``FULGURITE_DATA``.
+
+    Raises:
+        ConfigError: The path is empty.
+        DataError: Nothing is there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     locate_input(folder) == Path(folder)
+        True
+    """
     if not path.strip():
         raise ConfigError("--input is empty.", "Name a file or folder, or leave --input out.")
     try:
