@@ -28,7 +28,8 @@ from fulgurite.predictions import list_input_files
 
 __all__ = ["InputProblems", "InputTokens", "TrainedTokenizer"]
 
-_PROBLEM = re.compile(r"\s*(\d+)\s*\+\s*(\d+)\s*")
+# `int` refuses thousands of digits
+_PROBLEM = re.compile(r"\s*([0-9]{1,40})\s*\+\s*([0-9]{1,40})\s*")
 _HINT = "Write a problem in each line, such as 12+30."
 
 

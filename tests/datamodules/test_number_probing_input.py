@@ -128,6 +128,7 @@ def test_problems_of_the_test_split_are_predicted_as_the_split(addition_run, ful
     [
         ("1+2\n3-4\n", "line 2 of .*problems.txt is no problem a\\+b: '3-4'"),
         ("1+2=3\n", "line 1 of .*problems.txt is no problem"),
+        (f"{'9' * 5000}+1\n", "line 1 of .*problems.txt is no problem"),
         ("900+1\n", "has the number 900, and the network was trained on numbers below 900"),
         ("\n \n", "problems.txt holds no problem"),
         ("", "problems.txt is empty"),
