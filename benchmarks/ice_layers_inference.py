@@ -16,9 +16,13 @@ from torch_geometric.data import Batch, Data
 from benchmarks.harness import ratios, report, spread, take_turns
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.models.ice_layers import (
+    CompletionInputs,
+    CompletionLoss,
     CompletionNet,
+    CompletionPrediction,
     IceCompletion,
     InputOptions,
+    KrigingFitOptions,
     SpatialOptions,
     TransformerOptions,
 )
@@ -78,9 +82,11 @@ def network(layers: int, width: int) -> IceCompletion:
     inner = options.pop("network")["init_args"]
     kinds = {"inputs": InputOptions, "spatial": SpatialOptions, "transformer": TransformerOptions}
     records = {name: make_options(kind, inner[name]) for name, kind in kinds.items()}
-    plain = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
     module = IceCompletion(
-        lambda size, fields: CompletionNet(size, fields, width, **records), **plain
+        lambda size, fields: CompletionNet(size, fields, width, **records),
+        inputs=make_options(CompletionInputs, options["inputs"]),
+        loss=make_options(CompletionLoss, options["loss"]),
+        prediction=make_options(CompletionPrediction, options["prediction"]),
     )
     module.build(layers, PHYSICS)
     return module.eval()
@@ -98,7 +104,7 @@ def main() -> None:
         batch = make_batch(stacks, traces, layers)
         net = network(layers, width)
         # a short fit: the time does not depend on the parameters
-        baseline = BaselineCompletion("kriging", fit_stacks=2, fit_entries=100, iterations=2)
+        baseline = BaselineCompletion("kriging", fit=KrigingFitOptions(2, 100, 2))
         fitted = [stack for _, stack in baseline._stacks(batch)]
         baseline.fit(fitted)
         assert baseline.kriging is not None

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from fulgurite.datamodules.ice_layers.generator.sred import SredWorld, SyntheticSred
     from fulgurite.datamodules.ice_layers.generator.synthetic import SyntheticFlights
     from fulgurite.datamodules.ice_layers.generator.world import World
+    from fulgurite.datamodules.ice_layers.options import (
+        EvaluationOptions,
+        SelectionOptions,
+        SplitOptions,
+    )
     from fulgurite.datamodules.ice_layers.readers.completed import CompletedStacks
     from fulgurite.datamodules.ice_layers.readers.koenig import KoenigPicks
     from fulgurite.datamodules.ice_layers.readers.layer_files import (
@@ -45,11 +50,13 @@ _MODULES = {
     "readers.sred_options": ("SredBins", "SredFields", "SredFolders"),
     "stack": ("Flights", "LayerStack"),
     "generator.world": ("World",),
+    "options": ("EvaluationOptions", "SelectionOptions", "SplitOptions"),
 }
 
 __all__ = [
     "Blocks",
     "CompletedStacks",
+    "EvaluationOptions",
     "Flights",
     "ForcedFlights",
     "ForcedWorld",
@@ -61,6 +68,8 @@ __all__ = [
     "NpzStacks",
     "PickOptions",
     "SegmentSelection",
+    "SelectionOptions",
+    "SplitOptions",
     "SredBins",
     "SredFields",
     "SredFolders",

@@ -8,17 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fulgurite.base import save_options
-from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator.synthetic import SyntheticFlights
 from fulgurite.datamodules.ice_layers.loaders import StackLoaders
+from fulgurite.datamodules.ice_layers.options import (
+    EvaluationOptions,
+    Part,
+    SelectionOptions,
+    SplitOptions,
+)
 from fulgurite.datamodules.ice_layers.prediction import find_input_stacks
 from fulgurite.datamodules.ice_layers.readers.completed import (
     CompletedStacks,
@@ -45,12 +50,12 @@ from fulgurite.datamodules.ice_layers.tracks.records import describe_completed, 
 from fulgurite.domains.ice_layers.codes import METRES
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.options import NonNegativeInt, PositiveInt, check_arguments, make_options
 
 __all__ = ["IceLayerDataModule"]
 
 _CHOOSE = 2  # random stream of `seed`; 0 is the split, 1 what is dropped
 _FRACTION = 1 / 7  # of segments, for validation and for the test
-Part = Literal["train", "val", "test"]
 
 
 class IceLayerDataModule(StackLoaders):
@@ -69,24 +74,10 @@ class IceLayerDataModule(StackLoaders):
         completed: Completed stacks (of another run) to train on instead of the source's; validation
             and test stay the source's. Stops if the completing model has seen a test segment, and
             leaves out stacks that overlap validation or test segments.
-        val: Fraction of flight segments for validation, or names (a beginning is enough: ``2012``);
-            if not given, one in seven, or those of a source whose files have a split of their own.
-        test: Fraction or names of flight segments for the test, as for ``val``.
-        order: ``random``, or by ``name``, which begins with the date: the last flights are the
-            test, those before them the validation.
-        guard: Training flights within this many years of a validation or test flight are left out:
-            layers of flights a year apart are mostly the same years.
+        split: How flight segments are split into training, validation and test.
+        selection: Which stacks of the parts are used.
+        evaluation: The batches of validation, test and prediction.
         batch_size: Stacks of a training batch.
-        eval_batch_size: Stacks of other batches; as in training if not given.
-        train_stacks: Train on at most this many stacks, a random choice.
-        traced: Parts of which only stacks without any missing entry are used.
-        drop: Fraction of the picks that test batches hide from the model, in runs and whole
-            boundaries, with the layers on both of their sides; what is dropped at 0.1 is dropped
-            at 0.3 too.
-        overlap: Stacks nearer than this to an evaluated trace overlap it [m].
-        predict: Which stacks are predicted: ``all`` there are, or those of a part. Stacks without
-            any pick, which are in no part, are predicted with those of their segment; those that
-            ``guard``, ``traced`` and ``train_stacks`` leave out, with ``all``.
         num_workers: Processes that load batches; batches do not depend on it.
         seed: Seed of the split, the order of training and what is dropped, apart from the run's
             seed.
@@ -115,49 +106,23 @@ class IceLayerDataModule(StackLoaders):
         self,
         source: StackSource | None = None,
         completed: CompletedStacks | None = None,
-        val: float | list[str] | None = None,
-        test: float | list[str] | None = None,
         *,
-        order: Literal["random", "name"] = "random",
-        guard: float = 0.0,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        train_stacks: int | None = None,
-        traced: list[Part] = [],  # noqa: B006  # copied below
-        drop: float = 0.0,
-        overlap: float = 500.0,
-        predict: Literal["train", "val", "test", "all"] = "all",
-        num_workers: int = 0,
-        seed: int = 1234,
+        split: SplitOptions = SplitOptions(),
+        selection: SelectionOptions = SelectionOptions(),
+        evaluation: EvaluationOptions = EvaluationOptions(),
+        batch_size: PositiveInt = 8,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 1234,
     ) -> None:
         super().__init__()
-        check_min("batch_size", batch_size)
-        check_min("num_workers", num_workers, 0)
-        if eval_batch_size is not None:
-            check_min("eval_batch_size", eval_batch_size)
-        if train_stacks is not None:
-            check_min("train_stacks", train_stacks)
-        for name, value, high in (("drop", drop, 1.0), ("guard", guard, 1e3)):
-            if not 0 <= value <= high:
-                raise ConfigError(
-                    f"The value of {name} is {value}.",
-                    f"Set `--data.init_args.{name}` between 0 and {high:g}.",
-                )
-        if unknown := [part for part in traced if part not in PARTS]:
-            raise ConfigError(
-                f"There is no part {unknown[0]!r} of a split.",
-                f"Set `--data.init_args.traced` to some of {', '.join(PARTS)}.",
-            )
+        check_arguments(IceLayerDataModule.__init__, locals(), "data.init_args")
         save_options(self, "source", "completed", logger=False)
         self.source = SyntheticFlights() if source is None else source
         self.completed = completed
-        self.val, self.test, self.order, self.guard = val, test, order, guard
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.train_stacks = train_stacks
-        self.traced = tuple(traced)
-        self.drop, self.overlap, self.predict = drop, overlap, predict
-        self.num_workers, self.seed = num_workers, seed
+        self.split = make_options(SplitOptions, split)
+        self.selection = make_options(SelectionOptions, selection)
+        self.evaluation = make_options(EvaluationOptions, evaluation)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._parts: dict[str, list[LayerStack]] = {}
         self._unpicked: list[LayerStack] = []
         self._left_out: list[LayerStack] = []
@@ -205,7 +170,8 @@ class IceLayerDataModule(StackLoaders):
         if self._statistics is None:
             raise DataError(
                 "There are no training stacks to measure mean and deviation of.",
-                "Lower `--data.init_args.val` and `test`, or give a checkpoint with `--ckpt_path`.",
+                "Lower `--data.init_args.split.val` and `split.test`, or give a checkpoint with "
+                "`--ckpt_path`.",
             )
         return self._statistics
 
@@ -255,22 +221,23 @@ class IceLayerDataModule(StackLoaders):
         self.excluded = list(flights.excluded)
         if self.completed is not None and not self.predicts_input:
             parts["train"] = self._load_completed(flights, parts)
-        if self.guard:
+        if years := self.split.guard:
             dates = [s.segment for part in ("val", "test") for s in parts[part]]
-            parts["train"], near = leave_guard(parts["train"], dates, self.guard)
+            parts["train"], near = leave_guard(parts["train"], dates, years)
             if near:
-                description = f"training stacks within {self.guard:g} years of an evaluated flight"
+                description = f"training stacks within {years:g} years of an evaluated flight"
                 self.excluded.append(Exclusion("guard", description, near))
-        for part in self.traced:
+        for part in self.selection.traced:
             parts[part] = [stack for stack in parts[part] if stack.observed.all()]
-        if self.train_stacks is not None and self.train_stacks < len(parts["train"]):
+        count = self.selection.train_stacks
+        if count is not None and count < len(parts["train"]):
             generator = np.random.default_rng((self.seed, _CHOOSE))
-            indices = generator.permutation(len(parts["train"]))[: self.train_stacks]
+            indices = generator.permutation(len(parts["train"]))[:count]
             parts["train"] = [parts["train"][k] for k in np.sort(indices)]
         if not any(parts.values()) and not self._unpicked and not self.predicts_input:
             raise DataError(
                 f"No stack is left of {flights.report()}.",
-                "Take parts out of `--data.init_args.traced`.",
+                "Take parts out of `--data.init_args.selection.traced`.",
             )
         self.layer_names, self.layer_age = flights.layer_names, flights.layer_age
         every = [*(stack for part in PARTS for stack in parts[part]), *self._unpicked]
@@ -304,14 +271,15 @@ class IceLayerDataModule(StackLoaders):
         if flights.split is None:
             segments = tuple(sorted({stack.segment for stack in picked}))
             val, test = (
-                _FRACTION if fraction is None else fraction for fraction in (self.val, self.test)
+                _FRACTION if fraction is None else fraction
+                for fraction in (self.split.val, self.split.test)
             )
-            split = split_segments(segments, val, test, self.order, seed=self.seed)
+            split = split_segments(segments, val, test, self.split.order, seed=self.seed)
             return {
                 part: [stack for stack in picked if stack.segment in set(split[part])]
                 for part in PARTS
             }
-        refuse_second_split(self.val, self.test, self.order)
+        refuse_second_split(self.split.val, self.split.test, self.split.order)
         self.shared_segments = flights.split.shared
         self._part_of = part_of = flights.split.part
         return {part: [s for s in picked if part_of[s.name] == part] for part in PARTS}
@@ -326,7 +294,7 @@ class IceLayerDataModule(StackLoaders):
         tested = {stack.segment for stack in parts["test"]} - self.shared_segments
         refuse_leaks(completed.stacks, tested)
         evaluated = [*parts["val"], *parts["test"]]
-        usable, dropped = drop_overlapping(completed.stacks, evaluated, self.overlap)
+        usable, dropped = drop_overlapping(completed.stacks, evaluated, self.selection.overlap)
         self.excluded += [*completed.excluded, *dropped]
         names = {stack.name for stack in evaluated}
         return [

@@ -6,7 +6,7 @@ Shapes: N traces (nodes), L layers (newest first).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.datamodules.ice_layers.dropping import drop_picks
+from fulgurite.datamodules.ice_layers.options import EvaluationOptions
 from fulgurite.datamodules.ice_layers.splits import PARTS
 from fulgurite.datamodules.ice_layers.stack import LayerStack, need_extra
 from fulgurite.devices import pins_memory
@@ -32,9 +33,7 @@ class StackLoaders(L.LightningDataModule):
         segments: Names of the flight segments, by number.
         stacks: Names of the stacks, by number.
         batch_size: Stacks of a training batch.
-        eval_batch_size: Stacks of other batches.
-        drop: Fraction of the picks that test batches hide.
-        predict: Which stacks are predicted: ``all``, or those of a part.
+        evaluation: The batches of validation, test and prediction.
         num_workers: Processes that load batches.
         seed: Seed of the order of training and of what is dropped.
     """
@@ -42,9 +41,7 @@ class StackLoaders(L.LightningDataModule):
     segments: tuple[str, ...]
     stacks: tuple[str, ...]
     batch_size: int
-    eval_batch_size: int
-    drop: float
-    predict: Literal["train", "val", "test", "all"]
+    evaluation: EvaluationOptions
     num_workers: int
     seed: int
     predicts_input: bool = False  # stacks in no split, all of which are predicted
@@ -111,7 +108,7 @@ class StackLoaders(L.LightningDataModule):
         if not self._parts["train"]:
             raise DataError(
                 "No stack is left for training.",
-                "Change `--data.init_args.val`, `test`, `guard` or `traced`.",
+                "Change `--data.init_args.split` or `--data.init_args.selection.traced`.",
             )
         data = self._data("train")
         rank, world = sampler_ranks(self.trainer)
@@ -129,15 +126,15 @@ class StackLoaders(L.LightningDataModule):
         if not data:
             return []
         sampler = UnrepeatedDistributedSampler(len(data), sampler_ranks(self.trainer))
-        return self._loader(data, sampler, self.eval_batch_size)
+        return self._loader(data, sampler, self.evaluation.batch_size or self.batch_size)
 
     def val_dataloader(self) -> Any:
         """Return the validation stacks, if there are any."""
         return self._evaluation(self._data("val"))
 
     def test_dataloader(self) -> Any:
-        """Return the test stacks, with a fraction ``drop`` of picks hidden."""
-        return self._evaluation(self._data("test", self.drop))
+        """Return the test stacks, with a fraction ``evaluation.drop`` of picks hidden."""
+        return self._evaluation(self._data("test", self.evaluation.drop))
 
     def predict_dataloader(self) -> Any:
         """Return every stack of the chosen part once, in order.
@@ -145,8 +142,9 @@ class StackLoaders(L.LightningDataModule):
         Raises:
             DataError: The part has no stack.
         """
-        predicts_all = self.predicts_input or self.predict == "all"
-        parts = PARTS if predicts_all else (self.predict,)
+        predict = self.evaluation.predict
+        predicts_all = self.predicts_input or predict == "all"
+        parts = PARTS if predicts_all else (predict,)
         data = [item for part in parts for item in self._data(part)] + self._unpicked_data(parts)
         if predicts_all:
             first = len(self.stacks) - len(self._left_out)
@@ -156,7 +154,7 @@ class StackLoaders(L.LightningDataModule):
             ]
         if not data:
             raise DataError(
-                f"The part {self.predict} has no stack to predict.",
-                "Set `--data.init_args.predict=all`.",
+                f"The part {predict} has no stack to predict.",
+                "Set `--data.init_args.evaluation.predict=all`.",
             )
         return self._evaluation(data)

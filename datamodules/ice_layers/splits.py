@@ -12,10 +12,34 @@ from fulgurite.data.splits import check_fractions
 from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["PARTS", "describe_parts", "leave_guard", "refuse_second_split", "split_segments"]
+__all__ = [
+    "PARTS",
+    "check_split",
+    "describe_parts",
+    "leave_guard",
+    "refuse_second_split",
+    "split_segments",
+]
 
 #: The parts of a split.
 PARTS = ("train", "val", "test")
+
+
+def check_split(val: float | Sequence[str], test: float | Sequence[str]) -> tuple[float, float]:
+    """Return the fractions of validation and test, 0 for names of segments.
+
+    Raises:
+        ConfigError: Fractions leave nothing for training.
+
+    Example:
+        >>> check_split(0.25, ["2012"])
+        (0.25, 0.0)
+    """
+    fractions = tuple(
+        float(selection) if isinstance(selection, float | int) else 0.0 for selection in (val, test)
+    )
+    check_fractions(fractions[0], fractions[1], "data.init_args.split", ("val", "test"))
+    return fractions[0], fractions[1]
 
 
 def split_segments(
@@ -49,11 +73,7 @@ def split_segments(
         >>> split_segments(["a", "b", "c", "d"], 0.25, ["c"], order="name")
         {'train': ('a', 'b'), 'val': ('d',), 'test': ('c',)}
     """
-    fractions = [
-        0.0 if not isinstance(selection, float | int) else float(selection)
-        for selection in (val, test)
-    ]
-    check_fractions(fractions[0], fractions[1])
+    fractions = check_split(val, test)
     names = sorted(set(segments))
     parts: dict[str, list[str]] = {"val": [], "test": []}
     for part, selection in (("val", val), ("test", test)):
@@ -64,13 +84,14 @@ def split_segments(
             if not matches:
                 raise DataError(
                     f"No flight segment is called {prefix} (there are {name_some(names)}).",
-                    f"Set `--data.init_args.{part}` to names of segments, or to a fraction.",
+                    f"Set `--data.init_args.split.{part}` to names of segments, or to a fraction.",
                 )
             parts[part] += matches
     if overlap := set(parts["val"]) & set(parts["test"]):
         raise DataError(
             f"The flight segment {sorted(overlap)[0]} is in validation and in test.",
-            "Set `--data.init_args.val` and `--data.init_args.test` to different segments.",
+            "Set `--data.init_args.split.val` and `--data.init_args.split.test` to different "
+            "segments.",
         )
     remaining = [name for name in names if name not in (*parts["val"], *parts["test"])]
     if order == "random":
@@ -80,8 +101,8 @@ def split_segments(
         if count >= len(remaining) + (fraction == 0):
             raise ConfigError(
                 f"There are {len(names)} flight segments, which leaves none for training.",
-                f"Lower `--data.init_args.{part}`, or give more segments; to complete new flights "
-                "with a trained network, set `val` and `test` to 0.",
+                f"Lower `--data.init_args.split.{part}`, or give more segments; to complete new "
+                "flights with a trained network, set `split.val` and `split.test` to 0.",
             )
         if count:
             parts[part] += remaining[len(remaining) - count :]
@@ -112,7 +133,7 @@ def refuse_second_split(val: object, test: object, order: str) -> None:
         if value != default:
             raise ConfigError(
                 f"The files have a split of their own, so that {name}={value} decides nothing.",
-                f"Leave `--data.init_args.{name}` out, or set "
+                f"Leave `--data.init_args.split.{name}` out, or set "
                 "`--data.init_args.source.init_args.folders.split=segments`.",
             )
 
@@ -157,6 +178,6 @@ def _date(name: str) -> float:
     except ValueError as error:
         raise ConfigError(
             f"The name of the flight segment {name} does not begin with a date (YYYYMMDD).",
-            "Set `--data.init_args.guard=0`.",
+            "Set `--data.init_args.split.guard=0`.",
         ) from error
     return float(day.astype(np.int64))

@@ -46,7 +46,7 @@ def fit_statistics(stacks: Sequence[LayerStack]) -> dict[str, Tensor]:
     if not observed.any():
         raise DataError(
             "No thickness is observed in the training segments.",
-            "Change `--data.init_args.val` and `--data.init_args.test`, or the source.",
+            "Change `--data.init_args.split.val` and `split.test`, or the source.",
         )
     zero_filled = np.where(observed, thickness, 0.0)
     count = observed.sum(0)

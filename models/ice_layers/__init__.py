@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     )
     from fulgurite.models.ice_layers.baselines.kriging import Kriging
     from fulgurite.models.ice_layers.baselines.kriging_fit import fit_kriging
+    from fulgurite.models.ice_layers.baselines.options import (
+        KrigingFitOptions,
+        LineOptions,
+        RegressionOptions,
+    )
     from fulgurite.models.ice_layers.data.graph import (
         Track,
         adjacency,
@@ -88,6 +93,15 @@ if TYPE_CHECKING:
     from fulgurite.models.ice_layers.training.module import (
         IceCompletion,
     )
+    from fulgurite.models.ice_layers.training.options import (
+        BaselinePrediction,
+        CompletionInputs,
+        CompletionLoss,
+        CompletionPrediction,
+        DeepInputs,
+        LossOptions,
+        PredictionOptions,
+    )
     from fulgurite.models.ice_layers.training.schedule import (
         TwoStageLR,
         two_stage,
@@ -120,9 +134,19 @@ _MODULES = {
     "data.hiding": ("StructuredHiding", "held_out"),
     "baselines.kriging": ("Kriging",),
     "baselines.kriging_fit": ("fit_kriging",),
+    "baselines.options": ("KrigingFitOptions", "LineOptions", "RegressionOptions"),
     "training.losses": ("masked_robust_loss",),
     "training.metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
     "training.module": ("IceCompletion",),
+    "training.options": (
+        "BaselinePrediction",
+        "CompletionInputs",
+        "CompletionLoss",
+        "CompletionPrediction",
+        "DeepInputs",
+        "LossOptions",
+        "PredictionOptions",
+    ),
     "output.netcdf": ("read_netcdf", "write_netcdf"),
     "networks.completion_net": ("CompletionNet",),
     "networks.options": ("InputOptions", "SpatialOptions", "TransformerOptions"),
@@ -135,23 +159,33 @@ _MODULES = {
 
 __all__ = [
     "BaselineCompletion",
+    "BaselinePrediction",
     "Calibration",
     "CompletedStack",
+    "CompletionInputs",
+    "CompletionLoss",
     "CompletionMetrics",
     "CompletionNet",
+    "CompletionPrediction",
+    "DeepInputs",
     "DeepLayerPredictor",
     "FlightDetails",
     "Gaps",
     "IceCompletion",
     "InputOptions",
     "Kriging",
+    "KrigingFitOptions",
     "LayerMixing",
     "LayerTransformer",
+    "LineOptions",
+    "LossOptions",
     "MaskedMAE",
     "MaskedRMSE",
     "Neighbourhood",
     "Origin",
     "PhysicsPrior",
+    "PredictionOptions",
+    "RegressionOptions",
     "SageLayer",
     "SpatialEncoder",
     "SpatialOptions",

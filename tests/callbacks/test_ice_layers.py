@@ -100,7 +100,12 @@ def test_every_stack_is_written_with_where_values_are_from(again):
 
 
 def test_long_gaps_stay_missing(again):
-    again("predict", "--model.init_args.max_gap=300", "--trainer.callbacks.netcdf=false", *PLAIN)
+    again(
+        "predict",
+        "--model.init_args.prediction.max_gap=300",
+        "--trainer.callbacks.netcdf=false",
+        *PLAIN,
+    )
     folder = Path("run/predict/completed")
     assert not list(folder.glob("*.nc"))
     stacks = [read_npz(path) for path in folder.glob("*.npz")]
@@ -159,7 +164,7 @@ def test_a_test_draws_errors_by_depth_and_coverage(again):
 def test_a_deep_layer_predictor_is_pretrained_on_completed_stacks(again, fit):
     again("predict", "--trainer.callbacks.netcdf=false", *PLAIN)
     deep = str(CONFIGS / "deep_pretrain.yaml")
-    small = [*SMALL, *NET, "--model.init_args.shallow=2"]
+    small = [*SMALL, *NET, "--model.init_args.inputs.shallow=2"]
     root = Path("run/predict/completed").absolute()
     here = f"--data.init_args.completed.init_args.root={root}"
     cli = fit("--run.dir=deep", here, *small, config=deep)
@@ -181,7 +186,12 @@ def test_a_deep_layer_predictor_is_pretrained_on_completed_stacks(again, fit):
 
 def test_a_baseline_writes_the_same_files(fit):
     config = str(CONFIGS / "baseline.yaml")
-    options = [*SMALL, "--model.init_args.method=ridge", "--data.init_args.predict=test", *PLAIN]
+    options = [
+        *SMALL,
+        "--model.init_args.method=ridge",
+        "--data.init_args.evaluation.predict=test",
+        *PLAIN,
+    ]
     fit("--run.dir=run", *options, config=config)
     with pytest.warns(UserWarning, match="ridge knows no uncertainty") as said:
         fit("--run.dir=run", "--ckpt_path=last", *options, config=config, command="predict")

@@ -46,9 +46,9 @@ def write_flights(folder):
 @pytest.mark.parametrize(
     ("config", "option"),
     [
-        (NAME, "prior=ridge"),
+        (NAME, "prediction.prior=ridge"),
         *(
-            pytest.param(NAME, f"prior={p}", marks=pytest.mark.slow)
+            pytest.param(NAME, f"prediction.prior={p}", marks=pytest.mark.slow)
             for p in ("log", "relative", "none")
         ),
         *(
@@ -79,7 +79,8 @@ def test_flights_without_climate_are_completed(fit, workdir, config, option):
 def test_two_processes_train_and_test_as_one(fit, run_two):
     """Prior, loss and calibration are of all ranks; two batches of 4 stacks are one of 8."""
     common = [
-        "--model.init_args.inputs=physics",  # what is hidden is drawn by each rank for itself
+        # what is hidden is drawn by each rank for itself
+        "--model.init_args.inputs.thickness=none",
         "--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.lr=0.1",
         "--model.init_args.scheduler=null", "--trainer.max_epochs=2",
     ]  # fmt: skip
@@ -136,7 +137,8 @@ def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monk
     options = [
         "--data.init_args.num_workers=0", "--trainer.max_epochs=1", "--run.dir=run",
         "--model.init_args.network.init_args.width=8", "--data.init_args.batch_size=2",
-        "--model.init_args.network.init_args.transformer.depth=1", "--data.init_args.predict=all",
+        "--model.init_args.network.init_args.transformer.depth=1",
+        "--data.init_args.evaluation.predict=all",
     ]  # fmt: skip
     name = "ice_layers/sred.yaml"
     fit(*options, config=name)

@@ -2,15 +2,15 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes.ice_layers import koenig_picks, layer_files
+from fakes.ice_layers import ice_data, koenig_picks, layer_files
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule
 from fulgurite.datamodules.ice_layers.readers.layer_frames import read_frame, read_mat
 from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.statistics import fit_statistics
@@ -223,12 +223,12 @@ def test_frames_without_layers_are_completed(tmp_path):
     change(path, gps_time=read_mat(path)["gps_time"] + 86_400.0, **nothing)
     source = layer_files([str(tmp_path)], traces=20, density=DENSITY)
     assert [s.observed.any() for s in source.load().stacks] == [True, True, *[False] * 4]
-    data = IceLayerDataModule(source, val=0.0, test=0.0, predict="train", batch_size=1)
+    data = ice_data(source, val=0.0, test=0.0, predict="train", batch_size=1)
     data.setup()
     assert len(data.stacks_of("train")) == 2
     names = [data.stacks[int(batch.stack)] for batch in data.predict_dataloader()]
     assert names == [f"{SEGMENT}_{k:04}" for k in range(4)]
-    data.predict = "all"
+    data.evaluation = replace(data.evaluation, predict="all")
     names = [data.stacks[int(batch.stack)] for batch in data.predict_dataloader()]
     assert names == [f"{SEGMENT}_{k:04}" for k in range(4)] + [
         "20120415_01_0000",

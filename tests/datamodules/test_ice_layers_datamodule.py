@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fakes.ice_layers import ice_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -46,7 +47,7 @@ def generated(cache):
 
 
 def ready(source, **options):
-    data = IceLayerDataModule(source, **options)
+    data = ice_data(source, **options)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -135,6 +136,8 @@ def test_named_segments_and_their_mistakes():
         ready(Given(stacks()), val=["2012"], test=["2012"])
     with pytest.raises(ConfigError, match="leaves none for training"):
         ready(Given(stacks(segments=2)), val=0.4, test=0.4)
+    with pytest.raises(ConfigError, match=r"--data\.init_args\.split\.val` and .*split\.test"):
+        ice_data(Given(stacks()), val=0.6, test=0.5)
 
 
 def test_a_guard_leaves_out_flights_of_the_same_years():
@@ -406,9 +409,7 @@ def test_completed_stacks_are_trained_on_and_evaluated_ones_are_not(tmp_path):
     source = Given(given)
     plain = ready(source, val=["2012"], test=["2016"])
     trained = sorted({s.segment for s in plain.stacks_of("train")})
-    data = IceLayerDataModule(
-        source, complete(tmp_path / "c", given, trained), val=["2012"], test=["2016"]
-    )
+    data = ice_data(source, complete(tmp_path / "c", given, trained), val=["2012"], test=["2016"])
     data.setup()
     assert {s.segment for s in data.stacks_of("train")} == set(trained)
     assert all(s.observed.all() for s in data.stacks_of("train"))
@@ -421,7 +422,7 @@ def test_completed_stacks_are_trained_on_and_evaluated_ones_are_not(tmp_path):
 def test_a_completing_model_that_has_seen_the_test_is_refused(tmp_path):
     given = stacks()
     everything = sorted({s.segment for s in given})
-    data = IceLayerDataModule(
+    data = ice_data(
         Given(given), complete(tmp_path / "c", given, everything), val=["2012"], test=["2016"]
     )
     with pytest.raises(DataError, match=r"was trained on the test segments 20160401_01"):
@@ -436,7 +437,7 @@ def test_completed_stacks_that_cross_an_evaluated_flight_are_dropped(tmp_path):
     )
     apart = replace(given[0], name="apart", pos=crossing.pos + np.array([0.02, 0.0]))
     made = complete(tmp_path / "c", [given[0], crossing, apart], ["20100401_01"])
-    data = IceLayerDataModule(Given(given), made, val=["2012"], test=["2016"])
+    data = ice_data(Given(given), made, val=["2012"], test=["2016"])
     data.setup()
     assert {s.name for s in data.stacks_of("train")} == {given[0].name, "apart"}
     assert [(e.kind, e.count) for e in data.excluded] == [("overlap", 1)]
@@ -506,16 +507,29 @@ def test_completed_stacks_of_other_data_are_refused(tmp_path):
     ("options", "option"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"eval_batch_size": 0}, "eval_batch_size"),
-        ({"train_stacks": 0}, "train_stacks"),
-        ({"drop": 1.5}, "drop"),
-        ({"guard": -1.0}, "guard"),
-        ({"traced": ["training"]}, "traced"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"eval_batch_size": 0}, "evaluation.batch_size"),
+        ({"train_stacks": 0}, "selection.train_stacks"),
+        ({"drop": 1.5}, "evaluation.drop"),
+        ({"guard": -1.0}, "split.guard"),
+        ({"guard": 1e4}, "split.guard"),
+        ({"val": 1.0}, "split.val"),
+        ({"test": "2012"}, "split.test"),
+        ({"order": "date"}, "split.order"),
+        ({"overlap": -1.0}, "selection.overlap"),
+        ({"traced": ["training"]}, "selection.traced"),
     ],
 )
 def test_impossible_options(options, option):
-    with pytest.raises(ConfigError, match=option):
-        IceLayerDataModule(Given(stacks()), **options)
+    with pytest.raises(ConfigError, match=rf"--data\.init_args\.{option}` to"):
+        ice_data(Given(stacks()), **options)
+
+
+def test_options_outside_their_groups_are_refused():
+    with pytest.raises(ConfigError, match=r"split is 0\.2"):
+        IceLayerDataModule(Given(stacks()), split=0.2)
+    with pytest.raises(ConfigError, match=r"SplitOptions has no option 'drop'.*val, test, order"):
+        IceLayerDataModule(Given(stacks()), split={"drop": 0.2})
 
 
 def test_what_is_known_before_setup(tmp_path):
@@ -547,14 +561,21 @@ def test_a_configuration_file_can_say_it_all():
             },
         },
     }
-    init = {"source": source, "val": 0.2, "test": ["2012"], "traced": ["train"], "drop": 0.1}
+    init = {
+        "source": source,
+        "split": {"val": 0.2, "test": ["2012"]},
+        "selection": {"traced": ["train"]},
+        "evaluation": {"drop": 0.1},
+    }
     config = parser.parse_object(
         {"data": {"class_path": f"{package}.IceLayerDataModule", "init_args": init}}
     )
     data = parser.instantiate(config).data
     assert data.layers == 20
     assert data.source.climate.scale == {"SMB": 1000.0}
-    assert data.hparams.test == ["2012"]
+    assert data.split.test == data.hparams.split["test"] == ["2012"]
+    assert data.selection.traced == ("train",)
+    assert (data.split.val, data.evaluation.drop) == (0.2, 0.1)
 
 
 @pytest.mark.parametrize("package", ["h5py", "netCDF4", "pyproj"])

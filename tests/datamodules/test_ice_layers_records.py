@@ -8,13 +8,13 @@ from fakes.ice_layers import (
     NAME,
     START,
     STEP,
+    ice_data,
     koenig_picks,
     layer_files,
     make_flight,
     write_frame,
 )
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule
 from fulgurite.datamodules.ice_layers.tracks.records import describe_completed
 
 
@@ -69,7 +69,7 @@ def test_picked_boundaries_below_what_is_left_missing_keep_their_times(tmp_path)
     times = describe_completed(stack.record, filled, stack.known_spans).twtt
     picked = np.isfinite(recorded["twtt"].T)
     np.testing.assert_allclose(times[picked], recorded["twtt"].T[picked], rtol=0, atol=1e-12)
-    data = IceLayerDataModule(
+    data = ice_data(
         layer_files([str(tmp_path / "CSARP_layer")], density=0.4, traces=60), val=0.0, test=0.0
     )
     data.setup()
@@ -141,7 +141,7 @@ def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
         recorded["gps_time"] = recorded["gps_time"] + (day + 11) * 86_400
         recorded["lat"] = recorded["lat"] + day
         write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None), name=name)
-    data = IceLayerDataModule(
+    data = ice_data(
         layer_files([str(tmp_path / "CSARP_layer")], density=0.4, traces=20), val=1 / 3, test=1 / 3
     )
     data.setup()

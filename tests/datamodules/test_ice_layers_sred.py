@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fakes.ice_layers import sred_mat
+from fakes.ice_layers import ice_data, sred_mat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
@@ -120,8 +120,8 @@ def test_folders_are_the_split_and_the_report_counts_what_is_complete(folder):
     assert "test: 2 complete, 0 with gaps, 1 without their deepest layers" in notes
     for option in ({"val": 0.2}, {"test": ["2012"]}, {"order": "name"}):
         with pytest.raises(ConfigError, match="split=segments"):
-            IceLayerDataModule(source(folder), **option).setup()
-    other = IceLayerDataModule(source(folder, split="segments"), val=0.2, test=["20120330"])
+            ice_data(source(folder), **option).setup()
+    other = ice_data(source(folder, split="segments"), val=0.2, test=["20120330"])
     other.setup()
     assert {s.segment for s in other.stacks_of("test")} == {"20120330_01"}
 
@@ -288,7 +288,7 @@ def test_completed_stacks_name_their_source(folder):
 
 def test_a_stack_without_boundaries_is_predicted_with_its_part(folder):
     replace_file(folder, "test_L_files/L3", layers_vector=np.full((1, N), 60.0))
-    data = IceLayerDataModule(source(folder), predict="test")
+    data = ice_data(source(folder), predict="test")
     data.setup()
     assert len(data.stacks_of("test")) == 2
     predicted = data.predict_dataloader().dataset

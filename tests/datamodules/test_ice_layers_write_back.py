@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from fakes.ice_layers import NAME, layer_files, make_flight, write_frame
+from fakes.ice_layers import NAME, ice_data, layer_files, make_flight, write_frame
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import (
-    IceLayerDataModule,
     NpzStacks,
     SyntheticSred,
 )
@@ -262,7 +261,7 @@ def test_completed_boundaries_stay_between_picked_ones(seed):
 
 
 def data_module(source):
-    data = IceLayerDataModule(source, val=0.0, test=0.0)
+    data = ice_data(source, val=0.0, test=0.0)
     data.setup()
     return data
 

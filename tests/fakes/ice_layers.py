@@ -1,4 +1,4 @@
-"""Flights and files of ice layers for tests, and readers whose options are given flat."""
+"""Flights and files of ice layers, and readers, data and models whose options are given flat."""
 
 from dataclasses import fields
 
@@ -7,18 +7,35 @@ from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import (
     Blocks,
+    EvaluationOptions,
+    IceLayerDataModule,
     KoenigPicks,
     LayerFiles,
     PickOptions,
     SegmentSelection,
+    SelectionOptions,
+    SplitOptions,
     SredBins,
     SredFields,
     SredFolders,
     SredMat,
 )
 from fulgurite.models.ice_layers import (
+    BaselineCompletion,
+    BaselinePrediction,
+    CompletionInputs,
+    CompletionLoss,
     CompletionNet,
+    CompletionPrediction,
+    DeepInputs,
+    DeepLayerPredictor,
+    IceCompletion,
     InputOptions,
+    KrigingFitOptions,
+    LineOptions,
+    LossOptions,
+    PredictionOptions,
+    RegressionOptions,
     SpatialOptions,
     TransformerOptions,
 )
@@ -69,6 +86,51 @@ def completion_net(layers, physics, width=32, **options):
         transformer=(TransformerOptions, {}),
     )
     return CompletionNet(layers, physics, width, **nested)
+
+
+def ice_data(source=None, completed=None, **options):
+    """A data module."""
+    nested = nest(
+        options,
+        split=(SplitOptions, {}),
+        selection=(SelectionOptions, {}),
+        evaluation=(EvaluationOptions, {"batch_size": "eval_batch_size"}),
+    )
+    return IceLayerDataModule(source, completed, **nested)
+
+
+def completion(network, **options):
+    """The module of completion."""
+    nested = nest(
+        options,
+        inputs=(CompletionInputs, {}),
+        loss=(CompletionLoss, {"kind": "loss_kind"}),
+        prediction=(CompletionPrediction, {}),
+    )
+    return IceCompletion(network, **nested)
+
+
+def deep_predictor(network, **options):
+    """The predictor of deep layers."""
+    nested = nest(
+        options,
+        inputs=(DeepInputs, {}),
+        loss=(LossOptions, {"kind": "loss_kind"}),
+        prediction=(PredictionOptions, {}),
+    )
+    return DeepLayerPredictor(network, **nested)
+
+
+def baseline(method="kriging", **options):
+    """A baseline."""
+    nested = nest(
+        options,
+        lines=(LineOptions, {}),
+        regression=(RegressionOptions, {"kind": "drift"}),
+        fit=(KrigingFitOptions, {"stacks": "fit_stacks", "entries": "fit_entries"}),
+        prediction=(BaselinePrediction, {}),
+    )
+    return BaselineCompletion(method, **nested)
 
 
 def make_flight(traces=60, layers=3, is_smooth=False):

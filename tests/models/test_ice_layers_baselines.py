@@ -2,16 +2,23 @@
 
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fakes.ice_layers import baseline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
+from fulgurite.datamodules.ice_layers import (
+    EvaluationOptions,
+    IceLayerDataModule,
+    SyntheticFlights,
+    World,
+)
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers.baselines import covariance
@@ -27,7 +34,9 @@ from fulgurite.models.ice_layers.baselines.interpolation import (
 )
 from fulgurite.models.ice_layers.baselines.kriging import Kriging
 from fulgurite.models.ice_layers.baselines.kriging_fit import DRIFTS, choose_drift, fit_kriging
+from fulgurite.models.ice_layers.baselines.options import KrigingFitOptions
 from fulgurite.models.ice_layers.training.baseline_module import BaselineCompletion
+from fulgurite.models.ice_layers.training.options import BaselinePrediction
 
 WORLD = World(stacks=60, traces=32, layers=8, segments=12)
 
@@ -337,13 +346,13 @@ def draw_stacks(count, seed=0, n=24, layers=6):
 
 def test_the_drift_is_chosen_or_given():
     stacks, _ = draw_stacks(6)
-    module = BaselineCompletion("ridge", drift="log")
+    module = baseline("ridge", drift="log")
     module.fit(stacks)
     assert module.ridge is not None
     assert module.ridge.log
-    quick = {"fit_stacks": 2, "fit_entries": 20, "iterations": 1}
+    quick = KrigingFitOptions(2, 20, 1)
     drifts = {
-        kind: fit_kriging(stacks, drift=kind, **quick).drift for kind in ("linear", "log", "auto")
+        kind: fit_kriging(stacks, drift=kind, fit=quick).drift for kind in ("linear", "log", "auto")
     }
     assert [bool(drift.log) for drift in (drifts["linear"], drifts["log"])] == [False, True]
     chosen = drifts[("linear", "log")[int(drifts["auto"].log)]]
@@ -352,7 +361,8 @@ def test_the_drift_is_chosen_or_given():
 
 def test_the_likelihood_finds_noise_and_intervals_that_hold():
     stacks, truths = draw_stacks(24)
-    kriging = fit_kriging(stacks[:16], fit_stacks=12, fit_entries=140, iterations=25)
+    options = KrigingFitOptions(12, 140, 25)
+    kriging = fit_kriging(stacks[:16], fit=options)
     assert kriging.noise == pytest.approx((0.01**2 + 2 * 0.02**2) ** 0.5, rel=0.2)
     inside, count, square = 0, 0, 0.0
     for stack, truth in zip(stacks[16:], truths[16:], strict=True):
@@ -363,7 +373,7 @@ def test_the_likelihood_finds_noise_and_intervals_that_hold():
         count += len(error)
     assert 0.82 < inside / count < 0.97
     assert (square / count) ** 0.5 < 0.15  # deviations are 0.24 m
-    again = fit_kriging(stacks[:16], fit_stacks=12, fit_entries=140, iterations=25)
+    again = fit_kriging(stacks[:16], fit=options)
     assert torch.equal(kriging.parameters, again.parameters)
 
 
@@ -380,9 +390,9 @@ def test_validation_flights_choose_the_drift_that_goes_beyond_training(log):
             seen = torch.ones(20, 2, dtype=torch.bool)
             yield KrigingStack(thickness, seen, x, 100.0 * torch.arange(20).double())
 
-    quick = {"fit_stacks": 2, "fit_entries": 20, "iterations": 2}
+    quick = KrigingFitOptions(2, 20, 2)
     kriging = fit_kriging(
-        [*stacks(0.0, 0.4, 0)], [*range(8)], validation=[*stacks(1.5, 2.0, 1)], **quick
+        [*stacks(0.0, 0.4, 0)], [*range(8)], validation=[*stacks(1.5, 2.0, 1)], fit=quick
     )
     assert bool(kriging.drift.log) == log
 
@@ -419,7 +429,7 @@ def test_kriging_works_without_physics_and_with_one_layer(layers):
     for seed in range(6):
         thickness, observed, distance = broken(seed, n=20, layers=layers)
         stacks.append(KrigingStack(thickness, observed, torch.zeros(20, layers, 0), distance))
-    kriging = fit_kriging(stacks, fit_stacks=4, iterations=5)
+    kriging = fit_kriging(stacks, fit=KrigingFitOptions(4, iterations=5))
     mean, std = kriging(stacks[0])
     assert mean.isfinite().all()
     assert (std > 0).all()
@@ -480,7 +490,7 @@ def fitted(flights, tmp_path_factory):
     found = {}
     for method in METHODS:
         folder = tmp_path_factory.mktemp(method)
-        module, trainer = BaselineCompletion(method, **QUICK), make_trainer(folder)
+        module, trainer = baseline(method, **QUICK), make_trainer(folder)
         trainer.fit(module, flights)
         held = {k: float(v) for k, v in trainer.callback_metrics.items()}
         trainer.save_checkpoint(folder / "last.ckpt")
@@ -562,7 +572,9 @@ def test_picked_boundaries_come_out_where_they_were_picked(fitted, flights, meth
     assert (thickness > 0).all()
     assert metrics["test/moved_rmse"] < 1e-9
     free = BaselineCompletion.load_from_checkpoint(
-        fitted[method][2], weights_only=True, keep_boundaries="none"
+        fitted[method][2],
+        weights_only=True,
+        prediction=BaselinePrediction(keep_boundaries="none"),
     )
     (tested,) = make_trainer(None).test(free, flights, verbose=False)
     assert tested["test/moved_rmse"] > 0.02
@@ -634,11 +646,11 @@ def test_stacks_of_a_batch_do_not_see_each_other(fitted, flights):
 
 def test_long_gaps_are_left_missing_on_request(fitted, flights):
     module, batch = fitted["mean"][0], batch_of(flights)
-    module.max_gap = 500.0
+    module.prediction = replace(module.prediction, max_gap=500.0)
     try:
         found = module.predict_step(batch, 0)
     finally:
-        module.max_gap = None
+        module.prediction = replace(module.prediction, max_gap=None)
     left = found["provenance"] == 3
     assert 0 < int(left.sum()) < int((~batch.observed).sum())
     assert torch.equal(found["thickness"].isnan(), left)
@@ -648,12 +660,14 @@ def test_long_gaps_are_left_missing_on_request(fitted, flights):
 def test_more_missing_picks_never_help_and_the_table_says_how_much(fitted, flights):
     """Card check 18, for kriging."""
     module = BaselineCompletion.load_from_checkpoint(
-        fitted["kriging"][2], weights_only=True, keep_boundaries="none"
+        fitted["kriging"][2],
+        weights_only=True,
+        prediction=BaselinePrediction(keep_boundaries="none"),
     )
     errors = []
     for drop in (0.0, 0.3, 0.7):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(flights, "drop", drop)
+            patch.setattr(flights, "evaluation", EvaluationOptions(drop=drop))
             (found,) = make_trainer(None).test(module, flights, verbose=False)
         errors.append(found["test/missing_rmse"])
         assert found.get("test/extra_rmse", 0.0) > 0 or not drop
@@ -665,19 +679,20 @@ def test_more_missing_picks_never_help_and_the_table_says_how_much(fitted, fligh
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"method": "spline"}, "method=spline is unknown"),
-        ({"drift": "cubic"}, "drift=cubic is unknown"),
-        ({"max_line": -1.0}, "max_line=-1.0 is negative"),
-        ({"reach": NAN}, "reach=nan"),
-        ({"penalty": -1e-3}, "penalty"),
-        ({"max_gap": -5.0}, "max_gap"),
-        ({"fit_stacks": 0}, "fit_stacks=0 is too small"),
-        ({"iterations": 0}, "iterations=0"),
+        ({"method": "spline"}, "method` to one of mean, layer_mean"),
+        ({"drift": "cubic"}, "regression.kind` to one of auto, linear, log"),
+        ({"max_length": -1.0}, "lines.max_length` to a float >= 0 or null"),
+        ({"reach": NAN}, "lines.reach` to a float >= 0"),
+        ({"penalty": -1e-3}, "regression.penalty` to a float >= 0"),
+        ({"max_gap": -5.0}, "prediction.max_gap` to a float >= 0 or null"),
+        ({"fit_stacks": 0}, "fit.stacks` to an int > 0"),
+        ({"iterations": 0}, "fit.iterations` to an int > 0"),
+        ({"keep_boundaries": "trusted", "method": "ridge"}, "prediction.keep_boundaries=trusted"),
     ],
 )
 def test_values_out_of_range_are_named(options, what):
-    with pytest.raises(ConfigError, match=what):
-        BaselineCompletion(**options)
+    with pytest.raises(ConfigError, match=f"model.init_args.{what}"):
+        baseline(**options)
 
 
 def test_misuse_has_one_clear_error(fitted, flights):
@@ -729,7 +744,7 @@ def test_two_ranks_fit_and_score_as_one(start, fulgurite):
     common = [
         "--config", "ice_layers/smoke.yaml",
         "--model=fulgurite.models.ice_layers.BaselineCompletion",
-        "--model.init_args.fit_stacks=6", "--model.init_args.iterations=5",
+        "--model.init_args.fit.stacks=6", "--model.init_args.fit.iterations=5",
         "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
     ]  # fmt: skip
     import json

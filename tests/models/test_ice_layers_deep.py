@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from fakes.ice_layers import completion_net
+from fakes.ice_layers import completion, completion_net, deep_predictor, ice_data
 from lightning.pytorch import Trainer, seed_everything
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
+from fulgurite.datamodules.ice_layers import SyntheticFlights, World
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers import DeepLayerPredictor, IceCompletion
+from fulgurite.models.ice_layers import DeepLayerPredictor, LossOptions
 
 pytest.importorskip("torch_geometric")
 pytest.importorskip("h5py")
@@ -21,7 +21,7 @@ NET = partial(completion_net, width=16, heads=2, depth=1)
 
 def predictor(**options):
     adamw = partial(torch.optim.AdamW, lr=3e-3)
-    return DeepLayerPredictor(**{"network": NET, "shallow": K, "optimizer": adamw, **options})
+    return deep_predictor(**{"network": NET, "shallow": K, "optimizer": adamw, **options})
 
 
 def trainer(steps):
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
         source = SyntheticFlights(World(stacks=40, traces=16, layers=L, segments=8))
-        module = IceLayerDataModule(source, val=0.25, test=0.25)
+        module = ice_data(source, val=0.25, test=0.25)
         module.prepare_data()
         module.setup()
     return module
@@ -97,9 +97,9 @@ def test_fine_tuning_starts_where_pretraining_ended(data, tmp_path):
     with torch.no_grad():
         assert torch.equal(tuned(batch), model(batch))
     # a completion network starts it too: they are the same
-    completion = IceCompletion(network=NET, prior="ridge")
+    other = completion(NET, prior="ridge")
     run = trainer(1)
-    run.fit(completion, data)
+    run.fit(other, data)
     run.save_checkpoint(tmp_path / "b.ckpt")
     fitted(data, steps=1, prior="ridge", weights=str(tmp_path / "b.ckpt"))
 
@@ -107,9 +107,11 @@ def test_fine_tuning_starts_where_pretraining_ended(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"shallow": 0}, "shallow=0"),
-        ({"physics": "none"}, "physics=none"),
-        ({"physics": "shallow", "prior": "ridge"}, "physics=all"),
+        ({"shallow": 0}, r"init_args\.inputs\.shallow` to an int > 0"),
+        ({"physics": "none"}, "physics of inputs is 'none'.*one of all, shallow"),
+        ({"physics": "shallow", "prior": "ridge"}, r"inputs\.physics=all"),
+        ({"delta": 0.0}, r"init_args\.loss\.delta"),
+        ({"members": 0}, r"init_args\.prediction\.members"),
     ],
 )
 def test_wrong_options_are_refused(options, word):
@@ -120,3 +122,12 @@ def test_wrong_options_are_refused(options, word):
 def test_there_must_be_deep_layers(data):
     with pytest.raises(ConfigError, match=f"none of {L} layers"):
         trainer(1).fit(predictor(shallow=L), data)
+
+
+def test_options_outside_their_groups_are_refused():
+    with pytest.raises(ConfigError, match=r"The inputs is 3\. .*options of a DeepInputs"):
+        DeepLayerPredictor(NET, 3)
+    with pytest.raises(ConfigError, match="LossOptions has no option 'entries'"):
+        DeepLayerPredictor(NET, loss={"entries": "hidden"})
+    model = DeepLayerPredictor(NET, loss={"kind": "mse"})
+    assert model.loss == LossOptions(kind="mse")

@@ -1,6 +1,7 @@
 """The completion module: training, checkpoints, the identity trap, uncertainty."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers import (
     Calibration,
+    CompletionInputs,
+    CompletionPrediction,
     IceCompletion,
     StructuredHiding,
     Track,
@@ -22,7 +25,7 @@ from fulgurite.models.ice_layers.training.schedule import TwoStageLR
 from fulgurite.models.ice_layers.training.uncertainty import Z90, entry_features, mean_and_std
 
 pytest.importorskip("torch_geometric")
-from fakes.ice_layers import completion_net
+from fakes.ice_layers import completion, completion_net
 from torch_geometric.data import Data
 from torch_geometric.loader.dataloader import Collater
 
@@ -124,7 +127,7 @@ ADAMW = partial(torch.optim.AdamW, lr=3e-3)
 
 
 def module(**options):
-    return IceCompletion(**{"network": NET, "optimizer": ADAMW, **options})
+    return completion(**{"network": NET, "optimizer": ADAMW, **options})
 
 
 def trainer(steps=0, **options):
@@ -209,11 +212,11 @@ def test_what_is_missing_may_be_anything(trained):
 def test_long_gaps_are_left(trained):
     model, data, _ = trained
     batch = test_batch(data)
-    model.max_gap = 300.0
+    model.prediction = replace(model.prediction, max_gap=300.0)
     try:
         filled = model.fill(batch)
     finally:
-        model.max_gap = None
+        model.prediction = replace(model.prediction, max_gap=None)
     length = measure_gaps(batch.observed, batch.distance, Track.from_ptr(batch.ptr)).length
     left = length > 300
     assert left.any()
@@ -269,9 +272,7 @@ def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
     run.validate(model, data, verbose=False)
     run.save_checkpoint(tmp_path / "a.ckpt")
     torch.load(tmp_path / "a.ckpt", weights_only=True)
-    again = IceCompletion.load_from_checkpoint(
-        tmp_path / "a.ckpt", network=NET, weights_only=True, prior=prior
-    )
+    again = IceCompletion.load_from_checkpoint(tmp_path / "a.ckpt", network=NET, weights_only=True)
     model.eval(), again.eval()
     batch = test_batch(data)
     with torch.no_grad():
@@ -337,9 +338,9 @@ def test_statistics_are_those_of_the_data():
 
 
 def test_hiding_is_on_unless_copying_is_asked_for():
-    with pytest.raises(ConfigError, match=r"hides nothing.*inputs=observed"):
+    with pytest.raises(ConfigError, match=r"hides nothing.*inputs\.thickness=observed"):
         module(hiding=StructuredHiding(layer=0, segment=0))
-    assert module().hiding.hides
+    assert module().inputs.hiding.hides
 
 
 def test_copying_is_detected():
@@ -348,15 +349,15 @@ def test_copying_is_detected():
     options = {"network": partial(completion_net, width=32, depth=1, graph="none"), "steps": 150}
     with pytest.warns(UserWarning, match="learn to copy"):
         model, _, run = fitted(
-            data, inputs="observed", trap_ratio=None, limit_val_batches=0, **options
+            data, thickness="observed", trap_ratio=None, limit_val_batches=0, **options
         )
     copying = run.test(model, data, verbose=False)[0]
     check = trainer()
     assert check.validate(model, data, verbose=False)[0]["val/identity_ratio"] > 5
-    model.trap_ratio = 5.0
-    with pytest.raises(ConfigError, match=r"copies what it sees.*inputs=hidden"):
+    model.inputs = replace(model.inputs, trap_ratio=5.0)
+    with pytest.raises(ConfigError, match=r"copies what it sees.*inputs\.thickness=hidden"):
         check.validate(model, data, verbose=False)
-    model, _, run = fitted(data, inputs="hidden", limit_val_batches=0, **options)
+    model, _, run = fitted(data, thickness="hidden", limit_val_batches=0, **options)
     hiding = run.test(model, data, verbose=False)[0]
     assert hiding["test/missing_rmse"] < 0.7 * copying["test/missing_rmse"]
 
@@ -365,14 +366,14 @@ def test_copying_is_detected_where_a_prior_fills_gaps(trained):
     """The prior's error is below a mean's, whatever the network does."""
     model, data, run = trained
     ratio = run.validate(model, data, verbose=False)[0]["val/identity_ratio"]
-    model.trap_ratio = ratio / 2
+    before, model.inputs = model.inputs, replace(model.inputs, trap_ratio=ratio / 2)
     try:
         run.validate(model, data, verbose=False)  # it hides: a high ratio alone is no fault
-        model.inputs = "observed"
+        model.inputs = replace(model.inputs, thickness="observed")
         with pytest.raises(ConfigError, match="copies what it sees"):
             run.validate(model, data, verbose=False)
     finally:
-        model.inputs, model.trap_ratio = "hidden", 5.0
+        model.inputs = before
 
 
 def test_segments_of_the_test_must_not_have_been_seen(tmp_path):
@@ -398,16 +399,18 @@ def test_segments_of_the_test_must_not_have_been_seen(tmp_path):
 
 def test_what_cannot_be_known_is_said():
     model, data, run = fitted(steps=2, limit_val_batches=0)
-    with pytest.warns(UserWarning, match=r"uncertainty of what it fills is NaN.*init_args\.val"):
+    with pytest.warns(
+        UserWarning, match=r"uncertainty of what it fills is NaN.*init_args\.split\.val"
+    ):
         model.on_predict_start()
     for item in data.parts["test"]:
         del item.truth
-    with pytest.warns(UserWarning, match=r"data\.init_args\.drop=0\.3"):
+    with pytest.warns(UserWarning, match=r"data\.init_args\.evaluation\.drop=0\.3"):
         run.test(model, data, verbose=False)
 
 
 def test_physics_alone_sees_no_thickness():
-    model, data, _ = fitted(inputs="physics", steps=3)
+    model, data, _ = fitted(thickness="none", steps=3)
     batch = test_batch(data)
     with torch.no_grad():
         before = model(batch)
@@ -422,7 +425,7 @@ def test_two_stacks_are_learned_by_heart_from_physics():
     losses = []
     seed_everything(0)
     # validation and test share a flight here, and neither counts
-    model = module(inputs="physics", allow_seen=True, network=partial(completion_net, width=32))
+    model = module(thickness="none", allow_seen=True, network=partial(completion_net, width=32))
     log = model.log
     model.log = lambda name, value, **k: (losses.append(float(value)), log(name, value, **k))
     trainer(200, limit_val_batches=0).fit(model, data)
@@ -461,7 +464,7 @@ def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
     assert (first[1] > 0).any()
     assert not any(m.training for m in model.modules())
     plain, data, _ = fitted(steps=1)
-    plain.mc_samples = 2
+    plain.prediction = replace(plain.prediction, mc_samples=2)
     with pytest.raises(ConfigError, match="no dropout"):
         plain.fill(test_batch(data))
 
@@ -503,20 +506,40 @@ def test_too_few_residuals_leave_it_uncalibrated():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"inputs": "all"}, "inputs=all"),
-        ({"delta": 0.0}, "delta=0"),
-        ({"prior": "spline"}, "prior=spline"),
-        ({"members": 0}, "members=0"),
-        ({"outlier": 0.0}, "outlier=0"),
-        ({"mc_samples": -1}, "mc_samples=-1"),
-        ({"max_gap": -5.0}, "max_gap=-5"),
-        ({"loss_on": "some"}, "loss_on=some"),
-        ({"loss_on": "hidden", "inputs": "physics"}, "loss_on=hidden"),
+        ({"thickness": "all"}, "inputs.thickness` to one of hidden, none, observed"),
+        ({"trap_ratio": 0.0}, "inputs.trap_ratio` to a float > 0 or null"),
+        ({"outlier": 0.0}, "inputs.outlier` to a float > 0 or null"),
+        ({"loss_kind": "l1"}, "loss.kind` to one of huber, smooth_l1, mse"),
+        ({"delta": 0.0}, "loss.delta` to a float > 0"),
+        ({"entries": "some"}, "loss.entries` to one of observed, hidden"),
+        ({"prior": "spline"}, "prediction.prior` to one of none, ridge"),
+        ({"members": 0}, "prediction.members` to an int > 0"),
+        ({"mc_samples": -1}, "prediction.mc_samples` to an int >= 0"),
+        ({"max_gap": -5.0}, "prediction.max_gap` to a float >= 0 or null"),
+        ({"entries": "hidden", "thickness": "none"}, "loss.entries=observed"),
     ],
 )
 def test_wrong_options_are_refused(options, word):
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ConfigError, match=f"model.init_args.{word}"):
         module(**options)
+
+
+def test_options_outside_their_groups_are_refused():
+    with pytest.raises(ConfigError, match="The inputs is 'none'"):
+        IceCompletion(NET, inputs="none")
+    with pytest.raises(ConfigError, match="CompletionInputs has no option 'prior'"):
+        IceCompletion(NET, inputs={"prior": "ridge"})
+
+
+def test_records_go_through_checkpoints_as_plain_values(tmp_path):
+    model, _, run = fitted(steps=1, prior="ridge", outlier=3.0, hiding=StructuredHiding(layer=0.3))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["inputs"]["hiding"]["layer"] == 0.3
+    again = IceCompletion.load_from_checkpoint(tmp_path / "a.ckpt", network=NET, weights_only=True)
+    assert again.inputs == model.inputs
+    assert again.inputs == CompletionInputs(3.0, hiding=StructuredHiding(layer=0.3))
+    assert again.prediction == CompletionPrediction("ridge")
 
 
 def test_other_data_are_refused(tmp_path):

@@ -1,16 +1,16 @@
 """The network keeps what was measured: sums of missing layers between two picked boundaries."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from fakes.ice_layers import completion_net
+from fakes.ice_layers import completion, completion_net
 from lightning.pytorch import Trainer, seed_everything
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers import IceCompletion
 
 WORLD = World(stacks=40, traces=24, layers=8, segments=10)
 
@@ -33,7 +33,7 @@ def flights(tmp_path_factory):
 
 def fit(flights, steps=20, **options):
     seed_everything(0, verbose=False)
-    model = IceCompletion(**{"network": NET, "trap_ratio": None, **options})
+    model = completion(**{"network": NET, "trap_ratio": None, **options})
     trainer = Trainer(
         max_epochs=1000, max_steps=steps, logger=False, enable_checkpointing=False,
         num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
@@ -51,9 +51,9 @@ def batch_of(flights):
     "options",
     [
         {},
-        {"prior": "relative", "loss_on": "hidden", "members": 2},
+        {"prior": "relative", "entries": "hidden", "members": 2},
         {"prior": "log", "outlier": 2.0},
-        {"inputs": "physics"},
+        {"thickness": "none"},
         {"network": partial(NET, dropout=0.2), "mc_samples": 2},
         {"network": partial(NET, sums=False)},
     ],
@@ -69,7 +69,7 @@ def test_picked_boundaries_come_out_where_they_were_picked(flights, options):
         spans.lengths(thickness)[spans.known], spans.path[spans.known], rtol=1e-9, atol=0
     )
     assert (thickness > 0).all()
-    model.keep_boundaries = "none"
+    model.prediction = replace(model.prediction, keep_boundaries="none")
     with torch.no_grad():
         moved = spans.misfit(model.fill(batch)["thickness"])
     assert float(moved[spans.between].abs().mean()) > 0.01
@@ -78,7 +78,7 @@ def test_picked_boundaries_come_out_where_they_were_picked(flights, options):
 def test_metrics_say_how_far_picks_were_moved(flights):
     model, trainer = fit(flights)
     (ours,) = trainer.test(model, flights, verbose=False)
-    model.keep_boundaries = "none"
+    model.prediction = replace(model.prediction, keep_boundaries="none")
     (theirs,) = trainer.test(model, flights, verbose=False)
     assert ours["test/moved_rmse"] < 1e-9 < theirs["test/moved_rmse"]
     assert ours["test/between_rmse"] < theirs["test/between_rmse"]
@@ -147,7 +147,7 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
     """Mis-tracked picks bound some sums of the generated flights."""
     model, trainer = fit(flights, steps=40, outlier=2.0, prior="relative")
     (kept,) = trainer.test(model, flights, verbose=False)
-    model.keep_boundaries = "trusted"
+    model.prediction = replace(model.prediction, keep_boundaries="trusted")
     (trusted,) = trainer.test(model, flights, verbose=False)
     assert trusted["test/misled_rmse"] < kept["test/misled_rmse"]
     assert trusted["test/moved_rmse"] > 0
@@ -165,10 +165,13 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"keep_boundaries": "some"}, "keep_boundaries=some is unknown.*all, trusted, none"),
-        ({"keep_boundaries": "trusted"}, "outlier=null trusts all"),
+        (
+            {"keep_boundaries": "some"},
+            "keep_boundaries of prediction is 'some'.*all, trusted, none",
+        ),
+        ({"keep_boundaries": "trusted"}, r"inputs\.outlier=null trusts all"),
     ],
 )
 def test_wrong_options_are_refused(options, word):
     with pytest.raises(ConfigError, match=word):
-        IceCompletion(NET, **options)
+        completion(NET, **options)

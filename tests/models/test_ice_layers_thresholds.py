@@ -4,18 +4,17 @@ Two need its full size (10 layers, 48 traces, 400 stacks, 700 steps).
 """
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from fakes.ice_layers import completion_net
+from fakes.ice_layers import completion, completion_net, deep_predictor, ice_data
 from lightning.pytorch import Trainer, seed_everything
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
+from fulgurite.datamodules.ice_layers import SyntheticFlights, World
 from fulgurite.models.ice_layers import (
     BaselineCompletion,
-    DeepLayerPredictor,
-    IceCompletion,
     TwoStageLR,
 )
 
@@ -32,7 +31,7 @@ STAGES = partial(TwoStageLR, first=0.3)
 def flights(cache, patch, **options):
     patch.setenv("FULGURITE_CACHE", str(cache))
     source = {"stacks": 280, "traces": 32, "layers": 8, "segments": 28, **options}
-    data = IceLayerDataModule(SyntheticFlights(World(**source)))
+    data = ice_data(SyntheticFlights(World(**source)))
     data.prepare_data()
     data.setup()
     return data
@@ -57,7 +56,7 @@ def trainer(**options):
     )  # fmt: skip
 
 
-def trained(data, steps=300, seed=0, kind=IceCompletion, net=None, save=None, **options):
+def trained(data, steps=300, seed=0, kind=completion, net=None, save=None, **options):
     seed_everything(seed)
     options = {"optimizer": ADAMW, "scheduler": STAGES, **options}
     model = kind(network=partial(completion_net, **(net or {})), **options)
@@ -130,7 +129,7 @@ def test_permuted_physics_misleads(model, found, data):
 @pytest.mark.filterwarnings("ignore:.*learn to copy")
 def test_without_hiding_gaps_are_garbage(found, data):
     """Check 13: hiding is what works."""
-    copying = trained(data, inputs="observed", trap_ratio=None)
+    copying = trained(data, thickness="observed", trap_ratio=None)
     mean = baseline(data, "mean")
     # the card has 0.9 on its own data; here 0.86 was measured
     assert scores(copying, data)["test/missing_rmse"] >= 0.8 * mean["test/missing_rmse"]
@@ -155,10 +154,11 @@ def test_fewer_picks_cost_little_and_never_help(model, found, data, cache):
     mean = baseline(data, "mean")["test/missing_rmse"]
     errors = [found["test/missing_rmse"]]
     try:
-        for data.drop in (0.1, 0.3, 0.5, 0.7, 0.9):
+        for drop in (0.1, 0.3, 0.5, 0.7, 0.9):
+            data.evaluation = replace(data.evaluation, drop=drop)
             errors.append(scores(model, data)["test/missing_rmse"])
     finally:
-        data.drop = 0.0
+        data.evaluation = replace(data.evaluation, drop=0.0)
     assert all(b >= 0.98 * a for a, b in itertools.pairwise(errors))
     assert errors[-1] < 0.5 * mean
 
@@ -179,8 +179,8 @@ def test_a_robust_loss_helps_against_mistracks(cache):
     """Check 19, at full size, with 8 % of the picks on the next boundary."""
     with pytest.MonkeyPatch.context() as patch:
         full = flights(cache, patch, **FULL, mistracks=0.08)
-    robust = scores(trained(full, steps=700, loss="huber", delta=0.3), full)
-    squared = scores(trained(full, steps=700, loss="mse"), full)
+    robust = scores(trained(full, steps=700, loss_kind="huber", delta=0.3), full)
+    squared = scores(trained(full, steps=700, loss_kind="mse"), full)
     assert robust["test/missing_rmse"] <= 0.95 * squared["test/missing_rmse"]
 
 
@@ -202,9 +202,9 @@ def test_pretraining_on_completed_stacks_helps(cache, tmp_path):
         for stack, batch in zip(completed.stacks_of("train"), _one_by_one(completed), strict=True):
             stack.thickness[:] = completion.fill(batch)["thickness"].numpy()
     assert all(stack.observed.all() for stack in completed.stacks_of("train"))
-    options = {"kind": DeepLayerPredictor, "shallow": 3}
+    options = {"kind": deep_predictor, "shallow": 3}
     with pytest.MonkeyPatch.context() as patch:
-        traced = IceLayerDataModule(whole.source, traced=["train"], train_stacks=24)
+        traced = ice_data(whole.source, traced=["train"], train_stacks=24)
         patch.setenv("FULGURITE_CACHE", str(cache))
         traced.prepare_data()
         traced.setup()

@@ -14,7 +14,7 @@ from fulgurite.layers.transformer import TransformerConfig
 from fulgurite.models.cs_arm_bn import PlateClassifier, SmallResNet
 from fulgurite.models.fedsir import FederatedClassifier
 from fulgurite.models.fedsir.network import DigitsNet
-from fulgurite.models.ice_layers import CompletionNet, IceCompletion
+from fulgurite.models.ice_layers import CompletionNet, CompletionPrediction, IceCompletion
 from fulgurite.models.number_probing import NumberLM
 from fulgurite.models.number_probing.backbones import TransformerBackbone
 from fulgurite.models.stream_cqsa import Decoder, LanguageModel
@@ -123,4 +123,4 @@ def test_a_model_of_other_sizes_than_the_data_is_refused_before_training(
 
 def test_an_ensemble_needs_what_makes_its_networks():
     with pytest.raises(ConfigError, match=r"members=3, and there is one network\. .*CompletionNet"):
-        IceCompletion(CompletionNet(8, 5), members=3)
+        IceCompletion(CompletionNet(8, 5), prediction=CompletionPrediction(members=3))

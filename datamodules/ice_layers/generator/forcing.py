@@ -118,7 +118,7 @@ class ForcedFlights(GeneratedLayerFiles):
     climate model, firn, picks, gaps, the errors of MAR, and files that the readers read back.
 
     Flights of a site are spread over its years, so that those of the same years share their
-    climate: split by ``order: name`` with a ``guard`` of as many years as there are layers.
+    climate: split by ``split.order: name``, ``split.guard`` as many years as there are layers.
 
     Args:
         root: Folder with ``CFM_example_<latitude>_<longitude>.csv``, absolute or relative to

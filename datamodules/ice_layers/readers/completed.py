@@ -58,7 +58,7 @@ def refuse_leaks(stacks: Sequence[LayerStack], test: Collection[str]) -> None:
             raise DataError(
                 f"The model that completed {stack.name} was trained on the test segments "
                 f"{name_some(leaked)}.",
-                "Train it with the same `val`, `test`, `order` and `seed` of `--data.init_args`.",
+                "Train it with the same `split` and `seed` of `--data.init_args`.",
             )
 
 

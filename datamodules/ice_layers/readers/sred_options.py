@@ -34,7 +34,7 @@ class SredFolders:
         val: Folders of validation files in it.
         test: Folders of test files in it.
         split: ``folders``, as above, or ``segments``: the files of all folders are put together and
-            split by flight segment with ``val`` and ``test`` of the data module.
+            split by flight segment with ``split`` of the data module.
         shared: What to do with flight segments that are in several parts, whose neighbouring
             echograms leak: ``refuse`` them; ``drop`` their stacks from training where they are
             validated or tested, and from validation where they are tested; ``keep`` them.

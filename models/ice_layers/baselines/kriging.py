@@ -67,9 +67,9 @@ class Kriging:
         >>> h = torch.exp(physics[..., 0]) + 0.1 * torch.sin(at / 500)[:, None]
         >>> observed = torch.ones(40, 3, dtype=torch.bool)
         >>> observed[10:20, 1] = False
-        >>> from fulgurite.models.ice_layers.baselines.kriging_fit import fit_kriging
+        >>> from fulgurite.models.ice_layers import KrigingFitOptions, fit_kriging
         >>> stack = KrigingStack(h, observed, physics, at)
-        >>> mean, std = fit_kriging([stack] * 2, iterations=10)(stack)
+        >>> mean, std = fit_kriging([stack] * 2, fit=KrigingFitOptions(iterations=10))(stack)
         >>> bool(((mean - h)[10:20, 1].abs() < 0.05).all()), bool((std > 0).all())
         (True, True)
 

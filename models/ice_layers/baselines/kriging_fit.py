@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +29,12 @@ from fulgurite.models.ice_layers.baselines.covariance import (
 )
 from fulgurite.models.ice_layers.baselines.interpolation import Ridge, fit_ridge
 from fulgurite.models.ice_layers.baselines.kriging import Kriging
+from fulgurite.models.ice_layers.baselines.options import Drift, KrigingFitOptions
 from fulgurite.models.ice_layers.data.graph import Track
 from fulgurite.models.ice_layers.data.hiding import held_out
 from fulgurite.models.ice_layers.training.uncertainty import Z90
 
-__all__ = ["DRIFTS", "Drift", "choose_drift", "fit_kriging"]
-
-Drift = Literal["auto", "linear", "log"]
+__all__ = ["DRIFTS", "choose_drift", "fit_kriging"]
 
 _PRIOR, _SLOPE_PRIOR = 1.5, 0.3  # standard deviations of logarithms; of their slopes on a field
 _FOLDS = 5
@@ -57,12 +56,9 @@ class _FitStack(NamedTuple):
 def fit_kriging(
     stacks: Sequence[KrigingStack],
     groups: Sequence[int] | None = None,
-    fit_stacks: int = 40,
-    fit_entries: int = 240,
     *,
-    iterations: int = 40,
+    fit: KrigingFitOptions = KrigingFitOptions(),
     outlier: float = 4.0,
-    seed: int = 0,
     drift: Drift = "auto",
     validation: Sequence[KrigingStack] = (),
 ) -> Kriging:
@@ -77,11 +73,8 @@ def fit_kriging(
         stacks: Training stacks.
         groups: A number for each stack: those of one flight segment resemble each other. By
             default each is a group of its own.
-        fit_stacks: Stacks that the covariance is fitted on.
-        fit_entries: Entries of each of them, about: half in a window, half spread evenly.
-        iterations: Iterations of L-BFGS the first time; half as many the second time.
+        fit: Stacks that the covariance is fitted on, entries of each, and iterations.
         outlier: Standard deviations from what all other picks say, beyond which one is left out.
-        seed: Seed of the choice of stacks and windows.
         drift: Regression of thickness (``linear``), of its logarithm (``log``), or the better
             one of both (``auto``).
         validation: Stacks of other flights, on which drifts are compared: how a regression goes
@@ -93,25 +86,25 @@ def fit_kriging(
     if not stacks:
         raise DataError(
             "There is no training stack to fit kriging on.",
-            "Check `data.init_args.source`, `val` and `test`.",
+            "Check `data.init_args.source` and `split`.",
         )
     numbers = range(len(stacks)) if groups is None else groups
-    options = [o for o in DRIFTS if drift == "auto" or o["log"] == (drift == "log")]
-    chosen_drift, others = choose_drift(stacks, numbers, options, validation)
-    draw = torch.Generator().manual_seed(seed)
-    indices = torch.randperm(len(stacks), generator=draw)[:fit_stacks].tolist()
-    parts = [(_sample_traces(stacks[k], fit_entries, draw), others[k]) for k in indices]
+    drifts = [o for o in DRIFTS if drift == "auto" or o["log"] == (drift == "log")]
+    chosen_drift, others = choose_drift(stacks, numbers, drifts, validation)
+    draw = torch.Generator().manual_seed(fit.seed)
+    indices = torch.randperm(len(stacks), generator=draw)[: fit.stacks].tolist()
+    parts = [(_sample_traces(stacks[k], fit.entries, draw), others[k]) for k in indices]
     items = [
         _FitStack(ObservedSpans.of(s.measured), measure_geometry(other, s))
         for s, other in parts
         if s.observed.any()
     ]
     start = initial_parameters(stacks[0].physics.shape[-1])
-    theta = _maximise(start, start, _clip_deviations(items), iterations)
+    theta = _maximise(start, start, _clip_deviations(items), fit.iterations)
     trusted = [_drop_outliers(item, theta, outlier) for item in items]
-    theta = _maximise(theta, start, trusted, iterations // 2)
+    theta = _maximise(theta, start, trusted, fit.iterations // 2)
     # not all of a large stack, which would take longer than the fit
-    judged = [_sample_traces(stacks[k], _JUDGED * fit_entries, draw) for k in indices]
+    judged = [_sample_traces(stacks[k], _JUDGED * fit.entries, draw) for k in indices]
     krigings = [Kriging(others[k], theta, theta.new_ones(())) for k in indices]
     return Kriging(chosen_drift, theta, _fit_interval_scale(theta, krigings, judged))
 

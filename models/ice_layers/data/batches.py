@@ -12,18 +12,17 @@ Axes: B stacks, N traces of all of them, L layers, P physical fields.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fulgurite.errors import CheckpointError, ConfigError, DataError
+from fulgurite.errors import CheckpointError, DataError
 from fulgurite.models.ice_layers.data.graph import Track
 
 __all__ = [
     "KeptBoundaries",
     "check_batch",
-    "check_keep_boundaries",
     "known_truth",
     "read_segments",
     "refuse_seen",
@@ -82,21 +81,8 @@ def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
         raise DataError(
             f"The checkpoint was trained or validated on flight segments of the test: "
             f"{', '.join(overlap[:3])}{', …' if len(overlap) > 3 else ''}.",
-            "Use its run's data options (val, test, order, seed of data.init_args, and of the "
-            f"source){also}.",
-        )
-
-
-def check_keep_boundaries(keep_boundaries: str) -> None:
-    """Refuse an unknown value of ``keep_boundaries``.
-
-    Raises:
-        ConfigError: The value is none of :data:`KeptBoundaries`.
-    """
-    if keep_boundaries not in get_args(KeptBoundaries):
-        raise ConfigError(
-            f"model.init_args.keep_boundaries={keep_boundaries} is unknown.",
-            f"Use one of {', '.join(get_args(KeptBoundaries))}.",
+            "Use its run's data options (split and seed of data.init_args, and of the source)"
+            f"{also}.",
         )
 
 

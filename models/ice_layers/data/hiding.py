@@ -11,16 +11,20 @@ Axes: B stacks, N traces of all of them, L layers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError
 from fulgurite.models.ice_layers.data.graph import Track
+from fulgurite.options import ClosedUnitInterval, LeftOpenUnitInterval, check_options
 
 __all__ = ["StructuredHiding", "held_out"]
 
 
+@dataclass(frozen=True)
 class StructuredHiding:
     """Hides whole boundaries and contiguous segments of picks.
 
@@ -45,26 +49,20 @@ class StructuredHiding:
     Source: card section 1.5, tag M; ``donor`` is inferred.
     """
 
-    def __init__(
-        self,
-        layer: float = 0.15,
-        segment: float = 0.5,
-        shortest: float = 0.125,
-        longest: float = 0.5,
-        *,
-        donor: float = 0.0,
-    ) -> None:
-        prefix = "model.init_args.hiding.init_args"
-        for name, value in (("layer", layer), ("segment", segment), ("donor", donor)):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"{prefix}.{name}={value} is no probability.", "Give 0 to 1.")
-        if not 0 < shortest <= longest <= 1:
+    layer: ClosedUnitInterval = 0.15
+    segment: ClosedUnitInterval = 0.5
+    shortest: LeftOpenUnitInterval = 0.125
+    longest: LeftOpenUnitInterval = 0.5
+    donor: ClosedUnitInterval = 0.0
+
+    def __post_init__(self) -> None:
+        option = "model.init_args.inputs.hiding"
+        check_options(self, option)
+        if self.shortest > self.longest:
             raise ConfigError(
-                f"{prefix} hides segments of {shortest} to {longest} of a stack.",
+                f"{option} hides segments of {self.shortest} to {self.longest} of a stack.",
                 "Set 0 < shortest <= longest <= 1.",
             )
-        self.layer, self.segment, self.donor = layer, segment, donor
-        self.shortest, self.longest = shortest, longest
 
     @property
     def hides(self) -> bool:

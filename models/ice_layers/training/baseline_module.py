@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fulgurite.base import SystemModule
+from fulgurite.base import SystemModule, save_options
 from fulgurite.domains.ice_layers.spans import Spans, TensorSpans
 from fulgurite.errors import CheckpointError, ConfigError, DataError
 from fulgurite.models.ice_layers.baselines.covariance import KrigingStack, join_stacks, thin_stacks
@@ -26,18 +26,19 @@ from fulgurite.models.ice_layers.baselines.interpolation import (
     own_layer_mean,
 )
 from fulgurite.models.ice_layers.baselines.kriging import Kriging
-from fulgurite.models.ice_layers.baselines.kriging_fit import Drift, fit_kriging
-from fulgurite.models.ice_layers.data.batches import (
-    KeptBoundaries,
-    check_batch,
-    check_keep_boundaries,
-    known_truth,
-    refuse_seen,
+from fulgurite.models.ice_layers.baselines.kriging_fit import fit_kriging
+from fulgurite.models.ice_layers.baselines.options import (
+    KrigingFitOptions,
+    LineOptions,
+    RegressionOptions,
 )
+from fulgurite.models.ice_layers.data.batches import check_batch, known_truth, refuse_seen
 from fulgurite.models.ice_layers.data.graph import Track
 from fulgurite.models.ice_layers.data.hiding import held_out
 from fulgurite.models.ice_layers.output.completion import fill, measure_gaps
 from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.training.options import BaselinePrediction
+from fulgurite.options import check_arguments, make_options
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["BaselineCompletion", "BaselineMethod"]
@@ -66,30 +67,17 @@ class BaselineCompletion(SystemModule):
             missing takes ``layer_mean``. ``linear``: lines along the track, then across layers.
             ``ridge``: regression of each layer on its physics. ``kriging``: on all that is
             observed, with a physics drift. Where there is nothing to go by, all take ``mean``.
-        max_line: Longest gap that a line of ``along`` crosses [m]; null for any.
-        reach: How far ``along`` reaches into a longer gap [m].
-        penalty: Penalty of ``ridge`` for each entry; ``kriging`` chooses that of its drift.
-        drift: ``linear`` regresses thickness, ``log`` its logarithm, in ``ridge`` and ``kriging``;
-            ``auto`` is linear for ``ridge``, and lets ``kriging`` choose on the validation
-            flights, or on training segments where there are none.
-        fit_stacks: Training stacks that the covariance of ``kriging`` is fitted on.
-        fit_entries: Entries of each of these stacks that the fit takes, about.
-        iterations: Iterations of that fit.
-        max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
-        seed: Seed of the choice of stacks.
-        keep_boundaries: Which picked boundaries come out where they were picked, so that layers
-            that are missing between two of them add up to what was measured: ``all`` of them, or
-            ``none``, which fills each layer for itself; ``trusted`` leaves out those that
-            ``kriging`` finds contradicted by all others, such as picks of another boundary.
-            ``kriging`` learns from these sums, and divides what is left of them by its covariance;
-            all others divide them in the proportions that they predict.
+        lines: How far lines along the track reach, in ``along``.
+        regression: The regression on physics, in ``ridge`` and ``kriging``.
+        fit: The fit of the covariance of ``kriging``.
+        prediction: What becomes of what the method predicts.
 
     Attributes:
         trained_segments: Names of the flight segments that it was fitted on, or that decided what
             was fitted, which completed stacks carry for the leakage rule.
 
     Raises:
-        ConfigError: ``method`` is unknown, or a number is out of range.
+        ConfigError: ``method`` is unknown, or does not fit other options.
 
     Source: card sections 4.3 and 5; kriging: :mod:`fulgurite.models.ice_layers.baselines.kriging`.
     """
@@ -99,49 +87,26 @@ class BaselineCompletion(SystemModule):
     def __init__(
         self,
         method: BaselineMethod = "kriging",
-        max_line: float | None = 300.0,
-        reach: float = 60.0,
-        penalty: float = 1e-3,
         *,
-        drift: Drift = "auto",
-        fit_stacks: int = 40,
-        fit_entries: int = 240,
-        iterations: int = 40,
-        max_gap: float | None = None,
-        seed: int = 0,
-        keep_boundaries: KeptBoundaries = "all",
+        lines: LineOptions = LineOptions(),
+        regression: RegressionOptions = RegressionOptions(),
+        fit: KrigingFitOptions = KrigingFitOptions(),
+        prediction: BaselinePrediction = BaselinePrediction(),
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        prefix = "model.init_args"
-        if method not in get_args(BaselineMethod):
+        check_arguments(BaselineCompletion.__init__, locals(), "model.init_args")
+        save_options(self)
+        self.method: BaselineMethod = method
+        self.lines = make_options(LineOptions, lines)
+        self.regression = make_options(RegressionOptions, regression)
+        self.fit_options = make_options(KrigingFitOptions, fit)
+        self.prediction = make_options(BaselinePrediction, prediction)
+        if self.prediction.keep_boundaries == "trusted" and method != "kriging":
+            option = "model.init_args.prediction.keep_boundaries"
             raise ConfigError(
-                f"{prefix}.method={method} is unknown.",
-                f"Use one of {', '.join(get_args(BaselineMethod))}.",
+                f"{option}=trusted, and {method} does not know which picks are contradicted.",
+                f"Use {option}=all or none, or model.init_args.method=kriging.",
             )
-        if drift not in get_args(Drift):
-            raise ConfigError(
-                f"{prefix}.drift={drift} is unknown.", f"Use one of {', '.join(get_args(Drift))}."
-            )
-        check_keep_boundaries(keep_boundaries)
-        if keep_boundaries == "trusted" and method != "kriging":
-            raise ConfigError(
-                f"{prefix}.keep_boundaries=trusted, and {method} does not know which picks are "
-                "contradicted.",
-                f"Use {prefix}.keep_boundaries=all or none, or {prefix}.method=kriging.",
-            )
-        lengths = {"max_line": max_line, "reach": reach, "penalty": penalty, "max_gap": max_gap}
-        for name, length in lengths.items():
-            if length is not None and not length >= 0:
-                raise ConfigError(f"{prefix}.{name}={length} is negative.", "Give 0 or more.")
-        counts = {"fit_stacks": fit_stacks, "fit_entries": fit_entries, "iterations": iterations}
-        for name, count in counts.items():
-            if count < 1:
-                raise ConfigError(f"{prefix}.{name}={count} is too small.", "Give 1 or more.")
-        self.method, self.max_gap, self.reach, self.penalty = method, max_gap, reach, penalty
-        self.max_line = torch.inf if max_line is None else max_line
-        self.fit_stacks, self.fit_entries, self.iterations = fit_stacks, fit_entries, iterations
-        self.drift, self.seed, self.keep_boundaries = drift, seed, keep_boundaries
         # a loss needs one, and so does DistributedDataParallel; it is never trained
         self.anchor = nn.Parameter(torch.zeros(1))
         self.trained_segments: tuple[str, ...] = ()
@@ -179,7 +144,7 @@ class BaselineCompletion(SystemModule):
     @property
     def _chooses(self) -> bool:
         """Whether validation flights decide something."""
-        return self.method == "kriging" and self.drift == "auto"
+        return self.method == "kriging" and self.regression.kind == "auto"
 
     def _gather(self, loaders: Any) -> list[_Row]:
         """The stacks of loaders on all ranks, in the order of their numbers, each once."""
@@ -221,13 +186,16 @@ class BaselineCompletion(SystemModule):
         thickness, observed, physics = join_stacks(thin_stacks(stacks))
         self.means = layer_means(thickness, observed).double()
         if self.method == "ridge":
-            log = self.drift == "log"
-            self.ridge = fit_ridge(thickness, observed, physics, self.penalty, log=log)
+            penalty, log = self.regression.penalty, self.regression.kind == "log"
+            self.ridge = fit_ridge(thickness, observed, physics, penalty, log=log)
         elif self.method == "kriging":
             self.kriging = fit_kriging(
-                stacks, segments, self.fit_stacks, self.fit_entries, iterations=self.iterations,
-                seed=self.seed, drift=self.drift, validation=validation,
-            )  # fmt: skip
+                stacks,
+                segments,
+                fit=self.fit_options,
+                drift=self.regression.kind,
+                validation=validation,
+            )
 
     def _stacks(
         self, batch: Any, visible_spans: TensorSpans | None = None
@@ -240,7 +208,8 @@ class BaselineCompletion(SystemModule):
         """
         check_batch(batch, _FIELDS)
         spans = Spans.of_batch(batch) if visible_spans is None else visible_spans
-        spans = (spans.single() if self.keep_boundaries == "none" else spans).to("cpu")
+        is_free = self.prediction.keep_boundaries == "none"
+        spans = (spans.single() if is_free else spans).to("cpu")
         arrays = [getattr(batch, name).cpu() for name in ("thickness", "physics", "distance")]
         bounds = batch.ptr.tolist()
         for number, first, stop in zip(batch.stack.tolist(), bounds, bounds[1:], strict=False):
@@ -283,7 +252,7 @@ class BaselineCompletion(SystemModule):
                 "Use the data options of the run that was fitted.",
             )
         if self.kriging is not None:
-            return self.kriging(stack, trust_all=self.keep_boundaries == "all")
+            return self.kriging(stack, trust_all=self.prediction.keep_boundaries == "all")
         filled = stack.measured.constrain(self._fill(stack))
         return filled, torch.full_like(filled, torch.nan)
 
@@ -300,7 +269,8 @@ class BaselineCompletion(SystemModule):
             return along_then_across(thickness, observed, distance, self.means)
         filled = own_layer_mean(thickness, observed, self.means)
         if self.method == "along":
-            lines = along_track(thickness, observed, distance, self.max_line, reach=self.reach)
+            longest = torch.inf if self.lines.max_length is None else self.lines.max_length
+            lines = along_track(thickness, observed, distance, longest, reach=self.lines.reach)
             filled = torch.where(lines.isfinite(), lines, filled)
         return filled
 
@@ -324,7 +294,12 @@ class BaselineCompletion(SystemModule):
         track = Track.of_batch(batch)
         gaps = measure_gaps(batch.observed, batch.distance, track)
         completed = fill(
-            batch.thickness, batch.observed, gaps, predicted, std=std.float(), max_gap=self.max_gap
+            batch.thickness,
+            batch.observed,
+            gaps,
+            predicted,
+            std=std.float(),
+            max_gap=self.prediction.max_gap,
         )
         return {**completed, "stack": batch.stack[track.stack]}
 

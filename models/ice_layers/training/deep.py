@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -22,8 +22,13 @@ from fulgurite.models.ice_layers.data.batches import known_truth
 from fulgurite.models.ice_layers.data.graph import Track
 from fulgurite.models.ice_layers.data.normalise import Normalised
 from fulgurite.models.ice_layers.training.ice_module import IceModule
-from fulgurite.models.ice_layers.training.losses import LossKind
+from fulgurite.models.ice_layers.training.options import (
+    DeepInputs,
+    LossOptions,
+    PredictionOptions,
+)
 from fulgurite.models.ice_layers.training.uncertainty import mean_and_std
+from fulgurite.options import check_arguments
 
 __all__ = ["DeepLayerPredictor"]
 
@@ -38,69 +43,53 @@ class DeepLayerPredictor(IceModule):
     Args:
         network: The network, or what makes it from (layers, fields), such as the class
             :class:`~fulgurite.models.ice_layers.CompletionNet`.
-        shallow: Number of shallow layers, K.
-        physics: ``all`` gives the physics of all layers, ``shallow`` that of the K shallow ones.
-        loss: Kind of :func:`~fulgurite.models.ice_layers.training.losses.masked_robust_loss`.
-        delta: Error at which the loss becomes linear, in standard deviations of thickness.
-        prior: Prior of :class:`~fulgurite.models.ice_layers.IceCompletion`; needs ``physics=all``.
-        members: Networks of an ensemble, trained side by side.
-        outlier: Limit of outliers, as of :class:`~fulgurite.models.ice_layers.IceCompletion`.
+        inputs: How many layers networks are shown, and which physics.
+        loss: The robust loss.
+        prediction: What networks predict, and how many of them; a prior needs
+            ``inputs.physics=all``.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
         allow_seen: Whether ``weights`` may have seen segments of the test.
 
     Raises:
-        ConfigError: A number is out of range or a name is unknown.
+        ConfigError: Options do not fit together.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
-    Source: arXiv 2604.20783 (pretraining with synthesised stacks); card section 2. The authors'
-        predictors see the physics of shallow layers; ``all`` is inferred, since climate models
-        know all years.
+    Source: arXiv 2604.20783 (pretraining with synthesised stacks); card section 2.
     """
 
     monitor = "val/mae"
+    inputs: DeepInputs
 
     def __init__(
         self,
         network: Callable[[int, int], nn.Module] | nn.Module,
-        shallow: int = 5,
-        physics: Literal["all", "shallow"] = "all",
-        loss: LossKind = "huber",
+        inputs: DeepInputs = DeepInputs(),
+        loss: LossOptions = LossOptions(),
+        prediction: PredictionOptions = PredictionOptions(),
         *,
-        delta: float = 1.0,
-        prior: Literal["none", "ridge", "relative", "log"] = "none",
-        members: int = 1,
-        outlier: float | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
         allow_seen: bool = False,
     ) -> None:
+        records = {"inputs": inputs, "loss": loss, "prediction": prediction}
         super().__init__(
             network,
-            optimizer,
-            scheduler,
-            weights,
-            loss=loss,
-            delta=delta,
-            prior=prior,
-            members=members,
-            outlier=outlier,
+            **check_arguments(DeepLayerPredictor.__init__, records, "model.init_args"),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            weights=weights,
             allow_seen=allow_seen,
         )
         save_options(self, "network", "optimizer", "scheduler")
-        prefix = "model.init_args"
-        if shallow < 1:
-            raise ConfigError(f"{prefix}.shallow={shallow} is too few.", "Give 1 or more.")
-        if physics not in ("all", "shallow"):
-            raise ConfigError(f"{prefix}.physics={physics} is unknown.", "Use all or shallow.")
-        if prior != "none" and physics == "shallow":
+        if self.prediction.prior != "none" and self.inputs.physics == "shallow":
             raise ConfigError(
-                f"{prefix}.prior={prior} reads the physics of all layers.",
-                f"Set {prefix}.physics=all, or prior=none.",
+                f"model.init_args.prediction.prior={self.prediction.prior} reads the physics of "
+                "all layers.",
+                "Set model.init_args.inputs.physics=all, or prediction.prior=none.",
             )
-        self.shallow, self.physics = shallow, physics
 
     def build(self, layers: int, physics: int) -> None:
         """Make the networks.
@@ -108,17 +97,17 @@ class DeepLayerPredictor(IceModule):
         Raises:
             ConfigError: There is no layer below the shallow ones.
         """
-        if layers <= self.shallow:
+        if layers <= self.inputs.shallow:
             raise ConfigError(
-                f"model.init_args.shallow={self.shallow} leaves none of {layers} layers to "
-                "predict.",
+                f"model.init_args.inputs.shallow={self.inputs.shallow} leaves none of {layers} "
+                "layers to predict.",
                 f"Give less than {layers}, or take deeper stacks.",
             )
         super().build(layers, physics)
 
     def is_deep(self, layers: int, device: torch.device | None = None) -> Tensor:
         """Which layers are predicted. Shape: (L,), bool."""
-        return torch.arange(layers, device=device) >= self.shallow
+        return torch.arange(layers, device=device) >= self.inputs.shallow
 
     def predict(self, x: Normalised) -> tuple[Tensor, Tensor]:
         """Predicted thickness and its standard deviation over members [m]. Shapes: (N, L)."""
@@ -127,7 +116,7 @@ class DeepLayerPredictor(IceModule):
 
     def _run_all(self, x: Normalised) -> list[Tensor]:
         deep = self.is_deep(x.observed.shape[1], x.observed.device)
-        if self.physics == "shallow":
+        if self.inputs.physics == "shallow":
             x = dataclasses.replace(x, physics=x.physics * ~deep[:, None])
         return [self.forward_member(network, x, x.observed & ~deep) for network in self.networks]
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,15 @@ from fulgurite.models.ice_layers.data.batches import (
 from fulgurite.models.ice_layers.data.graph import note_sizes
 from fulgurite.models.ice_layers.data.normalise import Normalised, Normaliser, to_positive
 from fulgurite.models.ice_layers.exporting import export_predictor
-from fulgurite.models.ice_layers.networks.features import PhysicsPrior, PriorKind, find_contradicted
-from fulgurite.models.ice_layers.training.losses import LossKind, masked_robust_loss
+from fulgurite.models.ice_layers.networks.features import PhysicsPrior, find_contradicted
+from fulgurite.models.ice_layers.training.losses import masked_robust_loss
 from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.training.options import (
+    CompletionPrediction,
+    LossOptions,
+    NetworkInputs,
+    PredictionOptions,
+)
 from fulgurite.models.ice_layers.training.schedule import TwoStageLR
 from fulgurite.models.ice_layers.training.uncertainty import Calibration
 from fulgurite.sampling import forget_training_data, rank_and_world
@@ -50,18 +56,12 @@ class IceModule(SystemModule):
 
     Args:
         network: The network, or what makes it from (layers, fields).
+        inputs: What networks are shown.
+        loss: The robust loss.
+        prediction: What networks predict, and how many of them.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
-        loss: Kind of :func:`~fulgurite.models.ice_layers.training.losses.masked_robust_loss`.
-        delta: Error at which the loss becomes linear, in standard deviations of thickness.
-        prior: The network predicts what a ridge regression on physics leaves, see
-            :class:`~fulgurite.models.ice_layers.networks.features.PhysicsPrior`; ``none`` as in
-            the paper.
-        members: Networks of an ensemble, trained side by side.
-        outlier: Picks that differ from their neighbours along the track by more than so many
-            standard deviations of thickness, or typical deviations from the prior, are neither
-            shown to the network nor asked for in training; null trusts all.
         allow_seen: Start from ``weights``, and test, though they have seen segments of the test.
 
     Attributes:
@@ -71,48 +71,37 @@ class IceModule(SystemModule):
 
     monitor: str | None = None
     mode = "min"
+    inputs: NetworkInputs
+    loss: LossOptions
+    prediction: PredictionOptions
 
     def __init__(
         self,
         network: Callable[[int, int], nn.Module] | nn.Module,
+        inputs: NetworkInputs,
+        loss: LossOptions,
+        prediction: PredictionOptions,
+        *,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         weights: str | None,
-        *,
-        loss: LossKind,
-        delta: float,
-        prior: Literal["none", "ridge", "relative", "log"],
-        members: int,
-        outlier: float | None,
         allow_seen: bool,
     ) -> None:
         super().__init__()
         # Lightning says of each module that moves its batches that its DataModule does not
         warnings.filterwarnings("ignore", ".*overridden `transfer_batch_to_device` in `Lightning.*")
-        if not delta > 0:
-            raise ConfigError(f"model.init_args.delta={delta} is not positive.", "Give it above 0.")
-        if prior not in ("none", *get_args(PriorKind)):
+        if prediction.members > 1 and isinstance(network, nn.Module):
             raise ConfigError(
-                f"model.init_args.prior={prior} is unknown.",
-                f"Use none, {', '.join(get_args(PriorKind))}.",
-            )
-        if outlier is not None and not outlier > 0:
-            raise ConfigError(
-                f"model.init_args.outlier={outlier} is not positive.", "Give it above 0, or null."
-            )
-        if members < 1:
-            raise ConfigError(f"model.init_args.members={members} is too few.", "Give 1 or more.")
-        if members > 1 and isinstance(network, nn.Module):
-            raise ConfigError(
-                f"model.init_args.members={members}, and there is one network.",
-                f"Give what makes one, such as network={type(network).__name__}, or members=1.",
+                f"model.init_args.prediction.members={prediction.members}, and there is one "
+                "network.",
+                f"Give what makes one, such as network={type(network).__name__}, or "
+                "prediction.members=1.",
             )
         # in a partial: a module that is an attribute would be in the checkpoint twice
         self.make_network = functools.partial(build_network, network)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.weights, self.loss, self.delta = weights, loss, delta
-        self.prior_kind, self.members, self.outlier = prior, members, outlier
-        self.allow_seen, self._begun = allow_seen, False
+        self.inputs, self.loss, self.prediction = inputs, loss, prediction
+        self.weights, self.allow_seen, self._begun = weights, allow_seen, False
         self.sizes: tuple[int, int] | None = None
         self.trained_segments: tuple[str, ...] = ()
         self.networks = nn.ModuleList()
@@ -149,9 +138,11 @@ class IceModule(SystemModule):
                 f"Make it with {type(network).__name__}({layers}, {physics}), or give the class.",
             )
         self.normaliser = Normaliser(layers, physics)
-        kind = self.prior_kind
+        kind = self.prediction.prior
         self.prior = None if kind == "none" else PhysicsPrior(layers, physics, kind)
-        self.networks.extend(self.make_network(layers, physics) for _ in range(self.members))
+        self.networks.extend(
+            self.make_network(layers, physics) for _ in range(self.prediction.members)
+        )
         self.calibration = Calibration()
         self.metrics = CompletionMetrics(layers)
         self.to(self.device)
@@ -303,11 +294,12 @@ class IceModule(SystemModule):
         copied = copy.deepcopy(self).eval()
         copied.metrics = nn.Identity()  # type: ignore[assignment]
         notes = []
-        if samples := getattr(self, "mc_samples", 0):
-            copied.mc_samples = 0  # type: ignore[assignment]
+        prediction = self.prediction
+        if isinstance(prediction, CompletionPrediction) and prediction.mc_samples:
+            copied.prediction = dataclasses.replace(prediction, mc_samples=0)
             notes.append(
-                f"dropout is off in the exported network; `fulgurite predict` averages {samples} "
-                "samples with it"
+                "dropout is off in the exported network; `fulgurite predict` averages "
+                f"{prediction.mc_samples} samples with it"
             )
         return export_predictor(
             copied, sizes=self.sizes, data_state=request.data_state, notes=tuple(notes)
@@ -367,9 +359,9 @@ class IceModule(SystemModule):
 
     def mask_outliers(self, x: Normalised, mask: Tensor) -> Tensor:
         """Entries of a mask that its others do not contradict. Shape: (N, L), bool."""
-        if self.outlier is None:
+        if (limit := self.inputs.outlier) is None:
             return mask
-        return mask & ~find_contradicted(x.thickness, mask, x.track, x.distance, limit=self.outlier)
+        return mask & ~find_contradicted(x.thickness, mask, x.track, x.distance, limit=limit)
 
     def metres(self, out: Tensor, x: Normalised) -> Tensor:
         """What a network gives, as thickness above 0 [m]. Shape: (N, L), float64."""
@@ -397,5 +389,5 @@ class IceModule(SystemModule):
         """The loss of one network over the entries in ``mask``. Shape: to ()."""
         mask = mask & self.mask_outliers(x, x.observed)
         return masked_robust_loss(
-            predicted, x.thickness, mask, self.delta, kind=self.loss, over_ranks=True
+            predicted, x.thickness, mask, self.loss.delta, kind=self.loss.kind, over_ranks=True
         )

@@ -58,7 +58,7 @@ def masked_robust_loss(
     Source: arXiv 2604.20783, abstract (form); card section 1.6, numbers inferred.
     """
     if not delta > 0:
-        raise ConfigError(f"The loss has delta={delta}.", "Set model.init_args.delta above 0.")
+        raise ConfigError(f"The loss has delta={delta}.", "Set model.init_args.loss.delta above 0.")
     # selected before any arithmetic: NaN * 0 is NaN, and a gradient passes through `where`
     error = torch.where(mask, pred - torch.where(mask, target, 0.0).to(pred.dtype), 0.0)
     zero = torch.zeros_like(error)
@@ -70,7 +70,7 @@ def masked_robust_loss(
         total = 0.5 * error.square().sum()
     else:
         raise ConfigError(
-            f"model.init_args.loss={kind} is unknown.", "Use huber, smooth_l1 or mse."
+            f"model.init_args.loss.kind={kind} is unknown.", "Use huber, smooth_l1 or mse."
         )
     count = mask.sum().to(total.dtype)
     if over_ranks and (world := rank_and_world()[1]) > 1:

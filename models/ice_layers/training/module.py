@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,19 +20,20 @@ from fulgurite.base import save_options
 from fulgurite.domains.ice_layers.codes import Provenance
 from fulgurite.domains.ice_layers.spans import Spans, TensorSpans
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers.data.batches import (
-    KeptBoundaries,
-    check_keep_boundaries,
-    known_truth,
-)
+from fulgurite.models.ice_layers.data.batches import known_truth
 from fulgurite.models.ice_layers.data.graph import Track
-from fulgurite.models.ice_layers.data.hiding import StructuredHiding, held_out
+from fulgurite.models.ice_layers.data.hiding import held_out
 from fulgurite.models.ice_layers.data.normalise import Normalised
 from fulgurite.models.ice_layers.networks.features import find_contradicted
 from fulgurite.models.ice_layers.output.completion import Gaps, fill, measure_gaps
 from fulgurite.models.ice_layers.training.ice_module import IceModule
-from fulgurite.models.ice_layers.training.losses import LossKind
+from fulgurite.models.ice_layers.training.options import (
+    CompletionInputs,
+    CompletionLoss,
+    CompletionPrediction,
+)
 from fulgurite.models.ice_layers.training.uncertainty import entry_features, mean_and_std
+from fulgurite.options import check_arguments
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["IceCompletion"]
@@ -50,29 +51,9 @@ class IceCompletion(IceModule):
     Args:
         network: The network, or what makes it from (layers, fields), such as the class
             :class:`~fulgurite.models.ice_layers.CompletionNet`.
-        hiding: What training hides; by default as measured on real gaps.
-        inputs: ``hidden``: observed thickness, a part of it hidden in training. ``physics``: none
-            of it. ``observed``: all of it, which teaches the network to copy.
-        loss: Kind of :func:`~fulgurite.models.ice_layers.training.losses.masked_robust_loss`.
-        delta: Error at which the loss becomes linear, in standard deviations of thickness.
-        loss_on: ``observed`` counts all observed entries, ``hidden`` only those not seen.
-        prior: The network predicts what a ridge regression on physics leaves, see
-            :class:`~fulgurite.models.ice_layers.networks.features.PhysicsPrior`; ``none`` as in
-            the paper.
-        members: Networks of an ensemble, trained side by side.
-        outlier: Picks that differ from their neighbours along the track by more than so many
-            standard deviations of thickness, or typical deviations from the prior, are neither
-            shown to the network nor asked for in training; null trusts all.
-        keep_boundaries: Which picked boundaries come out where they were picked: where layers are
-            missing between two of them, what they add up to is known, and they share it in the
-            proportions that the network predicts. ``all``; ``trusted``, all but those that
-            ``outlier`` finds contradicted; or ``none``, which fills each layer for itself, as the
-            paper does, so that picks below a gap are moved.
-        mc_samples: Predictions with dropout at evaluation; 0 for one without.
-        max_gap: Leave gaps missing that are longer [m], wholly absent layers among them.
-        trap_ratio: Stop when the held-out error is so many times that of visible entries, and,
-            unless ``inputs=observed``, no better than about that of each layer's mean; null never
-            stops.
+        inputs: What networks are shown, and what training hides from them.
+        loss: The robust loss, and the entries that it counts.
+        prediction: What networks predict, how many of them, and what becomes of it.
         optimizer: Makes the optimizer.
         scheduler: Makes the scheduler, stepped after each step.
         weights: Checkpoint of a run whose networks and statistics are the start.
@@ -80,79 +61,52 @@ class IceCompletion(IceModule):
             test: for segments that only share their names.
 
     Raises:
-        ConfigError: A number is out of range or a name is unknown.
+        ConfigError: Options do not fit together.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
     Source: arXiv 2604.20783; card sections 1 and 7.
     """
 
     monitor = "val/heldout_mae"
+    inputs: CompletionInputs
+    loss: CompletionLoss
+    prediction: CompletionPrediction
 
     def __init__(
         self,
         network: Callable[[int, int], nn.Module] | nn.Module,
-        hiding: StructuredHiding | None = None,
-        inputs: Literal["hidden", "physics", "observed"] = "hidden",
-        loss: LossKind = "huber",
+        inputs: CompletionInputs = CompletionInputs(),
+        loss: CompletionLoss = CompletionLoss(),
+        prediction: CompletionPrediction = CompletionPrediction(),
         *,
-        delta: float = 1.0,
-        loss_on: Literal["observed", "hidden"] = "observed",
-        prior: Literal["none", "ridge", "relative", "log"] = "none",
-        members: int = 1,
-        outlier: float | None = None,
-        keep_boundaries: KeptBoundaries = "all",
-        mc_samples: int = 0,
-        max_gap: float | None = None,
-        trap_ratio: float | None = 5.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
         allow_seen: bool = False,
     ) -> None:
+        records = {"inputs": inputs, "loss": loss, "prediction": prediction}
         super().__init__(
             network,
-            optimizer,
-            scheduler,
-            weights,
-            loss=loss,
-            delta=delta,
-            prior=prior,
-            members=members,
-            outlier=outlier,
+            **check_arguments(IceCompletion.__init__, records, "model.init_args"),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            weights=weights,
             allow_seen=allow_seen,
         )
-        save_options(self, "network", "hiding", "optimizer", "scheduler")
+        save_options(self, "network", "optimizer", "scheduler")
         prefix = "model.init_args"
-        if inputs not in ("hidden", "physics", "observed"):
+        if self.prediction.keep_boundaries == "trusted" and self.inputs.outlier is None:
             raise ConfigError(
-                f"{prefix}.inputs={inputs} is unknown.", "Use hidden, physics or observed."
+                f"{prefix}.prediction.keep_boundaries=trusted, and {prefix}.inputs.outlier=null "
+                "trusts all picks.",
+                f"Set {prefix}.inputs.outlier=2, or {prefix}.prediction.keep_boundaries=all.",
             )
-        if loss_on not in ("observed", "hidden"):
-            raise ConfigError(f"{prefix}.loss_on={loss_on} is unknown.", "Use observed or hidden.")
-        check_keep_boundaries(keep_boundaries)
-        if keep_boundaries == "trusted" and outlier is None:
+        if self.loss.entries == "hidden" and self.inputs.thickness != "hidden":
             raise ConfigError(
-                f"{prefix}.keep_boundaries=trusted, and {prefix}.outlier=null trusts all picks.",
-                f"Set {prefix}.outlier=2, or {prefix}.keep_boundaries=all.",
+                f"{prefix}.loss.entries=hidden, and nothing is hidden with "
+                f"inputs.thickness={self.inputs.thickness}.",
+                f"Set {prefix}.loss.entries=observed.",
             )
-        if mc_samples < 0:
-            raise ConfigError(f"{prefix}.mc_samples={mc_samples} is negative.", "Give 0 or more.")
-        if max_gap is not None and not max_gap >= 0:
-            raise ConfigError(f"{prefix}.max_gap={max_gap} is no length.", "Give metres, or null.")
-        self.hiding = StructuredHiding() if hiding is None else hiding
-        if inputs == "hidden" and not self.hiding.hides:
-            raise ConfigError(
-                f"{prefix}.hiding hides nothing, so that the network would learn to copy.",
-                f"Raise {prefix}.hiding.init_args.layer and segment, or ask for it with "
-                f"{prefix}.inputs=observed.",
-            )
-        if loss_on == "hidden" and inputs != "hidden":
-            raise ConfigError(
-                f"{prefix}.loss_on=hidden, and nothing is hidden with inputs={inputs}.",
-                f"Set {prefix}.loss_on=observed.",
-            )
-        self.inputs, self.loss_on, self.keep_boundaries = inputs, loss_on, keep_boundaries
-        self.mc_samples, self.max_gap, self.trap_ratio = mc_samples, max_gap, trap_ratio
         self._held_out: list[tuple[Tensor, Tensor]] = []
         self._layer_mean_error = torch.zeros(2, dtype=torch.float64)
 
@@ -160,7 +114,7 @@ class IceCompletion(IceModule):
 
     def visible(self, observed: Tensor) -> Tensor:
         """What the network is shown at evaluation. Shape: (N, L), bool."""
-        return torch.zeros_like(observed) if self.inputs == "physics" else observed
+        return torch.zeros_like(observed) if self.inputs.thickness == "none" else observed
 
     def _consistent_spans(
         self, x: Normalised, spans: TensorSpans
@@ -174,18 +128,19 @@ class IceCompletion(IceModule):
         Returns:
             The spans, and their :meth:`shared` as an input of the network; None for none.
         """
-        if self.keep_boundaries == "none":
+        if self.prediction.keep_boundaries == "none":
             return None, None
-        is_filtered = self.outlier is not None and spans.sums
-        if self.inputs == "physics" and not is_filtered:
+        limit, is_blind = self.inputs.outlier, self.inputs.thickness == "none"
+        is_filtered = limit is not None and spans.sums
+        if is_blind and not is_filtered:
             return spans, None
         shared = self.shared(x, spans)
-        if self.outlier is not None and is_filtered:
+        if limit is not None and is_filtered:
             z = torch.where(spans.between, shared, x.thickness)
-            off = find_contradicted(z, spans.known, x.track, x.distance, limit=self.outlier)
+            off = find_contradicted(z, spans.known, x.track, x.distance, limit=limit)
             spans = spans.keep(~off | spans.observed)
             shared = torch.where(spans.between, shared, torch.nan)
-        return spans, None if self.inputs == "physics" else shared
+        return spans, None if is_blind else shared
 
     @contextlib.contextmanager
     def _use_dropout(self, x: Normalised, active: bool) -> Iterator[None]:
@@ -196,9 +151,10 @@ class IceCompletion(IceModule):
         layers = [m for m in self.networks.modules() if isinstance(m, nn.Dropout)]
         if not any(m.p for m in layers):
             raise ConfigError(
-                f"model.init_args.mc_samples={self.mc_samples}, and the network has no dropout.",
+                f"model.init_args.prediction.mc_samples={self.prediction.mc_samples}, and the "
+                "network has no dropout.",
                 "Set model.init_args.network.init_args.transformer.dropout above 0, or "
-                "mc_samples=0.",
+                "prediction.mc_samples=0.",
             )
         before = [m.training for m in layers]
         with torch.random.fork_rng(devices=[x.pos.device] if x.pos.is_cuda else []):
@@ -222,14 +178,15 @@ class IceCompletion(IceModule):
         """
         visible = self.visible(spans.observed)
         sums, shared = self._consistent_spans(x, spans)
-        with self._use_dropout(x, bool(self.mc_samples)):
+        samples = self.prediction.mc_samples
+        with self._use_dropout(x, bool(samples)):
             outs = [
                 self.metres(self.forward_member(network, x, visible, shared), x)
                 for network in self.networks
-                for _ in range(max(1, self.mc_samples))
+                for _ in range(max(1, samples))
             ]
         if sums is not None:
-            constraints = spans if self.keep_boundaries == "all" else sums
+            constraints = spans if self.prediction.keep_boundaries == "all" else sums
             outs = [constraints.constrain(out) for out in outs]
         return mean_and_std(torch.stack(outs))
 
@@ -250,11 +207,13 @@ class IceCompletion(IceModule):
         predicted, ensemble_std = self.predict(x, x.spans)
         gaps = measure_gaps(x.observed, x.distance, x.track)
         std = self.calibration(self._features(gaps, ensemble_std, x.spans))
-        return fill(batch.thickness, x.observed, gaps, predicted, std=std, max_gap=self.max_gap)
+        return fill(
+            batch.thickness, x.observed, gaps, predicted, std=std, max_gap=self.prediction.max_gap
+        )
 
     def _features(self, gaps: Gaps, ensemble_std: Tensor, spans: TensorSpans) -> Tensor:
         between = spans.between
-        if self.keep_boundaries == "none":
+        if self.prediction.keep_boundaries == "none":
             between = torch.zeros_like(between)
         return entry_features(gaps, ensemble_std, between)
 
@@ -267,10 +226,10 @@ class IceCompletion(IceModule):
     def on_fit_start(self) -> None:
         """Load ``weights``, and warn of the identity trap."""
         super().on_fit_start()
-        if self.inputs == "observed":
+        if self.inputs.thickness == "observed":
             warnings.warn(
-                "model.init_args.inputs=observed shows the network what it is asked for: it will "
-                "learn to copy, and fill gaps with garbage. Use inputs=hidden.",
+                "model.init_args.inputs.thickness=observed shows the network what it is asked for: "
+                "it will learn to copy, and fill gaps with garbage. Use inputs.thickness=hidden.",
                 stacklevel=2,
             )
 
@@ -281,11 +240,11 @@ class IceCompletion(IceModule):
         losses = []
         for network in self.networks:
             visible_spans, mask = x.spans, x.observed
-            if self.inputs == "hidden":
-                visible_spans = x.spans.hide(self.hiding(x.spans.picked, x.track, generator))
-                mask = (
-                    x.observed & ~visible_spans.observed if self.loss_on == "hidden" else x.observed
-                )
+            if self.inputs.thickness == "hidden":
+                hidden = self.inputs.hiding(x.spans.picked, x.track, generator)
+                visible_spans = x.spans.hide(hidden)
+                if self.loss.entries == "hidden":
+                    mask = x.observed & ~visible_spans.observed
             visible = self.visible(visible_spans.observed)
             sums, shared = self._consistent_spans(x, visible_spans)
             out = self.forward_member(network, x, visible, shared)
@@ -367,13 +326,15 @@ class IceCompletion(IceModule):
         # a good network has a high ratio too: it denoises little of what it sees, and knows well
         # what it does not see; one that only copies is no better than each layer's mean, unless
         # a prior fills for it
-        useless = self.inputs == "observed" or error > _TRAPPED * self._layer_mean_mae()
-        if ratio > (self.trap_ratio or torch.inf) and useless:
+        copies = self.inputs.thickness == "observed"
+        useless = copies or error > _TRAPPED * self._layer_mean_mae()
+        if ratio > (self.inputs.trap_ratio or torch.inf) and useless:
             raise ConfigError(
                 f"The network copies what it sees: its error on held-out observed entries is "
                 f"{error:.3f} m, {ratio:.1f} times that on visible ones.",
-                "Set model.init_args.inputs=hidden, or hide more with model.init_args.hiding; "
-                "model.init_args.trap_ratio=null goes on regardless.",
+                "Set model.init_args.inputs.thickness=hidden, or hide more with "
+                "model.init_args.inputs.hiding; model.init_args.inputs.trap_ratio=null goes on "
+                "regardless.",
             )
 
     def _layer_mean_mae(self) -> float:
@@ -387,7 +348,8 @@ class IceCompletion(IceModule):
         if not {"missing_rmse", "extra_rmse"} & metrics.keys():
             warnings.warn(
                 "Nothing was asked for whose thickness is known: the errors are those of entries "
-                "that the network sees. Set data.init_args.drop=0.3 to take some of them away.",
+                "that the network sees. Set data.init_args.evaluation.drop=0.3 to take some of "
+                "them away.",
                 stacklevel=2,
             )
 
@@ -397,7 +359,7 @@ class IceCompletion(IceModule):
         if not self.calibration.fitted:
             warnings.warn(
                 "The network was validated on fewer than 50 held-out picks, or never, so the "
-                "uncertainty of what it fills is NaN. Fit with more in data.init_args.val.",
+                "uncertainty of what it fills is NaN. Fit with more in data.init_args.split.val.",
                 stacklevel=2,
             )
 

@@ -23,7 +23,10 @@ def check_min(name: str, value: int, minimum: int = 1) -> None:
 
 
 def check_fractions(
-    val_fraction: float, test_fraction: float, option: str = "data.init_args"
+    val_fraction: float,
+    test_fraction: float,
+    option: str = "data.init_args",
+    names: tuple[str, str] = ("val_fraction", "test_fraction"),
 ) -> None:
     """Refuse fractions that leave nothing for training.
 
@@ -31,6 +34,7 @@ def check_fractions(
         val_fraction: Of validation.
         test_fraction: Of test.
         option: Where the command line has both.
+        names: What it calls them.
 
     Raises:
         ConfigError: A fraction is negative, or their sum is 1 or more.
@@ -41,7 +45,7 @@ def check_fractions(
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
         raise ConfigError(
             f"The fractions of validation and test are {val_fraction} and {test_fraction}.",
-            f"Set `--{option}.val_fraction` and `--{option}.test_fraction` to 0 or more, below 1 "
+            f"Set `--{option}.{names[0]}` and `--{option}.{names[1]}` to 0 or more, below 1 "
             "together.",
         )
 
