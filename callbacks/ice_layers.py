@@ -27,6 +27,7 @@ from fulgurite.models.ice_layers.output.netcdf import check_attributes, write_ne
 from fulgurite.models.ice_layers.output.origin import Origin
 from fulgurite.models.ice_layers.output.stacks import (
     CompletedStack,
+    StackMetadata,
     completed_stacks,
     file_name,
     read_npz,
@@ -233,12 +234,22 @@ class CompletionWriter(Callback):
             )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         trained_segments = getattr(pl_module, "trained_segments", None)
+        metadata = StackMetadata(
+            data.segments,
+            data.stacks,
+            physics_names=data.physics,
+            layer_names=data.layer_names,
+            layer_age=data.layer_age,
+            unit=_unit(trainer),
+        )
         return completed_stacks(
-            batch, outputs, data.segments, data.stacks,
+            batch,
+            outputs,
+            metadata,
             trained_segments=trained_segments or _name_segments(data),
-            physics_names=data.physics, layer_names=data.layer_names, layer_age=data.layer_age,
-            unit=getattr(data, "unit", METRES), details=data.describe_traces, origin=self._origin,
-        )  # fmt: skip
+            details=data.describe_traces,
+            origin=self._origin,
+        )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the error by depth, and how often intervals hold what they promise."""

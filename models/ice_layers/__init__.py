@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from fulgurite.models.ice_layers.output.origin import Origin
     from fulgurite.models.ice_layers.output.stacks import (
         CompletedStack,
+        StackMetadata,
         read_npz,
         write_npz,
     )
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
         CompletionMetrics,
         MaskedMAE,
         MaskedRMSE,
+        Targets,
     )
     from fulgurite.models.ice_layers.training.module import (
         IceCompletion,
@@ -136,7 +138,7 @@ _MODULES = {
     "baselines.kriging_fit": ("fit_kriging",),
     "baselines.options": ("KrigingFitOptions", "LineOptions", "RegressionOptions"),
     "training.losses": ("masked_robust_loss",),
-    "training.metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE"),
+    "training.metrics": ("CompletionMetrics", "MaskedMAE", "MaskedRMSE", "Targets"),
     "training.module": ("IceCompletion",),
     "training.options": (
         "BaselinePrediction",
@@ -150,7 +152,13 @@ _MODULES = {
     "output.netcdf": ("read_netcdf", "write_netcdf"),
     "networks.completion_net": ("CompletionNet",),
     "networks.options": ("InputOptions", "SpatialOptions", "TransformerOptions"),
-    "output.stacks": ("CompletedStack", "FlightDetails", "read_npz", "write_npz"),
+    "output.stacks": (
+        "CompletedStack",
+        "FlightDetails",
+        "StackMetadata",
+        "read_npz",
+        "write_npz",
+    ),
     "training.schedule": ("TwoStageLR", "two_stage"),
     "networks.spatial": ("Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"),
     "networks.temporal": ("LayerMixing", "LayerTransformer"),
@@ -189,7 +197,9 @@ __all__ = [
     "SageLayer",
     "SpatialEncoder",
     "SpatialOptions",
+    "StackMetadata",
     "StructuredHiding",
+    "Targets",
     "TraceAttention",
     "Track",
     "TransformerOptions",

@@ -15,6 +15,7 @@ from fulgurite.models.ice_layers.training.metrics import (
     CompletionMetrics,
     MaskedMAE,
     MaskedRMSE,
+    Targets,
     absent_layers,
     interval_coverage,
     normal_quantile,
@@ -41,7 +42,7 @@ def rmse(error):
 def test_each_group_is_what_its_name_says():
     predicted, truth, observed, stack, std = make(0)
     metrics = CompletionMetrics(L)
-    metrics.update(predicted, truth, observed, stack, std=std)
+    metrics.update(predicted, Targets(truth, observed, stack), std=std)
     found = metrics.compute()
     error, absent = predicted - truth, absent_layers(observed, stack)
     assert absent[:5, 1].all()
@@ -68,10 +69,10 @@ def test_each_group_is_what_its_name_says():
 def test_dropped_picks_leave_the_originally_missing_entries_as_they_are():
     predicted, truth, observed, stack, _ = make(1)
     metrics, with_dropped = CompletionMetrics(L), CompletionMetrics(L)
-    metrics.update(predicted, truth, observed, stack)
+    metrics.update(predicted, Targets(truth, observed, stack))
     dropped = observed & (torch.arange(len(observed)) % 2 == 0)[:, None]
     dropped[:, 2] = observed[:, 2]  # all picks of a layer: it was not absent before
-    with_dropped.update(predicted, truth, observed & ~dropped, stack, dropped=dropped)
+    with_dropped.update(predicted, Targets(truth, observed & ~dropped, stack, dropped))
     before, after = metrics.compute(), with_dropped.compute()
     for name in ("missing_rmse", "gap_rmse", "absent_rmse", "layer03_rmse"):
         assert after[name] == pytest.approx(before[name], rel=1e-12)
@@ -86,10 +87,8 @@ def test_held_out_and_dropped_picks_of_real_data_are_scored_against_the_picks():
     dropped = observed & ~held & (torch.arange(len(observed)) % 3 == 1)[:, None]
     unknown = torch.full_like(predicted, torch.nan)
     metrics = CompletionMetrics(L)
-    metrics.update(
-        predicted, unknown, observed & ~held & ~dropped, stack, std=std,
-        dropped=dropped, held_out=held, measured=picks,
-    )  # fmt: skip
+    targets = Targets(unknown, observed & ~held & ~dropped, stack, dropped, held, picks)
+    metrics.update(predicted, targets, std=std)
     found = metrics.compute()
     for name in ("heldout", "extra", "visible"):
         assert found[f"{name}_rmse"] == pytest.approx(0.25)
@@ -101,8 +100,8 @@ def test_held_out_and_dropped_picks_of_real_data_are_scored_against_the_picks():
 def test_a_picks_own_noise_widens_only_intervals_of_picks():
     predicted, truth, observed, stack, std = make(3)
     narrow, wide = CompletionMetrics(L), CompletionMetrics(L)
-    narrow.update(predicted, truth, observed, stack, std=std)
-    wide.update(predicted, truth, observed, stack, std=std, noise=0.5)
+    narrow.update(predicted, Targets(truth, observed, stack), std=std)
+    wide.update(predicted, Targets(truth, observed, stack), std=std, noise=0.5)
     a, b = narrow.compute(), wide.compute()
     assert a["missing_width90"] == b["missing_width90"]
     assert b["visible_width90"] > a["visible_width90"] + 0.5
@@ -115,14 +114,13 @@ def test_batches_of_any_size_add_up(cuts, seed):
     predicted, truth, observed, _, std = make(seed)
     stack = torch.arange(len(truth))  # a stack of each trace: batches cut none
     whole = CompletionMetrics(L)
-    whole.update(predicted, truth, observed, stack, std=std)
+    whole.update(predicted, Targets(truth, observed, stack), std=std)
     parts = CompletionMetrics(L)
     bounds = [0, *sorted(set(cuts)), len(truth)]
     for low, high in pairwise(bounds):
         rows = slice(low, high)
-        parts.update(
-            predicted[rows], truth[rows], observed[rows], stack[rows] - low, std=std[rows]
-        )  # fmt: skip
+        targets = Targets(truth[rows], observed[rows], stack[rows] - low)
+        parts.update(predicted[rows], targets, std=std[rows])
     together = whole.compute()
     assert parts.compute() == pytest.approx(together, rel=1e-9)
 
@@ -133,9 +131,9 @@ def test_ranks_add_up_by_sum_and_count():
     predicted[:5] += 3
     observed[:5, 1:] = True
     whole, one, other = CompletionMetrics(L), CompletionMetrics(L), CompletionMetrics(L)
-    whole.update(predicted, truth, observed, stack, std=std)
-    one.update(predicted[:5], truth[:5], observed[:5], stack[:5], std=std[:5])
-    other.update(predicted[5:], truth[5:], observed[5:], stack[5:] - 1, std=std[5:])
+    whole.update(predicted, Targets(truth, observed, stack), std=std)
+    one.update(predicted[:5], Targets(truth[:5], observed[:5], stack[:5]), std=std[:5])
+    other.update(predicted[5:], Targets(truth[5:], observed[5:], stack[5:] - 1), std=std[5:])
     error, missing = predicted - truth, ~observed
     mean = (rmse(error[:5][missing[:5]]) + rmse(error[5:][missing[5:]])) / 2
     one.merge_state(other)
@@ -151,9 +149,9 @@ def test_what_stands_at_missing_entries_does_not_count(garbage):
     picks = torch.where(observed, truth, torch.nan)
     unknown = torch.full_like(truth, torch.nan)
     seen = observed & ~held
-    clean.update(predicted, unknown, seen, stack, held_out=held, measured=picks)
+    clean.update(predicted, Targets(unknown, seen, stack, held_out=held, measured=picks))
     picks = torch.where(observed, truth, garbage)
-    dirty.update(predicted, unknown, seen, stack, held_out=held, measured=picks)
+    dirty.update(predicted, Targets(unknown, seen, stack, held_out=held, measured=picks))
     assert clean.compute() == dirty.compute()
 
 
@@ -162,9 +160,10 @@ def test_entries_left_missing_do_not_count():
     left = ~observed & (torch.arange(len(truth)) < 8)[:, None]
     metrics = CompletionMetrics(L)
     metrics.update(
-        torch.where(left, torch.nan, predicted), truth, observed, stack,
+        torch.where(left, torch.nan, predicted),
+        Targets(truth, observed, stack),
         std=torch.where(left, torch.nan, std),
-    )  # fmt: skip
+    )
     error = (predicted - truth)[~observed & ~left]
     assert metrics.compute()["missing_rmse"] == pytest.approx(rmse(error), rel=1e-12)
 
@@ -178,7 +177,7 @@ def test_calibrated_intervals_are_told_from_narrow_ones():
         metrics = CompletionMetrics(L)
         none = torch.zeros(4000, L, dtype=torch.bool)
         zero = torch.zeros(4000, dtype=torch.long)
-        metrics.update(truth * 0, truth, none, zero, std=factor * std)
+        metrics.update(truth * 0, Targets(truth, none, zero), std=factor * std)
         found[factor] = metrics.compute()
     assert found[1.0]["missing_coverage90"] == pytest.approx(0.9, abs=0.01)
     assert found[1.0]["missing_calibration"] < 0.01
@@ -188,7 +187,8 @@ def test_calibrated_intervals_are_told_from_narrow_ones():
 
 def test_nothing_counted_is_no_metric():
     metrics = CompletionMetrics(L)
-    metrics.update(*(x[:0] for x in make(0)[:4]))
+    predicted, *rest = (x[:0] for x in make(0)[:4])
+    metrics.update(predicted, Targets(*rest))
     assert metrics.compute() == {}
     assert metrics.by_depth() == metrics.calibration() == {}
 
@@ -198,9 +198,9 @@ def test_bad_sizes_have_one_clear_error():
     with pytest.raises(ConfigError, match="0 layers"):
         CompletionMetrics(0)
     with pytest.raises(DataError, match="3 layers got arrays"):
-        CompletionMetrics(3).update(predicted, truth, observed, stack)
+        CompletionMetrics(3).update(predicted, Targets(truth, observed, stack))
     with pytest.raises(DataError, match=r"\(15, 1\)"):
-        CompletionMetrics(L).update(predicted[:, :1], truth, observed, stack)
+        CompletionMetrics(L).update(predicted[:, :1], Targets(truth, observed, stack))
 
 
 @settings(max_examples=25, deadline=None)

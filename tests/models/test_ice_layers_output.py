@@ -23,6 +23,7 @@ from fulgurite.models.ice_layers.output.netcdf import check_attributes, read_net
 from fulgurite.models.ice_layers.output.origin import Origin, gps_to_utc
 from fulgurite.models.ice_layers.output.stacks import (
     CompletedStack,
+    StackMetadata,
     completed_stacks,
     file_name,
     read_npz,
@@ -360,10 +361,13 @@ def test_batches_are_taken_apart_by_stack():
         segment=torch.tensor([1, 0]), stack=torch.tensor([2, 0]),
     )  # fmt: skip
     found = completed_stacks(
-        batch, {k: joined[k] for k in names[4:]}, ["s0", "s1"], ["a", "b", "c"],
-        trained_segments=["s7"], physics_names=one.physics_names, layer_names=one.layer_names,
-        layer_age=one.layer_age,
-    )  # fmt: skip
+        batch,
+        {k: joined[k] for k in names[4:]},
+        StackMetadata(
+            ["s0", "s1"], ["a", "b", "c"], one.physics_names, one.layer_names, one.layer_age
+        ),
+        trained_segments=["s7"],
+    )
     assert [(s.stack, s.segment) for s in found] == [("c", "s1"), ("a", "s0")]
     for stack, made in zip(found, (one, two), strict=True):
         assert stack.thickness.tobytes() == made.thickness.tobytes()

@@ -31,6 +31,7 @@ from fulgurite.models.ice_layers.output.origin import Origin
 
 __all__ = [
     "CompletedStack",
+    "StackMetadata",
     "completed_stacks",
     "file_name",
     "make_stack",
@@ -144,6 +145,27 @@ class CompletedStack:
         return np.concatenate([surface, np.logical_and.accumulate(self.observed, axis=1)], axis=1)
 
 
+@dataclass(frozen=True, eq=False)
+class StackMetadata:
+    """What the data say of their stacks, which completed ones carry.
+
+    Args:
+        segments: Names of the segments, by number.
+        stacks: Names of the stacks, by number.
+        physics_names: Names of the P physical fields.
+        layer_names: Names of the L layers.
+        layer_age: Age of each layer's lower boundary [years]. Shape: (L,) or (0,).
+        unit: Unit of thicknesses.
+    """
+
+    segments: Sequence[str]
+    stacks: Sequence[str]
+    physics_names: Sequence[str]
+    layer_names: Sequence[str] = ()
+    layer_age: Any = ()
+    unit: str = METRES
+
+
 def file_name(name: str) -> str:
     """A stack's name as the name of a file without ending.
 
@@ -161,14 +183,9 @@ def _to_numpy(value: Any) -> NDArray[Any]:
 def completed_stacks(
     batch: Any,
     filled: Any,
-    segments: Sequence[str],
-    stacks: Sequence[str],
+    metadata: StackMetadata,
     *,
     trained_segments: Sequence[str],
-    physics_names: Sequence[str],
-    layer_names: Sequence[str] = (),
-    layer_age: Any = (),
-    unit: str = METRES,
     details: Callable[[int, NDArray[np.float64]], FlightDetails] | None = None,
     origin: Origin | None = None,
 ) -> list[CompletedStack]:
@@ -178,13 +195,8 @@ def completed_stacks(
         batch: A batch of PyG, with ``observed``, ``physics``, ``pos``, ``distance``, ``segment``,
             ``stack`` and ``ptr``.
         filled: ``thickness``, ``provenance`` and ``std`` of the batch, as ``predict_step`` gives.
-        segments: Names of the segments, by number.
-        stacks: Names of the stacks, by number.
+        metadata: What the data say of their stacks.
         trained_segments: Names of the segments that the model was trained on.
-        physics_names: Names of the P physical fields.
-        layer_names: Names of the L layers.
-        layer_age: Age of each layer's lower boundary [years]. Shape: (L,) or (0,).
-        unit: Unit of thicknesses.
         details: Gives what is known of a stack's traces from its number and completed thickness.
         origin: What made the stacks.
     """
@@ -196,13 +208,13 @@ def completed_stacks(
     return [
         CompletedStack(
             **{name: value[start:stop] for name, value in arrays.items()},
-            segment=segments[segment],
-            stack=stacks[stack],
+            segment=metadata.segments[segment],
+            stack=metadata.stacks[stack],
             trained_segments=tuple(trained_segments),
-            physics_names=tuple(physics_names),
-            layer_names=tuple(layer_names),
-            layer_age=np.asarray(layer_age, np.float64),
-            unit=unit,
+            physics_names=tuple(metadata.physics_names),
+            layer_names=tuple(metadata.layer_names),
+            layer_age=np.asarray(metadata.layer_age, np.float64),
+            unit=metadata.unit,
             details=FlightDetails()
             if details is None
             else details(stack, arrays["thickness"][start:stop]),

@@ -36,7 +36,7 @@ from fulgurite.models.ice_layers.data.batches import check_batch, known_truth, r
 from fulgurite.models.ice_layers.data.graph import Track
 from fulgurite.models.ice_layers.data.hiding import held_out
 from fulgurite.models.ice_layers.output.completion import fill, measure_gaps
-from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
+from fulgurite.models.ice_layers.training.metrics import CompletionMetrics, Targets
 from fulgurite.models.ice_layers.training.options import BaselinePrediction
 from fulgurite.options import check_arguments, make_options
 from fulgurite.sampling import rank_and_world
@@ -334,18 +334,16 @@ class BaselineCompletion(SystemModule):
     def _evaluate(self, batch: Any, visible_spans: TensorSpans, hidden: Tensor | None) -> None:
         mean, std = self.predict(batch, visible_spans)
         assert self.metrics is not None
-        self.metrics.update(
-            mean,
+        targets = Targets(
             known_truth(batch),
             batch.observed,
             Track.of_batch(batch).stack,
-            std=std,
             dropped=getattr(batch, "dropped", None),
             held_out=hidden,
             measured=batch.thickness,
-            noise=self._noise,
             spans=visible_spans,
         )
+        self.metrics.update(mean, targets, std=std, noise=self._noise)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score held-out observed entries, and missing ones where the truth is known."""

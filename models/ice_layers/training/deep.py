@@ -22,6 +22,7 @@ from fulgurite.models.ice_layers.data.batches import known_truth
 from fulgurite.models.ice_layers.data.graph import Track
 from fulgurite.models.ice_layers.data.normalise import Normalised
 from fulgurite.models.ice_layers.training.ice_module import IceModule
+from fulgurite.models.ice_layers.training.metrics import Targets
 from fulgurite.models.ice_layers.training.options import (
     DeepInputs,
     LossOptions,
@@ -150,7 +151,7 @@ class DeepLayerPredictor(IceModule):
         )
         # a shallow entry that is missing is not what is asked for
         is_shallow = (~deep).expand_as(x.observed)
-        self.metrics.update(self.predict(x)[0], truth, is_shallow, x.track.stack)
+        self.metrics.update(self.predict(x)[0], Targets(truth, is_shallow, x.track.stack))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score a batch."""

@@ -8,6 +8,7 @@ Axes: N traces of all stacks, L layers, G groups, Q levels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "CompletionMetrics",
     "MaskedMAE",
     "MaskedRMSE",
+    "Targets",
     "absent_layers",
     "interval_coverage",
     "normal_quantile",
@@ -166,6 +168,30 @@ class MaskedRMSE(_MaskedError):
         return super().compute().sqrt()
 
 
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What predictions of a batch are scored against, and which entries the model was given.
+
+    Args:
+        truth: [m], NaN where unknown. Shape: (N, L).
+        observed: Entries that the model was given. Shape: (N, L), bool.
+        node_stack: Stack of each trace in this batch. Shape: (N,).
+        dropped: Picks taken away at test, so no longer in ``observed``. Shape: (N, L), bool.
+        held_out: Picks hidden in validation. Shape: (N, L), bool.
+        measured: The picks [m], against which held-out and visible entries are scored, and
+            dropped ones where the truth is unknown; ``truth`` by default. Shape: (N, L).
+        spans: Measured spans that the model was given.
+    """
+
+    truth: Tensor
+    observed: Tensor
+    node_stack: Tensor
+    dropped: Tensor | None = None
+    held_out: Tensor | None = None
+    measured: Tensor | None = None
+    spans: TensorSpans | None = None
+
+
 class CompletionMetrics(Metric):
     """All errors of completion, from one pass over the predictions.
 
@@ -190,7 +216,8 @@ class CompletionMetrics(Metric):
         >>> metrics = CompletionMetrics(2)
         >>> truth = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
         >>> observed = torch.tensor([[True, False], [False, False]])
-        >>> metrics.update(truth + 0.5, truth, observed, torch.zeros(2, dtype=torch.long))
+        >>> targets = Targets(truth, observed, torch.zeros(2, dtype=torch.long))
+        >>> metrics.update(truth + 0.5, targets)
         >>> errors = metrics.compute()
         >>> errors["missing_rmse"], errors["gap_rmse"], errors["absent_rmse"]
         (0.5, 0.5, 0.5)
@@ -232,36 +259,25 @@ class CompletionMetrics(Metric):
     def update(
         self,
         predicted: Tensor,
-        truth: Tensor,
-        observed: Tensor,
-        node_stack: Tensor,
+        targets: Targets,
         *,
         std: Tensor | None = None,
-        dropped: Tensor | None = None,
-        held_out: Tensor | None = None,
-        measured: Tensor | None = None,
         noise: float = 0.0,
-        spans: TensorSpans | None = None,
     ) -> None:
         """Count a batch.
 
         Args:
             predicted: [m]; NaN, left missing, does not count. Shape: (N, L).
-            truth: [m], NaN where unknown. Shape: (N, L).
-            observed: Entries that the model was given. Shape: (N, L), bool.
-            node_stack: Stack of each trace in this batch. Shape: (N,).
+            targets: What they are scored against.
             std: Standard deviation of the predictions [m], NaN where there is none. Shape: (N, L).
-            dropped: Picks taken away at test, so no longer in ``observed``. Shape: (N, L), bool.
-            held_out: Picks hidden in validation. Shape: (N, L), bool.
-            measured: The picks [m], against which held-out and visible entries are scored, and
-                dropped ones where the truth is unknown; ``truth`` by default. Shape: (N, L).
             noise: Standard deviation of a pick's own error [m], where ``std`` does not hold it.
-            spans: Measured spans that the model was given.
 
         Raises:
             DataError: Shapes differ, or the number of layers is another one.
         """
         self._whole = {}
+        truth, observed, spans = targets.truth, targets.observed, targets.spans
+        held_out, dropped, measured = targets.held_out, targets.dropped, targets.measured
         shape = observed.shape
         arrays = (predicted, truth, std, dropped, held_out, measured)
         if shape[1:] != (self.layers,) or any(x is not None and x.shape != shape for x in arrays):
@@ -276,7 +292,7 @@ class CompletionMetrics(Metric):
         visible = observed & ~held_out & ~dropped
         picks = visible | held_out | dropped
         missing = ~picks
-        absent = absent_layers(picks, node_stack)
+        absent = absent_layers(picks, targets.node_stack)
         measured = truth if measured is None else measured
         reference = torch.where(truth.isfinite(), truth, measured)
         between = none if spans is None else spans.between & missing

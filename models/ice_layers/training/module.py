@@ -27,6 +27,7 @@ from fulgurite.models.ice_layers.data.normalise import Normalised
 from fulgurite.models.ice_layers.networks.features import find_contradicted
 from fulgurite.models.ice_layers.output.completion import Gaps, fill, measure_gaps
 from fulgurite.models.ice_layers.training.ice_module import IceModule
+from fulgurite.models.ice_layers.training.metrics import Targets
 from fulgurite.models.ice_layers.training.options import (
     CompletionInputs,
     CompletionLoss,
@@ -286,25 +287,30 @@ class IceCompletion(IceModule):
         self._layer_mean_error += torch.stack([plain.sum(), hidden.sum().double()])
         some = slice(None, None, 1 + len(error) // _PER_BATCH)
         self._held_out.append((error[some], features[hidden][some]))
-        self.metrics.update(
-            predicted, known_truth(batch), x.observed, x.track.stack, held_out=hidden,
-            measured=batch.thickness, spans=visible_spans,
-        )  # fmt: skip
+        targets = Targets(
+            known_truth(batch),
+            x.observed,
+            x.track.stack,
+            held_out=hidden,
+            measured=batch.thickness,
+            spans=visible_spans,
+        )
+        self.metrics.update(predicted, targets)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Score missing entries where the truth is known, and picks that were taken away."""
         completed = self.fill(batch)
         left_missing = completed["provenance"] == Provenance.LEFT_MISSING
-        self.metrics.update(
-            torch.where(left_missing, torch.nan, completed["predicted"]),
+        targets = Targets(
             known_truth(batch),
             batch.observed,
             Track.of_batch(batch).stack,
-            std=completed["std"],
             dropped=getattr(batch, "dropped", None),
             measured=batch.thickness,
             spans=Spans.of_batch(batch),
         )
+        predicted = torch.where(left_missing, torch.nan, completed["predicted"])
+        self.metrics.update(predicted, targets, std=completed["std"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the errors, calibrate the uncertainty, and look for the identity trap.
