@@ -79,10 +79,10 @@ def find_input_plates(
         DataError: It is neither.
     """
     if path.is_file() and path.name.lower().endswith(_SUFFIXES):
-        is_table = isinstance(source, CsvPlates)
-        files = replace(source.files, root=None) if is_table else ImageFiles()
-        exclude = sorted(source.exclude) if is_table else []
-        return InputPlates(path, channels, classes, files=files, exclude=exclude)
+        files, exclude = ImageFiles(), frozenset[str]()
+        if isinstance(source, CsvPlates):
+            files, exclude = replace(source.files, root=None), source.exclude
+        return InputPlates(path, channels, classes, files=files, exclude=sorted(exclude))
     kind = type(source).__name__
     if path.is_dir() and isinstance(source, JumpPlates | RxRx1Plates):
         other = copy.copy(source)

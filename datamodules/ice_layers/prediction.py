@@ -157,11 +157,9 @@ def find_input_stacks(
             thickest=source.thickest,
         )  # fmt: skip
     if any(name.endswith(_SUFFIXES) for name in names):
-        is_same = isinstance(source, NpzStacks)
-        return InputStacks(
-            path, layers, physics, exclude=exclude if is_same else (),
-            thickest=source.thickest if is_same else None,
-        )  # fmt: skip
+        if not isinstance(source, NpzStacks):
+            return InputStacks(path, layers, physics)
+        return InputStacks(path, layers, physics, exclude=exclude, thickest=source.thickest)
     kind = _FILES.get(type(source))
     raise DataError(
         f"--input={path} holds no {kind or 'stack'} that can be completed.",

@@ -59,7 +59,8 @@ def serve_input(
         ConfigError: The DataModule does not read files for prediction.
         DataError: There is nothing at the path, or it cannot be read.
     """
-    if not isinstance(data, ReadsInputs):
+    reader: object = data
+    if not isinstance(reader, ReadsInputs):
         raise ConfigError(
             f"{type(data).__name__} predicts its own data alone, and --input={path} names others.",
             f"Leave --input out, or give the DataModule a method {_METHOD}: see "
@@ -70,7 +71,7 @@ def serve_input(
     if checkpoint is not None:
         stored = load_plain(checkpoint, "--ckpt_path", mmap=True)
         trained = stored.get(type(data).__qualname__)  # Lightning's key
-    data.predict_from(located, trained if isinstance(trained, Mapping) else {})
+    reader.predict_from(located, trained if isinstance(trained, Mapping) else {})
 
 
 def locate_input(path: str) -> Path:
