@@ -182,6 +182,16 @@ def test_one_parser_for_all_agrees_with_the_command_line(paper):
     assert texts == {"stdlib": data_identity("stdlib")}
 
 
+def test_the_content_of_files_to_predict_counts(paper):
+    command = ["predict", "--config", "top.yaml"]
+    assert "input" not in Resolver()(command).configuration
+    Path("new.csv").write_text("1")
+    before = Resolver()([*command, "--input=new.csv"])
+    assert before.configuration["input"] == "new.csv"
+    Path("new.csv").write_text("2")
+    assert Resolver()([*command, "--input=new.csv"]).data != before.data != {}
+
+
 def test_identity_of_files_and_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("FULGURITE_DATA", str(tmp_path))
     monkeypatch.setattr(identity, "_WHOLE", 2**18)

@@ -106,6 +106,8 @@ class Resolver:
         configuration = _plain(parsed)
         for key in ("config", "run", "ckpt_path", "subcommand"):
             configuration.pop(key, None)
+        if configuration.get("input") is None:  # of predict; it is there where it says something
+            configuration.pop("input", None)
         texts = dict.fromkeys((text, _role(path)) for path, text in _texts(configuration))
         data = {text: identity for text, role in texts if (identity := self._identity(text, role))}
         return Definition(configuration, data, _versions(configuration, self._plug_ins()))
@@ -191,6 +193,8 @@ def _role(path: tuple[str, ...]) -> Role:
     """What a text may stand for, by the keys that lead to it."""
     if path[0] == "data":
         return "place" if _PLACE.search(path[-1]) else "data"
+    if path[0] == "input":  # of predict
+        return "place"
     return "data" if path[0] == "model" else "trainer" if path[0] == "trainer" else ""
 
 
