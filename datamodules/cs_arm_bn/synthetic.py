@@ -43,18 +43,18 @@ from fulgurite.options import (
 
 __all__ = ["NEGATIVE_CONTROL", "PlateWorld", "SyntheticPlates", "class_wells", "control_wells"]
 
-if TYPE_CHECKING:
-    NumSites = int
-    ImageSide = int
-    NumWells = int
-    NumControls = int
-    Strength = float
-else:
+if not TYPE_CHECKING:  # in this order: jsonargparse reads blocks of TYPE_CHECKING
     NumSites = restrict_number("NumSites", int, (">=", 1), ("<=", 99))
     ImageSide = restrict_number("ImageSide", int, (">=", 8), ("<=", 4096))
     NumWells = restrict_number("NumWells", int, (">=", 1), ("<=", 4))
     NumControls = restrict_number("NumControls", int, (">=", 0), ("<=", 32))
     Strength = restrict_number("Strength", float, (">=", 0), ("<=", 10))
+else:
+    NumSites = int
+    ImageSide = int
+    NumWells = int
+    NumControls = int
+    Strength = float
 
 _OPTION = "data.init_args.source.init_args.world"
 #: Identifier of DMSO.

@@ -21,10 +21,11 @@ Part = Literal["train", "val", "test"]
 """A part of a split."""
 
 _KEY = "data.init_args"
-if TYPE_CHECKING:
-    Years = float
-else:
+# jsonargparse reads blocks of TYPE_CHECKING, and mypy takes no conditional expression for a type
+if not TYPE_CHECKING:  # noqa: SIM108
     Years = restrict_number("Years", float, (">=", 0), ("<=", 1000))
+else:
+    Years = float
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,13 @@ Comparison = tuple[Literal[">", ">=", "<", "<=", "!="], float]
 def restrict_number(name: str, base: type, *comparisons: Comparison) -> Any:
     """Return a type of numbers in a range, for annotations; its values are plain numbers.
 
-    For mypy, annotations must name the plain type::
+    For mypy, annotations must name the plain type; in this order, since the parser of the command
+    line executes blocks of ``if TYPE_CHECKING:``, and would know nothing of the range::
 
-        if TYPE_CHECKING:
-            Percentage = float
-        else:
+        if not TYPE_CHECKING:
             Percentage = restrict_number("Percentage", float, (">=", 0), ("<=", 100))
+        else:
+            Percentage = float
 
     Args:
         name: What ``--help`` and errors call it.

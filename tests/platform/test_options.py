@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from pydoc import locate
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning import LightningDataModule
 
 from fulgurite.base import save_options
@@ -145,6 +146,23 @@ def test_help_shows_ranges(capsys):
     printed = capsys.readouterr().out
     assert "--data.evaluation.queries" in printed
     assert "PositiveInt" in printed
+
+
+@pytest.mark.parametrize(
+    ("record", "argument", "kind"),
+    [
+        ("cs_arm_bn.synthetic.PlateWorld", "size=7", "ImageSide"),
+        ("ice_layers.generator.world.World", "stacks=0", "StackCount"),
+        ("ice_layers.options.SplitOptions", "guard=1001", "Years"),
+        ("ice_layers.readers.sred_options.SredBins", "size=0", "BinSize"),
+        ("ice_layers.tracks.blocks.Blocks", "traces=1", "BlockTraces"),
+    ],
+)
+def test_the_parser_knows_the_ranges_that_a_module_defines(record, argument, kind):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(locate(f"fulgurite.datamodules.{record}"))
+    with pytest.raises(ArgumentError, match=f"Not of type {kind}"):
+        parser.parse_args([f"--{argument}"])
 
 
 def test_arguments_of_a_constructor():

@@ -50,20 +50,20 @@ _OPTION = "data.init_args.source.init_args.world"
 _BOX = (66.0, 79.0, -48.0, -32.0)  # latitudes and longitudes of flights [degrees]
 
 
-if TYPE_CHECKING:
-    StackCount = int
-    TraceCount = int
-    LayerCount = int
-    Seed = int
-    TraceSpacing = float
-    RateFactor = float
-else:
+if not TYPE_CHECKING:  # in this order: jsonargparse reads blocks of TYPE_CHECKING
     StackCount = restrict_number("StackCount", int, (">=", 1), ("<=", 1_000_000))
     TraceCount = restrict_number("TraceCount", int, (">=", 2), ("<=", 100_000))
     LayerCount = restrict_number("LayerCount", int, (">=", 2), ("<=", 60))
     Seed = restrict_number("Seed", int, (">=", 0), ("<=", 2**63))
     TraceSpacing = restrict_number("TraceSpacing", float, (">=", 1.0), ("<=", 5_000.0))
     RateFactor = restrict_number("RateFactor", float, (">=", 0.0), ("<=", 2.0))
+else:
+    StackCount = int
+    TraceCount = int
+    LayerCount = int
+    Seed = int
+    TraceSpacing = float
+    RateFactor = float
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ __all__ = ["SredBins", "SredFields", "SredFolders"]
 
 _OPTION = "data.init_args.source.init_args"
 
-if TYPE_CHECKING:  # one name a line, or mypy takes them for variables
-    BinSize = float
-    SampleTime = float
-else:
+if not TYPE_CHECKING:  # in this order: jsonargparse reads blocks of TYPE_CHECKING
     BinSize = restrict_number("BinSize", float, (">=", 1e-4), ("<=", 10.0))
     SampleTime = restrict_number("SampleTime", float, (">=", 1e-13), ("<=", 1e-7))
+else:
+    BinSize = float
+    SampleTime = float
 
 
 @dataclass(frozen=True)

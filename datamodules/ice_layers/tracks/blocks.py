@@ -45,16 +45,16 @@ _YEAR = 365.25  # [days]
 _OPTION = "--data.init_args.source.init_args"
 
 
-if TYPE_CHECKING:
-    TraceCount = int
-    Spacing = float
-    JumpFactor = float
-    Density = float
-else:
+if not TYPE_CHECKING:  # in this order: jsonargparse reads blocks of TYPE_CHECKING
     TraceCount = restrict_number("BlockTraces", int, (">=", 2), ("<=", 1_000_000))
     Spacing = restrict_number("BlockSpacing", float, (">=", 1e-3), ("<=", 1e6))
     JumpFactor = restrict_number("JumpFactor", float, (">=", 1.5), ("<=", 1e9))
     Density = restrict_number("FirnDensity", float, (">=", 0.05), ("<=", RHO_ICE))
+else:
+    TraceCount = int
+    Spacing = float
+    JumpFactor = float
+    Density = float
 
 
 @dataclass(frozen=True)
