@@ -22,10 +22,16 @@ copyright = f"2026, {author}"
 release = metadata.version("fulgurite")
 version = release
 
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
+# Tutorials are executed at each build, on data that they generate, in a folder of their own.
+nb_execution_mode = "auto"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # of one cell [s]; all of a tutorial takes less than a minute of one core
+nb_merge_streams = True
 html_theme = "furo"
 html_title = f"fulgurite {release}"
 

@@ -214,7 +214,8 @@ def test_constraints_fit_the_requirements():
     assert not [line for line in lines if "/" in line or "@" in line]
     pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     extras = project["optional-dependencies"]
-    for text in project["dependencies"] + extras["test"] + extras["dev"] + extras["ice"]:
+    named = [text for extra in ("test", "dev", "ice", "docs") for text in extras[extra]]
+    for text in [*project["dependencies"], *named]:
         requirement = Requirement(text)
         if requirement.name != "fulgurite":
             version = pinned[re.sub(r"[-_.]+", "-", requirement.name).lower()]
