@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from citations import link_citations
 from sphinx.ext.napoleon import Config
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 
@@ -22,6 +23,7 @@ _NAPOLEON = Config(
     napoleon_use_ivar=True,  # else attributes that are properties too are described twice
     napoleon_custom_sections=[("Shape", "notes"), ("Source", "notes"), ("Shapes", "notes")],
 )
+_SOURCE = re.compile(r"^(?P<indent> *)Source: (?P<text>.+?)(?=\n\s*\n|\n *\w+:\n|\Z)", re.M | re.S)
 Described = ast.ClassDef | ast.FunctionDef
 
 
@@ -99,10 +101,19 @@ def _public_methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
     return [*methods.values()]
 
 
+def _link_source(match: re.Match[str]) -> str:
+    """The source of a docstring in one line, its cited sections as links to the papers' pages."""
+    text = " ".join(match["text"].split())
+    linked = link_citations(text, lambda words, label: f":ref:`{words} <{label}>`")
+    linked = re.sub(r"docs/papers/(\w+)\.md", r":doc:`/papers/\1`,", linked)
+    return f"{match['indent']}Source: {linked}"
+
+
 def _describe(kind: str, name: str, node: Described, arguments: str | None) -> Iterator[str]:
     yield f".. py:{kind}:: {name}" + ("" if arguments is None else f"({arguments})")
     yield ""
     docstring = re.sub(r"\n {9,}(?=Shape: )", "\n        ", ast.get_docstring(node) or "")
+    docstring = _SOURCE.sub(_link_source, docstring)
     yield from textwrap.indent(str(GoogleDocstring(docstring, _NAPOLEON)), "   ").splitlines()
     yield ""
 
