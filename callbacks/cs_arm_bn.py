@@ -68,7 +68,7 @@ class ControlContext(Callback):
     Raises:
         ConfigError: A number is out of range, or the model does not fit.
 
-    Source: arXiv 2604.20824; card sections 7.5 and 7.6.
+    Source: docs/papers/cs_arm_bn.md sections 7.5 and 7.6.
     """
 
     def __init__(

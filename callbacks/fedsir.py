@@ -46,7 +46,7 @@ class FederatedRounds(Callback):
     Raises:
         ConfigError: The model is not federated.
 
-    Source: FedSIR, arXiv 2604.20825, section 1.
+    Source: docs/papers/fedsir.md section 1.
     """
 
     def __init__(self, figures: bool = True) -> None:

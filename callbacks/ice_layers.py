@@ -83,7 +83,7 @@ class CompletionWriter(Callback):
         ConfigError: A number is out of range, the model completes nothing, or the source reads no
             layer files.
 
-    Source: arXiv 2604.20783; card sections 1.7 and 5 (a flag for every filled value).
+    Source: docs/papers/ice_layers.md sections 1.7 and 5 (a flag for every filled value).
     """
 
     def __init__(

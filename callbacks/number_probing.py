@@ -103,7 +103,7 @@ class ModularProbe(Callback):
         ConfigError: Arguments contradict each other, or do not fit the model.
         DataError: A number is missing, rows are equal, zero, or not finite.
 
-    Source: arXiv 2604.20817; card section 6.
+    Source: docs/papers/number_probing.md section 6.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Citations of the pages of the papers in docstrings, and the labels that they mean.
 
 ``docs/papers/cs_arm_bn.md sections 1.3 and 7.4`` means the labels ``cs-arm-bn-1-3`` and
-``cs-arm-bn-7-4``; ``Stage I, step 4`` of a page is ``fedsir-stage-1-step-4``, ``section 6, check 9``
-is ``ice-layers-6-check-9``, and ``section 0 (7)`` is the seventh item of section 0.
+``cs-arm-bn-7-4``; ``Stage I, step 4`` of a page is ``fedsir-stage-1-step-4``, ``section 6, check
+9`` is ``ice-layers-6-check-9``, and ``section 0 (7)`` is the seventh item of section 0.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 _NUMBER = r"(?:\d+[a-d]?(?:\.\d+)*|I{1,3})"
 _LIST = rf"{_NUMBER}(?:(?:, | and | to ){_NUMBER})*"
 _PART = r"\b(?:\d+|[a-d])\b"
+_PARTS = rf"{_PART}(?:(?:, | and | to ){_PART})*"
 _CITATION = re.compile(
     rf"docs/papers/(?P<page>\w+)\.md (?P<kind>sections?|Stages?) (?P<numbers>{_LIST})"
     rf"(?: \((?P<item>\d+)\))?"
-    rf"(?:, (?P<unit>step|check|row|item|trap)s? (?P<parts>(?:{_PART})(?:(?:, | and | to )(?:{_PART}))*)(?!\w))?"
+    rf"(?:, (?P<unit>step|check|row|item|trap)s? (?P<parts>{_PARTS}))?"
 )
 _ROMAN = {"I": "1", "II": "2", "III": "3"}
 

@@ -39,7 +39,7 @@ class Phenotype:
         rim: Fraction of AGP at the rim of a cell; the other part fills the cell.
         spots: Mean number of mitochondrial spots of a cell; their total brightness is constant.
 
-    Source: arXiv 2604.20824, card section 6.3; the values are inferred.
+    Source: docs/papers/cs_arm_bn.md section 6.3; the values are inferred.
     """
 
     density: float = 1.0
@@ -94,7 +94,7 @@ def render_cells(
     Shape:
         - (R, C, S, S), about 0 to 1.5, without noise.
 
-    Source: arXiv 2604.20824, card section 6.3 (cells).
+    Source: docs/papers/cs_arm_bn.md section 6.3 (cells).
 
     Example:
         >>> values = {name: np.ones(2) * getattr(Phenotype(), name) for name in Phenotype.names()}

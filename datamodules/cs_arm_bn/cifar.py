@@ -135,7 +135,7 @@ class CorruptedCifar(PlateSource):
     Raises:
         ConfigError: A number is out of range.
 
-    Source: arXiv 2604.20824, card section 1.8 (CIFAR-C in ARM); controls from a held-out class
+    Source: docs/papers/cs_arm_bn.md section 1.8 (CIFAR-C in ARM); controls from a held-out class
     are inferred.
     """
 

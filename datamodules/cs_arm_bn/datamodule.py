@@ -69,7 +69,7 @@ class PlateDataModule(PlateLoaders):
         ConfigError: A number is out of range, an option or word is unknown, or options do not fit
             together.
 
-    Source: arXiv 2604.20824, card sections 1.3, 2.3, 2.4 and 7.2.
+    Source: docs/papers/cs_arm_bn.md sections 1.3, 2.3, 2.4 and 7.2.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ __all__ = [
 def sample_rows(rows: Rows, count: int, generator: np.random.Generator) -> Rows:
     """Sample ``count`` rows, with replacement only if there are fewer rows.
 
-    Source: arXiv 2604.20824, card section 1.3.
+    Source: docs/papers/cs_arm_bn.md section 1.3.
 
     Example:
         >>> sorted(sample_rows(np.array([3, 5]), 2, np.random.default_rng(0)).tolist())
@@ -49,7 +49,7 @@ def split_into_batches(
     Returns:
         Pairs of rows and a mask of the rows that count.
 
-    Source: arXiv 2604.20824, card sections 1.3 (validation) and 7.7.
+    Source: docs/papers/cs_arm_bn.md sections 1.3 (validation) and 7.7.
 
     Example:
         >>> batches = split_into_batches(np.arange(3), 2, np.random.default_rng(0))
@@ -88,7 +88,7 @@ def draw_shifted_batches(
         Indices into ``labels`` and the mask of those that count, for each batch.
         Shapes: (L,), (L,).
 
-    Source: arXiv 2604.20824, card section 2.4 (label shift); drawing again, and that each sample
+    Source: docs/papers/cs_arm_bn.md section 2.4 (label shift); drawing again, and that each sample
     counts once, are inferred.
 
     Example:
@@ -147,7 +147,7 @@ def pair_wrong_plates(domains: Sequence[int], batches: Sequence[str]) -> dict[in
         domains: Indices of plates.
         batches: Batch of each plate.
 
-    Source: arXiv 2604.20824, card section 6.4 (7).
+    Source: docs/papers/cs_arm_bn.md section 6.4 (7).
 
     Example:
         >>> pair_wrong_plates([0, 1, 2, 3], ["a", "a", "b", "b"])
@@ -166,7 +166,7 @@ def mislabel(
 ) -> Rows:
     """Replace a fraction of the controls by queries, to simulate mislabelled control wells.
 
-    Source: arXiv 2604.20824, card section 6.3 (corrupted controls).
+    Source: docs/papers/cs_arm_bn.md section 6.3 (corrupted controls).
 
     Example:
         >>> mixed = mislabel(np.zeros(4, int), np.array([7]), 0.5, np.random.default_rng(0))

@@ -32,7 +32,7 @@ class LabSetting:
         scale: Magnification relative to the first laboratory.
         haze: Fraction of a heavily blurred copy that is added (widefield).
 
-    Source: arXiv 2604.20824, card section 6.3 (lab shift).
+    Source: docs/papers/cs_arm_bn.md section 6.3 (lab shift).
     """
 
     spread: float = 1.0
@@ -150,7 +150,7 @@ def draw_effect(
         setting: Settings of the laboratory.
         strength: Factor on every effect; at 0 only a common blur and noise remain.
 
-    Source: arXiv 2604.20824, card section 6.3 (domain operator).
+    Source: docs/papers/cs_arm_bn.md section 6.3 (domain operator).
 
     Example:
         >>> draw_effect(0, 0, 0, 0, setting=LabSetting(), strength=0).gain.tolist()

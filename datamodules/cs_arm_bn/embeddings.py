@@ -102,7 +102,7 @@ class EmbeddedPlates(PlateSource):
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
 
-    Source: arXiv 2604.20824, card section 1.6 (TVN on embeddings of a foundation model).
+    Source: docs/papers/cs_arm_bn.md section 1.6 (TVN on embeddings of a foundation model).
     """
 
     def __init__(

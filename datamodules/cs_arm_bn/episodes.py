@@ -90,7 +90,7 @@ class TrainingEpisodes(_Episodes):
     Raises:
         ConfigError: There are fewer training plates than are to be mixed in a batch.
 
-    Source: arXiv 2604.20824, card sections 1.3 and 7.2.
+    Source: docs/papers/cs_arm_bn.md sections 1.3 and 7.2.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class EvaluationPlan:
         evaluation: Sizes of evaluation batches, and probes of the test.
         seed: Seed of the random numbers.
 
-    Source: arXiv 2604.20824, card sections 1.3, 2.4, 6.3 and 6.4.
+    Source: docs/papers/cs_arm_bn.md sections 1.3, 2.4, 6.3 and 6.4.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class JumpPlates(PlateSource):
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
 
-    Source: arXiv 2604.20824, card sections 2.1, 2.2 and 4.1.
+    Source: docs/papers/cs_arm_bn.md sections 2.1, 2.2 and 4.1.
     """
 
     def __init__(
@@ -111,7 +111,10 @@ class JumpPlates(PlateSource):
         return FileReader(self.in_channels, remote=remote if self.prefixes else [_GALLERY])
 
     def _class_ids(self) -> list[str]:
-        """Return the identifiers of the classes, in the order of the labels (card section 2.2)."""
+        """Return the identifiers of the classes, in the order of the labels.
+
+        Source: docs/papers/cs_arm_bn.md section 2.2.
+        """
         if self.perturbations.classes is not None:
             return sorted(self.perturbations.classes)
         table = self._read_perturbations()

@@ -79,7 +79,7 @@ class EvaluationOptions:
     Raises:
         ConfigError: A number is out of range, or a word is unknown.
 
-    Source: arXiv 2604.20824, card sections 1.3, 2.4 and 6.4.
+    Source: docs/papers/cs_arm_bn.md sections 1.3, 2.4 and 6.4.
     """
 
     queries: PositiveInt | None = None
@@ -118,7 +118,7 @@ class PixelOptions:
         ConfigError: A number is out of range, a word is unknown, or ``mean`` is given without
             ``std``.
 
-    Source: arXiv 2604.20824, card section 2.3.
+    Source: docs/papers/cs_arm_bn.md section 2.3.
     """
 
     crop: PositiveInt | None = None

@@ -20,7 +20,7 @@ __all__ = ["Preprocess", "display_max"]
 def display_max(pixels: NDArray[Any], fraction: float) -> float:
     """Return the smallest value of the brightest ``fraction`` of the pixels (at least one pixel).
 
-    Source: arXiv 2604.20824, card section 2.3 (2).
+    Source: docs/papers/cs_arm_bn.md section 2.3 (2).
 
     Example:
         >>> display_max(np.arange(100), 0.05)
@@ -50,7 +50,7 @@ class Preprocess:
     Raises:
         ConfigError: A number is out of range, or a word is unknown.
 
-    Source: arXiv 2604.20824, card section 2.3; rounding down is inferred.
+    Source: docs/papers/cs_arm_bn.md section 2.3; rounding down is inferred.
 
     Example:
         >>> site = np.arange(32, dtype=np.uint16).reshape(2, 4, 4)

@@ -131,7 +131,7 @@ def draw_held_out_wells(table: PlateTable, count: int, key: Sequence[int]) -> ND
     Raises:
         DataError: A class has at most ``count`` positions.
 
-    Source: arXiv 2604.20824, card section 2.4 (new_wells).
+    Source: docs/papers/cs_arm_bn.md section 2.4 (new_wells).
     """
     marked = np.zeros(len(table), np.bool_)
     wells = table.column("well")
@@ -196,7 +196,7 @@ class HoldOut(Split):
     Raises:
         ConfigError: A number is negative, or ``in_domain`` is not below 1.
 
-    Source: arXiv 2604.20824, card section 2.4; several settings at once are inferred.
+    Source: docs/papers/cs_arm_bn.md section 2.4; several settings at once are inferred.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class GroupFolds(Split):
         ConfigError: The fold does not exist, ``val_fraction`` is outside [0, 1), or ``new_wells``
             is negative.
 
-    Source: arXiv 2604.20824, card section 2.4.
+    Source: docs/papers/cs_arm_bn.md section 2.4.
     """
 
     def __init__(

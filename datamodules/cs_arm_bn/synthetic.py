@@ -63,7 +63,8 @@ _EMPTY = "JCP2022_999999"
 _ROWS = "ABCDEFGHIJKLMNOP"
 _VERSION = 2  # version of the generating code; raised when the plates change
 
-#: Wells of each positive control on every COMPOUND plate of JUMP. Source: card section 2.2.
+#: Wells of each positive control on every COMPOUND plate of JUMP. Source: docs/papers/cs_arm_bn.md
+#: section 2.2.
 _CLASS_WELLS = {
     "JCP2022_012818": ("D24", "H01", "L24", "P01"),
     "JCP2022_025848": ("C01", "G24", "K01", "O24"),
@@ -88,7 +89,8 @@ _NAMES = {
 # Folder of the files on the machine that wrote tables of the PathName form.
 _ELSEWHERE = "/mnt/bucket/"
 _BUCKET = "s3://cellpainting-gallery/"
-#: Instruments: the second laboratory differs as source_8 from source_3 (card sections 2.1, 6.3).
+#: Instruments: the second laboratory differs as source_8 from source_3 (docs/papers/cs_arm_bn.md
+#: sections 2.1, 6.3).
 _LABS = (
     ("source_3", LabSetting()),
     ("source_8", LabSetting(spread=2.0, blur=(0.6, 1.6), scale=1 / 1.18, haze=0.2)),
@@ -130,7 +132,10 @@ class _SyntheticPlate:
 
     @property
     def folder(self) -> str:
-        """The plate's folder of images, which is not named like the plate (card section 4.1)."""
+        """The plate's folder of images, which is not named like the plate.
+
+        Source: docs/papers/cs_arm_bn.md section 4.1.
+        """
         return f"{self.name}__2026-01-{self.number % 28 + 1:02}T10_00_00-Measurement1"
 
 
@@ -312,16 +317,16 @@ class PlateWorld:
         size: Side of an image [pixels]; cells keep their size, so larger images have more cells.
         wells_per_class: Number of wells of each of the eight classes on a plate (one to four).
         controls: Number of wells of the negative control on a plate (up to 32).
-        strength: Factor on every batch effect; 1 has the card's deviations, 0 none. At 1 a tiny
+        strength: Factor on every batch effect; 1 has the source's deviations, 0 none. At 1 a tiny
             ResNet trained for 350 steps is 41 points behind an adapted one on new batches (two
-            seeds), more than the 10 to 35 that the card aims at.
+            seeds), more than the 10 to 35 that the source aims at.
         random_layout: Assign classes and controls to random wells instead of those of JUMP.
         dead_wells: Fraction of control wells with nearly no cells.
 
     Raises:
         ConfigError: A number is out of range, or ``batches`` and ``plates`` differ in length.
 
-    Source: arXiv 2604.20824, card section 6.3.
+    Source: docs/papers/cs_arm_bn.md section 6.3.
     """
 
     batches: tuple[PositiveInt, ...] = (12, 3)
@@ -361,7 +366,7 @@ class SyntheticPlates(PlateSource):
     Raises:
         ConfigError: The seed is negative.
 
-    Source: arXiv 2604.20824, card section 6.3.
+    Source: docs/papers/cs_arm_bn.md section 6.3.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ def position_accuracy(position: Rows, label: Rows, plate: Rows) -> tuple[float, 
     Shape:
         - position, label, plate: (R,) int64 numbers from 0.
 
-    Source: arXiv 2604.20824, card section 0 (7); the measure is inferred.
+    Source: docs/papers/cs_arm_bn.md section 0 (7); the measure is inferred.
 
     Example:
         >>> layout = np.array([0, 1, 0, 1])
@@ -168,7 +168,7 @@ class PlateTable:
     Raises:
         DataError: A column is missing, a role, label or path is invalid, or a site is repeated.
 
-    Source: arXiv 2604.20824, card sections 4.1 and 7.1.
+    Source: docs/papers/cs_arm_bn.md sections 4.1 and 7.1.
 
     Example:
         >>> import pandas as pd

@@ -62,7 +62,8 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         DataError: The file does not exist or is damaged, or a column is missing.
         MissingExtraError: The file is parquet, and pyarrow is not installed.
 
-    Source: arXiv 2604.20824, card section 4.1 (plate names that are numbers come back as numbers).
+    Source: docs/papers/cs_arm_bn.md section 4.1 (plate names that are numbers come back as
+    numbers).
     """
     import pandas as pd
 

@@ -287,7 +287,7 @@ class RxRx1Plates(PlateSource):
     Raises:
         ConfigError: ``controls`` or ``domain`` is unknown.
 
-    Source: arXiv 2604.20824, card section 4.2; WILDS' own split is ``OfficialSplit``.
+    Source: docs/papers/cs_arm_bn.md section 4.2; WILDS' own split is ``OfficialSplit``.
     """
 
     _TREATMENTS, _NEGATIVE = 1108, 1138

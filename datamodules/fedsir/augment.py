@@ -24,7 +24,7 @@ def shift_crop(
     Shape:
         - images: (B, C, H, W) of any type on any device -> the same.
 
-    Source: FedSIR, arXiv 2604.20825, card section 2 (random crop with padding 4, horizontal flip).
+    Source: docs/papers/fedsir.md section 2 (random crop with padding 4, horizontal flip).
 
     Example:
         >>> image = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2)

@@ -115,7 +115,7 @@ class FederatedDataModule(L.LightningDataModule):
     Raises:
         ConfigError: ``clients`` is not positive.
 
-    Source: FedSIR, arXiv 2604.20825, card sections 2 and 6.
+    Source: docs/papers/fedsir.md sections 2 and 6.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class Digits(ImageSource):
     Raises:
         ConfigError: ``copies`` is below 1, or a limit is not positive.
 
-    Source: FedSIR, arXiv 2604.20825, card section 3d (toy: digits with 10 augmented copies); the
+    Source: docs/papers/fedsir.md section 3d (toy: digits with 10 augmented copies); the
     kind and size of the augmentation are inferred.
 
     Example:

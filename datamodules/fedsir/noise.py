@@ -34,7 +34,7 @@ def flip_counts(labels: Tensor, rate: float, num_classes: int) -> Tensor:
     Shape:
         - labels: (N,) int64 -> (C,) int64.
 
-    Source: FedSIR, arXiv 2604.20825, card section 2.
+    Source: docs/papers/fedsir.md section 2.
 
     Example:
         >>> flip_counts(torch.tensor([0, 0, 0, 1]), 0.5, 2).tolist()
@@ -127,7 +127,7 @@ class _ClassMapNoise(LabelNoise):
 class Symmetric(LabelNoise):
     """A wrong label is any of the other classes with equal probability.
 
-    Source: FedSIR, arXiv 2604.20825, card section 2.
+    Source: docs/papers/fedsir.md section 2.
 
     Example:
         >>> labels = torch.arange(100) % 10
@@ -155,7 +155,7 @@ class Symmetric(LabelNoise):
 class Pair(_ClassMapNoise):
     """A wrong label is the next class.
 
-    Source: FedSIR, arXiv 2604.20825, card section 5, check 3 (pair-flip).
+    Source: docs/papers/fedsir.md section 5, check 3 (pair-flip).
 
     Example:
         >>> Pair()(torch.tensor([0, 1, 2]), 1.0, 3, torch.Generator()).tolist()
@@ -176,7 +176,7 @@ class AsymmetricMap(_ClassMapNoise):
     Raises:
         ConfigError: A class maps to itself or is not among the data's classes.
 
-    Source: FedSIR, arXiv 2604.20825, card section 5, check 10.
+    Source: docs/papers/fedsir.md section 5, check 10.
 
     Example:
         >>> AsymmetricMap({0: 2})(torch.tensor([0, 1, 2]), 1.0, 3, torch.Generator()).tolist()

@@ -49,7 +49,7 @@ def clean_cover_clients(counts: Tensor, threshold: Tensor) -> Tensor:
         - counts: (K, C) samples; threshold: (C,) samples that cover a class.
         - returns: (K,) bool.
 
-    Source: FedSIR, arXiv 2604.20825, card section 2.
+    Source: docs/papers/fedsir.md section 2.
 
     Example:
         >>> counts = torch.tensor([[9, 0, 0], [9, 9, 0], [0, 0, 9]])
@@ -194,7 +194,7 @@ class NoisyClients(ClientSelection):
     Raises:
         ConfigError: ``rate``, ``fraction`` or ``clean_cover`` is out of range.
 
-    Source: FedSIR, arXiv 2604.20825, card section 2; ranges of rates and fractional covers are
+    Source: docs/papers/fedsir.md section 2; ranges of rates and fractional covers are
     inferred.
 
     Example:

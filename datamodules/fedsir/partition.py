@@ -100,7 +100,7 @@ def check_partition(parts: list[Tensor], samples: int) -> None:
 class Iid(Partition):
     """Random parts of equal size (within one sample).
 
-    Source: FedSIR, arXiv 2604.20825, card section 2.
+    Source: docs/papers/fedsir.md section 2.
 
     Example:
         >>> parts = Iid()(torch.zeros(7, dtype=torch.int64), 2, 1, torch.Generator())
@@ -128,7 +128,7 @@ class Dirichlet(Partition):
     Raises:
         ConfigError: ``alpha`` is not positive, or ``holding_probability`` is outside (0, 1].
 
-    Source: FedSIR, arXiv 2604.20825, card section 2 (FedCorr's sampler). That a class without a
+    Source: docs/papers/fedsir.md section 2 (FedCorr's sampler). That a class without a
     client gets one at random is inferred.
 
     Example:

@@ -96,7 +96,7 @@ class IceLayerDataModule(StackLoaders):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20783, card sections 1.8, 2, 3 and 7.
+    Source: docs/papers/ice_layers.md sections 1.8, 2, 3 and 7.
     """
 
     layer_names: tuple[str, ...]

@@ -26,7 +26,7 @@ def drop_picks(
     Shape:
         - (N, L) bool, in and out.
 
-    Source: arXiv 2604.20783, card section 6, check 18, and 1.5 for the form of gaps.
+    Source: docs/papers/ice_layers.md section 6, check 18, and 1.5 for the form of gaps.
 
     Example:
         >>> picked = np.ones((16, 4), bool)

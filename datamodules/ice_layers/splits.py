@@ -67,7 +67,7 @@ def split_segments(
         ConfigError: Fractions leave nothing for training.
         DataError: A name is unknown or in two parts.
 
-    Source: arXiv 2604.20783, card section 1.8 (random echograms leak between neighbours).
+    Source: docs/papers/ice_layers.md section 1.8 (random echograms leak between neighbours).
 
     Example:
         >>> split_segments(["a", "b", "c", "d"], 0.25, ["c"], order="name")

@@ -30,7 +30,7 @@ def fit_statistics(stacks: Sequence[LayerStack]) -> dict[str, Tensor]:
     Raises:
         DataError: No thickness is observed.
 
-    Source: arXiv 2604.20783, card section 6, check 9; the form is inferred.
+    Source: docs/papers/ice_layers.md section 6, check 9; the form is inferred.
 
     Example:
         >>> stack = LayerStack("a", "s", np.array([[1.0, np.nan], [2.0, 4.0]]),

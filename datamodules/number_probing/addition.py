@@ -119,8 +119,8 @@ class AdditionTask(AdditionOptions):
     Raises:
         ConfigError: A number is out of range.
 
-    Source: arXiv 2604.20817, card section 2.5 (bases, K, sums, c_i); 0.6/0.2/0.2, mirrored pairs
-        and the template: inferred, the paper's are unknown.
+    Source: docs/papers/number_probing.md section 2.5 (bases, K, sums, c_i); 0.6/0.2/0.2, mirrored
+        pairs and the template: inferred, the paper's are unknown.
 
     Example:
         >>> task = AdditionTask(base=10, tokens=2)

@@ -91,7 +91,7 @@ class AdditionDataModule(_NumberDataModule):
         ConfigError: An argument is out of range.
         DataError: A part has no pairs.
 
-    Source: arXiv 2604.20817, card section 2.5; template, split and sizes: inferred.
+    Source: docs/papers/number_probing.md section 2.5; template, split and sizes: inferred.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class NumberTextDataModule(_NumberDataModule, TextDataModule):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20817, card sections 2.2, 2.3 and 6; windows and splits: inferred.
+    Source: docs/papers/number_probing.md sections 2.2, 2.3 and 6; windows and splits: inferred.
     """
 
     def __init__(

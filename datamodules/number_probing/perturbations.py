@@ -57,7 +57,7 @@ def parse_perturbations(perturb: str | Sequence[str] | None) -> Perturbation:
         >>> parse_perturbations(["swap", "isolate:1"])
         Perturbation(context=0, isolate=1, numbers='swap')
 
-    Source: arXiv 2604.20817, card section 2.3.
+    Source: docs/papers/number_probing.md section 2.3.
     """
     options: dict[str, int | str] = {}
     for text in [perturb] if isinstance(perturb, str) else perturb or []:
@@ -87,7 +87,8 @@ def context_starts(shape: tuple[int, int], length: int) -> Bools:
         >>> context_starts((1, 5), 2).astype(int)
         array([[1, 0, 1, 0, 1]])
 
-    Source: arXiv 2604.20817, card sections 2.3 and 6: every l tokens attention and state are reset.
+    Source: docs/papers/number_probing.md sections 2.3 and 6: every l tokens attention and state are
+    reset.
     """
     starts = np.zeros(shape, np.bool_)
     starts[:, ::length] = True
@@ -110,7 +111,7 @@ def isolate_starts(is_number: Bools, k: int) -> Bools:
         >>> isolate_starts(np.array([[0, 1, 0, 1, 1, 0, 1]], bool), 2).astype(int)
         array([[1, 0, 0, 0, 1, 0, 0]])
 
-    Source: arXiv 2604.20817, card section 2.3; where pieces begin: inferred.
+    Source: docs/papers/number_probing.md section 2.3; where pieces begin: inferred.
     """
     before = is_number.cumsum(1) - is_number
     starts: Bools = is_number & (before > 0) & (before % k == 0)
@@ -151,7 +152,8 @@ def replacement(kind: str, indices: Ints, count: int, seed: int) -> Ints:
         >>> np.unique(np.diff(swapped) % 8), bool((swapped == np.arange(8)).any())
         (array([1]), False)
 
-    Source: arXiv 2604.20817, card section 2.3 (what is kept and what is lost); how: inferred.
+    Source: docs/papers/number_probing.md section 2.3 (what is kept and what is lost); how:
+    inferred.
     """
     if kind == "unigram":
         return draw_below(count, seed, _UNIGRAM, indices) if len(indices) else indices

@@ -107,7 +107,8 @@ class WordTokenizer:
         >>> tokenizer.encode(["of 7, 0012"]) == [[tokenizer.words["of"], 10, 0, 2]]
         True
 
-    Source: inferred; one token for each number as in Llama 3's, card section 1.1.
+    Source: inferred; one token for each number as in Llama 3's, docs/papers/number_probing.md
+    section 1.1.
     """
 
     end: int | None = 1
@@ -200,7 +201,7 @@ class FileTokenizer:
         MissingExtraError: The package is not installed.
         DataError: There is no such file, or it is no tokenizer.
 
-    Source: card section 2.2; both tokens: inferred.
+    Source: docs/papers/number_probing.md section 2.2; both tokens: inferred.
     """
 
     def __init__(self, path: str) -> None:

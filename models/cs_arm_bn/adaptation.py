@@ -73,7 +73,7 @@ def adapt(
         >>> adapt(net, images.split(4), "plate 1")
         {'0.mean': tensor([2.5000]), '0.var': tensor([2.9167])}
 
-    Source: card sections 1.4, 1.7.2 and 6.1 (chunked adapt).
+    Source: docs/papers/cs_arm_bn.md sections 1.4, 1.7.2 and 6.1 (chunked adapt).
     """
     chunks = _check_chunks("query", queries) + _check_chunks("control", controls)
     if not chunks:

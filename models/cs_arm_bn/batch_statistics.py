@@ -100,7 +100,7 @@ def merge_groups(
         >>> bool(torch.isclose(mean, x.mean(0))), bool(torch.isclose(var, x.var(0, correction=0)))
         (True, True)
 
-    Source: card section 1.5.
+    Source: docs/papers/cs_arm_bn.md section 1.5.
     """
     mean = torch.lerp(control[0], query[0], weight)
     var = torch.lerp(control[1], query[1], weight)
@@ -200,7 +200,8 @@ def adaptive_weight(
         >>> bool(adaptive_weight(shifted, controls, one, None) < 0.01)
         True
 
-    Source: beyond the paper; derived from the bias-variance trade of card section 1.5.
+    Source: beyond the paper; derived from the bias-variance trade of docs/papers/cs_arm_bn.md
+    section 1.5.
     """
     query_var, control_var = _between_image_variances(
         query, control, reference.between_image_ratio if reference else None

@@ -71,7 +71,7 @@ class Context:
     Raises:
         ConfigError: ``source`` is unknown, or ``weight`` or ``prior`` is outside [0, 1].
 
-    Source: arXiv 2604.20824, card section 1.2; ``prior``: Schneider et al., NeurIPS 2020.
+    Source: docs/papers/cs_arm_bn.md section 1.2; ``prior``: Schneider et al., NeurIPS 2020.
     """
 
     source: Source = "union"
@@ -353,7 +353,7 @@ class ContextBatchNorm2d(ContextLayer, nn.BatchNorm2d):
         >>> bool(y.mean((0, 2, 3)).abs().max() < 1e-6)
         True
 
-    Source: arXiv 2604.20824, card sections 1.2 and 7.3.
+    Source: docs/papers/cs_arm_bn.md sections 1.2 and 7.3.
     """
 
     original = nn.BatchNorm2d

@@ -19,7 +19,7 @@ def run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     The recomputation uses the context of the first pass, even if that has ended, and does not
     update running statistics.
 
-    Source: card section 7.7.
+    Source: docs/papers/cs_arm_bn.md section 7.7.
     """
     from torch.utils.checkpoint import checkpoint
 

@@ -52,7 +52,7 @@ def convert_batchnorm(model: nn.Module) -> nn.Module:
         >>> type(net[1]).__name__, type(revert_batchnorm(net)[1]).__name__
         ('ContextBatchNorm2d', 'BatchNorm2d')
 
-    Source: card section 7.3.
+    Source: docs/papers/cs_arm_bn.md section 7.3.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     for name, layer in layers.items():

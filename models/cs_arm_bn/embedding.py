@@ -87,7 +87,7 @@ class EmbeddingHead(nn.Module):
         >>> EmbeddingHead(384, 8, hidden=64)(torch.zeros(3, 384, 1, 1)).shape
         torch.Size([3, 8])
 
-    Source: card section 1.6; the hidden layer: inferred.
+    Source: docs/papers/cs_arm_bn.md section 1.6; the hidden layer: inferred.
     """
 
     def __init__(self, in_channels: int, num_classes: int, hidden: int = 0) -> None:

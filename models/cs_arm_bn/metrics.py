@@ -159,7 +159,7 @@ def class_scores(counts: Tensor) -> dict[str, Tensor]:
         >>> class_scores(counts)["recall"].tolist(), class_scores(counts)["f1"][1].item()
         ([0.5, 1.0], 0.8)
 
-    Source: card section 7.4; arXiv 2604.20824 reports them beside the accuracy.
+    Source: docs/papers/cs_arm_bn.md section 7.4; arXiv 2604.20824 reports them beside the accuracy.
     """
     right = counts.diagonal().double()
     predicted, occurring = counts.sum(0).double(), counts.sum(1).double()
@@ -230,7 +230,7 @@ def scores(rows: Predictions) -> dict[str, float]:
         >>> found["acc"], found["well_acc"], found["worst_plate_acc"]
         (0.5, 1.0, 0.5)
 
-    Source: card sections 1.4 and 7.4; well and plate level: inferred.
+    Source: docs/papers/cs_arm_bn.md sections 1.4 and 7.4; well and plate level: inferred.
     """
     if not len(rows.row):
         return {}

@@ -81,7 +81,7 @@ class PlateClassifier(SystemModule):
             needs it.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
-    Source: arXiv 2604.20824; card sections 1.3 and 7.4.
+    Source: docs/papers/cs_arm_bn.md sections 1.3 and 7.4.
     """
 
     monitor = "val/loss"

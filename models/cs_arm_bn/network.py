@@ -54,7 +54,8 @@ class SmallResNet(nn.Module):
         >>> SmallResNet(5, 8, width=8).features(torch.zeros(2, 5, 32, 32)).shape
         torch.Size([2, 32])
 
-    Source: card section 6.2 (the tiny network of its runs); ``input_norm``: card section 6.1.
+    Source: docs/papers/cs_arm_bn.md section 6.2 (the tiny network of its runs); ``input_norm``:
+    section 6.1.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class PooledBottleneck(resnet.Bottleneck):
 
     Shape: (M, inputs, H, W) to (M, 4·width, H/stride, W/stride).
 
-    Source: card section 2.5; Radford et al., arXiv 2103.00020.
+    Source: docs/papers/cs_arm_bn.md section 2.5; Radford et al., arXiv 2103.00020.
     """
 
     def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
@@ -166,7 +167,7 @@ class ResNet50(_PlateResNet):
         >>> sum(p.numel() for p in ResNet50(5, 8).parameters())
         23530696
 
-    Source: card section 2.5.
+    Source: docs/papers/cs_arm_bn.md section 2.5.
     """
 
     def __init__(

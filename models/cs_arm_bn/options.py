@@ -28,7 +28,7 @@ class AdaptationOptions:
     Raises:
         ConfigError: A value is out of range.
 
-    Source: arXiv 2604.20824; card sections 7.5 and 7.6.
+    Source: docs/papers/cs_arm_bn.md sections 7.5 and 7.6.
     """
 
     predict_with: Literal["controls", "test"] = "controls"

@@ -27,7 +27,7 @@ def plate_profile(controls: Tensor) -> Tensor:
         >>> plate_profile(torch.ones(2, 1, 4, 4))[0]
         tensor(1.)
 
-    Source: inferred; card section 7.5 suggests a check of the controls.
+    Source: inferred; docs/papers/cs_arm_bn.md section 7.5 suggests a check of the controls.
     """
     x = controls.float()
     dims = (0, 2, 3)

@@ -67,7 +67,7 @@ def fit_tvn(controls: Tensor, domains: Tensor, ridge: float = 0.5) -> TVNReferen
         >>> fit_tvn(controls, torch.tensor([0, 0, 1])).mean
         tensor([2., 3.], dtype=torch.float64)
 
-    Source: card section 1.6, steps 1, 2 and 4.
+    Source: docs/papers/cs_arm_bn.md section 1.6, steps 1, 2 and 4.
     """
     if len(controls) < 2:
         raise DataError(
@@ -112,7 +112,7 @@ def tvn(
         >>> here.shape, bool((here - elsewhere).abs().max() < 2)
         (torch.Size([4, 3]), True)
 
-    Source: card section 1.6, steps 1 to 4.
+    Source: docs/papers/cs_arm_bn.md section 1.6, steps 1 to 4.
     """
     if len(controls) == 0:
         raise DataError("TVN was given a plate without controls.", "Give its controls.")

@@ -62,7 +62,7 @@ def distance_to_clean(state: Tensor, clean_states: Tensor, splits: Sequence[int]
         >>> distance_to_clean(torch.tensor([3.0, 4.0, 1.0]), torch.zeros(1, 3), [2, 1])
         tensor(6., dtype=torch.float64)
 
-    Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's).
+    Source: docs/papers/fedsir.md Stage III, DaAgg (FedNoRo's).
     """
     finite = state.isfinite().all()
     if not len(clean_states):
@@ -101,7 +101,7 @@ def distance_aware_weights(sizes: Tensor, distances: Tensor, floor: bool = True)
         >>> distance_aware_weights(torch.tensor([1, 1]), torch.tensor([0.0, 7.0]))
         tensor([0.7311, 0.2689], dtype=torch.float64)
 
-    Source: FedSIR, arXiv 2604.20825, Stage III, DaAgg (FedNoRo's); not finite: inferred.
+    Source: docs/papers/fedsir.md Stage III, DaAgg (FedNoRo's); not finite: inferred.
     """
     distances = distances.double()
     finite = distances.isfinite()

@@ -61,7 +61,7 @@ class RoundEngine:
         method: The federated method.
         options: Which clients take part, and when the rounds end.
 
-    Source: FedSIR, arXiv 2604.20825, section 1; participation, dropout and ranks: inferred.
+    Source: docs/papers/fedsir.md section 1; participation, dropout and ranks: inferred.
     """
 
     def __init__(self, method: FederatedMethod, options: RoundOptions | None = None) -> None:

@@ -171,7 +171,7 @@ def split_clients(
         >>> split_clients(torch.tensor([[0.30, 0.09], [0.31, 0.10]])).reason
         'all clients are alike: all clean (largest gap 0.010, p = 1).'
 
-    Source: FedSIR, arXiv 2604.20825, Stage I, step 7; one group, gap rule: inferred.
+    Source: docs/papers/fedsir.md Stage I, step 7; one group, gap rule: inferred.
     """
     if scores.ndim != 2 or scores.shape[1] != 2:
         raise DataError(

@@ -38,7 +38,7 @@ def log_prior(counts: Tensor, tau: float = 1.0, *, mask_absent: bool = False) ->
         >>> log_prior(torch.tensor([3, 0])).exp()
         tensor([0.7500, 0.2500])
 
-    Source: FedSIR, arXiv 2604.20825, Stage III; ``mask_absent``: FedNoRo, IJCAI 2023.
+    Source: docs/papers/fedsir.md Stage III; ``mask_absent``: FedNoRo, IJCAI 2023.
     """
     frequencies = (counts if mask_absent else counts.clamp(min=1)).to(torch.get_default_dtype())
     if tau == 0:
@@ -77,7 +77,7 @@ def logit_adjusted_cross_entropy(
         >>> bool(logit_adjusted_cross_entropy(logits, labels, uniform).isclose(plain))
         True
 
-    Source: FedSIR, arXiv 2604.20825, Stage III, clean clients.
+    Source: docs/papers/fedsir.md Stage III, clean clients.
     """
     scores = F.log_softmax(logits + log_prior, dim=-1)
     return _reduce_loss(-scores.gather(-1, labels[..., None]).squeeze(-1), reduction)
@@ -117,7 +117,7 @@ def adjusted_distillation(
         >>> float(adjusted_distillation(logits, labels, logits, 1, log_prior=even, temperature=1))
         0.0
 
-    Source: FedSIR, arXiv 2604.20825, Stage III, noisy clients; −∞: FedNoRo, IJCAI 2023.
+    Source: docs/papers/fedsir.md Stage III, noisy clients; −∞: FedNoRo, IJCAI 2023.
     """
     student = F.log_softmax(logits + log_prior, dim=-1)
     student = student.masked_fill(log_prior == -torch.inf, 0.0)
@@ -162,7 +162,7 @@ def selective_distillation(
         >>> bool(mixed == logit_adjusted_cross_entropy(logits, labels, prior))
         True
 
-    Source: FedSIR, arXiv 2604.20825, Stage III, ``kd_on="disagree"``.
+    Source: docs/papers/fedsir.md Stage III, ``kd_on="disagree"``.
     """
     # per sample, LA is LA_KD with weight 0
     sample_weight = weight * distil.to(logits.dtype)
@@ -193,7 +193,7 @@ def ramp(round: int, begin: int = 2, end: int = 49, height: float = 0.2) -> floa
         >>> [round(ramp(r), 4) for r in (0, 20, 49, 99)]
         [0.0013, 0.0298, 0.2, 0.2]
 
-    Source: FedSIR, arXiv 2604.20825, Stage III; the ramp is FedNoRo's.
+    Source: docs/papers/fedsir.md Stage III; the ramp is FedNoRo's.
     """
     u = min(max((round - begin) / (end - begin), 0.0), 1.0) if end > begin else float(round >= end)
     return height * math.exp(-5 * (1 - u) ** 2)

@@ -82,7 +82,7 @@ class FederatedClassifier(SystemModule):
             the weights do not fit it.
         CheckpointError: The weights cannot be read.
 
-    Source: FedSIR, arXiv 2604.20825, section 2; server optimizer: Reddi et al., ICLR 2021.
+    Source: docs/papers/fedsir.md section 2; server optimizer: Reddi et al., ICLR 2021.
     """
 
     monitor = "val/acc"

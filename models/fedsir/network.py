@@ -57,7 +57,7 @@ class DigitsNet(nn.Module):
         >>> network(torch.zeros(2, 1, 8, 8)).shape, network.head.in_features
         (torch.Size([2, 10]), 64)
 
-    Source: FedSIR card's digits experiment (64-128-64 with BatchNorm); inferred.
+    Source: docs/papers/fedsir.md section 3d (digits, 64-128-64 with BatchNorm); inferred.
     """
 
     def __init__(

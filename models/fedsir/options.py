@@ -62,7 +62,7 @@ class RoundOptions:
     Raises:
         ConfigError: A number is out of range.
 
-    Source: FedSIR, arXiv 2604.20825, section 1; participation and dropout: inferred; server
+    Source: docs/papers/fedsir.md section 1; participation and dropout: inferred; server
     optimizer: Reddi et al., ICLR 2021.
     """
 

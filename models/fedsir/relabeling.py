@@ -53,7 +53,7 @@ def choose_k(values: Tensor, ratio: float = 10.0) -> Tensor:
         >>> int(choose_k(torch.tensor([10.0] + [1.0] * 20)))
         19
 
-    Source: FedSIR, arXiv 2604.20825, Stage II, step a.
+    Source: docs/papers/fedsir.md Stage II, step a.
     """
     head = running_sum(values.double())
     enough = head >= ratio * (head[..., -1:] - head)
@@ -123,7 +123,7 @@ def client_reference(
         >>> reference.rows.tolist(), reference.valid.tolist()
         ([2, 0], [True, False])
 
-    Source: FedSIR, arXiv 2604.20825, Stage II, step a; zero rows for an empty residual: inferred.
+    Source: docs/papers/fedsir.md Stage II, step a; zero rows for an empty residual: inferred.
     """
     if isinstance(spectra, SpectraAccumulator):
         parts = [
@@ -195,7 +195,7 @@ def aggregate_references(
         >>> references.valid.tolist()
         [True, False]
 
-    Source: FedSIR, arXiv 2604.20825, Stage II, step b; abstention: inferred.
+    Source: docs/papers/fedsir.md Stage II, step b; abstention: inferred.
     """
     if not references:
         raise DataError(
@@ -348,7 +348,7 @@ def relabel(
         >>> result.labels.tolist(), result.agree.tolist()
         ([0, 1], [True, False])
 
-    Source: FedSIR, arXiv 2604.20825, Stage II, steps c and d; abstention and confidence: inferred.
+    Source: docs/papers/fedsir.md Stage II, steps c and d; abstention and confidence: inferred.
     """
     if mode not in get_args(RelabelMode):
         raise ConfigError(

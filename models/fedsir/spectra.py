@@ -112,7 +112,7 @@ class SpectraAccumulator:
         >>> accumulator.compute().values.tolist()
         [[3.0, 1.0], [2.0, 0.0]]
 
-    Source: FedSIR, arXiv 2604.20825, Stage I, step 4; accumulation inferred.
+    Source: docs/papers/fedsir.md Stage I, step 4; accumulation inferred.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ def class_spectra(features: Tensor, labels: Tensor, num_classes: int) -> ClassSp
         >>> [round(v, 4) for v in spectra.direction[1].abs().tolist()]
         [0.6, 0.8]
 
-    Source: FedSIR, arXiv 2604.20825, Stage I, step 4.
+    Source: docs/papers/fedsir.md Stage I, step 4.
     """
     labels = labels.to(features.device)
     _check_labelled_features(features, labels, num_classes)
@@ -251,7 +251,7 @@ def similarity(spectra: ClassSpectra | SpectraAccumulator, min_count: int = 20) 
         >>> similarity(class_spectra(features, torch.tensor([0, 2]), 3)).round(decimals=3).tolist()
         [[1.0, nan, 0.6], [nan, nan, nan], [0.6, nan, 1.0]]
 
-    Source: FedSIR, arXiv 2604.20825, Stage I, steps 3 and 5.
+    Source: docs/papers/fedsir.md Stage I, steps 3 and 5.
     """
     if isinstance(spectra, SpectraAccumulator):
         parts = [(s.counts, s.rank, s.direction.clone()) for s in spectra.chunks()]
@@ -285,7 +285,7 @@ def client_score(spectra: ClassSpectra | SpectraAccumulator, min_count: int = 20
         >>> client_score(class_spectra(features, torch.tensor([0, 1]), 2)).round(decimals=3)
         tensor([0.6000, 0.3600], dtype=torch.float64)
 
-    Source: FedSIR, arXiv 2604.20825, Stage I, step 6.
+    Source: docs/papers/fedsir.md Stage I, step 6.
     """
     cosines = similarity(spectra, min_count)
     off = cosines.masked_fill(

@@ -50,7 +50,8 @@ def check_embeddings(
         >>> check_embeddings(torch.tensor([[1.0], [2.0]]))[1]
         tensor([0, 1])
 
-    Source: card section 5, rows 15 and the traps of 4.1: pruned vocabularies share rows.
+    Source: docs/papers/number_probing.md section 5, rows 15 and the traps of 4.1: pruned
+    vocabularies share rows.
     """
     if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.is_floating_point():
         raise DataError(

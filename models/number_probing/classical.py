@@ -84,8 +84,8 @@ class PPMI(_VectorFileModule):
     Raises:
         ConfigError: A number is out of range.
 
-    Source: card section 4.3 (window, smoothing, 20k contexts, 100 directions); the paper's
-        settings are unknown; rows: inferred.
+    Source: docs/papers/number_probing.md section 4.3 (window, smoothing, 20k contexts, 100
+        directions); the paper's settings are unknown; rows: inferred.
     """
 
     def __init__(

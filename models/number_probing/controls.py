@@ -21,7 +21,7 @@ def row_shuffled(embeddings: Tensor, seed: int = 0) -> Tensor:
         >>> sorted(row_shuffled(torch.arange(3.0)[:, None]).flatten().tolist())
         [0.0, 1.0, 2.0]
 
-    Source: card section 1.7.
+    Source: docs/papers/number_probing.md section 1.7.
     """
     order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(seed))
     return embeddings[order.to(embeddings.device)]
@@ -34,7 +34,7 @@ def gaussian(embeddings: Tensor, seed: int = 0) -> Tensor:
         >>> gaussian(torch.randn(4, 3)).shape
         torch.Size([4, 3])
 
-    Source: card section 1.7.
+    Source: docs/papers/number_probing.md section 1.7.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(embeddings.shape, generator=generator, dtype=torch.float64)
@@ -49,7 +49,8 @@ def histogram(counts: Tensor) -> Tensor:
         tensor([[0.0000],
                 [0.6931]], dtype=torch.float64)
 
-    Source: arXiv 2604.20817 (token distribution); the logarithm inferred, card section 1.7.
+    Source: arXiv 2604.20817 (token distribution); the logarithm inferred,
+    docs/papers/number_probing.md section 1.7.
     """
     return counts.double().log1p()[:, None]
 
@@ -79,7 +80,7 @@ def planted(
         >>> planted(torch.arange(3), 10, 8, noise=0.0).norm(dim=1).round(decimals=3)
         tensor([1., 1., 1.], dtype=torch.float64)
 
-    Source: card section 5, rows 1 to 4 and 8.
+    Source: docs/papers/number_probing.md section 5, rows 1 to 4 and 8.
     """
     generator = torch.Generator().manual_seed(seed)
     angle = 2 * math.pi / period * numbers.double()[:, None] * torch.tensor(harmonics).double()
@@ -105,7 +106,8 @@ def collinear(numbers: Tensor, period: int, step: float, drift: float) -> Tensor
         >>> collinear(torch.tensor([0, 1, 10]), 10, 5.0, 31.0).flatten()
         tensor([ 0.,  5., 31.], dtype=torch.float64)
 
-    Source: arXiv 2604.20817, Theorem 1; one dimension as in its figure, card section 1.4.
+    Source: arXiv 2604.20817, Theorem 1; one dimension as in its figure,
+    docs/papers/number_probing.md section 1.4.
     """
     n = numbers.double()
     return (step * (n % period) + drift * (n // period))[:, None]
@@ -129,7 +131,7 @@ def ceiling(
         >>> round(ceiling(5, lambda n: torch.where(n % 5 == 0, n % 10, -1)), 3)
         0.25
 
-    Source: card section 1.6.
+    Source: docs/papers/number_probing.md section 1.6.
     """
     n = torch.arange(10 * period)
     if subset is not None:

@@ -47,7 +47,7 @@ def cooccurrences(
         array([[0., 1.],
                [1., 2.]])
 
-    Source: card section 4.3 (window 5); arXiv 1402.3722.
+    Source: docs/papers/number_probing.md section 4.3 (window 5); arXiv 1402.3722.
     """
     from scipy.sparse import coo_matrix, csr_matrix
 
@@ -79,7 +79,8 @@ def ppmi(counts: csr_matrix, smoothing: float = 0.75) -> csr_matrix:
         array([[0.693, 0.   ],
                [0.   , 0.693]])
 
-    Source: Levy, Goldberg and Dagan, 2015, sections 2.1 and 3.1; smoothing .75: card section 4.3.
+    Source: Levy, Goldberg and Dagan, 2015, sections 2.1 and 3.1; smoothing .75:
+    docs/papers/number_probing.md section 4.3.
     """
     from scipy.sparse import csr_matrix
 
@@ -115,7 +116,8 @@ def svd_embeddings(table: csr_matrix, width: int, power: float = 0.5) -> Floats:
                [0., 2.],
                [3., 0.]])
 
-    Source: Levy, Goldberg and Dagan, 2015, section 3.3; card section 4.3 (SVD-100).
+    Source: Levy, Goldberg and Dagan, 2015, section 3.3; docs/papers/number_probing.md section 4.3
+    (SVD-100).
     """
     from scipy.sparse.linalg import svds
 

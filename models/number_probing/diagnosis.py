@@ -92,7 +92,7 @@ def diagnose(
         >>> diagnosis.verdict, diagnosis.periods[5].verdict
         ('geometric', 'nothing')
 
-    Source: card sections 1.6 and 6, inferred.
+    Source: docs/papers/number_probing.md sections 1.6 and 6, inferred.
     """
     if missing := probed.keys() - spikes.keys():
         raise ConfigError(

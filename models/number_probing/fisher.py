@@ -43,7 +43,7 @@ class Scatter:
 
     ``fisher``, ``condition`` and ``bounds`` depend on ``ridge`` and ``pca``: report these too.
 
-    Source: arXiv 2604.20817; card section 1.3.
+    Source: docs/papers/number_probing.md section 1.3.
     """
 
     period: int
@@ -134,7 +134,7 @@ def scatter(
         >>> round(statistics.phi), round(float(statistics.fisher[0]), 2), statistics.condition
         (206250, 275.03, 1.0)
 
-    Source: arXiv 2604.20817; card section 1.3. How the paper made S_W invertible is unknown.
+    Source: docs/papers/number_probing.md section 1.3. How the paper made S_W invertible is unknown.
     """
     if ridge < 0 or (pca is not None and pca < 1):
         raise ConfigError(

@@ -53,7 +53,8 @@ class Spectrum:
         local_ratio: The magnitude divided by the median of its surroundings, ν ± 0.02 without
             the two nearest bins on each side [1]. Shape: (K,).
 
-    Source: arXiv 2604.20817; card section 1.2, the normalisation and the local ratio inferred.
+    Source: docs/papers/number_probing.md section 1.2, the normalisation and the local ratio
+    inferred.
     """
 
     frequency: Tensor
@@ -114,7 +115,7 @@ def spectrum(
         >>> [round(float(s.local_ratio[s.bin(v)]), 1) for v in (0.1, 0.3)]
         [3.8, 1.1]
 
-    Source: arXiv 2604.20817; card section 1.2.
+    Source: docs/papers/number_probing.md section 1.2.
     """
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
     check_consecutive(n)
@@ -164,7 +165,8 @@ def spikes(spectrum: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Sp
         >>> [t for t in by_period if by_period[t].verdict]
         [5]
 
-    Source: card section 1.2, inferred: the text of arXiv 2604.20817 that we know gives no number.
+    Source: docs/papers/number_probing.md section 1.2, inferred: the text of arXiv 2604.20817 that
+    we know gives no number.
     """
     bins = torch.arange(len(spectrum.frequency), device=spectrum.frequency.device)
     off = spectrum.frequency >= LOWEST
@@ -222,7 +224,7 @@ def period_power(
         >>> round(period_power((5.0 * (n % 10) + 0.03 * (n // 10))[:, None], 10), 2)
         206250.0
 
-    Source: arXiv 2604.20817; card section 1.2.
+    Source: docs/papers/number_probing.md section 1.2.
     """
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
     check_consecutive(n)

@@ -127,7 +127,8 @@ def lda_scores(
         >>> lda_scores(table, labels, 2, folds, shrinkage="auto").argmax(-1)[0, 0].tolist()
         [0, 0, 1, 1, 0, 0, 1, 1]
 
-    Source: card section 1.5; equal to scikit-learn's ``LinearDiscriminantAnalysis``.
+    Source: docs/papers/number_probing.md section 1.5; equal to scikit-learn's
+    ``LinearDiscriminantAnalysis``.
     """
     if shrinkage != "auto" and not (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1):
         raise ConfigError(f"shrinkage={shrinkage!r} is no share.", "Give auto, or 0 to 1.")

@@ -49,7 +49,7 @@ def logistic_scores(
         >>> logistic_scores(table, labels, 2, folds).argmax(-1)[0, 0].tolist()
         [0, 0, 1, 1, 0, 0, 1, 1]
 
-    Source: card section 1.5.
+    Source: docs/papers/number_probing.md section 1.5.
     """
     with torch.inference_mode(False), torch.enable_grad():
         c = FoldStatistics.from_labels(table, labels, classes, folds)

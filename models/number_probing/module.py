@@ -136,7 +136,7 @@ class NumberLM(NumberModule):
     Raises:
         ConfigError: A number is out of range, or the backbone has no width.
 
-    Source: arXiv 2604.20817, card sections 2.2 and 6; warm-up and initial values: inferred.
+    Source: docs/papers/number_probing.md sections 2.2 and 6; warm-up and initial values: inferred.
     """
 
     def __init__(

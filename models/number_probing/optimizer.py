@@ -42,7 +42,7 @@ def parameter_groups(module: nn.Module, backbone: nn.Module) -> list[dict[str, A
         >>> [(g["name"], len(g["params"])) for g in parameter_groups(model, model[1])]
         [('hidden', 1), ('tables', 1), ('vectors', 1)]
 
-    Source: card section 6; vectors without decay: inferred.
+    Source: docs/papers/number_probing.md section 6; vectors without decay: inferred.
     """
     inside = {id(part) for part in backbone.modules()}
     outer = (part for part in module.modules() if id(part) not in inside)
@@ -137,8 +137,9 @@ class MuonAdamW(torch.optim.Optimizer):
         >>> [len(part.param_groups) for part in (optimizer.muon, optimizer.adamw)]
         [1, 2]
 
-    Source: arXiv 2604.20817, card section 2.2 (which parameters) and section 6 (one optimizer);
-        ``match_rms_adamw``: arXiv 2502.16982; momentum and betas: github.com/KellerJordan/Muon.
+    Source: docs/papers/number_probing.md section 2.2 (which parameters) and section 6 (one
+        optimizer); ``match_rms_adamw``: arXiv 2502.16982; momentum and betas:
+        github.com/KellerJordan/Muon.
     """
 
     def __init__(

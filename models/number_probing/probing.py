@@ -48,7 +48,7 @@ class ProbeResult:
         null_kappas: κ of each permutation of the numbers.
         size: N.
 
-    Source: arXiv 2604.20817; folds and null card sections 1.5, inferred.
+    Source: arXiv 2604.20817; folds and null docs/papers/number_probing.md sections 1.5, inferred.
     """
 
     period: int
@@ -87,7 +87,7 @@ def band(size: int, null_sd: float) -> float:
         >>> round(band(1000, 1 / 1000**0.5), 3), round(band(1000, 1 / 9000**0.5), 3)
         (0.126, 0.06)
 
-    Source: card section 1.5, inferred.
+    Source: docs/papers/number_probing.md section 1.5, inferred.
     """
     return max(4 * null_sd, 0.06 * math.sqrt(1000 / size))
 
@@ -154,7 +154,7 @@ def make_folds(
         >>> folds[::2].bincount().tolist(), folds[1::2].bincount().tolist()
         ([4, 4, 4, 4, 4], [4, 4, 4, 4, 4])
 
-    Source: card section 1.5.
+    Source: docs/papers/number_probing.md section 1.5.
     """
     if folds < 2:
         raise ConfigError(f"folds={folds} is too small.", "Give 2 or more; 5 is usual.")
@@ -353,7 +353,8 @@ def probe(
         >>> results[10].kappa, abs(results[2].kappa) < results[2].band
         (1.0, True)
 
-    Source: arXiv 2604.20817 (linear probe, κ); card section 1.5 (folds, seeds, probe), inferred.
+    Source: arXiv 2604.20817 (linear probe, κ); docs/papers/number_probing.md section 1.5 (folds,
+    seeds, probe), inferred.
     """
     if null_draws < 0:
         raise ConfigError(f"null_draws={null_draws} is out of range.", "Give 0 or more.")

@@ -155,7 +155,7 @@ def measure(
         >>> report.diagnosis.verdict, report.metrics()["probe/kappa_10"]
         ('geometric', 1.0)
 
-    Source: card section 6.
+    Source: docs/papers/number_probing.md section 6.
     """
     settings = settings or ProbeSettings()
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
@@ -288,7 +288,7 @@ def spectrogram_figure(spectra: Mapping[int, Tensor]) -> Figure:
     Args:
         spectra: Normalised magnitudes (:attr:`Spectrum.normalised`) by step. Shapes: (K,).
 
-    Source: arXiv 2604.20817, card section 1.2, for the range of the colours.
+    Source: docs/papers/number_probing.md section 1.2, for the range of the colours.
     """
     figure, axes = new_figure(width=6.5)
     ax, steps = axes[0, 0], list(spectra)

@@ -1,4 +1,6 @@
-"""Thresholds that would catch a fake (card section 6.4, items 3 to 7 and 9), on generated plates.
+"""Thresholds that would catch a fake, on generated plates.
+
+Source: docs/papers/cs_arm_bn.md section 6.4, items 3 to 7 and 9.
 
 Networks of width 8 train for 350 steps on plates of 32x32 pixels; 2 minutes for each seed.
 """

@@ -480,7 +480,7 @@ def test_real_plate_tables(tmp_path):
     )
     table = source.load()
     assert table.paths()[0][0].startswith(f"{tmp_path}/cpg0016-jump/source_3/images/")
-    # card section 2.1: 9 batches with 172 plates, and 4 with 199
+    # docs/papers/cs_arm_bn.md section 2.1: 9 batches with 172 plates, and 4 with 199
     assert len(table.domains) == 371
     by_source = table.frame.groupby("source")
     assert by_source["batch"].nunique().to_dict() == {"source_3": 9, "source_8": 4}
@@ -576,7 +576,7 @@ def test_without_effects_all_plates_are_alike():
 
 
 def test_channel_means_do_not_tell_the_class_on_new_batches():
-    """Difficulty: a linear probe stays below 0.6 (card section 6.3)."""
+    """Difficulty: a linear probe stays below 0.6 (docs/papers/cs_arm_bn.md section 6.3)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

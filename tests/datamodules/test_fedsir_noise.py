@@ -1,4 +1,7 @@
-"""Label noise (card section 5, check 10) and the choice of noisy clients (card section 2)."""
+"""Label noise and the choice of noisy clients.
+
+Source: docs/papers/fedsir.md section 5, check 10, and section 2.
+"""
 
 import pytest
 import torch

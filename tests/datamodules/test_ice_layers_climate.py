@@ -719,4 +719,5 @@ def test_noise_of_a_pick_is_shared_with_opposite_sign():
     picks, crossed = remove_crossed(noise)
     assert crossed == 0
     off = np.corrcoef(np.diff(picks, axis=1).T)
-    assert np.diag(off, 1).mean() == pytest.approx(-0.5, abs=0.02)  # card section 3.2
+    # docs/papers/ice_layers.md section 3.2
+    assert np.diag(off, 1).mean() == pytest.approx(-0.5, abs=0.02)

@@ -1,4 +1,4 @@
-"""Generated flights: real files, read by the readers of real ones, with the card's statistics."""
+"""Generated flights: real files, read by the readers of real ones, with their statistics."""
 
 from itertools import pairwise
 
@@ -76,7 +76,7 @@ def test_missingness_grows_with_depth_and_is_structured(flights):
     by_layer = missing.mean((0, 1))
     assert by_layer[0] < 0.12
     assert by_layer[-1] > 0.5
-    assert 0.3 < missing.mean() < 0.45  # 38.6 % on the card
+    assert 0.3 < missing.mean() < 0.45  # 38.6 % on the paper's page
     absent = missing.all(1).sum(1).mean()
     assert 0.5 < absent < 2.5
     same = (missing[:, 1:] == missing[:, :-1]).mean()
@@ -86,7 +86,7 @@ def test_missingness_grows_with_depth_and_is_structured(flights):
 def test_the_climate_says_half_and_the_neighbours_the_rest(flights):
     smb = np.log(stacked(flights, "physics")[..., 0])
     truth = np.log(stacked(flights, "truth"))
-    assert 0.75 < np.corrcoef(smb.ravel(), truth.ravel())[0, 1] < 0.97  # 0.87 on the card
+    assert 0.75 < np.corrcoef(smb.ravel(), truth.ravel())[0, 1] < 0.97  # 0.87 there
     # within a block the climate hardly varies, thickness does
     assert truth.std(1).mean() > 4 * smb.std(1).mean()
     rest = truth - truth.mean(1, keepdims=True)

@@ -1,4 +1,7 @@
-"""The laws of context BatchNorm (card section 6.1, and items 1, 2 and 8 of 6.4)."""
+"""The laws of context BatchNorm.
+
+Source: docs/papers/cs_arm_bn.md section 6.1, and items 1, 2 and 8 of 6.4.
+"""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""FedSIR end to end on real images, over three seeds: the card's thresholds.
+"""FedSIR end to end on real images, over three seeds: the thresholds of its page.
 
 As there, every method has the same 20 rounds, and Stage I comes on top for FedSIR.
 """

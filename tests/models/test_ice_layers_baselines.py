@@ -658,7 +658,7 @@ def test_long_gaps_are_left_missing_on_request(fitted, flights):
 
 
 def test_more_missing_picks_never_help_and_the_table_says_how_much(fitted, flights):
-    """Card check 18, for kriging."""
+    """Check 18 of the paper's page, for kriging."""
     module = BaselineCompletion.load_from_checkpoint(
         fitted["kriging"][2],
         weights_only=True,
@@ -723,7 +723,7 @@ def test_a_stack_without_a_pick_is_completed_by_all(fitted):
 
 @pytest.mark.slow
 def test_kriging_is_of_the_class_of_the_card(workdir):
-    """Card section 4.3 on 400 stacks: 0.060 m of 0.288, where ridge has 0.103."""
+    """On 400 stacks docs/papers/ice_layers.md section 4.3 has 0.060 m of 0.288, ridge 0.103."""
     data = IceLayerDataModule()
     found = {}
     for method in ("mean", "ridge", "kriging"):

@@ -1,4 +1,4 @@
-"""The masked robust loss, preservation and provenance: laws and the card's sanity checks 1 to 4."""
+"""The masked robust loss, preservation and provenance: laws and checks 1 to 4 of its page."""
 
 import itertools
 import math

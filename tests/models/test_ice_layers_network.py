@@ -1,4 +1,4 @@
-"""Graphs, spatial backends, hiding and the network: the card's sanity checks 5 to 8 and 10."""
+"""Graphs, spatial backends, hiding and the network: checks 5 to 8 and 10 of its page."""
 
 import math
 
@@ -124,7 +124,8 @@ def test_neighbours_by_inverse_distance_are_near():
     assert weights[10, 9] == pytest.approx(float(weights[10, 11]), rel=1e-5)
     assert weights[10, 9] == pytest.approx(3 * float(weights[10, 7]), rel=1e-4)
     effective = 1 / weights.square().sum(-1)
-    assert float(effective.mean()) == pytest.approx(15.7, abs=0.5)  # card section 1.2
+    # docs/papers/ice_layers.md section 1.2
+    assert float(effective.mean()) == pytest.approx(15.7, abs=0.5)
 
 
 def test_partitions_overlap_and_cover():
@@ -441,7 +442,7 @@ def test_hidden_share_and_shape_are_those_of_the_card():
     observed = torch.ones(48 * 200, 10, dtype=torch.bool)
     hidden = StructuredHiding()(observed, track, torch.Generator().manual_seed(0))
     stacks = hidden.view(200, 48, 10)
-    assert 0.25 < float(hidden.float().mean()) < 0.31  # card: 28 %
+    assert 0.25 < float(hidden.float().mean()) < 0.31  # the paper's page: 28 %
     whole = stacks.all(1)
     assert 0.13 < float(whole.float().mean()) < 0.17
     part = stacks.any(1) & ~whole

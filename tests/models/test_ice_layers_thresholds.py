@@ -1,4 +1,6 @@
-"""The card's statistical checks at its CI size (8 layers, 32 traces, 200 stacks, 300 steps).
+"""The statistical checks of docs/papers/ice_layers.md at its size for CI.
+
+That is 8 layers, 32 traces, 200 stacks and 300 steps.
 
 Two need its full size (10 layers, 48 traces, 400 stacks, 700 steps).
 """
@@ -131,7 +133,7 @@ def test_without_hiding_gaps_are_garbage(found, data):
     """Check 13: hiding is what works."""
     copying = trained(data, thickness="observed", trap_ratio=None)
     mean = baseline(data, "mean")
-    # the card has 0.9 on its own data; here 0.86 was measured
+    # the paper's page has 0.9 on its own data; here 0.86 was measured
     assert scores(copying, data)["test/missing_rmse"] >= 0.8 * mean["test/missing_rmse"]
     held = trainer().validate(copying, data, verbose=False)[0]
     assert held["val/identity_ratio"] > 5

@@ -1,4 +1,7 @@
-"""The mod-T probe and its verdict; numbers in brackets are rows of card section 5."""
+"""The mod-T probe and its verdict; numbers in brackets are rows of the source.
+
+Source: docs/papers/number_probing.md section 5.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,7 @@
-"""Spectrum, Φ_T, scatter and Fisher values; numbers in brackets are rows of card section 5."""
+"""Spectrum, Φ_T, scatter and Fisher values; numbers in brackets are rows of the source.
+
+Source: docs/papers/number_probing.md section 5.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Tables on disk, the command, and the measured rows of real tables (card sections 4.2 and 5)."""
+"""Tables on disk, the command, and the measured rows of real tables.
+
+Source: docs/papers/number_probing.md sections 4.2 and 5.
+"""
 
 import csv
 import importlib.util

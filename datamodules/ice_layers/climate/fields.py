@@ -28,8 +28,8 @@ __all__ = [
     "unit_factor",
 ]
 
-#: The physical fields of the paper, with their units. Source: card section 1.1 (names), the
-#: annual units are inferred.
+#: The physical fields of the paper, with their units. Source: docs/papers/ice_layers.md section 1.1
+#: (names), the annual units are inferred.
 PHYSICS = {
     "smb": "mm w.e./yr",
     "st": "degC",

@@ -81,7 +81,10 @@ def _stretched_day(date: Any) -> float:
 
 
 def _mask_fill_values(values: Any) -> Array:
-    """Values as float64, NaN at every kind of fill value (card section 3.3)."""
+    """Values as float64, NaN at every kind of fill value.
+
+    Source: docs/papers/ice_layers.md section 3.3.
+    """
     plain = _to_float(values)
     return np.where((np.abs(plain) >= 1e30) | np.isin(plain, _FILLS), np.nan, plain)
 
@@ -184,7 +187,7 @@ class ClimateFile:
     def field(self, variable: NetcdfVariable) -> Array:
         """Values (T, C); sectors (ice, tundra) are combined by their fractions.
 
-        Source: card section 3.3.
+        Source: docs/papers/ice_layers.md section 3.3.
         """
         values = self.read(variable)
         if values.ndim == 2:  # one field for all times

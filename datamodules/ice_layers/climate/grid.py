@@ -16,7 +16,8 @@ from fulgurite.errors import DataError
 __all__ = ["PROJECTIONS", "Grid", "Weights", "interval_weights", "step_edges"]
 
 #: Projections, with coordinates in metres: MAR's own over Greenland, and the polar stereographic
-#: ones of the north and the south. Source: the paper's card, section 3.3; the south is inferred.
+#: ones of the north and the south. Source: docs/papers/ice_layers.md section 3.3; the south is
+#: inferred.
 PROJECTIONS = {
     "mar": "+proj=sterea +lat_0=70.5 +lon_0=-40 +lat_ts=0 +a=6371229 +b=6371229 +units=m",
     "epsg3413": "EPSG:3413",
@@ -77,7 +78,7 @@ def interval_weights(steps: Array, edges: Array) -> Array:
         - steps: (T, 2) start and end; edges: (L + 1,) falling dates of boundaries, newest first;
           result (L, T).
 
-    Source: arXiv 2604.20783, card section 3.3 (sums between layer dates, not calendar years).
+    Source: docs/papers/ice_layers.md section 3.3 (sums between layer dates, not calendar years).
 
     Example:
         >>> interval_weights(np.array([[0.0, 2], [2, 4], [4, 6]]), np.array([5.0, 3, 1]))
@@ -132,7 +133,7 @@ class Grid:
     Raises:
         DataError: No cell is ice.
 
-    Source: arXiv 2604.20783, card section 3.3.
+    Source: docs/papers/ice_layers.md section 3.3.
 
     Example:
         >>> x, y = np.array([0.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])

@@ -101,7 +101,7 @@ class MarClimate:
     Raises:
         ConfigError: A physical field or a MAR variable is unknown.
 
-    Source: arXiv 2604.20783, card section 3.3 (MAR's variables); the heights are inferred.
+    Source: docs/papers/ice_layers.md section 3.3 (MAR's variables); the heights are inferred.
     """
 
     def __init__(
@@ -313,7 +313,10 @@ class MarClimate:
 
     @staticmethod
     def _ice(file: ClimateFile) -> NDArray[np.bool_]:
-        """Ice by ``SRF == 4``, else by a mask of fractions or percents (card section 3.3)."""
+        """Ice by ``SRF == 4``, else by a mask of fractions or percents.
+
+        Source: docs/papers/ice_layers.md section 3.3.
+        """
         surface = file.find(("SRF", "SRF_MAR"))
         if surface is not None:
             first = file.read(surface)

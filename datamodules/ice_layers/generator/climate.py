@@ -121,7 +121,7 @@ def make_climate(world: World, wetness: float = 1.0, warmth: float = 0.0) -> Cli
         wetness: Factor on the accumulation.
         warmth: Offset of the temperature [K].
 
-    Source: arXiv 2604.20783, card section 6.2; correlation lengths (150 km and 40 km) inferred.
+    Source: docs/papers/ice_layers.md section 6.2; correlation lengths (150 km and 40 km) inferred.
     """
     x, y, lat, lon = make_grid(world)
     generator = world.generator(CLIMATE)
@@ -169,7 +169,7 @@ def refreeze_melt(melt: Array, accumulation: Array, min_fraction: float = 0.0) -
         accumulation: Accumulation of the year [m w.e.].
         min_fraction: Fraction that freezes however much there is, because it seeps into older firn.
 
-    Source: arXiv 2604.20783, card section 6.2.
+    Source: docs/papers/ice_layers.md section 6.2.
 
     Example:
         >>> refreeze_melt(np.array([0.0, 0.4, 4.0]), np.array([0.4, 0.4, 0.4]))
@@ -189,7 +189,7 @@ def see_as_mar(world: World, climate: Climate) -> tuple[Climate, Array]:
     Shape:
         - heights: (T, H, W).
 
-    Source: arXiv 2604.20783, card section 6.2; correlation lengths of errors inferred.
+    Source: docs/papers/ice_layers.md section 6.2; correlation lengths of errors inferred.
     """
     generator = world.generator(CLIMATE, 1)
     months = climate.months()
@@ -216,7 +216,7 @@ def see_as_mar(world: World, climate: Climate) -> tuple[Climate, Array]:
 def write_mar(folder: Path, world: World, climate: Climate) -> None:
     """Write MAR files of monthly fields, one for each calendar year, with MAR's errors.
 
-    Source: arXiv 2604.20783, card sections 3.3 and 6.2.
+    Source: docs/papers/ice_layers.md sections 3.3 and 6.2.
     """
     try:
         import netCDF4

@@ -130,7 +130,7 @@ class ForcedFlights(GeneratedLayerFiles):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20783, card section 6.2; the driving by real series is inferred.
+    Source: docs/papers/ice_layers.md section 6.2; the driving by real series is inferred.
     """
 
     def __init__(

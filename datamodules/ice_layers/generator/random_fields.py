@@ -85,7 +85,7 @@ def markov_gaps(
     Shape:
         - fraction, mean_gap: (K,); result (K, N), true where missing.
 
-    Source: arXiv 2604.20783, card section 6.2.
+    Source: docs/papers/ice_layers.md section 6.2.
 
     Example:
         >>> gaps = markov_gaps(np.array([0.0, 0.5]), np.ones(2) * 10, 2000,

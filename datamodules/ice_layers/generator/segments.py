@@ -114,7 +114,7 @@ def make_snow(world: World, climate: Climate, number: int, blocks: int, *, fligh
         blocks: Number of blocks, S.
         flight: Name, day and region of the flight.
 
-    Source: arXiv 2604.20783, card section 6.2.
+    Source: docs/papers/ice_layers.md section 6.2.
     """
     _, inverse = make_transformers()
     points = _draw_line(world, number, blocks, flight.box)

@@ -53,7 +53,8 @@ _FOLDER = "train_data"
 # Latitudes and longitudes of flights: the published means 74.67 and -43.12 with their deviations of
 # 1.57 and 4.64 [degrees]
 _BOX = (71.57, 77.77, -52.3, -33.94)
-# What brings the card's snow to SRED's means (measured on seeds 0 to 4)
+# What brings the snow of docs/papers/ice_layers.md section 6.2 to SRED's means (measured on seeds
+# 0 to 4)
 _WETNESS = 0.494  # factor on accumulation: a balance of 0.184 m w.e.
 _WARMTH = -6.0  # [K]: no layer melts away
 _BIN = 0.00793  # depth of a range bin [m]: layers of 56.08
@@ -86,7 +87,7 @@ def write_sred(path: Path, boundaries: Array, pos: Array, fields: dict[str, Arra
         pos: Latitude and longitude [degrees]. Shape: (N, 2).
         fields: ``Elevation`` (N,), and the physical fields (N, R).
 
-    Source: arXiv 2604.20783, card section 3.5.
+    Source: docs/papers/ice_layers.md section 3.5.
     """
     arrays: dict[str, tuple[str, NDArray[Any]]] = {
         "layers_vector": ("double", boundaries),
@@ -163,8 +164,8 @@ def _make_fields(
     Returns:
         ``Elevation`` (S, N) and the fields (S, N, L).
 
-    Source: arXiv 2604.20783, card section 3.5, for means and deviations; how the fields follow from
-    balance, temperature and melt is inferred.
+    Source: docs/papers/ice_layers.md section 3.5, for means and deviations; how the fields follow
+    from balance, temperature and melt is inferred.
     """
     blocks, n, layers = snow.truth.shape
     coarse = {
@@ -222,7 +223,7 @@ class SyntheticSred(GeneratedFlights):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20783, card section 3.5 (1659 complete, 1628 with gaps, 10,629 with fewer
+    Source: docs/papers/ice_layers.md section 3.5 (1659 complete, 1628 with gaps, 10,629 with fewer
     layers; means of the features) and section 6.2.
     """
 

@@ -106,7 +106,10 @@ class GeneratedFlights(StackSource):
         _ = self.root
 
     def _shuffle_physics(self, flights: Flights) -> Flights:
-        """Exchange physics between stacks and layers: a negative control (card section 6.2)."""
+        """Exchange physics between stacks and layers: a negative control.
+
+        Source: docs/papers/ice_layers.md section 6.2.
+        """
         generator = self.world.generator(SHUFFLE)
         layers = len(flights.layer_names)
         order = generator.permutation(len(flights.stacks) * layers)
@@ -189,7 +192,7 @@ class SyntheticFlights(GeneratedLayerFiles):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20783, card section 6.2.
+    Source: docs/papers/ice_layers.md section 6.2.
     """
 
     def __init__(self, world: World = World(), informative: bool = True) -> None:

@@ -80,7 +80,8 @@ class World:
         last_year: Calendar year of the last flights.
         mistracks: Fraction of picks that are on the next boundary, which is then not picked: two
             reflectors are taken for one.
-        missing: Factor on the rates of gaps, absent layers and drop-outs; 1 has the card's, 0 none.
+        missing: Factor on the rates of gaps, absent layers and drop-outs; 1 has the source's, 0
+            none.
         noise: Standard deviation of a pick [m].
         traced: Fraction of blocks whose layers are fully traced.
         cell: Size of a cell of the climate grid [m].
@@ -91,8 +92,8 @@ class World:
     Raises:
         ConfigError: A number is out of range.
 
-    Source: arXiv 2604.20783, card section 6.2; where years and places are correlated over the ice
-    sheet instead of drawn for each stack, that is inferred.
+    Source: docs/papers/ice_layers.md section 6.2; where years and places are correlated over the
+    ice sheet instead of drawn for each stack, that is inferred.
     """
 
     stacks: StackCount = 560

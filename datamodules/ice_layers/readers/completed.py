@@ -51,7 +51,7 @@ def refuse_leaks(stacks: Sequence[LayerStack], test: Collection[str]) -> None:
     Raises:
         DataError: The model was trained on one of them.
 
-    Source: arXiv 2604.20783, card section 2 (leakage rule).
+    Source: docs/papers/ice_layers.md section 2 (leakage rule).
     """
     for stack in stacks:
         if leaked := sorted(set(stack.trained_segments) & set(test)):
@@ -72,7 +72,7 @@ def drop_overlapping(
         evaluated: Stacks of validation and test.
         reach: Distance within which traces overlap [m].
 
-    Source: arXiv 2604.20783, card section 2 (leakage rule).
+    Source: docs/papers/ice_layers.md section 2 (leakage rule).
     """
     segments = {stack.segment for stack in evaluated}
     usable = [stack for stack in stacks if stack.segment not in segments]
@@ -115,7 +115,7 @@ class CompletedStacks(NpzStacks):
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
 
-    Source: arXiv 2604.20783, card section 2.
+    Source: docs/papers/ice_layers.md section 2.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
     Raises:
         DataError: The table is damaged, or a line has another number of columns.
 
-    Source: arXiv 2604.20783, card section 3.2, item 3.
+    Source: docs/papers/ice_layers.md section 3.2, item 3.
     """
     rows: dict[str, list[list[float]]] = {}
     columns = 0
@@ -138,7 +138,7 @@ class KoenigPicks(StackSource):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20783, card section 3.2, item 3.
+    Source: docs/papers/ice_layers.md section 3.2, item 3.
     """
 
     def __init__(
@@ -258,7 +258,8 @@ class KoenigPicks(StackSource):
                 values[rows] for values in (time, recorded_time, pos, picks)
             )
             if not is_usable:
-                # times of 2009 and 2010 are not usable: the name says the day (card, 3.2)
+                # times of 2009 and 2010 are not usable: the name says the day
+                # (docs/papers/ice_layers.md section 3.2)
                 time = start + 43_200.0 + np.arange(len(recorded_time), dtype=np.float64)
             traces, pos, its_lost = order_traces(time, pos, recorded_time)
             lost += its_lost

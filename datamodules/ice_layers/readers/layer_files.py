@@ -127,7 +127,7 @@ class LayerFiles(StackSource):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: the toolbox's ``layerdata``, as the paper's card describes it (sections 3.2 and 3.3).
+    Source: the toolbox's ``layerdata``, as docs/papers/ice_layers.md sections 3.2 and 3.3 have it.
     """
 
     def __init__(

@@ -229,7 +229,7 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
             in seconds or not of the day in its name, or a boundary comes twice with other picks.
         MissingExtraError: The file is of version 7.3 and h5py is not installed.
 
-    Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
+    Source: the toolbox's ``layerdata``, as docs/papers/ice_layers.md section 3.2 has it.
     """
     content = read_mat(path)
     time = _read_vector(content, ("gps_time", "GPS_time"), path)
@@ -403,7 +403,7 @@ def read_organizer(path: Path) -> Organizer:
     Raises:
         DataError: The file is damaged, lacks ``lyr_id``, or its lists do not fit the boundaries.
 
-    Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
+    Source: the toolbox's ``layerdata``, as docs/papers/ice_layers.md section 3.2 has it.
     """
     content = read_mat(path)
     ids = _whole_numbers(content, "lyr_id", path)

@@ -52,7 +52,7 @@ def write_layer_file(path: Path, time: Array, pos: Array, twtt: Array) -> None:
     Shape:
         - time: (M,) [s]; pos: (M, 2) [degrees]; twtt: (M, K) [s], NaN where missing.
 
-    Source: arXiv 2604.20783, card section 3.2, item 1.
+    Source: docs/papers/ice_layers.md section 3.2, item 1.
     """
     picked = np.isfinite(twtt)
     arrays: dict[str, tuple[str, NDArray[Any]]] = {

@@ -72,7 +72,7 @@ class NpzStacks(StackSource):
     Raises:
         ConfigError: A word in ``exclude`` is unknown.
 
-    Source: arXiv 2604.20783, card section 7 (names); the layout is inferred.
+    Source: docs/papers/ice_layers.md section 7 (names); the layout is inferred.
     """
 
     def __init__(

@@ -82,8 +82,8 @@ class SredMat(StackSource):
     Raises:
         ConfigError: An argument is out of range.
 
-    Source: arXiv 2604.20783, card section 3.5, for keys, shapes and folders. That layers are a year
-    apart, metres of range bins and all units are inferred.
+    Source: docs/papers/ice_layers.md section 3.5, for keys, shapes and folders. That layers are a
+    year apart, metres of range bins and all units are inferred.
     """
 
     def __init__(

@@ -151,7 +151,7 @@ def read_sred(path: Path, traces: int, fields: Sequence[str]) -> SredFile:
             another shape, transposed, not made of numbers, in other units, or off the globe.
         MissingExtraError: The file is of version 7.3 and h5py is not installed.
 
-    Source: arXiv 2604.20783, card section 3.5 (keys and shapes); limits of plausible values are
+    Source: docs/papers/ice_layers.md section 3.5 (keys and shapes); limits of plausible values are
     inferred.
     """
     segment = segment_of(path)

@@ -95,7 +95,7 @@ def settle_shared(
     Raises:
         DataError: Segments are in several parts, and are to be refused.
 
-    Source: arXiv 2604.20783, card section 2 (leakage rule); that the authors' folders share
+    Source: docs/papers/ice_layers.md section 2 (leakage rule); that the authors' folders share
     segments, or not, is not known.
     """
     segments = {part: {e.file.segment for e in echograms if e.part == part} for part in PARTS}
@@ -140,7 +140,7 @@ def count_complete(boundaries: Sequence[Array], count: int) -> tuple[int, int, i
         boundaries: Boundaries of each stack, NaN where missing. Shape of each: (N, K).
         count: L, layers of a complete stack.
 
-    Source: arXiv 2604.20783, card section 3.5 ("complete" is L + 1 boundaries without NaN).
+    Source: docs/papers/ice_layers.md section 3.5 ("complete" is L + 1 boundaries without NaN).
 
     Example:
         >>> gap = np.array([[0.0, 1.0, 2.0], [0.0, np.nan, 2.0]])

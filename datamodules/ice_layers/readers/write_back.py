@@ -217,7 +217,7 @@ def write_segment(
     Raises:
         DataError: A file has changed and cannot be read.
 
-    Source: the toolbox's ``layerdata``, as the paper's card describes it (section 3.2).
+    Source: the toolbox's ``layerdata``, as docs/papers/ice_layers.md section 3.2 has it.
     """
     completed = _Completed(stacks)
     frames = [read_frame(path) for path in files.paths]

@@ -192,7 +192,7 @@ def assemble(
     Raises:
         DataError: Nothing is left, traces lie outside the climate grid, or units are wrong.
 
-    Source: arXiv 2604.20783, card sections 3.2 and 3.3.
+    Source: docs/papers/ice_layers.md sections 3.2 and 3.3.
     """
     words = check_exclude(exclude, ("outside_climate", "unreadable", "layer_count"), EXCLUDE)
     left_out = list(excluded)

@@ -26,7 +26,7 @@ def herron_langway(age: Array, accumulation: Array, temperature: Array) -> Array
         - accumulation: (...) [m w.e./yr].
         - temperature: (...) mean of the year [K].
 
-    Source: arXiv 2604.20783, card section 6.2 [M]; Herron and Langway (1980).
+    Source: docs/papers/ice_layers.md section 6.2 [M]; Herron and Langway (1980).
 
     Example:
         >>> herron_langway(np.array([0.0, 10.0, 1e6]), np.array(0.3), np.array(250.0)).round(3)
@@ -52,7 +52,7 @@ def layer_density(balance: Array, temperature: Array, refreeze: Array, age: Arra
         - refreeze: (..., L) refrozen melt of each year [m w.e.].
         - age: (L,) age of each layer's lower boundary [years].
 
-    Source: arXiv 2604.20783, card section 6.2 [M].
+    Source: docs/papers/ice_layers.md section 6.2 [M].
 
     Example:
         >>> one = np.ones(2)
@@ -76,7 +76,7 @@ def smb_to_layers(balance: Array) -> Array:
     Shape:
         - (..., L), newest first, in and out.
 
-    Source: arXiv 2604.20783, card sections 5 and 6.2 (without the slip of the original code).
+    Source: docs/papers/ice_layers.md sections 5 and 6.2 (without the slip of the original code).
 
     Example:
         >>> smb_to_layers(np.array([0.2, -0.3, 0.1, 0.4]))

@@ -33,7 +33,7 @@ def great_circle_distance(first: Array, second: Array) -> Array:
     Shape:
         - first, second: (..., 2) latitude and longitude [degrees].
 
-    Source: arXiv 2604.20783, card section 1.2.
+    Source: docs/papers/ice_layers.md section 1.2.
 
     Example:
         >>> great_circle_distance(np.array([70.0, -40.0]), np.array([71.0, -40.0])).round(-1)
@@ -103,7 +103,7 @@ def break_at_jumps(distance: Array, factor: float = 5.0) -> list[slice]:
     Shape:
         - distance: (M,) along the track [m].
 
-    Source: arXiv 2604.20783, card section 3.2 [I].
+    Source: docs/papers/ice_layers.md section 3.2 [I].
 
     Example:
         >>> break_at_jumps(np.array([0.0, 1, 2, 3, 90, 91]))
@@ -184,7 +184,7 @@ def resample(distance: Array, values: Array, positions: Array) -> Array:
     Shape:
         - distance: (M,) [m]; values: (M, ...); positions: (N,) [m]; result (N, ...).
 
-    Source: inferred (card section 3.2 says "on cumulative distance").
+    Source: inferred (docs/papers/ice_layers.md section 3.2 says "on cumulative distance").
 
     Example:
         >>> resample(np.arange(4.0), np.array([0.0, np.nan, 4, 6]), np.array([0.4, 1.4, 2.5]))

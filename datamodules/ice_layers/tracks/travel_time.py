@@ -25,7 +25,7 @@ LIGHT = 299_792_458.0
 def refractive_index(density: Array) -> Array:
     """Index of dry firn of a density [g cm⁻³].
 
-    Source: arXiv 2604.20783, card section 3.2 (n = 1 + 0.845 ρ).
+    Source: docs/papers/ice_layers.md section 3.2 (n = 1 + 0.845 ρ).
 
     Example:
         >>> refractive_index(np.array([0.0, 0.4])).round(3)
@@ -41,7 +41,7 @@ def time_to_thickness(time: Array, density: Array) -> Array:
     Shape:
         - time, density [g cm⁻³]: (..., L), broadcast.
 
-    Source: arXiv 2604.20783, card section 3.2.
+    Source: docs/papers/ice_layers.md section 3.2.
 
     Example:
         >>> time_to_thickness(np.array([8.93e-9]), np.array([0.4])).round(3)
@@ -75,7 +75,7 @@ def remove_crossed(picks: Array) -> tuple[Array, int]:
     Returns:
         The picks, and the number of crossed pairs.
 
-    Source: the paper's card, section 3.2, rejects layers that are not positive; that their
+    Source: docs/papers/ice_layers.md section 3.2 rejects layers that are not positive; that their
     neighbours go too is inferred.
 
     Example:

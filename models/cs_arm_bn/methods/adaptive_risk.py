@@ -26,7 +26,7 @@ class ContextNet(nn.Sequential):
 
     Shape: (M, C, H, W) to (M, channels, H, W).
 
-    Source: card section 1.2 (ARM-CML).
+    Source: docs/papers/cs_arm_bn.md section 1.2 (ARM-CML).
     """
 
     def __init__(self, in_channels: int, channels: int, hidden: int) -> None:
@@ -49,8 +49,9 @@ class ARMCML(Method):
             and test alike; without it, training has the statistics of the batch and testing running
             ones, which agree only where a batch mixes plates.
 
-    Source: Zhang et al., arXiv 2007.02931; card section 1.2; ``rows``: inferred. Its authors train
-    on batches of several domains, and never put the context network in evaluation mode.
+    Source: Zhang et al., arXiv 2007.02931; docs/papers/cs_arm_bn.md section 1.2; ``rows``:
+    inferred. Its authors train on batches of several domains, and never put the context network in
+    evaluation mode.
     """
 
     needs_batchnorm = False
@@ -98,7 +99,8 @@ class ARMLL(Method):
         hidden: Width of the loss network.
         rows: Images of the plate on which the loss is computed.
 
-    Source: Zhang et al., arXiv 2007.02931; card section 1.2; ``rows``: inferred.
+    Source: Zhang et al., arXiv 2007.02931; docs/papers/cs_arm_bn.md section 1.2; ``rows``:
+    inferred.
     """
 
     train_source: Source = "batch"

@@ -117,8 +117,9 @@ class DANN(ERM):
     Raises:
         ConfigError: ``weight`` is negative, ``hidden`` is below 1, or ``gamma`` is not positive.
 
-    Source: Ganin et al., JMLR 2016 (arXiv 1505.07818); the weight: card section 1.2; plates of the
-    training set as domains instead of a source and an unlabelled target: inferred.
+    Source: Ganin et al., JMLR 2016 (arXiv 1505.07818); the weight: docs/papers/cs_arm_bn.md section
+    1.2; plates of the training set as domains instead of a source and an unlabelled target:
+    inferred.
     """
 
     discriminator: nn.Module | None
@@ -183,8 +184,8 @@ class DeepCORAL(ERM):
     Raises:
         ConfigError: The weight is negative.
 
-    Source: Sun and Saenko, arXiv 1607.01719; the weight: card section 1.2; pairs of plates instead
-    of a source and a target: inferred.
+    Source: Sun and Saenko, arXiv 1607.01719; the weight: docs/papers/cs_arm_bn.md section 1.2;
+    pairs of plates instead of a source and a target: inferred.
     """
 
     def __init__(self, weight: float = 0.1) -> None:

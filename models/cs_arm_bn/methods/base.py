@@ -99,6 +99,6 @@ def query_loss(logits: Tensor, labels: Tensor) -> Tensor:
         >>> round(float(query_loss(torch.zeros(2, 4), torch.tensor([0, 3]))), 4)  # log 4
         1.3863
 
-    Source: card section 1.3.
+    Source: docs/papers/cs_arm_bn.md section 1.3.
     """
     return F.cross_entropy(logits.float(), labels)

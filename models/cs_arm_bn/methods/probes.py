@@ -27,7 +27,7 @@ class LinearProbe(Method):
     standard deviation of the training queries. The network is not trained and stays in evaluation
     mode.
 
-    Source: card section 1.6 (the classifier on embeddings); inferred.
+    Source: docs/papers/cs_arm_bn.md section 1.6 (the classifier on embeddings); inferred.
     """
 
     train_source = "source"
@@ -95,7 +95,7 @@ class TVN(LinearProbe):
     Args:
         ridge: Constant added to the diagonal of covariances.
 
-    Source: card section 1.6 (TVN_train).
+    Source: docs/papers/cs_arm_bn.md section 1.6 (TVN_train).
     """
 
     needs_controls = True

@@ -16,7 +16,7 @@ class ERM(Method):
 
     Training batches should mix plates (``data.init_args.episodes.mixed=true``).
 
-    Source: card section 1.2.
+    Source: docs/papers/cs_arm_bn.md section 1.2.
     """
 
     needs_batchnorm = False
@@ -25,7 +25,8 @@ class ERM(Method):
 class AdaBN(ERM):
     """A network trained by ERM; at test, statistics come from a plate's queries.
 
-    Source: Li et al., arXiv 1603.04779; card section 1.2 (per chunk of queries).
+    Source: Li et al., arXiv 1603.04779; docs/papers/cs_arm_bn.md section 1.2 (per chunk of
+    queries).
     """
 
     test_source = "batch"
@@ -35,7 +36,7 @@ class AdaBN(ERM):
 class ARMBN(Method):
     """Statistics come from a plate's queries, in training and test.
 
-    Source: Zhang et al., arXiv 2007.02931; card section 1.2.
+    Source: Zhang et al., arXiv 2007.02931; docs/papers/cs_arm_bn.md section 1.2.
     """
 
     train_source = test_source = "batch"
@@ -50,7 +51,7 @@ class CSARMBN(Method):
         test_weight: Weight of the queries at test in the union; None is the count weight L/(L+N),
             the paper's; about 0.1 is safe where classes are skewed.
 
-    Source: arXiv 2604.20824; card sections 1.2 to 1.4; ``test_weight``: card section 6.2.
+    Source: docs/papers/cs_arm_bn.md sections 1.2 to 1.4; ``test_weight``: section 6.2.
     """
 
     train_source = "union"
@@ -98,7 +99,7 @@ class Weighted(CSARMBN):
         weight: Weight in training: 0 for controls only, 1 for queries only.
         test_weight: Weight at test; None for that of training.
 
-    Source: card section 1.5.
+    Source: docs/papers/cs_arm_bn.md section 1.5.
     """
 
     def __init__(self, weight: float = 0.1, test_weight: float | None = None) -> None:
@@ -114,7 +115,7 @@ class ControlsOnly(Method):
         gradient: Whether the gradient passes through the statistics into the controls; without it
             (BEN in the authors' code) accuracy is far lower.
 
-    Source: card sections 1.2 and 6.2.
+    Source: docs/papers/cs_arm_bn.md sections 1.2 and 6.2.
     """
 
     train_source = test_source = "controls"

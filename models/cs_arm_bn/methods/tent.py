@@ -28,7 +28,7 @@ class TENT(ERM):
         lr: Learning rate of Adam.
         steps: Number of steps for each batch.
 
-    Source: Wang et al., arXiv 2006.10726; card section 1.2.
+    Source: Wang et al., arXiv 2006.10726; docs/papers/cs_arm_bn.md section 1.2.
     """
 
     test_source = "batch"

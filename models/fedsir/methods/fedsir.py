@@ -118,7 +118,7 @@ class FedSIRClientSide(NoiseAwareClientSide):
     Args:
         method: The method, of which only options are used.
 
-    Source: FedSIR, arXiv 2604.20825, Stages I to III.
+    Source: docs/papers/fedsir.md Stages I to III.
     """
 
     def __init__(self, method: FedSIR) -> None:
@@ -193,7 +193,7 @@ class FedSIR(NoiseAwareMethod):
     Raises:
         ConfigError: A number is below its minimum.
 
-    Source: FedSIR, arXiv 2604.20825, Stages I to III.
+    Source: docs/papers/fedsir.md Stages I to III.
     """
 
     def __init__(

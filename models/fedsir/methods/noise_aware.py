@@ -52,7 +52,7 @@ class DistillationLoss:
             Shape: (N_k,).
         confidence: Weight of each sample's loss; None means 1. Shape: (N_k,).
 
-    Source: FedSIR, arXiv 2604.20825, Stage III; ``confidence`` is ours.
+    Source: docs/papers/fedsir.md Stage III; ``confidence`` is ours.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class NoiseAwareClientSide(ClientSide):
     Args:
         method: The method, of which only options are used.
 
-    Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
+    Source: FedNoRo (IJCAI 2023) stage 2; docs/papers/fedsir.md Stage III.
     """
 
     def __init__(self, method: NoiseAwareMethod) -> None:
@@ -156,7 +156,7 @@ class NoiseAwareMethod(FederatedMethod):
         losses: Losses of clean and of noisy clients.
         aggregation: Weights of the clients' models.
 
-    Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
+    Source: FedNoRo (IJCAI 2023) stage 2; docs/papers/fedsir.md Stage III.
     """
 
     mask_absent = False  # take classes that a client lacks out of its softmax

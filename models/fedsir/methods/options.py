@@ -33,7 +33,7 @@ class DistillationOptions:
     Raises:
         ConfigError: A number is out of range.
 
-    Source: FedNoRo (IJCAI 2023) stage 2; FedSIR, arXiv 2604.20825, Stage III.
+    Source: FedNoRo (IJCAI 2023) stage 2; docs/papers/fedsir.md Stage III.
     """
 
     begin: int = 2
@@ -61,7 +61,7 @@ class LossOptions:
     Raises:
         ConfigError: A word is unknown.
 
-    Source: FedSIR, arXiv 2604.20825, Stage III.
+    Source: docs/papers/fedsir.md Stage III.
     """
 
     tau: float = 1.0
@@ -86,7 +86,7 @@ class AggregationOptions:
     Raises:
         ConfigError: The rule is unknown.
 
-    Source: FedSIR, arXiv 2604.20825, Stage III; ``floor=False``, ``client_confidence``: ours.
+    Source: docs/papers/fedsir.md Stage III; ``floor=False``, ``client_confidence``: ours.
     """
 
     rule: Literal["distance", "size"] = "distance"
@@ -122,7 +122,7 @@ class RelabelingOptions:
     Raises:
         ConfigError: A number is out of range, or a word unknown.
 
-    Source: FedSIR, arXiv 2604.20825, Stage II; weights, ``min_confidence``: ours.
+    Source: docs/papers/fedsir.md Stage II; weights, ``min_confidence``: ours.
     """
 
     every: NonNegativeInt = 20

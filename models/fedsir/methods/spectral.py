@@ -131,7 +131,7 @@ class SpectralClientSide(ClientSide):
     Args:
         identification: Options of Stage I.
 
-    Source: FedSIR, arXiv 2604.20825, Stage I.
+    Source: docs/papers/fedsir.md Stage I.
     """
 
     def __init__(self, identification: SpectralIdentification) -> None:
@@ -186,7 +186,7 @@ class SpectralIdentification:
     Raises:
         ConfigError: ``epochs`` is negative.
 
-    Source: FedSIR, arXiv 2604.20825, Stage I.
+    Source: docs/papers/fedsir.md Stage I.
     """
 
     epochs: NonNegativeInt = 5

@@ -88,7 +88,7 @@ def layer_means(thickness: Tensor, observed: Tensor) -> Tensor:
         >>> layer_means(h, h.isfinite())
         tensor([2., 2.])
 
-    Source: card section 4.3 ("train per-layer mean").
+    Source: docs/papers/ice_layers.md section 4.3 ("train per-layer mean").
     """
     total = torch.where(observed, thickness, 0.0).sum(0)
     count = observed.sum(0)
@@ -116,7 +116,7 @@ def own_layer_mean(thickness: Tensor, observed: Tensor, fallback: Tensor) -> Ten
         tensor([[2., 8.],
                 [2., 8.]])
 
-    Source: card section 4.3 ("own layer mean, fallback").
+    Source: docs/papers/ice_layers.md section 4.3 ("own layer mean, fallback").
     """
     count = observed.sum(0)
     mean = torch.where(observed, thickness, 0.0).sum(0) / count.clamp_min(1)
@@ -157,8 +157,8 @@ def along_track(
         >>> along_track(h, h.isfinite(), at, max_gap=150.0).T
         tensor([[1., nan, 3., nan]])
 
-    Source: card section 5 (``opsInterpLayersToMasterGPSTime``, ``gaps_dist=[300 60]``); what lies
-        beyond the ends is inferred.
+    Source: docs/papers/ice_layers.md section 5 (``opsInterpLayersToMasterGPSTime``,
+        ``gaps_dist=[300 60]``); what lies beyond the ends is inferred.
     """
     lines, to_low, to_high = _between(thickness, observed, distance)
     inside = (to_low + to_high) <= max_gap
@@ -188,7 +188,7 @@ def along_then_across(
         tensor([[1.0000, 1.5000, 2.0000],
                 [1.0000, 2.5000, 4.0000]])
 
-    Source: card section 4.3 ("linear along track, then across layers").
+    Source: docs/papers/ice_layers.md section 4.3 ("linear along track, then across layers").
     """
     filled = along_track(thickness, observed, distance, torch.inf, reach=torch.inf, fewest=1).T
     layer = torch.arange(len(filled), device=filled.device)
@@ -275,7 +275,8 @@ def fit_ridge(
         >>> bool(torch.allclose(fit(physics).float(), h))
         True
 
-    Source: card section 4.3 ("ridge on physics per layer"); weights and logarithms are inferred.
+    Source: docs/papers/ice_layers.md section 4.3 ("ridge on physics per layer"); weights and
+    logarithms are inferred.
     """
     target = torch.where(observed, thickness, 1.0).double()
     if not observed.any():

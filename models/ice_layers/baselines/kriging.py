@@ -73,8 +73,8 @@ class Kriging:
         >>> bool(((mean - h)[10:20, 1].abs() < 0.05).all()), bool((std > 0).all())
         (True, True)
 
-    Source: card sections 4.3 and 5 (kriging with physics drift); the covariance is inferred from
-        section 6.2.
+    Source: docs/papers/ice_layers.md sections 4.3 and 5 (kriging with physics drift); the
+        covariance is inferred from section 6.2.
     """
 
     drift: Ridge

@@ -73,7 +73,7 @@ def refuse_seen(trained: Collection[str], data: Any, also: str = "") -> None:
     Raises:
         DataError: A segment of the test is one of ``trained``.
 
-    Source: card section 2 (leakage rule).
+    Source: docs/papers/ice_layers.md section 2 (leakage rule).
     """
     tested = {s.segment for s in data.stacks_of("test")} if hasattr(data, "stacks_of") else set()
     tested -= getattr(data, "shared_segments", frozenset())

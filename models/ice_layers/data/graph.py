@@ -148,7 +148,8 @@ def adjacency(
                  [0.5000, 0.0000, 0.5000],
                  [0.0000, 1.0000, 0.0000]]])
 
-    Source: card section 1.2; partition after GRIT-LP (arXiv 2511.18716), its sizes inferred.
+    Source: docs/papers/ice_layers.md section 1.2; partition after GRIT-LP (arXiv 2511.18716), its
+    sizes inferred.
     """
     check_graph(kind, neighbours, part, overlap)
     size = track.longest

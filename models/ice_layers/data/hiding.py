@@ -46,7 +46,7 @@ class StructuredHiding:
         >>> hiding(picked, Track.of([8]), torch.Generator().manual_seed(0)).squeeze().int()
         tensor([0, 1, 1, 1, 1, 0, 0, 0], dtype=torch.int32)
 
-    Source: card section 1.5, tag M; ``donor`` is inferred.
+    Source: docs/papers/ice_layers.md section 1.5, tag M; ``donor`` is inferred.
     """
 
     layer: ClosedUnitInterval = 0.15
@@ -127,7 +127,7 @@ def held_out(picked: Tensor, track: Track, names: Tensor, seed: int = 0) -> Tens
         >>> bool((hidden.float().mean() > 0.1) & (hidden.float().mean() < 0.2))
         True
 
-    Source: card section 6, check 13.
+    Source: docs/papers/ice_layers.md section 6, check 13.
     """
     parts = []
     for rows, name in zip(torch.split(picked, track.sizes), names.tolist(), strict=True):

@@ -121,7 +121,7 @@ def to_positive(thickness: Tensor) -> Tensor:
         >>> to_positive(torch.tensor([0.3, 0.0, -1.0]))
         tensor([3.0000e-01, 6.9315e-03, 1.0000e-04])
 
-    Source: inferred; card section 1.4 names softplus as an option.
+    Source: inferred; docs/papers/ice_layers.md section 1.4 names softplus as an option.
     """
     # at least a tenth of a millimetre: softplus underflows far below 0
     return (_BEND * F.softplus(thickness / _BEND)).clamp_min(THINNEST_LAYER)

@@ -42,8 +42,8 @@ class CompletionNet(nn.Module):
     Raises:
         ConfigError: A number is out of range or a name is unknown.
 
-    Source: arXiv 2604.20783 (spatial equation, transformer encoder); card sections 1.1 to 1.4;
-        ``scales`` and ``attention`` are inferred.
+    Source: arXiv 2604.20783 (spatial equation, transformer encoder); docs/papers/ice_layers.md
+        sections 1.1 to 1.4; ``scales`` and ``attention`` are inferred.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ def input_features(
         >>> input_features(nan, hidden, torch.ones(1, 1, 1), torch.zeros(1, 2))
         tensor([[[0., 0., 0., 0., 1.]]])
 
-    Source: card section 1.1, recommended tensor (inferred).
+    Source: docs/papers/ice_layers.md section 1.1, recommended tensor (inferred).
     """
     visible_thickness = torch.where(visible, thickness, 0.0).to(physics.dtype)
     parts = [torch.stack([visible_thickness, visible.to(physics.dtype)], -1), physics]
@@ -124,7 +124,8 @@ def side_features(
         >>> side_features(thickness, visible, Track.of([3]), at, reach=[100.0])[1, 0]
         tensor([1.0000, 2.0000, 0.8825, 0.6873, 1.2500])
 
-    Source: inferred; along-track interpolation of card section 4.3 as an input.
+    Source: inferred; along-track interpolation of docs/papers/ice_layers.md section 4.3 as an
+    input.
     """
     position = track.pad(distance)
     is_visible = track.pad(visible)

@@ -39,7 +39,7 @@ class Neighbourhood:
         ConfigError: The backend does not know the graph.
         MissingExtraError: ``pyg`` without torch-geometric.
 
-    Source: card sections 1.2 and 4.4; the closed form is its trap 2.
+    Source: docs/papers/ice_layers.md sections 1.2 and 4.4; the closed form is its trap 2.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class SageLayer(nn.Module):
         >>> SageLayer(2, 5)(torch.ones(3, 4, 2), around).shape
         torch.Size([3, 4, 5])
 
-    Source: arXiv 2604.20783, equation of the spatial part; card section 1.3.
+    Source: arXiv 2604.20783, equation of the spatial part; docs/papers/ice_layers.md section 1.3.
     """
 
     def __init__(self, inputs: int, width: int) -> None:
@@ -164,7 +164,8 @@ class SpatialEncoder(nn.Module):
 
     Shape: (N, L, inputs) to (N, L, D).
 
-    Source: arXiv 2604.20783 (equation); card section 1.3, widths and depth inferred.
+    Source: arXiv 2604.20783 (equation); docs/papers/ice_layers.md section 1.3, widths and depth
+    inferred.
     """
 
     def __init__(

@@ -127,8 +127,8 @@ class LayerTransformer(nn.Module):
         >>> LayerTransformer(6, 16)(torch.zeros(3, 6, 16)).shape
         torch.Size([3, 6, 16])
 
-    Source: arXiv 2604.20783 (a transformer encoder across layers); card section 1.4, numbers
-        inferred; ``long_range`` after GRIT-LP (arXiv 2511.18716).
+    Source: arXiv 2604.20783 (a transformer encoder across layers); docs/papers/ice_layers.md
+        section 1.4, numbers inferred; ``long_range`` after GRIT-LP (arXiv 2511.18716).
     """
 
     def __init__(

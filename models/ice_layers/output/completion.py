@@ -43,7 +43,8 @@ def complete(observed: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
         >>> complete(observed, torch.tensor([True, False]), torch.tensor([0.9, 0.2]))
         tensor([0.1000, 0.2000])
 
-    Source: arXiv 2604.20783 (observed thickness is preserved); card section 1.7.
+    Source: arXiv 2604.20783 (observed thickness is preserved); docs/papers/ice_layers.md section
+    1.7.
     """
     if mask.dtype != torch.bool or not observed.shape == mask.shape == predicted.shape:
         raise DataError(
@@ -137,7 +138,7 @@ def provenance(mask: Tensor, gaps: Gaps, max_gap: float | None = None) -> Tensor
         tensor([[0, 3],
                 [3, 3]], dtype=torch.uint8)
 
-    Source: card section 1.7; ``max_gap``: section 5, what users ask for.
+    Source: docs/papers/ice_layers.md section 1.7; ``max_gap``: section 5, what users ask for.
     """
     kind = torch.full_like(mask, Provenance.FILLED, dtype=torch.uint8)
     kind[gaps.absent] = Provenance.WHOLE_LAYER_FILLED
@@ -177,7 +178,7 @@ def fill(
         >>> fill(2 * ones, mask, gaps, ones, std=ones)["thickness"].flatten()
         tensor([2., 1.])
 
-    Source: card section 1.7.
+    Source: docs/papers/ice_layers.md section 1.7.
     """
     kind = provenance(mask, gaps, max_gap)
     left_missing = kind == Provenance.LEFT_MISSING

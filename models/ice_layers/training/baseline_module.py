@@ -79,7 +79,8 @@ class BaselineCompletion(SystemModule):
     Raises:
         ConfigError: ``method`` is unknown, or does not fit other options.
 
-    Source: card sections 4.3 and 5; kriging: :mod:`fulgurite.models.ice_layers.baselines.kriging`.
+    Source: docs/papers/ice_layers.md sections 4.3 and 5; kriging:
+    :mod:`fulgurite.models.ice_layers.baselines.kriging`.
     """
 
     monitor = None

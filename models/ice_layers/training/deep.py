@@ -57,7 +57,8 @@ class DeepLayerPredictor(IceModule):
         ConfigError: Options do not fit together.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
-    Source: arXiv 2604.20783 (pretraining with synthesised stacks); card section 2.
+    Source: arXiv 2604.20783 (pretraining with synthesised stacks); docs/papers/ice_layers.md
+        section 2.
     """
 
     monitor = "val/mae"

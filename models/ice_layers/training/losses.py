@@ -55,7 +55,8 @@ def masked_robust_loss(
         >>> masked_robust_loss(torch.zeros(3), target, target.isfinite(), delta=1.0)
         tensor(2.5000)
 
-    Source: arXiv 2604.20783, abstract (form); card section 1.6, numbers inferred.
+    Source: arXiv 2604.20783, abstract (form); docs/papers/ice_layers.md section 1.6, numbers
+    inferred.
     """
     if not delta > 0:
         raise ConfigError(f"The loss has delta={delta}.", "Set model.init_args.loss.delta above 0.")

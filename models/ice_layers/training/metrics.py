@@ -222,7 +222,7 @@ class CompletionMetrics(Metric):
         >>> errors["missing_rmse"], errors["gap_rmse"], errors["absent_rmse"]
         (0.5, 0.5, 0.5)
 
-    Source: card sections 4.3 and 7.
+    Source: docs/papers/ice_layers.md sections 4.3 and 7.
     """
 
     full_state_update = False

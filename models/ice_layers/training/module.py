@@ -65,7 +65,7 @@ class IceCompletion(IceModule):
         ConfigError: Options do not fit together.
         CheckpointError: ``weights`` cannot be read or does not fit.
 
-    Source: arXiv 2604.20783; card sections 1 and 7.
+    Source: docs/papers/ice_layers.md sections 1 and 7.
     """
 
     monitor = "val/heldout_mae"

@@ -38,7 +38,8 @@ def two_stage(
         >>> [round(two_stage(s, 100), 3) for s in (0, 5, 10, 49, 50, 75, 99, 500)]
         [0.1, 0.55, 1.0, 1.0, 1.0, 0.505, 0.011, 0.01]
 
-    Source: arXiv 2604.20783 names a two-stage schedule, by a digest; card section 1.8, inferred.
+    Source: arXiv 2604.20783 names a two-stage schedule, by a digest; docs/papers/ice_layers.md
+    section 1.8, inferred.
     """
     rise, high = warmup * total, first * total
     if step < rise:

@@ -64,7 +64,7 @@ class LSTMBackbone(nn.Module):
         >>> LSTMBackbone(16, layers=2)(torch.zeros(2, 5, 16)).shape
         torch.Size([2, 5, 16])
 
-    Source: arXiv 2604.20817, card section 2.2 (12 or 4 layers); widths, norms and shortcuts:
+    Source: docs/papers/number_probing.md section 2.2 (12 or 4 layers); widths, norms and shortcuts:
         inferred.
     """
 

@@ -107,7 +107,8 @@ class GatedDeltaNetBackbone(nn.Module):
         >>> GatedDeltaNetBackbone(16, layers=1, heads=2)(torch.zeros(2, 5, 16)).shape
         torch.Size([2, 5, 16])
 
-    Source: arXiv 2412.06464, section 3.4 and figure 1; card section 6; sizes: inferred.
+    Source: arXiv 2412.06464, section 3.4 and figure 1; docs/papers/number_probing.md section 6;
+    sizes: inferred.
     """
 
     traces_one_length = True

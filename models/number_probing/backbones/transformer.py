@@ -62,7 +62,7 @@ class TransformerBackbone(nn.Module):
         >>> TransformerBackbone(16, layers=1, heads=4, kv_heads=2)(torch.zeros(2, 5, 16)).shape
         torch.Size([2, 5, 16])
 
-    Source: arXiv 2604.20817, card section 2.2 (LLaMA-style, GQA); learned positions: card section
+    Source: docs/papers/number_probing.md section 2.2 (LLaMA-style, GQA); learned positions: section
         4.4; widths: inferred.
     """
 

@@ -50,7 +50,7 @@ def read_table(
         DataError: A file is missing or damaged, or does not cover the numbers.
         MissingExtraError: The package of ``source`` is not installed.
 
-    Source: card sections 4.1 and 4.2.
+    Source: docs/papers/number_probing.md sections 4.1 and 4.2.
     """
     sorted_numbers = None if numbers is None else sorted(numbers)
     if str(source) in PACKAGES:

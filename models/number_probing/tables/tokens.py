@@ -67,7 +67,8 @@ def number_tokens(
         >>> number_tokens({"Ġ0": 5, "0": 3, "Ġ1": 6, "12": 8}, [0, 1])
         ({0: 5, 1: 6}, 'Ġ')
 
-    Source: card sections 1.1 and 3 (tables that collect "7" and " 7" hold a number twice).
+    Source: docs/papers/number_probing.md sections 1.1 and 3 (tables that collect "7" and " 7" hold
+    a number twice).
     """
     if spelling not in get_args(Spelling):
         raise ConfigError(

@@ -139,7 +139,7 @@ def bias_gradient(
     Returns:
         In the shape and type of ``bias``.
 
-    Source: card section 1.7 (dS); the order: inferred.
+    Source: docs/papers/stream_cqsa.md section 1.7 (dS); the order: inferred.
     """
     if plan.spec.is_empty:
         return torch.zeros_like(bias)

@@ -24,7 +24,8 @@ __all__ = [
     "estimate",
 ]  # fmt: skip
 
-#: Operations of the backward pass by those of the forward pass (card section 3.5).
+#: Operations of the backward pass by those of the forward pass (docs/papers/stream_cqsa.md section
+#: 3.5).
 BACKWARD_FLOPS = 2.5
 
 _MATH_SLOWDOWN = 2.0  # of tiles computed by matrix products, against a fast kernel (measured)
@@ -80,7 +81,7 @@ def estimate(spec: AttentionSpec, cut: Cut, request: PlanRequest) -> CostEstimat
         cut: How it is cut.
         request: Where, and by which kernels.
 
-    Source: card section 1.9 (model of memory and time).
+    Source: docs/papers/stream_cqsa.md section 1.9 (model of memory and time).
     """
     costs, queries, keys = request.costs, spec.queries, spec.keys
     placement = request.placement

@@ -112,8 +112,9 @@ class AtenCudaFlash(_AtenKernel):
     The implementations that ``torch.nn.attention.activate_flash_attention_impl`` puts behind the
     same operators (FlashAttention 3 and 4) are used once a program has activated them.
 
-    Source: card section 4.1; inferred from PyTorch's sources: the kernel takes the log-sum-exp for
-    contiguous without looking, and masks a causal rectangle from its lower right corner.
+    Source: docs/papers/stream_cqsa.md section 4.1; inferred from PyTorch's sources: the kernel
+    takes the log-sum-exp for contiguous without looking, and masks a causal rectangle from its
+    lower right corner.
     """
 
     has_groups = True
@@ -147,8 +148,9 @@ class AtenCudaFlash(_AtenKernel):
 class AtenCudaEfficient(_AtenKernel):
     """PyTorch's memory-efficient attention: float32 and half types, any D, bias.
 
-    Source: card section 4.1; inferred from PyTorch's sources: the layout that the backward kernel
-    takes for granted, and that infinite log-sum-exps mark rows that take no part.
+    Source: docs/papers/stream_cqsa.md section 4.1; inferred from PyTorch's sources: the layout that
+    the backward kernel takes for granted, and that infinite log-sum-exps mark rows that take no
+    part.
     """
 
     def takes(self, tile: TileInputs) -> bool:
@@ -184,8 +186,8 @@ class AtenCudnn(_AtenKernel):
     log-sum-exp is below -88; versions up to 9.15.0 leave their tensors where the number of tokens
     is no multiple of 128.
 
-    Source: card section 4.1; the limits: inferred from PyTorch's sources, and from its issues
-    169849 and 196678.
+    Source: docs/papers/stream_cqsa.md section 4.1; the limits: inferred from PyTorch's sources, and
+    from its issues 169849 and 196678.
     """
 
     has_bias = False

@@ -40,8 +40,8 @@ def device_memory(device: torch.device | str, *, proc: str | Path = "/proc") -> 
         >>> 0 <= free <= total
         True
 
-    Source: card section 1.9 asks for the free memory; which limits count: inferred from the
-    kernel's documentation of cgroups and ``getrlimit``.
+    Source: docs/papers/stream_cqsa.md section 1.9 asks for the free memory; which limits count:
+    inferred from the kernel's documentation of cgroups and ``getrlimit``.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -104,7 +104,7 @@ def attend_files(
         CheckpointError: The journal is of another run, of other tensors or results, in use,
             damaged, or cannot be written.
 
-    Source: card sections 1.8, 3 and 6.8; the journal: inferred.
+    Source: docs/papers/stream_cqsa.md sections 1.8, 3 and 6.8; the journal: inferred.
     """
     check_keywords("attend_files", options, FileKeywords)
     run = _FileRun.of(options, journal, progress=progress)
@@ -183,7 +183,7 @@ def attend_files_backward(
         CheckpointError: The journal is of another run, of other tensors or results, in use,
             damaged, or cannot be written.
 
-    Source: card section 1.7; the two passes: inferred.
+    Source: docs/papers/stream_cqsa.md section 1.7; the two passes: inferred.
     """
     check_keywords("attend_files_backward", options, GradientFileKeywords)
     run = _FileRun.of(options, journal, progress=progress)

@@ -140,7 +140,8 @@ def stream_attention(  # noqa: PLR0917 (PyTorch's order)
         ...     out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
         ... )
 
-    Source: Stream-CQSA, arXiv 2604.20819; the choice of schedules: card section 7.
+    Source: Stream-CQSA, arXiv 2604.20819; the choice of schedules: docs/papers/stream_cqsa.md
+    section 7.
     """
     check_keywords("stream_attention", options, StreamKeywords)
     if check_number("dropout_p", dropout_p):

@@ -48,7 +48,8 @@ def merge_parts(
     Raises:
         CheckpointError: A file is missing, damaged or of another job.
 
-    Source: card section 1.6 (merge; a fixed order for the same bits) and 1.7 (sums).
+    Source: docs/papers/stream_cqsa.md section 1.6 (merge; a fixed order for the same bits) and 1.7
+    (sums).
     """
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     if missing:

@@ -172,7 +172,7 @@ def job_tasks(plan: ExecutionPlan, backward: bool) -> Iterator[JobTask]:
     (``rect``) it is a row of tiles; gradients of keys and values are tasks of their own, along
     the columns, so that none gives more than a tile.
 
-    Source: card section 1.1 (tasks), 1.7 (gradients add up over tasks).
+    Source: docs/papers/stream_cqsa.md section 1.1 (tasks), 1.7 (gradients add up over tasks).
     """
     number = unit = 0
     gives = (GRADIENTS if plan.merges else GRADIENTS[:1]) if backward else RESULTS
@@ -276,7 +276,7 @@ def _quorum_gradients(
         plan: How the call is cut.
         device: Where kernels run.
 
-    Source: card section 1.7.
+    Source: docs/papers/stream_cqsa.md section 1.7.
     """
     query, rows, keys = saved.inputs.query, saved.rows, saved.keys
     wide = accumulator_dtype(query.dtype)

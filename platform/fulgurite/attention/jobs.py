@@ -73,8 +73,8 @@ class AttentionJob:
         >>> len(first), len(second)
         (7, 7)
 
-    Source: Stream-CQSA's "execution across devices without inter-device communication", card
-    sections 0, 1.1, 1.6 and 1.7; claims and files: inferred.
+    Source: docs/papers/stream_cqsa.md sections 0 ("execution across devices without inter-device
+    communication"), 1.1, 1.6 and 1.7; claims and files: inferred.
     """
 
     def __init__(self, folder: Path, header: JobHeader, plan: ExecutionPlan) -> None:

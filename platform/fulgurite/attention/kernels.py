@@ -119,7 +119,7 @@ class AtenCpuFlash:
     The operator takes the last stride of its inputs for 1 without looking, and one size for query,
     key and value: tiles are copied where they are otherwise.
 
-    Source: card section 4.1 (how the kernel behaves was measured there).
+    Source: docs/papers/stream_cqsa.md section 4.1 (how the kernel behaves was measured there).
     """
 
     def forward(self, tile: TileInputs) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class MathKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :class:`TileKernel`.
 
-        Source: card section 1.7; the derivative of softcap: inferred.
+        Source: docs/papers/stream_cqsa.md section 1.7; the derivative of softcap: inferred.
         """
         query, key, value = tile[:3]
         dtype = accumulator_dtype(query.dtype)

@@ -29,7 +29,7 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         >>> out.item(), round(lse.item(), 4)
         (3.0, 100.6931)
 
-    Source: card section 1.6, sigmoid form.
+    Source: docs/papers/stream_cqsa.md section 1.6, sigmoid form.
     """
     weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # nan: −inf minus −inf
     out.lerp_(part_out.to(out.dtype), weight[..., None])

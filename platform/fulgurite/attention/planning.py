@@ -35,7 +35,8 @@ def make_plan(spec: AttentionSpec, request: PlanRequest = PlanRequest()) -> Exec
     Raises:
         ConfigError: Nothing fits, or the schedule does not do these sizes.
 
-    Source: card section 1.9 (model of memory and time) and 7 (order of the choice).
+    Source: docs/papers/stream_cqsa.md section 1.9 (model of memory and time) and 7 (order of the
+    choice).
     """
     if spec.is_empty:  # there is nothing to compute, by whatever schedule
         cut = Cut("whole", (max(1, spec.batch), max(1, spec.kv_heads)), (1, 1))

@@ -111,7 +111,7 @@ def task_chunks(chunks: int, task: int, elements: Sequence[int] | None = None) -
         >>> task_chunks(7, 5)
         [1, 5, 6]
 
-    Source: Stream-CQSA, card section 1.1, S_i; the order: 1.5.
+    Source: docs/papers/stream_cqsa.md section 1.1, S_i; the order: 1.5.
     """
     elements = quorum(chunks) if elements is None else elements
     return sorted((task + a) % chunks for a in elements)
@@ -133,8 +133,8 @@ def owned_differences(
         >>> owned_differences(3)
         {0: (0, 0), 2: (0, 1), 1: (1, 0)}
 
-    Source: Stream-CQSA, card section 1.1 (owner of the diagonal); 1.3, the rule for covers:
-    inferred.
+    Source: docs/papers/stream_cqsa.md section 1.1 (owner of the diagonal); 1.3, the rule for
+    covers: inferred.
     """
     elements = quorum(chunks) if elements is None else elements
     owned: dict[int, tuple[int, int]] = {}
@@ -163,7 +163,7 @@ def task_pairs(
         >>> task_pairs(3, 0, is_causal=True)
         [(0, 0), (1, 0)]
 
-    Source: Stream-CQSA, card section 1.1, T_i.
+    Source: docs/papers/stream_cqsa.md section 1.1, T_i.
     """
     pairs = (
         ((task + a) % chunks, (task + b) % chunks)

@@ -65,7 +65,7 @@ def merge_shards_(
         out: Result, overwritten. Shape: (B, H, M, D).
         lse: Its log-sum-exp, overwritten. Shape: (B, H, M).
 
-    Source: card section 1.10.
+    Source: docs/papers/stream_cqsa.md section 1.10.
     """
     rank, world = plan.shard
     chunks = chunk_ranges(plan.spec.queries, plan.chunks)

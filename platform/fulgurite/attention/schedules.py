@@ -65,7 +65,7 @@ def rect_tasks(visible: Visibility, queries: int, keys: int) -> Iterator[Task]:
         queries: Queries of a tile.
         keys: Keys of a tile.
 
-    Source: the outer loop of FlashAttention; as a schedule: card section 3.
+    Source: the outer loop of FlashAttention; as a schedule: docs/papers/stream_cqsa.md section 3.
     """
     for top in range(0, visible.queries, queries):
         bottom = min(top + queries, visible.queries)
@@ -102,7 +102,7 @@ def cqs_tasks(visible: Visibility, chunks: int) -> Iterator[Task]:
     Raises:
         ConfigError: Queries and keys are not the same tokens.
 
-    Source: Stream-CQSA, card section 1.1; as block pairs without a mask: 1.8.
+    Source: docs/papers/stream_cqsa.md section 1.1; as block pairs without a mask: 1.8.
     """
     return recursive_tasks(visible, chunks, depth=1)
 
@@ -125,7 +125,8 @@ class _Piece(NamedTuple):
 def recursive_tasks(visible: Visibility, chunks: int, depth: int) -> Iterator[Task]:
     """CQS Divide applied to the gathered subsequences again: c^depth tasks.
 
-    Kept for completeness: more chunks at depth 1 are better in every respect (card section 1.4).
+    Kept for completeness: more chunks at depth 1 are better in every respect
+    (docs/papers/stream_cqsa.md section 1.4).
 
     Args:
         visible: What is seen; as many queries as keys.
@@ -135,7 +136,7 @@ def recursive_tasks(visible: Visibility, chunks: int, depth: int) -> Iterator[Ta
     Raises:
         ConfigError: Queries and keys are not the same tokens, or the depth is not positive.
 
-    Source: Stream-CQSA, card section 1.4.
+    Source: docs/papers/stream_cqsa.md section 1.4.
     """
     if visible.queries != visible.keys:
         raise ConfigError(

@@ -51,7 +51,7 @@ class StreamCall(NamedTuple):
 class StreamedAttention(torch.autograd.Function):
     """Exact attention by a plan; backward runs its own plan against the saved out and lse.
 
-    Source: card sections 1.6 to 1.8.
+    Source: docs/papers/stream_cqsa.md sections 1.6 to 1.8.
     """
 
     @staticmethod

@@ -72,7 +72,7 @@ class CudaLanes:
     Args:
         device: The GPU.
 
-    Source: card section 3.4.
+    Source: docs/papers/stream_cqsa.md section 3.4.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -168,7 +168,8 @@ class Prefetcher:
         device: Where is computed.
         lanes: How copies run beside the computation; None where they do not.
 
-    Source: card section 3.4 (streams, slots that are used in turn, waiting before reuse).
+    Source: docs/papers/stream_cqsa.md section 3.4 (streams, slots that are used in turn, waiting
+    before reuse).
     """
 
     def __init__(self, device: torch.device, lanes: Lanes | None = None) -> None:

@@ -124,7 +124,7 @@ def gradient_units(
         done: Units that are left out.
         narrow_to: See :func:`units`.
 
-    Source: card section 1.7; the two passes: inferred.
+    Source: docs/papers/stream_cqsa.md section 1.7; the two passes: inferred.
     """
     query = saved.inputs.query
     device = device or query.device

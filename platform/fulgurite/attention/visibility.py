@@ -136,7 +136,7 @@ class Visibility:
         first: First key that each query sees.
         end: Key behind the last one; a query whose end is not behind its first sees nothing.
 
-    Source: causal: card section 1.5; the rest: inferred.
+    Source: causal: docs/papers/stream_cqsa.md section 1.5; the rest: inferred.
     """
 
     queries: int

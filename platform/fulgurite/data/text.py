@@ -39,7 +39,7 @@ def read_documents(files: Sequence[Path], column: str = "text") -> Iterator[str]
         DataError: A file cannot be read, or has no such column of text.
         MissingExtraError: A file is a parquet table, and pyarrow is not installed.
 
-    Source: FineWeb-Edu's layout, column ``text``, card section 2.2.
+    Source: FineWeb-Edu's layout, column ``text``, docs/papers/number_probing.md section 2.2.
     """
     for path in files:
         if path.suffix == ".parquet":

@@ -1,6 +1,6 @@
 """Streams the attention of any model within a memory budget.
 
-Source: Stream-CQSA, arXiv 2604.20819; its use in Lightning: card section 5.
+Source: Stream-CQSA, arXiv 2604.20819; its use in Lightning: docs/papers/stream_cqsa.md section 5.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
     Raises:
         ConfigError: An option of :class:`StreamCQSAStrategy` is wrong.
 
-    Source: card section 1.10; within Lightning: section 5.
+    Source: docs/papers/stream_cqsa.md section 1.10; within Lightning: section 5.
     """
 
     strategy_name = f"{_NAME}_ddp"

@@ -109,7 +109,7 @@ def closed_form_off_mean(rho: float, rate: float, num_classes: int = 10) -> floa
         >>> round(closed_form_off_mean(0.4, 0.5), 3), round(closed_form_off_mean(0.2, 0.0), 3)
         (0.66, 0.2)
 
-    Source: FedSIR card, section 3a.
+    Source: docs/papers/fedsir.md section 3a.
     """
     means = Planted.make(num_classes, num_classes + 1, rho).means
     a, b = 1 - rate, rate / (num_classes - 1)

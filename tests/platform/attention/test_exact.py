@@ -166,7 +166,7 @@ def test_gradcheck(schedule, chunks):
     assert torch.autograd.gradcheck(lambda *x: run(chosen, *x)[0], inputs, nondet_tol=0)
 
 
-# tolerances: card, section 6.1
+# tolerances: docs/papers/stream_cqsa.md section 6.1
 LIMITS = {
     torch.float32: (1e-6, 1e-6),
     torch.bfloat16: (4e-3, 6e-3),

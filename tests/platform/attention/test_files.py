@@ -177,7 +177,7 @@ def test_memory_stays_within_the_budget(tmp_path, schedule):
     assert done.returncode == 0, done.stderr
     planned, grown = map(int, done.stdout.split())
     assert 0 < planned <= budget
-    assert grown <= budget + 16 * 2**20  # card 6.6: the kernel's own buffers come on top
+    assert grown <= budget + 16 * 2**20  # beside it the kernel's own buffers
 
 
 BACKWARD = """
@@ -251,7 +251,7 @@ def test_gradients_in_files_are_those_of_attention(tmp_path, options):
     inputs = [x.float().clone().requires_grad_() for x in (query, key, value)]
     result = F.scaled_dot_product_attention(*inputs, seen)
     for found, wanted in zip(grads, torch.autograd.grad(result, inputs, grad.float()), strict=True):
-        assert (found - wanted).norm() / wanted.norm() <= 6e-3  # card 6.1
+        assert (found - wanted).norm() / wanted.norm() <= 6e-3
 
 
 def test_a_journal_keeps_an_automatic_budget(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_a_job_keeps_its_budget_and_explains_itself(tmp_path):
     totals = [torch.full_like(x, torch.nan, dtype=torch.float32) for x in grads]
     backward.merge(*totals)
     for total, wanted in zip(totals, grads, strict=True):
-        assert (total - wanted.float()).norm() / wanted.float().norm() <= 6e-3  # card 6.1
+        assert (total - wanted.float()).norm() / wanted.float().norm() <= 6e-3
     with pytest.raises(ConfigError, match="too small"):
         AttentionJob.create(tmp_path / "x", *tensors[1:4], memory_budget=10)
     with pytest.raises(ConfigError, match=r"hold at most 2 KiB each"):

@@ -54,7 +54,7 @@ def test_perfect_tasks_are_balanced_and_share_one_chunk(chunks):
 
 
 def test_covers_exist_for_every_number_and_are_small():
-    """No perfect set of order 6 exists; the card's exhaustive search found 8 for c = 42, 43, 44."""
+    """No perfect set of order 6 exists; an exhaustive search found 8 for c = 42 to 44."""
     for chunks in range(1, 320):
         elements = quorum(chunks)
         check_quorum(chunks, elements)

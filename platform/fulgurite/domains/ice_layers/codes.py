@@ -15,7 +15,7 @@ UNITS = (METRES, RANGE_BINS)
 class Provenance(IntEnum):
     """Where the thickness of an entry is from; the code that files hold, as uint8.
 
-    Source: arXiv 2604.20783, card section 1.7.
+    Source: docs/papers/ice_layers.md section 1.7.
 
     Example:
         >>> int(Provenance.FILLED), Provenance.WHOLE_LAYER_FILLED.meaning

@@ -36,7 +36,7 @@ def haversine(start: _Array, end: _Array, radius: float = EARTH_RADIUS) -> _Arra
         >>> haversine(np.array([70.0, -40.0]), np.array([71.0, -40.0])).round(-1)
         np.float64(111190.0)
 
-    Source: arXiv 2604.20783, card sections 1.2 and 6, check 10.
+    Source: docs/papers/ice_layers.md sections 1.2 and 6, check 10.
     """
     library: Any = torch if isinstance(start, Tensor) else np
     a, b = (library.deg2rad(_to_double(degrees)) for degrees in (start, end))

@@ -1,0 +1,88 @@
+"""The commands and code of README and site do what the pages say."""
+
+import ast
+import pkgutil
+import re
+
+import pytest
+from fakes.pages import PAGES, ROOT, RUN, blocks, commands, imported_names, run_page
+
+from fulgurite.cli import parse
+from fulgurite.compare import read_plan
+
+#: Pages that a test of their own runs, on data that it makes.
+ELSEWHERE = {"docs/complete_your_own_flight.md": "tests/configs/test_own_flight.py"}
+#: Pages that run in seconds; the others are slow tests.
+QUICK = {"docs/start.md", "docs/how_to/checkpoints_and_resuming.md"}
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the repository")
+
+NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
+RUNNABLE = [
+    pytest.param(page, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name, page in NAMES.items()
+    if name not in ELSEWHERE and any(block.is_run for block in blocks(page))
+]
+NOT_RUN = [block for page in PAGES for block in blocks(page) if block.reason]
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_the_blocks_of_a_page_run(page, workdir, fulgurite, monkeypatch):
+    monkeypatch.syspath_prepend(str(workdir))
+    monkeypatch.setenv("PYTHONPATH", "")
+
+    def call(words):
+        is_training = words[0] in ("fit", "test", "validate", "predict")
+        more = ["--trainer.enable_progress_bar=false"] if is_training else []
+        status, out, err = fulgurite(*words, *more)
+        print(out[-2000:], err[-2000:])
+        return status
+
+    assert run_page(page, workdir, call) > 0
+
+
+def test_each_block_of_commands_runs_or_says_why_not():
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language in RUN:
+                continue
+            first = [line.split(" ")[0].removeprefix("$") for line in block.text.splitlines()]
+            named = {"fulgurite", "pip", "python", "wandb", "make"} & set(first)
+            assert not named, f"{block}: a block of {named} is ```bash, run or `# not run: reason`"
+
+
+def test_pages_that_are_run_elsewhere_are_named_there():
+    for page, test in ELSEWHERE.items():
+        assert page in (ROOT / test).read_text()
+
+
+@pytest.mark.parametrize("block", [b for b in NOT_RUN if b.language == "python"], ids=str)
+def test_code_that_is_not_run_imports_what_exists(block):
+    ast.parse(block.text)
+    for name in imported_names(block.text):
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in NOT_RUN if b.language == "bash"], ids=str)
+def test_commands_that_are_not_run_have_options_that_exist(block, workdir):
+    """Of trainings the options are parsed, of comparisons the plan is read."""
+    for command in commands(block):
+        words = command.words
+        if words[0] != "fulgurite":
+            continue
+        configs = re.findall(r"[\w-]+/[\w-]+\.yaml", command.line)
+        is_packaged = bool(configs) and (ROOT / "configs" / configs[0]).is_file()
+        if words[1] in ("fit", "test", "validate", "predict") and is_packaged:
+            parse(words[1:])
+        elif words[1] == "compare" and is_packaged:
+            read_plan(configs[0])
+
+
+def test_dotted_names_of_the_pages_exist():
+    """``fulgurite.models.…`` in code spans and blocks, files and configurations included."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in sorted(set(re.findall(r"(?<![\w./-])fulgurite(?:\.\w+)+", text))):
+            if name.rpartition(".")[2] not in ("systems", "yaml", "log", "toml"):
+                pkgutil.resolve_name(name)
