@@ -12,6 +12,7 @@ from pygments.lexers.special import TextLexer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from api_pages import render_module
+from reference_pages import render_configurations, render_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -22,7 +23,7 @@ copyright = f"2026, {author}"
 release = metadata.version("fulgurite")
 version = release
 
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "mathml"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 4
@@ -33,6 +34,9 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # of a cell [s]; a tutorial takes less than a minute of one core
 nb_merge_streams = True
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"fulgurite {release}"
 
 _LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)\s]+)\)")
@@ -67,7 +71,9 @@ def _read_source(app: Any, docname: str, source: list[str]) -> None:
     """Show docstrings as pages, and lead links of all pages to pages."""
     page = DOCS / f"{docname}.md"
     if docname.startswith("reference/"):
-        source[0] = _MODULE.sub(lambda match: render_module(match[1]), source[0])
+        text = _MODULE.sub(lambda match: render_module(match[1]), source[0])
+        text = text.replace("<!-- configurations -->", render_configurations())
+        source[0] = text.replace("<!-- errors -->", render_errors())
     else:
         source[0] = _name_files(source[0], page.parent)
 

@@ -144,7 +144,8 @@ def _run(command: Command, folder: Path, call: Callable[[list[str]], int]) -> in
         return 0 if set(words[1:]) <= set(targets) else 2
     if words[:3] == ["pip", "install", "-e"]:
         return _install(folder / words[3], folder / "site-packages")
-    if words[0] == "fulgurite" and command.is_plain:
+    is_installed = (folder / "site-packages").exists()  # what this process looked up before
+    if words[0] == "fulgurite" and command.is_plain and not is_installed:
         return call(words[1:])
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
