@@ -5,6 +5,7 @@ from fakes.pages import PAGES, ROOT, anchors, links
 
 MORE = [ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
 MORE += sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+MORE += sorted((ROOT / ".github").rglob("*.md"))
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the repository")
 

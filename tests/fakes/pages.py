@@ -175,6 +175,8 @@ def imported_names(code: str) -> Iterator[str]:
 # --- links -------------------------------------------------------------------------------------
 
 _LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
+# other sites, and what GitHub has beside the files of a repository
+_OUTSIDE = re.compile(r"[a-z]+:|\.\./\.\./actions/")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _LABEL = re.compile(r"\(([\w-]+)\)=$", re.MULTILINE)
 
@@ -183,7 +185,7 @@ def links(page: Path) -> list[str]:
     """Targets of the links and pictures of a page that lead into the repository."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     text = re.sub(r"`[^`\n]+`(?!\])", "", text)
-    return [target for target in _LINK.findall(text) if not re.match(r"[a-z]+:", target)]
+    return [target for target in _LINK.findall(text) if not _OUTSIDE.match(target)]
 
 
 def anchors(page: Path) -> set[str]:
