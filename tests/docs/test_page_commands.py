@@ -86,3 +86,17 @@ def test_dotted_names_of_the_pages_exist():
         for name in sorted(set(re.findall(r"(?<![\w./-])fulgurite(?:\.\w+)+", text))):
             if name.rpartition(".")[2] not in ("systems", "yaml", "log", "toml"):
                 pkgutil.resolve_name(name)
+
+
+def test_variables_of_the_environment_are_on_their_page():
+    """Those that users set; processes of one run tell each other more."""
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(FULGURITE_\w+)`", page, re.MULTILINE))
+    internal = {"FULGURITE_RUN_DIR", "FULGURITE_CHECKPOINT"}
+    sources = [
+        path
+        for folder in ("platform", "datamodules", "models", "callbacks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert listed == set(re.findall(r"FULGURITE_[A-Z_]*[A-Z]\b", text)) - internal

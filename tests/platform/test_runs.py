@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from fulgurite.cli import parse
 from fulgurite.run_folders import RunOptions, find_run, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
@@ -179,6 +180,15 @@ def test_runs_of_one_second_are_ordered_by_their_number(one_run):
         shutil.copytree(one_run, f"{one_run}-{number}")
     options = RunOptions(system="fedsir", name="smoke")
     assert find_run(options, "last", content).name == f"{one_run.name}-12"
+
+
+def test_the_environment_names_the_folder_of_all_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("FULGURITE_RUNS", str(tmp_path))
+    assert RunOptions(system="fedsir", name="smoke").parent == tmp_path / "fedsir" / "smoke"
+    assert parse(["fit", "--config=fedsir/smoke.yaml"]).run.root == str(tmp_path)
+    assert parse(["fit", "--config=fedsir/smoke.yaml", "--run.root=here"]).run.root == "here"
+    monkeypatch.setenv("FULGURITE_RUNS", "")
+    assert RunOptions(system="fedsir", name="smoke").parent == Path("runs/fedsir/smoke")
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(fulgurite, one_run):

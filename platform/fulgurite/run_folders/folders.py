@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fulgurite.errors import ConfigError
@@ -15,6 +15,7 @@ from fulgurite.run_folders.records import holds_run
 __all__ = [
     "CHECKPOINT_VARIABLE",
     "LAST",
+    "RUNS_VARIABLE",
     "RUN_DIR_VARIABLE",
     "RunLock",
     "RunOptions",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 
+RUNS_VARIABLE = "FULGURITE_RUNS"  # where users keep their runs
 RUN_DIR_VARIABLE = (
     "FULGURITE_RUN_DIR"  # tells the processes that a strategy launches where to write
 )
@@ -30,12 +32,19 @@ CHECKPOINT_VARIABLE = "FULGURITE_CHECKPOINT"  # and which checkpoint the first o
 LAST = Path("checkpoints") / "last.ckpt"
 
 
+def _find_root() -> str:
+    """The folder that ``FULGURITE_RUNS`` names, else ``runs`` in the current one."""
+    value = os.environ.get(RUNS_VARIABLE)
+    return os.path.expanduser(value) if value else "runs"
+
+
 @dataclass
 class RunOptions:
     """Where a run is recorded.
 
     Args:
-        root: Folder of all runs.
+        root: Folder of all runs; by default the one that the environment variable
+            ``FULGURITE_RUNS`` names, else ``runs``.
         system: First level below it; by default the system of the first ``--config``, or the
             folder that it lies in.
         name: Second level; by default the stem of the first ``--config``.
@@ -44,7 +53,7 @@ class RunOptions:
         new: Go on from ``--ckpt_path`` in a new folder, which may be with other options.
     """
 
-    root: str = "runs"
+    root: str = field(default_factory=_find_root)
     system: str | None = None
     name: str | None = None
     dir: str | None = None
