@@ -38,6 +38,9 @@ compare and look:
   new        write the package of another paper, which runs at once   fulgurite new my_paper
   systems    list the installed systems, their papers and configurations
   doctor     versions, devices and known faults of this installation
+  schema     a JSON schema of configurations, by which editors complete and check them
+  completion what completes commands and options in a shell
+             eval "$(fulgurite completion bash)"
 {commands}
 `fulgurite <command> --help` lists the options of a command. An option overrides the
 configuration before it: --config first, then e.g. --trainer.max_epochs=5.
@@ -134,6 +137,14 @@ def _dispatch(argv: list[str]) -> int:
         from fulgurite.export.command import main as export
 
         return export(argv[1:])
+    if command == "schema":
+        from fulgurite.schema.command import main as write_schema
+
+        return write_schema(argv[1:])
+    if command == "completion":
+        from fulgurite.completion import main as complete
+
+        return complete(argv[1:])
     if command == "doctor":
         from fulgurite.doctor import doctor
 

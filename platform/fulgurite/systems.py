@@ -54,6 +54,8 @@ RESERVED_COMMANDS = frozenset(
         "sweep",
         "new",
         "export",
+        "schema",
+        "completion",
         "help",
     )
 )
