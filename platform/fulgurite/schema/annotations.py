@@ -122,7 +122,7 @@ class SchemaBuilder:
         return {"anyOf": [path, record]}
 
     def _describe_class_name(self, base: Any) -> Schema:
-        names = list_subclasses(base) if inspect.isclass(base) else []
+        names: list[str] = list_subclasses(base) if isinstance(base, type) else []
         return {"anyOf": [{"enum": names}, {"type": "string"}]} if names else {"type": "string"}
 
     def _describe_callable(self, arguments: Sequence[Any]) -> Schema:
