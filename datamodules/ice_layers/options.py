@@ -44,7 +44,7 @@ class SplitOptions:
     Raises:
         ConfigError: A fraction or number is out of range, or nothing is left for training.
 
-    Source: arXiv 2604.20783, card section 1.8; ``guard`` is inferred.
+    Source: arXiv 2604.20783, docs/papers/ice_layers.md section 1.8; ``guard`` is inferred.
     """
 
     val: RightOpenUnitInterval | list[str] | None = None

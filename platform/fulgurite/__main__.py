@@ -144,7 +144,7 @@ def _dispatch(argv: list[str]) -> int:
     if command == "completion":
         from fulgurite.completion import main as complete
 
-        return complete(argv[1:])
+        return complete(argv[1:], _dispatch)
     if command == "doctor":
         from fulgurite.doctor import doctor
 

@@ -35,9 +35,9 @@ def schema():
 def complete(schema, monkeypatch):
     commands = {"compare": ["--dry-run", "--quick"]}
     monkeypatch.setattr(
-        candidates, "read_options", lambda: {"schema": schema, "commands": commands}
+        candidates, "read_options", lambda _: {"schema": schema, "commands": commands}
     )
-    return lambda words: candidates.list_candidates(f"fulgurite {words}")
+    return lambda words: candidates.list_candidates(f"fulgurite {words}", main)
 
 
 def read(name):
@@ -158,7 +158,7 @@ def test_options_are_those_of_the_class_that_the_line_names(complete):
 def test_options_of_commands_are_those_of_their_help(monkeypatch, tmp_path, schema):
     monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
     monkeypatch.setattr("fulgurite.schema.describe_run", lambda: schema)
-    content = options.read_options()
+    content = options.read_options(main)
     assert {"--dry-run", "--only", "--shard"} <= set(content["commands"]["compare"])
     assert content["commands"].keys() == {
         *options.OTHER_COMMANDS,
@@ -167,9 +167,9 @@ def test_options_of_commands_are_those_of_their_help(monkeypatch, tmp_path, sche
     assert all("--help" in names for names in content["commands"].values())
     [path] = tmp_path.rglob("*.json")
     path.write_text(json.dumps({"schema": {}, "commands": {"kept": []}}))
-    assert options.read_options()["commands"] == {"kept": []}  # not made again
+    assert options.read_options(main)["commands"] == {"kept": []}  # not made again
     path.write_text("{")
-    assert options.read_options() == content  # a damaged cache is
+    assert options.read_options(main) == content  # a damaged cache is
 
 
 def test_bash_replaces_what_comes_after_the_sign():

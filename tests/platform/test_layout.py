@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import fulgurite
-from fulgurite.systems import systems
+from fulgurite.systems import RESERVED_COMMANDS, systems
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -248,9 +248,9 @@ def test_commands_in_the_documents_exist(document):
     targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.M))
     for command in commands_in(document, "make"):
         assert set(command[1:]) <= targets, command
-    known = {"fit", "validate", "test", "predict", "systems", "doctor"}
-    known |= {"compare", "report", "sweep", "new", "export"}
-    known |= {command.name for system in systems().values() for command in system.commands}
+    known = RESERVED_COMMANDS | {
+        command.name for system in systems().values() for command in system.commands
+    }
     for command in commands_in(document, "fulgurite"):
         names = command[1].split("|")
         assert all(n in known or n.startswith(("-", "<")) for n in names), command

@@ -26,7 +26,7 @@ class LineOptions:
     Raises:
         ConfigError: A length is negative.
 
-    Source: card section 5 (``gaps_dist=[300 60]``).
+    Source: docs/papers/ice_layers.md section 5 (``gaps_dist=[300 60]``).
     """
 
     max_length: NonNegativeFloat | None = 300.0

@@ -70,7 +70,7 @@ class CompletionInputs(NetworkInputs):
         ConfigError: A number is out of range, a word is unknown, or thickness is to be hidden and
             nothing is.
 
-    Source: arXiv 2604.20783, abstract (readings); card section 1.5.
+    Source: arXiv 2604.20783, abstract (readings); docs/papers/ice_layers.md section 1.5.
     """
 
     thickness: Literal["hidden", "none", "observed"] = "hidden"
@@ -101,8 +101,8 @@ class DeepInputs(NetworkInputs):
     Raises:
         ConfigError: A number is out of range or a word is unknown.
 
-    Source: arXiv 2604.20783, card section 2. The authors' predictors see the physics of shallow
-        layers; ``all`` is inferred, since climate models know all years.
+    Source: arXiv 2604.20783, docs/papers/ice_layers.md section 2. The authors' predictors see the
+        physics of shallow layers; ``all`` is inferred, since climate models know all years.
     """
 
     shallow: PositiveInt = 5
@@ -185,7 +185,7 @@ class CompletionPrediction(PredictionOptions):
     Raises:
         ConfigError: A number is out of range or a word is unknown.
 
-    Source: arXiv 2604.20783; card sections 1 and 7.
+    Source: arXiv 2604.20783; docs/papers/ice_layers.md sections 1 and 7.
     """
 
     mc_samples: NonNegativeInt = 0

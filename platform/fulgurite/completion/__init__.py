@@ -12,13 +12,19 @@ import argparse
 from collections.abc import Sequence
 
 from fulgurite.completion.candidates import list_candidates
+from fulgurite.completion.options import RunCommand
 from fulgurite.completion.scripts import SCRIPTS
 
 __all__ = ["list_candidates", "main"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of ``fulgurite completion``."""
+def main(argv: Sequence[str], run_command: RunCommand) -> int:
+    """The command line of ``fulgurite completion``.
+
+    Args:
+        argv: Its words.
+        run_command: Runs the other commands, whose help says which options they have.
+    """
     parser = argparse.ArgumentParser(
         "fulgurite completion",
         description="Print what completes fulgurite's commands, configurations and options in a "
@@ -33,6 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.shell:
         print(SCRIPTS[options.shell], end="")
     else:
-        for candidate in list_candidates(options.line):
+        for candidate in list_candidates(options.line, run_command):
             print(candidate)
     return 0

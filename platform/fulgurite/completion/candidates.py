@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fulgurite.completion.options import OTHER_COMMANDS, read_options
+from fulgurite.completion.options import OTHER_COMMANDS, RunCommand, read_options
 from fulgurite.completion.scripts import SCRIPTS
 from fulgurite.errors import FulguriteError
 from fulgurite.systems import (
@@ -30,18 +30,19 @@ _FORMATS = ("onnx", "safetensors", "torch-export")
 Schema = Mapping[str, Any]
 
 
-def list_candidates(line: str) -> list[str]:
+def list_candidates(line: str, run_command: RunCommand) -> list[str]:
     """Return the words that the last word of a command line may become.
 
     Args:
         line: The command line up to the cursor, with the name of the program.
+        run_command: Prints the help of commands, for :func:`read_options`.
 
     Returns:
         Whole words, sorted; those that end with ``.`` or ``=`` go on. Empty where files are meant,
         or where nothing fits.
 
     Example:
-        >>> list_candidates("fulgurite comp")
+        >>> list_candidates("fulgurite comp", run_command=lambda words: 0)
         ['compare', 'completion']
     """
     words = _split(line)
@@ -51,9 +52,8 @@ def list_candidates(line: str) -> list[str]:
     if not before:
         own = [command.name for system in systems().values() for command in system.commands]
         return _fitting([*RUN_COMMANDS, *OTHER_COMMANDS, *_PLAIN_COMMANDS, *own], word)
-    if before[0] in RUN_COMMANDS:
-        return _fitting(_run_words(before, word), word)
-    return _fitting(_other_words(before, word), word)
+    words_of = _run_words if before[0] in RUN_COMMANDS else _other_words
+    return _fitting(words_of(before, word, run_command), word)
 
 
 def _split(line: str) -> list[str]:
@@ -69,11 +69,11 @@ def _fitting(candidates: Sequence[str], word: str) -> list[str]:
     return sorted({candidate for candidate in candidates if candidate.startswith(word)})
 
 
-def _other_words(before: Sequence[str], word: str) -> list[str]:
+def _other_words(before: Sequence[str], word: str, run_command: RunCommand) -> list[str]:
     """Words of commands that train nothing themselves."""
     command = before[0]
     if word.startswith("-"):
-        options: list[str] = read_options()["commands"].get(command, [])
+        options: list[str] = read_options(run_command)["commands"].get(command, [])
         return options
     if command == "completion":
         return [*SCRIPTS]
@@ -95,26 +95,31 @@ def _packaged(kind: str) -> list[str]:
     return [name for name, path in paths.items() if path and kind_of(read_keys(path)) == kind]
 
 
-def _run_words(before: Sequence[str], word: str) -> list[str]:
+def _run_words(before: Sequence[str], word: str, run_command: RunCommand) -> list[str]:
     """Options and values of ``fit``, ``validate``, ``test`` and ``predict``."""
     if before[-1] in ("--config", "-c"):
         return _packaged("run")
     name, equals, _ = word.partition("=")
     if name == "--config" and equals:
         return [f"--config={path}" for path in _packaged("run")]
-    if not word.startswith("-"):
-        return _values(before, before[-1]) if before[-1].startswith("--") else []
+    is_value = not word.startswith("-")
+    option = before[-1] if is_value else name
+    if is_value and not option.startswith("--"):
+        return []
+    if option == "--ckpt_path" and (is_value or equals):
+        values = ["last", "best"]
+        return values if is_value else [f"{option}={value}" for value in values]
+    schema = read_options(run_command)["schema"]
+    if is_value:
+        return _values(schema, before, option)
     if equals:
-        return [f"{name}={value}" for value in _values(before, name)]
+        return [f"{name}={value}" for value in _values(schema, before, name)]
     groups = ["--config=", "--print_config", "--help", "--debug"]
-    return [*groups, *_options(before, name)]
+    return [*groups, *_options(schema, before, name)]
 
 
-def _values(before: Sequence[str], option: str) -> list[str]:
+def _values(schema: Schema, before: Sequence[str], option: str) -> list[str]:
     """What an option may be: words, class paths, true and false."""
-    if option == "--ckpt_path":
-        return ["last", "best"]
-    schema = read_options()["schema"]
     parts = option.removeprefix("--").split(".")
     alternatives = _walk(schema, [schema], _read_values(before), parts)
     values: list[str] = []
@@ -129,9 +134,8 @@ def _spell(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def _options(before: Sequence[str], prefix: str) -> Iterator[str]:
+def _options(schema: Schema, before: Sequence[str], prefix: str) -> Iterator[str]:
     """Options one level below the last dot of a prefix."""
-    schema = read_options()["schema"]
     *parts, _ = prefix.removeprefix("--").split(".")
     values = _read_values(before)
     parents = _walk(schema, [schema], values, parts)

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,14 +18,20 @@ from fulgurite.data.store import cache_folder
 from fulgurite.io import atomic_write
 from fulgurite.systems import ENTRY_POINTS, systems
 
-__all__ = ["OTHER_COMMANDS", "read_options"]
+__all__ = ["OTHER_COMMANDS", "RunCommand", "read_options"]
+
+RunCommand = Callable[[list[str]], int]
+"""Runs the command line of fulgurite; returns its exit status."""
 
 #: Commands whose options are those of their ``--help``.
 OTHER_COMMANDS = ("compare", "report", "sweep", "new", "export", "schema", "completion")
 
 
-def read_options() -> dict[str, Any]:
+def read_options(run_command: RunCommand) -> dict[str, Any]:
     """Return the schema of runs and the options of commands, from the cache where it is fresh.
+
+    Args:
+        run_command: Prints the help of each command, where it is not in the cache.
 
     Returns:
         ``schema``, as :func:`fulgurite.schema.describe_run` makes it, and ``commands``, the
@@ -36,7 +42,7 @@ def read_options() -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and {"schema", "commands"} <= content.keys():
             return content
-    content = _make_options()
+    content = _make_options(run_command)
     with contextlib.suppress(OSError):  # without a cache it only takes longer
         for old in path.parent.glob("*.json"):
             old.unlink(missing_ok=True)
@@ -62,22 +68,23 @@ def _source_files() -> Iterator[Path]:
             yield from sorted(Path(folder).rglob("*.py"))
 
 
-def _make_options() -> dict[str, Any]:
+def _make_options(run_command: RunCommand) -> dict[str, Any]:
     from fulgurite.schema import describe_run
 
     names = [*OTHER_COMMANDS, *(c.name for s in systems().values() for c in s.commands)]
-    return {"schema": describe_run(), "commands": {name: _read_help(name) for name in names}}
+    return {
+        "schema": describe_run(),
+        "commands": {name: _read_help(name, run_command) for name in names},
+    }
 
 
-def _read_help(command: str) -> list[str]:
+def _read_help(command: str, run_command: RunCommand) -> list[str]:
     """The options that ``--help`` of a command lists."""
-    from fulgurite.__main__ import main
-
     text = io.StringIO()
     with (
         contextlib.redirect_stdout(text),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.suppress(SystemExit),
     ):
-        main([command, "--help"])
+        run_command([command, "--help"])
     return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text.getvalue())))
