@@ -9,10 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from fulgurite.datamodules.cs_arm_bn.embeddings import EmbeddedPlates
 from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates, ImageFiles, RxRx1Plates
-from fulgurite.errors import DataError
+from fulgurite.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +77,14 @@ def find_input_plates(
         classes: Classes of the training.
 
     Raises:
-        DataError: It is neither.
+        ConfigError: The training read embeddings in place of images.
+        DataError: The path is neither.
     """
+    if isinstance(source, EmbeddedPlates):
+        raise ConfigError(
+            f"The network was trained on embeddings, and --input={path} names plates of images.",
+            "Leave --input out, and name the table and its embeddings in --data.init_args.source.",
+        )
     if path.is_file() and path.name.lower().endswith(_SUFFIXES):
         files, exclude = ImageFiles(), frozenset[str]()
         if isinstance(source, CsvPlates):

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
+import yaml
 
 import fulgurite as package
-from fulgurite.errors import CheckpointError, DataError, FulguriteError
+from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
 from fulgurite.predictions import read_predictions
 
 COLUMNS = ["source", "batch", "plate", "well", "site", "role", "label"]
@@ -141,6 +142,33 @@ def test_a_folder_or_another_file_is_no_table(trained):
         package.predict(trained[0], "folder", "last")
     with pytest.raises(DataError, match=r"plates\.xlsx ends with none of \.csv"):
         package.predict(trained[0], "plates.xlsx", "last")
+
+
+def test_plates_of_embeddings_have_no_images_to_read(trained):
+    from fulgurite.datamodules.cs_arm_bn import EmbeddedPlates
+
+    data = package.load("cs_arm_bn/smoke").data
+    data.source = EmbeddedPlates(data.source, "embeddings.npz")
+    with pytest.raises(ConfigError, match="trained on embeddings"):
+        data.predict_from(Path("plates.csv"), trained[1].state_dict())
+
+
+def test_training_plates_need_not_be_there(trained, tested):
+    """Classes, channels and statistics are in the checkpoint, sizes of the network too."""
+    tested.to_csv("plates.csv", index=False)
+    reference = package.predict(trained[0], "plates.csv", "last")
+    shutil.copytree(trained[0], "run")
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    config["data"]["init_args"]["source"] = {
+        "class_path": "fulgurite.datamodules.cs_arm_bn.CsvPlates",
+        "init_args": {
+            "path": "gone.csv", "channels": list(trained[1].source.channels),
+            "downscale": 1, "intensity": "full",
+        },
+    }  # fmt: skip
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    predictions = package.predict("run", "plates.csv", "last")
+    assert np.array_equal(predictions["probabilities"], reference["probabilities"])
 
 
 def test_a_folder_in_the_layout_of_the_training_is_read(trained):
