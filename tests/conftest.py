@@ -25,7 +25,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Search for garbage less often, and never in what was imported: a tenth of the suite's time."""
+    """Search for garbage less often, and never in what was imported: a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)

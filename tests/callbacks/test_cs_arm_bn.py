@@ -211,7 +211,10 @@ def test_an_error_leaves_no_context_behind(tmp_path):
     assert all(layer.context is None for layer in context_layers(module.network).values())
 
 
-@pytest.mark.parametrize("method", [AdaptiveWeight, ControlsOnly, ERM])
+@pytest.mark.parametrize(
+    "method",
+    [ControlsOnly, *(pytest.param(m, marks=pytest.mark.slow) for m in (AdaptiveWeight, ERM))],
+)
 def test_a_plain_trainer_gives_the_same_as_with_the_callback(tmp_path, method):
     """Training, validation, test and prediction, bit for bit."""
     results = []
@@ -484,6 +487,7 @@ def test_a_profile_sees_brightness_contrast_and_sharpness():
 # --- ranks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # tests/callbacks/test_fedsir_rounds.py has two ranks in the default suite
 def test_two_processes_train_validate_and_predict_as_one(fit, run_two, weights):
     """Two ranks that accumulate two episodes are one rank that accumulates four."""
     common = [

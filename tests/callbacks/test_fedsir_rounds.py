@@ -399,9 +399,11 @@ def assert_equal_runs(alone_run, weights):
     ("options", "message"),
     [
         (["--trainer.limit_train_batches=2"], "A round has 4 client groups"),
-        (["--trainer.fast_dev_run=true"], "A round has 4 client groups"),
+        pytest.param(
+            ["--trainer.fast_dev_run=true"], "A round has 4 client groups", marks=pytest.mark.slow
+        ),
         (["--model.init_args.optimizer.lr=-1"], "Invalid learning rate"),
-        (["--trainer.precision=64-true"], "precision=64-true"),
+        pytest.param(["--trainer.precision=64-true"], "precision=64-true", marks=pytest.mark.slow),
         (["--trainer.precision=16-true"], "precision=16-true. Use bf16-mixed"),
         (["--model.init_args.method.relabeling.residual_rows=0"], "relabeling.residual_rows"),
         (["--model.init_args.method.distillation.temperature=0"], "distillation.temperature"),

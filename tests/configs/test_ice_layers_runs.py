@@ -76,6 +76,7 @@ def test_flights_without_climate_are_completed(fit, workdir, config, option):
             assert (stack["thickness"] > 0).all()
 
 
+@pytest.mark.slow  # tests/callbacks/test_fedsir_rounds.py has two ranks in the default suite
 def test_two_processes_train_and_test_as_one(fit, run_two):
     """Prior, loss and calibration are of all ranks; two batches of 4 stacks are one of 8."""
     common = [

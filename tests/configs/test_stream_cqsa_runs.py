@@ -27,6 +27,7 @@ def test_streamed_attention_trains_to_the_same_weights(fit, weights):
     assert Path("streamed/test_metrics.json").is_file()
 
 
+@pytest.mark.slow  # tests/platform/attention/test_ranks.py shares one attention in seconds
 def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, run_two, weights):
     name = "stream_cqsa/smoke.yaml"
     strategy_option = "--trainer.strategy.class_path=fulgurite.strategies.StreamCQSADDPStrategy"
@@ -39,6 +40,7 @@ def test_ranks_share_streamed_attention_and_train_to_the_same_weights(fit, run_t
         torch.testing.assert_close(ranks[key], alone[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # tests/platform/test_stream_cqsa_strategy.py spills activations in seconds
 def test_activations_on_disk_train_to_the_same_weights(fit, weights):
     """The configuration for long sequences, short, against the same network in core."""
     name = "stream_cqsa/long.yaml"

@@ -157,7 +157,10 @@ METHODS = {
 needs_cleanlab = {"folds", "probe"}
 
 
-@pytest.fixture(params=METHODS)
+# Folds train a network for each fold: the probe cleans by the same code, in the default suite.
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow if n == "folds" else []) for n in METHODS]
+)
 def make(request):
     if request.param in needs_cleanlab:
         pytest.importorskip("cleanlab")
@@ -629,7 +632,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+#: FedNoRo has the options of most others; the rounds of each method run above.
+QUICK = ("FedNoRo",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in OPTIONS]
+)
 def test_runs_by_command_line(name, tmp_path):
     if name == "LocalCleaning":
         pytest.importorskip("cleanlab")

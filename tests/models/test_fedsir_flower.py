@@ -132,7 +132,10 @@ def train(app, clients=None, *, rounds=ROUNDS, checkpoint=None, save=None):
     return FlatState(model.network).read(), trainer
 
 
-@pytest.mark.parametrize("method", ["FedSIR", "FedAvg", "FedCorr", "RoFL"])
+@pytest.mark.parametrize(
+    "method",
+    ["FedSIR", *(pytest.param(m, marks=pytest.mark.slow) for m in ("FedAvg", "FedCorr", "RoFL"))],
+)
 def test_weights_are_those_of_the_simulation(app, grid, tmp_path, method):
     package = with_method(app, tmp_path / "app", method)
     grid.app = make_client_app(package)

@@ -84,7 +84,11 @@ def by_sklearn(x, period, estimator, seeds=2, folds=5):
 
 
 @pytest.mark.parametrize(
-    ("width", "period"), [(8, 3), (64, 2), (64, 10), (200, 2), (200, 5), (384, 10)]
+    ("width", "period"),
+    [
+        *((8, 3), (64, 2), (64, 10), (200, 2)),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((200, 5), (384, 10))),
+    ],
 )
 def test_lda_is_scikit_learns(width, period):
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -155,7 +159,8 @@ def tight_circle(period, width, noise, size=300):
     return torch.cat([circle, loose], 1)
 
 
-WIDTHS = [2, 3, 129, *(pytest.param(w, marks=pytest.mark.slow) for w in (64, 128, 256, 512, 1024))]
+WIDE = (129, 64, 128, 256, 512, 1024)
+WIDTHS = [2, 3, *(pytest.param(w, marks=pytest.mark.slow) for w in WIDE)]
 
 
 @pytest.mark.parametrize("noise", [1.0, 1e-2, 1e-3, 1e-4, 1e-6])
@@ -168,7 +173,7 @@ def test_lda_is_scikit_learns_at_any_scale(width, noise):
 
 
 @pytest.mark.parametrize("noise", [0.1, 1e-5, 1e-7])
-@pytest.mark.parametrize("width", WIDTHS[1:])
+@pytest.mark.parametrize("width", [3, *(pytest.param(w, marks=pytest.mark.slow) for w in WIDE)])
 def test_lda_is_right_at_two_scales_at_once(width, noise):
     """The circle tells n mod 5, a loose feature parity. Below 1e-5 scikit-learn loses parity."""
     ours, _ = answers(tight_circle(5, width, noise), 10)
@@ -177,7 +182,7 @@ def test_lda_is_right_at_two_scales_at_once(width, noise):
     assert torch.equal(ours % 5, torch.arange(300) % 5) or noise == 0.1
 
 
-@pytest.mark.parametrize("width", [12, 140])
+@pytest.mark.parametrize("width", [12, pytest.param(140, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [
     "dead", "doubled", "one row", "outlier", "class", "tight class", "constant in a class",
     "offset", "units", "rank 5", "heavy tails",

@@ -339,6 +339,7 @@ def test_documents_of_each_sequence_are_refused():
         LanguageModel(small()).training_step(batch, 0)
 
 
+@pytest.mark.slow  # a language model, above, learns in the default suite
 def test_a_masked_language_model_learns(tmp_path):
     model = MaskedLanguageModel(small(Encoder, width=32), adam(0.003), loss_chunk=10)
     data = loader([{"tokens": batch["tokens"]} for batch in batches(size=8)])
@@ -523,8 +524,15 @@ def test_hugging_face_models_with_chunks_sinks_and_caps_are_streamed_exactly(opt
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", ["rect", "cqs"])
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    [
+        pytest.param(LLAMA, "cqs", id="llama-cqs"),
+        pytest.param(LLAMA, "rect", id="llama-rect", marks=pytest.mark.slow),
+        pytest.param(GPT2, "rect", id="gpt2-rect"),
+        pytest.param(GPT2, "cqs", id="gpt2-cqs", marks=pytest.mark.slow),
+    ],
+)
 def test_hugging_face_models_train_streamed_as_in_core(config, schedule, tmp_path):
     pytest.importorskip("transformers")
     trained = []

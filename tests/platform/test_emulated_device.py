@@ -112,9 +112,9 @@ def run_on_device(config, *options, test=True):
     return refused, {re.sub(r":\d+$", "", wait) for wait in waits}
 
 
-SYSTEMS = ["cs_arm_bn", "number_probing"] + [
+SYSTEMS = ["number_probing"] + [
     pytest.param(system, marks=pytest.mark.slow)
-    for system in ("fedsir", "ice_layers", "stream_cqsa")
+    for system in ("cs_arm_bn", "fedsir", "ice_layers", "stream_cqsa")
 ]
 
 

@@ -37,10 +37,11 @@ def test_training_from_python_equals_the_command_line(tmp_path):
     "name",
     [
         "fedsir/smoke",
-        "cs_arm_bn/smoke",
-        "stream_cqsa/smoke",
         "number_probing/smoke",
-        "ice_layers/smoke",
+        *(
+            pytest.param(f"{name}/smoke", marks=pytest.mark.slow)
+            for name in ("cs_arm_bn", "stream_cqsa", "ice_layers")
+        ),
     ],
 )
 def test_every_system_runs_in_six_lines(name):

@@ -232,7 +232,6 @@ def test_a_killed_sweep_runs_what_was_cut_short_again(folder):
     assert len(rows) == 6  # the one that was cut short is none
 
 
-@pytest.mark.slow  # PostgreSQL's, below, is not
 def test_two_drivers_share_one_storage(folder):
     """As two machines do, each with a folder of its own."""
     file, url = write(folder, GRID), f"sqlite:///{folder / 'shared.db'}"
@@ -620,6 +619,7 @@ def postgres():
         shutil.rmtree(home)
 
 
+@pytest.mark.slow  # two drivers of one SQLite file, above, are not
 def test_two_drivers_share_one_postgresql(folder, postgres):
     """And one of them is killed."""
     file = write(folder, GRID)

@@ -10,6 +10,7 @@ import os
 import re
 from contextlib import nullcontext
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ from fulgurite.attention import stream_attention
 from fulgurite.errors import ConfigError
 
 # 10,000 have been run: FULGURITE_CALLS=10000 pytest tests/platform/attention/test_contract.py
-CALLS = int(os.environ.get("FULGURITE_CALLS", "200"))
+CALLS, FEW = int(os.environ.get("FULGURITE_CALLS", "200")), 50
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "channels", "reversed batch")
 
@@ -146,9 +147,20 @@ def reference_kernel(mask):
     return nullcontext()
 
 
-@settings(max_examples=CALLS, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sdpa_calls())
 def test_calls_of_pytorchs_attention_are_answered_as_it_answers_them(case):
+    check_call(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=CALLS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(sdpa_calls())
+def test_many_calls_of_pytorchs_attention_are_answered_as_it_answers_them(case):
+    check_call(case)
+
+
+def check_call(case):
     tensors, mask, options, needs, budget, schedule = case
     dtype = tensors[0].dtype
     tensors = [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
@@ -305,9 +317,20 @@ def ids_of(draw, keys):
     )
 
 
-@settings(max_examples=CALLS, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck))
 @given(masked_calls())
 def test_masks_of_our_own_are_what_they_say(case):
+    check_masks(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=CALLS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(masked_calls())
+def test_many_masks_of_our_own_are_what_they_say(case):
+    check_masks(case)
+
+
+def check_masks(case):
     tensors, bias, options, extras, hidden, positions, budget = case
     call = options | extras
     sinks, scale = extras.get("sinks"), 0.8

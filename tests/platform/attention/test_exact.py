@@ -155,7 +155,10 @@ def test_float64_is_exact_forward_and_backward(number):
         assert (a - b).norm() <= 1e-12 * max(1.0, float(b.norm()))
 
 
-@pytest.mark.parametrize(("schedule", "chunks"), [("rect", 0), ("cqs", 7), ("cqs", 10)])
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [("rect", 0), ("cqs", 7), pytest.param("cqs", 10, marks=pytest.mark.slow)],
+)
 def test_gradcheck(schedule, chunks):
     visible = Visibility.of(17, 17, EntryMasks(is_causal=True, window=9))
     spec = spec_of(1, 2, 1, 2, torch.float64, visible, 0.5)
@@ -547,7 +550,9 @@ def test_tensors_alive_at_once_fit_the_budget(schedule, budget, dtype, passes, w
     assert backward.peak - sum(x.nbytes for x in grads) <= chosen.peak_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "kind",
     ["softcap", "learned bias", "bias of heads", "holes", "slopes", "sinks", "values", "strides",
