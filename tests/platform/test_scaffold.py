@@ -10,6 +10,7 @@ import yaml
 from fulgurite.__main__ import main
 from fulgurite.errors import ConfigError
 from fulgurite.scaffold import create_package
+from fulgurite.testing.survival import start_call
 
 
 def run(command, folder, **environment):
@@ -25,13 +26,24 @@ def run(command, folder, **environment):
     return done.stdout
 
 
+def run_tests(folder):
+    """Run the tests of a package in a fork of this process, which has imported everything."""
+
+    def work():
+        os.chdir(folder)
+        return pytest.main(["-q", "-p", "no:cacheprovider", "-o", "pythonpath=."])
+
+    ended = start_call(work, folder).wait()
+    assert ended.status == 0, ended.output
+    return ended.output
+
+
 def test_a_new_package_passes_its_own_tests_and_ruff(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["new", "my_paper"]) == 0
     assert "fulgurite fit --config my_paper/configs/smoke.yaml" in capsys.readouterr().out
     folder = tmp_path / "my_paper"
-    options = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=."]
-    assert "2 passed" in run(["-m", "pytest", *options], folder)
+    assert "2 passed" in run_tests(folder)
     rules = ["--select=E,F,W,I,B,UP,D1", "--ignore=D107,D104,D103", "--line-length=100"]
     run(["-m", "ruff", "check", "--isolated", *rules, "my_paper"], folder)
     for file in (folder / "my_paper" / "configs").glob("*.yaml"):

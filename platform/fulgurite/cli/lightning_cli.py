@@ -26,6 +26,7 @@ from fulgurite.cli.metrics import metrics_table, select_telling_metrics, sort_me
 from fulgurite.cli.saving import SaveRun
 from fulgurite.cli.starting_point import StartFinder, StartingPoint
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.indexing import indexing_arguments
 from fulgurite.predictions import PredictionWriter
 from fulgurite.predictions.inputs import locate_input
 from fulgurite.ranks import end_launched_ranks, is_first_process
@@ -71,7 +72,8 @@ class FulguriteCLI(LightningCLI):
         self.wandb_id = ""
         parser_options = {"exit_on_error": False}
         try:
-            self._start(parser_options)
+            with indexing_arguments():
+                self._start(parser_options)
         except BaseException:
             if (trainer := getattr(self, "trainer", None)) is not None:
                 end_launched_ranks(trainer)

@@ -141,13 +141,14 @@ class _Built(Exception):
 
 def _parse_with_one_parser(words: Sequence[str]) -> Any:
     from fulgurite import cli
+    from fulgurite.indexing import indexing_arguments
     from fulgurite.replacing import dropping_replaced_arguments
 
     command, *options = words
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself will say them
-            with dropping_replaced_arguments():
+            with dropping_replaced_arguments(), indexing_arguments():
                 return _command_parsers()[command].parse_args(cli.prepare_arguments(options))
     except Exception:
         return cli.parse(words)  # slower; says in one line what is wrong
