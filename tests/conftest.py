@@ -1,7 +1,9 @@
 import gc
+import logging
 import os
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ def pytest_configure(config):
     """Import what every test needs, but not in the process that only deals tests to workers."""
     if config.getoption("tx", default=None) and not hasattr(config, "workerinput"):
         return
+    logging.getLogger().addHandler(logging.NullHandler())  # what none asks for is not printed
     gc.disable()  # until all is imported, none of which is garbage
 
     import lightning.pytorch  # noqa: F401  # now: its log handler keeps the stderr of its import
@@ -66,13 +69,45 @@ def write_blank(file):
 @pytest.fixture(autouse=True)
 def forgotten_modules(tmp_path_factory):
     """Forget the modules that a test wrote and imported, so that no later test meets them."""
-    before = set(sys.modules)
+    last = next(reversed(sys.modules))
     yield
-    written = tmp_path_factory.getbasetemp()
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).is_relative_to(written):
-            del sys.modules[name]
+    if new := [*takewhile(lambda name: name != last, reversed(sys.modules))]:
+        written = tmp_path_factory.getbasetemp()
+        for name in new:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).is_relative_to(written):
+                del sys.modules[name]
+
+
+class LogText(logging.Handler):
+    """What was logged since the last :meth:`clear`."""
+
+    def __init__(self):
+        super().__init__()
+        self.clear()
+
+    def emit(self, record):
+        self.text += self.format(record) + "\n"
+
+    def clear(self):
+        self.text = ""
+
+
+@pytest.fixture
+def log():
+    """What the test logs.
+
+    Pytest's own fixture for it comes with a plug-in that goes through all loggers before and after
+    each part of each test, a hundredth of a second for each.
+    """
+    handler, root = LogText(), logging.getLogger()
+    others = [x for x in root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
+    loggers = [root, *(logger for logger in others if not logger.propagate)]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

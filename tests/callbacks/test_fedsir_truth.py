@@ -46,17 +46,17 @@ def logged():
         return {name: value for row in csv.DictReader(file) for name, value in row.items() if value}
 
 
-def test_partial_truth_measures_noise_where_it_is_known(fit, config, caplog):
+def test_partial_truth_measures_noise_where_it_is_known(fit, config, log):
     fit(*config)
     values = logged()
     assert float(values["fed/label_noise"]) == pytest.approx(0.5, abs=0.05)
     assert not [name for name in values if name.startswith("identify/")]
-    assert "precision and recall of noisy clients are left out" in caplog.text
+    assert "precision and recall of noisy clients are left out" in log.text
 
 
-def test_unknown_truth_measures_no_noise(fit, config, caplog):
+def test_unknown_truth_measures_no_noise(fit, config, log):
     noise = "--data.init_args.noise="
     fit(*config, f"{noise}{DATA}.SourceLabels")
     names = [name for name in logged() if name.startswith(("identify/", "fed/label_noise"))]
     assert not names
-    assert "true labels of 1294 of 1294 training samples are unknown" in caplog.text
+    assert "true labels of 1294 of 1294 training samples are unknown" in log.text

@@ -346,12 +346,12 @@ def test_arrays_that_are_no_labels_are_one_error(tmp_path, labels, message):
         build(noise=FileLabels(save(tmp_path, "a.npz", {"label": labels})))
 
 
-def test_labels_in_another_order_are_told_by_their_agreement(tmp_path, caplog):
+def test_labels_in_another_order_are_told_by_their_agreement(tmp_path, log):
     path = save(tmp_path, "a.npy", {"label": np.arange(TOTAL) % 2})
     build(noise=FileLabels(path))
-    assert not caplog.text
+    assert not log.text
     build(noise=FileLabels(save(tmp_path, "b.npy", {"label": np.repeat([0, 1], 20)})))
-    assert "is it in the order of the source?" in caplog.text
+    assert "is it in the order of the source?" in log.text
 
 
 def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
@@ -368,7 +368,7 @@ def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
         build(noise=FileLabels(write(tmp_path, table(label=["cat", *GIVEN[1:]]), "b.csv")))
 
 
-def test_true_labels_of_the_file_with_gaps(tmp_path, caplog):
+def test_true_labels_of_the_file_with_gaps(tmp_path, log):
     true = [None if row % 3 else row % 2 for row in range(TOTAL)]
     path = write(tmp_path, table(label=GIVEN, true_label=true))
     data = build(noise=FileLabels(path, LabelColumns(true_label="true_label"), truth="file"))
@@ -376,7 +376,7 @@ def test_true_labels_of_the_file_with_gaps(tmp_path, caplog):
     index = torch.cat([data.client_index(k) for k in range(3)])
     expected = torch.where(rows % 3 == 0, rows % 2, UNKNOWN)
     assert data.evaluation.true[index].equal(expected)
-    assert "are unknown" in caplog.text
+    assert "are unknown" in log.text
     wrong = write(
         tmp_path, table(label=GIVEN, true_label=[1 - row % 2 for row in range(TOTAL)]), "b.csv"
     )

@@ -163,15 +163,15 @@ def test_greedy_cover_takes_the_largest_gain_first_and_no_client_for_nothing():
     assert not clean_cover_clients(counts, enough * 100).any()
 
 
-def test_an_unreachable_cover_warns_and_a_fraction_reaches(caplog):
+def test_an_unreachable_cover_warns_and_a_fraction_reaches(log):
     labels = torch.arange(5_000) % 100  # 50 of each class
     parts = Dirichlet(5.0)(labels, 10, 100, make_generator(0))
     done = NoisyClients(Symmetric(), 0.5)(labels, parts, 100, make_generator(0))
-    assert "of 100 of 100 classes" in caplog.text
+    assert "of 100 of 100 classes" in log.text
     assert int(done.noisy.sum()) == 9
-    caplog.clear()
+    log.clear()
     done = NoisyClients(Symmetric(), 0.5, clean_cover=0.09)(labels, parts, 100, make_generator(0))
-    assert not caplog.text
+    assert not log.text
     counts = torch.stack([torch.bincount(labels[part], minlength=100) for part in parts])
     assert (counts[~done.noisy] >= 5).any(0).all()
 

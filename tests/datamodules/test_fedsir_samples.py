@@ -267,12 +267,12 @@ class Unsure(FederationNoise):
 
 
 @pytest.mark.parametrize("none", [False, True])
-def test_unknown_truth_is_said_and_left_out(none, caplog):
+def test_unknown_truth_is_said_and_left_out(none, log):
     data = FederatedDataModule(Numbered(), Iid(), Unsure(none), clients=3)
     data.setup()
     unknown = 54 if none else r"\d\d"
-    assert f"The true labels of {unknown if none else ''}" in caplog.text
-    assert "validation labels are the given ones" in caplog.text
+    assert f"The true labels of {unknown if none else ''}" in log.text
+    assert "validation labels are the given ones" in log.text
     if none:
         assert data.evaluation is None
     else:

@@ -337,13 +337,22 @@ def per_step(values, unit):
     return values * amount
 
 
-@pytest.mark.parametrize("daily", [False, True])
+UNITS = (
+    *("", "mmWE", "mm", "cm w.e.", "m w.e.", "m.w.e.", "m of water equivalent"),
+    *("kg m-2", "kg/m^2", "mm w.e./yr", "mmWE/year", "kg m-2 a-1", "m w.e. yr-1"),
+    *("mm/day", "mm d-1", "kg/m2/s", "kg m**-2 s**-1", "kg m⁻² s⁻¹"),
+)
+BY_DAY = ("mmWE", "m w.e. yr-1", "mm/day", "kg/m2/s")  # an amount, and a rate of each period
+
+
 @pytest.mark.parametrize(
-    "unit",
+    ("unit", "daily"),
     [
-        *("", "mmWE", "mm", "cm w.e.", "m w.e.", "m.w.e.", "m of water equivalent"),
-        *("kg m-2", "kg/m^2", "mm w.e./yr", "mmWE/year", "kg m-2 a-1", "m w.e. yr-1"),
-        *("mm/day", "mm d-1", "kg/m2/s", "kg m**-2 s**-1", "kg m⁻² s⁻¹"),
+        *((unit, False) for unit in UNITS),
+        *(
+            pytest.param(unit, True, marks=[] if unit in BY_DAY else pytest.mark.slow)
+            for unit in UNITS
+        ),
     ],
 )
 def test_amounts_and_rates_of_water(tmp_path, unit, daily):
@@ -356,7 +365,13 @@ def test_amounts_and_rates_of_water(tmp_path, unit, daily):
     np.testing.assert_allclose(found[:, 0], plane(*project(points()).T), rtol=0.02)
 
 
-@pytest.mark.parametrize("unit", ["Gt", "mm h", "inch", "kg", "mm w.e./decade", "degC"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *("mm w.e./decade", "degC"),
+        *(pytest.param(unit, marks=pytest.mark.slow) for unit in ("Gt", "mm h", "inch", "kg")),
+    ],
+)
 def test_unknown_units_are_refused(tmp_path, unit):
     write(tmp_path, RU=lambda v, u: (v, unit))
     with pytest.raises(DataError, match=rf"unit '{unit}' of the variable RU of .*2010.nc") as error:

@@ -267,7 +267,7 @@ def own_data(folder, classes="0123456789", side=8):
 
 
 def test_clients_that_do_not_fit_are_refused_by_name_and_the_others_go_on(
-    app, grid, tmp_path, workdir, caplog
+    app, grid, tmp_path, workdir, log
 ):
     package = tmp_path / "app"
     package.mkdir()
@@ -293,7 +293,7 @@ def test_clients_that_do_not_fit_are_refused_by_name_and_the_others_go_on(
     assert "partition-id is 7, and the configuration has 3 clients" in why["7"]
     assert "there is a client of this name already" in why["0 (node 6)"]
     assert "unknown key 'partition'" in why["?"]
-    assert "Client large is refused" in caplog.text
+    assert "Client large is refused" in log.text
 
 
 def test_own_data_need_a_normalisation_in_common(app, grid, tmp_path, workdir):

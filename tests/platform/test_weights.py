@@ -45,12 +45,12 @@ def test_weights_of_each_kind_of_file_and_prefix(tmp_path, name, prefix):
     assert same(source, target)
 
 
-def test_what_belongs_to_other_parts_is_left_out_with_a_note(tmp_path, caplog):
+def test_what_belongs_to_other_parts_is_left_out_with_a_note(tmp_path, log):
     source, target = Net(), Net()
     state = prefixed(source.state_dict(), "network.") | {"projector.weight": torch.zeros(2)}
     load_weights(target, write(tmp_path, state))
     assert same(source, target)
-    assert "1 other tensors are left out (projector.weight)" in caplog.text
+    assert "1 other tensors are left out (projector.weight)" in log.text
 
 
 def test_two_networks_that_fit_are_asked_for(tmp_path):
