@@ -161,6 +161,7 @@ def test_a_test_draws_errors_by_depth_and_coverage(again):
     assert figures == {"test_depth.png", "test_calibration.png"}
 
 
+@pytest.mark.slow  # tests/models/test_ice_layers_deep.py pretrains one in seconds
 def test_a_deep_layer_predictor_is_pretrained_on_completed_stacks(again, fit):
     again("predict", "--trainer.callbacks.netcdf=false", *PLAIN)
     deep = str(CONFIGS / "deep_pretrain.yaml")

@@ -242,6 +242,7 @@ def test_series_that_are_no_series(tmp_path):
 
 
 @pytest.mark.realdata
+@pytest.mark.slow  # flights over given years, above, are not
 def test_flights_over_the_real_years(cache):
     made = ForcedFlights(world=World(stacks=40, traces=32, layers=8, segments=20)).load()
     physics = stacked(made, "physics")

@@ -343,6 +343,7 @@ def test_hiding_is_on_unless_copying_is_asked_for():
     assert module().inputs.hiding.hides
 
 
+@pytest.mark.slow  # where a prior fills gaps, below, it is detected in the default suite
 def test_copying_is_detected():
     """Check 13: the identity version stops with what to do, or goes on where that is asked for."""
     data = Flights()
