@@ -336,6 +336,7 @@ def test_at_least_one_client_reports(clients, round):
     assert reporting == engine.draw_reporting(clients, round)
 
 
+@pytest.mark.slow  # a second identification; all else of it runs above
 def test_identification_can_be_repeated(fit):
     method = "--model.init_args.method.init_args"
     cli = fit(

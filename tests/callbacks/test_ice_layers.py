@@ -185,6 +185,7 @@ def test_a_deep_layer_predictor_is_pretrained_on_completed_stacks(again, fit):
         fit("--run.dir=leak", here, *small, "--data.init_args.seed=5", config=deep)
 
 
+@pytest.mark.slow  # the network, above, does in the default suite
 def test_a_baseline_writes_the_same_files(fit):
     config = str(CONFIGS / "baseline.yaml")
     options = [

@@ -132,6 +132,7 @@ def write_sred_folders(folder):
             write_sred(path, bins, pos, fields)
 
 
+@pytest.mark.slow  # its parts: tests/datamodules/test_ice_layers_sred.py
 def test_sred_is_fitted_tested_and_completed_by_its_own_split(fit, workdir, monkeypatch):
     write_sred_folders(workdir / "SR_Dataset_v1")
     monkeypatch.setenv("FULGURITE_DATA", str(workdir))

@@ -191,6 +191,7 @@ def test_faults_are_named(archive, tmp_path):
 
 
 @pytest.mark.realdata
+@pytest.mark.slow  # generated pictures are read above
 def test_real_cifar():
     assert os.environ["FULGURITE_DATA"]
     source = CorruptedCifar(queries=3, controls=4, families={"severities": [3]})

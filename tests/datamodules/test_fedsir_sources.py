@@ -5,8 +5,6 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tarfile
 import textwrap
 import warnings
@@ -15,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from fakes.forks import start_script
 from PIL import Image
 
 from fulgurite.datamodules.fedsir import (
@@ -584,8 +583,8 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
             decoding._CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
         ImageFolder({str(path)!r}).load()
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False)
-    assert done.returncode == -9
+    ended = start_script(textwrap.dedent(program), folder=tmp_path).wait()
+    assert ended.status == -9, ended.output
     assert [name[0] for name in entries(cache)] == ["."]  # only a temporary name
     arrays = ImageFolder(str(path)).load()
     np.testing.assert_array_equal(arrays.test_images.numpy(), class_images(3, 3, size=8, seed=1)[0])

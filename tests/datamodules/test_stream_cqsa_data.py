@@ -1,8 +1,6 @@
 """Bytes of real files as sequences, their cache, and needles in a haystack."""
 
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from fakes.forks import start_script
 from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,7 +180,7 @@ def test_an_interrupted_write_leaves_nothing(corpus, cache, monkeypatch):
     assert len(made(corpus).text) == 2000
 
 
-def test_a_killed_writer_is_cleaned_up(corpus, cache):
+def test_a_killed_writer_is_cleaned_up(corpus, cache, tmp_path):
     code = """
 import os, sys
 from fulgurite.datamodules.stream_cqsa import cached_text, text
@@ -189,8 +188,7 @@ from fulgurite.data.listing import find_files
 text.np.save = lambda *_: os.kill(os.getpid(), 9)
 cached_text(find_files([sys.argv[1]], [".txt", ".md"]))
 """
-    command = [sys.executable, "-c", code, str(corpus)]
-    assert subprocess.run(command, check=False, timeout=60).returncode == -9
+    assert start_script(code, corpus, folder=tmp_path).wait().status == -9
     (left_over,) = entries(cache)
     assert ".tmp-" in left_over
     data = made(corpus)
@@ -217,7 +215,7 @@ def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path, monkeypatch):
         made(corpus)
 
 
-def test_ranks_write_once(corpus, cache):
+def test_ranks_write_once(corpus, cache, tmp_path):
     """Several processes ask at once; one writes, the others wait for it."""
     code = """
 import sys, time
@@ -231,9 +229,8 @@ def slow(*arguments):
 text._write_bytes = slow
 print(len(cached_text(find_files([sys.argv[1]], [".txt", ".md"]))))
 """
-    command = [sys.executable, "-c", code, str(corpus)]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = "".join(rank.communicate(timeout=60)[0] for rank in ranks)
+    ranks = [start_script(code, corpus, folder=tmp_path) for _ in range(2)]
+    printed = "".join(rank.wait().output for rank in ranks)
     assert sorted(printed.split()) == ["2000", "2000", "written"]
 
 

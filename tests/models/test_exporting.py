@@ -161,6 +161,7 @@ def test_images_are_standardised_inside_the_network(normalise, workdir):
 # --- ice layers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a plate, above, does in the default suite
 def test_a_stack_leaves_as_it_is_predicted(train_once, workdir):
     _, folder = train_once("fit", "--config", "ice_layers/smoke.yaml", *TRAINED)
     run = folder / "run"

@@ -157,9 +157,13 @@ METHODS = {
 needs_cleanlab = {"folds", "probe"}
 
 
-# Folds train a network for each fold: the probe cleans by the same code, in the default suite.
+# Folds train a network for each fold: the probe cleans by the same code, in the default suite. The
+# others keep less between rounds than FedCorr, FedELC and RoFL.
+DEAR = {"folds", "fednoro", "fedlsr"}
+
+
 @pytest.fixture(
-    params=[pytest.param(n, marks=pytest.mark.slow if n == "folds" else []) for n in METHODS]
+    params=[pytest.param(n, marks=pytest.mark.slow if n in DEAR else []) for n in METHODS]
 )
 def make(request):
     if request.param in needs_cleanlab:

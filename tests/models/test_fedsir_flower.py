@@ -266,6 +266,7 @@ def own_data(folder, classes="0123456789", side=8):
     return str(file)
 
 
+@pytest.mark.slow  # the next but one loses a client too
 def test_clients_that_do_not_fit_are_refused_by_name_and_the_others_go_on(
     app, grid, tmp_path, workdir, log
 ):

@@ -308,6 +308,7 @@ def test_it_learns_to_add(fit):
     assert cli.trainer.callback_metrics["val/exact"] > 0.95
 
 
+@pytest.mark.slow  # fedsir has two ranks in the default suite
 def test_two_processes_train_and_probe_as_one(fit, run_two):
     fit("--data.init_args.batch_size=128", "--run.dir=one", config=SMOKE)
     run_two("fit", "--config", SMOKE, "--run.dir=two")

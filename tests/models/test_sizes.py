@@ -69,7 +69,10 @@ def trainer_with(callback):
 
 
 @pytest.mark.parametrize("form", [pytest.param("instance", marks=pytest.mark.slow), "factory"])
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system",
+    [pytest.param(s, marks=pytest.mark.slow if s == "ice_layers" else []) for s in SYSTEMS],
+)
 def test_a_network_is_an_instance_or_what_makes_it(data_of, system, form):
     make, instance, factory, callback = SYSTEMS[system]
     data = data_of(system)

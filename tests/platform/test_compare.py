@@ -250,7 +250,7 @@ def test_two_seeds_get_no_mark_and_the_caption_says_so(place):
     ("trouble", "says"),
     [
         ("raise", "ValueError: the loss is a potato"),
-        ("exit", "exit status 2"),
+        pytest.param("exit", "exit status 2", marks=pytest.mark.slow),
         ("status", "exit status 3: The moon is made of cheese."),
         ("kill", "killed by SIGKILL"),
     ],
@@ -286,7 +286,7 @@ def test_a_missing_metric_is_a_failure(place):
 
 
 def test_a_killed_comparison_goes_on_where_it_was(place):
-    file = write(place, args={"sleep": 0.4}, seeds=[0, 1])
+    file = write(place, args={"sleep": 0.2}, seeds=[0, 1])
     command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]
     command += ["--runner=fake_runner:main"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

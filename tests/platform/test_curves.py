@@ -81,7 +81,9 @@ def test_a_model_that_logs_nothing_is_said_to_have_run(fulgurite):
 
 
 @pytest.mark.figures
-@pytest.mark.parametrize("system", ["cs_arm_bn", "ice_layers"])
+@pytest.mark.parametrize(
+    "system", ["cs_arm_bn", pytest.param("ice_layers", marks=pytest.mark.slow)]
+)
 def test_a_fit_draws_its_loss(fit, system):
     fit("--run.dir=run", "--trainer.max_epochs=1", config=f"{system}/smoke.yaml")
     assert Path("run/figures/training.png").stat().st_size > 1000

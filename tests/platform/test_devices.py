@@ -81,7 +81,11 @@ def tensors_of(batch):
 
 
 @pytest.mark.parametrize(
-    "system", ["fedsir", "cs_arm_bn", "stream_cqsa", "number_probing", "ice_layers"]
+    "system",
+    [
+        *("fedsir", "cs_arm_bn", "stream_cqsa", "number_probing"),
+        pytest.param("ice_layers", marks=pytest.mark.slow),
+    ],
 )
 def test_batches_of_all_systems_are_pinned_where_there_is_a_gpu(fit, monkeypatch, system):
     data = fit("--trainer.max_epochs=0", config=f"{system}/smoke.yaml").datamodule
@@ -109,7 +113,9 @@ def test_batches_of_all_systems_are_pinned_where_there_is_a_gpu(fit, monkeypatch
         assert expected <= {*seen}
 
 
-@pytest.mark.parametrize("system", ["cs_arm_bn", "ice_layers"])
+@pytest.mark.parametrize(
+    "system", ["cs_arm_bn", pytest.param("ice_layers", marks=pytest.mark.slow)]
+)
 def test_modules_that_move_their_batches_warn_of_nothing(fit, recwarn, system):
     fit("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", config=f"{system}/smoke.yaml")
     assert [str(x.message) for x in recwarn if "transfer_batch" in str(x.message)] == []

@@ -29,6 +29,14 @@ def run(train_once):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The weights of that run in a file."""
+    return export_run(
+        run, "safetensors", out=tmp_path_factory.mktemp("exported") / "net.safetensors"
+    )
+
+
 def toy(network, **changes):
     """A network of two features, ready to be exported."""
     description = {
@@ -46,8 +54,8 @@ def toy(network, **changes):
 # --- a run, and its files -------------------------------------------------------------------------
 
 
-def test_weights_leave_bit_for_bit_with_a_card(run, tmp_path):
-    path = export_run(run, "safetensors", out=tmp_path / "net.safetensors")
+def test_weights_leave_bit_for_bit_with_a_card(run, exported):
+    path = exported
     stored = load_plain(run / "checkpoints" / "best.ckpt", "ckpt")
     with safe_open(path, "pt") as file:
         names, metadata = [*file.keys()], file.metadata()
@@ -56,7 +64,7 @@ def test_weights_leave_bit_for_bit_with_a_card(run, tmp_path):
     assert {f"network.{name}" for name in names} == {
         name for name in stored["state_dict"] if name.startswith("network.")
     }
-    card = json.loads((tmp_path / "net.safetensors.json").read_text())
+    card = json.loads(path.with_name("net.safetensors.json").read_text())
     assert card["checkpoint"]["sha256"] == checksum(run / "checkpoints" / "best.ckpt")
     assert card["sha256"] == checksum(path)
     assert card["classes"] == [str(digit) for digit in range(10)]
@@ -67,10 +75,10 @@ def test_weights_leave_bit_for_bit_with_a_card(run, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_exported_weights_are_a_start_of_another_run(run, fit, tmp_path):
-    path = export_run(run, "safetensors", out=tmp_path / "net.safetensors")
-    cli = fit(f"--model.init_args.weights={path}", "--trainer.fast_dev_run=true", command="predict")
-    with safe_open(path, "pt") as file:
+def test_exported_weights_are_a_start_of_another_run(exported, fit):
+    weights = f"--model.init_args.weights={exported}"
+    cli = fit(weights, "--trainer.fast_dev_run=true", command="predict")
+    with safe_open(exported, "pt") as file:
         assert all(
             torch.equal(file.get_tensor(name), value)
             for name, value in cli.model.network.state_dict().items()
@@ -105,7 +113,7 @@ def test_the_traced_network_takes_pixels_and_normalises_them(run, fulgurite):
 
 
 def test_a_file_that_is_there_is_kept(run, tmp_path):
-    path = export_run(run, "safetensors", out=tmp_path / "a.safetensors")
+    path = tmp_path / "a.safetensors"
     path.write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"is there already.*--overwrite"):
         export_run(run, "safetensors", out=path)

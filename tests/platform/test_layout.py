@@ -182,6 +182,7 @@ def wheel(tmp_path_factory):
     return built
 
 
+@pytest.mark.slow  # it takes pip; the folders are checked above
 def test_wheel_holds_the_folders(wheel):
     expected = set()
     for name, folder in FOLDERS.items():

@@ -296,6 +296,29 @@ def test_which_options_make_another_training():
     assert training_differences(one, changed) == [("trainer.callbacks", None, "my.Ema")]
 
 
+class _Started(Exception):
+    """Ends a run where Weights & Biases would be started."""
+
+
+def test_a_resumed_run_asks_weights_and_biases_for_its_run(one_run, monkeypatch):
+    from fulgurite.cli import run
+
+    ids = []
+
+    def start(**options):
+        ids.append(options["id"])
+        raise _Started
+
+    monkeypatch.setattr("wandb.init", start)
+    record = one_run / "environment.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"wandb_id": "abcd1234"}))
+    logger = "--trainer.logger=lightning.pytorch.loggers.WandbLogger"
+    with pytest.raises(_Started):
+        run(["fit", *SMOKE, logger, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert ids == ["abcd1234"]
+
+
+@pytest.mark.slow  # one that is asked for in vain, above, is not
 def test_a_resumed_run_keeps_its_run_at_weights_and_biases(fulgurite, workdir):
     logger = "--trainer.logger=lightning.pytorch.loggers.WandbLogger"
     options = (*SMOKE, logger, "--trainer.logger.offline=true", "--run.dir=run")

@@ -147,6 +147,7 @@ RANDOM = {
 }
 
 
+@pytest.mark.slow  # points themselves are drawn below
 def test_random_points_do_not_depend_on_the_number_of_workers(folder):
     one = run(write(folder, RANDOM), out="one", workers=1)
     two = run(write(folder, RANDOM), out="two", workers=2)

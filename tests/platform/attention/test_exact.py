@@ -157,7 +157,7 @@ def test_float64_is_exact_forward_and_backward(number):
 
 @pytest.mark.parametrize(
     ("schedule", "chunks"),
-    [("rect", 0), ("cqs", 7), pytest.param("cqs", 10, marks=pytest.mark.slow)],
+    [("rect", 0), *(pytest.param("cqs", n, marks=pytest.mark.slow) for n in (7, 10))],
 )
 def test_gradcheck(schedule, chunks):
     visible = Visibility.of(17, 17, EntryMasks(is_causal=True, window=9))
