@@ -18,7 +18,7 @@ def describe_configuration(path: Path) -> str:
             break
         comment.append(line.lstrip("# ").strip())
     text = " ".join(comment)
-    match = re.match(r".+?[.:](?=\s|$)", text)
+    match = re.match(r".+?\.(?=\s|$)", text)
     return (match[0] if match else text).rstrip(":") or "–"
 
 

@@ -308,6 +308,29 @@ def test_null_unsets_an_argument_of_an_argument(workdir, words):
     assert parsed_source(before, f"{SOURCE}.init_args.files.test=null")[1]["files"]["test"] is None
 
 
+def test_null_unsets_an_argument_of_an_argument_of_the_trainer():
+    from fulgurite.cli import parse
+
+    strategy = ["--trainer.strategy=fulgurite.strategies.StreamCQSAStrategy"]
+    offload = "--trainer.strategy.init_args.offload"
+    words = [
+        *strategy,
+        f"{offload}.activations=host",
+        f"{offload}.folder=x",
+        f"{offload}.folder=null",
+    ]
+    strategy = parse(["fit", *SMOKE, *words]).trainer.strategy
+    assert (strategy.init_args.offload.folder, strategy.init_args.offload.activations) == (
+        None,
+        "host",
+    )
+    probe = ["--trainer.callbacks=fulgurite.callbacks.number_probing.ModularProbe"]
+    rows = "--trainer.callbacks.init_args.rows"
+    words = [*probe, f"{rows}.first_row=3", f"{rows}.embedding=x", f"{rows}.embedding=null"]
+    [callback] = parse(["fit", *SMOKE, *words]).trainer.callbacks
+    assert (callback.init_args.rows.embedding, callback.init_args.rows.first_row) == (None, 3)
+
+
 @pytest.mark.figures
 def test_metrics_and_figures_reach_every_logger(fit):
     loggers = [

@@ -32,13 +32,22 @@ def prepare_arguments(argv: Sequence[str]) -> list[str]:
         ['--data={"init_args": {"source": {"init_args": {"test": null}}}}', '--model=A']
         >>> prepare_arguments(["--data.text.paths=null"])
         ['--data={"init_args": {"text": {"paths": null}}}']
+        >>> prepare_arguments(["--trainer.strategy.offload.folder=null"])
+        ['--trainer.strategy={"init_args": {"offload": {"folder": null}}}']
+        >>> prepare_arguments(["--trainer.callbacks.rows.embedding=null"])
+        ['--trainer.callbacks.rows={"embedding": null}']
     """
     return _with_nulls(_with_resolved_configs(argv))
 
 
-# a field of an argument (of a class, or of a record), and the words that YAML takes for null
-_INNER_ARGUMENT = re.compile(r"--(data|model)(\.init_args\.\w+|\.(?!init_args\.)\w+)(\.\w+)+")
-_NULLS = ("null", "Null", "NULL", "~")
+# a field of an argument (of a class, or of a record): what JSON is given to, and the path inside.
+# Where several classes may stand, JSON is taken for an argument of the last one, not for the class.
+_INNER_ARGUMENT = re.compile(
+    r"--(?P<lists>trainer\.(?:callbacks|logger|plugins)(?:\.init_args)?\.\w+)(?P<field>(?:\.\w+)+)"
+    r"|--(?P<owner>data|model|trainer\.\w+)"
+    r"(?P<path>(?:\.init_args\.\w+|\.(?!init_args\.)\w+)(?:\.\w+)+)"
+)
+_NULLS = ("null", "Null", "NULL", "~")  # the words that YAML takes for null
 
 
 def _with_nulls(argv: Sequence[str]) -> list[str]:
@@ -48,18 +57,20 @@ def _with_nulls(argv: Sequence[str]) -> list[str]:
         name, eq, value = arg.partition("=")
         if not eq and out and _INNER_ARGUMENT.fullmatch(out[-1]):
             name, value = out[-1], arg
-        if value not in _NULLS or not _INNER_ARGUMENT.fullmatch(name):
+        match = _INNER_ARGUMENT.fullmatch(name)
+        if value not in _NULLS or match is None:
             out.append(arg)
             continue
         if not eq:
             out.pop()
-        first, *parts = name.removeprefix("--").split(".")
-        if parts[0] != "init_args":
+        owner = match["lists"] or match["owner"]
+        parts = (match["field"] or match["path"]).split(".")[1:]
+        if match["owner"] and parts[0] != "init_args":
             parts = ["init_args", *parts]
         content: Any = None
         for part in reversed(parts):
             content = {part: content}
-        out.append(f"--{first}={json.dumps(content)}")
+        out.append(f"--{owner}={json.dumps(content)}")
     return out
 
 
