@@ -53,6 +53,17 @@ def ready(source, **options):
     return data
 
 
+class ReadFlights(SyntheticFlights):
+    """Generated flights whose files were read before."""
+
+    def __init__(self, flights):
+        super().__init__(World(**SMALL))
+        self.flights = flights
+
+    def load(self):
+        return self.flights
+
+
 class Given(StackSource):
     """Stacks that a test has made."""
 
@@ -95,8 +106,8 @@ def stacks(segments=7, each=3, **options):
 # split
 
 
-def test_flight_segments_stay_whole(cache):
-    data = ready(SyntheticFlights(World(**SMALL)), val=0.25, test=0.25)
+def test_flight_segments_stay_whole(generated):
+    data = ready(ReadFlights(generated), val=0.25, test=0.25)
     parts = {part: data.stacks_of(part) for part in ("train", "val", "test")}
     segments = {part: {s.segment for s in found} for part, found in parts.items()}
     assert {part: len(found) for part, found in segments.items()} == {
@@ -107,7 +118,7 @@ def test_flight_segments_stay_whole(cache):
     assert sum(map(len, parts.values())) == 60
     assert not segments["train"] & segments["val"]
     assert not (segments["train"] | segments["val"]) & segments["test"]
-    other = ready(SyntheticFlights(World(**SMALL)), val=0.25, test=0.25, seed=7)
+    other = ready(ReadFlights(generated), val=0.25, test=0.25, seed=7)
     assert {s.segment for s in other.stacks_of("test")} != segments["test"]
 
 
@@ -160,8 +171,8 @@ def test_a_guard_leaves_out_flights_of_the_same_years():
 # batches
 
 
-def test_batches_are_what_the_contract_says(cache):
-    data = ready(SyntheticFlights(World(**SMALL)), batch_size=4)
+def test_batches_are_what_the_contract_says(generated):
+    data = ready(ReadFlights(generated), batch_size=4)
     batch = next(iter(data.train_dataloader()))
     expected = {
         "thickness": (torch.float64, (128, 8)),
@@ -361,8 +372,8 @@ def test_what_is_dropped_comes_in_runs_and_layers():
     assert dropped.all(1).any(1).mean() > 0.2  # stacks with a whole layer gone
 
 
-def test_dropped_entries_are_known_and_not_observed(cache):
-    base, data = (ready(SyntheticFlights(World(**SMALL)), drop=drop) for drop in (0.0, 0.3))
+def test_dropped_entries_are_known_and_not_observed(generated):
+    base, data = (ready(ReadFlights(generated), drop=drop) for drop in (0.0, 0.3))
     for plain, batch in zip(base.test_dataloader(), data.test_dataloader(), strict=True):
         assert torch.equal(plain.thickness.nan_to_num(-1), batch.thickness.nan_to_num(-1))
         assert torch.equal(batch.observed | batch.dropped, plain.observed)
@@ -373,7 +384,7 @@ def test_dropped_entries_are_known_and_not_observed(cache):
         assert torch.equal(batch.observed, plain.observed & ~batch.dropped)
     for loader in (data.val_dataloader(), data.train_dataloader(), data.predict_dataloader()):
         assert not any(batch.dropped.any() for batch in loader)
-    again = ready(SyntheticFlights(World(**SMALL)), drop=0.3)
+    again = ready(ReadFlights(generated), drop=0.3)
     for one, two in zip(data.test_dataloader(), again.test_dataloader(), strict=True):
         assert torch.equal(one.dropped, two.dropped)
 
