@@ -10,9 +10,9 @@ INSTALLED := $(VENV)/.installed
 DEMO := compare_results/fedsir-compare_demo
 DEMO_RUN := runs/fedsir/digits/demo
 DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
-# A file is one worker's, so that its fixtures are made once. The longest goes first and the shortest,
-# which are many, go last, so that no worker waits for another at the end.
-TESTS := tests/survival tests $(DOCTESTS) -n auto --dist loadfile --no-loadscope-reorder
+# A file is one worker's, so that its fixtures are made once. Files go in the order of the collection:
+# tests/conftest.py puts the longest first, and doctests, which are short and many, come last.
+TESTS := tests $(DOCTESTS) -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: venv demo test test-all coverage lint types docs tables bench gpu format clean
 

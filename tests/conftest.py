@@ -36,6 +36,8 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
+    # the longest file first, so that no worker waits for it at the end
+    items.sort(key=lambda item: item.path.name != "test_kills.py")
     if os.environ.get("FULGURITE_DATA"):
         return
     for item in items:
