@@ -1,5 +1,6 @@
 """Every system, killed at random moments and resumed, ends as if it had not been."""
 
+import functools
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fulgurite.cli import run
 from fulgurite.systems import systems
 from fulgurite.testing.survival import Survival, run_forked, unequal
 
@@ -19,9 +21,16 @@ QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 EPOCHS = {"fedsir": 6, "cs_arm_bn": 6, "stream_cqsa": 6, "number_probing": 8, "ice_layers": 5}
 
 
+@functools.cache
+def import_all(name):
+    """Import in this process what a run of a system imports, which each fork would do anew."""
+    run(["fit", "--config", f"{name}/smoke.yaml", *QUIET, "--trainer.max_epochs=0", "--run.dir=no"])
+
+
 def survive(folder, monkeypatch, name, *options):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FULGURITE_CACHE", str(folder / "cache"))
+    import_all(name)
     return Survival(["--config", f"{name}/smoke.yaml", *QUIET, *options], folder)
 
 
