@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
 from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
+from fulgurite.datamodules.cs_arm_bn.jump_metadata import JumpMetadata
 from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel, name_wells
@@ -87,11 +88,21 @@ class JumpPlates(PlateSource):
         self.prefixes = {_GALLERY: ""} if prefixes is None else dict(prefixes)
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "source.init_args.exclude")
         self._channels = tuple(channels)
-        self._controls: pd.DataFrame | None = None
+        self._metadata: JumpMetadata | None = None
 
     def forget_tables(self) -> None:
         """Read tables again when they are needed, such as those of another root."""
-        self._controls = None
+        self._metadata = None
+
+    @property
+    def metadata(self) -> JumpMetadata:
+        """The tables of plates, wells and perturbations."""
+        if self._metadata is None:
+            folder = self.files.metadata
+            self._metadata = JumpMetadata(
+                str(Path(self.root) / "metadata") if folder is None else folder
+            )
+        return self._metadata
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -101,7 +112,8 @@ class JumpPlates(PlateSource):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their identifiers."""
-        names = self._read_perturbations().set_index("Metadata_JCP2022")["Metadata_Name"].to_dict()
+        table = self.metadata.read_controls()
+        names = dict(zip(table["Metadata_JCP2022"], table["Metadata_Name"], strict=True))
         return tuple(str(names.get(jcp, jcp)) for jcp in self._class_ids())
 
     @property
@@ -117,26 +129,14 @@ class JumpPlates(PlateSource):
         """
         if self.perturbations.classes is not None:
             return sorted(self.perturbations.classes)
-        table = self._read_perturbations()
+        table = self.metadata.read_controls()
         is_class = (table["Metadata_pert_type"] == "poscon") & (
             table["Metadata_modality"] == self.perturbations.modality
         )
         return sorted(table["Metadata_JCP2022"][is_class])
 
-    def _read_metadata(self, name: str, *columns: str) -> pd.DataFrame:
-        return read_table(
-            self._metadata_folder() / name, [f"Metadata_{column}" for column in columns]
-        )
-
-    def _read_perturbations(self) -> pd.DataFrame:
-        if self._controls is None:
-            self._controls = self._read_metadata(
-                "perturbation_control", "JCP2022", "pert_type", "Name", "modality"
-            )
-        return self._controls
-
     def _select_plates(self) -> pd.DataFrame:
-        table = self._read_metadata("plate", "Source", "Batch", "Plate", "PlateType")
+        table = self.metadata.read_plates()
         selected = table["Metadata_PlateType"].isin(self.selection.plate_types)
         selected &= ~table["Metadata_Batch"].isin(self.selection.skip_batches)
         for column, names in (
@@ -296,26 +296,9 @@ class JumpPlates(PlateSource):
     def _add_roles(
         self, frame: pd.DataFrame, excluded: list[Exclusion]
     ) -> tuple[pd.DataFrame, list[str]]:
-        wells = self._read_metadata("well", "Source", "Plate", "Well", "JCP2022")
-        wells = wells.drop_duplicates().rename(
-            columns={
-                "Metadata_Source": "source",
-                "Metadata_Plate": "plate",
-                "Metadata_Well": "well",
-                "Metadata_JCP2022": "jcp",
-            }
-        )[["source", "plate", "well", "jcp"]]
-        wells["well"] = name_wells(wells, ["source", "plate"], "The well table")
-        twice = wells.duplicated(["source", "plate", "well"])
-        if twice.any():
-            row = wells[twice].iloc[0]
-            raise DataError(
-                f"The well table gives well {row['well']} of plate {row['plate']} of "
-                f"{row['source']} two perturbations.",
-                "Keep one row for each well.",
-            )
+        wells = self.metadata.read_wells()
         frame = frame.merge(wells, on=["source", "plate", "well"], how="left", validate="m:1")
-        table, classes = self._read_perturbations(), self._class_ids()
+        table, classes = self.metadata.read_controls(), self._class_ids()
         kinds = dict(zip(table["Metadata_JCP2022"], table["Metadata_pert_type"], strict=True))
         if absent := sorted(set(classes) - set(frame["jcp"].dropna())):
             raise DataError(
@@ -349,7 +332,7 @@ class JumpPlates(PlateSource):
         ``treatments`` are used.
         """
         identified = frame["jcp"].fillna("").str.fullmatch(_ID) | frame["jcp"].isin(list(controls))
-        listed, tables, absent = self._read_identifiers()
+        listed, tables, absent = self.metadata.read_identifiers()
         if tables:
             unlisted = identified & ~frame["jcp"].isin(listed | controls)
             if unlisted.any() and absent:
@@ -358,7 +341,7 @@ class JumpPlates(PlateSource):
                     f"There are {int(unlisted.sum())} sites whose perturbation, first "
                     f"{first['jcp']} in well {first['well']} of plate {first['source']}|"
                     f"{first['batch']}|{first['plate']}, is not in the tables "
-                    f"{' and '.join(tables)}, and {self._metadata_folder()} has no table "
+                    f"{' and '.join(tables)}, and {self.metadata.folder} has no table "
                     f"{' and no table '.join(absent)}.",
                     f"Put {absent[0]}.csv.gz of jump-cellpainting/datasets there.",
                 )
@@ -377,25 +360,6 @@ class JumpPlates(PlateSource):
             problem=f"with an unknown perturbation, first {jcp} in well "
             f"{first['well']} of plate {first['source']}|{first['batch']}|{first['plate']}",
         )
-
-    def _metadata_folder(self) -> Path:
-        return data_path(
-            self.files.metadata
-            if self.files.metadata is not None
-            else str(Path(self.root) / "metadata")
-        )
-
-    def _read_identifiers(self) -> tuple[set[str], list[str], list[str]]:
-        """Return the identifiers in perturbation tables, the existing and the missing tables."""
-        folder = self._metadata_folder()
-        names: dict[bool, list[str]] = {True: [], False: []}
-        identifiers: set[str] = set()
-        for name in ("compound", "crispr", "orf"):
-            there = find_table(folder / name) is not None
-            names[there].append(name)
-            if there:
-                identifiers |= set(self._read_metadata(name, "JCP2022")["Metadata_JCP2022"])
-        return identifiers, names[True], names[False]
 
     def _select_complete_sites(
         self, frame: pd.DataFrame, excluded: list[Exclusion]
