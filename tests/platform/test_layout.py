@@ -5,7 +5,6 @@ import functools
 import pkgutil
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fakes.builds import run_pip
 from packaging.requirements import Requirement
 
 import fulgurite
@@ -169,16 +169,9 @@ def test_every_folder_with_code_is_a_package():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy, so that no build folder of the repository leaks into it."""
-    copy = tmp_path_factory.mktemp("build") / "source"
-    copy.mkdir()
-    for name in ("platform", "datamodules", "models", "callbacks", "configs"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(copy.parent), str(copy)], check=True, timeout=300)
-    (built,) = copy.parent.glob("*.whl")
+    folder = tmp_path_factory.mktemp("build")
+    run_pip(folder / "source", "wheel", "-w", str(folder))
+    (built,) = folder.glob("*.whl")
     return built
 
 

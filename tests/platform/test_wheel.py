@@ -1,12 +1,12 @@
 """The wheel on its own: it runs a packaged configuration from an empty folder."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fakes.builds import run_pip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,15 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def installed(tmp_path_factory):
     """A folder with the unpacked wheel."""
     place = tmp_path_factory.mktemp("wheel")
-    source = place / "source"
-    names = ("platform", "datamodules", "models", "callbacks", "configs")
-    for name in names:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    command = [*pip, "--target", str(place / "site"), str(source)]
-    subprocess.run(command, check=True, timeout=300)
+    run_pip(place / "source", "install", "--target", str(place / "site"))
     return place / "site"
 
 
