@@ -1,6 +1,7 @@
 """Layer files that are in no split, completed with a trained run."""
 
 import shutil
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,24 @@ def trained(train_once):
 
 
 @pytest.fixture(scope="module")
-def layer_files(trained, tmp_path_factory):
-    """The layer files, copied."""
+def segments(trained):
+    """Some of the segments, of all parts: the first is the last of all."""
+    return trained[1].segments[::-3]
+
+
+@pytest.fixture(scope="module")
+def layer_files(trained, segments, tmp_path_factory):
+    """The layer files of these segments, copied."""
     folder = tmp_path_factory.mktemp("files") / "CSARP_layer"
-    shutil.copytree(trained[1].source.root / "CSARP_layer", folder)
+    for segment in segments:
+        shutil.copytree(trained[1].source.root / "CSARP_layer" / segment, folder / segment)
     return folder
+
+
+def names_of(data, segments):
+    """Names of the stacks of some segments."""
+    stacks = (stack for part in ("train", "val", "test") for stack in data.stacks_of(part))
+    return {stack.name for stack in stacks if stack.segment in segments}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +73,7 @@ def read(folder):
     return {path.name: dict(np.load(path)) for path in Path(folder).glob("*.npz")}
 
 
-def test_copies_of_the_files_are_completed_as_the_split(trained, completed, fulgurite):
+def test_copies_of_some_files_are_completed_as_the_split(trained, segments, completed, fulgurite):
     run, data = trained
     status, _, err = fulgurite(
         "predict", "--config", str(run / "config.yaml"), "--run.dir", str(run), "--ckpt_path=last",
@@ -68,16 +82,39 @@ def test_copies_of_the_files_are_completed_as_the_split(trained, completed, fulg
     assert status == 0, err
     (split,) = (folder for folder in run.glob("predict*/completed") if folder != completed)
     expected, found = read(split), read(completed)
-    assert expected.keys() == found.keys() == {f"{name}.npz" for name in data.stacks}
-    for name, stack in expected.items():
-        other = found[name]
-        for key in ("observed", "provenance", "physics", "layer_names", "segment"):
+    assert expected.keys() == {f"{name}.npz" for name in data.stacks}
+    assert found.keys() == {f"{name}.npz" for name in names_of(data, segments)}
+    for name, other in found.items():
+        stack = expected[name]
+        for key in ("observed", "provenance", "physics", "layer_names", "segment", "pos"):
             assert np.array_equal(stack[key], other[key]), key
         observed = stack["observed"]
         assert np.array_equal(stack["thickness"][observed], other["thickness"][observed])
         assert np.allclose(stack["thickness"], other["thickness"], rtol=1e-5, equal_nan=True)
         for key in ("trained_segments", "checkpoint_sha256"):
             assert np.array_equal(stack[key], other[key]), key
+
+
+def assert_same_stack(first, second):
+    for field in fields(first):
+        one, other = getattr(first, field.name), getattr(second, field.name)
+        if is_dataclass(one):
+            assert_same_stack(one, other)
+        else:
+            np.testing.assert_array_equal(one, other, err_msg=field.name)
+
+
+@pytest.mark.parametrize("chosen", [slice(None, None, -1), slice(3, 4), slice(1, None, 3)])
+def test_a_segment_is_read_alone_as_among_others(trained, chosen):
+    data = trained[1]
+    together = {s.name: s for part in ("train", "val", "test") for s in data.stacks_of(part)}
+    reader = data.source.reader()
+    reader.selection = replace(reader.selection, segments=list(data.segments[chosen]))
+    stacks = reader.load().stacks
+    assert {stack.name for stack in stacks} == names_of(data, reader.selection.segments)
+    for stack in stacks:
+        expected = together[stack.name]
+        assert_same_stack(replace(stack, truth=expected.truth), expected)
 
 
 def test_the_files_are_written_back(completed, layer_files):
@@ -109,14 +146,16 @@ def test_layer_files_beside_stacks_are_ambiguous(trained, completed):
         package.predict(trained[0], completed, "last")
 
 
-def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(trained, layer_files, fresh):
+def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(
+    trained, segments, layer_files, fresh
+):
     data = fresh.data
     data.predict_from(layer_files, {})
     state = trained[1].state_dict()
     assert data.statistics.keys() == state["statistics"].keys()
     assert all(torch.equal(v, state["statistics"][k]) for k, v in data.statistics.items())
     data.setup("predict")
-    assert {*data.stacks} == {*trained[1].stacks}
+    assert {*data.stacks} == names_of(trained[1], segments)
     assert all(not data.stacks_of(part) for part in ("train", "val", "test"))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fulgurite.datamodules.ice_layers.climate.files import ClimateFile
 from fulgurite.datamodules.ice_layers.climate.units import is_temperature, water_unit
@@ -25,6 +26,7 @@ __all__ = [
     "check_field_units",
     "derive_fields",
     "plan_variables",
+    "to_celsius",
     "unit_factor",
 ]
 
@@ -128,6 +130,21 @@ def unit_factor(
     return size * np.where(np.abs(steps - 1) < 0.1, 1.0, steps)
 
 
+def to_celsius(temperature: Array, ice: NDArray[np.bool_]) -> Array:
+    """Convert a file's temperatures [degC or K], told apart by its median over ice, to degC.
+
+    Shape:
+        - temperature: (T, C); ice: (C,); result (T, C).
+
+    Example:
+        >>> to_celsius(np.array([[250.0, 290.0]]), np.array([True, False])).round(2)
+        array([[-23.15,  16.85]])
+    """
+    known = temperature[0, ice & np.isfinite(temperature[0])]
+    middle = float(np.median(known)) if known.size else 0.0
+    return temperature - 273.15 if 150 <= middle <= 300 else temperature
+
+
 def derive_fields(
     fields: Sequence[str], names: Sequence[str], values: Array, years: Array
 ) -> Array:
@@ -157,10 +174,10 @@ def derive_fields(
 def check_field_units(
     physics: Sequence[Array], fields: Sequence[str], names: Sequence[str]
 ) -> None:
-    """Find unit mix-ups by what is plausible on an ice sheet; Kelvins are converted in place.
+    """Find unit mix-ups by what is plausible on an ice sheet.
 
     Args:
-        physics: Physical fields of each request, changed in place. Shape of each: (M, L, P).
+        physics: Physical fields of each request. Shape of each: (M, L, P).
         fields: Names of the P physical fields.
         names: Names of the MAR fields that they were made of.
 
@@ -171,10 +188,7 @@ def check_field_units(
         values = np.concatenate([sample[..., p].ravel() for sample in physics])
         middle = float(np.median(values)) if values.size else 0.0
         if name == "st":
-            if 150 <= middle <= 300:
-                for sample in physics:
-                    sample[..., p] -= 273.15
-            elif not -90 <= middle <= 15:
+            if not -90 <= middle <= 15:
                 raise DataError(
                     f"The median surface temperature is {middle:g}, which is neither degC nor K.",
                     f"Correct the files, or set `{_OPTION}.scale`.",

@@ -1,6 +1,6 @@
 """From cells and time steps of a climate model to points and years of layers.
 
-Shapes: M points, L layers (newest first), T time steps, C grid cells.
+Shapes: M points, L layers (newest first), T time steps, C grid cells, H W rows and columns of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ PROJECTIONS = {
     "epsg3413": "EPSG:3413",
     "epsg3031": "EPSG:3031",
 }
+
+# Barycentric weights below it are none: on an edge of a triangle, whichever of the two it is
+_EDGE = 1e-9
+# Cells of which more quadrilaterals are folded than this fraction are in no rows and columns
+_FOLDED = 0.01
+# Quadrilaterals to try, as rows and columns from the one of the nearest middle
+_AROUND = sorted(
+    ((row, column) for row in range(-2, 3) for column in range(-2, 3)),
+    key=lambda step: (max(map(abs, step)), sum(map(abs, step)), step),
+)
 
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
 
@@ -96,8 +106,8 @@ class Weights:
     """How values at points follow from grid cells.
 
     Attributes:
-        cells: The three corners of each point's triangle, or three times the nearest cell.
-            Shape: (M, 3) int64.
+        cells: The three corners of each point's triangle, or three times the nearest cell; a
+            corner without weight is replaced by the one of most weight. Shape: (M, 3) int64.
         weights: Barycentric weights of the corners. Shape: (M, 3).
         flag: 0 interpolated, 1 nearest. Shape: (M,) uint8.
         away: Distance to the nearest cell of ice [m]. Shape: (M,).
@@ -109,36 +119,39 @@ class Weights:
     away: Array
 
     def __call__(self, values: Array) -> Array:
-        """Interpolate values of cells (C, ...) to the points (M, ...).
-
-        Corners without weight do not count, even where they are NaN.
-        """
+        """Interpolate values of cells (C, ...) to the points (M, ...)."""
         weights = self.weights.reshape(*self.weights.shape, *[1] * (values.ndim - 1))
-        parts = np.where(weights > 0, values[self.cells] * weights, 0.0)
-        points: Array = parts.sum(1)
+        first, second, third = (values[self.cells[:, k]] * weights[:, k] for k in range(3))
+        points: Array = first + second + third  # in this order, whatever the number of points
         return points
 
 
 class Grid:
-    """Cells of a climate model in projected coordinates: a triangulation made once.
+    """Cells of a climate model in projected coordinates, and the triangles between them.
+
+    What :meth:`locate` returns for a point depends on the point and the cells alone, to the bit,
+    never on other points. Cells in rows and columns are triangulated by their numbers: each
+    quadrilateral of neighbours is cut from the corner of its lower row and column to the opposite
+    one, or across it where only that leaves three corners of ice. Delaunay's rule would leave the
+    diagonals of squares to rounding. Scattered cells are triangulated by it, all at once.
 
     Args:
-        x: Projected coordinate of each cell [m].
+        x: Projected coordinate of each cell [m], NaN where a cell has none.
         y: Other projected coordinate of each cell [m].
         ice: Whether each cell is ice with finite values.
 
     Shape:
-        - x, y, ice: (C,).
+        - x, y, ice: (H, W) in rows and columns, or (C,) scattered.
 
     Raises:
-        DataError: No cell is ice.
+        DataError: No cell is ice, or scattered cells lie on one line.
 
-    Source: docs/papers/ice_layers.md section 3.3.
+    Source: docs/papers/ice_layers.md section 3.3 (linear on triangles); the diagonals are inferred.
 
     Example:
-        >>> x, y = np.array([0.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])
-        >>> weights = Grid(x, y, np.ones(4, bool)).locate(np.array([[0.25, 0.5], [3.0, 0.0]]))
-        >>> weights(x).round(3), weights.flag
+        >>> x, y = np.meshgrid([0.0, 1.0], [0.0, 1.0])
+        >>> weights = Grid(x, y, np.ones((2, 2), bool)).locate(np.array([[0.25, 0.5], [3.0, 0.0]]))
+        >>> weights(x.ravel()).round(3), weights.flag
         (array([0.25, 1.  ]), array([0, 1], dtype=uint8))
     """
 
@@ -148,7 +161,9 @@ class Grid:
                 "No cell of the climate grid is ice.",
                 "Check the ice mask (SRF, MSK or MSK_MAR) and the fill values of the files.",
             )
-        self.points, self.ice = np.stack([x, y], 1), ice
+        self.x, self.y, self.ice = x.ravel(), y.ravel(), ice.ravel()
+        self.shape = x.shape
+        self._convex = _find_convex(x, y) if x.ndim == 2 and min(x.shape) > 1 else None
 
     def locate(self, points: Array) -> Weights:
         """Return the barycentric weights of points.
@@ -156,35 +171,130 @@ class Grid:
         Shape:
             - points: (M, 2) projected [m].
         """
-        from scipy.spatial import Delaunay, cKDTree
+        from scipy.spatial import cKDTree
 
-        # the cells around the points are enough, and a fine grid has very many
-        away, _ = cKDTree(self.points).query(points)
-        steps = np.abs(np.diff(self.points, axis=0)).max(1)
-        margin = 3 * float(np.median(steps[steps > 0])) + float(away.max()) * 1.01
-        low, high = points.min(0) - margin, points.max(0) + margin
-        nearby = np.flatnonzero(((self.points >= low) & (self.points <= high)).all(1))
         good = np.flatnonzero(self.ice)
-        nearest, number = cKDTree(self.points[good]).query(points)
-        cells = np.repeat(good[number][:, None], 3, 1)
-        weights = np.tile(np.array([1.0, 0.0, 0.0]), (len(points), 1))
-        flag = np.ones(len(points), np.uint8)
-        if len(nearby) >= 3:
-            try:
-                mesh = Delaunay(self.points[nearby], qhull_options="Qbb Qc Qz Q12")
-            except Exception as error:  # cells on one line
-                raise DataError(
-                    f"The climate grid cannot be triangulated: {str(error).splitlines()[0]}.",
-                    "Check LAT and LON, or x and y, of the files.",
-                ) from error
-            simplex = mesh.find_simplex(points)
-            matrix = mesh.transform[simplex]
-            first = np.einsum("mij,mj->mi", matrix[:, :2], points - matrix[:, 2])
-            barycentric = np.column_stack([first, 1 - first.sum(1)])
-            barycentric[np.abs(barycentric) < 1e-9] = 0.0
-            corners = nearby[mesh.simplices[simplex]]
-            usable = (simplex >= 0) & (self.ice[corners] | (barycentric == 0)).all(1)
-            usable &= np.isfinite(barycentric).all(1)
-            cells[usable], weights[usable] = corners[usable], barycentric[usable]
-            flag[usable] = 0
+        nearest, number = cKDTree(np.stack([self.x[good], self.y[good]], 1)).query(points)
+        corners, weights = (
+            self._find_scattered(points)
+            if self._convex is None
+            else self._find_quadrilaterals(points, self._convex)
+        )
+        usable = (corners >= 0).all(1) & (self.ice[corners] | (weights == 0)).all(1)
+        heaviest = np.take_along_axis(corners, weights.argmax(1)[:, None], 1)
+        corners = np.where(weights > 0, corners, heaviest)
+        cells = np.where(usable[:, None], corners, good[number][:, None])
+        weights = np.where(usable[:, None], weights, [1.0, 0.0, 0.0])
+        flag = (~usable).astype(np.uint8)
         return Weights(cells.astype(np.int64), weights, flag, np.asarray(nearest, np.float64))
+
+    def _find_quadrilaterals(
+        self, points: Array, convex: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], Array]:
+        """Corners and weights of each point's triangle, corners -1 outside. Shape: (M, 3) each."""
+        from scipy.spatial import cKDTree
+
+        rows, columns = self.shape[0] - 1, self.shape[1] - 1
+        corners = np.full((len(points), 3), -1, np.int64)
+        weights = np.zeros((len(points), 3))
+        ice = self.ice.reshape(self.shape)
+        near_ice = ice[:-1, :-1] | ice[:-1, 1:] | ice[1:, :-1] | ice[1:, 1:]
+        candidates = np.flatnonzero((convex & near_ice).ravel())
+        if not len(candidates):
+            return corners, weights
+        quads = self._quadrilateral_corners(*np.divmod(candidates, columns))
+        middles = np.stack(
+            [sum(axis[corner] for corner in quads) / 4 for axis in (self.x, self.y)], 1
+        )
+        row, column = np.divmod(candidates[cKDTree(middles).query(points)[1]], columns)
+        pending = np.arange(len(points))
+        for down, right in _AROUND:
+            r, c = row[pending] + down, column[pending] + right
+            inside = (r >= 0) & (r < rows) & (c >= 0) & (c < columns)
+            inside[inside] = convex[r[inside], c[inside]]
+            tried = pending[inside]
+            for triangle in self._cut(r[inside], c[inside]):
+                part = self._weigh(points[tried], triangle)
+                contains = (part >= 0).all(1) & (corners[tried, 0] < 0)
+                corners[tried[contains]] = triangle[contains]
+                weights[tried[contains]] = part[contains]
+            pending = pending[corners[pending, 0] < 0]
+            if not len(pending):
+                break
+        return corners, weights
+
+    def _quadrilateral_corners(
+        self, row: NDArray[np.int64], column: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], ...]:
+        """Cells at the four corners of quadrilaterals, going around them."""
+        width = self.shape[1]
+        first = row * width + column
+        return first, first + 1, first + width + 1, first + width
+
+    def _cut(
+        self, row: NDArray[np.int64], column: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The two triangles of each quadrilateral. Shape: (Q, 3) each."""
+        a, b, c, d = self._quadrilateral_corners(row, column)
+        across = (self.ice[b] & self.ice[d] & (self.ice[a] ^ self.ice[c]))[:, None]
+        first = np.where(across, np.stack([a, b, d], 1), np.stack([a, b, c], 1))
+        second = np.where(across, np.stack([b, c, d], 1), np.stack([a, c, d], 1))
+        return first, second
+
+    def _weigh(self, points: Array, corners: NDArray[np.int64]) -> Array:
+        """Barycentric weights, 0 on edges; negative or NaN outside. Shape: (M, 3).
+
+        Products of matrices would round by how many points there are.
+        """
+        x, y = self.x[corners].T, self.y[corners].T
+        x1, x2, px = x[1] - x[0], x[2] - x[0], points[:, 0] - x[0]
+        y1, y2, py = y[1] - y[0], y[2] - y[0], points[:, 1] - y[0]
+        with np.errstate(divide="ignore", invalid="ignore"):  # triangles without area hold no point
+            area = x1 * y2 - x2 * y1
+            second, third = (px * y2 - x2 * py) / area, (x1 * py - px * y1) / area
+            weights = np.stack([1 - second - third, second, third], 1)
+        return np.where(np.abs(weights) < _EDGE, 0.0, weights)
+
+    def _find_scattered(self, points: Array) -> tuple[NDArray[np.int64], Array]:
+        """As :meth:`_find_quadrilaterals`, of cells in no rows and columns."""
+        from scipy.spatial import Delaunay
+
+        cells = np.flatnonzero(np.isfinite(self.x) & np.isfinite(self.y))
+        if len(cells) < 3:
+            return np.full((len(points), 3), -1, np.int64), np.zeros((len(points), 3))
+        try:
+            mesh = Delaunay(
+                np.stack([self.x[cells], self.y[cells]], 1), qhull_options="Qbb Qc Qz Q12"
+            )
+        except Exception as error:  # cells on one line
+            raise DataError(
+                f"The climate grid cannot be triangulated: {str(error).splitlines()[0]}.",
+                "Check LAT and LON, or x and y, of the files.",
+            ) from error
+        # one by one, since a search begins where the one before ended, which decides on edges
+        simplex = np.array([mesh.find_simplex(point) for point in points], np.int64).reshape(-1)
+        corners = cells[mesh.simplices[simplex]].astype(np.int64)
+        weights = self._weigh(points, corners)
+        outside = (simplex < 0) | ~(weights >= 0).all(1)
+        return np.where(outside[:, None], -1, corners), np.where(outside[:, None], 0.0, weights)
+
+
+def _find_convex(x: Array, y: Array) -> NDArray[np.bool_] | None:
+    """Which quadrilaterals of neighbours are convex and not turned over; None of scattered cells.
+
+    Shape:
+        - x, y: (H, W); result (H - 1, W - 1).
+    """
+    low, high = slice(0, -1), slice(1, None)
+    a, b, c, d = (low, low), (low, high), (high, high), (high, low)
+    turns = [
+        (x[q] - x[p]) * (y[r] - y[q]) - (y[q] - y[p]) * (x[r] - x[q])
+        for p, q, r in ((a, b, c), (b, c, d), (c, d, a), (d, a, b))
+    ]
+    least, most = np.minimum.reduce(turns), np.maximum.reduce(turns)
+    # two corners at a pole are one, but for rounding
+    left = (least >= -1e-6 * most) & (most > 0)
+    right = (most <= -1e-6 * least) & (least < 0)
+    convex: NDArray[np.bool_] = left if left.sum() >= right.sum() else right
+    count = int(np.isfinite(least).sum())
+    return convex if convex.any() and count - int(convex.sum()) <= _FOLDED * count else None

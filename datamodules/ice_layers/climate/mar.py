@@ -25,6 +25,7 @@ from fulgurite.datamodules.ice_layers.climate.fields import (
     check_field_units,
     derive_fields,
     plan_variables,
+    to_celsius,
     unit_factor,
 )
 from fulgurite.datamodules.ice_layers.climate.files import ClimateFile
@@ -90,8 +91,8 @@ class MarClimate:
     Args:
         files: NetCDF files, folders or glob patterns, absolute or relative to ``FULGURITE_DATA``.
         projection: Projection in which the grid is triangulated; ``auto`` takes EPSG:3031 for
-            flights in the south, else MAR's own, or EPSG:3413 where the file has no 2-D ``LAT`` and
-            ``LON``.
+            grids in the south, else MAR's own; where the file has no 2-D ``LAT`` and ``LON``,
+            EPSG:3031 for flights in the south, else EPSG:3413.
         variables: Physical fields to use, in this order.
         scale: MAR variable -> factor that brings the value of a step to mm w.e. (``ZN6`` m, ``ST``
             degC or K), where a file's unit is wrong, missing or unknown. By default the unit says
@@ -176,7 +177,7 @@ class MarClimate:
                 "Leave them out: latitudes and longitudes must be finite.",
             )
         with files[paths[0]] as file:
-            grid, project = self._grid(file, is_south=bool(np.median(pos[:, 0]) < 0))
+            grid, project = self._grid(file, pos[:, 0])
         points = project(pos)
         if not (on_plane := np.isfinite(points).all(1)).all():
             lost = pos[~on_plane]
@@ -202,6 +203,7 @@ class MarClimate:
             steps,
             layer_fractions,
             used=[used for used, _ in parts],
+            ice=grid.ice,
         )
         samples = []
         for request, values, (_, local) in zip(requests, sums, parts, strict=True):
@@ -247,7 +249,7 @@ class MarClimate:
         steps = np.where(np.isfinite(edges), edges, step_edges(times[order]))
         return steps, of_file[order]
 
-    def _grid(self, file: ClimateFile, is_south: bool) -> tuple[Grid, Any]:
+    def _grid(self, file: ClimateFile, latitudes: Array) -> tuple[Grid, Any]:
         try:
             from pyproj import CRS, Transformer
         except ImportError as error:
@@ -257,6 +259,12 @@ class MarClimate:
         two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
         name = self.projection
         if name == "auto":
+            # by the grid, as far as it says where it is: other flights do not count
+            if axes is not None and two_d:
+                rows = file.read(axes[0])
+                is_south = bool(2 * (rows < 0).sum() > np.isfinite(rows).sum())
+            else:
+                is_south = self._in_south(latitudes, file)
             name = "epsg3031" if is_south else "mar" if two_d else "epsg3413"
         projection = CRS.from_user_input(PROJECTIONS[name])
         to_grid = Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
@@ -273,7 +281,7 @@ class MarClimate:
                     f"{np.abs(flat[good]).max():g}: they are no degrees.",
                     f"Call coordinates of the projection x and y, and set `{_OPTION}.projection`.",
                 )
-            points = np.full(flat.shape, 1e9)
+            points = np.full(flat.shape, np.nan)
             points[good] = project(flat[good])
         else:
             x, y = file.need(("x", "X"), "LAT and LON, or x"), file.need(("y", "Y"), "y")
@@ -281,15 +289,27 @@ class MarClimate:
             points = np.stack([xs.ravel(), ys.ravel()], 1)
             good, shape = np.ones(len(points), np.bool_), xs.shape
         good &= np.isfinite(points).all(1)
-        points[~good] = 1e9
+        points[~good] = np.nan
         mask = self._ice(file)
         if mask.shape != good.shape:
             raise DataError(
                 f"The ice mask of {file.path} has {mask.size} cells, the grid {good.size}.",
                 "Give files whose mask (SRF, MSK or MSK_MAR) is on the grid of the fields.",
             )
-        ice = mask & good & np.isfinite(self._first_step(file, shape)).all(0)
-        return Grid(points[:, 0], points[:, 1], ice), project
+        ice = (mask & good & np.isfinite(self._first_step(file, shape)).all(0)).reshape(shape)
+        return Grid(points[:, 0].reshape(shape), points[:, 1].reshape(shape), ice), project
+
+    @staticmethod
+    def _in_south(latitudes: Array, file: ClimateFile) -> bool:
+        """Whether all points are in the south."""
+        south = latitudes < 0
+        if south.any() and not south.all():
+            raise DataError(
+                f"{int(south.sum())} of {len(south)} points are in the south, the others in the "
+                f"north, and {file.path} has no LAT and LON that say where its grid is.",
+                f"Set `{_OPTION}.projection` to that of the grid, epsg3413 or epsg3031.",
+            )
+        return bool(south.any())
 
     @staticmethod
     def _metres(variable: Any, file: ClimateFile) -> Array:
@@ -371,6 +391,7 @@ class MarClimate:
         layer_fractions: Sequence[Array],
         *,
         used: Sequence[NDArray[np.int64]],
+        ice: NDArray[np.bool_],
     ) -> tuple[list[Array], list[str]]:
         """Sums (or means) of each basic field in each layer's interval: (V, C, L) per request."""
         days = steps[:, 1] - steps[:, 0]
@@ -385,7 +406,7 @@ class MarClimate:
             if not names:
                 names = plan_variables(file, self.variables)
                 sums = [
-                    np.zeros((len(names), len(cells), len(f)))
+                    np.zeros((len(names), len(f), len(cells)))
                     for cells, f in zip(used, layer_fractions, strict=True)
                 ]
             with file:
@@ -408,10 +429,15 @@ class MarClimate:
                     values = values * unit_factor(
                         name, variable, days[indices], path, scale=self.scale
                     )
+                    if name == "ST":
+                        values = to_celsius(values, ice)
                     for total, part, cells in zip(sums, file_fractions, used, strict=True):
-                        if (inside := part.any(0)).any():
-                            weight = part if name in SUMS else part * days[indices]
-                            total[v] += (weight[:, inside] @ values[inside][:, cells]).T
+                        weight = part if name in SUMS else part * days[indices]
+                        for layer in np.flatnonzero(part.any(1)):
+                            inside = np.flatnonzero(part[layer])
+                            amounts = weight[layer, inside, None] * values[np.ix_(inside, cells)]
+                            # one by one: a product of matrices rounds by the number of cells
+                            total[v, layer] += np.cumsum(amounts, 0)[-1]
                     if not all(np.isfinite(total[v]).all() for total in sums):
                         raise DataError(
                             f"The variable {variable.name} of {path} is missing on ice.",
@@ -420,5 +446,5 @@ class MarClimate:
         for total, fractions in zip(sums, layer_fractions, strict=True):
             for v, name in enumerate(names):
                 if name in MEANS:
-                    total[v] /= (fractions * days).sum(1)
-        return sums, names
+                    total[v] /= (fractions * days).sum(1)[:, None]
+        return [total.swapaxes(1, 2) for total in sums], names
