@@ -7,16 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import Namespace, _actions, _namespace, _subcommands
+import jsonargparse
 
 __all__ = ["indexing_arguments"]
 
-# private: there is no public place to say this
-_ACTIONS: Any = _actions
-_NAMESPACE: Any = _namespace
-_SUBCOMMANDS: Any = _subcommands
-_PLAIN: Any = Namespace
+# private: there is no public place to say this. None in versions that are built in another way,
+# which parse as they are.
+_ACTIONS: Any = getattr(jsonargparse, "_actions", None)
+_NAMESPACE: Any = getattr(jsonargparse, "_namespace", None)
+_SUBCOMMANDS: Any = getattr(jsonargparse, "_subcommands", None)
+_PLAIN: Any = jsonargparse.Namespace
 _FIND, _SPLIT = "find_action_and_subcommand", "_parse_key"
+_NEEDED = (
+    (_ACTIONS, "_ActionConfigLoad"),
+    (_ACTIONS, "ActionFail"),
+    (_ACTIONS, "filter_non_parsing_actions"),
+    (_NAMESPACE, "add_clash_mark"),
+    (_SUBCOMMANDS, "ActionSubCommands"),
+    (_SUBCOMMANDS, _FIND),
+    (_PLAIN, _SPLIT),
+)
 #: The attribute of a parser that holds its arguments, and these by name.
 _INDEX = "_fulgurite_index"
 
@@ -26,7 +36,8 @@ def indexing_arguments() -> Iterator[None]:
     """Let jsonargparse find arguments by an index, and keys without dots at once.
 
     It goes through all arguments of a parser for each key, thousands of times in one command line.
-    Whatever is found is the same.
+    Whatever is found is the same. Versions of jsonargparse that are built in another way than 4.53
+    are left alone.
 
     Example:
         >>> from jsonargparse import ArgumentParser
@@ -36,6 +47,9 @@ def indexing_arguments() -> Iterator[None]:
         ...     parser.parse_args(["--a.b=2"]).a.b
         2
     """
+    if not all(hasattr(owner, name) for owner, name in _NEEDED):
+        yield
+        return
     fallbacks = (_ACTIONS._ActionConfigLoad, _ACTIONS.ActionFail)
     find, split = getattr(_SUBCOMMANDS, _FIND), getattr(_PLAIN, _SPLIT)
     users = [

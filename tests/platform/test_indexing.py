@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, _subcommands
 
+from fulgurite import indexing
 from fulgurite.cli import lightning_cli, parse
 from fulgurite.indexing import indexing_arguments
 
@@ -51,3 +52,10 @@ def test_nothing_is_left_of_it():
             with pytest.raises(KeyError):
                 Namespace()[key]
     assert (_subcommands.find_action_and_subcommand, Namespace._parse_key) == (find, split)
+
+
+def test_versions_that_are_built_in_another_way_are_left_alone(monkeypatch):
+    find = _subcommands.find_action_and_subcommand
+    monkeypatch.setattr(indexing, "_NEEDED", ((_subcommands, "renamed"),))
+    with indexing_arguments():
+        assert _subcommands.find_action_and_subcommand is find
