@@ -456,6 +456,26 @@ def test_depths_and_bins_name_the_same_years(tmp_path, surface):
     assert ("surface=first_pick" in flights.report()) == (surface is None)
 
 
+def test_each_flight_says_what_its_first_pick_is(tmp_path):
+    layers = THICKNESS.cumsum()
+    depths = {"20110401_01": np.concatenate([[0.05], 0.05 + layers[:3]]), SEGMENT: layers[:4]}
+    for number, (segment, its) in enumerate(depths.items()):
+        (tmp_path / str(number)).mkdir()
+        start = float(
+            np.datetime64(f"{segment[:4]}-{segment[4:6]}-{segment[6:8]}T12", "s").astype(int)
+        )
+        koenig_table(tmp_path / str(number), f"IRSNO1B_{segment}_015", np.tile(its, (30, 1)), start)
+    options = {"count": 3, "traces": 30}
+    alone = [koenig_picks([str(tmp_path / n)], **options).load() for n in "01"]
+    for flights in alone:
+        np.testing.assert_allclose(flights.stacks[0].thickness[0], THICKNESS[:3], atol=1e-5)
+    with pytest.raises(
+        DataError, match=rf"20110401_01 are the surface .* {SEGMENT} are not"
+    ) as error:
+        koenig_picks([str(tmp_path)], **options).load()
+    assert "surface" in error.value.hint
+
+
 def test_bins_have_no_depth_zero(tmp_path):
     with pytest.raises(ConfigError, match="surface"):
         koenig_picks(["x"], thickness="bins", surface="zero")

@@ -6,7 +6,7 @@ Shapes: M traces, K = 30 layers of a table, L layers that are used.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -129,7 +129,8 @@ class KoenigPicks(StackSource):
         surface: What the first layer begins at: the ``first_pick`` of a trace, as the toolbox's
             own reader of these tables has it, or depth ``zero``. If not given, the first pick is
             the surface where its median depth is less than half of that of the layer below, which
-            is reported; range bins know no depth, so that the first pick is the surface.
+            is reported, and refused where flights differ in it; range bins know no depth, so that
+            the first pick is the surface.
         exclude: What to leave out and count instead of stopping: tables that are ``unreadable``,
             stacks ``outside_climate``.
         thickest: Largest plausible median of all observed thicknesses [m], above which they are
@@ -234,8 +235,9 @@ class KoenigPicks(StackSource):
             for segment, picks_of in (table or {}).items():
                 parts.setdefault(segment, []).append(picks_of)
                 widths[path] = picks_of[3].shape[1]
-        every = [tables[3] for some in parts.values() for tables in some]
-        surface, notes = self._choose_surface(every)
+        surface, notes = self._choose_surface(
+            {segment: [picks for *_, picks in some] for segment, some in parts.items()}
+        )
         needed = self.count + (surface == "first_pick")
         for path, boundaries in widths.items():
             if boundaries < needed:
@@ -286,18 +288,38 @@ class KoenigPicks(StackSource):
             thickest=self.thickest,
         )
 
-    def _choose_surface(self, tables: Sequence[Array]) -> tuple[str, list[str]]:
-        """Choose the surface of the first layer; also notes for the report."""
+    def _choose_surface(self, picks_of: Mapping[str, Sequence[Array]]) -> tuple[str, list[str]]:
+        """Choose the surface of the first layer; also notes for the report.
+
+        Each flight says it by itself, so that what is read with it decides nothing.
+
+        Args:
+            picks_of: Segment -> the picks of its tables. Shape of each: (M, K).
+
+        Raises:
+            DataError: Flights say different things.
+        """
         if self.thickness == "bins":
             return "first_pick", []
         if self.surface is not None:
             return self.surface, []
-        first = _median_of([picks[:, 0] for picks in tables])
-        second = _median_of([picks[:, 1] - picks[:, 0] for picks in tables if picks.shape[1] > 1])
+        flights: dict[str, str] = {}
+        for segment, tables in sorted(picks_of.items()):
+            if any(np.isfinite(picks).any() for picks in tables):
+                first, second = _typical_depths(tables)
+                is_surface = first < _FIRST_IS_SURFACE * second
+                flights.setdefault("first_pick" if is_surface else "zero", segment)
+        if len(flights) > 1:
+            raise DataError(
+                f"The first picks of flight {flights['first_pick']} are the surface by their "
+                f"depth, those of flight {flights['zero']} are not, or nothing is below them.",
+                f"Set `{_OPTION}.surface` to first_pick or zero, or read them apart.",
+            )
+        surface = next(iter(flights), "zero")
+        is_surface = surface == "first_pick"
+        first, second = _typical_depths([t for tables in picks_of.values() for t in tables])
         if not np.isfinite(first) or not np.isfinite(second):
-            return "zero", []
-        is_surface = first < _FIRST_IS_SURFACE * second
-        surface = "first_pick" if is_surface else "zero"
+            return surface, []
         return surface, [
             f"the first picks lie at {first:.2f} m, the layer below is {second:.2f} m thick "
             f"(medians): they are taken for the {'surface' if is_surface else 'first layer'} "
@@ -320,6 +342,13 @@ def _order_rows(number: Array, time: Array | None, pos: Array) -> NDArray[np.int
     traces = np.unique(np.column_stack([number, pos]), axis=0)  # lines that come twice are one
     is_known = np.isfinite(number).all() and len(np.unique(number)) == len(traces)
     return np.argsort(number, kind="stable") if is_known else np.arange(len(number))
+
+
+def _typical_depths(tables: Sequence[Array]) -> tuple[float, float]:
+    """Medians of the first picks' depth and of the layer below, NaN where nothing is picked."""
+    first = _median_of([picks[:, 0] for picks in tables])
+    second = _median_of([picks[:, 1] - picks[:, 0] for picks in tables if picks.shape[1] > 1])
+    return first, second
 
 
 def _median_of(parts: Sequence[Array]) -> float:
