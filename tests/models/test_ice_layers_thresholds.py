@@ -36,10 +36,10 @@ ADAMW = partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-4)
 STAGES = partial(TwoStageLR, first=0.3)
 
 
-def flights(cache, patch, **options):
+def flights(cache, patch, informative=True, **options):
     patch.setenv("FULGURITE_CACHE", str(cache))
     source = {"stacks": 280, "traces": 32, "layers": 8, "segments": 28, **options}
-    data = ice_data(SyntheticFlights(World(**source)))
+    data = ice_data(SyntheticFlights(World(**source), informative))
     data.prepare_data()
     data.setup()
     return data
