@@ -69,6 +69,15 @@ def write_blank(file):
 
 
 @pytest.fixture(autouse=True)
+def finished_runs():
+    """End the run at Weights & Biases that a test began, which the next one would log to."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+@pytest.fixture(autouse=True)
 def forgotten_modules(tmp_path_factory):
     """Forget the modules that a test wrote and imported, so that no later test meets them."""
     last = next(reversed(sys.modules))
