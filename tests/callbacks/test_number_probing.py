@@ -198,8 +198,7 @@ def test_only_rank_zero_probes(tmp_path, monkeypatch):
     assert model.calls == 0
 
 
-def test_other_loggers_get_tables_and_figures(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+def test_other_loggers_get_tables_and_figures(tmp_path):
     logged = {}
 
     class Wandb(WandbLogger):
@@ -211,7 +210,12 @@ def test_other_loggers_get_tables_and_figures(tmp_path, monkeypatch):
 
     Wandb.__name__ = "WandbLogger"
     board = TensorBoardLogger(str(tmp_path), name="board", version="")
-    fit(tmp_path, make_probe(), loggers=[board, Wandb(save_dir=str(tmp_path))], epochs=1)
+    fit(
+        tmp_path,
+        make_probe(),
+        loggers=[board, Wandb(save_dir=str(tmp_path), mode="disabled")],
+        epochs=1,
+    )
     columns, data = logged["probe"]
     assert columns[:3] == ["step", "period", "verdict"]
     assert len(data) == 4
