@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -30,22 +31,37 @@ def run_command(argv: list[str], execute: Callable[[list[str]], int]) -> int:
         execute: What runs them without ``--debug``; returns an exit status.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
+        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody
+        reads what it prints, 143 terminated.
     """
     debug = "--debug" in argv or bool(os.environ.get("FULGURITE_DEBUG"))
     try:
-        return execute([word for word in argv if word != "--debug"])
+        status = execute([word for word in argv if word != "--debug"])
+        sys.stdout.flush()
+        return status
     except FulguriteError as error:
         if debug:
             raise
         print(f"fulgurite: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except BrokenPipeError:
+        if _has_reader():  # another pipe than that of `| head`
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as error:
         _report_stop(str(error) or "interrupted")
         return 130
     except Terminated as error:
         _report_stop(error.message)
         return 143
+
+
+def _has_reader() -> bool:
+    """Whether somebody still reads what is printed."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _report_stop(message: str) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 import yaml
 
+from fulgurite.commands import run_command
+
 SMOKE = ("--config", "fedsir/smoke.yaml")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
@@ -112,6 +114,23 @@ def test_debug_shows_the_traceback(fulgurite):
 
     with pytest.raises(ConfigError):
         fulgurite("fit", *SMOKE, "--trainer.max_epochs=abc", "--debug")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fulgurite", "systems"]
+    with os.fdopen(writer) as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_an_error():
+    def execute(words):
+        raise BrokenPipeError(32, "of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_command(["systems"], execute)
 
 
 def test_unknown_commands_get_the_nearest(fulgurite):
