@@ -6,8 +6,10 @@ import ast
 import re
 from pathlib import Path
 
+from fulgurite.systems import kind_of, read_keys
+
 ROOT = Path(__file__).resolve().parents[1]
-_KINDS = (("compare", "compare"), ("tuning", "compare"), ("study", "compare"), ("sweep", "sweep"))
+_COMMANDS = {"run": "fit", "comparison": "compare", "sweep": "sweep"}
 
 
 def describe_configuration(path: Path) -> str:
@@ -39,8 +41,7 @@ def render_configurations() -> str:
 
 
 def _command(path: Path) -> str:
-    command = next((name for start, name in _KINDS if path.stem.startswith(start)), "fit")
-    return f"`{command}`"
+    return f"`{_COMMANDS[str(kind_of(read_keys(path)))]}`"
 
 
 def render_errors() -> str:

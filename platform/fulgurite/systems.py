@@ -21,12 +21,15 @@ from fulgurite.errors import ConfigError
 
 __all__ = [
     "ENTRY_POINTS",
+    "RESERVED_COMMANDS",
+    "RUN_COMMANDS",
     "Command",
     "PlugIn",
     "System",
     "check_kind",
     "config_path",
     "kind_of",
+    "list_configs",
     "name_system",
     "packaged_configs",
     "plug_ins",
@@ -40,13 +43,13 @@ __all__ = [
 #: Group of entry points in which other packages announce their systems.
 ENTRY_POINTS = "fulgurite.systems"
 
+#: Commands that run a configuration.
+RUN_COMMANDS = ("fit", "validate", "test", "predict")
+
 #: Words of ``fulgurite`` itself, which no system may take.
 RESERVED_COMMANDS = frozenset(
     (
-        "fit",
-        "validate",
-        "test",
-        "predict",
+        *RUN_COMMANDS,
         "compare",
         "report",
         "systems",
@@ -294,6 +297,18 @@ def packaged_configs(system: System) -> Iterator[str]:
     for file in sorted(resources.files(system.configs).iterdir(), key=lambda f: f.name):
         if file.name.endswith(".yaml"):
             yield f"{system.name}/{file.name}"
+
+
+def list_configs(kind: str) -> list[str]:
+    """Names of the packaged configurations of one kind: ``run``, ``comparison`` or ``sweep``.
+
+    Example:
+        >>> "fedsir/compare.yaml" in list_configs("comparison")
+        True
+    """
+    names = [name for system in systems().values() for name in packaged_configs(system)]
+    paths = {name: config_path(name) for name in names}
+    return [name for name, path in paths.items() if path and kind_of(read_keys(path)) == kind]
 
 
 def config_path(name: str) -> Path | None:

@@ -14,14 +14,9 @@ from fulgurite.completion import candidates, options
 from fulgurite.completion.scripts import SCRIPTS
 from fulgurite.schema import describe_run
 from fulgurite.schema.annotations import SchemaBuilder
-from fulgurite.systems import config_path, kind_of, packaged_configs, read_keys, systems
+from fulgurite.systems import config_path, list_configs, systems
 
-RUNS = [
-    name
-    for system in systems().values()
-    for name in packaged_configs(system)
-    if kind_of(read_keys(config_path(name))) == "run"
-]
+RUNS = list_configs("run")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,10 @@ def schema():
 
 @pytest.fixture
 def complete(schema, monkeypatch):
-    commands = {"compare": ["--dry-run", "--quick"]}
+    commands = {
+        "compare": {"--dry-run": [], "--quick": []},
+        "export": {"--out": [], "--to": ["onnx", "safetensors", "torch-export"]},
+    }
     monkeypatch.setattr(
         candidates, "read_options", lambda _: {"schema": schema, "commands": commands}
     )
@@ -160,14 +158,15 @@ def test_options_of_commands_are_those_of_their_help(monkeypatch, tmp_path, sche
     monkeypatch.setattr("fulgurite.schema.describe_run", lambda: schema)
     content = options.read_options(main)
     assert {"--dry-run", "--only", "--shard"} <= set(content["commands"]["compare"])
+    assert content["commands"]["export"]["--to"] == ["onnx", "safetensors", "torch-export"]
     assert content["commands"].keys() == {
         *options.OTHER_COMMANDS,
         *(command.name for system in systems().values() for command in system.commands),
     }
     assert all("--help" in names for names in content["commands"].values())
     [path] = tmp_path.rglob("*.json")
-    path.write_text(json.dumps({"schema": {}, "commands": {"kept": []}}))
-    assert options.read_options(main)["commands"] == {"kept": []}  # not made again
+    path.write_text(json.dumps({"schema": {}, "commands": {"kept": {}}}))
+    assert options.read_options(main)["commands"] == {"kept": {}}  # not made again
     path.write_text("{")
     assert options.read_options(main) == content  # a damaged cache is
 

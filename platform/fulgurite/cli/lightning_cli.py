@@ -42,11 +42,9 @@ from fulgurite.run_folders import (
     recorded_environment,
     write_json,
 )
-from fulgurite.systems import name_system
+from fulgurite.systems import RUN_COMMANDS, name_system
 
-__all__ = ["COMMANDS", "FulguriteCLI", "Parsed"]
-
-COMMANDS = ("fit", "validate", "test", "predict")
+__all__ = ["FulguriteCLI", "Parsed"]
 
 # Shared defaults of all systems, in this one place; a config or option overrides them.
 # One device: Lightning's default takes every GPU there is, with DDP, for configurations of one.
@@ -104,7 +102,7 @@ class FulguriteCLI(LightningCLI):
 
         All four where none is: their parsers take a fifth of the time of a start.
         """
-        names = [name for name in COMMANDS if name in self.argv[:1]] or COMMANDS
+        names = [name for name in RUN_COMMANDS if name in self.argv[:1]] or RUN_COMMANDS
         return {name: LightningCLI.subcommands()[name] for name in names}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

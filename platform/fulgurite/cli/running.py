@@ -17,12 +17,12 @@ from typing import Any
 from jsonargparse import Namespace
 
 from fulgurite.cli.arguments import prepare_arguments
-from fulgurite.cli.lightning_cli import COMMANDS, FulguriteCLI, Parsed
+from fulgurite.cli.lightning_cli import FulguriteCLI, Parsed
 from fulgurite.cli.messages import as_our_error
 from fulgurite.commands import find_local_modules, run_command
 from fulgurite.errors import ConfigError, Terminated
 from fulgurite.run_folders import CHECKPOINT_VARIABLE, LAST, RUN_DIR_VARIABLE, holds_run
-from fulgurite.systems import warn_of_broken_plug_ins
+from fulgurite.systems import RUN_COMMANDS, warn_of_broken_plug_ins
 
 __all__ = ["construct", "main", "parse", "run"]
 
@@ -33,8 +33,8 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
     Raises:
         FulguriteError: If the configuration, the data or a checkpoint is wrong.
     """
-    if not argv or argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0] if argv else "", COMMANDS, n=1)
+    if not argv or argv[0] not in RUN_COMMANDS:
+        near = difflib.get_close_matches(argv[0] if argv else "", RUN_COMMANDS, n=1)
         raise ConfigError(
             f"There is no command '{argv[0] if argv else ''}'.",
             f"Did you mean '{near[0]}'?" if near else "`fulgurite --help` lists the commands.",

@@ -9,23 +9,12 @@ from typing import Any
 
 import yaml
 
-from fulgurite.completion.options import OTHER_COMMANDS, RunCommand, read_options
+from fulgurite.completion.options import RunCommand, read_options
 from fulgurite.completion.scripts import SCRIPTS
 from fulgurite.errors import FulguriteError
-from fulgurite.systems import (
-    config_path,
-    kind_of,
-    packaged_configs,
-    read_keys,
-    resolve_config,
-    systems,
-)
+from fulgurite.systems import RESERVED_COMMANDS, RUN_COMMANDS, list_configs, resolve_config, systems
 
 __all__ = ["list_candidates"]
-
-RUN_COMMANDS = ("fit", "validate", "test", "predict")
-_PLAIN_COMMANDS = ("systems", "doctor", "help")
-_FORMATS = ("onnx", "safetensors", "torch-export")
 
 Schema = Mapping[str, Any]
 
@@ -50,8 +39,8 @@ def list_candidates(line: str, run_command: RunCommand) -> list[str]:
         return []
     *before, word = words[1:]
     if not before:
-        own = [command.name for system in systems().values() for command in system.commands]
-        return _fitting([*RUN_COMMANDS, *OTHER_COMMANDS, *_PLAIN_COMMANDS, *own], word)
+        added = [command.name for system in systems().values() for command in system.commands]
+        return _fitting([*RESERVED_COMMANDS, *added], word)
     words_of = _run_words if before[0] in RUN_COMMANDS else _other_words
     return _fitting(words_of(before, word, run_command), word)
 
@@ -72,36 +61,27 @@ def _fitting(candidates: Sequence[str], word: str) -> list[str]:
 def _other_words(before: Sequence[str], word: str, run_command: RunCommand) -> list[str]:
     """Words of commands that train nothing themselves."""
     command = before[0]
-    if word.startswith("-"):
-        options: list[str] = read_options(run_command)["commands"].get(command, [])
-        return options
+    if word.startswith("-") or before[-1].startswith("-"):
+        options: dict[str, list[str]] = read_options(run_command)["commands"].get(command, {})
+        return [*options] if word.startswith("-") else options.get(before[-1], [])
     if command == "completion":
         return [*SCRIPTS]
-    if command == "export" and before[-1] == "--to":
-        return [*_FORMATS]
-    if len(before) == 1 and command in ("compare", "sweep", "federate"):
-        kinds = {"compare": "comparison", "sweep": "sweep", "federate": "run"}
-        words = _packaged(kinds[command])
-        return ["app"] if command == "federate" else words
+    if len(before) == 1 and command in ("compare", "sweep"):
+        return list_configs("comparison" if command == "compare" else "sweep")
+    if before == ["federate"]:
+        return ["app"]
     if before == ["federate", "app"]:
-        return _packaged("run")
+        return list_configs("run")
     return []
-
-
-def _packaged(kind: str) -> list[str]:
-    """Names of the packaged configurations of one kind."""
-    names = [name for system in systems().values() for name in packaged_configs(system)]
-    paths = {name: config_path(name) for name in names}
-    return [name for name, path in paths.items() if path and kind_of(read_keys(path)) == kind]
 
 
 def _run_words(before: Sequence[str], word: str, run_command: RunCommand) -> list[str]:
     """Options and values of ``fit``, ``validate``, ``test`` and ``predict``."""
     if before[-1] in ("--config", "-c"):
-        return _packaged("run")
+        return list_configs("run")
     name, equals, _ = word.partition("=")
     if name == "--config" and equals:
-        return [f"--config={path}" for path in _packaged("run")]
+        return [f"--config={path}" for path in list_configs("run")]
     is_value = not word.startswith("-")
     option = before[-1] if is_value else name
     if is_value and not option.startswith("--"):

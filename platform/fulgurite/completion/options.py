@@ -16,7 +16,7 @@ from typing import Any
 from fulgurite import __version__
 from fulgurite.data.store import cache_folder
 from fulgurite.io import atomic_write
-from fulgurite.systems import ENTRY_POINTS, systems
+from fulgurite.systems import ENTRY_POINTS, RESERVED_COMMANDS, RUN_COMMANDS, systems
 
 __all__ = ["OTHER_COMMANDS", "RunCommand", "read_options"]
 
@@ -24,7 +24,7 @@ RunCommand = Callable[[list[str]], int]
 """Runs the command line of fulgurite; returns its exit status."""
 
 #: Commands whose options are those of their ``--help``.
-OTHER_COMMANDS = ("compare", "report", "sweep", "new", "export", "schema", "completion")
+OTHER_COMMANDS = sorted(RESERVED_COMMANDS - {*RUN_COMMANDS, "systems", "doctor", "help"})
 
 
 def read_options(run_command: RunCommand) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def read_options(run_command: RunCommand) -> dict[str, Any]:
 
     Returns:
         ``schema``, as :func:`fulgurite.schema.describe_run` makes it, and ``commands``, the
-        options of each other command.
+        options of each other command, each with the words that it chooses among, if it does.
     """
     path = cache_folder() / "completion" / f"{_fingerprint()}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -78,8 +78,8 @@ def _make_options(run_command: RunCommand) -> dict[str, Any]:
     }
 
 
-def _read_help(command: str, run_command: RunCommand) -> list[str]:
-    """The options that ``--help`` of a command lists."""
+def _read_help(command: str, run_command: RunCommand) -> dict[str, list[str]]:
+    """The options that ``--help`` of a command lists, and the words that each chooses among."""
     text = io.StringIO()
     with (
         contextlib.redirect_stdout(text),
@@ -87,4 +87,7 @@ def _read_help(command: str, run_command: RunCommand) -> list[str]:
         contextlib.suppress(SystemExit),
     ):
         run_command([command, "--help"])
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text.getvalue())))
+    options: dict[str, list[str]] = {}
+    for name, words in re.findall(r"(?<![\w-])(--[a-z][\w-]*)(?: {([^}]*)})?", text.getvalue()):
+        options[name] = options.get(name) or [word for word in words.split(",") if word]
+    return options
