@@ -29,23 +29,20 @@ def prepare_arguments(argv: Sequence[str]) -> list[str]:
 
     Example:
         >>> prepare_arguments(["--data.init_args.source.init_args.test=null", "--model=A"])
-        ['--data={"init_args": {"source": {"init_args": {"test": null}}}}', '--model=A']
+        ['--data.init_args.source={"init_args": {"test": null}}', '--model=A']
         >>> prepare_arguments(["--data.text.paths=null"])
-        ['--data={"init_args": {"text": {"paths": null}}}']
+        ['--data.text={"paths": null}']
         >>> prepare_arguments(["--trainer.strategy.offload.folder=null"])
-        ['--trainer.strategy={"init_args": {"offload": {"folder": null}}}']
+        ['--trainer.strategy.offload={"folder": null}']
         >>> prepare_arguments(["--trainer.callbacks.rows.embedding=null"])
         ['--trainer.callbacks.rows={"embedding": null}']
     """
     return _with_nulls(_with_resolved_configs(argv))
 
 
-# a field of an argument (of a class, or of a record): what JSON is given to, and the path inside.
-# Where several classes may stand, JSON is taken for an argument of the last one, not for the class.
+# an argument of a class, to which JSON is given, and the path to a field inside of it
 _INNER_ARGUMENT = re.compile(
-    r"--(?P<lists>trainer\.(?:callbacks|logger|plugins)(?:\.init_args)?\.\w+)(?P<field>(?:\.\w+)+)"
-    r"|--(?P<owner>data|model|trainer\.\w+)"
-    r"(?P<path>(?:\.init_args\.\w+|\.(?!init_args\.)\w+)(?:\.\w+)+)"
+    r"--(?P<argument>(?:data|model|trainer\.\w+)(?:\.init_args)?\.(?!init_args\b)\w+)(?P<field>(?:\.\w+)+)"
 )
 _NULLS = ("null", "Null", "NULL", "~")  # the words that YAML takes for null
 
@@ -63,14 +60,10 @@ def _with_nulls(argv: Sequence[str]) -> list[str]:
             continue
         if not eq:
             out.pop()
-        owner = match["lists"] or match["owner"]
-        parts = (match["field"] or match["path"]).split(".")[1:]
-        if match["owner"] and parts[0] != "init_args":
-            parts = ["init_args", *parts]
         content: Any = None
-        for part in reversed(parts):
+        for part in reversed(match["field"].split(".")[1:]):
             content = {part: content}
-        out.append(f"--{owner}={json.dumps(content)}")
+        out.append(f"--{match['argument']}={json.dumps(content)}")
     return out
 
 
