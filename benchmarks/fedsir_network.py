@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,16 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.harness import machine, ratios, report, spread
+from fulgurite.testing.survival import find_free_port
 
 CLIENTS, ROUNDS = 3, 6
 SCRIPTS = Path(sys.executable).parent
-
-
-def find_port() -> int:
-    """A free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def count_rounds(metrics: Path) -> int:
@@ -54,7 +47,7 @@ def main() -> None:
     """Measure both, and write the report."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        port = find_port()
+        port = find_free_port()
         environment = {
             **os.environ,
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
@@ -89,7 +82,7 @@ def main() -> None:
         for number in range(CLIENTS):
             node = ["flower-supernode", "--insecure", f"--superlink=127.0.0.1:{port}"]
             config = ["--node-config", f"partition-id={number}"]
-            processes.append(start(f"node{number}", *node, f"--port={find_port()}", *config))
+            processes.append(start(f"node{number}", *node, f"--port={find_free_port()}", *config))
         run = folder / "run"
         try:
             time.sleep(5)

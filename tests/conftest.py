@@ -204,6 +204,22 @@ def train_once(tmp_path_factory, shared_cache):
 
 
 @pytest.fixture
+def predict_split(fulgurite):
+    """Predict the test split of a run with its last checkpoint; gives the predictions."""
+    from fulgurite.predictions import read_predictions
+
+    def call(run):
+        status, _, err = fulgurite(
+            "predict", "--config", str(run / "config.yaml"), f"--run.dir={run}", "--ckpt_path=last"
+        )
+        assert status == 0, err
+        newest = max(run.glob("predict*"), key=lambda folder: folder.stat().st_mtime)
+        return read_predictions(newest / "predictions.npz")
+
+    return call
+
+
+@pytest.fixture
 def run_two(workdir):
     """Run a command on two ranks of the CPU, in forks that need not import everything again."""
     from fulgurite.testing.survival import run_ranks

@@ -132,12 +132,12 @@ class InputImages:
             )  # fmt: skip
             highest = int(pixels.max(initial=0)) if pixels.dtype == np.uint16 else -1
             image = to_uint8(_put_channels_last(pixels, channels))
-        shown = 1 if image.ndim == 2 else image.shape[-1]
-        converts = self.converts and {shown, channels} <= {1, 3}
-        if image.ndim > 3 or (shown != channels and not converts):
+        image_channels = 1 if image.ndim == 2 else image.shape[-1]
+        converts = self.converts and {image_channels, channels} <= {1, 3}
+        if image.ndim > 3 or (image_channels != channels and not converts):
             raise DataError(
-                f"The image {title} has the shape {pixels.shape} and {shown} channels, and the "
-                f"network was trained on {channels}.",
+                f"The image {title} has the shape {pixels.shape} and {image_channels} channels, and "
+                f"the network was trained on {channels}.",
                 f"Give images of {channels} channels.",
             )
         if converts or image.ndim == 2:

@@ -12,7 +12,6 @@ import yaml
 
 import fulgurite as package
 from fulgurite.errors import CheckpointError, ConfigError, DataError, FulguriteError
-from fulgurite.predictions import read_predictions
 
 COLUMNS = ["source", "batch", "plate", "well", "site", "role", "label"]
 
@@ -56,13 +55,9 @@ def by_site(predictions):
     return {name: values[order] for name, values in predictions.items()}
 
 
-def test_copies_of_the_test_plates_are_predicted_as_these(trained, tested, fulgurite):
+def test_copies_of_the_test_plates_are_predicted_as_these(trained, tested, predict_split):
     run, data = trained
-    status, _, err = fulgurite(
-        "predict", "--config", str(run / "config.yaml"), f"--run.dir={run}", "--ckpt_path=last"
-    )
-    assert status == 0, err
-    split = read_predictions(run / "predict/predictions.npz")
+    split = predict_split(run)
     sites = data.table.frame.loc[split["index"], ["plate", "site"]]
     split |= {name: column.to_numpy(str) for name, column in sites.items()}
     predictions = package.predict(run, copy_images(tested, "new"), "last")

@@ -11,7 +11,6 @@ import fulgurite as package
 from fulgurite.datamodules.number_probing import AdditionDataModule, AdditionOptions
 from fulgurite.datamodules.number_probing.tokenizers import WordTokenizer
 from fulgurite.errors import CheckpointError, DataError
-from fulgurite.predictions import read_predictions
 
 LENGTH = 16
 pytestmark = pytest.mark.usefixtures("workdir")
@@ -32,18 +31,9 @@ def text_run(train_once, tmp_path_factory):
     return folder / "run", text
 
 
-def predict_split(fulgurite, run):
-    status, _, err = fulgurite(
-        "predict", "--config", str(run / "config.yaml"), f"--run.dir={run}", "--ckpt_path=last"
-    )
-    assert status == 0, err
-    newest = max(run.glob("predict*"), key=lambda folder: folder.stat().st_mtime)
-    return read_predictions(newest / "predictions.npz")
-
-
-def test_a_copy_of_the_test_split_is_predicted_as_the_split(text_run, fulgurite):
+def test_a_copy_of_the_test_split_is_predicted_as_the_split(text_run, predict_split):
     run, text = text_run
-    split = predict_split(fulgurite, run)
+    split = predict_split(run)
     words = text.read_text().split()
     first = len(words) + 1 - round(0.05 * (len(words) + 1))
     Path("copy.txt").write_text(" ".join(words[first:]))
@@ -114,9 +104,9 @@ def addition_run(train_once):
     return folder / "run", cli.datamodule
 
 
-def test_problems_of_the_test_split_are_predicted_as_the_split(addition_run, fulgurite):
+def test_problems_of_the_test_split_are_predicted_as_the_split(addition_run, predict_split):
     run, data = addition_run
-    split = predict_split(fulgurite, run)
+    split = predict_split(run)
     problems = data._test
     lines = [f"{a}+{b}" for a, b in zip(problems.a, problems.b, strict=True)]
     Path("problems.txt").write_text("\n\n".join(lines) + "\n")

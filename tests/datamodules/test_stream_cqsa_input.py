@@ -7,7 +7,6 @@ import pytest
 
 import fulgurite as package
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.predictions import read_predictions
 
 LENGTH = 32
 pytestmark = pytest.mark.usefixtures("workdir")
@@ -25,13 +24,9 @@ def trained(train_once, tmp_path_factory):
     return folder / "run", text
 
 
-def test_a_copy_of_the_test_split_is_predicted_as_the_split(trained, fulgurite):
+def test_a_copy_of_the_test_split_is_predicted_as_the_split(trained, predict_split):
     run, text = trained
-    status, _, err = fulgurite(
-        "predict", "--config", str(run / "config.yaml"), f"--run.dir={run}", "--ckpt_path=last"
-    )
-    assert status == 0, err
-    split = read_predictions(run / "predict/predictions.npz")
+    split = predict_split(run)
     content = text.read_bytes()
     tail = content[len(content) - round(0.05 * len(content)) :]
     begin = tail.index(bytes(split["targets"][0].tolist()[:-1])) - 1

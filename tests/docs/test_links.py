@@ -15,8 +15,8 @@ def test_links_lead_to_files_and_headings_that_exist(page):
     for target in links(page):
         if target in anchors(page):  # a label of MyST
             continue
-        place, _, anchor = target.partition("#")
-        path = (page.parent / place).resolve() if place else page
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
         assert path.exists(), target
         if anchor and path.suffix == ".md":
             assert anchor in anchors(path), target

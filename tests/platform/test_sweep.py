@@ -29,7 +29,7 @@ from fulgurite.sweep.pruning import falls_behind
 from fulgurite.sweep.reporter import TrialReporter
 from fulgurite.sweep.space import Categorical, Distribution, EarlyTerminate
 from fulgurite.sweep.study import MEMORY, TrialWatch, hide_password, next_point, open_study
-from fulgurite.testing.survival import start_call
+from fulgurite.testing.survival import find_free_port, start_call
 
 RUNNER = """
 import json, os, pathlib, sys, time
@@ -600,11 +600,7 @@ def postgres():
     if os.getuid() == 0:  # the server refuses to run as root
         shutil.chown(home, "nobody")
         prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
 
     def call(*command):
         subprocess.run([*prefix, *command], check=True, capture_output=True, cwd=home, timeout=120)

@@ -22,17 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fulgurite.models.fedsir.command import write_app
+from fulgurite.testing.survival import find_free_port
 
 pytestmark = pytest.mark.slow
 
 CLIENTS = 3
 SCRIPTS = Path(sys.executable).parent
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_certificates(folder):
@@ -105,7 +100,7 @@ class Network:
     """SuperLink and SuperNodes of one federation."""
 
     def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port = folder, find_free_port()
         self.processes = {}
         write_certificates(folder)
         self.keys = [write_key(folder, f"node{k}") for k in range(CLIENTS)]
@@ -140,7 +135,7 @@ class Network:
     def start_node(self, number, key=None, name=None):
         self.start(
             name or f"node{number}", "flower-supernode", f"--superlink=127.0.0.1:{self.port}",
-            "--root-certificates=ca.pem", f"--port={free_port()}",
+            "--root-certificates=ca.pem", f"--port={find_free_port()}",
             f"--auth-supernode-private-key={key or self.keys[number]}",
             "--node-config", f"partition-id={number}",
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
+from fulgurite.testing.survival import find_free_port
 
 pytestmark = pytest.mark.slow
 
@@ -26,12 +27,6 @@ SYSTEMS = {
 }
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def fit_words(system, *more):
     strategy, options, _ = SYSTEMS[system]
     return [
@@ -43,7 +38,7 @@ def fit_words(system, *more):
 def start_agents(folder, system, *more):
     """Two agents as on two machines, with a process each; their outputs are files."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    meeting = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    meeting = ["--master-addr=127.0.0.1", f"--master-port={find_free_port()}"]
     words = fit_words(system, "--trainer.num_nodes=2", "--trainer.devices=1", *more)
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     return [

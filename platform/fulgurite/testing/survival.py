@@ -25,8 +25,8 @@ import torch
 from fulgurite.run_folders import RUN_DIR_VARIABLE
 
 __all__ = [
-    "Ended", "Forked", "Survival", "differing", "run_forked", "run_ranks", "start_call",
-    "start_forked", "unequal",
+    "Ended", "Forked", "Survival", "differing", "find_free_port", "run_forked", "run_ranks",
+    "start_call", "start_forked", "unequal",
 ]  # fmt: skip
 
 _NUMBERS = itertools.count()  # of forks
@@ -141,6 +141,13 @@ def start_call(work: Callable[[], int | None], folder: Path) -> Forked:
     return Forked(child, log)
 
 
+def find_free_port() -> int:
+    """Return a port of this machine that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def run_ranks(argv: Sequence[str], ranks: int = 2) -> list[Ended]:
     """Run a command line with ``--run.dir`` on several ranks, each a fork of this process.
 
@@ -150,9 +157,7 @@ def run_ranks(argv: Sequence[str], ranks: int = 2) -> list[Ended]:
     """
     folder = next(x.split("=", 1)[1] for x in argv if x.startswith("--run.dir="))
     run = Path(folder, *([] if argv[0] == "fit" else [argv[0]])).absolute()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
 
     def join(rank: int) -> None:
         os.environ.update(
