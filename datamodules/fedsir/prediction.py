@@ -136,8 +136,8 @@ class InputImages:
         converts = self.converts and {image_channels, channels} <= {1, 3}
         if image.ndim > 3 or (image_channels != channels and not converts):
             raise DataError(
-                f"The image {title} has the shape {pixels.shape} and {image_channels} channels, and "
-                f"the network was trained on {channels}.",
+                f"The image {title} has the shape {pixels.shape} and {image_channels} channels, "
+                f"and the network was trained on {channels}.",
                 f"Give images of {channels} channels.",
             )
         if converts or image.ndim == 2:
