@@ -78,6 +78,12 @@ def test_classes_of_users_take_any_arguments(schema):
     assert Draft202012Validator(schema).is_valid(content)
 
 
+def test_options_of_each_command_are_there(schema):
+    options_of_commands = {"ckpt_path", "weights_only", "verbose", "return_predictions", "input"}
+    shared = {"seed_everything", "run", "trainer", "model", "data"}
+    assert schema["properties"].keys() == shared | options_of_commands
+
+
 def test_options_say_what_they_are_for(schema):
     options_of = schema["$defs"]["fulgurite.datamodules.fedsir.FederatedDataModule"]
     clients = options_of["properties"]["clients"]

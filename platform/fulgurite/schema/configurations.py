@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from fulgurite import __version__
 from fulgurite.cli.lightning_cli import TRAINER_DEFAULTS
+from fulgurite.resuming import RunTrainer
 from fulgurite.run_folders import RunOptions
 from fulgurite.schema.annotations import Schema, SchemaBuilder
 
@@ -23,7 +24,7 @@ def describe_run() -> dict[str, Any]:
 
     Example:
         >>> sorted(describe_run()["properties"])[:4]
-        ['ckpt_path', 'data', 'model', 'return_predictions']
+        ['ckpt_path', 'data', 'input', 'model']
     """
     builder = SchemaBuilder()
     properties: dict[str, Schema] = {
@@ -51,7 +52,7 @@ def _describe_commands(builder: SchemaBuilder) -> dict[str, Schema]:
     """Options of ``fit``, ``validate``, ``test`` and ``predict`` themselves."""
     options = {}
     for command, filled in LightningCLI.subcommands().items():
-        method = getattr(Trainer, command)
+        method = getattr(RunTrainer, command)
         hints = get_type_hints(method)
         for name in inspect.signature(method).parameters:
             if name != "self" and name not in filled:
