@@ -5,6 +5,7 @@ Axes: I problems, K tokens of an operand, L tokens of a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from fulgurite.datamodules.number_probing.batches import BatchDataset
 from fulgurite.datamodules.number_probing.draws import Ints, draw_below, hash_integers
 from fulgurite.errors import ConfigError
 from fulgurite.options import (
@@ -194,7 +195,7 @@ class AdditionTask(AdditionOptions):
         return hash_integers(self.seed, stream, a, b)
 
 
-class PairStream(Dataset[dict[str, Tensor]]):
+class PairStream(BatchDataset):
     """An endless sequence of random pairs; the number of the draw decides the pair.
 
     Args:
@@ -210,10 +211,7 @@ class PairStream(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in self.__getitems__([index]).items()}
-
-    def pairs(self, indices: list[int]) -> tuple[Ints, Ints]:
+    def pairs(self, indices: Sequence[int]) -> tuple[Ints, Ints]:
         """Operands of draws. Shapes: (I,)."""
         numbers = np.asarray(indices, np.int64)
         a, b = np.zeros_like(numbers), np.zeros_like(numbers)
@@ -230,11 +228,11 @@ class PairStream(Dataset[dict[str, Tensor]]):
             pending, attempt = pending[~fits], attempt + 1
         return a, b
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         return self.task.encode(*self.pairs(indices))
 
 
-class PairList(Dataset[dict[str, Tensor]]):
+class PairList(BatchDataset):
     """All pairs of one part, in a new order in every pass of them.
 
     Args:
@@ -262,10 +260,7 @@ class PairList(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.a)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in self.__getitems__([index]).items()}
-
-    def rows(self, indices: list[int]) -> Ints:
+    def rows(self, indices: Sequence[int]) -> Ints:
         """Index of each draw in the list; draw n is in pass n // length. Shape: (I,)."""
         passes, rows = np.divmod(np.asarray(indices, np.int64), len(self.a))
         if self.seed is None:
@@ -280,6 +275,6 @@ class PairList(Dataset[dict[str, Tensor]]):
             shuffled_rows[in_pass] = self._order[rows[in_pass]]
         return shuffled_rows
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = self.rows(indices)
         return self.task.encode(self.a[rows], self.b[rows])

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fulgurite.data.store import ArrayStore, ArrayStream, cached_store
 from fulgurite.data.text import ConsecutiveStarts, read_documents
 from fulgurite.datamodules.number_probing.addition import IGNORED
+from fulgurite.datamodules.number_probing.batches import BatchDataset
 from fulgurite.datamodules.number_probing.draws import Ints, draw_below
 from fulgurite.datamodules.number_probing.perturbations import (
     Perturbation,
@@ -143,7 +143,7 @@ class WindowOptions(NamedTuple):
     documents: bool
 
 
-class TokenWindows(Dataset[dict[str, Tensor]]):
+class TokenWindows(BatchDataset):
     """Windows of the text, and the next token of each of their tokens.
 
     Args:
@@ -172,9 +172,6 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.consecutive)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in self.__getitems__([index]).items()}
 
     def begins(self, indices: Sequence[int]) -> Ints:
         """First tokens of windows. Shape: (B,)."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fulgurite.data.text import FileWindows
 from fulgurite.datamodules.number_probing.addition import IGNORED, AdditionTask
+from fulgurite.datamodules.number_probing.batches import BatchDataset
 from fulgurite.datamodules.number_probing.corpus import TokenCache, TokenWindows, WindowOptions
 from fulgurite.datamodules.number_probing.draws import Ints
 from fulgurite.datamodules.number_probing.tokenizers import Tokenizer
@@ -69,7 +69,7 @@ class TrainedTokenizer:
         return self.tokenizer.spaced(token)
 
 
-class InputTokens(Dataset[dict[str, Tensor]]):
+class InputTokens(BatchDataset):
     """Windows of the tokens of files, each with its number as ``index``.
 
     Args:
@@ -86,9 +86,6 @@ class InputTokens(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = [
@@ -124,7 +121,7 @@ class _PaddedWindows(TokenWindows):
 # --- addition -------------------------------------------------------------------------------------
 
 
-class InputProblems(Dataset[dict[str, Tensor]]):
+class InputProblems(BatchDataset):
     """Problems ``a+b`` of files, one in each line, each with its number as ``index``.
 
     Args:
@@ -180,9 +177,6 @@ class InputProblems(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.a)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: x[0] for name, x in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = np.asarray(indices, np.int64)
