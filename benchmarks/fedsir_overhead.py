@@ -66,7 +66,7 @@ def main() -> None:
     from fulgurite.models.fedsir.methods import FedSIR, SpectralIdentification
 
     timed(SpectralIdentification, "__call__", "stage I (once, before round 0)")
-    timed(FedSIR, "_refresh", "relabeling")
+    timed(FedSIR, "relabel_noisy_clients", "relabeling")
     timed(FedSIR, "weights", "DaAgg weights")
     timed(federation.Federation, "average", "averaging")
     frozen = federation.Federation.frozen

@@ -36,12 +36,12 @@ from fulgurite.models.ice_layers.output.stacks import (
 from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
 from fulgurite.sampling import rank_and_world
 
-__all__ = ["CompletionWriter"]
+__all__ = ["CompletionWriter", "DrawnStack", "choose_drawn_stacks"]
 
 _FILLED = {"thickness", "provenance", "std"}
 
 
-class _Drawn(NamedTuple):
+class DrawnStack(NamedTuple):
     """A stack that may be drawn, and its true thickness (N, L) [m], where it is known."""
 
     stack: CompletedStack
@@ -54,8 +54,13 @@ class _Drawn(NamedTuple):
         return not observed.any(), -int((~observed).sum()), self.stack.stack
 
 
-def _choose_drawn(stacks: Sequence[_Drawn], count: int) -> list[_Drawn]:
-    """The stacks that lack most, the same ones in whatever order they come."""
+def choose_drawn_stacks(stacks: Sequence[DrawnStack], count: int) -> list[DrawnStack]:
+    """Choose the stacks that lack most, the same ones in whatever order they come.
+
+    Args:
+        stacks: Those that may be drawn.
+        count: How many are chosen at most.
+    """
     return sorted(stacks, key=lambda drawn: drawn.rank)[:count]
 
 
@@ -110,7 +115,7 @@ class CompletionWriter(Callback):
         self.attributes = check_attributes(attributes)
         self.written = 0
         self._origin = Origin()
-        self._drawn: list[_Drawn] = []
+        self._drawn: list[DrawnStack] = []
         self._numbers: list[int] = []
         self._folder: Path | None = None
         self.curves = TrainingCurves(
@@ -199,8 +204,8 @@ class CompletionWriter(Callback):
             self.written += 1
             if self.figures:
                 stack_truth = None if truth is None else truth[rows].cpu().numpy()
-                self._drawn = _choose_drawn(
-                    [*self._drawn, _Drawn(stack, stack_truth)], self.figures
+                self._drawn = choose_drawn_stacks(
+                    [*self._drawn, DrawnStack(stack, stack_truth)], self.figures
                 )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,7 +214,9 @@ class CompletionWriter(Callback):
         if (world := rank_and_world()[1]) > 1:
             everyone: list[Any] = [None] * world
             dist.all_gather_object(everyone, (drawn, numbers))
-            drawn = _choose_drawn([stack for part, _ in everyone for stack in part], self.figures)
+            drawn = choose_drawn_stacks(
+                [stack for part, _ in everyone for stack in part], self.figures
+            )
             numbers = [number for _, part in everyone for number in part]
         if self.csarp_layer and trainer.is_global_zero and (folder := self._folder):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]

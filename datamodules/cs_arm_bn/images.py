@@ -147,7 +147,7 @@ class FileReader(SiteReader):
 
     def __call__(self, paths: Sequence[str]) -> NDArray[Any]:
         """Return a raw site: see :meth:`SiteReader.__call__`."""
-        read = partial(self._read_file, is_channel=len(paths) > 1 or self.channels == 1)
+        read = partial(self.read_file, is_channel=len(paths) > 1 or self.channels == 1)
         if len(paths) > 1 and "://" in paths[0]:  # fetched in parallel
             with ThreadPoolExecutor(len(paths)) as pool:
                 planes = list(pool.map(read, paths))
@@ -171,7 +171,19 @@ class FileReader(SiteReader):
             )
         return site
 
-    def _read_file(self, path: str, is_channel: bool) -> NDArray[Any]:
+    def read_file(self, path: str, is_channel: bool) -> NDArray[Any]:
+        """Return the pixels of one file.
+
+        Args:
+            path: The file, or its address.
+            is_channel: Whether it holds one channel of a site, not all of them.
+
+        Shape:
+            - (H, W), or with the channels where the file has them.
+
+        Raises:
+            BadImage: The file is no image, or none of the kind that is read.
+        """
         with (
             reading_image(path, _LEAVE_OUT, BadImage),
             _open_image(path, self.remote) as (stream, size),

@@ -181,10 +181,14 @@ class _Recipe:
         return wells
 
 
-def _render_plate(
+def render_plate(
     recipe: _Recipe, plate: _SyntheticPlate
 ) -> tuple[list[tuple[str, str]], NDArray[np.uint16]]:
     """Return (well, site) of each site of a plate and its image.
+
+    Args:
+        recipe: The recipe of a source: :attr:`SyntheticPlates.recipe`.
+        plate: One of its plates, as ``recipe.list_plates()`` gives them.
 
     Shape:
         - (R, C, S, S) uint16.
@@ -256,7 +260,7 @@ class _SyntheticPlateWriter(Dataset[Any]):
         import tifffile
 
         plate = self.plates[number]
-        sites, images = _render_plate(self.recipe, plate)
+        sites, images = render_plate(self.recipe, plate)
         inner = f"cpg0016-jump/{plate.source}/images/{plate.batch_name}/images/{plate.folder}"
         folder = self.root / inner
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,10 @@ from fulgurite.foreign import open_compressed, reading
 from fulgurite.io import checksum as file_checksum
 from fulgurite.io import data_path, verify_checksum
 
-__all__ = ["CifarArchive"]
+__all__ = ["VARIANTS", "ArchiveLayout", "CifarArchive", "read_members", "write_arrays"]
 
 
-class _Variant(NamedTuple):
+class ArchiveLayout(NamedTuple):
     """Layout and checksums of one of the two archives."""
 
     url: str
@@ -40,8 +40,8 @@ class _Variant(NamedTuple):
     classes: int
 
 
-_VARIANTS = {
-    "cifar10": _Variant(
+VARIANTS = {
+    "cifar10": ArchiveLayout(
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         {
@@ -61,7 +61,7 @@ _VARIANTS = {
         b"labels",
         10,
     ),
-    "cifar100": _Variant(
+    "cifar100": ArchiveLayout(
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         {
@@ -112,7 +112,7 @@ class CifarArchive(ImageSource):
         seed: int = 0,
     ) -> None:
         super().__init__(train_limit, test_limit, seed)
-        if variant not in _VARIANTS:
+        if variant not in VARIANTS:
             raise ConfigError(
                 f"There is no CIFAR variant {variant!r}.",
                 "Set `--data.init_args.source.init_args.variant` to cifar10 or cifar100.",
@@ -126,7 +126,7 @@ class CifarArchive(ImageSource):
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return _VARIANTS[self.variant].classes
+        return VARIANTS[self.variant].classes
 
     @property
     def in_channels(self) -> int:
@@ -141,14 +141,14 @@ class CifarArchive(ImageSource):
     def prepare(self) -> None:
         """Fetch the archive if ``download`` is set, and fill the cache."""
         if self.download:
-            layout, target = _VARIANTS[self.variant], data_path(self.path, must_exist=False)
+            layout, target = VARIANTS[self.variant], data_path(self.path, must_exist=False)
             if not target.exists():
                 fetch(layout.url, target, layout.sha256)
         self.read()
 
     def read(self) -> ImageArrays:
         """Return all images, memory-mapped."""
-        path, layout = data_path(self.path), _VARIANTS[self.variant]
+        path, layout = data_path(self.path), VARIANTS[self.variant]
         if path.is_dir():
             folder = path / layout.folder if (path / layout.folder).is_dir() else path
             if self.checksum not in (None, "official"):
@@ -172,13 +172,13 @@ class CifarArchive(ImageSource):
             if folder is not None:
                 members = {file.name: file.read_bytes() for file in files}
             else:
-                members = _read_members(path, layout)
-            return _write_arrays(members, layout, str(path), target)
+                members = read_members(path, layout)
+            return write_arrays(members, layout, str(path), target)
 
         return cached_arrays(f"{self.variant}-{key}", write)
 
 
-def _refuse_missing(names: Collection[str], layout: _Variant, path: str) -> None:
+def _refuse_missing(names: Collection[str], layout: ArchiveLayout, path: str) -> None:
     """Refuse an archive or folder without all files of the data set."""
     if missing := sorted(layout.md5.keys() - set(names)):
         raise DataError(
@@ -187,8 +187,19 @@ def _refuse_missing(names: Collection[str], layout: _Variant, path: str) -> None
         )
 
 
-def _read_members(path: Path, layout: _Variant) -> dict[str, bytes]:
-    """Read the files of the data set into memory; nothing is unpacked on disk."""
+def read_members(path: Path, layout: ArchiveLayout) -> dict[str, bytes]:
+    """Read the files of the data set into memory; nothing is unpacked on disk.
+
+    Args:
+        path: The archive.
+        layout: What it should hold.
+
+    Returns:
+        Content of each file by its name, without the folder.
+
+    Raises:
+        DataError: The archive is damaged, or holds a file twice.
+    """
     contents = {}
     with (
         reading(path, "The archive", "Fetch it again.", fault="is damaged or truncated"),
@@ -213,10 +224,20 @@ def _read_members(path: Path, layout: _Variant) -> dict[str, bytes]:
     return contents
 
 
-def _write_arrays(
-    members: Mapping[str, bytes], layout: _Variant, path: str, target: Path
+def write_arrays(
+    members: Mapping[str, bytes], layout: ArchiveLayout, path: str, target: Path
 ) -> tuple[str, ...]:
-    """Write the arrays of all files into a folder and return the class names."""
+    """Write the arrays of all files into a folder and return the class names.
+
+    Args:
+        members: Content of each file by its name, as :func:`read_members` gives it.
+        layout: What the archive should hold.
+        path: What errors call the archive.
+        target: The folder.
+
+    Raises:
+        DataError: A file is missing, or holds something else than images and labels.
+    """
     _refuse_missing(members, layout, path)
     train = sorted(name for name in layout.md5 if name.startswith(layout.train))
     names = _read_field(members, layout.meta, layout.names, path)
@@ -251,7 +272,7 @@ def _write_arrays(
 
 
 def _read_labels(
-    members: Mapping[str, bytes], name: str, layout: _Variant, path: str
+    members: Mapping[str, bytes], name: str, layout: ArchiveLayout, path: str
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     labels = _read_field(members, name, layout.labels, path)
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.ndim == 1:

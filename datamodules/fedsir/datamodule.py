@@ -250,7 +250,7 @@ class FederatedDataModule(L.LightningDataModule):
         self._measure_channels(arrays.train_images)
         self.class_names = arrays.class_names
         classes = len(arrays.class_names)
-        samples = self._samples
+        samples = self.samples
         self._parts = self.partition(
             samples, self.num_clients, classes, make_generator(self.seed, _PARTITION)
         )
@@ -323,7 +323,10 @@ class FederatedDataModule(L.LightningDataModule):
             self._images, trained = self._copy_originals(self._images[rows], trained)
             rows = torch.arange(len(trained))
         order = torch.randperm(len(rows), generator=make_generator(self.seed, _ORDER))
-        self._rows, self._samples = rows[order], trained.take(order)
+        self._rows = rows[order]
+        #: The training samples in the order of :attr:`labels`, for evaluation only: they know true
+        #: labels.
+        self.samples = trained.take(order)
         if unverified := int((samples.true[val_rows] == UNKNOWN).sum()):
             log.warning(
                 "%d of %d validation labels are the given ones, which may be wrong: the true ones "

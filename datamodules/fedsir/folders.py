@@ -105,7 +105,7 @@ class ImageFolder(EncodedImages):
         split = None if listing.test else (self.test_fraction, self.seed)
         recipe = f"3 {listing.tree.fingerprint(listing.names)} {self.side} {self.channels} {split}"
         key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
-        arrays = cached_arrays(f"images-{key}", self._write_arrays)
+        arrays = cached_arrays(f"images-{key}", self.write_arrays)
         train_rows, _ = self._split_rows()
         # the listing keeps the images of the test split: annotation files may name them
         paths = Listing(len(listing.train), tuple(listing.train))
@@ -122,7 +122,12 @@ class ImageFolder(EncodedImages):
         labels = torch.tensor([number[_get_class_name(name)] for name in listing.train])
         return split_off_test(labels, self.test_fraction, self.seed)
 
-    def _write_arrays(self, target: Path) -> tuple[str, ...]:
+    def write_arrays(self, target: Path) -> tuple[str, ...]:
+        """Decode the images of both splits into a folder and return the class names.
+
+        Raises:
+            DataError: An image cannot be decoded.
+        """
         listing = self._list_files()
         number = {name: c for c, name in enumerate(listing.class_names)}
         train_rows, test_rows = self._split_rows()

@@ -27,7 +27,7 @@ from torch.optim.optimizer import ParamsT
 
 from fulgurite.errors import MissingExtraError
 
-__all__ = ["LARS", "LinearWarmupCosineAnnealingLR", "load_bolts"]
+__all__ = ["LARS", "LinearWarmupCosineAnnealingLR", "join_classes", "load_bolts"]
 
 
 def load_bolts(module: str) -> types.ModuleType:
@@ -90,7 +90,7 @@ class LARS(Optimizer):
         eps: float = 1e-8,
     ) -> None:
         ours: type = type(self)
-        self.__class__ = _join_classes(ours, "optimizers.lars")
+        self.__class__ = join_classes(ours, "optimizers.lars")
         options = (momentum, dampening, weight_decay, nesterov, trust_coefficient, eps)
         with _quiet():
             super().__init__(params, lr, *options)  # type: ignore[arg-type, call-arg]  # bolts' own
@@ -123,15 +123,23 @@ class LinearWarmupCosineAnnealingLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         ours: type = type(self)
-        self.__class__ = _join_classes(ours, "optimizers.lr_scheduler")
+        self.__class__ = join_classes(ours, "optimizers.lr_scheduler")
         steps = (warmup_epochs, max_epochs, warmup_start_lr, eta_min, last_epoch)
         with _quiet():
             super().__init__(optimizer, *steps)  # type: ignore[call-arg]  # bolts' own
 
 
 @functools.cache
-def _join_classes(ours: type, module: str) -> type:
-    """Our typed class, which the command line reads, over bolts' class of the same name."""
+def join_classes(ours: type, module: str) -> type:
+    """Put our typed class, which the command line reads, over bolts' class of the same name.
+
+    Args:
+        ours: The typed class.
+        module: Module of bolts, without ``pl_bolts.``.
+
+    Raises:
+        MissingExtraError: lightning-bolts is not installed.
+    """
     theirs = getattr(load_bolts(module), ours.__name__)
     if issubclass(ours, theirs):  # a copy of an instance
         return ours

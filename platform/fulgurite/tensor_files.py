@@ -12,7 +12,7 @@ from fulgurite.errors import CheckpointError, RunError
 from fulgurite.foreign import check_tensor_file, check_tensors, describe_error
 from fulgurite.io import atomic_write
 
-__all__ = ["load_plain", "read_state_dict", "save_plain"]
+__all__ = ["load_plain", "read_state_dict", "save_plain", "seal_archive"]
 
 _SEALED = "fulgurite_digest"
 _SEAL = b"fulgurite sha256 "
@@ -84,7 +84,7 @@ def save_plain(content: Mapping[str, Any], path: str | Path) -> None:
         with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 torch.save({**content, _SEALED: "sha256"}, file)
-            _seal(temporary)
+            seal_archive(temporary)
     except (OSError, RuntimeError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
@@ -98,8 +98,12 @@ def save_plain(content: Mapping[str, Any], path: str | Path) -> None:
         ) from error
 
 
-def _seal(path: Path) -> None:
-    """Append the digest of a zip archive to it, as its comment."""
+def seal_archive(path: Path) -> None:
+    """Append the digest of a zip archive to it, as its comment.
+
+    Args:
+        path: What ``torch.save`` wrote.
+    """
     with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(size - 2)

@@ -78,7 +78,7 @@ def test_mini_batches_cover_all_samples_and_leave_no_single_one(samples, size):
 
 def test_relabeling_follows_the_paper_schedule(monkeypatch):
     method, rounds = FedSIR(relabeling=RelabelingOptions(every=20)), []
-    monkeypatch.setattr(method, "_refresh", lambda fed, round: rounds.append(round))
+    monkeypatch.setattr(method, "relabel_noisy_clients", lambda fed, round: rounds.append(round))
     for r in range(100):
         method.before_round(None, r)
     assert rounds == [20, 40, 60, 80]
@@ -261,12 +261,12 @@ def test_truth_is_out_of_reach_of_the_method(trained, final, monkeypatch):
         value = getattr(rounds.engine.fed.data, name)
         assert not (isinstance(value, torch.Tensor) and torch.equal(value, true)), name
     assert not hasattr(rounds.engine.fed.data, "evaluation")
-    assert not hasattr(rounds.engine.fed.data, "_true")
+    assert not hasattr(rounds.engine.fed.data, "samples")
     setup = FederatedDataModule.setup
 
     def blind(self, stage=None):
         setup(self, stage)
-        self.evaluation, self._true = None, None
+        self.evaluation, self.samples = None, None
 
     monkeypatch.setattr(FederatedDataModule, "setup", blind)
     blinded = final("blind")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fulgurite.callbacks.ice_layers import CompletionWriter, _choose_drawn, _Drawn
+from fulgurite.callbacks.ice_layers import CompletionWriter, DrawnStack, choose_drawn_stacks
 from fulgurite.datamodules.ice_layers import Blocks, LayerFiles
 from fulgurite.datamodules.ice_layers.readers.layer_frames import read_frame
 from fulgurite.datamodules.ice_layers.tracks.records import describe_completed
@@ -207,13 +207,13 @@ def test_a_baseline_writes_the_same_files(fit):
 def test_the_stacks_that_lack_most_are_drawn_whatever_their_order():
     def one(name, missing):
         observed = np.arange(6).reshape(3, 2) >= missing
-        return _Drawn(SimpleNamespace(stack=name, observed=observed), None)
+        return DrawnStack(SimpleNamespace(stack=name, observed=observed), None)
 
     some = [one("c", 2), one("b", 2), one("whole", 0), one("empty", 6), one("most", 5)]
     wanted = ["most", "b", "c", "whole", "empty"]  # without a pick there is nothing to compare
     for order in itertools.permutations(some):
-        assert [d.stack.stack for d in _choose_drawn(order, 5)] == wanted
-    assert [d.stack.stack for d in _choose_drawn(some, 1)] == ["most"]
+        assert [d.stack.stack for d in choose_drawn_stacks(order, 5)] == wanted
+    assert [d.stack.stack for d in choose_drawn_stacks(some, 1)] == ["most"]
 
 
 def test_a_wrong_writer_is_refused(fit):

@@ -27,9 +27,9 @@ from fulgurite.datamodules.cs_arm_bn.jump import CHANNELS
 from fulgurite.datamodules.cs_arm_bn.sources import check_images
 from fulgurite.datamodules.cs_arm_bn.synthetic import (
     NEGATIVE_CONTROL,
-    _render_plate,
     class_wells,
     control_wells,
+    render_plate,
 )
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
@@ -587,7 +587,7 @@ def test_channel_means_do_not_tell_the_class_on_new_batches():
         )
         features, labels, standardised = [], [], []
         for plate in source.recipe.list_plates():
-            sites, images = _render_plate(source.recipe, plate)
+            sites, images = render_plate(source.recipe, plate)
             layout = source.recipe.layout(plate)
             jcp = np.array([layout[well] for well, _ in sites])
             means = images.mean((2, 3))

@@ -298,7 +298,7 @@ def test_a_human_label_set_of_cifar_in_the_order_of_the_archive(tmp_path, monkey
         source=source,
         evaluation=EvaluationOptions(0),
     )
-    rows = data._samples.rows
+    rows = data.samples.rows
     assert data.labels.given.tolist() == worse[rows].tolist()
     assert data.evaluation.true.tolist() == clean[rows].tolist()
     with pytest.raises(
@@ -430,8 +430,8 @@ def test_copies_of_an_original_have_its_given_label(tmp_path):
     given = torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % 10, labels)
     path = save(tmp_path, "a.npy", {"label": given.numpy()})
     data = build(noise=FileLabels(path), source=source)
-    assert data.labels.given.equal(given[data._samples.rows])
-    assert data.evaluation.true.equal(labels[data._samples.rows])
+    assert data.labels.given.equal(given[data.samples.rows])
+    assert data.evaluation.true.equal(labels[data.samples.rows])
 
 
 def test_images_of_a_folder_are_named_by_path(tmp_path, monkeypatch):
@@ -446,7 +446,7 @@ def test_images_of_a_folder_are_named_by_path(tmp_path, monkeypatch):
     path = write(tmp_path, frame)
     data = build(FilePartition(path), source=source, clients=len(every))
     for k, name in enumerate(every):
-        rows = data._samples.rows[data.client_index(k)].tolist()
+        rows = data.samples.rows[data.client_index(k)].tolist()
         assert set(frame.client.iloc[rows]) == {name}
         classes = [paths[row].split("/")[-2] for row in rows]
         labels = data.labels.given[data.client_index(k)].tolist()

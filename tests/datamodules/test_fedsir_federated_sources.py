@@ -79,8 +79,8 @@ def test_natural_clients_of_a_parquet_table(tmp_path, images, split):
     data = build(source, Natural("writer_id"), clients=4)
     assert data.class_names == ("cat", "dog", "elk")
     check_clients(data, images, LABELS, WRITERS)
-    held = len(data._val) + data.num_samples
-    assert (held, len(data._test)) == ((30, 10) if split else (27, 3))
+    held = len(data.val_dataloader().dataset) + data.num_samples
+    assert (held, len(data.test_dataloader().dataset)) == ((30, 10) if split else (27, 3))
     again = build(
         Parquet(ParquetFiles(str(tmp_path / "train-*.parquet"), test)),
         Grouped(Iid(), "writer_id"),
@@ -202,7 +202,7 @@ def test_writers_of_leaf_are_clients(tmp_path, scale):
         Natural(),
         clients=1,
     )
-    assert set(few._samples.column("client")) == {"f2_2"}
+    assert set(few.samples.column("client")) == {"f2_2"}
 
 
 def good():

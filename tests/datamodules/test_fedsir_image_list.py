@@ -86,8 +86,8 @@ def test_the_true_labels_of_some_images_are_known(clothing):
     data.prepare_data()
     data.setup()
     by_path = dict(zip(TRAIN, LABELS.tolist(), strict=True))
-    names = [data._samples.listing.keys[row] for row in data._samples.rows.tolist()]
-    assert data._samples.true.tolist() == [
+    names = [data.samples.listing.keys[row] for row in data.samples.rows.tolist()]
+    assert data.samples.true.tolist() == [
         by_path[name] if name in TRAIN[:4] else -1 for name in names
     ]
     assert data.labels.given.tolist() == [(by_path[name] + 1) % 3 for name in names]

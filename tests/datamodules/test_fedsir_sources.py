@@ -178,10 +178,10 @@ def test_cifar_checksums(tmp_path, cache):
 
 def test_cifar_is_downloaded_when_asked(tmp_path, monkeypatch):
     published = write_cifar_archive(tmp_path / "published.tar.gz")
-    layout = archives._VARIANTS["cifar10"]
+    layout = archives.VARIANTS["cifar10"]
     assert layout.url.startswith("https://")
     monkeypatch.setitem(
-        archives._VARIANTS,
+        archives.VARIANTS,
         "cifar10",
         layout._replace(url=published.as_uri(), sha256=checksum(published)),
     )
@@ -194,7 +194,7 @@ def test_cifar_is_downloaded_when_asked(tmp_path, monkeypatch):
     published.unlink()
     source.prepare()  # it is there already
     assert len(source.load().test_labels) == 10
-    monkeypatch.setitem(archives._VARIANTS, "cifar10", layout._replace(url=target.as_uri()))
+    monkeypatch.setitem(archives.VARIANTS, "cifar10", layout._replace(url=target.as_uri()))
     other = tmp_path / "other.tar.gz"
     with pytest.raises(DataError, match="sha256"):
         CifarArchive(str(other), download=True).prepare()
@@ -218,12 +218,12 @@ def test_a_truncated_archive_is_one_data_error(tmp_path, cache):
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_a_missing_batch_is_named_whatever_the_checksum(tmp_path, monkeypatch, variant, unpacked):
     path = write_cifar_archive(tmp_path / "c.tar.gz", variant)
-    layout = archives._VARIANTS[variant]
+    layout = archives.VARIANTS[variant]
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     folder = tmp_path / layout.folder
     md5 = {file.name: checksum(file, "md5") for file in folder.iterdir()}
-    monkeypatch.setitem(archives._VARIANTS, variant, layout._replace(md5=md5))
+    monkeypatch.setitem(archives.VARIANTS, variant, layout._replace(md5=md5))
     (folder / f"{layout.train}_1.bak").write_bytes(b"no batch of it")
     whole = len(CifarArchive(str(folder), variant).load().train_labels)
     assert whole == 5 * layout.classes

@@ -134,20 +134,23 @@ def test_koenigs_times_are_given_where_they_are_usable(tmp_path, is_usable):
     assert not {"twtt", "frame", "elevation", "density"} & known.arrays().keys()
 
 
-def test_the_data_module_describes_stacks_by_their_numbers(tmp_path):
+def test_the_data_module_describes_stacks_by_their_numbers(tmp_path, monkeypatch):
     for day in range(3):
         name = f"201204{10 + day}_01"
         recorded = make_flight()
         recorded["gps_time"] = recorded["gps_time"] + (day + 11) * 86_400
         recorded["lat"] = recorded["lat"] + day
         write_frame(tmp_path / "CSARP_layer", 1, recorded, slice(None), name=name)
-    data = ice_data(
-        layer_files([str(tmp_path / "CSARP_layer")], density=0.4, traces=20), val=1 / 3, test=1 / 3
-    )
+    source = layer_files([str(tmp_path / "CSARP_layer")], density=0.4, traces=20)
+    data = ice_data(source, val=1 / 3, test=1 / 3)
     data.setup()
     for number, name in enumerate(data.stacks):
         known = data.describe_traces(number, np.ones((20, 3)))
         assert known.frame[0].startswith(name.rpartition("_")[0])
-    every = [s for part in ("train", "val", "test") for s in data.stacks_of(part)]
-    data._every[0] = replace(every[0], record=None, spans=None)
-    assert data.describe_traces(0, np.ones((20, 3))).arrays() == {}
+    flights = source.load()
+    bare = [replace(stack, record=None, spans=None) for stack in flights.stacks]
+    monkeypatch.setattr(source, "load", lambda: replace(flights, stacks=bare))
+    data = ice_data(source, val=1 / 3, test=1 / 3)
+    data.setup()
+    for number, _ in enumerate(data.stacks):
+        assert data.describe_traces(number, np.ones((20, 3))).arrays() == {}

@@ -107,7 +107,7 @@ def addition_run(train_once):
 def test_problems_of_the_test_split_are_predicted_as_the_split(addition_run, predict_split):
     run, data = addition_run
     split = predict_split(run)
-    problems = data._test
+    problems = data.test_dataloader().dataset
     lines = [f"{a}+{b}" for a, b in zip(problems.a, problems.b, strict=True)]
     Path("problems.txt").write_text("\n\n".join(lines) + "\n")
     predictions = package.predict(run, "problems.txt", "last")

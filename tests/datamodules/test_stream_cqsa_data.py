@@ -154,7 +154,7 @@ def test_the_cache_holds_all_bytes_and_is_reused(corpus, text_bytes, cache, monk
 
     moved = corpus.rename(corpus.with_name("elsewhere"))
     with monkeypatch.context() as patch:
-        patch.setattr(text, "_write_bytes", None)  # would fail
+        patch.setattr(text.np, "save", None)  # writing would fail
         again = cached_text(find_files([str(moved)], [".txt", ".md"]))
     assert again.folder == first.folder
     assert (cache / entry / "bytes.npy").stat().st_mtime_ns == written
@@ -196,13 +196,13 @@ cached_text(find_files([sys.argv[1]], [".txt", ".md"]))
 
 
 def test_a_file_that_changes_meanwhile_is_refused(corpus, cache, monkeypatch):
-    original = text._write_bytes
+    open_stream = text.ArrayStream
 
     def late(*arguments):
         (corpus / "a.txt").write_bytes(b"other")
-        return original(*arguments)
+        return open_stream(*arguments)
 
-    monkeypatch.setattr(text, "_write_bytes", late)
+    monkeypatch.setattr(text, "ArrayStream", late)
     with pytest.raises(DataError, match=r"a\.txt changed"):
         made(corpus)
     assert entries(cache) == []

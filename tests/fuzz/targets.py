@@ -45,11 +45,11 @@ def _cifar():
     from fulgurite.datamodules.fedsir import archives
     from fulgurite.testing.files import python2_pickle, write_cifar_archive
 
-    layout = archives._VARIANTS["cifar10"]
+    layout = archives.VARIANTS["cifar10"]
 
     def read_archive(folder):
-        members = archives._read_members(folder / "c.tar.gz", layout)
-        archives._write_arrays(members, layout, str(folder / "c.tar.gz"), folder)
+        members = archives.read_members(folder / "c.tar.gz", layout)
+        archives.write_arrays(members, layout, str(folder / "c.tar.gz"), folder)
 
     archive = _made(lambda f: write_cifar_archive(f / "c.tar.gz", per_class=1))
     yield Target("cifar-archive", [archive], read_archive)
@@ -63,7 +63,7 @@ def _cifar():
 
     def read_pickles(folder):
         members = {path.name: path.read_bytes() for path in folder.iterdir()}
-        archives._write_arrays(members, layout, str(folder), folder)
+        archives.write_arrays(members, layout, str(folder), folder)
 
     dumps = [python2_pickle, *(lambda v, p=p: pickle.dumps(v, p) for p in (1, 2, 4, 5))]
     yield Target("cifar-pickle", [seed(dump) for dump in dumps], read_pickles)
@@ -104,7 +104,7 @@ def _pictures():
 
     def read_folder(folder):
         (folder / "out").mkdir()
-        ImageFolder(str(folder / "i.zip"))._write_arrays(folder / "out")
+        ImageFolder(str(folder / "i.zip")).write_arrays(folder / "out")
 
     zips = [
         _made(lambda f, s=s: write_image_files(f / "i.zip", per_class=2, classes=2, suffix=s))
@@ -114,7 +114,7 @@ def _pictures():
     colours = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
 
     def site(channels, path, **options):
-        FileReader(channels, **options)._read_file(str(path), is_channel=False)
+        FileReader(channels, **options).read_file(str(path), is_channel=False)
 
     def encode(image, kind, **options):
         out = io.BytesIO()

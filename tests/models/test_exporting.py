@@ -99,7 +99,8 @@ def test_a_plate_leaves_with_the_statistics_of_its_controls(plates, workdir):
 
     network = SmallResNet(5, 8, width=4).eval()
     network.load_state_dict(load_file(path))
-    mean, std = data._statistics
+    statistics = data.state_dict()
+    mean, std = statistics["mean"], statistics["std"]
     of_plate = np.flatnonzero(rows["domain"] == plate)
     images = np.stack([data.images[int(row)] for row in rows["index"][of_plate]])
     pixels = torch.from_numpy(images / data.images.unit(0)).float()

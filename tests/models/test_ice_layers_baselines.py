@@ -289,7 +289,7 @@ def test_only_what_is_asked_for_is_predicted(monkeypatch):
     physics = torch.zeros(12, 3, 1)
     kriging = make_kriging(3, p=0.1, length_p=100.0, n=0.05, b=0.1)
     whole = kriging(KrigingStack(thickness, observed, physics, distance))
-    monkeypatch.setattr(kriging_module, "_CHUNK", 20)  # in several chunks
+    monkeypatch.setattr(kriging_module, "CROSS_COVARIANCE_SIZE", 20)  # in several chunks
     part = kriging(KrigingStack(thickness, observed, physics, distance), mask=~observed)
     for a, b in zip(whole, part, strict=True):
         torch.testing.assert_close(a[~observed], b[~observed])

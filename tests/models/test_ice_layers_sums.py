@@ -119,9 +119,9 @@ def test_a_step_learns_proportions(flights):
     x = model.normalise(batch_of(flights))
     visible_spans = x.spans.hide(x.spans.picked & (torch.arange(8) == 1))
     out = torch.zeros_like(x.thickness, requires_grad=True)
-    constrained = model._constrain(out, x, visible_spans)
+    constrained = model.keep_sums(out, x, visible_spans)
     thicker = model.standardise(1.3 * model.metres(out.detach(), x), x).float()
-    again = model._constrain(thicker, x, visible_spans)
+    again = model.keep_sums(thicker, x, visible_spans)
     torch.testing.assert_close(
         constrained[visible_spans.between], again[visible_spans.between], rtol=1e-4, atol=1e-4
     )
@@ -153,7 +153,7 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
     assert trusted["test/moved_rmse"] > 0
     batch = batch_of(flights)
     x = model.normalise(batch)
-    sums, _ = model._consistent_spans(x, x.spans)
+    sums, _ = model.find_consistent_spans(x, x.spans)
     assert 0 < int(sums.between.sum()) < int(x.spans.between.sum())
     with torch.no_grad():
         thickness = model.fill(batch)["thickness"]

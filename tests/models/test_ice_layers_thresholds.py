@@ -209,7 +209,7 @@ def test_pretraining_on_completed_stacks_helps(cache, tmp_path):
         completion = trained(whole, prior="ridge", net={"attention": 2})
         completed = flights(cache, patch, traced=0.1)
     with torch.no_grad():  # fill the training stacks where they lie
-        for stack, batch in zip(completed.stacks_of("train"), _one_by_one(completed), strict=True):
+        for stack, batch in zip(completed.stacks_of("train"), batches_of(completed), strict=True):
             stack.thickness[:] = completion.fill(batch)["thickness"].numpy()
     assert all(stack.observed.all() for stack in completed.stacks_of("train"))
     options = {"kind": deep_predictor, "shallow": 3}
@@ -228,8 +228,8 @@ def test_pretraining_on_completed_stacks_helps(cache, tmp_path):
         assert scores(model, whole)["test/rmse"] <= 0.95 * scratch["test/rmse"]
 
 
-def _one_by_one(data):
+def batches_of(data):
     from torch_geometric.loader.dataloader import Collater
 
-    for item in data._data("train"):
+    for item in data.train_dataloader().dataset:
         yield Collater([item])([item])

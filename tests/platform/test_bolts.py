@@ -150,7 +150,7 @@ def test_without_bolts_the_command_line_still_parses(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(bolts.metadata, "distribution", absent)
-    bolts._join_classes.cache_clear()
+    bolts.join_classes.cache_clear()
     config, parser = parse()
     made = instantiate(parser, config)
     install = "pip install --no-deps lightning-bolts==0.7.0"

@@ -802,7 +802,7 @@ def test_a_figure_has_what_is_there(place, monkeypatch):
 
 
 def test_workers_are_spread_over_the_gpus(place, monkeypatch):
-    monkeypatch.setattr("fulgurite.compare.driver._gpu_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa,MIG-bb,2")
     # a worker in place of one that dies takes its GPU, too
     methods = {"a": FILE["methods"]["a"], "c": {"args": {"method": "c", "trouble": "kill"}}}
@@ -816,7 +816,7 @@ def test_workers_are_spread_over_the_gpus(place, monkeypatch):
 
 def test_without_a_gpu_nothing_is_set(place, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("fulgurite.compare.driver._gpu_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     go(write(place, seeds=[0]))
     assert {device for _, _, device, _ in runs(place)} == {"None"}
 

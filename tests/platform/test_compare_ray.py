@@ -119,30 +119,29 @@ def test_resources_are_kept_in_the_folder_and_change_no_cell(place):
 def test_a_node_without_the_folder_says_so(place):
     job = Job("a", [["fit"]], place / "run", log=place / "log", metric=None)
     (place / ".ray-token").write_text("another")
-    surroundings = ray_cluster._Surroundings(
+    surroundings = ray_cluster.Surroundings(
         "fake_runner:main", place / ".ray-token", "mine", str(place), {}
     )
-    says = ray_cluster._execute(job, surroundings)
+    says = ray_cluster.execute_on_node(job, surroundings)
     assert "does not see the comparison's folder" in says
     assert not (place / "log").exists()
     (place / ".ray-token").write_text("mine")
-    elsewhere = ray_cluster._Surroundings(
+    elsewhere = ray_cluster.Surroundings(
         "fake_runner:main", place / ".ray-token", "mine", str(place / "no"), {}
     )
-    assert "has no folder" in ray_cluster._execute(job, elsewhere)
+    assert "has no folder" in ray_cluster.execute_on_node(job, elsewhere)
 
 
-def test_what_a_lost_attempt_left_is_not_gone_on_with(place, monkeypatch):
-    monkeypatch.setattr("fulgurite.compare.worker._one_thread", lambda: None)
+def test_what_a_lost_attempt_left_is_not_gone_on_with(place):
     (place / "run").mkdir()
     (place / "run" / "half").write_text("of a file")
     (place / ".ray-token").write_text("mine")
     options = ["--method=a", "--p=0.5", "--seed_everything=0", f"--run.dir={place / 'run'}"]
     job = Job("a", [["fit", *options]], place / "run", log=place / "log", metric=None)
-    surroundings = ray_cluster._Surroundings(
+    surroundings = ray_cluster.Surroundings(
         "fake_runner:main", place / ".ray-token", "mine", str(place), {}
     )
-    result = ray_cluster._execute(job, surroundings)
+    result = ray_cluster.execute_on_node(job, surroundings)
     assert result.error == ""
     assert json.loads((place / "run" / "summary.json").read_text()) == result.metrics
     assert not (place / "run" / "half").exists()

@@ -32,8 +32,7 @@ def place(tmp_path, monkeypatch):
         yield from (execute_job(job, pool.runner) for job in jobs)
 
     monkeypatch.setattr("fulgurite.compare.driver.run_jobs", run_here)
-    for name in ("_one_thread", "_tidy"):
-        monkeypatch.setattr(f"fulgurite.compare.worker.{name}", lambda: None)
+    monkeypatch.setattr("fulgurite.compare.worker.gc.collect", lambda: 0)
     return prepare(tmp_path, monkeypatch)
 
 

@@ -185,11 +185,11 @@ def test_a_comparison_has_tables_with_what_is_tested(comparison):
 
 
 def test_intervals_hold_the_mean_at_95_percent(comparison):
-    from fulgurite.html_report.comparison_page import _interval
+    from fulgurite.html_report.comparison_page import estimate_interval
 
     entries = Comparison.read(comparison).entries()
     entry = entries["a", (("p", "0.25"),)]
-    low, high = _interval(entry)
+    low, high = estimate_interval(entry)
     half = 4.302652729911275 * entry.mean_std.std / math.sqrt(3)
     assert (low, high) == pytest.approx((entry.mean_std.mean - half, entry.mean_std.mean + half))
 

@@ -169,8 +169,8 @@ def test_bad_budgets_are_refused_at_once(budget):
 
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_activations_may_wait_elsewhere(tmp_path, where, monkeypatch):
-    monkeypatch.setattr(offloading, "_SMALLEST", 0)
-    written, name = [], {"host": "_on_host", "disk": "_in_file"}[where]
+    monkeypatch.setattr(offloading, "SMALLEST_SIZE", 0)
+    written, name = [], {"host": "copy_to_host", "disk": "copy_to_file"}[where]
     move = getattr(offloading, name)
     monkeypatch.setattr(offloading, name, lambda x, *to: written.append(x.shape) or move(x, *to))
     losses = []

@@ -119,11 +119,12 @@ def killed_when(action):
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
     tmp_path, monkeypatch, name
 ):
-    from fulgurite.resuming import RunTrainer
+    from lightning.pytorch import Callback
+
     from fulgurite.testing.survival import differing
 
     def before_the_end(kill):
-        monkeypatch.setattr(RunTrainer, "_run_stage", _then(RunTrainer._run_stage, kill))
+        monkeypatch.setattr(Callback, "on_fit_end", lambda *_: kill())
 
     training = survive(tmp_path, monkeypatch, name)
     run = tmp_path / "killed"
@@ -136,15 +137,6 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_completed(
     assert differing(tmp_path / "whole", run) == []
     again = training.fit(run)
     assert "nothing left to do" in again.output
-
-
-def _then(function, action):
-    def call(*args, **kwargs):
-        result = function(*args, **kwargs)
-        action()
-        return result
-
-    return call
 
 
 def test_a_run_killed_between_a_checkpoint_and_its_row_of_metrics_loses_no_row(
@@ -179,7 +171,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before(
     import fulgurite.tensor_files
 
     def within_a_checkpoint(kill):
-        seal, written = fulgurite.tensor_files._seal, []
+        seal, written = fulgurite.tensor_files.seal_archive, []
 
         def call(path):
             written.append(path)
@@ -187,7 +179,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before(
                 kill()
             seal(path)
 
-        monkeypatch.setattr(fulgurite.tensor_files, "_seal", call)
+        monkeypatch.setattr(fulgurite.tensor_files, "seal_archive", call)
 
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()

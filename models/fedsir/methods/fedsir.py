@@ -256,10 +256,15 @@ class FedSIR(NoiseAwareMethod):
         if again:
             self._identify(fed, f"identify-{round}")
         if self.relabeling.is_due(round) or (again and self.relabeling.has_begun(round)):
-            self._refresh(fed, round)
+            self.relabel_noisy_clients(fed, round)
 
-    def _refresh(self, fed: Federation, round: int) -> None:
-        """Relabel every noisy client's samples, starting from the given labels."""
+    def relabel_noisy_clients(self, fed: Federation, round: int) -> None:
+        """Relabel every noisy client's samples, starting from the given labels (Stage II).
+
+        Args:
+            fed: The clients, after Stage I has told which of them are noisy.
+            round: The round that follows, as :attr:`relabel_rounds` names it.
+        """
         assert self.is_clean is not None
         assert self.clean_state is not None
         clean = torch.nonzero(self.is_clean).flatten().tolist()

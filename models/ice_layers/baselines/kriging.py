@@ -45,7 +45,8 @@ from fulgurite.models.ice_layers.baselines.interpolation import Ridge
 
 __all__ = ["Kriging"]
 
-_CHUNK = 2**23  # elements of a cross-covariance that is held at once
+#: Elements of a cross-covariance that is held at once.
+CROSS_COVARIANCE_SIZE = 2**23
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _predict(
     # a trace with a sum is needed as a whole
     sums = (spans.between & mask).any(1)
     targets = (mask | sums[:, None]).nonzero()
-    count = max(1, _CHUNK // max(1, len(residual)))
+    count = max(1, CROSS_COVARIANCE_SIZE // max(1, len(residual)))
     for part in _whole_traces(targets, count):
         to = part.unbind(1)
         cross = observed.sum(signal_covariance(tables, observed.entries, to))

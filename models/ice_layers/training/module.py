@@ -117,7 +117,7 @@ class IceCompletion(IceModule):
         """What the network is shown at evaluation. Shape: (N, L), bool."""
         return torch.zeros_like(observed) if self.inputs.thickness == "none" else observed
 
-    def _consistent_spans(
+    def find_consistent_spans(
         self, x: Normalised, spans: TensorSpans
     ) -> tuple[TensorSpans | None, Tensor | None]:
         """Spans that the network is trained with, none that others contradict, and what it sees.
@@ -178,7 +178,7 @@ class IceCompletion(IceModule):
         Shape: to (N, L) and (N, L), float64.
         """
         visible = self.visible(spans.observed)
-        sums, shared = self._consistent_spans(x, spans)
+        sums, shared = self.find_consistent_spans(x, spans)
         samples = self.prediction.mc_samples
         with self._use_dropout(x, bool(samples)):
             outs = [
@@ -247,15 +247,23 @@ class IceCompletion(IceModule):
                 if self.loss.entries == "hidden":
                     mask = x.observed & ~visible_spans.observed
             visible = self.visible(visible_spans.observed)
-            sums, shared = self._consistent_spans(x, visible_spans)
+            sums, shared = self.find_consistent_spans(x, visible_spans)
             out = self.forward_member(network, x, visible, shared)
-            losses.append(self.objective(self._constrain(out, x, sums), x, mask))
+            losses.append(self.objective(self.keep_sums(out, x, sums), x, mask))
         loss = torch.stack(losses).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x.track.sizes))
         return loss
 
-    def _constrain(self, out: Tensor, x: Normalised, spans: TensorSpans | None) -> Tensor:
-        """Output of a network whose layers of a measured sum add up to it. Shape: (N, L)."""
+    def keep_sums(self, out: Tensor, x: Normalised, spans: TensorSpans | None) -> Tensor:
+        """Scale the output of a network so that the layers of a measured sum add up to it.
+
+        Args:
+            out: Standardised thickness.
+            x: The batch.
+            spans: Measured spans; None for none, of which the output stays as it is.
+
+        Shape: (N, L) to (N, L).
+        """
         if spans is None:
             return out
         constrained = self.standardise(spans.constrain(self.metres(out, x)), x).to(out.dtype)

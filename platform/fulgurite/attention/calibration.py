@@ -18,7 +18,7 @@ from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.units import clear_, commit_, units
 from fulgurite.attention.visibility import Visibility
 
-__all__ = ["agreed_costs", "measured_costs"]
+__all__ = ["agreed_costs", "estimate_cpu_costs", "estimate_gpu_costs", "measured_costs"]
 
 _TURNS = 4  # of which the fastest counts: the first prepares kernels
 
@@ -39,8 +39,8 @@ def measured_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> M
     """
     timer = functools.partial(_seconds, device, dtype, head_dim=head_dim)
     if device.type == "cuda":
-        return _gpu_costs(timer, head_dim, _pinned_bandwidth(device))
-    return _cpu_costs(timer, head_dim, _bandwidth(device))
+        return estimate_gpu_costs(timer, head_dim, _pinned_bandwidth(device))
+    return estimate_cpu_costs(timer, head_dim, _bandwidth(device))
 
 
 def agreed_costs(device: torch.device, dtype: torch.dtype, head_dim: int) -> MachineCosts:
@@ -66,8 +66,14 @@ def _agreed_costs(
     return shared[0]
 
 
-def _cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
-    """Costs of a CPU, on which one head keeps all threads busy."""
+def estimate_cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
+    """Estimate the costs of a CPU, on which one head keeps all threads busy.
+
+    Args:
+        timer: Measures the machine.
+        head_dim: D.
+        bandwidth: Speed of copies in memory [bytes/s].
+    """
     side, heights = 2048, (64, 256)
     pair = timer((side, side), (side, side)) / side**2
     call = max(timer((128, 128), (16, 16)) / 64 - 16 * 16 * pair, 1e-7)
@@ -79,11 +85,16 @@ def _cpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
     return MachineCosts(4 * head_dim / pair, bandwidth, call, merge, points)
 
 
-def _gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
-    """Costs of a GPU, which a single head fills only if it has many queries.
+def estimate_gpu_costs(timer: Timer, head_dim: int, bandwidth: float) -> MachineCosts:
+    """Estimate the costs of a GPU, which a single head fills only if it has many queries.
 
     A small tile takes what the host needs to start it, whatever its pairs; a large one is
     computed while the host waits, so that the two are told apart.
+
+    Args:
+        timer: Measures the machine.
+        head_dim: D.
+        bandwidth: Speed of copies from pinned memory [bytes/s].
     """
     side, heights = 16384, (128, 512, 2048)
     call = timer((2048, 2048), (256, 256)) / 64

@@ -28,12 +28,13 @@ from fulgurite.attention.steps import Slices
 from fulgurite.errors import CheckpointError
 from fulgurite.io import atomic_write
 
-__all__ = ["Journal", "JournaledRun", "read_header"]
+__all__ = ["ENTRY_SIZE", "Journal", "JournaledRun", "append_entry", "read_header"]
 
 _FORMAT = 2
 _FIELDS = struct.Struct("<qB6q16s16s")  # of an entry; see there
 _CHECK = struct.Struct("<I")  # its checksum
-_ENTRY_SIZE = _FIELDS.size + _CHECK.size
+#: Size of what the journal says about a unit [bytes].
+ENTRY_SIZE = _FIELDS.size + _CHECK.size
 _LONG = 2 * 2**30  # bytes of results from which checking them shows a bar
 
 
@@ -241,7 +242,7 @@ class Journal:
         entry = _Entry(number, mask, at, digests)
         with writing(f"journal {self.folder}"):
             flush(self._paths)
-            _append(self._file, entry.pack())
+            append_entry(self._file, entry.pack())
         self._enter(entry)
 
     def _enter(self, entry: _Entry) -> None:
@@ -269,10 +270,10 @@ class Journal:
 
     def _entries(self, path: Path) -> Iterator[_Entry]:
         content = path.read_bytes() if path.exists() else b""
-        usable_size = len(content) // _ENTRY_SIZE * _ENTRY_SIZE
-        for start in range(0, usable_size, _ENTRY_SIZE):
+        usable_size = len(content) // ENTRY_SIZE * ENTRY_SIZE
+        for start in range(0, usable_size, ENTRY_SIZE):
             try:
-                yield _Entry.unpack(content[start : start + _ENTRY_SIZE])
+                yield _Entry.unpack(content[start : start + ENTRY_SIZE])
             except ValueError as error:
                 raise CheckpointError(
                     f"The journal {self.folder} is damaged: its file `done` has changed at byte "
@@ -357,7 +358,16 @@ def _digest(rows: Tensor) -> bytes:
     return bytes.fromhex(digest_tensor(rows))[:16]
 
 
-def _append(file: FileIO, data: bytes) -> None:
+def append_entry(file: FileIO, data: bytes) -> None:
+    """Write an entry at the end of a journal, and have it brought to the disk.
+
+    Args:
+        file: The journal's file of units that are done.
+        data: The packed entry.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+    """
     if file.write(data) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.fsync(file.fileno())

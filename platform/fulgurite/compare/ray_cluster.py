@@ -21,7 +21,7 @@ from fulgurite.errors import ConfigError
 from fulgurite.extras import optional_import
 from fulgurite.io import write_text
 
-__all__ = ["RayCluster", "Site"]
+__all__ = ["RayCluster", "Site", "Surroundings", "execute_on_node"]
 
 _RETRIES = 3  # of a task whose node or process is lost; an exception in a cell is its result
 _POLL = 1.0  # [s]
@@ -45,7 +45,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Surroundings:
+class Surroundings:
     """What a task needs to run a job as the driver would.
 
     Args:
@@ -125,12 +125,12 @@ class RayCluster:
         token, token_file = uuid.uuid4().hex, self._site.folder / _TOKEN
         write_text(token_file, token)
         variables = {k: v for k, v in os.environ.items() if k.startswith(_HANDED_ON)}
-        surroundings = _Surroundings(
+        surroundings = Surroundings(
             self._site.runner, token_file, token, os.getcwd(), {**variables, "MPLBACKEND": "Agg"}
         )
         self._surroundings = self._ray.put(surroundings)
         options = {"num_cpus": resources.cpus, "num_gpus": gpus, "max_retries": _RETRIES}
-        self._task = self._ray.remote(**options)(_execute)
+        self._task = self._ray.remote(**options)(execute_on_node)
 
     def __exit__(self, *error: object) -> None:
         for reference in self._jobs:
@@ -180,8 +180,16 @@ class RayCluster:
         raise ConfigError(str(result), "Give an --out, and a working folder, that all nodes share.")
 
 
-def _execute(job: Job, surroundings: _Surroundings) -> TrialResult | str:
-    """Run a job on a node; a text says why the node cannot."""
+def execute_on_node(job: Job, surroundings: Surroundings) -> TrialResult | str:
+    """Run a job on a node, as a task of the cluster.
+
+    Args:
+        job: The job; what a lost attempt left in its run folder is removed.
+        surroundings: What the node needs to run it as the driver would.
+
+    Returns:
+        Its result, or a text that says why the node cannot run jobs.
+    """
     host = socket.gethostname()
     try:
         token = surroundings.token_file.read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from fulgurite.html_report.page import (
     texts_of_files,
 )
 
-__all__ = ["describe_comparison"]
+__all__ = ["describe_comparison", "estimate_interval"]
 
 _Setting = tuple[tuple[str, str], ...]
 
@@ -62,8 +62,15 @@ def _label(setting: _Setting) -> str:
     return ", ".join(f"{axis} = {label}" for axis, label in setting)
 
 
-def _interval(entry: Entry) -> tuple[float, float]:
-    """Confidence interval of a mean, by the t-distribution; NaN below two seeds."""
+def estimate_interval(entry: Entry) -> tuple[float, float]:
+    """Estimate the confidence interval of a mean, by the t-distribution.
+
+    Args:
+        entry: The values of a method in a setting, of which each seed gives one.
+
+    Returns:
+        Both ends; NaN below two seeds.
+    """
     values = entry.mean_std
     if values.n < 2:
         return math.nan, math.nan
@@ -101,7 +108,7 @@ def _metric_section(comparison: Comparison, metric: str) -> Section:
 
 
 def _as_interval(comparison: Comparison, method: str, entry: Entry) -> Interval:
-    low, high = _interval(entry)
+    low, high = estimate_interval(entry)
     plan = comparison.plan
     return Interval(
         plan.methods[method].label,

@@ -18,9 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fulgurite.errors import ConfigError
 
-__all__ = ["saved_in_files", "saved_on_host"]
+__all__ = ["SMALLEST_SIZE", "copy_to_file", "copy_to_host", "saved_in_files", "saved_on_host"]
 
-_SMALLEST = 2**16  # bytes below which a tensor stays where it is
+#: Size below which a tensor stays where it is [bytes].
+SMALLEST_SIZE = 2**16
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def saved_in_files(folder: str | Path, keep: Iterable[Tensor] = ()) -> Iterator[
     Source: inferred; as ``torch.autograd.graph.save_on_cpu``, with files as memory.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with _save_moved(lambda tensor: _in_file(tensor, folder), keep):
+    with _save_moved(lambda tensor: copy_to_file(tensor, folder), keep):
         yield
 
 
@@ -73,7 +74,7 @@ def saved_on_host(keep: Iterable[Tensor] = ()) -> Iterator[None]:
 
     Source: inferred; as ``torch.autograd.graph.save_on_cpu``, which takes parameters along.
     """
-    with _save_moved(_on_host, keep):
+    with _save_moved(copy_to_host, keep):
         yield
 
 
@@ -83,7 +84,7 @@ def _save_moved(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Ite
     kept_storages = {tensor.untyped_storage().data_ptr() for tensor in keep}
 
     def pack(tensor: Tensor) -> Any:
-        small = tensor.nbytes < _SMALLEST
+        small = tensor.nbytes < SMALLEST_SIZE
         if small or tensor.untyped_storage().data_ptr() in kept_storages or tensor.is_sparse:
             return tensor
         return tensor.device, move(tensor)
@@ -98,14 +99,18 @@ def _save_moved(move: Callable[[Tensor], Tensor], keep: Iterable[Tensor]) -> Ite
         yield
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned if the tensor is on a GPU."""
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor into host memory, pinned if the tensor is on a GPU."""
     host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor)
 
 
-def _in_file(tensor: Tensor, folder: str | Path) -> Tensor:
-    """A copy that lies in a file without a name.
+def copy_to_file(tensor: Tensor, folder: str | Path) -> Tensor:
+    """Copy a tensor into a file without a name, and map it.
+
+    Args:
+        tensor: The tensor, on any device.
+        folder: Where the file is made.
 
     Raises:
         ConfigError: No file can be made, or the disk is full.

@@ -74,7 +74,7 @@ def child(folder, *arguments, script=None):
 
 
 def committed_units(folder):
-    return (folder / "done").stat().st_size // journal_module._ENTRY_SIZE
+    return (folder / "done").stat().st_size // journal_module.ENTRY_SIZE
 
 
 def write(folder, tokens=400, heads=2, width=16, dtype=torch.float32):

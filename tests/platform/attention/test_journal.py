@@ -45,7 +45,7 @@ def again(folder):
 
 def stop_after(monkeypatch, count, error=KeyboardInterrupt):
     """End a run behind so many entries of its journal."""
-    append, entries = journal_module._append, []
+    append, entries = journal_module.append_entry, []
 
     def counting(file, data):
         append(file, data)
@@ -53,7 +53,7 @@ def stop_after(monkeypatch, count, error=KeyboardInterrupt):
         if len(entries) == count:
             raise error
 
-    monkeypatch.setattr(journal_module, "_append", counting)
+    monkeypatch.setattr(journal_module, "append_entry", counting)
 
 
 def half_done(folder, monkeypatch, schedule):
@@ -116,10 +116,10 @@ def test_a_copied_folder_goes_on(tmp_path, monkeypatch, schedule):
     options = {"schedule": schedule, "journal": tmp_path / "b/journal", **OPTIONS}
     with monkeypatch.context() as patch:
         computed = []
-        append = journal_module._append
-        patch.setattr(journal_module, "_append", lambda *x: (computed.append(1), append(*x)))
+        append = journal_module.append_entry
+        patch.setattr(journal_module, "append_entry", lambda *x: (computed.append(1), append(*x)))
         attend_files(tensors[:3], tensors[3:], **options)
-    entries = (tmp_path / "b/journal/done").stat().st_size // journal_module._ENTRY_SIZE
+    entries = (tmp_path / "b/journal/done").stat().st_size // journal_module.ENTRY_SIZE
     assert entries == len(computed) + 8
     torch.testing.assert_close(tensors[3], expected(tensors))
 
@@ -166,7 +166,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 def test_a_second_run_of_the_same_process_is_refused(tmp_path, monkeypatch):
     tensors, journal = files(tmp_path), tmp_path / "journal"
-    append, refused = journal_module._append, []
+    append, refused = journal_module.append_entry, []
 
     def nested(*arguments):
         if not refused:
@@ -175,7 +175,7 @@ def test_a_second_run_of_the_same_process_is_refused(tmp_path, monkeypatch):
             refused.append(error)
         append(*arguments)
 
-    monkeypatch.setattr(journal_module, "_append", nested)
+    monkeypatch.setattr(journal_module, "append_entry", nested)
     attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
     assert refused
 
@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_error_and_undoes_nothing(tmp_path, monkeypatch, sche
 
 def test_an_entry_that_a_full_disk_cuts_is_no_entry(tmp_path, monkeypatch):
     tensors, journal = files(tmp_path), tmp_path / "journal"
-    append, count = journal_module._append, 0
+    append, count = journal_module.append_entry, 0
 
     def cut(file, data):
         nonlocal count
@@ -328,11 +328,11 @@ def test_an_entry_that_a_full_disk_cuts_is_no_entry(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "_append", cut)
+        patch.setattr(journal_module, "append_entry", cut)
         with pytest.raises(CheckpointError, match="cannot be written"):
             attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
     attend_files(tensors[:3], tensors[3:], journal=journal, **OPTIONS)
-    assert (journal / "done").stat().st_size % journal_module._ENTRY_SIZE == 0
+    assert (journal / "done").stat().st_size % journal_module.ENTRY_SIZE == 0
     torch.testing.assert_close(tensors[3], expected(tensors))
 
 

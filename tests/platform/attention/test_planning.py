@@ -208,7 +208,7 @@ def test_costs_of_a_gpu_are_told_apart():
             return calls * (true.call + max(0.0, pairs - true.call))
         return calls * (true.call + pairs)
 
-    measured = calibration._gpu_costs(timer, 64, 2e10)
+    measured = calibration.estimate_gpu_costs(timer, 64, 2e10)
     assert measured.fills_with_heads
     for name in ("flops", "bandwidth", "call"):
         assert getattr(measured, name) == pytest.approx(getattr(true, name), rel=0.02)
