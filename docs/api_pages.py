@@ -48,12 +48,19 @@ def _tree(module: str) -> ast.Module:
 
 
 def _imports(module: str) -> dict[str, str]:
-    """Modules of the names that a module takes from other modules of fulgurite."""
-    found = {}
-    for node in ast.walk(_tree(module)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fulgurite"):
-            found |= {(alias.asname or alias.name): str(node.module) for alias in node.names}
-    return found
+    """Modules of the names that a module takes from other modules of fulgurite.
+
+    The stub of a package names what it imports on first use, from modules inside it.
+    """
+    stub = source_of(module).with_suffix(".pyi")
+    tree = ast.parse(stub.read_text(encoding="utf-8")) if stub.is_file() else _tree(module)
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = f"{module}.{node.module}" if node.level else str(node.module)
+            if source.startswith("fulgurite"):
+                modules |= {(alias.asname or alias.name): source for alias in node.names}
+    return modules
 
 
 def _public(module: str) -> list[str]:
@@ -63,7 +70,7 @@ def _public(module: str) -> list[str]:
             names = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
             if names:
                 return [str(name) for name in names]
-    return [name for name in _imports(module) if name != "lazy_attributes"]
+    return [*_imports(module)]
 
 
 def _find(module: str, name: str) -> Described | None:

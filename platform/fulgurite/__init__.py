@@ -14,25 +14,10 @@ and :func:`predict` predicts files of yours with what a run has trained:
     fulgurite.predict("runs/fedsir/digits/20260101-120000", "images")
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fulgurite.loading import LoadedConfig, load
-    from fulgurite.predicting import predict
-
-__all__ = ["LoadedConfig", "__version__", "load", "predict"]
+from lazy_loader import attach_stub
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    """Import Lightning when it is needed: ``fulgurite --help`` does without."""
-    if name in ("LoadedConfig", "load"):
-        from fulgurite import loading
-
-        return getattr(loading, name)
-    if name == "predict":
-        from fulgurite.predicting import predict
-
-        return predict
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# on first use: `fulgurite --help` needs no Lightning
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
+__all__ += ["__version__"]

@@ -52,6 +52,14 @@ def test_doctor_names_versions(fulgurite):
         (["--model.init_args.methd=3"], ["'methd'", "Did you mean 'method'"]),
         (["--model.init_args.method=fulgurite.models.fedsir.methods.FedAvgg"], ["FedAvg'?"]),
         (["--model.init_args.method=FedNope"], ["FedNope"]),
+        (  # of packages whose parts are imported on first use
+            ["--model.init_args.network=fulgurite.models.fedsir.ResNet81"],
+            ["'fulgurite.models.fedsir' has no attribute 'ResNet81'", "fedsir.ResNet18'?"],
+        ),
+        (
+            ["--data.init_args.source=fulgurite.datamodules.fedsir.Digit"],
+            ["has no attribute 'Digit'", "fedsir.Digits'?"],
+        ),
         (["--trainer.max_epochs=abc"], ["trainer.max_epochs", "abc", "int"]),
         (
             ["--model.init_args.method.relabeling.distil_on=foo"],

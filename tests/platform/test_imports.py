@@ -73,7 +73,9 @@ for folder in ("", ".models", ".datamodules", ".callbacks", ".configs"):
     inside = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     modules += [module.name for module in inside if not module.name.endswith("__main__")]
 for module in modules:
-    importlib.import_module(module)
+    loaded = importlib.import_module(module)
+    for name in getattr(loaded, "__all__", ()):  # also those that are imported on first use
+        getattr(loaded, name)
 print(json.dumps(["all", "", modules]))
 """
 

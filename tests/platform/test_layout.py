@@ -55,8 +55,10 @@ def imports_of(path: Path) -> set[str]:
     """Full names of all modules (and names) that a file imports, anywhere in it."""
     here = module_of(path).split(".")
     package = here if path.name == "__init__.py" else here[:-1]
+    stub = path.with_suffix(".pyi")  # what a package imports on first use
+    sources = [path, stub] if stub.is_file() else [path]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in (n for s in sources for n in ast.walk(ast.parse(s.read_text(encoding="utf-8")))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -180,7 +182,7 @@ def test_wheel_holds_the_folders(wheel):
     expected = set()
     for name, folder in FOLDERS.items():
         for path in folder.rglob("*"):
-            shipped = path.suffix in (".py", ".yaml", ".j2", ".css", ".js")
+            shipped = path.suffix in (".py", ".pyi", ".yaml", ".j2", ".css", ".js")
             shipped = shipped or path.name in ("py.typed", "README.md")
             if shipped and "__pycache__" not in path.parts:
                 inside = path.relative_to(folder).as_posix()

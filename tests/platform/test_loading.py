@@ -107,5 +107,5 @@ def test_importing_the_package_does_not_import_torch():
     code = "import sys, fulgurite; print('torch' in sys.modules, fulgurite.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", fulgurite.__version__]
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="nothing"):
         fulgurite.nothing  # noqa: B018

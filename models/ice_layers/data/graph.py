@@ -19,7 +19,7 @@ from fulgurite.devices import move
 from fulgurite.domains.ice_layers.geodesy import haversine
 from fulgurite.errors import ConfigError
 
-__all__ = ["GraphKind", "Track", "adjacency", "edges", "note_sizes"]
+__all__ = ["GraphKind", "Track", "adjacency", "edges", "haversine", "note_sizes"]
 
 GraphKind = Literal["full", "knn", "partition", "inverse", "none"]
 

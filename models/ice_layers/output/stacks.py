@@ -31,6 +31,7 @@ from fulgurite.models.ice_layers.output.origin import Origin
 
 __all__ = [
     "CompletedStack",
+    "FlightDetails",
     "StackMetadata",
     "completed_stacks",
     "file_name",

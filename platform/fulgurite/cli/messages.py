@@ -59,11 +59,13 @@ _NOISE = re.compile(
     r"|Expected a <class 'NoneType'>)"
 )
 _ALTERNATIVES = ("Expected a <class 'collections.abc.Iterable'>", "Expected a <class 'bool'>")
+_LAZY = re.compile(r"No ([\w.]+) attribute (\w+)")  # lazy_loader's words of an absent name
 _UNION = "Does not validate against any of the Union subtypes"
 
 
 def _one_line(message: str) -> str:
     """The innermost reason in jsonargparse's message, with the nearest name to a wrong one."""
+    message = _LAZY.sub(r"module '\1' has no attribute '\2'", message)
     keys = ["seed_everything", "ckpt_path", "config", "model", "data"]
     keys += [f"trainer.{p}" for p in inspect.signature(Trainer.__init__).parameters]
     keys += [f"run.{p}" for p in inspect.signature(RunOptions).parameters]

@@ -1,0 +1,12 @@
+from .addition import AdditionOptions as AdditionOptions
+from .addition import AdditionTask as AdditionTask
+from .addition import PairSplit as PairSplit
+from .corpus import TokenCache as TokenCache
+from .corpus import cached_tokens as cached_tokens
+from .datamodule import AdditionDataModule as AdditionDataModule
+from .datamodule import NumberTextDataModule as NumberTextDataModule
+from .datamodule import NumberTextOptions as NumberTextOptions
+from .datamodule import TokenizerOptions as TokenizerOptions
+from .tokenizers import DigitTokenizer as DigitTokenizer
+from .tokenizers import FileTokenizer as FileTokenizer
+from .tokenizers import WordTokenizer as WordTokenizer

@@ -1,0 +1,9 @@
+from .losses import chunked_cross_entropy as chunked_cross_entropy
+from .losses import mask_tokens as mask_tokens
+from .losses import token_scores as token_scores
+from .module import LanguageModel as LanguageModel
+from .module import MaskedLanguageModel as MaskedLanguageModel
+from .network import Decoder as Decoder
+from .network import Encoder as Encoder
+from .network import HuggingFaceCausalLM as HuggingFaceCausalLM
+from .network import LanguageNetwork as LanguageNetwork

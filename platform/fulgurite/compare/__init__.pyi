@@ -1,0 +1,11 @@
+from .command import main as main
+from .comparison import Comparison as Comparison
+from .driver import run as run
+from .plan import ComparisonMethod as ComparisonMethod
+from .plan import ComparisonPlan as ComparisonPlan
+from .plan_file import read_plan as read_plan
+from .report import render as render
+from .report import report_main as report_main
+from .trial import Trial as Trial
+from .trial import TrialResult as TrialResult
+from .trials import define_trials as define_trials
