@@ -17,7 +17,8 @@ from fulgurite.datamodules.cs_arm_bn.images import SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, well_name
-from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, read_arrays, reading
 from fulgurite.io import data_path
 
@@ -255,25 +256,22 @@ def read_embeddings(path: Path) -> tuple[pd.DataFrame, NDArray[np.float32]]:
             f"Set `{_OPTION}.embeddings` to one of these.",
         )
     hint = "Write it again: one row for each site, with plate, well and site."
-    try:
-        with reading(path, "The file of embeddings", hint):
-            if path.suffix == ".npz":
-                arrays = read_arrays(path)
-                values = arrays.pop("embeddings", None)
-                names = [name for name in (*_KEYS, _ROW) if name in arrays]
-                if values is None or any(arrays[n].shape != values.shape[:1] for n in names):
-                    raise ValueError("it has no array `embeddings` (E, D) with keys of (E,)")
-                keys = pd.DataFrame({name: arrays[name] for name in names})
-            else:
-                check_parquet(path)
-                keys, values = _split_table(pd.read_parquet(path))
-            if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
-                raise ValueError(f"the embeddings are {values.shape} {values.dtype}, not (E, D)")
-            return _convert_keys(keys), np.ascontiguousarray(values, np.float32)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
-        ) from error
+    if path.suffix == ".parquet":
+        optional_import("pyarrow", "plates", f"The file of embeddings {path}")
+    with reading(path, "The file of embeddings", hint):
+        if path.suffix == ".npz":
+            arrays = read_arrays(path)
+            values = arrays.pop("embeddings", None)
+            names = [name for name in (*_KEYS, _ROW) if name in arrays]
+            if values is None or any(arrays[n].shape != values.shape[:1] for n in names):
+                raise ValueError("it has no array `embeddings` (E, D) with keys of (E,)")
+            keys = pd.DataFrame({name: arrays[name] for name in names})
+        else:
+            check_parquet(path)
+            keys, values = _split_table(pd.read_parquet(path))
+        if values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
+            raise ValueError(f"the embeddings are {values.shape} {values.dtype}, not (E, D)")
+        return _convert_keys(keys), np.ascontiguousarray(values, np.float32)
 
 
 def _split_table(table: pd.DataFrame) -> tuple[pd.DataFrame, NDArray[Any]]:

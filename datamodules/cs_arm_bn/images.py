@@ -27,7 +27,8 @@ from fulgurite.data.pool import run_in_processes
 from fulgurite.data.store import ArrayStore, cache_folder, cached_store
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
-from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 
 __all__ = [
     "IMAGE_EXCLUSIONS",
@@ -72,18 +73,14 @@ def _open_source(path: str, remote: Sequence[str]) -> tuple[IO[bytes], int]:
 
 
 def _open_remote(path: str) -> io.BytesIO:
-    try:
-        import fsspec
+    import fsspec
 
-        with fsspec.open(
-            path, "rb", **({"anon": True} if path.startswith("s3://") else {})
-        ) as file:
+    is_s3 = path.startswith("s3://")
+    if is_s3:
+        optional_import("s3fs", "plates", f"Reading {path}", "fetch the images")
+    try:
+        with fsspec.open(path, "rb", **({"anon": True} if is_s3 else {})) as file:
             return io.BytesIO(file.read(_MAX_REMOTE_BYTES))
-    except ImportError as error:
-        raise MissingExtraError(
-            f"The image {path} is not on this machine, and reading it needs s3fs.",
-            "Install it with `pip install 'fulgurite[plates]'`, or fetch the images.",
-        ) from error
     except Exception as error:  # a client raises nearly any exception
         raise BadImage(
             f"The image {path} cannot be fetched: {error}.",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fulgurite.errors import DataError, MissingExtraError
+from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, read_csv, reading
 
 if TYPE_CHECKING:
@@ -75,18 +76,15 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
                 "Put it there, or point `--data.init_args.source.init_args.root` to the data.",
             )
         path = file
-    try:
-        hint = "Export it as comma-separated values in UTF-8, or fetch it again."
-        with reading(path, "The table", hint):
-            if path.suffix == ".parquet":
-                check_parquet(path)
-                table = pd.read_parquet(path).apply(_convert_to_text)
-            else:
-                table = read_csv(path, dtype=str)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Reading {path} needs pyarrow.", "Install it with `pip install 'fulgurite[plates]'`."
-        ) from error
+    if path.suffix == ".parquet":
+        optional_import("pyarrow", "plates", f"The table {path}", "export it as CSV")
+    hint = "Export it as comma-separated values in UTF-8, or fetch it again."
+    with reading(path, "The table", hint):
+        if path.suffix == ".parquet":
+            check_parquet(path)
+            table = pd.read_parquet(path).apply(_convert_to_text)
+        else:
+            table = read_csv(path, dtype=str)
     if missing := [name for name in columns if name not in table.columns]:
         raise DataError(
             f"The table {path} has no column {missing[0]!r}.",

@@ -17,7 +17,8 @@ import numpy as np
 from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.fedsir.label_files import quote_some
 from fulgurite.datamodules.fedsir.samples import Listing
-from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, open_compressed, read_json, reading
 from fulgurite.io import data_path
 
@@ -109,12 +110,7 @@ def read_table(path: Path) -> dict[str, list[str]]:
 
 
 def _read_parquet(path: Path) -> dict[str, list[str]]:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtraError(
-            "Reading parquet needs the package pyarrow.", "pip install 'fulgurite[federated]'"
-        ) from error
+    pq = optional_import("pyarrow.parquet", "federated", f"The table {path}")
     with reading(path, "The table", _REWRITE_HINT):
         check_parquet(path)
         with pq.ParquetFile(path) as file:

@@ -30,7 +30,8 @@ from fulgurite.datamodules.fedsir.decoding import (
 from fulgurite.datamodules.fedsir.label_files import number_names
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.datamodules.fedsir.sources import ImageArrays
-from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import check_parquet, reading
 from fulgurite.io import checksum, data_path
 from fulgurite.options import check_options, make_options
@@ -209,12 +210,7 @@ class _ParquetTable:
     """
 
     def __init__(self, pattern: str, option: str, image: str, label: str) -> None:
-        try:
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise MissingExtraError(
-                "Reading parquet needs the package pyarrow.", "pip install 'fulgurite[federated]'"
-            ) from error
+        pq = optional_import("pyarrow.parquet", "federated", f"{option}={pattern}")
         location = data_path(pattern, must_exist=False)
         self.paths = (
             [location]

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from fulgurite.datamodules.ice_layers.dropping import drop_picks
 from fulgurite.datamodules.ice_layers.options import EvaluationOptions
 from fulgurite.datamodules.ice_layers.splits import PARTS
-from fulgurite.datamodules.ice_layers.stack import LayerStack, need_extra
+from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.devices import pins_memory
 from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 from fulgurite.sampling import ContinuedSampler, UnrepeatedDistributedSampler, sampler_ranks
 
 __all__ = ["StackLoaders"]
@@ -83,16 +84,13 @@ class StackLoaders(L.LightningDataModule):
         ]
 
     def _loader(self, data: Sequence[Any], sampler: Any, batch_size: int) -> Any:
-        try:
-            from torch_geometric.loader.dataloader import Collater
-        except ImportError as error:
-            raise need_extra("torch-geometric", "Batching stacks") from error
+        pyg = optional_import("torch_geometric.loader.dataloader", "ice", "Batching stacks")
         # PyG's own DataLoader cannot be made again, as Lightning does for prediction
         return DataLoader(
             data,  # type: ignore[arg-type]  # a list is a dataset
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=Collater(data),
+            collate_fn=pyg.Collater(data),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pins_memory(),

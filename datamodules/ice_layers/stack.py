@@ -17,7 +17,8 @@ from fulgurite.datamodules.ice_layers.tracks.resample import Array
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.domains.ice_layers.spans import ArraySpans, Spans
-from fulgurite.errors import ConfigError, DataError, MissingExtraError
+from fulgurite.errors import ConfigError, DataError
+from fulgurite.extras import optional_import
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -34,7 +35,6 @@ __all__ = [
     "OwnSplit",
     "check_plausible",
     "check_thickest",
-    "need_extra",
 ]
 
 #: The list of what a source leaves out, behind ``--data.init_args.``.
@@ -57,18 +57,6 @@ THICKEST = 15.0
 
 #: The same in range bins: published layers have 56 in the mean (inferred).
 THICKEST_BINS = 500.0
-
-
-def need_extra(package: str, purpose: str) -> MissingExtraError:
-    """The error to raise where one of the optional packages is missing.
-
-    Example:
-        >>> print(need_extra("h5py", "Reading a.mat"))
-        Reading a.mat needs h5py. Install it with `pip install 'fulgurite[ice]'`.
-    """
-    return MissingExtraError(
-        f"{purpose} needs {package}.", "Install it with `pip install 'fulgurite[ice]'`."
-    )
 
 
 def check_plausible(thickness: Array, subject: str, unit: str = METRES) -> None:
@@ -284,10 +272,7 @@ class LayerStack:
         Raises:
             MissingExtraError: torch-geometric is not installed.
         """
-        try:
-            from torch_geometric.data import Data
-        except ImportError as error:
-            raise need_extra("torch-geometric", "Batching stacks") from error
+        graphs = optional_import("torch_geometric.data", "ice", "Batching stacks")
         spans = self.known_spans if dropped is None else self.known_spans.hide(dropped)
         fields: dict[str, Any] = {
             "thickness": torch.from_numpy(self.thickness),
@@ -306,7 +291,7 @@ class LayerStack:
             fields["truth"] = torch.from_numpy(self.truth)
         if self.provenance is not None:
             fields["provenance"] = torch.from_numpy(self.provenance)
-        return Data(num_nodes=len(self.thickness), **fields)
+        return graphs.Data(num_nodes=len(self.thickness), **fields)
 
 
 @dataclass(frozen=True)

@@ -7,34 +7,52 @@ from typing import Any
 
 from fulgurite.errors import MissingExtraError
 
-__all__ = ["list_optional_packages", "missing_package", "optional_import"]
+__all__ = ["list_optional_packages", "missing_package", "optional_import", "suggest_extra"]
 
 _OF_DEVELOPERS = ("test", "dev", "bench", "docs")
 
 
-def missing_package(package: str, extra: str, subject: str) -> MissingExtraError:
+def suggest_extra(extra: str, otherwise: str = "") -> str:
+    """Say how an extra is installed, in quotes, without which zsh takes the brackets for a pattern.
+
+    Args:
+        extra: The extra of fulgurite.
+        otherwise: What else can be done, as the end of the sentence.
+
+    Example:
+        >>> suggest_extra("ice", "use backend=dense")
+        "Install it with `pip install 'fulgurite[ice]'`, or use backend=dense."
+    """
+    choice = f", or {otherwise}" if otherwise else ""
+    return f"Install it with `pip install 'fulgurite[{extra}]'`{choice}."
+
+
+def missing_package(
+    package: str, extra: str, subject: str, otherwise: str = ""
+) -> MissingExtraError:
     """The error to raise where a package is not installed.
 
     Args:
         package: Name of the package.
         extra: The extra of fulgurite that brings it.
         subject: What needs it, as the beginning of a sentence.
+        otherwise: What else can be done, as the end of a sentence.
 
     Example:
         >>> print(missing_package("h5py", "ice", "Reading a.mat"))
         Reading a.mat needs h5py. Install it with `pip install 'fulgurite[ice]'`.
     """
-    hint = f"Install it with `pip install 'fulgurite[{extra}]'`."
-    return MissingExtraError(f"{subject} needs {package}.", hint)
+    return MissingExtraError(f"{subject} needs {package}.", suggest_extra(extra, otherwise))
 
 
-def optional_import(name: str, extra: str, subject: str) -> Any:
+def optional_import(name: str, extra: str, subject: str, otherwise: str = "") -> Any:
     """Import a module of a package that may be absent.
 
     Args:
         name: The module, such as ``safetensors.torch``.
         extra: The extra of fulgurite that brings its package.
         subject: What needs it, as the beginning of a sentence.
+        otherwise: What else can be done, as the end of a sentence.
 
     Raises:
         MissingExtraError: The package is not installed.
@@ -50,7 +68,7 @@ def optional_import(name: str, extra: str, subject: str) -> Any:
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != package:
             raise
-        raise missing_package(package.replace("_", "-"), extra, subject) from error
+        raise missing_package(package.replace("_", "-"), extra, subject, otherwise) from error
 
 
 def list_optional_packages(distribution: str = "fulgurite") -> dict[str, list[str]]:

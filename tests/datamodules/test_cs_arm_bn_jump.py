@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,12 +149,8 @@ def test_parquet_without_pyarrow_names_the_extra(bucket, monkeypatch):
     path = load_data(bucket)[0]
     pd.read_csv(path).to_parquet(path.with_suffix(".parquet"))
     path.unlink()
-
-    def refuse(*_, **__):
-        raise ImportError("Unable to find a usable engine")
-
-    monkeypatch.setattr(pd, "read_parquet", refuse)
-    with pytest.raises(MissingExtraError, match="plates"):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"pyarrow.*fulgurite\[plates\]"):
         read(bucket)
 
 

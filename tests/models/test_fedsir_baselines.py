@@ -331,7 +331,7 @@ def test_cleanlab_finds_planted_issues():
 
 def test_missing_cleanlab_is_named_before_training(monkeypatch, fed):
     monkeypatch.setitem(sys.modules, "cleanlab.filter", None)
-    with pytest.raises(MissingExtraError, match=r"pip install fulgurite\[cleaning\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'fulgurite\[cleaning\]'"):
         LocalCleaning().before_rounds(fed)
 
 

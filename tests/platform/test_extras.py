@@ -1,21 +1,65 @@
 """Packages that only some inputs need."""
 
+import ast
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from fulgurite.errors import MissingExtraError
 from fulgurite.extras import list_optional_packages, optional_import
 
 ROOT = Path(__file__).resolve().parents[2]
 
+#: Where an error is of another kind than a package that an extra would bring.
+BY_HAND = {
+    "extras.py",  # the one place
+    "bolts.py",  # lightning-bolts pins Lightning 1: it is in no extra
+    "images.py",  # passes on what the decoder of an image said
+    "transformers_attention.py",  # the package is there, in another version
+}
+
+
+def calls_of(name):
+    """File and call of each call of a function in the package."""
+    for folder in ("platform", "models", "datamodules", "callbacks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if name in text:
+                for node in ast.walk(ast.parse(text)):
+                    if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                        yield path, node
+
 
 def test_an_absent_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingExtraError, match=r"Reading a\.mat needs h5py.*'fulgurite\[ice\]'"):
         optional_import("h5py", "ice", "Reading a.mat")
+    with pytest.raises(MissingExtraError, match=r"\[ice\]'`, or save it as version 7\.$"):
+        optional_import("h5py", "ice", "Reading a.mat", "save it as version 7")
+
+
+def test_each_extra_brings_the_package_that_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    brought = {
+        extra: {Requirement(line).name for line in lines}
+        for extra, lines in project["optional-dependencies"].items()
+    }
+    calls = [*calls_of("optional_import"), *calls_of("missing_package")]
+    checked = 0
+    for path, call in calls:
+        package, extra = call.args[:2]
+        if isinstance(package, ast.Constant) and isinstance(extra, ast.Constant):
+            name = package.value.partition(".")[0].replace("_", "-")
+            assert name in brought[extra.value], f"{path}: {ast.unparse(call)}"
+            checked += 1
+    assert checked > 20
+
+
+def test_one_function_raises_for_all_absent_packages():
+    assert {path.name for path, _ in calls_of("MissingExtraError")} == BY_HAND
 
 
 def test_a_package_that_lacks_another_says_so_itself(tmp_path, monkeypatch):

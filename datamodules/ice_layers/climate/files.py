@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 
@@ -22,14 +23,6 @@ __all__ = ["ClimateFile"]
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
 _TIMES = ("TIME", "time", "t")
 _FILLS = (999.0, -999.0, 9999.0, -9999.0)
-
-
-def _import_netcdf() -> Any:
-    try:
-        import netCDF4
-    except ImportError as error:
-        raise need_extra("netCDF4", "Reading climate fields") from error
-    return netCDF4
 
 
 def _to_float(values: Any) -> Array:
@@ -49,7 +42,8 @@ def _decode_days(plain: Array, units: str, calendar: str) -> Array:
     """
     if not np.isfinite(plain).all():
         raise ValueError("a time is missing")
-    dates = np.asarray(_import_netcdf().num2date(plain, units, calendar))
+    netcdf = optional_import("netCDF4", "ice", "Reading climate fields")
+    dates = np.asarray(netcdf.num2date(plain, units, calendar))
     steps = np.diff(plain.ravel())
     months_apart = steps.size and _month_in(units) <= float(np.median(np.abs(steps)))
     decode = _stretched_day if calendar == "360_day" and not months_apart else _calendar_day

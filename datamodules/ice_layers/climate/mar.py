@@ -36,8 +36,9 @@ from fulgurite.datamodules.ice_layers.climate.grid import (
     interval_weights,
     step_edges,
 )
-from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError, DataError
+from fulgurite.extras import optional_import
 from fulgurite.io import data_path
 
 __all__ = ["PHYSICS", "MarClimate", "Request", "Sample"]
@@ -250,10 +251,7 @@ class MarClimate:
         return steps, of_file[order]
 
     def _grid(self, file: ClimateFile, latitudes: Array) -> tuple[Grid, Any]:
-        try:
-            from pyproj import CRS, Transformer
-        except ImportError as error:
-            raise need_extra("pyproj", "Projecting climate grids") from error
+        pyproj = optional_import("pyproj", "ice", "Projecting climate grids")
         lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
         axes = (lat, lon) if lat is not None and lon is not None else None
         two_d = axes is not None and axes[0].shape == axes[1].shape and axes[0].ndim == 2
@@ -266,8 +264,8 @@ class MarClimate:
             else:
                 is_south = self._in_south(latitudes, file)
             name = "epsg3031" if is_south else "mar" if two_d else "epsg3413"
-        projection = CRS.from_user_input(PROJECTIONS[name])
-        to_grid = Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
+        projection = pyproj.CRS.from_user_input(PROJECTIONS[name])
+        to_grid = pyproj.Transformer.from_crs(projection.geodetic_crs, projection, always_xy=True)
 
         def project(pos: Array) -> Array:
             return np.stack(to_grid.transform(pos[:, 1], pos[:, 0]), 1)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from fulgurite.datamodules.ice_layers.climate.grid import interval_weights
 from fulgurite.datamodules.ice_layers.generator.random_fields import gaussian_field
 from fulgurite.datamodules.ice_layers.generator.world import CLIMATE, World, make_grid
-from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
+from fulgurite.extras import optional_import
 
 __all__ = [
     "Climate",
@@ -218,10 +219,7 @@ def write_mar(folder: Path, world: World, climate: Climate) -> None:
 
     Source: docs/papers/ice_layers.md sections 3.3 and 6.2.
     """
-    try:
-        import netCDF4
-    except ImportError as error:
-        raise need_extra("netCDF4", "Generating climate files") from error
+    netcdf = optional_import("netCDF4", "ice", "Generating climate files")
     _, _, lat, lon = make_grid(world)
     months = climate.months()
     modelled, heights = see_as_mar(world, climate)
@@ -243,7 +241,7 @@ def write_mar(folder: Path, world: World, climate: Climate) -> None:
     for year in np.unique(year_of):
         part = year_of == year
         path = folder / f"MARv3.12-monthly-synthetic-{year}.nc"
-        with netCDF4.Dataset(str(path), "w") as data:
+        with netcdf.Dataset(str(path), "w") as data:
             data.setncatts({"title": "Generated climate in the layout of MAR"})
             sizes = {"x": len(climate.x), "y": len(climate.y), "TIME": int(part.sum())}
             for name, size in sizes.items():

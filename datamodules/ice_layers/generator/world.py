@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulgurite.datamodules.ice_layers.climate.grid import PROJECTIONS
-from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.options import (
     ClosedUnitInterval,
     PositiveFloat,
@@ -174,15 +175,12 @@ def make_transformers() -> tuple[Any, Any]:
     Raises:
         MissingExtraError: pyproj is not installed.
     """
-    try:
-        from pyproj import CRS, Transformer
-    except ImportError as error:
-        raise need_extra("pyproj", "Generating flights") from error
-    projection = CRS.from_user_input(PROJECTIONS["mar"])
+    pyproj = optional_import("pyproj", "ice", "Generating flights")
+    projection = pyproj.CRS.from_user_input(PROJECTIONS["mar"])
     sphere = projection.geodetic_crs
     return (
-        Transformer.from_crs(sphere, projection, always_xy=True),
-        Transformer.from_crs(projection, sphere, always_xy=True),
+        pyproj.Transformer.from_crs(sphere, projection, always_xy=True),
+        pyproj.Transformer.from_crs(projection, sphere, always_xy=True),
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.datamodules.ice_layers.stack import Array, need_extra
+from fulgurite.datamodules.ice_layers.stack import Array
+from fulgurite.extras import optional_import
 
 __all__ = ["write_layer_file", "write_matlab73", "write_organizer"]
 
@@ -32,10 +33,7 @@ def write_matlab73(
     Raises:
         MissingExtraError: h5py is not installed.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise need_extra("h5py", "Generating layer files") from error
+    h5py = optional_import("h5py", "ice", "Generating layer files")
     with h5py.File(path, "w", userblock_size=512) as file:
         for name, (kind, values) in arrays.items():
             file.create_dataset(name, data=values).attrs["MATLAB_class"] = np.bytes_(kind)

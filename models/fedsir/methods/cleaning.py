@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.devices import move
-from fulgurite.errors import MissingExtraError
+from fulgurite.extras import optional_import
 from fulgurite.models.fedsir.federation import (
     Client,
     ClientSide,
@@ -59,17 +59,11 @@ def find_issues(labels: Tensor, probabilities: Tensor) -> Tensor:
 
     Source: Northcutt et al., Confident learning, JAIR 2021 (cleanlab).
     """
-    try:
-        from cleanlab.filter import find_label_issues
-    except ImportError as error:
-        raise MissingExtraError(
-            "LocalCleaning needs cleanlab, which is not installed.",
-            "Install it: pip install fulgurite[cleaning]",
-        ) from error
+    cleanlab = optional_import("cleanlab.filter", "cleaning", "LocalCleaning")
     if len(labels) == 0 or bool((labels == labels[0]).all()):
         return torch.zeros(len(labels), dtype=torch.bool)
     # one job: the ranks share a machine
-    issues = find_label_issues(labels.numpy(), probabilities.double().numpy(), n_jobs=1)
+    issues = cleanlab.find_label_issues(labels.numpy(), probabilities.double().numpy(), n_jobs=1)
     return torch.from_numpy(np.asarray(issues, dtype=bool))
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.errors import ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.models.ice_layers.data.graph import GraphKind, Track, adjacency, check_graph, edges
 
 __all__ = ["Backend", "Neighbourhood", "SageLayer", "SpatialEncoder", "TraceAttention"]
@@ -98,14 +99,7 @@ def check_backend(kind: str, backend: str) -> None:
 
 
 def _pyg() -> Any:
-    try:
-        from torch_geometric import nn as pyg
-    except ImportError as error:
-        raise MissingExtraError(
-            "backend=pyg needs torch-geometric.",
-            "Install it with pip install 'fulgurite[ice]', or use backend=dense.",
-        ) from error
-    return pyg
+    return optional_import("torch_geometric.nn", "ice", "backend=pyg", "use backend=dense")
 
 
 class SageLayer(nn.Module):

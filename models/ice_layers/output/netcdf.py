@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from fulgurite.domains.ice_layers.codes import METRES, Provenance
 from fulgurite.domains.ice_layers.netcdf import field_variable
-from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.errors import ConfigError
+from fulgurite.extras import optional_import
 from fulgurite.foreign import reading
 from fulgurite.hdf5 import NetcdfFile, NetcdfVariable, need_package
 from fulgurite.io import atomic_write
@@ -73,17 +74,6 @@ def check_attributes(attributes: dict[str, str]) -> dict[str, str]:
                 f"CompletionWriter.attributes.{name} is {text!r}.", "Give a text for it."
             )
     return dict(attributes)
-
-
-def _netcdf() -> Any:
-    try:
-        import netCDF4
-    except ImportError as error:
-        raise MissingExtraError(
-            "Completed stacks as NetCDF need netCDF4.",
-            "Install it with `pip install 'fulgurite[ice]'`, or write npz alone.",
-        ) from error
-    return netCDF4
 
 
 class _Writer:
@@ -355,7 +345,10 @@ def write_netcdf(path: str | Path, stack: CompletedStack) -> Path:
     Raises:
         MissingExtraError: netCDF4 is not installed.
     """
-    netcdf, path = _netcdf(), Path(path)
+    netcdf = optional_import(
+        "netCDF4", "ice", "Writing completed stacks as NetCDF", "write npz alone"
+    )
+    path = Path(path)
     n, layers = stack.observed.shape
     with atomic_write(path) as temporary, netcdf.Dataset(temporary, "w", format="NETCDF4") as file:
         for name, size in (("trace", n), ("layer", layers), ("boundary", layers + 1)):

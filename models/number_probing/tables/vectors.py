@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import DataError
-from fulgurite.extras import missing_package
+from fulgurite.extras import optional_import
 from fulgurite.foreign import map_array, reading
 from fulgurite.models.number_probing.tables.number_table import (
     DEFAULT_STOP,
@@ -58,12 +58,9 @@ def read_glove(folder: Path, numbers: Sequence[int] | None) -> NumberTable:
     import pandas as pd
 
     index_file = folder / "data" / "glove_6B_index.parquet"
-    try:
-        with reading(index_file, "The index", _REINSTALL):
-            index = pd.read_parquet(index_file)["index"]
-    except ImportError as error:
-        subject = "The index of the table 'glove', a parquet file,"
-        raise missing_package("pyarrow", "probing-data", subject) from error
+    optional_import("pyarrow", "probing-data", "The index of the table 'glove', a parquet file,")
+    with reading(index_file, "The index", _REINSTALL):
+        index = pd.read_parquet(index_file)["index"]
     row_of = find_word_rows(index.tolist(), numbers, str(index_file))
     ids = list(row_of.values())
     vectors = folder / "data" / "glove_6B_50d_emb.npy"

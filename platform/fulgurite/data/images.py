@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.errors import DataError, FulguriteError, MissingExtraError
+from fulgurite.extras import suggest_extra
 from fulgurite.foreign import check_tiff, open_picture, read_array, reading
 
 __all__ = [
@@ -376,7 +377,7 @@ def _refuse_codec(compression: Any) -> ImageRefused:
     if name is not None and importlib.util.find_spec("imagecodecs") is None:
         return ImageRefused(
             f"is compressed by {name}, which needs imagecodecs",
-            "Install it with `pip install imagecodecs`.",
+            suggest_extra("plates"),
             needs_package=True,
         )
     return ImageRefused(

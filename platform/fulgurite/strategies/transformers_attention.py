@@ -20,6 +20,7 @@ from fulgurite.attention.biases import DenseBias, SelectedKeys, TileBias
 from fulgurite.attention.calls import AttentionCall
 from fulgurite.attention.keywords import make_record
 from fulgurite.errors import ConfigError, MissingExtraError
+from fulgurite.extras import suggest_extra
 from fulgurite.strategies.stream_mask import StreamMask
 from fulgurite.strategies.transformers_masks import MaskRequest, make_mask
 
@@ -74,7 +75,7 @@ class TransformersAttention:
             raise MissingExtraError(
                 f"transformers {transformers.__version__} describes masks in another way than the "
                 "versions that streamed attention knows.",
-                "Run `pip install 'transformers>=5.23'`.",
+                suggest_extra("transformers"),
             )
         AttentionInterface.register(self.name, self.attend)
         AttentionMaskInterface.register(self.name, self.mask)
