@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.data.listing import FileTree
 from fulgurite.data.pool import run_in_processes
@@ -266,7 +267,7 @@ class _FileDecoder(Dataset[tuple[Tensor, int]]):
         self.side, self.size, self.chunk = side, size, chunk
 
     def __len__(self) -> int:
-        return -(-len(self.names) // self.chunk)
+        return ceil_div(len(self.names), self.chunk)
 
     def __getitem__(self, block: int) -> tuple[Tensor, int]:
         """Return images, and the highest value of those of 16 bits (-1 if there are none)."""

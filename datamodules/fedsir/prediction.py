@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.data.exclusions import name_some
 from fulgurite.data.images import decode_image, reading_image, to_channels, to_uint8
 from fulgurite.data.listing import FileTree
@@ -170,7 +171,7 @@ class _Decoder(Dataset[tuple[Tensor, int]]):
         self.chunk = max(1, _CHUNK_BYTES // (files.channels * height * width))
 
     def __len__(self) -> int:
-        return -(-len(self.files.names) // self.chunk)
+        return ceil_div(len(self.files.names), self.chunk)
 
     def __getitem__(self, block: int) -> tuple[Tensor, int]:
         """Return images, and the highest value of those of 16 bits (-1 if there are none)."""

@@ -5,7 +5,6 @@ Axes: K clients, P flat state size.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.errors import CheckpointError, ConfigError
 from fulgurite.models.fedsir.federation import (
     Costs,
@@ -102,8 +102,8 @@ class RoundEngine:
             ranks: Number of ranks.
             group_size: Number of clients that train in one pass.
         """
-        per_rank = math.ceil(self.clients_per_round(num_clients) / ranks)
-        return math.ceil(per_rank / max(1, group_size))
+        per_rank = ceil_div(self.clients_per_round(num_clients), ranks)
+        return ceil_div(per_rank, max(1, group_size))
 
     def sample_clients(self, round: int) -> list[int]:
         """Draw the clients of a round, ascending."""

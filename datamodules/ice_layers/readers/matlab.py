@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.foreign import expansion_limit, reading
 from fulgurite.hdf5 import need_package, read_matlab73
 from fulgurite.matlab_objects import decode_strings
@@ -95,7 +96,7 @@ class _Reader:
                 raise ValueError("a small element is too long")
             end = self.at + 8
         else:
-            end = begin + (size if kind == _COMPRESSED else -(-size // 8) * 8)
+            end = begin + (size if kind == _COMPRESSED else ceil_div(size, 8) * 8)
             if begin + size > len(self.content):
                 raise ValueError("an element is cut off")
         self.at = min(end, len(self.content))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.sampling import rank_and_world
 
 __all__ = ["all_reduce", "balanced_assignment", "gather_objects", "gather_rows"]
@@ -56,7 +56,7 @@ def balanced_assignment(sizes: Mapping[int, int], ranks: int) -> list[list[int]]
         >>> balanced_assignment({0: 9, 1: 5, 2: 4, 3: 1}, 2)
         [[0, 3], [1, 2]]
     """
-    capacity = math.ceil(len(sizes) / ranks)
+    capacity = ceil_div(len(sizes), ranks)
     groups: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for client in sorted(sizes, key=lambda k: (-sizes[k], k)):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.domains.ice_layers.spans import Spans, TensorSpans
 from fulgurite.models.ice_layers.baselines.interpolation import Ridge
 
@@ -288,7 +289,7 @@ def thin_stacks(stacks: Sequence[KrigingStack], traces: int = 100_000) -> list[K
         >>> [len(s.distance) for s in thin_stacks([stack] * 2, 10)]
         [5, 5]
     """
-    step = -(-sum(len(s.distance) for s in stacks) // traces)
+    step = ceil_div(sum(len(s.distance) for s in stacks), traces)
     return [s.take(slice(None, None, step)) for s in stacks] if step > 1 else list(stacks)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.domains.ice_layers.codes import METRES, Provenance
 from fulgurite.models.ice_layers.output.stacks import CompletedStack
 from fulgurite.models.ice_layers.training.metrics import normal_quantile
@@ -157,7 +158,7 @@ def _layer_label(stack: CompletedStack, k: int) -> str:
 def _label_layers(ax: Axes, stack: CompletedStack) -> None:
     """Put the ticks of the vertical axis on the numbers of layers."""
     layers = stack.observed.shape[1]
-    step = -(-layers // 15)  # what is legible
+    step = ceil_div(layers, 15)  # what is legible
     ticks = range(1, layers + 1, step)
     ax.set_yticks(ticks, [_layer_label(stack, k - 1) for k in ticks], fontsize=7)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.spec import HeadGroup, MaskSpec
 
@@ -116,8 +117,8 @@ class SelectedKeys:
         """See :class:`TileBias`."""
         batch, heads, queries, keys = block
         first = heads.start // self.sharing
-        kv_heads = slice(first, -(-heads.stop // self.sharing))
-        begin, end = keys[0] // self.block, -(-keys[1] // self.block)
+        kv_heads = slice(first, ceil_div(heads.stop, self.sharing))
+        begin, end = keys[0] // self.block, ceil_div(keys[1], self.block)
         local = self.indices[batch, kv_heads, slice(*queries)].long() - begin
         outside = (local < 0) | (local >= end - begin)
         shape = (*local.shape[:3], end - begin + 1)

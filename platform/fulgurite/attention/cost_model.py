@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.biases import AT_ONCE, KEYS_AT_ONCE
 from fulgurite.attention.kernel_buffers import TileSizes, buffer_bytes
 from fulgurite.attention.kernels import accumulator_dtype
@@ -88,22 +89,22 @@ def estimate(spec: AttentionSpec, cut: Cut, request: PlanRequest) -> CostEstimat
     size, wide = spec.dtype.itemsize, accumulator_dtype(spec.dtype).itemsize
     heads = spec.heads // spec.kv_heads
     together = cut.head_step[0] * cut.head_step[1]  # key/value heads at once
-    groups = sum(-(-(end - begin) // cut.head_step[0]) for begin, end, _ in spec.runs())
-    groups *= -(-spec.kv_heads // cut.head_step[1])
+    groups = sum(ceil_div(end - begin, cut.head_step[0]) for begin, end, _ in spec.runs())
+    groups *= ceil_div(spec.kv_heads, cut.head_step[1])
     if cut.schedule == "cqs":
         members = len(quorum(cut.chunks))
-        height = -(-keys // cut.chunks)
+        height = ceil_div(keys, cut.chunks)
         loaded, rows = members * height, cut.chunks * members
         calls = rows * 2 * groups
         passed = cut.chunks * loaded  # tokens loaded over all tasks
     else:
         height, loaded = cut.tile
-        rows = -(-queries // height)
+        rows = ceil_div(queries, height)
         reach = spec.reach(height)
-        calls = int(rows * -(-reach // loaded) + 1) * groups
+        calls = int(rows * -(-reach // loaded) + 1) * groups  # reach is a mean
         passed = int(rows * reach)
     if spec.slides:  # the edge of a window is cut into tiles of its own
-        calls += 2 * groups * -(-queries // (request.masked_side(spec) or MASKED_SIDE))
+        calls += 2 * groups * ceil_div(queries, request.masked_side(spec) or MASKED_SIDE)
     direct = cut.schedule in ("whole", "heads") and spec.is_simple and not placement.tiled
     tile = _TileCost(spec, cut, request, (height, loaded), is_direct=direct)
     peak = tile.gradients() if cut.gradients else tile.forward()
@@ -249,7 +250,7 @@ def _accumulators(spec: AttentionSpec, cut: Cut, request: PlanRequest) -> int:
     if not cut.gradients:
         if not is_merged or request.placement.tiled or (size == wide and ranks == 1):
             return 0
-        tokens = -(-spec.queries // ranks)
+        tokens = ceil_div(spec.queries, ranks)
         return spec.batch * spec.heads * tokens * (spec.value_dim + 1) * wide
     if cut.passes == 2:
         return 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.cost_model import CostEstimate, Cut, estimate
 from fulgurite.attention.kernels import accumulator_dtype
@@ -128,7 +129,7 @@ class ExecutionPlan:
         """Tasks of a group of heads, about."""
         if self.schedule == "cqs":
             return int(self.chunks**self.cut.depth)
-        return -(-self.spec.queries // max(1, self.tile[0]))
+        return ceil_div(self.spec.queries, max(1, self.tile[0]))
 
     @cached_property
     def masked_side(self) -> int | None:
@@ -177,9 +178,9 @@ class ExecutionPlan:
         batch, kv_heads = self.head_step
         for _ in range(halvings.heads):
             if batch > 1:
-                batch = -(-batch // 2)
+                batch = ceil_div(batch, 2)
             else:
-                kv_heads = -(-kv_heads // 2)
+                kv_heads = ceil_div(kv_heads, 2)
         return batch, kv_heads
 
     def parts(self, group: HeadGroup, halvings: Halvings) -> list[HeadGroup]:
@@ -191,7 +192,7 @@ class ExecutionPlan:
         """Queries and keys of tiles halved so often."""
         height, width = self.tile
         if self.schedule == "cqs":
-            height = -(-self.spec.keys // max(1, self.chunks))
+            height = ceil_div(self.spec.keys, max(1, self.chunks))
             width = height * len(quorum(max(self.chunks, 1)))
         return max(1, height >> halvings.queries), max(1, width >> halvings.keys)
 

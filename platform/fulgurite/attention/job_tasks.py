@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.checks import GRADIENTS, RESULTS
@@ -154,7 +155,7 @@ def _gradient_peak(plan: ExecutionPlan, ahead: bool) -> int:
     """
     spec = plan.spec
     size, wide = spec.dtype.itemsize, accumulator_dtype(spec.dtype).itemsize
-    height = -(-spec.keys // plan.chunks)
+    height = ceil_div(spec.keys, plan.chunks)
     loaded, rows = len(quorum(plan.chunks)) * height, height * spec.heads
     width = max(spec.head_dim, spec.value_dim)
     total = 2 * loaded * width * (size * (2 if ahead else 1) + wide)

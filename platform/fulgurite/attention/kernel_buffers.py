@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.kernels import TileKernelNames
 
 __all__ = ["TileSizes", "buffer_bytes"]
@@ -83,7 +84,7 @@ def _bytes_of(name: str, tile: TileSizes, gradients: bool, processors: int) -> i
         total += 2 * all_keys * row_bytes
     if name == "flash":
         padded = tile.batch * tile.heads * (tile.queries + -tile.queries % _FLASH_ROWS)
-        copies = -(-processors // (tile.batch * tile.heads)) if processors else 1
+        copies = ceil_div(processors, tile.batch * tile.heads) if processors else 1
         return total + padded * (width + -width % _FLASH_WIDTH) * _FLOAT * max(1, copies)
     if tile.itemsize < _FLOAT:  # sums of half types
         total += rows * width * _FLOAT

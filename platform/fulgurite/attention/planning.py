@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.budget import format_bytes
 from fulgurite.attention.cost_model import CostEstimate, Cut, estimate
 from fulgurite.attention.execution_plan import SMALLEST_TILE, ExecutionPlan
@@ -112,7 +113,7 @@ def _compare_ways(fits: list[tuple[Cut, CostEstimate]]) -> str:
 
 
 def _task_count(spec: AttentionSpec, cut: Cut) -> int:
-    return cut.chunks if cut.schedule == "cqs" else -(-spec.queries // max(1, cut.tile[0]))
+    return cut.chunks if cut.schedule == "cqs" else ceil_div(spec.queries, max(1, cut.tile[0]))
 
 
 def _candidates(spec: AttentionSpec, request: PlanRequest, *, gradients: bool) -> Iterator[Cut]:
@@ -150,7 +151,7 @@ def _halvings(number: int) -> list[int]:
     """The number and its halves, rounded up, down to 1."""
     numbers = [number]
     while numbers[-1] > 1:
-        numbers.append(-(-numbers[-1] // 2))
+        numbers.append(ceil_div(numbers[-1], 2))
     return numbers
 
 

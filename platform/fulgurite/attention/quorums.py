@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.errors import ConfigError
 
 __all__ = [
@@ -316,7 +317,7 @@ def _ruler(length: int) -> list[int]:
     best: list[int] | None = None
     for r in range(int(length**0.5) + 1):
         remainder = length - 4 * r * (r + 2) - 3
-        s = max(0, -(-remainder // (4 * r + 3)))
+        s = max(0, ceil_div(remainder, 4 * r + 3))
         segments = [1] * r + [r + 1] + [2 * r + 1] * r + [4 * r + 3] * s
         segments += [2 * r + 2] * (r + 1) + [1] * r
         if best is None or len(segments) < len(best):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.bounds import Range
 from fulgurite.attention.execution_plan import UNHALVED, ExecutionPlan, Halvings
 from fulgurite.attention.schedules import Row, Task, column_tasks
@@ -238,7 +239,7 @@ def _head_parts(
 
 def column_count(plan: ExecutionPlan) -> int:
     """Units of :func:`column_steps`."""
-    return -(-plan.spec.keys // plan.tile[1]) * sum(1 for _ in plan.groups())
+    return ceil_div(plan.spec.keys, plan.tile[1]) * sum(1 for _ in plan.groups())
 
 
 def row_count(plan: ExecutionPlan) -> int:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fulgurite.arithmetic import ceil_div
 from fulgurite.attention.bounds import Bound, Range
 from fulgurite.attention.edges import MOST_PIECES, Edge, cached_edge_bias, copy_to_device
 from fulgurite.errors import ConfigError
@@ -277,7 +278,7 @@ class Visibility:
         """Return how many keys the rows of tiles of so many queries span, on average."""
         if not self.queries:
             return 0.0
-        rows = -(-self.queries // height)
+        rows = ceil_div(self.queries, height)
         sample = np.unique(np.linspace(0, rows - 1, min(rows, 256)).astype(np.int64))
         top = sample * height
         bottom = np.minimum(top + height, self.queries) - 1

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from fulgurite.arithmetic import ceil_div
+
 __all__ = ["Interval", "interval_chart", "line_chart"]
 
 _WIDTH, _HEIGHT = 420, 240
@@ -154,7 +156,7 @@ def _cut(text: str) -> str:
 
 
 def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    step = math.ceil(len(points) / _POINTS)
+    step = ceil_div(len(points), _POINTS)
     thinned = points[::step]
     return thinned if not points or thinned[-1] == points[-1] else [*thinned, points[-1]]
 
