@@ -7,11 +7,10 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from fakes.options import QUIET
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
-
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
 def pytest_configure(config):
@@ -127,6 +126,21 @@ def shared_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def filled_cache(shared_cache):
+    """The cache of the tests of one process, for fixtures of a module; gives its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FULGURITE_CACHE", str(shared_cache))
+        yield shared_cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache that nothing else uses; gives its folder, which is not there yet."""
+    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch, shared_cache):
     """An empty folder to run in."""
@@ -136,10 +150,9 @@ def workdir(tmp_path, monkeypatch, shared_cache):
 
 
 @pytest.fixture
-def own_cache(workdir, monkeypatch):
-    """A cache that nothing else uses, for tests that look into it."""
-    monkeypatch.setenv("FULGURITE_CACHE", str(workdir / "cache"))
-    return workdir / "cache"
+def own_cache(workdir, cache):
+    """A cache that nothing else uses, in the empty folder to run in."""
+    return cache
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from fakes.trainers import quiet_trainer
 
 from fulgurite.callbacks.cs_arm_bn import ControlContext
 from fulgurite.datamodules.cs_arm_bn import HoldOut, PlateDataModule, SyntheticPlates
@@ -29,10 +29,6 @@ pytestmark = pytest.mark.slow
 
 SEEDS = (0, 1, 2)
 STEPS, L, N = 350, 24, 48
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
-    "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def plates(seed, strength, mixed=False, **evaluation):
@@ -58,7 +54,7 @@ def trained(method, seed, strength=1.0):
     )
     # without batch effects the question is where methods end, not how fast they get there
     epochs = 1 if strength else 3
-    trainer = Trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[ControlContext()], **QUIET)
+    trainer = quiet_trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[ControlContext()])
     trainer.fit(module, plates(seed, strength, mixed=method is ERM))
     return module
 
@@ -72,7 +68,7 @@ def accuracy(training, test, seed, strength=1.0, **settings):
         data = plates(seed, strength, **settings)
         foreign_controls = settings.get("control_plate") == "wrong"
         module.adaptation = AdaptationOptions(foreign_controls=foreign_controls)
-        trainer = Trainer(callbacks=[ControlContext(outlier_above=0)], **QUIET)
+        trainer = quiet_trainer(callbacks=[ControlContext(outlier_above=0)])
         trainer.test(module, data, verbose=False)
         return {
             name: float(trainer.callback_metrics[f"test/{name}/acc"]) for name in data.test_sets
@@ -93,7 +89,7 @@ def by_seed(training, test, name="new_batch", **settings):
     return [accuracy(training, test, seed, **settings)[name] for seed in SEEDS]
 
 
-def above(better, worse, least):
+def check_above(better, worse, least):
     """Better by `least` on every seed, and by more than two standard deviations."""
     differences = [a - b for a, b in zip(better, worse, strict=True)]
     assert min(differences) >= least, differences
@@ -104,20 +100,20 @@ def test_new_batches_break_erm_and_not_cs_arm_bn():
     inside, new = (by_seed(ERM, ERM, name) for name in ("in_domain", "new_batch"))
     assert all(a - b >= 0.10 for a, b in zip(inside, new, strict=True)), (inside, new)
     ours = by_seed(CSARMBN, CSARMBN)
-    above(ours, new, 0.20)
+    check_above(ours, new, 0.20)
     gap = statistics.mean(by_seed(CSARMBN, CSARMBN, "in_domain")) - statistics.mean(ours)
     assert gap <= 0.10
 
 
 def test_training_without_the_gradient_is_far_behind():
-    above(by_seed(CSARMBN, controls), by_seed(stopped, stopped), 0.15)
+    check_above(by_seed(CSARMBN, controls), by_seed(stopped, stopped), 0.15)
 
 
 def test_label_shift_breaks_arm_bn_and_not_cs_arm_bn():
     shifted = {"label_shift": 0.01}
     theirs, ours = by_seed(ARMBN, ARMBN, **shifted), by_seed(CSARMBN, CSARMBN, **shifted)
     assert max(theirs) <= 0.35
-    above(ours, theirs, 0.25)
+    check_above(ours, theirs, 0.25)
     for at_shift, uniform in zip(
         by_seed(CSARMBN, controls, **shifted), by_seed(CSARMBN, controls), strict=True
     ):
@@ -141,7 +137,7 @@ def test_more_controls_are_not_worse():
 
 
 def test_the_wrong_plates_controls_cost_accuracy():
-    above(by_seed(CSARMBN, CSARMBN), by_seed(CSARMBN, CSARMBN, control_plate="wrong"), 0.20)
+    check_above(by_seed(CSARMBN, CSARMBN), by_seed(CSARMBN, CSARMBN, control_plate="wrong"), 0.20)
 
 
 def test_without_batch_effects_all_methods_agree_and_any_controls_do():

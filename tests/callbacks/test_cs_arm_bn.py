@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from fakes.cs_arm_bn import small_classifier
+from fakes.trainers import quiet_trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -33,8 +35,6 @@ from fulgurite.models.cs_arm_bn import (
     AdaptationOptions,
     AdaptiveWeight,
     ControlsOnly,
-    PlateClassifier,
-    SmallResNet,
 )
 from fulgurite.models.cs_arm_bn.batchnorm import context_layers
 from fulgurite.models.cs_arm_bn.modes import compare_modes
@@ -105,25 +105,16 @@ class Plates(LightningDataModule):
 
 
 def make_module(method=None, **adaptation):
-    torch.manual_seed(0)
-    return PlateClassifier(
-        lambda c, k: SmallResNet(c, k, width=4),
-        method,
-        lambda p: torch.optim.Adam(p, 0.02),
-        num_classes=K,
-        in_channels=2,
+    return small_classifier(
+        method, classes=K, channels=2, optimizer=lambda p: torch.optim.Adam(p, 0.02),
         adaptation=AdaptationOptions(**adaptation),
-    )
-
-
-def make_trainer(folder, *callbacks, **kwargs):
-    return Trainer(
-        accelerator="cpu", devices=1, max_epochs=kwargs.pop("max_epochs", 3),
-        logger=CSVLogger(str(folder), name="", version="run"), callbacks=[*callbacks],
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        enable_checkpointing=kwargs.pop("enable_checkpointing", False), log_every_n_steps=1,
-        **kwargs,
     )  # fmt: skip
+
+
+def make_trainer(folder, *callbacks, **options):
+    logger = CSVLogger(str(folder), name="", version="run")
+    defaults = {"max_epochs": 3, "log_every_n_steps": 1}
+    return quiet_trainer(logger=logger, callbacks=[*callbacks], **defaults | options)
 
 
 class Spy(Callback):

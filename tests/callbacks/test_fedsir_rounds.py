@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from fakes.fedsir import METHODS
+from fakes.trainers import quiet_trainer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -27,7 +29,6 @@ from fulgurite.models.fedsir.methods import FedAvg, FedSIR
 from fulgurite.models.fedsir.methods.options import RelabelingOptions
 from fulgurite.models.fedsir.options import RoundOptions
 
-METHODS = "fulgurite.models.fedsir.methods"
 LAST = "checkpoints/last.ckpt"
 
 
@@ -132,10 +133,7 @@ def test_a_plain_trainer_trains_the_weights_of_one_with_the_callback(workdir):
         lightning.seed_everything(3)
         data = FederatedDataModule(Digits(copies=1), Iid(), clients=4)
         model = FederatedClassifier(DigitsNet, method=FedAvg(), rounds=RoundOptions(dropout=0.3))
-        trainer = lightning.Trainer(
-            max_epochs=2, callbacks=callbacks, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        )  # fmt: skip
+        trainer = quiet_trainer(max_epochs=2, callbacks=callbacks, num_sanity_val_steps=2)
         trainer.fit(model, datamodule=data)
         assert model.engine.round == 2
         return model.network.state_dict()

@@ -597,8 +597,7 @@ def test_plates_without_controls_stop_or_are_counted(tmp_path):
     assert len(free.domains) == 2
 
 
-def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, cache):
     path = unlabelled(tmp_path)
     whole = (tmp_path / "4-2.tiff").read_bytes()
     (tmp_path / "4-2.tiff").write_bytes(whole[:-30])
@@ -625,8 +624,7 @@ def test_bad_images_are_counted_in_the_table(folder, make, tmp_path, monkeypatch
         data(exclude=["unreadable"], pixels={"cache": False})
 
 
-def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_path, cache):
     path = unlabelled(tmp_path)
     frame = pd.read_csv(path)
     columns = [name for name in frame.columns if name.startswith("path")]

@@ -61,13 +61,12 @@ def make_data(path, **kwargs):
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet", "parquet of lists"])
-@pytest.mark.parametrize("cache", [True, False])
-def test_rows_are_matched_by_name_in_any_order(tmp_path, monkeypatch, keys, values, kind, cache):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_rows_are_matched_by_name_in_any_order(tmp_path, keys, values, kind, is_cached, cache):
     order = np.random.default_rng(1).permutation(len(keys))
     shuffled = keys.iloc[order].assign(site=1)  # a whole number, and wells as others spell them
     shuffled["well"] = shuffled["well"].str.replace("A0", "a")
-    data = make_data(write(tmp_path, shuffled, values[order], kind), pixels={"cache": cache})
+    data = make_data(write(tmp_path, shuffled, values[order], kind), pixels={"cache": is_cached})
     assert data.in_channels == D
     data.setup()
     for row in (0, 17, 40):

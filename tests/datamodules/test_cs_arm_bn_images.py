@@ -18,10 +18,7 @@ from fulgurite.datamodules.cs_arm_bn.preprocess import display_max
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import png16
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def pixels(seed=0, size=12):

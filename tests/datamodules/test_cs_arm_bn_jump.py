@@ -674,8 +674,7 @@ def test_wrong_sizes_are_configuration_errors(change):
         SyntheticPlates(TINY, seed=-1)
 
 
-def test_sizes_are_known_without_files(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_sizes_are_known_without_files(tmp_path, cache):
     source = SyntheticPlates()
     assert (source.num_classes, source.in_channels) == (8, 5)
     assert source.class_names[3] == "AMG900"

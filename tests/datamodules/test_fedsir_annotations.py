@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fakes.fedsir import NumberedImages
 from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,11 +22,8 @@ from fulgurite.datamodules.fedsir import (
     FileLabels,
     FilePartition,
     Iid,
-    ImageArrays,
     ImageFolder,
-    ImageSource,
     LabelColumns,
-    Listing,
     SourceLabels,
 )
 from fulgurite.datamodules.fedsir.options import EvaluationOptions
@@ -33,24 +31,12 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import write_cifar_archive, write_image_files
 
 TOTAL = 40
-NAMES = ("even", "odd")
+NAMES, KEY = ("even", "odd"), "im/{} x.png"
 
 
-class Numbered(ImageSource):
+def numbered(**options):
     """Images whose pixels are their row, with names."""
-
-    num_classes, in_channels, image_size = 2, 1, (2, 2)
-
-    def __init__(self, names=NAMES, keys=True, **options):
-        super().__init__(**options)
-        self.names, self.keys = names, keys
-
-    def read(self):
-        rows = torch.arange(TOTAL)
-        images = rows.byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
-        keys = tuple(f"im/{row} x.png" for row in range(TOTAL)) if self.keys else None
-        labels = rows % 2
-        return ImageArrays(images, labels, images, labels, self.names, Listing(TOTAL, keys))
+    return NumberedImages(TOTAL, **{"names": NAMES, "key": KEY, "writers": 0} | options)
 
 
 def rows_of(data, client):
@@ -58,7 +44,7 @@ def rows_of(data, client):
 
 
 def table(**columns):
-    return pd.DataFrame({"path": [f"im/{row} x.png" for row in range(TOTAL)]} | columns)
+    return pd.DataFrame({"path": [KEY.format(row) for row in range(TOTAL)]} | columns)
 
 
 def write(folder, frame, name="a.csv"):
@@ -76,7 +62,7 @@ def write(folder, frame, name="a.csv"):
 
 def build(partition=None, noise=None, source=None, **options):
     data = FederatedDataModule(
-        source or Numbered(), partition or Iid(), noise, **{"clients": 3} | options
+        source or numbered(), partition or Iid(), noise, **{"clients": 3} | options
     )
     data.setup()
     return data
@@ -92,7 +78,10 @@ def test_each_image_is_at_the_client_that_the_file_names(tmp_path, name, by):
     if by == "row":
         frame = frame.rename(columns={"path": "row"}).assign(row=range(TOTAL))
     frame = frame.sample(frac=1, random_state=0)  # the order of the file says nothing
-    data = build(FilePartition(write(tmp_path, frame, name)), source=Numbered(keys=by == "path"))
+    data = build(
+        FilePartition(write(tmp_path, frame, name)),
+        source=numbered(key=KEY if by == "path" else None),
+    )
     for k in range(3):
         assert {CLIENTS[row] for row in rows_of(data, k).tolist()} == {f"c{k}"}
 
@@ -161,7 +150,7 @@ def test_limits_leave_the_rows_of_the_file_as_they_are(tmp_path):
     data = build(
         FilePartition(path),
         FileLabels(path),
-        Numbered(train_limit=30),
+        numbered(train_limit=30),
         evaluation=EvaluationOptions(0),
     )
     for k in range(3):
@@ -218,7 +207,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
 def test_paths_need_a_source_with_names(tmp_path):
     path = write(tmp_path, table(client=CLIENTS))
     with pytest.raises(DataError, match=r"images of the source have no names. Count them from 0"):
-        build(FilePartition(path), source=Numbered(keys=False))
+        build(FilePartition(path), source=numbered(key=None))
     with pytest.raises(ConfigError, match=r"none of .csv, .tsv, .parquet, .txt, .json by its name"):
         FilePartition("a.xlsx")
 
@@ -282,8 +271,7 @@ def old_numpy(path):
 
 
 @pytest.mark.parametrize("numpy", ["new", "old"])
-def test_a_human_label_set_of_cifar_in_the_order_of_the_archive(tmp_path, monkeypatch, numpy):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_a_human_label_set_of_cifar_in_the_order_of_the_archive(tmp_path, numpy, cache):
     source = CifarArchive(
         str(write_cifar_archive(tmp_path / "c.tar.gz", per_class=6)), checksum=None
     )
@@ -355,7 +343,7 @@ def test_labels_in_another_order_are_told_by_their_agreement(tmp_path, log):
 
 
 def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
-    source = Numbered(names=("1", "0"))
+    source = numbered(names=("1", "0"))
     path = write(tmp_path, table(label=[1 - c for c in GIVEN]))
     with pytest.raises(
         ConfigError, match=r"both names and numbers .*labels_are` to names or numbers"
@@ -434,8 +422,7 @@ def test_copies_of_an_original_have_its_given_label(tmp_path):
     assert data.evaluation.true.equal(labels[data.samples.rows])
 
 
-def test_images_of_a_folder_are_named_by_path(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_images_of_a_folder_are_named_by_path(tmp_path, cache):
     folder = write_image_files(tmp_path / "i.zip", per_class=20)
     source = ImageFolder(str(folder))
     paths = source.read().listing.keys

@@ -280,8 +280,7 @@ def test_given_mean_and_deviation(tmp_path):
         wrong.setup()
 
 
-def test_memory_mapped_images(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_memory_mapped_images(tmp_path, cache):
     path = write_image_files(tmp_path / "i.zip", per_class=20)
     data = build(
         source=ImageFolder(str(path)), clients=3, noise=None, images=ImageOptions("crop_flip")

@@ -26,9 +26,7 @@ from fulgurite.testing.files import class_images, write_image_parquet
 COUNT = 30
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

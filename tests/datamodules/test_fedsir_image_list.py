@@ -20,9 +20,11 @@ from fulgurite.testing.files import class_images, write_image_files
 LABELS = np.repeat([0, 1, 2], 3)
 
 
+pytestmark = pytest.mark.usefixtures("cache")
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FULGURITE_DATA", str(tmp_path))
 
 

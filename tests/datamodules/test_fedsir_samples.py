@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from fakes.fedsir import NumberedImages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from fulgurite.datamodules.fedsir import (
     Grouped,
     Iid,
     ImageArrays,
-    ImageSource,
     InstanceDependent,
     LabelNoise,
     Listing,
@@ -43,23 +43,6 @@ def make_samples(labels, **columns):
     listing = Listing(len(labels), columns={k: tuple(v) for k, v in columns.items()})
     names = tuple("abcdefghij"[: int(labels.max()) + 1])
     return Samples(labels, labels, torch.arange(len(labels)), listing, names)
-
-
-class Numbered(ImageSource):
-    """Images whose pixels are their row, written by one writer in five."""
-
-    num_classes, in_channels, image_size = 2, 1, (2, 2)
-
-    def __init__(self, total=60, copies=1, **options):
-        super().__init__(**options)
-        self.total, self.copies = total, copies
-
-    def read(self):
-        rows = torch.arange(self.total)
-        images = rows.byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
-        writers = {"client": tuple(f"w{row % 5}" for row in range(self.total))}
-        listing = Listing(self.total, tuple(f"{row}.png" for row in range(self.total)), writers)
-        return ImageArrays(images, rows % 2, images, rows % 2, ("even", "odd"), listing)
 
 
 # Of the release before samples knew their row: same seeds must give the same data.
@@ -121,7 +104,7 @@ class Silent(LabelNoise):
 def test_partitions_and_noise_see_the_row_in_the_source_of_each_sample(copies, limit):
     partition, noise = ByRow(), Silent()
     data = FederatedDataModule(
-        Numbered(copies=copies, train_limit=limit), partition,
+        NumberedImages(copies=copies, train_limit=limit), partition,
         NoisyClients(noise, 0.5, count=3, clean_cover=None), clients=3,
     )  # fmt: skip
     data.setup()
@@ -153,7 +136,7 @@ def test_a_source_of_arrays_has_the_order_of_the_file(tmp_path):
 
 
 def test_copies_of_a_source_that_shuffles_them_are_refused():
-    class Shuffled(Numbered):
+    class Shuffled(NumberedImages):
         def copy_images(self, images, labels):
             return images.repeat_interleave(2, 0), labels.repeat_interleave(2)
 
@@ -166,7 +149,7 @@ def test_copies_of_a_source_that_shuffles_them_are_refused():
 
 
 def test_natural_clients_are_the_writers_of_the_source():
-    data = FederatedDataModule(Numbered(), Natural(), clients=5)
+    data = FederatedDataModule(NumberedImages(), Natural(), clients=5)
     data.setup()
     for k in range(5):
         assert {row % 5 for row in data.client_images(k)[:, 0, 0, 0].tolist()} == {k}
@@ -182,13 +165,17 @@ def test_natural_clients_are_the_writers_of_the_source():
         ({"clients": 5, "partition": Natural("author")}, "nothing called 'author'.*are client"),
         ({"clients": 5, "source": Digits()}, "nothing called 'client'.*it has no columns"),
         (
-            {"clients": 5, "source": Numbered(train_limit=6), "evaluation": EvaluationOptions(0)},
+            {
+                "clients": 5,
+                "source": NumberedImages(train_limit=6),
+                "evaluation": EvaluationOptions(0),
+            },
             r"client 'w\d', of whose images none is left for training \([1-4] of 5",
         ),
     ],
 )
 def test_natural_clients_that_do_not_fit_are_named(options, message):
-    data = FederatedDataModule(**{"source": Numbered(), "partition": Natural()} | options)
+    data = FederatedDataModule(**{"source": NumberedImages(), "partition": Natural()} | options)
     with pytest.raises(DataError, match=message):
         data.setup()
 
@@ -269,7 +256,7 @@ class Unsure(FederationNoise):
 
 @pytest.mark.parametrize("none", [False, True])
 def test_unknown_truth_is_said_and_left_out(none, log):
-    data = FederatedDataModule(Numbered(), Iid(), Unsure(none), clients=3)
+    data = FederatedDataModule(NumberedImages(), Iid(), Unsure(none), clients=3)
     data.setup()
     unknown = 54 if none else r"\d\d"
     assert f"The true labels of {unknown if none else ''}" in log.text
@@ -283,7 +270,9 @@ def test_unknown_truth_is_said_and_left_out(none, log):
 
 
 def test_the_oracle_needs_every_true_label():
-    data = FederatedDataModule(Numbered(), Iid(), Unsure(), clients=3, reveal_true_labels=True)
+    data = FederatedDataModule(
+        NumberedImages(), Iid(), Unsure(), clients=3, reveal_true_labels=True
+    )
     with pytest.raises(DataError, match=r"of \d+ of 54 training samples are unknown \('\d+.png'"):
         data.setup()
 

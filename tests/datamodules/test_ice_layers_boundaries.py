@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes.ice_layers import ice_data, koenig_picks, layer_files
+from fakes.ice_layers import (
+    DENSITY,
+    SEGMENT,
+    SEGMENT_START,
+    count_excluded,
+    ice_data,
+    koenig_picks,
+    layer_files,
+    write_picks,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.io import savemat
@@ -22,9 +31,6 @@ from fulgurite.datamodules.ice_layers.tracks.resample import (
 from fulgurite.datamodules.ice_layers.tracks.travel_time import remove_crossed, thickness_to_time
 from fulgurite.errors import ConfigError, DataError
 
-DENSITY = 0.4
-SEGMENT = "20120414_01"
-START = 1_334_361_600.0  # 2012-04-14
 THICKNESS = np.array([0.9, 0.8, 0.7, 0.6])  # [m], so that layers can be told apart
 
 
@@ -33,15 +39,7 @@ def make_track(traces=40, first=0, thickness=THICKNESS, longitude=-40.0):
     along = (first + np.arange(traces)) * 50.0
     pos = np.stack([72.0 + along / 111_195.0, np.full(traces, longitude)], 1)
     depth = np.concatenate([[0.0], thickness_to_time(thickness, np.array(DENSITY)).cumsum()])
-    return START + first + np.arange(traces) * 0.5, pos, np.tile(3e-6 + depth, (traces, 1))
-
-
-def write(folder, *tracks, segment=SEGMENT):
-    folder = folder / segment
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (time, pos, picks) in enumerate(tracks, 1):
-        write_layer_file(folder / f"Data_{segment}_{number:03}.mat", time, pos, picks)
-    return folder
+    return SEGMENT_START + first + np.arange(traces) * 0.5, pos, np.tile(3e-6 + depth, (traces, 1))
 
 
 def change(path, **changes):
@@ -72,16 +70,14 @@ def median_thickness(flights):
         ]
 
 
-def excluded(flights):
-    return {e.kind: e.count for e in flights.excluded}
-
-
 # --- folders --------------------------------------------------------------------------------------
 
 
 def test_one_segment_in_two_folders_is_refused_or_decided(tmp_path):
-    write(tmp_path / "season/CSARP_layer", make_track())
-    other = write(tmp_path / "season/CSARP_layer_old", make_track(thickness=THICKNESS[::-1].copy()))
+    write_picks(tmp_path / "season/CSARP_layer", make_track())
+    other = write_picks(
+        tmp_path / "season/CSARP_layer_old", make_track(thickness=THICKNESS[::-1].copy())
+    )
     with pytest.raises(DataError) as error:
         load(tmp_path / "season")
     assert "CSARP_layer/20120414_01/Data_20120414_01_001.mat" in str(error.value)
@@ -89,7 +85,7 @@ def test_one_segment_in_two_folders_is_refused_or_decided(tmp_path):
     assert "selection.prefer=[CSARP_layer]" in error.value.hint
     first = load(tmp_path / "season", prefer=["CSARP_layer"])
     assert median_thickness(first) == THICKNESS.tolist()
-    assert excluded(first) == {"not_preferred": 1}
+    assert count_excluded(first) == {"not_preferred": 1}
     second = load(tmp_path / "season", prefer=["CSARP_layer_old", "CSARP_layer"])
     assert median_thickness(second) == THICKNESS[::-1].tolist()
     with pytest.raises(ConfigError, match="CSARP_snow"):
@@ -100,8 +96,8 @@ def test_one_segment_in_two_folders_is_refused_or_decided(tmp_path):
 
 
 def test_the_order_of_given_files_changes_nothing(tmp_path):
-    folder = write(tmp_path, make_track(), make_track(first=40), make_track(first=80))
-    write(tmp_path, make_track(), segment="20120415_01")
+    folder = write_picks(tmp_path, make_track(), make_track(first=40), make_track(first=80))
+    write_picks(tmp_path, make_track(), segment="20120415_01")
     for path in (tmp_path / "20120415_01").iterdir():
         change(path, gps_time=read_mat(path)["gps_time"] + 86_400.0)
     paths = [str(p) for p in sorted(folder.iterdir())] + [str(tmp_path / "20120415_01/*.mat")]
@@ -115,7 +111,7 @@ def test_the_order_of_given_files_changes_nothing(tmp_path):
 
 
 def test_links_to_folders_on_other_disks_are_followed(tmp_path):
-    write(tmp_path / "disk", make_track())
+    write_picks(tmp_path / "disk", make_track())
     (tmp_path / "season").mkdir()
     (tmp_path / "season" / "link").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "loop").symlink_to(tmp_path / "disk")
@@ -130,7 +126,7 @@ def test_links_to_folders_on_other_disks_are_followed(tmp_path):
 @pytest.mark.parametrize("absent", [0, 1, 2, 3])
 def test_a_boundary_of_the_companion_that_no_file_has_is_missing(tmp_path, absent):
     time, pos, picks = make_track()
-    folder = write(tmp_path, (time, pos, picks))
+    folder = write_picks(tmp_path, (time, pos, picks))
     write_organizer(folder, ["surface", "a", "b", "c", "d"], ages=[0, 1, 3, 4, 6])
     (path,) = folder.glob("Data_*.mat")
     kept = [k for k in range(5) if k != absent]
@@ -148,7 +144,7 @@ def test_a_boundary_of_the_companion_that_no_file_has_is_missing(tmp_path, absen
 
 def test_without_a_surface_and_a_companion_files_are_refused(tmp_path):
     time, pos, picks = make_track()
-    folder = write(tmp_path, (time, pos, picks))
+    folder = write_picks(tmp_path, (time, pos, picks))
     (path,) = folder.glob("Data_*.mat")
     change(path, id=np.arange(2.0, 6), twtt=picks.T[1:], quality=np.ones((4, 40), np.uint8))
     with pytest.raises(DataError, match="no companion file") as error:
@@ -165,7 +161,7 @@ def test_without_a_surface_and_a_companion_files_are_refused(tmp_path):
     ],
 )
 def test_a_surface_that_is_not_the_first_boundary_is_refused(tmp_path, names, changes):
-    folder = write(tmp_path, make_track())
+    folder = write_picks(tmp_path, make_track())
     write_organizer(folder, names, **changes)
     with pytest.raises(DataError, match=r"is called surface.*lyr_order"):
         load(tmp_path)
@@ -173,7 +169,7 @@ def test_a_surface_that_is_not_the_first_boundary_is_refused(tmp_path, names, ch
 
 def test_positions_in_radians_are_refused(tmp_path):
     time, pos, picks = make_track()
-    write(tmp_path, (time, np.radians(pos), picks))
+    write_picks(tmp_path, (time, np.radians(pos), picks))
     with pytest.raises(DataError, match="radians"):
         load(tmp_path)
 
@@ -181,7 +177,7 @@ def test_positions_in_radians_are_refused(tmp_path):
 @pytest.mark.parametrize("depth", [np.nan, 2e-5])
 def test_a_second_boundary_without_name_is_the_bottom(tmp_path, depth):
     time, pos, picks = make_track()
-    folder = write(tmp_path, (time, pos, picks))
+    folder = write_picks(tmp_path, (time, pos, picks))
     (path,) = folder.glob("Data_*.mat")
     with_bottom = np.insert(picks.T, 1, depth, axis=0)
     change(path, id=np.arange(1.0, 7), twtt=with_bottom, quality=np.ones((6, 40), np.uint8))
@@ -191,7 +187,7 @@ def test_a_second_boundary_without_name_is_the_bottom(tmp_path, depth):
 
 
 def test_a_second_boundary_above_others_is_a_layer(tmp_path):
-    write(tmp_path, make_track())
+    write_picks(tmp_path, make_track())
     flights = load(tmp_path)
     assert median_thickness(flights) == THICKNESS.tolist()
     assert "bottom" not in flights.report()
@@ -215,8 +211,8 @@ def test_the_old_format_with_absent_sets_of_picks(tmp_path):
 
 
 def test_frames_without_layers_are_completed(tmp_path):
-    write(tmp_path, make_track(), make_track(first=40))
-    empty = write(tmp_path, make_track(), segment="20120415_01")
+    write_picks(tmp_path, make_track(), make_track(first=40))
+    empty = write_picks(tmp_path, make_track(), segment="20120415_01")
     nothing = {"id": np.zeros((0, 0)), "twtt": np.zeros((0, 40)), "quality": np.zeros((0, 40))}
     change(tmp_path / SEGMENT / f"Data_{SEGMENT}_002.mat", **nothing)
     (path,) = empty.iterdir()
@@ -265,7 +261,7 @@ def test_unknown_grades_are_good(tmp_path):
 
 
 def test_names_that_cannot_be_read_are_refused(tmp_path):
-    folder = write(tmp_path, make_track())
+    folder = write_picks(tmp_path, make_track())
     write_organizer(folder, ["surface", "a", "b", "c", "d"], lyr_name=np.zeros((1, 0)))
     with pytest.raises(DataError, match="0 names lyr_name") as error:
         load(tmp_path)
@@ -281,7 +277,7 @@ def test_names_that_cannot_be_read_are_refused(tmp_path):
     ],
 )
 def test_ages_of_some_layers_alone_are_refused(tmp_path, ages, message):
-    folder = write(tmp_path, make_track())
+    folder = write_picks(tmp_path, make_track())
     write_organizer(folder, ["surface", "a", "b", "c", "d"], ages)
     with pytest.raises(DataError, match=message) as error:
         load(tmp_path)
@@ -319,7 +315,7 @@ def test_picks_that_stay_rise_and_what_never_crossed_stays(values):
 )
 def test_times_of_another_day_than_the_name_are_refused(tmp_path, shift, hint):
     time, pos, picks = make_track()
-    write(tmp_path, (time + shift, pos, picks))
+    write_picks(tmp_path, (time + shift, pos, picks))
     with pytest.raises(DataError, match="before the day in its name") as error:
         load(tmp_path)
     assert hint in error.value.hint
@@ -328,7 +324,7 @@ def test_times_of_another_day_than_the_name_are_refused(tmp_path, shift, hint):
 
 def test_a_flight_over_midnight_is_of_its_day(tmp_path):
     time, pos, picks = make_track()
-    write(tmp_path, (time + 86_400.0, pos, picks))
+    write_picks(tmp_path, (time + 86_400.0, pos, picks))
     assert len(load(tmp_path).stacks) == 2
 
 
@@ -339,11 +335,11 @@ def test_traces_of_two_solutions_of_navigation_are_one(tmp_path):
     first[35:40, 2] = np.nan  # which the second file has
     second = picks.copy()
     second[22:24, 4] += 1e-10  # which contradicts
-    write(tmp_path, (time[:40], pos[:40], first[:40]), (time[20:], moved[20:], second[20:]))
+    write_picks(tmp_path, (time[:40], pos[:40], first[:40]), (time[20:], moved[20:], second[20:]))
     flights = load(tmp_path, traces=60)
     (stack,) = flights.stacks
     assert stack.observed.all()
-    assert excluded(flights) == {"repeated": 20, "contradicting": 2}
+    assert count_excluded(flights) == {"repeated": 20, "contradicting": 2}
     np.testing.assert_allclose(stack.thickness, np.tile(THICKNESS, (60, 1)), atol=1e-4)
 
 
@@ -388,7 +384,7 @@ def test_a_track_over_the_date_line_is_one(tmp_path):
     steps = np.cumsum(50 * (1 + 0.1 * np.random.default_rng(0).normal(size=60)))
     pos = np.stack([np.full(60, -79.0), 179.98 + steps / (111_195.0 * np.cos(np.radians(79)))], 1)
     pos[:, 1] -= 360.0 * (pos[:, 1] > 180)
-    write(tmp_path, (time, pos, picks))
+    write_picks(tmp_path, (time, pos, picks))
     (stack,) = load(tmp_path, traces=60, spacing=50.0).stacks
     assert stack.distance[-1] < 60 * 60
     assert np.abs(stack.pos[:, 1]).min() > 179.8
@@ -421,7 +417,7 @@ def test_tables_of_2009_are_named_by_the_day(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "time"), [("layers_20090331_dec03", 44.0), (f"IRSNO1B_{SEGMENT}_015", START)]
+    ("name", "time"), [("layers_20090331_dec03", 44.0), (f"IRSNO1B_{SEGMENT}_015", SEGMENT_START)]
 )
 def test_the_order_of_lines_and_tables_changes_nothing(tmp_path, name, time):
     """Five traces share a second, and those of 2009 have no time: their numbers order them."""
@@ -445,7 +441,7 @@ def test_the_order_of_lines_and_tables_changes_nothing(tmp_path, name, time):
 @pytest.mark.parametrize("surface", [None, "first_pick", "zero"])
 def test_depths_and_bins_name_the_same_years(tmp_path, surface):
     depths = np.concatenate([[0.05], 0.05 + THICKNESS.cumsum()])  # the first pick is the surface
-    koenig_table(tmp_path, f"IRSNO1B_{SEGMENT}_015", np.tile(depths, (30, 1)), START)
+    koenig_table(tmp_path, f"IRSNO1B_{SEGMENT}_015", np.tile(depths, (30, 1)), SEGMENT_START)
     options = {"count": 4, "traces": 30}
     flights = koenig_picks([str(tmp_path)], surface=surface, **options).load()
     expected = [0.05, *THICKNESS[:3]] if surface == "zero" else THICKNESS
@@ -489,7 +485,7 @@ def test_real_frames_with_and_without_layers():
     source = layer_files(["csarp_layer"], density=0.5, count=2, thickest=500.0, traces=64)
     flights = source.load()
     assert flights.segments == ("20181030_01",)  # the other one has no position either
-    assert excluded(flights)["position"] == 1113
+    assert count_excluded(flights)["position"] == 1113
     assert flights.layer_names == ("test", "test1")  # without the bottom
     assert sum(int(stack.observed[:, 0].sum()) for stack in flights.stacks) > 3000
     assert {stack.observed.any() for stack in flights.stacks} == {True, False}

@@ -4,6 +4,7 @@ import netCDF4
 import numpy as np
 import pytest
 import scipy.spatial
+from fakes.ice_layers import FLIGHT_DAY
 from fakes.ice_layers import layer_files as make_reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,8 +34,7 @@ from fulgurite.datamodules.ice_layers.tracks.travel_time import (
 from fulgurite.errors import ConfigError, DataError
 
 YEAR = 365.25
-FLIGHT = float(np.datetime64("2012-04-14", "D").astype(int))
-EDGES = FLIGHT - np.arange(3) * YEAR
+EDGES = FLIGHT_DAY - np.arange(3) * YEAR
 CRS_OF = {name: CRS.from_user_input(text) for name, text in PROJECTIONS.items()}
 
 
@@ -217,7 +217,7 @@ def test_days_of_a_year_of_360_days(tmp_path):
 def test_layers_longer_than_a_year_are_sums_by_year(tmp_path):
     write(tmp_path, daily=True)
     yearly = sample(tmp_path).physics[:, 0, 0]
-    longer = sample(tmp_path, edges=FLIGHT - np.array([0.0, 2.5]) * YEAR).physics[:, 0, 0]
+    longer = sample(tmp_path, edges=FLIGHT_DAY - np.array([0.0, 2.5]) * YEAR).physics[:, 0, 0]
     np.testing.assert_allclose(longer, yearly, rtol=1e-9)
 
 
@@ -455,7 +455,7 @@ def test_stamps_of_months(tmp_path, days, bounds):
     found = sample(tmp_path).physics
     np.testing.assert_allclose(found, middle, atol=25)
     more = found[:, :, 0] - plane(*project(points()).T)[:, None]
-    day = FLIGHT - YEAR - float(np.datetime64("2011-04-01").astype("datetime64[D]").astype(int))
+    day = FLIGHT_DAY - YEAR - float(np.datetime64("2011-04-01").astype("datetime64[D]").astype(int))
     np.testing.assert_allclose(more, [[1000 * (30 - day) / 30, 1000 * day / 30]] * 30, atol=3)
 
 
@@ -572,7 +572,7 @@ def layer_files(folder, pos, **options):
     """Picks of two layers of 5 ns along a track, over the climate of :func:`write`."""
     place = folder / "CSARP_layer" / "20120414_01"
     place.mkdir(parents=True)
-    times = FLIGHT * 86_400 + np.arange(len(pos))
+    times = FLIGHT_DAY * 86_400 + np.arange(len(pos))
     picks = 3e-6 + np.tile([0.0, 5e-9, 1e-8], (len(pos), 1))
     write_layer_file(place / "Data_20120414_01_001.mat", times, pos, picks)
     climate = MarClimate([str(folder / "mar")])

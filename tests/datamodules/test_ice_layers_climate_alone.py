@@ -5,6 +5,7 @@ from dataclasses import replace
 import netCDF4
 import numpy as np
 import pytest
+from fakes.ice_layers import FLIGHT_DAY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyproj import CRS, Transformer
@@ -14,8 +15,7 @@ from fulgurite.datamodules.ice_layers.climate.grid import PROJECTIONS, Grid
 from fulgurite.datamodules.ice_layers.climate.mar import Request
 from fulgurite.errors import DataError
 
-FLIGHT = float(np.datetime64("2012-04-14", "D").astype(int))
-EDGES = FLIGHT - np.arange(4) * 365.25
+EDGES = FLIGHT_DAY - np.arange(4) * 365.25
 
 
 def rectangles(count=12):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes.ice_layers import ice_data
+from fakes.ice_layers import SMALL_WORLD, ice_data, open_flights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
@@ -30,34 +30,17 @@ from fulgurite.datamodules.ice_layers.statistics import fit_statistics
 from fulgurite.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from fulgurite.models.ice_layers.output.stacks import CompletedStack, write_npz
 
-SMALL = {"stacks": 60, "traces": 32, "layers": 8, "segments": 12}
-
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FULGURITE_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def generated(cache):
-    return SyntheticFlights(World(**SMALL)).load()
-
-
-def ready(source, **options):
-    data = ice_data(source, **options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
+def generated(filled_cache):
+    return SyntheticFlights(World(**SMALL_WORLD)).load()
 
 
 class ReadFlights(SyntheticFlights):
     """Generated flights whose files were read before."""
 
     def __init__(self, flights):
-        super().__init__(World(**SMALL))
+        super().__init__(World(**SMALL_WORLD))
         self.flights = flights
 
     def load(self):
@@ -107,7 +90,7 @@ def stacks(segments=7, each=3, **options):
 
 
 def test_flight_segments_stay_whole(generated):
-    data = ready(ReadFlights(generated), val=0.25, test=0.25)
+    data = open_flights(ReadFlights(generated), val=0.25, test=0.25)
     parts = {part: data.stacks_of(part) for part in ("train", "val", "test")}
     segments = {part: {s.segment for s in found} for part, found in parts.items()}
     assert {part: len(found) for part, found in segments.items()} == {
@@ -118,7 +101,7 @@ def test_flight_segments_stay_whole(generated):
     assert sum(map(len, parts.values())) == 60
     assert not segments["train"] & segments["val"]
     assert not (segments["train"] | segments["val"]) & segments["test"]
-    other = ready(ReadFlights(generated), val=0.25, test=0.25, seed=7)
+    other = open_flights(ReadFlights(generated), val=0.25, test=0.25, seed=7)
     assert {s.segment for s in other.stacks_of("test")} != segments["test"]
 
 
@@ -138,21 +121,21 @@ def test_a_split_deals_out_everything_once(count, val, test, order):
 
 
 def test_named_segments_and_their_mistakes():
-    data = ready(Given(stacks()), val=["2012"], test=["20150401_01", "2016"])
+    data = open_flights(Given(stacks()), val=["2012"], test=["20150401_01", "2016"])
     assert {s.segment for s in data.stacks_of("val")} == {"20120401_01"}
     assert {s.segment for s in data.stacks_of("test")} == {"20150401_01", "20160401_01"}
     with pytest.raises(DataError, match="No flight segment is called 2030"):
-        ready(Given(stacks()), test=["2030"])
+        open_flights(Given(stacks()), test=["2030"])
     with pytest.raises(DataError, match="20120401_01 is in validation and in test"):
-        ready(Given(stacks()), val=["2012"], test=["2012"])
+        open_flights(Given(stacks()), val=["2012"], test=["2012"])
     with pytest.raises(ConfigError, match="leaves none for training"):
-        ready(Given(stacks(segments=2)), val=0.4, test=0.4)
+        open_flights(Given(stacks(segments=2)), val=0.4, test=0.4)
     with pytest.raises(ConfigError, match=r"--data\.init_args\.split\.val` and .*split\.test"):
         ice_data(Given(stacks()), val=0.6, test=0.5)
 
 
 def test_a_guard_leaves_out_flights_of_the_same_years():
-    data = ready(Given(stacks(10)), val=0.1, test=0.2, order="name", guard=3)
+    data = open_flights(Given(stacks(10)), val=0.1, test=0.2, order="name", guard=3)
     assert {s.segment[:4] for s in data.stacks_of("test")} == {"2018", "2019"}
     assert {s.segment[:4] for s in data.stacks_of("val")} == {"2017"}
     assert {s.segment[:4] for s in data.stacks_of("train")} == {
@@ -165,14 +148,14 @@ def test_a_guard_leaves_out_flights_of_the_same_years():
     assert [(e.kind, e.count) for e in data.excluded] == [("guard", 6)]
     odd = [replace(s, segment=f"flight {s.segment}") for s in stacks()]
     with pytest.raises(ConfigError, match="does not begin with a date"):
-        ready(Given(odd), guard=1)
+        open_flights(Given(odd), guard=1)
 
 
 # batches
 
 
 def test_batches_are_what_the_contract_says(generated):
-    data = ready(ReadFlights(generated), batch_size=4)
+    data = open_flights(ReadFlights(generated), batch_size=4)
     batch = next(iter(data.train_dataloader()))
     expected = {
         "thickness": (torch.float64, (128, 8)),
@@ -204,7 +187,7 @@ def test_batches_are_what_the_contract_says(generated):
 def test_stacks_of_different_length_share_a_batch():
     sizes = [5, 9, 7, 12]
     given = [stack(f"a{k}", f"s{k}", traces=n) for k, n in enumerate(sizes)]
-    data = ready(Given(given), val=0.0, test=0.0, batch_size=4)
+    data = open_flights(Given(given), val=0.0, test=0.0, batch_size=4)
     batch = next(iter(data.train_dataloader()))
     assert batch.num_nodes == sum(sizes)
     assert sorted(torch.diff(batch.ptr).tolist()) == sorted(sizes)
@@ -216,7 +199,7 @@ def numbers(loader):
 
 
 def test_training_order_changes_by_epoch_and_repeats_itself():
-    data, again = (ready(Given(stacks()), batch_size=2) for _ in range(2))
+    data, again = (open_flights(Given(stacks()), batch_size=2) for _ in range(2))
     loader, same = data.train_dataloader(), again.train_dataloader()
     first = numbers(loader)
     assert first == numbers(same)
@@ -232,7 +215,7 @@ def test_training_order_changes_by_epoch_and_repeats_itself():
 
 @pytest.mark.parametrize("part", ["train", "val", "test", "all"])
 def test_every_stack_is_predicted_once(part):
-    data = ready(Given(stacks()), predict=part, batch_size=4)
+    data = open_flights(Given(stacks()), predict=part, batch_size=4)
     found = numbers(data.predict_dataloader())
     wanted = ("train", "val", "test") if part == "all" else (part,)
     names = [s.name for p in wanted for s in data.stacks_of(p)]
@@ -252,7 +235,7 @@ def test_by_default_all_that_the_source_has_is_predicted(options):
     """Also what no part uses; what is in a part keeps its number."""
     source = [*stacks(), stack("20200401_01_0000", "20200401_01", missing=2.0)]
     traced = stack("20100401_01_9999", "20100401_01", missing=0.0, seed=5)
-    data = ready(Given([*source, traced]), batch_size=4, **options)
+    data = open_flights(Given([*source, traced]), batch_size=4, **options)
     found = numbers(data.predict_dataloader())
     names = [data.stacks[k] for k in found]
     assert sorted(names) == sorted(s.name for s in [*source, traced])
@@ -268,7 +251,7 @@ def test_by_default_all_that_the_source_has_is_predicted(options):
 def test_ranks_share_evaluation_without_repeating():
     found = []
     for rank in range(3):
-        data = ready(Given(stacks(each=2)), batch_size=2, predict="all")
+        data = open_flights(Given(stacks(each=2)), batch_size=2, predict="all")
         data.trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": 3})
         found += numbers(data.predict_dataloader())
     assert sorted(found) == list(range(14))
@@ -279,14 +262,14 @@ def test_ranks_share_evaluation_without_repeating():
 
 def test_statistics_see_only_observed_training_entries():
     given = stacks()
-    data = ready(Given(given), val=["2012"], test=["2016"])
+    data = open_flights(Given(given), val=["2012"], test=["2016"])
     other = [
         replace(s, thickness=s.thickness * 3, physics=s.physics + 9, pos=s.pos + 1)
         if s.segment[:4] in ("2012", "2016")
         else s
         for s in given
     ]
-    changed = ready(Given(other), val=["2012"], test=["2016"])
+    changed = open_flights(Given(other), val=["2012"], test=["2016"])
     for name, value in data.statistics.items():
         assert value.dtype == torch.float64
         assert torch.equal(value, changed.statistics[name]), name
@@ -316,15 +299,15 @@ def test_statistics_of_constant_and_absent_things():
 
 
 def test_the_checkpoint_brings_the_statistics():
-    trained = ready(Given(stacks()))
+    trained = open_flights(Given(stacks()))
     state = trained.state_dict()
-    elsewhere = ready(Given(stacks(segments=4)), val=0.0, test=0.25)
+    elsewhere = open_flights(Given(stacks(segments=4)), val=0.0, test=0.25)
     own = elsewhere.statistics["thickness_mean"]
     elsewhere.load_state_dict(state)
     assert torch.equal(elsewhere.statistics["thickness_mean"], trained.statistics["thickness_mean"])
     assert not torch.equal(elsewhere.statistics["thickness_mean"], own)
     with pytest.raises(CheckpointError, match="layers 4, these data have 5"):
-        ready(Given(stacks(layers=5))).load_state_dict(state)
+        open_flights(Given(stacks(layers=5))).load_state_dict(state)
     with pytest.raises(CheckpointError, match="physical fields"):
         elsewhere.load_state_dict(state | {"physics": ["st", "smb"]})
 
@@ -335,19 +318,19 @@ def test_the_checkpoint_brings_the_statistics():
 def test_few_and_fully_traced_training_stacks():
     whole = [replace(s, thickness=np.ones((10, 4))) for s in stacks(each=1, segments=7)]
     given = [*stacks(), *(replace(s, name=f"{s.name}_whole") for s in whole)]
-    data = ready(Given(given), traced=["train"])
+    data = open_flights(Given(given), traced=["train"])
     assert all(s.observed.all() for s in data.stacks_of("train"))
     assert len(data.stacks_of("train")) == 5
     assert len(data.stacks_of("test")) == 4
-    few = ready(Given(given), train_stacks=3)
+    few = open_flights(Given(given), train_stacks=3)
     assert len(few.stacks_of("train")) == 3
-    assert [s.name for s in ready(Given(given), train_stacks=3).stacks_of("train")] == [
+    assert [s.name for s in open_flights(Given(given), train_stacks=3).stacks_of("train")] == [
         s.name for s in few.stacks_of("train")
     ]
     with pytest.raises(DataError, match="No stack is left"):
-        ready(Given(stacks(missing=0.5)), traced=["train", "val", "test"])
+        open_flights(Given(stacks(missing=0.5)), traced=["train", "val", "test"])
     with pytest.raises(DataError, match="No stack is left for training"):
-        ready(Given(stacks(missing=0.5)), traced=["train"]).train_dataloader()
+        open_flights(Given(stacks(missing=0.5)), traced=["train"]).train_dataloader()
 
 
 # dropping
@@ -373,7 +356,7 @@ def test_what_is_dropped_comes_in_runs_and_layers():
 
 
 def test_dropped_entries_are_known_and_not_observed(generated):
-    base, data = (ready(ReadFlights(generated), drop=drop) for drop in (0.0, 0.3))
+    base, data = (open_flights(ReadFlights(generated), drop=drop) for drop in (0.0, 0.3))
     for plain, batch in zip(base.test_dataloader(), data.test_dataloader(), strict=True):
         assert torch.equal(plain.thickness.nan_to_num(-1), batch.thickness.nan_to_num(-1))
         assert torch.equal(batch.observed | batch.dropped, plain.observed)
@@ -384,7 +367,7 @@ def test_dropped_entries_are_known_and_not_observed(generated):
         assert torch.equal(batch.observed, plain.observed & ~batch.dropped)
     for loader in (data.val_dataloader(), data.train_dataloader(), data.predict_dataloader()):
         assert not any(batch.dropped.any() for batch in loader)
-    again = ready(ReadFlights(generated), drop=0.3)
+    again = open_flights(ReadFlights(generated), drop=0.3)
     for one, two in zip(data.test_dataloader(), again.test_dataloader(), strict=True):
         assert torch.equal(one.dropped, two.dropped)
 
@@ -418,7 +401,7 @@ def complete(folder, given, trained, spoil=0):
 def test_completed_stacks_are_trained_on_and_evaluated_ones_are_not(tmp_path):
     given = stacks()
     source = Given(given)
-    plain = ready(source, val=["2012"], test=["2016"])
+    plain = open_flights(source, val=["2012"], test=["2016"])
     trained = sorted({s.segment for s in plain.stacks_of("train")})
     data = ice_data(source, complete(tmp_path / "c", given, trained), val=["2012"], test=["2016"])
     data.setup()
@@ -544,7 +527,7 @@ def test_options_outside_their_groups_are_refused():
 
 
 def test_what_is_known_before_setup(tmp_path):
-    data = IceLayerDataModule(SyntheticFlights(World(**SMALL)))
+    data = IceLayerDataModule(SyntheticFlights(World(**SMALL_WORLD)))
     assert data.layers == 8
     assert data.num_physics == 5
     climate = MarClimate([str(tmp_path)], variables=["smb", "st"])
@@ -590,8 +573,8 @@ def test_a_configuration_file_can_say_it_all():
 
 
 @pytest.mark.parametrize("package", ["h5py", "netCDF4", "pyproj"])
-def test_missing_packages_name_the_extra(generated, cache, monkeypatch, package):
-    source = SyntheticFlights(World(**SMALL))
+def test_missing_packages_name_the_extra(generated, filled_cache, monkeypatch, package):
+    source = SyntheticFlights(World(**SMALL_WORLD))
     _ = source.root
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"{package}\..*fulgurite\[ice\]"):
@@ -599,7 +582,7 @@ def test_missing_packages_name_the_extra(generated, cache, monkeypatch, package)
 
 
 def test_batching_without_pyg_names_the_extra(monkeypatch):
-    data = ready(Given(stacks()))
+    data = open_flights(Given(stacks()))
     monkeypatch.setitem(sys.modules, "torch_geometric.data", None)
     with pytest.raises(MissingExtraError, match=r"torch-geometric\..*fulgurite\[ice\]"):
         data.train_dataloader()
@@ -615,7 +598,7 @@ def test_npz_stacks_through_the_data_module(tmp_path):
             physics=s.physics,
             physics_names=np.array(["smb", "st"]),
         )
-    data = ready(NpzStacks(str(tmp_path)))
+    data = open_flights(NpzStacks(str(tmp_path)))
     assert len(data.stacks) == 21
     assert data.physics == ("smb", "st")
     assert data.layers == 4

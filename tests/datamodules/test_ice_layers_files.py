@@ -6,7 +6,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from fakes.ice_layers import koenig_picks, layer_files
+from fakes.ice_layers import (
+    DENSITY,
+    SEGMENT,
+    SEGMENT_START,
+    count_excluded,
+    koenig_picks,
+    layer_files,
+    write_picks,
+)
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import NpzStacks
@@ -23,10 +31,6 @@ from fulgurite.datamodules.ice_layers.tracks.travel_time import thickness_to_tim
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.matlab import string_table, write_strings
 
-DENSITY = 0.4
-SEGMENT = "20120414_01"
-START = 1_334_361_600.0  # 2012-04-14
-
 
 def track(traces=40, layers=3, spacing=50.0, seed=0, first=0):
     """Time, positions, thickness [m] and picks [s] of a straight track."""
@@ -36,24 +40,17 @@ def track(traces=40, layers=3, spacing=50.0, seed=0, first=0):
     thickness = generator.uniform(0.5, 1.0, (traces, layers))
     times = thickness_to_time(thickness, np.array(DENSITY))
     picks = 3e-6 + np.concatenate([np.zeros((traces, 1)), times.cumsum(1)], 1)
-    return START + first + np.arange(traces) * 0.5, pos, thickness, picks
+    return SEGMENT_START + first + np.arange(traces) * 0.5, pos, thickness, picks
 
 
 def write(folder, *tracks, segment=SEGMENT):
-    place = folder / "CSARP_layer" / segment
-    place.mkdir(parents=True, exist_ok=True)
-    for number, (time, pos, _, picks) in enumerate(tracks, 1):
-        write_layer_file(place / f"Data_{segment}_{number:03}.mat", time, pos, picks)
-    return place
+    picked = [(time, pos, picks) for time, pos, _, picks in tracks]
+    return write_picks(folder / "CSARP_layer", *picked, segment=segment)
 
 
 def source(folder, **options):
     options = {"traces": 20, "density": DENSITY} | options
     return layer_files([str(folder / "CSARP_layer")], **options)
-
-
-def excluded(flights):
-    return {e.kind: e.count for e in flights.excluded}
 
 
 def test_both_versions_of_the_new_format_are_one(tmp_path):
@@ -133,7 +130,7 @@ def test_thickness_survives_the_way_through_a_file(tmp_path):
 
 def test_frames_of_a_segment_are_one_track(tmp_path):
     first, second = track(traces=25), track(traces=25, first=20, seed=1)
-    second = (START + 10 + np.arange(25) * 0.5, *second[1:])  # 5 traces are in both files
+    second = (SEGMENT_START + 10 + np.arange(25) * 0.5, *second[1:])  # 5 traces are in both files
     write(tmp_path, second, first)  # in the wrong order
     flights = source(tmp_path, traces=45).load()
     (stack,) = flights.stacks
@@ -147,7 +144,7 @@ def test_tracks_break_at_jumps_and_short_rests_are_counted(tmp_path):
     flights = source(tmp_path, min_traces=12).load()
     assert [s.name for s in flights.stacks] == [f"{SEGMENT}_{k:04}" for k in range(3)]
     assert [len(s.thickness) for s in flights.stacks] == [20, 20, 20]
-    assert excluded(flights) == {"jump": 1, "short": 1}
+    assert count_excluded(flights) == {"jump": 1, "short": 1}
     flights = source(tmp_path, min_traces=10).load()
     assert [len(s.thickness) for s in flights.stacks] == [20, 20, 20, 10]
 
@@ -173,7 +170,7 @@ def test_nothing_is_invented_in_holes_of_a_track(tmp_path):
     found = np.concatenate([s.thickness for s in flights.stacks])
     np.testing.assert_allclose(found[kept], thickness[kept], atol=1e-4)
     np.testing.assert_allclose(np.concatenate([s.pos for s in flights.stacks]), pos, atol=1e-7)
-    assert excluded(flights) == {"hole": 8}
+    assert count_excluded(flights) == {"hole": 8}
 
 
 def test_finer_places_than_raw_traces(tmp_path):
@@ -191,7 +188,7 @@ def test_finer_places_than_raw_traces(tmp_path):
     np.testing.assert_array_equal(np.isfinite(found), np.repeat(known[:, None], 3, 1))
     linear = np.stack([np.interp(places, np.arange(20), t) for t in thickness.T], 1)
     np.testing.assert_allclose(found[known], linear[known], atol=2e-3)
-    assert excluded(flights) == {"hole": 29}
+    assert count_excluded(flights) == {"hole": 29}
 
 
 def track_means(thickness):
@@ -205,7 +202,7 @@ def test_crossed_picks_take_the_layers_on_both_sides(tmp_path):
     picks[9, 3] = picks[9, 2]  # on it
     write(tmp_path, (time, pos, thickness, picks))
     flights = source(tmp_path).load()
-    assert excluded(flights)["crossed"] == 2
+    assert count_excluded(flights)["crossed"] == 2
     (stack,) = flights.stacks
     np.testing.assert_array_equal(stack.observed[4], [False, False, False, True])
     np.testing.assert_array_equal(stack.observed[9], [True, False, False, False])
@@ -243,13 +240,13 @@ def test_the_companion_names_orders_and_dates_layers(tmp_path):
 
 def test_traces_of_one_second_stay_and_repeated_ones_are_counted(tmp_path):
     _, pos, thickness, picks = track(traces=40)
-    seconds = START + np.arange(40) // 4  # as some files have it
+    seconds = SEGMENT_START + np.arange(40) // 4  # as some files have it
     first, second = slice(0, 23), slice(18, 40)  # which overlap
     write(tmp_path, *((seconds[p], pos[p], thickness[p], picks[p]) for p in (first, second)))
     flights = source(tmp_path, traces=40).load()
     (stack,) = flights.stacks
     np.testing.assert_allclose(stack.thickness, thickness, atol=1e-6)
-    assert excluded(flights) == {"repeated": 5}
+    assert count_excluded(flights) == {"repeated": 5}
 
 
 @pytest.mark.parametrize(
@@ -275,7 +272,7 @@ def test_variables_that_are_none(tmp_path, changes):
         source(tmp_path).load()
     assert "exclude+=unreadable" in error.value.hint
     flights = source(tmp_path, exclude=["unreadable"]).load()
-    assert excluded(flights)["unreadable"] == 1
+    assert count_excluded(flights)["unreadable"] == 1
     assert len(flights.stacks) == 2
 
 
@@ -357,7 +354,7 @@ def test_damaged_files_are_errors_or_exclusions(tmp_path, how, message):
     assert str(path) in str(error.value)
     flights = source(tmp_path, exclude=["unreadable"]).load()
     assert flights.segments == ("20120415_01",)
-    assert excluded(flights)["unreadable"] == 1
+    assert count_excluded(flights)["unreadable"] == 1
     assert path.name in flights.report()
 
 
@@ -381,7 +378,7 @@ def test_a_single_trace_is_counted_and_alone_an_error(tmp_path):
     with pytest.raises(DataError, match=r"fewer than 10 traces \(1 in all\)"):
         source(tmp_path).load()
     write(tmp_path, track(), segment="20120415_01")
-    assert excluded(source(tmp_path).load()) == {"short": 1}
+    assert count_excluded(source(tmp_path).load()) == {"short": 1}
 
 
 def test_traces_without_position_are_counted(tmp_path):
@@ -389,7 +386,7 @@ def test_traces_without_position_are_counted(tmp_path):
     pos[3], time[5], pos[7, 0] = np.nan, np.nan, 400.0
     write(tmp_path, (time, pos, thickness, picks))
     flights = source(tmp_path).load()
-    assert excluded(flights)["position"] == 3
+    assert count_excluded(flights)["position"] == 3
     assert np.isfinite(flights.stacks[0].pos).all()
 
 
@@ -401,7 +398,7 @@ def test_mixed_numbers_of_layers(tmp_path):
         source(tmp_path).load()
     flights = source(tmp_path, exclude=["layer_count"]).load()
     assert flights.segments == ("20120414_01", "20120415_01")
-    assert excluded(flights)["layer_count"] == 1
+    assert count_excluded(flights)["layer_count"] == 1
     flights = source(tmp_path, count=4).load()  # what is not there is absent
     assert len(flights.segments) == 3
     assert not flights.stacks[0].observed[:, 3].any()
@@ -508,13 +505,14 @@ def test_tables_of_one_segment_are_one_track(tmp_path, year):
     flights = koenig_picks([str(tmp_path)], count=4, traces=60).load()
     (stack,) = flights.stacks
     np.testing.assert_allclose(stack.thickness, thickness, atol=1e-4)
-    assert excluded(flights) == {"repeated": 1}
+    assert count_excluded(flights) == {"repeated": 1}
 
 
 def test_traces_of_one_second_in_tables(tmp_path):
     words = [line.split() for line in koenig_lines()[0]]
     lines = [
-        " ".join([*w[:3], "320.0", f"{START + k // 4:.0f}", *w[5:]]) for k, w in enumerate(words)
+        " ".join([*w[:3], "320.0", f"{SEGMENT_START + k // 4:.0f}", *w[5:]])
+        for k, w in enumerate(words)
     ]
     (tmp_path / "mapdata.txt").write_text("\n".join(lines))
     (stack,) = koenig_picks([str(tmp_path)], count=4, traces=30).load().stacks
@@ -531,7 +529,7 @@ def test_tables_without_picks_or_of_no_day(tmp_path, content):
     with pytest.raises(DataError, match=r"mapdata2.txt"):
         koenig_picks([str(tmp_path)], count=4, traces=30).load()
     flights = koenig_picks([str(tmp_path)], count=4, traces=30, exclude=["unreadable"]).load()
-    assert excluded(flights) == {"unreadable": 1}
+    assert count_excluded(flights) == {"unreadable": 1}
 
 
 @pytest.mark.parametrize("spoiled", ["abc", "IRSNO1B_20120414_01_015 1 2 3", "x 1 2 3 4 5"])
@@ -644,7 +642,7 @@ def test_a_damaged_first_npz(tmp_path):
             _ = NpzStacks(str(tmp_path)).physics
         found = NpzStacks(str(tmp_path), exclude=["unreadable"])
         assert found.physics == ("smb", "st")
-        assert excluded(found.load()) == {"unreadable": 1}
+        assert count_excluded(found.load()) == {"unreadable": 1}
 
 
 def test_npz_exclusions(tmp_path):
@@ -659,7 +657,7 @@ def test_npz_exclusions(tmp_path):
     words = ["unreadable", "negative", "short", "layer_count"]
     flights = NpzStacks(str(tmp_path), exclude=words).load()
     assert len(flights.stacks) == 3
-    assert excluded(flights) == {
+    assert count_excluded(flights) == {
         "unreadable": 2,
         "negative": 3,
         "short": 1,

@@ -7,6 +7,7 @@ import netCDF4
 import numpy as np
 import pandas as pd
 import pytest
+from fakes.ice_layers import SMALL_WORLD
 
 from fulgurite.datamodules.ice_layers import ForcedFlights, SyntheticFlights, World
 from fulgurite.datamodules.ice_layers.generator.forcing import read_site
@@ -14,20 +15,10 @@ from fulgurite.datamodules.ice_layers.generator.random_fields import gaussian_fi
 from fulgurite.datamodules.ice_layers.tracks.resample import great_circle_distance
 from fulgurite.errors import ConfigError, DataError
 
-SMALL = {"stacks": 60, "traces": 32, "layers": 8, "segments": 12}
-
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FULGURITE_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def flights(cache):
-    return SyntheticFlights(World(**SMALL)).load()
+def flights(filled_cache):
+    return SyntheticFlights(World(**SMALL_WORLD)).load()
 
 
 def stacked(flights, name):
@@ -44,8 +35,8 @@ def test_shapes_and_names(flights):
     assert all(stack.segment[8] == "_" for stack in flights.stacks)
 
 
-def test_the_files_are_those_of_the_formats(cache):
-    root = SyntheticFlights(World(**SMALL)).root
+def test_the_files_are_those_of_the_formats(filled_cache):
+    root = SyntheticFlights(World(**SMALL_WORLD)).root
     frame = sorted(root.glob("CSARP_layer/*/Data_*_001.mat"))[0]
     assert frame.read_bytes().startswith(b"MATLAB 7.3 MAT-file")
     with h5py.File(frame) as file:
@@ -96,20 +87,20 @@ def test_the_climate_says_half_and_the_neighbours_the_rest(flights):
 
 
 def test_generation_repeats_itself_and_follows_the_seed(flights, cache):
-    again = SyntheticFlights(World(**SMALL)).load()
-    other = SyntheticFlights(World(**SMALL, seed=1)).load()
+    again = SyntheticFlights(World(**SMALL_WORLD)).load()
+    other = SyntheticFlights(World(**SMALL_WORLD, seed=1)).load()
     np.testing.assert_array_equal(stacked(again, "thickness"), stacked(flights, "thickness"))
     np.testing.assert_array_equal(stacked(again, "physics"), stacked(flights, "physics"))
     assert not np.array_equal(stacked(other, "truth"), stacked(flights, "truth"))
 
 
-def test_options(flights, cache):
-    whole = SyntheticFlights(World(**SMALL, missing=0.0, mistracks=0.0, noise=0.0)).load()
+def test_options(flights, filled_cache):
+    whole = SyntheticFlights(World(**SMALL_WORLD, missing=0.0, mistracks=0.0, noise=0.0)).load()
     np.testing.assert_allclose(
         stacked(whole, "thickness"), stacked(whole, "truth"), atol=0.04
     )  # but for the density that is not exactly known
     np.testing.assert_array_equal(stacked(whole, "truth"), stacked(flights, "truth"))
-    other = SyntheticFlights(World(**SMALL, mistracks=0.08, traced=0.5)).load()
+    other = SyntheticFlights(World(**SMALL_WORLD, mistracks=0.08, traced=0.5)).load()
     full = np.array([stack.observed.all() for stack in other.stacks])
     assert 15 < full.sum() < 45
     error = np.abs(stacked(other, "thickness") - stacked(other, "truth"))
@@ -118,8 +109,8 @@ def test_options(flights, cache):
     assert (wrong[np.isfinite(wrong)] > 0.15).mean() > 0.05
 
 
-def test_physics_that_say_nothing(flights, cache):
-    control = SyntheticFlights(World(**SMALL), informative=False).load()
+def test_physics_that_say_nothing(flights, filled_cache):
+    control = SyntheticFlights(World(**SMALL_WORLD), informative=False).load()
     np.testing.assert_array_equal(stacked(control, "thickness"), stacked(flights, "thickness"))
     truth = np.log(stacked(control, "truth")).ravel()
     smb = np.log(stacked(control, "physics")[..., 0])
@@ -143,10 +134,10 @@ def test_blocks_lie_on_lines_and_segments_apart(flights):
 )
 def test_impossible_recipes(options):
     with pytest.raises(ConfigError, match=rf"The {next(iter(options))} of world (is|are) "):
-        SyntheticFlights(World(**SMALL | options))
+        SyntheticFlights(World(**SMALL_WORLD | options))
 
 
-def test_segments_that_do_not_fit(cache):
+def test_segments_that_do_not_fit(filled_cache):
     with pytest.raises(ConfigError, match="does not fit the region"):
         SyntheticFlights(World(stacks=600, traces=64, segments=1, layers=2)).load()
 
@@ -190,11 +181,11 @@ def write_site(folder, name="CFM_example_66.5_-46.25", years=30, seed=0, **chang
     return table
 
 
-def test_flights_over_given_years(tmp_path, cache):
+def test_flights_over_given_years(tmp_path, filled_cache):
     write_site(tmp_path)
     cold = {"BDOT": lambda v: v * 0.4, "TSKIN": lambda v: v - 10, "SMELT": lambda v: v * 0}
     write_site(tmp_path, "CFM_example_72.5_-38.75", seed=1, **cold)
-    made = ForcedFlights(str(tmp_path), World(**SMALL)).load()
+    made = ForcedFlights(str(tmp_path), World(**SMALL_WORLD)).load()
     north = np.array([stack.pos[0, 0] > 70 for stack in made.stacks])
     assert 20 < north.sum() < 40
     physics = stacked(made, "physics")
@@ -238,12 +229,12 @@ def test_series_that_are_no_series(tmp_path):
         read_site(path)
     path.unlink()
     with pytest.raises(DataError, match="no CFM_example"):
-        ForcedFlights(str(tmp_path), World(**SMALL)).load()
+        ForcedFlights(str(tmp_path), World(**SMALL_WORLD)).load()
 
 
 @pytest.mark.realdata
 @pytest.mark.slow  # flights over given years, above, are not
-def test_flights_over_the_real_years(cache):
+def test_flights_over_the_real_years(filled_cache):
     made = ForcedFlights(world=World(stacks=40, traces=32, layers=8, segments=20)).load()
     physics = stacked(made, "physics")
     north = np.array([stack.pos[0, 0] > 70 for stack in made.stacks])

@@ -315,10 +315,8 @@ def test_text_in_place_of_numbers_is_refused(tmp_path, name, version):
 
 
 @pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield SyntheticSred(SredWorld(stacks=100, traces=64, segments=20, spacing=31.4)).load()
+def generated(filled_cache):
+    return SyntheticSred(SredWorld(stacks=100, traces=64, segments=20, spacing=31.4)).load()
 
 
 def test_generated_echograms_lack_what_those_of_sred_lack(generated):
@@ -354,8 +352,7 @@ def test_generated_echograms_have_the_means_of_sred(generated):
     np.testing.assert_allclose(pos.mean(0), [74.67, -43.12], atol=1.0)
 
 
-def test_generated_echograms_depend_on_their_options(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
+def test_generated_echograms_depend_on_their_options(cache):
     small = {"stacks": 8, "traces": 16, "segments": 4, "spacing": 100.0, "layers": 5}
     one, again = (SyntheticSred(SredWorld(**small)).load() for _ in range(2))
     for a, b in zip(one.stacks, again.stacks, strict=True):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fakes.ice_layers import NAME, ice_data, layer_files, make_flight, write_frame
+from fakes.ice_layers import DENSITY, NAME, ice_data, layer_files, make_flight, write_frame
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
@@ -21,7 +21,6 @@ from fulgurite.datamodules.ice_layers.tracks.records import times_below
 from fulgurite.datamodules.ice_layers.tracks.travel_time import time_to_thickness
 from fulgurite.errors import ConfigError, DataError
 
-DENSITY = 0.4
 LAYERS = 4
 
 

@@ -55,8 +55,7 @@ def draw_after(make, folder, is_first_rank, **options):
 
 
 @pytest.mark.parametrize("make", [plates, images, byte_text, number_text])
-def test_every_rank_draws_the_same_numbers_after_reading(tmp_path, monkeypatch, make):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_every_rank_draws_the_same_numbers_after_reading(tmp_path, make, cache):
     torch.manual_seed(0)
     expected = torch.rand(3).tolist()
     assert draw_after(make, tmp_path, True) == expected  # fills the cache

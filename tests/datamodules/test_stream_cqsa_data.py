@@ -33,12 +33,12 @@ from fulgurite.datamodules.stream_cqsa.needle import IGNORED, MARK, QUERY, place
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.sampling import DrawSampler
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def no_data_folder(monkeypatch):
     monkeypatch.delenv("FULGURITE_DATA", raising=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture

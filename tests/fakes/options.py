@@ -1,7 +1,10 @@
-"""Options of tests, which are named without their records."""
+"""Options of tests: those of the command line, and those that are named without their records."""
 
 from dataclasses import fields
 from typing import Any
+
+#: Of commands that nobody watches.
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
 def group(options: dict[str, Any], **records: type) -> dict[str, Any]:

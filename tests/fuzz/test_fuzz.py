@@ -19,8 +19,7 @@ def targets():
     return make_targets()
 
 
-def test_undamaged_files_are_read(targets, tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_undamaged_files_are_read(targets, tmp_path, cache):
     for target in targets.values():
         for number in range(len(target.seeds)):
             kind, _ = try_input(target, tmp_path / "fuzzed", 0, number)
@@ -33,8 +32,7 @@ def test_inputs_follow_from_their_number(targets):
     assert make_input(target, 3, 40) != make_input(target, 3, 41)
 
 
-def test_damaged_files_are_read_or_refused_by_name(targets, tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
+def test_damaged_files_are_read_or_refused_by_name(targets, tmp_path, cache):
     kinds = []
     for target in targets.values():
         first = len(target.seeds)

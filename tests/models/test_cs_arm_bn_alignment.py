@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes.cs_arm_bn import small_classifier
 
 from fulgurite.domains.cs_arm_bn import MIXED, PlateBatch
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.cs_arm_bn import DANN, ERM, DeepCORAL, PlateClassifier, SmallResNet
+from fulgurite.models.cs_arm_bn import DANN, ERM, DeepCORAL
 from fulgurite.models.cs_arm_bn.batchnorm import Context
 from fulgurite.models.cs_arm_bn.embedding import embed
 from fulgurite.models.cs_arm_bn.methods.alignment import coral_distance, reversal_strength
@@ -16,10 +17,7 @@ K, PLATES = 3, 4
 
 
 def make_module(method):
-    torch.manual_seed(0)
-    module = PlateClassifier(
-        lambda c, k: SmallResNet(c, k, width=4), method, num_classes=K, in_channels=2
-    )
+    module = small_classifier(method, classes=K, channels=2)
     module.method.prepare_domains(PLATES)
     return module
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes.cs_arm_bn import small_classifier
 from torch import nn
 
 from fulgurite.domains.cs_arm_bn import PlateBatch
@@ -52,13 +53,6 @@ def make_batch(seed=0, domain=0, queries=L, controls=N):
     return PlateBatch.from_images(query, control, torch.arange(queries) % K, domain)
 
 
-def make_module(method=None, **kwargs):
-    torch.manual_seed(0)
-    return PlateClassifier(
-        lambda c, k: SmallResNet(c, k, width=4), method, num_classes=K, in_channels=3, **kwargs
-    )
-
-
 def logits(module, batch, training=False):
     if training:
         module.method.begin(module.network, [batch], training=True)
@@ -71,7 +65,7 @@ def logits(module, batch, training=False):
 
 def fitted(method):
     """A module whose method had a look at training plates, where it needs one."""
-    module = make_module(method)
+    module = small_classifier(method)
     if isinstance(method, LinearProbe):
         with use_context(module.network, method.context(training=True)):
             plates = [make_batch(i, i) for i in range(3)]
@@ -81,7 +75,7 @@ def fitted(method):
 
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_learns_from_a_batch(method):
-    module = make_module(method())
+    module = small_classifier(method())
     batch = make_batch()
     optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.01)
     losses = []
@@ -136,7 +130,7 @@ def test_what_a_prediction_depends_on(method, uses_queries, uses_controls):
 @pytest.mark.parametrize("method", [CSARMBN, AdaptiveWeight])
 def test_training_is_the_papers(method):
     """One joint pass, BatchNorm on the concatenation, loss on the queries."""
-    module = make_module(method())
+    module = small_classifier(method())
     plain = SmallResNet(3, K, width=4)
     plain.load_state_dict(module.network.state_dict())
     batch = make_batch()
@@ -153,7 +147,7 @@ def test_gradient_through_the_controls_is_a_choice():
     for gradient in (True, False):
         batch = make_batch()
         batch.images.requires_grad_()
-        module = make_module(ControlsOnly(gradient=gradient))
+        module = small_classifier(ControlsOnly(gradient=gradient))
         logits(module, batch, training=True).square().sum().backward()
         assert bool(batch.images.grad[L:].any()) == gradient
 
@@ -163,16 +157,18 @@ def test_one_query_without_controls_says_nothing_about_the_plate():
     batch = make_batch(queries=1)
     gains = [batch._replace(images=g * batch.images) for g in (1.0, 4.0)]
     for method in (ARMBN(), CSARMBN()):
-        one, other = (logits(make_module(method), b) for b in gains)
+        one, other = (logits(small_classifier(method), b) for b in gains)
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)  # a common gain cancels
     brighter = change_images(batch, 4 * batch.query)  # the query alone differs from its plate
     for method, seen in ((ARMBN(), False), (CSARMBN(), True)):
-        change = logits(make_module(method), brighter) - logits(make_module(method), batch)
+        change = logits(small_classifier(method), brighter) - logits(
+            small_classifier(method), batch
+        )
         assert bool(change.abs().max() > 0.02) == seen
 
 
 def test_tent_predicts_then_steps_and_resets_by_plate():
-    module = make_module(TENT(lr=0.05))
+    module = small_classifier(TENT(lr=0.05))
     method, batch, later = module.method, make_batch(0), make_batch(1)
     before = copy.deepcopy(module.network.state_dict())
     with torch.inference_mode():
@@ -188,19 +184,19 @@ def test_tent_predicts_then_steps_and_resets_by_plate():
 
     assert entropy(second) < entropy(first)
     torch.testing.assert_close(module.network.state_dict(), before, rtol=0, atol=0)
-    torch.testing.assert_close(first, logits(make_module(AdaBN()), batch))
+    torch.testing.assert_close(first, logits(small_classifier(AdaBN()), batch))
     assert all(p.grad is None for p in module.network.parameters())
 
 
 def test_the_learned_loss_adapts_and_is_learned():
-    module = make_module(ARMLL(inner_lr=0.5))
+    module = small_classifier(ARMLL(inner_lr=0.5))
     batch = make_batch()
     with torch.no_grad():
         adapted = logits(module, batch)
         assert adapted.requires_grad is False
-    still = make_module(ARMLL(inner_lr=0.0))
+    still = small_classifier(ARMLL(inner_lr=0.0))
     assert not torch.allclose(adapted, logits(still, batch))
-    torch.testing.assert_close(logits(still, batch), logits(make_module(ARMBN()), batch))
+    torch.testing.assert_close(logits(still, batch), logits(small_classifier(ARMBN()), batch))
     with torch.inference_mode():
         torch.testing.assert_close(logits(module, make_batch()), adapted)
     F.cross_entropy(logits(module, batch, training=True), batch.label).backward()
@@ -210,7 +206,7 @@ def test_the_learned_loss_adapts_and_is_learned():
 
 
 def test_the_inner_step_is_gradient_descent():
-    module = make_module(ARMLL(inner_lr=0.3))
+    module = small_classifier(ARMLL(inner_lr=0.3))
     batch = make_batch()
     expected = copy.deepcopy(module.network)
     with use_context(expected, module.method.context(training=False)):
@@ -225,7 +221,7 @@ def test_the_inner_step_is_gradient_descent():
 @pytest.mark.parametrize("adapt_bn", [True, False])
 def test_context_channels_join_the_input(adapt_bn):
     """With ``adapt_bn`` both networks are as ordinary ones in training mode, at test too."""
-    module = make_module(ARMCML(channels=5, hidden=8, adapt_bn=adapt_bn))
+    module = small_classifier(ARMCML(channels=5, hidden=8, adapt_bn=adapt_bn))
     assert module.network.conv1.in_channels == 8
     batch = make_batch()
     with torch.no_grad():
@@ -283,7 +279,7 @@ def test_tvn_trains_a_linear_head_only():
     learning = {n for n, p in module.named_parameters() if p.requires_grad}
     assert learning == {"method.head.weight", "method.head.bias"}
     with pytest.raises(ConfigError, match="not fitted"):
-        logits(make_module(TVN()), make_batch())
+        logits(small_classifier(TVN()), make_batch())
 
 
 # --- networks without BatchNorm -------------------------------------------------------------------
@@ -475,28 +471,28 @@ def test_outputs_that_are_no_logits_are_refused():
 
 
 def test_one_checkpoint_fits_all_methods_without_parameters():
-    state = make_module(ERM()).state_dict()
+    state = small_classifier(ERM()).state_dict()
     for method in (AdaBN(), ARMBN(), CSARMBN(), AdaptiveWeight(), ControlsOnly(), TENT()):
-        make_module(method).load_state_dict(state)
+        small_classifier(method).load_state_dict(state)
 
 
 def test_a_network_starts_from_a_checkpoint(tmp_path):
-    trained = make_module(ERM())
+    trained = small_classifier(ERM())
     with torch.no_grad():
         trained.network.conv1.weight.zero_()
     file = tmp_path / "erm.ckpt"
     torch.save({"state_dict": trained.state_dict()}, file)
-    assert not make_module(TVN(), weights=str(file)).network.conv1.weight.any()
+    assert not small_classifier(TVN(), weights=str(file)).network.conv1.weight.any()
     torch.save(trained.network.state_dict(), file)
-    assert not make_module(weights=str(file)).network.conv1.weight.any()
+    assert not small_classifier(weights=str(file)).network.conv1.weight.any()
     with pytest.raises(CheckpointError, match="not a file"):
-        make_module(weights=str(tmp_path / "none.ckpt"))
+        small_classifier(weights=str(tmp_path / "none.ckpt"))
     torch.save({"state_dict": {"network.conv1.weight": torch.zeros(1)}}, file)
     with pytest.raises(CheckpointError, match="does not fit"):
-        make_module(weights=str(file))
+        small_classifier(weights=str(file))
     file.write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        make_module(weights=str(file))
+        small_classifier(weights=str(file))
 
 
 @pytest.mark.parametrize(
@@ -529,7 +525,7 @@ def test_labels_outside_the_classes_are_refused_in_training(label):
     batch = make_batch()
     batch.label[2] = label
     with pytest.raises(DataError, match="labels from"):
-        make_module().training_step(batch, 0)
+        small_classifier().training_step(batch, 0)
 
 
 # --- networks -------------------------------------------------------------------------------------

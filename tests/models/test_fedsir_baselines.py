@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes.fedsir import FakeFederatedData, FakeLabels
 from torch import nn
 
 from fulgurite.cli import run
@@ -56,44 +57,21 @@ class Net(nn.Module):
         return self.head(self.features(x))
 
 
-class Labels:
-    def __init__(self, given: torch.Tensor) -> None:
-        self.given, self.current = given, given.clone()
-
-    def write(self, index: torch.Tensor, labels: torch.Tensor) -> None:
-        self.current[index] = labels
-
-
-class Data:
+class Data(FakeFederatedData):
     """Six clients with separable images; the last three have 60 % wrong labels."""
-
-    num_classes, num_clients = CLASSES, 6
 
     def __init__(self, per_client: int = 60) -> None:
         g = torch.Generator().manual_seed(1)
-        count = per_client * self.num_clients
+        count = per_client * 6
         self.true = torch.randint(CLASSES, (count,), generator=g)
         means = torch.randn(CLASSES, 1, SIDE, SIDE, generator=g) * 2
-        self.images = means[self.true] + torch.randn(count, 1, SIDE, SIDE, generator=g)
+        images = means[self.true] + torch.randn(count, 1, SIDE, SIDE, generator=g)
         given = self.true.clone()
         half = count // 2
         wrong = torch.rand(half, generator=g) < 0.6
         shift = torch.randint(1, CLASSES, (half,), generator=g)
         given[half:] = torch.where(wrong, (given[half:] + shift) % CLASSES, given[half:])
-        self.labels = Labels(given)
-        self.per_client = per_client
-
-    def client_index(self, client: int) -> torch.Tensor:
-        return torch.arange(client * self.per_client, (client + 1) * self.per_client)
-
-    def client_images(self, client: int) -> torch.Tensor:
-        return self.images[self.client_index(client)]
-
-    def augment_batch(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return images
-
-    def plain_batch(self, images: torch.Tensor) -> torch.Tensor:
-        return images
+        super().__init__(images, given, torch.arange(count).split(per_client), CLASSES)
 
 
 NOISY = [False] * 3 + [True] * 3
@@ -431,7 +409,7 @@ def test_a_round_with_some_clients_only(make, data):
 def test_resume_is_bit_identical(make, data):
     def start(given: torch.Tensor) -> Federation:
         torch.manual_seed(0)
-        data.labels = Labels(given)
+        data.labels = FakeLabels(given)
         return Federation(data, Net(), lambda p: torch.optim.Adam(p, lr=0.02), batch_size=20)
 
     given = data.labels.given.clone()
@@ -469,7 +447,7 @@ def test_dealing_clients_to_ranks_does_not_matter(make, data, monkeypatch):
 
     def outcome(order: int) -> torch.Tensor:
         torch.manual_seed(0)
-        data.labels = Labels(data.labels.given)
+        data.labels = FakeLabels(data.labels.given)
         fed = Federation(data, Net(), lambda p: torch.optim.Adam(p, lr=0.02), batch_size=20)
         local_clients = fed.local_clients
         monkeypatch.setattr(fed, "local_clients", lambda clients: local_clients(clients)[::order])

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
+from fakes.fedsir import METHODS
+from fakes.trainers import quiet_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ from fakes.flower import (
     make_context,
     tensors_of,
 )
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 
 from fulgurite.__main__ import main
 from fulgurite.datamodules.fedsir import ServerDataModule
@@ -58,7 +60,6 @@ from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareTrainRequest
 from fulgurite.models.fedsir.relabeling import References
 
 CLIENTS, ROUNDS = 3, 3
-METHODS = "fulgurite.models.fedsir.methods"
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +122,7 @@ def train(app, clients=None, *, rounds=ROUNDS, checkpoint=None, save=None):
     else:
         data.labels.write(torch.arange(len(data.labels)), data.labels.given)
     seed_everything(0, verbose=False)
-    trainer = Trainer(
-        max_epochs=rounds, callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=rounds, callbacks=callbacks, num_sanity_val_steps=2)
     with connect_clients(clients) if clients is not None else nullcontext():
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     if save is not None:

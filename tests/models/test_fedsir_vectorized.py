@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from fakes.fedsir import FakeFederatedData
 from torch import nn
 
 from fulgurite.errors import ConfigError
@@ -15,34 +16,18 @@ from fulgurite.models.fedsir.network import DigitsNet, SmallCNN
 SIZES = (9, 23, 8, 5, 1, 23, 16)  # of 8: joined tails, plain tails, no tail, one sample
 
 
-class Store:
-    def __init__(self, labels):
-        self.given, self.current = labels, labels.clone()
-
-    def write(self, index, labels):
-        self.current[index] = labels
-
-
-class Data:
+class Data(FakeFederatedData):
     """Random images; augmentation adds noise from the batch's generator."""
-
-    num_classes = 4
-    num_clients = len(SIZES)
 
     def __init__(self, size, dtype, sizes=SIZES):
         generator = torch.Generator().manual_seed(5)
-        self.images = torch.randint(
+        images = torch.randint(
             0, 256, (sum(sizes), 1, size, size), dtype=torch.uint8, generator=generator
         )
-        self.labels = Store(torch.randint(0, 4, (sum(sizes),), generator=generator))
-        self.parts = torch.randperm(sum(sizes), generator=generator).split(list(sizes))
+        labels = torch.randint(0, 4, (sum(sizes),), generator=generator)
+        parts = torch.randperm(sum(sizes), generator=generator).split(list(sizes))
+        super().__init__(images, labels, parts, num_classes=4)
         self.dtype = dtype
-
-    def client_index(self, client):
-        return self.parts[client]
-
-    def client_images(self, client):
-        return self.images[self.parts[client]]
 
     def augment_batch(self, images, generator):
         noise = torch.randn(images.shape, generator=generator)

@@ -4,8 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from fakes.ice_layers import completion, completion_net, deep_predictor, ice_data
-from lightning.pytorch import Trainer, seed_everything
+from fakes.ice_layers import (
+    SMALL_NET,
+    completion,
+    deep_predictor,
+    first_test_batch,
+    open_flights,
+)
+from fakes.trainers import quiet_trainer
+from lightning.pytorch import seed_everything
 
 from fulgurite.datamodules.ice_layers import SyntheticFlights, World
 from fulgurite.errors import ConfigError
@@ -16,31 +23,21 @@ pytest.importorskip("h5py")
 pytest.importorskip("netCDF4")
 
 L, K = 6, 2
-NET = partial(completion_net, width=16, heads=2, depth=1)
 
 
 def predictor(**options):
     adamw = partial(torch.optim.AdamW, lr=3e-3)
-    return deep_predictor(**{"network": NET, "shallow": K, "optimizer": adamw, **options})
+    return deep_predictor(**{"network": SMALL_NET, "shallow": K, "optimizer": adamw, **options})
 
 
 def trainer(steps):
-    return Trainer(
-        max_steps=steps, max_epochs=1000, logger=False, enable_checkpointing=False,
-        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
-        accelerator="cpu",
-    )  # fmt: skip
+    return quiet_trainer(max_steps=steps, max_epochs=1000)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        source = SyntheticFlights(World(stacks=40, traces=16, layers=L, segments=8))
-        module = ice_data(source, val=0.25, test=0.25)
-        module.prepare_data()
-        module.setup()
-    return module
+def data(filled_cache):
+    source = SyntheticFlights(World(stacks=40, traces=16, layers=L, segments=8))
+    return open_flights(source, val=0.25, test=0.25)
 
 
 def fitted(data, steps=5, **options):
@@ -54,7 +51,7 @@ def fitted(data, steps=5, **options):
 @torch.no_grad()
 def test_deep_layers_are_targets_only(data):
     model, _ = fitted(data)
-    batch = next(iter(data.test_dataloader()))
+    batch = first_test_batch(data)
     before = model(batch)
     batch.thickness[:, K:] += 5
     assert torch.equal(model(batch), before)
@@ -66,7 +63,7 @@ def test_deep_layers_are_targets_only(data):
 @pytest.mark.parametrize(("physics", "felt"), [("all", True), ("shallow", False)])
 def test_physics_of_deep_layers_is_seen_on_request(data, physics, felt):
     model, _ = fitted(data, physics=physics)
-    batch = next(iter(data.test_dataloader()))
+    batch = first_test_batch(data)
     before = model(batch)
     batch.physics[:, K:] += 1
     assert torch.equal(model(batch), before) != felt
@@ -93,11 +90,11 @@ def test_fine_tuning_starts_where_pretraining_ended(data, tmp_path):
         data, steps=1, prior="ridge", weights=str(tmp_path / "a.ckpt"),
         optimizer=partial(torch.optim.SGD, lr=0.0),
     )  # fmt: skip
-    batch = next(iter(data.test_dataloader()))
+    batch = first_test_batch(data)
     with torch.no_grad():
         assert torch.equal(tuned(batch), model(batch))
     # a completion network starts it too: they are the same
-    other = completion(NET, prior="ridge")
+    other = completion(SMALL_NET, prior="ridge")
     run = trainer(1)
     run.fit(other, data)
     run.save_checkpoint(tmp_path / "b.ckpt")
@@ -126,8 +123,8 @@ def test_there_must_be_deep_layers(data):
 
 def test_options_outside_their_groups_are_refused():
     with pytest.raises(ConfigError, match=r"The inputs is 3\. .*options of a DeepInputs"):
-        DeepLayerPredictor(NET, 3)
+        DeepLayerPredictor(SMALL_NET, 3)
     with pytest.raises(ConfigError, match="LossOptions has no option 'entries'"):
-        DeepLayerPredictor(NET, loss={"entries": "hidden"})
-    model = DeepLayerPredictor(NET, loss={"kind": "mse"})
+        DeepLayerPredictor(SMALL_NET, loss={"entries": "hidden"})
+    model = DeepLayerPredictor(SMALL_NET, loss={"kind": "mse"})
     assert model.loss == LossOptions(kind="mse")

@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from fakes.ice_layers import SMALL_NET, FakeFlights, completion, completion_net, first_test_batch
+from fakes.trainers import quiet_trainer
+from lightning.pytorch import LightningDataModule, seed_everything
 from torch import nn
 
 from fulgurite.errors import CheckpointError, ConfigError, DataError
@@ -25,127 +27,29 @@ from fulgurite.models.ice_layers.training.schedule import TwoStageLR
 from fulgurite.models.ice_layers.training.uncertainty import Z90, entry_features, mean_and_std
 
 pytest.importorskip("torch_geometric")
-from fakes.ice_layers import completion, completion_net
-from torch_geometric.data import Data
 from torch_geometric.loader.dataloader import Collater
 
-L, P = 5, 3
+L, P = FakeFlights.layers, len(FakeFlights.physics)
 NAN = math.nan
 
 
-def stack(number, sizes=(14, 18), noise=0.02):
-    """Thickness follows physics, the place, and what the whole trace has in common."""
-    g = torch.Generator().manual_seed(number)
-    n = sizes[number % len(sizes)]
-    distance = 100.0 * torch.arange(n, dtype=torch.float64)
-    physics = torch.randn(1, L, P, generator=g).expand(n, -1, -1) + 0.05 * torch.randn(
-        n, L, P, generator=g
-    )
-    shared = 0.1 * torch.sin(distance / 300 + 6 * torch.rand((), generator=g).double())
-    truth = 1.2 - 0.05 * torch.arange(L) + 0.15 * physics[..., 0] + shared[:, None]
-    truth = truth + 0.05 * (physics[..., 1] * physics[..., 2])
-    observed = torch.ones(n, L, dtype=torch.bool)
-    for layer in range(L):
-        draw = torch.rand(3, generator=g)
-        if draw[0] < 0.08 * layer:
-            observed[:, layer] = False
-        elif draw[0] < 0.7:
-            first = int(draw[1] * n)
-            observed[first : first + 2 + int(draw[2] * n / 3), layer] = False
-    picked = truth + noise * torch.randn(n, L, generator=g)
-    return Data(
-        thickness=picked.double().where(observed, NAN),
-        observed=observed,
-        physics=(7 + 3 * physics).float(),
-        pos=torch.stack([70 + distance / 111_195, torch.full_like(distance, -40.0)], 1),
-        distance=distance,
-        truth=truth.double(),
-        segment=torch.tensor([number // 4]),
-        stack=torch.tensor([number]),
-        num_nodes=n,
-    )
-
-
-class Flights(LightningDataModule):
-    """Stacks as the real DataModule serves them."""
-
-    layers, physics = L, ("a", "b", "c")
-
-    def __init__(self, train=24, batch_size=6):
-        super().__init__()
-        every = [stack(i) for i in range(train + 16)]
-        self.parts = {"train": every[:train], "val": every[train:-8], "test": every[-8:]}
-        self.batch_size = batch_size
-        self.segments = tuple(f"2012{i:04}_01" for i in range(len(every) // 4 + 1))
-        self.stacks = tuple(f"stack {i}" for i in range(len(every)))
-        self.layer_names, self.layer_age = tuple("abcde"), torch.arange(1.0, L + 1).numpy()
-        seen = [(d.thickness[d.observed], d) for d in self.parts["train"]]
-        mean = torch.stack(
-            [
-                torch.cat([d.thickness[d.observed[:, k], k] for _, d in seen]).mean()
-                for k in range(L)
-            ]
-        )
-        physics = torch.cat([d.physics.flatten(0, 1) for _, d in seen]).double()
-        pos = torch.cat([d.pos for _, d in seen])
-        self.statistics = {
-            "thickness_mean": mean,
-            "thickness_std": torch.cat([t for t, _ in seen]).std(),
-            "physics_mean": physics.mean(0),
-            "physics_std": physics.std(0),
-            "pos_mean": pos.mean(0),
-            "pos_std": pos.std(0).clamp_min(1e-6),
-        }
-
-    def stacks_of(self, part):
-        class Named:
-            def __init__(self, segment):
-                self.segment = segment
-
-        return [Named(self.segments[int(d.segment)]) for d in self.parts[part]]
-
-    def _loader(self, part, shuffle=False):
-        data = self.parts[part]
-        return torch.utils.data.DataLoader(
-            data, self.batch_size, shuffle, collate_fn=Collater(data), generator=torch.Generator()
-        )
-
-    def train_dataloader(self):
-        return self._loader("train")
-
-    def val_dataloader(self):
-        return self._loader("val")
-
-    def test_dataloader(self):
-        return self._loader("test")
-
-    predict_dataloader = test_dataloader
-
-
-NET = partial(completion_net, width=16, heads=2, depth=1)
 ADAMW = partial(torch.optim.AdamW, lr=3e-3)
 
 
 def module(**options):
-    return completion(**{"network": NET, "optimizer": ADAMW, **options})
+    return completion(**{"network": SMALL_NET, "optimizer": ADAMW, **options})
 
 
 def trainer(steps=0, **options):
     limit = {"max_epochs": 1000, "max_steps": steps} if steps else {"max_epochs": 2}
-    return Trainer(
-        **{
-            **limit, "logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0,
-            "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu",
-            **options,
-        }
-    )  # fmt: skip
+    return quiet_trainer(**limit, **options)
 
 
 def fitted(data=None, steps=40, seed=0, limit_val_batches=1.0, **options):
     seed_everything(seed)
     model = module(**options)
     run = trainer(steps, limit_val_batches=limit_val_batches)
-    data = data or Flights()
+    data = data or FakeFlights()
     run.fit(model, data)
     return model, data, run
 
@@ -153,14 +57,6 @@ def fitted(data=None, steps=40, seed=0, limit_val_batches=1.0, **options):
 @pytest.fixture(scope="module")
 def trained():
     return fitted(steps=150, scheduler=partial(TwoStageLR, first=0.3), prior="ridge")
-
-
-def test_batch(data):
-    return next(iter(data.test_dataloader()))
-
-
-# pytest would take the helper for a test
-test_batch.__test__ = False
 
 
 def test_it_learns_to_fill(trained):
@@ -181,7 +77,7 @@ def test_it_learns_to_fill(trained):
 def test_what_was_observed_keeps_every_bit(trained):
     """Check 1, through the module."""
     model, data, _ = trained
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     filled = model.fill(batch)
     seen = batch.observed
     assert filled["thickness"].dtype == torch.float64
@@ -199,7 +95,7 @@ def test_what_was_observed_keeps_every_bit(trained):
 def test_what_is_missing_may_be_anything(trained):
     """Checks 2 and 8, through the module."""
     model, data, _ = trained
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     before = model.fill(batch)
     for value in (-1.0, math.inf, 1e30):
         batch.thickness = batch.thickness.where(batch.observed, value)
@@ -211,7 +107,7 @@ def test_what_is_missing_may_be_anything(trained):
 @torch.no_grad()
 def test_long_gaps_are_left(trained):
     model, data, _ = trained
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     model.prediction = replace(model.prediction, max_gap=300.0)
     try:
         filled = model.fill(batch)
@@ -229,7 +125,7 @@ def test_long_gaps_are_left(trained):
 @torch.no_grad()
 def test_stacks_are_completed_alone_as_in_a_batch(trained):
     model, data, _ = trained
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     together = model.fill(batch)["predicted"].split(batch.ptr.diff().tolist())
     for item, there in zip(data.parts["test"], together, strict=False):
         alone = model.fill(Collater([item])([item]))["predicted"]
@@ -272,9 +168,11 @@ def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
     run.validate(model, data, verbose=False)
     run.save_checkpoint(tmp_path / "a.ckpt")
     torch.load(tmp_path / "a.ckpt", weights_only=True)
-    again = IceCompletion.load_from_checkpoint(tmp_path / "a.ckpt", network=NET, weights_only=True)
+    again = IceCompletion.load_from_checkpoint(
+        tmp_path / "a.ckpt", network=SMALL_NET, weights_only=True
+    )
     model.eval(), again.eval()
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     with torch.no_grad():
         here, there = model.fill(batch), again.fill(batch)
     for name, value in here.items():
@@ -283,7 +181,7 @@ def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
     assert set(model.trained_segments) == {data.segments[i] for i in range(8)}
     # other data do not change what the checkpoint normalises by
     other = module(weights=str(tmp_path / "a.ckpt"), prior=prior, members=2)
-    shifted = Flights()
+    shifted = FakeFlights()
     shifted.statistics = {k: v + 1 for k, v in data.statistics.items()}
     trainer(1).fit(other, shifted)
     assert torch.equal(other.normaliser.thickness_mean, data.statistics["thickness_mean"])
@@ -292,7 +190,7 @@ def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
 
 def test_a_contradicted_pick_is_neither_shown_nor_asked_for():
     model, data, _ = fitted(steps=1, prior="relative", outlier=3.0)
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     batch.thickness[5, 0] = 3 * batch.truth[5, 0]
     batch.observed[3:8, 0] = True
     batch.thickness[[3, 4, 6, 7], 0] = batch.truth[[3, 4, 6, 7], 0]
@@ -320,7 +218,7 @@ def test_interrupted_training_goes_on_bit_for_bit(tmp_path):
 
 def test_statistics_are_those_of_the_data():
     """Check 9 is the DataModule's; the module takes what it is given and no other."""
-    data = Flights()
+    data = FakeFlights()
     normaliser = Normaliser(L, P)
     normaliser.set_statistics(data.statistics)
     batch = next(iter(data.train_dataloader()))
@@ -343,26 +241,6 @@ def test_hiding_is_on_unless_copying_is_asked_for():
     assert module().inputs.hiding.hides
 
 
-@pytest.mark.slow  # where a prior fills gaps, below, it is detected in the default suite
-def test_copying_is_detected():
-    """Check 13: the identity version stops with what to do, or goes on where that is asked for."""
-    data = Flights()
-    options = {"network": partial(completion_net, width=32, depth=1, graph="none"), "steps": 150}
-    with pytest.warns(UserWarning, match="learn to copy"):
-        model, _, run = fitted(
-            data, thickness="observed", trap_ratio=None, limit_val_batches=0, **options
-        )
-    copying = run.test(model, data, verbose=False)[0]
-    check = trainer()
-    assert check.validate(model, data, verbose=False)[0]["val/identity_ratio"] > 5
-    model.inputs = replace(model.inputs, trap_ratio=5.0)
-    with pytest.raises(ConfigError, match=r"copies what it sees.*inputs\.thickness=hidden"):
-        check.validate(model, data, verbose=False)
-    model, _, run = fitted(data, thickness="hidden", limit_val_batches=0, **options)
-    hiding = run.test(model, data, verbose=False)[0]
-    assert hiding["test/missing_rmse"] < 0.7 * copying["test/missing_rmse"]
-
-
 def test_copying_is_detected_where_a_prior_fills_gaps(trained):
     """The prior's error is below a mean's, whatever the network does."""
     model, data, run = trained
@@ -382,7 +260,7 @@ def test_segments_of_the_test_must_not_have_been_seen(tmp_path):
     run.test(model, data, verbose=False)
     run.save_checkpoint(tmp_path / "a.ckpt")
     weights = str(tmp_path / "a.ckpt")
-    other = Flights()
+    other = FakeFlights()
     other.parts = {**other.parts, "test": other.parts["train"]}
     with pytest.raises(DataError, match=r"segments of the test: 20120000_01.*allow_seen=true"):
         run.test(model, other, verbose=False)
@@ -412,25 +290,11 @@ def test_what_cannot_be_known_is_said():
 
 def test_physics_alone_sees_no_thickness():
     model, data, _ = fitted(thickness="none", steps=3)
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     with torch.no_grad():
         before = model(batch)
         batch.thickness = batch.thickness + 5
         assert torch.equal(model(batch), before)
-
-
-@pytest.mark.slow
-def test_two_stacks_are_learned_by_heart_from_physics():
-    """Check 16."""
-    data = Flights(train=2, batch_size=2)
-    losses = []
-    seed_everything(0)
-    # validation and test share a flight here, and neither counts
-    model = module(thickness="none", allow_seen=True, network=partial(completion_net, width=32))
-    log = model.log
-    model.log = lambda name, value, **k: (losses.append(float(value)), log(name, value, **k))
-    trainer(200, limit_val_batches=0).fit(model, data)
-    assert losses[0] > 5 * losses[-1]
 
 
 # --- uncertainty ---------------------------------------------------------------------------------
@@ -438,7 +302,7 @@ def test_two_stacks_are_learned_by_heart_from_physics():
 
 def test_members_differ_and_their_spread_is_given():
     model, data, _ = fitted(members=3, steps=5)
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     with torch.no_grad():
         x = model.normalise(batch)
         mean, spread = model.predict(x, x.spans)
@@ -455,7 +319,7 @@ def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
     network = partial(completion_net, width=16, heads=2, depth=1, dropout=0.2)
     model, data, _ = fitted(network=network, mc_samples=4, steps=5)
     model.eval()
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     with torch.no_grad():
         x = model.normalise(batch)
         state = torch.random.get_rng_state()
@@ -467,7 +331,7 @@ def test_dropout_is_drawn_at_evaluation_and_the_same_each_time():
     plain, data, _ = fitted(steps=1)
     plain.prediction = replace(plain.prediction, mc_samples=2)
     with pytest.raises(ConfigError, match="no dropout"):
-        plain.fill(test_batch(data))
+        plain.fill(first_test_batch(data))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -527,9 +391,9 @@ def test_wrong_options_are_refused(options, word):
 
 def test_options_outside_their_groups_are_refused():
     with pytest.raises(ConfigError, match="The inputs is 'none'"):
-        IceCompletion(NET, inputs="none")
+        IceCompletion(SMALL_NET, inputs="none")
     with pytest.raises(ConfigError, match="CompletionInputs has no option 'prior'"):
-        IceCompletion(NET, inputs={"prior": "ridge"})
+        IceCompletion(SMALL_NET, inputs={"prior": "ridge"})
 
 
 def test_records_go_through_checkpoints_as_plain_values(tmp_path):
@@ -537,7 +401,9 @@ def test_records_go_through_checkpoints_as_plain_values(tmp_path):
     run.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
     assert saved["inputs"]["hiding"]["layer"] == 0.3
-    again = IceCompletion.load_from_checkpoint(tmp_path / "a.ckpt", network=NET, weights_only=True)
+    again = IceCompletion.load_from_checkpoint(
+        tmp_path / "a.ckpt", network=SMALL_NET, weights_only=True
+    )
     assert again.inputs == model.inputs
     assert again.inputs == CompletionInputs(3.0, hiding=StructuredHiding(layer=0.3))
     assert again.prediction == CompletionPrediction("ridge")
@@ -545,11 +411,11 @@ def test_records_go_through_checkpoints_as_plain_values(tmp_path):
 
 def test_other_data_are_refused(tmp_path):
     model, data, run = fitted(steps=1)
-    batch = test_batch(data)
+    batch = first_test_batch(data)
     del batch.distance
     with pytest.raises(DataError, match="lacks distance"):
         model.fill(batch)
-    deeper = Flights()
+    deeper = FakeFlights()
     deeper.layers = L + 1
     with pytest.raises(DataError, match=f"have {L + 1} layers"):
         trainer(1).fit(model, deeper)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fakes.ice_layers import START
 
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
@@ -76,10 +77,7 @@ def described(seed=0, n=6, layers=4, scale="GPS"):
     return replace(stack, details=details, origin=origin)
 
 
-START = float(np.datetime64("2012-03-30T12", "s").astype(np.int64))
-
-
-def same(a, b):
+def assert_same_stack(a, b):
     for name, value in vars(a).items():
         other = getattr(b, name)
         if isinstance(value, np.ndarray):
@@ -87,7 +85,7 @@ def same(a, b):
             assert value.dtype.kind == "U" or value.dtype == other.dtype, name
             assert value.tobytes() == other.tobytes(), name  # bit for bit, NaN too
         elif isinstance(value, FlightDetails | Origin):
-            same(value, other)
+            assert_same_stack(value, other)
         elif name != "attributes":
             assert value == other, name
 
@@ -106,7 +104,7 @@ def test_what_is_written_is_read_again_bit_for_bit(tmp_path, kind, bare):
     path = write(tmp_path / "deep" / f"a.{kind}", stack)
     if kind == "nc":
         stack = replace(stack, details=FlightDetails(picked=stack.picked))
-    same(stack, read(path))
+    assert_same_stack(stack, read(path))
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file is left
 
 
@@ -122,7 +120,7 @@ def test_whatever_is_known_of_the_flight_is_read_again(tmp_path, kind, left_out)
     again = read(write(tmp_path / f"a.{kind}", stack))
     if left_out == "picked" and kind == "nc":
         stack = replace(stack, details=replace(stack.details, picked=stack.picked))
-    same(stack, again)
+    assert_same_stack(stack, again)
 
 
 def test_npz_holds_no_objects(tmp_path):

@@ -5,46 +5,33 @@ from functools import partial
 
 import pytest
 import torch
-from fakes.ice_layers import completion, completion_net
-from lightning.pytorch import Trainer, seed_everything
+from fakes.ice_layers import (
+    SMALL_NET,
+    completion,
+    first_test_batch,
+    open_flights,
+)
+from fakes.trainers import quiet_trainer
+from lightning.pytorch import seed_everything
 
-from fulgurite.datamodules.ice_layers import IceLayerDataModule, SyntheticFlights, World
+from fulgurite.datamodules.ice_layers import SyntheticFlights, World
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import ConfigError
 
-WORLD = World(stacks=40, traces=24, layers=8, segments=10)
-
 pytest.importorskip("torch_geometric")
-
-NET = partial(completion_net, width=16, heads=2, depth=1)
 
 
 @pytest.fixture(scope="module")
-def flights(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FULGURITE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        data = IceLayerDataModule(
-            SyntheticFlights(World(stacks=40, traces=24, layers=8, segments=10))
-        )
-        data.prepare_data()
-        data.setup("fit")
-    return data
+def flights(filled_cache):
+    return open_flights(SyntheticFlights(World(stacks=40, traces=24, layers=8, segments=10)))
 
 
 def fit(flights, steps=20, **options):
     seed_everything(0, verbose=False)
-    model = completion(**{"network": NET, "trap_ratio": None, **options})
-    trainer = Trainer(
-        max_epochs=1000, max_steps=steps, logger=False, enable_checkpointing=False,
-        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
-        accelerator="cpu",
-    )  # fmt: skip
+    model = completion(**{"network": SMALL_NET, "trap_ratio": None, **options})
+    trainer = quiet_trainer(max_epochs=1000, max_steps=steps)
     trainer.fit(model, flights)
     return model.eval(), trainer
-
-
-def batch_of(flights):
-    return next(iter(flights.test_dataloader()))
 
 
 @pytest.mark.parametrize(
@@ -54,13 +41,13 @@ def batch_of(flights):
         {"prior": "relative", "entries": "hidden", "members": 2},
         {"prior": "log", "outlier": 2.0},
         {"thickness": "none"},
-        {"network": partial(NET, dropout=0.2), "mc_samples": 2},
-        {"network": partial(NET, sums=False)},
+        {"network": partial(SMALL_NET, dropout=0.2), "mc_samples": 2},
+        {"network": partial(SMALL_NET, sums=False)},
     ],
 )
 def test_picked_boundaries_come_out_where_they_were_picked(flights, options):
     model, _ = fit(flights, steps=6, **options)
-    batch = batch_of(flights)
+    batch = first_test_batch(flights)
     spans = Spans.of_batch(batch)
     with torch.no_grad():
         thickness = model.fill(batch)["thickness"]
@@ -89,7 +76,7 @@ def test_metrics_say_how_far_picks_were_moved(flights):
 def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
     """Moving a hidden boundary changes nothing; moving a seen one changes what lies between."""
     model, _ = fit(flights, steps=3)
-    batch = batch_of(flights)
+    batch = first_test_batch(flights)
     x = model.normalise(batch)
     hidden = x.spans.picked & (torch.arange(8) == 1)
     trace = int((x.observed[:, 1] & x.observed[:, 2]).nonzero()[0])
@@ -116,7 +103,7 @@ def test_a_hidden_boundary_is_known_by_the_sum_alone(flights):
 def test_a_step_learns_proportions(flights):
     """What layers between two picks have in common does not count, and gradients are finite."""
     model, _ = fit(flights, steps=1)
-    x = model.normalise(batch_of(flights))
+    x = model.normalise(first_test_batch(flights))
     visible_spans = x.spans.hide(x.spans.picked & (torch.arange(8) == 1))
     out = torch.zeros_like(x.thickness, requires_grad=True)
     constrained = model.keep_sums(out, x, visible_spans)
@@ -134,8 +121,7 @@ def test_a_step_learns_proportions(flights):
 
 
 def test_without_sums_the_network_is_the_papers(flights):
-    plain = completion_net(8, 5, width=16, heads=2, depth=1, sums=False)
-    told = completion_net(8, 5, width=16, heads=2, depth=1)
+    plain, told = SMALL_NET(8, 5, sums=False), SMALL_NET(8, 5)
     count = [sum(p.numel() for p in net.parameters()) for net in (plain, told)]
     assert count[1] > count[0]
     model, trainer = fit(flights, steps=2, keep_boundaries="none")
@@ -151,7 +137,7 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
     (trusted,) = trainer.test(model, flights, verbose=False)
     assert trusted["test/misled_rmse"] < kept["test/misled_rmse"]
     assert trusted["test/moved_rmse"] > 0
-    batch = batch_of(flights)
+    batch = first_test_batch(flights)
     x = model.normalise(batch)
     sums, _ = model.find_consistent_spans(x, x.spans)
     assert 0 < int(sums.between.sum()) < int(x.spans.between.sum())
@@ -174,4 +160,4 @@ def test_trusted_picks_are_kept_and_contradicted_ones_are_not(flights):
 )
 def test_wrong_options_are_refused(options, word):
     with pytest.raises(ConfigError, match=word):
-        completion(NET, **options)
+        completion(SMALL_NET, **options)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 from fakes.ice_layers import completion_net
+from fakes.trainers import quiet_trainer
 from jsonargparse import ArgumentParser
 
 from fulgurite.callbacks.cs_arm_bn import ControlContext
@@ -61,11 +62,8 @@ SYSTEMS = {
 
 
 def trainer_with(callback):
-    return L.Trainer(
-        max_epochs=1, limit_val_batches=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[callback()] if callback else [], accelerator="cpu",
-    )  # fmt: skip
+    callbacks = [callback()] if callback else []
+    return quiet_trainer(max_epochs=1, limit_val_batches=1, callbacks=callbacks)
 
 
 @pytest.mark.parametrize("form", [pytest.param("instance", marks=pytest.mark.slow), "factory"])

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fakes.options import group
-from lightning.pytorch import LightningModule, Trainer
+from fakes.stream_cqsa import load_batches, repeating_batches, small_network
+from fakes.trainers import quiet_trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.data import DataLoader
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
@@ -63,31 +64,9 @@ def seed():
     torch.manual_seed(0)
 
 
-def small(kind=Decoder, **options):
-    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, **options}
-    return kind(11, **group(sizes, transformer=TransformerConfig))
-
-
-def batches(count=2, size=2, tokens=24):
-    """A sequence that repeats every 5 tokens, from different starts, and its next tokens."""
-    data = []
-    for batch in range(count):
-        starts = torch.arange(size)[:, None] + batch
-        line = (starts + torch.arange(tokens + 1)) % 5
-        data.append({"tokens": line[:, :-1], "targets": line[:, 1:].clone()})
-    return data
-
-
-def loader(items):
-    return DataLoader(items, batch_size=None)
-
-
 def trainer(tmp_path, steps=1, **options):
-    return Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", devices=1, max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, log_every_n_steps=1, **options,
-    )  # fmt: skip
+    defaults = {"max_steps": steps, "log_every_n_steps": 1}
+    return quiet_trainer(default_root_dir=tmp_path, **defaults | options)
 
 
 # --- networks ----------------------------------------------------------------------------------
@@ -96,7 +75,7 @@ def trainer(tmp_path, steps=1, **options):
 @pytest.mark.parametrize("kind", [Decoder, Encoder])
 @pytest.mark.parametrize("tie", [True, False])
 def test_networks(kind, tie):
-    network = small(kind, tie=tie)
+    network = small_network(kind, tie=tie)
     tokens = torch.randint(11, (2, 9))
     hidden = network(tokens)
     logits = network.logits(hidden)
@@ -110,7 +89,7 @@ def test_networks(kind, tie):
 
 def test_decoders_are_causal_and_encoders_are_not():
     for kind, changed in ((Decoder, 4), (Encoder, 0)):
-        network = small(kind).double()
+        network = small_network(kind).double()
         for part in backend_slots(network):
             part.attention_backend = Streamed("32KiB")
         tokens = torch.randint(10, (1, 9))
@@ -122,7 +101,7 @@ def test_decoders_are_causal_and_encoders_are_not():
 
 
 def test_documents_and_prefix_reach_attention():
-    network = small().double()
+    network = small_network().double()
     for part in backend_slots(network):
         part.attention_backend = Streamed()
     tokens = torch.randint(11, (2, 9))
@@ -138,7 +117,7 @@ def test_the_options_change_no_gradient():
     results = []
     for options in ({}, {"chunk": 4, "checkpoint": True}):
         torch.manual_seed(3)
-        network = small(**options).double()
+        network = small_network(**options).double()
         loss = chunked_cross_entropy(network(tokens), network.logits, tokens.roll(-1, 1), 5)
         results.append([loss, *torch.autograd.grad(loss, [*network.parameters()])])
     for a, b in zip(*results, strict=True):
@@ -257,8 +236,8 @@ def adam(rate=0.01):
 
 
 def test_a_language_model_learns(tmp_path):
-    model = LanguageModel(small(chunk=7, checkpoint=True), adam(), warmup=2, loss_chunk=10)
-    data = loader(batches())
+    model = LanguageModel(small_network(chunk=7, checkpoint=True), adam(), warmup=2, loss_chunk=10)
+    data = load_batches(repeating_batches())
     run = trainer(tmp_path)
     (before,) = run.validate(model, data, verbose=False)
     assert set(before) == {"val/loss", "val/bits_per_token", "val/acc"}
@@ -274,11 +253,11 @@ def test_a_language_model_learns(tmp_path):
 
 
 def test_metrics_weigh_targets_alike(tmp_path):
-    model = LanguageModel(small())
-    data = batches()
+    model = LanguageModel(small_network())
+    data = repeating_batches()
     data[0]["targets"][:, 3:] = -100
     data.append({"tokens": data[0]["tokens"], "targets": torch.full((2, 24), -100)})
-    (metrics,) = trainer(tmp_path).validate(model, loader(data), verbose=False)
+    (metrics,) = trainer(tmp_path).validate(model, load_batches(data), verbose=False)
     logits = torch.cat([model(x["tokens"]).flatten(0, 1) for x in data])
     targets = torch.cat([x["targets"].flatten() for x in data])
     assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -287,9 +266,9 @@ def test_metrics_weigh_targets_alike(tmp_path):
 
 
 def test_predictions(tmp_path):
-    model = LanguageModel(small())
-    data = batches(1)
-    (prediction,) = trainer(tmp_path).predict(model, loader(data))
+    model = LanguageModel(small_network())
+    data = repeating_batches(1)
+    (prediction,) = trainer(tmp_path).predict(model, load_batches(data))
     assert torch.equal(prediction["targets"], data[0]["targets"])
     assert torch.equal(prediction["predicted"], model(data[0]["tokens"]).argmax(-1))
     assert prediction["loss"].shape == (2, 24)
@@ -310,23 +289,23 @@ def rates(model, steps):
 def test_warmup_and_scheduler():
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4)
     sgd = partial(torch.optim.SGD, lr=1.0)
-    assert isinstance(LanguageModel(small(), sgd).configure_optimizers(), torch.optim.SGD)
-    rising = LanguageModel(small(), sgd, warmup=3)
+    assert isinstance(LanguageModel(small_network(), sgd).configure_optimizers(), torch.optim.SGD)
+    rising = LanguageModel(small_network(), sgd, warmup=3)
     assert rates(rising, 5) == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    warmed_cosine = LanguageModel(small(), sgd, cosine, warmup=1)
-    plain_cosine = LanguageModel(small(), sgd, cosine)
+    warmed_cosine = LanguageModel(small_network(), sgd, cosine, warmup=1)
+    plain_cosine = LanguageModel(small_network(), sgd, cosine)
     assert rates(warmed_cosine, 5) == pytest.approx([0.5, *rates(plain_cosine, 4)])
-    plateau = LanguageModel(small(), sgd, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    plateau = LanguageModel(small_network(), sgd, torch.optim.lr_scheduler.ReduceLROnPlateau)
     with pytest.raises(ConfigError, match="scheduler"):
         plateau.configure_optimizers()
 
 
 @pytest.mark.parametrize("documents", [[0, 7], torch.tensor([0, 7]), torch.tensor([[0, 7]])])
 def test_documents_of_a_batch(documents):
-    model = LanguageModel(small().double())
+    model = LanguageModel(small_network().double())
     for part in backend_slots(model):
         part.attention_backend = Streamed()
-    batch = batches(1)[0]
+    batch = repeating_batches(1)[0]
     loss = model.training_step({**batch, "documents": documents}, 0)
     logits = model.network.logits(model.network(batch["tokens"], [0, 7]))
     expected = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
@@ -334,28 +313,15 @@ def test_documents_of_a_batch(documents):
 
 
 def test_documents_of_each_sequence_are_refused():
-    batch = {**batches(1)[0], "documents": torch.tensor([[0, 7], [0, 8]])}
+    batch = {**repeating_batches(1)[0], "documents": torch.tensor([[0, 7], [0, 8]])}
     with pytest.raises(DataError, match="documents"):
-        LanguageModel(small()).training_step(batch, 0)
-
-
-@pytest.mark.slow  # a language model, above, learns in the default suite
-def test_a_masked_language_model_learns(tmp_path):
-    model = MaskedLanguageModel(small(Encoder, width=32), adam(0.003), loss_chunk=10)
-    data = loader([{"tokens": batch["tokens"]} for batch in batches(size=8)])
-    (first,) = trainer(tmp_path).validate(model, data, verbose=False)
-    (again,) = trainer(tmp_path).validate(model, data, verbose=False)
-    assert first == again
-    run = trainer(tmp_path, 200)
-    run.fit(model, data)
-    (after,) = run.validate(model, data, verbose=False)
-    assert after["val/loss"] < 0.5  # without context: log(5)
+        LanguageModel(small_network()).training_step(batch, 0)
 
 
 def test_masks_depend_on_epoch_only_in_training():
-    model = MaskedLanguageModel(small(Encoder))
-    other = MaskedLanguageModel(small(Encoder), seed=1)
-    batch = batches(1)[0]
+    model = MaskedLanguageModel(small_network(Encoder))
+    other = MaskedLanguageModel(small_network(Encoder), seed=1)
+    batch = repeating_batches(1)[0]
 
     def masked(model, stage, index=0):
         return model.examples(batch, stage, index)[0]
@@ -371,10 +337,13 @@ def test_masks_depend_on_epoch_only_in_training():
     ("make", "named"),
     [
         (lambda: LanguageModel(nn.Linear(2, 2)), "logits"),
-        (lambda: LanguageModel(small(), loss_chunk=0), r"init_args\.loss_chunk"),
-        (lambda: LanguageModel(small(), warmup=-1), r"init_args\.warmup"),
-        (lambda: MaskedLanguageModel(small()), "Encoder"),
-        (lambda: MaskedLanguageModel(small(Encoder), mask_share=0.0), r"init_args\.mask_share"),
+        (lambda: LanguageModel(small_network(), loss_chunk=0), r"init_args\.loss_chunk"),
+        (lambda: LanguageModel(small_network(), warmup=-1), r"init_args\.warmup"),
+        (lambda: MaskedLanguageModel(small_network()), "Encoder"),
+        (
+            lambda: MaskedLanguageModel(small_network(Encoder), mask_share=0.0),
+            r"init_args\.mask_share",
+        ),
     ],
 )
 def test_wrong_modules_are_refused(make, named):
@@ -411,9 +380,9 @@ def test_the_command_line_makes_a_module(workdir, monkeypatch):
 
 
 def test_checkpoints_are_plain(tmp_path):
-    model = MaskedLanguageModel(small(Encoder), mask_share=0.3)
+    model = MaskedLanguageModel(small_network(Encoder), mask_share=0.3)
     run = trainer(tmp_path)
-    run.fit(model, loader(batches()))
+    run.fit(model, load_batches(repeating_batches()))
     run.save_checkpoint(tmp_path / "model.ckpt")
     state = torch.load(tmp_path / "model.ckpt", weights_only=True)
     assert state["hyper_parameters"]["mask_share"] == 0.3
@@ -449,7 +418,7 @@ def test_hugging_face(config, tmp_path):
     assert kept_by(loaded, tokens) < kept_by(network.train(), tokens) / 2
     torch.testing.assert_close(loaded.logits(loaded(tokens)), logits)
     model = LanguageModel(loaded, adam(), loss_chunk=10)
-    data = loader(batches())
+    data = load_batches(repeating_batches())
     (before,) = trainer(tmp_path).validate(model, data, verbose=False)
     run = trainer(tmp_path, 30)
     run.fit(model, data)
@@ -519,7 +488,7 @@ def test_hugging_face_models_with_chunks_sinks_and_caps_are_streamed_exactly(opt
                 parameter.normal_() if "sinks" in name else None
         model = LanguageModel(network, partial(torch.optim.SGD, lr=0.01))
         run = trainer(tmp_path, 2, strategy=strategy)
-        run.fit(model, loader(batches(2, tokens=48)))
+        run.fit(model, load_batches(repeating_batches(2, tokens=48)))
         losses.append(run.callback_metrics["train/loss"])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
 
@@ -543,7 +512,7 @@ def test_hugging_face_models_train_streamed_as_in_core(config, schedule, tmp_pat
         model = LanguageModel(network, partial(torch.optim.SGD, lr=0.1))
         before = network.model.config._attn_implementation
         run = trainer(tmp_path, 10, strategy=run_strategy, precision="64-true")
-        run.fit(model, loader(batches(10, tokens=48)))
+        run.fit(model, load_batches(repeating_batches(10, tokens=48)))
         assert network.model.config._attn_implementation == before
         trained.append([p.detach() for p in network.parameters()])
     assert strategy.backend.calls == 2 * 10 * 2  # layers x steps, recomputed in backward

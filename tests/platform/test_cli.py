@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fakes.fedsir import FEDAVG
+from fakes.options import QUIET
 
 from fulgurite.commands import run_command
 
 SMOKE = ("--config", "fedsir/smoke.yaml")
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
 SHORT = (*SMOKE, *QUIET, FEDAVG, "--trainer.max_epochs=1")
 PARTITION = "--data.init_args.partition"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from fakes.comparison import FILE, SHARED, go, prepare, runs, write
+from fakes.comparison import FILE, SHARED, go, runs, write
 from scipy import stats
 
 from fulgurite import compare, systems
@@ -30,11 +30,6 @@ from fulgurite.compare.stats import holm, mean_std, paired, quantile
 from fulgurite.compare.trials import define_trials
 from fulgurite.errors import ConfigError
 from fulgurite.plotting import new_figure
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    return prepare(tmp_path, monkeypatch)
 
 
 def test_equal_cells_run_once_and_have_the_same_result(place):

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 import pytest
-from fakes.comparison import FILE, go, prepare, runs, write
+from fakes.comparison import FILE, go, runs, write
 
 from fulgurite import compare
 from fulgurite.compare import ray_cluster
@@ -16,11 +16,6 @@ from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.resources import Resources
 from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError, MissingExtraError
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    return prepare(tmp_path, monkeypatch)
 
 
 @pytest.fixture

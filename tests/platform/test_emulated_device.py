@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from fakes.options import QUIET
 
 from fulgurite.testing.emulated_device import DEVICE, run_emulated
 
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 # tensors of the device are subclasses, and those know no inference mode
 ON_DEVICE = (
     f"--trainer.accelerator={DEVICE}", f"--trainer.strategy={DEVICE}",

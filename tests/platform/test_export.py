@@ -21,19 +21,10 @@ from fulgurite.tensor_files import load_plain
 
 
 @pytest.fixture(scope="module")
-def run(train_once):
-    """The folder of a short run of fedsir."""
-    _, folder = train_once(
-        "fit", "--config", "fedsir/smoke.yaml", "--trainer.max_epochs=1", "--run.dir=run"
-    )
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def exported(run, tmp_path_factory):
+def exported(short_run, tmp_path_factory):
     """The weights of that run in a file."""
     return export_run(
-        run, "safetensors", out=tmp_path_factory.mktemp("exported") / "net.safetensors"
+        short_run, "safetensors", out=tmp_path_factory.mktemp("exported") / "net.safetensors"
     )
 
 
@@ -54,9 +45,9 @@ def toy(network, **changes):
 # --- a run, and its files -------------------------------------------------------------------------
 
 
-def test_weights_leave_bit_for_bit_with_a_card(run, exported):
+def test_weights_leave_bit_for_bit_with_a_card(short_run, exported):
     path = exported
-    stored = load_plain(run / "checkpoints" / "best.ckpt", "ckpt")
+    stored = load_plain(short_run / "checkpoints" / "best.ckpt", "ckpt")
     with safe_open(path, "pt") as file:
         names, metadata = [*file.keys()], file.metadata()
         for name in names:
@@ -65,7 +56,7 @@ def test_weights_leave_bit_for_bit_with_a_card(run, exported):
         name for name in stored["state_dict"] if name.startswith("network.")
     }
     card = json.loads(path.with_name("net.safetensors.json").read_text())
-    assert card["checkpoint"]["sha256"] == checksum(run / "checkpoints" / "best.ckpt")
+    assert card["checkpoint"]["sha256"] == checksum(short_run / "checkpoints" / "best.ckpt")
     assert card["sha256"] == checksum(path)
     assert card["classes"] == [str(digit) for digit in range(10)]
     assert json.loads(metadata["fulgurite"])["classes"] == card["classes"]
@@ -85,17 +76,17 @@ def test_exported_weights_are_a_start_of_another_run(exported, fit):
         )
 
 
-def test_the_traced_network_takes_pixels_and_normalises_them(run, fulgurite):
+def test_the_traced_network_takes_pixels_and_normalises_them(short_run, fulgurite):
     from fulgurite.models.fedsir.network import DigitsNet
 
     status, out, err = fulgurite(
-        "export", str(run), "--to", "torch-export", "--ckpt_path=last", "--out", "net.pt2"
+        "export", str(short_run), "--to", "torch-export", "--ckpt_path=last", "--out", "net.pt2"
     )
     assert status == 0, err
     assert "largest difference" in out
     assert "takes images: uint8 (batch, 1, 8, 8)" in out
     network = torch.export.load("net.pt2").module()
-    stored = load_plain(run / "checkpoints" / "last.ckpt", "ckpt")
+    stored = load_plain(short_run / "checkpoints" / "last.ckpt", "ckpt")
     inner = DigitsNet(1, 10).eval()
     inner.load_state_dict(
         {
@@ -112,27 +103,29 @@ def test_the_traced_network_takes_pixels_and_normalises_them(run, fulgurite):
             torch.testing.assert_close(network(images), inner(scaled), atol=1e-5, rtol=0)
 
 
-def test_a_file_that_is_there_is_kept(run, tmp_path):
+def test_a_file_that_is_there_is_kept(short_run, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"is there already.*--overwrite"):
-        export_run(run, "safetensors", out=path)
+        export_run(short_run, "safetensors", out=path)
     assert path.read_bytes() == b"mine"
-    export_run(run, "safetensors", out=path, overwrite=True)
+    export_run(short_run, "safetensors", out=path, overwrite=True)
     assert path.stat().st_size > 1000
 
 
-def test_a_file_that_gives_something_else_is_not_left(run, tmp_path, monkeypatch):
+def test_a_file_that_gives_something_else_is_not_left(short_run, tmp_path, monkeypatch):
     monkeypatch.setattr("fulgurite.export.formats.torch.equal", lambda *_: False)
     with pytest.raises(RunError, match="differs from the trained one by inf"):
-        export_run(run, "safetensors", out=tmp_path / "a.safetensors")
+        export_run(short_run, "safetensors", out=tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_best_checkpoint_is_taken_unless_another_is_named(run, tmp_path, capsys):
-    export_run(run, "safetensors", out=tmp_path / "a.safetensors")
+def test_the_best_checkpoint_is_taken_unless_another_is_named(short_run, tmp_path, capsys):
+    export_run(short_run, "safetensors", out=tmp_path / "a.safetensors")
     assert "best.ckpt" in capsys.readouterr().out
-    export_run(run / "checkpoints" / "last.ckpt", "safetensors", out=tmp_path / "b.safetensors")
+    export_run(
+        short_run / "checkpoints" / "last.ckpt", "safetensors", out=tmp_path / "b.safetensors"
+    )
     assert "last.ckpt" in capsys.readouterr().out
 
 
@@ -148,35 +141,35 @@ def test_the_best_checkpoint_is_taken_unless_another_is_named(run, tmp_path, cap
         (["--out", "net.onnx"], r"does not end in \.safetensors"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(run, words, message):
+def test_options_that_make_no_sense_are_refused(short_run, words, message):
     with pytest.raises(ConfigError, match=message):
-        main([str(run), "--to", "safetensors", *words])
+        main([str(short_run), "--to", "safetensors", *words])
 
 
-def test_what_is_no_run_is_refused(run, tmp_path):
+def test_what_is_no_run_is_refused(short_run, tmp_path):
     with pytest.raises(CheckpointError, match="no run folder and no checkpoint"):
         export_run(tmp_path, "safetensors")
-    stray = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "stray.ckpt")
+    stray = shutil.copy(short_run / "checkpoints" / "last.ckpt", tmp_path / "stray.ckpt")
     with pytest.raises(CheckpointError, match="lies in no run folder"):
         export_run(Path(stray), "safetensors")
     with pytest.raises(ConfigError, match="--ckpt_path=best chooses one of a run folder"):
-        export_run(run / "checkpoints" / "last.ckpt", "safetensors", which="best")
+        export_run(short_run / "checkpoints" / "last.ckpt", "safetensors", which="best")
 
 
-def test_the_record_of_a_test_is_no_training(run, tmp_path):
+def test_the_record_of_a_test_is_no_training(short_run, tmp_path):
     folder = tmp_path / "test"
     folder.mkdir()
-    shutil.copy(run / "config.yaml", folder)
+    shutil.copy(short_run / "config.yaml", folder)
     facts = {"command": "test", "checkpoint": {"path": "/elsewhere/best.ckpt"}}
     (folder / "environment.json").write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=r"record of `fulgurite test`.*/elsewhere/best\.ckpt"):
         export_run(folder, "safetensors")
 
 
-def test_a_model_without_a_network_is_refused_by_name(monkeypatch, run):
+def test_a_model_without_a_network_is_refused_by_name(monkeypatch, short_run):
     monkeypatch.setattr("fulgurite.models.fedsir.FederatedClassifier.export_network", None)
     with pytest.raises(ConfigError, match="FederatedClassifier has no network to hand over"):
-        export_run(run, "safetensors")
+        export_run(short_run, "safetensors")
 
 
 # --- formats --------------------------------------------------------------------------------------

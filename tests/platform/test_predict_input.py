@@ -23,15 +23,6 @@ SAVE = {
 
 
 @pytest.fixture(scope="module")
-def trained(train_once):
-    """A run of fedsir on digits, of one round."""
-    _, folder = train_once(
-        "fit", "--config", "fedsir/smoke.yaml", "--trainer.max_epochs=1", "--run.dir=run"
-    )
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
 def digits():
     """The images of the test split, (N, 8, 8) uint8."""
     return Digits(copies=1).load().test_images[:, 0].numpy()
@@ -45,12 +36,12 @@ def write(folder, images, suffix=".png"):
 
 
 @pytest.fixture
-def predict(fulgurite, trained, workdir):
+def predict(fulgurite, short_run, workdir):
     """Predict with the run; gives the status, what was printed, and the new folders."""
 
     def call(*options):
         status, out, err = fulgurite(
-            "predict", "--config", str(trained / "config.yaml"), "--ckpt_path=last",
+            "predict", "--config", str(short_run / "config.yaml"), "--ckpt_path=last",
             "--run.root=runs", *options,
         )  # fmt: skip
         return status, out + err, sorted(workdir.glob("runs/*/*/*"))
@@ -65,9 +56,9 @@ def images(digits, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def predicted(train_once, trained, images):
+def predicted(train_once, short_run, images):
     """The folder in which the PNGs were predicted."""
-    options = ("--config", str(trained / "config.yaml"), f"--run.dir={trained}")
+    options = ("--config", str(short_run / "config.yaml"), f"--run.dir={short_run}")
     cli, _ = train_once("predict", *options, "--ckpt_path=last", f"--input={images}")
     return cli.folder
 
@@ -96,7 +87,7 @@ def test_copies_of_the_test_split_are_predicted_as_the_split(predict, predicted,
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".npy", ".zip", "one", "deep"])
-def test_every_format_gives_the_same(trained, digits, workdir, reference, suffix):
+def test_every_format_gives_the_same(short_run, digits, workdir, reference, suffix):
     few, names = digits[:3], [f"{n:04}" for n in range(3)]
     kind = suffix if suffix in SAVE else ".png"
     path = write(workdir / "images", few, kind)
@@ -107,22 +98,24 @@ def test_every_format_gives_the_same(trained, digits, workdir, reference, suffix
     elif suffix == "deep":
         shutil.move(path, workdir / "a/b/images")
         path, names = workdir / "a", [f"b/images/{name}" for name in names]
-    predictions = package.predict(trained, path, "last")
+    predictions = package.predict(short_run, path, "last")
     assert predictions["file"].tolist() == [f"{name}{kind}" for name in names]
     expected = reference["probabilities"][: len(names)]
     assert np.allclose(predictions["probabilities"], expected, atol=1e-6)
 
 
-def test_statistics_are_those_of_the_training(trained, digits, workdir, reference):
+def test_statistics_are_those_of_the_training(short_run, digits, workdir, reference):
     """Darker images stay darker: nothing is measured on them."""
-    dark = package.predict(trained, write(workdir / "dark", digits[:3] // 4), "last")
+    dark = package.predict(short_run, write(workdir / "dark", digits[:3] // 4), "last")
     assert not np.allclose(dark["probabilities"], reference["probabilities"][:3], atol=1e-3)
 
 
-def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(trained, images, workdir, reference):
-    stored = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+def test_a_checkpoint_that_says_nothing_leaves_it_to_the_data(
+    short_run, images, workdir, reference
+):
+    stored = torch.load(short_run / "checkpoints/last.ckpt", weights_only=True)
     stored.pop("FederatedDataModule"), stored.pop("fulgurite_digest")
-    shutil.copytree(trained, "older")
+    shutil.copytree(short_run, "older")
     torch.save(stored, "older/checkpoints/last.ckpt")
     older = package.predict("older", images, "last")
     assert np.array_equal(older["probabilities"], reference["probabilities"])
@@ -203,11 +196,11 @@ def test_a_wrong_input_is_one_error_and_nothing_is_written(predict, digits, path
     assert not folders
 
 
-def test_other_files_of_a_folder_are_named(trained, digits, workdir):
+def test_other_files_of_a_folder_are_named(short_run, digits, workdir):
     write(workdir / "images", digits[:2])
     (workdir / "images/notes.txt").write_text("")
     with pytest.warns(UserWarning, match=r"1 files of .* are not predicted.*notes\.txt"):
-        predictions = package.predict(trained, workdir / "images", "last")
+        predictions = package.predict(short_run, workdir / "images", "last")
     assert len(predictions["index"]) == 2
 
 

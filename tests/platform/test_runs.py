@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fakes.fedsir import FEDAVG
+from fakes.options import QUIET
 
 from fulgurite.cli import parse
 from fulgurite.run_folders import RunOptions, find_run, training_differences
 from fulgurite.tensor_files import load_plain, save_plain
 
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
 SHORT = (*QUIET, FEDAVG, "--trainer.max_epochs=1")
 SMOKE = ("--config", "fedsir/smoke.yaml", *SHORT)
 

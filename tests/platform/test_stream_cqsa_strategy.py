@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fakes.trainers import quiet_trainer
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.nn import functional as F
@@ -84,10 +85,8 @@ class Model(LightningModule):
 
 
 def trained(tmp_path, model, strategy="auto", **options):
-    trainer = Trainer(
-        max_epochs=1, limit_val_batches=1, num_sanity_val_steps=0, strategy=strategy,
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path,
+    trainer = quiet_trainer(
+        max_epochs=1, limit_val_batches=1, strategy=strategy, default_root_dir=tmp_path,
         **({"precision": "64-true"} | options),
     )  # fmt: skip
     trainer.fit(model)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes.options import QUIET
 
 from fulgurite.cli import run
 from fulgurite.systems import systems
 from fulgurite.testing.survival import Survival, run_forked, unequal
 
-QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 #: Epochs of the long test: so many that kills fall into all parts of a run.
 EPOCHS = {"fedsir": 6, "cs_arm_bn": 6, "stream_cqsa": 6, "number_probing": 8, "ice_layers": 5}
 

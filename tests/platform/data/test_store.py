@@ -16,12 +16,6 @@ from fulgurite.data.store import ArrayStore, ArrayStream, cache_folder, cached_s
 from fulgurite.errors import DataError
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path

@@ -1,4 +1,4 @@
-"""FedSIR end to end on real images, over three seeds: the thresholds of its page.
+"""FedSIR end to end on real images, over six seeds: the thresholds of its page.
 
 As there, every method has the same 20 rounds, and Stage I comes on top for FedSIR.
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from fakes.fedsir import FEDAVG
 
 from fulgurite.callbacks.fedsir import FederatedRounds
 
 SEEDS = range(6)
-FEDAVG = "--model.init_args.method=fulgurite.models.fedsir.methods.FedAvg"
 pytestmark = pytest.mark.slow
 
 
