@@ -39,7 +39,7 @@ from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec
 from fulgurite.attention.visibility import EntryMasks, Visibility
 from fulgurite.models.fedsir.federation import exact_average
-from fulgurite.models.number_probing.probing import probe
+from fulgurite.models.number_probing.probes.probing import probe
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")

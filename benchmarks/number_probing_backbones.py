@@ -15,9 +15,9 @@ from fulgurite.models.number_probing.backbones import (
     Mamba2Backbone,
     TransformerBackbone,
 )
-from fulgurite.models.number_probing.losses import token_losses
-from fulgurite.models.number_probing.module import NumberLM
-from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
+from fulgurite.models.number_probing.language_models.losses import token_losses
+from fulgurite.models.number_probing.language_models.module import NumberLM
+from fulgurite.models.number_probing.language_models.optimizer import MuonAdamW, parameter_groups
 
 WIDTH, VOCABULARY = 128, 1024
 BACKBONES: dict[str, Callable[[], Any]] = {

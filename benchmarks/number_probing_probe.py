@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness import report
 from fulgurite.models.number_probing import FoldOptions, make_folds, planted, probe
-from fulgurite.models.number_probing.report import ProbeSettings, measure
+from fulgurite.models.number_probing.reports.report import ProbeSettings, measure
 
 SIZE, FOLDS, SEEDS = 1000, 5, 2
 PERIODS = tuple(range(2, 11))

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.io import write_text
 from fulgurite.logging import log_figure
-from fulgurite.models.number_probing.checks import describe_numbers
-from fulgurite.models.number_probing.report import (
+from fulgurite.models.number_probing.reports.report import (
     COLUMNS,
     ProbeSettings,
     Report,
@@ -38,6 +37,7 @@ from fulgurite.models.number_probing.tables import (
     read_encoder,
 )
 from fulgurite.models.number_probing.tables import vocabulary as read_vocabulary
+from fulgurite.models.number_probing.tables.checks import describe_numbers
 
 __all__ = ["EmbeddingRows", "ModularProbe"]
 
@@ -82,7 +82,7 @@ class ModularProbe(Callback):
     Logged by period T: ``probe/kappa_T`` (held out, shuffled folds), ``probe/train_kappa_T``,
     ``probe/kappa_nonround_T``, ``probe/kappa_decade_T``, ``probe/kappa_contiguous_T``,
     ``probe/kappa_permuted_T``, ``probe/local_ratio_T``, ``probe/phi_T`` and the others of
-    ``number_probing.report.COLUMNS``. The run folder gets all of them as ``probe.csv``, the
+    ``number_probing.reports.report.COLUMNS``. The run folder gets all of them as ``probe.csv``, the
     normalised magnitudes of all frequencies as ``spectrum.csv``, and the figures ``spectrum``,
     ``spectrogram`` and ``kappa``; W&B a table, TensorBoard a text.
 

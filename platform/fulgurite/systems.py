@@ -147,12 +147,12 @@ OURS = (
             Command(
                 "probe",
                 "periods in any table of number embeddings: glove, minilm, a folder or a file",
-                "fulgurite.models.number_probing.command:main",
+                "fulgurite.models.number_probing.reports.command:main",
             ),
             Command(
                 "probe-history",
                 "what ModularProbe saw of runs, or of a comparison, against the steps",
-                "fulgurite.models.number_probing.history:main",
+                "fulgurite.models.number_probing.reports.history:main",
             ),
         ),
     ),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fulgurite.callbacks.number_probing import EmbeddingRows, ModularProbe
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing import planted
-from fulgurite.models.number_probing.report import ProbeSettings
+from fulgurite.models.number_probing.reports.report import ProbeSettings
 
 SIZE, WIDTH = 60, 8
 

@@ -583,7 +583,7 @@ def _embeddings():
 
 
 def _histories():
-    from fulgurite.models.number_probing.history import find_runs, read_run, summary
+    from fulgurite.models.number_probing.reports.history import find_runs, read_run, summary
 
     def table(rows):
         out = io.StringIO()

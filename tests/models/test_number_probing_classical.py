@@ -13,13 +13,13 @@ from scipy.sparse import csr_matrix
 from torch.utils.data import DataLoader
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.classical import PPMI, SkipGram
-from fulgurite.models.number_probing.counting import (
+from fulgurite.models.number_probing.classical.counting import (
     cooccurrences,
     ppmi,
     save_vectors,
     svd_embeddings,
 )
+from fulgurite.models.number_probing.classical.module import PPMI, SkipGram
 
 
 class Parity(LightningDataModule):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.history import find_runs, main, read_run, summary
+from fulgurite.models.number_probing.reports.history import find_runs, main, read_run, summary
 
 
 def write_run(folder, kappa, steps=(0, 100, 200), exact=True):

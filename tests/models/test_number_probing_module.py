@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.backbones import LSTMBackbone, TransformerBackbone
-from fulgurite.models.number_probing.losses import rows_all_right, token_losses
-from fulgurite.models.number_probing.module import HeadOptions, NumberLM
-from fulgurite.models.number_probing.optimizer import AdamWOptions, MuonAdamW
+from fulgurite.models.number_probing.language_models.losses import rows_all_right, token_losses
+from fulgurite.models.number_probing.language_models.module import HeadOptions, NumberLM
+from fulgurite.models.number_probing.language_models.optimizer import AdamWOptions, MuonAdamW
 
 VOCABULARY = 12
 
@@ -251,10 +251,10 @@ def test_the_command_line_makes_it_and_its_optimizer(tmp_path):
         LightningModule, subclass_mode_model=True, run=False, auto_configure_optimizers=False,
         save_config_callback=None,
         args=[
-            "--model=fulgurite.models.number_probing.module.NumberLM",
+            "--model=fulgurite.models.number_probing.NumberLM",
             "--model.backbone=fulgurite.models.number_probing.backbones.LSTMBackbone",
             "--model.backbone.width=8",
-            "--model.optimizer=fulgurite.models.number_probing.optimizer.MuonAdamW",
+            "--model.optimizer=fulgurite.models.number_probing.MuonAdamW",
             "--model.optimizer.lr=0.5",
             "--model.optimizer.adamw.lr=0.25",
             "--model.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR",

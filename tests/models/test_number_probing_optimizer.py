@@ -13,7 +13,7 @@ from fulgurite.models.number_probing.backbones import (
     PositionOptions,
     TransformerBackbone,
 )
-from fulgurite.models.number_probing.optimizer import (
+from fulgurite.models.number_probing.language_models.optimizer import (
     AdamWOptions,
     MuonAdamW,
     MuonOptions,

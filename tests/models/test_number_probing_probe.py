@@ -26,8 +26,8 @@ from fulgurite.models.number_probing import (
     spectrum,
     spikes,
 )
-from fulgurite.models.number_probing import lda as lda_module
-from fulgurite.models.number_probing.fold_statistics import StandardizedRows
+from fulgurite.models.number_probing.probes import lda as lda_module
+from fulgurite.models.number_probing.probes.fold_statistics import StandardizedRows
 
 N = torch.arange(1000)
 

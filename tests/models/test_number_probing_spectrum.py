@@ -23,7 +23,7 @@ from fulgurite.models.number_probing import (
     spectrum,
     spikes,
 )
-from fulgurite.models.number_probing.report import ProbeSettings, measure
+from fulgurite.models.number_probing.reports.report import ProbeSettings, measure
 
 N = torch.arange(1000)
 

@@ -27,7 +27,7 @@ from fulgurite.models.number_probing import (
     spikes,
     tables,
 )
-from fulgurite.models.number_probing.command import main
+from fulgurite.models.number_probing.reports.command import main
 
 
 def package(name):

@@ -17,7 +17,11 @@ from fulgurite.models.ice_layers import PhysicsPrior
 from fulgurite.models.ice_layers.data.graph import Track, note_sizes
 from fulgurite.models.number_probing import NumberLM, cohen_kappa, spectrum
 from fulgurite.models.number_probing.backbones.lstm import pack_documents
-from fulgurite.models.number_probing.losses import average_right_rows, rows_all_right, token_losses
+from fulgurite.models.number_probing.language_models.losses import (
+    average_right_rows,
+    rows_all_right,
+    token_losses,
+)
 from fulgurite.models.stream_cqsa import token_scores
 from fulgurite.testing.emulated_device import DEVICE, run_emulated
 
@@ -94,7 +98,7 @@ def test_losses_of_tokens_wait_once():
         return result, hits, average_right_rows(hits, targets)
 
     waits = same_on_device(losses, hidden, weight, targets)
-    assert waits == ["nonzero in models.number_probing.losses.token_losses"]
+    assert waits == ["nonzero in models.number_probing.language_models.losses.token_losses"]
     result, hits, average = losses(hidden, weight, targets)
     expected = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="none")
     assert torch.allclose(result, expected[targets[0] != -100])
@@ -236,7 +240,7 @@ def test_clocks_of_steps_wait_for_the_device(monkeypatch):
     assert monitor.history[0]["time/step"] == 1.0
     assert asked == [module.device] * 2
 
-    monkeypatch.setattr("fulgurite.models.number_probing.module.read_clock", clock)
+    monkeypatch.setattr("fulgurite.models.number_probing.language_models.module.read_clock", clock)
     logged = {}
     model = SimpleNamespace(
         device=module.device, trainer=SimpleNamespace(log_every_n_steps=1, world_size=2),

@@ -18,7 +18,7 @@ ON_DEVICE = (
 KNOWN_WAITS = {
     "number_probing": {
         # how many tokens have a target decides how many logits are computed
-        "nonzero in models.number_probing.losses.token_losses",
+        "nonzero in models.number_probing.language_models.losses.token_losses",
     },
 }
 

@@ -43,7 +43,7 @@ from fulgurite.hdf5 import NetcdfFile
 from fulgurite.models.ice_layers import read_npz
 from fulgurite.models.number_probing import parse_numbers
 from fulgurite.models.number_probing import read_table as read_embeddings
-from fulgurite.models.number_probing.history import find_runs, read_run
+from fulgurite.models.number_probing.reports.history import find_runs, read_run
 from fulgurite.tensor_files import load_plain
 from fulgurite.testing.files import python2_pickle, write_cifar_archive
 from fulgurite.weights import load_weights

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.checks import describe_numbers
+from fulgurite.models.number_probing.tables.checks import describe_numbers
 
 __all__ = [
     "DEFAULT_STOP",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.checks import (
+from fulgurite.models.number_probing.spectra.fourier import class_means, period_power
+from fulgurite.models.number_probing.tables.checks import (
     check_consecutive,
     check_embeddings,
     check_periods,
 )
-from fulgurite.models.number_probing.fourier import class_means, period_power
 
 __all__ = ["Scatter", "describe_singular", "principal_components", "scatter"]
 

@@ -18,13 +18,13 @@ from fulgurite.base import SystemModule, build_network, save_options, scheduled
 from fulgurite.devices import move, read_clock
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.export.exportable import ExportableNetwork, ExportRequest
-from fulgurite.models.number_probing.exporting import export_language_model
-from fulgurite.models.number_probing.losses import (
+from fulgurite.models.number_probing.language_models.exporting import export_language_model
+from fulgurite.models.number_probing.language_models.losses import (
     average_right_rows,
     rows_all_right,
     token_losses,
 )
-from fulgurite.models.number_probing.optimizer import MuonAdamW, parameter_groups
+from fulgurite.models.number_probing.language_models.optimizer import MuonAdamW, parameter_groups
 from fulgurite.options import PositiveInt, check_options, make_options
 
 __all__ = ["HeadOptions", "NumberLM", "NumberModule"]

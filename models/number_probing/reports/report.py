@@ -16,17 +16,17 @@ import numpy as np
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.number_probing.checks import check_embeddings
-from fulgurite.models.number_probing.diagnosis import Diagnosis, diagnose
-from fulgurite.models.number_probing.fisher import describe_singular, scatter
-from fulgurite.models.number_probing.fourier import PERIODS, Spectrum, spectrum, spikes
-from fulgurite.models.number_probing.probing import (
+from fulgurite.models.number_probing.probes.diagnosis import Diagnosis, diagnose
+from fulgurite.models.number_probing.probes.probing import (
     ClassifierOptions,
     FoldKind,
     FoldOptions,
     Method,
     probe,
 )
+from fulgurite.models.number_probing.spectra.fisher import describe_singular, scatter
+from fulgurite.models.number_probing.spectra.fourier import PERIODS, Spectrum, spectrum, spikes
+from fulgurite.models.number_probing.tables.checks import check_embeddings
 from fulgurite.plotting import heatmap, new_figure
 
 if TYPE_CHECKING:

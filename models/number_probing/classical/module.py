@@ -23,13 +23,13 @@ from fulgurite.base import save_options
 from fulgurite.devices import move
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.export.exportable import ExportableNetwork, ExportRequest, no_network_error
-from fulgurite.models.number_probing.counting import (
+from fulgurite.models.number_probing.classical.counting import (
     cooccurrences,
     ppmi,
     save_vectors,
     svd_embeddings,
 )
-from fulgurite.models.number_probing.module import NumberModule
+from fulgurite.models.number_probing.language_models.module import NumberModule
 from fulgurite.sampling import sampler_ranks
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fulgurite.devices import count_weighted, move
 from fulgurite.errors import ConfigError
-from fulgurite.models.number_probing.checks import check_embeddings, check_periods
-from fulgurite.models.number_probing.fold_statistics import StandardizedRows
-from fulgurite.models.number_probing.fourier import PERIODS
-from fulgurite.models.number_probing.lda import lda_scores
+from fulgurite.models.number_probing.probes.fold_statistics import StandardizedRows
+from fulgurite.models.number_probing.probes.lda import lda_scores
+from fulgurite.models.number_probing.spectra.fourier import PERIODS
+from fulgurite.models.number_probing.tables.checks import check_embeddings, check_periods
 
 __all__ = [
     "ClassifierOptions", "FoldKind", "FoldOptions", "Method", "ProbeResult", "band", "cohen_kappa",
@@ -244,7 +244,7 @@ class ClassifierOptions:
         """
         if self.method == "lda":
             return lda_scores(table, labels, classes, fold, shrinkage=self.shrinkage)
-        from fulgurite.models.number_probing.logistic import logistic_scores
+        from fulgurite.models.number_probing.probes.logistic import logistic_scores
 
         return logistic_scores(table, labels, classes, fold, strength=self.strength)
 

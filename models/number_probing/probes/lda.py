@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import embedding  # several times as fast as x[index]
 
 from fulgurite.errors import ConfigError, DataError
-from fulgurite.models.number_probing.fold_statistics import (
+from fulgurite.models.number_probing.probes.fold_statistics import (
     FoldStatistics,
     StandardizedRows,
     exceeds_rounding,

@@ -12,12 +12,10 @@ from typing import Any
 from fulgurite import plotting
 from fulgurite.errors import ConfigError
 from fulgurite.io import write_text
-from fulgurite.models.number_probing.checks import describe_numbers
-from fulgurite.models.number_probing.controls import gaussian, row_shuffled
-from fulgurite.models.number_probing.fourier import LOWEST, PERIODS, spectrum
-from fulgurite.models.number_probing.options import OneLineParser, parse_integers
-from fulgurite.models.number_probing.probing import ClassifierOptions, probe
-from fulgurite.models.number_probing.report import (
+from fulgurite.models.number_probing.probes.controls import gaussian, row_shuffled
+from fulgurite.models.number_probing.probes.probing import ClassifierOptions, probe
+from fulgurite.models.number_probing.reports.options import OneLineParser, parse_integers
+from fulgurite.models.number_probing.reports.report import (
     ProbeSettings,
     kappa_figure,
     measure,
@@ -25,7 +23,9 @@ from fulgurite.models.number_probing.report import (
     to_csv,
     to_markdown,
 )
+from fulgurite.models.number_probing.spectra.fourier import LOWEST, PERIODS, spectrum
 from fulgurite.models.number_probing.tables import NumberTable, parse_numbers, read_table
+from fulgurite.models.number_probing.tables.checks import describe_numbers
 
 __all__ = ["main"]
 

@@ -157,7 +157,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ConfigError(
                 "MuonAdamW does not know which parameters are hidden matrices.",
                 "Use it with fulgurite.models.number_probing.NumberLM, or give it groups from "
-                "fulgurite.models.number_probing.optimizer.parameter_groups(module, backbone).",
+                "fulgurite.models.number_probing.parameter_groups(module, backbone).",
             )
         shared = {"lr": lr, "weight_decay": weight_decay}
         muon_options = {**shared, **list_options(make_options(MuonOptions, muon))}

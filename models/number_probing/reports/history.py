@@ -17,8 +17,8 @@ from fulgurite import plotting
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.foreign import read_json, reading
 from fulgurite.io import write_text
-from fulgurite.models.number_probing.options import OneLineParser, parse_integers
-from fulgurite.models.number_probing.report import to_csv, to_markdown
+from fulgurite.models.number_probing.reports.options import OneLineParser, parse_integers
+from fulgurite.models.number_probing.reports.report import to_csv, to_markdown
 from fulgurite.plotting import COLORS, new_figure
 
 if TYPE_CHECKING:

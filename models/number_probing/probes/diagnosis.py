@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError
-from fulgurite.models.number_probing.controls import ceiling
-from fulgurite.models.number_probing.fourier import Spike
-from fulgurite.models.number_probing.probing import ProbeResult
+from fulgurite.models.number_probing.probes.controls import ceiling
+from fulgurite.models.number_probing.probes.probing import ProbeResult
+from fulgurite.models.number_probing.spectra.fourier import Spike
 
 __all__ = ["Diagnosis", "PeriodDiagnosis", "diagnose"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.errors import DataError
-from fulgurite.models.number_probing.checks import (
+from fulgurite.models.number_probing.tables.checks import (
     check_consecutive,
     check_embeddings,
     check_periods,

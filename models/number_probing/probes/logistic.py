@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fulgurite.models.number_probing.fold_statistics import FoldStatistics, StandardizedRows
+from fulgurite.models.number_probing.probes.fold_statistics import FoldStatistics, StandardizedRows
 
 __all__ = ["logistic_scores"]
 

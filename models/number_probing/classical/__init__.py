@@ -1,0 +1,1 @@
+"""Number embeddings without a language model."""

@@ -1,0 +1,1 @@
+"""Language models of numbers: the module, its losses and its optimizer."""

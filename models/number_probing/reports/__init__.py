@@ -1,0 +1,1 @@
+"""What is written about a table or about several runs, and the command lines that write it."""

@@ -1,0 +1,1 @@
+"""The Fourier spectrum of a table, and the scatter of its residues."""
