@@ -37,7 +37,7 @@ from fulgurite.models.cs_arm_bn import (
     ERM,
     AdaptiveWeight,
     PlateClassifier,
-    ResNet50,
+    PlateResNet50,
     SmallResNet,
 )
 
@@ -93,7 +93,7 @@ def step_time() -> None:
     settings = {
         "SmallResNet(8), 24 + 48 of 5×32²": (SmallResNet, {"width": 8}, 24, 48, 32, 40),
         "SmallResNet(16), 24 + 48 of 5×64²": (SmallResNet, {"width": 16}, 24, 48, 64, 16),
-        "ResNet50, 4 + 8 of 5×128²": (ResNet50, {}, 4, 8, 128, 4),
+        "ResNet50, 4 + 8 of 5×128²": (PlateResNet50, {}, 4, 8, 128, 4),
     }
     rows, raw = [], {}
     for name, (network, options, queries, controls, size, steps) in settings.items():
@@ -192,10 +192,10 @@ def batch_times(data: PlateDataModule) -> list[float]:
 
 MEMORY = """
 import json, sys, torch
-from fulgurite.models.cs_arm_bn import ResNet50, convert_batchnorm, context
+from fulgurite.models.cs_arm_bn import PlateResNet50, convert_batchnorm, context
 images, checkpoint = json.loads(sys.argv[1])
 torch.set_num_threads(2)
-network = convert_batchnorm(ResNet50(5, 8, checkpoint=checkpoint)).train()
+network = convert_batchnorm(PlateResNet50(5, 8, checkpoint=checkpoint)).train()
 x = torch.randn(images, 5, 256, 256)
 
 def peak():

@@ -7,8 +7,8 @@ from .jump_options import JumpFiles as JumpFiles
 from .jump_options import Perturbations as Perturbations
 from .jump_options import PlateSelection as PlateSelection
 from .options import EpisodeOptions as EpisodeOptions
-from .options import EvaluationOptions as EvaluationOptions
 from .options import PixelOptions as PixelOptions
+from .options import PlateEvaluationOptions as PlateEvaluationOptions
 from .preprocess import Preprocess as Preprocess
 from .sources import PlateSource as PlateSource
 from .splits import GroupFolds as GroupFolds

@@ -20,8 +20,8 @@ from fulgurite.datamodules.cs_arm_bn.images import IMAGE_EXCLUSIONS, PlateImages
 from fulgurite.datamodules.cs_arm_bn.loaders import PlateLoaders
 from fulgurite.datamodules.cs_arm_bn.options import (
     EpisodeOptions,
-    EvaluationOptions,
     PixelOptions,
+    PlateEvaluationOptions,
     find_min_controls,
 )
 from fulgurite.datamodules.cs_arm_bn.pixels import Standardisation
@@ -78,7 +78,7 @@ class PlateDataModule(PlateLoaders):
         split: Split,
         *,
         episodes: EpisodeOptions = EpisodeOptions(),
-        evaluation: EvaluationOptions = EvaluationOptions(),
+        evaluation: PlateEvaluationOptions = PlateEvaluationOptions(),
         pixels: PixelOptions = PixelOptions(),
         exclude: list[str] = [],  # noqa: B006  # copied below
         num_workers: NonNegativeInt = 0,
@@ -88,7 +88,7 @@ class PlateDataModule(PlateLoaders):
         check_arguments(PlateDataModule.__init__, locals(), "data.init_args")
         save_options(self, "source", "split")
         self.episodes = make_options(EpisodeOptions, episodes)
-        self.evaluation = make_options(EvaluationOptions, evaluation)
+        self.evaluation = make_options(PlateEvaluationOptions, evaluation)
         self.pixels = make_options(PixelOptions, pixels)
         self.exclude = check_exclude(exclude, _EXCLUSIONS, "exclude")
         if not self.pixels.cache and self.exclude & set(IMAGE_EXCLUSIONS):

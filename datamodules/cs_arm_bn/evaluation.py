@@ -18,7 +18,7 @@ from fulgurite.datamodules.cs_arm_bn.draws import (
     split_into_batches,
 )
 from fulgurite.datamodules.cs_arm_bn.episodes import BatchRows
-from fulgurite.datamodules.cs_arm_bn.options import EpisodeOptions, EvaluationOptions
+from fulgurite.datamodules.cs_arm_bn.options import EpisodeOptions, PlateEvaluationOptions
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, Rows
 from fulgurite.errors import ConfigError, DataError
 
@@ -45,7 +45,7 @@ class EvaluationPlan:
         self,
         table: PlateTable,
         episodes: EpisodeOptions,
-        evaluation: EvaluationOptions,
+        evaluation: PlateEvaluationOptions,
         seed: int,
     ) -> None:
         self.table = table

@@ -232,7 +232,7 @@ class JumpPlates(PlateSource):
             self._exclude_or_raise(excluded, exclusion, "plates")
         if not parts:
             raise DataError(
-                f"No plate with a site is left ({'; '.join(e.reason for e in excluded)}).",
+                f"No plate with a site is left ({'; '.join(e.description for e in excluded)}).",
                 f"Choose other plates, or take words out of `{_OPTION}.exclude`.",
             )
         return pd.concat(parts, ignore_index=True)
@@ -241,7 +241,7 @@ class JumpPlates(PlateSource):
         """Record an exclusion, or raise if its word is not in ``exclude``."""
         if exclusion.kind not in self.exclude:
             raise DataError(
-                f"There are {exclusion.reason}.",
+                f"There are {exclusion.description}.",
                 "Correct the tables, or "
                 + exclude_hint(
                     f"such {noun}", exclusion.kind, self.exclude, "source.init_args.exclude"

@@ -25,8 +25,8 @@ from fulgurite.datamodules.cs_arm_bn.evaluation import EvaluationPlan
 from fulgurite.datamodules.cs_arm_bn.images import PlateImages
 from fulgurite.datamodules.cs_arm_bn.options import (
     EpisodeOptions,
-    EvaluationOptions,
     PixelOptions,
+    PlateEvaluationOptions,
 )
 from fulgurite.datamodules.cs_arm_bn.pixels import ImageCrops, Standardisation
 from fulgurite.datamodules.cs_arm_bn.splits import Assignment
@@ -58,7 +58,7 @@ class PlateLoaders(L.LightningDataModule):
     images: PlateImages
     assignment: Assignment
     episodes: EpisodeOptions
-    evaluation: EvaluationOptions
+    evaluation: PlateEvaluationOptions
     pixels: PixelOptions
     num_workers: int
     seed: int

@@ -15,7 +15,7 @@ from fulgurite.options import (
     check_options,
 )
 
-__all__ = ["EpisodeOptions", "EvaluationOptions", "PixelOptions", "find_min_controls"]
+__all__ = ["EpisodeOptions", "PixelOptions", "PlateEvaluationOptions", "find_min_controls"]
 
 _DEFAULT_MIN_CONTROLS = 8
 
@@ -59,7 +59,7 @@ class EpisodeOptions:
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class PlateEvaluationOptions:
     """Evaluation batches, and probes of the test: label shift, wrong and mislabelled controls.
 
     Args:
@@ -139,7 +139,7 @@ class PixelOptions:
             )
 
 
-def find_min_controls(episodes: EpisodeOptions, evaluation: EvaluationOptions) -> int:
+def find_min_controls(episodes: EpisodeOptions, evaluation: PlateEvaluationOptions) -> int:
     """Return the smallest number of controls that a plate must have."""
     if episodes.min_controls is not None:
         return episodes.min_controls

@@ -140,7 +140,7 @@ class _SyntheticPlate:
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _PlateRecipe:
     """Parameters that determine every pixel."""
 
     seed: int
@@ -182,7 +182,7 @@ class _Recipe:
 
 
 def render_plate(
-    recipe: _Recipe, plate: _SyntheticPlate
+    recipe: _PlateRecipe, plate: _SyntheticPlate
 ) -> tuple[list[tuple[str, str]], NDArray[np.uint16]]:
     """Return (well, site) of each site of a plate and its image.
 
@@ -248,7 +248,7 @@ def _format_csv(rows: Iterable[Sequence[Any]]) -> str:
 class _SyntheticPlateWriter(Dataset[Any]):
     """Writes plates: a job for :func:`run_in_processes`."""
 
-    def __init__(self, root: Path, recipe: _Recipe, plates: Sequence[_SyntheticPlate]) -> None:
+    def __init__(self, root: Path, recipe: _PlateRecipe, plates: Sequence[_SyntheticPlate]) -> None:
         self.root, self.recipe, self.plates = root, recipe, plates
 
     def table_path(self, plate: _SyntheticPlate) -> Path:
@@ -283,7 +283,7 @@ class _SyntheticPlateWriter(Dataset[Any]):
             temporary.write_text(_format_csv(rows))
 
 
-def _write_metadata(root: Path, recipe: _Recipe) -> None:
+def _write_metadata(root: Path, recipe: _PlateRecipe) -> None:
     """Write the tables of ``jump-cellpainting/datasets/metadata``."""
     plates = recipe.list_plates()
     tables: Mapping[str, list[list[str]]] = {
@@ -382,7 +382,7 @@ class SyntheticPlates(PlateSource):
     ) -> None:
         check_arguments(SyntheticPlates.__init__, locals(), "data.init_args.source.init_args")
         self.world = world = make_options(PlateWorld, world)
-        self.recipe = _Recipe(seed=seed, **list_options(world))
+        self.recipe = _PlateRecipe(seed=seed, **list_options(world))
         self.path = path
 
     @property

@@ -224,7 +224,7 @@ class PlateTable:
                     else f"Give the columns {', '.join(_REQUIRED)}.",
                 )
         if not len(frame):
-            left_out = "; ".join(exclusion.reason for exclusion in self.excluded)
+            left_out = "; ".join(exclusion.description for exclusion in self.excluded)
             raise DataError(
                 f"The plate table is empty{f' without {left_out}' * bool(left_out)}.",
                 "Give at least one site, or leave out less.",
@@ -338,14 +338,14 @@ class PlateTable:
         """
         if rows.all():
             raise DataError(
-                f"Without what is excluded ({exclusion.reason}) no site is left.",
+                f"Without what is excluded ({exclusion.description}) no site is left.",
                 f"Take `{exclusion.kind}` out of `--data.init_args.exclude`, or correct the data.",
             )
         return PlateTable(
             self.frame[~rows],
             self.class_names,
             self.channels,
-            (*self.excluded, replace(exclusion, rows=int(rows.sum()))),
+            (*self.excluded, replace(exclusion, count=int(rows.sum()))),
             notes=self.notes,
         )
 
@@ -405,5 +405,5 @@ class PlateTable:
                 + ("; new_wells in the split checks it" if accuracy > chance + 0.1 else "")
             )
         lines += self.notes
-        lines += [f"excluded ({e.kind}), {e.rows} sites: {e.reason}" for e in self.excluded]
+        lines += [f"excluded ({e.kind}), {e.count} sites: {e.description}" for e in self.excluded]
         return "\n".join(lines)

@@ -21,7 +21,7 @@ from fulgurite.datamodules.fedsir.augment import shift_crop
 from fulgurite.datamodules.fedsir.inputs import TrainedInputs
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
-from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
+from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions, ImageOptions
 from fulgurite.datamodules.fedsir.partition import Partition, check_partition
 from fulgurite.datamodules.fedsir.prediction import InputImages
 from fulgurite.datamodules.fedsir.samples import UNKNOWN, Samples
@@ -125,7 +125,7 @@ class FederatedDataModule(L.LightningDataModule):
         noise: FederationNoise | None = None,
         clients: PositiveInt = 10,
         *,
-        evaluation: EvaluationOptions = EvaluationOptions(),
+        evaluation: FederatedEvaluationOptions = FederatedEvaluationOptions(),
         images: ImageOptions = ImageOptions(),
         seed: int = 0,
         reveal_true_labels: bool = False,
@@ -138,7 +138,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.noise = noise
         self.num_clients = clients
         #: Options of the validation split and of images.
-        self.evaluation_options = make_options(EvaluationOptions, evaluation)
+        self.evaluation_options = make_options(FederatedEvaluationOptions, evaluation)
         self.image_options = make_options(ImageOptions, images)
         records = {"evaluation": self.evaluation_options, "images": self.image_options}
         for name, record in records.items():

@@ -8,11 +8,11 @@ from typing import Literal
 from fulgurite.errors import ConfigError
 from fulgurite.options import PositiveInt, RightOpenUnitInterval, check_options
 
-__all__ = ["EvaluationOptions", "ImageOptions"]
+__all__ = ["FederatedEvaluationOptions", "ImageOptions"]
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class FederatedEvaluationOptions:
     """The validation split, and the batches of evaluation.
 
     Args:

@@ -7,7 +7,7 @@ from .generator.sred import SredWorld as SredWorld
 from .generator.sred import SyntheticSred as SyntheticSred
 from .generator.synthetic import SyntheticFlights as SyntheticFlights
 from .generator.world import World as World
-from .options import EvaluationOptions as EvaluationOptions
+from .options import LayerEvaluationOptions as LayerEvaluationOptions
 from .options import SelectionOptions as SelectionOptions
 from .options import SplitOptions as SplitOptions
 from .readers.completed import CompletedStacks as CompletedStacks

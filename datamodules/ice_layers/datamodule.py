@@ -15,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fulgurite.base import save_options
+from fulgurite.data.exclusions import Exclusion
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.generator.synthetic import SyntheticFlights
 from fulgurite.datamodules.ice_layers.loaders import StackLoaders
 from fulgurite.datamodules.ice_layers.options import (
-    EvaluationOptions,
+    LayerEvaluationOptions,
     Part,
     SelectionOptions,
     SplitOptions,
@@ -41,7 +42,6 @@ from fulgurite.datamodules.ice_layers.splits import (
 )
 from fulgurite.datamodules.ice_layers.stack import (
     Array,
-    Exclusion,
     Flights,
     LayerStack,
 )
@@ -109,7 +109,7 @@ class IceLayerDataModule(StackLoaders):
         *,
         split: SplitOptions = SplitOptions(),
         selection: SelectionOptions = SelectionOptions(),
-        evaluation: EvaluationOptions = EvaluationOptions(),
+        evaluation: LayerEvaluationOptions = LayerEvaluationOptions(),
         batch_size: PositiveInt = 8,
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 1234,
@@ -121,7 +121,7 @@ class IceLayerDataModule(StackLoaders):
         self.completed = completed
         self.split = make_options(SplitOptions, split)
         self.selection = make_options(SelectionOptions, selection)
-        self.evaluation = make_options(EvaluationOptions, evaluation)
+        self.evaluation = make_options(LayerEvaluationOptions, evaluation)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._parts: dict[str, list[LayerStack]] = {}
         self._unpicked: list[LayerStack] = []

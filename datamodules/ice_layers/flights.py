@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.data.exclusions import name_some
-from fulgurite.datamodules.ice_layers.stack import Array, Exclusion, Flights
+from fulgurite.data.exclusions import Exclusion, name_some
+from fulgurite.datamodules.ice_layers.stack import Array, Flights
 from fulgurite.domains.ice_layers.details import FlightDetails
 from fulgurite.errors import ConfigError, DataError
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fulgurite.datamodules.ice_layers.dropping import drop_picks
-from fulgurite.datamodules.ice_layers.options import EvaluationOptions
+from fulgurite.datamodules.ice_layers.options import LayerEvaluationOptions
 from fulgurite.datamodules.ice_layers.splits import PARTS
 from fulgurite.datamodules.ice_layers.stack import LayerStack
 from fulgurite.devices import pins_memory
@@ -42,7 +42,7 @@ class StackLoaders(L.LightningDataModule):
     segments: tuple[str, ...]
     stacks: tuple[str, ...]
     batch_size: int
-    evaluation: EvaluationOptions
+    evaluation: LayerEvaluationOptions
     num_workers: int
     seed: int
     predicts_input: bool = False  # stacks in no split, all of which are predicted

@@ -15,7 +15,7 @@ from fulgurite.options import (
     restrict_number,
 )
 
-__all__ = ["EvaluationOptions", "Part", "SelectionOptions", "SplitOptions"]
+__all__ = ["LayerEvaluationOptions", "Part", "SelectionOptions", "SplitOptions"]
 
 Part = Literal["train", "val", "test"]
 """A part of a split."""
@@ -80,7 +80,7 @@ class SelectionOptions:
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class LayerEvaluationOptions:
     """The batches of validation, test and prediction.
 
     Args:

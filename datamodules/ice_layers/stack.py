@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fulgurite.data.exclusions import Exclusion
 from fulgurite.datamodules.ice_layers.tracks.resample import Array
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.domains.ice_layers.details import FlightDetails
@@ -29,7 +30,6 @@ __all__ = [
     "THICKEST",
     "THICKEST_BINS",
     "Array",
-    "Exclusion",
     "Flights",
     "LayerStack",
     "OwnSplit",
@@ -103,21 +103,6 @@ def check_thickest(thickest: float, unit: str = METRES) -> float:
             f"Set `--data.init_args.source.init_args.thickest` between {low:g} and {high:g}.",
         )
     return thickest
-
-
-@dataclass(frozen=True)
-class Exclusion:
-    """What was left out of the data, and why.
-
-    Attributes:
-        kind: Kind of the exclusion, one word.
-        description: What was wrong, and where.
-        count: Number of stacks, traces or picks.
-    """
-
-    kind: str
-    description: str
-    count: int
 
 
 @dataclass(frozen=True, eq=False)

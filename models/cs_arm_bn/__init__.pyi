@@ -30,8 +30,8 @@ from .metrics import confusion as confusion
 from .metrics import scores as scores
 from .module import PlateClassifier as PlateClassifier
 from .network import Backbone as Backbone
-from .network import ResNet18 as ResNet18
-from .network import ResNet50 as ResNet50
+from .network import PlateResNet18 as PlateResNet18
+from .network import PlateResNet50 as PlateResNet50
 from .network import SmallResNet as SmallResNet
 from .options import AdaptationOptions as AdaptationOptions
 from .variation import fit_tvn as fit_tvn

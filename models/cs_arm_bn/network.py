@@ -18,7 +18,14 @@ from fulgurite.layers import resnet
 from fulgurite.models.cs_arm_bn.batchnorm import ContextBatchNorm2d
 from fulgurite.models.cs_arm_bn.checkpointing import run_checkpointed
 
-__all__ = ["Backbone", "InputNorm", "PooledBottleneck", "ResNet18", "ResNet50", "SmallResNet"]
+__all__ = [
+    "Backbone",
+    "InputNorm",
+    "PlateResNet18",
+    "PlateResNet50",
+    "PooledBottleneck",
+    "SmallResNet",
+]
 
 InputNorm = Literal["none", "context"]
 
@@ -149,7 +156,7 @@ class _PlateResNet(resnet.ResNet):
         return x.mean((2, 3))
 
 
-class ResNet50(_PlateResNet):
+class PlateResNet50(_PlateResNet):
     """The paper's ResNet-50: average pooling in place of strides, from scratch (D = 2048).
 
     Args:
@@ -164,7 +171,7 @@ class ResNet50(_PlateResNet):
     Shape: (M, I, H, W) to (M, K).
 
     Example:
-        >>> sum(p.numel() for p in ResNet50(5, 8).parameters())
+        >>> sum(p.numel() for p in PlateResNet50(5, 8).parameters())
         23530696
 
     Source: docs/papers/cs_arm_bn.md section 2.5.
@@ -193,7 +200,7 @@ class ResNet50(_PlateResNet):
         return x.mean((2, 3))
 
 
-class ResNet18(_PlateResNet):
+class PlateResNet18(_PlateResNet):
     """ResNet-18 (D = 512), for images of medium size.
 
     Args:

@@ -54,8 +54,8 @@ from .training.options import CompletionInputs as CompletionInputs
 from .training.options import CompletionLoss as CompletionLoss
 from .training.options import CompletionPrediction as CompletionPrediction
 from .training.options import DeepInputs as DeepInputs
-from .training.options import LossOptions as LossOptions
 from .training.options import PredictionOptions as PredictionOptions
+from .training.options import RobustLossOptions as RobustLossOptions
 from .training.schedule import TwoStageLR as TwoStageLR
 from .training.schedule import two_stage as two_stage
 from .training.uncertainty import Calibration as Calibration

@@ -66,7 +66,7 @@ class WindowedAttention:
         )
 
 
-class TokenPredictor(nn.Module):
+class DocumentPredictor(nn.Module):
     """A language network whose logits are those of all tokens.
 
     Args:
@@ -114,7 +114,7 @@ def export_language_model(network: nn.Module, data: Any) -> ExportableNetwork:
     if mask is not None:
         facts["mask_token"] = mask
     return describe_token_network(
-        TokenPredictor(copied),
+        DocumentPredictor(copied),
         tokens=vocab_size + (mask is not None),
         vocab_size=vocab_size,
         length=None,

@@ -649,7 +649,7 @@ def test_plates_that_lose_controls_with_bad_images_are_left_out_too(folder, tmp_
     kept = data("few_controls", "unreadable")
     kept.setup()
     assert kept.domains == ("new|1|p",)
-    assert [(e.kind, e.rows) for e in kept.table.excluded] == [("few_controls", len(other))]
+    assert [(e.kind, e.count) for e in kept.table.excluded] == [("few_controls", len(other))]
     assert len(kept.images.table) == len(kept.table) == len(frame)
 
 

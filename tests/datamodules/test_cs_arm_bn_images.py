@@ -231,7 +231,7 @@ def test_bad_images_stop_or_are_counted(tmp_path):
     images.prepare()
     usable, images = images.drop_unreadable()
     assert len(usable) == len(table) - 2
-    assert {(e.kind, e.rows) for e in usable.excluded} == {("unreadable", 1), ("constant", 1)}
+    assert {(e.kind, e.count) for e in usable.excluded} == {("unreadable", 1), ("constant", 1)}
     assert "a2.tiff" in usable.report()
     for row in range(len(usable)):
         assert (images[row] == tifffile.imread(usable.paths()[row][0])).all()
@@ -266,7 +266,7 @@ def test_one_plate_has_images_of_one_size_or_leaves_the_few_others_out(tmp_path,
     images = store(table, "unreadable")
     images.prepare()
     usable, images = images.drop_unreadable()
-    assert [(e.kind, e.rows) for e in usable.excluded] == [("unreadable", 1)]
+    assert [(e.kind, e.count) for e in usable.excluded] == [("unreadable", 1)]
     expected = [pixels(row) for row in range(len(table)) if row != odd]
     for row, image in enumerate(expected):
         assert (images[row] == image).all()

@@ -212,7 +212,7 @@ def test_unknown_identifiers_stop_or_count(bucket, jcp):
         read(bucket)
     table = read(bucket, exclude=["unknown_id"])
     assert len(table) == 35
-    assert [(e.kind, e.rows) for e in table.excluded] == [("unknown_id", 1)]
+    assert [(e.kind, e.count) for e in table.excluded] == [("unknown_id", 1)]
 
 
 def test_unidentified_wells_matter_where_other_perturbations_are_taken(bucket):
@@ -270,7 +270,7 @@ def test_a_missing_channel_stops_or_counts(bucket):
         read(bucket)
     table = read(bucket, exclude=["missing_channel"])
     assert len(table) == 35
-    assert table.excluded[0].rows == 1
+    assert table.excluded[0].count == 1
     edit(load_data(bucket)[0], lambda frame: frame.drop(columns="URL_OrigMito"))
     with pytest.raises(DataError, match="no channel Mito"):
         read(bucket, exclude=["missing_channel"])
@@ -303,7 +303,7 @@ def test_an_empty_load_data_stops_or_counts(bucket, content):
         read(bucket)
     table = read(bucket, exclude=["empty_plate"])
     assert len(table.domains) == 2
-    assert [(e.kind, e.rows) for e in table.excluded] == [("empty_plate", 0)]
+    assert [(e.kind, e.count) for e in table.excluded] == [("empty_plate", 0)]
     assert "source_3|CP_26" in table.report()
 
 
@@ -315,7 +315,7 @@ def test_a_plate_of_another_name_stops_or_counts(bucket):
         read(bucket)
     table = read(bucket, exclude=["renamed_plate"])
     assert len(table.domains) == 2
-    assert [(e.kind, e.rows) for e in table.excluded] == [("renamed_plate", 12)]
+    assert [(e.kind, e.count) for e in table.excluded] == [("renamed_plate", 12)]
 
 
 def test_one_file_for_two_channels_stops_or_counts(bucket):
@@ -328,7 +328,7 @@ def test_one_file_for_two_channels_stops_or_counts(bucket):
         read(bucket)
     table = read(bucket, exclude=["same_channel"])
     assert len(table) == 35
-    assert [(e.kind, e.rows) for e in table.excluded] == [("same_channel", 1)]
+    assert [(e.kind, e.count) for e in table.excluded] == [("same_channel", 1)]
 
 
 def test_every_oddity_at_once_is_counted_and_hints_lead_there(bucket):

@@ -111,7 +111,7 @@ def test_plates_with_few_controls_are_named_or_counted():
         made.require_controls(3)
     kept = made.require_controls(3, exclude=["few_controls"])
     assert len(kept.domains) == 15
-    assert [(e.kind, e.rows) for e in kept.excluded] == [("few_controls", 8)]
+    assert [(e.kind, e.count) for e in kept.excluded] == [("few_controls", 8)]
     assert made.require_controls(0) is made
     with pytest.raises(DataError, match="no site is left"):
         made.require_controls(99, exclude=["few_controls"])
@@ -122,7 +122,7 @@ def test_exclusions_add_up():
     for d in range(3):
         made = made.drop(made.domain == 0, Exclusion("few_controls", f"plate {d}", 0))
     assert len(made.domains) == 13
-    assert sum(e.rows for e in made.excluded) == 36
+    assert sum(e.count for e in made.excluded) == 36
     assert made.report().count("excluded") == 3
 
 
@@ -266,7 +266,7 @@ def test_a_csv_with_a_strange_label_stops_or_counts(tmp_path):
     with pytest.raises(DataError, match=r"'y'.*unknown_label"):
         CsvPlates(path, ["grey"], classes=["x"]).load()
     made = CsvPlates(path, ["grey"], classes=["x"], exclude=["unknown_label"]).load()
-    assert [(e.kind, e.rows) for e in made.excluded] == [("unknown_label", 4)]
+    assert [(e.kind, e.count) for e in made.excluded] == [("unknown_label", 4)]
     assert set(made.label[~made.control]) == {0}
 
 
@@ -368,7 +368,7 @@ def test_one_file_for_two_channels_stops_or_counts(tmp_path):
     with pytest.raises(DataError, match=r"2 sites with one file for two channels, a and b"):
         CsvPlates(path, ["a", "b"]).load()
     made = CsvPlates(path, ["a", "b"], exclude=["same_channel"]).load()
-    assert [(e.kind, e.rows) for e in made.excluded] == [("same_channel", 2)]
+    assert [(e.kind, e.count) for e in made.excluded] == [("same_channel", 2)]
 
 
 def test_a_hint_adds_to_the_words_in_force(tmp_path):

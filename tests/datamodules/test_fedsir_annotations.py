@@ -26,7 +26,7 @@ from fulgurite.datamodules.fedsir import (
     LabelColumns,
     SourceLabels,
 )
-from fulgurite.datamodules.fedsir.options import EvaluationOptions
+from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import write_cifar_archive, write_image_files
 
@@ -100,7 +100,7 @@ def test_flowers_partitions_as_json(tmp_path, form):
 def test_clients_are_numbered_by_value(tmp_path_factory, clients):
     path = write(tmp_path_factory.mktemp("a"), table(client=clients))
     every = sorted(set(clients))
-    data = build(FilePartition(path), clients=len(every), evaluation=EvaluationOptions(0))
+    data = build(FilePartition(path), clients=len(every), evaluation=FederatedEvaluationOptions(0))
     for k, name in enumerate(every):
         assert {clients[row] for row in rows_of(data, k).tolist()} == {name}
 
@@ -134,7 +134,7 @@ def test_rows_that_are_missing_doubled_or_unknown_are_named(tmp_path, action, me
     path = write(tmp_path, changed(frame, action))
     reader = {"partition": FilePartition(path)} if what == "client" else {"noise": FileLabels(path)}
     with pytest.raises(DataError, match=message):
-        build(**reader, evaluation=EvaluationOptions(0))
+        build(**reader, evaluation=FederatedEvaluationOptions(0))
 
 
 def test_unknown_images_can_be_left_out(tmp_path):
@@ -151,7 +151,7 @@ def test_limits_leave_the_rows_of_the_file_as_they_are(tmp_path):
         FilePartition(path),
         FileLabels(path),
         numbered(train_limit=30),
-        evaluation=EvaluationOptions(0),
+        evaluation=FederatedEvaluationOptions(0),
     )
     for k in range(3):
         rows = rows_of(data, k)
@@ -195,7 +195,10 @@ def test_tables_that_are_none_are_one_error(tmp_path, content, message):
 )
 def test_partitions_that_do_not_fit_are_one_error(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
-        build(FilePartition(write(tmp_path, content, "a.json")), evaluation=EvaluationOptions(0))
+        build(
+            FilePartition(write(tmp_path, content, "a.json")),
+            evaluation=FederatedEvaluationOptions(0),
+        )
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
@@ -284,7 +287,7 @@ def test_a_human_label_set_of_cifar_in_the_order_of_the_archive(tmp_path, numpy,
     data = build(
         noise=FileLabels(path, LabelColumns("worse_label")),
         source=source,
-        evaluation=EvaluationOptions(0),
+        evaluation=FederatedEvaluationOptions(0),
     )
     rows = data.samples.rows
     assert data.labels.given.tolist() == worse[rows].tolist()
@@ -381,7 +384,9 @@ def test_labels_of_the_source_are_given_ones(tmp_path):
     for k in range(3):
         assert data.labels.given[data.client_index(k)].equal(rows_of(data, k) % 2)
     frame = table(true_label=[(row // 2) % 2 for row in range(TOTAL)]).iloc[:20]
-    known = build(noise=SourceLabels(write(tmp_path, frame)), evaluation=EvaluationOptions(0))
+    known = build(
+        noise=SourceLabels(write(tmp_path, frame)), evaluation=FederatedEvaluationOptions(0)
+    )
     rows = torch.cat([rows_of(known, k) for k in range(3)])
     index = torch.cat([known.client_index(k) for k in range(3)])
     assert known.evaluation.true[index].equal(torch.where(rows < 20, (rows // 2) % 2, UNKNOWN))

@@ -20,7 +20,7 @@ from fulgurite.datamodules.fedsir import (
     Symmetric,
 )
 from fulgurite.datamodules.fedsir.augment import shift_crop
-from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
+from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions, ImageOptions
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import class_images, write_image_files, write_npz
 
@@ -167,7 +167,7 @@ def test_instance_dependent_noise_gets_the_right_images():
 def test_no_copy_of_a_validation_image_is_trained_on():
     data = build(
         source=Digits(copies=3, max_shift=0, max_rotation=0, pixel_noise=0),
-        evaluation=EvaluationOptions(0.2),
+        evaluation=FederatedEvaluationOptions(0.2),
     )
     data.setup()
     trained = [tuple(i) for k in range(5) for i in data.client_images(k).flatten(1).tolist()]
@@ -180,7 +180,7 @@ def test_no_copy_of_a_validation_image_is_trained_on():
 
 
 def test_no_validation():
-    data = build(evaluation=EvaluationOptions(0.0))
+    data = build(evaluation=FederatedEvaluationOptions(0.0))
     data.setup()
     assert data.val_dataloader() == []
     assert data.num_samples == 2 * 1437
@@ -300,8 +300,8 @@ def test_memory_mapped_images(tmp_path, cache):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (EvaluationOptions, {"val_fraction": 1.0}, "evaluation.val_fraction"),
-        (EvaluationOptions, {"batch_size": 0}, "evaluation.batch_size"),
+        (FederatedEvaluationOptions, {"val_fraction": 1.0}, "evaluation.val_fraction"),
+        (FederatedEvaluationOptions, {"batch_size": 0}, "evaluation.batch_size"),
         (ImageOptions, {"augment": "flip"}, "augment of images is 'flip'"),
         (ImageOptions, {"mean": [0.5]}, "mean"),
         (ImageOptions, {"mean": [0.5], "std": [0.0]}, "positive"),

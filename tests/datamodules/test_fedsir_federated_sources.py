@@ -19,7 +19,7 @@ from fulgurite.datamodules.fedsir import (
     Parquet,
     ParquetFiles,
 )
-from fulgurite.datamodules.fedsir.options import EvaluationOptions
+from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import class_images, write_image_parquet
 
@@ -192,7 +192,7 @@ def test_writers_of_leaf_are_clients(tmp_path, scale):
         tmp_path / "t.json", leaf({"x": (images[::9].reshape(5, -1) / 255, [0, 0, 0, 1, 1])}, scale)
     )
     source = Leaf(str(tmp_path / "train"), test, pixels=LeafPixels((1, 5, 5), maximum=scale))
-    data = build(source, Natural(), clients=4, evaluation=EvaluationOptions(0.1))
+    data = build(source, Natural(), clients=4, evaluation=FederatedEvaluationOptions(0.1))
     check_clients(data, images, labels, writers)
     assert (data.num_classes, data.in_channels, data.image_size) == (2, 1, (5, 5))
     few = build(

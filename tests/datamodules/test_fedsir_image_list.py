@@ -13,7 +13,7 @@ from fulgurite.datamodules.fedsir import (
     ImageLists,
     SourceLabels,
 )
-from fulgurite.datamodules.fedsir.options import EvaluationOptions
+from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import class_images, write_image_files
 
@@ -83,7 +83,7 @@ def test_files_of_clothing1m(clothing):
 def test_the_true_labels_of_some_images_are_known(clothing):
     noise = SourceLabels(clothing["test_labels"], unknown="ignore")
     data = FederatedDataModule(
-        image_list(**clothing), Iid(), noise, clients=2, evaluation=EvaluationOptions(0.0)
+        image_list(**clothing), Iid(), noise, clients=2, evaluation=FederatedEvaluationOptions(0.0)
     )
     data.prepare_data()
     data.setup()

@@ -32,7 +32,7 @@ from fulgurite.datamodules.fedsir import (
     Symmetric,
 )
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption
-from fulgurite.datamodules.fedsir.options import EvaluationOptions, ImageOptions
+from fulgurite.datamodules.fedsir.options import FederatedEvaluationOptions, ImageOptions
 from fulgurite.datamodules.fedsir.selection import make_generator
 from fulgurite.errors import DataError
 from fulgurite.testing.files import write_npz
@@ -168,7 +168,7 @@ def test_natural_clients_are_the_writers_of_the_source():
             {
                 "clients": 5,
                 "source": NumberedImages(train_limit=6),
-                "evaluation": EvaluationOptions(0),
+                "evaluation": FederatedEvaluationOptions(0),
             },
             r"client 'w\d', of whose images none is left for training \([1-4] of 5",
         ),

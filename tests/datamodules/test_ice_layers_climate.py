@@ -12,7 +12,7 @@ from pyproj import CRS, Transformer
 
 from fulgurite.datamodules.ice_layers import MarClimate
 from fulgurite.datamodules.ice_layers.climate.grid import PROJECTIONS, interval_weights, step_edges
-from fulgurite.datamodules.ice_layers.climate.mar import Request
+from fulgurite.datamodules.ice_layers.climate.mar import ClimateRequest
 from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_file
 from fulgurite.datamodules.ice_layers.tracks.firn import (
     herron_langway,
@@ -118,7 +118,7 @@ def write(folder, years=(2009, 2010, 2011, 2012), name="mar", daily=False, nativ
 def sample(folder, pos=None, edges=EDGES, **options):
     pos = points() if pos is None else pos
     climate = MarClimate([str(folder)], **options)
-    (found,) = climate.sample([Request(pos, edges)])
+    (found,) = climate.sample([ClimateRequest(pos, edges)])
     return found
 
 
@@ -236,7 +236,7 @@ def test_weights_are_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         scipy.spatial, "cKDTree", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    requests = [Request(points(seed=k), EDGES - k * 30) for k in range(4)]
+    requests = [ClimateRequest(points(seed=k), EDGES - k * 30) for k in range(4)]
     together = MarClimate([str(tmp_path)]).sample(requests)
     assert len(calls) == 2  # cells of ice, and the grid: for all flights, variables and years
     for request, found in zip(requests, together, strict=True):

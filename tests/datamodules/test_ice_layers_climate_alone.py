@@ -12,7 +12,7 @@ from pyproj import CRS, Transformer
 
 from fulgurite.datamodules.ice_layers import MarClimate
 from fulgurite.datamodules.ice_layers.climate.grid import PROJECTIONS, Grid
-from fulgurite.datamodules.ice_layers.climate.mar import Request
+from fulgurite.datamodules.ice_layers.climate.mar import ClimateRequest
 from fulgurite.errors import DataError
 
 EDGES = FLIGHT_DAY - np.arange(4) * 365.25
@@ -178,7 +178,7 @@ def make_requests(count=5):
     for number in range(count):
         size = (1, 2, 3, 17, 40)[number]
         pos = np.stack([generator.uniform(69, 72, size), generator.uniform(-44, -36, size)], 1)
-        requests.append(Request(pos, EDGES - 20.0 * number))
+        requests.append(ClimateRequest(pos, EDGES - 20.0 * number))
     return requests
 
 
@@ -205,7 +205,7 @@ def test_a_flight_has_the_same_climate_alone_and_among_others(climate):
 
 
 def test_flights_in_the_south_do_not_move_the_grid_of_the_north(climate):
-    north, south = make_requests()[-1], Request(np.full((90, 2), [-75.0, 10.0]), EDGES)
+    north, south = make_requests()[-1], ClimateRequest(np.full((90, 2), [-75.0, 10.0]), EDGES)
     (alone,) = climate.sample([north])
     with_others, far = climate.sample([north, south])
     assert_same(with_others, alone)
@@ -214,7 +214,7 @@ def test_flights_in_the_south_do_not_move_the_grid_of_the_north(climate):
 
 def test_where_the_grid_does_not_say_it_both_hemispheres_are_refused(tmp_path):
     climate = write_mar(tmp_path, "epsg3413", with_degrees=False)
-    north, south = (Request(np.array([[lat, -45.0]]), EDGES) for lat in (80.5, -80.5))
+    north, south = (ClimateRequest(np.array([[lat, -45.0]]), EDGES) for lat in (80.5, -80.5))
     assert climate.sample([north])[0].away[0] < 20e3
     with pytest.raises(DataError, match=r"1 of 2 points are in the south") as error:
         climate.sample([north, south])

@@ -10,9 +10,9 @@ from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import (
     Blocks,
-    EvaluationOptions,
     IceLayerDataModule,
     KoenigPicks,
+    LayerEvaluationOptions,
     LayerFiles,
     PickOptions,
     SegmentSelection,
@@ -37,9 +37,9 @@ from fulgurite.models.ice_layers import (
     InputOptions,
     KrigingFitOptions,
     LineOptions,
-    LossOptions,
     PredictionOptions,
     RegressionOptions,
+    RobustLossOptions,
     SpatialOptions,
     TransformerOptions,
 )
@@ -111,7 +111,7 @@ def ice_data(source=None, completed=None, **options):
         options,
         split=(SplitOptions, {}),
         selection=(SelectionOptions, {}),
-        evaluation=(EvaluationOptions, {"batch_size": "eval_batch_size"}),
+        evaluation=(LayerEvaluationOptions, {"batch_size": "eval_batch_size"}),
     )
     return IceLayerDataModule(source, completed, **nested)
 
@@ -145,7 +145,7 @@ def deep_predictor(network, **options):
     nested = nest(
         options,
         inputs=(DeepInputs, {}),
-        loss=(LossOptions, {"kind": "loss_kind"}),
+        loss=(RobustLossOptions, {"kind": "loss_kind"}),
         prediction=(PredictionOptions, {}),
     )
     return DeepLayerPredictor(network, **nested)

@@ -414,7 +414,7 @@ def _echograms():
 def _climate():
     import netCDF4
 
-    from fulgurite.datamodules.ice_layers.climate.mar import MarClimate, Request
+    from fulgurite.datamodules.ice_layers.climate.mar import ClimateRequest, MarClimate
 
     def write(path, form):
         with netCDF4.Dataset(str(path), "w", format=form) as data:
@@ -435,7 +435,9 @@ def _climate():
                 made[:] = values
 
     start = int(np.datetime64("2011-02-01", "D").astype(int))
-    request = Request(np.array([[70.0, -40.0], [70.01, -40.0]]), np.array([start + 200.0, start]))
+    request = ClimateRequest(
+        np.array([[70.0, -40.0], [70.01, -40.0]]), np.array([start + 200.0, start])
+    )
 
     def read(folder):
         MarClimate([str(folder / "a.nc")], variables=["smb", "st"]).sample([request])

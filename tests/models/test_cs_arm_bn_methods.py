@@ -26,8 +26,8 @@ from fulgurite.models.cs_arm_bn import (
     EmbeddingHead,
     LinearProbe,
     PlateClassifier,
-    ResNet18,
-    ResNet50,
+    PlateResNet18,
+    PlateResNet50,
     SmallResNet,
     Weighted,
     context,
@@ -535,9 +535,9 @@ def test_labels_outside_the_classes_are_refused_in_training(label):
     ("network", "shape", "dim"),
     [
         (SmallResNet(5, 3, width=4), (2, 5, 8, 8), 16),
-        (ResNet18(5, 3), (2, 5, 8, 8), 512),
-        (ResNet50(5, 3), (2, 5, 65, 40), 2048),
-        (ResNet50(5, 3, stem="cifar", input_norm="context"), (2, 5, 8, 8), 2048),
+        (PlateResNet18(5, 3), (2, 5, 8, 8), 512),
+        (PlateResNet50(5, 3), (2, 5, 65, 40), 2048),
+        (PlateResNet50(5, 3, stem="cifar", input_norm="context"), (2, 5, 8, 8), 2048),
     ],
 )
 def test_networks(network, shape, dim):
@@ -551,7 +551,7 @@ def test_networks(network, shape, dim):
 
 
 def test_the_papers_network_shrinks_by_pooling_only():
-    network = ResNet50(5, 8)
+    network = PlateResNet50(5, 8)
     convolutions = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
     assert {n for n, m in convolutions.items() if m.stride != (1, 1)} == {"conv1"}
     assert sum(isinstance(m, nn.AvgPool2d) for m in network.modules()) == 6

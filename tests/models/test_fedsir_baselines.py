@@ -35,8 +35,8 @@ from fulgurite.models.fedsir.methods.fednoro import class_losses, normalise_loss
 from fulgurite.models.fedsir.methods.noise_aware import DistillationLoss
 from fulgurite.models.fedsir.methods.options import (
     AggregationOptions,
+    ClientLossOptions,
     DistillationOptions,
-    LossOptions,
     RelabelingOptions,
 )
 from fulgurite.models.fedsir.methods.rofl import CentroidLoss, class_means, merge_centroids
@@ -552,7 +552,7 @@ def batch_loss(loss, network: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("noisy_loss", ["la_kd", "la", "ce_kd", "ce"])
 @pytest.mark.parametrize("clean_loss", ["la", "ce"])
 def test_clean_and_noisy_clients_have_losses_of_their_own(fed, clean_loss, noisy_loss):
-    losses = LossOptions(clean=clean_loss, noisy=noisy_loss)
+    losses = ClientLossOptions(clean=clean_loss, noisy=noisy_loss)
     method = make_fedsir(losses=losses, every=0)
     method.is_clean = ~torch.tensor(NOISY)
     prior, network = log_prior(count_labels(fed)), fed.network.eval()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.datamodules.ice_layers import (
-    EvaluationOptions,
+    LayerEvaluationOptions,
     SyntheticFlights,
     World,
 )
@@ -656,7 +656,7 @@ def test_more_missing_picks_never_help_and_the_table_says_how_much(fitted, fligh
     errors = []
     for drop in (0.0, 0.3, 0.7):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(flights, "evaluation", EvaluationOptions(drop=drop))
+            patch.setattr(flights, "evaluation", LayerEvaluationOptions(drop=drop))
             (found,) = make_trainer(None).test(module, flights, verbose=False)
         errors.append(found["test/missing_rmse"])
         assert found.get("test/extra_rmse", 0.0) > 0 or not drop

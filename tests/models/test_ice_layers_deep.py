@@ -16,7 +16,7 @@ from lightning.pytorch import seed_everything
 
 from fulgurite.datamodules.ice_layers import SyntheticFlights, World
 from fulgurite.errors import ConfigError
-from fulgurite.models.ice_layers import DeepLayerPredictor, LossOptions
+from fulgurite.models.ice_layers import DeepLayerPredictor, RobustLossOptions
 
 pytest.importorskip("torch_geometric")
 pytest.importorskip("h5py")
@@ -124,7 +124,7 @@ def test_there_must_be_deep_layers(data):
 def test_options_outside_their_groups_are_refused():
     with pytest.raises(ConfigError, match=r"The inputs is 3\. .*options of a DeepInputs"):
         DeepLayerPredictor(SMALL_NET, 3)
-    with pytest.raises(ConfigError, match="LossOptions has no option 'entries'"):
+    with pytest.raises(ConfigError, match="RobustLossOptions has no option 'entries'"):
         DeepLayerPredictor(SMALL_NET, loss={"entries": "hidden"})
     model = DeepLayerPredictor(SMALL_NET, loss={"kind": "mse"})
-    assert model.loss == LossOptions(kind="mse")
+    assert model.loss == RobustLossOptions(kind="mse")

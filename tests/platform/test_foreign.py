@@ -33,7 +33,7 @@ from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
 from fulgurite.datamodules.fedsir import CifarArchive, ImageFolder, Npz
 from fulgurite.datamodules.fedsir.cifar_pickle import interpret_pickle
 from fulgurite.datamodules.ice_layers import MarClimate, NpzStacks
-from fulgurite.datamodules.ice_layers.climate.mar import Request
+from fulgurite.datamodules.ice_layers.climate.mar import ClimateRequest
 from fulgurite.datamodules.ice_layers.readers.layer_frames import read_mat
 from fulgurite.datamodules.number_probing.corpus import read_documents
 from fulgurite.datamodules.number_probing.tokenizers import FileTokenizer
@@ -473,7 +473,7 @@ def test_netcdf_that_leads_elsewhere_or_is_none_is_refused(tmp_path):
     with h5py.File(tmp_path / "a.nc", "w") as file:
         file.create_dataset("LAT", (10,), "f8", external=[(str(secret), 0, 80)])
     (tmp_path / "b.nc").write_bytes(b"\x0e\x03\x13\x01" + bytes(200))  # HDF4
-    request = Request(np.array([[70.0, -40.0]]), np.array([400.0, 0.0]))
+    request = ClimateRequest(np.array([[70.0, -40.0]]), np.array([400.0, 0.0]))
     for name, words in (("a", "in another file"), ("b", "no NetCDF")):
         path = str(tmp_path / f"{name}.nc")
         climate = MarClimate([path])

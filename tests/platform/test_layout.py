@@ -267,3 +267,12 @@ def test_ci_runs_what_the_readme_names():
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     for target in ("lint", "types", "test"):
         assert f"make_ {target}\n" in script
+
+
+def test_a_class_name_stands_for_one_class():
+    places = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module_of(path))
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}

@@ -41,14 +41,14 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import optional_import
 from fulgurite.io import data_path
 
-__all__ = ["PHYSICS", "MarClimate", "Request", "Sample"]
+__all__ = ["PHYSICS", "ClimateRequest", "MarClimate", "Sample"]
 
 _YEAR = 365.25  # [days]
 _OPTION = "--data.init_args.source.init_args.climate.init_args"
 
 
 @dataclass(frozen=True)
-class Request:
+class ClimateRequest:
     """Points of one flight, and the dates of its layer boundaries.
 
     Attributes:
@@ -159,7 +159,7 @@ class MarClimate:
             )
         return sorted(files)
 
-    def sample(self, requests: Sequence[Request]) -> list[Sample]:
+    def sample(self, requests: Sequence[ClimateRequest]) -> list[Sample]:
         """Return the physical fields at the points of each request.
 
         The weights are computed once, for all points, variables and years.
@@ -364,7 +364,7 @@ class MarClimate:
         return np.stack(rows)
 
     def _check_cover(
-        self, requests: Sequence[Request], layer_fractions: Sequence[Array], steps: Array
+        self, requests: Sequence[ClimateRequest], layer_fractions: Sequence[Array], steps: Array
     ) -> None:
         length = steps[:, 1] - steps[:, 0]
         for request, fractions in zip(requests, layer_fractions, strict=True):

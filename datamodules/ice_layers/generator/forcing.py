@@ -28,7 +28,7 @@ from fulgurite.foreign import read_csv, reading
 from fulgurite.io import checksum, data_path
 from fulgurite.options import PositiveInt
 
-__all__ = ["ForcedFlights", "ForcedWorld", "Site", "read_site"]
+__all__ = ["ClimateSite", "ForcedFlights", "ForcedWorld", "read_site"]
 
 #: Columns of the daily series that are used: accumulation, rain and melt [kg m⁻² per day], skin
 #: temperature [K].
@@ -40,7 +40,7 @@ _OPTION = "--data.init_args.source.init_args"
 
 
 @dataclass(frozen=True)
-class Site:
+class ClimateSite:
     """Monthly climate of a site, from a May on.
 
     Attributes:
@@ -54,7 +54,7 @@ class Site:
     months: Array
 
 
-def read_site(path: Path) -> Site:
+def read_site(path: Path) -> ClimateSite:
     """Read a daily series of the Community Firn Model's examples; whole mass years are kept.
 
     Args:
@@ -99,7 +99,7 @@ def read_site(path: Path) -> Site:
     start = int(np.argmax(numbers % 12 == 4))
     full_months = (len(numbers) - start) // 12 * 12
     first = 1970 + int(numbers[start]) // 12
-    return Site((lat, lon), first, sums[:, start : start + full_months])
+    return ClimateSite((lat, lon), first, sums[:, start : start + full_months])
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class ForcedFlights(GeneratedLayerFiles):
         write_world(folder, world, _grid_climate(world, sites, years), flights)
 
 
-def _grid_climate(world: World, sites: Sequence[Site], years: int) -> Climate:
+def _grid_climate(world: World, sites: Sequence[ClimateSite], years: int) -> Climate:
     """The sites' months over the grid."""
     x, y, lat, lon = make_grid(world)
     first = max(site.first for site in sites)

@@ -62,7 +62,7 @@ _COMPLETE, _GAPS, _TRUNCATED = range(3)
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _EchogramRecipe:
     """Parameters of the gaps of SRED.
 
     Attributes:
@@ -100,7 +100,7 @@ def write_sred(path: Path, boundaries: Array, pos: Array, fields: dict[str, Arra
     write_matlab73(path, arrays, {})
 
 
-def _draw_kinds(world: World, recipe: _Recipe) -> list[NDArray[np.int64]]:
+def _draw_kinds(world: World, recipe: _EchogramRecipe) -> list[NDArray[np.int64]]:
     """What each block of each segment lacks: exactly so many of each, in random order."""
     complete, gaps = (round(fraction * world.stacks) for fraction in (recipe.complete, recipe.gaps))
     kinds = np.full(world.stacks, _TRUNCATED)
@@ -111,7 +111,12 @@ def _draw_kinds(world: World, recipe: _Recipe) -> list[NDArray[np.int64]]:
 
 
 def _pick_echogram(
-    world: World, recipe: _Recipe, truth: Array, kind: int, *, generator: np.random.Generator
+    world: World,
+    recipe: _EchogramRecipe,
+    truth: Array,
+    kind: int,
+    *,
+    generator: np.random.Generator,
 ) -> Array:
     """Picks of the boundaries of one block, in whole range bins: (N, K).
 
@@ -235,7 +240,7 @@ class SyntheticSred(GeneratedFlights):
         informative: bool = True,
     ) -> None:
         self.world = world
-        if world.layers < _Recipe(0.0, 0.0).shallowest + 1:
+        if world.layers < _EchogramRecipe(0.0, 0.0).shallowest + 1:
             raise ConfigError(
                 f"Of {world.layers} layers none can be missing.",
                 f"Set `{_OPTION}.world.layers` to 4 or more.",
@@ -246,7 +251,7 @@ class SyntheticSred(GeneratedFlights):
                 f"Set `{_OPTION}.complete` and `{_OPTION}.gaps` to fractions whose sum is at most "
                 "1.",
             )
-        self.recipe = _Recipe(complete, gaps)
+        self.recipe = _EchogramRecipe(complete, gaps)
         self.informative = informative
 
     def key(self) -> str:

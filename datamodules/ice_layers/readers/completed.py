@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fulgurite.data.exclusions import name_some
+from fulgurite.data.exclusions import Exclusion, name_some
 from fulgurite.datamodules.ice_layers.readers.npz import NpzStacks
-from fulgurite.datamodules.ice_layers.stack import Exclusion, Flights, LayerStack
+from fulgurite.datamodules.ice_layers.stack import Flights, LayerStack
 from fulgurite.domains.ice_layers.codes import Provenance
 from fulgurite.domains.ice_layers.geodesy import MEAN_EARTH_RADIUS, to_vectors
 from fulgurite.domains.ice_layers.npz import read_texts

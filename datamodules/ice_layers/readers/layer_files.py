@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fulgurite.data.exclusions import check_exclude, name_some
+from fulgurite.data.exclusions import Exclusion, check_exclude, name_some
 from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.climate.mar import MarClimate
 from fulgurite.datamodules.ice_layers.flights import (
@@ -45,7 +45,6 @@ from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     THICKEST,
     Array,
-    Exclusion,
     Flights,
     check_thickest,
 )

@@ -67,7 +67,7 @@ class _Element(NamedTuple):
     content: memoryview
 
 
-class _Reader:
+class _MatlabReader:
     """Takes tagged elements one after the other."""
 
     def __init__(self, content: memoryview, order: str, nested: int = 0) -> None:
@@ -137,7 +137,7 @@ class _Reader:
             raise ValueError(f"an element of type {kind} is no array")
         if not len(content):
             return np.zeros(0)
-        return _parse_matrix(_Reader(content, self.order, self.nested + 1))[1]
+        return _parse_matrix(_MatlabReader(content, self.order, self.nested + 1))[1]
 
 
 def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
     order = {b"IM": "<", b"MI": ">"}.get(content[_HEADER - 2 : _HEADER])
     if order is None:
         raise ValueError("it has no header of MATLAB version 5")
-    reader = _Reader(memoryview(content)[_HEADER:], order)
+    reader = _MatlabReader(memoryview(content)[_HEADER:], order)
     variables: dict[str, Any] = {}
     hidden: Any = None  # the last variable without a name holds the table of objects
     while reader.remaining >= 8:
@@ -166,10 +166,10 @@ def parse_mat5(content: bytes, limit: int) -> dict[str, Any]:
         if kind == _COMPRESSED:
             expanded = _expand(part, limit)
             limit -= len(expanded)
-            kind, part = _Reader(memoryview(expanded), order).next()
+            kind, part = _MatlabReader(memoryview(expanded), order).next()
         if kind != _MATRIX:
             raise ValueError(f"an element of type {kind} is no variable")
-        name, value = _parse_matrix(_Reader(part, order))
+        name, value = _parse_matrix(_MatlabReader(part, order))
         if name and name not in ("__function_workspace__",):
             variables[name] = value
         elif not name:
@@ -188,7 +188,7 @@ def _parse_objects(hidden: Any) -> list[Any]:
         return []
     table: Any = None
     with suppress(ValueError):  # what it is for may not be wanted
-        table = _Reader(memoryview(content)[8:], order).matrix()
+        table = _MatlabReader(memoryview(content)[8:], order).matrix()
     table = table.get("MCOS") if isinstance(table, dict) else None
     is_table = isinstance(table, _Object) and isinstance(table.content, list)
     return table.content if is_table else []
@@ -217,7 +217,7 @@ def _expand(content: memoryview, limit: int) -> bytes:
     return expanded
 
 
-def _parse_matrix(reader: _Reader) -> tuple[str, Any]:
+def _parse_matrix(reader: _MatlabReader) -> tuple[str, Any]:
     """Name and value of an array's elements.
 
     Raises:
@@ -251,13 +251,13 @@ def _parse_matrix(reader: _Reader) -> tuple[str, Any]:
     return name, Unread(number)
 
 
-def _refuse_many(count: int, reader: _Reader) -> None:
+def _refuse_many(count: int, reader: _MatlabReader) -> None:
     if count * 8 > reader.remaining:  # each has a tag at least
         raise ValueError(f"{count:,} values are in {reader.remaining:,} bytes")
 
 
 def _numeric(
-    reader: _Reader, number: int, shape: tuple[int, ...], is_complex: bool
+    reader: _MatlabReader, number: int, shape: tuple[int, ...], is_complex: bool
 ) -> npt.NDArray[Any]:
     parts = []
     for _ in range(1 + is_complex):
@@ -276,7 +276,7 @@ def _squeeze(array: npt.NDArray[Any]) -> Any:
     return np.squeeze(array)[()]
 
 
-def _characters(reader: _Reader, shape: tuple[int, ...]) -> Any:
+def _characters(reader: _MatlabReader, shape: tuple[int, ...]) -> Any:
     text = reader.text() if reader.remaining else ""
     if len(text) != math.prod(shape):
         if shape[0] != 1 or len(shape) != 2:  # of one row, characters may take several codes
@@ -288,7 +288,7 @@ def _characters(reader: _Reader, shape: tuple[int, ...]) -> Any:
     return [text[k::rows] for k in range(rows)]
 
 
-def _structure(reader: _Reader, shape: tuple[int, ...], is_object: bool) -> Any:
+def _structure(reader: _MatlabReader, shape: tuple[int, ...], is_object: bool) -> Any:
     if is_object:
         reader.text()  # its class
     widths = reader.numbers()

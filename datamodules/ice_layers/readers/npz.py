@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fulgurite.data.exclusions import check_exclude
+from fulgurite.data.exclusions import Exclusion, check_exclude
 from fulgurite.data.listing import list_files
 from fulgurite.datamodules.ice_layers.flights import StackSource
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     Array,
-    Exclusion,
     Flights,
     LayerStack,
     check_thickest,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fulgurite.data.exclusions import check_exclude
+from fulgurite.data.exclusions import Exclusion, check_exclude
 from fulgurite.data.listing import list_files
 from fulgurite.data.splits import check_min
 from fulgurite.datamodules.ice_layers.flights import StackSource, read_or_leave, report_unreadable
@@ -29,7 +29,6 @@ from fulgurite.datamodules.ice_layers.splits import PARTS
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     Array,
-    Exclusion,
     Flights,
     LayerStack,
     OwnSplit,

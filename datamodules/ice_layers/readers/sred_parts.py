@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from fulgurite.data.exclusions import name_some
+from fulgurite.data.exclusions import Exclusion, name_some
 from fulgurite.datamodules.ice_layers.readers.sred_file import SredFile
 from fulgurite.datamodules.ice_layers.splits import PARTS
-from fulgurite.datamodules.ice_layers.stack import Array, Exclusion
+from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
 
 __all__ = [

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fulgurite.data.exclusions import check_exclude
-from fulgurite.datamodules.ice_layers.climate.mar import MarClimate, Request, Sample
+from fulgurite.data.exclusions import Exclusion, check_exclude
+from fulgurite.datamodules.ice_layers.climate.mar import ClimateRequest, MarClimate, Sample
 from fulgurite.datamodules.ice_layers.flights import FlightTrack
 from fulgurite.datamodules.ice_layers.stack import (
     EXCLUDE,
     Array,
-    Exclusion,
     Flights,
     LayerStack,
     check_plausible,
@@ -257,7 +256,7 @@ def _sample_climate(
     for block in blocks:  # in the order of the tracks
         flights.setdefault(id(block.track), []).append(block)
     requests = [
-        Request(np.concatenate([b.pos for b in group]), _boundary_dates(group[0].track))
+        ClimateRequest(np.concatenate([b.pos for b in group]), _boundary_dates(group[0].track))
         for group in flights.values()
     ]
     samples: list[Sample | None] = []

@@ -24,8 +24,8 @@ from fulgurite.models.fedsir.federation import (
 from fulgurite.models.fedsir.methods.noise_aware import NoiseAwareClientSide, NoiseAwareMethod
 from fulgurite.models.fedsir.methods.options import (
     AggregationOptions,
+    ClientLossOptions,
     DistillationOptions,
-    LossOptions,
 )
 from fulgurite.models.fedsir.mixtures import fit_two_gaussians
 from fulgurite.models.fedsir.wire import on_wire
@@ -187,7 +187,7 @@ class FedNoRo(NoiseAwareMethod):
         aggregation: Literal["distance", "size"] = "distance",
     ) -> None:
         check_arguments(FedNoRo.__init__, locals(), "model.init_args.method.init_args")
-        super().__init__(distillation, LossOptions(tau), AggregationOptions(aggregation))
+        super().__init__(distillation, ClientLossOptions(tau), AggregationOptions(aggregation))
         self.warmup, self.votes = warmup, votes
         self.reported_losses: Tensor | None = None  # as sent by the clients, (K, C)
 

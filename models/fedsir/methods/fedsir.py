@@ -29,8 +29,8 @@ from fulgurite.models.fedsir.methods.noise_aware import (
 )
 from fulgurite.models.fedsir.methods.options import (
     AggregationOptions,
+    ClientLossOptions,
     DistillationOptions,
-    LossOptions,
     RelabelingOptions,
 )
 from fulgurite.models.fedsir.methods.spectral import (
@@ -202,7 +202,7 @@ class FedSIR(NoiseAwareMethod):
         relabeling: RelabelingOptions = RelabelingOptions(),
         *,
         distillation: DistillationOptions = DistillationOptions(),
-        losses: LossOptions = LossOptions(),
+        losses: ClientLossOptions = ClientLossOptions(),
         aggregation: AggregationOptions = AggregationOptions(),
         noisy_every: PositiveInt = 1,
         reidentify_every: NonNegativeInt = 0,

@@ -28,8 +28,8 @@ from fulgurite.models.fedsir.losses import log_prior, ramp, selective_distillati
 from fulgurite.models.fedsir.methods.base import FederatedMethod
 from fulgurite.models.fedsir.methods.options import (
     AggregationOptions,
+    ClientLossOptions,
     DistillationOptions,
-    LossOptions,
 )
 
 __all__ = [
@@ -164,7 +164,7 @@ class NoiseAwareMethod(FederatedMethod):
     def __init__(
         self,
         distillation: DistillationOptions = DistillationOptions(),
-        losses: LossOptions = LossOptions(),
+        losses: ClientLossOptions = ClientLossOptions(),
         aggregation: AggregationOptions = AggregationOptions(),
     ) -> None:
         self.distillation, self.losses, self.aggregation = distillation, losses, aggregation

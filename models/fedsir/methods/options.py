@@ -15,7 +15,7 @@ from fulgurite.options import (
     check_options,
 )
 
-__all__ = ["AggregationOptions", "DistillationOptions", "LossOptions", "RelabelingOptions"]
+__all__ = ["AggregationOptions", "ClientLossOptions", "DistillationOptions", "RelabelingOptions"]
 
 _METHOD = "model.init_args.method.init_args"
 
@@ -46,7 +46,7 @@ class DistillationOptions:
 
 
 @dataclass(frozen=True)
-class LossOptions:
+class ClientLossOptions:
     """Losses of clean and of noisy clients.
 
     Args:

@@ -25,8 +25,8 @@ from fulgurite.models.ice_layers.training.ice_module import IceModule
 from fulgurite.models.ice_layers.training.metrics import Targets
 from fulgurite.models.ice_layers.training.options import (
     DeepInputs,
-    LossOptions,
     PredictionOptions,
+    RobustLossOptions,
 )
 from fulgurite.models.ice_layers.training.uncertainty import mean_and_std
 from fulgurite.options import check_arguments
@@ -68,7 +68,7 @@ class DeepLayerPredictor(IceModule):
         self,
         network: Callable[[int, int], nn.Module] | nn.Module,
         inputs: DeepInputs = DeepInputs(),
-        loss: LossOptions = LossOptions(),
+        loss: RobustLossOptions = RobustLossOptions(),
         prediction: PredictionOptions = PredictionOptions(),
         *,
         optimizer: OptimizerCallable = torch.optim.AdamW,

@@ -35,9 +35,9 @@ from fulgurite.models.ice_layers.training.losses import masked_robust_loss
 from fulgurite.models.ice_layers.training.metrics import CompletionMetrics
 from fulgurite.models.ice_layers.training.options import (
     CompletionPrediction,
-    LossOptions,
     NetworkInputs,
     PredictionOptions,
+    RobustLossOptions,
 )
 from fulgurite.models.ice_layers.training.schedule import TwoStageLR
 from fulgurite.models.ice_layers.training.uncertainty import Calibration
@@ -72,14 +72,14 @@ class IceModule(SystemModule):
     monitor: str | None = None
     mode = "min"
     inputs: NetworkInputs
-    loss: LossOptions
+    loss: RobustLossOptions
     prediction: PredictionOptions
 
     def __init__(
         self,
         network: Callable[[int, int], nn.Module] | nn.Module,
         inputs: NetworkInputs,
-        loss: LossOptions,
+        loss: RobustLossOptions,
         prediction: PredictionOptions,
         *,
         optimizer: OptimizerCallable,

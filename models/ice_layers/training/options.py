@@ -23,9 +23,9 @@ __all__ = [
     "CompletionLoss",
     "CompletionPrediction",
     "DeepInputs",
-    "LossOptions",
     "NetworkInputs",
     "PredictionOptions",
+    "RobustLossOptions",
 ]
 
 _KEY = "model.init_args"
@@ -110,7 +110,7 @@ class DeepInputs(NetworkInputs):
 
 
 @dataclass(frozen=True)
-class LossOptions:
+class RobustLossOptions:
     """The robust loss.
 
     Args:
@@ -129,7 +129,7 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class CompletionLoss(LossOptions):
+class CompletionLoss(RobustLossOptions):
     """The robust loss of completion, and the entries that it counts.
 
     Args:

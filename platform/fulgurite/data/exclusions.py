@@ -13,17 +13,17 @@ __all__ = ["BadImage", "Exclusion", "check_exclude", "exclude_hint", "name_some"
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Samples that were left out because the user switched it on.
+    """What was left out of the data, and why.
 
     Attributes:
-        kind: The word in ``exclude`` that asked for it.
-        reason: What was wrong with which plates, wells or files.
-        rows: Number of samples.
+        kind: One word: that in ``exclude`` which asked for it, or the rule of the reader.
+        description: What was wrong with which plates, wells, files or traces.
+        count: Number of samples, stacks, traces or picks.
     """
 
     kind: str
-    reason: str
-    rows: int
+    description: str
+    count: int
 
 
 def check_exclude(exclude: Iterable[str], kinds: Sequence[str], option: str) -> frozenset[str]:

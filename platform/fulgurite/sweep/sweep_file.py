@@ -56,10 +56,10 @@ def read_sweep(name: str) -> Sweep:
     """
     path = resolve_config(name)
     check_kind(name, read_keys(path), "sweep")
-    return _Reader(path).read(read_yaml(path))
+    return _SweepReader(path).read(read_yaml(path))
 
 
-class _Reader:
+class _SweepReader:
     """Checks a file's content part by part; each error names the file and the key."""
 
     def __init__(self, path: Path) -> None:

@@ -31,9 +31,9 @@ from fulgurite.testing.transformers_models import (
 
 __all__ = [
     "TOLERANCE",
-    "AttentionCall",
     "ImplementationStrategy",
     "Judgement",
+    "ObservedCall",
     "compare_values",
     "judge_architecture",
     "judge_mode",
@@ -145,7 +145,7 @@ class ImplementationStrategy(SingleDeviceStrategy):
 
 
 @dataclass(frozen=True)
-class AttentionCall:
+class ObservedCall:
     """What a module gave to the attention function.
 
     Attributes:
@@ -175,7 +175,7 @@ def _describe(value: Any) -> str:
 
 def record_attention(
     architecture: Architecture, model: Any, mode: str = "plain"
-) -> tuple[list[AttentionCall], list[str]]:
+) -> tuple[list[ObservedCall], list[str]]:
     """Record what a model gives to an attention function that takes a mask as ``sdpa`` does.
 
     Args:
@@ -191,7 +191,7 @@ def record_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    calls: dict[AttentionCall, None] = {}
+    calls: dict[ObservedCall, None] = {}
     total = 0
 
     def record(  # noqa: PLR0917  # as transformers calls it
@@ -205,7 +205,7 @@ def record_attention(
         nonlocal total
         total += 1
         words = [f"{name}={_describe(x)}" for name, x in keywords.items() if x is not None]
-        call = AttentionCall(
+        call = ObservedCall(
             type(module).__name__, getattr(module, "is_causal", None), tuple(query.shape),
             tuple(key.shape), tuple(value.shape), _describe(attention_mask), ", ".join(words),
         )  # fmt: skip
