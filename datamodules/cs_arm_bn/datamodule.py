@@ -268,7 +268,7 @@ class PlateDataModule(PlateLoaders):
         """Refuse images that are unlike those of the training in size or full scale.
 
         Raises:
-            DataError: They are.
+            DataError: The size or the full scale of the images differs.
         """
         if self._trained_size is None:  # of an older checkpoint
             return

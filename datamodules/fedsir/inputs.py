@@ -46,7 +46,7 @@ class TrainedInputs:
         """Read what :meth:`state_dict` returned.
 
         Raises:
-            CheckpointError: It is something else.
+            CheckpointError: An entry is missing or has another type.
         """
         keys = ("scale", "offset", "class_names", "image_size")
         scale, offset, names, size = (state.get(key) for key in keys)

@@ -123,7 +123,7 @@ def refuse_second_split(val: object, test: object, order: str) -> None:
         order: Option for the order; ``random`` if not given.
 
     Raises:
-        ConfigError: One is given.
+        ConfigError: One of the options is given.
     """
     for name, value, default in (
         ("val", val, None),

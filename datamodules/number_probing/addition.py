@@ -113,8 +113,8 @@ class AdditionTask(AdditionOptions):
     Tokens 0 … base-1 are the digits, ``base`` is ``+``, ``base + 1`` is ``=``.
 
     Args:
-        train_fraction: See :class:`PairSplit`.
-        mirrored: See there.
+        train_fraction: Fraction of all pairs that is for training.
+        mirrored: Keep a + b and b + a in the same part.
         seed: Seed of the parts.
 
     Raises:

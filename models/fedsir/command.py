@@ -182,7 +182,7 @@ def _group_options(options: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Sort options such as ``--data.clients=3`` by what they belong to.
 
     Raises:
-        ConfigError: One is of no such form.
+        ConfigError: An option has another form.
     """
     groups: dict[str, dict[str, Any]] = {}
     for option in options:

@@ -180,7 +180,7 @@ class FederatedClassifier(SystemModule):
         """Check that data, strategy and trainer fit federated rounds.
 
         Raises:
-            ConfigError: They do not.
+            ConfigError: The data, the strategy or the trainer does not fit.
         """
         super().setup(stage)
         if stage == "fit":

@@ -75,7 +75,7 @@ def _sweep_main() -> Callable[[list[str]], int]:
     """The command line of sweeps, which need Optuna.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: A package that the command needs is not installed.
     """
     optional_import("optuna", "sweeps", "`fulgurite sweep`")
     from fulgurite import sweep

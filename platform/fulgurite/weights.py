@@ -71,7 +71,7 @@ def load_weights(network: nn.Module, path: str | Path, head: str = "fc") -> None
 
     Args:
         network: The network to fill, in place; after an error it is as before.
-        path: See :func:`read_weights`.
+        path: A file as :func:`read_weights` takes it.
         head: Name of the layer that may differ or be absent.
 
     Raises:

@@ -127,7 +127,7 @@ def read_state(path: Path) -> ClientState | None:
         path: The file, ``.safetensors``.
 
     Raises:
-        DataError: It is damaged.
+        DataError: The file is damaged.
     """
     if not path.is_file():
         return None

@@ -62,7 +62,7 @@ class RunRecord:
         """Read the record of a run folder, or begin one.
 
         Raises:
-            RunError: It is damaged.
+            RunError: The file is damaged.
         """
         file = folder / _RECORD
         if not file.is_file():

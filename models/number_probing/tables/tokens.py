@@ -177,7 +177,7 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a list of words.
 
     Raises:
-        DataError: It cannot be read, or is no text in UTF-8.
+        DataError: The file cannot be read, or is no text in UTF-8.
     """
     hint = "Give a text file in UTF-8 with one word a line."
     with reading(path, "The list of words", hint):
@@ -190,7 +190,7 @@ def read_json_file(path: Path) -> Any:
     """The content of a JSON file of a checkpoint.
 
     Raises:
-        DataError: It cannot be read, or is no JSON.
+        DataError: The file cannot be read, or is no JSON.
     """
     with reading(path, "The file", "Fetch the checkpoint again.", fault="cannot be read as JSON"):
         return read_json(path)

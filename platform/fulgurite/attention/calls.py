@@ -45,8 +45,8 @@ class AttentionCall(NamedTuple):
         biases: What is added to scores or hides them; that with a gradient first.
         bias: The tensor of the first, if it has a gradient.
         scale: Scale of the scores; 1/√D by default.
-        softcap: See :class:`~fulgurite.attention.call_options.Scoring`.
-        sinks: See there.
+        softcap: Scores s become softcap · tanh(s / softcap), before masks and biases.
+        sinks: Scores of a key without a value, which each query of a head sees.
     """
 
     query: Tensor

@@ -173,7 +173,7 @@ def usual_kernel_names(
     Args:
         on_gpu: Whether a GPU computes them.
         dtype: Data type of query, key and value.
-        prefer: See :func:`kernel_for`.
+        prefer: Kernel to try before the others, as in :func:`kernel_for`.
     """
     if prefer == "math" or (on_gpu and dtype == torch.float64):
         return _MATH_ALONE
@@ -198,7 +198,7 @@ def kernel_names(
         device: Where tiles are computed; a GPU that this machine has not counts as a CPU.
         dtype: Data type of query, key and value.
         head_dim: The larger of D and E.
-        prefer: See :func:`kernel_for`.
+        prefer: Kernel to try before the others, as in :func:`kernel_for`.
         has_wide_bias: Whether a bias is wider than ``dtype``, which on a GPU only matrix products
             add.
 

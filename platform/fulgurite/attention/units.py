@@ -122,7 +122,7 @@ def gradient_units(
         plan: How it is cut, in tiles.
         device: Where kernels run; where the tensors are by default.
         done: Units that are left out.
-        narrow_to: See :func:`units`.
+        narrow_to: Type in which gradients leave another device; that of accumulators by default.
 
     Source: docs/papers/stream_cqsa.md section 1.7; the two passes: inferred.
     """

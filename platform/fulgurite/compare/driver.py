@@ -230,7 +230,7 @@ def select_part(plan: ComparisonPlan, only: Sequence[str]) -> ComparisonPlan:
     """The part of a comparison that ``--only`` names; all of it without.
 
     Raises:
-        ConfigError: It names what is not there.
+        ConfigError: ``--only`` names a method, setting or seed that the comparison lacks.
     """
     if not only:
         return plan

@@ -65,7 +65,7 @@ def _check_other_shards(folder: Path, shard: Shard, content: str) -> None:
     """Check that the shards which are running are parts of the same.
 
     Raises:
-        ConfigError: One is part of something else.
+        ConfigError: A running shard is part of another comparison, or divides it otherwise.
     """
     if os.name != "posix":
         raise ConfigError(

@@ -129,7 +129,7 @@ def read_methods(value: object, key_path: str = "methods") -> dict[str, Comparis
     """The methods of a file by id.
 
     Raises:
-        ConfigError: One of them is wrong.
+        ConfigError: An option is wrong.
     """
     described = check_mapping(value, key_path).items()
     return {name: read_method(name, values) for name, values in described}

@@ -119,7 +119,7 @@ def _check_type(value: Any, annotation: Any, key_path: str) -> Any:
     """A value that jsonargparse takes for one of the annotated type, and leaves as it is.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: jsonargparse refuses or changes the value.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -178,7 +178,7 @@ def read_seeds(value: object, key_path: str) -> tuple[int, ...]:
     """Different seeds, at least one.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: The value is no list of different integers from 0 on.
     """
     if not (isinstance(value, list) and value and _fits(value, list[NonNegativeInt])) or len(
         set(value)
@@ -193,7 +193,7 @@ def read_count(value: object, key_path: str) -> int:
     """A number of things.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: The value is no integer from 0 on.
     """
     if not isinstance(value, int) or not _fits(value, NonNegativeInt):
         raise ConfigError(f"{key_path} is {value!r}.", "Give a whole number, e.g. 1.")
@@ -216,7 +216,7 @@ def read_axis(value: object, key_path: str) -> dict[str, Overrides]:
     """The labels of an axis with their overrides, from ``{key, values}`` or written out.
 
     Raises:
-        ConfigError: It is neither, or has no label.
+        ConfigError: The axis is written in neither way, or has no label.
     """
     mapping = check_mapping(value, key_path)
     if set(mapping) == {"key", "values"}:
@@ -257,7 +257,7 @@ def read_name(value: object, key_path: str) -> str:
     """A name that may stand in a file name.
 
     Raises:
-        ConfigError: It may not.
+        ConfigError: The name has characters that a file name should not have.
     """
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise ConfigError(
@@ -270,7 +270,7 @@ def check_mapping(value: object, key_path: str) -> dict[str, Any]:
     """A copy of a mapping.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: The value is no mapping.
     """
     if not isinstance(value, dict):
         raise ConfigError(f"{key_path} is not a mapping.", "Write it as `key: value` lines.")

@@ -33,7 +33,7 @@ def parse_shard(text: str) -> Shard:
     """A shard from the spelling of the command line.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: The text is not of the form ``NUMBER/COUNT``, or the number is out of range.
 
     Example:
         >>> parse_shard("3/16")

@@ -31,8 +31,8 @@ def check_fractions(
     """Refuse fractions that leave nothing for training.
 
     Args:
-        val_fraction: Of validation.
-        test_fraction: Of test.
+        val_fraction: Fraction of the samples that is for validation.
+        test_fraction: Fraction of the samples that is for test.
         option: Where the command line has both.
         names: What it calls them.
 

@@ -184,7 +184,7 @@ def _ask_module(trained: TrainedRun, own_options: Mapping[str, str]) -> Exportab
     """Ask the module for its network.
 
     Raises:
-        ConfigError: It has none to hand over.
+        ConfigError: The module has no network to hand over.
         RunError: What it hands over contradicts itself.
     """
     hand_over = getattr(trained.module, "export_network", None)

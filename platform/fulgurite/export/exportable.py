@@ -104,7 +104,7 @@ class ExportableNetwork:
         """Check that the network takes and gives what its ports say.
 
         Raises:
-            RunError: It does not.
+            RunError: The network takes or gives something else.
         """
         for inputs in self.examples():
             lengths: dict[str, int] = {}

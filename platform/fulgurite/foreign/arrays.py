@@ -99,7 +99,7 @@ def read_array_shape(path: str | Path, name: str) -> tuple[int, ...] | None:
     """Read only the shape of an array of an npz file; None if it is not there.
 
     Raises:
-        Exception: See :func:`read_arrays`.
+        Exception: What ``zipfile``, ``zlib`` and NumPy raise.
     """
     with open_archive(path) as (archive, size):
         if f"{name}.npy" not in archive.namelist():

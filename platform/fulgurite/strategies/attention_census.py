@@ -106,7 +106,7 @@ def take_census(model: nn.Module, backend: Streamed) -> Iterator[AttentionCensus
 
     Args:
         model: Whose modules are named.
-        backend: See :class:`AttentionCensus`.
+        backend: The backend that streams; what it computes is not looked at.
     """
     names = {id(module): name for name, module in model.named_modules()}
     census = AttentionCensus(backend)

@@ -62,7 +62,7 @@ def saved_on_host(keep: Iterable[Tensor] = ()) -> Iterator[None]:
     Those of a GPU lie in pinned memory, to which and from which it copies fastest.
 
     Args:
-        keep: See :func:`saved_in_files`.
+        keep: Tensors that stay where they are whatever views of them are saved: parameters.
 
     Example:
         >>> x = torch.ones(200, 200, requires_grad=True)

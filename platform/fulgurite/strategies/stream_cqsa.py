@@ -299,11 +299,11 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
     Args:
         memory_budget: See :class:`StreamCQSAStrategy`; of each device. The smallest counts.
         schedule: ``auto``, ``rect`` or ``cqs``.
-        intercept_sdpa: See :class:`StreamCQSAStrategy`.
-        offload: See :class:`StreamCQSAStrategy`.
-        check_finite: See :class:`StreamCQSAStrategy`.
-        kernel: See :class:`StreamCQSAStrategy`.
-        strict: See :class:`StreamCQSAStrategy`.
+        intercept_sdpa: Also replace PyTorch's own function while the run lasts.
+        offload: Where what is saved for backward waits.
+        check_finite: Refuse queries, keys and values that are NaN or infinite, naming the first.
+        kernel: ``math`` for matrix products; on a GPU also which kernel is tried first.
+        strict: Refuse models whose attention is only partly streamed, instead of warning.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
 
     Raises:

@@ -119,7 +119,7 @@ class TransformersAttention:
             value: Shape: (B, G, N, E).
             attention_mask: A :class:`StreamMask`, or a mask that the model's own code or the user
                 made: boolean, or added to the scores.
-            options: See :class:`ModelOptions`.
+            options: Further options of the call, as :class:`ModelOptions` reads them.
 
         Returns:
             Shape: (B, M, H, E); and None in the place of the weights.

@@ -96,8 +96,8 @@ def start_forked(
 
     Args:
         argv: The command line.
-        limit: See :func:`run_forked`.
-        before: See :func:`run_forked`.
+        limit: Time on the processor after which the process is killed [s]; None for never.
+        before: Called in the fork first, such as to let it fail at a certain point.
     """
     import fulgurite.cli  # noqa: F401  # now, not in each fork
 
