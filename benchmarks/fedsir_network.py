@@ -106,7 +106,7 @@ def main() -> None:
         f"of the time. {machine()}"
     )
     raw = {"simulation": simulation_times, "network": network_times}
-    report("fedsir_network", "A round over a network", notes, rows, raw)
+    report("fedsir_network", "A round over a network", notes, rows, raw=raw)
 
 
 if __name__ == "__main__":

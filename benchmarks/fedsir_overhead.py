@@ -113,7 +113,7 @@ def main() -> None:
             }
         )
     raw = {"rounds": rounds, "parts": parts}
-    report("fedsir_overhead", "FedSIR's cost over FedAvg", NOTES, rows, raw)
+    report("fedsir_overhead", "FedSIR's cost over FedAvg", NOTES, rows, raw=raw)
 
 
 NOTES = """

@@ -159,7 +159,7 @@ def main() -> None:
                     "time, `fit` = 1": spread(paired),
                 }
             )
-    report("fedsir_rounds", "FedAvg: rounds per second", NOTES, rows, settings)
+    report("fedsir_rounds", "FedAvg: rounds per second", NOTES, rows, raw=settings)
 
 
 NOTES = """

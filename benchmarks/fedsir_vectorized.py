@@ -47,7 +47,7 @@ def random_images(size: int, number: int) -> FederatedDataModule:
 
 
 def measure(
-    data: FederatedDataModule, network: nn.Module, batch_size: int, group: int, repetitions: int
+    data: FederatedDataModule, network: nn.Module, batch_size: int, *, group: int, repetitions: int
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds per round of each contestant, and the largest difference between the results."""
     data.setup()
@@ -91,7 +91,7 @@ def main() -> None:
     }  # fmt: skip
     rows, raw = [], {}
     for name, (data, network, batch_size, group) in settings.items():
-        seconds, difference = measure(data, network, batch_size, group, 5)
+        seconds, difference = measure(data, network, batch_size, group=group, repetitions=5)
         raw[name] = seconds
         rows.append(
             {
@@ -107,7 +107,7 @@ def main() -> None:
                 "largest difference": f"{difference:.0e}",
             }
         )
-    report("fedsir_vectorized", "100 clients in one pass (torch.func)", NOTES, rows, raw)
+    report("fedsir_vectorized", "100 clients in one pass (torch.func)", NOTES, rows, raw=raw)
 
 
 NOTES = """

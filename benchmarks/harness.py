@@ -123,7 +123,7 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def report(name: str, title: str, notes: str, rows: list[dict[str, str]], raw: Any) -> None:
+def report(name: str, title: str, notes: str, rows: list[dict[str, str]], *, raw: Any) -> None:
     """Print a table and write it as Markdown, and the raw times as JSON."""
     lines = [
         f"# {title}",

@@ -132,7 +132,7 @@ def main() -> None:
             }
             for key in seconds
         ]
-    report("ice_layers_inference", "Ice layers: completing a stack", NOTES, rows, raw)
+    report("ice_layers_inference", "Ice layers: completing a stack", NOTES, rows, raw=raw)
 
 
 NOTES = """

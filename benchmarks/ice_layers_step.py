@@ -88,7 +88,7 @@ def main() -> None:
         f"Forward, backward and AdamW, one thread; L = {LAYERS}, N = {TRACES}, d = {WIDTH}, 2 SAGE "
         "and 2 transformer layers; median and quartiles. Backends give equal results (tests).",
         rows,
-        raw,
+        raw=raw,
     )
 
 

@@ -60,7 +60,7 @@ def main() -> None:
                     row[f"κ, {kind} folds"] = f"{mean:.2f} ± {std:.2f}"
                     raw[f"{size} numbers, {name}, {fraction}, {kind}"] = kappas
                 rows.append(row)
-    report("number_probing_power", "What the mod-10 probe can see", NOTES, rows, raw)
+    report("number_probing_power", "What the mod-10 probe can see", NOTES, rows, raw=raw)
 
 
 NOTES = f"""

@@ -102,7 +102,7 @@ def main() -> None:
                 "with all controls [s]": f"{everything[0]:.3g}",
             }
         )
-    report("number_probing_probe", "The mod-T probe against scikit-learn", NOTES, rows, raw)
+    report("number_probing_probe", "The mod-T probe against scikit-learn", NOTES, rows, raw=raw)
 
 
 NOTES = f"""

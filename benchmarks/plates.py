@@ -120,7 +120,7 @@ def step_time() -> None:
             }
             for key, times in seconds.items()
         ]
-    report("plates_step", "CS-ARM-BN: a training step against ERM", STEP_NOTES, rows, raw)
+    report("plates_step", "CS-ARM-BN: a training step against ERM", STEP_NOTES, rows, raw=raw)
 
 
 def loader() -> None:
@@ -173,7 +173,7 @@ def loader() -> None:
                         "share of training that waits": f"{waited:.1%}",
                     }
                 )
-    report("plates_loader", "CS-ARM-BN: loading plates", LOADER_NOTES, rows, raw)
+    report("plates_loader", "CS-ARM-BN: loading plates", LOADER_NOTES, rows, raw=raw)
 
 
 def batch_times(data: PlateDataModule) -> list[float]:
@@ -230,7 +230,7 @@ def memory() -> None:
                 "peak": f"{raw[setting] / 2**30:.1f} GiB" if line else "out of memory",
             }
         )
-    report("plates_memory", "CS-ARM-BN: peak memory of a ResNet-50 step", MEMORY_NOTES, rows, raw)
+    report("plates_memory", "CS-ARM-BN: peak memory of a ResNet-50 step", MEMORY_NOTES, rows, raw=raw)
 
 
 STEP_NOTES = """

@@ -59,7 +59,7 @@ def main() -> None:
                 later += [seconds(arguments, Path(bytecode)) for _ in range(3)]
         raw[name] = {"first": first, "later": later}
         rows.append({"command": name, "first [s]": spread(first), "later [s]": spread(later)})
-    report("startup", "Start-up", NOTES, rows, raw)
+    report("startup", "Start-up", NOTES, rows, raw=raw)
 
 
 NOTES = """

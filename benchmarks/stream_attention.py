@@ -305,8 +305,8 @@ def main() -> None:
     ):
         raw = {}
         rows = measure(raw)
-        report(name, title, notes, rows, raw)
-    report("stream_predictions", "Predicted, not measured", PREDICTED, predictions(), {})
+        report(name, title, notes, rows, raw=raw)
+    report("stream_predictions", "Predicted, not measured", PREDICTED, predictions(), raw={})
 
 
 NOTES = """

@@ -105,7 +105,7 @@ a job whose tasks one process computes. Times of the clock have waits for the di
 each commit is brought to it. Checksums: {spread(speeds)} GB/s on one thread.
 """,
         rows,
-        raw,
+        raw=raw,
     )
 
 

@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Models of Hugging Face transformers under StreamCQSAStrategy",
         "\n".join(notes),
         make_rows(cells),
-        [
+        raw=[
             # other tokens differ by infinity, for which JSON has no number
             dataclasses.asdict(cell) | {"difference": str(cell.difference)}
             if cell.difference == math.inf
