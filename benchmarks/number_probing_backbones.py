@@ -103,7 +103,8 @@ def main() -> None:
                     "forward [1000 tokens/s]": speeds["forward"],
                 }
             )
-    report("number_probing_backbones", "Backbones of number_probing on one core", NOTES, rows, raw=raw)
+    title = "Backbones of number_probing on one core"
+    report("number_probing_backbones", title, NOTES, rows, raw=raw)
 
 
 NOTES = """

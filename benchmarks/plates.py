@@ -230,7 +230,8 @@ def memory() -> None:
                 "peak": f"{raw[setting] / 2**30:.1f} GiB" if line else "out of memory",
             }
         )
-    report("plates_memory", "CS-ARM-BN: peak memory of a ResNet-50 step", MEMORY_NOTES, rows, raw=raw)
+    title = "CS-ARM-BN: peak memory of a ResNet-50 step"
+    report("plates_memory", title, MEMORY_NOTES, rows, raw=raw)
 
 
 STEP_NOTES = """
