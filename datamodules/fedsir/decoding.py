@@ -28,6 +28,8 @@ from fulgurite.datamodules.fedsir.sources import ImageSource
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
+    "CHUNK_BYTES",
+    "MAX_SERIAL_IMAGES",
     "EncodedImages",
     "check_range",
     "decode_image_bytes",
@@ -38,9 +40,10 @@ __all__ = [
     "write_images",
 ]
 
-# bytes that a worker sends at once through shared memory, of which containers have little
-_CHUNK_BYTES = 1 << 19
-_MAX_SERIAL_IMAGES = 2_000  # images decoded in the time that a worker takes to start
+#: Bytes that a worker sends at once through shared memory, of which containers have little.
+CHUNK_BYTES = 1 << 19
+#: Images decoded in the time that a worker takes to start.
+MAX_SERIAL_IMAGES = 2_000
 _MIN_VALUES = 4096  # of 16-bit images: below it, 8 bits would leave at most 16 grey values
 
 
@@ -234,14 +237,12 @@ def write_image_files(
             the first one, or those of ``train`` have 16 bits and are too dark.
     """
     height, width = size = source.image_size
-    chunk = max(1, _CHUNK_BYTES // (source.channels * height * width))
+    chunk = max(1, CHUNK_BYTES // (source.channels * height * width))
     decoder = _FileDecoder(tree, names, source.channels, source.side, size=size, chunk=chunk)
     peaks = [-1]
 
     def blocks() -> Iterator[Tensor]:
-        for images, peak in run_in_processes(
-            decoder, len(decoder), len(names) > _MAX_SERIAL_IMAGES
-        ):
+        for images, peak in run_in_processes(decoder, len(decoder), len(names) > MAX_SERIAL_IMAGES):
             peaks[0] = max(peaks[0], peak)
             yield images
 

@@ -26,6 +26,8 @@ from fulgurite.data.listing import FileTree
 from fulgurite.data.pool import run_in_processes
 from fulgurite.data.store import cached_store
 from fulgurite.datamodules.fedsir.decoding import (
+    CHUNK_BYTES,
+    MAX_SERIAL_IMAGES,
     EncodedImages,
     check_range,
     fit_image,
@@ -40,8 +42,6 @@ __all__ = ["InputImages"]
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy")
 _TIFF = (".tif", ".tiff")
 _KINDS = "a folder or zip of PNG, JPEG, TIFF or .npy images, or one of these"
-_CHUNK_BYTES = 1 << 19  # of the decoded images of a job
-_MAX_SERIAL_IMAGES = 2_000  # decoded in the time that a worker takes to start
 
 
 class InputImages:
@@ -105,7 +105,7 @@ class InputImages:
 
         def blocks() -> Iterator[Tensor]:
             nonlocal highest
-            many = len(self.names) > _MAX_SERIAL_IMAGES
+            many = len(self.names) > MAX_SERIAL_IMAGES
             for images, peak in run_in_processes(decoder, len(decoder), many):
                 highest = max(highest, peak)
                 yield images
@@ -168,7 +168,7 @@ class _Decoder(Dataset[tuple[Tensor, int]]):
     def __init__(self, files: InputImages) -> None:
         self.files = files
         height, width = files.size
-        self.chunk = max(1, _CHUNK_BYTES // (files.channels * height * width))
+        self.chunk = max(1, CHUNK_BYTES // (files.channels * height * width))
 
     def __len__(self) -> int:
         return ceil_div(len(self.files.names), self.chunk)

@@ -47,7 +47,7 @@ def select_cells(name, quick):
     return one_each
 
 
-def parse_cell(cell):
+def check_cell(cell):
     training = cell.trainings[0]
     assert parse(["fit", *training.fit]).model.class_path
     if training.predict is not None:
@@ -58,7 +58,7 @@ def parse_cell(cell):
 def test_the_longest_cell_of_a_comparison_parses(name):
     """That of the method with the most options."""
     one_each = select_cells(name, quick=True)
-    parse_cell(max(one_each.values(), key=lambda cell: len(cell.trainings[0].fit)))
+    check_cell(max(one_each.values(), key=lambda cell: len(cell.trainings[0].fit)))
 
 
 @SLOW
@@ -66,7 +66,7 @@ def test_the_longest_cell_of_a_comparison_parses(name):
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_every_cell_of_a_comparison_parses(name, quick):
     for cell in select_cells(name, quick).values():
-        parse_cell(cell)
+        check_cell(cell)
 
 
 def test_the_smallest_configuration_fits_tests_and_predicts(fit):

@@ -565,18 +565,18 @@ def test_a_kill_in_the_middle_leaves_no_half_cache(tmp_path, cache, workers):
         import os, signal
         from torch.utils.data import get_worker_info
         from fulgurite.datamodules.fedsir import ImageFolder, decoding
-        decode, calls = decoding._FileDecoder._decode_file, []
-        def die_at_the_sixth(self, name):
-            calls.append(name)
+        decode, calls = decoding.decode_image_bytes, []
+        def die_at_the_sixth(content, title, channels):
+            calls.append(title)
             if len(calls) == 6:
                 in_worker = get_worker_info() is not None
                 assert in_worker == {workers}
                 os.kill(os.getppid() if in_worker else os.getpid(), signal.SIGKILL)
-            return decode(self, name)
-        decoding._FileDecoder._decode_file = die_at_the_sixth
+            return decode(content, title, channels)
+        decoding.decode_image_bytes = die_at_the_sixth
         if {workers}:
-            decoding._MAX_SERIAL_IMAGES, os.sched_getaffinity = 0, lambda _: {{0, 1}}
-            decoding._CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
+            decoding.MAX_SERIAL_IMAGES, os.sched_getaffinity = 0, lambda _: {{0, 1}}
+            decoding.CHUNK_BYTES = 3 * 3 * 8 * 8  # three images: some jobs for each worker
         ImageFolder({str(path)!r}).load()
     """
     ended = start_script(textwrap.dedent(program), folder=tmp_path).wait()

@@ -221,12 +221,12 @@ def test_ranks_write_once(corpus, cache, tmp_path):
 import sys, time
 from fulgurite.datamodules.stream_cqsa import cached_text, text
 from fulgurite.data.listing import find_files
-write = text._write_bytes
+open_stream = text.ArrayStream
 def slow(*arguments):
     print("written")
     time.sleep(0.5)
-    return write(*arguments)
-text._write_bytes = slow
+    return open_stream(*arguments)
+text.ArrayStream = slow
 print(len(cached_text(find_files([sys.argv[1]], [".txt", ".md"]))))
 """
     ranks = [start_script(code, corpus, folder=tmp_path) for _ in range(2)]

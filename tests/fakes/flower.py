@@ -56,9 +56,9 @@ class FakeGrid:
         return names
 
     def pull_messages(self, names):
-        return [self._answer(self.inbox.pop(name)) for name in names if name in self.inbox]
+        return [self.answer(self.inbox.pop(name)) for name in names if name in self.inbox]
 
-    def _answer(self, message):
+    def answer(self, message):
         node = message.metadata.dst_node_id
         reason = self.before_reply(message, node) if self.before_reply else None
         if node not in self.nodes:

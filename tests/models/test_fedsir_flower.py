@@ -425,7 +425,7 @@ def test_a_message_of_another_app_is_answered_by_an_error(app, grid):
 
     content = RecordDict({"config": ConfigRecord({"lr": 0.1})})
     message = Message(content, dst_node_id=100, message_type="train")
-    assert "without the record" in envelope_of(grid._answer(message))["error"]
+    assert "without the record" in envelope_of(grid.answer(message))["error"]
 
 
 # --- state of a client ---------------------------------------------------------------------------

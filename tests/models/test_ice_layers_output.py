@@ -451,6 +451,7 @@ def test_a_stack_without_anything_is_drawn_too(tmp_path):
         provenance=np.full((6, 4), 3, np.uint8), std=np.full((6, 4), np.nan, np.float32),
     )  # fmt: skip
     layers_figure(empty).savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_depth_and_calibration_are_drawn_for_each_method():

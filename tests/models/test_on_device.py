@@ -26,7 +26,7 @@ from fulgurite.models.stream_cqsa import token_scores
 from fulgurite.testing.emulated_device import DEVICE, run_emulated
 
 
-def same_on_device(function, *tensors, rtol=1e-6):
+def check_on_device(function, *tensors, rtol=1e-6):
     """Compare with the CPU; gives the names of the operations that waited."""
 
     def work(record):
@@ -46,7 +46,7 @@ def same_on_device(function, *tensors, rtol=1e-6):
 def test_number_of_directions():
     values = torch.rand(5, 30, generator=torch.manual_seed(0)).sort(descending=True).values
     values[2, 4:] = 0
-    assert same_on_device(lambda x: [choose_k(x)], values) == []
+    assert check_on_device(lambda x: [choose_k(x)], values) == []
 
 
 def test_distance_to_clean_models():
@@ -57,7 +57,7 @@ def test_distance_to_clean_models():
         clean = states[:1], states[:0]
         return [distance_to_clean(state, c, [4, 6]) for state in states for c in clean]
 
-    assert same_on_device(distances, states) == []
+    assert check_on_device(distances, states) == []
     result = distances(states)
     assert result[2] > 0
     assert [float(result[i]) for i in (0, 1, 3, 4, 5)] == [0, 0, 0, torch.inf, torch.inf]
@@ -72,7 +72,7 @@ def test_spectrum(size):
         result = spectrum(x)
         return [result.magnitude, result.normalised, result.local_ratio]
 
-    same_on_device(parts, x, rtol=1e-12)
+    check_on_device(parts, x, rtol=1e-12)
     magnitude, _, ratio = parts(x)
     bins = torch.arange(len(magnitude))
     apart = (bins[:, None] - bins).abs()
@@ -85,7 +85,7 @@ def test_kappa_with_weights():
     generator = torch.manual_seed(0)
     labels, answers = torch.arange(30) % 3, torch.randint(0, 3, (4, 30), generator=generator)
     weight = torch.rand(4, 30, generator=generator, dtype=torch.float64)
-    same_on_device(lambda a, b, w: [cohen_kappa(a, b, 3, w)], labels, answers, weight, rtol=1e-12)
+    check_on_device(lambda a, b, w: [cohen_kappa(a, b, 3, w)], labels, answers, weight, rtol=1e-12)
 
 
 def test_losses_of_tokens_wait_once():
@@ -97,7 +97,7 @@ def test_losses_of_tokens_wait_once():
         result, hits = token_losses(hidden, weight, targets, chunk=3)
         return result, hits, average_right_rows(hits, targets)
 
-    waits = same_on_device(losses, hidden, weight, targets)
+    waits = check_on_device(losses, hidden, weight, targets)
     assert waits == ["nonzero in models.number_probing.language_models.losses.token_losses"]
     result, hits, average = losses(hidden, weight, targets)
     expected = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="none")
@@ -108,7 +108,7 @@ def test_losses_of_tokens_wait_once():
 def test_scores_of_tokens():
     hidden, weight = torch.randn(2, 6, 4, generator=torch.manual_seed(0)), torch.randn(7, 4)
     targets = torch.tensor([[0, 1, -100, 3, -100, 5], [1] * 6])
-    waits = same_on_device(lambda *x: token_scores(*x, 4), hidden, weight, targets)
+    waits = check_on_device(lambda *x: token_scores(*x, 4), hidden, weight, targets)
     assert waits == []
     losses, _ = token_scores(hidden, weight, targets, 4)
     assert torch.allclose(
@@ -118,7 +118,7 @@ def test_scores_of_tokens():
 
 def test_packing_documents_waits_once():
     documents = torch.tensor([[0, 0, 1, 1, 1], [2, 3, 3, 3, 3]])
-    waits = same_on_device(pack_documents, documents)
+    waits = check_on_device(pack_documents, documents)
     assert waits == ["copy to the host in models.number_probing.backbones.lstm.pack_documents"]
 
 
@@ -134,7 +134,7 @@ def test_a_prior_of_physics_with_folds(kind):
     def expected(physics, segment):
         return [prior.to(physics.device)(physics, segment)]
 
-    waits = same_on_device(expected, physics[:40], segment[:40], rtol=1e-12)
+    waits = check_on_device(expected, physics[:40], segment[:40], rtol=1e-12)
     assert [wait for wait in waits if "features" in wait] == []
 
 
@@ -147,7 +147,7 @@ def test_a_batch_that_knows_its_sizes_is_not_asked_for_them():
         track = Track.of_batch(SimpleNamespace(ptr=ptr, traces=batch.traces))
         return track.stack, track.offset, track.valid
 
-    assert same_on_device(tracks, batch.ptr) == []
+    assert check_on_device(tracks, batch.ptr) == []
 
 
 def learn_reference(layer, plates, device="cpu"):

@@ -81,7 +81,7 @@ def test_doctor_names_versions(fulgurite):
     ],
 )
 def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
-    refused(fulgurite, [*SMOKE, *options], parts)
+    check_refused(fulgurite, [*SMOKE, *options], parts)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
 )
 def test_a_strategy_that_is_misspelled_is_one_line(fulgurite, options, parts):
     given = [f"--trainer.strategy{x if x[0] == '=' else '.' + x}" for x in options]
-    refused(fulgurite, ["--config", "stream_cqsa/smoke.yaml", *given], parts)
+    check_refused(fulgurite, ["--config", "stream_cqsa/smoke.yaml", *given], parts)
 
 
-def refused(fulgurite, options, parts):
+def check_refused(fulgurite, options, parts):
     status, _, error = fulgurite("fit", *options, *QUIET)
     lines = [line for line in error.splitlines() if line.startswith("fulgurite: error:")]
     assert status == 2, error
@@ -319,7 +319,9 @@ def test_a_class_under_another_name_keeps_its_arguments(workdir):
 
 def test_a_required_argument_of_a_replaced_class_is_asked_for_anew(fulgurite, workdir):
     before = write_source(workdir / "a.yaml", "ImageFolder", path="images")
-    refused(fulgurite, [*SMOKE, before, f"{SOURCE}=fulgurite.datamodules.fedsir.Npz"], ["path"])
+    check_refused(
+        fulgurite, [*SMOKE, before, f"{SOURCE}=fulgurite.datamodules.fedsir.Npz"], ["path"]
+    )
 
 
 PARQUET = {"train": "a.parquet", "test": "b.parquet"}

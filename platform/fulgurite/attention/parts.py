@@ -25,7 +25,15 @@ from fulgurite.attention.fingerprint import pieces
 from fulgurite.attention.steps import Slices
 from fulgurite.errors import CheckpointError
 
-__all__ = ["Part", "PartRecord", "PartWriter", "read_part", "temporary_files", "write_part"]
+__all__ = [
+    "Part",
+    "PartRecord",
+    "PartWriter",
+    "publish_file",
+    "read_part",
+    "temporary_files",
+    "write_part",
+]
 
 _MAGIC = b"fulgurite part 1\n"
 _TAIL = struct.Struct("<32sq")  # digest and length of the index
@@ -93,7 +101,7 @@ class PartWriter:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        self.file = file
         self.index: list[dict[str, Any]] = []
 
     def add(self, name: str, at: Slices, tensor: Tensor) -> None:
@@ -104,11 +112,11 @@ class PartWriter:
             at: Where it belongs.
             tensor: What is written.
         """
-        digest, offset = hashlib.sha256(), self._file.tell()
+        digest, offset = hashlib.sha256(), self.file.tell()
         for piece in pieces(tensor.cpu()):
             data = piece.contiguous().view(-1).view(torch.uint8).numpy().data
             digest.update(data)
-            self._file.write(data)
+            self.file.write(data)
         self.index.append(
             {
                 "name": name,
@@ -145,14 +153,20 @@ def write_part(
             file.write(content + _TAIL.pack(hashlib.sha256(content).digest(), len(content)))
             file.flush()
             os.fsync(file.fileno())
-        _publish(temporary, path, keeps_first)
+        publish_file(temporary, path, keeps_first)
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def _publish(temporary: Path, path: Path, keeps_first: bool) -> None:
-    """Give a file its name, for good if the first of several is kept."""
+def publish_file(temporary: Path, path: Path, keeps_first: bool) -> None:
+    """Give a file its name, for good if the first of several is kept.
+
+    Args:
+        temporary: The file as it was written.
+        path: Its name.
+        keeps_first: Whether a file that is there already stays; else it is replaced.
+    """
     if keeps_first:
         with suppress(FileExistsError, FileNotFoundError):  # another wrote it, or does so instead
             try:

@@ -33,7 +33,7 @@ q, k, v = (memory_mapped(f"{folder}/{n}", (1, 2, tokens, 16), dtype) for n in "q
 new = not os.path.exists(f"{folder}/out")
 out = memory_mapped(f"{folder}/out", (1, 2, tokens, 16), dtype, create=new)
 lse = memory_mapped(f"{folder}/lse", (1, 2, tokens), dtype, create=new)
-append, merge, count = journal._append, files.merge_, 0
+append, merge, count = journal.append_entry, files.merge_, 0
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -50,10 +50,10 @@ def counting(file, entry):
 def half(out, lse, *part):
     merge(out, lse, *part)
     if count >= commits and moment == "half":
-        parts.PartWriter.add = lambda part, *_: (part._file.raw.write(b"half"), die())
+        parts.PartWriter.add = lambda part, *_: (part.file.raw.write(b"half"), die())
 
 if moment != "never":
-    journal._append, files.merge_ = counting, half
+    journal.append_entry, files.merge_ = counting, half
 attend_files(
     (q, k, v), (out, lse), is_causal=True, memory_budget="24KiB", schedule=schedule,
     journal=f"{folder}/journal", progress=False,
@@ -205,7 +205,7 @@ make = lambda n, *width: memory_mapped(f"{folder}/{n}", (1, 2, tokens, *width), 
 out, lse, dq, dk, dv = make("out", 16), make("lse"), make("dq", 16), make("dk", 16), make("dv", 16)
 options = {"is_causal": True, "memory_budget": "24KiB", "progress": False}
 attend_files((q, k, v), (out, lse), **options)
-append, count = journal._append, 0
+append, count = journal.append_entry, 0
 
 def counting(file, entry):
     global count
@@ -214,7 +214,7 @@ def counting(file, entry):
     if count == commits:
         os.kill(os.getpid(), signal.SIGKILL)
 
-journal._append = counting
+journal.append_entry = counting
 attend_files_backward(
     grad, (q, k, v), (out, lse), (dq, dk, dv), journal=f"{folder}/journal", **options
 )

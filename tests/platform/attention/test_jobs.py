@@ -135,7 +135,7 @@ folder, lease, waits = sys.argv[1], 1.5, sys.argv[2] == "waits"
 names = ("grad", "query", "key", "value", "out", "lse")
 shape, dtype = (1, 2, 130, 8), torch.float32
 tensors = [memory_mapped(f"{folder}/{n}", shape[: 3 if n == "lse" else 4], dtype) for n in names]
-compute, publish = jobs.compute_task, parts._publish
+compute, publish = jobs.compute_task, parts.publish_file
 
 def slowly(*arguments, **options):
     for result in compute(*arguments, **options):
@@ -148,7 +148,7 @@ def told(temporary, path, keeps_first):
     while waits and "/backward/" in str(path) and not os.path.exists(f"{folder}/late"):
         time.sleep(0.02)  # else the late one could come too late
 
-jobs.compute_task, parts._publish = slowly, told
+jobs.compute_task, parts.publish_file = slowly, told
 for way, inputs in (("forward", tensors[1:4]), ("backward", tensors)):
     AttentionJob.open(f"{folder}/{way}").run(*inputs, lease=lease)
 """
