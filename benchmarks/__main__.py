@@ -9,7 +9,7 @@ ALL = (
     "fedsir_rounds", "fedsir_vectorized", "fedsir_overhead", "fedsir_network",
     "stream_attention", "stream_files", "plates",
     "number_probing_probe", "number_probing_power", "number_probing_backbones", "ice_layers_step",
-    "ice_layers_inference", "stream_transformers", "startup",
+    "ice_layers_inference", "ice_layers_sred", "stream_transformers", "startup",
 )  # fmt: skip
 GPU = ("gpu",)  # only by name
 
