@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fakes.trainers import quiet_trainer
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -75,9 +76,8 @@ def fit(folder, *callbacks, model=None, data=None, epochs=4, ckpt=None, loggers=
     model = Asked() if model is None else model
     torch.manual_seed(0)
     csv_logger = CSVLogger(str(folder), name="", version="run")
-    trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, callbacks=[*callbacks],
-        logger=[csv_logger, *loggers], enable_progress_bar=False, enable_model_summary=False,
+    trainer = quiet_trainer(
+        max_epochs=epochs, callbacks=[*callbacks], logger=[csv_logger, *loggers],
         log_every_n_steps=1, enable_checkpointing=kwargs.pop("checkpoints", False), **kwargs,
     )  # fmt: skip
     trainer.fit(model, datamodule=data or Numbers(), ckpt_path=ckpt)

@@ -36,9 +36,7 @@ every = pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES.keys()
 DOCUMENTS = torch.tensor([[0] * 3 + [1] * 6 + [2] * 1 + [3] * 3, [0] * 13])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def large(make):

@@ -5,9 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fakes.trainers import quiet_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
 from scipy.sparse import csr_matrix
 from torch.utils.data import DataLoader
@@ -43,11 +44,8 @@ class Parity(LightningDataModule):
 
 
 def trainer(folder, **options):
-    return Trainer(
-        accelerator="cpu", devices=1, logger=CSVLogger(folder, name="", version="run"),
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        **{"max_epochs": 1, **options},
-    )  # fmt: skip
+    logger = CSVLogger(folder, name="", version="run")
+    return quiet_trainer(logger=logger, **{"max_epochs": 1, **options})
 
 
 def parity_gap(embeddings):
@@ -168,9 +166,7 @@ def test_the_loss_equals_a_loop():
     tokens = data.tokens[0][:2, :6]
     documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
     model.log = lambda *_, **__: None
-    model._cumulative_weights = torch.zeros(70, dtype=torch.float64)
-    model._cumulative_weights[7:] = 1.0  # the only random token is 7
-    model._keep_probability = torch.ones(70, dtype=torch.float64)
+    model.set_token_counts(torch.eye(70)[7])  # the only random token is 7
     expected = weight_sum = 0.0
     center, context = model.embedding.weight, model.contexts.weight
     for row, ids in zip(tokens.tolist(), documents.tolist(), strict=True):
@@ -189,9 +185,9 @@ def test_frequent_tokens_are_left_out(tmp_path):
     model = skipgram(subsample=0.02)
     trainer(tmp_path).fit(model, datamodule=Parity())
     assert (
-        model._keep_probability[60:] < model._keep_probability[:60].min()
+        model.keep_probability[60:] < model.keep_probability[:60].min()
     ).all()  # words occur six times as often
-    assert model._keep_probability.max() <= 1
+    assert model.keep_probability.max() <= 1
 
 
 def test_a_step_draws_the_same_again(tmp_path):

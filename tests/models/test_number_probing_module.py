@@ -4,13 +4,13 @@ import copy
 import csv
 import json
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from fakes.trainers import quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
@@ -25,9 +25,7 @@ from fulgurite.models.number_probing.language_models.optimizer import AdamWOptio
 VOCABULARY = 12
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Counting(LightningDataModule):
@@ -60,11 +58,7 @@ def model(**options):
 
 
 def trainer(tmp_path, **options):
-    return Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        **{"enable_checkpointing": False, "log_every_n_steps": 1, **options},
-    )  # fmt: skip
+    return quiet_trainer(default_root_dir=tmp_path, **{"log_every_n_steps": 1, **options})
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -270,7 +264,7 @@ def test_the_command_line_makes_it_and_its_optimizer(tmp_path):
 
 # --- the smallest configuration ------------------------------------------------------------------
 
-SMOKE = str(resources.files("fulgurite.configs") / "number_probing" / "smoke.yaml")
+SMOKE = "number_probing/smoke.yaml"
 
 
 def weights_of(run):
@@ -286,26 +280,6 @@ def test_a_resumed_command_has_the_weights_of_an_uninterrupted_one(fit):
     assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
     fit("--run.dir=whole", "--ckpt_path=last", config=SMOKE, command="test")
     assert "test/exact" in json.loads(Path("whole/test_metrics.json").read_text())
-
-
-@pytest.mark.slow
-def test_it_learns_to_add(fit):
-    """Two-token operands in base 20, and pairs that were never trained on."""
-    options = {
-        "model.init_args.backbone.init_args.width": 64,
-        "model.init_args.backbone.init_args.layers": 2,
-        "model.init_args.backbone.init_args.heads": 4,
-        "model.init_args.backbone.init_args.positions.kind": "learned",
-        "model.init_args.optimizer.init_args.lr": 5e-3,
-        "model.init_args.optimizer.init_args.adamw.lr": 2e-3,
-        "data.init_args.task.base": 20,
-        "data.init_args.batch_size": 256,
-        "data.init_args.steps_per_epoch": 500,
-        "trainer.max_epochs": 1,
-        "trainer.callbacks": "null",
-    }
-    cli = fit(*(f"--{key}={value}" for key, value in options.items()), config=SMOKE)
-    assert cli.trainer.callback_metrics["val/exact"] > 0.95
 
 
 @pytest.mark.slow  # fedsir has two ranks in the default suite

@@ -32,9 +32,7 @@ class Model(nn.Module):
         return (self.backbone(x) - x.roll(1, 0)).square().sum()
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def names(module, groups):

@@ -6,6 +6,7 @@ Source: docs/papers/number_probing.md section 5.
 import numpy as np
 import pytest
 import torch
+from fakes.number_probing import draw_normal
 from fakes.options import group
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,11 +33,6 @@ from fulgurite.models.number_probing.probes.fold_statistics import StandardizedR
 N = torch.arange(1000)
 
 
-def normal(size, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, width, generator=generator, dtype=torch.float64)
-
-
 def run_probe(x, periods, **options):
     """A probe whose options are named without their records."""
     if "folds" in options:
@@ -53,9 +49,10 @@ def kappas(x, periods, **options):
 def mixture(width, size=1000, seed=0):
     """A bit of everything: common factors, parity, residues, scales, a dead feature."""
     n = torch.arange(size)
-    x = normal(size, width, seed) + 0.5 * normal(size, 20, seed + 1) @ normal(20, width, seed + 2)
+    factors = draw_normal(size, 20, seed + 1) @ draw_normal(20, width, seed + 2)
+    x = draw_normal(size, width, seed) + 0.5 * factors
     for period, strength in ((2, 0.1), (5, 0.15), (10, 0.15)):
-        x = x + strength * normal(period, width, period)[n % period]
+        x = x + strength * draw_normal(period, width, period)[n % period]
     x = x * torch.linspace(0.1, 10, width) + 3
     x[:, 0] = 7.0
     return x
@@ -144,7 +141,7 @@ def test_lda_is_scikit_learns_at_a_small_shrinkage(shrinkage, width, size):
     """Also of a table of rank 10, which has no inverse but for the shrinkage."""
     ours, theirs = answers(mixture(width, size), 5, shrinkage)
     assert torch.equal(ours, theirs)
-    flat = normal(size, 10) @ normal(10, width, 1)
+    flat = draw_normal(size, 10) @ draw_normal(10, width, 1)
     ours, theirs = answers(flat, 5, shrinkage)
     assert int((ours != theirs).sum()) <= 1
 
@@ -153,8 +150,8 @@ def tight_circle(period, width, noise, size=300):
     """Residues on a circle with little noise, and loose features of which one has parity."""
     n = torch.arange(size)
     angle = n.double() * 2 * torch.pi / period
-    circle = torch.stack([angle.cos(), angle.sin()], 1) + noise * normal(size, 2, 1)
-    loose = normal(size, width - 2, 2)
+    circle = torch.stack([angle.cos(), angle.sin()], 1) + noise * draw_normal(size, 2, 1)
+    loose = draw_normal(size, width - 2, 2)
     loose[:, :1] += 1.5 * (n % 2)[:, None]
     return torch.cat([circle, loose], 1)
 
@@ -189,7 +186,7 @@ def test_lda_is_right_at_two_scales_at_once(width, noise):
 ])  # fmt: skip
 def test_lda_is_scikit_learns_on_odd_tables(kind, width):
     n = torch.arange(300)
-    x = normal(300, width) + width**-0.5 * normal(6, width, 1)[n % 6]
+    x = draw_normal(300, width) + width**-0.5 * draw_normal(6, width, 1)[n % 6]
     if kind == "dead":
         x[:, 0] = 0
     elif kind == "doubled":
@@ -209,9 +206,9 @@ def test_lda_is_scikit_learns_on_odd_tables(kind, width):
     elif kind == "units":
         x = x * torch.logspace(-12, 12, width).double()
     elif kind == "rank 5":
-        x = normal(300, 5) @ normal(5, width, 1)
+        x = draw_normal(300, 5) @ draw_normal(5, width, 1)
     elif kind == "heavy tails":
-        x = x * normal(300, width, 2).abs().reciprocal()
+        x = x * draw_normal(300, width, 2).abs().reciprocal()
     ours, theirs = answers(x, 6)
     assert int((ours != theirs).sum()) <= 3
 
@@ -252,18 +249,18 @@ def test_both_ways_of_solving_agree(monkeypatch):
         original = getattr(lda_module, name)
         monkeypatch.setattr(lda_module, name, lambda *args: (ways.append(name), original(*args))[1])
 
-    for name in ("_solve_directly", "_solve_iteratively", "_fit_alone"):
+    for name in ("solve_directly", "solve_iteratively", "fit_alone"):
         record(name)
-    monkeypatch.setattr(lda_module, "_TOLERANCE", 1e-5)
+    monkeypatch.setattr(lda_module, "TOLERANCE", 1e-5)
     for size, period, far in ((1000, 7, 0.0), (80, 2, 0.0), (80, 2, 1.0), (1000, 7, 5.0)):
         n = torch.arange(size)
-        x = mixture(100, size) + far * normal(period, 100, 9)[n % period]
+        x = mixture(100, size) + far * draw_normal(period, 100, 9)[n % period]
         table, folds = StandardizedRows(x), make_folds(n, period, 4)[None]
         scores = []
         for direct, near, far_limit in ((128, 10.0, 1e4), (0, 10.0, 1e4), (0, 10.0, 0.0)):
             monkeypatch.setattr(lda_module, "DIRECT", direct)
-            monkeypatch.setattr(lda_module, "_NEAR", near)
-            monkeypatch.setattr(lda_module, "_FAR", far_limit)
+            monkeypatch.setattr(lda_module, "NEAR", near)
+            monkeypatch.setattr(lda_module, "FAR", far_limit)
             computed = lda_module.lda_scores(
                 table, n % period, period, folds, shrinkage="auto"
             ).double()
@@ -271,7 +268,7 @@ def test_both_ways_of_solving_agree(monkeypatch):
         scale = scores[0].abs().max()
         assert float((scores[0] - scores[1]).abs().max() / scale) < 1e-4
         assert float((scores[0] - scores[2]).abs().max() / scale) < 0.05
-    assert {*ways} == {"_solve_directly", "_solve_iteratively", "_fit_alone"}
+    assert {*ways} == {"solve_directly", "solve_iteratively", "fit_alone"}
 
 
 @pytest.mark.parametrize("period", [2, 5])
@@ -340,12 +337,12 @@ def test_a_spike_without_separability():  # (8)
 @pytest.mark.parametrize("width", [50, 200])
 def test_random_embeddings_stay_within_chance(width):  # (9)
     for seed in range(2):
-        for result in probe(normal(1000, width, seed), nonround=False).values():
+        for result in probe(draw_normal(1000, width, seed), nonround=False).values():
             assert abs(result.kappa) < result.band
 
 
 def test_in_sample_scores_are_kept_apart():  # (10)
-    x = normal(200, 400)
+    x = draw_normal(200, 400)
     result = run_probe(x, [3], method="logistic", seeds=1, nonround=False)[3]
     assert result.train_kappa == 1
     assert abs(result.kappa) < result.band
@@ -381,7 +378,7 @@ def test_kappa_is_accuracy_beyond_chance():  # (16)
 
 def test_plain_lda_is_invariant_under_affine_maps():  # (17)
     x = planted(N, 5, 12, noise=0.6)
-    turn = torch.linalg.qr(normal(12, 12))[0]
+    turn = torch.linalg.qr(draw_normal(12, 12))[0]
     expected = kappas(x, [5], shrinkage=0.0)[5]
     assert 0.2 < expected < 0.9
     assert kappas(x @ turn, [5], shrinkage=0.0)[5] == pytest.approx(expected, abs=1e-12)
@@ -408,7 +405,7 @@ def test_results_do_not_depend_on_the_global_generator_or_precision():
 
 def test_smooth_embeddings_are_negative_on_shuffled_folds_only():
     angle = N[:100] * 2 * torch.pi * torch.tensor([[1.0], [3.0]]) / 100
-    x = torch.cat([angle.cos(), angle.sin()]).T + 0.001 * normal(100, 4)
+    x = torch.cat([angle.cos(), angle.sin()]).T + 0.001 * draw_normal(100, 4)
     basis = torch.exp(-0.5 * ((x[:, None] - x[None, ::3]) / 0.1).square().sum(-1))
     shuffled, contiguous = (kappas(basis, [2], kind=kind)[2] for kind in ("shuffled", "contiguous"))
     assert shuffled < -0.3
@@ -483,14 +480,14 @@ def test_diagnosis_of_planted_tables():
     scattered = verdict(planted(N, 10, scatter=5.0))
     assert scattered.verdict == "spectral only"
     assert scattered.periods[10].verdict == "spectral only"
-    noise = verdict(normal(1000, 20))
+    noise = verdict(draw_normal(1000, 20))
     assert noise.verdict == "nothing"
 
 
 def test_diagnosis_of_roundness():
     endings = torch.where(N % 5 == 0, N % 10 // 5 + 1, 0)
     x = torch.nn.functional.one_hot(endings, 3).double()
-    diagnosis = verdict(torch.cat([x, normal(1000, 20)], 1) + 0.05 * normal(1000, 23, 1))
+    diagnosis = verdict(torch.cat([x, draw_normal(1000, 20)], 1) + 0.05 * draw_normal(1000, 23, 1))
     assert diagnosis.verdict == "parity or roundness only"
     assert diagnosis.periods[5].verdict == "parity or roundness only"
     assert diagnosis.periods[10].verdict == "parity or roundness only"
@@ -521,20 +518,20 @@ def test_a_period_without_a_spike_verdict_is_an_error():
 )
 def test_settings_out_of_range(change, message):
     with pytest.raises(ConfigError, match=message):
-        run_probe(normal(40, 3), **({"periods": [2]} | change))
+        run_probe(draw_normal(40, 3), **({"periods": [2]} | change))
 
 
 def test_a_residue_that_is_left_out_is_an_error():
     n = torch.tensor([*range(0, 80, 2), 1, 3])
     with pytest.raises(ConfigError, match=r"1 numbers of a residue mod 2 are left to fit"):
-        run_probe(normal(len(n), 3), [2], numbers=n, folds=2, nonround=False)
+        run_probe(draw_normal(len(n), 3), [2], numbers=n, folds=2, nonround=False)
 
 
 def test_plain_lda_of_a_singular_covariance_is_an_error():
     with pytest.raises(DataError, match=r"200 dimensions within 2 residues is singular.*'auto'"):
-        run_probe(normal(100, 200), [2], shrinkage=0.0)
+        run_probe(draw_normal(100, 200), [2], shrinkage=0.0)
 
 
 def test_equal_rows_are_an_error_in_the_probe_too():  # (15)
     with pytest.raises(DataError, match="1000 numbers have only 39 unique"):
-        probe(normal(39, 8)[N % 39], [2])
+        probe(draw_normal(39, 8)[N % 39], [2])

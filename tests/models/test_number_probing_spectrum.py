@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from fakes.number_probing import draw_normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,11 +29,6 @@ from fulgurite.models.number_probing.reports.report import ProbeSettings, measur
 N = torch.arange(1000)
 
 
-def normal(size, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, width, generator=generator, dtype=torch.float64)
-
-
 @pytest.mark.parametrize(("period", "fraction"), [(2, 0.75), (5, 0.75), (7, 0.75), (10, 0.75)])
 def test_a_circle_has_its_power_in_one_line(period, fraction):  # (1)
     circle = spectrum(planted(N, period))
@@ -44,7 +40,7 @@ def test_a_circle_has_its_power_in_one_line(period, fraction):  # (1)
 
 
 def test_the_magnitudes_are_those_of_a_unitary_dft():
-    x = normal(60, 3)
+    x = draw_normal(60, 3)
     expected = np.linalg.norm(np.fft.fft(x.numpy(), axis=0, norm="ortho"), axis=1)
     s = spectrum(x)
     np.testing.assert_allclose(s.magnitude.numpy(), expected[1:31], rtol=1e-10)
@@ -55,7 +51,7 @@ def test_the_magnitudes_are_those_of_a_unitary_dft():
 
 
 def test_the_local_ratio_leaves_out_its_own_line():
-    x = normal(1000, 8) + 50 * torch.cos(2 * math.pi * 0.25 * N)[:, None]
+    x = draw_normal(1000, 8) + 50 * torch.cos(2 * math.pi * 0.25 * N)[:, None]
     s = spectrum(x)
     at = s.bin(0.25)
     around = [i for i in range(at - 20, at + 21) if abs(i - at) > 2]
@@ -75,7 +71,7 @@ def line(size, at, height, phase=0.7):
 def test_a_line_is_no_part_of_its_own_surroundings(size, data):
     """Nor are the two bins beside it: the ratio grows with the line, to the last digit."""
     at = data.draw(st.integers(1, size // 2))
-    x = normal(size, 3)
+    x = draw_normal(size, 3)
     surroundings = []
     for distance in (0, 0, 1, 2, -1, -2):
         height = data.draw(st.floats(0.5, 1e3))
@@ -88,7 +84,7 @@ def test_a_line_is_no_part_of_its_own_surroundings(size, data):
 @pytest.mark.parametrize("size", [20, 21, 37, 100, 249, 250, 299, 300, 1000])
 def test_the_surroundings_of_every_bin(size):
     """Bins 3 to N/50 away, or 3 to 5 in short spectra; their lower median."""
-    s = spectrum(normal(size, 2, size))
+    s = spectrum(draw_normal(size, 2, size))
     magnitude = s.magnitude.tolist()
     for at, value in enumerate(magnitude):
         around = sorted(
@@ -103,7 +99,7 @@ def test_the_surroundings_of_every_bin(size):
 @pytest.mark.parametrize("size", [60, 500])
 def test_a_line_is_no_part_of_the_floor_either(size):
     """The floor is that of the bins more than two off every line; 3/10 is a line of T = 10."""
-    x = normal(size, 8) + line(size, 3 * size // 10, 40.0)
+    x = draw_normal(size, 8) + line(size, 3 * size // 10, 40.0)
     s = spectrum(x)
     at = 3 * size // 10 - 1
     lines = {size // 10 - 1, at}
@@ -125,7 +121,7 @@ def test_the_fundamental_alone_leaves_no_power_in_its_divisors():  # (2)
 
 def test_noise_has_no_spike():
     for seed in range(5):
-        by_period = spikes(spectrum(normal(1000, 50, seed)))
+        by_period = spikes(spectrum(draw_normal(1000, 50, seed)))
         assert not any(s.verdict for s in by_period.values())
 
 
@@ -146,7 +142,7 @@ def test_scattered_circles_have_a_large_spike():  # (8)
 
 
 def test_random_embeddings_have_the_power_of_their_variance():  # (9)
-    x = 0.3 * normal(1000, 1024)
+    x = 0.3 * draw_normal(1000, 1024)
     for period in (2, 3, 5, 7, 10):
         ratio = period_power(x, period) / ((period - 1) * 1024 * 0.09)
         assert 0.85 < ratio < 1.15
@@ -157,7 +153,7 @@ def test_random_embeddings_have_the_power_of_their_variance():  # (9)
 def test_power_is_the_trace_of_the_scatter_between_and_bounds_hold(period, extra, width, seed):
     """(12), and for N that the period does not divide."""
     size = 6 * period + min(extra, period - 1)
-    x = normal(size, width, seed) * (1 + torch.arange(width)) + torch.arange(size)[:, None] % 3
+    x = draw_normal(size, width, seed) * (1 + torch.arange(width)) + torch.arange(size)[:, None] % 3
     statistics = scatter(x, period)
     cut_size = size // period * period
     trace = float(statistics.between.trace())
@@ -194,14 +190,14 @@ def test_fisher_values_are_generalised_eigenvalues():
 @given(st.floats(0.01, 100), st.integers(0, 100))
 def test_power_is_invariant_under_rotation_and_quadratic_in_scale(scale, seed):  # (17)
     x = planted(torch.arange(100), 5, 6, noise=0.3, seed=seed)
-    turn = torch.linalg.qr(normal(6, 6, seed))[0]
+    turn = torch.linalg.qr(draw_normal(6, 6, seed))[0]
     assert period_power(x @ turn, 5) == pytest.approx(period_power(x, 5), rel=1e-9)
     assert period_power(scale * x, 5) == pytest.approx(scale**2 * period_power(x, 5), rel=1e-9)
     assert scatter(scale * x @ turn, 5).eta2 == pytest.approx(scatter(x, 5).eta2, rel=1e-9)
 
 
 def test_more_dimensions_than_numbers_need_a_ridge_or_pca():
-    x = normal(100, 200)
+    x = draw_normal(100, 200)
     with pytest.raises(DataError, match=r"T = 5 is singular: 200 dim.*--ridge 0.01.*--pca 95"):
         scatter(x, 5)
     assert scatter(x, 5, ridge=0.01).condition < 1e5
@@ -211,15 +207,15 @@ def test_more_dimensions_than_numbers_need_a_ridge_or_pca():
 
 @pytest.mark.parametrize("kind", ["dead", "doubled", "rank 8", "more dimensions than numbers"])
 def test_singular_tables_are_measured_but_for_their_fisher_values(kind):
-    x = normal(100, 12)
+    x = draw_normal(100, 12)
     if kind == "dead":
         x[:, 5] = 0
     elif kind == "doubled":
         x[:, 5] = x[:, 4]
     elif kind == "rank 8":
-        x = normal(100, 8) @ normal(8, 12, 1)
+        x = draw_normal(100, 8) @ draw_normal(8, 12, 1)
     else:
-        x = normal(100, 120)
+        x = draw_normal(100, 120)
     report = measure(x, settings=ProbeSettings([2, 5], pca=None, permuted=0, blocked=()))
     kappas = probe(x, [2, 5])
     for row in report.rows:
@@ -243,7 +239,7 @@ def test_singular_tables_are_measured_but_for_their_fisher_values(kind):
 
 
 def test_traps_are_errors():  # (15)
-    x = normal(40, 3)
+    x = draw_normal(40, 3)
     same = x.clone()
     same[7] = same[30]
     none = x.clone()

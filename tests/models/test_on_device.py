@@ -247,7 +247,7 @@ def test_clocks_of_steps_wait_for_the_device(monkeypatch):
         log=lambda name, value, **_: logged.update({name: value}),
     )  # fmt: skip
     NumberLM.on_train_epoch_start(model)
-    model._tokens = 30
+    model.token_count = 30
     NumberLM.on_validation_start(model)
     NumberLM.on_validation_end(model)
     NumberLM.on_train_batch_end(model, None, None, 0)

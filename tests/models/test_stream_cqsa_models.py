@@ -59,9 +59,7 @@ GPT2 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def trainer(tmp_path, steps=1, **options):

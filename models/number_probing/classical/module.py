@@ -248,7 +248,9 @@ class SkipGram(_VectorFileModule):
         self.contexts = nn.Embedding(vocab_size, width)
         nn.init.uniform_(self.embedding.weight, -0.5 / width, 0.5 / width)
         nn.init.zeros_(self.contexts.weight)
-        self._cumulative_weights, self._keep_probability = torch.zeros(0), torch.zeros(0)
+        self._cumulative_weights = torch.zeros(0)
+        #: Probability that a token is no frequent one that is left out. Shape: (V,).
+        self.keep_probability = torch.zeros(0)
 
     def setup(self, stage: str) -> None:
         """Take the tokens' counts from the data.
@@ -265,12 +267,23 @@ class SkipGram(_VectorFileModule):
                 "Skip-gram needs how often each token occurs, and the data do not say it.",
                 "Use fulgurite.datamodules.number_probing.NumberTextDataModule.",
             )
+        self.set_token_counts(counts)
+
+    def set_token_counts(self, counts: Tensor) -> None:
+        """Say how often each token occurs, by which others are drawn and frequent ones left out.
+
+        Args:
+            counts: Of the first tokens; the others do not occur.
+
+        Shape:
+            - counts: (at most V,).
+        """
         frequency = torch.zeros(self.vocab_size, dtype=torch.float64)
         frequency[: len(counts)] = counts / counts.sum()
         self._cumulative_weights = frequency.pow(self.power).cumsum(0)
-        self._keep_probability = torch.ones_like(frequency)
+        self.keep_probability = torch.ones_like(frequency)
         if self.subsample:
-            self._keep_probability = (
+            self.keep_probability = (
                 (self.subsample / frequency.clamp(min=1e-30)).sqrt().clamp(max=1)
             )
 
@@ -294,7 +307,7 @@ class SkipGram(_VectorFileModule):
         generator = torch.Generator().manual_seed(
             ((self.seed * 1_000_003 + self.global_step) * 1009 + rank) % 2**63
         )
-        keep = torch.rand(tokens.shape, generator=generator) < self._keep_probability[tokens.cpu()]
+        keep = torch.rand(tokens.shape, generator=generator) < self.keep_probability[tokens.cpu()]
         shape = (*tokens.shape, self.negatives)
         uniform = (
             torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -183,7 +183,9 @@ class NumberLM(NumberModule):
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict({name: MeanMetric() for name in names}) for _ in range(2)
         )
-        self._since, self._tokens = 0.0, 0  # for the speed
+        self._since = 0.0
+        #: Tokens that were trained on since the speed was logged last.
+        self.token_count = 0
 
     @property
     def head_weight(self) -> Tensor:
@@ -261,12 +263,12 @@ class NumberLM(NumberModule):
         if self.exact_match:
             right = average_right_rows(hits, batch["targets"])
             self.log("train/exact", right, batch_size=size)
-        self._tokens += batch["tokens"].numel()
+        self.token_count += batch["tokens"].numel()
         return loss
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
-        self._since, self._tokens = read_clock(self.device), 0
+        self._since, self.token_count = read_clock(self.device), 0
 
     def on_validation_start(self) -> None:
         """Stop the clock."""
@@ -281,9 +283,9 @@ class NumberLM(NumberModule):
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         if every and (batch_idx + 1) % every == 0:
             now = read_clock(self.device)
-            speed = self._tokens * self.trainer.world_size / max(now - self._since, 1e-9)
+            speed = self.token_count * self.trainer.world_size / max(now - self._since, 1e-9)
             self.log("train/tokens_per_s", speed, batch_size=1)
-            self._since, self._tokens = now, 0
+            self._since, self.token_count = now, 0
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log loss, accuracy of tokens, and of whole answers with ``exact_match``."""

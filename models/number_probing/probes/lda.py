@@ -39,14 +39,27 @@ from fulgurite.models.number_probing.probes.fold_statistics import (
     exceeds_rounding,
 )
 
-__all__ = ["DIRECT", "lda_scores", "shrinkage_intensity"]
+__all__ = [
+    "DIRECT",
+    "FAR",
+    "NEAR",
+    "TOLERANCE",
+    "fit_alone",
+    "lda_scores",
+    "shrinkage_intensity",
+    "solve_directly",
+    "solve_iteratively",
+]
 
 #: Up to this width each model's covariance is formed and factored.
 DIRECT = 128
 
-_TOLERANCE = 1e-3  # of conjugate gradients, relative residual where classes are near
-_NEAR = 10.0  # standard deviations from a class to the mean of all, up to which float32 will do
-_FAR = 1e4  # and up to which conjugate gradients will
+#: Relative residual of conjugate gradients where classes are near.
+TOLERANCE = 1e-3
+#: Standard deviations from a class to the mean of all, up to which float32 will do.
+NEAR = 10.0
+#: The same, up to which conjugate gradients will do.
+FAR = 1e4
 _TIGHT = 1e3  # total variance over that within classes that one factor in float32 stands
 _MAX_STEPS = 200
 _STEEP = 1e3  # change of a score over a standard deviation of all features, up to which float32 do
@@ -157,14 +170,14 @@ def _solve_discriminants(
     direct = mean.shape[1] <= DIRECT
     if not c.lost_digits and direct:
         weight, shift = _compute_shrinkage(c, shrinkage)
-        return _solve_directly(c, weight, shift, mean)
+        return solve_directly(c, weight, shift, mean)
     if not c.lost_digits and shrinkage == "auto":
         within_fraction = c.within / c.total
         if bool((within_fraction > 1 / _TIGHT).logical_or(c.variance.amax(0) == 0).all()):
-            solution = _solve_iteratively(c, *_compute_shrinkage(c, shrinkage), mean)
+            solution = solve_iteratively(c, *_compute_shrinkage(c, shrinkage), mean)
             if solution is not None:
                 return solution
-    return torch.stack([_fit_alone(c, model, shrinkage, mean[model]) for model in range(len(mean))])
+    return torch.stack([fit_alone(c, model, shrinkage, mean[model]) for model in range(len(mean))])
 
 
 def _compute_intensities(c: FoldStatistics) -> Tensor:
@@ -210,8 +223,20 @@ def _compute_shrinkage(
     return c.priors * (1 - shrinkage), shrinkage * mean * c.total
 
 
-def _solve_directly(c: FoldStatistics, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
-    """Solve by one Cholesky factor for each model. Shapes: (E, D, C)."""
+def solve_directly(c: FoldStatistics, weight: Tensor, shift: Tensor, rhs: Tensor) -> Tensor:
+    """Solve for the coefficients of all models by one Cholesky factor for each.
+
+    Args:
+        c: Statistics of all folds.
+        weight: Weight of each class's scatter in each model.
+        shift: What is added to the diagonal of each model.
+        rhs: Means of the classes.
+
+    Shape: (T, E), (E, D) and (E, D, C) to (E, D, C).
+
+    Raises:
+        DataError: A covariance is singular, or nearly.
+    """
     models, width = shift.shape
     scatter = (c.rows.mT @ c.rows).flatten(1)  # of each class, shared by all models
     is_held_out, index = c.held_out.topk(int(c.held_out.sum(-1).max()), dim=-1)  # others fill up
@@ -243,10 +268,22 @@ def _solve_by_cholesky(covariance: Tensor, rhs: Tensor, classes: int) -> Tensor:
     return torch.cholesky_solve(rhs, root)
 
 
-def _fit_alone(
+def fit_alone(
     c: FoldStatistics, model: int, shrinkage: float | Literal["auto"], rhs: Tensor
 ) -> Tensor:
-    """Fit one model to its own rows, in float64. Shapes: (D, C)."""
+    """Fit one model to its own rows, in float64.
+
+    Args:
+        c: Statistics of all folds.
+        model: Number of the model.
+        shrinkage: Weight of the target, or ``auto`` for Ledoit and Wolf's.
+        rhs: Means of the classes.
+
+    Shape: (D, C) to (D, C).
+
+    Raises:
+        DataError: The covariance is singular, or nearly.
+    """
     priors, mean, total = c.priors[:, model], c.mean[:, model], c.total[model]
     parts, shift = [], torch.zeros_like(total)
     for t, rows in enumerate(c.rows):
@@ -303,12 +340,21 @@ def _solve_by_woodbury(rows: Tensor, diagonal: Tensor, rhs: Tensor) -> Tensor:
     )
 
 
-def _solve_iteratively(
+def solve_iteratively(
     c: FoldStatistics, weight: Tensor, shift: Tensor, rhs: Tensor
 ) -> Tensor | None:
-    """Solve by conjugate gradients that share one preconditioner. Shapes: (E, D, C).
+    """Solve for the coefficients of all models by conjugate gradients with one preconditioner.
 
-    None if they do not converge to what the distances of the classes ask for.
+    Args:
+        c: Statistics of all folds.
+        weight: Weight of each class's scatter in each model.
+        shift: What is added to the diagonal of each model.
+        rhs: Means of the classes.
+
+    Returns:
+        The coefficients; None if they do not converge to what the distances of the classes ask for.
+
+    Shape: (T, E), (E, D) and (E, D, C) to (E, D, C).
     """
     models, width, columns = rhs.shape
     # in units in which the variances are about 1
@@ -319,10 +365,10 @@ def _solve_iteratively(
     b = (rhs.mT * scale).flatten(0, 1)
     dtype = c.table.fast_dtype
     distance = float(torch.linalg.vecdot(b, condition(b)).max().clamp(min=0).sqrt())
-    if not distance < _FAR:
+    if not distance < FAR:
         return None
-    dtype = dtype if distance < _NEAR else b.dtype
-    tolerance = _TOLERANCE * min(1.0, _NEAR / distance) ** 2 if distance else _TOLERANCE
+    dtype = dtype if distance < NEAR else b.dtype
+    tolerance = TOLERANCE * min(1.0, NEAR / distance) ** 2 if distance else TOLERANCE
     x = (c.fast_rows if dtype == c.table.fast_dtype else c.rows).flatten(0, 1) * scale.to(dtype)
     row_weight = (c.train * (weight / c.count)[..., None]).to(dtype).transpose(0, 1)
     mean = (c.shift * scale).transpose(0, 1).to(dtype)  # (E, T, D)
