@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fulgurite import compare
-from fulgurite.compare.engines import Engine
+from fulgurite.clusters.engines import Engine
 
 PARSE = """
 import yaml

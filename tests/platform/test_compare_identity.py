@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fulgurite.clusters.engines import Engine
 from fulgurite.compare import identity
 from fulgurite.compare.command import main
 from fulgurite.compare.driver import run
-from fulgurite.compare.engines import Engine
 from fulgurite.compare.identity import Resolver, data_identity
 from fulgurite.compare.plan_file import read_plan
 from fulgurite.compare.trials import define_trials

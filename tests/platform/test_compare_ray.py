@@ -4,15 +4,17 @@ import json
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 from fakes.comparison import FILE, go, runs, write
 
 from fulgurite import compare
-from fulgurite.compare import ray_cluster
+from fulgurite.clusters.engines import Engine
+from fulgurite.clusters.ray_tasks import NodeFault, Surroundings, run_on_node
 from fulgurite.compare.command import main
-from fulgurite.compare.engines import Engine
 from fulgurite.compare.plan_file import read_plan
+from fulgurite.compare.ray_cluster import execute_anew
 from fulgurite.compare.resources import Resources
 from fulgurite.compare.worker import Job
 from fulgurite.errors import ConfigError, MissingExtraError
@@ -111,20 +113,23 @@ def test_resources_are_kept_in_the_folder_and_change_no_cell(place):
     assert read_plan(place / "out" / "comparison.yaml").resources == Resources(cpus=2)
 
 
+def surroundings_of(place, token="mine", folder=""):
+    token_file = place / ".ray-token"
+    return Surroundings(token_file, token, str(place / folder), {}, "the comparison's folder")
+
+
 def test_a_node_without_the_folder_says_so(place):
     job = Job("a", [["fit"]], place / "run", log=place / "log", metric=None)
+    run = partial(execute_anew, runner="fake_runner:main")
     (place / ".ray-token").write_text("another")
-    surroundings = ray_cluster.Surroundings(
-        "fake_runner:main", place / ".ray-token", "mine", str(place), {}
-    )
-    says = ray_cluster.execute_on_node(job, surroundings)
-    assert "does not see the comparison's folder" in says
+    fault = run_on_node(run, job, surroundings_of(place))
+    assert isinstance(fault, NodeFault)
+    assert "does not see the comparison's folder" in fault.reason
     assert not (place / "log").exists()
     (place / ".ray-token").write_text("mine")
-    elsewhere = ray_cluster.Surroundings(
-        "fake_runner:main", place / ".ray-token", "mine", str(place / "no"), {}
-    )
-    assert "has no folder" in ray_cluster.execute_on_node(job, elsewhere)
+    fault = run_on_node(run, job, surroundings_of(place, folder="no"))
+    assert isinstance(fault, NodeFault)
+    assert "has no folder" in fault.reason
 
 
 def test_what_a_lost_attempt_left_is_not_gone_on_with(place):
@@ -133,10 +138,8 @@ def test_what_a_lost_attempt_left_is_not_gone_on_with(place):
     (place / ".ray-token").write_text("mine")
     options = ["--method=a", "--p=0.5", "--seed_everything=0", f"--run.dir={place / 'run'}"]
     job = Job("a", [["fit", *options]], place / "run", log=place / "log", metric=None)
-    surroundings = ray_cluster.Surroundings(
-        "fake_runner:main", place / ".ray-token", "mine", str(place), {}
-    )
-    result = ray_cluster.execute_on_node(job, surroundings)
+    run = partial(execute_anew, runner="fake_runner:main")
+    result = run_on_node(run, job, surroundings_of(place))
     assert result.error == ""
     assert json.loads((place / "run" / "summary.json").read_text()) == result.metrics
     assert not (place / "run" / "half").exists()

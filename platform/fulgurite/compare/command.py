@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from fulgurite.clusters.engines import Engine, add_engine_options
 from fulgurite.compare.comparison import Comparison
 from fulgurite.compare.driver import check_trials, find_folder, run, select_part, select_trials
-from fulgurite.compare.engines import Engine
 from fulgurite.compare.identity import RUNNER
 from fulgurite.compare.merge import merge
 from fulgurite.compare.plan import ComparisonPlan
@@ -28,16 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fulgurite compare", description="Run what is missing of a grid, and render what is there."
     )
     parser.add_argument("file", help="comparison file: a path or a packaged name")
-    parser.add_argument(
-        "--workers", type=int, help="processes (default: one per GPU, or per core without any)"
-    )
-    parser.add_argument(
-        "--engine", default="pool", help="pool (processes of this machine) or ray (a cluster)"
-    )
-    parser.add_argument(
-        "--address",
-        help="of the Ray cluster, such as auto (default: RAY_ADDRESS, or this machine alone)",
-    )
+    add_engine_options(parser, "one per GPU, or per core without any")
     parser.add_argument("--out", help="folder of records and tables (default: compare_results/…)")
     parser.add_argument("--quick", action="store_true", help="the small form that the file defines")
     parser.add_argument(

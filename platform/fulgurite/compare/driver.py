@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
+from fulgurite.clusters.engines import POOL, Engine
 from fulgurite.compare.comparison import PLAN_FILE, Comparison
 from fulgurite.compare.devices import device_groups, visible_devices
-from fulgurite.compare.engines import POOL, Engine, Workers
 from fulgurite.compare.folder_lock import lock_briefly, lock_folder
 from fulgurite.compare.hashing import digest
 from fulgurite.compare.identity import RUNNER, Resolver
@@ -28,6 +28,7 @@ from fulgurite.compare.trial import Trial, TrialResult
 from fulgurite.compare.trials import define_trials
 from fulgurite.compare.watch import ConfigWatch
 from fulgurite.compare.worker import Job
+from fulgurite.compare.workers import Workers
 from fulgurite.errors import ConfigError
 from fulgurite.systems import name_system
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fulgurite.compare.devices import VISIBLE
-from fulgurite.compare.engines import Workers
 from fulgurite.compare.trial import TrialResult
 from fulgurite.compare.worker import STARTED, Job, serve
+from fulgurite.compare.workers import Workers
 from fulgurite.errors import ConfigError
 
 __all__ = ["WorkerPool", "run_jobs", "set_variables"]
