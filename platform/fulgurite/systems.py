@@ -136,6 +136,13 @@ OURS = (
         "Stream-CQSA: exact attention in any memory budget by cyclic quorum sets",
         "https://arxiv.org/abs/2604.20819",
         "fulgurite.configs.stream_cqsa",
+        (
+            Command(
+                "attend",
+                "attention over tensors in files, by processes or the nodes of a cluster",
+                "fulgurite.attention.command:main",
+            ),
+        ),
     ),
     System(
         "number_probing",

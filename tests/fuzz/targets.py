@@ -218,6 +218,24 @@ def _arrays():
     yield Target("netcdf-output", [written], lambda f: netcdf.read_netcdf(f / "a.nc"))
 
 
+def _call_tensors():
+    import torch
+    from safetensors.torch import save_file
+
+    from fulgurite.attention.tensor_files import map_tensors
+
+    array = np.arange(40, dtype=np.float32).reshape(1, 1, 5, 8)
+    npy = _made(lambda f: np.save(f / "query.npy", array))
+    yield Target("npy-tensors", [npy], lambda f: map_tensors(f, ["query"])["query"].sum())
+    tensors = {"query": torch.from_numpy(array)}
+    safe = _made(lambda f: save_file(tensors, f / "a.safetensors"))
+    yield Target(
+        "safetensors-tensors",
+        [safe],
+        lambda f: map_tensors(f / "a.safetensors", ["query"])["query"].sum(),
+    )
+
+
 def _annotations():
     import pandas as pd
     import torch
@@ -670,7 +688,7 @@ _GROUPS = (
         _texts,
         _embeddings,
     ),
-    *(_histories, _checkpoints),
+    *(_histories, _checkpoints, _call_tensors),
 )
 
 

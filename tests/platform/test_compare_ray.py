@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+from fakes.clusters import two_nodes
 from fakes.comparison import FILE, go, runs, write
 
 from fulgurite import compare
@@ -22,16 +23,8 @@ from fulgurite.errors import ConfigError, MissingExtraError
 
 @pytest.fixture
 def cluster(place, monkeypatch):
-    """A head without cores and two nodes with one core each, which see what the test set."""
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_health_check_period_ms", "500")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "4")
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    cluster.nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
+    with two_nodes(monkeypatch) as cluster:
+        yield cluster
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Unpack
 
@@ -272,6 +273,38 @@ class AttentionJob:
                     return computed
                 time.sleep(min(lease / 4, 1.0))
 
+    @torch.no_grad()
+    def run_task(
+        self, number: int, *inputs: Tensor, device: torch.device | str | None = None
+    ) -> None:
+        """Compute one task, unless its file is there already; for whoever deals the tasks out.
+
+        Nothing is claimed: two processes that compute a task at once write the same file, which is
+        there as a whole or not at all.
+
+        Args:
+            number: Number of the task.
+            inputs: As those of :meth:`run`.
+            device: Where kernels run.
+
+        Raises:
+            ConfigError: There is no such task.
+            DataError: The inputs are not those of the job.
+            CheckpointError: The folder cannot be written.
+        """
+        if not 0 <= number < self.task_count:
+            raise ConfigError(
+                f"The job {self.folder} has no task {number}.",
+                f"Its tasks are 0 to {self.task_count - 1}." if self.task_count else "It has none.",
+            )
+        path = self._path(number)
+        if path.exists():
+            return
+        tensors, compute_device = self._name_inputs(inputs), kernel_device(device)
+        _clean(path)
+        task = next(islice(self.tasks(), number, None))
+        self._compute(task, tensors, compute_device, set())
+
     def _compute(
         self,
         task: JobTask,
@@ -331,20 +364,22 @@ class AttentionJob:
             ConfigError: Results share memory, or are read-only.
             DataError: Shapes or types do not fit.
         """
-        names = GRADIENTS if self.is_backward else RESULTS
-        results = host_tensors(name_tensors(names, targets))
-        facts = self._header.inputs
-        wide = accumulator_dtype(getattr(torch, facts["query"]["dtype"]))
-        likes = {"dkey": "key", "dvalue": "value"}
+        shapes = self.result_shapes()
+        results = host_tensors(name_tensors(tuple(shapes), targets))
+        wide = accumulator_dtype(getattr(torch, self._header.inputs["query"]["dtype"]))
         for name, target in results.items():
-            size = list(facts[likes.get(name, "query")]["shape"])
-            if name == "out":
-                size[-1] = facts["value"]["shape"][-1]
-            check_beside(name, target, size[:-1] if name == "lse" else size,
-                         wide if name == "lse" else None)  # fmt: skip
+            check_beside(name, target, shapes[name], wide if name == "lse" else None)
         check_targets(results, {})
         paths = [self._path(n) for n in range(self.task_count)]
         merge_parts(self.folder, self._identity, paths, results, progress=progress)
+
+    def result_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each result by its name: those that :meth:`merge` takes, in order."""
+        facts = self._header.inputs
+        query, key, value = (tuple(facts[name]["shape"]) for name in INPUTS)
+        if self.is_backward:
+            return dict(zip(GRADIENTS, (query, key, value), strict=True))
+        return dict(zip(RESULTS, ((*query[:-1], value[-1]), query[:-1]), strict=True))
 
     def explain(self) -> str:
         """Return what the tasks are, what each reads and writes, and how long they take."""

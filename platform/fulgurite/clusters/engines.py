@@ -52,11 +52,11 @@ POOL = Engine()
 """Processes of this machine."""
 
 
-def add_engine_options(parser: argparse.ArgumentParser, default_workers: str) -> None:
+def add_engine_options(parser: argparse._ActionsContainer, default_workers: str) -> None:
     """Add ``--workers``, ``--engine`` and ``--address``, which make an :class:`Engine`.
 
     Args:
-        parser: Parser of a command.
+        parser: Parser of a command, or a group of its options.
         default_workers: How many processes ``pool`` has by default, as its help says it.
     """
     parser.add_argument("--workers", type=int, help=f"processes (default: {default_workers})")
