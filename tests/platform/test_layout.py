@@ -34,6 +34,19 @@ MAY_IMPORT = {
 }
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
 DOCUMENTS += ROOT.glob("models/*/README.md")
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PRIVATE_DEFINITION = re.compile(
+    r"\b(?:def|class) (_[A-Za-z]\w*)|^ *(_[A-Za-z]\w*)(?:: [^=\n]*)? = |\bself\.(_[A-Za-z]\w*)",
+    re.MULTILINE,
+)
+#: Names that modules of ours define too, and tests have from others.
+NOT_OURS = {
+    "_asdict": "a public method of named tuples",
+    "_replace": "a public method of named tuples",
+    "_backward": "the end of the names of PyTorch's operators",
+}
+#: A helper that asserts says so by its name.
+ASSERTION = re.compile(r"\bassert\b|\bpytest\.(?:raises|warns)\(|\b(?:assert|check)_\w+\(")
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").is_file(), reason="needs the repository"
@@ -160,6 +173,54 @@ def test_no_modules_import_each_other():
 def test_circles_are_seen():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
     assert circles_of(graph) == {("b", "c")}
+
+
+def private_definitions(text: str) -> set[str]:
+    """Private functions, classes, variables and attributes that a module makes."""
+    return {name for groups in PRIVATE_DEFINITION.findall(text) for name in groups if name}
+
+
+def test_tests_use_what_is_public():
+    private = set().union(*(private_definitions(path.read_text()) for path in SOURCES))
+    used = {}
+    for path in TESTS:
+        text = path.read_text()
+        words = set(re.findall(r"(?<![\w}])_[A-Za-z]\w*", text))
+        if names := words & private - private_definitions(text) - NOT_OURS.keys():
+            used[path.relative_to(ROOT).as_posix()] = sorted(names)
+    assert used == {}, "test through public names, or name the function"
+
+
+def test_private_names_are_seen():
+    text = "class _A:\n    def _b(self): self._c: int = 0\n\n\n_D = 1\n_e: int = _f(_g == 2)\n"
+    assert private_definitions(text) == {"_A", "_b", "_c", "_D", "_e"}
+
+
+def silent_tests(text: str) -> list[str]:
+    """Names of tests that assert nothing."""
+    blocks = re.split(r"^(?=def |class |@)", text, flags=re.MULTILINE)
+    if all(ASSERTION.search(block) for block in blocks if block.startswith("def test_")):
+        return []  # to parse all files would take a second
+    lines = text.splitlines()
+    return [
+        node.name
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if not ASSERTION.search("\n".join(lines[node.lineno : node.end_lineno]))
+    ]
+
+
+def test_tests_assert_something():
+    assert {path.name: names for path in TESTS if (names := silent_tests(path.read_text()))} == {}
+
+
+def test_silent_tests_are_seen():
+    loud = "def test_a():\n    check_it()\n\n\n@mark\ndef test_b():\n    assert 1\n"
+    assert silent_tests(loud) == []
+    assert silent_tests(loud + "def test_c():\n    run()\n\n\ndef f():\n    assert 1\n") == [
+        "test_c"
+    ]
+    assert silent_tests('def test_d():\n    """\ndef f(): pass\n"""\n    assert 1\n') == []
 
 
 def test_every_folder_with_code_is_a_package():
