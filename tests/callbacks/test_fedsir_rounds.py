@@ -10,6 +10,7 @@ import lightning
 import pytest
 import torch
 from fakes.fedsir import METHODS
+from fakes.options import QUIET
 from fakes.trainers import quiet_trainer
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -410,8 +411,7 @@ def assert_equal_runs(alone_run, weights):
     ],
 )
 def test_what_rounds_cannot_do_is_refused(fulgurite, options, message):
-    quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *quiet, *options)
+    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *QUIET, *options)
     assert status == 2, error
     assert message in error
     assert "Traceback" not in error

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fakes.runs import read_weights
 from scipy.io import savemat
 
 from fulgurite.datamodules.ice_layers import IceLayerDataModule, SredMat, SyntheticFlights, World
@@ -14,10 +15,6 @@ from fulgurite.datamodules.ice_layers.readers.layer_writer import write_layer_fi
 from fulgurite.datamodules.ice_layers.readers.sred_file import FIELDS
 
 NAME = "ice_layers/smoke.yaml"
-
-
-def state(run):
-    return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
 def write_flights(folder):
@@ -87,7 +84,7 @@ def test_two_processes_train_and_test_as_one(fit, run_two):
     ]  # fmt: skip
     run_two("fit", "--config", NAME, *common, "--run.dir=two", "--data.init_args.batch_size=4")
     fit(*common, "--run.dir=one", "--data.init_args.batch_size=8", config=NAME)
-    one, two = state("one"), state("two")
+    one, two = read_weights("one"), read_weights("two")
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=1e-4)
@@ -102,7 +99,7 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(fit):
     short = ("--run.dir=part", "--model.init_args.scheduler=null")
     fit(*short, "--trainer.max_epochs=1", config=NAME)
     fit(*short, "--ckpt_path=last", config=NAME)
-    whole, part = state("whole"), state("part")
+    whole, part = read_weights("whole"), read_weights("part")
     assert all(torch.equal(part[key], whole[key]) for key in whole)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from fakes.cs_arm_bn import TINY_WORLD
 
 from fulgurite.datamodules.cs_arm_bn import (
     JumpPlates,
@@ -34,21 +35,13 @@ from fulgurite.datamodules.cs_arm_bn.synthetic import (
 )
 from fulgurite.errors import ConfigError, DataError, MissingExtraError
 
-TINY = {
-    "batches": [2, 1],
-    "plates": [1, 1],
-    "sites": 1,
-    "size": 8,
-    "wells_per_class": 1,
-    "controls": 4,
-}
 ELSEWHERE = {"s3://cellpainting-gallery/": "", "/mnt/bucket/": ""}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bucket")
-    SyntheticPlates(TINY, path=str(folder)).prepare()
+    SyntheticPlates(TINY_WORLD, path=str(folder)).prepare()
     return folder
 
 
@@ -514,11 +507,11 @@ def test_the_generator_repeats_itself_and_seeds_differ(made, tmp_path, monkeypat
 
     # one process instead of several: the same bytes
     monkeypatch.setattr(module, "run_in_processes", lambda jobs, n: (jobs[i] for i in range(n)))
-    SyntheticPlates(TINY, path=str(tmp_path / "again")).prepare()
+    SyntheticPlates(TINY_WORLD, path=str(tmp_path / "again")).prepare()
     first, again = contents(made), contents(tmp_path / "again")
     assert first.keys() == again.keys()
     assert first == again
-    SyntheticPlates(TINY, path=str(tmp_path / "other"), seed=1).prepare()
+    SyntheticPlates(TINY_WORLD, path=str(tmp_path / "other"), seed=1).prepare()
     other = contents(tmp_path / "other")
     assert first.keys() == other.keys()
     changed = [name for name in first if first[name] != other[name]]
@@ -526,7 +519,7 @@ def test_the_generator_repeats_itself_and_seeds_differ(made, tmp_path, monkeypat
 
 
 def test_an_interrupted_generation_goes_on(tmp_path):
-    source = SyntheticPlates(TINY, path=str(tmp_path / "a"))
+    source = SyntheticPlates(TINY_WORLD, path=str(tmp_path / "a"))
     source.prepare()
     before = contents(tmp_path / "a")
     load_data(tmp_path / "a")[0].unlink()  # its plate was not finished
@@ -642,11 +635,13 @@ def test_phenotypes_show_what_they_say():
 
 def test_controls_may_be_dead_and_wells_anywhere(tmp_path):
     dead = SyntheticPlates(
-        TINY | {"dead_wells": 1.0, "strength": 0}, path=str(tmp_path / "dead")
+        TINY_WORLD | {"dead_wells": 1.0, "strength": 0}, path=str(tmp_path / "dead")
     ).load()
     light = np.array([FileReader(5)(paths)[4].mean() for paths in dead.paths()])
     assert light[dead.control].max() < light[~dead.control].mean()
-    anywhere = SyntheticPlates(TINY | {"random_layout": True}, path=str(tmp_path / "any")).load()
+    anywhere = SyntheticPlates(
+        TINY_WORLD | {"random_layout": True}, path=str(tmp_path / "any")
+    ).load()
     layouts = {
         tuple(anywhere.frame["well"][(anywhere.domain == d) & anywhere.control]) for d in range(3)
     }
@@ -669,9 +664,9 @@ def test_controls_may_be_dead_and_wells_anywhere(tmp_path):
 )
 def test_wrong_sizes_are_configuration_errors(change):
     with pytest.raises(ConfigError, match=f"world.{list(change)[-1]}|`plates`"):
-        SyntheticPlates(TINY | change)
+        SyntheticPlates(TINY_WORLD | change)
     with pytest.raises(ConfigError, match="seed"):
-        SyntheticPlates(TINY, seed=-1)
+        SyntheticPlates(TINY_WORLD, seed=-1)
 
 
 def test_sizes_are_known_without_files(tmp_path, cache):

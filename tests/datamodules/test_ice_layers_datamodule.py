@@ -31,11 +31,6 @@ from fulgurite.errors import CheckpointError, ConfigError, DataError, MissingExt
 from fulgurite.models.ice_layers.output.stacks import CompletedStack, write_npz
 
 
-@pytest.fixture(scope="module")
-def generated(filled_cache):
-    return SyntheticFlights(World(**SMALL_WORLD)).load()
-
-
 class ReadFlights(SyntheticFlights):
     """Generated flights whose files were read before."""
 

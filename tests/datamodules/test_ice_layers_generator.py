@@ -16,23 +16,18 @@ from fulgurite.datamodules.ice_layers.tracks.resample import great_circle_distan
 from fulgurite.errors import ConfigError, DataError
 
 
-@pytest.fixture(scope="module")
-def flights(filled_cache):
-    return SyntheticFlights(World(**SMALL_WORLD)).load()
-
-
 def stacked(flights, name):
     return np.stack([getattr(stack, name) for stack in flights.stacks])
 
 
-def test_shapes_and_names(flights):
-    assert len(flights.stacks) == 60
-    assert len(flights.segments) == 12
-    assert flights.physics == ("smb", "st", "refreeze", "melt", "snowpack")
-    assert flights.layer_names[:2] == ("layer_01", "layer_02")
-    np.testing.assert_array_equal(flights.layer_age, np.arange(1.0, 9.0))
-    assert {stack.thickness.shape for stack in flights.stacks} == {(32, 8)}
-    assert all(stack.segment[8] == "_" for stack in flights.stacks)
+def test_shapes_and_names(generated):
+    assert len(generated.stacks) == 60
+    assert len(generated.segments) == 12
+    assert generated.physics == ("smb", "st", "refreeze", "melt", "snowpack")
+    assert generated.layer_names[:2] == ("layer_01", "layer_02")
+    np.testing.assert_array_equal(generated.layer_age, np.arange(1.0, 9.0))
+    assert {stack.thickness.shape for stack in generated.stacks} == {(32, 8)}
+    assert all(stack.segment[8] == "_" for stack in generated.stacks)
 
 
 def test_the_files_are_those_of_the_formats(filled_cache):
@@ -51,8 +46,8 @@ def test_the_files_are_those_of_the_formats(filled_cache):
         assert "RZ" not in data.variables  # has to be derived
 
 
-def test_what_is_read_is_the_truth_and_the_noise_of_picks(flights):
-    truth, thickness = stacked(flights, "truth"), stacked(flights, "thickness")
+def test_what_is_read_is_the_truth_and_the_noise_of_picks(generated):
+    truth, thickness = stacked(generated, "truth"), stacked(generated, "thickness")
     error = (thickness - truth)[np.isfinite(thickness)]
     # two picks' noise of 12 mm, and mis-tracks beyond
     assert np.median(np.abs(error)) == pytest.approx(0.6745 * 0.012 * np.sqrt(2), rel=0.15)
@@ -62,8 +57,8 @@ def test_what_is_read_is_the_truth_and_the_noise_of_picks(flights):
     assert truth.mean((0, 1))[0] > truth.mean((0, 1))[-1] * 1.15  # compaction
 
 
-def test_missingness_grows_with_depth_and_is_structured(flights):
-    missing = ~np.stack([stack.observed for stack in flights.stacks])
+def test_missingness_grows_with_depth_and_is_structured(generated):
+    missing = ~np.stack([stack.observed for stack in generated.stacks])
     by_layer = missing.mean((0, 1))
     assert by_layer[0] < 0.12
     assert by_layer[-1] > 0.5
@@ -74,9 +69,9 @@ def test_missingness_grows_with_depth_and_is_structured(flights):
     assert same > 0.88  # runs: independent entries would agree at 0.55
 
 
-def test_the_climate_says_half_and_the_neighbours_the_rest(flights):
-    smb = np.log(stacked(flights, "physics")[..., 0])
-    truth = np.log(stacked(flights, "truth"))
+def test_the_climate_says_half_and_the_neighbours_the_rest(generated):
+    smb = np.log(stacked(generated, "physics")[..., 0])
+    truth = np.log(stacked(generated, "truth"))
     assert 0.75 < np.corrcoef(smb.ravel(), truth.ravel())[0, 1] < 0.97  # 0.87 there
     # within a block the climate hardly varies, thickness does
     assert truth.std(1).mean() > 4 * smb.std(1).mean()
@@ -86,20 +81,23 @@ def test_the_climate_says_half_and_the_neighbours_the_rest(flights):
     assert 0.5 < shared[np.triu_indices(8, 1)].mean() < 0.9  # 0.75 of the variance persists
 
 
-def test_generation_repeats_itself_and_follows_the_seed(flights, cache):
-    again = SyntheticFlights(World(**SMALL_WORLD)).load()
-    other = SyntheticFlights(World(**SMALL_WORLD, seed=1)).load()
-    np.testing.assert_array_equal(stacked(again, "thickness"), stacked(flights, "thickness"))
-    np.testing.assert_array_equal(stacked(again, "physics"), stacked(flights, "physics"))
-    assert not np.array_equal(stacked(other, "truth"), stacked(flights, "truth"))
+def test_generation_repeats_itself_and_follows_the_seed(tmp_path, monkeypatch):
+    world, made = {"stacks": 8, "traces": 16, "layers": 4, "segments": 4}, []
+    for number, seed in enumerate((0, 0, 1)):  # each anew
+        monkeypatch.setenv("FULGURITE_CACHE", str(tmp_path / f"{number}"))
+        made.append(SyntheticFlights(World(**world, seed=seed)).load())
+    one, again, other = made
+    np.testing.assert_array_equal(stacked(again, "thickness"), stacked(one, "thickness"))
+    np.testing.assert_array_equal(stacked(again, "physics"), stacked(one, "physics"))
+    assert not np.array_equal(stacked(other, "truth"), stacked(one, "truth"))
 
 
-def test_options(flights, filled_cache):
+def test_options(generated, filled_cache):
     whole = SyntheticFlights(World(**SMALL_WORLD, missing=0.0, mistracks=0.0, noise=0.0)).load()
     np.testing.assert_allclose(
         stacked(whole, "thickness"), stacked(whole, "truth"), atol=0.04
     )  # but for the density that is not exactly known
-    np.testing.assert_array_equal(stacked(whole, "truth"), stacked(flights, "truth"))
+    np.testing.assert_array_equal(stacked(whole, "truth"), stacked(generated, "truth"))
     other = SyntheticFlights(World(**SMALL_WORLD, mistracks=0.08, traced=0.5)).load()
     full = np.array([stack.observed.all() for stack in other.stacks])
     assert 15 < full.sum() < 45
@@ -109,23 +107,23 @@ def test_options(flights, filled_cache):
     assert (wrong[np.isfinite(wrong)] > 0.15).mean() > 0.05
 
 
-def test_physics_that_say_nothing(flights, filled_cache):
+def test_physics_that_say_nothing(generated, filled_cache):
     control = SyntheticFlights(World(**SMALL_WORLD), informative=False).load()
-    np.testing.assert_array_equal(stacked(control, "thickness"), stacked(flights, "thickness"))
+    np.testing.assert_array_equal(stacked(control, "thickness"), stacked(generated, "thickness"))
     truth = np.log(stacked(control, "truth")).ravel()
     smb = np.log(stacked(control, "physics")[..., 0])
     assert abs(np.corrcoef(smb.ravel(), truth)[0, 1]) < 0.15
-    real = np.log(stacked(flights, "physics")[..., 0])
+    real = np.log(stacked(generated, "physics")[..., 0])
     np.testing.assert_allclose(np.sort(smb.mean(1).ravel()), np.sort(real.mean(1).ravel()))
 
 
-def test_blocks_lie_on_lines_and_segments_apart(flights):
-    first = flights.stacks[0]
+def test_blocks_lie_on_lines_and_segments_apart(generated):
+    first = generated.stacks[0]
     assert great_circle_distance(first.pos[0], first.pos[-1]) == pytest.approx(
         first.distance[-1], rel=1e-6
     )
     assert first.distance[-1] == pytest.approx(3100, rel=0.01)
-    ends = [s.pos[0] for s in flights.stacks if s.segment == first.segment]
+    ends = [s.pos[0] for s in generated.stacks if s.segment == first.segment]
     assert min(great_circle_distance(a, b) for a, b in pairwise(ends)) > 3200
 
 

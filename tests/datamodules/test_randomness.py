@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fakes.cs_arm_bn import TINY_WORLD
 
 from fulgurite.data.text_options import TextOptions
-from fulgurite.datamodules.cs_arm_bn import GroupFolds, PlateDataModule, PlateWorld, SyntheticPlates
+from fulgurite.datamodules.cs_arm_bn import GroupFolds, PlateDataModule, SyntheticPlates
 from fulgurite.datamodules.fedsir import FederatedDataModule, Iid, ImageFolder
 from fulgurite.datamodules.number_probing import (
     NumberTextDataModule,
@@ -16,10 +17,8 @@ from fulgurite.testing.files import write_image_files
 
 
 def plates(folder, **options):
-    source = SyntheticPlates(
-        PlateWorld((2, 1), (2, 1), sites=1, size=8, wells_per_class=1, controls=4),
-        path=str(folder / "plates"),
-    )
+    world = TINY_WORLD | {"plates": [2, 1]}
+    source = SyntheticPlates(world, path=str(folder / "plates"))
     return PlateDataModule(
         source,
         GroupFolds(group="image", folds=2),

@@ -4,6 +4,11 @@ import torch
 
 from fulgurite.models.cs_arm_bn import PlateClassifier, SmallResNet
 
+#: A world of three plates with three sites, one of another laboratory, that is rendered at once.
+TINY_WORLD = {
+    "batches": [2, 1], "plates": [1, 1], "sites": 1, "size": 8, "wells_per_class": 1, "controls": 4,
+}  # fmt: skip
+
 
 def small_classifier(method=None, *, classes=4, channels=3, **options):
     """A classifier of width 4, whose weights are the same each time.

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from fakes.runs import read_weights
 from fakes.trainers import quiet_trainer
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
@@ -267,16 +268,12 @@ def test_the_command_line_makes_it_and_its_optimizer(tmp_path):
 SMOKE = "number_probing/smoke.yaml"
 
 
-def weights_of(run):
-    return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-
-
 @pytest.mark.slow  # tests/survival does it in the default suite, by kills
 def test_a_resumed_command_has_the_weights_of_an_uninterrupted_one(fit):
     fit("--run.dir=whole", config=SMOKE)
     fit("--run.dir=part", "--trainer.max_epochs=1", config=SMOKE)
     fit("--run.dir=part", "--ckpt_path=last", config=SMOKE)
-    uninterrupted, resumed = (weights_of(run) for run in ("whole", "part"))
+    uninterrupted, resumed = (read_weights(run) for run in ("whole", "part"))
     assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
     fit("--run.dir=whole", "--ckpt_path=last", config=SMOKE, command="test")
     assert "test/exact" in json.loads(Path("whole/test_metrics.json").read_text())
@@ -286,7 +283,7 @@ def test_a_resumed_command_has_the_weights_of_an_uninterrupted_one(fit):
 def test_two_processes_train_and_probe_as_one(fit, run_two):
     fit("--data.init_args.batch_size=128", "--run.dir=one", config=SMOKE)
     run_two("fit", "--config", SMOKE, "--run.dir=two")
-    one, two = (weights_of(run) for run in ("one", "two"))
+    one, two = (read_weights(run) for run in ("one", "two"))
     for key in one:  # Muon rounds its matrices to bfloat16; ten steps move weights by 0.03
         torch.testing.assert_close(two[key], one[key], atol=2e-3, rtol=0)
     texts = [Path(run, "probe.csv").read_text().splitlines() for run in ("one", "two")]

@@ -13,6 +13,7 @@ import torch
 import yaml
 from fakes.fedsir import FEDAVG
 from fakes.options import QUIET
+from fakes.runs import read_weights
 
 from fulgurite.commands import run_command
 
@@ -421,5 +422,5 @@ def test_a_users_own_module_and_data_plug_in_by_class_path(fulgurite, workdir, m
     )
     assert status == 0, error
     (folder,) = Path("runs/custom/run").iterdir()
-    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    state = read_weights(folder)
     assert state["layer.weight"].shape == (3, 4)  # classes linked from the data

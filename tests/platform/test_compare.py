@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from fakes.comparison import FILE, SHARED, go, runs, write
+from fakes.runs import wait_until
 from scipy import stats
 
 from fulgurite import compare, systems
@@ -291,11 +292,8 @@ def test_a_killed_comparison_goes_on_where_it_was(place):
     assert "[3/12]" in lines[2]
     finished = {path.stem for path in (place / "out" / "results").glob("*.json")}
     assert len(finished) >= 3
-    deadline = time.monotonic() + 10  # the workers end with their driver
     workers = {int(pid) for *_, pid in runs(place)}
-    while time.monotonic() < deadline and any(map(_alive, workers)):
-        time.sleep(0.05)
-    assert not any(map(_alive, workers))
+    wait_until(lambda: not any(map(_alive, workers)), seconds=10)  # they end with their driver
     comparison = go(file)
     assert len(comparison.results) == 12
     fits = [name for command, name, *_ in runs(place) if command == "fit"]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fakes.options import QUIET
 
 from fulgurite.cli import parse, run
 
 CALLBACKS = "lightning.pytorch.callbacks"
-OFF = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
 class _Recorded(Exception):
@@ -101,7 +101,7 @@ def test_a_run_with_averaged_weights_is_repeated_from_its_record(fit, weights):
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_by_name(fulgurite, options, parts):
-    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *OFF, *options)
+    status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml", *QUIET, *options)
     lines = [line for line in error.splitlines() if line.startswith("fulgurite: error:")]
     assert status == 2, error
     assert len(lines) == 1, error

@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+from fakes.runs import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
@@ -211,17 +212,10 @@ def start(folder, file, out, storage=None, **environment):
     return start_call(drive, folder)
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_a_killed_sweep_runs_what_was_cut_short_again(folder):
     file = write(folder, GRID)
     driver = start(folder, file, "out", SLEEP="0.7")
-    wait_for(lambda: len(ran(folder)) == 2)
+    wait_until(lambda: len(ran(folder)) == 2)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     study = run(file)
@@ -621,7 +615,7 @@ def test_two_drivers_share_one_postgresql(folder, postgres):
     """And one of them is killed."""
     file = write(folder, GRID)
     drivers = [start(folder, file, f"out{i}", postgres, SLEEP="0.5") for i in range(2)]
-    wait_for(lambda: len(ran(folder)) >= 2)
+    wait_until(lambda: len(ran(folder)) >= 2)
     os.kill(drivers[0].pid, signal.SIGKILL)
     drivers[0].wait()
     ended = drivers[1].wait()

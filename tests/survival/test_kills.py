@@ -5,13 +5,13 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from fakes.options import QUIET
+from fakes.runs import wait_until
 
 from fulgurite.cli import run
 from fulgurite.systems import systems
@@ -293,11 +293,12 @@ RANKS = ("--trainer.strategy=federated", "--trainer.accelerator=cpu", "--trainer
 
 def wait_for(file, process):
     """Wait until a running process has written a file."""
-    deadline = time.monotonic() + 240
-    while not file.exists():
+
+    def is_written():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return file.exists()
+
+    wait_until(is_written, seconds=240)
 
 
 @pytest.mark.slow

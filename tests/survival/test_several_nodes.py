@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from fakes.runs import read_weights, wait_until
 
 from fulgurite.testing.survival import find_free_port
 
@@ -53,11 +53,6 @@ def start_agents(folder, system, *more):
     ]
 
 
-def read_weights(folder):
-    path = folder / "checkpoints" / "last.ckpt"
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_two_nodes_train_as_one_with_two_processes(system, tmp_path):
     agents = start_agents(tmp_path, system, "--run.dir=two")
@@ -76,11 +71,12 @@ def test_a_node_that_dies_ends_the_other_within_a_minute(tmp_path):
     agents = start_agents(
         tmp_path, "number_probing", "--run.dir=run", "--trainer.max_epochs=100000"
     )
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file():
-        assert time.monotonic() < deadline, (tmp_path / "0.txt").read_text()
+
+    def is_saved():
         assert [agent.poll() for agent in agents] == [None, None]
-        time.sleep(0.2)
+        return (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+    wait_until(is_saved, seconds=240, explain=(tmp_path / "0.txt").read_text)
     [worker] = psutil.Process(agents[1].pid).children()
     worker.send_signal(signal.SIGKILL)
     assert [agent.wait(60) != 0 for agent in agents] == [True, True]
