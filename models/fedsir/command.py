@@ -137,7 +137,7 @@ def _check(model: Any, config: Mapping[str, Any]) -> None:
             f"trainer.precision is {precision}, and the clients of a federation train in 32 bits.",
             "Set --trainer.precision=32-true.",
         )
-    if model.local.vectorize > 1:
+    if model.local.vectorize not in (0, 1):
         raise ConfigError(
             f"model.init_args.local.vectorize is {model.local.vectorize}, and each client of a "
             "federation trains alone.",

@@ -25,6 +25,7 @@ from fulgurite.models.fedsir.federation import (
     FlatState,
     RemoteFederation,
     VisibleData,
+    choose_group_size,
     connected_clients,
 )
 from fulgurite.models.fedsir.methods import FedAvg, FederatedMethod
@@ -36,6 +37,7 @@ from fulgurite.weights import head_name, load_weights
 __all__ = ["FederatedClassifier", "NoOpServerOptimizer"]
 
 _ROUNDS = "federated_rounds"  # key of the rounds' state in a checkpoint
+_GROUP_SIZE = "clients_in_one_pass"  # key of what `vectorize: auto` has chosen
 
 
 class NoOpServerOptimizer(torch.optim.Optimizer):
@@ -135,6 +137,7 @@ class FederatedClassifier(SystemModule):
         # a metric, not a logged value: Lightning averages values over ranks without their sizes
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self._rounds_are_open = False
+        self._group_size: int | None = None  # what `vectorize: auto` has chosen
         self._resumed: dict[str, Any] | None = None  # rounds of the loaded checkpoint
 
     def forward(self, images: Tensor) -> Tensor:
@@ -173,8 +176,18 @@ class FederatedClassifier(SystemModule):
             ranks: Number of ranks that train together.
         """
         return self.engine.groups_per_round(
-            num_clients, ranks=ranks, group_size=self.local.vectorize
+            num_clients, ranks=ranks, group_size=self._clients_in_one_pass(num_clients, ranks)
         )
+
+    def _clients_in_one_pass(self, num_clients: int, ranks: int) -> int:
+        """Number of clients that train in one pass; measured where it is ``auto``."""
+        size = self.local.vectorize
+        if size != "auto":
+            return size
+        if self._group_size is None:
+            per_rank = self.engine.groups_per_round(num_clients, ranks=ranks, group_size=1)
+            self._group_size = choose_group_size(self._make_federation(0, 0), per_rank)
+        return self._group_size
 
     def setup(self, stage: str) -> None:
         """Check that data, strategy and trainer fit federated rounds.
@@ -234,23 +247,27 @@ class FederatedClassifier(SystemModule):
                 "Change model.init_args.optimizer.init_args.",
             ) from error
 
-        def make_federation(seed: int) -> Federation:
-            federation = Federation(
-                data,
-                self.network,
-                self.optimizer,
-                seed=seed,
-                batch_size=self.local.batch_size,
-                local_epochs=self.local.epochs,
-                autocast=trainer.precision_plugin.forward_context,
-                resident=self.local.resident,
-                vectorize=self.local.vectorize,
-            )
-            remote = connected_clients()
+        size = self._clients_in_one_pass(data.num_clients, trainer.world_size)
+
+        def connect_federation(seed: int) -> Federation:
+            federation, remote = self._make_federation(seed, size), connected_clients()
             return federation if remote is None else RemoteFederation.of(federation, remote)
 
-        self.engine.open(make_federation, trainer.current_epoch)
+        self.engine.open(connect_federation, trainer.current_epoch)
         self._rounds_are_open = True
+
+    def _make_federation(self, seed: int, vectorize: int) -> Federation:
+        return Federation(
+            VisibleData(self.trainer.datamodule),  # type: ignore[attr-defined]
+            self.network,
+            self.optimizer,
+            seed=seed,
+            batch_size=self.local.batch_size,
+            local_epochs=self.local.epochs,
+            autocast=self.trainer.precision_plugin.forward_context,
+            resident=self.local.resident,
+            vectorize=vectorize,
+        )
 
     def on_train_epoch_start(self) -> None:
         """Begin a round."""
@@ -272,10 +289,12 @@ class FederatedClassifier(SystemModule):
         """Add the state of the rounds to a checkpoint that can be resumed."""
         if self.engine.is_open and "callbacks" in checkpoint:
             checkpoint[_ROUNDS] = self.engine.state_dict()
+            checkpoint[_GROUP_SIZE] = self._group_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the state of the rounds until a fit resumes them."""
         self._resumed = checkpoint.get(_ROUNDS)
+        self._group_size = checkpoint.get(_GROUP_SIZE)
 
     def _step_server(self, aggregate: Tensor) -> None:
         old_parameters = [p.detach().clone() for p in self.network.parameters()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning.pytorch.cli import OptimizerCallable
 
@@ -25,7 +26,9 @@ class LocalTrainingOptions:
         batch_size: Mini-batch size.
         epochs: Local epochs.
         vectorize: Number of clients of a rank that train in one pass where the method's loss
-            allows; 0 trains them one after the other.
+            allows; 0 trains them one after the other. ``auto`` measures before the first round
+            which is faster and says it; a resumed run keeps that choice. With any number but 0,
+            weights depend on the number of ranks by rounding, and with ``auto`` on the times.
         resident: Keep a client's images on the device while it trains. Off for clients whose
             images do not fit there.
         compile: Compile the network with ``torch.compile``.
@@ -36,7 +39,7 @@ class LocalTrainingOptions:
 
     batch_size: PositiveInt = 64
     epochs: PositiveInt = 1
-    vectorize: NonNegativeInt = 0
+    vectorize: NonNegativeInt | Literal["auto"] = 0
     resident: bool = True
     compile: bool = False
 

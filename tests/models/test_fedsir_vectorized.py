@@ -1,5 +1,6 @@
 """Training in one pass equals training one after the other."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -8,7 +9,9 @@ from fakes.fedsir import FakeFederatedData
 from torch import nn
 
 from fulgurite.errors import ConfigError
+from fulgurite.models.fedsir.engine import RoundEngine
 from fulgurite.models.fedsir.federation import ClientSide, Federation, LogitLoss, TrainRequest
+from fulgurite.models.fedsir.federation.grouping import time_group_sizes
 from fulgurite.models.fedsir.federation.vectorized import train_group, vectorizable
 from fulgurite.models.fedsir.methods import FedProx
 from fulgurite.models.fedsir.network import DigitsNet, SmallCNN
@@ -217,15 +220,18 @@ def test_other_losses_train_one_by_one():
     assert expected[0].equal(found[0])
 
 
+class Noisy(nn.Module):
+    """Adds noise that cannot be mapped over clients."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 4)
+
+    def forward(self, x):
+        return self.head(x.flatten(1) + torch.randn(x.flatten(1).shape, dtype=x.dtype))
+
+
 def test_randomness_that_cannot_be_mapped_is_named():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(36, 4)
-
-        def forward(self, x):
-            return self.head(x.flatten(1) + torch.randn(x.flatten(1).shape, dtype=x.dtype))
-
     with pytest.raises(ConfigError, match="vectorize=0"):
         train(federation(Noisy, vectorize=7))
 
@@ -248,3 +254,60 @@ def test_a_subclass_of_the_loss_is_not_taken_for_it():
             epochs=1,
             make_optimizer=ADAM,
         )
+
+
+# --- vectorize: auto -----------------------------------------------------------------------------
+
+
+def test_timing_changes_nothing_that_a_run_depends_on():
+    fed = federation(NETWORKS["cnn"], vectorize=3)
+    costs, random = dataclasses.replace(fed.costs), torch.get_rng_state()
+    states = {name: tensor.clone() for name, tensor in fed.network.state_dict().items()}
+    seconds = time_group_sizes(fed, (0, 4, 7))
+    assert list(seconds) == [0, 4, 7]
+    assert min(seconds.values()) > 0
+    assert fed.vectorize == 3
+    assert fed.costs == costs
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(fed.network.state_dict()[name], states[name]) for name in states)
+    assert fed.network.training
+
+
+def test_what_cannot_be_mapped_is_timed_one_by_one_alone():
+    assert list(time_group_sizes(federation(Noisy), (0, 7))) == [0]
+
+
+@pytest.mark.parametrize(("seconds", "groups"), [({0: 1.0, 4: 0.3}, 1), ({0: 1.0, 4: 0.95}, 4)])
+def test_auto_takes_the_faster_way_and_says_it(fulgurite, log, monkeypatch, seconds, groups):
+    calls, sizes, trained = [], [], []
+
+    def time_sizes(federation, candidates):
+        calls.append([*candidates])
+        return seconds
+
+    def train(trainer, clients, *args, **kwargs):
+        sizes.append(len(clients))
+        return train_group(trainer, clients, *args, **kwargs)
+
+    def train_clients(engine, group):
+        trained.append(group)
+        return train_one_group(engine, group)
+
+    train_one_group = RoundEngine.train_group
+    monkeypatch.setattr("fulgurite.models.fedsir.federation.grouping.time_group_sizes", time_sizes)
+    monkeypatch.setattr("fulgurite.models.fedsir.federation.federation.train_group", train)
+    monkeypatch.setattr(RoundEngine, "train_group", train_clients)
+    options = ("--config", "fedsir/smoke.yaml", "--run.dir=run", "--model.local.vectorize=auto")
+    method = "--model.method=fulgurite.models.fedsir.methods.FedAvg"
+    assert fulgurite("fit", *options, method, "--trainer.max_epochs=1")[0] == 0
+    assert calls == [[0, 4]]  # of the four clients of the configuration
+    choice = "4 in one pass where" if groups == 1 else "one by one"
+    assert f"vectorize: auto trains clients {choice}" in log.text
+    assert trained == [*range(groups)]
+    assert sizes == ([4] if groups == 1 else [])
+    again = ("fit", "--config", "run/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=2")
+    monkeypatch.setitem(seconds, 4, 1.3 - seconds[4])  # would choose the other way
+    status, _, err = fulgurite(*again)
+    assert status == 0, err
+    assert calls == [[0, 4]]  # what the checkpoint says is kept
+    assert trained == [*range(groups), *range(groups)]

@@ -9,6 +9,7 @@ client), and sums over clients are exact integers (:func:`exact_average`). (Not 
 
 from fulgurite.models.fedsir.federation.clients import Client, ClientSide, TrainingTask
 from fulgurite.models.fedsir.federation.federation import Costs, Federation
+from fulgurite.models.fedsir.federation.grouping import choose_group_size
 from fulgurite.models.fedsir.federation.messages import (
     Replies,
     Reply,
@@ -54,6 +55,7 @@ __all__ = [
     "TrainingTask",
     "VisibleData",
     "balanced_assignment",
+    "choose_group_size",
     "connect_clients",
     "connected_clients",
     "exact_average",
