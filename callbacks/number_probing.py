@@ -38,6 +38,7 @@ from fulgurite.models.number_probing.tables import (
 )
 from fulgurite.models.number_probing.tables import vocabulary as read_vocabulary
 from fulgurite.models.number_probing.tables.checks import describe_numbers
+from fulgurite.sharding import is_sharding
 
 __all__ = ["EmbeddingRows", "ModularProbe"]
 
@@ -129,6 +130,20 @@ class ModularProbe(Callback):
         self.last: Report | None = None
 
     # --- hooks -----------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies under which no rank has the whole embedding.
+
+        Raises:
+            ConfigError: The parameters are divided among ranks.
+        """
+        if is_sharding(pl_module):
+            raise ConfigError(
+                "ModularProbe reads the embedding on the first rank, and "
+                f"{type(trainer.strategy).__name__} divides it among all.",
+                "Use --trainer.strategy=ddp; or leave ModularProbe out, and give the embedding of "
+                "the checkpoint to `fulgurite probe`.",
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe the model as it starts, unless it is resumed from a probed step."""

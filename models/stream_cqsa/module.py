@@ -85,6 +85,11 @@ class LanguageModel(SystemModule):
         # number of targets in them
         self.val_metrics, self.test_metrics = _metrics(), _metrics()
 
+    @property
+    def shardable_network(self) -> nn.Module:
+        """The network."""
+        return self.network  # type: ignore[no-any-return]
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of all tokens, for short sequences. Shape: (B, N) to (B, N, V)."""
         return self.network.logits(self.network(tokens))  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau, S
 from fulgurite.errors import ConfigError
 from fulgurite.export.exportable import ExportableNetwork, ExportRequest, no_network_error
 from fulgurite.options import list_options
+from fulgurite.sharding import shard_module
 
 __all__ = [
     "DATA_SIZES",
@@ -56,6 +57,19 @@ class SystemModule(LightningModule):
     monitor: str | None = None
     mode: str = "min"
     export_options: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def shardable_network(self) -> nn.Module | None:
+        """The network whose blocks may be divided among ranks (FSDP2); None where it may not."""
+        return None
+
+    def configure_model(self) -> None:
+        """Divide the parameters among the ranks, where the strategy asks for it.
+
+        Raises:
+            ConfigError: The module cannot be divided, or not as the strategy does it.
+        """
+        shard_module(self, self.shardable_network)
 
     def export_network(self, request: ExportRequest) -> ExportableNetwork:
         """Hand over the network for ``fulgurite export``, with the weights that are loaded.

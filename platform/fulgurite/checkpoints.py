@@ -139,8 +139,17 @@ def check_checkpoint(stored: Any, path: str | Path, *, resumes: bool) -> None:
 
 
 def nan_tensors(stored: Mapping[str, Any], module: LightningModule) -> list[str]:
-    """Names of the module's parameters that are not a number in a checkpoint."""
-    weights = stored["state_dict"]
+    """Names of the module's parameters that are not a number in a checkpoint.
+
+    Strategies that divide parameters among ranks have put the weights into the module already, and
+    leave them out of what is passed on; each rank then looks at its own part.
+    """
+    weights = stored.get("state_dict")
+    if weights is None:
+        weights = {
+            name: parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            for name, parameter in module.named_parameters()
+        }
     return [
         name
         for name, _ in module.named_parameters()

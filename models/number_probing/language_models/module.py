@@ -188,6 +188,11 @@ class NumberLM(NumberModule):
         self.token_count = 0
 
     @property
+    def shardable_network(self) -> nn.Module:
+        """The backbone."""
+        return self.backbone
+
+    @property
     def head_weight(self) -> Tensor:
         """Output table: the embedding, where they are tied. Shape: (V, D)."""
         return self.embedding.weight if self.head is None else self.head.weight

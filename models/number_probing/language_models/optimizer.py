@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fulgurite.errors import ConfigError
@@ -220,8 +221,49 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts():
-            part.step()
+            if part is self.muon and self._is_divided():
+                self._step_whole_matrices()
+            else:
+                part.step()
         return loss
+
+    def _is_divided(self) -> bool:
+        """Whether the hidden matrices are divided among ranks."""
+        if not dist.is_available() or not dist.is_initialized():
+            return False
+        from torch.distributed.tensor import DTensor
+
+        return any(isinstance(p, DTensor) for g in self.muon.param_groups for p in g["params"])
+
+    def _step_whole_matrices(self) -> None:
+        """Step hidden matrices that are divided among ranks, one after the other, as a whole.
+
+        Newton–Schulz iterations multiply whole matrices: each rank gathers one, computes its step,
+        and keeps its own part, so that all is as if it were not divided.
+        """
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        for group in self.muon.param_groups:
+            options = {k: v for k, v in group.items() if k not in ("params", "hidden", "name")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                matrix = nn.Parameter(p.full_tensor())
+                matrix.grad = p.grad.full_tensor()
+                muon = torch.optim.Muon([{**options, "params": [matrix]}])
+                for name, value in self.state[p].items():
+                    is_divided = isinstance(value, DTensor)
+                    muon.state[matrix][name] = value.full_tensor() if is_divided else value
+                muon.step()
+                layout = p.device_mesh, p.placements
+                p.copy_(distribute_tensor(matrix.detach(), *layout, src_data_rank=None))
+                for name, value in muon.state[matrix].items():
+                    is_matrix = isinstance(value, Tensor) and value.shape == matrix.shape
+                    self.state[p][name] = (
+                        distribute_tensor(value, *layout, src_data_rank=None)
+                        if is_matrix
+                        else value
+                    )
 
     def _parts(self) -> Iterator[torch.optim.Optimizer]:
         """The optimizers that have parameters."""

@@ -29,12 +29,19 @@ from fulgurite.errors import ConfigError
 from fulgurite.options import check_options
 from fulgurite.strategies.attention_census import take_census
 from fulgurite.strategies.offloading import saved_in_files, saved_on_host
+from fulgurite.strategies.sharded import FullyShardedStrategy
 from fulgurite.strategies.transformers_attention import TransformersAttention, unreachable_models
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["OffloadOptions", "StreamCQSADDPStrategy", "StreamCQSAStrategy", "streamed_sdpa"]
+__all__ = [
+    "OffloadOptions",
+    "StreamCQSADDPStrategy",
+    "StreamCQSAFullyShardedStrategy",
+    "StreamCQSAStrategy",
+    "streamed_sdpa",
+]
 
 _NAME = "stream_cqsa"
 
@@ -337,6 +344,47 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         """Every rank sees the whole batch."""
         return {"num_replicas": 1, "rank": 0}
+
+
+class StreamCQSAFullyShardedStrategy(_StreamsAttention, FullyShardedStrategy):
+    """The same with parameters, gradients and optimizer states divided among ranks (FSDP2).
+
+    Each rank has batches of its own, whose attention it streams alone.
+
+    Args:
+        memory_budget: See :class:`StreamCQSAStrategy`; of each device.
+        schedule: See :class:`StreamCQSAStrategy`.
+        intercept_sdpa: See :class:`StreamCQSAStrategy`.
+        offload: See :class:`StreamCQSAStrategy`.
+        check_finite: See :class:`StreamCQSAStrategy`.
+        kernel: See :class:`StreamCQSAStrategy`.
+        strict: See :class:`StreamCQSAStrategy`.
+        process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
+
+    Raises:
+        ConfigError: An option of :class:`StreamCQSAStrategy` is wrong.
+    """
+
+    strategy_name = f"{_NAME}_fsdp2"
+
+    def __init__(
+        self,
+        memory_budget: int | float | str | None = "auto",
+        schedule: Schedule = "auto",
+        *,
+        intercept_sdpa: bool = False,
+        offload: OffloadOptions = OffloadOptions(),
+        check_finite: bool = False,
+        kernel: Kernel | None = None,
+        strict: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend)
+        options = _StreamingOptions(
+            memory_budget, schedule, intercept_sdpa=intercept_sdpa, offload=offload,
+            check_finite=check_finite, kernel=kernel, strict=strict,
+        )  # fmt: skip
+        self._prepare(options, distributed=False)
 
 
 def _exchange(module: nn.Module, name: str, value: object) -> Callable[[], None]:
