@@ -250,7 +250,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     continue
                 matrix = nn.Parameter(p.full_tensor())
                 matrix.grad = p.grad.full_tensor()
-                muon = torch.optim.Muon([{**options, "params": [matrix]}])
+                muon: torch.optim.Optimizer = torch.optim.Muon([{**options, "params": [matrix]}])
                 for name, value in self.state[p].items():
                     is_divided = isinstance(value, DTensor)
                     muon.state[matrix][name] = value.full_tensor() if is_divided else value
