@@ -1,4 +1,4 @@
-# make demo | test | test-all | coverage | lint | types | docs | tables | bench | gpu | format | clean
+# make demo | test | test-all | lowest | coverage | lint | types | docs | tables | bench | gpu | format | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,6 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
 INSTALLED := $(VENV)/.installed
+LOWEST := $(VENV)-lowest
 DEMO := compare_results/fedsir-compare_demo
 DEMO_RUN := runs/fedsir/digits/demo
 DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models datamodules callbacks)
@@ -14,7 +15,7 @@ DOCTESTS := --doctest-modules --pyargs fulgurite $(addprefix fulgurite.,models d
 # tests/conftest.py puts the longest first, and doctests, which are short and many, come last.
 TESTS := tests $(DOCTESTS) -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test test-all coverage lint types docs tables bench gpu format clean
+.PHONY: venv demo test test-all lowest coverage lint types docs tables bench gpu format clean
 
 venv: $(INSTALLED)
 
@@ -50,6 +51,14 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# Commands, exports, configurations and data with the lowest version that pyproject.toml allows of each package
+# it names. Several of these have wheels up to Python 3.11 or 3.12 alone.
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c constraints.txt uv
+	$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
+	$(LOWEST)/bin/python -m pytest tests/platform/test_cli.py tests/platform/test_export.py tests/configs tests/datamodules -m "not slow" -n auto --dist loadfile
 
 # Which lines the tests without the slow ones run: a figure to read, that nothing depends on.
 coverage: $(INSTALLED)
@@ -91,4 +100,4 @@ gpu: $(INSTALLED)
 
 clean:
 	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

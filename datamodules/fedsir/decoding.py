@@ -307,7 +307,7 @@ def write_images(
     with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"Decoding {title} images", total=shape[0])
         for block in blocks:
-            images[done : done + len(block)] = block
+            images[done : done + len(block)] = block.numpy()
             done += len(block)
             progress.update(task, completed=done)
     images.flush()
