@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # One thread for each process: workers share the cores, and results do not depend on their number.
 export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
+# Bytecode is kept, also of tests, whose asserts each worker would rewrite again in each run.
+export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := $(VENV)/.installed
 LOWEST := $(VENV)-lowest

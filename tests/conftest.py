@@ -26,6 +26,13 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # results must not depend on how many workers share the cores
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Look for doctests in the package alone; there are none in tests, which are many files."""
+    collectors = yield
+    return [node for node in collectors if type(node).__name__ != "DoctestModule"]
+
+
 def pytest_collection_finish():
     """Search for garbage less often, and never in what was imported: a tenth of the time."""
     gc.collect()

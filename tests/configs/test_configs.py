@@ -11,10 +11,11 @@ from fulgurite.compare import define_trials, read_plan
 from fulgurite.systems import config_path, packaged_configs, resolve_config, systems
 
 ALL = [name for system in systems().values() for name in packaged_configs(system)]
-CONTENT = {name: yaml.safe_load(Path(config_path(name)).read_text()) for name in ALL}
-RUNS = [name for name, content in CONTENT.items() if "trainer" in content]
+TEXTS = {name: Path(config_path(name)).read_text() for name in ALL}
+# by their lines: to parse all of them takes half a second, in each process that collects tests
+RUNS = [name for name, text in TEXTS.items() if "\ntrainer:" in f"\n{text}"]
 SLOW = pytest.mark.slow  # a second for each method
-COMPARISONS = [name for name, content in CONTENT.items() if "methods" in content]
+COMPARISONS = [name for name, text in TEXTS.items() if "\nmethods:" in f"\n{text}"]
 
 
 def test_each_system_has_every_size():
@@ -26,7 +27,7 @@ def test_each_system_has_every_size():
 @pytest.mark.parametrize("name", RUNS)
 def test_it_parses_to_what_it_says(name):
     config = parse(["fit", "--config", name])
-    content = CONTENT[name]
+    content = yaml.safe_load(TEXTS[name])
     assert config.model.class_path == content["model"]["class_path"]
     for name, value in content["data"]["init_args"].items():
         if not isinstance(value, dict):

@@ -532,16 +532,16 @@ def test_labels_outside_the_classes_are_refused_in_training(label):
 
 
 @pytest.mark.parametrize(
-    ("network", "shape", "dim"),
+    ("make", "shape", "dim"),
     [
-        (SmallResNet(5, 3, width=4), (2, 5, 8, 8), 16),
-        (PlateResNet18(5, 3), (2, 5, 8, 8), 512),
-        (PlateResNet50(5, 3), (2, 5, 65, 40), 2048),
-        (PlateResNet50(5, 3, stem="cifar", input_norm="context"), (2, 5, 8, 8), 2048),
+        (lambda: SmallResNet(5, 3, width=4), (2, 5, 8, 8), 16),
+        (lambda: PlateResNet18(5, 3), (2, 5, 8, 8), 512),
+        (lambda: PlateResNet50(5, 3), (2, 5, 65, 40), 2048),
+        (lambda: PlateResNet50(5, 3, stem="cifar", input_norm="context"), (2, 5, 8, 8), 2048),
     ],
 )
-def test_networks(network, shape, dim):
-    network = convert_batchnorm(network).eval()
+def test_networks(make, shape, dim):
+    network = convert_batchnorm(make()).eval()
     x = torch.randn(shape)
     with torch.no_grad():
         assert network.features(x).shape == (2, dim)

@@ -6,17 +6,17 @@ from fulgurite.models.fedsir import DigitsNet, ResNet18, SmallCNN
 
 
 @pytest.mark.parametrize(
-    ("network", "shape", "dim"),
+    ("make", "shape", "dim"),
     [
-        (DigitsNet(1, 7), (4, 1, 8, 8), 64),
-        (DigitsNet(3, 7, image_size=6, hidden=16, width=12), (4, 3, 6, 6), 12),
-        (SmallCNN(1, 7, width=4), (4, 1, 8, 8), 16),
-        (SmallCNN(3, 7, width=8), (4, 3, 33, 20), 32),
-        (ResNet18(1, 7, stem="cifar"), (4, 1, 8, 8), 512),
+        (lambda: DigitsNet(1, 7), (4, 1, 8, 8), 64),
+        (lambda: DigitsNet(3, 7, image_size=6, hidden=16, width=12), (4, 3, 6, 6), 12),
+        (lambda: SmallCNN(1, 7, width=4), (4, 1, 8, 8), 16),
+        (lambda: SmallCNN(3, 7, width=8), (4, 3, 33, 20), 32),
+        (lambda: ResNet18(1, 7, stem="cifar"), (4, 1, 8, 8), 512),
     ],
 )
-def test_networks_expose_their_features(network, shape, dim):
-    network.eval()
+def test_networks_expose_their_features(make, shape, dim):
+    network = make().eval()
     x = torch.randn(shape)
     features = network.features(x)
     assert features.shape == (4, dim)
