@@ -1,7 +1,8 @@
 """Links between the pages of the repository lead somewhere."""
 
 import pytest
-from fakes.pages import PAGES, ROOT, anchors, links
+from fakes.pages import PAGES, anchors, links
+from fakes.repository import ROOT
 
 MORE = [ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
 MORE += sorted((ROOT / "docs" / "tutorials").glob("*.md"))

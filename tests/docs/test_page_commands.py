@@ -5,7 +5,8 @@ import pkgutil
 import re
 
 import pytest
-from fakes.pages import PAGES, ROOT, RUN, blocks, commands, imported_names, run_page
+from fakes.pages import PAGES, RUN, blocks, commands, imported_names, run_page
+from fakes.repository import ROOT
 
 from fulgurite.cli import parse
 from fulgurite.compare import read_plan

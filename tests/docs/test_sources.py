@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakes.repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("platform", "datamodules", "models", "callbacks", "configs", "benchmarks", "tests")
 
 pytestmark = pytest.mark.skipif(

@@ -2,13 +2,12 @@
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
+from fakes.repository import ROOT
 
 from fulgurite.systems import systems
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = [
     "Paper",
     "What is implemented",

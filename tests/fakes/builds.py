@@ -5,12 +5,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from fakes.repository import ROOT
 from packaging.requirements import Requirement
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def skip_without_backend(source):

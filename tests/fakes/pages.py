@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from fakes.repository import ROOT
+
 #: Pages whose blocks are run, or say why they are not. Tutorials are executed by the site's build.
 PAGES = sorted(
     path

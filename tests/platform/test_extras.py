@@ -3,15 +3,13 @@
 import ast
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from fakes.repository import ROOT
 from packaging.requirements import Requirement
 
 from fulgurite.errors import MissingExtraError
 from fulgurite.extras import list_optional_packages, optional_import
-
-ROOT = Path(__file__).resolve().parents[2]
 
 #: Where an error is of another kind than a package that an extra would bring.
 BY_HAND = {

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 from fakes.builds import run_pip
+from fakes.repository import ROOT
 from packaging.requirements import Requirement
 
 import fulgurite
 from fulgurite.systems import RESERVED_COMMANDS, systems
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "": ROOT / "platform" / "fulgurite",
     **{name: ROOT / name for name in ("datamodules", "models", "callbacks", "configs")},

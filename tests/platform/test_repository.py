@@ -1,12 +1,10 @@
 """Files of the repository that other programs read: workflows, templates, hooks, the image."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
+from fakes.repository import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".github").is_dir(), reason="needs the repository")
 

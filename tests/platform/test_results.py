@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
+from fakes.repository import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from fakes.builds import run_pip
-
-ROOT = Path(__file__).resolve().parents[2]
+from fakes.repository import ROOT
 
 
 @pytest.fixture(scope="module")

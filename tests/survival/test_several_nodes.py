@@ -4,18 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from fakes.repository import ROOT
 from fakes.runs import read_weights, wait_until
 
 from fulgurite.testing.survival import find_free_port
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 #: The strategy of each system, further options, and how far weights may be from those of one node.
 SYSTEMS = {
     "fedsir": ("federated", [], 0.0),
