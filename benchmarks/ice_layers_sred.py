@@ -14,7 +14,7 @@ from fulgurite.datamodules.ice_layers import SyntheticSred
 from fulgurite.datamodules.ice_layers.generator.sred import SredWorld
 
 SEEDS = range(5)
-#: Mean and standard deviation over SRED's complete echograms (docs/papers/ice_layers.md section 3.5).
+#: Mean and deviation over SRED's complete echograms (docs/papers/ice_layers.md section 3.5).
 PUBLISHED = {
     "thickness [range bins]": (56.08, 16.98),
     "`curr_smb`": (0.184, 0.052),

@@ -18,8 +18,8 @@ from fulgurite.data.exclusions import BadImage, name_some
 from fulgurite.data.images import decode_picture, reading_image, to_channels, to_uint8
 from fulgurite.data.listing import FileTree
 from fulgurite.datamodules.cs_arm_bn.corruptions import CORRUPTIONS, corrupt
-from fulgurite.datamodules.cs_arm_bn.images import SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.site_readers import SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import ConfigError, DataError

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import BadImage, Exclusion, check_exclude, exclude_hint, name_some
-from fulgurite.datamodules.cs_arm_bn.images import SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.site_readers import SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, well_name
 from fulgurite.errors import DataError

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulgurite.data.exclusions import Exclusion, check_exclude, exclude_hint, name_some
-from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.jump_metadata import JumpMetadata
 from fulgurite.datamodules.cs_arm_bn.jump_options import JumpFiles, Perturbations, PlateSelection
+from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.sources import PlateSource, locate
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable, find_same_channel, name_wells
 from fulgurite.datamodules.cs_arm_bn.table_files import find_other_plate, find_table, read_table

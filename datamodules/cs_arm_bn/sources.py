@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fulgurite.datamodules.cs_arm_bn.images import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.preprocess import Preprocess
+from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader, SiteReader
 from fulgurite.datamodules.cs_arm_bn.table import PlateTable
 from fulgurite.errors import DataError
 

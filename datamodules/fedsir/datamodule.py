@@ -6,7 +6,7 @@ Shapes: N training samples, K clients, N_k samples of client k, B mini-batch, C 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fulgurite.base import save_options
 from fulgurite.datamodules.fedsir.augment import shift_crop
+from fulgurite.datamodules.fedsir.batches import ImageBatches, keep_batch
 from fulgurite.datamodules.fedsir.inputs import TrainedInputs
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.datamodules.fedsir.noisy_clients import Corruption, FederationNoise
@@ -33,7 +34,7 @@ from fulgurite.errors import ConfigError, DataError
 from fulgurite.options import PositiveInt, check_arguments, list_options, make_options
 from fulgurite.sampling import EveryRankSampler, UnrepeatedDistributedSampler
 
-__all__ = ["EvaluationLabels", "FederatedDataModule", "ImageBatches"]
+__all__ = ["EvaluationLabels", "FederatedDataModule"]
 
 log = logging.getLogger(__name__)
 
@@ -55,42 +56,6 @@ class EvaluationLabels:
     true: Tensor
     noisy_clients: Tensor
     noise_rates: Tensor
-
-
-class ImageBatches(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Images that are indexed and normalised a whole batch at a time.
-
-    Args:
-        images: Images, (., C, H, W) uint8.
-        labels: Class of each sample, (N,) int64.
-        rows: Row of each sample in ``images``, (N,) int64; ``None`` for all rows.
-        transform: Makes the network input from images, (B, C, H, W) uint8 -> float.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        rows: Tensor | None,
-        transform: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.images, self.labels, self.rows, self.transform = images, labels, rows, transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        images, labels, indices = self.__getitems__([index])
-        return images[0], labels[0], indices[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.as_tensor(indices)
-        rows = index if self.rows is None else self.rows[index]
-        return self.transform(self.images[rows]), self.labels[index], index
-
-
-def _keep_batch(batch: Any) -> Any:
-    return batch
 
 
 class FederatedDataModule(L.LightningDataModule):
@@ -417,7 +382,7 @@ class FederatedDataModule(L.LightningDataModule):
             data,
             batch_size=self.evaluation_options.batch_size,
             sampler=UnrepeatedDistributedSampler(len(data)),
-            collate_fn=_keep_batch,
+            collate_fn=keep_batch,
             pin_memory=pins_memory(),
             generator=torch.Generator(),  # evaluation leaves the run's randomness alone
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fulgurite.datamodules.fedsir.datamodule import FederatedDataModule, ImageBatches
+from fulgurite.datamodules.fedsir.batches import ImageBatches
+from fulgurite.datamodules.fedsir.datamodule import FederatedDataModule
 from fulgurite.datamodules.fedsir.labels import LabelStore
 from fulgurite.errors import ConfigError
 

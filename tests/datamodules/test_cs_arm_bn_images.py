@@ -13,8 +13,9 @@ from PIL import Image
 
 from fulgurite.data.exclusions import BadImage
 from fulgurite.datamodules.cs_arm_bn import PlateTable, Preprocess
-from fulgurite.datamodules.cs_arm_bn.images import FileReader, PlateImages
+from fulgurite.datamodules.cs_arm_bn.images import PlateImages
 from fulgurite.datamodules.cs_arm_bn.preprocess import display_max
+from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.testing.files import png16
 

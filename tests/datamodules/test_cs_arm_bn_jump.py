@@ -24,8 +24,8 @@ from fulgurite.datamodules.cs_arm_bn import (
 )
 from fulgurite.datamodules.cs_arm_bn.cells import PHENOTYPES, Phenotype, render_cells
 from fulgurite.datamodules.cs_arm_bn.effects import LabSetting, blur, draw_effect
-from fulgurite.datamodules.cs_arm_bn.images import FileReader
 from fulgurite.datamodules.cs_arm_bn.jump import CHANNELS
+from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader
 from fulgurite.datamodules.cs_arm_bn.sources import check_images
 from fulgurite.datamodules.cs_arm_bn.synthetic import (
     NEGATIVE_CONTROL,

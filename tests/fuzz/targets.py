@@ -98,7 +98,7 @@ def _pictures():
     import tifffile
     from PIL import Image
 
-    from fulgurite.datamodules.cs_arm_bn.images import FileReader
+    from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader
     from fulgurite.datamodules.fedsir.folders import ImageFolder
     from fulgurite.testing.files import png16, write_image_files
 

@@ -26,8 +26,8 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from fulgurite.attention.budget import parse_budget
-from fulgurite.datamodules.cs_arm_bn.images import FileReader
 from fulgurite.datamodules.cs_arm_bn.jump import JumpPlates
+from fulgurite.datamodules.cs_arm_bn.site_readers import FileReader
 from fulgurite.datamodules.cs_arm_bn.table_files import read_table
 from fulgurite.datamodules.cs_arm_bn.tables import CsvPlates
 from fulgurite.datamodules.fedsir import CifarArchive, ImageFolder, Npz

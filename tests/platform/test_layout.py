@@ -337,3 +337,8 @@ def test_a_class_name_stands_for_one_class():
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(module_of(path))
     assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_no_file_is_longer_than_a_subject():
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in SOURCES}
+    assert {str(path): number for path, number in lines.items() if number > 450} == {}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from fulgurite.attention import InCore, Streamed
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.strategies import OffloadOptions, StreamCQSAStrategy, offloading
-from fulgurite.strategies.stream_cqsa import streamed_sdpa
+from fulgurite.strategies.interception import streamed_sdpa
 
 TOKENS, WIDTH = 48, 16
 

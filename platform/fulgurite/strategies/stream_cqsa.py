@@ -5,20 +5,17 @@ Source: Stream-CQSA, arXiv 2604.20819; its use in Lightning: docs/papers/stream_
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from fulgurite.attention import Streamed
 from fulgurite.attention.backend import backend_slots
@@ -28,6 +25,7 @@ from fulgurite.attention.request import Schedule, check_schedule
 from fulgurite.errors import ConfigError
 from fulgurite.options import check_options
 from fulgurite.strategies.attention_census import take_census
+from fulgurite.strategies.interception import exchange_attribute, streamed_sdpa
 from fulgurite.strategies.offloading import saved_in_files, saved_on_host
 from fulgurite.strategies.sharded import FullyShardedStrategy
 from fulgurite.strategies.transformers_attention import TransformersAttention, unreachable_models
@@ -40,7 +38,6 @@ __all__ = [
     "StreamCQSADDPStrategy",
     "StreamCQSAFullyShardedStrategy",
     "StreamCQSAStrategy",
-    "streamed_sdpa",
 ]
 
 _NAME = "stream_cqsa"
@@ -122,7 +119,7 @@ class _StreamsAttention(Strategy):
 
     def _install(self, model: nn.Module) -> None:
         for part in list(backend_slots(model)):
-            self._undo.append(_exchange(part, "attention_backend", self.backend))
+            self._undo.append(exchange_attribute(part, "attention_backend", self.backend))
         if "transformers" in sys.modules:  # else no part of the model is from there
             self._undo += TransformersAttention(self.backend, _NAME).install(model)
         unreachable = unreachable_models(model)
@@ -385,74 +382,3 @@ class StreamCQSAFullyShardedStrategy(_StreamsAttention, FullyShardedStrategy):
             check_finite=check_finite, kernel=kernel, strict=strict,
         )  # fmt: skip
         self._prepare(options, distributed=False)
-
-
-def _exchange(module: nn.Module, name: str, value: object) -> Callable[[], None]:
-    """Put a value in place of an attribute, which may be a module; return what puts it back."""
-    before = getattr(module, name)
-
-    def put(new: object) -> None:
-        delattr(module, name)  # a module keeps modules elsewhere than other values
-        setattr(module, name, new)
-
-    put(value)
-    return lambda: put(before)
-
-
-@contextmanager
-def streamed_sdpa(backend: Streamed) -> Iterator[None]:
-    """Replace ``F.scaled_dot_product_attention`` by a backend.
-
-    ``nn.MultiheadAttention`` goes there too: its fast path is switched off meanwhile, and the
-    averaged weights that it returns by default, which streamed attention never has, are None.
-
-    Args:
-        backend: Called instead.
-
-    Example:
-        >>> q, backend = torch.ones(1, 1, 4, 8), Streamed()
-        >>> with streamed_sdpa(backend):
-        ...     _ = F.scaled_dot_product_attention(q, q, q)
-        >>> backend.calls
-        1
-    """
-    original = F.scaled_dot_product_attention
-
-    def streamed(  # noqa: PLR0917 (PyTorch's order)
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if dropout_p:
-            raise ConfigError(
-                f"The model drops attention weights (p = {dropout_p}); streamed attention does "
-                "not.",
-                "Set the attention dropout of the model to 0.",
-            )
-        return backend(
-            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-
-    multi_head = F.multi_head_attention_forward
-
-    @functools.wraps(multi_head)
-    def without_weights(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        call = inspect.signature(multi_head).bind(*args, **kwargs)
-        if call.arguments.get("need_weights", True):  # then PyTorch looks at the mask, not the hint
-            call.arguments["is_causal"] = False
-        call.arguments["need_weights"] = False
-        return multi_head(*call.args, **call.kwargs)
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    F.scaled_dot_product_attention, F.multi_head_attention_forward = streamed, without_weights
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, F.multi_head_attention_forward = original, multi_head
-        torch.backends.mha.set_fastpath_enabled(fast)
