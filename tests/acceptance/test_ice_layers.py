@@ -256,7 +256,7 @@ def test_two_stacks_are_learned_by_heart_from_physics():
 
     class Recorded(IceCompletion):
         def log(self, name, value, **options):
-            losses.append(float(value))
+            losses.append(float(torch.as_tensor(value).detach()))
             super().log(name, value, **options)
 
     seed_everything(0)
