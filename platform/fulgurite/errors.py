@@ -7,6 +7,9 @@ traceback).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -15,6 +18,7 @@ __all__ = [
     "MissingExtraError",
     "RunError",
     "Terminated",
+    "near_miss",
 ]
 
 
@@ -65,3 +69,18 @@ class Terminated(SystemExit):
     def __init__(self, message: str = "terminated") -> None:
         super().__init__(143)
         self.message = message
+
+
+def near_miss(name: object, candidates: Iterable[str]) -> str:
+    """A question for the nearest of some names, as a hint; empty where none is near.
+
+    Args:
+        name: What was given.
+        candidates: What there is.
+
+    Example:
+        >>> near_miss("rai", ("pool", "ray"))
+        "Did you mean 'ray'?"
+    """
+    close = difflib.get_close_matches(str(name), list(candidates), n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""

@@ -222,7 +222,7 @@ def _call_tensors():
     import torch
     from safetensors.torch import save_file
 
-    from fulgurite.attention.tensor_files import map_tensors
+    from fulgurite.attention.call_files import map_tensors
 
     array = np.arange(40, dtype=np.float32).reshape(1, 1, 5, 8)
     npy = _made(lambda f: np.save(f / "query.npy", array))

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fulgurite.attention.call_files import create_arrays, map_tensors
 from fulgurite.attention.checks import INPUTS, SAVED
 from fulgurite.attention.job_engine import JobSite, run_job
 from fulgurite.attention.jobs import AttentionJob
 from fulgurite.attention.kernels import accumulator_dtype
 from fulgurite.attention.keywords import JobKeywords
-from fulgurite.attention.tensor_files import create_arrays, map_tensors
 from fulgurite.clusters.engines import Engine, add_engine_options
 from fulgurite.clusters.ray_tasks import Reservation
 from fulgurite.errors import ConfigError

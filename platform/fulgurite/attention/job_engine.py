@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from fulgurite.attention.call_files import map_tensors
 from fulgurite.attention.checks import INPUTS, SAVED
 from fulgurite.attention.jobs import AttentionJob
 from fulgurite.attention.progress import bar
-from fulgurite.attention.tensor_files import map_tensors
 from fulgurite.clusters.engines import Engine
 from fulgurite.clusters.ray_tasks import RayTasks, Reservation, TaskLabels
 from fulgurite.errors import FulguriteError, RunError
@@ -39,7 +39,7 @@ class JobSite:
 
     Args:
         folder: Folder of the job.
-        source: What :func:`~fulgurite.attention.tensor_files.map_tensors` reads.
+        source: What :func:`~fulgurite.attention.call_files.map_tensors` reads.
         device: Where kernels run.
     """
 

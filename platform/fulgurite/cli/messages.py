@@ -13,7 +13,7 @@ import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError
+from fulgurite.errors import CheckpointError, ConfigError, FulguriteError, RunError, near_miss
 from fulgurite.run_folders import RunOptions
 
 __all__ = ["as_our_error"]
@@ -80,8 +80,7 @@ def _one_line(message: str) -> str:
     if unknown := re.search(r"(?:[Uu]nrecognized arguments: --|[Kk]ey ')([\w.]+)", message):
         if unknown[1] == "input":
             return "There is no option 'input' here. It is of `fulgurite predict` alone."
-        near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.6)
-        hint = f"Did you mean '{near[0]}'?" if near else "See `fulgurite fit --help`."
+        hint = near_miss(unknown[1], keys) or "See `fulgurite fit --help`."
         return f"There is no option '{unknown[1]}'. {hint}"
     if named := re.search(r"trainer\.strategy[\s\S]*import path string: (\w+)", message):
         return (

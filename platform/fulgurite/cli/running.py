@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import signal
@@ -20,7 +19,7 @@ from fulgurite.cli.arguments import prepare_arguments
 from fulgurite.cli.lightning_cli import FulguriteCLI, Parsed
 from fulgurite.cli.messages import as_our_error
 from fulgurite.commands import find_local_modules, run_command
-from fulgurite.errors import ConfigError, Terminated
+from fulgurite.errors import ConfigError, Terminated, near_miss
 from fulgurite.run_folders import CHECKPOINT_VARIABLE, LAST, RUN_DIR_VARIABLE, holds_run
 from fulgurite.systems import RUN_COMMANDS, warn_of_broken_plug_ins
 
@@ -34,10 +33,10 @@ def run(argv: Sequence[str]) -> FulguriteCLI:
         FulguriteError: If the configuration, the data or a checkpoint is wrong.
     """
     if not argv or argv[0] not in RUN_COMMANDS:
-        near = difflib.get_close_matches(argv[0] if argv else "", RUN_COMMANDS, n=1)
+        command = argv[0] if argv else ""
         raise ConfigError(
-            f"There is no command '{argv[0] if argv else ''}'.",
-            f"Did you mean '{near[0]}'?" if near else "`fulgurite --help` lists the commands.",
+            f"There is no command '{command}'.",
+            near_miss(command, RUN_COMMANDS) or "`fulgurite --help` lists the commands.",
         )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     program, before = sys.argv, os.environ.get(RUN_DIR_VARIABLE)

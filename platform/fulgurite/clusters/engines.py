@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from dataclasses import dataclass
 
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, near_miss
 
 __all__ = ["ENGINES", "POOL", "Engine", "add_engine_options"]
 
@@ -34,10 +33,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         if self.name not in ENGINES:
-            near = difflib.get_close_matches(str(self.name), ENGINES, n=1)
             raise ConfigError(
                 f"--engine is {self.name!r}.",
-                f"Did you mean {near[0]!r}?" if near else f"There are {' and '.join(ENGINES)}.",
+                near_miss(self.name, ENGINES) or f"There are {' and '.join(ENGINES)}.",
             )
         if self.address is not None and self.name != "ray":
             raise ConfigError(

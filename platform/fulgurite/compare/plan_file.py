@@ -15,7 +15,6 @@ from fulgurite.compare.plan import (
 from fulgurite.compare.schema import (
     check_keys,
     check_mapping,
-    near_miss,
     read_axis,
     read_field,
     read_overrides,
@@ -25,7 +24,7 @@ from fulgurite.compare.schema import (
     spell,
 )
 from fulgurite.compare.yaml_file import read_yaml
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, near_miss
 from fulgurite.systems import check_kind, resolve_config
 
 __all__ = ["find_config", "methods_before", "read_plan"]

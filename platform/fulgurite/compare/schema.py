@@ -8,7 +8,6 @@ reader in the field's metadata.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 import types
@@ -20,14 +19,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import NonNegativeInt
 
-from fulgurite.errors import ConfigError
+from fulgurite.errors import ConfigError, near_miss
 
 __all__ = [
     "Axes",
     "Overrides",
     "check_keys",
     "check_mapping",
-    "near_miss",
     "read_axes",
     "read_axis",
     "read_count",
@@ -301,12 +299,6 @@ def select(choices: Mapping[str, _T], name: object, key_path: str) -> _T:
         known = f"Known are {', '.join(choices)}."
         raise ConfigError(f"{key_path} names {name!r}.", near_miss(name, choices) or known)
     return choices[name]
-
-
-def near_miss(name: object, candidates: Iterable[str]) -> str:
-    """A question for the nearest of some names; empty where none is near."""
-    close = difflib.get_close_matches(str(name), list(candidates), n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
 
 
 def spell(value: object) -> str:

@@ -10,8 +10,8 @@ import torch
 from fakes.clusters import two_nodes
 
 from fulgurite.attention import AttentionJob, stream_attention
+from fulgurite.attention.call_files import map_tensors
 from fulgurite.attention.command import main
-from fulgurite.attention.tensor_files import map_tensors
 from fulgurite.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 
 OPTIONS = ["--is-causal", "--memory-budget=1MiB", "--least-tasks=7"]

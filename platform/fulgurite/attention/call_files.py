@@ -5,7 +5,6 @@ Axes: B batch, H query heads, G key/value heads, M queries, N keys, D head size.
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.attention.checks import GRADIENTS, SAVED
-from fulgurite.errors import DataError, FulguriteError
+from fulgurite.errors import DataError, FulguriteError, near_miss
 from fulgurite.extras import optional_import
 from fulgurite.foreign import map_array, reading
 from fulgurite.io import atomic_write
@@ -71,12 +70,10 @@ def _check_names(source: Path, available: Sequence[str], names: Sequence[str]) -
     """
     for name in available:
         if name not in (*SAVED, *GRADIENTS):
-            near = difflib.get_close_matches(name, SAVED, n=1)
             raise DataError(
                 f"{source} holds {name!r}, which is no tensor of the call.",
-                f"Did you mean {near[0]!r}?"
-                if near
-                else f"There are {', '.join(SAVED)}; masks that are intervals are options.",
+                near_miss(name, SAVED)
+                or f"There are {', '.join(SAVED)}; masks that are intervals are options.",
             )
     for name in names:
         if name not in available:
