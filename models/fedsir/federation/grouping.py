@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from fulgurite.errors import ConfigError
 from fulgurite.models.fedsir.federation.federation import Federation
 from fulgurite.models.fedsir.federation.objectives import LogitLoss
-from fulgurite.models.fedsir.federation.ranks import gather_objects
-from fulgurite.sampling import rank_and_world
 
 __all__ = ["choose_group_size", "fastest_group_size", "time_group_sizes"]
 
@@ -84,9 +83,7 @@ def choose_group_size(federation: Federation, clients_per_rank: int) -> int:
     """
     sizes = sorted({min(size, clients_per_rank) for size in _SIZES} - {0, 1})
     seconds = time_group_sizes(federation, (0, *sizes))
-    size = fastest_group_size(seconds)
-    rank, _ = rank_and_world()
-    size = int(gather_objects({rank: size})[0])
+    size = int(federation.broadcast(torch.tensor(fastest_group_size(seconds))))
     times = ", ".join(
         f"{'one after the other' if not n else f'{n} in one pass'} {1e3 * s:.3g} ms"
         for n, s in seconds.items()
