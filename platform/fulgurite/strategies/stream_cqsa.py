@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -293,7 +293,32 @@ class StreamCQSAStrategy(_StreamsAttention, SingleDeviceStrategy):
             self._root_device = devices[0]
 
 
-class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
+class _StreamsOnRanks(_StreamsAttention):
+    """The same for strategies of several ranks, which follow in the order of bases."""
+
+    _shares_tasks: ClassVar[bool]  # whether ranks share the tasks of each attention
+
+    def __init__(
+        self,
+        memory_budget: int | float | str | None = "auto",
+        schedule: Schedule = "auto",
+        *,
+        intercept_sdpa: bool = False,
+        offload: OffloadOptions = OffloadOptions(),
+        check_finite: bool = False,
+        kernel: Kernel | None = None,
+        strict: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend)  # type: ignore[call-arg]
+        options = _StreamingOptions(
+            memory_budget, schedule, intercept_sdpa=intercept_sdpa, offload=offload,
+            check_finite=check_finite, kernel=kernel, strict=strict,
+        )  # fmt: skip
+        self._prepare(options, distributed=self._shares_tasks)
+
+
+class StreamCQSADDPStrategy(_StreamsOnRanks, DDPStrategy):
     """The same over several devices, which share the tasks of each attention.
 
     All ranks get the same batches and have the same model; only attention is divided, so that
@@ -317,25 +342,7 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
     """
 
     strategy_name = f"{_NAME}_ddp"
-
-    def __init__(
-        self,
-        memory_budget: int | float | str | None = "auto",
-        schedule: Schedule = "auto",
-        *,
-        intercept_sdpa: bool = False,
-        offload: OffloadOptions = OffloadOptions(),
-        check_finite: bool = False,
-        kernel: Kernel | None = None,
-        strict: bool = False,
-        process_group_backend: str | None = None,
-    ) -> None:
-        super().__init__(process_group_backend=process_group_backend)
-        options = _StreamingOptions(
-            memory_budget, schedule, intercept_sdpa=intercept_sdpa, offload=offload,
-            check_finite=check_finite, kernel=kernel, strict=strict,
-        )  # fmt: skip
-        self._prepare(options, distributed=True)
+    _shares_tasks = True
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
@@ -343,19 +350,20 @@ class StreamCQSADDPStrategy(_StreamsAttention, DDPStrategy):
         return {"num_replicas": 1, "rank": 0}
 
 
-class StreamCQSAFullyShardedStrategy(_StreamsAttention, FullyShardedStrategy):
+class StreamCQSAFullyShardedStrategy(_StreamsOnRanks, FullyShardedStrategy):
     """The same with parameters, gradients and optimizer states divided among ranks (FSDP2).
 
     Each rank has batches of its own, whose attention it streams alone.
 
     Args:
-        memory_budget: See :class:`StreamCQSAStrategy`; of each device.
-        schedule: See :class:`StreamCQSAStrategy`.
-        intercept_sdpa: See :class:`StreamCQSAStrategy`.
-        offload: See :class:`StreamCQSAStrategy`.
-        check_finite: See :class:`StreamCQSAStrategy`.
-        kernel: See :class:`StreamCQSAStrategy`.
-        strict: See :class:`StreamCQSAStrategy`.
+        memory_budget: Most that attention holds at once on each device: bytes, ``"2GiB"``, a
+            fraction of the device, ``"auto"`` for what is free, None for no limit.
+        schedule: ``auto``, ``whole``, ``heads``, ``rect`` or ``cqs``.
+        intercept_sdpa: Also replace PyTorch's own function while the run lasts.
+        offload: Where what is saved for backward waits.
+        check_finite: Refuse queries, keys and values that are NaN or infinite, naming the first.
+        kernel: ``math`` for matrix products; on a GPU also which kernel is tried first.
+        strict: Refuse models whose attention is only partly streamed, instead of warning.
         process_group_backend: ``gloo`` or ``nccl``; by default what fits the devices.
 
     Raises:
@@ -363,22 +371,4 @@ class StreamCQSAFullyShardedStrategy(_StreamsAttention, FullyShardedStrategy):
     """
 
     strategy_name = f"{_NAME}_fsdp2"
-
-    def __init__(
-        self,
-        memory_budget: int | float | str | None = "auto",
-        schedule: Schedule = "auto",
-        *,
-        intercept_sdpa: bool = False,
-        offload: OffloadOptions = OffloadOptions(),
-        check_finite: bool = False,
-        kernel: Kernel | None = None,
-        strict: bool = False,
-        process_group_backend: str | None = None,
-    ) -> None:
-        super().__init__(process_group_backend=process_group_backend)
-        options = _StreamingOptions(
-            memory_budget, schedule, intercept_sdpa=intercept_sdpa, offload=offload,
-            check_finite=check_finite, kernel=kernel, strict=strict,
-        )  # fmt: skip
-        self._prepare(options, distributed=False)
+    _shares_tasks = False
