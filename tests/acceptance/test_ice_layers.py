@@ -276,16 +276,16 @@ def test_two_stacks_are_learned_by_heart_from_physics():
 def test_kriging_is_of_the_class_of_the_card(filled_cache):
     """On 400 stacks docs/papers/ice_layers.md section 4.3 has 0.060 m of 0.288, ridge 0.103."""
     data = IceLayerDataModule()
-    found = {}
+    metrics_of = {}
     for method in ("mean", "ridge", "kriging"):
         module = BaselineCompletion(method)
         trainer = quiet_trainer(max_epochs=1, gradient_clip_val=1.0)
         trainer.fit(module, data)
-        (found[method],) = trainer.test(module, data, verbose=False)
-    error = {method: metrics["test/sound_rmse"] for method, metrics in found.items()}
+        (metrics_of[method],) = trainer.test(module, data, verbose=False)
+    error = {method: metrics["test/sound_rmse"] for method, metrics in metrics_of.items()}
     assert error["kriging"] < 0.066
     assert error["kriging"] < 0.25 * error["mean"]
     assert error["kriging"] < 0.6 * error["ridge"]
-    assert 0.86 < found["kriging"]["test/missing_coverage90"] < 0.95
+    assert 0.86 < metrics_of["kriging"]["test/missing_coverage90"] < 0.95
     noise = module.kriging.covariance
     assert noise["e"] == pytest.approx(0.012, rel=0.25)  # of the generator's boundaries

@@ -77,8 +77,8 @@ def test_natural_clients_of_a_parquet_table(tmp_path, images, split):
     data = build(source, Natural("writer_id"), clients=4)
     assert data.class_names == ("cat", "dog", "elk")
     check_clients(data, images, LABELS, WRITERS)
-    held = len(data.val_dataloader().dataset) + data.num_samples
-    assert (held, len(data.test_dataloader().dataset)) == ((30, 10) if split else (27, 3))
+    samples = len(data.val_dataloader().dataset) + data.num_samples
+    assert (samples, len(data.test_dataloader().dataset)) == ((30, 10) if split else (27, 3))
     again = build(
         Parquet(ParquetFiles(str(tmp_path / "train-*.parquet"), test)),
         Grouped(Iid(), "writer_id"),

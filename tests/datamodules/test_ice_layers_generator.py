@@ -183,18 +183,18 @@ def test_flights_over_given_years(tmp_path, filled_cache):
     write_site(tmp_path)
     cold = {"BDOT": lambda v: v * 0.4, "TSKIN": lambda v: v - 10, "SMELT": lambda v: v * 0}
     write_site(tmp_path, "CFM_example_72.5_-38.75", seed=1, **cold)
-    made = ForcedFlights(str(tmp_path), World(**SMALL_WORLD)).load()
-    north = np.array([stack.pos[0, 0] > 70 for stack in made.stacks])
+    flights = ForcedFlights(str(tmp_path), World(**SMALL_WORLD)).load()
+    north = np.array([stack.pos[0, 0] > 70 for stack in flights.stacks])
     assert 20 < north.sum() < 40
-    physics = stacked(made, "physics")
+    physics = stacked(flights, "physics")
     smb, temperature = physics[..., 0].mean((1, 2)), physics[..., 1].mean((1, 2))
     assert smb[north].mean() == pytest.approx(0.4 * 1.3 * 365 + 9, rel=0.35)
     assert smb[~north].mean() > 1.5 * smb[north].mean()
     assert temperature[north].mean() == pytest.approx(temperature[~north].mean() - 10, abs=1)
-    truth, thickness = stacked(made, "truth"), stacked(made, "thickness")
+    truth, thickness = stacked(flights, "truth"), stacked(flights, "thickness")
     assert np.nanmedian(np.abs(thickness - truth)) < 0.02
     # layers of the same year at the same place know of each other
-    years = [int(stack.segment[:4]) for stack in made.stacks]
+    years = [int(stack.segment[:4]) for stack in flights.stacks]
     assert min(years) >= 1989
     assert max(years) <= 2010
 

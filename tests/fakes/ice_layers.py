@@ -267,18 +267,18 @@ class FakeFlights(LightningDataModule):
             tuple("abcde"),
             torch.arange(1.0, self.layers + 1).numpy(),
         )
-        seen = [(d.thickness[d.observed], d) for d in self.parts["train"]]
+        train_stacks = self.parts["train"]
         mean = torch.stack(
             [
-                torch.cat([d.thickness[d.observed[:, k], k] for _, d in seen]).mean()
+                torch.cat([d.thickness[d.observed[:, k], k] for d in train_stacks]).mean()
                 for k in range(self.layers)
             ]
         )
-        physics = torch.cat([d.physics.flatten(0, 1) for _, d in seen]).double()
-        pos = torch.cat([d.pos for _, d in seen])
+        physics = torch.cat([d.physics.flatten(0, 1) for d in train_stacks]).double()
+        pos = torch.cat([d.pos for d in train_stacks])
         self.statistics = {
             "thickness_mean": mean,
-            "thickness_std": torch.cat([t for t, _ in seen]).std(),
+            "thickness_std": torch.cat([d.thickness[d.observed] for d in train_stacks]).std(),
             "physics_mean": physics.mean(0),
             "physics_std": physics.std(0),
             "pos_mean": pos.mean(0),

@@ -68,9 +68,9 @@ def fit(name, epochs, out, resumed=None):
     module = make()
     trainer.fit(module, datamodule=Data(), ckpt_path=checkpoint, weights_only=True)
     if world > 1:
-        held = sum(p.to_local().numel() for p in module.parameters())
+        local = sum(p.to_local().numel() for p in module.parameters())
         whole = sum(p.numel() for p in module.parameters())
-        assert held <= 0.51 * whole, (held, whole)
+        assert local <= 0.51 * whole, (local, whole)
     trainer.save_checkpoint(f"{folder}/{out}.ckpt")
 
 for name in MODELS:
