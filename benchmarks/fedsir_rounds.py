@@ -1,7 +1,7 @@
-"""Rounds per second of FedAvg: this engine, a plain PyTorch loop, and Flower's simulation.
+"""Rounds per second of FedAvg: this engine, a plain PyTorch loop, pfl and Flower's simulation.
 
-Engine and loops take turns round by round, in one process, on one core. Flower gets one core for
-its clients too, beside its own processes, and is run if ``flwr`` is installed here or
+Engine, loops and pfl, if it is installed, take turns round by round, in one process, on one core.
+Flower gets one core for its clients too, beside its own processes, and is run if ``flwr`` is installed here or
 ``FULGURITE_FLOWER_PYTHON`` names a Python that has it (and this package: ``pip install --no-deps
 .``).
 """
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import TakeTurns, ratios, report, spread
+from benchmarks.pfl_fedavg import PflFedAvg
 from benchmarks.plain_fedavg import PlainFedAvg, Problem
 
 ALONE = ("fit, vectorized", "fit, with validation and checkpoints", "flower")
@@ -59,10 +60,16 @@ def measure(
         problem = Problem.of(trainer, pad, flip, lr=1e-3, weight_decay=5e-4, fused=True)
         model = trainer.lightning_module.network
         torch.save((model, problem), problem_file)
-        return {
+        contestants: dict[str, Callable[[], Any]] = {
             "loop": PlainFedAvg(model, problem).round,
             "tensor loop": PlainFedAvg(model, problem, loader=False).round,
         }
+        if importlib.util.find_spec("pfl"):
+            PflFedAvg(model, problem).check(model, problem)
+            contestants["pfl"] = PflFedAvg(model, problem).round
+        else:
+            print("pfl: skipped, it is not installed (see pfl_fedavg.py).", file=sys.stderr)
+        return contestants
 
     lean = ["--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"]
     fit([f"--trainer.max_epochs={rounds + 2}", *lean, *arguments], prepare)
@@ -168,7 +175,8 @@ quartiles over steady rounds. The last column is a contestant's time per round i
 `fulgurite fit`'s: above 1 it is slower. `fulgurite fit` is the command as a user runs it, with its
 CSV log, without validation. `loop` has a DataLoader per client, deep copies of models and state
 dicts and per-image augmentation. `tensor loop` is the hardest opponent: the same on resident
-tensors with batched augmentation. These three take turns round by round in one process and are
+tensors with batched augmentation. `pfl` is Apple's pfl-research with the batches of `tensor loop`, whose
+first round it repeats to rounding. All these take turns round by round in one process and are
 compared turn by turn; the others run alone afterwards and are compared by medians. `fit,
 vectorized` trains 10 (of 100: 50) clients in one pass. Flower (`flwr[simulation]` on Ray) runs the
 same clients with the code of `loop`, one at a time; its own processes may use a second core.

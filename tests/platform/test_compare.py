@@ -347,7 +347,8 @@ def test_changed_definitions_run_again_and_unchanged_ones_do_not(place):
 def test_only_quick_and_dry_run(place, capsys):
     file = write(place)
     options = ["--runner=fake_runner:main", "--workers=2", "--out=out"]
-    assert main([file, *options, "--dry-run", "--only", "a", "b", "p=0.5", "seed=1"]) == 0
+    only = ["--only", "a", "b", "--only", "p=0.5", "--only", "seed=1"]  # all of them count
+    assert main([file, *options, "--dry-run", *only]) == 0
     lines = capsys.readouterr().out.splitlines()
     words = f"--config {place}/base.yaml --method=a --p=0.5 --seed_everything=1"
     words += f" --run.dir {place}/out/cells/a__p=0.5__seed=1"

@@ -209,7 +209,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("folder", help="of a run, of runs, or of a comparison")
     add("--periods", default="2,5,10", help="default: %(default)s")
-    add("--only", nargs="+", metavar="METHOD", help="these methods only")
+    add("--only", nargs="+", action="extend", metavar="METHOD", help="these methods only")
     add("--out", help="folder of the figure and the table; default: FOLDER/history")
     return p
 

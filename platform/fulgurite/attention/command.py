@@ -75,7 +75,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--is-causal", "--is_causal", action="store_true", help="no later keys")
     add("--window", type=int, nargs="+", help="keys seen before, or before and behind, a query")
     add("--prefix", type=int, default=0, help="first keys that all queries see")
-    add("--documents", type=int, nargs="+", help="first token of each document")
+    add("--documents", type=int, nargs="+", action="extend", help="first token of each document")
     add("--chunk", type=int, help="tokens see only their own chunk of so many")
     add("--scale", type=float, help="of the scores (default: 1/√D)")
     add("--softcap", type=float, help="cap of the scores")

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
+        action="extend",
         metavar="ITEM",
         help="run and show a part: method ids, axis=label, seed=0",
     )
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--merge",
         nargs="+",
+        action="extend",
         metavar="FOLDER",
         help="run nothing, and take over what is current from folders of the same comparison",
     )
