@@ -1,9 +1,9 @@
 """Rounds per second of FedAvg: this engine, a plain PyTorch loop, pfl and Flower's simulation.
 
 Engine, loops and pfl, if it is installed, take turns round by round, in one process, on one core.
-Flower gets one core for its clients too, beside its own processes, and is run if ``flwr`` is installed here or
-``FULGURITE_FLOWER_PYTHON`` names a Python that has it (and this package: ``pip install --no-deps
-.``).
+Flower gets one core for its clients too, beside its own processes, and is run if ``flwr`` is
+installed here or ``FULGURITE_FLOWER_PYTHON`` names a Python that has it (and this package: ``pip
+install --no-deps .``).
 """
 
 from __future__ import annotations
@@ -175,11 +175,12 @@ quartiles over steady rounds. The last column is a contestant's time per round i
 `fulgurite fit`'s: above 1 it is slower. `fulgurite fit` is the command as a user runs it, with its
 CSV log, without validation. `loop` has a DataLoader per client, deep copies of models and state
 dicts and per-image augmentation. `tensor loop` is the hardest opponent: the same on resident
-tensors with batched augmentation. `pfl` is Apple's pfl-research with the batches of `tensor loop`, whose
-first round it repeats to rounding. All these take turns round by round in one process and are
-compared turn by turn; the others run alone afterwards and are compared by medians. `fit,
-vectorized` trains 10 (of 100: 50) clients in one pass. Flower (`flwr[simulation]` on Ray) runs the
-same clients with the code of `loop`, one at a time; its own processes may use a second core.
+tensors with batched augmentation. `pfl` is Apple's pfl-research with the batches of
+`tensor loop`, whose first round it repeats to rounding. All these take turns round by round in one
+process and are compared turn by turn; the others run alone afterwards and are compared by medians.
+`fit, vectorized` trains 10 (of 100: 50) clients in one pass. Flower (`flwr[simulation]` on Ray)
+runs the same clients with the code of `loop`, one at a time; its own processes may use a second
+core.
 """
 
 if __name__ == "__main__":
