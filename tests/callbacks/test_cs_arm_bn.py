@@ -156,10 +156,20 @@ def trained(tmp_path):
     ("method", "train", "test", "predict"),
     [
         (ERM, ("ordinary", None), ("source", None), ("source", None)),
-        (ARMBN, ("batch", None), ("batch", None), ("batch", None)),
-        (CSARMBN, ("union", None), ("union", None), ("stored", None)),
+        pytest.param(
+            ARMBN, ("batch", None), ("batch", None), ("batch", None), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            CSARMBN, ("union", None), ("union", None), ("stored", None), marks=pytest.mark.slow
+        ),
         (AdaptiveWeight, ("union", None), ("union", "adaptive"), ("stored", "adaptive")),
-        (ControlsOnly, ("controls", None), ("controls", None), ("stored", None)),
+        pytest.param(
+            ControlsOnly,
+            ("controls", None),
+            ("controls", None),
+            ("stored", None),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_stage_has_the_context_of_the_method(tmp_path, method, train, test, predict):
@@ -283,7 +293,14 @@ def predicted(trainer, module, data):
     return {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
 
 
-@pytest.mark.parametrize("method", [CSARMBN, AdaptiveWeight, ControlsOnly])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(CSARMBN, marks=pytest.mark.slow),
+        AdaptiveWeight,
+        pytest.param(ControlsOnly, marks=pytest.mark.slow),
+    ],
+)
 def test_prediction_adapts_once_and_does_not_depend_on_chunks(trained, method):
     trainer, module, _ = trained(method())
     found = [predicted(trainer, module, Plates(chunk=chunk)) for chunk in (1, 3, L)]
@@ -384,7 +401,9 @@ def test_a_checkpoint_holds_all_that_evaluation_needs(trained, tmp_path):
     assert other.profiles.keys() == callback.profiles.keys() == set(Plates().domains[:5])
 
 
-@pytest.mark.parametrize("every", [20, 7])  # at the end of an epoch, and within one
+@pytest.mark.parametrize(
+    "every", [20, pytest.param(7, marks=pytest.mark.slow)]
+)  # at the end of an epoch, and within one
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, every):
     save = {"every_n_train_steps": every, "save_top_k": -1, "filename": "{step}"}
     ends = []
@@ -400,7 +419,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, every):
 
 
 @pytest.mark.parametrize(
-    ("settings", "epoch"), [({}, 20), ({"min_recorded": 0}, 3), ({"min_recorded": 5}, 5)]
+    ("settings", "epoch"),
+    [
+        pytest.param({}, 20, marks=pytest.mark.slow),
+        ({"min_recorded": 0}, 3),
+        pytest.param({"min_recorded": 5}, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_the_reference_is_learned_from_the_last_episodes(tmp_path, settings, epoch):
     """Epochs have 20 episodes; what came before an epoch counts as two of them."""

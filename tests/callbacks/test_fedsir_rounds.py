@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import lightning
@@ -119,6 +120,7 @@ def default(default_run, weights):
     return weights(default_run / LAST)
 
 
+@pytest.mark.slow  # the next two have the same seed, the third has another
 def test_same_seed_same_weights_and_another_seed_others(default, final):
     one = default
     assert equal(one, final("two"))
@@ -129,17 +131,25 @@ def test_the_callback_does_not_change_the_weights(default, final):
     assert equal(default, final("plain", "--trainer.callbacks=[]"))
 
 
-def test_a_plain_trainer_trains_the_weights_of_one_with_the_callback(workdir):
-    def train(callbacks):
-        lightning.seed_everything(3)
-        data = FederatedDataModule(Digits(copies=1), Iid(), clients=4)
-        model = FederatedClassifier(DigitsNet, method=FedAvg(), rounds=RoundOptions(dropout=0.3))
-        trainer = quiet_trainer(max_epochs=2, callbacks=callbacks, num_sanity_val_steps=2)
-        trainer.fit(model, datamodule=data)
-        assert model.engine.round == 2
-        return model.network.state_dict()
+def train_average(options, *, callbacks=(), clients=4, epochs=1, seed=3):
+    """A model of FedAvg after some rounds, without a command line."""
+    lightning.seed_everything(seed)
+    data = FederatedDataModule(Digits(copies=1), Iid(), clients=clients)
+    adam = partial(torch.optim.Adam, lr=0.01)
+    model = FederatedClassifier(DigitsNet, adam, method=FedAvg(), rounds=options)
+    trainer = quiet_trainer(max_epochs=epochs, callbacks=[*callbacks], num_sanity_val_steps=2)
+    trainer.fit(model, datamodule=data)
+    assert model.engine.round == epochs
+    return model
 
-    assert equal(train([]), train([FederatedRounds(figures=False)]))
+
+def test_a_plain_trainer_trains_the_weights_of_one_with_the_callback(workdir):
+    def train(**options):
+        return train_average(RoundOptions(dropout=0.3), epochs=2, **options).network.state_dict()
+
+    plain = train()
+    assert equal(plain, train(callbacks=[FederatedRounds(figures=False)]))
+    assert not equal(plain, train(seed=4))
 
 
 def test_only_noisy_clients_are_relabeled_and_their_labels_get_better(trained):
@@ -225,7 +235,11 @@ def test_a_resumed_training_keeps_the_budget(fit, fulgurite, weights):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("max_client_epochs=0",), "v>0 (given: rounds.max_client_epochs="),
+        pytest.param(
+            ("max_client_epochs=0",),
+            "v>0 (given: rounds.max_client_epochs=",
+            marks=pytest.mark.slow,
+        ),
         (("max_client_epochs=20",), "20 client-epochs are spent before the first round. Give 24"),
         pytest.param(
             ("max_client_epochs=22",),
@@ -290,14 +304,9 @@ def test_switches_change_the_weights(default, final, options):
         assert not equal(default, changed), option
 
 
-def test_participation_samples_clients_by_round(fit):
-    cli = fit(
-        "--model.init_args.rounds.participation=0.5",
-        f"--model.init_args.method={METHODS}.FedAvg",
-        "--data.init_args.clients=5",
-        "--trainer.max_epochs=5",
-    )
-    (rounds,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+def test_participation_samples_clients_by_round(workdir):
+    rounds = FederatedRounds(figures=False)
+    train_average(RoundOptions(participation=0.5), callbacks=[rounds], clients=5, epochs=5)
     sampled = [tuple(r["clients"]) for r in rounds.history]
     assert sampled == [tuple(rounds.engine.sample_clients(r)) for r in range(5)]
     assert len(set(sampled)) > 1
@@ -349,12 +358,11 @@ def test_identification_can_be_repeated(fit):
         assert not changed[cli.datamodule.client_index(client)].any()
 
 
-def test_a_server_optimizer_sees_the_aggregate_as_a_gradient(fit):
-    options = (f"--model.init_args.method={METHODS}.FedAvg", "--trainer.max_epochs=1")
-    server = "--model.init_args.rounds.server_optimizer"
-    sgd = fit(*options, f"{server}=torch.optim.SGD", f"{server}.lr=1.0").model
-    plain = fit(*options).model
-    half = fit(*options, f"{server}=torch.optim.SGD", f"{server}.lr=0.5").model
+def test_a_server_optimizer_sees_the_aggregate_as_a_gradient(workdir):
+    def train(lr):
+        return train_average(RoundOptions(server_optimizer=partial(torch.optim.SGD, lr=lr)))
+
+    sgd, plain, half = train(1.0), train_average(RoundOptions()), train(0.5)
     for a, b, c in zip(sgd.parameters(), plain.parameters(), half.parameters(), strict=True):
         # lr 1 lands on the aggregate, lr 0.5 elsewhere
         assert torch.allclose(a, b, atol=1e-6)
@@ -405,9 +413,17 @@ def assert_equal_runs(alone_run, weights):
         (["--model.init_args.optimizer.lr=-1"], "Invalid learning rate"),
         pytest.param(["--trainer.precision=64-true"], "precision=64-true", marks=pytest.mark.slow),
         (["--trainer.precision=16-true"], "precision=16-true. Use bf16-mixed"),
-        (["--model.init_args.method.relabeling.residual_rows=0"], "relabeling.residual_rows"),
-        (["--model.init_args.method.distillation.temperature=0"], "distillation.temperature"),
-        (["--trainer.strategy=foo"], "strategy"),
+        pytest.param(
+            ["--model.init_args.method.relabeling.residual_rows=0"],
+            "relabeling.residual_rows",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--model.init_args.method.distillation.temperature=0"],
+            "distillation.temperature",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--trainer.strategy=foo"], "strategy", marks=pytest.mark.slow),
     ],
 )
 def test_what_rounds_cannot_do_is_refused(fulgurite, options, message):
@@ -439,7 +455,7 @@ def test_a_checkpoint_of_another_method_or_network_is_refused(default_run, fulgu
     ("option", "message"),
     [
         ("--model.init_args.rounds.participation=0", "v>0 and v<=1"),
-        ("--model.init_args.rounds.dropout=1", "v>=0 and v<1"),
+        pytest.param("--model.init_args.rounds.dropout=1", "v>=0 and v<1", marks=pytest.mark.slow),
     ],
 )
 def test_shares_out_of_range_are_refused(fulgurite, option, message):

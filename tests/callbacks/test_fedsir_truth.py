@@ -54,6 +54,7 @@ def test_partial_truth_measures_noise_where_it_is_known(fit, config, log):
     assert "precision and recall of noisy clients are left out" in log.text
 
 
+@pytest.mark.slow  # partial truth does above
 def test_unknown_truth_measures_no_noise(fit, config, log):
     noise = "--data.init_args.noise="
     fit(*config, f"{noise}{DATA}.SourceLabels")

@@ -99,6 +99,7 @@ def test_every_stack_is_written_with_where_values_are_from(again):
     assert {"thickness", "provenance", "std", "stack"} <= set(arrays.files)
 
 
+@pytest.mark.slow  # tests/models/test_ice_layers_module.py leaves long gaps, too
 def test_long_gaps_stay_missing(again):
     again(
         "predict",

@@ -18,13 +18,18 @@ SLOW = pytest.mark.slow  # a second for each method
 COMPARISONS = [name for name, text in TEXTS.items() if "\nmethods:" in f"\n{text}"]
 
 
+def mark_slow(names, quick):
+    """Mark all but some slow; tests/platform/test_editors.py holds every run to the schema."""
+    return [pytest.param(n, marks=[] if Path(n).stem in quick else SLOW) for n in names]
+
+
 def test_each_system_has_every_size():
     for system in systems():
         assert {f"{system}/smoke.yaml", f"{system}/paper.yaml", f"{system}/compare.yaml"} <= {*ALL}
         assert f"{system}/sweep.yaml" in ALL
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mark_slow(RUNS, quick=("smoke", "paper")))
 def test_it_parses_to_what_it_says(name):
     config = parse(["fit", "--config", name])
     content = yaml.safe_load(TEXTS[name])
@@ -55,11 +60,17 @@ def check_cell(cell):
         assert parse(["predict", *training.predict]).model.class_path
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize("name", mark_slow(COMPARISONS, quick=("compare",)))
 def test_the_longest_cell_of_a_comparison_parses(name):
     """That of the method with the most options."""
     one_each = select_cells(name, quick=True)
     check_cell(max(one_each.values(), key=lambda cell: len(cell.trainings[0].fit)))
+
+
+def test_every_comparison_has_cells():
+    """Most of their options are parsed in slow tests alone."""
+    for name in COMPARISONS:
+        assert select_cells(name, quick=True)
 
 
 @SLOW
@@ -79,6 +90,7 @@ def test_the_smallest_configuration_fits_tests_and_predicts(fit):
     assert Path("run/predict/predictions.npz").is_file()
 
 
+@pytest.mark.slow  # tests/platform/test_bolts.py has its parts
 @pytest.mark.skipif(not importlib.util.find_spec("pl_bolts"), reason="lightning-bolts is absent")
 def test_the_configuration_with_bolts_learns(fit):
     cli = fit("--trainer.max_epochs=3", config="fedsir/digits_lars.yaml")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow  # tests/platform/test_stream_cqsa_strategy.py
 def test_streamed_attention_trains_to_the_same_weights(fit, weights):
     name = "stream_cqsa/smoke.yaml"
     cli = fit("--run.dir=streamed", config=name)

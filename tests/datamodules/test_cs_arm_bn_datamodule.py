@@ -254,7 +254,9 @@ def test_a_plate_has_the_same_chunks_whatever_else_is_tested(make):
     assert [b.control_row.tolist() for b in one] == [b.control_row.tolist() for b in two]
 
 
-@pytest.mark.parametrize("size", [1, 6, 24])
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(24, marks=pytest.mark.slow)]
+)
 def test_label_shift_changes_batches_alone(make, size):
     """The same images count, in batches of the same size as without it."""
     data, plain = (
@@ -488,7 +490,9 @@ def test_files_and_cache_give_the_same_batches(make):
     assert equal(one, two)
 
 
-@pytest.mark.parametrize(("workers", "steps"), [(0, (1, 3, 5)), (2, (4,))])
+@pytest.mark.parametrize(
+    ("workers", "steps"), [(0, (1, 3, 5)), pytest.param(2, (4,), marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_sees_the_episodes_of_an_uninterrupted_one(make, tmp_path, workers, steps):
     class Model(L.LightningModule):
         def __init__(self):

@@ -121,7 +121,17 @@ def spoil(kind, tested):
     return words
 
 
-@pytest.mark.parametrize("kind", ["class", "channel", "controls", "size", "images", "absent"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("class", marks=pytest.mark.slow),
+        "channel",
+        pytest.param("controls", marks=pytest.mark.slow),
+        "size",
+        pytest.param("images", marks=pytest.mark.slow),
+        "absent",
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name(trained, tested, kind):
     words = spoil(kind, tested)
     with pytest.raises(FulguriteError) as caught:

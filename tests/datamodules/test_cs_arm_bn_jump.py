@@ -193,7 +193,14 @@ def test_empty_wells_are_no_controls_and_other_plates_are_not_looked_for(bucket)
         read(bucket, plate_types=["TARGET2"])
 
 
-@pytest.mark.parametrize("jcp", ["JCP2022_X", "", "DMSO"])
+@pytest.mark.parametrize(
+    "jcp",
+    [
+        "JCP2022_X",
+        pytest.param("", marks=pytest.mark.slow),
+        pytest.param("DMSO", marks=pytest.mark.slow),
+    ],
+)
 def test_unknown_identifiers_stop_or_count(bucket, jcp):
     def spoil(frame):
         first = frame["Metadata_Plate"] == frame["Metadata_Plate"].iloc[0]
@@ -284,7 +291,15 @@ def test_a_plate_without_load_data_stops_or_counts(bucket):
         read(bucket, exclude=["missing_plate"])
 
 
-@pytest.mark.parametrize("content", ["header", "nothing", "blank line", "empty gzip"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "header",
+        pytest.param("nothing", marks=pytest.mark.slow),
+        pytest.param("blank line", marks=pytest.mark.slow),
+        "empty gzip",
+    ],
+)
 def test_an_empty_load_data_stops_or_counts(bucket, content):
     path = load_data(bucket)[1]
     header = path.read_text().splitlines()[0]
@@ -565,6 +580,7 @@ def test_without_effects_all_plates_are_alike():
     assert 0.02 < noise.std() < 0.1
 
 
+@pytest.mark.slow  # a threshold test of the generator
 def test_channel_means_do_not_tell_the_class_on_new_batches():
     """Difficulty: a linear probe stays below 0.6 (docs/papers/cs_arm_bn.md section 6.3)."""
     from sklearn.linear_model import LogisticRegression

@@ -122,7 +122,7 @@ def test_the_files_are_written_back(completed, layer_files):
     assert written == {path.name for path in layer_files.rglob("*.mat")}
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".nc"])
+@pytest.mark.parametrize("suffix", [pytest.param(".npz", marks=pytest.mark.slow), ".nc"])
 def test_filled_entries_of_completed_stacks_are_missing_again(trained, completed, suffix):
     few = sorted(completed.glob(f"*{suffix}"))[:3]
     Path("stacks").mkdir()
@@ -186,7 +186,14 @@ def test_a_missing_climate_is_named(trained, layer_files, fresh):
         data.predict_from(layer_files, trained[1].state_dict())
 
 
-@pytest.mark.parametrize("name", ["empty", "other", "one.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("empty", marks=pytest.mark.slow),
+        "other",
+        pytest.param("one.txt", marks=pytest.mark.slow),
+    ],
+)
 def test_what_holds_no_layer_file_is_refused(trained, name):
     Path("empty").mkdir()
     Path("other").mkdir()

@@ -13,8 +13,8 @@ from fulgurite.compare import read_plan
 
 #: Pages that a test of their own runs, on data that it makes.
 ELSEWHERE = {"docs/complete_your_own_flight.md": "tests/configs/test_own_flight.py"}
-#: Pages that run in seconds; the others are slow tests.
-QUICK = {"docs/start.md", "docs/how_to/checkpoints_and_resuming.md"}
+#: A page that runs in seconds; the others are slow tests.
+QUICK = {"docs/start.md"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs the repository")
 

@@ -57,7 +57,14 @@ def test_streamed_attention_is_pytorchs_in_the_exported_network():
     windowed.check()
 
 
-@pytest.mark.parametrize("backbone", ["LSTMBackbone", "GatedDeltaNetBackbone", "Mamba2Backbone"])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "LSTMBackbone",
+        pytest.param("GatedDeltaNetBackbone", marks=pytest.mark.slow),
+        pytest.param("Mamba2Backbone", marks=pytest.mark.slow),
+    ],
+)
 def test_recurrent_backbones_are_described_for_one_length(backbone):
     options = {"class_path": f"fulgurite.models.number_probing.backbones.{backbone}"}
     exportable = hand_over("number_probing/smoke", model={"backbone": options})
@@ -123,8 +130,8 @@ def test_plates_are_asked_for_by_name(plates, workdir):
     ("method", "message"),
     [
         ("AdaBN", "AdaBN has no network.*predicted together"),
-        ("TENT", "TENT has no network.*predicted together"),
-        ("ARMLL", "ARMLL has no network.*predicted together"),
+        pytest.param("TENT", "TENT has no network.*predicted together", marks=pytest.mark.slow),
+        pytest.param("ARMLL", "ARMLL has no network.*predicted together", marks=pytest.mark.slow),
     ],
 )
 def test_methods_that_need_other_images_are_refused(method, message, workdir):
@@ -143,7 +150,7 @@ def test_running_statistics_need_no_plate(workdir):
         loaded.model.export_network(request)
 
 
-@pytest.mark.parametrize("normalise", ["image", "plate"])
+@pytest.mark.parametrize("normalise", [pytest.param("image", marks=pytest.mark.slow), "plate"])
 def test_images_are_standardised_inside_the_network(normalise, workdir):
     loaded = fulgurite.load("cs_arm_bn/smoke", data={"pixels.normalise": normalise})
     loaded.data.prepare_data()

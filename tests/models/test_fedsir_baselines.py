@@ -135,9 +135,8 @@ METHODS = {
 needs_cleanlab = {"folds", "probe"}
 
 
-# Folds train a network for each fold: the probe cleans by the same code, in the default suite. The
-# others keep less between rounds than FedCorr, FedELC and RoFL.
-DEAR = {"folds", "fednoro", "fedlsr"}
+# None keeps more between rounds than FedCorr and RoFL, which the default suite has.
+DEAR = {*METHODS} - {"fedcorr", "rofl"}
 
 
 @pytest.fixture(
@@ -345,7 +344,14 @@ def wrong_share(data: Data) -> float:
     return float((data.labels.current != data.true).double().mean())
 
 
-@pytest.mark.parametrize("name", ["fedelc", "fedcorr", "probe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedelc",
+        pytest.param("fedcorr", marks=pytest.mark.slow),
+        pytest.param("probe", marks=pytest.mark.slow),
+    ],
+)
 def test_corrected_labels_move_towards_the_truth(name, fed, data):
     if name in needs_cleanlab:
         pytest.importorskip("cleanlab")
@@ -468,7 +474,10 @@ def tensors_of(record):
             yield value
 
 
-@pytest.mark.parametrize("name", [*METHODS, "fedsir"])
+@pytest.mark.parametrize(
+    "name",
+    ["fedsir", *(pytest.param(n, marks=pytest.mark.slow if n in DEAR else []) for n in METHODS)],
+)
 def test_messages_hold_no_images_labels_or_vectors_over_samples(name, monkeypatch):
     if name in needs_cleanlab:
         pytest.importorskip("cleanlab")

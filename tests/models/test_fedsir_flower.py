@@ -319,6 +319,7 @@ def test_a_node_says_what_it_has(config, words):
         NodeOptions.read(config)
 
 
+@pytest.mark.slow  # test_weights_are_those_of_the_simulation trains over the grid, too
 def test_the_server_fits_and_tests_and_knows_its_clients_again(app, grid, tmp_path, workdir):
     folder = tmp_path / "run"
     run_config = {"run-dir": str(folder), "start-timeout": 1.0, "round-timeout": 20.0}
@@ -472,12 +473,17 @@ def test_an_app_is_written_by_the_command_line(tmp_path, workdir, capsys):
     ("config", "options", "words"),
     [
         ("fedsir/smoke.yaml", ["--trainer.precision=bf16-mixed"], "precision is bf16-mixed"),
-        ("fedsir/smoke.yaml", ["--model.local.vectorize=2"], "vectorize is 2"),
+        pytest.param(
+            "fedsir/smoke.yaml",
+            ["--model.local.vectorize=2"],
+            "vectorize is 2",
+            marks=pytest.mark.slow,
+        ),
         ("fedsir/smoke.yaml", ["--rounds=3"], "has no option --rounds=3"),
-        ("fedsir/smoke.yaml", ["--data.clints=3"], "clints"),
+        pytest.param("fedsir/smoke.yaml", ["--data.clints=3"], "clints", marks=pytest.mark.slow),
         ("cs_arm_bn/smoke.yaml", [], "is not federated"),
     ],
-)  # fmt: skip
+)
 def test_what_no_federation_can_do_is_refused(workdir, capsys, config, options, words):
     assert main(["federate", "app", config, "--out=app", *options]) == 2
     assert words in capsys.readouterr().err

@@ -277,7 +277,10 @@ def test_what_cannot_be_mapped_is_timed_one_by_one_alone():
     assert list(time_group_sizes(federation(Noisy), (0, 7))) == [0]
 
 
-@pytest.mark.parametrize(("seconds", "groups"), [({0: 1.0, 4: 0.3}, 1), ({0: 1.0, 4: 0.95}, 4)])
+@pytest.mark.parametrize(
+    ("seconds", "groups"),
+    [pytest.param({0: 1.0, 4: 0.3}, 1, marks=pytest.mark.slow), ({0: 1.0, 4: 0.95}, 4)],
+)
 def test_auto_takes_the_faster_way_and_says_it(fulgurite, log, monkeypatch, seconds, groups):
     calls, sizes, trained = [], [], []
 

@@ -32,6 +32,7 @@ def test_stage_one_trains_from_the_weights_of_a_file(fit, monkeypatch):
     assert all(torch.equal(began[key], value) for key, value in state.items())
 
 
+@pytest.mark.slow  # files are starts above, and in tests/platform/test_weights.py
 def test_a_checkpoint_of_a_run_is_a_start_for_another(fit):
     first = fit("--trainer.max_epochs=1", "--run.dir=first")
     second = FederatedClassifier(DigitsNet, num_classes=10, weights="first/checkpoints/last.ckpt")

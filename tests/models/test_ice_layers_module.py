@@ -162,7 +162,14 @@ def test_a_step_does_not_see_what_it_hides():
     assert not torch.equal(seen[2][0], visible)  # another batch hides something else
 
 
-@pytest.mark.parametrize("prior", ["none", "relative", "log"])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        "relative",
+        pytest.param("log", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_holds_all_that_predicts(tmp_path, prior):
     model, data, run = fitted(prior=prior, members=2, steps=6)
     run.validate(model, data, verbose=False)

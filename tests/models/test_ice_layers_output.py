@@ -225,7 +225,14 @@ def test_range_bins_are_not_called_metres(tmp_path):
         replace(stack, unit="feet")
 
 
-@pytest.mark.parametrize("stack", [make(), described(), described(scale="unknown")])
+@pytest.mark.parametrize(
+    "stack",
+    [
+        pytest.param(make(), marks=pytest.mark.slow),
+        described(),
+        pytest.param(described(scale="unknown"), marks=pytest.mark.slow),
+    ],
+)
 def test_netcdf_keeps_the_rules_of_cf(tmp_path, stack):
     runner = pytest.importorskip("compliance_checker.runner")
     runner.CheckSuite.load_all_available_checkers()

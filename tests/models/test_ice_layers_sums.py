@@ -37,12 +37,14 @@ def fit(flights, steps=20, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"prior": "relative", "entries": "hidden", "members": 2},
-        {"prior": "log", "outlier": 2.0},
-        {"thickness": "none"},
-        {"network": partial(SMALL_NET, dropout=0.2), "mc_samples": 2},
-        {"network": partial(SMALL_NET, sums=False)},
+        pytest.param({"prior": "log", "outlier": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"thickness": "none"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"network": partial(SMALL_NET, dropout=0.2), "mc_samples": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param({"network": partial(SMALL_NET, sums=False)}, marks=pytest.mark.slow),
     ],
 )
 def test_picked_boundaries_come_out_where_they_were_picked(flights, options):

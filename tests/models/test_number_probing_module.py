@@ -147,7 +147,10 @@ def test_a_tied_head_is_the_embedding():
 # --- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", [TransformerBackbone(16, 1, 2), LSTMBackbone(16, 1)])
+@pytest.mark.parametrize(
+    "backbone",
+    [TransformerBackbone(16, 1, 2), pytest.param(LSTMBackbone(16, 1), marks=pytest.mark.slow)],
+)
 def test_it_learns_to_count(tmp_path, backbone):
     lm = model(backbone=copy.deepcopy(backbone), exact_match=True, warmup=2)
     run = trainer(tmp_path, max_epochs=25, gradient_clip_val=1.0)

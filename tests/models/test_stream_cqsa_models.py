@@ -233,6 +233,7 @@ def adam(rate=0.01):
     return partial(torch.optim.Adam, lr=rate)
 
 
+@pytest.mark.slow  # test_hugging_face trains and evaluates one, too
 def test_a_language_model_learns(tmp_path):
     model = LanguageModel(small_network(chunk=7, checkpoint=True), adam(), warmup=2, loss_chunk=10)
     data = load_batches(repeating_batches())
@@ -398,7 +399,11 @@ def kept_by(network, tokens):
     return sum(sizes)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)],
+    ids=lambda config: config["model_type"],
+)
 def test_hugging_face(config, tmp_path):
     pytest.importorskip("transformers")
     network = HuggingFaceCausalLM(config=config)
@@ -460,11 +465,18 @@ def test_without_transformers(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"model_type": "llama4_text", "attention_chunk_size": 16, "intermediate_size_mlp": 32,
-         "num_local_experts": 2},
+        pytest.param(
+            {"model_type": "llama4_text", "attention_chunk_size": 16, "intermediate_size_mlp": 32,
+             "num_local_experts": 2},
+            marks=pytest.mark.slow,
+        ),
         {"model_type": "gpt_oss", "sliding_window": 16, "num_local_experts": 2,
          "num_experts_per_tok": 1},
-        {"model_type": "gemma2", "attn_logit_softcapping": 1.0, "final_logit_softcapping": None},
+        pytest.param(
+            {"model_type": "gemma2", "attn_logit_softcapping": 1.0,
+             "final_logit_softcapping": None},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda options: options["model_type"],
 )  # fmt: skip

@@ -52,14 +52,15 @@ def test_doctor_names_versions(fulgurite):
         (["--trainer.max_epochss=3"], ["trainer.max_epochss", "'trainer.max_epochs'"]),
         (["--model.init_args.methd=3"], ["'methd'", "Did you mean 'method'"]),
         (["--model.init_args.method=fulgurite.models.fedsir.methods.FedAvgg"], ["FedAvg'?"]),
-        (["--model.init_args.method=FedNope"], ["FedNope"]),
+        pytest.param(["--model.init_args.method=FedNope"], ["FedNope"], marks=pytest.mark.slow),
         (  # of packages whose parts are imported on first use
             ["--model.init_args.network=fulgurite.models.fedsir.ResNet81"],
             ["'fulgurite.models.fedsir' has no attribute 'ResNet81'", "fedsir.ResNet18'?"],
         ),
-        (
+        pytest.param(
             ["--data.init_args.source=fulgurite.datamodules.fedsir.Digit"],
             ["has no attribute 'Digit'", "fedsir.Digits'?"],
+            marks=pytest.mark.slow,
         ),
         (["--trainer.max_epochs=abc"], ["trainer.max_epochs", "abc", "int"]),
         (
@@ -67,16 +68,31 @@ def test_doctor_names_versions(fulgurite):
             ["'disagree', 'all', 'none'", "foo"],
         ),
         (["--model.init_args.local.batch_size=0"], ["local.batch_size", "v>0"]),
-        (["--model.init_args.network=torch.nn.Flatten"], ["Flatten"]),
-        (["--data.init_args.noise.init_args.rate=1.5"], ["1.5", "noise.init_args.rate"]),
-        (["--data.init_args.noise.init_args.rate=[0.5,-1]"], ["noise.init_args.rate"]),
+        pytest.param(
+            ["--model.init_args.network=torch.nn.Flatten"], ["Flatten"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--data.init_args.noise.init_args.rate=1.5"],
+            ["1.5", "noise.init_args.rate"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--data.init_args.noise.init_args.rate=[0.5,-1]"],
+            ["noise.init_args.rate"],
+            marks=pytest.mark.slow,
+        ),
         (["--data.init_args.clients=100000"], ["100000 clients", "data.init_args.clients"]),
-        (
+        pytest.param(
             ["--data.init_args.clients=150", f"{PARTITION}=Dirichlet", f"{PARTITION}.alpha=0.02"],
             ["left client", "without samples"],
+            marks=pytest.mark.slow,
         ),
-        (["--data.init_args.noise.init_args.count=9"], ["9 of 4 clients"]),
-        (["--data.init_args.evaluation.val_fraction=1"], ["val_fraction"]),
+        pytest.param(
+            ["--data.init_args.noise.init_args.count=9"], ["9 of 4 clients"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--data.init_args.evaluation.val_fraction=1"], ["val_fraction"], marks=pytest.mark.slow
+        ),
         (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "not a file"]),
         (["--ckpt_path=last", "--run.root=nowhere"], ["ckpt_path=last", "nowhere/fedsir/smoke"]),
     ],
@@ -89,17 +105,33 @@ def test_an_error_is_one_line_that_names_the_mend(fulgurite, options, parts):
     ("options", "parts"),
     [
         (["init_args.memory_budget=0"], ["budget of 0 cannot be read", "2GiB"]),
-        (["init_args.memory_budget=-1"], ["budget of -1 cannot be read"]),
-        (["init_args.memory_budget=lots"], ["'lots' cannot be read"]),
-        (["init_args.schedule=fast"], ["'auto', 'whole', 'heads', 'rect', 'cqs'", "fast"]),
+        pytest.param(
+            ["init_args.memory_budget=-1"], ["budget of -1 cannot be read"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["init_args.memory_budget=lots"], ["'lots' cannot be read"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["init_args.schedule=fast"],
+            ["'auto', 'whole', 'heads', 'rect', 'cqs'", "fast"],
+            marks=pytest.mark.slow,
+        ),
         (["init_args.memory_budge=1MiB"], ["Did you mean 'memory_budget'"]),
         (
             ["=stream_cqsa", "memory_budget=1MiB"],
             ["'stream_cqsa'", "--trainer.strategy.class_path"],
         ),
         (["=stream_cqsaa"], ["'stream_cqsaa'", "Did you mean 'stream_cqsa'"]),
-        (["=StreamCQSAStrategy"], ["class_path=fulgurite.strategies.StreamCQSAStrategy"]),
-        (["=fulgurite.strategies.StreamCQSAStrategy"], [".class_path=fulgurite.strategies"]),
+        pytest.param(
+            ["=StreamCQSAStrategy"],
+            ["class_path=fulgurite.strategies.StreamCQSAStrategy"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["=fulgurite.strategies.StreamCQSAStrategy"],
+            [".class_path=fulgurite.strategies"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_strategy_that_is_misspelled_is_one_line(fulgurite, options, parts):
@@ -203,10 +235,10 @@ def sources(workdir):
         ("truncated", "cut.tar.gz"),
         ("malicious", "evil.tar.gz"),
         ("checksum", "cifar.tar.gz"),
-        ("absent", "nothing.tar.gz"),
+        pytest.param("absent", "nothing.tar.gz", marks=pytest.mark.slow),
         ("sizes", "mixed.zip"),
-        ("integers", "float.npz"),
-        ("range", "range.npz"),
+        pytest.param("integers", "float.npz", marks=pytest.mark.slow),
+        pytest.param("range", "range.npz", marks=pytest.mark.slow),
     ],
 )
 def test_bad_data_is_one_line_that_names_the_file(fulgurite, sources, kind, file):
@@ -297,7 +329,14 @@ def write_source(file, class_path, **arguments):
     return f"--config={file}"
 
 
-@pytest.mark.parametrize("way", ["file", "words", "object"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("file", marks=pytest.mark.slow),
+        "words",
+        pytest.param("object", marks=pytest.mark.slow),
+    ],
+)
 def test_a_class_that_replaces_another_takes_none_of_its_arguments(workdir, way):
     before = write_source(
         workdir / "a.yaml", "ImageFolder", path="images", seed=7, test_limit=3, image_size=8
@@ -328,8 +367,13 @@ def test_a_required_argument_of_a_replaced_class_is_asked_for_anew(fulgurite, wo
 PARQUET = {"train": "a.parquet", "test": "b.parquet"}
 
 
-@pytest.mark.parametrize("words", [[f"{SOURCE}.init_args.image_size=null"],
-                                   [f"{SOURCE}.init_args.image_size", "null"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param([f"{SOURCE}.init_args.image_size=null"], marks=pytest.mark.slow),
+        [f"{SOURCE}.init_args.image_size", "null"],
+    ],
+)
 def test_null_unsets_an_argument_of_an_argument(workdir, words):
     before = write_source(workdir / "a.yaml", "ImageFolder", path="images", image_size=8, seed=7)
     arguments = parsed_source(before, *words)[1]
@@ -361,6 +405,7 @@ def test_null_unsets_an_argument_of_an_argument_of_the_trainer():
     assert (callback.init_args.rows.embedding, callback.init_args.rows.first_row) == (None, 3)
 
 
+@pytest.mark.slow  # test_number_probing's other loggers get tables and figures, too
 @pytest.mark.figures
 def test_metrics_and_figures_reach_every_logger(fit):
     loggers = [

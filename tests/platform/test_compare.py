@@ -245,9 +245,11 @@ def test_two_seeds_get_no_mark_and_the_caption_says_so(place):
 @pytest.mark.parametrize(
     ("trouble", "says"),
     [
-        ("raise", "ValueError: the loss is a potato"),
+        pytest.param("raise", "ValueError: the loss is a potato", marks=pytest.mark.slow),
         pytest.param("exit", "exit status 2", marks=pytest.mark.slow),
-        ("status", "exit status 3: The moon is made of cheese."),
+        pytest.param(
+            "status", "exit status 3: The moon is made of cheese.", marks=pytest.mark.slow
+        ),
         ("kill", "killed by SIGKILL"),
     ],
 )
@@ -308,6 +310,7 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.slow  # a cell that kills its worker does, too
 def test_a_worker_killed_from_outside_costs_one_cell(place):
     file = write(place, args={"sleep": 0.3}, seeds=[0])
     script = "import sys; from fulgurite.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -549,6 +552,7 @@ def test_a_chain_of_trainings_and_what_one_predicts(place, shared):
     assert [counts.count(c) for c in ("fit", "predict", "test")] == [6, 2, 12]
 
 
+@pytest.mark.slow  # failing cells harm no other, and tests share trainings, in others
 def test_a_failed_training_fails_its_cells_alone(place, shared, monkeypatch):
     methods = {**SHARED["methods"], "bad": {"args": {"method": "bad", "trouble": 0.1}}}
     methods["after_bad"] = {"args": {"method": "top"}, "after": {"bad": "start"}}
@@ -576,6 +580,7 @@ def test_mistakes_around_the_file(place):
         go(write(place), workers=0)
 
 
+@pytest.mark.slow  # test_a_figure_has_what_is_there draws, too
 @pytest.mark.figures
 def test_two_axes_and_no_axis_are_drawn(place):
     splits = {"iid": {}, "shards": {"s": 1}}
@@ -624,6 +629,7 @@ def test_report(place, capsys):
         compare.report_main([str(place)])
 
 
+@pytest.mark.slow  # a killed comparison keeps it, too
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(place):
     file = write(place, args={"sleep": 0.4}, seeds=[0])
     command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]

@@ -80,6 +80,7 @@ def test_a_model_that_logs_nothing_is_said_to_have_run(fulgurite):
     assert "nothing left to do" in out
 
 
+@pytest.mark.slow  # tests/survival draws the figures of whole runs in the default suite
 @pytest.mark.figures
 @pytest.mark.parametrize(
     "system", ["cs_arm_bn", pytest.param("ice_layers", marks=pytest.mark.slow)]

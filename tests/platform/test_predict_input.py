@@ -86,7 +86,16 @@ def test_copies_of_the_test_split_are_predicted_as_the_split(predict, predicted,
     assert (folder / "config.yaml").read_text() == (predicted / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("suffix", [".tif", ".npy", ".zip", "one", "deep"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        pytest.param(".tif", marks=pytest.mark.slow),
+        ".npy",
+        ".zip",
+        pytest.param("one", marks=pytest.mark.slow),
+        pytest.param("deep", marks=pytest.mark.slow),
+    ],
+)
 def test_every_format_gives_the_same(short_run, digits, workdir, reference, suffix):
     few, names = digits[:3], [f"{n:04}" for n in range(3)]
     kind = suffix if suffix in SAVE else ".png"
@@ -185,7 +194,18 @@ def make_wrong_inputs(digits):
 
 
 @pytest.mark.parametrize(
-    "path", ["absent", "", "g*d", "empty", "damaged", "large", "colours", "notes.txt", "floats.npy"]
+    "path",
+    [
+        "absent",
+        pytest.param("", marks=pytest.mark.slow),
+        "g*d",
+        pytest.param("empty", marks=pytest.mark.slow),
+        "damaged",
+        "large",
+        pytest.param("colours", marks=pytest.mark.slow),
+        pytest.param("notes.txt", marks=pytest.mark.slow),
+        pytest.param("floats.npy", marks=pytest.mark.slow),
+    ],
 )
 def test_a_wrong_input_is_one_error_and_nothing_is_written(predict, digits, path):
     words = make_wrong_inputs(digits)[path]

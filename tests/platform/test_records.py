@@ -88,16 +88,26 @@ def test_a_run_with_averaged_weights_is_repeated_from_its_record(fit, weights):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.accelerator=cpu"],
-         ["strategy=ddp_spawn", "Use --trainer.strategy=ddp"]),
-        (["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy",
-          "--trainer.strategy.start_method=spawn", "--trainer.accelerator=cpu"],
-         ["strategy=spawn", "Use --trainer.strategy=ddp"]),
-        ([f"--trainer.callbacks+={CALLBACKS}.LearningRateFinder"],
-         ["LearningRateFinder sets an attribute", "optimizer.init_args.lr"]),
-        ([f"--trainer.callbacks+={CALLBACKS}.StochasticWeightAveraging",
-          "--trainer.callbacks.swa_lrs=0.1"],
-         ["StochasticWeightAveraging anneals", "EMAWeightAveraging"]),
+        pytest.param(
+            ["--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.accelerator=cpu"],
+            ["strategy=ddp_spawn", "Use --trainer.strategy=ddp"],
+            marks=pytest.mark.slow,
+        ),
+        (
+            ["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy",
+             "--trainer.strategy.start_method=spawn", "--trainer.accelerator=cpu"],
+            ["strategy=spawn", "Use --trainer.strategy=ddp"],
+        ),
+        (
+            [f"--trainer.callbacks+={CALLBACKS}.LearningRateFinder"],
+            ["LearningRateFinder sets an attribute", "optimizer.init_args.lr"],
+        ),
+        pytest.param(
+            [f"--trainer.callbacks+={CALLBACKS}.StochasticWeightAveraging",
+             "--trainer.callbacks.swa_lrs=0.1"],
+            ["StochasticWeightAveraging anneals", "EMAWeightAveraging"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_by_name(fulgurite, options, parts):

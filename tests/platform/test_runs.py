@@ -93,6 +93,7 @@ def test_a_finished_run_is_left_as_it_is(fulgurite, one_run):
     assert {p: p.read_bytes() for p in one_run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow  # a finished run is left as it is, above
 def test_an_early_stopped_run_trains_no_further_epoch(fulgurite, workdir):
     stop = ["--trainer.callbacks+=EarlyStopping"]
     for option in ("monitor=val/acc", "mode=max", "patience=1", "min_delta=2"):
@@ -130,10 +131,20 @@ def test_a_new_folder_only_when_asked_for(fulgurite, one_run):
             "--model.init_args.local.batch_size=16",
             "model.init_args.local.batch_size is 32 there and 16 here",
         ),
-        ("--data.init_args.clients=3", "data.init_args.clients is 4 there and 3 here"),
+        pytest.param(
+            "--data.init_args.clients=3",
+            "data.init_args.clients is 4 there and 3 here",
+            marks=pytest.mark.slow,
+        ),
         ("--seed_everything=3", "seed_everything is 0 there and 3 here"),
-        ("--trainer.precision=bf16-mixed", "trainer.precision is"),
-        ("--trainer.callbacks.figures=false", "FederatedRounds.init_args.figures is True"),
+        pytest.param(
+            "--trainer.precision=bf16-mixed", "trainer.precision is", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "--trainer.callbacks.figures=false",
+            "FederatedRounds.init_args.figures is True",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_going_on_with_other_options_is_refused_by_name(fulgurite, one_run, option, words):

@@ -96,7 +96,9 @@ def trained(tmp_path, model, strategy="auto", **options):
 @pytest.mark.parametrize(
     ("layer", "options", "calls"),
     [
-        (OwnAttention, {}, 2 * (12 * 2 + 1)),  # layers x (steps, each twice, + validation)
+        pytest.param(
+            OwnAttention, {}, 2 * (12 * 2 + 1), marks=pytest.mark.slow
+        ),  # layers x (steps, each twice, + validation)
         (DirectAttention, {"intercept_sdpa": True}, 2 * (12 * 2 + 1)),
         (Stock, {"intercept_sdpa": True}, 2 * (12 + 1)),
     ],

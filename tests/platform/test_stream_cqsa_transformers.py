@@ -85,7 +85,15 @@ def test_ten_architectures_are_exact_or_refused(name):
     assert plain.schedule != "whole"  # so small a budget
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom", "xlnet", "mpnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gptj", marks=pytest.mark.slow),
+        "bloom",
+        pytest.param("xlnet", marks=pytest.mark.slow),
+        pytest.param("mpnet", marks=pytest.mark.slow),
+    ],
+)
 def test_models_that_compute_attention_themselves_are_refused(name):
     assert set(judge(name, stream, "plain", "left_padding").values()) == {"refused"}
 
@@ -183,6 +191,7 @@ def test_attention_matters_in_the_whole_zoo():
     assert min(influences.values()) > 1e-3, influences
 
 
+@pytest.mark.slow  # exact architectures are judged so above, streamed
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "bert", "t5"))]
 )
@@ -245,6 +254,7 @@ def test_a_window_off_by_one_is_wrong():
     assert verdicts == {"plain": "wrong", "generate": "wrong"}
 
 
+@pytest.mark.slow  # a dropped mask is found above
 def test_dropped_softcap_sinks_and_biases_are_wrong():
     def attend_without(module, query, key, value, attention_mask=None, **keywords):
         for name in ("softcap", "s_aux", "position_bias"):

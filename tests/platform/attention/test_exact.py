@@ -177,8 +177,18 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("schedule", ["rect", "cqs"])
+@pytest.mark.parametrize(
+    ("schedule", "dtype"),
+    [
+        ("rect", torch.bfloat16),
+        ("cqs", torch.float16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(("rect", "cqs"), LIMITS)
+            if case not in (("rect", torch.bfloat16), ("cqs", torch.float16))
+        ),
+    ],
+)
 def test_lower_precisions_are_as_good_as_one_call(dtype, schedule):
     generator = torch.Generator().manual_seed(0)
     exact = [
@@ -420,7 +430,15 @@ def test_a_device_out_of_memory_gets_smaller_tiles(monkeypatch):
         stream_attention(*inputs, is_causal=True)
 
 
-@pytest.mark.parametrize("schedule", ["auto", "heads", "rect", "cqs"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "auto",
+        pytest.param("heads", marks=pytest.mark.slow),
+        pytest.param("rect", marks=pytest.mark.slow),
+        "cqs",
+    ],
+)
 @pytest.mark.parametrize("backward", [False, True])
 def test_plans_fit_their_budget(schedule, backward):
     visible = Visibility.of(8192, 8192, EntryMasks(is_causal=True))
@@ -523,13 +541,13 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("schedule", "budget", "dtype", "passes", "window"),
     [
-        ("rect", 2**17, torch.float32, 1, None),
+        pytest.param("rect", 2**17, torch.float32, 1, None, marks=pytest.mark.slow),
         ("rect", 2**17, torch.float32, 1, 100),
         ("rect", 2**17, torch.bfloat16, 2, None),
-        ("rect", 2**20, torch.bfloat16, 1, None),
-        ("heads", 2**21, torch.float32, 1, None),
+        pytest.param("rect", 2**20, torch.bfloat16, 1, None, marks=pytest.mark.slow),
+        pytest.param("heads", 2**21, torch.float32, 1, None, marks=pytest.mark.slow),
         ("cqs", 2**18, torch.float32, 1, None),
-        ("cqs", 2**21, torch.bfloat16, 1, None),
+        pytest.param("cqs", 2**21, torch.bfloat16, 1, None, marks=pytest.mark.slow),
     ],
 )
 def test_tensors_alive_at_once_fit_the_budget(schedule, budget, dtype, passes, window):
@@ -555,9 +573,14 @@ def test_tensors_alive_at_once_fit_the_budget(schedule, budget, dtype, passes, w
 )
 @pytest.mark.parametrize(
     "kind",
-    ["softcap", "learned bias", "bias of heads", "holes", "slopes", "sinks", "values", "strides",
-     "padding", "few documents"],
-)  # fmt: skip
+    [
+        *("softcap", "learned bias", "holes", "padding"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("bias of heads", "slopes", "sinks", "values", "strides", "few documents")
+        ),
+    ],
+)
 def test_tensors_of_masks_and_caps_fit_the_budget_too(kind, dtype):
     """What is cut from the user's own mask counts; the mask and its gradient do not."""
     torch.manual_seed(0)
