@@ -471,3 +471,17 @@ def test_a_strategy_that_mixes_clients_is_refused(fulgurite, monkeypatch):
     status, _, error = fulgurite("fit", "--config", "fedsir/smoke.yaml")
     assert status == 2
     assert "--trainer.strategy=federated" in error
+
+
+@pytest.mark.slow
+def test_participation_and_server_optimizer_arrive_from_the_command_line(fit):
+    options = (f"--model.init_args.method={METHODS}.FedAvg", "--trainer.max_epochs=1")
+    rounds = "--model.init_args.rounds"
+    cli = fit(*options, "--data.init_args.clients=5", f"{rounds}.participation=0.5")
+    (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, FederatedRounds))
+    assert len(callback.history[0]["clients"]) < 5
+    server = f"{rounds}.server_optimizer"
+    sgd = fit(*options, f"{server}=torch.optim.SGD", f"{server}.lr=1.0").model
+    plain = fit(*options).model
+    for a, b in zip(sgd.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
