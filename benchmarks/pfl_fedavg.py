@@ -69,7 +69,7 @@ class PflFedAvg:
                     return iter([self.raw_data])
                 return (b for b in tensor_batches(problem, self.client) if len(b[1]) > 1)
 
-        self.clients = len(problem.labels)
+        count = len(problem.labels)
         self.module = LossModule(copy.deepcopy(model))
         optimizer = {k: v for k, v in problem.optimizer.items() if k != "lr"}
         self.model = PyTorchModel(
@@ -77,15 +77,15 @@ class PflFedAvg:
             partial(torch.optim.Adam, **optimizer),
             torch.optim.SGD(self.module.parameters(), lr=1.0),
         )
-        order = itertools.cycle(range(self.clients))
-        clients = [ShuffledClient(client) for client in range(self.clients)]
+        order = itertools.cycle(range(count))
+        clients = [ShuffledClient(client) for client in range(count)]
         data = FederatedDataset(clients.__getitem__, lambda: next(order))
         self.backend = SimulatedBackend(data, data, [WeightByDatapoints()])
         self.algorithm = FederatedAveraging()
         self.define_rounds = partial(
             NNAlgorithmParams,
             evaluation_frequency=2**30,
-            train_cohort_size=self.clients,
+            train_cohort_size=count,
             val_cohort_size=None,
         )
         self.training = NNTrainHyperParams(
@@ -106,19 +106,20 @@ class PflFedAvg:
             send_metrics_to_platform=False,
         )
 
-    def check(self, model: nn.Module, problem: Problem) -> None:
-        """Raise unless a first round from ``model`` is that of the loop over tensors.
 
-        Raises:
-            RuntimeError: A weight differs by more than 1e-4.
-        """
-        loop = PlainFedAvg(model, problem, loader=False)
-        for contestant in (loop, self):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                contestant.round()
-        for (name, ours), theirs in zip(
-            loop.model.named_parameters(), self.module.network.parameters(), strict=True
-        ):
-            if not torch.allclose(ours, theirs, atol=1e-4):
-                raise RuntimeError(f"pfl's first round is not the loop's: {name} differs.")
+def check_first_round(model: nn.Module, problem: Problem) -> None:
+    """Raise unless pfl's first round from ``model`` is that of the loop over tensors.
+
+    Raises:
+        RuntimeError: A weight differs by more than 1e-4.
+    """
+    loop, pfl = PlainFedAvg(model, problem, loader=False), PflFedAvg(model, problem)
+    for contestant in (loop, pfl):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            contestant.round()
+    for (name, expected), weight in zip(
+        loop.model.named_parameters(), pfl.module.network.parameters(), strict=True
+    ):
+        if not torch.allclose(expected, weight, atol=1e-4):
+            raise RuntimeError(f"pfl's first round is not the loop's: {name} differs.")
