@@ -135,8 +135,8 @@ METHODS = {
 needs_cleanlab = {"folds", "probe"}
 
 
-# None keeps more between rounds than FedCorr and RoFL, which the default suite has.
-DEAR = {*METHODS} - {"fedcorr", "rofl"}
+# None keeps more between rounds than these, which the default suite has.
+DEAR = {*METHODS} - {"fedcorr", "fedelc", "rofl"}
 
 
 @pytest.fixture(
@@ -474,10 +474,7 @@ def tensors_of(record):
             yield value
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["fedsir", *(pytest.param(n, marks=pytest.mark.slow if n in DEAR else []) for n in METHODS)],
-)
+@pytest.mark.parametrize("name", [*METHODS, "fedsir"])
 def test_messages_hold_no_images_labels_or_vectors_over_samples(name, monkeypatch):
     if name in needs_cleanlab:
         pytest.importorskip("cleanlab")

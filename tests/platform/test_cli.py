@@ -235,10 +235,10 @@ def sources(workdir):
         ("truncated", "cut.tar.gz"),
         ("malicious", "evil.tar.gz"),
         ("checksum", "cifar.tar.gz"),
-        pytest.param("absent", "nothing.tar.gz", marks=pytest.mark.slow),
+        ("absent", "nothing.tar.gz"),
         ("sizes", "mixed.zip"),
-        pytest.param("integers", "float.npz", marks=pytest.mark.slow),
-        pytest.param("range", "range.npz", marks=pytest.mark.slow),
+        ("integers", "float.npz"),
+        ("range", "range.npz"),
     ],
 )
 def test_bad_data_is_one_line_that_names_the_file(fulgurite, sources, kind, file):

@@ -629,7 +629,6 @@ def test_report(place, capsys):
         compare.report_main([str(place)])
 
 
-@pytest.mark.slow  # a killed comparison keeps it, too
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(place):
     file = write(place, args={"sleep": 0.4}, seeds=[0])
     command = [sys.executable, "-m", "fulgurite", "compare", file, "--workers=2", "--out=out"]

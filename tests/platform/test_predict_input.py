@@ -194,18 +194,7 @@ def make_wrong_inputs(digits):
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        "absent",
-        pytest.param("", marks=pytest.mark.slow),
-        "g*d",
-        pytest.param("empty", marks=pytest.mark.slow),
-        "damaged",
-        "large",
-        pytest.param("colours", marks=pytest.mark.slow),
-        pytest.param("notes.txt", marks=pytest.mark.slow),
-        pytest.param("floats.npy", marks=pytest.mark.slow),
-    ],
+    "path", ["absent", "", "g*d", "empty", "damaged", "large", "colours", "notes.txt", "floats.npy"]
 )
 def test_a_wrong_input_is_one_error_and_nothing_is_written(predict, digits, path):
     words = make_wrong_inputs(digits)[path]

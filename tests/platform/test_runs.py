@@ -93,7 +93,6 @@ def test_a_finished_run_is_left_as_it_is(fulgurite, one_run):
     assert {p: p.read_bytes() for p in one_run.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.slow  # a finished run is left as it is, above
 def test_an_early_stopped_run_trains_no_further_epoch(fulgurite, workdir):
     stop = ["--trainer.callbacks+=EarlyStopping"]
     for option in ("monitor=val/acc", "mode=max", "patience=1", "min_delta=2"):
