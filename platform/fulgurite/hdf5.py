@@ -209,11 +209,13 @@ class NetcdfVariable:
         name: Its name.
         shape: Its lengths.
         attributes: Value by name.
+        dimensions: Names of its dimensions, in the order of ``shape``.
     """
 
     name: str
     shape: tuple[int, ...]
     attributes: Mapping[str, Any]
+    dimensions: tuple[str, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -245,7 +247,9 @@ class NetcdfFile:
         facts, _ = _ask("describe", path)
         self.attributes: dict[str, Any] = facts["attributes"]
         self.variables = {
-            name: NetcdfVariable(name, tuple(fact["shape"]), fact["attributes"])
+            name: NetcdfVariable(
+                name, tuple(fact["shape"]), fact["attributes"], tuple(fact["dimensions"])
+            )
             for name, fact in facts["variables"].items()
         }
 

@@ -186,7 +186,11 @@ def describe_netcdf(path: str, limit: int) -> tuple[Any, _Answer]:
     _check_netcdf(path)
     with _Opened.open(path, stays=False) as dataset:
         variables = {
-            name: {"shape": list(variable.shape), "attributes": _attributes(variable)}
+            name: {
+                "shape": list(variable.shape),
+                "dimensions": list(variable.dimensions),
+                "attributes": _attributes(variable),
+            }
             for name, variable in dataset.variables.items()
         }
         return {"attributes": _attributes(dataset), "variables": variables}, _Answer(limit)

@@ -414,6 +414,9 @@ def test_unit_mix_ups_are_found_by_what_is_plausible(tmp_path):
         sample(tmp_path)
     found = sample(tmp_path, scale={"SMB": 1000.0})
     np.testing.assert_allclose(found.physics[:, 0, 0], plane(*project(points()).T), rtol=3e-3)
+    write(tmp_path, SMB=lambda v, u: v / 30.4)  # a day's, in each month
+    with pytest.raises(DataError, match=r"mm w\.e\. a day.*scale={SMB: 30\.4}"):
+        sample(tmp_path)
     write(tmp_path, ST=lambda v, u: v * 10)
     with pytest.raises(DataError, match="neither degC nor K"):
         sample(tmp_path)
@@ -457,6 +460,193 @@ def test_stamps_of_months(tmp_path, days, bounds):
     more = found[:, :, 0] - plane(*project(points()).T)[:, None]
     day = FLIGHT_DAY - YEAR - float(np.datetime64("2011-04-01").astype("datetime64[D]").astype(int))
     np.testing.assert_allclose(more, [[1000 * (30 - day) / 30, 1000 * day / 30]] * 30, atol=3)
+
+
+def rewrite(folder, change):
+    """Write files again with other (dimensions, values, attributes) by variable."""
+    for path in sorted(folder.glob("*.nc")):
+        with netCDF4.Dataset(path) as data:
+            variables = {
+                name: (v.dimensions, np.ma.filled(v[:], np.nan), vars(v).copy())
+                for name, v in data.variables.items()
+            }
+        path.unlink()
+        variables |= change(path, variables) or {}
+        with netCDF4.Dataset(path, "w") as data:
+            for name, (dims, values, attributes) in variables.items():
+                for key, size in zip(dims, values.shape, strict=True):
+                    if key not in data.dimensions:
+                        data.createDimension(key, size)
+                variable = data.createVariable(name, values.dtype, dims)
+                variable.setncatts({k: v for k, v in attributes.items() if k != "_FillValue"})
+                variable[:] = values
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+def test_the_order_of_steps_in_a_file_changes_nothing(tmp_path, bounds):
+    seasons = 10.0 * np.arange(12)[:, None, None]
+    write(tmp_path, ST=lambda v, u: v - seasons, SMB=lambda v, u: v + seasons)
+    stamp(tmp_path, lambda edges: (edges[:-1] + edges[1:]) / 2, bounds)
+    in_order = sample(tmp_path).physics
+    rewrite(
+        tmp_path,
+        lambda path, variables: {
+            name: (dims, values[::-1], attributes)
+            for name, (dims, values, attributes) in variables.items()
+            if dims[:1] == ("TIME",)
+        },
+    )
+    np.testing.assert_array_equal(sample(tmp_path).physics, in_order)
+
+
+def test_years_of_one_step_each(tmp_path):
+    def year_of(day):
+        def change(path, variables):
+            year = int(path.stem[-4:])
+            date = np.datetime64(day.format(year), "D").astype(float)
+            epoch = np.datetime64("1901-01-15", "D").astype(float)
+            time = np.array([(date - epoch) * 24])
+            fields = {
+                name: (dims, np.full((1, *values.shape[1:]), value), {"units": unit})
+                for name, value, unit in (("SMB", 100.0 * (year - 2000), "mmWE"), ("ME", 9.0, "mm"))
+                for dims, values, _ in [variables[name]]
+            }
+            means = {n: (v[0], v[1][:1], v[2]) for n, v in variables.items() if n in ("ST", "ZN6")}
+            fields["RU"] = fields["ME"]
+            return fields | means | {"TIME": (("TIME",), time, variables["TIME"][2])}
+
+        return change
+
+    sums = {}
+    for day in ("{}-07-02", "{}-01-01", "{}-12-31"):
+        folder = tmp_path / day[-5:]
+        folder.mkdir()
+        write(folder)
+        rewrite(folder, year_of(day))
+        sums[day] = sample(folder).physics[:, :, 0]
+    for fields in sums.values():
+        np.testing.assert_allclose(fields, sums["{}-07-02"], atol=2.0)
+
+
+def test_single_precision_leaves_months_what_they_are(tmp_path):
+    def april(values, units):  # 1000 mm more in one month, which the flight of April 14 cuts
+        values[3] += 1000.0
+        return values
+
+    write(tmp_path, SMB=april)
+    stamp(tmp_path, lambda edges: edges[:-1], bounds=False)
+    exact = sample(tmp_path).physics
+
+    def in_seconds(path, variables):
+        dims, hours, _ = variables["TIME"]
+        units = {"units": "seconds since 1901-01-15"}
+        return {"TIME": (dims, (hours * 3600 - 60).astype(np.float32), units)}
+
+    rewrite(tmp_path, in_seconds)
+    np.testing.assert_allclose(sample(tmp_path).physics, exact, rtol=1e-12)
+
+
+def test_a_day_that_is_a_fill_value_elsewhere_is_a_day(tmp_path):
+    write(tmp_path, daily=True)
+    expected = sample(tmp_path).physics
+    epoch = (np.datetime64("2011-07-01", "D").astype(int) - 999).astype("datetime64[D]")
+
+    def in_days(path, variables):
+        dims, hours, _ = variables["TIME"]
+        days = np.floor(hours / 24) - float((epoch - np.datetime64("1901-01-15")).astype(int))
+        return {"TIME": (dims, days, {"units": f"days since {epoch}T12:00:00"})}
+
+    rewrite(tmp_path, in_days)
+    np.testing.assert_allclose(sample(tmp_path).physics, expected, rtol=1e-9)
+
+
+def flip(name, variables):
+    """Turn an axis of all variables round."""
+    return {
+        key: (dims, np.flip(values, dims.index(name)), attributes)
+        for key, (dims, values, attributes) in variables.items()
+        if name in dims
+    }
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("change", ["flip", "shift"])
+def test_cells_of_all_files_are_the_same(tmp_path, native, change):
+    write(tmp_path, name="epsg3413", native=native)
+    expected = sample(tmp_path).physics
+    rewrite(tmp_path, lambda path, variables: flip("y", variables))
+    np.testing.assert_allclose(sample(tmp_path).physics, expected, rtol=1e-4)
+
+    def change_one(path, variables):
+        if "2011" not in path.name:
+            return {}
+        if change == "flip":
+            return flip("y", variables)
+        name, step = ("LAT", 0.5) if native else ("y", 20e3)
+        dims, values, attributes = variables[name]
+        return {name: (dims, values + step, attributes)}
+
+    rewrite(tmp_path, change_one)
+    name = "LAT" if native else "y"
+    with pytest.raises(
+        DataError, match=rf"coordinate {name} of .*2011.nc is not that of .*2009.nc"
+    ):
+        sample(tmp_path)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_axes_in_another_order_on_a_square_grid_are_refused(tmp_path, native):
+    write(tmp_path, name="epsg3413", native=native)
+
+    def turn(path, variables):
+        square = {
+            name: (dims, values[..., :21, :] if dims[-2:] == ("y", "x") else values, attributes)
+            for name, (dims, values, attributes) in variables.items()
+        }
+        square["y"] = (("y",), variables["y"][1][:21], variables["y"][2])
+        _, values, attributes = square["ST"]
+        return square | {"ST": (("TIME", "x", "y"), values.swapaxes(1, 2), attributes)}
+
+    rewrite(tmp_path, turn)
+    with pytest.raises(DataError, match=r"ST of .*2009.nc has the axes TIME, x, y, and the grid y"):
+        sample(tmp_path)
+
+
+def test_a_grid_of_latitudes_and_longitudes_of_one_dimension(tmp_path):
+    write(tmp_path, name="epsg3413")
+    rewrite(
+        tmp_path,
+        lambda path, variables: {
+            "lat": (("y",), np.linspace(69, 73, 23), {}),
+            "lon": (("x",), np.linspace(-45, -35, 21), {}),
+        },
+    )
+    for path in tmp_path.glob("*.nc"):
+        with netCDF4.Dataset(path, "r+") as data:
+            data.renameVariable("x", "i")
+    with pytest.raises(DataError, match=r"2009.nc is one of latitudes and longitudes") as error:
+        sample(tmp_path)
+    assert "setgridtype,curvilinear" in error.value.hint
+
+
+@pytest.mark.parametrize("hours", [0.0, 365 * 24.0])
+def test_bounds_in_units_of_their_own(tmp_path, hours):
+    write(tmp_path)
+    stamp(tmp_path, lambda edges: edges[:-1] + 14.0, bounds=True)
+    expected = sample(tmp_path).physics
+    epoch = float((np.datetime64("1990-01-01") - np.datetime64("1901-01-15")).astype(int))
+
+    def in_hours(path, variables):
+        dims, values, _ = variables["TIME_bnds"]
+        inside = {"units": "hours since 1990-01-01"}
+        return {"TIME_bnds": (dims, values - epoch * 24 + hours, inside)}
+
+    rewrite(tmp_path, in_hours)
+    if hours:
+        with pytest.raises(DataError, match="its bounds TIME_bnds are of other times"):
+            sample(tmp_path)
+    else:
+        np.testing.assert_array_equal(sample(tmp_path).physics, expected)
 
 
 @pytest.mark.parametrize("how", ["months", "garbage", "none", "number", "missing", "bounds"])
@@ -564,7 +754,11 @@ def test_damaged_and_missing_climate_files(tmp_path):
             sample(tmp_path)
     path.write_bytes(whole)
     (tmp_path / "again.nc").write_bytes(whole)
-    with pytest.raises(DataError, match="overlap in time"):
+    with pytest.raises(DataError, match=r"2011.nc and .*again.nc hold the time step 2011-01-16"):
+        sample(tmp_path)
+    with netCDF4.Dataset(tmp_path / "again.nc", "r+") as data:
+        data["TIME"][:] += 24.0
+    with pytest.raises(DataError, match=r"again.nc and .*2011.nc overlap in time"):
         sample(tmp_path)
 
 

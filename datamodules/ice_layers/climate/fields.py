@@ -194,12 +194,16 @@ def check_field_units(
                     f"Correct the files, or set `{_OPTION}.scale`.",
                 )
         elif name == "smb" and values.size and not 15 <= (middle := abs(middle)) <= 20_000:
-            guess = "m w.e." if middle < 15 else "another unit than mm w.e."
+            guess, factor = "m w.e.", "1000"
+            if middle >= 2:
+                guess, factor = "mm w.e. a day, and each step had a month of them", "30.4"
+            if middle >= 15:
+                guess, factor = "another unit than mm w.e.", "..."
             raise DataError(
                 f"The median surface mass balance is {middle:g} mm w.e. a year, as if the "
-                f"files were in {guess}",
-                f"Set `{_OPTION}.scale={{SMB: 1000}}` (and those of ME, RU, RF, RZ) to the "
-                "factor to mm w.e.",
+                f"files were in {guess}.",
+                f"Set `{_OPTION}.scale={{SMB: {factor}}}` (and those of ME, RU, RF, RZ) to the "
+                "factor to mm w.e. a step.",
             )
         elif name in _HEIGHTS and values.size:
             low, high, made_of = _HEIGHTS[name]

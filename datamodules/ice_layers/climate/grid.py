@@ -24,6 +24,8 @@ PROJECTIONS = {
     "epsg3031": "EPSG:3031",
 }
 
+# What single precision leaves of a time's seconds [days]: midnight may be some minutes before
+_ROUNDING = 1 / 96
 # Barycentric weights below it are none: on an edge of a triangle, whichever of the two it is
 _EDGE = 1e-9
 # Cells of which more quadrilaterals are folded than this fraction are in no rows and columns
@@ -44,8 +46,9 @@ def step_edges(times: Array) -> Array:
         - times: (T,) rising; result (T, 2).
 
     Stamps that are a month apart and all on the first, or all on the last day of months name the
-    calendar month, as MAR's monthly files do. Others are middles: a step is as long as half the way
-    to its neighbours, but next to a hole in the series as the typical one.
+    calendar month, as MAR's monthly files do, and those that are a year apart likewise the calendar
+    year. Others are middles: a step is as long as half the way to its neighbours, but next to a
+    hole in the series as the typical one.
 
     Raises:
         DataError: A time comes twice.
@@ -69,12 +72,15 @@ def step_edges(times: Array) -> Array:
             f"Set `{_OPTION}.files` so that each month or day is in one file.",
         )
     typical = float(np.median(gaps)) if len(gaps) else 30.0
-    day = np.floor(times)
-    month = day.astype(np.int64).astype("datetime64[D]").astype("datetime64[M]")
-    start, end = (m.astype("datetime64[D]").astype(np.float64) for m in (month, month + 1))
-    monthly = 27 <= typical <= 32 and bool((gaps >= 27).all())
-    if monthly and ((day == start).all() or (day == end - 1).all()):
-        return np.stack([start, end], 1)
+    day = np.floor(times + _ROUNDING)
+    date = day.astype(np.int64).astype("datetime64[D]")
+    for unit, shortest, longest in (("M", 27, 32), ("Y", 360, 367)):
+        if not shortest <= typical <= longest or (gaps < shortest).any():
+            continue
+        period = date.astype(f"datetime64[{unit}]")
+        start, end = (p.astype("datetime64[D]").astype(np.float64) for p in (period, period + 1))
+        if (day == start).all() or (day == end - 1).all():
+            return np.stack([start, end], 1)
     half = np.where(gaps > 1.6 * typical, typical, gaps) / 2
     ends = np.full(1, typical / 2)
     before, after = np.concatenate([ends, half]), np.concatenate([half, ends])

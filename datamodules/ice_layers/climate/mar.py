@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +28,16 @@ from fulgurite.datamodules.ice_layers.climate.fields import (
     to_celsius,
     unit_factor,
 )
-from fulgurite.datamodules.ice_layers.climate.files import ClimateFile
+from fulgurite.datamodules.ice_layers.climate.files import (
+    ClimateFile,
+    check_same_grid,
+    read_steps,
+)
 from fulgurite.datamodules.ice_layers.climate.grid import (
     PROJECTIONS,
     Grid,
     Weights,
     interval_weights,
-    step_edges,
 )
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import ConfigError, DataError
@@ -170,7 +173,7 @@ class MarClimate:
         """
         paths = self.paths()
         files = {path: ClimateFile(path) for path in paths}
-        steps, of_file = self._steps(paths, files)
+        steps, of_file = read_steps(paths, files)
         pos = np.concatenate([request.pos for request in requests])
         if not np.isfinite(pos).all():
             raise DataError(
@@ -214,42 +217,6 @@ class MarClimate:
         check_field_units([sample.physics for sample in samples], self.variables, names)
         return samples
 
-    def _steps(
-        self, paths: list[Path], files: Mapping[Path, ClimateFile]
-    ) -> tuple[Array, NDArray[np.int64]]:
-        """Start and end of all steps in order [days], and each one's file, as ordered here.
-
-        Files of constants, without any time, are taken out of ``paths``.
-        """
-        parts, step_bounds = [], []
-        if constants := [path for path in paths if not files[path].has_time]:
-            if len(constants) == len(paths):
-                files[paths[0]].times()  # raises the error that names what is missing
-            from lightning.pytorch.utilities import rank_zero_info
-
-            rank_zero_info(f"Climate files without time are left out: {name_some(constants)}")
-            paths[:] = [path for path in paths if path not in constants]
-        for path in paths:
-            with files[path] as file:
-                stamps, bounds = file.times()
-            parts.append(stamps)
-            step_bounds.append(bounds)
-        times = np.concatenate(parts)
-        order = np.argsort(times, kind="stable")
-        of_file = np.repeat(np.arange(len(paths)), [len(part) for part in parts])
-        if not (np.diff(of_file[order]) >= 0).all():  # files by name, steps by time
-            rank = {int(k): i for i, k in enumerate(dict.fromkeys(of_file[order].tolist()))}
-            paths[:] = [paths[k] for k in rank]
-            of_file = np.array([rank[int(k)] for k in of_file])
-            if not (np.diff(of_file[order]) >= 0).all():
-                raise DataError(
-                    "The climate files overlap in time.",
-                    f"Set `{_OPTION}.files` so that each year is in one file.",
-                )
-        edges = np.concatenate(step_bounds)[order]
-        steps = np.where(np.isfinite(edges), edges, step_edges(times[order]))
-        return steps, of_file[order]
-
     def _grid(self, file: ClimateFile, latitudes: Array) -> tuple[Grid, Any]:
         pyproj = optional_import("pyproj", "ice", "Projecting climate grids")
         lat, lon = file.find(("LAT", "latitude")), file.find(("LON", "longitude"))
@@ -282,7 +249,8 @@ class MarClimate:
             points = np.full(flat.shape, np.nan)
             points[good] = project(flat[good])
         else:
-            x, y = file.need(("x", "X"), "LAT and LON, or x"), file.need(("y", "Y"), "y")
+            file.check_grid()
+            x, y = file.need(("x",), "x"), file.need(("y",), "y")
             xs, ys = np.meshgrid(self._metres(x, file), self._metres(y, file))
             points = np.stack([xs.ravel(), ys.ravel()], 1)
             good, shape = np.ones(len(points), np.bool_), xs.shape
@@ -312,7 +280,7 @@ class MarClimate:
     @staticmethod
     def _metres(variable: Any, file: ClimateFile) -> Array:
         """A projected coordinate [m]; kilometres are told by their size."""
-        values = file.read(variable)
+        values = file.read(variable, is_axis=True)
         unit = str(variable.attributes.get("units", "")).strip().lower()
         small = float(np.abs(values).max()) < 20_000  # no part of Greenland is so near both axes
         if unit in ("m", "metre", "meter", "metres", "meters") and small:
@@ -360,6 +328,7 @@ class MarClimate:
                     f"which does not end in the grid's {shape}.",
                     "Give fields of time, y and x, or of time, sector, y and x.",
                 )
+            file.check_axes(variable)
             rows.append(file.read(variable, first=True).reshape(-1, shape[0] * shape[1])[0])
         return np.stack(rows)
 
@@ -408,6 +377,7 @@ class MarClimate:
                     for cells, f in zip(used, layer_fractions, strict=True)
                 ]
             with file:
+                check_same_grid(file, files[0])
                 for v, name in enumerate(names):
                     variable = file.need({**SUMS, **MEANS}[name], name)
                     if shape is None:
@@ -417,6 +387,7 @@ class MarClimate:
                             f"The grid of {path} is {variable.shape[-2:]}, of others {shape}.",
                             f"Set `{_OPTION}.files` to files of one grid.",
                         )
+                    file.check_axes(variable)
                     values = file.field(variable)
                     if len(values) != len(indices):
                         raise DataError(
