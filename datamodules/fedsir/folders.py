@@ -191,12 +191,14 @@ class _SplitFiles:
         if elsewhere:
             usual = next(name for name in self.names if name.count("/") == depth)
             self._refuse(f"most files lie as {usual} does, others elsewhere", elsewhere)
+        split_names = {"train", *_TEST_SPLITS}
+        if depth == 1 and {_get_class_name(name) for name in self.names} <= split_names:
+            self._refuse("a split has no folders of classes", self.names)
         if depth == 1:
             return {"train": self.names}
         splits: dict[str, list[str]] = {}
         for name in self.names:
             splits.setdefault(name.split("/")[-3], []).append(name)
-        split_names = {"train", *_TEST_SPLITS}
         if len(splits) == 1 and not splits.keys() & split_names:
             return {"train": self.names}  # CLASS/*, inside one folder
         if unknown := sorted(splits.keys() - split_names):

@@ -88,7 +88,8 @@ class Parquet(EncodedImages):
         seed: Seed of the test split and of the images kept under the limits.
 
     Raises:
-        ConfigError: A number is out of range, or ``class_names`` has duplicates.
+        ConfigError: A number is out of range, or ``class_names`` has duplicates or orders the
+            classes of the metadata anew.
     """
 
     def __init__(
@@ -313,13 +314,34 @@ def _read_metadata_names(schema: Any, label: str) -> tuple[str, ...] | None:
 def _choose_class_names(
     train: _ParquetTable, test: _ParquetTable | None, class_names: list[str] | None
 ) -> tuple[str, ...]:
-    """Choose the class names: configured ones, those of the metadata, or those of labels."""
+    """Choose the class names: configured ones, those of the metadata, or those of labels.
+
+    Raises:
+        DataError: Labels are numbers, and the metadata of a table number the classes otherwise.
+    """
+    numbered = [table for table in (train, test) if table and table.numbered]
     if class_names is not None:
+        for table in numbered:  # other names are other words for the same classes
+            if sorted(table.class_names or ()) == sorted(class_names):
+                _refuse_other_numbers(table, class_names)
         return tuple(class_names)
     if train.class_names is not None:
+        for table in numbered:
+            _refuse_other_numbers(table, train.class_names)
         return train.class_names
     different = {text for table in (train, test) if table for text in table.labels} - {""}
     if not train.numbered:
         return tuple(sorted(different))
     hint = f"Set `{_OPTION}.class_names`, one for each number from 0."
     return number_names(different, str(train.paths[0].parent), hint)
+
+
+def _refuse_other_numbers(table: _ParquetTable, class_names: Sequence[str]) -> None:
+    for number, (own, name) in enumerate(zip(table.class_names or (), class_names, strict=False)):
+        if own != name:
+            raise DataError(
+                f"The metadata of {table.paths[0]} call the class {number} {own!r}, and it is to "
+                f"be {name!r}.",
+                "Number the classes of all files alike, and leave out "
+                f"`{_OPTION}.class_names` or give them in the order of the metadata.",
+            )

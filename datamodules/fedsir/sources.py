@@ -5,6 +5,7 @@ Shapes: N samples, C channels, H W image.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulgurite.data.exclusions import name_some
+from fulgurite.data.names import find_alike, find_repeated
 from fulgurite.datamodules.fedsir.samples import Listing, Samples
 from fulgurite.datamodules.fedsir.selection import (
     check_labels,
@@ -22,6 +25,8 @@ from fulgurite.datamodules.fedsir.selection import (
 from fulgurite.errors import ConfigError, DataError
 
 __all__ = ["ImageArrays", "ImageSource"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class ImageArrays:
         - train_rows: (N,) int64.
 
     Raises:
-        DataError: Shapes, types or labels do not fit together.
+        DataError: Shapes, types or labels do not fit together, or two classes have one name.
     """
 
     train_images: Tensor
@@ -50,6 +55,8 @@ class ImageArrays:
     train_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if (twice := find_repeated(self.class_names)) is not None:
+            raise DataError(f"Two classes are called {twice!r}.", "Give each class its own name.")
         self._check_images()
         samples = self.samples()
         check_labels(samples.rows, max(1, samples.listing.total), "row")
@@ -150,6 +157,7 @@ class ImageSource(ABC):
         """
         arrays = self.read()
         _refuse_blank(arrays.train_images)
+        _warn_of_classes(arrays)
         for stream, (name, limit) in enumerate(
             (("train", self.train_limit), ("test", self.test_limit))
         ):
@@ -176,6 +184,22 @@ class ImageSource(ABC):
             - images: (N, C, H, W) uint8; labels: (N,) -> the same with copies · N for N.
         """
         return images.repeat(self.copies, 1, 1, 1), labels.repeat(self.copies)
+
+
+def _warn_of_classes(arrays: ImageArrays) -> None:
+    """Warn of classes without a training image, and of those whose names are alike."""
+    counts = torch.bincount(arrays.train_labels, minlength=len(arrays.class_names))
+    absent = [arrays.class_names[c] for c in (counts == 0).nonzero()[:, 0].tolist()]
+    if absent and len(arrays.train_labels):
+        log.warning(
+            "No training image is of the class %s: are the classes numbered from 0?",
+            name_some([repr(name) for name in absent]),
+        )
+    for names in find_alike(arrays.class_names):
+        log.warning(
+            "The classes %s are different ones, and their names are alike: is it one?",
+            " and ".join(map(repr, names)),
+        )
 
 
 def _refuse_blank(images: Tensor) -> None:

@@ -457,6 +457,7 @@ def test_damaged_zips_are_data_errors(tmp_path, cache):
         (["test/c/a.png"], "no folder train: test/c/a.png"),
         (["train\\c\\a.png", "train\\c\\b.png"], "backslashes: pack the zip again"),
         (["x/train/c/a.png", "y/test/c/a.png"], "train and test are in 2 folders: x, y"),
+        (["train/a.png", "test/a.png"], "no folders of classes: test/a.png, train/a.png"),
     ],
 )
 def test_layouts_that_are_none(tmp_path, names, words):

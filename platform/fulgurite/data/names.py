@@ -1,0 +1,44 @@
+"""Names of classes as people write them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+__all__ = ["find_alike", "find_repeated"]
+
+
+def find_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that comes twice, if any.
+
+    Example:
+        >>> find_repeated(["a", "b", "a"]), find_repeated(["a", "b"])
+        ('a', None)
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def find_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return different names that one may take for the same, group by group.
+
+    Names are alike if they differ only in case, in blanks, in Unicode's way to write a letter
+    (``µ`` has two), or in ``.0`` behind a number.
+
+    Example:
+        >>> find_alike(["DMSO", "dmso", "1", "1.0", "cat"])
+        [('DMSO', 'dmso'), ('1', '1.0')]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        groups.setdefault(_simplify(name), []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _simplify(name: str) -> str:
+    text = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return text.removesuffix(".0") if text.removesuffix(".0").isdigit() else text
