@@ -19,7 +19,14 @@ from fulgurite.datamodules.fedsir.label_files import quote_some
 from fulgurite.datamodules.fedsir.samples import Listing
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import optional_import
-from fulgurite.foreign import check_parquet, open_compressed, read_json, reading
+from fulgurite.foreign import (
+    check_parquet,
+    open_compressed,
+    read_json,
+    reading,
+    refuse_other_formats,
+    refuse_other_separator,
+)
 from fulgurite.io import data_path
 
 __all__ = [
@@ -93,13 +100,17 @@ def read_table(path: Path) -> dict[str, list[str]]:
         return _read_parquet(path)
     with reading(path, "The table", _REWRITE_HINT):
         with open_compressed(path) as file:
-            text = file.read().decode("utf-8-sig")
+            content = file.read()
+        refuse_other_formats(content)
+        text = content.decode("utf-8-sig")
         delimiter = "\t" if ".tsv" in path.suffixes else ","
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows = [[cell.strip() for cell in line] for line in lines if line]
+        # spreadsheets leave rows of commas alone behind the last one
+        rows = [cells for line in lines if any(cells := [cell.strip() for cell in line])]
         if not rows:
             raise ValueError("it is empty")
         header = rows.pop(0)
+        refuse_other_separator(header)
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise ValueError(f"it has two columns {twice!r}")

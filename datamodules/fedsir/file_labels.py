@@ -96,7 +96,7 @@ class FileLabels(ClientSelection):
         truth: Origin of true labels: ``source``, with which those of ``columns.true_label`` (and
             of ``clean_label`` in a ``.pt`` file) must agree; ``file``; or ``unknown``: metrics
             that need them are left out.
-        labels_are: Whether a table has ``names`` or ``numbers`` of classes; ``auto`` takes what
+        labels_are: Whether labels are ``names`` or ``numbers`` of classes; ``auto`` takes what
             fits all of them.
         unknown: Action for images that the source does not train on: ``error`` or ``ignore``.
         noisy_fraction: Fraction of clients that have the given labels; the others have true ones.
@@ -177,8 +177,9 @@ class FileLabels(ClientSelection):
         if self.kind == "array":
             arrays = read_label_arrays(path)
             labels = array_labels(
-                arrays, self.label, listing, names, path=path, option=f"{_OPTION}.columns.label"
-            )
+                arrays, self.label, listing, names, path=path, option=f"{_OPTION}.columns.label",
+                labels_are=self.labels_are,
+            )  # fmt: skip
             true = self.true_label
             if true is None and self.truth == "source" and _CLEAN in arrays:
                 true = _CLEAN
@@ -191,10 +192,13 @@ class FileLabels(ClientSelection):
                 )
             option = f"{_OPTION}.columns.true_label"
             return labels, array_labels(
-                arrays, true, listing, names, path=path, option=option, gaps=True
-            )
+                arrays, true, listing, names, path=path, option=option,
+                labels_are=self.labels_are, gaps=True,
+            )  # fmt: skip
         columns = [self.label, *([self.true_label] if self.true_label else [])]
         cells = self.file.read(listing, *columns)
+        if self.true_label:
+            cells[self.true_label] = _without_unknown(cells[self.true_label], names)
         texts = [text for name in columns for text in cells[name] if text]
         number = label_numbers(texts, names, self.labels_are, path, option=_OPTION)
         as_number: dict[str | None, int] = {None: MISSING, "": MISSING}
@@ -270,6 +274,7 @@ class SourceLabels(FederationNoise):
         true = torch.full_like(samples.labels, UNKNOWN)
         if self.path is not None:
             texts = self.file.read(samples.listing, self.true_label)[self.true_label]
+            texts = _without_unknown(texts, samples.class_names)
             number = label_numbers(
                 [text for text in texts if text],
                 samples.class_names,
@@ -292,6 +297,12 @@ class SourceLabels(FederationNoise):
     ) -> Corruption:
         """Return the labels of clients: see :meth:`FederationNoise.__call__`."""
         return measure_noise(samples.labels, samples, parts)
+
+
+def _without_unknown(texts: Sequence[str | None], class_names: Sequence[str]) -> list[str | None]:
+    """Return true labels with None for -1, unless a class is called so."""
+    unknown = {"-1", "-1.0"} - set(class_names)
+    return [None if text in unknown else text for text in texts]
 
 
 def _check_agreement(in_file: Tensor, samples: Samples, path: Path) -> None:

@@ -201,9 +201,13 @@ def array_labels(
     *,
     path: Path,
     option: str,
+    labels_are: LabelsAre = "auto",
     gaps: bool = False,
 ) -> _Integers:
     """Return one array of labels in the order of the source, as class numbers.
+
+    Whole numbers are the numbers of classes, unless they are names of classes too: then they must
+    mean the same, or ``labels_are`` says which.
 
     Args:
         arrays: Arrays of the file by name.
@@ -212,15 +216,18 @@ def array_labels(
         class_names: Names of the C classes.
         path: The file, for errors.
         option: Argument that names the array, as the command line spells it.
+        labels_are: Whether the array has names or numbers of classes.
         gaps: Whether -1 marks an unknown label.
 
     Shape:
         - (R,) int64.
 
     Raises:
+        ConfigError: The labels fit both names and numbers, with different meanings.
         DataError: The file has no array of this name, or it does not give each image a label of a
             class.
     """
+    group = option.partition(".columns.")[0]
     array = arrays.get("" if "" in arrays else name)
     if array is None:
         raise DataError(
@@ -242,8 +249,14 @@ def array_labels(
         )
     if array.dtype.kind == "U":
         texts = [str(text) for text in array]
-        number = label_numbers(texts, class_names, "names", path, option=option.rpartition(".")[0])
+        number = label_numbers(texts, class_names, "names", path, option=group)
         return np.array([number[text] for text in texts], np.int64)
+    values = [int(v) for v in np.unique(array) if not (gaps and v == UNKNOWN)]
+    texts = [str(value) for value in values]
+    if labels_are == "names" or (labels_are == "auto" and {*texts} <= {*class_names}):
+        number = label_numbers(texts, class_names, labels_are, path, option=group)
+        by_value = {UNKNOWN: UNKNOWN} | {v: number[t] for v, t in zip(values, texts, strict=True)}
+        return np.array([by_value[value] for value in array.tolist()], np.int64)
     low = UNKNOWN if gaps else 0
     bad = np.flatnonzero((array < low) | (array >= len(class_names)))
     if len(bad):

@@ -164,7 +164,9 @@ def test_limits_leave_the_rows_of_the_file_as_they_are(tmp_path):
     [
         ("", "it is empty"),
         ("path,client\n", "names no client for"),
-        ("path;client\nim/0 x.png;a\n", "no column 'client': it has path;client"),
+        ("path;client\nim/0 x.png;a\n", "separated by semicolons: separate them by commas"),
+        ("path\tclient\nim/0 x.png\ta\n", "separated by tabs"),
+        ("PK\x03\x04", "a spreadsheet .*, not comma-separated values"),
         ("path,client,client\nim/0 x.png,a,b\n", "two columns 'client'"),
         ("path,client\nim/0 x.png\n", "row 1 has 1 fields and the header 2"),
         ("path,client\nim/0 x.png,a,b\n", "row 1 has 3 fields and the header 2"),
@@ -199,6 +201,13 @@ def test_partitions_that_do_not_fit_are_one_error(tmp_path, content, message):
             FilePartition(write(tmp_path, content, "a.json")),
             evaluation=FederatedEvaluationOptions(0),
         )
+
+
+def test_rows_of_commas_alone_are_none(tmp_path):
+    path = write(tmp_path, table(client=CLIENTS))
+    with open(path, "a") as file:
+        file.write(",\n , \n")
+    assert build(FilePartition(path)).num_clients == 3
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
@@ -357,6 +366,28 @@ def test_names_and_numbers_that_differ_are_asked_for(tmp_path):
     check_labels(data, [1 - c for c in GIVEN])
     with pytest.raises(DataError, match="no class of the source: 'cat'"):
         build(noise=FileLabels(write(tmp_path, table(label=["cat", *GIVEN[1:]]), "b.csv")))
+
+
+def test_numbers_of_an_array_that_are_names_too_are_asked_for(tmp_path):
+    source = numbered(names=("1", "0"))  # as folders 0 to 10 are sorted: 10 is the third
+    path = save(tmp_path, "a.npy", {"label": np.array([1 - c for c in GIVEN])})
+    with pytest.raises(ConfigError, match=r"noise\.init_args\.labels_are` to names or numbers"):
+        build(noise=FileLabels(path), source=source)
+    check_labels(build(noise=FileLabels(path, labels_are="names"), source=source))
+    data = build(noise=FileLabels(path, labels_are="numbers"), source=source)
+    check_labels(data, [1 - c for c in GIVEN])
+    with pytest.raises(DataError, match="no class of the source: '0', '1'"):
+        build(noise=FileLabels(path, labels_are="names"))
+
+
+def test_true_labels_of_minus_one_are_unknown(tmp_path):
+    true = [-1 if row % 3 else row % 2 for row in range(TOTAL)]
+    columns = LabelColumns(true_label="true_label")
+    for name in ("a.csv", "a.parquet"):
+        path = write(tmp_path, table(label=GIVEN, true_label=true), name)
+        for noise in (FileLabels(path, columns, truth="file"), SourceLabels(path)):
+            known = build(noise=noise).evaluation.true != UNKNOWN
+            assert 0 < int(known.sum()) < len(known)
 
 
 def test_true_labels_of_the_file_with_gaps(tmp_path, log):

@@ -12,6 +12,8 @@ from .reading import expansion_limit as expansion_limit
 from .reading import reading as reading
 from .tables import check_parquet as check_parquet
 from .tables import read_csv as read_csv
+from .tables import refuse_other_formats as refuse_other_formats
+from .tables import refuse_other_separator as refuse_other_separator
 from .tensors import check_tensor_file as check_tensor_file
 from .tensors import check_tensors as check_tensors
 from .text import BoundedReader as BoundedReader

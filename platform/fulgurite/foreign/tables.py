@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from fulgurite.foreign.text import open_compressed
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_parquet", "read_csv"]
+__all__ = ["check_parquet", "read_csv", "refuse_other_formats", "refuse_other_separator"]
 
 _MOST_FIELDS = 10_000  # of a line of a table
 _CHUNK = 1 << 20
@@ -43,7 +44,7 @@ def read_csv(path: str | Path, **options: Any) -> pd.DataFrame:
 
     with open_compressed(path) as file:
         content = file.read()
-    _refuse_other_formats(content)
+    refuse_other_formats(content)
     widest = max((line.count(b",") for line in content.splitlines()), default=0)
     if widest > _MOST_FIELDS:
         raise ValueError(f"a line has {widest:,} fields")
@@ -66,7 +67,12 @@ _OTHER_FORMATS = {
 }
 
 
-def _refuse_other_formats(content: bytes) -> None:
+def refuse_other_formats(content: bytes) -> None:
+    """Refuse what is no text in UTF-8, by how it begins.
+
+    Raises:
+        ValueError: It is a spreadsheet, a zip, parquet or text in UTF-16.
+    """
     for start, name in _OTHER_FORMATS.items():
         if content.startswith(start):
             raise ValueError(f"it is {name}, not comma-separated values in UTF-8")
@@ -79,6 +85,15 @@ def _refuse_unclear_header(content: bytes, columns: list[Any]) -> None:
     names = next((row for row in csv.reader(lines) if any(row)), [])
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise ValueError(f"it has two columns {twice[:80]!r}")
+    refuse_other_separator(columns)
+
+
+def refuse_other_separator(columns: Sequence[Any]) -> None:
+    """Refuse a table of one column whose name holds another separator than a comma.
+
+    Raises:
+        ValueError: The name holds tabs or semicolons.
+    """
     for sign, word in (("\t", "tabs"), (";", "semicolons")):
         if len(columns) == 1 and sign in str(columns[0]):
             raise ValueError(f"its fields are separated by {word}: separate them by commas")
