@@ -129,7 +129,7 @@ class InputImages:
             content = self.tree.read(name)
             pixels = decode_image(
                 io.BytesIO(content), len(content), suffix,
-                is_channel=channels == 1, any_depth=suffix in _TIFF,
+                is_channel=channels == 1, any_depth=suffix in _TIFF, is_picture=True,
             )  # fmt: skip
             highest = int(pixels.max(initial=0)) if pixels.dtype == np.uint16 else -1
             image = to_uint8(_put_channels_last(pixels, channels))

@@ -181,7 +181,7 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path):
     assert list(found) == list(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
-        assert found[name].dtype == np.asarray(array).dtype
+        assert found[name].dtype == np.asarray(array).dtype.newbyteorder("=")  # for torch
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ __all__ = [
 
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _MOST_PLANES = 1000  # of a TIFF
+# what the values of a TIFF are: black at 0, RGB, and YCbCr, which the decoder turns into RGB
+_BRIGHTNESS = (1, 2, 6)
+_OTHER_COLOURS = {0: "are white at 0", 3: "are indices of a colour map"}
 _EXIF_KEYS = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
 _ORIENTATION = 0x0112
 _GREY_ALPHA, _COLOURS = 4, (2, 6)  # colour types of PNG
@@ -101,9 +104,15 @@ def reading_image(
 
 
 def decode_image(
-    stream: IO[bytes], size: int, suffix: str, *, is_channel: bool, any_depth: bool = False
+    stream: IO[bytes],
+    size: int,
+    suffix: str,
+    *,
+    is_channel: bool,
+    any_depth: bool = False,
+    is_picture: bool = False,
 ) -> NDArray[Any]:
-    """Decode the file of a microscope image.
+    """Decode the file of a microscope image, or of a picture.
 
     Args:
         stream: The file.
@@ -112,6 +121,7 @@ def decode_image(
         is_channel: Whether the file is one grey channel, and not all channels of a site.
         any_depth: Accept TIFFs other than of one 16-bit plane, and take the indices of a colour map
             for values.
+        is_picture: Refuse TIFFs whose values are not the brightness or the RGB of an upright image.
 
     Returns:
         Values as the file has them; 0 and 255 for a file of one bit.
@@ -124,7 +134,11 @@ def decode_image(
         Exception: What the decoder of a damaged file raises.
     """
     if suffix in _TIFF_SUFFIXES:
-        return decode_tiff(stream, size, is_channel=is_channel, any_depth=any_depth)
+        return _check_numbers(
+            decode_tiff(
+                stream, size, is_channel=is_channel, any_depth=any_depth, is_picture=is_picture
+            )
+        )
     if suffix == ".npy":
         return _check_numbers(read_array(stream, size))
     return decode_picture(stream, is_grey=is_channel, takes_indices=any_depth)
@@ -287,7 +301,12 @@ def _turn_upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def decode_tiff(
-    stream: IO[bytes], size: int, *, is_channel: bool = True, any_depth: bool = False
+    stream: IO[bytes],
+    size: int,
+    *,
+    is_channel: bool = True,
+    any_depth: bool = False,
+    is_picture: bool = False,
 ) -> NDArray[Any]:
     """Decode a TIFF: one plane of 16 bits, or with ``any_depth`` all planes of its one series.
 
@@ -297,6 +316,7 @@ def decode_tiff(
         is_channel: Whether the file is one channel: of a set of OME-TIFFs that describe each other,
             only the plane in this file is read then.
         any_depth: Accept other types, several samples of a pixel and several planes.
+        is_picture: Refuse values that are not the brightness or the RGB of an upright image.
 
     Shape:
         - (H, W) uint16; with ``any_depth`` also (P, H, W) or (H, W, C), of any type.
@@ -312,6 +332,8 @@ def decode_tiff(
     with tifffile.TiffFile(stream, _multifile=False) as file:
         page = file.pages.first
         _refuse_truncated([page], size)
+        if is_picture:
+            _check_colours(page)
         if not any_depth:
             _check_plain(file, page)
         elif len(file.pages) > _MOST_PLANES:
@@ -335,6 +357,17 @@ def _check_plain(file: Any, page: Any) -> None:
             "Give one plane per file.",
             needs_any_depth=True,
         )
+
+
+def _check_colours(page: Any) -> None:
+    """Refuse a page whose values are not those of an upright grey or RGB image."""
+    kind = page.photometric
+    if kind not in _BRIGHTNESS:
+        meaning = _OTHER_COLOURS.get(kind, f"are {getattr(kind, 'name', kind)}")
+        raise ImageRefused(f"has values that {meaning}", "Save it as grey, black at 0, or as RGB.")
+    orientation = page.tags.valueof(_ORIENTATION, 1)
+    if orientation != 1:
+        raise ImageRefused(f"is stored turned (orientation {orientation})", "Save it upright.")
 
 
 def _choose_series(file: Any) -> Any:

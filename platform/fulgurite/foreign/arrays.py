@@ -55,6 +55,7 @@ def _read_array(stream: IO[bytes], size: int, limit: int) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = np.frombuffer(content, kind)
     if kind.kind == "b":
         array = array.view(np.uint8) != 0  # other bytes are neither true nor false
+    array = array.astype(kind.newbyteorder("="), copy=False)  # torch takes no other
     return array.reshape(shape, order="F" if fortran else "C")
 
 

@@ -229,6 +229,62 @@ def test_a_codec_that_is_not_installed_is_named(any_depth, code, name):
 # --- NumPy, names of errors
 
 
+def written(pixels, **options):
+    out = io.BytesIO()
+    tifffile.imwrite(out, pixels, **options)
+    return io.BytesIO(out.getvalue()), out.tell()
+
+
+COLOURS = np.arange(3 * 256, dtype=np.uint16).reshape(3, 256)
+TURNED = [(274, 3, 1, 6, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"photometric": "miniswhite"}, "values that are white at 0"),
+        ({"photometric": "palette", "colormap": COLOURS}, "are indices of a colour map"),
+        ({"photometric": "cielab"}, "are CIELAB"),
+        ({"extratags": TURNED}, r"stored turned \(orientation 6\)"),
+    ],
+)
+def test_a_tiff_that_is_no_upright_picture_is_refused_as_one(options, words):
+    shape = (4, 5, 3) if options.get("photometric") == "cielab" else (4, 5)
+    pixels = numbers(*shape, dtype=np.uint8)
+    stream, size = written(pixels, **options)
+    with pytest.raises(ImageRefused, match=words):
+        decode_image(stream, size, ".tif", is_channel=False, any_depth=True, is_picture=True)
+    stream.seek(0)  # as measurements they are what is stored
+    assert (decode_image(stream, size, ".tif", is_channel=False, any_depth=True) == pixels).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)])
+def test_grey_and_rgb_tiffs_are_pictures(shape):
+    pixels = numbers(*shape, dtype=np.uint8)
+    stream, size = written(pixels, photometric="rgb" if len(shape) == 3 else "minisblack")
+    decoded = decode_image(
+        stream, size, ".tif", is_channel=len(shape) == 2, any_depth=True, is_picture=True
+    )
+    assert (decoded == pixels).all()
+
+
+def test_a_tiff_of_one_bit_is_0_and_255():
+    bits = numbers(4, 5) > 30000
+    stream, size = written(bits, photometric="minisblack")
+    decoded = decode_image(stream, size, ".tif", is_channel=True, any_depth=True)
+    assert decoded.dtype == np.uint8
+    assert (decoded == 255 * bits).all()
+
+
+def test_arrays_of_another_byte_order_are_read():
+    out = io.BytesIO()
+    np.save(out, np.array([[1, 256]], ">u2"))
+    decoded = decode_image(io.BytesIO(out.getvalue()), out.tell(), ".npy", is_channel=True)
+    assert decoded.dtype == np.uint16
+    assert decoded.tolist() == [[1, 256]]
+    assert to_uint8(decoded).tolist() == [[0, 1]]
+
+
 def test_arrays_are_numbers():
     def array(values):
         out = io.BytesIO()
