@@ -17,6 +17,7 @@ from fulgurite.data.exclusions import Exclusion
 from fulgurite.datamodules.ice_layers.tracks.resample import Array
 from fulgurite.domains.ice_layers.codes import METRES, RANGE_BINS
 from fulgurite.domains.ice_layers.details import FlightDetails
+from fulgurite.domains.ice_layers.geodesy import is_in_greenland
 from fulgurite.domains.ice_layers.spans import ArraySpans, Spans
 from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import optional_import
@@ -54,6 +55,13 @@ _CONVERT = {
 #: Largest median thickness of a source's layers, if it does not say another [m]: a year's firn is
 #: thinner, and centimetres of it are more (inferred).
 THICKEST = 15.0
+
+#: No ice is thicker [m], and none lies between Antarctica and this latitude [degrees], but that of
+#: mountains.
+_DEEPEST_ICE, _NORTH_OF_ANTARCTICA = 5_000.0, -60.0
+
+#: Factor between the median thickness of a stack in another unit and that of all (inferred).
+_UNITS_APART = 50.0
 
 #: The same in range bins: published layers have 56 in the mean (inferred).
 THICKEST_BINS = 500.0
@@ -195,6 +203,12 @@ class LayerStack:
                 f"Give thicknesses in one of {', '.join(PLAUSIBLE_THICKNESS)}.",
             )
         check_plausible(self.thickness, f"stack {self.name}", self.unit)
+        if self.unit == METRES and (thick := self.thickness[self.thickness > _DEEPEST_ICE]).size:
+            raise DataError(
+                f"Stack {self.name} has {thick.size} layers that are thicker than any ice, such as "
+                f"{thick[0]:g} m.",
+                "Give NaN where a layer is missing, and thicknesses in metres.",
+            )
         if self.spans is not None:
             self._check_spans(self.spans)
         if not np.isfinite(self.physics).all():
@@ -205,6 +219,13 @@ class LayerStack:
         if not (np.abs(self.pos) <= (90, 360)).all():
             raise DataError(
                 f"A position of stack {self.name} is not on the globe.",
+                "Give latitude and longitude in degrees, in this order.",
+            )
+        latitude, longitude = (float(value) for value in np.median(self.pos, 0))
+        if latitude > _NORTH_OF_ANTARCTICA and is_in_greenland(longitude, latitude):
+            raise DataError(
+                f"Latitude and longitude of stack {self.name} are exchanged ({latitude:g}, "
+                f"{longitude:g}).",
                 "Give latitude and longitude in degrees, in this order.",
             )
         if not np.isfinite(self.distance).all() or (np.diff(self.distance) < 0).any():
@@ -326,7 +347,8 @@ class Flights:
             why = f" ({self.report()})" if self.excluded else ""
             raise DataError(
                 f"The source has no usable stack{why}.",
-                "Check `--data.init_args.source`: its paths, `traces`, `spacing`, `min_traces`.",
+                "Check `--data.init_args.source`: its paths, times and positions in its files, "
+                "`traces`, `spacing`, `min_traces`.",
             )
         names: set[str] = set()
         for stack in self.stacks:
@@ -366,6 +388,30 @@ class Flights:
                 f"set `--data.init_args.source.init_args.thickest` above {median:.0f} (now "
                 f"{thickest:g}) {self.unit}.",
             )
+        self._check_one_unit(thickness)
+
+    def _check_one_unit(self, thickness: Array) -> None:
+        """Refuse a stack whose thicknesses are in another unit than those of the others.
+
+        Args:
+            thickness: Observed thicknesses of all stacks.
+
+        Raises:
+            DataError: There is such a stack.
+        """
+        for stack in self.stacks if thickness.size else ():
+            if not stack.observed.any():
+                continue
+            median, usual = (
+                float(np.median(values)) for values in (stack.thickness[stack.observed], thickness)
+            )
+            if not 1 / _UNITS_APART <= median / usual <= _UNITS_APART:
+                raise DataError(
+                    f"The median thickness of a layer in stack {stack.name} is {median:g} "
+                    f"{self.unit}, that of all stacks {usual:g} {self.unit}: they look like two "
+                    "units.",
+                    _CONVERT[self.unit],
+                )
 
     @property
     def unit(self) -> str:

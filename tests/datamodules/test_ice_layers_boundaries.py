@@ -123,6 +123,57 @@ def test_links_to_folders_on_other_disks_are_followed(tmp_path):
 # --- boundaries -----------------------------------------------------------------------------------
 
 
+def test_names_are_filled_up_with_blanks_as_matlab_does(tmp_path):
+    time, pos, picks = make_track()
+    picks = np.insert(picks, 1, picks[:, 0] + 1e-5, 1)
+    folder = write_picks(tmp_path, (time, pos, picks))
+    names = ["surface", "Bottom ", " a", "b  ", "c", "d"]
+    write_organizer(folder, names)
+    assert load(tmp_path).layer_names == ("a", "b", "c", "d")
+    assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
+    write_organizer(folder, names, lyr_name=np.array([name.ljust(9) for name in names]))
+    assert load(tmp_path).layer_names == ("a", "b", "c", "d")
+
+
+def test_boundaries_in_another_order_than_that_of_depth_are_refused(tmp_path):
+    time, pos, picks = make_track()
+    folder = write_picks(tmp_path, (time, pos, np.c_[picks[:, :1], picks[:, :0:-1]]))
+    write_organizer(folder, ["surface", "d", "c", "b", "a"])
+    with pytest.raises(DataError, match=r"160 of 200 picks of the segment 20120414_01") as error:
+        load(tmp_path)
+    assert "lyr_order in layer_20120414_01.mat" in error.value.hint
+    write_organizer(folder, ["surface", "d", "c", "b", "a"], lyr_order=np.array([1.0, 5, 4, 3, 2]))
+    assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change_picks", "message"),
+    [
+        (lambda picks: picks - picks[:, :1], "times count from the surface"),
+        (lambda picks: np.where(np.eye(40, 5, -3), 9999.0, picks), "5 travel times in .* 9999 s"),
+    ],
+)
+def test_times_that_are_no_picks_are_refused(tmp_path, change_picks, message):
+    time, pos, picks = make_track()
+    write_picks(tmp_path, (time, pos, picks))
+    (path,) = tmp_path.glob("*/Data_*.mat")
+    change(path, twtt=change_picks(picks).T)
+    with pytest.raises(DataError, match=message) as error:
+        load(tmp_path)
+    assert path.name in str(error.value)
+    change(path, twtt=(picks - picks[:, :1] + 1e-6).T)
+    assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
+
+
+def test_exchanged_positions_are_refused(tmp_path):
+    time, pos, picks = make_track()
+    write_picks(tmp_path, (time, pos[:, ::-1], picks))
+    with pytest.raises(DataError, match=r"stack 20120414_01_0000 are exchanged \(-40, 72\.00"):
+        load(tmp_path)
+    write_picks(tmp_path, (time, pos - [142.0, -110.0], picks))  # 70 S 70 E, in Antarctica
+    assert median_thickness(load(tmp_path)) == THICKNESS.tolist()
+
+
 @pytest.mark.parametrize("absent", [0, 1, 2, 3])
 def test_a_boundary_of_the_companion_that_no_file_has_is_missing(tmp_path, absent):
     time, pos, picks = make_track()

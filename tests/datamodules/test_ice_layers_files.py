@@ -478,6 +478,13 @@ def test_koenigs_tables(tmp_path):
     expected[3, 1:3] = np.nan  # -1 takes both layers that it bounds
     np.testing.assert_allclose(stack.thickness, expected, atol=1e-4)
     assert stack.truth is None
+    for fill in ("-9999.000000", "0.000000", "nan"):  # what else a missing pick may be
+        other = "\n".join(lines).replace("-1.000000", fill)
+        (tmp_path / "mapdata2012.txt").write_text(other)
+        again = koenig_picks([str(tmp_path)], count=4, traces=30).load()
+        np.testing.assert_array_equal(again.stacks[0].thickness, stack.thickness)
+        assert "crossed" not in again.report()
+    (tmp_path / "mapdata2012.txt").write_text("\n".join(lines))
     bins = koenig_picks(
         [str(tmp_path / "mapdata2012.txt")], count=3, thickness="bins", density=0.4, traces=30
     ).load()
@@ -614,6 +621,9 @@ BAD = {
     "complex": ({"thickness": np.ones((10, 3)) * 1j}, "thickness of .* not made of"),
     "latitude": ({"pos": np.tile([95.0, -40.0], (10, 1))}, "not on the globe"),
     "distance": ({"distance": np.arange(10) * 0.05}, r"ends at 0.45 m, the positions are 450"),
+    "exchanged": ({"pos": np.tile([-40.0, 72.0], (10, 1))}, "are exchanged"),
+    "fill value": ({"thickness": np.where(np.eye(10, 3), 9999.0, 1.0)}, "3 layers .* than any ice"),
+    "misspelt": ({"layers_age": np.arange(1.0, 4)}, "'layers_age', which is not read"),
     "falling age": ({"layer_age": np.array([3.0, 2.0, 1.0])}, "layer_age of .* does not rise"),
     "no trace": ({"thickness": np.ones((0, 3)), "pos": np.ones((0, 2)), "physics": None}, "have"),
     "a name twice": ({"stack": np.array("a")}, "both called a"),
@@ -629,6 +639,28 @@ def test_bad_npz_stacks(tmp_path, case):
         NpzStacks(str(tmp_path)).load()
     assert str(tmp_path / "s" / "c.npz") in error.value.problem
     assert error.value.hint
+
+
+def test_stacks_of_two_units_are_refused(tmp_path):
+    save(tmp_path), save(tmp_path, "b")
+    save(tmp_path, "c", thickness=np.full((10, 3), 80.0))  # centimetres
+    with pytest.raises(DataError, match=r"stack c is 80 m, that of all .* look like two units"):
+        NpzStacks(str(tmp_path)).load()
+
+
+def test_stacks_that_name_other_layers_are_reported(tmp_path):
+    save(tmp_path, layer_names=np.array(["a", "b", "c"]), layer_age=np.arange(1.0, 4))
+    save(tmp_path, "b", layer_names=np.array(["c", "b", "a"]), layer_age=np.arange(2.0, 5))
+    flights = NpzStacks(str(tmp_path)).load()
+    assert flights.layer_names == ("a", "b", "c")
+    assert "1 stacks have other names of layers than the first" in flights.report()
+    assert "1 stacks have other ages of layers than the first" in flights.report()
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (path := tmp_path / "stacks.csv").write_text("lat,lon")
+    with pytest.raises(DataError, match=r"stacks.csv is a file, and no folder"):
+        NpzStacks(str(path)).load()
 
 
 def test_a_damaged_first_npz(tmp_path):

@@ -209,7 +209,7 @@ def join_frames(
         ages: Where ages of the layers come from.
 
     Raises:
-        DataError: Ages are unusable.
+        DataError: Ages are unusable, or most picks cross.
     """
     column = {k: i for i, k in enumerate(boundaries.ids[: count + 1])}
     parts: list[Array] = []
@@ -226,6 +226,14 @@ def join_frames(
     traces, pos, lost = order_traces(time, pos)
     lost[1] += sum(int((~keep).sum()) for keep in is_first)
     picks, crossed = remove_crossed(twtt[traces])
+    count_before, count_after = (int(np.isfinite(p).sum()) for p in (twtt[traces], picks))
+    if 2 * count_after < count_before:
+        raise DataError(
+            f"{count_before - count_after} of {count_before} picks of the segment {segment} lie "
+            "on the wrong side of a neighbour: its boundaries are not in the order of depth.",
+            f"Correct lyr_order in layer_{segment}.mat, or the numbers `id` of the files, or name "
+            f"the other segments alone: `{_OPTION}.selection.segments`.",
+        )
     age = boundaries.layer_ages(count, ages)
     record = _describe_traces(frames, is_first, traces)
     record = replace(record, time=time[traces], time_scale="GPS", surface=picks[:, 0])

@@ -53,7 +53,8 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
 
     Columns, between white space or commas: file, trace, latitude, longitude, time
     [s since 1970], range-bin step [s], and for each layer the pick [bin], its depth [m], its water
-    equivalent, and depth and water equivalent of another density; -1 is missing.
+    equivalent, and depth and water equivalent of another density; -1 is missing, as is any other
+    negative number, and 0 below the first pick.
 
     Args:
         path: ``mapdata*.txt``.
@@ -106,7 +107,8 @@ def read_picks(path: Path, from_bins: bool = False) -> dict[str, tuple[Array, Ar
         table = np.asarray(values_, np.float64)
         picks_of = table[:, _HEAD - 1 :].reshape(len(table), -1, _PER_LAYER)
         bins, depth = picks_of[..., 0], picks_of[..., 1]
-        missing = (bins == -1) | (depth == -1) | ~np.isfinite(picks_of[..., :2]).all(-1)
+        missing = (bins < 0) | (depth < 0) | ~np.isfinite(picks_of[..., :2]).all(-1)
+        missing[:, 1:] |= (bins[:, 1:] == 0) | (depth[:, 1:] == 0)  # only the surface is at 0
         picks = bins * table[:, 4:5] if from_bins else depth
         boundaries = np.where(missing, np.nan, picks)
         tables[segment] = table[:, 0], table[:, 3], table[:, 1:3], boundaries

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulgurite.data.exclusions import name_some
+from fulgurite.datamodules.ice_layers.readers.frame_units import check_degrees, check_seconds
 from fulgurite.datamodules.ice_layers.readers.matlab import read_mat
 from fulgurite.datamodules.ice_layers.stack import Array
 from fulgurite.errors import DataError
@@ -198,13 +199,13 @@ def _to_list(value: Any) -> list[Any]:
 
 
 def _to_text(value: Any, subject: str, path: Path) -> str:
-    """A name, empty where MATLAB has an empty array.
+    """A name without blanks around it, empty where MATLAB has an empty array.
 
     Raises:
         DataError: The value is no text that can be read, such as MATLAB's class ``string``.
     """
     if isinstance(value, str):
-        return value
+        return value.strip()  # rows of a matrix of characters are filled up with blanks
     if isinstance(value, np.ndarray) and not value.size:
         return ""
     raise DataError(
@@ -266,6 +267,7 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
             raise DataError(
                 f"The variable {variable} of {path} has {count} values, not {expected}.", _AGAIN
             )
+    check_seconds(twtt, path)
     twtt = np.where(np.isfinite(twtt) & (twtt > 0), twtt, np.nan)
     grades = np.where(np.isin(grades, _GRADES), grades, _GOOD)  # as in the toolbox
     kinds = np.where(np.isin(kinds, _KINDS), kinds, _AUTOMATIC)
@@ -273,8 +275,7 @@ def read_frame(path: Path, quality: int | None = None) -> Frame:
         twtt = np.where(grades <= quality, twtt, np.nan)
     ids, columns = _join_doubled(ids, twtt, path)
     twtt, grades, kinds = (np.take_along_axis(v, columns, 1) for v in (twtt, grades, kinds))
-    _check_seconds(twtt, path)
-    _check_degrees(lat, lon, path)
+    check_degrees(lat, lon, path)
     if match := FRAME_NAME.fullmatch(path.name):
         check_day(time, match[1], path)
     name = path.stem.removeprefix("Data_")
@@ -293,28 +294,6 @@ def _read_kinds(content: dict[str, Any], twtt: Array, path: Path) -> Array:
     if values.dtype.kind not in "biuf" or sorted(values.shape) != sorted(twtt.shape):
         return unknown
     return _by_boundary(values, len(twtt), twtt.shape[1], path, name="type")
-
-
-def _check_seconds(twtt: Array, path: Path) -> None:
-    finite = twtt[np.isfinite(twtt)]
-    if finite.size and not 1e-9 < (middle := float(np.median(finite))) < 1e-3:
-        raise DataError(
-            f"The median two-way travel time in {path} is {middle:g} s, which no aircraft "
-            "measures.",
-            "Convert travel times to seconds.",
-        )
-
-
-def _check_degrees(lat: Array, lon: Array, path: Path) -> None:
-    """Refuse radians: as degrees, no ice is so near to where equator and prime meridian meet."""
-    finite = np.isfinite(lat) & np.isfinite(lon)
-    if finite.any() and (np.abs(lat[finite]) < np.pi / 2).all() and (np.abs(lon[finite]) < 4).all():
-        raise DataError(
-            f"The positions in {path} are those of radians, such as latitude {lat[finite][0]:g} "
-            f"and longitude {lon[finite][0]:g}.",
-            "Convert lat and lon to degrees, or leave such files out: "
-            f"`{_OPTION}.exclude+=unreadable`.",
-        )
 
 
 def _join_doubled(

@@ -5,7 +5,8 @@ Shapes: N traces, L layers, P physical fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fulgurite.datamodules.ice_layers.stack import (
 from fulgurite.datamodules.ice_layers.tracks.resample import measure_track
 from fulgurite.datamodules.ice_layers.tracks.travel_time import remove_crossed
 from fulgurite.domains.ice_layers.codes import METRES
-from fulgurite.domains.ice_layers.npz import ARRAYS, read_npz_arrays, read_texts
+from fulgurite.domains.ice_layers.npz import ARRAYS, LISTS, NAMES, read_npz_arrays, read_texts
 from fulgurite.domains.ice_layers.spans import Spans
 from fulgurite.errors import DataError
 from fulgurite.io import data_path
@@ -40,6 +41,21 @@ _ARRAYS = (
     "provenance",
 )  # fmt: skip
 _APART = 3.0  # factor between two lengths of a track that no way of measuring explains (inferred)
+
+
+def _refuse_misspelt(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse an array that is not read, and has nearly the name of one that is not there.
+
+    Raises:
+        DataError: There is one.
+    """
+    read = {*_ARRAYS, *NAMES, *LISTS, "unit"}
+    for name in content.keys() - {*read, *ARRAYS}:
+        if nearest := difflib.get_close_matches(name, read - content.keys(), n=1, cutoff=0.85):
+            raise DataError(
+                f"The stack {path} has an array {name!r}, which is not read.",
+                f"Did you mean {nearest[0]!r}? Else call it otherwise.",
+            )
 
 
 def _read_text(content: dict[str, Any], name: str, default: str) -> str:
@@ -140,6 +156,7 @@ class NpzStacks(StackSource):
                             "layers + 1), and pos (traces, 2), those "
                             "of `completed` as `fulgurite predict` writes them. " + _AGAIN,
                         )
+                _refuse_misspelt(path, content)
                 for name in content.keys() & set(_ARRAYS):
                     array, dimensions = content[name], len(ARRAYS[name].axes)
                     if array.dtype.kind not in "biuf" or array.ndim != dimensions:
@@ -224,6 +241,7 @@ class NpzStacks(StackSource):
         left_out = dict.fromkeys((*_KINDS, "empty"), 0)
         age: Array | None = None
         names: tuple[str, ...] = ()
+        unlike = {"ages": 0, "names": 0}
         for path, content in self._contents():
             if content is None:
                 left_out["unreadable"] += 1
@@ -255,7 +273,10 @@ class NpzStacks(StackSource):
                     "Give the age of each layer's lower boundary [years], newest layer first.",
                 )
             age = content.get("layer_age") if age is None else age
-            names = names or read_texts(content, "layer_names")
+            its_names = read_texts(content, "layer_names")
+            names = names or its_names
+            unlike["ages"] += not np.array_equal(content.get("layer_age", age), age)
+            unlike["names"] += its_names not in ((), names)
         counts = [stack.thickness.shape[1] for stack in stacks]
         usual = self.count or (max(sorted(set(counts)), key=counts.count) if counts else 1)
         if "layer_count" not in self.exclude and set(counts) - {usual}:
@@ -282,4 +303,9 @@ class NpzStacks(StackSource):
             age = np.arange(1.0, usual + 1)
         if len(names) != usual:
             names = tuple(f"layer_{k:02}" for k in range(1, usual + 1))
-        return Flights(stacks, self.physics, names, age, excluded, thickest=self.thickest)
+        notes = [
+            f"{count} stacks have other {what} of layers than the first, which is reported"
+            for what, count in unlike.items()
+            if count
+        ]
+        return Flights(stacks, self.physics, names, age, excluded, notes, self.thickest)

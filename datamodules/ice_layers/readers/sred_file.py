@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fulgurite.data.exclusions import name_some
 from fulgurite.datamodules.ice_layers.readers.layer_frames import parse_day, read_mat
 from fulgurite.datamodules.ice_layers.stack import Array
+from fulgurite.domains.ice_layers.geodesy import is_in_greenland
 from fulgurite.errors import DataError
 
 __all__ = ["FIELDS", "SredFile", "read_sred", "segment_of"]
@@ -46,7 +47,6 @@ _UNITS = {
     "curr_temp": ("K", 180.0, 290.0),
     "curr_dens": ("kg m⁻³", 50.0, 950.0),
 }
-_GREENLAND = (58.0, 85.0, -76.0, -8.0)  # latitudes and longitudes [degrees]
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,13 +258,8 @@ def _check_positions(pos: Array, path: Path) -> None:
             f"A position of {path} is not on the globe.",
             f"Give Latitude and Longitude in degrees, {_LEAVE}",
         )
-    south, north, west, east = _GREENLAND
-
-    def is_there(latitude: float, longitude: float) -> bool:
-        return south <= latitude <= north and west <= longitude <= east
-
     latitude, longitude = (float(value) for value in np.median(pos, 0))
-    if not is_there(latitude, longitude) and is_there(longitude, latitude):
+    if not is_in_greenland(latitude, longitude) and is_in_greenland(longitude, latitude):
         raise DataError(
             f"Latitude and Longitude of {path} are exchanged ({latitude:g}, {longitude:g}).",
             f"Exchange them, {_LEAVE}",

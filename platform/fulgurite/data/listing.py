@@ -123,6 +123,10 @@ def _walk(
     try:
         status = os.stat(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except NotADirectoryError as error:
+        raise DataError(
+            f"{folder} is a file, and no folder.", "Name the folder that it is in."
+        ) from error
     except OSError as error:
         raise DataError(
             f"The folder {folder} cannot be read ({error.strerror}).",

@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["EARTH_RADIUS", "MEAN_EARTH_RADIUS", "haversine", "to_vectors"]
+__all__ = ["EARTH_RADIUS", "MEAN_EARTH_RADIUS", "haversine", "is_in_greenland", "to_vectors"]
 
 EARTH_RADIUS = 6_371_000.0
 """Radius of the Earth in graphs of traces [m], rounded as the paper's family has it."""
 
 MEAN_EARTH_RADIUS = 6_371_008.8
 """Mean radius of the Earth by the IUGG [m], which distances along tracks are measured with."""
+
+_GREENLAND = (58.0, 85.0, -76.0, -8.0)  # latitudes and longitudes [degrees]
 
 _Array = TypeVar("_Array", NDArray[np.float64], Tensor)
 
@@ -48,6 +50,21 @@ def haversine(start: _Array, end: _Array, radius: float = EARTH_RADIUS) -> _Arra
 
 def _to_double(values: _Array) -> _Array:
     return values.double() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+
+
+def is_in_greenland(latitude: float, longitude: float) -> bool:
+    """Whether a position lies in the box of latitudes and longitudes around Greenland.
+
+    Args:
+        latitude: [degrees]
+        longitude: From -180 to 180 [degrees].
+
+    Example:
+        >>> is_in_greenland(72.0, -40.0), is_in_greenland(-40.0, 72.0)
+        (True, False)
+    """
+    south, north, west, east = _GREENLAND
+    return south <= latitude <= north and west <= longitude <= east
 
 
 def to_vectors(pos: NDArray[np.float64], radius: float = 1.0) -> NDArray[np.float64]:
