@@ -330,3 +330,10 @@ def test_a_hint_that_is_not_the_mask_is_not_followed():
     with streamed_sdpa(Streamed("16KiB")):
         out = layer(x, x, x, attn_mask=mask, is_causal=True)[0]
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_hint_without_a_mask_is_refused_as_pytorch_refuses_it(need_weights):
+    layer, x = nn.MultiheadAttention(WIDTH, 2, batch_first=True), torch.randn(1, TOKENS, WIDTH)
+    with streamed_sdpa(Streamed()), pytest.raises(RuntimeError, match="Need attn_mask"):
+        layer(x, x, x, is_causal=True, need_weights=need_weights)

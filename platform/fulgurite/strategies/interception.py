@@ -74,7 +74,9 @@ def streamed_sdpa(backend: Streamed) -> Iterator[None]:
     @functools.wraps(multi_head)
     def without_weights(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         call = inspect.signature(multi_head).bind(*args, **kwargs)
-        if call.arguments.get("need_weights", True):  # then PyTorch looks at the mask, not the hint
+        # with weights PyTorch looks at the mask, not the hint; a hint alone it refuses
+        has_mask = call.arguments.get("attn_mask") is not None
+        if has_mask and call.arguments.get("need_weights", True):
             call.arguments["is_causal"] = False
         call.arguments["need_weights"] = False
         return multi_head(*call.args, **call.kwargs)
