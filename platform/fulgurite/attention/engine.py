@@ -20,11 +20,11 @@ from fulgurite.attention.calls import AttentionCall, normalize_call
 from fulgurite.attention.execution_plan import ExecutionPlan
 from fulgurite.attention.kernel_choice import kernel_for, kernel_names
 from fulgurite.attention.kernels import accumulator_dtype
-from fulgurite.attention.masks import Masking, causal_offset
+from fulgurite.attention.masks import Masking, is_causal_bias
 from fulgurite.attention.planning import make_plan
 from fulgurite.attention.request import Placement, PlanRequest
 from fulgurite.attention.spec import AttentionSpec
-from fulgurite.attention.stream import StreamCall, StreamedAttention
+from fulgurite.attention.stream import StreamCall, StreamedAttention, refuse_transforms
 from fulgurite.attention.tensor_checks import (
     add_sink_axes,
     check_tensors,
@@ -66,19 +66,15 @@ def attend_masked(
     masks = {"attn_mask": scoring.attn_mask, "key_mask": masking.key_mask, "sinks": scoring.sinks}
     masks["alibi_slopes"] = scoring.alibi_slopes
     check_tensors(**{name: mask for name, mask in masks.items() if mask is not None})
+    refuse_transforms(query)
+    query, key, value = _cast_as_autocast(query, key, value)
+    check_types(query, key, value)
     is_matrix = query.ndim == key.ndim == value.ndim == 2
     if is_matrix:
         query, key, value = query[None], key[None], value[None]
-    check_types(query, key, value)
-    kind = query.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if casts and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        mask = scoring.attn_mask
-        is_plain = mask is not None and causal_offset(mask, 0, 0) is None
-        if mask is not None and is_plain and mask.is_floating_point():
-            scoring = replace(scoring, attn_mask=mask.to(dtype))
+    mask = scoring.attn_mask
+    if mask is not None and query.dtype != torch.float64 and not is_causal_bias(mask):
+        scoring = replace(scoring, attn_mask=_cast_as_autocast(mask)[0])
     lead, call = normalize_call(query, key, value, masking=masking, scoring=scoring)
     out, lse = attend(call, options)
     out = out.reshape(*lead, *out.shape[1:])
@@ -98,9 +94,12 @@ def attend(call: AttentionCall, options: StreamOptions) -> tuple[Tensor, Tensor]
 
     Raises:
         ConfigError: An option is not supported, or the budget is too small.
-        DataError: Inputs are not finite, and ``check_finite`` is set.
+        DataError: Inputs are not finite, and ``check_finite`` is set; or their types differ.
     """
-    query, key, value = call[:3]
+    refuse_transforms(call.query)
+    query, key, value = _cast_as_autocast(*call[:3])
+    check_types(query, key, value)
+    call = call._replace(query=query, key=key, value=value)
     if options.check_finite:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             refuse_not_finite(name, tensor)
@@ -120,6 +119,16 @@ def attend(call: AttentionCall, options: StreamOptions) -> tuple[Tensor, Tensor]
     stream_call = StreamCall(plan, call.biases, device)
     out, lse = StreamedAttention.apply(stream_call, *tensors)  # type: ignore[no-untyped-call]
     return out, lse
+
+
+def _cast_as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast tensors as autocast casts those of PyTorch's attention: all but float64."""
+    kind = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    casts = (x.is_floating_point() and x.dtype != torch.float64 for x in tensors)
+    return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts, strict=True))
 
 
 def plan_call(call: AttentionCall, options: StreamOptions, *, backward: bool) -> ExecutionPlan:

@@ -24,7 +24,7 @@ from fulgurite.errors import ConfigError, DataError
 
 __all__ = [
     "Documents", "Masking", "Offset", "as_intervals", "causal_offset",
-    "hides_only", "merge_visible", "row_intervals", "starts_of_ids",
+    "hides_only", "is_causal_bias", "merge_visible", "row_intervals", "starts_of_ids",
 ]  # fmt: skip
 
 #: First tokens of documents that all batch entries share; those of each; or ids of the document
@@ -315,12 +315,31 @@ def starts_of_ids(ids: NDArray[Any]) -> tuple[int, ...]:
     return tuple(int(start) for start in starts)
 
 
-def causal_offset(mask: object, queries: int, keys: int) -> int | None:
-    """Return the offset of PyTorch's own causal biases; None for anything else."""
+def is_causal_bias(mask: object) -> bool:
+    """Whether a mask is one of PyTorch's own causal biases."""
     module = sys.modules.get("torch.nn.attention.bias")  # a second to import, for nothing else
-    if module is None or not isinstance(mask, module.CausalBias):
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def causal_offset(mask: Any, queries: int, keys: int) -> int | None:
+    """Return the offset of PyTorch's own causal biases; None for anything else.
+
+    Raises:
+        DataError: The bias ends at the last key of another call.
+    """
+    if not is_causal_bias(mask):
         return None
-    return keys - queries if mask.variant == module.CausalVariant.LOWER_RIGHT else 0
+    from torch.nn.attention.bias import CausalVariant
+
+    if mask.variant != CausalVariant.LOWER_RIGHT:
+        return 0
+    if mask.seq_len_kv - mask.seq_len_q != keys - queries:
+        raise DataError(
+            f"attn_mask is causal_lower_right({mask.seq_len_q}, {mask.seq_len_kv}), and there are "
+            f"{queries} queries and {keys} keys.",
+            f"Give causal_lower_right({queries}, {keys}).",
+        )
+    return keys - queries
 
 
 def hides_only(mask: Tensor) -> bool:

@@ -26,7 +26,26 @@ from fulgurite.attention.steps import column_count, row_count
 from fulgurite.attention.units import clear_, commit_, gradient_units, units
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["StreamCall", "StreamedAttention"]
+__all__ = ["StreamCall", "StreamedAttention", "refuse_transforms"]
+
+
+def refuse_transforms(tensor: Tensor) -> None:
+    """Refuse tensors that stand for many, as those within ``torch.func`` do.
+
+    Args:
+        tensor: One of a call.
+
+    Raises:
+        ConfigError: A transformation such as ``vmap`` or ``grad`` of ``torch.func`` is active, or
+            gradients are batched.
+    """
+    is_batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    if is_batched or torch._C._are_functorch_transforms_active():
+        raise ConfigError(
+            "Streamed attention has no torch.func (vmap, grad, vjp, jvp) and no batched gradients "
+            "(is_grads_batched, vectorize).",
+            "Use PyTorch's attention, --trainer.strategy=auto, or loop and call backward.",
+        )
 
 
 class StreamCall(NamedTuple):
@@ -86,6 +105,8 @@ class StreamedAttention(torch.autograd.Function):
             ConfigError: Gradients of these are asked for.
             DataError: A mask has changed since.
         """
+        if grads[0] is not None:
+            refuse_transforms(grads[0])
         if torch.is_grad_enabled():
             raise ConfigError(
                 "Streamed attention has no gradients of its gradients (create_graph=True).",
@@ -111,6 +132,18 @@ class StreamedAttention(torch.autograd.Function):
             results[4] = sink_gradient(saved, call.gradient_plan)
         needed = zip(results, needs, strict=True)
         return (None, *(result if is_needed else None for result, is_needed in needed))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Refuse derivatives in forward mode.
+
+        Raises:
+            ConfigError: In every case.
+        """
+        raise ConfigError(
+            "Streamed attention has no derivatives in forward mode (torch.autograd.forward_ad).",
+            "Use backward, or PyTorch's attention, --trainer.strategy=auto.",
+        )
 
 
 def _versions(biases: tuple[TileBias, ...]) -> list[int]:

@@ -51,8 +51,9 @@ def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
         if len({getattr(x, fact) for x in tensors.values()}) > 1:
             facts = ", ".join(f"{name} {getattr(x, fact)}" for name, x in tensors.items())
             raise DataError(f"The {fact}s differ: {facts}.", f"Give one {fact}.")
-    if query.layout != torch.strided:
-        raise ConfigError(f"Attention does not do {query.layout}.", "Give dense tensors.")
+    nested = "nested tensors, " if any(x.is_nested for x in tensors.values()) else ""
+    if nested or query.layout != torch.strided:
+        raise ConfigError(f"Attention does not do {nested}{query.layout}.", "Give dense tensors.")
     if query.dtype not in FLOATS:
         raise ConfigError(
             f"Attention does not do {query.dtype}.", "Use float64, float32, bfloat16 or float16."
@@ -145,6 +146,7 @@ def broadcast_mask(
     """Give a mask the axes of scores, of size 1 where it does not depend on them.
 
     Raises:
+        ConfigError: The mask is sparse or nested.
         DataError: The mask does not broadcast to the scores, or has another type or device.
     """
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
@@ -152,6 +154,8 @@ def broadcast_mask(
             f"attn_mask is of {mask.dtype}, query of {query.dtype}.",
             "Give booleans, True where a key is seen, or numbers in float32 or the type of query.",
         )
+    if mask.layout != torch.strided or mask.is_nested:
+        raise ConfigError(f"attn_mask is of {mask.layout}.", "Give a dense tensor.")
     if mask.device != query.device and mask.numel() > 1:
         raise DataError(
             f"attn_mask is on {mask.device}, query on {query.device}.", "Give one device."
