@@ -24,11 +24,13 @@ from fulgurite.models.number_probing import (
     planted,
     probe,
     row_shuffled,
+    scatter,
     spectrum,
     spikes,
 )
 from fulgurite.models.number_probing.probes import lda as lda_module
 from fulgurite.models.number_probing.probes.fold_statistics import StandardizedRows
+from fulgurite.models.number_probing.reports.report import ProbeSettings, measure
 
 N = torch.arange(1000)
 
@@ -535,3 +537,56 @@ def test_plain_lda_of_a_singular_covariance_is_an_error():
 def test_equal_rows_are_an_error_in_the_probe_too():  # (15)
     with pytest.raises(DataError, match="1000 numbers have only 39 unique"):
         probe(draw_normal(39, 8)[N % 39], [2])
+
+
+@pytest.mark.parametrize("periods", [10, [2.5], "2", [None], np.array([2.0])])
+def test_periods_that_are_no_whole_numbers_are_refused(periods):
+    """A probe of n mod 2.5 would answer something."""
+    x = draw_normal(100, 3)
+    for function in (probe, lambda x, periods: spikes(spectrum(x), periods)):
+        with pytest.raises(ConfigError, match="no whole numbers"):
+            function(x, periods)
+    with pytest.raises(ConfigError, match="no whole numbers"):
+        ProbeSettings(periods)
+
+
+def test_periods_of_arrays_are_taken_and_too_short_ones_refused():
+    x = draw_normal(100, 3)
+    assert list(probe(x, np.array([2, 5]), nonround=False)) == [2, 5]
+    with pytest.raises(ConfigError, match=r"periods=\[0\] have no lines"):
+        spikes(spectrum(x), [0])
+    with pytest.raises(ConfigError, match="Give whole numbers from 2 to 25"):
+        measure(x, settings=ProbeSettings([0]))
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "numbers", "message"),
+    [
+        (np.ones((40, 2)), None, "embeddings are of type ndarray"),
+        (torch.ones(40, 2).to_sparse(), None, "embeddings are of type torch.sparse_coo"),
+        (torch.ones(40, 2), ["a"] * 40, "numbers are of type list and hold no integers"),
+        (torch.ones(40, 2), 40, "numbers are of type int and hold no integers"),
+    ],
+)
+def test_what_is_no_table_is_named(embeddings, numbers, message):
+    with pytest.raises(DataError, match=message):
+        probe(embeddings, [2], numbers=numbers)
+
+
+def test_numbers_that_5_divides_alone_leave_none_to_probe():
+    x, n = draw_normal(100, 3), range(0, 500, 5)
+    with pytest.raises(ConfigError, match="5 divides all of the 100 numbers"):
+        probe(x, [3], numbers=n)
+    assert probe(x, [3], numbers=n, nonround=False)[3].size == 100
+
+
+def test_a_verdict_says_if_numbers_that_5_does_not_divide_were_not_probed():
+    x = planted(N, 7)
+    verdict = diagnose(probe(x, [7], nonround=False), spikes(spectrum(x), [7])).periods[7]
+    assert verdict.reasons[-1].endswith("5 does not divide were not probed by themselves.")
+
+
+@pytest.mark.parametrize("ridge", [float("nan"), float("inf"), -1.0])
+def test_a_ridge_without_a_size_is_refused(ridge):
+    with pytest.raises(ConfigError, match="is out of range"):
+        scatter(draw_normal(100, 3), 5, ridge=ridge)

@@ -509,3 +509,37 @@ def test_numbers_that_minilm_lacks_are_named():
     with pytest.raises(DataError, match=r"missing in the vocabulary of .*: 342.*--numbers 0:342"):
         read_table("minilm", range(1000))
     assert len(read_table("minilm").numbers) == 342
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("table.npy", {"tensor": "wte"}, "tensor='wte' says nothing of .*leave out --tensor"),
+        ("table.npy", {"spelling": "spaced"}, "spelling='spaced' says nothing of .*with words"),
+        ("table.txt", {"words": "words.txt"}, "words='words.txt' says nothing of "),
+        (".", {"words": "words.txt"}, "words='words.txt' says nothing of "),
+    ],
+)
+def test_an_option_of_another_kind_of_table_is_refused(checkpoint, name, option, message):
+    folder, _ = checkpoint
+    np.save(folder / "table.npy", vectors().numpy())
+    (folder / "table.txt").write_text("".join(f"{n} {n} 1\n" for n in range(40)))
+    with pytest.raises(ConfigError, match=message):
+        read_table(folder / name, **option)
+
+
+def test_words_of_a_list_may_be_spelled_with_a_space(tmp_path):
+    np.save(tmp_path / "table.npy", vectors().numpy())
+    (tmp_path / "words.txt").write_text("".join(f"\u2581{n}\n" for n in range(40)))
+    table = read_table(tmp_path / "table.npy", words=tmp_path / "words.txt")
+    assert table.numbers == tuple(range(40))
+    assert read_table(tmp_path / "table.npy").note == "row n of 40 as the number n"
+
+
+def test_a_text_file_that_is_cut_off_between_lines_is_refused(tmp_path):
+    lines = ["40 2\n", *(f"{n} {n} 1\n" for n in range(40))]
+    (tmp_path / "table.vec").write_text("".join(lines))
+    assert read_table(tmp_path / "table.vec").numbers == tuple(range(40))
+    (tmp_path / "table.vec").write_text("".join(lines[:-5]))
+    with pytest.raises(DataError, match="begins with 40 words and ends after 35"):
+        read_table(tmp_path / "table.vec")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -167,8 +168,10 @@ def _diagnose_period(
                     DIVISOR,
                     f"n mod {g}, read with κ = {probed[g].kappa:.3f}, would give {limit:.3f}.",
                 )
+    nonround = f"on numbers that 5 does not divide κ = {rough:.3f}"
+    if math.isnan(rough):
+        nonround = "numbers that 5 does not divide were not probed by themselves"
     return conclude(
         GEOMETRIC,
-        f"it is more than {'parity and ' if t > 2 else ''}roundness could give, and on numbers "
-        f"that 5 does not divide κ = {rough:.3f}.",
+        f"it is more than {'parity and ' if t > 2 else ''}roundness could give, and {nonround}.",
     )

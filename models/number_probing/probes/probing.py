@@ -365,6 +365,12 @@ def probe(
         )
     prober, table = _Prober(folds, classifier), StandardizedRows(x)
     is_nonround = n % 5 != 0
+    if nonround and not bool(is_nonround.any()):
+        raise ConfigError(
+            f"5 divides all of the {len(n)} numbers, so that none is left to probe those that it "
+            "does not divide.",
+            "Set nonround=False, or probe other numbers.",
+        )
     nonround_table = StandardizedRows(x[is_nonround]) if nonround else table
     results = {}
     for period in check_periods(periods, len(x)):

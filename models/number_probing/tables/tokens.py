@@ -150,10 +150,10 @@ def read_encoder(folder: Path) -> Encoder | None:
 
 
 def find_word_rows(
-    words: Sequence[str], numbers: Sequence[int] | None, source: str
+    words: Sequence[str], numbers: Sequence[int] | None, source: str, spelling: Spelling = "bare"
 ) -> dict[int, int]:
     """Find the row of each number in a list of words."""
-    return number_tokens(index_words(words, source), numbers, "bare", source=source)[0]
+    return number_tokens(index_words(words, source), numbers, spelling, source=source)[0]
 
 
 def index_words(words: Sequence[str], source: str) -> dict[str, int]:

@@ -24,7 +24,7 @@ from fulgurite.models.number_probing.tables.number_table import (
     shorten,
     to_finite_tensor,
 )
-from fulgurite.models.number_probing.tables.tokens import find_word_rows, read_lines
+from fulgurite.models.number_probing.tables.tokens import Spelling, find_word_rows, read_lines
 
 __all__ = ["read_glove", "read_npy", "read_text"]
 
@@ -75,7 +75,9 @@ def read_glove(folder: Path, numbers: Sequence[int] | None) -> NumberTable:
     )
 
 
-def read_npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> NumberTable:
+def read_npy(
+    path: Path, numbers: Sequence[int] | None, words: Path | None, spelling: Spelling = "auto"
+) -> NumberTable:
     """A matrix of ``numpy.save`` whose rows are words of a list, or numbers without one.
 
     Raises:
@@ -88,14 +90,16 @@ def read_npy(path: Path, numbers: Sequence[int] | None, words: Path | None) -> N
     if words is None:
         row_of = {n: n for n in (numbers or range(min(DEFAULT_STOP, len(array))))}
         check_covered({n: n for n in row_of if n < len(array)}, numbers, str(path))
-        return NumberTable(path.stem, tuple(row_of), _copy_rows(array, list(row_of), str(path)))
+        embeddings = _copy_rows(array, list(row_of), str(path))
+        note = f"row n of {len(array)} as the number n"
+        return NumberTable(path.stem, tuple(row_of), embeddings, None, note)
     word_list = read_lines(words)
     if len(word_list) != len(array):
         raise DataError(
             f"{words} has {len(word_list)} words, and {path} has {len(array)} rows.",
             "Give the words that belong to the matrix, one a line.",
         )
-    row_of = find_word_rows(word_list, numbers, str(words))
+    row_of = find_word_rows(word_list, numbers, str(words), spelling)
     return NumberTable(
         path.stem, tuple(row_of), _copy_rows(array, list(row_of.values()), str(path))
     )
@@ -105,7 +109,7 @@ def read_text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
     """Vectors of GloVe or word2vec: a word and D numbers a line; the latter begin with V and D."""
     number_of = {str(n): n for n in (range(DEFAULT_STOP) if numbers is None else numbers)}
     rows: dict[int, list[float]] = {}
-    first = ""
+    first, declared, number = "", 0, 0
     with (
         reading(path, "The table", _LINE),
         open(path, encoding="utf-8-sig", errors="replace") as file,
@@ -115,6 +119,7 @@ def read_text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
             vector = parts[0] if parts else ""
             first = first or line
             is_header = number == 1 and len(vector.split()) == 1  # "V D"
+            declared = int(word) if is_header and word.isdecimal() else declared
             if word not in number_of or is_header:
                 continue
             width = len(next(iter(rows.values()))) if rows else 0
@@ -125,6 +130,11 @@ def read_text(path: Path, numbers: Sequence[int] | None) -> NumberTable:
                     "Keep one line for each word.",
                 )
             rows[number_of[word]] = row
+    if declared and number <= declared:
+        raise DataError(
+            f"{path} begins with {declared} words and ends after {number - 1}.",
+            "Fetch it again if it is cut off, or correct its first line.",
+        )
     if not rows:
         raise DataError(
             f"No line of {path} begins with a number that is asked for; the first is "
