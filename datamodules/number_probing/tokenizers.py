@@ -285,7 +285,9 @@ def number_tokens(tokenizer: Tokenizer, counts: npt.NDArray[Any]) -> dict[int, i
     """One token for each number that has any.
 
     Where numbers are spelled in two ways, alone and after a space, all are taken from the
-    spelling that occurs more often, and only numbers that have none there from the other.
+    spelling that occurs more often, or from that which has at least twice as many numbers: single
+    digits occur within all others. The spellings are never mixed, since a mixture has periods of
+    its own; numbers that the other alone has are left out.
 
     Args:
         tokenizer: Knows which tokens stand for numbers.
@@ -309,5 +311,8 @@ def number_tokens(tokenizer: Tokenizer, counts: npt.NDArray[Any]) -> dict[int, i
     total = {
         spaced: int(counts[[*token_of.values()]].sum()) for spaced, token_of in spellings.items()
     }
-    prefers_spaced = total[True] > total[False]
-    return dict(sorted({**spellings[not prefers_spaced], **spellings[prefers_spaced]}.items()))
+    size = {spaced: len(token_of) for spaced, token_of in spellings.items()}
+    spaced = total[True] > total[False]
+    if size[not spaced] >= 2 * size[spaced]:
+        spaced = not spaced
+    return dict(sorted(spellings[spaced].items()))
